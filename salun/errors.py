@@ -1,0 +1,29 @@
+"""The errors a user can meet. Each message says what, where, and what to do; the CLI prints it as one line."""
+
+
+class SalunError(Exception):
+    """Any error that salun raises on purpose."""
+
+
+class ConfigError(SalunError):
+    """An option that cannot be read, is out of range, or contradicts another."""
+
+
+class ModelError(SalunError):
+    """A model that cannot be found, read, or is of a kind salun does not handle."""
+
+
+class MaskError(SalunError):
+    """A mask that does not fit its model, or cannot be made."""
+
+
+class DataError(SalunError):
+    """Data (prompts, latents, pictures, detectors) that cannot be used."""
+
+
+class TrainingError(SalunError):
+    """Training that went wrong: a loss that is not finite."""
+
+
+class Cancelled(SalunError):
+    """The user asked to stop."""

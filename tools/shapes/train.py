@@ -1,0 +1,36 @@
+"""Train the embedded model from nothing: python -m tools.shapes.train [--folder build/shapes]. Killed, it resumes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from tools.shapes import oracle, unet, vae, world
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("build/shapes"))
+    parser.add_argument("--pictures", type=int, default=24_000)
+    arguments = parser.parse_args()
+    pictures = pictures_of(arguments.folder, arguments.pictures)
+    autoencoder = vae.train(pictures, arguments.folder)
+    oracle.train(pictures, autoencoder, arguments.folder)
+    unet.train(pictures, autoencoder, arguments.folder)
+
+
+def pictures_of(folder: Path, n: int) -> world.Pictures:
+    """The training pictures (seed 0), drawn once."""
+    path = folder / f"pictures-{n}.pt"
+    if not path.exists():
+        made = world.make(n, seed=0)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save((torch.from_numpy(made.images), torch.from_numpy(made.labels), made.captions), path)
+    images, labels, captions = torch.load(path, weights_only=True)
+    return world.Pictures(images.numpy(), labels.numpy(), captions)
+
+
+if __name__ == "__main__":
+    main()
