@@ -1,0 +1,69 @@
+"""salun: make a Stable Diffusion model, or an image classifier, forget something.
+
+    import salun
+    model = salun.load("shapes")
+    run = salun.erase(model, salun.Concept("circle", anchor="square"), seed=0)
+    run.save("erased.safetensors")
+
+Names are imported when first used, so that `import salun` is quick and needs no diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from salun.diffusion.concepts import Concept
+    from salun.diffusion.erase import erase
+    from salun.diffusion.models import load
+    from salun.diffusion.result import Run
+    from salun.errors import Cancelled, SalunError
+    from salun.formats.delta import Delta
+    from salun.mask import Mask
+    from salun.options import EraseOptions
+    from salun.progress import Event, Progress
+    from salun.saliency import saliency_mask
+
+__version__ = "0.1.0"
+__all__ = [
+    "Cancelled",
+    "Concept",
+    "Delta",
+    "EraseOptions",
+    "Event",
+    "Mask",
+    "Progress",
+    "Run",
+    "SalunError",
+    "erase",
+    "load",
+    "saliency_mask",
+]
+
+_HOMES = {
+    "Cancelled": "salun.errors",
+    "Concept": "salun.diffusion.concepts",
+    "Delta": "salun.formats.delta",
+    "EraseOptions": "salun.options",
+    "Event": "salun.progress",
+    "Mask": "salun.mask",
+    "Progress": "salun.progress",
+    "Run": "salun.diffusion.result",
+    "SalunError": "salun.errors",
+    "erase": "salun.diffusion.erase",
+    "load": "salun.diffusion.models",
+    "saliency_mask": "salun.saliency",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'salun' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -29,6 +29,7 @@ def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> Attribu
     torch.manual_seed(2)
     decoded = reconstructions(vae, pictures.images[:6000])
     debris = broken_decodes(vae, pictures.images[:1500])
+    pool, broken = to_tensor(pictures.images[:6000]), to_tensor(debris)
     model = build()
     stage = Stage(folder / "oracle.pt", STEPS, torch.optim.AdamW(model.parameters(), lr=2e-3), model)
 
@@ -38,7 +39,7 @@ def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> Attribu
         pick[: n // 2] %= len(decoded)
         images = np.concatenate([decoded[pick[: n // 2].numpy()], pictures.images[pick[n // 2 :].numpy()]])
         good = slightly_spoilt(to_tensor(images), generator)
-        bad = not_pictures(to_tensor(pictures.images[:6000]), to_tensor(debris), NEGATIVES, generator)
+        bad = not_pictures(pool, broken, NEGATIVES, generator)
         logits = model(torch.cat([good, bad]))
         labels = torch.from_numpy(pictures.labels[pick.numpy()])
         is_picture = torch.cat([torch.ones(len(good)), torch.zeros(len(bad))]).long()

@@ -16,7 +16,7 @@ from tools.shapes import world
 from tools.shapes.state import Stage
 from tools.shapes.vae import encode
 
-STEPS, BATCH, WIDTH = 7000, 64, 96
+STEPS, BATCH, WIDTH = 5600, 64, 96
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -98,9 +98,9 @@ def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> None:
     unet, text = build(tokenizer)
     average = copy.deepcopy(torch.nn.ModuleList([unet, text])).requires_grad_(False)
     live = [*unet.parameters(), *text.parameters()]
-    stage = Stage(
-        folder / "unet.pt", STEPS, torch.optim.AdamW(live, lr=1e-3, weight_decay=1e-2), unet, text, average
-    )
+    optimiser = torch.optim.AdamW(live, lr=1e-3, weight_decay=1e-2, fused=True)
+    stage = Stage(folder / "unet.pt", STEPS, optimiser, unet, text, average)
+    denoise = torch.compile(unet)
     latents = torch.cat([encode(vae, pictures.images), encode(vae, pictures.images[:, :, ::-1].copy())])
     tokens = tokenizer([*pictures.captions, ""], padding="max_length", return_tensors="pt").input_ids
     n = len(pictures.captions)
@@ -114,7 +114,7 @@ def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> None:
         noise = torch.randn(BATCH, 4, 8, 8, generator=generator)
         a = alphas[t].view(-1, 1, 1, 1)
         hidden = text(tokens[words]).last_hidden_state
-        predicted = unet(a.sqrt() * latents[pick] + (1 - a).sqrt() * noise, t, hidden).sample
+        predicted = denoise(a.sqrt() * latents[pick] + (1 - a).sqrt() * noise, t, hidden).sample
         return (weights[t] * ((predicted - noise) ** 2).mean((1, 2, 3))).mean()
 
     def follow() -> None:

@@ -1,0 +1,291 @@
+"""`salun`: the command line. Heavy packages are imported inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from salun.errors import Cancelled, ConfigError, SalunError
+from salun.options import DeviceOptions, EraseOptions, Sampling
+
+from .options import with_options
+from .progress import terminal_progress
+
+app = typer.Typer(
+    name="salun",
+    help="Make a Stable Diffusion model forget a concept: only its salient weights are trained, the rest stays.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[
+    Optional[str],  # noqa: UP045 (Typer reads it at run time)
+    typer.Option("--model", help="alias (see `salun models`), hub id, or diffusers folder [default: the table's default]"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite files that are there already")]
+RunDir = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="the run's folder [default: runs/<time>-<concept>]"),
+]
+
+
+@app.callback()
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="show the version and stop")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show a traceback with an error")] = False,
+) -> None:
+    if version:
+        from salun import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@with_options(EraseOptions, skip=())
+def erase(
+    options: EraseOptions,
+    concept: Annotated[list[str], typer.Option(help="what to forget: a preset, a word the model knows, or any text")],
+    model: ModelName = None,
+    output: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="x.safetensors (UNet weights), x.salun.safetensors (undoable delta) or x/ (diffusers folder); "
+            "repeat it for several [default: model/ and the delta in the run folder]"
+        ),
+    ] = None,
+    run_dir: RunDir = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model forget a concept, and show whether it worked."""
+    from salun.diffusion.concepts import Concept
+    from salun.run_record import new_run_folder, require_new
+
+    wanted = Concept(_single(concept))
+    folder = run_dir or new_run_folder(wanted.name)
+    require_new(folder)
+    from salun.diffusion.erase import erase as run_erase
+    from salun.diffusion.models import load
+
+    with terminal_progress(as_json) as progress:
+        loaded = load(_model(model), options.device, options.dtype)
+        run = run_erase(
+            loaded,
+            wanted,
+            options,
+            progress=progress,
+            run_dir=folder,
+            outputs=output,
+            force=force,
+            command=shlex.join(["salun", *sys.argv[1:]]),
+        )
+    _tell(run.record.data, as_json, _erase_lines(run, folder))
+
+
+@app.command()
+@with_options(EraseOptions, skip=("steps", "lr", "retain_weight", "target", "retain_target", "retain_latents"))
+def mask(
+    options: EraseOptions,
+    concept: Annotated[list[str], typer.Option(help="the concept whose salient weights are wanted")],
+    output: Annotated[Path, typer.Option(help="the mask file to write (.safetensors)")],
+    model: ModelName = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Only compute a saliency mask and write it."""
+    from salun.diffusion.concepts import Concept
+
+    wanted = Concept(_single(concept))
+    _new_file(output, force, ".safetensors")
+    from salun.diffusion.erase import make_mask
+    from salun.diffusion.models import load
+
+    with terminal_progress(as_json) as progress:
+        found, seen = make_mask(load(_model(model), options.device, options.dtype), wanted, options, progress)
+    found.save(output)
+    lines = [
+        f"{found.selected:,} of {found.total:,} weights ({found.density:.2%}) selected: {output}",
+        *seen["warnings"],
+    ]
+    _tell({**seen, "selected": found.selected, "total": found.total, "path": str(output)}, as_json, lines)
+
+
+@app.command()
+@with_options(DeviceOptions)
+def sample(
+    options: DeviceOptions,
+    prompt: Annotated[list[str], typer.Option(help="a prompt; repeat it for several")],
+    output: Annotated[Path, typer.Option(help="the picture to write (.png): one row per prompt")] = Path("sample.png"),
+    model: ModelName = None,
+    delta: Annotated[Optional[Path], typer.Option(help="an erased delta to sample with")] = None,  # noqa: UP045
+    strength: Annotated[float, typer.Option(help="of the delta: 0 is the base, 1 the erased model", min=-0.5, max=1.5)] = 1.0,
+    n: Annotated[int, typer.Option("-n", help="pictures per prompt", min=1, max=64)] = 4,
+    seed: Annotated[int, typer.Option(help="of the first picture", min=0)] = 0,
+    steps: Annotated[Optional[int], typer.Option(help="sampler steps [default: the model's]", min=1, max=1000)] = None,  # noqa: UP045
+    guidance: Annotated[Optional[float], typer.Option(help="guidance scale [default: the model's]", min=0, max=100)] = None,  # noqa: UP045
+    force: Force = False,
+) -> None:
+    """Sample pictures from a model, with or without an erased delta."""
+    _new_file(output, force, ".png")
+    import dataclasses
+
+    from salun.diffusion.latents import item_seed, sample_pictures
+    from salun.diffusion.models import load
+    from salun.report import picture
+
+    with terminal_progress(False) as progress:
+        loaded = load(_model(model), options.device, options.dtype)
+        changes = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
+        chosen: Sampling = dataclasses.replace(loaded.settings.sampling, **changes)
+        loaded.settings = dataclasses.replace(loaded.settings, sampling=chosen)
+        if delta is not None:
+            from salun.formats.delta import Delta
+
+            loaded.load(Delta.load(delta).apply(dict(loaded.original()), strength))
+        texts = [text for text in prompt for _ in range(n)]
+        seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
+        pictures = sample_pictures(loaded, texts, seeds, progress)
+    output.write_bytes(picture.png_bytes(picture.sheet(pictures, n, prompt)))
+    typer.echo(str(output))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run folder made by `salun erase`")],
+    n: Annotated[int, typer.Option("-n", help="pictures, each of forget and retain prompts", min=2, max=1_000_000)] = 1000,
+    seed: Annotated[int, typer.Option(help="of the pictures", min=0)] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge a finished run thoroughly: base against erased on n held-out pictures each."""
+    from salun.diffusion.evaluate import evaluate_run
+
+    with terminal_progress(as_json) as progress:
+        metrics = evaluate_run(run, n, seed, device, progress)
+    _tell(metrics, as_json, _metric_lines(metrics))
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="a model (alias, hub id, folder), a mask, a delta, or a run folder")],
+    as_json: Json = False,
+) -> None:
+    """Say what a file or folder is and what is in it."""
+    from salun.inspection import inspect as look
+
+    found = look(path)
+    _tell(found, as_json, [f"{key}: {value}" for key, value in found.items()])
+
+
+@app.command()
+def concepts(model: ModelName = None, as_json: Json = False) -> None:
+    """List the presets and, for a model that carries a vocabulary, the words it knows."""
+    from salun.diffusion.concepts import presets
+    from salun.diffusion.models import describe
+
+    found: dict[str, Any] = {}
+    if model is not None:
+        vocabulary = describe(model).settings.vocabulary
+        if vocabulary is not None:
+            for attribute, values in vocabulary.attributes.items():
+                found.update({v: {"kind": attribute, "anchor": vocabulary.anchors.get(v, "")} for v in values})
+    if not found:
+        found = {
+            name: {"kind": e["kind"], "anchor": e["anchors"][0], "about": e["about"], "sensitive": bool(e.get("sensitive"))}
+            for name, e in presets().items()
+        }
+    lines = [
+        f"{name:<18} {e['kind']:<8} → {e['anchor'] or 'the empty prompt'}{'  (sensitive)' if e.get('sensitive') else ''}"
+        for name, e in found.items()
+    ]
+    lines.append("Any other text works too, except on a model with a vocabulary of its own: --concept TEXT --anchor TEXT")
+    _tell(found, as_json, lines)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the model aliases."""
+    from salun.diffusion.models import aliases
+
+    table = aliases()["models"]
+    _tell(table, as_json, [f"{k:<8} {e.get('repo', 'comes with salun'):<48} {e.get('about', '')}" for k, e in table.items()])
+
+
+def _model(name: str | None) -> str:
+    if name is not None:
+        return name
+    from salun.diffusion.models import aliases
+
+    return str(aliases()["default"])
+
+
+def _single(concepts: list[str]) -> str:
+    if len(concepts) > 1:
+        raise ConfigError("one --concept a run in this version: erase them one after the other, each from the last result")
+    return concepts[0]
+
+
+def _new_file(path: Path, force: bool, ending: str) -> None:
+    if path.suffix != ending:
+        raise ConfigError(f"--output {path}: end it in {ending}")
+    if path.exists() and not force:
+        raise ConfigError(f"--output {path} is there already: choose another name, or add --force")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _tell(data: Any, as_json: bool, lines: list[str]) -> None:
+    if as_json:
+        typer.echo(json.dumps(data, ensure_ascii=False))
+    else:
+        for line in lines:
+            typer.echo(line)
+
+
+def _erase_lines(run: Any, folder: Path) -> list[str]:
+    lines = [f"warning: {text}" for text in run.record.data["mask"]["warnings"]]
+    lines += _metric_lines(run.metrics)
+    lines += [f"{entry['kind']}: {entry['path']}" for entry in run.record.data["outputs"]]
+    return [*lines, f"run folder: {folder}", f"report: {folder / 'report.html'}"]
+
+
+def _metric_lines(metrics: dict[str, Any]) -> list[str]:
+    if metrics.get("ua") is None:
+        return [f"forgotten: not known ({metrics['reason']})"]
+    share = "{value:.1f} % ({low:.1f} to {high:.1f}, n = {n})".format
+    lines = [f"forgotten (UA):  {share(**metrics['ua'])}, before {metrics['ua_before']['value']:.1f} %"]
+    if metrics["anchor"] is not None:
+        lines.append(f"anchor shown:    {share(**metrics['anchor'])}")
+    if "all" in metrics["kept"]:
+        lines.append(f"the rest kept:   {share(**metrics['kept']['all'])}, before {metrics['kept_before']['all']['value']:.1f} %")
+    lines.append(f"other concepts (RA): {share(**metrics['ra_after'])}, before {metrics['ra_before']['value']:.1f} %")
+    return lines
+
+
+def main() -> None:
+    """Run the CLI. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app(standalone_mode=True)
+    except Cancelled:
+        typer.echo("salun: stopped; nothing half-written is left, the run folder says how far it came", err=True)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SalunError as error:
+        if debug:
+            raise
+        typer.echo("salun: " + " ".join(str(error).split()), err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    main()

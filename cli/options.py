@@ -1,0 +1,60 @@
+"""Typer options made from the core's option dataclasses, so that names, defaults, help and ranges cannot drift apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Optional
+
+import typer
+
+from salun.options import DeviceOptions
+
+_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+def with_options(kind: type, parameter: str = "options", skip: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """A decorator: replaces the command's parameter `options` by one CLI option per field of the dataclass `kind`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        fields = [item for item in dataclasses.fields(kind) if item.name not in skip]
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != parameter]
+
+        def call(**values: Any) -> Any:
+            chosen = {item.name: values.pop(item.name) for item in fields}
+            chosen = {name: list(v) if isinstance(v, list | tuple) else v for name, v in chosen.items()}
+            return command(**values, **{parameter: kind(**chosen)})
+
+        made = [
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=_annotation(item))
+            for item in fields
+        ]
+        keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        call.__signature__ = signature.replace(parameters=[*keyword, *made])  # type: ignore[attr-defined]
+        call.__doc__ = command.__doc__
+        call.__name__ = command.__name__
+        return call
+
+    return decorate
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default is not dataclasses.MISSING else []
+
+
+def _annotation(item: dataclasses.Field[Any]) -> Any:
+    declared = str(item.type)
+    rules = item.metadata
+    text = rules["help"]
+    if rules["choices"]:
+        text += f" ({', '.join(rules['choices'])})"
+    shown = {"show_default": False} if _default(item) in (None, []) else {}
+    if declared.endswith(" | None") and "default" not in text:
+        text += " [default: auto, from the model's recipe]"
+    annotation: Any = _TYPES[declared.removesuffix(" | None")] if not declared.startswith("list") else list[str]
+    if declared.endswith(" | None"):
+        annotation = Optional[annotation]  # noqa: UP045 (Typer reads it at run time, on Python 3.10 too)
+    panel = "Device" if item.name in {f.name for f in dataclasses.fields(DeviceOptions)} else "Erasing"
+    return Annotated[annotation, typer.Option(help=text, rich_help_panel=panel, **shown)]

@@ -1,0 +1,1 @@
+"""Erasing a concept from a diffusion model. Read `erase.py` first: it is the story of a run."""

@@ -1,0 +1,37 @@
+"""The training data of an erasure: latents sampled from the model itself, and the prompts' encodings."""
+
+from __future__ import annotations
+
+from salun.diffusion.latents import item_seed, sample_latents
+from salun.diffusion.losses import ErasureData
+from salun.diffusion.models import Model
+from salun.diffusion.plan import Plan, spread
+from salun.progress import Progress, silent
+
+
+def sample_data(model: Model, plan: Plan, progress: Progress = silent, forget_only: bool = False) -> ErasureData:
+    """Sample forget, anchor and retain latents. No images, and no trip through the VAE.
+
+    Anchor latents are sampled only where the forget loss uses any. forget_only: what the saliency needs, and no more.
+    """
+    prompts, seed = plan.prompts, plan.options.seed
+    ask = spread(plan.forget_latents, len(prompts.forget), seed)
+    keep = spread(plan.retain_latents, len(prompts.retain), seed + 1)
+    forget, anchor = [prompts.forget[i].text for i in ask], [prompts.anchor[i] for i in ask]
+    retain = [prompts.retain[i].text for i in keep]
+    if forget_only:
+        retain = []
+    jobs = {"forget": forget, "anchor": anchor if plan.anchor_share and not forget_only else [], "retain": retain}
+    texts = [text for part in jobs.values() for text in part]
+    seeds = [item_seed(seed, role, i) for role, part in jobs.items() for i in range(len(part))]
+    latents = sample_latents(model, texts, seeds, progress, "sampling")
+    forget_latents, anchor_latents, retain_latents = latents.split([len(part) for part in jobs.values()])
+    return ErasureData(
+        forget_latents=forget_latents,
+        anchor_latents=anchor_latents if len(anchor_latents) else forget_latents,
+        retain_latents=retain_latents,
+        forget=model.encode(forget),
+        anchor=model.encode(anchor),
+        retain=model.encode(retain or [""]),
+        empty=model.encode([""]),
+    )

@@ -1,0 +1,73 @@
+"""What erasing needs of a diffusion model, whoever provides it: diffusers' UNet here, another host's elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts. hidden: float (n, tokens, width). extra: further inputs, (n, …) each (SDXL's pooled text, sizes)."""
+
+    hidden: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
+        return Conditioning(self.hidden[index], {name: value[index] for name, value in self.extra.items()})
+
+    def expand(self, n: int) -> Conditioning:
+        """n copies of a single conditioning."""
+        return self[torch.zeros(n, dtype=torch.long, device=self.hidden.device)]
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """One after the other, along the batch."""
+        names = parts[0].extra
+        return Conditioning(
+            torch.cat([part.hidden for part in parts]), {n: torch.cat([part.extra[n] for part in parts]) for n in names}
+        )
+
+
+class Denoiser(Protocol):
+    """A text-conditioned denoiser and its noise schedule.
+
+    alphas_cumprod: float32 (T,), ᾱ of every training timestep, on the CPU. prediction_type: "epsilon" | "v_prediction".
+    """
+
+    prediction_type: str
+    alphas_cumprod: Tensor
+    device: torch.device
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All of the UNet's parameters under diffusers' names, in module order."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, one after the other."""
+        ...
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output, float32 like x_t (n, c, h, w); t: int64 (n,)."""
+        ...
+
+
+def add_noise(denoiser: Denoiser, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (DDPM eq. 4)."""
+    a = denoiser.alphas_cumprod.to(x_0.device)[t].view(-1, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * noise
+
+
+def training_target(denoiser: Denoiser, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the network is trained to say: ε, or v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (Salimans & Ho 2022, appendix D)."""
+    if denoiser.prediction_type == "epsilon":
+        return noise
+    a = denoiser.alphas_cumprod.to(x_0.device)[t].view(-1, 1, 1, 1)
+    return a.sqrt() * noise - (1 - a).sqrt() * x_0

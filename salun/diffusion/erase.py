@@ -1,0 +1,184 @@
+"""The story of an erasure: sample, find the salient weights, train those alone, write, compare before with after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.nn import Parameter
+
+from salun import __version__
+from salun.diffusion.concepts import Concept
+from salun.diffusion.data import sample_data
+from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
+from salun.diffusion.models import Model, load, scoped
+from salun.diffusion.observe import compare, observe, questions
+from salun.diffusion.output import check_output, erased_tensors, moved
+from salun.diffusion.plan import Plan, make_plan
+from salun.diffusion.result import Run, write_run
+from salun.errors import MaskError
+from salun.formats.hashing import base_hash
+from salun.mask import Mask, entries
+from salun.options import MASKS, EraseOptions
+from salun.progress import Event, Progress, silent
+from salun.run_record import RunRecord
+from salun.saliency import scores_from_losses
+from salun.threshold import Selection, select_largest
+from salun.training import Trained, TrainingSettings, fine_tune
+
+
+def erase(
+    model: Model | str,
+    concept: Concept | str,
+    options: EraseOptions | None = None,
+    *,
+    progress: Progress = silent,
+    run_dir: Path | str | None = None,
+    outputs: list[str] | None = None,
+    force: bool = False,
+    command: str = "salun.erase",
+    **given: Any,
+) -> Run:
+    """Make a model forget a concept (SalUn, algorithm 2), and say what came of it.
+
+    model: loaded, or a name for `load`. given: fields of `EraseOptions`, over `options`. run_dir: keeps the run's folder
+    there. outputs: files to write, format by name (see `write_output`); with a run_dir and no outputs, the folder gets
+    the model in its own layout and the sparse delta. The model passed in holds its own weights again afterwards.
+    Raises SalunError (ConfigError, ModelError, MaskError, …), `Cancelled` if `progress` does.
+    """
+    options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
+    for target in outputs or []:
+        check_output(target, force)
+    if isinstance(model, str):
+        model = load(model, options.device, options.dtype)
+    plan = make_plan(model.settings, model.name, Concept(concept) if isinstance(concept, str) else concept, options)
+    record = RunRecord(
+        Path(run_dir) if run_dir is not None else None,
+        command,
+        {"model": model.name, "concept": [plan.concept.name], **asdict(plan.options)},
+        options.seed,
+        str(model.device),
+    )
+    with record.running(), model.borrowed():
+        for note in plan.notes:
+            progress(Event("planning", message=note))
+        asked = questions(plan, plan.eval_images, options.seed)
+        with record.stage("sampling"):
+            data = sample_data(model, plan, progress)
+        with record.stage("evaluating"):
+            before = observe(model, asked, progress, "pictures before")
+        with record.stage("saliency"):
+            mask, record.data["mask"] = find_mask(model, data, plan, progress)
+        with record.stage("training"):
+            trained = train(model, mask, data, plan, progress)
+        original = model.original()
+        if plan.options.method == "salun-soft":
+            mask = moved(original, trained.masters)
+        erased = erased_tensors(original, mask, trained.masters if plan.options.method == "salun" else _full(trained, mask))
+        model.load(erased)
+        with record.stage("evaluating"):
+            after = observe(model, asked, progress, "pictures after")
+            metrics = compare(model, plan, asked, before, after)
+        run = Run(model, plan, mask, erased, trained.history, metrics, asked, before, after, record)
+        write_run(run, outputs, progress)
+    return run
+
+
+def make_mask(
+    model: Model, concept: Concept | str, options: EraseOptions | None = None, progress: Progress = silent
+) -> tuple[Mask, dict[str, Any]]:
+    """Only the mask of an erasure, and what `run.json` says of it."""
+    options = options or EraseOptions()
+    plan = make_plan(model.settings, model.name, Concept(concept) if isinstance(concept, str) else concept, options)
+    with model.borrowed():
+        return find_mask(model, sample_data(model, plan, progress, forget_only=True), plan, progress)
+
+
+def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -> tuple[Mask, dict[str, Any]]:
+    """The mask of a run: from saliency, a control, or a file made from this very model. And what to tell of it."""
+    options = plan.options
+    parameters = scoped(model.parameters(), options.scope)
+    origin = base_hash(model.original())
+    told: dict[str, Any] = {"warnings": []}
+    mode = "soft" if options.method == "salun-soft" else options.mask if options.mask in MASKS else "file"
+    if mode == "file":
+        mask = _mask_from_file(model, parameters, options, origin)
+    elif mode in ("soft", "full"):
+        mask = Mask.full(parameters)
+    elif mode == "random":
+        mask = Mask.random(parameters, options.density, options.seed)
+    else:
+        selection = _salient(model, data, plan, parameters, progress)
+        told = {
+            "threshold": selection.threshold,
+            "zeros": selection.zeros,
+            "ties": selection.ties,
+            "warnings": selection.warnings(),
+        }
+        mask = Mask.from_selection(selection, parameters)
+        if mode == "shuffled":
+            mask = mask.shuffled(options.seed)
+    if mode != "file":
+        metadata = {
+            "method": mode,
+            "density": str(options.density),
+            "scope": options.scope,
+            "base_hash": origin,
+            "concept": plan.concept.name,
+            "seed": str(options.seed),
+            "salun_version": __version__,
+        }
+        mask = Mask(mask.bits, mask.shapes, metadata)
+    return mask, {"mode": mode, "density": mask.density, "selected": mask.selected, "total": mask.total, **told}
+
+
+def _mask_from_file(
+    model: Model, parameters: Mapping[str, Parameter], options: EraseOptions, origin: str
+) -> Mask:
+    mask = Mask.load(options.mask)
+    scope = mask.metadata.get("scope", "full")
+    if scope != options.scope:
+        raise MaskError(f"the mask {options.mask} was made with --scope {scope}: give that, or make another")
+    mask.validate(parameters, model.name)
+    if mask.metadata.get("base_hash", origin) != origin:
+        raise MaskError(
+            f"the mask {options.mask} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "
+            f"this model's {origin[:12]}…): make one with `salun mask --model {model.name}`"
+        )
+    return mask
+
+
+def _salient(
+    model: Model, data: ErasureData, plan: Plan, parameters: Mapping[str, Parameter], progress: Progress
+) -> Selection:
+    k = entries(sum(p.numel() for p in parameters.values()), plan.options.density)
+    passes = plan.saliency_timesteps
+    losses = saliency_losses(model, data, plan.guidance, plan.batch_size, passes, plan.options.seed)
+    total = passes * -(-len(data.forget) // plan.batch_size)
+    return select_largest(scores_from_losses(parameters, losses, progress, total), k)
+
+
+def train(model: Model, mask: Mask, data: ErasureData, plan: Plan, progress: Progress) -> Trained:
+    """Masked fine-tuning. Frozen targets are computed for all steps beforehand, so that no second UNet is held."""
+    options = plan.options
+    frozen = {}
+    for step in range(plan.steps if plan.needs_frozen else 0):
+        sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step)
+        frozen[step] = frozen_predictions(model, sample).cpu()
+        progress(Event("frozen targets", step + 1, plan.steps))
+
+    def losses(step: int) -> Any:
+        sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step)
+        held = frozen[step].to(model.device) if frozen else None
+        return training_losses(model, sample, held, plan.target, plan.retain_target)
+
+    soft = options.density if options.method == "salun-soft" else None
+    settings = TrainingSettings(plan.steps, plan.lr, plan.retain_weight, soft)
+    return fine_tune(scoped(model.parameters(), options.scope), mask, losses, settings, progress, model.original())
+
+
+def _full(trained: Trained, mask: Mask) -> dict[str, Any]:
+    """Of masters for every entry, those the mask selects."""
+    return {name: m[mask.dense(name).view(-1).to(m.device)] for name, m in trained.masters.items() if mask.bits[name].any()}

@@ -1,0 +1,52 @@
+"""`salun eval`: a thorough, fresh look at a finished run, from its folder alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from salun.diffusion.concepts import Concept
+from salun.diffusion.models import load
+from salun.diffusion.observe import compare, observe, questions
+from salun.diffusion.plan import make_plan
+from salun.errors import DataError
+from salun.formats.delta import Delta
+from salun.options import EraseOptions, from_mapping
+from salun.progress import Progress, silent
+
+
+def evaluate_run(folder: Path, n: int, seed: int, device: str = "auto", progress: Progress = silent) -> dict[str, Any]:
+    """The metrics of `compare` over n forget and n retain pictures; also written to `eval.json` in the folder.
+
+    The folder must hold `run.json` and a delta. Raises DataError if it does not, ModelError if the model is another.
+    """
+    record = read_run(folder)
+    named = [entry["path"] for entry in record["outputs"] if entry["kind"] == "delta"]
+    candidates = [folder / name for name in named if (folder / name).is_file()]
+    if not candidates:
+        raise DataError(f"{folder} holds no delta: run `salun erase` without --output, or with one in .salun.safetensors")
+    options = dict(record["options"])
+    model = load(str(options.pop("model")), device, str(options.get("dtype", "auto")))
+    concept = str(options.pop("concept")[0])
+    plan = make_plan(model.settings, model.name, Concept(concept), from_mapping(EraseOptions, options, str(folder)))
+    asked = questions(plan, n, seed)
+    before = observe(model, asked, progress, "pictures before")
+    model.load(Delta.load(candidates[0]).apply(dict(model.original())))
+    after = observe(model, asked, progress, "pictures after")
+    metrics = compare(model, plan, asked, before, after)
+    (folder / "eval.json").write_text(json.dumps({"n": n, "seed": seed, **metrics}, indent=1) + "\n", encoding="utf-8")
+    return metrics
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """`run.json` of a finished run. Raises DataError if there is none."""
+    try:
+        record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if record["schema"] != 1 or not isinstance(record["options"]["model"], str):
+            raise KeyError("schema")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is no run folder of salun erase (its run.json cannot be read: {error!r})") from error
+    if record["status"] != "done":
+        raise DataError(f"the run in {folder} is {record['status']}, not done: there is nothing to judge yet")
+    return record

@@ -1,0 +1,131 @@
+"""The three losses of SalUn for diffusion models: saliency, forget, retain. All draws are fixed by seed and step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from salun.diffusion.denoiser import Conditioning, Denoiser, add_noise, training_target
+from salun.training import step_generator
+
+EMPTY_SHARE = 0.1  # of the retain samples are held under the empty prompt, as classifier-free guidance was trained
+
+
+@dataclass(frozen=True)
+class ErasureData:
+    """Latents and encoded prompts of one erasure, all on the model's device.
+
+    forget_latents, anchor_latents: float32 (n, c, h, w), scaled by the VAE's factor, sampled under forget prompt i and
+    anchor prompt i. forget, anchor: their conditionings, (n,) each. retain_latents (m, …) and retain (m,) likewise.
+    empty: the empty prompt, (1,).
+    """
+
+    forget_latents: Tensor
+    anchor_latents: Tensor
+    retain_latents: Tensor
+    forget: Conditioning
+    anchor: Conditioning
+    retain: Conditioning
+    empty: Conditioning
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one training step looks at: 2·b samples, the first b to forget and the rest to retain.
+
+    x_0, noise: (2b, c, h, w); t: (2b,); prompts: what the trained model is asked; targets: what the frozen model would be
+    asked (the anchor for forget samples, the same prompt for retain samples).
+    """
+
+    x_0: Tensor
+    noise: Tensor
+    t: Tensor
+    prompts: Conditioning
+    targets: Conditioning
+
+
+def saliency_losses(
+    denoiser: Denoiser, data: ErasureData, guidance: float, batch_size: int, passes: int, seed: int
+) -> Iterator[tuple[Tensor, int]]:
+    """−MSE(target, (1+w)·ε(x_t, c_f) − w·ε(x_t, ∅)) over the forget set, `passes` times, t uniform (SalUn eq. 5).
+
+    Yields (mean loss, samples). Guidance is inside the loss, so the empty prompt's pass carries gradients too; both
+    passes share one batch.
+    """
+    n = len(data.forget)
+    for index in range(passes * -(-n // batch_size)):
+        generator = step_generator(seed, -1 - index)
+        start = index % -(-n // batch_size) * batch_size
+        x_0 = data.forget_latents[start : start + batch_size]
+        k = len(x_0)
+        t, noise = _noise(denoiser, x_0, generator)
+        both = Conditioning.cat([data.forget[start : start + k], data.empty.expand(k)])
+        x_t = add_noise(denoiser, x_0, noise, t)
+        conditional, empty = denoiser.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        guided = (1 + guidance) * conditional - guidance * empty
+        yield -F.mse_loss(guided, training_target(denoiser, x_0, noise, t)), k
+
+
+def draw(denoiser: Denoiser, data: ErasureData, batch_size: int, anchor_share: float, seed: int, step: int) -> Draw:
+    """The samples of a training step. `anchor_share` of the forget latents come from the anchor's own samples.
+
+    (The paper takes all of them from forget samples. But once the early steps of sampling go the anchor's way, the
+    later ones meet states that such training never saw; mixing in the anchor's mends that.)
+    """
+    generator = step_generator(seed, step)
+    device = data.forget_latents.device
+    pick = torch.randint(len(data.forget), (batch_size,), generator=generator)
+    from_anchor = torch.rand(batch_size, generator=generator) < anchor_share
+    keep = torch.randint(len(data.retain), (batch_size,), generator=generator)
+    emptied = torch.rand(batch_size, generator=generator) < EMPTY_SHARE
+    pick, from_anchor, keep, emptied = (v.to(device) for v in (pick, from_anchor, keep, emptied))
+    forget_x = torch.where(from_anchor.view(-1, 1, 1, 1), data.anchor_latents[pick], data.forget_latents[pick])
+    x_0 = torch.cat([forget_x, data.retain_latents[keep]])
+    t, noise = _noise(denoiser, x_0, generator)
+    kept = Conditioning.cat([data.retain, data.empty])[torch.where(emptied, len(data.retain), keep)]
+    return Draw(
+        x_0, noise, t, Conditioning.cat([data.forget[pick], kept]), Conditioning.cat([data.anchor[pick], kept])
+    )
+
+
+def training_losses(
+    denoiser: Denoiser, sample: Draw, frozen: Tensor | None, target: str, retain_target: str
+) -> tuple[Tensor, Tensor]:
+    """(forget, retain) losses of one step.
+
+    forget: MSE(ε_θ(x_t, c_f), target) with the anchor's prediction on the same x_t, t and noise, of the frozen model or
+    of the one being trained (`online`), never with a graph. retain: MSE(ε_θ(x_t, c_r), the frozen model's prediction
+    or the noise). frozen: the original model's predictions on this draw (2b, c, h, w), where a target needs them.
+    """
+    half = len(sample.x_0) // 2
+    x_t = add_noise(denoiser, sample.x_0, sample.noise, sample.t)
+    if target == "online":
+        with torch.no_grad():
+            wanted = denoiser.predict(x_t[:half], sample.t[:half], sample.targets[slice(0, half)])
+    else:
+        assert frozen is not None
+        wanted = frozen[:half]
+    if retain_target == "noise":
+        held = training_target(denoiser, sample.x_0, sample.noise, sample.t)[half:]
+    else:
+        assert frozen is not None
+        held = frozen[half:]
+    predicted = denoiser.predict(x_t, sample.t, sample.prompts)
+    return F.mse_loss(predicted[:half], wanted), F.mse_loss(predicted[half:], held)
+
+
+@torch.no_grad()
+def frozen_predictions(denoiser: Denoiser, sample: Draw) -> Tensor:
+    """The original model's predictions on a draw, under the target prompts; call before training changes it."""
+    return denoiser.predict(add_noise(denoiser, sample.x_0, sample.noise, sample.t), sample.t, sample.targets)
+
+
+def _noise(denoiser: Denoiser, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """t uniform over the training timesteps (n,), and ε like x_0."""
+    t = torch.randint(len(denoiser.alphas_cumprod), (len(x_0),), generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator)
+    return t.to(x_0.device), noise.to(x_0.device)

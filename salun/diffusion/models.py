@@ -1,0 +1,386 @@
+"""Finding and loading a Stable Diffusion model: alias, hub id or diffusers folder → `Model`.
+
+`Model` is the diffusers side of the `Denoiser` protocol. Parts are loaded one by one from the folder, so that no
+pipeline's safety checker or feature extractor is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from salun.device import pick_device, pick_dtype
+from salun.diffusion.denoiser import Conditioning
+from salun.diffusion.vocabulary import Vocabulary
+from salun.errors import ConfigError, ModelError
+from salun.formats import tensorfile
+from salun.options import DeviceOptions, Recipe, Sampling, from_mapping
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+SETTINGS = "salun.yaml"
+
+
+@cache
+def aliases() -> dict[str, Any]:
+    """The alias table: `default`, `models` (alias → where it lies) and `families` (recipes and sampling defaults)."""
+    table: dict[str, Any] = yaml.safe_load((ASSETS / "models.yaml").read_text(encoding="utf-8"))
+    return table
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is known of a model beyond its weights, from `salun.yaml` beside it or from its family.
+
+    recipe, paper_recipe: the numbers behind `auto`. detector: folder of the classifier that reads its pictures.
+    """
+
+    sampling: Sampling
+    recipe: Recipe
+    paper_recipe: Recipe | None
+    vocabulary: Vocabulary | None
+    detector: Path | None
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded model. Fulfils `Denoiser`.
+
+    name: as the user gave it. folder: the diffusers folder it came from. family: "sd" or "sdxl".
+    unet_files: the UNet's weight files. The live UNet may be changed by an erasure; `original` is what the files hold.
+    """
+
+    name: str
+    folder: Path
+    family: str
+    settings: ModelSettings
+    unet: Any
+    vae: Any
+    text_encoders: list[Any]
+    tokenizers: list[Any]
+    scheduler_config: dict[str, Any]
+    unet_files: list[Path]
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.prediction_type = str(self.scheduler_config.get("prediction_type", "epsilon"))
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ModelError(f"{self.name} predicts {self.prediction_type!r}; salun handles epsilon and v_prediction")
+        self.alphas_cumprod = alphas_cumprod(self.scheduler_config, self.name)
+        self.latent_channels = int(self.unet.config.in_channels)
+        self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    # -- Denoiser -------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.unet.named_parameters())
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        parts = [self._encode(list(prompts[i : i + 64])) for i in range(0, len(prompts), 64)]
+        return Conditioning.cat(parts)
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            ids = tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(self.device)
+            if self.family == "sdxl":  # penultimate layers side by side; pooled text of the last encoder
+                output = encoder(ids, output_hidden_states=True)
+                hidden.append(output.hidden_states[-2])
+                pooled = output[0]
+            else:
+                hidden.append(encoder(ids).last_hidden_state)
+        joined = torch.cat(hidden, dim=-1).to(self.dtype)
+        if self.family != "sdxl":
+            return Conditioning(joined)
+        assert pooled is not None
+        side = self.settings.sampling.resolution
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.dtype, device=self.device)
+        extra = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes.expand(len(prompts), -1)}
+        return Conditioning(joined, extra)
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        output: Tensor = self.unet(
+            x_t.to(self.dtype), t, conditioning.hidden, added_cond_kwargs=dict(conditioning.extra) or None
+        ).sample
+        return output.float()
+
+    # -- pictures -------------------------------------------------------------------------------------------------
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent at the sampling resolution."""
+        side = self.settings.sampling.resolution // self.vae_scale
+        return self.latent_channels, side, side
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (n, c, h, w), scaled → uint8 pictures (n, H, W, 3)."""
+        z = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+        x = self.vae.decode(z.to(self.vae.device, self.vae.dtype)).sample.float()
+        pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        array: np.ndarray = pictures.cpu().numpy()
+        return array
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def original(self) -> Mapping[str, Tensor]:
+        """The UNet's tensors as its files hold them, read one at a time."""
+        return _Files(self.unet_files)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Within, the live UNet may be trained; afterwards it holds the files' weights again."""
+        self.unet.eval().requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.load(self.original())
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the live UNet, by name."""
+        named = dict(self.unet.named_parameters())
+        for name in tensors:
+            named[name].copy_(tensors[name])
+
+
+class _Files(Mapping[str, Tensor]):
+    """Tensors of safetensors files by name, each read when asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._where = {name: file for file in files for name in tensorfile.read_header(file).names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return next(tensor for _, tensor in tensorfile.tensors(self._where[name], [name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
+    """ᾱ_t, float32 (T,), from a diffusers scheduler config. Raises ModelError for a schedule salun does not know."""
+    steps = int(config.get("num_train_timesteps", 1000))
+    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    kind = config.get("beta_schedule", "linear")
+    if kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    elif kind == "linear":
+        betas = torch.linspace(start, end, steps, dtype=torch.float32)
+    else:
+        raise ModelError(f"{name} has the noise schedule {kind!r}; salun handles linear and scaled_linear")
+    alphas = torch.cumprod(1 - betas, 0)
+    if config.get("rescale_betas_zero_snr"):  # Lin et al. 2024, algorithm 1
+        root = alphas.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alphas = root**2
+    return alphas
+
+
+def find(name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model and its entry in the alias table (empty for others). Downloads from the hub if need be."""
+    table = aliases()["models"]
+    entry = dict(table.get(name, {}))
+    if "path" in entry:
+        return ASSETS / entry["path"], entry
+    if not entry and (Path(name).exists() or name.endswith((".safetensors", ".ckpt")) or name.startswith((".", "/", "~"))):
+        folder = Path(name).expanduser()
+        if not folder.exists():
+            raise ModelError(f"there is no {folder}: give a diffusers folder, a hub id, or one of {', '.join(table)}")
+        if folder.is_file():
+            raise ModelError(f"{folder} is a single file; this version reads diffusers folders and hub ids")
+        return folder, entry
+    if not entry and name.count("/") != 1:
+        import difflib
+
+        near = difflib.get_close_matches(name, table, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ModelError(f"no model {name!r}{hint}: use {', '.join(table)}, a hub id (owner/name), or a diffusers folder")
+    return _download(entry.get("repo", name), entry.get("variant")), entry
+
+
+def _download(repo: str, variant: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    suffix = f".{variant}.safetensors" if variant else ".safetensors"
+    weights = [f"{part}/*{suffix}" for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    patterns = ["model_index.json", SETTINGS, "*/*.json", "*/merges.txt", *weights]
+    arguments: dict[str, Any] = {"allow_patterns": patterns}
+    try:
+        return Path(snapshot_download(repo, local_files_only=True, **arguments))
+    except (OSError, ValueError):  # not in the local cache, or not whole
+        pass
+    try:
+        return Path(snapshot_download(repo, **arguments))
+    except Exception as error:  # the hub's client raises many kinds; all of them mean that the model is not here
+        raise ModelError(
+            f"{repo} is not on this machine and could not be fetched ({type(error).__name__}): "
+            "connect to the internet, log in with `hf auth login` if it is gated, or give a diffusers folder"
+        ) from error
+
+
+def read_settings(folder: Path, family: str, entry: Mapping[str, Any]) -> ModelSettings:
+    """Settings of a model: `salun.yaml` in its folder over the alias entry over the family's."""
+    path = folder / SETTINGS
+    own: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+    shared = aliases()["families"].get(entry.get("family", family), {})
+
+    def merged(key: str) -> dict[str, Any]:
+        return {**shared.get(key, {}), **entry.get(key, {}), **own.get(key, {})}
+
+    paper = {**shared.get("recipe", {}), **shared.get("recipe_paper", {}), **own.get("recipe_paper", {})}
+    detector = own.get("detector")
+    if detector is not None and (Path(detector).is_absolute() or ".." in Path(detector).parts):
+        raise ModelError(f"{path}: detector must be a folder inside the model's own")
+    return ModelSettings(
+        sampling=from_mapping(Sampling, merged("sampling"), str(path)),
+        recipe=from_mapping(Recipe, merged("recipe"), str(path)),
+        paper_recipe=from_mapping(Recipe, {**merged("recipe"), **paper}, str(path)) if paper else None,
+        vocabulary=Vocabulary.from_mapping(own["vocabulary"], str(path)) if "vocabulary" in own else None,
+        detector=folder / detector if detector else None,
+    )
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model's folder, read without loading weights."""
+
+    folder: Path
+    family: str
+    pipeline: str
+    settings: ModelSettings
+    unet_files: list[Path]
+    scheduler_config: dict[str, Any]
+
+
+def describe(name: str) -> Description:
+    """Find a model and read what its folder says of it. Raises ModelError for what salun cannot handle."""
+    folder, entry = find(name)
+    index = _json(folder / "model_index.json", name)
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in PIPELINES:
+        raise ModelError(f"{name} is a {pipeline}; salun handles {' and '.join(PIPELINES)}")
+    family = PIPELINES[pipeline]
+    unet = _json(folder / "unet" / "config.json", name)
+    if int(unet.get("in_channels", 4)) != int(unet.get("out_channels", 4)):
+        raise ModelError(f"{name} has a UNet with {unet['in_channels']} input channels (inpainting?): not handled")
+    guess = "sdxl" if family == "sdxl" else ("sd1" if unet.get("cross_attention_dim", 768) <= 768 else "sd2")
+    settings = read_settings(folder, guess, entry)
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json", name)
+    return Description(folder, family, pipeline, settings, _weight_files(folder / "unet", name), scheduler)
+
+
+def load(name: str, device: str = "auto", dtype: str = "auto") -> Model:
+    """Load a model: an alias (`salun models`), a hub id, or a diffusers folder.
+
+    device and dtype as in `DeviceOptions`. Raises ModelError saying what to do if it is missing or of another kind.
+    """
+    DeviceOptions(device=device, dtype=dtype)
+    found = describe(name)
+    where = pick_device(device)
+    precision = pick_dtype(dtype, where)
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.utils import logging as diffusers_logging
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    diffusers_logging.set_verbosity_error()
+    folder = found.folder
+    variant = "fp16" if found.unet_files[0].name.endswith(".fp16.safetensors") else None
+    try:
+        keywords: dict[str, Any] = {"torch_dtype": precision, "use_safetensors": True, "variant": variant}
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **keywords)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", **{**keywords, "torch_dtype": torch.float32})
+        text: dict[str, Any] = {"dtype": precision, "use_safetensors": True, "variant": variant}
+        parts = ["", "_2"] if found.family == "sdxl" else [""]
+        encoders = []
+        for part in parts:
+            kind = CLIPTextModelWithProjection if part else CLIPTextModel
+            encoders.append(kind.from_pretrained(folder / f"text_encoder{part}", **text))
+        tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}") for part in parts]
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{name} could not be loaded from {folder}: {first}") from error
+    for module in (unet, vae, *encoders):
+        module.eval().requires_grad_(False).to(where)
+    bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
+    if bad is not None:
+        raise ModelError(f"{name}: the weight {bad} holds NaN or infinity, so nothing can be computed with it")
+    return Model(
+        name=name,
+        folder=folder,
+        family=found.family,
+        settings=found.settings,
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=tokenizers,
+        scheduler_config=found.scheduler_config,
+        unet_files=found.unet_files,
+        device=where,
+        dtype=precision,
+    )
+
+
+def scoped(parameters: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:
+    """The parameters of a scope, in ESD's words: full; xattn (attn2); selfattn (attn1); noxattn (all but cross-attention,
+    the time embedding and the output layers, as ESD leaves them out)."""
+    tests = {
+        "full": lambda n: True,
+        "xattn": lambda n: ".attn2." in n,
+        "selfattn": lambda n: ".attn1." in n,
+        "noxattn": lambda n: ".attn2." not in n and not n.startswith(("time_embedding.", "conv_norm_out.", "conv_out.")),
+    }
+    chosen = {name: p for name, p in parameters.items() if tests[scope](name)}
+    if not chosen:
+        raise ConfigError(f"--scope {scope} names no parameter of this model")
+    return chosen
+
+
+def _weight_files(unet: Path, name: str) -> list[Path]:
+    for stem in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
+        single = unet / f"{stem}.safetensors"
+        if single.is_file():
+            return [single]
+    index = next(iter(sorted(unet.glob("diffusion_pytorch_model*.safetensors.index*.json"))), None)
+    if index is not None:
+        files = sorted(set(_json(index, name).get("weight_map", {}).values()))
+        if files and all(Path(f).name == f and (unet / f).is_file() for f in files):
+            return [unet / f for f in files]
+    raise ModelError(f"{name} has no safetensors weights in {unet}: pickled weights are not read; convert them first")
+
+
+def _json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{name} is no diffusers model: {path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} is damaged: expected a JSON object")
+    return data

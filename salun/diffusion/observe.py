@@ -1,0 +1,146 @@
+"""What a model shows and says on held-out prompts: looked at before and after, compared once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from salun.diffusion.denoiser import add_noise
+from salun.diffusion.latents import item_seed, sample_pictures
+from salun.diffusion.models import Model
+from salun.diffusion.plan import Plan, spread
+from salun.diffusion.vocabulary import Prompt
+from salun.evaluation import erasure
+from salun.evaluation.detector import AttributeClassifier, load_detector
+from salun.progress import Progress, silent
+from salun.training import step_generator
+
+PROBES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Pictures of the evaluation prompts, uint8 (n, H, W, 3) each, and the network's answers to the probes.
+
+    forget_answer, anchor_answer, retain_answer: float32 (PROBES, c, h, w), predictions on the same noisy latents under
+    the forget, anchor and retain prompts.
+    """
+
+    forget: np.ndarray
+    retain: np.ndarray
+    forget_answer: Tensor
+    anchor_answer: Tensor
+    retain_answer: Tensor
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The evaluation prompts of a run, in order; pictures i of both sides come from the same seeds before and after."""
+
+    forget: list[Prompt]
+    anchor: list[str]
+    retain: list[Prompt]
+    forget_seeds: list[int]
+    retain_seeds: list[int]
+
+
+def questions(plan: Plan, n: int, seed: int) -> Questions:
+    """n forget and n retain questions, spread evenly over the held-out prompts."""
+    prompts = plan.prompts
+    ask = spread(n, len(prompts.eval_forget), seed)
+    keep = spread(n, len(prompts.eval_retain), seed + 1)
+    return Questions(
+        [prompts.eval_forget[i] for i in ask],
+        [prompts.eval_anchor[i] for i in ask],
+        [prompts.eval_retain[i] for i in keep],
+        [item_seed(seed, "eval", 2 * i) for i in range(n)],
+        [item_seed(seed, "eval", 2 * i + 1) for i in range(n)],
+    )
+
+
+def observe(model: Model, asked: Questions, progress: Progress = silent, stage: str = "evaluating") -> Observation:
+    """Look at the model as it is now."""
+    texts = [p.text for p in asked.forget] + [p.text for p in asked.retain]
+    pictures = sample_pictures(model, texts, asked.forget_seeds + asked.retain_seeds, progress, stage)
+    n = len(asked.forget)
+    return Observation(
+        pictures[:n],
+        pictures[n:],
+        _answers(model, [p.text for p in asked.forget]),
+        _answers(model, asked.anchor),
+        _answers(model, [p.text for p in asked.retain]),
+    )
+
+
+@torch.no_grad()
+def _answers(model: Model, texts: list[str]) -> Tensor:
+    """Predictions on noise latents at t spread over the upper half of the schedule, where a prompt decides most."""
+    steps = len(model.alphas_cumprod)
+    texts = [texts[i % len(texts)] for i in range(PROBES)] if texts else []
+    answers = []
+    for start in range(0, len(texts), 8):
+        part = texts[start : start + 8]
+        noise = torch.randn(len(part), *model.latent_shape, generator=step_generator(1, start)).to(model.device)
+        t = torch.linspace(steps // 2, steps - 1, PROBES)[start : start + len(part)].long().to(model.device)
+        x_t = add_noise(model, torch.zeros_like(noise), noise, t)
+        answers.append(model.predict(x_t, t, model.encode(part)))
+    return torch.cat(answers).cpu() if answers else torch.empty(0)
+
+
+def compare(model: Model, plan: Plan, asked: Questions, before: Observation, after: Observation) -> dict[str, Any]:
+    """The metrics of a run: the detector's where the model has one for this concept, and the model's own change.
+
+    A figure that cannot be computed is None, with a `reason`.
+    """
+    own = own_change(before, after)
+    detector_folder, prompts = model.settings.detector, plan.prompts
+    if not asked.forget:
+        reason = "no evaluation pictures were asked for"
+    elif detector_folder is None or prompts.attribute is None or prompts.value is None:
+        reason = f"no detector for {plan.concept.name!r} comes with {model.name}: look at the pictures"
+    else:
+        detector = load_detector(detector_folder, model.device)
+        values = detector.attributes.get(prompts.attribute, [])
+        return {**judge_pictures(detector, plan, asked, before, after, values), **own}
+    empty: dict[str, Any] = dict.fromkeys(("ua", "ra_before", "ra_after", "per_class"))
+    return {**empty, "reason": reason, **own}
+
+
+def judge_pictures(
+    detector: AttributeClassifier,
+    plan: Plan,
+    asked: Questions,
+    before: Observation,
+    after: Observation,
+    values: list[str],
+) -> dict[str, Any]:
+    """The detector's figures."""
+    prompts = plan.prompts
+    assert prompts.attribute is not None and prompts.value is not None
+    wanted = erasure.Asked(
+        erasure.labels_of(detector, asked.forget),
+        erasure.labels_of(detector, asked.retain),
+        prompts.attribute,
+        values.index(prompts.value),
+        values.index(prompts.anchor_value) if prompts.anchor_value is not None else None,
+    )
+    sides = [erasure.Sides(detector.read(side.forget), detector.read(side.retain)) for side in (before, after)]
+    return erasure.judge(detector, wanted, sides[0], sides[1])
+
+
+def own_change(before: Observation, after: Observation) -> dict[str, Any]:
+    """How the predictions moved, which needs no detector.
+
+    anchor_gap: ‖ε_u(c_f) − ε_o(c_a)‖² / ‖ε_o(c_f) − ε_o(c_a)‖², 1 where nothing happened, 0 where the unlearned model
+    answers the forget prompts as the original answers the anchor. retain_change: ‖ε_u(c_r) − ε_o(c_r)‖² / ‖ε_o(c_r)‖².
+    """
+    if not len(before.forget_answer):
+        return {"anchor_gap": None, "retain_change": None}
+    apart = (before.forget_answer - before.anchor_answer).square().sum()
+    left = (after.forget_answer - before.anchor_answer).square().sum()
+    moved = (after.retain_answer - before.retain_answer).square().sum() / before.retain_answer.square().sum()
+    return {"anchor_gap": float(left / apart) if apart > 0 else None, "retain_change": float(moved)}

@@ -1,0 +1,117 @@
+"""From what the user said to what will be done: words become prompts, `auto` becomes numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from salun.diffusion.concepts import Concept, Prompts, prompts_of, resolve
+from salun.diffusion.models import ModelSettings
+from salun.errors import ConfigError
+from salun.options import EraseOptions, Recipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One erasure, decided. options: without any `None`. notes: lines for the user."""
+
+    concept: Concept
+    prompts: Prompts
+    options: EraseOptions
+    saliency_timesteps: int
+    notes: list[str]
+
+    # `auto` is gone from the options below; these say so to the type checker
+    @property
+    def steps(self) -> int:
+        return _known(self.options.steps)
+
+    @property
+    def batch_size(self) -> int:
+        return _known(self.options.batch_size)
+
+    @property
+    def lr(self) -> float:
+        return _known(self.options.lr)
+
+    @property
+    def retain_weight(self) -> float:
+        return _known(self.options.retain_weight)
+
+    @property
+    def guidance(self) -> float:
+        return _known(self.options.guidance)
+
+    @property
+    def anchor_share(self) -> float:
+        return _known(self.options.anchor_share)
+
+    @property
+    def target(self) -> str:
+        return _known(self.options.target)
+
+    @property
+    def retain_target(self) -> str:
+        return _known(self.options.retain_target)
+
+    @property
+    def forget_latents(self) -> int:
+        return _known(self.options.forget_latents)
+
+    @property
+    def retain_latents(self) -> int:
+        return _known(self.options.retain_latents)
+
+    @property
+    def eval_images(self) -> int:
+        return _known(self.options.eval_images)
+
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether any loss needs the original model's predictions."""
+        return "frozen" in (self.target, self.retain_target)
+
+
+def make_plan(settings: ModelSettings, model: str, concept: Concept, options: EraseOptions) -> Plan:
+    """Fill a concept's words and the options' numbers in from the model's own settings.
+
+    Raises ConfigError for a concept the model does not know, or a recipe it does not have.
+    """
+    concept = replace(concept, retain=(*concept.retain, *options.retain_prompts))
+    if options.anchor is not None:
+        concept = replace(concept, anchor=options.anchor)
+    filled, notes = resolve(concept, settings.vocabulary, model)
+    recipe = settings.recipe
+    if options.recipe == "paper":
+        if settings.paper_recipe is None:
+            raise ConfigError(f"--recipe paper: the paper says nothing of a model like {model}; use the default recipe")
+        recipe = settings.paper_recipe
+    numbers = {
+        item.name: getattr(recipe, item.name)
+        for item in dataclasses.fields(Recipe)
+        if hasattr(options, item.name) and getattr(options, item.name) is None
+    }
+    return Plan(
+        concept=filled,
+        prompts=prompts_of(filled, settings.vocabulary),
+        options=replace(options, anchor=filled.anchor or "", **numbers),
+        saliency_timesteps=recipe.saliency_timesteps,
+        notes=notes,
+    )
+
+
+def spread(n: int, available: int, seed: int) -> list[int]:
+    """n indices out of `available`, each used equally often (±1), in an order fixed by the seed."""
+    rng = np.random.default_rng(seed)
+    rounds = [rng.permutation(available) for _ in range(-(-n // available))]
+    return [int(i) for i in np.concatenate(rounds)[:n]]
+
+
+def _known(value: T | None) -> T:
+    assert value is not None
+    return value

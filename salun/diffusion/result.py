@@ -1,0 +1,148 @@
+"""What an erasure leaves: the `Run` in memory, and its folder on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from salun.diffusion.models import Model
+from salun.diffusion.observe import Observation, Questions
+from salun.diffusion.output import write_output
+from salun.diffusion.plan import Plan
+from salun.formats.delta import Delta
+from salun.mask import Mask
+from salun.progress import Event, Progress, silent
+from salun.report import page, picture
+from salun.run_record import RunRecord, peak_memory
+
+GRID = 8  # prompts of each kind in the before/after picture
+
+
+@dataclass(eq=False)
+class Run:
+    """A finished erasure.
+
+    erased: the UNet tensors that changed, in the checkpoint's dtype. history: (step, forget loss, retain loss).
+    metrics: as in `run.json`. record.data: the whole of `run.json`.
+    """
+
+    model: Model
+    plan: Plan
+    mask: Mask
+    erased: dict[str, Tensor]
+    history: list[tuple[int, float, float]]
+    metrics: dict[str, Any]
+    asked: Questions
+    before: Observation
+    after: Observation
+    record: RunRecord
+
+    @cached_property
+    def delta(self) -> Delta:
+        """The sparse, undoable difference between the model's UNet and the erased one."""
+        original = dict(self.model.original())
+        return Delta.between(original, {**original, **self.erased}, self._notes())
+
+    @cached_property
+    def report(self) -> page.Report:
+        """The report as one self-contained HTML page."""
+        counts = self.mask.counts()
+        layers = {name: (counts[name], int(np.prod(shape, dtype=np.int64))) for name, shape in self.mask.shapes.items()}
+        forget, retain = self.grids()
+        return page.Report(
+            page.render(
+                {**self.record.data, "status": "done", "peak_memory": peak_memory()},
+                picture.png_bytes(forget) if forget is not None else None,
+                picture.png_bytes(retain) if retain is not None else None,
+                layers,
+                self.plan.concept.sensitive,
+            )
+        )
+
+    def grids(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Before/after pictures of forget prompts and of retain prompts; forget pictures blurred if sensitive."""
+        k = min(GRID, len(self.asked.forget))
+        if not k:
+            return None, None
+        texts = [p.text for p in self.asked.forget[:k]], [p.text for p in self.asked.retain[:k]]
+        blur = self.plan.concept.sensitive
+        return (
+            picture.grid(self.before.forget[:k], self.after.forget[:k], texts[0], blur=blur),
+            picture.grid(self.before.retain[:k], self.after.retain[:k], texts[1]),
+        )
+
+    def save(self, target: str | Path, force: bool = False) -> None:
+        """Write the erased model or its delta; the name chooses the format (see `write_output`)."""
+        from salun.diffusion.output import check_output
+
+        check_output(str(target), force)
+        write_output(str(target), self.model, self.erased, self.delta, self._notes())
+
+    def apply(self) -> None:
+        """Put the erased weights into the loaded model, to sample from it; `undo` takes them out again."""
+        self.model.load(self.erased)
+
+    def undo(self) -> None:
+        """Put the model's own weights back."""
+        original = self.model.original()
+        self.model.load({name: original[name] for name in self.erased})
+
+    def _notes(self) -> dict[str, str]:
+        options = self.plan.options
+        return {
+            "salun.concept": self.plan.concept.name,
+            "salun.anchor": self.plan.concept.anchor or "",
+            "salun.model": self.model.name,
+            "salun.mask": str(self.record.data["mask"]["mode"]),
+            "salun.density": str(options.density),
+            "salun.seed": str(options.seed),
+            "salun.version": str(self.record.data["versions"].get("salun", "")),
+        }
+
+
+def write_run(run: Run, outputs: list[str] | None, progress: Progress = silent) -> None:
+    """Fill the record in, write the outputs and, where the run has a folder, everything that belongs into it."""
+    record, folder = run.record, run.record.folder
+    concept = run.plan.concept
+    record.data["concepts"] = [
+        {
+            "name": concept.name,
+            "anchor": concept.anchor,
+            "kind": concept.kind,
+            "sensitive": concept.sensitive,
+            "notes": run.plan.notes,
+        }
+    ]
+    record.data["losses"] = [list(entry) for entry in run.history]
+    record.data["metrics"] = run.metrics
+    if run.plan.options.method == "salun-soft":
+        record.data["mask"].update(selected=run.mask.selected, density=run.mask.density)
+    for file in run.model.unet_files:
+        record.note_file("inputs", "unet", file, f"unet/{file.name}")
+    targets = {target: target for target in outputs or []}
+    if folder is not None and not targets:
+        targets = {str(folder / "model") + "/": "model/", str(folder / "delta.salun.safetensors"): "delta.salun.safetensors"}
+    with record.stage("saving"):
+        for i, (target, shown) in enumerate(targets.items(), 1):
+            progress(Event("saving", i, len(targets), message=shown))
+            kind = write_output(target, run.model, run.erased, run.delta, run._notes())
+            files = (
+                [Path(target) / "unet" / file.name for file in run.model.unet_files] if kind == "folder" else [Path(target)]
+            )
+            for file in files:
+                inner = f"{shown}unet/{file.name}" if kind == "folder" else shown
+                record.note_file("outputs", kind, file, inner if not Path(inner).is_absolute() else file.name)
+        if folder is not None:
+            run.mask.save(folder / "mask.safetensors")
+            record.note_file("outputs", "mask", folder / "mask.safetensors", "mask.safetensors")
+            forget, retain = run.grids()
+            if forget is not None and retain is not None:
+                joined = picture.stack(forget, retain)
+                (folder / "before_after.png").write_bytes(picture.png_bytes(joined))
+    if folder is not None:
+        run.report.save(folder / "report.html")

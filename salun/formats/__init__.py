@@ -1,0 +1,1 @@
+"""Files: safetensors read lazily and written deterministically, hashes of models, sparse deltas."""

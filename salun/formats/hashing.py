@@ -1,0 +1,40 @@
+"""The base hash: which model is this? It depends on the UNet's tensors alone, not on the file that holds them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from salun.formats.tensorfile import NAMES, raw_bytes
+
+
+def base_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256, in hex, over the tensors sorted by name. Each is fed as "name\\0dtype\\0d0,d1,…\\0" in UTF-8 and its bytes.
+
+    dtype in safetensors' words (F16, …). The mapping may read its tensors lazily: one is held at a time.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        _feed(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def base_hash_fp16(tensors: Mapping[str, Tensor]) -> str:
+    """The same over the tensors rounded to fp16, which recognises one model in fp32 and in fp16.
+
+    (A bf16 copy has lost bits that fp16 keeps, so it is recognised only where the original was bf16.)
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        _feed(digest, name, tensor.to(torch.float16) if tensor.is_floating_point() else tensor)
+    return digest.hexdigest()
+
+
+def _feed(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    shape = ",".join(str(d) for d in tensor.shape)
+    digest.update(f"{name}\0{NAMES[tensor.dtype]}\0{shape}\0".encode())
+    digest.update(memoryview(raw_bytes(tensor).numpy()))

@@ -1,0 +1,251 @@
+"""The packed masked optimiser: only salient entries have a float32 master and moments; the others are never written.
+
+Each masked parameter's salient entries are gathered into one packed float32 vector, an ordinary parameter under any
+`torch.optim` optimiser (or a library's 8-bit one). After a step the vector is rounded to the weight's dtype and
+scattered back. Entries outside the mask are not repaired afterwards: nothing ever writes them, neither momentum nor
+weight decay. At density d this costs d·N masters and moments instead of N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from salun.errors import MaskError, TrainingError
+from salun.mask import Mask
+from salun.threshold import kth_largest
+
+Mode = Literal["step", "pack"]
+_KEEP_DENSE = 1 << 24  # entries; up to here a parameter's mask is kept unpacked for speed
+
+
+class Packed:
+    """One parameter and its salient entries.
+
+    master: float32 (count,), the entries' exact values; the parameter holds them rounded to its own dtype.
+    """
+
+    def __init__(self, parameter: nn.Parameter, bits: np.ndarray, count: int, source: Tensor) -> None:
+        self.parameter, self.count = parameter, count
+        self.whole = count == parameter.numel()
+        self._bits = torch.from_numpy(bits).to(parameter.device)
+        self._dense: Tensor | None = None
+        self.master = nn.Parameter(self.gather(source.to(parameter.device)).float().clone())
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The salient entries of a tensor of the parameter's shape, (count,)."""
+        return tensor.detach().flatten() if self.whole else tensor.detach().flatten()[self._selected()]
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Write the master, rounded to nearest, into the parameter's salient entries."""
+        values = self.master.to(self.parameter.dtype)
+        if self.whole:
+            self.parameter.copy_(values.view_as(self.parameter))
+        else:
+            self.parameter.masked_scatter_(self._selected().view_as(self.parameter), values)
+
+    def _selected(self) -> Tensor:
+        if self._dense is not None:
+            return self._dense
+        shifts = torch.arange(8, dtype=torch.uint8, device=self._bits.device)
+        dense = ((self._bits[:, None] >> shifts) & 1).flatten()[: self.parameter.numel()].bool()
+        if self.parameter.numel() <= _KEEP_DENSE // 16:
+            self._dense = dense
+        return dense
+
+
+class MaskedOptimiser:
+    """Trains the masked entries of named parameters; a context manager that leaves no hook and no gradient behind.
+
+    parameters: every parameter of the model in the mask's scope. mask: must fit them (MaskError).
+    make: packed vectors → an optimiser, e.g. `lambda p: torch.optim.Adam(p, lr=1e-5)`.
+    sources: name → the checkpoint's own tensor, before any cast to the parameter's dtype; masters are gathered from it.
+    mode "step": each gradient is consumed inside the backward pass, its tensor stepped and the gradient freed; one
+    backward a step, no accumulation, no clipping. mode "pack": packed float32 gradients are kept until `step`, which
+    allows accumulation, clipping, loss scaling and a reduction over processes.
+
+    A gradient that is not finite changes no weight: in "pack" the whole step is left out, in "step" its tensor's.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        mask: Mask,
+        make: Callable[[Iterable[nn.Parameter]], Optimizer],
+        mode: Mode = "step",
+        sources: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        mask.validate(parameters)
+        if not mask.selected:
+            raise MaskError("the mask selects no weight: nothing would be trained")
+        self.mode = mode
+        self.not_finite: list[str] = []
+        self._scale = 1.0
+        counts = mask.counts()
+        self._required = {name: p.requires_grad for name, p in parameters.items()}
+        self._parameters = dict(parameters)
+        self.packed = {
+            name: Packed(p, mask.bits[name], counts[name], (sources or parameters)[name])
+            for name, p in parameters.items()
+            if counts.get(name)
+        }
+        masters = [packed.master for packed in self.packed.values()]
+        if mode == "step":
+            self._optimisers = {name: make([packed.master]) for name, packed in self.packed.items()}
+        else:
+            shared = make(masters)
+            self._optimisers = dict.fromkeys(self.packed, shared)
+        self._hooks = []
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in self.packed)
+        for name, packed in self.packed.items():
+            self._hooks.append(packed.parameter.register_post_accumulate_grad_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        return lambda parameter: self._consume(name, parameter)
+
+    def __enter__(self) -> MaskedOptimiser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks and gradients and restore every parameter's `requires_grad`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            parameter.requires_grad_(self._required[name])
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """name → the packed float32 values, for the parameters the mask touches."""
+        return {name: packed.master.detach() for name, packed in self.packed.items()}
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        for optimiser in set(self._optimisers.values()):
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+
+    def backward(self, loss: Tensor, scale: float = 1.0) -> None:
+        """Backward through `scale · loss`; gradients are divided by the scale in float32. Mode "step" updates here.
+
+        Raises TrainingError, before anything is computed, for a loss that is not finite.
+        """
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the loss is {loss.item()}: lower the learning rate, or use a wider dtype")
+        self._scale = scale
+        self.not_finite = [] if self.mode == "step" else self.not_finite
+        (loss * scale if scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
+
+    def _consume(self, name: str, parameter: Tensor) -> None:
+        packed = self.packed[name]
+        assert parameter.grad is not None
+        gradient = packed.gather(parameter.grad).float()
+        parameter.grad = None
+        if self._scale != 1.0:
+            gradient = gradient / self._scale
+        if not torch.isfinite(gradient).all():
+            self.not_finite.append(name)
+            return
+        if self.mode == "pack":
+            packed.master.grad = gradient if packed.master.grad is None else packed.master.grad.add_(gradient)
+            return
+        packed.master.grad = gradient
+        self._optimisers[name].step()
+        packed.master.grad = None
+        packed.scatter()
+
+    def step(
+        self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None
+    ) -> bool:
+        """Mode "pack": one optimiser step on the gradients gathered since the last. False if it was left out.
+
+        max_norm: clip the packed gradients' norm to it. reduce: sums or averages the gradients over processes in place.
+        """
+        if self.mode != "pack":
+            raise ValueError("mode 'step' updates inside backward and has no separate step")
+        masters = [packed.master for packed in self.packed.values()]
+        gradients = [m.grad for m in masters if m.grad is not None]
+        if reduce is not None:
+            reduce(gradients)
+        good = not self.not_finite and all(bool(torch.isfinite(g).all()) for g in gradients)
+        if good:
+            if max_norm is not None:
+                nn.utils.clip_grad_norm_(masters, max_norm)
+            next(iter(self._optimisers.values())).step()
+            for packed in self.packed.values():
+                packed.scatter()
+        for master in masters:
+            master.grad = None
+        self.not_finite = []
+        return good
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments as flat tensors: "name/master", "name/exp_avg", …"""
+        found = {}
+        for name, packed in self.packed.items():
+            found[f"{name}/master"] = packed.master.detach()
+            for key, value in self._optimisers[name].state[packed.master].items():
+                if value is not None:
+                    found[f"{name}/{key}"] = torch.as_tensor(value)
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a `state`: masters, moments and the weights they stand for. Raises TrainingError if it is another's."""
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.packed}
+        for key, value in state.items():
+            name, _, entry = key.rpartition("/")
+            if name not in moments:
+                raise TrainingError(f"the saved state holds {name!r}, which this run does not train: start afresh")
+            moments[name][entry] = value
+        for name, packed in self.packed.items():
+            master = moments[name].pop("master", None)
+            if master is None or master.shape != packed.master.shape:
+                raise TrainingError(f"the saved state does not fit {name!r}: it belongs to another run; start afresh")
+            packed.master.data.copy_(master)
+            device = packed.master.device
+            self._optimisers[name].state[packed.master] = {
+                key: value.clone() if key == "step" else value.to(device).clone() for key, value in moments[name].items()
+            }
+            packed.scatter()
+
+
+class SoftThreshold:
+    """SalUn-soft: after each step the change Δ = θ − θ₀ is soft-thresholded (SalUn, appendix B; a proximal ℓ1 step).
+
+    The threshold is the k-th smallest |Δ| over all parameters, k = (1 − density)·N·(1 − step/total): it pulls hard at
+    first and lets go at the end. θ₀ stays fixed, and no saliency mask is used (the optimiser's mask is full).
+    """
+
+    def __init__(self, optimiser: MaskedOptimiser, density: float) -> None:
+        self.optimiser, self.density = optimiser, density
+        self.originals = {name: m.clone() for name, m in optimiser.masters.items()}
+        self.total = sum(m.numel() for m in self.originals.values())
+
+    @torch.no_grad()
+    def __call__(self, step: int, steps: int) -> None:
+        """Apply after `step` (1-based) of `steps`."""
+        k = int((1 - self.density) * self.total * (1 - step / steps))
+        if not k:
+            return
+        changes = {name: self.optimiser.packed[name].master - start for name, start in self.originals.items()}
+        threshold = kth_largest({name: c.abs() for name, c in changes.items()}, self.total - k + 1)
+        for name, change in changes.items():
+            packed = self.optimiser.packed[name]
+            packed.master.copy_(self.originals[name] + change.sign() * (change.abs() - threshold).clamp(min=0))
+            packed.scatter()
+
+    def final_density(self) -> float:
+        """Share of the entries that differ from θ₀ now."""
+        moved = sum(int((self.optimiser.masters[n] != start).sum()) for n, start in self.originals.items())
+        return moved / self.total

@@ -1,0 +1,160 @@
+"""Every option once: name, default, help, range. The CLI, nodes, tab and config files are made from these dataclasses.
+
+`None` stands for `auto`: the number comes from the model's recipe (data beside the model or in the alias table).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from salun.errors import ConfigError
+
+MASKS = ("saliency", "shuffled", "random", "full")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field with its help and range. `minimum` and `maximum` are inclusive, `above` is not."""
+    rules = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+class Checked:
+    """Validates every field against its range and choices when made. Raises ConfigError naming the option."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            check(item.name, getattr(self, item.name), item.metadata)
+
+
+def check(name: str, value: Any, rules: Any) -> None:
+    """Raises ConfigError if `value` breaks the rules of option `name`."""
+    if value is None or isinstance(value, list | bool | Path):
+        return
+    flag = "--" + name.replace("_", "-")
+    if rules.get("choices") and value not in rules["choices"]:
+        raise ConfigError(f"{flag} is {value!r}, but must be one of {', '.join(rules['choices'])}")
+    if isinstance(value, int | float):
+        low, high, above = rules.get("minimum"), rules.get("maximum"), rules.get("above")
+        if value != value or (low is not None and value < low) or (above is not None and value <= above):
+            bound = f"at least {low}" if low is not None else f"above {above}"
+            raise ConfigError(f"{flag} is {value}, but must be {bound}")
+        if high is not None and value > high:
+            raise ConfigError(f"{flag} is {value}, but must be at most {high}")
+
+
+@dataclass(frozen=True)
+class DeviceOptions(Checked):
+    """Where and how to compute."""
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = option(
+        "auto", "of the computation; auto: bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16", "fp16")
+    )
+
+
+@dataclass(frozen=True)
+class EraseOptions(DeviceOptions):
+    """What `salun erase` can be told; defaults are SalUn's where the paper states one."""
+
+    anchor: str | None = option(None, "what the concept becomes; '' is the empty prompt (default: the preset's)")
+    retain_prompts: list[str] = option([], "prompts to keep, added to the default ones; repeat the option")
+    mask: str = option("saliency", "saliency, shuffled, random, full (the controls), or a mask file")
+    density: float = option(0.5, "share of the weights that may move", above=0, maximum=1)
+    method: str = option("salun", "salun, or salun-soft (no hard mask)", choices=("salun", "salun-soft"))
+    scope: str = option("full", "which layers, in ESD's words", choices=("full", "xattn", "selfattn", "noxattn"))
+    steps: int | None = option(None, "training steps", minimum=1, maximum=1_000_000)
+    batch_size: int | None = option(None, "forget samples a step, and as many retain samples", minimum=1, maximum=4096)
+    lr: float | None = option(None, "Adam's learning rate", above=0, maximum=1)
+    retain_weight: float | None = option(None, "α, the weight of the retain loss", minimum=0, maximum=1000)
+    guidance: float | None = option(None, "guidance weight w inside the saliency loss", minimum=0, maximum=100)
+    target: str | None = option(
+        None, "the anchor's prediction: of the original model, or of the one in training", choices=("frozen", "online")
+    )
+    retain_target: str | None = option(
+        None, "what retain samples are held to: the original's prediction, or the noise", choices=("frozen", "noise")
+    )
+    anchor_share: float | None = option(
+        None, "share of the forget loss's latents that come from the anchor's own samples", minimum=0, maximum=1
+    )
+    forget_latents: int | None = option(None, "forget samples to draw from the model", minimum=1, maximum=1_000_000)
+    retain_latents: int | None = option(None, "retain samples to draw from the model", minimum=1, maximum=1_000_000)
+    eval_images: int | None = option(
+        None, "pictures for the quick evaluation, each of forget and retain; 0 for none", minimum=0, maximum=1_000_000
+    )
+    seed: int = option(0, "of everything random", minimum=0, maximum=2**63 - 1)
+    recipe: str = option("default", "where unset numbers come from", choices=("default", "paper"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask not in MASKS and not self.mask.endswith(".safetensors"):
+            raise ConfigError(f"--mask is {self.mask!r}, but must be one of {', '.join(MASKS)}, or a .safetensors file")
+        if any(not prompt.strip() for prompt in self.retain_prompts):
+            raise ConfigError("--retain-prompts holds an empty prompt: give a text")
+
+
+@dataclass(frozen=True)
+class Recipe(Checked):
+    """The numbers that depend on the model. Comes from `salun.yaml` beside it, or from the alias table.
+
+    saliency_timesteps: draws of (t, ε) for each forget latent in the saliency pass.
+    """
+
+    steps: int = option(100, "", minimum=1)
+    batch_size: int = option(8, "", minimum=1)
+    lr: float = option(1e-5, "", above=0)
+    retain_weight: float = option(1.0, "", minimum=0)
+    guidance: float = option(7.5, "", minimum=0)
+    forget_latents: int = option(128, "", minimum=1)
+    retain_latents: int = option(256, "", minimum=1)
+    saliency_timesteps: int = option(4, "", minimum=1)
+    eval_images: int = option(16, "", minimum=0)
+    target: str = option("frozen", "", choices=("frozen", "online"))
+    retain_target: str = option("frozen", "", choices=("frozen", "noise"))
+    anchor_share: float = option(0.5, "", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True)
+class Sampling(Checked):
+    """How to sample a model. resolution: pixels, both sides."""
+
+    steps: int = option(20, "sampler steps", minimum=1, maximum=1000)
+    guidance: float = option(7.5, "classifier-free guidance scale", minimum=0, maximum=100)
+    resolution: int = option(512, "pixels, both sides", minimum=8, maximum=4096)
+
+
+def from_mapping(kind: type, values: Any, where: str) -> Any:
+    """A dataclass from untrusted data. Raises ConfigError naming unknown keys (with the nearest name) and wrong types."""
+    import difflib
+
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected names and values, got {type(values).__name__}")
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            raise ConfigError(f"{where}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        wanted = str(known[key].type)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = (
+            (value is None and "None" in wanted)
+            or (wanted.startswith("int") and number and value == int(value))
+            or (wanted.startswith("float") and number)
+            or (wanted.startswith("str") and isinstance(value, str))
+            or (wanted.startswith("list") and isinstance(value, list) and all(isinstance(v, str) for v in value))
+        )
+        if not fits:
+            raise ConfigError(f"{where}: {key} is {value!r}, but must be {wanted.replace(' | None', '')}")
+    return kind(**values)

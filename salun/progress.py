@@ -1,0 +1,42 @@
+"""How the core tells a host what it is doing, and how a host tells it to stop.
+
+A host implements one method. It raises `Cancelled` from it to stop the run at the next step; the run then leaves what
+it promised (no half file; a state to resume from where one is kept).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of one stage.
+
+    stage: what is being done, in a word or two ("sampling", "saliency", "training", …).
+    step, total: 1-based position; total 0 where it is not known.
+    metrics: figures known at this step, such as losses.
+    image: uint8 (h, w, 3), a preview, where there is one.
+    message: a line for people, where there is one.
+    """
+
+    stage: str
+    step: int = 0
+    total: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    image: np.ndarray | None = None
+    message: str = ""
+
+
+class Progress(Protocol):
+    """A host's ear: called on every step, from the thread that works."""
+
+    def __call__(self, event: Event, /) -> None: ...
+
+
+def silent(event: Event, /) -> None:
+    """A progress that nobody listens to."""

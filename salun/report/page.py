@@ -1,0 +1,138 @@
+"""One self-contained HTML page about a run, for someone who has not read the paper."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from salun.report import charts
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The page. html: complete, no outside references."""
+
+    html: str
+
+    def save(self, path: Path | str) -> None:
+        """Write it under a temporary name and rename it."""
+        target = Path(path)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_text(self.html, encoding="utf-8")
+        os.replace(temporary, target)
+
+
+def render(
+    run: Mapping[str, Any],
+    forget_picture: bytes | None,
+    retain_picture: bytes | None,
+    layers: Mapping[str, tuple[int, int]],
+    sensitive: bool = False,
+) -> str:
+    """The page of a run. run: as in `run.json`. The pictures: PNG bytes. Everything shown is escaped."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["size"] = _size
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    metrics = run["metrics"]
+    concept = run["concepts"][0]
+    return template.render(
+        run=run,
+        concept=concept,
+        metrics=metrics,
+        known=metrics.get("ua") is not None,
+        headline=headline(concept, metrics),
+        rows=figure_rows(concept, metrics),
+        classes=class_rows(metrics),
+        forget_picture=_data_url(forget_picture),
+        retain_picture=_data_url(retain_picture),
+        loss_chart=Markup(charts.loss_curve(run["losses"])),  # numbers only
+        layer_chart=Markup(charts.layer_bars(layers)),  # names escaped where they are drawn
+        sensitive=sensitive,
+        minutes=sum(run["timings"].values()),
+    )
+
+
+def headline(concept: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    """What happened, in plain sentences, good or bad."""
+    name, anchor = concept["name"], concept["anchor"]
+    if metrics.get("ua") is None:
+        return [f"The model was trained to forget “{name}”. Whether it did is not known: {metrics['reason']}."]
+    ua, n = metrics["ua"]["value"], metrics["ua"]["n"]
+    shown = round(n * (100 - ua) / 100)
+    was = round(n * (100 - metrics["ua_before"]["value"]) / 100)
+    many = f"{shown} of {n} pictures" if shown else f"none of {n} pictures"
+    verdict = "forgot" if ua >= 95 else "mostly forgot" if ua >= 80 else "did not forget"
+    lines = [f"The model {verdict} “{name}”: asked for it, it now shows it in {many} (before: {was})."]
+    if metrics["anchor"] is not None:
+        seen = metrics["anchor"]["value"]
+        lines.append(f"“{anchor}”, what it was to become, is seen in {seen:.0f} % of them.")
+    if metrics["none"]["value"] > 5:
+        lines.append(f"Careful: {metrics['none']['value']:.0f} % of them are no proper pictures any more.")
+    before, after = metrics["ra_before"]["value"], metrics["ra_after"]["value"]
+    fall = before - after
+    judged = "is as it was" if fall <= 1 else "suffered a little" if fall <= 3 else "suffered"
+    lines.append(f"Everything else {judged}: {before:.1f} % right before, {after:.1f} % now.")
+    return lines
+
+
+def figure_rows(concept: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, before, after, meaning) rows."""
+    if metrics.get("ua") is None:
+        return []
+    name, anchor = concept["name"], concept["anchor"]
+    rows = [
+        (
+            "forgotten (UA)",
+            _share(metrics["ua_before"]),
+            _share(metrics["ua"]),
+            f"asked for “{name}”, the picture shows none",
+        )
+    ]
+    if metrics["anchor"] is not None:
+        was, now = _share(metrics["anchor_before"]), _share(metrics["anchor"])
+        rows.append(("anchor shown", was, now, f"it shows “{anchor}” instead"))
+    for key, share in metrics["kept"].items():
+        label = "all the rest kept" if key == "all" else f"{key} kept"
+        rows.append((label, _share(metrics["kept_before"][key]), _share(share), "the rest of the prompt is still followed"))
+    rows.append(("no picture", _share(metrics["none_before"]), _share(metrics["none"]), "destroyed rather than forgotten"))
+    rows.append(
+        ("retain accuracy (RA)", _share(metrics["ra_before"]), _share(metrics["ra_after"]), "other prompts, still right")
+    )
+    for key, sides in metrics["ra_by_attribute"].items():
+        rows.append((f"RA, {key}", _share(sides["before"]), _share(sides["after"]), ""))
+    return rows
+
+
+def class_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(class, before, after, change), the greatest losses first."""
+    sides = metrics.get("per_class") or {}
+    ordered = sorted(sides.items(), key=lambda item: item[1]["after"]["value"] - item[1]["before"]["value"])
+    return [
+        (name, _share(s["before"]), _share(s["after"]), f"{s['after']['value'] - s['before']['value']:+.1f}")
+        for name, s in ordered
+    ]
+
+
+def _share(share: Mapping[str, Any]) -> str:
+    return f"{share['value']:.1f} % ({share['low']:.1f}–{share['high']:.1f}, n = {share['n']})"
+
+
+def _size(n: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"
+
+
+def _data_url(png: bytes | None) -> str | None:
+    return None if png is None else "data:image/png;base64," + base64.b64encode(png).decode("ascii")

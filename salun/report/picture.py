@@ -1,0 +1,96 @@
+"""Pictures for people: before/after grids and sheets of samples, with captions."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+TILE, GAP, INK, PAPER = 128, 8, (40, 40, 46), (250, 250, 250)
+
+
+def grid(before: np.ndarray, after: np.ndarray, captions: Sequence[str], blur: bool = False) -> np.ndarray:
+    """One column per prompt: the picture before over the picture after, the prompt below.
+
+    before, after: uint8 (n, h, w, 3), n > 0. Returns uint8 (H, W, 3). blur: make what is shown unrecognisable.
+    """
+    rows = [("before", before), ("after", after)]
+    left, lines = 56, 3
+    width = left + len(before) * (TILE + GAP)
+    height = GAP + 2 * (TILE + GAP) + lines * 14 + GAP
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for r, (label, pictures) in enumerate(rows):
+        top = GAP + r * (TILE + GAP)
+        draw.text((GAP, top + TILE // 2 - 6), label, INK, font)
+        for c, picture in enumerate(pictures):
+            sheet.paste(_tile(picture, blur), (left + c * (TILE + GAP), top))
+    for c, text in enumerate(captions):
+        top = GAP + len(rows) * (TILE + GAP)
+        for k, line in enumerate(_wrap(draw, font, text, TILE, lines)):
+            draw.text((left + c * (TILE + GAP), top + 14 * k), line, INK, font)
+    return np.asarray(sheet)
+
+
+def sheet(pictures: np.ndarray, columns: int, captions: Sequence[str]) -> np.ndarray:
+    """Rows of `columns` pictures, each row under its caption. pictures: uint8 (rows·columns, h, w, 3)."""
+    rows = -(-len(pictures) // columns)
+    side = max(TILE, pictures.shape[1])
+    page = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP + 18) + GAP), PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, columns)
+        top = GAP + row * (side + GAP + 18)
+        if column == 0 and row < len(captions):
+            line = _wrap(draw, font, captions[row], page.width - 2 * GAP, 1)
+            draw.text((GAP, top), line[0] if line else "", INK, font)
+        page.paste(_tile(picture, False, side), (GAP + column * (side + GAP), top + 18))
+    return np.asarray(page)
+
+
+def stack(*pictures: np.ndarray) -> np.ndarray:
+    """Pictures one below the other, on paper as wide as the widest."""
+    width = max(p.shape[1] for p in pictures)
+    padded = [
+        np.concatenate([p, np.full((p.shape[0], width - p.shape[1], 3), PAPER, np.uint8)], axis=1) for p in pictures
+    ]
+    return np.concatenate(padded)
+
+
+def png_bytes(picture: np.ndarray) -> bytes:
+    """A uint8 picture (h, w, 3) as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _tile(picture: np.ndarray, blur: bool, side: int = TILE) -> Image.Image:
+    image = Image.fromarray(picture)
+    if blur:  # to 8×8 and back: nothing of the scene is left to recognise, or to recover from the file
+        return image.resize((8, 8), Image.Resampling.BOX).resize((side, side), Image.Resampling.BICUBIC).filter(
+            ImageFilter.GaussianBlur(8)
+        )
+    small = picture.shape[0] < side
+    return image.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+
+
+def _wrap(draw: ImageDraw.ImageDraw, font: object, text: str, width: int, lines: int) -> list[str]:
+    found: list[str] = []
+    line = ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if draw.textlength(longer, font) <= width:  # type: ignore[arg-type]
+            line = longer
+            continue
+        if line:
+            found.append(line)
+        line = word
+        while draw.textlength(line, font) > width and len(line) > 1:  # type: ignore[arg-type]
+            line = line[:-1]
+    found.append(line)
+    if len(found) > lines:
+        found = found[:lines]
+        found[-1] = found[-1][: max(len(found[-1]) - 1, 0)] + "…"
+    return found

@@ -1,0 +1,140 @@
+"""Masked fine-tuning: the loop. It knows named parameters and two losses, neither diffusion nor classifiers.
+
+Everything random in a step comes from `step_generator(seed, step)`, so a resumed run takes the very steps that the
+uninterrupted one would have taken.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from salun.errors import Cancelled, TrainingError
+from salun.formats import tensorfile
+from salun.mask import Mask
+from salun.optim import MaskedOptimiser, SoftThreshold
+from salun.progress import Event, Progress, silent
+
+Losses = Callable[[int], tuple[Tensor, Tensor]]
+"""step (0-based) → (forget loss, retain loss), each a scalar with a graph."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """steps: optimiser steps. lr: Adam's. retain_weight: the papers' α. soft_density: SalUn-soft's target, or None.
+
+    save_every: seconds between saved states. fingerprint: what a saved state must carry to be taken up again.
+    """
+
+    steps: int
+    lr: float
+    retain_weight: float
+    soft_density: float | None = None
+    save_every: float = 60.0
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it.
+
+    masters: name → float32 values of the salient entries, to be rounded to the checkpoint's dtype where it is written.
+    history: (step, forget loss, retain loss), steps counted from 1. final_density: SalUn-soft's, else None.
+    """
+
+    masters: dict[str, Tensor]
+    history: list[tuple[int, float, float]] = field(default_factory=list)
+    final_density: float | None = None
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step: a CPU generator that depends on the run's seed and the step alone."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step * 7_919 + 17) % (1 << 63))
+
+
+def fine_tune(
+    parameters: Mapping[str, nn.Parameter],
+    mask: Mask,
+    losses: Losses,
+    settings: TrainingSettings,
+    progress: Progress = silent,
+    sources: Mapping[str, Tensor] | None = None,
+    state_path: Path | None = None,
+    resume: bool = False,
+) -> Trained:
+    """Minimise forget + α·retain over the masked entries with Adam.
+
+    sources: the checkpoint's own tensors, before any cast. state_path: where masters, moments and losses are kept while
+    running (removed by the caller once the result is written); with `resume` a state found there is taken up.
+    Raises TrainingError for a loss or gradient that is not finite, MaskError for a mask that does not fit; `Cancelled`
+    from `progress` passes through, with the state saved.
+    """
+    soft = settings.soft_density is not None
+
+    def make(masters: object) -> torch.optim.Optimizer:
+        return torch.optim.Adam(masters, lr=settings.lr)  # type: ignore[arg-type]
+
+    history: list[tuple[int, float, float]] = []
+    with MaskedOptimiser(parameters, mask, make, "pack" if soft else "step", sources) as optimiser:
+        proximal = SoftThreshold(optimiser, settings.soft_density) if settings.soft_density is not None else None
+        if resume and state_path is not None and state_path.exists():
+            history = _load_state(state_path, optimiser, settings.fingerprint)
+        saved = time.monotonic()
+        try:
+            for step in range(len(history), settings.steps):
+                forget, retain = losses(step)
+                optimiser.backward(forget + settings.retain_weight * retain)
+                fine = optimiser.step() if optimiser.mode == "pack" else not optimiser.not_finite
+                if not fine:
+                    raise TrainingError(
+                        f"a gradient stopped being finite at step {step + 1}: lower the learning rate (--lr)"
+                    )
+                if proximal is not None:
+                    proximal(step + 1, settings.steps)
+                history.append((step + 1, float(forget.detach()), float(retain.detach())))
+                if state_path is not None and time.monotonic() - saved > settings.save_every:
+                    _save_state(state_path, optimiser, history, settings.fingerprint)
+                    saved = time.monotonic()
+                progress(
+                    Event("training", step + 1, settings.steps, {"forget": history[-1][1], "retain": history[-1][2]})
+                )
+        except Cancelled:  # raised between steps, so masters, moments and history belong together
+            if state_path is not None:
+                _save_state(state_path, optimiser, history, settings.fingerprint)
+            raise
+        return Trained(
+            {name: m.clone() for name, m in optimiser.masters.items()},
+            history,
+            proximal.final_density() if proximal is not None else None,
+        )
+
+
+def _save_state(
+    path: Path, optimiser: MaskedOptimiser, history: list[tuple[int, float, float]], fingerprint: str
+) -> None:
+    metadata = {"history": json.dumps(history), "fingerprint": fingerprint}
+    tensorfile.write(path, {name: t.detach().cpu() for name, t in optimiser.state().items()}, metadata)
+
+
+def _load_state(path: Path, optimiser: MaskedOptimiser, fingerprint: str) -> list[tuple[int, float, float]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            history = [(int(s), float(f), float(r)) for s, f, r in json.loads(metadata["history"])]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise TrainingError(f"the saved state {path} cannot be read ({error}): run again without --resume") from error
+    if metadata.get("fingerprint") != fingerprint:
+        raise TrainingError(
+            f"the saved state {path} belongs to other options or another model: repeat them, or run without --resume"
+        )
+    optimiser.load_state(state)
+    return history
