@@ -26,7 +26,9 @@ app = typer.Typer(
 
 ModelName = Annotated[
     Optional[str],  # noqa: UP045 (Typer reads it at run time)
-    typer.Option("--model", help="alias (see `salun models`), hub id, or diffusers folder [default: the table's default]"),
+    typer.Option(
+        "--model", help="alias (see `salun models`), hub id, or diffusers folder [default: the table's default]"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite files that are there already")]
@@ -127,11 +129,15 @@ def sample(
     output: Annotated[Path, typer.Option(help="the picture to write (.png): one row per prompt")] = Path("sample.png"),
     model: ModelName = None,
     delta: Annotated[Optional[Path], typer.Option(help="an erased delta to sample with")] = None,  # noqa: UP045
-    strength: Annotated[float, typer.Option(help="of the delta: 0 is the base, 1 the erased model", min=-0.5, max=1.5)] = 1.0,
+    strength: Annotated[
+        float, typer.Option(help="of the delta: 0 is the base, 1 the erased model", min=-0.5, max=1.5)
+    ] = 1.0,
     n: Annotated[int, typer.Option("-n", help="pictures per prompt", min=1, max=64)] = 4,
     seed: Annotated[int, typer.Option(help="of the first picture", min=0)] = 0,
     steps: Annotated[Optional[int], typer.Option(help="sampler steps [default: the model's]", min=1, max=1000)] = None,  # noqa: UP045
-    guidance: Annotated[Optional[float], typer.Option(help="guidance scale [default: the model's]", min=0, max=100)] = None,  # noqa: UP045
+    guidance: Annotated[
+        Optional[float], typer.Option(help="guidance scale [default: the model's]", min=0, max=100)
+    ] = None,  # noqa: UP045
     force: Force = False,
 ) -> None:
     """Sample pictures from a model, with or without an erased delta."""
@@ -161,7 +167,9 @@ def sample(
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="a run folder made by `salun erase`")],
-    n: Annotated[int, typer.Option("-n", help="pictures, each of forget and retain prompts", min=2, max=1_000_000)] = 1000,
+    n: Annotated[
+        int, typer.Option("-n", help="pictures, each of forget and retain prompts", min=2, max=1_000_000)
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="of the pictures", min=0)] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     as_json: Json = False,
@@ -200,14 +208,21 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
                 found.update({v: {"kind": attribute, "anchor": vocabulary.anchors.get(v, "")} for v in values})
     if not found:
         found = {
-            name: {"kind": e["kind"], "anchor": e["anchors"][0], "about": e["about"], "sensitive": bool(e.get("sensitive"))}
+            name: {
+                "kind": e["kind"],
+                "anchor": e["anchors"][0],
+                "about": e["about"],
+                "sensitive": bool(e.get("sensitive")),
+            }
             for name, e in presets().items()
         }
     lines = [
         f"{name:<18} {e['kind']:<8} → {e['anchor'] or 'the empty prompt'}{'  (sensitive)' if e.get('sensitive') else ''}"
         for name, e in found.items()
     ]
-    lines.append("Any other text works too, except on a model with a vocabulary of its own: --concept TEXT --anchor TEXT")
+    lines.append(
+        "Any other text works too, except on a model with a vocabulary of its own: --concept TEXT --anchor TEXT"
+    )
     _tell(found, as_json, lines)
 
 
@@ -217,7 +232,11 @@ def models(as_json: Json = False) -> None:
     from salun.diffusion.models import aliases
 
     table = aliases()["models"]
-    _tell(table, as_json, [f"{k:<8} {e.get('repo', 'comes with salun'):<48} {e.get('about', '')}" for k, e in table.items()])
+    _tell(
+        table,
+        as_json,
+        [f"{k:<8} {e.get('repo', 'comes with salun'):<48} {e.get('about', '')}" for k, e in table.items()],
+    )
 
 
 def _model(name: str | None) -> str:
@@ -230,7 +249,9 @@ def _model(name: str | None) -> str:
 
 def _single(concepts: list[str]) -> str:
     if len(concepts) > 1:
-        raise ConfigError("one --concept a run in this version: erase them one after the other, each from the last result")
+        raise ConfigError(
+            "one --concept a run in this version: erase them one after the other, each from the last result"
+        )
     return concepts[0]
 
 
@@ -265,7 +286,9 @@ def _metric_lines(metrics: dict[str, Any]) -> list[str]:
     if metrics["anchor"] is not None:
         lines.append(f"anchor shown:    {share(**metrics['anchor'])}")
     if "all" in metrics["kept"]:
-        lines.append(f"the rest kept:   {share(**metrics['kept']['all'])}, before {metrics['kept_before']['all']['value']:.1f} %")
+        lines.append(
+            f"the rest kept:   {share(**metrics['kept']['all'])}, before {metrics['kept_before']['all']['value']:.1f} %"
+        )
     lines.append(f"other concepts (RA): {share(**metrics['ra_after'])}, before {metrics['ra_before']['value']:.1f} %")
     return lines
 

@@ -28,7 +28,9 @@ def with_options(kind: type, parameter: str = "options", skip: tuple[str, ...] =
             return command(**values, **{parameter: kind(**chosen)})
 
         made = [
-            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=_annotation(item))
+            inspect.Parameter(
+                item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=_annotation(item)
+            )
             for item in fields
         ]
         keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]

@@ -50,7 +50,13 @@ def _file(place: Path) -> dict[str, Any]:
     kind = header.metadata.get("format")
     if kind == MASK_FORMAT:
         mask = Mask.load(place)
-        return {"kind": "mask", "selected": mask.selected, "total": mask.total, "density": mask.density, **mask.metadata}
+        return {
+            "kind": "mask",
+            "selected": mask.selected,
+            "total": mask.total,
+            "density": mask.density,
+            **mask.metadata,
+        }
     if kind == deltas.FORMAT:
         delta = deltas.Delta.load(place)
         return {
@@ -63,4 +69,6 @@ def _file(place: Path) -> dict[str, Any]:
         }
     if any(name.startswith("down_blocks.") for name in header.names):
         return {"kind": "UNet weights (diffusers names)", "tensors": len(header.names), **header.metadata}
-    raise ModelError(f"{place} is a safetensors file, but no mask, delta or diffusers UNet of {len(header.names)} tensors")
+    raise ModelError(
+        f"{place} is a safetensors file, but no mask, delta or diffusers UNet of {len(header.names)} tensors"
+    )

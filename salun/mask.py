@@ -45,7 +45,9 @@ class Mask:
         scores: name → float32 tensor, not negative; their order breaks ties (earlier parameter, then earlier index).
         Raises MaskError for a density outside (0, 1], one that selects nothing, or a score that is not finite.
         """
-        return cls.from_selection(select_largest(scores, entries(sum(s.numel() for s in scores.values()), density)), scores)
+        return cls.from_selection(
+            select_largest(scores, entries(sum(s.numel() for s in scores.values()), density)), scores
+        )
 
     @classmethod
     def from_selection(cls, selection: Selection, parameters: Mapping[str, Tensor]) -> Mask:
@@ -214,9 +216,7 @@ def pack(chosen: np.ndarray) -> np.ndarray:
     return np.packbits(chosen, bitorder="little")
 
 
-def _same_parameters(
-    ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], what: str
-) -> None:
+def _same_parameters(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], what: str) -> None:
     missing = [name for name in ours if name not in theirs]
     extra = [name for name in theirs if name not in ours]
     wrong = [

@@ -165,9 +165,7 @@ class MaskedOptimiser:
         packed.master.grad = None
         packed.scatter()
 
-    def step(
-        self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None
-    ) -> bool:
+    def step(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> bool:
         """Mode "pack": one optimiser step on the gradients gathered since the last. False if it was left out.
 
         max_norm: clip the packed gradients' norm to it. reduce: sums or averages the gradients over processes in place.
@@ -215,7 +213,8 @@ class MaskedOptimiser:
             packed.master.data.copy_(master)
             device = packed.master.device
             self._optimisers[name].state[packed.master] = {
-                key: value.clone() if key == "step" else value.to(device).clone() for key, value in moments[name].items()
+                key: value.clone() if key == "step" else value.to(device).clone()
+                for key, value in moments[name].items()
             }
             packed.scatter()
 

@@ -61,7 +61,9 @@ class DeviceOptions(Checked):
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
-        "auto", "of the computation; auto: bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "of the computation; auto: bf16 on a GPU that has it, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
 
 

@@ -91,9 +91,7 @@ class RunRecord:
 
     def note_file(self, side: str, kind: str, path: Path, shown: str) -> None:
         """Add a file to `inputs` or `outputs`, with size and sha256; `shown` is its path as told (never absolute)."""
-        self.data[side].append(
-            {"kind": kind, "path": shown, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        )
+        self.data[side].append({"kind": kind, "path": shown, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
 
     def write(self) -> None:
         """Write `run.json` under a temporary name and rename it."""

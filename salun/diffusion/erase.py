@@ -76,7 +76,9 @@ def erase(
         original = model.original()
         if plan.options.method == "salun-soft":
             mask = moved(original, trained.masters)
-        erased = erased_tensors(original, mask, trained.masters if plan.options.method == "salun" else _full(trained, mask))
+        erased = erased_tensors(
+            original, mask, trained.masters if plan.options.method == "salun" else _full(trained, mask)
+        )
         model.load(erased)
         with record.stage("evaluating"):
             after = observe(model, asked, progress, "pictures after")
@@ -134,9 +136,7 @@ def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -
     return mask, {"mode": mode, "density": mask.density, "selected": mask.selected, "total": mask.total, **told}
 
 
-def _mask_from_file(
-    model: Model, parameters: Mapping[str, Parameter], options: EraseOptions, origin: str
-) -> Mask:
+def _mask_from_file(model: Model, parameters: Mapping[str, Parameter], options: EraseOptions, origin: str) -> Mask:
     mask = Mask.load(options.mask)
     scope = mask.metadata.get("scope", "full")
     if scope != options.scope:
@@ -181,4 +181,6 @@ def train(model: Model, mask: Mask, data: ErasureData, plan: Plan, progress: Pro
 
 def _full(trained: Trained, mask: Mask) -> dict[str, Any]:
     """Of masters for every entry, those the mask selects."""
-    return {name: m[mask.dense(name).view(-1).to(m.device)] for name, m in trained.masters.items() if mask.bits[name].any()}
+    return {
+        name: m[mask.dense(name).view(-1).to(m.device)] for name, m in trained.masters.items() if mask.bits[name].any()
+    }

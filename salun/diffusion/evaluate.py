@@ -25,7 +25,9 @@ def evaluate_run(folder: Path, n: int, seed: int, device: str = "auto", progress
     named = [entry["path"] for entry in record["outputs"] if entry["kind"] == "delta"]
     candidates = [folder / name for name in named if (folder / name).is_file()]
     if not candidates:
-        raise DataError(f"{folder} holds no delta: run `salun erase` without --output, or with one in .salun.safetensors")
+        raise DataError(
+            f"{folder} holds no delta: run `salun erase` without --output, or with one in .salun.safetensors"
+        )
     options = dict(record["options"])
     model = load(str(options.pop("model")), device, str(options.get("dtype", "auto")))
     concept = str(options.pop("concept")[0])

@@ -41,7 +41,10 @@ def sample_latents(
         texts = prompts[start : start + size]
         index = torch.tensor([row[text] for text in texts], device=model.device)
         noise = torch.stack(
-            [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds[start : start + size]]
+            [
+                torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(s))
+                for s in seeds[start : start + size]
+            ]
         )
         done.append(_denoise(model, noise.to(model.device), encoded[index], encoded[row[""] : row[""] + 1]))
         progress(Event(stage, min(start + size, len(prompts)), len(prompts)))
@@ -79,7 +82,14 @@ def _scheduler(config: dict[str, Any]) -> Any:
 
     if config.get("_class_name") == "DPMSolverMultistepScheduler":
         return DPMSolverMultistepScheduler.from_config(config)
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr")
+    kept = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    )
     fast = {key: config[key] for key in kept if key in config}
     return DPMSolverMultistepScheduler(**fast, timestep_spacing="trailing", use_karras_sigmas=False)
 

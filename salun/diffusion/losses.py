@@ -87,9 +87,7 @@ def draw(denoiser: Denoiser, data: ErasureData, batch_size: int, anchor_share: f
     x_0 = torch.cat([forget_x, data.retain_latents[keep]])
     t, noise = _noise(denoiser, x_0, generator)
     kept = Conditioning.cat([data.retain, data.empty])[torch.where(emptied, len(data.retain), keep)]
-    return Draw(
-        x_0, noise, t, Conditioning.cat([data.forget[pick], kept]), Conditioning.cat([data.anchor[pick], kept])
-    )
+    return Draw(x_0, noise, t, Conditioning.cat([data.forget[pick], kept]), Conditioning.cat([data.anchor[pick], kept]))
 
 
 def training_losses(

@@ -203,7 +203,9 @@ def find(name: str) -> tuple[Path, dict[str, Any]]:
     entry = dict(table.get(name, {}))
     if "path" in entry:
         return ASSETS / entry["path"], entry
-    if not entry and (Path(name).exists() or name.endswith((".safetensors", ".ckpt")) or name.startswith((".", "/", "~"))):
+    if not entry and (
+        Path(name).exists() or name.endswith((".safetensors", ".ckpt")) or name.startswith((".", "/", "~"))
+    ):
         folder = Path(name).expanduser()
         if not folder.exists():
             raise ModelError(f"there is no {folder}: give a diffusers folder, a hub id, or one of {', '.join(table)}")
@@ -215,7 +217,9 @@ def find(name: str) -> tuple[Path, dict[str, Any]]:
 
         near = difflib.get_close_matches(name, table, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ModelError(f"no model {name!r}{hint}: use {', '.join(table)}, a hub id (owner/name), or a diffusers folder")
+        raise ModelError(
+            f"no model {name!r}{hint}: use {', '.join(table)}, a hub id (owner/name), or a diffusers folder"
+        )
     return _download(entry.get("repo", name), entry.get("variant")), entry
 
 
@@ -307,8 +311,11 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Model:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.utils import logging as diffusers_logging
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.utils import logging as transformers_logging
 
     diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     folder = found.folder
     variant = "fp16" if found.unet_files[0].name.endswith(".fp16.safetensors") else None
     try:
@@ -353,7 +360,9 @@ def scoped(parameters: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.P
         "full": lambda n: True,
         "xattn": lambda n: ".attn2." in n,
         "selfattn": lambda n: ".attn1." in n,
-        "noxattn": lambda n: ".attn2." not in n and not n.startswith(("time_embedding.", "conv_norm_out.", "conv_out.")),
+        "noxattn": lambda n: (
+            ".attn2." not in n and not n.startswith(("time_embedding.", "conv_norm_out.", "conv_out."))
+        ),
     }
     chosen = {name: p for name, p in parameters.items() if tests[scope](name)}
     if not chosen:

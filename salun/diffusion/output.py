@@ -40,7 +40,9 @@ def check_output(target: str, force: bool = False) -> None:
     """Raises ConfigError for an output that would overwrite something or whose format is not known."""
     path = Path(target)
     if target.endswith((".lora.safetensors", ".diff.safetensors")):
-        raise ConfigError(f"--output {target}: LoRA and full-difference files are not written yet; use .salun.safetensors")
+        raise ConfigError(
+            f"--output {target}: LoRA and full-difference files are not written yet; use .salun.safetensors"
+        )
     if not target.endswith((".safetensors", "/", os.sep)):
         raise ConfigError(
             f"--output {target}: end it in .safetensors (UNet weights), .salun.safetensors (delta) or / (diffusers folder)"
@@ -49,7 +51,9 @@ def check_output(target: str, force: bool = False) -> None:
         raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
 
 
-def write_output(target: str, model: Model, erased: Mapping[str, Tensor], delta: Delta, notes: Mapping[str, str]) -> str:
+def write_output(
+    target: str, model: Model, erased: Mapping[str, Tensor], delta: Delta, notes: Mapping[str, str]
+) -> str:
     """Write one output, its format chosen by its name; returns its kind. Nothing is left behind if it fails.
 
     `x.salun.safetensors`: the sparse delta. `x/`: a copy of the diffusers folder with the erased UNet.

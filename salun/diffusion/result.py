@@ -126,13 +126,18 @@ def write_run(run: Run, outputs: list[str] | None, progress: Progress = silent) 
         record.note_file("inputs", "unet", file, f"unet/{file.name}")
     targets = {target: target for target in outputs or []}
     if folder is not None and not targets:
-        targets = {str(folder / "model") + "/": "model/", str(folder / "delta.salun.safetensors"): "delta.salun.safetensors"}
+        targets = {
+            str(folder / "model") + "/": "model/",
+            str(folder / "delta.salun.safetensors"): "delta.salun.safetensors",
+        }
     with record.stage("saving"):
         for i, (target, shown) in enumerate(targets.items(), 1):
             progress(Event("saving", i, len(targets), message=shown))
             kind = write_output(target, run.model, run.erased, run.delta, run._notes())
             files = (
-                [Path(target) / "unet" / file.name for file in run.model.unet_files] if kind == "folder" else [Path(target)]
+                [Path(target) / "unet" / file.name for file in run.model.unet_files]
+                if kind == "folder"
+                else [Path(target)]
             )
             for file in files:
                 inner = f"{shown}unet/{file.name}" if kind == "folder" else shown

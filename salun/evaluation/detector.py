@@ -91,9 +91,7 @@ def load_detector(folder: Path, device: torch.device | str = "cpu") -> Attribute
     """The detector in `folder`, in eval mode. Raises DataError if a file is missing or they do not fit together."""
     try:
         described = json.loads((folder / "detector.json").read_text(encoding="utf-8"))
-        model = AttributeClassifier(
-            described["attributes"], int(described["resolution"]), tuple(described["channels"])
-        )
+        model = AttributeClassifier(described["attributes"], int(described["resolution"]), tuple(described["channels"]))
         model.load_state_dict({k: v.float() for k, v in load_file(folder / "detector.safetensors").items()})
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise DataError(f"the detector in {folder} cannot be used: {error}") from error

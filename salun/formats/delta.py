@@ -191,6 +191,4 @@ def _read_change(where: Tensor, xor: Tensor, dtype: str, shape: list[int], kind:
         raise ValueError(f"unknown kind of places {kind!r}")
     if len(xor) != len(index) * width:
         raise ValueError(f"{len(xor)} bytes of changes for {len(index)} entries of {width}")
-    return Change(
-        tensorfile.DTYPES[dtype], tuple(shape), torch.from_numpy(index), xor.view(width, -1).T.contiguous()
-    )
+    return Change(tensorfile.DTYPES[dtype], tuple(shape), torch.from_numpy(index), xor.view(width, -1).T.contiguous())

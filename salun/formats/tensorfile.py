@@ -120,7 +120,9 @@ def _entry(name: str, item: Any, data_start: int, fault: Any) -> Entry:
     if dtype not in DTYPES:
         raise fault(f"{name} is of the unknown dtype {dtype!r}")
     if end - start != prod(shape) * DTYPES[dtype].itemsize:
-        raise fault(f"{name} takes {end - start} bytes, but its shape {shape} needs {prod(shape) * DTYPES[dtype].itemsize}")
+        raise fault(
+            f"{name} takes {end - start} bytes, but its shape {shape} needs {prod(shape) * DTYPES[dtype].itemsize}"
+        )
     return Entry(dtype, tuple(shape), data_start + start, data_start + end)
 
 

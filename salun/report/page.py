@@ -102,10 +102,19 @@ def figure_rows(concept: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[
         rows.append(("anchor shown", was, now, f"it shows “{anchor}” instead"))
     for key, share in metrics["kept"].items():
         label = "all the rest kept" if key == "all" else f"{key} kept"
-        rows.append((label, _share(metrics["kept_before"][key]), _share(share), "the rest of the prompt is still followed"))
-    rows.append(("no picture", _share(metrics["none_before"]), _share(metrics["none"]), "destroyed rather than forgotten"))
+        rows.append(
+            (label, _share(metrics["kept_before"][key]), _share(share), "the rest of the prompt is still followed")
+        )
     rows.append(
-        ("retain accuracy (RA)", _share(metrics["ra_before"]), _share(metrics["ra_after"]), "other prompts, still right")
+        ("no picture", _share(metrics["none_before"]), _share(metrics["none"]), "destroyed rather than forgotten")
+    )
+    rows.append(
+        (
+            "retain accuracy (RA)",
+            _share(metrics["ra_before"]),
+            _share(metrics["ra_after"]),
+            "other prompts, still right",
+        )
     )
     for key, sides in metrics["ra_by_attribute"].items():
         rows.append((f"RA, {key}", _share(sides["before"]), _share(sides["after"]), ""))

@@ -69,8 +69,10 @@ def png_bytes(picture: np.ndarray) -> bytes:
 def _tile(picture: np.ndarray, blur: bool, side: int = TILE) -> Image.Image:
     image = Image.fromarray(picture)
     if blur:  # to 8×8 and back: nothing of the scene is left to recognise, or to recover from the file
-        return image.resize((8, 8), Image.Resampling.BOX).resize((side, side), Image.Resampling.BICUBIC).filter(
-            ImageFilter.GaussianBlur(8)
+        return (
+            image.resize((8, 8), Image.Resampling.BOX)
+            .resize((side, side), Image.Resampling.BICUBIC)
+            .filter(ImageFilter.GaussianBlur(8))
         )
     small = picture.shape[0] < side
     return image.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)

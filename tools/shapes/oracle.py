@@ -124,7 +124,9 @@ def judge(model: AttributeClassifier, vae: AutoencoderKL, n: int = 4000) -> dict
         for k, attribute in enumerate(model.attributes):
             result[f"{name}/{attribute}"] = 100 * float((reading.labels[attribute] == held_out.labels[:, k]).mean())
     generator = torch.Generator().manual_seed(4)
-    bad = not_pictures(to_tensor(held_out.images), to_tensor(broken_decodes(vae, held_out.images[:900])), 1200, generator)
+    bad = not_pictures(
+        to_tensor(held_out.images), to_tensor(broken_decodes(vae, held_out.images[:900])), 1200, generator
+    )
     images = ((bad + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     result["not a picture"] = 100 * float((model.read(images).labels["shape"] == -1).mean())
     return result

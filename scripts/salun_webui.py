@@ -1,0 +1,20 @@
+"""WebUI's door (A1111, Forge, reForge): loads our `extension` package under a name that no other extension uses."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+_NAME = "salun_webui_extension"  # extensions share sys.modules, and `extension` could be anybody's
+
+if _NAME not in sys.modules:  # "Reload UI" runs this file again, and a running job lives in the package
+    _home = Path(__file__).resolve().parents[1] / "extension"
+    _spec = importlib.util.spec_from_file_location(
+        _NAME, _home / "__init__.py", submodule_search_locations=[str(_home)]
+    )
+    if _spec is None or _spec.loader is None:
+        raise ImportError(f"salun: {_home} is missing: clone the repository again")
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules[_NAME] = _module
+    _spec.loader.exec_module(_module)

@@ -1,0 +1,102 @@
+"""The preset library: what it must hold, and that training prompts and evaluation prompts never meet."""
+
+from __future__ import annotations
+
+import pytest
+
+from salun.diffusion.concepts import Concept, library, presets, prompts_of, resolve
+from salun.diffusion.models import describe
+from salun.errors import ConfigError
+
+IMAGENETTE = [
+    "tench",
+    "english springer",
+    "cassette player",
+    "chain saw",
+    "church",
+    "french horn",
+    "garbage truck",
+    "gas pump",
+    "golf ball",
+    "parachute",
+]
+
+
+@pytest.mark.parametrize("name", ["nudity", "violence", "van gogh", *IMAGENETTE])
+def test_the_named_presets_are_there(name: str) -> None:
+    assert name in presets()
+
+
+def test_what_platforms_must_hide_is_marked_sensitive() -> None:
+    assert {name for name, entry in presets().items() if entry.get("sensitive")} == {"nudity", "violence"}
+
+
+def test_every_preset_pairs_each_synonym_with_an_anchor() -> None:
+    for name, entry in presets().items():
+        assert len(entry["synonyms"]) == len(entry["anchors"]) >= 3, name
+        assert entry["kind"] in library()["kinds"], name
+        assert len(entry["retain"]) >= 10, name
+
+
+def test_aliases_name_one_preset_each() -> None:
+    names = [*presets(), *(alias for entry in presets().values() for alias in entry.get("aliases", []))]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", [*presets(), "golden retriever"])
+def test_training_and_evaluation_prompts_are_disjoint(name: str) -> None:
+    concept, _ = resolve(Concept(name), None, "a model")
+    prompts = prompts_of(concept, None)
+    taught = {p.text for p in prompts.forget} | {p.text for p in prompts.retain} | set(prompts.anchor)
+    asked = {p.text for p in prompts.eval_forget} | {p.text for p in prompts.eval_retain}
+    assert asked.isdisjoint(taught - {""})
+    assert not {p.text for p in prompts.retain} & {p.text for p in prompts.forget}
+    assert len(prompts.eval_retain) >= 40
+
+
+@pytest.mark.parametrize("name", ["circle", "red", "night"])
+def test_they_are_disjoint_on_a_model_with_a_vocabulary_too(name: str) -> None:
+    vocabulary = describe("shapes").settings.vocabulary
+    concept, _ = resolve(Concept(name), vocabulary, "shapes")
+    prompts = prompts_of(concept, vocabulary)
+    taught = {p.text for p in prompts.forget + prompts.retain} | set(prompts.anchor)
+    assert {p.text for p in prompts.eval_forget + prompts.eval_retain}.isdisjoint(taught)
+    assert all(name in p.labels.values() for p in prompts.forget + prompts.eval_forget)
+    assert not any(name in p.labels.values() for p in prompts.retain + prompts.eval_retain)
+
+
+def test_an_alias_finds_its_preset() -> None:
+    concept, notes = resolve(Concept("NSFW"), None, "a model")
+    assert concept.preset == "nudity"
+    assert concept.sensitive
+    assert not notes
+
+
+def test_free_text_works_with_and_without_an_anchor() -> None:
+    concept, notes = resolve(Concept("golden retriever", anchor="cat"), None, "a model")
+    prompts = prompts_of(concept, None)
+    assert "a photo of golden retriever" in {p.text for p in prompts.forget}
+    assert "a photo of cat" in prompts.anchor
+    assert not notes
+    concept, notes = resolve(Concept("golden retriever"), None, "a model")
+    assert set(prompts_of(concept, None).anchor) == {""}
+    assert notes == ["no anchor for 'golden retriever': it becomes what the empty prompt gives"]
+
+
+def test_a_near_miss_of_a_preset_is_told() -> None:
+    _, notes = resolve(Concept("nudty", anchor="a person"), None, "a model")
+    assert "nudity" in notes[0]
+
+
+def test_a_model_with_a_vocabulary_refuses_other_words_and_lists_its_own() -> None:
+    vocabulary = describe("shapes").settings.vocabulary
+    with pytest.raises(ConfigError, match=r"knows no 'dragon'.*circle"):
+        resolve(Concept("dragon"), vocabulary, "shapes")
+    with pytest.raises(ConfigError, match="is no shape"):
+        resolve(Concept("circle", anchor="red"), vocabulary, "shapes")
+
+
+@pytest.mark.parametrize("name", ["", "   "])
+def test_an_empty_concept_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="the concept is empty"):
+        Concept(name)
