@@ -31,6 +31,14 @@ ModelName = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
+Steps = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="sampler steps [default: the model's]", min=1, max=1000),
+]
+Guidance = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="guidance scale [default: the model's]", min=0, max=100),
+]
 Force = Annotated[bool, typer.Option("--force", help="overwrite files that are there already")]
 RunDir = Annotated[
     Optional[Path],  # noqa: UP045
@@ -134,10 +142,10 @@ def sample(
     ] = 1.0,
     n: Annotated[int, typer.Option("-n", help="pictures per prompt", min=1, max=64)] = 4,
     seed: Annotated[int, typer.Option(help="of the first picture", min=0)] = 0,
-    steps: Annotated[Optional[int], typer.Option(help="sampler steps [default: the model's]", min=1, max=1000)] = None,  # noqa: UP045
+    steps: Steps = None,
     guidance: Annotated[
-        Optional[float], typer.Option(help="guidance scale [default: the model's]", min=0, max=100)
-    ] = None,  # noqa: UP045
+        float | None, typer.Option(help="guidance scale [default: the model's]", min=0, max=100)
+    ] = None,
     force: Force = False,
 ) -> None:
     """Sample pictures from a model, with or without an erased delta."""
@@ -150,7 +158,7 @@ def sample(
 
     with terminal_progress(False) as progress:
         loaded = load(_model(model), options.device, options.dtype)
-        changes = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
+        changes: dict[str, Any] = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
         chosen: Sampling = dataclasses.replace(loaded.settings.sampling, **changes)
         loaded.settings = dataclasses.replace(loaded.settings, sampling=chosen)
         if delta is not None:
@@ -217,7 +225,8 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
             for name, e in presets().items()
         }
     lines = [
-        f"{name:<18} {e['kind']:<8} → {e['anchor'] or 'the empty prompt'}{'  (sensitive)' if e.get('sensitive') else ''}"
+        f"{name:<18} {e['kind']:<8} → {e['anchor'] or 'the empty prompt'}"
+        + ("  (sensitive)" if e.get("sensitive") else "")
         for name, e in found.items()
     ]
     lines.append(

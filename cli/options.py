@@ -1,4 +1,4 @@
-"""Typer options made from the core's option dataclasses, so that names, defaults, help and ranges cannot drift apart."""
+"""Typer options made from the core's option dataclasses: names, defaults, help and ranges cannot drift apart."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _annotation(item: dataclasses.Field[Any]) -> Any:
     text = rules["help"]
     if rules["choices"]:
         text += f" ({', '.join(rules['choices'])})"
-    shown = {"show_default": False} if _default(item) in (None, []) else {}
+    shown: dict[str, Any] = {"show_default": False} if _default(item) in (None, []) else {}
     if declared.endswith(" | None") and "default" not in text:
         text += " [default: auto, from the model's recipe]"
     annotation: Any = _TYPES[declared.removesuffix(" | None")] if not declared.startswith("list") else list[str]

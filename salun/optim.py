@@ -145,7 +145,7 @@ class MaskedOptimiser:
             raise TrainingError(f"the loss is {loss.item()}: lower the learning rate, or use a wider dtype")
         self._scale = scale
         self.not_finite = [] if self.mode == "step" else self.not_finite
-        (loss * scale if scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
+        (loss * scale if scale != 1.0 else loss).backward()
 
     def _consume(self, name: str, parameter: Tensor) -> None:
         packed = self.packed[name]
@@ -199,7 +199,7 @@ class MaskedOptimiser:
         return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a `state`: masters, moments and the weights they stand for. Raises TrainingError if it is another's."""
+        """Take up a `state`: masters, moments, weights. Raises TrainingError if it belongs to another run."""
         moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.packed}
         for key, value in state.items():
             name, _, entry = key.rpartition("/")

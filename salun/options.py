@@ -138,7 +138,7 @@ class Sampling(Checked):
 
 
 def from_mapping(kind: type, values: Any, where: str) -> Any:
-    """A dataclass from untrusted data. Raises ConfigError naming unknown keys (with the nearest name) and wrong types."""
+    """A dataclass from untrusted data. Raises ConfigError for unknown keys (with the nearest name) and wrong types."""
     import difflib
 
     if not isinstance(values, dict):

@@ -131,7 +131,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """Peak resident memory of this process and peak allocation of the GPU, in bytes; None where the system has no count."""
+    """Peak resident memory of this process and peak allocation of the GPU, in bytes; None where there is no count."""
     host: int | None = None
     try:
         import resource  # not on Windows

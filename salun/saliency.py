@@ -43,16 +43,12 @@ def scores_from_losses(
     try:
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
-            hooks.append(
-                parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))  # type: ignore[misc]
-            )
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p)))
         for step, (loss, n) in enumerate(losses, 1):
             if not torch.isfinite(loss):
-                raise MaskError(
-                    f"the saliency loss of batch {step} is {loss.item()}: the model's weights or its data are not finite"
-                )
+                raise MaskError(f"the saliency loss of batch {step} is {loss.item()}: weights or data are not finite")
             weight, seen = float(n), seen + n
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             progress(Event("saliency", step, total, {"loss": float(loss.detach())}))
     finally:
         for hook in hooks:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts. hidden: float (n, tokens, width). extra: further inputs, (n, …) each (SDXL's pooled text, sizes)."""
+    """Encoded prompts.
+
+    hidden: float (n, tokens, width). extra: further inputs, (n, …) each (SDXL's pooled text and sizes).
+    """
 
     hidden: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)

@@ -43,10 +43,10 @@ def erase(
 ) -> Run:
     """Make a model forget a concept (SalUn, algorithm 2), and say what came of it.
 
-    model: loaded, or a name for `load`. given: fields of `EraseOptions`, over `options`. run_dir: keeps the run's folder
-    there. outputs: files to write, format by name (see `write_output`); with a run_dir and no outputs, the folder gets
-    the model in its own layout and the sparse delta. The model passed in holds its own weights again afterwards.
-    Raises SalunError (ConfigError, ModelError, MaskError, …), `Cancelled` if `progress` does.
+    model: loaded, or a name for `load`. given: fields of `EraseOptions`, over `options`. run_dir: keeps the run's
+    folder there. outputs: files to write, format by name (see `write_output`); with a run_dir and no outputs, the
+    folder gets the model in its own layout and the sparse delta. The model passed in holds its own weights again
+    afterwards. Raises SalunError (ConfigError, ModelError, MaskError, …), `Cancelled` if `progress` does.
     """
     options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
     for target in outputs or []:

@@ -67,7 +67,7 @@ def _denoise(model: Model, noise: Tensor, prompts: Conditioning, empty: Conditio
     scheduler.set_timesteps(settings.steps)
     n = len(noise)
     conditioning = Conditioning.cat([prompts, empty.expand(n)])
-    x = noise * scheduler.init_noise_sigma
+    x: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         doubled = scheduler.scale_model_input(torch.cat([x, x]), t)
         steps = t.to(device=model.device, dtype=torch.long).expand(2 * n)

@@ -37,8 +37,8 @@ class ErasureData:
 class Draw:
     """What one training step looks at: 2·b samples, the first b to forget and the rest to retain.
 
-    x_0, noise: (2b, c, h, w); t: (2b,); prompts: what the trained model is asked; targets: what the frozen model would be
-    asked (the anchor for forget samples, the same prompt for retain samples).
+    x_0, noise: (2b, c, h, w); t: (2b,); prompts: what the trained model is asked; targets: what the frozen
+    model would be asked (the anchor for forget samples, the same prompt for retain samples).
     """
 
     x_0: Tensor

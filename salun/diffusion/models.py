@@ -7,7 +7,7 @@ pipeline's safety checker or feature extractor is needed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -354,9 +354,12 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Model:
 
 
 def scoped(parameters: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:
-    """The parameters of a scope, in ESD's words: full; xattn (attn2); selfattn (attn1); noxattn (all but cross-attention,
-    the time embedding and the output layers, as ESD leaves them out)."""
-    tests = {
+    """The parameters of a scope, in ESD's words.
+
+    full; xattn (attn2); selfattn (attn1); noxattn (all but attn2, the time embedding and the output layers, which ESD
+    leaves out too).
+    """
+    tests: dict[str, Callable[[str], bool]] = {
         "full": lambda n: True,
         "xattn": lambda n: ".attn2." in n,
         "selfattn": lambda n: ".attn1." in n,

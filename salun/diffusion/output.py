@@ -45,7 +45,7 @@ def check_output(target: str, force: bool = False) -> None:
         )
     if not target.endswith((".safetensors", "/", os.sep)):
         raise ConfigError(
-            f"--output {target}: end it in .safetensors (UNet weights), .salun.safetensors (delta) or / (diffusers folder)"
+            f"--output {target}: end it in .safetensors (UNet), .salun.safetensors (delta) or / (diffusers folder)"
         )
     if path.exists() and not force:
         raise ConfigError(f"--output {target} is there already: choose another name, or add --force")

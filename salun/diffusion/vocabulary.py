@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from salun.errors import ConfigError, DataError
 
@@ -31,15 +32,15 @@ class Vocabulary:
     anchors: dict[str, str]
 
     @classmethod
-    def from_mapping(cls, data: Mapping[str, object], where: str) -> Vocabulary:
+    def from_mapping(cls, data: Mapping[str, Any], where: str) -> Vocabulary:
         """From a `vocabulary` block. Raises DataError if a part is missing or the templates do not fit."""
         try:
             templates = data["templates"]
             found = cls(
-                {str(k): [str(v) for v in values] for k, values in data["attributes"].items()},  # type: ignore[attr-defined]
-                [str(t) for t in templates["train"]],  # type: ignore[index]
-                [str(t) for t in templates["eval"]],  # type: ignore[index]
-                {str(k): str(v) for k, v in data.get("anchors", {}).items()},  # type: ignore[attr-defined]
+                {str(k): [str(v) for v in values] for k, values in data["attributes"].items()},
+                [str(t) for t in templates["train"]],
+                [str(t) for t in templates["eval"]],
+                {str(k): str(v) for k, v in data.get("anchors", {}).items()},
             )
             first = {name: values[0] for name, values in found.attributes.items()}
             for template in found.train + found.eval:

@@ -24,7 +24,7 @@ class Sides:
 class Asked:
     """What the prompts asked for: attribute → value indices, (n,) each, for the forget and the retain prompts.
 
-    attribute: the concept's. value: the concept's index in it. anchor: the anchor's index, or None for the empty prompt.
+    attribute: the concept's. value: the concept's index in it. anchor: the anchor's, or None for the empty prompt.
     """
 
     forget: dict[str, np.ndarray]

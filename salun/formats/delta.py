@@ -65,7 +65,7 @@ class Delta:
             old, now = base[name], new[name]
             if (old.dtype, old.shape) != (now.dtype, now.shape):
                 raise ModelError(
-                    f"{name} is {old.dtype} {list(old.shape)} on one side and {now.dtype} {list(now.shape)} on the other"
+                    f"{name} is {old.dtype} {list(old.shape)} here and {now.dtype} {list(now.shape)} there"
                 )
             xor = _entry_bytes(old) ^ _entry_bytes(now)
             index = xor.any(dim=1).nonzero().view(-1)
@@ -163,7 +163,7 @@ def _changed(tensor: Tensor, change: Change, strength: float) -> Tensor:
     result = tensor.detach().cpu().clone().contiguous()
     flat = result.view(-1)
     patterns = flat.view(_INTEGERS[result.element_size()])
-    bits = change.xor.contiguous().view(_INTEGERS[result.element_size()]).view(-1)
+    bits = change.xor.contiguous().view(-1).view(_INTEGERS[result.element_size()])
     if strength == 1.0:
         patterns[change.index] ^= bits
     elif strength != 0.0:

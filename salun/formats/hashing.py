@@ -12,9 +12,10 @@ from salun.formats.tensorfile import NAMES, raw_bytes
 
 
 def base_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256, in hex, over the tensors sorted by name. Each is fed as "name\\0dtype\\0d0,d1,…\\0" in UTF-8 and its bytes.
+    """sha256, in hex, over the tensors sorted by name.
 
-    dtype in safetensors' words (F16, …). The mapping may read its tensors lazily: one is held at a time.
+    Each is fed as "name\\0dtype\\0d0,d1,…\\0" in UTF-8, then its bytes; dtype in
+    safetensors' words (F16, …). The mapping may read its tensors lazily: one is held at a time.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -37,4 +38,4 @@ def base_hash_fp16(tensors: Mapping[str, Tensor]) -> str:
 def _feed(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
     shape = ",".join(str(d) for d in tensor.shape)
     digest.update(f"{name}\0{NAMES[tensor.dtype]}\0{shape}\0".encode())
-    digest.update(memoryview(raw_bytes(tensor).numpy()))
+    digest.update(raw_bytes(tensor).numpy().data)

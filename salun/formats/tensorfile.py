@@ -198,11 +198,11 @@ def rewrite(source: Path, target: Path, replaced: Mapping[str, Tensor], metadata
             inside.seek(entry.start)
             left = entry.end - entry.start
             while left:
-                block = inside.read(min(left, _CHUNK))
-                if not block:
+                copied = inside.read(min(left, _CHUNK))
+                if not copied:
                     raise ModelError(f"{source} grew shorter while it was read")
-                out.write(block)
-                left -= len(block)
+                out.write(copied)
+                left -= len(copied)
 
 
 @contextmanager
@@ -246,7 +246,7 @@ def raw_bytes(tensor: Tensor) -> Tensor:
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:
     for chunk in raw_bytes(tensor).split(_CHUNK):
-        yield memoryview(chunk.numpy())
+        yield chunk.numpy().data
 
 
 def _header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:

@@ -1,0 +1,41 @@
+"""Shared fixtures: the embedded model, loaded once, and one short erasure on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import salun
+from salun.diffusion.models import Model
+from salun.diffusion.result import Run
+
+SHORT = {"steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 8}
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Model:
+    """The embedded model. Tests must leave its weights as they are."""
+    return salun.load("shapes", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def short_run(shapes: Model, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An erasure of a few steps: too short to forget, long enough to write everything."""
+    folder = tmp_path_factory.mktemp("runs") / "circle"
+    return salun.erase(shapes, salun.Concept("circle", anchor="square"), run_dir=folder, seed=3, **SHORT)
+
+
+@pytest.fixture
+def run_folder(short_run: Run) -> Path:
+    """The folder of `short_run`."""
+    assert short_run.record.folder is not None
+    return short_run.record.folder
+
+
+@pytest.fixture
+def little() -> torch.nn.Module:
+    """A module of a few layers, the same at every call."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3))

@@ -1,0 +1,257 @@
+"""The packed masked optimiser: equal to torch's own on salient entries, and silent everywhere else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, Optimizer
+
+from salun.errors import MaskError, TrainingError
+from salun.mask import Mask
+from salun.optim import MaskedOptimiser, Mode, SoftThreshold
+
+Make = Callable[[Iterable[nn.Parameter]], Optimizer]
+MAKERS: dict[str, Make] = {
+    "adam": lambda p: Adam(p, lr=1e-2),
+    "sgd": lambda p: SGD(p, lr=1e-1, momentum=0.9, weight_decay=5e-2),
+}
+STEPS = 12
+
+
+def loss_of(module: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(16, 6, generator=generator), torch.randint(3, (16,), generator=generator)
+    return F.cross_entropy(module(x.to(dtype)).float(), y)
+
+
+def random_mask(module: nn.Module, density: float = 0.4) -> Mask:
+    return Mask.random(dict(module.named_parameters()), density, seed=5)
+
+
+def train(
+    module: nn.Module, mask: Mask, make: Make, mode: Mode, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    with MaskedOptimiser(dict(module.named_parameters()), mask, make, mode) as optimiser:
+        for step in range(STEPS):
+            optimiser.backward(loss_of(module, step, dtype))
+            if mode == "pack":
+                assert optimiser.step()
+        return {name: master.clone() for name, master in optimiser.masters.items()}
+
+
+@pytest.mark.parametrize("mode", ["step", "pack"])
+@pytest.mark.parametrize("maker", list(MAKERS))
+def test_salient_entries_follow_torchs_own_optimiser(little: nn.Module, maker: str, mode: Mode) -> None:
+    """The reference trains all weights with gradients, weight decay and momentum cut to the mask by hand."""
+    reference, mask = copy.deepcopy(little), random_mask(little)
+    start = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    optimiser = MAKERS[maker](reference.parameters())
+    for step in range(STEPS):
+        optimiser.zero_grad()
+        loss_of(reference, step).backward()
+        for name, p in reference.named_parameters():
+            assert p.grad is not None
+            p.grad.mul_(mask.dense(name))
+        optimiser.step()
+        with torch.no_grad():
+            for name, p in reference.named_parameters():
+                p.copy_(torch.where(mask.dense(name), p, start[name]))
+    train(little, mask, MAKERS[maker], mode)
+    for (name, ours), theirs in zip(little.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")  # fp32 tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["step", "pack"])
+@pytest.mark.parametrize("maker", list(MAKERS))
+def test_weights_outside_the_mask_never_move(little: nn.Module, maker: str, mode: Mode, dtype: torch.dtype) -> None:
+    """Bit for bit, weight decay and momentum included; a NaN and a −0 outside the mask stay what they are."""
+    little.to(dtype)
+    mask = random_mask(little)
+    before = {name: p.detach().clone() for name, p in little.named_parameters()}
+    train(little, mask, MAKERS[maker], mode, dtype)
+    integers = torch.int16 if dtype.itemsize == 2 else torch.int32
+    for name, p in little.named_parameters():
+        outside = ~mask.dense(name)
+        assert torch.equal(p.detach()[outside].view(integers), before[name][outside].view(integers))
+    assert any(not torch.equal(p, before[name]) for name, p in little.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_are_their_masters_rounded(little: nn.Module, dtype: torch.dtype) -> None:
+    """Updates too small for the weights' dtype add up in the master."""
+    little.to(dtype)
+    start = {name: p.detach().clone() for name, p in little.named_parameters()}
+    mask = random_mask(little)
+
+    def tiny(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        return SGD(parameters, lr=1e-6)
+
+    masters = train(little, mask, tiny, "step", dtype)
+    moved = 0
+    for name, p in little.named_parameters():
+        if name in masters:
+            chosen = mask.dense(name)
+            assert torch.equal(p.detach()[chosen], masters[name].to(dtype))
+            moved += int((masters[name] != start[name][chosen].float()).sum())
+    assert moved > 0
+
+
+def test_masters_come_from_the_checkpoint_not_from_its_cast(little: nn.Module) -> None:
+    sources = {name: p.detach().clone() for name, p in little.named_parameters()}
+    little.to(torch.bfloat16)
+    mask = random_mask(little)
+    with MaskedOptimiser(dict(little.named_parameters()), mask, MAKERS["adam"], sources=sources) as optimiser:
+        for name, master in optimiser.masters.items():
+            assert torch.equal(master, sources[name][mask.dense(name)])
+
+
+def test_only_salient_entries_have_masters_and_moments(little: nn.Module) -> None:
+    mask = random_mask(little, 0.25)
+    with MaskedOptimiser(dict(little.named_parameters()), mask, MAKERS["adam"]) as optimiser:
+        optimiser.backward(loss_of(little, 0))
+        state = optimiser.state()
+    held = {key: sum(t.numel() for name, t in state.items() if name.endswith(key)) for key in ("master", "exp_avg")}
+    assert held == {"master": mask.selected, "exp_avg": mask.selected}
+
+
+def test_pack_accumulates_and_clips_like_one_large_batch(little: nn.Module) -> None:
+    other, mask = copy.deepcopy(little), random_mask(little)
+    named = dict(little.named_parameters()), dict(other.named_parameters())
+    with (
+        MaskedOptimiser(named[0], mask, MAKERS["sgd"], "pack") as one,
+        MaskedOptimiser(named[1], mask, MAKERS["sgd"], "pack") as two,
+    ):
+        one.backward((loss_of(little, 0) + loss_of(little, 1)) / 2)
+        one.step(max_norm=0.05)
+        two.backward(loss_of(other, 0) / 2, scale=1024.0)
+        two.backward(loss_of(other, 1) / 2, scale=1024.0)
+        two.step(max_norm=0.05)
+    for a, b in zip(little.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)  # sums in another order
+
+
+def test_reduce_sees_the_packed_gradients_before_the_step(little: nn.Module) -> None:
+    mask, seen = random_mask(little), []
+
+    def reduce(gradients: list[Tensor]) -> None:
+        seen.append(sum(g.numel() for g in gradients))
+        for gradient in gradients:
+            gradient.zero_()
+
+    before = [p.detach().clone() for p in little.parameters()]
+    with MaskedOptimiser(dict(little.named_parameters()), mask, lambda p: SGD(p, lr=1.0), "pack") as optimiser:
+        optimiser.backward(loss_of(little, 0))
+        optimiser.step(reduce=reduce)
+    assert seen == [mask.selected]
+    assert all(torch.equal(a, b) for a, b in zip(before, little.parameters(), strict=True))
+
+
+def poisoned(module: nn.Module) -> Tensor:
+    """A finite loss with a NaN in the gradient of the first weight only."""
+    first = next(module.parameters())
+    return (first - first.detach()).abs().sqrt().sum() + loss_of(module, 0)
+
+
+def test_in_pack_mode_a_gradient_that_is_not_finite_leaves_the_whole_step_out(little: nn.Module) -> None:
+    before = [p.detach().clone() for p in little.parameters()]
+    with MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"], "pack") as optimiser:
+        optimiser.backward(poisoned(little))
+        assert not optimiser.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, little.parameters(), strict=True))
+        optimiser.backward(loss_of(little, 0))
+        assert optimiser.step()
+
+
+def test_in_step_mode_it_leaves_its_tensor_out_and_names_it(little: nn.Module) -> None:
+    first = next(little.parameters()).detach().clone()
+    with MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimiser:
+        optimiser.backward(poisoned(little))
+        assert optimiser.not_finite == ["0.weight"]
+    assert torch.equal(next(little.parameters()), first)
+
+
+def test_a_loss_that_is_not_finite_is_refused_before_anything_moves(little: nn.Module) -> None:
+    before = [p.detach().clone() for p in little.parameters()]
+    with (
+        MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimiser,
+        pytest.raises(TrainingError, match="the loss is nan"),
+    ):
+        optimiser.backward(loss_of(little, 0) * float("nan"))
+    assert all(torch.equal(a, b) for a, b in zip(before, little.parameters(), strict=True))
+
+
+def test_nothing_is_left_behind(little: nn.Module) -> None:
+    little.requires_grad_(False)
+    with MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimiser:
+        optimiser.backward(loss_of(little, 0))
+    after = [p.detach().clone() for p in little.parameters()]
+    assert not any(p.requires_grad for p in little.parameters())
+    little.requires_grad_(True)
+    loss_of(little, 1).backward()  # a hook left behind would take the gradient and step
+    assert all(p.grad is not None for p in little.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(after, little.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["step", "pack"])
+@pytest.mark.parametrize("maker", list(MAKERS))
+def test_a_state_taken_up_goes_on_as_if_never_stopped(little: nn.Module, maker: str, mode: Mode) -> None:
+    other, mask = copy.deepcopy(little), random_mask(little)
+    whole = train(little, mask, MAKERS[maker], mode)
+
+    def some(steps: range, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        with MaskedOptimiser(dict(other.named_parameters()), mask, MAKERS[maker], mode) as optimiser:
+            if state is not None:
+                optimiser.load_state(state)
+            for step in steps:
+                optimiser.backward(loss_of(other, step))
+                if mode == "pack":
+                    optimiser.step()
+            return {name: t.clone() for name, t in optimiser.state().items()}
+
+    half = some(range(5), None)
+    other.load_state_dict(copy.deepcopy(other).state_dict())
+    rest = some(range(5, STEPS), half)
+    for name, master in whole.items():
+        assert torch.equal(rest[f"{name}/master"], master)
+
+
+def test_a_state_of_another_run_is_refused(little: nn.Module) -> None:
+    with MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimiser:
+        with pytest.raises(TrainingError, match="belongs to another run"):
+            optimiser.load_state({"0.weight/master": torch.zeros(1)})
+        with pytest.raises(TrainingError, match="does not train"):
+            optimiser.load_state({"other/master": torch.zeros(1)})
+
+
+def test_a_mask_that_fits_not_or_selects_nothing_is_refused(little: nn.Module) -> None:
+    parameters = dict(little.named_parameters())
+    with pytest.raises(MaskError, match="does not fit"):
+        MaskedOptimiser(parameters, Mask.full({"0.weight": torch.zeros(1)}), MAKERS["adam"])
+    empty = Mask.from_dense({name: torch.zeros(p.shape, dtype=torch.bool) for name, p in parameters.items()})
+    with pytest.raises(MaskError, match="selects no weight"):
+        MaskedOptimiser(parameters, empty, MAKERS["adam"])
+
+
+def test_soft_thresholding_returns_the_smallest_changes_to_zero(little: nn.Module) -> None:
+    """At step t of T, at least (1 − density)·(1 − t/T) of all entries are exactly θ₀; the last step shrinks none."""
+    start = {name: p.detach().clone() for name, p in little.named_parameters()}
+    parameters = dict(little.named_parameters())
+    with MaskedOptimiser(parameters, Mask.full(parameters), MAKERS["adam"], "pack") as optimiser:
+        soft = SoftThreshold(optimiser, density=0.2)
+        total = sum(p.numel() for p in parameters.values())
+        for step in range(1, 11):
+            optimiser.backward(loss_of(little, step))
+            optimiser.step()
+            before = {name: m.clone() for name, m in optimiser.masters.items()}
+            soft(step, 10)
+            unmoved = sum(int((p == start[name]).sum()) for name, p in little.named_parameters())
+            assert unmoved >= int(0.8 * total * (1 - step / 10))
+            for name, master in optimiser.masters.items():
+                assert torch.all((master - start[name].flatten()).abs() <= (before[name] - start[name].flatten()).abs())
+        assert soft.final_density() == 1 - unmoved / total

@@ -1,0 +1,110 @@
+"""The loop: it minimises, stops where told, and a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from salun.errors import Cancelled, TrainingError
+from salun.mask import Mask
+from salun.progress import Event, silent
+from salun.training import Trained, TrainingSettings, fine_tune, step_generator
+
+SETTINGS = TrainingSettings(steps=9, lr=1e-2, retain_weight=0.5, fingerprint="this run")
+
+
+def losses(module: nn.Module) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def of_step(step: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(8, 6, generator=step_generator(3, step))
+        y = module(x)
+        return F.mse_loss(y, torch.ones_like(y)), F.mse_loss(y, torch.zeros_like(y))
+
+    return of_step
+
+
+def run(module: nn.Module, settings: TrainingSettings = SETTINGS, **options: object) -> Trained:
+    parameters = dict(module.named_parameters())
+    return fine_tune(parameters, Mask.random(parameters, 0.5, 0), losses(module), settings, **options)  # type: ignore[arg-type]
+
+
+def test_every_step_is_reported_once_with_its_losses(little: nn.Module) -> None:
+    events: list[Event] = []
+    trained = run(little, progress=events.append)
+    assert [(e.stage, e.step, e.total) for e in events] == [("training", i, 9) for i in range(1, 10)]
+    assert [(e.step, e.metrics["forget"], e.metrics["retain"]) for e in events] == trained.history
+    total = [f + 0.5 * r for _, f, r in trained.history]
+    assert sum(total[-3:]) < sum(total[:3])
+
+
+def test_random_numbers_of_a_step_depend_on_seed_and_step_alone() -> None:
+    def draw(seed: int, step: int) -> float:
+        return float(torch.rand(1, generator=step_generator(seed, step)))
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({draw(seed, step) for seed in range(20) for step in range(-20, 20)}) == 800
+
+
+@pytest.mark.parametrize("soft", [None, 0.3])
+def test_a_cancelled_run_resumes_to_the_same_bits(soft: float | None, little: nn.Module, tmp_path: Path) -> None:
+    settings = TrainingSettings(steps=9, lr=1e-2, retain_weight=0.5, soft_density=soft, fingerprint="this run")
+    start = {name: p.detach().clone() for name, p in little.named_parameters()}
+
+    def fresh() -> nn.Module:
+        little.load_state_dict(start)
+        return little
+
+    def execute(**options: object) -> Trained:
+        parameters = dict(fresh().named_parameters())
+        mask = Mask.full(parameters) if soft else Mask.random(parameters, 0.5, 0)
+        return fine_tune(parameters, mask, losses(little), settings, **options)  # type: ignore[arg-type]
+
+    whole = execute()
+    state = tmp_path / "state.safetensors"
+
+    def stop(event: Event) -> None:
+        if event.step == 4:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        execute(progress=stop, state_path=state)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+    resumed = execute(state_path=state, resume=True)
+    assert resumed.history == whole.history
+    assert resumed.final_density == whole.final_density
+    for name, master in whole.masters.items():
+        assert torch.equal(resumed.masters[name], master)
+
+
+def test_a_state_of_other_options_is_refused(little: nn.Module, tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+
+    def stop(event: Event) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(little, progress=stop, state_path=state)
+    other = TrainingSettings(steps=9, lr=2e-2, retain_weight=0.5, fingerprint="another run")
+    with pytest.raises(TrainingError, match="belongs to other options"):
+        run(little, other, state_path=state, resume=True)
+    state.write_bytes(b"half a file")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        run(little, state_path=state, resume=True)
+
+
+@pytest.mark.parametrize("soft", [None, 0.5])
+def test_training_that_diverges_stops_with_advice(soft: float | None, little: nn.Module) -> None:
+    parameters = dict(little.named_parameters())
+
+    def explode(step: int) -> tuple[Tensor, Tensor]:
+        loss = next(little.parameters()).sum()
+        return (loss * (float("inf") if step == 2 else 1.0)), loss * 0
+
+    settings = TrainingSettings(steps=9, lr=1e-2, retain_weight=0.5, soft_density=soft)
+    with pytest.raises(TrainingError, match="lower the learning rate"):
+        fine_tune(parameters, Mask.full(parameters), explode, settings, silent)
+    assert not any(p.grad is not None for p in little.parameters())
