@@ -6,10 +6,11 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
+from salun import __version__
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.options import DeviceOptions, EraseOptions, Sampling
 
@@ -25,38 +26,42 @@ app = typer.Typer(
 )
 
 ModelName = Annotated[
-    Optional[str],  # noqa: UP045 (Typer reads it at run time)
+    str | None,
     typer.Option(
-        "--model", help="alias (see `salun models`), hub id, or diffusers folder [default: the table's default]"
+        "--model",
+        help="alias (see `salun models`), hub id, or diffusers folder (default: the small one that comes along)",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
 Steps = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(help="sampler steps [default: the model's]", min=1, max=1000),
+    int | None,
+    typer.Option(help="sampler steps (default: the model's)", min=1, max=1000),
 ]
 Guidance = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option(help="guidance scale [default: the model's]", min=0, max=100),
+    float | None,
+    typer.Option(help="guidance scale (default: the model's)", min=0, max=100),
 ]
 Force = Annotated[bool, typer.Option("--force", help="overwrite files that are there already")]
 RunDir = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="the run's folder [default: runs/<time>-<concept>]"),
+    Path | None,
+    typer.Option(help="the run's folder (default: runs/<time>-<concept>)"),
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def _main(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="show the version and stop")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show it and stop")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show a traceback with an error")] = False,
 ) -> None:
-    if version:
-        from salun import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
+    """Options of every command; `--debug` is read in `main`."""
 
 
 @app.command()
@@ -66,10 +71,10 @@ def erase(
     concept: Annotated[list[str], typer.Option(help="what to forget: a preset, a word the model knows, or any text")],
     model: ModelName = None,
     output: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             help="x.safetensors (UNet weights), x.salun.safetensors (undoable delta) or x/ (diffusers folder); "
-            "repeat it for several [default: model/ and the delta in the run folder]"
+            "repeat it for several (default: model/ and the delta in the run folder)"
         ),
     ] = None,
     run_dir: RunDir = None,
@@ -136,16 +141,14 @@ def sample(
     prompt: Annotated[list[str], typer.Option(help="a prompt; repeat it for several")],
     output: Annotated[Path, typer.Option(help="the picture to write (.png): one row per prompt")] = Path("sample.png"),
     model: ModelName = None,
-    delta: Annotated[Optional[Path], typer.Option(help="an erased delta to sample with")] = None,  # noqa: UP045
+    delta: Annotated[Path | None, typer.Option(help="an erased delta to sample with")] = None,
     strength: Annotated[
         float, typer.Option(help="of the delta: 0 is the base, 1 the erased model", min=-0.5, max=1.5)
     ] = 1.0,
     n: Annotated[int, typer.Option("-n", help="pictures per prompt", min=1, max=64)] = 4,
     seed: Annotated[int, typer.Option(help="of the first picture", min=0)] = 0,
     steps: Steps = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="guidance scale [default: the model's]", min=0, max=100)
-    ] = None,
+    guidance: Guidance = None,
     force: Force = False,
 ) -> None:
     """Sample pictures from a model, with or without an erased delta."""
@@ -303,20 +306,29 @@ def _metric_lines(metrics: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Run the CLI. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted."""
-    debug = "--debug" in sys.argv[1:]
+    """Run the CLI. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted. Errors are one line on stderr."""
     try:
-        app(standalone_mode=True)
-    except Cancelled:
-        typer.echo("salun: stopped; nothing half-written is left, the run folder says how far it came", err=True)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        code = app(standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (Cancelled, KeyboardInterrupt, typer.Abort):
+        _complain("stopped; no half-written file is left. Give the command again to start afresh")
+        code = 130
     except SalunError as error:
-        if debug:
+        if "--debug" in sys.argv[1:]:
             raise
-        typer.echo("salun: " + " ".join(str(error).split()), err=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        _complain(str(error))
+        code = 2 if isinstance(error, ConfigError) else 1
+    except typer.BadParameter.__mro__[2] as error:  # click's ClickException, which Typer may bring under its own name
+        text = error.format_message()  # type: ignore[attr-defined]
+        if text:  # empty where the help was printed instead
+            _complain(f"{text} (see `salun --help`)")
+        code = 2
+    sys.exit(code or 0)
+
+
+def _complain(text: str) -> None:
+    typer.echo("salun: " + " ".join(text.split()), err=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -54,9 +54,9 @@ def _annotation(item: dataclasses.Field[Any]) -> Any:
         text += f" ({', '.join(rules['choices'])})"
     shown: dict[str, Any] = {"show_default": False} if _default(item) in (None, []) else {}
     if declared.endswith(" | None") and "default" not in text:
-        text += " [default: auto, from the model's recipe]"
+        text += " (default: the model's recipe)"
     annotation: Any = _TYPES[declared.removesuffix(" | None")] if not declared.startswith("list") else list[str]
     if declared.endswith(" | None"):
-        annotation = Optional[annotation]  # noqa: UP045 (Typer reads it at run time, on Python 3.10 too)
+        annotation = annotation | None
     panel = "Device" if item.name in {f.name for f in dataclasses.fields(DeviceOptions)} else "Erasing"
     return Annotated[annotation, typer.Option(help=text, rich_help_panel=panel, **shown)]

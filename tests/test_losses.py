@@ -65,11 +65,11 @@ def test_noise_and_target_agree(kind: str) -> None:
 
 
 def test_the_saliency_loss_is_minus_the_guided_error(data: ErasureData) -> None:
-    """Guidance inside the loss: its gradient is that of −MSE(ε, (1+w)·ε_c − w·ε_∅), the empty prompt's part included."""
+    """Its gradient is that of −MSE(ε, (1+w)·ε_c − w·ε_∅), the empty prompt's part included."""
     toy = Toy()
     found = list(saliency_losses(toy, data, guidance=2.0, batch_size=3, passes=2, seed=1))
     assert [n for _, n in found] == [3, 2, 3, 2]
-    loss, n = found[0]
+    loss = found[0][0]
     forget, empty = toy.asked[0].chunk(2)
     assert forget.flatten().tolist() == [10, 11, 12]
     assert not empty.any()

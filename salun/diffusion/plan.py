@@ -109,7 +109,7 @@ def spread(n: int, available: int, seed: int) -> list[int]:
     """n indices out of `available`, each used equally often (±1), in an order fixed by the seed."""
     rng = np.random.default_rng(seed)
     rounds = [rng.permutation(available) for _ in range(-(-n // available))]
-    return [int(i) for i in np.concatenate(rounds)[:n]]
+    return [int(i) for order in rounds for i in order][:n]
 
 
 def _known(value: T | None) -> T:

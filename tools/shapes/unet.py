@@ -29,6 +29,7 @@ def scheduler() -> DPMSolverMultistepScheduler:
         beta_schedule="scaled_linear",
         algorithm_type="dpmsolver++",
         solver_order=2,
+        steps_offset=1,
         timestep_spacing="trailing",
     )
 

@@ -1,0 +1,159 @@
+"""The command line as a user meets it: real processes, exit codes, one-line errors, clean JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SHORT = ["--steps", "3", "--batch-size", "4", "--forget-latents", "8", "--retain-latents", "8", "--eval-images", "4"]
+
+
+def salun(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "salun", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def erased(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A folder in which `salun erase --json` ran."""
+    folder = tmp_path_factory.mktemp("cli")
+    done = salun("erase", "--concept", "circle", "--model", "shapes", "--run-dir", "run", *SHORT, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_json_is_one_object_and_nothing_else(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = erased
+    record = json.loads(done.stdout)
+    assert record == json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["command"].startswith("salun erase --concept circle")
+
+
+def test_a_run_says_where_its_report_is(tmp_path: Path) -> None:
+    done = salun("erase", "--concept", "night", *SHORT, "--output", "out.salun.safetensors", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("report: runs")
+    assert (tmp_path / last.removeprefix("report: ")).is_file()
+    assert (tmp_path / "out.salun.safetensors").is_file()
+    assert "forgotten (UA)" in done.stdout
+    assert "training 3/3" in done.stderr
+
+
+WRONG = [
+    (["erase", "--concept", "dragon", "--model", "shapes"], 2, "knows no 'dragon'"),
+    (["erase", "--concept", ""], 2, "the concept is empty"),
+    (["erase", "--concept", "circle", "--model", "shape"], 1, "did you mean 'shapes'?"),
+    (["erase", "--concept", "circle", "--model", "nobody/nothing-here"], 1, "could not be fetched"),
+    (["erase", "--concept", "circle", "--density", "0"], 2, "--density is 0.0, but must be above 0"),
+    (["erase", "--concept", "circle", "--density", "2"], 2, "--density is 2.0, but must be at most 1"),
+    (["erase", "--concept", "circle", "--steps", "0"], 2, "--steps is 0, but must be at least 1"),
+    (["erase", "--concept", "circle", "--mask", "best"], 2, "saliency, shuffled, random, full"),
+    (["erase", "--concept", "circle", "--mask", "gone.safetensors"], 1, "gone.safetensors cannot be read"),
+    (["erase", "--concept", "circle", "--scope", "all"], 2, "full, xattn, selfattn, noxattn"),
+    (["erase", "--concept", "circle", "--retain-prompts", " "], 2, "empty prompt"),
+    (["erase", "--concept", "circle", "--device", "tpu9"], 2, "--device tpu9"),
+    (["erase", "--concept", "circle", "--recipe", "paper"], 2, "the paper says nothing"),
+    (["erase", "--concept", "circle", "--output", "model.ckpt"], 2, "end it in .safetensors"),
+    (["mask", "--concept", "circle", "--output", "mask.png"], 2, "end it in .safetensors"),
+    (["eval", "nowhere"], 1, "is no run folder"),
+    (["inspect", "nowhere.safetensors"], 1, "there is no nowhere.safetensors"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    done = salun(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_unknown_option_is_wrong_usage(tmp_path: Path) -> None:
+    assert salun("erase", "--concept", "circle", "--densty", "0.5", cwd=tmp_path).returncode == 2
+
+
+def test_the_single_steps_work(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = erased
+    masked = salun(
+        "mask", "--concept", "red", "--density", "0.1", "--forget-latents", "4", "--output", "m.safetensors", cwd=folder
+    )
+    assert masked.returncode == 0, masked.stderr
+    assert "(10.00%) selected" in masked.stdout
+    looked = json.loads(salun("inspect", "m.safetensors", "--json", cwd=folder).stdout)
+    assert (looked["kind"], looked["concept"], looked["density"]) == ("mask", "red", pytest.approx(0.1, abs=1e-6))
+    assert json.loads(salun("inspect", "shapes", "--json", cwd=folder).stdout)["base_hash"] == looked["base_hash"]
+    assert json.loads(salun("inspect", "run", "--json", cwd=folder).stdout)["status"] == "done"
+    delta = "run/delta.salun.safetensors"
+    assert json.loads(salun("inspect", delta, "--json", cwd=folder).stdout)["salun.concept"] == "circle"
+    for name, options in (
+        ("base", []),
+        ("erased", ["--delta", delta]),
+        ("none", ["--delta", delta, "--strength", "0"]),
+    ):
+        done = salun("sample", "--prompt", "one red circle", "-n", "2", "--output", f"{name}.png", *options, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    pictures = {name: (folder / f"{name}.png").read_bytes() for name in ("base", "erased", "none")}
+    assert pictures["base"] == pictures["none"] != pictures["erased"]
+    judged = salun("eval", "run", "-n", "4", "--json", cwd=folder)
+    assert json.loads(judged.stdout)["ua"]["n"] == 4
+    assert (folder / "run" / "eval.json").is_file()
+
+
+def test_lists(tmp_path: Path) -> None:
+    assert "nudity" in salun("concepts", cwd=tmp_path).stdout
+    assert (
+        json.loads(salun("concepts", "--model", "shapes", "--json", cwd=tmp_path).stdout)["circle"]["anchor"]
+        == "square"
+    )
+    assert {"shapes", "sd15", "sd14", "sd21", "sdxl"} <= set(json.loads(salun("models", "--json", cwd=tmp_path).stdout))
+
+
+def test_a_second_run_does_not_overwrite_the_first(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = erased
+    before = (folder / "run" / "run.json").read_bytes()
+    done = salun("erase", "--concept", "circle", "--run-dir", "run", *SHORT, cwd=folder)
+    assert done.returncode == 2
+    assert "holds a run already" in done.stderr
+    assert (folder / "run" / "run.json").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_stops_within_a_step_with_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "salun", "erase", "--concept", "circle", "--run-dir", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("sampling"):
+                break
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert time.monotonic() - began < 30  # a sampling batch of 64 on a busy machine
+    assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "cancelled"
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    program = "import sys; sys.argv = ['salun', '--help']; from salun.__main__ import main\n"
+    program += "try: main()\nexcept SystemExit: pass\n"
+    program += "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip().endswith("[]")

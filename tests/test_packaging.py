@@ -1,0 +1,104 @@
+"""The wheel: nothing of a generic name in site-packages, everything needed inside, and it runs from an empty folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of what git knows, so that leftovers of other builds cannot slip in."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(target),
+        ".",
+    ]
+    subprocess.run(command, cwd=source, check=True)
+    return next(target.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_only_our_names_land_in_site_packages(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {"salun", "salun_cli", "salun-0.1.0.dist-info"}
+    for needed in (
+        "salun/py.typed",
+        "salun/assets/concepts.yaml",
+        "salun/assets/models.yaml",
+        "salun/assets/shapes/salun.yaml",
+        "salun/assets/shapes/README.md",
+        "salun/assets/shapes/unet/diffusion_pytorch_model.safetensors",
+        "salun/assets/shapes/oracle/detector.safetensors",
+        "salun/report/report.html.j2",
+    ):
+        assert needed in names
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_in_an_empty_environment_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    """The environment sees this one's packages (torch is large) through a path file, but not this clone."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    own = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(own)
+    (Path(own) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def salun(*arguments: str) -> str:
+        command = [str(python), "-m", "salun", *arguments]
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = subprocess.run(
+        [python, "-c", "import salun; print(salun.__file__)"],
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert where.startswith(own)
+    assert "circle" in salun("concepts", "--model", "shapes")
+    output = salun(
+        "erase", "--concept", "circle", "--steps", "2", "--batch-size", "4", "--forget-latents", "4",
+        "--retain-latents", "4", "--eval-images", "2",
+    )  # fmt: skip
+    assert (empty / output.strip().splitlines()[-1].removeprefix("report: ")).is_file()
