@@ -1,0 +1,241 @@
+"""What erasing does on the embedded model, against controls: fills docs/results.md.
+
+    python benchmarks/erase.py                  run what is missing, then write the table
+    python benchmarks/erase.py --only circle    some jobs only (a part of the job's name)
+    python benchmarks/erase.py --table          write the table from what is there
+
+Each job (concept, variant, seed) is one JSON file in benchmarks/results/, named by what it depends on: model, options,
+number of pictures. The base model's pictures are kept in build/benchmarks/. Killed, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+import salun
+from salun.diffusion.data import sample_data
+from salun.diffusion.erase import find_mask, train
+from salun.diffusion.losses import ErasureData
+from salun.diffusion.models import Model
+from salun.diffusion.observe import Observation, Questions, compare, observe, questions
+from salun.diffusion.output import erased_tensors, moved
+from salun.diffusion.plan import Plan, make_plan
+from salun.formats.hashing import base_hash
+from salun.options import EraseOptions
+from salun.progress import silent
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, KEPT, TABLE = ROOT / "benchmarks" / "results", ROOT / "build" / "benchmarks", ROOT / "docs" / "results.md"
+CONCEPTS = ("circle", "red", "night")  # a shape, a colour, a style
+SEEDS = (0, 1, 2)
+EVAL_SEED = 101
+VARIANTS: dict[str, dict[str, Any]] = {
+    "SalUn": {},
+    "SalUn-soft": {"method": "salun-soft"},
+    "shuffled": {"mask": "shuffled"},
+    "random": {"mask": "random"},
+    "full": {"mask": "full"},
+    "cross-attention only": {"scope": "xattn", "mask": "full"},
+}
+DENSITIES = (0.01, 0.1, 0.3, 0.5, 0.9)
+
+
+PREAMBLE = """\
+Written by `benchmarks/erase.py`: {n} pictures each of forget and retain prompts per row and seed, from prompts that
+training never used, at the same seeds before and after, on a CPU. Mean ± standard deviation over seeds; percent and
+percentage points. UA: the concept is not seen. Anchor: the anchor is. Others kept: both other attributes are as asked.
+None: no picture any more. RA: share of attributes right on other prompts. Fréchet: of detector features on retain
+pictures, one half of the base against the other (base) and against the erased model. What a row trains: SalUn the most
+salient half of the weights, shuffled as many per layer at random places, random any half, full all of them,
+cross-attention only all of its layers' and no others.
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One erasure to measure."""
+
+    concept: str
+    variant: str
+    seed: int
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.concept}-{self.variant}-{self.seed}".replace(" ", "_")
+
+
+def jobs(extra: dict[str, Any]) -> list[Job]:
+    """Everything the tables need; what they need most comes first."""
+    found = [Job(c, "SalUn", s, extra) for s in SEEDS for c in CONCEPTS]
+    found += [Job(c, v, s, {**o, **extra}) for s in SEEDS for c in CONCEPTS for v, o in VARIANTS.items() if o]
+    for seed in SEEDS:
+        for density in DENSITIES:
+            for mask in ("saliency", "random"):
+                if density != 0.5:
+                    found.append(Job("circle", f"{mask} {density}", seed, {"density": density, "mask": mask, **extra}))
+    return found
+
+
+class Bench:
+    """The model, what was sampled from it, and the results so far."""
+
+    def __init__(self, n: int, tag: str) -> None:
+        self.model: Model = salun.load("shapes", device="cpu")
+        self.hash, self.n, self.tag = base_hash(self.model.original()), n, tag
+        self.data: dict[tuple[Any, ...], ErasureData] = {}
+        KEPT.mkdir(parents=True, exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+
+    def plan(self, job: Job) -> Plan:
+        options = EraseOptions(seed=job.seed, **job.options)
+        return make_plan(self.model.settings, "shapes", salun.Concept(job.concept), options)
+
+    def path(self, job: Job, plan: Plan) -> Path:
+        told = json.dumps([self.hash, self.n, EVAL_SEED, plan.saliency_timesteps, asdict(plan.options)], sort_keys=True)
+        return RESULTS / f"{self.tag}{job.name}-{hashlib.sha256(told.encode()).hexdigest()[:10]}.json"
+
+    def base(self, plan: Plan, asked: Questions) -> Observation:
+        """The base model's answers for a concept, sampled once."""
+        path = KEPT / f"base-{plan.concept.name}-{self.n}-{self.hash[:10]}.pt"
+        if not path.exists():
+            seen = observe(self.model, asked)
+            tensors = {k: torch.from_numpy(v) if k in ("forget", "retain") else v for k, v in vars(seen).items()}
+            torch.save(tensors, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        kept = torch.load(path, weights_only=True)
+        return Observation(**{k: v.numpy() if k in ("forget", "retain") else v for k, v in kept.items()})
+
+    def run(self, job: Job) -> None:
+        """Do a job, unless it is done."""
+        plan = self.plan(job)
+        path = self.path(job, plan)
+        if path.exists():
+            return
+        asked = questions(plan, self.n, EVAL_SEED)
+        before = self.base(plan, asked)
+        key = (job.concept, job.seed, plan.forget_latents, plan.retain_latents, plan.anchor_share > 0)
+        if key not in self.data:
+            self.data = {key: sample_data(self.model, plan)}
+        began = time.perf_counter()
+        with self.model.borrowed():
+            mask, told = find_mask(self.model, self.data[key], plan, silent)
+            trained = train(self.model, mask, self.data[key], plan, silent)
+            seconds = time.perf_counter() - began
+            original, masters = self.model.original(), trained.masters
+            if trained.final_density is not None:
+                mask = moved(original, masters)
+                masters = {n: m[mask.dense(n).view(-1)] for n, m in masters.items() if mask.bits[n].any()}
+                told.update(selected=mask.selected, density=mask.density)
+            self.model.load(erased_tensors(original, mask, masters))
+            metrics = compare(self.model, plan, asked, before, observe(self.model, asked))
+        result = {
+            "concept": job.concept,
+            "anchor": plan.concept.anchor,
+            "variant": job.variant,
+            "seed": job.seed,
+            "n": self.n,
+            "seconds": round(seconds, 1),
+            "mask": told,
+            "options": asdict(plan.options),
+            "metrics": {k: v for k, v in metrics.items() if k != "per_class"},
+            "worst_class": min(
+                ((s["after"]["value"] - s["before"]["value"], name) for name, s in metrics["per_class"].items())
+            ),
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(line(job.name, [result]), f"{seconds:.0f} s", flush=True)
+
+
+def figures(result: dict[str, Any]) -> dict[str, float]:
+    """The columns of the table, in percent or points."""
+    m = result["metrics"]
+    fall = {k: s["before"]["value"] - s["after"]["value"] for k, s in m["ra_by_attribute"].items()}
+    return {
+        "UA": m["ua"]["value"],
+        "anchor": m["anchor"]["value"],
+        "others kept": m["kept"]["all"]["value"],
+        "none": m["none"]["value"],
+        "RA before": m["ra_before"]["value"],
+        "RA drop": m["ra_before"]["value"] - m["ra_after"]["value"],
+        "largest drop of an attribute": max(fall.values()),
+        "Fréchet (base)": m["frechet"]["base"],
+        "Fréchet": m["frechet"]["erased"],
+    }
+
+
+def line(name: str, results: list[dict[str, Any]]) -> str:
+    """One row of the table: mean ± standard deviation over seeds."""
+    cells = []
+    for key in figures(results[0]):
+        values = [figures(r)[key] for r in results]
+        cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
+    return f"| {name} | {len(results)} | " + " | ".join(cells) + " |"
+
+
+def table(bench: Bench, wanted: list[Job]) -> str:
+    """docs/results.md, from the results there are."""
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    missing = 0
+    for job in wanted:
+        path = bench.path(job, bench.plan(job))
+        if not path.exists():
+            missing += 1
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        density = job.variant.split(" ")[0] in ("saliency", "random") and " " in job.variant
+        title = f"{job.concept} → {result['anchor']}" + (", other densities" if density else "")
+        groups.setdefault(title, {}).setdefault(job.variant, []).append(result)
+    out = [
+        "# Results on the embedded model",
+        "",
+        PREAMBLE.format(n=bench.n),
+        "",
+    ]
+    if missing:
+        out += [f"**Not complete: {missing} of {len(wanted)} runs are still to be made.**", ""]
+    for title, variants in groups.items():
+        first = next(iter(variants.values()))[0]
+        columns = list(figures(first))
+        out += [
+            f"## {title}",
+            "",
+            "| variant | seeds | " + " | ".join(columns) + " |",
+            "|---" * (len(columns) + 2) + "|",
+        ]
+        out += [line(name, results) for name, results in variants.items()]
+        soft = [r["mask"]["density"] for r in variants.get("SalUn-soft", [])]
+        out += ["", f"Final density of SalUn-soft: {', '.join(f'{d:.3f}' for d in soft)}.", ""] if soft else [""]
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", type=int, default=1000)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE", help="try other options; no table"
+    )
+    arguments = parser.parse_args()
+    extra = {k: json.loads(v) if v[0] in "0123456789" else v for k, v in (s.split("=") for s in arguments.set)}
+    bench = Bench(arguments.n, "try-" if extra or arguments.n != 1000 else "")
+    wanted = jobs(extra)
+    for job in wanted:
+        if not arguments.table and arguments.only in job.name:
+            bench.run(job)
+    if not extra and arguments.n == 1000:
+        TABLE.write_text(table(bench, wanted), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Other families, as small random models in diffusers' format: SD 2 (v-prediction) and SDXL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import salun
+from salun.diffusion.models import ASSETS, alphas_cumprod
+from salun.errors import ModelError
+
+from .conftest import SHORT
+
+TINY = {**SHORT, "steps": 2, "forget_latents": 4, "retain_latents": 4, "eval_images": 2, "lr": 1e-3}
+
+
+def make(folder: Path, pipeline: str, prediction_type: str, dtype: torch.dtype) -> Path:
+    """A random model whose folder has what diffusers writes."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    xl = pipeline == "StableDiffusionXLPipeline"
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "shapes" / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=3,
+        num_attention_heads=2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    sdxl = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    }
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32 if xl else 16, use_linear_projection=True, **(sdxl if xl else {}),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=2, sample_size=32,
+    )  # fmt: skip
+    variant = "fp16" if dtype == torch.float16 else None
+    unet.to(dtype).save_pretrained(folder / "unet", variant=variant)
+    vae.to(dtype).save_pretrained(folder / "vae", variant=variant)
+    CLIPTextModel(text).to(dtype).save_pretrained(folder / "text_encoder", variant=variant)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    if xl:
+        CLIPTextModelWithProjection(text).to(dtype).save_pretrained(folder / "text_encoder_2", variant=variant)
+        tokenizer.save_pretrained(folder / "tokenizer_2")
+    DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    ).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
+    settings = {"sampling": {"resolution": 32, "steps": 2, "guidance": 3.0}}
+    (folder / "salun.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "prediction_type", "dtype"),
+    [
+        ("StableDiffusionPipeline", "v_prediction", torch.float32),
+        ("StableDiffusionXLPipeline", "epsilon", torch.float16),
+    ],
+)
+def test_an_erasure_runs_and_writes_the_models_own_layout(
+    pipeline: str, prediction_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "model", pipeline, prediction_type, dtype)
+    model = salun.load(str(folder), device="cpu")
+    assert model.prediction_type == prediction_type
+    run = salun.erase(model, salun.Concept("golf ball"), run_dir=tmp_path / "run", **TINY)
+    name = next(p.name for p in (folder / "unet").glob("*.safetensors"))
+    assert (".fp16." in name) == (dtype == torch.float16)
+    before, after = load_file(folder / "unet" / name), load_file(tmp_path / "run" / "model" / "unet" / name)
+    integers = torch.int16 if dtype.itemsize == 2 else torch.int32
+    changed = 0
+    for key, tensor in before.items():
+        assert after[key].dtype == dtype
+        differs = tensor.view(integers) != after[key].view(integers)
+        assert not torch.any(differs & ~run.mask.dense(key))
+        changed += int(differs.sum())
+    assert changed
+    assert all(torch.isfinite(torch.tensor(entry[1:])).all() for entry in run.history)
+
+
+def test_predictions_are_those_of_diffusers_own_pipeline(tmp_path: Path) -> None:
+    """SDXL's two text encoders, pooled text and sizes, wired as the pipeline wires them."""
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = make(tmp_path / "xl", "StableDiffusionXLPipeline", "epsilon", torch.float32)
+    model = salun.load(str(folder), device="cpu")
+    pipeline = StableDiffusionXLPipeline(
+        model.vae, *model.text_encoders, *model.tokenizers, model.unet, scheduler=None, add_watermarker=False
+    )
+    hidden, _, pooled, _ = pipeline.encode_prompt("one red circle", device="cpu", do_classifier_free_guidance=False)
+    ours = model.encode(["one red circle"])
+    torch.testing.assert_close(ours.hidden, hidden)
+    torch.testing.assert_close(ours.extra["text_embeds"], pooled)
+    assert ours.extra["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_noise_schedules_are_diffusers_own(schedule: str, zero_snr: bool) -> None:
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=schedule, rescale_betas_zero_snr=zero_snr)
+    ours = alphas_cumprod(dict(theirs.config), "a model")
+    # float32 products of a thousand factors, rescaled in another order
+    torch.testing.assert_close(ours, theirs.alphas_cumprod, atol=1e-6, rtol=1e-3)
+
+
+def test_an_unknown_noise_schedule_is_refused() -> None:
+    with pytest.raises(ModelError, match="squaredcos"):
+        alphas_cumprod({"beta_schedule": "squaredcos_cap_v2"}, "a model")
