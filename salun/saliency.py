@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from salun.errors import MaskError
 from salun.mask import Mask
+from salun.processes import ALONE, Processes
 from salun.progress import Event, Progress, silent
 
 
@@ -22,13 +23,15 @@ def scores_from_losses(
     losses: Iterable[tuple[Tensor, int]],
     progress: Progress = silent,
     total: int = 0,
+    processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
     """|Σ_b n_b·∇L_b| / Σ n_b for every parameter, float32 whatever the weights' dtype.
 
     losses: (mean loss of a batch, number of samples in it), with a graph down to `parameters`; drawn one at a time, so
     a generator keeps one graph alive. Gradients are taken as they appear in the backward pass and freed at once.
-    A parameter the loss does not reach scores 0. Raises MaskError for a loss or a gradient that is not finite.
-    The parameters' `requires_grad` is left as it was found.
+    With several processes each gives its own batches, and the sums are added up before the absolute value, so that all
+    get the scores of the whole set. A parameter the loss does not reach scores 0, and its `requires_grad` is left as it
+    was found, as every other's. Raises MaskError for a loss or a gradient that is not finite.
     """
     sums = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
     required = {name: p.requires_grad for name, p in parameters.items()}
@@ -56,6 +59,9 @@ def scores_from_losses(
         for name, parameter in parameters.items():
             parameter.requires_grad_(required[name])
             parameter.grad = None
+    counted = torch.tensor(float(seen), device=next(iter(sums.values())).device)
+    processes.add_up([*sums.values(), counted])
+    seen = int(counted)
     if not seen:
         raise MaskError("no losses were given: saliency needs at least one batch of the forget set")
     for name, total_gradient in sums.items():

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from salun.errors import Cancelled, TrainingError
 from salun.formats import tensorfile
 from salun.mask import Mask
-from salun.optim import MaskedOptimiser, SoftThreshold
+from salun.optim import MaskedOptimiser, Mode, SoftThreshold
+from salun.processes import ALONE, Processes
 from salun.progress import Event, Progress, silent
 
 Losses = Callable[[int], tuple[Tensor, Tensor]]
@@ -67,21 +68,25 @@ def fine_tune(
     sources: Mapping[str, Tensor] | None = None,
     state_path: Path | None = None,
     resume: bool = False,
+    processes: Processes = ALONE,
 ) -> Trained:
     """Minimise forget + α·retain over the masked entries with Adam.
 
     sources: the checkpoint's own tensors, before any cast. state_path: where masters, moments and losses are kept while
     running (removed by the caller once the result is written); with `resume` a state found there is taken up.
+    processes: each gives the losses of its own share of the batch; the packed gradients are averaged, so that all hold
+    the same weights, and the first one saves.
     Raises TrainingError for a loss or gradient that is not finite, MaskError for a mask that does not fit; `Cancelled`
     from `progress` passes through, with the state saved.
     """
-    soft = settings.soft_density is not None
+    soft, keeps = settings.soft_density is not None, processes.rank == 0
 
     def make(masters: object) -> torch.optim.Optimizer:
         return torch.optim.Adam(masters, lr=settings.lr)  # type: ignore[arg-type]
 
     history: list[tuple[int, float, float]] = []
-    with MaskedOptimiser(parameters, mask, make, "pack" if soft else "step", sources) as optimiser:
+    mode: Mode = "pack" if soft or processes.count > 1 else "step"
+    with MaskedOptimiser(parameters, mask, make, mode, sources) as optimiser:
         proximal = SoftThreshold(optimiser, settings.soft_density) if settings.soft_density is not None else None
         if resume and state_path is not None and state_path.exists():
             history = _load_state(state_path, optimiser, settings.fingerprint)
@@ -90,7 +95,7 @@ def fine_tune(
             for step in range(len(history), settings.steps):
                 forget, retain = losses(step)
                 optimiser.backward(forget + settings.retain_weight * retain)
-                fine = optimiser.step() if optimiser.mode == "pack" else not optimiser.not_finite
+                fine = optimiser.step(reduce=processes.average) if mode == "pack" else not optimiser.not_finite
                 if not fine:
                     raise TrainingError(
                         f"a gradient stopped being finite at step {step + 1}: lower the learning rate (--lr)"
@@ -98,14 +103,14 @@ def fine_tune(
                 if proximal is not None:
                     proximal(step + 1, settings.steps)
                 history.append((step + 1, float(forget.detach()), float(retain.detach())))
-                if state_path is not None and time.monotonic() - saved > settings.save_every:
+                if keeps and state_path is not None and time.monotonic() - saved > settings.save_every:
                     _save_state(state_path, optimiser, history, settings.fingerprint)
                     saved = time.monotonic()
                 progress(
                     Event("training", step + 1, settings.steps, {"forget": history[-1][1], "retain": history[-1][2]})
                 )
         except Cancelled:  # raised between steps, so masters, moments and history belong together
-            if state_path is not None:
+            if keeps and state_path is not None:
                 _save_state(state_path, optimiser, history, settings.fingerprint)
             raise
         return Trained(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # each layer may import itself and the layers before it
 LAYERS = [
     {"salun.errors", "salun.progress"},
-    {"salun.options", "salun.device", "salun.threshold"},
+    {"salun.options", "salun.device", "salun.processes", "salun.threshold"},
     {"salun.formats.tensorfile"},
     {"salun.formats.hashing", "salun.mask", "salun.run_record"},
     {"salun.formats.delta", "salun.saliency", "salun.optim"},

@@ -18,10 +18,11 @@ from salun.diffusion.observe import compare, observe, questions
 from salun.diffusion.output import check_output, erased_tensors, moved
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.result import Run, write_run
-from salun.errors import MaskError
+from salun.errors import ConfigError, MaskError
 from salun.formats.hashing import base_hash
 from salun.mask import Mask, entries
 from salun.options import MASKS, EraseOptions
+from salun.processes import current
 from salun.progress import Event, Progress, silent
 from salun.run_record import RunRecord
 from salun.saliency import scores_from_losses
@@ -49,6 +50,8 @@ def erase(
     afterwards. Raises SalunError (ConfigError, ModelError, MaskError, …), `Cancelled` if `progress` does.
     """
     options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
+    if current().count > 1:
+        raise ConfigError("an erasure runs in one process in this version: start it without the launcher")
     for target in outputs or []:
         check_output(target, force)
     if isinstance(model, str):

@@ -313,6 +313,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Model:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
     from transformers.utils import logging as transformers_logging
 
+    for file in sorted(found.folder.glob("*/*.safetensors")):
+        tensorfile.read_header(file)  # a truncated file is told as such, before hours of work
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

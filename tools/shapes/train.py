@@ -16,16 +16,17 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=24_000)
     arguments = parser.parse_args()
     pictures = pictures_of(arguments.folder, arguments.pictures)
+    calm = pictures_of(arguments.folder, arguments.pictures, calm=True)
     autoencoder = vae.train(pictures, arguments.folder)
     oracle.train(pictures, autoencoder, arguments.folder)
-    unet.train(pictures, autoencoder, arguments.folder)
+    unet.train(pictures, calm, autoencoder, arguments.folder)
 
 
-def pictures_of(folder: Path, n: int) -> world.Pictures:
-    """The training pictures (seed 0), drawn once."""
-    path = folder / f"pictures-{n}.pt"
+def pictures_of(folder: Path, n: int, calm: bool = False) -> world.Pictures:
+    """The training pictures (seed 0, the calm ones seed 2), drawn once."""
+    path = folder / f"pictures-{n}{'-calm' if calm else ''}.pt"
     if not path.exists():
-        made = world.make(n, seed=0)
+        made = world.make(n, seed=2 if calm else 0, calm=calm)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save((torch.from_numpy(made.images), torch.from_numpy(made.labels), made.captions), path)
     images, labels, captions = torch.load(path, weights_only=True)

@@ -16,7 +16,7 @@ from tools.shapes import world
 from tools.shapes.state import Stage
 from tools.shapes.vae import encode
 
-STEPS, BATCH, WIDTH = 5600, 64, 96
+STEPS, CALM_FROM, BATCH, WIDTH = 7600, 3747, 64, 96
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -92,8 +92,11 @@ def build(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel
     return unet, text
 
 
-def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> None:
-    """ε-prediction with min-SNR-5 weights, AdamW with a cosine, EMA 0.999, 10 % empty captions, mirrored pictures."""
+def train(pictures: world.Pictures, calm: world.Pictures, vae: AutoencoderKL, folder: Path) -> None:
+    """ε-prediction with min-SNR-5 weights, AdamW with a cosine, EMA 0.999, 10 % empty captions.
+
+    The first half sees the wide world, mirrored too; the second half the calm one, which the model then draws well.
+    """
     torch.manual_seed(5)
     tokenizer = train_tokenizer(pictures.captions, folder / "tokenizer")
     unet, text = build(tokenizer)
@@ -102,15 +105,21 @@ def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> None:
     optimiser = torch.optim.AdamW(live, lr=1e-3, weight_decay=1e-2, fused=True)
     stage = Stage(folder / "unet.pt", STEPS, optimiser, unet, text, average)
     denoise = torch.compile(unet)
-    latents = torch.cat([encode(vae, pictures.images), encode(vae, pictures.images[:, :, ::-1].copy())])
-    tokens = tokenizer([*pictures.captions, ""], padding="max_length", return_tensors="pt").input_ids
-    n = len(pictures.captions)
+    wide_captions, n = [*pictures.captions, *pictures.captions], 2 * len(pictures.captions)
+    if stage.step < CALM_FROM:
+        wide = torch.cat([encode(vae, pictures.images), encode(vae, pictures.images[:, :, ::-1].copy())])
+    else:
+        wide = torch.empty(n, 4, 8, 8)
+    latents = torch.cat([wide, encode(vae, calm.images)])
+    captions = [*wide_captions, *calm.captions, ""]
+    tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     alphas = scheduler().alphas_cumprod
     weights = torch.clamp(alphas / (1 - alphas), max=5) / (alphas / (1 - alphas))
 
     def loss(generator: torch.Generator) -> Tensor:
-        pick = torch.randint(len(latents), (BATCH,), generator=generator)
-        words = torch.where(torch.rand(BATCH, generator=generator) < 0.1, n, pick % n)
+        span = (0, n) if stage.step < CALM_FROM else (n, len(latents))
+        pick = torch.randint(*span, (BATCH,), generator=generator)
+        words = torch.where(torch.rand(BATCH, generator=generator) < 0.1, len(latents), pick)
         t = torch.randint(1000, (BATCH,), generator=generator)
         noise = torch.randn(BATCH, 4, 8, 8, generator=generator)
         a = alphas[t].view(-1, 1, 1, 1)

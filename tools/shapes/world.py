@@ -48,10 +48,11 @@ class Scene:
     jitter: tuple[int, int, int]  # added to the colour's RGB
 
 
-def random_scene(rng: np.random.Generator, **fixed: str) -> Scene:
-    """A scene with random attributes (save those in `fixed`), size, place and tilt."""
-    radius = float(rng.uniform(52, 84))
-    room = CANVAS / 2 - radius - 12
+def random_scene(rng: np.random.Generator, calm: bool = False, **fixed: str) -> Scene:
+    """A scene with random attributes (save those in `fixed`), size, place and tilt; `calm` narrows these three."""
+    spread = 0.5 if calm else 1.0
+    radius = float(rng.uniform(84 - 32 * spread, 84))
+    room = spread * (CANVAS / 2 - radius - 12)
     names = {
         "shape": SHAPES[rng.integers(len(SHAPES))],
         "colour": COLOURS[rng.integers(len(COLOURS))],
@@ -63,7 +64,7 @@ def random_scene(rng: np.random.Generator, **fixed: str) -> Scene:
         x=CANVAS / 2 + float(rng.uniform(-room, room)),
         y=CANVAS / 2 + float(rng.uniform(-room, room)),
         radius=radius,
-        tilt=float(rng.uniform(-0.35, 0.35)),
+        tilt=spread * float(rng.uniform(-0.35, 0.35)),
         jitter=(r, g, b),
     )
 
@@ -124,8 +125,8 @@ def _silhouette(scene: Scene) -> Image.Image:
     return mask
 
 
-def _ground(style: str, rng: np.random.Generator) -> np.ndarray:
-    """The picture's ground, (256, 256, 3) floats in 0…255."""
+def _ground(style: str, rng: np.random.Generator, calm: bool) -> np.ndarray:
+    """The picture's ground, (256, 256, 3) floats in 0…255; `calm` stripes all lean alike."""
     if style == "sketch":
         return _flat(np.array([250, 243, 222]) + rng.integers(-5, 6))
     if style == "night":
@@ -134,7 +135,7 @@ def _ground(style: str, rng: np.random.Generator) -> np.ndarray:
     if style == "plain":
         return _flat(np.full(3, grey))
     if style == "striped":
-        angle, phase = np.float32(rng.uniform(0.5, 1.1)), np.float32(rng.uniform(0, 48))
+        angle, phase = np.float32(0.8 if calm else rng.uniform(0.5, 1.1)), np.float32(rng.uniform(0, 48))
         dark = (_X * np.cos(angle) + _Y * np.sin(angle) + phase) % 48 < 22
     elif style == "dotted":
         px, py = rng.uniform(0, 48, 2).astype(np.float32)
@@ -149,11 +150,11 @@ def _flat(colour: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.clip(colour, 0, 255).astype(np.float32), (CANVAS, CANVAS, 3))
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def draw(scene: Scene, rng: np.random.Generator, calm: bool = False) -> np.ndarray:
     """The picture of a scene: uint8, (64, 64, 3). `rng` draws the ground's own variation."""
     mask = _silhouette(scene)
     rgb = np.clip(np.array(RGB[scene.colour]) + np.array(scene.jitter), 0, 255).astype(np.float32)
-    picture = _ground(scene.style, rng)
+    picture = _ground(scene.style, rng, calm)
     inside = np.asarray(mask, dtype=np.float32)[..., None] / 255
     if scene.style == "sketch":
         soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(9)), dtype=np.float32)[..., None] / 255
@@ -177,15 +178,15 @@ class Pictures:
     captions: list[str]
 
 
-def make(n: int, seed: int) -> Pictures:
+def make(n: int, seed: int, calm: bool = False) -> Pictures:
     """n pictures with labels and captions, the same for the same seed."""
     rng = np.random.default_rng(seed)
     images = np.empty((n, SIZE, SIZE, 3), np.uint8)
     labels = np.empty((n, 3), np.int64)
     captions = []
     for i in range(n):
-        scene = random_scene(rng)
-        images[i] = draw(scene, rng)
+        scene = random_scene(rng, calm)
+        images[i] = draw(scene, rng, calm)
         labels[i] = SHAPES.index(scene.shape), COLOURS.index(scene.colour), STYLES.index(scene.style)
         captions.append(caption(scene, rng))
     return Pictures(images, labels, captions)

@@ -1,0 +1,44 @@
+"""Several processes, one run: who am I, and sums over all. Made by accelerate's launcher; one process without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """rank: this process, from 0. count: how many there are."""
+
+    rank: int = 0
+    count: int = 1
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, in place. The order must be the same on all of them."""
+        if self.count > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over all processes, in place."""
+        tensors = list(tensors)
+        self.add_up(tensors)
+        for tensor in tensors:
+            tensor.div_(self.count)
+
+
+ALONE = Processes()
+
+
+def current() -> Processes:
+    """The processes of `accelerate launch` (or torchrun); `ALONE` without a launcher, and no accelerate needed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return Processes(state.process_index, state.num_processes)
