@@ -25,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ClickException: Any = typer.BadParameter.__mro__[2]  # Typer brings click under its own name or under click's
+
 ModelName = Annotated[
     str | None,
     typer.Option(
@@ -319,8 +321,8 @@ def main() -> None:
             raise
         _complain(str(error))
         code = 2 if isinstance(error, ConfigError) else 1
-    except typer.BadParameter.__mro__[2] as error:  # click's ClickException, which Typer may bring under its own name
-        text = error.format_message()  # type: ignore[attr-defined]
+    except ClickException as error:
+        text = error.format_message()
         if text:  # empty where the help was printed instead
             _complain(f"{text} (see `salun --help`)")
         code = 2
