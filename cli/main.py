@@ -159,6 +159,7 @@ def sample(
 
     from salun.diffusion.latents import item_seed, sample_pictures
     from salun.diffusion.models import load
+    from salun.formats.tensorfile import write_bytes
     from salun.report import picture
 
     with terminal_progress(False) as progress:
@@ -173,7 +174,7 @@ def sample(
         texts = [text for text in prompt for _ in range(n)]
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         pictures = sample_pictures(loaded, texts, seeds, progress)
-    output.write_bytes(picture.png_bytes(picture.sheet(pictures, n, prompt)))
+    write_bytes(output, picture.png_bytes(picture.sheet(pictures, n, prompt)))
     typer.echo(str(output))
 
 

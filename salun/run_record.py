@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import re
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from salun.errors import Cancelled, ConfigError
-from salun.formats.tensorfile import sha256_file
+from salun.formats.tensorfile import sha256_file, write_bytes
 
 SCHEMA = 1
 PACKAGES = ("salun", "torch", "diffusers", "transformers", "safetensors", "accelerate", "numpy", "pillow")
@@ -94,12 +93,10 @@ class RunRecord:
         self.data[side].append({"kind": kind, "path": shown, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
 
     def write(self) -> None:
-        """Write `run.json` under a temporary name and rename it."""
-        if self.folder is None:
-            return
-        temporary = self.folder / "run.json.tmp"
-        temporary.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / "run.json")
+        """Write `run.json`, whole or not at all."""
+        if self.folder is not None:
+            text = json.dumps(self.data, indent=1, ensure_ascii=False) + "\n"
+            write_bytes(self.folder / "run.json", text.encode("utf-8"))
 
 
 def new_run_folder(name: str, root: Path = Path("runs")) -> Path:

@@ -12,6 +12,7 @@ from salun.diffusion.observe import compare, observe, questions
 from salun.diffusion.plan import make_plan
 from salun.errors import DataError
 from salun.formats.delta import Delta
+from salun.formats.tensorfile import write_bytes
 from salun.options import EraseOptions, from_mapping
 from salun.progress import Progress, silent
 
@@ -37,7 +38,8 @@ def evaluate_run(folder: Path, n: int, seed: int, device: str = "auto", progress
     model.load(Delta.load(candidates[0]).apply(dict(model.original())))
     after = observe(model, asked, progress, "pictures after")
     metrics = compare(model, plan, asked, before, after)
-    (folder / "eval.json").write_text(json.dumps({"n": n, "seed": seed, **metrics}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"n": n, "seed": seed, **metrics}, indent=1) + "\n"
+    write_bytes(folder / "eval.json", text.encode("utf-8"))
     return metrics
 
 

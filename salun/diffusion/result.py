@@ -15,6 +15,7 @@ from salun.diffusion.observe import Observation, Questions
 from salun.diffusion.output import write_output
 from salun.diffusion.plan import Plan
 from salun.formats.delta import Delta
+from salun.formats.tensorfile import write_bytes
 from salun.mask import Mask
 from salun.progress import Event, Progress, silent
 from salun.report import page, picture
@@ -148,6 +149,6 @@ def write_run(run: Run, outputs: list[str] | None, progress: Progress = silent) 
             forget, retain = run.grids()
             if forget is not None and retain is not None:
                 joined = picture.stack(forget, retain)
-                (folder / "before_after.png").write_bytes(picture.png_bytes(joined))
+                write_bytes(folder / "before_after.png", picture.png_bytes(joined))
     if folder is not None:
         run.report.save(folder / "report.html")

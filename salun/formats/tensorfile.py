@@ -226,6 +226,12 @@ def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of any kind, atomically."""
+    with atomic(path, len(content)) as file:
+        file.write(content)
+
+
 def sha256_file(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from salun.formats.tensorfile import write_bytes
 from salun.report import charts
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -21,11 +21,8 @@ class Report:
     html: str
 
     def save(self, path: Path | str) -> None:
-        """Write it under a temporary name and rename it."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(self.html, encoding="utf-8")
-        os.replace(temporary, target)
+        """Write it whole, or not at all."""
+        write_bytes(Path(path), self.html.encode("utf-8"))
 
 
 def render(
