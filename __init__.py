@@ -22,7 +22,11 @@ def _load_core() -> None:
     spec = importlib.util.spec_from_file_location("salun", home, submodule_search_locations=[str(home.parent)])
     module = importlib.util.module_from_spec(spec)
     sys.modules["salun"] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules["salun"]  # half a core must not be found by the next import
+        raise
 
 
 if "comfy" in sys.modules or importlib.util.find_spec("comfy") is not None:

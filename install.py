@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import importlib.util
 
-NEEDED = ("torch", "numpy", "safetensors", "PIL", "yaml")
+# module → the package that brings it
+NEEDED = {"torch": "torch", "numpy": "numpy", "safetensors": "safetensors", "PIL": "pillow", "yaml": "pyyaml"}
 
 
 def missing() -> list[str]:
-    """Modules the core needs that this Python does not have."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    """Packages the core needs that this Python does not have."""
+    return [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
 
 
 if __name__ == "__main__":
     lacking = missing()
     if lacking:
-        print(f"salun: this Python has no {', '.join(lacking)}; the host should bring them. Nothing was installed.")
+        print(
+            f"salun: this Python has no {', '.join(lacking)}. Nothing was installed: the host brings them. "
+            "Install the host's own requirements again, then restart it."
+        )

@@ -1,4 +1,4 @@
-"""`python -m salun`: the command line, installed (`salun_cli`) or in a bare clone (`cli/`)."""
+"""`python -m salun`: the command line of this very copy, a clone's `cli/` or the installed `salun_cli`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from pathlib import Path
 
 def main() -> None:
     """Find the command line and run it."""
-    if importlib.util.find_spec("salun_cli") is None:
-        folder = Path(__file__).resolve().parents[1] / "cli"
+    clone = Path(__file__).resolve().parents[1]
+    # a clone's own first: the core of one copy must not meet the command line of another that is installed as well
+    if (clone / "pyproject.toml").is_file() and (clone / "cli" / "main.py").is_file():
+        folder = clone / "cli"
         spec = importlib.util.spec_from_file_location(
             "salun_cli", folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
-        if spec is None or spec.loader is None or not folder.is_dir():
-            sys.exit("salun: the command line is not here: pip install salun")
+        if spec is None or spec.loader is None:
+            sys.exit(f"salun: {folder} cannot be loaded: clone the repository again")
         module = importlib.util.module_from_spec(spec)
         sys.modules["salun_cli"] = module
         spec.loader.exec_module(module)
+    elif importlib.util.find_spec("salun_cli") is None:
+        sys.exit("salun: the command line is not here: pip install salun")
     importlib.import_module("salun_cli.main").main()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import textwrap
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -65,11 +67,49 @@ def test_webuis_door_opens_twice_and_takes_a_name_of_its_own(clone: Path, tmp_pa
     assert run(program, tmp_path).strip() == str(clone / "extension" / "__init__.py")
 
 
-def test_the_installer_installs_nothing_and_says_what_is_missing(clone: Path, tmp_path: Path) -> None:
-    assert run(f"import runpy; runpy.run_path({str(clone / 'install.py')!r}, run_name='__main__')", tmp_path) == ""
+def test_a_core_that_fails_to_load_leaves_nothing_behind(clone: Path, tmp_path: Path) -> None:
+    (clone / "salun" / "__init__.py").write_text("raise RuntimeError('broken core')", encoding="utf-8")
+    program = "import sys, types; sys.modules['comfy'] = types.ModuleType('comfy')\ntry:\n"
+    program += textwrap.indent(LOAD.format(path=str(clone / "__init__.py"), folder=str(clone)), "    ")
+    program += "\nexcept RuntimeError as error: print(error, 'salun' in sys.modules)"
+    assert run(program, tmp_path).strip() == "broken core False"
+
+
+def test_python_m_salun_takes_the_clones_own_command_line(clone: Path, tmp_path: Path) -> None:
+    """Also where another copy is installed: one copy's core never runs under the other's commands."""
+    shutil.copytree(ROOT / "cli", clone / "cli", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", clone)
+    elsewhere = tmp_path / "installed" / "salun_cli"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "__init__.py").write_text("", encoding="utf-8")
+    (elsewhere / "main.py").write_text("def main(): print('the other copy')", encoding="utf-8")
+    program = f"import runpy, sys; sys.path[:0] = [{str(clone)!r}, {str(elsewhere.parent)!r}]\n"
+    program += "sys.argv = ['salun', '--version']\ntry: runpy.run_module('salun', run_name='__main__')\n"
+    program += "except SystemExit: print(sys.modules['salun_cli'].__file__)"
+    assert run(program, tmp_path).splitlines()[-1] == str(clone / "cli" / "__init__.py")
+    (clone / "pyproject.toml").unlink()  # in site-packages a neighbour named `cli` is somebody else's
+    assert run(program, tmp_path).splitlines() == ["the other copy"]
+
+
+def test_the_installer_run_twice_changes_nothing(clone: Path, tmp_path: Path) -> None:
+    """As a host runs it: a child process in the host's folder."""
+
+    def state() -> list[object]:
+        packages = sorted(f"{d.name} {d.version}" for d in metadata.distributions())
+        return [packages, sorted((str(p), p.read_bytes()) for p in clone.rglob("*") if p.is_file())]
+
+    before = state()
+    for _ in range(2):
+        command = [sys.executable, str(clone / "install.py")]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout + done.stderr == ""
+        assert state() == before
+
+
+def test_the_installer_says_what_is_missing(clone: Path, tmp_path: Path) -> None:
     blocked = "import sys, runpy; sys.modules['yaml'] = None\n"
     blocked += "import importlib.util as u; find = u.find_spec\n"
     blocked += "u.find_spec = lambda n, *a: None if n == 'yaml' else find(n, *a)\n"
     output = run(blocked + f"runpy.run_path({str(clone / 'install.py')!r}, run_name='__main__')", tmp_path)
-    assert "has no yaml" in output
+    assert "has no pyyaml" in output
     assert "Nothing was installed" in output

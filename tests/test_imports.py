@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,20 +37,56 @@ def layer_of(module: str) -> int | None:
     return None
 
 
-def imports(path: Path, everywhere: bool) -> set[str]:
-    """Modules a file imports: everywhere in it, or at its top level only (not under TYPE_CHECKING)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = list(ast.walk(tree)) if everywhere else tree.body
+def nodes(tree: ast.AST, everywhere: bool) -> Iterator[ast.AST]:
+    """All nodes, or those that run when the file is imported: outside functions and `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if everywhere or not (later or typing_only):
+            yield node
+            yield from nodes(node, everywhere)
+
+
+def imports(text: str, package: str, everywhere: bool) -> set[str]:
+    """Absolute names of the modules that a file of `package` imports, relative ones resolved."""
     found = set()
-    for node in nodes:
+    for node in nodes(ast.parse(text), everywhere):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            home = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {home, *(f"{home}.{alias.name}" for alias in node.names)}
     return found
 
 
+def imports_of(path: Path, everywhere: bool) -> set[str]:
+    package = ".".join(path.relative_to(ROOT).parts[:-1])
+    return imports(path.read_text(encoding="utf-8"), package, everywhere)
+
+
 FILES = sorted((ROOT / "salun").rglob("*.py"))
+HOSTS = {"cli": "salun_cli", "comfy_nodes": "comfy_nodes", "extension": "extension"}
+
+
+def test_the_rule_sees_relative_nested_and_typing_imports() -> None:
+    text = """
+from __future__ import annotations
+from . import options
+from ..mask import Mask
+if TYPE_CHECKING:
+    import diffusers
+try:
+    import rich
+except ImportError:
+    pass
+def later():
+    import typer
+"""
+    at_import = imports(text, "salun.diffusion", everywhere=False)
+    assert {"salun.diffusion.options", "salun.mask", "salun.mask.Mask", "rich"} <= at_import
+    assert not {"diffusers", "typer"} & at_import
+    assert {"diffusers", "typer"} <= imports(text, "salun.diffusion", everywhere=True)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
@@ -59,15 +96,22 @@ def test_imports_go_downwards(path: Path) -> None:
     if module in ("salun", "salun.__main__", "salun.formats"):
         return  # doors: they hold no logic
     assert level is not None, f"{module} has no place in LAYERS"
-    for name in imports(path, everywhere=True):
-        assert name.split(".")[0] not in ("cli", "salun_cli", "comfy_nodes", "extension"), name
+    for name in imports_of(path, everywhere=True):
+        assert name.split(".")[0] not in {*HOSTS, *HOSTS.values()}, f"{module} imports the host {name}"
         other = layer_of(name)
         assert other is None or other <= level, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_heavy_packages_are_imported_where_used(path: Path) -> None:
-    assert not {name.split(".")[0] for name in imports(path, everywhere=False)} & HEAVY
+    assert not {name.split(".")[0] for name in imports_of(path, everywhere=False)} & HEAVY
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_no_host_knows_another(host: str) -> None:
+    others = {*HOSTS, *HOSTS.values()} - {host, HOSTS[host]}
+    for path in sorted((ROOT / host).rglob("*.py")):
+        assert not {name.split(".")[0] for name in imports_of(path, everywhere=True)} & others, path
 
 
 def test_core_losses_and_formats_work_without_diffusers_and_friends() -> None:
@@ -79,8 +123,11 @@ class Block:
         if name.split(".")[0] in ("diffusers", "accelerate", "typer", "transformers", "rich", "huggingface_hub"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
-import torch, salun
+import importlib, pkgutil, torch, salun, salun.formats
+import salun.mask, salun.saliency, salun.optim, salun.training
 import salun.inspection, salun.diffusion.losses, salun.diffusion.concepts, salun.diffusion.erase
+for module in pkgutil.iter_modules(salun.formats.__path__):
+    importlib.import_module(f"salun.formats.{module.name}")
 layer = torch.nn.Linear(4, 2)
 mask = salun.saliency_mask(layer, [(layer(torch.ones(3, 4)).square().mean(), 3)], 0.5)
 before = {n: p.detach().clone() for n, p in layer.named_parameters()}

@@ -64,6 +64,18 @@ def test_only_our_names_land_in_site_packages(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+def test_no_module_and_no_asset_is_left_behind(wheel: Path) -> None:
+    """The packages are listed by hand, so that only two names land: a new one must not be forgotten."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for path in sorted((ROOT / "salun").rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("."):
+            assert path.relative_to(ROOT).as_posix() in names
+    for path in sorted((ROOT / "cli").rglob("*.py")):
+        assert f"salun_cli/{path.relative_to(ROOT / 'cli').as_posix()}" in names
+
+
+@pytest.mark.slow
 def test_the_wheel_runs_in_an_empty_environment_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     """The environment sees this one's packages (torch is large) through a path file, but not this clone."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
@@ -74,15 +86,18 @@ def test_the_wheel_runs_in_an_empty_environment_from_an_empty_folder(wheel: Path
         text=True,
         check=True,
     ).stdout.strip()
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(own)
+    # installed before the other packages come into sight: pip must not meet an editable salun among them
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True)
     (Path(own) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     empty = tmp_path / "empty"
     empty.mkdir()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
-    def salun(*arguments: str) -> str:
-        command = [str(python), "-m", "salun", *arguments]
+    script = python.with_name("salun.exe" if os.name == "nt" else "salun")
+
+    def salun(*arguments: str, start: tuple[str, ...] = (str(script),)) -> str:
+        command = [*start, *arguments]
         done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -96,7 +111,9 @@ def test_the_wheel_runs_in_an_empty_environment_from_an_empty_folder(wheel: Path
         check=True,
     ).stdout
     assert where.startswith(own)
+    assert "erase" in salun("--help")
     assert "circle" in salun("concepts", "--model", "shapes")
+    assert "circle" in salun("concepts", "--model", "shapes", start=(str(python), "-m", "salun"))
     output = salun(
         "erase", "--concept", "circle", "--steps", "2", "--batch-size", "4", "--forget-latents", "4",
         "--retain-latents", "4", "--eval-images", "2",
