@@ -109,7 +109,9 @@ def erase(
 
 
 @app.command()
-@with_options(EraseOptions, skip=("steps", "lr", "retain_weight", "target", "retain_target", "retain_latents"))
+@with_options(
+    EraseOptions, skip=("steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents")
+)
 def mask(
     options: EraseOptions,
     concept: Annotated[list[str], typer.Option(help="the concept whose salient weights are wanted")],

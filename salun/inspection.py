@@ -51,21 +51,21 @@ def _file(place: Path) -> dict[str, Any]:
     if kind == MASK_FORMAT:
         mask = Mask.load(place)
         return {
+            **mask.metadata,
             "kind": "mask",
             "selected": mask.selected,
             "total": mask.total,
-            "density": mask.density,
-            **mask.metadata,
+            "density": mask.density,  # as counted; the metadata's is the one asked for
         }
     if kind == deltas.FORMAT:
         delta = deltas.Delta.load(place)
         return {
+            **delta.metadata,
             "kind": "delta",
             "changed": delta.changed,
             "tensors": len(delta.names),
             "base_hash": delta.base_hash,
             "result_hash": delta.result_hash,
-            **delta.metadata,
         }
     if any(name.startswith("down_blocks.") for name in header.names):
         return {"kind": "UNet weights (diffusers names)", "tensors": len(header.names), **header.metadata}

@@ -80,6 +80,9 @@ class EraseOptions(DeviceOptions):
     steps: int | None = option(None, "training steps", minimum=1, maximum=1_000_000)
     batch_size: int | None = option(None, "forget samples a step, and as many retain samples", minimum=1, maximum=4096)
     lr: float | None = option(None, "Adam's learning rate", above=0, maximum=1)
+    lr_decay: float | None = option(
+        None, "share of the steps, at the end, over which the rate falls to 0; 0 for never", minimum=0, maximum=1
+    )
     retain_weight: float | None = option(None, "α, the weight of the retain loss", minimum=0, maximum=1000)
     guidance: float | None = option(None, "guidance weight w inside the saliency loss", minimum=0, maximum=100)
     target: str | None = option(
@@ -111,7 +114,7 @@ class EraseOptions(DeviceOptions):
 class Recipe(Checked):
     """The numbers that depend on the model. Comes from `salun.yaml` beside it, or from the alias table.
 
-    saliency_timesteps: draws of (t, ε) for each forget latent in the saliency pass.
+    saliency_timesteps: draws of (t, ε) for each forget latent in the saliency pass. lr_decay: see `TrainingSettings`.
     """
 
     steps: int = option(100, "", minimum=1)
@@ -123,6 +126,7 @@ class Recipe(Checked):
     retain_latents: int = option(256, "", minimum=1)
     saliency_timesteps: int = option(4, "", minimum=1)
     eval_images: int = option(16, "", minimum=0)
+    lr_decay: float = option(0.5, "", minimum=0, maximum=1)
     target: str = option("frozen", "", choices=("frozen", "online"))
     retain_target: str = option("frozen", "", choices=("frozen", "noise"))
     anchor_share: float = option(0.5, "", minimum=0, maximum=1)

@@ -30,13 +30,16 @@ Losses = Callable[[int], tuple[Tensor, Tensor]]
 class TrainingSettings:
     """steps: optimiser steps. lr: Adam's. retain_weight: the papers' α. soft_density: SalUn-soft's target, or None.
 
-    save_every: seconds between saved states. fingerprint: what a saved state must carry to be taken up again.
+    lr_decay: share of the steps, at the end, over which the rate falls linearly to 0, so that the last steps' noise
+    does not stay in the weights (0: constant, as in the paper). save_every: seconds between saved states.
+    fingerprint: what a saved state must carry to be taken up again.
     """
 
     steps: int
     lr: float
     retain_weight: float
     soft_density: float | None = None
+    lr_decay: float = 0.0
     save_every: float = 60.0
     fingerprint: str = ""
 
@@ -82,7 +85,7 @@ def fine_tune(
     soft, keeps = settings.soft_density is not None, processes.rank == 0
 
     def make(masters: object) -> torch.optim.Optimizer:
-        return torch.optim.Adam(masters, lr=settings.lr)  # type: ignore[arg-type]
+        return torch.optim.Adam(masters, lr=settings.lr, fused=_can_fuse(parameters))  # type: ignore[arg-type]
 
     history: list[tuple[int, float, float]] = []
     mode: Mode = "pack" if soft or processes.count > 1 else "step"
@@ -93,6 +96,7 @@ def fine_tune(
         saved = time.monotonic()
         try:
             for step in range(len(history), settings.steps):
+                optimiser.set_lr(settings.lr * _remaining(step, settings))
                 forget, retain = losses(step)
                 optimiser.backward(forget + settings.retain_weight * retain)
                 fine = optimiser.step(reduce=processes.average) if mode == "pack" else not optimiser.not_finite
@@ -118,6 +122,18 @@ def fine_tune(
             history,
             proximal.final_density() if proximal is not None else None,
         )
+
+
+def _can_fuse(parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether torch has a one-kernel Adam here: on CUDA always, on the CPU since 2.4."""
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return all(p.is_cuda or (p.device.type == "cpu" and release >= (2, 4)) for p in parameters.values())
+
+
+def _remaining(step: int, settings: TrainingSettings) -> float:
+    """The share of the learning rate left at a step (0-based)."""
+    falling = settings.lr_decay * settings.steps
+    return min(1.0, (settings.steps - step) / falling) if falling else 1.0
 
 
 def _save_state(

@@ -35,7 +35,7 @@ RECIPE = {
     "retain_latents",
     "saliency_timesteps",
 }
-PAPER = RECIPE | {"target", "retain_target", "anchor_share"}
+PAPER = RECIPE | {"target", "retain_target", "anchor_share", "lr_decay"}
 SIZES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 
 
@@ -210,9 +210,9 @@ def test_the_authors_recipes_are_theirs_and_whole() -> None:
         assert set(paper) == PAPER
         assert (paper["lr"], paper["batch_size"], paper["guidance"]) == (1e-5, 8, 7.5)
         assert (paper["target"], paper["retain_target"], paper["anchor_share"]) == ("online", "noise", 0)
+        assert paper["lr_decay"] == 0
     nudity, objects = papers["content"], papers["object"]
     assert (nudity["steps"], nudity["retain_weight"]) == (100, 0.1)
     assert nudity["forget_latents"] == nudity["retain_latents"] == nudity["steps"] * nudity["batch_size"] == 800
     assert objects["retain_weight"] == 0.5
     assert objects["steps"] == 5 * -(-objects["forget_latents"] // objects["batch_size"])
-    assert MODELS["families"]["sd1"]["recipe_paper"] == nudity

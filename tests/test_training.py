@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,9 +50,24 @@ def test_random_numbers_of_a_step_depend_on_seed_and_step_alone() -> None:
     assert len({draw(seed, step) for seed in range(20) for step in range(-20, 20)}) == 800
 
 
+def test_the_rate_can_fall_to_zero_at_the_end(little: nn.Module) -> None:
+    """Adam's first steps move each weight by about the rate itself, so the moves show the schedule."""
+    places: list[Tensor] = []
+
+    def watch(event: Event) -> None:
+        places.append(torch.cat([p.detach().flatten() for p in little.parameters()]))
+
+    constant = TrainingSettings(steps=10, lr=1e-3, retain_weight=0.0, lr_decay=0.5)
+    run(little, constant, progress=watch)
+    moves = [float((b - a).abs().max()) for a, b in itertools.pairwise(places)]
+    assert moves[-1] < 0.4 * max(moves[:4])  # the last of five falling steps has a fifth of the rate
+
+
 @pytest.mark.parametrize("soft", [None, 0.3])
 def test_a_cancelled_run_resumes_to_the_same_bits(soft: float | None, little: nn.Module, tmp_path: Path) -> None:
-    settings = TrainingSettings(steps=9, lr=1e-2, retain_weight=0.5, soft_density=soft, fingerprint="this run")
+    settings = TrainingSettings(
+        steps=9, lr=1e-2, retain_weight=0.5, soft_density=soft, lr_decay=0.5, fingerprint="this run"
+    )
     start = {name: p.detach().clone() for name, p in little.named_parameters()}
 
     def fresh() -> nn.Module:

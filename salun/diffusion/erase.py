@@ -57,6 +57,8 @@ def erase(
     if isinstance(model, str):
         model = load(model, options.device, options.dtype)
     plan = make_plan(model.settings, model.name, Concept(concept) if isinstance(concept, str) else concept, options)
+    if options.method == "salun" and options.mask not in MASKS:
+        _mask_from_file(model, plan)  # a mask that does not fit is told now, not after the sampling
     record = RunRecord(
         Path(run_dir) if run_dir is not None else None,
         command,
@@ -109,7 +111,7 @@ def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -
     told: dict[str, Any] = {"warnings": []}
     mode = "soft" if options.method == "salun-soft" else options.mask if options.mask in MASKS else "file"
     if mode == "file":
-        mask = _mask_from_file(model, parameters, options, origin)
+        mask = _mask_from_file(model, plan)
     elif mode in ("soft", "full"):
         mask = Mask.full(parameters)
     elif mode == "random":
@@ -139,12 +141,13 @@ def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -
     return mask, {"mode": mode, "density": mask.density, "selected": mask.selected, "total": mask.total, **told}
 
 
-def _mask_from_file(model: Model, parameters: Mapping[str, Parameter], options: EraseOptions, origin: str) -> Mask:
+def _mask_from_file(model: Model, plan: Plan) -> Mask:
+    options, origin = plan.options, base_hash(model.original())
     mask = Mask.load(options.mask)
     scope = mask.metadata.get("scope", "full")
     if scope != options.scope:
         raise MaskError(f"the mask {options.mask} was made with --scope {scope}: give that, or make another")
-    mask.validate(parameters, model.name)
+    mask.validate(scoped(model.parameters(), options.scope), model.name)
     if mask.metadata.get("base_hash", origin) != origin:
         raise MaskError(
             f"the mask {options.mask} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "
@@ -178,7 +181,7 @@ def train(model: Model, mask: Mask, data: ErasureData, plan: Plan, progress: Pro
         return training_losses(model, sample, held, plan.target, plan.retain_target)
 
     soft = options.density if options.method == "salun-soft" else None
-    settings = TrainingSettings(plan.steps, plan.lr, plan.retain_weight, soft)
+    settings = TrainingSettings(plan.steps, plan.lr, plan.retain_weight, soft, plan.lr_decay)
     return fine_tune(scoped(model.parameters(), options.scope), mask, losses, settings, progress, model.original())
 
 

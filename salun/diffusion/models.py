@@ -42,12 +42,13 @@ def aliases() -> dict[str, Any]:
 class ModelSettings:
     """What is known of a model beyond its weights, from `salun.yaml` beside it or from its family.
 
-    recipe, paper_recipe: the numbers behind `auto`. detector: folder of the classifier that reads its pictures.
+    recipe: the numbers behind `auto`. paper_recipes: the authors', by kind of concept; empty where they ran nothing
+    alike. detector: folder of the classifier that reads its pictures.
     """
 
     sampling: Sampling
     recipe: Recipe
-    paper_recipe: Recipe | None
+    paper_recipes: dict[str, Recipe]
     vocabulary: Vocabulary | None
     detector: Path | None
 
@@ -257,14 +258,17 @@ def read_settings(folder: Path, family: str, entry: Mapping[str, Any]) -> ModelS
     def merged(key: str) -> dict[str, Any]:
         return {**shared.get(key, {}), **entry.get(key, {}), **own.get(key, {})}
 
-    paper = {**shared.get("recipe", {}), **shared.get("recipe_paper", {}), **own.get("recipe_paper", {})}
+    # a model with a recipe of its own is not one the authors ran
+    papers = own.get("recipes_paper", {} if "recipe" in own else shared.get("recipes_paper", {}))
     detector = own.get("detector")
     if detector is not None and (Path(detector).is_absolute() or ".." in Path(detector).parts):
         raise ModelError(f"{path}: detector must be a folder inside the model's own")
     return ModelSettings(
         sampling=from_mapping(Sampling, merged("sampling"), str(path)),
         recipe=from_mapping(Recipe, merged("recipe"), str(path)),
-        paper_recipe=from_mapping(Recipe, {**merged("recipe"), **paper}, str(path)) if paper else None,
+        paper_recipes={
+            kind: from_mapping(Recipe, {**merged("recipe"), **paper}, str(path)) for kind, paper in papers.items()
+        },
         vocabulary=Vocabulary.from_mapping(own["vocabulary"], str(path)) if "vocabulary" in own else None,
         detector=folder / detector if detector else None,
     )

@@ -40,6 +40,10 @@ class Plan:
         return _known(self.options.lr)
 
     @property
+    def lr_decay(self) -> float:
+        return _known(self.options.lr_decay)
+
+    @property
     def retain_weight(self) -> float:
         return _known(self.options.retain_weight)
 
@@ -88,9 +92,7 @@ def make_plan(settings: ModelSettings, model: str, concept: Concept, options: Er
     filled, notes = resolve(concept, settings.vocabulary, model)
     recipe = settings.recipe
     if options.recipe == "paper":
-        if settings.paper_recipe is None:
-            raise ConfigError(f"--recipe paper: the paper says nothing of a model like {model}; use the default recipe")
-        recipe = settings.paper_recipe
+        recipe = _paper_recipe(settings, model, filled.kind)
     numbers = {
         item.name: getattr(recipe, item.name)
         for item in dataclasses.fields(Recipe)
@@ -103,6 +105,18 @@ def make_plan(settings: ModelSettings, model: str, concept: Concept, options: Er
         saliency_timesteps=recipe.saliency_timesteps,
         notes=notes,
     )
+
+
+def _paper_recipe(settings: ModelSettings, model: str, kind: str) -> Recipe:
+    papers = settings.paper_recipes
+    if not papers:
+        raise ConfigError(f"--recipe paper: the paper says nothing of a model like {model}; use the default recipe")
+    if kind not in papers:
+        raise ConfigError(
+            f"--recipe paper: the authors erased concepts of the kinds {' and '.join(papers)}, none of the kind "
+            f"{kind}; use the default recipe"
+        )
+    return papers[kind]
 
 
 def spread(n: int, available: int, seed: int) -> list[int]:
