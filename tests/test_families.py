@@ -56,7 +56,7 @@ def make(folder: Path, pipeline: str, prediction_type: str, dtype: torch.dtype) 
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
     ).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
-    settings = {"sampling": {"resolution": 32, "steps": 2, "guidance": 3.0}}
+    settings = {"sampling": {"steps": 2, "guidance": 3.0}}  # the resolution, 4 · 8, is in the configs
     (folder / "salun.yaml").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 

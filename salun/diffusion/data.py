@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from salun.diffusion.latents import item_seed, sample_latents
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.models import Model
@@ -12,7 +14,8 @@ from salun.progress import Progress, silent
 def sample_data(model: Model, plan: Plan, progress: Progress = silent, forget_only: bool = False) -> ErasureData:
     """Sample forget, anchor and retain latents. No images, and no trip through the VAE.
 
-    Anchor latents are sampled only where the forget loss uses any. forget_only: what the saliency needs, and no more.
+    Anchor latents are sampled only where the forget loss uses any; they are then retain samples as well, since it is
+    the anchor's own prompts that an erasure harms first. forget_only: what the saliency needs, and no more.
     """
     prompts, seed = plan.prompts, plan.options.seed
     ask = spread(plan.forget_latents, len(prompts.forget), seed)
@@ -29,9 +32,9 @@ def sample_data(model: Model, plan: Plan, progress: Progress = silent, forget_on
     return ErasureData(
         forget_latents=forget_latents,
         anchor_latents=anchor_latents if len(anchor_latents) else forget_latents,
-        retain_latents=retain_latents,
+        retain_latents=torch.cat([retain_latents, anchor_latents]),
         forget=model.encode(forget),
         anchor=model.encode(anchor),
-        retain=model.encode(retain or [""]),
+        retain=model.encode([*retain, *jobs["anchor"]] or [""]),
         empty=model.encode([""]),
     )

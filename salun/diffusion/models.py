@@ -244,8 +244,8 @@ def _download(repo: str, variant: str | None) -> Path:
         ) from error
 
 
-def read_settings(folder: Path, family: str, entry: Mapping[str, Any]) -> ModelSettings:
-    """Settings of a model: `salun.yaml` in its folder over the alias entry over the family's."""
+def read_settings(folder: Path, family: str, entry: Mapping[str, Any], resolution: int | None = None) -> ModelSettings:
+    """Settings of a model: `salun.yaml` in its folder over the alias entry over the native `resolution` over the family."""
     path = folder / SETTINGS
     own: dict[str, Any] = {}
     if path.is_file():
@@ -255,8 +255,10 @@ def read_settings(folder: Path, family: str, entry: Mapping[str, Any]) -> ModelS
             raise ModelError(f"{path} cannot be read: {error}") from error
     shared = aliases()["families"].get(entry.get("family", family), {})
 
+    native = {"sampling": {"resolution": resolution}} if resolution else {}
+
     def merged(key: str) -> dict[str, Any]:
-        return {**shared.get(key, {}), **entry.get(key, {}), **own.get(key, {})}
+        return {**shared.get(key, {}), **native.get(key, {}), **entry.get(key, {}), **own.get(key, {})}
 
     # a model with a recipe of its own is not one the authors ran
     papers = own.get("recipes_paper", {} if "recipe" in own else shared.get("recipes_paper", {}))
@@ -298,9 +300,15 @@ def describe(name: str) -> Description:
     if int(unet.get("in_channels", 4)) != int(unet.get("out_channels", 4)):
         raise ModelError(f"{name} has a UNet with {unet['in_channels']} input channels (inpainting?): not handled")
     guess = "sdxl" if family == "sdxl" else ("sd1" if unet.get("cross_attention_dim", 768) <= 768 else "sd2")
-    settings = read_settings(folder, guess, entry)
+    settings = read_settings(folder, guess, entry, _resolution(unet, _json(folder / "vae" / "config.json", name)))
     scheduler = _json(folder / "scheduler" / "scheduler_config.json", name)
     return Description(folder, family, pipeline, settings, _weight_files(folder / "unet", name), scheduler)
+
+
+def _resolution(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int | None:
+    """Pixels a side that a model was trained at, where its configs say so (SD 2.1 is 768, its base 512)."""
+    latent, levels = unet.get("sample_size"), vae.get("block_out_channels")
+    return latent * 2 ** (len(levels) - 1) if isinstance(latent, int) and isinstance(levels, list) else None
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto") -> Model:
