@@ -245,7 +245,7 @@ def _download(repo: str, variant: str | None) -> Path:
 
 
 def read_settings(folder: Path, family: str, entry: Mapping[str, Any], resolution: int | None = None) -> ModelSettings:
-    """Settings of a model: `salun.yaml` in its folder over the alias entry over the native resolution over the family."""
+    """Settings of a model: `salun.yaml` in its folder over the alias entry over the native one over the family."""
     path = folder / SETTINGS
     own: dict[str, Any] = {}
     if path.is_file():
