@@ -77,12 +77,14 @@ class Job:
 def jobs(extra: dict[str, Any]) -> list[Job]:
     """Everything the tables need; what they need most comes first."""
     found = [Job(c, "SalUn", s, extra) for s in SEEDS for c in CONCEPTS]
-    found += [Job(c, v, s, {**o, **extra}) for s in SEEDS for c in CONCEPTS for v, o in VARIANTS.items() if o]
     for seed in SEEDS:
-        for density in DENSITIES:
-            for mask in ("saliency", "random"):
-                if density != 0.5:
-                    found.append(Job("circle", f"{mask} {density}", seed, {"density": density, "mask": mask, **extra}))
+        found += [Job(c, v, seed, {**o, **extra}) for c in CONCEPTS for v, o in VARIANTS.items() if o]
+        found += [
+            Job("circle", f"{mask} {density}", seed, {"density": density, "mask": mask, **extra})
+            for mask in ("saliency", "random")
+            for density in DENSITIES
+            if density != 0.5
+        ]
     return found
 
 
