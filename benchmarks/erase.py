@@ -49,6 +49,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DENSITIES = (0.01, 0.1, 0.3, 0.5, 0.9)
 
 
+DECISIVE = (
+    "mask", "density", "method", "scope", "steps", "batch_size", "lr", "lr_decay", "retain_weight", "guidance",
+    "target", "retain_target", "anchor_share", "forget_latents", "retain_latents", "seed",
+)  # fmt: skip
+
+
 PREAMBLE = """\
 Written by `benchmarks/erase.py`: {n} pictures each of forget and retain prompts per row and seed, from prompts that
 training never used, at the same seeds before and after, on a CPU. Mean ± standard deviation over seeds; percent and
@@ -102,9 +108,14 @@ class Bench:
         options = EraseOptions(seed=job.seed, **job.options)
         return make_plan(self.model.settings, "shapes", salun.Concept(job.concept), options)
 
+    def key(self, plan: Plan) -> str:
+        """A hash of everything that a result depends on, but the code."""
+        told = {name: getattr(plan.options, name) for name in DECISIVE}
+        told |= {"base": self.hash, "n": self.n, "eval": EVAL_SEED, "saliency_timesteps": plan.saliency_timesteps}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+
     def path(self, job: Job, plan: Plan) -> Path:
-        told = json.dumps([self.hash, self.n, EVAL_SEED, plan.saliency_timesteps, asdict(plan.options)], sort_keys=True)
-        return RESULTS / f"{self.tag}{job.name}-{hashlib.sha256(told.encode()).hexdigest()[:10]}.json"
+        return RESULTS / f"{self.tag}{job.name}-{self.key(plan)}.json"
 
     def base(self, plan: Plan, asked: Questions) -> Observation:
         """The base model's answers for a concept, sampled once."""
