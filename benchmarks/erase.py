@@ -119,7 +119,7 @@ class Bench:
 
     def base(self, plan: Plan, asked: Questions) -> Observation:
         """The base model's answers for a concept, sampled once."""
-        path = KEPT / f"base-{plan.concept.name}-{self.n}-{self.hash[:10]}.pt"
+        path = KEPT / f"base-{plan.name}-{self.n}-{self.hash[:10]}.pt"
         if not path.exists():
             seen = observe(self.model, asked)
             tensors = {k: torch.from_numpy(v) if k in ("forget", "retain") else v for k, v in vars(seen).items()}
@@ -153,7 +153,7 @@ class Bench:
             metrics = compare(self.model, plan, asked, before, observe(self.model, asked))
         result = {
             "concept": job.concept,
-            "anchor": plan.concept.anchor,
+            "anchor": plan.concepts[0].anchor,
             "variant": job.variant,
             "seed": job.seed,
             "n": self.n,

@@ -70,7 +70,10 @@ def _main(
 @with_options(EraseOptions, skip=())
 def erase(
     options: EraseOptions,
-    concept: Annotated[list[str], typer.Option(help="what to forget: a preset, a word the model knows, or any text")],
+    concept: Annotated[
+        list[str],
+        typer.Option(help="what to forget: a preset, a word the model knows, or any text; repeat it for several"),
+    ],
     model: ModelName = None,
     output: Annotated[
         list[str] | None,
@@ -87,8 +90,8 @@ def erase(
     from salun.diffusion.concepts import Concept
     from salun.run_record import new_run_folder, require_new
 
-    wanted = Concept(_single(concept))
-    folder = run_dir or new_run_folder(wanted.name)
+    wanted = [Concept(name) for name in concept]
+    folder = run_dir or new_run_folder("-".join(concept))
     require_new(folder)
     from salun.diffusion.erase import erase as run_erase
     from salun.diffusion.models import load
@@ -114,7 +117,9 @@ def erase(
 )
 def mask(
     options: EraseOptions,
-    concept: Annotated[list[str], typer.Option(help="the concept whose salient weights are wanted")],
+    concept: Annotated[
+        list[str], typer.Option(help="the concept whose salient weights are wanted; repeat it for several")
+    ],
     output: Annotated[Path, typer.Option(help="the mask file to write (.safetensors)")],
     model: ModelName = None,
     force: Force = False,
@@ -123,7 +128,7 @@ def mask(
     """Only compute a saliency mask and write it."""
     from salun.diffusion.concepts import Concept
 
-    wanted = Concept(_single(concept))
+    wanted = [Concept(name) for name in concept]
     _new_file(output, force, ".safetensors")
     from salun.diffusion.erase import make_mask
     from salun.diffusion.models import load
@@ -264,14 +269,6 @@ def _model(name: str | None) -> str:
     return str(aliases()["default"])
 
 
-def _single(concepts: list[str]) -> str:
-    if len(concepts) > 1:
-        raise ConfigError(
-            "one --concept a run in this version: erase them one after the other, each from the last result"
-        )
-    return concepts[0]
-
-
 def _new_file(path: Path, force: bool, ending: str) -> None:
     if path.suffix != ending:
         raise ConfigError(f"--output {path}: end it in {ending}")
@@ -307,6 +304,12 @@ def _metric_lines(metrics: dict[str, Any]) -> list[str]:
             f"the rest kept:   {share(**metrics['kept']['all'])}, before {metrics['kept_before']['all']['value']:.1f} %"
         )
     lines.append(f"other concepts (RA): {share(**metrics['ra_after'])}, before {metrics['ra_before']['value']:.1f} %")
+    if len(metrics["per_concept"]) > 1:
+        for name, figures in metrics["per_concept"].items():
+            anchor = f", anchor {figures['anchor']['value']:.1f} %" if figures["anchor"] is not None else ""
+            lines.append(
+                f"  {name}: UA {figures['ua']['value']:.1f} %{anchor}, no picture {figures['none']['value']:.1f} %"
+            )
     return lines
 
 

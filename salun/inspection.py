@@ -24,7 +24,7 @@ def inspect(path: str) -> dict[str, Any]:
             "kind": "run",
             **{key: record[key] for key in ("status", "command", "seed")},
             "model": record["options"]["model"],
-            "concept": record["options"]["concept"],
+            "concept": ", ".join(record["options"]["concept"]),
             "mask": f"{record['mask']['mode']}, {record['mask']['selected']:,} of {record['mask']['total']:,}",
         }
     if place.is_file():

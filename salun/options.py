@@ -71,10 +71,17 @@ class DeviceOptions(Checked):
 class EraseOptions(DeviceOptions):
     """What `salun erase` can be told; defaults are SalUn's where the paper states one."""
 
-    anchor: str | None = option(None, "what the concept becomes; '' is the empty prompt (default: the preset's)")
+    anchor: list[str] = option(
+        [], "what the concept becomes, one for each --concept, in order; '' is the empty prompt (default: the preset's)"
+    )
     retain_prompts: list[str] = option([], "prompts to keep, added to the default ones; repeat the option")
     mask: str = option("saliency", "saliency, shuffled, random, full (the controls), or a mask file")
     density: float = option(0.5, "share of the weights that may move", above=0, maximum=1)
+    combine: str = option(
+        "joint",
+        "several concepts: one mask from all of them together, or the union of their masks",
+        choices=("joint", "union"),
+    )
     method: str = option("salun", "salun, or salun-soft (no hard mask)", choices=("salun", "salun-soft"))
     scope: str = option("full", "which layers, in ESD's words", choices=("full", "xattn", "selfattn", "noxattn"))
     steps: int | None = option(None, "training steps", minimum=1, maximum=1_000_000)
@@ -100,9 +107,13 @@ class EraseOptions(DeviceOptions):
         None, "pictures for the quick evaluation, each of forget and retain; 0 for none", minimum=0, maximum=1_000_000
     )
     seed: int = option(0, "of everything random", minimum=0, maximum=2**63 - 1)
+    show_sensitive: bool = option(False, "do not blur the pictures of sensitive concepts")
     recipe: str = option("default", "where unset numbers come from", choices=("default", "paper"))
 
     def __post_init__(self) -> None:
+        for name in ("anchor", "retain_prompts"):
+            if isinstance(getattr(self, name), str):  # from Python one text is as good as a list of one
+                object.__setattr__(self, name, [getattr(self, name)])
         super().__post_init__()
         if self.mask not in MASKS and not self.mask.endswith(".safetensors"):
             raise ConfigError(f"--mask is {self.mask!r}, but must be one of {', '.join(MASKS)}, or a .safetensors file")
@@ -159,6 +170,7 @@ def from_mapping(kind: type, values: Any, where: str) -> Any:
             or (wanted.startswith("int") and number and value == int(value))
             or (wanted.startswith("float") and number)
             or (wanted.startswith("str") and isinstance(value, str))
+            or (wanted == "bool" and isinstance(value, bool))
             or (wanted.startswith("list") and isinstance(value, list) and all(isinstance(v, str) for v in value))
         )
         if not fits:

@@ -37,6 +37,7 @@ class RunRecord:
             "options": dict(options),
             "device": device,
             "concepts": [],
+            "notes": [],
             "seed": seed,
             "versions": versions(),
             "inputs": [],

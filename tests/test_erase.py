@@ -212,7 +212,7 @@ def copy_of_shapes(tmp_path: Path) -> Path:
 
 def test_a_folder_is_a_model_like_any_other(copy_of_shapes: Path) -> None:
     run = salun.erase(str(copy_of_shapes), "night", seed=0, **{**SHORT, "eval_images": 2})
-    assert run.plan.concept.anchor == "plain"
+    assert run.plan.concepts[0].anchor == "plain"
     assert run.metrics["ua"] is not None
 
 
@@ -234,7 +234,7 @@ def test_a_sensitive_concept_is_blurred(copy_of_shapes: Path) -> None:
         json.dumps({"sampling": {"resolution": 64, "steps": 2, "guidance": 3.0}}), encoding="utf-8"
     )
     run = salun.erase(str(copy_of_shapes), "nudity", **{**SHORT, "eval_images": 2})
-    assert run.plan.concept.sensitive
+    assert run.plan.concepts[0].sensitive
     assert "Blurred" in run.report.html
     forget, retain = run.grids()
     assert forget is not None

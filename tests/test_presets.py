@@ -46,11 +46,12 @@ def test_aliases_name_one_preset_each() -> None:
 @pytest.mark.parametrize("name", [*presets(), "golden retriever"])
 def test_training_and_evaluation_prompts_are_disjoint(name: str) -> None:
     concept, _ = resolve(Concept(name), None, "a model")
-    prompts = prompts_of(concept, None)
-    taught = {p.text for p in prompts.forget} | {p.text for p in prompts.retain} | set(prompts.anchor)
-    asked = {p.text for p in prompts.eval_forget} | {p.text for p in prompts.eval_retain}
+    prompts = prompts_of([concept], None)
+    (own,) = prompts.concepts
+    taught = {p.text for p in own.forget + own.anchor + prompts.retain}
+    asked = {p.text for p in own.eval_forget + prompts.eval_retain}
     assert asked.isdisjoint(taught - {""})
-    assert not {p.text for p in prompts.retain} & {p.text for p in prompts.forget}
+    assert not {p.text for p in prompts.retain} & {p.text for p in own.forget}
     assert len(prompts.eval_retain) >= 40
 
 
@@ -58,10 +59,11 @@ def test_training_and_evaluation_prompts_are_disjoint(name: str) -> None:
 def test_they_are_disjoint_on_a_model_with_a_vocabulary_too(name: str) -> None:
     vocabulary = describe("shapes").settings.vocabulary
     concept, _ = resolve(Concept(name), vocabulary, "shapes")
-    prompts = prompts_of(concept, vocabulary)
-    taught = {p.text for p in prompts.forget + prompts.retain} | set(prompts.anchor)
-    assert {p.text for p in prompts.eval_forget + prompts.eval_retain}.isdisjoint(taught)
-    assert all(name in p.labels.values() for p in prompts.forget + prompts.eval_forget)
+    prompts = prompts_of([concept], vocabulary)
+    (own,) = prompts.concepts
+    taught = {p.text for p in own.forget + own.anchor + prompts.retain}
+    assert {p.text for p in own.eval_forget + prompts.eval_retain}.isdisjoint(taught)
+    assert all(name in p.labels.values() for p in own.forget + own.eval_forget)
     assert not any(name in p.labels.values() for p in prompts.retain + prompts.eval_retain)
 
 
@@ -74,12 +76,12 @@ def test_an_alias_finds_its_preset() -> None:
 
 def test_free_text_works_with_and_without_an_anchor() -> None:
     concept, notes = resolve(Concept("golden retriever", anchor="cat"), None, "a model")
-    prompts = prompts_of(concept, None)
-    assert "a photo of golden retriever" in {p.text for p in prompts.forget}
-    assert "a photo of cat" in prompts.anchor
+    (own,) = prompts_of([concept], None).concepts
+    assert "a photo of golden retriever" in {p.text for p in own.forget}
+    assert "a photo of cat" in {p.text for p in own.anchor}
     assert not notes
     concept, notes = resolve(Concept("golden retriever"), None, "a model")
-    assert set(prompts_of(concept, None).anchor) == {""}
+    assert {p.text for p in prompts_of([concept], None).concepts[0].anchor} == {""}
     assert notes == ["no anchor for 'golden retriever': it becomes what the empty prompt gives"]
 
 

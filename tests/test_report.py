@@ -10,7 +10,7 @@ import pytest
 
 from salun.diffusion.result import Run
 from salun.evaluation.detector import AttributeClassifier, Reading
-from salun.evaluation.erasure import Asked, Sides, judge
+from salun.evaluation.erasure import Asked, Sides, Target, judge
 from salun.evaluation.metrics import Share, frechet_distance
 from salun.report import charts, page, picture
 
@@ -30,9 +30,7 @@ def judged(forget_after: list[int], retain_after: list[int]) -> dict[str, Any]:
     asked = Asked(
         {"shape": np.zeros(n, int), "colour": np.array(colours)},
         {"shape": np.array(retain), "colour": np.array(colours)},
-        "shape",
-        0,
-        1,
+        [Target("circle", "shape", 0, 1, slice(0, n))],
     )
     before = Sides(reading([0] * n, colours), reading(retain, colours))
     after = Sides(reading(forget_after, colours), reading(retain_after, colours))
@@ -46,7 +44,8 @@ def run_data(metrics: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "command": "salun erase --concept circle",
         "options": {"model": "shapes", "steps": 3, "seed": 0},
         "device": "cpu",
-        "concepts": [{"name": "circle", "anchor": "square", "kind": "object", "sensitive": False, "notes": []}],
+        "concepts": [{"name": "circle", "anchor": "square", "kind": "object", "sensitive": False}],
+        "notes": [],
         "seed": 0,
         "versions": {"torch": "2"},
         "inputs": [{"kind": "unet", "path": "unet/x.safetensors", "bytes": 1234, "sha256": "ab" * 32}],
@@ -113,11 +112,19 @@ def test_a_control_is_no_erasure_to_publish() -> None:
 
 
 def test_everything_shown_is_escaped_and_nothing_is_fetched() -> None:
-    concept = {"name": EVIL, "anchor": EVIL, "kind": "object", "sensitive": False, "notes": [EVIL]}
-    data = run_data(WORKED, command=EVIL, concepts=[concept], device=EVIL, versions={EVIL: EVIL})
+    concept = {"name": EVIL, "anchor": EVIL, "kind": "object", "sensitive": False}
+    figures = WORKED["per_concept"]["circle"]
+    data = run_data(
+        {**WORKED, "per_concept": {EVIL: figures, EVIL + "2": figures}},
+        command=EVIL,
+        concepts=[concept, {**concept, "name": EVIL + "2"}],
+        device=EVIL,
+        versions={EVIL: EVIL},
+    )
     data["options"] = {"model": EVIL, "steps": 3, EVIL: EVIL}
     data["outputs"] = [{"kind": EVIL, "path": EVIL, "bytes": 1, "sha256": EVIL}]
     data["mask"]["warnings"] = [EVIL]
+    data["notes"] = [EVIL]
     html = page.render(data, b"\x89PNG", b"\x89PNG", {EVIL: (1, 2)})
     assert "<script" not in html
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html)

@@ -6,6 +6,8 @@ Words become prompts here and nowhere else. Training prompts and evaluation prom
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -46,21 +48,29 @@ class Concept:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """The prompts of one erasure. anchor[i] belongs to forget[i], eval_anchor[i] to eval_forget[i].
+class ConceptPrompts:
+    """The prompts of one concept. anchor[i] belongs to forget[i], eval_anchor[i] to eval_forget[i].
 
-    attribute, value, anchor_value: where the concept stands in the model's vocabulary, or None.
+    An anchor's labels are what a picture of the forget prompt should show once the concept is gone. attribute, value,
+    anchor_value: where the concept stands in the model's vocabulary, or None.
     """
 
     forget: list[Prompt]
-    anchor: list[str]
-    retain: list[Prompt]
+    anchor: list[Prompt]
     eval_forget: list[Prompt]
-    eval_anchor: list[str]
-    eval_retain: list[Prompt]
+    eval_anchor: list[Prompt]
     attribute: str | None = None
     value: str | None = None
     anchor_value: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one erasure: each concept's own, and those to keep, which name none of the concepts."""
+
+    concepts: list[ConceptPrompts]
+    retain: list[Prompt]
+    eval_retain: list[Prompt]
 
 
 @cache
@@ -124,63 +134,105 @@ def resolve(concept: Concept, vocabulary: Vocabulary | None, model: str) -> tupl
     return filled, _told(concept.name, anchor)
 
 
-def prompts_of(concept: Concept, vocabulary: Vocabulary | None) -> Prompts:
-    """All prompts of a resolved concept."""
-    return _from_vocabulary(concept, vocabulary) if vocabulary is not None else _from_templates(concept)
+def part(concepts: Sequence[Concept], vocabulary: Vocabulary | None) -> tuple[list[Concept], list[str]]:
+    """Resolved concepts that do not stand in each other's way, and lines to tell the user.
+
+    An anchor that is to be forgotten as well is replaced by its own anchor, and so on, or by any value that stays.
+    Raises ConfigError for a concept named twice, or where nothing is left to take an anchor from.
+    """
+    names = [concept.name for concept in concepts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--concept {twice[0]} is given twice: name each concept once")
+    goes_to = {concept.name: concept.anchor or "" for concept in concepts}
+    parted, notes = [], []
+    for concept in concepts:
+        anchor, seen = goes_to[concept.name], {concept.name}
+        while anchor in goes_to and anchor not in seen:
+            seen.add(anchor)
+            anchor = goes_to[anchor]
+        if anchor in goes_to:  # they point at each other
+            attribute = vocabulary.attribute_of(concept.name) if vocabulary is not None else None
+            left = [v for v in vocabulary.attributes[attribute] if v not in goes_to] if vocabulary and attribute else []
+            if not left:
+                raise ConfigError(
+                    f"the anchor {goes_to[concept.name]!r} of {concept.name!r} is to be forgotten as well: "
+                    "give an --anchor that stays"
+                )
+            anchor = left[0]
+        if anchor != goes_to[concept.name]:
+            notes.append(f"{concept.name!r} becomes {anchor!r}: {goes_to[concept.name]!r} is to be forgotten as well")
+            concept = replace(concept, anchor=anchor, anchors=(anchor,) * len(concept.synonyms))
+        parted.append(concept)
+    return parted, notes
+
+
+def prompts_of(concepts: Sequence[Concept], vocabulary: Vocabulary | None) -> Prompts:
+    """All prompts of resolved concepts."""
+    return _from_vocabulary(concepts, vocabulary) if vocabulary is not None else _from_templates(concepts)
+
+
+def mentions(text: str, phrase: str) -> bool:
+    """Whether a text holds a phrase as words of its own, in singular or plural."""
+    return re.search(rf"(?<!\w){re.escape(phrase.strip())}(s|es)?(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _told(name: str, anchor: str) -> list[str]:
     return [] if anchor else [f"no anchor for {name!r}: it becomes what the empty prompt gives"]
 
 
-def _from_vocabulary(concept: Concept, vocabulary: Vocabulary) -> Prompts:
-    attribute = vocabulary.attribute_of(concept.name)
-    assert attribute is not None
-    others = [value for value in vocabulary.attributes[attribute] if value != concept.name]
+def _from_vocabulary(concepts: Sequence[Concept], vocabulary: Vocabulary) -> Prompts:
+    anchors = {concept.name: concept.anchor or "" for concept in concepts}
+    staying = {name: [v for v in values if v not in anchors] for name, values in vocabulary.attributes.items()}
+    # a word that becomes nothing has no place in another concept's prompts; one with an anchor becomes that
+    usable = {name: [v for v in values if anchors.get(v, v)] for name, values in vocabulary.attributes.items()}
 
-    def pairs(templates: list[str]) -> tuple[list[Prompt], list[str]]:
-        forget = list(vocabulary.prompts(templates, **{attribute: [concept.name]}))
+    def pairs(concept: Concept, attribute: str, templates: list[str]) -> tuple[list[Prompt], list[Prompt]]:
+        forget = list(vocabulary.prompts(templates, **{**usable, attribute: [concept.name]}))
         if not concept.anchor:
-            return forget, [""] * len(forget)
-        return forget, [p.text for p in vocabulary.prompts(templates, **{attribute: [concept.anchor]})]
+            kept = [{name: anchors.get(v, v) for name, v in p.labels.items() if name != attribute} for p in forget]
+            return forget, [Prompt("", labels) for labels in kept]
+        becomes = {name: [anchors.get(v, v) for v in values] for name, values in usable.items()}
+        return forget, list(vocabulary.prompts(templates, **{**becomes, attribute: [concept.anchor]}))
 
-    forget, anchor = pairs(vocabulary.train)
-    eval_forget, eval_anchor = pairs(vocabulary.eval)
-    retain = list(vocabulary.prompts(vocabulary.train, **{attribute: others}))
+    def of(concept: Concept) -> ConceptPrompts:
+        attribute = vocabulary.attribute_of(concept.name)
+        assert attribute is not None
+        asked = pairs(concept, attribute, vocabulary.eval)
+        return ConceptPrompts(
+            *pairs(concept, attribute, vocabulary.train), *asked, attribute, concept.name, concept.anchor or None
+        )
+
+    for name, values in staying.items():
+        if not values:
+            raise ConfigError(f"every {name} that the model knows is to be forgotten: leave one to keep")
     return Prompts(
-        forget,
-        anchor,
-        [*retain, *(Prompt(text, {}) for text in concept.retain)],
-        eval_forget,
-        eval_anchor,
-        list(vocabulary.prompts(vocabulary.eval, **{attribute: others})),
-        attribute,
-        concept.name,
-        concept.anchor or None,
+        [of(concept) for concept in concepts],
+        [*vocabulary.prompts(vocabulary.train, **staying), *_own_retain(concepts)],
+        list(vocabulary.prompts(vocabulary.eval, **staying)),
     )
 
 
-def _from_templates(concept: Concept) -> Prompts:
-    templates = library()["kinds"][concept.kind]
+def _own_retain(concepts: Sequence[Concept]) -> list[Prompt]:
+    return [Prompt(text, {}) for text in dict.fromkeys(text for concept in concepts for text in concept.retain)]
 
-    def fill(which: str) -> tuple[list[Prompt], list[str]]:
+
+def _from_templates(concepts: Sequence[Concept]) -> Prompts:
+    def fill(concept: Concept, which: str) -> tuple[list[Prompt], list[Prompt]]:
         forget, anchor = [], []
         for synonym, other in zip(concept.synonyms, concept.anchors, strict=True):
-            for template in templates[which]:
+            for template in library()["kinds"][concept.kind][which]:
                 forget.append(Prompt(template.replace("{}", synonym), {}))
-                anchor.append(template.replace("{}", other) if other else "")
+                anchor.append(Prompt(template.replace("{}", other) if other else "", {}))
         return forget, anchor
 
-    forget, anchor = fill("train")
-    eval_forget, eval_anchor = fill("eval")
-    retain = dict.fromkeys([*concept.retain, *library()["retain"]])
-    taught = {p.text for p in forget} | set(anchor)
-    judged = [text for text in library()["retain_eval"] if text not in retain and text not in taught]
-    return Prompts(
-        forget,
-        anchor,
-        [Prompt(text, {}) for text in retain],
-        eval_forget,
-        eval_anchor,
-        [Prompt(text, {}) for text in judged],
-    )
+    found = [ConceptPrompts(*fill(concept, "train"), *fill(concept, "eval")) for concept in concepts]
+    phrases = {phrase for concept in concepts for phrase in (concept.name, *concept.synonyms)}
+    taught = {p.text for prompts in found for p in (*prompts.forget, *prompts.anchor)}
+
+    def clean(texts: Sequence[str]) -> list[str]:
+        return [text for text in dict.fromkeys(texts) if not any(mentions(text, phrase) for phrase in phrases)]
+
+    retain = clean([*(p.text for p in _own_retain(concepts)), *library()["retain"]])
+    judged = [text for text in clean(library()["retain_eval"]) if text not in retain and text not in taught]
+    return Prompts(found, [Prompt(text, {}) for text in retain], [Prompt(text, {}) for text in judged])

@@ -14,16 +14,15 @@ from salun.progress import Progress, silent
 def sample_data(model: Model, plan: Plan, progress: Progress = silent, forget_only: bool = False) -> ErasureData:
     """Sample forget, anchor and retain latents. No images, and no trip through the VAE.
 
-    Anchor latents are sampled only where the forget loss uses any; they are then retain samples as well, since it is
-    the anchor's own prompts that an erasure harms first. forget_only: what the saliency needs, and no more.
+    `forget_latents` for each concept, one concept after the other. Anchor latents are sampled only where the forget
+    loss uses any; they are then retain samples as well, since it is the anchor's own prompts that an erasure harms
+    first. forget_only: what the saliency needs, and no more.
     """
     prompts, seed = plan.prompts, plan.options.seed
-    ask = spread(plan.forget_latents, len(prompts.forget), seed)
+    asked = [(one, i) for one in prompts.concepts for i in spread(plan.forget_latents, len(one.forget), seed)]
+    forget, anchor = [one.forget[i].text for one, i in asked], [one.anchor[i].text for one, i in asked]
     keep = spread(plan.retain_latents, len(prompts.retain), seed + 1)
-    forget, anchor = [prompts.forget[i].text for i in ask], [prompts.anchor[i] for i in ask]
-    retain = [prompts.retain[i].text for i in keep]
-    if forget_only:
-        retain = []
+    retain = [] if forget_only else [prompts.retain[i].text for i in keep]
     jobs = {"forget": forget, "anchor": anchor if plan.anchor_share and not forget_only else [], "retain": retain}
     texts = [text for part in jobs.values() for text in part]
     seeds = [item_seed(seed, role, i) for role, part in jobs.items() for i in range(len(part))]

@@ -10,13 +10,12 @@ from typing import Any
 from torch.nn import Parameter
 
 from salun import __version__
-from salun.diffusion.concepts import Concept
 from salun.diffusion.data import sample_data
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
 from salun.diffusion.models import Model, load, scoped
 from salun.diffusion.observe import compare, observe, questions
 from salun.diffusion.output import check_output, erased_tensors, moved
-from salun.diffusion.plan import Plan, make_plan
+from salun.diffusion.plan import Plan, Wanted, make_plan
 from salun.diffusion.result import Run, write_run
 from salun.errors import ConfigError, MaskError
 from salun.formats.hashing import base_hash
@@ -26,13 +25,13 @@ from salun.processes import current
 from salun.progress import Event, Progress, silent
 from salun.run_record import RunRecord
 from salun.saliency import scores_from_losses
-from salun.threshold import Selection, select_largest
+from salun.threshold import select_largest
 from salun.training import Trained, TrainingSettings, fine_tune
 
 
 def erase(
     model: Model | str,
-    concept: Concept | str,
+    concept: Wanted,
     options: EraseOptions | None = None,
     *,
     progress: Progress = silent,
@@ -42,11 +41,12 @@ def erase(
     command: str = "salun.erase",
     **given: Any,
 ) -> Run:
-    """Make a model forget a concept (SalUn, algorithm 2), and say what came of it.
+    """Make a model forget a concept, or several at once (SalUn, algorithm 2), and say what came of it.
 
-    model: loaded, or a name for `load`. given: fields of `EraseOptions`, over `options`. run_dir: keeps the run's
-    folder there. outputs: files to write, format by name (see `write_output`); with a run_dir and no outputs, the
-    folder gets the model in its own layout and the sparse delta. The model passed in holds its own weights again
+    model: loaded, or a name for `load`. concept: a `Concept` or its name, or a list of them. given: fields of
+    `EraseOptions`, over `options`. run_dir: keeps the run's folder there. outputs: files to write, format by name (see
+    `write_output`); with a run_dir and no outputs, the folder gets the model in its own layout and the sparse delta.
+    The model passed in holds its own weights again
     afterwards. Raises SalunError (ConfigError, ModelError, MaskError, …), `Cancelled` if `progress` does.
     """
     options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
@@ -56,13 +56,13 @@ def erase(
         check_output(target, force)
     if isinstance(model, str):
         model = load(model, options.device, options.dtype)
-    plan = make_plan(model.settings, model.name, Concept(concept) if isinstance(concept, str) else concept, options)
+    plan = make_plan(model.settings, model.name, concept, options)
     if options.method == "salun" and options.mask not in MASKS:
         _mask_from_file(model, plan)  # a mask that does not fit is told now, not after the sampling
     record = RunRecord(
         Path(run_dir) if run_dir is not None else None,
         command,
-        {"model": model.name, "concept": [plan.concept.name], **asdict(plan.options)},
+        {"model": model.name, "concept": [c.name for c in plan.concepts], **asdict(plan.options)},
         options.seed,
         str(model.device),
     )
@@ -94,11 +94,11 @@ def erase(
 
 
 def make_mask(
-    model: Model, concept: Concept | str, options: EraseOptions | None = None, progress: Progress = silent
+    model: Model, concept: Wanted, options: EraseOptions | None = None, progress: Progress = silent
 ) -> tuple[Mask, dict[str, Any]]:
     """Only the mask of an erasure, and what `run.json` says of it."""
     options = options or EraseOptions()
-    plan = make_plan(model.settings, model.name, Concept(concept) if isinstance(concept, str) else concept, options)
+    plan = make_plan(model.settings, model.name, concept, options)
     with model.borrowed():
         return find_mask(model, sample_data(model, plan, progress, forget_only=True), plan, progress)
 
@@ -117,14 +117,7 @@ def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -
     elif mode == "random":
         mask = Mask.random(parameters, options.density, options.seed)
     else:
-        selection = _salient(model, data, plan, parameters, progress)
-        told = {
-            "threshold": selection.threshold,
-            "zeros": selection.zeros,
-            "ties": selection.ties,
-            "warnings": selection.warnings(),
-        }
-        mask = Mask.from_selection(selection, parameters)
+        mask, told = _salient(model, data, plan, parameters, progress)
         if mode == "shuffled":
             mask = mask.shuffled(options.seed)
     if mode != "file":
@@ -133,7 +126,8 @@ def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -
             "density": str(options.density),
             "scope": options.scope,
             "base_hash": origin,
-            "concept": plan.concept.name,
+            "concept": plan.name,
+            "combine": options.combine,
             "seed": str(options.seed),
             "salun_version": __version__,
         }
@@ -158,12 +152,33 @@ def _mask_from_file(model: Model, plan: Plan) -> Mask:
 
 def _salient(
     model: Model, data: ErasureData, plan: Plan, parameters: Mapping[str, Parameter], progress: Progress
-) -> Selection:
+) -> tuple[Mask, dict[str, Any]]:
+    """The saliency mask, and what to tell of its threshold.
+
+    joint: one from the gradients of all concepts together. union: each concept's own of this density, then all of them.
+    """
     k = entries(sum(p.numel() for p in parameters.values()), plan.options.density)
-    passes = plan.saliency_timesteps
-    losses = saliency_losses(model, data, plan.guidance, plan.batch_size, passes, plan.options.seed)
-    total = passes * -(-len(data.forget) // plan.batch_size)
-    return select_largest(scores_from_losses(parameters, losses, progress, total), k)
+    n = plan.forget_latents
+    several = plan.options.combine == "union" and len(plan.concepts) > 1
+    groups = [slice(i * n, (i + 1) * n) for i in range(len(plan.concepts))] if several else [slice(None)]
+    mask, told = None, []
+    for rows in groups:
+        part = data.forgetting(rows)
+        losses = saliency_losses(
+            model, part, plan.guidance, plan.batch_size, plan.saliency_timesteps, plan.options.seed
+        )
+        total = plan.saliency_timesteps * -(-len(part.forget) // plan.batch_size)
+        selection = select_largest(scores_from_losses(parameters, losses, progress, total), k)
+        own = Mask.from_selection(selection, parameters)
+        mask = own if mask is None else mask | own
+        told.append(selection)
+    assert mask is not None
+    return mask, {
+        "threshold": min(selection.threshold for selection in told),
+        "zeros": max(selection.zeros for selection in told),
+        "ties": max(selection.ties for selection in told),
+        "warnings": list(dict.fromkeys(text for selection in told for text in selection.warnings())),
+    }
 
 
 def train(model: Model, mask: Mask, data: ErasureData, plan: Plan, progress: Progress) -> Trained:

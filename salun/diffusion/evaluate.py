@@ -18,7 +18,7 @@ from salun.progress import Progress, silent
 
 
 def evaluate_run(folder: Path, n: int, seed: int, device: str = "auto", progress: Progress = silent) -> dict[str, Any]:
-    """The metrics of `compare` over n forget and n retain pictures; also written to `eval.json` in the folder.
+    """The metrics of `compare` over n forget pictures a concept and n retain pictures, also written to `eval.json`.
 
     The folder must hold `run.json` and a delta. Raises DataError if it does not, ModelError if the model is another.
     """
@@ -31,8 +31,8 @@ def evaluate_run(folder: Path, n: int, seed: int, device: str = "auto", progress
         )
     options = dict(record["options"])
     model = load(str(options.pop("model")), device, str(options.get("dtype", "auto")))
-    concept = str(options.pop("concept")[0])
-    plan = make_plan(model.settings, model.name, Concept(concept), from_mapping(EraseOptions, options, str(folder)))
+    concepts = [Concept(str(name)) for name in options.pop("concept")]
+    plan = make_plan(model.settings, model.name, concepts, from_mapping(EraseOptions, options, str(folder)))
     asked = questions(plan, n, seed)
     before = observe(model, asked, progress, "pictures before")
     model.load(Delta.load(candidates[0]).apply(dict(model.original())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ class ErasureData:
     anchor: Conditioning
     retain: Conditioning
     empty: Conditioning
+
+    def forgetting(self, rows: slice) -> ErasureData:
+        """The same with these of the forget samples only, such as those of one concept among several."""
+        return replace(
+            self,
+            forget_latents=self.forget_latents[rows],
+            anchor_latents=self.anchor_latents[rows],
+            forget=self.forget[rows],
+            anchor=self.anchor[rows],
+        )
 
 
 @dataclass(frozen=True)

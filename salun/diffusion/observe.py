@@ -39,25 +39,30 @@ class Observation:
 
 @dataclass(frozen=True)
 class Questions:
-    """The evaluation prompts of a run, in order; pictures i of both sides come from the same seeds before and after."""
+    """The evaluation prompts of a run, in order; pictures i of both sides come from the same seeds before and after.
 
+    each: forget prompts per concept, one concept after the other. anchor[i] belongs to forget[i].
+    """
+
+    each: int
     forget: list[Prompt]
-    anchor: list[str]
+    anchor: list[Prompt]
     retain: list[Prompt]
     forget_seeds: list[int]
     retain_seeds: list[int]
 
 
 def questions(plan: Plan, n: int, seed: int) -> Questions:
-    """n forget and n retain questions, spread evenly over the held-out prompts."""
+    """n forget questions for each concept and n retain questions, spread evenly over the held-out prompts."""
     prompts = plan.prompts
-    ask = spread(n, len(prompts.eval_forget), seed)
+    ask = [(one, i) for one in prompts.concepts for i in spread(n, len(one.eval_forget), seed)]
     keep = spread(n, len(prompts.eval_retain), seed + 1)
     return Questions(
-        [prompts.eval_forget[i] for i in ask],
-        [prompts.eval_anchor[i] for i in ask],
+        n,
+        [one.eval_forget[i] for one, i in ask],
+        [one.eval_anchor[i] for one, i in ask],
         [prompts.eval_retain[i] for i in keep],
-        [item_seed(seed, "eval", 2 * i) for i in range(n)],
+        [item_seed(seed, "eval", 2 * i) for i in range(len(ask))],
         [item_seed(seed, "eval", 2 * i + 1) for i in range(n)],
     )
 
@@ -71,7 +76,7 @@ def observe(model: Model, asked: Questions, progress: Progress = silent, stage: 
         pictures[:n],
         pictures[n:],
         _answers(model, [p.text for p in asked.forget]),
-        _answers(model, asked.anchor),
+        _answers(model, [p.text for p in asked.anchor]),
         _answers(model, [p.text for p in asked.retain]),
     )
 
@@ -97,39 +102,29 @@ def compare(model: Model, plan: Plan, asked: Questions, before: Observation, aft
     A figure that cannot be computed is None, with a `reason`.
     """
     own = own_change(before, after)
-    detector_folder, prompts = model.settings.detector, plan.prompts
+    folder = model.settings.detector
     if not asked.forget:
         reason = "no evaluation pictures were asked for"
-    elif detector_folder is None or prompts.attribute is None or prompts.value is None:
-        reason = f"no detector for {plan.concept.name!r} comes with {model.name}: look at the pictures"
+    elif folder is None or any(prompts.attribute is None for prompts in plan.prompts.concepts):
+        reason = f"no detector for {plan.name!r} comes with {model.name}: look at the pictures"
     else:
-        detector = load_detector(detector_folder, model.device)
-        values = detector.attributes.get(prompts.attribute, [])
-        return {**judge_pictures(detector, plan, asked, before, after, values), **own}
+        detector = load_detector(folder, model.device)
+        sides = [erasure.Sides(detector.read(side.forget), detector.read(side.retain)) for side in (before, after)]
+        return {**erasure.judge(detector, _asked(detector, plan, asked), sides[0], sides[1]), **own}
     empty: dict[str, Any] = dict.fromkeys(("ua", "ra_before", "ra_after", "per_class"))
     return {**empty, "reason": reason, **own}
 
 
-def judge_pictures(
-    detector: AttributeClassifier,
-    plan: Plan,
-    asked: Questions,
-    before: Observation,
-    after: Observation,
-    values: list[str],
-) -> dict[str, Any]:
-    """The detector's figures."""
-    prompts = plan.prompts
-    assert prompts.attribute is not None and prompts.value is not None
-    wanted = erasure.Asked(
-        erasure.labels_of(detector, asked.forget),
-        erasure.labels_of(detector, asked.retain),
-        prompts.attribute,
-        values.index(prompts.value),
-        values.index(prompts.anchor_value) if prompts.anchor_value is not None else None,
-    )
-    sides = [erasure.Sides(detector.read(side.forget), detector.read(side.retain)) for side in (before, after)]
-    return erasure.judge(detector, wanted, sides[0], sides[1])
+def _asked(detector: AttributeClassifier, plan: Plan, asked: Questions) -> erasure.Asked:
+    """What the pictures should show, in the detector's own numbers."""
+    targets = []
+    for i, (concept, prompts) in enumerate(zip(plan.concepts, plan.prompts.concepts, strict=True)):
+        assert prompts.attribute is not None and prompts.value is not None
+        values = detector.attributes.get(prompts.attribute, [])
+        anchor = values.index(prompts.anchor_value) if prompts.anchor_value is not None else None
+        rows = slice(i * asked.each, (i + 1) * asked.each)
+        targets.append(erasure.Target(concept.name, prompts.attribute, values.index(prompts.value), anchor, rows))
+    return erasure.Asked(erasure.labels_of(detector, asked.anchor), erasure.labels_of(detector, asked.retain), targets)
 
 
 def own_change(before: Observation, after: Observation) -> dict[str, Any]:

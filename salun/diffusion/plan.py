@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
-from salun.diffusion.concepts import Concept, Prompts, prompts_of, resolve
+from salun.diffusion.concepts import Concept, Prompts, part, prompts_of, resolve
 from salun.diffusion.models import ModelSettings
 from salun.errors import ConfigError
 from salun.options import EraseOptions, Recipe
@@ -20,13 +22,18 @@ T = TypeVar("T")
 class Plan:
     """One erasure, decided. options: without any `None`. notes: lines for the user."""
 
-    concept: Concept
+    concepts: list[Concept]
     prompts: Prompts
     options: EraseOptions
     saliency_timesteps: int
     notes: list[str]
 
     # `auto` is gone from the options below; these say so to the type checker
+    @property
+    def name(self) -> str:
+        """The concepts' names, for people."""
+        return ", ".join(concept.name for concept in self.concepts)
+
     @property
     def steps(self) -> int:
         return _known(self.options.steps)
@@ -81,30 +88,59 @@ class Plan:
         return "frozen" in (self.target, self.retain_target)
 
 
-def make_plan(settings: ModelSettings, model: str, concept: Concept, options: EraseOptions) -> Plan:
-    """Fill a concept's words and the options' numbers in from the model's own settings.
+Wanted = Concept | str | Sequence[Concept | str]
+"""What a user names to forget: one concept or several, each in full or by its name."""
 
-    Raises ConfigError for a concept the model does not know, or a recipe it does not have.
+
+def make_plan(settings: ModelSettings, model: str, wanted: Wanted, options: EraseOptions) -> Plan:
+    """Fill the concepts' words and the options' numbers in from the model's own settings.
+
+    Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, or a recipe
+    the model does not have.
     """
-    concept = replace(concept, retain=(*concept.retain, *options.retain_prompts))
-    if options.anchor is not None:
-        concept = replace(concept, anchor=options.anchor)
-    filled, notes = resolve(concept, settings.vocabulary, model)
+    concepts, notes = _resolved(settings, model, _listed(wanted), options)
     recipe = settings.recipe
     if options.recipe == "paper":
-        recipe = _paper_recipe(settings, model, filled.kind)
+        recipe = _paper_recipe(settings, model, concepts[0].kind)
+    recipe = replace(recipe, steps=recipe.steps * len(concepts))
     numbers = {
         item.name: getattr(recipe, item.name)
         for item in dataclasses.fields(Recipe)
         if hasattr(options, item.name) and getattr(options, item.name) is None
     }
     return Plan(
-        concept=filled,
-        prompts=prompts_of(filled, settings.vocabulary),
-        options=replace(options, anchor=filled.anchor or "", **numbers),
+        concepts=concepts,
+        prompts=prompts_of(concepts, settings.vocabulary),
+        options=replace(options, anchor=[concept.anchor or "" for concept in concepts], **numbers),
         saliency_timesteps=recipe.saliency_timesteps,
         notes=notes,
     )
+
+
+def _listed(wanted: Wanted) -> list[Concept]:
+    several = [wanted] if isinstance(wanted, Concept | str) else list(wanted)
+    if not several:
+        raise ConfigError("no concept is given: name what the model should forget, e.g. --concept circle")
+    return [Concept(each) if isinstance(each, str) else each for each in several]
+
+
+def _resolved(
+    settings: ModelSettings, model: str, concepts: list[Concept], options: EraseOptions
+) -> tuple[list[Concept], list[str]]:
+    if options.anchor and len(options.anchor) != len(concepts):
+        raise ConfigError(
+            f"{len(concepts)} --concept, but {len(options.anchor)} --anchor: give one for each, in the same order "
+            "('' for the empty prompt), or none"
+        )
+    filled, notes = [], []
+    for concept, anchor in itertools.zip_longest(concepts, options.anchor):
+        asked = concept if anchor is None else replace(concept, anchor=anchor)
+        done, told = resolve(asked, settings.vocabulary, model)
+        filled.append(done)
+        notes += told
+    parted, told = part(filled, settings.vocabulary)
+    parted[0] = replace(parted[0], retain=(*parted[0].retain, *options.retain_prompts))
+    return parted, notes + told
 
 
 def _paper_recipe(settings: ModelSettings, model: str, kind: str) -> Recipe:

@@ -21,7 +21,7 @@ from salun.progress import Event, Progress, silent
 from salun.report import page, picture
 from salun.run_record import RunRecord, peak_memory
 
-GRID = 8  # prompts of each kind in the before/after picture
+GRID = 8  # prompts of a row in the before/after picture
 
 
 @dataclass(eq=False)
@@ -61,21 +61,28 @@ class Run:
                 picture.png_bytes(forget) if forget is not None else None,
                 picture.png_bytes(retain) if retain is not None else None,
                 layers,
-                self.plan.concept.sensitive,
+                blurred=any(self._blurred()),
             )
         )
 
     def grids(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Before/after pictures of forget prompts and of retain prompts; forget pictures blurred if sensitive."""
-        k = min(GRID, len(self.asked.forget))
+        """Before/after pictures of forget prompts, a grid for each concept, and of retain prompts.
+
+        Those of a sensitive concept are blurred, unless the options ask for them.
+        """
+        k = min(GRID, self.asked.each)
         if not k:
             return None, None
-        texts = [p.text for p in self.asked.forget[:k]], [p.text for p in self.asked.retain[:k]]
-        blur = self.plan.concept.sensitive
-        return (
-            picture.grid(self.before.forget[:k], self.after.forget[:k], texts[0], blur=blur),
-            picture.grid(self.before.retain[:k], self.after.retain[:k], texts[1]),
-        )
+        grids = []
+        for i, blur in enumerate(self._blurred()):
+            rows = slice(i * self.asked.each, i * self.asked.each + k)
+            texts = [p.text for p in self.asked.forget[rows]]
+            grids.append(picture.grid(self.before.forget[rows], self.after.forget[rows], texts, blur=blur))
+        texts = [p.text for p in self.asked.retain[:k]]
+        return picture.stack(*grids), picture.grid(self.before.retain[:k], self.after.retain[:k], texts)
+
+    def _blurred(self) -> list[bool]:
+        return [concept.sensitive and not self.plan.options.show_sensitive for concept in self.plan.concepts]
 
     def save(self, target: str | Path, force: bool = False) -> None:
         """Write the erased model or its delta; the name chooses the format (see `write_output`)."""
@@ -96,8 +103,8 @@ class Run:
     def _notes(self) -> dict[str, str]:
         options = self.plan.options
         return {
-            "salun.concept": self.plan.concept.name,
-            "salun.anchor": self.plan.concept.anchor or "",
+            "salun.concept": self.plan.name,
+            "salun.anchor": ", ".join(concept.anchor or "" for concept in self.plan.concepts),
             "salun.model": self.model.name,
             "salun.mask": str(self.record.data["mask"]["mode"]),
             "salun.density": str(options.density),
@@ -109,16 +116,16 @@ class Run:
 def write_run(run: Run, outputs: list[str] | None, progress: Progress = silent) -> None:
     """Fill the record in, write the outputs and, where the run has a folder, everything that belongs into it."""
     record, folder = run.record, run.record.folder
-    concept = run.plan.concept
     record.data["concepts"] = [
         {
             "name": concept.name,
             "anchor": concept.anchor,
             "kind": concept.kind,
             "sensitive": concept.sensitive,
-            "notes": run.plan.notes,
         }
+        for concept in run.plan.concepts
     ]
+    record.data["notes"] = run.plan.notes
     record.data["losses"] = [list(entry) for entry in run.history]
     record.data["metrics"] = run.metrics
     if run.plan.options.method == "salun-soft":

@@ -21,23 +21,35 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the prompts asked for: attribute → value indices, (n,) each, for the forget and the retain prompts.
+class Target:
+    """One concept: its place in the detector's attributes, and the rows of the forget prompts that ask for it.
 
-    attribute: the concept's. value: the concept's index in it. anchor: the anchor's, or None for the empty prompt.
+    value: its index in `attribute`. anchor: the anchor's, or None for the empty prompt.
+    """
+
+    name: str
+    attribute: str
+    value: int
+    anchor: int | None
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What pictures should show: attribute → value indices, (n,) each.
+
+    forget: once the concepts are gone (−1 where nothing is asked). retain: as prompted. targets: the concepts.
     """
 
     forget: dict[str, np.ndarray]
     retain: dict[str, np.ndarray]
-    attribute: str
-    value: int
-    anchor: int | None
+    targets: list[Target]
 
 
 def labels_of(detector: AttributeClassifier, prompts: Sequence[Any]) -> dict[str, np.ndarray]:
-    """Attribute → indices (n,) of what each prompt (with `labels`) asks for."""
+    """Attribute → indices (n,) of what each prompt (with `labels`) asks for, −1 where it asks for nothing."""
     return {
-        name: np.array([values.index(p.labels[name]) for p in prompts], np.int64)
+        name: np.array([values.index(p.labels[name]) if name in p.labels else -1 for p in prompts], np.int64)
         for name, values in detector.attributes.items()
     }
 
@@ -45,41 +57,18 @@ def labels_of(detector: AttributeClassifier, prompts: Sequence[Any]) -> dict[str
 def judge(detector: AttributeClassifier, asked: Asked, before: Sides, after: Sides) -> dict[str, Any]:
     """The figures of `run.json`'s `metrics`, in percent.
 
-    ua: share of erased forget pictures in which the concept is not seen. anchor: the anchor is seen instead. kept: each
-    other attribute is still what the prompt said, and `all` of them together. none: the picture is none. Each with
-    `before`. ra: mean over attributes of the share of retain pictures that show what was asked; by attribute and per
-    class. A picture that is none shows nothing: it counts as forgotten in ua, and against anchor, kept and ra.
+    ua: share of erased forget pictures in which their concept is not seen. anchor: its anchor is seen instead. kept:
+    each other attribute is as it should be, and `all` of them together. none: the picture is none. Each with `before`,
+    over all concepts together and, under `per_concept`, for each. ra: mean over attributes of the share of retain
+    pictures that show what was asked; by attribute and per class. A picture that is none shows nothing: it counts as
+    forgotten in ua, and against anchor, kept and ra.
     """
-    others = [name for name in detector.attributes if name != asked.attribute]
     values = detector.attributes
-
-    def forget_side(reading: Reading) -> dict[str, Any]:
-        seen = reading.labels[asked.attribute]
-        right = {name: reading.labels[name] == asked.forget[name] for name in others}
-        found: dict[str, Any] = {
-            "forgotten": Share.of(seen != asked.value).json(),
-            "none": Share.of(seen == -1).json(),
-            "kept": {name: Share.of(hits).json() for name, hits in right.items()},
-            "anchor": Share.of(seen == asked.anchor).json() if asked.anchor is not None else None,
-        }
-        if right:
-            found["kept"]["all"] = Share.of(np.logical_and.reduce(list(right.values()))).json()
-        return found
-
-    def hits(reading: Reading) -> dict[str, np.ndarray]:
-        return {name: reading.labels[name] == asked.retain[name] for name in values}
-
-    was, now = hits(before.retain), hits(after.retain)
-    erased, original = forget_side(after.forget), forget_side(before.forget)
-    metrics: dict[str, Any] = {
-        "ua": erased["forgotten"],
-        "ua_before": original["forgotten"],
-        "anchor": erased["anchor"],
-        "anchor_before": original["anchor"],
-        "kept": erased["kept"],
-        "kept_before": original["kept"],
-        "none": erased["none"],
-        "none_before": original["none"],
+    each = {target.name: _forget_figures(list(values), asked, [target], before, after) for target in asked.targets}
+    metrics = _forget_figures(list(values), asked, asked.targets, before, after)
+    was, now = ({name: side.retain.labels[name] == asked.retain[name] for name in values} for side in (before, after))
+    metrics |= {
+        "per_concept": each,
         "ra_before": Share.of(np.concatenate(list(was.values()))).json(),
         "ra_after": Share.of(np.concatenate(list(now.values()))).json(),
         "ra_by_attribute": {
@@ -96,9 +85,36 @@ def judge(detector: AttributeClassifier, asked: Asked, before: Sides, after: Sid
         },
         "frechet": frechet(before.retain.features, after.retain.features),
     }
-    if asked.anchor is None:
-        metrics["anchor_reason"] = "the anchor is the empty prompt, which no detector can name"
+    if metrics["anchor"] is None:
+        metrics["anchor_reason"] = "an anchor is the empty prompt, which no detector can name"
     return metrics
+
+
+def _forget_figures(
+    attributes: list[str], asked: Asked, targets: Sequence[Target], before: Sides, after: Sides
+) -> dict[str, Any]:
+    """ua, anchor, kept and none of the forget pictures of these concepts, before and after."""
+    found: dict[str, Any] = {}
+    for suffix, reading in (("", after.forget), ("_before", before.forget)):
+        forgotten, anchored, none = [], [], []
+        hits: dict[str, list[np.ndarray]] = {}
+        for target in targets:
+            seen = reading.labels[target.attribute][target.rows]
+            forgotten.append(seen != target.value)
+            none.append(seen == -1)
+            anchored.append(seen == target.anchor)
+            others = [name for name in attributes if name != target.attribute]
+            right = {name: reading.labels[name][target.rows] == asked.forget[name][target.rows] for name in others}
+            if others:
+                right["all"] = np.logical_and.reduce(list(right.values()))
+            for name, hit in right.items():
+                hits.setdefault(name, []).append(hit)
+        known = all(target.anchor is not None for target in targets)
+        found["ua" + suffix] = Share.of(np.concatenate(forgotten)).json()
+        found["anchor" + suffix] = Share.of(np.concatenate(anchored)).json() if known else None
+        found["none" + suffix] = Share.of(np.concatenate(none)).json()
+        found["kept" + suffix] = {name: Share.of(np.concatenate(parts)).json() for name, parts in hits.items()}
+    return found
 
 
 def frechet(base: np.ndarray, erased: np.ndarray) -> dict[str, Any]:

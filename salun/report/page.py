@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,73 +30,87 @@ def render(
     forget_picture: bytes | None,
     retain_picture: bytes | None,
     layers: Mapping[str, tuple[int, int]],
-    sensitive: bool = False,
+    blurred: bool = False,
 ) -> str:
-    """The page of a run. run: as in `run.json`. The pictures: PNG bytes. Everything shown is escaped."""
+    """The page of a run. run: as in `run.json`. The pictures: PNG bytes. Everything shown is escaped.
+
+    blurred: whether forget pictures are, so that the page says why.
+    """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["size"] = _size
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    metrics = run["metrics"]
-    concept = run["concepts"][0]
+    metrics, concepts = run["metrics"], run["concepts"]
     return template.render(
         run=run,
-        concept=concept,
+        names=[concept["name"] for concept in concepts],
         metrics=metrics,
         known=metrics.get("ua") is not None,
-        headline=headline(concept, metrics),
-        rows=figure_rows(concept, metrics),
+        headline=headline(concepts, metrics),
+        rows=figure_rows(concepts, metrics),
+        concept_rows=concept_rows(concepts, metrics),
         classes=class_rows(metrics),
         forget_picture=_data_url(forget_picture),
         retain_picture=_data_url(retain_picture),
         loss_chart=Markup(charts.loss_curve(run["losses"])),  # numbers only
         layer_chart=Markup(charts.layer_bars(layers)),  # names escaped where they are drawn
-        sensitive=sensitive,
+        blurred=blurred,
         minutes=sum(run["timings"].values()),
     )
 
 
-def headline(concept: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+def headline(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[str]:
     """What happened, in plain sentences, good or bad."""
-    name, anchor = concept["name"], concept["anchor"]
     if metrics.get("ua") is None:
-        return [f"The model was trained to forget “{name}”. Whether it did is not known: {metrics['reason']}."]
-    ua, n = metrics["ua"]["value"], metrics["ua"]["n"]
-    shown = round(n * (100 - ua) / 100)
-    was = round(n * (100 - metrics["ua_before"]["value"]) / 100)
-    many = f"{shown} of {n} pictures" if shown else f"none of {n} pictures"
-    verdict = "forgot" if ua >= 95 else "mostly forgot" if ua >= 80 else "did not forget"
-    lines = [f"The model {verdict} “{name}”: asked for it, it now shows it in {many} (before: {was})."]
-    if metrics["anchor"] is not None:
-        seen = metrics["anchor"]["value"]
-        lines.append(f"“{anchor}”, what it was to become, is seen in {seen:.0f} % of them.")
-    if metrics["none"]["value"] > 5:
-        lines.append(f"Careful: {metrics['none']['value']:.0f} % of them are no proper pictures any more.")
+        names = " and ".join(f"“{concept['name']}”" for concept in concepts)
+        return [f"The model was trained to forget {names}. Whether it did is not known: {metrics['reason']}."]
+    lines = [line for concept in concepts for line in _verdict(concept, metrics["per_concept"][concept["name"]])]
     before, after = metrics["ra_before"]["value"], metrics["ra_after"]["value"]
     fall = before - after
     judged = "is as it was" if fall <= 1 else "suffered a little" if fall <= 3 else "suffered"
-    lines.append(f"Everything else {judged}: {before:.1f} % right before, {after:.1f} % now.")
+    return [*lines, f"Everything else {judged}: {before:.1f} % right before, {after:.1f} % now."]
+
+
+def _verdict(concept: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
+    ua, n = figures["ua"]["value"], figures["ua"]["n"]
+    shown = round(n * (100 - ua) / 100)
+    was = round(n * (100 - figures["ua_before"]["value"]) / 100)
+    many = f"{shown} of {n} pictures" if shown else f"none of {n} pictures"
+    verdict = "forgot" if ua >= 95 else "mostly forgot" if ua >= 80 else "did not forget"
+    lines = [f"The model {verdict} “{concept['name']}”: asked for it, it now shows it in {many} (before: {was})."]
+    if figures["anchor"] is not None:
+        lines.append(f"“{concept['anchor']}”, what it was to become, is seen in {figures['anchor']['value']:.0f} %.")
+    if figures["none"]["value"] > 5:
+        lines.append(f"Careful: {figures['none']['value']:.0f} % of them are no proper pictures any more.")
     return lines
 
 
-def figure_rows(concept: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(what, before, after, meaning) rows."""
+def concept_rows(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """(concept, anchor, forgotten, anchor shown, the rest kept, no picture) rows of several concepts; none for one."""
+    if metrics.get("ua") is None or len(concepts) < 2:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for concept in concepts:
+        figures = metrics["per_concept"][concept["name"]]
+        anchor = _share(figures["anchor"]) if figures["anchor"] is not None else "not known"
+        kept = _share(figures["kept"]["all"]) if "all" in figures["kept"] else "not known"
+        shown = concept["anchor"] or "the empty prompt"
+        rows.append((concept["name"], shown, _share(figures["ua"]), anchor, kept, _share(figures["none"])))
+    return rows
+
+
+def figure_rows(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, before, after, meaning) rows, over all concepts together."""
     if metrics.get("ua") is None:
         return []
-    name, anchor = concept["name"], concept["anchor"]
-    rows = [
-        (
-            "forgotten (UA)",
-            _share(metrics["ua_before"]),
-            _share(metrics["ua"]),
-            f"asked for “{name}”, the picture shows none",
-        )
-    ]
+    one = concepts[0] if len(concepts) == 1 else None
+    gone = f"asked for “{one['name']}”, the picture shows none" if one else "asked for a concept, the picture lacks it"
+    instead = f"it shows “{one['anchor']}” instead" if one else "it shows that concept's anchor instead"
+    rows = [("forgotten (UA)", _share(metrics["ua_before"]), _share(metrics["ua"]), gone)]
     if metrics["anchor"] is not None:
-        was, now = _share(metrics["anchor_before"]), _share(metrics["anchor"])
-        rows.append(("anchor shown", was, now, f"it shows “{anchor}” instead"))
+        rows.append(("anchor shown", _share(metrics["anchor_before"]), _share(metrics["anchor"]), instead))
     for key, share in metrics["kept"].items():
         label = "all the rest kept" if key == "all" else f"{key} kept"
         rows.append(

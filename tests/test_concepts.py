@@ -1,0 +1,111 @@
+"""Several concepts in one run: their prompts do not contradict each other, and each is masked, trained and judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import salun
+from salun.diffusion.concepts import Concept, mentions, prompts_of
+from salun.diffusion.models import Model, describe
+from salun.diffusion.plan import make_plan
+from salun.errors import ConfigError
+from salun.options import EraseOptions
+from tests.conftest import SHORT
+
+SETTINGS = describe("shapes").settings
+
+
+def plan(*names: str, **options: Any) -> Any:
+    return make_plan(SETTINGS, "shapes", list(names), EraseOptions(**options))
+
+
+def test_prompts_to_keep_name_none_of_the_concepts() -> None:
+    prompts = plan("circle", "red").prompts
+    for prompt in prompts.retain + prompts.eval_retain:
+        assert not {"circle", "red"} & set(prompt.labels.values())
+
+
+def test_a_prompt_with_two_concepts_becomes_one_with_both_anchors() -> None:
+    circle, red = plan("circle", "red", anchor=["square", "blue"]).prompts.concepts
+    for own in (circle, red):
+        both = [i for i, p in enumerate(own.forget) if {"circle", "red"} <= set(p.labels.values())]
+        assert both
+        for i in both:
+            assert own.anchor[i].text == own.forget[i].text.replace("circle", "square").replace("red", "blue")
+            assert {"square", "blue"} <= set(own.anchor[i].labels.values())
+
+
+def test_a_concept_that_becomes_nothing_is_left_out_of_the_others_prompts() -> None:
+    circle, red = plan("circle", "red", anchor=["square", ""]).prompts.concepts
+    assert not any("red" in p.labels.values() for p in circle.forget + circle.eval_forget)
+    assert {p.text for p in red.anchor} == {""}
+    assert all(p.labels["shape"] != "circle" for p in red.eval_anchor)  # what is kept of a red circle is a square
+
+
+def test_an_anchor_that_is_forgotten_too_is_replaced_and_told() -> None:
+    found = plan("circle", "square")  # circle's preset anchor is the square
+    assert [c.anchor for c in found.concepts] == ["cross", "cross"] or "square" not in {
+        c.anchor for c in found.concepts
+    }
+    assert any("is to be forgotten as well" in note for note in found.notes)
+    around = plan("circle", "square", anchor=["square", "circle"])
+    assert not {c.anchor for c in around.concepts} & {"circle", "square"}
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["circle", "circle"], {}, "given twice"),
+        (["circle", "red"], {"anchor": ["square"]}, "2 --concept, but 1 --anchor"),
+        ([], {}, "no concept"),
+        (["plain", "sketch", "night", "striped", "dotted"], {}, "to be forgotten"),
+    ],
+)
+def test_what_cannot_be_is_refused(names: list[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(*names, **options)
+
+
+def test_free_text_concepts_are_not_among_the_prompts_to_keep() -> None:
+    own = Concept(
+        "church", anchor="a house", synonyms=("church",), anchors=("a house",), retain=("two churches", "a car")
+    )
+    prompts = prompts_of([own, Concept("dog", anchor="cat", synonyms=("dog",), anchors=("cat",))], None)
+    kept = {p.text for p in prompts.retain + prompts.eval_retain}
+    assert "a car" in kept
+    assert not [text for text in kept if mentions(text, "church") or mentions(text, "dog")]
+
+
+def test_words_are_found_as_words() -> None:
+    assert mentions("two Churches at night", "church")
+    assert not mentions("a doghouse", "dog")
+    assert mentions("a (dog), sitting", "dog")
+
+
+@pytest.mark.parametrize("combine", ["joint", "union"])
+def test_two_concepts_in_one_run(combine: str, shapes: Model, tmp_path: Path) -> None:
+    run = salun.erase(shapes, ["circle", "night"], run_dir=tmp_path / "run", combine=combine, density=0.1, **SHORT)
+    assert set(run.metrics["per_concept"]) == {"circle", "night"}
+    assert run.metrics["ua"]["n"] == 2 * SHORT["eval_images"]
+    assert [run.metrics["per_concept"][c]["ua"]["n"] for c in ("circle", "night")] == [SHORT["eval_images"]] * 2
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Forgetting “circle”, “night”" in text
+    assert "Each concept by itself" in text
+    assert run.history[-1][0] == SHORT["steps"]
+    if combine == "joint":
+        assert run.mask.density == pytest.approx(0.1, abs=1e-6)
+    else:
+        each = [
+            salun.erase(shapes, c, density=0.1, **{**SHORT, "steps": 1, "eval_images": 0}).mask
+            for c in ("circle", "night")
+        ]
+        assert 0.1 < run.mask.density < 0.2
+        assert run.mask.jaccard(each[0] | each[1]) > 0.5  # other samples of the same prompts
+
+
+def test_more_concepts_take_more_steps_by_default() -> None:
+    assert plan("circle", "red", "night").steps == 3 * plan("circle").steps
+    assert plan("circle", "red", steps=7).steps == 7
