@@ -58,7 +58,7 @@ DECISIVE = (
 PREAMBLE = """\
 Written by `benchmarks/erase.py`: {n} pictures each of forget and retain prompts per row and seed, from prompts that
 training never used, at the same seeds before and after, on a CPU. Mean ± standard deviation over seeds; percent and
-percentage points. UA: the concept is not seen. Anchor: the anchor is. Others kept: both other attributes are as asked.
+percentage points. UA: the concept is not seen (lowest UA: of the seeds). Anchor: the anchor is. Others kept: both other attributes are as asked.
 None: no picture any more. RA: share of attributes right on other prompts. Fréchet: of detector features on retain
 pictures, one half of the base against the other (base) and against the erased model. What a row trains: SalUn the most
 salient half of the weights, shuffled as many per layer at random places, random any half, full all of them,
@@ -192,7 +192,8 @@ def line(name: str, results: list[dict[str, Any]]) -> str:
     for key in figures(results[0]):
         values = [figures(r)[key] for r in results]
         cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
-    return f"| {name} | {len(results)} | " + " | ".join(cells) + " |"
+    lowest = min(figures(r)["UA"] for r in results)
+    return f"| {name} | {len(results)} | " + " | ".join(cells) + f" | {lowest:.1f} |"
 
 
 def table(bench: Bench, wanted: list[Job]) -> str:
@@ -222,8 +223,8 @@ def table(bench: Bench, wanted: list[Job]) -> str:
         out += [
             f"## {title}",
             "",
-            "| variant | seeds | " + " | ".join(columns) + " |",
-            "|---" * (len(columns) + 2) + "|",
+            "| variant | seeds | " + " | ".join(columns) + " | lowest UA |",
+            "|---" * (len(columns) + 3) + "|",
         ]
         out += [line(name, results) for name, results in variants.items()]
         soft = [r["mask"]["density"] for r in variants.get("SalUn-soft", [])]

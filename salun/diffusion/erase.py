@@ -46,8 +46,8 @@ def erase(
     model: loaded, or a name for `load`. concept: a `Concept` or its name, or a list of them. given: fields of
     `EraseOptions`, over `options`. run_dir: keeps the run's folder there. outputs: files to write, format by name (see
     `write_output`); with a run_dir and no outputs, the folder gets the model in its own layout and the sparse delta.
-    The model passed in holds its own weights again
-    afterwards. Raises SalunError (ConfigError, ModelError, MaskError, …), `Cancelled` if `progress` does.
+    The model passed in holds its own weights again afterwards. Raises SalunError (ConfigError, ModelError, MaskError,
+    …), `Cancelled` if `progress` does.
     """
     options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
     if current().count > 1:
