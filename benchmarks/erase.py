@@ -58,7 +58,8 @@ DECISIVE = (
 PREAMBLE = """\
 Written by `benchmarks/erase.py`: {n} pictures each of forget and retain prompts per row and seed, from prompts that
 training never used, at the same seeds before and after, on a CPU. Mean ± standard deviation over seeds; percent and
-percentage points. UA: the concept is not seen (lowest UA: of the seeds). Anchor: the anchor is. Others kept: both other attributes are as asked.
+percentage points. UA: the concept is not seen (lowest UA: of the seeds). Anchor: the anchor is. Others kept: both other
+attributes are as asked.
 None: no picture any more. RA: share of attributes right on other prompts. Fréchet: of detector features on retain
 pictures, one half of the base against the other (base) and against the erased model. What a row trains: SalUn the most
 salient half of the weights, shuffled as many per layer at random places, random any half, full all of them,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +15,7 @@ import typer
 
 from salun import __version__
 from salun.errors import Cancelled, ConfigError, SalunError
-from salun.options import DeviceOptions, EraseOptions, Sampling
+from salun.options import DeviceOptions, EraseJob, EraseOptions, Sampling
 
 from .options import with_options
 from .progress import terminal_progress
@@ -21,11 +24,14 @@ app = typer.Typer(
     name="salun",
     help="Make a Stable Diffusion model forget a concept: only its salient weights are trained, the rest stays.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 ClickException: Any = typer.BadParameter.__mro__[2]  # Typer brings click under its own name or under click's
+
+TRAINING_ONLY = (
+    "steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"
+)  # fmt: skip
 
 ModelName = Annotated[
     str | None,
@@ -44,10 +50,6 @@ Guidance = Annotated[
     typer.Option(help="guidance scale (default: the model's)", min=0, max=100),
 ]
 Force = Annotated[bool, typer.Option("--force", help="overwrite files that are there already")]
-RunDir = Annotated[
-    Path | None,
-    typer.Option(help="the run's folder (default: runs/<time>-<concept>)"),
-]
 
 
 def _version(asked: bool) -> None:
@@ -67,53 +69,124 @@ def _main(
 
 
 @app.command()
-@with_options(EraseOptions, skip=())
+@with_options(EraseJob, parameter="job")
 def erase(
-    options: EraseOptions,
-    concept: Annotated[
-        list[str],
-        typer.Option(help="what to forget: a preset, a word the model knows, or any text; repeat it for several"),
-    ],
-    model: ModelName = None,
-    output: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="x.safetensors (UNet weights), x.salun.safetensors (undoable delta) or x/ (diffusers folder); "
-            "repeat it for several (default: model/ and the delta in the run folder)"
-        ),
+    job: EraseJob,
+    given: set[str],
+    config: Annotated[
+        Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")
     ] = None,
-    run_dir: RunDir = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the unfinished run in --run-dir; begin if there is none")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tell what would be done, and what it would take; write nothing")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Make a model forget a concept, and show whether it worked."""
+    job, sources = _settled(job, given, config, resume)
+    if not job.concept:
+        raise ConfigError("no concept is given: name what the model should forget, e.g. --concept circle")
     from salun.diffusion.concepts import Concept
-    from salun.run_record import new_run_folder, require_new
+    from salun.run_record import check_folder, new_run_folder
 
-    wanted = [Concept(name) for name in concept]
-    folder = run_dir or new_run_folder("-".join(concept))
-    require_new(folder)
+    wanted = [Concept(name) for name in job.concept]
+    folder = Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept))
+    check_folder(folder, resume)
     from salun.diffusion.erase import erase as run_erase
-    from salun.diffusion.models import load
 
-    with terminal_progress(as_json) as progress:
-        loaded = load(_model(model), options.device, options.dtype)
+    if dry_run:
+        from salun.diffusion.estimate import preview
+
+        with terminal_progress(as_json) as progress:
+            found = preview(_model(job.model), wanted, job.options, job.output, folder, progress)
+        _tell({**found, "sources": sources}, as_json, _preview_lines(found, sources))
+        return
+    with terminal_progress(as_json) as progress, _resumable(folder):
         run = run_erase(
-            loaded,
+            _model(job.model),
             wanted,
-            options,
+            job.options,
             progress=progress,
             run_dir=folder,
-            outputs=output,
+            outputs=job.output,
             force=force,
+            resume=resume,
             command=shlex.join(["salun", *sys.argv[1:]]),
         )
     _tell(run.record.data, as_json, _erase_lines(run, folder))
 
 
+def _settled(job: EraseJob, given: set[str], config: Path | None, resume: bool) -> tuple[EraseJob, dict[str, str]]:
+    """The job with a config file's values where the command line gives none, and where each value comes from."""
+    values = {item.name: getattr(job, item.name) for item in dataclasses.fields(job)}
+    read: dict[str, Any] = {}
+    if config is not None:
+        from salun.config import read_config
+
+        read = read_config(config)
+    elif resume and job.run_dir and (Path(job.run_dir) / "run.json").is_file():
+        from salun.config import read_config
+        from salun.run_record import check_folder
+
+        begun = check_folder(Path(job.run_dir), resume) or {}
+        read = {**read_config(Path(job.run_dir) / "run.json"), "output": list(begun["options"].get("output", []))}
+        config = Path(job.run_dir) / "run.json"
+    sources = {}
+    for name, value in values.items():
+        if name in given:
+            sources[name] = "command line"
+        elif name in read:
+            values[name], sources[name] = read[name], str(config)
+        else:
+            sources[name] = "preset" if name == "anchor" else "recipe" if value is None else "default"
+    return EraseJob(**values), sources
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Within, a run that is stopped says how to go on with it."""
+    try:
+        yield
+    except (Cancelled, KeyboardInterrupt) as stop:
+        if (folder / "run.json").exists():
+            raise Cancelled(
+                f"stopped; go on with: {shlex.join(['salun', 'erase', '--resume', '--run-dir', str(folder)])}"
+            ) from stop
+        raise
+
+
+def _preview_lines(found: dict[str, Any], sources: dict[str, str]) -> list[str]:
+    lines = [f"{c['name']} → {c['anchor'] or 'the empty prompt'}" for c in found["concepts"]]
+    lines += [*found["notes"], "", *(f"  {step}" for step in found["steps"]), ""]
+    width = max(len(name) for name in found["options"])
+    for name, value in found["options"].items():
+        source = sources.get(name, "recipe")
+        lines.append(f"  --{name.replace('_', '-'):<{width}}  {value!s:<20}  {source}")
+    gib = 2**30
+    lines += [
+        "",
+        f"time:   about {found['seconds']['total'] / 60:.1f} min on {found['device']} "
+        + "("
+        + ", ".join(f"{k} {v:.0f} s" for k, v in found["seconds"].items() if k != "total")
+        + ")",
+        f"memory: about {found['memory']['needed'] / gib:.2f} GiB, {_gib(found['memory']['free'])} free",
+        f"disk:   about {found['disk']['needed'] / gib:.2f} GiB in {found['run_dir']}, "
+        f"{_gib(found['disk']['free'])} free",
+    ]
+    return [*lines, *(f"warning: {text}" for text in found["warnings"])]
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.2f} GiB"
+
+
 @app.command()
 @with_options(
-    EraseOptions, skip=("steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents")
+    EraseOptions,
+    skip=("steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"),
 )
 def mask(
     options: EraseOptions,
@@ -249,6 +322,29 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
 
 
 @app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="remove everything in it")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the cache of sampled latents, which runs share, or empty it."""
+    from salun.cache import Cache
+
+    kept = Cache.of_user()
+    if clear:
+        removed = kept.clear()
+        _tell({"folder": str(kept.folder), "removed": removed}, as_json, [f"{removed} entries removed"])
+        return
+    found = kept.entries()
+    size = sum(taken for _, taken, _ in found)
+    facts = {"folder": str(kept.folder), "entries": len(found), "bytes": size, "limit": kept.limit}
+    lines = [
+        f"folder:  {kept.folder} (SALUN_CACHE names another)",
+        f"entries: {len(found)}, {size / 1e6:.1f} MB of at most {kept.limit / 1e6:.0f} MB (SALUN_CACHE_SIZE)",
+    ]
+    _tell(facts, as_json, lines)
+
+
+@app.command()
 def models(as_json: Json = False) -> None:
     """List the model aliases."""
     from salun.diffusion.models import aliases
@@ -319,8 +415,9 @@ def main() -> None:
         code = app(standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
-    except (Cancelled, KeyboardInterrupt, typer.Abort):
-        _complain("stopped; no half-written file is left. Give the command again to start afresh")
+    except (Cancelled, KeyboardInterrupt, typer.Abort) as stop:
+        known = isinstance(stop, Cancelled) and "--resume" in str(stop)
+        _complain(str(stop) if known else "stopped; no half-written file is left. Give the command again to start over")
         code = 130
     except SalunError as error:
         if "--debug" in sys.argv[1:]:

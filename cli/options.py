@@ -9,22 +9,27 @@ from typing import Annotated, Any
 
 import typer
 
-from salun.options import DeviceOptions
+from salun.options import DeviceOptions, EraseOptions
 
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 def with_options(kind: type, parameter: str = "options", skip: tuple[str, ...] = ()) -> Callable[[Any], Any]:
-    """A decorator: replaces the command's parameter `options` by one CLI option per field of the dataclass `kind`."""
+    """A decorator: replaces the command's parameter `options` by one CLI option per field of the dataclass `kind`.
+
+    A command that has a parameter `given` gets the names of the options that stand on the command line.
+    """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         fields = [item for item in dataclasses.fields(kind) if item.name not in skip]
         signature = inspect.signature(command, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.name != parameter]
+        own = [p for p in signature.parameters.values() if p.name not in (parameter, "given")]
 
-        def call(**values: Any) -> Any:
+        def call(ctx: typer.Context, **values: Any) -> Any:
             chosen = {item.name: values.pop(item.name) for item in fields}
             chosen = {name: list(v) if isinstance(v, list | tuple) else v for name, v in chosen.items()}
+            if "given" in signature.parameters:
+                values["given"] = {name for name in chosen if _is_given(ctx, name)}
             return command(**values, **{parameter: kind(**chosen)})
 
         made = [
@@ -34,12 +39,18 @@ def with_options(kind: type, parameter: str = "options", skip: tuple[str, ...] =
             for item in fields
         ]
         keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        call.__signature__ = signature.replace(parameters=[*keyword, *made])  # type: ignore[attr-defined]
+        context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        call.__signature__ = signature.replace(parameters=[context, *keyword, *made])  # type: ignore[attr-defined]
         call.__doc__ = command.__doc__
         call.__name__ = command.__name__
         return call
 
     return decorate
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
@@ -58,5 +69,8 @@ def _annotation(item: dataclasses.Field[Any]) -> Any:
     annotation: Any = _TYPES[declared.removesuffix(" | None")] if not declared.startswith("list") else list[str]
     if declared.endswith(" | None"):
         annotation = annotation | None
-    panel = "Device" if item.name in {f.name for f in dataclasses.fields(DeviceOptions)} else "Erasing"
-    return Annotated[annotation, typer.Option(help=text, rich_help_panel=panel, **shown)]
+    panels = {"Device": DeviceOptions, "Erasing": EraseOptions}
+    panel = next((title for title, own in panels.items() if item.name in {f.name for f in dataclasses.fields(own)}), "")
+    if panel:
+        shown["rich_help_panel"] = panel
+    return Annotated[annotation, typer.Option(help=text, **shown)]

@@ -106,6 +106,7 @@ class EraseOptions(DeviceOptions):
     eval_images: int | None = option(
         None, "pictures for the quick evaluation, each of forget and retain; 0 for none", minimum=0, maximum=1_000_000
     )
+    save_every: float = option(60.0, "seconds between saved states of training, to resume from", minimum=0)
     seed: int = option(0, "of everything random", minimum=0, maximum=2**63 - 1)
     show_sensitive: bool = option(False, "do not blur the pictures of sensitive concepts")
     recipe: str = option("default", "where unset numbers come from", choices=("default", "paper"))
@@ -119,6 +120,38 @@ class EraseOptions(DeviceOptions):
             raise ConfigError(f"--mask is {self.mask!r}, but must be one of {', '.join(MASKS)}, or a .safetensors file")
         if any(not prompt.strip() for prompt in self.retain_prompts):
             raise ConfigError("--retain-prompts holds an empty prompt: give a text")
+
+
+@dataclass(frozen=True)
+class EraseJob(EraseOptions):
+    """All that one erasure is told: its options, what to erase from which model, and where to write.
+
+    What a config file may hold, and what the command line and a run.json agree on.
+    """
+
+    concept: list[str] = option(
+        [], "what to forget: a preset, a word the model knows, or any text; repeat it for several"
+    )
+    model: str | None = option(
+        None, "alias (see `salun models`), hub id, or diffusers folder (default: the small one that comes along)"
+    )
+    output: list[str] = option(
+        [],
+        "x.safetensors (UNet weights), x.salun.safetensors (undoable delta) or x/ (diffusers folder); repeat it for "
+        "several (default: model/ and the delta in the run folder)",
+    )
+    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<concept>)")
+
+    def __post_init__(self) -> None:
+        for name in ("concept", "output"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, [getattr(self, name)])
+        super().__post_init__()
+
+    @property
+    def options(self) -> EraseOptions:
+        """The options alone."""
+        return EraseOptions(**{item.name: getattr(self, item.name) for item in dataclasses.fields(EraseOptions)})
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from salun.errors import Cancelled, ConfigError
-from salun.formats.tensorfile import sha256_file, write_bytes
+from salun.formats.tensorfile import remove_leftovers, sha256_file, write_bytes
 
 SCHEMA = 1
+STATE = "state"
+NOT_DECISIVE = ("output", "run_dir", "show_sensitive", "save_every")  # options on which no output's bytes depend
+FILES = ("run.json", "mask.safetensors", "before_after.png", "report.html", "delta.salun.safetensors")
 PACKAGES = ("salun", "torch", "diffusers", "transformers", "safetensors", "accelerate", "numpy", "pillow")
 logger = logging.getLogger("salun")
 
@@ -25,17 +30,29 @@ logger = logging.getLogger("salun")
 class RunRecord:
     """Collects what a run did; kept in `folder/run.json` where a folder is given, in memory otherwise.
 
-    status: running → done | failed | cancelled.
+    status: running → done | failed | cancelled. facts: what the run's result depends on beside its options and the
+    versions, such as the model's hash. resume: go on with the unfinished run that the folder holds.
     """
 
-    def __init__(self, folder: Path | None, command: str, options: Mapping[str, Any], seed: int, device: str) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None,
+        command: str,
+        options: Mapping[str, Any],
+        seed: int,
+        device: str,
+        facts: Mapping[str, str] | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.folder, self.resume = folder, resume
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "status": "running",
             "command": command,
             "options": dict(options),
             "device": device,
+            "facts": dict(facts or {}),
+            "resumed": 0,
             "concepts": [],
             "notes": [],
             "seed": seed,
@@ -51,10 +68,52 @@ class RunRecord:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within, the run is on; at the end its status, log and peak memory are written, whatever happened."""
+        """Within, the run is on; at the end its status, log and peak memory are written, whatever happened.
+
+        Raises ConfigError if the folder is another run's: one at work, a finished one, or one of other options.
+        """
+        if self.folder is None:
+            yield from self._run()
+            return
+        with alone_in(self.folder):
+            previous = check_folder(self.folder, self.resume)
+            if previous is not None:
+                self._take_up(previous)
+            yield from self._run()
+
+    def state(self, name: str) -> Path | None:
+        """Where a file is kept until the run is done, so that it can be resumed; None for a run without a folder."""
+        return self.folder / STATE / name if self.folder is not None else None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that the result depends on: what is saved under it fits this run and no other."""
+        text = json.dumps(_decisive(self.data), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _take_up(self, previous: Mapping[str, Any]) -> None:
+        ours, theirs = _decisive(self.data), _decisive(previous)
+        differing = [
+            f"{name} was {theirs[part].get(name)!r} and is {ours[part].get(name)!r}"
+            for part in ours
+            for name in sorted({*ours[part], *theirs[part]})
+            if ours[part].get(name) != theirs[part].get(name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"--run-dir {self.folder} holds a run that cannot be resumed like this: {'; '.join(differing[:4])}. "
+                "Repeat its options, or name another folder"
+            )
+        assert self.folder is not None
+        for name in FILES:
+            remove_leftovers(self.folder / name)
+        self.data["command"] = previous.get("command", self.data["command"])
+        self.data["timings"] = dict(previous.get("timings", {}))
+        self.data["resumed"] = int(previous.get("resumed", 0)) + 1
+
+    def _run(self) -> Iterator[None]:
         handler: logging.Handler | None = None
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             logger.addHandler(handler)
@@ -63,6 +122,8 @@ class RunRecord:
         self.write()
         try:
             yield
+            if self.folder is not None:  # first, so that a finished run never holds one
+                shutil.rmtree(self.folder / STATE, ignore_errors=True)
             self.data["status"] = "done"
         except BaseException as error:
             stopped = isinstance(error, Cancelled | KeyboardInterrupt)
@@ -111,10 +172,59 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
     return folder
 
 
-def require_new(folder: Path) -> None:
-    """Raises ConfigError if a run folder holds a run already."""
-    if (folder / "run.json").exists():
-        raise ConfigError(f"--run-dir {folder} holds a run already: name another folder")
+def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
+    """The unfinished run that a folder holds, to be resumed; None where it holds none.
+
+    Raises ConfigError for a finished one, for an unfinished one without `resume`, and for a run.json that is none.
+    """
+    try:
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        status = found["status"]
+        parts = [found[part] for part in ("options", "versions", "facts", "timings")]
+        if found["schema"] != SCHEMA or not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"schema {found['schema']!r}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--run-dir {folder} holds a run.json that cannot be read ({error!r}): name another"
+        ) from error
+    if status == "done":
+        raise ConfigError(f"--run-dir {folder} holds a finished run: see its report.html, or name another folder")
+    if not resume:
+        raise ConfigError(
+            f"--run-dir {folder} holds an unfinished run ({status}): go on with it by --resume, or name another folder"
+        )
+    return dict(found)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within, no other run can work in the folder, nor after a crash be kept out of it: the system holds the lock.
+
+    Raises ConfigError if another is at work there, or the folder cannot be made.
+    """
+    import filelock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ConfigError(f"--run-dir {folder}: another run is at work there; wait for it, or name another") from error
+    except OSError as error:
+        raise ConfigError(f"--run-dir {folder} cannot be written ({error.strerror}): name another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _decisive(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a record, what the outputs' bytes depend on."""
+    told = {name: value for name, value in data["options"].items() if name not in NOT_DECISIVE}
+    versions = {name: value for name, value in data["versions"].items() if name in (*PACKAGES, "python")}
+    return {"options": told, "facts": {**data["facts"], "device": data["device"]}, "versions": versions}
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from salun.errors import Cancelled, TrainingError
+from salun.errors import Cancelled, ModelError, TrainingError
 from salun.formats import tensorfile
 from salun.mask import Mask
 from salun.optim import MaskedOptimiser, Mode, SoftThreshold
@@ -31,8 +31,9 @@ class TrainingSettings:
     """steps: optimiser steps. lr: Adam's. retain_weight: the papers' α. soft_density: SalUn-soft's target, or None.
 
     lr_decay: share of the steps, at the end, over which the rate falls linearly to 0, so that the last steps' noise
-    does not stay in the weights (0: constant, as in the paper). save_every: seconds between saved states.
-    fingerprint: what a saved state must carry to be taken up again.
+    does not stay in the weights (0: constant, as in the paper). save_every: seconds between saved states; more where
+    saving itself takes long, so that it costs a tenth of the time at most. fingerprint: what a saved state must carry
+    to be taken up again.
     """
 
     steps: int
@@ -93,7 +94,7 @@ def fine_tune(
         proximal = SoftThreshold(optimiser, settings.soft_density) if settings.soft_density is not None else None
         if resume and state_path is not None and state_path.exists():
             history = _load_state(state_path, optimiser, settings.fingerprint)
-        saved = time.monotonic()
+        wait, saved = settings.save_every, time.monotonic()
         try:
             for step in range(len(history), settings.steps):
                 optimiser.set_lr(settings.lr * _remaining(step, settings))
@@ -107,9 +108,11 @@ def fine_tune(
                 if proximal is not None:
                     proximal(step + 1, settings.steps)
                 history.append((step + 1, float(forget.detach()), float(retain.detach())))
-                if keeps and state_path is not None and time.monotonic() - saved > settings.save_every:
+                now = time.monotonic()
+                if keeps and state_path is not None and (now - saved >= wait or step + 1 == settings.steps):
                     _save_state(state_path, optimiser, history, settings.fingerprint)
                     saved = time.monotonic()
+                    wait = max(settings.save_every, 10 * (saved - now))
                 progress(
                     Event("training", step + 1, settings.steps, {"forget": history[-1][1], "retain": history[-1][2]})
                 )
@@ -143,19 +146,26 @@ def _save_state(
     tensorfile.write(path, {name: t.detach().cpu() for name, t in optimiser.state().items()}, metadata)
 
 
-def _load_state(path: Path, optimiser: MaskedOptimiser, fingerprint: str) -> list[tuple[int, float, float]]:
-    from safetensors import SafetensorError, safe_open
+def saved_steps(path: Path, fingerprint: str) -> list[tuple[int, float, float]]:
+    """The history of a saved state, without its tensors; empty where there is none.
 
+    Raises TrainingError for a state that cannot be read or belongs to another run.
+    """
+    if not path.exists():
+        return []
     try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            history = [(int(s), float(f), float(r)) for s, f, r in json.loads(metadata["history"])]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise TrainingError(f"the saved state {path} cannot be read ({error}): run again without --resume") from error
+        metadata = tensorfile.read_header(path).metadata
+        history = [(int(s), float(f), float(r)) for s, f, r in json.loads(metadata["history"])]
+    except (ModelError, KeyError, ValueError, TypeError) as error:
+        raise TrainingError(f"the saved state {path} cannot be read ({error}): delete it to train afresh") from error
     if metadata.get("fingerprint") != fingerprint:
         raise TrainingError(
-            f"the saved state {path} belongs to other options or another model: repeat them, or run without --resume"
+            f"the saved state {path} belongs to other options or another model: repeat those, or delete it"
         )
-    optimiser.load_state(state)
+    return history
+
+
+def _load_state(path: Path, optimiser: MaskedOptimiser, fingerprint: str) -> list[tuple[int, float, float]]:
+    history = saved_steps(path, fingerprint)
+    optimiser.load_state(dict(tensorfile.tensors(path)))
     return history

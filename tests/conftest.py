@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ from salun.diffusion.models import Model
 from salun.diffusion.result import Run
 
 SHORT = {"steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 8}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tests keep nothing in the user's cache and find nothing there."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SALUN_CACHE"] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from salun.cache import Cache
 
 SHORT = ["--steps", "3", "--batch-size", "4", "--forget-latents", "8", "--retain-latents", "8", "--eval-images", "4"]
 
@@ -63,6 +67,9 @@ WRONG = [
     (["erase", "--concept", "circle", "--device", "tpu9"], 2, "--device tpu9"),
     (["erase", "--concept", "circle", "--recipe", "paper"], 2, "the paper says nothing"),
     (["erase", "--concept", "circle", "--output", "model.ckpt"], 2, "end it in .safetensors"),
+    (["erase"], 2, "no concept is given"),
+    (["erase", "--resume", "--run-dir", "nowhere"], 2, "no concept is given"),
+    (["erase", "--config", "nowhere.yaml"], 2, "nowhere.yaml cannot be read"),
     (["mask", "--concept", "circle", "--output", "mask.png"], 2, "end it in .safetensors"),
     (["eval", "nowhere"], 1, "is no run folder"),
     (["inspect", "nowhere.safetensors"], 1, "there is no nowhere.safetensors"),
@@ -126,7 +133,7 @@ def test_a_second_run_does_not_overwrite_the_first(erased: tuple[Path, subproces
     before = (folder / "run" / "run.json").read_bytes()
     done = salun("erase", "--concept", "circle", "--run-dir", "run", *SHORT, cwd=folder)
     assert done.returncode == 2
-    assert "holds a run already" in done.stderr
+    assert "holds a finished run" in done.stderr
     assert (folder / "run" / "run.json").read_bytes() == before
 
 
@@ -141,11 +148,60 @@ def test_ctrl_c_stops_within_a_step_with_130(tmp_path: Path) -> None:
                 break
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
-        process.communicate(timeout=60)
+        _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert "salun erase --resume --run-dir run" in rest
     assert time.monotonic() - began < 30  # a sampling batch of 64 on a busy machine
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "cancelled"
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_run_json_repeats_the_run(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = erased
+    done = salun("erase", "--config", "run/run.json", "--run-dir", "again", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for name in ("mask.safetensors", "delta.salun.safetensors", "before_after.png"):
+        assert (folder / "again" / name).read_bytes() == (folder / "run" / name).read_bytes()
+
+
+def test_a_finished_run_is_not_begun_anew_by_resume(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = erased
+    done = salun("erase", "--concept", "circle", "--run-dir", "run", "--resume", *SHORT, cwd=folder)
+    assert (done.returncode, "holds a finished run" in done.stderr) == (2, True)
+
+
+def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text("concept: circle\nsteps: 7\nbatch-size: 4\n", encoding="utf-8")
+    done = salun("erase", "--config", "job.yaml", "--batch-size", "3", "--dry-run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    told = {name: found["options"][name] for name in ("steps", "batch_size", "lr", "density", "anchor")}
+    assert told == {"steps": 7, "batch_size": 3, "lr": 3e-4, "density": 0.5, "anchor": ["square"]}
+    where = {name: found["sources"][name] for name in told}
+    assert where == {
+        "steps": "job.yaml",
+        "batch_size": "command line",
+        "lr": "recipe",
+        "density": "default",
+        "anchor": "preset",
+    }
+    assert found["memory"]["needed"] > 10e6
+    assert found["disk"]["needed"] > 10e6
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"]
+    shown = salun("erase", "--config", "job.yaml", "--batch-size", "3", "--dry-run", cwd=tmp_path).stdout
+    assert re.search(r"--steps +7 +job.yaml", shown)
+
+
+def test_the_cache_is_shown_and_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SALUN_CACHE", str(tmp_path / "kept"))
+    Cache(tmp_path / "kept").put("ab" * 32, {"x": torch.ones(100)})
+    shown = json.loads(salun("cache", "--json", cwd=tmp_path).stdout)
+    assert (shown["entries"], shown["folder"]) == (1, str(tmp_path / "kept"))
+    assert shown["bytes"] > 400
+    assert "1 entries removed" in salun("cache", "--clear", cwd=tmp_path).stdout
+    assert json.loads(salun("cache", "--json", cwd=tmp_path).stdout)["entries"] == 0
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:

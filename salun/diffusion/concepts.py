@@ -6,6 +6,8 @@ Words become prompts here and nowhere else. Training prompts and evaluation prom
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -71,6 +73,13 @@ class Prompts:
     concepts: list[ConceptPrompts]
     retain: list[Prompt]
     eval_retain: list[Prompt]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all texts in their order."""
+        own = [part for one in self.concepts for part in (one.forget, one.anchor, one.eval_forget, one.eval_anchor)]
+        texts = [[prompt.text for prompt in part] for part in (*own, self.retain, self.eval_retain)]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 @cache

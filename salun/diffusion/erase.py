@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from salun import __version__
+from salun.cache import Cache
 from salun.diffusion.data import sample_data
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
 from salun.diffusion.models import Model, load, scoped
@@ -18,15 +20,14 @@ from salun.diffusion.output import check_output, erased_tensors, moved
 from salun.diffusion.plan import Plan, Wanted, make_plan
 from salun.diffusion.result import Run, write_run
 from salun.errors import ConfigError, MaskError
-from salun.formats.hashing import base_hash
 from salun.mask import Mask, entries
 from salun.options import MASKS, EraseOptions
 from salun.processes import current
 from salun.progress import Event, Progress, silent
-from salun.run_record import RunRecord
+from salun.run_record import RunRecord, check_folder
 from salun.saliency import scores_from_losses
 from salun.threshold import select_largest
-from salun.training import Trained, TrainingSettings, fine_tune
+from salun.training import Trained, TrainingSettings, fine_tune, saved_steps
 
 
 def erase(
@@ -38,6 +39,8 @@ def erase(
     run_dir: Path | str | None = None,
     outputs: list[str] | None = None,
     force: bool = False,
+    resume: bool = False,
+    cache: Cache | None = None,
     command: str = "salun.erase",
     **given: Any,
 ) -> Run:
@@ -46,38 +49,48 @@ def erase(
     model: loaded, or a name for `load`. concept: a `Concept` or its name, or a list of them. given: fields of
     `EraseOptions`, over `options`. run_dir: keeps the run's folder there. outputs: files to write, format by name (see
     `write_output`); with a run_dir and no outputs, the folder gets the model in its own layout and the sparse delta.
+    force: overwrite outputs that are there. resume: go on with the unfinished run of these options in run_dir, to the
+    same bytes as if it had never stopped; where there is none, begin. cache: of sampled latents, the user's by default.
     The model passed in holds its own weights again afterwards. Raises SalunError (ConfigError, ModelError, MaskError,
     …), `Cancelled` if `progress` does.
     """
     options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
     if current().count > 1:
         raise ConfigError("an erasure runs in one process in this version: start it without the launcher")
+    folder = Path(run_dir) if run_dir is not None else None
+    if resume and folder is None:
+        raise ConfigError("--resume needs the --run-dir of the run to go on with")
+    begun = check_folder(folder, resume) is not None if folder is not None else False
     for target in outputs or []:
-        check_output(target, force)
+        check_output(target, force or begun)
+    cache = cache or Cache.of_user()
     if isinstance(model, str):
         model = load(model, options.device, options.dtype)
     plan = make_plan(model.settings, model.name, concept, options)
     if options.method == "salun" and options.mask not in MASKS:
         _mask_from_file(model, plan)  # a mask that does not fit is told now, not after the sampling
+    named = {"model": model.name, "concept": [c.name for c in plan.concepts], "output": outputs or []}
     record = RunRecord(
-        Path(run_dir) if run_dir is not None else None,
+        folder,
         command,
-        {"model": model.name, "concept": [c.name for c in plan.concepts], **asdict(plan.options)},
+        {**named, **asdict(plan.options)},
         options.seed,
         str(model.device),
+        {"base_hash": model.base_hash, "prompts": plan.prompts.digest},
+        resume,
     )
     with record.running(), model.borrowed():
         for note in plan.notes:
             progress(Event("planning", message=note))
         asked = questions(plan, plan.eval_images, options.seed)
         with record.stage("sampling"):
-            data = sample_data(model, plan, progress)
+            data = sample_data(model, plan, progress, cache=cache)
         with record.stage("evaluating"):
-            before = observe(model, asked, progress, "pictures before")
+            before = observe(model, asked, progress, "pictures before", cache)
         with record.stage("saliency"):
-            mask, record.data["mask"] = find_mask(model, data, plan, progress)
+            mask, record.data["mask"] = _mask_of_run(model, data, plan, record, progress)
         with record.stage("training"):
-            trained = train(model, mask, data, plan, progress)
+            trained = train(model, mask, data, plan, progress, record.state("training.safetensors"), record.fingerprint)
         original = model.original()
         if plan.options.method == "salun-soft":
             mask = moved(original, trained.masters)
@@ -89,8 +102,25 @@ def erase(
             after = observe(model, asked, progress, "pictures after")
             metrics = compare(model, plan, asked, before, after)
         run = Run(model, plan, mask, erased, trained.history, metrics, asked, before, after, record)
-        write_run(run, outputs, progress)
+        write_run(run, outputs, force, progress)
     return run
+
+
+def _mask_of_run(
+    model: Model, data: ErasureData, plan: Plan, record: RunRecord, progress: Progress
+) -> tuple[Mask, dict[str, Any]]:
+    """The run's mask, taken up from a run that stopped after it was found, else found and kept."""
+    path = record.state("mask.safetensors")
+    if path is not None and path.exists():
+        kept = Mask.load(path)
+        told = json.loads(kept.metadata.pop("told", "{}"))
+        if kept.metadata.pop("fingerprint", None) == record.fingerprint:
+            return kept, told
+    mask, told = find_mask(model, data, plan, progress)
+    if path is not None:
+        extra = {"told": json.dumps(told), "fingerprint": record.fingerprint}
+        Mask(mask.bits, mask.shapes, {**mask.metadata, **extra}).save(path)
+    return mask, told
 
 
 def make_mask(
@@ -107,7 +137,7 @@ def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -
     """The mask of a run: from saliency, a control, or a file made from this very model. And what to tell of it."""
     options = plan.options
     parameters = scoped(model.parameters(), options.scope)
-    origin = base_hash(model.original())
+    origin = model.base_hash
     told: dict[str, Any] = {"warnings": []}
     mode = "soft" if options.method == "salun-soft" else options.mask if options.mask in MASKS else "file"
     if mode == "file":
@@ -136,7 +166,7 @@ def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -
 
 
 def _mask_from_file(model: Model, plan: Plan) -> Mask:
-    options, origin = plan.options, base_hash(model.original())
+    options, origin = plan.options, model.base_hash
     mask = Mask.load(options.mask)
     scope = mask.metadata.get("scope", "full")
     if scope != options.scope:
@@ -181,23 +211,40 @@ def _salient(
     }
 
 
-def train(model: Model, mask: Mask, data: ErasureData, plan: Plan, progress: Progress) -> Trained:
-    """Masked fine-tuning. Frozen targets are computed for all steps beforehand, so that no second UNet is held."""
+def train(
+    model: Model,
+    mask: Mask,
+    data: ErasureData,
+    plan: Plan,
+    progress: Progress,
+    state: Path | None = None,
+    fingerprint: str = "",
+) -> Trained:
+    """Masked fine-tuning. Frozen targets are computed for all steps beforehand, so that no second UNet is held.
+
+    state: where training is saved and, if this run (by its fingerprint) has stopped before, taken up from.
+    """
     options = plan.options
+    done = len(saved_steps(state, fingerprint)) if state is not None else 0
+    if done:
+        progress(Event("training", done, plan.steps, message=f"going on after step {done}"))
     frozen = {}
-    for step in range(plan.steps if plan.needs_frozen else 0):
+    for step in range(done, plan.steps if plan.needs_frozen else done):
         sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step)
         frozen[step] = frozen_predictions(model, sample).cpu()
         progress(Event("frozen targets", step + 1, plan.steps))
 
     def losses(step: int) -> Any:
         sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step)
-        held = frozen[step].to(model.device) if frozen else None
+        held = frozen.pop(step).to(model.device) if frozen else None
         return training_losses(model, sample, held, plan.target, plan.retain_target)
 
     soft = options.density if options.method == "salun-soft" else None
-    settings = TrainingSettings(plan.steps, plan.lr, plan.retain_weight, soft, plan.lr_decay)
-    return fine_tune(scoped(model.parameters(), options.scope), mask, losses, settings, progress, model.original())
+    settings = TrainingSettings(
+        plan.steps, plan.lr, plan.retain_weight, soft, plan.lr_decay, options.save_every, fingerprint
+    )
+    parameters = scoped(model.parameters(), options.scope)
+    return fine_tune(parameters, mask, losses, settings, progress, model.original(), state, resume=True)
 
 
 def _full(trained: Trained, mask: Mask) -> dict[str, Any]:

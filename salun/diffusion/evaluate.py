@@ -31,6 +31,7 @@ def evaluate_run(folder: Path, n: int, seed: int, device: str = "auto", progress
         )
     options = dict(record["options"])
     model = load(str(options.pop("model")), device, str(options.get("dtype", "auto")))
+    options.pop("output", None)
     concepts = [Concept(str(name)) for name in options.pop("concept")]
     plan = make_plan(model.settings, model.name, concepts, from_mapping(EraseOptions, options, str(folder)))
     asked = questions(plan, n, seed)

@@ -6,12 +6,14 @@ Every sample has a seed of its own, so it does not depend on what else is in its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from salun.cache import Cache, digest_of, key_of
 from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.models import Model
 from salun.progress import Event, Progress, silent
@@ -25,40 +27,77 @@ def item_seed(seed: int, role: str, index: int) -> int:
 
 @torch.no_grad()
 def sample_latents(
-    model: Model, prompts: Sequence[str], seeds: Sequence[int], progress: Progress = silent, stage: str = "sampling"
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    progress: Progress = silent,
+    stage: str = "sampling",
+    cache: Cache | None = None,
 ) -> Tensor:
     """One latent per prompt, float32 (n, c, h, w) on the model's device, scaled by the VAE's factor.
 
     Sampled with the model's own sampling settings by its own scheduler if that is a fast one, else by
-    DPM-Solver++ (2M) on its noise schedule. The live UNet is used, erased or not.
+    DPM-Solver++ (2M) on its noise schedule. The live UNet is used, erased or not. cache: batches sampled before are
+    taken from it; only for a model that holds its files' own weights.
     """
     unique = list(dict.fromkeys([*prompts, ""]))
     encoded = model.encode(unique)
     row = {text: i for i, text in enumerate(unique)}
-    size = _batch_size(model)
+    size = batch_size_of(model)
     done = []
     for start in range(0, len(prompts), size):
-        texts = prompts[start : start + size]
-        index = torch.tensor([row[text] for text in texts], device=model.device)
-        noise = torch.stack(
-            [
-                torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(s))
-                for s in seeds[start : start + size]
-            ]
-        )
-        done.append(_denoise(model, noise.to(model.device), encoded[index], encoded[row[""] : row[""] + 1]))
+        own = list(seeds[start : start + size])
+        index = torch.tensor([row[text] for text in prompts[start : start + size]], device=model.device)
+        asked, empty = encoded[index], encoded[row[""] : row[""] + 1]
+        key = _key(model, asked, empty, own) if cache is not None else ""
+        kept = cache.get(key) if cache is not None else None
+        if kept is None:
+            kept = {"latents": _denoise(model, _noise(model, own), asked, empty)}
+            if cache is not None:
+                cache.put(key, kept)
+        done.append(kept["latents"].to(model.device))
         progress(Event(stage, min(start + size, len(prompts)), len(prompts)))
     return torch.cat(done) if done else torch.empty(0, *model.latent_shape, device=model.device)
 
 
 def sample_pictures(
-    model: Model, prompts: Sequence[str], seeds: Sequence[int], progress: Progress = silent, stage: str = "sampling"
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    progress: Progress = silent,
+    stage: str = "sampling",
+    cache: Cache | None = None,
 ) -> np.ndarray:
-    """One uint8 picture per prompt, (n, H, W, 3)."""
-    latents = sample_latents(model, prompts, seeds, progress, stage)
+    """One uint8 picture per prompt, (n, H, W, 3); arguments as `sample_latents`."""
+    latents = sample_latents(model, prompts, seeds, progress, stage, cache)
     side = model.settings.sampling.resolution
-    parts = [model.decode(part) for part in latents.split(_batch_size(model))] if len(latents) else []
+    parts = [model.decode(part) for part in latents.split(batch_size_of(model))] if len(latents) else []
     return np.concatenate(parts) if parts else np.empty((0, side, side, 3), np.uint8)
+
+
+def _noise(model: Model, seeds: Sequence[int]) -> Tensor:
+    parts = [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(parts).to(model.device)
+
+
+def _key(model: Model, prompts: Conditioning, empty: Conditioning, seeds: list[int]) -> str:
+    """Everything that a batch of latents depends on. (Texts count by their encodings, and so do their encoders.)"""
+    said = [t for part in (prompts, empty) for t in (part.hidden, *(part.extra[name] for name in sorted(part.extra)))]
+    settings = model.settings.sampling
+    return key_of(
+        what="latents",
+        model=model.base_hash,
+        prompts=digest_of(*said),
+        seeds=seeds,
+        sampler={name: repr(value) for name, value in _scheduler(model.scheduler_config).config.items()},
+        steps=settings.steps,
+        guidance=settings.guidance,
+        shape=model.latent_shape,
+        dtype=str(model.dtype),
+        device=model.device.type,
+        torch=torch.__version__,
+        diffusers=metadata.version("diffusers"),
+    )
 
 
 def _denoise(model: Model, noise: Tensor, prompts: Conditioning, empty: Conditioning) -> Tensor:
@@ -94,7 +133,7 @@ def _scheduler(config: dict[str, Any]) -> Any:
     return DPMSolverMultistepScheduler(**fast, timestep_spacing="trailing", use_karras_sigmas=False)
 
 
-def _batch_size(model: Model) -> int:
+def batch_size_of(model: Model) -> int:
     """Samples at once: 64 of the embedded model's size, 2 of Stable Diffusion's at 512², 1 above."""
     _, height, width = model.latent_shape
     return max(1, min(64, 8192 // (height * width)))

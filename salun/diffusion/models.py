@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, ModelError
 from salun.formats import tensorfile
+from salun.formats.hashing import base_hash
 from salun.options import DeviceOptions, Recipe, Sampling, from_mapping
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -141,6 +142,11 @@ class Model:
         return array
 
     # -- weights --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def base_hash(self) -> str:
+        """The base hash of what the files hold."""
+        return base_hash(self.original())
 
     def original(self) -> Mapping[str, Tensor]:
         """The UNet's tensors as its files hold them, read one at a time."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from salun.cache import Cache
 from salun.diffusion.denoiser import add_noise
 from salun.diffusion.latents import item_seed, sample_pictures
 from salun.diffusion.models import Model
@@ -67,10 +68,16 @@ def questions(plan: Plan, n: int, seed: int) -> Questions:
     )
 
 
-def observe(model: Model, asked: Questions, progress: Progress = silent, stage: str = "evaluating") -> Observation:
-    """Look at the model as it is now."""
+def observe(
+    model: Model,
+    asked: Questions,
+    progress: Progress = silent,
+    stage: str = "evaluating",
+    cache: Cache | None = None,
+) -> Observation:
+    """Look at the model as it is now. cache: only for a model that holds its files' own weights."""
     texts = [p.text for p in asked.forget] + [p.text for p in asked.retain]
-    pictures = sample_pictures(model, texts, asked.forget_seeds + asked.retain_seeds, progress, stage)
+    pictures = sample_pictures(model, texts, asked.forget_seeds + asked.retain_seeds, progress, stage, cache)
     n = len(asked.forget)
     return Observation(
         pictures[:n],

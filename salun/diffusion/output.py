@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from salun.diffusion.models import Model
 from salun.errors import ConfigError, ModelError
 from salun.formats import tensorfile
 from salun.formats.delta import Delta
+from salun.formats.tensorfile import remove_leftovers, sha256_file
 from salun.mask import Mask
 
 
@@ -70,6 +72,30 @@ def write_output(
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     tensorfile.rewrite(model.unet_files[0], Path(target), erased, notes)
     return "unet"
+
+
+def write_new(target: str, model: Model, erased: Mapping[str, Tensor], delta: Delta, notes: Mapping[str, str]) -> str:
+    """`write_output`, to a name that must be free or hold these very bytes (of a run that stopped after writing it).
+
+    Raises ConfigError if something else is there by now.
+    """
+    path = Path(target)
+    remove_leftovers(path)
+    if not path.exists():
+        return write_output(target, model, erased, delta, notes)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
+        again = Path(beside) / path.name
+        kind = write_output(
+            str(again) + (os.sep if target.endswith(("/", os.sep)) else ""), model, erased, delta, notes
+        )
+        if _contents(again) != _contents(path):
+            raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
+    return kind
+
+
+def _contents(path: Path) -> dict[str, str]:
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return {str(p.relative_to(path)): sha256_file(p) for p in files}
 
 
 def _write_folder(target: Path, model: Model, erased: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

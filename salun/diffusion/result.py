@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salun.diffusion.models import Model
 from salun.diffusion.observe import Observation, Questions
-from salun.diffusion.output import write_output
+from salun.diffusion.output import write_new, write_output
 from salun.diffusion.plan import Plan
 from salun.formats.delta import Delta
 from salun.formats.tensorfile import write_bytes
@@ -113,8 +113,11 @@ class Run:
         }
 
 
-def write_run(run: Run, outputs: list[str] | None, progress: Progress = silent) -> None:
-    """Fill the record in, write the outputs and, where the run has a folder, everything that belongs into it."""
+def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress: Progress = silent) -> None:
+    """Fill the record in, write the outputs and, where the run has a folder, everything that belongs into it.
+
+    force: overwrite what is at the outputs' names.
+    """
     record, folder = run.record, run.record.folder
     record.data["concepts"] = [
         {
@@ -141,7 +144,9 @@ def write_run(run: Run, outputs: list[str] | None, progress: Progress = silent) 
     with record.stage("saving"):
         for i, (target, shown) in enumerate(targets.items(), 1):
             progress(Event("saving", i, len(targets), message=shown))
-            kind = write_output(target, run.model, run.erased, run.delta, run._notes())
+            ours = folder is not None and Path(target).parent == folder
+            write = write_output if force or ours else write_new
+            kind = write(target, run.model, run.erased, run.delta, run._notes())
             files = (
                 [Path(target) / "unet" / file.name for file in run.model.unet_files]
                 if kind == "folder"

@@ -7,6 +7,7 @@ of 8, then the tensors' bytes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -224,6 +225,13 @@ def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while writing `path` have left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp").isdigit():
+            leftover.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -1,0 +1,132 @@
+"""Tensors that cost much to make and come out the same each time, kept on disk by what they were made from.
+
+One safetensors file an entry, in the user's cache folder (SALUN_CACHE names another), written whole or not at all. An
+entry that was cut short or altered is no entry. When all of them take more than the limit (SALUN_CACHE_SIZE, such as
+"500MB", "20GB" or 0 for none), those unused longest go first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from salun.errors import ConfigError, ModelError
+from salun.formats import tensorfile
+
+FORMAT = "salun-cache-1"
+DEFAULT_LIMIT = 5 * 10**9
+logger = logging.getLogger("salun")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """folder: where the entries lie. limit: bytes they may take together; 0 keeps nothing."""
+
+    folder: Path
+    limit: int = DEFAULT_LIMIT
+
+    @staticmethod
+    def of_user() -> Cache:
+        """The one that all runs share. Raises ConfigError for a SALUN_CACHE_SIZE that cannot be read."""
+        import platformdirs
+
+        folder = os.environ.get("SALUN_CACHE") or platformdirs.user_cache_dir("salun", appauthor=False)
+        return Cache(Path(folder).expanduser(), size_of(os.environ.get("SALUN_CACHE_SIZE", str(DEFAULT_LIMIT))))
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """An entry's tensors, or None if there is none that is sound."""
+        path = self._path(key)
+        if not self.limit or not path.is_file():
+            return None
+        try:
+            metadata = tensorfile.read_header(path).metadata
+            found = dict(tensorfile.tensors(path))
+            if metadata.get("format") != FORMAT or metadata.get("digest") != _digest(found):
+                raise ModelError("its digest is not that of its content")
+        except (ModelError, OSError) as error:
+            logger.warning("the cache entry %s is not sound and will be made again: %s", path.name, error)
+            path.unlink(missing_ok=True)
+            return None
+        os.utime(path)  # used now: among the last to go
+        return found
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep an entry. A disk that is full or not to be written costs the entry, not the run."""
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        if size > self.limit:
+            return
+        held = {name: t.detach().cpu() for name, t in tensors.items()}
+        try:
+            tensorfile.write(self._path(key), held, {"format": FORMAT, "digest": _digest(held)})
+            self._make_room()
+        except (ModelError, OSError) as error:
+            logger.warning("nothing was kept in the cache %s: %s", self.folder, error)
+
+    def entries(self) -> list[tuple[Path, int, float]]:
+        """(file, bytes, when last used) of every entry, the one unused longest first."""
+        found = []
+        for path in self.folder.glob("??/*.safetensors") if self.folder.is_dir() else ():
+            try:
+                facts = path.stat()
+            except OSError:  # another process has just removed it
+                continue
+            found.append((path, facts.st_size, facts.st_mtime))
+        return sorted(found, key=lambda entry: (entry[2], entry[0]))
+
+    def clear(self) -> int:
+        """Remove every entry; returns how many there were."""
+        found = self.entries()
+        for path, _, _ in found:
+            path.unlink(missing_ok=True)
+        for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():  # of processes that were killed
+            leftover.unlink(missing_ok=True)
+        return len(found)
+
+    def _make_room(self) -> None:
+        found = self.entries()
+        taken = sum(size for _, size, _ in found)
+        for path, size, _ in found:
+            if taken <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            taken -= size
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def key_of(**facts: Any) -> str:
+    """The key of what is made from these facts: their sha256, in hex. Facts are JSON values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """A hash of tensors' dtypes, shapes and bytes."""
+    return _digest({str(i): tensor for i, tensor in enumerate(tensors)})
+
+
+def size_of(text: str) -> int:
+    """Bytes in a text such as "500MB", "2.5 GB" or "0". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"SALUN_CACHE_SIZE is {text!r}: give bytes, or a number with MB or GB, such as 5GB")
+    power = ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper())
+    return int(float(match[1]) * 1000**power)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(tensorfile.raw_bytes(tensor).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,74 @@
+"""Config files: what a person writes is understood, and what is wrong is told with the line or the nearest name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from salun.config import read_config
+from salun.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("concept: circle\n", {"concept": ["circle"]}),
+        ("concept: [circle, red]\nanchor: [square, '']\n", {"concept": ["circle", "red"], "anchor": ["square", ""]}),
+        ("lr: 1e-4\nbatch-size: 4\nretain_weight: 2\n", {"lr": 1e-4, "batch_size": 4, "retain_weight": 2}),
+        ("\ufeffconcept: Frau Müller\r\nsteps: 5\r\n", {"concept": ["Frau Müller"], "steps": 5}),
+        ("show_sensitive: true\nsteps: null\n", {"show_sensitive": True, "steps": None}),
+        ("# nothing set\n", {}),
+    ],
+)
+def test_what_people_write_is_read(text: str, values: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(text.encode("utf-8"))
+    assert read_config(path) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 5", "unknown option 'stepz'; did you mean 'steps'?"),
+        ("steps: many", "steps is 'many', but must be int"),
+        ("steps: 2.5", "steps is 2.5, but must be int"),
+        ("steps: 0", "--steps is 0, but must be at least 1"),
+        ("density: 2", "--density is 2, but must be at most 1"),
+        ("concept: 5", "concept is 5, but must be list"),
+        ("concept: no", "concept is False"),  # YAML's no
+        ("show_sensitive: 1", "show_sensitive is 1"),
+        ("target: moving", "frozen, online"),
+        ("- circle", "expected lines like"),
+        ("circle", "expected lines like"),
+        ("a: &x [1]\nconcept: *x", "aliases"),
+        ("steps: 5\nsteps: 6", "steps is given twice"),
+        ("batch-size: 5\nbatch_size: 6", "batch_size is given twice"),
+        ("concept: 'circle", "is no YAML"),
+        ("concept: !!python/object/apply:os.system ['true']", "is no YAML"),
+        ("resume: true", "unknown option 'resume'"),
+    ],
+)
+def test_what_is_wrong_is_told(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        read_config(path)
+    assert message in str(error.value)
+    assert "job.yaml" in str(error.value) or "--" in str(error.value)
+
+
+def test_other_files_are_no_config(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{", encoding="utf-8")
+    (tmp_path / "x.yaml").write_bytes(b"concept: \xff\xfe")
+    (tmp_path / "big.yaml").write_text("#" * 2_000_000, encoding="utf-8")
+    for name, message in (("x.json", "no JSON"), ("x.yaml", "UTF-8"), ("big.yaml", "2,000,000"), (".", "cannot be")):
+        with pytest.raises(ConfigError, match=message):
+            read_config(tmp_path / name)
+
+
+def test_a_run_json_gives_its_options_but_not_its_places(tmp_path: Path) -> None:
+    record = {"schema": 1, "options": {"model": "shapes", "concept": ["red"], "steps": 5, "output": ["x/"]}}
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert read_config(tmp_path / "run.json") == {"model": "shapes", "concept": ["red"], "steps": 5}

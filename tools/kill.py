@@ -1,0 +1,110 @@
+"""Kill a run at random moments, resume it, and compare with the run that nothing stopped.
+
+    python tools/kill.py -n 50 --seed 0
+
+A short erasure is started in a process of its own and killed (SIGKILL) after a random share of the time that a whole
+run takes. What it left must hold no half file, and the same command with --resume must end with the very bytes of the
+whole run. One line per kill; exit code 1 if any outcome is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from salun.errors import SalunError
+from salun.formats.tensorfile import read_header, sha256_file
+
+ROOT = Path(__file__).resolve().parents[1]
+JOB = "--concept circle --model shapes --device cpu --steps 6 --batch-size 4 --forget-latents 8 --retain-latents 8"
+JOB += " --eval-images 4 --save-every 0 --seed 0"
+TIMES = {"run.json", "report.html", "log.txt", ".lock"}  # they hold times, or nothing
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """The job, begun or gone on with in `folder`/run, its output in `folder`/said.txt."""
+    command = [sys.executable, "-m", "salun", "erase", *JOB.split(), "--run-dir", "run", "--resume"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SALUN_CACHE": str(folder / "cache")}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "said.txt").open("ab") as said:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
+
+
+def contents(run: Path) -> dict[str, str]:
+    """Hash of every file of a run folder whose bytes do not tell the time."""
+    files = [p for p in run.rglob("*") if p.is_file() and p.name not in TIMES]
+    return {p.relative_to(run).as_posix(): sha256_file(p) for p in files}
+
+
+def half_files(folder: Path) -> list[str]:
+    """Files under final names that are not whole."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.suffix == ".safetensors" and ".tmp" not in str(path):
+            try:
+                read_header(path)
+            except SalunError:
+                found.append(path.name)
+        elif path.name == "run.json":
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                found.append(path.name)
+    return found
+
+
+def state_of(run: Path) -> str:
+    """How far a killed run had come, by what it left."""
+    if not (run / "run.json").is_file():
+        return "nothing begun"
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    saved = run / "state" / "training.safetensors"
+    steps = len(json.loads(read_header(saved).metadata["history"])) if saved.is_file() else 0
+    return f"{record['status']}, after {', '.join(record['timings']) or 'the start'}, {steps} steps saved"
+
+
+def main(n: int, seed: int, folder: Path) -> int:
+    """Kill n times; returns how many outcomes were wrong."""
+    began = time.monotonic()
+    whole = folder / "whole"
+    if start(whole).wait():
+        sys.exit((whole / "said.txt").read_text(encoding="utf-8"))
+    length = time.monotonic() - began
+    expected = contents(whole / "run")
+    chance, wrong = random.Random(seed), 0
+    for i in range(n):
+        place = folder / f"kill-{i}"
+        process, moment = start(place), length * chance.uniform(0.02, 1.0)
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        left, half = state_of(place / "run"), half_files(place)
+        finished = left.startswith("done")
+        code = 0 if finished else start(place).wait()
+        good = not half and code == 0 and contents(place / "run") == expected
+        wrong += not good
+        verdict = "equal bytes" if good else f"WRONG (half files: {half}, exit code {code}): {place}"
+        print(f"{i + 1:3} killed at {moment:5.1f} of {length:.1f} s ({left}): {verdict}", flush=True)
+        if good:
+            shutil.rmtree(place)
+    print(f"{n - wrong} of {n} outcomes are correct", flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        sys.exit(1 if main(arguments.n, arguments.seed, Path(place)) else 0)
