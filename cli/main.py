@@ -90,11 +90,14 @@ def erase(
     if not job.concept:
         raise ConfigError("no concept is given: name what the model should forget, e.g. --concept circle")
     from salun.diffusion.concepts import Concept
+    from salun.processes import current
     from salun.run_record import check_folder, new_run_folder
 
     wanted = [Concept(name) for name in job.concept]
-    folder = Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept))
-    check_folder(folder, resume)
+    who = current()
+    folder = who.share(Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept)))
+    if not who.rank:
+        check_folder(folder, resume)
     from salun.diffusion.erase import erase as run_erase
 
     if dry_run:
@@ -104,7 +107,7 @@ def erase(
             found = preview(_model(job.model), wanted, job.options, job.output, folder, progress)
         _tell({**found, "sources": sources}, as_json, _preview_lines(found, sources))
         return
-    with terminal_progress(as_json) as progress, _resumable(folder):
+    with terminal_progress(as_json or who.rank > 0) as progress, _resumable(folder):
         run = run_erase(
             _model(job.model),
             wanted,
@@ -116,7 +119,8 @@ def erase(
             resume=resume,
             command=shlex.join(["salun", *sys.argv[1:]]),
         )
-    _tell(run.record.data, as_json, _erase_lines(run, folder))
+    if not who.rank:
+        _tell(run.record.data, as_json, _erase_lines(run, folder))
 
 
 def _settled(job: EraseJob, given: set[str], config: Path | None, resume: bool) -> tuple[EraseJob, dict[str, str]]:

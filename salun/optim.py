@@ -30,12 +30,15 @@ class Packed:
     master: float32 (count,), the entries' exact values; the parameter holds them rounded to its own dtype.
     """
 
-    def __init__(self, parameter: nn.Parameter, bits: np.ndarray, count: int, source: Tensor) -> None:
+    def __init__(
+        self, parameter: nn.Parameter, bits: np.ndarray, count: int, source: Tensor, on_host: bool = False
+    ) -> None:
         self.parameter, self.count = parameter, count
         self.whole = count == parameter.numel()
         self._bits = torch.from_numpy(bits).to(parameter.device)
         self._dense: Tensor | None = None
-        self.master = nn.Parameter(self.gather(source.to(parameter.device)).float().clone())
+        values = self.gather(source.to(parameter.device)).float()
+        self.master = nn.Parameter(values.to("cpu" if on_host else values.device, copy=True))
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The salient entries of a tensor of the parameter's shape, (count,)."""
@@ -44,7 +47,7 @@ class Packed:
     @torch.no_grad()
     def scatter(self) -> None:
         """Write the master, rounded to nearest, into the parameter's salient entries."""
-        values = self.master.to(self.parameter.dtype)
+        values = self.master.to(self.parameter.dtype).to(self.parameter.device)
         if self.whole:
             self.parameter.copy_(values.view_as(self.parameter))
         else:
@@ -70,6 +73,8 @@ class MaskedOptimiser:
     backward a step, no accumulation, no clipping. mode "pack": packed float32 gradients are kept until `step`, which
     allows accumulation, clipping, loss scaling and a reduction over processes.
 
+    on_host: masters and moments are held and stepped in host memory; salient gradients go there, new values come back.
+
     A gradient that is not finite changes no weight: in "pack" the whole step is left out, in "step" its tensor's.
     """
 
@@ -80,6 +85,7 @@ class MaskedOptimiser:
         make: Callable[[Iterable[nn.Parameter]], Optimizer],
         mode: Mode = "step",
         sources: Mapping[str, Tensor] | None = None,
+        on_host: bool = False,
     ) -> None:
         mask.validate(parameters)
         if not mask.selected:
@@ -91,7 +97,7 @@ class MaskedOptimiser:
         self._required = {name: p.requires_grad for name, p in parameters.items()}
         self._parameters = dict(parameters)
         self.packed = {
-            name: Packed(p, mask.bits[name], counts[name], (sources or parameters)[name])
+            name: Packed(p, mask.bits[name], counts[name], (sources or parameters)[name], on_host)
             for name, p in parameters.items()
             if counts.get(name)
         }
@@ -150,7 +156,7 @@ class MaskedOptimiser:
     def _consume(self, name: str, parameter: Tensor) -> None:
         packed = self.packed[name]
         assert parameter.grad is not None
-        gradient = packed.gather(parameter.grad).float()
+        gradient = packed.gather(parameter.grad).to(packed.master.device).float()
         parameter.grad = None
         if self._scale != 1.0:
             gradient = gradient / self._scale

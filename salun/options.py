@@ -102,10 +102,33 @@ class EraseOptions(DeviceOptions):
         None, "share of the forget loss's latents that come from the anchor's own samples", minimum=0, maximum=1
     )
     forget_latents: int | None = option(None, "forget samples to draw from the model", minimum=1, maximum=1_000_000)
-    retain_latents: int | None = option(None, "retain samples to draw from the model", minimum=1, maximum=1_000_000)
+    retain_latents: int | None = option(None, "retain samples to draw from the model", minimum=0, maximum=1_000_000)
     eval_images: int | None = option(
         None, "pictures for the quick evaluation, each of forget and retain; 0 for none", minimum=0, maximum=1_000_000
     )
+    forget_images: str | None = option(
+        None, "a folder of pictures of the concept, in place of samples (several concepts: a folder in it for each)"
+    )
+    retain_images: str | None = option(
+        None, "a folder of pictures to keep, added to the samples; x.txt beside x.png says what it shows"
+    )
+    prompt_style: str = option(
+        "natural",
+        "of the prompts that are made: sentences, or tags for tag-trained models",
+        choices=("natural", "tags"),
+    )
+    clip_skip: int | None = option(
+        None, "text encoder layer, counted from the last as WebUIs do (default: the model's own)", minimum=1, maximum=12
+    )
+    resolution: int | None = option(
+        None, "pixels a side, of samples and pictures (default: the model's own)", minimum=8, maximum=4096
+    )
+    attention: str = option("sdpa", "attention kernel; xformers is an extra", choices=("sdpa", "xformers"))
+    gradient_checkpointing: bool = option(False, "keep less in the forward pass, compute it again in the backward")
+    low_vram: bool = option(
+        False, "saliency sums, masters and moments in host memory, one sample at a time, gradient checkpointing"
+    )
+    deterministic: bool = option(True, "only kernels that give the same bits each time, where there are any")
     save_every: float = option(60.0, "seconds between saved states of training, to resume from", minimum=0)
     seed: int = option(0, "of everything random", minimum=0, maximum=2**63 - 1)
     show_sensitive: bool = option(False, "do not blur the pictures of sensitive concepts")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,31 @@ class Processes:
         self.add_up(tensors)
         for tensor in tensors:
             tensor.div_(self.count)
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, on all of them; for what one must decide, such as whether a file is there."""
+        if self.count == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(
+        self, parts: Mapping[int, Tensor], shapes: Sequence[tuple[int, ...]], device: torch.device
+    ) -> list[Tensor]:
+        """All of `shapes` float32 tensors, of which tensor i is in the `parts` of process i mod count."""
+        found = []
+        for i, shape in enumerate(shapes):
+            tensor = parts[i] if i in parts else torch.empty(shape, device=device)
+            if self.count > 1:
+                tensor = tensor.contiguous()
+                torch.distributed.broadcast(tensor, src=i % self.count)
+            found.append(tensor)
+        return found
+
+    def mine(self, index: int) -> bool:
+        """Whether the index-th piece of work is this process's."""
+        return index % self.count == self.rank
 
 
 ALONE = Processes()

@@ -24,6 +24,7 @@ def scores_from_losses(
     progress: Progress = silent,
     total: int = 0,
     processes: Processes = ALONE,
+    on_host: bool = False,
 ) -> dict[str, Tensor]:
     """|Σ_b n_b·∇L_b| / Σ n_b for every parameter, float32 whatever the weights' dtype.
 
@@ -31,15 +32,19 @@ def scores_from_losses(
     a generator keeps one graph alive. Gradients are taken as they appear in the backward pass and freed at once.
     With several processes each gives its own batches, and the sums are added up before the absolute value, so that all
     get the scores of the whole set. A parameter the loss does not reach scores 0, and its `requires_grad` is left as it
-    was found, as every other's. Raises MaskError for a loss or a gradient that is not finite.
+    was found, as every other's. on_host: the sums are kept in host memory, a gradient at a time comes over. Raises
+    MaskError for a loss or a gradient that is not finite.
     """
-    sums = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
+    sums = {
+        name: torch.zeros(p.shape, dtype=torch.float32, device="cpu" if on_host else p.device)
+        for name, p in parameters.items()
+    }
     required = {name: p.requires_grad for name, p in parameters.items()}
     weight, seen = 1.0, 0
 
     def take(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        sums[name].add_(parameter.grad, alpha=weight)
+        sums[name].add_(parameter.grad.to(sums[name].device), alpha=weight)
         parameter.grad = None
 
     hooks = []

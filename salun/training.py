@@ -73,24 +73,25 @@ def fine_tune(
     state_path: Path | None = None,
     resume: bool = False,
     processes: Processes = ALONE,
+    on_host: bool = False,
 ) -> Trained:
     """Minimise forget + α·retain over the masked entries with Adam.
 
     sources: the checkpoint's own tensors, before any cast. state_path: where masters, moments and losses are kept while
     running (removed by the caller once the result is written); with `resume` a state found there is taken up.
     processes: each gives the losses of its own share of the batch; the packed gradients are averaged, so that all hold
-    the same weights, and the first one saves.
+    the same weights, and the first one saves. on_host: masters and moments stay in host memory.
     Raises TrainingError for a loss or gradient that is not finite, MaskError for a mask that does not fit; `Cancelled`
     from `progress` passes through, with the state saved.
     """
     soft, keeps = settings.soft_density is not None, processes.rank == 0
 
     def make(masters: object) -> torch.optim.Optimizer:
-        return torch.optim.Adam(masters, lr=settings.lr, fused=_can_fuse(parameters))  # type: ignore[arg-type]
+        return torch.optim.Adam(masters, lr=settings.lr, fused=_can_fuse(parameters, on_host))  # type: ignore[arg-type]
 
     history: list[tuple[int, float, float]] = []
     mode: Mode = "pack" if soft or processes.count > 1 else "step"
-    with MaskedOptimiser(parameters, mask, make, mode, sources) as optimiser:
+    with MaskedOptimiser(parameters, mask, make, mode, sources, on_host) as optimiser:
         proximal = SoftThreshold(optimiser, settings.soft_density) if settings.soft_density is not None else None
         if resume and state_path is not None and state_path.exists():
             history = _load_state(state_path, optimiser, settings.fingerprint)
@@ -107,7 +108,9 @@ def fine_tune(
                     )
                 if proximal is not None:
                     proximal(step + 1, settings.steps)
-                history.append((step + 1, float(forget.detach()), float(retain.detach())))
+                seen = torch.stack([forget.detach(), retain.detach()]).float()
+                processes.average([seen])
+                history.append((step + 1, float(seen[0]), float(seen[1])))
                 now = time.monotonic()
                 if keeps and state_path is not None and (now - saved >= wait or step + 1 == settings.steps):
                     _save_state(state_path, optimiser, history, settings.fingerprint)
@@ -127,10 +130,11 @@ def fine_tune(
         )
 
 
-def _can_fuse(parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether torch has a one-kernel Adam here: on CUDA always, on the CPU since 2.4."""
+def _can_fuse(parameters: Mapping[str, nn.Parameter], on_host: bool) -> bool:
+    """Whether torch has a one-kernel Adam where the masters lie: on CUDA always, on the CPU since 2.4."""
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return all(p.is_cuda or (p.device.type == "cpu" and release >= (2, 4)) for p in parameters.values())
+    places = {"cpu"} if on_host else {p.device.type for p in parameters.values()}
+    return all(place == "cuda" or (place == "cpu" and release >= (2, 4)) for place in places)
 
 
 def _remaining(step: int, settings: TrainingSettings) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from salun.saliency import scores_from_losses
 from salun.training import TrainingSettings, fine_tune, step_generator
 
 who = current()
+assert who.count == int(sys.argv[2])
 torch.manual_seed(0)
 module = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3))
 parameters = dict(module.named_parameters())
@@ -46,6 +48,50 @@ if who.rank == 0:
 """
 
 
+# without a GPU `--multi_gpu` starts as many processes, which then meet through gloo; `--cpu` would start one
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+@pytest.mark.slow
+def test_an_erasure_by_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    from salun.mask import Mask
+
+    root = str(Path(__file__).resolve().parents[1])
+    job = ["erase", "--concept", "circle", "--steps", "6", "--batch-size", "4", "--forget-latents", "130"]
+    job += ["--retain-latents", "8", "--eval-images", "8", "--device", "cpu", "--json"]
+    said = {}
+    for name, prefix in (("one", ["-m"]), ("two", [*LAUNCH, "-m"])):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "SALUN_CACHE": str(tmp_path / name)}
+        command = [sys.executable, *prefix, "salun", *job, "--run-dir", f"run-{name}"]
+        done = subprocess.run(
+            command, check=False, env=environment, cwd=tmp_path, timeout=400, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        said[name] = json.loads(done.stdout)
+    one, two = (Mask.load(tmp_path / f"run-{name}" / "mask.safetensors") for name in said)
+    assert one.selected == two.selected
+    assert one.jaccard(two) >= 0.9999  # float32 sums in another order move a few scores across the threshold
+    ours, theirs = (record["losses"] for record in said.values())
+    assert [loss for _, *loss in theirs] == [pytest.approx(loss, rel=1e-2, abs=1e-4) for _, *loss in ours]
+    figures = [record["metrics"]["ra_after"]["value"] for record in said.values()]
+    assert abs(figures[0] - figures[1]) <= 100 / 24 * 2  # two of the 24 attributes seen, at most
+    assert [said[name]["facts"]["processes"] for name in said] == ["1", "2"]
+    assert len(list((tmp_path / "run-two").glob("report.html"))) == 1
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, *LAUNCH, "-m", "salun", "erase", "--concept", "circle", "--batch-size", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(
+        command, check=False, env=environment, cwd=tmp_path, timeout=200, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "--batch-size 3 cannot be shared by 2 processes" in done.stderr
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.slow
 def test_two_processes_find_the_mask_and_weights_of_one(tmp_path: Path) -> None:
     from salun.mask import Mask
@@ -53,10 +99,8 @@ def test_two_processes_find_the_mask_and_weights_of_one(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(PROGRAM, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    for name, prefix in (("one", []), ("two", launch)):
-        command = [sys.executable, *prefix, str(script), str(tmp_path / name)]
+    for name, prefix in (("one", []), ("two", LAUNCH)):
+        command = [sys.executable, *prefix, str(script), str(tmp_path / name), str((len(prefix) and 2) or 1)]
         subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=240)
     one, two = (Mask.load(tmp_path / f"{name}.mask") for name in ("one", "two"))
     assert one == two  # of so few scores none lies within a rounding of the threshold

@@ -95,13 +95,18 @@ def presets() -> dict[str, dict[str, Any]]:
     return found
 
 
-def resolve(concept: Concept, vocabulary: Vocabulary | None, model: str) -> tuple[Concept, list[str]]:
+def resolve(
+    concept: Concept, vocabulary: Vocabulary | None, model: str, style: str = "natural"
+) -> tuple[Concept, list[str]]:
     """The concept with everything filled in, and lines to tell the user.
 
     A model with a vocabulary knows only its words: another raises ConfigError that lists them. Elsewhere a preset's
-    name (or alias) takes the preset, and any other text is taken as it is.
+    name (or alias) takes the preset, and any other text is taken as it is. style "tags": phrases without articles, and
+    the preset's own tags where it has some.
     """
     if vocabulary is not None:
+        if style != "natural":
+            raise ConfigError(f"--prompt-style {style}: {model} has prompts of its own; leave the option out")
         attribute = vocabulary.require(concept.name, model)
         anchor = concept.anchor if concept.anchor is not None else vocabulary.anchors.get(concept.name, "")
         if anchor and vocabulary.require(anchor, model) != attribute:
@@ -130,11 +135,17 @@ def resolve(concept: Concept, vocabulary: Vocabulary | None, model: str) -> tupl
         anchor = anchors[0]
     else:
         anchor, anchors = concept.anchor, (concept.anchor,) * len(entry["synonyms"])
+    synonyms = tuple(entry["synonyms"])
+    if style == "tags":
+        if concept.anchor is None:
+            anchors = tuple(entry.get("tag_anchors") or map(_without_article, anchors))
+        synonyms = tuple(entry.get("tags") or map(_without_article, synonyms))
+        anchors = anchors if len(anchors) == len(synonyms) else (_without_article(anchor),) * len(synonyms)
     filled = Concept(
         name=concept.name,
         anchor=anchor,
         retain=(*entry["retain"], *concept.retain),
-        synonyms=tuple(entry["synonyms"]),
+        synonyms=synonyms,
         anchors=anchors,
         kind=entry["kind"],
         sensitive=bool(entry.get("sensitive", False)),
@@ -176,9 +187,11 @@ def part(concepts: Sequence[Concept], vocabulary: Vocabulary | None) -> tuple[li
     return parted, notes
 
 
-def prompts_of(concepts: Sequence[Concept], vocabulary: Vocabulary | None) -> Prompts:
-    """All prompts of resolved concepts."""
-    return _from_vocabulary(concepts, vocabulary) if vocabulary is not None else _from_templates(concepts)
+def prompts_of(concepts: Sequence[Concept], vocabulary: Vocabulary | None, style: str = "natural") -> Prompts:
+    """All prompts of resolved concepts. style: "natural" sentences, or "tags" separated by commas."""
+    if vocabulary is not None:
+        return _from_vocabulary(concepts, vocabulary)
+    return _from_templates(concepts, library()["tags"] if style == "tags" else library())
 
 
 def mentions(text: str, phrase: str) -> bool:
@@ -226,11 +239,15 @@ def _own_retain(concepts: Sequence[Concept]) -> list[Prompt]:
     return [Prompt(text, {}) for text in dict.fromkeys(text for concept in concepts for text in concept.retain)]
 
 
-def _from_templates(concepts: Sequence[Concept]) -> Prompts:
+def _without_article(phrase: str) -> str:
+    return re.sub(r"^(an?|the)\s+", "", phrase, flags=re.IGNORECASE)
+
+
+def _from_templates(concepts: Sequence[Concept], texts: dict[str, Any]) -> Prompts:
     def fill(concept: Concept, which: str) -> tuple[list[Prompt], list[Prompt]]:
         forget, anchor = [], []
         for synonym, other in zip(concept.synonyms, concept.anchors, strict=True):
-            for template in library()["kinds"][concept.kind][which]:
+            for template in texts["kinds"][concept.kind][which]:
                 forget.append(Prompt(template.replace("{}", synonym), {}))
                 anchor.append(Prompt(template.replace("{}", other) if other else "", {}))
         return forget, anchor
@@ -239,9 +256,9 @@ def _from_templates(concepts: Sequence[Concept]) -> Prompts:
     phrases = {phrase for concept in concepts for phrase in (concept.name, *concept.synonyms)}
     taught = {p.text for prompts in found for p in (*prompts.forget, *prompts.anchor)}
 
-    def clean(texts: Sequence[str]) -> list[str]:
-        return [text for text in dict.fromkeys(texts) if not any(mentions(text, phrase) for phrase in phrases)]
+    def clean(found: Sequence[str]) -> list[str]:
+        return [text for text in dict.fromkeys(found) if not any(mentions(text, phrase) for phrase in phrases)]
 
-    retain = clean([*(p.text for p in _own_retain(concepts)), *library()["retain"]])
-    judged = [text for text in clean(library()["retain_eval"]) if text not in retain and text not in taught]
+    retain = clean([*(p.text for p in _own_retain(concepts)), *texts["retain"]])
+    judged = [text for text in clean(texts["retain_eval"]) if text not in retain and text not in taught]
     return Prompts(found, [Prompt(text, {}) for text in retain], [Prompt(text, {}) for text in judged])

@@ -1,16 +1,19 @@
-"""The training data of an erasure: latents sampled from the model itself, and the prompts' encodings."""
+"""The training data of an erasure: latents, sampled from the model itself or of the user's pictures, and prompts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from salun.cache import Cache
+from salun.diffusion.images import Encoded, concept_folders, encode_folder
 from salun.diffusion.latents import item_seed, sample_latents
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.models import Model
 from salun.diffusion.plan import Plan, spread
+from salun.errors import ConfigError
 from salun.progress import Event, Progress, silent
 
 
@@ -21,33 +24,60 @@ def sample_data(
     forget_only: bool = False,
     cache: Cache | None = None,
 ) -> ErasureData:
-    """Sample forget, anchor and retain latents. No images, and no trip through the VAE.
+    """Sample forget, anchor and retain latents, no trip through the VAE; or encode the user's own pictures.
 
-    `forget_latents` for each concept, one concept after the other. Anchor latents are sampled only where the forget
-    loss uses any; they are then retain samples as well, since it is the anchor's own prompts that an erasure harms
-    first. forget_only: what the saliency needs, and no more. cache: where latents are kept for other runs.
+    `forget_latents` for each concept, one concept after the other; with `forget_images` all of its pictures instead, as
+    many for each concept as the one with most has. Anchor latents are sampled only where the forget loss uses any;
+    they are then retain samples as well, since it is the anchor's own prompts that an erasure harms first.
+    `retain_images` are added to the retain samples. forget_only: what the saliency needs, and no more. cache: where
+    latents are kept for other runs.
     """
-    prompts, seed = plan.prompts, plan.options.seed
-    asked = [(one, i) for one in prompts.concepts for i in spread(plan.forget_latents, len(one.forget), seed)]
+    prompts, seed, options = plan.prompts, plan.options.seed, plan.options
+    own = None
+    if options.forget_images is not None:
+        names = [concept.name for concept in plan.concepts]
+        folders = concept_folders(Path(options.forget_images).expanduser(), names)
+        own = [_told(encode_folder(model, folder, progress, cache), progress).latents for folder in folders]
+    each = max(map(len, own)) if own is not None else plan.forget_latents
+    asked = [(one, i) for one in prompts.concepts for i in spread(each, len(one.forget), seed)]
     forget, anchor = [one.forget[i].text for one, i in asked], [one.anchor[i].text for one, i in asked]
     keep = spread(plan.retain_latents, len(prompts.retain), seed + 1)
     retain = [] if forget_only else [prompts.retain[i].text for i in keep]
-    jobs = {"forget": forget, "anchor": anchor if plan.anchor_share and not forget_only else [], "retain": retain}
+    jobs = {
+        "forget": [] if own is not None else forget,
+        "anchor": anchor if plan.anchor_share and not forget_only else [],
+        "retain": retain,
+    }
     total, done, latents = sum(map(len, jobs.values())), 0, {}
     for role, texts in jobs.items():  # each in batches of its own, so that runs that share a role share its batches
         seeds = [item_seed(seed, role, i) for i in range(len(texts))]
         latents[role] = sample_latents(model, texts, seeds, after(done, total, progress), "sampling", cache)
         done += len(texts)
-    forget_latents, anchor_latents, retain_latents = latents.values()
+    if own is not None:
+        latents["forget"] = torch.cat([pictures[[i % len(pictures) for i in range(each)]] for pictures in own])
+    kept, said = [latents["retain"], latents["anchor"]], [*retain, *jobs["anchor"]]
+    if options.retain_images is not None and not forget_only:
+        folder = Path(options.retain_images).expanduser()
+        pictures = _told(encode_folder(model, folder, progress, cache), progress)
+        kept.append(pictures.latents)
+        said += [caption or "" for caption in pictures.captions]
+    if not said and not forget_only:
+        raise ConfigError("nothing is to be kept: give --retain-latents above 0, or --retain-images")
     return ErasureData(
-        forget_latents=forget_latents,
-        anchor_latents=anchor_latents if len(anchor_latents) else forget_latents,
-        retain_latents=torch.cat([retain_latents, anchor_latents]),
+        forget_latents=latents["forget"],
+        anchor_latents=latents["anchor"] if len(latents["anchor"]) else latents["forget"],
+        retain_latents=torch.cat(kept),
         forget=model.encode(forget),
         anchor=model.encode(anchor),
-        retain=model.encode([*retain, *jobs["anchor"]] or [""]),
+        retain=model.encode(said or [""]),
         empty=model.encode([""]),
     )
+
+
+def _told(pictures: Encoded, progress: Progress) -> Encoded:
+    for line in pictures.notes:
+        progress(Event("encoding", message=line))
+    return pictures
 
 
 def after(done: int, total: int, progress: Progress) -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +16,8 @@ class Conditioning:
     """Encoded prompts.
 
     hidden: float (n, tokens, width). extra: further inputs, (n, …) each (SDXL's pooled text and sizes).
+    Rows of different length are joined by repeating the shorter: softmax over the same keys k times is softmax over
+    them once, so cross-attention answers as it would have (ComfyUI joins them like this too).
     """
 
     hidden: Tensor
@@ -34,8 +37,10 @@ class Conditioning:
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """One after the other, along the batch."""
         names = parts[0].extra
+        tokens = math.lcm(*(part.hidden.shape[1] for part in parts))
         return Conditioning(
-            torch.cat([part.hidden for part in parts]), {n: torch.cat([part.extra[n] for part in parts]) for n in names}
+            torch.cat([part.hidden.repeat(1, tokens // part.hidden.shape[1], 1) for part in parts]),
+            {n: torch.cat([part.extra[n] for part in parts]) for n in names},
         )
 
 

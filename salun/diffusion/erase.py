@@ -12,7 +12,9 @@ from torch.nn import Parameter
 
 from salun import __version__
 from salun.cache import Cache
+from salun.device import kernels
 from salun.diffusion.data import sample_data
+from salun.diffusion.images import folder_digest
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
 from salun.diffusion.models import Model, load, scoped
 from salun.diffusion.observe import compare, observe, questions
@@ -55,12 +57,11 @@ def erase(
     …), `Cancelled` if `progress` does.
     """
     options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
-    if current().count > 1:
-        raise ConfigError("an erasure runs in one process in this version: start it without the launcher")
+    who = current()
     folder = Path(run_dir) if run_dir is not None else None
     if resume and folder is None:
         raise ConfigError("--resume needs the --run-dir of the run to go on with")
-    begun = check_folder(folder, resume) is not None if folder is not None else False
+    begun = who.share(check_folder(folder, resume) is not None if folder is not None and not who.rank else False)
     for target in outputs or []:
         check_output(target, force or begun)
     cache = cache or Cache.of_user()
@@ -69,17 +70,19 @@ def erase(
     plan = make_plan(model.settings, model.name, concept, options)
     if options.method == "salun" and options.mask not in MASKS:
         _mask_from_file(model, plan)  # a mask that does not fit is told now, not after the sampling
+    if plan.batch_size % who.count:
+        raise ConfigError(f"--batch-size {plan.batch_size} cannot be shared by {who.count} processes: take a multiple")
     named = {"model": model.name, "concept": [c.name for c in plan.concepts], "output": outputs or []}
     record = RunRecord(
-        folder,
+        folder if not who.rank else None,  # the first process writes
         command,
         {**named, **asdict(plan.options)},
         options.seed,
         str(model.device),
-        {"base_hash": model.base_hash, "prompts": plan.prompts.digest},
+        _facts(model, plan),
         resume,
     )
-    with record.running(), model.borrowed():
+    with record.running(), model.borrowed(), model.set_up(plan.options), kernels(plan.options.deterministic):
         for note in plan.notes:
             progress(Event("planning", message=note))
         asked = questions(plan, plan.eval_images, options.seed)
@@ -90,7 +93,8 @@ def erase(
         with record.stage("saliency"):
             mask, record.data["mask"] = _mask_of_run(model, data, plan, record, progress)
         with record.stage("training"):
-            trained = train(model, mask, data, plan, progress, record.state("training.safetensors"), record.fingerprint)
+            state = who.share(record.state("training.safetensors"))
+            trained = train(model, mask, data, plan, progress, state, who.share(record.fingerprint))
         original = model.original()
         if plan.options.method == "salun-soft":
             mask = moved(original, trained.masters)
@@ -102,8 +106,19 @@ def erase(
             after = observe(model, asked, progress, "pictures after")
             metrics = compare(model, plan, asked, before, after)
         run = Run(model, plan, mask, erased, trained.history, metrics, asked, before, after, record)
-        write_run(run, outputs, force, progress)
+        if not who.rank:
+            write_run(run, outputs, force, progress)
     return run
+
+
+def _facts(model: Model, plan: Plan) -> dict[str, str]:
+    """What the result depends on beside the options and the versions."""
+    facts = {"base_hash": model.base_hash, "prompts": plan.prompts.digest, "processes": str(current().count)}
+    for name in ("forget_images", "retain_images"):
+        folder = getattr(plan.options, name)
+        if folder is not None:
+            facts[name] = folder_digest(Path(folder).expanduser())
+    return facts
 
 
 def _mask_of_run(
@@ -111,11 +126,15 @@ def _mask_of_run(
 ) -> tuple[Mask, dict[str, Any]]:
     """The run's mask, taken up from a run that stopped after it was found, else found and kept."""
     path = record.state("mask.safetensors")
+    kept, told = None, {}
     if path is not None and path.exists():
         kept = Mask.load(path)
         told = json.loads(kept.metadata.pop("told", "{}"))
-        if kept.metadata.pop("fingerprint", None) == record.fingerprint:
-            return kept, told
+        if kept.metadata.pop("fingerprint", None) != record.fingerprint:
+            kept = None
+    kept, told = current().share((kept, told))
+    if kept is not None:
+        return kept, told
     mask, told = find_mask(model, data, plan, progress)
     if path is not None:
         extra = {"told": json.dumps(told), "fingerprint": record.fingerprint}
@@ -129,7 +148,7 @@ def make_mask(
     """Only the mask of an erasure, and what `run.json` says of it."""
     options = options or EraseOptions()
     plan = make_plan(model.settings, model.name, concept, options)
-    with model.borrowed():
+    with model.borrowed(), model.set_up(plan.options), kernels(plan.options.deterministic):
         return find_mask(model, sample_data(model, plan, progress, forget_only=True), plan, progress)
 
 
@@ -188,17 +207,18 @@ def _salient(
     joint: one from the gradients of all concepts together. union: each concept's own of this density, then all of them.
     """
     k = entries(sum(p.numel() for p in parameters.values()), plan.options.density)
-    n = plan.forget_latents
+    n = len(data.forget) // len(plan.concepts)
     several = plan.options.combine == "union" and len(plan.concepts) > 1
     groups = [slice(i * n, (i + 1) * n) for i in range(len(plan.concepts))] if several else [slice(None)]
-    mask, told = None, []
+    mask, told, who = None, [], current()
     for rows in groups:
         part = data.forgetting(rows)
         losses = saliency_losses(
-            model, part, plan.guidance, plan.batch_size, plan.saliency_timesteps, plan.options.seed
+            model, part, plan.guidance, plan.batch_size, plan.saliency_timesteps, plan.options.seed, who
         )
-        total = plan.saliency_timesteps * -(-len(part.forget) // plan.batch_size)
-        selection = select_largest(scores_from_losses(parameters, losses, progress, total), k)
+        total = -(-plan.saliency_timesteps * -(-len(part.forget) // plan.batch_size) // who.count)
+        scores = scores_from_losses(parameters, losses, progress, total, who, plan.options.low_vram)
+        selection = select_largest(scores, k)
         own = Mask.from_selection(selection, parameters)
         mask = own if mask is None else mask | own
         told.append(selection)
@@ -224,18 +244,18 @@ def train(
 
     state: where training is saved and, if this run (by its fingerprint) has stopped before, taken up from.
     """
-    options = plan.options
-    done = len(saved_steps(state, fingerprint)) if state is not None else 0
+    options, who = plan.options, current()
+    done = who.share(len(saved_steps(state, fingerprint)) if state is not None else 0)
     if done:
         progress(Event("training", done, plan.steps, message=f"going on after step {done}"))
     frozen = {}
     for step in range(done, plan.steps if plan.needs_frozen else done):
-        sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step)
+        sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step).share(who.rank, who.count)
         frozen[step] = frozen_predictions(model, sample).cpu()
         progress(Event("frozen targets", step + 1, plan.steps))
 
     def losses(step: int) -> Any:
-        sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step)
+        sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step).share(who.rank, who.count)
         held = frozen.pop(step).to(model.device) if frozen else None
         return training_losses(model, sample, held, plan.target, plan.retain_target)
 
@@ -244,7 +264,7 @@ def train(
         plan.steps, plan.lr, plan.retain_weight, soft, plan.lr_decay, options.save_every, fingerprint
     )
     parameters = scoped(model.parameters(), options.scope)
-    return fine_tune(parameters, mask, losses, settings, progress, model.original(), state, resume=True)
+    return fine_tune(parameters, mask, losses, settings, progress, model.original(), state, True, who, options.low_vram)
 
 
 def _full(trained: Trained, mask: Mask) -> dict[str, Any]:

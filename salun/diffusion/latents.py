@@ -16,6 +16,7 @@ from torch import Tensor
 from salun.cache import Cache, digest_of, key_of
 from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.models import Model
+from salun.processes import current
 from salun.progress import Event, Progress, silent
 
 
@@ -38,14 +39,19 @@ def sample_latents(
 
     Sampled with the model's own sampling settings by its own scheduler if that is a fast one, else by
     DPM-Solver++ (2M) on its noise schedule. The live UNet is used, erased or not. cache: batches sampled before are
-    taken from it; only for a model that holds its files' own weights.
+    taken from it; only for a model that holds its files' own weights. Several processes share the batches out and all
+    get all of them.
     """
     unique = list(dict.fromkeys([*prompts, ""]))
     encoded = model.encode(unique)
     row = {text: i for i, text in enumerate(unique)}
     size = batch_size_of(model)
-    done = []
-    for start in range(0, len(prompts), size):
+    done: dict[int, Tensor] = {}
+    who = current()
+    starts = range(0, len(prompts), size)
+    for number, start in enumerate(starts):
+        if not who.mine(number):
+            continue
         own = list(seeds[start : start + size])
         index = torch.tensor([row[text] for text in prompts[start : start + size]], device=model.device)
         asked, empty = encoded[index], encoded[row[""] : row[""] + 1]
@@ -55,9 +61,11 @@ def sample_latents(
             kept = {"latents": _denoise(model, _noise(model, own), asked, empty)}
             if cache is not None:
                 cache.put(key, kept)
-        done.append(kept["latents"].to(model.device))
+        done[number] = kept["latents"].to(model.device)
         progress(Event(stage, min(start + size, len(prompts)), len(prompts)))
-    return torch.cat(done) if done else torch.empty(0, *model.latent_shape, device=model.device)
+    shapes = [(min(size, len(prompts) - start), *model.latent_shape) for start in starts]
+    parts = who.gather(done, shapes, model.device)
+    return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
 
 
 def sample_pictures(
@@ -134,6 +142,8 @@ def _scheduler(config: dict[str, Any]) -> Any:
 
 
 def batch_size_of(model: Model) -> int:
-    """Samples at once: 64 of the embedded model's size, 2 of Stable Diffusion's at 512², 1 above."""
+    """Samples at once: 64 of the embedded model's size, 2 of Stable Diffusion's at 512², 1 above and for low VRAM."""
+    if model.low_vram:
+        return 1
     _, height, width = model.latent_shape
     return max(1, min(64, 8192 // (height * width)))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salun.diffusion.denoiser import Conditioning, Denoiser, add_noise, training_target
+from salun.processes import ALONE, Processes
 from salun.training import step_generator
 
 EMPTY_SHARE = 0.1  # of the retain samples are held under the empty prompt, as classifier-free guidance was trained
@@ -57,17 +58,33 @@ class Draw:
     prompts: Conditioning
     targets: Conditioning
 
+    def share(self, rank: int, count: int) -> Draw:
+        """The rows of one of several processes: every count-th forget sample and every count-th retain sample."""
+        if count == 1:
+            return self
+        half = len(self.x_0) // 2
+        rows = torch.cat([torch.arange(rank, half, count), half + torch.arange(rank, half, count)]).to(self.x_0.device)
+        return Draw(self.x_0[rows], self.noise[rows], self.t[rows], self.prompts[rows], self.targets[rows])
+
 
 def saliency_losses(
-    denoiser: Denoiser, data: ErasureData, guidance: float, batch_size: int, passes: int, seed: int
+    denoiser: Denoiser,
+    data: ErasureData,
+    guidance: float,
+    batch_size: int,
+    passes: int,
+    seed: int,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[Tensor, int]]:
     """−MSE(target, (1+w)·ε(x_t, c_f) − w·ε(x_t, ∅)) over the forget set, `passes` times, t uniform (SalUn eq. 5).
 
     Yields (mean loss, samples). Guidance is inside the loss, so the empty prompt's pass carries gradients too; both
-    passes share one batch.
+    passes share one batch. Several processes take turns with the batches.
     """
     n = len(data.forget)
     for index in range(passes * -(-n // batch_size)):
+        if not processes.mine(index):
+            continue
         generator = step_generator(seed, -1 - index)
         start = index % -(-n // batch_size) * batch_size
         x_0 = data.forget_latents[start : start + batch_size]

@@ -6,10 +6,11 @@ pipeline's safety checker or feature extractor is needed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from salun.device import pick_device, pick_dtype
 from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.vocabulary import Vocabulary
-from salun.errors import ConfigError, ModelError
+from salun.errors import ConfigError, DataError, ModelError
 from salun.formats import tensorfile
 from salun.formats.hashing import base_hash
-from salun.options import DeviceOptions, Recipe, Sampling, from_mapping
+from salun.options import DeviceOptions, EraseOptions, Recipe, Sampling, from_mapping
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
+CHUNKS = 4  # of a long prompt, at most
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 SETTINGS = "salun.yaml"
 
@@ -74,6 +76,8 @@ class Model:
     unet_files: list[Path]
     device: torch.device
     dtype: torch.dtype
+    clip_skip: int | None = None  # the encoder's layer, counted from the last (1) as WebUIs do; None: the family's own
+    low_vram: bool = False
 
     def __post_init__(self) -> None:
         self.prediction_type = str(self.scheduler_config.get("prediction_type", "epsilon"))
@@ -90,33 +94,72 @@ class Model:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        parts = [self._encode(list(prompts[i : i + 64])) for i in range(0, len(prompts), 64)]
-        return Conditioning.cat(parts)
+        """Encode prompts; long ones in chunks of as many tokens as the encoder takes (75 and both ends for CLIP).
 
-    def _encode(self, prompts: list[str]) -> Conditioning:
+        Raises DataError for a prompt of more than `CHUNKS` chunks.
+        """
+        rows: list[Conditioning | None] = [None] * len(prompts)
+        groups: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(self._chunks(prompt), []).append(i)
+        with self._awake(*self.text_encoders):
+            for count, members in groups.items():
+                for start in range(0, len(members), 64):
+                    some = members[start : start + 64]
+                    encoded = self._encode([prompts[i] for i in some], count)
+                    for row, i in enumerate(some):
+                        rows[i] = encoded[row : row + 1]
+        return Conditioning.cat([row for row in rows if row is not None])
+
+    def _chunks(self, prompt: str) -> int:
+        longest = 1
+        for tokenizer in self.tokenizers:
+            size = tokenizer.model_max_length - 2
+            tokens = len(tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+            longest = max(longest, -(-tokens // size))
+            if longest > CHUNKS:
+                raise DataError(
+                    f"the prompt {prompt[:40]!r}… has {tokens} tokens, at most {CHUNKS * size} are taken: shorten it"
+                )
+        return longest
+
+    def _encode(self, prompts: list[str], chunks: int) -> Conditioning:
+        """Prompts of as many chunks each: the chunks' encodings one after the other, pooled text of the first."""
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            ids = tokenizer(
-                prompts,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self.device)
-            if self.family == "sdxl":  # penultimate layers side by side; pooled text of the last encoder
-                output = encoder(ids, output_hidden_states=True)
-                hidden.append(output.hidden_states[-2])
-                pooled = output[0]
-            else:
-                hidden.append(encoder(ids).last_hidden_state)
+            size = tokenizer.model_max_length - 2
+            rows = []
+            for prompt in prompts:
+                ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+                for start in range(0, chunks * size, size):
+                    own = [tokenizer.bos_token_id, *ids[start : start + size], tokenizer.eos_token_id]
+                    rows.append(own + [tokenizer.pad_token_id] * (size + 2 - len(own)))
+            output = encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
+            layer = self._layer(encoder, output)
+            hidden.append(layer.reshape(len(prompts), chunks * (size + 2), -1))
+            pooled = output[0][::chunks] if self.family == "sdxl" else None
         joined = torch.cat(hidden, dim=-1).to(self.dtype)
-        if self.family != "sdxl":
+        if pooled is None:
             return Conditioning(joined)
-        assert pooled is not None
         side = self.settings.sampling.resolution
         sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.dtype, device=self.device)
         extra = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes.expand(len(prompts), -1)}
         return Conditioning(joined, extra)
+
+    def _layer(self, encoder: Any, output: Any) -> Tensor:
+        """The encoder layer that the UNet listens to. SDXL was trained with the last but one, without its norm."""
+        skip = self.clip_skip or (2 if self.family == "sdxl" else 1)
+        if skip > len(output.hidden_states) - 1:
+            raise ConfigError(
+                f"--clip-skip {skip}, but the text encoder of {self.name} has {len(output.hidden_states) - 1} layers"
+            )
+        if self.family == "sdxl":
+            layer: Tensor = output.hidden_states[-skip]
+        elif skip == 1:
+            layer = output.last_hidden_state
+        else:
+            layer = getattr(encoder, "text_model", encoder).final_layer_norm(output.hidden_states[-skip])
+        return layer
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         output: Tensor = self.unet(
@@ -133,10 +176,21 @@ class Model:
         return self.latent_channels, side, side
 
     @torch.no_grad()
+    def encode_pictures(self, pictures: np.ndarray) -> Tensor:
+        """uint8 pictures (n, H, W, 3) → latents (n, c, h, w), scaled: the mean of the VAE's posterior."""
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with self._awake(self.vae):
+            z = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents: Tensor = (z - shift) * self.vae.config.scaling_factor
+        return latents
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, c, h, w), scaled → uint8 pictures (n, H, W, 3)."""
         z = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        x = self.vae.decode(z.to(self.vae.device, self.vae.dtype)).sample.float()
+        with self._awake(self.vae):
+            x = self.vae.decode(z.to(self.device, self.vae.dtype)).sample.float()
         pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         array: np.ndarray = pictures.cpu().numpy()
         return array
@@ -152,6 +206,11 @@ class Model:
         """The UNet's tensors as its files hold them, read one at a time."""
         return _Files(self.unet_files)
 
+    @cached_property
+    def vae_hash(self) -> str:
+        """A hash of the VAE's weights."""
+        return base_hash(self.vae.state_dict())
+
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Within, the live UNet may be trained; afterwards it holds the files' weights again."""
@@ -160,6 +219,49 @@ class Model:
             yield
         finally:
             self.load(self.original())
+
+    @contextmanager
+    def set_up(self, options: EraseOptions) -> Iterator[None]:
+        """Within, the model is read, sampled and trained as the options say; afterwards as it was."""
+        before = self.settings, self.clip_skip, self.low_vram
+        if options.resolution is not None:
+            if options.resolution % (self.vae_scale * _multiple(self.unet)):
+                raise ConfigError(
+                    f"--resolution {options.resolution} does not suit {self.name}: take a multiple of "
+                    f"{self.vae_scale * _multiple(self.unet)}"
+                )
+            self.settings = replace(
+                self.settings, sampling=replace(self.settings.sampling, resolution=options.resolution)
+            )
+        self.clip_skip, self.low_vram = options.clip_skip, options.low_vram
+        if options.attention == "xformers":
+            _use_xformers(self.unet, self.device)
+        checkpoint = options.gradient_checkpointing or options.low_vram
+        if checkpoint:
+            self.unet.enable_gradient_checkpointing()
+            self.unet.train()  # older diffusers checkpoint only then; these UNets have no dropout
+        try:
+            yield
+        finally:
+            self.settings, self.clip_skip, self.low_vram = before
+            if checkpoint:
+                self.unet.disable_gradient_checkpointing()
+                self.unet.eval()
+            if options.attention == "xformers":
+                self.unet.disable_xformers_memory_efficient_attention()
+
+    @contextmanager
+    def _awake(self, *modules: Any) -> Iterator[None]:
+        """Within, these parts are on the model's device. Elsewhere they wait in host memory, so that a GPU holds the
+        UNet alone while it trains."""
+        for module in modules:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            if self.device.type != "cpu":
+                for module in modules:
+                    module.to("cpu")
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -353,7 +455,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Model:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{name} could not be loaded from {folder}: {first}") from error
     for module in (unet, vae, *encoders):
-        module.eval().requires_grad_(False).to(where)
+        module.eval().requires_grad_(False)
+    unet.to(where)  # the others come when they are needed
     bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
     if bad is not None:
         raise ModelError(f"{name}: the weight {bad} holds NaN or infinity, so nothing can be computed with it")
@@ -371,6 +474,21 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Model:
         device=where,
         dtype=precision,
     )
+
+
+def _multiple(unet: Any) -> int:
+    """Latents must be a multiple of this many pixels, or the UNet's skip connections do not meet."""
+    return int(2 ** (len(unet.config.block_out_channels) - 1))
+
+
+def _use_xformers(unet: Any, device: torch.device) -> None:
+    if importlib.util.find_spec("xformers") is None:
+        raise ConfigError(
+            "--attention xformers needs xformers: install it by `pip install salun[xformers]`, or use sdpa"
+        )
+    if device.type != "cuda":
+        raise ConfigError(f"--attention xformers needs a CUDA GPU, and this is {device}: use sdpa")
+    unet.enable_xformers_memory_efficient_attention()
 
 
 def scoped(parameters: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:

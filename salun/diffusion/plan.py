@@ -110,7 +110,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: Wanted, options: Eras
     }
     return Plan(
         concepts=concepts,
-        prompts=prompts_of(concepts, settings.vocabulary),
+        prompts=prompts_of(concepts, settings.vocabulary, options.prompt_style),
         options=replace(options, anchor=[concept.anchor or "" for concept in concepts], **numbers),
         saliency_timesteps=recipe.saliency_timesteps,
         notes=notes,
@@ -135,7 +135,7 @@ def _resolved(
     filled, notes = [], []
     for concept, anchor in itertools.zip_longest(concepts, options.anchor):
         asked = concept if anchor is None else replace(concept, anchor=anchor)
-        done, told = resolve(asked, settings.vocabulary, model)
+        done, told = resolve(asked, settings.vocabulary, model, options.prompt_style)
         filled.append(done)
         notes += told
     parted, told = part(filled, settings.vocabulary)
