@@ -18,7 +18,7 @@ from salun.errors import Cancelled, ConfigError, SalunError
 from salun.options import DeviceOptions, EraseJob, EraseOptions, Sampling
 
 from .options import with_options
-from .progress import terminal_progress
+from .progress import printable, terminal_progress
 
 app = typer.Typer(
     name="salun",
@@ -29,6 +29,7 @@ app = typer.Typer(
 
 ClickException: Any = typer.BadParameter.__mro__[2]  # Typer brings click under its own name or under click's
 
+BLOCKS = {"blocks": "share of each block", "moved": "share of each block that moved"}
 TRAINING_ONLY = (
     "steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"
 )  # fmt: skip
@@ -283,13 +284,42 @@ def evaluate(
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="a model (alias, hub id, folder), a mask, a delta, or a run folder")],
+    against: Annotated[
+        str | None, typer.Option(help="a second mask or run folder: tell how far the two masks agree")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="write the picture of the layers to a page (.html)")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a file or folder is and what is in it."""
+    """Say what a file or folder is, what is in it, and which layers of the network it touches."""
+    if html is not None:
+        _new_file(html, force, ".html")
     from salun.inspection import inspect as look
+    from salun.inspection import overlap
 
-    found = look(path)
-    _tell(found, as_json, [f"{key}: {value}" for key, value in found.items()])
+    found = look(path) if against is None else overlap(path, against)
+    charts = {title: found[key] for key, title in BLOCKS.items() if found.get(key)}
+    lines = [f"{key}: {value}" for key, value in found.items() if key not in BLOCKS]
+    for title, blocks in charts.items():
+        lines += ["", f"{title}:", *_bars(blocks)]
+    if html is not None:
+        from salun.report.page import layers_page
+
+        facts = {key: value for key, value in found.items() if key not in BLOCKS}
+        layers_page(path if against is None else f"{path} and {against}", facts, charts).save(html)
+        lines.append(f"page: {html}")
+    _tell(found, as_json, lines)
+
+
+def _bars(blocks: dict[str, list[int]], width: int = 40) -> list[str]:
+    """A line of text with a bar for each block."""
+    widest = max(map(len, blocks))
+    lines = []
+    for block, (some, total) in blocks.items():
+        share = some / total if total else 0.0
+        bar = "█" * round(share * width)
+        lines.append(f"  {block:<{widest}}  {bar:<{width}}  {share:6.1%} of {total:,}")
+    return lines
 
 
 @app.command()
@@ -323,6 +353,26 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
         "Any other text works too, except on a model with a vocabulary of its own: --concept TEXT --anchor TEXT"
     )
     _tell(found, as_json, lines)
+
+
+@app.command()
+def doctor(
+    offline: Annotated[bool, typer.Option("--offline", help="do not try to reach the hub")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at versions, devices, folders and models; say what would fail and how to mend it."""
+    from salun.doctor import examine
+
+    found = examine(network=not offline)
+    signs = {"ok": "ok   ", "note": "note ", "fails": "FAILS"}
+    lines = []
+    for one in found:
+        lines.append(f"{signs[one.verdict]}  {one.what}: {one.found}")
+        if one.advice:
+            lines.append(f"       → {one.advice}")
+    _tell([dataclasses.asdict(one) for one in found], as_json, lines)
+    if any(one.verdict == "fails" for one in found):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -382,7 +432,7 @@ def _tell(data: Any, as_json: bool, lines: list[str]) -> None:
         typer.echo(json.dumps(data, ensure_ascii=False))
     else:
         for line in lines:
-            typer.echo(line)
+            typer.echo(printable(line))
 
 
 def _erase_lines(run: Any, folder: Path) -> list[str]:
@@ -428,6 +478,11 @@ def main() -> None:
             raise
         _complain(str(error))
         code = 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        code = 1
     except ClickException as error:
         text = error.format_message()
         if text:  # empty where the help was printed instead
@@ -437,7 +492,7 @@ def main() -> None:
 
 
 def _complain(text: str) -> None:
-    typer.echo("salun: " + " ".join(text.split()), err=True)
+    typer.echo("salun: " + printable(" ".join(text.split())), err=True)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def _bars(quiet: bool) -> Iterator[Any]:
 
         def show(event: Event) -> None:
             if event.message:
-                bars.console.print(event.message, markup=False, highlight=False)
+                bars.console.print(printable(event.message), markup=False, highlight=False)
             if not event.total:
                 return
             if event.stage not in tasks:
@@ -71,13 +71,18 @@ def _bars(quiet: bool) -> Iterator[Any]:
         yield show
 
 
+def printable(text: str) -> str:
+    """A text without anything that a terminal would obey: control characters are shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 _last: dict[str, int] = {}
 
 
 def _plain(event: Event) -> None:
     """Without a terminal: a line per message and per tenth of a stage."""
     if event.message:
-        print(event.message, file=sys.stderr, flush=True)
+        print(printable(event.message), file=sys.stderr, flush=True)
     if event.total:
         tenth = 10 * event.step // event.total
         if event.step == 1 or tenth != _last.get(event.stage, -1):

@@ -1,7 +1,8 @@
-"""`salun inspect`: what is this file or folder?"""
+"""`salun inspect`: what is this file or folder, and which layers does it touch?"""
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,27 @@ from salun.formats import tensorfile
 from salun.formats.hashing import base_hash
 from salun.mask import FORMAT as MASK_FORMAT
 from salun.mask import Mask
+from salun.report import charts
 
 
 def inspect(path: str) -> dict[str, Any]:
-    """Kind and contents of a model, mask, delta or run folder. Raises ModelError for anything else."""
+    """Kind and contents of a model, mask, delta or run folder. Raises ModelError for anything else.
+
+    Masks, deltas and runs tell `blocks` too: block of the UNet → [entries selected or changed, entries in all].
+    """
     place = Path(path)
     if (place / "run.json").is_file():
         record = read_run(place)
+        named = next((entry["path"] for entry in record["outputs"] if entry["kind"] == "delta"), None)
+        moved = _delta(place / named)["blocks"] if named and (place / named).is_file() else None
         return {
             "kind": "run",
             **{key: record[key] for key in ("status", "command", "seed")},
             "model": record["options"]["model"],
             "concept": ", ".join(record["options"]["concept"]),
             "mask": f"{record['mask']['mode']}, {record['mask']['selected']:,} of {record['mask']['total']:,}",
+            "blocks": _blocks(_layers_of_mask(Mask.load(place / "mask.safetensors"))),
+            "moved": moved,
         }
     if place.is_file():
         return _file(place)
@@ -56,19 +65,58 @@ def _file(place: Path) -> dict[str, Any]:
             "selected": mask.selected,
             "total": mask.total,
             "density": mask.density,  # as counted; the metadata's is the one asked for
+            "blocks": _blocks(_layers_of_mask(mask)),
         }
     if kind == deltas.FORMAT:
-        delta = deltas.Delta.load(place)
-        return {
-            **delta.metadata,
-            "kind": "delta",
-            "changed": delta.changed,
-            "tensors": len(delta.names),
-            "base_hash": delta.base_hash,
-            "result_hash": delta.result_hash,
-        }
+        return _delta(place)
     if any(name.startswith("down_blocks.") for name in header.names):
         return {"kind": "UNet weights (diffusers names)", "tensors": len(header.names), **header.metadata}
     raise ModelError(
         f"{place} is a safetensors file, but no mask, delta or diffusers UNet of {len(header.names)} tensors"
     )
+
+
+def overlap(one: str, other: str) -> dict[str, Any]:
+    """How far two masks of one model (files, or run folders that hold them) agree.
+
+    jaccard: |A ∩ B| / |A ∪ B|, in all and per block. by_chance: what two masks of these densities, drawn at random,
+    would have. Raises MaskError if they are not of one model.
+    """
+    first, second = (_mask_in(Path(path)) for path in (one, other))
+    both, either = first & second, first | second
+    a, b = first.density, second.density
+    counts = {name: (n, either.counts()[name]) for name, n in both.counts().items()}
+    return {
+        "kind": "overlap",
+        "jaccard": first.jaccard(second),
+        "by_chance": a * b / (a + b - a * b),
+        "in_both": both.selected,
+        "in_either": either.selected,
+        "blocks": _blocks(counts),
+    }
+
+
+def _mask_in(place: Path) -> Mask:
+    return Mask.load(place / "mask.safetensors" if place.is_dir() else place)
+
+
+def _delta(place: Path) -> dict[str, Any]:
+    delta = deltas.Delta.load(place)
+    layers = {name: (len(change.index), prod(change.shape)) for name, change in delta.changes.items()}
+    return {
+        **delta.metadata,
+        "kind": "delta",
+        "changed": delta.changed,
+        "tensors": len(delta.names),
+        "base_hash": delta.base_hash,
+        "result_hash": delta.result_hash,
+        "blocks": _blocks(layers),
+    }
+
+
+def _layers_of_mask(mask: Mask) -> dict[str, tuple[int, int]]:
+    return {name: (count, prod(mask.shapes[name])) for name, count in mask.counts().items()}
+
+
+def _blocks(layers: dict[str, tuple[int, int]]) -> dict[str, list[int]]:
+    return {block: list(row) for block, row in charts.per_block(layers).items()}

@@ -219,10 +219,15 @@ class MaskedOptimiser:
             packed.master.data.copy_(master)
             device = packed.master.device
             self._optimisers[name].state[packed.master] = {
-                key: value.clone() if key == "step" else value.to(device).clone()
+                key: _count(value) if key == "step" else value.to(device).clone()
                 for key, value in moments[name].items()
             }
             packed.scatter()
+
+
+def _count(value: Tensor) -> Tensor | int:
+    """The number of steps as the optimiser keeps it: torch's in a float tensor, bitsandbytes' in an integer."""
+    return value.clone() if value.is_floating_point() else int(value)
 
 
 class SoftThreshold:

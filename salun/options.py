@@ -128,6 +128,9 @@ class EraseOptions(DeviceOptions):
     low_vram: bool = option(
         False, "saliency sums, masters and moments in host memory, one sample at a time, gradient checkpointing"
     )
+    optimiser: str = option(
+        "adam", "adam, or adam8bit: moments in 8 bits by bitsandbytes, an extra", choices=("adam", "adam8bit")
+    )
     deterministic: bool = option(True, "only kernels that give the same bits each time, where there are any")
     save_every: float = option(60.0, "seconds between saved states of training, to resume from", minimum=0)
     seed: int = option(0, "of everything random", minimum=0, maximum=2**63 - 1)

@@ -198,6 +198,17 @@ def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
     return dict(found)
 
 
+def check_room(folder: Path, size: int) -> None:
+    """Raises ConfigError if the disk of a run folder, there or to be made, has less than `size` bytes free."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise ConfigError(
+            f"--run-dir {folder}: the run may take {size / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: "
+            "make room, or name a folder on another disk"
+        )
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Within, no other run can work in the folder, nor after a crash be kept out of it: the system holds the lock.

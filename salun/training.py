@@ -6,6 +6,7 @@ uninterrupted one would have taken.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from salun.errors import Cancelled, ModelError, TrainingError
+from salun.errors import Cancelled, ConfigError, ModelError, TrainingError
 from salun.formats import tensorfile
 from salun.mask import Mask
 from salun.optim import MaskedOptimiser, Mode, SoftThreshold
@@ -33,7 +34,7 @@ class TrainingSettings:
     lr_decay: share of the steps, at the end, over which the rate falls linearly to 0, so that the last steps' noise
     does not stay in the weights (0: constant, as in the paper). save_every: seconds between saved states; more where
     saving itself takes long, so that it costs a tenth of the time at most. fingerprint: what a saved state must carry
-    to be taken up again.
+    to be taken up again. optimiser: adam, or adam8bit (bitsandbytes': its moments take a quarter of the memory).
     """
 
     steps: int
@@ -43,6 +44,7 @@ class TrainingSettings:
     lr_decay: float = 0.0
     save_every: float = 60.0
     fingerprint: str = ""
+    optimiser: str = "adam"
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,29 @@ def fine_tune(
     soft, keeps = settings.soft_density is not None, processes.rank == 0
 
     def make(masters: object) -> torch.optim.Optimizer:
+        if settings.optimiser == "adam8bit":
+            return _adam8bit(masters, settings.lr)
         return torch.optim.Adam(masters, lr=settings.lr, fused=_can_fuse(parameters, on_host))  # type: ignore[arg-type]
 
     history: list[tuple[int, float, float]] = []
-    mode: Mode = "pack" if soft or processes.count > 1 else "step"
+    half = any(p.dtype == torch.float16 for p in parameters.values())
+    mode: Mode = "pack" if soft or half or processes.count > 1 else "step"
+    scale = 2.0**16 if half else 1.0  # of the loss, so that small gradients do not vanish in fp16
     with MaskedOptimiser(parameters, mask, make, mode, sources, on_host) as optimiser:
         proximal = SoftThreshold(optimiser, settings.soft_density) if settings.soft_density is not None else None
         if resume and state_path is not None and state_path.exists():
-            history = _load_state(state_path, optimiser, settings.fingerprint)
+            history, scale = _load_state(state_path, optimiser, settings.fingerprint)
         wait, saved = settings.save_every, time.monotonic()
         try:
             for step in range(len(history), settings.steps):
                 optimiser.set_lr(settings.lr * _remaining(step, settings))
-                forget, retain = losses(step)
-                optimiser.backward(forget + settings.retain_weight * retain)
-                fine = optimiser.step(reduce=processes.average) if mode == "pack" else not optimiser.not_finite
+                while True:
+                    forget, retain = losses(step)
+                    optimiser.backward(forget + settings.retain_weight * retain, scale)
+                    fine = optimiser.step(reduce=processes.average) if mode == "pack" else not optimiser.not_finite
+                    if fine or scale == 1.0:
+                        break
+                    scale /= 2  # a gradient was too large for fp16: the step was left out, and is taken again
                 if not fine:
                     raise TrainingError(
                         f"a gradient stopped being finite at step {step + 1}: lower the learning rate (--lr)"
@@ -113,7 +123,12 @@ def fine_tune(
                 history.append((step + 1, float(seen[0]), float(seen[1])))
                 now = time.monotonic()
                 if keeps and state_path is not None and (now - saved >= wait or step + 1 == settings.steps):
-                    _save_state(state_path, optimiser, history, settings.fingerprint)
+                    try:
+                        _save_state(state_path, optimiser, history, scale, settings.fingerprint)
+                    except ModelError as error:  # a full disk costs the means to resume, not the run
+                        progress(
+                            Event("training", step + 1, settings.steps, message=f"the state is not saved: {error}")
+                        )
                     saved = time.monotonic()
                     wait = max(settings.save_every, 10 * (saved - now))
                 progress(
@@ -121,13 +136,28 @@ def fine_tune(
                 )
         except Cancelled:  # raised between steps, so masters, moments and history belong together
             if keeps and state_path is not None:
-                _save_state(state_path, optimiser, history, settings.fingerprint)
+                _save_state(state_path, optimiser, history, scale, settings.fingerprint)
             raise
         return Trained(
             {name: m.clone() for name, m in optimiser.masters.items()},
             history,
             proximal.final_density() if proximal is not None else None,
         )
+
+
+def check_optimiser(name: str) -> None:
+    """Raises ConfigError if an optimiser's library is not installed."""
+    if name == "adam8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "--optimiser adam8bit: bitsandbytes is not installed; `pip install salun[bitsandbytes]`, or use adam"
+        )
+
+
+def _adam8bit(masters: object, lr: float) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import Adam8bit
+
+    made: torch.optim.Optimizer = Adam8bit(masters, lr=lr)
+    return made
 
 
 def _can_fuse(parameters: Mapping[str, nn.Parameter], on_host: bool) -> bool:
@@ -144,9 +174,9 @@ def _remaining(step: int, settings: TrainingSettings) -> float:
 
 
 def _save_state(
-    path: Path, optimiser: MaskedOptimiser, history: list[tuple[int, float, float]], fingerprint: str
+    path: Path, optimiser: MaskedOptimiser, history: list[tuple[int, float, float]], scale: float, fingerprint: str
 ) -> None:
-    metadata = {"history": json.dumps(history), "fingerprint": fingerprint}
+    metadata = {"history": json.dumps(history), "scale": str(scale), "fingerprint": fingerprint}
     tensorfile.write(path, {name: t.detach().cpu() for name, t in optimiser.state().items()}, metadata)
 
 
@@ -169,7 +199,9 @@ def saved_steps(path: Path, fingerprint: str) -> list[tuple[int, float, float]]:
     return history
 
 
-def _load_state(path: Path, optimiser: MaskedOptimiser, fingerprint: str) -> list[tuple[int, float, float]]:
+def _load_state(
+    path: Path, optimiser: MaskedOptimiser, fingerprint: str
+) -> tuple[list[tuple[int, float, float]], float]:
     history = saved_steps(path, fingerprint)
     optimiser.load_state(dict(tensorfile.tensors(path)))
-    return history
+    return history, float(tensorfile.read_header(path).metadata["scale"])

@@ -20,7 +20,7 @@ LAYERS = [
     {"salun.formats.delta", "salun.saliency", "salun.optim"},
     {"salun.training", "salun.evaluation", "salun.report"},
     {"salun.diffusion"},
-    {"salun.inspection"},
+    {"salun.inspection", "salun.doctor"},
 ]
 HEAVY = {"diffusers", "transformers", "accelerate", "typer", "rich", "gradio", "comfy", "huggingface_hub", "jinja2"}
 

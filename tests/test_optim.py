@@ -255,3 +255,20 @@ def test_soft_thresholding_returns_the_smallest_changes_to_zero(little: nn.Modul
             for name, master in optimiser.masters.items():
                 assert torch.all((master - start[name].flatten()).abs() <= (before[name] - start[name].flatten()).abs())
         assert soft.final_density() == 1 - unmoved / total
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_state_in_host_memory_changes_no_result(density: float) -> None:
+    """On a GPU only the place differs; here the same path runs with both on the CPU."""
+    results = []
+    for on_host in (False, True):
+        torch.manual_seed(0)
+        module = nn.Linear(8, 4)
+        parameters = dict(module.named_parameters())
+        mask = Mask.random(parameters, density, 0)
+        with MaskedOptimiser(parameters, mask, lambda p: torch.optim.Adam(p, lr=1e-2), on_host=on_host) as optimiser:
+            for _ in range(5):
+                optimiser.backward(module(torch.ones(2, 8)).square().sum())
+            assert {m.device.type for m in optimiser.masters.values()} == {"cpu"}
+        results.append(module.weight.detach().clone())
+    assert torch.equal(*results)

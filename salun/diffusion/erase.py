@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.nn import Parameter
 
 from salun import __version__
@@ -18,18 +20,18 @@ from salun.diffusion.images import folder_digest
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
 from salun.diffusion.models import Model, load, scoped
 from salun.diffusion.observe import compare, observe, questions
-from salun.diffusion.output import check_output, erased_tensors, moved
+from salun.diffusion.output import check_output, check_places, disk_needed, erased_tensors, moved
 from salun.diffusion.plan import Plan, Wanted, make_plan
 from salun.diffusion.result import Run, write_run
-from salun.errors import ConfigError, MaskError
+from salun.errors import ConfigError, MaskError, TrainingError
 from salun.mask import Mask, entries
 from salun.options import MASKS, EraseOptions
 from salun.processes import current
 from salun.progress import Event, Progress, silent
-from salun.run_record import RunRecord, check_folder
+from salun.run_record import RunRecord, check_folder, check_room
 from salun.saliency import scores_from_losses
 from salun.threshold import select_largest
-from salun.training import Trained, TrainingSettings, fine_tune, saved_steps
+from salun.training import Trained, TrainingSettings, check_optimiser, fine_tune, saved_steps
 
 
 def erase(
@@ -57,6 +59,7 @@ def erase(
     …), `Cancelled` if `progress` does.
     """
     options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
+    check_optimiser(options.optimiser)
     who = current()
     folder = Path(run_dir) if run_dir is not None else None
     if resume and folder is None:
@@ -67,7 +70,10 @@ def erase(
     cache = cache or Cache.of_user()
     if isinstance(model, str):
         model = load(model, options.device, options.dtype)
+    check_places(model, outputs or [], folder)
     plan = make_plan(model.settings, model.name, concept, options)
+    if folder is not None and not begun:
+        check_room(folder, disk_needed(model, plan, outputs or []))
     if options.method == "salun" and options.mask not in MASKS:
         _mask_from_file(model, plan)  # a mask that does not fit is told now, not after the sampling
     if plan.batch_size % who.count:
@@ -82,7 +88,13 @@ def erase(
         _facts(model, plan),
         resume,
     )
-    with record.running(), model.borrowed(), model.set_up(plan.options), kernels(plan.options.deterministic):
+    with (
+        record.running(),
+        model.borrowed(),
+        model.set_up(plan.options),
+        kernels(plan.options.deterministic),
+        enough_memory(plan),
+    ):
         for note in plan.notes:
             progress(Event("planning", message=note))
         asked = questions(plan, plan.eval_images, options.seed)
@@ -109,6 +121,23 @@ def erase(
         if not who.rank:
             write_run(run, outputs, force, progress)
     return run
+
+
+@contextmanager
+def enough_memory(plan: Plan) -> Iterator[None]:
+    """Turns running out of memory into a TrainingError that says what to try."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+        if not full:
+            raise
+        smaller = f"--batch-size {plan.batch_size // 2}, " if plan.batch_size > 1 else ""
+        also = "" if plan.options.low_vram else "--low-vram, "
+        raise TrainingError(
+            f"out of memory with --batch-size {plan.batch_size}: try {smaller}{also}"
+            "--dtype bf16, or a smaller --resolution"
+        ) from error
 
 
 def _facts(model: Model, plan: Plan) -> dict[str, str]:
@@ -256,12 +285,13 @@ def train(
 
     def losses(step: int) -> Any:
         sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step).share(who.rank, who.count)
-        held = frozen.pop(step).to(model.device) if frozen else None
+        held = frozen[step].to(model.device) if frozen else None
+        frozen.pop(step - 1, None)  # the last one stays, should its step be taken again
         return training_losses(model, sample, held, plan.target, plan.retain_target)
 
     soft = options.density if options.method == "salun-soft" else None
     settings = TrainingSettings(
-        plan.steps, plan.lr, plan.retain_weight, soft, plan.lr_decay, options.save_every, fingerprint
+        plan.steps, plan.lr, plan.retain_weight, soft, plan.lr_decay, options.save_every, fingerprint, options.optimiser
     )
     parameters = scoped(model.parameters(), options.scope)
     return fine_tune(parameters, mask, losses, settings, progress, model.original(), state, True, who, options.low_vram)

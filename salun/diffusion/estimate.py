@@ -14,14 +14,13 @@ from torch import Tensor
 
 from salun.diffusion.latents import batch_size_of
 from salun.diffusion.models import Model, load, scoped
-from salun.diffusion.output import check_output
+from salun.diffusion.output import STATE_BYTES, check_output, check_places, disk_needed
 from salun.diffusion.plan import Plan, Wanted, make_plan
 from salun.mask import entries
 from salun.options import EraseOptions
 from salun.progress import Event, Progress, silent
 
 _QUICK = 0.5  # seconds; a pass that takes longer is measured with one sample and scaled
-_STATE = 12  # bytes a salient entry: float32 master and Adam's two moments
 
 
 def preview(
@@ -41,12 +40,13 @@ def preview(
     for target in outputs:
         check_output(target)
     loaded = load(model, options.device, options.dtype)
+    check_places(loaded, outputs, run_dir)
     plan = make_plan(loaded.settings, loaded.name, concept, options)
     progress(Event("measuring", message=f"measuring this machine with {loaded.name}"))
     with loaded.borrowed():
         forward, backward, kept = _measure(loaded, plan)
     seconds = _seconds(loaded, plan, forward, backward)
-    memory, disk = _memory(loaded, plan, kept), _disk(loaded, plan, outputs)
+    memory, disk = _memory(loaded, plan, kept), disk_needed(loaded, plan, outputs)
     free_disk = shutil.disk_usage(_existing(run_dir)).free
     free_memory = _free_memory(loaded.device)
     warnings = []
@@ -71,10 +71,14 @@ def preview(
 
 def _story(plan: Plan) -> list[str]:
     n, forget, retain = len(plan.concepts), plan.forget_latents * len(plan.concepts), plan.retain_latents
-    prompts = plan.prompts
+    sampled = 0 if plan.options.forget_images else forget
+    said = sum(len(c.forget) for c in plan.prompts.concepts)
+    images = [f"encode {plan.options.forget_images} as the forget set"] if plan.options.forget_images else []
+    images += [f"encode {plan.options.retain_images} and keep what it shows"] if plan.options.retain_images else []
     return [
-        f"sample {forget} forget, {forget if plan.anchor_share else 0} anchor and {retain} retain latents "
-        f"from {sum(len(c.forget) for c in prompts.concepts)} and {len(prompts.retain)} prompts",
+        *images,
+        f"sample {sampled} forget, {forget if plan.anchor_share else 0} anchor and {retain} retain latents "
+        f"from {said} and {len(plan.prompts.retain)} prompts",
         f"choose {plan.options.density:.3g} of the weights ({plan.options.mask})"
         + (f", {plan.options.combine} for {n} concepts" if n > 1 else ""),
         f"train {plan.steps} steps of {plan.batch_size} forget and {plan.batch_size} retain samples",
@@ -157,23 +161,10 @@ def _memory(model: Model, plan: Plan, kept: int) -> int:
     weights: int = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     total = sum(p.numel() for p in scoped(model.parameters(), plan.options.scope).values())
     salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
-    saliency, training = 4 * total, _STATE * salient
+    saliency, training = 4 * total, STATE_BYTES * salient
     working = max(saliency, training) + 2 * plan.batch_size * kept
     held = _resident() if model.device.type == "cpu" else None
     return working + (weights if held is None else held)
-
-
-def _disk(model: Model, plan: Plan, outputs: list[str]) -> int:
-    unet = sum(file.stat().st_size for file in model.unet_files)
-    folder = sum(p.stat().st_size for p in model.folder.rglob("*") if p.is_file())
-    total = sum(p.numel() for p in scoped(model.parameters(), plan.options.scope).values())
-    salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
-    delta = total // 8 + unet  # at most: the bits of all entries and every changed one
-    kinds = outputs or ["model/", "x.salun.safetensors"]
-    written = sum(
-        folder if name.endswith("/") else delta if name.endswith(".salun.safetensors") else unet for name in kinds
-    )
-    return written + total // 8 + 2 * _STATE * salient  # a new state is whole before the old one goes
 
 
 def _existing(folder: Path) -> Path:

@@ -460,6 +460,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Model:
     bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
     if bad is not None:
         raise ModelError(f"{name}: the weight {bad} holds NaN or infinity, so nothing can be computed with it")
+    if not any(".attn2." in n for n, _ in unet.named_parameters()):
+        raise ModelError(f"{name} has no cross-attention: prompts do not reach its UNet, so nothing can be forgotten")
     return Model(
         name=name,
         folder=folder,

@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from salun.diffusion.models import Model
+from salun.diffusion.models import Model, scoped
+from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError
 from salun.formats import tensorfile
 from salun.formats.delta import Delta
 from salun.formats.tensorfile import remove_leftovers, sha256_file
-from salun.mask import Mask
+from salun.mask import Mask, entries
+
+STATE_BYTES = 12  # a salient entry's float32 master and Adam's two moments
 
 
 def erased_tensors(original: Mapping[str, Tensor], mask: Mask, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -51,6 +54,28 @@ def check_output(target: str, force: bool = False) -> None:
         )
     if path.exists() and not force:
         raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
+
+
+def check_places(model: Model, targets: list[str], run_dir: Path | None) -> None:
+    """Raises ConfigError for an output or run folder inside the model's own folder, which erasing never changes."""
+    inside = model.folder.resolve()
+    for flag, place in [("--output", Path(target)) for target in targets] + [("--run-dir", run_dir)]:
+        if place is not None and inside in (place.resolve(), *place.resolve().parents):
+            raise ConfigError(f"{flag} {place} is inside the model's own folder: write somewhere else")
+
+
+def disk_needed(model: Model, plan: Plan, outputs: list[str]) -> int:
+    """Bytes that a run takes on disk at most: outputs, mask, and the state to resume from, twice as it is renewed."""
+    unet = sum(file.stat().st_size for file in model.unet_files)
+    folder = sum(p.stat().st_size for p in model.folder.rglob("*") if p.is_file())
+    total = sum(p.numel() for p in scoped(model.parameters(), plan.options.scope).values())
+    salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
+    delta = total // 8 + unet  # at most: the bits of all entries and every changed one
+    kinds = outputs or ["model/", "x.salun.safetensors"]
+    written = sum(
+        folder if name.endswith("/") else delta if name.endswith(".salun.safetensors") else unet for name in kinds
+    )
+    return written + total // 8 + 2 * STATE_BYTES * salient
 
 
 def write_output(
@@ -114,5 +139,9 @@ def _write_folder(target: Path, model: Model, erased: Mapping[str, Tensor], note
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)
+    except OSError as error:
+        raise ModelError(
+            f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -210,21 +210,29 @@ def rewrite(source: Path, target: Path, replaced: Mapping[str, Tensor], metadata
 def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
     """A file that appears at `path` only when complete: temporary name beside it, synced, renamed; removed on failure.
 
-    size: bytes it will take, checked against the free disk first. Raises ModelError telling both.
+    size: bytes it will take, checked against the free disk first. Raises ModelError telling both, or why the file
+    cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise ModelError(f"{path} needs {size:,} bytes, but its disk has {free:,} free: make room or write elsewhere")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise ModelError(
+                f"{path} needs {size:,} bytes, but its disk has {free:,} free: make room or write elsewhere"
+            )
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(path), str(path.parent)):
+            raise  # of what is done inside, such as reading another file
+        raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(path: Path) -> None:

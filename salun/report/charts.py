@@ -46,11 +46,20 @@ def loss_curve(losses: Sequence[Sequence[float]]) -> str:
 
 def layer_bars(layers: Mapping[str, tuple[int, int]]) -> str:
     """Mask density per block of the network. layers: parameter → (selected, total), in module order."""
-    blocks: dict[str, list[int]] = {}
+    return bars(per_block(layers))
+
+
+def per_block(layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """(selected, total) summed over the parameters of each block, in the order of the blocks' first parameters."""
+    blocks: dict[str, tuple[int, int]] = {}
     for name, (selected, total) in layers.items():
-        row = blocks.setdefault(block_of(name), [0, 0])
-        row[0] += selected
-        row[1] += total
+        before = blocks.get(block_of(name), (0, 0))
+        blocks[block_of(name)] = (before[0] + selected, before[1] + total)
+    return blocks
+
+
+def bars(blocks: Mapping[str, Sequence[int]]) -> str:
+    """A bar for each block: block → (selected, total)."""
     height, left, width = 20, 230, 640
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height * len(blocks) + 8}" role="img" '
