@@ -8,6 +8,7 @@ weight decay. At density d this costs d·N masters and moments instead of N.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
@@ -21,13 +22,15 @@ from salun.mask import Mask
 from salun.threshold import kth_largest
 
 Mode = Literal["step", "pack"]
-_KEEP_DENSE = 1 << 24  # entries; up to here a parameter's mask is kept unpacked for speed
+_KEEP_PLACES = 1 << 18  # entries; of parameters up to here the places are kept on every device, for speed
 
 
 class Packed:
     """One parameter and its salient entries.
 
-    master: float32 (count,), the entries' exact values; the parameter holds them rounded to its own dtype.
+    master: float32 (count,), the entries' exact values; the parameter holds them rounded to its own dtype. The places
+    of the entries take four bytes each: kept in host memory, where there is room, and found anew from the packed bits
+    where memory is dear.
     """
 
     def __init__(
@@ -35,32 +38,45 @@ class Packed:
     ) -> None:
         self.parameter, self.count = parameter, count
         self.whole = count == parameter.numel()
-        self._bits = torch.from_numpy(bits).to(parameter.device)
-        self._dense: Tensor | None = None
-        values = self.gather(source.to(parameter.device)).float()
+        keep = parameter.device.type == "cpu" or parameter.numel() <= _KEEP_PLACES
+        self._bits = torch.from_numpy(bits) if self.whole or keep else torch.from_numpy(bits).to(parameter.device)
+        self._places = self._find().to(torch.int32).to(parameter.device) if keep and not self.whole else None
+        values = self.gather(source.to(parameter.device), self.places()).float()
         self.master = nn.Parameter(values.to("cpu" if on_host else values.device, copy=True))
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def places(self) -> Tensor | None:
+        """Flat indices of the salient entries, (count,), rising; None for all of them."""
+        if self.whole:
+            return None
+        return self._places if self._places is not None else self._find()
+
+    def gather(self, tensor: Tensor, places: Tensor | None) -> Tensor:
         """The salient entries of a tensor of the parameter's shape, (count,)."""
-        return tensor.detach().flatten() if self.whole else tensor.detach().flatten()[self._selected()]
+        flat = tensor.detach().flatten()
+        return flat if places is None else flat.index_select(0, places)
 
     @torch.no_grad()
-    def scatter(self) -> None:
+    def scatter(self, places: Tensor | None) -> None:
         """Write the master, rounded to nearest, into the parameter's salient entries."""
         values = self.master.to(self.parameter.dtype).to(self.parameter.device)
-        if self.whole:
+        if places is None:
             self.parameter.copy_(values.view_as(self.parameter))
+        elif self.parameter.is_contiguous():
+            self.parameter.data.view(-1).index_copy_(0, places.long(), values)
         else:
-            self.parameter.masked_scatter_(self._selected().view_as(self.parameter), values)
+            self.parameter.copy_(self.parameter.flatten().index_copy(0, places.long(), values).view_as(self.parameter))
 
-    def _selected(self) -> Tensor:
-        if self._dense is not None:
-            return self._dense
-        shifts = torch.arange(8, dtype=torch.uint8, device=self._bits.device)
-        dense = ((self._bits[:, None] >> shifts) & 1).flatten()[: self.parameter.numel()].bool()
-        if self.parameter.numel() <= _KEEP_DENSE // 16:
-            self._dense = dense
-        return dense
+    def _find(self) -> Tensor:
+        """The places from the bits. A byte looks its eight entries up in a table."""
+        table = _eight(self._bits.device)
+        dense = table.index_select(0, self._bits.int()).view(torch.bool)[: self.parameter.numel()]
+        return dense.nonzero().view(-1)
+
+
+def _eight(device: torch.device) -> Tensor:
+    """int64 (256,): the eight bits of each byte as eight bytes of 0 or 1."""
+    rows = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(np.ascontiguousarray(rows).view(np.int64).reshape(-1)).to(device)
 
 
 class MaskedOptimiser:
@@ -156,11 +172,12 @@ class MaskedOptimiser:
     def _consume(self, name: str, parameter: Tensor) -> None:
         packed = self.packed[name]
         assert parameter.grad is not None
-        gradient = packed.gather(parameter.grad).to(packed.master.device).float()
+        places = packed.places()
+        gradient = packed.gather(parameter.grad, places).to(packed.master.device).float()
         parameter.grad = None
         if self._scale != 1.0:
             gradient = gradient / self._scale
-        if not torch.isfinite(gradient).all():
+        if not _finite(gradient):
             self.not_finite.append(name)
             return
         if self.mode == "pack":
@@ -169,7 +186,7 @@ class MaskedOptimiser:
         packed.master.grad = gradient
         self._optimisers[name].step()
         packed.master.grad = None
-        packed.scatter()
+        packed.scatter(places)
 
     def step(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> bool:
         """Mode "pack": one optimiser step on the gradients gathered since the last. False if it was left out.
@@ -182,13 +199,13 @@ class MaskedOptimiser:
         gradients = [m.grad for m in masters if m.grad is not None]
         if reduce is not None:
             reduce(gradients)
-        good = not self.not_finite and all(bool(torch.isfinite(g).all()) for g in gradients)
+        good = not self.not_finite and all(_finite(g) for g in gradients)
         if good:
             if max_norm is not None:
                 nn.utils.clip_grad_norm_(masters, max_norm)
             next(iter(self._optimisers.values())).step()
             for packed in self.packed.values():
-                packed.scatter()
+                packed.scatter(packed.places())
         for master in masters:
             master.grad = None
         self.not_finite = []
@@ -222,7 +239,12 @@ class MaskedOptimiser:
                 key: _count(value) if key == "step" else value.to(device).clone()
                 for key, value in moments[name].items()
             }
-            packed.scatter()
+            packed.scatter(packed.places())
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: either shows in the least or the greatest."""
+    return all(math.isfinite(float(end)) for end in torch.aminmax(values))
 
 
 def _count(value: Tensor) -> Tensor | int:
@@ -253,7 +275,7 @@ class SoftThreshold:
         for name, change in changes.items():
             packed = self.optimiser.packed[name]
             packed.master.copy_(self.originals[name] + change.sign() * (change.abs() - threshold).clamp(min=0))
-            packed.scatter()
+            packed.scatter(packed.places())
 
     def final_density(self) -> float:
         """Share of the entries that differ from θ₀ now."""
