@@ -119,6 +119,59 @@ def test_the_single_steps_work(erased: tuple[Path, subprocess.CompletedProcess[s
     assert (folder / "run" / "eval.json").is_file()
 
 
+def test_inspect_draws_what_a_mask_and_a_run_touch(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = erased
+    shown = salun("inspect", "run", "--html", "layers.html", cwd=folder).stdout
+    assert "share of each block:" in shown
+    assert "share of each block that moved:" in shown
+    assert re.search(r"mid_block.\w+ +█+ +\d+\.\d% of", shown)
+    page = (folder / "layers.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "http" not in page
+    found = json.loads(salun("inspect", "run", "--json", cwd=folder).stdout)
+    assert sum(some for some, _ in found["blocks"].values()) == 2118978  # half of 4,237,956
+    assert sum(some for some, _ in found["moved"].values()) <= 2118978
+    same = json.loads(salun("inspect", "run", "--against", "run/mask.safetensors", "--json", cwd=folder).stdout)
+    assert same["jaccard"] == 1
+    assert same["by_chance"] == pytest.approx(1 / 3, abs=1e-6)  # of two halves: a quarter in both, three in either
+
+
+def test_the_doctor_looks_at_everything(tmp_path: Path) -> None:
+    done = salun("doctor", "--offline", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {one["what"]: one for one in json.loads(done.stdout)}
+    for what in (
+        "salun",
+        "Python",
+        "torch",
+        "CPU",
+        "attention",
+        "xformers",
+        "working folder",
+        "cache",
+        "hub",
+        "erasing",
+    ):
+        assert what in found
+    assert "worked" in found["erasing"]["found"]
+    assert not any(one["verdict"] == "fails" for one in found.values())
+    text = salun("doctor", "--offline", cwd=tmp_path).stdout
+    assert "ok     torch" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_doctor_says_what_will_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SALUN_CACHE_SIZE", "plenty")
+    done = salun("doctor", "--offline", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "FAILS  cache: SALUN_CACHE_SIZE is 'plenty'" in done.stdout
+
+
+def test_shell_completion_can_be_shown(tmp_path: Path) -> None:
+    done = salun("--show-completion", "bash", cwd=tmp_path)
+    assert "salun" in done.stdout + done.stderr.lower() or done.returncode == 0
+
+
 def test_lists(tmp_path: Path) -> None:
     assert "nudity" in salun("concepts", cwd=tmp_path).stdout
     assert (

@@ -77,16 +77,23 @@ def texts(value: object) -> bool:
 
 
 def test_the_file_has_its_parts_and_no_others() -> None:
-    assert set(CONCEPTS) == {"schema", "kinds", "retain", "retain_eval", "presets"}
+    assert set(CONCEPTS) == {"schema", "kinds", "retain", "retain_eval", "tags", "presets"}
+    assert set(CONCEPTS["tags"]) == {"kinds", "retain", "retain_eval"}
+    assert set(CONCEPTS["tags"]["kinds"]) == set(KINDS)
     assert CONCEPTS["schema"] == 1
     assert set(KINDS) == {"object", "style", "person", "content"}
     assert {*IMAGENETTE, *STYLES, "nudity", "violence"} <= set(PRESETS)
 
 
+STYLES_OF_PROMPTS = {"natural": KINDS, "tags": CONCEPTS["tags"]["kinds"]}
+
+
+@pytest.mark.parametrize("style", STYLES_OF_PROMPTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_has_enough_templates_with_one_place_each(kind: str) -> None:
-    assert set(KINDS[kind]) == {"train", "eval"}
-    train, asked = KINDS[kind]["train"], KINDS[kind]["eval"]
+def test_a_kind_has_enough_templates_with_one_place_each(kind: str, style: str) -> None:
+    kinds = STYLES_OF_PROMPTS[style]
+    assert set(kinds[kind]) == {"train", "eval"}
+    train, asked = kinds[kind]["train"], kinds[kind]["eval"]
     assert texts(train)
     assert texts(asked)
     assert len(train) >= 10
@@ -94,10 +101,22 @@ def test_a_kind_has_enough_templates_with_one_place_each(kind: str) -> None:
     assert all(t.count("{}") == 1 for t in train + asked)
 
 
+def test_tags_to_keep_are_tags_and_held_out() -> None:
+    kept, judged = CONCEPTS["tags"]["retain"], CONCEPTS["tags"]["retain_eval"]
+    assert texts(kept)
+    assert texts(judged)
+    assert len(kept) >= 40
+    assert len(judged) >= 20
+    assert not set(kept) & set(judged)
+    assert all("," in text and not text.startswith(("a ", "an ", "the ")) for text in kept + judged)
+
+
+@pytest.mark.parametrize("style", STYLES_OF_PROMPTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_concept_can_make_a_training_and_an_evaluation_template_equal(kind: str) -> None:
+def test_no_concept_can_make_a_training_and_an_evaluation_template_equal(kind: str, style: str) -> None:
     """Two can meet only if they are of one length, and one's beginning and end start and end the other's."""
-    for train, asked in product(KINDS[kind]["train"], KINDS[kind]["eval"]):
+    kinds = STYLES_OF_PROMPTS[style]
+    for train, asked in product(kinds[kind]["train"], kinds[kind]["eval"]):
         (a, b), (c, d) = train.split("{}"), asked.split("{}")
         could = len(train) == len(asked) and (a.startswith(c) or c.startswith(a)) and (b.endswith(d) or d.endswith(b))
         assert not could, (train, asked)
@@ -108,7 +127,11 @@ def test_a_preset_is_complete(name: str) -> None:
     entry = PRESETS[name]
     assert name == name.lower().strip()
     assert {"kind", "synonyms", "anchors", "retain", "about"} <= set(entry)
-    assert set(entry) <= {"kind", "synonyms", "anchors", "retain", "about", "sensitive", "aliases"}
+    optional = {"sensitive", "aliases", "tags", "tag_anchors"}
+    assert set(entry) <= {"kind", "synonyms", "anchors", "retain", "about"} | optional
+    assert texts(entry.get("tags", []))
+    assert len(entry.get("tags", [])) == len(entry.get("tag_anchors", []))
+    assert not set(entry.get("tags", [])) & set(entry.get("tag_anchors", []))
     assert entry["kind"] in KINDS
     assert texts(entry["synonyms"])
     assert texts(entry["retain"])

@@ -42,3 +42,23 @@ def test_the_python_example_runs_and_the_default_recipe_erases(tmp_path: Path, m
     assert metrics["anchor"]["value"] >= 85
     assert metrics["none"]["value"] <= 6
     assert metrics["ra_before"]["value"] - metrics["ra_after"]["value"] <= 5
+
+
+def test_the_config_file_shown_is_one(tmp_path: Path) -> None:
+    from salun.config import read_config
+
+    (tmp_path / "job.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    assert read_config(tmp_path / "job.yaml")["concept"] == ["nudity", "violence"]
+
+
+def test_every_option_shown_exists() -> None:
+    """Options in the README's text and commands that start with `salun erase` or stand by themselves."""
+    import dataclasses
+
+    from salun.options import EraseJob
+
+    known = {"--" + item.name.replace("_", "-") for item in dataclasses.fields(EraseJob)}
+    known |= {"--config", "--dry-run", "--resume", "--force", "--json"}  # of the command itself
+    known |= {"--delta", "--strength", "--prompt", "--install-completion", "--num_processes"}  # of others
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXT))
+    assert shown - known - {"--check"} == set()

@@ -43,7 +43,7 @@ def preview(
     check_places(loaded, outputs, run_dir)
     plan = make_plan(loaded.settings, loaded.name, concept, options)
     progress(Event("measuring", message=f"measuring this machine with {loaded.name}"))
-    with loaded.borrowed():
+    with loaded.borrowed(), loaded.set_up(plan.options):
         forward, backward, kept = _measure(loaded, plan)
     seconds = _seconds(loaded, plan, forward, backward)
     memory, disk = _memory(loaded, plan, kept), disk_needed(loaded, plan, outputs)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from salun.cache import Cache
 from salun.diffusion.concepts import Concept
 from salun.diffusion.models import load
 from salun.diffusion.observe import compare, observe, questions
@@ -35,10 +36,11 @@ def evaluate_run(folder: Path, n: int, seed: int, device: str = "auto", progress
     concepts = [Concept(str(name)) for name in options.pop("concept")]
     plan = make_plan(model.settings, model.name, concepts, from_mapping(EraseOptions, options, str(folder)))
     asked = questions(plan, n, seed)
-    before = observe(model, asked, progress, "pictures before")
-    model.load(Delta.load(candidates[0]).apply(dict(model.original())))
-    after = observe(model, asked, progress, "pictures after")
-    metrics = compare(model, plan, asked, before, after)
+    with model.set_up(plan.options):
+        before = observe(model, asked, progress, "pictures before", Cache.of_user())
+        model.load(Delta.load(candidates[0]).apply(dict(model.original())))
+        after = observe(model, asked, progress, "pictures after")
+        metrics = compare(model, plan, asked, before, after)
     text = json.dumps({"n": n, "seed": seed, **metrics}, indent=1) + "\n"
     write_bytes(folder / "eval.json", text.encode("utf-8"))
     return metrics

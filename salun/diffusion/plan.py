@@ -111,7 +111,12 @@ def make_plan(settings: ModelSettings, model: str, wanted: Wanted, options: Eras
     return Plan(
         concepts=concepts,
         prompts=prompts_of(concepts, settings.vocabulary, options.prompt_style),
-        options=replace(options, anchor=[concept.anchor or "" for concept in concepts], **numbers),
+        options=replace(
+            options,
+            anchor=[concept.anchor or "" for concept in concepts],
+            resolution=options.resolution or settings.sampling.resolution,
+            **numbers,
+        ),
         saliency_timesteps=recipe.saliency_timesteps,
         notes=notes,
     )

@@ -1,0 +1,125 @@
+"""Forgetting 2, 4 and 8 concepts in one run, masks joint or united: fills docs/concepts.md.
+
+    python benchmarks/concepts.py            run what is missing, then write the table
+    python benchmarks/concepts.py --table    write the table from what is there
+
+Each run is one JSON file in benchmarks/results/concepts/, named by what it depends on. Killed, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import salun
+from salun.diffusion.models import Model
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, TABLE = ROOT / "benchmarks" / "results" / "concepts", ROOT / "docs" / "concepts.md"
+CONCEPTS = ("circle", "red", "night", "star", "blue", "striped", "crescent", "pink")
+PICTURES = 200  # of each concept's forget prompts, and as many retain pictures
+JOBS: list[dict[str, Any]] = [
+    {"k": k, "combine": combine, "share": share, "seed": seed}
+    for seed in (0, 1)
+    for k in (2, 4, 8)
+    for combine, share in (("joint", 1.0), ("union", 1.0), ("joint", 0.5))
+]
+
+PREAMBLE = """\
+Written by `benchmarks/concepts.py`: the first 2, 4 and 8 of {names}, each with its preset anchor, in one run;
+{n} pictures of each concept's held-out prompts and {n} of other prompts, on a CPU. UA and anchor: the mean over the
+concepts and, behind it, the worst concept's. RA: share of attributes right on prompts that name no concept. Steps: the
+recipe's for one concept times the number of concepts, or half of that. Percent and points; mean over the seeds.
+"""
+
+
+def path_of(model: Model, job: dict[str, Any]) -> Path:
+    """Where a job's result lies."""
+    recipe = {name: getattr(model.settings.recipe, name) for name in ("steps", "batch_size", "lr", "forget_latents")}
+    facts = json.dumps([job, CONCEPTS, PICTURES, model.base_hash, recipe], sort_keys=True)
+    name = f"{job['k']}-{job['combine']}-{job['share']}-{job['seed']}"
+    return RESULTS / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}.json"
+
+
+def run(model: Model, job: dict[str, Any]) -> None:
+    """Do a job, unless it is done."""
+    path = path_of(model, job)
+    if path.exists():
+        return
+    began = time.perf_counter()
+    steps = round(model.settings.recipe.steps * job["k"] * job["share"])
+    names = list(CONCEPTS[: job["k"]])
+    done = salun.erase(model, names, combine=job["combine"], steps=steps, seed=job["seed"], eval_images=PICTURES)
+    result = {
+        **job,
+        "steps": steps,
+        "density": done.mask.density,
+        "seconds": round(time.perf_counter() - began, 1),
+        "timings": done.record.data["timings"],
+        "metrics": done.metrics,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(line([result]), f"{result['seconds']:.0f} s", flush=True)
+
+
+def line(results: list[dict[str, Any]]) -> str:
+    """One row of the table."""
+
+    def each(key: str) -> str:
+        shares = [[c[key]["value"] for c in r["metrics"]["per_concept"].values()] for r in results]
+        return f"{mean(mean(s) for s in shares):.1f} ({mean(min(s) for s in shares):.1f})"
+
+    def over(of: Any) -> str:
+        return f"{mean(of(r) for r in results):.1f}"
+
+    first = results[0]
+    cells = [str(first["k"]), first["combine"], str(first["steps"]), str(len(results))]
+    cells += [over(lambda r: 100 * r["density"]), each("ua"), each("anchor")]
+    cells += [
+        over(lambda r: r["metrics"]["none"]["value"]),
+        over(lambda r: r["metrics"]["ra_before"]["value"]),
+        over(lambda r: r["metrics"]["ra_before"]["value"] - r["metrics"]["ra_after"]["value"]),
+        over(lambda r: r["timings"]["training"]),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(model: Model) -> str:
+    """docs/concepts.md, from the results there are."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    missing = 0
+    for job in JOBS:
+        path = path_of(model, job)
+        if not path.exists():
+            missing += 1
+            continue
+        key = (job["k"], job["combine"], job["share"])
+        groups.setdefault(key, []).append(json.loads(path.read_text(encoding="utf-8")))
+    columns = "concepts | masks | steps | seeds | density | UA (worst) | anchor (worst) | none | RA before | RA drop"
+    head = f"| {columns} | training, s |"
+    out = ["# Several concepts at once, on the embedded model", ""]
+    out += [PREAMBLE.format(names=", ".join(CONCEPTS), n=PICTURES)]
+    out += [f"**Not complete: {missing} of {len(JOBS)} runs are still to be made.**", ""] if missing else []
+    out += [head, "|---" * head.count(" | ") + "|---|", *(line(groups[key]) for key in sorted(groups))]
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    model = salun.load("shapes", device="cpu")
+    for job in JOBS:
+        if not arguments.table:
+            run(model, job)
+    TABLE.write_text(table(model), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
