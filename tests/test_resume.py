@@ -67,6 +67,22 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     assert run.record.data["resumed"] == 1
 
 
+def test_a_host_is_asked_at_every_sampler_step(shapes: Model, tmp_path: Path) -> None:
+    """A batch can take minutes on a large model: stopping must not wait for its end."""
+    asked: list[int] = []
+
+    def count(event: Event, /) -> None:
+        if event.stage == "sampling":
+            asked.append(event.step)
+            if len(asked) == 5:
+                raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        salun.erase(shapes, "circle", seed=77, progress=count, cache=Cache(tmp_path), **SHORT)
+    assert asked == [0] * 5  # within the first batch
+    assert not Cache(tmp_path).entries()
+
+
 def test_resuming_nothing_begins(shapes: Model, whole: Path, tmp_path: Path) -> None:
     salun.erase(shapes, "circle", run_dir=tmp_path / "new", resume=True, **SHORT)
     assert contents(tmp_path / "new") == contents(whole)

@@ -172,13 +172,18 @@ def _mask_of_run(
 
 
 def make_mask(
-    model: Model, concept: Wanted, options: EraseOptions | None = None, progress: Progress = silent
+    model: Model,
+    concept: Wanted,
+    options: EraseOptions | None = None,
+    progress: Progress = silent,
+    cache: Cache | None = None,
 ) -> tuple[Mask, dict[str, Any]]:
-    """Only the mask of an erasure, and what `run.json` says of it."""
+    """Only the mask of an erasure, and what `run.json` says of it. cache: as in `erase`, which shares its samples."""
     options = options or EraseOptions()
     plan = make_plan(model.settings, model.name, concept, options)
     with model.borrowed(), model.set_up(plan.options), kernels(plan.options.deterministic):
-        return find_mask(model, sample_data(model, plan, progress, forget_only=True), plan, progress)
+        data = sample_data(model, plan, progress, forget_only=True, cache=cache or Cache.of_user())
+        return find_mask(model, data, plan, progress)
 
 
 def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -> tuple[Mask, dict[str, Any]]:

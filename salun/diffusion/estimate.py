@@ -161,7 +161,8 @@ def _memory(model: Model, plan: Plan, kept: int) -> int:
     weights: int = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     total = sum(p.numel() for p in scoped(model.parameters(), plan.options.scope).values())
     salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
-    saliency, training = 4 * total, STATE_BYTES * salient
+    in_host = plan.options.low_vram and model.device.type != "cpu"
+    saliency, training = (0, 0) if in_host else (4 * total, STATE_BYTES * salient)
     working = max(saliency, training) + 2 * plan.batch_size * kept
     held = _resident() if model.device.type == "cpu" else None
     return working + (weights if held is None else held)

@@ -5,7 +5,7 @@ Every sample has a seed of its own, so it does not depend on what else is in its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -58,7 +58,11 @@ def sample_latents(
         key = _key(model, asked, empty, own) if cache is not None else ""
         kept = cache.get(key) if cache is not None else None
         if kept is None:
-            kept = {"latents": _denoise(model, _noise(model, own), asked, empty)}
+
+            def tick(start: int = start) -> None:  # a batch can take minutes: a host may stop it between two steps
+                progress(Event(stage, start, len(prompts)))
+
+            kept = {"latents": _denoise(model, _noise(model, own), asked, empty, tick)}
             if cache is not None:
                 cache.put(key, kept)
         done[number] = kept["latents"].to(model.device)
@@ -79,7 +83,8 @@ def sample_pictures(
     """One uint8 picture per prompt, (n, H, W, 3); arguments as `sample_latents`."""
     latents = sample_latents(model, prompts, seeds, progress, stage, cache)
     side = model.settings.sampling.resolution
-    parts = [model.decode(part) for part in latents.split(batch_size_of(model))] if len(latents) else []
+    with model.awake(model.vae):
+        parts = [model.decode(part) for part in latents.split(batch_size_of(model))] if len(latents) else []
     return np.concatenate(parts) if parts else np.empty((0, side, side, 3), np.uint8)
 
 
@@ -108,7 +113,9 @@ def _key(model: Model, prompts: Conditioning, empty: Conditioning, seeds: list[i
     )
 
 
-def _denoise(model: Model, noise: Tensor, prompts: Conditioning, empty: Conditioning) -> Tensor:
+def _denoise(
+    model: Model, noise: Tensor, prompts: Conditioning, empty: Conditioning, tick: Callable[[], None]
+) -> Tensor:
     settings = model.settings.sampling
     scheduler = _scheduler(model.scheduler_config)
     scheduler.set_timesteps(settings.steps)
@@ -116,6 +123,7 @@ def _denoise(model: Model, noise: Tensor, prompts: Conditioning, empty: Conditio
     conditioning = Conditioning.cat([prompts, empty.expand(n)])
     x: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
+        tick()
         doubled = scheduler.scale_model_input(torch.cat([x, x]), t)
         steps = t.to(device=model.device, dtype=torch.long).expand(2 * n)
         conditional, unconditional = model.predict(doubled, steps, conditioning).chunk(2)

@@ -102,7 +102,7 @@ class Model:
         groups: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             groups.setdefault(self._chunks(prompt), []).append(i)
-        with self._awake(*self.text_encoders):
+        with self.awake(*self.text_encoders):
             for count, members in groups.items():
                 for start in range(0, len(members), 64):
                     some = members[start : start + 64]
@@ -179,7 +179,7 @@ class Model:
     def encode_pictures(self, pictures: np.ndarray) -> Tensor:
         """uint8 pictures (n, H, W, 3) → latents (n, c, h, w), scaled: the mean of the VAE's posterior."""
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with self._awake(self.vae):
+        with self.awake(self.vae):
             z = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents: Tensor = (z - shift) * self.vae.config.scaling_factor
@@ -189,7 +189,7 @@ class Model:
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, c, h, w), scaled → uint8 pictures (n, H, W, 3)."""
         z = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        with self._awake(self.vae):
+        with self.awake(self.vae):
             x = self.vae.decode(z.to(self.device, self.vae.dtype)).sample.float()
         pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         array: np.ndarray = pictures.cpu().numpy()
@@ -251,17 +251,17 @@ class Model:
                 self.unet.disable_xformers_memory_efficient_attention()
 
     @contextmanager
-    def _awake(self, *modules: Any) -> Iterator[None]:
+    def awake(self, *modules: Any) -> Iterator[None]:
         """Within, these parts are on the model's device. Elsewhere they wait in host memory, so that a GPU holds the
-        UNet alone while it trains."""
+        UNet alone while it trains. May be nested: the outermost sends them back."""
+        before = [module.device for module in modules]
         for module in modules:
             module.to(self.device)
         try:
             yield
         finally:
-            if self.device.type != "cpu":
-                for module in modules:
-                    module.to("cpu")
+            for module, place in zip(modules, before, strict=True):
+                module.to(place)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -93,13 +93,15 @@ def _answers(model: Model, texts: list[str]) -> Tensor:
     """Predictions on noise latents at t spread over the upper half of the schedule, where a prompt decides most."""
     steps = len(model.alphas_cumprod)
     texts = [texts[i % len(texts)] for i in range(PROBES)] if texts else []
+    said = model.encode(texts) if texts else None
     answers = []
     for start in range(0, len(texts), 8):
+        assert said is not None
         part = texts[start : start + 8]
         noise = torch.randn(len(part), *model.latent_shape, generator=step_generator(1, start)).to(model.device)
         t = torch.linspace(steps // 2, steps - 1, PROBES)[start : start + len(part)].long().to(model.device)
         x_t = add_noise(model, torch.zeros_like(noise), noise, t)
-        answers.append(model.predict(x_t, t, model.encode(part)))
+        answers.append(model.predict(x_t, t, said[start : start + len(part)]))
     return torch.cat(answers).cpu() if answers else torch.empty(0)
 
 
