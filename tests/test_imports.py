@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"salun.errors", "salun.progress"},
     {"salun.options", "salun.device", "salun.processes", "salun.threshold"},
-    {"salun.formats.tensorfile", "salun.config"},
+    {"salun.formats.tensorfile", "salun.formats.keymap", "salun.config"},
     {"salun.formats.hashing", "salun.mask", "salun.run_record", "salun.cache"},
     {"salun.formats.delta", "salun.saliency", "salun.optim"},
     {"salun.training", "salun.evaluation", "salun.report"},

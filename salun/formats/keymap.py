@@ -1,0 +1,260 @@
+"""Names of tensors: single files' (LDM, as in CompVis's and Stability's checkpoints) ↔ diffusers', by rule.
+
+Facts, not code, come from those projects: LDM numbers a UNet's blocks in one row (`input_blocks.4.1`), diffusers by
+level and kind (`down_blocks.1.attentions.0`). The inner names of attention blocks are the same on both sides. Nothing
+here looks at a tensor; where one side keeps it in another shape, `is_vae_matrix` and `text_to_ldm` say so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+EMA = "model_ema."
+
+_TOP = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_TOP_BACK = {theirs: ours for ours, theirs in _TOP.items()}
+_RESNET_BACK = {theirs: ours for ours, theirs in _RESNET.items()}
+
+
+# -- UNet -------------------------------------------------------------------------------------------------------------
+
+
+def unet_to_ldm(names: Iterable[str]) -> dict[str, str]:
+    """diffusers name → LDM name (with `model.diffusion_model.`) of every UNet tensor.
+
+    The names of the whole UNet are needed: the numbering depends on how many layers a block has, and which have
+    attention. Raises KeyError naming a tensor that no UNet of these families has.
+    """
+    names = list(names)
+    layers = 1 + max((int(m[1]) for n in names if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", n))), default=1)
+    attended = {m[1] for n in names if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", n))}
+    return {name: UNET + _unet_name(name, layers, attended) for name in names}
+
+
+def _unet_name(name: str, layers: int, attended: set[str]) -> str:
+    for ours, theirs in _TOP.items():
+        if name.startswith(ours + "."):
+            rest = name[len(ours) + 1 :]
+            return f"{theirs}.{_inner(rest, _RESNET) if '.resnets.' in ours else rest}"
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    if match is None:
+        raise KeyError(name)
+    side, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    row = "input_blocks" if side == "down" else "output_blocks"
+    start = 1 + block * (layers + 1) if side == "down" else block * (layers + 1)
+    if kind == "resnets":
+        return f"{row}.{start + layer}.0.{_inner(rest, _RESNET)}"
+    if kind == "attentions":
+        return f"{row}.{start + layer}.1.{rest}"
+    if kind == "downsamplers":
+        return f"{row}.{start + layers}.0.op.{rest.removeprefix('conv.')}"
+    return f"{row}.{start + layers}.{2 if str(block) in attended else 1}.{rest}"
+
+
+def unet_from_ldm(names: Iterable[str]) -> dict[str, str]:
+    """LDM name (with `model.diffusion_model.`) → diffusers name of every UNet tensor among `names`; no others.
+
+    Raises KeyError naming a UNet tensor that has no place.
+    """
+    own = [name.removeprefix(UNET) for name in names if name.startswith(UNET)]
+    samplers = [int(m[1]) for n in own if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.", n))]
+    layers = min(samplers) - 1 if samplers else 2
+    return {UNET + name: _unet_name_back(name, layers) for name in own}
+
+
+def _unet_name_back(name: str, layers: int) -> str:
+    for theirs, ours in _TOP_BACK.items():
+        if name.startswith(theirs + "."):
+            rest = name[len(theirs) + 1 :]
+            return f"{ours}.{_inner(rest, _RESNET_BACK) if '.resnets.' in ours else rest}"
+    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", name)
+    if match is None:
+        raise KeyError(UNET + name)
+    side, place, slot, rest = match[1], int(match[2]), int(match[3]), match[4]
+    if side == "input":
+        block, layer = divmod(place - 1, layers + 1)
+        if rest.startswith("op."):
+            return f"down_blocks.{block}.downsamplers.0.conv.{rest[3:]}"
+        where = f"down_blocks.{block}"
+    else:
+        block, layer = divmod(place, layers + 1)
+        if rest.startswith("conv."):
+            return f"up_blocks.{block}.upsamplers.0.{rest}"
+        where = f"up_blocks.{block}"
+    if slot == 0:
+        return f"{where}.resnets.{layer}.{_inner(rest, _RESNET_BACK)}"
+    return f"{where}.attentions.{layer}.{rest}"
+
+
+def _inner(rest: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():
+        if rest.startswith(old + "."):
+            return new + rest[len(old) :]
+    raise KeyError(rest)
+
+
+# -- VAE --------------------------------------------------------------------------------------------------------------
+
+_VAE_RULES = [  # (diffusers, LDM), both as patterns with one group for a number where there is one
+    (r"mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"conv_norm_out\.", "norm_out."),
+]
+_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OLD_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # of diffusers before 0.18
+
+
+def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
+    """diffusers name → LDM name (with `first_stage_model.`) of every tensor of an AutoencoderKL.
+
+    The attention's matrices are (c, c) in diffusers and (c, c, 1, 1) in single files: see `is_vae_matrix`.
+    """
+    names = list(names)
+    levels = 1 + max((int(m[1]) for n in names if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", n))), default=0)
+    return {name: VAE + _vae_name(name, levels) for name in names}
+
+
+def _vae_name(name: str, levels: int) -> str:
+    head, _, rest = name.partition(".")
+    if head not in ("encoder", "decoder"):
+        return name
+    for pattern, theirs in _VAE_RULES:
+        if match := re.match(pattern, rest):
+            tail = rest[match.end() :]
+            if "attn" in theirs:
+                tail = _inner(tail, {**_ATTENTION, **_OLD_ATTENTION})
+            return f"{head}.{theirs}{tail.replace('conv_shortcut', 'nin_shortcut')}"
+    match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)", rest)
+    if match is None:
+        return name
+    side, block, kind, layer, tail = match[1], int(match[2]), match[3], match[4], match[5]
+    level = block if side == "down" else levels - 1 - block  # the decoder's levels are counted from the picture
+    if kind == "resnets":
+        return f"{head}.{side}.{level}.block.{layer}.{tail.replace('conv_shortcut', 'nin_shortcut')}"
+    return f"{head}.{side}.{level}.{kind.removesuffix('rs')}.{tail}"
+
+
+def vae_from_ldm(names: Iterable[str]) -> dict[str, str]:
+    """LDM name (with `first_stage_model.`) → diffusers name of every VAE tensor among `names`; others are left out."""
+    own = [name.removeprefix(VAE) for name in names if name.startswith(VAE)]
+    levels = 1 + max((int(m[1]) for n in own if (m := re.match(r"decoder\.up\.(\d+)\.", n))), default=0)
+    return {VAE + name: _vae_name_back(name, levels) for name in own}
+
+
+def _vae_name_back(name: str, levels: int) -> str:
+    head, _, rest = name.partition(".")
+    if head not in ("encoder", "decoder"):
+        return name
+    for pattern, theirs in _VAE_RULES:
+        if rest.startswith(theirs):
+            tail = rest[len(theirs) :]
+            if "attn" in theirs:
+                tail = _inner(tail, {theirs: ours for ours, theirs in _ATTENTION.items()})
+            return f"{head}.{pattern.replace(chr(92), '')}{tail.replace('nin_shortcut', 'conv_shortcut')}"
+    match = re.match(r"(down|up)\.(\d+)\.(block\.\d+|downsample|upsample)\.(.+)", rest)
+    if match is None:
+        return name
+    side, level, kind, tail = match[1], int(match[2]), match[3], match[4]
+    block = level if side == "down" else levels - 1 - level
+    if kind.startswith("block."):
+        return f"{head}.{side}_blocks.{block}.resnets.{kind[6:]}.{tail.replace('nin_shortcut', 'conv_shortcut')}"
+    return f"{head}.{side}_blocks.{block}.{kind}rs.0.{tail}"
+
+
+def is_vae_matrix(name: str) -> bool:
+    """Whether a VAE tensor (LDM name) is a matrix in diffusers and a 1×1 convolution in single files."""
+    return re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
+
+
+# -- text encoders ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """Where a text encoder lies in a single file.
+
+    prefix: of its names there. open_clip: OpenCLIP's names, with q, k and v fused, rather than transformers'.
+    """
+
+    prefix: str
+    open_clip: bool
+
+
+TEXT = {
+    "sd1": [TextLayout("cond_stage_model.transformer.", False)],
+    "sd2": [TextLayout("cond_stage_model.model.", True)],
+    "sdxl": [
+        TextLayout("conditioner.embedders.0.transformer.", False),
+        TextLayout("conditioner.embedders.1.model.", True),
+    ],
+}
+_CLIP = {  # transformers ↔ OpenCLIP, within a layer
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_CLIP_TOP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
+
+
+def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str, str]]:
+    """transformers name → (name in the single file, part) of a CLIP text encoder's tensors.
+
+    part: "" for the tensor as it is, "q", "k" or "v" for a third of a fused one (rows in this order), "T" for one that
+    is transposed (the text projection). Buffers that both sides make themselves (position_ids) are left out.
+    """
+    found = {}
+    for name in names:
+        bare = name.removeprefix("text_model.")
+        if bare.endswith("position_ids"):
+            continue
+        if not layout.open_clip:
+            inner = bare if bare.startswith("text_projection") else f"text_model.{bare}"
+            found[name] = (layout.prefix + inner, "")
+            continue
+        theirs, part = _open_clip_name(bare)
+        found[name] = (layout.prefix + theirs, part)
+    return found
+
+
+def _open_clip_name(bare: str) -> tuple[str, str]:
+    if bare in _CLIP_TOP:
+        return _CLIP_TOP[bare], "T" if bare.startswith("text_projection") else ""
+    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", bare)
+    if match is None:
+        raise KeyError(bare)
+    row, rest = f"transformer.resblocks.{match[1]}.", match[2]
+    if fused := re.fullmatch(r"self_attn\.(q|k|v)_proj\.(weight|bias)", rest):
+        return f"{row}attn.in_proj_{fused[2]}", fused[1]
+    return row + _inner(rest, _CLIP), ""
