@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,11 @@ class Cache:
                 raise ModelError("its digest is not that of its content")
         except (ModelError, OSError) as error:
             logger.warning("the cache entry %s is not sound and will be made again: %s", path.name, error)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
-        os.utime(path)  # used now: among the last to go
+        with suppress(OSError):  # a cache that may only be read, or an entry that has just gone
+            os.utime(path)  # used now: among the last to go
         return found
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:

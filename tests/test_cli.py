@@ -230,7 +230,7 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     told = {name: found["options"][name] for name in ("steps", "batch_size", "lr", "density", "anchor")}
-    assert told == {"steps": 7, "batch_size": 3, "lr": 3e-4, "density": 0.5, "anchor": ["square"]}
+    assert told == {"steps": 7, "batch_size": 3, "lr": 3e-4, "density": 0.5, "anchor": []}
     where = {name: found["sources"][name] for name in told}
     assert where == {
         "steps": "job.yaml",
@@ -239,6 +239,7 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(tmp_path: Path) -
         "density": "default",
         "anchor": "preset",
     }
+    assert found["concepts"] == [{"name": "circle", "anchor": "square"}]
     assert found["memory"]["needed"] > 10e6
     assert found["disk"]["needed"] > 10e6
     assert all(seconds > 0 for seconds in found["seconds"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,18 @@ def test_two_concepts_in_one_run(combine: str, shapes: Model, tmp_path: Path) ->
 def test_more_concepts_take_more_steps_by_default() -> None:
     assert plan("circle", "red", "night").steps == 3 * plan("circle").steps
     assert plan("circle", "red", steps=7).steps == 7
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    ["nudity", "golden retriever", ["nudity", "van gogh"], Concept("church", anchor="a barn"), ["circle", "tench"]],
+    ids=str,
+)
+@pytest.mark.parametrize("style", ["natural", "tags"])
+def test_what_a_run_notes_repeats_its_prompts(wanted: Any, style: str) -> None:
+    """`run.json` holds names and options: with them the same prompts come again, or a run could not be resumed."""
+    bare = dataclasses.replace(SETTINGS, vocabulary=None)
+    first = make_plan(bare, "a model", wanted, EraseOptions(prompt_style=style))
+    again = make_plan(bare, "a model", [c.name for c in first.concepts], first.options)
+    assert again.prompts.digest == first.prompts.digest
+    assert again.options == first.options

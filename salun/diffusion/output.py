@@ -136,9 +136,12 @@ def _write_folder(target: Path, model: Model, erased: Mapping[str, Tensor], note
                 tensorfile.rewrite(source, copy, {n: t for n, t in erased.items() if n in inside}, notes)
             else:
                 shutil.copyfile(source, copy)
-        if target.exists():
-            shutil.rmtree(target)
+        aside = target.with_name(target.name + ".old")
+        if target.exists():  # moved aside until the new one is in its place
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(target, aside)
         os.replace(temporary, target)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise ModelError(
             f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"

@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """One erasure, decided. options: without any `None`. notes: lines for the user."""
+    """One erasure, decided.
+
+    options: every number known, so that they repeat the erasure. notes: lines for the user.
+    """
 
     concepts: list[Concept]
     prompts: Prompts
@@ -113,13 +116,23 @@ def make_plan(settings: ModelSettings, model: str, wanted: Wanted, options: Eras
         prompts=prompts_of(concepts, settings.vocabulary, options.prompt_style),
         options=replace(
             options,
-            anchor=[concept.anchor or "" for concept in concepts],
+            anchor=_repeatable(_listed(wanted), concepts, options),
             resolution=options.resolution or settings.sampling.resolution,
             **numbers,
         ),
         saliency_timesteps=recipe.saliency_timesteps,
         notes=notes,
     )
+
+
+def _repeatable(asked: list[Concept], concepts: list[Concept], options: EraseOptions) -> list[str]:
+    """The anchors to note, such that the same names and options give the same prompts again.
+
+    A preset has an anchor for each of its phrases, which one `--anchor` would replace: so none is noted for it.
+    """
+    if options.anchor or all(concept.anchor is None for concept in asked):
+        return options.anchor
+    return [concept.anchor or "" for concept in concepts]
 
 
 def _listed(wanted: Wanted) -> list[Concept]:
