@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from salun.options import DeviceOptions, EraseOptions
+from salun.options import GROUPS, Recipe
 
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
@@ -21,7 +21,9 @@ def with_options(kind: type, parameter: str = "options", skip: tuple[str, ...] =
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        order = [name for names in GROUPS.values() for name in names]
         fields = [item for item in dataclasses.fields(kind) if item.name not in skip]
+        fields.sort(key=lambda item: order.index(item.name))
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.name not in (parameter, "given")]
 
@@ -64,13 +66,10 @@ def _annotation(item: dataclasses.Field[Any]) -> Any:
     if rules["choices"]:
         text += f" ({', '.join(rules['choices'])})"
     shown: dict[str, Any] = {"show_default": False} if _default(item) in (None, []) else {}
-    if declared.endswith(" | None") and "default" not in text:
+    if item.name in {own.name for own in dataclasses.fields(Recipe)}:
         text += " (default: the model's recipe)"
     annotation: Any = _TYPES[declared.removesuffix(" | None")] if not declared.startswith("list") else list[str]
     if declared.endswith(" | None"):
         annotation = annotation | None
-    panels = {"Device": DeviceOptions, "Erasing": EraseOptions}
-    panel = next((title for title, own in panels.items() if item.name in {f.name for f in dataclasses.fields(own)}), "")
-    if panel:
-        shown["rich_help_panel"] = panel
+    shown["rich_help_panel"] = next(title for title, names in GROUPS.items() if item.name in names)
     return Annotated[annotation, typer.Option(help=text, **shown)]

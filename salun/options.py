@@ -180,6 +180,22 @@ class EraseJob(EraseOptions):
         return EraseOptions(**{item.name: getattr(self, item.name) for item in dataclasses.fields(EraseOptions)})
 
 
+GROUPS = {  # for people, in the order in which hosts show them
+    "Concept": ("concept", "anchor", "retain_prompts", "prompt_style", "model", "clip_skip", "resolution"),
+    "Data": ("forget_latents", "retain_latents", "forget_images", "retain_images"),
+    "Mask": ("mask", "density", "combine", "scope", "method", "guidance"),
+    "Training": (
+        "steps", "batch_size", "lr", "lr_decay", "retain_weight", "target", "retain_target", "anchor_share",
+        "optimiser", "recipe",
+    ),
+    "Evaluation": ("eval_images", "show_sensitive"),
+    "Computing": (
+        "device", "dtype", "low_vram", "gradient_checkpointing", "attention", "seed", "deterministic", "save_every",
+    ),
+    "Files": ("output", "run_dir"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Recipe(Checked):
     """The numbers that depend on the model. Comes from `salun.yaml` beside it, or from the alias table.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from salun.config import read_config
 from salun.errors import ConfigError
+from salun.options import GROUPS, EraseJob
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,8 @@ def test_a_run_json_gives_its_options_but_not_its_places(tmp_path: Path) -> None
     record = {"schema": 1, "options": {"model": "shapes", "concept": ["red"], "steps": 5, "output": ["x/"]}}
     (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
     assert read_config(tmp_path / "run.json") == {"model": "shapes", "concept": ["red"], "steps": 5}
+
+
+def test_every_option_has_its_place_among_the_groups() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(item.name for item in dataclasses.fields(EraseJob))
