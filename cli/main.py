@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shlex
 import sys
@@ -105,7 +106,7 @@ def erase(
         from salun.diffusion.estimate import preview
 
         with terminal_progress(as_json) as progress:
-            found = preview(_model(job.model), wanted, job.options, job.output, folder, progress)
+            found = preview(_model(job.model), wanted, job.options, job.output, folder, progress, force)
         _tell({**found, "sources": sources}, as_json, _preview_lines(found, sources))
         return
     with terminal_progress(as_json or who.rank > 0) as progress, _resumable(folder):
@@ -465,6 +466,9 @@ def _metric_lines(metrics: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Run the CLI. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted. Errors are one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows is not UTF-8 by itself
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except typer.Exit as stop:
@@ -478,6 +482,13 @@ def main() -> None:
             raise
         _complain(str(error))
         code = 2 if isinstance(error, ConfigError) else 1
+    except (MemoryError, RuntimeError) as error:
+        from salun.device import is_out_of_memory
+
+        if "--debug" in sys.argv[1:] or not is_out_of_memory(error):
+            raise
+        _complain("out of memory: free some, or try --dtype bf16, --low-vram, a smaller --resolution or --batch-size")
+        code = 1
     except OSError as error:
         if "--debug" in sys.argv[1:]:
             raise

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,6 +96,10 @@ class Cache:
         return len(found)
 
     def _make_room(self) -> None:
+        for leftover in self.folder.glob("??/.*.tmp"):  # of processes that were killed a day ago or earlier
+            with suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > 86_400:
+                    leftover.unlink()
         found = self.entries()
         taken = sum(size for _, size, _ in found)
         for path, size, _ in found:

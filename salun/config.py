@@ -51,11 +51,14 @@ def _parse(path: Path) -> Any:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"--config {path} is no JSON: {error}") from error
-    return _yaml(text, path)
+    return parse_yaml(text, f"--config {path}")
 
 
-def _yaml(text: str, path: Path) -> Any:
-    """YAML of plain values: no aliases (a few lines of them can unfold to gigabytes), no name twice, 1e-4 a number."""
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML of plain values: no aliases (a few lines of them can unfold to gigabytes), no name twice, 1e-4 a number.
+
+    where: how an error names the text. Raises ConfigError.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -66,16 +69,16 @@ def _yaml(text: str, path: Path) -> Any:
     )
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=Loader)):
-            raise ConfigError(f"--config {path} uses YAML aliases (*name): write the values out")
+            raise ConfigError(f"{where} uses YAML aliases (*name): write the values out")
         root = yaml.compose(text, Loader=Loader)
         if isinstance(root, yaml.MappingNode):
             names = [key.value for key, _ in root.value]
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
-                raise ConfigError(f"--config {path}: {twice} is given twice")
+                raise ConfigError(f"{where}: {twice} is given twice")
         return yaml.load(text, Loader=Loader) or {}
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
+        line = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"--config {path} is no YAML{where}: {problem}") from error
+        raise ConfigError(f"{where} is no YAML{line}: {problem}") from error

@@ -15,6 +15,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def pick_device(wish: str) -> torch.device:
     """`auto` is the first GPU there is, else the CPU. Raises ConfigError for a device this machine does not have."""
+    # CUDA's matrix products are deterministic only with this, and it is read when CUDA begins
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if wish == "auto":
         if torch.cuda.is_available():
             own = os.environ.get("LOCAL_RANK")  # set by accelerate's launcher: a GPU for each process
@@ -28,36 +30,45 @@ def pick_device(wish: str) -> torch.device:
     return device
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's (or Python's) way to say that memory is short, on a GPU or on the CPU."""
+    kinds: tuple[type[BaseException], ...] = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or any(
+        text in str(error) for text in ("not enough memory", "can't allocate memory", "out of memory")
+    )
+
+
 def pick_dtype(wish: str, device: torch.device) -> torch.dtype:
     """`auto` is bf16 on a GPU that has it, else fp32."""
     if wish != "auto":
         return DTYPES[wish]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native else torch.float32  # older GPUs only emulate it
 
 
 @contextmanager
 def kernels(deterministic: bool) -> Iterator[None]:
-    """Within, torch uses kernels that give the same bits each time; where there are none, it warns.
-
-    CUDA's matrix products need CUBLAS_WORKSPACE_CONFIG for that, set here if nothing has set it and CUDA has not begun.
-    """
+    """Within, torch uses kernels that give the same bits each time; where there are none, it warns."""
     if not deterministic:
         yield
         return
-    if torch.cuda.is_available() and not torch.cuda.is_initialized():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    memory = getattr(torch.utils, "deterministic", None)  # since torch 2.2
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.backends.cudnn.benchmark,
-        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        getattr(memory, "fill_uninitialized_memory", True),
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    if memory is not None:
+        memory.fill_uninitialized_memory = False  # nothing reads it
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = before[2]
-        torch.utils.deterministic.fill_uninitialized_memory = before[3]  # type: ignore[attr-defined]
+        if memory is not None:
+            memory.fill_uninitialized_memory = before[3]

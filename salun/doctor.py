@@ -53,7 +53,12 @@ def examine(network: bool = True) -> list[Finding]:
     ]
     found: list[Finding] = []
     for check in checks:
-        found += check()
+        try:
+            found += check()
+        except Exception as error:  # a doctor that falls ill says so, and goes on
+            found.append(
+                Finding("looking", f"{type(error).__name__}: {error}", "fails", "this was not expected: report it")
+            )
     return found
 
 
@@ -66,7 +71,12 @@ def _versions() -> Iterator[Finding]:
         "fails" if old else "ok",
         "salun needs Python 3.10 or later" if old else "",
     )
-    for line in metadata.requires("salun") or []:
+    try:
+        wanted = metadata.requires("salun") or []
+    except metadata.PackageNotFoundError:  # a bare clone, as hosts use it
+        wanted = []
+        yield Finding("packages", "salun runs from its folder, uninstalled: versions are not checked", "note")
+    for line in wanted:
         if "extra ==" in line:
             continue
         name, _, lowest = line.partition(">=")

@@ -89,7 +89,7 @@ def overlap(one: str, other: str) -> dict[str, Any]:
     return {
         "kind": "overlap",
         "jaccard": first.jaccard(second),
-        "by_chance": a * b / (a + b - a * b),
+        "by_chance": a * b / (a + b - a * b) if a or b else 1.0,
         "in_both": both.selected,
         "in_either": either.selected,
         "blocks": _blocks(counts),

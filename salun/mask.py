@@ -184,7 +184,7 @@ class Mask:
                 shapes = {str(k): tuple(int(d) for d in v) for k, v in json.loads(metadata.pop("shapes")).items()}
                 if set(shapes) != set(file.keys()):
                     raise MaskError(f"{path} is damaged: shapes and bits name different parameters")
-                bits = {name: file.get_tensor(name).numpy() for name in shapes}
+                bits = {name: file.get_tensor(name).numpy().copy() for name in shapes}
         except MaskError:
             raise
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:

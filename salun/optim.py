@@ -177,11 +177,11 @@ class MaskedOptimiser:
         parameter.grad = None
         if self._scale != 1.0:
             gradient = gradient / self._scale
+        if self.mode == "pack":  # whether it is finite is seen in `step`, on all processes alike
+            packed.master.grad = gradient if packed.master.grad is None else packed.master.grad.add_(gradient)
+            return
         if not _finite(gradient):
             self.not_finite.append(name)
-            return
-        if self.mode == "pack":
-            packed.master.grad = gradient if packed.master.grad is None else packed.master.grad.add_(gradient)
             return
         packed.master.grad = gradient
         self._optimisers[name].step()
@@ -199,7 +199,7 @@ class MaskedOptimiser:
         gradients = [m.grad for m in masters if m.grad is not None]
         if reduce is not None:
             reduce(gradients)
-        good = not self.not_finite and all(_finite(g) for g in gradients)
+        good = all(_finite(g) for g in gradients)
         if good:
             if max_norm is not None:
                 nn.utils.clip_grad_norm_(masters, max_norm)
@@ -235,8 +235,10 @@ class MaskedOptimiser:
                 raise TrainingError(f"the saved state does not fit {name!r}: it belongs to another run; start afresh")
             packed.master.data.copy_(master)
             device = packed.master.device
+            fused = bool(self._optimisers[name].param_groups[0].get("fused"))
+            counted_on = device if fused else torch.device("cpu")  # as torch's own load_state_dict has it
             self._optimisers[name].state[packed.master] = {
-                key: _count(value) if key == "step" else value.to(device).clone()
+                key: _count(value, counted_on) if key == "step" else value.to(device).clone()
                 for key, value in moments[name].items()
             }
             packed.scatter(packed.places())
@@ -247,9 +249,9 @@ def _finite(values: Tensor) -> bool:
     return all(math.isfinite(float(end)) for end in torch.aminmax(values))
 
 
-def _count(value: Tensor) -> Tensor | int:
+def _count(value: Tensor, device: torch.device) -> Tensor | int:
     """The number of steps as the optimiser keeps it: torch's in a float tensor, bitsandbytes' in an integer."""
-    return value.clone() if value.is_floating_point() else int(value)
+    return value.to(device).clone() if value.is_floating_point() else int(value)
 
 
 class SoftThreshold:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,12 +243,13 @@ def from_mapping(kind: type, values: Any, where: str) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = (
             (value is None and "None" in wanted)
-            or (wanted.startswith("int") and number and value == int(value))
+            or (wanted.startswith("int") and number and math.isfinite(value) and value == int(value))
             or (wanted.startswith("float") and number)
             or (wanted.startswith("str") and isinstance(value, str))
             or (wanted == "bool" and isinstance(value, bool))
             or (wanted.startswith("list") and isinstance(value, list) and all(isinstance(v, str) for v in value))
         )
         if not fits:
-            raise ConfigError(f"{where}: {key} is {value!r}, but must be {wanted.replace(' | None', '')}")
-    return kind(**values)
+            raise ConfigError(f"{where}: {key} is {repr(value)[:80]}, but must be {wanted.replace(' | None', '')}")
+    numbers = {key for key in values if str(known[key].type).startswith("int")}
+    return kind(**{key: int(v) if key in numbers and v is not None else v for key, v in values.items()})

@@ -22,7 +22,12 @@ class Processes:
         """Replace each tensor by its sum over all processes, in place. The order must be the same on all of them."""
         if self.count > 1:
             for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+                if tensor.device.type == "cpu" and torch.distributed.get_backend() == "nccl":
+                    there = tensor.cuda()  # nccl sums on GPUs only
+                    torch.distributed.all_reduce(there)
+                    tensor.copy_(there)
+                else:
+                    torch.distributed.all_reduce(tensor)
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its mean over all processes, in place."""

@@ -25,6 +25,7 @@ def scores_from_losses(
     total: int = 0,
     processes: Processes = ALONE,
     on_host: bool = False,
+    scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """|Σ_b n_b·∇L_b| / Σ n_b for every parameter, float32 whatever the weights' dtype.
 
@@ -32,8 +33,9 @@ def scores_from_losses(
     a generator keeps one graph alive. Gradients are taken as they appear in the backward pass and freed at once.
     With several processes each gives its own batches, and the sums are added up before the absolute value, so that all
     get the scores of the whole set. A parameter the loss does not reach scores 0, and its `requires_grad` is left as it
-    was found, as every other's. on_host: the sums are kept in host memory, a gradient at a time comes over. Raises
-    MaskError for a loss or a gradient that is not finite.
+    was found, as every other's. on_host: the sums are kept in host memory, a gradient at a time comes over. scale: of
+    the loss in the backward pass, for fp16, in which small gradients would vanish; the scores are of the loss itself.
+    Raises MaskError for a loss or a gradient that is not finite.
     """
     sums = {
         name: torch.zeros(p.shape, dtype=torch.float32, device="cpu" if on_host else p.device)
@@ -44,7 +46,7 @@ def scores_from_losses(
 
     def take(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        sums[name].add_(parameter.grad.to(sums[name].device), alpha=weight)
+        sums[name].add_(parameter.grad.to(sums[name].device), alpha=weight / scale)
         parameter.grad = None
 
     hooks = []
@@ -56,7 +58,7 @@ def scores_from_losses(
             if not torch.isfinite(loss):
                 raise MaskError(f"the saliency loss of batch {step} is {loss.item()}: weights or data are not finite")
             weight, seen = float(n), seen + n
-            loss.backward()
+            (loss * scale if scale != 1.0 else loss).backward()
             progress(Event("saliency", step, total, {"loss": float(loss.detach())}))
     finally:
         for hook in hooks:
@@ -72,7 +74,7 @@ def scores_from_losses(
     for name, total_gradient in sums.items():
         total_gradient.abs_().div_(seen)
         if not torch.isfinite(total_gradient).all():
-            raise MaskError(f"the gradient of {name} is not finite: the mask cannot be made from it")
+            raise MaskError(f"the gradient of {name} is not finite, so no mask can be made: use --dtype bf16 or fp32")
     return sums
 
 

@@ -99,7 +99,7 @@ def fine_tune(
     scale = 2.0**16 if half else 1.0  # of the loss, so that small gradients do not vanish in fp16
     with MaskedOptimiser(parameters, mask, make, mode, sources, on_host) as optimiser:
         proximal = SoftThreshold(optimiser, settings.soft_density) if settings.soft_density is not None else None
-        if resume and state_path is not None and state_path.exists():
+        if resume and state_path is not None and processes.share(state_path.exists()):
             history, scale = _load_state(state_path, optimiser, settings.fingerprint)
         wait, saved = settings.save_every, time.monotonic()
         try:
@@ -107,6 +107,7 @@ def fine_tune(
                 optimiser.set_lr(settings.lr * _remaining(step, settings))
                 while True:
                     forget, retain = losses(step)
+                    _all_finite(forget + retain, step, processes)
                     optimiser.backward(forget + settings.retain_weight * retain, scale)
                     fine = optimiser.step(reduce=processes.average) if mode == "pack" else not optimiser.not_finite
                     if fine or scale == 1.0:
@@ -139,10 +140,19 @@ def fine_tune(
                 _save_state(state_path, optimiser, history, scale, settings.fingerprint)
             raise
         return Trained(
-            {name: m.clone() for name, m in optimiser.masters.items()},
+            {name: m.to("cpu", copy=True) for name, m in optimiser.masters.items()},
             history,
             proximal.final_density() if proximal is not None else None,
         )
+
+
+def _all_finite(loss: Tensor, step: int, processes: Processes) -> None:
+    """Raises TrainingError on all processes if the loss of one is not finite, so that none waits for it."""
+    if processes.count > 1:
+        bad = (~torch.isfinite(loss.detach())).float().view(1)
+        processes.add_up([bad])
+        if bad.item():
+            raise TrainingError(f"the loss stopped being finite at step {step + 1}: lower the learning rate (--lr)")
 
 
 def check_optimiser(name: str) -> None:

@@ -109,7 +109,13 @@ def test_a_folder_that_cannot_be_made_is_told(shapes: Model, tmp_path: Path) -> 
         tensorfile.write_bytes(tmp_path / "file" / "x.json", b"{}")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory: ")])
+CPU_FULL = (  # as torch's allocator words it on Linux
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_FULL)])
 def test_out_of_memory_says_what_to_try(
     error: Exception, shapes: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,3 +248,66 @@ def test_names_of_run_folders_are_legal_everywhere(tmp_path: Path) -> None:
         assert tail
         assert set(tail) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
         assert len(folder.name) < 100
+
+
+def test_only_a_diffusers_folder_is_replaced(shapes: Model, tmp_path: Path) -> None:
+    """A slip of the hand with --force must not cost a folder of other things."""
+    treasure = tmp_path / "pictures"
+    treasure.mkdir()
+    (treasure / "holiday.jpg").write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="is no diffusers folder: it is not replaced"):
+        salun.erase(shapes, "circle", outputs=[f"{treasure}/"], force=True, **SHORT)
+    with pytest.raises(ConfigError, match="holds the run folder"):
+        salun.erase(shapes, "circle", outputs=[f"{tmp_path}/out/"], run_dir=tmp_path / "out" / "run", **SHORT)
+    folder = Path(shutil.copytree(ASSETS / "shapes", tmp_path / "models" / "mine"))
+    (tmp_path / "models" / "model_index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds the model itself"):
+        salun.erase(str(folder), "circle", outputs=[f"{tmp_path}/models/"], force=True, **SHORT)
+    for name in ("x.tmp", "x.old"):  # neighbours that are not ours
+        (tmp_path / name).mkdir()
+    shapes_run = salun.erase(shapes, "circle", **{**SHORT, "steps": 1, "eval_images": 0})
+    shapes_run.save(f"{tmp_path}/x/")
+    shapes_run.save(f"{tmp_path}/x/", force=True)
+    assert (tmp_path / "x" / "model_index.json").is_file()
+    assert {"x.tmp", "x.old", "pictures"} <= {p.name for p in tmp_path.iterdir()}
+    assert not list(tmp_path.glob(".x.*"))
+
+
+def test_other_copies_of_the_weights_are_left_out_of_the_erased_folder(tmp_path: Path) -> None:
+    """They would still hold the concept."""
+    folder = Path(shutil.copytree(ASSETS / "shapes", tmp_path / "model"))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    for copy in ("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "pruned.ckpt"):
+        shutil.copyfile(weights, folder / copy)
+    run = salun.erase(str(folder), "circle", run_dir=tmp_path / "run", **{**SHORT, "steps": 1, "eval_images": 0})
+    written = {p.relative_to(tmp_path / "run" / "model").as_posix() for p in (tmp_path / "run" / "model").rglob("*")}
+    assert "unet/diffusion_pytorch_model.safetensors" in written
+    assert "vae/diffusion_pytorch_model.safetensors" in written
+    assert (
+        not {"unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "pruned.ckpt"}
+        & written
+    )
+    assert any("left out of the erased folder" in note and "pruned.ckpt" in note for note in run.record.data["notes"])
+
+
+def test_a_model_left_erased_does_not_teach_the_cache_wrong(shapes: Model, tmp_path: Path) -> None:
+    from salun.cache import Cache
+
+    few = {**SHORT, "steps": 1, "eval_images": 0, "lr": 1e-2}
+    first = salun.erase(shapes, "circle", cache=Cache(tmp_path / "a"), **few)
+    first.apply()  # and not undone
+    second = salun.erase(shapes, "circle", cache=Cache(tmp_path / "b"), **few)
+    assert first.mask == second.mask
+    assert untouched(shapes)
+
+
+@pytest.mark.parametrize(
+    "text", ["- a list", "sampling: [1]", "detector: 5", "sampling: {steps: .inf}", "a: &x 1\nb: *x"]
+)
+def test_a_strangers_salun_yaml_is_one_line(text: str, tmp_path: Path) -> None:
+    from salun.errors import SalunError
+
+    folder = Path(shutil.copytree(ASSETS / "shapes", tmp_path / "model"))
+    (folder / "salun.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(SalunError, match=r"salun\.yaml"):
+        salun.load(str(folder))

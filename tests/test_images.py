@@ -158,6 +158,8 @@ def test_a_run_on_own_pictures(mixed: Path, shapes: Model, tmp_path: Path) -> No
     )
     assert any("4 of 7 pictures used" in line for line in told)
     assert run.history[-1][0] == SHORT["steps"]
+    assert run.mask != salun.erase(shapes, "circle", **{**SHORT, "steps": 1, "eval_images": 0}).mask
+    assert any("1 pictures to keep left out" in line for line in told)  # a.txt says "a red circle"
     assert run.record.data["facts"]["forget_images"] == folder_digest(mixed)
     with pytest.raises(DataError, match="several concepts need one each"):
         salun.erase(shapes, ["circle", "red"], forget_images=str(mixed), **SHORT)

@@ -122,8 +122,27 @@ def test_a_state_saved_at_every_step_is_taken_up(shapes: Model, whole: Path, tmp
 
     salun.erase(shapes, "circle", run_dir=tmp_path / "run", save_every=0, progress=copy_state, **SHORT)
     assert json.loads((kept / "run.json").read_text(encoding="utf-8"))["status"] == "running"
-    salun.erase(shapes, "circle", run_dir=kept, resume=True, save_every=1, **SHORT)
+    trained: list[int] = []
+    salun.erase(
+        shapes,
+        "circle",
+        run_dir=kept,
+        resume=True,
+        save_every=1,
+        progress=lambda e: trained.append(e.step) if e.stage == "training" and e.metrics else None,
+        **SHORT,
+    )
+    assert trained == [4], "the state of step 3 was there: nothing is trained twice"
     assert contents(kept) == contents(whole)
+
+
+def test_without_its_samples_a_run_samples_the_same_again(shapes: Model, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Cancelled):
+        salun.erase(
+            shapes, "circle", run_dir=tmp_path, progress=stopping_at("training", 3), cache=Cache(tmp_path, 0), **SHORT
+        )
+    salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, cache=Cache(tmp_path, 0), **SHORT)
+    assert contents(tmp_path) == contents(whole)
 
 
 @pytest.mark.slow

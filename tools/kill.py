@@ -71,6 +71,12 @@ def state_of(run: Path) -> str:
     return f"{record['status']}, after {', '.join(record['timings']) or 'the start'}, {steps} steps saved"
 
 
+def is_finished(run: Path) -> bool:
+    """Whether the run says that it is done and its report is whole."""
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return record["status"] == "done" and (run / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
+
+
 def main(n: int, seed: int, folder: Path) -> int:
     """Kill n times; returns how many outcomes were wrong."""
     began = time.monotonic()
@@ -91,7 +97,7 @@ def main(n: int, seed: int, folder: Path) -> int:
         left, half = state_of(place / "run"), half_files(place)
         finished = left.startswith("done")
         code = 0 if finished else start(place).wait()
-        good = not half and code == 0 and contents(place / "run") == expected
+        good = not half and code == 0 and contents(place / "run") == expected and is_finished(place / "run")
         wrong += not good
         verdict = "equal bytes" if good else f"WRONG (half files: {half}, exit code {code}): {place}"
         print(f"{i + 1:3} killed at {moment:5.1f} of {length:.1f} s ({left}): {verdict}", flush=True)

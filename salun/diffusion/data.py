@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from salun.cache import Cache
+from salun.diffusion.concepts import mentions
 from salun.diffusion.images import Encoded, concept_folders, encode_folder
 from salun.diffusion.latents import item_seed, sample_latents
 from salun.diffusion.losses import ErasureData
@@ -39,13 +41,18 @@ def sample_data(
         folders = concept_folders(Path(options.forget_images).expanduser(), names)
         own = [_told(encode_folder(model, folder, progress, cache), progress).latents for folder in folders]
     each = max(map(len, own)) if own is not None else plan.forget_latents
-    asked = [(one, i) for one in prompts.concepts for i in spread(each, len(one.forget), seed)]
+    few = min(each, plan.forget_latents)  # anchor samples of a concept; with more pictures than that they come again
+    asked = []
+    for one in prompts.concepts:
+        turn = spread(few, len(one.forget), seed)
+        asked += [(one, turn[i % few]) for i in range(each)]
     forget, anchor = [one.forget[i].text for one, i in asked], [one.anchor[i].text for one, i in asked]
+    anchors = [text for start in range(0, len(anchor), each) for text in anchor[start : start + few]]
     keep = spread(plan.retain_latents, len(prompts.retain), seed + 1)
     retain = [] if forget_only else [prompts.retain[i].text for i in keep]
     jobs = {
         "forget": [] if own is not None else forget,
-        "anchor": anchor if plan.anchor_share and not forget_only else [],
+        "anchor": anchors if plan.anchor_share and not forget_only else [],
         "retain": retain,
     }
     total, done, latents = sum(map(len, jobs.values())), 0, {}
@@ -60,18 +67,36 @@ def sample_data(
         folder = Path(options.retain_images).expanduser()
         pictures = _told(encode_folder(model, folder, progress, cache), progress)
         kept.append(pictures.latents)
-        said += [caption or "" for caption in pictures.captions]
+        usable, captions = _to_keep(pictures.captions, plan, progress)
+        kept[-1] = pictures.latents[usable]
+        said += captions
     if not said and not forget_only:
         raise ConfigError("nothing is to be kept: give --retain-latents above 0, or --retain-images")
     return ErasureData(
         forget_latents=latents["forget"],
-        anchor_latents=latents["anchor"] if len(latents["anchor"]) else latents["forget"],
+        anchor_latents=_repeated(latents["anchor"], few, each) if len(latents["anchor"]) else latents["forget"],
         retain_latents=torch.cat(kept),
         forget=model.encode(forget),
         anchor=model.encode(anchor),
         retain=model.encode(said or [""]),
         empty=model.encode([""]),
     )
+
+
+def _repeated(latents: Tensor, few: int, each: int) -> Tensor:
+    """`few` samples a concept, made `each` a concept by beginning again."""
+    rows = [start + i % few for start in range(0, len(latents), few) for i in range(each)]
+    return latents[rows]
+
+
+def _to_keep(captions: list[str | None], plan: Plan, progress: Progress) -> tuple[list[int], list[str]]:
+    """Which pictures may be kept, and as what: none whose caption names something that is to be forgotten."""
+    phrases = {phrase for concept in plan.concepts for phrase in (concept.name, *concept.synonyms)}
+    usable = [i for i, text in enumerate(captions) if not any(mentions(text or "", phrase) for phrase in phrases)]
+    if len(usable) < len(captions):
+        what = f"{len(captions) - len(usable)} pictures to keep left out: their captions name what is to be forgotten"
+        progress(Event("encoding", message=what))
+    return usable, [captions[i] or "" for i in usable]
 
 
 def _told(pictures: Encoded, progress: Progress) -> Encoded:

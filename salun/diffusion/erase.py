@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from salun import __version__
 from salun.cache import Cache
-from salun.device import kernels
+from salun.device import is_out_of_memory, kernels
 from salun.diffusion.data import sample_data
 from salun.diffusion.images import folder_digest
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
@@ -64,7 +64,8 @@ def erase(
     folder = Path(run_dir) if run_dir is not None else None
     if resume and folder is None:
         raise ConfigError("--resume needs the --run-dir of the run to go on with")
-    begun = who.share(check_folder(folder, resume) is not None if folder is not None and not who.rank else False)
+    previous = who.share(check_folder(folder, resume) if folder is not None and not who.rank else None)
+    begun, force = previous is not None, force or bool((previous or {}).get("force"))
     for target in outputs or []:
         check_output(target, force or begun)
     cache = cache or Cache.of_user()
@@ -88,6 +89,7 @@ def erase(
         _facts(model, plan),
         resume,
     )
+    record.data["force"] = force  # so that a resumed run may overwrite what the first was told to
     with (
         record.running(),
         model.borrowed(),
@@ -128,9 +130,8 @@ def enough_memory(plan: Plan) -> Iterator[None]:
     """Turns running out of memory into a TrainingError that says what to try."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
-        if not full:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         smaller = f"--batch-size {plan.batch_size // 2}, " if plan.batch_size > 1 else ""
         also = "" if plan.options.low_vram else "--low-vram, "
@@ -142,7 +143,14 @@ def enough_memory(plan: Plan) -> Iterator[None]:
 
 def _facts(model: Model, plan: Plan) -> dict[str, str]:
     """What the result depends on beside the options and the versions."""
-    facts = {"base_hash": model.base_hash, "prompts": plan.prompts.digest, "processes": str(current().count)}
+    facts = {
+        "base_hash": model.base_hash,
+        "parts": model.parts_hash,
+        "prompts": plan.prompts.digest,
+        "sampling": repr((model.settings.sampling, plan.saliency_timesteps)),
+        "processes": str(current().count),
+        "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "none",
+    }
     for name in ("forget_images", "retain_images"):
         folder = getattr(plan.options, name)
         if folder is not None:
@@ -251,7 +259,8 @@ def _salient(
             model, part, plan.guidance, plan.batch_size, plan.saliency_timesteps, plan.options.seed, who
         )
         total = -(-plan.saliency_timesteps * -(-len(part.forget) // plan.batch_size) // who.count)
-        scores = scores_from_losses(parameters, losses, progress, total, who, plan.options.low_vram)
+        scale = 1024.0 if model.dtype == torch.float16 else 1.0
+        scores = scores_from_losses(parameters, losses, progress, total, who, plan.options.low_vram, scale)
         selection = select_largest(scores, k)
         own = Mask.from_selection(selection, parameters)
         mask = own if mask is None else mask | own

@@ -30,6 +30,7 @@ def preview(
     outputs: list[str],
     run_dir: Path,
     progress: Progress = silent,
+    force: bool = False,
 ) -> dict[str, Any]:
     """What `erase` would do with these arguments. Nothing is written, no weight changed.
 
@@ -38,7 +39,7 @@ def preview(
     would.
     """
     for target in outputs:
-        check_output(target)
+        check_output(target, force)
     loaded = load(model, options.device, options.dtype)
     check_places(loaded, outputs, run_dir)
     plan = make_plan(loaded.settings, loaded.name, concept, options)

@@ -52,6 +52,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if record["schema"] != 1 or not isinstance(record["options"]["model"], str):
             raise KeyError("schema")
+        if not isinstance(record["outputs"], list) or not isinstance(record["status"], str):
+            raise KeyError("outputs")
+        if record["status"] == "done" and not {"mode", "selected", "total"} <= set(record["mask"]):
+            raise KeyError("mask")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is no run folder of salun erase (its run.json cannot be read: {error!r})") from error
     if record["status"] != "done":

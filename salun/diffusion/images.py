@@ -18,7 +18,9 @@ from salun.diffusion.models import Model
 from salun.errors import DataError
 from salun.progress import Event, Progress, silent
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+# named, so that a file of another kind under such a name starts no other program (EPS would start Ghostscript)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 _LONGEST_CAPTION = 2000  # characters
 
 
@@ -87,7 +89,7 @@ def encode_folder(
         for trait in traits:
             left.setdefault(trait, []).append(name)
         latents.append(_encode(model, pixels, digest, cache))
-        captions.append(_caption(path))
+        captions.append(_fitting(model, _caption(path), name))
     notes = [f"{folder.name}: {len(latents)} of {len(files)} pictures used"]
     notes += [f"  {len(names)} {why}: {_some(names)}" for why, names in left.items()]
     if not latents:
@@ -96,7 +98,14 @@ def encode_folder(
 
 
 def _encode(model: Model, pixels: np.ndarray, digest: str, cache: Cache | None) -> Tensor:
-    key = key_of(what="picture", picture=digest, shape=pixels.shape, vae=model.vae_hash, torch=torch.__version__)
+    key = key_of(
+        what="picture",
+        picture=digest,
+        shape=pixels.shape,
+        vae=model.vae_hash,
+        device=model.device.type,
+        torch=torch.__version__,
+    )
     kept = cache.get(key) if cache is not None else None
     if kept is None:
         kept = {"latent": model.encode_pictures(pixels[None])[0].cpu()}
@@ -110,10 +119,12 @@ def _read(path: Path, side: int) -> tuple[np.ndarray, list[str]]:
     from PIL import Image, ImageOps
 
     traits = []
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=known) as image:
                 if getattr(image, "n_frames", 1) > 1:
                     traits.append("animated, first frame taken")
                     image.seek(0)
@@ -121,7 +132,9 @@ def _read(path: Path, side: int) -> tuple[np.ndarray, list[str]]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError("too large, left out") from error
     except Exception as error:  # a damaged file can raise nearly anything from within its decoder
-        raise DataError("unreadable, left out") from error
+        phone = path.suffix.lower() in (".heic", ".heif")
+        hint = " (salun reads no HEIC: export them as JPEG)" if phone else ""
+        raise DataError("unreadable, left out" + hint) from error
     short = min(upright.size)
     if short * 4 < side:
         raise DataError(f"tiny (less than {-(-side // 4)} pixels), left out")
@@ -150,6 +163,14 @@ def _caption(path: Path) -> str | None:
     except OSError:
         return None
     return " ".join(text[:_LONGEST_CAPTION].split()) or None
+
+
+def _fitting(model: Model, caption: str | None, name: str) -> str | None:
+    try:
+        model.chunks(caption or "")
+    except DataError as error:
+        raise DataError(f"the caption of {name}: {error}") from error
+    return caption
 
 
 def _some(names: list[str], most: int = 5) -> str:

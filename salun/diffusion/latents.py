@@ -108,6 +108,8 @@ def _key(model: Model, prompts: Conditioning, empty: Conditioning, seeds: list[i
         shape=model.latent_shape,
         dtype=str(model.dtype),
         device=model.device.type,
+        attention=model.attention,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         torch=torch.__version__,
         diffusers=metadata.version("diffusers"),
     )
@@ -136,7 +138,8 @@ def _scheduler(config: dict[str, Any]) -> Any:
     from diffusers import DPMSolverMultistepScheduler
 
     if config.get("_class_name") == "DPMSolverMultistepScheduler":
-        return DPMSolverMultistepScheduler.from_config(config)
+        plain = str(config.get("algorithm_type", "dpmsolver++")).removeprefix("sde-")  # no noise that no seed fixes
+        return DPMSolverMultistepScheduler.from_config(config, algorithm_type=plain)
     kept = (
         "num_train_timesteps",
         "beta_start",

@@ -6,6 +6,7 @@ pipeline's safety checker or feature extractor is needed.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from salun.config import parse_yaml
 from salun.device import pick_device, pick_dtype
 from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.vocabulary import Vocabulary
@@ -32,6 +34,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 CHUNKS = 4  # of a long prompt, at most
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 SETTINGS = "salun.yaml"
+SECTIONS = ("sampling", "recipe", "recipes_paper", "vocabulary")
 
 
 @cache
@@ -78,6 +81,8 @@ class Model:
     dtype: torch.dtype
     clip_skip: int | None = None  # the encoder's layer, counted from the last (1) as WebUIs do; None: the family's own
     low_vram: bool = False
+    attention: str = "sdpa"
+    altered: bool = False  # whether the live UNet may hold other weights than its files
 
     def __post_init__(self) -> None:
         self.prediction_type = str(self.scheduler_config.get("prediction_type", "epsilon"))
@@ -101,7 +106,7 @@ class Model:
         rows: list[Conditioning | None] = [None] * len(prompts)
         groups: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
-            groups.setdefault(self._chunks(prompt), []).append(i)
+            groups.setdefault(self.chunks(prompt), []).append(i)
         with self.awake(*self.text_encoders):
             for count, members in groups.items():
                 for start in range(0, len(members), 64):
@@ -111,7 +116,8 @@ class Model:
                         rows[i] = encoded[row : row + 1]
         return Conditioning.cat([row for row in rows if row is not None])
 
-    def _chunks(self, prompt: str) -> int:
+    def chunks(self, prompt: str) -> int:
+        """Chunks that a prompt takes. Raises DataError for one of more than `CHUNKS`."""
         longest = 1
         for tokenizer in self.tokenizers:
             size = tokenizer.model_max_length - 2
@@ -207,15 +213,28 @@ class Model:
         return _Files(self.unet_files)
 
     @cached_property
+    def parts_hash(self) -> str:
+        """A hash of all beside the UNet that samples depend on: text encoders, VAE, noise schedule."""
+        digest = hashlib.sha256(json.dumps(self.scheduler_config, sort_keys=True, default=str).encode())
+        for part in (self.vae_hash, *(base_hash(encoder.state_dict()) for encoder in self.text_encoders)):
+            digest.update(part.encode())
+        return digest.hexdigest()
+
+    @cached_property
     def vae_hash(self) -> str:
-        """A hash of the VAE's weights."""
-        return base_hash(self.vae.state_dict())
+        """A hash of the VAE's weights and of how its latents are scaled."""
+        config = self.vae.config
+        scale = f"{config.scaling_factor} {getattr(config, 'shift_factor', None)}"
+        return hashlib.sha256((base_hash(self.vae.state_dict()) + scale).encode()).hexdigest()
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Within, the live UNet may be trained; afterwards it holds the files' weights again."""
         self.unet.eval().requires_grad_(False)
+        if self.altered:  # by `Run.apply`, say
+            self.load(self.original())
         try:
+            self.altered = True
             yield
         finally:
             self.load(self.original())
@@ -223,7 +242,7 @@ class Model:
     @contextmanager
     def set_up(self, options: EraseOptions) -> Iterator[None]:
         """Within, the model is read, sampled and trained as the options say; afterwards as it was."""
-        before = self.settings, self.clip_skip, self.low_vram
+        before = self.settings, self.clip_skip, self.low_vram, self.attention
         if options.resolution is not None:
             if options.resolution % (self.vae_scale * _multiple(self.unet)):
                 raise ConfigError(
@@ -233,7 +252,7 @@ class Model:
             self.settings = replace(
                 self.settings, sampling=replace(self.settings.sampling, resolution=options.resolution)
             )
-        self.clip_skip, self.low_vram = options.clip_skip, options.low_vram
+        self.clip_skip, self.low_vram, self.attention = options.clip_skip, options.low_vram, options.attention
         if options.attention == "xformers":
             _use_xformers(self.unet, self.device)
         checkpoint = options.gradient_checkpointing or options.low_vram
@@ -243,7 +262,7 @@ class Model:
         try:
             yield
         finally:
-            self.settings, self.clip_skip, self.low_vram = before
+            self.settings, self.clip_skip, self.low_vram, self.attention = before
             if checkpoint:
                 self.unet.disable_gradient_checkpointing()
                 self.unet.eval()
@@ -269,6 +288,7 @@ class Model:
         named = dict(self.unet.named_parameters())
         for name in tensors:
             named[name].copy_(tensors[name])
+        self.altered = not isinstance(tensors, _Files)
 
 
 class _Files(Mapping[str, Tensor]):
@@ -358,9 +378,11 @@ def read_settings(folder: Path, family: str, entry: Mapping[str, Any], resolutio
     own: dict[str, Any] = {}
     if path.is_file():
         try:
-            own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            own = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        except (ConfigError, OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{path} cannot be read: {error}") from error
+        if not isinstance(own, dict) or not all(isinstance(own.get(key, {}), dict) for key in SECTIONS):
+            raise ModelError(f"{path} cannot be read: expected names and values, as in the one of `shapes`")
     shared = aliases()["families"].get(entry.get("family", family), {})
 
     native = {"sampling": {"resolution": resolution}} if resolution else {}
@@ -371,7 +393,9 @@ def read_settings(folder: Path, family: str, entry: Mapping[str, Any], resolutio
     # a model with a recipe of its own is not one the authors ran
     papers = own.get("recipes_paper", {} if "recipe" in own else shared.get("recipes_paper", {}))
     detector = own.get("detector")
-    if detector is not None and (Path(detector).is_absolute() or ".." in Path(detector).parts):
+    if detector is not None and (
+        not isinstance(detector, str) or Path(detector).is_absolute() or ".." in Path(detector).parts
+    ):
         raise ModelError(f"{path}: detector must be a folder inside the model's own")
     return ModelSettings(
         sampling=from_mapping(Sampling, merged("sampling"), str(path)),

@@ -19,6 +19,7 @@ from salun.formats.delta import Delta
 from salun.formats.tensorfile import remove_leftovers, sha256_file
 from salun.mask import Mask, entries
 
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".onnx_data", ".pb", ".msgpack", ".h5", ".gguf")
 STATE_BYTES = 12  # a salient entry's float32 master and Adam's two moments
 
 
@@ -54,14 +55,42 @@ def check_output(target: str, force: bool = False) -> None:
         )
     if path.exists() and not force:
         raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
+    folder = target.endswith(("/", os.sep))
+    if path.exists() and folder and not (path / "model_index.json").is_file():
+        raise ConfigError(f"--output {target} is there already and is no diffusers folder: it is not replaced")
+    if path.exists() and not folder and not path.is_file():
+        raise ConfigError(f"--output {target} is there already and is no file: choose another name")
+
+
+def left_out(model: Model) -> list[Path]:
+    """Files of a diffusers folder that an erased copy must not have: other copies of the UNet's weights.
+
+    They would still hold the concept: other variants beside the ones that are erased, and whole checkpoints at the top.
+    """
+    replaced = {file.resolve() for file in model.unet_files}
+    candidates = [p for place in (model.folder, model.folder / "unet") for p in place.iterdir() if p.is_file()]
+    names = {file.name for file in model.unet_files}
+    return [
+        p
+        for p in sorted(candidates)
+        if p.resolve() not in replaced
+        and (p.suffix in WEIGHTS or (p.name.endswith(".index.json") and len(names) == 1 and p.parent.name == "unet"))
+    ]
 
 
 def check_places(model: Model, targets: list[str], run_dir: Path | None) -> None:
-    """Raises ConfigError for an output or run folder inside the model's own folder, which erasing never changes."""
-    inside = model.folder.resolve()
+    """Raises ConfigError for places that an erasure must not change or replace.
+
+    That is an output or run folder inside the model's own folder, and an output that holds the model or the run.
+    """
+    source = model.folder.resolve()
     for flag, place in [("--output", Path(target)) for target in targets] + [("--run-dir", run_dir)]:
-        if place is not None and inside in (place.resolve(), *place.resolve().parents):
+        if place is not None and source in (place.resolve(), *place.resolve().parents):
             raise ConfigError(f"{flag} {place} is inside the model's own folder: write somewhere else")
+    for target in targets:
+        for what, inner in (("the model itself", source), ("the run folder", run_dir and run_dir.resolve())):
+            if inner is not None and Path(target).resolve() in (inner, *inner.parents):
+                raise ConfigError(f"--output {target} holds {what}: write somewhere else")
 
 
 def disk_needed(model: Model, plan: Plan, outputs: list[str]) -> int:
@@ -124,11 +153,14 @@ def _contents(path: Path) -> dict[str, str]:
 
 
 def _write_folder(target: Path, model: Model, erased: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    target = target.absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    remove_leftovers(target)
+    unwanted = set(left_out(model))
     try:
         replaced = {file.resolve() for file in model.unet_files}
-        for source in sorted(p for p in model.folder.rglob("*") if p.is_file()):
+        for source in sorted(p for p in model.folder.rglob("*") if p.is_file() and p not in unwanted):
             copy = temporary / source.relative_to(model.folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if source.resolve() in replaced:
@@ -136,9 +168,7 @@ def _write_folder(target: Path, model: Model, erased: Mapping[str, Tensor], note
                 tensorfile.rewrite(source, copy, {n: t for n, t in erased.items() if n in inside}, notes)
             else:
                 shutil.copyfile(source, copy)
-        aside = target.with_name(target.name + ".old")
         if target.exists():  # moved aside until the new one is in its place
-            shutil.rmtree(aside, ignore_errors=True)
             os.replace(target, aside)
         os.replace(temporary, target)
         shutil.rmtree(aside, ignore_errors=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salun.diffusion.models import Model
 from salun.diffusion.observe import Observation, Questions
-from salun.diffusion.output import write_new, write_output
+from salun.diffusion.output import left_out, write_new, write_output
 from salun.diffusion.plan import Plan
 from salun.formats.delta import Delta
 from salun.formats.tensorfile import write_bytes
@@ -135,6 +135,11 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
         record.data["mask"].update(selected=run.mask.selected, density=run.mask.density)
     for file in run.model.unet_files:
         record.note_file("inputs", "unet", file, f"unet/{file.name}")
+    others = left_out(run.model)
+    if others and (any(target.endswith("/") for target in outputs or []) or (folder is not None and not outputs)):
+        names = ", ".join(str(p.relative_to(run.model.folder)) for p in others)
+        record.data["notes"] = [*run.plan.notes, f"left out of the erased folder, since they hold the concept: {names}"]
+        progress(Event("saving", message=record.data["notes"][-1]))
     targets = {target: target for target in outputs or []}
     if folder is not None and not targets:
         targets = {

@@ -134,7 +134,7 @@ def tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[st
     wanted = list(names) if names is not None else read_header(path).names
     with safe_open(str(path), "pt") as file:
         for name in wanted:
-            yield name, file.get_tensor(name)
+            yield name, file.get_tensor(name).clone()  # of the file's map, which must not outlive it
 
 
 def write(path: Path, items: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -239,7 +239,10 @@ def remove_leftovers(path: Path) -> None:
     """Remove what processes that were killed while writing `path` have left beside it."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp").isdigit():
-            leftover.unlink(missing_ok=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
