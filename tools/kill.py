@@ -74,7 +74,7 @@ def state_of(run: Path) -> str:
 def is_finished(run: Path) -> bool:
     """Whether the run says that it is done and its report is whole."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    return record["status"] == "done" and (run / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
+    return record["status"] == "done" and (run / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
 def main(n: int, seed: int, folder: Path) -> int:
