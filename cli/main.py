@@ -470,7 +470,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows is not UTF-8 by itself
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="salun")
     except typer.Exit as stop:
         code = stop.exit_code
     except (Cancelled, KeyboardInterrupt, typer.Abort) as stop:
