@@ -133,7 +133,9 @@ class EraseOptions(DeviceOptions):
         "adam", "adam, or adam8bit: moments in 8 bits by bitsandbytes, an extra", choices=("adam", "adam8bit")
     )
     deterministic: bool = option(True, "only kernels that give the same bits each time, where there are any")
-    save_every: float = option(60.0, "seconds between saved states of training, to resume from", minimum=0)
+    save_every: float = option(
+        60.0, "seconds between saved states of training, to resume from; 0: every step", minimum=0
+    )
     seed: int = option(0, "of everything random", minimum=0, maximum=2**63 - 1)
     show_sensitive: bool = option(False, "do not blur the pictures of sensitive concepts")
     recipe: str = option("default", "where unset numbers come from", choices=("default", "paper"))

@@ -33,8 +33,8 @@ class TrainingSettings:
 
     lr_decay: share of the steps, at the end, over which the rate falls linearly to 0, so that the last steps' noise
     does not stay in the weights (0: constant, as in the paper). save_every: seconds between saved states; more where
-    saving itself takes long, so that it costs a tenth of the time at most. fingerprint: what a saved state must carry
-    to be taken up again. optimiser: adam, or adam8bit (bitsandbytes': its moments take a quarter of the memory).
+    saving itself takes long, so that it costs a tenth of the time at most; 0: after every step. fingerprint: what a
+    saved state must carry to be taken up again. optimiser: adam, or adam8bit (bitsandbytes': its moments take a quarter of the memory).
     """
 
     steps: int
@@ -131,7 +131,7 @@ def fine_tune(
                             Event("training", step + 1, settings.steps, message=f"the state is not saved: {error}")
                         )
                     saved = time.monotonic()
-                    wait = max(settings.save_every, 10 * (saved - now))
+                    wait = max(settings.save_every, 10 * (saved - now)) if settings.save_every else 0.0
                 progress(
                     Event("training", step + 1, settings.steps, {"forget": history[-1][1], "retain": history[-1][2]})
                 )
