@@ -34,7 +34,8 @@ class TrainingSettings:
     lr_decay: share of the steps, at the end, over which the rate falls linearly to 0, so that the last steps' noise
     does not stay in the weights (0: constant, as in the paper). save_every: seconds between saved states; more where
     saving itself takes long, so that it costs a tenth of the time at most; 0: after every step. fingerprint: what a
-    saved state must carry to be taken up again. optimiser: adam, or adam8bit (bitsandbytes': its moments take a quarter of the memory).
+    saved state must carry to be taken up again. optimiser: adam, or adam8bit (bitsandbytes': its moments take a quarter
+    of the memory).
     """
 
     steps: int
