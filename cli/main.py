@@ -300,14 +300,15 @@ def inspect(
 
     found = look(path) if against is None else overlap(path, against)
     charts = {title: found[key] for key, title in BLOCKS.items() if found.get(key)}
-    lines = [f"{key}: {value}" for key, value in found.items() if key not in BLOCKS]
+    facts = {key: value for key, value in found.items() if key not in (*BLOCKS, "layers")}
+    lines = [f"{key}: {value}" for key, value in facts.items()]
     for title, blocks in charts.items():
         lines += ["", f"{title}:", *_bars(blocks)]
     if html is not None:
         from salun.report.page import layers_page
 
-        facts = {key: value for key, value in found.items() if key not in BLOCKS}
-        layers_page(path if against is None else f"{path} and {against}", facts, charts).save(html)
+        title = path if against is None else f"{path} and {against}"
+        layers_page(title, facts, charts, found.get("layers", {})).save(html)
         lines.append(f"page: {html}")
     _tell(found, as_json, lines)
 

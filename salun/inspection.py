@@ -20,7 +20,8 @@ from salun.report import charts
 def inspect(path: str) -> dict[str, Any]:
     """Kind and contents of a model, mask, delta or run folder. Raises ModelError for anything else.
 
-    Masks, deltas and runs tell `blocks` too: block of the UNet → [entries selected or changed, entries in all].
+    Masks, deltas and runs tell `blocks` and `layers` too: block or parameter of the UNet → [entries selected or
+    changed, entries in all].
     """
     place = Path(path)
     if (place / "run.json").is_file():
@@ -33,7 +34,7 @@ def inspect(path: str) -> dict[str, Any]:
             "model": record["options"]["model"],
             "concept": ", ".join(record["options"]["concept"]),
             "mask": f"{record['mask']['mode']}, {record['mask']['selected']:,} of {record['mask']['total']:,}",
-            "blocks": _blocks(_layers_of_mask(Mask.load(place / "mask.safetensors"))),
+            **_shares(_layers_of_mask(Mask.load(place / "mask.safetensors"))),
             "moved": moved,
         }
     if place.is_file():
@@ -65,7 +66,7 @@ def _file(place: Path) -> dict[str, Any]:
             "selected": mask.selected,
             "total": mask.total,
             "density": mask.density,  # as counted; the metadata's is the one asked for
-            "blocks": _blocks(_layers_of_mask(mask)),
+            **_shares(_layers_of_mask(mask)),
         }
     if kind == deltas.FORMAT:
         return _delta(place)
@@ -92,7 +93,7 @@ def overlap(one: str, other: str) -> dict[str, Any]:
         "by_chance": a * b / (a + b - a * b) if a or b else 1.0,
         "in_both": both.selected,
         "in_either": either.selected,
-        "blocks": _blocks(counts),
+        **_shares(counts),
     }
 
 
@@ -110,7 +111,7 @@ def _delta(place: Path) -> dict[str, Any]:
         "tensors": len(delta.names),
         "base_hash": delta.base_hash,
         "result_hash": delta.result_hash,
-        "blocks": _blocks(layers),
+        **_shares(layers),
     }
 
 
@@ -118,5 +119,8 @@ def _layers_of_mask(mask: Mask) -> dict[str, tuple[int, int]]:
     return {name: (count, prod(mask.shapes[name])) for name, count in mask.counts().items()}
 
 
-def _blocks(layers: dict[str, tuple[int, int]]) -> dict[str, list[int]]:
-    return {block: list(row) for block, row in charts.per_block(layers).items()}
+def _shares(layers: dict[str, tuple[int, int]]) -> dict[str, dict[str, list[int]]]:
+    return {
+        "blocks": {block: list(row) for block, row in charts.per_block(layers).items()},
+        "layers": {name: list(row) for name, row in layers.items()},
+    }

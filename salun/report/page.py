@@ -61,15 +61,23 @@ def render(
     )
 
 
-def layers_page(title: str, facts: Mapping[str, Any], blocks: Mapping[str, Mapping[str, Sequence[int]]]) -> Report:
-    """A page on a mask, delta or pair of masks. blocks: what a chart shows → block → (selected, total)."""
+def layers_page(
+    title: str,
+    facts: Mapping[str, Any],
+    blocks: Mapping[str, Mapping[str, Sequence[int]]],
+    layers: Mapping[str, Sequence[int]],
+) -> Report:
+    """A page on a mask, delta or pair of masks.
+
+    blocks: what a chart shows → block → (selected, total). layers: parameter → (selected, total), shown as a table.
+    """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.with_name("layers.html.j2").read_text(encoding="utf-8"))
     drawn = {name: Markup(charts.bars(of)) for name, of in blocks.items()}  # names escaped where they are drawn
-    return Report(template.render(title=title, facts=facts, charts=drawn))
+    return Report(template.render(title=title, facts=facts, charts=drawn, layers=layers))
 
 
 def headline(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[str]:
