@@ -150,7 +150,7 @@ class Bench:
                 mask = moved(original, masters)
                 masters = {n: m[mask.dense(n).view(-1)] for n, m in masters.items() if mask.bits[n].any()}
                 told.update(selected=mask.selected, density=mask.density)
-            self.model.load(erased_tensors(original, mask, masters))
+            self.model.load(erased_tensors(original, mask, masters)[0])
             metrics = compare(self.model, plan, asked, before, observe(self.model, asked))
         result = {
             "concept": job.concept,

@@ -16,7 +16,7 @@ import typer
 
 from salun import __version__
 from salun.errors import Cancelled, ConfigError, SalunError
-from salun.options import DeviceOptions, EraseJob, EraseOptions, Sampling
+from salun.options import EraseJob, EraseOptions, ModelOptions, Sampling
 
 from .options import with_options
 from .progress import printable, terminal_progress
@@ -39,7 +39,8 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="alias (see `salun models`), hub id, or diffusers folder (default: the small one that comes along)",
+        help="alias (see `salun models`), .safetensors file, diffusers folder, hub id, or a checkpoint's name in "
+        "--models-dir (default: the small one that comes along)",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
@@ -192,7 +193,7 @@ def _gib(size: int | None) -> str:
 @app.command()
 @with_options(
     EraseOptions,
-    skip=("steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"),
+    skip=(*TRAINING_ONLY, "keep_ema"),
 )
 def mask(
     options: EraseOptions,
@@ -210,10 +211,10 @@ def mask(
     wanted = [Concept(name) for name in concept]
     _new_file(output, force, ".safetensors")
     from salun.diffusion.erase import make_mask
-    from salun.diffusion.models import load
+    from salun.diffusion.loading import load_with
 
     with terminal_progress(as_json) as progress:
-        found, seen = make_mask(load(_model(model), options.device, options.dtype), wanted, options, progress)
+        found, seen = make_mask(load_with(_model(model), options), wanted, options, progress)
     found.save(output)
     lines = [
         f"{found.selected:,} of {found.total:,} weights ({found.density:.2%}) selected: {output}",
@@ -223,9 +224,9 @@ def mask(
 
 
 @app.command()
-@with_options(DeviceOptions)
+@with_options(ModelOptions)
 def sample(
-    options: DeviceOptions,
+    options: ModelOptions,
     prompt: Annotated[list[str], typer.Option(help="a prompt; repeat it for several")],
     output: Annotated[Path, typer.Option(help="the picture to write (.png): one row per prompt")] = Path("sample.png"),
     model: ModelName = None,
@@ -244,19 +245,19 @@ def sample(
     import dataclasses
 
     from salun.diffusion.latents import item_seed, sample_pictures
-    from salun.diffusion.models import load
+    from salun.diffusion.loading import load_with
     from salun.formats.tensorfile import write_bytes
     from salun.report import picture
 
     with terminal_progress(False) as progress:
-        loaded = load(_model(model), options.device, options.dtype)
+        loaded = load_with(_model(model), options)
         changes: dict[str, Any] = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
         chosen: Sampling = dataclasses.replace(loaded.settings.sampling, **changes)
         loaded.settings = dataclasses.replace(loaded.settings, sampling=chosen)
         if delta is not None:
             from salun.formats.delta import Delta
 
-            loaded.load(Delta.load(delta).apply(dict(loaded.original()), strength))
+            loaded.load(Delta.load(delta).apply(loaded.original(), strength))
         texts = [text for text in prompt for _ in range(n)]
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         pictures = sample_pictures(loaded, texts, seeds, progress)
@@ -283,8 +284,10 @@ def evaluate(
 
 
 @app.command()
+@with_options(ModelOptions, skip=("device", "dtype"))
 def inspect(
-    path: Annotated[str, typer.Argument(help="a model (alias, hub id, folder), a mask, a delta, or a run folder")],
+    options: ModelOptions,
+    path: Annotated[str, typer.Argument(help="a model (alias, file, folder, hub id), mask, delta, or run folder")],
     against: Annotated[
         str | None, typer.Option(help="a second mask or run folder: tell how far the two masks agree")
     ] = None,
@@ -298,7 +301,7 @@ def inspect(
     from salun.inspection import inspect as look
     from salun.inspection import overlap
 
-    found = look(path) if against is None else overlap(path, against)
+    found = look(path, options) if against is None else overlap(path, against)
     charts = {title: found[key] for key, title in BLOCKS.items() if found.get(key)}
     facts = {key: value for key, value in found.items() if key not in (*BLOCKS, "layers")}
     lines = [f"{key}: {value}" for key, value in facts.items()]
@@ -328,7 +331,7 @@ def _bars(blocks: dict[str, list[int]], width: int = 40) -> list[str]:
 def concepts(model: ModelName = None, as_json: Json = False) -> None:
     """List the presets and, for a model that carries a vocabulary, the words it knows."""
     from salun.diffusion.concepts import presets
-    from salun.diffusion.models import describe
+    from salun.diffusion.loading import describe
 
     found: dict[str, Any] = {}
     if model is not None:
@@ -403,7 +406,7 @@ def cache(
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the model aliases."""
-    from salun.diffusion.models import aliases
+    from salun.diffusion.finding import aliases
 
     table = aliases()["models"]
     _tell(
@@ -416,7 +419,7 @@ def models(as_json: Json = False) -> None:
 def _model(name: str | None) -> str:
     if name is not None:
         return name
-    from salun.diffusion.models import aliases
+    from salun.diffusion.finding import aliases
 
     return str(aliases()["default"])
 
@@ -463,6 +466,11 @@ def _metric_lines(metrics: dict[str, Any]) -> list[str]:
                 f"  {name}: UA {figures['ua']['value']:.1f} %{anchor}, no picture {figures['none']['value']:.1f} %"
             )
     return lines
+
+
+from .delta import app as _delta  # noqa: E402  (it uses what stands above)
+
+app.add_typer(_delta, name="delta")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from salun.diffusion.concepts import Concept
     from salun.diffusion.erase import erase
-    from salun.diffusion.models import load
+    from salun.diffusion.loading import load
     from salun.diffusion.result import Run
     from salun.errors import Cancelled, SalunError
     from salun.formats.delta import Delta
@@ -52,7 +52,7 @@ _HOMES = {
     "Run": "salun.diffusion.result",
     "SalunError": "salun.errors",
     "erase": "salun.diffusion.erase",
-    "load": "salun.diffusion.models",
+    "load": "salun.diffusion.loading",
     "saliency_mask": "salun.saliency",
 }
 

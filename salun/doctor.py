@@ -166,7 +166,7 @@ def _folder(what: str, folder: Path) -> Finding:
 def _models() -> Iterator[Finding]:
     from huggingface_hub import try_to_load_from_cache
 
-    from salun.diffusion.models import aliases
+    from salun.diffusion.finding import aliases
 
     for name, entry in aliases()["models"].items():
         if "repo" in entry:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from salun.diffusion.evaluate import read_run
-from salun.diffusion.models import describe
+from salun.diffusion.loading import Description, describe
 from salun.errors import ModelError
 from salun.formats import delta as deltas
 from salun.formats import tensorfile
+from salun.formats.checkpoint import Contents
 from salun.formats.hashing import base_hash
 from salun.mask import FORMAT as MASK_FORMAT
 from salun.mask import Mask
+from salun.options import ModelOptions
 from salun.report import charts
 
 
-def inspect(path: str) -> dict[str, Any]:
+def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
     """Kind and contents of a model, mask, delta or run folder. Raises ModelError for anything else.
 
     Masks, deltas and runs tell `blocks` and `layers` too: block or parameter of the UNet → [entries selected or
@@ -37,25 +40,55 @@ def inspect(path: str) -> dict[str, Any]:
             **_shares(_layers_of_mask(Mask.load(place / "mask.safetensors"))),
             "moved": moved,
         }
-    if place.is_file():
-        return _file(place)
-    found = describe(path)
-    tensors = {name: entry for file in found.unet_files for name, entry in tensorfile.read_header(file).entries.items()}
-    lazy = {name: tensor for file in found.unet_files for name, tensor in tensorfile.tensors(file)}
-    return {
-        "kind": "model",
-        "pipeline": found.pipeline,
+    if place.is_file() and place.suffix.lower() == ".safetensors":
+        special = _ours(place)
+        if special is not None:
+            return special
+    return _model(describe(path, options))
+
+
+def _model(found: Description) -> dict[str, Any]:
+    entries = [found.stored.entry(name) for name in found.stored]
+    facts: dict[str, Any] = {
+        "kind": "single file" if found.contents else "diffusers folder",
+        "path": str(found.stored.path),
         "family": found.family,
         "prediction_type": found.scheduler_config.get("prediction_type", "epsilon"),
-        "unet_parameters": sum(t.numel() for t in lazy.values()),
-        "unet_dtypes": ", ".join(sorted({entry.dtype for entry in tensors.values()})),
-        "base_hash": base_hash(lazy),
+        "prediction_from": found.prediction_from,
+        "resolution": found.settings.sampling.resolution,
+        "unet_parameters": sum(prod(entry.shape) for entry in entries),
+        "unet_dtypes": ", ".join(f"{dtype} × {n}" for dtype, n in sorted(Counter(e.dtype for e in entries).items())),
+        "base_hash": base_hash(found.stored),
         "detector": found.settings.detector.name if found.settings.detector else None,
         "vocabulary": sorted(found.settings.vocabulary.attributes) if found.settings.vocabulary else None,
     }
+    if found.contents is not None:
+        contents = found.contents
+        facts["vae"] = "yes" if contents.has_vae else "missing: --components names a folder or hub id that has one"
+        facts["text_encoders"] = ", ".join("yes" if t else "missing: see --components" for t in contents.text)
+        facts["ema"] = f"{len(contents.ema)} tensors, a second copy of the weights" if contents.ema else "none"
+        facts["other_tensors"] = len(contents.others)
+        facts |= {name: text for name, text in contents.header.metadata.items() if name.startswith("salun.")}
+        facts["verdict"] = _verdict(found, contents)
+    return facts
 
 
-def _file(place: Path) -> dict[str, Any]:
+def _verdict(found: Description, contents: Contents) -> str:
+    """Whether the file can be erased from, or what is in the way."""
+    from salun.diffusion.single_file import empty_unet
+
+    if found.folder is None:
+        try:
+            empty_unet(contents, None, found.scheduler_config["prediction_type"])
+        except ModelError as error:
+            return str(error)
+    if found.folder is None and not (contents.has_vae and all(contents.text)):
+        return "salun can erase from it with --components, which gives what is missing"
+    return "salun can erase from it"
+
+
+def _ours(place: Path) -> dict[str, Any] | None:
+    """A mask, a delta or a UNet's weights alone; None for anything else."""
     header = tensorfile.read_header(place)
     kind = header.metadata.get("format")
     if kind == MASK_FORMAT:
@@ -72,9 +105,7 @@ def _file(place: Path) -> dict[str, Any]:
         return _delta(place)
     if any(name.startswith("down_blocks.") for name in header.names):
         return {"kind": "UNet weights (diffusers names)", "tensors": len(header.names), **header.metadata}
-    raise ModelError(
-        f"{place} is a safetensors file, but no mask, delta or diffusers UNet of {len(header.names)} tensors"
-    )
+    return None
 
 
 def overlap(one: str, other: str) -> dict[str, Any]:
@@ -103,10 +134,11 @@ def _mask_in(place: Path) -> Mask:
 
 def _delta(place: Path) -> dict[str, Any]:
     delta = deltas.Delta.load(place)
-    layers = {name: (len(change.index), prod(change.shape)) for name, change in delta.changes.items()}
+    layers = {name: (change.count, prod(change.shape)) for name, change in delta.changes.items()}
     return {
         **delta.metadata,
         "kind": "delta",
+        "id": delta.id,
         "changed": delta.changed,
         "tensors": len(delta.names),
         "base_hash": delta.base_hash,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salun.errors import MaskError
+from salun.errors import MaskError, ModelError
 from salun.threshold import Selection, select_largest
 
 _POPCOUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
@@ -173,27 +173,36 @@ class Mask:
 
     @classmethod
     def load(cls, path: Path | str) -> Mask:
-        """Read a mask file. Raises MaskError if it is none or its bits do not fit its shapes."""
-        from safetensors import SafetensorError, safe_open
+        """Read a mask file, untrusted. Raises MaskError if it is none or its bits do not fit its shapes."""
+        from salun.formats import tensorfile
+
+        def damaged(what: str) -> MaskError:
+            return MaskError(f"{path} is damaged: {what}")
 
         try:
-            with safe_open(str(path), "pt") as file:
-                metadata = dict(file.metadata() or {})
-                if metadata.pop("format", None) != FORMAT:
-                    raise MaskError(f"{path} is not a salun mask (its header names no format {FORMAT})")
-                shapes = {str(k): tuple(int(d) for d in v) for k, v in json.loads(metadata.pop("shapes")).items()}
-                if set(shapes) != set(file.keys()):
-                    raise MaskError(f"{path} is damaged: shapes and bits name different parameters")
-                bits = {name: file.get_tensor(name).numpy().copy() for name in shapes}
-        except MaskError:
-            raise
-        except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise MaskError(f"the mask {path} cannot be read: {error}") from error
-        for name, shape in shapes.items():
-            n, row = prod(shape), bits[name]
-            spare = row[-1] >> n % 8 if n % 8 and len(row) else 0
-            if min(shape, default=1) < 0 or row.dtype != np.uint8 or row.shape != ((n + 7) // 8,) or spare:
-                raise MaskError(f"{path} is damaged: the bits of {name} do not fit its shape {list(shape)}")
+            header = tensorfile.read_header(Path(path))
+            metadata = dict(header.metadata)
+            if metadata.pop("format", None) != FORMAT:
+                raise MaskError(f"{path} is not a salun mask (its header names no format {FORMAT})")
+            told = json.loads(metadata.pop("shapes", ""))
+            if not isinstance(told, dict) or not all(tensorfile.is_shape(shape) for shape in told.values()):
+                raise damaged("its shapes are none")
+            shapes = {name: tuple(shape) for name, shape in told.items()}
+            if set(shapes) != set(header.entries):
+                raise damaged("shapes and bits name different parameters")
+            if not any(map(prod, shapes.values())):
+                raise damaged("it is of no weights at all")
+            bits = {}
+            for name, tensor in tensorfile.tensors(Path(path), shapes):
+                n = prod(shapes[name])
+                if tensor.dtype != torch.uint8 or tensor.shape != ((n + 7) // 8,) or (n % 8 and tensor[-1] >> n % 8):
+                    short = tensorfile.shortened(name)
+                    raise damaged(f"the bits of {short} do not fit its shape {list(shapes[name])}")
+                bits[name] = tensor.numpy()
+        except ModelError as error:  # the file's own faults
+            raise MaskError(str(error)) from error
+        except (ValueError, RecursionError) as error:
+            raise damaged(f"its shapes are not JSON ({error})") from error
         return cls(bits, shapes, metadata)
 
 

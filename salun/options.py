@@ -69,7 +69,34 @@ class DeviceOptions(Checked):
 
 
 @dataclass(frozen=True)
-class EraseOptions(DeviceOptions):
+class ModelOptions(DeviceOptions):
+    """How to find a model and read what its files do not say."""
+
+    components: str | None = option(
+        None, "for single files: a diffusers folder or hub id that has what the file lacks (VAE, text encoder, configs)"
+    )
+    prediction_type: str | None = option(
+        None,
+        "what the UNet predicts (default: what the model's files tell)",
+        choices=("epsilon", "v_prediction"),
+    )
+    models_dir: list[str] = option(
+        [],
+        "a folder to find checkpoints in by name: of checkpoints, or a WebUI's or ComfyUI's root; repeat it for "
+        "several (SALUN_MODELS_DIR adds more)",
+    )
+    allow_pickle: bool = option(
+        False, "read a .ckpt: a pickle, unpacked with weights_only and kept as safetensors in the cache"
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.models_dir, str):  # from Python one text is as good as a list of one
+            object.__setattr__(self, "models_dir", [self.models_dir])
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class EraseOptions(ModelOptions):
     """What `salun erase` can be told; defaults are SalUn's where the paper states one."""
 
     anchor: list[str] = option(
@@ -137,6 +164,7 @@ class EraseOptions(DeviceOptions):
         60.0, "seconds between saved states of training, to resume from; 0: every step", minimum=0
     )
     seed: int = option(0, "of everything random", minimum=0, maximum=2**63 - 1)
+    keep_ema: bool = option(False, "keep a single file's EMA copy of the weights, though it still holds the concept")
     show_sensitive: bool = option(False, "do not blur the pictures of sensitive concepts")
     recipe: str = option("default", "where unset numbers come from", choices=("default", "paper"))
 
@@ -162,12 +190,15 @@ class EraseJob(EraseOptions):
         [], "what to forget: a preset, a word the model knows, or any text; repeat it for several"
     )
     model: str | None = option(
-        None, "alias (see `salun models`), hub id, or diffusers folder (default: the small one that comes along)"
+        None,
+        "alias (see `salun models`), .safetensors file, diffusers folder, hub id, or a checkpoint's name in "
+        "--models-dir (default: the small one that comes along)",
     )
     output: list[str] = option(
         [],
-        "x.safetensors (UNet weights), x.salun.safetensors (undoable delta) or x/ (diffusers folder); repeat it for "
-        "several (default: model/ and the delta in the run folder)",
+        "x.safetensors (checkpoint), x/ (diffusers folder), x.salun.safetensors (undoable delta), x.lora.safetensors "
+        "or x.diff.safetensors (for stock loaders); repeat it for several (default: in the run folder, the model in "
+        "its own layout and the delta)",
     )
     run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<concept>)")
 
@@ -184,7 +215,8 @@ class EraseJob(EraseOptions):
 
 
 GROUPS = {  # for people, in the order in which hosts show them
-    "Concept": ("concept", "anchor", "retain_prompts", "prompt_style", "model", "clip_skip", "resolution"),
+    "Concept": ("concept", "anchor", "retain_prompts", "prompt_style"),
+    "Model": ("model", "components", "models_dir", "prediction_type", "clip_skip", "resolution", "allow_pickle"),
     "Data": ("forget_latents", "retain_latents", "forget_images", "retain_images"),
     "Mask": ("mask", "density", "combine", "scope", "method", "guidance"),
     "Training": (
@@ -195,7 +227,7 @@ GROUPS = {  # for people, in the order in which hosts show them
     "Computing": (
         "device", "dtype", "low_vram", "gradient_checkpointing", "attention", "seed", "deterministic", "save_every",
     ),
-    "Files": ("output", "run_dir"),
+    "Files": ("output", "run_dir", "keep_ema"),
 }  # fmt: skip
 
 

@@ -65,6 +65,7 @@ class RunRecord:
             "timings": {},
             "peak_memory": {"host_bytes": None, "device_bytes": None},
             "mask": None,
+            "rounding": None,
             "losses": [],
             "metrics": {},
         }
@@ -255,12 +256,17 @@ def versions() -> dict[str, str]:
 def peak_memory() -> dict[str, int | None]:
     """Peak resident memory of this process and peak allocation of the GPU, in bytes; None where there is no count."""
     host: int | None = None
-    try:
-        import resource  # not on Windows
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, where what getrusage tells begins with the parent's peak
+        peak = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii", errors="replace"), re.M)
+        host = int(peak[1]) * 1024 if peak else None
+    else:
+        try:
+            import resource  # not on Windows
 
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:
-        pass
+            host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        except ImportError:
+            pass
     device: int | None = None
     import torch
 

@@ -10,7 +10,8 @@ import pytest
 
 import salun
 from salun.diffusion.concepts import Concept, mentions, prompts_of
-from salun.diffusion.models import Model, describe
+from salun.diffusion.loading import describe
+from salun.diffusion.models import Model
 from salun.diffusion.plan import make_plan
 from salun.errors import ConfigError
 from salun.options import EraseOptions

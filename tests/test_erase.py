@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import salun
-from salun.diffusion.models import ASSETS, Model
+from salun.diffusion.finding import ASSETS
+from salun.diffusion.models import Model
 from salun.diffusion.result import Run
 from salun.errors import Cancelled, ConfigError, MaskError, ModelError
-from salun.formats import tensorfile
+from salun.formats import keymap, tensorfile
 from salun.formats.delta import Delta
 from salun.mask import Mask
 from salun.progress import Event
@@ -98,7 +99,8 @@ def test_the_record_says_what_was_done(run_folder: Path) -> None:
     assert record["options"]["steps"] == 4
     assert record["options"]["target"] == "frozen"  # `auto` is resolved
     unset = {name for name, value in record["options"].items() if value is None}
-    assert unset == {"forget_images", "retain_images", "clip_skip"}  # nothing to resolve: no pictures, the model's own
+    # nothing to resolve: no pictures, and what the model's files tell
+    assert unset == {"forget_images", "retain_images", "clip_skip", "components", "prediction_type"}
     assert [entry[0] for entry in record["losses"]] == [1, 2, 3, 4]
     assert record["mask"]["selected"] == record["mask"]["total"] // 2
     assert record["metrics"]["ua"]["n"] == 8
@@ -187,7 +189,6 @@ def test_outputs_are_checked_before_hours_of_work(shapes: Model, tmp_path: Path)
     for target, message in (
         (str(taken), "is there already"),
         ("x.ckpt", r"end it in \.safetensors"),
-        ("x.lora.safetensors", "not written yet"),
     ):
         with pytest.raises(ConfigError, match=message):
             salun.erase(shapes, "circle", outputs=[target], **SHORT)
@@ -199,7 +200,12 @@ def test_run_save_writes_each_format(short_run: Run, tmp_path: Path, run_folder:
     short_run.save(tmp_path / "circle.salun.safetensors")
     short_run.report.save(tmp_path / "report.html")
     erased = tmp_path / "erased.safetensors"
-    assert erased.read_bytes() == (run_folder / "model" / UNET).read_bytes()
+    named = keymap.unet_from_ldm(tensorfile.read_header(erased).names)
+    written, own = load_file(erased), load_file(run_folder / "model" / UNET)
+    assert {name: written[theirs].tolist() for theirs, name in named.items()} == {k: t.tolist() for k, t in own.items()}
+    for name in ("circle.lora.safetensors", "circle.diff.safetensors"):
+        short_run.save(tmp_path / name)
+        assert all(key.startswith("lora_unet_") for key in tensorfile.read_header(tmp_path / name).names)
     assert tensorfile.read_header(erased).metadata["salun.concept"] == "circle"
     assert (tmp_path / "circle.salun.safetensors").read_bytes() == (run_folder / "delta.salun.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="is there already"):
@@ -281,5 +287,5 @@ def test_folders_that_cannot_be_used_say_why(copy_of_shapes: Path, damage: str, 
 
 @pytest.mark.parametrize("name", ["shape", "no/where/at/all", "./nothing", "model.ckpt"])
 def test_models_that_are_not_there_say_what_would_be(name: str) -> None:
-    with pytest.raises(ModelError, match="shapes"):
+    with pytest.raises(ModelError, match=r"shapes|--models-dir"):
         salun.load(name)

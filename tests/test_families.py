@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import salun
-from salun.diffusion.models import ASSETS, alphas_cumprod
+from salun.diffusion.finding import ASSETS
+from salun.diffusion.models import alphas_cumprod
 from salun.errors import ModelError
 
 from .conftest import SHORT

@@ -16,11 +16,13 @@ LAYERS = [
     {"salun.errors", "salun.progress"},
     {"salun.options", "salun.device", "salun.processes", "salun.threshold"},
     {"salun.formats.tensorfile", "salun.formats.keymap", "salun.config"},
-    {"salun.formats.hashing", "salun.mask", "salun.run_record", "salun.cache"},
-    {"salun.formats.delta", "salun.saliency", "salun.optim"},
+    {"salun.formats.hashing", "salun.formats.checkpoint", "salun.formats.families", "salun.formats.stock"}
+    | {"salun.formats.change", "salun.formats.applied", "salun.mask", "salun.run_record", "salun.cache"},
+    {"salun.formats.delta", "salun.formats.stacking", "salun.formats.patch", "salun.formats.pickled"}
+    | {"salun.saliency", "salun.optim"},
     {"salun.training", "salun.evaluation", "salun.report"},
     {"salun.diffusion"},
-    {"salun.inspection", "salun.doctor"},
+    {"salun.inspection", "salun.deltas", "salun.doctor"},
 ]
 HEAVY = {"diffusers", "transformers", "accelerate", "typer", "rich", "gradio", "comfy", "huggingface_hub", "jinja2"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from salun.diffusion.concepts import Concept, library, presets, prompts_of, resolve
-from salun.diffusion.models import describe
+from salun.diffusion.loading import describe
 from salun.errors import ConfigError
 
 IMAGENETTE = [

@@ -7,7 +7,8 @@ import torch
 
 from salun.diffusion.concepts import Concept, prompts_of, resolve
 from salun.diffusion.denoiser import Conditioning
-from salun.diffusion.models import Model, describe
+from salun.diffusion.loading import describe
+from salun.diffusion.models import Model
 from salun.diffusion.plan import make_plan
 from salun.errors import ConfigError, DataError
 from salun.options import EraseOptions

@@ -17,8 +17,9 @@ from salun.cache import Cache
 from salun.device import is_out_of_memory, kernels
 from salun.diffusion.data import sample_data
 from salun.diffusion.images import folder_digest
+from salun.diffusion.loading import load_with
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
-from salun.diffusion.models import Model, load, scoped
+from salun.diffusion.models import Model, scoped
 from salun.diffusion.observe import compare, observe, questions
 from salun.diffusion.output import check_output, check_places, disk_needed, erased_tensors, moved
 from salun.diffusion.plan import Plan, Wanted, make_plan
@@ -70,7 +71,7 @@ def erase(
         check_output(target, force or begun)
     cache = cache or Cache.of_user()
     if isinstance(model, str):
-        model = load(model, options.device, options.dtype)
+        model = load_with(model, options)
     check_places(model, outputs or [], folder)
     plan = make_plan(model.settings, model.name, concept, options)
     if folder is not None and not begun:
@@ -112,9 +113,8 @@ def erase(
         original = model.original()
         if plan.options.method == "salun-soft":
             mask = moved(original, trained.masters)
-        erased = erased_tensors(
-            original, mask, trained.masters if plan.options.method == "salun" else _full(trained, mask)
-        )
+        masters = trained.masters if plan.options.method == "salun" else _full(trained, mask)
+        erased, record.data["rounding"] = erased_tensors(original, mask, masters)
         model.load(erased)
         with record.stage("evaluating"):
             after = observe(model, asked, progress, "pictures after")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.latents import batch_size_of
-from salun.diffusion.models import Model, load, scoped
+from salun.diffusion.loading import load_with
+from salun.diffusion.models import Model, scoped
 from salun.diffusion.output import STATE_BYTES, check_output, check_places, disk_needed
 from salun.diffusion.plan import Plan, Wanted, make_plan
 from salun.mask import entries
@@ -40,7 +41,7 @@ def preview(
     """
     for target in outputs:
         check_output(target, force)
-    loaded = load(model, options.device, options.dtype)
+    loaded = load_with(model, options)
     check_places(loaded, outputs, run_dir)
     plan = make_plan(loaded.settings, loaded.name, concept, options)
     progress(Event("measuring", message=f"measuring this machine with {loaded.name}"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from salun.cache import Cache
 from salun.diffusion.concepts import Concept
-from salun.diffusion.models import load
+from salun.diffusion.loading import load_with
 from salun.diffusion.observe import compare, observe, questions
 from salun.diffusion.plan import make_plan
 from salun.errors import DataError
@@ -31,14 +31,15 @@ def evaluate_run(folder: Path, n: int, seed: int, device: str = "auto", progress
             f"{folder} holds no delta: run `salun erase` without --output, or with one in .salun.safetensors"
         )
     options = dict(record["options"])
-    model = load(str(options.pop("model")), device, str(options.get("dtype", "auto")))
+    name, concepts = str(options.pop("model")), [Concept(str(name)) for name in options.pop("concept")]
     options.pop("output", None)
-    concepts = [Concept(str(name)) for name in options.pop("concept")]
-    plan = make_plan(model.settings, model.name, concepts, from_mapping(EraseOptions, options, str(folder)))
+    asked_for = from_mapping(EraseOptions, {**options, "device": device}, str(folder))
+    model = load_with(name, asked_for)
+    plan = make_plan(model.settings, model.name, concepts, asked_for)
     asked = questions(plan, n, seed)
     with model.set_up(plan.options):
         before = observe(model, asked, progress, "pictures before", Cache.of_user())
-        model.load(Delta.load(candidates[0]).apply(dict(model.original())))
+        model.load(Delta.load(candidates[0]).apply(model.original()))
         after = observe(model, asked, progress, "pictures after")
         metrics = compare(model, plan, asked, before, after)
     text = json.dumps({"n": n, "seed": seed, **metrics}, indent=1) + "\n"

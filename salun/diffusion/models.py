@@ -1,8 +1,4 @@
-"""Finding and loading a Stable Diffusion model: alias, hub id or diffusers folder → `Model`.
-
-`Model` is the diffusers side of the `Denoiser` protocol. Parts are loaded one by one from the folder, so that no
-pipeline's safety checker or feature extractor is needed.
-"""
+"""A loaded Stable Diffusion model: the diffusers side of the `Denoiser` protocol."""
 
 from __future__ import annotations
 
@@ -12,36 +8,22 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
-from salun.config import parse_yaml
-from salun.device import pick_device, pick_dtype
 from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
-from salun.formats import tensorfile
+from salun.formats.checkpoint import Contents, Stored
 from salun.formats.hashing import base_hash
-from salun.options import DeviceOptions, EraseOptions, Recipe, Sampling, from_mapping
+from salun.options import EraseOptions, Recipe, Sampling
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 CHUNKS = 4  # of a long prompt, at most
-PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
-SETTINGS = "salun.yaml"
-SECTIONS = ("sampling", "recipe", "recipes_paper", "vocabulary")
-
-
-@cache
-def aliases() -> dict[str, Any]:
-    """The alias table: `default`, `models` (alias → where it lies) and `families` (recipes and sampling defaults)."""
-    table: dict[str, Any] = yaml.safe_load((ASSETS / "models.yaml").read_text(encoding="utf-8"))
-    return table
 
 
 @dataclass(frozen=True)
@@ -63,12 +45,12 @@ class ModelSettings:
 class Model:
     """A loaded model. Fulfils `Denoiser`.
 
-    name: as the user gave it. folder: the diffusers folder it came from. family: "sd" or "sdxl".
-    unet_files: the UNet's weight files. The live UNet may be changed by an erasure; `original` is what the files hold.
+    name: as the user gave it. stored: where it lies on disk. family: "sd1" | "sd2" | "sdxl". The live UNet may be
+    changed by an erasure; `original` is what the files hold.
     """
 
     name: str
-    folder: Path
+    stored: Stored
     family: str
     settings: ModelSettings
     unet: Any
@@ -76,18 +58,20 @@ class Model:
     text_encoders: list[Any]
     tokenizers: list[Any]
     scheduler_config: dict[str, Any]
-    unet_files: list[Path]
     device: torch.device
     dtype: torch.dtype
     clip_skip: int | None = None  # the encoder's layer, counted from the last (1) as WebUIs do; None: the family's own
     low_vram: bool = False
     attention: str = "sdpa"
+    contents: Contents | None = None  # of a single file
+    components: Path | None = None  # the diffusers folder that a single file's missing parts came from
     altered: bool = False  # whether the live UNet may hold other weights than its files
 
     def __post_init__(self) -> None:
         self.prediction_type = str(self.scheduler_config.get("prediction_type", "epsilon"))
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(f"{self.name} predicts {self.prediction_type!r}; salun handles epsilon and v_prediction")
+        self.zero_snr = bool(self.scheduler_config.get("rescale_betas_zero_snr"))
         self.alphas_cumprod = alphas_cumprod(self.scheduler_config, self.name)
         self.latent_channels = int(self.unet.config.in_channels)
         self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -210,7 +194,7 @@ class Model:
 
     def original(self) -> Mapping[str, Tensor]:
         """The UNet's tensors as its files hold them, read one at a time."""
-        return _Files(self.unet_files)
+        return self.stored
 
     @cached_property
     def parts_hash(self) -> str:
@@ -288,23 +272,7 @@ class Model:
         named = dict(self.unet.named_parameters())
         for name in tensors:
             named[name].copy_(tensors[name])
-        self.altered = not isinstance(tensors, _Files)
-
-
-class _Files(Mapping[str, Tensor]):
-    """Tensors of safetensors files by name, each read when asked for."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._where = {name: file for file in files for name in tensorfile.read_header(file).names}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return next(tensor for _, tensor in tensorfile.tensors(self._where[name], [name]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
+        self.altered = tensors is not self.stored
 
 
 def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
@@ -324,182 +292,6 @@ def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         alphas = root**2
     return alphas
-
-
-def find(name: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of a model and its entry in the alias table (empty for others). Downloads from the hub if need be."""
-    table = aliases()["models"]
-    entry = dict(table.get(name, {}))
-    if "path" in entry:
-        return ASSETS / entry["path"], entry
-    if not entry and (
-        Path(name).exists() or name.endswith((".safetensors", ".ckpt")) or name.startswith((".", "/", "~"))
-    ):
-        folder = Path(name).expanduser()
-        if not folder.exists():
-            raise ModelError(f"there is no {folder}: give a diffusers folder, a hub id, or one of {', '.join(table)}")
-        if folder.is_file():
-            raise ModelError(f"{folder} is a single file; this version reads diffusers folders and hub ids")
-        return folder, entry
-    if not entry and name.count("/") != 1:
-        import difflib
-
-        near = difflib.get_close_matches(name, table, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ModelError(
-            f"no model {name!r}{hint}: use {', '.join(table)}, a hub id (owner/name), or a diffusers folder"
-        )
-    return _download(entry.get("repo", name), entry.get("variant")), entry
-
-
-def _download(repo: str, variant: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    suffix = f".{variant}.safetensors" if variant else ".safetensors"
-    weights = [f"{part}/*{suffix}" for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
-    patterns = ["model_index.json", SETTINGS, "*/*.json", "*/merges.txt", *weights]
-    arguments: dict[str, Any] = {"allow_patterns": patterns}
-    try:
-        return Path(snapshot_download(repo, local_files_only=True, **arguments))
-    except (OSError, ValueError):  # not in the local cache, or not whole
-        pass
-    try:
-        return Path(snapshot_download(repo, **arguments))
-    except Exception as error:  # the hub's client raises many kinds; all of them mean that the model is not here
-        raise ModelError(
-            f"{repo} is not on this machine and could not be fetched ({type(error).__name__}): "
-            "connect to the internet, log in with `hf auth login` if it is gated, or give a diffusers folder"
-        ) from error
-
-
-def read_settings(folder: Path, family: str, entry: Mapping[str, Any], resolution: int | None = None) -> ModelSettings:
-    """Settings of a model: `salun.yaml` in its folder over the alias entry over the native one over the family."""
-    path = folder / SETTINGS
-    own: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            own = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        except (ConfigError, OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path} cannot be read: {error}") from error
-        if not isinstance(own, dict) or not all(isinstance(own.get(key, {}), dict) for key in SECTIONS):
-            raise ModelError(f"{path} cannot be read: expected names and values, as in the one of `shapes`")
-    shared = aliases()["families"].get(entry.get("family", family), {})
-
-    native = {"sampling": {"resolution": resolution}} if resolution else {}
-
-    def merged(key: str) -> dict[str, Any]:
-        return {**shared.get(key, {}), **native.get(key, {}), **entry.get(key, {}), **own.get(key, {})}
-
-    # a model with a recipe of its own is not one the authors ran
-    papers = own.get("recipes_paper", {} if "recipe" in own else shared.get("recipes_paper", {}))
-    detector = own.get("detector")
-    if detector is not None and (
-        not isinstance(detector, str) or Path(detector).is_absolute() or ".." in Path(detector).parts
-    ):
-        raise ModelError(f"{path}: detector must be a folder inside the model's own")
-    return ModelSettings(
-        sampling=from_mapping(Sampling, merged("sampling"), str(path)),
-        recipe=from_mapping(Recipe, merged("recipe"), str(path)),
-        paper_recipes={
-            kind: from_mapping(Recipe, {**merged("recipe"), **paper}, str(path)) for kind, paper in papers.items()
-        },
-        vocabulary=Vocabulary.from_mapping(own["vocabulary"], str(path)) if "vocabulary" in own else None,
-        detector=folder / detector if detector else None,
-    )
-
-
-@dataclass(frozen=True)
-class Description:
-    """A model's folder, read without loading weights."""
-
-    folder: Path
-    family: str
-    pipeline: str
-    settings: ModelSettings
-    unet_files: list[Path]
-    scheduler_config: dict[str, Any]
-
-
-def describe(name: str) -> Description:
-    """Find a model and read what its folder says of it. Raises ModelError for what salun cannot handle."""
-    folder, entry = find(name)
-    index = _json(folder / "model_index.json", name)
-    pipeline = str(index.get("_class_name"))
-    if pipeline not in PIPELINES:
-        raise ModelError(f"{name} is a {pipeline}; salun handles {' and '.join(PIPELINES)}")
-    family = PIPELINES[pipeline]
-    unet = _json(folder / "unet" / "config.json", name)
-    if int(unet.get("in_channels", 4)) != int(unet.get("out_channels", 4)):
-        raise ModelError(f"{name} has a UNet with {unet['in_channels']} input channels (inpainting?): not handled")
-    guess = "sdxl" if family == "sdxl" else ("sd1" if unet.get("cross_attention_dim", 768) <= 768 else "sd2")
-    settings = read_settings(folder, guess, entry, _resolution(unet, _json(folder / "vae" / "config.json", name)))
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json", name)
-    return Description(folder, family, pipeline, settings, _weight_files(folder / "unet", name), scheduler)
-
-
-def _resolution(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int | None:
-    """Pixels a side that a model was trained at, where its configs say so (SD 2.1 is 768, its base 512)."""
-    latent, levels = unet.get("sample_size"), vae.get("block_out_channels")
-    return latent * 2 ** (len(levels) - 1) if isinstance(latent, int) and isinstance(levels, list) else None
-
-
-def load(name: str, device: str = "auto", dtype: str = "auto") -> Model:
-    """Load a model: an alias (`salun models`), a hub id, or a diffusers folder.
-
-    device and dtype as in `DeviceOptions`. Raises ModelError saying what to do if it is missing or of another kind.
-    """
-    DeviceOptions(device=device, dtype=dtype)
-    found = describe(name)
-    where = pick_device(device)
-    precision = pick_dtype(dtype, where)
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.utils import logging as diffusers_logging
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    for file in sorted(found.folder.glob("*/*.safetensors")):
-        tensorfile.read_header(file)  # a truncated file is told as such, before hours of work
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    folder = found.folder
-    variant = "fp16" if found.unet_files[0].name.endswith(".fp16.safetensors") else None
-    try:
-        keywords: dict[str, Any] = {"torch_dtype": precision, "use_safetensors": True, "variant": variant}
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **keywords)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **{**keywords, "torch_dtype": torch.float32})
-        text: dict[str, Any] = {"dtype": precision, "use_safetensors": True, "variant": variant}
-        parts = ["", "_2"] if found.family == "sdxl" else [""]
-        encoders = []
-        for part in parts:
-            kind = CLIPTextModelWithProjection if part else CLIPTextModel
-            encoders.append(kind.from_pretrained(folder / f"text_encoder{part}", **text))
-        tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}") for part in parts]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{name} could not be loaded from {folder}: {first}") from error
-    for module in (unet, vae, *encoders):
-        module.eval().requires_grad_(False)
-    unet.to(where)  # the others come when they are needed
-    bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
-    if bad is not None:
-        raise ModelError(f"{name}: the weight {bad} holds NaN or infinity, so nothing can be computed with it")
-    if not any(".attn2." in n for n, _ in unet.named_parameters()):
-        raise ModelError(f"{name} has no cross-attention: prompts do not reach its UNet, so nothing can be forgotten")
-    return Model(
-        name=name,
-        folder=folder,
-        family=found.family,
-        settings=found.settings,
-        unet=unet,
-        vae=vae,
-        text_encoders=encoders,
-        tokenizers=tokenizers,
-        scheduler_config=found.scheduler_config,
-        unet_files=found.unet_files,
-        device=where,
-        dtype=precision,
-    )
 
 
 def _multiple(unet: Any) -> int:
@@ -535,28 +327,3 @@ def scoped(parameters: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.P
     if not chosen:
         raise ConfigError(f"--scope {scope} names no parameter of this model")
     return chosen
-
-
-def _weight_files(unet: Path, name: str) -> list[Path]:
-    for stem in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
-        single = unet / f"{stem}.safetensors"
-        if single.is_file():
-            return [single]
-    index = next(iter(sorted(unet.glob("diffusion_pytorch_model*.safetensors.index*.json"))), None)
-    if index is not None:
-        files = sorted(set(_json(index, name).get("weight_map", {}).values()))
-        if files and all(Path(f).name == f and (unet / f).is_file() for f in files):
-            return [unet / f for f in files]
-    raise ModelError(f"{name} has no safetensors weights in {unet}: pickled weights are not read; convert them first")
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{name} is no diffusers model: {path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is damaged: expected a JSON object")
-    return data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,28 +10,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from salun.diffusion.convert import write_folder, write_single_file
 from salun.diffusion.models import Model, scoped
 from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError
 from salun.formats import tensorfile
 from salun.formats.delta import Delta
+from salun.formats.patch import size_of, write_patched
+from salun.formats.stock import full_difference, host_metadata, low_rank
 from salun.formats.tensorfile import remove_leftovers, sha256_file
 from salun.mask import Mask, entries
 
-WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".onnx_data", ".pb", ".msgpack", ".h5", ".gguf")
+DELTA, LORA, DIFF = ".salun.safetensors", ".lora.safetensors", ".diff.safetensors"
+ENERGY = 0.9  # of a low-rank file where nothing else is asked for
 STATE_BYTES = 12  # a salient entry's float32 master and Adam's two moments
 
 
-def erased_tensors(original: Mapping[str, Tensor], mask: Mask, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The changed tensors: masters rounded once to the file's dtype, every other entry the file's own bits."""
-    erased = {}
+def erased_tensors(
+    original: Mapping[str, Tensor], mask: Mask, masters: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The changed tensors: masters rounded once to the file's dtype, every other entry the file's own bits.
+
+    And how many entries training moved (`moved`), and how many of these the rounding put back (`rounded_away`).
+    """
+    erased, counts = {}, {"moved": 0, "rounded_away": 0}
     for name, master in masters.items():
         tensor = original[name].clone()
-        tensor.view(-1)[mask.dense(name).view(-1)] = master.cpu().to(tensor.dtype)
-        if not torch.isfinite(tensor).all():
+        flat, chosen, exact = tensor.view(-1), mask.dense(name).view(-1), master.cpu()
+        old, new = flat[chosen], exact.to(tensor.dtype)
+        differs = exact != old.float()
+        counts["moved"] += int(differs.sum())
+        counts["rounded_away"] += int((differs & (new == old)).sum())
+        flat[chosen] = new
+        if not torch.isfinite(tensor.float()).all():
             raise ModelError(f"{name} holds a value that {tensor.dtype} cannot: the learning rate is too high")
         erased[name] = tensor
-    return erased
+    return erased, counts
 
 
 def moved(original: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> Mask:
@@ -45,13 +58,10 @@ def moved(original: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> Mask
 def check_output(target: str, force: bool = False) -> None:
     """Raises ConfigError for an output that would overwrite something or whose format is not known."""
     path = Path(target)
-    if target.endswith((".lora.safetensors", ".diff.safetensors")):
-        raise ConfigError(
-            f"--output {target}: LoRA and full-difference files are not written yet; use .salun.safetensors"
-        )
     if not target.endswith((".safetensors", "/", os.sep)):
         raise ConfigError(
-            f"--output {target}: end it in .safetensors (UNet), .salun.safetensors (delta) or / (diffusers folder)"
+            f"--output {target}: end it in .safetensors (checkpoint), / (diffusers folder), .salun.safetensors "
+            "(delta), .lora.safetensors or .diff.safetensors (for stock loaders)"
         )
     if path.exists() and not force:
         raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
@@ -62,20 +72,11 @@ def check_output(target: str, force: bool = False) -> None:
         raise ConfigError(f"--output {target} is there already and is no file: choose another name")
 
 
-def left_out(model: Model) -> list[Path]:
-    """Files of a diffusers folder that an erased copy must not have: other copies of the UNet's weights.
-
-    They would still hold the concept: other variants beside the ones that are erased, and whole checkpoints at the top.
-    """
-    replaced = {file.resolve() for file in model.unet_files}
-    candidates = [p for place in (model.folder, model.folder / "unet") for p in place.iterdir() if p.is_file()]
-    names = {file.name for file in model.unet_files}
-    return [
-        p
-        for p in sorted(candidates)
-        if p.resolve() not in replaced
-        and (p.suffix in WEIGHTS or (p.name.endswith(".index.json") and len(names) == 1 and p.parent.name == "unet"))
-    ]
+def output_layout(target: str) -> str | None:
+    """ "folder" or "file" of a whole model, None for a difference; by its name."""
+    if target.endswith(("/", os.sep)):
+        return "folder"
+    return None if target.endswith((DELTA, LORA, DIFF)) else "file"
 
 
 def check_places(model: Model, targets: list[str], run_dir: Path | None) -> None:
@@ -83,10 +84,14 @@ def check_places(model: Model, targets: list[str], run_dir: Path | None) -> None
 
     That is an output or run folder inside the model's own folder, and an output that holds the model or the run.
     """
-    source = model.folder.resolve()
+    source = model.stored.path.resolve()
+    for target in targets:
+        if Path(target).is_file() and any(os.path.samefile(target, file) for file in model.stored.files):
+            raise ConfigError(f"--output {target} is the model's own file: write somewhere else")
     for flag, place in [("--output", Path(target)) for target in targets] + [("--run-dir", run_dir)]:
         if place is not None and source in (place.resolve(), *place.resolve().parents):
-            raise ConfigError(f"{flag} {place} is inside the model's own folder: write somewhere else")
+            what = "is the model's own file" if model.stored.single else "is inside the model's own folder"
+            raise ConfigError(f"{flag} {place} {what}: write somewhere else")
     for target in targets:
         for what, inner in (("the model itself", source), ("the run folder", run_dir and run_dir.resolve())):
             if inner is not None and Path(target).resolve() in (inner, *inner.parents):
@@ -95,40 +100,77 @@ def check_places(model: Model, targets: list[str], run_dir: Path | None) -> None
 
 def disk_needed(model: Model, plan: Plan, outputs: list[str]) -> int:
     """Bytes that a run takes on disk at most: outputs, mask, and the state to resume from, twice as it is renewed."""
-    unet = sum(file.stat().st_size for file in model.unet_files)
-    folder = sum(p.stat().st_size for p in model.folder.rglob("*") if p.is_file())
+    unet = sum(entry.end - entry.start for entry in map(model.stored.entry, model.stored))
+    whole = size_of(model.stored)
     total = sum(p.numel() for p in scoped(model.parameters(), plan.options.scope).values())
     salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
     delta = total // 8 + unet  # at most: the bits of all entries and every changed one
-    kinds = outputs or ["model/", "x.salun.safetensors"]
-    written = sum(
-        folder if name.endswith("/") else delta if name.endswith(".salun.safetensors") else unet for name in kinds
-    )
+    written = 0
+    for name in outputs or ["model/", "x.salun.safetensors"]:
+        written += delta if name.endswith(DELTA) else 2 * total if name.endswith((LORA, DIFF)) else whole
     return written + total // 8 + 2 * STATE_BYTES * salient
 
 
 def write_output(
-    target: str, model: Model, erased: Mapping[str, Tensor], delta: Delta, notes: Mapping[str, str]
+    target: str,
+    model: Model,
+    erased: Mapping[str, Tensor],
+    delta: Delta,
+    notes: Mapping[str, str],
+    keep_ema: bool = False,
 ) -> str:
     """Write one output, its format chosen by its name; returns its kind. Nothing is left behind if it fails.
 
-    `x.salun.safetensors`: the sparse delta. `x/`: a copy of the diffusers folder with the erased UNet.
-    `x.safetensors`: the UNet's weight file in the folder's own layout.
+    `x.salun.safetensors`: the sparse delta. `x.lora.safetensors`, `x.diff.safetensors`: low-rank and full differences
+    for stock loaders. `x/`: a diffusers folder. Any other `x.safetensors`: a single-file checkpoint. In the model's own
+    layout all but the UNet's changed tensors is copied byte for byte, in the other one it is converted.
     """
-    if target.endswith(".salun.safetensors"):
-        delta.save(Path(target))
+    path = Path(target)
+    if target.endswith(DELTA):
+        delta.save(path)
         return "delta"
-    if target.endswith(("/", os.sep)):
-        _write_folder(Path(target), model, erased, notes)
-        return "folder"
-    if len(model.unet_files) > 1:
-        raise ConfigError(f"{model.name} keeps its UNet in several files: write a diffusers folder (--output name/)")
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    tensorfile.rewrite(model.unet_files[0], Path(target), erased, notes)
-    return "unet"
+    if target.endswith((LORA, DIFF)):
+        return write_stock(path, model.stored, erased, notes)
+    folder = output_layout(target) == "folder"
+    if folder != model.stored.single:
+        write_patched(model.stored, path, erased, notes, keep_ema)
+    elif folder:
+        write_folder(model, path, erased, notes)
+    else:
+        write_single_file(model, path, erased, notes)
+    return "folder" if folder else "checkpoint"
 
 
-def write_new(target: str, model: Model, erased: Mapping[str, Tensor], delta: Delta, notes: Mapping[str, str]) -> str:
+def write_stock(
+    path: Path,
+    base: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
+    notes: Mapping[str, str],
+    rank: int | None = None,
+    energy: float | None = None,
+) -> str:
+    """Write a stock loader's file, low-rank or full by its name; returns its kind.
+
+    base: the whole UNet. changed: its tensors that differ, as they are to be. rank, energy: of the low-rank file, as in
+    `low_rank`; without either, ranks that keep 90 % of the difference.
+    """
+    if path.name.endswith(DIFF):
+        tensors, told = full_difference(base, changed), {}
+    else:
+        tensors, kept = low_rank(base, changed, rank=rank, energy=ENERGY if rank is energy is None else energy)
+        told = {"salun.energy_kept": f"{kept.total.share:.6f}"}
+    tensorfile.write(path, tensors, {**notes, **host_metadata(base), **told})
+    return "difference" if path.name.endswith(DIFF) else "lora"
+
+
+def write_new(
+    target: str,
+    model: Model,
+    erased: Mapping[str, Tensor],
+    delta: Delta,
+    notes: Mapping[str, str],
+    keep_ema: bool = False,
+) -> str:
     """`write_output`, to a name that must be free or hold these very bytes (of a run that stopped after writing it).
 
     Raises ConfigError if something else is there by now.
@@ -136,11 +178,11 @@ def write_new(target: str, model: Model, erased: Mapping[str, Tensor], delta: De
     path = Path(target)
     remove_leftovers(path)
     if not path.exists():
-        return write_output(target, model, erased, delta, notes)
+        return write_output(target, model, erased, delta, notes, keep_ema)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
         again = Path(beside) / path.name
         kind = write_output(
-            str(again) + (os.sep if target.endswith(("/", os.sep)) else ""), model, erased, delta, notes
+            str(again) + (os.sep if target.endswith(("/", os.sep)) else ""), model, erased, delta, notes, keep_ema
         )
         if _contents(again) != _contents(path):
             raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
@@ -150,31 +192,3 @@ def write_new(target: str, model: Model, erased: Mapping[str, Tensor], delta: De
 def _contents(path: Path) -> dict[str, str]:
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     return {str(p.relative_to(path)): sha256_file(p) for p in files}
-
-
-def _write_folder(target: Path, model: Model, erased: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
-    remove_leftovers(target)
-    unwanted = set(left_out(model))
-    try:
-        replaced = {file.resolve() for file in model.unet_files}
-        for source in sorted(p for p in model.folder.rglob("*") if p.is_file() and p not in unwanted):
-            copy = temporary / source.relative_to(model.folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            if source.resolve() in replaced:
-                inside = set(tensorfile.read_header(source).names)
-                tensorfile.rewrite(source, copy, {n: t for n, t in erased.items() if n in inside}, notes)
-            else:
-                shutil.copyfile(source, copy)
-        if target.exists():  # moved aside until the new one is in its place
-            os.replace(target, aside)
-        os.replace(temporary, target)
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from salun.diffusion.models import Model
 from salun.diffusion.observe import Observation, Questions
-from salun.diffusion.output import left_out, write_new, write_output
+from salun.diffusion.output import output_layout, write_new, write_output
 from salun.diffusion.plan import Plan
-from salun.formats.delta import Delta
+from salun.formats.checkpoint import Stored
+from salun.formats.delta import Delta, applied_metadata
+from salun.formats.patch import left_out
 from salun.formats.tensorfile import write_bytes
 from salun.mask import Mask
 from salun.progress import Event, Progress, silent
@@ -46,8 +48,7 @@ class Run:
     @cached_property
     def delta(self) -> Delta:
         """The sparse, undoable difference between the model's UNet and the erased one."""
-        original = dict(self.model.original())
-        return Delta.between(original, {**original, **self.erased}, self._notes())
+        return Delta.of_changed(self.model.original(), self.erased, self._notes())
 
     @cached_property
     def report(self) -> page.Report:
@@ -89,7 +90,8 @@ class Run:
         from salun.diffusion.output import check_output
 
         check_output(str(target), force)
-        write_output(str(target), self.model, self.erased, self.delta, self._notes())
+        notes = {**self._notes(), **applied_metadata(self.delta, self.model.stored.metadata)}
+        write_output(str(target), self.model, self.erased, self.delta, notes, self.plan.options.keep_ema)
 
     def apply(self) -> None:
         """Put the erased weights into the loaded model, to sample from it; `undo` takes them out again."""
@@ -133,30 +135,26 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     record.data["metrics"] = run.metrics
     if run.plan.options.method == "salun-soft":
         record.data["mask"].update(selected=run.mask.selected, density=run.mask.density)
-    for file in run.model.unet_files:
-        record.note_file("inputs", "unet", file, f"unet/{file.name}")
-    others = left_out(run.model)
-    if others and (any(target.endswith("/") for target in outputs or []) or (folder is not None and not outputs)):
-        names = ", ".join(str(p.relative_to(run.model.folder)) for p in others)
-        record.data["notes"] = [*run.plan.notes, f"left out of the erased folder, since they hold the concept: {names}"]
+    stored = run.model.stored
+    for file in stored.files:
+        record.note_file("inputs", "checkpoint" if stored.single else "unet", file, _shown(stored, file))
+    others = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
+    if others and _in_own_layout(stored, outputs, folder):
+        what = f"{len(others)} EMA tensors (--keep-ema keeps them)" if stored.single else ", ".join(others)
+        record.data["notes"] = [*run.plan.notes, f"left out of the erased model, since they hold the concept: {what}"]
         progress(Event("saving", message=record.data["notes"][-1]))
     targets = {target: target for target in outputs or []}
     if folder is not None and not targets:
-        targets = {
-            str(folder / "model") + "/": "model/",
-            str(folder / "delta.salun.safetensors"): "delta.salun.safetensors",
-        }
+        own = "model.safetensors" if stored.single else "model/"
+        targets = {f"{folder}/{name}": name for name in (own, "delta.salun.safetensors")}
+    notes = {**run._notes(), **applied_metadata(run.delta, stored.metadata)}
     with record.stage("saving"):
         for i, (target, shown) in enumerate(targets.items(), 1):
             progress(Event("saving", i, len(targets), message=shown))
             ours = folder is not None and Path(target).parent == folder
             write = write_output if force or ours else write_new
-            kind = write(target, run.model, run.erased, run.delta, run._notes())
-            files = (
-                [Path(target) / "unet" / file.name for file in run.model.unet_files]
-                if kind == "folder"
-                else [Path(target)]
-            )
+            kind = write(target, run.model, run.erased, run.delta, notes, run.plan.options.keep_ema)
+            files = sorted((Path(target) / "unet").glob("*.safetensors")) if kind == "folder" else [Path(target)]
             for file in files:
                 inner = f"{shown}unet/{file.name}" if kind == "folder" else shown
                 record.note_file("outputs", kind, file, inner if not Path(inner).is_absolute() else file.name)
@@ -169,3 +167,15 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
                 write_bytes(folder / "before_after.png", picture.png_bytes(joined))
     if folder is not None:
         run.report.save(folder / "report.html")
+
+
+def _shown(stored: Stored, file: Path) -> str:
+    return file.name if stored.single else f"unet/{file.name}"
+
+
+def _in_own_layout(stored: Stored, outputs: list[str] | None, folder: Path | None) -> bool:
+    """Whether some output is a copy of the model in its own layout."""
+    if not outputs:
+        return folder is not None
+    kinds = [output_layout(target) for target in outputs]
+    return ("file" if stored.single else "folder") in kinds

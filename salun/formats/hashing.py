@@ -35,6 +35,36 @@ def base_hash_fp16(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class Hasher:
+    """`base_hash`, fed one tensor at a time in the order of their names.
+
+    rounded: whether `fp16`, the hash over the tensors rounded to fp16, is wanted too.
+    """
+
+    def __init__(self, rounded: bool = False) -> None:
+        self._own = hashlib.sha256()
+        self._rounded = rounded
+        self._half: hashlib._Hash | None = None  # from the first tensor on that rounding changes
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        rounds = tensor.is_floating_point() and tensor.dtype != torch.float16
+        if self._rounded and rounds and self._half is None:
+            self._half = self._own.copy()
+        _feed(self._own, name, tensor)
+        if self._half is not None:
+            _feed(self._half, name, tensor.to(torch.float16) if rounds else tensor)
+
+    @property
+    def hash(self) -> str:
+        """The base hash, in hex."""
+        return self._own.hexdigest()
+
+    @property
+    def fp16(self) -> str:
+        """The hash over the rounded tensors, in hex, if it was wanted."""
+        return (self._half or self._own).hexdigest()
+
+
 def _feed(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
     shape = ",".join(str(d) for d in tensor.shape)
     digest.update(f"{name}\0{NAMES[tensor.dtype]}\0{shape}\0".encode())

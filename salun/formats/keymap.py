@@ -81,7 +81,8 @@ def unet_from_ldm(names: Iterable[str]) -> dict[str, str]:
     """
     own = [name.removeprefix(UNET) for name in names if name.startswith(UNET)]
     samplers = [int(m[1]) for n in own if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.", n))]
-    layers = min(samplers) - 1 if samplers else 2
+    places = [int(m[1]) for n in own if (m := re.match(r"input_blocks\.(\d+)\.", n))]
+    layers = min(samplers) - 1 if samplers else max(places, default=2)  # without a sampler there is one level
     return {UNET + name: _unet_name_back(name, layers) for name in own}
 
 
@@ -197,11 +198,13 @@ def is_vae_matrix(name: str) -> bool:
 class TextLayout:
     """Where a text encoder lies in a single file.
 
-    prefix: of its names there. open_clip: OpenCLIP's names, with q, k and v fused, rather than transformers'.
+    prefix: of its names there. open_clip: OpenCLIP's names, with q, k and v fused, rather than transformers'. short:
+    transformers' names without their `text_model.`, as some old files have them.
     """
 
     prefix: str
     open_clip: bool
+    short: bool = False
 
 
 TEXT = {
@@ -240,7 +243,7 @@ def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str
         if bare.endswith("position_ids"):
             continue
         if not layout.open_clip:
-            inner = bare if bare.startswith("text_projection") else f"text_model.{bare}"
+            inner = bare if layout.short or bare.startswith("text_projection") else f"text_model.{bare}"
             found[name] = (layout.prefix + inner, "")
             continue
         theirs, part = _open_clip_name(bare)

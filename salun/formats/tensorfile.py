@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
@@ -39,7 +39,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100 * 1024 * 1024  # the library's own limit
+_MAX_HEADER = 12 * 1024 * 1024  # the largest models' take a fifth; parsed, the worst of this size takes 600 MB
+_MAX_SHAPE = 16, 1 << 62  # dimensions, and entries in all: what torch can describe
 _CHUNK = 8 * 1024 * 1024
 
 
@@ -54,12 +55,35 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """By what a file that somebody wrote to in the meantime is recognised: bytes, nanoseconds, and which file it is."""
+
+    size: int
+    changed: int
+    inode: int
+
+    @staticmethod
+    def of(path: Path) -> Stamp:
+        """Raises ModelError if the file is gone."""
+        try:
+            seen = path.stat()
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+        return Stamp(seen.st_size, seen.st_mtime_ns, seen.st_ino)
+
+
+@dataclass(frozen=True)
 class Header:
-    """entries: name → where it lies, in the file's order of bytes. metadata: the file's strings. data_start: bytes."""
+    """entries: name → where it lies, in the file's order of bytes; listed: the names in the header's own order.
+
+    metadata: the file's strings. data_start: bytes. stamp: of the file when this was read.
+    """
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
     data_start: int
+    listed: list[str]
+    stamp: Stamp
 
     @property
     def names(self) -> list[str]:
@@ -72,11 +96,19 @@ def read_header(path: Path) -> Header:
     def fault(what: str) -> ModelError:
         return ModelError(f"{path} is no sound safetensors file: {what}; fetch or write it again")
 
+    stamp = Stamp.of(path)
+    size = stamp.size
     try:
-        size = path.stat().st_size
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise ModelError(f"{path} is no file: give a .safetensors file or a diffusers folder")
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+                    raise ModelError(
+                        f"{path} is a pickle, whatever its name says: fetch the model's .safetensors instead"
+                    )
                 raise fault(f"a header of {length} bytes in a file of {size}")
             raw = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
@@ -85,9 +117,14 @@ def read_header(path: Path) -> Header:
         raise fault(f"its header is not JSON ({error})") from error
     if not isinstance(raw, dict):
         raise fault("its header is no JSON object")
-    metadata = raw.pop("__metadata__", {}) or {}
+    metadata = raw.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise fault("its metadata are not strings")
+    try:
+        "".join([*raw, *metadata, *metadata.values()]).encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can escape half a character
+        raise fault("its names or metadata are not Unicode") from error
     start = 8 + length
     entries: dict[str, Entry] = {}
     for name, item in raw.items():
@@ -96,11 +133,11 @@ def read_header(path: Path) -> Header:
     position = start
     for name, entry in ordered:
         if entry.start != position:
-            raise fault(f"{name} begins at byte {entry.start}, not at {position}")
+            raise fault(f"{shortened(name)} begins at byte {entry.start}, not at {position}")
         position = entry.end
     if position != size:
         raise fault(f"its tensors end at byte {position}, the file at {size} (truncated?)")
-    return Header(dict(ordered), metadata, start)
+    return Header(dict(ordered), metadata, start, list(entries), stamp)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,30 +148,60 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, item: Any, data_start: int, fault: Any) -> Entry:
+    name = shortened(name)
     try:
         dtype, shape, (start, end) = item["dtype"], item["shape"], item["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise fault(f"{name} lacks dtype, shape or offsets") from error
-    numbers = [*shape, start, end] if isinstance(shape, list) else [None]
-    if any(type(v) is not int or v < 0 for v in numbers):
-        raise fault(f"{name} has a shape or offsets that are no whole numbers")
-    if dtype not in DTYPES:
-        raise fault(f"{name} is of the unknown dtype {dtype!r}")
-    if end - start != prod(shape) * DTYPES[dtype].itemsize:
-        raise fault(
-            f"{name} takes {end - start} bytes, but its shape {shape} needs {prod(shape) * DTYPES[dtype].itemsize}"
-        )
+    if not is_shape(shape) or not is_shape([start, end]):
+        raise fault(f"{name} has a shape or offsets that are no whole numbers, or far too large")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise fault(f"{name} is of the unknown dtype {shortened(str(dtype))!r}")
+    needed = prod(shape) * DTYPES[dtype].itemsize
+    if end - start != needed:
+        raise fault(f"{name} takes {end - start} bytes, but its shape {shape} needs {needed}")
     return Entry(dtype, tuple(shape), data_start + start, data_start + end)
 
 
-def tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor), one at a time, each a copy of its own; the file is closed at the end."""
-    from safetensors import safe_open
+def is_shape(value: Any) -> bool:
+    """Whether a stranger's value is a list of sizes such as a tensor can have."""
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_SHAPE[0]
+        and all(type(size) is int and size >= 0 for size in value)
+        and prod(max(size, 1) for size in value) <= _MAX_SHAPE[1]
+    )
 
-    wanted = list(names) if names is not None else read_header(path).names
-    with safe_open(str(path), "pt") as file:
-        for name in wanted:
-            yield name, file.get_tensor(name).clone()  # of the file's map, which must not outlive it
+
+def shortened(name: str) -> str:
+    """A stranger's word as a message can hold it."""
+    return name if len(name) <= 120 else f"{name[:120]}…"
+
+
+def tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor), one at a time, each a copy of its own. Raises ModelError if the file has changed meanwhile."""
+    header = read_header(path)
+    with path.open("rb") as file:
+        for name in header.names if names is None else names:
+            tensor = read_tensor(file, header.entries[name], path)
+            if Stamp.of(path) != header.stamp:
+                raise changed_meanwhile(path)
+            yield name, tensor
+
+
+def read_tensor(file: IO[bytes], entry: Entry, path: Path) -> Tensor:
+    """One tensor of an open file. Read, not mapped: a file cut short meanwhile is an error, not a crash."""
+    content = bytearray(entry.end - entry.start)
+    file.seek(entry.start)
+    if file.readinto(content) != len(content):  # type: ignore[attr-defined]
+        raise changed_meanwhile(path)
+    dtype = DTYPES[entry.dtype]
+    return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).view(entry.shape)
+
+
+def changed_meanwhile(path: Path) -> ModelError:
+    """What to raise when a file is no longer what it was when it was first read."""
+    return ModelError(f"{path} has changed while it was read: let whatever writes to it finish, and start again")
 
 
 def write(path: Path, items: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -142,58 +209,87 @@ def write(path: Path, items: Mapping[str, Tensor], metadata: Mapping[str, str] |
 
     Atomic: a temporary file, synced, then renamed. Raises ModelError if the disk has no room.
     """
-    items = dict(sorted(items.items(), key=lambda pair: -pair[1].element_size()))
+    write_lazily(path, {name: (t.dtype, tuple(t.shape)) for name, t in items.items()}, items, metadata)
+
+
+def write_lazily(
+    path: Path,
+    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    items: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`write`, of tensors that are made when they are asked for: one is in memory at a time.
+
+    described: name → dtype and shape of what `items` gives for it.
+    """
+    described = dict(sorted(described.items(), key=lambda pair: -pair[1][0].itemsize))
     entries, position = {}, 0
-    for name, tensor in items.items():
-        size = tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + size],
-        }
+    for name, (dtype, shape) in described.items():
+        size = prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
-    header = _header_bytes(entries, metadata or {})
+    header = _header_bytes(entries, dict(sorted((metadata or {}).items())))
     with atomic(path, len(header) + position) as file:
         file.write(header)
-        for tensor in items.values():
+        for name, (dtype, shape) in described.items():
+            tensor = items[name]
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
             for block in _bytes(tensor):
                 file.write(block)
 
 
-def rewrite(source: Path, target: Path, replaced: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Copy a file, tensor bytes in their order, with some tensors replaced and metadata added.
+def rewrite(
+    source: Path,
+    target: Path,
+    replaced: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dropped: Collection[str] = (),
+    stamp: Stamp | None = None,
+) -> None:
+    """Copy a file, tensor bytes, names and metadata in their orders, some tensors replaced and metadata added.
 
-    Every tensor not in `replaced` keeps its bytes, and the file its other metadata. One chunk is in memory at a time.
-    Raises ModelError if a tensor is not in the file or differs in dtype or shape, if target is the source, or if the
-    disk has no room; nothing is left at `target` then.
+    Every tensor neither in `replaced` nor in `dropped` keeps its bytes, and the file its other metadata; an empty text
+    takes a key of them away. One chunk is in memory at a time. stamp: of the source when it was first read. Raises
+    ModelError if a tensor is not in the file or differs in dtype or shape, if target is the source, if the source has
+    changed, or if the disk has no room; nothing is left at `target` then.
     """
     header = read_header(source)
+    stamp = stamp or header.stamp
     if target.exists() and os.path.samefile(source, target):
         raise ModelError(f"{target} is the source itself: write to another name")
-    for name, tensor in replaced.items():
-        entry = header.entries.get(name)
-        if entry is None:
-            raise ModelError(f"{source} holds no {name}")
-        if (entry.dtype, entry.shape) != (NAMES[tensor.dtype], tuple(tensor.shape)):
-            raise ModelError(
-                f"{name} is {entry.dtype} {list(entry.shape)} in {source}, "
-                f"not {NAMES[tensor.dtype]} {list(tensor.shape)}"
-            )
-    entries = {
+    fresh = set(replaced)
+    if fresh - set(header.entries):
+        raise ModelError(f"{source} holds no {min(fresh - set(header.entries))}")
+    without = set(dropped)
+    places, position = {}, 0
+    for name, entry in header.entries.items():
+        if name not in without:
+            places[name] = [position, position + entry.end - entry.start]
+            position += entry.end - entry.start
+    described = {
         name: {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [entry.start - header.data_start, entry.end - header.data_start],
+            "dtype": header.entries[name].dtype,
+            "shape": list(header.entries[name].shape),
+            "data_offsets": places[name],
         }
-        for name, entry in header.entries.items()
+        for name in header.listed
+        if name in places
     }
-    top = _header_bytes(entries, {**header.metadata, **metadata})
-    total = len(top) + source.stat().st_size - header.data_start
-    with atomic(target, total) as out, source.open("rb") as inside:
+    merged = {**header.metadata, **dict(sorted(metadata.items()))}
+    top = _header_bytes(described, {key: text for key, text in merged.items() if text or key not in metadata})
+    with atomic(target, len(top) + position) as out, source.open("rb") as inside:
         out.write(top)
         for name, entry in header.entries.items():
-            if name in replaced:
-                for block in _bytes(replaced[name]):
+            if name in without:
+                continue
+            if name in fresh:
+                tensor = replaced[name]
+                if (entry.dtype, entry.shape) != (NAMES[tensor.dtype], tuple(tensor.shape)):
+                    raise ModelError(
+                        f"{name} is {entry.dtype} {list(entry.shape)} in {source}, "
+                        f"not {NAMES[tensor.dtype]} {list(tensor.shape)}"
+                    )
+                for block in _bytes(tensor):
                     out.write(block)
                 continue
             inside.seek(entry.start)
@@ -201,9 +297,11 @@ def rewrite(source: Path, target: Path, replaced: Mapping[str, Tensor], metadata
             while left:
                 copied = inside.read(min(left, _CHUNK))
                 if not copied:
-                    raise ModelError(f"{source} grew shorter while it was read")
+                    raise changed_meanwhile(source)
                 out.write(copied)
                 left -= len(copied)
+        if Stamp.of(source) != stamp:
+            raise changed_meanwhile(source)
 
 
 @contextmanager
@@ -275,7 +373,7 @@ def _bytes(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    described: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     text = json.dumps({**described, **entries}, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from salun.diffusion.latents import item_seed, sample_pictures
-from salun.diffusion.models import load
+from salun.diffusion.loading import load
 from salun.evaluation.detector import load_detector
 from salun.formats import tensorfile
 from tools.shapes import oracle, unet, world

@@ -1,0 +1,225 @@
+"""Between the layouts: a diffusers folder written as a single file that hosts load, and a single file as a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun.diffusion.models import Model
+from salun.diffusion.single_file import text_tensors, vae_tensors
+from salun.errors import ModelError
+from salun.formats import keymap, tensorfile
+from salun.formats.checkpoint import Contents, Stored
+from salun.formats.patch import put_in_place
+from salun.formats.tensorfile import DTYPES, Header, remove_leftovers
+
+ARCHITECTURES = {  # in modelspec's words
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+Described = tuple[torch.dtype, tuple[int, ...]]
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors that are made when asked for."""
+
+    def __init__(self) -> None:
+        self.makers: dict[str, Callable[[], Tensor]] = {}
+        self.described: dict[str, Described] = {}
+
+    def add(self, name: str, described: Described, make: Callable[[], Tensor]) -> None:
+        self.makers[name], self.described[name] = make, described
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+
+def write_single_file(model: Model, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a diffusers folder as one file under the names that hosts know: UNet, VAE and text encoders, own dtypes.
+
+    changed: diffusers name → the UNet's tensors that differ from the folder's. Raises ModelError for a part that is
+    missing or that the layout has no names for.
+    """
+    stored, family, items = model.stored, model.family, _Lazy()
+    try:
+        for name, theirs in keymap.unet_to_ldm(stored).items():
+            items.add(theirs, _entry(stored, name), _from(changed, stored, name))
+        _add_vae(items, stored.path)
+        for index, layout in enumerate(keymap.TEXT[family]):
+            _add_text(items, stored.path / f"text_encoder{f'_{index + 1}' if index else ''}", layout, family)
+    except KeyError as error:
+        raise ModelError(f"{stored.path}: single files have no name for its {error.args[0]}; write a folder") from error
+    v = model.prediction_type == "v_prediction"
+    for mark, there in (("v_pred", v and family == "sdxl"), ("ztsnr", model.zero_snr)):
+        if there:  # hosts look for these names
+            items.add(mark, (torch.float32, (0,)), partial(torch.empty, 0))
+    told = {"modelspec.architecture": ARCHITECTURES[family], "modelspec.prediction_type": "v" if v else "epsilon"}
+    tensorfile.write_lazily(target, items.described, items, {**told, **metadata})
+
+
+def _entry(stored: Stored, name: str) -> Described:
+    entry = stored.entry(name)
+    return DTYPES[entry.dtype], entry.shape
+
+
+def _weights(folder: Path, stem: str) -> tuple[Path, Header]:
+    """A part's one weight file."""
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        if (folder / name).is_file():
+            return folder / name, tensorfile.read_header(folder / name)
+    raise ModelError(f"{folder} has no {stem}.safetensors: a single file cannot be made without it")
+
+
+def _add_vae(items: _Lazy, folder: Path) -> None:
+    file, header = _weights(folder / "vae", "diffusion_pytorch_model")
+    for name, theirs in keymap.vae_to_ldm(header.names).items():
+        dtype, shape = DTYPES[header.entries[name].dtype], header.entries[name].shape
+        if keymap.is_vae_matrix(theirs) and len(shape) == 2:
+            shape = (*shape, 1, 1)
+        items.add(theirs, (dtype, shape), partial(_read_as, file, [name], shape))
+
+
+def _add_text(items: _Lazy, folder: Path, layout: keymap.TextLayout, family: str) -> None:
+    file, header = _weights(folder, "model")
+    together: dict[str, dict[str, str]] = {}
+    for name, (theirs, part) in keymap.text_to_ldm(header.names, layout).items():
+        together.setdefault(theirs, {})[part] = name
+    for theirs, parts in together.items():
+        names = [parts[part] for part in ("q", "k", "v")] if "q" in parts else list(parts.values())
+        dtype, shape = DTYPES[header.entries[names[0]].dtype], header.entries[names[0]].shape
+        if "T" in parts:
+            items.add(theirs, (dtype, shape[::-1]), partial(_read_turned, file, names[0]))
+        else:
+            whole = (len(names) * shape[0], *shape[1:]) if shape else shape
+            items.add(theirs, (dtype, whole), partial(_read_as, file, names, whole))
+    if family == "sd2":
+        _add_last_layer(items, layout.prefix)
+
+
+def _add_last_layer(items: _Lazy, prefix: str) -> None:
+    """The layer that diffusers leaves out, since no output of it is used, as one that changes nothing.
+
+    Hosts build it all the same, and would otherwise leave its weights as whatever was in memory.
+    """
+    rows = [name for name in items if name.startswith(f"{prefix}transformer.resblocks.")]
+    numbers = {int(name.split("resblocks.")[1].split(".")[0]) for name in rows}
+    last = max(numbers)
+    for name in [name for name in rows if f".resblocks.{last}." in name]:
+        dtype, shape = items.described[name]
+        fill = 1.0 if ".ln_" in name and name.endswith(".weight") else 0.0
+        copy = name.replace(f".resblocks.{last}.", f".resblocks.{last + 1}.")
+        items.add(copy, (dtype, shape), partial(torch.full, shape, fill, dtype=dtype))
+
+
+def _read_as(file: Path, names: list[str], shape: tuple[int, ...]) -> Tensor:
+    """Tensors one after the other, in a shape of as many entries."""
+    return torch.cat([tensor.reshape(-1) for _, tensor in tensorfile.tensors(file, names)]).view(shape)
+
+
+def _read_turned(file: Path, name: str) -> Tensor:
+    return next(tensor for _, tensor in tensorfile.tensors(file, [name])).T.contiguous()
+
+
+def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a model that came from a single file as a diffusers folder, every tensor in the dtype it has there.
+
+    Parts that the file lacks are copied from the folder they came from.
+    """
+    assert model.contents is not None
+    contents, stored = model.contents, model.stored
+    target = target.absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    remove_leftovers(target)
+    try:
+        unet = _Lazy()
+        for name in stored:
+            unet.add(name, _entry(stored, name), _from(changed, stored, name))
+        (temporary / "unet").mkdir(parents=True, exist_ok=True)
+        model.unet.save_config(temporary / "unet")
+        file = temporary / "unet" / "diffusion_pytorch_model.safetensors"
+        tensorfile.write_lazily(file, unet.described, unet, metadata)
+        if contents.has_vae:
+            (temporary / "vae").mkdir()
+            model.vae.save_config(temporary / "vae")
+            makers, shapes, inner = vae_tensors(contents)
+            vae = _Lazy()
+            for name, make in makers.items():
+                vae.add(name, (_dtype(contents, inner[name]), shapes[name]), make)
+            file = temporary / "vae" / "diffusion_pytorch_model.safetensors"
+            tensorfile.write_lazily(file, vae.described, vae, {"format": "pt"})
+        else:
+            _copy(model.components, "vae", temporary)
+        for index, (encoder, tokenizer) in enumerate(zip(model.text_encoders, model.tokenizers, strict=True)):
+            part = f"text_encoder{f'_{index + 1}' if index else ''}"
+            tokenizer.save_pretrained(temporary / part.replace("text_encoder", "tokenizer"))
+            if not contents.text[index]:
+                _copy(model.components, part, temporary)
+                continue
+            encoder.config.save_pretrained(temporary / part)
+            text = _Lazy()
+            makers, inner = text_tensors(contents, encoder.state_dict(), index)
+            for name, make in makers.items():
+                shape = tuple(encoder.state_dict()[name].shape)
+                text.add(name, (_dtype(contents, inner[name]), shape), make)
+            tensorfile.write_lazily(temporary / part / "model.safetensors", text.described, text, {"format": "pt"})
+        (temporary / "scheduler").mkdir()
+        _json(temporary / "scheduler" / "scheduler_config.json", model.scheduler_config)
+        scheduler = str(model.scheduler_config.get("_class_name"))
+        _json(temporary / "model_index.json", _index(model.family == "sdxl", scheduler))
+        put_in_place(temporary, target)
+    except OSError as error:
+        raise ModelError(
+            f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _from(changed: Mapping[str, Tensor], stored: Stored, name: str) -> Callable[[], Tensor]:
+    return lambda: changed[name] if name in changed else stored[name]
+
+
+def _dtype(contents: Contents, name: str) -> torch.dtype:
+    return DTYPES[contents.header.entries[name].dtype]
+
+
+def _copy(components: Path | None, part: str, target: Path) -> None:
+    assert components is not None  # what a file lacks was loaded from there
+    shutil.copytree(components / part, target / part)
+
+
+def _index(xl: bool, scheduler: str) -> dict[str, Any]:
+    """What diffusers' own `model_index.json` says."""
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler],
+    }
+    if xl:
+        index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    else:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    return index
+
+
+def _json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

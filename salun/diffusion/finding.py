@@ -1,0 +1,135 @@
+"""From a model's name to its place on disk: alias, path, a host's checkpoint, or hub id."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from salun.config import parse_yaml
+from salun.errors import ConfigError, ModelError
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+SETTINGS = "salun.yaml"
+FILES = (".safetensors", ".ckpt")
+HOST_FOLDERS = ("models/checkpoints", "models/Stable-diffusion", "checkpoints", "Stable-diffusion")
+EXTRA_PATHS = "extra_model_paths.yaml"
+
+
+@cache
+def aliases() -> dict[str, Any]:
+    """The alias table: `default`, `models` (alias → where it lies) and `families` (recipes and sampling defaults)."""
+    table: dict[str, Any] = yaml.safe_load((ASSETS / "models.yaml").read_text(encoding="utf-8"))
+    return table
+
+
+def find(name: str, models_dir: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
+    """A model's folder or single file, and its entry in the alias table (empty for others).
+
+    Looked for in this order: aliases; a path; a checkpoint of this name in the folders of `checkpoint_folders`; the
+    hub, from which it is downloaded if need be. Raises ModelError for a name that nothing or more than one thing has.
+    """
+    table = aliases()["models"]
+    entry = dict(table.get(name, {}))
+    if "path" in entry:
+        return ASSETS / entry["path"], entry
+    if not entry:
+        given = Path(name).expanduser()
+        if given.exists():
+            return given, entry
+        folders = list(checkpoint_folders(models_dir))
+        found = _named(name, folders)
+        if found is not None:
+            return found, entry
+        if name.endswith(FILES) or name.startswith((".", "/", "~")):
+            where = f", nor in {', '.join(map(str, folders))}" if folders else "; --models-dir names folders to look in"
+            raise ModelError(f"there is no {given}{where}")
+        if name.count("/") != 1:
+            near = difflib.get_close_matches(name, table, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ModelError(
+                f"no model {name!r}{hint}: use {', '.join(table)}, a .safetensors file, a diffusers folder, a hub id "
+                "(owner/name), or a checkpoint's name in a folder that --models-dir tells"
+            )
+    return _download(entry.get("repo", name), entry.get("variant")), entry
+
+
+def checkpoint_folders(models_dir: Sequence[str] = ()) -> Iterator[Path]:
+    """The folders with checkpoints under those given and those of SALUN_MODELS_DIR (separated as in PATH).
+
+    Each may be a folder of checkpoints, or the root of ComfyUI or of a WebUI; ComfyUI's own `extra_model_paths.yaml`
+    in it is followed. Raises ConfigError for a folder that is not there, or a file that cannot be read.
+    """
+    own = [place for place in os.environ.get("SALUN_MODELS_DIR", "").split(os.pathsep) if place]
+    seen = set()
+    for place in [*models_dir, *own]:
+        root = Path(place).expanduser()
+        if not root.is_dir():
+            raise ConfigError(f"--models-dir {place} is no folder: give one of checkpoints, or a WebUI's or ComfyUI's")
+        inner = [root / part for part in HOST_FOLDERS if (root / part).is_dir()]
+        if (root / EXTRA_PATHS).is_file():
+            inner += _extra_paths(root / EXTRA_PATHS)
+        for folder in inner or [root]:
+            if folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                yield folder
+
+
+def _extra_paths(file: Path) -> list[Path]:
+    """The checkpoint folders that ComfyUI's extra_model_paths.yaml adds."""
+    try:
+        table = parse_yaml(file.read_text(encoding="utf-8-sig"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    found = []
+    for section in table.values() if isinstance(table, Mapping) else ():
+        listed = section.get("checkpoints") if isinstance(section, Mapping) else None
+        if not isinstance(listed, str):
+            continue
+        base = file.parent / os.path.expandvars(str(section.get("base_path") or "")).strip()
+        found += [base.expanduser() / line.strip() for line in listed.splitlines() if line.strip()]
+    return [folder for folder in found if folder.is_dir()]
+
+
+def _named(name: str, folders: Sequence[Path]) -> Path | None:
+    """The one checkpoint of this name: its path below a folder, its file's name, or that without its ending.
+
+    Raises ModelError if several have it.
+    """
+    wanted = name.replace("\\", "/").casefold()
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILES and p.is_file()):
+            below = path.relative_to(folder).as_posix().casefold()
+            names = {below, below.rsplit(".", 1)[0], path.name.casefold(), path.stem.casefold()}
+            if wanted in names:
+                found.setdefault(path.resolve(), path)
+    if len(found) > 1:
+        listed = ", ".join(map(str, found.values()))
+        raise ModelError(f"{name!r} is the name of {len(found)} checkpoints: give the path of one: {listed}")
+    return next(iter(found.values()), None)
+
+
+def _download(repo: str, variant: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    suffix = f".{variant}.safetensors" if variant else ".safetensors"
+    weights = [f"{part}/*{suffix}" for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    patterns = ["model_index.json", SETTINGS, "*/*.json", "*/merges.txt", *weights]
+    arguments: dict[str, Any] = {"allow_patterns": patterns}
+    try:
+        return Path(snapshot_download(repo, local_files_only=True, **arguments))
+    except (OSError, ValueError):  # not in the local cache, or not whole
+        pass
+    try:
+        return Path(snapshot_download(repo, **arguments))
+    except Exception as error:  # the hub's client raises many kinds; all of them mean that the model is not here
+        raise ModelError(
+            f"{repo} is not on this machine and could not be fetched ({type(error).__name__}): connect to the "
+            "internet, log in with `hf auth login` if it is gated, or give a diffusers folder or a .safetensors file"
+        ) from error

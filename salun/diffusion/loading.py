@@ -1,0 +1,247 @@
+"""From a model's name to a `Model`: a diffusers folder or a single file is described, checked and loaded.
+
+Parts are loaded one by one, so that no pipeline's safety checker or feature extractor is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from salun.config import parse_yaml
+from salun.device import pick_device, pick_dtype
+from salun.diffusion.finding import SETTINGS, aliases, find
+from salun.diffusion.models import Model, ModelSettings, alphas_cumprod
+from salun.diffusion.vocabulary import Vocabulary
+from salun.errors import ConfigError, ModelError
+from salun.formats import families, tensorfile
+from salun.formats.checkpoint import Contents, Stored, open_folder
+from salun.options import ModelOptions, Recipe, Sampling, from_mapping
+
+PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+SECTIONS = ("sampling", "recipe", "recipes_paper", "vocabulary")
+
+
+def read_settings(
+    folder: Path | None, family: str, entry: Mapping[str, Any], resolution: int | None = None
+) -> ModelSettings:
+    """Settings of a model: `salun.yaml` in its folder over the alias entry over the native one over the family."""
+    path = (folder or Path()) / SETTINGS
+    own: dict[str, Any] = {}
+    if folder is not None and path.is_file():
+        try:
+            own = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        except (ConfigError, OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        if not isinstance(own, dict) or not all(isinstance(own.get(key, {}), dict) for key in SECTIONS):
+            raise ModelError(f"{path} cannot be read: expected names and values, as in the one of `shapes`")
+    shared = aliases()["families"].get(entry.get("family", family), {})
+
+    native = {"sampling": {"resolution": resolution}} if resolution else {}
+
+    def merged(key: str) -> dict[str, Any]:
+        return {**shared.get(key, {}), **native.get(key, {}), **entry.get(key, {}), **own.get(key, {})}
+
+    # a model with a recipe of its own is not one the authors ran
+    papers = own.get("recipes_paper", {} if "recipe" in own else shared.get("recipes_paper", {}))
+    detector = own.get("detector")
+    if detector is not None and (
+        not isinstance(detector, str) or Path(detector).is_absolute() or ".." in Path(detector).parts
+    ):
+        raise ModelError(f"{path}: detector must be a folder inside the model's own")
+    return ModelSettings(
+        sampling=from_mapping(Sampling, merged("sampling"), str(path)),
+        recipe=from_mapping(Recipe, merged("recipe"), str(path)),
+        paper_recipes={
+            kind: from_mapping(Recipe, {**merged("recipe"), **paper}, str(path)) for kind, paper in papers.items()
+        },
+        vocabulary=Vocabulary.from_mapping(own["vocabulary"], str(path)) if "vocabulary" in own else None,
+        detector=folder / detector if folder is not None and detector else None,
+    )
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model on disk, read without loading weights.
+
+    family: "sd1" | "sd2" | "sdxl". contents: what a single file holds; None for a folder. folder: the diffusers folder
+    that tells configs and tokenizer: the model's own, or a single file's --components if it has some.
+    prediction_from: how the scheduler's prediction type is known.
+    """
+
+    name: str
+    stored: Stored
+    family: str
+    settings: ModelSettings
+    scheduler_config: dict[str, Any]
+    prediction_from: str
+    contents: Contents | None
+    folder: Path | None
+
+
+def describe(name: str, options: ModelOptions | None = None) -> Description:
+    """Find a model and read what its files say of it. Raises ModelError for what salun cannot handle."""
+    options = options or ModelOptions()
+    path, entry = find(name, options.models_dir)
+    if path.is_dir():
+        if options.components is not None:
+            raise ConfigError(f"--components is for single files; {name} is a folder and has its own")
+        return _described_folder(name, path, entry, options)
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        from salun.formats.pickled import converted
+
+        path = converted(path, options.allow_pickle)
+    contents = Contents.of(path)
+    folder = None
+    if options.components is not None:
+        folder, entry = find(options.components, options.models_dir)
+        family = _described_folder(options.components, folder, entry, options).family
+        if family != contents.family:
+            raise ModelError(f"--components {options.components} is of the family {family}, not {contents.family}")
+    guess, source = contents.prediction
+    if folder is not None and contents.told_prediction is None:
+        scheduler = _json(folder / "scheduler" / "scheduler_config.json", str(options.components))
+        guess, source = str(scheduler.get("prediction_type", "epsilon")), "the scheduler config of --components"
+    if options.prediction_type is not None:
+        guess, source = options.prediction_type, "--prediction-type"
+    if folder is not None:
+        scheduler = {**_json(folder / "scheduler" / "scheduler_config.json", name), "prediction_type": guess}
+        if contents.zero_snr:
+            scheduler["rescale_betas_zero_snr"] = True
+    else:
+        scheduler = families.scheduler_config(contents.family, guess, contents.zero_snr)
+    known = families.facts(contents.family)["unet"]
+    side = 8 * known.get("sample_size_v" if guess == "v_prediction" else "", known["sample_size"])
+    if folder is not None:
+        side = _resolution(folder, str(options.components)) or side
+    settings = read_settings(folder, contents.family, entry, side)
+    return Description(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
+
+
+def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> Description:
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is a single file, where a diffusers folder or hub id is wanted")
+    pipeline = str(_json(folder / "model_index.json", name).get("_class_name"))
+    if pipeline not in PIPELINES:
+        raise ModelError(f"{name} is a {pipeline}; salun handles {' and '.join(PIPELINES)}")
+    unet = _json(folder / "unet" / "config.json", name)
+    if int(unet.get("in_channels", 4)) != int(unet.get("out_channels", 4)):
+        raise ModelError(f"{name} has a UNet with {unet['in_channels']} input channels (inpainting?): not handled")
+    second = unet.get("use_linear_projection") or unet.get("cross_attention_dim", 768) == 1024
+    family = "sdxl" if PIPELINES[pipeline] == "sdxl" else "sd2" if second else "sd1"
+    scheduler, source = _json(folder / "scheduler" / "scheduler_config.json", name), "its scheduler config"
+    if options.prediction_type is not None:
+        scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "--prediction-type"
+    settings = read_settings(folder, family, entry, _resolution(folder, name))
+    return Description(name, open_folder(folder), family, settings, scheduler, source, None, folder)
+
+
+def _resolution(folder: Path, name: str) -> int | None:
+    """Pixels a side that a model was trained at, where its configs say so (SD 2.1 is 768, its base 512)."""
+    unet, vae = (_json(folder / part / "config.json", name) for part in ("unet", "vae"))
+    latent, levels = unet.get("sample_size"), vae.get("block_out_channels")
+    return latent * 2 ** (len(levels) - 1) if isinstance(latent, int) and isinstance(levels, list) else None
+
+
+def load(name: str, device: str = "auto", dtype: str = "auto", **given: Any) -> Model:
+    """Load a model: an alias (`salun models`), a hub id, a diffusers folder, or a single `.safetensors` file.
+
+    device, dtype and what else may be given: the fields of `ModelOptions`. Raises ModelError saying what to do if the
+    model is missing, not whole, or of another kind.
+    """
+    return load_with(name, ModelOptions(device=device, dtype=dtype, **given))
+
+
+def load_with(name: str, options: ModelOptions) -> Model:
+    """`load`, from options that may say more than how to load."""
+    own = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
+    found = describe(name, own)
+    alphas_cumprod(found.scheduler_config, name)  # a schedule that is not known is told before anything is loaded
+    where = pick_device(own.device)
+    precision = pick_dtype(own.dtype, where)
+    _quiet()
+    if found.contents is None:
+        parts = _load_folder(found, precision)
+    else:
+        from salun.diffusion.single_file import load_parts
+
+        parts = load_parts(found.contents, found.folder, found.scheduler_config["prediction_type"], precision)
+    unet, vae, encoders, tokenizers = parts
+    for module in (unet, vae, *encoders):
+        module.eval().requires_grad_(False)
+    unet.to(where)  # the others come when they are needed
+    bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
+    if bad is not None:
+        raise ModelError(f"{name}: the weight {bad} holds NaN or infinity, so nothing can be computed with it")
+    if not any(".attn2." in n for n, _ in unet.named_parameters()):
+        raise ModelError(f"{name} has no cross-attention: prompts do not reach its UNet, so nothing can be forgotten")
+    return Model(
+        name=name,
+        stored=found.stored,
+        family=found.family,
+        settings=found.settings,
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=tokenizers,
+        scheduler_config=found.scheduler_config,
+        device=where,
+        dtype=precision,
+        contents=found.contents,
+        components=found.folder if found.contents is not None else None,
+    )
+
+
+def _quiet() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+Parts = tuple[Any, Any, list[Any], list[Any]]
+"""(UNet, VAE, text encoders, tokenizers)."""
+
+
+def _load_folder(found: Description, precision: torch.dtype) -> Parts:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder = found.stored.path
+    for file in sorted(folder.glob("*/*.safetensors")):
+        tensorfile.read_header(file)  # a truncated file is told as such, before hours of work
+    variant = "fp16" if found.stored.files[0].name.endswith(".fp16.safetensors") else None
+    try:
+        keywords: dict[str, Any] = {"torch_dtype": precision, "use_safetensors": True, "variant": variant}
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **keywords)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", **{**keywords, "torch_dtype": torch.float32})
+        text: dict[str, Any] = {"dtype": precision, "use_safetensors": True, "variant": variant}
+        parts = ["", "_2"] if found.family == "sdxl" else [""]
+        encoders = []
+        for part in parts:
+            kind = CLIPTextModelWithProjection if part else CLIPTextModel
+            encoders.append(kind.from_pretrained(folder / f"text_encoder{part}", **text))
+        tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}") for part in parts]
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{found.name} could not be loaded from {folder}: {first}") from error
+    return unet, vae, encoders, tokenizers
+
+
+def _json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{name} is no diffusers model: {path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} is damaged: expected a JSON object")
+    return data

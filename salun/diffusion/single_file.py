@@ -1,0 +1,288 @@
+"""A single file's parts: UNet, VAE and text encoders built from what it holds, the tokenizer from CLIP's vocabulary.
+
+What the file lacks comes from a diffusers folder (`--components`). Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun.diffusion.finding import ASSETS
+from salun.errors import ModelError
+from salun.formats import families, keymap, tensorfile
+from salun.formats.checkpoint import Contents, shapes_of
+from salun.formats.keymap import TextLayout
+
+CLIP_TOKENS = 77
+
+
+def load_parts(
+    contents: Contents, components: Path | None, prediction_type: str, precision: torch.dtype
+) -> tuple[Any, Any, list[Any], list[Any]]:
+    """(UNet, VAE, text encoders, tokenizers), on the CPU; all in `precision` but the VAE, which is float32.
+
+    Configs are those of `components` where given, else the family's. Raises ModelError naming what is missing, too
+    much or misshapen.
+    """
+    told = _told(components)
+    unet = _unet(contents, told("unet/config.json"), prediction_type, precision)
+    vae = _vae(contents, components, told("vae/config.json"))
+    encoders = [
+        _text_encoder(contents, components, told(f"text_encoder{_part(i)}/config.json"), i, precision)
+        for i in range(len(contents.text))
+    ]
+    tokenizers = [_tokenizer(contents, components, i) for i in range(len(contents.text))]
+    for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise ModelError(
+                f"{contents.path}: its text encoder knows {encoder.config.vocab_size} words, CLIP has "
+                f"{len(tokenizer)}: give the diffusers folder of its own tokenizer by --components"
+            )
+    return unet, vae, encoders, tokenizers
+
+
+def _told(components: Path | None) -> Callable[[str], dict[str, Any] | None]:
+    def read(name: str) -> dict[str, Any] | None:
+        if components is None:
+            return None
+        try:
+            found: dict[str, Any] = json.loads((components / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"--components: {components / name} cannot be read: {error}") from error
+        return found
+
+    return read
+
+
+def _part(index: int) -> str:
+    return f"_{index + 1}" if index else ""
+
+
+def _unet(contents: Contents, config: dict[str, Any] | None, prediction_type: str, precision: torch.dtype) -> Any:
+    unet, stored = empty_unet(contents, config, prediction_type), contents.unet
+    _fill(unet, {name: partial(stored.__getitem__, name) for name in stored}, precision, contents.path, stored.inner)
+    return unet
+
+
+def empty_unet(contents: Contents, config: dict[str, Any] | None, prediction_type: str) -> Any:
+    """The UNet that the file's tensors fit, without weights. Raises ModelError naming a tensor that has no place in it,
+    is not there, or is of another shape."""
+    from diffusers import UNet2DConditionModel
+
+    stored = contents.unet
+    shapes = shapes_of(stored)
+    told = config or families.unet_config(shapes, contents.family, prediction_type)
+    unet = _empty(lambda: UNet2DConditionModel.from_config(told), contents.path)
+    wanted = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    _agree(wanted, shapes, contents.path, stored.inner)
+    return unet
+
+
+def _vae(contents: Contents, components: Path | None, config: dict[str, Any] | None) -> Any:
+    from diffusers import AutoencoderKL
+
+    if not contents.has_vae:
+        if components is None:
+            tiny = any("taesd" in name for name in contents.others + contents.header.names)
+            what = "only a tiny VAE (TAESD), which salun does not read" if tiny else "no VAE"
+            raise ModelError(
+                f"{contents.path} holds {what}: name a diffusers folder or hub id that has one by --components"
+            )
+        return _from_folder(AutoencoderKL, components / "vae", torch_dtype=torch.float32)
+    tensors, shapes, inner = vae_tensors(contents)
+    config = config or families.vae_config(shapes, contents.family)
+    vae = _empty(lambda: AutoencoderKL.from_config(config), contents.path)
+    _fill(vae, tensors, torch.float32, contents.path, inner.__getitem__)
+    return vae
+
+
+Makers = dict[str, Callable[[], Tensor]]
+"""Name → what reads that tensor."""
+
+
+def vae_tensors(contents: Contents) -> tuple[Makers, dict[str, tuple[int, ...]], dict[str, str]]:
+    """The file's VAE under diffusers' names: how to read each tensor, its shape, and its name in the file."""
+    entries = contents.header.entries
+    inner = {ours: theirs for theirs, ours in keymap.vae_from_ldm(contents.header.names).items() if _in_vae(ours)}
+    shapes = {
+        ours: entries[theirs].shape[:2] if keymap.is_vae_matrix(theirs) else entries[theirs].shape
+        for ours, theirs in inner.items()
+    }
+
+    def maker(name: str) -> Callable[[], Tensor]:
+        return lambda: _read(contents, inner[name]).reshape(shapes[name])
+
+    return {name: maker(name) for name in inner}, shapes, inner
+
+
+def _in_vae(name: str) -> bool:
+    return name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))  # not a training loss's
+
+
+def _text_encoder(
+    contents: Contents, components: Path | None, config: dict[str, Any] | None, index: int, precision: torch.dtype
+) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if index else CLIPTextModel
+    if not contents.text[index]:
+        if components is None:
+            raise ModelError(
+                f"{contents.path} holds no text encoder{_part(index)}: --components names a diffusers "
+                "folder or hub id that has one"
+            )
+        return _from_folder(kind, components / f"text_encoder{_part(index)}", dtype=precision)
+    layout = text_layout(contents, index)
+    entries = contents.header.entries
+    shapes = {n.removeprefix(layout.prefix): e.shape for n, e in entries.items() if n.startswith(layout.prefix)}
+    config = config or families.text_config(shapes, contents.family, index)
+    encoder = _empty(lambda: kind(CLIPTextConfig.from_dict(config)), contents.path)
+    tensors, inner = text_tensors(contents, encoder.state_dict(), index)
+    _fill(encoder, tensors, precision, contents.path, inner.__getitem__)
+    return encoder
+
+
+def text_tensors(contents: Contents, names: Iterable[str], index: int) -> tuple[Makers, dict[str, str]]:
+    """A text encoder's tensors under transformers' names: how to read each, and its name in the file.
+
+    names: of the encoder as built. Raises ModelError if the file lacks one.
+    """
+    places = keymap.text_to_ldm(names, text_layout(contents, index))
+    missing = [theirs for theirs, _ in places.values() if theirs not in contents.header.entries]
+    if missing:
+        raise ModelError(f"{contents.path} lacks {_some(missing)} of its text encoder: it is not whole")
+
+    def maker(theirs: str, part: str) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            whole = _read(contents, theirs)
+            if part == "T":
+                return whole.T.contiguous()
+            return whole.chunk(3)["qkv".index(part)].clone() if part else whole
+
+        return make
+
+    return {name: maker(*place) for name, place in places.items()}, {
+        name: theirs for name, (theirs, _) in places.items()
+    }
+
+
+def text_layout(contents: Contents, index: int) -> TextLayout:
+    """Where a text encoder lies in the file. (Some old files leave the `text_model.` of their names out.)"""
+    layout = keymap.TEXT[contents.family][index]
+    short = f"{layout.prefix}embeddings.token_embedding.weight" in contents.header.entries
+    return TextLayout(layout.prefix, layout.open_clip, short)
+
+
+def _tokenizer(contents: Contents, components: Path | None, index: int) -> Any:
+    from transformers import CLIPTokenizer
+
+    if components is not None:
+        return _from_folder(CLIPTokenizer, components / f"tokenizer{_part(index)}")
+    return clip_tokenizer(families.facts(contents.family)["text"][index]["pad_token"])
+
+
+def clip_tokenizer(pad_token: str) -> Any:
+    """CLIP's tokenizer, from its merges alone: its words are the 256 bytes, those at a word's end, and the merges."""
+    from transformers import CLIPTokenizer
+
+    merges = (ASSETS / "clip" / "merges.txt").read_text(encoding="utf-8")
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(code) for code in plain] + [chr(256 + i) for i in range(256 - len(plain))]  # in GPT-2's order
+    joined = [line.replace(" ", "") for line in merges.splitlines()[1:] if line]
+    words = [*letters, *(letter + "</w>" for letter in letters), *joined, "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        vocabulary = json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False)
+        (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
+        (folder / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
+        # a mark at a word's end is a word of its own for CLIP, not padding
+        pad = {"content": pad_token, "single_word": True, "special": True, "normalized": False}
+        settings = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": CLIP_TOKENS,
+            "pad_token": pad_token,
+            "added_tokens_decoder": {str(words.index(pad_token)): {**pad, "lstrip": False, "rstrip": False}},
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def _read(contents: Contents, name: str) -> Tensor:
+    return next(tensor for _, tensor in tensorfile.tensors(contents.path, [name]))
+
+
+def _from_folder(kind: Any, folder: Path, **keywords: Any) -> Any:
+    if kind.__name__ != "CLIPTokenizer":
+        fp16 = not any(
+            (folder / name).is_file() for name in ("diffusion_pytorch_model.safetensors", "model.safetensors")
+        )
+        keywords |= {"use_safetensors": True, "variant": "fp16" if fp16 else None}
+    try:
+        return kind.from_pretrained(folder, **keywords)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"--components: {folder} could not be loaded: {first}") from error
+
+
+def _empty(make: Callable[[], Any], path: Path) -> Any:
+    """A module without memory for its parameters, to be filled. (Buffers are real: the file does not hold them.)"""
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            return make()
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{path}: no model can be built of its shapes ({error}); --components may tell more"
+        ) from error
+
+
+def _fill(
+    module: Any,
+    tensors: Mapping[str, Callable[[], Tensor]],
+    precision: torch.dtype,
+    path: Path,
+    inner: Callable[[str], str],
+) -> None:
+    """Give a module its parameters, one at a time. Raises ModelError naming tensors missing, too many or misshapen."""
+    wanted = dict(module.named_parameters())
+    _agree(wanted, tensors, path, inner)
+    for name, parameter in wanted.items():
+        tensor = tensors[name]()
+        if tensor.shape != parameter.shape:
+            raise _misshapen(path, inner(name), tensor.shape, parameter.shape)
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            fault = "NaN or infinity" if tensor.is_floating_point() else "whole numbers, where weights are due"
+            raise ModelError(f"{path}: {inner(name)} holds {fault}, so nothing can be computed with it")
+        owner, _, last = name.rpartition(".")
+        module.get_submodule(owner).register_parameter(
+            last, torch.nn.Parameter(tensor.to(precision), requires_grad=False)
+        )
+
+
+def _agree(wanted: Mapping[str, Any], there: Mapping[str, Any], path: Path, inner: Callable[[str], str]) -> None:
+    """Raises ModelError where names differ, or shapes where both sides hold shapes."""
+    missing, extra = [n for n in wanted if n not in there], [n for n in there if n not in wanted]
+    if missing:
+        raise ModelError(f"{path} lacks {_some(missing)} (diffusers' names): it is not whole")
+    if extra:
+        raise ModelError(f"{path} holds {_some([inner(n) for n in extra])}, which no model of its kind has")
+    for name, shape in wanted.items():
+        if isinstance(shape, tuple) and shape != there[name]:
+            raise _misshapen(path, inner(name), there[name], shape)
+
+
+def _misshapen(path: Path, name: str, found: Sequence[int], due: Sequence[int]) -> ModelError:
+    return ModelError(f"{path}: {name} has the shape {list(found)}, where {list(due)} is due")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

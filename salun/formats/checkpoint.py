@@ -1,0 +1,270 @@
+"""What a checkpoint is, told from its tensors' names and shapes alone, and where the UNet lies in it.
+
+Two layouts hold a whole model: a single file (`*.safetensors` with LDM names, as WebUIs and ComfyUI keep them) and a
+diffusers folder. Behind `Stored` they look alike: tensors by diffusers name, read from disk when asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from salun.errors import ModelError
+from salun.formats import keymap, tensorfile
+from salun.formats.tensorfile import Entry, Header, Stamp
+
+PREDICTIONS = {  # words of metadata (modelspec) → diffusers'
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+}
+GUESS_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+GUESS_SPREAD = 0.09  # ComfyUI's: this bias is spread wider than that in v-prediction SD 2 models
+_ENDS = {"conv_in.weight": "input_blocks.0.0.weight", "conv_out.weight": "out.2.weight"}  # diffusers' → LDM's
+_CONTEXT = re.compile(r"\.attn2\.to_k\.weight$")
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Mapping[str, Tensor]):
+    """A UNet on disk: diffusers name → tensor, each read when it is asked for.
+
+    path: the single file or the diffusers folder. places: diffusers name → (file, the tensor's name in it).
+    headers: of every file that holds a part of the UNet, as first read; a file that changes after that is an error.
+    """
+
+    path: Path
+    places: dict[str, tuple[Path, str]]
+    headers: dict[Path, Header]
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, inner = self.places[name]
+        try:
+            with file.open("rb") as opened:
+                tensor = tensorfile.read_tensor(opened, self.headers[file].entries[inner], file)
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
+        if Stamp.of(file) != self.headers[file].stamp:
+            raise tensorfile.changed_meanwhile(file)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self.places
+
+    @property
+    def single(self) -> bool:
+        """Whether this is one file with the whole model, not a diffusers folder."""
+        return self.path in self.headers
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the UNet."""
+        return list(self.headers)
+
+    def entry(self, name: str) -> Entry:
+        """dtype and shape of a tensor, without reading it."""
+        file, inner = self.places[name]
+        return self.headers[file].entries[inner]
+
+    def inner(self, name: str) -> str:
+        """A tensor's name in its file."""
+        return self.places[name][1]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The files' own metadata; of several files the first one's."""
+        return next(iter(self.headers.values())).metadata
+
+
+def open_unet(path: Path) -> Stored:
+    """The UNet in a single file or a diffusers folder. Raises ModelError for anything else, saying what it is."""
+    return open_folder(path) if path.is_dir() else Contents.of(path).unet
+
+
+def open_folder(folder: Path) -> Stored:
+    """The UNet of a diffusers folder. Raises ModelError if there is none in safetensors."""
+    headers = {file: tensorfile.read_header(file) for file in _weight_files(folder / "unet", folder)}
+    places = {name: (file, name) for file, header in headers.items() for name in header.names}
+    return Stored(folder, places, headers)
+
+
+def _weight_files(unet: Path, folder: Path) -> list[Path]:
+    for stem in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
+        single = unet / f"{stem}.safetensors"
+        if single.is_file():
+            return [single]
+    index = next(iter(sorted(unet.glob("diffusion_pytorch_model*.safetensors.index*.json"))), None)
+    if index is not None:
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} cannot be read: {error}") from error
+        if files and all(Path(str(f)).name == f and (unet / f).is_file() for f in files):
+            return [unet / f for f in files]
+    raise ModelError(f"{folder} has no safetensors weights in {unet}: pickled weights are not read; convert them first")
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a single file holds.
+
+    family: "sd1" | "sd2" | "sdxl". unet: where the UNet's tensors are. has_vae: a full one. text: one bool for each of
+    the family's text encoders. ema: names of a second copy of the weights. others: names that belong to none of these.
+    """
+
+    path: Path
+    header: Header
+    family: str
+    unet: Stored
+    has_vae: bool
+    text: tuple[bool, ...]
+    ema: list[str]
+    others: list[str]
+
+    @staticmethod
+    def of(path: Path) -> Contents:
+        """Raises ModelError for a file that is not sound, or that is no Stable Diffusion 1, 2 or XL model: by name."""
+        header = tensorfile.read_header(path)
+        names = header.names
+        kind = other_kind(header)
+        if kind is not None:
+            raise ModelError(f"{path} is {kind}; salun erases whole Stable Diffusion 1, 2 and XL models")
+        try:
+            ours = keymap.unet_from_ldm(names)
+        except (KeyError, ValueError, ZeroDivisionError) as error:  # the latter two for absurd numbers in a name
+            what = tensorfile.shortened(str(error.args[0]))
+            raise ModelError(f"{path} has a tensor that no Stable Diffusion UNet has: {what}") from error
+        if len(set(ours.values())) != len(ours):
+            twice = next(iter((Counter(ours.values()) - Counter(set(ours.values()))).keys()))
+            raise ModelError(
+                f"{path} has two tensors in the place of one: {tensorfile.shortened(twice)} in diffusers' names"
+            )
+        places = {name: (path, theirs) for theirs, name in ours.items()}
+        unet = Stored(path, places, {path: header})
+        family = _family(unet, path)
+        layouts = keymap.TEXT[family]
+        known = (keymap.UNET, keymap.VAE, keymap.EMA, *(layout.prefix for layout in layouts))
+        return Contents(
+            path=path,
+            header=header,
+            family=family,
+            unet=unet,
+            has_vae=f"{keymap.VAE}decoder.conv_in.weight" in header.entries,
+            text=tuple(any(n.startswith(layout.prefix) for n in names) for layout in layouts),
+            ema=[n for n in names if n.startswith(keymap.EMA)],
+            others=[n for n in names if not n.startswith(known)],
+        )
+
+    @property
+    def told_prediction(self) -> tuple[str, str] | None:
+        """(prediction type, what tells it): the file's metadata or its mark of v-prediction; None if nothing does."""
+        told = PREDICTIONS.get(self.header.metadata.get("modelspec.prediction_type", "").lower())
+        if told is not None:
+            return told, "its metadata"
+        return ("v_prediction", "its v_pred mark") if "v_pred" in self.header.entries else None
+
+    @cached_property
+    def prediction(self) -> tuple[str, str]:
+        """(prediction type, how that is known): as told, or for SD 2 a guess as ComfyUI's."""
+        if self.told_prediction is not None:
+            return self.told_prediction
+        if self.family == "sd2":
+            ours = next((n for n in self.unet if self.unet.inner(n) == GUESS_KEY), None)
+            if ours is not None:
+                spread = self.unet[ours].float().std(unbiased=False).item()
+                guess = "v_prediction" if spread > GUESS_SPREAD else "epsilon"
+                return guess, "a guess from one of its weights; --prediction-type says otherwise"
+            return "epsilon", "nothing says otherwise; --prediction-type does"
+        return "epsilon", "the family's own"
+
+    @property
+    def zero_snr(self) -> bool:
+        """Whether the noise schedule is rescaled to end in pure noise (a `ztsnr` mark)."""
+        return "ztsnr" in self.header.entries
+
+    def dtypes(self) -> dict[str, int]:
+        """How many of the UNet's tensors are of each dtype."""
+        return dict(Counter(self.unet.entry(name).dtype for name in self.unet))
+
+
+def _family(unet: Stored, path: Path) -> str:
+    """Raises ModelError for a UNet of another kind, by name."""
+    for name, theirs in _ENDS.items():
+        if name not in unet.places:
+            raise ModelError(f"{path} lacks {keymap.UNET}{theirs}: it holds no whole UNet")
+        shape = unet.entry(name).shape
+        if len(shape) != 4:
+            raise ModelError(f"{path}: {unet.inner(name)} has the shape {list(shape)}, and no picture has that")
+    channels, out = (unet.entry(name).shape[side] for name, side in zip(_ENDS, (1, 0), strict=True))
+    if channels != out:
+        what = {9: "an inpainting model", 8: "an image-editing model (InstructPix2Pix)", 5: "a depth model"}
+        raise ModelError(
+            f"{path} is {what.get(channels, 'a model with further inputs')}: its UNet takes {channels} channels and "
+            f"gives {out}; salun handles those that take and give the same"
+        )
+    whole = next((n for n in unet if not tensorfile.DTYPES[unet.entry(n).dtype].is_floating_point), None)
+    if whole is not None:
+        raise ModelError(f"{path}: {unet.inner(whole)} is of dtype {unet.entry(whole).dtype}, and no weights are")
+    widths = {unet.entry(name).shape[1] for name in unet if _CONTEXT.search(name) and len(unet.entry(name).shape) == 2}
+    if not widths:
+        raise ModelError(f"{path} has no cross-attention: prompts do not reach its UNet, so nothing can be forgotten")
+    labelled = "add_embedding.linear_1.weight" in unet.places
+    if labelled and widths == {1280}:
+        raise ModelError(f"{path} is an SDXL refiner, which only finishes pictures: erase from its base model")
+    if labelled and widths == {1024}:
+        raise ModelError(f"{path} is an unCLIP model, which is guided by pictures: salun does not handle it")
+    if labelled:
+        return "sdxl"
+    linear = any(name.endswith(".proj_in.weight") and len(unet.entry(name).shape) == 2 for name in unet)
+    return "sd2" if linear or widths == {1024} else "sd1"
+
+
+_KINDS = [  # (a pattern that some tensor's name matches, what such a file is); the first match counts
+    (r"^lora_|\.lora_(up|down|A|B)\.|\.lokr_|\.hada_w|\.oft_", "a LoRA, a difference to a model"),
+    (r"joint_blocks\.", "a Stable Diffusion 3 model"),
+    (r"double_blocks\.", "a Flux model"),
+    (r"transformer_blocks\.\d+\.attn\.(norm_)?added?_", "a Flux or Stable Diffusion 3 transformer"),
+    (r"^(control_model\.|controlnet_)|^input_hint_block\.", "a ControlNet"),
+    (r"^(emb_params|string_to_param)|^clip_[lg]$", "a textual inversion"),
+    (r"^edm_mean$", "an EDM model (Playground), whose noise salun does not know"),
+    (r"^motion_modules\.|\.motion_modules\.|temporal_transformer", "an AnimateDiff motion module"),
+]
+
+
+def other_kind(header: Header) -> str | None:
+    """What a safetensors file is, if it is no single-file model with a UNet under LDM names."""
+    if header.metadata.get("format", "").startswith("salun-"):
+        return f"a {header.metadata['format'].removeprefix('salun-').rsplit('-', 1)[0]} written by salun, and no model"
+    for pattern, kind in _KINDS:
+        if any(re.search(pattern, name) for name in header.names):
+            return kind
+    if any(name.startswith(keymap.UNET) for name in header.names):
+        return None
+    if any(name.startswith(("down_blocks.", "mid_block.")) for name in header.names):
+        return "a UNet alone, under diffusers' names (give the diffusers folder it belongs to)"
+    if any(name.startswith(("input_blocks.", "middle_block.")) for name in header.names):
+        return "a UNet alone (give the whole checkpoint it was taken from)"
+    if any(name.startswith(("encoder.", "decoder.", keymap.VAE)) for name in header.names):
+        return "a VAE alone"
+    if any(name.startswith(("text_model.", "transformer.", "cond_stage_model.")) for name in header.names):
+        return "a text encoder alone"
+    return "a safetensors file without a UNet"
+
+
+def shapes_of(stored: Stored) -> dict[str, tuple[int, ...]]:
+    """diffusers name → shape of the UNet's tensors, without reading them."""
+    return {name: stored.entry(name).shape for name in stored}

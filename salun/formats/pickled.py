@@ -1,0 +1,48 @@
+"""`.ckpt` files: pickles, which can run code when unpacked. Read only when asked to, and by torch's safe unpickler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from salun.cache import Cache
+from salun.errors import ModelError
+from salun.formats import tensorfile
+from salun.formats.tensorfile import sha256_file
+
+
+def converted(path: Path, allowed: bool) -> Path:
+    """A safetensors file with a pickled checkpoint's tensors, in the user's cache folder; made once for each content.
+
+    Names and bytes stay, what is no tensor (training state) goes. Raises ModelError where it is not allowed, or if
+    the file holds anything but tensors and plain values.
+    """
+    if not allowed:
+        raise ModelError(
+            f"{path} is a pickle, which may run code of whoever made it: take a .safetensors of the same model, or, if "
+            "you trust the file, --allow-pickle (it is read with weights_only)"
+        )
+    target = Cache.of_user().folder / "converted" / f"{sha256_file(path)[:24]}.safetensors"
+    if target.is_file():
+        return target
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
+    except Exception as error:  # torch and pickle raise many kinds; each means that this is no checkpoint to trust
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{path} cannot be read as a checkpoint: {first}") from error
+    state = found.get("state_dict", found) if isinstance(found, dict) else {}
+    tensors = {str(name): tensor.contiguous() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    strange = next((name for name, tensor in tensors.items() if tensor.dtype not in tensorfile.NAMES), None)
+    if not tensors or strange is not None:
+        raise ModelError(f"{path} holds {strange or 'no tensors'}{', of a dtype salun does not know' * bool(strange)}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensorfile.write(target, tensors)
+    return target
+
+
+def _zipped(path: Path) -> bool:
+    """Whether torch's newer, zipped format: only that can be mapped rather than read."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"

@@ -1,0 +1,266 @@
+"""Stock formats: what an erasure changed, in files that ComfyUI, A1111 and Forge load without salun.
+
+`full_difference` writes every difference (`.diff`, `.diff_b`); `low_rank` keeps the best approximation of each matrix
+by one of low rank (LoRA), and tells what that loses. The names are those that all three hosts match to a module for
+each family of models; docs/formats.md says what was tried. Who has such a file can undo the erasure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun.errors import ConfigError, ModelError
+from salun.formats import keymap
+
+_KINDS = {  # a part of a parameter's name → its kind; the first that is there counts
+    "time_emb_proj": "time",
+    "time_embedding": "time",
+    "add_embedding": "time",
+    "attn1": "attn1",
+    "attn2": "attn2",
+    "ff": "feed-forward",
+    "resnets": "resnet",
+}
+_NOISE = 1e-13  # squared singular values below this share of the largest are float64's rounding, not the difference
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def module_keys(names: Iterable[str]) -> dict[str, str]:
+    """diffusers name → stock key of its module (`lora_unet_…`), the same for its weight and its bias.
+
+    names: of the whole UNet. SD 1 and 2 take diffusers' module names, but for conv_norm_out, which A1111 knows by its
+    LDM name alone; SDXL takes LDM names, as A1111 misses four of its modules by diffusers'. (A1111, Forge and ComfyUI
+    take LDM names for SD 1 and 2 as well, but diffusers does not.) Raises KeyError naming a tensor no SDXL UNet has.
+    """
+    names = list(names)
+    if any(name.startswith("add_embedding.") for name in names):
+        placed = {name: theirs.removeprefix(keymap.UNET) for name, theirs in keymap.unet_to_ldm(names).items()}
+    else:
+        placed = {name: name.replace("conv_norm_out.", "out.0.") for name in names}
+    return {name: "lora_unet_" + place.rpartition(".")[0].replace(".", "_") for name, place in placed.items()}
+
+
+def host_metadata(base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata by which A1111 and Forge file the result under its family of models.
+
+    Without it A1111 takes any file that has metadata for one of SD 1, and hides it while another family is loaded.
+    base: the whole UNet, of which one tensor is read. SD 2 is told from SD 1 by the width of its text (1024, not 768).
+    """
+    if any(name.startswith("add_embedding.") for name in base):
+        family, architecture = {"ss_base_model_version": "sdxl_base_v1-0"}, "stable-diffusion-xl-v1-base"
+    elif base[next(name for name in base if name.endswith("attn2.to_k.weight"))].shape[1] == 1024:
+        family, architecture = {"ss_base_model_version": "sd_v2", "ss_v2": "True"}, "stable-diffusion-v2"
+    else:
+        family, architecture = {"ss_base_model_version": "sd_v1"}, "stable-diffusion-v1"
+    return {**family, "modelspec.architecture": f"{architecture}/lora"}
+
+
+# -- full differences -------------------------------------------------------------------------------------------------
+
+
+def full_difference(
+    base: Mapping[str, Tensor], changed: Mapping[str, Tensor], dtype: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
+    """Stock key → new − old, in the tensor's own shape: `.diff` for weights, `.diff_b` for biases, of norms too.
+
+    base: the whole UNet by diffusers names, read lazily, one tensor at a time; changed: the tensors that changed. Where
+    a bias changed alone its weight gets a `.diff` of zeros: A1111 refuses a whole file that has a `.diff_b` without.
+    Raises ModelError if nothing changed, the tensors do not pair up, or a difference is not finite or too large for
+    dtype.
+    """
+    keys = module_keys(base)
+    found: dict[str, Tensor] = {}
+    for name, difference in _differences(base, changed):
+        end = "diff_b" if name.endswith(".bias") else "diff"
+        found[f"{keys[name]}.{end}"] = _cast(difference, dtype, name)
+    for name, key in keys.items():
+        if name.endswith(".weight") and f"{key}.diff_b" in found and f"{key}.diff" not in found:
+            weight = changed[name] if name in changed else base[name]
+            found[f"{key}.diff"] = torch.zeros(weight.shape, dtype=dtype)
+    if not found:
+        raise _nothing_changed()
+    return found
+
+
+# -- low rank ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a low-rank file holds of some difference.
+
+    energy: the squared Frobenius norm of the difference. held: of that, what the file holds. ranks: of the layers that
+    it holds; empty for a norm or a bias, which low rank cannot hold.
+    """
+
+    energy: float
+    held: float
+    ranks: tuple[int, ...]
+
+    @property
+    def share(self) -> float:
+        """held ÷ energy, from 0 to 1."""
+        return self.held / self.energy
+
+    @classmethod
+    def of(cls, parts: Iterable[Kept]) -> Kept:
+        """Several together."""
+        parts = list(parts)
+        ranks = tuple(rank for part in parts for rank in part.ranks)
+        return cls(sum(part.energy for part in parts), sum(part.held for part in parts), ranks)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a low-rank file holds of each parameter that changed. layers: diffusers name → Kept, in the UNet's order."""
+
+    layers: dict[str, Kept]
+
+    @property
+    def groups(self) -> dict[str, Kept]:
+        """The same per block and kind of layer, such as "up_blocks.1 attn2": see `group_of`."""
+        members: dict[str, list[Kept]] = {}
+        for name, kept in self.layers.items():
+            members.setdefault(group_of(name), []).append(kept)
+        return {group: Kept.of(parts) for group, parts in members.items()}
+
+    @property
+    def total(self) -> Kept:
+        """The same in all."""
+        return Kept.of(self.layers.values())
+
+    @property
+    def left_out(self) -> list[str]:
+        """Norms and biases that changed and that the file does not hold."""
+        return [name for name, kept in self.layers.items() if not kept.ranks]
+
+    def as_json(self) -> dict[str, Any]:
+        """`kept` in all, per `groups` and per `layers`, with the lowest and highest rank; `left_out`: names."""
+
+        def row(kept: Kept) -> dict[str, Any]:
+            return {"kept": kept.share, "ranks": [min(kept.ranks), max(kept.ranks)] if kept.ranks else None}
+
+        return {
+            **row(self.total),
+            "groups": {group: row(kept) for group, kept in self.groups.items()},
+            "layers": {name: row(kept) for name, kept in self.layers.items()},
+            "left_out": self.left_out,
+        }
+
+
+def low_rank(
+    base: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[dict[str, Tensor], Account]:
+    """Stock key → tensor of a LoRA, and what it holds.
+
+    Each changed linear or convolution (out, in[, kh, kw]), as a matrix (out, in·kh·kw), becomes `.lora_up.weight`
+    (out, r[, 1, 1]), `.lora_down.weight` (r, in[, kh, kw]) and `.alpha` = r: the nearest matrix of rank r (Eckart and
+    Young). r is `rank`, or the layer's own if that is less; or the least that holds the share `energy` of the layer's
+    squared norm. base, changed, and ModelError as in `full_difference`; also if only norms and biases changed.
+    Raises ConfigError unless there is one of rank (≥ 1) and energy (in (0, 1]).
+    """
+    if (rank is None) == (energy is None):
+        raise ConfigError("a low-rank file takes either a rank or an energy: give one of them")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"the rank is {rank}, but must be at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"the energy is {energy}, but must be over 0 and at most 1")
+    keys = module_keys(base)
+    found: dict[str, Tensor] = {}
+    layers: dict[str, Kept] = {}
+    for name, difference in _differences(base, changed):
+        if difference.dim() < 2:
+            layers[name] = Kept(float(difference.square().sum()), 0.0, ())
+            continue
+        up, down, layers[name] = _nearest(difference.flatten(1), rank, energy)
+        r, ones = up.shape[1], (1,) * (difference.dim() - 2)
+        found[f"{keys[name]}.lora_up.weight"] = _cast(up.reshape(-1, r, *ones), dtype, name)
+        found[f"{keys[name]}.lora_down.weight"] = _cast(down.reshape(r, *difference.shape[1:]), dtype, name)
+        found[f"{keys[name]}.alpha"] = torch.tensor(float(r))
+    if not layers:
+        raise _nothing_changed()
+    if not found:
+        raise ModelError("only norms and biases changed, which low rank cannot hold: write the full difference")
+    return found, Account(layers)
+
+
+def _nearest(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Kept]:
+    """(up (out, r), down (r, n), what they hold) of a float64 matrix (out, n) that is not zero.
+
+    From the eigenvectors of the smaller side's Gram matrix: as exact as an SVD far beyond float16's precision, and many
+    times faster for a wide matrix. Both factors get the square root of the singular values, so that neither is small.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if tall else matrix
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    sums = values.cumsum(0)
+    r = rank if energy is None else int(torch.searchsorted(sums, energy * sums[-1])) + 1
+    r = min(r or 1, int((values > _NOISE * values[0]).sum()))
+    basis = vectors[:, :r]
+    rows = basis.T @ wide
+    scale = rows.norm(dim=1).sqrt()
+    left, right = basis * scale, rows / scale[:, None]
+    up, down = (right.T, left.T) if tall else (left, right)
+    return up, down, Kept(float(sums[-1]), float(sums[r - 1]), (r,))
+
+
+def group_of(name: str) -> str:
+    """Block and kind of a UNet parameter: "down_blocks.0 attn1", "mid_block resnet", "outside time", ….
+
+    Kinds: attn1, attn2, feed-forward, resnet (convolutions), time, norm, other (projections, samplers, ends). A bias
+    goes with its layer.
+    """
+    parts = name.split(".")
+    if parts[0] in ("down_blocks", "up_blocks"):
+        block = ".".join(parts[:2])
+    else:
+        block = "mid_block" if parts[0] == "mid_block" else "outside"
+    if "norm" in parts[-2]:
+        return f"{block} norm"
+    kinds = (kind for part, kind in _KINDS.items() if part in parts)
+    return f"{block} {next(kinds, 'other')}"
+
+
+# -- differences ------------------------------------------------------------------------------------------------------
+
+
+def _differences(base: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, new − old in float64) of each tensor that differs, in the base's order."""
+    lone = sorted(set(changed) - set(base))
+    if lone:
+        raise ModelError(f"the base holds no {', '.join(lone[:3])}: give the model that was changed")
+    for name in base:
+        if name not in changed:
+            continue
+        old, new = base[name], changed[name]
+        if old.shape != new.shape:
+            raise ModelError(f"{name} is {list(old.shape)} in the base and {list(new.shape)} in the changed model")
+        difference = new.detach().cpu().double() - old.detach().cpu().double()
+        if not torch.isfinite(difference).all():
+            raise ModelError(f"{name} holds a difference that is not finite: one of the two models is damaged")
+        if difference.any():
+            yield name, difference
+
+
+def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    result = value.to(dtype).contiguous()
+    if not torch.isfinite(result).all():
+        raise ModelError(f"{name} holds a difference up to {float(value.abs().max()):.3g}, too large for {dtype}")
+    return result
+
+
+def _nothing_changed() -> ModelError:
+    return ModelError("nothing changed between the two models: there is no difference to write")

@@ -1,0 +1,317 @@
+"""Single files: loaded with nothing but themselves, erased from, written back, and turned into folders and back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import salun
+from salun.diffusion.finding import ASSETS
+from salun.diffusion.latents import sample_pictures
+from salun.diffusion.models import Model
+from salun.diffusion.single_file import clip_tokenizer
+from salun.errors import ConfigError, ModelError
+from salun.formats import keymap, tensorfile
+from salun.formats.checkpoint import open_unet
+from tools.checkpoints import FAMILIES, make
+
+from .test_families import make as make_folder
+
+QUICK: dict[str, Any] = {
+    "steps": 2, "batch_size": 2, "forget_latents": 2, "retain_latents": 2, "eval_images": 0, "lr": 1e-3,
+    "resolution": 64,
+}  # fmt: skip
+V = ("a picture of a cat", "")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a small checkpoint of a family, once for the same arguments."""
+    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def get(family: str, **keywords: Any) -> Path:
+        key = repr((family, sorted(keywords.items())))
+        if key not in made:
+            made[key] = make(folder / f"{len(made)}-{family}.safetensors", family, **keywords)
+        return made[key]
+
+    return get
+
+
+def predictions(model: Model) -> torch.Tensor:
+    """What a model makes of a prompt: text encoders, UNet and VAE all have a part in it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, model.latent_channels, 8, 8, generator=generator)
+    seen = model.predict(x, torch.tensor([10, 900]), model.encode(V))
+    return torch.cat([seen.flatten(), torch.from_numpy(model.decode(x)).float().flatten()])
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensorfile.raw_bytes(tensor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_erased_file_shows_what_the_erasure_showed(family: str, file: Callable[..., Path], tmp_path: Path) -> None:
+    """erase → file → reload: the same pictures, other tensors byte for byte, and nothing outside the mask moved."""
+    source = file(family, dtype="fp16", ema=True, metadata={"made by": "a stranger"})
+    before = source.read_bytes()
+    target = tmp_path / "erased.safetensors"
+    model = salun.load(str(source), device="cpu")
+    run = salun.erase(model, "golf ball", run_dir=tmp_path / "run", outputs=[str(target)], **QUICK)
+    run.apply()
+    seen = predictions(model)
+    run.undo()
+    assert source.read_bytes() == before
+    torch.testing.assert_close(predictions(salun.load(str(target), device="cpu")), seen, rtol=0, atol=0)
+    old, new = load_file(source), load_file(target)
+    dropped = {name for name in old if name.startswith(keymap.EMA)}
+    assert dropped
+    assert set(new) == set(old) - dropped
+    header = tensorfile.read_header(target)
+    assert header.listed == [n for n in tensorfile.read_header(source).listed if n not in dropped]
+    assert header.metadata["made by"] == "a stranger"
+    assert header.metadata["salun.concept"] == "golf ball"
+    ours = keymap.unet_from_ldm(old)
+    changed = {name for name in new if not torch.equal(bits(old[name]), bits(new[name]))}
+    assert changed
+    for name in changed:
+        assert old[name].dtype == new[name].dtype == torch.float16
+        differs = old[name].view(torch.int16) != new[name].view(torch.int16)
+        assert not torch.any(differs & ~run.mask.dense(ours[name]))
+    rounding = run.record.data["rounding"]
+    assert 0 < rounding["moved"] <= run.mask.selected
+    assert rounding["moved"] - rounding["rounded_away"] == run.delta.changed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_on_a_file_ends_with_a_file_a_delta_and_a_note_of_what_was_left_out(
+    family: str, file: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = salun.erase(str(file(family, ema=True)), "golf ball", run_dir=tmp_path, **{**QUICK, "device": "cpu"})
+    assert {"model.safetensors", "delta.salun.safetensors", "mask.safetensors"} <= {p.name for p in tmp_path.iterdir()}
+    assert any("EMA" in note for note in run.record.data["notes"])
+    delta = salun.Delta.load(tmp_path / "delta.salun.safetensors")
+    base, erased = open_unet(file(family, ema=True)), open_unet(tmp_path / "model.safetensors")
+    for name, tensor in delta.apply(base).items():
+        assert torch.equal(bits(tensor), bits(erased[name]))
+    for name, tensor in delta.undo(erased).items():
+        assert torch.equal(bits(tensor), bits(base[name]))
+
+
+def test_ema_copies_are_kept_when_asked_to(file: Callable[..., Path], tmp_path: Path) -> None:
+    source, target = file("sd1", ema=True), tmp_path / "x.safetensors"
+    salun.erase(str(source), "golf ball", outputs=[str(target)], run_dir=tmp_path / "run", keep_ema=True, **QUICK)
+    assert tensorfile.read_header(target).names == tensorfile.read_header(source).names
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("sd1", "fp32"), ("sd1", "bf16"), ("sd1", "mixed"), ("sd2", "mixed"), ("sdxl", "fp16")]
+)
+def test_a_file_and_the_folder_made_of_it_are_one_model(
+    family: str, dtype: str, file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """single file → folder → single file: the same predictions, and the tensors' own bits."""
+    source = file(family, dtype=dtype)
+    model = salun.load(str(source), device="cpu")
+    expected = predictions(model)
+    run = salun.erase(model, "golf ball", **{**QUICK, "lr": 1e-30})  # too small for any rounding to keep
+    assert not run.delta.changed
+    run.save(f"{tmp_path / 'folder'}/")
+    again = salun.load(str(tmp_path / "folder"), device="cpu")
+    assert again.settings.sampling.resolution == model.settings.sampling.resolution
+    torch.testing.assert_close(predictions(again), expected, rtol=0, atol=0)
+    assert again.base_hash == model.base_hash
+    salun.erase(again, "golf ball", **{**QUICK, "lr": 1e-30}).save(tmp_path / "back.safetensors")
+    torch.testing.assert_close(
+        predictions(salun.load(str(tmp_path / "back.safetensors"), device="cpu")), expected, rtol=0, atol=0
+    )
+    old, new = load_file(source), load_file(tmp_path / "back.safetensors")
+    parts = (keymap.UNET, keymap.VAE, *(layout.prefix for layout in keymap.TEXT[family]))
+    shared = [n for n in old if n in new and n.startswith(parts)]
+    assert len(shared) > 0.9 * len(new)
+    unused = ".resblocks.2." if family == "sd2" else "-"  # its last layer, which a folder does not hold
+    for name in shared:
+        assert unused in name or torch.equal(bits(old[name]), bits(new[name])), name
+    assert not [n for n in old if n.startswith(parts) and n not in new and "logit_scale" not in n
+                and "position_ids" not in n and not (family == "sd2" and "text_projection" in n)]  # fmt: skip
+
+
+def test_a_folder_becomes_a_file_for_hosts(tmp_path: Path) -> None:
+    """What only its folder knows (heads, norm groups, its own words) comes back by --components."""
+    for pipeline, prediction in (("StableDiffusionPipeline", "v_prediction"), ("StableDiffusionXLPipeline", "epsilon")):
+        folder = make_folder(tmp_path / pipeline, pipeline, prediction, torch.float16)
+        model = salun.load(str(folder), device="cpu")
+        target = tmp_path / f"{pipeline}.safetensors"
+        run = salun.erase(model, "golf ball", **QUICK)
+        run.save(target)
+        run.apply()
+        again = salun.load(str(target), device="cpu", components=str(folder))
+        assert again.prediction_type == prediction
+        torch.testing.assert_close(predictions(again), predictions(model), rtol=0, atol=0)
+
+
+def test_the_embedded_model_as_a_single_file_is_erased_and_judged_like_its_folder(
+    shapes: Model, tmp_path: Path
+) -> None:
+    options = {**QUICK, "eval_images": 4, "resolution": None, "seed": 5, "forget_latents": 8, "retain_latents": 8}
+    first = salun.erase(shapes, "circle", **options)
+    nothing = salun.erase(shapes, "circle", **{**options, "lr": 1e-30, "eval_images": 0})
+    nothing.save(tmp_path / "shapes.safetensors")
+    again = salun.load(str(tmp_path / "shapes.safetensors"), device="cpu", components="shapes")
+    assert again.base_hash == shapes.base_hash
+    second = salun.erase(again, "circle", **options)
+    assert second.metrics["ua"] == first.metrics["ua"]
+    assert second.delta.result_hash == first.delta.result_hash
+    pictures = sample_pictures(again, ["one red circle, plain style"], [7])
+    assert (pictures == sample_pictures(shapes, ["one red circle, plain style"], [7])).all()
+
+
+def test_loading_needs_no_network(file: Callable[..., Path]) -> None:
+    """Every socket is refused, and so is the hub's cache: configs and vocabulary come with the package."""
+    code = """
+import socket, sys
+def refuse(*a, **k): raise OSError("no network in this test")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import salun
+model = salun.load(sys.argv[1], device="cpu")
+print(model.encode(["a cat"]).hidden.shape[1])
+"""
+    for family in FAMILIES:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(file(family))], capture_output=True, text=True, check=False,
+            env={**__import__("os").environ, "HF_HOME": "/nonexistent", "PYTHONPATH": str(Path(__file__).parents[1])},
+        )  # fmt: skip
+        assert done.stdout.strip() == "77", done.stderr
+
+
+def test_clips_words_are_numbered_as_the_published_encoders_know_them() -> None:
+    """Ids as OpenAI's tokenizer gives them for this sentence; the vocabulary has 49,408 words."""
+    tokenizer = clip_tokenizer("!")
+    assert len(tokenizer) == 49408
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("Hello, World!").input_ids == [49406, 3306, 267, 1002, 256, 49407]  # “!” is no padding here
+    assert tokenizer.pad_token_id == 0
+    assert clip_tokenizer("<|endoftext|>").pad_token_id == 49407
+
+
+@pytest.mark.parametrize("missing", ["vae", "text"])
+def test_what_a_file_lacks_comes_from_components_or_is_asked_for(
+    missing: str, file: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = salun.load(str(file("sd1")), device="cpu")
+    salun.erase(whole, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{tmp_path}/parts/")
+    part = file("sd1", **{missing: False})
+    with pytest.raises(ModelError, match="--components"):
+        salun.load(str(part), device="cpu")
+    lent = salun.load(str(part), device="cpu", components=str(tmp_path / "parts"))
+    torch.testing.assert_close(predictions(lent), predictions(whole), rtol=0, atol=0)
+    salun.erase(lent, "golf ball", **QUICK).save(f"{tmp_path}/out/")
+    salun.load(str(tmp_path / "out"), device="cpu")
+
+
+def test_components_of_another_family_are_refused(file: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="family sd1, not sd2"):
+        salun.load(str(file("sd2")), device="cpu", components="shapes")
+    with pytest.raises(ConfigError, match="single files"):
+        salun.load("shapes", device="cpu", components="shapes")
+
+
+def test_the_prediction_type_is_told_by_the_first_that_knows(file: Callable[..., Path], tmp_path: Path) -> None:
+    def of(path: Path, **options: Any) -> str:
+        return salun.load(str(path), device="cpu", **options).prediction_type
+
+    assert of(file("sd2", prediction="v_prediction")) == "v_prediction"  # by the spread of a bias
+    assert of(file("sd2", prediction="v_prediction"), prediction_type="epsilon") == "epsilon"
+    named = file("sd2", prediction="v_prediction", metadata={"modelspec.prediction_type": "epsilon"})
+    assert of(named) == "epsilon"
+    marked = file("sdxl", prediction="v_prediction", marks=("ztsnr",))
+    model = salun.load(str(marked), device="cpu")
+    assert model.prediction_type == "v_prediction"
+    assert model.alphas_cumprod[-1] == 0
+    assert salun.load("shapes", device="cpu", prediction_type="v_prediction").prediction_type == "v_prediction"
+
+
+def test_old_files_with_shorter_names_of_the_text_encoder_are_read(file: Callable[..., Path], tmp_path: Path) -> None:
+    tensors = load_file(file("sd1"))
+    prefix = keymap.TEXT["sd1"][0].prefix
+    renamed = {n.replace(f"{prefix}text_model.", prefix): t for n, t in tensors.items()}
+    tensorfile.write(tmp_path / "old.safetensors", renamed)
+    old = salun.load(str(tmp_path / "old.safetensors"), device="cpu")
+    torch.testing.assert_close(predictions(old), predictions(salun.load(str(file("sd1")), device="cpu")))
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_found_by_its_name_where_hosts_keep_theirs(
+    file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from salun.diffusion.finding import find
+
+    comfy, webui, extra = tmp_path / "ComfyUI", tmp_path / "webui", tmp_path / "elsewhere" / "sd"
+    for place, name in (
+        (comfy / "models" / "checkpoints" / "anime", "One.safetensors"),
+        (webui / "models" / "Stable-diffusion", "Two.safetensors"),
+        (extra, "Three.safetensors"),
+    ):
+        place.mkdir(parents=True)
+        (place / name).write_bytes(file("sd1").read_bytes())
+    (comfy / "extra_model_paths.yaml").write_text(
+        f"a111:\n  base_path: {tmp_path / 'elsewhere'}\n  checkpoints: |\n    sd\n    nowhere\n  vae: models/VAE\n",
+        encoding="utf-8",
+    )
+    dirs = [str(comfy), str(webui)]
+    assert find("one", dirs)[0].name == "One.safetensors"
+    assert find("anime/One.safetensors", dirs)[0].name == "One.safetensors"
+    assert find("Two.safetensors", dirs)[0].name == "Two.safetensors"
+    assert find("three", dirs)[0].name == "Three.safetensors"
+    monkeypatch.setenv("SALUN_MODELS_DIR", str(webui))
+    assert find("two")[0].name == "Two.safetensors"
+    (webui / "models" / "Stable-diffusion" / "one.safetensors").write_bytes(file("sd1").read_bytes())
+    with pytest.raises(ModelError, match=r"2 checkpoints.*anime.One\.safetensors.*one\.safetensors"):
+        find("one", dirs)
+    with pytest.raises(ModelError, match=r"no .*four\.safetensors"):
+        find("four.safetensors", dirs)
+    with pytest.raises(ConfigError, match="no folder"):
+        find("one", [str(tmp_path / "nothing")])
+    model = salun.load("three", device="cpu", models_dir=dirs)
+    assert model.family == "sd1"
+
+
+# -- pickles ----------------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_is_read_only_when_allowed_and_never_run(file: Callable[..., Path], tmp_path: Path) -> None:
+    tensors = load_file(file("sd1"))
+    torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "old.ckpt")
+    with pytest.raises(ModelError, match="--allow-pickle"):
+        salun.load(str(tmp_path / "old.ckpt"), device="cpu")
+    model = salun.load(str(tmp_path / "old.ckpt"), device="cpu", allow_pickle=True)
+    torch.testing.assert_close(
+        predictions(model), predictions(salun.load(str(file("sd1")), device="cpu")), rtol=0, atol=0
+    )
+    torch.save({"state_dict": tensors, "trap": Trap(tmp_path / "sprung")}, tmp_path / "bad.ckpt")
+    with pytest.raises(ModelError, match=r"bad\.ckpt cannot be read"):
+        salun.load(str(tmp_path / "bad.ckpt"), device="cpu", allow_pickle=True)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_vocabulary_carries_its_notice() -> None:
+    assert "OpenAI" in (ASSETS / "clip" / "LICENSE").read_text(encoding="utf-8")
