@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from salun.diffusion.finding import find
-from salun.diffusion.output import DELTA, DIFF, ENERGY, LORA, check_output, output_layout
+from salun.diffusion.output import DELTA, DIFF, LORA, check_output, output_layout, write_stock
 from salun.errors import ConfigError, ModelError
 from salun.formats import stacking, tensorfile
 from salun.formats.applied import (
@@ -32,7 +32,6 @@ from salun.formats.checkpoint import Stored, open_unet
 from salun.formats.delta import Delta
 from salun.formats.patch import left_out, write_patched
 from salun.formats.stacking import Stacked
-from salun.formats.stock import full_difference, host_metadata, low_rank
 from salun.progress import Event, Progress, silent
 
 FILE = ".safetensors"
@@ -188,19 +187,15 @@ def export(
     facts: dict[str, Any] = {"output": output, "id": loaded.id, "notes": [made.note] if made.note else []}
     metadata = {
         **_notes([loaded]),
-        **host_metadata(old),
         "salun.delta": loaded.id,
         BASE_HASH: loaded.base_hash,
         RESULT_HASH: loaded.result_hash,
     }
-    if output.endswith(DIFF):
-        tensors = full_difference(old, new)
-    else:
-        tensors, account = low_rank(old, new, rank=rank, energy=ENERGY if rank is energy is None else energy)
-        metadata["salun.energy_kept"] = f"{account.total.share:.6f}"
+    account = write_stock(Path(output), old, new, metadata, rank, energy)
+    if account is not None:
         facts["kept"] = account.as_json()
-    tensorfile.write(Path(output), tensors, metadata)
-    return {**facts, "bytes": Path(output).stat().st_size, "tensors": len(tensors)}
+    header = tensorfile.read_header(Path(output))
+    return {**facts, "bytes": Path(output).stat().st_size, "tensors": len(header.names)}
 
 
 def open_model(name: str) -> Stored:

@@ -12,6 +12,10 @@ import salun
 from salun.diffusion.models import Model
 from salun.diffusion.result import Run
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads would only be in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 SHORT = {"steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 8}
 
 

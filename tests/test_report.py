@@ -53,6 +53,7 @@ def run_data(metrics: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "timings": {"training": 1.5},
         "peak_memory": {"host_bytes": None, "device_bytes": None},
         "mask": {"mode": "saliency", "density": 0.5, "selected": 5, "total": 10, "warnings": []},
+        "rounding": {"moved": 5, "rounded_away": 1},
         "losses": [[1, 0.5, 0.1], [2, 0.3, 0.1], [3, 0.1, 0.05]],
         "metrics": metrics,
         **changes,

@@ -17,7 +17,7 @@ from salun.errors import ConfigError, ModelError
 from salun.formats import tensorfile
 from salun.formats.delta import Delta
 from salun.formats.patch import size_of, write_patched
-from salun.formats.stock import full_difference, host_metadata, low_rank
+from salun.formats.stock import Account, full_difference, host_metadata, low_rank
 from salun.formats.tensorfile import remove_leftovers, sha256_file
 from salun.mask import Mask, entries
 
@@ -130,7 +130,8 @@ def write_output(
         delta.save(path)
         return "delta"
     if target.endswith((LORA, DIFF)):
-        return write_stock(path, model.stored, erased, notes)
+        write_stock(path, model.stored, erased, notes)
+        return "difference" if target.endswith(DIFF) else "lora"
     folder = output_layout(target) == "folder"
     if folder != model.stored.single:
         write_patched(model.stored, path, erased, notes, keep_ema)
@@ -148,19 +149,20 @@ def write_stock(
     notes: Mapping[str, str],
     rank: int | None = None,
     energy: float | None = None,
-) -> str:
-    """Write a stock loader's file, low-rank or full by its name; returns its kind.
+) -> Account | None:
+    """Write a stock loader's file, low-rank or full by its name; returns what a low-rank one holds.
 
     base: the whole UNet. changed: its tensors that differ, as they are to be. rank, energy: of the low-rank file, as in
     `low_rank`; without either, ranks that keep 90 % of the difference.
     """
+    account, told = None, {}
     if path.name.endswith(DIFF):
-        tensors, told = full_difference(base, changed), {}
+        tensors = full_difference(base, changed)
     else:
-        tensors, kept = low_rank(base, changed, rank=rank, energy=ENERGY if rank is energy is None else energy)
-        told = {"salun.energy_kept": f"{kept.total.share:.6f}"}
+        tensors, account = low_rank(base, changed, rank=rank, energy=ENERGY if rank is energy is None else energy)
+        told = {"salun.energy_kept": f"{account.total.share:.6f}"}
     tensorfile.write(path, tensors, {**notes, **host_metadata(base), **told})
-    return "difference" if path.name.endswith(DIFF) else "lora"
+    return account
 
 
 def write_new(

@@ -1,0 +1,190 @@
+"""Checkpoints of true size: writing an erased one against a plain copy, and a whole erasure on a CPU.
+
+    python benchmarks/checkpoint.py FOLDER        FOLDER takes 12 GB for a while; writes docs/checkpoints.md
+
+Every row runs in a process of its own, so that its peak memory is its own (VmHWM: Linux). The weights are random, of
+Stable Diffusion 1.5's names and shapes (tools/checkpoints.py). Copies are real ones (no reflink) and synced, as the
+writer's are; the page cache holds the source in every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun.formats.checkpoint import Stored, open_unet
+from salun.formats.patch import write_patched
+from tools.checkpoints import make
+
+ROOT = Path(__file__).resolve().parents[1]
+CHUNK = 8 * 1024 * 1024
+ERASE = shlex.split(
+    "erase --concept nudity --device cpu --resolution 64 --steps 4 --batch-size 1 --forget-latents 2 "
+    "--retain-latents 2 --eval-images 0"
+)
+
+
+class Moved(Mapping[str, Tensor]):
+    """A UNet of which every weight moved a little, made a tensor at a time."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name] + torch.tensor(0.001, dtype=torch.float16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def status(field: str) -> int:
+    """Bytes of memory, as Linux tells of this process."""
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.M)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def copy(base: Path, target: Path) -> None:
+    """A plain copy, synced."""
+    with base.open("rb") as source, target.open("wb") as out:
+        while block := source.read(CHUNK):
+            out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def few(base: Path, target: Path) -> None:
+    """An erased checkpoint of which the cross-attention changed."""
+    stored = open_unet(base)
+    write_patched(stored, target, {n: Moved(stored)[n] for n in stored if ".attn2." in n}, {"salun.concept": "x"})
+
+
+def every(base: Path, target: Path) -> None:
+    """An erased checkpoint of which every UNet tensor changed."""
+    stored = open_unet(base)
+    write_patched(stored, target, Moved(stored), {"salun.concept": "x"})
+
+
+def digest(base: Path, target: Path) -> None:
+    """sha256 of the file, as run.json tells it."""
+    found = hashlib.sha256()
+    with base.open("rb") as source:
+        while block := source.read(CHUNK):
+            found.update(block)
+
+
+ROWS: dict[str, Callable[[Path, Path], None]] = {
+    "plain copy (baseline)": copy,
+    "erased, cross-attention changed": few,
+    "erased, all of the UNet changed": every,
+    "sha256 of the file, apart": digest,
+}
+
+
+def child(row: str, base: Path, target: Path) -> None:
+    """Run a row and print what it took."""
+    before = status("VmRSS")
+    began = time.perf_counter()
+    ROWS[row](base, target)
+    seconds = time.perf_counter() - began
+    print(json.dumps({"seconds": seconds, "memory": status("VmHWM") - before}))
+
+
+def measured(row: str, base: Path, target: Path, runs: int) -> dict[str, float]:
+    """The median over runs, each in a process of its own."""
+    found = []
+    for _ in range(runs):
+        command = [sys.executable, __file__, str(target.parent), "--row", row]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+        found.append(json.loads(done.stdout))
+        target.unlink(missing_ok=True)
+    return {key: median(one[key] for one in found) for key in ("seconds", "memory")}
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def erasure(base: Path, folder: Path, extra: list[str]) -> dict[str, Any]:
+    """`salun erase` on the file; its run.json, and the wall time."""
+    run = folder / "run"
+    command = [sys.executable, "-m", "salun", *ERASE, *extra, "--model", str(base), "--run-dir", str(run)]
+    began = time.perf_counter()
+    subprocess.run(command, check=True, env={**environment(), "SALUN_CACHE_SIZE": "0"}, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
+    record: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    for path in sorted(run.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    return {**record, "wall": seconds}
+
+
+def page(base: Path, folder: Path, runs: int) -> str:
+    rows = {row: measured(row, base, folder / "out.safetensors", runs) for row in ROWS}
+    plain = rows["plain copy (baseline)"]["seconds"]
+    out = [
+        "# Checkpoints of true size",
+        "",
+        f"Written by `benchmarks/checkpoint.py`: Stable Diffusion 1.5's names and shapes, fp16, random weights, "
+        f"{base.stat().st_size / 1e9:.2f} GB; torch {torch.__version__}, {os.cpu_count()} cores, no GPU. Median of "
+        f"{runs} runs, each in a process of its own; memory beyond what the process held before.",
+        "",
+        "| writing | seconds | of a copy | peak memory |",
+        "|---|---|---|---|",
+        *(
+            f"| {row} | {told['seconds']:.1f} | {told['seconds'] / plain:.2f} × | {told['memory'] / 1e6:.0f} MB |"
+            for row, told in rows.items()
+        ),
+        "",
+        f"`salun {' '.join(ERASE)} --model FILE`, all stages to the written checkpoint and delta:",
+        "",
+        "| options | wall, s | seconds of each stage | peak host memory | moved, of these rounded away |",
+        "|---|---|---|---|---|",
+    ]
+    for extra in ([], ["--dtype", "bf16", "--low-vram"]):
+        told = erasure(base, folder, extra)
+        stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in told["timings"].items())
+        rounding, peak = told["rounding"], told["peak_memory"]["host_bytes"] / 2**30
+        out.append(
+            f"| {' '.join(extra) or 'defaults (fp32)'} | {told['wall']:.0f} | {stages} | {peak:.1f} GiB | "
+            f"{rounding['moved'] / 1e6:.0f} M, {rounding['rounded_away'] / max(rounding['moved'], 1):.0%} |"
+        )
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    base = arguments.folder / "base.safetensors"
+    if arguments.row:
+        child(arguments.row, base, arguments.folder / "out.safetensors")
+        return
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if not base.is_file():
+        make(base, "sd1", size="true")
+    text = page(base, arguments.folder, arguments.runs)
+    (ROOT / "docs" / "checkpoints.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
