@@ -238,6 +238,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="of the first picture", min=0)] = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what the pictures are guided away from")] = None,
     force: Force = False,
 ) -> None:
     """Sample pictures from a model, with or without an erased delta."""
@@ -251,7 +252,8 @@ def sample(
 
     with terminal_progress(False) as progress:
         loaded = load_with(_model(model), options)
-        changes: dict[str, Any] = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
+        wished = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
+        changes: dict[str, Any] = {name: value for name, value in wished.items() if value is not None}
         chosen: Sampling = dataclasses.replace(loaded.settings.sampling, **changes)
         loaded.settings = dataclasses.replace(loaded.settings, sampling=chosen)
         if delta is not None:

@@ -148,6 +148,9 @@ class EraseOptions(ModelOptions):
     clip_skip: int | None = option(
         None, "text encoder layer, counted from the last as WebUIs do (default: the model's own)", minimum=1, maximum=12
     )
+    negative_prompt: str | None = option(
+        None, "what samples and pictures are guided away from, as in hosts (default: the empty prompt)"
+    )
     resolution: int | None = option(
         None, "pixels a side, of samples and pictures (default: the model's own)", minimum=8, maximum=4096
     )
@@ -215,7 +218,7 @@ class EraseJob(EraseOptions):
 
 
 GROUPS = {  # for people, in the order in which hosts show them
-    "Concept": ("concept", "anchor", "retain_prompts", "prompt_style"),
+    "Concept": ("concept", "anchor", "retain_prompts", "prompt_style", "negative_prompt"),
     "Model": ("model", "components", "models_dir", "prediction_type", "clip_skip", "resolution", "allow_pickle"),
     "Data": ("forget_latents", "retain_latents", "forget_images", "retain_images"),
     "Mask": ("mask", "density", "combine", "scope", "method", "guidance"),
@@ -255,11 +258,12 @@ class Recipe(Checked):
 
 @dataclass(frozen=True)
 class Sampling(Checked):
-    """How to sample a model. resolution: pixels, both sides."""
+    """How to sample a model. resolution: pixels, both sides. negative_prompt: what guidance leads away from."""
 
     steps: int = option(20, "sampler steps", minimum=1, maximum=1000)
     guidance: float = option(7.5, "classifier-free guidance scale", minimum=0, maximum=100)
     resolution: int = option(512, "pixels, both sides", minimum=8, maximum=4096)
+    negative_prompt: str = option("", "what guidance leads away from; '' is the empty prompt")
 
 
 def from_mapping(kind: type, values: Any, where: str) -> Any:

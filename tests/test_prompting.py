@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from salun.diffusion.concepts import Concept, prompts_of, resolve
 from salun.diffusion.denoiser import Conditioning
+from salun.diffusion.latents import sample_latents
 from salun.diffusion.loading import describe
 from salun.diffusion.models import Model
 from salun.diffusion.plan import make_plan
@@ -63,6 +66,24 @@ def test_clip_skip_takes_an_earlier_layer_through_the_last_norm(shapes: Model) -
     with shapes.set_up(EraseOptions(clip_skip=9)), pytest.raises(ConfigError, match=r"--clip-skip 9.*2 layers"):
         shapes.encode(["one red circle"])
     assert torch.equal(shapes.encode(["one red circle"]).hidden, last)
+
+
+def test_guidance_leads_away_from_a_negative_prompt(shapes: Model) -> None:
+    """As hosts do it: the negative prompt takes the empty one's place. Against itself, guidance has nothing to add."""
+    asked, seeds = ["one red circle, plain style"], [3]
+    plain = sample_latents(shapes, asked, seeds)
+    with shapes.set_up(EraseOptions(negative_prompt="")):
+        assert torch.equal(sample_latents(shapes, asked, seeds), plain)
+    with shapes.set_up(EraseOptions(negative_prompt="one red circle, plain style")):
+        itself = sample_latents(shapes, asked, seeds)
+    unguided = replace(shapes.settings, sampling=replace(shapes.settings.sampling, guidance=1.0))
+    guided, shapes.settings = shapes.settings, unguided
+    try:
+        # guidance w on one side and none on the other are equal but for the order of float operations
+        torch.testing.assert_close(itself, sample_latents(shapes, asked, seeds), atol=1e-3, rtol=1e-3)
+    finally:
+        shapes.settings = guided
+    assert not torch.allclose(itself, plain, atol=0.1)
 
 
 def test_other_resolutions(shapes: Model) -> None:

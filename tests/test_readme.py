@@ -20,7 +20,7 @@ def test_the_first_two_shell_blocks_are_one_line_each() -> None:
     main, tests = blocks("sh")[:2]
     assert len(main.splitlines()) == len(tests.splitlines()) == 1
     assert main.strip().endswith("salun erase --concept circle --model shapes")
-    assert tests.strip().endswith("pytest -q")
+    assert tests.strip().endswith("pytest -q -n 2 --dist loadfile")
 
 
 def test_the_links_to_files_lead_somewhere() -> None:
@@ -59,6 +59,15 @@ def test_every_option_shown_exists() -> None:
 
     known = {"--" + item.name.replace("_", "-") for item in dataclasses.fields(EraseJob)}
     known |= {"--config", "--dry-run", "--resume", "--force", "--json"}  # of the command itself
-    known |= {"--delta", "--strength", "--prompt", "--install-completion", "--num_processes"}  # of others
+    known |= {
+        "--delta",
+        "--strength",
+        "--prompt",
+        "--install-completion",
+        "--num_processes",
+        "--dist",
+        "--energy",
+        "--base",
+    }  # of others
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXT))
     assert shown - known - {"--check"} == set()

@@ -91,7 +91,7 @@ def _add_vae(items: _Lazy, folder: Path) -> None:
         dtype, shape = DTYPES[header.entries[name].dtype], header.entries[name].shape
         if keymap.is_vae_matrix(theirs) and len(shape) == 2:
             shape = (*shape, 1, 1)
-        items.add(theirs, (dtype, shape), partial(_read_as, file, [name], shape))
+        items.add(theirs, (dtype, shape), partial(_read_as, file, header, [name], shape))
 
 
 def _add_text(items: _Lazy, folder: Path, layout: keymap.TextLayout, family: str) -> None:
@@ -103,10 +103,10 @@ def _add_text(items: _Lazy, folder: Path, layout: keymap.TextLayout, family: str
         names = [parts[part] for part in ("q", "k", "v")] if "q" in parts else list(parts.values())
         dtype, shape = DTYPES[header.entries[names[0]].dtype], header.entries[names[0]].shape
         if "T" in parts:
-            items.add(theirs, (dtype, shape[::-1]), partial(_read_turned, file, names[0]))
+            items.add(theirs, (dtype, shape[::-1]), partial(_read_turned, file, header, names[0]))
         else:
             whole = (len(names) * shape[0], *shape[1:]) if shape else shape
-            items.add(theirs, (dtype, whole), partial(_read_as, file, names, whole))
+            items.add(theirs, (dtype, whole), partial(_read_as, file, header, names, whole))
     if family == "sd2":
         _add_last_layer(items, layout.prefix)
 
@@ -126,13 +126,13 @@ def _add_last_layer(items: _Lazy, prefix: str) -> None:
         items.add(copy, (dtype, shape), partial(torch.full, shape, fill, dtype=dtype))
 
 
-def _read_as(file: Path, names: list[str], shape: tuple[int, ...]) -> Tensor:
+def _read_as(file: Path, header: Header, names: list[str], shape: tuple[int, ...]) -> Tensor:
     """Tensors one after the other, in a shape of as many entries."""
-    return torch.cat([tensor.reshape(-1) for _, tensor in tensorfile.tensors(file, names)]).view(shape)
+    return torch.cat([tensorfile.read_one(file, header, name).reshape(-1) for name in names]).view(shape)
 
 
-def _read_turned(file: Path, name: str) -> Tensor:
-    return next(tensor for _, tensor in tensorfile.tensors(file, [name])).T.contiguous()
+def _read_turned(file: Path, header: Header, name: str) -> Tensor:
+    return tensorfile.read_one(file, header, name).T.contiguous()
 
 
 def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

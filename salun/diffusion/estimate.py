@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,10 @@ def _memory(model: Model, plan: Plan, kept: int) -> int:
     in_host = plan.options.low_vram and model.device.type != "cpu"
     saliency, training = (0, 0) if in_host else (4 * total, STATE_BYTES * salient)
     working = max(saliency, training) + 2 * plan.batch_size * kept
-    held = _resident() if model.device.type == "cpu" else None
-    return working + (weights if held is None else held)
+    if model.device.type != "cpu":
+        return working + weights
+    frozen = 4 * plan.steps * 2 * plan.batch_size * prod(model.latent_shape) if plan.needs_frozen else 0
+    return working + frozen + (_resident() or weights)
 
 
 def _existing(folder: Path) -> Path:

@@ -42,7 +42,8 @@ def sample_latents(
     taken from it; only for a model that holds its files' own weights. Several processes share the batches out and all
     get all of them.
     """
-    unique = list(dict.fromkeys([*prompts, ""]))
+    away = model.settings.sampling.negative_prompt
+    unique = list(dict.fromkeys([*prompts, away]))
     encoded = model.encode(unique)
     row = {text: i for i, text in enumerate(unique)}
     size = batch_size_of(model)
@@ -54,7 +55,7 @@ def sample_latents(
             continue
         own = list(seeds[start : start + size])
         index = torch.tensor([row[text] for text in prompts[start : start + size]], device=model.device)
-        asked, empty = encoded[index], encoded[row[""] : row[""] + 1]
+        asked, empty = encoded[index], encoded[row[away] : row[away] + 1]
         key = _key(model, asked, empty, own) if cache is not None else ""
         kept = cache.get(key) if cache is not None else None
         if kept is None:

@@ -236,6 +236,10 @@ class Model:
             self.settings = replace(
                 self.settings, sampling=replace(self.settings.sampling, resolution=options.resolution)
             )
+        if options.negative_prompt is not None:
+            self.settings = replace(
+                self.settings, sampling=replace(self.settings.sampling, negative_prompt=options.negative_prompt)
+            )
         self.clip_skip, self.low_vram, self.attention = options.clip_skip, options.low_vram, options.attention
         if options.attention == "xformers":
             _use_xformers(self.unet, self.device)

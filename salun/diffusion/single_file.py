@@ -216,7 +216,7 @@ def clip_tokenizer(pad_token: str) -> Any:
 
 
 def _read(contents: Contents, name: str) -> Tensor:
-    return next(tensor for _, tensor in tensorfile.tensors(contents.path, [name]))
+    return tensorfile.read_one(contents.path, contents.header, name)
 
 
 def _from_folder(kind: Any, folder: Path, **keywords: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from salun.errors import ModelError
 from salun.formats import keymap, tensorfile
-from salun.formats.tensorfile import Entry, Header, Stamp
+from salun.formats.tensorfile import Entry, Header
 
 PREDICTIONS = {  # words of metadata (modelspec) → diffusers'
     "epsilon": "epsilon",
@@ -47,14 +47,7 @@ class Stored(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file, inner = self.places[name]
-        try:
-            with file.open("rb") as opened:
-                tensor = tensorfile.read_tensor(opened, self.headers[file].entries[inner], file)
-        except OSError as error:
-            raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
-        if Stamp.of(file) != self.headers[file].stamp:
-            raise tensorfile.changed_meanwhile(file)
-        return tensor
+        return tensorfile.read_one(file, self.headers[file], inner)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

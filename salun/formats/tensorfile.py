@@ -199,6 +199,18 @@ def read_tensor(file: IO[bytes], entry: Entry, path: Path) -> Tensor:
     return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).view(entry.shape)
 
 
+def read_one(path: Path, header: Header, name: str) -> Tensor:
+    """A tensor of a file whose header is known. Raises ModelError if the file has changed since that was read."""
+    try:
+        with path.open("rb") as file:
+            tensor = read_tensor(file, header.entries[name], path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    if Stamp.of(path) != header.stamp:
+        raise changed_meanwhile(path)
+    return tensor
+
+
 def changed_meanwhile(path: Path) -> ModelError:
     """What to raise when a file is no longer what it was when it was first read."""
     return ModelError(f"{path} has changed while it was read: let whatever writes to it finish, and start again")
