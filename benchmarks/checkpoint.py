@@ -1,6 +1,6 @@
 """Checkpoints of true size: writing an erased one against a plain copy, and a whole erasure on a CPU.
 
-    python benchmarks/checkpoint.py FOLDER        FOLDER takes 12 GB for a while; writes docs/checkpoints.md
+    python benchmarks/checkpoint.py FOLDER        FOLDER takes 20 GB; writes docs/checkpoints.md. Stopped, it goes on
 
 Every row runs in a process of its own, so that its peak memory is its own (VmHWM: Linux). The weights are random, of
 Stable Diffusion 1.5's names and shapes (tools/checkpoints.py). Copies are real ones (no reflink) and synced, as the
@@ -31,6 +31,7 @@ from salun.formats.patch import write_patched
 from tools.checkpoints import make
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "checkpoints.md"
 CHUNK = 8 * 1024 * 1024
 ERASE = shlex.split(
     "erase --concept nudity --device cpu --resolution 64 --steps 4 --batch-size 1 --forget-latents 2 "
@@ -122,48 +123,55 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def erasure(base: Path, folder: Path, extra: list[str]) -> dict[str, Any]:
-    """`salun erase` on the file; its run.json, and the wall time."""
-    run = folder / "run"
-    command = [sys.executable, "-m", "salun", *ERASE, *extra, "--model", str(base), "--run-dir", str(run)]
-    began = time.perf_counter()
-    subprocess.run(command, check=True, env={**environment(), "SALUN_CACHE_SIZE": "0"}, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - began
-    record: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    for path in sorted(run.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    return {**record, "wall": seconds}
+def erasure(base: Path, run: Path, extra: list[str]) -> dict[str, Any]:
+    """What the run.json of `salun erase` on the file tells; a run that was stopped goes on."""
+    record_file = run / "run.json"
+    if not (record_file.is_file() and json.loads(record_file.read_text(encoding="utf-8"))["status"] == "done"):
+        command = [
+            sys.executable,
+            "-m",
+            "salun",
+            *ERASE,
+            *extra,
+            "--model",
+            str(base),
+            "--run-dir",
+            str(run),
+            "--resume",
+        ]
+        subprocess.run(command, check=True, env={**environment(), "SALUN_CACHE_SIZE": "0"}, stdout=subprocess.DEVNULL)
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    return {key: record[key] for key in ("timings", "rounding", "peak_memory")}
 
 
-def page(base: Path, folder: Path, runs: int) -> str:
-    rows = {row: measured(row, base, folder / "out.safetensors", runs) for row in ROWS}
-    plain = rows["plain copy (baseline)"]["seconds"]
+def page(found: dict[str, Any]) -> str:
+    """docs/checkpoints.md, from the results there are."""
+    plain = found["rows"]["plain copy (baseline)"]["seconds"]
     out = [
         "# Checkpoints of true size",
         "",
         f"Written by `benchmarks/checkpoint.py`: Stable Diffusion 1.5's names and shapes, fp16, random weights, "
-        f"{base.stat().st_size / 1e9:.2f} GB; torch {torch.__version__}, {os.cpu_count()} cores, no GPU. Median of "
-        f"{runs} runs, each in a process of its own; memory beyond what the process held before.",
+        f"{found['bytes'] / 1e9:.2f} GB; torch {found['torch']}, {found['cores']} shared cores, no GPU. Median of "
+        f"{found['runs']} runs, each in a process of its own; memory beyond what the process held before.",
         "",
         "| writing | seconds | of a copy | peak memory |",
         "|---|---|---|---|",
         *(
             f"| {row} | {told['seconds']:.1f} | {told['seconds'] / plain:.2f} × | {told['memory'] / 1e6:.0f} MB |"
-            for row, told in rows.items()
+            for row, told in found["rows"].items()
         ),
         "",
         f"`salun {' '.join(ERASE)} --model FILE`, all stages to the written checkpoint and delta:",
         "",
-        "| options | wall, s | seconds of each stage | peak host memory | moved, of these rounded away |",
-        "|---|---|---|---|---|",
+        "| options | seconds of each stage | peak host memory | weights that moved, of these rounded away |",
+        "|---|---|---|---|",
     ]
-    for extra in ([], ["--dtype", "bf16", "--low-vram"]):
-        told = erasure(base, folder, extra)
+    for extra, told in found["erasures"].items():
         stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in told["timings"].items())
         rounding, peak = told["rounding"], told["peak_memory"]["host_bytes"] / 2**30
         out.append(
-            f"| {' '.join(extra) or 'defaults (fp32)'} | {told['wall']:.0f} | {stages} | {peak:.1f} GiB | "
-            f"{rounding['moved'] / 1e6:.0f} M, {rounding['rounded_away'] / max(rounding['moved'], 1):.0%} |"
+            f"| {extra or 'defaults (fp32)'} | {stages} | {peak:.1f} GiB | {rounding['moved'] / 1e6:.0f} M, "
+            f"{rounding['rounded_away'] / max(rounding['moved'], 1):.0%} |"
         )
     return "\n".join(out) + "\n"
 
@@ -174,16 +182,22 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    base = arguments.folder / "base.safetensors"
+    folder: Path = arguments.folder
+    base = folder / "base.safetensors"
     if arguments.row:
-        child(arguments.row, base, arguments.folder / "out.safetensors")
+        child(arguments.row, base, folder / "out.safetensors")
         return
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not base.is_file():
         make(base, "sd1", size="true")
-    text = page(base, arguments.folder, arguments.runs)
-    (ROOT / "docs" / "checkpoints.md").write_text(text, encoding="utf-8")
-    print(text)
+    found: dict[str, Any] = {"bytes": base.stat().st_size, "torch": torch.__version__, "cores": os.cpu_count()}
+    found["runs"] = arguments.runs
+    found["rows"] = {row: measured(row, base, folder / "out.safetensors", arguments.runs) for row in ROWS}
+    found["erasures"] = {}
+    for extra in ([], ["--dtype", "bf16", "--low-vram"]):
+        found["erasures"][" ".join(extra)] = erasure(base, folder / f"run{len(found['erasures'])}", extra)
+        PAGE.write_text(page(found), encoding="utf-8")
+    print(page(found))
 
 
 if __name__ == "__main__":
