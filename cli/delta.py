@@ -82,6 +82,7 @@ def stack(
     strength: Annotated[
         list[float] | None, typer.Option(help="one for each delta, in their order (default: 1 throughout)")
     ] = None,
+    fine_tune_of_base: FineTune = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -89,7 +90,9 @@ def stack(
     from salun import deltas
 
     with terminal_progress(as_json) as progress:
-        found = deltas.stack(base, delta, output, strength or [], force=force, progress=progress)
+        found = deltas.stack(
+            base, delta, output, strength or [], fine_tune_of=fine_tune_of_base, force=force, progress=progress
+        )
     _tell(found, as_json, _applied_lines(found))
 
 

@@ -195,6 +195,27 @@ def test_outputs_are_checked_before_hours_of_work(shapes: Model, tmp_path: Path)
     assert taken.read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (["run/mask.safetensors"], "needs itself"),
+        (["run/state/x.safetensors"], "needs itself"),
+        (["a/x.safetensors", "a/"], "another output"),
+        (["x.safetensors", "./x.safetensors"], "another output"),
+        (["parts/"], "which is read"),
+    ],
+)
+def test_outputs_never_take_the_place_of_each_other_or_of_what_is_read(
+    outputs: list[str], message: str, shapes: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "model_index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        salun.erase(shapes, "circle", outputs=outputs, run_dir="run", force=True, forget_images="parts", **SHORT)
+    assert (tmp_path / "parts" / "model_index.json").is_file()
+
+
 def test_run_save_writes_each_format(short_run: Run, tmp_path: Path, run_folder: Path) -> None:
     short_run.save(tmp_path / "erased.safetensors")
     short_run.save(tmp_path / "circle.salun.safetensors")

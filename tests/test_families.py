@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import salun
 from salun.diffusion.finding import ASSETS
@@ -120,3 +120,37 @@ def test_noise_schedules_are_diffusers_own(schedule: str, zero_snr: bool) -> Non
 def test_an_unknown_noise_schedule_is_refused() -> None:
     with pytest.raises(ModelError, match="squaredcos"):
         alphas_cumprod({"beta_schedule": "squaredcos_cap_v2"}, "a model")
+
+
+@pytest.mark.parametrize(
+    ("part", "weights", "lost"),
+    [
+        ("unet", "diffusion_pytorch_model", "conv_in.weight"),
+        ("vae", "diffusion_pytorch_model", "decoder.conv_norm_out.weight"),
+        ("text_encoder", "model", "mlp.fc1.weight"),
+    ],
+)
+def test_a_folder_that_lacks_a_tensor_or_holds_nan_is_refused(
+    part: str, weights: str, lost: str, tmp_path: Path
+) -> None:
+    """The libraries would make the tensor up, and only warn."""
+    folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
+    file = folder / part / f"{weights}.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith(lost))
+    save_file({n: t for n, t in tensors.items() if n != name}, file)
+    with pytest.raises(ModelError, match=lost.replace(".", r"\.")):
+        salun.load(str(folder), device="cpu")
+    save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, file)
+    with pytest.raises(ModelError, match="NaN"):
+        salun.load(str(folder), device="cpu")
+
+
+def test_linked_folders_are_part_of_a_written_model(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
+    (folder / "vae").rename(tmp_path / "shared")
+    (folder / "vae").symlink_to(tmp_path / "shared", target_is_directory=True)
+    (folder / "up").symlink_to(folder, target_is_directory=True)  # leads back: not followed for ever
+    salun.erase(salun.load(str(folder), device="cpu"), "golf ball", **TINY).save(f"{tmp_path}/out/")
+    assert (tmp_path / "out" / "vae" / "config.json").is_file()
+    salun.load(str(tmp_path / "out"), device="cpu")

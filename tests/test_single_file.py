@@ -281,6 +281,12 @@ def test_a_checkpoint_is_found_by_its_name_where_hosts_keep_theirs(
         find("four.safetensors", dirs)
     with pytest.raises(ConfigError, match="no folder"):
         find("one", [str(tmp_path / "nothing")])
+    for strange in ("~nobody-of-this-name/x.safetensors", "x" * 5000, "nul\0", ""):
+        with pytest.raises(ModelError):
+            find(strange)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (comfy / "extra_model_paths.yaml").write_text("a:\n  base_path: ~/elsewhere\n  checkpoints: sd\n", encoding="utf-8")
+    assert find("three", dirs)[0].name == "Three.safetensors"
     model = salun.load("three", device="cpu", models_dir=dirs)
     assert model.family == "sd1"
 

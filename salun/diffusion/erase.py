@@ -21,7 +21,7 @@ from salun.diffusion.loading import load_with
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
 from salun.diffusion.models import Model, scoped
 from salun.diffusion.observe import compare, observe, questions
-from salun.diffusion.output import check_output, check_places, disk_needed, erased_tensors, moved
+from salun.diffusion.output import check_output, check_places, disk_needed, erased_tensors, moved, read_beside
 from salun.diffusion.plan import Plan, Wanted, make_plan
 from salun.diffusion.result import Run, write_run
 from salun.errors import ConfigError, MaskError, TrainingError
@@ -72,7 +72,7 @@ def erase(
     cache = cache or Cache.of_user()
     if isinstance(model, str):
         model = load_with(model, options)
-    check_places(model, outputs or [], folder)
+    check_places(model, outputs or [], folder, read_beside(options))
     plan = make_plan(model.settings, model.name, concept, options)
     if folder is not None and not begun:
         check_room(folder, disk_needed(model, plan, outputs or []))

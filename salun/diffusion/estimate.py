@@ -16,7 +16,7 @@ from torch import Tensor
 from salun.diffusion.latents import batch_size_of
 from salun.diffusion.loading import load_with
 from salun.diffusion.models import Model, scoped
-from salun.diffusion.output import STATE_BYTES, check_output, check_places, disk_needed
+from salun.diffusion.output import STATE_BYTES, check_output, check_places, disk_needed, read_beside
 from salun.diffusion.plan import Plan, Wanted, make_plan
 from salun.mask import entries
 from salun.options import EraseOptions
@@ -43,7 +43,7 @@ def preview(
     for target in outputs:
         check_output(target, force)
     loaded = load_with(model, options)
-    check_places(loaded, outputs, run_dir)
+    check_places(loaded, outputs, run_dir, read_beside(options))
     plan = make_plan(loaded.settings, loaded.name, concept, options)
     progress(Event("measuring", message=f"measuring this machine with {loaded.name}"))
     with loaded.borrowed(), loaded.set_up(plan.options):

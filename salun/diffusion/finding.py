@@ -39,8 +39,12 @@ def find(name: str, models_dir: Sequence[str] = ()) -> tuple[Path, dict[str, Any
     if "path" in entry:
         return ASSETS / entry["path"], entry
     if not entry:
-        given = Path(name).expanduser()
-        if given.exists():
+        try:
+            given = Path(name).expanduser()
+            there = bool(name) and given.exists()
+        except (RuntimeError, OSError, ValueError) as error:  # no such user's home, a name too long, a NUL in it
+            raise ModelError(f"no model can have the name {name[:80]!r}: {error}") from error
+        if there:
             return given, entry
         folders = list(checkpoint_folders(models_dir))
         found = _named(name, folders)
@@ -91,8 +95,8 @@ def _extra_paths(file: Path) -> list[Path]:
         listed = section.get("checkpoints") if isinstance(section, Mapping) else None
         if not isinstance(listed, str):
             continue
-        base = file.parent / os.path.expandvars(str(section.get("base_path") or "")).strip()
-        found += [base.expanduser() / line.strip() for line in listed.splitlines() if line.strip()]
+        base = file.parent / os.path.expanduser(os.path.expandvars(str(section.get("base_path") or "").strip()))
+        found += [base / line.strip() for line in listed.splitlines() if line.strip()]
     return [folder for folder in found if folder.is_dir()]
 
 

@@ -220,19 +220,40 @@ def _load_folder(found: Description, precision: torch.dtype) -> Parts:
     variant = "fp16" if found.stored.files[0].name.endswith(".fp16.safetensors") else None
     try:
         keywords: dict[str, Any] = {"torch_dtype": precision, "use_safetensors": True, "variant": variant}
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **keywords)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **{**keywords, "torch_dtype": torch.float32})
+        unet = whole(UNet2DConditionModel, folder / "unet", **keywords)
+        vae = whole(AutoencoderKL, folder / "vae", **{**keywords, "torch_dtype": torch.float32})
         text: dict[str, Any] = {"dtype": precision, "use_safetensors": True, "variant": variant}
         parts = ["", "_2"] if found.family == "sdxl" else [""]
         encoders = []
         for part in parts:
             kind = CLIPTextModelWithProjection if part else CLIPTextModel
-            encoders.append(kind.from_pretrained(folder / f"text_encoder{part}", **text))
+            encoders.append(whole(kind, folder / f"text_encoder{part}", **text))
         tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}") for part in parts]
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{found.name} could not be loaded from {folder}: {first}") from error
     return unet, vae, encoders, tokenizers
+
+
+def whole(kind: Any, folder: Path, **keywords: Any) -> Any:
+    """A part of a diffusers folder, by the library's own `from_pretrained`, which makes up tensors that are missing.
+
+    Raises ModelError for those, for tensors too many or misshapen, and for NaN or infinity.
+    """
+    part, told = kind.from_pretrained(folder, output_loading_info=True, **keywords)
+    faults = (
+        ("lacks", told.get("missing_keys")),
+        ("holds, though no model of its kind does,", told.get("unexpected_keys")),
+        ("has in another shape", told.get("mismatched_keys")),
+    )
+    for what, names in faults:
+        some = sorted(str(name) for name in names or () if not str(name).endswith("position_ids"))
+        if some:
+            raise ModelError(f"{folder} {what} {', '.join(some[:3])}: it is not whole; fetch it again")
+    bad = next((n for n, p in part.named_parameters() if not torch.isfinite(p.float()).all()), None)
+    if bad is not None:
+        raise ModelError(f"{folder}: {bad} holds NaN or infinity, so nothing can be computed with it")
+    return part
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +20,19 @@ from salun.formats.patch import size_of, write_patched
 from salun.formats.stock import Account, full_difference, host_metadata, low_rank
 from salun.formats.tensorfile import remove_leftovers, sha256_file
 from salun.mask import Mask, entries
+from salun.options import EraseOptions
 
 DELTA, LORA, DIFF = ".salun.safetensors", ".lora.safetensors", ".diff.safetensors"
+RUN_FILES = (
+    "run.json",
+    "mask.safetensors",
+    "before_after.png",
+    "report.html",
+    "log.txt",
+    "state",
+    ".lock",
+    "eval.json",
+)
 ENERGY = 0.9  # of a low-rank file where nothing else is asked for
 STATE_BYTES = 12  # a salient entry's float32 master and Adam's two moments
 
@@ -79,23 +90,39 @@ def output_layout(target: str) -> str | None:
     return None if target.endswith((DELTA, LORA, DIFF)) else "file"
 
 
-def check_places(model: Model, targets: list[str], run_dir: Path | None) -> None:
+def read_beside(options: EraseOptions) -> list[str | None]:
+    """What a run reads beside the model, and no output may replace."""
+    return [options.components, options.mask, options.forget_images, options.retain_images]
+
+
+def check_places(model: Model, targets: list[str], run_dir: Path | None, read: Sequence[str | None] = ()) -> None:
     """Raises ConfigError for places that an erasure must not change or replace.
 
-    That is an output or run folder inside the model's own folder, and an output that holds the model or the run.
+    That is an output or run folder inside the model's own folder, an output that holds the model, the run or something
+    else that is read, two outputs in one place, and an output under a name that the run folder needs itself. read:
+    names of files and folders that the run reads beside the model.
     """
     source = model.stored.path.resolve()
-    for target in targets:
-        if Path(target).is_file() and any(os.path.samefile(target, file) for file in model.stored.files):
-            raise ConfigError(f"--output {target} is the model's own file: write somewhere else")
-    for flag, place in [("--output", Path(target)) for target in targets] + [("--run-dir", run_dir)]:
-        if place is not None and source in (place.resolve(), *place.resolve().parents):
+    run = run_dir.resolve() if run_dir is not None else None
+    places = {target: Path(target).resolve() for target in targets}
+    flags = {f"--output {target}": place for target, place in places.items()}
+    for flag, place in {**flags, **({f"--run-dir {run_dir}": run} if run is not None else {})}.items():
+        if source in (place, *place.parents):
             what = "is the model's own file" if model.stored.single else "is inside the model's own folder"
-            raise ConfigError(f"{flag} {place} {what}: write somewhere else")
-    for target in targets:
-        for what, inner in (("the model itself", source), ("the run folder", run_dir and run_dir.resolve())):
-            if inner is not None and Path(target).resolve() in (inner, *inner.parents):
+            raise ConfigError(f"{flag} {what}: write somewhere else")
+    kept = [Path(name).expanduser() for name in read if name]
+    held = [("the model itself", source), ("the run folder", run)]
+    held += [(f"{path}, which is read", path.resolve()) for path in kept if path.exists()]
+    for target, place in places.items():
+        if place.is_file() and any(os.path.samefile(place, file) for file in model.stored.files):
+            raise ConfigError(f"--output {target} is the model's own file: write somewhere else")
+        for what, inner in held:
+            if inner is not None and place in (inner, *inner.parents):
                 raise ConfigError(f"--output {target} holds {what}: write somewhere else")
+        if len([other for other in map(Path, targets) if other.resolve() in (place, *place.parents)]) > 1:
+            raise ConfigError(f"--output {target} lies in the place of another output: write them side by side")
+        if run is not None and run in place.parents and place.relative_to(run).parts[0] in RUN_FILES:
+            raise ConfigError(f"--output {target} has a name that the run folder needs itself: take another")
 
 
 def disk_needed(model: Model, plan: Plan, outputs: list[str]) -> int:

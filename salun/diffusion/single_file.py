@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.finding import ASSETS
+from salun.diffusion.loading import whole
 from salun.errors import ModelError
 from salun.formats import families, keymap, tensorfile
 from salun.formats.checkpoint import Contents, shapes_of
@@ -226,7 +227,9 @@ def _from_folder(kind: Any, folder: Path, **keywords: Any) -> Any:
         )
         keywords |= {"use_safetensors": True, "variant": "fp16" if fp16 else None}
     try:
-        return kind.from_pretrained(folder, **keywords)
+        if kind.__name__ == "CLIPTokenizer":
+            return kind.from_pretrained(folder)
+        return whole(kind, folder, **keywords)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"--components: {folder} could not be loaded: {first}") from error

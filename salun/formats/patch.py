@@ -77,7 +77,7 @@ def size_of(stored: Stored) -> int:
     """Bytes of the whole model on disk."""
     if stored.single:
         return stored.path.stat().st_size
-    return sum(p.stat().st_size for p in stored.path.rglob("*") if p.is_file())
+    return sum(path.stat().st_size for path in _files(stored.path))
 
 
 def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -87,7 +87,7 @@ def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], m
     unwanted = {stored.path / name for name in left_out(stored)}
     replaced = {file.resolve(): file for file in stored.files}
     try:
-        for source in sorted(p for p in stored.path.rglob("*") if p.is_file() and p not in unwanted):
+        for source in (path for path in _files(stored.path) if path not in unwanted):
             copy = temporary / source.relative_to(stored.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             own = replaced.get(source.resolve())
@@ -104,6 +104,19 @@ def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], m
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file in a folder, those in linked folders too (each once: a link may lead back up)."""
+    found, seen = [], set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names if Path(place, name).is_file()]
+    return sorted(found)
 
 
 def put_in_place(temporary: Path, target: Path) -> None:

@@ -71,7 +71,13 @@ class Stacked(Mapping[str, Tensor]):
             times[chosen] += 1
         moved = times > 0
         new = values(bits[moved], result.dtype) + torch.from_numpy(sums.numpy()[moved])
-        bits[moved] = patterns(new.to(result.dtype))
+        rounded = new.to(result.dtype)
+        if (
+            not torch.isfinite(rounded.float()).all()
+            and torch.isfinite(values(bits[moved], result.dtype).float()).all()
+        ):
+            raise ModelError(f"{name} would hold a value that {result.dtype} cannot: take a smaller strength")
+        bits[moved] = patterns(rounded)
         for change, strength in changes:
             if self.source is None and strength == 1.0:
                 chosen = change.chosen()
