@@ -478,6 +478,8 @@ from .delta import app as _delta  # noqa: E402  (it uses what stands above)
 
 app.add_typer(_delta, name="delta")
 
+from . import classify as _classify  # noqa: E402, F401  (its commands join the app)
+
 
 def main() -> None:
     """Run the CLI. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted. Errors are one line on stderr."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -14,14 +14,20 @@ from salun.options import GROUPS, Recipe
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
-def with_options(kind: type, parameter: str = "options", skip: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+def with_options(
+    kind: type,
+    parameter: str = "options",
+    skip: tuple[str, ...] = (),
+    groups: Mapping[str, tuple[str, ...]] = GROUPS,
+) -> Callable[[Any], Any]:
     """A decorator: replaces the command's parameter `options` by one CLI option per field of the dataclass `kind`.
 
-    A command that has a parameter `given` gets the names of the options that stand on the command line.
+    groups: title → the names under it, in the order in which help shows them. A command that has a parameter `given`
+    gets the names of the options that stand on the command line.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        order = [name for names in GROUPS.values() for name in names]
+        order = [name for names in groups.values() for name in names]
         fields = [item for item in dataclasses.fields(kind) if item.name not in skip]
         fields.sort(key=lambda item: order.index(item.name))
         signature = inspect.signature(command, eval_str=True)
@@ -36,7 +42,7 @@ def with_options(kind: type, parameter: str = "options", skip: tuple[str, ...] =
 
         made = [
             inspect.Parameter(
-                item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=_annotation(item)
+                item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=_annotation(item, groups)
             )
             for item in fields
         ]
@@ -59,17 +65,17 @@ def _default(item: dataclasses.Field[Any]) -> Any:
     return item.default if item.default is not dataclasses.MISSING else []
 
 
-def _annotation(item: dataclasses.Field[Any]) -> Any:
+def _annotation(item: dataclasses.Field[Any], groups: Mapping[str, tuple[str, ...]]) -> Any:
     declared = str(item.type)
     rules = item.metadata
     text = rules["help"]
     if rules["choices"]:
         text += f" ({', '.join(rules['choices'])})"
     shown: dict[str, Any] = {"show_default": False} if _default(item) in (None, []) else {}
-    if item.name in {own.name for own in dataclasses.fields(Recipe)}:
+    if groups is GROUPS and item.name in {own.name for own in dataclasses.fields(Recipe)}:
         text += " (default: the model's recipe)"
     annotation: Any = _TYPES[declared.removesuffix(" | None")] if not declared.startswith("list") else list[str]
     if declared.endswith(" | None"):
         annotation = annotation | None
-    shown["rich_help_panel"] = next(title for title, names in GROUPS.items() if item.name in names)
+    shown["rich_help_panel"] = next(title for title, names in groups.items() if item.name in names)
     return Annotated[annotation, typer.Option(help=text, **shown)]

@@ -15,8 +15,8 @@ _LARGEST = 1_000_000  # bytes; a config is a page of text
 _NOT_REPEATED = ("output", "run_dir", "resume", "config", "dry_run")  # of a run.json: they belong to that run alone
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The values that a config file sets, by option name, checked as `EraseJob` checks them.
+def read_config(path: Path, kind: type = EraseJob) -> dict[str, Any]:
+    """The values that a config file sets, by option name, checked as the dataclass `kind` checks them.
 
     A run.json gives the options it was made with, but for where it wrote. Names may have dashes for underscores.
     Raises ConfigError for a file that cannot be read, an unknown name (with the nearest known one), a value of a wrong
@@ -27,14 +27,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: expected lines like `concept: circle`, got {type(found).__name__}")
     if "schema" in found and isinstance(found.get("options"), dict):
         found = {name: value for name, value in found["options"].items() if name not in _NOT_REPEATED}
-    lists = {item.name for item in dataclasses.fields(EraseJob) if str(item.type).startswith("list")}
+    lists = {item.name for item in dataclasses.fields(kind) if str(item.type).startswith("list")}
     values: dict[str, Any] = {}
     for key, value in found.items():
         name = str(key).replace("-", "_")
         if name in values:
             raise ConfigError(f"--config {path}: {name} is given twice")
         values[name] = [value] if name in lists and isinstance(value, str) else value
-    job = from_mapping(EraseJob, values, f"--config {path}")
+    job = from_mapping(kind, values, f"--config {path}")
     return {name: getattr(job, name) for name in values}
 
 

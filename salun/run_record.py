@@ -24,6 +24,7 @@ STATE = "state"
 NOT_DECISIVE = ("output", "run_dir", "show_sensitive", "save_every")  # options on which no output's bytes depend
 FILES = (
     "run.json", "mask.safetensors", "before_after.png", "report.html", "delta.salun.safetensors", "model",
+    "model.safetensors", "split.json",
     "state/mask.safetensors", "state/training.safetensors",
 )  # fmt: skip
 PACKAGES = ("salun", "torch", "diffusers", "transformers", "safetensors", "accelerate", "numpy", "pillow")

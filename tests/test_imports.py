@@ -21,10 +21,11 @@ LAYERS = [
     {"salun.formats.delta", "salun.formats.stacking", "salun.formats.patch", "salun.formats.pickled"}
     | {"salun.saliency", "salun.optim"},
     {"salun.training", "salun.evaluation", "salun.report"},
-    {"salun.diffusion"},
+    {"salun.diffusion", "salun.classification"},
     {"salun.inspection", "salun.deltas", "salun.doctor"},
 ]
 HEAVY = {"diffusers", "transformers", "accelerate", "typer", "rich", "gradio", "comfy", "huggingface_hub", "jinja2"}
+HEAVY |= {"sklearn", "scipy", "datasets", "timm"}
 
 
 def module_of(path: Path) -> str:

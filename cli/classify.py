@@ -1,0 +1,140 @@
+"""`salun classify-train`, `classify-unlearn`, `classify-eval`: unlearning in image classifiers."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from salun.classification.options import GROUPS, TrainOptions, UnlearnOptions
+from salun.errors import Cancelled
+
+from .main import Json, _tell, app
+from .options import with_options
+from .progress import terminal_progress
+
+Config = Annotated[Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")]
+RunDir = Annotated[Path | None, typer.Option(help="the run's folder (default: runs/<time>-<what is done>)")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="go on with the unfinished run in --run-dir, with the models it trained"),
+]
+
+
+@app.command("classify-train")
+@with_options(TrainOptions, groups=GROUPS)
+def classify_train(
+    options: TrainOptions,
+    given: set[str],
+    config: Config = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Train an image classifier, to be made to forget later."""
+    from salun.classification.experiment import train
+    from salun.run_record import new_run_folder
+
+    options = _settled(options, given, config, resume, run_dir)
+    folder = run_dir or new_run_folder(f"train-{options.data}")
+    with terminal_progress(as_json) as progress, _resumable("classify-train", folder):
+        done = train(options, progress=progress, run_dir=folder, resume=resume, command=_command())
+    _tell(done.record.data, as_json, [*_accuracy_lines(done.metrics), f"model: {folder / 'model.safetensors'}"])
+
+
+@app.command("classify-unlearn")
+@with_options(UnlearnOptions, groups=GROUPS)
+def classify_unlearn(
+    options: UnlearnOptions,
+    given: set[str],
+    config: Config = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Make an image classifier forget some of its training pictures, and compare it with one that never saw them."""
+    from salun.classification.experiment import unlearn
+    from salun.run_record import new_run_folder
+
+    options = _settled(options, given, config, resume, run_dir)
+    folder = run_dir or new_run_folder(f"{options.method}-{options.forget}")
+    with terminal_progress(as_json) as progress, _resumable("classify-unlearn", folder):
+        done = unlearn(options, progress=progress, run_dir=folder, resume=resume, command=_command())
+    data = done.record.data
+    warnings = [f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])]
+    lines = [*warnings, *_table(done.metrics), f"model: {folder / 'model.safetensors'}", f"run folder: {folder}"]
+    _tell(data, as_json, lines)
+
+
+@app.command("classify-eval")
+def classify_eval(
+    run: Annotated[Path, typer.Argument(help="a run folder made by `salun classify-train` or `classify-unlearn`")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge a finished run's model again, on the split it was made with."""
+    from salun.classification.experiment import evaluate
+
+    with terminal_progress(as_json) as progress:
+        metrics = evaluate(run, device=device, progress=progress)
+    _tell(metrics, as_json, _table(metrics) if "UA" in metrics else _accuracy_lines(metrics))
+
+
+def _settled(options: Any, given: set[str], config: Path | None, resume: bool, run_dir: Path | None) -> Any:
+    """The options with a config file's values, or those of the run to resume, where the command line gives none."""
+    from salun.config import read_config
+
+    if config is None and resume and run_dir is not None and (run_dir / "run.json").is_file():
+        config = run_dir / "run.json"
+    if config is None:
+        return options
+    read = read_config(config, type(options))
+    return dataclasses.replace(options, **{name: value for name, value in read.items() if name not in given})
+
+
+def _command() -> str:
+    return shlex.join(["salun", *sys.argv[1:]])
+
+
+@contextmanager
+def _resumable(name: str, folder: Path) -> Iterator[None]:
+    """Within, a run that is stopped says how to go on with it."""
+    try:
+        yield
+    except (Cancelled, KeyboardInterrupt) as stop:
+        if (folder / "run.json").exists():
+            again = shlex.join(["salun", name, "--resume", "--run-dir", str(folder)])
+            raise Cancelled(f"stopped; go on with: {again}") from stop
+        raise
+
+
+def _accuracy_lines(metrics: Mapping[str, Any]) -> list[str]:
+    parts = {part: metrics[part] for part in ("train", "validation", "test") if metrics[part] is not None}
+    return [
+        f"accuracy, {part}: {m['value']:.1f} % ({m['low']:.1f} to {m['high']:.1f}, n = {m['n']})"
+        for part, m in parts.items()
+    ]
+
+
+def _table(metrics: Mapping[str, Any]) -> list[str]:
+    """The figures of the unlearned model between the original's and Retrain's, and the gaps."""
+    names = ("UA", "RA", "TA", "MIA")
+    rows = {"original": metrics.get("original"), "unlearned": metrics, "Retrain": metrics.get("retrain")}
+    lines = [" " * 10 + "".join(f"{name + ' %':>9}" for name in names) + f"{'RTE s':>9}"]
+    for title, row in rows.items():
+        if row is not None:
+            seconds = row.get("RTE", {}).get("value")
+            told = "" if seconds is None else f"{seconds:9.2f}"
+            lines.append(f"{title:<10}" + "".join(f"{row[name]['value']:9.2f}" for name in names) + told)
+    if metrics.get("gap") is not None:
+        lines.append(f"{'gap':<10}" + "".join(f"{metrics['gap'][name]:9.2f}" for name in names))
+        lines.append(f"mean gap to Retrain: {metrics['gap_mean']:.2f} points; ToW {metrics['ToW']:.4f}")
+    elif "reason" in metrics:
+        lines.append(f"gap to Retrain: not known ({metrics['reason']})")
+    return lines

@@ -1,0 +1,1 @@
+"""Unlearning in image classifiers: data, models, methods, metrics, and the experiment that puts them together."""

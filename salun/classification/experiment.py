@@ -1,0 +1,237 @@
+"""The story of an unlearning: data and split, the original, the mask, the method, Retrain beside it, the figures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from salun.cache import Cache
+from salun.classification.data import ImageData, load_data
+from salun.classification.masks import find_mask
+from salun.classification.methods import METHODS
+from salun.classification.metrics import accuracies, beside_retrain, judge
+from salun.classification.models import Facts, load_model, new_model, save_model
+from salun.classification.options import TrainOptions, UnlearnOptions
+from salun.classification.originals import Original, given_original, trained
+from salun.classification.plan import settled, why_no_retrain
+from salun.classification.splits import Split, make_split, with_forget
+from salun.classification.task import Task
+from salun.device import is_out_of_memory, kernels, pick_device, pick_dtype
+from salun.errors import ConfigError, DataError, TrainingError
+from salun.formats.tensorfile import write_bytes
+from salun.options import from_mapping
+from salun.progress import Event, Progress, silent
+from salun.run_record import RunRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A finished run: the model, the split it was judged on, its figures, and the record of all else."""
+
+    model: nn.Module
+    split: Split
+    metrics: dict[str, Any]
+    record: RunRecord
+
+
+def train(
+    options: TrainOptions | None = None,
+    *,
+    progress: Progress = silent,
+    run_dir: Path | str | None = None,
+    resume: bool = False,
+    cache: Cache | None = None,
+    command: str = "salun.classification.train",
+    **given: Any,
+) -> Outcome:
+    """Train an original, the model that is later to forget, and say how good it is.
+
+    given: fields of `TrainOptions`, over `options`. run_dir: gets `model.safetensors`, `split.json` and `run.json`.
+    resume: begin anew the unfinished run of these options in run_dir. cache: of trained models, the user's by default.
+    Raises SalunError (ConfigError, DataError, ModelError, TrainingError), `Cancelled` if `progress` does.
+    """
+    own = TrainOptions(**{**asdict(options or TrainOptions()), **given})
+    data = load_data(own.data, own.image_size, own.image_column, own.label_column)
+    split = make_split(data, own.test_share, own.validation_share, own.split_seed)
+    full = settled(UnlearnOptions(**asdict(own)), data)
+    told = {name: getattr(full, name) for name in asdict(own)}
+    device, cache = pick_device(full.device), cache or Cache.of_user()
+    record = _record(run_dir, command, told, full, data, split, device, resume)
+    data = _prepared(data, full, device)
+    with record.running(), _computing(full):
+        _keep_split(record, split)
+        with record.stage("training"):
+            original = trained(full, data, split, cache, progress, "training")
+        metrics = {**accuracies(_task(original, data, split, full, progress)), "RTE": _seconds(original.seconds)}
+        record.data["losses"], record.data["metrics"] = original.history, metrics
+        _keep_model(record, original.model, replace(original.facts, role="original"))
+    return Outcome(original.model, split, metrics, record)
+
+
+def unlearn(
+    options: UnlearnOptions | None = None,
+    *,
+    progress: Progress = silent,
+    run_dir: Path | str | None = None,
+    resume: bool = False,
+    cache: Cache | None = None,
+    command: str = "salun.classification.unlearn",
+    **given: Any,
+) -> Outcome:
+    """Make a classifier forget some of its training pictures, and say how near to retraining that came.
+
+    given: fields of `UnlearnOptions`, over `options`. run_dir: gets `model.safetensors`, `mask.safetensors`,
+    `split.json` and `run.json`. resume: begin anew the unfinished run of these options in run_dir; what it had trained
+    (the original, Retrain) is taken from the cache. Raises as `train`.
+    """
+    options = UnlearnOptions(**{**asdict(options or UnlearnOptions()), **given})
+    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    split = make_split(data, options.test_share, options.validation_share, options.split_seed)
+    split = with_forget(split, data, options.forget, options.seed)
+    found = given_original(options.original, data, split) if options.original is not None else None
+    options = settled(options, data, found.facts.training if found else None)
+    no_retrain = why_no_retrain(options, found.facts.training if found else None)
+    device, cache = pick_device(options.device), cache or Cache.of_user()
+    record = _record(run_dir, command, asdict(options), options, data, split, device, resume)
+    data = _prepared(data, options, device)
+    with record.running(), _computing(options):
+        _keep_split(record, split)
+        with record.stage("original"):
+            original = found or trained(options, data, split.unforgotten(), cache, progress, "training")
+        for note in original.notes:
+            record.data["notes"].append(note)
+            progress(Event("original", message=note))
+        task = _task(original, data, split, options, progress)
+        with record.stage("evaluating"):
+            before = judge(task)
+        seconds = _forget(task, record)
+        _keep_model(record, task.model, replace(original.facts, role="unlearned", split=split.digest))
+        with record.stage("evaluating"):
+            metrics = {**judge(task), "RTE": _seconds(seconds), "original": before}
+        metrics |= {"retrain": None, "gap": None, "gap_mean": None, "ToW": None, "reason": no_retrain}
+        if no_retrain is None:
+            with record.stage("retraining"):
+                exact = trained(options, data, split, cache, progress, "retraining")
+            with record.stage("evaluating"):
+                beside = judge(_task(exact, data, split, options, progress))
+            beside["RTE"] = _seconds(exact.seconds)
+            metrics |= {"retrain": beside, **beside_retrain(metrics, beside)}
+        record.data["metrics"] = metrics
+    return Outcome(task.model, split, metrics, record)
+
+
+def evaluate(run: Path | str, *, device: str = "auto", progress: Progress = silent) -> dict[str, Any]:
+    """Judge a finished run's model again, on the split it was made with; also written to its `eval.json`.
+
+    UA, RA, TA and MIA for an unlearning, accuracies for an original. Raises ConfigError if the folder holds no such
+    run, DataError if the data is not what it was.
+    """
+    folder = Path(run)
+    try:
+        told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        known = {name: told["options"][name] for name in asdict(UnlearnOptions()) if name in told["options"]}
+        if told["status"] != "done" or "train_epochs" not in known:
+            raise ValueError(f"its status is {told['status']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder} is no finished run of classify-train or classify-unlearn ({error})") from error
+    options: UnlearnOptions = from_mapping(UnlearnOptions, {**known, "device": device}, str(folder / "run.json"))
+    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    split = Split.load(folder / "split.json")
+    if split.data != data.digest:
+        raise DataError(f"the data set {options.data} is not what it was when {folder} was made")
+    model, facts = load_model(folder / "model.safetensors")
+    where = pick_device(options.device)
+    task = _task(Original(model, facts), _prepared(data, options, where), split, options, progress)
+    metrics = judge(task) if len(split.forget) else accuracies(task)
+    write_bytes(folder / "eval.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    return metrics
+
+
+def _forget(task: Task, record: RunRecord) -> float:
+    """Find the mask and run the method; returns the seconds that both took (RTE)."""
+    method, before = METHODS[task.options.method], {n: p.detach().clone() for n, p in task.parameters.items()}
+    began = time.perf_counter()
+    if method.epochs is not None:
+        with record.stage("saliency"):
+            task.mask, record.data["mask"] = find_mask(task)
+    with record.stage("unlearning"):
+        method.run(task)
+        if task.device.type == "cuda":
+            torch.cuda.synchronize(task.device)
+    seconds = time.perf_counter() - began
+    record.data["losses"] = task.history
+    moved = sum(int((p != before[n]).sum()) for n, p in task.parameters.items())
+    record.data["moved"] = moved / sum(p.numel() for p in before.values())
+    if method.epochs is not None and record.folder is not None:
+        assert task.mask is not None
+        task.mask.save(record.folder / "mask.safetensors")
+    return seconds
+
+
+def _task(model: Original, data: ImageData, split: Split, options: UnlearnOptions, progress: Progress) -> Task:
+    device, facts = data.images.device, model.facts
+    fresh = partial(new_model, facts.architecture, data.channels, len(data.classes), options.seed)
+    return Task(model.model.to(device), data, split, options, fresh, progress, pick_dtype(options.dtype, device))
+
+
+def _prepared(data: ImageData, options: UnlearnOptions, device: torch.device) -> ImageData:
+    """The data on the device, varied in training as the options say."""
+    return replace(data.to(device), preset={**data.preset, "augment": options.augment})
+
+
+def _record(
+    run_dir: Path | str | None,
+    command: str,
+    told: Mapping[str, Any],
+    options: UnlearnOptions,
+    data: ImageData,
+    split: Split,
+    device: torch.device,
+    resume: bool,
+) -> RunRecord:
+    if resume and run_dir is None:
+        raise ConfigError("--resume needs the --run-dir of the run to go on with")
+    facts = {"data": data.digest, "split": split.digest}
+    for package in ("scikit-learn", "datasets", "timm"):
+        with suppress(PackageNotFoundError):
+            facts[package] = version(package)
+    folder = Path(run_dir) if run_dir is not None else None
+    return RunRecord(folder, command, told, options.seed, str(device), facts, resume)
+
+
+@contextmanager
+def _computing(options: UnlearnOptions) -> Iterator[None]:
+    """Within, kernels give the same bits each time where asked. Raises TrainingError where memory does not suffice."""
+    with kernels(options.deterministic):
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError("out of memory: try a smaller --batch-size and --train-batch-size") from error
+
+
+def _keep_split(record: RunRecord, split: Split) -> None:
+    if record.folder is not None:
+        split.save(record.folder / "split.json")
+
+
+def _keep_model(record: RunRecord, model: nn.Module, facts: Facts) -> None:
+    if record.folder is not None:
+        path = record.folder / "model.safetensors"
+        save_model(path, model, facts)
+        record.note_file("outputs", "model", path, path.name)
+
+
+def _seconds(value: float | None) -> dict[str, Any]:
+    return {"value": None if value is None else round(value, 3), "unit": "s"}

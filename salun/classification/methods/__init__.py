@@ -1,0 +1,45 @@
+"""The unlearning methods, one short function each, registered by the names their papers use.
+
+A method is `f(task)`: it changes `task.model` in place. To add one, write such a function, list it in METHODS, and add
+its name to the choices in `salun/classification/options.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from salun.classification.methods.boundary import boundary_expanding, boundary_shrink
+from salun.classification.methods.distillation import scrub
+from salun.classification.methods.fisher import fisher_forgetting, influence_unlearning, ssd
+from salun.classification.methods.relabelling import random_labels, salun, salun_soft
+from salun.classification.methods.retaining import fine_tune, gradient_ascent, l1_sparse, retrain
+from salun.classification.task import Task
+
+
+@dataclass(frozen=True)
+class Method:
+    """title: the paper's name. epochs, lr: what it takes where nobody says. mask: the same; None if it has none."""
+
+    title: str
+    run: Callable[[Task], None]
+    epochs: int | None = None
+    lr: float | None = None
+    mask: str | None = None
+
+
+METHODS = {  # rates: found by trying on the digits, three seeds, BatchNorm frozen; another model will want its own
+    "retrain": Method("Retrain", retrain),
+    "ft": Method("FT", fine_tune, 10, 0.01, "full"),
+    "rl": Method("RL", random_labels, 10, 0.003, "full"),
+    "ga": Method("GA", gradient_ascent, 5, 0.01, "full"),
+    "ff": Method("FF", fisher_forgetting),
+    "iu": Method("IU", influence_unlearning),
+    "be": Method("BE", boundary_expanding, 10, 1e-4, "full"),
+    "bs": Method("BS", boundary_shrink, 10, 5e-5, "full"),
+    "l1-sparse": Method("ℓ1-sparse", l1_sparse, 10, 0.01, "full"),
+    "salun": Method("SalUn", salun, 10, 0.003, "saliency"),
+    "salun-soft": Method("SalUn-soft", salun_soft, 10, 0.003),
+    "scrub": Method("SCRUB", scrub, 10, 0.01, "full"),
+    "ssd": Method("SSD", ssd),
+}

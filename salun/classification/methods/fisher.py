@@ -1,0 +1,142 @@
+"""Methods that read the curvature of the loss and take one step, without training: FF, IU, SSD.
+
+Gradients are of single pictures, with the model in eval mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from salun.classification.task import Task
+from salun.errors import ConfigError, TrainingError
+from salun.progress import Event
+
+_ENTRIES = 1 << 25  # gradient entries held at once while they are summed: 128 MB
+_HELD = 1 << 30  # gradient entries that IU keeps: 4 GB
+
+
+def fisher_forgetting(task: Task) -> None:
+    """FF (Golatkar et al. 2020, Fisher forgetting): θ ← θ + α·F^(−1/4)·n, n ~ N(0, 1).
+
+    F is the diagonal of the Fisher information on D_r, with y ~ p_θ(y|x), plus the damping; α the paper's
+    (λσ_h²)^(1/4). Weights that D_r does not need get the most noise.
+    """
+    fisher = squared_gradients(task, task.split.retain, "model")
+    generator = torch.Generator().manual_seed(task.options.seed)
+    with torch.no_grad():
+        for name, parameter in task.parameters.items():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter.add_(task.options.noise * (fisher[name] + task.options.damping).pow(-0.25) * noise)
+
+
+def influence_unlearning(task: Task) -> None:
+    """IU (Koh & Liang 2017; as in Jia et al. 2023): θ_u = θ_o + H⁻¹ Σ_i (1/N − w_i) ∇ℓ_i(θ_o), w_i = [i ∈ D_r]/|D_r|.
+
+    H⁻¹ by WoodFisher (Singh & Alistarh 2020): H ≈ λI + (1/m) Σ_j g_j g_jᵀ over m single gradients of D_r, inverted
+    exactly by Woodbury's identity, (1/λ)(v − Gᵀ(λm·I + GGᵀ)⁻¹Gv), with G (m, weights) the g_j as rows. As many as
+    `gradients` are taken, or as 4 GB hold. `influence` scales the step.
+    """
+    split, options = task.split, task.options
+    n, r = len(split.train), len(split.retain)
+    forget, retain = gradient_sum(task, split.forget), gradient_sum(task, split.retain)
+    v = torch.cat([(forget[k] / n + (1 / n - 1 / r) * retain[k]).flatten() for k in forget])
+    m = min(options.gradients, r, max(_HELD // len(v), 1))
+    drawn = split.retain[torch.randperm(r, generator=torch.Generator().manual_seed(options.seed))[:m]]
+    rows = [torch.cat([g.flatten(1) for g in part.values()], 1) for part in sample_gradients(task, drawn, "labels")]
+    step = options.influence * inverse_fisher_product(torch.cat(rows), v, options.damping)
+    if not torch.isfinite(step).all():
+        raise TrainingError("the influence is not finite: raise --damping")
+    with torch.no_grad():
+        for parameter, part in zip(
+            task.parameters.values(), step.split([p.numel() for p in task.parameters.values()]), strict=True
+        ):
+            parameter.add_(part.view_as(parameter))
+
+
+def inverse_fisher_product(gradients: Tensor, v: Tensor, damping: float) -> Tensor:
+    """(λI + GᵀG/m)⁻¹ v for G (m, weights) and v (weights,), by Woodbury's identity."""
+    m = len(gradients)
+    small = gradients @ gradients.T + damping * m * torch.eye(m, device=v.device, dtype=v.dtype)
+    product: Tensor = (v - gradients.T @ torch.linalg.solve(small, gradients @ v)) / damping
+    return product
+
+
+def ssd(task: Task) -> None:
+    """SSD, selective synaptic dampening (Foster et al. 2024): θ_i ← min(λ·I_D,i / I_f,i, 1)·θ_i where I_f,i > α·I_D,i.
+
+    I is the diagonal of the Fisher information with the own labels, on D_f and on D = D_f ∪ D_r. The paper takes
+    α = 10 for smaller forget sets than a tenth; as I_D ≥ I_f·|D_f|/|D|, no weight is chosen where α ≥ |D|/|D_f|, which
+    raises ConfigError.
+    """
+    alpha, lam = task.options.ssd_alpha, task.options.ssd_lambda
+    most = len(task.split.train) / len(task.split.forget)
+    if alpha >= most:
+        raise ConfigError(
+            f"--ssd-alpha {alpha:g}: for {len(task.split.forget)} of {len(task.split.train)} pictures no weight can be "
+            f"more than {most:.2f} times as important, and nothing would be forgotten: take a smaller one"
+        )
+    of_forget = squared_gradients(task, task.split.forget, "labels")
+    of_all = squared_gradients(task, task.split.train, "labels")
+    with torch.no_grad():
+        for name, parameter in task.parameters.items():
+            chosen = of_forget[name] > alpha * of_all[name]
+            factor = (lam * of_all[name] / of_forget[name]).clamp(max=1)  # 0/0 where nothing is chosen
+            parameter.copy_(torch.where(chosen, parameter * factor, parameter))
+
+
+def squared_gradients(task: Task, rows: Tensor, targets: Literal["labels", "model"]) -> dict[str, Tensor]:
+    """The diagonal of the Fisher information: the mean over rows of Σ_y w_y (∂ log p(y|x)/∂θ)², by name.
+
+    w: all on the own label, or the model's own p(y|x).
+    """
+    sums = {name: torch.zeros_like(p) for name, p in task.parameters.items()}
+    for part in sample_gradients(task, rows, targets):
+        for name, gradient in part.items():
+            sums[name] += gradient.square().sum(0)
+    return {name: total / len(rows) for name, total in sums.items()}
+
+
+def sample_gradients(task: Task, rows: Tensor, targets: Literal["labels", "model"]) -> Iterator[dict[str, Tensor]]:
+    """√w_y · ∂ log p(y|x)/∂θ of single pictures, (b, …) by name, some pictures at a time; every class for "model"."""
+    model, names = task.model.eval(), task.parameters
+    held = {name: p.detach() for name, p in names.items()}
+    buffers = dict(model.named_buffers())
+
+    def likelihood(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits: Tensor = functional_call(model, {**weights, **buffers}, (x[None],))
+        return logits.float().log_softmax(1)[0].gather(0, y[None])[0]
+
+    each: Callable[..., dict[str, Tensor]] = vmap(grad(likelihood), in_dims=(None, 0, 0))
+    times = task.classes if targets == "model" else 1
+    chunk = max(_ENTRIES // (sum(p.numel() for p in held.values()) * times), 1)
+    for i, some in enumerate(rows.split(chunk)):
+        x, y, weights = task.data.pictures(some), task.labels(some), None
+        if targets == "model":
+            with torch.no_grad():
+                weights = model(x).float().softmax(1).flatten().sqrt()
+            x = x.repeat_interleave(times, 0)
+            y = torch.arange(times, device=x.device).repeat(len(some))
+        found = each(held, x, y)
+        if weights is not None:
+            found = {name: g * weights.view(-1, *[1] * (g.dim() - 1)) for name, g in found.items()}
+        task.progress(Event("curvature", i + 1, -(-len(rows) // chunk)))
+        yield found
+
+
+def gradient_sum(task: Task, rows: Tensor) -> dict[str, Tensor]:
+    """Σ_i ∇ℓ_i over rows, ℓ the cross-entropy, by name."""
+    task.model.eval()
+    sums = {name: torch.zeros_like(p) for name, p in task.parameters.items()}
+    for some in rows.split(256):
+        loss = F.cross_entropy(task.logits(task.data.pictures(some)), task.labels(some), reduction="sum")
+        for total, gradient in zip(
+            sums.values(), torch.autograd.grad(loss, list(task.parameters.values())), strict=True
+        ):
+            total += gradient
+    return sums

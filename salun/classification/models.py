@@ -1,0 +1,260 @@
+"""Image classifiers: a small one, ResNet-18, VGG-16-BN, transformers' and timm's; files of their weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from salun.errors import ModelError
+from salun.formats import tensorfile
+
+FORMAT = "salun-classifier-1"
+
+
+class Small(nn.Module):
+    """Three convolutions with BatchNorm, pooled to 2×2: 28,000 weights, for pictures as small as the digits."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(64)
+        self.fc = nn.Linear(64 * 4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
+        x = F.adaptive_avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+        out: Tensor = self.fc(x.flatten(1))
+        return out
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions and the way around them (He et al. 2015, section 3)."""
+
+    def __init__(self, inside: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inside != out:
+            self.downsample = nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = x if self.downsample is None else self.downsample(x)
+        return F.relu(around + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with the CIFAR stem (3×3, stride 1, no pooling). Parameters are named as torchvision's."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = nn.Sequential(Block(64, 64, 1), Block(64, 64, 1))
+        self.layer2 = nn.Sequential(Block(64, 128, 2), Block(128, 128, 1))
+        self.layer3 = nn.Sequential(Block(128, 256, 2), Block(256, 256, 1))
+        self.layer4 = nn.Sequential(Block(256, 512, 2), Block(512, 512, 1))
+        self.fc = nn.Linear(512, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        out: Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+class VGG16(nn.Module):
+    """VGG-16 with BatchNorm (Simonyan & Zisserman 2014, configuration D) and one linear layer, as for CIFAR."""
+
+    PLAN = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0 halves the picture
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in self.PLAN:
+            if not width:
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))  # so that pictures under 32 pixels do not vanish
+                continue
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(512, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.classifier(self.features(x).mean((2, 3)))
+        return out
+
+
+class Pretrained(nn.Module):
+    """A transformers image classifier that takes our pictures: resized and made colour where it wants that."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        config: Any = model.config
+        self.channels = int(getattr(config, "num_channels", 3))
+        size = getattr(config, "image_size", None)
+        self.size = (size, size) if isinstance(size, int) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 1 and self.channels == 3:
+            x = x.expand(-1, 3, -1, -1)
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        out: Tensor = self.model(pixel_values=x).logits
+        return out
+
+
+ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {"small": Small, "resnet18": ResNet18, "vgg16-bn": VGG16}
+
+
+def new_model(name: str, channels: int, classes: int, seed: int) -> nn.Module:
+    """A classifier before any training here: fresh weights, or a pretrained body; what is drawn comes from the seed.
+
+    name: one of ARCHITECTURES, `timm:NAME` (an extra; fresh), or a transformers folder or hub id (its body, with a new
+    head: its own may know the forget set). Raises ModelError if it cannot be had.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name](channels, classes)
+        if name.startswith("timm:"):
+            return _timm(name.removeprefix("timm:"), channels, classes)
+        if Path(name).expanduser().is_dir() or "/" in name:
+            return _transformers(name, classes)
+    raise ModelError(
+        f"there is no model {name!r}: give {', '.join(ARCHITECTURES)}, timm:NAME, or a transformers folder or hub id"
+    )
+
+
+def _timm(name: str, channels: int, classes: int) -> nn.Module:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # a torchvision made for another torch raises the latter
+        raise ModelError(f"the model timm:{name} needs the package timm: pip install salun[timm] ({error})") from error
+    try:
+        made: nn.Module = timm.create_model(name, pretrained=False, in_chans=channels, num_classes=classes)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ModelError(f"timm cannot make {name!r}: {error}") from error
+    return made
+
+
+def _transformers(name: str, classes: int) -> nn.Module:
+    made = Pretrained(_from_pretrained(name, num_labels=classes, ignore_mismatched_sizes=True))
+    head_of(made, classes).reset_parameters()
+    return made
+
+
+def stock_model(name: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """A trained transformers classifier, folder or hub id, head and all, and its classes' names. Raises ModelError."""
+    made = _from_pretrained(name)
+    labels: dict[int, str] = made.config.id2label
+    return Pretrained(made), tuple(labels[i] for i in sorted(labels))
+
+
+def _from_pretrained(name: str, **changes: Any) -> Any:
+    from transformers import AutoModelForImageClassification
+
+    folder = Path(name).expanduser()
+    try:
+        made = AutoModelForImageClassification.from_pretrained(str(folder) if folder.is_dir() else name, **changes)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the image classifier {name!r} cannot be loaded: {reason}") from error
+    return made.float()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file of weights says of itself.
+
+    architecture: as in `new_model`. channels: of the pictures. classes: names by label. role: original, unlearned or
+    retrain. base, split: hashes of what it was trained on (`Split.base`, and of the forget set too where there is one).
+    training: the options it was trained by, empty where nobody knows.
+    """
+
+    architecture: str
+    channels: int
+    classes: tuple[str, ...]
+    role: str
+    base: str
+    split: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def save_model(path: Path, model: nn.Module, facts: Facts) -> None:
+    """Write weights and buffers as safetensors; equal content gives equal bytes."""
+    told = {
+        "format": FORMAT,
+        "architecture": facts.architecture,
+        "channels": str(facts.channels),
+        "classes": json.dumps(facts.classes, ensure_ascii=False),
+        "role": facts.role,
+        "base": facts.base,
+        "split": facts.split,
+        "training": json.dumps(facts.training, sort_keys=True),
+    }
+    if isinstance(model, Pretrained):
+        told["config"] = json.dumps(model.model.config.to_diff_dict(), sort_keys=True)  # type: ignore[union-attr,operator]
+    tensorfile.write(path, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, told)
+
+
+def load_model(path: Path) -> tuple[nn.Module, Facts]:
+    """A classifier from a file that `save_model` wrote, untrusted. Raises ModelError if it is none or does not fit."""
+    told = tensorfile.read_header(path).metadata
+    if told.get("format") != FORMAT:
+        raise ModelError(f"{path} holds no classifier of salun's: make one with `salun classify-train`")
+    try:
+        classes = tuple(str(name) for name in json.loads(told["classes"]))
+        facts = Facts(
+            told["architecture"], int(told["channels"]), classes, told["role"], told["base"], told["split"],
+            dict(json.loads(told["training"])),
+        )  # fmt: skip
+        config = json.loads(told["config"]) if "config" in told else None
+    except (KeyError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} is damaged: its header lacks or garbles {error}") from error
+    if config is not None:
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        try:
+            made = AutoConfig.for_model(**config)
+            model: nn.Module = Pretrained(AutoModelForImageClassification.from_config(made))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path} is damaged: its configuration makes no classifier ({error})") from error
+    else:
+        model = new_model(facts.architecture, facts.channels, len(facts.classes), seed=0)
+    try:
+        model.load_state_dict(dict(tensorfile.tensors(path)))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path} is damaged: its weights do not fit {facts.architecture} ({reason})") from error
+    return model, facts
+
+
+def head_of(model: nn.Module, classes: int) -> nn.Linear:
+    """The last linear layer, which gives the logits. Raises ModelError if there is none."""
+    found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    if not found:
+        raise ModelError(f"the model ends in no linear layer of {classes} classes: this method cannot widen it")
+    return found[-1]

@@ -1,0 +1,61 @@
+"""What a run will do: `None` made a number, from the data set, the original's own training, or the method."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from salun.classification.data import ImageData
+from salun.classification.methods import METHODS
+from salun.classification.options import UnlearnOptions
+from salun.errors import ConfigError
+
+TRAINING = ("model", "train_epochs", "train_lr", "train_batch_size", "augment")
+
+
+def settled(options: UnlearnOptions, data: ImageData, training: dict[str, Any] | None = None) -> UnlearnOptions:
+    """The options without a `None`, but for `original` and what the data or the method has no use for.
+
+    training: how the original that is given was trained; Retrain must be trained likewise. Raises ConfigError for an
+    option that contradicts it, or that the method cannot follow.
+    """
+    preset = data.preset
+    own = {"model": preset["model"], "augment": preset["augment"]}
+    own |= {f"train_{name}": value for name, value in preset["train"].items()}
+    for name, value in (training or {}).items():
+        wish = getattr(options, name)
+        if wish is not None and wish != value:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {wish!r}, but the --original was trained with {value!r}: leave it out"
+            )
+        own[name] = value
+    chosen = {name: value for name, value in own.items() if getattr(options, name) is None}
+    method = METHODS[options.method]
+    for name in ("epochs", "lr", "mask"):
+        value = getattr(method, name)
+        if getattr(options, name) is None:
+            chosen[name] = value
+        elif value is None:
+            raise ConfigError(f"--{name} {getattr(options, name)}: the method {method.title} has none; leave it out")
+    if options.batch_size is None:
+        chosen["batch_size"] = preset["train"]["batch_size"]
+    return replace(options, **chosen)
+
+
+def why_no_retrain(options: UnlearnOptions, training: dict[str, Any] | None) -> str | None:
+    """Why Retrain is not put beside this run, None if it is. Raises ConfigError if it was asked for and cannot be.
+
+    training: of the original that is given, None if none is.
+    """
+    if training is not None and "train_epochs" not in training:
+        if options.retrain == "yes" or options.method == "retrain":
+            raise ConfigError(
+                f"how {options.original} was trained is not known, so it cannot be trained again without the forget "
+                "set: train an original by `salun classify-train`"
+            )
+        return "how the original was trained is not known"
+    if options.method == "retrain":
+        return "this is Retrain itself"
+    if options.retrain == "no" or (options.retrain == "auto" and options.data != "digits"):
+        return "Retrain was not asked for: add --retrain yes"
+    return None

@@ -1,0 +1,174 @@
+"""Which rows train, validate and test, and which of the training rows are to be forgotten. Told in `split.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun.classification.data import ImageData
+from salun.errors import ConfigError, DataError
+from salun.formats.tensorfile import write_bytes
+
+FORMAT = "salun-split-1"
+PARTS = ("train", "validation", "test", "forget", "retain")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rows, int64 and rising. train, validation and test share none; train = forget ∪ retain.
+
+    data: the digest of the data set whose rows these are. forgetting: what `--forget` said ("" before it did).
+    """
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    forget: Tensor
+    retain: Tensor
+    data: str
+    forgetting: str = ""
+
+    @property
+    def base(self) -> str:
+        """A hash of the data and of what trains, validates and tests: an original and its unlearned models share it."""
+        return self._hash(PARTS[:3])
+
+    @property
+    def digest(self) -> str:
+        """A hash of all parts: an unlearned model and its Retrain share it."""
+        return self._hash(PARTS)
+
+    def _hash(self, parts: tuple[str, ...]) -> str:
+        told = json.dumps([self.data, *(getattr(self, part).tolist() for part in parts)])
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    def unforgotten(self) -> Split:
+        """The same with nothing to forget: all of train is retained."""
+        return replace(self, forget=self.train[:0], retain=self.train, forgetting="")
+
+    def kept_test(self, labels: Tensor) -> Tensor:
+        """The test rows of classes that the retain set still has: a forgotten class is no part of the test accuracy."""
+        return self.test[torch.isin(labels.cpu()[self.test], labels.cpu()[self.retain])]
+
+    def save(self, path: Path) -> None:
+        """Write `split.json`, whole or not at all."""
+        told: dict[str, Any] = {"format": FORMAT, "data": self.data, "forgetting": self.forgetting}
+        told.update({part: getattr(self, part).tolist() for part in PARTS})
+        write_bytes(path, (json.dumps(told) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Split:
+        """Read a `split.json`. Raises DataError if it is none."""
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            if told["format"] != FORMAT:
+                raise ValueError(f"its format is {told['format']!r}")
+            rows = {part: torch.tensor(told[part], dtype=torch.int64) for part in PARTS}
+            return cls(**rows, data=str(told["data"]), forgetting=str(told["forgetting"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is no split that can be read: {error}") from error
+
+
+def make_split(data: ImageData, test_share: float, validation_share: float, seed: int) -> Split:
+    """Train, validation and test by a seeded permutation; nothing is forgotten yet.
+
+    The data set's own test part, if it has one, is the test; else test_share of all rows. validation_share is of the
+    rows that are not test. Raises DataError if a part or a class of the training part is empty.
+    """
+    n = len(data.labels)
+    generator = torch.Generator().manual_seed(seed)
+    if data.own_test is None:
+        shuffled = torch.randperm(n, generator=generator)
+        test = shuffled[: int(Decimal(str(test_share)) * n)]
+    else:
+        test = data.own_test
+        others = torch.ones(n, dtype=torch.bool)
+        others[test] = False
+        rows = others.nonzero().view(-1)
+        shuffled = torch.cat([test, rows[torch.randperm(len(rows), generator=generator)]])
+    rest = shuffled[len(test) :]
+    held = int(Decimal(str(validation_share)) * len(rest))
+    validation, train = rest[:held], rest[held:]
+    counts = torch.bincount(data.labels.cpu()[train], minlength=len(data.classes))
+    if not len(test):
+        raise DataError(f"{data.name}: no picture is left to test with: raise --test-share")
+    if not counts.all():
+        empty = data.classes[int((counts == 0).nonzero()[0])]
+        raise DataError(f"{data.name}: the class {empty!r} is empty: it has no picture to train with")
+    train = train.sort().values
+    return Split(train, validation.sort().values, test.sort().values, train[:0], train, data.digest)
+
+
+def with_forget(split: Split, data: ImageData, wish: str, seed: int) -> Split:
+    """The split with the rows that `--forget` names: random:0.1, class:3 (a name or number), or a JSON list of rows.
+
+    Raises ConfigError for a share outside (0, 1) or that is of no picture, a class that does not exist, or words that
+    are none of these; DataError for rows out of range, repeated, or not trained on.
+    """
+    kind, _, value = wish.partition(":")
+    if kind == "random" and value:
+        forget = _random(split.train, value, seed)
+    elif kind == "class" and value:
+        label = _class(data, value)
+        forget = split.train[data.labels.cpu()[split.train] == label]
+    elif wish.endswith(".json"):
+        forget = _listed(Path(wish), split, len(data.labels))
+    else:
+        raise ConfigError(f"--forget is {wish!r}, but must be random:SHARE, class:NAME, or a .json list of rows")
+    retain = split.train[~torch.isin(split.train, forget)]
+    if not len(retain):
+        raise ConfigError(f"--forget {wish} takes every training picture: something must be kept")
+    return replace(split, forget=forget, retain=retain, forgetting=wish)
+
+
+def _random(train: Tensor, value: str, seed: int) -> Tensor:
+    try:
+        share = Decimal(value)
+    except InvalidOperation as error:
+        raise ConfigError(f"--forget random:{value} is no number: write random:0.1 for a tenth") from error
+    if not share.is_finite() or not 0 < share < 1:
+        raise ConfigError(f"--forget random:{value} must be above 0 and below 1, the share of the training pictures")
+    count = int(share * len(train))
+    if not count:
+        raise ConfigError(f"--forget random:{value} of {len(train)} training pictures is none: take a larger share")
+    generator = torch.Generator().manual_seed(seed)
+    return train[torch.randperm(len(train), generator=generator)[:count]].sort().values
+
+
+def _class(data: ImageData, value: str) -> int:
+    if value in data.classes:
+        return data.classes.index(value)
+    if value.isascii() and value.isdigit() and int(value) < len(data.classes):
+        return int(value)
+    shown = ", ".join(data.classes[:10]) + (", …" if len(data.classes) > 10 else "")
+    raise ConfigError(f"--forget class:{value} does not exist: {data.name} has {len(data.classes)} classes ({shown})")
+
+
+def _listed(path: Path, split: Split, n: int) -> Tensor:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--forget {path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, list) or not found or not all(type(v) is int for v in found):
+        raise DataError(f"--forget {path} must hold a list of row numbers, such as [3, 14, 15]")
+    outside = next((v for v in found if not 0 <= v < n), None)
+    if outside is not None:
+        raise DataError(f"--forget {path}: row {outside} is out of range, the data has rows 0 to {n - 1}")
+    rows = torch.tensor(found).sort().values
+    twice = rows[1:][rows[1:] == rows[:-1]]
+    if len(twice):
+        raise DataError(f"--forget {path}: row {int(twice[0])} is repeated")
+    unseen = rows[~torch.isin(rows, split.train)]
+    if len(unseen):
+        raise DataError(
+            f"--forget {path}: row {int(unseen[0])} is not in the training part (the model never saw it); split.json "
+            "of a run lists the rows that are"
+        )
+    return rows

@@ -1,0 +1,196 @@
+"""What a method is given, and the one loop that all of them train by: masked SGD over batches of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from math import cos, pi
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from salun.classification.data import ImageData
+from salun.classification.options import UnlearnOptions
+from salun.classification.splits import Split
+from salun.errors import TrainingError
+from salun.mask import Mask
+from salun.optim import MaskedOptimiser, SoftThreshold
+from salun.progress import Event, Progress, silent
+from salun.training import step_generator
+
+Part = Literal["forget", "retain", "both"]
+
+
+@dataclass
+class Task:
+    """One model that is to forget some rows.
+
+    model: θ_o at first; a method changes it in place. fresh: makes the model before any training, for Retrain.
+    options: resolved, no `None` but in those of other tasks. mask: what may move; None for methods that do not train.
+    history: (epoch, mean forget loss, mean retain loss), None for a part that the epoch did not have, and the same
+    number twice where batches mixed them.
+    """
+
+    model: nn.Module
+    data: ImageData
+    split: Split
+    options: UnlearnOptions
+    fresh: Callable[[], nn.Module]
+    progress: Progress = silent
+    dtype: torch.dtype = torch.float32
+    mask: Mask | None = None
+    history: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """The own labels of these rows, int64 (b,), on the data's device."""
+        return self.data.labels[rows.to(self.data.labels.device)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data, and so the model, lies."""
+        return self.data.images.device
+
+    @property
+    def size(self) -> int:
+        """Rows in a batch."""
+        assert self.options.batch_size is not None
+        return self.options.batch_size
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return len(self.data.classes)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by name."""
+        return dict(self.model.named_parameters())
+
+    def logits(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
+        """float32 (b, classes) of normalised pictures (b, c, h, w), by θ or another model."""
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out: Tensor = (model or self.model)(x)
+        return out.float()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to train on in one step, the labels to train them to, and which set they are of."""
+
+    rows: Tensor
+    labels: Tensor
+    part: Part
+
+
+Loss = Callable[[Tensor, Batch, int], Tensor]
+"""normalised pictures (b, c, h, w), their batch, the epoch (0-based) → a scalar to minimise."""
+Batches = Callable[[int, torch.Generator], Iterator[Batch]]
+"""epoch (0-based), its random numbers → its batches in order."""
+
+
+def batches_of(rows: Tensor, labels: Tensor, size: int, part: Part, generator: torch.Generator) -> Iterator[Batch]:
+    """The rows once, in random order, with labels (b,) to match. A last single row joins the batch before it:
+    BatchNorm needs two.
+    """
+    chunks = list(torch.randperm(len(rows), generator=generator).split(size))
+    if len(chunks) > 1 and len(chunks[-1]) == 1:
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    for chunk in chunks:
+        yield Batch(rows[chunk], labels[chunk.to(labels.device)], part)
+
+
+def cross_entropy(task: Task) -> Loss:
+    """CE(f(x), y), the mean over a batch."""
+    return lambda x, batch, epoch: F.cross_entropy(task.logits(x), batch.labels.to(x.device))
+
+
+def training_mode(model: nn.Module, batchnorm: str) -> None:
+    """Train mode, with BatchNorm's statistics in use and left alone if `frozen`, measured and kept if `updated`."""
+    model.train()
+    if batchnorm == "frozen":
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def minimise(
+    task: Task,
+    batches: Batches,
+    loss: Loss,
+    *,
+    epochs: int | None = None,
+    lr: float | None = None,
+    batchnorm: str | None = None,
+    cosine: bool = False,
+    soft_density: float | None = None,
+    extra: dict[str, nn.Parameter] | None = None,
+    stage: str = "unlearning",
+) -> None:
+    """SGD (momentum, weight decay) on `loss` over the task's masked weights; the others are never written.
+
+    What is None comes from the task's options. cosine: the rate falls to 0 as one. soft_density: SalUn-soft's target;
+    its threshold follows every step. extra: parameters of the loss itself, trained whole and not kept.
+    Leaves the model in eval mode. Raises TrainingError for a loss or gradient that is not finite.
+    """
+    options = task.options
+    epochs, lr = epochs or options.epochs, lr or options.lr
+    assert epochs is not None and lr is not None and task.mask is not None
+    extra = extra or {}
+    own = Mask.full(extra)
+    mask = Mask({**task.mask.bits, **own.bits}, {**task.mask.shapes, **own.shapes}, task.mask.metadata)
+    make = partial(torch.optim.SGD, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    devices = [task.device] if task.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        MaskedOptimiser({**task.parameters, **extra}, mask, make, "pack") as optimiser,
+    ):
+        proximal = SoftThreshold(optimiser, soft_density) if soft_density is not None else None
+        done = 0
+        for epoch in range(epochs):
+            generator = step_generator(options.seed, epoch)
+            torch.manual_seed(options.seed + epoch)  # for what draws by itself: dropout
+            training_mode(task.model, batchnorm or options.batchnorm)
+            seen: dict[str, list[float]] = {"forget": [], "retain": [], "both": []}
+            todo = list(batches(epoch, generator))
+            total = done + (epochs - epoch) * len(todo)
+            for batch in todo:
+                if cosine:
+                    optimiser.set_lr(lr * (1 + cos(pi * done / total)) / 2)
+                value = loss(task.data.augmented(batch.rows, generator), batch, epoch)
+                optimiser.backward(value)
+                if not optimiser.step():
+                    raise TrainingError(f"a gradient stopped being finite in epoch {epoch + 1}: lower the rate (--lr)")
+                done += 1
+                if proximal is not None:
+                    proximal(done, total)
+                seen[batch.part].append(float(value.detach()))
+                task.progress(Event(stage, done, total, {"loss": seen[batch.part][-1]}))
+            task.history.append((epoch + 1, _mean(seen["forget"] + seen["both"]), _mean(seen["retain"] + seen["both"])))
+    task.model.eval()
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def forget_batches(task: Task, labels: Tensor | None = None) -> Batches:
+    """Each epoch D_f, with its own labels or those given, int64 (|D_f|,)."""
+    rows = task.split.forget
+    given = task.labels(rows) if labels is None else labels
+    return lambda epoch, generator: batches_of(rows, given, task.size, "forget", generator)
+
+
+def retain_batches(task: Task, size: int | None = None) -> Batches:
+    """Each epoch D_r with its own labels, in batches of the options' size or this one."""
+    rows = task.split.retain
+    return lambda epoch, generator: batches_of(rows, task.labels(rows), size or task.size, "retain", generator)
+
+
+def forget_then_retain(task: Task, labels: Tensor | None = None) -> Batches:
+    """Each epoch D_f (with its own labels or those given), then D_r."""
+    first, then = forget_batches(task, labels), retain_batches(task)
+    return lambda epoch, generator: chain(first(epoch, generator), then(epoch, generator))

@@ -1,0 +1,257 @@
+"""Image data and its splits: what can be read, what is refused, and that a split is the same for everyone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from salun.classification.data import ImageData, load_data, presets
+from salun.classification.splits import Split, make_split, with_forget
+from salun.errors import ConfigError, DataError, SalunError
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_data("digits")
+
+
+def folder_of(root: Path, classes: dict[str, list[Image.Image]]) -> Path:
+    for name, pictures in classes.items():
+        (root / name).mkdir(parents=True)
+        for i, picture in enumerate(pictures):
+            picture.save(root / name / f"{i}.png")
+    return root
+
+
+def grey(value: int, size: int = 4) -> Image.Image:
+    return Image.new("L", (size, size), value)
+
+
+def test_the_digits_are_real_pictures_of_all_classes(digits: ImageData) -> None:
+    assert digits.images.shape == (1797, 1, 8, 8)
+    assert digits.images.dtype == torch.uint8
+    assert set(digits.labels.tolist()) == set(range(10))
+    x = digits.pictures(torch.arange(1797))
+    assert abs(float(x.mean())) < 0.001  # the mean and deviation in datasets.yaml were counted on them
+    assert float(x.std()) == pytest.approx(1, abs=0.001)
+
+
+def test_every_preset_says_how_to_read_and_train() -> None:
+    for name, preset in {**presets()["datasets"], "others": presets()["others"]}.items():
+        assert {"mean", "std", "augment", "model", "train"} <= set(preset), name
+        assert set(preset["train"]) == {"epochs", "lr", "batch_size"}
+        assert len(preset["mean"]) == len(preset["std"])
+
+
+def test_a_split_shares_no_row_and_leaves_none_out(digits: ImageData) -> None:
+    split = with_forget(make_split(digits, 0.2, 0.1, 0), digits, "random:0.1", 0)
+    parts = [split.forget, split.retain, split.validation, split.test]
+    assert Counter(torch.cat(parts).tolist()) == Counter(range(1797))
+    assert torch.equal(torch.cat([split.forget, split.retain]).sort().values, split.train)
+    assert [len(p) for p in parts] == [129, 1166, 143, 359]
+
+
+def test_a_split_is_the_same_for_the_same_seed_and_another_for_another(digits: ImageData) -> None:
+    one, two, other = (with_forget(make_split(digits, 0.2, 0.1, s), digits, "random:0.1", 0) for s in (3, 3, 4))
+    assert one.digest == two.digest != other.digest
+    redrawn = with_forget(make_split(digits, 0.2, 0.1, 3), digits, "random:0.1", 1)
+    assert redrawn.base == one.base  # another forget set of the very same training rows
+    assert redrawn.digest != one.digest
+
+
+def test_a_split_outlives_its_file(digits: ImageData, tmp_path: Path) -> None:
+    split = with_forget(make_split(digits, 0.2, 0.1, 0), digits, "class:3", 0)
+    split.save(tmp_path / "split.json")
+    again = Split.load(tmp_path / "split.json")
+    assert again.digest == split.digest
+    assert again.forgetting == "class:3"
+    (tmp_path / "split.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match="no split"):
+        Split.load(tmp_path / "split.json")
+
+
+def test_the_data_sets_own_test_part_is_the_test(digits: ImageData) -> None:
+    from dataclasses import replace
+
+    data = replace(digits, own_test=torch.arange(1500, 1797))
+    split = make_split(data, 0.2, 0.1, 0)
+    assert split.test.tolist() == list(range(1500, 1797))
+    assert torch.cat([split.train, split.validation]).max() < 1500
+
+
+def test_a_class_is_forgotten_whole_and_leaves_the_test(digits: ImageData) -> None:
+    base = make_split(digits, 0.2, 0.1, 0)
+    split = with_forget(base, digits, "class:3", 0)
+    assert set(digits.labels[split.forget].tolist()) == {3}
+    assert 3 not in digits.labels[split.retain]
+    assert 3 in digits.labels[split.test]
+    assert 3 not in digits.labels[split.kept_test(digits.labels)]
+    assert torch.equal(base.kept_test(digits.labels), base.test)
+
+
+def test_rows_from_a_file_are_forgotten(digits: ImageData, tmp_path: Path) -> None:
+    split = make_split(digits, 0.2, 0.1, 0)
+    rows = split.train[[5, 1, 9]].tolist()
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert with_forget(split, digits, str(tmp_path / "rows.json"), 0).forget.tolist() == sorted(rows)
+
+
+WRONG_FORGET = {
+    "random:0": "above 0 and below 1",
+    "random:1": "above 0 and below 1",
+    "random:nan": "above 0 and below 1",
+    "random:tenth": "is no number",
+    "random:0.0001": "is none",
+    "class:eleven": "does not exist",
+    "class:10": "does not exist",
+    "class:-1": "does not exist",
+    "everything": "must be random:SHARE",
+    "random:": "must be random:SHARE",
+}
+
+
+@pytest.mark.parametrize("wish", WRONG_FORGET)
+def test_a_wish_that_cannot_be_met_is_refused(wish: str, digits: ImageData) -> None:
+    with pytest.raises(ConfigError, match=WRONG_FORGET[wish]):
+        with_forget(make_split(digits, 0.2, 0.1, 0), digits, wish, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([1, 1797], "row 1797 is out of range, the data has rows 0 to 1796"),
+        ([-1], "out of range"),
+        ([], "must hold a list"),
+        ([1.5], "must hold a list"),
+        ({"rows": [1]}, "must hold a list"),
+        ([True], "must hold a list"),
+    ],
+)
+def test_a_list_of_rows_that_are_none_is_refused(rows: object, message: str, digits: ImageData, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        with_forget(make_split(digits, 0.2, 0.1, 0), digits, str(tmp_path / "rows.json"), 0)
+
+
+def test_rows_repeated_untrained_or_all_are_refused(digits: ImageData, tmp_path: Path) -> None:
+    split, path = make_split(digits, 0.2, 0.1, 0), tmp_path / "rows.json"
+    first = int(split.train[0])
+    for rows, message in (
+        ([first, first], f"row {first} is repeated"),
+        ([int(split.test[0])], "not in the training part"),
+        (split.train.tolist(), "something must be kept"),
+    ):
+        path.write_text(json.dumps(rows), encoding="utf-8")
+        with pytest.raises(SalunError, match=message):
+            with_forget(split, digits, str(path), 0)
+    with pytest.raises(DataError, match="cannot be read"):
+        with_forget(split, digits, str(tmp_path / "gone.json"), 0)
+
+
+def test_a_folder_of_pictures_is_read_whatever_their_pixels(tmp_path: Path) -> None:
+    deep = Image.fromarray(np.full((4, 4), 257 * 100, np.uint16))
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    root = folder_of(tmp_path / "set", {"cat": [grey(10), deep], "dog": [clear, Image.new("RGB", (4, 4), (1, 2, 3))]})
+    data = load_data(str(root))
+    assert data.classes == ("cat", "dog")
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    assert [data.images[i, :, 0, 0].tolist() for i in range(4)] == [[10] * 3, [100] * 3, [255] * 3, [1, 2, 3]]
+
+
+def test_grey_pictures_stay_grey_and_sizes_can_be_made_equal(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", {"a": [grey(10)], "b": [grey(20, size=6)]})
+    with pytest.raises(DataError, match=r"different sizes \(from 4×4 to 6×6\): name one by --image-size"):
+        load_data(str(root))
+    assert load_data(str(root), image_size=8).images.shape == (2, 1, 8, 8)
+
+
+def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path: Path) -> None:
+    folder_of(tmp_path / "set" / "train", {"a": [grey(1), grey(2)], "b": [grey(3)]})
+    folder_of(tmp_path / "set" / "test", {"a": [grey(4)], "b": [grey(5)]})
+    data = load_data(str(tmp_path / "set"))
+    assert data.own_test is not None
+    assert data.images[data.own_test, 0, 0, 0].tolist() == [4, 5]
+    (tmp_path / "set" / "test" / "c").mkdir()
+    with pytest.raises(DataError, match="has other classes"):
+        load_data(str(tmp_path / "set"))
+
+
+def test_folders_that_cannot_serve_are_refused(tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    grey(1).save(flat / "1.png")
+    with pytest.raises(DataError, match="has no labels: put the pictures of each class into a sub-folder"):
+        load_data(str(flat))
+    root = folder_of(tmp_path / "set", {"a": [grey(1)], "b": []})
+    with pytest.raises(DataError, match="the class 'b' is empty"):
+        load_data(str(root))
+    (root / "b" / "x.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"x\.png cannot be read as a picture"):
+        load_data(str(root))
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(root / "b" / "x.tif")
+    (root / "b" / "x.png").unlink()
+    with pytest.raises(DataError, match="pixels of 32 bits"):
+        load_data(str(root))
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(root / "b" / "x.tif")
+    with pytest.raises(DataError, match="floats for pixels"):
+        load_data(str(root))
+
+
+def test_a_class_without_a_training_picture_is_refused(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", {"a": [grey(i) for i in range(40)], "b": [grey(1)]})
+    data = load_data(str(root))
+    seeds = [s for s in range(40) if 40 in torch.randperm(41, generator=torch.Generator().manual_seed(s))[:20]]
+    with pytest.raises(DataError, match="the class 'b' is empty: it has no picture to train with"):
+        make_split(data, 0.5, 0.0, seeds[0])
+
+
+def test_unknown_data_and_missing_libraries_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="did you mean 'digits'"):
+        load_data("digit")
+    with pytest.raises(DataError, match="give a folder, a hub id, or one of"):
+        load_data("nothing-like-it")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install salun\[datasets\]"):
+        load_data("cifar10")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"pip install salun\[classification\]"):
+        load_data("digits")
+
+
+def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"])})
+    rows = {"img": [grey(i) for i in (1, 2, 3)], "kind": [0, 1, 1]}
+    made = {part: datasets.Dataset.from_dict(rows, features=features) for part in ("train", "test")}
+    datasets.DatasetDict(made).save_to_disk(str(tmp_path / "saved"))
+    data = load_data(str(tmp_path / "saved"))
+    assert (data.classes, data.labels.tolist()) == (("x", "y"), [0, 1, 1, 0, 1, 1])
+    assert data.images[:, 0, 0, 0].tolist() == [1, 2, 3, 1, 2, 3]
+    assert data.own_test is not None and data.own_test.tolist() == [3, 4, 5]
+    with pytest.raises(DataError, match="has no column 'label', only img, kind"):
+        load_data(str(tmp_path / "saved"), label_column="label")
+    bare = datasets.Dataset.from_dict({"img": rows["img"]}, features=datasets.Features({"img": datasets.Image()}))
+    bare.save_to_disk(str(tmp_path / "bare"))
+    with pytest.raises(DataError, match="has no labels: name one by --label-column"):
+        load_data(str(tmp_path / "bare"))
+
+
+def test_augmentation_shifts_and_mirrors_and_is_seeded() -> None:
+    ramp = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
+    preset = {"mean": [0.0], "std": [1.0], "augment": "crop-flip"}
+    data = ImageData("ramp", ramp, torch.zeros(1, dtype=torch.int64), ("a",), preset=preset)
+    rows = torch.zeros(200, dtype=torch.int64)
+    once, again = (data.augmented(rows, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(once, again)
+    padded = torch.nn.functional.pad(ramp, (1, 1, 1, 1))[0, 0]
+    crops = [padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    allowed = {tuple(c.flatten().tolist()) for c in crops} | {tuple(c.flip(1).flatten().tolist()) for c in crops}
+    seen = {tuple(x.mul(255).round().int().flatten().tolist()) for x in once}
+    assert seen == allowed  # 18 of them, in 200 draws

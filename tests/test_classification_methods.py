@@ -1,0 +1,408 @@
+"""Each method does what its paper says, on problems small enough to know the answer."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from salun.classification.data import ImageData
+from salun.classification.masks import find_mask
+from salun.classification.methods import METHODS
+from salun.classification.methods.boundary import nearest_labels
+from salun.classification.methods.fisher import gradient_sum, inverse_fisher_product, squared_gradients
+from salun.classification.methods.relabelling import draw_labels, relabelled
+from salun.classification.options import METHODS as NAMES
+from salun.classification.options import UnlearnOptions
+from salun.classification.splits import Split
+from salun.classification.task import Task, batches_of, retain_batches
+from salun.errors import ConfigError, TrainingError
+from salun.mask import Mask
+
+TRAINS = [name for name, method in METHODS.items() if method.epochs is not None]
+
+
+def problem(method: str = "salun", normalised: bool = False, train: bool = True, **options: object) -> Task:
+    """90 pictures of 1×4×4 in three classes that overlap, rows 0 to 11 to be forgotten, and a model that knows them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    centres = torch.randint(90, 166, (3, 1, 4, 4), generator=generator)
+    images = (centres[labels] + torch.randint(-90, 90, (90, 1, 4, 4), generator=generator)).clamp(0, 255)
+    preset = {"mean": [0.5], "std": [0.25], "augment": "none"}
+    data = ImageData("three", images.to(torch.uint8), labels, ("a", "b", "c"), preset=preset)
+    rows = torch.arange(90)
+    split = Split(rows[:60], rows[60:65], rows[65:], rows[:12], rows[12:60], data.digest, "rows")
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(1)
+        norm = [nn.BatchNorm1d(24)] if normalised else []
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 24), *norm, nn.ReLU(), nn.Linear(24, 3))
+
+    told = {"epochs": 5, "lr": 0.05, "batch_size": 16, "train_epochs": 20, "train_lr": 0.1, "train_batch_size": 16}
+    task = Task(fresh(), data, split, UnlearnOptions(method=method, **{**told, **options}), fresh)  # type: ignore[arg-type]
+    if train:
+        learnt = replace(task, split=split.unforgotten())
+        METHODS["retrain"].run(learnt)
+        task.model = learnt.model
+    method_mask = METHODS[method].mask
+    task.options = replace(task.options, mask=task.options.mask or method_mask)
+    if METHODS[method].epochs is not None:
+        task.mask, _ = find_mask(task)
+    task.history.clear()
+    return task
+
+
+def loss_on(task: Task, rows: Tensor, model: nn.Module | None = None) -> float:
+    (model or task.model).eval()
+    with torch.no_grad():
+        return float(F.cross_entropy(task.logits(task.data.pictures(rows), model), task.labels(rows)))
+
+
+def weights(task: Task) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in task.parameters.items()}
+
+
+# -- every method --------------------------------------------------------------------------------------------------
+
+
+def test_the_registry_and_the_options_name_the_same_methods() -> None:
+    assert tuple(METHODS) == NAMES
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_documented_moves_weights_and_gives_the_same_bits_for_the_same_seed(name: str) -> None:
+    assert METHODS[name].run.__doc__ is not None
+    assert any(sign in METHODS[name].run.__doc__ for sign in ("θ", "D_r"))
+    first, second = problem(name, ssd_alpha=1.5), problem(name, ssd_alpha=1.5)
+    before = weights(first)
+    for task in (first, second):
+        METHODS[name].run(task)
+    after = weights(first)
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert all(torch.equal(after[k], v) for k, v in weights(second).items())
+    assert all(torch.isfinite(v).all() for v in after.values())
+    assert not first.model.training
+
+
+@pytest.mark.parametrize("mode", ["saliency", "shuffled", "random"])
+@pytest.mark.parametrize("name", [n for n in TRAINS if n != "salun-soft"])
+def test_weights_outside_the_mask_stay_bit_identical(name: str, mode: str) -> None:
+    task = problem(name, mask=mode, density=0.3)
+    before = weights(task)
+    METHODS[name].run(task)
+    assert task.mask is not None
+    for key, value in weights(task).items():
+        inside = task.mask.dense(key)
+        assert torch.equal(value[~inside], before[key][~inside]), key
+    assert task.mask.selected == int(0.3 * task.mask.total)
+
+
+@pytest.mark.parametrize("name", [n for n in TRAINS if n not in ("ga", "be", "bs")])
+def test_methods_that_train_leave_the_model_fit_for_the_rest(name: str) -> None:
+    task = problem(name, lr=0.02)
+    METHODS[name].run(task)
+    rows = task.split.retain
+    with torch.no_grad():
+        right = task.logits(task.data.pictures(rows)).argmax(1) == task.labels(rows)
+    assert right.float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", TRAINS)
+@pytest.mark.parametrize("kind", ["frozen", "updated"])
+def test_batchnorm_statistics_move_only_where_asked(name: str, kind: str) -> None:
+    task = problem(name, normalised=True, batchnorm=kind, lr=0.001)
+    before = {k: v.clone() for k, v in task.model.named_buffers()}
+    METHODS[name].run(task)
+    moved = any(not torch.equal(before[k], v) for k, v in task.model.named_buffers())
+    assert moved == (kind == "updated")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    task = problem("ga", lr=10.0, epochs=300)
+    with pytest.raises(TrainingError, match="lower the"):
+        METHODS["ga"].run(task)
+
+
+def test_a_last_single_row_joins_the_batch_before_it() -> None:
+    rows, labels = torch.arange(10, 19), torch.arange(9)
+    found = list(batches_of(rows, labels, 4, "retain", torch.Generator().manual_seed(0)))
+    assert [len(b.rows) for b in found] == [4, 5]
+    assert torch.equal(torch.cat([b.rows for b in found]).sort().values, rows)
+    assert all(torch.equal(b.rows - 10, b.labels) for b in found)  # each row with its own label
+
+
+# -- Retrain, FT, GA, ℓ1-sparse ------------------------------------------------------------------------------------
+
+
+def test_retrain_never_sees_the_forget_set() -> None:
+    """With other pictures in the forget rows it gives the very same bits, whatever model it is started from."""
+    one, two = problem("retrain"), problem("retrain", train=False)
+    images = two.data.images.clone()
+    images[two.split.forget] = 0
+    two.data = replace(two.data, images=images)
+    for task in (one, two):
+        METHODS["retrain"].run(task)
+    assert all(torch.equal(v, weights(two)[k]) for k, v in weights(one).items())
+
+
+def test_fine_tuning_sees_the_retain_set_alone() -> None:
+    task = problem("ft")
+    seen = torch.cat([b.rows for b in retain_batches(task)(0, torch.Generator().manual_seed(0))])
+    assert torch.equal(seen.sort().values, task.split.retain)
+    before = loss_on(task, task.split.retain)
+    METHODS["ft"].run(task)
+    assert loss_on(task, task.split.retain) < before
+
+
+def test_gradient_ascent_raises_the_forget_loss() -> None:
+    task = problem("ga", lr=0.3)
+    before = loss_on(task, task.split.forget)
+    METHODS["ga"].run(task)
+    assert loss_on(task, task.split.forget) > 2 * before
+
+
+def test_one_step_of_gradient_ascent_is_up_the_gradient() -> None:
+    task = problem("ga", epochs=1, lr=0.5, batch_size=12, momentum=0.0, weight_decay=0.0)
+    before, gradient = weights(task), gradient_sum(task, task.split.forget)
+    METHODS["ga"].run(task)
+    for name, value in weights(task).items():
+        torch.testing.assert_close(value, before[name] + 0.5 * gradient[name] / 12)
+
+
+def test_l1_sparse_makes_weights_small_with_a_penalty_that_ends() -> None:
+    norms = []
+    for gamma in (0.0, 0.01):
+        task = problem("l1-sparse", gamma=gamma, epochs=10, weight_decay=0.0)
+        METHODS["l1-sparse"].run(task)
+        norms.append(sum(float(w.abs().sum()) for w in weights(task).values()))
+    assert norms[1] < 0.9 * norms[0]
+
+
+# -- RL, SalUn -----------------------------------------------------------------------------------------------------
+
+
+def test_the_random_labels_are_every_class_but_the_own() -> None:
+    own = torch.arange(5).repeat(400)
+    drawn = draw_labels(own, 5, "other", torch.Generator().manual_seed(0))
+    assert not (drawn == own).any()
+    counts = torch.bincount((drawn - own) % 5, minlength=5)
+    assert counts[0] == 0
+    assert counts[1:].min() > 425  # of 500 expected each; five deviations below
+    anything = draw_labels(own, 5, "any", torch.Generator().manual_seed(0))
+    assert 0.15 < float((anything == own).float().mean()) < 0.25
+
+
+def test_labels_are_drawn_afresh_each_epoch_and_retain_rows_keep_theirs() -> None:
+    task = problem("rl")
+    drawn = []
+    for epoch in range(2):
+        batches = list(relabelled(task)(epoch, torch.Generator().manual_seed(epoch)))
+        parts = [b.part for b in batches]
+        assert parts == sorted(parts)  # the forget set first
+        by_row = {int(r): int(y) for b in batches for r, y in zip(b.rows, b.labels, strict=True)}
+        assert sorted(by_row) == task.split.train.tolist()
+        assert all(by_row[r] == int(task.data.labels[r]) for r in task.split.retain.tolist())
+        assert all(by_row[r] != int(task.data.labels[r]) for r in task.split.forget.tolist())
+        drawn.append([by_row[r] for r in task.split.forget.tolist()])
+    assert drawn[0] != drawn[1]
+
+
+def test_mixed_order_puts_both_sets_into_one_batch() -> None:
+    task = problem("rl", order="mixed")
+    batches = list(relabelled(task)(0, torch.Generator().manual_seed(0)))
+    assert {b.part for b in batches} == {"both"}
+    assert any(bool((b.rows < 12).any() and (b.rows >= 12).any()) for b in batches)
+
+
+def test_salun_is_random_labels_under_the_saliency_mask() -> None:
+    """Full density gives RL's bits, and the mask holds the largest |∇CE(D_f)|."""
+    salun, plain = problem("salun", density=1.0), problem("rl")
+    for task, name in ((salun, "salun"), (plain, "rl")):
+        METHODS[name].run(task)
+    assert all(torch.equal(v, weights(plain)[k]) for k, v in weights(salun).items())
+    masked = problem("salun", density=0.25)
+    assert masked.mask is not None
+    scores = {name: g.abs() for name, g in gradient_sum(masked, masked.split.forget).items()}
+    assert masked.mask == Mask.from_scores(scores, 0.25)
+
+
+def test_salun_raises_the_forget_loss_more_than_the_retain_loss() -> None:
+    task = problem("salun", lr=0.02)
+    before = loss_on(task, task.split.forget), loss_on(task, task.split.retain)
+    METHODS["salun"].run(task)
+    after = loss_on(task, task.split.forget), loss_on(task, task.split.retain)
+    assert after[0] - before[0] > 2 * (after[1] - before[1]) > 0
+
+
+def test_salun_soft_moves_less_than_random_labels() -> None:
+    soft, plain = problem("salun-soft", density=0.1), problem("rl")
+    before = weights(soft)
+    for task, name in ((soft, "salun-soft"), (plain, "rl")):
+        METHODS[name].run(task)
+    moved = [sum(float((v - before[k]).abs().sum()) for k, v in weights(t).items()) for t in (soft, plain)]
+    assert moved[0] < moved[1]
+
+
+# -- boundary ------------------------------------------------------------------------------------------------------
+
+
+def linear(rows: list[list[float]], inputs: int = 16) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(inputs, len(rows)))
+    head = model[1]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([r[0] for r in rows]))
+    return model
+
+
+def test_the_nearest_class_is_the_runner_up_and_never_the_own() -> None:
+    """A model that always answers 0, then 2, then 1: class 0 goes next to 2, the others to 0."""
+    task = problem("bs", train=False)
+    task.model = linear([[3.0], [1.0], [2.0]])
+    own = task.labels(task.split.forget)
+    assert nearest_labels(task).tolist() == [2 if y == 0 else 0 for y in own.tolist()]
+
+
+def test_boundary_shrink_moves_the_forget_set_next_door() -> None:
+    task = problem("bs", epochs=20)
+    wanted = nearest_labels(task)
+    METHODS["bs"].run(task)
+    with torch.no_grad():
+        found = task.logits(task.data.pictures(task.split.forget)).argmax(1)
+    assert (found == wanted).float().mean() > 0.9
+
+
+def test_boundary_expanding_prunes_the_extra_class_and_keeps_the_shape() -> None:
+    task = problem("be", lr=0.01)
+    shapes, before = {k: v.shape for k, v in weights(task).items()}, loss_on(task, task.split.forget)
+    METHODS["be"].run(task)
+    assert {k: v.shape for k, v in weights(task).items()} == shapes
+    assert loss_on(task, task.split.forget) > before
+    assert task.history[-1][1] < task.history[0][1]  # type: ignore[operator]  # the extra class took them
+
+
+# -- Fisher and influence ------------------------------------------------------------------------------------------
+
+
+def test_the_fisher_information_is_the_closed_form_of_a_linear_model() -> None:
+    """For softmax regression ∂ log p(y)/∂W = (e_y − p) xᵀ, and so its expected square is (p − p²)_k x_j²."""
+    task = problem("ff")
+    torch.manual_seed(2)
+    task.model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    rows = task.split.retain
+    x = task.data.pictures(rows).flatten(1)
+    p = task.model(x).softmax(1).detach()
+    found = squared_gradients(task, rows, "model")
+    torch.testing.assert_close(found["1.weight"], ((p - p**2)[:, :, None] * x[:, None] ** 2).mean(0))
+    torch.testing.assert_close(found["1.bias"], (p - p**2).mean(0))
+    error = F.one_hot(task.labels(rows), 3) - p
+    own = squared_gradients(task, rows, "labels")
+    torch.testing.assert_close(own["1.weight"], (error[:, :, None] * x[:, None]).square().mean(0))
+
+
+def test_fisher_forgetting_adds_noise_of_the_fourth_root() -> None:
+    task = problem("ff", noise=0.01, damping=1e-3)
+    before, fisher = weights(task), squared_gradients(task, task.split.retain, "model")
+    METHODS["ff"].run(task)
+    drawn = torch.cat(
+        [((v - before[k]) * (fisher[k] + 1e-3) ** 0.25 / 0.01).flatten() for k, v in weights(task).items()]
+    )
+    assert abs(float(drawn.mean())) < 4 / len(drawn) ** 0.5
+    assert float(drawn.std()) == pytest.approx(1, abs=4 / (2 * len(drawn)) ** 0.5)
+
+
+def test_the_inverse_is_the_one_that_woodfishers_recursion_gives() -> None:
+    """F⁻¹_{j+1} = F⁻¹_j − F⁻¹_j g gᵀ F⁻¹_j / (m + gᵀ F⁻¹_j g) from F⁻¹_0 = I/λ (Singh & Alistarh 2020)."""
+    torch.manual_seed(0)
+    gradients, v = torch.randn(7, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+    inverse = torch.eye(12, dtype=torch.float64) / 0.05
+    for g in gradients:
+        inverse = inverse - torch.outer(inverse @ g, inverse @ g) / (7 + g @ inverse @ g)
+    torch.testing.assert_close(inverse_fisher_product(gradients, v, 0.05), inverse @ v)
+
+
+def test_influence_unlearning_takes_the_step_of_the_formula() -> None:
+    task = problem("iu", damping=0.1, gradients=1000)
+    before, n, r = weights(task), 60, 48
+    sums = [gradient_sum(task, rows) for rows in (task.split.forget, task.split.retain)]
+    v = torch.cat([(sums[0][k] / n + (1 / n - 1 / r) * sums[1][k]).flatten() for k in before]).double()
+    rows = []
+    for row in task.split.retain:
+        rows.append(torch.cat([g.flatten() for g in gradient_sum(task, row.view(1)).values()]).double())
+    hessian = sum(torch.outer(g, g) for g in rows) / r + 0.1 * torch.eye(len(v), dtype=torch.float64)
+    METHODS["iu"].run(task)
+    moved = torch.cat([(value - before[k]).flatten() for k, value in weights(task).items()])
+    torch.testing.assert_close(moved, torch.linalg.solve(hessian, v).float(), rtol=1e-3, atol=1e-5)
+
+
+def test_influence_unlearning_raises_the_forget_loss() -> None:
+    task = problem("iu")
+    before = loss_on(task, task.split.forget)
+    METHODS["iu"].run(task)
+    assert loss_on(task, task.split.forget) > before
+
+
+def test_ssd_dampens_what_the_forget_set_needs_most() -> None:
+    task = problem("ssd", ssd_alpha=1.2, ssd_lambda=0.5)
+    of_forget = squared_gradients(task, task.split.forget, "labels")
+    of_all = squared_gradients(task, task.split.train, "labels")
+    before = weights(task)
+    METHODS["ssd"].run(task)
+    chosen = 0
+    for name, value in weights(task).items():
+        for i in range(value.numel()):
+            f, d, old, new = (t.flatten()[i].item() for t in (of_forget[name], of_all[name], before[name], value))
+            wanted = min(0.5 * d / f, 1) * old if f > 1.2 * d else old
+            chosen += f > 1.2 * d
+            assert new == pytest.approx(wanted, rel=1e-5), name
+    assert chosen
+
+
+def test_ssd_says_where_it_can_choose_nothing() -> None:
+    """Of 12 in 60 no weight is more than 5 times as important for the forget set as for all."""
+    with pytest.raises(
+        ConfigError, match=r"--ssd-alpha 5: for 12 of 60 pictures no weight can be more than 5\.00 times"
+    ):
+        METHODS["ssd"].run(problem("ssd", ssd_alpha=5.0))
+
+
+# -- SCRUB ---------------------------------------------------------------------------------------------------------
+
+
+def test_scrub_leaves_the_teacher_on_the_forget_set_and_keeps_to_it_elsewhere() -> None:
+    task = problem("scrub", epochs=15, max_epochs=10, lr=0.1)
+    teacher = deepcopy(task.model)
+    METHODS["scrub"].run(task)
+
+    def divergence(rows: Tensor) -> float:
+        x = task.data.pictures(rows)
+        with torch.no_grad():
+            return float(
+                F.kl_div(
+                    task.logits(x).log_softmax(1),
+                    task.logits(x, teacher).log_softmax(1),
+                    reduction="batchmean",
+                    log_target=True,
+                )
+            )
+
+    assert divergence(task.split.forget) > 3 * divergence(task.split.retain)
+    assert [entry[1] is not None for entry in task.history] == [True] * 10 + [False] * 5
+    assert all(entry[2] is not None for entry in task.history)
+
+
+def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:
+    results = []
+    for noise in (1, 2):
+        task = problem("ft")
+        task.model = nn.Sequential(*task.model.children(), nn.Dropout(0.5))  # type: ignore[arg-type]
+        task.mask = Mask.full(task.parameters)
+        torch.manual_seed(noise)
+        METHODS["ft"].run(task)
+        results.append(weights(task))
+    assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())

@@ -1,0 +1,138 @@
+"""The figures against cases counted by hand, and the attack against scikit-learn told directly."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.svm import SVC
+from torch import Tensor, nn
+
+from salun.classification.data import ImageData
+from salun.classification.metrics import Predicted, beside_retrain, called_non_member, confusion, features, judge
+from salun.classification.options import UnlearnOptions
+from salun.classification.splits import Split
+from salun.classification.task import Task
+from salun.errors import DataError, TrainingError
+
+P = np.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+Y = np.array([0, 1, 0, 2])
+
+
+def test_the_features_are_those_of_song_and_mittal() -> None:
+    found = features(Predicted(P, Y))
+    assert found["confidence"].ravel().tolist() == [0.7, 0.2, 1.0, 0.0]
+    assert found["correctness"].ravel().tolist() == [1, 0, 1, 0]
+    assert np.array_equal(found["probability"], P)
+    entropy = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1))
+    assert found["entropy"].ravel() == pytest.approx([entropy, entropy, 0, 0])
+    right = -0.3 * math.log(0.7) - 0.2 * math.log(0.8) - 0.1 * math.log(0.9)
+    wrong = -0.8 * math.log(0.2) - 0.7 * math.log(0.3) - 0.1 * math.log(0.9)
+    modified = found["modified_entropy"].ravel()
+    assert modified[:3] == pytest.approx([right, wrong, 0])
+    assert modified[3] > 100  # sure and wrong: without bound, where the plain entropy is 0
+
+
+def test_the_attack_is_an_rbf_svc_with_c_3_and_gamma_auto() -> None:
+    random = np.random.default_rng(0)
+    members, others, forgotten = (
+        random.normal(1, 1, (60, 2)),
+        random.normal(-1, 1, (50, 2)),
+        random.normal(0, 1, (40, 2)),
+    )
+    svc = SVC(C=3, gamma="auto", kernel="rbf").fit(np.r_[members, others], [1] * 60 + [0] * 50)
+    found = called_non_member(members, others, forgotten)
+    assert np.array_equal(found, svc.predict(forgotten) == 0)
+    assert 0 < found.sum() < 40
+
+
+class Recites(nn.Module):
+    """Answers what each picture's first pixel says, as surely as the second says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.flatten(1)[:, 0].round().long(), x.flatten(1)[:, 1]
+        return nn.functional.one_hot(first, 3) * second[:, None]
+
+
+def recited(answers: list[int], sureness: list[int], labels: list[int], split: Split) -> Task:
+    images = torch.tensor([[a, s] for a, s in zip(answers, sureness, strict=True)], dtype=torch.uint8).view(-1, 1, 1, 2)
+    preset = {"mean": [0.0], "std": [1 / 255], "augment": "none"}  # so that pixels come through as they are
+    data = ImageData("recited", images, torch.tensor(labels), ("a", "b", "c"), preset=preset)
+    return Task(Recites(), data, split, UnlearnOptions(), Recites)
+
+
+def split_of(forget: range, retain: range, test: range) -> Split:
+    rows = [torch.tensor(list(part), dtype=torch.int64) for part in (forget, retain, test)]
+    return Split(torch.cat(rows[:2]), rows[0][:0], rows[2], rows[0], rows[1], "x")
+
+
+def test_accuracies_are_counted_on_their_own_rows() -> None:
+    labels = [0, 1, 2, 0] + [0, 1, 2, 0, 1, 2] + [0, 1, 2, 0, 1]
+    answers = [0, 2, 1, 1] + [0, 1, 2, 0, 1, 0] + [0, 1, 2, 1, 0]
+    task = recited(answers, [9] * 15, labels, split_of(range(4), range(4, 10), range(10, 15)))
+    found = judge(task)
+    assert (found["UA"]["value"], found["UA"]["n"]) == (75, 4)
+    assert (found["RA"]["value"], found["RA"]["n"]) == (pytest.approx(100 * 5 / 6), 6)
+    assert (found["TA"]["value"], found["TA"]["n"]) == (60, 5)
+    assert found["UA"]["low"] < 75 < found["UA"]["high"]
+    assert found["confusion"]["forget"] == [[1, 1, 0], [0, 0, 1], [0, 1, 0]]
+
+
+def test_a_class_that_is_forgotten_is_not_in_the_test_accuracy() -> None:
+    labels = [2, 2] + [0, 1, 0, 1] + [2, 2, 0, 1]
+    answers = [0, 0] + [0, 1, 0, 1] + [0, 0, 0, 1]
+    found = judge(recited(answers, [9] * 10, labels, split_of(range(2), range(2, 6), range(6, 10))))
+    assert (found["TA"]["value"], found["TA"]["n"]) == (100, 2)
+
+
+def test_the_attack_learns_members_from_the_first_retain_rows_and_reads_the_forget_set() -> None:
+    """Members are sure (and right), test rows are not; of four forget rows one is as unsure as the test.
+
+    Retain rows after the first |test| are as unsure as the test: had they been members too, all would look alike.
+    """
+    sureness = [9, 9, 9, 0] + [9] * 6 + [0] * 30 + [0] * 6
+    labels = [0] * len(sureness)
+    split = split_of(range(4), range(4, 40), range(40, 46))
+    found = judge(recited([0] * len(sureness), sureness, labels, split))
+    assert found["MIA"]["value"] == 25
+    assert found["MIA"] == found["mia_features"]["confidence"]
+    assert set(found["mia_features"]) == {
+        "confidence", "entropy", "modified_entropy", "correctness", "probability",
+    }  # fmt: skip
+    assert found["mia_features"]["entropy"]["value"] == 25
+    assert found["mia_features"]["correctness"]["value"] in (0, 100)  # all are right: it can tell nobody apart
+
+
+def test_gaps_are_absolute_and_their_mean_is_over_four() -> None:
+    def figures(*values: float) -> dict[str, dict[str, float]]:
+        return {name: {"value": v} for name, v in zip(("UA", "RA", "TA", "MIA"), values, strict=True)}
+
+    found = beside_retrain(figures(10, 90, 80, 30), figures(20, 100, 90, 10))
+    assert found["gap"] == {"UA": 10, "RA": 10, "TA": 10, "MIA": 20}
+    assert found["gap_mean"] == 12.5
+    assert found["ToW"] == pytest.approx(0.9**3)
+    same = beside_retrain(figures(1, 2, 3, 4), figures(1, 2, 3, 4))
+    assert (same["gap_mean"], same["ToW"]) == (0, 1)
+
+
+def test_a_confusion_counts_true_by_predicted() -> None:
+    assert confusion(Predicted(P, Y)) == [[2, 0, 0], [1, 0, 0], [1, 0, 0]]
+
+
+def test_nothing_to_judge_is_an_error() -> None:
+    task = recited([0] * 4, [1] * 4, [0] * 4, split_of(range(0), range(2), range(2, 4)))
+    with pytest.raises(DataError, match="nothing can be judged"):
+        judge(task)
+
+
+def test_answers_that_are_not_finite_stop_the_run() -> None:
+    class Apart(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.full((len(x), 3), float("nan"))
+
+    task = recited([0] * 4, [1] * 4, [0] * 4, split_of(range(1), range(1, 2), range(2, 4)))
+    task.model = Apart()
+    with pytest.raises(TrainingError, match="has come apart"):
+        judge(task)

@@ -1,0 +1,278 @@
+"""The story of a run on the digits: what it writes, what it compares, what it refuses; and its commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from salun.cache import Cache
+from salun.classification.data import load_data
+from salun.classification.experiment import evaluate, train, unlearn
+from salun.classification.models import load_model
+from salun.classification.options import GROUPS, TrainOptions, UnlearnOptions
+from salun.classification.plan import settled
+from salun.classification.splits import Split
+from salun.config import read_config
+from salun.errors import Cancelled, ConfigError, DataError, ModelError
+from salun.mask import Mask
+from salun.progress import Event
+
+QUICK: dict[str, Any] = {"train_epochs": 2, "epochs": 2, "device": "cpu"}
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short SalUn run on the digits."""
+    folder = tmp_path_factory.mktemp("runs") / "salun"
+    unlearn(run_dir=folder, **QUICK)
+    return folder
+
+
+def test_a_run_writes_its_figures_beside_retrains(run: Path) -> None:
+    told = record_of(run)
+    metrics = told["metrics"]
+    assert told["status"] == "done"
+    for side in (metrics, metrics["original"], metrics["retrain"]):
+        for name in ("UA", "RA", "TA", "MIA"):
+            assert side[name]["low"] <= side[name]["value"] <= side[name]["high"]
+    assert metrics["RTE"]["value"] > 0 < metrics["retrain"]["RTE"]["value"]
+    assert metrics["gap"]["UA"] == abs(metrics["UA"]["value"] - metrics["retrain"]["UA"]["value"])
+    assert metrics["gap_mean"] == pytest.approx(sum(metrics["gap"].values()) / 4)
+    assert 0 < metrics["ToW"] <= 1
+    assert metrics["reason"] is None
+    assert [entry[0] for entry in told["losses"]] == [1, 2]
+
+
+def test_a_runs_options_have_no_number_left_open(run: Path) -> None:
+    options = record_of(run)["options"]
+    assert set(options) == {item.name for item in fields(UnlearnOptions)}
+    open_ones = {name for name, value in options.items() if value is None}
+    assert open_ones == {"original", "image_column", "label_column", "image_size"}
+    assert (options["model"], options["mask"], options["batchnorm"]) == ("small", "saliency", "frozen")
+
+
+def test_a_run_moves_the_mask_alone(run: Path) -> None:
+    mask, told = Mask.load(run / "mask.safetensors"), record_of(run)
+    assert told["mask"]["selected"] == mask.selected == int(0.5 * mask.total)
+    assert mask.metadata["split"] == Split.load(run / "split.json").digest
+    assert 0.45 < told["moved"] <= 0.5
+    original = train(train_epochs=2, device="cpu")  # from the cache
+    unlearned, _ = load_model(run / "model.safetensors")
+    for name, parameter in unlearned.named_parameters():
+        outside = ~mask.dense(name)
+        assert torch.equal(parameter[outside], original.model.state_dict()[name][outside]), name
+    for name, buffer in unlearned.named_buffers():
+        assert torch.equal(buffer, original.model.state_dict()[name]), name
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_another_model(run: Path, tmp_path: Path) -> None:
+    for folder, cache, seed in (("a", None, 0), ("b", Cache(tmp_path / "none", 0), 0), ("c", None, 1)):
+        unlearn(run_dir=tmp_path / folder, cache=cache, seed=seed, **QUICK)
+    bytes_of = [(folder / "model.safetensors").read_bytes() for folder in (run, *(tmp_path / n for n in "abc"))]
+    assert bytes_of[0] == bytes_of[1] == bytes_of[2] != bytes_of[3]
+    figures = [record_of(folder)["metrics"] for folder in (run, tmp_path / "b")]
+    assert figures[0]["gap"] == figures[1]["gap"]
+
+
+def test_the_split_is_the_same_for_original_unlearned_and_retrain(run: Path, tmp_path: Path) -> None:
+    split = Split.load(run / "split.json")
+    _, unlearned = load_model(run / "model.safetensors")
+    made = train(run_dir=tmp_path / "original", train_epochs=2, device="cpu")
+    _, original = load_model(tmp_path / "original" / "model.safetensors")
+    assert original.base == unlearned.base == split.base == made.split.base
+    assert unlearned.split == split.digest
+    assert torch.equal(torch.cat([split.forget, split.retain]).sort().values, made.split.train)
+
+
+def test_an_original_that_was_trained_before_is_taken(run: Path, tmp_path: Path) -> None:
+    train(run_dir=tmp_path / "original", train_epochs=2, device="cpu")
+    done = unlearn(run_dir=tmp_path / "run", original=str(tmp_path / "original"), epochs=2, device="cpu")
+    assert done.record.data["options"]["train_epochs"] == 2  # Retrain is trained likewise
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    for changes, kind, message in (
+        ({"split_seed": 1}, DataError, "was trained on another split"),
+        ({"train_epochs": 3}, ConfigError, "--train-epochs is 3, but the --original was trained with 2"),
+    ):
+        with pytest.raises(kind, match=message):
+            unlearn(original=str(tmp_path / "original"), device="cpu", **changes)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="is no original but unlearned"):
+        unlearn(original=str(run), device="cpu")
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if event.stage == "unlearning" and event.step == 5:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        unlearn(run_dir=tmp_path / "run", progress=stop, **QUICK)
+    assert record_of(tmp_path / "run")["status"] == "cancelled"
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    with pytest.raises(ConfigError, match="go on with it by --resume"):
+        unlearn(run_dir=tmp_path / "run", **QUICK)
+    unlearn(run_dir=tmp_path / "run", resume=True, **QUICK)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    assert record_of(tmp_path / "run")["resumed"] == 1
+
+
+def test_a_run_judged_again_gives_the_same_figures(run: Path, tmp_path: Path) -> None:
+    found, told = evaluate(run, device="cpu"), record_of(run)["metrics"]
+    assert found["UA"] == told["UA"]
+    assert found["mia_features"] == told["mia_features"]
+    assert json.loads((run / "eval.json").read_text(encoding="utf-8")) == found
+    with pytest.raises(ConfigError, match="is no finished run"):
+        evaluate(tmp_path)
+
+
+def test_a_class_can_be_forgotten(tmp_path: Path) -> None:
+    done = unlearn(run_dir=tmp_path / "run", forget="class:3", method="rl", lr=0.02, **{**QUICK, "epochs": 5})
+    assert done.metrics["retrain"]["UA"]["value"] == 100
+    assert done.metrics["UA"]["value"] > 90
+    assert done.metrics["TA"]["n"] < 359
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"method": "retrain"}, "this is Retrain itself"), ({"retrain": "no"}, "Retrain was not asked for")],
+)
+def test_an_unknown_gap_is_null_with_its_reason(changes: dict[str, Any], reason: str) -> None:
+    done = unlearn(train_epochs=1, device="cpu", **changes)
+    assert (done.metrics["gap"], done.metrics["gap_mean"], done.metrics["ToW"]) == (None, None, None)
+    assert reason in done.metrics["reason"]
+
+
+def test_a_folder_of_pictures_and_a_transformers_model_go_all_the_way(tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification
+
+    digits = load_data("digits")
+    for row in range(120):
+        label = int(digits.labels[row])
+        (tmp_path / "set" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.images[row, 0].numpy()).save(tmp_path / "set" / str(label) / f"{row}.png")
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
+        num_labels=10,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    common: dict[str, Any] = {"data": str(tmp_path / "set"), "epochs": 1, "device": "cpu"}
+    trained = unlearn(run_dir=tmp_path / "a", model=str(tmp_path / "vit"), train_epochs=1, retrain="yes", **common)
+    assert trained.metrics["gap_mean"] is not None
+    given = unlearn(run_dir=tmp_path / "b", original=str(tmp_path / "vit"), **common)
+    assert given.metrics["gap"] is None
+    assert "how the original was trained is not known" in given.metrics["reason"]
+    assert "is not known" in given.record.data["notes"][0]
+    with pytest.raises(ConfigError, match="cannot be trained again"):
+        unlearn(original=str(tmp_path / "vit"), **{**common, "retrain": "yes"})
+    with pytest.raises(ModelError, match=r"knows 10 classes, but \w+ has 9"):
+        (tmp_path / "set" / "3").rename(tmp_path / "elsewhere")
+        unlearn(original=str(tmp_path / "vit"), **common)
+
+
+WRONG = [
+    ({"method": "best"}, "--method is 'best', but must be one of"),
+    ({"density": 0.0}, "--density is 0.0, but must be above 0"),
+    ({"lr": 0.0}, "--lr is 0.0, but must be above 0"),
+    ({"mask": "good"}, "--mask is 'good'"),
+    ({"labels": "own"}, "--labels is 'own'"),
+    ({"batchnorm": "moving"}, "--batchnorm is 'moving'"),
+    ({"method": "ssd", "mask": "saliency"}, "--mask saliency: the method SSD has none"),
+    ({"method": "salun-soft", "mask": "full"}, "the method SalUn-soft has none"),
+    ({"method": "ff", "lr": 0.1}, "--lr 0.1: the method FF has none"),
+    ({"forget": "random:0"}, "above 0 and below 1"),
+    ({"forget": "class:ten"}, "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_options_that_cannot_be_followed_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        unlearn(device="cpu", **options)
+
+
+def test_every_option_has_its_place_in_the_help() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(item.name for item in fields(UnlearnOptions))
+    assert {item.name for item in fields(TrainOptions)} < set(grouped)
+
+
+def test_a_run_json_repeats_its_run(run: Path) -> None:
+    again = UnlearnOptions(**read_config(run / "run.json", UnlearnOptions))
+    assert asdict(settled(again, load_data("digits"))) == record_of(run)["options"]
+
+
+# -- the commands --------------------------------------------------------------------------------------------------
+
+
+def salun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "salun", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def test_unlearning_on_the_digits_needs_no_more_than_a_method(tmp_path: Path) -> None:
+    quick = ["--train-epochs", "1", "--epochs", "1"]
+    done = salun("classify-unlearn", "--method", "salun", "--forget", "random:0.1", *quick, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["UA", "%", "RA", "%", "TA", "%", "MIA", "%", "RTE", "s"]
+    assert [line.split()[0] for line in lines[1:5]] == ["original", "unlearned", "Retrain", "gap"]
+    folder = tmp_path / lines[-1].removeprefix("run folder: ")
+    assert {"run.json", "split.json", "mask.safetensors", "model.safetensors"} <= {p.name for p in folder.iterdir()}
+    judged = salun("classify-eval", str(folder), "--json", cwd=tmp_path)
+    assert json.loads(judged.stdout)["UA"] == record_of(folder)["metrics"]["UA"]
+
+
+def test_training_tells_json_alone(tmp_path: Path) -> None:
+    done = salun("classify-train", "--train-epochs", "1", "--run-dir", "original", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == record_of(tmp_path / "original")
+    assert json.loads(done.stdout)["command"].startswith("salun classify-train --train-epochs 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["classify-unlearn", "--method", "best"], 2, "--method is 'best'"),
+        (["classify-unlearn", "--data", "nowhere"], 1, "there is no data set 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    done = salun(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "salun", "classify-unlearn", "--train-epochs", "200", "--retrain", "no"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with subprocess.Popen(
+        [*command, "--run-dir", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("training"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        last = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 130
+    assert last == "salun: stopped; go on with: salun classify-unlearn --resume --run-dir run"
+    told = record_of(tmp_path / "run")
+    assert (told["status"], told["options"]["train_epochs"]) == ("cancelled", 200)
+    assert read_config(tmp_path / "run" / "run.json", UnlearnOptions)["retrain"] == "no"  # what --resume reads
