@@ -287,7 +287,7 @@ def test_other_copies_of_the_weights_are_left_out_of_the_erased_folder(tmp_path:
         not {"unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "pruned.ckpt"}
         & written
     )
-    assert any("left out of the erased folder" in note and "pruned.ckpt" in note for note in run.record.data["notes"])
+    assert any("left out of the erased model" in note and "pruned.ckpt" in note for note in run.record.data["notes"])
 
 
 def test_a_model_left_erased_does_not_teach_the_cache_wrong(shapes: Model, tmp_path: Path) -> None:

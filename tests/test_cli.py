@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -169,7 +170,10 @@ def test_the_doctor_says_what_will_fail(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_shell_completion_can_be_shown(tmp_path: Path) -> None:
-    done = salun("--show-completion", "bash", cwd=tmp_path)
+    # the shell is recognised among the processes above, so one has to be there
+    command = f"{shlex.quote(sys.executable)} -m salun --show-completion; exit $?"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "complete -o default -F _salun_completion salun" in done.stdout
 
