@@ -19,7 +19,8 @@ from salun.diffusion.models import Model
 from salun.errors import ConfigError, ModelError, TrainingError
 from salun.formats import tensorfile
 from salun.progress import Event
-from tests import conftest
+
+from . import conftest
 
 SHORT = {**conftest.SHORT, "eval_images": 2}
 ASSETS = Path(salun.__file__).parent / "assets"

@@ -15,7 +15,8 @@ from salun.diffusion.models import Model
 from salun.diffusion.plan import make_plan
 from salun.errors import ConfigError
 from salun.options import EraseOptions
-from tests.conftest import SHORT
+
+from .conftest import SHORT
 
 SETTINGS = describe("shapes").settings
 

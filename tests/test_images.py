@@ -16,7 +16,8 @@ from salun.diffusion.images import encode_folder, folder_digest
 from salun.diffusion.latents import sample_pictures
 from salun.diffusion.models import Model
 from salun.errors import DataError
-from tests.conftest import SHORT
+
+from .conftest import SHORT
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (80, 64)) -> Image.Image:

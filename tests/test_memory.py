@@ -12,7 +12,8 @@ import salun
 from salun.diffusion.models import Model
 from salun.diffusion.result import Run
 from salun.errors import ConfigError
-from tests import conftest
+
+from . import conftest
 
 SHORT = {**conftest.SHORT, "eval_images": 0}
 

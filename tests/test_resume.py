@@ -16,7 +16,8 @@ from salun.cache import Cache, size_of
 from salun.diffusion.models import Model
 from salun.errors import Cancelled, ConfigError
 from salun.progress import Event
-from tests import conftest
+
+from . import conftest
 
 SHORT = {**conftest.SHORT, "eval_images": 2}
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from salun.errors import ConfigError, ModelError
 from salun.formats import keymap, stock, tensorfile
-from tests.test_keymap import COUNTS, UNETS
+
+from .test_keymap import COUNTS, UNETS
 
 FAMILIES = list(UNETS)
 MATRICES = {"sd1": 282, "sd2": 282, "sdxl": 794}  # linears and convolutions
