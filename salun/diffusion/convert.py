@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,8 +17,8 @@ from salun.diffusion.single_file import text_tensors, vae_tensors
 from salun.errors import ModelError
 from salun.formats import keymap, tensorfile
 from salun.formats.checkpoint import Contents, Stored
-from salun.formats.patch import put_in_place
-from salun.formats.tensorfile import DTYPES, Header, remove_leftovers
+from salun.formats.patch import new_folder
+from salun.formats.tensorfile import DTYPES, Header
 
 ARCHITECTURES = {  # in modelspec's words
     "sd1": "stable-diffusion-v1",
@@ -142,10 +141,7 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
     """
     assert model.contents is not None
     contents, stored = model.contents, model.stored
-    target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    remove_leftovers(target)
-    try:
+    with new_folder(target) as temporary:
         unet = _Lazy()
         for name in stored:
             unet.add(name, _entry(stored, name), _from(changed, stored, name))
@@ -181,13 +177,6 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
         _json(temporary / "scheduler" / "scheduler_config.json", model.scheduler_config)
         scheduler = str(model.scheduler_config.get("_class_name"))
         _json(temporary / "model_index.json", _index(model.family == "sdxl", scheduler))
-        put_in_place(temporary, target)
-    except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _from(changed: Mapping[str, Tensor], stored: Stored, name: str) -> Callable[[], Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -81,12 +82,9 @@ def size_of(stored: Stored) -> int:
 
 
 def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    remove_leftovers(target)
     unwanted = {stored.path / name for name in left_out(stored)}
     replaced = {file.resolve(): file for file in stored.files}
-    try:
+    with new_folder(target) as temporary:
         for source in (path for path in _files(stored.path) if path not in unwanted):
             copy = temporary / source.relative_to(stored.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -97,13 +95,6 @@ def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], m
                 )
             else:
                 shutil.copyfile(source, copy)
-        put_in_place(temporary, target)
-    except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -119,10 +110,30 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def put_in_place(temporary: Path, target: Path) -> None:
-    """Give a finished folder its name; what was there is moved aside until then."""
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that gets its name only when it is whole; what had the name is moved aside until then.
+
+    Raises ModelError if it cannot be written; nothing is left then, and what was there is there.
+    """
+    target = target.absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     aside = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        os.replace(target, aside)
-    os.replace(temporary, target)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_leftovers(target)
+    try:
+        yield temporary
+        if target.exists():
+            os.replace(target, aside)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if aside.exists():
+                os.replace(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(
+            f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
