@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salun.formats.checkpoint import Stored, open_unet
+from salun.formats.checkpoint import open_unet
+from salun.formats.stored import Stored
 from salun.formats.patch import write_patched
 from tools.checkpoints import make
 

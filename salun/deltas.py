@@ -28,10 +28,11 @@ from salun.formats.applied import (
     with_added,
     without,
 )
-from salun.formats.checkpoint import Stored, open_unet
+from salun.formats.checkpoint import open_unet
 from salun.formats.delta import Delta
 from salun.formats.patch import left_out, write_patched
 from salun.formats.stacking import Stacked
+from salun.formats.stored import Stored
 from salun.progress import Event, Progress, silent
 
 FILE = ".safetensors"

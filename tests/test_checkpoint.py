@@ -20,6 +20,7 @@ from salun.errors import ModelError
 from salun.formats import keymap, patch, tensorfile
 from salun.formats.checkpoint import GUESS_KEY, Contents, open_unet
 from salun.formats.delta import Delta
+from salun.formats.folder import weights_of
 from salun.formats.hashing import base_hash
 from salun.mask import Mask
 from tools import checkpoints
@@ -288,6 +289,53 @@ def test_a_file_and_a_folder_of_the_same_weights_look_alike(family: str, made: M
         for tensor in folder:
             assert folder.entry(tensor).shape == single.entry(tensor).shape
     assert open_unet(made(family, dtype="fp32")).metadata == {}
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (["model.safetensors", "model.fp16.safetensors"], ["model.safetensors"]),
+        (["model.fp16.safetensors", "model.bf16.safetensors"], ["model.fp16.safetensors"]),
+        (["model.non_ema.safetensors"], ["model.non_ema.safetensors"]),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ),
+        (
+            ["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"],
+            ["model.fp16-00001-of-00001.safetensors"],
+        ),
+        (["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json", "model.safetensors"],
+         ["model.safetensors"]),
+    ],
+)  # fmt: skip
+def test_a_part_is_read_from_its_files_of_no_variant_or_of_one(
+    there: list[str], taken: list[str], tmp_path: Path
+) -> None:
+    part = tmp_path / "text_encoder"
+    part.mkdir()
+    for name in there:
+        shards = {str(i): n for i, n in enumerate(n for n in there if "-of-" in n)}
+        (part / name).write_text(json.dumps({"weight_map": shards}) if name.endswith(".json") else "")
+    assert [file.name for file in weights_of(part).files] == taken
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        (["model.safetensors", "model-00001-of-00001.safetensors", "model.safetensors.index.json"], "whole and in"),
+        (["model.safetensors.index.json"], "not whole"),
+        (["model-00001-of-00001.safetensors"], "no safetensors weights"),
+        (["pytorch_model.bin"], "pickled weights are not read"),
+    ],
+)
+def test_a_part_whose_weights_are_not_clear_is_refused(there: list[str], told: str, tmp_path: Path) -> None:
+    part = tmp_path / "text_encoder"
+    part.mkdir()
+    for name in there:
+        (part / name).write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    with pytest.raises(ModelError, match=told):
+        weights_of(part)
 
 
 def test_tensors_are_read_when_asked_for(source: Path) -> None:

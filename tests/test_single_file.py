@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,6 +215,82 @@ def test_what_a_file_lacks_comes_from_components_or_is_asked_for(
     torch.testing.assert_close(predictions(lent), predictions(whole), rtol=0, atol=0)
     salun.erase(lent, "golf ball", **QUICK).save(f"{tmp_path}/out/")
     salun.load(str(tmp_path / "out"), device="cpu")
+
+
+def test_components_need_no_unet_of_their_own(file: Callable[..., Path], tmp_path: Path) -> None:
+    whole = salun.load(str(file("sd1")), device="cpu")
+    salun.erase(whole, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{tmp_path}/parts/")
+    (tmp_path / "parts" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    lent = salun.load(str(file("sd1", text=False)), device="cpu", components=str(tmp_path / "parts"))
+    torch.testing.assert_close(predictions(lent), predictions(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_folder_made_of_a_file_has_the_names_that_every_version_of_transformers_reads(
+    family: str, file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As on the hub: `text_model.…`, and a tokenizer of vocab.json and merges.txt."""
+    model = salun.load(str(file(family)), device="cpu")
+    salun.erase(model, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{tmp_path}/folder/")
+    for number in range(len(model.text_encoders)):
+        part = f"text_encoder{'_2' if number else ''}"
+        names = tensorfile.read_header(tmp_path / "folder" / part / "model.safetensors").names
+        assert {name.split(".")[0] for name in names} == {"text_model", *(["text_projection"] if number else [])}
+        words = tmp_path / "folder" / part.replace("text_encoder", "tokenizer")
+        assert {p.name for p in words.iterdir()} == {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    assert all(
+        name.startswith("text_model.")
+        for name in tensorfile.read_header(ASSETS / "shapes" / "text_encoder" / "model.safetensors").names
+    )
+
+
+def test_parts_of_a_folder_may_be_variants_and_shards_each_in_its_own_way(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    shutil.copytree(ASSETS / "shapes", tmp_path / "mixed")
+    for kind, part, variant, size in (
+        (UNet2DConditionModel, "unet", "fp16", "3MB"),
+        (CLIPTextModel, "text_encoder", "bf16", "400KB"),
+    ):
+        module = kind.from_pretrained(ASSETS / "shapes" / part)
+        shutil.rmtree(tmp_path / "mixed" / part)
+        module.save_pretrained(tmp_path / "mixed" / part, variant=variant, max_shard_size=size)
+        assert len(list((tmp_path / "mixed" / part).glob(f"*.{variant}-*-of-*.safetensors"))) > 1
+    mixed, plain = (salun.load(str(p), device="cpu") for p in (tmp_path / "mixed", ASSETS / "shapes"))
+    torch.testing.assert_close(predictions(mixed), predictions(plain), rtol=0, atol=0)
+    run = salun.erase(mixed, "circle", outputs=[f"{tmp_path}/erased/"], run_dir=tmp_path / "run", **QUICK)
+    run.apply()
+    again = salun.load(str(tmp_path / "erased"), device="cpu")
+    torch.testing.assert_close(predictions(again), predictions(mixed), rtol=0, atol=0)
+    assert {p.name for p in (tmp_path / "erased" / "unet").iterdir()} == {
+        p.name for p in (tmp_path / "mixed" / "unet").iterdir()
+    }
+
+
+def in_the_hubs_cache(cache: Path, repo: str, *left_out: str) -> None:
+    """`shapes` as the hub's client keeps a model that it has fetched, or fetched in part."""
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(ASSETS / "shapes", folder / "snapshots" / ("0" * 40))
+    for name in left_out:
+        (folder / "snapshots" / ("0" * 40) / name).unlink()
+
+
+def test_a_model_in_the_hubs_cache_is_taken_from_there_only_if_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    in_the_hubs_cache(tmp_path, "someone/whole")
+    in_the_hubs_cache(tmp_path, "someone/part", "unet/diffusion_pytorch_model.safetensors")
+    assert salun.load("someone/whole", device="cpu").family == "sd1"
+    with pytest.raises(ModelError, match="could not be fetched"):
+        salun.load("someone/part", device="cpu")
+    target = tmp_path / "shapes.safetensors"
+    salun.erase("shapes", "circle", **{**QUICK, "lr": 1e-30}).save(target)
+    assert salun.load(str(target), device="cpu", components="someone/part").family == "sd1"
 
 
 def test_components_of_another_family_are_refused(file: Callable[..., Path], tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.models import Model
-from salun.diffusion.single_file import text_tensors, vae_tensors
+from salun.diffusion.single_file import text_tensors, vae_tensors, write_clip_tokenizer
 from salun.errors import ModelError
 from salun.formats import keymap, tensorfile
-from salun.formats.checkpoint import Contents, Stored
+from salun.formats.checkpoint import Contents
+from salun.formats.folder import open_part
 from salun.formats.patch import new_folder
-from salun.formats.tensorfile import DTYPES, Header
+from salun.formats.stored import Stored
+from salun.formats.tensorfile import DTYPES
 
 ARCHITECTURES = {  # in modelspec's words
     "sd1": "stable-diffusion-v1",
@@ -76,36 +78,28 @@ def _entry(stored: Stored, name: str) -> Described:
     return DTYPES[entry.dtype], entry.shape
 
 
-def _weights(folder: Path, stem: str) -> tuple[Path, Header]:
-    """A part's one weight file."""
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return folder / name, tensorfile.read_header(folder / name)
-    raise ModelError(f"{folder} has no {stem}.safetensors: a single file cannot be made without it")
-
-
 def _add_vae(items: _Lazy, folder: Path) -> None:
-    file, header = _weights(folder / "vae", "diffusion_pytorch_model")
-    for name, theirs in keymap.vae_to_ldm(header.names).items():
-        dtype, shape = DTYPES[header.entries[name].dtype], header.entries[name].shape
+    vae = open_part(folder / "vae")
+    for name, theirs in keymap.vae_to_ldm(vae).items():
+        dtype, shape = _entry(vae, name)
         if keymap.is_vae_matrix(theirs) and len(shape) == 2:
             shape = (*shape, 1, 1)
-        items.add(theirs, (dtype, shape), partial(_read_as, file, header, [name], shape))
+        items.add(theirs, (dtype, shape), partial(_read_as, vae, [name], shape))
 
 
 def _add_text(items: _Lazy, folder: Path, layout: keymap.TextLayout, family: str) -> None:
-    file, header = _weights(folder, "model")
+    text = open_part(folder)
     together: dict[str, dict[str, str]] = {}
-    for name, (theirs, part) in keymap.text_to_ldm(header.names, layout).items():
+    for name, (theirs, part) in keymap.text_to_ldm(text, layout).items():
         together.setdefault(theirs, {})[part] = name
     for theirs, parts in together.items():
         names = [parts[part] for part in ("q", "k", "v")] if "q" in parts else list(parts.values())
-        dtype, shape = DTYPES[header.entries[names[0]].dtype], header.entries[names[0]].shape
+        dtype, shape = _entry(text, names[0])
         if "T" in parts:
-            items.add(theirs, (dtype, shape[::-1]), partial(_read_turned, file, header, names[0]))
+            items.add(theirs, (dtype, shape[::-1]), partial(_read_turned, text, names[0]))
         else:
             whole = (len(names) * shape[0], *shape[1:]) if shape else shape
-            items.add(theirs, (dtype, whole), partial(_read_as, file, header, names, whole))
+            items.add(theirs, (dtype, whole), partial(_read_as, text, names, whole))
     if family == "sd2":
         _add_last_layer(items, layout.prefix)
 
@@ -125,13 +119,13 @@ def _add_last_layer(items: _Lazy, prefix: str) -> None:
         items.add(copy, (dtype, shape), partial(torch.full, shape, fill, dtype=dtype))
 
 
-def _read_as(file: Path, header: Header, names: list[str], shape: tuple[int, ...]) -> Tensor:
+def _read_as(part: Stored, names: list[str], shape: tuple[int, ...]) -> Tensor:
     """Tensors one after the other, in a shape of as many entries."""
-    return torch.cat([tensorfile.read_one(file, header, name).reshape(-1) for name in names]).view(shape)
+    return torch.cat([part[name].reshape(-1) for name in names]).view(shape)
 
 
-def _read_turned(file: Path, header: Header, name: str) -> Tensor:
-    return tensorfile.read_one(file, header, name).T.contiguous()
+def _read_turned(part: Stored, name: str) -> Tensor:
+    return part[name].T.contiguous()
 
 
 def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -162,7 +156,11 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
             _copy(model.components, "vae", temporary)
         for index, (encoder, tokenizer) in enumerate(zip(model.text_encoders, model.tokenizers, strict=True)):
             part = f"text_encoder{f'_{index + 1}' if index else ''}"
-            tokenizer.save_pretrained(temporary / part.replace("text_encoder", "tokenizer"))
+            words = part.replace("text_encoder", "tokenizer")
+            if model.components is not None:
+                _copy(model.components, words, temporary)
+            else:
+                write_clip_tokenizer(temporary / words, tokenizer.pad_token)
             if not contents.text[index]:
                 _copy(model.components, part, temporary)
                 continue
@@ -171,7 +169,7 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
             makers, inner = text_tensors(contents, encoder.state_dict(), index)
             for name, make in makers.items():
                 shape = tuple(encoder.state_dict()[name].shape)
-                text.add(name, (_dtype(contents, inner[name]), shape), make)
+                text.add(keymap.published(name), (_dtype(contents, inner[name]), shape), make)
             tensorfile.write_lazily(temporary / part / "model.safetensors", text.described, text, {"format": "pt"})
         (temporary / "scheduler").mkdir()
         _json(temporary / "scheduler" / "scheduler_config.json", model.scheduler_config)

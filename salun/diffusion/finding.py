@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -13,6 +14,7 @@ import yaml
 
 from salun.config import parse_yaml
 from salun.errors import ConfigError, ModelError
+from salun.formats.folder import weights_of
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SETTINGS = "salun.yaml"
@@ -28,8 +30,10 @@ def aliases() -> dict[str, Any]:
     return table
 
 
-def find(name: str, models_dir: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
+def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tuple[Path, dict[str, Any]]:
     """A model's folder or single file, and its entry in the alias table (empty for others).
+
+    unet: whether its weights are wanted too, which are most of a download.
 
     Looked for in this order: aliases; a path; a checkpoint of this name in the folders of `checkpoint_folders`; the
     hub, from which it is downloaded if need be. Raises ModelError for a name that nothing or more than one thing has.
@@ -60,7 +64,7 @@ def find(name: str, models_dir: Sequence[str] = ()) -> tuple[Path, dict[str, Any
                 f"no model {name!r}{hint}: use {', '.join(table)}, a .safetensors file, a diffusers folder, a hub id "
                 "(owner/name), or a checkpoint's name in a folder that --models-dir tells"
             )
-    return _download(entry.get("repo", name), entry.get("variant")), entry
+    return _download(entry.get("repo", name), entry.get("variant"), unet), entry
 
 
 def checkpoint_folders(models_dir: Sequence[str] = ()) -> Iterator[Path]:
@@ -119,21 +123,34 @@ def _named(name: str, folders: Sequence[Path]) -> Path | None:
     return next(iter(found.values()), None)
 
 
-def _download(repo: str, variant: str | None) -> Path:
+def _download(repo: str, variant: str | None, unet: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    suffix = f".{variant}.safetensors" if variant else ".safetensors"
-    weights = [f"{part}/*{suffix}" for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    parts = [*(["unet"] if unet else []), "vae", "text_encoder", "text_encoder_2"]
+    names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else ["*.safetensors"]
+    weights = [f"{part}/{name}" for part in parts for name in names]
     patterns = ["model_index.json", SETTINGS, "*/*.json", "*/merges.txt", *weights]
-    arguments: dict[str, Any] = {"allow_patterns": patterns}
     try:
-        return Path(snapshot_download(repo, local_files_only=True, **arguments))
-    except (OSError, ValueError):  # not in the local cache, or not whole
+        cached = Path(snapshot_download(repo, local_files_only=True, allow_patterns=patterns))
+        _check_parts(cached, parts)
+        return cached
+    except (OSError, ValueError, KeyError, ModelError):  # not in the local cache, or only some of its files
         pass
     try:
-        return Path(snapshot_download(repo, **arguments))
+        fetched = Path(snapshot_download(repo, allow_patterns=patterns))
+        _check_parts(fetched, parts)  # offline the client is content with what it has
+        return fetched
     except Exception as error:  # the hub's client raises many kinds; all of them mean that the model is not here
+        why = str(error) if isinstance(error, ModelError) else type(error).__name__
         raise ModelError(
-            f"{repo} is not on this machine and could not be fetched ({type(error).__name__}): connect to the "
+            f"{repo} is not on this machine and could not be fetched ({why}): connect to the "
             "internet, log in with `hf auth login` if it is gated, or give a diffusers folder or a .safetensors file"
         ) from error
+
+
+def _check_parts(folder: Path, parts: Sequence[str]) -> None:
+    """Raises ModelError, OSError, ValueError or KeyError for a folder that lacks the weights of a part it lists."""
+    listed = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for part in parts:
+        if part in listed:
+            weights_of(folder / part)

@@ -19,8 +19,10 @@ from salun.diffusion.finding import SETTINGS, aliases, find
 from salun.diffusion.models import Model, ModelSettings, alphas_cumprod
 from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, ModelError
-from salun.formats import families, tensorfile
-from salun.formats.checkpoint import Contents, Stored, open_folder
+from salun.formats import families
+from salun.formats.checkpoint import Contents, open_folder
+from salun.formats.folder import open_part, weights_of
+from salun.formats.stored import Stored
 from salun.options import ModelOptions, Recipe, Sampling, from_mapping
 
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
@@ -99,8 +101,8 @@ def describe(name: str, options: ModelOptions | None = None) -> Description:
     contents = Contents.of(path)
     folder = None
     if options.components is not None:
-        folder, entry = find(options.components, options.models_dir)
-        family = _described_folder(options.components, folder, entry, options).family
+        folder, entry = find(options.components, options.models_dir, unet=False)
+        family = _family_of_folder(options.components, folder)
         if family != contents.family:
             raise ModelError(f"--components {options.components} is of the family {family}, not {contents.family}")
     guess, source = contents.prediction
@@ -123,7 +125,8 @@ def describe(name: str, options: ModelOptions | None = None) -> Description:
     return Description(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
 
 
-def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> Description:
+def _family_of_folder(name: str, folder: Path) -> str:
+    """By its configs alone. Raises ModelError for what salun does not handle."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is a single file, where a diffusers folder or hub id is wanted")
     pipeline = str(_json(folder / "model_index.json", name).get("_class_name"))
@@ -133,7 +136,11 @@ def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options
     if int(unet.get("in_channels", 4)) != int(unet.get("out_channels", 4)):
         raise ModelError(f"{name} has a UNet with {unet['in_channels']} input channels (inpainting?): not handled")
     second = unet.get("use_linear_projection") or unet.get("cross_attention_dim", 768) == 1024
-    family = "sdxl" if PIPELINES[pipeline] == "sdxl" else "sd2" if second else "sd1"
+    return "sdxl" if PIPELINES[pipeline] == "sdxl" else "sd2" if second else "sd1"
+
+
+def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> Description:
+    family = _family_of_folder(name, folder)
     scheduler, source = _json(folder / "scheduler" / "scheduler_config.json", name), "its scheduler config"
     if options.prediction_type is not None:
         scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "--prediction-type"
@@ -202,6 +209,7 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -215,19 +223,16 @@ def _load_folder(found: Description, precision: torch.dtype) -> Parts:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     folder = found.stored.path
-    for file in sorted(folder.glob("*/*.safetensors")):
-        tensorfile.read_header(file)  # a truncated file is told as such, before hours of work
-    variant = "fp16" if found.stored.files[0].name.endswith(".fp16.safetensors") else None
+    parts = ["", "_2"] if found.family == "sdxl" else [""]
+    for part in ("vae", *(f"text_encoder{part}" for part in parts)):
+        open_part(folder / part)  # a file that is cut short is told before minutes of loading
     try:
-        keywords: dict[str, Any] = {"torch_dtype": precision, "use_safetensors": True, "variant": variant}
-        unet = whole(UNet2DConditionModel, folder / "unet", **keywords)
-        vae = whole(AutoencoderKL, folder / "vae", **{**keywords, "torch_dtype": torch.float32})
-        text: dict[str, Any] = {"dtype": precision, "use_safetensors": True, "variant": variant}
-        parts = ["", "_2"] if found.family == "sdxl" else [""]
+        unet = whole(UNet2DConditionModel, folder / "unet", torch_dtype=precision)
+        vae = whole(AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
         encoders = []
         for part in parts:
             kind = CLIPTextModelWithProjection if part else CLIPTextModel
-            encoders.append(whole(kind, folder / f"text_encoder{part}", **text))
+            encoders.append(whole(kind, folder / f"text_encoder{part}", dtype=precision))
         tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}") for part in parts]
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -238,8 +243,10 @@ def _load_folder(found: Description, precision: torch.dtype) -> Parts:
 def whole(kind: Any, folder: Path, **keywords: Any) -> Any:
     """A part of a diffusers folder, by the library's own `from_pretrained`, which makes up tensors that are missing.
 
-    Raises ModelError for those, for tensors too many or misshapen, and for NaN or infinity.
+    Its weights are those that `weights_of` chooses. Raises ModelError for tensors that are missing, too many or
+    misshapen, and for NaN or infinity.
     """
+    keywords |= {"use_safetensors": True, "variant": weights_of(folder).variant}
     part, told = kind.from_pretrained(folder, output_loading_info=True, **keywords)
     faults = (
         ("lacks", told.get("missing_keys")),

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
-from salun.formats.checkpoint import Contents, Stored
+from salun.formats.checkpoint import Contents
+from salun.formats.stored import Stored
 from salun.formats.hashing import base_hash
 from salun.options import EraseOptions, Recipe, Sampling
 

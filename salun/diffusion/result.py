@@ -14,7 +14,7 @@ from salun.diffusion.models import Model
 from salun.diffusion.observe import Observation, Questions
 from salun.diffusion.output import output_layout, write_new, write_output
 from salun.diffusion.plan import Plan
-from salun.formats.checkpoint import Stored
+from salun.formats.stored import Stored
 from salun.formats.delta import Delta, applied_metadata
 from salun.formats.patch import left_out
 from salun.formats.tensorfile import write_bytes

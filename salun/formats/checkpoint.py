@@ -6,19 +6,17 @@ diffusers folder. Behind `Stored` they look alike: tensors by diffusers name, re
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
-
 from salun.errors import ModelError
 from salun.formats import keymap, tensorfile
-from salun.formats.tensorfile import Entry, Header
+from salun.formats.folder import open_part
+from salun.formats.stored import Stored
+from salun.formats.tensorfile import Header
 
 PREDICTIONS = {  # words of metadata (modelspec) → diffusers'
     "epsilon": "epsilon",
@@ -33,56 +31,6 @@ _ENDS = {"conv_in.weight": "input_blocks.0.0.weight", "conv_out.weight": "out.2.
 _CONTEXT = re.compile(r"\.attn2\.to_k\.weight$")
 
 
-@dataclass(frozen=True, eq=False)
-class Stored(Mapping[str, Tensor]):
-    """A UNet on disk: diffusers name → tensor, each read when it is asked for.
-
-    path: the single file or the diffusers folder. places: diffusers name → (file, the tensor's name in it).
-    headers: of every file that holds a part of the UNet, as first read; a file that changes after that is an error.
-    """
-
-    path: Path
-    places: dict[str, tuple[Path, str]]
-    headers: dict[Path, Header]
-
-    def __getitem__(self, name: str) -> Tensor:
-        file, inner = self.places[name]
-        return tensorfile.read_one(file, self.headers[file], inner)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __contains__(self, name: object) -> bool:  # without reading it
-        return name in self.places
-
-    @property
-    def single(self) -> bool:
-        """Whether this is one file with the whole model, not a diffusers folder."""
-        return self.path in self.headers
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold the UNet."""
-        return list(self.headers)
-
-    def entry(self, name: str) -> Entry:
-        """dtype and shape of a tensor, without reading it."""
-        file, inner = self.places[name]
-        return self.headers[file].entries[inner]
-
-    def inner(self, name: str) -> str:
-        """A tensor's name in its file."""
-        return self.places[name][1]
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The files' own metadata; of several files the first one's."""
-        return next(iter(self.headers.values())).metadata
-
-
 def open_unet(path: Path) -> Stored:
     """The UNet in a single file or a diffusers folder. Raises ModelError for anything else, saying what it is."""
     return open_folder(path) if path.is_dir() else Contents.of(path).unet
@@ -90,25 +38,8 @@ def open_unet(path: Path) -> Stored:
 
 def open_folder(folder: Path) -> Stored:
     """The UNet of a diffusers folder. Raises ModelError if there is none in safetensors."""
-    headers = {file: tensorfile.read_header(file) for file in _weight_files(folder / "unet", folder)}
-    places = {name: (file, name) for file, header in headers.items() for name in header.names}
-    return Stored(folder, places, headers)
-
-
-def _weight_files(unet: Path, folder: Path) -> list[Path]:
-    for stem in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
-        single = unet / f"{stem}.safetensors"
-        if single.is_file():
-            return [single]
-    index = next(iter(sorted(unet.glob("diffusion_pytorch_model*.safetensors.index*.json"))), None)
-    if index is not None:
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} cannot be read: {error}") from error
-        if files and all(Path(str(f)).name == f and (unet / f).is_file() for f in files):
-            return [unet / f for f in files]
-    raise ModelError(f"{folder} has no safetensors weights in {unet}: pickled weights are not read; convert them first")
+    unet = open_part(folder / "unet")
+    return Stored(folder, unet.places, unet.headers)
 
 
 @dataclass(frozen=True, eq=False)

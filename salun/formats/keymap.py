@@ -231,6 +231,14 @@ _CLIP_TOP = {
 }
 
 
+def published(name: str) -> str:
+    """A CLIP text encoder's tensor as files name it, which every version of transformers reads.
+
+    From version 5 on a `CLIPTextModel` in memory lacks the `text_model.` of the names on the hub.
+    """
+    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+
+
 def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str, str]]:
     """transformers name → (name in the single file, part) of a CLIP text encoder's tensors.
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from salun.errors import ModelError
 from salun.formats import keymap, tensorfile
-from salun.formats.checkpoint import Stored
+from salun.formats.folder import weights_of
+from salun.formats.stored import Stored
 from salun.formats.tensorfile import remove_leftovers
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".onnx_data", ".pb", ".msgpack", ".h5", ".gguf")
@@ -61,16 +62,13 @@ def left_out(stored: Stored) -> list[str]:
     """
     if stored.single:
         return [name for name in stored.headers[stored.path].names if name.startswith(keymap.EMA)]
-    replaced = {file.resolve() for file in stored.files}
+    index = weights_of(stored.path / "unet").index
+    kept = {file.resolve() for file in (*stored.files, *([index] if index else []))}
     candidates = [p for place in (stored.path, stored.path / "unet") for p in place.iterdir() if p.is_file()]
     return [
         p.relative_to(stored.path).as_posix()
         for p in sorted(candidates)
-        if p.resolve() not in replaced
-        and (
-            p.suffix in WEIGHTS
-            or (p.name.endswith(".index.json") and len(stored.files) == 1 and p.parent.name == "unet")
-        )
+        if p.resolve() not in kept and (p.suffix in WEIGHTS or (".index." in p.name and p.suffix == ".json"))
     ]
 
 

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from salun.diffusion.latents import item_seed, sample_pictures
 from salun.diffusion.loading import load
 from salun.evaluation.detector import load_detector
-from salun.formats import tensorfile
+from salun.formats import keymap, tensorfile
 from tools.shapes import oracle, unet, world
 
 CARD = Path(__file__).with_name("card.md")
@@ -60,7 +60,10 @@ def _save(module: Any, folder: Path, kind: type) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = "model.safetensors" if kind is CLIPTextModel else "diffusion_pytorch_model.safetensors"
     module.config.save_pretrained(folder) if kind is CLIPTextModel else module.save_config(folder)
-    tensorfile.write(folder / name, module.state_dict(), {"format": "pt"})
+    state = module.state_dict()
+    if kind is CLIPTextModel:
+        state = {keymap.published(name): tensor for name, tensor in state.items()}
+    tensorfile.write(folder / name, state, {"format": "pt"})
 
 
 def measure(built: Path, n: int) -> dict[str, Any]:
