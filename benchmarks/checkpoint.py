@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from salun.formats.checkpoint import open_unet
-from salun.formats.stored import Stored
 from salun.formats.patch import write_patched
+from salun.formats.stored import Stored
 from tools.checkpoints import make
 
 ROOT = Path(__file__).resolve().parents[1]

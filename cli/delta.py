@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
 from salun.errors import ModelError
+from salun.options import EraseOptions, FileOptions
 
 from .main import Force, Json, _bars, _tell
+from .options import with_options
 from .progress import terminal_progress
 
 app: typer.Typer = typer.Typer(
@@ -32,9 +35,15 @@ FineTune = Annotated[
     ),
 ]
 
+_HELP = {item.name: item.metadata["help"] for item in fields(EraseOptions)}
+KeepEma = Annotated[bool, typer.Option("--keep-ema", help=_HELP["keep_ema"])]
+FILES = {"Files": ("models_dir", "allow_pickle")}
+
 
 @app.command()
+@with_options(FileOptions, groups=FILES)
 def extract(
+    options: FileOptions,
     base: Base,
     erased: Erased,
     output: Annotated[str, typer.Option(help="the delta to write (.salun.safetensors)")],
@@ -45,7 +54,7 @@ def extract(
     from salun import deltas
 
     with terminal_progress(as_json) as progress:
-        found = deltas.extract(base, erased, output, force=force, progress=progress)
+        found = deltas.extract(base, erased, output, options=options, force=force, progress=progress)
     lines = [
         f"{found['output']}: {found['bytes'] / 1e6:,.1f} MB, delta {found['id']}",
         f"{found['changed']:,} of {found['total']:,} weights ({found['density']:.2%}) differ, "
@@ -55,12 +64,15 @@ def extract(
 
 
 @app.command()
+@with_options(FileOptions, groups=FILES)
 def apply(
+    options: FileOptions,
     base: Base,
     delta: DeltaFile,
     output: ModelOutput,
     strength: Annotated[float, typer.Option(help="0 is the base, 1 the erased model to the bit; −0.5 to 1.5")] = 1.0,
     fine_tune_of_base: FineTune = None,
+    keep_ema: KeepEma = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -69,13 +81,23 @@ def apply(
 
     with terminal_progress(as_json) as progress:
         found = deltas.apply(
-            base, delta, output, strength, fine_tune_of=fine_tune_of_base, force=force, progress=progress
+            base,
+            delta,
+            output,
+            strength,
+            fine_tune_of=fine_tune_of_base,
+            keep_ema=keep_ema,
+            options=options,
+            force=force,
+            progress=progress,
         )
     _tell(found, as_json, _applied_lines(found))
 
 
 @app.command()
+@with_options(FileOptions, groups=FILES)
 def stack(
+    options: FileOptions,
     base: Base,
     delta: Annotated[list[str], typer.Argument(metavar="DELTA…", help="*.salun.safetensors files of this base")],
     output: ModelOutput,
@@ -83,6 +105,7 @@ def stack(
         list[float] | None, typer.Option(help="one for each delta, in their order (default: 1 throughout)")
     ] = None,
     fine_tune_of_base: FineTune = None,
+    keep_ema: KeepEma = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -91,18 +114,34 @@ def stack(
 
     with terminal_progress(as_json) as progress:
         found = deltas.stack(
-            base, delta, output, strength or [], fine_tune_of=fine_tune_of_base, force=force, progress=progress
+            base,
+            delta,
+            output,
+            strength or [],
+            fine_tune_of=fine_tune_of_base,
+            keep_ema=keep_ema,
+            options=options,
+            force=force,
+            progress=progress,
         )
     _tell(found, as_json, _applied_lines(found))
 
 
 @app.command()
-def undo(erased: Erased, delta: DeltaFile, output: ModelOutput, force: Force = False, as_json: Json = False) -> None:
+@with_options(FileOptions, groups=FILES)
+def undo(
+    options: FileOptions,
+    erased: Erased,
+    delta: DeltaFile,
+    output: ModelOutput,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
     """Write a copy of a model with the delta taken out: its base to the bit."""
     from salun import deltas
 
     with terminal_progress(as_json) as progress:
-        found = deltas.undo(erased, delta, output, force=force, progress=progress)
+        found = deltas.undo(erased, delta, output, options=options, force=force, progress=progress)
     left = ", ".join(f"{one['id']} at strength {one['strength']:g}" for one in found["applied"])
     lines = [
         f"{found['output']}: delta {found['id']} is taken out, exact to the bit (hash {found['base_hash'][:12]}…)",
@@ -112,7 +151,9 @@ def undo(erased: Erased, delta: DeltaFile, output: ModelOutput, force: Force = F
 
 
 @app.command()
+@with_options(FileOptions, groups=FILES)
 def export(
+    options: FileOptions,
     delta: DeltaFile,
     base: Annotated[str, typer.Option(help="the model that the delta was made from")],
     output: Annotated[str, typer.Option(help=".lora.safetensors (low rank) or .diff.safetensors (every difference)")],
@@ -127,7 +168,9 @@ def export(
     from salun import deltas
 
     with terminal_progress(as_json) as progress:
-        found = deltas.export(delta, base, output, rank=rank, energy=energy, force=force, progress=progress)
+        found = deltas.export(
+            delta, base, output, rank=rank, energy=energy, options=options, force=force, progress=progress
+        )
     lines = [*found["notes"], f"{found['output']}: {found['bytes'] / 1e6:,.1f} MB, {found['tensors']} tensors"]
     if "kept" in found:
         lines += _kept_lines(found["kept"])

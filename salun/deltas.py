@@ -24,6 +24,8 @@ from salun.formats.applied import (
     RESULT_HASH,
     Applied,
     applied_in,
+    joined,
+    notes_in,
     why_kept,
     with_added,
     without,
@@ -31,22 +33,33 @@ from salun.formats.applied import (
 from salun.formats.checkpoint import open_unet
 from salun.formats.delta import Delta
 from salun.formats.patch import left_out, write_patched
+from salun.formats.pickled import readable
 from salun.formats.stacking import Stacked
+from salun.formats.stock import check_rank
 from salun.formats.stored import Stored
+from salun.options import FileOptions
 from salun.progress import Event, Progress, silent
 
 FILE = ".safetensors"
 
 
-def extract(base: str, erased: str, output: str, *, force: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def extract(
+    base: str,
+    erased: str,
+    output: str,
+    *,
+    options: FileOptions | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Write the delta that leads from one model to another; both may be single files or folders.
 
-    Returns facts for people and programs. Raises ConfigError for an output that must not be written; ModelError for
-    models that do not pair up or do not differ.
+    options: where models are found, of every function here. Returns facts for people and programs. Raises ConfigError
+    for an output that must not be written; ModelError for models that do not pair up or do not differ.
     """
-    old, new = open_model(base), open_model(erased)
+    old, new = open_model(base, options), open_model(erased, options)
     _check(output, force, old.path, new.path, endings=(DELTA,))
-    notes = {k: v for k, v in new.metadata.items() if k.startswith(OURS) and k not in (APPLIED, BASE_HASH, RESULT_HASH)}
+    notes = {OURS + key: text for key, text in notes_in(new.metadata).items()}
     delta = Delta.between(old, new, notes, progress)
     if not delta.changes:
         raise ModelError(f"{base} and {erased} hold the same UNet: there is nothing to extract")
@@ -73,6 +86,8 @@ def apply(
     strength: float = 1.0,
     *,
     fine_tune_of: str | None = None,
+    keep_ema: bool = False,
+    options: FileOptions | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -81,7 +96,17 @@ def apply(
     fine_tune_of: the base that the delta was made from, where the model is another, such as a fine-tune of it; then the
     differences are added. See `stack`.
     """
-    return stack(model, [delta], output, [strength], fine_tune_of=fine_tune_of, force=force, progress=progress)
+    return stack(
+        model,
+        [delta],
+        output,
+        [strength],
+        fine_tune_of=fine_tune_of,
+        keep_ema=keep_ema,
+        options=options,
+        force=force,
+        progress=progress,
+    )
 
 
 def stack(
@@ -91,31 +116,37 @@ def stack(
     strengths: Sequence[float] = (),
     *,
     fine_tune_of: str | None = None,
+    keep_ema: bool = False,
+    options: FileOptions | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write a copy of a model with several deltas of it applied, in whatever order: see `salun.formats.stacking.stack`.
 
-    strengths: one for each delta; none stands for 1 throughout. The output's metadata list what was applied. Returns
-    facts, `notes` among them: lines on what is not exact, overlaps, and what was left out. Raises ConfigError for an
+    strengths: one for each delta; none stands for 1 throughout. keep_ema: keep a single file's second copy of the
+    weights, in which nothing is erased. The output's metadata list what was applied. Returns facts, `notes` among them:
+    lines on what is not exact, overlaps, and what was left out. Raises ConfigError for an
     output that must not be written or options that contradict; ModelError for a model that is not the deltas' base.
     """
     if strengths and len(strengths) != len(deltas):
         raise ConfigError(f"{len(strengths)} --strength for {len(deltas)} deltas: give one for each, in order, or none")
-    stored = open_model(model)
-    other = open_model(fine_tune_of) if fine_tune_of is not None else None
+    stacking.check_strengths(strengths)
+    stored = open_model(model, options)
+    other = open_model(fine_tune_of, options) if fine_tune_of is not None else None
     _check(output, force, *(m.path for m in (stored, other) if m is not None), *map(Path, deltas), layout_of=stored)
     layers = list(zip([Delta.load(path) for path in deltas], strengths or [1.0] * len(deltas), strict=True))
     made = stacking.stack(stored, layers, fine_tune_of=other, progress=progress)
     active = [delta for delta, strength in layers if strength]
     shared = {pair: n for pair, n in stacking.overlaps(active).items() if n}
-    exact = made.source is None
+    exact = not made.note
     added = [
-        Applied(delta.id, float(strength), _partners(delta.id, shared), exact) for delta, strength in layers if strength
+        Applied(delta.id, float(strength), _partners(delta.id, shared), exact, notes_in(delta.metadata))
+        for delta, strength in layers
+        if strength
     ]
     metadata = with_added(added, stored.metadata, made.base_hash, made.result_hash) if added else {}
-    dropped = left_out(stored)
-    _write(stored, output, made, {**_notes(active), **metadata}, progress)
+    dropped = [] if keep_ema and stored.single else left_out(stored)
+    _write(stored, output, made, metadata, progress, keep_ema)
     notes = [made.note] if made.note else []
     notes += [
         f"{one} and {two} both change {n:,} entries: these get the sum of both, and neither can be undone alone"
@@ -134,17 +165,25 @@ def stack(
     }
 
 
-def undo(model: str, delta: str, output: str, *, force: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def undo(
+    model: str,
+    delta: str,
+    output: str,
+    *,
+    options: FileOptions | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Write a copy of a model with the delta taken out, exact to the bit, which hashes confirm.
 
     The model must be what the delta gives its own base, or list the delta at strength 1 without overlap. Raises
     ModelError for any other, saying what was applied to it and from which base to start instead.
     """
-    stored = open_model(model)
+    stored = open_model(model, options)
     _check(output, force, stored.path, Path(delta), layout_of=stored)
     loaded = Delta.load(delta)
     flipped = Stacked(stored, ((loaded, 1.0),))
-    found, back = flipped.hashes(progress)
+    found, _, back = flipped.hashes(progress)
     listed = applied_in(stored.metadata, found)
     whole = found == loaded.result_hash
     if not whole and (why := why_kept(loaded.id, listed)):
@@ -168,6 +207,7 @@ def export(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    options: FileOptions | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -177,17 +217,19 @@ def export(
     Returns facts, with `kept` as `Account.as_json` tells it. Raises ConfigError for options that contradict; ModelError
     for a base that is not the delta's.
     """
-    stored = open_model(base)
-    _check(output, force, stored.path, Path(delta), endings=(LORA, DIFF))
     if output.endswith(DIFF) and not rank is energy is None:
         raise ConfigError(f"--rank and --energy are of low-rank files: end --output in {LORA}, or leave them out")
+    if output.endswith(LORA) and not rank is energy is None:
+        check_rank(rank, energy)
+    stored = open_model(base, options)
+    _check(output, force, stored.path, Path(delta), endings=(LORA, DIFF))
     loaded = Delta.load(delta)
     made = stacking.stack(stored, [(loaded, 1.0)], progress=progress)
-    old = stored if made.source is None else made.source
+    old = made.start
     new = _Told(Stacked(old, made.layers), "exporting", progress)
     facts: dict[str, Any] = {"output": output, "id": loaded.id, "notes": [made.note] if made.note else []}
     metadata = {
-        **_notes([loaded]),
+        **joined([notes_in(loaded.metadata)]),
         "salun.delta": loaded.id,
         BASE_HASH: loaded.base_hash,
         RESULT_HASH: loaded.result_hash,
@@ -199,9 +241,10 @@ def export(
     return {**facts, "bytes": Path(output).stat().st_size, "tensors": len(header.names)}
 
 
-def open_model(name: str) -> Stored:
+def open_model(name: str, options: FileOptions | None = None) -> Stored:
     """The UNet of a model by its name. Raises ModelError if it is not found or is none that salun handles."""
-    return open_unet(find(name)[0])
+    options = options or FileOptions()
+    return open_unet(readable(find(name, options.models_dir)[0], options.allow_pickle))
 
 
 def _check(
@@ -253,12 +296,6 @@ class _Told(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._place)
-
-
-def _notes(deltas: Sequence[Delta]) -> dict[str, str]:
-    """What deltas say of themselves under `salun.*`; several values of one key in a row."""
-    keys = dict.fromkeys(key for delta in deltas for key in delta.metadata if key.startswith(OURS))
-    return {key: ", ".join(dict.fromkeys(d.metadata[key] for d in deltas if key in d.metadata)) for key in keys}
 
 
 def _partners(delta: str, shared: Mapping[tuple[str, str], int]) -> tuple[str, ...]:

@@ -69,17 +69,9 @@ class DeviceOptions(Checked):
 
 
 @dataclass(frozen=True)
-class ModelOptions(DeviceOptions):
-    """How to find a model and read what its files do not say."""
+class FileOptions(Checked):
+    """Where to find a model, and whether a pickle may be read."""
 
-    components: str | None = option(
-        None, "for single files: a diffusers folder or hub id that has what the file lacks (VAE, text encoder, configs)"
-    )
-    prediction_type: str | None = option(
-        None,
-        "what the UNet predicts (default: what the model's files tell)",
-        choices=("epsilon", "v_prediction"),
-    )
     models_dir: list[str] = option(
         [],
         "a folder to find checkpoints in by name: of checkpoints, or a WebUI's or ComfyUI's root; repeat it for "
@@ -93,6 +85,20 @@ class ModelOptions(DeviceOptions):
         if isinstance(self.models_dir, str):  # from Python one text is as good as a list of one
             object.__setattr__(self, "models_dir", [self.models_dir])
         super().__post_init__()
+
+
+@dataclass(frozen=True)
+class ModelOptions(DeviceOptions, FileOptions):
+    """How to find a model and read what its files do not say."""
+
+    components: str | None = option(
+        None, "for single files: a diffusers folder or hub id that has what the file lacks (VAE, text encoder, configs)"
+    )
+    prediction_type: str | None = option(
+        None,
+        "what the UNet predicts (default: what the model's files tell)",
+        choices=("epsilon", "v_prediction"),
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from salun.errors import ConfigError, ModelError
 from salun.formats import tensorfile
-from salun.formats.applied import applied_in
+from salun.formats.applied import applied_in, without
 from salun.formats.change import Change
 from salun.formats.delta import Delta, applied_metadata
 from salun.formats.hashing import base_hash, base_hash_fp16
@@ -340,8 +340,16 @@ def test_the_metadata_of_an_erased_model_name_the_delta() -> None:
 def test_a_delta_on_an_erased_model_extends_its_list() -> None:
     base, new = pair(3, torch.float16, 0.3)
     last = {**new, "same": new["same"].flip(0)}
-    one, two = Delta.between(base, new), Delta.between(new, last)
+    one = Delta.between(base, new, {"salun.concept": "circle", "salun.seed": "0"})
+    two = Delta.between(new, last, {"salun.concept": "square", "salun.seed": "0"})
     found = applied_metadata(two, applied_metadata(one))
+    assert (found["salun.concept"], found["salun.seed"]) == ("circle, square", "0")
+    back = {
+        key: text
+        for key, text in without(two.id, applied_in(found, base_hash(last)), found, base_hash(new)).items()
+        if text
+    }
+    assert back["salun.concept"] == "circle"  # what the first says of itself comes back with it
     assert found["salun.base_hash"] == base_hash(base)
     under, top = applied_in(found, base_hash(last))
     assert (under.id, under.overlaps) == (one.id, (two.id,))  # it may be overlapped by what came on top

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from salun.formats import keymap, tensorfile
 from salun.formats.checkpoint import open_unet
 from salun.formats.delta import Delta, applied_metadata
 from salun.formats.hashing import base_hash
+from salun.formats.stacking import stack
 from salun.progress import Event
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -254,6 +256,90 @@ def test_people_are_told_in_sentences(salun: Command) -> None:
     one, other = (done(salun(*way, "x.salun.safetensors", "--json")) for way in (("inspect",), ("delta", "inspect")))
     assert one == other
     assert one["id"] == Delta.load("x.salun.safetensors").id
+
+
+def test_taking_the_last_delta_out_leaves_what_the_one_before_says(salun: Command) -> None:
+    base = weights()
+    new = moved(base, 1, only="down_blocks")
+    last = moved(new, 2, only="up_blocks")
+    single("base.safetensors", base)
+    Delta.between(base, new, {"salun.concept": "circle"}).save("one.salun.safetensors")
+    Delta.between(new, last, {"salun.concept": "square"}).save("two.salun.safetensors")
+    for given, delta, output in (("base", "one", "erased"), ("erased", "two", "twice")):
+        name = f"{delta}.salun.safetensors"
+        done(salun("delta", "apply", f"{given}.safetensors", name, "--output", f"{output}.safetensors", "--json"))
+    assert metadata_of("twice.safetensors")["salun.concept"] == "circle, square"
+    done(salun("delta", "undo", "twice.safetensors", "two.salun.safetensors", "--output", "back.safetensors", "--json"))
+    assert metadata_of("back.safetensors")["salun.concept"] == "circle"
+    assert same(unet_of("back.safetensors"), new)
+
+
+def test_models_are_found_and_pickles_read_as_by_erase(salun: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SALUN_CACHE", str(Path("cache").resolve()))
+    base, new = weights(), moved(weights(), 1)
+    Path("models").mkdir()
+    torch.save({"state_dict": load_file(single("base.safetensors", base))}, "models/old.ckpt")
+    Delta.between(base, new).save("x.salun.safetensors")
+    apply = ("delta", "apply", "old", "x.salun.safetensors", "--output", "again.safetensors", "--json")
+    refused(salun(*apply, "--models-dir", "models"), 1, "--allow-pickle")
+    assert done(salun(*apply, "--models-dir", "models", "--allow-pickle"))["exact"]
+    assert same(unet_of("again.safetensors"), new)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ("export", "x.salun.safetensors", "--base", "none", "--output", "x.lora.safetensors", "--energy", "2"),
+            "energy",
+        ),
+        (
+            ("export", "x.salun.safetensors", "--base", "none", "--output", "x.diff.safetensors", "--rank", "4"),
+            "--rank",
+        ),
+        (("apply", "none", "x.salun.safetensors", "--output", "y.safetensors", "--strength", "7"), "strength is 7"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_read(arguments: tuple[str, ...], told: str, salun: Command) -> None:
+    refused(salun("delta", *arguments), 2, told)
+
+
+class Counted(dict[str, torch.Tensor]):
+    """Weights that count how often each is read."""
+
+    def __init__(self, content: Weights) -> None:
+        super().__init__(content)
+        self.reads: Counter[str] = Counter()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.reads[name] += 1
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("how", ["same", "other dtype", "fine-tune"])
+def test_a_model_is_read_once_to_be_checked_and_once_to_be_written(how: str) -> None:
+    base = weights()
+    delta = Delta.between(base, moved(base, 1))
+    given = {"same": base, "other dtype": weights_as(base, torch.float32), "fine-tune": moved(base, 9)}[how]
+    model, other = Counted(given), Counted(base) if how == "fine-tune" else None
+    made = stack(model, [(delta, 1.0)], fine_tune_of=other)
+    assert set(model.reads.values()) == {1}
+    dict(made)
+    assert set(model.reads.values()) <= {1, 2}
+    assert other is None or set(other.reads.values()) <= {1, 2}
+
+
+def weights_as(content: Weights, dtype: torch.dtype) -> Weights:
+    return {name: tensor.to(dtype) for name, tensor in content.items()}
+
+
+def test_second_copies_of_the_weights_are_kept_only_when_asked_to(salun: Command) -> None:
+    base, new = weights(), moved(weights(), 1)
+    model = single("base.safetensors", base, ema=True)
+    Delta.between(base, new).save("x.salun.safetensors")
+    apply = ("delta", "apply", model, "x.salun.safetensors", "--output", "again.safetensors", "--json")
+    assert not done(salun(*apply, "--keep-ema"))["notes"]
+    assert any(name.startswith(keymap.EMA) for name in load_file("again.safetensors"))
 
 
 def test_second_copies_of_the_weights_are_left_out_and_this_is_said(salun: Command) -> None:

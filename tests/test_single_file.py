@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -391,9 +392,21 @@ def test_a_pickle_is_read_only_when_allowed_and_never_run(file: Callable[..., Pa
         predictions(model), predictions(salun.load(str(file("sd1")), device="cpu")), rtol=0, atol=0
     )
     torch.save({"state_dict": tensors, "trap": Trap(tmp_path / "sprung")}, tmp_path / "bad.ckpt")
-    with pytest.raises(ModelError, match=r"bad\.ckpt cannot be read"):
+    with pytest.raises(ModelError, match=r"bad\.ckpt cannot be read.*holds a \S+, which would run code"):
         salun.load(str(tmp_path / "bad.ckpt"), device="cpu", allow_pickle=True)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_trainers_own_state_in_a_pickle_does_no_harm(file: Callable[..., Path], tmp_path: Path) -> None:
+    """The published v1 checkpoints keep their trainer's state under a class of pytorch_lightning as the key."""
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+            patched.setitem(sys.modules, name, module)
+        state = {"callbacks": {module.ModelCheckpoint: {"best_model_score": torch.zeros(1)}}}  # type: ignore[attr-defined]
+        torch.save({"state_dict": load_file(file("sd1")), **state}, tmp_path / "v1.ckpt")
+    assert salun.load(str(tmp_path / "v1.ckpt"), device="cpu", allow_pickle=True).family == "sd1"
 
 
 def test_the_vocabulary_carries_its_notice() -> None:

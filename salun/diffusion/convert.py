@@ -70,7 +70,7 @@ def write_single_file(model: Model, target: Path, changed: Mapping[str, Tensor],
         if there:  # hosts look for these names
             items.add(mark, (torch.float32, (0,)), partial(torch.empty, 0))
     told = {"modelspec.architecture": ARCHITECTURES[family], "modelspec.prediction_type": "v" if v else "epsilon"}
-    tensorfile.write_lazily(target, items.described, items, {**told, **metadata})
+    tensorfile.write_lazily(target, items.described, items, {**told, **_held(metadata)})
 
 
 def _entry(stored: Stored, name: str) -> Described:
@@ -142,7 +142,7 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
         (temporary / "unet").mkdir(parents=True, exist_ok=True)
         model.unet.save_config(temporary / "unet")
         file = temporary / "unet" / "diffusion_pytorch_model.safetensors"
-        tensorfile.write_lazily(file, unet.described, unet, metadata)
+        tensorfile.write_lazily(file, unet.described, unet, _held(metadata))
         if contents.has_vae:
             (temporary / "vae").mkdir()
             model.vae.save_config(temporary / "vae")
@@ -175,6 +175,11 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
         _json(temporary / "scheduler" / "scheduler_config.json", model.scheduler_config)
         scheduler = str(model.scheduler_config.get("_class_name"))
         _json(temporary / "model_index.json", _index(model.family == "sdxl", scheduler))
+
+
+def _held(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Without the empty texts, which only take a key away from a file that is copied."""
+    return {key: text for key, text in metadata.items() if text}
 
 
 def _from(changed: Mapping[str, Tensor], stored: Stored, name: str) -> Callable[[], Tensor]:

@@ -22,6 +22,7 @@ from salun.errors import ConfigError, ModelError
 from salun.formats import families
 from salun.formats.checkpoint import Contents, open_folder
 from salun.formats.folder import open_part, weights_of
+from salun.formats.pickled import readable
 from salun.formats.stored import Stored
 from salun.options import ModelOptions, Recipe, Sampling, from_mapping
 
@@ -94,11 +95,7 @@ def describe(name: str, options: ModelOptions | None = None) -> Description:
         if options.components is not None:
             raise ConfigError(f"--components is for single files; {name} is a folder and has its own")
         return _described_folder(name, path, entry, options)
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        from salun.formats.pickled import converted
-
-        path = converted(path, options.allow_pickle)
-    contents = Contents.of(path)
+    contents = Contents.of(readable(path, options.allow_pickle))
     folder = None
     if options.components is not None:
         folder, entry = find(options.components, options.models_dir, unet=False)

@@ -20,8 +20,8 @@ from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
 from salun.formats.checkpoint import Contents
-from salun.formats.stored import Stored
 from salun.formats.hashing import base_hash
+from salun.formats.stored import Stored
 from salun.options import EraseOptions, Recipe, Sampling
 
 CHUNKS = 4  # of a long prompt, at most

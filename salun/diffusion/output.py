@@ -188,7 +188,8 @@ def write_stock(
     else:
         tensors, account = low_rank(base, changed, rank=rank, energy=ENERGY if rank is energy is None else energy)
         told = {"salun.energy_kept": f"{account.total.share:.6f}"}
-    tensorfile.write(path, tensors, {**notes, **host_metadata(base), **told})
+    held = {key: text for key, text in notes.items() if text}
+    tensorfile.write(path, tensors, {**held, **host_metadata(base), **told})
     return account
 
 

@@ -14,9 +14,9 @@ from salun.diffusion.models import Model
 from salun.diffusion.observe import Observation, Questions
 from salun.diffusion.output import output_layout, write_new, write_output
 from salun.diffusion.plan import Plan
-from salun.formats.stored import Stored
 from salun.formats.delta import Delta, applied_metadata
 from salun.formats.patch import left_out
+from salun.formats.stored import Stored
 from salun.formats.tensorfile import write_bytes
 from salun.mask import Mask
 from salun.progress import Event, Progress, silent
@@ -90,7 +90,7 @@ class Run:
         from salun.diffusion.output import check_output
 
         check_output(str(target), force)
-        notes = {**self._notes(), **applied_metadata(self.delta, self.model.stored.metadata)}
+        notes = applied_metadata(self.delta, self.model.stored.metadata)
         write_output(str(target), self.model, self.erased, self.delta, notes, self.plan.options.keep_ema)
 
     def apply(self) -> None:
@@ -147,7 +147,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     if folder is not None and not targets:
         own = "model.safetensors" if stored.single else "model/"
         targets = {f"{folder}/{name}": name for name in (own, "delta.salun.safetensors")}
-    notes = {**run._notes(), **applied_metadata(run.delta, stored.metadata)}
+    notes = applied_metadata(run.delta, stored.metadata)
     with record.stage("saving"):
         for i, (target, shown) in enumerate(targets.items(), 1):
             progress(Event("saving", i, len(targets), message=shown))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from salun.errors import ModelError
 from salun.formats import tensorfile
-from salun.formats.applied import Applied, with_added
+from salun.formats.applied import Applied, notes_in, with_added
 from salun.formats.change import Change
 from salun.formats.hashing import Hasher
 from salun.formats.stacking import Stacked, damaged, stack
@@ -137,7 +137,7 @@ class Delta:
         known_hash: as in `apply`.
         """
         flipped = Stacked(tensors, ((self, 1.0),))
-        found, back = (known_hash, "") if known_hash else flipped.hashes()
+        found, _, back = (known_hash, known_hash, "") if known_hash else flipped.hashes()
         if found != self.result_hash:
             raise ModelError(
                 f"this delta is for another erased model (hash {self.result_hash[:12]}…, given {found[:12]}…): "
@@ -215,8 +215,10 @@ def _json(value: Any) -> str:
 
 
 def applied_metadata(delta: Delta, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What a model to which the delta was applied at strength 1, or that was erased so, lists in its metadata.
+    """What the metadata of a model say to which the delta was applied at strength 1, or that was erased so.
 
     metadata: of the file that the delta was applied to; deltas that it lists stay listed.
     """
-    return with_added([Applied(delta.id)], metadata or {}, delta.base_hash, delta.result_hash)
+    return with_added(
+        [Applied(delta.id, notes=notes_in(delta.metadata))], metadata or {}, delta.base_hash, delta.result_hash
+    )

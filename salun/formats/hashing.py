@@ -54,6 +54,12 @@ class Hasher:
         if self._half is not None:
             _feed(self._half, name, tensor.to(torch.float16) if rounds else tensor)
 
+    def copy(self) -> Hasher:
+        """Another one that was fed the same."""
+        twin = Hasher(self._rounded)
+        twin._own, twin._half = self._own.copy(), self._half.copy() if self._half else None
+        return twin
+
     @property
     def hash(self) -> str:
         """The base hash, in hex."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,17 @@ from salun.cache import Cache
 from salun.errors import ModelError
 from salun.formats import tensorfile
 from salun.formats.tensorfile import sha256_file
+
+ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
+HARMLESS = (  # what trainers leave in a checkpoint beside its weights, as the key of their own state
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+)
+
+
+def readable(path: Path, allowed: bool) -> Path:
+    """The file itself, or what `converted` makes of a pickle. Raises ModelError as that does."""
+    return converted(path, allowed) if path.suffix.lower() in ENDINGS and path.is_file() else path
 
 
 def converted(path: Path, allowed: bool) -> Path:
@@ -28,10 +42,10 @@ def converted(path: Path, allowed: bool) -> Path:
     if target.is_file():
         return target
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
+        with _known():
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
     except Exception as error:  # torch and pickle raise many kinds; each means that this is no checkpoint to trust
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{path} cannot be read as a checkpoint: {first}") from error
+        raise ModelError(f"{path} cannot be read as a checkpoint: {_why(error)}") from error
     state = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors = {str(name): tensor.contiguous() for name, tensor in state.items() if isinstance(tensor, Tensor)}
     strange = next((name for name, tensor in tensors.items() if tensor.dtype not in tensorfile.NAMES), None)
@@ -40,6 +54,27 @@ def converted(path: Path, allowed: bool) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     tensorfile.write(target, tensors)
     return target
+
+
+def _known() -> AbstractContextManager[Any]:
+    """While it lasts, torch's unpickler passes over the names of `HARMLESS`."""
+    allowed = getattr(torch.serialization, "safe_globals", None)  # from torch 2.5 on
+    return allowed([_stand_in(name) for name in HARMLESS]) if allowed else nullcontext()
+
+
+def _stand_in(name: str) -> type:
+    """A class of this name that does nothing, in place of the one that a pickle names."""
+    module, _, last = name.rpartition(".")
+    return type(last, (), {"__module__": module})
+
+
+def _why(error: Exception) -> str:
+    """The reason in one line. (torch's own is a page on how to switch its guard off.)"""
+    text = str(error).strip()
+    foreign = re.search(r"GLOBAL (\S+) was not an allowed global", text)
+    if foreign:
+        return f"beside weights it holds a {foreign[1]}, which would run code; take a .safetensors of the same model"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _zipped(path: Path) -> bool:

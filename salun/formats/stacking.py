@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 STRENGTHS = (-0.5, 1.5)
 OTHER_DTYPE = "the model is in another dtype than the delta's base: it gets the differences, rounded once"
 OTHER_MODEL = "the model is another than the delta's base: it gets the differences, rounded once"
+
+
+class Hashes(NamedTuple):
+    """Base hashes around an application of deltas.
+
+    before: of the model. start: of the old values that the deltas start from: the model's in the dtypes of the deltas'
+    base, or the source's. after: of the result, "" if some tensors do not fit.
+    """
+
+    before: str
+    start: str
+    after: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +53,8 @@ class Stacked(Mapping[str, Tensor]):
     note: str = ""
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.make(name, self.model[name])
+        tensor = self.model[name]
+        return self.make(name, tensor, self.old(name, tensor))
 
     def __contains__(self, name: object) -> bool:
         return any(name in delta.changes for delta, _ in self.layers)
@@ -52,16 +65,24 @@ class Stacked(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def make(self, name: str, tensor: Tensor) -> Tensor:
-        """One tensor after, from the model's.
+    def old(self, name: str, tensor: Tensor) -> Tensor:
+        """What the deltas start from in a tensor of the model: itself where it is as their base has it."""
+        return tensor.to(self.layers[0][0].dtype_of(name)) if self.source is None else self.source[name]
+
+    @property
+    def start(self) -> Mapping[str, Tensor]:
+        """All tensors that the deltas start from."""
+        return _Start(self) if self.source is None else self.source
+
+    def make(self, name: str, tensor: Tensor, old: Tensor) -> Tensor:
+        """One tensor after, from the model's and what `old` gives for it.
 
         An entry that one delta alone changes, at strength 1, gets the erased model's bits; others, and all where the
-        old values are another source's, get old + Σ s·(new − old) in float32, rounded once.
+        old values are not the model's own, get the model's + Σ s·(new − old) in float32, rounded once.
         """
         changes = [(delta.changes[name], s) for delta, s in self.layers if s and name in delta.changes]
-        if self.source is None and [s for _, s in changes] == [1.0]:
+        if old is tensor and [s for _, s in changes] == [1.0]:
             return changes[0][0].flip(tensor)
-        old = tensor if self.source is None else self.source[name]
         result = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         bits = patterns(result)
         sums, times = torch.zeros(len(bits)), np.zeros(len(bits), np.uint16)
@@ -79,29 +100,34 @@ class Stacked(Mapping[str, Tensor]):
             raise ModelError(f"{name} would hold a value that {result.dtype} cannot: take a smaller strength")
         bits[moved] = patterns(rounded)
         for change, strength in changes:
-            if self.source is None and strength == 1.0:
+            if old is tensor and strength == 1.0:
                 chosen = change.chosen()
                 bits[chosen] = np.where(times[chosen] == 1, change.flipped(old), bits[chosen])
         return result
 
-    def hashes(self, progress: Progress = silent) -> tuple[str, str]:
-        """Base hashes of the model before and after, reading each tensor once; the second is "" if some do not fit."""
+    def hashes(self, progress: Progress = silent) -> Hashes:
+        """All three, reading each tensor once."""
         before, after = Hasher(), Hasher()
+        start: Hasher | None = None  # from the first tensor on that is not as the deltas' base has it
         there = set(self.model)
         fits = all(name in there for delta, _ in self.layers for name in delta.changes)
         for i, name in enumerate(sorted(self.model), 1):
             tensor = self.model[name]
+            old = self.old(name, tensor)
+            if old is not tensor and start is None:
+                start = before.copy()
             before.add(name, tensor)
-            fits = fits and self.fits(name, tensor)
+            if start is not None:
+                start.add(name, old)
+            fits = fits and self.fits(name, tensor, old)
             if fits:
-                after.add(name, self.make(name, tensor) if name in self else tensor)
+                after.add(name, self.make(name, tensor, old) if name in self else tensor)
             progress(Event("checking", i, len(self.model)))
-        return before.hash, after.hash if fits else ""
+        return Hashes(before.hash, (start or before).hash, after.hash if fits else "")
 
-    def fits(self, name: str, tensor: Tensor) -> bool:
-        """Whether a tensor has the shape that the deltas change, and it or the source's the dtype."""
+    def fits(self, name: str, tensor: Tensor, old: Tensor) -> bool:
+        """Whether a tensor, and what the deltas start from in it, have the shape and dtype that the deltas change."""
         changes = [delta.changes[name] for delta, _ in self.layers if name in delta.changes]
-        old = self.source[name] if changes and self.source is not None else tensor
         return all(
             (change.dtype, change.shape) == (old.dtype, tuple(old.shape)) and old.shape == tensor.shape
             for change in changes
@@ -110,7 +136,35 @@ class Stacked(Mapping[str, Tensor]):
     def misfits(self) -> list[str]:
         """Names of tensors that the deltas change and that do not fit or are not in the model."""
         names, there = {name for delta, _ in self.layers for name in delta.changes}, set(self.model)
-        return [name for name in sorted(names) if name not in there or not self.fits(name, self.model[name])]
+        found = []
+        for name in sorted(names):
+            tensor = self.model[name] if name in there else None
+            if tensor is None or not self.fits(name, tensor, self.old(name, tensor)):
+                found.append(name)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Start(Mapping[str, Tensor]):
+    """A model's tensors as the deltas' base has them."""
+
+    stacked: Stacked
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stacked.old(name, self.stacked.model[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stacked.model)
+
+    def __len__(self) -> int:
+        return len(self.stacked.model)
+
+
+def check_strengths(strengths: Iterable[float]) -> None:
+    """Raises ConfigError for one outside −0.5…1.5."""
+    for strength in strengths:
+        if not STRENGTHS[0] <= strength <= STRENGTHS[1]:
+            raise ConfigError(f"strength is {strength}, but must be from {STRENGTHS[0]} to {STRENGTHS[1]}")
 
 
 def stack(
@@ -123,16 +177,15 @@ def stack(
 ) -> Stacked:
     """The tensors that deltas of one base make of it, each with its strength; in which order they come is the same.
 
-    model: the whole UNet; it may read its tensors lazily. A copy of the base in another dtype, which gives the base
-    when cast to its dtypes, gets the differences, and so does any model of the same names and shapes with the deltas'
-    base as `fine_tune_of`; `note` says so. known_hash: the model's base hash, where it is known; no hash is computed
-    then. Raises ConfigError for a strength outside −0.5…1.5 or a delta that comes twice; ModelError for deltas of
-    several bases, for another model than theirs, telling both hashes, and for a result whose hash is not the delta's.
+    model: the whole UNet; it may read its tensors lazily, and each is read once. A copy of the base in another dtype,
+    which gives the base when cast to its dtypes, gets the differences where the dtypes differ, and so does any model of
+    the same names and shapes with the deltas' base as `fine_tune_of`; `note` says so. known_hash: the model's base
+    hash, where it is known; no hash is computed then. Raises ConfigError for a strength outside −0.5…1.5 or a delta
+    that comes twice; ModelError for deltas of several bases, for another model than theirs, telling both hashes, and
+    for a result whose hash is not the delta's.
     """
     layers = tuple(sorted(layers, key=lambda layer: layer[0].id))
-    for _, strength in layers:
-        if not STRENGTHS[0] <= strength <= STRENGTHS[1]:
-            raise ConfigError(f"strength is {strength}, but must be from {STRENGTHS[0]} to {STRENGTHS[1]}")
+    check_strengths(strength for _, strength in layers)
     first = layers[0][0]
     for (one, _), (other, _) in combinations(layers, 2):
         if one.id == other.id:
@@ -143,79 +196,64 @@ def stack(
                 f"{other.base_hash[:12]}…): stack deltas of one base"
             )
     stacked = Stacked(model, layers)
-    before, after = (known_hash, "") if known_hash else stacked.hashes(progress)
-    if before != first.base_hash:
-        if fine_tune_of is None:
-            source, note = _cast_to(first, model, before, progress), OTHER_DTYPE
-        else:
-            source, note = _own_base(first, fine_tune_of, model, progress), OTHER_MODEL
-        stacked = replace(stacked, source=source, note=note)
-        after = "" if known_hash else stacked.hashes(progress)[1]
-    wrong = [] if after else stacked.misfits()
+    if known_hash == first.base_hash:
+        found = Hashes(known_hash, known_hash, "")
+    else:
+        if fine_tune_of is not None:
+            stacked = replace(stacked, source=_of_the_same_names(model, fine_tune_of), note=OTHER_MODEL)
+        found = stacked.hashes(progress)
+        if fine_tune_of is not None and found.before == first.base_hash:  # no fine-tune, but the base itself
+            stacked = Stacked(model, layers)
+            found = stacked.hashes(progress)
+    if found.start != first.base_hash:
+        raise _other_base(first, found, model, fine_tune_of is not None, progress)
+    if found.start != found.before and not stacked.note:
+        stacked = replace(stacked, note=OTHER_DTYPE)
+    wrong = [] if found.after else stacked.misfits()
     if wrong:
         raise ModelError(f"the model's {', '.join(wrong[:3])} are of other shapes than the delta's, or not there")
-    if stacked.source is None and [s for _, s in layers] == [1.0] and after not in ("", first.result_hash):
+    if not stacked.note and [s for _, s in layers] == [1.0] and found.after not in ("", first.result_hash):
         raise damaged("what it gives is not its erased model")
-    return replace(stacked, base_hash=before, result_hash=after)
+    return replace(stacked, base_hash=found.before, result_hash=found.after)
 
 
-def _cast_to(delta: Delta, model: Mapping[str, Tensor], found: str, progress: Progress) -> Mapping[str, Tensor]:
-    """The model cast to the dtypes of the delta's base, which must give the base. Raises ModelError otherwise."""
-    if found == delta.result_hash:
-        raise _other_base(delta, found, "this is what it gives, so it is applied already")
-    given, cast = Hasher(rounded=True), Hasher()
-    for i, name in enumerate(sorted(model), 1):
-        tensor = model[name]
-        given.add(name, tensor)
-        cast.add(name, tensor.to(delta.dtype_of(name)))
-        progress(Event("checking", i, len(model)))
-    if cast.hash == delta.base_hash:
-        return _Cast(model, delta)
-    if given.fp16 == delta.base_hash_fp16:
-        raise _other_base(
-            delta, found, "it is the same model in another dtype, which has lost bits; --fine-tune-of-base, with the "
-            "base that the delta was made from, adds the differences to it"
-        )  # fmt: skip
-    raise _other_base(
-        delta, found, "start from that base, or add the differences to this model by --fine-tune-of-base and that base"
-    )
-
-
-def _own_base(
-    delta: Delta, base: Mapping[str, Tensor], model: Mapping[str, Tensor], progress: Progress
-) -> Mapping[str, Tensor]:
-    """The delta's own base, to be a source for a model with the same tensors. Raises ModelError otherwise."""
+def _of_the_same_names(model: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The base. Raises ModelError if the model holds other tensors."""
     lone = sorted(set(base) ^ set(model))
     if lone:
         raise ModelError(f"the model and the base do not hold the same tensors: {', '.join(lone[:3])} only on one side")
-    hasher = Hasher()
-    for i, name in enumerate(sorted(base), 1):
-        hasher.add(name, base[name])
-        progress(Event("checking", i, len(base)))
-    if hasher.hash != delta.base_hash:
-        raise _other_base(delta, hasher.hash, "--fine-tune-of-base takes the base that the delta was made from")
     return base
 
 
-@dataclass(frozen=True, eq=False)
-class _Cast(Mapping[str, Tensor]):
-    """A model's tensors in the dtypes of a delta's base."""
+def _other_base(
+    delta: Delta, found: Hashes, model: Mapping[str, Tensor], fine_tune: bool, progress: Progress
+) -> ModelError:
+    """What to say of a model that the delta is not for: which one it is instead, if that is known."""
+    given = found.before
+    if fine_tune:
+        given, advice = found.start, "--fine-tune-of-base takes the base that the delta was made from"
+    elif found.before == delta.result_hash:
+        advice = "this is what it gives, so it is applied already"
+    elif _rounded(model, progress) == delta.base_hash_fp16:
+        advice = (
+            "it is the same model in another dtype, which has lost bits; `salun delta apply` with --fine-tune-of-base, "
+            "and the base that the delta was made from, adds the differences to it"
+        )
+    else:
+        advice = (
+            "start from that base; `salun delta apply` with --fine-tune-of-base, and that base, adds the differences "
+            "to another model"
+        )
+    return ModelError(f"this delta is for another base (hash {delta.base_hash[:12]}…, given {given[:12]}…): {advice}")
 
-    model: Mapping[str, Tensor]
-    delta: Delta
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.model[name].to(self.delta.dtype_of(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.model)
-
-    def __len__(self) -> int:
-        return len(self.model)
-
-
-def _other_base(delta: Delta, found: str, advice: str) -> ModelError:
-    return ModelError(f"this delta is for another base (hash {delta.base_hash[:12]}…, given {found[:12]}…): {advice}")
+def _rounded(model: Mapping[str, Tensor], progress: Progress) -> str:
+    """The model's hash over its tensors rounded to fp16."""
+    hasher = Hasher(rounded=True)
+    for i, name in enumerate(sorted(model), 1):
+        hasher.add(name, model[name])
+        progress(Event("checking", i, len(model)))
+    return hasher.fp16
 
 
 def damaged(what: str) -> ModelError:

@@ -171,12 +171,7 @@ def low_rank(
     squared norm. base, changed, and ModelError as in `full_difference`; also if only norms and biases changed.
     Raises ConfigError unless there is one of rank (≥ 1) and energy (in (0, 1]).
     """
-    if (rank is None) == (energy is None):
-        raise ConfigError("a low-rank file takes either a rank or an energy: give one of them")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"the rank is {rank}, but must be at least 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"the energy is {energy}, but must be over 0 and at most 1")
+    check_rank(rank, energy)
     keys = module_keys(base)
     found: dict[str, Tensor] = {}
     layers: dict[str, Kept] = {}
@@ -194,6 +189,16 @@ def low_rank(
     if not found:
         raise ModelError("only norms and biases changed, which low rank cannot hold: write the full difference")
     return found, Account(layers)
+
+
+def check_rank(rank: int | None, energy: float | None) -> None:
+    """Raises ConfigError unless there is one of the two, in its range."""
+    if (rank is None) == (energy is None):
+        raise ConfigError("a low-rank file takes either a rank or an energy: give one of them")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"the rank is {rank}, but must be at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"the energy is {energy}, but must be over 0 and at most 1")
 
 
 def _nearest(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Kept]:
