@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from salun import deltas
 from salun.__main__ import main
-from salun.errors import Cancelled
+from salun.errors import Cancelled, ModelError
 from salun.formats import keymap, tensorfile
 from salun.formats.checkpoint import open_unet
 from salun.formats.delta import Delta, applied_metadata
@@ -331,6 +333,67 @@ def test_a_model_is_read_once_to_be_checked_and_once_to_be_written(how: str) -> 
 
 def weights_as(content: Weights, dtype: torch.dtype) -> Weights:
     return {name: tensor.to(dtype) for name, tensor in content.items()}
+
+
+KILLED = """
+import os, signal, sys
+from salun import deltas
+
+def progress(event):
+    if event.stage == "writing" and event.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+deltas.apply(sys.argv[1], "x.salun.safetensors", sys.argv[2], progress=progress)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process can end itself like that there")
+@pytest.mark.parametrize("layout", [folder, single])
+def test_what_a_killed_command_left_is_cleared_away_by_the_next(layout: Callable[..., str], salun: Command) -> None:
+    base, new = weights(), moved(weights(), 1)
+    ending = "/" if layout is folder else ".safetensors"
+    model = layout(f"base{ending}", base)
+    Delta.between(base, new).save("x.salun.safetensors")
+    there = sorted(p.name for p in Path().iterdir())
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, model, f"again{ending}"], env=environment, check=False)
+    assert killed.returncode == -9
+    left = sorted(p.name for p in Path().iterdir())
+    assert len(left) == len(there) + 1  # a temporary name, and no output
+    assert not Path(f"again{ending}").exists()
+    done(salun("delta", "apply", model, "x.salun.safetensors", "--output", f"again{ending}", "--json"))
+    assert sorted(p.name for p in Path().iterdir()) == sorted([*there, f"again{ending}".rstrip("/")])
+    assert same(unet_of(f"again{ending}"), new)
+
+
+def test_a_folder_that_a_killed_command_had_moved_aside_is_put_back(tmp_path: Path) -> None:
+    """It was killed between the two renames: the user's folder has only the temporary name."""
+    from salun.formats.patch import new_folder
+
+    aside = tmp_path / f".model.{_a_dead_process()}.old"
+    aside.mkdir()
+    (aside / "mine").write_text("the user's")
+    with pytest.raises(ModelError), new_folder(tmp_path / "model"):
+        raise OSError("the disk is full")
+    assert (tmp_path / "model" / "mine").read_text() == "the user's"
+    shutil.copytree(tmp_path / "model", aside)  # killed after both: this one is superfluous
+    with new_folder(tmp_path / "model") as place:
+        place.mkdir()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_what_another_running_process_writes_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / f".x.safetensors.{os.getppid()}.tmp"
+    theirs.write_bytes(b"half")
+    tensorfile.write(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    assert theirs.read_bytes() == b"half"
+
+
+def _a_dead_process() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
 
 
 def test_second_copies_of_the_weights_are_kept_only_when_asked_to(salun: Command) -> None:

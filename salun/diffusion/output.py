@@ -16,9 +16,9 @@ from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError
 from salun.formats import tensorfile
 from salun.formats.delta import Delta
-from salun.formats.patch import size_of, write_patched
+from salun.formats.patch import size_of, tidy, write_patched
 from salun.formats.stock import Account, full_difference, host_metadata, low_rank
-from salun.formats.tensorfile import remove_leftovers, sha256_file
+from salun.formats.tensorfile import sha256_file
 from salun.mask import Mask, entries
 from salun.options import EraseOptions
 
@@ -206,7 +206,7 @@ def write_new(
     Raises ConfigError if something else is there by now.
     """
     path = Path(target)
-    remove_leftovers(path)
+    tidy(path)
     if not path.exists():
         return write_output(target, model, erased, delta, notes, keep_ema)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:

@@ -14,7 +14,7 @@ from salun.errors import ModelError
 from salun.formats import keymap, tensorfile
 from salun.formats.folder import weights_of
 from salun.formats.stored import Stored
-from salun.formats.tensorfile import remove_leftovers
+from salun.formats.tensorfile import of_the_dead, remove_leftovers
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".onnx_data", ".pb", ".msgpack", ".h5", ".gguf")
 
@@ -108,17 +108,36 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def tidy(target: Path) -> None:
+    """Clear away what killed processes left beside `target`; a folder that one had moved aside is put back."""
+    remove_leftovers(target)
+    for moved in of_the_dead(target, ".old"):  # killed before its last rename, or after it
+        if os.path.lexists(target):
+            _remove(moved)
+        else:
+            os.replace(moved, target)
+
+
+def _remove(place: Path) -> None:
+    """A folder, or the link to one."""
+    if place.is_symlink():
+        place.unlink()
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that gets its name only when it is whole; what had the name is moved aside until then.
 
-    Raises ModelError if it cannot be written; nothing is left then, and what was there is there.
+    What a killed process had moved aside is put back first. Raises ModelError if it cannot be written; nothing is left
+    then, and what was there is there.
     """
     target = target.absolute()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     aside = target.with_name(f".{target.name}.{os.getpid()}.old")
-    remove_leftovers(target)
     try:
+        tidy(target)
         yield temporary
         if target.exists():
             os.replace(target, aside)
@@ -128,7 +147,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             if aside.exists():
                 os.replace(aside, target)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
     except OSError as error:
         raise ModelError(
             f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"

@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -326,6 +327,7 @@ def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise ModelError(
@@ -347,12 +349,21 @@ def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what processes that were killed while writing `path` have left beside it."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp").isdigit():
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+    for leftover in of_the_dead(path, ".tmp"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def of_the_dead(path: Path, ending: str) -> list[Path]:
+    """What lies beside `path` under `.name.PID` and the ending, of processes that no longer run."""
+    found = []
+    for beside in path.parent.glob(f".{glob.escape(path.name)}.*{ending}"):
+        number = beside.name.removeprefix(f".{path.name}.").removesuffix(ending)
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            found.append(beside)
+    return found
 
 
 def write_bytes(path: Path, content: bytes) -> None:
