@@ -446,7 +446,9 @@ def _erase_lines(run: Any, folder: Path) -> list[str]:
     lines = [f"warning: {text}" for text in run.record.data["mask"]["warnings"]]
     lines += _metric_lines(run.metrics)
     rounding = run.record.data["rounding"]
-    if rounding["rounded_away"]:
+    if rounding["warning"]:
+        lines.insert(0, f"warning: {rounding['warning']}")
+    elif rounding["rounded_away"]:
         share = rounding["rounded_away"] / rounding["moved"]
         lines.append(f"{share:.1%} of the weights that moved did so by less than the file's number format can hold")
     lines += [f"{entry['kind']}: {entry['path']}" for entry in run.record.data["outputs"]]

@@ -15,13 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 import salun
+from salun.__main__ import main
 from salun.diffusion.finding import ASSETS
 from salun.diffusion.latents import sample_pictures
 from salun.diffusion.models import Model
+from salun.diffusion.output import erased_tensors
 from salun.diffusion.single_file import clip_tokenizer
 from salun.errors import ConfigError, ModelError
 from salun.formats import keymap, tensorfile
 from salun.formats.checkpoint import open_unet
+from salun.mask import Mask
 from tools.checkpoints import FAMILIES, make
 
 from .test_families import make as make_folder
@@ -201,6 +204,36 @@ def test_clips_words_are_numbered_as_the_published_encoders_know_them() -> None:
     assert tokenizer("Hello, World!").input_ids == [49406, 3306, 267, 1002, 256, 49407]  # “!” is no padding here
     assert tokenizer.pad_token_id == 0
     assert clip_tokenizer("<|endoftext|>").pad_token_id == 49407
+
+
+def test_an_erasure_that_the_files_format_cannot_hold_is_told_loudly(
+    file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 1e-7 on weights of about 0.1 in fp16, whose last place is 6e-5."""
+    options = {**QUICK, "lr": 1e-7}
+    run = salun.erase(str(file("sd1", dtype="fp16")), "golf ball", run_dir=tmp_path / "api", **options)
+    rounding = run.record.data["rounding"]
+    assert rounding["rounded_away"] > 0.9 * rounding["moved"] > 0
+    assert "larger --lr" in rounding["warning"]
+    assert "larger --lr" in (tmp_path / "api" / "report.html").read_text(encoding="utf-8")
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    where = ["--model", str(file("sd1", dtype="fp16")), "--run-dir", str(tmp_path / "cli"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["salun", "erase", "--concept", "golf ball", *where, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    told = capsys.readouterr()
+    assert stop.value.code in (0, None), told.err
+    assert told.out.startswith("warning: ")
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"), [([0.0, 0.0], "no weight moved"), ([1e-7, 1e-7], "so nothing is erased"), ([1e-7, 1e-2], None)]
+)
+def test_how_much_of_an_erasure_the_rounding_leaves_is_judged(steps: list[float], told: str | None) -> None:
+    original = {"w": torch.full((2,), 0.1, dtype=torch.float16)}
+    mask = Mask.from_dense({"w": torch.ones(2, dtype=torch.bool)})
+    _, found = erased_tensors(original, mask, {"w": original["w"].float() + torch.tensor(steps)})
+    assert told in found["warning"] if told else found["warning"] is None
 
 
 @pytest.mark.parametrize("missing", ["vae", "text"])

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,14 @@ STATE_BYTES = 12  # a salient entry's float32 master and Adam's two moments
 
 def erased_tensors(
     original: Mapping[str, Tensor], mask: Mask, masters: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The changed tensors: masters rounded once to the file's dtype, every other entry the file's own bits.
 
-    And how many entries training moved (`moved`), and how many of these the rounding put back (`rounded_away`).
+    And how many entries training moved (`moved`), how many of these the rounding put back (`rounded_away`), and a
+    `warning` where that leaves little or nothing of the erasure, else None.
     """
-    erased, counts = {}, {"moved": 0, "rounded_away": 0}
+    erased: dict[str, Tensor] = {}
+    counts = {"moved": 0, "rounded_away": 0}
     for name, master in masters.items():
         tensor = original[name].clone()
         flat, chosen, exact = tensor.view(-1), mask.dense(name).view(-1), master.cpu()
@@ -56,7 +59,19 @@ def erased_tensors(
         if not torch.isfinite(tensor.float()).all():
             raise ModelError(f"{name} holds a value that {tensor.dtype} cannot: the learning rate is too high")
         erased[name] = tensor
-    return erased, counts
+    return erased, {**counts, "warning": _warning(counts["moved"], counts["rounded_away"])}
+
+
+def _warning(moved: int, lost: int) -> str | None:
+    """Half of what moved is common in fp16, where many steps are below the last place of their weight."""
+    if moved and lost < 0.9 * moved:
+        return None
+    what = "no weight moved" if not moved else f"{lost:,} of the {moved:,} weights that moved"
+    if moved:
+        what += " did so by less than the file's number format can hold and are as they were"
+    if lost == moved:
+        what += ", so nothing is erased"
+    return f"{what}: take a model in a finer format (fp16, fp32), more --steps, or a larger --lr"
 
 
 def moved(original: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> Mask:
