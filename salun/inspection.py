@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from salun.diffusion.evaluate import read_run
 from salun.diffusion.loading import Description, describe
 from salun.errors import ModelError
 from salun.formats import delta as deltas
 from salun.formats import tensorfile
-from salun.formats.checkpoint import Contents
 from salun.formats.hashing import base_hash
+from salun.formats.stored import Stored
 from salun.mask import FORMAT as MASK_FORMAT
 from salun.mask import Mask
 from salun.options import ModelOptions
@@ -49,6 +53,7 @@ def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
 
 def _model(found: Description) -> dict[str, Any]:
     entries = [found.stored.entry(name) for name in found.stored]
+    looked = _Looked(found.stored)
     facts: dict[str, Any] = {
         "kind": "single file" if found.contents else "diffusers folder",
         "path": str(found.stored.path),
@@ -58,7 +63,7 @@ def _model(found: Description) -> dict[str, Any]:
         "resolution": found.settings.sampling.resolution,
         "unet_parameters": sum(prod(entry.shape) for entry in entries),
         "unet_dtypes": ", ".join(f"{dtype} × {n}" for dtype, n in sorted(Counter(e.dtype for e in entries).items())),
-        "base_hash": base_hash(found.stored),
+        "base_hash": base_hash(looked),
         "detector": found.settings.detector.name if found.settings.detector else None,
         "vocabulary": sorted(found.settings.vocabulary.attributes) if found.settings.vocabulary else None,
     }
@@ -69,22 +74,46 @@ def _model(found: Description) -> dict[str, Any]:
         facts["ema"] = f"{len(contents.ema)} tensors, a second copy of the weights" if contents.ema else "none"
         facts["other_tensors"] = len(contents.others)
         facts |= {name: text for name, text in contents.header.metadata.items() if name.startswith("salun.")}
-        facts["verdict"] = _verdict(found, contents)
+    facts["verdict"] = _verdict(found, looked.not_finite)
     return facts
 
 
-def _verdict(found: Description, contents: Contents) -> str:
-    """Whether the file can be erased from, or what is in the way."""
-    from salun.diffusion.single_file import empty_unet
+class _Looked(Mapping[str, Tensor]):
+    """A UNet's tensors, which remembers the first that holds NaN or infinity."""
 
-    if found.folder is None:
-        try:
-            empty_unet(contents, None, found.scheduler_config["prediction_type"])
-        except ModelError as error:
-            return str(error)
-    if found.folder is None and not (contents.has_vae and all(contents.text)):
-        return "salun can erase from it with --components, which gives what is missing"
-    return "salun can erase from it"
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+        self.not_finite: str | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._stored[name]
+        if self.not_finite is None and not torch.isfinite(tensor.float()).all():
+            self.not_finite = self._stored.inner(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def _verdict(found: Description, not_finite: str | None) -> str:
+    """Whether it can be erased from, as far as names, shapes and the UNet's values tell, or what is in the way."""
+    from salun.diffusion.loading import check_folder
+    from salun.diffusion.single_file import check_parts
+
+    lacking: list[str] = []
+    try:
+        if not_finite is not None:
+            raise ModelError(f"{found.stored.path}: {not_finite} holds NaN or infinity: it is damaged")
+        if found.contents is None:
+            check_folder(found)
+        else:
+            lacking = check_parts(found.contents, found.folder, found.scheduler_config["prediction_type"])
+    except ModelError as error:
+        return str(error)
+    return "salun can erase from it" + (" with --components, which gives what is missing" if lacking else "")
 
 
 def _ours(place: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import salun
 from salun.__main__ import main
@@ -24,7 +25,9 @@ from salun.diffusion.single_file import clip_tokenizer
 from salun.errors import ConfigError, ModelError
 from salun.formats import keymap, tensorfile
 from salun.formats.checkpoint import open_unet
+from salun.inspection import inspect
 from salun.mask import Mask
+from salun.options import ModelOptions
 from tools.checkpoints import FAMILIES, make
 
 from .test_families import make as make_folder
@@ -224,6 +227,30 @@ def test_an_erasure_that_the_files_format_cannot_hold_is_told_loudly(
     told = capsys.readouterr()
     assert stop.value.code in (0, None), told.err
     assert told.out.startswith("warning: ")
+
+
+def test_inspect_says_whether_a_model_can_be_erased_from(file: Callable[..., Path], tmp_path: Path) -> None:
+    def verdict(path: Path, **options: Any) -> str:
+        return str(inspect(str(path), ModelOptions(**options))["verdict"])
+
+    assert verdict(file("sdxl")) == "salun can erase from it"
+    assert verdict(file("sd1", text=False)).endswith("with --components, which gives what is missing")
+    whole = salun.load(str(file("sd1")), device="cpu")
+    salun.erase(whole, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{tmp_path}/parts/")
+    assert verdict(tmp_path / "parts") == "salun can erase from it"
+    assert verdict(file("sd1", text=False), components=str(tmp_path / "parts")) == "salun can erase from it"
+    weights = tmp_path / "parts" / "text_encoder" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    assert "truncated" in verdict(tmp_path / "parts")
+    assert "truncated" in verdict(file("sd1", text=False), components=str(tmp_path / "parts"))
+    assert verdict(file("sd1"), components=str(tmp_path / "parts")) == "salun can erase from it"  # that is not needed
+    unet = tmp_path / "parts" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(unet)
+    save_file({n: t for n, t in tensors.items() if n != "conv_norm_out.bias"}, unet)
+    assert "lacks conv_norm_out.bias" in verdict(tmp_path / "parts")
+    tensors["conv_norm_out.bias"][0] = float("inf")
+    save_file(tensors, unet)
+    assert "NaN or infinity" in verdict(tmp_path / "parts")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from salun.diffusion.models import Model, ModelSettings, alphas_cumprod
 from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, ModelError
 from salun.formats import families
-from salun.formats.checkpoint import Contents, open_folder
+from salun.formats.checkpoint import Contents, open_folder, shapes_of
 from salun.formats.folder import open_part, weights_of
 from salun.formats.pickled import readable
 from salun.formats.stored import Stored
@@ -235,6 +235,24 @@ def _load_folder(found: Description, precision: torch.dtype) -> Parts:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{found.name} could not be loaded from {folder}: {first}") from error
     return unet, vae, encoders, tokenizers
+
+
+def check_folder(found: Description) -> None:
+    """Whether a folder has its parts, and its UNet the tensors that its config tells, without reading any value.
+
+    Raises ModelError naming what is missing, too much, misshapen or not readable.
+    """
+    from diffusers import UNet2DConditionModel
+
+    from salun.diffusion.single_file import agree, empty_module
+
+    folder, stored = found.stored.path, found.stored
+    config = _json(folder / "unet" / "config.json", found.name)
+    unet = empty_module(lambda: UNet2DConditionModel.from_config(config), folder / "unet")
+    agree({n: tuple(p.shape) for n, p in unet.named_parameters()}, shapes_of(stored), folder / "unet", stored.inner)
+    for part in ("vae", "text_encoder", *(["text_encoder_2"] if found.family == "sdxl" else [])):
+        _json(folder / part / "config.json", found.name)
+        open_part(folder / part)
 
 
 def whole(kind: Any, folder: Path, **keywords: Any) -> Any:

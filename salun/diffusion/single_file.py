@@ -20,9 +20,12 @@ from salun.diffusion.loading import whole
 from salun.errors import ModelError
 from salun.formats import families, keymap, tensorfile
 from salun.formats.checkpoint import Contents, shapes_of
+from salun.formats.folder import open_part
 from salun.formats.keymap import TextLayout
 
 CLIP_TOKENS = 77
+Makers = dict[str, Callable[[], Tensor]]
+"""Name → what reads that tensor."""
 
 
 def load_parts(
@@ -81,9 +84,9 @@ def empty_unet(contents: Contents, config: dict[str, Any] | None, prediction_typ
     stored = contents.unet
     shapes = shapes_of(stored)
     told = config or families.unet_config(shapes, contents.family, prediction_type)
-    unet = _empty(lambda: UNet2DConditionModel.from_config(told), contents.path)
+    unet = empty_module(lambda: UNet2DConditionModel.from_config(told), contents.path)
     wanted = {name: tuple(p.shape) for name, p in unet.named_parameters()}
-    _agree(wanted, shapes, contents.path, stored.inner)
+    agree(wanted, shapes, contents.path, stored.inner)
     return unet
 
 
@@ -91,22 +94,25 @@ def _vae(contents: Contents, components: Path | None, config: dict[str, Any] | N
     from diffusers import AutoencoderKL
 
     if not contents.has_vae:
-        if components is None:
-            tiny = any("taesd" in name for name in contents.others + contents.header.names)
-            what = "only a tiny VAE (TAESD), which salun does not read" if tiny else "no VAE"
-            raise ModelError(
-                f"{contents.path} holds {what}: name a diffusers folder or hub id that has one by --components"
-            )
-        return _from_folder(AutoencoderKL, components / "vae", torch_dtype=torch.float32)
-    tensors, shapes, inner = vae_tensors(contents)
-    config = config or families.vae_config(shapes, contents.family)
-    vae = _empty(lambda: AutoencoderKL.from_config(config), contents.path)
+        return _lent(AutoencoderKL, contents, components, "vae", torch_dtype=torch.float32)
+    vae, tensors, inner = empty_vae(contents, config)
     _fill(vae, tensors, torch.float32, contents.path, inner.__getitem__)
     return vae
 
 
-Makers = dict[str, Callable[[], Tensor]]
-"""Name → what reads that tensor."""
+def empty_vae(contents: Contents, config: dict[str, Any] | None) -> tuple[Any, Makers, dict[str, str]]:
+    """The VAE that the file's tensors fit, without weights, how to read each of these, and its name in the file.
+
+    Raises ModelError as `empty_unet`.
+    """
+    from diffusers import AutoencoderKL
+
+    tensors, shapes, inner = vae_tensors(contents)
+    _only_weights(contents, inner.values())
+    config = config or families.vae_config(shapes, contents.family)
+    vae = empty_module(lambda: AutoencoderKL.from_config(config), contents.path)
+    agree({n: tuple(p.shape) for n, p in vae.named_parameters()}, shapes, contents.path, inner.__getitem__)
+    return vae, tensors, inner
 
 
 def vae_tensors(contents: Contents) -> tuple[Makers, dict[str, tuple[int, ...]], dict[str, str]]:
@@ -131,24 +137,85 @@ def _in_vae(name: str) -> bool:
 def _text_encoder(
     contents: Contents, components: Path | None, config: dict[str, Any] | None, index: int, precision: torch.dtype
 ) -> Any:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    if not contents.text[index]:
+        kind = CLIPTextModelWithProjection if index else CLIPTextModel
+        return _lent(kind, contents, components, f"text_encoder{_part(index)}", dtype=precision)
+    encoder, tensors, inner = empty_text_encoder(contents, config, index)
+    _fill(encoder, tensors, precision, contents.path, inner.__getitem__)
+    return encoder
+
+
+def empty_text_encoder(
+    contents: Contents, config: dict[str, Any] | None, index: int
+) -> tuple[Any, Makers, dict[str, str]]:
+    """The text encoder that the file's tensors fit, without weights, how to read each, and its name in the file.
+
+    Raises ModelError as `empty_unet`.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind = CLIPTextModelWithProjection if index else CLIPTextModel
-    if not contents.text[index]:
-        if components is None:
-            raise ModelError(
-                f"{contents.path} holds no text encoder{_part(index)}: --components names a diffusers "
-                "folder or hub id that has one"
-            )
-        return _from_folder(kind, components / f"text_encoder{_part(index)}", dtype=precision)
-    layout = text_layout(contents, index)
-    entries = contents.header.entries
-    shapes = {n.removeprefix(layout.prefix): e.shape for n, e in entries.items() if n.startswith(layout.prefix)}
-    config = config or families.text_config(shapes, contents.family, index)
-    encoder = _empty(lambda: kind(CLIPTextConfig.from_dict(config)), contents.path)
+    layout, entries = text_layout(contents, index), contents.header.entries
+    own = {n.removeprefix(layout.prefix): e.shape for n, e in entries.items() if n.startswith(layout.prefix)}
+    config = config or families.text_config(own, contents.family, index)
+    encoder = empty_module(lambda: kind(CLIPTextConfig.from_dict(config)), contents.path)
     tensors, inner = text_tensors(contents, encoder.state_dict(), index)
-    _fill(encoder, tensors, precision, contents.path, inner.__getitem__)
-    return encoder
+    _only_weights(contents, inner.values())
+    places = keymap.text_to_ldm(encoder.state_dict(), layout)
+    shapes = {name: _shape_in(entries[theirs].shape, part) for name, (theirs, part) in places.items()}
+    agree({n: tuple(p.shape) for n, p in encoder.named_parameters()}, shapes, contents.path, inner.__getitem__)
+    return encoder, tensors, inner
+
+
+def _only_weights(contents: Contents, names: Iterable[str]) -> None:
+    for name in names:
+        dtype = contents.header.entries[name].dtype
+        if not tensorfile.DTYPES[dtype].is_floating_point:
+            raise ModelError(f"{contents.path}: {name} is of dtype {dtype}, and no weights are")
+
+
+def _shape_in(shape: tuple[int, ...], part: str) -> tuple[int, ...]:
+    """Of a text encoder's tensor, from that of the one in the file: see `text_to_ldm`."""
+    if part == "T":
+        return shape[::-1]
+    return (shape[0] // 3, *shape[1:]) if part and shape else shape
+
+
+def _lent(kind: Any, contents: Contents, components: Path | None, part: str, **keywords: Any) -> Any:
+    """A part that the file lacks, from `components`. Raises ModelError if there are none."""
+    if components is not None:
+        return _from_folder(kind, components / part, **keywords)
+    tiny = part == "vae" and any("taesd" in name for name in contents.others + contents.header.names)
+    what = f"no {'VAE' if part == 'vae' else part.replace('_', ' ')}"
+    if tiny:
+        what = "only a tiny VAE (TAESD), which salun does not read"
+    raise ModelError(f"{contents.path} holds {what}: name a diffusers folder or hub id that has one by --components")
+
+
+def check_parts(contents: Contents, components: Path | None, prediction_type: str) -> list[str]:
+    """Whether `load_parts` would find every tensor, of the shape that is due, without reading any.
+
+    Returns the parts that the file lacks where no `components` are given. Raises ModelError as `load_parts`, but for
+    what only the values tell (NaN, infinity).
+    """
+    told = _told(components)
+    empty_unet(contents, told("unet/config.json"), prediction_type)
+    if contents.has_vae:
+        empty_vae(contents, told("vae/config.json"))
+    lacking = [] if contents.has_vae else ["vae"]
+    for index, there in enumerate(contents.text):
+        part = f"text_encoder{_part(index)}"
+        if there:
+            empty_text_encoder(contents, told(f"{part}/config.json"), index)
+        else:
+            lacking.append(part)
+    if components is None:
+        return lacking
+    for part in lacking:
+        open_part(components / part)
+    return []
 
 
 def text_tensors(contents: Contents, names: Iterable[str], index: int) -> tuple[Makers, dict[str, str]]:
@@ -236,7 +303,7 @@ def _from_folder(kind: Any, folder: Path, **keywords: Any) -> Any:
         raise ModelError(f"--components: {folder} could not be loaded: {first}") from error
 
 
-def _empty(make: Callable[[], Any], path: Path) -> Any:
+def empty_module(make: Callable[[], Any], path: Path) -> Any:
     """A module without memory for its parameters, to be filled. (Buffers are real: the file does not hold them.)"""
     from accelerate import init_empty_weights
 
@@ -258,21 +325,20 @@ def _fill(
 ) -> None:
     """Give a module its parameters, one at a time. Raises ModelError naming tensors missing, too many or misshapen."""
     wanted = dict(module.named_parameters())
-    _agree(wanted, tensors, path, inner)
+    agree(wanted, tensors, path, inner)
     for name, parameter in wanted.items():
         tensor = tensors[name]()
         if tensor.shape != parameter.shape:
             raise _misshapen(path, inner(name), tensor.shape, parameter.shape)
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            fault = "NaN or infinity" if tensor.is_floating_point() else "whole numbers, where weights are due"
-            raise ModelError(f"{path}: {inner(name)} holds {fault}, so nothing can be computed with it")
+        if not torch.isfinite(tensor.float()).all():
+            raise ModelError(f"{path}: {inner(name)} holds NaN or infinity, so nothing can be computed with it")
         owner, _, last = name.rpartition(".")
         module.get_submodule(owner).register_parameter(
             last, torch.nn.Parameter(tensor.to(precision), requires_grad=False)
         )
 
 
-def _agree(wanted: Mapping[str, Any], there: Mapping[str, Any], path: Path, inner: Callable[[str], str]) -> None:
+def agree(wanted: Mapping[str, Any], there: Mapping[str, Any], path: Path, inner: Callable[[str], str]) -> None:
     """Raises ModelError where names differ, or shapes where both sides hold shapes."""
     missing, extra = [n for n in wanted if n not in there], [n for n in there if n not in wanted]
     if missing:
