@@ -6,7 +6,7 @@ at all. Who has a delta can undo the erasure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from salun.formats.stacking import Stacked
 from salun.formats.stock import check_rank
 from salun.formats.stored import Stored
 from salun.options import FileOptions
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Told, silent
 
 FILE = ".safetensors"
 
@@ -226,7 +226,7 @@ def export(
     loaded = Delta.load(delta)
     made = stacking.stack(stored, [(loaded, 1.0)], progress=progress)
     old = made.start
-    new = _Told(Stacked(old, made.layers), "exporting", progress)
+    new = Stacked(old, made.layers)
     facts: dict[str, Any] = {"output": output, "id": loaded.id, "notes": [made.note] if made.note else []}
     metadata = {
         **joined([notes_in(loaded.metadata)]),
@@ -234,7 +234,7 @@ def export(
         BASE_HASH: loaded.base_hash,
         RESULT_HASH: loaded.result_hash,
     }
-    account = write_stock(Path(output), old, new, metadata, rank, energy)
+    account = write_stock(Path(output), old, new, metadata, rank, energy, progress)
     if account is not None:
         facts["kept"] = account.as_json()
     header = tensorfile.read_header(Path(output))
@@ -273,29 +273,7 @@ def _write(
     keep_ema: bool = False,
 ) -> None:
     progress(Event("writing", message=f"writing {output}"))
-    write_patched(stored, Path(output), _Told(changed, "writing", progress), metadata, keep_ema)
-
-
-class _Told(Mapping[str, Tensor]):
-    """Tensors whose making is told to a progress."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], stage: str, progress: Progress) -> None:
-        self._tensors, self._stage, self._progress = tensors, stage, progress
-        self._place = {name: i for i, name in enumerate(tensors, 1)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        self._progress(Event(self._stage, self._place[name], len(self._place)))
-        return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._place
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
-
-    def __len__(self) -> int:
-        return len(self._place)
+    write_patched(stored, Path(output), Told(changed, "writing", progress), metadata, keep_ema)
 
 
 def _partners(delta: str, shared: Mapping[tuple[str, str], int]) -> tuple[str, ...]:

@@ -6,9 +6,9 @@ it promised (no half file; a state to resume from where one is kept).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,3 +41,28 @@ class Progress(Protocol):
 
 def silent(event: Event, /) -> None:
     """A progress that nobody listens to."""
+
+
+T = TypeVar("T")
+
+
+class Told(Mapping[str, T]):
+    """Values whose making is told to a progress, as the place of each among all."""
+
+    def __init__(self, values: Mapping[str, T], stage: str, progress: Progress) -> None:
+        self._values, self._stage, self._progress = values, stage, progress
+        self._place = {name: i for i, name in enumerate(values, 1)}
+
+    def __getitem__(self, name: str) -> T:
+        value = self._values[name]
+        self._progress(Event(self._stage, self._place[name], len(self._place)))
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._place
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)

@@ -22,6 +22,7 @@ from salun.formats.stock import Account, full_difference, host_metadata, low_ran
 from salun.formats.tensorfile import sha256_file
 from salun.mask import Mask, entries
 from salun.options import EraseOptions
+from salun.progress import Progress, Told, silent
 
 DELTA, LORA, DIFF = ".salun.safetensors", ".lora.safetensors", ".diff.safetensors"
 RUN_FILES = (
@@ -160,6 +161,7 @@ def write_output(
     delta: Delta,
     notes: Mapping[str, str],
     keep_ema: bool = False,
+    progress: Progress = silent,
 ) -> str:
     """Write one output, its format chosen by its name; returns its kind. Nothing is left behind if it fails.
 
@@ -172,7 +174,7 @@ def write_output(
         delta.save(path)
         return "delta"
     if target.endswith((LORA, DIFF)):
-        write_stock(path, model.stored, erased, notes)
+        write_stock(path, model.stored, erased, notes, progress=progress)
         return "difference" if target.endswith(DIFF) else "lora"
     folder = output_layout(target) == "folder"
     if folder != model.stored.single:
@@ -191,20 +193,21 @@ def write_stock(
     notes: Mapping[str, str],
     rank: int | None = None,
     energy: float | None = None,
+    progress: Progress = silent,
 ) -> Account | None:
     """Write a stock loader's file, low-rank or full by its name; returns what a low-rank one holds.
 
     base: the whole UNet. changed: its tensors that differ, as they are to be. rank, energy: of the low-rank file, as in
     `low_rank`; without either, ranks that keep 90 % of the difference.
     """
-    account, told = None, {}
+    told = Told(changed, "comparing", progress)
+    held = {**{key: text for key, text in notes.items() if text}, **host_metadata(base)}
     if path.name.endswith(DIFF):
-        tensors = full_difference(base, changed)
-    else:
-        tensors, account = low_rank(base, changed, rank=rank, energy=ENERGY if rank is energy is None else energy)
-        told = {"salun.energy_kept": f"{account.total.share:.6f}"}
-    held = {key: text for key, text in notes.items() if text}
-    tensorfile.write(path, tensors, {**held, **host_metadata(base), **told})
+        made = full_difference(base, told)
+        tensorfile.write_lazily(path, made.described, Told(made, "writing", progress), held)
+        return None
+    tensors, account = low_rank(base, told, rank=rank, energy=ENERGY if rank is energy is None else energy)
+    tensorfile.write(path, tensors, {**held, "salun.energy_kept": f"{account.total.share:.6f}"})
     return account
 
 
@@ -215,6 +218,7 @@ def write_new(
     delta: Delta,
     notes: Mapping[str, str],
     keep_ema: bool = False,
+    progress: Progress = silent,
 ) -> str:
     """`write_output`, to a name that must be free or hold these very bytes (of a run that stopped after writing it).
 
@@ -223,12 +227,11 @@ def write_new(
     path = Path(target)
     tidy(path)
     if not path.exists():
-        return write_output(target, model, erased, delta, notes, keep_ema)
+        return write_output(target, model, erased, delta, notes, keep_ema, progress)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
         again = Path(beside) / path.name
-        kind = write_output(
-            str(again) + (os.sep if target.endswith(("/", os.sep)) else ""), model, erased, delta, notes, keep_ema
-        )
+        ending = os.sep if target.endswith(("/", os.sep)) else ""
+        kind = write_output(f"{again}{ending}", model, erased, delta, notes, keep_ema, progress)
         if _contents(again) != _contents(path):
             raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
     return kind

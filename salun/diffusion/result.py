@@ -153,7 +153,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
             progress(Event("saving", i, len(targets), message=shown))
             ours = folder is not None and Path(target).parent == folder
             write = write_output if force or ours else write_new
-            kind = write(target, run.model, run.erased, run.delta, notes, run.plan.options.keep_ema)
+            kind = write(target, run.model, run.erased, run.delta, notes, run.plan.options.keep_ema, progress)
             files = sorted((Path(target) / "unet").glob("*.safetensors")) if kind == "folder" else [Path(target)]
             for file in files:
                 inner = f"{shown}unet/{file.name}" if kind == "folder" else shown

@@ -65,28 +65,54 @@ def host_metadata(base: Mapping[str, Tensor]) -> dict[str, str]:
 # -- full differences -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Differences(Mapping[str, Tensor]):
+    """Stock key → new − old, each made when it is asked for: of a whole UNet they take as much as it does.
+
+    described: key → dtype and shape. names: key → diffusers name, "" for a tensor of zeros.
+    """
+
+    base: Mapping[str, Tensor]
+    changed: Mapping[str, Tensor]
+    described: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    names: dict[str, str]
+
+    def __getitem__(self, key: str) -> Tensor:
+        dtype, shape = self.described[key]
+        name = self.names[key]
+        if not name:
+            return torch.zeros(shape, dtype=dtype)
+        return _cast(_difference(self.base, self.changed, name), dtype, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.described)
+
+    def __len__(self) -> int:
+        return len(self.described)
+
+
 def full_difference(
     base: Mapping[str, Tensor], changed: Mapping[str, Tensor], dtype: torch.dtype = torch.float16
-) -> dict[str, Tensor]:
+) -> Differences:
     """Stock key → new − old, in the tensor's own shape: `.diff` for weights, `.diff_b` for biases, of norms too.
 
     base: the whole UNet by diffusers names, read lazily, one tensor at a time; changed: the tensors that changed. Where
     a bias changed alone its weight gets a `.diff` of zeros: A1111 refuses a whole file that has a `.diff_b` without.
     Raises ModelError if nothing changed, the tensors do not pair up, or a difference is not finite or too large for
-    dtype.
+    dtype: each tensor is looked at once before the first is made.
     """
     keys = module_keys(base)
-    found: dict[str, Tensor] = {}
+    names, described = {}, {}
     for name, difference in _differences(base, changed):
-        end = "diff_b" if name.endswith(".bias") else "diff"
-        found[f"{keys[name]}.{end}"] = _cast(difference, dtype, name)
-    for name, key in keys.items():
-        if name.endswith(".weight") and f"{key}.diff_b" in found and f"{key}.diff" not in found:
-            weight = changed[name] if name in changed else base[name]
-            found[f"{key}.diff"] = torch.zeros(weight.shape, dtype=dtype)
-    if not found:
+        key = f"{keys[name]}.{'diff_b' if name.endswith('.bias') else 'diff'}"
+        names[key], described[key] = name, (dtype, tuple(_cast(difference, dtype, name).shape))
+    if not names:
         raise _nothing_changed()
-    return found
+    for name, module in keys.items():
+        key = f"{module}.diff"
+        if name.endswith(".weight") and f"{module}.diff_b" in names and key not in names:
+            names[key], described[key] = "", (dtype, tuple(base[name].shape))
+    return Differences(base, changed, described, names)
 
 
 # -- low rank ---------------------------------------------------------------------------------------------------------
@@ -248,16 +274,18 @@ def _differences(base: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> I
     if lone:
         raise ModelError(f"the base holds no {', '.join(lone[:3])}: give the model that was changed")
     for name in base:
-        if name not in changed:
-            continue
-        old, new = base[name], changed[name]
-        if old.shape != new.shape:
-            raise ModelError(f"{name} is {list(old.shape)} in the base and {list(new.shape)} in the changed model")
-        difference = new.detach().cpu().double() - old.detach().cpu().double()
-        if not torch.isfinite(difference).all():
-            raise ModelError(f"{name} holds a difference that is not finite: one of the two models is damaged")
-        if difference.any():
+        if name in changed and (difference := _difference(base, changed, name)).any():
             yield name, difference
+
+
+def _difference(base: Mapping[str, Tensor], changed: Mapping[str, Tensor], name: str) -> Tensor:
+    old, new = base[name], changed[name]
+    if old.shape != new.shape:
+        raise ModelError(f"{name} is {list(old.shape)} in the base and {list(new.shape)} in the changed model")
+    difference = new.detach().cpu().double() - old.detach().cpu().double()
+    if not torch.isfinite(difference).all():
+        raise ModelError(f"{name} holds a difference that is not finite: one of the two models is damaged")
+    return difference
 
 
 def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
