@@ -123,7 +123,7 @@ def erase(
             command=shlex.join(["salun", *sys.argv[1:]]),
         )
     if not who.rank:
-        _tell(run.record.data, as_json, _erase_lines(run, folder))
+        _tell(run.record.data, as_json, _erase_lines(run, folder, job.output))
 
 
 def _settled(job: EraseJob, given: set[str], config: Path | None, resume: bool) -> tuple[EraseJob, dict[str, str]]:
@@ -442,7 +442,7 @@ def _tell(data: Any, as_json: bool, lines: list[str]) -> None:
             typer.echo(printable(line))
 
 
-def _erase_lines(run: Any, folder: Path) -> list[str]:
+def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:
     lines = [f"warning: {text}" for text in run.record.data["mask"]["warnings"]]
     lines += _metric_lines(run.metrics)
     rounding = run.record.data["rounding"]
@@ -451,7 +451,8 @@ def _erase_lines(run: Any, folder: Path) -> list[str]:
     elif rounding["rounded_away"]:
         share = rounding["rounded_away"] / rounding["moved"]
         lines.append(f"{share:.1%} of the weights that moved did so by less than the file's number format can hold")
-    lines += [f"{entry['kind']}: {entry['path']}" for entry in run.record.data["outputs"]]
+    told = {Path(place).name: place for place in outputs}  # run.json has no path of this machine, people need it
+    lines += [f"{entry['kind']}: {told.get(entry['path'], entry['path'])}" for entry in run.record.data["outputs"]]
     return [*lines, f"run folder: {folder}", f"report: {folder / 'report.html'}"]
 
 

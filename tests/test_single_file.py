@@ -220,13 +220,16 @@ def test_an_erasure_that_the_files_format_cannot_hold_is_told_loudly(
     assert "larger --lr" in rounding["warning"]
     assert "larger --lr" in (tmp_path / "api" / "report.html").read_text(encoding="utf-8")
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    target = tmp_path / "elsewhere" / "x.safetensors"
     where = ["--model", str(file("sd1", dtype="fp16")), "--run-dir", str(tmp_path / "cli"), "--device", "cpu"]
+    where += ["--output", str(target)]
     monkeypatch.setattr(sys, "argv", ["salun", "erase", "--concept", "golf ball", *where, *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     told = capsys.readouterr()
     assert stop.value.code in (0, None), told.err
     assert told.out.startswith("warning: ")
+    assert f"checkpoint: {target}\n" in told.out  # where it is, as asked for
 
 
 def test_inspect_says_whether_a_model_can_be_erased_from(file: Callable[..., Path], tmp_path: Path) -> None:
@@ -369,6 +372,12 @@ def test_the_prediction_type_is_told_by_the_first_that_knows(file: Callable[...,
     assert of(file("sd2", prediction="v_prediction"), prediction_type="epsilon") == "epsilon"
     named = file("sd2", prediction="v_prediction", metadata={"modelspec.prediction_type": "epsilon"})
     assert of(named) == "epsilon"
+    lender = tmp_path / "lender"  # v-prediction, which says nothing of a file that speaks for itself
+    plain = salun.load(str(file("sd2", prediction="v_prediction")), device="cpu")
+    salun.erase(plain, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{lender}/")
+    assert of(named, components=str(lender)) == "epsilon"
+    assert of(file("sd2"), components=str(lender)) == "v_prediction"  # this one says nothing: the lender before a guess
+    assert of(file("sd2"), components=str(lender), prediction_type="epsilon") == "epsilon"
     marked = file("sdxl", prediction="v_prediction", marks=("ztsnr",))
     model = salun.load(str(marked), device="cpu")
     assert model.prediction_type == "v_prediction"
