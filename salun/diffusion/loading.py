@@ -229,7 +229,7 @@ def _load_folder(found: Description, precision: torch.dtype) -> Parts:
         encoders = []
         for part in parts:
             kind = CLIPTextModelWithProjection if part else CLIPTextModel
-            encoders.append(whole(kind, folder / f"text_encoder{part}", dtype=precision))
+            encoders.append(whole(kind, folder / f"text_encoder{part}").to(precision))
         tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}") for part in parts]
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -141,7 +141,7 @@ def _text_encoder(
 
     if not contents.text[index]:
         kind = CLIPTextModelWithProjection if index else CLIPTextModel
-        return _lent(kind, contents, components, f"text_encoder{_part(index)}", dtype=precision)
+        return _lent(kind, contents, components, f"text_encoder{_part(index)}").to(precision)
     encoder, tensors, inner = empty_text_encoder(contents, config, index)
     _fill(encoder, tensors, precision, contents.path, inner.__getitem__)
     return encoder
