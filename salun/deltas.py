@@ -15,7 +15,7 @@ from torch import Tensor
 
 from salun.diffusion.finding import find
 from salun.diffusion.output import DELTA, DIFF, LORA, check_output, output_layout, write_stock
-from salun.errors import ConfigError, ModelError
+from salun.errors import ConfigError, ModelError, some
 from salun.formats import stacking, tensorfile
 from salun.formats.applied import (
     APPLIED,
@@ -153,7 +153,7 @@ def stack(
         for (one, two), n in shared.items()
     ]
     if dropped:
-        notes.append(f"left out, since other copies of the weights still hold what was erased: {_some(dropped)}")
+        notes.append(f"left out, since other copies of the weights still hold what was erased: {some(dropped)}")
     return {
         "output": output,
         "applied": [{"id": delta.id, "strength": strength} for delta, strength in layers],
@@ -278,8 +278,3 @@ def _write(
 
 def _partners(delta: str, shared: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
     return tuple(sorted({one for pair in shared if delta in pair for one in pair if one != delta}))
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -1,5 +1,9 @@
 """The errors a user can meet. Each message says what, where, and what to do; the CLI prints it as one line."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class SalunError(Exception):
     """Any error that salun raises on purpose."""
@@ -27,3 +31,9 @@ class TrainingError(SalunError):
 
 class Cancelled(SalunError):
     """The user asked to stop."""
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few of many names, as a message lists them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

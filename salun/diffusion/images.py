@@ -15,7 +15,7 @@ from torch import Tensor
 
 from salun.cache import Cache, key_of
 from salun.diffusion.models import Model
-from salun.errors import DataError
+from salun.errors import DataError, some
 from salun.progress import Event, Progress, silent
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
@@ -91,7 +91,7 @@ def encode_folder(
         latents.append(_encode(model, pixels, digest, cache))
         captions.append(_fitting(model, _caption(path), name))
     notes = [f"{folder.name}: {len(latents)} of {len(files)} pictures used"]
-    notes += [f"  {len(names)} {why}: {_some(names)}" for why, names in left.items()]
+    notes += [f"  {len(names)} {why}: {some(names, 5)}" for why, names in left.items()]
     if not latents:
         raise DataError("; ".join(line.strip() for line in notes) + ": nothing is left to train on")
     return Encoded(torch.stack(latents).to(model.device), captions, notes)
@@ -171,10 +171,6 @@ def _fitting(model: Model, caption: str | None, name: str) -> str | None:
     except DataError as error:
         raise DataError(f"the caption of {name}: {error}") from error
     return caption
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def concept_folders(folder: Path, names: list[str]) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from salun.diffusion.finding import ASSETS
 from salun.diffusion.loading import whole
-from salun.errors import ModelError
+from salun.errors import ModelError, some
 from salun.formats import families, keymap, tensorfile
 from salun.formats.checkpoint import Contents, shapes_of
 from salun.formats.folder import open_part
@@ -226,7 +226,7 @@ def text_tensors(contents: Contents, names: Iterable[str], index: int) -> tuple[
     places = keymap.text_to_ldm(names, text_layout(contents, index))
     missing = [theirs for theirs, _ in places.values() if theirs not in contents.header.entries]
     if missing:
-        raise ModelError(f"{contents.path} lacks {_some(missing)} of its text encoder: it is not whole")
+        raise ModelError(f"{contents.path} lacks {some(missing)} of its text encoder: it is not whole")
 
     def maker(theirs: str, part: str) -> Callable[[], Tensor]:
         def make() -> Tensor:
@@ -342,9 +342,9 @@ def agree(wanted: Mapping[str, Any], there: Mapping[str, Any], path: Path, inner
     """Raises ModelError where names differ, or shapes where both sides hold shapes."""
     missing, extra = [n for n in wanted if n not in there], [n for n in there if n not in wanted]
     if missing:
-        raise ModelError(f"{path} lacks {_some(missing)} (diffusers' names): it is not whole")
+        raise ModelError(f"{path} lacks {some(missing)} (diffusers' names): it is not whole")
     if extra:
-        raise ModelError(f"{path} holds {_some([inner(n) for n in extra])}, which no model of its kind has")
+        raise ModelError(f"{path} holds {some([inner(n) for n in extra])}, which no model of its kind has")
     for name, shape in wanted.items():
         if isinstance(shape, tuple) and shape != there[name]:
             raise _misshapen(path, inner(name), there[name], shape)
@@ -352,7 +352,3 @@ def agree(wanted: Mapping[str, Any], there: Mapping[str, Any], path: Path, inner
 
 def _misshapen(path: Path, name: str, found: Sequence[int], due: Sequence[int]) -> ModelError:
     return ModelError(f"{path}: {name} has the shape {list(found)}, where {list(due)} is due")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
