@@ -6,6 +6,7 @@ at all. Who has a delta can undo the erasure.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -14,17 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from salun.diffusion.finding import find
-from salun.diffusion.output import DELTA, DIFF, LORA, check_output, output_layout, write_stock
+from salun.diffusion.output import DELTA, DIFF, LORA, check_output, output_layout, stock_notes, write_stock
 from salun.errors import ConfigError, ModelError, some
 from salun.formats import stacking, tensorfile
 from salun.formats.applied import (
     APPLIED,
     BASE_HASH,
     OURS,
-    RESULT_HASH,
     Applied,
     applied_in,
-    joined,
     notes_in,
     why_kept,
     with_added,
@@ -32,13 +31,14 @@ from salun.formats.applied import (
 )
 from salun.formats.checkpoint import open_unet
 from salun.formats.delta import Delta
-from salun.formats.patch import left_out, write_patched
+from salun.formats.patch import led_out, left_out, placed, size_of, write_patched
 from salun.formats.pickled import readable
-from salun.formats.stacking import Stacked
+from salun.formats.stacking import OtherBase, Stacked
 from salun.formats.stock import check_rank
 from salun.formats.stored import Stored
 from salun.options import FileOptions
 from salun.progress import Event, Progress, Told, silent
+from salun.run_record import check_room
 
 FILE = ".safetensors"
 
@@ -57,6 +57,7 @@ def extract(
     options: where models are found, of every function here. Returns facts for people and programs. Raises ConfigError
     for an output that must not be written; ModelError for models that do not pair up or do not differ.
     """
+    output = os.path.expanduser(output)
     old, new = open_model(base, options), open_model(erased, options)
     _check(output, force, old.path, new.path, endings=(DELTA,))
     notes = {OURS + key: text for key, text in notes_in(new.metadata).items()}
@@ -64,7 +65,8 @@ def extract(
     if not delta.changes:
         raise ModelError(f"{base} and {erased} hold the same UNet: there is nothing to extract")
     progress(Event("writing", message=f"writing {output}"))
-    delta.save(output)
+    with placed(Path(output), force) as place:
+        delta.save(place)
     total = sum(prod(old.entry(name).shape) for name in old)
     return {
         "output": output,
@@ -130,12 +132,17 @@ def stack(
     """
     if strengths and len(strengths) != len(deltas):
         raise ConfigError(f"{len(strengths)} --strength for {len(deltas)} deltas: give one for each, in order, or none")
+    output = os.path.expanduser(output)
     stacking.check_strengths(strengths)
     stored = open_model(model, options)
     other = open_model(fine_tune_of, options) if fine_tune_of is not None else None
     _check(output, force, *(m.path for m in (stored, other) if m is not None), *map(Path, deltas), layout_of=stored)
     layers = list(zip([Delta.load(path) for path in deltas], strengths or [1.0] * len(deltas), strict=True))
-    made = stacking.stack(stored, layers, fine_tune_of=other, progress=progress)
+    try:
+        made = stacking.stack(stored, layers, fine_tune_of=other, progress=progress)
+    except OtherBase as error:
+        _stackable(stored, layers, error)
+        raise
     active = [delta for delta, strength in layers if strength]
     shared = {pair: n for pair, n in stacking.overlaps(active).items() if n}
     exact = not made.note
@@ -146,12 +153,14 @@ def stack(
     ]
     metadata = with_added(added, stored.metadata, made.base_hash, made.result_hash) if added else {}
     dropped = [] if keep_ema and stored.single else left_out(stored)
-    _write(stored, output, made, metadata, progress, keep_ema)
+    _write(stored, output, made, metadata, progress, force, keep_ema)
     notes = [made.note] if made.note else []
     notes += [
         f"{one} and {two} both change {n:,} entries: these get the sum of both, and neither can be undone alone"
         for (one, two), n in shared.items()
     ]
+    if links := led_out(stored):
+        notes.append(f"left out, as links that lead out of the model: {some(links)}")
     if dropped:
         notes.append(f"left out, since other copies of the weights still hold what was erased: {some(dropped)}")
     return {
@@ -179,6 +188,7 @@ def undo(
     The model must be what the delta gives its own base, or list the delta at strength 1 without overlap. Raises
     ModelError for any other, saying what was applied to it and from which base to start instead.
     """
+    output = os.path.expanduser(output)
     stored = open_model(model, options)
     _check(output, force, stored.path, Path(delta), layout_of=stored)
     loaded = Delta.load(delta)
@@ -187,15 +197,16 @@ def undo(
     listed = applied_in(stored.metadata, found)
     whole = found == loaded.result_hash
     if not whole and (why := why_kept(loaded.id, listed)):
+        began = stored.metadata[BASE_HASH] if listed else loaded.base_hash
         raise ModelError(
             f"the delta {loaded.id} cannot be taken out of {model} (hash {found[:12]}…, not the "
-            f"{loaded.result_hash[:12]}… that it gives): {why}; start from its base (hash {loaded.base_hash[:12]}…)"
+            f"{loaded.result_hash[:12]}… that it gives): {why}; start from its base (hash {began[:12]}…)"
         )
     metadata = without(loaded.id, listed, stored.metadata, back)
     expected = loaded.base_hash if whole else back if metadata[APPLIED] else stored.metadata[BASE_HASH]
     if not back or back != expected:
         raise stacking.damaged("what it leaves is not the model that it was applied to")
-    _write(stored, output, flipped, metadata, progress, keep_ema=True)
+    _write(stored, output, flipped, metadata, progress, force, keep_ema=True)
     remaining = [{"id": one.id, "strength": one.strength} for one in applied_in(metadata, back)]
     return {"output": output, "id": loaded.id, "base_hash": back, "result_hash": found, "applied": remaining}
 
@@ -217,6 +228,7 @@ def export(
     Returns facts, with `kept` as `Account.as_json` tells it. Raises ConfigError for options that contradict; ModelError
     for a base that is not the delta's.
     """
+    output = os.path.expanduser(output)
     if output.endswith(DIFF) and not rank is energy is None:
         raise ConfigError(f"--rank and --energy are of low-rank files: end --output in {LORA}, or leave them out")
     if output.endswith(LORA) and not rank is energy is None:
@@ -228,17 +240,22 @@ def export(
     old = made.start
     new = Stacked(old, made.layers)
     facts: dict[str, Any] = {"output": output, "id": loaded.id, "notes": [made.note] if made.note else []}
-    metadata = {
-        **joined([notes_in(loaded.metadata)]),
-        "salun.delta": loaded.id,
-        BASE_HASH: loaded.base_hash,
-        RESULT_HASH: loaded.result_hash,
-    }
-    account = write_stock(Path(output), old, new, metadata, rank, energy, progress)
+    with placed(Path(output), force) as place:
+        account = write_stock(place, old, new, stock_notes(loaded), rank, energy, progress)
     if account is not None:
         facts["kept"] = account.as_json()
     header = tensorfile.read_header(Path(output))
     return {**facts, "bytes": Path(output).stat().st_size, "tensors": len(header.names)}
+
+
+def _stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], error: OtherBase) -> None:
+    """Raises ModelError with the exact way, where the model is the deltas' base with others of that base in it."""
+    listed = applied_in(stored.metadata, error.found)
+    if listed and stored.metadata[BASE_HASH] == layers[0][0].base_hash:
+        raise ModelError(
+            f"{stored.path} holds {', '.join(map(str, listed))} already, of the same base (hash "
+            f"{error.due[:12]}…): start from that and apply all at once by `salun delta stack`, which is exact"
+        ) from error
 
 
 def open_model(name: str, options: FileOptions | None = None) -> Stored:
@@ -258,10 +275,11 @@ def _check(
     if layout_of is not None and not layout_of.single and output_layout(output) != "folder":
         raise ConfigError(f"--output {output}: {layout_of.path} is a diffusers folder, so end it in /")
     for given in inputs:
-        one, other = Path(output).resolve(), given.resolve()
+        one, other = Path(os.path.realpath(output)), Path(os.path.realpath(given))
         if one == other or one in other.parents or other in one.parents:
             raise ConfigError(f"--output {output} is, holds or is inside {given}, which is read: write somewhere else")
     check_output(output, force)
+    check_room({Path(output): size_of(layout_of) if layout_of is not None else 0})
 
 
 def _write(
@@ -270,10 +288,12 @@ def _write(
     changed: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     progress: Progress,
+    force: bool,
     keep_ema: bool = False,
 ) -> None:
     progress(Event("writing", message=f"writing {output}"))
-    write_patched(stored, Path(output), Told(changed, "writing", progress), metadata, keep_ema)
+    with placed(Path(output), force) as place:
+        write_patched(stored, place, Told(changed, "writing", progress), metadata, keep_ema)
 
 
 def _partners(delta: str, shared: Mapping[tuple[str, str], int]) -> tuple[str, ...]:

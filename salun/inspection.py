@@ -13,6 +13,7 @@ from torch import Tensor
 
 from salun.diffusion.evaluate import read_run
 from salun.diffusion.loading import Description, describe
+from salun.diffusion.output import DELTA
 from salun.errors import ModelError
 from salun.formats import delta as deltas
 from salun.formats import tensorfile
@@ -30,7 +31,9 @@ def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
     Masks, deltas and runs tell `blocks` and `layers` too: block or parameter of the UNet → [entries selected or
     changed, entries in all].
     """
-    place = Path(path)
+    place = Path(path).expanduser()
+    if path.endswith(DELTA) and not place.exists():
+        raise ModelError(f"there is no delta {path}")
     if (place / "run.json").is_file():
         record = read_run(place)
         named = next((entry["path"] for entry in record["outputs"] if entry["kind"] == "delta"), None)
@@ -69,8 +72,9 @@ def _model(found: Description) -> dict[str, Any]:
     }
     if found.contents is not None:
         contents = found.contents
-        facts["vae"] = "yes" if contents.has_vae else "missing: --components names a folder or hub id that has one"
-        facts["text_encoders"] = ", ".join("yes" if t else "missing: see --components" for t in contents.text)
+        missing = "from --components" if found.folder else "missing: --components names a folder or hub id that has one"
+        facts["vae"] = "yes" if contents.has_vae else missing
+        facts["text_encoders"] = ", ".join("yes" if there else missing for there in contents.text)
         facts["ema"] = f"{len(contents.ema)} tensors, a second copy of the weights" if contents.ema else "none"
         facts["other_tensors"] = len(contents.others)
         facts |= {name: text for name, text in contents.header.metadata.items() if name.startswith("salun.")}

@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -203,15 +204,30 @@ def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
     return dict(found)
 
 
-def check_room(folder: Path, size: int) -> None:
-    """Raises ConfigError if the disk of a run folder, there or to be made, has less than `size` bytes free."""
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    if free < size:
-        raise ConfigError(
-            f"--run-dir {folder}: the run may take {size / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: "
-            "make room, or name a folder on another disk"
-        )
+def check_room(needed: Mapping[Path, int]) -> None:
+    """Raises ConfigError if a place, there or to be made, cannot be written to, or its disk has not enough room.
+
+    needed: file or folder → bytes; what lies on one disk is added up.
+    """
+    disks: dict[int, list[tuple[Path, int]]] = {}
+    for place, size in needed.items():
+        whole = place.absolute()
+        above = [whole, *whole.parents] if whole.is_dir() else list(whole.parents)
+        folder = next(p for p in above if p.exists())
+        if not folder.is_dir():
+            raise ConfigError(f"{place} cannot be made: {folder} is no folder")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{place} cannot be written: {error.strerror or error}") from error
+        disks.setdefault(folder.stat().st_dev, []).append((folder, size))
+        free, wanted = shutil.disk_usage(folder).free, sum(size for _, size in disks[folder.stat().st_dev])
+        if free < wanted:
+            raise ConfigError(
+                f"{place}: the run may take {wanted / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: "
+                "make room, or name a place on another disk"
+            )
 
 
 @contextmanager

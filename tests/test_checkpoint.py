@@ -196,6 +196,10 @@ STRANGERS = {
         ["input_blocks.0.0.weight", "out.2.weight"],
         ["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"],
     ],
+    r"an EDM model \(Playground, CosXL\)": [
+        ["edm_mean", "edm_std", "model.diffusion_model.input_blocks.0.0.weight"],
+        ["edm_vpred.sigma_max", "model.diffusion_model.input_blocks.0.0.weight"],
+    ],
     "an AnimateDiff motion module": [
         ["down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight"],
     ],

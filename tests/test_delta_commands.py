@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from salun import deltas
 from salun.__main__ import main
-from salun.errors import Cancelled, ModelError
+from salun.errors import Cancelled, ConfigError, ModelError
 from salun.formats import keymap, tensorfile
 from salun.formats.checkpoint import open_unet
 from salun.formats.delta import Delta, applied_metadata
@@ -383,6 +383,84 @@ def test_a_folder_that_a_killed_command_had_moved_aside_is_put_back(tmp_path: Pa
     assert not list((tmp_path / "model").iterdir())
 
 
+@pytest.mark.parametrize("layout", [folder, single])
+def test_what_appears_at_the_outputs_name_meanwhile_is_left(layout: Callable[..., str], salun: Command) -> None:
+    base, new = weights(), moved(weights(), 1)
+    ending = "/" if layout is folder else ".safetensors"
+    model, target = layout(f"base{ending}", base), Path(f"mine{ending}")
+    Delta.between(base, new).save("x.salun.safetensors")
+
+    def appear(event: Event) -> None:
+        if event.stage == "writing" and event.step == 5:
+            if layout is folder:
+                target.mkdir()
+            (target / "precious" if layout is folder else target).write_text("the user's")
+
+    with pytest.raises(ConfigError, match="is there already"):
+        deltas.apply(model, "x.salun.safetensors", f"mine{ending}", progress=appear)
+    assert (target / "precious" if layout is folder else target).read_text() == "the user's"
+    assert not list(Path().glob(".mine*"))
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(salun: Command) -> None:
+    base = weights()
+    model = single("base.safetensors", base)
+    Delta.between(base, moved(base, 1)).save("x.salun.safetensors")
+    seen: list[str] = []
+    Path("file").write_text("no folder")
+    for place in ("file/y.safetensors", "/proc/y.safetensors"):
+        with pytest.raises(ConfigError, match=r"no folder|cannot be written|free"):
+            deltas.apply(model, "x.salun.safetensors", place, progress=lambda event: seen.append(event.stage))
+    assert not seen
+
+
+def test_links_that_lead_to_themselves_are_told(salun: Command) -> None:
+    base = weights()
+    model = single("base.safetensors", base)
+    Delta.between(base, moved(base, 1)).save("x.salun.safetensors")
+    Path("loop.safetensors").symlink_to("loop.safetensors")
+    Path("nowhere.safetensors").symlink_to("gone.safetensors")
+    apply = ("delta", "apply", model)
+    for link in ("loop.safetensors", "nowhere.safetensors"):
+        refused(salun(*apply, "x.salun.safetensors", "--output", link), 2, "is there already")
+    refused(salun(*apply, "loop.safetensors", "--output", "y.safetensors"), 1, "cannot be read")
+
+
+def test_a_second_delta_of_the_same_base_says_how_both_are_applied(salun: Command) -> None:
+    base = weights()
+    single("base.safetensors", base)
+    for number in (1, 2):
+        Delta.between(base, moved(base, number)).save(f"{number}.salun.safetensors")
+    done(salun("delta", "apply", "base.safetensors", "1.salun.safetensors", "--output", "one.safetensors", "--json"))
+    told = salun("delta", "apply", "one.safetensors", "2.salun.safetensors", "--output", "both.safetensors")
+    refused(told, 1, "holds", "`salun delta stack`", base_hash(base)[:12])
+
+
+def test_a_copy_of_a_folder_has_no_hidden_copies_of_the_weights_and_no_file_of_the_users(salun: Command) -> None:
+    base = weights()
+    model = folder("base", base)
+    Delta.between(base, moved(base, 1)).save("x.salun.safetensors")
+    for place in ("unet_ema/diffusion_pytorch_model.safetensors", "unet/old/model.safetensors", "old/unet.safetensors"):
+        Path("base", place).parent.mkdir(parents=True, exist_ok=True)
+        save_file(base, Path("base", place))
+    Path("base", "old", "pytorch.bin").write_bytes(b"who knows")
+    Path("base", "detector").mkdir()
+    save_file({"layer.weight": torch.ones(2)}, Path("base", "detector", "detector.safetensors"))
+    Path("secret").write_text("the user's")
+    Path("base", "notes").symlink_to(Path("secret").resolve())
+    Path("shared").mkdir()
+    save_file({"x": torch.ones(3)}, Path("shared", "model.safetensors"))
+    Path("base", "text_encoder").symlink_to(Path("shared").resolve())
+    found = done(salun("delta", "apply", model, "x.salun.safetensors", "--output", "again/", "--json"))
+    copied = {p.relative_to("again").as_posix() for p in Path("again").rglob("*") if p.is_file()}
+    assert copied == {
+        "model_index.json", UNET, "vae/model.safetensors", "text_encoder/model.safetensors",
+        "detector/detector.safetensors",
+    }  # fmt: skip
+    assert any("notes" in note and "lead out" in note for note in found["notes"])
+    assert any("old/pytorch.bin" in note for note in found["notes"])
+
+
 def test_what_another_running_process_writes_is_left_alone(tmp_path: Path) -> None:
     theirs = tmp_path / f".x.safetensors.{os.getppid()}.tmp"
     theirs.write_bytes(b"half")
@@ -428,7 +506,8 @@ def test_an_fp32_copy_of_the_fp16_base_gets_differences_and_this_is_said(salun: 
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, base[name].float() + (new[name].float() - base[name].float()))
     told = salun("delta", "undo", "again.safetensors", "x.salun.safetensors", "--output", "back.safetensors")
-    refused(told, 1, "at strength 1 as differences", "start from its base", base_hash(base)[:12])
+    its_own = base_hash(weights_as(base, torch.float32))
+    refused(told, 1, "at strength 1 as differences", "start from its base", its_own[:12])
 
 
 def test_an_fp16_copy_of_the_fp32_base_is_refused_with_the_way_out(salun: Command) -> None:

@@ -357,6 +357,60 @@ def test_a_model_in_the_hubs_cache_is_taken_from_there_only_if_it_is_whole(
     assert salun.load(str(target), device="cpu", components="someone/part").family == "sd1"
 
 
+def test_a_folder_without_its_words_is_told_before_the_work(tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer of a folder that is not there."""
+    shutil.copytree(ASSETS / "shapes", tmp_path / "mute")
+    for path in (tmp_path / "mute" / "tokenizer").iterdir():
+        if path.name == "vocab.json":
+            path.unlink()
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        salun.load(str(tmp_path / "mute"), device="cpu")
+    assert "holds no tokenizer" in inspect(str(tmp_path / "mute"))["verdict"]
+    shutil.rmtree(tmp_path / "mute" / "tokenizer")
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        salun.load(str(tmp_path / "mute"), device="cpu")
+
+
+def test_half_a_vae_or_a_text_encoder_without_words_counts_as_none(file: Callable[..., Path], tmp_path: Path) -> None:
+    whole = salun.load(str(file("sd1")), device="cpu")
+    salun.erase(whole, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{tmp_path}/parts/")
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(file("sd1")).items()
+        if "first_stage_model.encoder" not in name and (keymap.TEXT["sd1"][0].prefix not in name)
+    }
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, tmp_path / "half.safetensors")
+    with pytest.raises(ModelError, match="--components"):
+        salun.load(str(tmp_path / "half.safetensors"), device="cpu")
+    lent = salun.load(str(tmp_path / "half.safetensors"), device="cpu", components=str(tmp_path / "parts"))
+    torch.testing.assert_close(predictions(lent), predictions(whole), rtol=0, atol=0)
+
+
+def test_a_low_rank_output_says_what_it_holds_and_no_file_says_where_the_model_lay(
+    file: Callable[..., Path], tmp_path: Path
+) -> None:
+    outputs = [f"{tmp_path}/x.lora.safetensors", f"{tmp_path}/x.safetensors", f"{tmp_path}/x.salun.safetensors"]
+    run = salun.erase(str(file("sd1")), "golf ball", outputs=outputs, run_dir=tmp_path / "run", **QUICK)
+    assert any("x.lora.safetensors holds" in note and "energy" in note for note in run.record.data["notes"])
+    for output in outputs:
+        told = tensorfile.read_header(Path(output)).metadata
+        assert told["salun.model"] == file("sd1").name
+        assert str(file("sd1").parent) not in str(told)
+    assert str(file("sd1").parent) not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(file: Callable[..., Path], tmp_path: Path) -> None:
+    seen: list[str] = []
+    (tmp_path / "file").write_text("no folder")
+    for place in (f"{tmp_path}/file/x.safetensors", "/proc/x.safetensors"):
+        with pytest.raises(ConfigError, match=r"no folder|cannot be written|free"):
+            salun.erase(
+                str(file("sd1")), "golf ball", outputs=[place], progress=lambda e: seen.append(e.stage), **QUICK
+            )
+    assert not {"sampling", "training"} & set(seen)
+
+
 def test_components_of_another_family_are_refused(file: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="family sd1, not sd2"):
         salun.load(str(file("sd2")), device="cpu", components="shapes")
@@ -431,6 +485,13 @@ def test_a_checkpoint_is_found_by_its_name_where_hosts_keep_theirs(
     for strange in ("~nobody-of-this-name/x.safetensors", "x" * 5000, "nul\0", ""):
         with pytest.raises(ModelError):
             find(strange)
+    (webui / "models" / "Stable-diffusion" / "linked").symlink_to(comfy / "models" / "checkpoints" / "anime")
+    assert find("anime/One", [str(comfy)])[0].name == "One.safetensors"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "linked").symlink_to(extra)  # as people share folders between their UIs
+    assert find("three", [str(tmp_path / "other")])[0].name == "Three.safetensors"
+    with pytest.raises(ModelError, match=f"looked in {tmp_path / 'other'}"):
+        find("four", [str(tmp_path / "other")])
     monkeypatch.setenv("HOME", str(tmp_path))
     (comfy / "extra_model_paths.yaml").write_text("a:\n  base_path: ~/elsewhere\n  checkpoints: sd\n", encoding="utf-8")
     assert find("three", dirs)[0].name == "Three.safetensors"

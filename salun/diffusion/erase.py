@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -62,7 +63,8 @@ def erase(
     options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
     check_optimiser(options.optimiser)
     who = current()
-    folder = Path(run_dir) if run_dir is not None else None
+    folder = Path(run_dir).expanduser() if run_dir is not None else None
+    outputs = [os.path.expanduser(target) for target in outputs] if outputs is not None else None
     if resume and folder is None:
         raise ConfigError("--resume needs the --run-dir of the run to go on with")
     previous = who.share(check_folder(folder, resume) if folder is not None and not who.rank else None)
@@ -74,8 +76,7 @@ def erase(
         model = load_with(model, options)
     check_places(model, outputs or [], folder, read_beside(options))
     plan = make_plan(model.settings, model.name, concept, options)
-    if folder is not None and not begun:
-        check_room(folder, disk_needed(model, plan, outputs or []))
+    check_room(disk_needed(model, plan, outputs or [], None if begun else folder))  # a run that goes on has its room
     if options.method == "salun" and options.mask not in MASKS:
         _mask_from_file(model, plan)  # a mask that does not fit is told now, not after the sampling
     if plan.batch_size % who.count:

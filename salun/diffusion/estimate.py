@@ -18,9 +18,11 @@ from salun.diffusion.loading import load_with
 from salun.diffusion.models import Model, scoped
 from salun.diffusion.output import STATE_BYTES, check_output, check_places, disk_needed, read_beside
 from salun.diffusion.plan import Plan, Wanted, make_plan
+from salun.errors import ConfigError
 from salun.mask import entries
 from salun.options import EraseOptions
 from salun.progress import Event, Progress, silent
+from salun.run_record import check_room
 
 _QUICK = 0.5  # seconds; a pass that takes longer is measured with one sample and scaled
 
@@ -49,12 +51,15 @@ def preview(
     with loaded.borrowed(), loaded.set_up(plan.options):
         forward, backward, kept = _measure(loaded, plan)
     seconds = _seconds(loaded, plan, forward, backward)
-    memory, disk = _memory(loaded, plan, kept), disk_needed(loaded, plan, outputs)
+    memory, places = _memory(loaded, plan, kept), disk_needed(loaded, plan, outputs, run_dir)
+    disk = sum(places.values())
     free_disk = shutil.disk_usage(_existing(run_dir)).free
     free_memory = _free_memory(loaded.device)
     warnings = []
-    if free_disk < disk:
-        warnings.append(f"the disk of {run_dir} has too little room: free some, or name another --run-dir")
+    try:
+        check_room(places)
+    except ConfigError as error:
+        warnings.append(str(error))
     if free_memory is not None and free_memory < memory:
         warnings.append("memory may not suffice: take a smaller --batch-size, --low-vram or --dtype bf16")
     return {

@@ -14,7 +14,7 @@ import yaml
 
 from salun.config import parse_yaml
 from salun.errors import ConfigError, ModelError
-from salun.formats.folder import weights_of
+from salun.formats.folder import files_under, weights_of
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SETTINGS = "salun.yaml"
@@ -59,10 +59,11 @@ def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tup
             raise ModelError(f"there is no {given}{where}")
         if name.count("/") != 1:
             near = difflib.get_close_matches(name, table, 1)
+            looked = f" (looked in {', '.join(map(str, folders))})" if folders else ""
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ModelError(
-                f"no model {name!r}{hint}: use {', '.join(table)}, a .safetensors file, a diffusers folder, a hub id "
-                "(owner/name), or a checkpoint's name in a folder that --models-dir tells"
+                f"no model {name!r}{looked}{hint}: use {', '.join(table)}, a .safetensors file, a diffusers folder, "
+                "a hub id (owner/name), or a checkpoint's name in a folder that --models-dir tells"
             )
     return _download(entry.get("repo", name), entry.get("variant"), unet), entry
 
@@ -83,8 +84,8 @@ def checkpoint_folders(models_dir: Sequence[str] = ()) -> Iterator[Path]:
         if (root / EXTRA_PATHS).is_file():
             inner += _extra_paths(root / EXTRA_PATHS)
         for folder in inner or [root]:
-            if folder.resolve() not in seen:
-                seen.add(folder.resolve())
+            if os.path.realpath(folder) not in seen:
+                seen.add(os.path.realpath(folder))
                 yield folder
 
 
@@ -110,13 +111,13 @@ def _named(name: str, folders: Sequence[Path]) -> Path | None:
     Raises ModelError if several have it.
     """
     wanted = name.replace("\\", "/").casefold()
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for folder in folders:
-        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILES and p.is_file()):
+        for path in (p for p in files_under(folder) if p.suffix.lower() in FILES):
             below = path.relative_to(folder).as_posix().casefold()
             names = {below, below.rsplit(".", 1)[0], path.name.casefold(), path.stem.casefold()}
             if wanted in names:
-                found.setdefault(path.resolve(), path)
+                found.setdefault(os.path.realpath(path), path)
     if len(found) > 1:
         listed = ", ".join(map(str, found.values()))
         raise ModelError(f"{name!r} is the name of {len(found)} checkpoints: give the path of one: {listed}")

@@ -21,7 +21,7 @@ from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, ModelError
 from salun.formats import families
 from salun.formats.checkpoint import Contents, open_folder, shapes_of
-from salun.formats.folder import open_part, weights_of
+from salun.formats.folder import check_tokenizer, open_part, weights_of
 from salun.formats.pickled import readable
 from salun.formats.stored import Stored
 from salun.options import ModelOptions, Recipe, Sampling, from_mapping
@@ -223,6 +223,8 @@ def _load_folder(found: Description, precision: torch.dtype) -> Parts:
     parts = ["", "_2"] if found.family == "sdxl" else [""]
     for part in ("vae", *(f"text_encoder{part}" for part in parts)):
         open_part(folder / part)  # a file that is cut short is told before minutes of loading
+    for part in parts:
+        check_tokenizer(folder / f"tokenizer{part}")
     try:
         unet = whole(UNet2DConditionModel, folder / "unet", torch_dtype=precision)
         vae = whole(AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
@@ -250,9 +252,12 @@ def check_folder(found: Description) -> None:
     config = _json(folder / "unet" / "config.json", found.name)
     unet = empty_module(lambda: UNet2DConditionModel.from_config(config), folder / "unet")
     agree({n: tuple(p.shape) for n, p in unet.named_parameters()}, shapes_of(stored), folder / "unet", stored.inner)
-    for part in ("vae", "text_encoder", *(["text_encoder_2"] if found.family == "sdxl" else [])):
+    second = ["_2"] if found.family == "sdxl" else []
+    for part in ("vae", *(f"text_encoder{end}" for end in ("", *second))):
         _json(folder / part / "config.json", found.name)
         open_part(folder / part)
+    for end in ("", *second):
+        check_tokenizer(folder / f"tokenizer{end}")
 
 
 def whole(kind: Any, folder: Path, **keywords: Any) -> Any:

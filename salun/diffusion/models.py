@@ -280,6 +280,11 @@ class Model:
         self.altered = tensors is not self.stored
 
 
+def shown_name(name: str) -> str:
+    """A model's name as files may tell it that are passed on: of a path on this machine only the last part."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
 def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
     """ᾱ_t, float32 (T,), from a diffusers scheduler config. Raises ModelError for a schedule salun does not know."""
     steps = int(config.get("num_train_timesteps", 1000))

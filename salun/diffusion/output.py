@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from salun.diffusion.models import Model, scoped
 from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError
 from salun.formats import tensorfile
+from salun.formats.applied import BASE_HASH, RESULT_HASH, joined, notes_in
 from salun.formats.delta import Delta
-from salun.formats.patch import size_of, tidy, write_patched
+from salun.formats.patch import placed, size_of, write_patched
 from salun.formats.stock import Account, full_difference, host_metadata, low_rank
-from salun.formats.tensorfile import sha256_file
 from salun.mask import Mask, entries
 from salun.options import EraseOptions
 from salun.progress import Progress, Told, silent
@@ -85,17 +84,18 @@ def moved(original: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> Mask
 def check_output(target: str, force: bool = False) -> None:
     """Raises ConfigError for an output that would overwrite something or whose format is not known."""
     path = Path(target)
+    there = os.path.lexists(path)  # a link that leads nowhere is something too
     if not target.endswith((".safetensors", "/", os.sep)):
         raise ConfigError(
             f"--output {target}: end it in .safetensors (checkpoint), / (diffusers folder), .salun.safetensors "
             "(delta), .lora.safetensors or .diff.safetensors (for stock loaders)"
         )
-    if path.exists() and not force:
+    if there and not force:
         raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
     folder = target.endswith(("/", os.sep))
-    if path.exists() and folder and not (path / "model_index.json").is_file():
+    if there and folder and not (path / "model_index.json").is_file():
         raise ConfigError(f"--output {target} is there already and is no diffusers folder: it is not replaced")
-    if path.exists() and not folder and not path.is_file():
+    if there and not folder and not path.is_file():
         raise ConfigError(f"--output {target} is there already and is no file: choose another name")
 
 
@@ -118,9 +118,9 @@ def check_places(model: Model, targets: list[str], run_dir: Path | None, read: S
     else that is read, two outputs in one place, and an output under a name that the run folder needs itself. read:
     names of files and folders that the run reads beside the model.
     """
-    source = model.stored.path.resolve()
-    run = run_dir.resolve() if run_dir is not None else None
-    places = {target: Path(target).resolve() for target in targets}
+    source = _real(model.stored.path)
+    run = _real(run_dir) if run_dir is not None else None
+    places = {target: _real(target) for target in targets}
     flags = {f"--output {target}": place for target, place in places.items()}
     for flag, place in {**flags, **({f"--run-dir {run_dir}": run} if run is not None else {})}.items():
         if source in (place, *place.parents):
@@ -128,30 +128,42 @@ def check_places(model: Model, targets: list[str], run_dir: Path | None, read: S
             raise ConfigError(f"{flag} {what}: write somewhere else")
     kept = [Path(name).expanduser() for name in read if name]
     held = [("the model itself", source), ("the run folder", run)]
-    held += [(f"{path}, which is read", path.resolve()) for path in kept if path.exists()]
+    held += [(f"{path}, which is read", _real(path)) for path in kept if path.exists()]
     for target, place in places.items():
         if place.is_file() and any(os.path.samefile(place, file) for file in model.stored.files):
             raise ConfigError(f"--output {target} is the model's own file: write somewhere else")
         for what, inner in held:
             if inner is not None and place in (inner, *inner.parents):
                 raise ConfigError(f"--output {target} holds {what}: write somewhere else")
-        if len([other for other in map(Path, targets) if other.resolve() in (place, *place.parents)]) > 1:
+        if len([other for other in places.values() if other in (place, *place.parents)]) > 1:
             raise ConfigError(f"--output {target} lies in the place of another output: write them side by side")
         if run is not None and run in place.parents and place.relative_to(run).parts[0] in RUN_FILES:
             raise ConfigError(f"--output {target} has a name that the run folder needs itself: take another")
 
 
-def disk_needed(model: Model, plan: Plan, outputs: list[str]) -> int:
-    """Bytes that a run takes on disk at most: outputs, mask, and the state to resume from, twice as it is renewed."""
+def _real(path: Path | str) -> Path:
+    """Without links, also of a link that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
+def disk_needed(model: Model, plan: Plan, outputs: list[str], run_dir: Path | None) -> dict[Path, int]:
+    """Place → bytes that a run takes there at most.
+
+    Each output in its own place, without any in the run folder, where mask and the state to resume from are too: that
+    twice, as it is renewed.
+    """
     unet = sum(entry.end - entry.start for entry in map(model.stored.entry, model.stored))
     whole = size_of(model.stored)
     total = sum(p.numel() for p in scoped(model.parameters(), plan.options.scope).values())
     salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
     delta = total // 8 + unet  # at most: the bits of all entries and every changed one
-    written = 0
-    for name in outputs or ["model/", "x.salun.safetensors"]:
-        written += delta if name.endswith(DELTA) else 2 * total if name.endswith((LORA, DIFF)) else whole
-    return written + total // 8 + 2 * STATE_BYTES * salient
+    needed = {
+        Path(name): delta if name.endswith(DELTA) else 2 * total if name.endswith((LORA, DIFF)) else whole
+        for name in outputs
+    }
+    if run_dir is not None:
+        needed[run_dir] = total // 8 + 2 * STATE_BYTES * salient + (0 if outputs else whole + delta)
+    return needed
 
 
 def write_output(
@@ -174,7 +186,7 @@ def write_output(
         delta.save(path)
         return "delta"
     if target.endswith((LORA, DIFF)):
-        write_stock(path, model.stored, erased, notes, progress=progress)
+        write_stock(path, model.stored, erased, stock_notes(delta), progress=progress)
         return "difference" if target.endswith(DIFF) else "lora"
     folder = output_layout(target) == "folder"
     if folder != model.stored.single:
@@ -184,6 +196,12 @@ def write_output(
     else:
         write_single_file(model, path, erased, notes)
     return "folder" if folder else "checkpoint"
+
+
+def stock_notes(delta: Delta) -> dict[str, str]:
+    """Metadata of a stock loader's file: what the delta says of itself, and which it is."""
+    own = {"salun.delta": delta.id, BASE_HASH: delta.base_hash, RESULT_HASH: delta.result_hash}
+    return {**joined([notes_in(delta.metadata)]), **own}
 
 
 def write_stock(
@@ -201,7 +219,7 @@ def write_stock(
     `low_rank`; without either, ranks that keep 90 % of the difference.
     """
     told = Told(changed, "comparing", progress)
-    held = {**{key: text for key, text in notes.items() if text}, **host_metadata(base)}
+    held = {**notes, **host_metadata(base)}
     if path.name.endswith(DIFF):
         made = full_difference(base, told)
         tensorfile.write_lazily(path, made.described, Told(made, "writing", progress), held)
@@ -224,19 +242,6 @@ def write_new(
 
     Raises ConfigError if something else is there by now.
     """
-    path = Path(target)
-    tidy(path)
-    if not path.exists():
-        return write_output(target, model, erased, delta, notes, keep_ema, progress)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
-        again = Path(beside) / path.name
-        ending = os.sep if target.endswith(("/", os.sep)) else ""
-        kind = write_output(f"{again}{ending}", model, erased, delta, notes, keep_ema, progress)
-        if _contents(again) != _contents(path):
-            raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
-    return kind
-
-
-def _contents(path: Path) -> dict[str, str]:
-    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    return {str(p.relative_to(path)): sha256_file(p) for p in files}
+    ending = os.sep if target.endswith(("/", os.sep)) else ""
+    with placed(Path(target), again=True) as place:
+        return write_output(f"{place}{ending}", model, erased, delta, notes, keep_ema, progress)

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from salun.diffusion.models import Model
+from salun.diffusion.models import Model, shown_name
 from salun.diffusion.observe import Observation, Questions
 from salun.diffusion.output import output_layout, write_new, write_output
 from salun.diffusion.plan import Plan
+from salun.errors import ConfigError, ModelError, some
+from salun.formats import tensorfile
 from salun.formats.delta import Delta, applied_metadata
-from salun.formats.patch import left_out
+from salun.formats.patch import led_out, left_out
 from salun.formats.stored import Stored
 from salun.formats.tensorfile import write_bytes
 from salun.mask import Mask
@@ -56,9 +58,11 @@ class Run:
         counts = self.mask.counts()
         layers = {name: (counts[name], int(np.prod(shape, dtype=np.int64))) for name, shape in self.mask.shapes.items()}
         forget, retain = self.grids()
+        options = {**self.record.data["options"], "model": shown_name(self.model.name)}
+        told = {**self.record.data, "options": options}
         return page.Report(
             page.render(
-                {**self.record.data, "status": "done", "peak_memory": peak_memory()},
+                {**told, "status": "done", "peak_memory": peak_memory()},
                 picture.png_bytes(forget) if forget is not None else None,
                 picture.png_bytes(retain) if retain is not None else None,
                 layers,
@@ -91,7 +95,8 @@ class Run:
 
         check_output(str(target), force)
         notes = applied_metadata(self.delta, self.model.stored.metadata)
-        write_output(str(target), self.model, self.erased, self.delta, notes, self.plan.options.keep_ema)
+        write = write_output if force else write_new
+        write(str(target), self.model, self.erased, self.delta, notes, self.plan.options.keep_ema)
 
     def apply(self) -> None:
         """Put the erased weights into the loaded model, to sample from it; `undo` takes them out again."""
@@ -107,7 +112,7 @@ class Run:
         return {
             "salun.concept": self.plan.name,
             "salun.anchor": ", ".join(concept.anchor or "" for concept in self.plan.concepts),
-            "salun.model": self.model.name,
+            "salun.model": shown_name(self.model.name),
             "salun.mask": str(self.record.data["mask"]["mode"]),
             "salun.density": str(options.density),
             "salun.seed": str(options.seed),
@@ -130,7 +135,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
         }
         for concept in run.plan.concepts
     ]
-    record.data["notes"] = run.plan.notes
+    record.data["notes"] = list(run.plan.notes)
     record.data["losses"] = [list(entry) for entry in run.history]
     record.data["metrics"] = run.metrics
     if run.plan.options.method == "salun-soft":
@@ -139,9 +144,12 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     for file in stored.files:
         record.note_file("inputs", "checkpoint" if stored.single else "unet", file, _shown(stored, file))
     others = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
+    links = led_out(stored)
+    if links and _in_own_layout(stored, outputs, folder):
+        record.data["notes"].append(f"left out, as links that lead out of the model: {some(links)}")
     if others and _in_own_layout(stored, outputs, folder):
         what = f"{len(others)} EMA tensors (--keep-ema keeps them)" if stored.single else ", ".join(others)
-        record.data["notes"] = [*run.plan.notes, f"left out of the erased model, since they hold the concept: {what}"]
+        record.data["notes"].append(f"left out of the erased model, since they hold the concept: {what}")
         progress(Event("saving", message=record.data["notes"][-1]))
     targets = {target: target for target in outputs or []}
     if folder is not None and not targets:
@@ -153,7 +161,19 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
             progress(Event("saving", i, len(targets), message=shown))
             ours = folder is not None and Path(target).parent == folder
             write = write_output if force or ours else write_new
-            kind = write(target, run.model, run.erased, run.delta, notes, run.plan.options.keep_ema, progress)
+            try:
+                kind = write(target, run.model, run.erased, run.delta, notes, run.plan.options.keep_ema, progress)
+            except (ConfigError, ModelError) as error:
+                if folder is None:
+                    raise
+                kind_of = ConfigError if isinstance(error, ConfigError) else ModelError
+                raise kind_of(
+                    f"{error}. What was trained is kept: the same command with --resume --run-dir {folder} and another "
+                    "--output writes it"
+                ) from error
+            if kind == "lora":
+                record.data["notes"].append(_kept(Path(target), shown))
+                progress(Event("saving", message=record.data["notes"][-1]))
             files = sorted((Path(target) / "unet").glob("*.safetensors")) if kind == "folder" else [Path(target)]
             for file in files:
                 inner = f"{shown}unet/{file.name}" if kind == "folder" else shown
@@ -167,6 +187,15 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
                 write_bytes(folder / "before_after.png", picture.png_bytes(joined))
     if folder is not None:
         run.report.save(folder / "report.html")
+
+
+def _kept(file: Path, shown: str) -> str:
+    """What a low-rank file keeps, by its own metadata."""
+    share = float(tensorfile.read_header(file).metadata["salun.energy_kept"])
+    name = Path(shown).name
+    return (
+        f"{name} holds {share:.1%} of the difference's energy (squared norm); `salun delta export` takes more or less"
+    )
 
 
 def _shown(stored: Stored, file: Path) -> str:

@@ -20,7 +20,7 @@ from salun.diffusion.loading import whole
 from salun.errors import ModelError, some
 from salun.formats import families, keymap, tensorfile
 from salun.formats.checkpoint import Contents, shapes_of
-from salun.formats.folder import open_part
+from salun.formats.folder import check_tokenizer, open_part
 from salun.formats.keymap import TextLayout
 
 CLIP_TOKENS = 77
@@ -215,6 +215,8 @@ def check_parts(contents: Contents, components: Path | None, prediction_type: st
         return lacking
     for part in lacking:
         open_part(components / part)
+    for index in range(len(contents.text)):
+        check_tokenizer(components / f"tokenizer{_part(index)}")
     return []
 
 
@@ -253,6 +255,7 @@ def _tokenizer(contents: Contents, components: Path | None, index: int) -> Any:
     from transformers import CLIPTokenizer
 
     if components is not None:
+        check_tokenizer(components / f"tokenizer{_part(index)}")
         return _from_folder(CLIPTokenizer, components / f"tokenizer{_part(index)}")
     return clip_tokenizer(families.facts(contents.family)["text"][index]["pad_token"])
 

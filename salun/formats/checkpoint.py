@@ -46,8 +46,9 @@ def open_folder(folder: Path) -> Stored:
 class Contents:
     """What a single file holds.
 
-    family: "sd1" | "sd2" | "sdxl". unet: where the UNet's tensors are. has_vae: a full one. text: one bool for each of
-    the family's text encoders. ema: names of a second copy of the weights. others: names that belong to none of these.
+    family: "sd1" | "sd2" | "sdxl". unet: where the UNet's tensors are. has_vae: both halves of one. text: one bool for
+    each of the family's text encoders. ema: names of a second copy of the weights. others: names that belong to none of
+    these.
     """
 
     path: Path
@@ -87,8 +88,8 @@ class Contents:
             header=header,
             family=family,
             unet=unet,
-            has_vae=f"{keymap.VAE}decoder.conv_in.weight" in header.entries,
-            text=tuple(any(n.startswith(layout.prefix) for n in names) for layout in layouts),
+            has_vae=all(f"{keymap.VAE}{half}.conv_in.weight" in header.entries for half in ("encoder", "decoder")),
+            text=tuple(any(f"{layout.prefix}{n}" in header.entries for n in keymap.TOKENS) for layout in layouts),
             ema=[n for n in names if n.startswith(keymap.EMA)],
             others=[n for n in names if not n.startswith(known)],
         )
@@ -119,10 +120,6 @@ class Contents:
     def zero_snr(self) -> bool:
         """Whether the noise schedule is rescaled to end in pure noise (a `ztsnr` mark)."""
         return "ztsnr" in self.header.entries
-
-    def dtypes(self) -> dict[str, int]:
-        """How many of the UNet's tensors are of each dtype."""
-        return dict(Counter(self.unet.entry(name).dtype for name in self.unet))
 
 
 def _family(unet: Stored, path: Path) -> str:
@@ -164,7 +161,7 @@ _KINDS = [  # (a pattern that some tensor's name matches, what such a file is); 
     (r"transformer_blocks\.\d+\.attn\.(norm_)?added?_", "a Flux or Stable Diffusion 3 transformer"),
     (r"^(control_model\.|controlnet_)|^input_hint_block\.", "a ControlNet"),
     (r"^(emb_params|string_to_param)|^clip_[lg]$", "a textual inversion"),
-    (r"^edm_mean$", "an EDM model (Playground), whose noise salun does not know"),
+    (r"^edm_(mean$|vpred\.)", "an EDM model (Playground, CosXL), whose noise salun does not know"),
     (r"^motion_modules\.|\.motion_modules\.|temporal_transformer", "an AnimateDiff motion module"),
 ]
 

@@ -172,7 +172,7 @@ class Delta:
 
         Raises ModelError if it is none, does not hold together, or its content is not what was written.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         header = tensorfile.read_header(path)
         metadata = dict(header.metadata)
         if metadata.pop("format", None) != FORMAT:

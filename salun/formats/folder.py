@@ -7,6 +7,7 @@ times: as they are, and as a variant (`fp16`) whose name stands in the files' na
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,3 +86,23 @@ def open_part(part: Path) -> Stored:
     headers = {file: tensorfile.read_header(file) for file in weights_of(part).files}
     places = {name: (file, name) for file, header in headers.items() for name in header.names}
     return Stored(part, places, headers)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises ModelError for a folder without CLIP's words. (The library makes an empty tokenizer of it.)"""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
+        raise ModelError(f"{folder} holds no tokenizer (vocab.json and merges.txt): the model is not whole")
+
+
+def files_under(folder: Path) -> list[Path]:
+    """Every file in a folder, those in linked folders too (each once: a link may lead back up)."""
+    found, seen = [], set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names if Path(place, name).is_file()]
+    return sorted(found)

@@ -23,18 +23,6 @@ def base_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def base_hash_fp16(tensors: Mapping[str, Tensor]) -> str:
-    """The same over the tensors rounded to fp16, which recognises one model in fp32 and in fp16.
-
-    (A bf16 copy has lost bits that fp16 keeps, so it is recognised only where the original was bf16.)
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        _feed(digest, name, tensor.to(torch.float16) if tensor.is_floating_point() else tensor)
-    return digest.hexdigest()
-
-
 class Hasher:
     """`base_hash`, fed one tensor at a time in the order of their names.
 

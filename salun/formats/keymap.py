@@ -119,12 +119,12 @@ def _inner(rest: str, table: Mapping[str, str]) -> str:
 
 # -- VAE --------------------------------------------------------------------------------------------------------------
 
-_VAE_RULES = [  # (diffusers, LDM), both as patterns with one group for a number where there is one
-    (r"mid_block\.resnets\.0\.", "mid.block_1."),
-    (r"mid_block\.resnets\.1\.", "mid.block_2."),
-    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
-    (r"conv_norm_out\.", "norm_out."),
-]
+_VAE_PLACES = {  # diffusers → LDM
+    "mid_block.resnets.0.": "mid.block_1.",
+    "mid_block.resnets.1.": "mid.block_2.",
+    "mid_block.attentions.0.": "mid.attn_1.",
+    "conv_norm_out.": "norm_out.",
+}
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OLD_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # of diffusers before 0.18
 
@@ -143,9 +143,9 @@ def _vae_name(name: str, levels: int) -> str:
     head, _, rest = name.partition(".")
     if head not in ("encoder", "decoder"):
         return name
-    for pattern, theirs in _VAE_RULES:
-        if match := re.match(pattern, rest):
-            tail = rest[match.end() :]
+    for ours, theirs in _VAE_PLACES.items():
+        if rest.startswith(ours):
+            tail = rest[len(ours) :]
             if "attn" in theirs:
                 tail = _inner(tail, {**_ATTENTION, **_OLD_ATTENTION})
             return f"{head}.{theirs}{tail.replace('conv_shortcut', 'nin_shortcut')}"
@@ -170,12 +170,12 @@ def _vae_name_back(name: str, levels: int) -> str:
     head, _, rest = name.partition(".")
     if head not in ("encoder", "decoder"):
         return name
-    for pattern, theirs in _VAE_RULES:
+    for ours, theirs in _VAE_PLACES.items():
         if rest.startswith(theirs):
             tail = rest[len(theirs) :]
             if "attn" in theirs:
-                tail = _inner(tail, {theirs: ours for ours, theirs in _ATTENTION.items()})
-            return f"{head}.{pattern.replace(chr(92), '')}{tail.replace('nin_shortcut', 'conv_shortcut')}"
+                tail = _inner(tail, {new: old for old, new in _ATTENTION.items()})
+            return f"{head}.{ours}{tail.replace('nin_shortcut', 'conv_shortcut')}"
     match = re.match(r"(down|up)\.(\d+)\.(block\.\d+|downsample|upsample)\.(.+)", rest)
     if match is None:
         return name
@@ -215,6 +215,11 @@ TEXT = {
         TextLayout("conditioner.embedders.1.model.", True),
     ],
 }
+TOKENS = (  # by which of these a text encoder is known to be there: transformers', the same shortened, OpenCLIP's
+    "text_model.embeddings.token_embedding.weight",
+    "embeddings.token_embedding.weight",
+    "token_embedding.weight",
+)
 _CLIP = {  # transformers ↔ OpenCLIP, within a layer
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",

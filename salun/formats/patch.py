@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
 
-from salun.errors import ModelError
+from salun.errors import ConfigError, ModelError
 from salun.formats import keymap, tensorfile
-from salun.formats.folder import weights_of
+from salun.formats.folder import files_under, weights_of
 from salun.formats.stored import Stored
-from salun.formats.tensorfile import of_the_dead, remove_leftovers
+from salun.formats.tensorfile import of_the_dead, remove_leftovers, sha256_file
 
+PARTS = ("vae", "text_encoder", "text_encoder_2", "safety_checker", "image_encoder")  # what else has weights
+_KINDS = re.compile(
+    r".+\.safetensors|.+\.safetensors\.index(\..+)?\.json|(scheduler_|tokenizer_|preprocessor_)?config\.json|merges\.txt|"
+    r"(model_index|vocab|tokenizer|special_tokens_map|added_tokens|generation_config)\.json|salun\.yaml|README\.md|LICENSE.*"
+)
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".onnx_data", ".pb", ".msgpack", ".h5", ".gguf")
 
 
@@ -57,55 +63,72 @@ class _Inner(Mapping[str, Tensor]):
 def left_out(stored: Stored) -> list[str]:
     """What a copy must not have, since it still holds the concept: other copies of the UNet's weights.
 
-    Of a single file the names of its EMA tensors; of a folder its other variants and whole checkpoints at its top, as
-    paths from it.
+    Of a single file the names of its EMA tensors; of a folder its UNet's other variants, whole checkpoints, and what
+    else holds a UNet, as paths from it.
     """
     if stored.single:
         return [name for name in stored.headers[stored.path].names if name.startswith(keymap.EMA)]
     index = weights_of(stored.path / "unet").index
-    kept = {file.resolve() for file in (*stored.files, *([index] if index else []))}
-    candidates = [p for place in (stored.path, stored.path / "unet") for p in place.iterdir() if p.is_file()]
+    kept = {os.path.realpath(file) for file in (*stored.files, *([index] if index else []))}
     return [
-        p.relative_to(stored.path).as_posix()
-        for p in sorted(candidates)
-        if p.resolve() not in kept and (p.suffix in WEIGHTS or (".index." in p.name and p.suffix == ".json"))
+        path.relative_to(stored.path).as_posix()
+        for path in files_under(stored.path)
+        if os.path.realpath(path) not in kept and _is_other_copy(path, path.relative_to(stored.path).parts[:-1])
     ]
+
+
+def _is_other_copy(path: Path, inside: tuple[str, ...]) -> bool:
+    """Whether a file of a folder, `inside` these of its folders, holds a UNet's weights, or may."""
+    if inside[:1] == ("unet",):
+        return path.suffix in WEIGHTS or (".index." in path.name and path.suffix == ".json")
+    if path.suffix not in WEIGHTS or (inside[:1] and inside[0] in PARTS):
+        return False
+    if path.suffix != ".safetensors" or not inside:
+        return True
+    try:
+        names = tensorfile.read_header(path).names
+    except ModelError:
+        return True
+    return any(name.startswith((keymap.UNET, "down_blocks.", "input_blocks.")) for name in names)
+
+
+def led_out(stored: Stored) -> list[str]:
+    """Links of a folder, as paths from it, that lead out of it to what no model has: a copy must not carry that along.
+
+    A stranger's folder may hold links to the user's own files. (The hub's cache keeps all files behind links, and
+    people link parts that several models share: files of a model's kinds are followed anywhere.)
+    """
+    if stored.single:
+        return []
+    home = os.path.realpath(stored.path)
+    found = []
+    for path in files_under(stored.path):
+        if os.path.commonpath([home, os.path.realpath(path)]) != home and not _KINDS.fullmatch(path.name):
+            found.append(path.relative_to(stored.path).as_posix())
+    return found
 
 
 def size_of(stored: Stored) -> int:
     """Bytes of the whole model on disk."""
     if stored.single:
         return stored.path.stat().st_size
-    return sum(path.stat().st_size for path in _files(stored.path))
+    return sum(path.stat().st_size for path in files_under(stored.path))
 
 
 def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    unwanted = {stored.path / name for name in left_out(stored)}
-    replaced = {file.resolve(): file for file in stored.files}
+    unwanted = {stored.path / name for name in (*left_out(stored), *led_out(stored))}
+    replaced = {os.path.realpath(file): file for file in stored.files}
     with new_folder(target) as temporary:
-        for source in (path for path in _files(stored.path) if path not in unwanted):
+        for source in (path for path in files_under(stored.path) if path not in unwanted):
             copy = temporary / source.relative_to(stored.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            own = replaced.get(source.resolve())
+            own = replaced.get(os.path.realpath(source))
             if own is not None:
                 tensorfile.rewrite(
                     source, copy, _Inner(stored, own, changed), metadata, stamp=stored.headers[own].stamp
                 )
             else:
                 shutil.copyfile(source, copy)
-
-
-def _files(folder: Path) -> list[Path]:
-    """Every file in a folder, those in linked folders too (each once: a link may lead back up)."""
-    found, seen = [], set()
-    for place, inner, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            inner.clear()
-            continue
-        seen.add(real)
-        found += [Path(place, name) for name in names if Path(place, name).is_file()]
-    return sorted(found)
 
 
 def tidy(target: Path) -> None:
@@ -127,6 +150,52 @@ def _remove(place: Path) -> None:
 
 
 @contextmanager
+def placed(target: Path, force: bool = False, again: bool = False) -> Iterator[Path]:
+    """Where to write what is to be `target`: without `force` it gets that name only if nothing has it by then.
+
+    (The work takes long enough for something to appear there meanwhile.) again: the very same bytes may be there, of a
+    run that stopped after writing them. Raises ConfigError if something else is, and leaves that as it is.
+    """
+    if force:
+        yield target
+        return
+    tidy(target)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        yield beside / target.name
+        if not (again and target.exists() and _contents(beside / target.name) == _contents(target)):
+            _place(beside / target.name, target)
+    except FileExistsError as error:
+        raise ConfigError(f"{target} is there already: choose another name, or add --force") from error
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _contents(path: Path) -> dict[str, str]:
+    """sha256 of a file, or of each in a folder."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return {str(p.relative_to(path)): sha256_file(p) for p in files}
+
+
+def _place(made: Path, target: Path) -> None:
+    """Give a file or folder its name. Raises FileExistsError if something has it."""
+    if made.is_file():
+        try:
+            os.link(made, target)  # of all that give a name, this never replaces
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            pass
+    if os.path.lexists(target):
+        raise FileExistsError(str(target))
+    os.rename(made, target)
+
+
+@contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that gets its name only when it is whole; what had the name is moved aside until then.
 
@@ -139,12 +208,13 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         tidy(target)
         yield temporary
-        if target.exists():
+        _sync(temporary)
+        if os.path.lexists(target):
             os.replace(target, aside)
         try:
             os.replace(temporary, target)
-        except OSError:
-            if aside.exists():
+        except BaseException:  # an interrupt too: what was there is there again
+            if os.path.lexists(aside) and not os.path.lexists(target):
                 os.replace(aside, target)
             raise
         _remove(aside)
@@ -154,3 +224,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk hold every file of a folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file, suppress(OSError):
+                os.fsync(file.fileno())

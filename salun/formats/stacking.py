@@ -24,6 +24,14 @@ OTHER_DTYPE = "the model is in another dtype than the delta's base: it gets the 
 OTHER_MODEL = "the model is another than the delta's base: it gets the differences, rounded once"
 
 
+class OtherBase(ModelError):
+    """A model that a delta is not for. due, found: the base hash that it should have and the one that it has."""
+
+    def __init__(self, due: str, found: str, advice: str) -> None:
+        super().__init__(f"this delta is for another base (hash {due[:12]}…, given {found[:12]}…): {advice}")
+        self.due, self.found = due, found
+
+
 class Hashes(NamedTuple):
     """Base hashes around an application of deltas.
 
@@ -244,7 +252,7 @@ def _other_base(
             "start from that base; `salun delta apply` with --fine-tune-of-base, and that base, adds the differences "
             "to another model"
         )
-    return ModelError(f"this delta is for another base (hash {delta.base_hash[:12]}…, given {given[:12]}…): {advice}")
+    return OtherBase(delta.base_hash, given, advice)
 
 
 def _rounded(model: Mapping[str, Tensor], progress: Progress) -> str:
