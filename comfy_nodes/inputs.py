@@ -14,7 +14,7 @@ from salun.options import MASKS, EraseOptions
 AUTO = "auto"
 _FIELDS = {item.name: item for item in dataclasses.fields(EraseOptions)}
 _CHOICES = {"mask": MASKS}  # a file is another node's matter
-LARGEST = 0xFFFFFFFFFFFFFFFF  # of ComfyUI's seeds
+NO_RECIPE = ("clip_skip", "resolution")  # whose help tells their default
 
 
 def inputs(*names: str, advanced: bool = False, **other: Any) -> dict[str, Any]:
@@ -29,6 +29,8 @@ def entry(name: str, advanced: bool = False, default: Any = None) -> tuple[Any, 
     told: dict[str, Any] = {"tooltip": rules["help"]}
     if advanced:
         told["advanced"] = True
+    if name == "seed":
+        told["control_after_generate"] = False  # a new seed at every queue would train at every queue
     kind = str(item.type).replace(" | None", "")
     choices = _CHOICES.get(name) or rules["choices"]
     if choices:
@@ -39,9 +41,9 @@ def entry(name: str, advanced: bool = False, default: Any = None) -> tuple[Any, 
     if kind.startswith(("int", "float")):
         low, high = rules["minimum"], rules["maximum"]
         if item.default is None:
-            low = own = automatic(name) if own is None else own
             low = automatic(name)
-            told["tooltip"] += f" ({low:g}: from the model's recipe)" if name != "clip_skip" else " (0)"
+            own = low if own is None else own
+            told["tooltip"] += f" ({low:g}: {'the default' if name in NO_RECIPE else 'from the recipe'})"
         elif low is None:
             low = 0.0001
         if kind.startswith("int"):
