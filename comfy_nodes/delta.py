@@ -54,7 +54,7 @@ class SalUnApplyDelta:
                     {
                         "default": ITSELF,
                         "advanced": True,
-                        "tooltip": "Where the model is a fine-tune of the delta's base, or ComfyUI keeps it in fp8: the "
+                        "tooltip": "Where the model is a fine-tune of the delta's base, or kept in fp8 by ComfyUI: the "
                         "base's own file. Then the differences are added.",
                     },
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -89,12 +89,12 @@ class Weights(Mapping[str, Tensor]):
         return fitting[0]
 
 
-_ORDER = """
-conv_in time_embedding add_embedding linear_1 linear_2 down_blocks up_blocks mid_block conv_norm_out conv_out
-attentions resnets downsamplers upsamplers norm proj_in transformer_blocks norm1 attn1 conv1 time_emb_proj norm2 attn2
-conv2 conv_shortcut norm3 ff to_q to_k to_v to_out net proj proj_out conv weight bias
-""".split()
-_RANK = {word: rank for rank, word in enumerate(_ORDER)}
+_WORDS = (
+    "conv_in time_embedding add_embedding linear_1 linear_2 down_blocks up_blocks mid_block conv_norm_out conv_out "
+    "attentions resnets downsamplers upsamplers norm proj_in transformer_blocks norm1 attn1 conv1 time_emb_proj norm2 "
+    "attn2 conv2 conv_shortcut norm3 ff to_q to_k to_v to_out net proj proj_out conv weight bias"
+)
+_RANK = {word: rank for rank, word in enumerate(_WORDS.split())}
 
 
 def module_order(name: str) -> tuple[tuple[int, int], ...]:

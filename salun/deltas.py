@@ -96,7 +96,8 @@ def stack(
     """Write a copy of a model with several deltas of it applied, in whatever order: see `salun.formats.stacking.stack`.
 
     deltas: files, or deltas in memory. strengths: one for each delta; none stands for 1 throughout. The output's
-    metadata list what was applied. Returns facts, `notes` among them: lines on what is not exact, overlaps, and what was left out. Raises ConfigError for an
+    metadata list what was applied. Returns facts, `notes` among them: lines on what is not exact, overlaps, and what
+    was left out. Raises ConfigError for an
     output that must not be written or options that contradict; ModelError for a model that is not the deltas' base.
     """
     if strengths and len(strengths) != len(deltas):
