@@ -102,7 +102,7 @@ def _previewer(model: GraphModel) -> Any:
 
 def image(pixels: np.ndarray) -> Tensor:
     """A picture, uint8 (h, w, 3), as ComfyUI's IMAGE (1, h, w, 3)."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).float()[None] / 255
+    return torch.from_numpy(np.array(pixels)).float()[None] / 255
 
 
 def written(text: str) -> Tensor:

@@ -50,11 +50,12 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(COMFYUI is None, reason="COMFYUI_DIR names no checkout of ComfyUI: see docs/comfyui.md"),
 ]
-PACK = "some other name"
+PACK = "another-name"  # without a space: ComfyUI serves no help from a folder that has one
 SOURCE = "host.safetensors"
 NODES = 14
 TINY = {"forget_latents": 2, "retain_latents": 2, "resolution": 64, "seed": 0}
 TRAIN = {"steps": 3, "batch_size": 1, "lr": 1e-4, "retain_weight": -1, "density": 0.5, "eval_images": 0}
+CHOICES = {"mask": "saliency", "scope": "full"}
 
 
 # -- a server ---------------------------------------------------------------------------------------------------------
@@ -301,14 +302,13 @@ def test_1_a_fresh_server_has_every_node_with_tooltips_help_templates_and_words(
         for part in ("required", "optional"):
             for label, (_, *rest) in facts["input"].get(part, {}).items():
                 assert rest and rest[0].get("tooltip"), f"{name}.{label}"
-        page = server.fetch(f"/extensions/{PACK.replace(' ', '%20')}/docs/{name}.md").decode()
+        page = server.fetch(f"/extensions/{PACK}/docs/{name}.md").decode()
         assert page.startswith(f"# {facts['display_name']}")
     templates = server.get("/workflow_templates")[PACK]
     assert sorted(templates) == sorted(p.stem for p in (ROOT / "example_workflows").glob("*.json"))
     for name in templates:
-        quoted = PACK.replace(" ", "%20")
-        assert json.loads(server.fetch(f"/api/workflow_templates/{quoted}/{name}.json"))["nodes"]
-        assert server.fetch(f"/api/workflow_templates/{quoted}/{name}.jpg")[:2] == b"\xff\xd8"
+        assert json.loads(server.fetch(f"/api/workflow_templates/{PACK}/{name}.json"))["nodes"]
+        assert server.fetch(f"/api/workflow_templates/{PACK}/{name}.jpg")[:2] == b"\xff\xd8"
     assert server.get("/i18n")["en"]["nodeCategories"]["SalUn"]
 
 
@@ -332,7 +332,7 @@ def test_3_and_4_only_the_masks_weights_move_and_the_graphs_model_stays_as_it_wa
     parts = {"model": ["load", 0], "clip": ["load", 1], "concept": ["concept", 0]}
     prompt = {
         **erasing(given_mask=["mask", 0], seed=3),
-        "mask": node("SalUnSaliencyMask", **parts, **TINY, density=0.1, mask="saliency", scope="full", batch_size=1),
+        "mask": node("SalUnSaliencyMask", **parts, **TINY, density=0.1, **CHOICES, batch_size=1),
         "keep mask": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="mask"),
         **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
         "figures": node("PreviewAny", source=["erase", 3]),
@@ -537,9 +537,7 @@ def test_the_node_does_what_the_command_line_does(server: Server, checkpoint: Pa
             forget_samples=["forget", 0],
             retain_samples=["retain", 0],
         ),
-        "mask": node(
-            "SalUnSaliencyMask", **parts, **TINY, data=["data", 0], density=0.5, mask="saliency", scope="full"
-        ),
+        "mask": node("SalUnSaliencyMask", **parts, **TINY, data=["data", 0], density=0.5, **CHOICES),
         "keep mask": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="same"),
         **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
     }
@@ -565,8 +563,8 @@ def test_the_node_does_what_the_command_line_does(server: Server, checkpoint: Pa
         far += int((apart > 2.0**-10 * run.erased[name].float().abs() + 0.05 * step).sum())
     print(f"Jaccard {jaccard:.6f}, largest difference {worst:.3g}, {far} of {total} weights apart")
     assert jaccard >= 0.999
-    # Adam's first steps are of size lr whatever the gradient's size, so a gradient near 0 whose sign differs in its last
-    # bits moves its weight the other way: at most 2·lr a step, and rarely
+    # Adam's first steps are of size lr whatever the gradient's size, so a gradient near 0 whose sign differs in its
+    # last bits moves its weight the other way: at most 2·lr a step, and rarely
     assert worst <= 3 * 2 * 1e-4 + 2.0**-9
     assert far / total < 0.002
 

@@ -19,8 +19,8 @@ MORE = {  # what a page says beyond the node's own words
     "SALUN_CACHE_SIZE limits it), so that another run with the same model, prompts and seed samples nothing.",
     "SalUnErase": "Interrupt stops it within a step and leaves the graph as it was. The seed has no control after "
     "generate, since another seed trains again. A LoRA before this node is part of the model that is erased; patches "
-    "that are no weights (FreeU, attention patches, hooks) do not count. On an out of memory error lower batch_size, or "
-    "switch low_vram on.",
+    "that are no weights (FreeU, attention patches, hooks) do not count. On an out of memory error lower batch_size, "
+    "or switch low_vram on.",
     "SalUnSaveErasedCheckpoint": "EMA copies of the weights are left out, since they still hold the concept.",
     "SalUnSaveAsLora": "A low-rank file of a dense erasure loses much of it: look at the share that is told, and try "
     "the result. The checkpoint or the delta loses nothing.",
