@@ -11,7 +11,7 @@ import copy
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, cast
 
@@ -59,6 +59,7 @@ class GraphModel:
         side = 8 * known.get("sample_size_v" if v else "", known["sample_size"])
         self.settings: ModelSettings = read_settings(None, self.family, {}, side)
         self._depth = 0
+        self._said: dict[tuple[Any, ...], Conditioning] = {}  # every stage of a run asks for the same prompts
         self._live: Any = None
         self._places: dict[str, str] = {}
 
@@ -75,13 +76,14 @@ class GraphModel:
         if self.clip_skip is not None:
             clip = clip.clone()
             clip.clip_layer(-self.clip_skip)
-        rows: dict[str, Conditioning] = {}
-        with torch.inference_mode(), self.awake():
-            for prompt in dict.fromkeys(prompts):
-                rows[prompt] = self._encoded(clip, prompt)
-        own = {name: Conditioning(own_tensor(r.hidden), {k: own_tensor(v) for k, v in r.extra.items()})
-               for name, r in rows.items()}  # fmt: skip
-        return Conditioning.cat([own[prompt] for prompt in prompts])
+        key = self.clip_skip, self.settings.sampling.resolution
+        new = [prompt for prompt in dict.fromkeys(prompts) if (*key, prompt) not in self._said]
+        with torch.inference_mode(), self.awake() if new else nullcontext():
+            said = {prompt: self._encoded(clip, prompt) for prompt in new}
+        for prompt, row in said.items():
+            extra = {name: own_tensor(value) for name, value in row.extra.items()}
+            self._said[(*key, prompt)] = Conditioning(own_tensor(row.hidden), extra)
+        return Conditioning.cat([self._said[(*key, prompt)] for prompt in prompts])
 
     def _encoded(self, clip: Any, prompt: str) -> Conditioning:
         plain = prompt.replace("(", "\\(").replace(")", "\\)")  # ComfyUI reads parentheses as weights

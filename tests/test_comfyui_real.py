@@ -239,11 +239,9 @@ def keeping(kind: str = "SalUnSaveDelta", name: str = "keep", **inputs: Any) -> 
     return {name: node(kind, delta=["erase", 1], filename_prefix="erased", **inputs)}
 
 
-def checkpoint_of(model: list[Any], name: str) -> dict[str, Any]:
+def weights_of(model: list[Any], name: str) -> dict[str, Any]:
     """ComfyUI's own saver, to read what weights a MODEL has."""
-    return {
-        name: node("CheckpointSave", model=model, clip=["load", 1], vae=["load", 2], filename_prefix=f"seen/{name}")
-    }
+    return {name: node("ModelSave", model=model, filename_prefix=f"seen/{name}")}
 
 
 def unet(path: Path) -> dict[str, Tensor]:
@@ -278,7 +276,7 @@ def from_front_end(workflow: dict[str, Any], info: dict[str, Any], **changes: di
 
 SMALLER = {
     "CheckpointLoaderSimple": {"ckpt_name": SOURCE},
-    "SalUnErase": {**TRAIN, **TINY, "eval_images": 1},
+    "SalUnErase": {**TRAIN, **TINY},
     "SalUnTrainingData": TINY,
     "SalUnSaliencyMask": {"batch_size": 1, "resolution": 64},
     "SalUnEvaluate": {"eval_images": 1, "resolution": 64},
@@ -402,7 +400,7 @@ def test_7_the_saved_files_through_stock_loaders_give_the_erased_model(server: S
     graph: dict[str, Any] = {"load": node("CheckpointLoaderSimple", ckpt_name=SOURCE)}
     for s in (0, 0.5, 1):
         loader = node("LoraLoaderModelOnly", model=["load", 0], lora_name=lora, strength_model=s)
-        graph |= {f"lora {s}": loader, **checkpoint_of([f"lora {s}", 0], f"at{s}")}
+        graph |= {f"lora {s}": loader, **weights_of([f"lora {s}", 0], f"at{s}")}
     server.run(graph)
     log = server.log.read_text()[before:].lower()
     assert "not loaded" not in log and "shape mismatch" not in log
@@ -451,8 +449,8 @@ def test_9_loras_before_and_after_add_up(server: Server, checkpoint: Path) -> No
         return node("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=s)
 
     prompt = {**erasing(model=["up", 0], seed=50), "up": with_lora(["load", 0], 0.7)}
-    prompt |= {"down": with_lora(["erase", 0], 0.3), **checkpoint_of(["up", 0], "up")}
-    prompt |= {**checkpoint_of(["erase", 0], "erased"), **checkpoint_of(["down", 0], "down")}
+    prompt |= {"down": with_lora(["erase", 0], 0.3), **weights_of(["up", 0], "up")}
+    prompt |= {**weights_of(["erase", 0], "erased"), **weights_of(["down", 0], "down")}
     server.run(prompt)
     up, erased, down = (unet(next(server.file("seen").glob(f"{name}_*"))) for name in ("up", "erased", "down"))
     old = unet(checkpoint)

@@ -72,7 +72,7 @@ def sampled(text: str, models: dict[str, tuple[str, int]], x: int, y: int, save:
             shown: tuple[str, dict[str, Any]] = ("SaveImage", {**images, "filename_prefix": f"salun/{name}"})
         else:
             shown = ("PreviewImage", images)
-        graph[f"show {name}"] = (shown[0], (x + 1060, place), shown[1])
+        graph[f"show {name}"] = (shown[0], (x + 1180, place), shown[1])
     return graph
 
 
@@ -101,9 +101,9 @@ WORKFLOWS: dict[str, Graph] = {
         **CONCEPT,
         "data": ("SalUnTrainingData", (420, 0), {**PARTS, "concept": ("@concept", 0)}),
         "mask": ("SalUnSaliencyMask", (420, 620), {**PARTS, "concept": ("@concept", 0), "data": ("@data", 0)}),
-        "heatmap": ("SalUnMaskHeatmap", (860, 620), {"mask": ("@mask", 0)}),
-        "show heatmap": ("PreviewImage", (1100, 620), {"images": ("@heatmap", 0)}),
-        "keep mask": ("SalUnSaveMask", (860, 760), {"mask": ("@mask", 0), "filename_prefix": "mask"}),
+        "heatmap": ("SalUnMaskHeatmap", (860, 900), {"mask": ("@mask", 0)}),
+        "show heatmap": ("PreviewImage", (1300, 900), {"images": ("@heatmap", 0)}),
+        "keep mask": ("SalUnSaveMask", (860, 1060), {"mask": ("@mask", 0), "filename_prefix": "mask"}),
         "erase": (
             "SalUnErase",
             (860, 0),
