@@ -76,14 +76,17 @@ class GraphModel:
         if self.clip_skip is not None:
             clip = clip.clone()
             clip.clip_layer(-self.clip_skip)
-        key = self.clip_skip, self.settings.sampling.resolution
-        new = [prompt for prompt in dict.fromkeys(prompts) if (*key, prompt) not in self._said]
+
+        def key(prompt: str) -> tuple[Any, ...]:
+            return prompt, self.clip_skip, self.settings.sampling.resolution
+
+        new = [prompt for prompt in dict.fromkeys(prompts) if key(prompt) not in self._said]
         with torch.inference_mode(), self.awake() if new else nullcontext():
             said = {prompt: self._encoded(clip, prompt) for prompt in new}
         for prompt, row in said.items():
             extra = {name: own_tensor(value) for name, value in row.extra.items()}
-            self._said[(*key, prompt)] = Conditioning(own_tensor(row.hidden), extra)
-        return Conditioning.cat([self._said[(*key, prompt)] for prompt in prompts])
+            self._said[key(prompt)] = Conditioning(own_tensor(row.hidden), extra)
+        return Conditioning.cat([self._said[key(prompt)] for prompt in prompts])
 
     def _encoded(self, clip: Any, prompt: str) -> Conditioning:
         plain = prompt.replace("(", "\\(").replace(")", "\\)")  # ComfyUI reads parentheses as weights
@@ -165,9 +168,8 @@ class GraphModel:
             times = torch.full((2 * len(x),), t, device=self.device)
             said, unsaid = self.predict(torch.cat([shrunk, shrunk]), times, both).chunk(2)
             guided = unsaid + settings.guidance * (said - unsaid)
-            if self.prediction_type == "epsilon":
-                return x - s * guided
-            return x / (s * s + 1) - guided * s / (s * s + 1) ** 0.5
+            v = x / (s * s + 1) - guided * s / (s * s + 1) ** 0.5
+            return x - s * guided if self.prediction_type == "epsilon" else v
 
         start = noise * float(sigmas[0] ** 2 + 1) ** 0.5
         ends = torch.cat([sigmas, torch.zeros(1)]).to(self.device)
@@ -301,7 +303,7 @@ def family_of(model: Any) -> str:
 def _prediction(schedule: Any) -> str:
     """epsilon or v_prediction. Raises ModelError naming the sampling type of a MODEL that predicts something else."""
     kinds = [kind.__name__ for kind in type(schedule).__mro__]
-    told = next((kind for kind in kinds if kind in ("EDM", "X0", "V_PREDICTION", "EPS")), "")
+    told = next((kind for kind in kinds if kind in ("EDM", "X0", "LCM", "V_PREDICTION", "EPS")), "")
     found = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}.get(told)
     if found is None or "ModelSamplingDiscrete" not in kinds or "ModelSamplingDiscreteEDM" in kinds:
         raise ModelError(f"this MODEL samples as {', '.join(kinds[:3])}: salun handles epsilon and v-prediction")

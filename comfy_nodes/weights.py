@@ -70,7 +70,7 @@ class Weights(Mapping[str, Tensor]):
 
         (weight, convert), *patches = self._entries[name]
         with torch.no_grad():
-            stored = convert(weight.detach().cpu(), inplace=False)
+            stored: Tensor = convert(weight.detach().cpu(), inplace=False)
             plain = stored.to(torch.float16) if stored.element_size() == 1 else stored
             if not self.patched or not patches:
                 return plain.clone()
