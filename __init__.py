@@ -8,6 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
+WEB_DIRECTORY = "./comfy_nodes/web"  # help pages, served by ComfyUI
 NODE_CLASS_MAPPINGS: dict = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict = {}
 
@@ -33,4 +34,4 @@ if "comfy" in sys.modules or importlib.util.find_spec("comfy") is not None:
     _load_core()
     from .comfy_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

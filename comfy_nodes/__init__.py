@@ -1,6 +1,43 @@
-"""ComfyUI nodes. There are none in this version: the door is ready, so that a clone loads without an error."""
+"""ComfyUI nodes: each wraps a MODEL, CLIP and VAE of the graph and calls the core. ComfyUI is imported in functions."""
 
 from __future__ import annotations
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {}
-NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
+from .concept import SalUnConcept
+from .data import SalUnTrainingData
+from .delta import SalUnApplyDelta, SalUnLoadDelta, SalUnSaveAsLora, SalUnSaveDelta, SalUnSaveErasedCheckpoint
+from .erase import SalUnErase
+from .evaluate import SalUnEvaluate
+from .mask import SalUnCombineMasks, SalUnLoadMask, SalUnMaskHeatmap, SalUnSaliencyMask, SalUnSaveMask
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {
+    "SalUnConcept": SalUnConcept,
+    "SalUnTrainingData": SalUnTrainingData,
+    "SalUnSaliencyMask": SalUnSaliencyMask,
+    "SalUnLoadMask": SalUnLoadMask,
+    "SalUnSaveMask": SalUnSaveMask,
+    "SalUnCombineMasks": SalUnCombineMasks,
+    "SalUnMaskHeatmap": SalUnMaskHeatmap,
+    "SalUnErase": SalUnErase,
+    "SalUnApplyDelta": SalUnApplyDelta,
+    "SalUnLoadDelta": SalUnLoadDelta,
+    "SalUnSaveDelta": SalUnSaveDelta,
+    "SalUnSaveErasedCheckpoint": SalUnSaveErasedCheckpoint,
+    "SalUnSaveAsLora": SalUnSaveAsLora,
+    "SalUnEvaluate": SalUnEvaluate,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "SalUnConcept": "SalUn Concept",
+    "SalUnTrainingData": "SalUn Training Data",
+    "SalUnSaliencyMask": "SalUn Saliency Mask",
+    "SalUnLoadMask": "SalUn Load Mask",
+    "SalUnSaveMask": "SalUn Save Mask",
+    "SalUnCombineMasks": "SalUn Combine Masks",
+    "SalUnMaskHeatmap": "SalUn Mask Heatmap",
+    "SalUnErase": "SalUn Erase",
+    "SalUnApplyDelta": "SalUn Apply Delta",
+    "SalUnLoadDelta": "SalUn Load Delta",
+    "SalUnSaveDelta": "SalUn Save Delta",
+    "SalUnSaveErasedCheckpoint": "SalUn Save Erased Checkpoint",
+    "SalUnSaveAsLora": "SalUn Save as LoRA",
+    "SalUnEvaluate": "SalUn Evaluate",
+}

@@ -113,7 +113,7 @@ def apply(
 
 def stack(
     model: str,
-    deltas: Sequence[str],
+    deltas: Sequence[str | Delta],
     output: str,
     strengths: Sequence[float] = (),
     *,
@@ -125,10 +125,11 @@ def stack(
 ) -> dict[str, Any]:
     """Write a copy of a model with several deltas of it applied, in whatever order: see `salun.formats.stacking.stack`.
 
-    strengths: one for each delta; none stands for 1 throughout. keep_ema: keep a single file's second copy of the
-    weights, in which nothing is erased. The output's metadata list what was applied. Returns facts, `notes` among them:
-    lines on what is not exact, overlaps, and what was left out. Raises ConfigError for an
-    output that must not be written or options that contradict; ModelError for a model that is not the deltas' base.
+    deltas: files, or deltas in memory. strengths: one for each delta; none stands for 1 throughout. keep_ema: keep a
+    single file's second copy of the weights, in which nothing is erased. The output's metadata list what was applied.
+    Returns facts, `notes` among them: lines on what is not exact, overlaps, and what was left out. Raises ConfigError
+    for an output that must not be written or options that contradict; ModelError for a model that is not the deltas'
+    base.
     """
     if strengths and len(strengths) != len(deltas):
         raise ConfigError(f"{len(strengths)} --strength for {len(deltas)} deltas: give one for each, in order, or none")
@@ -136,8 +137,10 @@ def stack(
     stacking.check_strengths(strengths)
     stored = open_model(model, options)
     other = open_model(fine_tune_of, options) if fine_tune_of is not None else None
-    _check(output, force, *(m.path for m in (stored, other) if m is not None), *map(Path, deltas), layout_of=stored)
-    layers = list(zip([Delta.load(path) for path in deltas], strengths or [1.0] * len(deltas), strict=True))
+    files = [Path(one) for one in deltas if not isinstance(one, Delta)]
+    _check(output, force, *(m.path for m in (stored, other) if m is not None), *files, layout_of=stored)
+    loaded = [one if isinstance(one, Delta) else Delta.load(one) for one in deltas]
+    layers = list(zip(loaded, strengths or [1.0] * len(deltas), strict=True))
     try:
         made = stacking.stack(stored, layers, fine_tune_of=other, progress=progress)
     except OtherBase as error:

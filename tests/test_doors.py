@@ -45,9 +45,10 @@ def test_comfyuis_door_loads_the_core_beside_it(clone: Path, tmp_path: Path) -> 
     """Without the pack's folder on sys.path, as ComfyUI does it; an installed salun is not taken instead."""
     program = "import sys, types; sys.modules['comfy'] = types.ModuleType('comfy')"
     program += LOAD.format(path=str(clone / "__init__.py"), folder=str(clone))
-    program += "print(module.NODE_CLASS_MAPPINGS); import salun; print(salun.__file__); salun.Mask"
+    program += "print('SalUnErase' in module.NODE_CLASS_MAPPINGS, module.WEB_DIRECTORY)\n"
+    program += "import salun; print(salun.__file__); salun.Mask"
     lines = run(program, tmp_path).splitlines()
-    assert lines == ["{}", str(clone / "salun" / "__init__.py")]
+    assert lines == ["True ./comfy_nodes/web", str(clone / "salun" / "__init__.py")]
 
 
 def test_it_says_when_another_salun_is_there_first(clone: Path, tmp_path: Path) -> None:

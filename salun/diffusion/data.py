@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,21 +10,34 @@ from torch import Tensor
 
 from salun.cache import Cache
 from salun.diffusion.concepts import mentions
+from salun.diffusion.denoiser import DiffusionModel
 from salun.diffusion.images import Encoded, concept_folders, encode_folder
 from salun.diffusion.latents import item_seed, sample_latents
 from salun.diffusion.losses import ErasureData
-from salun.diffusion.models import Model
 from salun.diffusion.plan import Plan, spread
 from salun.errors import ConfigError
 from salun.progress import Event, Progress, silent
 
 
+@dataclass(frozen=True)
+class Own:
+    """Latents of the user's own pictures, where a host holds them already: float32 (n, c, h, w) each, scaled.
+
+    forget: for each concept, in place of samples. retain, with their captions: added to the samples.
+    """
+
+    forget: list[Tensor] | None = None
+    retain: Tensor | None = None
+    captions: tuple[str | None, ...] = ()
+
+
 def sample_data(
-    model: Model,
+    model: DiffusionModel,
     plan: Plan,
     progress: Progress = silent,
     forget_only: bool = False,
     cache: Cache | None = None,
+    given: Own | None = None,
 ) -> ErasureData:
     """Sample forget, anchor and retain latents, no trip through the VAE; or encode the user's own pictures.
 
@@ -32,10 +45,12 @@ def sample_data(
     many for each concept as the one with most has. Anchor latents are sampled only where the forget loss uses any;
     they are then retain samples as well, since it is the anchor's own prompts that an erasure harms first.
     `retain_images` are added to the retain samples. forget_only: what the saliency needs, and no more. cache: where
-    latents are kept for other runs.
+    latents are kept for other runs. given: pictures that a host holds already, in place of the options' folders.
     """
     prompts, seed, options = plan.prompts, plan.options.seed, plan.options
-    own = None
+    own = given.forget if given is not None else None
+    if own is not None and len(own) != len(prompts.concepts):
+        raise ConfigError(f"pictures of {len(own)} concepts are given for {len(prompts.concepts)}: give some for each")
     if options.forget_images is not None:
         names = [concept.name for concept in plan.concepts]
         folders = concept_folders(Path(options.forget_images).expanduser(), names)
@@ -61,14 +76,19 @@ def sample_data(
         latents[role] = sample_latents(model, texts, seeds, after(done, total, progress), "sampling", cache)
         done += len(texts)
     if own is not None:
-        latents["forget"] = torch.cat([pictures[[i % len(pictures) for i in range(each)]] for pictures in own])
+        latents["forget"] = torch.cat([pictures[[i % len(pictures) for i in range(each)]] for pictures in own]).to(
+            model.device
+        )
     kept, said = [latents["retain"], latents["anchor"]], [*retain, *jobs["anchor"]]
+    more = given.retain if given is not None else None
+    about = list(given.captions) if given is not None else []
     if options.retain_images is not None and not forget_only:
         folder = Path(options.retain_images).expanduser()
         pictures = _told(encode_folder(model, folder, progress, cache), progress)
-        kept.append(pictures.latents)
-        usable, captions = _to_keep(pictures.captions, plan, progress)
-        kept[-1] = pictures.latents[usable]
+        more, about = pictures.latents, pictures.captions
+    if more is not None and not forget_only:
+        usable, captions = _to_keep(about, plan, progress)
+        kept.append(more[usable].to(model.device))
         said += captions
     if not said and not forget_only:
         raise ConfigError("nothing is to be kept: give --retain-latents above 0, or --retain-images")

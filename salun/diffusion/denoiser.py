@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from salun.diffusion.models import ModelSettings
+    from salun.options import EraseOptions
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,76 @@ class Denoiser(Protocol):
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output, float32 like x_t (n, c, h, w); t: int64 (n,)."""
+        ...
+
+
+class DiffusionModel(Denoiser, Protocol):
+    """All that an erasure needs of a model, beside its answers: samples, pictures, and weights to be lent.
+
+    name: for people. settings: what is known of it beyond its weights. dtype: of the computation. low_vram: whether one
+    sample at a time is computed. vae: what `awake` takes to have the VAE at hand.
+    """
+
+    name: str
+    settings: ModelSettings
+    dtype: torch.dtype
+    low_vram: bool
+    vae: Any
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent at the sampling resolution."""
+        ...
+
+    @property
+    def base_hash(self) -> str:
+        """The base hash of `original`."""
+        ...
+
+    @property
+    def vae_hash(self) -> str:
+        """A hash of the VAE and of how its latents are scaled."""
+        ...
+
+    def original(self) -> Mapping[str, Tensor]:
+        """The UNet's tensors before any erasure, under diffusers' names."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the live UNet, by name."""
+        ...
+
+    def borrowed(self) -> AbstractContextManager[None]:
+        """Within, the live UNet may be trained; afterwards it holds its own weights again."""
+        ...
+
+    def set_up(self, options: EraseOptions) -> AbstractContextManager[None]:
+        """Within, the model is read, sampled and trained as the options say; afterwards as it was."""
+        ...
+
+    def awake(self, *modules: Any) -> AbstractContextManager[None]:
+        """Within, these parts are on the model's device."""
+        ...
+
+    def chunks(self, prompt: str) -> int:
+        """Chunks that a prompt takes. Raises DataError for a prompt that is too long."""
+        ...
+
+    def encode_pictures(self, pictures: np.ndarray) -> Tensor:
+        """uint8 pictures (n, H, W, 3) → latents (n, c, h, w), scaled."""
+        ...
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (n, c, h, w), scaled → uint8 pictures (n, H, W, 3)."""
+        ...
+
+    def denoise(self, noise: Tensor, prompts: Conditioning, empty: Conditioning, tick: Callable[[], None]) -> Tensor:
+        """Noise (n, c, h, w) of variance 1 → latents, by the sampling settings. prompts: (n,). empty: (1,), what
+        guidance leads away from. tick: called before each step."""
+        ...
+
+    def sampler_facts(self) -> dict[str, Any]:
+        """What latents from `denoise` depend on beside weights, prompts, noise and settings: JSON values."""
         ...
 
 

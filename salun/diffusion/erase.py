@@ -17,6 +17,7 @@ from salun import __version__
 from salun.cache import Cache
 from salun.device import is_out_of_memory, kernels
 from salun.diffusion.data import sample_data
+from salun.diffusion.denoiser import DiffusionModel
 from salun.diffusion.images import folder_digest
 from salun.diffusion.loading import load_with
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
@@ -92,38 +93,60 @@ def erase(
         resume,
     )
     record.data["force"] = force  # so that a resumed run may overwrite what the first was told to
-    with (
-        record.running(),
-        model.borrowed(),
-        model.set_up(plan.options),
-        kernels(plan.options.deterministic),
-        enough_memory(plan),
-    ):
-        for note in plan.notes:
-            progress(Event("planning", message=note))
-        asked = questions(plan, plan.eval_images, options.seed)
-        with record.stage("sampling"):
-            data = sample_data(model, plan, progress, cache=cache)
-        with record.stage("evaluating"):
-            before = observe(model, asked, progress, "pictures before", cache)
-        with record.stage("saliency"):
-            mask, record.data["mask"] = _mask_of_run(model, data, plan, record, progress)
-        with record.stage("training"):
-            state = who.share(record.state("training.safetensors"))
-            trained = train(model, mask, data, plan, progress, state, who.share(record.fingerprint))
-        original = model.original()
-        if plan.options.method == "salun-soft":
-            mask = moved(original, trained.masters)
-        masters = trained.masters if plan.options.method == "salun" else _full(trained, mask)
-        erased, record.data["rounding"] = erased_tensors(original, mask, masters)
-        model.load(erased)
-        with record.stage("evaluating"):
-            after = observe(model, asked, progress, "pictures after")
-            metrics = compare(model, plan, asked, before, after)
-        run = Run(model, plan, mask, erased, trained.history, metrics, asked, before, after, record)
+    with record.running(), prepared(model, plan):
+        run = carry_out(model, plan, record, progress, cache)
         if not who.rank:
             write_run(run, outputs, force, progress)
     return run
+
+
+@contextmanager
+def prepared(model: DiffusionModel, plan: Plan) -> Iterator[None]:
+    """Within, the model is lent and set up as the plan says, and running out of memory says what to try."""
+    with model.borrowed(), model.set_up(plan.options), kernels(plan.options.deterministic), enough_memory(plan):
+        yield
+
+
+def carry_out(
+    model: DiffusionModel,
+    plan: Plan,
+    record: RunRecord,
+    progress: Progress,
+    cache: Cache | None = None,
+    data: ErasureData | None = None,
+    mask: Mask | None = None,
+) -> Run:
+    """The erasure itself, on a model that is `prepared`; writes nothing but the state to resume from.
+
+    data, mask: where they are there already; a mask must fit the model (MaskError).
+    """
+    who = current()
+    for note in plan.notes:
+        progress(Event("planning", message=note))
+    asked = questions(plan, plan.eval_images, plan.options.seed)
+    with record.stage("sampling"):
+        data = data or sample_data(model, plan, progress, cache=cache)
+    with record.stage("evaluating"):
+        before = observe(model, asked, progress, "pictures before", cache)
+    with record.stage("saliency"):
+        if mask is None:
+            mask, record.data["mask"] = _mask_of_run(model, data, plan, record, progress)
+        else:
+            check_mask(mask, model, plan, "given")
+            record.data["mask"] = _told_of(mask, mask.metadata.get("method", "file"), {"warnings": []})
+    with record.stage("training"):
+        state = who.share(record.state("training.safetensors"))
+        trained = train(model, mask, data, plan, progress, state, who.share(record.fingerprint))
+    original = model.original()
+    if plan.options.method == "salun-soft":
+        mask = moved(original, trained.masters)
+    masters = trained.masters if plan.options.method == "salun" else _full(trained, mask)
+    erased, record.data["rounding"] = erased_tensors(original, mask, masters)
+    model.load(erased)
+    with record.stage("evaluating"):
+        after = observe(model, asked, progress, "pictures after")
+        metrics = compare(model, plan, asked, before, after)
+    return Run(model, plan, mask, erased, trained.history, metrics, asked, before, after, record)
 
 
 @contextmanager
@@ -160,7 +183,7 @@ def _facts(model: Model, plan: Plan) -> dict[str, str]:
 
 
 def _mask_of_run(
-    model: Model, data: ErasureData, plan: Plan, record: RunRecord, progress: Progress
+    model: DiffusionModel, data: ErasureData, plan: Plan, record: RunRecord, progress: Progress
 ) -> tuple[Mask, dict[str, Any]]:
     """The run's mask, taken up from a run that stopped after it was found, else found and kept."""
     path = record.state("mask.safetensors")
@@ -190,12 +213,12 @@ def make_mask(
     """Only the mask of an erasure, and what `run.json` says of it. cache: as in `erase`, which shares its samples."""
     options = options or EraseOptions()
     plan = make_plan(model.settings, model.name, concept, options)
-    with model.borrowed(), model.set_up(plan.options), kernels(plan.options.deterministic):
+    with prepared(model, plan):
         data = sample_data(model, plan, progress, forget_only=True, cache=cache or Cache.of_user())
         return find_mask(model, data, plan, progress)
 
 
-def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -> tuple[Mask, dict[str, Any]]:
+def find_mask(model: DiffusionModel, data: ErasureData, plan: Plan, progress: Progress) -> tuple[Mask, dict[str, Any]]:
     """The mask of a run: from saliency, a control, or a file made from this very model. And what to tell of it."""
     options = plan.options
     parameters = scoped(model.parameters(), options.scope)
@@ -224,26 +247,34 @@ def find_mask(model: Model, data: ErasureData, plan: Plan, progress: Progress) -
             "salun_version": __version__,
         }
         mask = Mask(mask.bits, mask.shapes, metadata)
-    return mask, {"mode": mode, "density": mask.density, "selected": mask.selected, "total": mask.total, **told}
+    return mask, _told_of(mask, mode, told)
 
 
-def _mask_from_file(model: Model, plan: Plan) -> Mask:
-    options, origin = plan.options, model.base_hash
-    mask = Mask.load(options.mask)
-    scope = mask.metadata.get("scope", "full")
-    if scope != options.scope:
-        raise MaskError(f"the mask {options.mask} was made with --scope {scope}: give that, or make another")
-    mask.validate(scoped(model.parameters(), options.scope), model.name)
-    if mask.metadata.get("base_hash", origin) != origin:
-        raise MaskError(
-            f"the mask {options.mask} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "
-            f"this model's {origin[:12]}…): make one with `salun mask --model {model.name}`"
-        )
+def _told_of(mask: Mask, mode: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    return {"mode": mode, "density": mask.density, "selected": mask.selected, "total": mask.total, **told}
+
+
+def _mask_from_file(model: DiffusionModel, plan: Plan) -> Mask:
+    mask = Mask.load(plan.options.mask)
+    check_mask(mask, model, plan, plan.options.mask)
     return mask
 
 
+def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None:
+    """Raises MaskError for a mask of another scope than the plan's, of other parameters, or of another model."""
+    scope, origin = mask.metadata.get("scope", "full"), model.base_hash
+    if scope != plan.options.scope:
+        raise MaskError(f"the mask {what} was made with --scope {scope}: give that, or make another")
+    mask.validate(scoped(model.parameters(), plan.options.scope), model.name)
+    if mask.metadata.get("base_hash", origin) != origin:
+        raise MaskError(
+            f"the mask {what} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "
+            f"this model's {origin[:12]}…): make one with `salun mask --model {model.name}`"
+        )
+
+
 def _salient(
-    model: Model, data: ErasureData, plan: Plan, parameters: Mapping[str, Parameter], progress: Progress
+    model: DiffusionModel, data: ErasureData, plan: Plan, parameters: Mapping[str, Parameter], progress: Progress
 ) -> tuple[Mask, dict[str, Any]]:
     """The saliency mask, and what to tell of its threshold.
 
@@ -276,7 +307,7 @@ def _salient(
 
 
 def train(
-    model: Model,
+    model: DiffusionModel,
     mask: Mask,
     data: ErasureData,
     plan: Plan,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from salun.cache import Cache, key_of
-from salun.diffusion.models import Model
+from salun.diffusion.denoiser import DiffusionModel
 from salun.errors import DataError, some
 from salun.progress import Event, Progress, silent
 
@@ -61,7 +61,11 @@ def folder_digest(folder: Path) -> str:
 
 
 def encode_folder(
-    model: Model, folder: Path, progress: Progress = silent, cache: Cache | None = None, stage: str = "encoding"
+    model: DiffusionModel,
+    folder: Path,
+    progress: Progress = silent,
+    cache: Cache | None = None,
+    stage: str = "encoding",
 ) -> Encoded:
     """Every usable picture of a folder once, cut to its central square at the model's resolution.
 
@@ -97,7 +101,7 @@ def encode_folder(
     return Encoded(torch.stack(latents).to(model.device), captions, notes)
 
 
-def _encode(model: Model, pixels: np.ndarray, digest: str, cache: Cache | None) -> Tensor:
+def _encode(model: DiffusionModel, pixels: np.ndarray, digest: str, cache: Cache | None) -> Tensor:
     key = key_of(
         what="picture",
         picture=digest,
@@ -165,7 +169,7 @@ def _caption(path: Path) -> str | None:
     return " ".join(text[:_LONGEST_CAPTION].split()) or None
 
 
-def _fitting(model: Model, caption: str | None, name: str) -> str | None:
+def _fitting(model: DiffusionModel, caption: str | None, name: str) -> str | None:
     try:
         model.chunks(caption or "")
     except DataError as error:

@@ -5,17 +5,14 @@ Every sample has a seed of its own, so it does not depend on what else is in its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from importlib import metadata
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from salun.cache import Cache, digest_of, key_of
-from salun.diffusion.denoiser import Conditioning
-from salun.diffusion.models import Model
+from salun.diffusion.denoiser import Conditioning, DiffusionModel
 from salun.processes import current
 from salun.progress import Event, Progress, silent
 
@@ -28,7 +25,7 @@ def item_seed(seed: int, role: str, index: int) -> int:
 
 @torch.no_grad()
 def sample_latents(
-    model: Model,
+    model: DiffusionModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
     progress: Progress = silent,
@@ -37,10 +34,9 @@ def sample_latents(
 ) -> Tensor:
     """One latent per prompt, float32 (n, c, h, w) on the model's device, scaled by the VAE's factor.
 
-    Sampled with the model's own sampling settings by its own scheduler if that is a fast one, else by
-    DPM-Solver++ (2M) on its noise schedule. The live UNet is used, erased or not. cache: batches sampled before are
-    taken from it; only for a model that holds its files' own weights. Several processes share the batches out and all
-    get all of them.
+    Sampled with the model's own sampling settings by its own sampler (`denoise`). The live UNet is used, erased or not.
+    cache: batches sampled before are taken from it; only for a model that holds its files' own weights. Several
+    processes share the batches out and all get all of them.
     """
     away = model.settings.sampling.negative_prompt
     unique = list(dict.fromkeys([*prompts, away]))
@@ -63,7 +59,7 @@ def sample_latents(
             def tick(start: int = start) -> None:  # a batch can take minutes: a host may stop it between two steps
                 progress(Event(stage, start, len(prompts)))
 
-            kept = {"latents": _denoise(model, _noise(model, own), asked, empty, tick)}
+            kept = {"latents": model.denoise(_noise(model, own), asked, empty, tick)}
             if cache is not None:
                 cache.put(key, kept)
         done[number] = kept["latents"].to(model.device)
@@ -74,7 +70,7 @@ def sample_latents(
 
 
 def sample_pictures(
-    model: Model,
+    model: DiffusionModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
     progress: Progress = silent,
@@ -89,12 +85,12 @@ def sample_pictures(
     return np.concatenate(parts) if parts else np.empty((0, side, side, 3), np.uint8)
 
 
-def _noise(model: Model, seeds: Sequence[int]) -> Tensor:
+def _noise(model: DiffusionModel, seeds: Sequence[int]) -> Tensor:
     parts = [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(parts).to(model.device)
 
 
-def _key(model: Model, prompts: Conditioning, empty: Conditioning, seeds: list[int]) -> str:
+def _key(model: DiffusionModel, prompts: Conditioning, empty: Conditioning, seeds: list[int]) -> str:
     """Everything that a batch of latents depends on. (Texts count by their encodings, and so do their encoders.)"""
     said = [t for part in (prompts, empty) for t in (part.hidden, *(part.extra[name] for name in sorted(part.extra)))]
     settings = model.settings.sampling
@@ -103,57 +99,18 @@ def _key(model: Model, prompts: Conditioning, empty: Conditioning, seeds: list[i
         model=model.base_hash,
         prompts=digest_of(*said),
         seeds=seeds,
-        sampler={name: repr(value) for name, value in _scheduler(model.scheduler_config).config.items()},
         steps=settings.steps,
         guidance=settings.guidance,
         shape=model.latent_shape,
         dtype=str(model.dtype),
         device=model.device.type,
-        attention=model.attention,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         torch=torch.__version__,
-        diffusers=metadata.version("diffusers"),
+        **model.sampler_facts(),
     )
 
 
-def _denoise(
-    model: Model, noise: Tensor, prompts: Conditioning, empty: Conditioning, tick: Callable[[], None]
-) -> Tensor:
-    settings = model.settings.sampling
-    scheduler = _scheduler(model.scheduler_config)
-    scheduler.set_timesteps(settings.steps)
-    n = len(noise)
-    conditioning = Conditioning.cat([prompts, empty.expand(n)])
-    x: Tensor = noise * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        tick()
-        doubled = scheduler.scale_model_input(torch.cat([x, x]), t)
-        steps = t.to(device=model.device, dtype=torch.long).expand(2 * n)
-        conditional, unconditional = model.predict(doubled, steps, conditioning).chunk(2)
-        guided = unconditional + settings.guidance * (conditional - unconditional)
-        x = scheduler.step(guided, t, x).prev_sample
-    return x
-
-
-def _scheduler(config: dict[str, Any]) -> Any:
-    from diffusers import DPMSolverMultistepScheduler
-
-    if config.get("_class_name") == "DPMSolverMultistepScheduler":
-        plain = str(config.get("algorithm_type", "dpmsolver++")).removeprefix("sde-")  # no noise that no seed fixes
-        return DPMSolverMultistepScheduler.from_config(config, algorithm_type=plain)
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-    )
-    fast = {key: config[key] for key in kept if key in config}
-    return DPMSolverMultistepScheduler(**fast, timestep_spacing="trailing", use_karras_sigmas=False)
-
-
-def batch_size_of(model: Model) -> int:
+def batch_size_of(model: DiffusionModel) -> int:
     """Samples at once: 64 of the embedded model's size, 2 of Stable Diffusion's at 512², 1 above and for low VRAM."""
     if model.low_vram:
         return 1

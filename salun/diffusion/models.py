@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from salun.diffusion import sampler
 from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
@@ -158,6 +159,12 @@ class Model:
         ).sample
         return output.float()
 
+    def denoise(self, noise: Tensor, prompts: Conditioning, empty: Conditioning, tick: Callable[[], None]) -> Tensor:
+        return sampler.denoise(self, self.scheduler_config, self.settings.sampling, noise, prompts, empty, tick)
+
+    def sampler_facts(self) -> dict[str, Any]:
+        return {**sampler.facts(self.scheduler_config), "attention": self.attention}
+
     # -- pictures -------------------------------------------------------------------------------------------------
 
     @property
@@ -228,19 +235,7 @@ class Model:
     def set_up(self, options: EraseOptions) -> Iterator[None]:
         """Within, the model is read, sampled and trained as the options say; afterwards as it was."""
         before = self.settings, self.clip_skip, self.low_vram, self.attention
-        if options.resolution is not None:
-            if options.resolution % (self.vae_scale * _multiple(self.unet)):
-                raise ConfigError(
-                    f"--resolution {options.resolution} does not suit {self.name}: take a multiple of "
-                    f"{self.vae_scale * _multiple(self.unet)}"
-                )
-            self.settings = replace(
-                self.settings, sampling=replace(self.settings.sampling, resolution=options.resolution)
-            )
-        if options.negative_prompt is not None:
-            self.settings = replace(
-                self.settings, sampling=replace(self.settings.sampling, negative_prompt=options.negative_prompt)
-            )
+        self.settings = settings_for(self.settings, options, self.name, self.vae_scale * _multiple(self.unet))
         self.clip_skip, self.low_vram, self.attention = options.clip_skip, options.low_vram, options.attention
         if options.attention == "xformers":
             _use_xformers(self.unet, self.device)
@@ -283,6 +278,18 @@ class Model:
 def shown_name(name: str) -> str:
     """A model's name as files may tell it that are passed on: of a path on this machine only the last part."""
     return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def settings_for(settings: ModelSettings, options: EraseOptions, name: str, multiple: int) -> ModelSettings:
+    """The settings with what the options say of sampling. Raises ConfigError for a resolution that is no multiple."""
+    said: dict[str, Any] = {}
+    if options.resolution is not None:
+        if options.resolution % multiple:
+            raise ConfigError(f"--resolution {options.resolution} does not suit {name}: take a multiple of {multiple}")
+        said["resolution"] = options.resolution
+    if options.negative_prompt is not None:
+        said["negative_prompt"] = options.negative_prompt
+    return replace(settings, sampling=replace(settings.sampling, **said))
 
 
 def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:

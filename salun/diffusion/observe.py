@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from salun.cache import Cache
-from salun.diffusion.denoiser import add_noise
+from salun.diffusion.denoiser import DiffusionModel, add_noise
 from salun.diffusion.latents import item_seed, sample_pictures
-from salun.diffusion.models import Model
 from salun.diffusion.plan import Plan, spread
 from salun.diffusion.vocabulary import Prompt
 from salun.evaluation import erasure
@@ -69,7 +68,7 @@ def questions(plan: Plan, n: int, seed: int) -> Questions:
 
 
 def observe(
-    model: Model,
+    model: DiffusionModel,
     asked: Questions,
     progress: Progress = silent,
     stage: str = "evaluating",
@@ -89,7 +88,7 @@ def observe(
 
 
 @torch.no_grad()
-def _answers(model: Model, texts: list[str]) -> Tensor:
+def _answers(model: DiffusionModel, texts: list[str]) -> Tensor:
     """Predictions on noise latents at t spread over the upper half of the schedule, where a prompt decides most."""
     steps = len(model.alphas_cumprod)
     texts = [texts[i % len(texts)] for i in range(PROBES)] if texts else []
@@ -105,7 +104,9 @@ def _answers(model: Model, texts: list[str]) -> Tensor:
     return torch.cat(answers).cpu() if answers else torch.empty(0)
 
 
-def compare(model: Model, plan: Plan, asked: Questions, before: Observation, after: Observation) -> dict[str, Any]:
+def compare(
+    model: DiffusionModel, plan: Plan, asked: Questions, before: Observation, after: Observation
+) -> dict[str, Any]:
     """The metrics of a run: the detector's where the model has one for this concept, and the model's own change.
 
     A figure that cannot be computed is None, with a `reason`.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from salun.diffusion.denoiser import DiffusionModel
 from salun.diffusion.models import Model, shown_name
 from salun.diffusion.observe import Observation, Questions
 from salun.diffusion.output import output_layout, write_new, write_output
@@ -28,6 +29,29 @@ from salun.run_record import RunRecord, peak_memory
 GRID = 8  # prompts of a row in the before/after picture
 
 
+def grids(
+    plan: Plan, asked: Questions, before: Observation, after: Observation
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Before/after pictures of forget prompts, a grid for each concept, and of retain prompts; None without pictures.
+
+    Those of a sensitive concept are blurred, unless the options ask for them.
+    """
+    k = min(GRID, asked.each)
+    if not k:
+        return None, None
+    made = []
+    for i, blur in enumerate(_blurred(plan)):
+        rows = slice(i * asked.each, i * asked.each + k)
+        texts = [p.text for p in asked.forget[rows]]
+        made.append(picture.grid(before.forget[rows], after.forget[rows], texts, blur=blur))
+    texts = [p.text for p in asked.retain[:k]]
+    return picture.stack(*made), picture.grid(before.retain[:k], after.retain[:k], texts)
+
+
+def _blurred(plan: Plan) -> list[bool]:
+    return [concept.sensitive and not plan.options.show_sensitive for concept in plan.concepts]
+
+
 @dataclass(eq=False)
 class Run:
     """A finished erasure.
@@ -36,7 +60,7 @@ class Run:
     metrics: as in `run.json`. record.data: the whole of `run.json`.
     """
 
-    model: Model
+    model: DiffusionModel
     plan: Plan
     mask: Mask
     erased: dict[str, Tensor]
@@ -46,6 +70,13 @@ class Run:
     before: Observation
     after: Observation
     record: RunRecord
+
+    @property
+    def own(self) -> Model:
+        """The model, where it is one with files of its own. Raises ModelError for a host's, which has none."""
+        if not isinstance(self.model, Model):
+            raise ModelError(f"{self.model.name} has no files of its own: save the delta, and apply it to a file")
+        return self.model
 
     @cached_property
     def delta(self) -> Delta:
@@ -66,37 +97,22 @@ class Run:
                 picture.png_bytes(forget) if forget is not None else None,
                 picture.png_bytes(retain) if retain is not None else None,
                 layers,
-                blurred=any(self._blurred()),
+                blurred=any(_blurred(self.plan)),
             )
         )
 
     def grids(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Before/after pictures of forget prompts, a grid for each concept, and of retain prompts.
-
-        Those of a sensitive concept are blurred, unless the options ask for them.
-        """
-        k = min(GRID, self.asked.each)
-        if not k:
-            return None, None
-        grids = []
-        for i, blur in enumerate(self._blurred()):
-            rows = slice(i * self.asked.each, i * self.asked.each + k)
-            texts = [p.text for p in self.asked.forget[rows]]
-            grids.append(picture.grid(self.before.forget[rows], self.after.forget[rows], texts, blur=blur))
-        texts = [p.text for p in self.asked.retain[:k]]
-        return picture.stack(*grids), picture.grid(self.before.retain[:k], self.after.retain[:k], texts)
-
-    def _blurred(self) -> list[bool]:
-        return [concept.sensitive and not self.plan.options.show_sensitive for concept in self.plan.concepts]
+        """The `grids` of the run's pictures."""
+        return grids(self.plan, self.asked, self.before, self.after)
 
     def save(self, target: str | Path, force: bool = False) -> None:
         """Write the erased model or its delta; the name chooses the format (see `write_output`)."""
         from salun.diffusion.output import check_output
 
         check_output(str(target), force)
-        notes = applied_metadata(self.delta, self.model.stored.metadata)
+        notes = applied_metadata(self.delta, self.own.stored.metadata)
         write = write_output if force else write_new
-        write(str(target), self.model, self.erased, self.delta, notes, self.plan.options.keep_ema)
+        write(str(target), self.own, self.erased, self.delta, notes, self.plan.options.keep_ema)
 
     def apply(self) -> None:
         """Put the erased weights into the loaded model, to sample from it; `undo` takes them out again."""
@@ -140,7 +156,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     record.data["metrics"] = run.metrics
     if run.plan.options.method == "salun-soft":
         record.data["mask"].update(selected=run.mask.selected, density=run.mask.density)
-    stored = run.model.stored
+    stored = run.own.stored
     for file in stored.files:
         record.note_file("inputs", "checkpoint" if stored.single else "unet", file, _shown(stored, file))
     others = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
@@ -162,7 +178,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
             ours = folder is not None and Path(target).parent == folder
             write = write_output if force or ours else write_new
             try:
-                kind = write(target, run.model, run.erased, run.delta, notes, run.plan.options.keep_ema, progress)
+                kind = write(target, run.own, run.erased, run.delta, notes, run.plan.options.keep_ema, progress)
             except (ConfigError, ModelError) as error:
                 if folder is None:
                     raise

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from salun.formats.stock import group_of
 
 TILE, GAP, INK, PAPER = 128, 8, (40, 40, 46), (250, 250, 250)
 
@@ -57,6 +59,37 @@ def stack(*pictures: np.ndarray) -> np.ndarray:
         np.concatenate([p, np.full((p.shape[0], width - p.shape[1], 3), PAPER, np.uint8)], axis=1) for p in pictures
     ]
     return np.concatenate(padded)
+
+
+def densities(counts: Mapping[str, tuple[int, int]]) -> np.ndarray:
+    """A mask's density by block (down) and kind of layer (across): white for none, dark for all.
+
+    counts: parameter → (selected, all entries). Returns uint8 (H, W, 3).
+    """
+    sums: dict[tuple[str, str], list[int]] = {}
+    for name, (selected, total) in counts.items():
+        block, _, kind = group_of(name).partition(" ")
+        found = sums.setdefault((block, kind), [0, 0])
+        found[0] += selected
+        found[1] += total
+    blocks = list(dict.fromkeys(block for block, _ in sums))
+    kinds = sorted({kind for _, kind in sums})
+    left, top, width, height = 120, 40, 92, 30
+    sheet = Image.new("RGB", (left + width * len(kinds) + GAP, top + height * len(blocks) + GAP), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for c, kind in enumerate(kinds):
+        draw.text((left + c * width + 4, top - 20), kind, INK, font)
+    for r, block in enumerate(blocks):
+        draw.text((GAP, top + r * height + 8), block, INK, font)
+        for c, kind in enumerate(kinds):
+            selected, total = sums.get((block, kind), (0, 0))
+            if total:
+                share = selected / total
+                shade = tuple(round(255 + (end - 255) * share) for end in (28, 62, 120))
+                box = (left + c * width, top + r * height, left + (c + 1) * width - 2, top + (r + 1) * height - 2)
+                draw.rectangle(box, shade, (200, 200, 206))
+                draw.text((box[0] + 8, box[1] + 7), f"{share:.1%}", PAPER if share > 0.5 else INK, font)
+    return np.asarray(sheet)
 
 
 def png_bytes(picture: np.ndarray) -> bytes:

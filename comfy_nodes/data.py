@@ -1,0 +1,128 @@
+"""SalUn Training Data: what an erasure looks at, sampled from the model or made of the user's own pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun.diffusion.data import Own, sample_data
+from salun.diffusion.erase import prepared
+from salun.errors import ConfigError, DataError
+
+from .inputs import entry, inputs, options_of
+from .kinds import CONCEPT, DATA, Concepts, Data, moved
+from .model import GraphModel
+from .places import cache
+from .progress import Bar
+from .work import computes, plan_of, stages
+
+
+class SalUnTrainingData:
+    """Latents and prompts to forget, to become and to keep."""
+
+    CATEGORY, FUNCTION = "SalUn", "make"
+    RETURN_TYPES, RETURN_NAMES = (DATA,), ("data",)
+    OUTPUT_TOOLTIPS = ("For SalUn Saliency Mask and SalUn Erase: several of them can share it.",)
+    DESCRIPTION = (
+        "What an erasure looks at. Without pictures everything is sampled from the model itself, and kept on disk. "
+        "Pictures of the concept take the place of forget samples; pictures to keep are added to the retain samples."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model that will be erased; its samples are the training data."}),
+                "clip": ("CLIP", {"tooltip": "Encodes the concept's prompts."}),
+                "concept": (CONCEPT, {"tooltip": "From SalUn Concept."}),
+                **inputs("forget_latents", "retain_latents", "resolution", "seed"),
+            },
+            "optional": {
+                "vae": ("VAE", {"tooltip": "Needed for IMAGE inputs only."}),
+                "forget_images": ("IMAGE", {"tooltip": "Pictures of the concept, in place of samples (one concept)."}),
+                "forget_samples": ("LATENT", {"tooltip": "Latents of the concept, in place of samples (one concept)."}),
+                "retain_images": ("IMAGE", {"tooltip": "Pictures to keep, added to the samples."}),
+                "retain_samples": ("LATENT", {"tooltip": "Latents to keep, added to the samples."}),
+                "retain_captions": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "What the pictures to keep show; one line a picture.",
+                    },
+                ),
+                **inputs("prompt_style", "negative_prompt", "clip_skip", "low_vram", advanced=True),
+                "anchor_share": entry("anchor_share", advanced=True),
+            },
+        }
+
+    @computes
+    def make(
+        self,
+        model: Any,
+        clip: Any,
+        concept: Concepts,
+        vae: Any = None,
+        forget_images: Tensor | None = None,
+        forget_samples: dict[str, Tensor] | None = None,
+        retain_images: Tensor | None = None,
+        retain_samples: dict[str, Tensor] | None = None,
+        retain_captions: str = "",
+        **given: Any,
+    ) -> tuple[Data]:
+        graph = GraphModel(model, clip, vae)
+        plan = plan_of(graph, concept, options_of(given))
+        bar = Bar(stages(plan, train=True) | {"pictures before": 0})
+        with prepared(graph, plan):
+            side = graph.latent_shape
+            forget = _latents(graph, forget_images, forget_samples, side, "forget")
+            retain = _latents(graph, retain_images, retain_samples, side, "retain")
+            captions = [line.strip() or None for line in retain_captions.splitlines()] if retain_captions else []
+            if retain is not None and captions and len(captions) != len(retain):
+                raise DataError(
+                    f"retain_captions has {len(captions)} lines for {len(retain)} pictures: write one a picture"
+                )
+            if forget is not None and len(plan.concepts) > 1:
+                raise ConfigError("pictures of the concept are given for several concepts: erase one at a time")
+            own = Own(
+                [forget] if forget is not None else None,
+                retain,
+                tuple(captions or [None] * len(retain)) if retain is not None else (),
+            )
+            made = sample_data(graph, plan, bar, cache=cache(), given=own)
+        return (Data(tuple(c.name for c in plan.concepts), moved(made, "cpu")),)
+
+
+def _latents(
+    graph: GraphModel, images: Tensor | None, samples: dict[str, Tensor] | None, shape: tuple[int, ...], what: str
+) -> Tensor | None:
+    """A batch's latents. Raises DataError if both kinds are given, or their size is not the run's."""
+    if images is not None and samples is not None:
+        raise DataError(f"{what}_images and {what}_samples are both given: connect one of them")
+    if images is None and samples is None:
+        return None
+    if images is not None:
+        side = graph.settings.sampling.resolution
+        found = graph.encode_images(_square(images, side))
+    else:
+        assert samples is not None
+        found = graph.scaled(samples["samples"])
+    if tuple(found.shape[1:]) != shape:
+        raise DataError(
+            f"{what}_samples are {list(found.shape[1:])}, the run's latents {list(shape)}: set resolution to fit"
+        )
+    return found
+
+
+def _square(images: Tensor, side: int) -> Tensor:
+    """The central square of IMAGEs (n, H, W, c) at this side, as the core cuts pictures from files."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    rows = []
+    for picture in images[..., :3].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy():
+        cut = ImageOps.fit(Image.fromarray(picture), (side, side), Image.Resampling.LANCZOS)
+        rows.append(torch.from_numpy(np.array(cut)))
+    return torch.stack(rows).float() / 255

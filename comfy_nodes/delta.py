@@ -1,0 +1,274 @@
+"""Erasures as deltas: applied in the graph, kept as files, written into checkpoints and for stock loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from salun import deltas
+from salun.diffusion.output import DELTA as DELTA_ENDING
+from salun.diffusion.output import DIFF, LORA, write_stock
+from salun.errors import ConfigError, ModelError
+from salun.formats import stacking
+from salun.formats.applied import OURS
+from salun.formats.delta import Delta
+from salun.formats.stacking import STRENGTHS, Stacked
+
+from .kinds import DELTA
+from .model import family_of, release
+from .places import chosen, output_path, saved
+from .progress import Bar
+from .weights import Weights, patched
+from .work import computes
+
+ITSELF = "(the model itself)"
+STRENGTH = {"default": 1.0, "min": STRENGTHS[0], "max": STRENGTHS[1], "step": 0.05}
+
+
+class SalUnApplyDelta:
+    """A delta at work on a MODEL."""
+
+    CATEGORY, FUNCTION = "SalUn", "apply"
+    RETURN_TYPES, RETURN_NAMES = ("MODEL",), ("model",)
+    OUTPUT_TOOLTIPS = ("The model with the differences as patches; several can follow each other.",)
+    DESCRIPTION = (
+        "Adds an erasure to a model in the graph: 1 is the erased model, 0 the model as it was, below 0 more of the "
+        "concept. Deltas and LoRAs can follow each other."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model that the delta was made from, or a copy in another dtype."}),
+                "delta": (DELTA, {"tooltip": "From SalUn Erase or SalUn Load Delta."}),
+                "strength": ("FLOAT", {**STRENGTH, "tooltip": "How much of the difference is added."}),
+            },
+            "optional": {
+                "base_checkpoint": (
+                    [ITSELF, *checkpoints()],
+                    {
+                        "default": ITSELF,
+                        "advanced": True,
+                        "tooltip": "Where the model is a fine-tune of the delta's base, or kept in fp8 by ComfyUI: the "
+                        "base's own file. Then the differences are added.",
+                    },
+                )
+            },
+        }
+
+    @computes
+    def apply(self, model: Any, delta: Delta, strength: float, base_checkpoint: str = ITSELF) -> tuple[Any]:
+        family_of(model)
+        if base_checkpoint != ITSELF:
+            other = deltas.open_model(str(checkpoint(base_checkpoint)))
+            made = stacking.stack(Weights(model, patched=False), [(delta, 1.0)], fine_tune_of=other)
+            return (patched(model, delta, made.source or Weights(model, patched=False), strength),)
+        return (patched(model, delta, base_of(model, delta), strength),)
+
+
+class SalUnLoadDelta:
+    """A delta file."""
+
+    CATEGORY, FUNCTION = "SalUn", "load"
+    RETURN_TYPES, RETURN_NAMES = (DELTA,), ("delta",)
+    OUTPUT_TOOLTIPS = ("For SalUn Apply Delta and the savers.",)
+    DESCRIPTION = "A *.salun.safetensors file of SalUn Save Delta or the command line, from output/salun or input."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"file": (saved("salun", (DELTA_ENDING,)), {"tooltip": "Press R to refresh the list."})}}
+
+    @classmethod
+    def IS_CHANGED(cls, file: str) -> str:
+        try:
+            path = chosen(file, "salun", (DELTA_ENDING,))
+        except ConfigError:
+            return "gone"
+        facts = path.stat()
+        return f"{path} {facts.st_size} {facts.st_mtime_ns}"
+
+    def load(self, file: str) -> tuple[Delta]:
+        return (Delta.load(chosen(file, "salun", (DELTA_ENDING,))),)
+
+
+class SalUnSaveDelta:
+    """A delta to a file."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE = "SalUn", "save", True
+    RETURN_TYPES, RETURN_NAMES = ("STRING",), ("file",)
+    OUTPUT_TOOLTIPS = ("The file's name in output/salun.",)
+    DESCRIPTION = (
+        "Writes a delta to output/salun, under a new name each time. Who has it can undo the erasure: publish the "
+        "checkpoint instead, where a concept must not come back."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "delta": (DELTA, {"tooltip": "From SalUn Erase."}),
+                "filename_prefix": ("STRING", {"default": "erased", "tooltip": "The beginning of the file's name."}),
+            }
+        }
+
+    def save(self, delta: Delta, filename_prefix: str) -> dict[str, Any]:
+        path, name = output_path(filename_prefix, "salun", DELTA_ENDING)
+        delta.save(path)
+        return {"ui": {"text": [f"output/salun/{name}"]}, "result": (name,)}
+
+
+class SalUnSaveErasedCheckpoint:
+    """The erased model as a checkpoint."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE = "SalUn", "save", True
+    RETURN_TYPES, RETURN_NAMES = ("STRING", "STRING"), ("ckpt_name", "told")
+    OUTPUT_TOOLTIPS = ("The file's name in the lists of checkpoints.", "How it was written.")
+    DESCRIPTION = (
+        "Writes the erased checkpoint to output/checkpoints, where loaders find it. The source file is copied and only "
+        "the changed weights are replaced: all else stays byte for byte. An erasure of a model with other patches (a "
+        "LoRA) fits no file; connect model, clip and vae, and ComfyUI's own saver writes them as they are."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "delta": (DELTA, {"tooltip": "From SalUn Erase or SalUn Load Delta."}),
+                "ckpt_name": (
+                    checkpoints(),
+                    {"tooltip": "The checkpoint that was loaded; it is copied, never changed."},
+                ),
+                "filename_prefix": ("STRING", {"default": "erased", "tooltip": "The beginning of the file's name."}),
+            },
+            "optional": {
+                "model": ("MODEL", {"tooltip": "Only for graphs with other patches: the erased model."}),
+                "clip": ("CLIP", {"tooltip": "Only for graphs with other patches."}),
+                "vae": ("VAE", {"tooltip": "Only for graphs with other patches."}),
+            },
+        }
+
+    @computes
+    def save(
+        self, delta: Delta, ckpt_name: str, filename_prefix: str, model: Any = None, clip: Any = None, vae: Any = None
+    ) -> dict[str, Any]:
+        path, name = output_path(filename_prefix, "checkpoints", ".safetensors")
+        source = checkpoint(ckpt_name)
+        try:
+            stacking.stack(deltas.open_model(str(source)), [(delta, 1.0)])
+        except ModelError as error:
+            if model is None or clip is None or vae is None:
+                raise ModelError(
+                    f"{ckpt_name} is not what this was erased from ({error}). If the graph has other patches, such as "
+                    "a LoRA before SalUn Erase, connect model, clip and vae"
+                ) from error
+            _by_stock_saver(path, model, clip, vae, delta)
+            told = f"{name}: written by ComfyUI's own saver, since the graph has other patches"
+        else:
+            made = deltas.stack(str(source), [delta], str(path), progress=Bar({"writing": len(delta.names)}))
+            told = "; ".join([f"{name}: {ckpt_name} with {len(delta.names)} tensors changed", *made["notes"]])
+        return {"ui": {"text": [told]}, "result": (name, told)}
+
+
+class SalUnSaveAsLora:
+    """The erasure for stock loaders."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE = "SalUn", "save", True
+    RETURN_TYPES, RETURN_NAMES = ("STRING", "STRING"), ("lora_name", "told")
+    OUTPUT_TOOLTIPS = ("The file's name in the lists of LoRAs.", "How much of the erasure it holds.")
+    DESCRIPTION = (
+        "Writes the erasure to output/loras for any LoRA loader (ComfyUI, A1111, Forge): of low rank, which loses some "
+        "of it, or every difference. Who has the file can undo the erasure."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model before the erasure."}),
+                "delta": (DELTA, {"tooltip": "From SalUn Erase or SalUn Load Delta."}),
+                "kind": (["low rank", "every difference"], {"tooltip": "Small, or whole."}),
+                "energy": (
+                    "FLOAT",
+                    {
+                        "default": 0.9,
+                        "min": 0.01,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Of low rank: the share of each layer's difference (squared) that is kept.",
+                    },
+                ),
+                "rank": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 4096,
+                        "tooltip": "Of low rank: a rank for all layers (0: by energy).",
+                    },
+                ),
+                "filename_prefix": ("STRING", {"default": "erased", "tooltip": "The beginning of the file's name."}),
+            }
+        }
+
+    @computes
+    def save(
+        self, model: Any, delta: Delta, kind: str, energy: float, rank: int, filename_prefix: str
+    ) -> dict[str, Any]:
+        path, name = output_path(filename_prefix, "loras", LORA if kind == "low rank" else DIFF)
+        family_of(model)
+        base = base_of(model, delta)
+        notes = {key: value for key, value in delta.metadata.items() if key.startswith(OURS)}
+        by = {"rank": rank} if rank else {"energy": energy}
+        account = write_stock(path, base, Stacked(base, ((delta, 1.0),)), notes, **(by if kind == "low rank" else {}))
+        told = f"{name}: {account.total.share:.1%} of the difference kept" if account else f"{name}: every difference"
+        return {"ui": {"text": [told]}, "result": (name, told)}
+
+
+def base_of(model: Any, delta: Delta) -> Mapping[str, Tensor]:
+    """The delta's base among what the graph has: the model as loaded, or with the patches so far. Raises ModelError."""
+    errors = []
+    for candidate in (Weights(model, patched=False), Weights(model)):
+        try:
+            made = stacking.stack(candidate, [(delta, 1.0)], known_hash=candidate.hash)
+        except ModelError as error:
+            errors.append(error)
+            continue
+        return made.source if made.source is not None else candidate
+    raise errors[0]
+
+
+def checkpoints() -> list[str]:
+    """ComfyUI's checkpoints."""
+    import folder_paths
+
+    return list(folder_paths.get_filename_list("checkpoints"))
+
+
+def checkpoint(name: str) -> Path:
+    """A checkpoint's file. Raises ConfigError if it is not there."""
+    import folder_paths
+
+    found = folder_paths.get_full_path("checkpoints", name)
+    if found is None or not name.endswith(".safetensors"):
+        raise ConfigError(f"{name} is no .safetensors checkpoint that ComfyUI finds: press R to refresh the lists")
+    return Path(found)
+
+
+def _by_stock_saver(path: Path, model: Any, clip: Any, vae: Any, delta: Delta) -> None:
+    import torch
+    from comfy.sd import save_checkpoint
+
+    notes = {key: value for key, value in delta.metadata.items() if key.startswith(OURS)}
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        with torch.inference_mode():
+            save_checkpoint(str(part), model, clip, vae, metadata=notes)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+        release()

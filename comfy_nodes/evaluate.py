@@ -1,0 +1,78 @@
+"""SalUn Evaluate: two models under the same questions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import Tensor
+
+from salun.diffusion.erase import prepared
+from salun.diffusion.observe import Observation, compare, observe, questions
+from salun.diffusion.result import grids
+from salun.report.picture import stack
+
+from .inputs import inputs, options_of
+from .kinds import CONCEPT, Concepts
+from .model import GraphModel
+from .places import cache
+from .progress import Bar
+from .work import computes, image, plan_of, written
+
+
+class SalUnEvaluate:
+    """What changed between two models."""
+
+    CATEGORY, FUNCTION = "SalUn", "evaluate"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING"), ("before_after", "figures")
+    OUTPUT_TOOLTIPS = ("The same prompts and seeds in both models.", "Figures as JSON; null where one is not known.")
+    DESCRIPTION = (
+        "Shows and measures two models on prompts that no training saw. anchor_gap: 1 where nothing happened, 0 where "
+        "the concept's prompts are answered as the anchor's were. retain_change: how much the rest moved."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "before": ("MODEL", {"tooltip": "The model as it was."}),
+                "after": ("MODEL", {"tooltip": "The erased model."}),
+                "clip": ("CLIP", {"tooltip": "Encodes the prompts."}),
+                "vae": ("VAE", {"tooltip": "Shows the pictures."}),
+                "concept": (CONCEPT, {"tooltip": "From SalUn Concept."}),
+                **inputs("eval_images", "resolution", "seed"),
+            },
+            "optional": {
+                **inputs("prompt_style", "negative_prompt", "clip_skip", "show_sensitive", advanced=True),
+                **inputs("dtype", "low_vram", "deterministic", advanced=True),
+            },
+        }
+
+    @computes
+    def evaluate(
+        self, before: Any, after: Any, clip: Any, vae: Any, concept: Concepts, **given: Any
+    ) -> tuple[Tensor, str]:
+        options = options_of(given)
+        plan, asked, seen = None, None, []
+        n = 0
+        for model, stage in ((before, "pictures before"), (after, "pictures after")):
+            graph = GraphModel(model, clip, vae, options.dtype)
+            if plan is None or asked is None:
+                plan = plan_of(graph, concept, options)
+                asked = questions(plan, plan.eval_images, options.seed)
+                n = len(asked.forget) + len(asked.retain)
+                bar = Bar({"pictures before": n, "pictures after": n})
+            with prepared(graph, plan):
+                seen.append(observe(graph, asked, bar, stage, cache()))
+                if len(seen) == 2:
+                    metrics = compare(graph, plan, asked, *seen)
+        assert plan is not None and asked is not None
+        first, second = _both(seen)
+        forget, retain = grids(plan, asked, first, second)
+        picture = image(stack(forget, retain)) if forget is not None and retain is not None else written("no pictures")
+        told = {"concepts": [c.name for c in plan.concepts], "pictures": n, "seed": options.seed, **metrics}
+        return picture, json.dumps(told, indent=1)
+
+
+def _both(seen: list[Observation]) -> tuple[Observation, Observation]:
+    return seen[0], seen[1]

@@ -1,0 +1,52 @@
+"""What goes along the wires between SalUn nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from salun.cache import digest_of
+from salun.diffusion.concepts import Concept
+from salun.diffusion.denoiser import Conditioning
+from salun.diffusion.losses import ErasureData
+
+CONCEPT, DATA, MASK, DELTA = "SALUN_CONCEPT", "SALUN_DATA", "SALUN_MASK", "SALUN_DELTA"
+Concepts = tuple[Concept, ...]
+"""SALUN_CONCEPT: one concept, or several in a row."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """SALUN_DATA: latents and encoded prompts, in host memory; names: of the concepts they are of."""
+
+    names: tuple[str, ...]
+    content: ErasureData
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything in it."""
+        found = []
+        for item in fields(self.content):
+            value = getattr(self.content, item.name)
+            if isinstance(value, Conditioning):
+                found += [value.hidden, *(value.extra[name] for name in sorted(value.extra))]
+            else:
+                found.append(value)
+        return digest_of(*found)
+
+    def on(self, device: torch.device) -> ErasureData:
+        """The content on a device."""
+        return moved(self.content, device)
+
+
+def moved(data: ErasureData, device: torch.device | str) -> ErasureData:
+    """Everything on a device."""
+
+    def there(value: Any) -> Any:
+        if isinstance(value, Conditioning):
+            return Conditioning(value.hidden.to(device), {name: v.to(device) for name, v in value.extra.items()})
+        return value.to(device)
+
+    return replace(data, **{item.name: there(getattr(data, item.name)) for item in fields(data)})

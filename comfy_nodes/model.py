@@ -1,0 +1,333 @@
+"""A MODEL, CLIP and VAE of a graph as the core's `DiffusionModel`.
+
+ComfyUI's own objects are only read: the network that is trained is one of ComfyUI's class, built beside the graph's,
+with copies of the weights. So nothing is left behind in the graph, whatever happens, and its inference tensors, casts
+and offloading do not stand in the way.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from salun.device import pick_dtype
+from salun.diffusion.denoiser import Conditioning
+from salun.diffusion.loading import read_settings
+from salun.diffusion.models import ModelSettings, settings_for
+from salun.errors import ConfigError, ModelError
+from salun.formats.families import facts
+from salun.formats.hashing import base_hash
+from salun.options import EraseOptions
+
+from .weights import Weights
+
+FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text
+BLOCKS = ("ResBlock", "BasicTransformerBlock")  # computed again in the backward pass, where memory is dear
+
+
+class GraphModel:
+    """Fulfils `DiffusionModel`. clip, vae: only what asks for them needs them.
+
+    Raises ModelError naming the type of a MODEL that is no SD 1.x, 2.x or SDXL.
+    """
+
+    name = "the MODEL in the graph"
+
+    def __init__(self, model: Any, clip: Any = None, vae: Any = None, dtype: str = "auto") -> None:
+        self.model, self.clip, self.vae = model, clip, vae
+        self.family = family_of(model)
+        self.weights = Weights(model)
+        self.device: torch.device = torch.device(model.load_device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.low_vram, self.clip_skip = False, cast(int | None, None)
+        self._schedule = model.get_model_object("model_sampling")
+        self.prediction_type = _prediction(self._schedule)
+        self.alphas_cumprod: Tensor = 1 / (self._schedule.sigmas.detach().cpu().float() ** 2 + 1)
+        self.latent_format = model.model.latent_format
+        known = facts(self.family)["unet"]
+        v = self.prediction_type == "v_prediction"
+        side = 8 * known.get("sample_size_v" if v else "", known["sample_size"])
+        self.settings: ModelSettings = read_settings(None, self.family, {}, side)
+        self._depth = 0
+        self._said: dict[tuple[Any, ...], Conditioning] = {}  # every stage of a run asks for the same prompts
+        self._live: Any = None
+        self._places: dict[str, str] = {}
+
+    # -- Denoiser -------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        own = dict(self._network.named_parameters())
+        return {name: own[place] for name, place in self._places.items()}
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        if self.clip is None:
+            raise ConfigError("no CLIP is connected: the concept's prompts cannot be encoded")
+        clip = self.clip
+        if self.clip_skip is not None:
+            clip = clip.clone()
+            clip.clip_layer(-self.clip_skip)
+
+        def key(prompt: str) -> tuple[Any, ...]:
+            return prompt, self.clip_skip, self.settings.sampling.resolution
+
+        new = [prompt for prompt in dict.fromkeys(prompts) if key(prompt) not in self._said]
+        with torch.inference_mode(), self.awake() if new else nullcontext():
+            said = {prompt: self._encoded(clip, prompt) for prompt in new}
+        for prompt, row in said.items():
+            extra = {name: own_tensor(value) for name, value in row.extra.items()}
+            self._said[key(prompt)] = Conditioning(own_tensor(row.hidden), extra)
+        return Conditioning.cat([self._said[key(prompt)] for prompt in prompts])
+
+    def _encoded(self, clip: Any, prompt: str) -> Conditioning:
+        plain = prompt.replace("(", "\\(").replace(")", "\\)")  # ComfyUI reads parentheses as weights
+        hidden, pooled = clip.encode_from_tokens(clip.tokenize(plain), return_pooled=True)
+        hidden = hidden.to(self.device, torch.float32)
+        if self.family != "sdxl":
+            return Conditioning(hidden)
+        side = self.settings.sampling.resolution
+        y = self.model.model.encode_adm(
+            pooled_output=pooled.to(self.device), width=side, height=side, device=self.device
+        )
+        return Conditioning(hidden, {"y": y.to(self.device, torch.float32)})
+
+    def chunks(self, prompt: str) -> int:
+        return 1  # ComfyUI takes prompts of any length
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        extra = {name: value.to(self.dtype) for name, value in conditioning.extra.items()}
+        output: Tensor = self._network(
+            x_t.to(self.dtype),
+            t.float(),
+            context=conditioning.hidden.to(self.dtype),
+            transformer_options={"optimized_attention_override": _attention},
+            **extra,
+        )
+        return output.float()
+
+    # -- pictures -------------------------------------------------------------------------------------------------
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.settings.sampling.resolution // 8
+        return int(self._config["in_channels"]), side, side
+
+    def encode_pictures(self, pictures: np.ndarray) -> Tensor:
+        return self.encode_images(torch.from_numpy(pictures).float() / 255)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """ComfyUI's IMAGE (n, H, W, 3) in 0…1 → latents (n, c, h, w), scaled."""
+        with torch.inference_mode(), self.awake():
+            raw = self._vae.encode(images[..., :3])
+            scaled = self.latent_format.process_in(raw)
+        return own_tensor(scaled).to(self.device, torch.float32)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        with torch.inference_mode(), self.awake():
+            images = self._vae.decode(self.latent_format.process_out(latents.clone()))
+            pictures = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        return np.array(pictures)
+
+    def scaled(self, samples: Tensor) -> Tensor:
+        """ComfyUI's LATENT samples → latents as the network sees them."""
+        with torch.inference_mode():
+            scaled = self.latent_format.process_in(samples)
+        return own_tensor(scaled).to(self.device, torch.float32)
+
+    @property
+    def _vae(self) -> Any:
+        if self.vae is None:
+            raise ConfigError("no VAE is connected: pictures cannot be read or shown")
+        return self.vae
+
+    @torch.no_grad()
+    def denoise(self, noise: Tensor, prompts: Conditioning, empty: Conditioning, tick: Callable[[], None]) -> Tensor:
+        """By ComfyUI's own DPM-Solver++ (2M), with the timesteps that the core takes."""
+        from comfy.k_diffusion.sampling import sample_dpmpp_2m
+
+        settings = self.settings.sampling
+        both = Conditioning.cat([prompts, empty.expand(len(noise))])
+        total = len(self.alphas_cumprod)
+        steps = (torch.arange(settings.steps) * -(total / settings.steps) + total).round().long() - 1
+        sigmas = (1 / self.alphas_cumprod[steps] - 1).sqrt()
+        at = {float(sigma): int(t) for sigma, t in zip(sigmas, steps, strict=True)}
+
+        def x_0(x: Tensor, sigma: Tensor) -> Tensor:
+            tick()
+            t, s = at[float(sigma[0])], float(sigma[0])
+            shrunk = x / (s * s + 1) ** 0.5
+            times = torch.full((2 * len(x),), t, device=self.device)
+            said, unsaid = self.predict(torch.cat([shrunk, shrunk]), times, both).chunk(2)
+            guided = unsaid + settings.guidance * (said - unsaid)
+            v = x / (s * s + 1) - guided * s / (s * s + 1) ** 0.5
+            return x - s * guided if self.prediction_type == "epsilon" else v
+
+        start = noise * float(sigmas[0] ** 2 + 1) ** 0.5
+        ends = torch.cat([sigmas, torch.zeros(1)]).to(self.device)
+        result: Tensor = sample_dpmpp_2m(x_0, start, ends, disable=True)
+        return result
+
+    def sampler_facts(self) -> dict[str, Any]:
+        return {
+            "sampler": "ComfyUI dpmpp_2m",
+            "schedule": hashlib.sha256(self.alphas_cumprod.numpy().tobytes()).hexdigest(),
+            "prediction": self.prediction_type,
+        }
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    @property
+    def base_hash(self) -> str:
+        return self.weights.hash
+
+    def original(self) -> Mapping[str, Tensor]:
+        return self.weights
+
+    @cached_property
+    def vae_hash(self) -> str:
+        return base_hash(self._vae.first_stage_model.state_dict()) + repr(vars(self.latent_format).get("scale_factor"))
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Within, a network of the graph's weights is on the device; ComfyUI has made room for it."""
+        from comfy import model_management
+
+        release()
+        trained = getattr(model_management, "in_training", None)
+        try:
+            if trained is not None:
+                model_management.in_training = True
+            self._live, self._places = self._built()
+            yield
+        finally:
+            if trained is not None:
+                model_management.in_training = trained
+            self._live = None
+            model_management.soft_empty_cache()
+
+    def _built(self) -> tuple[Any, dict[str, str]]:
+        places = {name: self.weights.keys_of[name].removeprefix("diffusion_model.") for name in self.weights}
+        import comfy.ops
+
+        kind = type(self.model.model.diffusion_model)
+        config = {**copy.deepcopy(self._config), "dtype": self.dtype}
+        network = kind(**config, device="meta", operations=comfy.ops.disable_weight_init)
+        tensors = {places[name]: self.weights[name].to(self.device, self.dtype) for name in self.weights}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ModelError(f"{name} holds NaN or infinity, so nothing can be computed with this MODEL")
+        network.load_state_dict(tensors, strict=True, assign=True)
+        network.eval().requires_grad_(False)
+        return network, places
+
+    @property
+    def _network(self) -> Any:
+        if self._live is None:
+            raise RuntimeError("the network is there only within `borrowed`")
+        return self._live
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.model.model.model_config.unet_config
+        return found
+
+    @contextmanager
+    def set_up(self, options: EraseOptions) -> Iterator[None]:
+        blocks = [m for m in self._network.modules() if type(m).__name__ in BLOCKS]
+        if options.gradient_checkpointing or options.low_vram:
+            for block in blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        try:
+            with self.read_as(options):
+                yield
+        finally:
+            for block in blocks:
+                vars(block).pop("forward", None)
+
+    @contextmanager
+    def read_as(self, options: EraseOptions) -> Iterator[None]:
+        """Within, prompts and pictures are read as the options say; no network is needed."""
+        before = self.settings, self.clip_skip, self.low_vram
+        self.settings = self.settings_with(options)
+        self.clip_skip, self.low_vram = options.clip_skip, options.low_vram
+        try:
+            yield
+        finally:
+            self.settings, self.clip_skip, self.low_vram = before
+
+    def settings_with(self, options: EraseOptions) -> ModelSettings:
+        """The settings as the options want them."""
+        levels = len(self._config["channel_mult"])
+        return settings_for(self.settings, options, self.name, 8 * 2 ** (levels - 1))
+
+    @contextmanager
+    def awake(self, *modules: Any) -> Iterator[None]:
+        """ComfyUI brings CLIP and VAE to the device when they are asked; after the outermost they make room again."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                release()
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        own = self.parameters()
+        for name in tensors:
+            own[name].copy_(tensors[name])
+
+
+def family_of(model: Any) -> str:
+    """sd1, sd2 or sdxl. Raises ModelError naming the type of any other MODEL."""
+    inner = model.model
+    what = f"{type(inner).__name__} ({type(getattr(inner, 'model_config', None)).__name__})"
+    config = getattr(getattr(inner, "model_config", None), "unet_config", {})
+    family = FAMILIES.get(config.get("context_dim", 0), "")
+    if type(inner.diffusion_model).__name__ != "UNetModel" or not family or config.get("in_channels") != 4:
+        raise ModelError(f"this MODEL is {what}: salun erases from SD 1.x, SD 2.x and SDXL (no inpainting models)")
+    if (config.get("adm_in_channels") or 0) != (2816 if family == "sdxl" else 0):
+        raise ModelError(f"this MODEL is {what}: salun erases from SD 1.x, SD 2.x and SDXL (no refiner, no unCLIP)")
+    return family
+
+
+def _prediction(schedule: Any) -> str:
+    """epsilon or v_prediction. Raises ModelError naming the sampling type of a MODEL that predicts something else."""
+    kinds = [kind.__name__ for kind in type(schedule).__mro__]
+    told = next((kind for kind in kinds if kind in ("EDM", "X0", "LCM", "V_PREDICTION", "EPS")), "")
+    found = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}.get(told)
+    if found is None or "ModelSamplingDiscrete" not in kinds or "ModelSamplingDiscreteEDM" in kinds:
+        raise ModelError(f"this MODEL samples as {', '.join(kinds[:3])}: salun handles epsilon and v-prediction")
+    return found
+
+
+def _attention(plain: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """torch's own attention in place of the host's choice, which may have no backward pass."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    result: Tensor = attention_pytorch(*args, **kwargs)
+    return result
+
+
+def release() -> None:
+    """Ask ComfyUI to take its models off the GPU; they come back by themselves when they are needed."""
+    from comfy import model_management
+
+    if model_management.get_torch_device().type != "cpu":
+        model_management.unload_all_models()
+        model_management.soft_empty_cache()
+
+
+def own_tensor(tensor: Tensor) -> Tensor:
+    """A copy that may take part in training; ComfyUI's own were made in its inference mode."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
