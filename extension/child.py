@@ -225,7 +225,8 @@ def overlaps(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
 
     loaded = {Delta.load(path).id: path for path in asked["deltas"]}
     found = shared([Delta.load(path) for path in loaded.values()])
-    rows = [{"deltas": [Path(loaded[one]).name, Path(loaded[two]).name], "entries": n} for (one, two), n in found.items()]
+    names = {one: Path(path).parent.name for one, path in loaded.items()}
+    rows = [{"names": [names[one], names[two]], "entries": n} for (one, two), n in found.items()]
     return {"kind": "overlaps", "overlaps": rows}
 
 

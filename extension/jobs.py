@@ -93,7 +93,7 @@ class Queue:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._python, self._turn, self._after = folder, python, turn, after
         self._environment = dict(environment or {})
-        self._alone = filelock.FileLock(folder / ".lock")
+        self._alone = filelock.FileLock(folder / ".lock", thread_local=False)
         try:
             self._alone.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -190,10 +190,9 @@ class Queue:
         """Stop the job at work and let the folder go. Jobs in the queue stay on disk as cancelled."""
         with self._change:
             self._closed = True
-            waiting = list(self._waiting)
-            at_work = self._child[0] if self._child else None
+            left = [job.id for job in self._jobs.values() if job.open]
             self._change.notify_all()
-        for job_id in [*waiting, *([at_work] if at_work else [])]:
+        for job_id in left:
             self.cancel(job_id)
         self._thread.join(KEEPING)
         self._alone.release()

@@ -108,20 +108,20 @@ class Service:
         asked["output"] = self._written(source, name or f"{_stem(model)}-undone")
         return self.queue.submit("undo", f"{model} without {delta}", asked)
 
-    def export(self, delta: str, kind: str = "lora", rank: int | None = None, model: str | None = None) -> Job:
+    def export(self, delta: str, form: str = "lora", rank: int | None = None, model: str | None = None) -> Job:
         """Put the writing of a LoRA ("lora", low rank) or of all differences ("diff") into the queue.
 
         model: the delta's base; by default the one that the run was made with.
         """
-        if kind not in ("lora", "diff"):
-            raise ConfigError(f"a delta can be exported as lora or diff, not as {kind!r}")
+        if form not in ("lora", "diff"):
+            raise ConfigError(f"a delta can be exported as lora or diff, not as {form!r}")
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 4096):
             raise ConfigError(f"the rank {rank!r} is none: give a whole number from 1 to 4096")
         file = self.delta(delta)
         base = self._model(model) if model else self._base_of(file)
-        target = new_file(self.host.loras() or file.parent, f"no-{delta}", f".{kind}.safetensors")
+        target = new_file(self.host.loras() or file.parent, f"no-{delta}", f".{form}.safetensors")
         asked = {"delta": str(file), "model": base, "output": str(target), "rank": rank}
-        return self.queue.submit("export", f"{delta} as {kind}", asked)
+        return self.queue.submit("export", f"{delta} as {form}", asked)
 
     def overlaps(self, deltas: Sequence[str]) -> Job:
         """Put the counting of what deltas both change into the queue."""
