@@ -313,7 +313,7 @@ class Queue:
                 continue
             self._jobs[job.id] = job
             if job.open:  # the program ended meanwhile
-                self._end(job, "cancelled", "the program was closed before the job was over")
+                self._settle(job, "cancelled", "the program was closed before the job was over")
 
     def _new_id(self, title: str) -> str:
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(title, 'job')}"
