@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LOWEST = {  # the lowest versions that work
     "torch": "2.1", "diffusers": "0.31", "transformers": "4.41", "huggingface_hub": "0.23", "safetensors": "0.4.3",
-    "numpy": "1.24", "pillow": "9.5", "pyyaml": "6.0", "filelock": "3.12", "platformdirs": "3.5", "jinja2": "3.1",
+    "numpy": "1.24", "pillow": "10.1", "pyyaml": "6.0", "filelock": "3.12", "platformdirs": "3.5", "jinja2": "3.1",
     "accelerate": "0.26",
 }  # fmt: skip
 PACKAGES = "diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub>=0.26,<1", "accelerate>=0.31,<2"
@@ -104,7 +104,7 @@ def _make(place: Path) -> None:
         held = place / "held.txt"
         held.write_text(f"torch=={metadata.version('torch')}\nnumpy=={metadata.version('numpy')}\n", encoding="utf-8")
         _run([str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held), *PACKAGES,
-              "platformdirs>=3.5", "safetensors>=0.4.3", "pyyaml", "filelock", "jinja2"])  # fmt: skip
+              "platformdirs>=3.5", "safetensors>=0.4.3", "pillow>=10.1", "pyyaml", "filelock>=3.12", "jinja2"])  # fmt: skip
         _run([str(ours), "-c", "import torch, diffusers, transformers, safetensors, platformdirs, filelock, jinja2"])
         (place / "ready").write_text("made by salun\n", encoding="utf-8")
         _work.pop(place, None)
