@@ -13,9 +13,7 @@ NAME = "salun_webui_extension"
 def _open() -> None:
     home = Path(__file__).resolve().parent
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != home]  # its modules are no packages
-    spec = importlib.util.spec_from_file_location(
-        NAME, home / "__init__.py", submodule_search_locations=[str(home)]
-    )
+    spec = importlib.util.spec_from_file_location(NAME, home / "__init__.py", submodule_search_locations=[str(home)])
     if spec is None or spec.loader is None:
         sys.exit(f"salun: {home} cannot be loaded: clone the repository again")
     module = importlib.util.module_from_spec(spec)

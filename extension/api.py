@@ -117,6 +117,10 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
         except TypeError as error:
             raise ConfigError(f"{kind} needs more: {error}") from error
 
+    def forget(asked: Mapping[str, Any]) -> Any:
+        service.queue.forget(str(asked.get("id")))
+        return {"forgotten": asked.get("id")}
+
     def status(asked: Mapping[str, Any]) -> Any:
         if asked.get("id"):
             return told(service.queue.get(str(asked["id"])))
@@ -127,7 +131,7 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
         "status": ("GET", status),
         "cancel": ("POST", lambda asked: told(service.queue.cancel(str(asked.get("id"))))),
         "resume": ("POST", lambda asked: told(service.queue.resume(str(asked.get("id"))))),
-        "forget": ("POST", lambda asked: service.queue.forget(str(asked.get("id"))) or {"forgotten": asked.get("id")}),
+        "forget": ("POST", forget),
         "runs": ("GET", lambda asked: {"runs": service.history()}),
         "models": ("GET", lambda asked: {"models": [{"title": title} for title in service.models()]}),
         "concepts": ("GET", lambda asked: {"concepts": service.concepts(asked.get("model"))}),
@@ -185,7 +189,9 @@ def schema() -> dict[str, Any]:
         for name in names:
             if name in FIELDS:
                 item = FIELDS[name]
-                rules = {key: item.metadata[key] for key in ("minimum", "maximum", "above") if item.metadata[key] is not None}
+                rules = {
+                    key: item.metadata[key] for key in ("minimum", "maximum", "above") if item.metadata[key] is not None
+                }
                 options[name] = {
                     "group": title,
                     "type": str(item.type),

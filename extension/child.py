@@ -62,17 +62,18 @@ class Line:
 
 def telling(line: Line, clock: stages.Clock, each: Callable[[Event], None] = lambda event: None) -> Progress:
     """A progress that goes to the parent. each: called on every event as well, before it is told."""
-    last = {"stage": "", "at": 0.0}
+    told_stage, told_at = "", 0.0
 
     def progress(event: Event, /) -> None:
+        nonlocal told_stage, told_at
         line.check()
         each(event)
         if event.message:
             line.say("message", text=event.message)
         fraction, left = clock.at(event.stage, event.step, event.total)
         now = time.monotonic()
-        if event.stage != last["stage"] or now - float(last["at"]) >= EVERY or event.step == event.total:
-            last.update(stage=event.stage, at=now)
+        if event.stage != told_stage or now - told_at >= EVERY or event.step == event.total:
+            told_stage, told_at = event.stage, now
             line.say(
                 "stage",
                 stage=event.stage,
@@ -145,6 +146,7 @@ class Previews:
 
     def _pictures(self) -> Any:
         import torch
+
         from salun.diffusion.latents import sample_pictures
 
         with torch.no_grad():
@@ -278,4 +280,3 @@ def main() -> None:
         code = 1
     sys.stderr.flush()
     os._exit(code)  # the thread that listens on stdin may hold the interpreter up
-

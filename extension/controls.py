@@ -27,9 +27,8 @@ def label(name: str) -> str:
 
 def help_of(name: str) -> str:
     """An option's help, as the command line shows it."""
-    item = FIELDS[name]
     own = {field.name for field in dataclasses.fields(Recipe)}
-    return item.metadata["help"] + (" (auto: the model's recipe)" if name in own else "")
+    return str(FIELDS[name].metadata["help"]) + (" (auto: the model's recipe)" if name in own else "")
 
 
 def default_of(name: str) -> Any:

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from .host import Host
 
 LOWEST = {  # the lowest versions that work
-    "torch": "2.1", "diffusers": "0.31", "transformers": "4.41", "huggingface_hub": "0.23", "safetensors": "0.4.3",
-    "numpy": "1.24", "pillow": "10.1", "pyyaml": "6.0", "filelock": "3.12", "platformdirs": "3.5", "jinja2": "3.1",
+    "torch": "2.1", "diffusers": "0.31", "transformers": "4.41", "huggingface_hub": "0.23", "safetensors": "0.4.1",
+    "numpy": "1.24", "pillow": "9.1", "pyyaml": "6.0", "filelock": "3.12", "platformdirs": "3.5", "jinja2": "3.1",
     "accelerate": "0.26",
 }  # fmt: skip
 PACKAGES = "diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub>=0.26,<1", "accelerate>=0.31,<2"
+SMALL = ("platformdirs", "safetensors", "pillow", "pyyaml", "filelock", "jinja2")
 MEGABYTES = 150
 _work: dict[Path, str] = {}
 _lock = threading.Lock()
@@ -103,8 +104,8 @@ def _make(place: Path) -> None:
         (Path(own) / "zz_salun_host.pth").write_text("\n".join(theirs) + "\n", encoding="utf-8")
         held = place / "held.txt"
         held.write_text(f"torch=={metadata.version('torch')}\nnumpy=={metadata.version('numpy')}\n", encoding="utf-8")
-        _run([str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held), *PACKAGES,
-              "platformdirs>=3.5", "safetensors>=0.4.3", "pillow>=10.1", "pyyaml", "filelock>=3.12", "jinja2"])  # fmt: skip
+        pip = [str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held)]
+        _run([*pip, *PACKAGES, *(f"{name}>={LOWEST[name]}" for name in SMALL)])
         _run([str(ours), "-c", "import torch, diffusers, transformers, safetensors, platformdirs, filelock, jinja2"])
         (place / "ready").write_text("made by salun\n", encoding="utf-8")
         _work.pop(place, None)

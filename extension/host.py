@@ -40,7 +40,7 @@ class Host(Protocol):
         """A job ended and may have written files: the host's lists are to show them."""
 
     def use(self, path: Path) -> str:
-        """Make a checkpoint the one that the host generates with; a line for people. Raises ConfigError if it cannot."""
+        """Generate with this checkpoint from now on; a line for people. Raises ConfigError if that cannot be."""
 
 
 class Alone:

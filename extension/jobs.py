@@ -264,7 +264,9 @@ class Queue:
         environment = {**os.environ, **self._environment, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
         environment.pop("PYTHONPATH", None)  # a host's own folders are not the child's
         apart: dict[str, Any] = (
-            {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {"start_new_session": True}
+            {"creationflags": 0x08000000}
+            if sys.platform == "win32"
+            else {"start_new_session": True}  # CREATE_NO_WINDOW
         )
         return subprocess.Popen(
             [self._python(), str(CHILD), str(place)],

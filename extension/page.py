@@ -1,4 +1,4 @@
-"""The page: gradio controls for what to ask, and a panel that a script keeps up to date. Works with gradio 3.41 and later.
+"""The page, for gradio 3.41 and later: controls for what to ask, and a panel that a script keeps up to date.
 
 Whatever is shown of names and texts is escaped; whatever comes in is checked by `service`.
 """
@@ -98,7 +98,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                                               elem_id=f"salun_delta_{row}"))  # fmt: skip
                     strengths.append(gr.Slider(-0.5, 1.5, value=1.0, step=0.05, label=f"Strength {row}",
                                                elem_id=f"salun_strength_{row}"))  # fmt: skip
-            new_name = gr.Textbox(label="Name of the new file", placeholder="made from the names", elem_id="salun_new_name")
+            new_name = gr.Textbox(
+                label="Name of the new file", placeholder="made from the names", elem_id="salun_new_name"
+            )
             with gr.Row():
                 apply = gr.Button("Write a checkpoint with these", variant="primary", elem_id="salun_apply")
                 undo = gr.Button("Undo delta 1 in this checkpoint", elem_id="salun_undo")
@@ -168,7 +170,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         refresh.click(lists, [], listed, **quick)
         again.click(load_again, [runs], [*controls, details], **quick)
         runs.change(_safe(lambda run: _details(service, run)), [runs], [details], **quick)
-        use.click(_safe(lambda run: _good(service.host.use(service.checkpoint(str(run or ""))))), [runs], [details], **quick)
+        use.click(
+            _safe(lambda run: _good(service.host.use(service.checkpoint(str(run or ""))))), [runs], [details], **quick
+        )
         layers.click(
             _safe(queued(lambda run, other: service.inspect(str(run or ""), str(other) if other else None))),
             [runs, other], [details], **quick,
@@ -184,7 +188,10 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                 [chosen[0]], [delta_said], **quick,
             )  # fmt: skip
         overlap.click(
-            _safe(queued(lambda *deltas: service.overlaps([str(d) for d in deltas if d]))), chosen, [delta_said], **quick
+            _safe(queued(lambda *deltas: service.overlaps([str(d) for d in deltas if d]))),
+            chosen,
+            [delta_said],
+            **quick,
         )
         set_up.click(_safe(lambda: _good(environment.set_up(service.host))), [], [state], **quick)
         page.load(lists, [], listed, **quick)
@@ -249,7 +256,7 @@ def _bases(service: Service) -> list[str]:
 def _details(service: Service, run: Any) -> str:
     if not run:
         return ""
-    (found,) = [one for one in service.history() if one["run"] == run] or [None]
+    found = next((one for one in service.history() if one["run"] == run), None)
     if found is None:
         raise ConfigError(f"there is no run {str(run)[:80]!r}")
     parts = [f"<p><strong>{escape(str(run))}</strong>: {escape(str(found['status']))}</p>"]
@@ -260,7 +267,9 @@ def _details(service: Service, run: Any) -> str:
         rows = "".join(
             "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in found["figures"]
         )
-        parts.append(f'<table class="salun-table"><tr><th></th><th>before</th><th>after</th><th></th></tr>{rows}</table>')
+        parts.append(
+            f'<table class="salun-table"><tr><th></th><th>before</th><th>after</th><th></th></tr>{rows}</table>'
+        )
     if "before_after.png" in found["files"]:
         path, _ = service.file(str(run), "before_after.png")
         parts.append(f'<img alt="before and after" style="max-width:100%" src="{_data_url(path)}">')

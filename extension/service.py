@@ -72,17 +72,19 @@ class Service:
         return self.queue.submit("erase", f"forget {', '.join(concepts)}", asked, folder.name)
 
     def mask(self, options: Mapping[str, Any]) -> Job:
-        """Put the making of a mask alone into the queue; `options` as for `erase`. It can then be chosen by its name."""
+        """Put the making of a mask alone into the queue, to be chosen by its name later. options: as for `erase`."""
         values = {key: value for key, value in options.items() if value is not None and key in OFFERED}
         concept, title = list(values.pop("concept", [])), values.pop("model", None)
         values["mask"] = self._mask(values.get("mask", "saliency"))
         kept = {item.name for item in dataclasses.fields(EraseOptions)}
-        checked: EraseOptions = from_mapping(EraseOptions, {k: v for k, v in values.items() if k in kept}, "the options")
+        checked: EraseOptions = from_mapping(
+            EraseOptions, {k: v for k, v in values.items() if k in kept}, "the options"
+        )
         if not concept:
             raise ConfigError("say for which concept: choose a preset, or write a word or two")
         target = new_file(self.masks, f"{_stem(title)}-{'-'.join(concept)}", ".safetensors")
-        asked = {"options": dataclasses.asdict(checked), "concept": concept, "output": str(target)}
-        asked["model"] = self._model(title) if title is not None else None
+        source = self._model(title) if title is not None else None
+        asked = {"options": dataclasses.asdict(checked), "concept": concept, "output": str(target), "model": source}
         return self.queue.submit("mask", f"mask of {', '.join(concept)}", asked)
 
     def stack(self, model: str, deltas: Sequence[str], strengths: Sequence[float], name: str = "") -> Job:
@@ -302,7 +304,9 @@ def _pathlike(text: str) -> bool:
 
 
 def _stem(title: Any) -> str:
-    return safe_name(re.sub(r"\.(safetensors|ckpt)|\s*\[[0-9a-f]+\]$", "", str(title or "shapes").split("/")[-1]), "model")
+    return safe_name(
+        re.sub(r"\.(safetensors|ckpt)|\s*\[[0-9a-f]+\]$", "", str(title or "shapes").split("/")[-1]), "model"
+    )
 
 
 def _record(file: Path) -> dict[str, Any] | None:

@@ -73,7 +73,9 @@ class WebUI:
     def __init__(self) -> None:
         from modules import paths_internal
 
-        self.forge = importlib.util.find_spec("backend") is not None and importlib.util.find_spec("modules_forge") is not None
+        self.forge = (
+            importlib.util.find_spec("backend") is not None and importlib.util.find_spec("modules_forge") is not None
+        )
         self.name = "Forge" if self.forge else "WebUI"
         self.data = Path(paths_internal.data_path).absolute() / "salun"
 
@@ -153,7 +155,9 @@ class WebUI:
         from modules import sd_models, shared
 
         sd_models.list_models()
-        info = next((i for i in sd_models.checkpoints_list.values() if Path(i.filename).resolve() == path.resolve()), None)
+        info = next(
+            (i for i in sd_models.checkpoints_list.values() if Path(i.filename).resolve() == path.resolve()), None
+        )
         if info is None:
             raise ConfigError(f"{path.name} is not among the WebUI's checkpoints")
         if self.forge:

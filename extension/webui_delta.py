@@ -19,6 +19,7 @@ from typing import Any
 
 import gradio as gr
 from modules import scripts, shared
+
 from salun.errors import SalunError
 
 from .webui import service
@@ -54,7 +55,9 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
                                   elem_id=f"salun_{side}_strength_{row}")
                     )  # fmt: skip
             refresh = gr.Button("Refresh the list", elem_id=f"salun_{side}_refresh")
-            refresh.click(lambda: [gr.update(choices=["", *service().deltas()]) for _ in chosen], [], chosen, queue=False)
+            refresh.click(
+                lambda: [gr.update(choices=["", *service().deltas()]) for _ in chosen], [], chosen, queue=False
+            )
         for control in (on, *chosen, *strengths):
             control.do_not_save_to_config = True
         return [on, *chosen, *strengths]
@@ -62,7 +65,9 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
     def process_before_every_sampling(self, p: Any, on: bool, *rest: Any, **kwargs: Any) -> None:
         """Before the first pass and before hires fix. Where it fails, the generation is stopped, not made without."""
         forge = hasattr(p.sd_model, "forge_objects")
-        pairs = [(str(d), float(s)) for d, s in zip(rest[:ROWS], rest[ROWS:], strict=True) if d and float(s)] if on else []
+        pairs = (
+            [(str(d), float(s)) for d, s in zip(rest[:ROWS], rest[ROWS:], strict=True) if d and float(s)] if on else []
+        )
         if not forge:
             _networks().loaded_networks[:] = [n for n in _networks().loaded_networks if not n.name.startswith(OURS)]
         if not pairs:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import salun
-from extension.jobs import CHILD, Job, Queue, take
-from extension.stages import Clock
 from hypothesis import given
 from hypothesis import strategies as st
+
+from extension.jobs import CHILD, Job, Queue, take
+from extension.stages import Clock
 from salun.errors import ConfigError
 
 from .conftest import SHORT
@@ -41,7 +41,9 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def asked(folder: Path, **options: Any) -> dict[str, Any]:
-    return {"options": {"concept": ["circle"], "anchor": ["square"], "seed": 3, "run_dir": str(folder), **SHORT, **options}}
+    return {
+        "options": {"concept": ["circle"], "anchor": ["square"], "seed": 3, "run_dir": str(folder), **SHORT, **options}
+    }
 
 
 def until(true: Callable[[], bool], seconds: float = 60) -> None:
@@ -75,7 +77,9 @@ def test_a_job_does_what_the_core_does_and_tells_it_forwards(
 
 
 @pytest.mark.slow
-def test_cancel_is_quick_and_resume_ends_as_if_it_had_never_stopped(make: Make, tmp_path: Path, run_folder: Path) -> None:
+def test_cancel_is_quick_and_resume_ends_as_if_it_had_never_stopped(
+    make: Make, tmp_path: Path, run_folder: Path
+) -> None:
     queue = make()
     job = queue.submit("erase", "forget circle", asked(tmp_path / "run"), "run")
     until(lambda: job.stage == "saliency" or not job.open)
@@ -237,5 +241,3 @@ def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
     now = 101.0
     _, second = clock.at("b", 1, 10)
     assert second == pytest.approx(900)
-
-

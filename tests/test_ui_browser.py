@@ -1,4 +1,7 @@
-"""`salun ui` in a real browser, with the embedded model: everything by clicking. Needs gradio, playwright and Chromium."""
+"""`salun ui` in a real browser, with the embedded model: everything by clicking.
+
+Needs gradio, playwright and Chromium.
+"""
 
 from __future__ import annotations
 

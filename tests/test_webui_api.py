@@ -14,17 +14,18 @@ import pytest
 
 pytest.importorskip("starlette", reason="starlette is not installed (the extra `ui`)")
 pytest.importorskip("httpx", reason="httpx is not installed (it comes with the extra `ui`)")
-from extension.access import Access  # noqa: E402
-from extension.api import LARGEST, PREFIX, add_routes, schema  # noqa: E402
-from extension.host import Alone  # noqa: E402
-from extension.places import confined, new_file, safe_name  # noqa: E402
-from extension.service import DELTA, Service  # noqa: E402
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from salun.errors import ConfigError  # noqa: E402
-from salun.options import EraseJob  # noqa: E402
-from starlette.applications import Starlette  # noqa: E402
-from starlette.testclient import TestClient  # noqa: E402
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from extension.access import Access
+from extension.api import LARGEST, PREFIX, add_routes, schema
+from extension.host import Alone
+from extension.places import confined, new_file, safe_name
+from extension.service import DELTA, Service
+from salun.errors import ConfigError
+from salun.options import EraseJob
 
 ROUTES = ["status", "runs", "models", "concepts", "schema", "file", "preview"]
 POSTS = ["start", "cancel", "resume", "forget"]
@@ -167,9 +168,9 @@ def test_a_runs_files_come_with_no_script_rights(service: Service) -> None:
 
 LEADING_OUT = [
     "..", "../secret.txt", "a/../../secret.txt", "/etc/passwd", "//etc/passwd", "\\\\host\\share", "..\\secret.txt",
-    "C:\\secret.txt", "C:secret.txt", "./secret.txt", "a//b", "", ".", "a/", "\0", "a\nb", "．．/secret.txt", "‥/secret.txt",
-    "．．／secret.txt", "..／secret.txt", "\u202e..", "%2e%2e/secret.txt", "..%2fsecret.txt", "..%252fsecret.txt", "~", "~root/x", "secret.txt ",
-    "con", "NUL.txt", "file:secret.txt", "a" * 5000,
+    "C:\\secret.txt", "C:secret.txt", "./secret.txt", "a//b", "", ".", "a/", "\0", "a\nb", "．．/secret.txt",
+    "‥/secret.txt", "．．／secret.txt", "..／secret.txt", "\u202e..", "%2e%2e/secret.txt", "..%2fsecret.txt",
+    "..%252fsecret.txt", "~", "~root/x", "secret.txt ", "con", "NUL.txt", "file:secret.txt", "a" * 5000,
 ]  # fmt: skip
 
 

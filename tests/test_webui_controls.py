@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from extension.controls import ADVANCED, FIELDS, FIRST, default_of, help_of, shown_of, value_of
 from extension.host import Alone
 from extension.service import OURS, Service
