@@ -6,11 +6,13 @@ is missing or too old, and nothing of the program's is touched.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +24,23 @@ if TYPE_CHECKING:
 
 LOWEST = {  # the lowest versions that work
     "torch": "2.1", "diffusers": "0.31", "transformers": "4.41", "huggingface_hub": "0.23", "safetensors": "0.4.1",
-    "numpy": "1.24", "pillow": "9.1", "pyyaml": "6.0", "filelock": "3.12", "platformdirs": "3.5", "jinja2": "3.1",
+    "numpy": "1.24", "pillow": "9.1", "pyyaml": "6.0", "filelock": "3.12", "jinja2": "3.1",
     "accelerate": "0.26",
 }  # fmt: skip
 PACKAGES = "diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub>=0.26,<1", "accelerate>=0.31,<2"
-SMALL = ("platformdirs", "safetensors", "pillow", "pyyaml", "filelock", "jinja2")
+SMALL = ("safetensors", "pillow", "pyyaml", "filelock", "jinja2")
 MEGABYTES = 150
+ASK = """
+import json, sys
+from importlib import metadata
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
 _work: dict[Path, str] = {}
 _lock = threading.Lock()
 
@@ -37,18 +50,17 @@ def folder(host: Host) -> Path:
     return host.data / "environment"
 
 
-def missing() -> list[str]:
-    """What this very interpreter lacks, as text for people."""
+@cache
+def missing() -> tuple[str, ...]:
+    """What this interpreter lacks in a fresh process, as text for people: this one may see more than a child will."""
+    versions = json.loads(_run([sys.executable, "-c", ASK, *LOWEST]))
     found = []
     for name, lowest in LOWEST.items():
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
+        if name not in versions:
             found.append(f"{name} (none)")
-            continue
-        if _numbers(version) < _numbers(lowest):
-            found.append(f"{name} {lowest} (has {version})")
-    return found
+        elif _numbers(versions[name]) < _numbers(lowest):
+            found.append(f"{name} {lowest} (has {versions[name]})")
+    return tuple(found)
 
 
 def python(host: Host) -> str:
@@ -106,7 +118,7 @@ def _make(place: Path) -> None:
         held.write_text(f"torch=={metadata.version('torch')}\nnumpy=={metadata.version('numpy')}\n", encoding="utf-8")
         pip = [str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held)]
         _run([*pip, *PACKAGES, *(f"{name}>={LOWEST[name]}" for name in SMALL)])
-        _run([str(ours), "-c", "import torch, diffusers, transformers, safetensors, platformdirs, filelock, jinja2"])
+        _run([str(ours), "-c", "import torch, diffusers, transformers, safetensors, filelock, jinja2"])
         (place / "ready").write_text("made by salun\n", encoding="utf-8")
         _work.pop(place, None)
     except (OSError, RuntimeError, metadata.PackageNotFoundError) as error:

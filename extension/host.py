@@ -33,6 +33,9 @@ class Host(Protocol):
     def python(self) -> str:
         """The interpreter for children. Raises ConfigError where none has the packages."""
 
+    def environment(self) -> dict[str, str]:
+        """Variables that children get beside this process's own."""
+
     def turn(self, job: Job) -> AbstractContextManager[object]:
         """Around a job at work: the host's lock held, its memory freed, and given back."""
 
@@ -68,6 +71,9 @@ class Alone:
 
     def python(self) -> str:
         return sys.executable
+
+    def environment(self) -> dict[str, str]:
+        return {}
 
     def turn(self, job: Job) -> AbstractContextManager[object]:
         return nullcontext()

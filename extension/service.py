@@ -38,7 +38,7 @@ class Service:
         self.runs, self.pictures, self.masks = (host.data / name for name in ("runs", "pictures", "masks"))
         for folder in (self.runs, self.pictures, self.masks):
             folder.mkdir(parents=True, exist_ok=True)
-        self.queue = Queue(host.data / "jobs", host.python, host.turn, host.changed)
+        self.queue = Queue(host.data / "jobs", host.python, host.turn, host.changed, host.environment())
 
     # jobs
 

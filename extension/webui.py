@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,9 @@ class WebUI:
 
     def python(self) -> str:
         return environment.python(self)
+
+    def environment(self) -> dict[str, str]:
+        return {} if os.environ.get("SALUN_CACHE") else {"SALUN_CACHE": str(self.data / "cache")}
 
     @contextmanager
     def turn(self, job: Job) -> Iterator[None]:
