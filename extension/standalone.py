@@ -60,6 +60,7 @@ def _listen(address: str, port: int) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((address, port))
+        made.listen(128)  # who reads the address may call at once
     except OSError as error:
         made.close()
         raise ConfigError(f"--host {address} --port {port} cannot be listened at: {error.strerror or error}") from error

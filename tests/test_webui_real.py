@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from salun.formats import tensorfile
 from tools.checkpoints import make
@@ -48,8 +50,9 @@ FLAGS = (
     "--no-download-sd-model --do-not-download-clip --disable-console-progressbars --api "
 ) + ("--always-cpu --all-in-fp32" if FORGE else "--use-cpu all --no-half --precision full")
 QUICK = {
-    "concept": ["teapot"], "anchor": ["cup"], "steps": 2, "batch_size": 1, "forget_latents": 1, "retain_latents": 1,
-    "eval_images": 0, "resolution": 64, "density": 0.001, "mask": "random", "lr": 0.1, "anchor_share": 0.0,
+    "concept": ["teapot"], "anchor": ["cup"], "steps": 2, "batch_size": 1, "forget_images": "teapots",
+    "retain_images": "others", "retain_latents": 0, "eval_images": 0, "dtype": "bf16", "resolution": 64,
+    "density": 0.001, "mask": "random", "lr": 0.1, "anchor_share": 0.0,
 }  # fmt: skip
 PICTURE = {
     "prompt": "a teapot",
@@ -80,10 +83,6 @@ class Server:
 
     def picture(self, **options: Any) -> bytes:
         """The pixels' PNG without its texts."""
-        import io
-
-        from PIL import Image
-
         found = self.call("/sdapi/v1/txt2img", {**PICTURE, **options})
         image = Image.open(io.BytesIO(base64.b64decode(found["images"][0])))
         return image.tobytes()
@@ -196,6 +195,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     data = install(tmp_path_factory.mktemp("data"))
     os.link(base, data / "models" / "Stable-diffusion" / "base.safetensors")
+    for name in ("teapots", "others"):  # pictures of one's own: sampling at this size takes minutes on a CPU
+        folder = data / "salun" / "pictures" / name
+        folder.mkdir(parents=True)
+        for i in range(2):
+            Image.effect_noise((64, 64), 40 + i).convert("RGB").save(folder / f"{i}.png")
     with webui(data) as running:
         _set_up(running)
         yield running
