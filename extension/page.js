@@ -22,6 +22,7 @@
   const known = new Map(); // job id → its card
   const states = new Map(); // job id → its last state, to notice an end
   let timer = null;
+  let polling = false;
 
   function make(tag, attributes = {}, ...inside) {
     const made = document.createElement(tag);
@@ -228,6 +229,8 @@
   const nothing = make("p", {}, "No job yet. What runs here goes on when this page is closed.");
 
   async function poll() {
+    if (polling) return; // the one in flight goes on by itself
+    polling = true;
     const live = panel();
     let wait = 1000;
     if (live) {
@@ -254,12 +257,13 @@
         wait = 3000;
       }
     }
+    polling = false;
     timer = setTimeout(poll, wait);
   }
 
   function soon() {
     clearTimeout(timer);
-    timer = setTimeout(poll, 50);
+    timer = setTimeout(poll, polling ? 500 : 50);
   }
 
   root().addEventListener("click", (event) => {
