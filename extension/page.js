@@ -258,12 +258,13 @@
       }
     }
     polling = false;
+    clearTimeout(timer);
     timer = setTimeout(poll, wait);
   }
 
   function soon() {
     clearTimeout(timer);
-    timer = setTimeout(poll, polling ? 500 : 50);
+    timer = setTimeout(poll, polling ? 300 : 50);
   }
 
   root().addEventListener("click", (event) => {
