@@ -15,21 +15,22 @@ CORRECTED = 1.5  # a time left that turns out this many times too short is put r
 
 def shares_of_erasure(plan: Plan, sampler_steps: int) -> dict[str, float]:
     """Stage → its share of an erasure, in the order of the stages, by the passes through the UNet that it takes."""
-    concepts = len(plan.concepts)
+    concepts, options = len(plan.concepts), plan.options
     forget, retain = plan.forget_latents * concepts, plan.retain_latents
+    drawn = (0 if options.forget_images else forget) + (forget if plan.anchor_share else 0) + retain
     pictures = plan.eval_images * (concepts + 1) * sampler_steps * 2
-    anchors = forget if plan.anchor_share else 0
     backward = 3  # a backward pass costs two forward ones
+    scored = options.method == "salun" and options.mask in ("saliency", "shuffled")
     passes = {
-        "sampling": (forget + anchors + retain) * sampler_steps * 2,
+        "sampling": drawn * sampler_steps * 2,
         "pictures before": pictures,
-        "saliency": forget * plan.saliency_timesteps * 2 * backward,
+        "saliency": forget * plan.saliency_timesteps * 2 * backward if scored else 0,
         "frozen targets": plan.steps * plan.batch_size * 2 if plan.needs_frozen else 0,
         "training": plan.steps * plan.batch_size * 2 * backward,
         "pictures after": pictures,
     }
-    whole = sum(passes.values()) / 0.97
-    return {**{stage: n / whole for stage, n in passes.items()}, "saving": 0.03}
+    whole = sum(passes.values()) / 0.95
+    return {**{stage: n / whole for stage, n in passes.items()}, "saving": 0.05}
 
 
 class Clock:

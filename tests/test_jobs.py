@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extension.jobs import CHILD, Job, Queue, take
-from extension.stages import Clock
+from extension.stages import Clock, shares_of_erasure
+from salun.diffusion.models import Model
+from salun.diffusion.plan import make_plan
 from salun.errors import ConfigError
 
 from .conftest import SHORT
@@ -241,3 +243,17 @@ def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
     now = 101.0
     _, second = clock.at("b", 1, 10)
     assert second == pytest.approx(900)
+
+
+def test_stages_that_a_run_leaves_out_have_no_share(shapes: Model) -> None:
+    def shares(**options: Any) -> dict[str, float]:
+        plan = make_plan(shapes.settings, "shapes", "circle", salun.EraseOptions(**SHORT, **options))
+        return shares_of_erasure(plan, 12)
+
+    whole, own = shares(), shares(mask="random", forget_images="pictures", anchor_share=0.0)
+    assert sum(whole.values()) == pytest.approx(1)
+    assert sum(own.values()) == pytest.approx(1)
+    assert whole["saliency"] > 0
+    assert own["saliency"] == 0
+    assert own["training"] > whole["training"]
+    assert own["sampling"] < whole["sampling"]
