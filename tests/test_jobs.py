@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import salun
 from extension.jobs import CHILD, Job, Queue, take
 from extension.stages import Clock, shares_of_erasure
 from salun.diffusion.models import Model
