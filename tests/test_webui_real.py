@@ -471,14 +471,16 @@ def test_the_accordion_gives_the_erased_checkpoints_picture_and_off_the_bases(
     on = {"alwayson_scripts": {"Erased delta": {"args": [True, run, "", "", 1.0, 1.0, 1.0]}}}
     half = {"alwayson_scripts": {"Erased delta": {"args": [True, run, "", "", 0.5, 1.0, 1.0]}}}
     (file,) = [path for path in made(server) if path.name in json.dumps(erased)]
-    lora = sorted((server.data / "models" / "Lora").glob("*.lora.safetensors"))[0].name.removesuffix(".safetensors")
-    hires = {
+    lora = sorted((server.data / "models" / "Lora").glob("*.safetensors"))[0].name.removesuffix(".safetensors")
+    hires: dict[str, Any] = {
         "enable_hr": True,
         "hr_scale": 2,
         "hr_upscaler": "Latent",
         "denoising_strength": 0.7,
         "hr_second_pass_steps": 1,
     }
+    if FORGE:
+        hires["hr_additional_modules"] = ["Use same choices"]  # its API fails without
     ways: dict[str, dict[str, Any]] = {"plain": {}, "hires": hires, "lora": {"prompt": f"a teapot <lora:{lora}:0.5>"}}
     got, off, base, true = {}, {}, {}, {}
     for way, options in ways.items():
