@@ -54,6 +54,7 @@ QUICK = {
     "retain_images": "others", "retain_latents": 0, "eval_images": 0, "dtype": "bf16", "resolution": 64,
     "density": 0.001, "mask": "random", "lr": 0.1, "anchor_share": 0.0,
 }  # fmt: skip
+LONG = {**QUICK, "steps": 500, "target": "online", "retain_target": "noise"}  # no targets to prepare first
 PICTURE = {
     "prompt": "a teapot",
     "seed": 1,
@@ -128,6 +129,8 @@ def webui(data: Path, *flags: str) -> Iterator[Server]:
     }  # fmt: skip
     log = data / "log.txt"
     command = [python, "launch.py", *FLAGS.split(), "--port", str(port), "--data-dir", str(data), *flags]
+    if not FORGE:
+        environment["HF_HOME"] = str(hub_cache(data / "hub-cache"))
     ours = (data / "extensions").is_dir() and any((data / "extensions").iterdir())
     with (
         log.open("wb") as out,
@@ -176,6 +179,27 @@ def errors_of(server: Server, tab: bool) -> list[str]:
             page.get_by_text("No job yet").wait_for(timeout=20_000)
         page.wait_for_timeout(2000)
     return sorted(re.sub(r"https?://\S+|:\d+", "", text) for text in found)
+
+
+def hub_cache(folder: Path) -> Path:
+    """A hub cache with what A1111 fetches of CLIP when it first loads a model: its tokenizer and config, no weights."""
+    from transformers import CLIPTextConfig
+
+    from salun.diffusion.single_file import clip_tokenizer
+
+    repo = folder / "hub" / "models--openai--clip-vit-large-patch14"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40, encoding="ascii")
+    place = repo / "snapshots" / ("0" * 40)
+    place.mkdir(parents=True)
+    words = clip_tokenizer("<|endoftext|>").get_vocab()
+    (place / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
+    shutil.copy(ROOT / "salun" / "assets" / "clip" / "merges.txt", place)
+    (place / "tokenizer_config.json").write_text('{"model_max_length": 77}', encoding="utf-8")
+    CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+    ).save_pretrained(str(place))
+    return folder
 
 
 def install(data: Path) -> Path:
@@ -334,7 +358,7 @@ def test_2_3_a_real_job_by_clicking_whose_result_the_host_lists_and_loads(
 
 def test_4_cancel_while_running(server: Server, plain: bytes) -> None:
     before = made(server)
-    job = server.start(options={**QUICK, "steps": 500, "seed": 4, "model": "base.safetensors"})
+    job = server.start(options={**LONG, "seed": 4, "model": "base.safetensors"})
     server.wait(job, lambda j: j["stage"] == "training" and j["step"] > 1)
     began = time.monotonic()
     server.call("/salun/v1/cancel", {"id": job["id"]})
@@ -371,7 +395,7 @@ def test_6_a_txt2img_waits_for_the_job(server: Server, plain: bytes) -> None:
 
 
 def test_7_f5_and_reload_ui_in_the_middle_of_a_job(server: Server) -> None:
-    job = server.start(options={**QUICK, "steps": 500, "seed": 7, "model": "base.safetensors"})
+    job = server.start(options={**LONG, "seed": 7, "model": "base.safetensors"})
     server.wait(job, lambda j: j["stage"] == "training")
     with browser() as opened:
         page = opened.new_page()
