@@ -29,7 +29,7 @@ LOWEST = {  # the lowest versions that work
 }  # fmt: skip
 PACKAGES = "diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub>=0.26,<1", "accelerate>=0.31,<2"
 SMALL = ("safetensors", "pillow", "pyyaml", "filelock", "jinja2")
-MEGABYTES = 150
+MEGABYTES = 170
 ASK = """
 import json, sys
 from importlib import metadata
