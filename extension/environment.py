@@ -113,7 +113,8 @@ def _make(place: Path) -> None:
         ours = _executable(place)
         own = _run([str(ours), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
         theirs = [p for p in sys.path if p.rstrip("/\\").endswith(("site-packages", "dist-packages"))]
-        (Path(own) / "zz_salun_host.pth").write_text("\n".join(theirs) + "\n", encoding="utf-8")
+        lines = [f"import site; site.addsitedir({site!r})\n" for site in theirs]  # with the .pth files in them
+        (Path(own) / "zz_salun_host.pth").write_text("".join(lines), encoding="utf-8")
         held = place / "held.txt"
         held.write_text(f"torch=={metadata.version('torch')}\nnumpy=={metadata.version('numpy')}\n", encoding="utf-8")
         pip = [str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held)]

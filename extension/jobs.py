@@ -26,7 +26,7 @@ from salun.formats.tensorfile import write_bytes
 from .places import safe_name
 
 CHILD = Path(__file__).resolve().parent
-GRACE = 1.5  # seconds after a cancel until a child that has not answered is ended
+GRACE = 1.0  # seconds after a cancel until a child that has not answered is ended
 KEEPING = 120.0  # seconds for a child that has answered, to save its state
 SAVED_EVERY = 1.0  # seconds between two writings of the state of a job at work
 LOSSES = 2_000  # points of the loss plot kept
