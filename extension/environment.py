@@ -41,6 +41,9 @@ for name in sys.argv[1:]:
         pass
 print(json.dumps(found))
 """
+TRIAL = "import filelock, jinja2, yaml; from diffusers import AutoencoderKL, UNet2DConditionModel; " + (
+    "from transformers import CLIPTextModel, CLIPTokenizer"
+)
 _work: dict[Path, str] = {}
 _lock = threading.Lock()
 
@@ -119,7 +122,7 @@ def _make(place: Path) -> None:
         held.write_text(f"torch=={metadata.version('torch')}\nnumpy=={metadata.version('numpy')}\n", encoding="utf-8")
         pip = [str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held)]
         _run([*pip, *PACKAGES, *(f"{name}>={LOWEST[name]}" for name in SMALL)])
-        _run([str(ours), "-c", "import torch, diffusers, transformers, safetensors, filelock, jinja2"])
+        _run([str(ours), "-c", TRIAL])
         (place / "ready").write_text("made by salun\n", encoding="utf-8")
         _work.pop(place, None)
     except (OSError, RuntimeError, metadata.PackageNotFoundError) as error:
