@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from salun.errors import ConfigError
@@ -47,9 +47,13 @@ def safe_name(text: str, otherwise: str = "erased") -> str:
     return otherwise if not kept or kept.casefold() in _RESERVED else kept
 
 
-def new_file(folder: Path, stem: str, ending: str) -> Path:
-    """A file's path in `folder` that nothing has yet: a host would go on using the old content of one that has."""
+def new_file(folder: Path, stem: str, ending: str, promised: Iterable[str] = ()) -> Path:
+    """A file's path in `folder` that nothing has yet: a host would go on using the old content of one that has.
+
+    promised: paths that others will write.
+    """
     taken = {p.name.casefold() for p in folder.iterdir()} if folder.is_dir() else set()
+    taken |= {Path(path).name.casefold() for path in promised}
     for name in _counted(safe_name(stem)):
         if f"{name}{ending}".casefold() not in taken:
             return folder / f"{name}{ending}"

@@ -82,7 +82,7 @@ class Service:
         )
         if not concept:
             raise ConfigError("say for which concept: choose a preset, or write a word or two")
-        target = new_file(self.masks, f"{_stem(title)}-{'-'.join(concept)}", ".safetensors")
+        target = new_file(self.masks, f"{_stem(title)}-{'-'.join(concept)}", ".safetensors", self._promised())
         source = self._model(title) if title is not None else None
         asked = {"options": dataclasses.asdict(checked), "concept": concept, "output": str(target), "model": source}
         return self.queue.submit("mask", f"mask of {', '.join(concept)}", asked)
@@ -121,7 +121,7 @@ class Service:
             raise ConfigError(f"the rank {rank!r} is none: give a whole number from 1 to 4096")
         file = self.delta(delta)
         base = self._model(model) if model else self._base_of(file)
-        target = new_file(self.host.loras() or file.parent, f"no-{delta}", f".{form}.safetensors")
+        target = new_file(self.host.loras() or file.parent, f"no-{delta}", f".{form}.safetensors", self._promised())
         asked = {"delta": str(file), "model": base, "output": str(target), "rank": rank}
         return self.queue.submit("export", f"{delta} as {form}", asked)
 
@@ -271,11 +271,7 @@ class Service:
         if checkpoints is None:
             return []
         stamp = "" if named else "-" + "-".join(folder.name.split("-")[:2])
-        target = new_file(checkpoints, f"{stem[:60]}{stamp}", ".safetensors")
-        promised = {path for job in self.queue.all() if job.open for path in job.request["options"]["output"]
-                    if job.kind == "erase"}  # fmt: skip
-        if str(target) in promised:
-            raise ConfigError(f"a job in the queue will write {target.name}: choose another name")
+        target = new_file(checkpoints, f"{stem[:40]}{stamp}", ".safetensors", self._promised())
         return [str(target), str(folder / DELTA)]
 
     def _written(self, source: str, name: str) -> str:
@@ -283,7 +279,16 @@ class Service:
         folder = self.host.checkpoints() or self.host.data / "models"
         folder.mkdir(parents=True, exist_ok=True)
         single = Path(source).suffix.lower() in (".safetensors", ".ckpt")
-        return str(new_file(folder, name, ".safetensors")) if single else f"{new_file(folder, name, '')}/"
+        ending = ".safetensors" if single else ""
+        return f"{new_file(folder, name, ending, self._promised())}{'' if single else '/'}"
+
+    def _promised(self) -> list[str]:
+        """What jobs that are not over will write."""
+        found = []
+        for job in self.queue.all():
+            if job.open:
+                found += [*job.request.get("options", {}).get("output", []), job.request.get("output", "")]
+        return [path.rstrip("/") for path in found]
 
     def _base_of(self, delta: Path) -> str:
         record = _record(delta.parent / "run.json") or {}

@@ -94,3 +94,21 @@ def test_what_a_form_must_not_say_is_refused_before_anything_begins(
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         service.erase(options)
     assert service.queue.all() == []
+
+
+def test_jobs_of_one_second_write_to_different_places_and_a_repeated_one_is_the_same(service: Service) -> None:
+    class Keeping(Alone):
+        def checkpoints(self) -> Path | None:
+            return self.data
+
+    service.host = Keeping(service.host.data)
+    asked = {"concept": ["circle"], "model": "shapes"}
+    first, second = service.erase(asked), service.erase({**asked, "seed": 1})
+    assert service.erase(asked) is first
+    outputs = [path for job in (first, second) for path in job.request["options"]["output"]]
+    assert len(set(outputs)) == 4
+    assert Path(outputs[0]).parent == service.host.data
+    named = [service.erase({**asked, "seed": seed}, name="mine").request["options"]["output"][0] for seed in (2, 3)]
+    assert [Path(path).name for path in named] == ["mine.safetensors", "mine-2.safetensors"]
+    for job in service.queue.all():
+        service.queue.cancel(job.id)
