@@ -22,10 +22,9 @@ from salun.errors import ConfigError
 if TYPE_CHECKING:
     from .host import Host
 
-LOWEST = {  # the lowest versions that work
-    "torch": "2.1", "diffusers": "0.31", "transformers": "4.41", "huggingface_hub": "0.23", "safetensors": "0.4.1",
-    "numpy": "1.24", "pillow": "9.1", "pyyaml": "6.0", "filelock": "3.12", "jinja2": "3.1",
-    "accelerate": "0.26",
+LOWEST = {  # the lowest that real runs were seen with (docs/webui.md); of torch, what the core is written for
+    "torch": "2.1", "diffusers": "0.31", "transformers": "4.46", "huggingface_hub": "0.26", "accelerate": "0.31",
+    "safetensors": "0.4.2", "numpy": "1.26", "pillow": "9.5", "pyyaml": "6.0", "filelock": "3.12", "jinja2": "3.1",
 }  # fmt: skip
 PACKAGES = "diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub>=0.26,<1", "accelerate>=0.31,<2"
 SMALL = ("safetensors", "pillow", "pyyaml", "filelock", "jinja2")

@@ -240,6 +240,10 @@ def whole(kind: Any, folder: Path, **keywords: Any) -> Any:
 
     Raises ModelError for those, for tensors too many or misshapen, and for NaN or infinity.
     """
+    import transformers
+
+    if "dtype" in keywords and tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (4, 56):
+        keywords["torch_dtype"] = keywords.pop("dtype")  # its name before 4.56
     part, told = kind.from_pretrained(folder, output_loading_info=True, **keywords)
     faults = (
         ("lacks", told.get("missing_keys")),
