@@ -54,11 +54,11 @@ def access() -> Access:
 
         pairs = [pair.split(":", 1) for pair in (shared.cmd_opts.api_auth or "").split(",") if ":" in pair]
         users = dict(pairs) or dict(get_gradio_auth_creds())
-        why = "start the WebUI with --api to use salun's API"
-        _state["access"] = Access(users, bool(shared.cmd_opts.api), why)
+        if shared.cmd_opts.api:
+            _state["access"] = Access(users)
+        else:
+            _state["access"] = Access(open=False, closed_because="start the WebUI with --api to use salun's API")
     found: Access = _state["access"]
-    if not sys.modules["modules.shared"].cmd_opts.api and found.users:
-        return Access({}, False, "start the WebUI with --api to use salun's API", found.token)
     return found
 
 
