@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .webui import service
 ROWS = 3
 OURS = "salun:"
 logger = logging.getLogger("salun")
-_last: dict[str, Any] = {}  # the tensors of the last choice: a second picture needs no second reading
+_last: dict[str, Any] = {}  # the last choice: a second picture needs no second look at its files
 
 
 class ErasedDelta(scripts.Script):  # type: ignore[misc]
@@ -103,11 +103,26 @@ def _stacked(checkpoint: Path, pairs: Sequence[tuple[str, float]]) -> tuple[str,
         stored = open_unet(checkpoint)
         layers = [(Delta.load(file), strength) for file, (_, strength) in zip(files, pairs, strict=True)]
         made = stack(stored, layers)
-        prefix = "model."
-        tensors = {stored.inner(name).removeprefix(prefix): made[name] for name in made}
+        names = {stored.inner(name).removeprefix("model."): name for name in made}
         ids = ",".join(f"{delta.id}@{strength:g}" for delta, strength in made.layers)
-        _last.update(key=key, name=f"{OURS}{made.base_hash[:12]}:{ids}", tensors=tensors)
+        _last.update(key=key, name=f"{OURS}{made.base_hash[:12]}:{ids}", tensors=_Tensors(made, names))
     return _last["name"], _last["tensors"]
+
+
+class _Tensors(Mapping[str, Any]):
+    """The changed tensors by their names in the checkpoint's UNet, each made when it is asked for."""
+
+    def __init__(self, made: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        self._made, self._names = made, names
+
+    def __getitem__(self, key: str) -> Any:
+        return self._made[self._names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _into_forge(p: Any, name: str, tensors: Mapping[str, Any]) -> None:
@@ -124,10 +139,10 @@ def _into_forge(p: Any, name: str, tensors: Mapping[str, Any]) -> None:
 
 def _into_a1111(p: Any, name: str, tensors: Mapping[str, Any]) -> None:
     networks = _networks()
-    layers: dict[str, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
+    layers: dict[str, dict[str, str]] = {}
+    for key in tensors:
         layer, _, part = key.rpartition(".")
-        layers.setdefault(layer.replace(".", "_"), {})[part] = tensor
+        layers.setdefault(layer.replace(".", "_"), {})[part] = key
     if not hasattr(p.sd_model, "network_layer_mapping"):
         networks.assign_network_names_to_compvis_modules(p.sd_model)
     strange = sorted(set(layers) - set(p.sd_model.network_layer_mapping))
@@ -135,15 +150,17 @@ def _into_a1111(p: Any, name: str, tensors: Mapping[str, Any]) -> None:
         raise RuntimeError(f"the loaded model has no layer {strange[0]}")
     ours = networks.network.Network(name, None)
     ours.dyn_dim = 1.0
-    ours.modules = {layer: _Layer(parts, p.sd_model.network_layer_mapping[layer]) for layer, parts in layers.items()}
+    ours.modules = {
+        layer: _Layer(tensors, parts, p.sd_model.network_layer_mapping[layer]) for layer, parts in layers.items()
+    }
     networks.loaded_networks.insert(0, ours)  # whole tensors first, LoRAs on top
 
 
 class _Layer:
     """What A1111's LoRA extension asks of a layer: the differences to add to its weight and bias."""
 
-    def __init__(self, parts: Mapping[str, Any], layer: Any) -> None:
-        self.parts, self.layer = parts, layer
+    def __init__(self, tensors: Mapping[str, Any], parts: Mapping[str, str], layer: Any) -> None:
+        self.tensors, self.parts, self.layer = tensors, parts, layer
 
     def calc_updown(self, weight: Any) -> tuple[Any, Any]:
         import torch
@@ -153,7 +170,7 @@ class _Layer:
         def difference(part: str, old: Any) -> Any:
             if part not in self.parts:
                 return torch.zeros(old.shape, dtype=fine, device=old.device)
-            return self.parts[part].to(old.device, fine).reshape(old.shape) - old.to(fine)
+            return self.tensors[self.parts[part]].to(old.device, fine).reshape(old.shape) - old.to(fine)
 
         bias = difference("bias", self.layer.bias) if "bias" in self.parts else None
         return difference("weight", weight), bias

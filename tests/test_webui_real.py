@@ -504,7 +504,9 @@ def test_the_accordion_gives_the_erased_checkpoints_picture_and_off_the_bases(
     on = {"alwayson_scripts": {"Erased delta": {"args": [True, run, "", "", 1.0, 1.0, 1.0]}}}
     half = {"alwayson_scripts": {"Erased delta": {"args": [True, run, "", "", 0.5, 1.0, 1.0]}}}
     (file,) = [path for path in made(server) if path.name in json.dumps(erased)]
-    lora = sorted((server.data / "models" / "Lora").glob("*.safetensors"))[0].name.removesuffix(".safetensors")
+    lora = sorted((server.data / "models" / "Lora").glob("*.safetensors"), key=lambda path: ".lora." not in path.name)[
+        0
+    ].name.removesuffix(".safetensors")
     hires: dict[str, Any] = {
         "enable_hr": True,
         "hr_scale": 2,
