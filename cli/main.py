@@ -482,6 +482,7 @@ from .delta import app as _delta  # noqa: E402  (it uses what stands above)
 app.add_typer(_delta, name="delta")
 
 from . import classify as _classify  # noqa: E402, F401  (its commands join the app)
+from . import ui as _ui  # noqa: E402, F401
 
 
 def main() -> None:

@@ -1,1 +1,37 @@
-"""The WebUI tab. There is none in this version: the door is ready, so that a clone loads without an error."""
+"""The WebUI tab "Erase concept" and the page of `salun ui`.
+
+A WebUI has no salun on its path: the core beside this folder is loaded by its place, unless one is loaded already.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent
+
+
+def _load_core() -> None:
+    core = HOME.parent / "salun" / "__init__.py"
+    loaded = sys.modules.get("salun")
+    if loaded is not None:
+        if core.is_file() and Path(loaded.__file__ or "").resolve() != core:
+            logging.getLogger("salun").warning("%s is loaded already; %s is not used", loaded.__file__, core)
+        return
+    if not core.is_file():  # installed as a package: salun is a neighbour on the path
+        return
+    spec = importlib.util.spec_from_file_location("salun", core, submodule_search_locations=[str(core.parent)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"salun: {core} cannot be loaded: clone the repository again")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["salun"] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules["salun"]  # half a core must not be found by the next import
+        raise
+
+
+_load_core()

@@ -39,9 +39,11 @@ class Cache:
     @staticmethod
     def of_user() -> Cache:
         """The one that all runs share. Raises ConfigError for a SALUN_CACHE_SIZE that cannot be read."""
-        import platformdirs
+        folder = os.environ.get("SALUN_CACHE")
+        if not folder:
+            import platformdirs  # a WebUI has none, and names its own folder
 
-        folder = os.environ.get("SALUN_CACHE") or platformdirs.user_cache_dir("salun", appauthor=False)
+            folder = platformdirs.user_cache_dir("salun", appauthor=False)
         return Cache(Path(folder).expanduser(), size_of(os.environ.get("SALUN_CACHE_SIZE", str(DEFAULT_LIMIT))))
 
     def get(self, key: str) -> dict[str, Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -18,3 +19,7 @@ if _NAME not in sys.modules:  # "Reload UI" runs this file again, and a running 
     _module = importlib.util.module_from_spec(_spec)
     sys.modules[_NAME] = _module
     _spec.loader.exec_module(_module)
+
+if "modules.script_callbacks" in sys.modules:  # a WebUI is loading us, not a test or an installer
+    importlib.import_module(f"{_NAME}.webui").register()
+    ErasedDelta = importlib.import_module(f"{_NAME}.webui_delta").ErasedDelta  # found here by its class

@@ -49,7 +49,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_only_our_names_land_in_site_packages(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {name.split("/")[0] for name in names} == {"salun", "salun_cli", "salun-0.1.0.dist-info"}
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"salun", "salun_cli", "salun_webui_extension", "salun-0.1.0.dist-info"}
     for needed in (
         "salun/py.typed",
         "salun/assets/concepts.yaml",
@@ -59,13 +60,14 @@ def test_only_our_names_land_in_site_packages(wheel: Path) -> None:
         "salun/assets/shapes/unet/diffusion_pytorch_model.safetensors",
         "salun/assets/shapes/oracle/detector.safetensors",
         "salun/report/report.html.j2",
+        "salun_webui_extension/page.js",
     ):
         assert needed in names
 
 
 @pytest.mark.slow
 def test_no_module_and_no_asset_is_left_behind(wheel: Path) -> None:
-    """The packages are listed by hand, so that only two names land: a new one must not be forgotten."""
+    """The packages are listed by hand, so that only three names land: a new one must not be forgotten."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for path in sorted((ROOT / "salun").rglob("*")):
@@ -73,6 +75,8 @@ def test_no_module_and_no_asset_is_left_behind(wheel: Path) -> None:
             assert path.relative_to(ROOT).as_posix() in names
     for path in sorted((ROOT / "cli").rglob("*.py")):
         assert f"salun_cli/{path.relative_to(ROOT / 'cli').as_posix()}" in names
+    for path in sorted((ROOT / "extension").rglob("*.py")):
+        assert f"salun_webui_extension/{path.relative_to(ROOT / 'extension').as_posix()}" in names
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 
 from salun.diffusion.result import Run
 from salun.evaluation.detector import AttributeClassifier, Reading
@@ -177,3 +178,20 @@ def test_frechet_distance_of_known_gaussians() -> None:
     assert frechet_distance(a, a + [3, 4]) == pytest.approx(25)
     assert frechet_distance(a, 2 * a) == pytest.approx(np.var(a, axis=0, ddof=1).sum() + np.sum(a.mean(0) ** 2))
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_an_old_pillow_with_one_font_draws_captions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebUIs hold Pillow at 9.5, whose own font has one size and Latin letters alone."""
+    old = ImageFont.load_default_imagefont()
+
+    def load_default(**size: int) -> ImageFont.ImageFont:
+        if size:
+            raise TypeError("load_default() got an unexpected keyword argument 'size'")
+        return old
+
+    monkeypatch.setattr(ImageFont, "load_default", load_default)
+    pictures = np.zeros((2, 16, 16, 3), np.uint8)
+    plain = picture.grid(pictures, pictures, ["", ""])
+    told = picture.grid(pictures, pictures, ["ein Kreis " * 20, "круг 円"])
+    assert told.shape == plain.shape
+    assert (told != plain).any()

@@ -23,7 +23,7 @@ def grid(before: np.ndarray, after: np.ndarray, captions: Sequence[str], blur: b
     width = left + len(before) * (TILE + GAP)
     height = GAP + 2 * (TILE + GAP) + lines * 14 + GAP
     sheet = Image.new("RGB", (width, height), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    draw, font = ImageDraw.Draw(sheet), _font(11)
     for r, (label, pictures) in enumerate(rows):
         top = GAP + r * (TILE + GAP)
         draw.text((GAP, top + TILE // 2 - 6), label, INK, font)
@@ -41,7 +41,7 @@ def sheet(pictures: np.ndarray, columns: int, captions: Sequence[str]) -> np.nda
     rows = -(-len(pictures) // columns)
     side = max(TILE, pictures.shape[1])
     page = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP + 18) + GAP), PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    draw, font = ImageDraw.Draw(page), _font(12)
     for i, picture in enumerate(pictures):
         row, column = divmod(i, columns)
         top = GAP + row * (side + GAP + 18)
@@ -111,7 +111,17 @@ def _tile(picture: np.ndarray, blur: bool, side: int = TILE) -> Image.Image:
     return image.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
 
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font; before Pillow 10.1, which WebUIs still have, it comes in one size."""
+    try:
+        return ImageFont.load_default(size=size)
+    except TypeError:
+        return ImageFont.load_default()
+
+
 def _wrap(draw: ImageDraw.ImageDraw, font: object, text: str, width: int, lines: int) -> list[str]:
+    if isinstance(font, ImageFont.ImageFont):  # the one of one size knows Latin letters alone
+        text = text.encode("latin-1", "replace").decode("latin-1")
     found: list[str] = []
     line = ""
     for word in text.split():
@@ -127,5 +137,6 @@ def _wrap(draw: ImageDraw.ImageDraw, font: object, text: str, width: int, lines:
     found.append(line)
     if len(found) > lines:
         found = found[:lines]
-        found[-1] = found[-1][: max(len(found[-1]) - 1, 0)] + "…"
+        ending = "..." if isinstance(font, ImageFont.ImageFont) else "…"
+        found[-1] = found[-1][: max(len(found[-1]) - 1, 0)] + ending
     return found

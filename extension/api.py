@@ -1,0 +1,214 @@
+"""The HTTP API `/salun/v1/…`: start, status, cancel, resume, runs, models, concepts, schema, and the page's own files.
+
+JSON in, JSON out. Errors are {"error": text}: 400 for what cannot be, 401 and 403 as `access` tells, 404 for what is
+not there, 413 and 415 for bodies that are none of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from salun.errors import ConfigError, SalunError
+from salun.options import GROUPS
+
+from .access import Access, Refused
+from .controls import FIELDS, help_of
+from .jobs import Job
+from .service import Service
+
+PREFIX = "/salun/v1"
+LARGEST = 1_000_000  # bytes of a request
+POINTS = 200  # of a loss plot in a status
+SCRIPT = Path(__file__).with_name("page.js")
+STRICT = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Content-Security-Policy": "sandbox"}
+logger = logging.getLogger("salun")
+
+
+def add_routes(app: Any, service: Service, access: Access) -> None:
+    """Add the API to a Starlette or FastAPI application."""
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import FileResponse, JSONResponse, Response
+
+    def guarded(answer: Callable[[Mapping[str, Any]], Any]) -> Callable[[Request], Any]:
+        async def handle(request: Request) -> Response:
+            try:
+                access.check({name.lower(): value for name, value in request.headers.items()})
+                asked = await _asked(request)
+                found = await run_in_threadpool(answer, asked)
+            except Refused as error:
+                headers = {"WWW-Authenticate": 'Basic realm="salun"'} if error.challenge else {}
+                return JSONResponse({"error": error.text}, error.status, headers)
+            except _Wrong as error:
+                return JSONResponse({"error": str(error)}, error.status)
+            except SalunError as error:
+                missing = isinstance(error, ConfigError) and str(error).startswith(("there is no", "no model"))
+                return JSONResponse({"error": str(error)}, 404 if missing else 400)
+            except Exception:
+                logger.exception("%s", request.url.path)
+                return JSONResponse({"error": "an error of salun's own: the program's log tells more"}, 500)
+            if isinstance(found, _File):
+                return FileResponse(found.path, media_type=found.kind, headers=STRICT)
+            return JSONResponse(found, headers={"Cache-Control": "no-store"})
+
+        return handle
+
+    async def script(request: Request) -> Response:
+        return FileResponse(SCRIPT, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
+
+    for path, (method, answer) in _answers(service).items():
+        app.add_route(f"{PREFIX}/{path}", guarded(answer), methods=[method])
+    app.add_route(f"{PREFIX}/page.js", script, methods=["GET"])  # public: it is in the public repository
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    path: Path
+    kind: str
+
+
+class _Wrong(Exception):
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+async def _asked(request: Any) -> dict[str, Any]:
+    """The arguments of a request: of its query for GET, of its JSON body for POST."""
+    if request.method != "POST":
+        return dict(request.query_params)
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise _Wrong(415, "send JSON, with Content-Type: application/json")
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST:
+            raise _Wrong(413, f"a request has at most {LARGEST:,} bytes")
+    try:
+        found = json.loads(body or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise _Wrong(400, f"the request is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise _Wrong(400, "the request is no JSON object")
+    return found
+
+
+def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]]:
+    """Path → (method, what answers)."""
+
+    def start(asked: Mapping[str, Any]) -> Any:
+        asked = dict(asked)
+        kind = asked.pop("kind", "erase")
+        if kind not in STARTS:
+            raise ConfigError(f"kind is {str(kind)[:40]!r}, but must be one of {', '.join(STARTS)}")
+        for name in asked:
+            if name not in STARTS[kind]:
+                raise ConfigError(f"{kind} takes {', '.join(STARTS[kind])}, not {str(name)[:40]!r}")
+        for name, wanted in STARTS[kind].items():
+            if asked.get(name) is not None and not _fits(asked[name], wanted):
+                raise ConfigError(f"{name} must be {wanted}")
+        try:
+            return told(getattr(service, kind)(**asked))
+        except TypeError as error:
+            raise ConfigError(f"{kind} needs more: {error}") from error
+
+    def forget(asked: Mapping[str, Any]) -> Any:
+        service.queue.forget(str(asked.get("id")))
+        return {"forgotten": asked.get("id")}
+
+    def status(asked: Mapping[str, Any]) -> Any:
+        if asked.get("id"):
+            return told(service.queue.get(str(asked["id"])))
+        return {"host": service.host.name, "jobs": [told(job) for job in service.queue.all()[:50]]}
+
+    return {
+        "start": ("POST", start),
+        "status": ("GET", status),
+        "cancel": ("POST", lambda asked: told(service.queue.cancel(str(asked.get("id"))))),
+        "resume": ("POST", lambda asked: told(service.queue.resume(str(asked.get("id"))))),
+        "forget": ("POST", forget),
+        "runs": ("GET", lambda asked: {"runs": service.history()}),
+        "models": ("GET", lambda asked: {"models": [{"title": title} for title in service.models()]}),
+        "concepts": ("GET", lambda asked: {"concepts": service.concepts(asked.get("model"))}),
+        "schema": ("GET", lambda asked: schema()),
+        "file": ("GET", lambda asked: _File(*service.file(str(asked.get("run")), str(asked.get("name"))))),
+        "preview": (
+            "GET",
+            lambda asked: _File(service.preview(str(asked.get("id")), str(asked.get("name"))), "image/png"),
+        ),
+    }
+
+
+STARTS: dict[str, dict[str, str]] = {
+    "erase": {"options": "an object", "preview_every": "a whole number", "name": "a text"},
+    "mask": {"options": "an object"},
+    "stack": {"model": "a text", "deltas": "a list of texts", "strengths": "a list of numbers", "name": "a text"},
+    "undo": {"model": "a text", "delta": "a text", "name": "a text"},
+    "export": {"delta": "a text", "form": "a text", "rank": "a whole number", "model": "a text"},
+    "overlaps": {"deltas": "a list of texts"},
+    "inspect": {"run": "a text", "against": "a text"},
+}
+"""Kind of job → its arguments and what they must be."""
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    if wanted.startswith("a list"):
+        inner = str if wanted.endswith("texts") else (int, float)
+        return isinstance(value, list) and all(isinstance(v, inner) and not isinstance(v, bool) for v in value)
+    kinds = {"an object": dict, "a text": str, "a whole number": int}
+    return isinstance(value, kinds[wanted]) and not isinstance(value, bool)
+
+
+def told(job: Job) -> dict[str, Any]:
+    """A job as the API tells it: without places of this machine, the loss plot thinned out."""
+    step = -(-len(job.losses) // POINTS) or 1
+    result = {k: v for k, v in (job.result or {}).items() if k not in ("run_dir", "layers")}
+    if isinstance(result.get("output"), str):
+        result["output"] = Path(result["output"].rstrip("/")).name
+    return {
+        **{name: getattr(job, name) for name in TOLD},
+        "losses": job.losses[::step],
+        "notes": job.notes[-20:],
+        "result": result if job.result is not None else None,
+    }
+
+
+TOLD = ("id", "kind", "title", "state", "created", "began", "ended", "stage", "step", "total", "fraction", "left",
+        "previews", "error", "run", "resumable")  # fmt: skip
+
+
+def schema() -> dict[str, Any]:
+    """The API's own description: what may be started with which arguments, and every option of an erasure."""
+    options = {}
+    for title, names in GROUPS.items():
+        for name in names:
+            if name in FIELDS:
+                item = FIELDS[name]
+                rules = {
+                    key: item.metadata[key] for key in ("minimum", "maximum", "above") if item.metadata[key] is not None
+                }
+                options[name] = {
+                    "group": title,
+                    "type": str(item.type),
+                    "default": item.default if item.default is not dataclasses.MISSING else [],
+                    "help": help_of(name),
+                    **({"choices": list(item.metadata["choices"])} if item.metadata["choices"] else {}),
+                    **rules,
+                }
+    paths = {
+        "GET status": {"id": "a job's id, or nothing for all"},
+        "POST start": {"kind": list(STARTS), "arguments": STARTS},
+        "POST cancel": {"id": "a job's id"},
+        "POST resume": {"id": "a job's id"},
+        "POST forget": {"id": "a job's id"},
+        "GET runs": {}, "GET models": {}, "GET schema": {},
+        "GET concepts": {"model": "a model's title, or nothing"},
+        "GET file": {"run": "a run's name", "name": "report.html, run.json, …"},
+        "GET preview": {"id": "a job's id", "name": "one of its previews"},
+    }  # fmt: skip
+    return {"version": 1, "prefix": PREFIX, "paths": paths, "options": options}

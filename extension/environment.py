@@ -1,0 +1,151 @@
+"""Which Python the jobs run in: the program's own where its packages suffice, else an environment of ours beside it.
+
+The environment sees the program's packages (torch above all) through a .pth file, after its own: so pip adds only what
+is missing or too old, and nothing of the program's is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from salun.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .host import Host
+
+LOWEST = {  # the lowest that real runs were seen with (docs/webui.md); of torch, what the core is written for
+    "torch": "2.1", "diffusers": "0.31", "transformers": "4.46", "huggingface_hub": "0.26", "accelerate": "0.31",
+    "safetensors": "0.4.2", "numpy": "1.26", "pillow": "9.5", "pyyaml": "6.0", "filelock": "3.12", "jinja2": "3.1",
+}  # fmt: skip
+PACKAGES = "diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub>=0.26,<1", "accelerate>=0.31,<2"
+SMALL = ("safetensors", "pillow", "pyyaml", "filelock", "jinja2")
+MEGABYTES = 170
+ASK = """
+import json, sys
+from importlib import metadata
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+TRIAL = "import filelock, jinja2, yaml; from diffusers import AutoencoderKL, UNet2DConditionModel; " + (
+    "from transformers import CLIPTextModel, CLIPTokenizer"
+)
+_work: dict[Path, str] = {}
+_lock = threading.Lock()
+
+
+def folder(host: Host) -> Path:
+    """Where our environment is, or will be."""
+    return host.data / "environment"
+
+
+@cache
+def missing() -> tuple[str, ...]:
+    """What this interpreter lacks in a fresh process, as text for people: this one may see more than a child will."""
+    versions = json.loads(_run([sys.executable, "-c", ASK, *LOWEST]))
+    found = []
+    for name, lowest in LOWEST.items():
+        if name not in versions:
+            found.append(f"{name} (none)")
+        elif _numbers(versions[name]) < _numbers(lowest):
+            found.append(f"{name} {lowest} (has {versions[name]})")
+    return tuple(found)
+
+
+def python(host: Host) -> str:
+    """The interpreter for jobs. Raises ConfigError where none has what is needed."""
+    if not missing():
+        return sys.executable
+    ours = _executable(folder(host))
+    if (folder(host) / "ready").is_file() and ours.is_file():
+        return str(ours)
+    raise ConfigError(f"this program's Python lacks {', '.join(missing())}: press Set up")
+
+
+def state(host: Host) -> tuple[bool, str]:
+    """Whether jobs can run, and a line for people."""
+    place = folder(host)
+    lacking = missing()
+    if not lacking:
+        return True, f"Ready: this program's own Python ({sys.version.split()[0]}) has all that is needed."
+    if place in _work:
+        return False, _work[place]
+    if (place / "ready").is_file():
+        return True, f"Ready: jobs run in the environment {place}."
+    return False, (
+        f"This program's Python lacks {', '.join(lacking)}. Set up makes an environment of salun's own at {place} "
+        f"(about {MEGABYTES} MB, from the Python package index: {', '.join(PACKAGES)}), which uses this program's "
+        "torch. Nothing of the program's own is changed."
+    )
+
+
+def set_up(host: Host, wait: bool = False) -> str:
+    """Make the environment, in the background unless `wait`. Returns a line for people."""
+    if not missing():
+        return "There is nothing to set up."
+    place = folder(host)
+    with _lock:
+        if place in _work and _work[place].startswith("Setting up"):
+            return _work[place]
+        _work[place] = f"Setting up {place}: this takes some minutes. Press Refresh the lists to see how it goes."
+    thread = threading.Thread(target=_make, args=(place,), daemon=True)
+    thread.start()
+    if wait:
+        thread.join()
+    return _work.get(place, f"Ready: jobs run in the environment {place}.")
+
+
+def _make(place: Path) -> None:
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(place)])
+        ours = _executable(place)
+        own = _run([str(ours), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
+        theirs = [p for p in sys.path if p.rstrip("/\\").endswith(("site-packages", "dist-packages"))]
+        lines = [f"import site; site.addsitedir({site!r})\n" for site in theirs]  # with the .pth files in them
+        (Path(own) / "zz_salun_host.pth").write_text("".join(lines), encoding="utf-8")
+        held = place / "held.txt"
+        held.write_text(f"torch=={metadata.version('torch')}\nnumpy=={metadata.version('numpy')}\n", encoding="utf-8")
+        pip = [str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held)]
+        _run([*pip, *PACKAGES, *(f"{name}>={LOWEST[name]}" for name in SMALL)])
+        _run([str(ours), "-c", TRIAL])
+        (place / "ready").write_text("made by salun\n", encoding="utf-8")
+        _work.pop(place, None)
+    except (OSError, RuntimeError, metadata.PackageNotFoundError) as error:
+        _work[place] = f"The set-up failed: {error}"
+
+
+def _run(command: list[str]) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, encoding="utf-8", errors="replace")
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RuntimeError(lines[-1][:500] if lines else f"{command[1:4]} ended with {done.returncode}")
+    return done.stdout
+
+
+def _executable(place: Path) -> Path:
+    return place / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    found = []
+    for part in version.split("+")[0].split("."):
+        digits = "".join(c for c in part if c.isdigit())
+        if not part[:1].isdigit():
+            break
+        found.append(int(digits))
+    return tuple(found)

@@ -1,0 +1,87 @@
+"""What the page needs of the program it runs in, and the plainest one: none at all, as in `salun ui`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+from .jobs import Job
+
+
+class Host(Protocol):
+    """A program that keeps checkpoints and may use the GPU itself.
+
+    name: for people. data: the folder of jobs, runs and pictures. version: grows when its lists changed.
+    """
+
+    name: str
+    data: Path
+
+    def models(self) -> dict[str, str]:
+        """Title → what `salun --model` takes, in the order in which to show them."""
+
+    def checkpoints(self) -> Path | None:
+        """Where new checkpoints go; None: into the run's folder."""
+
+    def loras(self) -> Path | None:
+        """Where new LoRA files go; None: into the run's folder."""
+
+    def python(self) -> str:
+        """The interpreter for children. Raises ConfigError where none has the packages."""
+
+    def environment(self) -> dict[str, str]:
+        """Variables that children get beside this process's own."""
+
+    def turn(self, job: Job) -> AbstractContextManager[object]:
+        """Around a job at work: the host's lock held, its memory freed, and given back."""
+
+    def changed(self, job: Job) -> None:
+        """A job ended and may have written files: the host's lists are to show them."""
+
+    def use(self, path: Path) -> str:
+        """Generate with this checkpoint from now on; a line for people. Raises ConfigError if that cannot be."""
+
+
+class Alone:
+    """No host: models are the aliases and the checkpoints of folders, files go into the runs' folders."""
+
+    name = "salun ui"
+
+    def __init__(self, data: Path, models_dirs: Sequence[str] = ()) -> None:
+        self.data, self._dirs = data.absolute(), list(models_dirs)
+
+    def models(self) -> dict[str, str]:
+        from salun.diffusion.finding import FILES, aliases, checkpoint_folders
+
+        found = {name: name for name in aliases()["models"]}
+        for folder in checkpoint_folders(self._dirs):
+            for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILES and p.is_file()):
+                found.setdefault(path.relative_to(folder).as_posix(), str(path.absolute()))
+        return found
+
+    def checkpoints(self) -> Path | None:
+        return None
+
+    def loras(self) -> Path | None:
+        return None
+
+    def python(self) -> str:
+        return sys.executable
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def turn(self, job: Job) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def changed(self, job: Job) -> None:
+        return None
+
+    def use(self, path: Path) -> str:
+        from salun.errors import ConfigError
+
+        raise ConfigError(f"there is no WebUI here to load {os.path.basename(path)}: find it at {path}")

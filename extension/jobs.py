@@ -1,0 +1,386 @@
+"""Jobs: a queue of child processes, each with a folder that tells its state, so that nothing depends on a browser.
+
+A job's folder holds `request.json` (what is asked), `job.json` (its state, written whole or not at all), the child's
+log and its previews. The queue's thread works on one job at a time, within the host's turn.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from salun.errors import ConfigError
+from salun.formats.tensorfile import write_bytes
+
+from .places import safe_name
+
+CHILD = Path(__file__).resolve().parent
+GRACE = 1.0  # seconds after a cancel until a child that has not answered is ended
+KEEPING = 120.0  # seconds for a child that has answered, to save its state
+SAVED_EVERY = 1.0  # seconds between two writings of the state of a job at work
+LOSSES = 2_000  # points of the loss plot kept
+OPEN = ("queued", "waiting", "running", "stopping")
+logger = logging.getLogger("salun")
+
+
+@dataclass
+class Job:
+    """What is known of a job.
+
+    state: queued → waiting (for the host's turn) → running → done | failed | cancelled; stopping in between. fraction:
+    0 … 1 of the whole, never falling. left: seconds, where known. losses: [step, forget, retain] rows. previews: names
+    of pictures in the job's folder. run: the name of its run folder. resumable: whether going on with it is possible.
+    """
+
+    id: str
+    kind: str
+    title: str
+    request: dict[str, Any]
+    state: str = "queued"
+    created: float = 0.0
+    began: float | None = None
+    ended: float | None = None
+    stage: str = ""
+    step: int = 0
+    total: int = 0
+    fraction: float = 0.0
+    left: float | None = None
+    losses: list[list[float]] = field(default_factory=list)
+    previews: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+    error: str | None = None
+    run: str | None = None
+    resumable: bool = False
+
+    @property
+    def open(self) -> bool:
+        return self.state in OPEN
+
+
+Turn = Callable[[Job], AbstractContextManager[object]]
+
+
+class Queue:
+    """The jobs of one folder.
+
+    python: gives the interpreter of the children, when one is begun. turn: entered before a child begins and left after
+    it ended: the host's lock, its memory freed and given back. after: called with every job that ended.
+    Raises ConfigError if another program works with the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        python: Callable[[], str] = lambda: sys.executable,
+        turn: Turn = lambda job: nullcontext(),
+        after: Callable[[Job], None] = lambda job: None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        import filelock
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._python, self._turn, self._after = folder, python, turn, after
+        self._environment = dict(environment or {})
+        self._alone = filelock.FileLock(folder / ".lock", thread_local=False)
+        try:
+            self._alone.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ConfigError(f"another program works with the jobs in {folder}: close it, or name another") from error
+        self._jobs: dict[str, Job] = {}
+        self._waiting: deque[str] = deque()
+        self._change = threading.Condition()
+        self._cancelled: set[str] = set()
+        self._child: tuple[str, subprocess.Popen[str]] | None = None
+        self._closed = False
+        self._read()
+        self._thread = threading.Thread(target=self._work, name="salun jobs", daemon=True)
+        self._thread.start()
+
+    # what a host and its page call
+
+    def submit(self, kind: str, title: str, request: Mapping[str, Any], run: str | None = None) -> Job:
+        """Put a job into the queue. One that asks the same as a job not yet over is that job: a double click is one."""
+        with self._change:
+            for other in self._jobs.values():
+                if other.open and other.kind == kind and _same(other.request, request):
+                    return other
+            job = Job(self._new_id(title), kind, title, dict(request), created=time.time(), run=run)
+            self._jobs[job.id] = job
+            place = self.folder / job.id
+            place.mkdir()
+            _write_json(place / "request.json", {**job.request, "kind": kind})
+            self._save(job)
+            self._waiting.append(job.id)
+            self._change.notify_all()
+            return job
+
+    def cancel(self, job_id: str) -> Job:
+        """Stop a job, or take it out of the queue. It is over at once where it had not begun."""
+        with self._change:
+            job = self.get(job_id)
+            if not job.open:
+                return job
+            self._cancelled.add(job_id)
+            if job.state in ("queued", "waiting"):
+                if job_id in self._waiting:
+                    self._waiting.remove(job_id)
+                self._end(job, "cancelled")
+                return job
+            job.state = "stopping"
+            self._save(job)
+            child = self._child[1] if self._child and self._child[0] == job_id else None
+        if child is not None:
+            _ask_to_stop(child)
+            threading.Thread(target=self._end_soon, args=(job, child), daemon=True).start()
+        return job
+
+    def resume(self, job_id: str) -> Job:
+        """A new job that goes on with the run of one that stopped. Raises ConfigError where that cannot be."""
+        with self._change:
+            old = self.get(job_id)
+            if old.open or not old.resumable:
+                raise ConfigError(f"{old.title}: there is nothing to go on with")
+            old.resumable = False  # its run has a new job
+            self._save(old)
+        return self.submit(old.kind, old.title, {**old.request, "resume": True}, old.run)
+
+    def get(self, job_id: str) -> Job:
+        """Raises ConfigError for an id that no job has."""
+        with self._change:
+            if job_id not in self._jobs:
+                raise ConfigError(f"there is no job {job_id[:80]!r}")
+            return self._jobs[job_id]
+
+    def all(self) -> list[Job]:
+        """Every job, the latest first."""
+        with self._change:
+            return sorted(self._jobs.values(), key=lambda job: job.created, reverse=True)
+
+    def forget(self, job_id: str) -> None:
+        """Take an ended job off the list. Its run folder stays."""
+        import shutil
+
+        with self._change:
+            job = self.get(job_id)
+            if job.open:
+                raise ConfigError(f"{job.title} is not over: cancel it first")
+            del self._jobs[job_id]
+        shutil.rmtree(self.folder / job_id, ignore_errors=True)
+
+    def wait(self, job_id: str, timeout: float | None = None) -> Job:
+        """The job once it is over, or as it is after `timeout` seconds."""
+        with self._change:
+            job = self.get(job_id)
+            self._change.wait_for(lambda: not job.open, timeout)
+            return job
+
+    def close(self) -> None:
+        """Stop the job at work and let the folder go. Jobs in the queue stay on disk as cancelled."""
+        with self._change:
+            self._closed = True
+            left = [job.id for job in self._jobs.values() if job.open]
+            self._change.notify_all()
+        for job_id in left:
+            self.cancel(job_id)
+        self._thread.join(KEEPING)
+        self._alone.release()
+
+    # the thread
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._closed or bool(self._waiting))
+                if self._closed:
+                    return
+                job = self._jobs[self._waiting.popleft()]
+                job.state = "waiting"
+                self._save(job)
+            try:
+                with self._turn(job):
+                    with self._change:
+                        if job.id in self._cancelled:  # while it waited for its turn
+                            continue
+                        job.state, job.began = "running", time.time()
+                        self._save(job)
+                    self._run(job)
+            except Exception as error:  # the host's part failed: ours is to say so and go on with the next
+                logger.exception("the job %s failed", job.id)
+                self._settle(job, "failed", f"{type(error).__name__}: {error}")
+            try:
+                self._after(job)
+            except Exception:
+                logger.exception("after the job %s", job.id)
+
+    def _run(self, job: Job) -> None:
+        place = self.folder / job.id
+        try:
+            with (place / "log.txt").open("ab") as log:
+                child = self._begin(place, log)
+        except OSError as error:
+            self._settle(job, "failed", f"the job cannot be started: {error.strerror or error}")
+            return
+        with self._change:
+            self._child = (job.id, child)
+            if job.id in self._cancelled:
+                _ask_to_stop(child)
+        saved = 0.0
+        assert child.stdout is not None
+        for text in child.stdout:
+            with self._change:
+                take(job, text)
+                if time.monotonic() - saved > SAVED_EVERY:
+                    saved = time.monotonic()
+                    self._save(job)
+        code = child.wait()
+        for pipe in (child.stdin, child.stdout):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except OSError:
+                pass  # what was still to be written to it nobody reads
+        with self._change:
+            self._child = None
+        if job.result is not None:
+            self._settle(job, "done")
+        elif job.id in self._cancelled or code == 130:
+            self._settle(job, "cancelled")
+        else:
+            self._settle(job, "failed", job.error or _last_lines(place / "log.txt", code))
+
+    def _begin(self, place: Path, log: IO[bytes]) -> subprocess.Popen[str]:
+        environment = {**os.environ, **self._environment, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+        environment.pop("PYTHONPATH", None)  # a host's own folders are not the child's
+        apart: dict[str, Any] = (
+            {"creationflags": 0x08000000}
+            if sys.platform == "win32"
+            else {"start_new_session": True}  # CREATE_NO_WINDOW
+        )
+        return subprocess.Popen(
+            [self._python(), str(CHILD), str(place)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, cwd=place,
+            encoding="utf-8", errors="replace", **apart,
+        )  # fmt: skip
+
+    def _end_soon(self, job: Job, child: subprocess.Popen[str]) -> None:
+        """End a child that does not stop by itself. A run survives that: it goes on from its last saved state."""
+        until, answered = time.monotonic() + GRACE, False
+        while child.poll() is None and time.monotonic() < until:
+            if not answered and job.stage == "stopping":
+                answered, until = True, time.monotonic() + KEEPING
+            time.sleep(0.05)
+        if child.poll() is None:
+            child.kill()
+
+    def _settle(self, job: Job, state: str, error: str | None = None) -> None:
+        with self._change:
+            if job.open:
+                self._end(job, state, error)
+
+    def _end(self, job: Job, state: str, error: str | None = None) -> None:
+        job.state, job.error, job.ended, job.left = state, error, time.time(), None
+        job.resumable = state != "done" and job.kind == "erase" and self._has_run(job)
+        self._save(job)
+        self._change.notify_all()
+
+    @staticmethod
+    def _has_run(job: Job) -> bool:
+        folder = job.request.get("options", {}).get("run_dir")
+        return folder is not None and (Path(folder) / "run.json").is_file()
+
+    def _save(self, job: Job) -> None:
+        try:
+            _write_json(self.folder / job.id / "job.json", asdict(job))
+        except OSError as error:  # a full disk must not end the queue
+            logger.warning("the state of the job %s is not saved: %s", job.id, error)
+
+    def _read(self) -> None:
+        for file in sorted(self.folder.glob("*/job.json")):
+            try:
+                job = Job(**json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
+                logger.warning("%s is no job of this version: passed over", file)
+                continue
+            self._jobs[job.id] = job
+            if job.open:  # the program ended meanwhile
+                self._settle(job, "cancelled", "the program was closed before the job was over")
+
+    def _new_id(self, title: str) -> str:
+        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(title, 'job')}"
+        name, n = stem, 1
+        while (self.folder / name).exists():
+            n += 1
+            name = f"{stem}-{n}"
+        return name
+
+
+def take(job: Job, text: str) -> None:
+    """Take one line of a child into its job. What is no event is passed over."""
+    try:
+        event = json.loads(text)
+        kind = event["event"]
+    except (ValueError, KeyError, TypeError):
+        return
+    if kind == "stage":
+        job.stage, job.step, job.total = event["stage"], event["step"], event["total"]
+        job.fraction, job.left = max(job.fraction, event["fraction"]), event["left"]
+        metrics = event["metrics"]
+        if {"forget", "retain"} <= set(metrics):
+            job.losses.append([job.step, metrics["forget"], metrics["retain"]])
+            del job.losses[:-LOSSES]
+    elif kind == "message":
+        job.notes.append(event["text"])
+    elif kind == "preview":
+        job.previews.append(event["file"])
+    elif kind == "stopping":
+        job.stage = "stopping"
+    elif kind == "result":
+        job.result, job.fraction, job.stage = event["result"], 1.0, "done"
+    elif kind == "error":
+        job.error = event["text"]
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two requests ask the same, wherever they would write it."""
+
+    def asked(request: Mapping[str, Any]) -> Any:
+        options = {k: v for k, v in request.get("options", {}).items() if k not in ("run_dir", "output")}
+        return {**{k: v for k, v in request.items() if k not in ("options", "output", "resume")}, "options": options}
+
+    return bool(asked(one) == asked(other))
+
+
+def _ask_to_stop(child: subprocess.Popen[str]) -> None:
+    try:
+        assert child.stdin is not None
+        child.stdin.write("stop\n")
+        child.stdin.flush()
+    except (OSError, ValueError):
+        pass  # it ended by itself
+
+
+def _last_lines(log: Path, code: int) -> str:
+    """What to say of a child that ended without a word."""
+    try:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    last = f": {lines[-1][:300]}" if lines else ""
+    killed = " (killed, most often because memory ran out)" if code in (-9, 137) else ""
+    return f"the job's process ended with code {code}{killed}{last}"
+
+
+def _write_json(path: Path, data: Any) -> None:
+    write_bytes(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -1,0 +1,296 @@
+// The live half of the page: what the jobs are doing, read from the API every second. Every text goes in as text.
+(() => {
+  "use strict";
+  if (window.salunLive) return;
+  window.salunLive = true;
+
+  const base = new URL("salun/v1/", document.baseURI.replace(/[^/]*([?#].*)?$/, ""));
+  const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
+  const panel = () => root().querySelector(".salun-live");
+  const STAGES = {
+    "": "starting", loading: "loading the model", sampling: "drawing samples from the model",
+    "pictures before": "taking pictures before", saliency: "finding the weights that matter",
+    "frozen targets": "preparing targets", training: "training those weights alone",
+    "pictures after": "taking pictures after", saving: "saving", stopping: "stopping", comparing: "comparing",
+    checking: "checking the model", writing: "saving", exporting: "exporting", done: "done",
+  };
+  const STATES = {
+    queued: "in the queue", waiting: "waiting for the program's turn", running: "at work", stopping: "stopping",
+    done: "done", failed: "failed", cancelled: "stopped",
+  };
+  const OPEN = ["queued", "waiting", "running", "stopping"];
+  const known = new Map(); // job id → its card
+  const states = new Map(); // job id → its last state, to notice an end
+  let timer = null;
+  let polling = false;
+
+  function make(tag, attributes = {}, ...inside) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (name === "click") made.addEventListener("click", value);
+      else if (value !== null) made.setAttribute(name, value);
+    }
+    made.append(...inside.filter((part) => part !== null && part !== undefined));
+    return made;
+  }
+
+  async function call(path, body, raw) {
+    const live = panel();
+    const headers = { "X-Salun-Token": live ? live.dataset.token : "" };
+    const options = { headers };
+    if (body !== undefined) {
+      options.method = "POST";
+      options.body = JSON.stringify(body);
+      headers["Content-Type"] = "application/json";
+    }
+    const answer = await fetch(new URL(path, base), options);
+    if (raw && answer.ok) return answer;
+    const found = await answer.json();
+    if (!answer.ok) throw new Error(found.error || `the server answered ${answer.status}`);
+    return found;
+  }
+
+  function duration(seconds) {
+    if (seconds === null) return "";
+    if (seconds < 10) return "a few seconds left";
+    if (seconds < 90) return `about ${Math.ceil(seconds / 10) * 10} s left`;
+    if (seconds < 5400) return `about ${Math.ceil(seconds / 60)} min left`;
+    return `about ${(seconds / 3600).toFixed(1)} h left`;
+  }
+
+  function plot(rows) {
+    const SVG = "http://www.w3.org/2000/svg";
+    const svg = document.createElementNS(SVG, "svg");
+    svg.setAttribute("viewBox", "0 0 320 110");
+    svg.setAttribute("role", "img");
+    svg.setAttribute("aria-label", "losses over the steps");
+    const values = rows.flatMap((row) => [row[1], row[2]]).filter((v) => v > 0).map(Math.log10);
+    if (rows.length < 2 || !values.length) return svg;
+    const low = Math.min(...values), high = Math.max(...values, low + 0.1);
+    const first = rows[0][0], last = rows[rows.length - 1][0];
+    [["salun-forget", 1], ["salun-retain", 2]].forEach(([kind, k]) => {
+      const points = rows.filter((row) => row[k] > 0).map((row) => {
+        const x = (320 * (row[0] - first)) / Math.max(1, last - first);
+        return `${x.toFixed(1)},${(105 - (100 * (Math.log10(row[k]) - low)) / (high - low)).toFixed(1)}`;
+      });
+      const line = document.createElementNS(SVG, "polyline");
+      line.setAttribute("class", kind);
+      line.setAttribute("points", points.join(" "));
+      svg.append(line);
+    });
+    return svg;
+  }
+
+  async function act(path, id, message) {
+    try {
+      await call(path, { id });
+      message.textContent = "";
+    } catch (error) {
+      message.textContent = error.message;
+    }
+    soon();
+  }
+
+  async function picture(target, path) {
+    if (target.dataset.path === path) return;
+    target.dataset.path = path;
+    try {
+      const answer = await call(path, undefined, true);
+      const old = target.src;
+      target.src = URL.createObjectURL(await answer.blob());
+      target.hidden = false;
+      if (old) URL.revokeObjectURL(old);
+    } catch (error) {
+      target.dataset.path = "";
+    }
+  }
+
+  async function report(run) {
+    const answer = await call(`file?run=${encodeURIComponent(run)}&name=report.html`, undefined, true);
+    const frame = make("iframe", { sandbox: "", title: `report of ${run}` });
+    frame.srcdoc = await answer.text();
+    const box = make("dialog", { class: "salun-report", "aria-label": "report" },
+      make("button", { type: "button", click: () => box.close() }, "Close"), frame);
+    box.addEventListener("close", () => box.remove());
+    document.body.append(box);
+    box.showModal();
+  }
+
+  function card(job) {
+    const parts = {
+      title: make("strong", {}, job.title),
+      state: make("span", { class: "salun-state" }),
+      stage: make("div", { class: "salun-stage", role: "status" }),
+      bar: make("progress", { max: "1", value: "0", "aria-label": `progress of: ${job.title}` }),
+      figures: make("div", { class: "salun-figures" }),
+      plot: make("div", { class: "salun-plot" }),
+      preview: make("img", { alt: "before and after, so far", hidden: "" }),
+      notes: make("div", { class: "salun-notes" }),
+      result: make("div", { class: "salun-result" }),
+      message: make("div", { class: "salun-error", role: "alert" }),
+      buttons: make("div", { class: "salun-buttons" }),
+    };
+    parts.box = make("section", { class: "salun-job", "data-job": job.id, "data-kind": job.kind },
+      make("div", { class: "salun-head" }, parts.title, parts.state), parts.stage, parts.bar, parts.figures,
+      parts.plot, parts.preview, parts.notes, parts.result, parts.message, parts.buttons);
+    return parts;
+  }
+
+  function button(parts, label, what) {
+    return make("button", { type: "button", click: what }, label);
+  }
+
+  function fill(parts, job) {
+    const atWork = ["running", "stopping"].includes(job.state);
+    parts.box.dataset.state = job.state;
+    parts.state.textContent = STATES[job.state] || job.state;
+    const steps = job.total ? `, step ${job.step} of ${job.total}` : "";
+    set(parts.stage, atWork ? (STAGES[job.stage] ?? job.stage) + steps : "");
+    parts.bar.hidden = !atWork;
+    parts.bar.value = job.fraction;
+    const percent = `${Math.floor(100 * job.fraction)} %`;
+    const losses = job.losses.length ? job.losses[job.losses.length - 1] : null;
+    set(parts.figures, atWork
+      ? [percent, duration(job.left), losses ? `forget ${losses[1].toPrecision(3)}, retain ${losses[2].toPrecision(3)}` : ""]
+        .filter(Boolean).join(" · ") : "");
+    if (atWork && String(job.losses.length) !== parts.plot.dataset.n) {
+      parts.plot.dataset.n = String(job.losses.length);
+      parts.plot.replaceChildren(job.losses.length > 1 ? plot(job.losses) : "");
+    }
+    parts.plot.hidden = !atWork;
+    if (job.state === "done" && job.kind === "erase") {
+      picture(parts.preview, `file?run=${encodeURIComponent(job.run)}&name=before_after.png`);
+    } else if (job.previews.length) {
+      const name = job.previews[job.previews.length - 1];
+      picture(parts.preview, `preview?id=${encodeURIComponent(job.id)}&name=${encodeURIComponent(name)}`);
+    }
+    set(parts.notes, job.notes.slice(-3).join("\n"));
+    set(parts.message, job.error || "");
+    const key = `${job.state} ${job.resumable}`;
+    if (parts.buttons.dataset.key === key) return;
+    parts.buttons.dataset.key = key;
+    parts.result.replaceChildren(...results(job));
+    const buttons = [];
+    if (OPEN.includes(job.state) && job.state !== "stopping") {
+      buttons.push(button(parts, "Cancel", () => act("cancel", job.id, parts.message)));
+    }
+    if (job.resumable) buttons.push(button(parts, "Resume", () => act("resume", job.id, parts.message)));
+    if (job.state === "done" && job.run) {
+      buttons.push(button(parts, "Report", () => report(job.run).catch((e) => set(parts.message, e.message))));
+    }
+    if (!OPEN.includes(job.state)) buttons.push(button(parts, "Remove", () => act("forget", job.id, parts.message)));
+    parts.buttons.replaceChildren(...buttons);
+  }
+
+  function results(job) {
+    const found = job.result;
+    if (!found) return [];
+    const lines = [];
+    const share = (s) => `${s.value.toFixed(1)} % (${s.low.toFixed(1)}–${s.high.toFixed(1)}, n = ${s.n})`;
+    const metrics = found.metrics;
+    if (metrics && metrics.ua) {
+      lines.push(`forgotten: ${share(metrics.ua)}, before ${metrics.ua_before.value.toFixed(1)} %`);
+      if (metrics.ra_after) lines.push(`everything else: ${share(metrics.ra_after)}, before ${metrics.ra_before.value.toFixed(1)} %`);
+    } else if (metrics) {
+      lines.push(`whether it is forgotten is not known: ${metrics.reason}`);
+    }
+    (found.outputs || []).forEach((file) => lines.push(`${file.kind}: ${file.path}`));
+    if (found.output) lines.push(`written: ${found.output}`);
+    (found.notes || []).forEach((note) => lines.push(note));
+    if (typeof found.selected === "number") lines.push(`${found.selected} of ${found.total} weights selected`);
+    if (found.kept) lines.push(`keeps ${(100 * found.kept.kept).toFixed(1)} % of the difference's energy`);
+    if (typeof found.jaccard === "number") {
+      lines.push(`overlap (Jaccard): ${found.jaccard.toFixed(3)}, by chance ${found.by_chance.toFixed(3)}`);
+    }
+    (Array.isArray(found.overlaps) ? found.overlaps : []).forEach((one) => {
+      if (one.names) lines.push(`${one.names.join(" and ")}: ${one.entries} weights in both`);
+    });
+    const made = [make("ul", {}, ...lines.map((text) => make("li", {}, text)))];
+    if (found.blocks) {
+      made.push(make("table", {}, ...Object.entries(found.blocks).map(([block, [some, total]]) =>
+        make("tr", {}, make("th", { scope: "row" }, block),
+          make("td", {}, make("meter", { min: "0", max: "1", value: String(total ? some / total : 0) })),
+          make("td", {}, `${(100 * (total ? some / total : 0)).toFixed(1)} %`)))));
+    }
+    return made;
+  }
+
+  function set(target, text) {
+    if (target.textContent !== text) target.textContent = text;
+  }
+
+  function refreshLists() {
+    for (const id of ["salun_refresh", "refresh_sd_model_checkpoint", "forge_refresh_checkpoint"]) {
+      const found = root().querySelector(`#${id}`);
+      if (found) (found.tagName === "BUTTON" ? found : found.querySelector("button") || found).click();
+    }
+  }
+
+  const nothing = make("p", {}, "No job yet. What runs here goes on when this page is closed.");
+
+  async function poll() {
+    if (polling) return; // the one in flight goes on by itself
+    polling = true;
+    const live = panel();
+    let wait = 1000;
+    if (live) {
+      try {
+        const { jobs } = await call("status");
+        let ended = false;
+        for (const job of jobs) {
+          const before = states.get(job.id);
+          if (before && OPEN.includes(before) && !OPEN.includes(job.state)) ended = true;
+          states.set(job.id, job.state);
+          if (!known.has(job.id)) known.set(job.id, card(job));
+          fill(known.get(job.id), job);
+        }
+        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...jobs.filter((j) => !OPEN.includes(j.state)).slice(0, 8)];
+        const boxes = order.map((job) => known.get(job.id).box);
+        if (!boxes.length) boxes.push(nothing);
+        if (boxes.some((box, i) => live.children[i] !== box) || live.children.length !== boxes.length) {
+          live.replaceChildren(...boxes);
+        }
+        if (ended) refreshLists();
+        if (!jobs.some((job) => OPEN.includes(job.state))) wait = 2000;
+      } catch (error) {
+        live.replaceChildren(make("p", { class: "salun-error", role: "alert" }, `The program does not answer (${error.message}).`));
+        wait = 3000;
+      }
+    }
+    polling = false;
+    clearTimeout(timer);
+    timer = setTimeout(poll, wait);
+  }
+
+  function soon() {
+    clearTimeout(timer);
+    timer = setTimeout(poll, polling ? 300 : 50);
+  }
+
+  root().addEventListener("click", (event) => {
+    const asked = event.target.closest && event.target.closest("[data-salun-report]");
+    if (asked) report(asked.dataset.salunReport).catch((error) => window.alert(error.message));
+  });
+  document.head.append(make("style", {}, `
+    .salun-live { color: var(--body-text-color, inherit); }
+    .salun-job { border: 1px solid var(--border-color-primary, #8888); border-radius: 8px; padding: 10px; margin: 0 0 10px; }
+    .salun-head { display: flex; flex-wrap: wrap; gap: 8px; justify-content: space-between; overflow-wrap: anywhere; }
+    .salun-state { opacity: .75; }
+    .salun-job progress { width: 100%; height: 14px; accent-color: #2a78d6; }
+    .salun-job img { max-width: 100%; border-radius: 4px; margin-top: 6px; }
+    .salun-plot svg { width: 100%; max-width: 480px; background: #8881; }
+    .salun-plot polyline { fill: none; stroke-width: 1.5; }
+    .salun-forget { stroke: #d6452a; } .salun-retain { stroke: #2a78d6; }
+    .salun-notes { white-space: pre-line; opacity: .8; font-size: .9em; overflow-wrap: anywhere; }
+    .salun-result li { overflow-wrap: anywhere; }
+    .salun-error, .salun-bad { color: #c62828; overflow-wrap: anywhere; }
+    .dark .salun-error, .dark .salun-bad { color: #ff8a80; }
+    .salun-buttons { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 6px; }
+    .salun-live button, .salun-report button, [data-salun-report] { border: 1px solid var(--border-color-primary, #8888);
+      border-radius: 6px; padding: 4px 12px; background: var(--button-secondary-background-fill, #8882); color: inherit; cursor: pointer; }
+    .salun-live button:focus-visible, .salun-report button:focus-visible { outline: 2px solid #2a78d6; }
+    .salun-report { width: min(1000px, 96vw); height: 92vh; padding: 8px; border-radius: 8px; }
+    .salun-report iframe { width: 100%; height: calc(100% - 40px); border: 0; background: #fff; }
+    .salun-table th, .salun-table td { text-align: left; padding: 2px 8px; vertical-align: top; }`));
+  poll();
+})();

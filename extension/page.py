@@ -1,0 +1,287 @@
+"""The page, for gradio 3.41 and later: controls for what to ask, and a panel that a script keeps up to date.
+
+Whatever is shown of names and texts is escaped; whatever comes in is checked by `service`.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from salun.errors import ConfigError, SalunError
+
+from . import environment
+from .access import Access
+from .controls import ADVANCED, FIRST, control, shown_of, value_of
+from .service import Service
+
+LOADER = """() => {
+  if (document.getElementById('salun-script')) return [];
+  const script = document.createElement('script');
+  script.id = 'salun-script';
+  script.src = new URL('salun/v1/page.js', document.baseURI.replace(/[^/]*([?#].*)?$/, '')).href;
+  document.head.append(script);
+  return [];
+}"""
+ROWS = 3  # deltas at once
+logger = logging.getLogger("salun")
+
+
+def build(gr: Any, service: Service, access: Access) -> Any:
+    """The tab as gradio Blocks."""
+    js = "_js" if int(gr.__version__.split(".")[0]) < 4 else "js"
+    titles = list(service.models())
+    first = "shapes" if service.host.name == "salun ui" else titles[0] if titles else None
+    names = [name for group in ADVANCED.values() for name in group]
+    with gr.Blocks(analytics_enabled=False, title="Erase concept") as page:
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320):
+                model = gr.Dropdown(choices=titles, value=first, label="Checkpoint", elem_id="salun_model")
+                preset = gr.Dropdown(
+                    choices=list(service.concepts(first)), value=None, label="What to forget", elem_id="salun_preset",
+                    info="a preset, or a word that the model knows",
+                )  # fmt: skip
+                words = gr.Textbox(
+                    label="… or in your own words", lines=1, placeholder="one a line", elem_id="salun_words"
+                )
+                anchor = gr.Textbox(
+                    label="What it becomes", placeholder="empty: what the preset says", lines=1, elem_id="salun_anchor",
+                    info="for several concepts one a line, in the same order",
+                )  # fmt: skip
+                keep = gr.Textbox(
+                    label="What to keep", lines=2, elem_id="salun_keep",
+                    placeholder="prompts whose pictures should stay as they are, one a line; many are kept anyway",
+                )  # fmt: skip
+                go = gr.Button("Erase concept", variant="primary", elem_id="salun_erase")
+                said = gr.HTML("", elem_id="salun_said")
+                with gr.Accordion("Advanced", open=False, elem_id="salun_advanced"):
+                    name = gr.Textbox(label="Name of the new checkpoint", placeholder="made from model and concept",
+                                      elem_id="salun_name")  # fmt: skip
+                    preview = gr.Slider(
+                        0, 500, value=0, step=1, label="Preview every so many steps", elem_id="salun_preview",
+                        info="before/after pictures at fixed seeds while it trains; 0 for none. They take time.",
+                    )  # fmt: skip
+                    advanced = {}
+                    for title, group in ADVANCED.items():
+                        if group:
+                            gr.Markdown(f"**{title}**")
+                            advanced.update({n: control(gr, n, service.made_masks()) for n in group})
+                    only = gr.Button("Only make the mask", elem_id="salun_only_mask")
+            with gr.Column(scale=1, min_width=320):
+                gr.HTML(f'<div class="salun-live" data-token="{escape(access.token)}"></div>')
+                refresh = gr.Button("Refresh the lists", elem_id="salun_refresh")
+        controls = [model, words, anchor, keep, *(advanced[n] for n in names)]
+
+        with gr.Accordion("History", open=False, elem_id="salun_history"):
+            with gr.Row():
+                runs = gr.Dropdown(choices=_runs(service), value=None, label="Run", elem_id="salun_runs")
+                other = gr.Dropdown(choices=_runs(service), value=None, label="… against", elem_id="salun_other",
+                                    info="a second run, to see how far the masks agree")  # fmt: skip
+            with gr.Row():
+                again = gr.Button("Load these options again", elem_id="salun_again")
+                use = gr.Button("Use this checkpoint now", elem_id="salun_use")
+                layers = gr.Button("Look at the mask", elem_id="salun_layers")
+            details = gr.HTML("", elem_id="salun_details")
+
+        with gr.Accordion("Deltas", open=False, elem_id="salun_deltas"):
+            gr.Markdown("A delta holds what an erasure changed: it goes on top of its base at any strength, and comes "
+                        "out again to the bit. **Who has the delta can undo the erasure.**")  # fmt: skip
+            base = gr.Dropdown(choices=_bases(service), value=first, label="Checkpoint", elem_id="salun_base")
+            chosen, strengths = [], []
+            for row in range(1, ROWS + 1):
+                with gr.Row():
+                    chosen.append(gr.Dropdown(choices=["", *service.deltas()], value="", label=f"Delta {row}",
+                                              elem_id=f"salun_delta_{row}"))  # fmt: skip
+                    strengths.append(gr.Slider(-0.5, 1.5, value=1.0, step=0.05, label=f"Strength {row}",
+                                               elem_id=f"salun_strength_{row}"))  # fmt: skip
+            new_name = gr.Textbox(
+                label="Name of the new file", placeholder="made from the names", elem_id="salun_new_name"
+            )
+            with gr.Row():
+                apply = gr.Button("Write a checkpoint with these", variant="primary", elem_id="salun_apply")
+                undo = gr.Button("Undo delta 1 in this checkpoint", elem_id="salun_undo")
+                lora = gr.Button("Save delta 1 as LoRA", elem_id="salun_lora")
+                diff = gr.Button("Save delta 1 as full difference", elem_id="salun_diff")
+                overlap = gr.Button("Overlap", elem_id="salun_overlap")
+            delta_said = gr.HTML("", elem_id="salun_delta_said")
+
+        with gr.Accordion("Set up", open=False, elem_id="salun_setup"):
+            state = gr.HTML(_setup_text(service), elem_id="salun_setup_text")
+            set_up = gr.Button("Set up", elem_id="salun_set_up")
+
+        def erase(values: list[Any], preset: Any, name: Any, preview: Any) -> str:
+            options = _options(names, values, preset)
+            job = service.erase(options, int(preview or 0), str(name or ""))
+            return _good(f"“{job.title}” is in the queue. It goes on when this page is closed.")
+
+        def only_mask(values: list[Any], preset: Any) -> str:
+            return _good(f"“{service.mask(_options(names, values, preset)).title}” is in the queue.")
+
+        def lists() -> list[Any]:
+            titles, runs = list(service.models()), _runs(service)
+            deltas = ["", *service.deltas()]
+            return [
+                gr.update(choices=titles), gr.update(choices=runs), gr.update(choices=runs),
+                gr.update(choices=_bases(service)), *(gr.update(choices=deltas) for _ in chosen),
+                gr.update(choices=[*_masks(), *service.made_masks()]), _setup_text(service),
+            ]  # fmt: skip
+
+        def load_again(run: Any) -> list[Any]:
+            if not run:
+                return [gr.update() for _ in range(4 + len(names))] + [_bad("Choose a run first.")]
+            try:
+                options = service.options_of(str(run))
+            except SalunError as error:
+                return [gr.update() for _ in range(4 + len(names))] + [_bad(str(error))]
+            shown = {key: shown_of(key, value) for key, value in options.items() if key != "model"}
+            first = [
+                gr.update(value=options.get("model")),
+                *(gr.update(value=shown.get(k, "")) for k in ("concept", "anchor", "retain_prompts")),
+            ]
+            rest = [gr.update(value=shown[n]) if n in shown else gr.update() for n in names]
+            return [*first, *rest, _good(f"The options of {run} are loaded.")]
+
+        def pairs(deltas: list[Any], strengths: list[Any]) -> tuple[list[str], list[float]]:
+            both = [(str(d), float(s)) for d, s in zip(deltas, strengths, strict=True) if d]
+            return [d for d, _ in both], [s for _, s in both]
+
+        def write(base: Any, name: Any, *rest: Any) -> str:
+            names, values = pairs(list(rest[:ROWS]), list(rest[ROWS:]))
+            return _good(f"“{service.stack(str(base), names, values, str(name or '')).title}” is in the queue.")
+
+        def words_for(model: Any) -> Any:
+            return gr.update(choices=list(service.concepts(str(model) if model else None)), value=None)
+
+        def queued(make: Callable[..., Any]) -> Callable[..., str]:
+            return lambda *given: _good(f"“{make(*given).title}” is in the queue.")
+
+        quick: dict[str, Any] = {"queue": False}
+        listed = [model, runs, other, base, *chosen, advanced["mask"], state]
+        go.click(
+            _safe(lambda preset, name, preview, *values: erase(list(values), preset, name, preview)),
+            [preset, name, preview, *controls], [said], **quick,
+        )  # fmt: skip
+        only.click(_safe(lambda preset, *values: only_mask(list(values), preset)), [preset, *controls], [said], **quick)
+        model.change(words_for, [model], [preset], **quick)
+        refresh.click(lists, [], listed, **quick)
+        again.click(load_again, [runs], [*controls, details], **quick)
+        runs.change(_safe(lambda run: _details(service, run)), [runs], [details], **quick)
+        use.click(
+            _safe(lambda run: _good(service.host.use(service.checkpoint(str(run or ""))))), [runs], [details], **quick
+        )
+        layers.click(
+            _safe(queued(lambda run, other: service.inspect(str(run or ""), str(other) if other else None))),
+            [runs, other], [details], **quick,
+        )  # fmt: skip
+        apply.click(_safe(write), [base, new_name, *chosen, *strengths], [delta_said], **quick)
+        undo.click(
+            _safe(queued(lambda base, delta, name: service.undo(str(base), str(delta or ""), str(name or "")))),
+            [base, chosen[0], new_name], [delta_said], **quick,
+        )  # fmt: skip
+        for pressed, form in ((lora, "lora"), (diff, "diff")):
+            pressed.click(
+                _safe(queued(lambda delta, form=form: service.export(str(delta or ""), form))),
+                [chosen[0]], [delta_said], **quick,
+            )  # fmt: skip
+        overlap.click(
+            _safe(queued(lambda *deltas: service.overlaps([str(d) for d in deltas if d]))),
+            chosen,
+            [delta_said],
+            **quick,
+        )
+        set_up.click(_safe(lambda: _good(environment.set_up(service.host))), [], [state], **quick)
+        page.load(lists, [], listed, **quick)
+        page.load(None, [], [], **{js: LOADER})
+    return page
+
+
+def _masks() -> list[str]:
+    from salun.options import MASKS
+
+    return list(MASKS)
+
+
+def _options(names: list[str], values: list[Any], preset: Any) -> dict[str, Any]:
+    """The options of an erasure from what the controls hold."""
+    model, words, anchor, keep = values[:4]
+    options = {name: value_of(name, shown) for name, shown in zip(names, values[4:], strict=True)}
+    own = value_of("concept", words)
+    options["model"] = str(model) if model else None
+    options["concept"] = [*([str(preset)] if preset and str(preset) not in own else []), *own]
+    options["anchor"] = value_of("anchor", anchor)
+    options["retain_prompts"] = value_of("retain_prompts", keep)
+    assert set(FIRST) <= set(options)
+    return options
+
+
+def _safe(answer: Callable[..., str]) -> Callable[..., str]:
+    """An event's function whose errors become a line on the page: a host may show another's error for ours."""
+
+    def call(*given: Any) -> str:
+        try:
+            return answer(*given)
+        except SalunError as error:
+            return _bad(str(error))
+        except Exception as error:
+            logger.exception("the page")
+            return _bad(f"{type(error).__name__}: {error}")
+
+    return call
+
+
+def _good(text: str) -> str:
+    return f'<p role="status">{escape(text)}</p>'
+
+
+def _bad(text: str) -> str:
+    return f'<p class="salun-bad" role="alert">{escape(text)}</p>'
+
+
+def _runs(service: Service) -> list[str]:
+    return [str(run["run"]) for run in service.history()]
+
+
+def _bases(service: Service) -> list[str]:
+    """Checkpoints that deltas may go on or come out of: the host's, and what runs wrote elsewhere."""
+    found = list(service.models())
+    if service.host.checkpoints() is None:
+        found += [name for name in service.deltas() if (service.runs / name / "model").exists()]
+    return found
+
+
+def _details(service: Service, run: Any) -> str:
+    if not run:
+        return ""
+    found = next((one for one in service.history() if one["run"] == run), None)
+    if found is None:
+        raise ConfigError(f"there is no run {str(run)[:80]!r}")
+    parts = [f"<p><strong>{escape(str(run))}</strong>: {escape(str(found['status']))}</p>"]
+    parts += [f"<p>{escape(str(line))}</p>" for line in found["headline"]]
+    if found["error"]:
+        parts.append(_bad(str(found["error"])))
+    if found["figures"]:
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in found["figures"]
+        )
+        parts.append(
+            f'<table class="salun-table"><tr><th></th><th>before</th><th>after</th><th></th></tr>{rows}</table>'
+        )
+    if "before_after.png" in found["files"]:
+        path, _ = service.file(str(run), "before_after.png")
+        parts.append(f'<img alt="before and after" style="max-width:100%" src="{_data_url(path)}">')
+    if "report.html" in found["files"]:
+        parts.append(f'<button type="button" data-salun-report="{escape(str(run))}">Open the report</button>')
+    return "".join(parts)
+
+
+def _data_url(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _setup_text(service: Service) -> str:
+    ready, text = environment.state(service.host)
+    return _good(text) if ready else _bad(text)

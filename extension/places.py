@@ -1,0 +1,68 @@
+"""Names from forms and requests, confined to the folders meant for them."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from salun.errors import ConfigError
+
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # Windows'
+
+
+def confined(name: str, root: Path) -> Path:
+    """The existing file or folder of this name below `root`; parts of the name are separated by "/".
+
+    Raises ConfigError for an absolute name, one with `..`, a drive, a backslash or control characters (also as what
+    Unicode holds to be the same letters), one that is not there, and one that a link leads out of `root`.
+    """
+    whole = root.resolve()
+    place = whole.joinpath(*_parts(name))
+    try:
+        found = place.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"there is no {name!r} here") from error
+    if found == whole or not found.is_relative_to(whole):
+        raise ConfigError(f"{name!r} leads out of the folder it should be in")
+    return found
+
+
+def _parts(name: str) -> list[str]:
+    for form in (name, unicodedata.normalize("NFKC", name)):
+        parts = form.split("/")
+        bad = any(c in '\\:*?"<>|' or unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in form)
+        if bad or any(p in ("", ".", "..") or p.endswith((".", " ")) or p.startswith(" ") for p in parts):
+            raise ConfigError(f"{name!r} cannot be a name here: use letters, digits, spaces, dots and dashes")
+        if any(part.split(".")[0].casefold() in _RESERVED for part in parts):
+            raise ConfigError(f"{name!r} is a name that Windows keeps for itself")
+    return name.split("/")
+
+
+def safe_name(text: str, otherwise: str = "erased") -> str:
+    """A file name, without ending, that every system allows, made of a text."""
+    plain = unicodedata.normalize("NFKD", text)
+    kept = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")[:60].strip("-_")
+    return otherwise if not kept or kept.casefold() in _RESERVED else kept
+
+
+def new_file(folder: Path, stem: str, ending: str, promised: Iterable[str] = ()) -> Path:
+    """A file's path in `folder` that nothing has yet: a host would go on using the old content of one that has.
+
+    promised: paths that others will write.
+    """
+    taken = {p.name.casefold() for p in folder.iterdir()} if folder.is_dir() else set()
+    taken |= {Path(path).name.casefold() for path in promised}
+    for name in _counted(safe_name(stem)):
+        if f"{name}{ending}".casefold() not in taken:
+            return folder / f"{name}{ending}"
+    raise AssertionError  # counting has no end
+
+
+def _counted(stem: str) -> Iterator[str]:
+    yield stem
+    n = 2
+    while True:
+        yield f"{stem}-{n}"
+        n += 1

@@ -1,0 +1,345 @@
+"""What the page and the HTTP API can ask for. Both come with words of strangers: here they are checked and confined."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from salun.errors import ConfigError
+from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
+from salun.run_record import new_run_folder
+
+from .host import Host
+from .jobs import Job, Queue
+from .places import confined, new_file, safe_name
+
+OURS = ("models_dir", "output", "run_dir", "allow_pickle")  # of EraseJob: where to read and write is not for a form
+OFFERED = tuple(item.name for item in dataclasses.fields(EraseJob) if item.name not in OURS)
+DELTA = "delta.salun.safetensors"
+SHOWN = {  # files of a run that the API hands out, and their types
+    "report.html": "text/html; charset=utf-8",
+    "before_after.png": "image/png",
+    "run.json": "application/json",
+    "log.txt": "text/plain; charset=utf-8",
+    "mask.safetensors": "application/octet-stream",
+    DELTA: "application/octet-stream",
+}
+
+
+class Service:
+    """The jobs, runs and models of one host. runs: every run's folder; pictures: folders of a user's own pictures."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.runs, self.pictures, self.masks = (host.data / name for name in ("runs", "pictures", "masks"))
+        for folder in (self.runs, self.pictures, self.masks):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.queue = Queue(host.data / "jobs", host.python, host.turn, host.changed, host.environment())
+
+    # jobs
+
+    def erase(self, options: Mapping[str, Any], preview_every: int = 0, name: str = "") -> Job:
+        """Put an erasure into the queue. options: fields of `EraseJob` named in OFFERED; `model` a title of the host's.
+
+        name: of the new checkpoint, where the host keeps them. Raises ConfigError for what cannot be.
+        """
+        strange = [key for key in options if key not in OFFERED]
+        if strange:
+            raise ConfigError(f"{', '.join(map(repr, strange))[:200]} cannot be set here")
+        values = {key: value for key, value in options.items() if value is not None}
+        title = values.pop("model", None)
+        model = self._model(title) if title is not None else None
+        values["mask"] = self._mask(values.get("mask", "saliency"))
+        for key in ("forget_images", "retain_images"):
+            if key in values:
+                values[key] = str(confined(str(values[key]), self.pictures))
+        if "components" in values:
+            values["components"] = _components(str(values["components"]))
+        if not isinstance(preview_every, int) or not 0 <= preview_every <= 1_000_000:
+            raise ConfigError("a preview every so many steps: give a whole number, 0 for none")
+        job: EraseJob = from_mapping(EraseJob, values, "the options")
+        concepts = [text.strip() for text in job.concept if text.strip()]
+        if not concepts:
+            raise ConfigError("say what the model should forget: choose a preset, or write a word or two")
+        folder = self._new_run("-".join(concepts))
+        outputs = self._outputs(folder, safe_name(name, "") or f"{_stem(title)}-no-{'-'.join(concepts)}", name != "")
+        settled = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
+        asked = {"options": dataclasses.asdict(settled), "preview_every": preview_every, "host": self.host.name}
+        return self.queue.submit("erase", f"forget {', '.join(concepts)}", asked, folder.name)
+
+    def mask(self, options: Mapping[str, Any]) -> Job:
+        """Put the making of a mask alone into the queue, to be chosen by its name later. options: as for `erase`."""
+        values = {key: value for key, value in options.items() if value is not None and key in OFFERED}
+        concept, title = list(values.pop("concept", [])), values.pop("model", None)
+        values["mask"] = self._mask(values.get("mask", "saliency"))
+        kept = {item.name for item in dataclasses.fields(EraseOptions)}
+        checked: EraseOptions = from_mapping(
+            EraseOptions, {k: v for k, v in values.items() if k in kept}, "the options"
+        )
+        if not concept:
+            raise ConfigError("say for which concept: choose a preset, or write a word or two")
+        target = new_file(self.masks, f"{_stem(title)}-{'-'.join(concept)}", ".safetensors", self._promised())
+        source = self._model(title) if title is not None else None
+        asked = {"options": dataclasses.asdict(checked), "concept": concept, "output": str(target), "model": source}
+        return self.queue.submit("mask", f"mask of {', '.join(concept)}", asked)
+
+    def stack(self, model: str, deltas: Sequence[str], strengths: Sequence[float], name: str = "") -> Job:
+        """Put the writing of a checkpoint with deltas in it into the queue."""
+        if not deltas:
+            raise ConfigError("choose a delta")
+        if len(deltas) != len(strengths):
+            raise ConfigError(f"{len(deltas)} deltas, but {len(strengths)} strengths: give one for each")
+        for value in strengths:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not -0.5 <= value <= 1.5:
+                raise ConfigError(f"the strength {value!r} is none: give a number from -0.5 to 1.5")
+        files = [str(self.delta(one)) for one in deltas]
+        told = ", ".join(f"{one} at {strength:g}" for one, strength in zip(deltas, strengths, strict=True))
+        source = self._model(model)
+        asked = {"model": source, "deltas": files, "strengths": [float(s) for s in strengths]}
+        asked["output"] = self._written(source, name or f"{_stem(model)}-with-{'-'.join(deltas)}")
+        return self.queue.submit("stack", f"{model} with {told}", asked)
+
+    def undo(self, model: str, delta: str, name: str = "") -> Job:
+        """Put the writing of a checkpoint without a delta into the queue."""
+        source = self._model(model)
+        asked = {"model": source, "delta": str(self.delta(delta))}
+        asked["output"] = self._written(source, name or f"{_stem(model)}-undone")
+        return self.queue.submit("undo", f"{model} without {delta}", asked)
+
+    def export(self, delta: str, form: str = "lora", rank: int | None = None, model: str | None = None) -> Job:
+        """Put the writing of a LoRA ("lora", low rank) or of all differences ("diff") into the queue.
+
+        model: the delta's base; by default the one that the run was made with.
+        """
+        if form not in ("lora", "diff"):
+            raise ConfigError(f"a delta can be exported as lora or diff, not as {form!r}")
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 4096):
+            raise ConfigError(f"the rank {rank!r} is none: give a whole number from 1 to 4096")
+        file = self.delta(delta)
+        base = self._model(model) if model else self._base_of(file)
+        target = new_file(self.host.loras() or file.parent, f"no-{delta}", f".{form}.safetensors", self._promised())
+        asked = {"delta": str(file), "model": base, "output": str(target), "rank": rank}
+        return self.queue.submit("export", f"{delta} as {form}", asked)
+
+    def overlaps(self, deltas: Sequence[str]) -> Job:
+        """Put the counting of what deltas both change into the queue."""
+        if len(deltas) < 2:
+            raise ConfigError("choose at least two deltas to see how far they overlap")
+        return self.queue.submit(
+            "overlaps", f"overlap of {', '.join(deltas)}", {"deltas": [str(self.delta(one)) for one in deltas]}
+        )
+
+    def inspect(self, run: str, against: str | None = None) -> Job:
+        """Put a look at a run's mask into the queue, or at how far the masks of two runs agree."""
+        path = str(self.run(run))
+        other = str(self.run(against)) if against else None
+        return self.queue.submit(
+            "inspect", f"mask of {run}" + (f" and {against}" if against else ""), {"path": path, "against": other}
+        )
+
+    # what there is
+
+    def models(self) -> dict[str, str]:
+        """Title → what salun takes for it."""
+        return self.host.models()
+
+    def concepts(self, model: str | None) -> dict[str, str]:
+        """Word → its anchor: of the model's own vocabulary where it has one, else the presets."""
+        from salun.diffusion.concepts import presets
+        from salun.diffusion.finding import ASSETS, aliases
+        from salun.diffusion.loading import describe
+
+        # only models that come along are looked into here: others may be large, or on the hub
+        entry = aliases()["models"].get(model or aliases()["default"], {})
+        if "path" in entry and (ASSETS / entry["path"]).is_dir():
+            vocabulary = describe(str(ASSETS / entry["path"])).settings.vocabulary
+            if vocabulary is not None:
+                words = [value for values in vocabulary.attributes.values() for value in values]
+                return {word: vocabulary.anchors.get(word, "") for word in words}
+        return {name: str(entry["anchors"][0]) for name, entry in presets().items()}
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every run's summary, the latest first."""
+        found = []
+        open_runs = {job.run for job in self.queue.all() if job.open}
+        for file in self.runs.glob("*/run.json"):
+            record = _record(file)
+            if record is None:
+                continue
+            status = record["status"]
+            if status == "running" and file.parent.name not in open_runs:
+                status = "stopped"
+            found.append({"run": file.parent.name, "status": status, **_summary(record, file.parent)})
+        return sorted(found, key=lambda run: str(run["run"]), reverse=True)
+
+    def run(self, name: str) -> Path:
+        """A run's folder. Raises ConfigError for a name that none has."""
+        place = confined(name, self.runs)
+        if "/" in name or not (place / "run.json").is_file():
+            raise ConfigError(f"there is no run {name[:80]!r}")
+        return place
+
+    def file(self, run: str, name: str) -> tuple[Path, str]:
+        """A file of a run that may be shown, and its type."""
+        if name not in SHOWN:
+            raise ConfigError(f"{name[:80]!r} is no file that a run shows: {', '.join(SHOWN)}")
+        return confined(name, self.run(run)), SHOWN[name]
+
+    def preview(self, job: str, name: str) -> Path:
+        """A preview picture of a job."""
+        if name not in self.queue.get(job).previews:
+            raise ConfigError(f"there is no preview {name[:80]!r}")
+        return confined(name, self.queue.folder / job)
+
+    def options_of(self, run: str) -> dict[str, Any]:
+        """The options of a run, as a form shows them: to load them again."""
+        record = _record(self.run(run) / "run.json") or {}
+        options = {key: value for key, value in record.get("options", {}).items() if key in OFFERED}
+        titles = {place: title for title, place in self.models().items()}
+        options["model"] = titles.get(str(options.get("model")), options.get("model"))
+        for key in ("forget_images", "retain_images"):
+            if options.get(key):
+                options[key] = Path(options[key]).name
+        if options.get("mask") not in MASKS:
+            options["mask"] = Path(str(options.get("mask"))).stem
+        return options
+
+    def deltas(self) -> list[str]:
+        """Names of runs that have a delta, the latest first."""
+        return sorted((p.parent.name for p in self.runs.glob(f"*/{DELTA}")), reverse=True)
+
+    def made_masks(self) -> list[str]:
+        """Names of masks that can be chosen beside the controls."""
+        own = sorted(p.stem for p in self.masks.glob("*.safetensors"))
+        return own + sorted((p.parent.name for p in self.runs.glob("*/mask.safetensors")), reverse=True)
+
+    def delta(self, run: str) -> Path:
+        """The delta's file of a run."""
+        return confined(DELTA, self.run(run))
+
+    def checkpoint(self, run: str) -> Path:
+        """The erased checkpoint that a run wrote. Raises ConfigError if it wrote none, or it is gone."""
+        record = _record(self.run(run) / "run.json") or {}
+        written = [Path(path) for path in record.get("options", {}).get("output", []) if not path.endswith(DELTA)]
+        places = [*written, self.run(run) / "model.safetensors", self.run(run) / "model"]
+        for place in places:
+            if place.exists():
+                return place
+        raise ConfigError(f"the erased model of {run} is not there any more")
+
+    def folder_size(self) -> int:
+        """Bytes that all runs take."""
+        return sum(p.stat().st_size for p in self.runs.rglob("*") if p.is_file())
+
+    # inside
+
+    def _model(self, title: Any) -> str:
+        models = self.models()
+        if title in models:
+            return models[title]
+        if isinstance(title, str) and not _pathlike(title):
+            try:
+                return str(self.checkpoint(title))  # a run's erased model
+            except ConfigError:
+                pass
+        raise ConfigError(f"no model {str(title)[:80]!r}: choose one of the list")
+
+    def _mask(self, name: Any) -> str:
+        if name in MASKS:
+            return str(name)
+        if not isinstance(name, str):
+            raise ConfigError(f"no mask {str(name)[:80]!r}")
+        if (self.masks / f"{safe_name(name)}.safetensors").is_file():
+            return str(confined(f"{safe_name(name)}.safetensors", self.masks))
+        return str(confined("mask.safetensors", self.run(name)))
+
+    def _new_run(self, name: str) -> Path:
+        folder = new_run_folder(name, self.runs)
+        taken = {job.run for job in self.queue.all()}
+        n, stem = 1, folder.name
+        while folder.name in taken or folder.exists():
+            n += 1
+            folder = self.runs / f"{stem}-{n}"
+        return folder
+
+    def _outputs(self, folder: Path, stem: str, named: bool) -> list[str]:
+        checkpoints = self.host.checkpoints()
+        if checkpoints is None:
+            return []
+        stamp = "" if named else "-" + "-".join(folder.name.split("-")[:2])
+        target = new_file(checkpoints, f"{stem[:40]}{stamp}", ".safetensors", self._promised())
+        return [str(target), str(folder / DELTA)]
+
+    def _written(self, source: str, name: str) -> str:
+        """Where a copy of a model goes, in the model's own layout."""
+        folder = self.host.checkpoints() or self.host.data / "models"
+        folder.mkdir(parents=True, exist_ok=True)
+        single = Path(source).suffix.lower() in (".safetensors", ".ckpt")
+        ending = ".safetensors" if single else ""
+        return f"{new_file(folder, name, ending, self._promised())}{'' if single else '/'}"
+
+    def _promised(self) -> list[str]:
+        """What jobs that are not over will write."""
+        found = []
+        for job in self.queue.all():
+            if job.open:
+                found += [*job.request.get("options", {}).get("output", []), job.request.get("output", "")]
+        return [path.rstrip("/") for path in found]
+
+    def _base_of(self, delta: Path) -> str:
+        record = _record(delta.parent / "run.json") or {}
+        return str(record.get("options", {}).get("model"))
+
+
+def _components(name: str) -> str:
+    """Raises ConfigError unless it is an alias or a hub id: folders of this machine are not for a form to name."""
+    from salun.diffusion.finding import aliases
+
+    if name in aliases()["models"] or re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", name):
+        return name
+    raise ConfigError(f"components: {name[:80]!r} is neither an alias nor a hub id (owner/name)")
+
+
+def _pathlike(text: str) -> bool:
+    return any(c in text for c in "/\\:") or text.startswith(".")
+
+
+def _stem(title: Any) -> str:
+    return safe_name(
+        re.sub(r"\.(safetensors|ckpt)|\s*\[[0-9a-f]+\]$", "", str(title or "shapes").split("/")[-1]), "model"
+    )
+
+
+def _record(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found["options"], dict) and isinstance(found["status"], str):
+            return found
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+def _summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Of a record, what a list shows."""
+    from salun.report.page import figure_rows, headline
+
+    told: dict[str, Any] = {
+        "concept": record["options"].get("concept"),
+        "model": str(record["options"].get("model") or "").replace("\\", "/").split("/")[-1],
+        "error": record.get("error"),
+        "headline": [],
+        "figures": [],
+        "files": [name for name in SHOWN if (folder / name).is_file()],
+    }
+    try:
+        if record["status"] == "done":
+            told["headline"] = headline(record["concepts"], record["metrics"])
+            told["figures"] = [list(row) for row in figure_rows(record["concepts"], record["metrics"])]
+    except (KeyError, TypeError, IndexError):
+        told["error"] = "its run.json is of another version"
+    return told

@@ -1,0 +1,67 @@
+"""The page by itself, as `salun ui` opens it: its own small server, with the API beside it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .access import Access
+from .api import add_routes
+from .host import Alone
+from .page import build
+from .service import Service
+
+
+def serve(
+    address: str,
+    port: int,
+    login: tuple[str, str] | None,
+    data: Path,
+    models_dirs: Sequence[str],
+    browser: bool,
+    say: Callable[[str], Any],
+) -> None:
+    """Serve until interrupted. say: is told where, once the page answers. Jobs at work are stopped at the end."""
+    import uvicorn
+
+    service = Service(Alone(data, models_dirs))
+    try:
+        listening = _listen(address, port)
+        where = f"http://{address}:{listening.getsockname()[1]}/" if ":" not in address else f"port {port} of {address}"
+        server = uvicorn.Server(uvicorn.Config(application(service, login), log_level="warning"))
+        say(f"{where} (Ctrl-C ends it; runs are kept in {service.runs})")
+        if browser:
+            import webbrowser
+
+            webbrowser.open(where)
+        server.run(sockets=[listening])
+    finally:
+        service.queue.close()
+
+
+def application(service: Service, login: tuple[str, str] | None) -> Any:
+    """The whole as an ASGI application: the API and the page, behind the same name and password."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    access = Access(dict([login]) if login is not None else {})
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    add_routes(app, service, access)
+    return gr.mount_gradio_app(app, build(gr, service, access), path="/", auth=login)
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    from salun.errors import ConfigError
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address, port))
+        made.listen(128)  # who reads the address may call at once
+    except OSError as error:
+        made.close()
+        raise ConfigError(f"--host {address} --port {port} cannot be listened at: {error.strerror or error}") from error
+    return made

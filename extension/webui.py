@@ -1,0 +1,174 @@
+"""The tab in A1111 and Forge (and reForge, whose calls are A1111's or Forge's): wiring, and nothing that computes.
+
+Everything of `modules` and `backend` is imported where it is used: they are the host's, and differ.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from salun.errors import ConfigError
+
+from . import environment
+from .access import Access
+from .api import add_routes
+from .jobs import Job
+from .page import build
+from .service import Service
+
+TAB = "Erase concept"
+DEVICE_JOBS = ("erase", "mask")  # these compute where the host does; the others read and write files
+logger = logging.getLogger("salun")
+_state: dict[str, Any] = {}  # survives "Reload UI", as this module does
+
+
+def register() -> None:
+    """Ask the host to show the tab and serve the API. Called whenever it runs our script, so after each reload too."""
+    from modules import script_callbacks
+
+    script_callbacks.on_ui_tabs(_tab)
+    script_callbacks.on_app_started(lambda demo, app: add_routes(app, service(), access()))
+
+
+def service() -> Service:
+    """The one service of this process."""
+    if "service" not in _state:
+        _state["service"] = Service(WebUI())
+    found: Service = _state["service"]
+    return found
+
+
+def access() -> Access:
+    """The host's own flags: --api opens the API, --api-auth or --gradio-auth asks for name and password."""
+    if "access" not in _state:
+        from modules import shared
+        from modules.initialize_util import get_gradio_auth_creds
+
+        pairs = [pair.split(":", 1) for pair in (shared.cmd_opts.api_auth or "").split(",") if ":" in pair]
+        users = dict(pairs) or dict(get_gradio_auth_creds())
+        if shared.cmd_opts.api:
+            _state["access"] = Access(users)
+        else:
+            _state["access"] = Access(open=False, closed_because="start the WebUI with --api to use salun's API")
+    found: Access = _state["access"]
+    return found
+
+
+def _tab() -> list[tuple[Any, str, str]]:
+    import gradio as gr
+
+    return [(build(gr, service(), access()), TAB, "salun")]
+
+
+class WebUI:
+    """The WebUI as `host.Host` describes it."""
+
+    def __init__(self) -> None:
+        from modules import paths_internal
+
+        self.forge = (
+            importlib.util.find_spec("backend") is not None and importlib.util.find_spec("modules_forge") is not None
+        )
+        self.name = "Forge" if self.forge else "WebUI"
+        self.data = Path(paths_internal.data_path).absolute() / "salun"
+
+    def models(self) -> dict[str, str]:
+        from modules import sd_models
+
+        found = {info.name: str(Path(info.filename).absolute()) for info in sd_models.checkpoints_list.values()}
+        return {name: path for name, path in found.items() if Path(path).suffix.lower() == ".safetensors"}
+
+    def checkpoints(self) -> Path | None:
+        from modules import sd_models, shared
+
+        return Path(shared.cmd_opts.ckpt_dir or sd_models.model_path).absolute()
+
+    def loras(self) -> Path | None:
+        from modules import shared
+
+        folder = getattr(shared.cmd_opts, "lora_dir", None)
+        return Path(folder).absolute() if folder else None
+
+    def python(self) -> str:
+        return environment.python(self)
+
+    def environment(self) -> dict[str, str]:
+        return {} if os.environ.get("SALUN_CACHE") else {"SALUN_CACHE": str(self.data / "cache")}
+
+    @contextmanager
+    def turn(self, job: Job) -> Iterator[None]:
+        if job.kind not in DEVICE_JOBS:
+            yield
+            return
+        from modules.call_queue import queue_lock
+
+        with queue_lock:
+            if not job.open:  # cancelled while a picture was being made: nothing of the host's is touched
+                yield
+                return
+            kept = self._free()
+            try:
+                yield
+            finally:
+                self._give_back(kept)
+
+    def _free(self) -> Any:
+        """Take the host's models off the device. Returns what `_give_back` needs."""
+        from modules import devices, sd_models
+
+        kept = None
+        if self.forge:
+            from backend import memory_management
+
+            memory_management.unload_all_models()
+            memory_management.soft_empty_cache()
+            sd_models.model_data.sd_model = sd_models.FakeInitialModel()  # the next picture loads it again
+            sd_models.model_data.forge_hash = ""
+        elif sd_models.model_data.sd_model is not None:  # reading shared.sd_model would load one
+            kept = sd_models.model_data.sd_model
+            sd_models.unload_model_weights(kept)
+        gc.collect()
+        devices.torch_gc()
+        return kept
+
+    def _give_back(self, kept: Any) -> None:
+        if kept is not None:
+            from modules import sd_models
+
+            sd_models.send_model_to_device(kept)
+
+    def changed(self, job: Job) -> None:
+        if job.state != "done":
+            return
+        from modules import sd_models
+
+        sd_models.list_models()
+        networks = sys.modules.get("networks")  # of the built-in LoRA extension
+        if networks is not None and hasattr(networks, "list_available_networks"):
+            networks.list_available_networks()
+
+    def use(self, path: Path) -> str:
+        from modules import sd_models, shared
+
+        sd_models.list_models()
+        info = next(
+            (i for i in sd_models.checkpoints_list.values() if Path(i.filename).resolve() == path.resolve()), None
+        )
+        if info is None:
+            raise ConfigError(f"{path.name} is not among the WebUI's checkpoints")
+        if self.forge:
+            from modules_forge.main_entry import checkpoint_change
+
+            checkpoint_change(info.title)
+        else:
+            shared.opts.set("sd_model_checkpoint", info.title)  # which loads it, in its turn
+            shared.opts.save(shared.config_filename)
+        return f"{info.name} is the checkpoint now."

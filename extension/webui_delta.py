@@ -1,0 +1,184 @@
+"""The "Erased delta" accordion of txt2img and img2img: this generation with deltas on top of the loaded checkpoint.
+
+What is put in are whole tensors, as `salun delta stack` would write them, so that one delta at strength 1 gives the
+erased checkpoint's very weights; LoRAs go on top. The host's own machinery for LoRAs puts them in and takes them out:
+
+Forge   a patch of type "set" on a clone of the UNet's patcher, first in its order. Forge merges patches when their
+        names change, and puts its untouched originals back before it does.
+A1111   a network of our own among the LoRA extension's, first in its order, whose layers answer with new − old in
+        double precision. That extension keeps a copy of each layer it changes, and copies it back.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from modules import scripts, shared
+
+from salun.errors import SalunError
+
+from .webui import service
+
+ROWS = 3
+OURS = "salun:"
+logger = logging.getLogger("salun")
+_last: dict[str, Any] = {}  # the last choice: a second picture needs no second look at its files
+
+
+class ErasedDelta(scripts.Script):  # type: ignore[misc]
+    """Choose deltas and strengths for this generation."""
+
+    def title(self) -> str:
+        return "Erased delta"
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        side = "img2img" if is_img2img else "txt2img"
+        with gr.Accordion(self.title(), open=False, elem_id=f"salun_{side}_delta"):
+            on = gr.Checkbox(value=False, label="Use these deltas", elem_id=f"salun_{side}_on")
+            chosen, strengths = [], []
+            for row in range(1, ROWS + 1):
+                with gr.Row():
+                    chosen.append(
+                        gr.Dropdown(choices=["", *service().deltas()], value="", label=f"Delta {row}",
+                                    allow_custom_value=True, elem_id=f"salun_{side}_delta_{row}")
+                    )  # fmt: skip
+                    strengths.append(
+                        gr.Slider(-0.5, 1.5, value=1.0, step=0.05, label=f"Strength {row}",
+                                  elem_id=f"salun_{side}_strength_{row}")
+                    )  # fmt: skip
+            refresh = gr.Button("Refresh the list", elem_id=f"salun_{side}_refresh")
+            refresh.click(
+                lambda: [gr.update(choices=["", *service().deltas()]) for _ in chosen], [], chosen, queue=False
+            )
+        for control in (on, *chosen, *strengths):
+            control.do_not_save_to_config = True
+        return [on, *chosen, *strengths]
+
+    def process_before_every_sampling(self, p: Any, on: bool, *rest: Any, **kwargs: Any) -> None:
+        """Before the first pass and before hires fix. Where it fails, the generation is stopped, not made without."""
+        forge = hasattr(p.sd_model, "forge_objects")
+        pairs = (
+            [(str(d), float(s)) for d, s in zip(rest[:ROWS], rest[ROWS:], strict=True) if d and float(s)] if on else []
+        )
+        if not forge:
+            _networks().loaded_networks[:] = [n for n in _networks().loaded_networks if not n.name.startswith(OURS)]
+        if not pairs:
+            _last.clear()
+            return
+        try:
+            name, tensors = _stacked(Path(p.sd_model.sd_checkpoint_info.filename), pairs)
+        except (SalunError, OSError) as error:
+            p.comment(f"Erased delta: {error}")
+            shared.state.interrupt()
+            raise
+        if forge:
+            _into_forge(p, name, tensors)
+        else:
+            _into_a1111(p, name, tensors)
+        p.extra_generation_params["Erased delta"] = ", ".join(f"{run} {strength:g}" for run, strength in pairs)
+
+
+def _stacked(checkpoint: Path, pairs: Sequence[tuple[str, float]]) -> tuple[str, Mapping[str, Any]]:
+    """A name that no other choice has, and the changed tensors by their names in the checkpoint's UNet (LDM's).
+
+    Raises SalunError for a delta of another base.
+    """
+    from salun.formats.checkpoint import open_unet
+    from salun.formats.delta import Delta
+    from salun.formats.stacking import stack
+
+    files = [service().delta(run) for run, _ in pairs]
+    stamp = [(str(f), f.stat().st_mtime_ns) for f in (checkpoint, *files)]
+    key = repr((stamp, [strength for _, strength in pairs]))
+    if _last.get("key") != key:
+        _last.clear()
+        stored = open_unet(checkpoint)
+        layers = [(Delta.load(file), strength) for file, (_, strength) in zip(files, pairs, strict=True)]
+        made = stack(stored, layers)
+        names = {stored.inner(name).removeprefix("model."): name for name in made}
+        ids = ",".join(f"{delta.id}@{strength:g}" for delta, strength in made.layers)
+        _last.update(key=key, name=f"{OURS}{made.base_hash[:12]}:{ids}", tensors=_Tensors(made, names))
+    return _last["name"], _last["tensors"]
+
+
+class _Tensors(Mapping[str, Any]):
+    """The changed tensors by their names in the checkpoint's UNet, each made when it is asked for."""
+
+    def __init__(self, made: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        self._made, self._names = made, names
+
+    def __getitem__(self, key: str) -> Any:
+        return self._made[self._names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _into_forge(p: Any, name: str, tensors: Mapping[str, Any]) -> None:
+    unet = p.sd_model.forge_objects.unet.clone()
+    known = {key for key, _ in unet.model.named_parameters()}
+    strange = sorted(set(tensors) - known)
+    if strange:
+        raise RuntimeError(f"the loaded model has no {strange[0]}")
+    unet.add_patches(filename=name, patches={key: ("set", (tensor,)) for key, tensor in tensors.items()})
+    own = next(key for key in unet.lora_patches if key[0] == name)
+    unet.lora_patches = {own: unet.lora_patches.pop(own), **unet.lora_patches}  # whole tensors first, LoRAs on top
+    p.sd_model.forge_objects.unet = unet
+
+
+def _into_a1111(p: Any, name: str, tensors: Mapping[str, Any]) -> None:
+    networks = _networks()
+    layers: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        layer, _, part = key.rpartition(".")
+        layers.setdefault(layer.replace(".", "_"), {})[part] = key
+    if not hasattr(p.sd_model, "network_layer_mapping"):
+        networks.assign_network_names_to_compvis_modules(p.sd_model)
+    strange = sorted(set(layers) - set(p.sd_model.network_layer_mapping))
+    if strange:
+        raise RuntimeError(f"the loaded model has no layer {strange[0]}")
+    ours = networks.network.Network(name, None)
+    ours.dyn_dim = 1.0
+    ours.modules = {
+        layer: _Layer(tensors, parts, p.sd_model.network_layer_mapping[layer]) for layer, parts in layers.items()
+    }
+    networks.loaded_networks.insert(0, ours)  # whole tensors first, LoRAs on top
+
+
+class _Layer:
+    """What A1111's LoRA extension asks of a layer: the differences to add to its weight and bias."""
+
+    def __init__(self, tensors: Mapping[str, Any], parts: Mapping[str, str], layer: Any) -> None:
+        self.tensors, self.parts, self.layer = tensors, parts, layer
+
+    def calc_updown(self, weight: Any) -> tuple[Any, Any]:
+        import torch
+
+        fine = torch.float32 if weight.device.type == "mps" else torch.float64  # there new − old + old is new
+
+        def difference(part: str, old: Any) -> Any:
+            if part not in self.parts:
+                return torch.zeros(old.shape, dtype=fine, device=old.device)
+            return self.tensors[self.parts[part]].to(old.device, fine).reshape(old.shape) - old.to(fine)
+
+        bias = difference("bias", self.layer.bias) if "bias" in self.parts else None
+        return difference("weight", weight), bias
+
+
+def _networks() -> Any:
+    """A1111's built-in LoRA extension. Raises RuntimeError where it is switched off."""
+    found = sys.modules.get("networks")
+    if found is None:
+        raise RuntimeError("Erased delta needs the built-in extension Lora: switch it on")
+    return found

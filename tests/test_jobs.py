@@ -1,0 +1,260 @@
+"""The tab's jobs: child processes in a queue, whose state no browser, reload or crash takes away."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import salun
+from extension.jobs import CHILD, Job, Queue, take
+from extension.stages import Clock, shares_of_erasure
+from salun.diffusion.models import Model
+from salun.diffusion.plan import make_plan
+from salun.errors import ConfigError
+
+from .conftest import SHORT
+
+Make = Callable[..., Queue]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    queues: list[Queue] = []
+
+    def new(**given: Any) -> Queue:
+        queues.append(Queue(tmp_path / "jobs", **given))
+        return queues[-1]
+
+    yield new
+    for queue in queues:
+        queue.close()
+
+
+def asked(folder: Path, **options: Any) -> dict[str, Any]:
+    return {
+        "options": {"concept": ["circle"], "anchor": ["square"], "seed": 3, "run_dir": str(folder), **SHORT, **options}
+    }
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_job_does_what_the_core_does_and_tells_it_forwards(
+    make: Make, tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bytes as `salun.erase` with the same options, previews or not."""
+    seen: list[tuple[float, str]] = []
+    queue = make(after=lambda job: seen.append((job.fraction, "after")))
+    job = queue.submit("erase", "forget circle", {**asked(tmp_path / "run"), "preview_every": 2}, "run")
+    while job.open:
+        seen.append((job.fraction, job.stage))
+        time.sleep(0.02)
+    assert (job.state, job.error) == ("done", None)
+    fractions, stages = [f for f, _ in seen], list(dict.fromkeys(stage for _, stage in seen))
+    assert fractions == sorted(fractions)
+    assert [s for s in stages if s in ("sampling", "training", "saving")] == ["sampling", "training", "saving"]
+    assert [row[0] for row in job.losses][-1] == SHORT["steps"]
+    assert job.previews == ["preview-000002.png"]
+    assert (queue.folder / job.id / job.previews[0]).read_bytes().startswith(b"\x89PNG")
+    for name in ("delta.salun.safetensors", "mask.safetensors", "model/unet/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (run_folder / name).read_bytes(), name
+    until(lambda: seen[-1] == (1.0, "after"))
+
+
+@pytest.mark.slow
+def test_cancel_is_quick_and_resume_ends_as_if_it_had_never_stopped(
+    make: Make, tmp_path: Path, run_folder: Path
+) -> None:
+    queue = make()
+    job = queue.submit("erase", "forget circle", asked(tmp_path / "run"), "run")
+    until(lambda: job.stage == "saliency" or not job.open)
+    began = time.monotonic()
+    queue.cancel(job.id)
+    assert queue.wait(job.id, 10).state == "cancelled"
+    assert time.monotonic() - began < 2  # what HOSTS asks for
+    assert not (tmp_path / "run" / "delta.salun.safetensors").exists()
+    assert job.resumable
+    again = queue.wait(queue.resume(job.id).id, 120)
+    assert (again.state, again.error) == ("done", None)
+    assert not job.resumable  # its run has been taken on
+    name = "delta.salun.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (run_folder / name).read_bytes()
+
+
+def test_asked_twice_it_is_one_job_and_a_queued_one_is_cancelled_at_once(make: Make, tmp_path: Path) -> None:
+    """While the host has the turn, nothing of ours runs; cancelled then, the job never does."""
+    lock, ran = threading.Lock(), []
+
+    @contextmanager
+    def turn(job: Job) -> Iterator[None]:
+        with lock:
+            yield
+            if job.began:
+                ran.append(job.id)
+
+    queue = make(turn=turn)
+    with lock:
+        first = queue.submit("erase", "one", asked(tmp_path / "a"))
+        assert queue.submit("erase", "one", asked(tmp_path / "b")) is first  # the run folder is ours, not the asker's
+        second = queue.submit("erase", "two", asked(tmp_path / "c", density=0.1))
+        until(lambda: first.state == "waiting")
+        assert second.state == "queued"
+        began = time.monotonic()
+        for job in (first, second):
+            assert queue.cancel(job.id).state == "cancelled"
+        assert time.monotonic() - began < 1
+    time.sleep(0.2)
+    assert ran == []
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_the_core_refuses_is_the_jobs_error(make: Make, tmp_path: Path) -> None:
+    queue = make()
+    wrong = queue.submit("erase", "x", asked(tmp_path / "run", density=3))
+    gone = queue.submit("inspect", "y", {"path": "nowhere.safetensors"})
+    assert queue.wait(wrong.id, 60).error == "--density is 3, but must be at most 1"
+    assert queue.wait(gone.id, 60).error == "there is no nowhere.safetensors; --models-dir names folders to look in"
+    assert (wrong.state, gone.state) == ("failed", "failed")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_killed_child_is_told_and_the_next_job_runs(make: Make, tmp_path: Path) -> None:
+    queue = make()
+    job = queue.submit("erase", "x", asked(tmp_path / "run"))
+    until(lambda: queue._child is not None)
+    assert queue._child is not None
+    os.kill(queue._child[1].pid, signal.SIGKILL)
+    assert "ended with code -9 (killed" in str(queue.wait(job.id, 30).error)
+    after = queue.submit("inspect", "y", {"path": "nowhere.safetensors"})
+    assert queue.wait(after.id, 60).error is not None
+
+
+def test_a_host_that_fails_at_its_part_costs_one_job(make: Make, tmp_path: Path) -> None:
+    @contextmanager
+    def turn(job: Job) -> Iterator[None]:
+        if job.title == "first":
+            raise RuntimeError("no memory was freed")
+        yield
+
+    queue = make(turn=turn)
+    first = queue.submit("inspect", "first", {"path": "a"})
+    second = queue.submit("inspect", "second", {"path": "b"})
+    assert queue.wait(first.id, 30).error == "RuntimeError: no memory was freed"
+    assert "no model 'b'" in str(queue.wait(second.id, 60).error)
+
+
+def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    @contextmanager
+    def turn(job: Job) -> Iterator[None]:
+        with lock:
+            yield
+
+    queue = make(turn=turn)
+    with lock:
+        job = queue.submit("inspect", "x", {"path": "<b>"}, "some-run")
+        until(lambda: job.state == "waiting")
+        with pytest.raises(ConfigError, match="another program works with the jobs"):
+            Queue(tmp_path / "jobs")
+        kept = json.loads((queue.folder / job.id / "job.json").read_text(encoding="utf-8"))
+        assert (kept["state"], kept["run"]) == ("waiting", "some-run")
+        closing = threading.Thread(target=queue.close)
+        closing.start()
+        until(lambda: job.state == "cancelled")
+    closing.join()
+    # as a crash leaves it
+    (queue.folder / job.id / "job.json").write_text(json.dumps({**kept, "state": "running"}), encoding="utf-8")
+    (queue.folder / "broken").mkdir()
+    (queue.folder / "broken" / "job.json").write_text("{", encoding="utf-8")
+    found = make().all()
+    assert [(one.id, one.state, one.error) for one in found] == [
+        (job.id, "cancelled", "the program was closed before the job was over")
+    ]
+
+
+def test_the_child_ends_with_the_program_that_began_it(tmp_path: Path) -> None:
+    """Its stdin closes, however the parent ended; what libraries print is no event."""
+    (tmp_path / "request.json").write_text(
+        json.dumps({"kind": "erase", **asked(tmp_path / "run", steps=100_000)}), encoding="utf-8"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(CHILD), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None and child.stdout is not None
+        first = json.loads(child.stdout.readline())
+        child.stdin.close()
+        rest = [json.loads(line) for line in child.stdout]
+        assert child.wait(60) == 130
+    assert (first["event"], first["stage"]) == ("stage", "loading")
+    assert rest[-1]["event"] == "stopping"
+
+
+@given(st.text(max_size=60))
+def test_lines_that_are_no_events_change_nothing(text: str) -> None:
+    job = Job("id", "erase", "title", {})
+    before = vars(job).copy()
+    take(job, text)
+    assert vars(job) == before
+
+
+def test_the_clock_goes_forward_and_counts_the_present_pace() -> None:
+    now = 0.0
+    clock = Clock({"a": 0.5, "b": 0.4, "saving": 0.1}, lambda: now)
+    told = [clock.at("a", 0, 10)]
+    for step in range(1, 11):
+        now += 1
+        told.append(clock.at("a", step, 10))
+    assert told[0] == (0.0, None)
+    assert told[10] == (0.5, pytest.approx(10))  # ten seconds for the first half
+    assert clock.at("an unknown stage", 5, 5)[0] == 0.5
+    assert clock.at("a", 3, 10)[0] == 0.5
+    now += 100
+    assert clock.at("b", 2, 4)[0] == pytest.approx(0.7)
+    assert clock.at("saving", 1, 2)[0] == pytest.approx(0.9)  # begun, not done
+    assert clock.at("saving", 2, 2)[0] == pytest.approx(0.95)
+
+
+def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
+    now = 0.0
+    clock = Clock({"a": 0.1, "b": 0.9}, lambda: now)
+    clock.at("a", 0, 1)
+    now = 1.0
+    _, first = clock.at("a", 1, 1)
+    assert first == pytest.approx(9)
+    clock.at("b", 0, 10)
+    now = 101.0
+    _, second = clock.at("b", 1, 10)
+    assert second == pytest.approx(900)
+
+
+def test_stages_that_a_run_leaves_out_have_no_share(shapes: Model) -> None:
+    def shares(**options: Any) -> dict[str, float]:
+        plan = make_plan(shapes.settings, "shapes", "circle", salun.EraseOptions(**SHORT, **options))
+        return shares_of_erasure(plan, 12)
+
+    whole, own = shares(), shares(mask="random", forget_images="pictures", anchor_share=0.0)
+    assert sum(whole.values()) == pytest.approx(1)
+    assert sum(own.values()) == pytest.approx(1)
+    assert whole["saliency"] > 0
+    assert own["saliency"] == 0
+    assert own["training"] > whole["training"]
+    assert own["sampling"] < whole["sampling"]

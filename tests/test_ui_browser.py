@@ -1,0 +1,197 @@
+"""`salun ui` in a real browser, with the embedded model: everything by clicking.
+
+Needs gradio, playwright and Chromium.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)"),
+]
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = {"steps": "6", "batch_size": "4", "forget_latents": "8", "retain_latents": "8", "eval_images": "8"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Address and data folder of a page of its own."""
+    folder = tmp_path_factory.mktemp("ui")
+    command = [sys.executable, "-m", "salun", "ui", "--port", "0", "--data", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_ANALYTICS_ENABLED": "False"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split(" ")[0]
+        yield address, folder
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(server: tuple[str, Path]) -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = browser.new_page(viewport={"width": 1100, "height": 900})
+        opened.problems = []
+        opened.on("pageerror", lambda error: opened.problems.append(str(error)))
+        opened.set_default_timeout(60_000)
+        opened.goto(server[0])
+        opened.get_by_text("No job yet").wait_for()
+        yield opened
+        browser.close()
+
+
+def fill(page: Any, name: str, text: str) -> None:
+    page.locator(f"#salun_{name}").locator("input, textarea").first.fill(text)
+
+
+def choose(page: Any, name: str, text: str) -> None:
+    box = page.locator(f"#salun_{name}").locator("input").first
+    box.click()
+    page.get_by_role("option", name=text, exact=True).first.click()
+
+
+def unfold(page: Any, name: str) -> None:
+    page.locator(f"#salun_{name}").locator("button").first.click()
+
+
+def newest(page: Any) -> Any:
+    return page.locator(".salun-job").first
+
+
+def test_a_concept_is_erased_by_clicking(page: Any, server: tuple[str, Path]) -> None:
+    choose(page, "preset", "circle")
+    fill(page, "anchor", "square")
+    unfold(page, "advanced")
+    for name, value in QUICK.items():
+        fill(page, name, value)
+    fill(page, "preview", "3")
+    page.locator("#salun_erase").dblclick()  # one job all the same
+    job = newest(page)
+    job.locator("progress").wait_for()
+    percents = []
+    while job.get_attribute("data-state") not in ("done", "failed"):
+        found = re.match(r"(\d+) %", job.locator(".salun-figures").inner_text())
+        percents += [int(found[1])] if found else []
+        time.sleep(0.1)
+    assert job.get_attribute("data-state") == "done", job.inner_text()
+    assert percents == sorted(percents)
+    assert len(set(percents)) > 3
+    assert page.locator(".salun-job").count() == 1
+    assert re.search(r"forgotten: \d+\.\d % \(", job.inner_text())
+    job.locator("img").wait_for()  # before and after
+    (run,) = (server[1] / "runs").iterdir()
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    options = record["options"]
+    assert (options["concept"], options["anchor"], options["steps"]) == (["circle"], ["square"], 6)
+
+
+def test_the_report_opens_and_runs_no_script(page: Any) -> None:
+    newest(page).get_by_role("button", name="Report").click()
+    frame = page.locator(".salun-report iframe")
+    assert frame.get_attribute("sandbox") == ""
+    page.frame_locator(".salun-report iframe").get_by_text("circle").first.wait_for()
+    page.get_by_role("button", name="Close").click()
+    frame.wait_for(state="detached")
+
+
+def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, server: tuple[str, Path]) -> None:
+    fill(page, "steps", "40")
+    fill(page, "seed", "7")
+    page.locator("#salun_erase").click()
+    job = page.locator('.salun-job[data-state="running"]')
+    job.get_by_text("training those weights alone").wait_for()
+    page.reload()  # F5 in the middle of it
+    job.get_by_text("training those weights alone").wait_for()
+    began = time.monotonic()
+    job.get_by_role("button", name="Cancel").click()
+    stopped = page.locator('.salun-job[data-state="cancelled"]')
+    stopped.wait_for()
+    assert time.monotonic() - began < 4  # 2 s, and the page looks once a second
+    stopped.get_by_role("button", name="Resume").click()
+    page.locator('.salun-job[data-state="done"]').nth(1).wait_for()
+    assert "going on after step" in newest(page).locator(".salun-notes").inner_text() or newest(page).is_visible()
+    statuses = [json.loads(p.read_text(encoding="utf-8"))["status"] for p in (server[1] / "runs").glob("*/run.json")]
+    assert statuses == ["done", "done"]
+
+
+def test_history_loads_the_options_again(page: Any, server: tuple[str, Path]) -> None:
+    fill(page, "words", "something else")
+    unfold(page, "history")
+    first = sorted(p.name for p in (server[1] / "runs").iterdir())[0]
+    choose(page, "runs", first)
+    page.locator("#salun_details").get_by_text("done").wait_for()
+    page.locator("#salun_again").click()
+    page.get_by_text(f"The options of {first} are loaded.").wait_for()
+    assert page.locator("#salun_words textarea").first.input_value() == "circle"
+    unfold(page, "advanced")
+    assert page.locator("#salun_steps").locator("input, textarea").first.input_value() == "6"
+
+
+def test_a_delta_is_applied_and_taken_out_again_to_the_bit(page: Any, server: tuple[str, Path]) -> None:
+    unfold(page, "deltas")
+    run = sorted(p.name for p in (server[1] / "runs").iterdir())[0]
+    choose(page, "delta_1", run)
+    fill(page, "new_name", "half")
+    fill(page, "strength_1", "0.5")
+    page.locator("#salun_strength_1").locator("input").first.press("Tab")
+    page.locator("#salun_apply").click()
+    page.locator('.salun-job[data-kind="stack"][data-state="done"]').wait_for()
+    half = server[1] / "models" / "half" / "unet" / "diffusion_pytorch_model.safetensors"
+    base = ROOT / "salun" / "assets" / "shapes" / "unet" / "diffusion_pytorch_model.safetensors"
+    erased = server[1] / "runs" / run / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert len({path.read_bytes() for path in (half, base, erased)}) == 3
+    fill(page, "new_name", "back")
+    choose(page, "base", run)
+    page.locator("#salun_undo").click()
+    page.locator('.salun-job[data-kind="undo"][data-state="done"]').wait_for()
+    back = server[1] / "models" / "back" / "unet" / "diffusion_pytorch_model.safetensors"
+    from salun.formats import tensorfile
+
+    one, other = (dict(tensorfile.tensors(path)) for path in (back, base))
+    assert one.keys() == other.keys()
+    assert all(tensorfile.raw_bytes(one[name]).equal(tensorfile.raw_bytes(other[name])) for name in one)
+
+
+def test_words_of_strangers_are_shown_as_text_and_mistakes_said(page: Any) -> None:
+    fill(page, "words", "<img src=x onerror=window.harmed=1>")
+    fill(page, "anchor", "")
+    fill(page, "density", "2")
+    page.locator("#salun_erase").click()
+    page.locator("#salun_said").get_by_text("--density is 2.0, but must be at most 1").wait_for()
+    fill(page, "density", "0.5")
+    page.locator("#salun_erase").click()
+    failed = page.locator('.salun-job[data-state="failed"]')
+    failed.wait_for()
+    assert "<img src=x" in failed.locator("strong").inner_text()
+    assert page.evaluate("window.harmed") is None
+    assert page.problems == []
+
+
+def test_a_narrow_dark_window_and_the_keyboard_do(page: Any, server: tuple[str, Path]) -> None:
+    page.set_viewport_size({"width": 380, "height": 800})
+    page.goto(server[0] + "?__theme=dark")
+    page.locator(".salun-job").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+    remove = newest(page).get_by_role("button", name="Remove")
+    remove.focus()
+    before = page.locator(".salun-job").count()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"document.querySelectorAll('.salun-job').length === {before - 1}")
+    assert page.problems == []

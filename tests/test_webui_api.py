@@ -1,0 +1,229 @@
+"""The HTTP API: who may call it, what it takes, and that no name leads out of the folders meant for it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+pytest.importorskip("starlette", reason="starlette is not installed (the extra `ui`)")
+pytest.importorskip("httpx", reason="httpx is not installed (it comes with the extra `ui`)")
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from extension.access import Access
+from extension.api import LARGEST, PREFIX, add_routes, schema
+from extension.host import Alone
+from extension.places import confined, new_file, safe_name
+from extension.service import DELTA, Service
+from salun.errors import ConfigError
+from salun.options import EraseJob
+
+ROUTES = ["status", "runs", "models", "concepts", "schema", "file", "preview"]
+POSTS = ["start", "cancel", "resume", "forget"]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    made = Service(Alone(tmp_path / "data"))
+    yield made
+    made.queue.close()
+
+
+def client(service: Service, access: Access | None = None) -> TestClient:
+    app = Starlette()
+    add_routes(app, service, access or Access())
+    return TestClient(app, base_url="http://127.0.0.1:7860")
+
+
+def basic(pair: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+
+
+def write_run(service: Service, name: str = "20260101-000000-circle") -> Path:
+    folder = service.runs / name
+    folder.mkdir()
+    record = {"status": "done", "options": {"concept": ["circle"], "model": "shapes", "steps": 5, "mask": "saliency"}}
+    record |= {"concepts": [{"name": "circle", "anchor": "square"}], "metrics": {"ua": None, "reason": "none"}}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "report.html").write_text("<p>report</p>", encoding="utf-8")
+    return folder
+
+
+# -- who may call -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", [*ROUTES, *POSTS])
+def test_every_route_wants_name_and_password_where_there_are_any(service: Service, route: str) -> None:
+    calling = client(service, Access({"ann": "secret"}))
+    ask = calling.post if route in POSTS else calling.get
+    for headers in ({}, basic("ann:other"), basic("bob:secret"), basic("ann"), {"Authorization": "Basic ???"},
+                    {"Authorization": "Bearer secret"}, {"X-Salun-Token": "guessed"}):  # fmt: skip
+        answer = ask(f"{PREFIX}/{route}", headers=headers)
+        assert answer.status_code == 401, headers
+        assert ("www-authenticate" in answer.headers) == ("X-Salun-Token" not in headers)
+    assert ask(f"{PREFIX}/{route}", headers=basic("ann:secret")).status_code != 401
+
+
+@pytest.mark.parametrize("route", [*ROUTES, *POSTS])
+def test_every_route_refuses_other_sites_and_a_host_that_serves_no_api(service: Service, route: str) -> None:
+    open_to_all, closed = Access(), Access(open=False, closed_because="start it with --api")
+    ask = {False: "get", True: "post"}[route in POSTS]
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://127.0.0.1:9999"},
+                    {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}):  # fmt: skip
+        for access in (open_to_all, Access({"ann": "secret"})):
+            headers = {**headers, **basic("ann:secret"), "X-Salun-Token": access.token}
+            assert getattr(client(service, access), ask)(f"{PREFIX}/{route}", headers=headers).status_code == 403
+    refused = getattr(client(service, closed), ask)(f"{PREFIX}/{route}")
+    assert (refused.status_code, refused.json()) == (403, {"error": "start it with --api"})
+
+
+def test_the_page_calls_by_its_token_under_any_flags(service: Service) -> None:
+    for access in (Access(), Access({"ann": "secret"}), Access(open=False)):
+        headers = {"X-Salun-Token": access.token, "Origin": "http://127.0.0.1:7860", "Sec-Fetch-Site": "same-origin"}
+        assert client(service, access).get(f"{PREFIX}/status", headers=headers).status_code == 200
+    assert Access().token != Access().token
+
+
+# -- what it takes ----------------------------------------------------------------------------------------------------
+
+
+def test_the_schema_tells_every_option_with_the_cores_default() -> None:
+    told = schema()["options"]
+    job = EraseJob()
+    assert {name: one["default"] for name, one in told.items()} == {name: getattr(job, name) for name in told}
+    assert told["density"]["maximum"] == 1
+    assert told["method"]["choices"] == ["salun", "salun-soft"]
+    assert json.loads(json.dumps(schema())) == schema()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"kind": "format-disk"}, 400, "kind is 'format-disk', but must be one of"),
+        ({"options": {"concept": ["a"], "output": ["/x.safetensors"]}}, 400, "'output' cannot be set here"),
+        ({"options": ["a"]}, 400, "options must be an object"),
+        ({"options": {"concept": [["a"]]}}, 400, "concept is"),
+        ({"options": {"concept": ["a"], "steps": "9; rm"}}, 400, "steps is '9; rm', but must be int"),
+        ({"options": {"concept": ["a"]}, "command": "x"}, 400, "erase takes"),
+        ({"kind": "stack", "model": "shapes"}, 400, "stack needs more"),
+        ({"kind": "stack", "model": "shapes", "deltas": ["x"], "strengths": [9]}, 400, "the strength 9 is none"),
+        ({"kind": "undo", "model": "shapes", "delta": "../x"}, 400, "cannot be a name here"),
+        ({"kind": "undo", "model": "shapes", "delta": "gone"}, 404, "there is no 'gone' here"),
+        ({"kind": "export", "delta": "gone", "form": "exe"}, 400, "lora or diff"),
+        ({"kind": "inspect", "run": "/etc"}, 400, "cannot be a name here"),
+    ],
+    ids=str,
+)
+def test_wrong_requests_are_told_and_begin_nothing(service: Service, body: Any, status: int, message: str) -> None:
+    answer = client(service).post(f"{PREFIX}/start", json=body)
+    assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
+    assert service.queue.all() == []
+
+
+def test_only_json_of_a_sane_size_is_read(service: Service) -> None:
+    calling = client(service)
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # what a page of another site could send unasked
+    assert calling.post(f"{PREFIX}/start", content="kind=erase", headers=form).status_code == 415
+    kind = {"Content-Type": "application/json"}
+    assert calling.post(f"{PREFIX}/start", content=b"{" + b" " * LARGEST, headers=kind).status_code == 413
+    for text in (b"{", b"[]", b"[" * 100_000, b"\xff"):
+        assert calling.post(f"{PREFIX}/start", content=text, headers=kind).status_code == 400
+    assert calling.get(f"{PREFIX}/cancel").status_code == 405
+    assert calling.get(f"{PREFIX}/status?id=none").status_code == 404
+
+
+def test_a_job_is_begun_seen_cancelled_and_taken_off(service: Service) -> None:
+    calling = client(service)
+    job = calling.post(f"{PREFIX}/start", json={"options": {"concept": ["circle"], "model": "shapes"}}).json()
+    assert job["state"] in ("queued", "waiting", "running")
+    assert calling.get(f"{PREFIX}/status", params={"id": job["id"]}).json()["title"] == "forget circle"
+    calling.post(f"{PREFIX}/cancel", json={"id": job["id"]})
+    assert service.queue.wait(job["id"], 30).state == "cancelled"
+    assert str(service.host.data) not in calling.get(f"{PREFIX}/status").text  # no place of this machine is told
+    assert calling.post(f"{PREFIX}/forget", json={"id": job["id"]}).status_code == 200
+    assert calling.get(f"{PREFIX}/status").json()["jobs"] == []
+
+
+def test_a_runs_files_come_with_no_script_rights(service: Service) -> None:
+    run = write_run(service).name
+    calling = client(service)
+    found = calling.get(f"{PREFIX}/file", params={"run": run, "name": "report.html"})
+    assert (found.status_code, found.text) == (200, "<p>report</p>")
+    assert found.headers["content-security-policy"] == "sandbox"
+    assert found.headers["x-content-type-options"] == "nosniff"
+    (told,) = calling.get(f"{PREFIX}/runs").json()["runs"]
+    assert (told["run"], told["status"], told["concept"]) == (run, "done", ["circle"])
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+LEADING_OUT = [
+    "..", "../secret.txt", "a/../../secret.txt", "/etc/passwd", "//etc/passwd", "\\\\host\\share", "..\\secret.txt",
+    "C:\\secret.txt", "C:secret.txt", "./secret.txt", "a//b", "", ".", "a/", "\0", "a\nb", "．．/secret.txt",
+    "‥/secret.txt", "．．／secret.txt", "..／secret.txt", "\u202e..", "%2e%2e/secret.txt", "..%2fsecret.txt",
+    "..%252fsecret.txt", "~", "~root/x", "secret.txt ", "con", "NUL.txt", "file:secret.txt", "a" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEADING_OUT, ids=ascii)
+def test_no_name_leads_out_of_a_folder_by_any_spelling(service: Service, name: str) -> None:
+    run = write_run(service)
+    (service.runs / "secret.txt").write_text("secret", encoding="utf-8")
+    (service.host.data / "secret.txt").write_text("secret", encoding="utf-8")
+    (run / "secret.txt").write_text("secret", encoding="utf-8")  # in the run, but not one of the files it shows
+    with pytest.raises(ConfigError):
+        confined(name, service.pictures)
+    calling = client(service)
+    for query in (
+        {"run": name, "name": "run.json"},
+        {"run": run.name, "name": name},
+        {"run": f"{run.name}/{name}", "name": "run.json"},
+    ):
+        for asked in ("&".join(f"{k}={quote(v, safe='')}" for k, v in query.items()),
+                      "&".join(f"{k}={quote(quote(v, safe=''), safe='')}" for k, v in query.items())):  # fmt: skip
+            answer = calling.get(f"{PREFIX}/file?{asked}")
+            assert answer.status_code in (400, 404), asked
+            assert "secret" not in answer.text.replace(name, "").replace("secret.txt", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_lead_nowhere(service: Service, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "run.json").write_text('{"status": "done", "options": {}}', encoding="utf-8")
+    (outside / "report.html").write_text("secret", encoding="utf-8")
+    (service.runs / "linked").symlink_to(outside, target_is_directory=True)
+    run = write_run(service)
+    (run / "report.html").unlink()
+    (run / "report.html").symlink_to(outside / "report.html")
+    (run / DELTA).symlink_to(outside / "report.html")
+    calling = client(service)
+    for query in ({"run": "linked", "name": "report.html"}, {"run": run.name, "name": "report.html"}):
+        answer = calling.get(f"{PREFIX}/file", params=query)
+        assert (answer.status_code, "secret" in answer.text) == (400, False)
+    with pytest.raises(ConfigError, match="leads out"):
+        service.delta(run.name)
+
+
+@given(st.text(max_size=80))
+def test_made_names_are_plain_whatever_they_are_made_of(text: str) -> None:
+    name = safe_name(text)
+    assert name
+    assert all(c.isascii() and (c.isalnum() or c in "-_") for c in name)
+    assert len(name) <= 60
+
+
+def test_a_new_file_never_has_an_old_name(tmp_path: Path) -> None:
+    for expected in ("X", "x-2", "x-3"):
+        file = new_file(tmp_path, "X" if expected == "X" else "x", ".safetensors")
+        assert file.name == f"{expected}.safetensors"
+        file.touch()
