@@ -76,10 +76,10 @@ def search(task: Task) -> tuple[UnlearnOptions, dict[str, Any]]:
     for factor in method.factors:
         attempt(centre * factor, len(method.factors))
     for more in range(1, FURTHER + 1):
-        beyond = _beyond(tried)
-        if beyond is None:
+        further = beyond(tried)
+        if further is None:
             break
-        attempt(beyond, len(method.factors) + more)
+        attempt(further, len(method.factors) + more)
     chosen = _best(tried)
     if chosen is None:
         raise TrainingError(f"--search: no {method.tunes} gives a model ({tried[0].reason})")
@@ -146,10 +146,15 @@ def _best(tried: list[Trial]) -> Trial | None:
     return min(scored, key=lambda trial: (trial.score, trial.value)) if scored else None
 
 
-def _beyond(tried: list[Trial]) -> float | None:
-    """The next value past the end of the grid where the best is; None if it lies within."""
+def beyond(tried: list[Trial]) -> float | None:
+    """The next value past the end of the grid where the best is; None if it lies within, or is no better than the one
+    beside it.
+    """
     values, best = sorted(trial.value for trial in tried), _best(tried)
     if best is None or len(values) < 2 or best.value not in (values[0], values[-1]):
+        return None
+    beside = values[1] if best.value == values[0] else values[-2]
+    if any(trial.value == beside and trial.score == best.score for trial in tried):
         return None
     return values[0] ** 2 / values[1] if best.value == values[0] else values[-1] ** 2 / values[-2]
 
@@ -160,7 +165,8 @@ def foretold(task: Task) -> dict[str, float]:
     validation, retain = predict(task, held), predict(task, task.split.retain)
     labels = task.labels(task.split.forget).cpu().numpy()
     called = np.zeros(len(held), bool)
-    halves = np.arange(len(held)) % 2 == 0
+    drawn = torch.randperm(len(held), generator=torch.Generator().manual_seed(task.options.seed))
+    halves = drawn.numpy() % 2 == 0
     for read in (halves, ~halves):  # each half by an attack made from the other
         member = features(retain.first(int((~read).sum())))["confidence"]
         other = features(validation)["confidence"]
