@@ -50,12 +50,12 @@ def trained(
     device = data.images.device
     wanted = {name: getattr(options, name) for name in DECISIVE}
     key = key_of(
-        kind="classifier-2", options=wanted, data=split.data, normalised=[data.preset[k] for k in ("mean", "std")],
+        kind="classifier-3", options=wanted, data=split.data, normalised=[data.preset[k] for k in ("mean", "std")],
         rows=split.retain.tolist(), device=device.type, torch=torch.__version__,
     )  # fmt: skip
     assert options.model is not None
     fresh = partial(new_model, options.model, data.channels, len(data.classes), options.seed)
-    model = fresh().to(device)
+    model = fresh().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     facts = Facts(
         options.model, data.channels, data.classes, stage, split.base, split.digest,
         {name: getattr(options, name) for name in TRAINING},
@@ -74,7 +74,8 @@ def trained(
     seconds = time.perf_counter() - began
     losses = torch.tensor([(epoch, loss) for epoch, _, loss in task.history], dtype=torch.float64)
     told = {"seconds": torch.tensor(seconds, dtype=torch.float64), "history": losses}
-    cache.put(key, {**model.state_dict(), **told})
+    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
+    cache.put(key, {**weights, **told})
     return Original(model, facts, seconds, task.history)
 
 
