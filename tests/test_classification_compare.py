@@ -18,6 +18,7 @@ from salun.cache import Cache
 from salun.classification.compare import compare, jobs_of, preview, variant_of, variants_of
 from salun.classification.options import CompareOptions
 from salun.classification.table import difference_lines, interval, lines_of, table_of
+from salun.config import read_config
 from salun.errors import Cancelled, ConfigError
 from salun.progress import Event
 from salun.report import charts
@@ -68,6 +69,15 @@ WRONG = {
 def test_a_variant_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=WRONG[text]):
         compare(methods=[text], **QUICK)
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.1}, {"method": "ft"}, {"mask": "random"}, {"original": "runs/x"}])
+def test_an_option_that_no_comparison_has_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not one option for all in a comparison"):
+        compare(**changes)
+    (tmp_path / "wish.yaml").write_text("\n".join(f"{k}: {v}" for k, v in changes.items()), encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not one option for all in a comparison"):
+        read_config(tmp_path / "wish.yaml", CompareOptions)
 
 
 def test_the_jobs_are_every_method_with_every_seed_and_one_retrain_each() -> None:
@@ -303,7 +313,7 @@ def test_the_command_tells_the_table(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_comparison_resumes_and_leaves_no_process(how: signal.Signals, tmp_path: Path) -> None:
-    arguments = ["--methods", "ft", "--methods", "ga", "--seeds", "2", "--no-search", "--train-epochs", "40"]
+    arguments = ["--methods", "ft", "--methods", "ga", "--seeds", "2", "--no-search", "--train-epochs", "8"]
     arguments += ["--epochs", "3", "--workers", "2", "--run-dir", "run"]
     with subprocess.Popen(
         command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment()
@@ -326,7 +336,7 @@ def test_a_killed_comparison_resumes_and_leaves_no_process(how: signal.Signals, 
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "jobs").glob("*.json")}
     assert kept
     again = subprocess.run(
-        command("--resume", "--run-dir", "run", "--json"), cwd=tmp_path, capture_output=True, text=True,
+        command("--resume", "--run-dir", "run", "--workers", "1", "--json"), cwd=tmp_path, capture_output=True, text=True,
         env=environment(), timeout=300, check=False,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr

@@ -234,7 +234,9 @@ def test_unlearning_on_the_digits_needs_no_more_than_a_method(tmp_path: Path) ->
     assert lines[0].split() == ["UA", "%", "RA", "%", "TA", "%", "MIA", "%", "RTE", "s"]
     assert [line.split()[0] for line in lines[1:5]] == ["original", "unlearned", "Retrain", "gap"]
     folder = tmp_path / lines[-1].removeprefix("run folder: ")
-    assert {"run.json", "split.json", "mask.safetensors", "model.safetensors", "report.html"} <= {p.name for p in folder.iterdir()}
+    assert {"run.json", "split.json", "mask.safetensors", "model.safetensors", "report.html"} <= {
+        p.name for p in folder.iterdir()
+    }
     judged = salun("classify-eval", str(folder), "--json", cwd=tmp_path)
     assert json.loads(judged.stdout)["UA"] == record_of(folder)["metrics"]["UA"]
 

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -163,15 +163,16 @@ def compare(
     record = RunRecord(folder, command, told, options.seed, str(first.data.images.device), facts, resume)
     with record.running():
         ledger = Ledger(folder / "jobs" if folder is not None else None, record)
-        desk = Desk(ledger, cache, data, workers_of(options), progress, sum(len(some) for some in jobs.values()))
-        with record.stage("retraining"):
-            exact = desk.done(jobs["retrain"])
-        with record.stage("searching"):
-            found = desk.done(jobs["search"])
-        chosen = {v.name: merged([found[j.name] for j in jobs["search"] if j.variant == v.name]) for v in variants}
-        todo = [_with(job, chosen[job.variant]) for job in jobs["unlearn"]]
-        with record.stage("unlearning"):
-            unlearned = desk.done(todo)
+        total = sum(len(some) for some in jobs.values())
+        with Desk(ledger, cache, data, workers_of(options), progress, total) as desk:
+            with record.stage("retraining"):
+                exact = desk.done(jobs["retrain"])
+            with record.stage("searching"):
+                found = desk.done(jobs["search"])
+            chosen = {v.name: merged([found[j.name] for j in jobs["search"] if j.variant == v.name]) for v in variants}
+            todo = [_with(job, chosen[job.variant]) for job in jobs["unlearn"]]
+            with record.stage("unlearning"):
+                unlearned = desk.done(todo)
         results = {v.name: {j.options.seed: unlearned[j.name] for j in todo if j.variant == v.name} for v in variants}
         beside = {job.options.seed: exact[job.name] for job in jobs["retrain"]}
         titles = {v.name: title_of(v) for v in variants}
@@ -308,13 +309,26 @@ class Ledger:
 
 
 class Desk:
-    """Gets jobs done, by several processes or here, and counts them for the progress."""
+    """Gets jobs done, by several processes or here, and counts them for the progress. A context manager: at its end the
+    processes stop at their next step, and are waited for.
+    """
 
     def __init__(
         self, ledger: Ledger, cache: Cache, data: ImageData, workers: int, progress: Progress, total: int
     ) -> None:
         self.ledger, self.cache, self.data, self.workers, self.progress = ledger, cache, data, workers, progress
         self.count, self.total = 0, total
+        context = multiprocessing.get_context("spawn")
+        self._stop = context.Event()
+        self._pool = ProcessPoolExecutor(workers, context, _begin, (self._stop,)) if workers > 1 else None
+
+    def __enter__(self) -> Desk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def done(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         """job name → result, of all of them."""
@@ -325,12 +339,32 @@ class Desk:
                 results[job.name] = kept
         self.count += len(results)
         todo = [job for job in jobs if job.name not in results]
-        for job, result in (_side_by_side if self.workers > 1 and len(todo) > 1 else _in_turn)(self, todo):
+        for job, result in self._in_turn(todo) if self._pool is None else self._side_by_side(self._pool, todo):
             self.ledger.put(job, result)
             results[job.name] = result
             self.count += 1
             self.progress(Event("comparing", self.count, self.total, message=_line(job, result)))
         return results
+
+    def _in_turn(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        for job in jobs:
+            yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event("comparing")))
+
+    def _side_by_side(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """As they end."""
+        running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
+        left = set(running)
+        try:
+            while left:
+                ended, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
+                self.progress(Event("comparing"))
+                for future in ended:
+                    yield running[future], future.result()
+        except BrokenProcessPool as error:
+            raise TrainingError(
+                "a process of the comparison was ended from outside, for want of memory perhaps: go on with --resume "
+                "and fewer --workers"
+            ) from error
 
 
 def _line(job: Job, result: Mapping[str, Any]) -> str:
@@ -340,35 +374,6 @@ def _line(job: Job, result: Mapping[str, Any]) -> str:
     if job.kind == "search":
         return f"{who}: searched {len(result['tried'])} values of {result['option']} in {result['seconds']:.0f} s"
     return f"{who}: " + ", ".join(f"{name} {result[name]['value']:.1f}" for name in ("UA", "RA", "TA", "MIA"))
-
-
-def _in_turn(desk: Desk, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    for job in jobs:
-        yield job, run_job(job, desk.cache, desk.data, lambda event: desk.progress(Event("comparing")))
-
-
-def _side_by_side(desk: Desk, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """As they end. When the progress raises, the processes stop at their next step, and are waited for."""
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(min(desk.workers, len(jobs)), context, _begin, (stop,))
-    running: dict[Future[dict[str, Any]], Job] = {}
-    try:
-        running = {pool.submit(_in_worker, job, desk.cache): job for job in jobs}
-        left = set(running)
-        while left:
-            ended, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
-            desk.progress(Event("comparing"))
-            for future in ended:
-                yield running[future], future.result()
-    except BrokenProcessPool as error:
-        raise TrainingError(
-            "a process of the comparison was ended from outside, for want of memory perhaps: go on with --resume and "
-            "fewer --workers"
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
 
 
 _stop: Any = None

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from salun.errors import ConfigError
 from salun.options import MASKS, DeviceOptions, option
 
 METHODS = (
@@ -139,9 +140,13 @@ class CompareOptions(UnlearnOptions):
         if isinstance(self.methods, str):  # from Python one text is as good as a list of one
             object.__setattr__(self, "methods", [self.methods])
         super().__post_init__()
+        for item in fields(self):
+            if item.name in NOT_COMPARED and getattr(self, item.name) != item.default:
+                flag = "--" + item.name.replace("_", "-")
+                raise ConfigError(f"{flag} is not one option for all in a comparison: leave it out, see --methods")
 
 
-NOT_COMPARED = ("method", "mask", "lr", "retrain", "original")
+NOT_COMPARED = ("method", "mask", "lr", "retrain", "original")  # each variant's own, or each seed's
 
 GROUPS = {  # for people, in the order in which hosts show them
     "Comparison": ("methods", "seeds", "search_seeds", "workers"),
