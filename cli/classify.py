@@ -1,18 +1,18 @@
-"""`salun classify-train`, `classify-unlearn`, `classify-eval`: unlearning in image classifiers."""
+"""`salun classify-train`, `classify-unlearn`, `classify-compare`, `classify-eval`: unlearning in image classifiers."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from salun.classification.options import GROUPS, TrainOptions, UnlearnOptions
+from salun.classification.options import GROUPS, NOT_COMPARED, CompareOptions, TrainOptions, UnlearnOptions
 from salun.errors import Cancelled
 
 from .main import Json, _tell, app
@@ -72,6 +72,39 @@ def classify_unlearn(
     _tell(data, as_json, lines)
 
 
+@app.command("classify-compare")
+@with_options(CompareOptions, skip=NOT_COMPARED, groups=GROUPS)
+def classify_compare(
+    options: CompareOptions,
+    given: set[str],
+    config: Config = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tell what would be done, and about how long it would take; write nothing")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare unlearning methods over several seeds with retraining: one table, as in the paper."""
+    from salun.classification.compare import compare, preview
+    from salun.classification.table import difference_lines, lines_of
+    from salun.run_record import check_folder, new_run_folder
+
+    options = _settled(options, given, config, resume, run_dir)
+    folder = run_dir or new_run_folder(f"compare-{options.data}-{options.forget}")
+    if dry_run:
+        check_folder(folder, resume)
+        with terminal_progress(as_json) as progress:
+            found = preview(options, run_dir=folder, progress=progress)
+        _tell(found, as_json, _preview_lines(found))
+        return
+    with terminal_progress(as_json) as progress, _resumable("classify-compare", folder):
+        done = compare(options, progress=progress, run_dir=folder, resume=resume, command=_command())
+    lines = [*_columns(lines_of(done.metrics)), "", *_columns(difference_lines(done.metrics))]
+    notes = [f"warning: {text}" for text in done.record.data["notes"]]
+    _tell(done.record.data, as_json, [*notes, *lines, f"report: {folder / 'report.html'}"])
+
+
 @app.command("classify-eval")
 def classify_eval(
     run: Annotated[Path, typer.Argument(help="a run folder made by `salun classify-train` or `classify-unlearn`")],
@@ -112,6 +145,25 @@ def _resumable(name: str, folder: Path) -> Iterator[None]:
             again = shlex.join(["salun", name, "--resume", "--run-dir", str(folder)])
             raise Cancelled(f"stopped; go on with: {again}") from stop
         raise
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of text, each column as wide as its widest cell."""
+    if len(rows) < 2:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _preview_lines(found: Mapping[str, Any]) -> list[str]:
+    jobs = found["jobs"]
+    return [
+        f"{', '.join(found['methods'])}; seeds {found['seeds'][0]} to {found['seeds'][-1]}",
+        f"{found['forget']} of {found['train']:,} training pictures to forget; a random share is drawn by each seed",
+        *(f"  {kind}: {some['all']} jobs, {some['done']} done already" for kind, some in jobs.items()),
+        f"time: about {found['seconds'] / 60:.1f} min with {found['workers']} processes on {found['device']} "
+        "(originals and Retrains that the cache has take none)",
+    ]
 
 
 def _accuracy_lines(metrics: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,13 @@ from salun.formats.tensorfile import remove_leftovers, sha256_file, write_bytes
 
 SCHEMA = 1
 STATE = "state"
-NOT_DECISIVE = ("output", "run_dir", "show_sensitive", "save_every")  # options on which no output's bytes depend
+NOT_DECISIVE = (
+    "output",
+    "run_dir",
+    "show_sensitive",
+    "save_every",
+    "workers",
+)  # options on which no output's bytes depend
 FILES = (
     "run.json", "mask.safetensors", "before_after.png", "report.html", "delta.salun.safetensors", "model",
     "model.safetensors", "split.json",

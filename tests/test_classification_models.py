@@ -144,3 +144,15 @@ def test_models_that_are_not_there_say_what_to_do(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModelError, match=r"pip install salun\[timm\]"):
         new_model("timm:resnet18", 3, 10, seed=0)
+
+
+def test_a_timm_model_is_one_like_the_others() -> None:
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError):  # a torchvision made for another torch raises the latter
+        pytest.skip("timm is not installed")
+    made = [new_model("timm:resnet10t", 1, 10, seed=s).state_dict() for s in (0, 0, 1)]
+    assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
+    assert any(not torch.equal(made[0][k], made[2][k]) for k in made[0])
+    with pytest.raises(ModelError, match="timm cannot make 'no-such-model'"):
+        new_model("timm:no-such-model", 1, 10, seed=0)

@@ -18,7 +18,7 @@ from salun.cache import Cache
 from salun.classification.data import load_data
 from salun.classification.experiment import evaluate, train, unlearn
 from salun.classification.models import load_model
-from salun.classification.options import GROUPS, TrainOptions, UnlearnOptions
+from salun.classification.options import GROUPS, CompareOptions, TrainOptions, UnlearnOptions
 from salun.classification.plan import settled
 from salun.classification.splits import Split
 from salun.config import read_config
@@ -206,13 +206,15 @@ def test_options_that_cannot_be_followed_are_refused(options: dict[str, Any], me
 
 def test_every_option_has_its_place_in_the_help() -> None:
     grouped = [name for names in GROUPS.values() for name in names]
-    assert sorted(grouped) == sorted(item.name for item in fields(UnlearnOptions))
+    assert sorted(grouped) == sorted(item.name for item in fields(CompareOptions))
+    assert {item.name for item in fields(UnlearnOptions)} < set(grouped)
     assert {item.name for item in fields(TrainOptions)} < set(grouped)
 
 
 def test_a_run_json_repeats_its_run(run: Path) -> None:
     again = UnlearnOptions(**read_config(run / "run.json", UnlearnOptions))
-    assert asdict(settled(again, load_data("digits"))) == record_of(run)["options"]
+    split = Split.load(run / "split.json")
+    assert asdict(settled(again, load_data("digits"), split)) == record_of(run)["options"]
 
 
 # -- the commands --------------------------------------------------------------------------------------------------
@@ -232,7 +234,9 @@ def test_unlearning_on_the_digits_needs_no_more_than_a_method(tmp_path: Path) ->
     assert lines[0].split() == ["UA", "%", "RA", "%", "TA", "%", "MIA", "%", "RTE", "s"]
     assert [line.split()[0] for line in lines[1:5]] == ["original", "unlearned", "Retrain", "gap"]
     folder = tmp_path / lines[-1].removeprefix("run folder: ")
-    assert {"run.json", "split.json", "mask.safetensors", "model.safetensors"} <= {p.name for p in folder.iterdir()}
+    assert {"run.json", "split.json", "mask.safetensors", "model.safetensors", "report.html"} <= {
+        p.name for p in folder.iterdir()
+    }
     judged = salun("classify-eval", str(folder), "--json", cwd=tmp_path)
     assert json.loads(judged.stdout)["UA"] == record_of(folder)["metrics"]["UA"]
 

@@ -1,4 +1,4 @@
-"""Image data as tensors in memory: scikit-learn's digits, a folder of pictures, any Hugging Face image data set."""
+"""Image data as tensors in memory: digits, clutter, a folder of pictures, any Hugging Face image data set."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from salun.classification import clutter
 from salun.config import parse_yaml
 from salun.errors import DataError
 
@@ -98,14 +99,14 @@ def presets() -> dict[str, Any]:
 def load_data(
     name: str, image_size: int | None = None, image_column: str | None = None, label_column: str | None = None
 ) -> ImageData:
-    """The data set of a name: `digits`, a preset, a folder of pictures or of a saved data set, or a hub id.
+    """The data set of a name: `digits`, `clutter`, a preset, a folder of pictures or of a saved data set, or a hub id.
 
     image_size: pixels a side, to which pictures of different sizes are brought. image_column, label_column: of a
     Hugging Face data set that is no preset. Raises DataError if it is not there, or cannot serve (see `from_folder`).
     """
     known, others = presets()["datasets"], presets()["others"]
-    if name == "digits":
-        return replace(_digits(), preset=known["digits"])
+    if name in EMBEDDED:
+        return replace(EMBEDDED[name](), preset=known[name])
     if name in known:
         columns = {"image": image_column, "label": label_column}
         return from_hub(name, known[name] | {key: value for key, value in columns.items() if value}, image_size)
@@ -130,6 +131,15 @@ def _digits() -> ImageData:
     found = load_digits()
     images = torch.from_numpy((found.images * 15).astype(np.uint8)).unsqueeze(1)
     return ImageData("digits", images, torch.from_numpy(found.target).long(), tuple("0123456789"))
+
+
+def _clutter() -> ImageData:
+    """2,000 pictures (1, 12, 12), see `clutter.py`."""
+    images, labels = clutter.draw()
+    return ImageData("clutter", torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels), clutter.CLASSES)
+
+
+EMBEDDED = {"digits": _digits, "clutter": _clutter}  # those that need no download
 
 
 def from_folder(path: Path, image_size: int | None = None) -> ImageData:

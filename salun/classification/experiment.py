@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,20 +17,24 @@ from torch import nn
 
 from salun.cache import Cache
 from salun.classification.data import ImageData, load_data
-from salun.classification.masks import find_mask
+from salun.classification.masks import find_mask, layers_of
 from salun.classification.methods import METHODS
 from salun.classification.metrics import accuracies, beside_retrain, judge
 from salun.classification.models import Facts, load_model, new_model, save_model
 from salun.classification.options import TrainOptions, UnlearnOptions
 from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import settled, why_no_retrain
+from salun.classification.relearning import relearn
+from salun.classification.search import search
 from salun.classification.splits import Split, make_split, with_forget
 from salun.classification.task import Task
 from salun.device import is_out_of_memory, kernels, pick_device, pick_dtype
 from salun.errors import ConfigError, DataError, TrainingError
 from salun.formats.tensorfile import write_bytes
+from salun.mask import Mask
 from salun.options import from_mapping
 from salun.progress import Event, Progress, silent
+from salun.report.classification import run_page
 from salun.run_record import RunRecord
 
 
@@ -42,6 +46,62 @@ class Outcome:
     split: Split
     metrics: dict[str, Any]
     record: RunRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """All that is known before a run begins.
+
+    options: settled. data: on the device. given: the original that `--original` names. no_retrain: why Retrain is not
+    put beside the run, None if it is.
+    """
+
+    options: UnlearnOptions
+    data: ImageData
+    split: Split
+    given: Original | None
+    no_retrain: str | None
+    cache: Cache
+
+    def original(self, progress: Progress) -> Original:
+        """The model to unlearn from: given, from the cache, or trained now."""
+        if self.given is not None:
+            return self.given
+        return trained(self.options, self.data, self.split.unforgotten(), self.cache, progress, "training")
+
+    def retrained(self, progress: Progress) -> Original:
+        """Retrain: from the cache, or trained now."""
+        return trained(self.options, self.data, self.split, self.cache, progress, "retraining")
+
+    def task(self, model: Original, progress: Progress) -> Task:
+        """The task of making this model forget."""
+        return _task(model, self.data, self.split, self.options, progress)
+
+
+def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageData | None = None) -> Setting:
+    """Load the data, if it is not given, draw the split and settle the options. Raises as `train`."""
+    data = data or load_data(options.data, options.image_size, options.image_column, options.label_column)
+    split = make_split(data, options.test_share, options.validation_share, options.split_seed)
+    split = with_forget(split, data, options.forget, options.seed)
+    given = given_original(options.original, data, split) if options.original is not None else None
+    training = given.facts.training if given else None
+    options = settled(options, data, split, training)
+    no_retrain = why_no_retrain(options, training)
+    data = _prepared(data, options, pick_device(options.device))
+    return Setting(options, data, split, given, no_retrain, cache or Cache.of_user())
+
+
+def opened(setting: Setting) -> RunRecord:
+    """A record without a folder, for a run that is part of a larger one."""
+    return RunRecord(None, "", asdict(setting.options), setting.options.seed, str(setting.data.images.device))
+
+
+def figures_of(task: Task) -> dict[str, Any]:
+    """What `judge` finds, and the relearning curve where the options ask for one."""
+    found = judge(task)
+    if task.options.relearn:
+        found["relearning"] = relearn(task)
+    return found
 
 
 def train(
@@ -63,7 +123,7 @@ def train(
     own = TrainOptions(**{**asdict(options or TrainOptions()), **given})
     data = load_data(own.data, own.image_size, own.image_column, own.label_column)
     split = make_split(data, own.test_share, own.validation_share, own.split_seed)
-    full = settled(UnlearnOptions(**asdict(own)), data)
+    full = settled(UnlearnOptions(**asdict(own)), data, split)
     told = {name: getattr(full, name) for name in asdict(own)}
     device, cache = pick_device(full.device), cache or Cache.of_user()
     record = _record(run_dir, command, told, full, data, split, device, resume)
@@ -94,39 +154,37 @@ def unlearn(
     `split.json` and `run.json`. resume: begin anew the unfinished run of these options in run_dir; what it had trained
     (the original, Retrain) is taken from the cache. Raises as `train`.
     """
-    options = UnlearnOptions(**{**asdict(options or UnlearnOptions()), **given})
-    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
-    split = make_split(data, options.test_share, options.validation_share, options.split_seed)
-    split = with_forget(split, data, options.forget, options.seed)
-    found = given_original(options.original, data, split) if options.original is not None else None
-    options = settled(options, data, found.facts.training if found else None)
-    no_retrain = why_no_retrain(options, found.facts.training if found else None)
-    device, cache = pick_device(options.device), cache or Cache.of_user()
-    record = _record(run_dir, command, asdict(options), options, data, split, device, resume)
-    data = _prepared(data, options, device)
+    setting = setting_of(UnlearnOptions(**{**asdict(options or UnlearnOptions()), **given}), cache)
+    options, data, split = setting.options, setting.data, setting.split
+    record = _record(run_dir, command, asdict(options), options, data, split, data.images.device, resume)
     with record.running(), _computing(options):
         _keep_split(record, split)
         with record.stage("original"):
-            original = found or trained(options, data, split.unforgotten(), cache, progress, "training")
+            original = setting.original(progress)
         for note in original.notes:
             record.data["notes"].append(note)
             progress(Event("original", message=note))
-        task = _task(original, data, split, options, progress)
+        task = setting.task(original, progress)
         with record.stage("evaluating"):
             before = judge(task)
-        seconds = _forget(task, record)
+        if options.search:
+            with record.stage("searching"):
+                task.options, record.data["search"] = search(task)
+        seconds = forget(task, record)
         _keep_model(record, task.model, replace(original.facts, role="unlearned", split=split.digest))
         with record.stage("evaluating"):
-            metrics = {**judge(task), "RTE": _seconds(seconds), "original": before}
-        metrics |= {"retrain": None, "gap": None, "gap_mean": None, "ToW": None, "reason": no_retrain}
-        if no_retrain is None:
+            metrics = {**figures_of(task), "RTE": _seconds(seconds), "original": before}
+        if options.search:  # told apart: it is paid once for a setting, however many times that is used
+            metrics["RTE"]["search"] = record.data["search"]["seconds"]
+        metrics |= {"retrain": None, "gap": None, "gap_mean": None, "ToW": None, "reason": setting.no_retrain}
+        if setting.no_retrain is None:
             with record.stage("retraining"):
-                exact = trained(options, data, split, cache, progress, "retraining")
+                exact = setting.retrained(progress)
             with record.stage("evaluating"):
-                beside = judge(_task(exact, data, split, options, progress))
-            beside["RTE"] = _seconds(exact.seconds)
+                beside = {**figures_of(setting.task(exact, progress)), "RTE": _seconds(exact.seconds)}
             metrics |= {"retrain": beside, **beside_retrain(metrics, beside)}
         record.data["metrics"] = metrics
+        _keep_report(record, task.mask, data.classes)
     return Outcome(task.model, split, metrics, record)
 
 
@@ -157,7 +215,7 @@ def evaluate(run: Path | str, *, device: str = "auto", progress: Progress = sile
     return metrics
 
 
-def _forget(task: Task, record: RunRecord) -> float:
+def forget(task: Task, record: RunRecord) -> float:
     """Find the mask and run the method; returns the seconds that both took (RTE)."""
     method, before = METHODS[task.options.method], {n: p.detach().clone() for n, p in task.parameters.items()}
     began = time.perf_counter()
@@ -181,7 +239,8 @@ def _forget(task: Task, record: RunRecord) -> float:
 def _task(model: Original, data: ImageData, split: Split, options: UnlearnOptions, progress: Progress) -> Task:
     device, facts = data.images.device, model.facts
     fresh = partial(new_model, facts.architecture, data.channels, len(data.classes), options.seed)
-    return Task(model.model.to(device), data, split, options, fresh, progress, pick_dtype(options.dtype, device))
+    placed = model.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
+    return Task(placed, data, split, options, fresh, progress, pick_dtype(options.dtype, device))
 
 
 def _prepared(data: ImageData, options: UnlearnOptions, device: torch.device) -> ImageData:
@@ -224,6 +283,14 @@ def _computing(options: UnlearnOptions) -> Iterator[None]:
 def _keep_split(record: RunRecord, split: Split) -> None:
     if record.folder is not None:
         split.save(record.folder / "split.json")
+
+
+def _keep_report(record: RunRecord, mask: Mask | None, classes: Sequence[str]) -> None:
+    """The page; made while the run is not yet done, for a run that is done has one."""
+    if record.folder is not None:
+        run_page({**record.data, "status": "done"}, layers_of(mask) if mask else {}, classes).save(
+            record.folder / "report.html"
+        )
 
 
 def _keep_model(record: RunRecord, model: nn.Module, facts: Facts) -> None:

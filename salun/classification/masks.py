@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +40,11 @@ def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:
     metadata |= {"split": task.split.digest, "salun_version": __version__}
     mask = Mask(mask.bits, mask.shapes, metadata)
     return mask, {"mode": mode, "density": mask.density, "selected": mask.selected, "total": mask.total, **told}
+
+
+def layers_of(mask: Mask) -> dict[str, list[int]]:
+    """parameter → [selected, total], in module order."""
+    return {name: [count, prod(mask.shapes[name])] for name, count in mask.counts().items()}
 
 
 def saliency_losses(task: Task) -> Iterator[tuple[Tensor, int]]:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from salun.errors import ConfigError
 from salun.options import MASKS, DeviceOptions, option
 
 METHODS = (
@@ -20,8 +21,8 @@ class TrainOptions(DeviceOptions):
 
     data: str = option(
         "digits",
-        "digits, cifar10, cifar100, svhn, tiny-imagenet, a folder with a sub-folder of pictures for each class, or a "
-        "Hugging Face data set (hub id, or a saved one's folder)",
+        "digits, clutter, cifar10, cifar100, svhn, tiny-imagenet, a folder with a sub-folder of pictures for each "
+        "class, or a Hugging Face data set (hub id, or a saved one's folder)",
     )
     image_column: str | None = option(None, "a Hugging Face data set's column of pictures (default: found by its type)")
     label_column: str | None = option(None, "a Hugging Face data set's column of labels (default: found by its type)")
@@ -64,7 +65,9 @@ class UnlearnOptions(TrainOptions):
         "or hub id (default: trained here, and kept in the cache)",
     )
     retrain: str = option(
-        "auto", "also train without the forget set, to compare; auto: on the digits", choices=("auto", "yes", "no")
+        "auto",
+        "also train without the forget set, to compare; auto: on digits and clutter",
+        choices=("auto", "yes", "no"),
     )
     mask: str | None = option(
         None, "which weights may move (default: saliency for salun, full for others that train)", choices=MASKS
@@ -82,6 +85,11 @@ class UnlearnOptions(TrainOptions):
     epochs: int | None = option(None, "of unlearning (default: the method's)", minimum=1, maximum=100_000)
     lr: float | None = option(None, "learning rate of unlearning (default: the method's)", above=0, maximum=10)
     batch_size: int | None = option(None, "(default: the data set's)", minimum=2, maximum=65_536)
+    search: bool = option(
+        False,
+        "find the method's --lr (FF: --noise, IU: --influence, SSD: --ssd-alpha) by a small grid around it, without "
+        "looking at Retrain",
+    )
     gamma: float = option(5e-4, "l1-sparse: weight γ of the ℓ1 norm at the start", minimum=0, maximum=1)
     noise: float = option(0.01, "FF: strength α of the noise α·F^(−1/4)", minimum=0, maximum=100)
     damping: float = option(1e-2, "IU, FF: λ added to the Fisher information", above=0, maximum=100)
@@ -90,18 +98,60 @@ class UnlearnOptions(TrainOptions):
         512, "IU: gradients of single pictures that stand for the Fisher information", minimum=1, maximum=1_000_000
     )
     epsilon: float = option(0.1, "BS: the step across the boundary, in pixels of 0 to 1", minimum=0, maximum=1)
-    ssd_alpha: float = option(5.0, "SSD: α, how much more important for D_f a weight must be", minimum=0)
+    ssd_alpha: float | None = option(
+        None, "SSD: α, how much more important for D_f a weight must be (default: half of what is possible)", minimum=0
+    )
     ssd_lambda: float = option(1.0, "SSD: λ, how much such a weight is dampened", minimum=0)
     distill: float = option(0.5, "SCRUB: α, weight of staying near the original on D_r", minimum=0, maximum=1000)
     max_epochs: int = option(3, "SCRUB: epochs that also push away on D_f", minimum=0, maximum=100_000)
+    relearn: int = option(
+        0,
+        "steps of fine-tuning on the forget set, at most, to see how soon it is known again, here and after Retrain",
+        minimum=0,
+        maximum=100_000,
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", self.method.lower())
         super().__post_init__()
 
 
+@dataclass(frozen=True)
+class CompareOptions(UnlearnOptions):
+    """What `salun classify-compare` can be told. The options that a variant sets are not its own (`NOT_COMPARED`)."""
+
+    methods: list[str] = option(
+        [],
+        "what to compare, the first with each other: METHOD, METHOD/MASK, METHOD@DENSITY or METHOD/MASK@DENSITY, such "
+        "as salun, rl/random or salun@0.1; repeat it for several (default: SalUn, then every other method)",
+    )
+    seeds: int = option(10, "how many, counted from --seed; each draws its own forget set", minimum=1, maximum=1000)
+    search: bool = option(
+        True,
+        "find each method's --lr (FF: --noise, IU: --influence, SSD: --ssd-alpha) by a small grid around its default, "
+        "without looking at Retrain",
+    )
+    search_seeds: int = option(2, "on how many of the seeds to search; the rest takes what was found", minimum=1)
+    workers: int | None = option(
+        None, "processes side by side, one thread each (default: one a core; one on a GPU)", minimum=1, maximum=1024
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.methods, str):  # from Python one text is as good as a list of one
+            object.__setattr__(self, "methods", [self.methods])
+        super().__post_init__()
+        for item in fields(self):
+            if item.name in NOT_COMPARED and getattr(self, item.name) != item.default:
+                flag = "--" + item.name.replace("_", "-")
+                raise ConfigError(f"{flag} is not one option for all in a comparison: leave it out, see --methods")
+
+
+NOT_COMPARED = ("method", "mask", "lr", "retrain", "original")  # each variant's own, or each seed's
+
 GROUPS = {  # for people, in the order in which hosts show them
-    "Method": ("method", "forget", "retrain", "labels", "order", "batchnorm", "epochs", "lr", "batch_size"),
+    "Comparison": ("methods", "seeds", "search_seeds", "workers"),
+    "Method": ("method", "forget", "retrain", "labels", "order", "batchnorm", "epochs", "lr", "batch_size",
+               "search", "relearn"),
     "Mask": ("mask", "density"),
     "Method's own numbers": (
         "gamma", "noise", "damping", "influence", "gradients", "epsilon", "ssd_alpha", "ssd_lambda", "distill",

@@ -50,28 +50,32 @@ def trained(
     device = data.images.device
     wanted = {name: getattr(options, name) for name in DECISIVE}
     key = key_of(
-        kind="classifier", options=wanted, data=split.data, normalised=[data.preset[k] for k in ("mean", "std")],
+        kind="classifier-3", options=wanted, data=split.data, normalised=[data.preset[k] for k in ("mean", "std")],
         rows=split.retain.tolist(), device=device.type, torch=torch.__version__,
     )  # fmt: skip
     assert options.model is not None
     fresh = partial(new_model, options.model, data.channels, len(data.classes), options.seed)
-    model = fresh().to(device)
+    model = fresh().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     facts = Facts(
         options.model, data.channels, data.classes, stage, split.base, split.digest,
         {name: getattr(options, name) for name in TRAINING},
     )  # fmt: skip
     kept = cache.get(key)
     if kept is not None:
+        losses = kept.pop("history")
         seconds = float(kept.pop("seconds"))
         model.load_state_dict(kept)
-        return Original(model.eval(), facts, seconds)
+        return Original(model.eval(), facts, seconds, [(int(epoch), None, loss) for epoch, loss in losses.tolist()])
     task = Task(model, data, split, options, fresh, progress, pick_dtype(options.dtype, device))
     began = time.perf_counter()
     retrain(task, stage)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
-    cache.put(key, {**model.state_dict(), "seconds": torch.tensor(seconds, dtype=torch.float64)})
+    losses = torch.tensor([(epoch, loss) for epoch, _, loss in task.history], dtype=torch.float64)
+    told = {"seconds": torch.tensor(seconds, dtype=torch.float64), "history": losses}
+    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
+    cache.put(key, {**weights, **told})
     return Original(model, facts, seconds, task.history)
 
 

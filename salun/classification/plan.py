@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from salun.classification.data import ImageData
+from salun.classification.data import EMBEDDED, ImageData
 from salun.classification.methods import METHODS
 from salun.classification.options import UnlearnOptions
+from salun.classification.splits import Split
 from salun.errors import ConfigError
 
 TRAINING = ("model", "train_epochs", "train_lr", "train_batch_size", "augment")
 
 
-def settled(options: UnlearnOptions, data: ImageData, training: dict[str, Any] | None = None) -> UnlearnOptions:
+def settled(
+    options: UnlearnOptions, data: ImageData, split: Split, training: dict[str, Any] | None = None
+) -> UnlearnOptions:
     """The options without a `None`, but for `original` and what the data or the method has no use for.
 
-    training: how the original that is given was trained; Retrain must be trained likewise. Raises ConfigError for an
-    option that contradicts it, or that the method cannot follow.
+    split: the run's; SSD's α depends on how much is forgotten. training: how the original that is given was trained;
+    Retrain must be trained likewise. Raises ConfigError for an option that contradicts it, or that the method cannot
+    follow.
     """
     preset = data.preset
     own = {"model": preset["model"], "augment": preset["augment"]}
@@ -37,6 +41,8 @@ def settled(options: UnlearnOptions, data: ImageData, training: dict[str, Any] |
             chosen[name] = value
         elif value is None:
             raise ConfigError(f"--{name} {getattr(options, name)}: the method {method.title} has none; leave it out")
+    if options.ssd_alpha is None and len(split.forget):
+        chosen["ssd_alpha"] = round(len(split.train) / len(split.forget) / 2, 4)
     if options.batch_size is None:
         chosen["batch_size"] = preset["train"]["batch_size"]
     return replace(options, **chosen)
@@ -56,6 +62,6 @@ def why_no_retrain(options: UnlearnOptions, training: dict[str, Any] | None) -> 
         return "how the original was trained is not known"
     if options.method == "retrain":
         return "this is Retrain itself"
-    if options.retrain == "no" or (options.retrain == "auto" and options.data != "digits"):
+    if options.retrain == "no" or (options.retrain == "auto" and options.data not in EMBEDDED):
         return "Retrain was not asked for: add --retrain yes"
     return None

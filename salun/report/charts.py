@@ -85,3 +85,77 @@ def block_of(name: str) -> str:
 
 def _short(n: int) -> str:
     return f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.1f} k" if n >= 1e3 else str(n)
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:
+    """A line with dots for each name: its (x, y) points. across, up: what the axes are. Empty if there is no point."""
+    points = [point for line in series.values() for point in line]
+    if not points:
+        return ""
+    width, height, left, bottom, room = 640, 240, 56, 34, 150
+    x0, x1 = _widened(min(x for x, _ in points), max(x for x, _ in points))
+    y0, y1 = _widened(min(y for _, y in points), max(y for _, y in points))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (width - left - room) * (x - x0) / (x1 - x0), 10 + (height - bottom - 10) * (
+            1 - (y - y0) / (y1 - y0)
+        )
+
+    label = escape(f"{up} against {across}")
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
+    for value in _ticks(y0, y1):
+        _, y = at(x0, value)
+        parts.append(f'<line x1="{left}" x2="{width - room}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in _ticks(x0, x1):
+        x, _ = at(value, y0)
+        parts.append(f'<text x="{x:.1f}" y="{height - 19}" text-anchor="middle">{value:g}</text>')
+    middle = (left + width - room) / 2
+    parts.append(f'<text x="{middle:.1f}" y="{height - 4}" text-anchor="middle">{escape(across)}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        kind, top = f"s{i % 6}", 18 + 16 * i
+        drawn = [at(x, y) for x, y in line]
+        parts.append(f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)}"/>')
+        if len(drawn) <= 24:
+            parts += [f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in drawn]
+        parts.append(f'<line class="{kind}" x1="{width - room + 10}" x2="{width - room + 26}" y1="{top}" y2="{top}"/>')
+        parts.append(f'<text x="{width - room + 32}" y="{top + 4}">{escape(name)}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """The range, made wider where it is none."""
+    return (low, high) if high - low > 1e-9 else (low - 0.5, high + 0.5)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers within."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def heat(table: Sequence[Sequence[int]], names: Sequence[str], title: str) -> str:
+    """A confusion matrix: counts by true class (down) and answer (across), each row shaded by its shares."""
+    n, cell, left, top = len(table), 26, 92, 36
+    size = left + n * cell + 8
+    parts = [f'<svg class="heat" viewBox="0 0 {size} {top + n * cell + 8}" role="img" aria-label="{escape(title)}">']
+    parts.append(f'<text x="{left}" y="12">{escape(title)}</text>')
+    for i, name in enumerate(names):
+        short = name if len(name) <= 12 else name[:11] + "…"
+        y = top + i * cell
+        parts.append(f'<text x="{left - 6}" y="{y + 17}" text-anchor="end">{escape(short)}</text>')
+        parts.append(f'<text x="{left + i * cell + 13}" y="{top - 6}" text-anchor="middle">{escape(short[:3])}</text>')
+        total = sum(table[i])
+        for j, count in enumerate(table[i]):
+            share = count / total if total else 0.0
+            x = left + j * cell
+            parts.append(
+                f'<rect class="{"own" if i == j else "other"}" x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
+                f'fill-opacity="{share:.3f}"/>'
+            )
+            if count:
+                parts.append(f'<text x="{x + 12.5}" y="{y + 17}" text-anchor="middle">{count}</text>')
+    return "".join([*parts, "</svg>"])

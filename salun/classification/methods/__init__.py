@@ -19,27 +19,32 @@ from salun.classification.task import Task
 
 @dataclass(frozen=True)
 class Method:
-    """title: the paper's name. epochs, lr: what it takes where nobody says. mask: the same; None if it has none."""
+    """title: the paper's name. epochs, lr: what it takes where nobody says. mask: the same; None if it has none.
+
+    tunes: the option that `--search` finds, None if there is none. factors: what it multiplies the option by at first.
+    """
 
     title: str
     run: Callable[[Task], None]
     epochs: int | None = None
     lr: float | None = None
     mask: str | None = None
+    tunes: str | None = "lr"
+    factors: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
 
 
 METHODS = {  # rates: found by trying on the digits, three seeds, BatchNorm frozen; another model will want its own
-    "retrain": Method("Retrain", retrain),
+    "retrain": Method("Retrain", retrain, tunes=None),
     "ft": Method("FT", fine_tune, 10, 0.01, "full"),
     "rl": Method("RL", random_labels, 10, 0.003, "full"),
     "ga": Method("GA", gradient_ascent, 5, 0.01, "full"),
-    "ff": Method("FF", fisher_forgetting),
-    "iu": Method("IU", influence_unlearning),
+    "ff": Method("FF", fisher_forgetting, tunes="noise"),
+    "iu": Method("IU", influence_unlearning, tunes="influence"),
     "be": Method("BE", boundary_expanding, 10, 1e-4, "full"),
     "bs": Method("BS", boundary_shrink, 10, 5e-5, "full"),
     "l1-sparse": Method("ℓ1-sparse", l1_sparse, 10, 0.01, "full"),
     "salun": Method("SalUn", salun, 10, 0.003, "saliency"),
     "salun-soft": Method("SalUn-soft", salun_soft, 10, 0.003),
     "scrub": Method("SCRUB", scrub, 10, 0.01, "full"),
-    "ssd": Method("SSD", ssd),
+    "ssd": Method("SSD", ssd, tunes="ssd_alpha", factors=(0.3, 0.5, 0.7, 1, 1.4, 1.9)),
 }

@@ -72,9 +72,10 @@ def ssd(task: Task) -> None:
 
     I is the diagonal of the Fisher information with the own labels, on D_f and on D = D_f ∪ D_r. The paper takes
     α = 10 for smaller forget sets than a tenth; as I_D ≥ I_f·|D_f|/|D|, no weight is chosen where α ≥ |D|/|D_f|, which
-    raises ConfigError.
+    raises ConfigError. Half of that is the default here.
     """
     alpha, lam = task.options.ssd_alpha, task.options.ssd_lambda
+    assert alpha is not None
     most = len(task.split.train) / len(task.split.forget)
     if alpha >= most:
         raise ConfigError(

@@ -1,0 +1,352 @@
+"""A comparison: its jobs, its table, that it is the same however many processes make it, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from salun.cache import Cache
+from salun.classification.compare import compare, jobs_of, preview, variant_of, variants_of
+from salun.classification.options import CompareOptions
+from salun.classification.table import difference_lines, interval, lines_of, table_of
+from salun.config import read_config
+from salun.errors import Cancelled, ConfigError
+from salun.progress import Event
+from salun.report import charts
+from salun.report.classification import comparison_page, run_page
+
+QUICK: dict[str, Any] = {"train_epochs": 2, "epochs": 1, "device": "cpu", "search": False, "workers": 1}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short comparison by one process."""
+    folder = tmp_path_factory.mktemp("runs") / "compare"
+    compare(run_dir=folder, methods=["salun", "ft", "ff", "salun@0.1"], seeds=2, relearn=3, **QUICK)
+    return folder
+
+
+def told(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return found
+
+
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    rows = {name: {k: v for k, v in row.items() if k != "RTE"} for name, row in metrics["methods"].items()}
+    return {"methods": rows, "retrain": {k: v for k, v in metrics["retrain"].items() if k != "RTE"}}
+
+
+def test_a_variant_is_a_method_with_a_mask_or_a_density() -> None:
+    assert variant_of("salun").mask is None
+    found = variant_of("RL/random@0.25")
+    assert (found.method, found.mask, found.density) == ("rl", "random", 0.25)
+
+
+WRONG = {
+    "best": "must be METHOD",
+    "retrain": "must be METHOD",
+    "salun/good": "must be one of saliency",
+    "iu/random": "the method IU has none",
+    "salun@0": "above 0 and at most 1",
+    "salun@1.5": "above 0 and at most 1",
+    "salun@1.2.3": "is no density",
+    "ft@0.5": "of a mask that is not full",
+    "salun@": "must be METHOD",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_variant_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=WRONG[text]):
+        compare(methods=[text], **QUICK)
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.1}, {"method": "ft"}, {"mask": "random"}, {"original": "runs/x"}])
+def test_an_option_that_no_comparison_has_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not one option for all in a comparison"):
+        compare(**changes)
+    (tmp_path / "wish.yaml").write_text("\n".join(f"{k}: {v}" for k, v in changes.items()), encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not one option for all in a comparison"):
+        read_config(tmp_path / "wish.yaml", CompareOptions)
+
+
+def test_the_jobs_are_every_method_with_every_seed_and_one_retrain_each() -> None:
+    options = CompareOptions(methods=["salun", "ssd"], seeds=3, seed=5, epochs=7, search_seeds=2)
+    jobs = jobs_of(options, variants_of(options))
+    assert [job.name for job in jobs["retrain"]] == ["retrain-5", "retrain-6", "retrain-7"]
+    assert {job.name for job in jobs["search"]} == {f"search-{m}-{s}" for m in ("salun", "ssd") for s in (5, 6)}
+    assert len(jobs["unlearn"]) == 6
+    epochs = {job.variant: job.options.epochs for job in jobs["unlearn"]}
+    assert epochs == {"salun": 7, "ssd": None}  # SSD does not train
+    with pytest.raises(ConfigError, match="is named twice"):
+        variants_of(CompareOptions(methods=["ft", "ft"]))
+    assert variants_of(CompareOptions())[0].name == "salun"
+    assert len(variants_of(CompareOptions())) == 12
+
+
+def test_a_comparison_writes_one_table_and_a_page(made: Path) -> None:
+    metrics = told(made)["metrics"]
+    assert list(metrics["methods"]) == ["salun", "ft", "ff", "salun@0.1"]
+    row = metrics["methods"]["ft"]
+    assert row["UA"]["n"] == row["gap_mean"]["n"] == 2
+    assert row["gap"]["RA"] == pytest.approx(abs(row["RA"]["mean"] - metrics["retrain"]["RA"]["mean"]))
+    assert row["gap_paper"] == pytest.approx(sum(row["gap"].values()) / 4)
+    assert metrics["differences"]["to"] == "salun"
+    assert metrics["differences"]["of"]["ft"]["mean"] == pytest.approx(
+        row["gap_mean"]["mean"] - metrics["methods"]["salun"]["gap_mean"]["mean"]
+    )
+    html = (made / "report.html").read_text(encoding="utf-8")
+    for heading in (
+        "In figures",
+        "paired by seed",
+        "density of the mask",
+        "layer by layer",
+        "class by class",
+        "Relearn",
+    ):
+        assert heading in html
+    assert len(list((made / "jobs").iterdir())) == 2 + 8
+
+
+def test_the_table_is_counted_as_it_is_defined() -> None:
+    def figures(ua: float, rest: float = 100.0) -> dict[str, Any]:
+        found: dict[str, Any] = {name: {"value": rest} for name in ("RA", "TA", "MIA")}
+        return {**found, "UA": {"value": ua}, "RTE": {"value": 1.0}}
+
+    retrain = {s: {**figures(10.0), "original": figures(0.0)} for s in range(3)}
+    results = {
+        "a": {0: figures(6), 1: figures(14), 2: figures(10)},
+        "b": {0: figures(18), 1: figures(18), 2: {"error": "came apart"}},
+    }
+    found = table_of(results, retrain, {}, {"a": "A", "b": "B"})
+    a, b = found["methods"]["a"], found["methods"]["b"]
+    assert (a["gap"]["UA"], a["gap_paper"]) == (0, 0)  # the means meet
+    assert a["gap_mean"]["values"] == [1, 1, 0]  # though the seeds do not
+    assert b["failed"] == [2]
+    assert (b["gap_mean"]["mean"], b["gap_mean"]["n"]) == (2, 2)
+    assert found["differences"]["of"]["b"] == {"mean": 1, "low": 1, "high": 1, "n": 2}
+    assert "10.00 ± 4.00 (0.00)" in lines_of(found)[3]
+    assert difference_lines(found)[1][1] == "+1.00"
+    assert "search s" not in lines_of(found)[0] or lines_of(found)[3][-1] == "–"
+
+
+def test_the_interval_is_students() -> None:
+    """Of 1, 2, 3, 4: mean 2.5, deviation 1.291, t(3) = 3.182, so ± 2.054."""
+    found = interval([1, 2, 3, 4])
+    assert (found["mean"], found["n"]) == (2.5, 4)
+    assert found["high"] - 2.5 == pytest.approx(2.0542, abs=1e-3)
+    assert interval([1.0])["low"] is None
+
+
+@pytest.mark.slow
+def test_several_processes_find_the_very_same(made: Path, tmp_path: Path) -> None:
+    methods = ["salun", "ft", "ff", "salun@0.1"]
+    found = compare(
+        run_dir=tmp_path / "two", cache=Cache(tmp_path / "cache"), methods=methods, seeds=2, relearn=3,
+        **{**QUICK, "workers": 2},
+    )  # fmt: skip
+    assert without_times(found.metrics) == without_times(told(made)["metrics"])
+
+
+def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp_path: Path) -> None:
+    done = []
+
+    def stop(event: Event) -> None:
+        if event.step == 5:
+            raise Cancelled("stopped")
+
+    def listen(event: Event) -> None:
+        done.append(event.message)
+
+    common: dict[str, Any] = {"methods": ["salun", "ft", "ff", "salun@0.1"], "seeds": 2, "relearn": 3}
+    with pytest.raises(Cancelled):
+        compare(run_dir=tmp_path / "run", progress=stop, **common, **QUICK)
+    assert told(tmp_path / "run")["status"] == "cancelled"
+    with pytest.raises(ConfigError, match="go on with it by --resume"):
+        compare(run_dir=tmp_path / "run", **common, **QUICK)
+    with pytest.raises(ConfigError, match="seeds was 2 and is 3"):
+        compare(run_dir=tmp_path / "run", resume=True, **{**common, "seeds": 3}, **QUICK)
+    (tmp_path / "run" / "jobs" / "retrain-0.json").write_text("{", encoding="utf-8")  # a damaged one is made again
+    found = compare(run_dir=tmp_path / "run", resume=True, progress=listen, **common, **QUICK)
+    assert without_times(found.metrics) == without_times(told(made)["metrics"])
+    assert len([message for message in done if message]) == 10 - 5 + 1
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        compare(run_dir=tmp_path / "run", resume=True, **common, **QUICK)
+
+
+def test_a_seed_at_which_a_method_comes_apart_is_told_and_the_rest_stands(tmp_path: Path) -> None:
+    found = compare(methods=["bs", "ga"], seeds=1, run_dir=tmp_path / "run", **{**QUICK, "epochs": 400})
+    row = found.metrics["methods"]["ga"]
+    assert row["failed"] == [0]
+    assert row["gap_mean"]["mean"] is None
+    assert "ga, seed 0:" in found.record.data["notes"][0]
+    assert "–" in lines_of(found.metrics)[4][1]
+
+
+@pytest.mark.slow
+def test_a_small_comparison_finds_rates_by_itself() -> None:
+    """The search is told and counted apart; after it the methods are near Retrain, and nearer than the original."""
+    found = compare(
+        methods=["salun", "rl", "ft"], seeds=2, search_seeds=1, device="cpu", workers=1, forget="class:3", epochs=3
+    )
+    for row in found.metrics["methods"].values():
+        assert row["search"]["runs"] >= 5
+        assert row["search"]["seconds"] > 0
+    original = found.metrics["original"]
+    exact = found.metrics["retrain"]
+    far = sum(abs(original[k]["mean"] - exact[k]["mean"]) for k in ("UA", "RA", "TA", "MIA")) / 4
+    assert far > 40  # Retrain does not know the class at all, the original all of it
+    for name in ("salun", "rl"):  # FT does not forget a class in three epochs
+        assert found.metrics["methods"][name]["gap_mean"]["mean"] < 5
+
+
+def test_a_dry_run_tells_the_jobs_and_writes_nothing(tmp_path: Path) -> None:
+    found = preview(CompareOptions(methods=["salun", "ft"], seeds=3, device="cpu"), run_dir=tmp_path / "run")
+    assert {kind: some["all"] for kind, some in found["jobs"].items()} == {"retrain": 3, "search": 4, "unlearn": 6}
+    assert found["seconds"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+EVIL = '<script>alert("1")</script>'
+
+
+def evil(value: Any) -> Any:
+    """The same with every text replaced, but for the names that the page itself asks for."""
+    if isinstance(value, dict):
+        return {key: evil(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [evil(item) for item in value]
+    return EVIL if isinstance(value, str) else value
+
+
+def test_a_page_escapes_everything_and_fetches_nothing(made: Path, tmp_path: Path) -> None:
+    data = evil(told(made))
+    names = list(told(made)["metrics"]["methods"])
+    data["metrics"]["methods"] = {EVIL + str(i): row for i, row in enumerate(data["metrics"]["methods"].values())}
+    data["notes"], data["facts"][EVIL] = [EVIL], EVIL
+    jobs = {path.stem: json.loads(path.read_text())["result"] for path in (made / "jobs").iterdir()}
+    results = {EVIL + str(i): {s: jobs[f"{n.replace('@', '-')}-{s}"] for s in (0, 1)} for i, n in enumerate(names)}
+    for some in results.values():
+        for result in some.values():
+            result["layers"] = {EVIL + k: v for k, v in result["layers"].items()}
+    rows = {name: {"method": EVIL, "mask": EVIL, "density": 0.1 * i + 0.1} for i, name in enumerate(results)}
+    retrain = {s: jobs[f"retrain-{s}"] for s in (0, 1)}
+    pages = [comparison_page(data, {EVIL: [[EVIL], [EVIL]]}, rows, results, retrain, [EVIL] * 10).html]
+    from salun.classification.experiment import unlearn
+
+    run = unlearn(relearn=2, search=True, train_epochs=1, epochs=1, device="cpu").record.data
+    options = {**dict.fromkeys(run["options"], EVIL), EVIL: EVIL}
+    shown = {**run, "options": options, "device": EVIL, "command": EVIL, "notes": [EVIL], "facts": {EVIL: EVIL}}
+    shown["search"] = {**run["search"], "option": EVIL}
+    pages.append(run_page(shown, {EVIL: (1, 2)}, [EVIL] * 10).html)
+    for html in pages:
+        assert "<script" not in html
+        assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html)
+        assert "@import" not in html
+
+
+def test_curves_hold_with_awkward_numbers() -> None:
+    assert charts.curves({}, "x", "y") == ""
+    flat = charts.curves({"a": [(1.0, 5.0)], "b": []}, "x", "y")
+    assert "nan" not in flat
+    assert "<circle" in flat
+    many = charts.curves({"a": [(float(i), float(i * i)) for i in range(200)]}, "x", "y")
+    assert "<circle" not in many
+    assert "200" not in charts.heat([[0, 0], [0, 0]], ["a", "b"], "t")
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "salun", "classify-compare", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_the_command_tells_the_table(tmp_path: Path) -> None:
+    quick = [
+        "--methods",
+        "ft",
+        "--methods",
+        "ga",
+        "--seeds",
+        "1",
+        "--no-search",
+        "--train-epochs",
+        "1",
+        "--epochs",
+        "1",
+    ]
+    done = subprocess.run(
+        command(*quick, "--workers", "1", "--run-dir", "run"), cwd=tmp_path, capture_output=True, text=True,
+        env=environment(), timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:5] == ["method", "UA", "%", "RA", "%"]
+    assert [line.split()[0] for line in lines[1:5]] == ["original", "Retrain", "FT", "GA"]
+    assert (tmp_path / "run" / "report.html").is_file()
+    (tmp_path / "wish.yaml").write_text("methods: [ft]\nseeds: 2\n", encoding="utf-8")
+    dry = subprocess.run(
+        command("--config", "wish.yaml", "--dry-run", "--json"), cwd=tmp_path, capture_output=True, text=True,
+        env=environment(), timeout=300, check=False,
+    )  # fmt: skip
+    found = json.loads(dry.stdout)
+    assert (found["methods"], found["seeds"]) == (["ft"], [0, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_comparison_resumes_and_leaves_no_process(how: signal.Signals, tmp_path: Path) -> None:
+    arguments = ["--methods", "ft", "--methods", "ga", "--seeds", "2", "--no-search", "--train-epochs", "8"]
+    arguments += ["--epochs", "3", "--workers", "2", "--run-dir", "run"]
+    with subprocess.Popen(
+        command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("retrain, seed"):
+                break
+        children = children_of(process.pid)
+        assert children
+        process.send_signal(how)
+        rest = process.communicate(timeout=60)[1]
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert rest.splitlines()[-1].endswith("go on with: salun classify-compare --resume --run-dir run")
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "worker processes outlived the comparison"
+        time.sleep(0.1)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "jobs").glob("*.json")}
+    assert kept
+    again = subprocess.run(
+        command("--resume", "--run-dir", "run", "--workers", "1", "--json"), cwd=tmp_path, capture_output=True, text=True,
+        env=environment(), timeout=300, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["status"] == "done"
+    for name, when in kept.items():
+        assert (tmp_path / "run" / "jobs" / name).stat().st_mtime_ns == when
+
+
+def children_of(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task/{pid}/children")
+    if not tasks.is_file():
+        pytest.skip("needs Linux's /proc")
+    return [int(child) for child in tasks.read_text().split()]
