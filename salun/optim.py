@@ -125,6 +125,7 @@ class MaskedOptimiser:
             self._optimisers = dict.fromkeys(self.packed, shared)
         self._hooks = []
         for name, parameter in parameters.items():
+            parameter.grad = None  # one that was left there would be added to the first step's
             parameter.requires_grad_(name in self.packed)
         for name, packed in self.packed.items():
             self._hooks.append(packed.parameter.register_post_accumulate_grad_hook(self._hook(name)))

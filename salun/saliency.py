@@ -52,6 +52,7 @@ def scores_from_losses(
     hooks = []
     try:
         for name, parameter in parameters.items():
+            parameter.grad = None  # one that the caller's own training left would be added to the first batch's
             parameter.requires_grad_(True)
             hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p)))
         for step, (loss, n) in enumerate(losses, 1):

@@ -336,8 +336,8 @@ def test_a_killed_comparison_resumes_and_leaves_no_process(how: signal.Signals, 
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "jobs").glob("*.json")}
     assert kept
     again = subprocess.run(
-        command("--resume", "--run-dir", "run", "--workers", "1", "--json"), cwd=tmp_path, capture_output=True, text=True,
-        env=environment(), timeout=300, check=False,
+        command("--resume", "--run-dir", "run", "--workers", "1", "--json"), cwd=tmp_path, capture_output=True,
+        text=True, env=environment(), timeout=300, check=False,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["status"] == "done"

@@ -272,3 +272,11 @@ def test_state_in_host_memory_changes_no_result(density: float) -> None:
             assert {m.device.type for m in optimiser.masters.values()} == {"cpu"}
         results.append(module.weight.detach().clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("mode", ["step", "pack"])
+def test_a_gradient_that_was_left_in_the_module_is_no_part_of_the_first_step(little: nn.Module, mode: Mode) -> None:
+    clean, mask = copy.deepcopy(little), random_mask(little)
+    loss_of(little, 99).backward()
+    found = [train(module, mask, MAKERS["sgd"], mode) for module in (clean, little)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

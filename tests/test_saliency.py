@@ -36,6 +36,13 @@ def test_scores_are_absolute_values_of_the_gradient_of_the_whole_set(little: nn.
         torch.testing.assert_close(scores[name], gradient.abs())  # float32 sums in another order
 
 
+def test_a_gradient_that_was_left_in_the_module_is_no_part_of_the_scores(little: nn.Module) -> None:
+    clean = scores_from_losses(dict(little.named_parameters()), batches(little, [5, 5]))
+    F.cross_entropy(little(torch.ones(1, 6)), torch.zeros(1, dtype=torch.int64)).backward()
+    again = scores_from_losses(dict(little.named_parameters()), batches(little, [5, 5]))
+    assert all(torch.equal(clean[name], again[name]) for name in clean)
+
+
 def test_batches_that_disagree_cancel() -> None:
     """Signed sums, not sums of absolute values."""
     weight = nn.Parameter(torch.ones(2))
