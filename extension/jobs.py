@@ -283,6 +283,7 @@ class Queue:
             time.sleep(0.05)
         if child.poll() is None:
             child.kill()
+            self._settle(job, "cancelled")  # the system frees its memory meanwhile; the turn ends with the process
 
     def _settle(self, job: Job, state: str, error: str | None = None) -> None:
         with self._change:

@@ -149,16 +149,23 @@ class WebUI:
         if job.state != "done":
             return
         from modules import sd_models
+        from modules.call_queue import queue_lock
 
-        sd_models.list_models()
+        asked = job.request
+        written = [
+            Path(path) for path in [*asked.get("options", {}).get("output", []), asked.get("output", "")] if path
+        ]
+        for path in written:  # one by one: the host's own listing empties its list first, under a generation's feet
+            if path.is_file() and path.parent == self.checkpoints():
+                sd_models.CheckpointInfo(str(path)).register()
         networks = sys.modules.get("networks")  # of the built-in LoRA extension
-        if networks is not None and hasattr(networks, "list_available_networks"):
-            networks.list_available_networks()
+        if job.kind == "export" and networks is not None and hasattr(networks, "list_available_networks"):
+            with queue_lock:
+                networks.list_available_networks()
 
     def use(self, path: Path) -> str:
         from modules import sd_models, shared
 
-        sd_models.list_models()
         info = next(
             (i for i in sd_models.checkpoints_list.values() if Path(i.filename).resolve() == path.resolve()), None
         )
