@@ -55,6 +55,7 @@ SOURCE = "host.safetensors"
 NODES = 14
 TINY = {"forget_latents": 2, "retain_latents": 2, "resolution": 64, "seed": 0}
 TRAIN = {"steps": 3, "batch_size": 1, "lr": 1e-4, "retain_weight": -1, "density": 0.5, "eval_images": 0}
+AT_ONCE = {"target": "online", "retain_target": "noise"}  # no frozen targets to make before the training
 CHOICES = {"mask": "saliency", "scope": "full"}
 
 
@@ -352,8 +353,8 @@ def test_5_an_interrupt_stops_within_two_steps_and_leaves_nothing(server: Server
     base = server.image(server.run({**erasing(), **sampling(["load", 0])}), "image")
     files = sorted(p for p in server.file("").rglob("*") if p.is_file())
     with Events(server) as events:
-        number = server.queue({**erasing(steps=500, seed=8), **keeping()})
-        events.until(lambda: len(events.progress) > 503)  # 500 frozen targets, then the training
+        number = server.queue({**erasing(steps=500, seed=8, **AT_ONCE), **keeping()})
+        events.until(lambda: len(events.progress) > 3 + 8 + 2)  # samples, saliency, two steps of training
         asked, at = time.monotonic(), len(events.progress)
         server.post("/interrupt", {})
         done = server.wait(number, 60)
@@ -493,7 +494,7 @@ def test_10_memory_stays_over_rounds_and_the_same_seed_gives_the_same_file(start
         sizes = []
         for round in range(5):
             server.run({**erasing(seed=round), **keeping()})
-            number = server.queue({**erasing(seed=100 + round, steps=500), **keeping()})
+            number = server.queue({**erasing(seed=100 + round, steps=500, **AT_ONCE), **keeping()})
             time.sleep(4)
             server.post("/interrupt", {})
             assert "execution_interrupted" in messages(server.wait(number, 60))
