@@ -208,8 +208,8 @@ def erasing(**changes: Any) -> dict[str, Any]:
         "concept": node("SalUnConcept", preset="(text)", text="a cat", anchor="a dog", retain_prompts=""),
         "erase": node(
             "SalUnErase",
-            **{"model": ["load", 0], "clip": ["load", 1], "vae": ["load", 2], "concept": ["concept", 0]},
-            **{**TRAIN, **TINY, **changes},
+            **{"model": ["load", 0], "clip": ["load", 1], "vae": ["load", 2], "concept": ["concept", 0]}
+            | {**TRAIN, **TINY, **changes},
         ),
     }
 
