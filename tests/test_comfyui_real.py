@@ -237,7 +237,7 @@ def keeping(kind: str = "SalUnSaveDelta", name: str = "keep", **inputs: Any) -> 
 
 def weights_of(model: list[Any], name: str) -> dict[str, Any]:
     """ComfyUI's own saver, to read what weights a MODEL has."""
-    return {name: node("ModelSave", model=model, filename_prefix=f"seen/{name}")}
+    return {f"save {name}": node("ModelSave", model=model, filename_prefix=f"seen/{name}")}
 
 
 def unet(path: Path) -> dict[str, Tensor]:
