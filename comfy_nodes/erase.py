@@ -13,6 +13,8 @@ from torch import Tensor
 from salun.cache import key_of
 from salun.diffusion.data import sample_data
 from salun.diffusion.erase import carry_out, prepared
+from salun.diffusion.observe import Observation, Questions, questions
+from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
 from salun.errors import ModelError
 from salun.formats.delta import Delta
@@ -96,7 +98,7 @@ class SalUnErase:
             mask=digest(given_mask) if given_mask else None,
             **facts,
         )
-        kept = _kept(key, graph)
+        kept = _kept(key, graph, plan)
         if kept is None:
             bar = Bar(stages(plan, given_data, given_mask is not None))
             told = {"model": graph.name, "concept": [c.name for c in plan.concepts], **asdict(plan.options)}
@@ -113,9 +115,17 @@ class SalUnErase:
 Kept = tuple[Delta, Tensor, str]
 
 
+SIDES = ("before", "after")
+
+
+def _drawn(plan: Plan, asked: Questions, before: Observation, after: Observation) -> Tensor:
+    forget, retain = grids(plan, asked, before, after)
+    if forget is None or retain is None:
+        return written("eval_images is 0")
+    return image(stack(forget, retain))
+
+
 def _keep(key: str, run: Run) -> Kept:
-    forget, retain = grids(run.plan, run.asked, run.before, run.after)
-    picture = image(stack(forget, retain)) if forget is not None and retain is not None else written("eval_images is 0")
     record = run.record.data
     told = {
         "concepts": [{"name": c.name, "anchor": c.anchor} for c in run.plan.concepts],
@@ -133,13 +143,15 @@ def _keep(key: str, run: Run) -> Kept:
         place = store.folder / key[:2] / f"{key}-delta.safetensors"
         place.parent.mkdir(parents=True, exist_ok=True)
         run.delta.save(place)
-        text = torch.from_numpy(np.frombuffer(figures.encode(), np.uint8).copy())
-        store.put(key, {"picture": (picture * 255).round().to(torch.uint8), "figures": text})
-    return run.delta, picture, figures
+        seen = {"figures": torch.from_numpy(np.frombuffer(figures.encode(), np.uint8).copy())}
+        for side, observed in zip(SIDES, (run.before, run.after), strict=True):
+            seen |= {f"{side} {what}": torch.from_numpy(getattr(observed, what)) for what in ("forget", "retain")}
+        store.put(key, seen)
+    return run.delta, _drawn(run.plan, run.asked, run.before, run.after), figures
 
 
-def _kept(key: str, graph: GraphModel) -> Kept | None:
-    """An erasure of these very inputs that was done before."""
+def _kept(key: str, graph: GraphModel, plan: Plan) -> Kept | None:
+    """An erasure of these very inputs that was done before. Its pictures are drawn anew: whether to blur may differ."""
     store = cache()
     place, seen = store.folder / key[:2] / f"{key}-delta.safetensors", store.get(key)
     if seen is None or not place.is_file():
@@ -151,4 +163,9 @@ def _kept(key: str, graph: GraphModel) -> Kept | None:
         return None
     if delta.base_hash != graph.base_hash:
         return None
-    return delta, seen["picture"].float() / 255, seen["figures"].numpy().tobytes().decode()
+    none = torch.empty(0)
+    sides = [
+        Observation(seen[f"{side} forget"].numpy(), seen[f"{side} retain"].numpy(), none, none, none) for side in SIDES
+    ]
+    asked = questions(plan, plan.eval_images, plan.options.seed)
+    return delta, _drawn(plan, asked, *sides), seen["figures"].numpy().tobytes().decode()

@@ -365,6 +365,16 @@ def test_the_same_inputs_train_once_and_a_changed_option_trains(host: Any) -> No
     assert erased(model, lr=2e-3)[1].result_hash != first.result_hash and host.bar
 
 
+def test_what_was_kept_is_blurred_as_it_is_asked_for_now(host: Any) -> None:
+    (concept,) = call("SalUnConcept", preset="nudity")
+    assert concept[0].name == "nudity"
+    parts = {"clip": Clip(), "vae": Vae(), "concept": concept, **TINY, **SIZES}
+    shown = call("SalUnErase", model=Patcher(), **parts, show_sensitive=True)[2]
+    host.bar.clear()
+    blurred = call("SalUnErase", model=Patcher(), **parts)[2]
+    assert not host.bar and blurred.shape == shown.shape and not torch.equal(blurred, shown)
+
+
 def test_an_interrupt_passes_through_and_the_next_run_is_whole(host: Any) -> None:
     model = Patcher()
     host.interrupt_at = 8
