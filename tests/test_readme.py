@@ -55,9 +55,11 @@ def test_every_option_shown_exists() -> None:
     """Options in the README's text and commands that start with `salun erase` or stand by themselves."""
     import dataclasses
 
+    from salun.classification.options import CompareOptions, UnlearnOptions
     from salun.options import EraseJob
 
-    known = {"--" + item.name.replace("_", "-") for item in dataclasses.fields(EraseJob)}
+    kinds = (EraseJob, CompareOptions, UnlearnOptions)
+    known = {"--" + item.name.replace("_", "-") for kind in kinds for item in dataclasses.fields(kind)}
     known |= {"--config", "--dry-run", "--resume", "--force", "--json"}  # of the command itself
     known |= {
         "--delta",
