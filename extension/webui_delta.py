@@ -58,9 +58,10 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
             refresh.click(
                 lambda: [gr.update(choices=["", *service().deltas()]) for _ in chosen], [], chosen, queue=False
             )
-        for control in (on, *chosen, *strengths):
+        controls: list[Any] = [on, *chosen, *strengths]
+        for control in controls:
             control.do_not_save_to_config = True
-        return [on, *chosen, *strengths]
+        return controls
 
     def process_before_every_sampling(self, p: Any, on: bool, *rest: Any, **kwargs: Any) -> None:
         """Before the first pass and before hires fix. Where it fails, the generation is stopped, not made without."""
