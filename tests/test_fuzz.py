@@ -240,7 +240,7 @@ def read_all(path: Path) -> None:
 
 def read_checkpoint(path: Path) -> None:
     found = Contents.of(path)
-    _ = found.prediction, found.zero_snr, found.dtypes(), dict(found.unet)
+    _ = found.prediction, found.zero_snr, dict(found.unet)
 
 
 def read_mask(path: Path) -> None:
