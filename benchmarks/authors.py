@@ -194,7 +194,7 @@ def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int) -> str:
         f"random 10 %, {seeds} seeds, the same original, rows and hyperparameters on both sides, one thread of a CPU.",
         "Ours is told to do as theirs does: `--labels any --order forget-first --batchnorm updated`. Both models are",
         "judged by `salun`; their own evaluation of their models differs from that by the last column, at most.",
-        "Batches and random labels are drawn by other generators on the two sides: figures agree within noise,",
+        "Batches and random labels are drawn by other generators on the two sides: differences are judged by their intervals,",
         "not to the bit.",
         "",
         "| method | lr, epochs | | UA % | RA % | TA % | MIA % | s an epoch, least | judges differ by |",

@@ -124,7 +124,15 @@ PREAMBLE = (
     "their average, as in the SalUn paper. *Gap by seed*: the mean over UA, RA, TA and MIA of each seed's own gap to\n"
     "its own Retrain, in which errors of different seeds do not cancel; this is what is compared. RTE: seconds of one\n"
     "unlearning; *search*: seconds that the search for the rate took, on one seed or two, once for all. It never\n"
-    "looks at Retrain. What the words mean: [classification.md](classification.md)."
+    "looks at Retrain. What the words mean: [classification.md](classification.md).\n"
+    "\n"
+    "**To be held against these figures.** The intervals are t intervals of single comparisons, not corrected for their\n"
+    "number; on the digits a few seeds with a far MIA decide the order. The search tries few values that are finite at\n"
+    "every seed it looks at, and where the chosen one is the grid's end (GA and SCRUB on the clutter, near the untouched\n"
+    "model, among others) the method may be able to do better. Fisher forgetting's damping, shared with IU, drowns most\n"
+    "of its Fisher information. Batches are mixed on the clutter and forget-first on the digits, which matters to SalUn,\n"
+    "SalUn-soft and RL alone. A method that came apart at some seeds is averaged over the others. The first two settings\n"
+    "were made on a busy machine: compare no seconds between settings."
 )
 
 
