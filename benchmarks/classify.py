@@ -126,13 +126,14 @@ PREAMBLE = (
     "unlearning; *search*: seconds that the search for the rate took, on one seed or two, once for all. It never\n"
     "looks at Retrain. What the words mean: [classification.md](classification.md).\n"
     "\n"
-    "**To be held against these figures.** The intervals are t intervals of single comparisons, not corrected for their\n"
-    "number; on the digits a few seeds with a far MIA decide the order. The search tries few values that are finite at\n"
-    "every seed it looks at, and where the chosen one is the grid's end (GA and SCRUB on the clutter, near the untouched\n"
-    "model, among others) the method may be able to do better. Fisher forgetting's damping, shared with IU, drowns most\n"
-    "of its Fisher information. Batches are mixed on the clutter and forget-first on the digits, which matters to SalUn,\n"
-    "SalUn-soft and RL alone. A method that came apart at some seeds is averaged over the others. The first two settings\n"
-    "were made on a busy machine: compare no seconds between settings."
+    "**To be held against these figures.** The intervals are t intervals of single comparisons, not corrected for\n"
+    "their number; on the digits a few seeds with a far MIA decide the order. The search tries few values that\n"
+    "are finite at every seed it looks at, and where the chosen one is the grid's end (GA and SCRUB on the\n"
+    "clutter, near the untouched model, among others) the method may be able to do better. Fisher forgetting's\n"
+    "damping, shared with IU, drowns most of its Fisher information. Batches are mixed on the clutter and forget-\n"
+    "first on the digits, which matters to SalUn, SalUn-soft and RL alone. A method that came apart at some seeds\n"
+    "is averaged over the others. The first two settings were made on a busy machine: compare no seconds between\n"
+    "settings."
 )
 
 
