@@ -47,18 +47,9 @@ class Service:
 
         name: of the new checkpoint, where the host keeps them. Raises ConfigError for what cannot be.
         """
-        strange = [key for key in options if key not in OFFERED]
-        if strange:
-            raise ConfigError(f"{', '.join(map(repr, strange))[:200]} cannot be set here")
-        values = {key: value for key, value in options.items() if value is not None}
+        values = self._within(options)
         title = values.pop("model", None)
         model = self._model(title) if title is not None else None
-        values["mask"] = self._mask(values.get("mask", "saliency"))
-        for key in ("forget_images", "retain_images"):
-            if key in values:
-                values[key] = str(confined(str(values[key]), self.pictures))
-        if "components" in values:
-            values["components"] = _components(str(values["components"]))
         if not isinstance(preview_every, int) or not 0 <= preview_every <= 1_000_000:
             raise ConfigError("a preview every so many steps: give a whole number, 0 for none")
         job: EraseJob = from_mapping(EraseJob, values, "the options")
@@ -71,11 +62,25 @@ class Service:
         asked = {"options": dataclasses.asdict(settled), "preview_every": preview_every, "host": self.host.name}
         return self.queue.submit("erase", f"forget {', '.join(concepts)}", asked, folder.name)
 
+    def _within(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with every name of a file confined to its folder. Raises ConfigError for one that leads out, or for
+        an option that cannot be set here."""
+        strange = [key for key in options if key not in OFFERED]
+        if strange:
+            raise ConfigError(f"{', '.join(map(repr, strange))[:200]} cannot be set here")
+        values = {key: value for key, value in options.items() if value is not None}
+        values["mask"] = self._mask(values.get("mask", "saliency"))
+        for key in ("forget_images", "retain_images"):
+            if key in values:
+                values[key] = str(confined(str(values[key]), self.pictures))
+        if "components" in values:
+            values["components"] = _components(str(values["components"]))
+        return values
+
     def mask(self, options: Mapping[str, Any]) -> Job:
         """Put the making of a mask alone into the queue, to be chosen by its name later. options: as for `erase`."""
-        values = {key: value for key, value in options.items() if value is not None and key in OFFERED}
+        values = self._within(options)
         concept, title = list(values.pop("concept", [])), values.pop("model", None)
-        values["mask"] = self._mask(values.get("mask", "saliency"))
         kept = {item.name for item in dataclasses.fields(EraseOptions)}
         checked: EraseOptions = from_mapping(
             EraseOptions, {k: v for k, v in values.items() if k in kept}, "the options"

@@ -20,8 +20,6 @@ from typing import Any
 import gradio as gr
 from modules import scripts, shared
 
-from salun.errors import SalunError
-
 from .webui import service
 
 ROWS = 3
@@ -65,6 +63,14 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
 
     def process_before_every_sampling(self, p: Any, on: bool, *rest: Any, **kwargs: Any) -> None:
         """Before the first pass and before hires fix. Where it fails, the generation is stopped, not made without."""
+        try:
+            self._apply(p, on, *rest)
+        except Exception as error:  # whatever it is: the host would report it and go on without the delta
+            p.comment(f"Erased delta: {error}")
+            shared.state.interrupt()
+            raise
+
+    def _apply(self, p: Any, on: bool, *rest: Any) -> None:
         forge = hasattr(p.sd_model, "forge_objects")
         pairs = (
             [(str(d), float(s)) for d, s in zip(rest[:ROWS], rest[ROWS:], strict=True) if d and float(s)] if on else []
@@ -74,12 +80,7 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
         if not pairs:
             _last.clear()
             return
-        try:
-            name, tensors = _stacked(Path(p.sd_model.sd_checkpoint_info.filename), pairs)
-        except (SalunError, OSError) as error:
-            p.comment(f"Erased delta: {error}")
-            shared.state.interrupt()
-            raise
+        name, tensors = _stacked(Path(p.sd_model.sd_checkpoint_info.filename), pairs)
         if forge:
             _into_forge(p, name, tensors)
         else:
