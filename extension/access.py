@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class Access:
     def check(self, headers: Mapping[str, str]) -> None:
         """Raises Refused for a request with these headers (names in lower case)."""
         self._same_origin(headers)
+        if not self.users and not _is_address(headers.get("host", "")):
+            raise Refused(403, "call this by its address, or set a password: another site's name may lead here")
         token = headers.get("x-salun-token")
         if token is not None:
             if not _equal(token, self.token):
@@ -52,6 +55,16 @@ class Access:
             raise Refused(403, "requests from other sites are refused")
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise Refused(403, "requests from other sites are refused")
+
+
+def _is_address(host: str) -> bool:
+    """Whether a Host header names no domain: a domain can be made to lead to this machine (DNS rebinding)."""
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return name.casefold() in ("localhost", "")
+    return True
 
 
 def _basic(header: str) -> tuple[str, str]:

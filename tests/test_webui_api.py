@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from extension.access import Access
+from extension.access import Access, Refused
 from extension.api import LARGEST, PREFIX, add_routes, schema
 from extension.host import Alone
 from extension.places import confined, new_file, safe_name
@@ -227,3 +227,14 @@ def test_a_new_file_never_has_an_old_name(tmp_path: Path) -> None:
         file = new_file(tmp_path, "X" if expected == "X" else "x", ".safetensors")
         assert file.name == f"{expected}.safetensors"
         file.touch()
+
+
+@pytest.mark.parametrize("host", ["evil.example:7870", "127.0.0.1.evil.example", "localhost.evil.example:80"])
+def test_without_a_password_no_name_that_another_site_owns_leads_here(host: str) -> None:
+    """A domain can be made to lead to this machine after its page has loaded (DNS rebinding)."""
+    told = {"host": host, "origin": f"http://{host}"}
+    with pytest.raises(Refused, match="by its address"):
+        Access().check(told)
+    Access({"ann": "secret"}).check({**told, "authorization": "Basic YW5uOnNlY3JldA=="})
+    for own in ("127.0.0.1:7870", "localhost:7870", "[::1]:7870", "192.168.0.5:7860"):
+        Access().check({"host": own, "origin": f"http://{own}"})
