@@ -124,11 +124,11 @@ def theirs(
         criterion, mask = nn.CrossEntropyLoss(), None
         if name == "SalUn":
             code.mask(loaders, task.model, criterion, args)
-            mask = torch.load(Path(folder) / "with_0.5.pt")
+            mask = torch.load(Path(folder) / "with_0.5.pt", weights_only=True)
             ours, _ = find_mask(task)
             same = [agreement(mask, ours)]
             code.mask({"forget": DataLoader(loaders["forget"].dataset, 10**6)}, task.model, criterion, args)
-            same.append(agreement(torch.load(Path(folder) / "with_0.5.pt"), ours))
+            same.append(agreement(torch.load(Path(folder) / "with_0.5.pt", weights_only=True), ours))
         torch.manual_seed(options.seed)
         np.random.seed(options.seed)
         began = time.perf_counter()
