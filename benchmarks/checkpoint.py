@@ -1,10 +1,14 @@
 """Checkpoints of true size: writing an erased one against a plain copy, and a whole erasure on a CPU.
 
-    python benchmarks/checkpoint.py FOLDER        FOLDER takes 20 GB; writes docs/checkpoints.md. Stopped, it goes on
+    python -m benchmarks.checkpoint FOLDER        FOLDER takes 20 GB; writes docs/checkpoints.md. Stopped, it goes on
 
-Every row runs in a process of its own, so that its peak memory is its own (VmHWM: Linux). The weights are random, of
-Stable Diffusion 1.5's names and shapes (tools/checkpoints.py). Copies are real ones (no reflink) and synced, as the
-writer's are; the page cache holds the source in every row.
+Every row runs in a process of its own, so that its peak memory is its own (VmHWM: Linux); the rows take turns, round
+after round. The weights are random, of Stable Diffusion 1.5's names and shapes (tools/checkpoints.py). Copies are real
+ones (no reflink) and synced, as the writer's are; the page cache holds the source in every row.
+
+Just before its row each process writes the file's bytes to a scratch file and removes it, twice. A virtual machine that
+gives freed memory back to its host pays for every page again when it is next filled: without this, one and the same
+copy took between 1.0 and 5.7 seconds, by what had run before it, and the ratios came out anywhere from 0.4 to 2.7.
 """
 
 from __future__ import annotations
@@ -102,6 +106,10 @@ ROWS: dict[str, Callable[[Path, Path], None]] = {
 
 def child(row: str, base: Path, target: Path) -> None:
     """Run a row and print what it took."""
+    scratch = target.with_name("scratch.safetensors")
+    for _ in range(2):
+        copy(base, scratch)
+        scratch.unlink()
     before = status("VmRSS")
     began = time.perf_counter()
     ROWS[row](base, target)
@@ -109,15 +117,22 @@ def child(row: str, base: Path, target: Path) -> None:
     print(json.dumps({"seconds": seconds, "memory": status("VmHWM") - before}))
 
 
-def measured(row: str, base: Path, target: Path, runs: int) -> dict[str, float]:
-    """The median over runs, each in a process of its own."""
-    found = []
-    for _ in range(runs):
-        command = [sys.executable, __file__, str(target.parent), "--row", row]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
-        found.append(json.loads(done.stdout))
-        target.unlink(missing_ok=True)
-    return {key: median(one[key] for one in found) for key in ("seconds", "memory")}
+def measured(base: Path, target: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """Of each row the median over the rounds, and the seconds of all; each run in a process of its own."""
+    found: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+    for _ in range(rounds):
+        for row, runs in found.items():
+            command = [sys.executable, __file__, str(target.parent), "--row", row]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+            runs.append(json.loads(done.stdout))
+            target.unlink(missing_ok=True)
+    return {
+        row: {
+            **{key: median(one[key] for one in runs) for key in ("seconds", "memory")},
+            "all": sorted(one["seconds"] for one in runs),
+        }
+        for row, runs in found.items()
+    }
 
 
 def environment() -> dict[str, str]:
@@ -152,13 +167,15 @@ def page(found: dict[str, Any]) -> str:
         "# Checkpoints of true size",
         "",
         f"Written by `benchmarks/checkpoint.py`: Stable Diffusion 1.5's names and shapes, fp16, random weights, "
-        f"{found['bytes'] / 1e9:.2f} GB; torch {found['torch']}, {found['cores']} shared cores, no GPU. Median of "
-        f"{found['runs']} runs, each in a process of its own; memory beyond what the process held before.",
+        f"{found['bytes'] / 1e9:.2f} GB; torch {found['torch']}, {found['cores']} shared cores, no GPU. Medians of "
+        f"{found['runs']} rounds in which the rows take turns, each in a process of its own that has just written and "
+        "removed the same bytes twice (the script tells why); memory beyond what the process held before.",
         "",
-        "| writing | seconds | of a copy | peak memory |",
+        "| writing | seconds (least to most) | of a copy | peak memory |",
         "|---|---|---|---|",
         *(
-            f"| {row} | {told['seconds']:.1f} | {told['seconds'] / plain:.2f} × | {told['memory'] / 1e6:.0f} MB |"
+            f"| {row} | {told['seconds']:.2f} ({told['all'][0]:.2f} to {told['all'][-1]:.2f}) | "
+            f"{told['seconds'] / plain:.2f} × | {told['memory'] / 1e6:.0f} MB |"
             for row, told in found["rows"].items()
         ),
         "",
@@ -180,7 +197,7 @@ def page(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
@@ -193,7 +210,7 @@ def main() -> None:
         make(base, "sd1", size="true")
     found: dict[str, Any] = {"bytes": base.stat().st_size, "torch": torch.__version__, "cores": os.cpu_count()}
     found["runs"] = arguments.runs
-    found["rows"] = {row: measured(row, base, folder / "out.safetensors", arguments.runs) for row in ROWS}
+    found["rows"] = measured(base, folder / "out.safetensors", arguments.runs)
     found["erasures"] = {}
     for extra in ([], ["--dtype", "bf16", "--low-vram"]):
         found["erasures"][" ".join(extra)] = erasure(base, folder / f"run{len(found['erasures'])}", extra)

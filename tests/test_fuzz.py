@@ -4,6 +4,9 @@ A small checkpoint, a mask and a delta are damaged at random: some in their raw 
 bytes mean, so that the damage gets past the first checks. All of it follows from `SEED`. One case alone is read by
 
     python -m tests.test_fuzz FOLDER --case 1234
+
+and with `--deltas` given to what writes: apply, undo and export, of a damaged delta on its base, and of a sound one on
+a damaged base.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 import pytest
 import torch
 
+from salun import deltas
 from salun.errors import SalunError
 from salun.formats import keymap, tensorfile
 from salun.formats.checkpoint import GUESS_KEY, Contents
@@ -34,6 +38,7 @@ from tools import checkpoints
 
 SEED = 0
 CASES = 10_000
+DELTA_CASES = 1_000
 SECONDS = 5.0  # of CPU time, for one file
 MEMORY = 1_000_000_000  # bytes, of which diffusers and torch take half before anything is read
 
@@ -263,15 +268,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 def sources(folder: Path) -> list[bytes]:
     """Sound files to damage: a checkpoint of a few tensors, a mask and a delta; now and then a checkpoint with all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    one_level = {
-        "block_out_channels": (32,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-        "cross_attention_dim": 8,
-    }
-    told = {"modelspec.prediction_type": "v", "salun.concept": "circle"}
-    whole = checkpoints.make(folder / "whole", "sd1", vae=False, text=False, unet=one_level, metadata=told)
+    whole = small_checkpoint(folder / "whole")
     ends = (
         ".input_blocks.0.0.weight",
         ".out.2.weight",
@@ -281,7 +278,7 @@ def sources(folder: Path) -> list[bytes]:
         "betas",
     )
     few = {name: tensor for name, tensor in tensorfile.tensors(whole) if name.endswith(ends)}
-    tensorfile.write(folder / "few", {**few, "model_ema.decay": torch.tensor(0.9), "v_pred": torch.empty(0)}, told)
+    tensorfile.write(folder / "few", {**few, "model_ema.decay": torch.tensor(0.9), "v_pred": torch.empty(0)}, TOLD)
     generator = torch.Generator().manual_seed(SEED)
     base = {f"down_blocks.{i}.w": torch.rand(i + 3, 5, generator=generator) for i in range(4)}
     base |= {"conv_in.bias": torch.rand(9, generator=generator), "mid_block.x": torch.rand(70, 9, generator=generator)}
@@ -291,6 +288,21 @@ def sources(folder: Path) -> list[bytes]:
     new["mid_block.x"][3, 3] = 1.5  # one entry of many, which a delta may keep in another way
     Delta.between(base, new, {"salun.concept": "circle"}).save(folder / "delta")
     return [(folder / name).read_bytes() for name in ["few", "mask", "delta"] * 20 + ["whole"]]
+
+
+TOLD = {"modelspec.prediction_type": "v", "salun.concept": "circle"}
+
+
+def small_checkpoint(path: Path) -> Path:
+    """A Stable Diffusion 1 of one level, without VAE and text encoder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    one_level = {
+        "block_out_channels": (32,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "cross_attention_dim": 8,
+    }
+    return checkpoints.make(path, "sd1", vae=False, text=False, unet=one_level, metadata=TOLD)
 
 
 def attack(folder: Path, numbers: range) -> dict[str, Any]:
@@ -316,6 +328,55 @@ def attack(folder: Path, numbers: range) -> dict[str, Any]:
             if took > SECONDS:
                 failures.append(f"case {number}, {name}: {took:.1f} s")
     return {"failures": failures, "understood": understood, "slowest": slowest, "memory": peak_memory()}
+
+
+def attack_deltas(folder: Path, numbers: range) -> dict[str, Any]:
+    """Give damaged deltas and damaged models to the commands that write. Gives failures, and how often each wrote."""
+    base = small_checkpoint(folder / "base.safetensors")
+    old = dict(tensorfile.tensors(base))
+    moved = {name: w + 0.5 if name.endswith(".attn2.to_k.weight") else w for name, w in old.items()}
+    moved["model.diffusion_model.out.2.bias"] = old["model.diffusion_model.out.2.bias"] + 1
+    erased, delta = folder / "erased.safetensors", folder / "sound.salun.safetensors"
+    tensorfile.write(erased, moved, TOLD)
+    deltas.extract(str(base), str(erased), str(delta))
+    files = [delta.read_bytes(), delta.read_bytes(), base.read_bytes()]
+    given, out = folder / "given", folder / "out.safetensors"
+    lora, diff = folder / "out.lora.safetensors", folder / "out.diff.safetensors"
+    wrote: Counter[str] = Counter()
+    failures, slowest = [], 0.0
+    for number in numbers:
+        bad = given.with_suffix(".salun.safetensors" if number % 3 < 2 else ".safetensors")
+        bad.write_bytes(case(number, files))
+        (folder / "number").write_text(str(number), encoding="utf-8")
+        layer, model, changed = (bad, base, erased) if number % 3 < 2 else (delta, bad, bad)
+        commands: dict[str, Callable[[], object]] = {
+            "apply": lambda layer=layer, model=model: deltas.apply(str(model), str(layer), str(out)),
+            "a part": lambda layer=layer, model=model: deltas.apply(
+                str(model), str(layer), str(out), 0.5, fine_tune_of=str(base)
+            ),
+            "undo": lambda layer=layer, changed=changed: deltas.undo(str(changed), str(layer), str(out)),
+            "low rank": lambda layer=layer, model=model: deltas.export(str(layer), str(model), str(lora), rank=1),
+            "full": lambda layer=layer, model=model: deltas.export(str(layer), str(model), str(diff)),
+        }
+        for name, command in commands.items():
+            began = time.process_time()
+            try:
+                command()
+                wrote[name] += 1
+            except SalunError as error:
+                if len(str(error)) > 5000:
+                    failures.append(f"case {number}, {name}: {len(str(error))} letters: {str(error)[:300]!r}")
+                if left := [one.name for one in folder.iterdir() if "out." in one.name]:
+                    failures.append(f"case {number}, {name}: left {left}")
+            except Exception:
+                failures.append(f"case {number}, {name}: {traceback.format_exc()[-1500:]}")
+            took = time.process_time() - began
+            slowest = max(slowest, took)
+            if took > SECONDS:
+                failures.append(f"case {number}, {name}: {took:.1f} s")
+            for made in (out, lora, diff):
+                made.unlink(missing_ok=True)
+    return {"failures": failures, "wrote": wrote, "slowest": slowest, "memory": peak_memory()}
 
 
 def peak_memory() -> int:
@@ -352,6 +413,15 @@ def test_no_damage_brings_a_reader_down(tmp_path: Path) -> None:
         assert CASES / 100 < found["understood"][reader] < CASES * 0.6, found["understood"]
 
 
+@pytest.mark.slow
+def test_no_damage_brings_a_command_down_or_leaves_a_file(tmp_path: Path) -> None:
+    found = child(tmp_path, "--deltas")
+    assert not found["failures"], "\n".join([f"{len(found['failures'])} failures", *found["failures"][:10]])
+    assert found["memory"] < MEMORY
+    for command in ("apply", "a part", "undo", "low rank", "full"):
+        assert 0 < found["wrote"][command] < DELTA_CASES * 0.6, found["wrote"]
+
+
 DEEP = b"[" * 400 + b"]" * 400
 
 
@@ -375,6 +445,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--case", type=int)
+    parser.add_argument("--deltas", action="store_true")
     parser.add_argument("--read")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -386,8 +457,9 @@ def main() -> None:
             print(error, file=sys.stderr)
         print(json.dumps({"memory": peak_memory(), "seconds": time.process_time() - began}))
         return
-    numbers = range(CASES) if given.case is None else range(given.case, given.case + 1)
-    print(json.dumps(attack(given.folder, numbers)))
+    number, cases = given.case, DELTA_CASES if given.deltas else CASES
+    numbers = range(cases) if number is None else range(number, number + 1)
+    print(json.dumps((attack_deltas if given.deltas else attack)(given.folder, numbers)))
 
 
 if __name__ == "__main__":
