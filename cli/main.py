@@ -387,7 +387,7 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="remove everything in it")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the cache of sampled latents, which runs share, or empty it."""
+    """Show the cache of sampled latents and converted .ckpt files, which runs share, or empty it."""
     from salun.cache import Cache
 
     kept = Cache.of_user()
@@ -395,12 +395,14 @@ def cache(
         removed = kept.clear()
         _tell({"folder": str(kept.folder), "removed": removed}, as_json, [f"{removed} entries removed"])
         return
-    found = kept.entries()
-    size = sum(taken for _, taken, _ in found)
+    found, pickles = kept.entries(), kept.converted_files()
+    size, converted = sum(taken for _, taken, _ in found), sum(taken for _, taken in pickles)
     facts = {"folder": str(kept.folder), "entries": len(found), "bytes": size, "limit": kept.limit}
+    facts |= {"converted": len(pickles), "converted_bytes": converted}
     lines = [
         f"folder:  {kept.folder} (SALUN_CACHE names another)",
         f"entries: {len(found)}, {size / 1e6:.1f} MB of at most {kept.limit / 1e6:.0f} MB (SALUN_CACHE_SIZE)",
+        f"converted .ckpt files: {len(pickles)}, {converted / 1e6:.1f} MB (kept until --clear)",
     ]
     _tell(facts, as_json, lines)
 

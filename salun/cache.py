@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -45,6 +46,11 @@ class Cache:
 
             folder = platformdirs.user_cache_dir("salun", appauthor=False)
         return Cache(Path(folder).expanduser(), size_of(os.environ.get("SALUN_CACHE_SIZE", str(DEFAULT_LIMIT))))
+
+    @property
+    def converted(self) -> Path:
+        """Where the safetensors files lie that pickles were made into; as large as these, and kept until `clear`."""
+        return self.folder / "converted"
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """An entry's tensors, or None if there is none that is sound."""
@@ -88,11 +94,16 @@ class Cache:
             found.append((path, facts.st_size, facts.st_mtime))
         return sorted(found, key=lambda entry: (entry[2], entry[0]))
 
+    def converted_files(self) -> list[tuple[Path, int]]:
+        """(file, bytes) of every converted pickle."""
+        return [(path, path.stat().st_size) for path in sorted(self.converted.glob("*/*.safetensors"))]
+
     def clear(self) -> int:
-        """Remove every entry; returns how many there were."""
-        found = self.entries()
-        for path, _, _ in found:
+        """Remove every entry and every converted pickle; returns how many there were."""
+        found = [path for path, *_ in (*self.entries(), *self.converted_files())]
+        for path in found:
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.converted, ignore_errors=True)
         for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():  # of processes that were killed
             leftover.unlink(missing_ok=True)
         return len(found)

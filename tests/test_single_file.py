@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import salun
 from salun.__main__ import main
+from salun.cache import Cache
 from salun.diffusion.finding import ASSETS
 from salun.diffusion.latents import sample_pictures
 from salun.diffusion.models import Model
@@ -25,6 +26,7 @@ from salun.diffusion.single_file import clip_tokenizer
 from salun.errors import ConfigError, ModelError
 from salun.formats import keymap, tensorfile
 from salun.formats.checkpoint import open_unet
+from salun.formats.pickled import readable
 from salun.inspection import inspect
 from salun.mask import Mask
 from salun.options import ModelOptions
@@ -525,6 +527,21 @@ def test_a_pickle_is_read_only_when_allowed_and_never_run(file: Callable[..., Pa
     with pytest.raises(ModelError, match=r"bad\.ckpt cannot be read.*holds a \S+, which would run code"):
         salun.load(str(tmp_path / "bad.ckpt"), device="cpu", allow_pickle=True)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_converted_pickle_goes_by_its_own_name_and_goes_when_the_cache_is_emptied(
+    file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SALUN_CACHE", str(tmp_path / "cache"))
+    torch.save({"state_dict": load_file(file("sd1"))}, tmp_path / "old.ckpt")
+    made = readable(tmp_path / "old.ckpt", allowed=True)
+    assert made.name == "old.safetensors"  # so that a message about it can be understood
+    cache = Cache.of_user()
+    assert cache.converted_files() == [(made, made.stat().st_size)]
+    cache.put("ab" * 32, {"x": torch.ones(3)})
+    assert made.is_file()  # whoever reads it is not to lose it to another's samples
+    assert cache.clear() == 2
+    assert not made.exists()
 
 
 def test_a_trainers_own_state_in_a_pickle_does_no_harm(file: Callable[..., Path], tmp_path: Path) -> None:

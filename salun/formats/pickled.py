@@ -28,7 +28,7 @@ def readable(path: Path, allowed: bool) -> Path:
 
 
 def converted(path: Path, allowed: bool) -> Path:
-    """A safetensors file with a pickled checkpoint's tensors, in the user's cache folder; made once for each content.
+    """A safetensors file of the same stem with a pickled checkpoint's tensors, in the user's cache; made once.
 
     Names and bytes stay, what is no tensor (training state) goes. Raises ModelError where it is not allowed, or if
     the file holds anything but tensors and plain values.
@@ -38,7 +38,7 @@ def converted(path: Path, allowed: bool) -> Path:
             f"{path} is a pickle, which may run code of whoever made it: take a .safetensors of the same model, or, if "
             "you trust the file, --allow-pickle (it is read with weights_only)"
         )
-    target = Cache.of_user().folder / "converted" / f"{sha256_file(path)[:24]}.safetensors"
+    target = Cache.of_user().converted / sha256_file(path)[:24] / f"{path.stem}.safetensors"
     if target.is_file():
         return target
     try:
