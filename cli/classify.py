@@ -15,8 +15,10 @@ import typer
 from salun.classification.options import GROUPS, NOT_COMPARED, CompareOptions, TrainOptions, UnlearnOptions
 from salun.errors import Cancelled
 
-from .main import Json, _tell, app
+from .app import app
 from .options import with_options
+from .output import Json
+from .output import tell as _tell
 from .progress import terminal_progress
 
 Config = Annotated[Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")]

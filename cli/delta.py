@@ -10,8 +10,8 @@ import typer
 from salun.errors import ModelError
 from salun.options import EraseOptions, FileOptions
 
-from .main import Force, Json, _bars, _tell
 from .options import with_options
+from .output import Force, Json, bars, tell
 from .progress import terminal_progress
 
 app: typer.Typer = typer.Typer(
@@ -60,7 +60,7 @@ def extract(
         f"{found['changed']:,} of {found['total']:,} weights ({found['density']:.2%}) differ, "
         f"in {found['tensors']} tensors",
     ]
-    _tell(found, as_json, lines)
+    tell(found, as_json, lines)
 
 
 @app.command()
@@ -91,7 +91,7 @@ def apply(
             force=force,
             progress=progress,
         )
-    _tell(found, as_json, _applied_lines(found))
+    tell(found, as_json, _applied_lines(found))
 
 
 @app.command()
@@ -124,7 +124,7 @@ def stack(
             force=force,
             progress=progress,
         )
-    _tell(found, as_json, _applied_lines(found))
+    tell(found, as_json, _applied_lines(found))
 
 
 @app.command()
@@ -147,7 +147,7 @@ def undo(
         f"{found['output']}: delta {found['id']} is taken out, exact to the bit (hash {found['base_hash'][:12]}…)",
         *([f"still applied: {left}"] if left else []),
     ]
-    _tell(found, as_json, lines)
+    tell(found, as_json, lines)
 
 
 @app.command()
@@ -174,7 +174,7 @@ def export(
     lines = [*found["notes"], f"{found['output']}: {found['bytes'] / 1e6:,.1f} MB, {found['tensors']} tensors"]
     if "kept" in found:
         lines += _kept_lines(found["kept"])
-    _tell(found, as_json, lines)
+    tell(found, as_json, lines)
 
 
 @app.command()
@@ -186,7 +186,7 @@ def inspect(delta: DeltaFile, as_json: Json = False) -> None:
     if found["kind"] != "delta":
         raise ModelError(f"{delta} is no delta ({found['kind']}): `salun inspect` tells more")
     lines = [f"{key}: {value}" for key, value in found.items() if key not in ("blocks", "layers")]
-    _tell(found, as_json, [*lines, "", "share of each block:", *_bars(found["blocks"])])
+    tell(found, as_json, [*lines, "", "share of each block:", *bars(found["blocks"])])
 
 
 def _applied_lines(found: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import typer
 
 from salun.errors import ConfigError, SalunError
 
-from .main import app
+from .app import app
 
 PAGE = "salun_webui_extension"  # the page is a host of its own; here it is only opened
 

@@ -100,7 +100,7 @@ class Cache:
 
     def clear(self) -> int:
         """Remove every entry and every converted pickle; returns how many there were."""
-        found = [path for path, *_ in (*self.entries(), *self.converted_files())]
+        found = [entry[0] for entry in self.entries()] + [entry[0] for entry in self.converted_files()]
         for path in found:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.converted, ignore_errors=True)

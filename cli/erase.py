@@ -1,0 +1,281 @@
+"""`salun erase`, `mask`, `sample` and `eval`: what works with a diffusion model."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from salun.errors import Cancelled, ConfigError
+from salun.options import EraseJob, EraseOptions, ModelOptions, Sampling
+
+from .app import app
+from .options import with_options
+from .output import Force, Json, ModelName, model_or_default, new_file, tell
+from .progress import terminal_progress
+
+TRAINING_ONLY = (
+    "steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"
+)  # fmt: skip
+
+Steps = Annotated[
+    int | None,
+    typer.Option(help="sampler steps (default: the model's)", min=1, max=1000),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="guidance scale (default: the model's)", min=0, max=100),
+]
+
+
+@app.command()
+@with_options(EraseJob, parameter="job")
+def erase(
+    job: EraseJob,
+    given: set[str],
+    config: Annotated[
+        Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the unfinished run in --run-dir; begin if there is none")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tell what would be done, and what it would take; write nothing")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model forget a concept, and show whether it worked."""
+    job, sources = _settled(job, given, config, resume)
+    if not job.concept:
+        raise ConfigError("no concept is given: name what the model should forget, e.g. --concept circle")
+    from salun.diffusion.concepts import Concept
+    from salun.processes import current
+    from salun.run_record import check_folder, new_run_folder
+
+    wanted = [Concept(name) for name in job.concept]
+    who = current()
+    folder = who.share(Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept)))
+    if not who.rank:
+        check_folder(folder, resume)
+    from salun.diffusion.erase import erase as run_erase
+
+    if dry_run:
+        from salun.diffusion.estimate import preview
+
+        with terminal_progress(as_json) as progress:
+            found = preview(model_or_default(job.model), wanted, job.options, job.output, folder, progress, force)
+        tell({**found, "sources": sources}, as_json, _preview_lines(found, sources))
+        return
+    with terminal_progress(as_json or who.rank > 0) as progress, _resumable(folder):
+        run = run_erase(
+            model_or_default(job.model),
+            wanted,
+            job.options,
+            progress=progress,
+            run_dir=folder,
+            outputs=job.output,
+            force=force,
+            resume=resume,
+            command=shlex.join(["salun", *sys.argv[1:]]),
+        )
+    if not who.rank:
+        tell(run.record.data, as_json, _erase_lines(run, folder, job.output))
+
+
+def _settled(job: EraseJob, given: set[str], config: Path | None, resume: bool) -> tuple[EraseJob, dict[str, str]]:
+    """The job with a config file's values where the command line gives none, and where each value comes from."""
+    values = {item.name: getattr(job, item.name) for item in dataclasses.fields(job)}
+    read: dict[str, Any] = {}
+    if config is not None:
+        from salun.config import read_config
+
+        read = read_config(config)
+    elif resume and job.run_dir and (Path(job.run_dir) / "run.json").is_file():
+        from salun.config import read_config
+        from salun.run_record import check_folder
+
+        begun = check_folder(Path(job.run_dir), resume) or {}
+        read = {**read_config(Path(job.run_dir) / "run.json"), "output": list(begun["options"].get("output", []))}
+        config = Path(job.run_dir) / "run.json"
+    sources = {}
+    for name, value in values.items():
+        if name in given:
+            sources[name] = "command line"
+        elif name in read:
+            values[name], sources[name] = read[name], str(config)
+        else:
+            sources[name] = "preset" if name == "anchor" else "recipe" if value is None else "default"
+    return EraseJob(**values), sources
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Within, a run that is stopped says how to go on with it."""
+    try:
+        yield
+    except (Cancelled, KeyboardInterrupt) as stop:
+        if (folder / "run.json").exists():
+            raise Cancelled(
+                f"stopped; go on with: {shlex.join(['salun', 'erase', '--resume', '--run-dir', str(folder)])}"
+            ) from stop
+        raise
+
+
+def _preview_lines(found: dict[str, Any], sources: dict[str, str]) -> list[str]:
+    lines = [f"{c['name']} → {c['anchor'] or 'the empty prompt'}" for c in found["concepts"]]
+    lines += [*found["notes"], "", *(f"  {step}" for step in found["steps"]), ""]
+    width = max(len(name) for name in found["options"])
+    for name, value in found["options"].items():
+        source = sources.get(name, "recipe")
+        lines.append(f"  --{name.replace('_', '-'):<{width}}  {value!s:<20}  {source}")
+    gib = 2**30
+    lines += [
+        "",
+        f"time:   about {found['seconds']['total'] / 60:.1f} min on {found['device']} "
+        + "("
+        + ", ".join(f"{k} {v:.0f} s" for k, v in found["seconds"].items() if k != "total")
+        + ")",
+        f"memory: about {found['memory']['needed'] / gib:.2f} GiB, {_gib(found['memory']['free'])} free",
+        f"disk:   about {found['disk']['needed'] / gib:.2f} GiB in {found['run_dir']}, "
+        f"{_gib(found['disk']['free'])} free",
+    ]
+    return [*lines, *(f"warning: {text}" for text in found["warnings"])]
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+@app.command()
+@with_options(
+    EraseOptions,
+    skip=(*TRAINING_ONLY, "keep_ema"),
+)
+def mask(
+    options: EraseOptions,
+    concept: Annotated[
+        list[str], typer.Option(help="the concept whose salient weights are wanted; repeat it for several")
+    ],
+    output: Annotated[Path, typer.Option(help="the mask file to write (.safetensors)")],
+    model: ModelName = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Only compute a saliency mask and write it."""
+    from salun.diffusion.concepts import Concept
+
+    wanted = [Concept(name) for name in concept]
+    new_file(output, force, ".safetensors")
+    from salun.diffusion.erase import make_mask
+    from salun.diffusion.loading import load_with
+
+    with terminal_progress(as_json) as progress:
+        found, seen = make_mask(load_with(model_or_default(model), options), wanted, options, progress)
+    found.save(output)
+    lines = [
+        f"{found.selected:,} of {found.total:,} weights ({found.density:.2%}) selected: {output}",
+        *seen["warnings"],
+    ]
+    tell({**seen, "selected": found.selected, "total": found.total, "path": str(output)}, as_json, lines)
+
+
+@app.command()
+@with_options(ModelOptions)
+def sample(
+    options: ModelOptions,
+    prompt: Annotated[list[str], typer.Option(help="a prompt; repeat it for several")],
+    output: Annotated[Path, typer.Option(help="the picture to write (.png): one row per prompt")] = Path("sample.png"),
+    model: ModelName = None,
+    delta: Annotated[Path | None, typer.Option(help="an erased delta to sample with")] = None,
+    strength: Annotated[
+        float, typer.Option(help="of the delta: 0 is the base, 1 the erased model", min=-0.5, max=1.5)
+    ] = 1.0,
+    n: Annotated[int, typer.Option("-n", help="pictures per prompt", min=1, max=64)] = 4,
+    seed: Annotated[int, typer.Option(help="of the first picture", min=0)] = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what the pictures are guided away from")] = None,
+    force: Force = False,
+) -> None:
+    """Sample pictures from a model, with or without an erased delta."""
+    new_file(output, force, ".png")
+    from salun.diffusion.latents import item_seed, sample_pictures
+    from salun.diffusion.loading import load_with
+    from salun.formats.tensorfile import write_bytes
+    from salun.report import picture
+
+    with terminal_progress(False) as progress:
+        loaded = load_with(model_or_default(model), options)
+        wished = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
+        changes: dict[str, Any] = {name: value for name, value in wished.items() if value is not None}
+        chosen: Sampling = dataclasses.replace(loaded.settings.sampling, **changes)
+        loaded.settings = dataclasses.replace(loaded.settings, sampling=chosen)
+        if delta is not None:
+            from salun.formats.delta import Delta
+
+            loaded.load(Delta.load(delta).apply(loaded.original(), strength))
+        texts = [text for text in prompt for _ in range(n)]
+        seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
+        pictures = sample_pictures(loaded, texts, seeds, progress)
+    write_bytes(output, picture.png_bytes(picture.sheet(pictures, n, prompt)))
+    typer.echo(str(output))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run folder made by `salun erase`")],
+    n: Annotated[
+        int, typer.Option("-n", help="pictures, each of forget and retain prompts", min=2, max=1_000_000)
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="of the pictures", min=0)] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge a finished run thoroughly: base against erased on n held-out pictures each."""
+    from salun.diffusion.evaluate import evaluate_run
+
+    with terminal_progress(as_json) as progress:
+        metrics = evaluate_run(run, n, seed, device, progress)
+    tell(metrics, as_json, _metric_lines(metrics))
+
+
+def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:
+    lines = [f"warning: {text}" for text in run.record.data["mask"]["warnings"]]
+    lines += _metric_lines(run.metrics)
+    rounding = run.record.data["rounding"]
+    if rounding["warning"]:
+        lines.insert(0, f"warning: {rounding['warning']}")
+    elif rounding["rounded_away"]:
+        share = rounding["rounded_away"] / rounding["moved"]
+        lines.append(f"{share:.1%} of the weights that moved did so by less than the file's number format can hold")
+    told = {Path(place).name: place for place in outputs}  # run.json has no path of this machine, people need it
+    lines += [f"{entry['kind']}: {told.get(entry['path'], entry['path'])}" for entry in run.record.data["outputs"]]
+    return [*lines, f"run folder: {folder}", f"report: {folder / 'report.html'}"]
+
+
+def _metric_lines(metrics: dict[str, Any]) -> list[str]:
+    if metrics.get("ua") is None:
+        return [f"forgotten: not known ({metrics['reason']})"]
+    share = "{value:.1f} % ({low:.1f} to {high:.1f}, n = {n})".format
+    lines = [f"forgotten (UA):  {share(**metrics['ua'])}, before {metrics['ua_before']['value']:.1f} %"]
+    if metrics["anchor"] is not None:
+        lines.append(f"anchor shown:    {share(**metrics['anchor'])}")
+    if "all" in metrics["kept"]:
+        lines.append(
+            f"the rest kept:   {share(**metrics['kept']['all'])}, before {metrics['kept_before']['all']['value']:.1f} %"
+        )
+    lines.append(f"other concepts (RA): {share(**metrics['ra_after'])}, before {metrics['ra_before']['value']:.1f} %")
+    if len(metrics["per_concept"]) > 1:
+        for name, figures in metrics["per_concept"].items():
+            anchor = f", anchor {figures['anchor']['value']:.1f} %" if figures["anchor"] is not None else ""
+            lines.append(
+                f"  {name}: UA {figures['ua']['value']:.1f} %{anchor}, no picture {figures['none']['value']:.1f} %"
+            )
+    return lines

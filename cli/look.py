@@ -1,0 +1,141 @@
+"""`salun inspect`, `concepts`, `models`, `doctor` and `cache`: what is there, and what would fail."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from salun.options import ModelOptions
+
+from .app import app
+from .options import with_options
+from .output import Force, Json, ModelName, bars, new_file, tell
+
+BLOCKS = {"blocks": "share of each block", "moved": "share of each block that moved"}
+
+
+@app.command()
+@with_options(ModelOptions, skip=("device", "dtype"))
+def inspect(
+    options: ModelOptions,
+    path: Annotated[str, typer.Argument(help="a model (alias, file, folder, hub id), mask, delta, or run folder")],
+    against: Annotated[
+        str | None, typer.Option(help="a second mask or run folder: tell how far the two masks agree")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="write the picture of the layers to a page (.html)")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a file or folder is, what is in it, and which layers of the network it touches."""
+    if html is not None:
+        new_file(html, force, ".html")
+    from salun.inspection import inspect as look
+    from salun.inspection import overlap
+
+    found = look(path, options) if against is None else overlap(path, against)
+    charts = {title: found[key] for key, title in BLOCKS.items() if found.get(key)}
+    facts = {key: value for key, value in found.items() if key not in (*BLOCKS, "layers")}
+    lines = [f"{key}: {value}" for key, value in facts.items()]
+    for title, blocks in charts.items():
+        lines += ["", f"{title}:", *bars(blocks)]
+    if html is not None:
+        from salun.report.page import layers_page
+
+        title = path if against is None else f"{path} and {against}"
+        layers_page(title, facts, charts, found.get("layers", {})).save(html)
+        lines.append(f"page: {html}")
+    tell(found, as_json, lines)
+
+
+@app.command()
+def concepts(model: ModelName = None, as_json: Json = False) -> None:
+    """List the presets and, for a model that carries a vocabulary, the words it knows."""
+    from salun.diffusion.concepts import presets
+    from salun.diffusion.loading import describe
+
+    found: dict[str, Any] = {}
+    if model is not None:
+        vocabulary = describe(model).settings.vocabulary
+        if vocabulary is not None:
+            for attribute, values in vocabulary.attributes.items():
+                found.update({v: {"kind": attribute, "anchor": vocabulary.anchors.get(v, "")} for v in values})
+    if not found:
+        found = {
+            name: {
+                "kind": e["kind"],
+                "anchor": e["anchors"][0],
+                "about": e["about"],
+                "sensitive": bool(e.get("sensitive")),
+            }
+            for name, e in presets().items()
+        }
+    lines = [
+        f"{name:<18} {e['kind']:<8} → {e['anchor'] or 'the empty prompt'}"
+        + ("  (sensitive)" if e.get("sensitive") else "")
+        for name, e in found.items()
+    ]
+    lines.append(
+        "Any other text works too, except on a model with a vocabulary of its own: --concept TEXT --anchor TEXT"
+    )
+    tell(found, as_json, lines)
+
+
+@app.command()
+def doctor(
+    offline: Annotated[bool, typer.Option("--offline", help="do not try to reach the hub")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at versions, devices, folders and models; say what would fail and how to mend it."""
+    from salun.doctor import examine
+
+    found = examine(network=not offline)
+    signs = {"ok": "ok   ", "note": "note ", "fails": "FAILS"}
+    lines = []
+    for one in found:
+        lines.append(f"{signs[one.verdict]}  {one.what}: {one.found}")
+        if one.advice:
+            lines.append(f"       → {one.advice}")
+    tell([dataclasses.asdict(one) for one in found], as_json, lines)
+    if any(one.verdict == "fails" for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="remove everything in it")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the cache of sampled latents and converted .ckpt files, which runs share, or empty it."""
+    from salun.cache import Cache
+
+    kept = Cache.of_user()
+    if clear:
+        removed = kept.clear()
+        tell({"folder": str(kept.folder), "removed": removed}, as_json, [f"{removed} entries removed"])
+        return
+    found, pickles = kept.entries(), kept.converted_files()
+    size, converted = sum(taken for _, taken, _ in found), sum(taken for _, taken in pickles)
+    facts = {"folder": str(kept.folder), "entries": len(found), "bytes": size, "limit": kept.limit}
+    facts |= {"converted": len(pickles), "converted_bytes": converted}
+    lines = [
+        f"folder:  {kept.folder} (SALUN_CACHE names another)",
+        f"entries: {len(found)}, {size / 1e6:.1f} MB of at most {kept.limit / 1e6:.0f} MB (SALUN_CACHE_SIZE)",
+        f"converted .ckpt files: {len(pickles)}, {converted / 1e6:.1f} MB (kept until --clear)",
+    ]
+    tell(facts, as_json, lines)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the model aliases."""
+    from salun.diffusion.finding import aliases
+
+    table = aliases()["models"]
+    tell(
+        table,
+        as_json,
+        [f"{k:<8} {e.get('repo', 'comes with salun'):<48} {e.get('about', '')}" for k, e in table.items()],
+    )
