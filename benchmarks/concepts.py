@@ -34,7 +34,8 @@ PREAMBLE = """\
 Written by `benchmarks/concepts.py`: the first 2, 4 and 8 of {names}, each with its preset anchor, in one run;
 {n} pictures of each concept's held-out prompts and {n} of other prompts, on a CPU. UA and anchor: the mean over the
 concepts and, behind it, the worst concept's. RA: share of attributes right on prompts that name no concept. Steps: the
-recipe's for one concept times the number of concepts, or half of that. Percent and points; mean over the seeds.
+recipe's for one concept times the number of concepts, or half of that. Percent and points; mean over the seeds. The
+seconds were taken beside other work, and tell the order of size alone.
 """
 
 
