@@ -175,9 +175,12 @@ def mask(
     new_file(output, force, ".safetensors")
     from salun.diffusion.erase import make_mask
     from salun.diffusion.loading import load_with
+    from salun.diffusion.output import check_places, read_beside
 
     with terminal_progress(as_json) as progress:
-        found, seen = make_mask(load_with(model_or_default(model), options), wanted, options, progress)
+        loaded = load_with(model_or_default(model), options)
+        check_places(loaded, [str(output)], None, read_beside(options))
+        found, seen = make_mask(loaded, wanted, options, progress)
     found.save(output)
     lines = [
         f"{found.selected:,} of {found.total:,} weights ({found.density:.2%}) selected: {output}",

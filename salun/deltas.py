@@ -198,6 +198,8 @@ def undo(
     flipped = Stacked(stored, ((loaded, 1.0),))
     found, _, back = flipped.hashes(progress)
     listed = applied_in(stored.metadata, found)
+    if found == loaded.base_hash:
+        raise ModelError(f"{model} is the delta's own base (hash {found[:12]}…): there is nothing to take out")
     whole = found == loaded.result_hash
     if not whole and (why := why_kept(loaded.id, listed)):
         began = stored.metadata[BASE_HASH] if listed else loaded.base_hash
@@ -247,6 +249,7 @@ def export(
         account = write_stock(place, old, new, stock_notes(loaded), rank, energy, progress)
     if account is not None:
         facts["kept"] = account.as_json()
+        facts["notes"] += [account.warning] if account.warning else []
     header = tensorfile.read_header(Path(output))
     return {**facts, "bytes": Path(output).stat().st_size, "tensors": len(header.names)}
 
@@ -279,7 +282,8 @@ def _check(
         raise ConfigError(f"--output {output}: {layout_of.path} is a diffusers folder, so end it in /")
     for given in inputs:
         one, other = Path(os.path.realpath(output)), Path(os.path.realpath(given))
-        if one == other or one in other.parents or other in one.parents:
+        same = one == other or (one.is_file() and other.exists() and os.path.samefile(one, other))
+        if same or one in other.parents or other in one.parents:
             raise ConfigError(f"--output {output} is, holds or is inside {given}, which is read: write somewhere else")
     check_output(output, force)
     check_room({Path(output): size_of(layout_of) if layout_of is not None else 0})

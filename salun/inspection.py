@@ -17,6 +17,7 @@ from salun.diffusion.output import DELTA
 from salun.errors import ModelError
 from salun.formats import delta as deltas
 from salun.formats import tensorfile
+from salun.formats.checkpoint import other_kind
 from salun.formats.hashing import base_hash
 from salun.formats.stored import Stored
 from salun.mask import FORMAT as MASK_FORMAT
@@ -136,7 +137,7 @@ def _ours(place: Path) -> dict[str, Any] | None:
         }
     if kind == deltas.FORMAT:
         return _delta(place)
-    if any(name.startswith("down_blocks.") for name in header.names):
+    if any(name.startswith("down_blocks.") for name in header.names) and "a UNet alone" in (other_kind(header) or ""):
         return {"kind": "UNet weights (diffusers names)", "tensors": len(header.names), **header.metadata}
     return None
 

@@ -22,6 +22,7 @@ from salun.formats.checkpoint import GUESS_KEY, Contents, open_unet
 from salun.formats.delta import Delta
 from salun.formats.folder import weights_of
 from salun.formats.hashing import base_hash
+from salun.inspection import inspect
 from salun.mask import Mask
 from tools import checkpoints
 
@@ -171,7 +172,10 @@ STRANGERS = {
     "a LoRA": [
         ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora_te_text_model.alpha"],  # kohya
         ["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"],  # peft
-        ["unet.down_blocks.0.attentions.0.processor.to_q_lora.up.weight", "unet.x.to_q.lora_up.weight"],
+        ["unet.down_blocks.0.attentions.0.processor.to_q_lora.up.weight"],  # diffusers' earlier ways
+        ["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.up.weight"],
+        ["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_linear_layer.down.weight"],
+        ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_up.weight"],
         ["lycoris_down_blocks_0_attentions_0_proj_in.lokr_w1"],
         ["lycoris_down_blocks_0_attentions_0_proj_in.hada_w1_a"],
         ["diffusion_model.input_blocks.1.1.proj_in.oft_blocks"],
@@ -183,7 +187,10 @@ STRANGERS = {
         ["double_blocks.0.img_attn.qkv.weight"],
         ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"],
     ],
-    "a Flux or Stable Diffusion 3 transformer": [["transformer_blocks.0.attn.norm_added_k.weight"]],
+    "a Flux or Stable Diffusion 3 transformer": [
+        ["transformer_blocks.0.attn.norm_added_k.weight"],
+        ["transformer_blocks.0.attn.add_k_proj.weight"],
+    ],
     "a ControlNet": [
         ["control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"],
         ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"],
@@ -221,6 +228,21 @@ def test_files_of_other_kinds_are_refused_by_name(kind: str, names: list[str], t
     path = tiny(tmp_path / "stranger.safetensors", *names)
     with pytest.raises(ModelError, match=rf"stranger\.safetensors is {kind}"):
         open_unet(path)
+
+
+def test_a_lora_that_a_whole_checkpoint_carries_along_does_not_make_it_one(source: Path, tmp_path: Path) -> None:
+    tensors = dict(tensorfile.tensors(source))
+    tensorfile.write(tmp_path / "both.safetensors", {**tensors, "lora_te_x.alpha": torch.ones(1)})
+    assert list(open_unet(tmp_path / "both.safetensors")) == list(open_unet(source))
+
+
+def test_inspect_names_what_only_looks_like_a_unet(tmp_path: Path) -> None:
+    for names in (STRANGERS["a ControlNet"][1], STRANGERS["a LoRA"][-1], STRANGERS["a LoRA"][3]):
+        path = tiny(tmp_path / "stranger.safetensors", *names)
+        with pytest.raises(ModelError, match=r"is a (ControlNet|LoRA)"):
+            inspect(str(path))
+    alone = tiny(tmp_path / "alone.safetensors", *STRANGERS["a UNet alone"][1])
+    assert inspect(str(alone))["kind"] == "UNet weights (diffusers names)"
 
 
 def test_saluns_own_files_are_no_models(source: Path, tmp_path: Path) -> None:

@@ -668,7 +668,35 @@ def test_a_delta_is_not_undone_from_a_model_that_never_had_it(salun: Command) ->
     Delta.between(base, moved(base, 1)).save("x.salun.safetensors")
     model = single("base.safetensors", base)
     told = salun("delta", "undo", model, "x.salun.safetensors", "--output", "back.safetensors")
+    refused(told, 1, "is the delta's own base", "nothing to take out", base_hash(base)[:12])
+    never = single("never.safetensors", moved(base, 2))
+    told = salun("delta", "undo", never, "x.salun.safetensors", "--output", "back.safetensors")
     refused(told, 1, "lists nothing that was applied", base_hash(base)[:12])
+
+
+def test_another_name_of_the_base_is_no_output_either(salun: Command) -> None:
+    base = weights()
+    Delta.between(base, moved(base, 1)).save("x.salun.safetensors")
+    model = single("base.safetensors", base)
+    Path("hard.safetensors").hardlink_to(model)
+    told = salun("delta", "apply", model, "x.salun.safetensors", "--output", "hard.safetensors", "--force")
+    refused(told, 2, "is read: write somewhere else")
+
+
+def test_a_low_rank_file_as_large_as_the_exact_one_is_told(salun: Command) -> None:
+    """Steps without structure are of full rank, and then nothing is won."""
+    base = weights()
+    Delta.between(base, moved(base, 1)).save("x.salun.safetensors")
+    model = single("base.safetensors", base)
+    export = ("delta", "export", "x.salun.safetensors", "--base", model, "--json", "--output")
+    large = done(salun(*export, "large.lora.safetensors", "--energy", "0.99"))
+    assert any("loses nothing" in note for note in large["notes"])
+    full = done(salun(*export, "x.diff.safetensors"))
+    # the account counts tensors' bytes; files have a header besides
+    assert large["kept"]["bytes_in_full"] <= full["bytes"] < large["kept"]["bytes_in_full"] + 4096
+    assert 0.8 * large["kept"]["bytes_in_full"] <= large["kept"]["bytes"]
+    small = done(salun(*export, "small.lora.safetensors", "--rank", "1"))
+    assert small["notes"] == [] and small["bytes"] < large["bytes"] / 4
 
 
 def test_a_list_that_was_copied_to_other_weights_counts_for_nothing(salun: Command) -> None:

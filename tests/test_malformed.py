@@ -291,7 +291,7 @@ def spoilt(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 BROKEN: dict[str, tuple[Change, str]] = {
-    "a missing weight": (lambda t: t.pop(UNET), "no"),
+    "a missing weight": (lambda t: t.pop(UNET), "lacks mid_block.resnets.0.conv1.weight"),
     "a missing end": (lambda t: t.pop(f"{keymap.UNET}out.2.weight"), f"lacks {keymap.UNET}out.2.weight"),
     "a missing weight of the VAE": (lambda t: t.pop(VAE), "lacks decoder.mid_block.resnets.0.conv1.weight"),
     "a missing weight of the text encoder": (lambda t: t.pop(TEXT), "lacks cond_stage_model"),
@@ -389,6 +389,8 @@ def test_the_output_is_never_the_input(way: str, model: Path, capsys: pytest.Cap
     Path("hard.safetensors").hardlink_to(FILE)
     for force in ([], ["--force"]):
         refused([*ERASE, "--output", way, *force], "--output", capsys, name=Path(way).name)
+        mask = ["mask", "--concept", "golf ball", "--device", "cpu", "--model", FILE]
+        refused([*mask, "--output", way, *force], "--output", capsys, name=Path(way).name)
 
 
 def test_a_run_folder_in_the_way_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import salun
+from salun import deltas
 from salun.__main__ import main
 from salun.cache import Cache
 from salun.diffusion.finding import ASSETS
@@ -113,6 +114,8 @@ def test_a_run_on_a_file_ends_with_a_file_a_delta_and_a_note_of_what_was_left_ou
         assert torch.equal(bits(tensor), bits(erased[name]))
     for name, tensor in delta.undo(erased).items():
         assert torch.equal(bits(tensor), bits(base[name]))
+    deltas.apply(str(base.path), f"{tmp_path}/delta.salun.safetensors", f"{tmp_path}/again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == erased.path.read_bytes()  # metadata and all
 
 
 def test_ema_copies_are_kept_when_asked_to(file: Callable[..., Path], tmp_path: Path) -> None:
@@ -281,6 +284,24 @@ def test_what_a_file_lacks_comes_from_components_or_is_asked_for(
     torch.testing.assert_close(predictions(lent), predictions(whole), rtol=0, atol=0)
     salun.erase(lent, "golf ball", **QUICK).save(f"{tmp_path}/out/")
     salun.load(str(tmp_path / "out"), device="cpu")
+
+
+def test_a_strangers_components_carry_no_file_of_the_users_along(file: Callable[..., Path], tmp_path: Path) -> None:
+    whole = salun.load(str(file("sd1")), device="cpu")
+    parts = tmp_path / "parts"
+    salun.erase(whole, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{parts}/")
+    (tmp_path / "secret").write_text("the user's", encoding="utf-8")
+    for place in ("vae/notes.txt", "tokenizer/id_rsa"):
+        (parts / place).symlink_to(tmp_path / "secret")
+    config = parts / "vae" / "config.json"  # as in the hub's cache, where every file is behind a link
+    config.rename(tmp_path / "blob")
+    config.symlink_to(tmp_path / "blob")
+    lent = salun.load(str(file("sd1", vae=False)), device="cpu", components=str(parts))
+    run = salun.erase(lent, "golf ball", outputs=[f"{tmp_path}/out/"], run_dir=tmp_path / "run", **QUICK)
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert "config.json" in names and not names & {"notes.txt", "id_rsa"}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert any("lead out" in note and "id_rsa" in note for note in run.record.data["notes"])
 
 
 def test_components_need_no_unet_of_their_own(file: Callable[..., Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from salun.formats.patch import placed, size_of, write_patched
 from salun.formats.stock import Account, full_difference, host_metadata, low_rank
 from salun.mask import Mask, entries
 from salun.options import EraseOptions
-from salun.progress import Progress, Told, silent
+from salun.progress import Event, Progress, Told, silent
 
 DELTA, LORA, DIFF = ".salun.safetensors", ".lora.safetensors", ".diff.safetensors"
 RUN_FILES = (
@@ -157,8 +158,9 @@ def disk_needed(model: Model, plan: Plan, outputs: list[str], run_dir: Path | No
     total = sum(p.numel() for p in scoped(model.parameters(), plan.options.scope).values())
     salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
     delta = total // 8 + unet  # at most: the bits of all entries and every changed one
+    stock = 4 * total  # bytes: two for each entry of a full difference; of full rank a square matrix takes it twice
     needed = {
-        Path(name): delta if name.endswith(DELTA) else 2 * total if name.endswith((LORA, DIFF)) else whole
+        Path(name): delta if name.endswith(DELTA) else stock if name.endswith((LORA, DIFF)) else whole
         for name in outputs
     }
     if run_dir is not None:
@@ -222,10 +224,13 @@ def write_stock(
     held = {**notes, **host_metadata(base)}
     if path.name.endswith(DIFF):
         made = full_difference(base, told)
+        made = replace(made, changed=changed)  # (from here on it is the writing that is told)
         tensorfile.write_lazily(path, made.described, Told(made, "writing", progress), held)
         return None
     tensors, account = low_rank(base, told, rank=rank, energy=ENERGY if rank is energy is None else energy)
     tensorfile.write(path, tensors, {**held, "salun.energy_kept": f"{account.total.share:.6f}"})
+    if account.warning:
+        progress(Event("writing", message=f"{path.name}: {account.warning}"))
     return account
 
 

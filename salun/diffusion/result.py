@@ -18,7 +18,7 @@ from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError, some
 from salun.formats import tensorfile
 from salun.formats.delta import Delta, applied_metadata
-from salun.formats.patch import led_out, left_out
+from salun.formats.patch import led_out, left_out, links_out
 from salun.formats.stored import Stored
 from salun.formats.tensorfile import write_bytes
 from salun.mask import Mask
@@ -160,8 +160,10 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     for file in stored.files:
         record.note_file("inputs", "checkpoint" if stored.single else "unet", file, _shown(stored, file))
     others = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
-    links = led_out(stored)
-    if links and _in_own_layout(stored, outputs, folder):
+    links = led_out(stored) if _in_own_layout(stored, outputs, folder) else []
+    if run.own.components is not None and any(output_layout(target) == "folder" for target in outputs or []):
+        links += links_out(run.own.components)
+    if links:
         record.data["notes"].append(f"left out, as links that lead out of the model: {some(links)}")
     if others and _in_own_layout(stored, outputs, folder):
         what = f"{len(others)} EMA tensors (--keep-ema keeps them)" if stored.single else ", ".join(others)

@@ -56,7 +56,7 @@ def notes_in(metadata: Mapping[str, str]) -> dict[str, str]:
     """What `salun.*` metadata tell beside the list of what was applied, without the `salun.`."""
     return {
         key.removeprefix(OURS): text
-        for key, text in metadata.items()
+        for key, text in sorted(metadata.items())
         if key.startswith(OURS) and key not in (APPLIED, BASE_HASH, RESULT_HASH)
     }
 
@@ -64,7 +64,7 @@ def notes_in(metadata: Mapping[str, str]) -> dict[str, str]:
 def joined(notes: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """Notes of several deltas under `salun.*`, several values of one key in a row."""
     every = list(notes)
-    keys = dict.fromkeys(key for one in every for key in one)
+    keys = sorted({key for one in every for key in one})
     return {OURS + key: ", ".join(dict.fromkeys(one[key] for one in every if key in one)) for key in keys}
 
 
@@ -115,7 +115,7 @@ def _listed(entries: Sequence[Applied], base_hash: str, result_hash: str) -> dic
     described = [
         {"id": one.id, "strength": one.strength, "overlaps": list(one.overlaps)}
         | ({} if one.exact else {"differences": True})
-        | ({"notes": dict(one.notes)} if one.notes else {})
+        | ({"notes": dict(sorted(one.notes.items()))} if one.notes else {})
         for one in entries
     ]
     return {

@@ -155,10 +155,13 @@ def _family(unet: Stored, path: Path) -> str:
 
 
 _KINDS = [  # (a pattern that some tensor's name matches, what such a file is); the first match counts
-    (r"^lora_|\.lora_(up|down|A|B)\.|\.lokr_|\.hada_w|\.oft_", "a LoRA, a difference to a model"),
+    (
+        r"^lora_|[._]lora(_linear_layer)?[._](up|down|A|B)\b|\.lokr_|\.hada_w|\.oft_",
+        "a LoRA, a difference to a model",
+    ),
     (r"joint_blocks\.", "a Stable Diffusion 3 model"),
     (r"double_blocks\.", "a Flux model"),
-    (r"transformer_blocks\.\d+\.attn\.(norm_)?added?_", "a Flux or Stable Diffusion 3 transformer"),
+    (r"transformer_blocks\.\d+\.attn\.(norm_)?add(ed)?_", "a Flux or Stable Diffusion 3 transformer"),
     (r"^(control_model\.|controlnet_)|^input_hint_block\.", "a ControlNet"),
     (r"^(emb_params|string_to_param)|^clip_[lg]$", "a textual inversion"),
     (r"^edm_(mean$|vpred\.)", "an EDM model (Playground, CosXL), whose noise salun does not know"),
@@ -170,7 +173,8 @@ def other_kind(header: Header) -> str | None:
     """What a safetensors file is, if it is no single-file model with a UNet under LDM names."""
     if header.metadata.get("format", "").startswith("salun-"):
         return f"a {header.metadata['format'].removeprefix('salun-').rsplit('-', 1)[0]} written by salun, and no model"
-    for pattern, kind in _KINDS:
+    whole = keymap.UNET + "out.2.weight" in header.names
+    for pattern, kind in _KINDS[whole:]:  # (a whole checkpoint may carry a LoRA along)
         if any(re.search(pattern, name) for name in header.names):
             return kind
     if any(name.startswith(keymap.UNET) for name in header.names):

@@ -93,18 +93,21 @@ def _is_other_copy(path: Path, inside: tuple[str, ...]) -> bool:
 
 
 def led_out(stored: Stored) -> list[str]:
-    """Links of a folder, as paths from it, that lead out of it to what no model has: a copy must not carry that along.
+    """Links of a model's folder, as paths from it, that a copy must not carry along; none of a single file."""
+    return [] if stored.single else links_out(stored.path)
+
+
+def links_out(folder: Path) -> list[str]:
+    """Links of a folder, as paths from it, that lead out of it to what no model has.
 
     A stranger's folder may hold links to the user's own files. (The hub's cache keeps all files behind links, and
     people link parts that several models share: files of a model's kinds are followed anywhere.)
     """
-    if stored.single:
-        return []
-    home = os.path.realpath(stored.path)
+    home = os.path.realpath(folder)
     found = []
-    for path in files_under(stored.path):
+    for path in files_under(folder):
         if os.path.commonpath([home, os.path.realpath(path)]) != home and not _KINDS.fullmatch(path.name):
-            found.append(path.relative_to(stored.path).as_posix())
+            found.append(path.relative_to(folder).as_posix())
     return found
 
 

@@ -26,6 +26,7 @@ _KINDS = {  # a part of a parameter's name → its kind; the first that is there
     "ff": "feed-forward",
     "resnets": "resnet",
 }
+_HARDLY_SMALLER = 0.8  # of the full difference's bytes
 _NOISE = 1e-13  # squared singular values below this share of the largest are float64's rounding, not the difference
 
 
@@ -145,9 +146,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Account:
-    """What a low-rank file holds of each parameter that changed. layers: diffusers name → Kept, in the UNet's order."""
+    """What a low-rank file holds of each parameter that changed. layers: diffusers name → Kept, in the UNet's order.
+
+    size: bytes of its tensors; full_size: of what the full difference would take.
+    """
 
     layers: dict[str, Kept]
+    size: int
+    full_size: int
 
     @property
     def groups(self) -> dict[str, Kept]:
@@ -167,8 +173,21 @@ class Account:
         """Norms and biases that changed and that the file does not hold."""
         return [name for name, kept in self.layers.items() if not kept.ranks]
 
+    @property
+    def warning(self) -> str:
+        """That the file is hardly smaller than the exact one; "" if it is."""
+        if self.size < _HARDLY_SMALLER * self.full_size:
+            return ""
+        return (
+            f"it takes {self.size / self.full_size:.0%} of the room of the full difference (x.diff.safetensors), which "
+            "loses nothing: a fixed rank, such as 16, makes it small"
+        )
+
     def as_json(self) -> dict[str, Any]:
-        """`kept` in all, per `groups` and per `layers`, with the lowest and highest rank; `left_out`: names."""
+        """`kept` in all, per `groups` and per `layers`, with the lowest and highest rank; `left_out`: names.
+
+        `bytes` and `bytes_in_full`: of its tensors, and of the full difference's.
+        """
 
         def row(kept: Kept) -> dict[str, Any]:
             return {"kept": kept.share, "ranks": [min(kept.ranks), max(kept.ranks)] if kept.ranks else None}
@@ -178,6 +197,8 @@ class Account:
             "groups": {group: row(kept) for group, kept in self.groups.items()},
             "layers": {name: row(kept) for name, kept in self.layers.items()},
             "left_out": self.left_out,
+            "bytes": self.size,
+            "bytes_in_full": self.full_size,
         }
 
 
@@ -201,7 +222,9 @@ def low_rank(
     keys = module_keys(base)
     found: dict[str, Tensor] = {}
     layers: dict[str, Kept] = {}
+    full_size = 0
     for name, difference in _differences(base, changed):
+        full_size += difference.numel() * dtype.itemsize
         if difference.dim() < 2:
             layers[name] = Kept(float(difference.square().sum()), 0.0, ())
             continue
@@ -214,7 +237,7 @@ def low_rank(
         raise _nothing_changed()
     if not found:
         raise ModelError("only norms and biases changed, which low rank cannot hold: write the full difference")
-    return found, Account(layers)
+    return found, Account(layers, sum(t.numel() * t.element_size() for t in found.values()), full_size)
 
 
 def check_rank(rank: int | None, energy: float | None) -> None:
