@@ -20,7 +20,7 @@ from typing import Any
 import gradio as gr
 from modules import scripts, shared
 
-from .webui import service
+from .webui import service, trouble
 
 ROWS = 3
 OURS = "salun:"
@@ -38,6 +38,8 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
+        if trouble() is not None:  # the tab says it
+            return []
         side = "img2img" if is_img2img else "txt2img"
         with gr.Accordion(self.title(), open=False, elem_id=f"salun_{side}_delta"):
             on = gr.Checkbox(value=False, label="Use these deltas", elem_id=f"salun_{side}_on")
@@ -61,7 +63,7 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
             control.do_not_save_to_config = True
         return controls
 
-    def process_before_every_sampling(self, p: Any, on: bool, *rest: Any, **kwargs: Any) -> None:
+    def process_before_every_sampling(self, p: Any, on: bool = False, *rest: Any, **kwargs: Any) -> None:
         """Before the first pass and before hires fix. Where it fails, the generation is stopped, not made without."""
         try:
             self._apply(p, on, *rest)
