@@ -16,7 +16,7 @@ from salun.errors import ConfigError, SalunError
 
 from . import environment
 from .access import Access
-from .controls import ADVANCED, FIRST, control, shown_of, value_of
+from .controls import ADVANCED, FIRST, control, label, shown_of, value_of
 from .service import Service
 
 LOADER = """() => {
@@ -279,7 +279,16 @@ def _details(service: Service, run: Any) -> str:
         parts.append(f'<img alt="before and after" style="max-width:100%" src="{_data_url(path)}">')
     if "report.html" in found["files"]:
         parts.append(f'<button type="button" data-salun-report="{escape(str(run))}">Open the report</button>')
+    options = [
+        (label(name), value) for name, value in service.options_of(str(run)).items() if value not in (None, "", [])
+    ]
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_told(value))}</td></tr>" for name, value in options)
+    parts.append(f'<details><summary>Its options</summary><table class="salun-table">{rows}</table></details>')
     return "".join(parts)
+
+
+def _told(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _data_url(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The tab in A1111 and Forge (and reForge, whose calls are A1111's or Forge's): wiring, and nothing that computes.
+"""The tab in A1111, Forge and reForge: wiring, and nothing that computes.
 
 Everything of `modules` and `backend` is imported where it is used: they are the host's, and differ.
 """
@@ -125,7 +125,8 @@ class WebUI:
         self.forge = (
             importlib.util.find_spec("backend") is not None and importlib.util.find_spec("modules_forge") is not None
         )
-        self.name = "Forge" if self.forge else "WebUI"
+        self.reforge = not self.forge and importlib.util.find_spec("ldm_patched") is not None
+        self.name = "Forge" if self.forge else "reForge" if self.reforge else "WebUI"
         self.data = Path(paths_internal.data_path).absolute() / "salun"
 
     def models(self) -> dict[str, str]:
@@ -171,10 +172,10 @@ class WebUI:
                 self._give_back(kept)
 
     def _loaded(self) -> Any:
-        """A1111's model, to be given back; None on Forge, which loads its own again."""
+        """A1111's model, to be given back; None on Forge and reForge, which load their own again."""
         from modules import sd_models
 
-        if self.forge:
+        if self.forge or self.reforge:
             return None
         lock = getattr(sd_models.model_data, "lock", None) or nullcontext()
         with lock:  # held while the host loads its first; reading shared.sd_model would load one
@@ -191,6 +192,11 @@ class WebUI:
             memory_management.soft_empty_cache()
             sd_models.model_data.sd_model = sd_models.FakeInitialModel()  # the next picture loads it again
             sd_models.model_data.forge_hash = ""
+        elif self.reforge:
+            from ldm_patched.modules import model_management
+
+            model_management.unload_all_models()
+            model_management.soft_empty_cache()
         elif kept is not None:
             sd_models.unload_model_weights(kept)
         gc.collect()

@@ -140,6 +140,8 @@ def test_history_loads_the_options_again_and_nothing_is_left_of_what_was_chosen(
     first = sorted(p.name for p in (server[1] / "runs").iterdir())[0]
     choose(page, "runs", first)
     page.locator("#salun_details").get_by_text("done").wait_for()
+    page.get_by_text("Its options").click()
+    page.locator("#salun_details tr").filter(has_text="steps").get_by_text("6", exact=True).wait_for()
     page.locator("#salun_again").click()
     page.get_by_text(f"The options of {first} are loaded.").wait_for()
     assert page.locator("#salun_words textarea").first.input_value() == "circle"

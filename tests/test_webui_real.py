@@ -44,10 +44,11 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here"),
 ]
 FORGE = WEBUI is not None and (Path(WEBUI) / "backend").is_dir()
+REFORGE = WEBUI is not None and (Path(WEBUI) / "ldm_patched").is_dir()
 FLAGS = (
     "--skip-prepare-environment --skip-torch-cuda-test --skip-version-check --skip-python-version-check "
     "--no-download-sd-model --do-not-download-clip --disable-console-progressbars --api "
-) + ("--always-cpu --all-in-fp32" if FORGE else "--use-cpu all --no-half --precision full")
+) + ("--always-cpu --all-in-fp32" if FORGE or REFORGE else "--use-cpu all --no-half --precision full")
 QUICK = {
     "concept": ["teapot"], "anchor": ["cup"], "steps": 2, "batch_size": 1, "forget_images": "teapots",
     "retain_images": "others", "retain_latents": 0, "eval_images": 0, "dtype": "bf16", "resolution": 64,
