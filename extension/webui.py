@@ -99,11 +99,12 @@ def _beside(component: Any, **kwargs: Any) -> None:
     The host's own button is not pressed for that: it empties the list first, under a generation's feet.
     """
     import gradio as gr
+    from gradio.context import Context
 
-    ids = (getattr(component, "elem_id", None), getattr(component, "label", None))
-    classes = getattr(component, "elem_classes", None) or []
-    if ids[0] != "setting_sd_model_checkpoint" and not (ids[1] == "Checkpoint" and "model_selection" in classes):
-        return
+    name, label = getattr(component, "elem_id", None), getattr(component, "label", None)
+    forges = label == "Checkpoint" and "model_selection" in (getattr(component, "elem_classes", None) or [])
+    if Context.root_block is None or (name != "setting_sd_model_checkpoint" and not forges):
+        return  # gradio 4 makes a component anew for each update of it, outside of any page
     update = gr.Button("checkpoints", visible=False, elem_id="salun_host_checkpoints")
     update.click(_checkpoints, [], [component], queue=False, show_progress=False)
 
@@ -112,8 +113,11 @@ def _checkpoints() -> Any:
     import gradio as gr
     from modules import sd_models, shared
 
-    short = getattr(shared.opts, "sd_checkpoint_dropdown_use_short", False)
-    return gr.update(choices=sd_models.checkpoint_tiles(short), value=shared.opts.sd_model_checkpoint)
+    tiles = sd_models.checkpoint_tiles(getattr(shared.opts, "sd_checkpoint_dropdown_use_short", False))
+    now = sd_models.get_closet_checkpoint_match(shared.opts.sd_model_checkpoint or "")
+    infos = list(sd_models.checkpoints_list.values())
+    shown = [tile for tile, info in zip(tiles, infos, strict=False) if now and info.filename == now.filename]
+    return gr.update(choices=tiles, **({"value": shown[0]} if shown else {}))
 
 
 class WebUI:
@@ -237,7 +241,7 @@ class WebUI:
         if self.forge:
             from modules_forge.main_entry import checkpoint_change
 
-            checkpoint_change(info.title)
+            checkpoint_change(info.name)  # as its list has it
         else:
             shared.opts.set("sd_model_checkpoint", info.title)  # which loads it, in its turn
             shared.opts.save(shared.config_filename)
