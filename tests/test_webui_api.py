@@ -31,7 +31,7 @@ from salun.errors import ConfigError
 from salun.options import EraseJob
 
 ROUTES = ["status", "runs", "models", "concepts", "schema", "file", "preview"]
-LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "lr": %s}}'
+LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "save_every": %s}}'
 POSTS = ["start", "cancel", "resume", "forget", "use", "undo"]
 
 
