@@ -25,7 +25,7 @@ from salun.formats.tensorfile import write_bytes
 if TYPE_CHECKING:
     from .host import Host
 
-LOWEST = {  # the lowest that real runs were seen with (docs/webui.md); of torch, what the core is written for
+LOWEST = {  # the lowest that a whole erasure was seen with, all of them at once (docs/webui.md)
     "torch": "2.1", "diffusers": "0.31", "transformers": "4.46", "huggingface_hub": "0.26", "accelerate": "0.31",
     "safetensors": "0.4.2", "numpy": "1.26", "pillow": "9.5", "pyyaml": "6.0", "filelock": "3.12", "jinja2": "3.1",
 }  # fmt: skip
