@@ -418,3 +418,32 @@ def test_a_job_taken_off_the_list_does_not_come_back(
     time.sleep(3)
     assert not (queue.folder / job.id).exists()
     assert job.state == "cancelled"
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(
+    make: Make, tmp_path: Path, run_folder: Path
+) -> None:
+    """It fails with a message and without a partial file, and goes on to the same bytes once there is room."""
+    small = tmp_path / "small"
+    small.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(small)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.decode(errors='replace').strip()}")
+    try:
+        queue = make()
+        job = queue.submit("erase", "x", asked(tmp_path / "run", output=[f"{small}/erased/"]), "run")
+        until(lambda: job.stage == "saliency" or not job.open)
+        free = shutil.disk_usage(small).free
+        (small / "filler").write_bytes(bytes(free - 1_000_000))
+        queue.wait(job.id, 120)
+        assert job.state == "failed"
+        assert "make room" in str(job.error)
+        assert [path.name for path in small.iterdir()] == ["filler"]
+        (small / "filler").unlink()
+        again = queue.wait(queue.resume(job.id).id, 120)
+        assert (again.state, again.error) == ("done", None)
+        name = "unet/diffusion_pytorch_model.safetensors"
+        assert (small / "erased" / name).read_bytes() == (run_folder / "model" / name).read_bytes()
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)

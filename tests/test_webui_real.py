@@ -496,21 +496,27 @@ def test_8_what_cannot_be_is_our_own_message_and_harms_nothing(server: Server, p
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """A disk of its own in the place of a folder."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"no disk can be mounted here: {done.stderr.decode(errors='replace').strip()}")
+    """A disk of its own in the place of a folder: an image in a file beside it, so that it takes no memory."""
+    image = folder.with_name(f"{folder.name}.img")
+    with image.open("wb") as file:
+        file.truncate(size)
+    for command in (["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], ["mount", "-o", "loop", str(image), str(folder)]):
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode:
+            image.unlink()
+            pytest.skip(f"no disk can be mounted here: {done.stderr.decode(errors='replace').strip()}")
     try:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        image.unlink()
 
 
 def test_8_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(server: Server, plain: bytes, base: Path) -> None:
     """It fails with our message and without a partial file, and goes on once there is room."""
     folder = base_in(server).parent
     whole = base.stat().st_size
-    with small_disk(folder, 2 * whole + 100_000_000):
+    with small_disk(folder, 2 * whole + 300_000_000):
         shutil.copy(base, folder / "base.safetensors")
         job = server.start(options={**QUICK, "steps": 6, "seed": 80, "model": "base.safetensors"}, name="full")
         server.wait(job, lambda j: j["stage"] in ("frozen targets", "training") or j["state"] == "failed", 200)
@@ -521,11 +527,11 @@ def test_8_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(server: Ser
         assert found["state"] == "failed"
         assert "full.safetensors needs" in found["error"]
         assert "make room" in found["error"]
-        assert sorted(path.name for path in folder.iterdir()) == ["base.safetensors", "filler"]
+        assert sorted(path.name for path in folder.iterdir()) == ["base.safetensors", "filler", "lost+found"]
         (folder / "filler").unlink()
         assert found["resumable"]
         server.done(server.call("/salun/v1/resume", {"id": job["id"]}))
-        assert sorted(path.name for path in folder.iterdir()) == ["base.safetensors", "full.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == ["base.safetensors", "full.safetensors", "lost+found"]
     server.call("/sdapi/v1/refresh-checkpoints", {})
     assert server.picture() == plain
 
