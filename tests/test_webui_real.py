@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,11 @@ def webui(data: Path, *flags: str, route: str | None = None) -> Iterator[Server]
         try:
             end = time.monotonic() + 240
             while True:
-                assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-3000:]
+                told = log.read_text(errors="replace")
+                assert process.poll() is None and time.monotonic() < end, told[-3000:]
+                if "Startup time" not in told:  # A1111 ends at once if it is called while it starts
+                    time.sleep(0.5)
+                    continue
                 try:
                     server.call(route or ("/salun/v1/status" if ours else "/sdapi/v1/options"))
                     break
@@ -157,7 +161,8 @@ def webui(data: Path, *flags: str, route: str | None = None) -> Iterator[Server]
                 time.sleep(0.5)
             yield server
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
