@@ -484,13 +484,13 @@ def test_8_what_cannot_be_is_our_own_message_and_harms_nothing(server: Server, p
     hashes = {path: digest(path) for path in (short, strange)}
     server.call("/sdapi/v1/refresh-checkpoints", {})
     with pytest.raises(urllib.error.HTTPError):  # a generation that fails first: its error must not be shown as ours
-        server.picture(**({"enable_hr": True} if FORGE else {"sampler_name": "no such sampler"}))
+        server.picture(**({"enable_hr": True} if FORGE else {"enable_hr": True, "hr_upscaler": "none"}))
     for path in (short, strange):
         job = server.start(options={**QUICK, "seed": 8, "model": path.name})
         found = server.wait(job, lambda j: j["state"] == "failed", 100)
         print(found["error"])
         assert path.name in found["error"]
-        assert not re.search("sampler|NoneType", found["error"])
+        assert not re.search("upscaler|NoneType", found["error"])
         assert digest(path) == hashes[path]
     assert not list(folder.glob("*corrupted*"))
     assert server.picture() == plain
