@@ -206,6 +206,8 @@ def hub_cache(folder: Path) -> Path:
     from salun.diffusion.single_file import clip_tokenizer
 
     repo = folder / "hub" / "models--openai--clip-vit-large-patch14"
+    if repo.is_dir():
+        return folder
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40, encoding="ascii")
     place = repo / "snapshots" / ("0" * 40)
