@@ -21,7 +21,7 @@ class Refused(Exception):
 class Access:
     """users: name → password; with any, requests without the page's token must bear them (HTTP Basic).
 
-    open: without users, whether requests without the token are served at all. token: known to those who can open the
+    open: whether requests without the token are served at all. token: known to those who can open the
     page, which the host's own login guards.
     """
 
@@ -40,13 +40,13 @@ class Access:
             if not _equal(token, self.token):
                 raise Refused(401, "the page is of an earlier start of the program: load it again")
             return
+        if not self.open:
+            raise Refused(403, self.closed_because)
         if self.users:
             name, password = _basic(headers.get("authorization", ""))
             known = self.users.get(name)
             if not _equal(password, known if known is not None else secrets.token_hex(8)) or known is None:
                 raise Refused(401, "name and password are needed", challenge=True)
-        elif not self.open:
-            raise Refused(403, self.closed_because)
 
     @staticmethod
     def _same_origin(headers: Mapping[str, str]) -> None:

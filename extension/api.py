@@ -1,4 +1,4 @@
-"""The HTTP API `/salun/v1/…`: start, status, cancel, resume, runs, models, concepts, schema, and the page's own files.
+"""The HTTP API `/salun/v1/…`: start, status, cancel, resume, use, undo, runs, models, concepts, schema, files of runs.
 
 JSON in, JSON out. Errors are {"error": text}: 400 for what cannot be, 401 and 403 as `access` tells, 404 for what is
 not there, 413 and 415 for bodies that are none of ours.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .service import Service
 PREFIX = "/salun/v1"
 LARGEST = 1_000_000  # bytes of a request
 POINTS = 200  # of a loss plot in a status
+RECENT = 50  # jobs in a status, beside those that are not over
 SCRIPT = Path(__file__).with_name("page.js")
 STRICT = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Content-Security-Policy": "sandbox"}
 logger = logging.getLogger("salun")
@@ -54,7 +56,7 @@ def add_routes(app: Any, service: Service, access: Access) -> None:
                 return JSONResponse({"error": "an error of salun's own: the program's log tells more"}, 500)
             if isinstance(found, _File):
                 return FileResponse(found.path, media_type=found.kind, headers=STRICT)
-            return JSONResponse(found, headers={"Cache-Control": "no-store"})
+            return JSONResponse(_plain(found), headers={"Cache-Control": "no-store"})
 
         return handle
 
@@ -90,7 +92,7 @@ async def _asked(request: Any) -> dict[str, Any]:
         if len(body) > LARGEST:
             raise _Wrong(413, f"a request has at most {LARGEST:,} bytes")
     try:
-        found = json.loads(body or b"{}")
+        found = json.loads(body or b"{}", parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise _Wrong(400, f"the request is no JSON: {error}") from error
     if not isinstance(found, dict):
@@ -98,11 +100,27 @@ async def _asked(request: Any) -> dict[str, Any]:
     return found
 
 
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _plain(value: Any) -> Any:
+    """A value with null for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]]:
     """Path → (method, what answers)."""
 
+    def show(job: Job) -> dict[str, Any]:
+        return {**told(job), "offers": service.offers(job)}
+
     def start(asked: Mapping[str, Any]) -> Any:
-        asked = dict(asked)
+        asked = {name: value for name, value in asked.items() if value is not None}
         kind = asked.pop("kind", "erase")
         if kind not in STARTS:
             raise ConfigError(f"kind is {str(kind)[:40]!r}, but must be one of {', '.join(STARTS)}")
@@ -110,10 +128,10 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
             if name not in STARTS[kind]:
                 raise ConfigError(f"{kind} takes {', '.join(STARTS[kind])}, not {str(name)[:40]!r}")
         for name, wanted in STARTS[kind].items():
-            if asked.get(name) is not None and not _fits(asked[name], wanted):
+            if name in asked and not _fits(asked[name], wanted):
                 raise ConfigError(f"{name} must be {wanted}")
         try:
-            return told(getattr(service, kind)(**asked))
+            return show(getattr(service, kind)(**asked))
         except TypeError as error:
             raise ConfigError(f"{kind} needs more: {error}") from error
 
@@ -123,15 +141,18 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
 
     def status(asked: Mapping[str, Any]) -> Any:
         if asked.get("id"):
-            return told(service.queue.get(str(asked["id"])))
-        return {"host": service.host.name, "jobs": [told(job) for job in service.queue.all()[:50]]}
+            return show(service.queue.get(str(asked["id"])))
+        jobs = [job for n, job in enumerate(service.queue.all()) if job.open or n < RECENT]
+        return {"host": service.host.name, "jobs": [show(job) for job in jobs]}
 
     return {
         "start": ("POST", start),
         "status": ("GET", status),
-        "cancel": ("POST", lambda asked: told(service.queue.cancel(str(asked.get("id"))))),
-        "resume": ("POST", lambda asked: told(service.queue.resume(str(asked.get("id"))))),
+        "cancel": ("POST", lambda asked: show(service.queue.cancel(str(asked.get("id"))))),
+        "resume": ("POST", lambda asked: show(service.queue.resume(str(asked.get("id"))))),
         "forget": ("POST", forget),
+        "use": ("POST", lambda asked: {"said": service.use_result(str(asked.get("id")))}),
+        "undo": ("POST", lambda asked: {"said": service.undo_result(str(asked.get("id")))}),
         "runs": ("GET", lambda asked: {"runs": service.history()}),
         "models": ("GET", lambda asked: {"models": [{"title": title} for title in service.models()]}),
         "concepts": ("GET", lambda asked: {"concepts": service.concepts(asked.get("model"))}),
@@ -206,6 +227,8 @@ def schema() -> dict[str, Any]:
         "POST cancel": {"id": "a job's id"},
         "POST resume": {"id": "a job's id"},
         "POST forget": {"id": "a job's id"},
+        "POST use": {"id": "of a job that wrote a checkpoint"},
+        "POST undo": {"id": "of an erasure"},
         "GET runs": {}, "GET models": {}, "GET schema": {},
         "GET concepts": {"model": "a model's title, or nothing"},
         "GET file": {"run": "a run's name", "name": "report.html, run.json, …"},

@@ -1,7 +1,8 @@
 """Which Python the jobs run in: the program's own where its packages suffice, else an environment of ours beside it.
 
 The environment sees the program's packages (torch above all) through a .pth file, after its own: so pip adds only what
-is missing or too old, and nothing of the program's is touched.
+is missing or too old, and nothing of the program's is touched. Each set-up makes a folder of its own, and the file
+`current` names the one to use once it has been tried: what worked before works until then, and if it fails.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from salun.errors import ConfigError
+from salun.errors import ConfigError, SalunError
+from salun.formats.tensorfile import write_bytes
 
 if TYPE_CHECKING:
     from .host import Host
 
-LOWEST = {  # the lowest that real runs were seen with (docs/webui.md); of torch, what the core is written for
+LOWEST = {  # the lowest that a whole erasure was seen with, all of them at once (docs/webui.md)
     "torch": "2.1", "diffusers": "0.31", "transformers": "4.46", "huggingface_hub": "0.26", "accelerate": "0.31",
     "safetensors": "0.4.2", "numpy": "1.26", "pillow": "9.5", "pyyaml": "6.0", "filelock": "3.12", "jinja2": "3.1",
 }  # fmt: skip
@@ -48,8 +51,18 @@ _lock = threading.Lock()
 
 
 def folder(host: Host) -> Path:
-    """Where our environment is, or will be."""
+    """Where our environments are, or will be."""
     return host.data / "environment"
+
+
+def _made(place: Path) -> Path | None:
+    """The interpreter of the environment in use, if there is one."""
+    try:
+        name = (place / "current").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    found = _executable(place / name)
+    return found if found.is_file() else None
 
 
 @cache
@@ -69,8 +82,8 @@ def python(host: Host) -> str:
     """The interpreter for jobs. Raises ConfigError where none has what is needed."""
     if not missing():
         return sys.executable
-    ours = _executable(folder(host))
-    if (folder(host) / "ready").is_file() and ours.is_file():
+    ours = _made(folder(host))
+    if ours is not None:
         return str(ours)
     raise ConfigError(f"this program's Python lacks {', '.join(missing())}: press Set up")
 
@@ -83,7 +96,7 @@ def state(host: Host) -> tuple[bool, str]:
         return True, f"Ready: this program's own Python ({sys.version.split()[0]}) has all that is needed."
     if place in _work:
         return False, _work[place]
-    if (place / "ready").is_file():
+    if _made(place) is not None:
         return True, f"Ready: jobs run in the environment {place}."
     return False, (
         f"This program's Python lacks {', '.join(lacking)}. Set up makes an environment of salun's own at {place} "
@@ -109,23 +122,30 @@ def set_up(host: Host, wait: bool = False) -> str:
 
 
 def _make(place: Path) -> None:
+    before = _made(place)
+    new = place / time.strftime("%Y%m%d-%H%M%S")
     try:
-        shutil.rmtree(place, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(place)])
-        ours = _executable(place)
+        if place.is_dir():
+            for old in place.iterdir():  # of set-ups that failed, or that another followed: no job runs there
+                if old.is_dir() and (before is None or old not in before.parents):
+                    shutil.rmtree(old, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(new)])
+        ours = _executable(new)
         own = _run([str(ours), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
         theirs = [p for p in sys.path if p.rstrip("/\\").endswith(("site-packages", "dist-packages"))]
         lines = [f"import site; site.addsitedir({site!r})\n" for site in theirs]  # with the .pth files in them
         (Path(own) / "zz_salun_host.pth").write_text("".join(lines), encoding="utf-8")
-        held = place / "held.txt"
+        held = new / "held.txt"
         held.write_text(f"torch=={metadata.version('torch')}\nnumpy=={metadata.version('numpy')}\n", encoding="utf-8")
         pip = [str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held)]
         _run([*pip, *PACKAGES, *(f"{name}>={LOWEST[name]}" for name in SMALL)])
         _run([str(ours), "-c", TRIAL])
-        (place / "ready").write_text("made by salun\n", encoding="utf-8")
+        write_bytes(place / "current", f"{new.name}\n".encode())
         _work.pop(place, None)
-    except (OSError, RuntimeError, metadata.PackageNotFoundError) as error:
-        _work[place] = f"The set-up failed: {error}"
+    except (OSError, RuntimeError, SalunError, metadata.PackageNotFoundError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        kept = "" if before is None else " The environment there was is kept."
+        _work[place] = f"The set-up failed: {error}.{kept}"
 
 
 def _run(command: list[str]) -> str:

@@ -1,7 +1,8 @@
 """Jobs: a queue of child processes, each with a folder that tells its state, so that nothing depends on a browser.
 
 A job's folder holds `request.json` (what is asked), `job.json` (its state, written whole or not at all), the child's
-log and its previews. The queue's thread works on one job at a time, within the host's turn.
+log and its previews. The queue's thread works on one job at a time, within the host's turn. Jobs that had not begun
+when the program ended go on at its next start; one that was at work is stopped, and can be resumed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,15 +22,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from salun.errors import ConfigError
-from salun.formats.tensorfile import write_bytes
+from salun.errors import ConfigError, SalunError
+from salun.formats.patch import tidy
+from salun.formats.tensorfile import remove_leftovers, write_bytes
+from salun.run_record import FILES
 
 from .places import safe_name
 
 CHILD = Path(__file__).resolve().parent
 GRACE = 1.0  # seconds after a cancel until a child that has not answered is ended
-KEEPING = 120.0  # seconds for a child that has answered, to save its state
-SAVED_EVERY = 1.0  # seconds between two writings of the state of a job at work
+KEEPING = 120.0  # seconds for a child that has answered, or is writing its files, to come to an end
+WRITING = ("saving", "writing", "exporting")  # stages of that
+SAVED_EVERY = 5.0  # seconds between two writings of the state of a job at work
 LOSSES = 2_000  # points of the loss plot kept
 OPEN = ("queued", "waiting", "running", "stopping")
 logger = logging.getLogger("salun")
@@ -111,17 +116,24 @@ class Queue:
     # what a host and its page call
 
     def submit(self, kind: str, title: str, request: Mapping[str, Any], run: str | None = None) -> Job:
-        """Put a job into the queue. One that asks the same as a job not yet over is that job: a double click is one."""
+        """Put a job into the queue. One that asks the same as a job not yet over is that job: a double click is one.
+
+        Raises ConfigError if it cannot be written down: then there is no job.
+        """
         with self._change:
             for other in self._jobs.values():
                 if other.open and other.kind == kind and _same(other.request, request):
                     return other
             job = Job(self._new_id(title), kind, title, dict(request), created=time.time(), run=run)
-            self._jobs[job.id] = job
             place = self.folder / job.id
-            place.mkdir()
-            _write_json(place / "request.json", {**job.request, "kind": kind})
-            self._save(job)
+            try:
+                place.mkdir()
+                _write_json(place / "request.json", {**job.request, "kind": kind})
+                _write_json(place / "job.json", asdict(job))
+            except (OSError, SalunError) as error:
+                shutil.rmtree(place, ignore_errors=True)
+                raise ConfigError(f"the job cannot be kept: {error}") from error
+            self._jobs[job.id] = job
             self._waiting.append(job.id)
             self._change.notify_all()
             return job
@@ -152,9 +164,10 @@ class Queue:
             old = self.get(job_id)
             if old.open or not old.resumable:
                 raise ConfigError(f"{old.title}: there is nothing to go on with")
+            job = self.submit(old.kind, old.title, {**old.request, "resume": True}, old.run)
             old.resumable = False  # its run has a new job
             self._save(old)
-        return self.submit(old.kind, old.title, {**old.request, "resume": True}, old.run)
+            return job
 
     def get(self, job_id: str) -> Job:
         """Raises ConfigError for an id that no job has."""
@@ -170,14 +183,12 @@ class Queue:
 
     def forget(self, job_id: str) -> None:
         """Take an ended job off the list. Its run folder stays."""
-        import shutil
-
         with self._change:
             job = self.get(job_id)
             if job.open:
                 raise ConfigError(f"{job.title} is not over: cancel it first")
             del self._jobs[job_id]
-        shutil.rmtree(self.folder / job_id, ignore_errors=True)
+            shutil.rmtree(self.folder / job_id, ignore_errors=True)
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
         """The job once it is over, or as it is after `timeout` seconds."""
@@ -187,12 +198,12 @@ class Queue:
             return job
 
     def close(self) -> None:
-        """Stop the job at work and let the folder go. Jobs in the queue stay on disk as cancelled."""
+        """Stop the job at work and let the folder go. Jobs that had not begun stay in the queue, for the next start."""
         with self._change:
             self._closed = True
-            left = [job.id for job in self._jobs.values() if job.open]
+            at_work = [job.id for job in self._jobs.values() if job.state in ("running", "stopping")]
             self._change.notify_all()
-        for job_id in left:
+        for job_id in at_work:
             self.cancel(job_id)
         self._thread.join(KEEPING)
         self._alone.release()
@@ -209,26 +220,37 @@ class Queue:
                 job.state = "waiting"
                 self._save(job)
             try:
+                python = self._python()  # before the host frees anything for it
                 with self._turn(job):
-                    with self._change:
-                        if job.id in self._cancelled:  # while it waited for its turn
-                            continue
-                        job.state, job.began = "running", time.time()
-                        self._save(job)
-                    self._run(job)
+                    if self._begun(job):
+                        self._run(job, python)
+            except SalunError as error:
+                self._settle(job, "failed", str(error))
             except Exception as error:  # the host's part failed: ours is to say so and go on with the next
                 logger.exception("the job %s failed", job.id)
                 self._settle(job, "failed", f"{type(error).__name__}: {error}")
+            if job.open:  # the program ends
+                return
             try:
                 self._after(job)
             except Exception:
                 logger.exception("after the job %s", job.id)
 
-    def _run(self, job: Job) -> None:
+    def _begun(self, job: Job) -> bool:
+        """Whether a job is still wanted, now that its turn has come; it is at work then."""
+        with self._change:
+            if job.open and self._closed:
+                job.state = "queued"
+            elif job.open:
+                job.state, job.began = "running", time.time()
+            self._save(job)
+            return job.state == "running"
+
+    def _run(self, job: Job, python: str) -> None:
         place = self.folder / job.id
         try:
             with (place / "log.txt").open("ab") as log:
-                child = self._begin(place, log)
+                child = self._begin(python, place, log)
         except OSError as error:
             self._settle(job, "failed", f"the job cannot be started: {error.strerror or error}")
             return
@@ -240,7 +262,8 @@ class Queue:
         assert child.stdout is not None
         for text in child.stdout:
             with self._change:
-                take(job, text)
+                if job.open:  # not ended without its answer
+                    take(job, text)
                 if time.monotonic() - saved > SAVED_EVERY:
                     saved = time.monotonic()
                     self._save(job)
@@ -253,6 +276,8 @@ class Queue:
                 pass  # what was still to be written to it nobody reads
         with self._change:
             self._child = None
+        if code:
+            _clear_away(job)
         if job.result is not None:
             self._settle(job, "done")
         elif job.id in self._cancelled or code == 130:
@@ -260,7 +285,7 @@ class Queue:
         else:
             self._settle(job, "failed", job.error or _last_lines(place / "log.txt", code))
 
-    def _begin(self, place: Path, log: IO[bytes]) -> subprocess.Popen[str]:
+    def _begin(self, python: str, place: Path, log: IO[bytes]) -> subprocess.Popen[str]:
         environment = {**os.environ, **self._environment, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
         environment.pop("PYTHONPATH", None)  # a host's own folders are not the child's
         apart: dict[str, Any] = (
@@ -269,17 +294,18 @@ class Queue:
             else {"start_new_session": True}  # CREATE_NO_WINDOW
         )
         return subprocess.Popen(
-            [self._python(), str(CHILD), str(place)],
+            [python, str(CHILD), str(place)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, cwd=place,
             encoding="utf-8", errors="replace", **apart,
         )  # fmt: skip
 
     def _end_soon(self, job: Job, child: subprocess.Popen[str]) -> None:
         """End a child that does not stop by itself. A run survives that: it goes on from its last saved state."""
-        until, answered = time.monotonic() + GRACE, False
-        while child.poll() is None and time.monotonic() < until:
-            if not answered and job.stage == "stopping":
-                answered, until = True, time.monotonic() + KEEPING
+        asked = time.monotonic()
+        while child.poll() is None:
+            patience = KEEPING if job.stage in ("stopping", *WRITING) else GRACE
+            if time.monotonic() > asked + patience:
+                break
             time.sleep(0.05)
         if child.poll() is None:
             child.kill()
@@ -302,20 +328,29 @@ class Queue:
         return folder is not None and (Path(folder) / "run.json").is_file()
 
     def _save(self, job: Job) -> None:
+        if job.id not in self._jobs:  # taken off the list while its process came to its end
+            return
         try:
             _write_json(self.folder / job.id / "job.json", asdict(job))
-        except OSError as error:  # a full disk must not end the queue
+        except (OSError, SalunError) as error:  # a full disk must not end the queue
             logger.warning("the state of the job %s is not saved: %s", job.id, error)
 
     def _read(self) -> None:
-        for file in sorted(self.folder.glob("*/job.json")):
+        for file in self.folder.glob("*/job.json"):
             try:
-                job = Job(**json.loads(file.read_text(encoding="utf-8")))
+                job = Job(**json.loads(file.read_text(encoding="utf-8"), parse_constant=_none))
+                fits = job.id == file.parent.name and isinstance(job.request, dict)
+                if not fits or not isinstance(job.created, int | float):
+                    raise ValueError("its parts do not fit together")
             except (OSError, ValueError, TypeError):
                 logger.warning("%s is no job of this version: passed over", file)
                 continue
             self._jobs[job.id] = job
-            if job.open:  # the program ended meanwhile
+        for job in sorted(self._jobs.values(), key=lambda job: job.created):
+            if job.state in ("queued", "waiting") and (self.folder / job.id / "request.json").is_file():
+                job.state = "queued"
+                self._waiting.append(job.id)
+            elif job.open:  # the program ended meanwhile
                 self._settle(job, "cancelled", "the program was closed before the job was over")
 
     def _new_id(self, title: str) -> str:
@@ -330,7 +365,7 @@ class Queue:
 def take(job: Job, text: str) -> None:
     """Take one line of a child into its job. What is no event is passed over."""
     try:
-        event = json.loads(text)
+        event = json.loads(text, parse_constant=_none)
         kind = event["event"]
     except (ValueError, KeyError, TypeError):
         return
@@ -338,7 +373,7 @@ def take(job: Job, text: str) -> None:
         job.stage, job.step, job.total = event["stage"], event["step"], event["total"]
         job.fraction, job.left = max(job.fraction, event["fraction"]), event["left"]
         metrics = event["metrics"]
-        if {"forget", "retain"} <= set(metrics):
+        if None not in (metrics.get("forget"), metrics.get("retain")):
             job.losses.append([job.step, metrics["forget"], metrics["retain"]])
             del job.losses[:-LOSSES]
     elif kind == "message":
@@ -354,13 +389,32 @@ def take(job: Job, text: str) -> None:
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two requests ask the same, wherever they would write it."""
+    """Whether two requests ask the same, wherever they would write it. To go on with a run is asked for that run."""
 
     def asked(request: Mapping[str, Any]) -> Any:
         options = {k: v for k, v in request.get("options", {}).items() if k not in ("run_dir", "output")}
-        return {**{k: v for k, v in request.items() if k not in ("options", "output", "resume")}, "options": options}
+        run = request["options"].get("run_dir") if request.get("resume") else None
+        return {**{k: v for k, v in request.items() if k != "output"}, "options": options, "resume": run}
 
     return bool(asked(one) == asked(other))
+
+
+def _clear_away(job: Job) -> None:
+    """Remove what a child that was ended has left half written beside the files it was to write."""
+    options = job.request.get("options", {})
+    try:
+        for target in [*options.get("output", []), job.request.get("output")]:
+            if target:
+                tidy(Path(target))
+        if options.get("run_dir"):
+            for name in FILES:
+                remove_leftovers(Path(options["run_dir"]) / name)
+    except OSError as error:
+        logger.warning("the job %s left something half written: %s", job.id, error)
+
+
+def _none(text: str) -> None:
+    """JSON has no NaN and no infinity, Python's has."""
 
 
 def _ask_to_stop(child: subprocess.Popen[str]) -> None:

@@ -127,12 +127,13 @@
       preview: make("img", { alt: "before and after, so far", hidden: "" }),
       notes: make("div", { class: "salun-notes" }),
       result: make("div", { class: "salun-result" }),
+      said: make("div", { class: "salun-said", role: "status" }),
       message: make("div", { class: "salun-error", role: "alert" }),
       buttons: make("div", { class: "salun-buttons" }),
     };
     parts.box = make("section", { class: "salun-job", "data-job": job.id, "data-kind": job.kind },
       make("div", { class: "salun-head" }, parts.title, parts.state), parts.stage, parts.bar, parts.figures,
-      parts.plot, parts.preview, parts.notes, parts.result, parts.message, parts.buttons);
+      parts.plot, parts.preview, parts.notes, parts.result, parts.said, parts.message, parts.buttons);
     return parts;
   }
 
@@ -165,11 +166,16 @@
       picture(parts.preview, `preview?id=${encodeURIComponent(job.id)}&name=${encodeURIComponent(name)}`);
     }
     set(parts.notes, job.notes.slice(-3).join("\n"));
-    set(parts.message, job.error || "");
-    const key = `${job.state} ${job.resumable}`;
+    if (job.error) set(parts.message, job.error);
+    const key = `${job.state} ${job.resumable} ${(job.offers || []).join()}`;
     if (parts.buttons.dataset.key === key) return;
     parts.buttons.dataset.key = key;
     parts.result.replaceChildren(...results(job));
+    const offers = job.offers || [];
+    const say = (promise) => promise.then((found) => set(parts.said, found.said || ""))
+      .catch((error) => set(parts.message, error.message)).finally(soon);
+    const exportAs = (form) => () => say(call("start", { kind: "export", delta: job.run, form })
+      .then((made) => ({ said: `“${made.title}” is in the queue.` })));
     const buttons = [];
     if (OPEN.includes(job.state) && job.state !== "stopping") {
       buttons.push(button(parts, "Cancel", () => act("cancel", job.id, parts.message)));
@@ -178,6 +184,14 @@
     if (job.state === "done" && job.run) {
       buttons.push(button(parts, "Report", () => report(job.run).catch((e) => set(parts.message, e.message))));
     }
+    const after = [
+      ["use", "Use this checkpoint now", () => say(call("use", { id: job.id }).finally(refreshLists))],
+      ["lora", "Save as LoRA", exportAs("lora")],
+      ["diff", "Save as full difference", exportAs("diff")],
+      ["delta", "Save the delta", () => say(save(job.run, "delta.salun.safetensors"))],
+      ["undo", "Undo", () => say(call("undo", { id: job.id }).finally(refreshLists))],
+    ];
+    for (const [offer, label, what] of after) if (offers.includes(offer)) buttons.push(button(parts, label, what));
     if (!OPEN.includes(job.state)) buttons.push(button(parts, "Remove", () => act("forget", job.id, parts.message)));
     parts.buttons.replaceChildren(...buttons);
   }
@@ -186,11 +200,12 @@
     const found = job.result;
     if (!found) return [];
     const lines = [];
-    const share = (s) => `${s.value.toFixed(1)} % (${s.low.toFixed(1)}–${s.high.toFixed(1)}, n = ${s.n})`;
+    const one = (value) => (typeof value === "number" ? value.toFixed(1) : "?");
+    const share = (s) => `${one(s.value)} % (${one(s.low)}–${one(s.high)}, n = ${s.n})`;
     const metrics = found.metrics;
     if (metrics && metrics.ua) {
-      lines.push(`forgotten: ${share(metrics.ua)}, before ${metrics.ua_before.value.toFixed(1)} %`);
-      if (metrics.ra_after) lines.push(`everything else: ${share(metrics.ra_after)}, before ${metrics.ra_before.value.toFixed(1)} %`);
+      lines.push(`forgotten: ${share(metrics.ua)}, before ${one(metrics.ua_before.value)} %`);
+      if (metrics.ra_after) lines.push(`everything else: ${share(metrics.ra_after)}, before ${one(metrics.ra_before.value)} %`);
     } else if (metrics) {
       lines.push(`whether it is forgotten is not known: ${metrics.reason}`);
     }
@@ -219,8 +234,22 @@
     if (target.textContent !== text) target.textContent = text;
   }
 
+  async function save(run, name) {
+    const answer = await call(`file?run=${encodeURIComponent(run)}&name=${encodeURIComponent(name)}`, undefined, true);
+    const link = make("a", { href: URL.createObjectURL(await answer.blob()), download: `${run}.${name.replace("delta.", "")}` });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+    return {};
+  }
+
+  let stale = false; // the lists, of our page and of the host's
+
   function refreshLists() {
-    for (const id of ["salun_refresh", "refresh_sd_model_checkpoint", "forge_refresh_checkpoint"]) {
+    stale = true;
+    const open = [...root().querySelectorAll('[data-testid="dropdown-option"], [role="listbox"] [role="option"]')];
+    if (open.some((one) => one.getClientRects().length)) return; // a list that somebody is choosing from stays as it is
+    stale = false;
+    for (const id of ["salun_refresh", "salun_host_checkpoints"]) {
       const found = root().querySelector(`#${id}`);
       if (found) (found.tagName === "BUTTON" ? found : found.querySelector("button") || found).click();
     }
@@ -250,7 +279,7 @@
         if (boxes.some((box, i) => live.children[i] !== box) || live.children.length !== boxes.length) {
           live.replaceChildren(...boxes);
         }
-        if (ended) refreshLists();
+        if (ended || stale) refreshLists();
         if (!jobs.some((job) => OPEN.includes(job.state))) wait = 2000;
       } catch (error) {
         live.replaceChildren(make("p", { class: "salun-error", role: "alert" }, `The program does not answer (${error.message}).`));

@@ -16,7 +16,7 @@ from salun.errors import ConfigError, SalunError
 
 from . import environment
 from .access import Access
-from .controls import ADVANCED, FIRST, control, shown_of, value_of
+from .controls import ADVANCED, FIRST, control, label, shown_of, value_of
 from .service import Service
 
 LOADER = """() => {
@@ -131,19 +131,25 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             ]  # fmt: skip
 
         def load_again(run: Any) -> list[Any]:
-            if not run:
-                return [gr.update() for _ in range(4 + len(names))] + [_bad("Choose a run first.")]
+            said = _good(f"The options of {run} are loaded.")
             try:
-                options = service.options_of(str(run))
-            except SalunError as error:
-                return [gr.update() for _ in range(4 + len(names))] + [_bad(str(error))]
-            shown = {key: shown_of(key, value) for key, value in options.items() if key != "model"}
+                options = service.options_of(str(run or ""))
+                shown = {key: shown_of(key, value) for key, value in options.items() if key != "model"}
+            except (SalunError, TypeError, ValueError) as error:
+                why = str(error) if run else "Choose a run first."
+                return [gr.update() for _ in range(5 + len(names))] + [_bad(why)]
+            for key, among in (("model", list(service.models())), ("mask", [*_masks(), *service.made_masks()])):
+                if options.get(key) not in among:
+                    said += _bad(f"Its {key} {str(options.get(key))[:200]!r} is not here any more: choose another.")
+                    options.pop(key, None)
+                    shown.pop(key, None)
             first = [
-                gr.update(value=options.get("model")),
+                gr.update(value=None),  # a preset would be added to the run's own concepts
+                gr.update(value=options["model"]) if "model" in options else gr.update(),
                 *(gr.update(value=shown.get(k, "")) for k in ("concept", "anchor", "retain_prompts")),
             ]
             rest = [gr.update(value=shown[n]) if n in shown else gr.update() for n in names]
-            return [*first, *rest, _good(f"The options of {run} are loaded.")]
+            return [*first, *rest, said]
 
         def pairs(deltas: list[Any], strengths: list[Any]) -> tuple[list[str], list[float]]:
             both = [(str(d), float(s)) for d, s in zip(deltas, strengths, strict=True) if d]
@@ -168,11 +174,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         only.click(_safe(lambda preset, *values: only_mask(list(values), preset)), [preset, *controls], [said], **quick)
         model.change(words_for, [model], [preset], **quick)
         refresh.click(lists, [], listed, **quick)
-        again.click(load_again, [runs], [*controls, details], **quick)
+        again.click(load_again, [runs], [preset, *controls, details], **quick)
         runs.change(_safe(lambda run: _details(service, run)), [runs], [details], **quick)
-        use.click(
-            _safe(lambda run: _good(service.host.use(service.checkpoint(str(run or ""))))), [runs], [details], **quick
-        )
+        use.click(_safe(lambda run: _good(service.use(str(run or "")))), [runs], [details], **quick)
         layers.click(
             _safe(queued(lambda run, other: service.inspect(str(run or ""), str(other) if other else None))),
             [runs, other], [details], **quick,
@@ -193,7 +197,7 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             [delta_said],
             **quick,
         )
-        set_up.click(_safe(lambda: _good(environment.set_up(service.host))), [], [state], **quick)
+        set_up.click(_safe(lambda: _good(service.set_up())), [], [state], **quick)
         page.load(lists, [], listed, **quick)
         page.load(None, [], [], **{js: LOADER})
     return page
@@ -275,7 +279,16 @@ def _details(service: Service, run: Any) -> str:
         parts.append(f'<img alt="before and after" style="max-width:100%" src="{_data_url(path)}">')
     if "report.html" in found["files"]:
         parts.append(f'<button type="button" data-salun-report="{escape(str(run))}">Open the report</button>')
+    options = [
+        (label(name), value) for name, value in service.options_of(str(run)).items() if value not in (None, "", [])
+    ]
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_told(value))}</td></tr>" for name, value in options)
+    parts.append(f'<details><summary>Its options</summary><table class="salun-table">{rows}</table></details>')
     return "".join(parts)
+
+
+def _told(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _data_url(path: Path) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from salun.errors import ConfigError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
 from salun.run_record import new_run_folder
 
+from . import environment
 from .host import Host
 from .jobs import Job, Queue
 from .places import confined, new_file, safe_name
@@ -39,6 +42,7 @@ class Service:
         for folder in (self.runs, self.pictures, self.masks):
             folder.mkdir(parents=True, exist_ok=True)
         self.queue = Queue(host.data / "jobs", host.python, host.turn, host.changed, host.environment())
+        self._naming = threading.Lock()  # from the choice of a new name until a job has it
 
     # jobs
 
@@ -56,11 +60,15 @@ class Service:
         concepts = [text.strip() for text in job.concept if text.strip()]
         if not concepts:
             raise ConfigError("say what the model should forget: choose a preset, or write a word or two")
-        folder = self._new_run("-".join(concepts))
-        outputs = self._outputs(folder, safe_name(name, "") or f"{_stem(title)}-no-{'-'.join(concepts)}", name != "")
-        settled = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
-        asked = {"options": dataclasses.asdict(settled), "preview_every": preview_every, "host": self.host.name}
-        return self.queue.submit("erase", f"forget {', '.join(concepts)}", asked, folder.name)
+        self.host.python()
+        asked = {"preview_every": preview_every, "host": self.host.name, "name": name}
+        stem = safe_name(name, "") or f"{_stem(title)}-no-{'-'.join(concepts)}"
+        with self._naming:
+            folder = self._new_run("-".join(concepts))
+            outputs = self._outputs(folder, stem, name != "")
+            settled = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
+            asked["options"] = dataclasses.asdict(settled)
+            return self.queue.submit("erase", f"forget {', '.join(concepts)}", asked, folder.name)
 
     def _within(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options with every name of a file confined to its folder. Raises ConfigError for one that leads out, or for
@@ -69,6 +77,9 @@ class Service:
         if strange:
             raise ConfigError(f"{', '.join(map(repr, strange))[:200]} cannot be set here")
         values = {key: value for key, value in options.items() if value is not None}
+        endless = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        if endless:
+            raise ConfigError(f"{endless[0]} is {values[endless[0]]}: give a number")
         values["mask"] = self._mask(values.get("mask", "saliency"))
         for key in ("forget_images", "retain_images"):
             if key in values:
@@ -87,10 +98,12 @@ class Service:
         )
         if not concept:
             raise ConfigError("say for which concept: choose a preset, or write a word or two")
-        target = new_file(self.masks, f"{_stem(title)}-{'-'.join(concept)}", ".safetensors", self._promised())
         source = self._model(title) if title is not None else None
-        asked = {"options": dataclasses.asdict(checked), "concept": concept, "output": str(target), "model": source}
-        return self.queue.submit("mask", f"mask of {', '.join(concept)}", asked)
+        self.host.python()
+        asked = {"options": dataclasses.asdict(checked), "concept": concept, "model": source}
+        with self._naming:
+            target = new_file(self.masks, f"{_stem(title)}-{'-'.join(concept)}", ".safetensors", self._promised())
+            return self.queue.submit("mask", f"mask of {', '.join(concept)}", {**asked, "output": str(target)})
 
     def stack(self, model: str, deltas: Sequence[str], strengths: Sequence[float], name: str = "") -> Job:
         """Put the writing of a checkpoint with deltas in it into the queue."""
@@ -103,17 +116,22 @@ class Service:
                 raise ConfigError(f"the strength {value!r} is none: give a number from -0.5 to 1.5")
         files = [str(self.delta(one)) for one in deltas]
         told = ", ".join(f"{one} at {strength:g}" for one, strength in zip(deltas, strengths, strict=True))
-        source = self._model(model)
-        asked = {"model": source, "deltas": files, "strengths": [float(s) for s in strengths]}
-        asked["output"] = self._written(source, name or f"{_stem(model)}-with-{'-'.join(deltas)}")
-        return self.queue.submit("stack", f"{model} with {told}", asked)
+        asked = {"deltas": files, "strengths": [float(s) for s in strengths]}
+        return self._rewritten("stack", f"{model} with {told}", model, asked, name, f"with-{'-'.join(deltas)}")
 
     def undo(self, model: str, delta: str, name: str = "") -> Job:
         """Put the writing of a checkpoint without a delta into the queue."""
+        asked = {"delta": str(self.delta(delta))}
+        return self._rewritten("undo", f"{model} without {delta}", model, asked, name, "undone")
+
+    def _rewritten(self, kind: str, told: str, model: str, asked: dict[str, Any], name: str, otherwise: str) -> Job:
+        """A job that writes a copy of a model, under a name or under the model's own with `otherwise` behind it."""
         source = self._model(model)
-        asked = {"model": source, "delta": str(self.delta(delta))}
-        asked["output"] = self._written(source, name or f"{_stem(model)}-undone")
-        return self.queue.submit("undo", f"{model} without {delta}", asked)
+        asked |= {"model": source, "name": name}
+        self.host.python()
+        with self._naming:
+            output = self._written(source, name or f"{_stem(model)}-{otherwise}")
+            return self.queue.submit(kind, told, {**asked, "output": output})
 
     def export(self, delta: str, form: str = "lora", rank: int | None = None, model: str | None = None) -> Job:
         """Put the writing of a LoRA ("lora", low rank) or of all differences ("diff") into the queue.
@@ -126,14 +144,17 @@ class Service:
             raise ConfigError(f"the rank {rank!r} is none: give a whole number from 1 to 4096")
         file = self.delta(delta)
         base = self._model(model) if model else self._base_of(file)
-        target = new_file(self.host.loras() or file.parent, f"no-{delta}", f".{form}.safetensors", self._promised())
-        asked = {"delta": str(file), "model": base, "output": str(target), "rank": rank}
-        return self.queue.submit("export", f"{delta} as {form}", asked)
+        asked = {"delta": str(file), "model": base, "form": form, "rank": rank}
+        self.host.python()
+        with self._naming:
+            target = new_file(self.host.loras() or file.parent, f"no-{delta}", f".{form}.safetensors", self._promised())
+            return self.queue.submit("export", f"{delta} as {form}", {**asked, "output": str(target)})
 
     def overlaps(self, deltas: Sequence[str]) -> Job:
         """Put the counting of what deltas both change into the queue."""
         if len(deltas) < 2:
             raise ConfigError("choose at least two deltas to see how far they overlap")
+        self.host.python()
         return self.queue.submit(
             "overlaps", f"overlap of {', '.join(deltas)}", {"deltas": [str(self.delta(one)) for one in deltas]}
         )
@@ -142,9 +163,61 @@ class Service:
         """Put a look at a run's mask into the queue, or at how far the masks of two runs agree."""
         path = str(self.run(run))
         other = str(self.run(against)) if against else None
+        self.host.python()
         return self.queue.submit(
             "inspect", f"mask of {run}" + (f" and {against}" if against else ""), {"path": path, "against": other}
         )
+
+    # once a job is done
+
+    def offers(self, job: Job) -> list[str]:
+        """What can be done with the result of a job: "use", "undo", "lora", "diff", "delta"."""
+        if job.state != "done":
+            return []
+        loads = ["use"] if self.host.checkpoints() is not None else []  # where there is none, nothing generates
+        if job.kind in ("stack", "undo"):
+            return loads
+        if job.kind == "erase" and job.run and (self.runs / job.run / DELTA).is_file():
+            return [*loads, "undo", "lora", "diff", "delta"]
+        return []
+
+    def use(self, run: str) -> str:
+        """Have the host generate with the erased checkpoint of a run from now on. Returns a line for people."""
+        return self._use(self.checkpoint(run))
+
+    def use_result(self, job_id: str) -> str:
+        """The same with the checkpoint that a job wrote."""
+        job = self.queue.get(job_id)
+        if "use" not in self.offers(job):
+            raise ConfigError(f"{job.title} gave no checkpoint that could be used")
+        return self.use(str(job.run)) if job.kind == "erase" else self._use(Path(job.request["output"]))
+
+    def undo_result(self, job_id: str) -> str:
+        """Back to what was before an erasure: the host goes on with the base. Where it has the base no more, or there
+        is no host, the base is written again: the erased checkpoint without the delta, to the bit.
+        """
+        job = self.queue.get(job_id)
+        if "undo" not in self.offers(job):
+            raise ConfigError(f"{job.title} changed nothing that could be undone")
+        run = str(job.run)
+        base = Path(str(_options(self.run(run)).get("model")))
+        if self.host.checkpoints() is not None and str(base) in self.models().values():
+            return f"{self._use(base)} The erased one stays in the list."
+        return f"“{self.undo(run, run).title}” is in the queue."
+
+    def set_up(self) -> str:
+        """Make an environment for the jobs, in the background. Returns a line for people."""
+        self._at_rest()
+        return environment.set_up(self.host)
+
+    def _use(self, path: Path) -> str:
+        self._at_rest()
+        return self.host.use(path)
+
+    def _at_rest(self) -> None:
+        at_work = next((job for job in self.queue.all() if job.state in ("running", "stopping")), None)
+        if at_work is not None:
+            raise ConfigError(f"“{at_work.title}” is at work: wait until it is over, or cancel it")
 
     # what there is
 
@@ -202,8 +275,7 @@ class Service:
 
     def options_of(self, run: str) -> dict[str, Any]:
         """The options of a run, as a form shows them: to load them again."""
-        record = _record(self.run(run) / "run.json") or {}
-        options = {key: value for key, value in record.get("options", {}).items() if key in OFFERED}
+        options = {key: value for key, value in _options(self.run(run)).items() if key in OFFERED}
         titles = {place: title for title, place in self.models().items()}
         options["model"] = titles.get(str(options.get("model")), options.get("model"))
         for key in ("forget_images", "retain_images"):
@@ -228,17 +300,15 @@ class Service:
 
     def checkpoint(self, run: str) -> Path:
         """The erased checkpoint that a run wrote. Raises ConfigError if it wrote none, or it is gone."""
-        record = _record(self.run(run) / "run.json") or {}
-        written = [Path(path) for path in record.get("options", {}).get("output", []) if not path.endswith(DELTA)]
-        places = [*written, self.run(run) / "model.safetensors", self.run(run) / "model"]
-        for place in places:
-            if place.exists():
+        folder, checkpoints = self.run(run), self.host.checkpoints()
+        homes = [home.resolve() for home in (folder, checkpoints) if home is not None]
+        told = _options(folder).get("output")
+        for path in [*(told if isinstance(told, list) else []), folder / "model.safetensors", folder / "model"]:
+            place = Path(str(path)).resolve()  # who wrote run.json is not known: it may name what is in our folders
+            whole = not place.name.endswith((".salun.safetensors", ".lora.safetensors", ".diff.safetensors"))
+            if whole and any(home in place.parents for home in homes) and place.exists():
                 return place
         raise ConfigError(f"the erased model of {run} is not there any more")
-
-    def folder_size(self) -> int:
-        """Bytes that all runs take."""
-        return sum(p.stat().st_size for p in self.runs.rglob("*") if p.is_file())
 
     # inside
 
@@ -288,16 +358,25 @@ class Service:
         return f"{new_file(folder, name, ending, self._promised())}{'' if single else '/'}"
 
     def _promised(self) -> list[str]:
-        """What jobs that are not over will write."""
+        """What jobs that are not over, or may go on, will write."""
         found = []
         for job in self.queue.all():
-            if job.open:
+            if job.open or job.resumable:
                 found += [*job.request.get("options", {}).get("output", []), job.request.get("output", "")]
         return [path.rstrip("/") for path in found]
 
     def _base_of(self, delta: Path) -> str:
-        record = _record(delta.parent / "run.json") or {}
-        return str(record.get("options", {}).get("model"))
+        """What a run was made with, if it is one of the host's models or another run's."""
+        from salun.diffusion.finding import aliases
+
+        model = _options(delta.parent).get("model") or aliases()["default"]
+        if isinstance(model, str):
+            if model in self.models().values():
+                return model
+            for place in Path(model).resolve().parents:
+                if place.parent == self.runs.resolve() and self.checkpoint(place.name) == Path(model).resolve():
+                    return model
+        raise ConfigError(f"the base of {delta.parent.name} is not among the checkpoints: name the one to take")
 
 
 def _components(name: str) -> str:
@@ -319,14 +398,24 @@ def _stem(title: Any) -> str:
     )
 
 
+def _options(run: Path) -> dict[str, Any]:
+    """The options that a run's record tells; a record may be a stranger's."""
+    found: dict[str, Any] = (_record(run / "run.json") or {"options": {}})["options"]
+    return found
+
+
 def _record(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_none)
         if isinstance(found, dict) and isinstance(found["options"], dict) and isinstance(found["status"], str):
             return found
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, RecursionError):
         pass
     return None
+
+
+def _none(text: str) -> None:
+    """JSON has no NaN and no infinity, Python's has."""
 
 
 def _summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:

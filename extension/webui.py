@@ -1,4 +1,4 @@
-"""The tab in A1111 and Forge (and reForge, whose calls are A1111's or Forge's): wiring, and nothing that computes.
+"""The tab in A1111, Forge and reForge: wiring, and nothing that computes.
 
 Everything of `modules` and `backend` is imported where it is used: they are the host's, and differ.
 """
@@ -10,12 +10,14 @@ import importlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from salun.errors import ConfigError
+from salun.errors import ConfigError, SalunError
 
 from . import environment
 from .access import Access
@@ -25,6 +27,7 @@ from .page import build
 from .service import Service
 
 TAB = "Erase concept"
+STARTED = threading.Event()  # set once the host answers
 DEVICE_JOBS = ("erase", "mask")  # these compute where the host does; the others read and write files
 logger = logging.getLogger("salun")
 _state: dict[str, Any] = {}  # survives "Reload UI", as this module does
@@ -35,15 +38,25 @@ def register() -> None:
     from modules import script_callbacks
 
     script_callbacks.on_ui_tabs(_tab)
-    script_callbacks.on_app_started(lambda demo, app: add_routes(app, service(), access()))
+    script_callbacks.on_after_component(_beside)
+    script_callbacks.on_app_started(_started)
 
 
 def service() -> Service:
-    """The one service of this process."""
+    """The one service of this process. Raises ConfigError if another program works with its folder."""
     if "service" not in _state:
         _state["service"] = Service(WebUI())
     found: Service = _state["service"]
     return found
+
+
+def trouble() -> str | None:
+    """Why there is no service, as text for people."""
+    try:
+        service()
+    except SalunError as error:
+        return str(error)
+    return None
 
 
 def access() -> Access:
@@ -54,10 +67,8 @@ def access() -> Access:
 
         pairs = [pair.split(":", 1) for pair in (shared.cmd_opts.api_auth or "").split(",") if ":" in pair]
         users = dict(pairs) or dict(get_gradio_auth_creds())
-        if shared.cmd_opts.api:
-            _state["access"] = Access(users)
-        else:
-            _state["access"] = Access(open=False, closed_because="start the WebUI with --api to use salun's API")
+        closed = "start the WebUI with --api to use salun's API"
+        _state["access"] = Access(users, open=bool(shared.cmd_opts.api), closed_because=closed)
     found: Access = _state["access"]
     return found
 
@@ -65,7 +76,48 @@ def access() -> Access:
 def _tab() -> list[tuple[Any, str, str]]:
     import gradio as gr
 
-    return [(build(gr, service(), access()), TAB, "salun")]
+    said = trouble()
+    if said is None:
+        return [(build(gr, service(), access()), TAB, "salun")]
+    with gr.Blocks(analytics_enabled=False, title=TAB) as page:
+        gr.HTML(f'<p role="alert">{escape(said)}</p>')
+    return [(page, TAB, "salun")]
+
+
+def _started(demo: Any, app: Any) -> None:
+    said = trouble()
+    if said is None:
+        add_routes(app, service(), access())
+        STARTED.set()
+    else:
+        logger.warning("%s", said)
+
+
+def _beside(component: Any, **kwargs: Any) -> None:
+    """Beside the host's list of checkpoints, a hidden button that brings it up to date: the page's script presses it.
+
+    The host's own button is not pressed for that: it empties the list first, under a generation's feet.
+    """
+    import gradio as gr
+    from gradio.context import Context
+
+    name, label = getattr(component, "elem_id", None), getattr(component, "label", None)
+    forges = label == "Checkpoint" and "model_selection" in (getattr(component, "elem_classes", None) or [])
+    if Context.root_block is None or (name != "setting_sd_model_checkpoint" and not forges):
+        return  # gradio 4 makes a component anew for each update of it, outside of any page
+    update = gr.Button("checkpoints", visible=False, elem_id="salun_host_checkpoints")
+    update.click(_checkpoints, [], [component], queue=False, show_progress=False)
+
+
+def _checkpoints() -> Any:
+    import gradio as gr
+    from modules import sd_models, shared
+
+    tiles = sd_models.checkpoint_tiles(getattr(shared.opts, "sd_checkpoint_dropdown_use_short", False))
+    now = sd_models.get_closet_checkpoint_match(shared.opts.sd_model_checkpoint or "")
+    infos = list(sd_models.checkpoints_list.values())
+    shown = [tile for tile, info in zip(tiles, infos, strict=False) if now and info.filename == now.filename]
+    return gr.update(choices=tiles, **({"value": shown[0]} if shown else {}))
 
 
 class WebUI:
@@ -77,7 +129,8 @@ class WebUI:
         self.forge = (
             importlib.util.find_spec("backend") is not None and importlib.util.find_spec("modules_forge") is not None
         )
-        self.name = "Forge" if self.forge else "WebUI"
+        self.reforge = not self.forge and importlib.util.find_spec("ldm_patched") is not None
+        self.name = "Forge" if self.forge else "reForge" if self.reforge else "WebUI"
         self.data = Path(paths_internal.data_path).absolute() / "salun"
 
     def models(self) -> dict[str, str]:
@@ -110,21 +163,32 @@ class WebUI:
             return
         from modules.call_queue import queue_lock
 
+        STARTED.wait()  # jobs of an earlier start may be waiting while the host is still loading
         with queue_lock:
             if not job.open:  # cancelled while a picture was being made: nothing of the host's is touched
                 yield
                 return
-            kept = self._free()
+            kept = self._loaded()
             try:
+                self._free(kept)
                 yield
             finally:
                 self._give_back(kept)
 
-    def _free(self) -> Any:
-        """Take the host's models off the device. Returns what `_give_back` needs."""
+    def _loaded(self) -> Any:
+        """A1111's model, to be given back; None on Forge and reForge, which load their own again."""
+        from modules import sd_models
+
+        if self.forge or self.reforge:
+            return None
+        lock = getattr(sd_models.model_data, "lock", None) or nullcontext()
+        with lock:  # held while the host loads its first; reading shared.sd_model would load one
+            return sd_models.model_data.sd_model
+
+    def _free(self, kept: Any) -> None:
+        """Take the host's models off the device."""
         from modules import devices, sd_models
 
-        kept = None
         if self.forge:
             from backend import memory_management
 
@@ -132,12 +196,15 @@ class WebUI:
             memory_management.soft_empty_cache()
             sd_models.model_data.sd_model = sd_models.FakeInitialModel()  # the next picture loads it again
             sd_models.model_data.forge_hash = ""
-        elif sd_models.model_data.sd_model is not None:  # reading shared.sd_model would load one
-            kept = sd_models.model_data.sd_model
+        elif self.reforge:
+            from ldm_patched.modules import model_management
+
+            model_management.unload_all_models()
+            model_management.soft_empty_cache()
+        elif kept is not None:
             sd_models.unload_model_weights(kept)
         gc.collect()
         devices.torch_gc()
-        return kept
 
     def _give_back(self, kept: Any) -> None:
         if kept is not None:
@@ -174,7 +241,7 @@ class WebUI:
         if self.forge:
             from modules_forge.main_entry import checkpoint_change
 
-            checkpoint_change(info.title)
+            checkpoint_change(info.name)  # as its list has it
         else:
             shared.opts.set("sd_model_checkpoint", info.title)  # which loads it, in its turn
             shared.opts.save(shared.config_filename)

@@ -5,6 +5,7 @@ erased checkpoint's very weights; LoRAs go on top. The host's own machinery for 
 
 Forge   a patch of type "set" on a clone of the UNet's patcher, first in its order. Forge merges patches when their
         names change, and puts its untouched originals back before it does.
+reForge the same in the patcher's lists of patches, one for each tensor, which it merges anew whenever they change.
 A1111   a network of our own among the LoRA extension's, first in its order, whose layers answer with new − old in
         double precision. That extension keeps a copy of each layer it changes, and copies it back.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import gradio as gr
 from modules import scripts, shared
 
-from .webui import service
+from .webui import service, trouble
 
 ROWS = 3
 OURS = "salun:"
@@ -38,6 +39,8 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
+        if trouble() is not None:  # the tab says it
+            return []
         side = "img2img" if is_img2img else "txt2img"
         with gr.Accordion(self.title(), open=False, elem_id=f"salun_{side}_delta"):
             on = gr.Checkbox(value=False, label="Use these deltas", elem_id=f"salun_{side}_on")
@@ -61,7 +64,7 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
             control.do_not_save_to_config = True
         return controls
 
-    def process_before_every_sampling(self, p: Any, on: bool, *rest: Any, **kwargs: Any) -> None:
+    def process_before_every_sampling(self, p: Any, on: bool = False, *rest: Any, **kwargs: Any) -> None:
         """Before the first pass and before hires fix. Where it fails, the generation is stopped, not made without."""
         try:
             self._apply(p, on, *rest)
@@ -133,9 +136,15 @@ def _into_forge(p: Any, name: str, tensors: Mapping[str, Any]) -> None:
     strange = sorted(set(tensors) - known)
     if strange:
         raise RuntimeError(f"the loaded model has no {strange[0]}")
-    unet.add_patches(filename=name, patches={key: ("set", (tensor,)) for key, tensor in tensors.items()})
-    own = next(key for key in unet.lora_patches if key[0] == name)
-    unet.lora_patches = {own: unet.lora_patches.pop(own), **unet.lora_patches}  # whole tensors first, LoRAs on top
+    patches = {key: ("set", (tensor,)) for key, tensor in tensors.items()}
+    if hasattr(unet, "lora_patches"):
+        unet.add_patches(filename=name, patches=patches)
+        own = next(key for key in unet.lora_patches if key[0] == name)
+        unet.lora_patches = {own: unet.lora_patches.pop(own), **unet.lora_patches}  # whole tensors first, LoRAs on top
+    else:  # reForge
+        unet.add_patches(patches)
+        for key in patches:
+            unet.patches[key].insert(0, unet.patches[key].pop())
     p.sd_model.forge_objects.unet = unet
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,12 +180,13 @@ def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_pa
         assert (kept["state"], kept["run"]) == ("waiting", "some-run")
         closing = threading.Thread(target=queue.close)
         closing.start()
-        until(lambda: job.state == "cancelled")
+        until(lambda: queue._closed)
     closing.join()
     # as a crash leaves it
     (queue.folder / job.id / "job.json").write_text(json.dumps({**kept, "state": "running"}), encoding="utf-8")
-    (queue.folder / "broken").mkdir()
-    (queue.folder / "broken" / "job.json").write_text("{", encoding="utf-8")
+    for name, text in {"broken": "{", "older": '{"job": 1}', "moved": json.dumps(kept)}.items():
+        (queue.folder / name).mkdir()
+        (queue.folder / name / "job.json").write_text(text, encoding="utf-8")
     found = make().all()
     assert [(one.id, one.state, one.error) for one in found] == [
         (job.id, "cancelled", "the program was closed before the job was over")
@@ -258,3 +260,190 @@ def test_stages_that_a_run_leaves_out_have_no_share(shapes: Model) -> None:
     assert own["saliency"] == 0
     assert own["training"] > whole["training"]
     assert own["sampling"] < whole["sampling"]
+
+
+def test_what_had_not_begun_when_the_program_ended_goes_on_at_its_next_start_in_order(
+    make: Make, tmp_path: Path
+) -> None:
+    lock, ran = threading.Lock(), []
+
+    @contextmanager
+    def turn(job: Job) -> Iterator[None]:
+        with lock:
+            ran.append(job.title)
+            yield
+
+    queue = make(turn=turn)
+    with lock:
+        jobs = [queue.submit("inspect", title, {"path": title}) for title in ("b", "a", "c")]
+        queue.cancel(jobs[2].id)
+        until(lambda: jobs[0].state == "waiting")
+        closing = threading.Thread(target=queue.close)
+        closing.start()
+        until(lambda: queue._closed)
+    closing.join()
+    assert all(job.began is None for job in jobs)
+    ran.clear()
+    later = make(turn=turn)
+    for job in jobs[:2]:
+        assert "no model" in str(later.wait(job.id, 60).error)
+    assert later.get(jobs[2].id).state == "cancelled"
+    assert ran == ["b", "a"]
+
+
+def test_going_on_with_a_run_is_never_another_job_that_asks_the_same(make: Make, tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    @contextmanager
+    def turn(job: Job) -> Iterator[None]:
+        with lock:
+            yield
+
+    queue = make(turn=turn)
+    with lock:
+        old = queue.submit("erase", "x", asked(tmp_path / "old"), "old")
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / "run.json").write_text("{}", encoding="utf-8")
+        queue.cancel(old.id)
+        assert old.resumable
+        equal = queue.submit("erase", "x", asked(tmp_path / "new"), "new")
+        again = queue.resume(old.id)
+        assert again is not equal
+        assert (again.run, again.request["options"]["run_dir"]) == ("old", str(tmp_path / "old"))
+        with pytest.raises(ConfigError, match="nothing to go on with"):
+            queue.resume(old.id)
+        for job in (equal, again):
+            queue.cancel(job.id)
+
+
+def test_a_full_disk_makes_no_job_that_is_nowhere_and_does_not_end_the_queue(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = threading.Lock()
+
+    @contextmanager
+    def turn(job: Job) -> Iterator[None]:
+        with lock:
+            yield
+
+    queue = make(turn=turn)
+    real = shutil.disk_usage
+    with lock:
+        waiting = queue.submit("inspect", "first", {"path": "a"})
+        until(lambda: waiting.state == "waiting")
+        with monkeypatch.context() as full:
+            full.setattr("shutil.disk_usage", lambda path: real(path)._replace(free=0))
+            with pytest.raises(ConfigError, match=r"the job cannot be kept: .* its disk has 0 free"):
+                queue.submit("inspect", "second", {"path": "b"})
+            assert queue.all() == [waiting]
+            assert [p.name for p in queue.folder.iterdir() if p.is_dir()] == [waiting.id]
+            lock.release()
+            try:
+                until(lambda: not waiting.open)  # its state could not be written, and it was done all the same
+            finally:
+                lock.acquire()
+        assert "no model" in str(waiting.error)
+    assert queue.wait(queue.submit("inspect", "third", {"path": "c"}).id, 60).state == "failed"
+
+
+def test_nothing_of_the_hosts_is_freed_for_a_job_that_cannot_run(make: Make, tmp_path: Path) -> None:
+    freed = []
+
+    @contextmanager
+    def turn(job: Job) -> Iterator[None]:
+        freed.append(job.id)
+        yield
+
+    def python() -> str:
+        raise ConfigError("this program's Python lacks diffusers: press Set up")
+
+    queue = make(turn=turn, python=python)
+    job = queue.wait(queue.submit("erase", "x", asked(tmp_path / "run")).id, 30)
+    assert (job.state, job.error) == ("failed", "this program's Python lacks diffusers: press Set up")
+    assert freed == []
+
+
+STAND_IN = """
+import json, time
+print(json.dumps({"event": "stage", "stage": STAGE, "step": 1, "total": 2, "fraction": 0.5,
+                  "left": float("nan"), "metrics": {"forget": float("nan"), "retain": 1.0}}), flush=True)
+time.sleep(2.5)
+print(json.dumps({"event": "result", "result": {"figure": float("inf")}}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("stage", "state"), [("saving", "done"), ("training", "cancelled")])
+def test_a_child_that_is_writing_its_files_is_left_to_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, state: str
+) -> None:
+    """Ended in the middle of that, a day's work would be lost; a step of training is only made again.
+
+    The child is a stand-in that hears nothing for 2.5 s, more than GRACE. And no number reaches the job that JSON has
+    not.
+    """
+    child = tmp_path / "child.py"
+    child.write_text(STAND_IN.replace("STAGE", repr(stage)), encoding="utf-8")
+    monkeypatch.setattr("extension.jobs.CHILD", child)
+    queue = make()
+    target = tmp_path / "models" / "erased.safetensors"
+    target.parent.mkdir()
+    job = queue.submit("erase", "x", asked(tmp_path / "run", output=[str(target)]))
+    until(lambda: job.stage == stage)
+    assert queue._child is not None
+    half = target.with_name(f".{target.name}.{queue._child[1].pid}.tmp")
+    half.touch()
+    queue.cancel(job.id)
+    assert queue.wait(job.id, 30).state == state
+    if state == "cancelled":  # and what it had half written goes with it
+        until(lambda: not half.exists(), 10)
+    assert (job.losses, job.left) == ([], None)
+    kept = (queue.folder / job.id / "job.json").read_text(encoding="utf-8")
+    json.loads(kept, parse_constant=lambda text: pytest.fail(f"{text} in job.json"))
+
+
+def test_a_job_taken_off_the_list_does_not_come_back(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may still be coming to its end, and tell something."""
+    child = tmp_path / "child.py"
+    child.write_text(STAND_IN.replace("STAGE", "'training'"), encoding="utf-8")
+    monkeypatch.setattr("extension.jobs.CHILD", child)
+    monkeypatch.setattr("extension.jobs.SAVED_EVERY", 0)
+    queue = make()
+    job = queue.submit("inspect", "x", {"path": "a"})
+    until(lambda: job.stage == "training")
+    with queue._change:
+        queue._settle(job, "cancelled")  # as when it was ended without its answer
+        queue.forget(job.id)
+    time.sleep(3)
+    assert not (queue.folder / job.id).exists()
+    assert job.state == "cancelled"
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(
+    make: Make, tmp_path: Path, run_folder: Path
+) -> None:
+    """It fails with a message and without a partial file, and goes on to the same bytes once there is room."""
+    small = tmp_path / "small"
+    small.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(small)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.decode(errors='replace').strip()}")
+    try:
+        queue = make()
+        job = queue.submit("erase", "x", asked(tmp_path / "run", output=[f"{small}/erased/"]), "run")
+        until(lambda: job.stage == "saliency" or not job.open)
+        free = shutil.disk_usage(small).free
+        (small / "filler").write_bytes(bytes(free - 1_000_000))
+        queue.wait(job.id, 120)
+        assert job.state == "failed"
+        assert "make room" in str(job.error)
+        assert [path.name for path in small.iterdir()] == ["filler"]
+        (small / "filler").unlink()
+        again = queue.wait(queue.resume(job.id).id, 120)
+        assert (again.state, again.error) == ("done", None)
+        name = "unet/diffusion_pytorch_model.safetensors"
+        assert (small / "erased" / name).read_bytes() == (run_folder / "model" / name).read_bytes()
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)

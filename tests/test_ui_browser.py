@@ -125,21 +125,27 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     stopped.wait_for()
     assert time.monotonic() - began < 4  # 2 s, and the page looks once a second
     stopped.get_by_role("button", name="Resume").click()
-    page.locator('.salun-job[data-state="done"]').nth(1).wait_for()
+    page.locator('.salun-job[data-state="done"]').nth(1).wait_for(timeout=240_000)  # a busy machine takes its time
     runs = [json.loads(p.read_text(encoding="utf-8")) for p in (server[1] / "runs").glob("*/run.json")]
     assert [run["status"] for run in runs] == ["done", "done"]
     assert sorted(run.get("resumed", 0) for run in runs) == [0, 1]  # it went on, and did not begin anew
 
 
-def test_history_loads_the_options_again(page: Any, server: tuple[str, Path]) -> None:
+def test_history_loads_the_options_again_and_nothing_is_left_of_what_was_chosen(
+    page: Any, server: tuple[str, Path]
+) -> None:
     fill(page, "words", "something else")
+    choose(page, "preset", "triangle")  # it would be erased as well
     unfold(page, "history")
     first = sorted(p.name for p in (server[1] / "runs").iterdir())[0]
     choose(page, "runs", first)
     page.locator("#salun_details").get_by_text("done").wait_for()
+    page.get_by_text("Its options").click()
+    page.locator("#salun_details tr").filter(has_text="steps").get_by_text("6", exact=True).wait_for()
     page.locator("#salun_again").click()
     page.get_by_text(f"The options of {first} are loaded.").wait_for()
     assert page.locator("#salun_words textarea").first.input_value() == "circle"
+    assert page.locator("#salun_preset input").first.input_value() == ""
     unfold(page, "advanced")
     assert page.locator("#salun_steps").locator("input, textarea").first.input_value() == "6"
 
@@ -169,6 +175,54 @@ def test_a_delta_is_applied_and_taken_out_again_to_the_bit(page: Any, server: tu
     assert all(tensorfile.raw_bytes(one[name]).equal(tensorfile.raw_bytes(other[name])) for name in one)
 
 
+def test_a_done_jobs_buttons_save_its_lora_and_delta_and_undo_it(page: Any, server: tuple[str, Path]) -> None:
+    card = page.locator('.salun-job[data-kind="erase"][data-state="done"]').first
+    run = max((server[1] / "runs").glob("*/delta.salun.safetensors")).parent
+    with page.expect_download() as download:
+        card.get_by_role("button", name="Save the delta").click()
+    assert Path(download.value.path()).read_bytes() == (run / "delta.salun.safetensors").read_bytes()
+    assert download.value.suggested_filename == f"{run.name}.salun.safetensors"
+    assert card.get_by_role("button", name="Use this checkpoint now").count() == 0  # here is nothing that generates
+    card.get_by_role("button", name="Save as LoRA").click()
+    page.locator('.salun-job[data-kind="export"][data-state="done"]').wait_for()
+    assert (run / f"no-{run.name}.lora.safetensors").is_file()
+    undone = page.locator('.salun-job[data-kind="undo"][data-state="done"]')
+    before = undone.count()
+    card.get_by_role("button", name="Undo").click()
+    undone.nth(before).wait_for()
+    from salun.formats import tensorfile
+
+    (back,) = [p for p in (server[1] / "models").iterdir() if p.name.endswith("undone")]
+    one, other = (
+        dict(tensorfile.tensors(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+        for folder in (back, ROOT / "salun" / "assets" / "shapes")
+    )
+    assert all(tensorfile.raw_bytes(one[name]).equal(tensorfile.raw_bytes(other[name])) for name in other)
+
+
+def test_a_list_that_somebody_is_choosing_from_stays_as_it_is(page: Any) -> None:
+    """Lists are brought up to date when a job ends, but not under the pointer."""
+    page.evaluate(
+        "window.pressed = 0; document.querySelector('#salun_refresh').addEventListener('click', () => window.pressed++)"
+    )
+    page.locator("#salun_runs input").first.click()
+    page.get_by_role("option").first.wait_for()
+    page.evaluate(
+        """async () => {
+            const token = document.querySelector('.salun-live').dataset.token;
+            const run = document.querySelector('[role="option"]').textContent.replace("✓", "").trim();
+            await fetch('salun/v1/start', {method: 'POST', body: JSON.stringify({kind: 'inspect', run}),
+                headers: {'Content-Type': 'application/json', 'X-Salun-Token': token}});
+        }"""
+    )
+    page.locator('.salun-job[data-kind="inspect"][data-state="done"]').wait_for()
+    page.wait_for_timeout(2500)  # more than one look at the jobs
+    assert page.evaluate("window.pressed") == 0
+    page.keyboard.press("Escape")
+    page.locator("#salun_words textarea").first.click()
+    page.wait_for_function("window.pressed === 1")
+
+
 def test_words_of_strangers_are_shown_as_text_and_mistakes_said(page: Any) -> None:
     fill(page, "words", "<img src=x onerror=window.harmed=1>")
     fill(page, "anchor", "")
@@ -191,7 +245,7 @@ def test_a_narrow_dark_window_and_the_keyboard_do(page: Any, server: tuple[str, 
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
     remove = newest(page).get_by_role("button", name="Remove")
     remove.focus()
-    before = page.locator(".salun-job").count()
+    removed = page.locator(f'.salun-job[data-job="{newest(page).get_attribute("data-job")}"]')
     page.keyboard.press("Enter")
-    page.wait_for_function(f"document.querySelectorAll('.salun-job').length === {before - 1}")
+    removed.wait_for(state="detached")
     assert page.problems == []

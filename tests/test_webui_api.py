@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,15 +22,17 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from extension.access import Access, Refused
-from extension.api import LARGEST, PREFIX, add_routes, schema
+from extension.api import LARGEST, PREFIX, RECENT, add_routes, schema
 from extension.host import Alone
+from extension.jobs import Job
 from extension.places import confined, new_file, safe_name
 from extension.service import DELTA, Service
 from salun.errors import ConfigError
 from salun.options import EraseJob
 
 ROUTES = ["status", "runs", "models", "concepts", "schema", "file", "preview"]
-POSTS = ["start", "cancel", "resume", "forget"]
+LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "save_every": %s}}'
+POSTS = ["start", "cancel", "resume", "forget", "use", "undo"]
 
 
 @pytest.fixture
@@ -135,7 +139,7 @@ def test_only_json_of_a_sane_size_is_read(service: Service) -> None:
     assert calling.post(f"{PREFIX}/start", content="kind=erase", headers=form).status_code == 415
     kind = {"Content-Type": "application/json"}
     assert calling.post(f"{PREFIX}/start", content=b"{" + b" " * LARGEST, headers=kind).status_code == 413
-    for text in (b"{", b"[]", b"[" * 100_000, b"\xff"):
+    for text in (b"{", b"[]", b"[" * 100_000, b"\xff", LOOSE % b"NaN", LOOSE % b"1e999"):
         assert calling.post(f"{PREFIX}/start", content=text, headers=kind).status_code == 400
     assert calling.get(f"{PREFIX}/cancel").status_code == 405
     assert calling.get(f"{PREFIX}/status?id=none").status_code == 404
@@ -162,6 +166,51 @@ def test_a_runs_files_come_with_no_script_rights(service: Service) -> None:
     assert found.headers["x-content-type-options"] == "nosniff"
     (told,) = calling.get(f"{PREFIX}/runs").json()["runs"]
     assert (told["run"], told["status"], told["concept"]) == (run, "done", ["circle"])
+
+
+def test_a_number_that_json_has_not_is_told_as_none(service: Service) -> None:
+    """A loss may be NaN, and so may a figure in a run.json."""
+    job = service.mask({"concept": ["circle"], "model": "shapes"})
+    service.queue.cancel(job.id)
+    job.losses, job.fraction, job.result = [[1, float("nan"), 1.0]], float("inf"), {"metrics": {"ua": float("nan")}}
+    (told,) = client(service).get(f"{PREFIX}/status").json()["jobs"]
+    assert (told["losses"], told["fraction"], told["result"]) == ([[1, None, 1.0]], None, {"metrics": {"ua": None}})
+    run = write_run(service)
+    (run / "run.json").write_text('{"status": "done", "options": {"concept": [NaN]}}', encoding="utf-8")
+    assert client(service).get(f"{PREFIX}/runs").json()["runs"][0]["concept"] == [None]
+
+
+def test_a_job_that_is_not_over_is_told_however_many_came_after_it(service: Service) -> None:
+    lock = threading.Lock()
+
+    @contextmanager
+    def turn(job: Job) -> Iterator[None]:
+        with lock:
+            yield
+
+    service.queue._turn = turn
+    with lock:
+        first = service.queue.submit("inspect", "first", {"path": "a"})
+        for n in range(RECENT + 5):
+            service.queue.cancel(service.queue.submit("inspect", f"{n}", {"path": f"{n}"}).id)
+        told = client(service).get(f"{PREFIX}/status").json()["jobs"]
+        assert len(told) == RECENT + 1
+        assert first.id in [job["id"] for job in told]
+        service.queue.cancel(first.id)
+
+
+def test_what_a_job_offers_is_told_and_nothing_else_is_done(service: Service) -> None:
+    job = service.mask({"concept": ["circle"], "model": "shapes"})
+    service.queue.cancel(job.id)
+    calling = client(service)
+    assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["offers"] == []
+    for path in ("use", "undo"):
+        answer = calling.post(f"{PREFIX}/{path}", json={"id": job.id})
+        assert (answer.status_code, "could be" in answer.json()["error"]) == (400, True)
+        assert calling.post(f"{PREFIX}/{path}", json={"id": "../x"}).status_code == 404
+    job.state, job.kind, job.run = "done", "erase", write_run(service).name
+    (service.runs / job.run / DELTA).touch()
+    assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["offers"] == ["undo", "lora", "diff", "delta"]
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from extension import places
 from extension.controls import ADVANCED, FIELDS, FIRST, default_of, help_of, shown_of, value_of
 from extension.host import Alone
+from extension.jobs import Job
 from extension.service import OURS, Service
 from salun.errors import ConfigError
 from salun.options import MASKS, EraseJob, from_mapping
@@ -97,18 +105,144 @@ def test_what_a_form_must_not_say_is_refused_before_anything_begins(
 
 
 def test_jobs_of_one_second_write_to_different_places_and_a_repeated_one_is_the_same(service: Service) -> None:
-    class Keeping(Alone):
-        def checkpoints(self) -> Path | None:
-            return self.data
-
     service.host = Keeping(service.host.data)
     asked = {"concept": ["circle"], "model": "shapes"}
     first, second = service.erase(asked), service.erase({**asked, "seed": 1})
     assert service.erase(asked) is first
     outputs = [path for job in (first, second) for path in job.request["options"]["output"]]
     assert len(set(outputs)) == 4
-    assert Path(outputs[0]).parent == service.host.data
+    assert Path(outputs[0]).parent == service.host.data / "checkpoints"
     named = [service.erase({**asked, "seed": seed}, name="mine").request["options"]["output"][0] for seed in (2, 3)]
     assert [Path(path).name for path in named] == ["mine.safetensors", "mine-2.safetensors"]
     for job in service.queue.all():
         service.queue.cancel(job.id)
+
+
+class Keeping(Alone):
+    """A host that has a folder of checkpoints, and says what it was told to use."""
+
+    used: Path | None = None
+
+    def checkpoints(self) -> Path | None:
+        return self.data / "checkpoints"
+
+    def use(self, path: Path) -> str:
+        self.used = path
+        return f"{path.name} is the checkpoint now."
+
+
+@pytest.fixture
+def held(service: Service) -> Iterator[Service]:
+    """A service of a host with checkpoints, whose jobs only wait."""
+    service.host = Keeping(service.host.data)
+    (service.host.data / "checkpoints").mkdir()
+    lock = threading.Lock()
+
+    @contextmanager
+    def turn(job: Any) -> Iterator[None]:
+        with lock:
+            yield
+
+    service.queue._turn = turn
+    with lock:
+        yield service
+        for job in service.queue.all():
+            service.queue.cancel(job.id)
+
+
+def test_names_are_chosen_one_job_after_the_other(held: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two people may press the button in the same moment."""
+
+    def slow(*given: Any, **more: Any) -> Path:
+        found = places.new_file(*given, **more)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr("extension.service.new_file", slow)
+    with ThreadPoolExecutor() as pool:
+        asked = [{"concept": ["circle"], "model": "shapes", "seed": seed} for seed in range(3)]
+        jobs = list(pool.map(lambda options: held.erase(options, name="mine"), asked))
+    assert len({job.run for job in jobs}) == 3
+    names = sorted(Path(job.request["options"]["output"][0]).name for job in jobs)
+    assert names == ["mine-2.safetensors", "mine-3.safetensors", "mine.safetensors"]
+
+
+def test_another_name_or_form_is_another_job(held: Service) -> None:
+    asked = {"concept": ["circle"], "model": "shapes"}
+    assert held.erase(asked, name="one") is held.erase(asked, name="one")
+    assert held.erase(asked, name="one") is not held.erase(asked, name="two")
+    run = write_run(held)
+    lora, diff = held.export(run.name, "lora"), held.export(run.name, "diff")
+    assert lora is held.export(run.name, "lora")
+    assert [Path(job.request["output"]).name.split(".", 1)[1] for job in (lora, diff)] == [
+        "lora.safetensors", "diff.safetensors",
+    ]  # fmt: skip
+
+
+def test_the_name_of_a_job_that_may_go_on_is_not_given_to_another(held: Service) -> None:
+    first = held.erase({"concept": ["circle"], "model": "shapes"}, name="mine")
+    Path(first.request["options"]["run_dir"]).mkdir()
+    (Path(first.request["options"]["run_dir"]) / "run.json").write_text("{}", encoding="utf-8")
+    held.queue.cancel(first.id)
+    assert first.resumable
+    second = held.erase({"concept": ["square"], "model": "shapes"}, name="mine")
+    assert Path(second.request["options"]["output"][0]).name == "mine-2.safetensors"
+
+
+def write_run(service: Service, name: str = "20260101-000000-circle", **options: Any) -> Path:
+    folder = service.runs / name
+    folder.mkdir()
+    record = {"status": "done", "options": {"concept": ["circle"], "model": "shapes", **options}}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "delta.salun.safetensors").touch()
+    return folder
+
+
+def test_a_strangers_run_json_names_no_file_outside_our_folders(held: Service, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.safetensors"
+    secret.touch()
+    ours = tmp_path / "checkpoints" / "erased.safetensors"
+    ours.touch()
+    (tmp_path / "checkpoints" / "link.safetensors").symlink_to(secret)
+    for n, path in enumerate(
+        [secret, tmp_path / "checkpoints" / ".." / secret.name, ours.with_name("link.safetensors")]
+    ):
+        run = write_run(held, f"planted-{n}", output=[str(path), 7, None], model=str(path))
+        for reads in (held.checkpoint, held.use, held._model):
+            with pytest.raises(ConfigError, match=r"not there any more|no model"):
+                reads(run.name)
+        with pytest.raises(ConfigError, match="is not among the checkpoints"):
+            held.export(run.name)
+    (held.runs / "planted-0" / "model").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(ConfigError, match="not there any more"):
+        held.checkpoint("planted-0")
+    assert held.checkpoint(write_run(held, "own", output=[str(ours)]).name) == ours
+
+
+def finished(service: Service, run: Path) -> Job:
+    job = service.erase({"concept": ["circle"], "model": "shapes"})
+    service.queue.cancel(job.id)
+    job.state, job.run = "done", run.name
+    return job
+
+
+def test_after_a_job_its_checkpoint_is_used_and_the_base_again(held: Service, tmp_path: Path) -> None:
+    base, erased = (tmp_path / "checkpoints" / f"{name}.safetensors" for name in ("base", "erased"))
+    base.touch()
+    erased.touch()
+    held.host._dirs.append(str(base.parent))  # type: ignore[attr-defined]
+    job = finished(held, write_run(held, model=str(base), output=[str(erased)]))
+    assert held.offers(job) == ["use", "undo", "lora", "diff", "delta"]
+    assert held.use_result(job.id) == "erased.safetensors is the checkpoint now."
+    assert "base.safetensors is the checkpoint now." in held.undo_result(job.id)
+    assert held.host.used == base  # type: ignore[attr-defined]
+    base.unlink()
+    assert "without" in held.undo_result(job.id)  # the base is gone: it is written again
+    (undo,) = [one for one in held.queue.all() if one.kind == "undo"]
+    assert undo.request["model"] == str(erased)
+    assert held.offers(undo) == []
+    other = held.erase({"concept": ["square"], "model": "shapes"})
+    other.state = "running"
+    with pytest.raises(ConfigError, match="is at work"):
+        held.use_result(job.id)
+    other.state = "queued"

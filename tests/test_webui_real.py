@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,11 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here"),
 ]
 FORGE = WEBUI is not None and (Path(WEBUI) / "backend").is_dir()
+REFORGE = WEBUI is not None and (Path(WEBUI) / "ldm_patched").is_dir()
 FLAGS = (
     "--skip-prepare-environment --skip-torch-cuda-test --skip-version-check --skip-python-version-check "
     "--no-download-sd-model --do-not-download-clip --disable-console-progressbars --api "
-) + ("--always-cpu --all-in-fp32" if FORGE else "--use-cpu all --no-half --precision full")
+) + ("--always-cpu --all-in-fp32" if FORGE or REFORGE else "--use-cpu all --no-half --precision full")
 QUICK = {
     "concept": ["teapot"], "anchor": ["cup"], "steps": 2, "batch_size": 1, "forget_images": "teapots",
     "retain_images": "others", "retain_latents": 0, "eval_images": 0, "dtype": "bf16", "resolution": 64,
@@ -63,6 +64,9 @@ PICTURE = {
     "sampler_name": "Euler",
     "cfg_scale": 3,
 }
+
+
+HOSTS_LIST = ".model_selection input" if FORGE else "#setting_sd_model_checkpoint input"
 
 
 @dataclass
@@ -111,8 +115,8 @@ class Server:
 
 
 @contextmanager
-def webui(data: Path, *flags: str) -> Iterator[Server]:
-    """A WebUI on loopback with this data folder, once our own route answers (or, without us, its ping)."""
+def webui(data: Path, *flags: str, route: str | None = None) -> Iterator[Server]:
+    """A WebUI on loopback with this data folder, once a route answers: our own, or one of its own without us."""
     assert WEBUI is not None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -126,7 +130,7 @@ def webui(data: Path, *flags: str) -> Iterator[Server]:
         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
         "COMMANDLINE_ARGS": "", "PYTHONUNBUFFERED": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
-    log = data / "log.txt"
+    log = data / f"log-{port}.txt"
     command = [python, "launch.py", *FLAGS.split(), "--port", str(port), "--data-dir", str(data), *flags]
     if not FORGE:
         environment["HF_HOME"] = str(hub_cache(data / "hub-cache"))
@@ -141,9 +145,13 @@ def webui(data: Path, *flags: str) -> Iterator[Server]:
         try:
             end = time.monotonic() + 240
             while True:
-                assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-3000:]
+                told = log.read_text(errors="replace")
+                assert process.poll() is None and time.monotonic() < end, told[-3000:]
+                if "Startup time" not in told:  # A1111 ends at once if it is called while it starts
+                    time.sleep(0.5)
+                    continue
                 try:
-                    server.call("/salun/v1/status" if ours else "/sdapi/v1/options")
+                    server.call(route or ("/salun/v1/status" if ours else "/sdapi/v1/options"))
                     break
                 except urllib.error.HTTPError as error:
                     if error.code in (401, 403):
@@ -153,7 +161,8 @@ def webui(data: Path, *flags: str) -> Iterator[Server]:
                 time.sleep(0.5)
             yield server
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -197,6 +206,8 @@ def hub_cache(folder: Path) -> Path:
     from salun.diffusion.single_file import clip_tokenizer
 
     repo = folder / "hub" / "models--openai--clip-vit-large-patch14"
+    if repo.is_dir():
+        return folder
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40, encoding="ascii")
     place = repo / "snapshots" / ("0" * 40)
@@ -306,6 +317,11 @@ def _clicked(server: Server) -> dict[str, Any]:
         page.locator("#salun_deltas").get_by_text("Deltas").first.click()
         listed.click()
         option(page, "base-no-teapot").wait_for()  # without pressing refresh
+        page.keyboard.press("Escape")
+        page.locator("#salun_new_name").locator("input, textarea").first.click()
+        page.wait_for_timeout(1500)
+        page.locator(HOSTS_LIST).first.click()
+        option(page, "base-no-teapot").wait_for()  # nor there
     percents = [percent for percent, _ in seen]
     assert percents == sorted(percents)
     assert any(stage.startswith("saving") for _, stage in seen)
@@ -359,6 +375,29 @@ def test_2_3_a_real_job_by_clicking_whose_result_the_host_lists_and_loads(
     changed = [name for name in old if not tensorfile.raw_bytes(old[name]).equal(tensorfile.raw_bytes(new[name]))]
     assert changed
     assert all(name.startswith("model.diffusion_model.") for name in changed)
+
+
+def test_3_used_now_and_undone_by_clicking(server: Server, plain: bytes, erased: dict[str, Any]) -> None:
+    """The buttons of a job that is done; the host's own list shows what it generates with."""
+    (file,) = [path for path in made(server) if path.name in json.dumps(erased)]
+    true = server.picture(override_settings={"sd_model_checkpoint": file.name})
+    with browser() as opened:
+        page = opened.new_page(viewport={"width": 1200, "height": 1100})
+        page.set_default_timeout(60_000)
+        page.goto(server.address)
+        open_tab(page, "Erase concept")
+        card = page.locator(f'.salun-job[data-job="{erased["id"]}"]')
+        shown = page.locator(HOSTS_LIST).first
+        for button, name, picture in (
+            ("Use this checkpoint now", file.name, true),
+            ("Undo", "base.safetensors", plain),
+        ):
+            card.get_by_role("button", name=button).click()
+            card.locator(".salun-said").get_by_text(f"{name} is the checkpoint now").wait_for()
+            listed = f"document.querySelector({json.dumps(HOSTS_LIST)}).value"
+            page.wait_for_function(f"{listed}.startsWith({json.dumps(name)})")
+            print(button, shown.input_value())
+            assert server.picture() == picture
 
 
 # -- 4 to 7 -----------------------------------------------------------------------------------------------------------
@@ -447,19 +486,65 @@ def test_8_what_cannot_be_is_our_own_message_and_harms_nothing(server: Server, p
     hashes = {path: digest(path) for path in (short, strange)}
     server.call("/sdapi/v1/refresh-checkpoints", {})
     with pytest.raises(urllib.error.HTTPError):  # a generation that fails first: its error must not be shown as ours
-        server.picture(**({"enable_hr": True} if FORGE else {"sampler_name": "no such sampler"}))
+        server.picture(**({"enable_hr": True} if FORGE else {"enable_hr": True, "hr_upscaler": "none"}))
     for path in (short, strange):
         job = server.start(options={**QUICK, "seed": 8, "model": path.name})
         found = server.wait(job, lambda j: j["state"] == "failed", 100)
         print(found["error"])
         assert path.name in found["error"]
-        assert not re.search("sampler|NoneType", found["error"])
+        assert not re.search("upscaler|NoneType", found["error"])
         assert digest(path) == hashes[path]
     assert not list(folder.glob("*corrupted*"))
     assert server.picture() == plain
     short.unlink()
     strange.unlink()
     server.call("/sdapi/v1/refresh-checkpoints", {})
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A disk of its own in the place of a folder: an image in a file beside it, so that it takes no memory."""
+    image = folder.with_name(f"{folder.name}.img")
+    with image.open("wb") as file:
+        file.truncate(size)
+    for command in (["mkfs.ext4", "-q", "-F", "-m", "0", str(image)], ["mount", "-o", "loop", str(image), str(folder)]):
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode:
+            image.unlink()
+            pytest.skip(f"no disk can be mounted here: {done.stderr.decode(errors='replace').strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        image.unlink()
+
+
+def test_8_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(server: Server, plain: bytes, base: Path) -> None:
+    """It fails with our message and without a partial file, and goes on once there is room."""
+    folder = base_in(server).parent
+    whole = base.stat().st_size
+    with small_disk(folder, 2 * whole + 300_000_000):
+        shutil.copy(base, folder / "base.safetensors")
+        job = server.start(options={**QUICK, "steps": 6, "seed": 80, "model": "base.safetensors"}, name="full")
+        server.wait(job, lambda j: j["stage"] in ("frozen targets", "training") or j["state"] == "failed", 200)
+        with (folder / "filler").open("wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, 1_500_000_000)
+        found = server.wait(job, lambda j: j["state"] not in ("queued", "waiting", "running"), 300)
+        print(found["error"])
+        assert found["state"] == "failed"
+        assert "full.safetensors needs" in found["error"]
+        assert "make room" in found["error"]
+        assert sorted(path.name for path in folder.iterdir()) == ["base.safetensors", "filler", "lost+found"]
+        (folder / "filler").unlink()
+        assert found["resumable"]
+        server.done(server.call("/salun/v1/resume", {"id": job["id"]}))
+        assert sorted(path.name for path in folder.iterdir()) == ["base.safetensors", "full.safetensors", "lost+found"]
+    server.call("/sdapi/v1/refresh-checkpoints", {})
+    assert server.picture() == plain
+
+
+def base_in(server: Server) -> Path:
+    return server.data / "models" / "Stable-diffusion" / "base.safetensors"
 
 
 def test_9_the_same_name_twice_is_two_files(server: Server) -> None:
@@ -552,6 +637,35 @@ def test_the_hosts_flags_guard_our_routes(tmp_path_factory: pytest.TempPathFacto
         assert status(server, Authorization=right) == 200
         assert status(server, Authorization=right, Origin="http://evil.example") == 403
         errors_of(server, tab=True)  # opens the tab
+
+
+def test_a_second_webui_on_the_same_data_folder_says_so(server: Server) -> None:
+    flags = () if FORGE else ("--skip-load-model-at-start",)
+    with webui(server.data, *flags, route="/sdapi/v1/options") as second, browser() as opened:
+        page = opened.new_page()
+        page.goto(second.address)
+        page.locator("#txt2img_generate").wait_for(timeout=60_000)
+        open_tab(page, "Erase concept")
+        page.get_by_text("another program works with the jobs").first.wait_for(timeout=20_000)
+        assert "Traceback" not in second.log.read_text(errors="replace")
+
+
+def test_the_tab_in_a_narrow_dark_window_and_by_the_keyboard(server: Server) -> None:
+    with browser() as opened:
+        page = opened.new_page(viewport={"width": 400, "height": 900})
+        page.set_default_timeout(60_000)
+        page.goto(f"{server.address}/?__theme=dark")
+        open_tab(page, "Erase concept")
+        for name in (".salun-live", "#salun_erase", "#salun_words", "#salun_history"):
+            page.locator(name).first.wait_for()
+            box = page.locator(name).first.bounding_box()
+            assert box["x"] >= 0, name
+            assert box["x"] + box["width"] <= 400, name
+        colour = page.evaluate("getComputedStyle(document.querySelector('.salun-live')).color")
+        assert min(map(int, re.findall(r"\d+", colour)[:3])) > 128, colour  # light on dark
+        page.locator("#salun_erase").focus()
+        page.keyboard.press("Enter")
+        page.locator("#salun_said").get_by_text("say what the model should forget").first.wait_for()
 
 
 def test_install_py_changes_nothing() -> None:

@@ -1,0 +1,141 @@
+"""Our part in a WebUI's process, with stand-ins for its modules: what real ones do is seen by `test_webui_real.py`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from extension import environment, webui
+from extension.jobs import Job, Queue
+from extension.service import Service
+from salun.errors import ConfigError
+
+
+class Modules:
+    """A1111's modules as far as a job's turn meets them. told: what was done to its model, in order."""
+
+    def __init__(self, data: Path) -> None:
+        self.told: list[str] = []
+        self.lock, self.fails = threading.Lock(), False
+        self.sd_models = SimpleNamespace(
+            model_data=SimpleNamespace(lock=threading.Lock(), sd_model="the model"),
+            unload_model_weights=self._unload,
+            send_model_to_device=lambda model: self.told.append(f"{model} is back"),
+        )
+        self.devices = SimpleNamespace(torch_gc=lambda: None)
+        self.call_queue = SimpleNamespace(queue_lock=self.lock)
+        self.paths_internal = SimpleNamespace(data_path=str(data))
+
+    def _unload(self, model: str) -> None:
+        self.told.append(f"{model} is freed")
+        if self.fails:
+            raise RuntimeError("the device is lost")
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules]:
+    made = Modules(tmp_path)
+    package = ModuleType("modules")
+    for name in ("sd_models", "devices", "call_queue", "paths_internal"):
+        setattr(package, name, getattr(made, name))
+        monkeypatch.setitem(sys.modules, f"modules.{name}", getattr(made, name))
+    monkeypatch.setitem(sys.modules, "modules", package)
+    monkeypatch.setattr(webui, "_state", {})
+    webui.STARTED.set()
+    yield made
+    webui.STARTED.clear()
+
+
+def test_a_model_that_could_not_be_freed_as_a_whole_is_given_back_all_the_same(modules: Modules) -> None:
+    host = webui.WebUI()
+    with host.turn(Job("id", "erase", "x", {})):
+        assert modules.told == ["the model is freed"]
+        assert modules.lock.locked()
+    assert modules.told[1:] == ["the model is back"]
+    modules.told.clear()
+    modules.fails = True
+    with pytest.raises(RuntimeError, match="the device is lost"), host.turn(Job("id", "erase", "x", {})):
+        pytest.fail("it was not freed")
+    assert modules.told == ["the model is freed", "the model is back"]
+    assert not modules.lock.locked()
+
+
+def test_a_job_of_an_earlier_start_waits_until_the_host_has_started(modules: Modules) -> None:
+    webui.STARTED.clear()
+    entered = threading.Event()
+
+    def take_turn() -> None:
+        with webui.WebUI().turn(Job("id", "erase", "x", {})):
+            entered.set()
+
+    thread = threading.Thread(target=take_turn)
+    thread.start()
+    assert not entered.wait(0.2)
+    webui.STARTED.set()
+    assert entered.wait(10)
+    thread.join()
+
+
+def test_a_second_webui_on_one_data_folder_says_so_in_the_tab(modules: Modules, tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    first = Queue(tmp_path / "salun" / "jobs")
+    try:
+        assert "another program works with the jobs" in str(webui.trouble())
+        ((page, title, _),) = webui._tab()
+        assert title == "Erase concept"
+        (said,) = page.blocks.values()
+        assert "another program works with the jobs" in said.value
+        webui._started(None, None)  # adds no routes to the application, and raises nothing
+    finally:
+        first.close()
+    assert webui.trouble() is None
+    webui.service().queue.close()
+
+
+# -- the environment of the jobs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lacking(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> webui.WebUI:
+    """A host whose Python lacks a package."""
+    monkeypatch.setattr(environment, "missing", lambda: ("diffusers (none)",))
+    monkeypatch.setattr(environment, "_work", {})
+    monkeypatch.setattr(environment, "PACKAGES", ("pip",))  # there already: the package index is not asked
+    monkeypatch.setattr(environment, "SMALL", ())
+    monkeypatch.setattr(environment, "TRIAL", "import torch")
+    return webui.WebUI()
+
+
+@pytest.mark.slow
+def test_a_set_up_that_fails_leaves_the_environment_that_worked(
+    lacking: webui.WebUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="lacks diffusers"):
+        lacking.python()
+    assert environment.set_up(lacking, wait=True).startswith("Ready")
+    python = lacking.python()
+    assert Path(python).is_relative_to(lacking.data / "environment")
+    assert subprocess.run([python, "-c", "import torch"], check=False).returncode == 0  # the host's own
+    with monkeypatch.context() as broken:
+        broken.setattr(environment, "TRIAL", "import no_such_package")
+        said = environment.set_up(lacking, wait=True)
+    assert "No module named 'no_such_package'" in said
+    assert "The environment there was is kept" in said
+    assert lacking.python() == python
+    assert [path.name for path in (lacking.data / "environment").iterdir() if path.is_dir()] == [Path(python).parts[-3]]
+
+
+def test_while_a_job_is_at_work_its_environment_is_not_made_anew(lacking: webui.WebUI) -> None:
+    service = Service(lacking)
+    job = Job("id", "erase", "forget circle", {}, state="running")
+    service.queue._jobs["id"] = job
+    with pytest.raises(ConfigError, match="“forget circle” is at work"):
+        service.set_up()
+    job.state = "done"
+    service.queue.close()
