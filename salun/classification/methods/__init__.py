@@ -21,7 +21,8 @@ from salun.classification.task import Task
 class Method:
     """title: the paper's name. epochs, lr: what it takes where nobody says. mask: the same; None if it has none.
 
-    tunes: the option that `--search` finds, None if there is none. factors: what it multiplies the option by at first.
+    tunes: the option that `--search` finds, None if there is none. factors: what it multiplies the option by at first,
+    rising.
     """
 
     title: str
@@ -30,7 +31,7 @@ class Method:
     lr: float | None = None
     mask: str | None = None
     tunes: str | None = "lr"
-    factors: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
+    factors: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4, 16)
 
 
 METHODS = {  # rates: found by trying on the digits, three seeds, BatchNorm frozen; another model will want its own
