@@ -3,11 +3,11 @@
     python benchmarks/classify.py                  # what is missing of the runs, then the table
     python benchmarks/classify.py --only clutter   # those with "clutter" in their name
     python benchmarks/classify.py --table          # the table from what there is
-    python benchmarks/classify.py --rates          # what the searches found: the methods' defaults
+    python benchmarks/classify.py --rates          # what the searches found
 
 Every setting is one `salun classify-compare` in benchmarks/results/classify/; it is resumable: kill it and start it
-again. Jobs that are done are not made anew. The defaults in `methods/__init__.py` are medians that `--rates` printed:
-they come of the search's criterion, which does not look at Retrain.
+again. Jobs that are done are not made anew. The defaults in `methods/__init__.py` are what the search found in the
+first setting: they come of its criterion, which does not look at Retrain.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from statistics import median
 from textwrap import fill
 from typing import Any
 
@@ -80,21 +79,13 @@ def run(name: str, options: CompareOptions, workers: int) -> None:
 
 
 def rates() -> None:
-    """The value that the search found for each method in each setting there is, and the median of those that are nearer
-    than the untouched model: the methods' defaults.
-    """
-    found: dict[str, list[float]] = {name: [] for name in METHODS}
+    """The value that the search found for each method in each setting there is."""
     for name in settings():
         path = folder_of(name) / "run.json"
-        if "density" in name or not path.is_file():
-            continue
-        for method, row in json.loads(path.read_text(encoding="utf-8"))["metrics"]["methods"].items():
-            told = row["search"]
-            print(f"{name}, {method}: {told['option']} {told['chosen']} ({told['remark']})")
-            if told["chosen"] is not None and "untouched" not in (told["remark"] or ""):
-                found[method].append(told["chosen"])
-    for method, values in found.items():
-        print(f"{method}: median {median(values):.3g} of {len(values)}" if values else f"{method}: none")
+        if path.is_file():
+            for method, row in json.loads(path.read_text(encoding="utf-8"))["metrics"]["methods"].items():
+                told = row["search"]
+                print(f"{name}, {method}: {told['option']} {told['chosen']} ({told['remark'] or 'nothing against it'})")
 
 
 def markdown(rows: list[list[str]]) -> list[str]:

@@ -19,7 +19,7 @@ generalises a little less.
 Values are tried in rounds: a wide grid; a value further on where the best lies at an end of it, up to three; those half
 way (in the logarithm) between the best and its neighbours. Of several seeds a round tries the same values at all of
 them, and what counts is the mean; a value at which one of them comes apart cannot be taken. The grid lies around the
-method's default, which was found by the same search on other seeds.
+method's default, which was found by the same search.
 """
 
 from __future__ import annotations
