@@ -148,8 +148,8 @@ PREAMBLE = (
     "each seed's own gap to its own Retrain, in which errors of different seeds do not cancel; this is what is "
     "compared, and its median stands beside it. *Retrain, another seed* is trained on the same rows from other first "
     "weights: it is exact as well, so its gap is chance. *original*: the gap of having done nothing. RTE: seconds of "
-    "one unlearning; *search*: seconds that the search for the rate took, once for all, on one seed (on two in the "
-    "first setting, the hardest). It never looks at Retrain. What the words mean: "
+    "one unlearning, the median; *search*: seconds that the search for the rate took, once for all, on one seed (on "
+    "two in the first setting, the hardest). It never looks at Retrain. What the words mean: "
     "[classification.md](classification.md).",
     "**To be held against these figures.** Two small sets and one model of 28,000 weights. The intervals are of "
     "single comparisons, not corrected for their number. The search judges by some 150 validation pictures of two "
