@@ -137,8 +137,10 @@ def verdict(title: str, metrics: dict[str, Any]) -> str:
     beaten = f"surely nearer than SalUn: {', '.join(titles[n] for n in better) or 'none'}"
     beats = f"surely farther: {', '.join(titles[n] for n in worse) or 'none'}"
     where = f"- *{title}*: SalUn ({known['salun']:.2f}) is number {place} of {len(order)}. Nearest: {told}."
-    scale = f"Chance is {chance:.2f}, the original {untouched:.2f}."
-    return f"{where} {scale} By both paired intervals {beaten}; {beats}."
+    scale = f"Chance is {chance:.2f}, the original {untouched:.2f}"
+    if untouched < 1:  # points
+        scale += ", so that there is next to nothing to forget, and nothing by which to tell methods apart"
+    return f"{where} {scale}. By both paired intervals {beaten}; {beats}."
 
 
 PREAMBLE = (
