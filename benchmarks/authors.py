@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from salun.classification.experiment import forget, opened, setting_of
 from salun.classification.masks import find_mask
-from salun.classification.metrics import COMPARED, judge
+from salun.classification.metrics import COMPARED, judge, members
 from salun.classification.options import UnlearnOptions
 from salun.classification.table import interval
 from salun.classification.task import Task
@@ -134,14 +134,14 @@ def theirs(
         began = time.perf_counter()
         code.method("RL" if name == "SalUn" else name)(loaders, task.model, criterion, args, mask)
         seconds = (time.perf_counter() - began) / options.epochs
-        shadow = task.split.retain[: len(task.split.test)]
-        members = DataLoader(Rows(task.data.pictures(shadow), task.labels(shadow)), task.size)
+        shadow = task.split.retain[members(len(task.split.retain), len(task.split.test), options.seed)]
+        known = DataLoader(Rows(task.data.pictures(shadow), task.labels(shadow)), task.size)
         own = {
             "UA": 100 - float(code.validate(loaders["forget"], task.model, criterion, args)),
             "RA": float(code.validate(loaders["retain"], task.model, criterion, args)),
             "TA": float(code.validate(loaders["test"], task.model, criterion, args)),
         }
-        attack = code.mia(members, None, loaders["forget"], loaders["test"], task.model)
+        attack = code.mia(known, None, loaders["forget"], loaders["test"], task.model)
         own["MIA"] = 100 * float(attack["confidence"])
     return judge(task), own, seconds, same
 
@@ -193,7 +193,8 @@ def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int) -> str:
         f"Written by `benchmarks/authors.py` against commit {commit} of OPTML-Group/Unlearn-Saliency: `clutter`,",
         f"random 10 %, {seeds} seeds, the same original, rows and hyperparameters on both sides, one thread of a CPU.",
         "Ours is told to do as theirs does: `--labels any --order forget-first --batchnorm updated`. Both models are",
-        "judged by `salun`; their own evaluation of their models differs from that by the last column, at most.",
+        "judged by `salun`; their own evaluation of their models, its attack made from the members that ours draws,",
+        "differs from that by the last column, at most.",
         "Batches and random labels are drawn by other generators on the two sides, so differences are judged by",
         "their intervals.",
         "",

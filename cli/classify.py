@@ -27,6 +27,9 @@ Resume = Annotated[
     bool,
     typer.Option("--resume", help="go on with the unfinished run in --run-dir, with the models it trained"),
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="tell what would be done, and about how long it would take; write nothing")
+]
 
 
 @app.command("classify-train")
@@ -37,17 +40,27 @@ def classify_train(
     config: Config = None,
     run_dir: RunDir = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Train an image classifier, to be made to forget later."""
     from salun.classification.experiment import train
-    from salun.run_record import new_run_folder
+    from salun.run_record import check_folder, new_run_folder
 
     options = _settled(options, given, config, resume, run_dir)
     folder = run_dir or new_run_folder(f"train-{options.data}")
+    if dry_run:
+        from salun.classification.preview import preview_training
+
+        check_folder(folder, resume)
+        with terminal_progress(as_json) as progress:
+            found = preview_training(options, progress=progress)
+        _tell(found, as_json, _preview_lines(found))
+        return
     with terminal_progress(as_json) as progress, _resumable("classify-train", folder):
         done = train(options, progress=progress, run_dir=folder, resume=resume, command=_command())
-    _tell(done.record.data, as_json, [*_accuracy_lines(done.metrics), f"model: {folder / 'model.safetensors'}"])
+    files = [f"model: {folder / 'model.safetensors'}", f"report: {folder / 'report.html'}"]
+    _tell(done.record.data, as_json, [*_accuracy_lines(done.metrics), *files])
 
 
 @app.command("classify-unlearn")
@@ -58,14 +71,23 @@ def classify_unlearn(
     config: Config = None,
     run_dir: RunDir = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Make an image classifier forget some of its training pictures, and compare it with one that never saw them."""
     from salun.classification.experiment import unlearn
-    from salun.run_record import new_run_folder
+    from salun.run_record import check_folder, new_run_folder
 
     options = _settled(options, given, config, resume, run_dir)
     folder = run_dir or new_run_folder(f"{options.method}-{options.forget}")
+    if dry_run:
+        from salun.classification.preview import preview_unlearning
+
+        check_folder(folder, resume)
+        with terminal_progress(as_json) as progress:
+            found = preview_unlearning(options, progress=progress)
+        _tell(found, as_json, _preview_lines(found))
+        return
     with terminal_progress(as_json) as progress, _resumable("classify-unlearn", folder):
         done = unlearn(options, progress=progress, run_dir=folder, resume=resume, command=_command())
     data = done.record.data
@@ -82,23 +104,23 @@ def classify_compare(
     config: Config = None,
     run_dir: RunDir = None,
     resume: Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="tell what would be done, and about how long it would take; write nothing")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Compare unlearning methods over several seeds with retraining: one table, as in the paper."""
-    from salun.classification.compare import compare, preview
+    from salun.classification.compare import compare
     from salun.classification.table import difference_lines, lines_of
     from salun.run_record import check_folder, new_run_folder
 
     options = _settled(options, given, config, resume, run_dir)
     folder = run_dir or new_run_folder(f"compare-{options.data}-{options.forget}")
     if dry_run:
+        from salun.classification.preview import preview_comparison
+
         check_folder(folder, resume)
         with terminal_progress(as_json) as progress:
-            found = preview(options, run_dir=folder, progress=progress)
-        _tell(found, as_json, _preview_lines(found))
+            found = preview_comparison(options, run_dir=folder, progress=progress)
+        _tell(found, as_json, _comparison_lines(found))
         return
     with terminal_progress(as_json) as progress, _resumable("classify-compare", folder):
         done = compare(options, progress=progress, run_dir=folder, resume=resume, command=_command())
@@ -158,11 +180,41 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _preview_lines(found: Mapping[str, Any]) -> list[str]:
+    rows, cached = found["rows"], found["cached"]
+    lines = [
+        f"data: {found['data']}, {found['classes']} classes; {rows['train']:,} training pictures, "
+        f"{rows['validation']:,} validation, {rows['test']:,} test",
+        f"model: {found['model']}",
+    ]
+    if "method" in found:
+        epochs = f", {found['epochs']} epochs" if found["epochs"] is not None else ""
+        rate = (
+            ""
+            if found["lr"] is None
+            else f", lr around {found['lr']:g}"
+            if found["search"]
+            else f", lr {found['lr']:g}"
+        )
+        lines.append(f"forget: {rows['forget']:,} of them by {found['method']}{epochs}{rate}")
+        lines.append(f"original: {found['given'] or _there(cached['original'])}")
+        lines.append(f"Retrain: {found['no_retrain'] or _there(cached['retrain'])}")
+    else:
+        lines.append(
+            f"training: {found['train_epochs']} epochs, lr {found['train_lr']:g}; {_there(cached['original'])}"
+        )
+    return [*lines, f"time: about {found['seconds'] / 60:.1f} min on {found['device']}"]
+
+
+def _there(cached: bool) -> str:
+    return "in the cache" if cached else "to be trained"
+
+
+def _comparison_lines(found: Mapping[str, Any]) -> list[str]:
     jobs = found["jobs"]
     return [
         f"{', '.join(found['methods'])}; seeds {found['seeds'][0]} to {found['seeds'][-1]}",
         f"{found['forget']} of {found['train']:,} training pictures to forget; a random share is drawn by each seed",
-        *(f"  {kind}: {some['all']} jobs, {some['done']} done already" for kind, some in jobs.items()),
+        *(f"  {kind}: {some['all']} jobs, {some['done']} done already" for kind, some in jobs.items() if some["all"]),
         f"time: about {found['seconds'] / 60:.1f} min with {found['workers']} processes on {found['device']} "
         "(originals and Retrains that the cache has take none)",
     ]

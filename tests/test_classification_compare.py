@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from salun.cache import Cache
-from salun.classification.compare import compare, jobs_of, preview, variant_of, variants_of
+from salun.classification.compare import compare, jobs_of, variant_of, variants_of
+from salun.classification.experiment import setting_of
+from salun.classification.metrics import FEATURES
 from salun.classification.options import CompareOptions
-from salun.classification.table import difference_lines, interval, lines_of, table_of
+from salun.classification.preview import preview_comparison
+from salun.classification.table import difference_lines, interval, lines_of, table_of, tables_of
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError
 from salun.progress import Event
@@ -84,6 +88,8 @@ def test_the_jobs_are_every_method_with_every_seed_and_one_retrain_each() -> Non
     options = CompareOptions(methods=["salun", "ssd"], seeds=3, seed=5, epochs=7, search_seeds=2)
     jobs = jobs_of(options, variants_of(options))
     assert [job.name for job in jobs["retrain"]] == ["retrain-5", "retrain-6", "retrain-7"]
+    assert [job.name for job in jobs["again"]] == ["again-5", "again-6", "again-7"]
+    assert not jobs_of(CompareOptions(noise_floor=False), variants_of(options))["again"]
     assert {job.name for job in jobs["search"]} == {f"search-{m}-{s}" for m in ("salun", "ssd") for s in (5, 6)}
     assert len(jobs["unlearn"]) == 6
     epochs = {job.variant: job.options.epochs for job in jobs["unlearn"]}
@@ -115,13 +121,30 @@ def test_a_comparison_writes_one_table_and_a_page(made: Path) -> None:
         "Relearn",
     ):
         assert heading in html
-    assert len(list((made / "jobs").iterdir())) == 2 + 8
+    assert len(list((made / "jobs").iterdir())) == 2 + 2 + 8
+
+
+def test_a_retrain_of_another_seed_shows_what_gap_is_chance(made: Path) -> None:
+    """It is another model on the very same rows, and as far from Retrain as chance takes it."""
+    jobs = {
+        name: json.loads((made / "jobs" / f"{name}.json").read_text())["result"] for name in ("retrain-0", "again-0")
+    }
+    assert jobs["again-0"]["UA"]["n"] == jobs["retrain-0"]["UA"]["n"]
+    assert jobs["again-0"]["confusion"] != jobs["retrain-0"]["confusion"]
+    metrics = told(made)["metrics"]
+    gaps = [abs(jobs["again-0"][k]["value"] - jobs["retrain-0"][k]["value"]) for k in ("UA", "RA", "TA", "MIA")]
+    assert metrics["again"]["gap_mean"]["values"][0] == pytest.approx(sum(gaps) / 4)
+    assert [row[0] for row in lines_of(metrics)[1:4]] == ["original", "Retrain", "Retrain, another seed"]
+    assert metrics["original"]["gap_mean"]["mean"] > 0
+    html = (made / "report.html").read_text(encoding="utf-8")
+    assert "that much is chance" in html
 
 
 def test_the_table_is_counted_as_it_is_defined() -> None:
     def figures(ua: float, rest: float = 100.0) -> dict[str, Any]:
         found: dict[str, Any] = {name: {"value": rest} for name in ("RA", "TA", "MIA")}
-        return {**found, "UA": {"value": ua}, "RTE": {"value": 1.0}}
+        features = {"mia_features": {name: {"value": rest} for name in FEATURES}}
+        return {**found, **features, "UA": {"value": ua}, "RTE": {"value": 1.0}}
 
     retrain = {s: {**figures(10.0), "original": figures(0.0)} for s in range(3)}
     results = {
@@ -134,10 +157,41 @@ def test_the_table_is_counted_as_it_is_defined() -> None:
     assert a["gap_mean"]["values"] == [1, 1, 0]  # though the seeds do not
     assert b["failed"] == [2]
     assert (b["gap_mean"]["mean"], b["gap_mean"]["n"]) == (2, 2)
-    assert found["differences"]["of"]["b"] == {"mean": 1, "low": 1, "high": 1, "n": 2}
+    told = {"mean": 1, "median": 1, "low": 1, "high": 1, "bootstrap": [1, 1], "n": 2}
+    assert found["differences"]["of"]["b"] == told
+    assert found["original"]["gap_mean"]["mean"] == 2.5
     assert "10.00 ± 4.00 (0.00)" in lines_of(found)[3]
     assert difference_lines(found)[1][1] == "+1.00"
-    assert "search s" not in lines_of(found)[0] or lines_of(found)[3][-1] == "–"
+    assert (lines_of(found)[0][-1], lines_of(found)[3][-1]) == ("search s", "–")  # there was none
+
+
+def test_a_gap_is_to_retrain_of_the_very_seeds_that_the_method_has() -> None:
+    """Retrain's UA is 10 at seeds 0 and 1, and 40 at seed 2, where the method came apart: its gap is 2, not 8."""
+
+    def figures(ua: float) -> dict[str, Any]:
+        found: dict[str, Any] = {name: {"value": 100.0} for name in ("RA", "TA", "MIA")}
+        features = {"mia_features": {name: {"value": 0.0} for name in FEATURES}}
+        return {**found, **features, "UA": {"value": ua}, "RTE": {"value": 1.0}}
+
+    retrain = {s: {**figures(ua), "original": figures(0.0)} for s, ua in enumerate((10.0, 10.0, 40.0))}
+    results = {"a": {0: figures(12), 1: figures(12), 2: {"error": "came apart"}}}
+    again = {0: figures(13), 1: {"error": "out of memory"}, 2: figures(41)}
+    found = table_of(results, retrain, {}, {"a": "A"}, again)
+    assert found["methods"]["a"]["gap"]["UA"] == 2
+    assert found["methods"]["a"]["why"] == "came apart"
+    assert found["again"]["gap"]["UA"] == 2  # of 27 to 25
+    assert found["again"]["gap_mean"]["values"] == [0.75, 0.25]
+
+
+def test_the_bootstrap_is_not_symmetric_where_one_seed_lies_far_out() -> None:
+    """Of nine 0 and one 10 the mean is 1; it is never below 0, though t says from −1.26."""
+    found = interval([0.0] * 9 + [10.0])
+    assert (found["mean"], found["median"]) == (1, 0)
+    assert found["low"] < -1
+    assert found["bootstrap"][0] == 0
+    assert found["bootstrap"][1] == pytest.approx(3, abs=0.01)  # three of ten draws hit it in 5.7 %, four in 1.3 %
+    assert found["bootstrap"] == interval([0.0] * 9 + [10.0])["bootstrap"]
+    assert interval([1.0])["bootstrap"] is None
 
 
 def test_the_interval_is_students() -> None:
@@ -177,9 +231,10 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp
     with pytest.raises(ConfigError, match="seeds was 2 and is 3"):
         compare(run_dir=tmp_path / "run", resume=True, **{**common, "seeds": 3}, **QUICK)
     (tmp_path / "run" / "jobs" / "retrain-0.json").write_text("{", encoding="utf-8")  # a damaged one is made again
+    (tmp_path / "run" / "jobs" / "retrain-1.json").write_text("[]", encoding="utf-8")  # so is this
     found = compare(run_dir=tmp_path / "run", resume=True, progress=listen, **common, **QUICK)
     assert without_times(found.metrics) == without_times(told(made)["metrics"])
-    assert len([message for message in done if message]) == 10 - 5 + 1
+    assert len([message for message in done if message]) == 12 - 5 + 2
     with pytest.raises(ConfigError, match="holds a finished run"):
         compare(run_dir=tmp_path / "run", resume=True, **common, **QUICK)
 
@@ -190,7 +245,80 @@ def test_a_seed_at_which_a_method_comes_apart_is_told_and_the_rest_stands(tmp_pa
     assert row["failed"] == [0]
     assert row["gap_mean"]["mean"] is None
     assert "ga, seed 0:" in found.record.data["notes"][0]
-    assert "–" in lines_of(found.metrics)[4][1]
+    assert "–" in lines_of(found.metrics)[5][1]
+
+
+def test_a_list_of_rows_that_was_changed_is_noticed_on_resume(tmp_path: Path) -> None:
+    rows = jobs_of(CompareOptions(), variants_of(CompareOptions()))["unlearn"][0].options
+    train = setting_of(replace(rows, train_epochs=1)).split.train
+    path, common = tmp_path / "rows.json", {"methods": ["ft"], "seeds": 1}
+    path.write_text(json.dumps(train[:20].tolist()), encoding="utf-8")
+
+    def stop(event: Event) -> None:
+        if event.step == 1:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        compare(run_dir=tmp_path / "run", forget=str(path), progress=stop, **common, **QUICK)  # type: ignore[arg-type]
+    path.write_text(json.dumps(train[20:50].tolist()), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"split was .* and is"):
+        compare(run_dir=tmp_path / "run", forget=str(path), resume=True, **common, **QUICK)  # type: ignore[arg-type]
+
+
+def test_a_method_that_cannot_be_done_is_a_row_that_says_so_and_ends_nothing(tmp_path: Path) -> None:
+    """SSD's α is far out of what is possible, and SCRUB has no second epoch, at whatever value of the search."""
+    told = {**QUICK, "search": True, "search_seeds": 2, "ssd_alpha": 5000.0}
+    found = compare(methods=["ft", "ssd", "scrub"], seeds=2, run_dir=tmp_path / "run", **told)
+    rows = found.metrics["methods"]
+    assert rows["ft"]["gap_mean"]["n"] == 2
+    for name, why in (("ssd", "no weight can be more than"), ("scrub", "begins to forget in its second epoch")):
+        assert rows[name]["failed"] == [0, 1]
+        assert rows[name]["search"]["chosen"] is None
+        assert why in rows[name]["search"]["tried"][0]["reason"]
+        assert "the search found no value" in rows[name]["why"]
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Without a result: SSD, SCRUB" in html
+    assert ["SCRUB", "lr", "none"] in [row[:3] for row in tables_of(found.metrics)["The search"]]
+
+
+def test_want_of_memory_fails_one_job_and_resuming_does_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in for the kernel's refusal is torch's own error, raised where IU would take its memory."""
+    from salun.classification.methods import fisher
+
+    def full(*_: object) -> None:
+        raise MemoryError("not enough memory: you tried to allocate 4 GB")
+
+    def stop(event: Event) -> None:
+        if event.message and event.message.startswith("ft"):
+            raise Cancelled("stopped")
+
+    told = {**QUICK, "methods": ["iu", "ft"], "seeds": 1, "gradients": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr(fisher, "influence", full)
+        found = compare(**told)
+        assert "out of memory" in found.metrics["methods"]["iu"]["why"]
+        assert found.metrics["methods"]["ft"]["gap_mean"]["n"] == 1
+        with pytest.raises(Cancelled):
+            compare(run_dir=tmp_path / "run", progress=stop, **told)
+    found = compare(run_dir=tmp_path / "run", resume=True, **told)
+    assert found.metrics["methods"]["iu"]["failed"] == []
+
+
+def test_every_seed_of_a_search_tries_the_same_values_and_its_end_is_told(tmp_path: Path) -> None:
+    found = compare(methods=["ft"], seeds=3, search_seeds=2, run_dir=tmp_path / "run", **{**QUICK, "search": True})
+    told = found.metrics["methods"]["ft"]["search"]
+    jobs = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "jobs").glob("search-*.json"))]
+    values = {(job["options"]["seed"]): [] for job in jobs}
+    for job in jobs:
+        values[job["options"]["seed"]] += [trial["value"] for trial in job["result"]["tried"]]
+    assert sorted(values) == [0, 1]
+    assert sorted(values[0]) == sorted(values[1]) == [trial["value"] for trial in told["tried"]]
+    assert told["runs"] == 2 * len(told["tried"]) > 2 * 5
+    assert told["chosen"] in [trial["value"] for trial in told["tried"] if trial["score"] is not None]
+    row = tables_of(found.metrics)["The search"][1]
+    assert row[5] == (told["remark"] or "")
 
 
 @pytest.mark.slow
@@ -211,8 +339,10 @@ def test_a_small_comparison_finds_rates_by_itself() -> None:
 
 
 def test_a_dry_run_tells_the_jobs_and_writes_nothing(tmp_path: Path) -> None:
-    found = preview(CompareOptions(methods=["salun", "ft"], seeds=3, device="cpu"), run_dir=tmp_path / "run")
-    assert {kind: some["all"] for kind, some in found["jobs"].items()} == {"retrain": 3, "search": 4, "unlearn": 6}
+    options = CompareOptions(methods=["salun", "ft"], seeds=3, device="cpu")
+    found = preview_comparison(options, run_dir=tmp_path / "run")
+    jobs = {"retrain": 3, "again": 3, "search": 4, "unlearn": 6}
+    assert {kind: some["all"] for kind, some in found["jobs"].items()} == jobs
     assert found["seconds"] > 0
     assert not list(tmp_path.iterdir())
 
@@ -299,7 +429,7 @@ def test_the_command_tells_the_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split()[:5] == ["method", "UA", "%", "RA", "%"]
-    assert [line.split()[0] for line in lines[1:5]] == ["original", "Retrain", "FT", "GA"]
+    assert [line.split()[0] for line in lines[1:6]] == ["original", "Retrain", "Retrain,", "FT", "GA"]
     assert (tmp_path / "run" / "report.html").is_file()
     (tmp_path / "wish.yaml").write_text("methods: [ft]\nseeds: 2\n", encoding="utf-8")
     dry = subprocess.run(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from salun.classification.data import ImageData, load_data, presets
+from salun.classification.data import ImageData, _label, load_data, presets
+from salun.classification.randomness import generator_of, seed_of
 from salun.classification.splits import Split, make_split, with_forget
 from salun.errors import ConfigError, DataError, SalunError
 
@@ -207,7 +208,7 @@ def test_folders_that_cannot_serve_are_refused(tmp_path: Path) -> None:
 def test_a_class_without_a_training_picture_is_refused(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": [grey(i) for i in range(40)], "b": [grey(1)]})
     data = load_data(str(root))
-    seeds = [s for s in range(40) if 40 in torch.randperm(41, generator=torch.Generator().manual_seed(s))[:20]]
+    seeds = [s for s in range(40) if 40 in torch.randperm(41, generator=generator_of(s, "split"))[:20]]
     with pytest.raises(DataError, match="the class 'b' is empty: it has no picture to train with"):
         make_split(data, 0.5, 0.0, seeds[0])
 
@@ -241,6 +242,29 @@ def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
     bare.save_to_disk(str(tmp_path / "bare"))
     with pytest.raises(DataError, match="has no labels: name one by --label-column"):
         load_data(str(tmp_path / "bare"))
+
+
+def test_labels_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for values, kind in ((["cat", "dog"], "string"), ([0, None], "int64"), ([0.5, 1.0], "float32")):
+        rows = {"img": [grey(1), grey(2)], "kind": values}
+        features = datasets.Features({"img": datasets.Image(), "kind": datasets.Value(kind)})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / kind))
+        with pytest.raises(DataError, match=r"has the label .* in the column 'kind', where a whole number must be"):
+            load_data(str(tmp_path / kind), label_column="kind")
+
+
+@pytest.mark.parametrize("value", ["cat", None, 0.5, "3"])
+def test_a_label_is_a_whole_number(value: object) -> None:
+    with pytest.raises(DataError, match=r"set, row 7 has the label .* where a whole number must be: name another by"):
+        _label(value, "set, row 7", "kind")
+    assert _label(3, "set, row 7", "kind") == 3
+
+
+def test_every_purpose_draws_from_a_stream_of_its_own() -> None:
+    seeds = {seed_of(s, *p) for s in range(3) for p in (("split",), ("forget",), ("unlearning", 0), ("unlearning", 1))}
+    assert len(seeds) == 12
+    assert seed_of(0, "split") == 0x3451854FC583B385  # as it was: the splits of everybody's runs hang on it
 
 
 def test_augmentation_shifts_and_mirrors_and_is_seeded() -> None:

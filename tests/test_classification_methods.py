@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from salun.classification.methods.relabelling import draw_labels, relabelled
 from salun.classification.options import METHODS as NAMES
 from salun.classification.options import UnlearnOptions
 from salun.classification.splits import Split
-from salun.classification.task import Task, batches_of, retain_batches
+from salun.classification.task import Batch, Task, batches_of, minimise, retain_batches
 from salun.errors import ConfigError, TrainingError
 from salun.mask import Mask
 
@@ -125,6 +128,22 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     task = problem("ga", lr=10.0, epochs=300)
     with pytest.raises(TrainingError, match="lower the"):
         METHODS["ga"].run(task)
+
+
+def test_unlearning_takes_other_batches_than_the_original_did() -> None:
+    """The stage is part of what random numbers depend on, so that batches of a seed do not come twice."""
+    seen: dict[str, list[list[int]]] = {}
+    for stage in ("training", "unlearning"):
+        task = problem("ft")
+
+        def loss(x: Tensor, batch: Batch, epoch: int, into: str = stage, of: Task = task) -> Tensor:
+            seen.setdefault(into, []).append(batch.rows.tolist())
+            return F.cross_entropy(of.logits(x), batch.labels)
+
+        minimise(task, retain_batches(task), loss, epochs=1, stage=stage)
+    each = [sorted(row for batch in batches for row in batch) for batches in seen.values()]
+    assert each[0] == each[1]
+    assert seen["training"] != seen["unlearning"]
 
 
 def test_a_last_single_row_joins_the_batch_before_it() -> None:
@@ -268,6 +287,45 @@ def test_the_nearest_class_is_the_runner_up_and_never_the_own() -> None:
     assert nearest_labels(task).tolist() == [2 if y == 0 else 0 for y in own.tolist()]
 
 
+def brightness(bounds: list[float]) -> nn.Module:
+    """A model of the first pixel x (1 is white): class k is likeliest from bounds[k − 1] on, the slopes rising."""
+    slopes = torch.tensor([0.0, 10.0, 20.0])
+    biases = torch.tensor([0.0, -10 * bounds[0], -10 * (bounds[0] + bounds[1])])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    head = model[1]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[:, 0] = slopes * 0.25  # of normalised pixels (x − 0.5) / 0.25
+        head.bias.copy_(slopes * 0.5 + biases)
+    return model
+
+
+def at(value: int, label: int) -> Task:
+    """The problem with every picture of one grey and one label."""
+    task = problem("bs", train=False)
+    images, labels = torch.full_like(task.data.images, value), torch.full_like(task.data.labels, label)
+    task.data = replace(task.data, images=images, labels=labels)
+    task.model = brightness([0.5, 0.7])
+    return task
+
+
+@pytest.mark.parametrize(("epsilon", "nearest"), [(0.02, 1), (0.25, 2)])
+def test_the_nearest_class_is_looked_for_across_the_boundary_as_far_as_epsilon(epsilon: float, nearest: int) -> None:
+    """From 0.49, of class 0, a step of 0.02 leads to class 1, from 0.5 on, one of 0.25 to class 2, from 0.7 on."""
+    task = at(125, label=0)
+    task.options = replace(task.options, epsilon=epsilon)
+    assert set(nearest_labels(task).tolist()) == {nearest}
+
+
+def test_the_step_across_the_boundary_ends_at_white() -> None:
+    """From 0.9 of class 0 a step of 0.5 would lead to 1.4, where class 2 begins at 1.2; held at white it is class 1."""
+    task = at(230, label=0)
+    task.model = brightness([0.95, 1.2])
+    task.options = replace(task.options, epsilon=0.5)
+    assert set(nearest_labels(task).tolist()) == {1}
+
+
 def test_boundary_shrink_moves_the_forget_set_next_door() -> None:
     task = problem("bs", epochs=20)
     wanted = nearest_labels(task)
@@ -306,7 +364,7 @@ def test_the_fisher_information_is_the_closed_form_of_a_linear_model() -> None:
 
 
 def test_fisher_forgetting_adds_noise_of_the_fourth_root() -> None:
-    task = problem("ff", noise=0.01, damping=1e-3)
+    task = problem("ff", noise=0.01, ff_damping=1e-3)
     before, fisher = weights(task), squared_gradients(task, task.split.retain, "model")
     METHODS["ff"].run(task)
     drawn = torch.cat(
@@ -314,6 +372,17 @@ def test_fisher_forgetting_adds_noise_of_the_fourth_root() -> None:
     )
     assert abs(float(drawn.mean())) < 4 / len(drawn) ** 0.5
     assert float(drawn.std()) == pytest.approx(1, abs=4 / (2 * len(drawn)) ** 0.5)
+
+
+def test_fisher_forgettings_own_damping_does_not_drown_the_fisher_information() -> None:
+    """By default nine weights in ten have more information than damping, so that their noise follows it; with IU's
+    damping, which it had before, fewer than one in four has.
+    """
+    task = problem("ff")
+    fisher = torch.cat([f.flatten() for f in squared_gradients(task, task.split.retain, "model").values()])
+    used = fisher[fisher > 0]  # of a unit that is off for every picture there is none
+    assert (used > task.options.ff_damping).float().mean() > 0.9
+    assert (used > task.options.damping).float().mean() < 0.25
 
 
 def test_the_inverse_is_the_one_that_woodfishers_recursion_gives() -> None:
@@ -338,6 +407,33 @@ def test_influence_unlearning_takes_the_step_of_the_formula() -> None:
     METHODS["iu"].run(task)
     moved = torch.cat([(value - before[k]).flatten() for k, value in weights(task).items()])
     torch.testing.assert_close(moved, torch.linalg.solve(hessian, v).float(), rtol=1e-3, atol=1e-5)
+
+
+MEMORY = """
+import sys
+import torch
+sys.path.insert(0, {root!r})
+from tests import test_classification_methods as t
+from salun.classification.methods import fisher
+from salun.run_record import peak_memory
+fisher._ENTRIES = 1 << 20  # gradients come in small parts
+task = t.problem("iu", train=False, gradients=48)
+task.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 100_000), torch.nn.Linear(100_000, 3))
+before = peak_memory()["host_bytes"]
+t.METHODS["iu"].run(task)
+print((peak_memory()["host_bytes"] - before) / (48 * 2_000_003 * 4))
+"""
+
+
+@pytest.mark.slow
+def test_influence_unlearning_holds_its_gradients_once() -> None:
+    """48 gradients of 2,000,003 weights are 384 MB; beside them some of the size of the weights. Twice would be 768."""
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(root=root)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.6
 
 
 def test_influence_unlearning_raises_the_forget_loss() -> None:
@@ -392,8 +488,20 @@ def test_scrub_leaves_the_teacher_on_the_forget_set_and_keeps_to_it_elsewhere() 
             )
 
     assert divergence(task.split.forget) > 3 * divergence(task.split.retain)
-    assert [entry[1] is not None for entry in task.history] == [True] * 10 + [False] * 5
+    assert [entry[1] is not None for entry in task.history] == [False] + [True] * 10 + [False] * 4
     assert all(entry[2] is not None for entry in task.history)
+
+
+def test_every_max_step_of_scrub_has_a_gradient() -> None:
+    """Before any min step the student is its teacher: the divergence is 0, and so is its slope."""
+    task = problem("scrub", epochs=2, max_epochs=1, lr=0.1, weight_decay=0.0)
+    METHODS["scrub"].run(task)
+    assert [pushed is not None and pushed < 0 for _, pushed, _ in task.history] == [False, True]  # −KL
+    still = problem("scrub", epochs=2, max_epochs=0, lr=0.1, weight_decay=0.0)
+    METHODS["scrub"].run(still)
+    assert loss_on(task, task.split.forget) > loss_on(still, still.split.forget)
+    with pytest.raises(ConfigError, match="--epochs 1: SCRUB begins to forget in its second epoch"):
+        METHODS["scrub"].run(problem("scrub", epochs=1))
 
 
 def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:

@@ -87,12 +87,9 @@ def test_a_class_that_is_forgotten_is_not_in_the_test_accuracy() -> None:
     assert (found["TA"]["value"], found["TA"]["n"]) == (100, 2)
 
 
-def test_the_attack_learns_members_from_the_first_retain_rows_and_reads_the_forget_set() -> None:
-    """Members are sure (and right), test rows are not; of four forget rows one is as unsure as the test.
-
-    Retain rows after the first |test| are as unsure as the test: had they been members too, all would look alike.
-    """
-    sureness = [9, 9, 9, 0] + [9] * 6 + [0] * 30 + [0] * 6
+def test_the_attack_learns_members_from_retain_rows_and_reads_the_forget_set() -> None:
+    """Members are sure (and right), test rows are not; of four forget rows one is as unsure as the test."""
+    sureness = [9, 9, 9, 0] + [9] * 36 + [0] * 6
     labels = [0] * len(sureness)
     split = split_of(range(4), range(4, 40), range(40, 46))
     found = judge(recited([0] * len(sureness), sureness, labels, split))
@@ -103,6 +100,28 @@ def test_the_attack_learns_members_from_the_first_retain_rows_and_reads_the_forg
     }  # fmt: skip
     assert found["mia_features"]["entropy"]["value"] == 25
     assert found["mia_features"]["correctness"]["value"] in (0, 100)  # all are right: it can tell nobody apart
+
+
+@pytest.mark.parametrize("stored", [[0] * 40 + [1] * 40, [0, 1] * 40])
+def test_the_attack_knows_members_of_every_class_also_where_the_data_is_stored_class_by_class(
+    stored: list[int],
+) -> None:
+    """The model is surer of members (0.999 of class 0, 0.58 of class 1) than of test rows (0.33), and so of the forget
+    set: all of it are members. Knowing members of class 0 alone, the attack would take class 1 for no members.
+    """
+    labels = [0, 1] * 10 + stored + [0, 1] * 20
+    sureness = [(9, 1)[y] for y in labels[:100]] + [0] * 40
+    found = judge(recited(labels, sureness, labels, split_of(range(20), range(20, 100), range(100, 140))))
+    assert found["MIA"]["value"] == 0
+
+
+def test_members_are_drawn_by_the_seed_from_all_rows() -> None:
+    predicted = Predicted(np.eye(3)[np.arange(300) // 100], np.arange(300) // 100)
+    one, two, other = (predicted.drawn(60, seed) for seed in (0, 0, 1))
+    assert np.array_equal(one.y, two.y) and not np.array_equal(one.y, other.y)
+    assert np.bincount(one.y).min() >= 10  # 20 of each class expected; 3.3 deviations below
+    assert np.array_equal(one.p.argmax(1), one.y)  # rows stay whole
+    assert len(predicted.drawn(1000, 0).y) == 300
 
 
 def test_gaps_are_absolute_and_their_mean_is_over_four() -> None:

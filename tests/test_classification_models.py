@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from salun.classification.data import ImageData, load_data
-from salun.classification.models import Facts, load_model, new_model, save_model, stock_model
+from salun.classification.models import (
+    Facts,
+    Pixels,
+    Pretrained,
+    load_model,
+    new_model,
+    save_model,
+    seen_by,
+    stock_model,
+)  # fmt: skip
 from salun.classification.originals import given_original
 from salun.classification.splits import Split, make_split
-from salun.errors import DataError, ModelError
+from salun.errors import ConfigError, DataError, ModelError
 from salun.formats import tensorfile
 
-TRAINING = {"model": "small", "train_epochs": 1, "train_lr": 0.1, "train_batch_size": 8, "augment": "none"}
+TRAINING: dict[str, Any] = {
+    "model": "small", "train_epochs": 1, "train_lr": 0.1, "train_batch_size": 8, "augment": "none", "momentum": 0.9,
+    "weight_decay": 5e-4, "dtype": "fp32", "deterministic": True, "seed": 0,
+}  # fmt: skip
 
 
 def size_of(model: nn.Module) -> int:
@@ -102,6 +118,9 @@ def test_an_original_that_does_not_fit_the_data_is_refused(digits: ImageData, sp
         ({"channels": 3}, ModelError, "takes pictures of 3 channels, digits has 1"),
         ({"role": "unlearned"}, ModelError, "is no original but unlearned"),
         ({"base": "other"}, DataError, "was trained on another split"),
+        ({"training": {"lr": 1.0}}, ModelError, "says of its training lr, which is no option of it"),
+        ({"training": {**TRAINING, "train_epochs": "many"}}, ConfigError, "train_epochs is 'many', but must be int"),
+        ({"training": {**TRAINING, "train_epochs": -1}}, ConfigError, "train-epochs is -1, but must be at least 1"),
     ):
         told = facts(split, **changes)  # type: ignore[arg-type]
         save_model(path, new_model("small", told.channels, len(told.classes), seed=0), told)
@@ -119,11 +138,80 @@ def test_a_transformers_classifier_takes_our_pictures(
     with torch.no_grad():
         logits = found.model.eval()(x)
     assert logits.shape == (3, 10)
-    assert "is not known" in found.notes[0]
+    assert ["is not known" in found.notes[0], "does not name" in found.notes[1], len(found.notes)] == [True, True, 3]
     save_model(tmp_path / "x.safetensors", found.model, found.facts)
     again, _ = load_model(tmp_path / "x.safetensors")  # needs the folder no more
     with torch.no_grad():
         assert torch.equal(again.eval()(x), logits)
+
+
+def processed(folder: Path, to: Path, **told: Any) -> Path:
+    """A copy of a model with an image processor."""
+    shutil.copytree(folder, to)
+    (to / "preprocessor_config.json").write_text(json.dumps(told), encoding="utf-8")
+    return to
+
+
+def test_a_transformers_classifier_sees_pictures_as_its_processor_makes_them(
+    vit: Path, digits: ImageData, split: Split, tmp_path: Path
+) -> None:
+    """Against pictures made by hand: colour, 32×32, the middle 16×16 of them, (x − mean) / std of each channel."""
+    folder = processed(
+        vit, tmp_path / "vit", image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.25, 0.125], resample=3,
+        size={"height": 32, "width": 32}, do_center_crop=True, crop_size={"height": 16, "width": 16},
+    )  # fmt: skip
+    found = given_original(str(folder), digits, split)
+    assert len(found.notes) == 2  # the processor's numbers are known
+    rows = torch.arange(3)
+    grey = (digits.images[rows] / 255).expand(-1, 3, -1, -1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.5, 0.25, 0.125]))
+    large = nn.functional.interpolate((grey - mean) / std, (32, 32), mode="bicubic", antialias=True)
+    assert isinstance(found.model, Pretrained)
+    with torch.no_grad():
+        wanted = found.model.model.eval()(pixel_values=large[:, :, 8:24, 8:24]).logits
+        logits = found.model(seen_by(found.model, digits).pictures(rows))
+        save_model(tmp_path / "x.safetensors", found.model, found.facts)
+        again, _ = load_model(tmp_path / "x.safetensors")
+        kept = again.eval()(seen_by(again, digits).pictures(rows))
+    torch.testing.assert_close(logits, wanted)
+    assert torch.equal(kept, logits)
+
+
+PROCESSORS = {
+    "as ViT's": ({"image_mean": [0.5], "image_std": [0.5], "size": 224}, Pixels((0.5,), (0.5,), (224, 224))),
+    "the shorter side": (
+        {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
+        Pixels(size=(256,), crop=(224, 224)),
+    ),
+    "ConvNeXt's small": ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, Pixels(size=(256,), crop=(224, 224))),
+    "ConvNeXt's large": ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, Pixels(size=(384, 384))),
+    "no normalisation": ({"do_normalize": False, "image_mean": [0.5]}, Pixels((0.0,), (1.0,))),
+    "of 255 levels": ({"do_rescale": False, "image_mean": [127.5], "image_std": [51]}, Pixels((0.5,), (0.2,))),
+    "no size": ({"do_resize": False, "size": 224}, Pixels()),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_an_image_processor_says_is_understood(name: str) -> None:
+    told, wanted = PROCESSORS[name]
+    assert Pixels.of(told) == wanted
+
+
+def test_a_model_of_other_classes_or_of_the_same_in_another_order_is_refused(
+    vit: Path, digits: ImageData, split: Split, tmp_path: Path
+) -> None:
+    names = ["tench, Tinca tinca", *(f"kind {i}" for i in range(1, 10))]
+    folder = tmp_path / "vit"
+    shutil.copytree(vit, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    config["label2id"] = {name: i for i, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    fits = replace(digits, classes=("Tench", *(f"Kind_{i}" for i in range(1, 10))))
+    assert len(given_original(str(folder), fits, split).notes) == 2  # nothing of names
+    for classes, theirs in ((fits.classes[::-1], "tench, Tinca tinca"), (digits.classes, "tench, Tinca tinca")):
+        with pytest.raises(ModelError, match=f"has a class '{theirs}' where digits has '{classes[0]}': they must have"):
+            given_original(str(folder), replace(digits, classes=classes), split)
 
 
 def test_a_pretrained_body_gets_a_new_head(vit: Path) -> None:

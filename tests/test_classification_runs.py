@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ import torch
 from salun.cache import Cache
 from salun.classification.data import load_data
 from salun.classification.experiment import evaluate, train, unlearn
-from salun.classification.models import load_model
+from salun.classification.methods import METHODS
+from salun.classification.models import load_model, new_model, save_model
 from salun.classification.options import GROUPS, CompareOptions, TrainOptions, UnlearnOptions
 from salun.classification.plan import settled
+from salun.classification.preview import preview_training, preview_unlearning
 from salun.classification.splits import Split
+from salun.classification.task import Task
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError, DataError, ModelError
 from salun.mask import Mask
@@ -111,6 +114,74 @@ def test_an_original_that_was_trained_before_is_taken(run: Path, tmp_path: Path)
             unlearn(original=str(tmp_path / "original"), device="cpu", **changes)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="is no original but unlearned"):
         unlearn(original=str(run), device="cpu")
+
+
+def test_retrain_is_trained_as_the_original_was_whatever_unlearning_is_told(tmp_path: Path) -> None:
+    """Its seed, momentum, weight decay and all: the method Retrain gives the bits of a training by hand."""
+    recipe: dict[str, Any] = {"seed": 7, "momentum": 0.5, "weight_decay": 0.01, "train_epochs": 1, "device": "cpu"}
+    train(run_dir=tmp_path / "original", **recipe)
+    _, facts = load_model(tmp_path / "original" / "model.safetensors")
+    assert {name: facts.training[name] for name in recipe if name != "device"} == {
+        name: value for name, value in recipe.items() if name != "device"
+    }
+    told: dict[str, Any] = {"original": str(tmp_path / "original"), "device": "cpu", "seed": 1}
+    exact = unlearn(method="retrain", **told)
+    data, split = load_data("digits"), exact.split
+    options = settled(UnlearnOptions(**recipe), data, split)
+    fresh = new_model("small", 1, 10, seed=7).to(memory_format=torch.channels_last)  # as all are trained
+    task = Task(fresh, replace(data, preset={**data.preset, "augment": "none"}), split, options, lambda: fresh)
+    METHODS["retrain"].run(task)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, exact.model.state_dict()[name]), name
+    beside = unlearn(method="ft", epochs=1, retrain="yes", **told)
+    assert beside.metrics["retrain"]["UA"] == exact.metrics["UA"]
+    assert beside.metrics["retrain"]["MIA"] == exact.metrics["MIA"]
+
+
+def test_an_original_whose_file_does_not_tell_all_of_its_training_has_no_retrain(tmp_path: Path) -> None:
+    made = train(run_dir=tmp_path / "original", train_epochs=1, device="cpu")
+    model, facts = load_model(tmp_path / "original" / "model.safetensors")
+    less = {name: value for name, value in facts.training.items() if name != "momentum"}
+    save_model(tmp_path / "less.safetensors", model, replace(facts, training=less))
+    told: dict[str, Any] = {"original": str(tmp_path / "less.safetensors"), "epochs": 1, "device": "cpu"}
+    assert made.split.base == facts.base
+    assert "how the original was trained is not known" in unlearn(**told).metrics["reason"]
+    with pytest.raises(ConfigError, match="cannot be trained again"):
+        unlearn(retrain="yes", **told)
+
+
+def test_the_cache_knows_a_trained_original_by_its_first_weights_and_its_threads(tmp_path: Path) -> None:
+    """A pretrained body may change under its name, and another number of threads takes sums in another order."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    def save(seed: int) -> None:
+        torch.manual_seed(seed)
+        config = ViTConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
+        )  # fmt: skip
+        ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+
+    cache, found, threads = Cache(tmp_path / "cache"), [], torch.get_num_threads()
+    for seed, many in ((0, 1), (0, 1), (1, 1), (1, 2)):
+        save(seed)
+        try:
+            torch.set_num_threads(many)
+            found.append(train(model=str(tmp_path / "vit"), train_epochs=1, device="cpu", cache=cache))
+        finally:
+            torch.set_num_threads(threads)
+    kept = [{k: v.clone() for k, v in done.model.state_dict().items()} for done in found[:3]]
+    assert all(torch.equal(v, kept[1][k]) for k, v in kept[0].items())
+    assert any(not torch.equal(v, kept[2][k]) for k, v in kept[0].items())
+    assert len(cache.entries()) == 3
+
+
+def test_a_training_has_a_page(tmp_path: Path) -> None:
+    train(run_dir=tmp_path / "original", train_epochs=2, device="cpu")
+    html = (tmp_path / "original" / "report.html").read_text(encoding="utf-8")
+    for text in ("An original for digits", "test pictures", "Class by class", "mean loss"):
+        assert text in html
+    found = evaluate(tmp_path / "original", device="cpu")
+    assert sum(map(sum, found["confusion"]["test"])) == found["test"]["n"] == 359
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
@@ -246,6 +317,55 @@ def test_training_tells_json_alone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == record_of(tmp_path / "original")
     assert json.loads(done.stdout)["command"].startswith("salun classify-train --train-epochs 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (
+            ["classify-train"],
+            ["data: digits, 10 classes; 1,295 training", "model: small", "training: 2 epochs", "time:"],
+        ),
+        (
+            ["classify-unlearn", "--method", "ssd", "--search"],
+            [
+                "data: digits",
+                "model: small",
+                "forget: 129 of them by SSD",
+                "original: to be trained",
+                "Retrain: to be",
+                "time:",
+            ],
+        ),
+    ],
+)
+def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(
+    arguments: list[str], lines: list[str], tmp_path: Path
+) -> None:
+    done = salun(*arguments, "--train-epochs", "2", "--seed", "77", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert len(told) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(told, lines, strict=True)), told
+    assert not list(tmp_path.iterdir())
+    found = json.loads(
+        salun(*arguments, "--train-epochs", "2", "--seed", "77", "--dry-run", "--json", cwd=tmp_path).stdout
+    )
+    assert found["seconds"] > 0
+    assert found["cached"]["original"] is False
+
+
+def test_a_dry_run_knows_what_the_cache_has() -> None:
+    options = UnlearnOptions(train_epochs=1, epochs=1, device="cpu", seed=11)
+    before = preview_unlearning(options)
+    unlearn(options)
+    after = preview_unlearning(options)
+    assert (before["cached"], after["cached"]) == (
+        {"original": False, "retrain": False},
+        {"original": True, "retrain": True},
+    )
+    assert preview_training(TrainOptions(train_epochs=1, device="cpu", seed=11))["cached"] == {"original": True}
+    assert preview_unlearning(replace(options, retrain="no"))["no_retrain"] is not None
 
 
 @pytest.mark.parametrize(

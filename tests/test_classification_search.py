@@ -13,7 +13,7 @@ from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import setting_of, unlearn
 from salun.classification.methods import METHODS
 from salun.classification.options import UnlearnOptions
-from salun.classification.search import Trial, beyond, foretold, merged, search
+from salun.classification.search import Trial, between, beyond, following, foretold, merged, rounds, search, trials
 from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.errors import Cancelled, ConfigError, TrainingError
@@ -73,7 +73,8 @@ def test_the_search_takes_the_value_nearest_to_what_is_foretold_and_tells_all() 
     assert all(torch.equal(before[name], p) for name, p in task.parameters.items())
     assert told["option"] == "lr"
     scores = {trial["value"]: trial["score"] for trial in told["tried"]}
-    assert len(scores) >= len(METHODS["salun"].factors)
+    assert len(scores) > len(METHODS["salun"].factors)
+    assert told["runs"] == len(told["tried"])
     assert told["chosen"] == options.lr == min(scores, key=lambda value: (scores[value], value))
     assert {"UA", "RA", "TA", "MIA"} == set(told["foretold"])
     for trial in told["tried"]:
@@ -108,6 +109,7 @@ def test_the_search_looks_neither_at_retrain_nor_at_the_test_set() -> None:
         ((5.0, 3.0, 4.0), None),
         ((3.0, 3.0, 3.0), None),  # nothing is gained by going on
         ((4.0, 3.0, None), None),  # beyond, training comes apart
+        ((None, None, None), 0.5),  # a smaller one may not
     ],
 )
 def test_a_best_value_at_an_end_of_the_grid_is_followed_further(
@@ -115,6 +117,40 @@ def test_a_best_value_at_an_end_of_the_grid_is_followed_further(
 ) -> None:
     tried = [Trial(value, score, None) for value, score in zip((1.0, 2.0, 4.0), scores, strict=True)]
     assert beyond(tried) == next_value
+
+
+@pytest.mark.parametrize(
+    ("scores", "values"),
+    [((5.0, 3.0, 4.0), [2**0.5, 8**0.5]), ((3.0, 4.0, 5.0), [2**0.5]), ((5.0, 3.0, None), [2**0.5, 8**0.5])],
+)
+def test_the_last_round_lies_between_the_best_value_and_its_neighbours(
+    scores: tuple[float | None, ...], values: list[float]
+) -> None:
+    tried = [Trial(value, score) for value, score in zip((1.0, 2.0, 4.0), scores, strict=True)]
+    assert between(tried) == pytest.approx(values)
+    assert between([Trial(1.0, None)]) == []
+
+
+def test_a_search_goes_down_where_no_value_gives_a_model_and_ends_after_three_more() -> None:
+    searching = rounds(UnlearnOptions(method="ga", lr=1.0))
+    told: dict[str, Any] = {"tried": []}
+    values, seen = next(searching), []
+    while values:
+        seen.append(values)
+        told["tried"] += [{"value": value, "score": None} for value in values]
+        values = following(searching, told)
+    assert seen == [[1 / 16, 1 / 4, 1, 4, 16], [1 / 64], [1 / 256], [1 / 1024]]
+
+
+def test_the_trials_of_a_search_share_what_they_count_and_nothing_after_it_does() -> None:
+    """Two values tried together have the figures that each has alone; the task itself remembers nothing."""
+    setting = setting_of(UnlearnOptions(method="ff", retrain="no", **{**QUICK, "epochs": None}))
+    original = setting.original(silent)
+    apart = [trials(setting.task(original, silent), [value])["tried"][0] for value in (0.001, 0.01)]
+    assert trials(setting.task(original, silent), [0.001, 0.01])["tried"] == apart
+    task = setting.task(original, silent)
+    search(task)
+    assert not task.memo
 
 
 @pytest.mark.parametrize(("method", "option"), [("iu", "influence"), ("ssd", "ssd_alpha"), ("bs", "lr")])
@@ -137,17 +173,51 @@ def test_a_value_at_which_training_comes_apart_is_told_and_not_taken() -> None:
     assert apart and all("lower" in trial["reason"] for trial in apart)
 
 
-def test_searches_of_several_seeds_are_one_over_the_values_that_all_tried() -> None:
-    def told(scores: dict[float, float | None]) -> dict[str, Any]:
-        return {"option": "lr", "seconds": 2.0, "tried": [{"value": v, "score": s} for v, s in scores.items()]}
+def told(scores: dict[float, float | None], untouched: float = 9.0) -> dict[str, Any]:
+    """Trials of one seed."""
+    figures = dict.fromkeys(("UA", "RA", "TA", "MIA"), 50.0)
+    tried = [
+        {
+            "value": v,
+            "score": s,
+            "figures": figures if s is not None else None,
+            "reason": None if s is not None else "nan",
+        }
+        for v, s in scores.items()
+    ]
+    return {"option": "lr", "foretold": figures, "untouched": untouched, "tried": tried, "seconds": 2.0}
 
-    found = merged([told({1.0: 5.0, 2.0: 4.0, 4.0: 0.0}), told({1.0: 1.0, 2.0: 4.0, 4.0: None, 8.0: 0.0})])
-    assert found is not None
-    assert (found["chosen"], found["runs"], found["seconds"]) == (1.0, 7, 4.0)
-    assert [trial["value"] for trial in found["tried"]] == [1.0, 2.0]
-    assert merged([]) is None
-    with pytest.raises(TrainingError, match="gives a model at every seed"):
-        merged([told({1.0: None})])
+
+def test_searches_of_several_seeds_are_one_by_the_mean() -> None:
+    found = merged([told({1.0: 5.0, 2.0: 4.0, 4.0: 0.0}), told({1.0: 1.0, 2.0: 4.0, 4.0: None})])
+    assert (found["chosen"], found["runs"], found["seconds"]) == (1.0, 6, 4.0)
+    assert [trial["score"] for trial in found["tried"]] == [3.0, 4.0, None]  # apart at one seed is apart
+    assert found["tried"][2]["reason"] == "nan"
+    further = merged([told({0.5: 2.0}), told({0.5: 1.0})], found)
+    assert (further["chosen"], further["runs"], further["seconds"]) == (0.5, 8, 8.0)
+    assert [trial["value"] for trial in further["tried"]] == [0.5, 1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "untouched", "remark"),
+    [
+        ({1.0: 5.0, 2.0: 3.0, 4.0: 4.0}, 9.0, None),
+        ({1.0: 2.0, 2.0: 3.0, 4.0: 4.0}, 9.0, "the lowest tried"),
+        ({1.0: 5.0, 2.0: 3.0, 4.0: 2.0}, 9.0, "the highest tried"),
+        ({1.0: 5.0, 2.0: 3.0, 4.0: None}, 9.0, "comes apart next to it"),
+        ({1.0: 5.0, 2.0: 3.0, 4.0: 4.0}, 3.0, "no nearer than the untouched model"),
+        ({1.0: None, 2.0: None}, 9.0, "no value gives a model"),
+    ],
+)
+def test_what_is_to_be_held_against_a_value_is_told(
+    scores: dict[float, float | None], untouched: float, remark: str | None
+) -> None:
+    assert merged([told(scores, untouched)])["remark"] == remark
+
+
+def test_a_search_that_failed_at_one_seed_has_no_value_and_says_why() -> None:
+    found = merged([told({1.0: 5.0}), {"error": "out of memory"}])
+    assert (found["chosen"], found["remark"], found["error"]) == (None, "none: out of memory", "out of memory")
 
 
 def test_what_cannot_be_searched_is_refused() -> None:

@@ -1,50 +1,34 @@
-"""Methods × seeds beside Retrain: one job each, in processes side by side, and the table that comes of them.
+"""Methods × seeds beside Retrain, and the table that comes of them: the story of a comparison.
 
-A job's result is a small file in the run folder's `jobs/`, written whole or not at all, so that a comparison that was
-stopped at any moment goes on with the jobs that are left. Originals and Retrains come from the cache.
+A job's result is a small file in the run folder's `jobs/` (see `jobs.py`), so that a comparison that was stopped at any
+moment goes on with the jobs that are left. Originals and Retrains come from the cache.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
 import os
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
-from salun.cache import Cache
-from salun.classification.data import ImageData, load_data
-from salun.classification.experiment import Setting, figures_of, forget, opened, setting_of
-from salun.classification.masks import layers_of
+from salun.cache import Cache, digest_of
+from salun.classification.data import load_data
+from salun.classification.experiment import Setting, setting_of
+from salun.classification.jobs import Desk, Job, Kind, Ledger
 from salun.classification.methods import METHODS
-from salun.classification.metrics import judge
 from salun.classification.models import new_model
 from salun.classification.options import METHODS as NAMES
 from salun.classification.options import NOT_COMPARED, CompareOptions, UnlearnOptions
-from salun.classification.search import merged, search, with_value
+from salun.classification.search import following, merged, rounds, with_value
 from salun.classification.table import table_of, tables_of
-from salun.classification.task import Task, cross_entropy, minimise, retain_batches
-from salun.device import kernels, pick_device
-from salun.errors import Cancelled, ConfigError, TrainingError
-from salun.formats.tensorfile import write_bytes
-from salun.mask import Mask
+from salun.device import pick_device
+from salun.errors import ConfigError
 from salun.options import MASKS
-from salun.progress import Event, Progress, silent
+from salun.progress import Progress, silent
 from salun.report.classification import comparison_page
 from salun.run_record import RunRecord
-
-Kind = Literal["retrain", "search", "unlearn"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +39,6 @@ class Variant:
     method: str
     mask: str | None = None
     density: float | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One piece of work. options: as for `unlearn`. name: of its file."""
-
-    name: str
-    kind: Kind
-    variant: str
-    options: UnlearnOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,14 +80,18 @@ def variants_of(options: CompareOptions) -> list[Variant]:
 
 
 def jobs_of(options: CompareOptions, variants: Sequence[Variant]) -> dict[Kind, list[Job]]:
-    """All jobs but for the values that the search is to find: one Retrain a seed, searches, unlearnings."""
+    """All jobs but for the values that the search is to find, and its later rounds: one Retrain a seed (and another of
+    another seed, for the noise floor), the first round of searches, unlearnings.
+    """
     base = {item.name: getattr(options, item.name) for item in fields(UnlearnOptions)}
     base |= dict.fromkeys(("mask", "lr")) | {"retrain": "no", "search": False}
     seeds = range(options.seed, options.seed + options.seeds)
-    jobs: dict[Kind, list[Job]] = {"retrain": [], "search": [], "unlearn": []}
+    jobs: dict[Kind, list[Job]] = {"retrain": [], "again": [], "search": [], "unlearn": []}
     for seed in seeds:
         own = UnlearnOptions(**{**base, "method": "ft", "seed": seed, "epochs": None})
         jobs["retrain"].append(Job(f"retrain-{seed}", "retrain", "retrain", own))
+        if options.noise_floor:
+            jobs["again"].append(Job(f"again-{seed}", "again", "retrain", own))
     for seed in seeds:
         for variant in variants:
             told: dict[str, Any] = {"method": variant.method, "mask": variant.mask, "seed": seed}
@@ -125,7 +103,7 @@ def jobs_of(options: CompareOptions, variants: Sequence[Variant]) -> dict[Kind, 
             name = f"{re.sub('[/@]', '-', variant.name)}-{seed}"
             jobs["unlearn"].append(Job(name, "unlearn", variant.name, own))
             if options.search and seed - options.seed < options.search_seeds:
-                jobs["search"].append(Job(f"search-{name}", "search", variant.name, own))
+                jobs["search"].append(Job(f"search-{name}", "search", variant.name, own))  # without values yet
     return jobs
 
 
@@ -144,7 +122,8 @@ def compare(
     given: fields of `CompareOptions`, over `options`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume: go
     on with the unfinished comparison in run_dir. With several workers, a Python script that calls this needs the usual
     `if __name__ == "__main__":`, as its processes are started afresh. A method that comes apart at some seeds is told
-    with those it did not. Raises SalunError, `Cancelled` if `progress` does.
+    with those it did not; one that fails altogether, or for which the search finds no value, is a row that says so.
+    Raises SalunError, `Cancelled` if `progress` does.
     """
     options = CompareOptions(**{**asdict(options or CompareOptions()), **given})
     variants, cache = variants_of(options), cache or Cache.of_user()
@@ -159,84 +138,75 @@ def compare(
     folder = Path(run_dir) if run_dir is not None else None
     told = {name: value for name, value in asdict(options).items() if name not in NOT_COMPARED}
     told["methods"] = [variant.name for variant in variants]
-    facts = {"data": first.data.digest, "base split": first.split.base}
+    facts = {"data": first.data.digest, "split": first.split.digest, "model": _fresh_weights(first)}
     record = RunRecord(folder, command, told, options.seed, str(first.data.images.device), facts, resume)
     with record.running():
         ledger = Ledger(folder / "jobs" if folder is not None else None, record)
         total = sum(len(some) for some in jobs.values())
         with Desk(ledger, cache, data, workers_of(options), progress, total) as desk:
             with record.stage("retraining"):
-                exact = desk.done(jobs["retrain"])
+                exact, again = desk.done(jobs["retrain"]), desk.done(jobs["again"])
             with record.stage("searching"):
-                found = desk.done(jobs["search"])
-            chosen = {v.name: merged([found[j.name] for j in jobs["search"] if j.variant == v.name]) for v in variants}
-            todo = [_with(job, chosen[job.variant]) for job in jobs["unlearn"]]
+                searched = _searched(desk, jobs["search"], checked)
             with record.stage("unlearning"):
-                unlearned = desk.done(todo)
-        results = {v.name: {j.options.seed: unlearned[j.name] for j in todo if j.variant == v.name} for v in variants}
-        beside = {job.options.seed: exact[job.name] for job in jobs["retrain"]}
+                todo = [
+                    job for job in jobs["unlearn"] if searched.get(job.variant, {"chosen": 0})["chosen"] is not None
+                ]
+                desk.total -= len(jobs["unlearn"]) - len(todo)
+                done = desk.done([_with(job, searched.get(job.variant)) for job in todo])
+        unlearned = {
+            job.name: done.get(job.name) or {"error": f"the search found no value ({searched[job.variant]['remark']})"}
+            for job in jobs["unlearn"]
+        }
+        results = {v.name: _by_seed(jobs["unlearn"], unlearned, v.name) for v in variants}
+        beside, floor = _by_seed(jobs["retrain"], exact), _by_seed(jobs["again"], again)
         titles = {v.name: title_of(v) for v in variants}
-        record.data["metrics"] = table_of(results, beside, chosen if options.search else {}, titles)
-        record.data["notes"] = _failures(results)
+        record.data["metrics"] = table_of(results, beside, searched, titles, floor)
+        record.data["notes"] = _failures({"Retrain": beside, "Retrain of another seed": floor, **results})
         if folder is not None:
             rows = {name: _resolved(setting) for name, setting in checked.items()}
-            done = {**record.data, "status": "done"}
-            page = comparison_page(done, tables_of(record.data["metrics"]), rows, results, beside, data.classes)
+            told = {**record.data, "status": "done"}
+            page = comparison_page(told, tables_of(record.data["metrics"]), rows, results, beside, data.classes)
             page.save(folder / "report.html")
     return Comparison(record.data["metrics"], record)
 
 
-def preview(
-    options: CompareOptions, *, run_dir: Path | None = None, cache: Cache | None = None, progress: Progress = silent
-) -> dict[str, Any]:
-    """What `compare` would do, and about how long it would take: nothing is written.
-
-    The time is counted from one epoch on 512 pictures at most, as if nothing were in the cache. Raises as `compare`.
+def _searched(desk: Desk, first: Sequence[Job], settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
+    """variant → what was found of its option. All variants search side by side, a round at a time; of a variant, every
+    round tries the same values at all of its seeds.
     """
-    variants, cache = variants_of(options), cache or Cache.of_user()
-    jobs = jobs_of(options, variants)
-    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
-    settings = [setting_of(job.options, cache, data) for job in jobs["unlearn"][: len(variants)]]
-    first = settings[0]
-    each = seconds_of_a_picture(first, progress)
-    train, kept = len(first.split.train), len(first.split.retain)
-    assert first.options.train_epochs is not None
-    seconds = each * first.options.train_epochs * (train + kept) * options.seeds
-    searches = options.search_seeds if options.search else 0
-    for setting in settings:  # those that do not train read each picture about thrice
-        passes = (setting.options.epochs or 3) * train
-        seconds += each * passes * (options.seeds + searches * len(METHODS[setting.options.method].factors))
-    workers = workers_of(options)
-    told = {}
-    for kind, some in jobs.items():
-        folder = run_dir / "jobs" if run_dir is not None else None
-        there = [job for job in some if folder is not None and (folder / f"{job.name}.json").is_file()]
-        told[kind] = {"all": len(some), "done": len(there)}
-    return {
-        "methods": [variant.name for variant in variants],
-        "seeds": list(range(options.seed, options.seed + options.seeds)),
-        "forget": len(first.split.forget),
-        "train": train,
-        "jobs": told,
-        "workers": workers,
-        "device": str(first.data.images.device),
-        "seconds": seconds / workers,
-    }
+    searching = {name: rounds(settings[name].options) for name in dict.fromkeys(job.variant for job in first)}
+    values = {name: next(steps) for name, steps in searching.items()}
+    found: dict[str, dict[str, Any]] = {}
+    turn = 0
+    while values:
+        jobs = [
+            replace(job, name=f"{job.name}-{turn}", values=tuple(values[job.variant]))
+            for job in first
+            if job.variant in values
+        ]
+        desk.total += len(jobs) if turn else 0
+        results = desk.done(jobs)
+        for name in values:
+            some = [results[job.name] for job in jobs if job.variant == name]
+            found[name] = merged(some, found.get(name))
+        going = {name: following(searching[name], found[name]) for name in values if "error" not in found[name]}
+        values = {name: some for name, some in going.items() if some}
+        turn += 1
+    return found
 
 
-def seconds_of_a_picture(setting: Setting, progress: Progress) -> float:
-    """How long one picture takes in training, on this machine now."""
-    fresh = partial(new_model, setting.options.model or "", setting.data.channels, len(setting.data.classes), 0)
-    model = fresh().to(setting.data.images.device)
-    task = Task(model, setting.data, setting.split.unforgotten(), setting.options, fresh)
-    rows = task.split.retain[: min(512, 4 * task.size)]
-    task.split = replace(task.split, retain=rows)
-    task.mask = Mask.full(task.parameters)
-    minimise(task, retain_batches(task), cross_entropy(task), epochs=1, lr=1e-6)  # the first is slower than the rest
-    began = time.perf_counter()
-    minimise(task, retain_batches(task), cross_entropy(task), epochs=1, lr=1e-6)
-    progress(Event("timing"))
-    return (time.perf_counter() - began) / len(rows)
+def _by_seed(
+    jobs: Sequence[Job], results: Mapping[str, dict[str, Any]], variant: str = "retrain"
+) -> dict[int, dict[str, Any]]:
+    return {job.options.seed: results[job.name] for job in jobs if job.variant == variant}
+
+
+def _fresh_weights(setting: Setting) -> str:
+    """A hash of the model before training: of a pretrained body the options tell no more than the name."""
+    options = setting.options
+    model = new_model(options.model or "", setting.data.channels, len(setting.data.classes), options.seed)
+    return digest_of(*model.state_dict().values())
 
 
 def title_of(variant: Variant) -> str:
@@ -274,179 +244,3 @@ def _failures(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[st
         for seed, result in some.items()
         if "error" in result
     ]
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """The results there are, by job, in a folder; None keeps none."""
-
-    folder: Path | None
-    record: RunRecord
-
-    def key(self, job: Job) -> str:
-        """What a result depends on: the job's options, the data, the versions, the device."""
-        facts = {**self.record.data["facts"], "device": self.record.data["device"]}
-        versions = {k: v for k, v in self.record.data["versions"].items() if k != "platform"}
-        text = json.dumps([job.kind, asdict(job.options), facts, versions], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def get(self, job: Job) -> dict[str, Any] | None:
-        """A job's result, None if there is none of these very options."""
-        if self.folder is None:
-            return None
-        try:
-            kept = json.loads((self.folder / f"{job.name}.json").read_text(encoding="utf-8"))
-            result: dict[str, Any] | None = kept["result"] if kept["key"] == self.key(job) else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return result
-
-    def put(self, job: Job, result: Mapping[str, Any]) -> None:
-        """Keep it."""
-        if self.folder is not None:
-            text = json.dumps({"key": self.key(job), "options": asdict(job.options), "result": result})
-            write_bytes(self.folder / f"{job.name}.json", (text + "\n").encode())
-
-
-class Desk:
-    """Gets jobs done, by several processes or here, and counts them for the progress. A context manager: at its end the
-    processes stop at their next step, and are waited for.
-    """
-
-    def __init__(
-        self, ledger: Ledger, cache: Cache, data: ImageData, workers: int, progress: Progress, total: int
-    ) -> None:
-        self.ledger, self.cache, self.data, self.workers, self.progress = ledger, cache, data, workers, progress
-        self.count, self.total = 0, total
-        context = multiprocessing.get_context("spawn")
-        self._stop = context.Event()
-        self._pool = ProcessPoolExecutor(workers, context, _begin, (self._stop,)) if workers > 1 else None
-
-    def __enter__(self) -> Desk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def done(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
-        """job name → result, of all of them."""
-        results = {}
-        for job in jobs:
-            kept = self.ledger.get(job)
-            if kept is not None:
-                results[job.name] = kept
-        self.count += len(results)
-        todo = [job for job in jobs if job.name not in results]
-        for job, result in self._in_turn(todo) if self._pool is None else self._side_by_side(self._pool, todo):
-            self.ledger.put(job, result)
-            results[job.name] = result
-            self.count += 1
-            self.progress(Event("comparing", self.count, self.total, message=_line(job, result)))
-        return results
-
-    def _in_turn(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        for job in jobs:
-            yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event("comparing")))
-
-    def _side_by_side(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        """As they end."""
-        running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
-        left = set(running)
-        try:
-            while left:
-                ended, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
-                self.progress(Event("comparing"))
-                for future in ended:
-                    yield running[future], future.result()
-        except BrokenProcessPool as error:
-            raise TrainingError(
-                "a process of the comparison was ended from outside, for want of memory perhaps: go on with --resume "
-                "and fewer --workers"
-            ) from error
-
-
-def _line(job: Job, result: Mapping[str, Any]) -> str:
-    who = f"{job.variant}, seed {job.options.seed}"
-    if "error" in result:
-        return f"{who}: {result['error']}"
-    if job.kind == "search":
-        return f"{who}: searched {len(result['tried'])} values of {result['option']} in {result['seconds']:.0f} s"
-    return f"{who}: " + ", ".join(f"{name} {result[name]['value']:.1f}" for name in ("UA", "RA", "TA", "MIA"))
-
-
-_stop: Any = None
-
-
-def _begin(stop: Any) -> None:
-    """Of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and gone when the first one is."""
-    import signal
-
-    global _stop
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _in_worker(job: Job, cache: Cache) -> dict[str, Any]:
-    def heard(event: Event, /) -> None:
-        if _stop.is_set():
-            raise Cancelled("stopped")
-
-    options = job.options
-    data = _loaded(options.data, options.image_size, options.image_column, options.label_column)
-    return run_job(job, cache, data, heard)
-
-
-_loaded = lru_cache(maxsize=1)(load_data)  # of a worker process, which lives as long as one comparison
-
-
-def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict[str, Any]:
-    """One job's result; {"error": why} for a training that came apart. On a CPU by one thread, so that the bits do not
-    depend on the number of workers.
-    """
-    threads = torch.get_num_threads()
-    setting = setting_of(job.options, cache, data)
-    try:
-        if setting.data.images.device.type == "cpu":
-            torch.set_num_threads(1)
-        with kernels(setting.options.deterministic):
-            return WORK[job.kind](setting, progress)
-    except TrainingError as error:
-        return {"error": str(error)}
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _retrain(setting: Setting, progress: Progress) -> dict[str, Any]:
-    original = setting.original(progress)
-    exact = setting.retrained(progress)
-    before = {**judge(setting.task(original, progress)), "RTE": {"value": original.seconds}}
-    return {**figures_of(setting.task(exact, progress)), "RTE": {"value": exact.seconds}, "original": before}
-
-
-def _search(setting: Setting, progress: Progress) -> dict[str, Any]:
-    return search(setting.task(setting.original(progress), progress))[1]
-
-
-def _unlearn(setting: Setting, progress: Progress) -> dict[str, Any]:
-    task = setting.task(setting.original(progress), progress)
-    record = opened(setting)
-    seconds = forget(task, record)
-    layers = layers_of(task.mask) if task.mask is not None else {}
-    return {**figures_of(task), "RTE": {"value": seconds}, "mask": record.data["mask"], "layers": layers}
-
-
-WORK: dict[Kind, Callable[[Setting, Progress], dict[str, Any]]] = {
-    "retrain": _retrain,
-    "search": _search,
-    "unlearn": _unlearn,
-}

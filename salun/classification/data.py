@@ -202,13 +202,23 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
     names = getattr(features[label], "names", None)
     parts = [splits["train"], *(splits[s] for s in [preset.get("test", "test")] if s in splits)]
     pictures = [pixels(row, f"{name}, row {i}") for part in parts for i, row in enumerate(part[image])]
-    labels = torch.tensor([int(v) for part in parts for v in part[label]])
+    labels = torch.tensor([_label(v, f"{name}, row {i}", label) for part in parts for i, v in enumerate(part[label])])
     if names is None:
         names = [str(v) for v in range(int(labels.max()) + 1)]
     if int(labels.min()) < 0:
         raise DataError(f"the data set {name!r} has pictures without a label (−1): choose a part that has them")
     test = torch.arange(len(parts[0]), len(labels)) if len(parts) == 2 else None
     return ImageData(name, _stack(pictures, image_size, name), labels, tuple(names), test, preset)
+
+
+def _label(value: Any, where: str, column: str) -> int:
+    """A label as a number. Raises DataError for what is none, such as a name or nothing."""
+    if isinstance(value, int):
+        return int(value)
+    raise DataError(
+        f"{where} has the label {value!r} in the column {column!r}, where a whole number must be: name another by "
+        "--label-column, or make it a ClassLabel (datasets' class_encode_column)"
+    )
 
 
 def _column(name: str, what: str, wish: str | None, features: Any, kind: type) -> str:

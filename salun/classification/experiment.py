@@ -20,10 +20,10 @@ from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.methods import METHODS
 from salun.classification.metrics import accuracies, beside_retrain, judge
-from salun.classification.models import Facts, load_model, new_model, save_model
+from salun.classification.models import Facts, load_model, new_model, save_model, seen_by
 from salun.classification.options import TrainOptions, UnlearnOptions
 from salun.classification.originals import Original, given_original, trained
-from salun.classification.plan import settled, why_no_retrain
+from salun.classification.plan import known_recipe, settled, why_no_retrain
 from salun.classification.relearning import relearn
 from salun.classification.search import search
 from salun.classification.splits import Split, make_split, with_forget
@@ -34,8 +34,12 @@ from salun.formats.tensorfile import write_bytes
 from salun.mask import Mask
 from salun.options import from_mapping
 from salun.progress import Event, Progress, silent
-from salun.report.classification import run_page
+from salun.report.classification import run_page, train_page
 from salun.run_record import RunRecord
+
+
+class OutOfMemory(TrainingError):
+    """Memory did not suffice this time; another time it may."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +56,13 @@ class Outcome:
 class Setting:
     """All that is known before a run begins.
 
-    options: settled. data: on the device. given: the original that `--original` names. no_retrain: why Retrain is not
-    put beside the run, None if it is.
+    options: settled. recipe: the same, but for how the original was trained where its file tells: Retrain is trained by
+    it. data: on the device. given: the original that `--original` names. no_retrain: why Retrain is not put beside the
+    run, None if it is.
     """
 
     options: UnlearnOptions
+    recipe: UnlearnOptions
     data: ImageData
     split: Split
     given: Original | None
@@ -67,15 +73,16 @@ class Setting:
         """The model to unlearn from: given, from the cache, or trained now."""
         if self.given is not None:
             return self.given
-        return trained(self.options, self.data, self.split.unforgotten(), self.cache, progress, "training")
+        return trained(self.recipe, self.data, self.split.unforgotten(), self.cache, progress, "training")
 
-    def retrained(self, progress: Progress) -> Original:
-        """Retrain: from the cache, or trained now."""
-        return trained(self.options, self.data, self.split, self.cache, progress, "retraining")
+    def retrained(self, progress: Progress, seed: int | None = None) -> Original:
+        """Retrain: from the cache, or trained now; with the original's first weights, or those of another seed."""
+        recipe = self.recipe if seed is None else replace(self.recipe, seed=seed)
+        return trained(recipe, self.data, self.split, self.cache, progress, "retraining")
 
     def task(self, model: Original, progress: Progress) -> Task:
         """The task of making this model forget."""
-        return _task(model, self.data, self.split, self.options, progress)
+        return _task(model, self.data, self.split, self.options, progress, self.recipe)
 
 
 def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageData | None = None) -> Setting:
@@ -87,8 +94,9 @@ def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageD
     training = given.facts.training if given else None
     options = settled(options, data, split, training)
     no_retrain = why_no_retrain(options, training)
+    recipe = replace(options, **training) if training is not None and known_recipe(training) else options
     data = _prepared(data, options, pick_device(options.device))
-    return Setting(options, data, split, given, no_retrain, cache or Cache.of_user())
+    return Setting(options, recipe, data, split, given, no_retrain, cache or Cache.of_user())
 
 
 def opened(setting: Setting) -> RunRecord:
@@ -116,18 +124,15 @@ def train(
 ) -> Outcome:
     """Train an original, the model that is later to forget, and say how good it is.
 
-    given: fields of `TrainOptions`, over `options`. run_dir: gets `model.safetensors`, `split.json` and `run.json`.
+    given: fields of `TrainOptions`, over `options`. run_dir: gets `model.safetensors`, `split.json`, `run.json` and
+    `report.html`.
     resume: begin anew the unfinished run of these options in run_dir. cache: of trained models, the user's by default.
     Raises SalunError (ConfigError, DataError, ModelError, TrainingError), `Cancelled` if `progress` does.
     """
     own = TrainOptions(**{**asdict(options or TrainOptions()), **given})
-    data = load_data(own.data, own.image_size, own.image_column, own.label_column)
-    split = make_split(data, own.test_share, own.validation_share, own.split_seed)
-    full = settled(UnlearnOptions(**asdict(own)), data, split)
-    told = {name: getattr(full, name) for name in asdict(own)}
-    device, cache = pick_device(full.device), cache or Cache.of_user()
-    record = _record(run_dir, command, told, full, data, split, device, resume)
-    data = _prepared(data, full, device)
+    full, data, split = training_of(own)
+    told, cache = {name: getattr(full, name) for name in asdict(own)}, cache or Cache.of_user()
+    record = _record(run_dir, command, told, full, data, split, data.images.device, resume)
     with record.running(), _computing(full):
         _keep_split(record, split)
         with record.stage("training"):
@@ -135,7 +140,17 @@ def train(
         metrics = {**accuracies(_task(original, data, split, full, progress)), "RTE": _seconds(original.seconds)}
         record.data["losses"], record.data["metrics"] = original.history, metrics
         _keep_model(record, original.model, replace(original.facts, role="original"))
+        if record.folder is not None:
+            train_page({**record.data, "status": "done"}, data.classes).save(record.folder / "report.html")
     return Outcome(original.model, split, metrics, record)
+
+
+def training_of(options: TrainOptions) -> tuple[UnlearnOptions, ImageData, Split]:
+    """The settled options of a training, its data on the device, and its split. Raises as `train`."""
+    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    split = make_split(data, options.test_share, options.validation_share, options.split_seed)
+    full = settled(UnlearnOptions(**asdict(options)), data, split)
+    return full, _prepared(data, full, pick_device(full.device)), split
 
 
 def unlearn(
@@ -236,11 +251,19 @@ def forget(task: Task, record: RunRecord) -> float:
     return seconds
 
 
-def _task(model: Original, data: ImageData, split: Split, options: UnlearnOptions, progress: Progress) -> Task:
+def _task(
+    model: Original,
+    data: ImageData,
+    split: Split,
+    options: UnlearnOptions,
+    progress: Progress,
+    recipe: UnlearnOptions | None = None,
+) -> Task:
     device, facts = data.images.device, model.facts
-    fresh = partial(new_model, facts.architecture, data.channels, len(data.classes), options.seed)
+    fresh = partial(new_model, facts.architecture, data.channels, len(data.classes), (recipe or options).seed)
     placed = model.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
-    return Task(placed, data, split, options, fresh, progress, pick_dtype(options.dtype, device))
+    data, dtype = seen_by(model.model, data), pick_dtype(options.dtype, device)
+    return Task(placed, data, split, options, fresh, progress, dtype, recipe=recipe)
 
 
 def _prepared(data: ImageData, options: UnlearnOptions, device: torch.device) -> ImageData:
@@ -271,13 +294,19 @@ def _record(
 @contextmanager
 def _computing(options: UnlearnOptions) -> Iterator[None]:
     """Within, kernels give the same bits each time where asked. Raises TrainingError where memory does not suffice."""
-    with kernels(options.deterministic):
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError("out of memory: try a smaller --batch-size and --train-batch-size") from error
+    with kernels(options.deterministic), enough_memory():
+        yield
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Within, memory that does not suffice is an OutOfMemory, which says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory("out of memory: try a smaller --batch-size and --train-batch-size") from error
 
 
 def _keep_split(record: RunRecord, split: Split) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salun import __version__
+from salun.classification.randomness import seed_of
 from salun.classification.task import Task
 from salun.mask import Mask, entries
 from salun.saliency import scores_from_losses
@@ -27,7 +28,7 @@ def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:
     if mode in ("full", "soft"):
         mask = Mask.full(parameters)
     elif mode == "random":
-        mask = Mask.random(parameters, options.density, options.seed)
+        mask = Mask.random(parameters, options.density, seed_of(options.seed, "mask"))
     else:
         scores = scores_from_losses(parameters, saliency_losses(task), task.progress, -(-len(task.split.forget) // 256))
         selection = select_largest(scores, entries(sum(p.numel() for p in parameters.values()), options.density))
@@ -35,7 +36,7 @@ def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:
         told = {"threshold": selection.threshold, "zeros": selection.zeros, "ties": selection.ties}
         told["warnings"] = selection.warnings()
         if mode == "shuffled":
-            mask = mask.shuffled(options.seed)
+            mask = mask.shuffled(seed_of(options.seed, "mask"))
     metadata = {"method": mode, "density": str(options.density), "forget": options.forget, "seed": str(options.seed)}
     metadata |= {"split": task.split.digest, "salun_version": __version__}
     mask = Mask(mask.bits, mask.shapes, metadata)

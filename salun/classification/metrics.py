@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from salun.classification.randomness import generator_of
 from salun.classification.task import Task
 from salun.errors import DataError, TrainingError
 from salun.evaluation.metrics import Share
@@ -32,9 +33,18 @@ class Predicted:
         found: np.ndarray = self.p.argmax(1) == self.y
         return found
 
-    def first(self, n: int) -> Predicted:
-        """The first n rows."""
-        return Predicted(self.p[:n], self.y[:n])
+    def drawn(self, n: int, seed: int) -> Predicted:
+        """n of the rows, see `members`."""
+        rows = members(len(self.y), n, seed).numpy()
+        return Predicted(self.p[rows], self.y[rows])
+
+
+def members(of: int, n: int, seed: int) -> Tensor:
+    """Which n of so many rows an attack is made from (all, if there are fewer), int64: a seeded permutation's first.
+
+    As stored, rows may be in the order of classes.
+    """
+    return torch.randperm(of, generator=generator_of(seed, "members"))[:n]
 
 
 @torch.no_grad()
@@ -90,14 +100,16 @@ def judge(task: Task) -> dict[str, Any]:
     """UA, RA, TA and MIA of the task's model as it is, in percent with their counts and intervals.
 
     UA: 1 − accuracy on D_f. RA: accuracy on D_r. TA: accuracy on the test rows of classes that D_r still has. MIA: the
-    share of D_f called non-member by an attack on the true label's confidence, made from the first |test| rows of D_r
-    (all, if there are fewer) and the test rows (as in SalUn). mia_features: the same from each feature by itself.
+    share of D_f called non-member by an attack on the true label's confidence, made from the test rows and as many rows
+    of D_r, which the seed draws (all, if there are fewer). The authors take the first ones of D_r; where a data set is
+    stored class by class, those are of a few classes only. mia_features: the same from each feature by itself.
     """
     split, tested = task.split, task.split.kept_test(task.data.labels)
     if not len(split.forget) or not len(tested):
         raise DataError("nothing can be judged: the forget set or the test set is empty")
     forget, retain, test = predict(task, split.forget), predict(task, split.retain), predict(task, tested)
-    member, other, target = features(retain.first(len(tested))), features(test), features(forget)
+    known = retain.drawn(len(tested), task.options.seed)
+    member, other, target = features(known), features(test), features(forget)
     attacks = {name: Share.of(called_non_member(member[name], other[name], target[name])).json() for name in FEATURES}
     return {
         "UA": Share.of(~forget.correct).json(),
@@ -120,9 +132,11 @@ def beside_retrain(ours: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[
 
 
 def accuracies(task: Task) -> dict[str, Any]:
-    """Accuracy on the training, validation and test rows, None where there are no rows."""
+    """Accuracy on the training, validation and test rows, None where there are no rows, and each part's confusion."""
     parts = {"train": task.split.train, "validation": task.split.validation, "test": task.split.test}
-    return {name: Share.of(predict(task, rows).correct).json() if len(rows) else None for name, rows in parts.items()}
+    found = {name: predict(task, rows) if len(rows) else None for name, rows in parts.items()}
+    told: dict[str, Any] = {name: Share.of(p.correct).json() if p is not None else None for name, p in found.items()}
+    return {**told, "confusion": {name: confusion(p) for name, p in found.items() if p is not None}}
 
 
 def confusion(predicted: Predicted) -> list[list[int]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from salun.classification.data import ImageData
+from salun.classification.randomness import seed_of
 from salun.errors import ModelError
 from salun.formats import tensorfile
 
@@ -106,24 +109,89 @@ class VGG16(nn.Module):
         return out
 
 
-class Pretrained(nn.Module):
-    """A transformers image classifier that takes our pictures: resized and made colour where it wants that."""
+@dataclass(frozen=True)
+class Pixels:
+    """How a pretrained model wants its pictures. mean, std: of pixels from 0 to 1, one or one a channel; None: nobody
+    knows. size: (h, w) to resize to, or of the shorter side alone, (n,). crop: (h, w) of the middle that is kept.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: tuple[int, ...] | None = None
+    crop: tuple[int, ...] | None = None
+    mode: str = "bilinear"
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Pixels:
+        """What an image processor's `preprocessor_config.json` says, as transformers' processors follow it."""
+        mean, std = told.get("image_mean"), told.get("image_std")
+        if told.get("do_normalize") is False:
+            mean, std = [0.0], [1.0]
+        if mean is not None and std is not None:  # what is not scaled to 1 first has other units
+            unit = 255 * (told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 1)
+            mean, std = tuple(float(m) / unit for m in mean), tuple(float(s) / unit for s in std)
+        size = _sides(told.get("size")) if told.get("do_resize", True) else None
+        crop = _sides(told.get("crop_size")) if told.get("do_center_crop") else None
+        if size and told.get("crop_pct") and len(size) == 1:  # ConvNeXt's way to say it
+            large = size[0] >= 384
+            size, crop = (size * 2, None) if large else ((int(size[0] / told["crop_pct"]),), size * 2)
+        mode = "bicubic" if told.get("resample", 2) == 3 else "bilinear"
+        return cls(mean, std, size, crop * 2 if crop and len(crop) == 1 else crop, mode)
+
+    @classmethod
+    def kept(cls, told: dict[str, Any]) -> Pixels:
+        """From a file of weights, untrusted. Raises KeyError, ValueError or TypeError for what is none."""
+        mean, std = (tuple(map(float, told[key])) if told[key] is not None else None for key in ("mean", "std"))
+        size, crop = (tuple(map(int, told[key])) if told[key] is not None else None for key in ("size", "crop"))
+        if told["mode"] not in ("bilinear", "bicubic"):
+            raise ValueError(f"resizing by {told['mode']!r}")
+        return cls(mean, std, size, crop, told["mode"])
+
+
+def _sides(told: Any) -> tuple[int, ...] | None:
+    """A processor's size: n in old files, {"height", "width"} or {"shortest_edge"} in newer ones."""
+    if isinstance(told, dict):
+        keys = ("height", "width") if "height" in told else ("shortest_edge",)
+        return tuple(int(told[key]) for key in keys) if keys[0] in told else None
+    return (int(told), int(told)) if isinstance(told, int) else None
+
+
+class Pretrained(nn.Module):
+    """A transformers image classifier that takes our pictures: made colour, resized and cropped as it wants them.
+
+    They come normalised as it wants (`seen_by`), where its files tell how.
+    """
+
+    def __init__(self, model: nn.Module, pixels: Pixels) -> None:
         super().__init__()
         self.model = model
         config: Any = model.config
         self.channels = int(getattr(config, "num_channels", 3))
         size = getattr(config, "image_size", None)
-        self.size = (size, size) if isinstance(size, int) else None
+        if pixels.size is None and pixels.crop is None and isinstance(size, int):
+            pixels = replace(pixels, size=(size, size))
+        self.pixels = pixels
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] == 1 and self.channels == 3:
             x = x.expand(-1, 3, -1, -1)
-        if self.size is not None and tuple(x.shape[2:]) != self.size:
-            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        (h, w), size, crop = x.shape[2:], self.pixels.size, self.pixels.crop
+        if size is not None and len(size) == 1:
+            size = (size[0] * h // min(h, w), size[0] * w // min(h, w))
+        if size is not None and size != (h, w):
+            x = F.interpolate(x, size, mode=self.pixels.mode, antialias=True)
+        if crop is not None:
+            top, left = (max(have - want, 0) // 2 for have, want in zip(x.shape[2:], crop, strict=True))
+            x = x[:, :, top : top + crop[0], left : left + crop[1]]
         out: Tensor = self.model(pixel_values=x).logits
         return out
+
+
+def seen_by(model: nn.Module, data: ImageData) -> ImageData:
+    """The data, normalised as the model was trained to see it: by a transformers model's own mean and deviation."""
+    if not isinstance(model, Pretrained) or model.pixels.mean is None or model.pixels.std is None:
+        return data
+    return replace(data, preset={**data.preset, "mean": list(model.pixels.mean), "std": list(model.pixels.std)})
 
 
 ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {"small": Small, "resnet18": ResNet18, "vgg16-bn": VGG16}
@@ -136,7 +204,7 @@ def new_model(name: str, channels: int, classes: int, seed: int) -> nn.Module:
     head: its own may know the forget set). Raises ModelError if it cannot be had.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of(seed, "weights"))
         if name in ARCHITECTURES:
             return ARCHITECTURES[name](channels, classes)
         if name.startswith("timm:"):
@@ -161,7 +229,7 @@ def _timm(name: str, channels: int, classes: int) -> nn.Module:
 
 
 def _transformers(name: str, classes: int) -> nn.Module:
-    made = Pretrained(_from_pretrained(name, num_labels=classes, ignore_mismatched_sizes=True))
+    made = Pretrained(_from_pretrained(name, num_labels=classes, ignore_mismatched_sizes=True), _pixels(name))
     head_of(made, classes).reset_parameters()
     return made
 
@@ -170,7 +238,39 @@ def stock_model(name: str) -> tuple[nn.Module, tuple[str, ...]]:
     """A trained transformers classifier, folder or hub id, head and all, and its classes' names. Raises ModelError."""
     made = _from_pretrained(name)
     labels: dict[int, str] = made.config.id2label
-    return Pretrained(made), tuple(labels[i] for i in sorted(labels))
+    return Pretrained(made, _pixels(name)), tuple(labels[i] for i in sorted(labels))
+
+
+def unlike(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, str] | None:
+    """The first pair of names, a model's and the data's of the same number, that do not name one class; None if all do.
+
+    Case, and blanks, dashes or underscores, do not count; of several names, as ImageNet's classes have, one suffices.
+    """
+
+    def names(text: str) -> set[str]:
+        return {re.sub(r"[\s_-]+", " ", part).strip().casefold() for part in (text, *text.split(","))}
+
+    return next(((a, b) for a, b in zip(theirs, ours, strict=True) if not names(a) & names(b)), None)
+
+
+def nameless(classes: Sequence[str]) -> bool:
+    """Whether these are the names that transformers gives where nobody gave any."""
+    return all(re.fullmatch(r"LABEL_\d+", name) for name in classes)
+
+
+def _pixels(name: str) -> Pixels:
+    """What the model's image processor says; nothing where it has none. Raises ModelError for one that is garbled."""
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    folder = Path(name).expanduser()
+    try:
+        told, _ = BaseImageProcessor.get_image_processor_dict(str(folder) if folder.is_dir() else name)
+    except (OSError, ValueError):
+        return Pixels()
+    try:
+        return Pixels.of(told)
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise ModelError(f"the image processor of {name!r} cannot be read: {error!r}") from error
 
 
 def _from_pretrained(name: str, **changes: Any) -> Any:
@@ -191,7 +291,7 @@ class Facts:
 
     architecture: as in `new_model`. channels: of the pictures. classes: names by label. role: original, unlearned or
     retrain. base, split: hashes of what it was trained on (`Split.base`, and of the forget set too where there is one).
-    training: the options it was trained by, empty where nobody knows.
+    training: the options it was trained by (`plan.RECIPE`), fewer where nobody knows.
     """
 
     architecture: str
@@ -217,6 +317,7 @@ def save_model(path: Path, model: nn.Module, facts: Facts) -> None:
     }
     if isinstance(model, Pretrained):
         told["config"] = json.dumps(model.model.config.to_diff_dict(), sort_keys=True)  # type: ignore[union-attr,operator]
+        told["pixels"] = json.dumps(asdict(model.pixels), sort_keys=True)
     tensorfile.write(path, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, told)
 
 
@@ -232,6 +333,7 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
             dict(json.loads(told["training"])),
         )  # fmt: skip
         config = json.loads(told["config"]) if "config" in told else None
+        pixels = Pixels.kept(json.loads(told["pixels"])) if config is not None else Pixels()
     except (KeyError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged: its header lacks or garbles {error}") from error
     if config is not None:
@@ -239,7 +341,7 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
 
         try:
             made = AutoConfig.for_model(**config)
-            model: nn.Module = Pretrained(AutoModelForImageClassification.from_config(made))
+            model: nn.Module = Pretrained(AutoModelForImageClassification.from_config(made), pixels)
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path} is damaged: its configuration makes no classifier ({error})") from error
     else:

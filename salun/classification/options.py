@@ -92,7 +92,8 @@ class UnlearnOptions(TrainOptions):
     )
     gamma: float = option(5e-4, "l1-sparse: weight γ of the ℓ1 norm at the start", minimum=0, maximum=1)
     noise: float = option(0.01, "FF: strength α of the noise α·F^(−1/4)", minimum=0, maximum=100)
-    damping: float = option(1e-2, "IU, FF: λ added to the Fisher information", above=0, maximum=100)
+    ff_damping: float = option(1e-8, "FF: added to the Fisher information", above=0, maximum=100)
+    damping: float = option(1e-2, "IU: λ added to the Fisher information", above=0, maximum=100)
     influence: float = option(1.0, "IU: the step along the influence", minimum=0, maximum=1000)
     gradients: int = option(
         512, "IU: gradients of single pictures that stand for the Fisher information", minimum=1, maximum=1_000_000
@@ -103,7 +104,9 @@ class UnlearnOptions(TrainOptions):
     )
     ssd_lambda: float = option(1.0, "SSD: λ, how much such a weight is dampened", minimum=0)
     distill: float = option(0.5, "SCRUB: α, weight of staying near the original on D_r", minimum=0, maximum=1000)
-    max_epochs: int = option(3, "SCRUB: epochs that also push away on D_f", minimum=0, maximum=100_000)
+    max_epochs: int = option(
+        3, "SCRUB: epochs, from the second on, that also push away on D_f", minimum=0, maximum=100_000
+    )
     relearn: int = option(
         0,
         "steps of fine-tuning on the forget set, at most, to see how soon it is known again, here and after Retrain",
@@ -131,6 +134,10 @@ class CompareOptions(UnlearnOptions):
         "find each method's --lr (FF: --noise, IU: --influence, SSD: --ssd-alpha) by a small grid around its default, "
         "without looking at Retrain",
     )
+    noise_floor: bool = option(
+        True,
+        "also retrain with another seed: what lies between the two Retrains is chance, and no method can be nearer",
+    )
     search_seeds: int = option(2, "on how many of the seeds to search; the rest takes what was found", minimum=1)
     workers: int | None = option(
         None, "processes side by side, one thread each (default: one a core; one on a GPU)", minimum=1, maximum=1024
@@ -149,13 +156,13 @@ class CompareOptions(UnlearnOptions):
 NOT_COMPARED = ("method", "mask", "lr", "retrain", "original")  # each variant's own, or each seed's
 
 GROUPS = {  # for people, in the order in which hosts show them
-    "Comparison": ("methods", "seeds", "search_seeds", "workers"),
+    "Comparison": ("methods", "seeds", "noise_floor", "search_seeds", "workers"),
     "Method": ("method", "forget", "retrain", "labels", "order", "batchnorm", "epochs", "lr", "batch_size",
                "search", "relearn"),
     "Mask": ("mask", "density"),
     "Method's own numbers": (
-        "gamma", "noise", "damping", "influence", "gradients", "epsilon", "ssd_alpha", "ssd_lambda", "distill",
-        "max_epochs",
+        "gamma", "noise", "ff_damping", "damping", "influence", "gradients", "epsilon", "ssd_alpha", "ssd_lambda",
+        "distill", "max_epochs",
     ),
     "Data": (
         "data", "image_column", "label_column", "image_size", "test_share", "validation_share", "split_seed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,19 +11,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from salun.cache import Cache, key_of
+from salun.cache import Cache, digest_of, key_of
 from salun.classification.data import ImageData
 from salun.classification.methods.retaining import retrain
-from salun.classification.models import ARCHITECTURES, Facts, load_model, new_model, stock_model
+from salun.classification.models import Facts, load_model, nameless, new_model, seen_by, stock_model, unlike
 from salun.classification.options import UnlearnOptions
-from salun.classification.plan import TRAINING
+from salun.classification.plan import RECIPE, recipe_of
 from salun.classification.splits import Split
 from salun.classification.task import Task
-from salun.device import pick_dtype
+from salun.device import kernels, pick_dtype
 from salun.errors import DataError, ModelError
+from salun.options import from_mapping
 from salun.progress import Progress
-
-DECISIVE = (*TRAINING, "momentum", "weight_decay", "dtype", "deterministic", "seed")
+from salun.run_record import versions
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,21 +46,17 @@ def trained(
     """A model trained from scratch on the split's retain rows by settled options; from the cache if it was before.
 
     An original has a split in which nothing is forgotten yet, so that retain is all of train; Retrain one with a forget
-    set. Both begin at the same weights.
+    set. Both begin at the same weights. stage: what the random numbers of its batches depend on beside the seed.
     """
     device = data.images.device
-    wanted = {name: getattr(options, name) for name in DECISIVE}
-    key = key_of(
-        kind="classifier-3", options=wanted, data=split.data, normalised=[data.preset[k] for k in ("mean", "std")],
-        rows=split.retain.tolist(), device=device.type, torch=torch.__version__,
-    )  # fmt: skip
     assert options.model is not None
     fresh = partial(new_model, options.model, data.channels, len(data.classes), options.seed)
-    model = fresh().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    facts = Facts(
-        options.model, data.channels, data.classes, stage, split.base, split.digest,
-        {name: getattr(options, name) for name in TRAINING},
-    )  # fmt: skip
+    model = fresh()
+    data = seen_by(model, data)
+    key = key_of_training(options, data, split, model, stage)
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    told = recipe_of(options, device)
+    facts = Facts(options.model, data.channels, data.classes, stage, split.base, split.digest, told)
     kept = cache.get(key)
     if kept is not None:
         losses = kept.pop("history")
@@ -68,15 +65,34 @@ def trained(
         return Original(model.eval(), facts, seconds, [(int(epoch), None, loss) for epoch, loss in losses.tolist()])
     task = Task(model, data, split, options, fresh, progress, pick_dtype(options.dtype, device))
     began = time.perf_counter()
-    retrain(task, stage)
+    with kernels(options.deterministic):
+        retrain(task, stage)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
     losses = torch.tensor([(epoch, loss) for epoch, _, loss in task.history], dtype=torch.float64)
-    told = {"seconds": torch.tensor(seconds, dtype=torch.float64), "history": losses}
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
-    cache.put(key, {**weights, **told})
+    cache.put(key, {**weights, "seconds": torch.tensor(seconds, dtype=torch.float64), "history": losses})
     return Original(model, facts, seconds, task.history)
+
+
+def key_of_training(options: UnlearnOptions, data: ImageData, split: Split, fresh: nn.Module, stage: str) -> str:
+    """The cache's key of a model trained so: a hash of all that its bits depend on.
+
+    fresh: the model before training, whose weights count, for a pretrained body is known by no more than its name. The
+    versions of the libraries count, and on a CPU the number of threads and the instructions it has: sums are taken in
+    another order by others. stage: what its batches are drawn by.
+    """
+    device = data.images.device
+    if device.type == "cuda":
+        where = [torch.cuda.get_device_name(device)]
+    else:
+        where = [device.type, torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
+    return key_of(
+        kind="classifier-4", options=recipe_of(options, device), data=split.data, rows=split.retain.tolist(),
+        normalised=[data.preset[k] for k in ("mean", "std")], weights=digest_of(*fresh.state_dict().values()),
+        where=where, versions={k: v for k, v in versions().items() if k != "platform"}, stage=stage,
+    )  # fmt: skip
 
 
 def given_original(name: str, data: ImageData, split: Split) -> Original:
@@ -92,10 +108,14 @@ def given_original(name: str, data: ImageData, split: Split) -> Original:
         model, facts = load_model(path)
     else:
         model, classes = stock_model(name)
-        note = f"what {name} was trained on is not known: it may never have seen the forget set, or have seen the test"
         facts = Facts(name, 3, classes, "original", split.base, training={"model": name})
-        return Original(model, _checked(facts, name, data), notes=(note,))
+        _checked(facts, name, data)
+        return Original(model, facts, notes=tuple(_doubts(name, model, classes, data)))
     _checked(facts, str(path), data)
+    strange = sorted({*facts.training} - {*RECIPE})
+    if strange:
+        raise ModelError(f"{path} is damaged: it says of its training {', '.join(strange)}, which is no option of it")
+    from_mapping(UnlearnOptions, facts.training, str(path))
     if facts.channels != data.channels:
         raise ModelError(f"{path} takes pictures of {facts.channels} channels, {data.name} has {data.channels}")
     if facts.role != "original":
@@ -108,10 +128,21 @@ def given_original(name: str, data: ImageData, split: Split) -> Original:
     return Original(model, facts)
 
 
-def _checked(facts: Facts, where: str, data: ImageData) -> Facts:
+def _checked(facts: Facts, where: str, data: ImageData) -> None:
     if len(facts.classes) != len(data.classes):
         raise ModelError(f"{where} knows {len(facts.classes)} classes, but {data.name} has {len(data.classes)}")
-    if facts.architecture in ARCHITECTURES and facts.classes != data.classes:
-        other = next((a, b) for a, b in zip(facts.classes, data.classes, strict=True) if a != b)
-        raise ModelError(f"{where} has a class {other[0]!r} where {data.name} has {other[1]!r}")
-    return facts
+    other = None if nameless(facts.classes) else unlike(facts.classes, data.classes)
+    if other is not None:
+        raise ModelError(
+            f"{where} has a class {other[0]!r} where {data.name} has {other[1]!r}: they must have the same classes in "
+            "the same order (name the data's folders as the model does, or mend id2label in the model's config.json)"
+        )
+
+
+def _doubts(name: str, model: nn.Module, classes: Sequence[str], data: ImageData) -> Iterator[str]:
+    """What nobody can check of a model that others trained."""
+    yield f"what {name} was trained on is not known: it may never have seen the forget set, or have seen the test"
+    if nameless(classes):
+        yield f"{name} does not name its classes: that they come in the order of {data.name}'s is taken on trust"
+    if seen_by(model, data) is data:
+        yield f"{name} has no image processor that tells the mean and deviation of its pixels: it gets {data.name}'s"

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from salun.classification.data import EMBEDDED, ImageData
 from salun.classification.methods import METHODS
 from salun.classification.options import UnlearnOptions
 from salun.classification.splits import Split
+from salun.device import DTYPES, pick_dtype
 from salun.errors import ConfigError
 
 TRAINING = ("model", "train_epochs", "train_lr", "train_batch_size", "augment")
+RECIPE = (*TRAINING, "momentum", "weight_decay", "dtype", "deterministic", "seed")  # all that an original depends on
+
+
+def recipe_of(options: UnlearnOptions, device: torch.device) -> dict[str, Any]:
+    """How a model is trained by settled options, for its file; the dtype as it is on this device."""
+    dtype = next(name for name, kind in DTYPES.items() if kind == pick_dtype(options.dtype, device))
+    return {**{name: getattr(options, name) for name in RECIPE}, "dtype": dtype}
+
+
+def known_recipe(training: Mapping[str, Any] | None) -> bool:
+    """Whether a file tells all of how its model was trained, so that Retrain can be trained likewise."""
+    return training is not None and all(name in training for name in RECIPE)
 
 
 def settled(
@@ -19,14 +35,14 @@ def settled(
 ) -> UnlearnOptions:
     """The options without a `None`, but for `original` and what the data or the method has no use for.
 
-    split: the run's; SSD's α depends on how much is forgotten. training: how the original that is given was trained;
-    Retrain must be trained likewise. Raises ConfigError for an option that contradicts it, or that the method cannot
-    follow.
+    split: the run's; SSD's α depends on how much is forgotten. training: how the original that is given was trained.
+    Raises ConfigError for a `train_…` option, model or augmentation that contradicts it, or an option that the method
+    cannot follow. (Momentum, weight decay, dtype and seed are those of unlearning; Retrain takes the original's.)
     """
     preset = data.preset
     own = {"model": preset["model"], "augment": preset["augment"]}
     own |= {f"train_{name}": value for name, value in preset["train"].items()}
-    for name, value in (training or {}).items():
+    for name, value in ((name, value) for name, value in (training or {}).items() if name in TRAINING):
         wish = getattr(options, name)
         if wish is not None and wish != value:
             raise ConfigError(
@@ -53,7 +69,7 @@ def why_no_retrain(options: UnlearnOptions, training: dict[str, Any] | None) -> 
 
     training: of the original that is given, None if none is.
     """
-    if training is not None and "train_epochs" not in training:
+    if training is not None and not known_recipe(training):
         if options.retrain == "yes" or options.method == "retrain":
             raise ConfigError(
                 f"how {options.original} was trained is not known, so it cannot be trained again without the forget "

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from salun.classification.metrics import predict
+from salun.classification.randomness import generator_of
 from salun.classification.task import Task, cross_entropy, forget_batches, training_mode
 from salun.mask import Mask
 from salun.optim import MaskedOptimiser
 from salun.progress import Event
-from salun.training import step_generator
 
 KNOWN = 99.0  # percent of the forget set
 SHARE = 0.1  # of the rate that the original was trained at
@@ -44,7 +44,7 @@ def relearn(task: Task) -> dict[str, Any]:
     make = partial(torch.optim.SGD, lr=rate, momentum=options.momentum)
     with MaskedOptimiser(own.parameters, Mask.full(own.parameters), make, "pack") as optimiser:
         while not known and step < options.relearn:
-            generator = step_generator(options.seed, epoch)
+            generator = generator_of(options.seed, "relearning", epoch)
             for batch in batches(epoch, generator):
                 optimiser.backward(loss(own.data.pictures(batch.rows), batch, epoch))
                 if not optimiser.step():

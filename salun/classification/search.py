@@ -12,17 +12,23 @@ the validation rows, which no training and no judging touches. So the four figur
     MIA   the share of validation pictures (classes as in the forget set) that an attack on the original calls no
           members, an attack that was made from other validation pictures; 100 % for a class that would be gone
 
-and the value of a small grid is taken whose model comes nearest to them in the mean (its TA is of validation pictures,
-too). The smaller value wins a tie, as it changes the model less. What this does not foresee: that Retrain, trained on
-less, generalises a little less.
+and the value is taken whose model comes nearest to them in the mean (its TA is of validation pictures, too). The
+smaller value wins a tie, as it changes the model less. What this does not foresee: that Retrain, trained on less,
+generalises a little less.
+
+Values are tried in rounds: a wide grid; a value further on where the best lies at an end of it, up to three; those half
+way (in the logarithm) between the best and its neighbours. Of several seeds a round tries the same values at all of
+them, and what counts is the mean; a value at which one of them comes apart cannot be taken. The grid lies around the
+method's default, which was found by the same search.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -32,6 +38,7 @@ from salun.classification.masks import find_mask
 from salun.classification.methods import METHODS
 from salun.classification.metrics import COMPARED, Predicted, called_non_member, features, predict
 from salun.classification.options import UnlearnOptions
+from salun.classification.randomness import generator_of
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError
 from salun.progress import Event
@@ -41,90 +48,133 @@ FURTHER = 3  # values beyond an end of the grid, where the best lies there
 
 @dataclass(frozen=True)
 class Trial:
-    """A value that was tried. figures: percent; None, with the reason, if training came apart. score: points."""
+    """A value that was tried. score: points. figures: percent. Both None, with the reason, if training came apart."""
 
     value: float
     score: float | None
-    figures: dict[str, float] | None
+    figures: dict[str, float] | None = None
     reason: str | None = None
 
 
 def search(task: Task) -> tuple[UnlearnOptions, dict[str, Any]]:
     """The task's options with the best value, and what `run.json` says of the search. The task is left as it was.
 
-    The grid is the method's, around the value that the options have; where the best lies at an end, up to three more
-    are tried beyond it. Raises ConfigError for a split without validation rows or a method without anything to find,
-    TrainingError if no value gives a model.
+    Raises ConfigError for a split without validation rows or a method without anything to find, TrainingError if no
+    value gives a model.
     """
-    method = METHODS[task.options.method]
+    searching = rounds(task.options)
+    task, values = replace(task, memo={}), next(searching)
+    told: dict[str, Any] = {}
+    while values:
+        found = trials(task, values, len(told.get("tried", ())))
+        told = merged([found], told)
+        values = following(searching, told)
+    if told["chosen"] is None:
+        raise TrainingError(f"--search: no {told['option']} gives a model ({told['tried'][0]['reason']})")
+    return with_value(task.options, told["option"], told["chosen"]), told
+
+
+def rounds(options: UnlearnOptions) -> Generator[list[float], list[Trial], None]:
+    """The values to try, a round at a time; it is sent all trials so far. Raises ConfigError for a method without an
+    option to find.
+    """
+    method = METHODS[options.method]
     if method.tunes is None:
         raise ConfigError(f"--search: the method {method.title} has nothing to search for; leave it out")
+    centre = float(getattr(options, method.tunes))
+    tried = yield [centre * factor for factor in method.factors]
+    for _ in range(FURTHER):
+        value = beyond(tried)
+        if value is None:
+            break
+        tried = yield [value]
+    nearby = between(tried)
+    if nearby:
+        yield nearby
+
+
+def following(searching: Generator[list[float], list[Trial], None], told: Mapping[str, Any]) -> list[float]:
+    """The next round of a search that has found what is `told` so far; no values where it is at its end."""
+    try:
+        return searching.send([Trial(trial["value"], trial["score"]) for trial in told["tried"]])
+    except StopIteration:
+        return []
+
+
+def trials(task: Task, values: Sequence[float], before: int = 0) -> dict[str, Any]:
+    """What one model makes of these values: {"option", "foretold", "untouched", "tried", "seconds"}.
+
+    untouched: the score of θ_o as it is, which a method must better to be of use. before: trials of earlier rounds, for
+    the progress. Raises ConfigError for a split without validation rows.
+    """
+    method = METHODS[task.options.method]
+    assert method.tunes is not None
     if not len(task.split.validation):
         raise ConfigError("--search compares with validation pictures, and there are none: raise --validation-share")
     began = time.perf_counter()
     wanted = foretold(task)
     if method.epochs is not None and task.mask is None:
         task = replace(task, mask=find_mask(task)[0])
-    centre = float(getattr(task.options, method.tunes))
-    tried: list[Trial] = []
-
-    def attempt(value: float, total: int) -> None:
-        tried.append(_trial(task, method.tunes or "", value, wanted))
-        shown = {method.tunes or "": value} | ({} if tried[-1].score is None else {"off by": tried[-1].score})
-        task.progress(Event("searching", len(tried), total, shown))
-
-    for factor in method.factors:
-        attempt(centre * factor, len(method.factors))
-    for more in range(1, FURTHER + 1):
-        further = beyond(tried)
-        if further is None:
-            break
-        attempt(further, len(method.factors) + more)
-    chosen = _best(tried)
-    if chosen is None:
-        raise TrainingError(f"--search: no {method.tunes} gives a model ({tried[0].reason})")
-    told = {
+    tried = []
+    for value in values:
+        tried.append(_trial(task, method.tunes, value, wanted))
+        shown = {method.tunes: value} | ({} if tried[-1].score is None else {"off by": tried[-1].score})
+        task.progress(Event("searching", before + len(tried), before + len(values), shown))
+    return {
         "option": method.tunes,
-        "chosen": chosen.value,
         "foretold": wanted,
-        "tried": [asdict(trial) for trial in sorted(tried, key=lambda t: t.value)],
+        "untouched": _off_by(figures(task), wanted),
+        "tried": [asdict(trial) for trial in tried],
         "seconds": round(time.perf_counter() - began, 3),
     }
-    return with_value(task.options, method.tunes, chosen.value), told
+
+
+def merged(found: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One search of several seeds' trials of the same values, and of earlier rounds: what `run.json` says of it.
+
+    chosen: the value with the least mean score of those that gave a model at every seed, None if none did. remark: what
+    to hold against it: that it is the last one tried on its side, that training comes apart next to it, or that it is
+    no nearer than θ_o as it is; None if nothing is. runs: of training. A seed without trials, which has an "error",
+    makes them all fail.
+    """
+    before = before or {}
+    failed = next((told["error"] for told in found if "error" in told), None)
+    if failed is not None:
+        return {"option": None, "foretold": None, "untouched": None, "tried": [], "runs": 0, "seconds": 0.0, **before,
+                "chosen": None, "remark": f"none: {failed}", "error": failed}  # fmt: skip
+    first = found[0]
+    tried = [*before.get("tried", ())]
+    for at, trial in enumerate(first["tried"]):
+        some = [told["tried"][at] for told in found]
+        scores = [one["score"] for one in some if one["score"] is not None]
+        good = len(scores) == len(some)
+        tried.append(
+            {
+                "value": trial["value"],
+                "score": sum(scores) / len(scores) if good else None,
+                "figures": {k: sum(one["figures"][k] for one in some) / len(some) for k in COMPARED} if good else None,
+                "reason": next((one["reason"] for one in some if one["reason"]), None),
+            }
+        )
+    tried.sort(key=lambda trial: float(trial["value"]))
+    untouched = sum(told["untouched"] for told in found) / len(found)
+    best = _best([Trial(trial["value"], trial["score"]) for trial in tried])
+    return {
+        "option": first["option"],
+        "chosen": best.value if best else None,
+        "remark": _remark(tried, untouched),
+        "foretold": {k: sum(told["foretold"][k] for told in found) / len(found) for k in COMPARED},
+        "untouched": untouched,
+        "tried": tried,
+        "runs": before.get("runs", 0) + sum(len(told["tried"]) for told in found),
+        "seconds": round(before.get("seconds", 0.0) + sum(told["seconds"] for told in found), 3),
+    }
 
 
 def with_value(options: UnlearnOptions, name: str, value: float) -> UnlearnOptions:
     """The options with another value of the one that is searched for. Raises ConfigError if it is out of range."""
     changed: dict[str, Any] = {name: value}
     return replace(options, **changed)
-
-
-def merged(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """One search of several seeds' searches: the value with the least mean score of those that all of them tried.
-
-    None of none. Raises TrainingError if no value gives a model at every seed.
-    """
-    found = [told for told in found if "error" not in told]
-    if not found:
-        return None
-    scores: dict[float, list[float | None]] = {}
-    for told in found:
-        for trial in told["tried"]:
-            scores.setdefault(trial["value"], []).append(trial["score"])
-    means = {
-        value: sum(s for s in some if s is not None) / len(some)
-        for value, some in scores.items()
-        if len(some) == len(found) and None not in some
-    }
-    if not means:
-        raise TrainingError(f"--search: no {found[0]['option']} gives a model at every seed")
-    return {
-        "option": found[0]["option"],
-        "chosen": min(means, key=lambda value: (means[value], value)),
-        "tried": [{"value": value, "score": means[value]} for value in sorted(means)],
-        "runs": sum(len(told["tried"]) for told in found),
-        "seconds": sum(told["seconds"] for told in found),
-    }
 
 
 def _trial(task: Task, option: str, value: float, wanted: dict[str, float]) -> Trial:
@@ -138,25 +188,58 @@ def _trial(task: Task, option: str, value: float, wanted: dict[str, float]) -> T
         found = figures(tried)
     except (TrainingError, ConfigError) as error:
         return Trial(value, None, None, str(error))
-    return Trial(value, sum(abs(found[name] - wanted[name]) for name in COMPARED) / len(COMPARED), found)
+    return Trial(value, _off_by(found, wanted), found)
 
 
-def _best(tried: list[Trial]) -> Trial | None:
+def _off_by(found: Mapping[str, float], wanted: Mapping[str, float]) -> float:
+    return sum(abs(found[name] - wanted[name]) for name in COMPARED) / len(COMPARED)
+
+
+def _best(tried: Sequence[Trial]) -> Trial | None:
     scored = [trial for trial in tried if trial.score is not None]
     return min(scored, key=lambda trial: (trial.score, trial.value)) if scored else None
 
 
-def beyond(tried: list[Trial]) -> float | None:
-    """The next value past the end of the grid where the best is; None if it lies within, or is no better than the one
-    beside it.
+def beyond(tried: Sequence[Trial]) -> float | None:
+    """The next value past an end of the grid: where the best is, or below it, where no value gives a model.
+
+    None if the best lies within, or is no better than the one beside it.
     """
+    tried = sorted(tried, key=lambda trial: trial.value)
+    best = _best(tried)
+    if len(tried) < 2:
+        return None
+    if best is None:
+        return tried[0].value ** 2 / tried[1].value
+    if best.value not in (tried[0].value, tried[-1].value):
+        return None
+    end, beside = (tried[0], tried[1]) if best.value == tried[0].value else (tried[-1], tried[-2])
+    return None if beside.score == best.score else end.value**2 / beside.value
+
+
+def between(tried: Sequence[Trial]) -> list[float]:
+    """The geometric means of the best value and its neighbours, those that came apart too; none where none is best."""
     values, best = sorted(trial.value for trial in tried), _best(tried)
-    if best is None or len(values) < 2 or best.value not in (values[0], values[-1]):
-        return None
-    beside = values[1] if best.value == values[0] else values[-2]
-    if any(trial.value == beside and trial.score == best.score for trial in tried):
-        return None
-    return values[0] ** 2 / values[1] if best.value == values[0] else values[-1] ** 2 / values[-2]
+    if best is None:
+        return []
+    at = values.index(best.value)
+    return [sqrt(best.value * values[i]) for i in (at - 1, at + 1) if 0 <= i < len(values) and values[i] > 0]
+
+
+def _remark(tried: Sequence[Mapping[str, Any]], untouched: float) -> str | None:
+    """tried: rising by value."""
+    best = _best([Trial(trial["value"], trial["score"]) for trial in tried])
+    if best is None:
+        return "no value gives a model"
+    at = next(i for i, trial in enumerate(tried) if trial["value"] == best.value)
+    remarks = []
+    if best.score is not None and best.score >= untouched:
+        remarks.append("no nearer than the untouched model")
+    if at in (0, len(tried) - 1):
+        remarks.append(f"the {'highest' if at else 'lowest'} tried")
+    if any(tried[i]["score"] is None for i in (at - 1, at + 1) if 0 <= i < len(tried)):
+        remarks.append("comes apart next to it")
+    return ", ".join(remarks) or None
 
 
 def foretold(task: Task) -> dict[str, float]:
@@ -165,10 +248,10 @@ def foretold(task: Task) -> dict[str, float]:
     validation, retain = predict(task, held), predict(task, task.split.retain)
     labels = task.labels(task.split.forget).cpu().numpy()
     called = np.zeros(len(held), bool)
-    drawn = torch.randperm(len(held), generator=torch.Generator().manual_seed(task.options.seed))
+    drawn = torch.randperm(len(held), generator=generator_of(task.options.seed, "halves"))
     halves = drawn.numpy() % 2 == 0
     for read in (halves, ~halves):  # each half by an attack made from the other
-        member = features(retain.first(int((~read).sum())))["confidence"]
+        member = features(retain.drawn(int((~read).sum()), task.options.seed))["confidence"]
         other = features(validation)["confidence"]
         called[read] = called_non_member(member, other[~read], other[read])
     return {
@@ -187,12 +270,12 @@ def figures(task: Task) -> dict[str, float]:
         "UA": 100 * float((~forget.correct).mean()),
         "RA": 100 * float(retain.correct.mean()),
         "TA": 100 * float(validation.correct.mean()),
-        "MIA": 100 * float(_called(retain, validation, forget).mean()),
+        "MIA": 100 * float(_called(retain.drawn(len(held), task.options.seed), validation, forget).mean()),
     }
 
 
-def _called(retain: Predicted, validation: Predicted, forget: Predicted) -> np.ndarray:
-    member, other, target = (features(p)["confidence"] for p in (retain.first(len(validation.y)), validation, forget))
+def _called(members: Predicted, validation: Predicted, forget: Predicted) -> np.ndarray:
+    member, other, target = (features(p)["confidence"] for p in (members, validation, forget))
     return called_non_member(member, other, target)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from salun.classification.data import ImageData
+from salun.classification.randomness import generator_of
 from salun.errors import ConfigError, DataError
 from salun.formats.tensorfile import write_bytes
 
@@ -82,8 +83,7 @@ def make_split(data: ImageData, test_share: float, validation_share: float, seed
     The data set's own test part, if it has one, is the test; else test_share of all rows. validation_share is of the
     rows that are not test. Raises DataError if a part or a class of the training part is empty.
     """
-    n = len(data.labels)
-    generator = torch.Generator().manual_seed(seed)
+    n, generator = len(data.labels), generator_of(seed, "split")
     if data.own_test is None:
         shuffled = torch.randperm(n, generator=generator)
         test = shuffled[: int(Decimal(str(test_share)) * n)]
@@ -138,8 +138,8 @@ def _random(train: Tensor, value: str, seed: int) -> Tensor:
     count = int(share * len(train))
     if not count:
         raise ConfigError(f"--forget random:{value} of {len(train)} training pictures is none: take a larger share")
-    generator = torch.Generator().manual_seed(seed)
-    return train[torch.randperm(len(train), generator=generator)[:count]].sort().values
+    drawn = torch.randperm(len(train), generator=generator_of(seed, "forget"))
+    return train[drawn[:count]].sort().values
 
 
 def _class(data: ImageData, value: str) -> int:

@@ -1,51 +1,55 @@
-"""The table of a comparison: mean ± standard deviation over seeds, gaps to Retrain, differences paired by seed."""
+"""The table of a comparison: every figure beside Retrain, paired by seed, as numbers and as text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
-from salun.classification.metrics import COMPARED, beside_retrain
+import numpy as np
+
+from salun.classification.metrics import COMPARED, FEATURES, beside_retrain
 
 Results = Mapping[int, Mapping[str, Any]]  # seed → a job's result
+DRAWS = 10_000  # of the bootstrap
 
 
 def table_of(
     results: Mapping[str, Results],
     retrain: Results,
-    searched: Mapping[str, Mapping[str, Any] | None],
+    searched: Mapping[str, Mapping[str, Any]],
     titles: Mapping[str, str],
+    again: Results | None = None,
 ) -> dict[str, Any]:
     """What `run.json` says of a comparison.
 
-    original, retrain: UA, RA, TA, MIA, RTE, each {mean, std, n, values}. methods: the same of each variant, with `gap`
-    to Retrain's mean in each of the four (the paper's number in parentheses); gap_paper: the mean of those (its "avg.
-    gap"); gap_mean: the mean over the four of each seed's own gaps, over seeds; ToW; search; failed: seeds without a
-    result. Gaps of means let errors of different seeds cancel; gap_mean does not, and is what is compared.
-    differences: gap_mean of each variant minus the first one's, paired by seed: mean with its 95 % interval by
-    Student's t (None of fewer than two pairs).
+    retrain: UA, RA, TA, MIA, RTE, each {mean, std, n, values}. original, again (Retrain of another seed, None where
+    there is none) and each of methods: the same, with `gap` to Retrain's mean over the same seeds in each of the four
+    (the paper's number in parentheses); gap_paper: the mean of those (its "avg. gap"); gap_mean: the mean over the four
+    of each seed's own gaps, over seeds; ToW; search; failed: seeds without a result, and `why` the first of them has
+    none. Gaps of means let errors of different seeds cancel; gap_mean does not, and is what is compared. The gap of
+    `again` is chance, for both are exact.
+    differences: gap_mean of each variant minus the first one's, paired by seed, see `interval`.
     """
-    good = {name: {s: r for s, r in some.items() if "error" not in r} for name, some in results.items()}
-    exact = {seed: result for seed, result in retrain.items() if "error" not in result}
+    exact = _good(retrain)
     table: dict[str, Any] = {
-        "original": _figures([result["original"] for result in exact.values()]),
+        "original": _row({seed: result["original"] for seed, result in exact.items()}, exact),
         "retrain": _figures(list(exact.values())),
+        "again": _row(_good(again), exact) if again else None,
         "methods": {},
     }
     gaps: dict[str, dict[int, float]] = {}
-    for name, some in good.items():
-        row: dict[str, Any] = {"title": titles[name], **_figures(list(some.values()))}
-        beside = {seed: beside_retrain(result, exact[seed]) for seed, result in some.items() if seed in exact}
-        gaps[name] = {seed: float(found["gap_mean"]) for seed, found in beside.items()}
-        row["gap"] = {k: _distance(row[k], table["retrain"][k]) for k in COMPARED}
-        known = [value for value in row["gap"].values() if value is not None]
-        row["gap_paper"] = sum(known) / len(known) if known else None
-        row["gap_mean"] = spread(list(gaps[name].values()))
-        row["ToW"] = spread([float(found["ToW"]) for found in beside.values()])
-        row["search"] = searched.get(name)
-        row["failed"] = sorted(seed for seed in results[name] if seed not in some)
-        table["methods"][name] = row
+    for name, some in results.items():
+        good = _good(some)
+        gaps[name] = {s: float(beside_retrain(r, exact[s])["gap_mean"]) for s, r in good.items() if s in exact}
+        failed = sorted(seed for seed in some if seed not in good)
+        table["methods"][name] = {
+            "title": titles[name],
+            **_row(good, exact),
+            "search": searched.get(name),
+            "failed": failed,
+            "why": some[failed[0]]["error"] if failed else None,
+        }
     first = next(iter(results))
     pairs = {
         name: [mine[s] - gaps[first][s] for s in mine if s in gaps[first]]
@@ -56,10 +60,28 @@ def table_of(
     return table
 
 
+def _good(results: Results) -> dict[int, Mapping[str, Any]]:
+    return {seed: result for seed, result in results.items() if "error" not in result}
+
+
+def _row(some: Results, exact: Results) -> dict[str, Any]:
+    """Figures of all seeds, and gaps of those that have a Retrain, to the very same Retrains."""
+    paired = [seed for seed in some if seed in exact]
+    row = _figures(list(some.values()))
+    ours, theirs = (_figures([side[seed] for seed in paired]) for side in (some, exact))
+    row["gap"] = {name: abs(ours[name]["mean"] - theirs[name]["mean"]) if paired else None for name in COMPARED}
+    row["gap_paper"] = sum(row["gap"].values()) / len(COMPARED) if paired else None
+    beside = [beside_retrain(some[seed], exact[seed]) for seed in paired]
+    row["gap_mean"] = spread([float(found["gap_mean"]) for found in beside])
+    row["ToW"] = spread([float(found["ToW"]) for found in beside])
+    return row
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation (n − 1); None where there are too few values."""
+    """Mean, median and standard deviation (n − 1); None where there are too few values."""
     return {
         "mean": mean(values) if values else None,
+        "median": median(values) if values else None,
         "std": stdev(values) if len(values) > 1 else None,
         "n": len(values),
         "values": list(values),
@@ -67,18 +89,29 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
-    """The mean of differences and its 95 % interval by Student's t."""
+    """The mean of differences, its 95 % interval by Student's t (low, high) and by the bootstrap, and their median.
+
+    bootstrap: percentiles of the means of 10,000 draws of n with replacement, seeded: where a few seeds lie far out, t
+    takes for symmetric what is not. All intervals are None of fewer than two differences.
+    """
     n = len(values)
+    told = {"mean": mean(values) if values else None, "median": median(values) if values else None, "n": n}
     if n < 2:
-        return {"mean": mean(values) if values else None, "low": None, "high": None, "n": n}
+        return {**told, "low": None, "high": None, "bootstrap": None}
     from scipy.stats import t
 
     half = float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5
-    return {"mean": mean(values), "low": mean(values) - half, "high": mean(values) + half, "n": n}
+    drawn = np.random.default_rng(0).integers(0, n, (DRAWS, n))
+    means = np.asarray(values)[drawn].mean(1)
+    bootstrap = [float(end) for end in np.percentile(means, (2.5, 97.5))]
+    return {**told, "low": mean(values) - half, "high": mean(values) + half, "bootstrap": bootstrap}
 
 
 def _figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = {name: spread([float(result[name]["value"]) for result in results]) for name in COMPARED}
+    found["mia_features"] = {
+        name: spread([float(result["mia_features"][name]["value"]) for result in results]) for name in FEATURES
+    }
     seconds = [result["RTE"]["value"] for result in results]
     found["RTE"] = spread([float(value) for value in seconds if value is not None])
     curves = [result["relearning"]["steps"] for result in results if "relearning" in result]
@@ -87,54 +120,95 @@ def _figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _distance(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float | None:
-    known = ours["mean"] is not None and theirs["mean"] is not None
-    return abs(ours["mean"] - theirs["mean"]) if known else None
-
-
 def tables_of(table: Mapping[str, Any]) -> dict[str, list[list[str]]]:
-    """title → rows of text, the heading first: the figures, the differences, what the search found."""
-    found = {"In figures": lines_of(table), "Differences, paired by seed": difference_lines(table)}
-    searched = {name: row["search"] for name, row in table["methods"].items() if row["search"]}
-    rows = [["method", "option", "value", "off by, points", "runs", "seconds"]]
-    for name, told in searched.items():
-        least = min(trial["score"] for trial in told["tried"])
-        title, value = table["methods"][name]["title"], f"{told['chosen']:.3g}"
-        rows.append([title, told["option"], value, f"{least:.2f}", str(told["runs"]), f"{told['seconds']:.1f}"])
-    return {**found, "The search": rows}
+    """title → rows of text, the heading first: the figures, the differences, the attacks, what the search found."""
+    return {
+        "In figures": lines_of(table),
+        "Differences, paired by seed": difference_lines(table),
+        "The attack, feature by feature": _attack_lines(table),
+        "Relearning, steps": _relearning_lines(table),
+        "The search": search_lines(table),
+    }
 
 
 def lines_of(table: Mapping[str, Any]) -> list[list[str]]:
-    """The table's cells as text, its heading first, as in the paper: mean ± std (gap to Retrain)."""
-    rows = [["method", *(f"{name} %" for name in COMPARED), "avg. gap", "gap by seed", "RTE s", "search s"]]
-    for title, side in (("original", table["original"]), ("Retrain", table["retrain"])):
-        rows.append([title, *(_cell(side[name]) for name in COMPARED), "", "", _cell(side["RTE"]), ""])
-    for row in table["methods"].values():
+    """The table's cells as text, its heading first, as in the paper: mean ± std (gap to Retrain).
+
+    Of seconds the median: one run on a machine that stood still would decide the mean.
+    """
+    heading = ["method", *(f"{name} %" for name in COMPARED), "avg. gap", "gap by seed", "its median", "ToW"]
+    rows = [[*heading, "RTE s, median", "search s"]]
+    retrain = table["retrain"]
+    for title, row in _sides(table).items():
+        if row is retrain:
+            cells = [_cell(row[name]) for name in COMPARED]
+            rows.append([title, *cells, "", "", "", "", _number(row["RTE"]["median"]), ""])
+            continue
         cells = [f"{_cell(row[name])} ({_number(row['gap'][name])})" for name in COMPARED]
-        told = row["search"]["seconds"] if row["search"] else None
-        rows.append(
-            [row["title"], *cells, _number(row["gap_paper"]), _cell(row["gap_mean"]), _cell(row["RTE"]), _number(told)]
-        )
+        gaps = [_number(row["gap_paper"]), _cell(row["gap_mean"]), _number(row["gap_mean"]["median"])]
+        seconds = _number((row["search"] or {}).get("seconds")) if "search" in row else ""
+        rows.append([title, *cells, *gaps, _cell(row["ToW"], 3), _number(row["RTE"]["median"]), seconds])
     return rows
 
 
 def difference_lines(table: Mapping[str, Any]) -> list[list[str]]:
     """The paired differences as text, the heading first."""
     first = table["methods"][table["differences"]["to"]]["title"]
-    rows = [["method", f"gap by seed minus that of {first}", "95 % interval", "seeds"]]
+    rows = [["method", f"gap by seed minus that of {first}", "95 % by t", "95 % by bootstrap", "median", "seeds"]]
     for name, found in table["differences"]["of"].items():
-        low, high = found["low"], found["high"]
-        between = "not known" if low is None else f"{low:+.2f} to {high:+.2f}"
-        told = "not known" if found["mean"] is None else f"{found['mean']:+.2f}"
-        rows.append([table["methods"][name]["title"], told, between, str(found["n"])])
+        mean_of, median_of = (_signed(found[key]) for key in ("mean", "median"))
+        ends = [_between((found["low"], found["high"])), _between(found["bootstrap"])]
+        rows.append([table["methods"][name]["title"], mean_of, *ends, median_of, str(found["n"])])
     return rows
 
 
-def _cell(side: Mapping[str, Any]) -> str:
+def search_lines(table: Mapping[str, Any]) -> list[list[str]]:
+    """What the search found of each method as text, the heading first."""
+    heading = ["method", "option", "value", "off by, points", "untouched: off by", "to be held against it"]
+    rows = [[*heading, "runs", "seconds"]]
+    for row in table["methods"].values():
+        told = row["search"]
+        if not told:
+            continue
+        score = next((trial["score"] for trial in told["tried"] if trial["value"] == told["chosen"]), None)
+        value = "none" if told["chosen"] is None else f"{told['chosen']:.3g}"
+        cells = [row["title"], told["option"] or "", value, _number(score), _number(told["untouched"])]
+        rows.append([*cells, told["remark"] or "", str(told["runs"]), f"{told['seconds']:.1f}"])
+    return rows
+
+
+def _attack_lines(table: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["method", *(f"{name.replace('_', ' ')} %" for name in FEATURES)]]
+    return rows + [[title, *(_cell(row["mia_features"][n]) for n in FEATURES)] for title, row in _sides(table).items()]
+
+
+def _relearning_lines(table: Mapping[str, Any]) -> list[list[str]]:
+    known = {title: row["relearning"] for title, row in _sides(table).items() if "relearning" in row}
+    rows = [["model", "steps until 99 % of the forget set is known", "within the limit, of seeds"]]
+    return rows + [[title, _cell(told), f"{told['n']} of {told['of']}"] for title, told in known.items()]
+
+
+def _sides(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """title → row, in the order of the table."""
+    found = {"original": table["original"], "Retrain": table["retrain"]}
+    if table["again"] is not None:
+        found["Retrain, another seed"] = table["again"]
+    return {**found, **{row["title"]: row for row in table["methods"].values()}}
+
+
+def _cell(side: Mapping[str, Any], places: int = 2) -> str:
     if side["mean"] is None:
         return "–"
-    return f"{side['mean']:.2f}" + (f" ± {side['std']:.2f}" if side["std"] is not None else "")
+    return f"{side['mean']:.{places}f}" + (f" ± {side['std']:.{places}f}" if side["std"] is not None else "")
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return "not known" if value is None else f"{value:+.2f}"
+
+
+def _between(ends: Sequence[float | None] | None) -> str:
+    return "not known" if ends is None or None in ends else f"{ends[0]:+.2f} to {ends[1]:+.2f}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from math import cos, pi
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from salun.classification.data import ImageData
 from salun.classification.options import UnlearnOptions
+from salun.classification.randomness import generator_of, seed_of
 from salun.classification.splits import Split
 from salun.errors import TrainingError
 from salun.mask import Mask
 from salun.optim import MaskedOptimiser, SoftThreshold
 from salun.progress import Event, Progress, silent
-from salun.training import step_generator
 
 Part = Literal["forget", "retain", "both"]
 
@@ -32,7 +32,8 @@ class Task:
     model: θ_o at first; a method changes it in place. fresh: makes the model before any training, for Retrain.
     options: resolved, no `None` but in those of other tasks. mask: what may move; None for methods that do not train.
     history: (epoch, mean forget loss, mean retain loss), None for a part that the epoch did not have, and the same
-    number twice where batches mixed them.
+    number twice where batches mixed them. recipe: how the original was trained, and so Retrain is; None: by `options`.
+    memo: what a method has counted of θ_o; the trials of a search share it.
     """
 
     model: nn.Module
@@ -44,6 +45,8 @@ class Task:
     dtype: torch.dtype = torch.float32
     mask: Mask | None = None
     history: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+    recipe: UnlearnOptions | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
 
     def labels(self, rows: Tensor) -> Tensor:
         """The own labels of these rows, int64 (b,), on the data's device."""
@@ -133,7 +136,8 @@ def minimise(
     """SGD (momentum, weight decay) on `loss` over the task's masked weights; the others are never written.
 
     What is None comes from the task's options. cosine: the rate falls to 0 as one. soft_density: SalUn-soft's target;
-    its threshold follows every step. extra: parameters of the loss itself, trained whole and not kept.
+    its threshold follows every step. extra: parameters of the loss itself, trained whole and not kept. stage: how
+    progress calls it, and what its random numbers depend on beside the seed.
     Leaves the model in eval mode. Raises TrainingError for a loss or gradient that is not finite.
     """
     options = task.options
@@ -151,8 +155,8 @@ def minimise(
         proximal = SoftThreshold(optimiser, soft_density) if soft_density is not None else None
         done = 0
         for epoch in range(epochs):
-            generator = step_generator(options.seed, epoch)
-            torch.manual_seed(options.seed + epoch)  # for what draws by itself: dropout
+            generator = generator_of(options.seed, stage, epoch)
+            torch.manual_seed(seed_of(options.seed, stage, epoch, "dropout"))  # for what draws by itself
             training_mode(task.model, batchnorm or options.batchnorm)
             seen: dict[str, list[float]] = {"forget": [], "retain": [], "both": []}
             todo = list(batches(epoch, generator))

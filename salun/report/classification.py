@@ -19,6 +19,11 @@ MEANING = (
 )
 
 
+CHANCE = (
+    "“Retrain, another seed” is as exact as Retrain, so its gap is chance: no method can be told from exact within it."
+)
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page. rows: of a table, its heading first. charts: SVG, in which names are escaped."""
@@ -74,6 +79,24 @@ def run_page(run: Mapping[str, Any], layers: Mapping[str, Sequence[int]], classe
     return _page(title, subtitle, headline, warnings, sections, run)
 
 
+def train_page(run: Mapping[str, Any], classes: Sequence[str]) -> Report:
+    """The page of a training. run: as in `run.json`."""
+    options, metrics = run["options"], run["metrics"]
+    titles = {"train": "training pictures", "validation": "validation pictures", "test": "test pictures"}
+    rows = [["", "accuracy"], *([what, _share(metrics[part])] for part, what in titles.items() if metrics[part])]
+    rows.append(["seconds", "–" if metrics["RTE"]["value"] is None else f"{metrics['RTE']['value']:.2f}"])
+    curve = {"training": [(float(epoch), float(loss)) for epoch, _, loss in run["losses"] if loss is not None]}
+    drawn = [charts.heat(counts, classes, titles[part]) for part, counts in metrics["confusion"].items()]
+    sections = [
+        Section("In figures", "Validation and test pictures were not trained on.", rows),
+        Section("Training", charts=[charts.curves(curve, "epoch", "mean loss")]),
+        Section("Class by class", "Rows are true classes, columns the model's answers.", charts=drawn),
+    ]
+    headline = [f"Of pictures that it never saw, the model knows {metrics['test']['value']:.1f} %."]
+    subtitle = f"{options['model']} · seed {run['seed']} · on {run['device']}"
+    return _page(f"An original for {options['data']}", subtitle, headline, run["notes"], sections, run)
+
+
 def comparison_page(
     run: Mapping[str, Any],
     tables: Mapping[str, Sequence[Sequence[str]]],
@@ -88,8 +111,9 @@ def comparison_page(
     its job found. retrain: the same of Retrain.
     """
     options, table = run["options"], run["metrics"]
+    told = f"{MEANING} {CHANCE}" if table["again"] is not None else MEANING
     sections = [
-        Section(title, MEANING if not i else "", cells)
+        Section(title, told if not i else "", cells)
         for i, (title, cells) in enumerate(tables.items())
         if len(cells) > 1
     ]
@@ -171,16 +195,24 @@ def _comparison_headline(table: Mapping[str, Any]) -> list[str]:
         return ["No method gave a model at any seed."]
     best = min(known, key=lambda name: known[name])
     row = table["methods"][best]
-    return [
+    lines = [
         f"Nearest to Retrain over {row['gap_mean']['n']} seeds: {row['title']}, {known[best]:.2f} points away in the "
         "mean over UA, RA, TA and MIA.",
     ]
+    away = [side["gap_mean"]["mean"] if side is not None else None for side in (table["original"], table["again"])]
+    if away[0] is not None:
+        lines.append(f"The original, which forgot nothing, is {away[0]:.2f} points away.")
+    if away[1] is not None:
+        lines.append(f"A Retrain of another seed is {away[1]:.2f} points away: that much is chance.")
+    failed = [row["title"] for row in table["methods"].values() if row["gap_mean"]["n"] == 0]
+    return [*lines, f"Without a result: {', '.join(failed)}."] if failed else lines
 
 
 def _search_section(told: Mapping[str, Any]) -> Section:
     names = ("UA", "RA", "TA", "MIA")
     rows = [[told["option"], "off by, points", *(f"{name} %" for name in names)]]
     rows.append(["foretold", "", *(f"{told['foretold'][name]:.2f}" for name in names)])
+    rows.append(["untouched model", f"{told['untouched']:.2f}", *("" for _ in names)])
     for trial in told["tried"]:
         mark = " ←" if trial["value"] == told["chosen"] else ""
         if trial["score"] is None:
@@ -192,6 +224,8 @@ def _search_section(told: Mapping[str, Any]) -> Section:
         f"{len(told['tried'])} values in {told['seconds']:.1f} s, judged on validation pictures against what the "
         "original lets expect of Retrain, without looking at Retrain."
     )
+    if told["remark"] is not None:
+        text += f" To be held against the value taken: {told['remark']}."
     return Section("The search", text, rows)
 
 

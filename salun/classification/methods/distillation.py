@@ -10,20 +10,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salun.classification.task import Batch, Task, cross_entropy, forget_then_retain, minimise, retain_batches
+from salun.errors import ConfigError
 
 
 def scrub(task: Task) -> None:
     """SCRUB (Kurmanji et al. 2023): min_θ α·KL(D_r) + CE(D_r) − KL(D_f), KL from the original's predictions.
 
-    Max and min steps take turns: an epoch first goes over D_f, as long as it is one of the first `max_epochs`, then
-    over D_r. KL(p_o ‖ p_θ) is the mean over a batch.
+    Min and max steps take turns (its algorithm 1): each epoch is a min step, over D_r, and before it the second and
+    those after it, `max_epochs` of them, have a max step, over D_f. The paper has a max step before the first one, too,
+    where the student still equals its teacher and KL has no gradient. KL(p_o ‖ p_θ) is the mean over a batch.
+    Raises ConfigError for one epoch, which would have no max step.
     """
-    teacher = deepcopy(task.model).eval()
     ce, options = cross_entropy(task), task.options
+    assert options.epochs is not None
+    if options.epochs < 2 and options.max_epochs:
+        raise ConfigError("--epochs 1: SCRUB begins to forget in its second epoch; take 2 or more")
+    teacher = deepcopy(task.model).eval()
     both, retain = forget_then_retain(task), retain_batches(task)
 
     def batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
-        return (both if epoch < options.max_epochs else retain)(epoch, generator)
+        return (both if 1 <= epoch <= options.max_epochs else retain)(epoch, generator)
 
     def loss(x: Tensor, batch: Batch, epoch: int) -> Tensor:
         with torch.no_grad():

@@ -6,13 +6,14 @@ Gradients are of single pictures, with the model in eval mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from salun.classification.randomness import generator_of
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError
 from salun.progress import Event
@@ -24,15 +25,16 @@ _HELD = 1 << 30  # gradient entries that IU keeps: 4 GB
 def fisher_forgetting(task: Task) -> None:
     """FF (Golatkar et al. 2020, Fisher forgetting): θ ← θ + α·F^(−1/4)·n, n ~ N(0, 1).
 
-    F is the diagonal of the Fisher information on D_r, with y ~ p_θ(y|x), plus the damping; α the paper's
-    (λσ_h²)^(1/4). Weights that D_r does not need get the most noise.
+    F is the diagonal of the Fisher information on D_r, with y ~ p_θ(y|x); α the paper's (λσ_h²)^(1/4). Weights that D_r
+    does not need get the most noise. `ff_damping` is added to F, so that noise has an end where F has none: 1e-8, as
+    in its authors' code, for most of F is far below what other methods dampen with.
     """
-    fisher = squared_gradients(task, task.split.retain, "model")
-    generator = torch.Generator().manual_seed(task.options.seed)
+    fisher = once(task, "fisher", lambda: squared_gradients(task, task.split.retain, "model"))
+    generator = generator_of(task.options.seed, "fisher noise")
     with torch.no_grad():
         for name, parameter in task.parameters.items():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-            parameter.add_(task.options.noise * (fisher[name] + task.options.damping).pow(-0.25) * noise)
+            parameter.add_(task.options.noise * (fisher[name] + task.options.ff_damping).pow(-0.25) * noise)
 
 
 def influence_unlearning(task: Task) -> None:
@@ -42,14 +44,8 @@ def influence_unlearning(task: Task) -> None:
     exactly by Woodbury's identity, (1/λ)(v − Gᵀ(λm·I + GGᵀ)⁻¹Gv), with G (m, weights) the g_j as rows. As many as
     `gradients` are taken, or as 4 GB hold. `influence` scales the step.
     """
-    split, options = task.split, task.options
-    n, r = len(split.train), len(split.retain)
-    forget, retain = gradient_sum(task, split.forget), gradient_sum(task, split.retain)
-    v = torch.cat([(forget[k] / n + (1 / n - 1 / r) * retain[k]).flatten() for k in forget])
-    m = min(options.gradients, r, max(_HELD // len(v), 1))
-    drawn = split.retain[torch.randperm(r, generator=torch.Generator().manual_seed(options.seed))[:m]]
-    rows = [torch.cat([g.flatten(1) for g in part.values()], 1) for part in sample_gradients(task, drawn, "labels")]
-    step = options.influence * inverse_fisher_product(torch.cat(rows), v, options.damping)
+    options = task.options
+    step = options.influence * once(task, "influence", lambda: influence(task))
     if not torch.isfinite(step).all():
         raise TrainingError("the influence is not finite: raise --damping")
     with torch.no_grad():
@@ -57,6 +53,22 @@ def influence_unlearning(task: Task) -> None:
             task.parameters.values(), step.split([p.numel() for p in task.parameters.values()]), strict=True
         ):
             parameter.add_(part.view_as(parameter))
+
+
+def influence(task: Task) -> Tensor:
+    """H⁻¹ Σ_i (1/N − w_i) ∇ℓ_i(θ_o), (weights,). G is held once, and filled as gradients come."""
+    split, options = task.split, task.options
+    n, r = len(split.train), len(split.retain)
+    forget, retain = gradient_sum(task, split.forget), gradient_sum(task, split.retain)
+    v = torch.cat([(forget[k] / n + (1 / n - 1 / r) * retain[k]).flatten() for k in forget])
+    m = min(options.gradients, r, max(_HELD // len(v), 1))
+    drawn = split.retain[torch.randperm(r, generator=generator_of(options.seed, "gradients"))[:m]]
+    held, filled = v.new_empty(m, len(v)), 0
+    for part in sample_gradients(task, drawn, "labels"):
+        some = len(next(iter(part.values())))
+        torch.cat([g.flatten(1) for g in part.values()], 1, out=held[filled : filled + some])
+        filled += some
+    return inverse_fisher_product(held, v, options.damping)
 
 
 def inverse_fisher_product(gradients: Tensor, v: Tensor, damping: float) -> Tensor:
@@ -82,13 +94,20 @@ def ssd(task: Task) -> None:
             f"--ssd-alpha {alpha:g}: for {len(task.split.forget)} of {len(task.split.train)} pictures no weight can be "
             f"more than {most:.2f} times as important, and nothing would be forgotten: take a smaller one"
         )
-    of_forget = squared_gradients(task, task.split.forget, "labels")
-    of_all = squared_gradients(task, task.split.train, "labels")
+    of_forget = once(task, "of D_f", lambda: squared_gradients(task, task.split.forget, "labels"))
+    of_all = once(task, "of D", lambda: squared_gradients(task, task.split.train, "labels"))
     with torch.no_grad():
         for name, parameter in task.parameters.items():
             chosen = of_forget[name] > alpha * of_all[name]
             factor = (lam * of_all[name] / of_forget[name]).clamp(max=1)  # 0/0 where nothing is chosen
             parameter.copy_(torch.where(chosen, parameter * factor, parameter))
+
+
+def once(task: Task, name: str, count: Callable[[], Any]) -> Any:
+    """What is counted of θ_o whatever the option that is searched for: kept for the other trials of a search."""
+    if name not in task.memo:
+        task.memo[name] = count()
+    return task.memo[name]
 
 
 def squared_gradients(task: Task, rows: Tensor, targets: Literal["labels", "model"]) -> dict[str, Tensor]:

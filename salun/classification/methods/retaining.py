@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from salun.classification.task import Task, cross_entropy, forget_batches, minimise, retain_batches
+from salun.device import pick_dtype
 from salun.mask import Mask
 
 
 def retrain(task: Task, stage: str = "retraining") -> None:
     """Retrain, the exact answer: the model before any training, trained on D_r alone as the original was on D_f ∪ D_r.
 
-    SGD by the options' `train_…` numbers, the rate falling as a cosine. BatchNorm's statistics are measured anew and
-    every weight trains, whatever the options say of unlearning. stage: how progress calls it.
+    SGD as the original was trained, by its `train_…` numbers, momentum, weight decay, dtype and seed, the rate falling
+    as a cosine. BatchNorm's statistics are measured anew and every weight trains, whatever the options say of
+    unlearning. stage: how progress calls it.
     """
-    options = task.options
+    options = task.recipe or task.options
     task.model.load_state_dict(task.fresh().state_dict())
     task.mask = Mask.full(task.parameters)
+    own = replace(task, options=options, dtype=pick_dtype(options.dtype, task.device))
     minimise(
-        task,
-        retain_batches(task, options.train_batch_size),
-        cross_entropy(task),
+        own,
+        retain_batches(own, options.train_batch_size),
+        cross_entropy(own),
         epochs=options.train_epochs,
         lr=options.train_lr,
         batchnorm="updated",

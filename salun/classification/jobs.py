@@ -1,0 +1,243 @@
+"""A comparison's jobs: what one is, how they are done by processes side by side, and the small files that keep results.
+
+A result is written whole or not at all. A job that fails is a result, too: it says why, and ends nothing but itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from salun.cache import Cache
+from salun.classification.data import ImageData, load_data
+from salun.classification.experiment import (
+    OutOfMemory,
+    Setting,
+    enough_memory,
+    figures_of,
+    forget,
+    opened,
+    setting_of,
+)  # fmt: skip
+from salun.classification.masks import layers_of
+from salun.classification.metrics import judge
+from salun.classification.options import UnlearnOptions
+from salun.classification.search import trials
+from salun.device import kernels
+from salun.errors import Cancelled, SalunError, TrainingError
+from salun.formats.tensorfile import write_bytes
+from salun.progress import Event, Progress
+from salun.run_record import RunRecord
+
+Kind = Literal["retrain", "again", "search", "unlearn"]
+ANOTHER = 1_000_000  # between a seed and that of its other Retrain
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work. options: as for `unlearn`. name: of its file. values: those that a search is to try."""
+
+    name: str
+    kind: Kind
+    variant: str
+    options: UnlearnOptions
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The results there are, by job, in a folder; None keeps none."""
+
+    folder: Path | None
+    record: RunRecord
+
+    def key(self, job: Job) -> str:
+        """What a result depends on: the job's options, data, split and fresh model (`facts`), versions, device."""
+        facts = {**self.record.data["facts"], "device": self.record.data["device"]}
+        versions = {k: v for k, v in self.record.data["versions"].items() if k != "platform"}
+        text = json.dumps([job.kind, asdict(job.options), job.values, facts, versions], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def get(self, job: Job) -> dict[str, Any] | None:
+        """A job's result, None if there is none of these very options, or memory did not suffice for it."""
+        if self.folder is None:
+            return None
+        try:
+            kept = json.loads((self.folder / f"{job.name}.json").read_text(encoding="utf-8"))
+            result: dict[str, Any] = kept["result"]
+            return result if kept["key"] == self.key(job) and not result.get("retry") else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def put(self, job: Job, result: Mapping[str, Any]) -> None:
+        """Keep it."""
+        if self.folder is not None:
+            text = json.dumps({"key": self.key(job), "options": asdict(job.options), "result": result})
+            write_bytes(self.folder / f"{job.name}.json", (text + "\n").encode())
+
+
+class Desk:
+    """Gets jobs done, by several processes or here, and counts them for the progress. A context manager: at its end the
+    processes stop at their next step, and are waited for.
+    """
+
+    def __init__(
+        self, ledger: Ledger, cache: Cache, data: ImageData, workers: int, progress: Progress, total: int
+    ) -> None:
+        self.ledger, self.cache, self.data, self.workers, self.progress = ledger, cache, data, workers, progress
+        self.count, self.total = 0, total  # the total grows with the rounds of a search
+        context = multiprocessing.get_context("spawn")
+        self._stop = context.Event()
+        self._pool = ProcessPoolExecutor(workers, context, _begin, (self._stop,)) if workers > 1 else None
+
+    def __enter__(self) -> Desk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def done(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+        """job name → result, of all of them."""
+        results = {}
+        for job in jobs:
+            kept = self.ledger.get(job)
+            if kept is not None:
+                results[job.name] = kept
+        self.count += len(results)
+        todo = [job for job in jobs if job.name not in results]
+        for job, result in self._in_turn(todo) if self._pool is None else self._side_by_side(self._pool, todo):
+            self.ledger.put(job, result)
+            results[job.name] = result
+            self.count += 1
+            self.progress(Event("comparing", self.count, self.total, message=_line(job, result)))
+        return results
+
+    def _in_turn(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        for job in jobs:
+            yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event("comparing")))
+
+    def _side_by_side(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """As they end."""
+        running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
+        left = set(running)
+        try:
+            while left:
+                ended, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
+                self.progress(Event("comparing"))
+                for future in ended:
+                    yield running[future], future.result()
+        except BrokenProcessPool as error:
+            raise TrainingError(
+                "a process of the comparison was ended from outside, for want of memory perhaps: go on with --resume "
+                "and fewer --workers"
+            ) from error
+
+
+def _line(job: Job, result: Mapping[str, Any]) -> str:
+    who = f"{job.variant}, seed {job.options.seed}"
+    if "error" in result:
+        return f"{who}: {result['error']}"
+    if job.kind == "search":
+        return f"{who}: searched {len(result['tried'])} values of {result['option']} in {result['seconds']:.0f} s"
+    again = "again, " if job.kind == "again" else ""
+    return f"{who}: {again}" + ", ".join(f"{name} {result[name]['value']:.1f}" for name in ("UA", "RA", "TA", "MIA"))
+
+
+_stop: Any = None
+
+
+def _begin(stop: Any) -> None:
+    """Of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and gone when the first one is."""
+    import signal
+
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _in_worker(job: Job, cache: Cache) -> dict[str, Any]:
+    def heard(event: Event, /) -> None:
+        if _stop.is_set():
+            raise Cancelled("stopped")
+
+    options = job.options
+    data = _loaded(options.data, options.image_size, options.image_column, options.label_column)
+    return run_job(job, cache, data, heard)
+
+
+_loaded = lru_cache(maxsize=1)(load_data)  # of a worker process, which lives as long as one comparison
+
+
+def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict[str, Any]:
+    """One job's result; {"error": why} for one that cannot be done, with "retry" where another time it may be. On a CPU
+    by one thread, so that the bits do not depend on the number of workers.
+    """
+    threads = torch.get_num_threads()
+    try:
+        setting = setting_of(job.options, cache, data)
+        if setting.data.images.device.type == "cpu":
+            torch.set_num_threads(1)
+        with kernels(setting.options.deterministic), enough_memory():
+            return WORK[job.kind](job, setting, progress)
+    except Cancelled:
+        raise
+    except OutOfMemory as error:
+        return {"error": f"{error}, or fewer --workers", "retry": True}
+    except SalunError as error:
+        return {"error": str(error)}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _retrain(job: Job, setting: Setting, progress: Progress) -> dict[str, Any]:
+    original = setting.original(progress)
+    exact = setting.retrained(progress)
+    before = {**judge(setting.task(original, progress)), "RTE": {"value": original.seconds}}
+    return {**figures_of(setting.task(exact, progress)), "RTE": {"value": exact.seconds}, "original": before}
+
+
+def _again(job: Job, setting: Setting, progress: Progress) -> dict[str, Any]:
+    exact = setting.retrained(progress, (setting.options.seed + ANOTHER) % 2**63)
+    return {**judge(setting.task(exact, progress)), "RTE": {"value": exact.seconds}}
+
+
+def _search(job: Job, setting: Setting, progress: Progress) -> dict[str, Any]:
+    return trials(setting.task(setting.original(progress), progress), job.values)
+
+
+def _unlearn(job: Job, setting: Setting, progress: Progress) -> dict[str, Any]:
+    task = setting.task(setting.original(progress), progress)
+    record = opened(setting)
+    seconds = forget(task, record)
+    layers = layers_of(task.mask) if task.mask is not None else {}
+    return {**figures_of(task), "RTE": {"value": seconds}, "mask": record.data["mask"], "layers": layers}
+
+
+WORK: dict[Kind, Callable[[Job, Setting, Progress], dict[str, Any]]] = {
+    "retrain": _retrain,
+    "again": _again,
+    "search": _search,
+    "unlearn": _unlearn,
+}

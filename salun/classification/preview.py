@@ -1,0 +1,137 @@
+"""What a command would do, and about how long it would take: nothing is written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from salun.cache import Cache
+from salun.classification.compare import jobs_of, variants_of, workers_of
+from salun.classification.data import ImageData, load_data
+from salun.classification.experiment import setting_of, training_of
+from salun.classification.methods import METHODS
+from salun.classification.models import new_model, seen_by
+from salun.classification.options import CompareOptions, TrainOptions, UnlearnOptions
+from salun.classification.originals import key_of_training
+from salun.classification.search import FURTHER
+from salun.classification.splits import Split
+from salun.classification.task import Task, cross_entropy, minimise, retain_batches
+from salun.mask import Mask
+from salun.progress import Event, Progress, silent
+
+READ = 3  # passes over the pictures that a method without training takes, about
+LATER = FURTHER + 2  # values that a search may try after its first round
+
+
+def preview_training(
+    options: TrainOptions, *, cache: Cache | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """What `train` would do. seconds: counted from one epoch on 512 pictures at most. Raises as it."""
+    full, data, split = training_of(options)
+    pace = _pace(full, data, split, progress)
+    cached, seconds = _training(full, data, split, cache or Cache.of_user(), "training", pace)
+    return {**_told(full, data, split), "cached": {"original": cached}, "seconds": seconds}
+
+
+def preview_unlearning(
+    options: UnlearnOptions, *, cache: Cache | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """What `unlearn` would do. cached: whether the original and Retrain, where they are to be trained, are there.
+
+    no_retrain: why there is no Retrain, None if there is. seconds: as in `preview_training`. Raises as `unlearn`.
+    """
+    cache = cache or Cache.of_user()
+    setting = setting_of(options, cache)
+    own, data, split = setting.options, setting.data, setting.split
+    cached = {}
+    pace = _pace(setting.recipe, data, split.unforgotten(), progress)
+    method = METHODS[own.method]
+    seconds = pace * _passes(own, split) * (1 + ((len(method.factors) + LATER) if own.search else 0))
+    if setting.given is None:
+        cached["original"], more = _training(setting.recipe, data, split.unforgotten(), cache, "training", pace)
+        seconds += more
+    if setting.no_retrain is None:
+        cached["retrain"], more = _training(setting.recipe, data, split, cache, "retraining", pace)
+        seconds += more
+    told = {"method": method.title, "mask": own.mask, "epochs": own.epochs, "lr": own.lr, "search": own.search}
+    given = {"given": own.original, "no_retrain": setting.no_retrain}
+    return {**_told(own, data, split), **told, **given, "cached": cached, "seconds": seconds}
+
+
+def preview_comparison(
+    options: CompareOptions, *, run_dir: Path | None = None, cache: Cache | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """What `compare` would do. seconds: as in `preview_training`, and as if nothing were in the cache. Raises as it."""
+    variants, cache = variants_of(options), cache or Cache.of_user()
+    jobs = jobs_of(options, variants)
+    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    settings = [setting_of(job.options, cache, data) for job in jobs["unlearn"][: len(variants)]]
+    first = settings[0]
+    pace = _pace(first.options, first.data, first.split.unforgotten(), progress)
+    assert first.options.train_epochs is not None
+    retrains = len(first.split.retain) * (2 if options.noise_floor else 1)
+    seconds = pace * first.options.train_epochs * (len(first.split.train) + retrains) * options.seeds
+    searches = options.search_seeds if options.search else 0
+    for setting in settings:
+        tries = options.seeds + searches * (len(METHODS[setting.options.method].factors) + LATER)
+        seconds += pace * _passes(setting.options, setting.split) * tries
+    workers = workers_of(options)
+    told = {}
+    for kind, some in jobs.items():
+        folder = run_dir / "jobs" if run_dir is not None else None
+        name = "{}-0.json" if kind == "search" else "{}.json"
+        there = [job for job in some if folder is not None and (folder / name.format(job.name)).is_file()]
+        told[kind] = {"all": len(some), "done": len(there)}
+    return {
+        "methods": [variant.name for variant in variants],
+        "seeds": list(range(options.seed, options.seed + options.seeds)),
+        "forget": len(first.split.forget),
+        "train": len(first.split.train),
+        "jobs": told,
+        "workers": workers,
+        "device": str(first.data.images.device),
+        "seconds": seconds / workers,
+    }
+
+
+def _told(options: UnlearnOptions, data: ImageData, split: Split) -> dict[str, Any]:
+    rows = {part: len(getattr(split, part)) for part in ("train", "validation", "test", "forget", "retain")}
+    names = ("data", "model", "train_epochs", "train_lr", "train_batch_size", "seed")
+    told = {name: getattr(options, name) for name in names}
+    return {**told, "classes": len(data.classes), "rows": rows, "device": str(data.images.device)}
+
+
+def _passes(options: UnlearnOptions, split: Split) -> int:
+    """Pictures that one unlearning trains on, or reads, about."""
+    if options.method == "retrain":
+        assert options.train_epochs is not None
+        return options.train_epochs * len(split.retain)
+    return (options.epochs or READ) * len(split.train)
+
+
+def _training(
+    options: UnlearnOptions, data: ImageData, split: Split, cache: Cache, stage: str, pace: float
+) -> tuple[bool, float]:
+    """Whether the cache has a model trained so, and the seconds that training takes if not."""
+    assert options.model is not None and options.train_epochs is not None
+    fresh = new_model(options.model, data.channels, len(data.classes), options.seed)
+    there = cache.get(key_of_training(options, seen_by(fresh, data), split, fresh, stage)) is not None
+    return there, 0.0 if there else pace * options.train_epochs * len(split.retain)
+
+
+def _pace(options: UnlearnOptions, data: ImageData, split: Split, progress: Progress) -> float:
+    """Seconds that one picture takes in training, on this machine now."""
+    fresh = partial(new_model, options.model or "", data.channels, len(data.classes), options.seed)
+    model = fresh().to(data.images.device)
+    task = Task(model, seen_by(model, data), split, options, fresh)
+    size = options.train_batch_size or 64
+    rows = split.retain[: min(512, 4 * size)]
+    task.split, task.mask = replace(split, retain=rows), Mask.full(task.parameters)
+    for _ in range(2):  # the first time is slower than the rest
+        began = time.perf_counter()
+        minimise(task, retain_batches(task, size), cross_entropy(task), epochs=1, lr=1e-6)
+        progress(Event("timing"))
+    return (time.perf_counter() - began) / len(rows)
