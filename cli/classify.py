@@ -17,8 +17,7 @@ from salun.errors import Cancelled
 
 from .app import app
 from .options import with_options
-from .output import Json
-from .output import tell as _tell
+from .output import Json, tell
 from .progress import terminal_progress
 
 Config = Annotated[Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")]
@@ -55,12 +54,12 @@ def classify_train(
         check_folder(folder, resume)
         with terminal_progress(as_json) as progress:
             found = preview_training(options, progress=progress)
-        _tell(found, as_json, _preview_lines(found))
+        tell(found, as_json, _preview_lines(found))
         return
     with terminal_progress(as_json) as progress, _resumable("classify-train", folder):
         done = train(options, progress=progress, run_dir=folder, resume=resume, command=_command())
     files = [f"model: {folder / 'model.safetensors'}", f"report: {folder / 'report.html'}"]
-    _tell(done.record.data, as_json, [*_accuracy_lines(done.metrics), *files])
+    tell(done.record.data, as_json, [*_accuracy_lines(done.metrics), *files])
 
 
 @app.command("classify-unlearn")
@@ -86,14 +85,14 @@ def classify_unlearn(
         check_folder(folder, resume)
         with terminal_progress(as_json) as progress:
             found = preview_unlearning(options, progress=progress)
-        _tell(found, as_json, _preview_lines(found))
+        tell(found, as_json, _preview_lines(found))
         return
     with terminal_progress(as_json) as progress, _resumable("classify-unlearn", folder):
         done = unlearn(options, progress=progress, run_dir=folder, resume=resume, command=_command())
     data = done.record.data
     warnings = [f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])]
     lines = [*warnings, *_table(done.metrics), f"model: {folder / 'model.safetensors'}", f"run folder: {folder}"]
-    _tell(data, as_json, lines)
+    tell(data, as_json, lines)
 
 
 @app.command("classify-compare")
@@ -120,13 +119,13 @@ def classify_compare(
         check_folder(folder, resume)
         with terminal_progress(as_json) as progress:
             found = preview_comparison(options, run_dir=folder, progress=progress)
-        _tell(found, as_json, _comparison_lines(found))
+        tell(found, as_json, _comparison_lines(found))
         return
     with terminal_progress(as_json) as progress, _resumable("classify-compare", folder):
         done = compare(options, progress=progress, run_dir=folder, resume=resume, command=_command())
     lines = [*_columns(lines_of(done.metrics)), "", *_columns(difference_lines(done.metrics))]
     notes = [f"warning: {text}" for text in done.record.data["notes"]]
-    _tell(done.record.data, as_json, [*notes, *lines, f"report: {folder / 'report.html'}"])
+    tell(done.record.data, as_json, [*notes, *lines, f"report: {folder / 'report.html'}"])
 
 
 @app.command("classify-eval")
@@ -140,7 +139,7 @@ def classify_eval(
 
     with terminal_progress(as_json) as progress:
         metrics = evaluate(run, device=device, progress=progress)
-    _tell(metrics, as_json, _table(metrics) if "UA" in metrics else _accuracy_lines(metrics))
+    tell(metrics, as_json, _table(metrics) if "UA" in metrics else _accuracy_lines(metrics))
 
 
 def _settled(options: Any, given: set[str], config: Path | None, resume: bool, run_dir: Path | None) -> Any:
