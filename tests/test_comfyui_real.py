@@ -592,9 +592,9 @@ def test_10_memory_stays_over_rounds_and_the_same_seed_gives_the_same_file(start
     server = start(SALUN_CACHE_SIZE="0")
     try:
         sizes = []
-        for round in range(5):
-            server.run({**erasing(seed=round), **keeping()})
-            number = server.queue({**erasing(seed=100 + round, steps=500, **AT_ONCE), **keeping()})
+        for turn in range(5):
+            server.run({**erasing(seed=turn), **keeping()})
+            number = server.queue({**erasing(seed=100 + turn, steps=500, **AT_ONCE), **keeping()})
             time.sleep(4)
             server.post("/interrupt", {})
             assert "execution_interrupted" in messages(server.wait(number, 60))
