@@ -27,7 +27,7 @@ from salun.diffusion.denoiser import Conditioning, implied_x_0
 from salun.diffusion.loading import read_settings
 from salun.diffusion.models import ModelSettings, settings_for
 from salun.diffusion.sampler import guided, trailing
-from salun.errors import ConfigError, ModelError
+from salun.errors import Cancelled, ConfigError, ModelError
 from salun.formats.families import facts
 from salun.formats.hashing import base_hash
 from salun.options import EraseOptions
@@ -107,14 +107,19 @@ class GraphModel:
         return 1  # ComfyUI takes prompts of any length
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        from comfy.model_management import InterruptProcessingException
+
         extra = {name: value.to(self.dtype) for name, value in conditioning.extra.items()}
-        output: Tensor = self._network(
-            x_t.to(self.dtype),
-            t.float(),
-            context=conditioning.hidden.to(self.dtype),
-            transformer_options={"optimized_attention_override": _attention},
-            **extra,
-        )
+        try:
+            output: Tensor = self._network(
+                x_t.to(self.dtype),
+                t.float(),
+                context=conditioning.hidden.to(self.dtype),
+                transformer_options={"optimized_attention_override": _attention},
+                **extra,
+            )
+        except InterruptProcessingException as interrupt:  # newer ones look for it in every layer
+            raise Cancelled("interrupted") from interrupt
         return output.float()
 
     # -- pictures -------------------------------------------------------------------------------------------------
