@@ -8,9 +8,11 @@ from .delta import SalUnApplyDelta, SalUnLoadDelta, SalUnSaveAsLora, SalUnSaveDe
 from .erase import SalUnErase
 from .evaluate import SalUnEvaluate
 from .mask import SalUnCombineMasks, SalUnLoadMask, SalUnMaskHeatmap, SalUnSaliencyMask, SalUnSaveMask
+from .options import SalUnOptions
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "SalUnConcept": SalUnConcept,
+    "SalUnOptions": SalUnOptions,
     "SalUnTrainingData": SalUnTrainingData,
     "SalUnSaliencyMask": SalUnSaliencyMask,
     "SalUnLoadMask": SalUnLoadMask,
@@ -27,6 +29,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "SalUnConcept": "SalUn Concept",
+    "SalUnOptions": "SalUn Options",
     "SalUnTrainingData": "SalUn Training Data",
     "SalUnSaliencyMask": "SalUn Saliency Mask",
     "SalUnLoadMask": "SalUn Load Mask",

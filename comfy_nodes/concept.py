@@ -7,16 +7,15 @@ from typing import Any
 from salun.diffusion.concepts import Concept, presets
 from salun.errors import ConfigError
 
-from .kinds import CONCEPT, Concepts
+from .kinds import CONCEPT, Concepts, Node
 
 TEXT = "(text)"
 EMPTY = '""'
 
 
-class SalUnConcept:
+class SalUnConcept(Node):
     """What to forget, what it becomes, what to keep."""
 
-    CATEGORY, FUNCTION = "SalUn", "make"
     RETURN_TYPES, RETURN_NAMES = (CONCEPT,), ("concept",)
     OUTPUT_TOOLTIPS = ("One concept, or several in a row.",)
     DESCRIPTION = "What a model should forget: a preset or any text, what it becomes, and prompts to keep as they are."
@@ -58,7 +57,7 @@ class SalUnConcept:
             },
         }
 
-    def make(self, preset: str, text: str, anchor: str, retain_prompts: str, concept: Concepts = ()) -> tuple[Concepts]:
+    def run(self, preset: str, text: str, anchor: str, retain_prompts: str, concept: Concepts = ()) -> tuple[Concepts]:
         name = text.strip() if preset == TEXT else preset
         if not name:
             raise ConfigError(f"SalUn Concept: choose a preset, or write what to forget into text (preset is {TEXT})")

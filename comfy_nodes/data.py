@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from salun.diffusion.data import Own, sample_data
 from salun.diffusion.erase import prepared
+from salun.diffusion.images import square
 from salun.errors import ConfigError, DataError
 
-from .inputs import entry, inputs, options_of
-from .kinds import CONCEPT, DATA, Concepts, Data, moved
-from .model import GraphModel
+from .inputs import inputs, options_of, wires
+from .kinds import DATA, Chosen, Concepts, Data, Node, moved
+from .model import GraphModel, as_started
 from .places import cache
 from .progress import Bar
-from .work import computes, plan_of, stages
+from .work import computes, plan_of, samples_drawn
 
 
-class SalUnTrainingData:
+class SalUnTrainingData(Node):
     """Latents and prompts to forget, to become and to keep."""
 
-    CATEGORY, FUNCTION = "SalUn", "make"
     RETURN_TYPES, RETURN_NAMES = (DATA,), ("data",)
     OUTPUT_TOOLTIPS = ("For SalUn Saliency Mask and SalUn Erase: several of them can share it.",)
     DESCRIPTION = (
@@ -35,11 +37,11 @@ class SalUnTrainingData:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The model that will be erased; its samples are the training data."}),
-                "clip": ("CLIP", {"tooltip": "Encodes the concept's prompts."}),
-                "concept": (CONCEPT, {"tooltip": "From SalUn Concept."}),
-                **inputs("forget_latents", "retain_latents", "resolution", "seed"),
+                **wires("clip", "concept"),
+                **inputs("seed"),
             },
             "optional": {
+                **wires("options"),
                 "vae": ("VAE", {"tooltip": "Needed for IMAGE inputs only."}),
                 "forget_images": ("IMAGE", {"tooltip": "Pictures of the concept, in place of samples (one concept)."}),
                 "forget_samples": ("LATENT", {"tooltip": "Latents of the concept, in place of samples (one concept)."}),
@@ -53,13 +55,11 @@ class SalUnTrainingData:
                         "tooltip": "What the pictures to keep show; one line a picture.",
                     },
                 ),
-                **inputs("prompt_style", "negative_prompt", "clip_skip", "low_vram", advanced=True),
-                "anchor_share": entry("anchor_share", advanced=True),
             },
         }
 
     @computes
-    def make(
+    def run(
         self,
         model: Any,
         clip: Any,
@@ -70,11 +70,12 @@ class SalUnTrainingData:
         retain_images: Tensor | None = None,
         retain_samples: dict[str, Tensor] | None = None,
         retain_captions: str = "",
+        options: Chosen | None = None,
         **given: Any,
     ) -> tuple[Data]:
-        graph = GraphModel(model, clip, vae)
-        plan = plan_of(graph, concept, options_of(given))
-        bar = Bar(stages(plan, train=True) | {"pictures before": 0})
+        wanted = as_started(options_of(given, options))
+        graph = GraphModel(model, clip, vae, wanted.dtype)
+        plan = plan_of(graph, concept, wanted)
         with prepared(graph, plan):
             side = graph.latent_shape
             forget = _latents(graph, forget_images, forget_samples, side, "forget")
@@ -91,6 +92,7 @@ class SalUnTrainingData:
                 retain,
                 tuple(captions or [None] * len(retain)) if retain is not None else (),
             )
+            bar = Bar({"sampling": samples_drawn(plan, len(forget) if forget is not None else 0)})
             made = sample_data(graph, plan, bar, cache=cache(), given=own)
         return (Data(tuple(c.name for c in plan.concepts), moved(made, "cpu")),)
 
@@ -104,8 +106,9 @@ def _latents(
     if images is None and samples is None:
         return None
     if images is not None:
+        pixels = images[..., :3].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
         side = graph.settings.sampling.resolution
-        found = graph.encode_images(_square(images, side))
+        found = graph.encode_pictures(np.stack([square(Image.fromarray(picture), side) for picture in pixels]))
     else:
         assert samples is not None
         found = graph.scaled(samples["samples"])
@@ -114,15 +117,3 @@ def _latents(
             f"{what}_samples are {list(found.shape[1:])}, the run's latents {list(shape)}: set resolution to fit"
         )
     return found
-
-
-def _square(images: Tensor, side: int) -> Tensor:
-    """The central square of IMAGEs (n, H, W, c) at this side, as the core cuts pictures from files."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    rows = []
-    for picture in images[..., :3].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy():
-        cut = ImageOps.fit(Image.fromarray(picture), (side, side), Image.Resampling.LANCZOS)
-        rows.append(torch.from_numpy(np.array(cut)))
-    return torch.stack(rows).float() / 255

@@ -16,23 +16,23 @@ from salun.errors import ConfigError, ModelError
 from salun.formats import stacking
 from salun.formats.applied import OURS
 from salun.formats.delta import Delta
-from salun.formats.stacking import STRENGTHS, Stacked
+from salun.formats.stacking import STRENGTHS, OtherBase, Stacked
 
-from .kinds import DELTA
+from .inputs import in_inputs_names, prefix, wires
+from .kinds import DELTA, Node
 from .model import family_of, release
-from .places import chosen, output_path, saved
+from .places import chosen, output_path, saved, state_of
 from .progress import Bar
-from .weights import Weights, patched
+from .weights import Weights, holds, patched
 from .work import computes
 
 ITSELF = "(the model itself)"
 STRENGTH = {"default": 1.0, "min": STRENGTHS[0], "max": STRENGTHS[1], "step": 0.05}
 
 
-class SalUnApplyDelta:
+class SalUnApplyDelta(Node):
     """A delta at work on a MODEL."""
 
-    CATEGORY, FUNCTION = "SalUn", "apply"
     RETURN_TYPES, RETURN_NAMES = ("MODEL",), ("model",)
     OUTPUT_TOOLTIPS = ("The model with the differences as patches; several can follow each other.",)
     DESCRIPTION = (
@@ -45,7 +45,7 @@ class SalUnApplyDelta:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The model that the delta was made from, or a copy in another dtype."}),
-                "delta": (DELTA, {"tooltip": "From SalUn Erase or SalUn Load Delta."}),
+                **wires("delta"),
                 "strength": ("FLOAT", {**STRENGTH, "tooltip": "How much of the difference is added."}),
             },
             "optional": {
@@ -62,7 +62,7 @@ class SalUnApplyDelta:
         }
 
     @computes
-    def apply(self, model: Any, delta: Delta, strength: float, base_checkpoint: str = ITSELF) -> tuple[Any]:
+    def run(self, model: Any, delta: Delta, strength: float, base_checkpoint: str = ITSELF) -> tuple[Any]:
         family_of(model)
         if base_checkpoint != ITSELF:
             other = deltas.open_model(str(checkpoint(base_checkpoint)))
@@ -71,10 +71,9 @@ class SalUnApplyDelta:
         return (patched(model, delta, base_of(model, delta), strength),)
 
 
-class SalUnLoadDelta:
+class SalUnLoadDelta(Node):
     """A delta file."""
 
-    CATEGORY, FUNCTION = "SalUn", "load"
     RETURN_TYPES, RETURN_NAMES = (DELTA,), ("delta",)
     OUTPUT_TOOLTIPS = ("For SalUn Apply Delta and the savers.",)
     DESCRIPTION = "A *.salun.safetensors file of SalUn Save Delta or the command line, from output/salun or input."
@@ -85,21 +84,16 @@ class SalUnLoadDelta:
 
     @classmethod
     def IS_CHANGED(cls, file: str) -> str:
-        try:
-            path = chosen(file, "salun", (DELTA_ENDING,))
-        except ConfigError:
-            return "gone"
-        facts = path.stat()
-        return f"{path} {facts.st_size} {facts.st_mtime_ns}"
+        return state_of(file, (DELTA_ENDING,))
 
-    def load(self, file: str) -> tuple[Delta]:
+    def run(self, file: str) -> tuple[Delta]:
         return (Delta.load(chosen(file, "salun", (DELTA_ENDING,))),)
 
 
-class SalUnSaveDelta:
+class SalUnSaveDelta(Node):
     """A delta to a file."""
 
-    CATEGORY, FUNCTION, OUTPUT_NODE = "SalUn", "save", True
+    OUTPUT_NODE = True
     RETURN_TYPES, RETURN_NAMES = ("STRING",), ("file",)
     OUTPUT_TOOLTIPS = ("The file's name in output/salun.",)
     DESCRIPTION = (
@@ -109,23 +103,18 @@ class SalUnSaveDelta:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "delta": (DELTA, {"tooltip": "From SalUn Erase."}),
-                "filename_prefix": ("STRING", {"default": "erased", "tooltip": "The beginning of the file's name."}),
-            }
-        }
+        return {"required": {**wires("delta"), **prefix("erased")}}
 
-    def save(self, delta: Delta, filename_prefix: str) -> dict[str, Any]:
+    def run(self, delta: Delta, filename_prefix: str) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "salun", DELTA_ENDING)
         delta.save(path)
         return {"ui": {"text": [f"output/salun/{name}"]}, "result": (name,)}
 
 
-class SalUnSaveErasedCheckpoint:
+class SalUnSaveErasedCheckpoint(Node):
     """The erased model as a checkpoint."""
 
-    CATEGORY, FUNCTION, OUTPUT_NODE = "SalUn", "save", True
+    OUTPUT_NODE = True
     RETURN_TYPES, RETURN_NAMES = ("STRING", "STRING"), ("ckpt_name", "told")
     OUTPUT_TOOLTIPS = ("The file's name in the lists of checkpoints.", "How it was written.")
     DESCRIPTION = (
@@ -138,12 +127,12 @@ class SalUnSaveErasedCheckpoint:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "delta": (DELTA, {"tooltip": "From SalUn Erase or SalUn Load Delta."}),
+                **wires("delta"),
                 "ckpt_name": (
                     checkpoints(),
                     {"tooltip": "The checkpoint that was loaded; it is copied, never changed."},
                 ),
-                "filename_prefix": ("STRING", {"default": "erased", "tooltip": "The beginning of the file's name."}),
+                **prefix("erased"),
             },
             "optional": {
                 "model": ("MODEL", {"tooltip": "Only for graphs with other patches: the erased model."}),
@@ -153,31 +142,37 @@ class SalUnSaveErasedCheckpoint:
         }
 
     @computes
-    def save(
+    def run(
         self, delta: Delta, ckpt_name: str, filename_prefix: str, model: Any = None, clip: Any = None, vae: Any = None
     ) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "checkpoints", ".safetensors")
         source = checkpoint(ckpt_name)
         try:
-            stacking.stack(deltas.open_model(str(source)), [(delta, 1.0)])
-        except ModelError as error:
+            made = deltas.stack(str(source), [delta], str(path), progress=Bar({"writing": len(delta.names)}))
+        except OtherBase as error:
             if model is None or clip is None or vae is None:
                 raise ModelError(
-                    f"{ckpt_name} is not what this was erased from ({error}). If the graph has other patches, such as "
-                    "a LoRA before SalUn Erase, connect model, clip and vae"
+                    f"{ckpt_name} is not what this was erased from (its hash is {error.found[:12]}…, not "
+                    f"{error.due[:12]}…): choose the checkpoint that was loaded. If the graph has other patches, such "
+                    "as a LoRA before SalUn Erase, or ComfyUI keeps the model in another dtype, connect model, clip "
+                    "and vae"
+                ) from error
+            if not holds(model, delta):
+                raise ModelError(
+                    "the connected model does not hold this erasure: connect the MODEL of SalUn Erase"
                 ) from error
             _by_stock_saver(path, model, clip, vae, delta)
-            told = f"{name}: written by ComfyUI's own saver, since the graph has other patches"
+            told = f"{name}: written by ComfyUI's own saver, since {ckpt_name} is not what this was erased from"
         else:
-            made = deltas.stack(str(source), [delta], str(path), progress=Bar({"writing": len(delta.names)}))
-            told = "; ".join([f"{name}: {ckpt_name} with {len(delta.names)} tensors changed", *made["notes"]])
+            notes = map(in_inputs_names, made["notes"])
+            told = "; ".join([f"{name}: {ckpt_name} with {len(delta.names)} tensors changed", *notes])
         return {"ui": {"text": [told]}, "result": (name, told)}
 
 
-class SalUnSaveAsLora:
+class SalUnSaveAsLora(Node):
     """The erasure for stock loaders."""
 
-    CATEGORY, FUNCTION, OUTPUT_NODE = "SalUn", "save", True
+    OUTPUT_NODE = True
     RETURN_TYPES, RETURN_NAMES = ("STRING", "STRING"), ("lora_name", "told")
     OUTPUT_TOOLTIPS = ("The file's name in the lists of LoRAs.", "How much of the erasure it holds.")
     DESCRIPTION = (
@@ -190,7 +185,7 @@ class SalUnSaveAsLora:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The model before the erasure."}),
-                "delta": (DELTA, {"tooltip": "From SalUn Erase or SalUn Load Delta."}),
+                **wires("delta"),
                 "kind": (["low rank", "every difference"], {"tooltip": "Small, or whole."}),
                 "energy": (
                     "FLOAT",
@@ -211,12 +206,12 @@ class SalUnSaveAsLora:
                         "tooltip": "Of low rank: a rank for all layers (0: by energy).",
                     },
                 ),
-                "filename_prefix": ("STRING", {"default": "erased", "tooltip": "The beginning of the file's name."}),
+                **prefix("erased"),
             }
         }
 
     @computes
-    def save(
+    def run(
         self, model: Any, delta: Delta, kind: str, energy: float, rank: int, filename_prefix: str
     ) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "loras", LORA if kind == "low rank" else DIFF)

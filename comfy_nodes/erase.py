@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,23 +18,23 @@ from salun.cache import key_of
 from salun.diffusion.data import sample_data
 from salun.diffusion.erase import carry_out, prepared
 from salun.diffusion.observe import Observation, Questions, questions
+from salun.diffusion.output import STATE_BYTES
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
-from salun.errors import ModelError
 from salun.formats.delta import Delta
 from salun.mask import Mask
 from salun.report.picture import stack
 from salun.run_record import RunRecord
 from salun.training import check_optimiser
 
-from .inputs import COMPUTING, MASKING, MORE, TRAINING, inputs, options_of
-from .kinds import CONCEPT, DATA, DELTA, MASK, Concepts, Data
-from .mask import check_data, digest
-from .model import GraphModel
-from .places import cache
+from .inputs import in_inputs_names, inputs, options_of, wires
+from .kinds import DATA, DELTA, MASK, Chosen, Concepts, Data, Node
+from .mask import check_data
+from .model import GraphModel, as_started
+from .places import cache, unfinished
 from .progress import Bar
 from .weights import patched
-from .work import Preview, computes, facts_of, image, plan_of, stages, written
+from .work import Preview, computes, image, plan_of, record_of, stages, written
 
 OUTPUTS = (
     "The model without the concept: KSampler shows it at once.",
@@ -40,10 +44,9 @@ OUTPUTS = (
 )
 
 
-class SalUnErase:
+class SalUnErase(Node):
     """Make the MODEL in the graph forget a concept."""
 
-    CATEGORY, FUNCTION = "SalUn", "erase"
     RETURN_TYPES, RETURN_NAMES = ("MODEL", DELTA, "IMAGE", "STRING"), ("model", "delta", "before_after", "figures")
     OUTPUT_TOOLTIPS = OUTPUTS
     DESCRIPTION = (
@@ -57,10 +60,8 @@ class SalUnErase:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "SD 1.x, 2.x or SDXL, with the patches that it has in the graph."}),
-                "clip": ("CLIP", {"tooltip": "Encodes the concept's prompts."}),
-                "vae": ("VAE", {"tooltip": "Shows the pictures before and after."}),
-                "concept": (CONCEPT, {"tooltip": "From SalUn Concept."}),
-                **inputs(*TRAINING, "density", "eval_images", "seed"),
+                **wires("clip", "vae", "concept"),
+                **inputs("steps", "batch_size", "lr", "retain_weight", "density", "eval_images", "seed"),
             },
             "optional": {
                 "given_mask": (
@@ -68,15 +69,12 @@ class SalUnErase:
                     {"tooltip": "From SalUn Saliency Mask or Load Mask; without it one is found here."},
                 ),
                 "given_data": (DATA, {"tooltip": "From SalUn Training Data; without it the model is sampled here."}),
-                **inputs(*(n for n in MASKING if n != "density"), advanced=True),
-                **inputs("forget_latents", "retain_latents", "resolution", advanced=True),
-                **inputs("prompt_style", "negative_prompt", "clip_skip", advanced=True),
-                **inputs(*(n for n in MORE if n != "eval_images"), *COMPUTING, advanced=True),
+                **wires("options"),
             },
         }
 
     @computes
-    def erase(
+    def run(
         self,
         model: Any,
         clip: Any,
@@ -84,37 +82,40 @@ class SalUnErase:
         concept: Concepts,
         given_mask: Mask | None = None,
         given_data: Data | None = None,
+        options: Chosen | None = None,
         **given: Any,
     ) -> tuple[Any, Delta, Tensor, str]:
-        options = options_of(given)
-        check_optimiser(options.optimiser)
+        wanted = as_started(options_of(given, options))
+        check_optimiser(wanted.optimiser)
         check_data(given_data, concept)
-        graph = GraphModel(model, clip, vae, options.dtype)
-        plan = plan_of(graph, concept, options)
-        facts = facts_of(graph, plan)
-        key = key_of(
-            what="comfy erasure",
-            data=given_data.digest if given_data else None,
-            mask=digest(given_mask) if given_mask else None,
-            **facts,
-        )
-        kept = _kept(key, graph, plan)
+        graph = GraphModel(model, clip, vae, wanted.dtype)
+        plan = plan_of(graph, concept, wanted)
+        record = record_of("erasure", graph, plan, given_data, given_mask)
+        kept = _kept(record.fingerprint, graph, plan)
         if kept is None:
             bar = Bar(stages(plan, given_data, given_mask is not None))
-            told = {"model": graph.name, "concept": [c.name for c in plan.concepts], **asdict(plan.options)}
-            record = RunRecord(None, "ComfyUI", told, options.seed, str(graph.device))
-            with record.running(), prepared(graph, plan):
+            with resumable(record, graph, plan), prepared(graph, plan):
                 data = given_data.on(graph.device) if given_data else sample_data(graph, plan, bar, cache=cache())
-                bar.preview = Preview(graph, data)
+                bar.preview = Preview(graph, plan, data)
                 run = carry_out(graph, plan, record, bar, cache(), data, given_mask)
-            kept = _keep(key, run)
+            kept = _keep(record.fingerprint, run)
         delta, picture, figures = kept
         return patched(model, delta, graph.original()), delta, picture, figures
 
 
+@contextmanager
+def resumable(record: RunRecord, graph: GraphModel, plan: Plan) -> Iterator[None]:
+    """Within, the run is on. One that is stopped leaves its mask and training state, which the next one takes up."""
+    total = sum(prod(graph.weights.shape(name)) for name in graph.weights)
+    salient = plan.options.density * total if plan.options.method == "salun" else total
+    record.folder, record.resume = unfinished(record.fingerprint, total // 8 + int(2 * STATE_BYTES * salient)), True
+    with record.running():
+        yield
+    if record.folder is not None:
+        shutil.rmtree(record.folder, ignore_errors=True)
+
+
 Kept = tuple[Delta, Tensor, str]
-
-
 SIDES = ("before", "after")
 
 
@@ -123,6 +124,10 @@ def _drawn(plan: Plan, asked: Questions, before: Observation, after: Observation
     if forget is None or retain is None:
         return written("eval_images is 0")
     return image(stack(forget, retain))
+
+
+def _key_of_delta(key: str) -> str:
+    return key_of(delta_of=key)
 
 
 def _keep(key: str, run: Run) -> Kept:
@@ -135,33 +140,23 @@ def _keep(key: str, run: Run) -> Kept:
         "losses": run.history,
         "timings": record["timings"],
         "options": asdict(run.plan.options),
-        "notes": run.plan.notes,
+        "notes": [in_inputs_names(note) for note in run.plan.notes],
     }
     figures = json.dumps(told, indent=1)
-    store = cache()
-    if store.limit:
-        place = store.folder / key[:2] / f"{key}-delta.safetensors"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        run.delta.save(place)
-        seen = {"figures": torch.from_numpy(np.frombuffer(figures.encode(), np.uint8).copy())}
-        for side, observed in zip(SIDES, (run.before, run.after), strict=True):
-            seen |= {f"{side} {what}": torch.from_numpy(getattr(observed, what)) for what in ("forget", "retain")}
-        store.put(key, seen)
+    size = sum(change.places.nbytes + change.planes.nbytes for change in run.delta.changes.values())
+    cache().save(_key_of_delta(key), size, run.delta.save)
+    seen = {"figures": torch.from_numpy(np.frombuffer(figures.encode(), np.uint8).copy())}
+    for side, observed in zip(SIDES, (run.before, run.after), strict=True):
+        seen |= {f"{side} {what}": torch.from_numpy(getattr(observed, what)) for what in ("forget", "retain")}
+    cache().put(key, seen)
     return run.delta, _drawn(run.plan, run.asked, run.before, run.after), figures
 
 
 def _kept(key: str, graph: GraphModel, plan: Plan) -> Kept | None:
     """An erasure of these very inputs that was done before. Its pictures are drawn anew: whether to blur may differ."""
-    store = cache()
-    place, seen = store.folder / key[:2] / f"{key}-delta.safetensors", store.get(key)
-    if seen is None or not place.is_file():
-        return None
-    try:
-        delta = Delta.load(place)
-    except ModelError:
-        place.unlink(missing_ok=True)
-        return None
-    if delta.base_hash != graph.base_hash:
+    seen = cache().get(key)
+    delta = cache().load(_key_of_delta(key), Delta.load) if seen is not None else None
+    if seen is None or delta is None or delta.base_hash != graph.base_hash:
         return None
     none = torch.empty(0)
     sides = [

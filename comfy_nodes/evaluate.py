@@ -12,18 +12,17 @@ from salun.diffusion.observe import Observation, compare, observe, questions
 from salun.diffusion.result import grids
 from salun.report.picture import stack
 
-from .inputs import inputs, options_of
-from .kinds import CONCEPT, Concepts
-from .model import GraphModel
+from .inputs import inputs, options_of, wires
+from .kinds import Chosen, Concepts, Node
+from .model import GraphModel, as_started
 from .places import cache
 from .progress import Bar
 from .work import computes, image, plan_of, written
 
 
-class SalUnEvaluate:
+class SalUnEvaluate(Node):
     """What changed between two models."""
 
-    CATEGORY, FUNCTION = "SalUn", "evaluate"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING"), ("before_after", "figures")
     OUTPUT_TOOLTIPS = ("The same prompts and seeds in both models.", "Figures as JSON; null where one is not known.")
     DESCRIPTION = (
@@ -37,29 +36,31 @@ class SalUnEvaluate:
             "required": {
                 "before": ("MODEL", {"tooltip": "The model as it was."}),
                 "after": ("MODEL", {"tooltip": "The erased model."}),
-                "clip": ("CLIP", {"tooltip": "Encodes the prompts."}),
-                "vae": ("VAE", {"tooltip": "Shows the pictures."}),
-                "concept": (CONCEPT, {"tooltip": "From SalUn Concept."}),
-                **inputs("eval_images", "resolution", "seed"),
+                **wires("clip", "vae", "concept"),
+                **inputs("eval_images", "seed"),
             },
-            "optional": {
-                **inputs("prompt_style", "negative_prompt", "clip_skip", "show_sensitive", advanced=True),
-                **inputs("dtype", "low_vram", "deterministic", advanced=True),
-            },
+            "optional": wires("options"),
         }
 
     @computes
-    def evaluate(
-        self, before: Any, after: Any, clip: Any, vae: Any, concept: Concepts, **given: Any
+    def run(
+        self,
+        before: Any,
+        after: Any,
+        clip: Any,
+        vae: Any,
+        concept: Concepts,
+        options: Chosen | None = None,
+        **given: Any,
     ) -> tuple[Tensor, str]:
-        options = options_of(given)
+        wanted = as_started(options_of(given, options))
         plan, asked, seen = None, None, []
         n = 0
         for model, stage in ((before, "pictures before"), (after, "pictures after")):
-            graph = GraphModel(model, clip, vae, options.dtype)
+            graph = GraphModel(model, clip, vae, wanted.dtype)
             if plan is None or asked is None:
-                plan = plan_of(graph, concept, options)
-                asked = questions(plan, plan.eval_images, options.seed)
+                plan = plan_of(graph, concept, wanted)
+                asked = questions(plan, plan.eval_images, wanted.seed)
                 n = len(asked.forget) + len(asked.retain)
                 bar = Bar({"pictures before": n, "pictures after": n})
             with prepared(graph, plan):
@@ -70,7 +71,7 @@ class SalUnEvaluate:
         first, second = _both(seen)
         forget, retain = grids(plan, asked, first, second)
         picture = image(stack(forget, retain)) if forget is not None and retain is not None else written("no pictures")
-        told = {"concepts": [c.name for c in plan.concepts], "pictures": n, "seed": options.seed, **metrics}
+        told = {"concepts": [c.name for c in plan.concepts], "pictures": n, "seed": wanted.seed, **metrics}
         return picture, json.dumps(told, indent=1)
 
 

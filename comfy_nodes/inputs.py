@@ -7,9 +7,12 @@ named "auto".
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, cast
 
-from salun.options import MASKS, EraseOptions
+from salun.options import GROUPS, MASKS, EraseOptions
+
+from .kinds import CONCEPT, DELTA, OPTIONS, Chosen
 
 AUTO = "auto"
 _FIELDS = {item.name: item for item in dataclasses.fields(EraseOptions)}
@@ -17,18 +20,16 @@ _CHOICES = {"mask": MASKS}  # a file is another node's matter
 NO_RECIPE = ("clip_skip", "resolution")  # whose help tells their default
 
 
-def inputs(*names: str, advanced: bool = False, **other: Any) -> dict[str, Any]:
-    """INPUT_TYPES entries of these options; other: defaults that the node has of its own."""
-    return {name: entry(name, advanced, other.get(name)) for name in names}
+def inputs(*names: str) -> dict[str, Any]:
+    """INPUT_TYPES entries of these options."""
+    return {name: entry(name) for name in names}
 
 
-def entry(name: str, advanced: bool = False, default: Any = None) -> tuple[Any, dict[str, Any]]:
+def entry(name: str) -> tuple[Any, dict[str, Any]]:
     """(type, settings) of one option."""
     item = _FIELDS[name]
-    rules, own = item.metadata, item.default if default is None else default
+    rules, own = item.metadata, item.default
     told: dict[str, Any] = {"tooltip": rules["help"]}
-    if advanced:
-        told["advanced"] = True
     if name == "seed":
         told["control_after_generate"] = False  # a new seed at every queue would train at every queue
     kind = str(item.type).replace(" | None", "")
@@ -69,24 +70,58 @@ def automatic(name: str) -> float:
     return -1
 
 
-def options_of(given: dict[str, Any]) -> EraseOptions:
-    """The core's options from a node's inputs. Raises ConfigError for what is out of range."""
+def chosen_of(given: Chosen) -> dict[str, Any]:
+    """A node's inputs without those that are left at auto."""
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if _FIELDS[name].default is None:
-            text = isinstance(value, str)
-            if value in (AUTO, "") if text else value == automatic(name):
-                continue
-        found[name] = value
-    return EraseOptions(**found)
+        automatically = value in (AUTO, "") if isinstance(value, str) else value == automatic(name)
+        if _FIELDS[name].default is not None or not automatically:
+            found[name] = value
+    return found
 
 
-# which options which node has
-SAMPLING = ("forget_latents", "retain_latents", "resolution", "prompt_style", "negative_prompt", "clip_skip", "seed")
-MASKING = ("mask", "density", "combine", "scope", "guidance")
-TRAINING = ("steps", "batch_size", "lr", "retain_weight")
-MORE = ("method", "lr_decay", "target", "retain_target", "anchor_share", "recipe", "eval_images", "show_sensitive")
-COMPUTING = ("dtype", "low_vram", "gradient_checkpointing", "optimiser", "deterministic")
+def options_of(given: Chosen, wired: Chosen | None = None) -> EraseOptions:
+    """The core's options from a node's inputs and SalUn Options. Raises ConfigError for what is out of range."""
+    return EraseOptions(**{**(wired or {}), **chosen_of(given)})
+
+
+def in_inputs_names(text: str) -> str:
+    """A message of the core with the names of inputs and nodes in place of the command line's."""
+    for theirs, ours in _COMMANDS.items():
+        text = text.replace(theirs, ours)
+    return re.sub(r"--([a-z][a-z0-9-]*)", lambda flag: flag[1].replace("-", "_"), text)
+
+
+_COMMANDS = {
+    "`salun delta apply` with --fine-tune-of-base, and": "SalUn Apply Delta, with base_checkpoint set to",
+    "--fine-tune-of-base": "base_checkpoint",
+    "`salun mask --model the MODEL in the graph`": "SalUn Saliency Mask",
+    "apply all at once by `salun delta stack`": "let one SalUn Apply Delta follow the other",
+    "salun[bitsandbytes]": "bitsandbytes",
+    "--retain-images": "pictures to keep in SalUn Training Data",
+}
+
+WIRES: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("CLIP", {"tooltip": "Encodes the concept's prompts."}),
+    "vae": ("VAE", {"tooltip": "Shows the pictures before and after."}),
+    "concept": (CONCEPT, {"tooltip": "From SalUn Concept."}),
+    "options": (OPTIONS, {"tooltip": "From SalUn Options; without it the defaults."}),
+    "delta": (DELTA, {"tooltip": "From SalUn Erase or SalUn Load Delta."}),
+}
+
+
+def wires(*names: str) -> dict[str, Any]:
+    """INPUT_TYPES entries that several nodes have alike."""
+    return {name: WIRES[name] for name in names}
+
+
+def prefix(default: str) -> dict[str, Any]:
+    """The INPUT_TYPES entry of a file's name."""
+    return {"filename_prefix": ("STRING", {"default": default, "tooltip": "The beginning of the file's name."})}
+
+
+# on which node an option is: each of these on its own, all others on SalUn Options
+OWN = ("steps", "batch_size", "lr", "retain_weight", "density", "mask", "eval_images", "seed")
 HOST = {  # options that the graph itself answers, with what does
     "device": "ComfyUI's own choice",
     "components": "the loader's CLIP and VAE",
@@ -98,6 +133,9 @@ HOST = {  # options that the graph itself answers, with what does
     "forget_images": "SalUn Training Data",
     "retain_images": "SalUn Training Data",
     "attention": "always torch's own (sdpa)",
-    "save_every": "no saved state in a graph",
+    "save_every": "the core's default, and at an interrupt",
     "keep_ema": "SalUn Save Erased Checkpoint drops the EMA copy",
 }
+SHARED = tuple(
+    name for names in GROUPS.values() for name in names if name in _FIELDS and name not in OWN and name not in HOST
+)

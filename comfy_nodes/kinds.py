@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,9 +13,17 @@ from salun.diffusion.concepts import Concept
 from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.losses import ErasureData
 
-CONCEPT, DATA, MASK, DELTA = "SALUN_CONCEPT", "SALUN_DATA", "SALUN_MASK", "SALUN_DELTA"
+CONCEPT, OPTIONS, DATA, MASK, DELTA = "SALUN_CONCEPT", "SALUN_OPTIONS", "SALUN_DATA", "SALUN_MASK", "SALUN_DELTA"
 Concepts = tuple[Concept, ...]
 """SALUN_CONCEPT: one concept, or several in a row."""
+Chosen = Mapping[str, Any]
+"""SALUN_OPTIONS: the core's options by name, without those that were left at auto."""
+
+
+class Node:
+    """What all nodes have in common in ComfyUI's eyes: where they are in its menus, and the method that it calls."""
+
+    CATEGORY, FUNCTION = "SalUn", "run"
 
 
 @dataclass(frozen=True)

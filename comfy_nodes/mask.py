@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
+from math import prod
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from salun.cache import key_of
 from salun.diffusion.data import sample_data
 from salun.diffusion.erase import find_mask, prepared
-from salun.errors import ConfigError
+from salun.errors import ConfigError, MaskError
 from salun.mask import Mask
 from salun.report.picture import densities
 
-from .inputs import inputs, options_of
-from .kinds import CONCEPT, DATA, MASK, Concepts, Data
-from .model import GraphModel
-from .places import cache, chosen, output_path, saved
+from .inputs import inputs, options_of, prefix, wires
+from .kinds import DATA, MASK, Chosen, Concepts, Data, Node
+from .model import GraphModel, as_started
+from .places import cache, chosen, output_path, saved, state_of
 from .progress import Bar
-from .work import computes, facts_of, image, plan_of, stages
+from .work import computes, digest, image, plan_of, record_of, saliency_steps, samples_drawn
 
 ENDINGS = ("mask.safetensors", ".mask.safetensors")
 
 
-class SalUnSaliencyMask:
+class SalUnSaliencyMask(Node):
     """Which weights may move."""
 
-    CATEGORY, FUNCTION = "SalUn", "make"
     RETURN_TYPES, RETURN_NAMES = (MASK, "STRING"), ("mask", "told")
     OUTPUT_TOOLTIPS = ("For SalUn Erase.", "How many weights it selects, and what is odd about them.")
     DESCRIPTION = (
@@ -40,45 +39,58 @@ class SalUnSaliencyMask:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The model that will be erased, with the patches it has in the graph."}),
-                "clip": ("CLIP", {"tooltip": "Encodes the concept's prompts."}),
-                "concept": (CONCEPT, {"tooltip": "From SalUn Concept."}),
-                **inputs("density", "mask", "scope", "seed"),
+                **wires("clip", "concept"),
+                **inputs("density", "mask", "batch_size", "seed"),
             },
             "optional": {
                 "data": (DATA, {"tooltip": "From SalUn Training Data; without it forget samples are made here."}),
-                **inputs("combine", "guidance", "batch_size", "forget_latents", "resolution", advanced=True),
-                **inputs("prompt_style", "negative_prompt", "clip_skip", "recipe", advanced=True),
-                **inputs("dtype", "low_vram", "gradient_checkpointing", "deterministic", advanced=True),
+                **wires("options"),
             },
         }
 
     @computes
-    def make(
-        self, model: Any, clip: Any, concept: Concepts, data: Data | None = None, **given: Any
+    def run(
+        self,
+        model: Any,
+        clip: Any,
+        concept: Concepts,
+        data: Data | None = None,
+        options: Chosen | None = None,
+        **given: Any,
     ) -> tuple[Mask, str]:
-        options = options_of(given)
-        graph = GraphModel(model, clip, dtype=options.dtype)
-        plan = plan_of(graph, concept, options)
+        wanted = as_started(options_of(given, options))
+        graph = GraphModel(model, clip, dtype=wanted.dtype)
+        plan = plan_of(graph, concept, wanted)
         check_data(data, concept)
-        bar = Bar(stages(plan, data, train=False))
-        key = key_of(what="comfy mask", data=data.digest if data else None, **facts_of(graph, plan))
-        kept = cache().folder / key[:2] / f"{key}-mask.safetensors"
-        if kept.is_file() and cache().limit:
-            mask = Mask.load(kept)
-        else:
+        key = record_of("mask", graph, plan, data).fingerprint
+        mask = cache().load(key, _kept)
+        if mask is None:
+            sampled = 0 if data else samples_drawn(plan, forget_only=True)
+            bar = Bar({"sampling": sampled, "saliency": saliency_steps(plan, data)})
             with prepared(graph, plan):
                 lent = data.on(graph.device) if data else sample_data(graph, plan, bar, True, cache())
                 mask, told = find_mask(graph, lent, plan, bar)
             mask = Mask(mask.bits, mask.shapes, {**mask.metadata, "warnings": "; ".join(told["warnings"])})
-            if cache().limit:
-                mask.save(kept)
+            held = Mask(mask.bits, mask.shapes, {**mask.metadata, DIGEST: digest(mask)})
+            cache().save(key, sum(row.nbytes for row in mask.bits.values()), held.save)
         return mask, summary(mask)
 
 
-class SalUnLoadMask:
+DIGEST = "digest"  # in the metadata of a mask that is kept
+
+
+def _kept(path: Path) -> Mask:
+    """A mask that was kept. Raises MaskError for one whose content is not what was written."""
+    held = Mask.load(path)
+    mask = Mask(held.bits, held.shapes, {name: text for name, text in held.metadata.items() if name != DIGEST})
+    if held.metadata.get(DIGEST) != digest(mask):
+        raise MaskError(f"{path} is damaged: its content is not what was written")
+    return mask
+
+
+class SalUnLoadMask(Node):
     """A mask file."""
 
-    CATEGORY, FUNCTION = "SalUn", "load"
     RETURN_TYPES, RETURN_NAMES = (MASK,), ("mask",)
     OUTPUT_TOOLTIPS = ("For SalUn Erase.",)
     DESCRIPTION = "A mask that SalUn Save Mask or the command line wrote, from output/salun or ComfyUI's input folder."
@@ -89,16 +101,16 @@ class SalUnLoadMask:
 
     @classmethod
     def IS_CHANGED(cls, file: str) -> str:
-        return _digest(file)
+        return state_of(file, ENDINGS)
 
-    def load(self, file: str) -> tuple[Mask]:
+    def run(self, file: str) -> tuple[Mask]:
         return (Mask.load(chosen(file, "salun", ENDINGS)),)
 
 
-class SalUnSaveMask:
+class SalUnSaveMask(Node):
     """A mask to a file."""
 
-    CATEGORY, FUNCTION, OUTPUT_NODE = "SalUn", "save", True
+    OUTPUT_NODE = True
     RETURN_TYPES, RETURN_NAMES = ("STRING",), ("file",)
     OUTPUT_TOOLTIPS = ("The file's name in output/salun.",)
     DESCRIPTION = "Writes a mask to output/salun, under a new name each time. The command line reads it with --mask."
@@ -108,20 +120,19 @@ class SalUnSaveMask:
         return {
             "required": {
                 "mask": (MASK, {"tooltip": "From SalUn Saliency Mask."}),
-                "filename_prefix": ("STRING", {"default": "mask", "tooltip": "The beginning of the file's name."}),
+                **prefix("mask"),
             }
         }
 
-    def save(self, mask: Mask, filename_prefix: str) -> dict[str, Any]:
+    def run(self, mask: Mask, filename_prefix: str) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "salun", ".mask.safetensors")
         mask.save(path)
         return {"ui": {"text": [f"output/salun/{name}"]}, "result": (name,)}
 
 
-class SalUnCombineMasks:
+class SalUnCombineMasks(Node):
     """Set operations."""
 
-    CATEGORY, FUNCTION = "SalUn", "combine"
     RETURN_TYPES, RETURN_NAMES = (MASK, "STRING"), ("mask", "told")
     OUTPUT_TOOLTIPS = ("Of the same model.", "How many weights it selects, and how alike the two are.")
     DESCRIPTION = "Two masks of one model as one: weights of either, of both, or of the first alone."
@@ -137,7 +148,7 @@ class SalUnCombineMasks:
             }
         }
 
-    def combine(self, first: Mask, second: Mask, operation: str) -> tuple[Mask, str]:
+    def run(self, first: Mask, second: Mask, operation: str) -> tuple[Mask, str]:
         hashes = {mask.metadata.get("base_hash") for mask in (first, second)} - {None}
         if len(hashes) > 1:
             raise ConfigError("the two masks were made from different models: combine masks of one model")
@@ -148,10 +159,9 @@ class SalUnCombineMasks:
         return mask, f"{summary(mask)}; Jaccard of the two {first.jaccard(second):.4f}"
 
 
-class SalUnMaskHeatmap:
+class SalUnMaskHeatmap(Node):
     """A mask to look at."""
 
-    CATEGORY, FUNCTION = "SalUn", "draw"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("image",)
     OUTPUT_TOOLTIPS = ("Density of each block (down) and kind of layer (across).",)
     DESCRIPTION = "How many of each layer's weights a mask selects, as a picture."
@@ -160,19 +170,8 @@ class SalUnMaskHeatmap:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"mask": (MASK, {"tooltip": "From SalUn Saliency Mask or Load Mask."})}}
 
-    def draw(self, mask: Mask) -> tuple[Tensor]:
-        counts = mask.counts()
-        sizes = {
-            name: (counts[name], total) for name, total in zip(counts, map(_size, mask.shapes.values()), strict=True)
-        }
-        return (image(densities(sizes)),)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    n = 1
-    for side in shape:
-        n *= side
-    return n
+    def run(self, mask: Mask) -> tuple[Tensor]:
+        return (image(densities({name: (n, prod(mask.shapes[name])) for name, n in mask.counts().items()})),)
 
 
 def summary(mask: Mask) -> str:
@@ -181,26 +180,8 @@ def summary(mask: Mask) -> str:
     return f"{mask.selected:,} of {mask.total:,} weights ({mask.density:.2%})" + (f"; {odd}" if odd else "")
 
 
-def digest(mask: Mask) -> str:
-    """A hash of what a mask selects."""
-    found = hashlib.sha256()
-    for name, row in mask.bits.items():
-        found.update(f"{name}\0".encode())
-        found.update(row.data)
-    return found.hexdigest()
-
-
 def check_data(data: Data | None, concept: Concepts) -> None:
     """Raises ConfigError for training data of other concepts."""
     names = tuple(one.name for one in concept)
     if data is not None and data.names != names:
         raise ConfigError(f"the training data are of {', '.join(data.names)}, the concept is {', '.join(names)}")
-
-
-def _digest(file: str) -> str:
-    try:
-        path = chosen(file, "salun", ENDINGS)
-    except ConfigError:
-        return "gone"
-    facts = path.stat()
-    return f"{path} {facts.st_size} {facts.st_mtime_ns}"

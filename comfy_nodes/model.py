@@ -12,8 +12,10 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from salun.device import pick_dtype
-from salun.diffusion.denoiser import Conditioning
+from salun.diffusion.denoiser import Conditioning, implied_x_0
 from salun.diffusion.loading import read_settings
 from salun.diffusion.models import ModelSettings, settings_for
-from salun.errors import ConfigError, ModelError
+from salun.diffusion.sampler import guided, trailing
+from salun.errors import Cancelled, ConfigError, ModelError
 from salun.formats.families import facts
 from salun.formats.hashing import base_hash
 from salun.options import EraseOptions
@@ -104,14 +107,19 @@ class GraphModel:
         return 1  # ComfyUI takes prompts of any length
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        from comfy.model_management import InterruptProcessingException
+
         extra = {name: value.to(self.dtype) for name, value in conditioning.extra.items()}
-        output: Tensor = self._network(
-            x_t.to(self.dtype),
-            t.float(),
-            context=conditioning.hidden.to(self.dtype),
-            transformer_options={"optimized_attention_override": _attention},
-            **extra,
-        )
+        try:
+            output: Tensor = self._network(
+                x_t.to(self.dtype),
+                t.float(),
+                context=conditioning.hidden.to(self.dtype),
+                transformer_options={"optimized_attention_override": _attention},
+                **extra,
+            )
+        except InterruptProcessingException as interrupt:  # newer ones look for it in every layer
+            raise Cancelled("interrupted") from interrupt
         return output.float()
 
     # -- pictures -------------------------------------------------------------------------------------------------
@@ -122,12 +130,8 @@ class GraphModel:
         return int(self._config["in_channels"]), side, side
 
     def encode_pictures(self, pictures: np.ndarray) -> Tensor:
-        return self.encode_images(torch.from_numpy(pictures).float() / 255)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """ComfyUI's IMAGE (n, H, W, 3) in 0…1 → latents (n, c, h, w), scaled."""
         with torch.inference_mode(), self.awake():
-            raw = self._vae.encode(images[..., :3])
+            raw = self._vae.encode(torch.from_numpy(pictures).float() / 255)
             scaled = self.latent_format.process_in(raw)
         return own_tensor(scaled).to(self.device, torch.float32)
 
@@ -151,34 +155,31 @@ class GraphModel:
 
     @torch.no_grad()
     def denoise(self, noise: Tensor, prompts: Conditioning, empty: Conditioning, tick: Callable[[], None]) -> Tensor:
-        """By ComfyUI's own DPM-Solver++ (2M), with the timesteps that the core takes."""
+        """By ComfyUI's own DPM-Solver++ (2M), in whose terms x is x_t/√ᾱ_t and σ is √(1/ᾱ_t − 1)."""
         from comfy.k_diffusion.sampling import sample_dpmpp_2m
 
         settings = self.settings.sampling
         both = Conditioning.cat([prompts, empty.expand(len(noise))])
-        total = len(self.alphas_cumprod)
-        steps = (torch.arange(settings.steps) * -(total / settings.steps) + total).round().long() - 1
+        steps = trailing(settings.steps, len(self.alphas_cumprod))
+        roots = self.alphas_cumprod[steps].sqrt()
         sigmas = (1 / self.alphas_cumprod[steps] - 1).sqrt()
-        at = {float(sigma): int(t) for sigma, t in zip(sigmas, steps, strict=True)}
+        at = {float(sigma): (t, float(root)) for sigma, t, root in zip(sigmas, steps, roots, strict=True)}
 
         def x_0(x: Tensor, sigma: Tensor) -> Tensor:
             tick()
-            t, s = at[float(sigma[0])], float(sigma[0])
-            shrunk = x / (s * s + 1) ** 0.5
-            times = torch.full((2 * len(x),), t, device=self.device)
-            said, unsaid = self.predict(torch.cat([shrunk, shrunk]), times, both).chunk(2)
-            guided = unsaid + settings.guidance * (said - unsaid)
-            v = x / (s * s + 1) - guided * s / (s * s + 1) ** 0.5
-            return x - s * guided if self.prediction_type == "epsilon" else v
+            step, root = at[float(sigma[0])]
+            t = step.to(self.device).expand(len(x))
+            return implied_x_0(self, x * root, guided(self, x * root, t, both, settings.guidance), t)
 
-        start = noise * float(sigmas[0] ** 2 + 1) ** 0.5
+        start = noise / float(roots[0])
         ends = torch.cat([sigmas, torch.zeros(1)]).to(self.device)
         result: Tensor = sample_dpmpp_2m(x_0, start, ends, disable=True)
         return result
 
     def sampler_facts(self) -> dict[str, Any]:
         return {
-            "sampler": "ComfyUI dpmpp_2m",
+            "sampler": f"dpmpp_2m of ComfyUI {_version()}",
+            "network": self._other_facts,
             "schedule": hashlib.sha256(self.alphas_cumprod.numpy().tobytes()).hexdigest(),
             "prediction": self.prediction_type,
         }
@@ -194,7 +195,16 @@ class GraphModel:
 
     @cached_property
     def vae_hash(self) -> str:
-        return base_hash(self._vae.first_stage_model.state_dict()) + repr(vars(self.latent_format).get("scale_factor"))
+        network = self._vae.first_stage_model
+        if network not in _vaes:
+            _vaes[network] = base_hash(network.state_dict())
+        scale = type(self.latent_format).__name__, getattr(self.latent_format, "scale_factor", None)
+        return f"{_vaes[network]} {scale}"
+
+    @property
+    def _other_facts(self) -> str:
+        """What of the network is not in its weights, such as the number of heads."""
+        return repr(sorted((name, repr(value)) for name, value in self._config.items() if name != "dtype"))
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
@@ -285,6 +295,26 @@ class GraphModel:
         own = self.parameters()
         for name in tensors:
             own[name].copy_(tensors[name])
+
+
+_vaes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""The hash of each VAE that was asked for."""
+
+
+def _version() -> str:
+    try:
+        from comfyui_version import __version__ as found
+    except ImportError:
+        return "unknown"
+    return str(found)
+
+
+def as_started(options: EraseOptions) -> EraseOptions:
+    """The options, with low_vram where ComfyUI was started with --lowvram or --novram."""
+    from comfy import model_management
+
+    state = getattr(getattr(model_management, "vram_state", None), "name", "")
+    return replace(options, low_vram=True) if state in ("LOW_VRAM", "NO_VRAM") else options
 
 
 def family_of(model: Any) -> str:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from salun.cache import DEFAULT_LIMIT, Cache, size_of
-from salun.errors import ConfigError
+from salun.errors import ConfigError, SalunError
+from salun.mask import Mask
+from salun.run_record import STATE, alone_in, check_folder
+from salun.training import saved_steps
 
 
 def output_path(prefix: str, kind: str, ending: str) -> tuple[Path, str]:
     """A free path in `output/<kind>`, and its name as lists of models show it. Its folder is there afterwards.
 
-    kind: "checkpoints", "loras", "salun". Raises ConfigError for a prefix that leads out of the folder.
+    kind: "checkpoints", "loras", "salun". Raises ConfigError for a prefix that leads out of the folder. (That is a
+    matter of the name: the folders themselves may be links to another disk, as the user has set them up.)
     """
     import folder_paths
 
-    root = Path(folder_paths.get_output_directory()).resolve() / kind
+    root = Path(os.path.abspath(folder_paths.get_output_directory())) / kind
     name = prefix.replace("\\", "/").strip()
     if not name or name.startswith("/") or name.endswith("/") or ".." in Path(name).parts or ":" in name:
         raise ConfigError(f"filename_prefix is {prefix!r}: give a name, or folder/name, inside output/{kind}")
     root.mkdir(parents=True, exist_ok=True)
     folder, base, counter, _, _ = folder_paths.get_save_image_path(name, str(root))
-    place = Path(folder).resolve()
+    place = Path(os.path.abspath(folder))
     if root not in (place, *place.parents):
         raise ConfigError(f"filename_prefix is {prefix!r}: it leads out of output/{kind}")
-    while (path := place / f"{base}_{counter:05}_{ending}").exists():
+    while os.path.lexists(path := place / f"{base}_{counter:05}_{ending}"):
         counter += 1
     return path, path.relative_to(root).as_posix()
 
@@ -44,14 +50,30 @@ def chosen(name: str, kind: str, endings: tuple[str, ...]) -> Path:
     return found
 
 
+def state_of(name: str, endings: tuple[str, ...]) -> str:
+    """What changes when the file behind a name of `saved` does, for ComfyUI's own cache."""
+    try:
+        path = chosen(name, "salun", endings)
+    except ConfigError:
+        return "gone"
+    facts = path.stat()
+    return f"{path} {facts.st_size} {facts.st_mtime_ns}"
+
+
 def _files(kind: str, endings: tuple[str, ...]) -> dict[str, Path]:
+    """Name → file. Linked folders are gone into, as ComfyUI's own lists do."""
     import folder_paths
 
     files: dict[str, Path] = {}
     for root in (Path(folder_paths.get_output_directory()) / kind, Path(folder_paths.get_input_directory())):
-        for path in sorted(root.rglob("*")) if root.is_dir() else ():
-            if path.is_file() and path.name.endswith(endings):
-                files.setdefault(path.relative_to(root).as_posix(), path)
+        been = {os.path.realpath(root)}
+        for folder, folders, names in os.walk(root, followlinks=True):
+            folders[:] = sorted(each for each in folders if os.path.realpath(Path(folder) / each) not in been)
+            been.update(os.path.realpath(Path(folder) / each) for each in folders)
+            for name in sorted(names):
+                path = Path(folder) / name
+                if name.endswith(endings) and path.is_file():
+                    files.setdefault(path.relative_to(root).as_posix(), path)
     return files
 
 
@@ -62,3 +84,38 @@ def cache() -> Cache:
     own = os.environ.get("SALUN_CACHE")
     folder = Path(own).expanduser() if own else Path(folder_paths.get_user_directory()) / "salun" / "cache"
     return Cache(folder, size_of(os.environ.get("SALUN_CACHE_SIZE", str(DEFAULT_LIMIT))))
+
+
+def unfinished(fingerprint: str, needed: int) -> Path | None:
+    """The folder of an erasure that may be stopped and gone on with, by its record's fingerprint.
+
+    What a stopped one has left there is taken up if it is sound; those of others are removed, for they are large. None
+    without a cache, or where the disk has no room for what is `needed`.
+    """
+    store = cache()
+    if not store.limit:
+        return None
+    root = store.folder / "unfinished"
+    own = root / fingerprint
+    for other in root.iterdir() if root.is_dir() else ():
+        if other == own and _sound(own, fingerprint):
+            continue
+        with suppress(ConfigError):  # another ComfyUI is at work there
+            with alone_in(other):
+                shutil.rmtree(other / STATE, ignore_errors=True)
+            shutil.rmtree(other, ignore_errors=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return own if shutil.disk_usage(root).free > needed else None
+    except OSError:
+        return None
+
+
+def _sound(folder: Path, fingerprint: str) -> bool:
+    try:
+        check_folder(folder, resume=True)
+        saved_steps(folder / STATE / "training.safetensors", fingerprint)
+        mask = folder / STATE / "mask.safetensors"
+        return not mask.exists() or Mask.load(mask).total > 0
+    except SalunError:
+        return False

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from salun.errors import Cancelled
 from salun.progress import Event
 
 
 class Bar:
     """A `Progress`. stages: name → how many steps each will tell, in their order; others only look for an interrupt.
 
-    preview: made anew at most `PREVIEWS` times a stage, sent with every step since.
+    preview: made anew at most `PREVIEWS` times a stage, sent with every step since. ComfyUI's interrupt becomes the
+    core's `Cancelled`, upon which the core keeps what it has; `computes` turns it back.
     """
 
     def __init__(self, stages: Mapping[str, int], preview: Any = None) -> None:
@@ -24,15 +26,26 @@ class Bar:
             self._start[name] = done
             done += steps
         self._sent, self.preview, self._image = 0, preview, None
+        self._passed: dict[str, tuple[int, int]] = {}
         self._bar = comfy.utils.ProgressBar(max(self.total, 1))
 
     def __call__(self, event: Event, /) -> None:
-        from comfy.model_management import throw_exception_if_processing_interrupted
+        from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
 
-        throw_exception_if_processing_interrupted()
+        try:
+            throw_exception_if_processing_interrupted()
+            self._show(event)
+        except InterruptProcessingException as interrupt:
+            raise Cancelled("interrupted") from interrupt
+
+    def _show(self, event: Event) -> None:
         if event.stage not in self._stages or not event.step:
             return
-        value = self._start[event.stage] + min(event.step, self._stages[event.stage])
+        earlier, last = self._passed.get(event.stage, (0, 0))
+        if event.step < last:  # the stage begins again, such as saliency for the next concept
+            earlier += last
+        self._passed[event.stage] = earlier, event.step
+        value = self._start[event.stage] + min(earlier + event.step, self._stages[event.stage])
         if value <= self._sent:
             return
         self._sent = value

@@ -56,6 +56,10 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._order)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without making it."""
+        return tuple(self._entries[name][0][0].shape)
+
     @property
     def hash(self) -> str:
         """The base hash, computed once for each state of a model."""
@@ -103,7 +107,7 @@ def module_order(name: str) -> tuple[tuple[int, int], ...]:
 
 
 @functools.cache
-def _sparse() -> type:
+def _sparse() -> Any:
     from comfy.weight_adapter import WeightAdapterBase
 
     class SparseDifference(WeightAdapterBase):  # type: ignore[misc]
@@ -158,6 +162,17 @@ def patched(model: Any, delta: Delta, base: Mapping[str, Tensor], strength: floa
             f"the MODEL took {len(taken)} of {len(patches)} changed tensors: it is another than the delta's"
         )
     return clone
+
+
+def holds(model: Any, delta: Delta) -> bool:
+    """Whether a delta's differences are among a MODEL's patches."""
+    keys = unet_to_ldm(Weights(model, patched=False))
+
+    def has(name: str, change: Change) -> bool:
+        patches = [patch[1] for patch in model.patches.get(keys[name].removeprefix(OUTER), [])]
+        return any(isinstance(p, _sparse()) and torch.equal(p.weights[0], _places(change)) for p in patches)
+
+    return all(name in keys and has(name, change) for name, change in delta.changes.items())
 
 
 def _places(change: Change) -> Tensor:

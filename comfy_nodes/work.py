@@ -1,8 +1,10 @@
-"""What nodes that compute share: the plan, the stages of the bar, the preview, and the way out of inference mode."""
+"""What nodes that compute share: the way into the core and out, the plan, a bar's stages, what results depend on."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar, cast
@@ -13,27 +15,43 @@ from torch import Tensor
 
 from salun import __version__
 from salun.cache import digest_of
-from salun.diffusion.denoiser import add_noise
+from salun.diffusion.denoiser import add_noise, implied_x_0
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.plan import Plan, make_plan
+from salun.diffusion.result import blurred
+from salun.errors import Cancelled, SalunError
+from salun.mask import Mask
 from salun.options import EraseOptions
-from salun.run_record import NOT_DECISIVE
+from salun.report.picture import blurred as blurred_picture
+from salun.run_record import RunRecord
 
+from .inputs import in_inputs_names
 from .kinds import Concepts, Data
 from .model import GraphModel
 
-Node = TypeVar("Node", bound=Callable[..., Any])
+EMBEDDING = "embedding:"  # ComfyUI's word for a textual inversion in a prompt
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 
-def computes(run: Node) -> Node:
-    """A node's function, run with gradients allowed: ComfyUI calls nodes in torch's inference mode."""
+def computes(run: Run) -> Run:
+    """A node's function, run with gradients allowed: ComfyUI calls nodes in torch's inference mode.
+
+    Errors name the node's inputs, not the command line's options, and an interrupt is ComfyUI's own again.
+    """
 
     @functools.wraps(run)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.enable_grad():
-            return run(*args, **kwargs)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return run(*args, **kwargs)
+        except Cancelled as stopped:
+            interrupt = stopped.__cause__ or stopped
+        except SalunError as error:
+            error.args = (in_inputs_names(str(error)),)
+            raise
+        raise interrupt.with_traceback(None)  # whose frames would hold the network for as long as ComfyUI holds it
 
-    return cast(Node, wrapped)
+    return cast(Run, wrapped)
 
 
 def plan_of(model: GraphModel, concept: Concepts, options: EraseOptions) -> Plan:
@@ -41,34 +59,46 @@ def plan_of(model: GraphModel, concept: Concepts, options: EraseOptions) -> Plan
     return make_plan(model.settings_with(options), model.name, list(concept), options)
 
 
-def stages(plan: Plan, data: Data | None = None, masked: bool = False, train: bool = True) -> dict[str, int]:
-    """How many steps each stage will tell, in the order of a run."""
+def samples_drawn(plan: Plan, own: int = 0, forget_only: bool = False) -> int:
+    """How many latents `sample_data` draws. own: pictures that each concept has of its own, in place of samples."""
+    concepts = len(plan.concepts)
+    few = min(own or plan.forget_latents, plan.forget_latents)
+    forget = 0 if own else plan.forget_latents * concepts
+    return forget if forget_only else forget + (few * concepts if plan.anchor_share else 0) + plan.retain_latents
+
+
+def saliency_steps(plan: Plan, data: Data | None = None) -> int:
+    """How many batches `find_mask` goes through; none for a mask that is no saliency's."""
+    if plan.options.method != "salun" or plan.options.mask not in ("saliency", "shuffled"):
+        return 0
     concepts = len(plan.concepts)
     forget = len(data.content.forget_latents) if data is not None else plan.forget_latents * concepts
-    found: dict[str, int] = {}
-    if data is None:
-        found["sampling"] = forget
-        if train:
-            found["sampling"] += (forget if plan.anchor_share else 0) + plan.retain_latents
-    pictures = plan.eval_images * (concepts + 1)
-    if train and pictures:
-        found["pictures before"] = pictures
-    if not masked and plan.options.method == "salun" and plan.options.mask in ("saliency", "shuffled"):
-        found["saliency"] = plan.saliency_timesteps * -(-forget // plan.batch_size)
-    if train:
-        if plan.needs_frozen:
-            found["frozen targets"] = plan.steps
-        found["training"] = plan.steps
-        if pictures:
-            found["pictures after"] = pictures
-    return found
+    groups = concepts if plan.options.combine == "union" else 1
+    return groups * plan.saliency_timesteps * -(-(forget // groups) // plan.batch_size)
+
+
+def stages(plan: Plan, data: Data | None, masked: bool) -> dict[str, int]:
+    """How many steps each stage of an erasure will tell, in their order. masked: a mask is there already."""
+    pictures = plan.eval_images * (len(plan.concepts) + 1)
+    found = {
+        "sampling": samples_drawn(plan) if data is None else 0,
+        "pictures before": pictures,
+        "saliency": 0 if masked else saliency_steps(plan, data),
+        "frozen targets": plan.steps if plan.needs_frozen else 0,
+        "training": plan.steps,
+        "pictures after": pictures,
+    }
+    return {name: steps for name, steps in found.items() if steps}
 
 
 class Preview:
-    """What the network makes of the first forget prompt right now: its guess of the picture, from much noise."""
+    """What the network makes of the first forget prompt right now: its guess of the picture, from much noise.
 
-    def __init__(self, model: GraphModel, data: ErasureData) -> None:
-        self.model, self.data = model, data
+    Blurred where the pictures of the run are.
+    """
+
+    def __init__(self, model: GraphModel, plan: Plan, data: ErasureData) -> None:
+        self.model, self.data, self.blur = model, data, any(blurred(plan))
         self.noise = torch.randn(data.forget_latents[:1].shape, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
@@ -78,14 +108,10 @@ class Preview:
             return None
         model, x_0 = self.model, self.data.forget_latents[:1]
         t = torch.tensor([int(0.7 * len(model.alphas_cumprod))], device=x_0.device)
-        a = model.alphas_cumprod.to(x_0.device)[t].view(-1, 1, 1, 1)
         x_t = add_noise(model, x_0, self.noise.to(x_0.device), t)
-        said = model.predict(x_t, t, self.data.forget[:1])
-        if model.prediction_type == "epsilon":
-            guess = (x_t - (1 - a).sqrt() * said) / a.sqrt()
-        else:
-            guess = a.sqrt() * x_t - (1 - a).sqrt() * said
-        return "JPEG", previewer.decode_latent_to_preview(guess), 512
+        guess = implied_x_0(model, x_t, model.predict(x_t, t, self.data.forget[:1]), t)
+        picture = previewer.decode_latent_to_preview(guess)
+        return "JPEG", blurred_picture(picture) if self.blur else picture, 512
 
 
 def _previewer(model: GraphModel) -> Any:
@@ -114,22 +140,51 @@ def written(text: str) -> Tensor:
     return image(np.asarray(sheet))
 
 
-def facts_of(graph: GraphModel, plan: Plan) -> dict[str, Any]:
-    """All that a mask or an erasure in a graph depends on, beside what is on its other wires: JSON values."""
-    some = [prompts[0].text for one in plan.prompts.concepts for prompts in (one.forget, one.anchor)]
+def record_of(
+    what: str, graph: GraphModel, plan: Plan, data: Data | None = None, mask: Mask | None = None
+) -> RunRecord:
+    """The record of a node's work; by its fingerprint, of all that the result depends on, the result is kept."""
+    told = {"model": graph.name, "concept": [c.name for c in plan.concepts], **asdict(plan.options)}
+    facts = {
+        **facts_of(graph, plan),
+        "what": what,
+        "data": data.digest if data is not None else "",
+        "mask": digest(mask) if mask is not None else "",
+    }
+    return RunRecord(None, "ComfyUI", told, plan.options.seed, str(graph.device), facts)
+
+
+def facts_of(graph: GraphModel, plan: Plan) -> dict[str, str]:
+    """All that a result depends on beside the options, the versions and what else is on a node's wires.
+
+    The text encoder is known by what it makes of some prompts: of all those with an embedding, and of a few others.
+    """
+    prompts = plan.prompts
+    parts = [part for one in prompts.concepts for part in (one.forget, one.anchor, one.eval_forget, one.eval_anchor)]
+    parts += [prompts.retain, prompts.eval_retain]
+    away = plan.options.negative_prompt or ""
+    texts = [part[0].text for part in parts if part]
+    texts += [prompt.text for part in parts for prompt in part if EMBEDDING in prompt.text]
     with graph.read_as(plan.options):
-        said = graph.encode([*some, plan.prompts.retain[0].text, ""])
-    options = {k: v for k, v in asdict(plan.options).items() if k not in NOT_DECISIVE}
+        said = graph.encode(list(dict.fromkeys([*texts, away, ""])))
     return {
         "base": graph.base_hash,
         "text": digest_of(said.hidden, *(said.extra[name] for name in sorted(said.extra))),
-        "prompts": plan.prompts.digest,
-        "concepts": [repr(one) for one in plan.concepts],
-        "options": options,
+        "vae": graph.vae_hash if graph.vae is not None else "",
+        "prompts": prompts.digest,
+        "concepts": repr(plan.concepts),
         "sampling": repr((graph.settings_with(plan.options).sampling, plan.saliency_timesteps)),
-        "device": graph.device.type,
         "dtype": str(graph.dtype),
-        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(graph.device) if graph.device.type == "cuda" else "none",
         "salun": __version__,
         **graph.sampler_facts(),
     }
+
+
+def digest(mask: Mask) -> str:
+    """A hash of a mask: what it selects, and what it says of itself."""
+    found = hashlib.sha256(json.dumps(dict(sorted(mask.metadata.items()))).encode())
+    for name, row in mask.bits.items():
+        found.update(f"{name}\0".encode())
+        found.update(row.data)
+    return found.hexdigest()

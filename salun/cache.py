@@ -14,20 +14,21 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from salun.errors import ConfigError, ModelError
+from salun.errors import ConfigError, ModelError, SalunError
 from salun.formats import tensorfile
 
 FORMAT = "salun-cache-1"
 DEFAULT_LIMIT = 5 * 10**9
 logger = logging.getLogger("salun")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,37 @@ class Cache:
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """An entry's tensors, or None if there is none that is sound."""
-        path = self._path(key)
-        if not self.limit or not path.is_file():
-            return None
-        try:
+
+        def read(path: Path) -> dict[str, Tensor]:
             metadata = tensorfile.read_header(path).metadata
             found = dict(tensorfile.tensors(path))
             if metadata.get("format") != FORMAT or metadata.get("digest") != _digest(found):
                 raise ModelError("its digest is not that of its content")
-        except (ModelError, OSError) as error:
+            return found
+
+        return self.load(key, read)
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep an entry. A disk that is full or not to be written costs the entry, not the run."""
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+
+        def write(path: Path) -> None:
+            held = {name: t.detach().cpu() for name, t in tensors.items()}
+            tensorfile.write(path, held, {"format": FORMAT, "digest": _digest(held)})
+
+        self.save(key, size, write)
+
+    def load(self, key: str, read: Callable[[Path], T]) -> T | None:
+        """What `read` makes of an entry that is a file of a format of its own, such as a mask.
+
+        None if there is none, or `read` raised a SalunError for one that is not sound, which is then removed.
+        """
+        path = self._path(key)
+        if not self.limit or not path.is_file():
+            return None
+        try:
+            found = read(path)
+        except (SalunError, OSError) as error:
             logger.warning("the cache entry %s is not sound and will be made again: %s", path.name, error)
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -71,14 +94,12 @@ class Cache:
             os.utime(path)  # used now: among the last to go
         return found
 
-    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep an entry. A disk that is full or not to be written costs the entry, not the run."""
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
+    def save(self, key: str, size: int, write: Callable[[Path], None]) -> None:
+        """Keep an entry that `write` writes, whole or not at all: about `size` bytes. Errors as in `put`."""
         if size > self.limit:
             return
-        held = {name: t.detach().cpu() for name, t in tensors.items()}
         try:
-            tensorfile.write(self._path(key), held, {"format": FORMAT, "digest": _digest(held)})
+            write(self._path(key))
             self._make_room()
         except (ModelError, OSError) as error:
             logger.warning("nothing was kept in the cache %s: %s", self.folder, error)

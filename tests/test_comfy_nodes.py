@@ -6,28 +6,41 @@ its paths, its bar, and in place of its UNet diffusers' under ComfyUI's names. `
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import os
 import sys
+import traceback
 import types
 import uuid
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 
 from comfy_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, weights
-from comfy_nodes.inputs import HOST, automatic, options_of
+from comfy_nodes.inputs import HOST, OWN, SHARED, automatic, in_inputs_names, options_of
 from comfy_nodes.kinds import Data
+from comfy_nodes.model import GraphModel
+from comfy_nodes.places import cache
 from comfy_nodes.weights import Weights, module_order
+from comfy_nodes.work import plan_of, record_of
 from salun import Delta, Mask, SalunError
+from salun.diffusion.erase import prepared
+from salun.diffusion.latents import sample_latents
+from salun.formats import tensorfile
 from salun.formats.keymap import unet_from_ldm, unet_to_ldm
 from salun.options import MASKS, EraseOptions
+from salun.run_record import NOT_DECISIVE
 from tools import comfy_help, comfy_workflows
 from tools.checkpoints import ARCHITECTURES
 
@@ -38,8 +51,18 @@ CONFIG = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
     "layers_per_block": 1,
-    "cross_attention_dim": 768,
     "attention_head_dim": 8,
+}
+FAMILIES = {  # what tells the families apart: the widths of the text and of SDXL's sizes, and linear projections
+    "sd1": {"cross_attention_dim": 768},
+    "sd2": {"cross_attention_dim": 1024, "use_linear_projection": True},
+    "sdxl": {
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
 }
 
 
@@ -50,11 +73,19 @@ class UNetModel(nn.Module):
     """diffusers' UNet under ComfyUI's names."""
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, device: Any = None, operations: Any = None, **_: Any
+        self,
+        context_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+        operations: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__()
+        family = next(one for one in FAMILIES.values() if one["cross_attention_dim"] == context_dim)
         with torch.device(device or "cpu"):
-            self.inner = UNet2DConditionModel(**CONFIG)
+            self.inner = UNet2DConditionModel(**CONFIG, **family)
+        if context_dim == 2048:
+            self.inner.add_time_proj = Already()
         names = dict(self.inner.named_parameters())
         self.theirs = {ours: name.removeprefix("model.diffusion_model.") for ours, name in unet_to_ldm(names).items()}
 
@@ -65,8 +96,18 @@ class UNetModel(nn.Module):
         back = {theirs: ours for ours, theirs in self.theirs.items()}
         return self.inner.load_state_dict({back[name]: t for name, t in state.items()}, strict=strict, assign=assign)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, transformer_options: Any) -> Tensor:
-        return self.inner(x, t, context).sample
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, transformer_options: Any, y: Tensor | None = None
+    ) -> Tensor:
+        added = {"text_embeds": y[:, :1280], "time_ids": y[:, 1280:].reshape(-1, 256)} if y is not None else None
+        return self.inner(x, t, context, added_cond_kwargs=added).sample
+
+
+class Already(nn.Module):
+    """Sizes come embedded: ComfyUI does that outside its network."""
+
+    def forward(self, sizes: Tensor) -> Tensor:
+        return sizes.reshape(-1, 256)
 
 
 class ModelSamplingDiscrete:
@@ -77,8 +118,21 @@ class EPS:
     pass
 
 
+class V_PREDICTION(EPS):
+    pass
+
+
 class Sampling(ModelSamplingDiscrete, EPS):
     pass
+
+
+class VSampling(ModelSamplingDiscrete, V_PREDICTION):
+    pass
+
+
+class Sdxl(nn.Module):
+    def encode_adm(self, pooled_output: Tensor, width: int, height: int, device: Any) -> Tensor:
+        return torch.cat([pooled_output, torch.full((len(pooled_output), 6 * 256), width / 1000)], 1)
 
 
 class Patcher:
@@ -86,13 +140,16 @@ class Patcher:
 
     load_device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, family: str = "sd1", prediction: str = "epsilon") -> None:
         torch.manual_seed(0)
-        inner = nn.Module()
-        inner.diffusion_model = UNetModel()
+        inner = Sdxl() if family == "sdxl" else nn.Module()
+        width = FAMILIES[family]["cross_attention_dim"]
+        inner.diffusion_model = UNetModel(width)
+        adm = 2816 if family == "sdxl" else None
         inner.model_config = types.SimpleNamespace(
-            unet_config={"context_dim": 768, "in_channels": 4, "channel_mult": [1], "adm_in_channels": None}
+            unet_config={"context_dim": width, "in_channels": 4, "channel_mult": [1], "adm_in_channels": adm}
         )
+        self.sampling = Sampling() if prediction == "epsilon" else VSampling()
         inner.latent_format = types.SimpleNamespace(
             scale_factor=0.5, latent_rgb_factors=None, process_in=lambda x: x * 0.5, process_out=lambda x: x / 0.5
         )
@@ -100,12 +157,12 @@ class Patcher:
 
     def clone(self) -> Patcher:
         made = Patcher.__new__(Patcher)
-        made.model, made.patches_uuid = self.model, self.patches_uuid
+        made.model, made.patches_uuid, made.sampling = self.model, self.patches_uuid, self.sampling
         made.patches = {key: list(found) for key, found in self.patches.items()}
         return made
 
     def get_model_object(self, name: str) -> Any:
-        return Sampling()
+        return self.sampling
 
     def get_key_patches(self, prefix: str) -> dict[str, Any]:
         plain = lambda a, **_: a  # noqa: E731
@@ -120,15 +177,35 @@ class Patcher:
 
 
 class Clip:
+    def __init__(self, family: str = "sd1", weights: str = "", embedding: str = "") -> None:
+        self.width, self.weights, self.embedding, self.layer = (
+            FAMILIES[family]["cross_attention_dim"],
+            weights,
+            embedding,
+            0,
+        )
+
     def tokenize(self, text: str) -> str:
         return text
 
-    def encode_from_tokens(self, text: str, return_pooled: bool) -> tuple[Tensor, None]:
-        seed = zlib.crc32(text.encode())
-        return torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(seed)), None
+    def clone(self) -> Clip:
+        return copy.copy(self)
+
+    def clip_layer(self, layer: int) -> None:
+        self.layer = layer
+
+    def encode_from_tokens(self, text: str, return_pooled: bool) -> tuple[Tensor, Tensor | None]:
+        own = self.embedding if "embedding:" in text else ""
+        drawn = torch.Generator().manual_seed(zlib.crc32(f"{text} {self.weights} {own} {self.layer}".encode()))
+        pooled = torch.randn(1, 1280, generator=drawn) if self.width == 2048 else None
+        return torch.randn(1, 77, self.width, generator=drawn), pooled
 
 
 class Vae:
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.first_stage_model = nn.Linear(2, 2)
+
     def decode(self, latents: Tensor) -> Tensor:
         return latents[:, :3].movedim(1, -1).repeat_interleave(8, 1).repeat_interleave(8, 2).sigmoid()
 
@@ -149,7 +226,7 @@ class Interrupt(BaseException):
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Told: the bar's values, and whether somebody interrupts."""
-    told = types.SimpleNamespace(bar=[], interrupt_at=None, root=tmp_path)
+    told = types.SimpleNamespace(bar=[], previews=[], guesses=[], interrupt_at=None, root=tmp_path)
 
     class ProgressBar:
         def __init__(self, total: int) -> None:
@@ -157,6 +234,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
         def update_absolute(self, value: int, total: int, preview: Any = None) -> None:
             told.bar.append((value, total))
+            told.previews.append(preview)
 
     def interrupted() -> None:
         if told.interrupt_at is not None and len(told.bar) >= told.interrupt_at:
@@ -164,6 +242,15 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     class WeightAdapterBase:
         pass
+
+    class Latent2RGBPreviewer:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def decode_latent_to_preview(self, x_0: Tensor) -> Image.Image:
+            told.guesses.append(x_0)
+            pixels = x_0[0, :3].movedim(0, -1).sigmoid().mul(255).byte().numpy()
+            return Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST)
 
     def sample_dpmpp_2m(model: Any, x: Tensor, sigmas: Tensor, disable: bool) -> Tensor:
         return model(x, sigmas[0] * x.new_ones(len(x)))
@@ -178,6 +265,8 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             "soft_empty_cache": lambda: None,
             "get_torch_device": lambda: torch.device("cpu"),
             "in_training": False,
+            "InterruptProcessingException": Interrupt,
+            "vram_state": types.SimpleNamespace(name="NORMAL_VRAM"),
         },
         "comfy.utils": {"ProgressBar": ProgressBar},
         "comfy.lora": {"calculate_weight": calculate_weight},
@@ -190,10 +279,10 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             "get_input_directory": lambda: str(tmp_path / "input"),
             "get_user_directory": lambda: str(tmp_path / "user"),
             "get_filename_list": lambda kind: [],
-            "get_full_path": lambda kind, name: None,
+            "get_full_path": lambda kind, name: str(tmp_path / name) if (tmp_path / name).exists() else None,
             "get_save_image_path": get_save_image_path,
         },
-        "latent_preview": {"get_previewer": lambda device, kind: None},
+        "latent_preview": {"get_previewer": lambda device, kind: None, "Latent2RGBPreviewer": Latent2RGBPreviewer},
     }
     for name, content in modules.items():
         module = types.ModuleType(name)
@@ -221,15 +310,26 @@ def call(kind: str, **inputs: Any) -> Any:
     return result["result"] if isinstance(result, dict) else result
 
 
-TINY = {"steps": 2, "batch_size": 1, "lr": 1e-3, "eval_images": 1}
+TINY = {"steps": 2, "batch_size": 1, "lr": 1e-3, "eval_images": 0}
 SIZES = {"forget_latents": 2, "retain_latents": 2, "resolution": 64}
 
 
-def erased(model: Any, **changes: Any) -> tuple[Any, Delta, Tensor, str]:
-    (concept,) = call("SalUnConcept", text="a cat", anchor="a dog")
-    result: tuple[Any, Delta, Tensor, str] = call(
-        "SalUnErase", model=model, clip=Clip(), vae=Vae(), concept=concept, **{**TINY, **SIZES, **changes}
-    )
+def options(**changes: Any) -> Any:
+    return call("SalUnOptions", **{**SIZES, **changes})[0]
+
+
+def concept(*names: str, **given: Any) -> Any:
+    made: Any = ()
+    for name in names or ("a cat",):
+        (made,) = call("SalUnConcept", text=name, anchor="a dog", concept=made, **given)
+    return made
+
+
+def erased(model: Any, family: str = "sd1", **changes: Any) -> tuple[Any, Delta, Tensor, str]:
+    """SalUn Erase and, for changes that are not its own, SalUn Options."""
+    shared = {name: changes.pop(name) for name in list(changes) if name in SHARED}
+    parts = {"clip": Clip(family), "vae": Vae(), "concept": concept(), **TINY, **changes}
+    result: tuple[Any, Delta, Tensor, str] = call("SalUnErase", model=model, options=options(**shared), **parts)
     return result
 
 
@@ -238,7 +338,7 @@ def erased(model: Any, **changes: Any) -> tuple[Any, Delta, Tensor, str]:
 
 @pytest.mark.usefixtures("host")
 def test_every_input_that_is_an_option_has_the_cores_default_range_and_help() -> None:
-    seen = set()
+    seen: dict[str, set[str]] = {}
     for kind, made in NODE_CLASS_MAPPINGS.items():
         types_of: Any = made
         for name, (what, settings) in [i for part in types_of.INPUT_TYPES().values() for i in part.items()]:
@@ -247,7 +347,7 @@ def test_every_input_that_is_an_option_has_the_cores_default_range_and_help() ->
                 continue
             if isinstance(what, str) and what.isupper() and what not in ("INT", "FLOAT", "STRING", "BOOLEAN"):
                 continue  # a wire that has an option's name
-            seen.add(name)
+            seen.setdefault(name, set()).add(kind)
             assert settings["tooltip"].startswith(OPTIONS[name].metadata["help"])
             assert options_of({name: settings["default"]}) == EraseOptions()
             choices = MASKS if name == "mask" else OPTIONS[name].metadata["choices"]
@@ -255,7 +355,10 @@ def test_every_input_that_is_an_option_has_the_cores_default_range_and_help() ->
                 assert list(what)[-len(choices) :] == list(choices)
             if OPTIONS[name].metadata["maximum"] is not None and what in ("INT", "FLOAT"):
                 assert settings["max"] == min(OPTIONS[name].metadata["maximum"], 2**53)
-    assert seen | set(HOST) == set(OPTIONS), "an option that no node has, and of which HOST does not say why"
+    assert set(seen) | set(HOST) == set(OPTIONS), "an option that no node has, and of which HOST does not say why"
+    for name, nodes in seen.items():
+        assert nodes == {"SalUnOptions"} or (name in OWN and "SalUnOptions" not in nodes), "two nodes would contradict"
+    assert sum("SalUnErase" in nodes for nodes in seen.values()) == 7, "what everyone looks at, and no more"
 
 
 @pytest.mark.parametrize("name", ["steps", "lr", "retain_weight", "resolution"])
@@ -317,10 +420,22 @@ def test_a_widened_model_is_told_in_the_dtype_that_holds_it() -> None:
     assert {t.dtype for t in Weights(other).values()} == {torch.float16}
 
 
-def test_an_unknown_kind_of_model_is_named(host: Any) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"context_dim": 4096}, {"in_channels": 9}, {"adm_in_channels": 2560}],
+    ids=["other", "inpaint", "refiner"],
+)
+def test_an_unknown_kind_of_model_is_named(host: Any, change: dict[str, int]) -> None:
     model = Patcher()
-    model.model.model_config.unet_config["context_dim"] = 4096
+    model.model.model_config.unet_config.update(change)
     with pytest.raises(SalunError, match=r"this MODEL is Module .*SD 1\.x, SD 2\.x and SDXL"):
+        erased(model)
+
+
+def test_another_kind_of_sampling_is_named(host: Any) -> None:
+    model = Patcher()
+    model.sampling = type("ModelSamplingFlow", (), {"sigmas": Sampling.sigmas})()
+    with pytest.raises(SalunError, match=r"ModelSamplingFlow.*epsilon and v-prediction"):
         erased(model)
 
 
@@ -330,12 +445,9 @@ def test_an_unknown_kind_of_model_is_named(host: Any) -> None:
 def test_an_erasure_moves_only_the_mask_and_leaves_the_model_as_it_was(host: Any) -> None:
     model = Patcher()
     before = {k: p.detach().clone() for k, p in model.model.diffusion_model.named_parameters()}
-    (concept,) = call("SalUnConcept", text="a cat", anchor="a dog")
-    mask, told = call(
-        "SalUnSaliencyMask", model=model, clip=Clip(), concept=concept, batch_size=1, density=0.2, **SIZES_F
-    )
+    mask, told = saliency_mask(model)
     assert told.startswith(f"{mask.selected:,} of")
-    after, delta, picture, figures = erased(model, given_mask=mask)
+    after, delta, picture, figures = erased(model, given_mask=mask, eval_images=1)
     new = Weights(after)
     for name, old in Weights(model).items():
         outside = ~mask.dense(name)
@@ -351,7 +463,45 @@ def test_an_erasure_moves_only_the_mask_and_leaves_the_model_as_it_was(host: Any
         assert torch.equal(p, before[name]) and p.grad is None
 
 
-SIZES_F = {"forget_latents": 2, "resolution": 64}
+def saliency_mask(model: Any, of: Any = None, **shared: Any) -> tuple[Mask, str]:
+    parts = {"clip": Clip(), "concept": of or concept(), "options": options(**shared)}
+    made: tuple[Mask, str] = call("SalUnSaliencyMask", model=model, **parts, batch_size=1, density=0.2)
+    return made
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_every_family_and_prediction_is_erased(host: Any, family: str, prediction: str) -> None:
+    model = Patcher(family, prediction)
+    after, delta, _, figures = erased(model, family)
+    assert delta.changed and np.isfinite(json.loads(figures)["losses"]).all()
+    # what the network is asked is what its own forward pass says
+    graph = GraphModel(model, Clip(family))
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    with graph.borrowed():
+        said = graph.encode(["a cat", "a dog"])
+        assert said.hidden.shape == (2, 77, FAMILIES[family]["cross_attention_dim"])
+        wanted = model.model.diffusion_model(x, t, said.hidden, {}, **said.extra)
+        torch.testing.assert_close(graph.predict(x, t, said), wanted, rtol=1e-5, atol=1e-6)
+    assert set(said.extra) == ({"y"} if family == "sdxl" else set())
+    assert len(Weights(after)) == len(dict(model.model.diffusion_model.named_parameters()))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_samples_are_what_the_network_takes_for_the_picture(host: Any, prediction: str) -> None:
+    """The sampler of this file makes one step: so samples are the guided network's x_0 from pure noise."""
+    model = Patcher(prediction=prediction)
+    graph = GraphModel(model, Clip())
+    with prepared(graph, plan_of(graph, concept(), options_of({}, options()))):
+        made = sample_latents(graph, ["a cat"], [5])
+        noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5))[None]
+        t, said = torch.tensor([999]), graph.encode(["a cat", ""])
+        asked, unasked = (graph.predict(noise, t, said[i : i + 1]) for i in range(2))
+        output = unasked + graph.settings.sampling.guidance * (asked - unasked)
+    a = graph.alphas_cumprod[999]
+    eps = (noise - (1 - a).sqrt() * output) / a.sqrt()
+    v = a.sqrt() * noise - (1 - a).sqrt() * output
+    torch.testing.assert_close(made, eps if prediction == "epsilon" else v, rtol=1e-4, atol=1e-3)  # √ᾱ is 0.07
 
 
 def test_the_same_inputs_train_once_and_a_changed_option_trains(host: Any) -> None:
@@ -366,23 +516,79 @@ def test_the_same_inputs_train_once_and_a_changed_option_trains(host: Any) -> No
 
 
 def test_what_was_kept_is_blurred_as_it_is_asked_for_now(host: Any) -> None:
-    (concept,) = call("SalUnConcept", preset="nudity")
-    assert concept[0].name == "nudity"
-    parts = {"clip": Clip(), "vae": Vae(), "concept": concept, **TINY, **SIZES}
-    shown = call("SalUnErase", model=Patcher(), **parts, show_sensitive=True)[2]
+    (nudity,) = call("SalUnConcept", preset="nudity")
+    shown = erased(Patcher(), concept=nudity, eval_images=1, show_sensitive=True)[2]
     host.bar.clear()
-    blurred = call("SalUnErase", model=Patcher(), **parts)[2]
+    blurred = erased(Patcher(), concept=nudity, eval_images=1)[2]
     assert not host.bar and blurred.shape == shown.shape and not torch.equal(blurred, shown)
 
 
-def test_an_interrupt_passes_through_and_the_next_run_is_whole(host: Any) -> None:
+@pytest.mark.parametrize(
+    ("preset", "show", "blurred"), [("nudity", False, True), ("nudity", True, False), ("van gogh", False, False)]
+)
+def test_previews_of_sensitive_concepts_are_blurred(host: Any, preset: str, show: bool, blurred: bool) -> None:
     model = Patcher()
+    model.model.latent_format.latent_rgb_factors = [[0.0] * 3] * 4
+    (of,) = call("SalUnConcept", preset=preset)
+    erased(model, concept=of, show_sensitive=show)
+    pictures = [preview[1] for preview in host.previews if preview is not None]
+    assert pictures
+    for picture, guess in zip({id(p): p for p in pictures}.values(), host.guesses, strict=True):
+        clear = guess[0, :3].movedim(0, -1).sigmoid().mul(255).byte().numpy()
+        small = np.asarray(picture.resize((8, 8), Image.Resampling.NEAREST))
+        assert np.array_equal(small, clear) != blurred
+
+
+def test_an_interrupt_is_comfyuis_own_and_the_next_run_goes_on_from_it(host: Any) -> None:
+    whole = erased(Patcher(), steps=6)[1]
+    wanted = len(host.bar)
+    for path, _, _ in cache().entries():
+        path.unlink()
+    host.bar.clear()
+    host.interrupt_at = wanted - 2  # after step 4 of 6
+    with pytest.raises(Interrupt) as caught:
+        erased(Patcher(), steps=6)
+    frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert frames[-1] == "wrapped" and caught.value.__context__ is None, "frames of the training would hold its memory"
+    (left,) = (cache().folder / "unfinished").iterdir()
+    assert (left / "state/training.safetensors").exists()
+    host.interrupt_at = None
+    host.bar.clear()
+    again = erased(Patcher(), steps=6)[1]  # another object, as after a restart
+    assert again.result_hash == whole.result_hash
+    end = host.bar[-1][1]
+    assert [value for value, _ in host.bar if value > end - 6] == [end - 1, end], "it began anew"
+    assert not list((cache().folder / "unfinished").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["run.json", "state/training.safetensors", "state/mask.safetensors", "other"])
+def test_a_state_that_is_damaged_or_of_others_is_not_taken_up(host: Any, damage: str) -> None:
+    whole = erased(Patcher(), steps=6)[1]
+    wanted = len(host.bar)
+    for path, _, _ in cache().entries():
+        path.unlink()
+    host.bar.clear()
+    host.interrupt_at = wanted - 2
+    with pytest.raises(Interrupt):
+        erased(Patcher(), steps=6)
+    host.interrupt_at = None
+    (left,) = (cache().folder / "unfinished").iterdir()
+    if damage == "other":
+        assert erased(Patcher(), steps=5)[1].result_hash != whole.result_hash
+        assert not left.exists()
+    else:
+        (left / damage).write_bytes((left / damage).read_bytes()[:20])
+        assert erased(Patcher(), steps=6)[1].result_hash == whole.result_hash
+
+
+def test_without_a_cache_nothing_is_kept_of_an_interrupted_run(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SALUN_CACHE_SIZE", "0")
     host.interrupt_at = 8
     with pytest.raises(Interrupt):
-        erased(model)
-    assert not list((host.root / "user").rglob("*-delta.safetensors"))
+        erased(Patcher())
+    assert not list((host.root / "user").rglob("*.safetensors"))
     host.interrupt_at = None
-    assert erased(model)[1].changed
+    assert erased(Patcher())[1].changed
 
 
 def test_deltas_stack_and_other_data_are_refused(host: Any) -> None:
@@ -392,24 +598,149 @@ def test_deltas_stack_and_other_data_are_refused(host: Any) -> None:
     (twice,) = call("SalUnApplyDelta", model=half, delta=delta, strength=0.5)
     for name, tensor in Weights(after).items():
         torch.testing.assert_close(Weights(twice)[name], tensor, rtol=2.0**-21, atol=1e-8)  # two roundings of fp32
-    (data,) = call(
-        "SalUnTrainingData", model=model, clip=Clip(), concept=call("SalUnConcept", text="a cow")[0], **SIZES
-    )
+    (data,) = call("SalUnTrainingData", model=model, clip=Clip(), concept=concept("a cow"), options=options())
     assert isinstance(data, Data)
     with pytest.raises(SalunError, match="the training data are of a cow"):
         erased(model, given_data=data)
 
 
 def test_pictures_take_the_place_of_samples(host: Any) -> None:
-    (concept,) = call("SalUnConcept", text="a cat", anchor="a dog")
     images = torch.rand(3, 80, 64, 3)
-    parts = {"model": Patcher(), "clip": Clip(), "vae": Vae(), "concept": concept, **SIZES}
+    parts = {"model": Patcher(), "clip": Clip(), "vae": Vae(), "concept": concept(), "options": options()}
     (data,) = call("SalUnTrainingData", **parts, forget_images=images, retain_images=images, retain_captions="a\nb\nc")
     assert data.content.forget_latents.shape == (3, 4, 8, 8)
     with pytest.raises(SalunError, match="2 lines for 3"):
         call("SalUnTrainingData", **parts, retain_images=images, retain_captions="a\nb")
     with pytest.raises(SalunError, match="both given"):
         call("SalUnTrainingData", **parts, forget_images=images, forget_samples={"samples": torch.rand(1, 4, 8, 8)})
+
+
+def test_the_bar_of_training_data_fills(host: Any) -> None:
+    parts = {"model": Patcher(), "clip": Clip(), "vae": Vae(), "concept": concept(), "options": options()}
+    images = torch.rand(3, 64, 64, 3)
+    for own in ({}, {"forget_images": images}, {"retain_images": images}):
+        host.bar.clear()
+        call("SalUnTrainingData", **parts, **own)
+        assert host.bar[-1][0] == host.bar[-1][1] > 0
+
+
+def test_the_bar_of_several_concepts_fills(host: Any) -> None:
+    """Each concept's own saliency begins at 1 again."""
+    saliency_mask(Patcher(), concept("a cat", "a cow"), combine="union")
+    values = [value for value, _ in host.bar]
+    assert values[-4 * 2 * 2 :] == list(range(5, 5 + 4 * 2 * 2)) and values[-1] == host.bar[-1][1]
+    host.bar.clear()
+    erased(Patcher(), concept=concept("a cat", "a cow"), combine="union")
+    assert host.bar[-1][0] == host.bar[-1][1]
+
+
+@pytest.mark.parametrize(("state", "low"), [("LOW_VRAM", True), ("NO_VRAM", True), ("NORMAL_VRAM", False)])
+def test_a_comfyui_that_was_started_for_little_memory_trains_with_little(
+    host: Any, monkeypatch: pytest.MonkeyPatch, state: str, low: bool
+) -> None:
+    monkeypatch.setattr(sys.modules["comfy.model_management"], "vram_state", types.SimpleNamespace(name=state))
+    assert json.loads(erased(Patcher())[3])["options"]["low_vram"] is low
+
+
+def test_errors_name_inputs_and_nodes_not_the_command_line(host: Any) -> None:
+    model = Patcher()
+    mask, _ = saliency_mask(model)
+    other = Patcher()
+    for _, p in other.model.diffusion_model.named_parameters():
+        p.data = p.data + 1e-3
+    delta = erased(model)[1]
+    failing: list[tuple[Any, str]] = [
+        (lambda: erased(model, lr=2.0), "lr is 2.0"),
+        (lambda: erased(model, resolution=60), "resolution 60"),
+        (lambda: erased(model, recipe="paper", concept=call("SalUnConcept", preset="van gogh")[0]), "recipe paper"),
+        (lambda: erased(model, given_mask=mask, scope="xattn"), "with scope full"),
+        (lambda: erased(other, given_mask=mask), "make one with SalUn Saliency Mask"),
+        (lambda: erased(model, optimiser="adam8bit"), "optimiser adam8bit"),
+        (lambda: erased(model, retain_latents=0, anchor_share=0.0), "retain_latents above 0"),
+        (lambda: call("SalUnApplyDelta", model=other, delta=delta), "SalUn Apply Delta, with base_checkpoint"),
+    ]
+    for run, said in failing:
+        with pytest.raises(SalunError) as caught:
+            run()
+        assert said in str(caught.value) and "--" not in str(caught.value), caught.value
+    assert in_inputs_names("give --retain-prompts and --clip-skip 2") == "give retain_prompts and clip_skip 2"
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_kept_counts_as_used_and_is_made_again_if_it_is_damaged(host: Any) -> None:
+    model = Patcher()
+    mask, delta = saliency_mask(model)[0], erased(model)[1]
+    for path, _, _ in cache().entries():
+        os.utime(path, (1, 1))
+    host.bar.clear()
+    assert saliency_mask(model)[0] == mask and erased(model)[1].result_hash == delta.result_hash and not host.bar
+    used = [path for path, _, at in cache().entries() if at > 1]
+    assert len(used) == 3, "a mask, a delta, and its pictures"
+    for path in used:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1  # of the last tensor
+        path.write_bytes(content)
+        host.bar.clear()
+        assert saliency_mask(model)[0] == mask and erased(model)[1].result_hash == delta.result_hash
+        assert host.bar, path
+    assert saliency_mask(model)[1] == saliency_mask(Patcher())[1]
+
+
+def test_all_that_a_result_depends_on_is_in_what_it_is_kept_by(host: Any) -> None:
+    def key(model: Any = None, clip: Any = None, vae: Any = None, of: Any = None, **changes: Any) -> str:
+        wires = (changes.pop("given_data", None), changes.pop("given_mask", None))
+        graph = GraphModel(model or Patcher(), clip or Clip(), vae or Vae())
+        plan = plan_of(graph, of or concept(), options_of(changes, options()))
+        return str(record_of("erasure", graph, plan, *wires).fingerprint)
+
+    first, widened, patched, heads, scale = key(), Patcher(), Patcher(), Patcher(), Patcher()
+    assert key() == first
+    next(iter(widened.model.diffusion_model.named_parameters()))[1].data.view(-1)[0] += 1
+    patched = call("SalUnApplyDelta", model=patched, delta=erased(patched)[1])[0]
+    heads.model.model_config.unet_config["num_heads"] = 5
+    scale.model.latent_format.scale_factor = 0.25
+    zero = Patcher()
+    zero.sampling.sigmas = zero.sampling.sigmas * 1.5
+    (data,) = call("SalUnTrainingData", model=Patcher(), clip=Clip(), concept=concept(), options=options())
+    (more,) = call("SalUnTrainingData", model=Patcher(), clip=Clip(), concept=concept(), options=options(), seed=1)
+    mask = saliency_mask(Patcher())[0]
+    graphs = {
+        "weights": key(widened),
+        "a patch": key(patched),
+        "heads": key(heads),
+        "prediction": key(Patcher(prediction="v_prediction")),
+        "schedule": key(zero),
+        "text encoder": key(clip=Clip(weights="other")),
+        "an embedding that a prompt names": key(of=concept("embedding:cat")),
+        "that embedding's file": key(of=concept("embedding:cat"), clip=Clip(embedding="other")),
+        "one among prompts to keep": key(of=concept(retain_prompts="a house\nan embedding:cat")),
+        "and its file": key(of=concept(retain_prompts="a house\nan embedding:cat"), clip=Clip(embedding="other")),
+        "a negative prompt's": key(negative_prompt="embedding:bad"),
+        "that one's file": key(negative_prompt="embedding:bad", clip=Clip(embedding="other")),
+        "vae": key(vae=Vae(1)),
+        "latents' scale": key(scale),
+        "concept": key(of=concept("a cow")),
+        "anchor": key(of=(replace(concept()[0], anchor="a cow"),)),
+        "prompts to keep": key(of=concept(retain_prompts="a house")),
+        "data": key(given_data=data),
+        "other data": key(given_data=more),
+        "mask": key(given_mask=mask),
+        "another mask": key(given_mask=mask.shuffled(1)),
+    }
+    changed: dict[str, Any] = {
+        **{"mask": "random", "density": 0.4, "steps": 7, "batch_size": 3, "lr": 1e-4, "retain_weight": 2.0},
+        **{"eval_images": 3, "seed": 9, "prompt_style": "tags", "negative_prompt": "blurry", "clip_skip": 2},
+        **{"resolution": 128, "forget_latents": 3, "retain_latents": 3, "combine": "union", "scope": "xattn"},
+        **{"method": "salun-soft", "guidance": 3.0, "lr_decay": 0.1, "target": "online", "retain_target": "noise"},
+        **{"anchor_share": 0.25, "optimiser": "adam8bit", "dtype": "bf16", "low_vram": True, "show_sensitive": True},
+        **{"gradient_checkpointing": True, "deterministic": False},
+    }
+    assert set(changed) | {"recipe"} == {*SHARED, *OWN}, "recipe is in the numbers that it gives"
+    keys = {**graphs, **{name: key(**{name: value}) for name, value in changed.items() if name not in NOT_DECISIVE}}
+    assert len({first, *keys.values()}) == len(keys) + 1, [name for name in keys if keys[name] == first]
+    assert key(show_sensitive=True) == first
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -435,3 +766,57 @@ def test_no_name_leads_out_of_the_output_folder(host: Any, prefix: str) -> None:
     with pytest.raises(SalunError, match="filename_prefix"):
         call("SalUnSaveMask", mask=mask, filename_prefix=prefix)
     assert not list(host.root.rglob("*.safetensors"))
+
+
+def test_folders_that_are_links_are_written_to_and_read(host: Any) -> None:
+    """Users keep models on another disk; what a name may not do is lead out."""
+    mask = Mask.full({"conv_in.weight": torch.zeros(40)})
+    for folder in ("elsewhere/salun", "elsewhere/sub", "output"):
+        (host.root / folder).mkdir(parents=True)
+    (host.root / "output/salun").symlink_to(host.root / "elsewhere/salun", target_is_directory=True)
+    (host.root / "elsewhere/salun/linked").symlink_to(host.root / "elsewhere/sub", target_is_directory=True)
+    (host.root / "elsewhere/sub/loop").symlink_to(host.root / "elsewhere/salun", target_is_directory=True)
+    for prefix in ("mine", "linked/mine"):
+        (name,) = call("SalUnSaveMask", mask=mask, filename_prefix=prefix)
+        assert name == f"{prefix}_00001_.mask.safetensors"
+        assert call("SalUnLoadMask", file=name)[0] == mask
+    assert (host.root / "elsewhere/sub/mine_00001_.mask.safetensors").is_file()
+
+
+def test_a_checkpoint_is_patched_and_only_another_base_asks_for_the_graphs_parts(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Patcher()
+    own = {f"model.{key}": value[0][0] for key, value in model.get_key_patches("diffusion_model.").items()}
+    tensorfile.write(host.root / "own.safetensors", {**own, "first_stage_model.x": torch.ones(3)})
+    tensorfile.write(host.root / "other.safetensors", {name: tensor + 1e-3 for name, tensor in own.items()})
+    (host.root / "cut.safetensors").write_bytes((host.root / "own.safetensors").read_bytes()[:-8])
+    after, delta, _, _ = erased(model)
+    saved: list[str] = []
+    sd = types.ModuleType("comfy.sd")
+    sd.save_checkpoint = lambda path, *parts, **notes: saved.append(path) or Path(path).write_bytes(b"")  # type: ignore
+    monkeypatch.setitem(sys.modules, "comfy.sd", sd)
+
+    def save(**given: Any) -> Any:
+        return call("SalUnSaveErasedCheckpoint", delta=delta, filename_prefix="new", **given)
+
+    parts = {"model": after, "clip": Clip(), "vae": Vae()}
+    name, told = save(ckpt_name="own.safetensors", **parts)
+    assert "tensors changed" in told and not saved
+    written = dict(tensorfile.tensors(host.root / "output/checkpoints" / name))
+    for ours, tensor in delta.apply(Weights(model)).items():
+        assert torch.equal(written[unet_to_ldm(Weights(model))[ours]], tensor)
+    with pytest.raises(SalunError, match=r"choose the checkpoint that was loaded.*connect model, clip and vae"):
+        save(ckpt_name="other.safetensors")
+    with pytest.raises(SalunError, match="no sound safetensors file"):  # which no other saver may hide
+        save(ckpt_name="cut.safetensors", **parts)
+    with pytest.raises(SalunError, match=r"is no \.safetensors checkpoint"):
+        save(ckpt_name="gone.safetensors", **parts)
+    with pytest.raises(SalunError, match="does not hold this erasure"):
+        save(ckpt_name="other.safetensors", **{**parts, "model": model})
+    damaged = replace(delta, result_hash="0" * 64)
+    with pytest.raises(SalunError, match="damaged"):
+        call("SalUnSaveErasedCheckpoint", delta=damaged, filename_prefix="n", ckpt_name="own.safetensors", **parts)
+    assert not saved
+    name, told = save(ckpt_name="other.safetensors", **parts)
+    assert len(saved) == 1 and "own saver" in told and name == "new_00002_.safetensors"

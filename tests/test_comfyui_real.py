@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -31,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 import salun
+from comfy_nodes.inputs import SHARED
 from salun import Delta, Mask
 from salun.cache import Cache
 from salun.diffusion.data import Own, sample_data
@@ -50,13 +52,18 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(COMFYUI is None, reason="COMFYUI_DIR names no checkout of ComfyUI: see docs/comfyui.md"),
 ]
+STARVED = """
+from comfy import model_management
+model_management.vram_state = model_management.VRAMState.NO_VRAM
+model_management.is_device_cpu = lambda device: False
+NODE_CLASS_MAPPINGS = {}
+"""
 PACK = "another-name"  # without a space: ComfyUI serves no help from a folder that has one
 SOURCE = "host.safetensors"
-NODES = 14
-TINY = {"forget_latents": 2, "retain_latents": 2, "resolution": 64, "seed": 0}
-TRAIN = {"steps": 3, "batch_size": 1, "lr": 1e-4, "retain_weight": -1, "density": 0.5, "eval_images": 0}
+NODES = 15
+TINY = {"forget_latents": 2, "retain_latents": 2, "resolution": 64}
+TRAIN = {"steps": 3, "batch_size": 1, "lr": 1e-4, "retain_weight": -1, "density": 0.5, "eval_images": 0, "seed": 0}
 AT_ONCE = {"target": "online", "retain_target": "noise"}  # no frozen targets to make before the training
-CHOICES = {"mask": "saliency", "scope": "full"}
 
 
 # -- a server ---------------------------------------------------------------------------------------------------------
@@ -177,10 +184,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     running: list[Server] = []
 
-    def begin(*flags: str, **environment: str) -> Server:
+    def begin(*flags: str, pack: str = "", **environment: str) -> Server:
+        """pack: the content of another node pack, named by the first flag."""
         base = tmp_path_factory.mktemp("comfyui")
+        if pack:
+            (base / "custom_nodes" / flags[0]).mkdir(parents=True)
+            (base / "custom_nodes" / flags[0] / "__init__.py").write_text(pack)
         (base / "models/checkpoints").mkdir(parents=True)
         (base / "models/checkpoints" / SOURCE).symlink_to(checkpoint)
+        (base / "elsewhere").mkdir()
+        (base / "output").mkdir()
+        (base / "output/checkpoints").symlink_to(base / "elsewhere", target_is_directory=True)  # as users have it
         running.append(Server(base, *flags, **environment))
         return running[-1]
 
@@ -201,16 +215,23 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
+PARTS = {"model": ["load", 0], "clip": ["load", 1], "concept": ["concept", 0], "options": ["options", 0]}
+
+
+def masking(**changes: Any) -> dict[str, Any]:
+    return node(
+        "SalUnSaliencyMask", **PARTS, **{"density": 0.5, "mask": "saliency", "batch_size": 1, "seed": 0, **changes}
+    )
+
+
 def erasing(**changes: Any) -> dict[str, Any]:
-    """load → concept → erase, and the parts of a sampler."""
+    """load → concept, options → erase. changes: inputs of SalUn Erase, the others of SalUn Options."""
+    shared = {name: changes.pop(name) for name in list(changes) if name in SHARED}
     return {
         "load": node("CheckpointLoaderSimple", ckpt_name=SOURCE),
         "concept": node("SalUnConcept", preset="(text)", text="a cat", anchor="a dog", retain_prompts=""),
-        "erase": node(
-            "SalUnErase",
-            **{"model": ["load", 0], "clip": ["load", 1], "vae": ["load", 2], "concept": ["concept", 0]}
-            | {**TRAIN, **TINY, **changes},
-        ),
+        "options": node("SalUnOptions", **{**TINY, **shared}),
+        "erase": node("SalUnErase", **{**PARTS, "vae": ["load", 2], **TRAIN, **changes}),
     }
 
 
@@ -266,16 +287,18 @@ def from_front_end(workflow: dict[str, Any], info: dict[str, Any], **changes: di
         assert not values, f"{kind} has {len(values)} values more than widgets"
         inputs |= {i["name"]: wires[i["link"]] for i in each["inputs"] if i["link"] is not None}
         inputs |= {k: v for k, v in changes.get(kind, {}).items() if not isinstance(inputs.get(k), list)}
+        if "options" in told.get("optional", {}):  # some examples go without, but tests need small numbers
+            inputs.setdefault("options", ["small", 0])
         prompt[str(each["id"])] = {"class_type": kind, "inputs": inputs}
-    return prompt
+    return {**prompt, "small": node("SalUnOptions", **TINY)}
 
 
 SMALLER = {
     "CheckpointLoaderSimple": {"ckpt_name": SOURCE},
-    "SalUnErase": {**TRAIN, **TINY},
-    "SalUnTrainingData": TINY,
-    "SalUnSaliencyMask": {"batch_size": 1, "resolution": 64},
-    "SalUnEvaluate": {"eval_images": 1, "resolution": 64},
+    "SalUnErase": TRAIN,
+    "SalUnOptions": TINY,
+    "SalUnSaliencyMask": {"batch_size": 1},
+    "SalUnEvaluate": {"eval_images": 1},
     "SalUnSaveErasedCheckpoint": {"ckpt_name": SOURCE},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
@@ -323,10 +346,9 @@ def test_2_every_example_workflow_runs_and_gives_all_its_outputs(server: Server)
 def test_3_and_4_only_the_masks_weights_move_and_the_graphs_model_stays_as_it_was(
     server: Server, checkpoint: Path
 ) -> None:
-    parts = {"model": ["load", 0], "clip": ["load", 1], "concept": ["concept", 0]}
     prompt = {
         **erasing(given_mask=["mask", 0], seed=3),
-        "mask": node("SalUnSaliencyMask", **parts, **TINY, density=0.1, **CHOICES, batch_size=1),
+        "mask": masking(density=0.1),
         "keep mask": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="mask"),
         **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
         "figures": node("PreviewAny", source=["erase", 3]),
@@ -363,9 +385,28 @@ def test_5_an_interrupt_stops_within_two_steps_and_leaves_nothing(server: Server
     assert len(events.progress) - at <= 3, "more than two steps after the interrupt"
     assert took < 20
     assert sorted(p for p in server.file("").rglob("*") if p.is_file()) == files
-    again = server.run(sampling(["load", 0]) | {"load": erasing()["load"]} | {"image": _renamed(sampling(["load", 0]))})
+    again = server.run({"load": erasing()["load"], **_renamed(sampling(["load", 0]))})
     assert np.array_equal(server.image(again, "image"), base)
     assert _name(server.run({**erasing(seed=8), **keeping()})["keep"])
+
+
+def test_5_queued_again_an_interrupted_training_goes_on_to_the_same_file(server: Server) -> None:
+    prompt = {**erasing(steps=30, seed=9, **AT_ONCE), **keeping()}
+    with Events(server) as events:
+        number = server.queue(prompt)
+        events.until(lambda: len(events.progress) > 3 + 8 + 4)  # samples, saliency, four steps of training
+        server.post("/interrupt", {})
+        assert "execution_interrupted" in messages(server.wait(number, 60))
+        reached = max(events.progress)
+    with Events(server) as events:
+        resumed = _name(server.run(prompt)["keep"])
+        events.until(lambda: events.progress[-1:] == [events.most])
+    training = events.most - 30
+    trained = [value for value in events.progress if value > training]
+    assert trained == list(range(trained[0], events.most + 1)) and trained[0] >= reached > training + 2
+    shutil.rmtree(server.base / "user/salun/cache")
+    whole = _name(server.run({**erasing(steps=30, seed=9, **AT_ONCE, show_sensitive=True), **keeping()})["keep"])
+    assert (server.file("salun") / whole).read_bytes() == (server.file("salun") / resumed).read_bytes()
 
 
 def test_6_every_step_is_told_once_in_order_with_a_preview(server: Server) -> None:
@@ -440,7 +481,7 @@ def test_8_the_same_inputs_do_not_train_twice_and_no_file_is_overwritten(server:
 
 
 def test_9_loras_before_and_after_add_up(server: Server, checkpoint: Path) -> None:
-    lora = _small_lora(server, checkpoint)
+    lora = _small_lora(server)
 
     def with_lora(model: list[Any], s: float) -> dict[str, Any]:
         return node("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=s)
@@ -470,10 +511,10 @@ def test_9_loras_before_and_after_add_up(server: Server, checkpoint: Path) -> No
 
 
 @pytest.mark.parametrize("flag", ["--fp16-unet", "--bf16-unet", "--fp8_e4m3fn-unet"])
-def test_9_in_other_storage_types(start: Callable[..., Server], checkpoint: Path, flag: str) -> None:
+def test_9_in_other_storage_types(start: Callable[..., Server], flag: str) -> None:
     server = start(flag)
     try:
-        lora = _small_lora(server, checkpoint)
+        lora = _small_lora(server)
         up = node("LoraLoaderModelOnly", model=["load", 0], lora_name=lora, strength_model=0.7)
         prompt = {**erasing(model=["up", 0]), "up": up, **sampling(["load", 0], "before")}
         prompt |= {**sampling(["erase", 0], "after"), **keeping()}
@@ -488,13 +529,72 @@ def test_9_in_other_storage_types(start: Callable[..., Server], checkpoint: Path
         server.stop()
 
 
+def test_a_comfyui_short_of_memory_trains_with_little_and_keeps_its_model(
+    server: Server, start: Callable[..., Server]
+) -> None:
+    """--novram goes with a GPU alone; this makes ComfyUI hold its weights as it would then, on the CPU."""
+    starved = start("starved", pack=STARVED)
+    try:
+        base = starved.run({"load": erasing()["load"], **sampling(["load", 0], "before")})
+        wanted = server.run({"load": erasing()["load"], **sampling(["load", 0], "before")})
+        assert np.array_equal(starved.image(base, "before"), server.image(wanted, "before"))
+        lora = _small_lora(starved)
+        up = node("LoraLoaderModelOnly", model=["load", 0], lora_name=lora, strength_model=0.7)
+        prompt = {**erasing(model=["up", 0]), "up": up, "figures": node("PreviewAny", source=["erase", 3])}
+        done = starved.run({**prompt, **sampling(["up", 0], "before"), **sampling(["erase", 0], "after")})
+        assert json.loads(done["figures"]["text"][0])["options"]["low_vram"] is True
+        assert not np.array_equal(starved.image(done, "before"), starved.image(done, "after"))
+        again = starved.run({"load": prompt["load"], **_renamed(sampling(["load", 0], "image"))})
+        assert np.array_equal(starved.image(again, "image"), starved.image(base, "before"))
+    finally:
+        starved.stop()
+
+
+def test_sd_2_is_erased(server: Server) -> None:
+    name = "sd2.safetensors"
+    path = checkpoints.make(server.base / "models/checkpoints" / name, "sd2", size="host")
+    prompt = erasing(clip=["first layer", 0], seed=80)  # the others are not in the file
+    prompt["load"] = node("CheckpointLoaderSimple", ckpt_name=name)
+    prompt["first layer"] = node("CLIPSetLastLayer", clip=["load", 1], stop_at_clip_layer=-24)
+    saver = keeping("SalUnSaveErasedCheckpoint", ckpt_name=name)
+    prompt |= {**saver, **sampling(["load", 0], "before"), **sampling(["erase", 0], "after")}
+    for each in ("before text", "after text"):
+        prompt[each]["inputs"]["clip"] = ["first layer", 0]
+    done = server.run(prompt)
+    before, after = server.image(done, "before"), server.image(done, "after")
+    assert before.std() > 0 and after.std() > 0 and not np.array_equal(before, after)
+    old, new = (dict(tensorfile.tensors(each)) for each in (path, server.file("checkpoints") / _name(done["keep"])))
+    moved = sum(int((old[key] != new[key]).sum()) for key in old if key.startswith(UNET))
+    assert 0.2 < moved / sum(old[key].numel() for key in old if key.startswith(UNET)) <= 0.5
+    assert all(torch.equal(old[key], new[key]) for key in old if not key.startswith(UNET))
+    path.unlink()
+
+
+def test_a_model_that_predicts_v_is_erased_as_one(server: Server, checkpoint: Path) -> None:
+    """The stock ModelSamplingDiscrete makes any MODEL one: here the weights are random anyway."""
+    prompt = erasing(model=["v", 0], seed=70)
+    prompt["v"] = node("ModelSamplingDiscrete", model=["load", 0], sampling="v_prediction", zsnr=True)
+    prompt |= {
+        **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
+        "figures": node("PreviewAny", source=["erase", 3]),
+    }
+    prompt |= {**sampling(["v", 0], "before"), **sampling(["erase", 0], "after")}
+    done = server.run(prompt)
+    assert all(np.isfinite(row).all() for row in json.loads(done["figures"]["text"][0])["losses"])
+    before, after = server.image(done, "before"), server.image(done, "after")
+    assert after.std() > 0 and not np.array_equal(before, after)
+    plain = server.run({**erasing(seed=70), **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE)})
+    one, two = (unet(server.file("checkpoints") / _name(each["keep"])) for each in (done, plain))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
 def test_10_memory_stays_over_rounds_and_the_same_seed_gives_the_same_file(start: Callable[..., Server]) -> None:
     server = start(SALUN_CACHE_SIZE="0")
     try:
         sizes = []
-        for round in range(5):
-            server.run({**erasing(seed=round), **keeping()})
-            number = server.queue({**erasing(seed=100 + round, steps=500, **AT_ONCE), **keeping()})
+        for turn in range(5):
+            server.run({**erasing(seed=turn), **keeping()})
+            number = server.queue({**erasing(seed=100 + turn, steps=500, **AT_ONCE), **keeping()})
             time.sleep(4)
             server.post("/interrupt", {})
             assert "execution_interrupted" in messages(server.wait(number, 60))
@@ -518,7 +618,6 @@ def test_the_node_does_what_the_command_line_does(server: Server, checkpoint: Pa
         held = {"latent_tensor": scaled / 0.18215, "latent_format_version_0": torch.tensor([])}
         tensorfile.write(server.base / "input" / f"{name}.latent", held)
     numbers = {"steps": 3, "batch_size": 2, "lr": 1e-4, "anchor_share": 0.0, "retain_latents": 0, "resolution": 64}
-    parts = {"model": ["load", 0], "clip": ["load", 1], "concept": ["concept", 0]}
     captions = "a house\na tree"
     prompt = {
         **erasing(**numbers, given_data=["data", 0], given_mask=["mask", 0]),
@@ -526,16 +625,15 @@ def test_the_node_does_what_the_command_line_does(server: Server, checkpoint: Pa
         "retain": node("LoadLatent", latent="retain.latent"),
         "data": node(
             "SalUnTrainingData",
-            **parts,
-            **{**TINY, "retain_latents": 0, "anchor_share": 0.0, "retain_captions": captions},
+            **PARTS,
+            **{"seed": 0, "retain_captions": captions},
             forget_samples=["forget", 0],
             retain_samples=["retain", 0],
         ),
-        "mask": node("SalUnSaliencyMask", **parts, **TINY, data=["data", 0], density=0.5, **CHOICES),
+        "mask": masking(data=["data", 0], batch_size=2),
         "keep mask": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="same"),
         **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
     }
-    prompt["mask"]["inputs"]["batch_size"] = 2
     done = server.run(prompt)
     nodes_mask = Mask.load(server.base / done["keep mask"]["text"][0])
     theirs = dict(open_unet(server.file("checkpoints") / _name(done["keep"])))
@@ -573,12 +671,12 @@ def _name(output: dict[str, Any]) -> str:
 
 
 def _renamed(graph: dict[str, Any]) -> dict[str, Any]:
-    """The saver of a picture under another name, so that it runs again."""
+    """A graph whose picture is saved under another name, so that it runs again."""
     saver = graph["image"]
-    return {**saver, "inputs": {**saver["inputs"], "filename_prefix": "later"}}
+    return {**graph, "image": {**saver, "inputs": {**saver["inputs"], "filename_prefix": "later"}}}
 
 
-def _small_lora(server: Server, checkpoint: Path) -> str:
+def _small_lora(server: Server) -> str:
     """A LoRA file of one layer."""
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     generator = torch.Generator().manual_seed(1)

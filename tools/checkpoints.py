@@ -113,6 +113,18 @@ ARCHITECTURES = {
         _SMALL_VAE,
         [_text(64, layers=3, projection=64)],
     ),
+    ("sd2", "host"): Architecture(  # the same for SD 2; of the text encoder's 24 layers only the first is stored
+        {
+            **_blocks(True),
+            "block_out_channels": (320,),
+            "layers_per_block": 1,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": 5,
+            "use_linear_projection": True,
+        },
+        _TRUE_VAE,
+        [_text(1024, layers=1, projection=1024)],
+    ),
     ("sd2", "true"): Architecture(
         {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
         _TRUE_VAE,
@@ -187,7 +199,7 @@ def make(
 ) -> Path:
     """Write a checkpoint, and give its path.
 
-    family: "sd1" | "sd2" | "sdxl". size: "small" (10 to 30 MB), "true", or "host" (sd1 only: ComfyUI loads it, while
+    family: "sd1" | "sd2" | "sdxl". size: "small" (10 to 30 MB), "true", or "host" (no sdxl: ComfyUI loads it, while
     A1111 takes the true size alone). dtype: "fp32" | "fp16" | "bf16", or "mixed": the UNet's matrices in fp16 and its
     vectors in fp32, the VAE in fp32, the text encoders in bf16. prediction: "epsilon" | "v_prediction", told as each
     family's files tell it: SD 2's by one bias that is spread wider, others' by a `v_pred` mark. ema: a second copy of
@@ -359,7 +371,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     parser.add_argument("--family", choices=FAMILIES, default="sd1")
     parser.add_argument(
-        "--size", choices=SIZES, default="small", help="host: the least ComfyUI takes, 465 MB (sd1 only)"
+        "--size", choices=SIZES, default="small", help="host: the least ComfyUI takes, 465 MB (no sdxl)"
     )
     parser.add_argument("--true-size", dest="size", action="store_const", const="true", help="the same as --size true")
     parser.add_argument("--dtype", choices=(*DTYPES, "mixed"), default="fp16")
@@ -373,7 +385,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     chosen = vars(parser.parse_args())
     if (chosen["family"], chosen["size"]) not in ARCHITECTURES:
-        parser.error("--size host is for --family sd1")
+        parser.error("--size host is for --family sd1 and sd2")
     chosen["metadata"] = dict(pair.partition("=")[::2] for pair in chosen["metadata"])
     chosen["marks"] = tuple(chosen["marks"])
     path = make(chosen.pop("output"), chosen.pop("family"), **chosen)

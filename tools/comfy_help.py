@@ -15,12 +15,15 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "comfy_nodes" / "web" / "docs"
 MORE = {  # what a page says beyond the node's own words
     "SalUnConcept": "Wire one SalUn Concept into the next to forget several at once.",
+    "SalUnOptions": "Numbers just below an option's range (0 or −1, their default) are taken from the model's recipe. "
+    "Where ComfyUI was started with --lowvram or --novram, low_vram is on.",
     "SalUnTrainingData": "Sampled latents are kept in ComfyUI's user folder (`user/salun/cache`, or SALUN_CACHE; "
     "SALUN_CACHE_SIZE limits it), so that another run with the same model, prompts and seed samples nothing.",
-    "SalUnErase": "Interrupt stops it within a step and leaves the graph as it was. The seed has no control after "
-    "generate, since another seed trains again. A LoRA before this node is part of the model that is erased; patches "
-    "that are no weights (FreeU, attention patches, hooks) do not count. On an out of memory error lower batch_size, "
-    "or switch low_vram on.",
+    "SalUnErase": "Interrupt stops it within a step and leaves the graph as it was; queued again with the same inputs, "
+    "it goes on where it stopped. The seed has no control after generate, since another seed trains again. A LoRA "
+    "before this node is part of the model that is erased; patches that are no weights (FreeU, attention patches, "
+    "hooks) do not count. Previews and pictures of sensitive concepts are blurred unless SalUn Options has "
+    "show_sensitive on. On an out of memory error lower batch_size, or switch low_vram on in SalUn Options.",
     "SalUnSaveErasedCheckpoint": "EMA copies of the weights are left out, since they still hold the concept.",
     "SalUnSaveAsLora": "A low-rank file of a dense erasure loses much of it: look at the share that is told, and try "
     "the result. The checkpoint or the delta loses nothing.",

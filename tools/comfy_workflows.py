@@ -78,6 +78,7 @@ def sampled(text: str, models: dict[str, tuple[str, int]], x: int, y: int, save:
 
 CONCEPT: Graph = {"concept": ("SalUnConcept", (0, 180), {"preset": "van gogh", "retain_prompts": ""})}
 PARTS = {"model": ("@load", 0), "clip": ("@load", 1)}
+WHAT = {"concept": ("@concept", 0), "options": ("@options", 0)}
 WORKFLOWS: dict[str, Graph] = {
     "erase_a_concept": {
         **LOADER,
@@ -99,18 +100,19 @@ WORKFLOWS: dict[str, Graph] = {
     "mask_and_data": {
         **LOADER,
         **CONCEPT,
-        "data": ("SalUnTrainingData", (420, 0), {**PARTS, "concept": ("@concept", 0)}),
-        "mask": ("SalUnSaliencyMask", (420, 620), {**PARTS, "concept": ("@concept", 0), "data": ("@data", 0)}),
-        "heatmap": ("SalUnMaskHeatmap", (860, 900), {"mask": ("@mask", 0)}),
-        "show heatmap": ("PreviewImage", (1300, 900), {"images": ("@heatmap", 0)}),
-        "keep mask": ("SalUnSaveMask", (860, 1060), {"mask": ("@mask", 0), "filename_prefix": "mask"}),
+        "options": ("SalUnOptions", (0, 420), {}),
+        "data": ("SalUnTrainingData", (420, 0), {**PARTS, **WHAT}),
+        "mask": ("SalUnSaliencyMask", (420, 360), {**PARTS, **WHAT, "data": ("@data", 0)}),
+        "heatmap": ("SalUnMaskHeatmap", (860, 460), {"mask": ("@mask", 0)}),
+        "show heatmap": ("PreviewImage", (1380, 660), {"images": ("@heatmap", 0)}),
+        "keep mask": ("SalUnSaveMask", (860, 600), {"mask": ("@mask", 0), "filename_prefix": "mask"}),
         "erase": (
             "SalUnErase",
             (860, 0),
             {
                 **PARTS,
+                **WHAT,
                 "vae": ("@load", 2),
-                "concept": ("@concept", 0),
                 "given_mask": ("@mask", 0),
                 "given_data": ("@data", 0),
                 "eval_images": 0,
@@ -124,13 +126,13 @@ WORKFLOWS: dict[str, Graph] = {
                 "after": ("@erase", 0),
                 "clip": ("@load", 1),
                 "vae": ("@load", 2),
-                "concept": ("@concept", 0),
+                **WHAT,
             },
         ),
         "show pictures": ("PreviewImage", (1820, 0), {"images": ("@evaluate", 0)}),
         "keep lora": (
             "SalUnSaveAsLora",
-            (1380, 560),
+            (1380, 360),
             {"model": ("@load", 0), "delta": ("@erase", 1), "filename_prefix": "erased"},
         ),
     },

@@ -149,6 +149,14 @@ def add_noise(denoiser: Denoiser, x_0: Tensor, noise: Tensor, t: Tensor) -> Tens
     return a.sqrt() * x_0 + (1 - a).sqrt() * noise
 
 
+def implied_x_0(denoiser: Denoiser, x_t: Tensor, said: Tensor, t: Tensor) -> Tensor:
+    """The x_0 that the network's output on x_t stands for: DDPM eq. 15 for ε, √ᾱ_t·x_t − √(1−ᾱ_t)·v for v."""
+    a = denoiser.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
+    if denoiser.prediction_type == "epsilon":
+        return (x_t - (1 - a).sqrt() * said) / a.sqrt()
+    return a.sqrt() * x_t - (1 - a).sqrt() * said
+
+
 def training_target(denoiser: Denoiser, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the network is trained to say: ε, or v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (Salimans & Ho 2022, appendix D)."""
     if denoiser.prediction_type == "epsilon":

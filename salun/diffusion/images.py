@@ -144,7 +144,14 @@ def _read(path: Path, side: int) -> tuple[np.ndarray, list[str]]:
         raise DataError(f"tiny (less than {-(-side // 4)} pixels), left out")
     if short < side:
         traits.append(f"enlarged to {side} pixels")
-    return np.array(ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS)), traits
+    return square(upright, side), traits
+
+
+def square(picture: Any, side: int) -> np.ndarray:
+    """The central square of a PIL picture in RGB at this side: uint8 (side, side, 3)."""
+    from PIL import Image, ImageOps
+
+    return np.array(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
 
 
 def _rgb(image: Any) -> Any:

@@ -40,7 +40,7 @@ def grids(
     if not k:
         return None, None
     made = []
-    for i, blur in enumerate(_blurred(plan)):
+    for i, blur in enumerate(blurred(plan)):
         rows = slice(i * asked.each, i * asked.each + k)
         texts = [p.text for p in asked.forget[rows]]
         made.append(picture.grid(before.forget[rows], after.forget[rows], texts, blur=blur))
@@ -48,7 +48,8 @@ def grids(
     return picture.stack(*made), picture.grid(before.retain[:k], after.retain[:k], texts)
 
 
-def _blurred(plan: Plan) -> list[bool]:
+def blurred(plan: Plan) -> list[bool]:
+    """For each concept, whether its pictures are blurred."""
     return [concept.sensitive and not plan.options.show_sensitive for concept in plan.concepts]
 
 
@@ -97,7 +98,7 @@ class Run:
                 picture.png_bytes(forget) if forget is not None else None,
                 picture.png_bytes(retain) if retain is not None else None,
                 layers,
-                blurred=any(_blurred(self.plan)),
+                blurred=any(blurred(self.plan)),
             )
         )
 

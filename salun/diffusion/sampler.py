@@ -30,12 +30,24 @@ def denoise(
     x: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         tick()
-        doubled = scheduler.scale_model_input(torch.cat([x, x]), t)
-        steps = t.to(device=model.device, dtype=torch.long).expand(2 * n)
-        conditional, unconditional = model.predict(doubled, steps, conditioning).chunk(2)
-        guided = unconditional + settings.guidance * (conditional - unconditional)
-        x = scheduler.step(guided, t, x).prev_sample
+        steps = t.to(device=model.device, dtype=torch.long).expand(n)
+        said = guided(model, scheduler.scale_model_input(x, t), steps, conditioning, settings.guidance)
+        x = scheduler.step(said, t, x).prev_sample
     return x
+
+
+def guided(model: Denoiser, x_t: Tensor, t: Tensor, both: Conditioning, scale: float) -> Tensor:
+    """The network's output under classifier-free guidance (Ho & Salimans 2022): u + s·(c − u), both in one batch.
+
+    x_t: (n, c, h, w). t: (n,). both: (2n,), the prompts and then what guidance leads away from.
+    """
+    asked, unasked = model.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return unasked + scale * (asked - unasked)
+
+
+def trailing(steps: int, total: int) -> Tensor:
+    """Timesteps of a sampler, int64 (steps,), from the last one down ("trailing": Lin et al. 2024, table 2)."""
+    return (torch.arange(steps) * -(total / steps) + total).round().long() - 1
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:

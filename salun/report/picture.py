@@ -92,6 +92,15 @@ def densities(counts: Mapping[str, tuple[int, int]]) -> np.ndarray:
     return np.asarray(sheet)
 
 
+def blurred(picture: Image.Image, side: int = TILE) -> Image.Image:
+    """A square of which nothing of the scene is left to recognise, or to recover from the file: to 8×8 and back."""
+    return (
+        picture.resize((8, 8), Image.Resampling.BOX)
+        .resize((side, side), Image.Resampling.BICUBIC)
+        .filter(ImageFilter.GaussianBlur(8))
+    )
+
+
 def png_bytes(picture: np.ndarray) -> bytes:
     """A uint8 picture (h, w, 3) as PNG."""
     buffer = io.BytesIO()
@@ -101,12 +110,8 @@ def png_bytes(picture: np.ndarray) -> bytes:
 
 def _tile(picture: np.ndarray, blur: bool, side: int = TILE) -> Image.Image:
     image = Image.fromarray(picture)
-    if blur:  # to 8×8 and back: nothing of the scene is left to recognise, or to recover from the file
-        return (
-            image.resize((8, 8), Image.Resampling.BOX)
-            .resize((side, side), Image.Resampling.BICUBIC)
-            .filter(ImageFilter.GaussianBlur(8))
-        )
+    if blur:
+        return blurred(image, side)
     small = picture.shape[0] < side
     return image.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
