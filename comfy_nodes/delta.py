@@ -11,7 +11,7 @@ from torch import Tensor
 
 from salun import deltas
 from salun.diffusion.output import DELTA as DELTA_ENDING
-from salun.diffusion.output import DIFF, LORA, write_stock
+from salun.diffusion.output import DIFF, LORA, stock_notes, write_stock
 from salun.errors import ConfigError, ModelError
 from salun.formats import stacking
 from salun.formats.applied import OURS
@@ -20,8 +20,8 @@ from salun.formats.stacking import STRENGTHS, OtherBase, Stacked
 
 from .inputs import in_inputs_names, prefix, wires
 from .kinds import DELTA, Node
-from .model import family_of, release
-from .places import chosen, output_path, saved, state_of
+from .model import family_of, release, schedule_keys
+from .places import chosen, output_path, saved, state_of, validated
 from .progress import Bar
 from .weights import Weights, holds, patched
 from .work import computes
@@ -105,6 +105,10 @@ class SalUnSaveDelta(Node):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {**wires("delta"), **prefix("erased")}}
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        return validated(filename_prefix, "salun")
+
     def run(self, delta: Delta, filename_prefix: str) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "salun", DELTA_ENDING)
         delta.save(path)
@@ -141,6 +145,14 @@ class SalUnSaveErasedCheckpoint(Node):
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None, ckpt_name: str | None = None) -> bool | str:
+        def found() -> None:
+            if ckpt_name is not None:
+                checkpoint(ckpt_name)
+
+        return validated(filename_prefix, "checkpoints", found)
+
     @computes
     def run(
         self, delta: Delta, ckpt_name: str, filename_prefix: str, model: Any = None, clip: Any = None, vae: Any = None
@@ -159,7 +171,8 @@ class SalUnSaveErasedCheckpoint(Node):
                 ) from error
             if not holds(model, delta):
                 raise ModelError(
-                    "the connected model does not hold this erasure: connect the MODEL of SalUn Erase"
+                    "the connected model does not hold this erasure in full (strength 1 in all, and no merge after "
+                    "it): connect the MODEL of SalUn Erase"
                 ) from error
             _by_stock_saver(path, model, clip, vae, delta)
             told = f"{name}: written by ComfyUI's own saver, since {ckpt_name} is not what this was erased from"
@@ -210,6 +223,10 @@ class SalUnSaveAsLora(Node):
             }
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        return validated(filename_prefix, "loras")
+
     @computes
     def run(
         self, model: Any, delta: Delta, kind: str, energy: float, rank: int, filename_prefix: str
@@ -217,9 +234,9 @@ class SalUnSaveAsLora(Node):
         path, name = output_path(filename_prefix, "loras", LORA if kind == "low rank" else DIFF)
         family_of(model)
         base = base_of(model, delta)
-        notes = {key: value for key, value in delta.metadata.items() if key.startswith(OURS)}
-        by = {"rank": rank} if rank else {"energy": energy}
-        account = write_stock(path, base, Stacked(base, ((delta, 1.0),)), notes, **(by if kind == "low rank" else {}))
+        by = ({"rank": rank} if rank else {"energy": energy}) if kind == "low rank" else {}
+        bar = Bar({"comparing": len(delta.names), **({} if by else {"writing": len(delta.names)})})
+        account = write_stock(path, base, Stacked(base, ((delta, 1.0),)), stock_notes(delta), progress=bar, **by)
         told = f"{name}: {account.total.share:.1%} of the difference kept" if account else f"{name}: every difference"
         return {"ui": {"text": [told]}, "result": (name, told)}
 
@@ -262,7 +279,7 @@ def _by_stock_saver(path: Path, model: Any, clip: Any, vae: Any, delta: Delta) -
     part = path.with_name(f".{path.name}.tmp")
     try:
         with torch.inference_mode():
-            save_checkpoint(str(part), model, clip, vae, metadata=notes)
+            save_checkpoint(str(part), model, clip, vae, metadata=notes, extra_keys=schedule_keys(model))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
