@@ -27,6 +27,8 @@ from .weights import Weights, holds, patched
 from .work import computes
 
 ITSELF = "(the model itself)"
+ENDING = ".safetensors"
+UNWIRED = "unwired"  # of an optional input, when ComfyUI asks whether the inputs are valid; a wired one is None then
 STRENGTH = {"default": 1.0, "min": STRENGTHS[0], "max": STRENGTHS[1], "step": 0.05}
 
 
@@ -134,22 +136,29 @@ class SalUnSaveErasedCheckpoint(Node):
                 **wires("delta"),
                 "ckpt_name": (
                     checkpoints(),
-                    {"tooltip": "The checkpoint that was loaded; it is copied, never changed."},
+                    {"tooltip": "The checkpoint that was loaded; it is copied, never changed. Only .safetensors is."},
                 ),
                 **prefix("erased"),
             },
             "optional": {
-                "model": ("MODEL", {"tooltip": "Only for graphs with other patches: the erased model."}),
-                "clip": ("CLIP", {"tooltip": "Only for graphs with other patches."}),
-                "vae": ("VAE", {"tooltip": "Only for graphs with other patches."}),
+                "model": ("MODEL", {"tooltip": "For graphs with other patches, or another format: the erased model."}),
+                "clip": ("CLIP", {"tooltip": "For graphs with other patches, or another format."}),
+                "vae": ("VAE", {"tooltip": "For graphs with other patches, or another format."}),
             },
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None, ckpt_name: str | None = None) -> bool | str:
+    def VALIDATE_INPUTS(
+        cls,
+        filename_prefix: str | None = None,
+        ckpt_name: str | None = None,
+        model: Any = UNWIRED,
+        clip: Any = UNWIRED,
+        vae: Any = UNWIRED,
+    ) -> bool | str:
         def found() -> None:
             if ckpt_name is not None:
-                checkpoint(ckpt_name)
+                _source(ckpt_name, UNWIRED not in (model, clip, vae))
 
         return validated(filename_prefix, "checkpoints", found)
 
@@ -158,24 +167,22 @@ class SalUnSaveErasedCheckpoint(Node):
         self, delta: Delta, ckpt_name: str, filename_prefix: str, model: Any = None, clip: Any = None, vae: Any = None
     ) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "checkpoints", ".safetensors")
-        source = checkpoint(ckpt_name)
+        wired = model is not None and clip is not None and vae is not None
+        source = _source(ckpt_name, wired)
+        if source.suffix != ENDING:
+            told = _by_stock_saver(path, name, model, clip, vae, delta, f"{ckpt_name} is no {ENDING} file")
+            return {"ui": {"text": [told]}, "result": (name, told)}
         try:
             made = deltas.stack(str(source), [delta], str(path), progress=Bar({"writing": len(delta.names)}))
         except OtherBase as error:
-            if model is None or clip is None or vae is None:
+            if not wired:
                 raise ModelError(
                     f"{ckpt_name} is not what this was erased from (its hash is {error.found[:12]}…, not "
                     f"{error.due[:12]}…): choose the checkpoint that was loaded. If the graph has other patches, such "
                     "as a LoRA before SalUn Erase, or ComfyUI keeps the model in another dtype, connect model, clip "
                     "and vae"
                 ) from error
-            if not holds(model, delta):
-                raise ModelError(
-                    "the connected model does not hold this erasure in full (strength 1 in all, and no merge after "
-                    "it): connect the MODEL of SalUn Erase"
-                ) from error
-            _by_stock_saver(path, model, clip, vae, delta)
-            told = f"{name}: written by ComfyUI's own saver, since {ckpt_name} is not what this was erased from"
+            told = _by_stock_saver(path, name, model, clip, vae, delta, f"{ckpt_name} is not what this was erased from")
         else:
             notes = map(in_inputs_names, made["notes"])
             told = "; ".join([f"{name}: {ckpt_name} with {len(delta.names)} tensors changed", *notes])
@@ -271,10 +278,31 @@ def checkpoint(name: str) -> Path:
     return Path(found)
 
 
-def _by_stock_saver(path: Path, model: Any, clip: Any, vae: Any, delta: Delta) -> None:
+def _source(name: str, wired: bool) -> Path:
+    """The checkpoint to patch; where model, clip and vae are wired, one of another format too. Raises ConfigError."""
+    import folder_paths
+
+    found = folder_paths.get_full_path("checkpoints", name)
+    if found is None or name.endswith(ENDING):
+        return checkpoint(name)
+    if not wired:
+        raise ConfigError(
+            f"{name} is no {ENDING} file, and no other is patched: connect model, clip and vae, and ComfyUI's own "
+            "saver writes them"
+        )
+    return Path(found)
+
+
+def _by_stock_saver(path: Path, name: str, model: Any, clip: Any, vae: Any, delta: Delta, why: str) -> str:
+    """Have ComfyUI write the graph's model; returns a line that says so. Raises ModelError for one not erased."""
     import torch
     from comfy.sd import save_checkpoint
 
+    if not holds(model, delta):
+        raise ModelError(
+            "the connected model does not hold this erasure in full (strength 1 in all, and no merge after it): "
+            "connect the MODEL of SalUn Erase"
+        )
     notes = {key: value for key, value in delta.metadata.items() if key.startswith(OURS)}
     part = path.with_name(f".{path.name}.tmp")
     try:
@@ -284,3 +312,4 @@ def _by_stock_saver(path: Path, model: Any, clip: Any, vae: Any, delta: Delta) -
     finally:
         part.unlink(missing_ok=True)
         release()
+    return f"{name}: written by ComfyUI's own saver, since {why}"

@@ -66,10 +66,12 @@ class SalUnSaliencyMask(Node):
         key = record_of("mask", graph, plan, data).fingerprint
         mask = cache().load(key, _kept)
         if mask is None:
-            sampled = 0 if data else samples_drawn(plan, forget_only=True)
+            sampled = samples_drawn(plan, forget_only=True) if data is None and plan.by_saliency else 0
             bar = Bar({"sampling": sampled, "saliency": saliency_steps(plan, data)})
             with prepared(graph, plan):
-                lent = data.on(graph.device) if data else sample_data(graph, plan, bar, True, cache())
+                lent = data.on(graph.device) if data is not None else None
+                if sampled:
+                    lent = sample_data(graph, plan, bar, True, cache())
                 mask, told = find_mask(graph, lent, plan, bar)
             mask = Mask(mask.bits, mask.shapes, {**mask.metadata, "warnings": "; ".join(told["warnings"])})
             held = Mask(mask.bits, mask.shapes, {**mask.metadata, DIGEST: digest(mask)})

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import os
+import runpy
 import sys
 import traceback
 import types
@@ -1064,3 +1065,60 @@ def test_deterministic_prepares_cublas(
     parts = {"model": Patcher(), "clip": Clip(), "concept": concept(), "options": options(deterministic=asked)}
     call("SalUnTrainingData", **parts)
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == found
+
+
+def test_an_interrupt_on_a_full_disk_is_an_interrupt(
+    host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    erased(Patcher(), steps=6)
+    wanted = len(host.bar)
+    for path, _, _ in cache().entries():
+        path.unlink()
+    host.bar.clear()
+    host.interrupt_at = wanted - 2
+    full = lambda path: types.SimpleNamespace(free=0 if len(host.bar) >= wanted - 2 else 10**12)  # noqa: E731
+    monkeypatch.setattr(places.shutil, "disk_usage", full)
+    with pytest.raises(Interrupt):
+        erased(Patcher(), steps=6)
+    assert "the state to go on from is not saved" in caplog.text and "run.json is as it was" in caplog.text
+
+
+def test_a_checkpoint_of_another_format_goes_through_the_stock_saver(host: Any, stock_saves: list[Any]) -> None:
+    (host.root / "old.ckpt").write_bytes(b"x")
+    model = Patcher()
+    after, delta, _, _ = erased(model)
+    parts = {"delta": delta, "ckpt_name": "old.ckpt", "filename_prefix": "new"}
+    wires = {"model": after, "clip": Clip(), "vae": Vae()}
+    made: Any = NODE_CLASS_MAPPINGS["SalUnSaveErasedCheckpoint"]
+    linked: dict[str, Any] = dict.fromkeys(wires)  # what ComfyUI says of links before anything runs
+    assert made.VALIDATE_INPUTS("new", "old.ckpt", **linked) is True
+    for missing in wires:
+        some = {name: value for name, value in linked.items() if name != missing}
+        assert "connect model, clip and vae" in made.VALIDATE_INPUTS("new", "old.ckpt", **some)
+        with pytest.raises(SalunError, match="connect model, clip and vae"):
+            call("SalUnSaveErasedCheckpoint", **parts, **{n: v for n, v in wires.items() if n != missing})
+    with pytest.raises(SalunError, match="does not hold this erasure"):
+        call("SalUnSaveErasedCheckpoint", **parts, **{**wires, "model": model})
+    assert not stock_saves
+    name, told = call("SalUnSaveErasedCheckpoint", **parts, **wires)
+    assert len(stock_saves) == 1 and name == "new_00001_.safetensors" and "old.ckpt is no .safetensors file" in told
+
+
+@pytest.mark.parametrize("mask", ["random", "full"])
+def test_a_mask_that_no_gradient_finds_needs_no_samples(host: Any, mask: str) -> None:
+    parts = {"model": Patcher(), "clip": Clip(), "concept": concept(), "options": options()}
+    found, _ = call("SalUnSaliencyMask", **parts, mask=mask, density=0.2)
+    assert not host.bar and found.density == pytest.approx(1.0 if mask == "full" else 0.2, abs=1e-4)
+
+
+def test_a_delta_that_is_too_large_for_the_cache_is_told(
+    host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SALUN_CACHE_SIZE", "10KB")
+    erased(Patcher())
+    assert "MB are not kept" in caplog.text and "SALUN_CACHE_SIZE" in caplog.text
+
+
+def test_the_installer_asks_for_what_the_nodes_import() -> None:
+    asked = runpy.run_path(str(ROOT / "install.py"))["NEEDED"]
+    assert {"torch", "filelock", "numpy", "PIL", "yaml", "psutil", "safetensors"} == set(asked)
