@@ -8,7 +8,15 @@ from __future__ import annotations
 import importlib.util
 
 # module → the package that brings it
-NEEDED = {"torch": "torch", "numpy": "numpy", "safetensors": "safetensors", "PIL": "pillow", "yaml": "pyyaml"}
+NEEDED = {
+    "torch": "torch",
+    "numpy": "numpy",
+    "safetensors": "safetensors",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "psutil": "psutil",
+    "filelock": "filelock",
+}
 
 
 def missing() -> list[str]:

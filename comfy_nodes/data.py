@@ -94,7 +94,8 @@ class SalUnTrainingData(Node):
             )
             bar = Bar({"sampling": samples_drawn(plan, len(forget) if forget is not None else 0)})
             made = sample_data(graph, plan, bar, cache=cache(), given=own)
-        return (Data(tuple(c.name for c in plan.concepts), moved(made, "cpu")),)
+        names, anchors = tuple(c.name for c in plan.concepts), tuple(c.anchor for c in plan.concepts)
+        return (Data(names, moved(made, "cpu"), graph.family, anchors, plan.prompts.digest),)
 
 
 def _latents(

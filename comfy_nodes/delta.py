@@ -11,7 +11,7 @@ from torch import Tensor
 
 from salun import deltas
 from salun.diffusion.output import DELTA as DELTA_ENDING
-from salun.diffusion.output import DIFF, LORA, write_stock
+from salun.diffusion.output import DIFF, LORA, stock_notes, write_stock
 from salun.errors import ConfigError, ModelError
 from salun.formats import stacking
 from salun.formats.applied import OURS
@@ -20,13 +20,15 @@ from salun.formats.stacking import STRENGTHS, OtherBase, Stacked
 
 from .inputs import in_inputs_names, prefix, wires
 from .kinds import DELTA, Node
-from .model import family_of, release
-from .places import chosen, output_path, saved, state_of
+from .model import family_of, release, schedule_keys
+from .places import chosen, output_path, saved, state_of, validated
 from .progress import Bar
 from .weights import Weights, holds, patched
 from .work import computes
 
 ITSELF = "(the model itself)"
+ENDING = ".safetensors"
+UNWIRED = "unwired"  # of an optional input, when ComfyUI asks whether the inputs are valid; a wired one is None then
 STRENGTH = {"default": 1.0, "min": STRENGTHS[0], "max": STRENGTHS[1], "step": 0.05}
 
 
@@ -105,6 +107,10 @@ class SalUnSaveDelta(Node):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {**wires("delta"), **prefix("erased")}}
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        return validated(filename_prefix, "salun")
+
     def run(self, delta: Delta, filename_prefix: str) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "salun", DELTA_ENDING)
         delta.save(path)
@@ -130,39 +136,53 @@ class SalUnSaveErasedCheckpoint(Node):
                 **wires("delta"),
                 "ckpt_name": (
                     checkpoints(),
-                    {"tooltip": "The checkpoint that was loaded; it is copied, never changed."},
+                    {"tooltip": "The checkpoint that was loaded; it is copied, never changed. Only .safetensors is."},
                 ),
                 **prefix("erased"),
             },
             "optional": {
-                "model": ("MODEL", {"tooltip": "Only for graphs with other patches: the erased model."}),
-                "clip": ("CLIP", {"tooltip": "Only for graphs with other patches."}),
-                "vae": ("VAE", {"tooltip": "Only for graphs with other patches."}),
+                "model": ("MODEL", {"tooltip": "For graphs with other patches, or another format: the erased model."}),
+                "clip": ("CLIP", {"tooltip": "For graphs with other patches, or another format."}),
+                "vae": ("VAE", {"tooltip": "For graphs with other patches, or another format."}),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        filename_prefix: str | None = None,
+        ckpt_name: str | None = None,
+        model: Any = UNWIRED,
+        clip: Any = UNWIRED,
+        vae: Any = UNWIRED,
+    ) -> bool | str:
+        def found() -> None:
+            if ckpt_name is not None:
+                _source(ckpt_name, UNWIRED not in (model, clip, vae))
+
+        return validated(filename_prefix, "checkpoints", found)
 
     @computes
     def run(
         self, delta: Delta, ckpt_name: str, filename_prefix: str, model: Any = None, clip: Any = None, vae: Any = None
     ) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "checkpoints", ".safetensors")
-        source = checkpoint(ckpt_name)
+        wired = model is not None and clip is not None and vae is not None
+        source = _source(ckpt_name, wired)
+        if source.suffix != ENDING:
+            told = _by_stock_saver(path, name, model, clip, vae, delta, f"{ckpt_name} is no {ENDING} file")
+            return {"ui": {"text": [told]}, "result": (name, told)}
         try:
             made = deltas.stack(str(source), [delta], str(path), progress=Bar({"writing": len(delta.names)}))
         except OtherBase as error:
-            if model is None or clip is None or vae is None:
+            if not wired:
                 raise ModelError(
                     f"{ckpt_name} is not what this was erased from (its hash is {error.found[:12]}…, not "
                     f"{error.due[:12]}…): choose the checkpoint that was loaded. If the graph has other patches, such "
                     "as a LoRA before SalUn Erase, or ComfyUI keeps the model in another dtype, connect model, clip "
                     "and vae"
                 ) from error
-            if not holds(model, delta):
-                raise ModelError(
-                    "the connected model does not hold this erasure: connect the MODEL of SalUn Erase"
-                ) from error
-            _by_stock_saver(path, model, clip, vae, delta)
-            told = f"{name}: written by ComfyUI's own saver, since {ckpt_name} is not what this was erased from"
+            told = _by_stock_saver(path, name, model, clip, vae, delta, f"{ckpt_name} is not what this was erased from")
         else:
             notes = map(in_inputs_names, made["notes"])
             told = "; ".join([f"{name}: {ckpt_name} with {len(delta.names)} tensors changed", *notes])
@@ -210,6 +230,10 @@ class SalUnSaveAsLora(Node):
             }
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        return validated(filename_prefix, "loras")
+
     @computes
     def run(
         self, model: Any, delta: Delta, kind: str, energy: float, rank: int, filename_prefix: str
@@ -217,9 +241,9 @@ class SalUnSaveAsLora(Node):
         path, name = output_path(filename_prefix, "loras", LORA if kind == "low rank" else DIFF)
         family_of(model)
         base = base_of(model, delta)
-        notes = {key: value for key, value in delta.metadata.items() if key.startswith(OURS)}
-        by = {"rank": rank} if rank else {"energy": energy}
-        account = write_stock(path, base, Stacked(base, ((delta, 1.0),)), notes, **(by if kind == "low rank" else {}))
+        by = ({"rank": rank} if rank else {"energy": energy}) if kind == "low rank" else {}
+        bar = Bar({"comparing": len(delta.names), **({} if by else {"writing": len(delta.names)})})
+        account = write_stock(path, base, Stacked(base, ((delta, 1.0),)), stock_notes(delta), progress=bar, **by)
         told = f"{name}: {account.total.share:.1%} of the difference kept" if account else f"{name}: every difference"
         return {"ui": {"text": [told]}, "result": (name, told)}
 
@@ -254,16 +278,38 @@ def checkpoint(name: str) -> Path:
     return Path(found)
 
 
-def _by_stock_saver(path: Path, model: Any, clip: Any, vae: Any, delta: Delta) -> None:
+def _source(name: str, wired: bool) -> Path:
+    """The checkpoint to patch; where model, clip and vae are wired, one of another format too. Raises ConfigError."""
+    import folder_paths
+
+    found = folder_paths.get_full_path("checkpoints", name)
+    if found is None or name.endswith(ENDING):
+        return checkpoint(name)
+    if not wired:
+        raise ConfigError(
+            f"{name} is no {ENDING} file, and no other is patched: connect model, clip and vae, and ComfyUI's own "
+            "saver writes them"
+        )
+    return Path(found)
+
+
+def _by_stock_saver(path: Path, name: str, model: Any, clip: Any, vae: Any, delta: Delta, why: str) -> str:
+    """Have ComfyUI write the graph's model; returns a line that says so. Raises ModelError for one not erased."""
     import torch
     from comfy.sd import save_checkpoint
 
+    if not holds(model, delta):
+        raise ModelError(
+            "the connected model does not hold this erasure in full (strength 1 in all, and no merge after it): "
+            "connect the MODEL of SalUn Erase"
+        )
     notes = {key: value for key, value in delta.metadata.items() if key.startswith(OURS)}
     part = path.with_name(f".{path.name}.tmp")
     try:
         with torch.inference_mode():
-            save_checkpoint(str(part), model, clip, vae, metadata=notes)
+            save_checkpoint(str(part), model, clip, vae, metadata=notes, extra_keys=schedule_keys(model))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
         release()
+    return f"{name}: written by ComfyUI's own saver, since {why}"

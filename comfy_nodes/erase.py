@@ -87,18 +87,19 @@ class SalUnErase(Node):
     ) -> tuple[Any, Delta, Tensor, str]:
         wanted = as_started(options_of(given, options))
         check_optimiser(wanted.optimiser)
-        check_data(given_data, concept)
         graph = GraphModel(model, clip, vae, wanted.dtype)
         plan = plan_of(graph, concept, wanted)
+        check_data(given_data, graph, plan)
         record = record_of("erasure", graph, plan, given_data, given_mask)
         kept = _kept(record.fingerprint, graph, plan)
         if kept is None:
             bar = Bar(stages(plan, given_data, given_mask is not None))
-            with resumable(record, graph, plan), prepared(graph, plan):
-                data = given_data.on(graph.device) if given_data else sample_data(graph, plan, bar, cache=cache())
-                bar.preview = Preview(graph, plan, data)
-                run = carry_out(graph, plan, record, bar, cache(), data, given_mask)
-            kept = _keep(record.fingerprint, run)
+            with resumable(record, graph, plan):
+                with prepared(graph, plan):
+                    data = given_data.on(graph.device) if given_data else sample_data(graph, plan, bar, cache=cache())
+                    bar.preview = Preview(graph, plan, data)
+                    run = carry_out(graph, plan, record, bar, cache(), data, given_mask)
+                kept = _keep(record.fingerprint, run)  # first, and only then is the state let go
         delta, picture, figures = kept
         return patched(model, delta, graph.original()), delta, picture, figures
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from salun.diffusion.erase import prepared
 from salun.diffusion.observe import Observation, compare, observe, questions
 from salun.diffusion.result import grids
+from salun.errors import ConfigError
 from salun.report.picture import stack
 
 from .inputs import inputs, options_of, wires
 from .kinds import Chosen, Concepts, Node
-from .model import GraphModel, as_started
+from .model import GraphModel, as_started, family_of
 from .places import cache
 from .progress import Bar
 from .work import computes, image, plan_of, written
@@ -53,6 +54,9 @@ class SalUnEvaluate(Node):
         options: Chosen | None = None,
         **given: Any,
     ) -> tuple[Tensor, str]:
+        families = family_of(before), family_of(after)
+        if families[0] != families[1]:
+            raise ConfigError(f"before is a MODEL of {families[0]}, after one of {families[1]}: only one kind compares")
         wanted = as_started(options_of(given, options))
         plan, asked, seen = None, None, []
         n = 0

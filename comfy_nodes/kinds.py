@@ -28,10 +28,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Data:
-    """SALUN_DATA: latents and encoded prompts, in host memory; names: of the concepts they are of."""
+    """SALUN_DATA: latents and encoded prompts, in host memory.
+
+    names, anchors: of the concepts they are of. family: of the model that they were made with. prompts: a digest of
+    all the prompts.
+    """
 
     names: tuple[str, ...]
     content: ErasureData
+    family: str
+    anchors: tuple[str | None, ...]
+    prompts: str
 
     @property
     def digest(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from salun.diffusion.data import sample_data
 from salun.diffusion.erase import find_mask, prepared
+from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, MaskError
 from salun.mask import Mask
 from salun.report.picture import densities
@@ -17,7 +18,7 @@ from salun.report.picture import densities
 from .inputs import inputs, options_of, prefix, wires
 from .kinds import DATA, MASK, Chosen, Concepts, Data, Node
 from .model import GraphModel, as_started
-from .places import cache, chosen, output_path, saved, state_of
+from .places import cache, chosen, output_path, saved, state_of, validated
 from .progress import Bar
 from .work import computes, digest, image, plan_of, record_of, saliency_steps, samples_drawn
 
@@ -61,14 +62,16 @@ class SalUnSaliencyMask(Node):
         wanted = as_started(options_of(given, options))
         graph = GraphModel(model, clip, dtype=wanted.dtype)
         plan = plan_of(graph, concept, wanted)
-        check_data(data, concept)
+        check_data(data, graph, plan)
         key = record_of("mask", graph, plan, data).fingerprint
         mask = cache().load(key, _kept)
         if mask is None:
-            sampled = 0 if data else samples_drawn(plan, forget_only=True)
+            sampled = samples_drawn(plan, forget_only=True) if data is None and plan.by_saliency else 0
             bar = Bar({"sampling": sampled, "saliency": saliency_steps(plan, data)})
             with prepared(graph, plan):
-                lent = data.on(graph.device) if data else sample_data(graph, plan, bar, True, cache())
+                lent = data.on(graph.device) if data is not None else None
+                if sampled:
+                    lent = sample_data(graph, plan, bar, True, cache())
                 mask, told = find_mask(graph, lent, plan, bar)
             mask = Mask(mask.bits, mask.shapes, {**mask.metadata, "warnings": "; ".join(told["warnings"])})
             held = Mask(mask.bits, mask.shapes, {**mask.metadata, DIGEST: digest(mask)})
@@ -123,6 +126,10 @@ class SalUnSaveMask(Node):
                 **prefix("mask"),
             }
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        return validated(filename_prefix, "salun")
 
     def run(self, mask: Mask, filename_prefix: str) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "salun", ".mask.safetensors")
@@ -180,8 +187,32 @@ def summary(mask: Mask) -> str:
     return f"{mask.selected:,} of {mask.total:,} weights ({mask.density:.2%})" + (f"; {odd}" if odd else "")
 
 
-def check_data(data: Data | None, concept: Concepts) -> None:
-    """Raises ConfigError for training data of other concepts."""
-    names = tuple(one.name for one in concept)
-    if data is not None and data.names != names:
+def check_data(data: Data | None, graph: GraphModel, plan: Plan) -> None:
+    """Raises ConfigError for training data of other concepts, prompts or sizes, or of a model of another family."""
+    if data is None:
+        return
+    names, anchors = [c.name for c in plan.concepts], [c.anchor for c in plan.concepts]
+    if list(data.names) != names:
         raise ConfigError(f"the training data are of {', '.join(data.names)}, the concept is {', '.join(names)}")
+    if list(data.anchors) != anchors:
+        raise ConfigError(
+            f"the training data have the anchors {data.anchors}, concept has {tuple(anchors)}: wire one concept to "
+            "SalUn Training Data and to this node"
+        )
+    if data.family != graph.family:
+        raise ConfigError(
+            f"the training data were made with a model of the family {data.family}, this model is {graph.family}: "
+            "wire one model to SalUn Training Data and to this node"
+        )
+    theirs = data.content.forget_latents.shape[-1] * 8
+    ours = graph.settings_with(plan.options).sampling.resolution
+    if theirs != ours:
+        raise ConfigError(
+            f"the training data are of resolution {theirs}, options here of {ours}: wire one SalUn Options to SalUn "
+            "Training Data and to this node"
+        )
+    if data.prompts != plan.prompts.digest:
+        raise ConfigError(
+            "the training data are of other prompts: wire one concept (its retain_prompts) and one SalUn Options (its "
+            "prompt_style) to SalUn Training Data and to this node"
+        )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from salun.device import pick_dtype
+from salun.device import fix_cublas, pick_dtype
 from salun.diffusion.denoiser import Conditioning, implied_x_0
 from salun.diffusion.loading import read_settings
 from salun.diffusion.models import ModelSettings, settings_for
@@ -310,9 +310,14 @@ def _version() -> str:
 
 
 def as_started(options: EraseOptions) -> EraseOptions:
-    """The options, with low_vram where ComfyUI was started with --lowvram or --novram."""
+    """The options, with low_vram where ComfyUI was started with --lowvram or --novram; cuBLAS as `deterministic` asks.
+
+    (That has an effect only where nothing was sampled before on this CUDA device since ComfyUI's start.)
+    """
     from comfy import model_management
 
+    if options.deterministic:
+        fix_cublas()
     state = getattr(getattr(model_management, "vram_state", None), "name", "")
     return replace(options, low_vram=True) if state in ("LOW_VRAM", "NO_VRAM") else options
 
@@ -338,6 +343,18 @@ def _prediction(schedule: Any) -> str:
     if found is None or "ModelSamplingDiscrete" not in kinds or "ModelSamplingDiscreteEDM" in kinds:
         raise ModelError(f"this MODEL samples as {', '.join(kinds[:3])}: salun handles epsilon and v-prediction")
     return found
+
+
+def schedule_keys(model: Any) -> dict[str, Tensor]:
+    """Keys of no content by which loaders know a checkpoint's v-prediction, and that its schedule ends in pure noise.
+
+    Nothing in an SDXL's weights tells either. A MODEL that predicts the noise needs none.
+    """
+    schedule = model.get_model_object("model_sampling")
+    if _prediction(schedule) != "v_prediction":
+        return {}
+    names = ["v_pred", "ztsnr"] if getattr(schedule, "zsnr", False) else ["v_pred"]
+    return {name: torch.empty(0) for name in names}
 
 
 def _attention(plain: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,19 +14,54 @@ from salun.mask import Mask
 from salun.run_record import STATE, alone_in, check_folder
 from salun.training import saved_steps
 
+LONGEST = 200  # bytes of a name that a number and an ending are added to; file systems take 255
+
+
+def checked_prefix(prefix: str, kind: str) -> str:
+    """A prefix as the name that it stands for; touches nothing, so that a bad one is refused before the work.
+
+    kind: "checkpoints", "loras", "salun". Raises ConfigError for a prefix that leads out of `output/<kind>` or that no
+    file can have. (That is a matter of the name: the folders themselves may be links to another disk, as the user has
+    set them up.)
+    """
+    name = prefix.replace("\\", "/").strip()
+    parts = Path(name).parts
+    if not name or name.startswith("/") or name.endswith("/") or ".." in parts or ":" in name:
+        raise ConfigError(f"filename_prefix is {prefix!r}: give a name, or folder/name, inside output/{kind}")
+    if not name.isprintable() or any(len(part.encode()) > LONGEST for part in parts):
+        raise ConfigError(f"filename_prefix is {prefix[:80]!r}: no file can have that name")
+    above = _root(kind)
+    for part in parts[:-1]:
+        above /= part
+        if os.path.lexists(above) and not above.is_dir():
+            raise ConfigError(f"filename_prefix is {prefix!r}: {part!r} in output/{kind} is no folder")
+    return name
+
+
+def validated(prefix: str | None, kind: str, others: Callable[[], object] = lambda: None) -> bool | str:
+    """A saver's answer to ComfyUI's VALIDATE_INPUTS, asked before anything runs: True, or what is wrong.
+
+    prefix: None where another node will give it, in which case it is checked when it is there. others: raises
+    ConfigError if another input is wrong.
+    """
+    try:
+        if prefix is not None:
+            checked_prefix(prefix, kind)
+        others()
+    except ConfigError as error:
+        return str(error)
+    return True
+
 
 def output_path(prefix: str, kind: str, ending: str) -> tuple[Path, str]:
     """A free path in `output/<kind>`, and its name as lists of models show it. Its folder is there afterwards.
 
-    kind: "checkpoints", "loras", "salun". Raises ConfigError for a prefix that leads out of the folder. (That is a
-    matter of the name: the folders themselves may be links to another disk, as the user has set them up.)
+    kind, and ConfigError, as in `checked_prefix`.
     """
     import folder_paths
 
-    root = Path(os.path.abspath(folder_paths.get_output_directory())) / kind
-    name = prefix.replace("\\", "/").strip()
-    if not name or name.startswith("/") or name.endswith("/") or ".." in Path(name).parts or ":" in name:
-        raise ConfigError(f"filename_prefix is {prefix!r}: give a name, or folder/name, inside output/{kind}")
+    root = _root(kind)
+    name = checked_prefix(prefix, kind)
     root.mkdir(parents=True, exist_ok=True)
     folder, base, counter, _, _ = folder_paths.get_save_image_path(name, str(root))
     place = Path(os.path.abspath(folder))
@@ -34,6 +70,12 @@ def output_path(prefix: str, kind: str, ending: str) -> tuple[Path, str]:
     while os.path.lexists(path := place / f"{base}_{counter:05}_{ending}"):
         counter += 1
     return path, path.relative_to(root).as_posix()
+
+
+def _root(kind: str) -> Path:
+    import folder_paths
+
+    return Path(os.path.abspath(folder_paths.get_output_directory())) / kind
 
 
 def saved(kind: str, endings: tuple[str, ...]) -> list[str]:
@@ -89,16 +131,18 @@ def cache() -> Cache:
 def unfinished(fingerprint: str, needed: int) -> Path | None:
     """The folder of an erasure that may be stopped and gone on with, by its record's fingerprint.
 
-    What a stopped one has left there is taken up if it is sound; those of others are removed, for they are large. None
-    without a cache, or where the disk has no room for what is `needed`.
+    What a stopped one has left there is taken up if it is sound, and has its room; those of others are removed, for
+    they are large. None without a cache, where the disk has no room for what is `needed`, or where another ComfyUI is
+    at work on this very erasure.
     """
     store = cache()
     if not store.limit:
         return None
     root = store.folder / "unfinished"
     own = root / fingerprint
+    taken_up = own.is_dir() and _sound(own, fingerprint)
     for other in root.iterdir() if root.is_dir() else ():
-        if other == own and _sound(own, fingerprint):
+        if other == own and taken_up:
             continue
         with suppress(ConfigError):  # another ComfyUI is at work there
             with alone_in(other):
@@ -106,8 +150,11 @@ def unfinished(fingerprint: str, needed: int) -> Path | None:
             shutil.rmtree(other, ignore_errors=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return own if shutil.disk_usage(root).free > needed else None
-    except OSError:
+        if not taken_up and shutil.disk_usage(root).free <= needed:
+            return None
+        with alone_in(own):
+            return own
+    except (OSError, ConfigError):
         return None
 
 

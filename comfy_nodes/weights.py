@@ -111,12 +111,15 @@ def _sparse() -> Any:
     from comfy.weight_adapter import WeightAdapterBase
 
     class SparseDifference(WeightAdapterBase):  # type: ignore[misc]
-        """Adds values at some entries of a weight. weights: (places, values), as `Change` has places."""
+        """Adds values at some entries of a weight.
+
+        weights: (places, values), as `Change` has places. delta: the id of the delta that they are of.
+        """
 
         name = "salun"
 
-        def __init__(self, loaded_keys: set[str], weights: Sequence[Tensor]) -> None:
-            self.loaded_keys, self.weights = loaded_keys, weights
+        def __init__(self, loaded_keys: set[str], weights: Sequence[Tensor], delta: str) -> None:
+            self.loaded_keys, self.weights, self.delta = loaded_keys, weights, delta
 
         def calculate_weight(
             self,
@@ -154,7 +157,7 @@ def patched(model: Any, delta: Delta, base: Mapping[str, Tensor], strength: floa
     patches = {}
     for name, change in delta.changes.items():
         key = keys[name].removeprefix(OUTER)
-        patches[key] = kind({key}, (_places(change), _values(change, base[name])))
+        patches[key] = kind({key}, (_places(change), _values(change, base[name])), delta.id)
     clone = model.clone()
     taken = clone.add_patches(patches, strength, 1.0)
     if len(taken) != len(patches):
@@ -165,14 +168,21 @@ def patched(model: Any, delta: Delta, base: Mapping[str, Tensor], strength: floa
 
 
 def holds(model: Any, delta: Delta) -> bool:
-    """Whether a delta's differences are among a MODEL's patches."""
+    """Whether a MODEL has all of a delta's differences in full: its patches' strengths add up to 1, and none is undone.
+
+    (What a later merge scales or sets anew is no longer the erasure's.)
+    """
     keys = unet_to_ldm(Weights(model, patched=False))
 
-    def has(name: str, change: Change) -> bool:
-        patches = [patch[1] for patch in model.patches.get(keys[name].removeprefix(OUTER), [])]
-        return any(isinstance(p, _sparse()) and torch.equal(p.weights[0], _places(change)) for p in patches)
+    def whole(name: str) -> bool:
+        patches = model.patches.get(keys[name].removeprefix(OUTER), [])
+        own = [i for i, patch in enumerate(patches) if isinstance(patch[1], _sparse()) and patch[1].delta == delta.id]
+        strength = sum(patches[i][0] for i in own)
+        later = patches[own[0] :] if own else []
+        kept = all(scale == 1 and not (isinstance(what, tuple) and what[0] == "set") for _, what, scale, *_ in later)
+        return abs(strength - 1) < 1e-6 and kept
 
-    return all(name in keys and has(name, change) for name, change in delta.changes.items())
+    return all(name in keys and whole(name) for name in delta.changes)
 
 
 def _places(change: Change) -> Tensor:

@@ -69,7 +69,7 @@ def samples_drawn(plan: Plan, own: int = 0, forget_only: bool = False) -> int:
 
 def saliency_steps(plan: Plan, data: Data | None = None) -> int:
     """How many batches `find_mask` goes through; none for a mask that is no saliency's."""
-    if plan.options.method != "salun" or plan.options.mask not in ("saliency", "shuffled"):
+    if not plan.by_saliency:
         return 0
     concepts = len(plan.concepts)
     forget = len(data.content.forget_latents) if data is not None else plan.forget_latents * concepts

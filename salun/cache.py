@@ -97,6 +97,11 @@ class Cache:
     def save(self, key: str, size: int, write: Callable[[Path], None]) -> None:
         """Keep an entry that `write` writes, whole or not at all: about `size` bytes. Errors as in `put`."""
         if size > self.limit:
+            if self.limit:
+                logger.warning(
+                    "%.1f MB are not kept: the cache %s takes %.1f MB (SALUN_CACHE_SIZE)",
+                    size / 1e6, self.folder, self.limit / 1e6,
+                )  # fmt: skip
             return
         try:
             write(self._path(key))

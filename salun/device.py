@@ -13,10 +13,17 @@ from salun.errors import ConfigError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def fix_cublas() -> None:
+    """Lets CUDA's matrix products give the same bits each time. Of use only before the process makes the first one.
+
+    A choice that the user has made in the environment stays.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def pick_device(wish: str) -> torch.device:
     """`auto` is the first GPU there is, else the CPU. Raises ConfigError for a device this machine does not have."""
-    # CUDA's matrix products are deterministic only with this, and it is read when CUDA begins
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fix_cublas()
     if wish == "auto":
         if torch.cuda.is_available():
             own = os.environ.get("LOCAL_RANK")  # set by accelerate's launcher: a GPU for each process

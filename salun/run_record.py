@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from salun.errors import Cancelled, ConfigError
+from salun.errors import Cancelled, ConfigError, ModelError
 from salun.formats.tensorfile import remove_leftovers, sha256_file, write_bytes
 
 SCHEMA = 1
@@ -167,10 +167,17 @@ class RunRecord:
         self.data[side].append({"kind": kind, "path": shown, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
 
     def write(self) -> None:
-        """Write `run.json`, whole or not at all."""
-        if self.folder is not None:
-            text = json.dumps(self.data, indent=1, ensure_ascii=False) + "\n"
+        """Write `run.json`, whole or not at all. While an error is on its way up, one of writing is only logged."""
+        if self.folder is None:
+            return
+        under_way = sys.exc_info()[1]
+        text = json.dumps(self.data, indent=1, ensure_ascii=False) + "\n"
+        try:
             write_bytes(self.folder / "run.json", text.encode("utf-8"))
+        except ModelError as error:
+            if under_way is None:
+                raise
+            logger.warning("run.json is as it was: %s", error)
 
 
 def new_run_folder(name: str, root: Path = Path("runs")) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from salun.optim import MaskedOptimiser, Mode, SoftThreshold
 from salun.processes import ALONE, Processes
 from salun.progress import Event, Progress, silent
 
+logger = logging.getLogger("salun")
 Losses = Callable[[int], tuple[Tensor, Tensor]]
 """step (0-based) → (forget loss, retain loss), each a scalar with a graph."""
 
@@ -138,7 +140,10 @@ def fine_tune(
                 )
         except Cancelled:  # raised between steps, so masters, moments and history belong together
             if keeps and state_path is not None:
-                _save_state(state_path, optimiser, history, scale, settings.fingerprint)
+                try:
+                    _save_state(state_path, optimiser, history, scale, settings.fingerprint)
+                except ModelError as error:  # a full disk: what was stopped is stopped nevertheless
+                    logger.warning("the state to go on from is not saved: %s", error)
             raise
         return Trained(
             {name: m.to("cpu", copy=True) for name, m in optimiser.masters.items()},

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import os
+import runpy
 import sys
 import traceback
 import types
@@ -27,7 +29,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from comfy_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, weights
+from comfy_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, places, weights
+from comfy_nodes import erase as erase_node
 from comfy_nodes.inputs import HOST, OWN, SHARED, automatic, in_inputs_names, options_of
 from comfy_nodes.kinds import Data
 from comfy_nodes.model import GraphModel
@@ -35,12 +38,14 @@ from comfy_nodes.places import cache
 from comfy_nodes.weights import Weights, module_order
 from comfy_nodes.work import plan_of, record_of
 from salun import Delta, Mask, SalunError
+from salun.diffusion import observe
 from salun.diffusion.erase import prepared
 from salun.diffusion.latents import sample_latents
+from salun.diffusion.output import stock_notes
 from salun.formats import tensorfile
 from salun.formats.keymap import unet_from_ldm, unet_to_ldm
 from salun.options import MASKS, EraseOptions
-from salun.run_record import NOT_DECISIVE
+from salun.run_record import NOT_DECISIVE, alone_in
 from tools import comfy_help, comfy_workflows
 from tools.checkpoints import ARCHITECTURES
 
@@ -298,7 +303,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     weights._sparse.cache_clear()
 
 
-def call(kind: str, **inputs: Any) -> Any:
+def call(kind: str, /, **inputs: Any) -> Any:
     """A node as the server calls it: a fresh object, defaults for what is not wired, in inference mode."""
     made: Any = NODE_CLASS_MAPPINGS[kind]
     given: dict[str, Any] = {}
@@ -820,3 +825,300 @@ def test_a_checkpoint_is_patched_and_only_another_base_asks_for_the_graphs_parts
     assert not saved
     name, told = save(ckpt_name="other.safetensors", **parts)
     assert len(saved) == 1 and "own saver" in told and name == "new_00002_.safetensors"
+
+
+# -- before and after the work ----------------------------------------------------------------------------------------
+
+SAVERS = ("SalUnSaveMask", "SalUnSaveDelta", "SalUnSaveErasedCheckpoint", "SalUnSaveAsLora")
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_a_bad_name_is_refused_before_anything_runs(host: Any, kind: str) -> None:
+    """ComfyUI asks VALIDATE_INPUTS with the inputs that it names, None for one that another node will give."""
+    made: Any = NODE_CLASS_MAPPINGS[kind]
+    named = inspect.signature(made.VALIDATE_INPUTS).parameters
+    assert set(named) <= {name for part in made.INPUT_TYPES().values() for name in part}
+    (host.root / "output").mkdir()
+    for folder in ("salun", "checkpoints", "loras"):
+        (host.root / "output" / folder).mkdir()
+        (host.root / "output" / folder / "file").write_bytes(b"")
+    before = sorted(host.root.rglob("*"))
+    for bad in ("../out", "/tmp/out", "a/../../out", "C:\\out", " ", "folder/", "file/name", "a\0b", "ü" * 101):
+        assert "filename_prefix" in made.VALIDATE_INPUTS(filename_prefix=bad), bad
+    for good in ("erased", "folder/erased", "%year%/a", "ü" * 100, None):
+        assert made.VALIDATE_INPUTS(filename_prefix=good) is True
+    assert sorted(host.root.rglob("*")) == before
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_anything_runs(host: Any) -> None:
+    made: Any = NODE_CLASS_MAPPINGS["SalUnSaveErasedCheckpoint"]
+    assert "gone.safetensors is no" in made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="gone.safetensors")
+    (host.root / "own.safetensors").write_bytes(b"")
+    assert made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="own.safetensors") is True
+    assert made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name=None) is True
+
+
+@pytest.fixture
+def stock_saves(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What ComfyUI's own saver was given, each time."""
+    saved: list[dict[str, Any]] = []
+
+    def save_checkpoint(path: str, model: Any, clip: Any, vae: Any, **more: Any) -> None:
+        saved.append(more)
+        Path(path).write_bytes(b"")
+
+    sd = types.ModuleType("comfy.sd")
+    vars(sd)["save_checkpoint"] = save_checkpoint
+    monkeypatch.setitem(sys.modules, "comfy.sd", sd)
+    return saved
+
+
+def other_file(host: Any, model: Any) -> str:
+    """A checkpoint that is not the model's own, so that only ComfyUI's saver can write the graph's."""
+    own = {f"model.{key}": value[0][0] for key, value in model.get_key_patches("diffusion_model.").items()}
+    tensorfile.write(host.root / "other.safetensors", {name: tensor + 1e-3 for name, tensor in own.items()})
+    return "other.safetensors"
+
+
+def test_the_stock_saver_writes_a_whole_erasure_or_nothing(host: Any, stock_saves: list[Any]) -> None:
+    """What is labelled erased is: the same entries with other values, or the erasure in part, are not."""
+    model = Patcher()
+    file = other_file(host, model)
+    mask = saliency_mask(model)[0]
+    after, delta, _, _ = erased(model, given_mask=mask)
+    other, another, _, _ = erased(model, given_mask=mask, lr=5e-3)
+    places = [(patch[1].weights[0], key) for key, found in other.patches.items() for patch in found]
+    assert places and all(torch.equal(after.patches[key][0][1].weights[0], at) for at, key in places)
+
+    def apply(to: Any, strength: float, of: Delta = delta) -> Any:
+        return call("SalUnApplyDelta", model=to, delta=of, strength=strength)[0]
+
+    merged = after.clone()
+    for found in merged.patches.values():
+        found.append((0.5, ("diff", (torch.zeros(1),)), 0.5, None, None))
+    reset = after.clone()
+    for found in reset.patches.values():
+        found.append((1.0, ("set", (torch.zeros(1),)), 1.0, None, None))
+    parts = {"delta": delta, "ckpt_name": file, "filename_prefix": "new", "clip": Clip(), "vae": Vae()}
+    for wrong in (model, apply(model, 0.0), apply(model, 0.5), apply(after, -0.5), other, merged, reset):
+        with pytest.raises(SalunError, match="does not hold this erasure"):
+            call("SalUnSaveErasedCheckpoint", model=wrong, **parts)
+    assert not stock_saves
+    for right in (after, apply(apply(model, 0.5), 0.5), apply(after, 0.3, another)):
+        call("SalUnSaveErasedCheckpoint", model=right, **parts)
+    assert len(stock_saves) == 3
+
+
+def test_the_stock_saver_is_told_the_schedule(host: Any, stock_saves: list[Any]) -> None:
+    """As ComfyUI's own node tells it: nothing else in an SDXL file says v-prediction, or a schedule that ends in noise.
+
+    The empty keys are the ones that its loader looks for.
+    """
+    for prediction, zero, keys in (
+        ("epsilon", False, []),
+        ("v_prediction", False, ["v_pred"]),
+        ("v_prediction", True, ["v_pred", "ztsnr"]),
+    ):
+        model = Patcher("sdxl", prediction)
+        model.sampling.zsnr = zero
+        after, delta, _, _ = erased(model, "sdxl")
+        parts = {"model": after, "clip": Clip(), "vae": Vae(), "filename_prefix": "new"}
+        call("SalUnSaveErasedCheckpoint", delta=delta, ckpt_name=other_file(host, model), **parts)
+        assert list(stock_saves[-1]["extra_keys"]) == keys
+        assert all(tensor.numel() == 0 for tensor in stock_saves[-1]["extra_keys"].values())
+
+
+def stopped(host: Any) -> Path:
+    """An erasure of 6 steps that was interrupted after step 4; returns what it left."""
+    erased(Patcher(), steps=6)
+    wanted = len(host.bar)
+    for path, _, _ in cache().entries():
+        path.unlink()
+    host.bar.clear()
+    host.interrupt_at = wanted - 2
+    with pytest.raises(Interrupt):
+        erased(Patcher(), steps=6)
+    host.interrupt_at = None
+    host.bar.clear()
+    (left,) = (cache().folder / "unfinished").iterdir()
+    return left
+
+
+def trained_again(host: Any) -> int:
+    """How many of the last 6 steps were told: of 2, where a stopped erasure went on."""
+    end = host.bar[-1][1]
+    return sum(value > end - 6 for value, _ in host.bar)
+
+
+def test_what_a_stopped_run_left_has_its_room_already(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    unfinished = places.unfinished
+    monkeypatch.setattr(erase_node, "unfinished", lambda *of: (asked.append(of[1]), unfinished(*of))[1])
+    left = stopped(host)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=asked[0]))
+    erased(Patcher(), steps=6)
+    assert trained_again(host) == 2 and not left.exists()
+    host.bar.clear()
+    host.interrupt_at = 8
+    with pytest.raises(Interrupt):  # a new one does ask for room
+        erased(Patcher(), steps=5)
+    assert not left.parent.exists() or not list(left.parent.rglob("*.safetensors"))
+
+
+def test_a_trained_result_that_cannot_be_kept_is_not_trained_again(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(erase_node, "_keep", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            erased(Patcher(), steps=6)
+    (left,) = (cache().folder / "unfinished").iterdir()
+    host.bar.clear()
+    assert erased(Patcher(), steps=6)[1].changed
+    assert trained_again(host) == 1, "the last step's place alone is told anew"
+    assert not left.exists()
+
+
+def test_an_erasure_that_another_comfyui_is_at_runs_without_a_state(host: Any) -> None:
+    left = stopped(host)
+    with alone_in(left):
+        assert erased(Patcher(), steps=6)[1].changed
+        assert trained_again(host) == 6 and (left / "state/training.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["low rank", "every difference"])
+def test_a_lora_tells_its_progress_can_be_stopped_and_says_what_it_is(host: Any, kind: str) -> None:
+    model = Patcher()
+    delta = erased(model)[1]
+    host.bar.clear()
+    host.interrupt_at = 3
+    with pytest.raises(Interrupt):
+        call("SalUnSaveAsLora", model=model, delta=delta, kind=kind)
+    assert not list((host.root / "output").rglob("*.safetensors*"))
+    host.interrupt_at = None
+    host.bar.clear()
+    name, _ = call("SalUnSaveAsLora", model=model, delta=delta, kind=kind)
+    assert host.bar[-1][0] == host.bar[-1][1] >= len(delta.names)
+    written = tensorfile.read_header(host.root / "output/loras" / name).metadata
+    assert stock_notes(delta).items() <= written.items()
+
+
+def test_an_interrupt_is_seen_within_a_batch_of_the_figures(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    answers, predict = observe._answers, GraphModel.predict
+
+    def counted(graph: Any, x_t: Tensor, *more: Any) -> Tensor:
+        asked.append(len(x_t))
+        return predict(graph, x_t, *more)
+
+    def interrupted_here(*args: Any, **kwargs: Any) -> Tensor:
+        asked.clear()
+        host.interrupt_at = 0
+        return answers(*args, **kwargs)
+
+    monkeypatch.setattr(GraphModel, "predict", counted)
+    monkeypatch.setattr(observe, "_answers", interrupted_here)
+    with pytest.raises(Interrupt):
+        erased(Patcher(), eval_images=1)
+    assert len(asked) == 1
+
+
+def test_training_data_fit_their_erasure_or_say_which_input_does_not(host: Any) -> None:
+    model, of = Patcher(), concept()
+    (data,) = call("SalUnTrainingData", model=model, clip=Clip(), concept=of, options=options())
+    assert erased(model, given_data=data)[1].changed
+    failing: list[tuple[Any, str]] = [
+        (lambda: erased(model, given_data=data, concept=concept("a cow")), "of a cat, the concept is a cow"),
+        (lambda: erased(model, given_data=data, concept=(replace(of[0], anchor="a cow"),)), "anchors"),
+        (lambda: erased(Patcher("sd2"), "sd2", given_data=data), "family sd1, this model is sd2"),
+        (lambda: erased(model, given_data=data, resolution=128), "resolution 64, options here of 128"),
+        (lambda: erased(model, given_data=data, concept=concept(retain_prompts="a house")), "retain_prompts"),
+        (lambda: erased(model, given_data=data, prompt_style="tags"), "prompt_style"),
+        (
+            lambda: call(
+                "SalUnSaliencyMask", model=model, clip=Clip(), concept=of, data=data, options=options(resolution=128)
+            ),
+            "resolution 64",
+        ),
+    ]
+    for run, said in failing:
+        host.bar.clear()
+        with pytest.raises(SalunError) as caught:
+            run()
+        assert said in str(caught.value) and not host.bar, caught.value
+
+
+def test_models_of_two_families_are_not_compared(host: Any) -> None:
+    parts = {"clip": Clip(), "vae": Vae(), "concept": concept(), "options": options(), "eval_images": 1}
+    with pytest.raises(SalunError, match="MODEL of sd1, after one of sd2"):
+        call("SalUnEvaluate", before=Patcher(), after=Patcher("sd2"), **parts)
+    assert not host.bar
+
+
+@pytest.mark.parametrize(("asked", "found"), [(True, ":4096:8"), (False, None)])
+def test_deterministic_prepares_cublas(
+    host: Any, monkeypatch: pytest.MonkeyPatch, asked: bool, found: str | None
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    parts = {"model": Patcher(), "clip": Clip(), "concept": concept(), "options": options(deterministic=asked)}
+    call("SalUnTrainingData", **parts)
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == found
+
+
+def test_an_interrupt_on_a_full_disk_is_an_interrupt(
+    host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    erased(Patcher(), steps=6)
+    wanted = len(host.bar)
+    for path, _, _ in cache().entries():
+        path.unlink()
+    host.bar.clear()
+    host.interrupt_at = wanted - 2
+    full = lambda path: types.SimpleNamespace(free=0 if len(host.bar) >= wanted - 2 else 10**12)  # noqa: E731
+    monkeypatch.setattr(places.shutil, "disk_usage", full)
+    with pytest.raises(Interrupt):
+        erased(Patcher(), steps=6)
+    assert "the state to go on from is not saved" in caplog.text and "run.json is as it was" in caplog.text
+
+
+def test_a_checkpoint_of_another_format_goes_through_the_stock_saver(host: Any, stock_saves: list[Any]) -> None:
+    (host.root / "old.ckpt").write_bytes(b"x")
+    model = Patcher()
+    after, delta, _, _ = erased(model)
+    parts = {"delta": delta, "ckpt_name": "old.ckpt", "filename_prefix": "new"}
+    wires = {"model": after, "clip": Clip(), "vae": Vae()}
+    made: Any = NODE_CLASS_MAPPINGS["SalUnSaveErasedCheckpoint"]
+    linked: dict[str, Any] = dict.fromkeys(wires)  # what ComfyUI says of links before anything runs
+    assert made.VALIDATE_INPUTS("new", "old.ckpt", **linked) is True
+    for missing in wires:
+        some = {name: value for name, value in linked.items() if name != missing}
+        assert "connect model, clip and vae" in made.VALIDATE_INPUTS("new", "old.ckpt", **some)
+        with pytest.raises(SalunError, match="connect model, clip and vae"):
+            call("SalUnSaveErasedCheckpoint", **parts, **{n: v for n, v in wires.items() if n != missing})
+    with pytest.raises(SalunError, match="does not hold this erasure"):
+        call("SalUnSaveErasedCheckpoint", **parts, **{**wires, "model": model})
+    assert not stock_saves
+    name, told = call("SalUnSaveErasedCheckpoint", **parts, **wires)
+    assert len(stock_saves) == 1 and name == "new_00001_.safetensors" and "old.ckpt is no .safetensors file" in told
+
+
+@pytest.mark.parametrize("mask", ["random", "full"])
+def test_a_mask_that_no_gradient_finds_needs_no_samples(host: Any, mask: str) -> None:
+    parts = {"model": Patcher(), "clip": Clip(), "concept": concept(), "options": options()}
+    found, _ = call("SalUnSaliencyMask", **parts, mask=mask, density=0.2)
+    assert not host.bar and found.density == pytest.approx(1.0 if mask == "full" else 0.2, abs=1e-4)
+
+
+def test_a_delta_that_is_too_large_for_the_cache_is_told(
+    host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SALUN_CACHE_SIZE", "10KB")
+    erased(Patcher())
+    assert "MB are not kept" in caplog.text and "SALUN_CACHE_SIZE" in caplog.text
+
+
+def test_the_installer_asks_for_what_the_nodes_import() -> None:
+    asked = runpy.run_path(str(ROOT / "install.py"))["NEEDED"]
+    assert {"torch", "filelock", "numpy", "PIL", "yaml", "psutil", "safetensors"} == set(asked)

@@ -214,12 +214,19 @@ def make_mask(
     options = options or EraseOptions()
     plan = make_plan(model.settings, model.name, concept, options)
     with prepared(model, plan):
-        data = sample_data(model, plan, progress, forget_only=True, cache=cache or Cache.of_user())
+        data = None
+        if plan.by_saliency:
+            data = sample_data(model, plan, progress, forget_only=True, cache=cache or Cache.of_user())
         return find_mask(model, data, plan, progress)
 
 
-def find_mask(model: DiffusionModel, data: ErasureData, plan: Plan, progress: Progress) -> tuple[Mask, dict[str, Any]]:
-    """The mask of a run: from saliency, a control, or a file made from this very model. And what to tell of it."""
+def find_mask(
+    model: DiffusionModel, data: ErasureData | None, plan: Plan, progress: Progress
+) -> tuple[Mask, dict[str, Any]]:
+    """The mask of a run: from saliency, a control, or a file made from this very model. And what to tell of it.
+
+    data: may be None where the plan's mask is not `by_saliency`.
+    """
     options = plan.options
     parameters = scoped(model.parameters(), options.scope)
     origin = model.base_hash
@@ -232,6 +239,7 @@ def find_mask(model: DiffusionModel, data: ErasureData, plan: Plan, progress: Pr
     elif mode == "random":
         mask = Mask.random(parameters, options.density, options.seed)
     else:
+        assert data is not None
         mask, told = _salient(model, data, plan, parameters, progress)
         if mode == "shuffled":
             mask = mask.shuffled(options.seed)

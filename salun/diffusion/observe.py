@@ -16,7 +16,7 @@ from salun.diffusion.plan import Plan, spread
 from salun.diffusion.vocabulary import Prompt
 from salun.evaluation import erasure
 from salun.evaluation.detector import AttributeClassifier, load_detector
-from salun.progress import Progress, silent
+from salun.progress import Event, Progress, silent
 from salun.training import step_generator
 
 PROBES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change
@@ -81,14 +81,12 @@ def observe(
     return Observation(
         pictures[:n],
         pictures[n:],
-        _answers(model, [p.text for p in asked.forget]),
-        _answers(model, [p.text for p in asked.anchor]),
-        _answers(model, [p.text for p in asked.retain]),
+        *(_answers(model, [p.text for p in some], progress) for some in (asked.forget, asked.anchor, asked.retain)),
     )
 
 
 @torch.no_grad()
-def _answers(model: DiffusionModel, texts: list[str]) -> Tensor:
+def _answers(model: DiffusionModel, texts: list[str], progress: Progress = silent) -> Tensor:
     """Predictions on noise latents at t spread over the upper half of the schedule, where a prompt decides most."""
     steps = len(model.alphas_cumprod)
     texts = [texts[i % len(texts)] for i in range(PROBES)] if texts else []
@@ -101,6 +99,7 @@ def _answers(model: DiffusionModel, texts: list[str]) -> Tensor:
         t = torch.linspace(steps // 2, steps - 1, PROBES)[start : start + len(part)].long().to(model.device)
         x_t = add_noise(model, torch.zeros_like(noise), noise, t)
         answers.append(model.predict(x_t, t, said[start : start + len(part)]))
+        progress(Event("probing", start + len(part), len(texts)))
     return torch.cat(answers).cpu() if answers else torch.empty(0)
 
 

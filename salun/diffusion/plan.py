@@ -90,6 +90,11 @@ class Plan:
         """Whether any loss needs the original model's predictions."""
         return "frozen" in (self.target, self.retain_target)
 
+    @property
+    def by_saliency(self) -> bool:
+        """Whether the mask is found by gradients, which needs training data."""
+        return self.options.method == "salun" and self.options.mask in ("saliency", "shuffled")
+
 
 Wanted = Concept | str | Sequence[Concept | str]
 """What a user names to forget: one concept or several, each in full or by its name."""
