@@ -210,6 +210,34 @@ def test_the_child_ends_with_the_program_that_began_it(tmp_path: Path) -> None:
     assert rest[-1]["event"] == "stopping"
 
 
+@pytest.mark.parametrize("closed", ["its pipes", "its stdout"])
+def test_a_program_that_dies_costs_no_step_of_training(tmp_path: Path, closed: str) -> None:
+    """Nobody reads the child any more, and the line in which it would say so breaks: it stops as when it is asked to,
+    with its state saved, however seldom it saves otherwise."""
+    options = asked(tmp_path / "run", steps=100_000, eval_images=0, save_every=3600.0, mask="random",
+                    target="online", retain_target="noise")  # fmt: skip
+    (tmp_path / "request.json").write_text(json.dumps({"kind": "erase", **options}), encoding="utf-8")
+    with (tmp_path / "log.txt").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, str(CHILD), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
+    assert child.stdin is not None and child.stdout is not None
+    for line in child.stdout:
+        event = json.loads(line)
+        if event.get("stage") == "training" and event["step"] > 2:
+            break
+    for pipe in (child.stdout, child.stdin) if closed == "its pipes" else (child.stdout,):
+        pipe.close()
+    try:
+        assert child.wait(60) == 130
+    finally:
+        child.kill()
+        child.stdin.close()
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "cancelled"
+    assert list((tmp_path / "run" / "state").glob("*.safetensors"))
+
+
 @given(st.text(max_size=60))
 def test_lines_that_are_no_events_change_nothing(text: str) -> None:
     job = Job("id", "erase", "title", {})
