@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
 OTHER_SITE = "requests from other sites are refused"
 BY_NAME = (
     "This page is open to everybody, so it answers under its address alone, such as 127.0.0.1 or 192.168.0.5: another "
