@@ -102,42 +102,53 @@ def test_a_concept_is_erased_by_clicking(page: Any, server: tuple[str, Path]) ->
     assert (options["concept"], options["anchor"], options["steps"]) == (["circle"], ["square"], 6)
 
 
-def test_a_picture_that_is_gone_is_asked_for_once_and_the_preview_shown(page: Any, server: tuple[str, Path]) -> None:
+@pytest.fixture
+def beside(page: Any, server: tuple[str, Path]) -> Iterator[Any]:
+    """A second look at the page: what is chosen on the first stays as it is."""
+    opened = page.context.new_page()
+    opened.set_default_timeout(60_000)
+    opened.requests = []
+    opened.on("request", lambda request: opened.requests.append(request.url))
+    opened.goto(server[0])
+    newest(opened).wait_for()
+    yield opened
+    opened.close()
+
+
+def test_a_picture_that_is_gone_is_asked_for_once_and_the_preview_shown(beside: Any, server: tuple[str, Path]) -> None:
     (run,) = (server[1] / "runs").iterdir()
     kept = (run / "before_after.png").rename(run / "kept.png")
-    requests: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.reload()
-    newest(page).locator("img").wait_for()
-    page.wait_for_timeout(5000)  # more than two looks at the jobs
-    assert len([url for url in requests if "/status" in url]) > 2
-    assert [url.split("name=")[1] for url in requests if "name=" in url] == ["before_after.png", "preview-000003.png"]
+    beside.requests.clear()
+    beside.reload()
+    newest(beside).locator("img").wait_for()
+    beside.wait_for_timeout(5000)  # more than two looks at the jobs
+    assert len([url for url in beside.requests if "/status" in url]) > 2
+    asked = [url.split("name=")[1] for url in beside.requests if "name=" in url]
+    assert asked == ["before_after.png", "preview-000003.png"]
     kept.rename(run / "before_after.png")
-    page.reload()
 
 
-def test_lines_are_made_where_the_form_says_one_a_line(page: Any) -> None:
-    page.locator("#salun_words").get_by_text("with a preset chosen above as well, the model forgets both").wait_for()
+def test_lines_are_made_where_the_form_says_one_a_line(beside: Any) -> None:
+    beside.locator("#salun_words").get_by_text("with a preset chosen above as well, the model forgets both").wait_for()
     for name in ("words", "anchor", "keep"):
-        box = page.locator(f"#salun_{name} textarea").first
+        box = beside.locator(f"#salun_{name} textarea").first
         box.click()
         box.press_sequentially("a")
         box.press("Enter")
         box.press_sequentially("b")
         assert box.input_value() == "a\nb", name
-    page.reload()
 
 
-def test_a_refusal_is_shown_as_it_is_told(page: Any) -> None:
+def test_a_refusal_is_shown_as_it_is_told(beside: Any) -> None:
     """As under a name, where the program answers but not to this page."""
     refusal = {"status": 403, "json": {"error": "Open it by its address"}}
-    page.route("**/salun/v1/status", lambda route: route.fulfill(**refusal))
-    page.get_by_text("Open it by its address", exact=True).wait_for()
-    page.unroute("**/salun/v1/status")
-    page.route("**/salun/v1/status", lambda route: route.abort())
-    page.get_by_text("The program does not answer").wait_for()
-    page.unroute("**/salun/v1/status")
-    newest(page).wait_for()
+    beside.route("**/salun/v1/status", lambda route: route.fulfill(**refusal))
+    beside.get_by_text("Open it by its address", exact=True).wait_for()
+    beside.unroute("**/salun/v1/status")
+    beside.route("**/salun/v1/status", lambda route: route.abort())
+    beside.get_by_text("The program does not answer").wait_for()
+    beside.unroute("**/salun/v1/status")
+    newest(beside).wait_for()
 
 
 def test_the_report_opens_and_runs_no_script(page: Any) -> None:
