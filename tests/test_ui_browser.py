@@ -105,7 +105,7 @@ def test_a_concept_is_erased_by_clicking(page: Any, server: tuple[str, Path]) ->
 @pytest.fixture
 def beside(page: Any, server: tuple[str, Path]) -> Iterator[Any]:
     """A second look at the page: what is chosen on the first stays as it is."""
-    opened = page.context.new_page()
+    opened = page.context.browser.new_page()
     opened.set_default_timeout(60_000)
     opened.requests = []
     opened.on("request", lambda request: opened.requests.append(request.url))
