@@ -7,6 +7,14 @@ import ipaddress
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+OTHER_SITE = "requests from other sites are refused"
+BY_NAME = (
+    "This page is open to everybody, so it answers under its address alone, such as 127.0.0.1 or 192.168.0.5: another "
+    "site could make a name lead here. Open it by its address, or start the program with a password: "
+    "--auth NAME:PASSWORD for salun ui, --gradio-auth NAME:PASSWORD for a WebUI."
+)
 
 
 class Refused(Exception):
@@ -22,20 +30,23 @@ class Access:
     """users: name → password; with any, requests without the page's token must bear them (HTTP Basic).
 
     open: whether requests without the token are served at all. token: known to those who can open the
-    page, which the host's own login guards.
+    page. guarded: whether opening the page takes a name and a password.
     """
 
     users: Mapping[str, str] = field(default_factory=dict)
     open: bool = True
     closed_because: str = ""
+    guarded: bool = False
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
 
     def check(self, headers: Mapping[str, str]) -> None:
         """Raises Refused for a request with these headers (names in lower case)."""
-        self._same_origin(headers)
-        if not self.users and not _is_address(headers.get("host", "")):
-            raise Refused(403, "call this by its address, or set a password: another site's name may lead here")
+        _same_origin(headers)
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise Refused(403, OTHER_SITE)
         token = headers.get("x-salun-token")
+        if not (self.users if token is None else self.guarded):  # anybody can get as far as this
+            _by_address(headers)
         if token is not None:
             if not _equal(token, self.token):
                 raise Refused(401, "the page is of an earlier start of the program: load it again")
@@ -48,13 +59,45 @@ class Access:
             if not _equal(password, known if known is not None else secrets.token_hex(8)) or known is None:
                 raise Refused(401, "name and password are needed", challenge=True)
 
-    @staticmethod
-    def _same_origin(headers: Mapping[str, str]) -> None:
-        origin, host = headers.get("origin"), headers.get("host", "")
-        if origin is not None and origin.split("://")[-1].casefold() != host.casefold():
-            raise Refused(403, "requests from other sites are refused")
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise Refused(403, "requests from other sites are refused")
+
+class AtHome:
+    """Around a whole ASGI application that asks for no password: it answers nobody under a name that others may own,
+    and nothing that a page of another site asks for. A link that leads here is followed.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket"):
+            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+            try:
+                _same_origin(headers)
+                _by_address(headers)
+            except Refused as error:
+                await _refuse(scope["type"], error, send)
+                return
+        await self.app(scope, receive, send)
+
+
+async def _refuse(kind: str, error: Refused, send: Any) -> None:
+    if kind == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    told = [(b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "http.response.start", "status": error.status, "headers": told})
+    await send({"type": "http.response.body", "body": error.text.encode("utf-8")})
+
+
+def _same_origin(headers: Mapping[str, str]) -> None:
+    origin, host = headers.get("origin"), headers.get("host", "")
+    if origin is not None and origin.split("://")[-1].casefold() != host.casefold():
+        raise Refused(403, OTHER_SITE)
+
+
+def _by_address(headers: Mapping[str, str]) -> None:
+    if not _is_address(headers.get("host", "")):
+        raise Refused(403, BY_NAME)
 
 
 def _is_address(host: str) -> bool:

@@ -97,6 +97,8 @@ async def _asked(request: Any) -> dict[str, Any]:
         raise _Wrong(400, f"the request is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise _Wrong(400, "the request is no JSON object")
+    if not _is_text(found):
+        raise _Wrong(400, "the request has half a character in it: no text can be written of that")
     return found
 
 
@@ -104,8 +106,18 @@ def _refuse(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
 
 
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _plain(value: Any) -> Any:
-    """A value with null for numbers that JSON has not."""
+    """A value with null for numbers that JSON has not, and “?” for halves of characters."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -143,7 +155,8 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
         if asked.get("id"):
             return show(service.queue.get(str(asked["id"])))
         jobs = [job for n, job in enumerate(service.queue.all()) if job.open or n < RECENT]
-        return {"host": service.host.name, "jobs": [show(job) for job in jobs]}
+        shown = [{**show(job), **({} if job.open else {"losses": []})} for job in jobs]  # asked for once a second
+        return {"host": service.host.name, "jobs": shown}
 
     return {
         "start": ("POST", start),
@@ -222,7 +235,7 @@ def schema() -> dict[str, Any]:
                     **rules,
                 }
     paths = {
-        "GET status": {"id": "a job's id, or nothing for all"},
+        "GET status": {"id": "a job's id, or nothing for all (losses: of those that are not over)"},
         "POST start": {"kind": list(STARTS), "arguments": STARTS},
         "POST cancel": {"id": "a job's id"},
         "POST resume": {"id": "a job's id"},

@@ -49,9 +49,12 @@ class Line:
 
     def say(self, event: str, **what: Any) -> None:
         text = json.dumps({"event": event, **what}, ensure_ascii=True)
-        with self._lock:
-            self._out.write(text + "\n")
-            self._out.flush()
+        try:
+            with self._lock:
+                self._out.write(text + "\n")
+                self._out.flush()
+        except OSError:  # the parent is no more: what there is to lose is kept, as when it asks to stop
+            self.stopping.set()
 
     def check(self) -> None:
         """Raises Cancelled once the parent wants to stop."""

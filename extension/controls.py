@@ -16,6 +16,16 @@ ADVANCED = {
     title: tuple(name for name in names if name in FIELDS and name not in FIRST) for title, names in GROUPS.items()
 }
 AUTO = "auto"
+HERE = {  # where the command line takes a path: no path is taken here, and what can be chosen is listed
+    "components": "for single files: an alias or a hub id (owner/name) that has what the file lacks "
+                  "(VAE, text encoder, configs)",
+    "forget_images": "a folder of pictures of the concept, in place of samples: one of those in the data folder's "
+                     "`pictures` (several concepts: a folder in it for each)",
+    "retain_images": "a folder of pictures to keep, added to the samples: one of those in the data folder's "
+                     "`pictures`; x.txt beside x.png says what it shows",
+    "mask": "saliency, shuffled, random, full (the controls), or the mask of an earlier run or job",
+}  # fmt: skip
+FOLDERS = ("forget_images", "retain_images")
 LABELS = {"lr": "learning rate", "clip_skip": "CLIP skip", "low_vram": "low VRAM", "retain_weight": "retain weight (α)",
           "lr_decay": "learning rate decay", "keep_ema": "keep EMA"}  # fmt: skip
 
@@ -26,9 +36,9 @@ def label(name: str) -> str:
 
 
 def help_of(name: str) -> str:
-    """An option's help, as the command line shows it."""
+    """An option's help, as the command line shows it where it takes the same."""
     own = {field.name for field in dataclasses.fields(Recipe)}
-    return str(FIELDS[name].metadata["help"]) + (" (auto: the model's recipe)" if name in own else "")
+    return HERE.get(name, str(FIELDS[name].metadata["help"])) + (" (auto: the model's recipe)" if name in own else "")
 
 
 def default_of(name: str) -> Any:
@@ -42,13 +52,15 @@ def default_of(name: str) -> Any:
     return value if isinstance(value, bool | str) else _text(value)
 
 
-def control(gr: Any, name: str, masks: list[str]) -> Any:
-    """The gradio component of an option, at its default."""
+def control(gr: Any, name: str, masks: list[str], folders: list[str]) -> Any:
+    """The gradio component of an option, at its default. masks, folders: names of what can be chosen beside it."""
     item, shown = FIELDS[name], {"label": label(name), "info": help_of(name), "elem_id": f"salun_{name}"}
     if str(item.type) == "bool":
         return gr.Checkbox(value=default_of(name), **shown)
     if name == "mask":
         return gr.Dropdown(choices=[*MASKS, *masks], value=default_of(name), **shown)
+    if name in FOLDERS:
+        return gr.Dropdown(choices=["", *folders], value=default_of(name), **shown)
     if item.metadata["choices"]:
         choices = list(item.metadata["choices"])
         return gr.Dropdown(

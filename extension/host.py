@@ -11,6 +11,8 @@ from typing import Protocol
 
 from .jobs import Job
 
+ERASED = ("model", "model.safetensors")  # a run's own, as `salun erase` names them
+
 
 class Host(Protocol):
     """A program that keeps checkpoints and may use the GPU itself.
@@ -47,7 +49,10 @@ class Host(Protocol):
 
 
 class Alone:
-    """No host: models are the aliases and the checkpoints of folders, files go into the runs' folders."""
+    """No host: models are the aliases, what was made here and the checkpoints of folders.
+
+    Files go into the runs' folders, those with a name of their own into the data folder's `models`.
+    """
 
     name = "salun ui"
 
@@ -58,9 +63,22 @@ class Alone:
         from salun.diffusion.finding import FILES, aliases, checkpoint_folders
 
         found = {name: name for name in aliases()["models"]}
+        found |= {title: place for title, place in self._made().items() if title not in found}
         for folder in checkpoint_folders(self._dirs):
             for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILES and p.is_file()):
                 found.setdefault(path.relative_to(folder).as_posix(), str(path.absolute()))
+        return found
+
+    def _made(self) -> dict[str, str]:
+        """Checkpoints by their names, then what runs erased by the runs' names, the latest first."""
+        named = sorted(self.data.glob("models/*"))
+        erased = [run / name for run in sorted(self.data.glob("runs/*"), reverse=True) for name in ERASED]
+        whole = self.data.resolve()
+        found: dict[str, str] = {}
+        for place in [*named, *erased]:
+            model = (place / "model_index.json").is_file() or (place.suffix == ".safetensors" and place.is_file())
+            if model and not place.name.startswith(".") and place.resolve().is_relative_to(whole):
+                found.setdefault(place.parent.name if place.parent.parent.name == "runs" else place.name, str(place))
         return found
 
     def checkpoints(self) -> Path | None:

@@ -31,6 +31,7 @@ from .places import safe_name
 
 CHILD = Path(__file__).resolve().parent
 GRACE = 1.0  # seconds after a cancel until a child that has not answered is ended
+LONGEST = 30.0  # seconds for a step of training to come to its end, twice as long as the last one at most
 KEEPING = 120.0  # seconds for a child that has answered, or is writing its files, to come to an end
 WRITING = ("saving", "writing", "exporting")  # stages of that
 SAVED_EVERY = 5.0  # seconds between two writings of the state of a job at work
@@ -108,6 +109,7 @@ class Queue:
         self._change = threading.Condition()
         self._cancelled: set[str] = set()
         self._child: tuple[str, subprocess.Popen[str]] | None = None
+        self._pace = 0.0  # seconds that the last step of training took, of the child at work
         self._closed = False
         self._read()
         self._thread = threading.Thread(target=self._work, name="salun jobs", daemon=True)
@@ -130,7 +132,7 @@ class Queue:
                 place.mkdir()
                 _write_json(place / "request.json", {**job.request, "kind": kind})
                 _write_json(place / "job.json", asdict(job))
-            except (OSError, SalunError) as error:
+            except Exception as error:  # a full disk, what JSON has not, …
                 shutil.rmtree(place, ignore_errors=True)
                 raise ConfigError(f"the job cannot be kept: {error}") from error
             self._jobs[job.id] = job
@@ -154,8 +156,7 @@ class Queue:
             self._save(job)
             child = self._child[1] if self._child and self._child[0] == job_id else None
         if child is not None:
-            _ask_to_stop(child)
-            threading.Thread(target=self._end_soon, args=(job, child), daemon=True).start()
+            self._stop(job, child)
         return job
 
     def resume(self, job_id: str) -> Job:
@@ -254,28 +255,26 @@ class Queue:
         except OSError as error:
             self._settle(job, "failed", f"the job cannot be started: {error.strerror or error}")
             return
-        with self._change:
-            self._child = (job.id, child)
-            if job.id in self._cancelled:
-                _ask_to_stop(child)
-        saved = 0.0
-        assert child.stdout is not None
-        for text in child.stdout:
+        try:
             with self._change:
-                if job.open:  # not ended without its answer
-                    take(job, text)
-                if time.monotonic() - saved > SAVED_EVERY:
-                    saved = time.monotonic()
-                    self._save(job)
-        code = child.wait()
-        for pipe in (child.stdin, child.stdout):
-            try:
-                if pipe is not None:
-                    pipe.close()
-            except OSError:
-                pass  # what was still to be written to it nobody reads
-        with self._change:
-            self._child = None
+                self._child, self._pace = (job.id, child), 0.0
+                stopped = job.id in self._cancelled  # since its turn began
+            if stopped:
+                self._stop(job, child)
+            self._listen(job, child)
+            code = child.wait()
+        finally:  # whatever fails on this side: no child goes on unheard
+            with self._change:
+                self._child = None
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+            for pipe in (child.stdin, child.stdout):
+                try:
+                    if pipe is not None:
+                        pipe.close()
+                except OSError:
+                    pass  # what was still to be written to it nobody reads
         if code:
             _clear_away(job)
         if job.result is not None:
@@ -284,6 +283,30 @@ class Queue:
             self._settle(job, "cancelled")
         else:
             self._settle(job, "failed", job.error or _last_lines(place / "log.txt", code))
+
+    def _listen(self, job: Job, child: subprocess.Popen[str]) -> None:
+        """Take in what a child tells until it tells no more."""
+        saved = 0.0
+        trained: tuple[int, float] | None = None  # the last step that was told, and when
+        assert child.stdout is not None
+        for text in child.stdout:
+            now = time.monotonic()
+            with self._change:
+                if job.open:  # not ended without its answer
+                    take(job, text)
+                if job.stage != "training":
+                    trained = None
+                elif trained is None or job.step > trained[0]:
+                    if trained is not None:
+                        self._pace = (now - trained[1]) / (job.step - trained[0])
+                    trained = (job.step, now)
+                if now - saved > SAVED_EVERY:
+                    saved = now
+                    self._save(job)
+
+    def _stop(self, job: Job, child: subprocess.Popen[str]) -> None:
+        _ask_to_stop(child)
+        threading.Thread(target=self._end_soon, args=(job, child), daemon=True).start()
 
     def _begin(self, python: str, place: Path, log: IO[bytes]) -> subprocess.Popen[str]:
         environment = {**os.environ, **self._environment, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
@@ -304,6 +327,8 @@ class Queue:
         asked = time.monotonic()
         while child.poll() is None:
             patience = KEEPING if job.stage in ("stopping", *WRITING) else GRACE
+            if job.stage == "training":  # at the end of its step it hears, and saves what it has
+                patience = max(GRACE, min(2 * self._pace, LONGEST))
             if time.monotonic() > asked + patience:
                 break
             time.sleep(0.05)
@@ -332,15 +357,14 @@ class Queue:
             return
         try:
             _write_json(self.folder / job.id / "job.json", asdict(job))
-        except (OSError, SalunError) as error:  # a full disk must not end the queue
+        except Exception as error:  # a full disk or a child's strange word must not end the queue
             logger.warning("the state of the job %s is not saved: %s", job.id, error)
 
     def _read(self) -> None:
         for file in self.folder.glob("*/job.json"):
             try:
                 job = Job(**json.loads(file.read_text(encoding="utf-8"), parse_constant=_none))
-                fits = job.id == file.parent.name and isinstance(job.request, dict)
-                if not fits or not isinstance(job.created, int | float):
+                if job.id != file.parent.name or not _sound(job):
                     raise ValueError("its parts do not fit together")
             except (OSError, ValueError, TypeError):
                 logger.warning("%s is no job of this version: passed over", file)
@@ -360,6 +384,29 @@ class Queue:
             n += 1
             name = f"{stem}-{n}"
         return name
+
+
+def _sound(job: Job) -> bool:
+    """Whether what was read of a file is of the kinds that this code counts on."""
+    request = job.request if isinstance(job.request, dict) else {"options": None}
+    options = request.get("options", {})
+    return (
+        isinstance(options, dict)
+        and isinstance(options.get("run_dir") or "", str)
+        and _texts(options.get("output") or [])
+        and isinstance(request.get("output") or "", str)
+        and all(isinstance(text, str) for text in (job.kind, job.title, job.state, job.stage))
+        and isinstance(job.run or "", str)
+        and isinstance(job.created, int | float)
+        and isinstance(job.losses, list)
+        and _texts(job.previews)
+        and _texts(job.notes)
+        and isinstance(job.result or {}, dict)
+    )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def take(job: Job, text: str) -> None:
@@ -438,4 +485,4 @@ def _last_lines(log: Path, code: int) -> str:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    write_bytes(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_bytes(path, (json.dumps(data, indent=1) + "\n").encode("ascii"))

@@ -45,9 +45,11 @@
     }
     const answer = await fetch(new URL(path, base), options);
     if (raw && answer.ok) return answer;
-    const found = await answer.json();
-    if (!answer.ok) throw new Error(found.error || `the server answered ${answer.status}`);
-    return found;
+    const found = await answer.json().catch(() => ({}));
+    if (answer.ok) return found;
+    const refusal = new Error(found.error || `the server answered ${answer.status}`);
+    refusal.status = answer.status; // it did answer
+    throw refusal;
   }
 
   function duration(seconds) {
@@ -91,8 +93,11 @@
     soon();
   }
 
-  async function picture(target, path) {
-    if (target.dataset.path === path) return;
+  const gone = new Set(); // pictures that the program said are not there
+
+  async function picture(target, path, otherwise = null) {
+    if (gone.has(path)) path = otherwise;
+    if (!path || gone.has(path) || target.dataset.path === path) return;
     target.dataset.path = path;
     try {
       const answer = await call(path, undefined, true);
@@ -102,6 +107,7 @@
       if (old) URL.revokeObjectURL(old);
     } catch (error) {
       target.dataset.path = "";
+      if ([400, 404].includes(error.status)) gone.add(path);
     }
   }
 
@@ -159,11 +165,12 @@
       parts.plot.replaceChildren(job.losses.length > 1 ? plot(job.losses) : "");
     }
     parts.plot.hidden = !atWork;
+    const name = job.previews[job.previews.length - 1];
+    const latest = name ? `preview?id=${encodeURIComponent(job.id)}&name=${encodeURIComponent(name)}` : null;
     if (job.state === "done" && job.kind === "erase") {
-      picture(parts.preview, `file?run=${encodeURIComponent(job.run)}&name=before_after.png`);
-    } else if (job.previews.length) {
-      const name = job.previews[job.previews.length - 1];
-      picture(parts.preview, `preview?id=${encodeURIComponent(job.id)}&name=${encodeURIComponent(name)}`);
+      picture(parts.preview, `file?run=${encodeURIComponent(job.run)}&name=before_after.png`, latest);
+    } else {
+      picture(parts.preview, latest);
     }
     set(parts.notes, job.notes.slice(-3).join("\n"));
     if (job.error) set(parts.message, job.error);
@@ -192,7 +199,12 @@
       ["undo", "Undo", () => say(call("undo", { id: job.id }).finally(refreshLists))],
     ];
     for (const [offer, label, what] of after) if (offers.includes(offer)) buttons.push(button(parts, label, what));
-    if (!OPEN.includes(job.state)) buttons.push(button(parts, "Remove", () => act("forget", job.id, parts.message)));
+    if (!OPEN.includes(job.state)) {
+      buttons.push(button(parts, "Remove", () => {
+        const question = `“${job.title}” can be resumed, but not once it is off this list. Remove it all the same?`;
+        if (!job.resumable || window.confirm(question)) act("forget", job.id, parts.message);
+      }));
+    }
     parts.buttons.replaceChildren(...buttons);
   }
 
@@ -282,7 +294,8 @@
         if (ended || stale) refreshLists();
         if (!jobs.some((job) => OPEN.includes(job.state))) wait = 2000;
       } catch (error) {
-        live.replaceChildren(make("p", { class: "salun-error", role: "alert" }, `The program does not answer (${error.message}).`));
+        const why = error.status ? error.message : `The program does not answer (${error.message}).`;
+        live.replaceChildren(make("p", { class: "salun-error", role: "alert" }, why));
         wait = 3000;
       }
     }

@@ -16,7 +16,7 @@ from salun.errors import ConfigError, SalunError
 
 from . import environment
 from .access import Access
-from .controls import ADVANCED, FIRST, control, label, shown_of, value_of
+from .controls import ADVANCED, FIRST, FOLDERS, control, label, shown_of, value_of
 from .service import Service
 
 LOADER = """() => {
@@ -46,10 +46,11 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                     info="a preset, or a word that the model knows",
                 )  # fmt: skip
                 words = gr.Textbox(
-                    label="… or in your own words", lines=1, placeholder="one a line", elem_id="salun_words"
-                )
+                    label="… or in your own words", lines=2, placeholder="one a line", elem_id="salun_words",
+                    info="with a preset chosen above as well, the model forgets both",
+                )  # fmt: skip
                 anchor = gr.Textbox(
-                    label="What it becomes", placeholder="empty: what the preset says", lines=1, elem_id="salun_anchor",
+                    label="What it becomes", placeholder="empty: what the preset says", lines=2, elem_id="salun_anchor",
                     info="for several concepts one a line, in the same order",
                 )  # fmt: skip
                 keep = gr.Textbox(
@@ -69,7 +70,8 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                     for title, group in ADVANCED.items():
                         if group:
                             gr.Markdown(f"**{title}**")
-                            advanced.update({n: control(gr, n, service.made_masks()) for n in group})
+                            masks, folders = service.made_masks(), service.picture_folders()
+                            advanced.update({n: control(gr, n, masks, folders) for n in group})
                     only = gr.Button("Only make the mask", elem_id="salun_only_mask")
             with gr.Column(scale=1, min_width=320):
                 gr.HTML(f'<div class="salun-live" data-token="{escape(access.token)}"></div>')
@@ -90,7 +92,7 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         with gr.Accordion("Deltas", open=False, elem_id="salun_deltas"):
             gr.Markdown("A delta holds what an erasure changed: it goes on top of its base at any strength, and comes "
                         "out again to the bit. **Who has the delta can undo the erasure.**")  # fmt: skip
-            base = gr.Dropdown(choices=_bases(service), value=first, label="Checkpoint", elem_id="salun_base")
+            base = gr.Dropdown(choices=titles, value=first, label="Checkpoint", elem_id="salun_base")
             chosen, strengths = [], []
             for row in range(1, ROWS + 1):
                 with gr.Row():
@@ -126,9 +128,17 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             deltas = ["", *service.deltas()]
             return [
                 gr.update(choices=titles), gr.update(choices=runs), gr.update(choices=runs),
-                gr.update(choices=_bases(service)), *(gr.update(choices=deltas) for _ in chosen),
-                gr.update(choices=[*_masks(), *service.made_masks()]), _setup_text(service),
+                gr.update(choices=titles), *(gr.update(choices=deltas) for _ in chosen),
+                gr.update(choices=[*_masks(), *service.made_masks()]),
+                *(gr.update(choices=["", *service.picture_folders()]) for _ in FOLDERS), _setup_text(service),
             ]  # fmt: skip
+
+        def lists_safely() -> list[Any]:
+            try:
+                return lists()
+            except Exception as error:  # such as a folder that is not there any more: what is shown stays
+                logger.exception("the lists")
+                return [*(gr.update() for _ in listed[:-1]), _bad(str(error))]
 
         def load_again(run: Any) -> list[Any]:
             said = _good(f"The options of {run} are loaded.")
@@ -138,7 +148,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             except (SalunError, TypeError, ValueError) as error:
                 why = str(error) if run else "Choose a run first."
                 return [gr.update() for _ in range(5 + len(names))] + [_bad(why)]
-            for key, among in (("model", list(service.models())), ("mask", [*_masks(), *service.made_masks()])):
+            there = {"model": list(service.models()), "mask": [*_masks(), *service.made_masks()]}
+            there |= {key: service.picture_folders() for key in FOLDERS if options.get(key)}
+            for key, among in there.items():
                 if options.get(key) not in among:
                     said += _bad(f"Its {key} {str(options.get(key))[:200]!r} is not here any more: choose another.")
                     options.pop(key, None)
@@ -166,14 +178,14 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             return lambda *given: _good(f"“{make(*given).title}” is in the queue.")
 
         quick: dict[str, Any] = {"queue": False}
-        listed = [model, runs, other, base, *chosen, advanced["mask"], state]
+        listed = [model, runs, other, base, *chosen, advanced["mask"], *(advanced[n] for n in FOLDERS), state]
         go.click(
             _safe(lambda preset, name, preview, *values: erase(list(values), preset, name, preview)),
             [preset, name, preview, *controls], [said], **quick,
         )  # fmt: skip
         only.click(_safe(lambda preset, *values: only_mask(list(values), preset)), [preset, *controls], [said], **quick)
         model.change(words_for, [model], [preset], **quick)
-        refresh.click(lists, [], listed, **quick)
+        refresh.click(lists_safely, [], listed, **quick)
         again.click(load_again, [runs], [preset, *controls, details], **quick)
         runs.change(_safe(lambda run: _details(service, run)), [runs], [details], **quick)
         use.click(_safe(lambda run: _good(service.use(str(run or "")))), [runs], [details], **quick)
@@ -198,7 +210,7 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             **quick,
         )
         set_up.click(_safe(lambda: _good(service.set_up())), [], [state], **quick)
-        page.load(lists, [], listed, **quick)
+        page.load(lists_safely, [], listed, **quick)
         page.load(None, [], [], **{js: LOADER})
     return page
 
@@ -247,14 +259,6 @@ def _bad(text: str) -> str:
 
 def _runs(service: Service) -> list[str]:
     return [str(run["run"]) for run in service.history()]
-
-
-def _bases(service: Service) -> list[str]:
-    """Checkpoints that deltas may go on or come out of: the host's, and what runs wrote elsewhere."""
-    found = list(service.models())
-    if service.host.checkpoints() is None:
-        found += [name for name in service.deltas() if (service.runs / name / "model").exists()]
-    return found
 
 
 def _details(service: Service, run: Any) -> str:

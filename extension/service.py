@@ -49,7 +49,8 @@ class Service:
     def erase(self, options: Mapping[str, Any], preview_every: int = 0, name: str = "") -> Job:
         """Put an erasure into the queue. options: fields of `EraseJob` named in OFFERED; `model` a title of the host's.
 
-        name: of the new checkpoint, where the host keeps them. Raises ConfigError for what cannot be.
+        name: of the new checkpoint; it goes where the host keeps them, else into the data folder's `models`.
+        Raises ConfigError for what cannot be.
         """
         values = self._within(options)
         title = values.pop("model", None)
@@ -65,7 +66,7 @@ class Service:
         stem = safe_name(name, "") or f"{_stem(title)}-no-{'-'.join(concepts)}"
         with self._naming:
             folder = self._new_run("-".join(concepts))
-            outputs = self._outputs(folder, stem, name != "")
+            outputs = self._outputs(folder, stem, name != "", model)
             settled = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
             asked["options"] = dataclasses.asdict(settled)
             return self.queue.submit("erase", f"forget {', '.join(concepts)}", asked, folder.name)
@@ -91,7 +92,9 @@ class Service:
     def mask(self, options: Mapping[str, Any]) -> Job:
         """Put the making of a mask alone into the queue, to be chosen by its name later. options: as for `erase`."""
         values = self._within(options)
-        concept, title = list(values.pop("concept", [])), values.pop("model", None)
+        title = values.pop("model", None)
+        job: EraseJob = from_mapping(EraseJob, {"concept": values.pop("concept", [])}, "the options")
+        concept = [text.strip() for text in job.concept if text.strip()]
         kept = {item.name for item in dataclasses.fields(EraseOptions)}
         checked: EraseOptions = from_mapping(
             EraseOptions, {k: v for k, v in values.items() if k in kept}, "the options"
@@ -282,12 +285,18 @@ class Service:
             if options.get(key):
                 options[key] = Path(options[key]).name
         if options.get("mask") not in MASKS:
-            options["mask"] = Path(str(options.get("mask"))).stem
+            file = Path(str(options.get("mask")))  # named as `made_masks` does
+            of_a_run = file.parent.parent.resolve() == self.runs.resolve()
+            options["mask"] = file.parent.name if of_a_run else file.stem
         return options
 
     def deltas(self) -> list[str]:
         """Names of runs that have a delta, the latest first."""
         return sorted((p.parent.name for p in self.runs.glob(f"*/{DELTA}")), reverse=True)
+
+    def picture_folders(self) -> list[str]:
+        """Names of the folders of a user's own pictures."""
+        return sorted(place.name for place in self.pictures.iterdir() if place.is_dir())
 
     def made_masks(self) -> list[str]:
         """Names of masks that can be chosen beside the controls."""
@@ -300,8 +309,8 @@ class Service:
 
     def checkpoint(self, run: str) -> Path:
         """The erased checkpoint that a run wrote. Raises ConfigError if it wrote none, or it is gone."""
-        folder, checkpoints = self.run(run), self.host.checkpoints()
-        homes = [home.resolve() for home in (folder, checkpoints) if home is not None]
+        folder = self.run(run)
+        homes = [home.resolve() for home in (folder, self._home())]
         told = _options(folder).get("output")
         for path in [*(told if isinstance(told, list) else []), folder / "model.safetensors", folder / "model"]:
             place = Path(str(path)).resolve()  # who wrote run.json is not known: it may name what is in our folders
@@ -341,21 +350,25 @@ class Service:
             folder = self.runs / f"{stem}-{n}"
         return folder
 
-    def _outputs(self, folder: Path, stem: str, named: bool) -> list[str]:
+    def _outputs(self, folder: Path, stem: str, named: bool, source: str | None) -> list[str]:
         checkpoints = self.host.checkpoints()
-        if checkpoints is None:
-            return []
+        if checkpoints is None:  # the run's folder, unless it is to have a name
+            return [self._written(source or "", stem[:40]), str(folder / DELTA)] if named else []
         stamp = "" if named else "-" + "-".join(folder.name.split("-")[:2])
         target = new_file(checkpoints, f"{stem[:40]}{stamp}", ".safetensors", self._promised())
         return [str(target), str(folder / DELTA)]
 
     def _written(self, source: str, name: str) -> str:
         """Where a copy of a model goes, in the model's own layout."""
-        folder = self.host.checkpoints() or self.host.data / "models"
+        folder = self._home()
         folder.mkdir(parents=True, exist_ok=True)
         single = Path(source).suffix.lower() in (".safetensors", ".ckpt")
         ending = ".safetensors" if single else ""
         return f"{new_file(folder, name, ending, self._promised())}{'' if single else '/'}"
+
+    def _home(self) -> Path:
+        """Where checkpoints with a name of their own go."""
+        return self.host.checkpoints() or self.host.data / "models"
 
     def _promised(self) -> list[str]:
         """What jobs that are not over, or may go on, will write."""
@@ -434,6 +447,6 @@ def _summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if record["status"] == "done":
             told["headline"] = headline(record["concepts"], record["metrics"])
             told["figures"] = [list(row) for row in figure_rows(record["concepts"], record["metrics"])]
-    except (KeyError, TypeError, IndexError):
+    except Exception:  # whatever a stranger's figures are: the other runs are to be listed all the same
         told["error"] = "its run.json is of another version"
     return told

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .access import Access
+from .access import Access, AtHome
 from .api import add_routes
 from .host import Alone
 from .page import build
@@ -46,8 +46,10 @@ def application(service: Service, login: tuple[str, str] | None) -> Any:
     import gradio as gr
     from fastapi import FastAPI
 
-    access = Access(dict([login]) if login is not None else {})
+    access = Access(dict([login]) if login is not None else {}, guarded=login is not None)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if login is None:
+        app.add_middleware(AtHome)
     add_routes(app, service, access)
     return gr.mount_gradio_app(app, build(gr, service, access), path="/", auth=login)
 

@@ -66,9 +66,10 @@ def access() -> Access:
         from modules.initialize_util import get_gradio_auth_creds
 
         pairs = [pair.split(":", 1) for pair in (shared.cmd_opts.api_auth or "").split(",") if ":" in pair]
-        users = dict(pairs) or dict(get_gradio_auth_creds())
+        guards = dict(get_gradio_auth_creds())
+        users = dict(pairs) or guards
         closed = "start the WebUI with --api to use salun's API"
-        _state["access"] = Access(users, open=bool(shared.cmd_opts.api), closed_because=closed)
+        _state["access"] = Access(users, bool(shared.cmd_opts.api), closed, guarded=bool(guards))
     found: Access = _state["access"]
     return found
 

@@ -78,8 +78,9 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
         pairs = (
             [(str(d), float(s)) for d, s in zip(rest[:ROWS], rest[ROWS:], strict=True) if d and float(s)] if on else []
         )
-        if not forge:
-            _networks().loaded_networks[:] = [n for n in _networks().loaded_networks if not n.name.startswith(OURS)]
+        networks = None if forge else _networks() if pairs else sys.modules.get("networks")
+        if networks is not None:  # those of the last picture
+            networks.loaded_networks[:] = [n for n in networks.loaded_networks if not n.name.startswith(OURS)]
         if not pairs:
             _last.clear()
             return

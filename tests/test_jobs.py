@@ -184,7 +184,14 @@ def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_pa
     closing.join()
     # as a crash leaves it
     (queue.folder / job.id / "job.json").write_text(json.dumps({**kept, "state": "running"}), encoding="utf-8")
-    for name, text in {"broken": "{", "older": '{"job": 1}', "moved": json.dumps(kept)}.items():
+    strange = {"broken": "{", "older": '{"job": 1}', "moved": json.dumps(kept)}
+    wrongs: list[dict[str, Any]] = [
+        {"request": {"options": None}}, {"request": {"options": {"run_dir": 7}}}, {"request": None},
+        {"created": "now"}, {"losses": None}, {"previews": [1]}, {"result": "x"},
+    ]  # fmt: skip
+    for n, wrong in enumerate(wrongs):
+        strange[f"wrong-{n}"] = json.dumps({**kept, "id": f"wrong-{n}", "state": "running", **wrong})
+    for name, text in strange.items():
         (queue.folder / name).mkdir()
         (queue.folder / name / "job.json").write_text(text, encoding="utf-8")
     found = make().all()
@@ -208,6 +215,34 @@ def test_the_child_ends_with_the_program_that_began_it(tmp_path: Path) -> None:
         assert child.wait(60) == 130
     assert (first["event"], first["stage"]) == ("stage", "loading")
     assert rest[-1]["event"] == "stopping"
+
+
+@pytest.mark.parametrize("closed", ["its pipes", "its stdout"])
+def test_a_program_that_dies_costs_no_step_of_training(tmp_path: Path, closed: str) -> None:
+    """Nobody reads the child any more, and the line in which it would say so breaks: it stops as when it is asked to,
+    with its state saved, however seldom it saves otherwise."""
+    options = asked(tmp_path / "run", steps=100_000, eval_images=0, save_every=3600.0, mask="random",
+                    target="online", retain_target="noise")  # fmt: skip
+    (tmp_path / "request.json").write_text(json.dumps({"kind": "erase", **options}), encoding="utf-8")
+    with (tmp_path / "log.txt").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, str(CHILD), str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
+    assert child.stdin is not None and child.stdout is not None
+    for line in child.stdout:
+        event = json.loads(line)
+        if event.get("stage") == "training" and event["step"] > 2:
+            break
+    for pipe in (child.stdout, child.stdin) if closed == "its pipes" else (child.stdout,):
+        pipe.close()
+    try:
+        assert child.wait(60) == 130
+    finally:
+        child.kill()
+        child.stdin.close()
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "cancelled"
+    assert list((tmp_path / "run" / "state").glob("*.safetensors"))
 
 
 @given(st.text(max_size=60))
@@ -361,6 +396,107 @@ def test_nothing_of_the_hosts_is_freed_for_a_job_that_cannot_run(make: Make, tmp
     job = queue.wait(queue.submit("erase", "x", asked(tmp_path / "run")).id, 30)
     assert (job.state, job.error) == ("failed", "this program's Python lacks diffusers: press Set up")
     assert freed == []
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, program: str) -> None:
+    (folder / "child.py").write_text(program, encoding="utf-8")
+    monkeypatch.setattr("extension.jobs.CHILD", folder / "child.py")
+
+
+HALF = r"""
+import json
+print(json.dumps({"event": "message", "text": "cannot read \udcff.png"}), flush=True)
+raise SystemExit(1)
+"""
+
+
+def test_half_a_character_in_a_name_ends_no_queue(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python spells a file's name that is no UTF-8."""
+    queue = make()
+    with monkeypatch.context() as patched:
+        stand_in(patched, tmp_path, HALF)
+        job = queue.wait(queue.submit("inspect", "x", {"path": "\udcff.safetensors"}).id, 30)
+    assert (job.state, job.notes) == ("failed", ["cannot read \udcff.png"])
+    assert json.loads((queue.folder / job.id / "job.json").read_text(encoding="utf-8"))["notes"] == job.notes
+    later = queue.wait(queue.submit("inspect", "y", {"path": "gone"}).id, 60)
+    assert "no model 'gone'" in str(later.error)
+
+
+def test_what_cannot_be_written_down_is_no_job(make: Make) -> None:
+    queue = make()
+    with pytest.raises(ConfigError, match="the job cannot be kept"):
+        queue.submit("inspect", "x", {"path": {1, 2}})
+    assert (queue.all(), [p for p in queue.folder.iterdir() if p.is_dir()]) == ([], [])
+
+
+MALFORMED = """
+import json, time
+print(json.dumps({"event": "stage"}), flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_child_goes_on_unheard(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's turn, with the memory of its device, ends with the child."""
+    stand_in(monkeypatch, tmp_path, MALFORMED)
+    queue = make()
+    begun: list[subprocess.Popen[str]] = []
+    begin = queue._begin
+    monkeypatch.setattr(queue, "_begin", lambda *given: begun.append(begin(*given)) or begun[0])
+    job = queue.wait(queue.submit("inspect", "x", {"path": "a"}).id, 30)
+    assert (job.state, job.error) == ("failed", "KeyError: 'stage'")
+    assert begun[0].poll() is not None
+
+
+STEPS = """
+import json, sys, threading, time
+from pathlib import Path
+stop = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), stop.set()), daemon=True).start()
+for step in range(1, 20):
+    print(json.dumps({"event": "stage", "stage": "training", "step": step, "total": 20, "fraction": 0, "left": None,
+                      "metrics": {}}), flush=True)
+    time.sleep(1.5)
+    if stop.is_set():
+        print(json.dumps({"event": "stopping"}), flush=True)
+        time.sleep(0.5)
+        Path("saved").touch()
+        raise SystemExit(130)
+"""
+
+
+def test_a_step_of_training_that_takes_its_time_is_waited_for(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended in the middle of it, a run would lose what it trained since it last saved. The stand-in's steps take
+    longer than GRACE."""
+    stand_in(monkeypatch, tmp_path, STEPS)
+    queue = make()
+    job = queue.submit("erase", "x", asked(tmp_path / "run"))
+    until(lambda: job.step == 2)
+    time.sleep(0.1)
+    queue.cancel(job.id)
+    assert queue.wait(job.id, 30).state == "cancelled"
+    until(lambda: (queue.folder / job.id / "saved").exists(), 5)
+
+
+DEAF = "import time; time.sleep(600)"
+
+
+def test_a_cancel_while_the_child_is_being_begun_ends_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, tmp_path, DEAF)
+    queue = make()
+    begin = queue._begin
+
+    def slow(*given: Any) -> Any:
+        queue.cancel(queue.all()[0].id)
+        return begin(*given)
+
+    monkeypatch.setattr(queue, "_begin", slow)
+    job = queue.submit("inspect", "x", {"path": "a"})
+    assert queue.wait(job.id, 10).state == "cancelled"
 
 
 STAND_IN = """

@@ -48,6 +48,37 @@ def test_without_gradio_the_extra_is_named(tmp_path: Path) -> None:
     assert done.stderr.strip() == "salun: the page needs gradio, an extra: pip install 'salun[ui]'"
 
 
+def test_without_a_password_nothing_is_answered_under_a_name_or_for_another_site(tmp_path: Path) -> None:
+    """Gradio's own routes begin jobs too. A domain can be made to lead to this machine (DNS rebinding), and a page of
+    another site can send what it needs no leave for."""
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    client = pytest.importorskip("starlette.testclient").TestClient
+    from extension.host import Alone
+    from extension.service import Service
+    from extension.standalone import application
+
+    service = Service(Alone(tmp_path))
+    try:
+        app = application(service, None)
+        for name in ("evil.example", "my-machine"):
+            calling = client(app, base_url=f"http://{name}:7870")
+            for path in ("/", "/config", "/gradio_api/info", "/salun/v1/status", "/salun/v1/page.js"):
+                answer = calling.get(path)
+                assert (answer.status_code, "--auth NAME:PASSWORD" in answer.text) == (403, True), path
+        calling = client(app, base_url="http://127.0.0.1:7870")
+        assert [calling.get(path).status_code for path in ("/", "/config", "/salun/v1/status")] == [200, 200, 200]
+        assert calling.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link
+        sent = {"content": '{"data": []}', "headers": {"Origin": "http://evil.example", "Content-Type": "text/plain"}}
+        for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/salun/v1/start"):
+            answer = calling.post(path, **sent)
+            assert (answer.status_code, answer.text) == (403, "requests from other sites are refused"), path
+        guarded = client(application(service, ("ann", "secret")), base_url="http://my-machine:7870")
+        assert guarded.get("/").status_code == 200  # the page that asks for the password
+        assert guarded.get("/config").status_code == 401
+    finally:
+        service.queue.close()
+
+
 @pytest.mark.slow
 def test_name_and_password_guard_page_and_api(tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")

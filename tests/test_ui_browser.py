@@ -102,6 +102,55 @@ def test_a_concept_is_erased_by_clicking(page: Any, server: tuple[str, Path]) ->
     assert (options["concept"], options["anchor"], options["steps"]) == (["circle"], ["square"], 6)
 
 
+@pytest.fixture
+def beside(page: Any, server: tuple[str, Path]) -> Iterator[Any]:
+    """A second look at the page: what is chosen on the first stays as it is."""
+    opened = page.context.browser.new_page()
+    opened.set_default_timeout(60_000)
+    opened.requests = []
+    opened.on("request", lambda request: opened.requests.append(request.url))
+    opened.goto(server[0])
+    newest(opened).wait_for()
+    yield opened
+    opened.close()
+
+
+def test_a_picture_that_is_gone_is_asked_for_once_and_the_preview_shown(beside: Any, server: tuple[str, Path]) -> None:
+    (run,) = (server[1] / "runs").iterdir()
+    kept = (run / "before_after.png").rename(run / "kept.png")
+    beside.requests.clear()
+    beside.reload()
+    newest(beside).locator("img").wait_for()
+    beside.wait_for_timeout(5000)  # more than two looks at the jobs
+    assert len([url for url in beside.requests if "/status" in url]) > 2
+    asked = [url.split("name=")[1] for url in beside.requests if "name=" in url]
+    assert asked == ["before_after.png", "preview-000003.png"]
+    kept.rename(run / "before_after.png")
+
+
+def test_lines_are_made_where_the_form_says_one_a_line(beside: Any) -> None:
+    beside.locator("#salun_words").get_by_text("with a preset chosen above as well, the model forgets both").wait_for()
+    for name in ("words", "anchor", "keep"):
+        box = beside.locator(f"#salun_{name} textarea").first
+        box.click()
+        box.press_sequentially("a")
+        box.press("Enter")
+        box.press_sequentially("b")
+        assert box.input_value() == "a\nb", name
+
+
+def test_a_refusal_is_shown_as_it_is_told(beside: Any) -> None:
+    """As under a name, where the program answers but not to this page."""
+    refusal = {"status": 403, "json": {"error": "Open it by its address"}}
+    beside.route("**/salun/v1/status", lambda route: route.fulfill(**refusal))
+    beside.get_by_text("Open it by its address", exact=True).wait_for()
+    beside.unroute("**/salun/v1/status")
+    beside.route("**/salun/v1/status", lambda route: route.abort())
+    beside.get_by_text("The program does not answer").wait_for()
+    beside.unroute("**/salun/v1/status")
+    newest(beside).wait_for()
+
+
 def test_the_report_opens_and_runs_no_script(page: Any) -> None:
     newest(page).get_by_role("button", name="Report").click()
     frame = page.locator(".salun-report iframe")
@@ -124,6 +173,10 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     stopped = page.locator('.salun-job[data-state="cancelled"]')
     stopped.wait_for()
     assert time.monotonic() - began < 4  # 2 s, and the page looks once a second
+    asked: list[str] = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    stopped.get_by_role("button", name="Remove").click()  # beside Resume, and then there is none
+    assert "can be resumed, but not once it is off this list" in asked[0]
     stopped.get_by_role("button", name="Resume").click()
     page.locator('.salun-job[data-state="done"]').nth(1).wait_for(timeout=240_000)  # a busy machine takes its time
     runs = [json.loads(p.read_text(encoding="utf-8")) for p in (server[1] / "runs").glob("*/run.json")]

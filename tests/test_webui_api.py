@@ -116,6 +116,8 @@ def test_the_schema_tells_every_option_with_the_cores_default() -> None:
         ({"options": {"concept": ["a"], "output": ["/x.safetensors"]}}, 400, "'output' cannot be set here"),
         ({"options": ["a"]}, 400, "options must be an object"),
         ({"options": {"concept": [["a"]]}}, 400, "concept is"),
+        ({"kind": "mask", "options": {"concept": "circle"}}, 400, "concept is 'circle', but must be list"),
+        ({"kind": "mask", "options": {"concept": [1]}}, 400, "concept is [1], but must be list"),
         ({"options": {"concept": ["a"], "steps": "9; rm"}}, 400, "steps is '9; rm', but must be int"),
         ({"options": {"concept": ["a"]}, "command": "x"}, 400, "erase takes"),
         ({"kind": "stack", "model": "shapes"}, 400, "stack needs more"),
@@ -139,7 +141,8 @@ def test_only_json_of_a_sane_size_is_read(service: Service) -> None:
     assert calling.post(f"{PREFIX}/start", content="kind=erase", headers=form).status_code == 415
     kind = {"Content-Type": "application/json"}
     assert calling.post(f"{PREFIX}/start", content=b"{" + b" " * LARGEST, headers=kind).status_code == 413
-    for text in (b"{", b"[]", b"[" * 100_000, b"\xff", LOOSE % b"NaN", LOOSE % b"1e999"):
+    half = b'{"options": {"concept": ["\\ud800"], "model": "shapes"}}'
+    for text in (b"{", b"[]", b"[" * 100_000, b"\xff", LOOSE % b"NaN", LOOSE % b"1e999", half):
         assert calling.post(f"{PREFIX}/start", content=text, headers=kind).status_code == 400
     assert calling.get(f"{PREFIX}/cancel").status_code == 405
     assert calling.get(f"{PREFIX}/status?id=none").status_code == 404
@@ -173,7 +176,10 @@ def test_a_number_that_json_has_not_is_told_as_none(service: Service) -> None:
     job = service.mask({"concept": ["circle"], "model": "shapes"})
     service.queue.cancel(job.id)
     job.losses, job.fraction, job.result = [[1, float("nan"), 1.0]], float("inf"), {"metrics": {"ua": float("nan")}}
-    (told,) = client(service).get(f"{PREFIX}/status").json()["jobs"]
+    job.notes = ["cannot read \udcff.png"]  # nor has UTF-8 half a character
+    (listed,) = client(service).get(f"{PREFIX}/status").json()["jobs"]
+    assert (listed["losses"], listed["notes"]) == ([], ["cannot read ?.png"])  # over: its plot is not sent each second
+    told = client(service).get(f"{PREFIX}/status", params={"id": job.id}).json()
     assert (told["losses"], told["fraction"], told["result"]) == ([[1, None, 1.0]], None, {"metrics": {"ua": None}})
     run = write_run(service)
     (run / "run.json").write_text('{"status": "done", "options": {"concept": [NaN]}}', encoding="utf-8")

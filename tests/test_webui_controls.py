@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from extension import places
-from extension.controls import ADVANCED, FIELDS, FIRST, default_of, help_of, shown_of, value_of
+from extension.controls import ADVANCED, FIELDS, FIRST, control, default_of, help_of, shown_of, value_of
 from extension.host import Alone
 from extension.jobs import Job
 from extension.service import OURS, Service
@@ -217,6 +218,74 @@ def test_a_strangers_run_json_names_no_file_outside_our_folders(held: Service, t
     with pytest.raises(ConfigError, match="not there any more"):
         held.checkpoint("planted-0")
     assert held.checkpoint(write_run(held, "own", output=[str(ours)]).name) == ours
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"metrics": []}, {"metrics": "x"}, {"metrics": {"ua": 1}, "concepts": [{"name": "a"}]}, {"concepts": None},
+     {"metrics": {"ua": 1, "ra_before": {"value": "x"}, "ra_after": {"value": 1}, "per_concept": {}}}],
+    ids=str,
+)  # fmt: skip
+def test_a_strangers_run_json_spoils_no_list(service: Service, wrong: dict[str, Any]) -> None:
+    good = write_run(service, "20260101-000000-good", concept=["good"])
+    bad = write_run(service, "20260101-000001-bad")
+    record = {"status": "done", "options": {}, "concepts": [], "metrics": {"ua": None, "reason": "x"}, **wrong}
+    (bad / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    first, second = service.history()
+    assert (first["run"], first["error"]) == (bad.name, "its run.json is of another version")
+    assert (second["run"], second["concept"]) == (good.name, ["good"])
+
+
+def test_a_runs_mask_is_loaded_again_by_the_name_it_is_chosen_by(service: Service) -> None:
+    """A mask of another run is called as that run is, one made alone as its file is."""
+    run = write_run(service)
+    (run / "mask.safetensors").touch()
+    (service.masks / "shapes-circle.safetensors").touch()
+    for mask in service.made_masks():
+        job = service.erase({"concept": ["circle"], "model": "shapes", "mask": mask})
+        service.queue.cancel(job.id)
+        later = write_run(service, f"later-{mask}", mask=job.request["options"]["mask"])
+        assert service.options_of(later.name)["mask"] == mask
+
+
+def test_without_a_host_what_was_made_is_in_the_list_and_a_name_is_kept_to(service: Service, tmp_path: Path) -> None:
+    for name, place in {"20260101-000000-a": "model", "20260101-000001-b": "model.safetensors"}.items():
+        run = write_run(service, name)
+        if place == "model":
+            (run / place).mkdir()
+            (run / place / "model_index.json").touch()
+        else:
+            (run / place).touch()
+    named = service.erase({"concept": ["circle"], "model": "shapes"}, name="mine")
+    service.queue.cancel(named.id)
+    mine, delta = named.request["options"]["output"]
+    assert mine == f"{service.host.data / 'models' / 'mine'}/"  # in the layout of its base
+    assert Path(delta) == service.runs / str(named.run) / "delta.salun.safetensors"
+    Path(mine).mkdir()
+    (Path(mine) / "model_index.json").touch()
+    (tmp_path / "models" / "single.safetensors").touch()
+    (tmp_path / "models" / ".half.safetensors.7.tmp").touch()
+    (tmp_path.parent / "secret.safetensors").touch()
+    (tmp_path / "models" / "link.safetensors").symlink_to(tmp_path.parent / "secret.safetensors")
+    made = [name for name in service.models() if name != "shapes"]
+    assert [name for name in made if Path(service.models()[name]).is_relative_to(tmp_path)] == [
+        "mine", "single.safetensors", "20260101-000001-b", "20260101-000000-a",
+    ]  # fmt: skip
+    assert service.checkpoint(write_run(service, "named", output=[mine, delta]).name) == Path(mine)
+
+
+def test_what_can_be_chosen_of_files_is_listed_and_the_help_names_no_other(service: Service) -> None:
+    """The command line's help speaks of paths, which are refused here."""
+    (service.pictures / "my cat").mkdir()
+    (service.pictures / "note.txt").touch()
+    assert service.picture_folders() == ["my cat"]
+    made = SimpleNamespace(Dropdown=lambda **shown: shown)
+    for name in ("forget_images", "retain_images"):
+        shown = control(made, name, [], service.picture_folders())
+        assert (shown["choices"], shown["value"]) == (["", "my cat"], "")
+        assert "one of those in the data folder's `pictures`" in shown["info"]
+    assert "diffusers folder" not in help_of("components")
+    assert "file" not in help_of("mask")
 
 
 def finished(service: Service, run: Path) -> Job:

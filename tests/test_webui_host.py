@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from extension import environment, webui
+from extension.access import Refused
 from extension.jobs import Job, Queue
 from extension.service import Service
 from salun.errors import ConfigError
@@ -96,6 +98,65 @@ def test_a_second_webui_on_one_data_folder_says_so_in_the_tab(modules: Modules, 
         first.close()
     assert webui.trouble() is None
     webui.service().queue.close()
+
+
+# -- the accordion ----------------------------------------------------------------------------------------------------
+
+
+def test_a_webui_without_the_lora_extension_makes_its_pictures_as_long_as_no_delta_is_chosen(
+    modules: Modules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours is called before every sampling, whatever is chosen."""
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    interrupted: list[str] = []
+    state = SimpleNamespace(interrupt=lambda: interrupted.append("now"))
+    for name, made in {
+        "scripts": SimpleNamespace(Script=object, AlwaysVisible=object()),
+        "shared": SimpleNamespace(state=state),
+    }.items():
+        monkeypatch.setattr(sys.modules["modules"], name, made, raising=False)
+    monkeypatch.delitem(sys.modules, "networks", raising=False)
+    monkeypatch.delitem(sys.modules, "extension.webui_delta", raising=False)
+    said: list[str] = []
+    picture = SimpleNamespace(sd_model=object(), extra_generation_params={}, comment=said.append)
+    from extension import webui_delta
+
+    script, chosen = webui_delta.ErasedDelta(), ("run", "", "", 1.0, 1.0, 1.0)
+    script.process_before_every_sampling(picture)
+    script.process_before_every_sampling(picture, False, *chosen)
+    assert (said, interrupted) == ([], [])
+    with pytest.raises(RuntimeError, match="needs the built-in extension Lora"):
+        script.process_before_every_sampling(picture, True, *chosen)
+    assert interrupted == ["now"]
+    left = SimpleNamespace(loaded_networks=[SimpleNamespace(name="salun:x"), SimpleNamespace(name="a style")])
+    monkeypatch.setitem(sys.modules, "networks", left)
+    script.process_before_every_sampling(picture, False, *chosen)  # the last picture's goes, LoRAs stay
+    assert [network.name for network in left.loaded_networks] == ["a style"]
+
+
+# -- who opens the page -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("login", ["", "ann:secret"])
+def test_the_pages_token_leads_in_under_a_name_only_where_the_page_asks_for_a_password(
+    modules: Modules, monkeypatch: pytest.MonkeyPatch, login: str
+) -> None:
+    """--api-auth guards the host's API, not its page, from which a name made to lead here reads the token."""
+    creds = SimpleNamespace(get_gradio_auth_creds=lambda: [tuple(login.split(":"))] if login else [])
+    shared = SimpleNamespace(cmd_opts=SimpleNamespace(api_auth="api:other", api=True))
+    for name, made in {"initialize_util": creds, "shared": shared}.items():
+        monkeypatch.setattr(sys.modules["modules"], name, made, raising=False)
+        monkeypatch.setitem(sys.modules, f"modules.{name}", made)
+    access = webui.access()
+    headers = {"host": "evil.example", "origin": "http://evil.example", "x-salun-token": access.token}
+    if login:
+        access.check(headers)
+    else:
+        with pytest.raises(Refused, match="by its address"):
+            access.check(headers)
+    access.check({**headers, "host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860"})
+    basic = {"authorization": "Basic " + base64.b64encode(b"api:other").decode()}
+    access.check({"host": "my-machine:7860", **basic})
 
 
 # -- the environment of the jobs --------------------------------------------------------------------------------------
