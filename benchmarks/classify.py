@@ -194,8 +194,8 @@ PREAMBLE = (
     "done nothing. The first grid of a search lay around the methods' default rates of that time, which "
     "`benchmarks/classify.py` keeps; the defaults of today are what the first setting's search found. Batches are "
     "mixed on the clutter and forget-first on the digits, which matters to SalUn, SalUn-soft and RL alone. "
-    "A method that failed at some seeds is averaged over the others, so that its worst seeds do not count: see who failed. Seconds are of a machine that "
-    "others used at the same time.",
+    "A method that failed at some seeds is averaged over the others, so that its worst seeds do not count: see who "
+    "failed. Seconds are of a machine that others used at the same time.",
 )
 
 
