@@ -6,8 +6,12 @@ The path is a checkout of OPTML-Group/Unlearn-Saliency, of which nothing is kept
 gives the tensor back as it is (they run on a CPU here), modules that only their data sets, models, plots and original
 training need are empty, and their loaders get our rows and our small model. Their unlearning loops, their mask and
 their evaluation run as they are. Ours is told to do as they do: random labels may be a picture's own (`labels any`),
-the forget set comes first (`order forget-first`, theirs for CIFAR-10), and BatchNorm's statistics are updated. Writes
-docs/classification-authors.md.
+the forget set comes first (`order forget-first`, theirs for CIFAR-10), and BatchNorm's statistics are updated.
+
+One unlearning is one draw of batches and labels, and SalUn's figures move by points from draw to draw: so each seed's
+original is unlearned several times on either side (`--draws`), and the means of these are paired. A row more gives
+their loop our mask, to tell what the mask does from what the loop does. Writes docs/classification-authors.md after
+every seed.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -22,8 +27,10 @@ import types
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -31,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from salun.classification.experiment import forget, opened, setting_of
+from salun.classification.experiment import Setting, forget, opened, setting_of
 from salun.classification.masks import find_mask
 from salun.classification.metrics import COMPARED, judge, members
 from salun.classification.options import UnlearnOptions
@@ -42,6 +49,9 @@ from salun.progress import silent
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "classification-authors.md"
 RUNS = {"FT": ("ft", 0.02, 10), "RL": ("rl", 0.005, 10), "GA": ("ga", 0.0005, 5), "SalUn": ("salun", 0.01, 10)}
+SHARED = "SalUn, our mask"  # theirs with the mask that ours found
+APART = 1000  # between the seeds of a seed's draws
+CODE = types.SimpleNamespace()  # theirs, of a worker process
 OPTIONS: dict[str, Any] = {"data": "clutter", "device": "cpu", "retrain": "no"}
 OPTIONS |= {"labels": "any", "order": "forget-first", "batchnorm": "updated"}
 
@@ -103,10 +113,11 @@ def quiet() -> Iterator[None]:
 
 
 def theirs(
-    code: types.SimpleNamespace, task: Task, name: str
+    code: types.SimpleNamespace, task: Task, name: str, seed: int
 ) -> tuple[dict[str, Any], dict[str, float], float, list[float]]:
     """(our judgement of their model, theirs, seconds an epoch, shares of mask bits that ours has too: with their
-    batches, which count alike however short the last is, and with one batch of all).
+    batches, which count alike however short the last is, and with one batch of all). seed: of this draw; the attack's
+    members are those of the task's own seed.
     """
     options = task.options
     assert options.epochs is not None
@@ -129,10 +140,13 @@ def theirs(
             same = [agreement(mask, ours)]
             code.mask({"forget": DataLoader(loaders["forget"].dataset, 10**6)}, task.model, criterion, args)
             same.append(agreement(torch.load(Path(folder) / "with_0.5.pt", weights_only=True), ours))
-        torch.manual_seed(options.seed)
-        np.random.seed(options.seed)
+        elif name == SHARED:
+            ours, _ = find_mask(task)
+            mask = {n: ours.dense(n).float() for n in task.parameters}
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
         began = time.perf_counter()
-        code.method("RL" if name == "SalUn" else name)(loaders, task.model, criterion, args, mask)
+        code.method("RL" if name in ("SalUn", SHARED) else name)(loaders, task.model, criterion, args, mask)
         seconds = (time.perf_counter() - began) / options.epochs
         shadow = task.split.retain[members(len(task.split.retain), len(task.split.test), options.seed)]
         known = DataLoader(Rows(task.data.pictures(shadow), task.labels(shadow)), task.size)
@@ -157,58 +171,110 @@ def main() -> None:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--commit", required=True, help="of the checkout, for the page")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=3, help="unlearnings of each original on either side")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side, one thread each")
     arguments = parser.parse_args()
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*RUNS, SHARED)}
+    processes = multiprocessing.get_context("spawn").Pool(arguments.workers, begin, (arguments.checkout,))
+    with processes as pool:
+        told = pool.imap(partial(of_seed, draws=arguments.draws), range(arguments.seeds))
+        for seed, found in enumerate(told):
+            for name, row in found.items():
+                rows[name].append(row)
+                print(seed, name, row, flush=True)
+            TABLE.write_text(page(rows, arguments.commit, seed + 1, arguments.draws), encoding="utf-8")
+
+
+def begin(checkout: Path) -> None:
+    """Of a worker process."""
+    global CODE
     torch.set_num_threads(1)
-    code = theirs_from(arguments.checkout)
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
-    for seed in range(arguments.seeds):
-        for name, (method, lr, epochs) in RUNS.items():
-            setting = setting_of(UnlearnOptions(method=method, lr=lr, epochs=epochs, seed=seed, **OPTIONS))
-            task = setting.task(setting.original(silent), silent)
-            other = replace(task, model=deepcopy(task.model), history=[])
-            began = time.perf_counter()
-            forget(task, opened(setting))
-            ours = (time.perf_counter() - began) / epochs
-            found, own, seconds, same = theirs(code, other, name)
-            rows[name].append(
-                {
-                    "ours": {k: v["value"] for k, v in judge(task).items() if k in COMPARED},
-                    "theirs": {k: found[k]["value"] for k in COMPARED},
-                    "their figures": own,
-                    "seconds": (ours, seconds),
-                    "same": same,
-                }
-            )
-            print(seed, name, rows[name][-1], flush=True)
-        TABLE.write_text(page(rows, arguments.commit, seed + 1), encoding="utf-8")
+    CODE = theirs_from(checkout)
 
 
-def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int) -> str:
+def of_seed(seed: int, draws: int) -> dict[str, dict[str, Any]]:
+    """Row of the tables → what a seed's draws gave on either side."""
+    rows = {}
+    for name, (method, lr, epochs) in RUNS.items():
+        setting = setting_of(UnlearnOptions(method=method, lr=lr, epochs=epochs, seed=seed, **OPTIONS))
+        original = setting.task(setting.original(silent), silent)
+        drawn = [seed + APART * draw for draw in range(draws)]
+        mine = [ours_of(original, setting, own) for own in drawn]
+        for told in (name, SHARED) if name == "SalUn" else (name,):
+            found = [theirs(CODE, replace(original, model=deepcopy(original.model)), told, own) for own in drawn]
+            rows[told] = {
+                "ours": [{k: judged[k]["value"] for k in COMPARED} for judged, _ in mine],
+                "theirs": [{k: judged[k]["value"] for k in COMPARED} for judged, *_ in found],
+                "their figures": [own for _, own, *_ in found],
+                "seconds": (min(s for _, s in mine), min(s for _, _, s, _ in found)),
+                "same": [mean(shares) for shares in zip(*(same for *_, same in found), strict=True)],
+            }
+    return rows
+
+
+def ours_of(original: Task, setting: Setting, seed: int) -> tuple[dict[str, Any], float]:
+    """(the judgement of our model, seconds an epoch) of one draw; judged by the original's own seed."""
+    task = replace(original, model=deepcopy(original.model), options=replace(original.options, seed=seed), history=[])
+    assert task.options.epochs is not None
+    began = time.perf_counter()
+    forget(task, opened(setting))
+    seconds = (time.perf_counter() - began) / task.options.epochs
+    task.options = original.options
+    return judge(task), seconds
+
+
+def differences(some: list[dict[str, Any]], figure: str, draws: int) -> dict[str, Any]:
+    """Ours minus theirs of the first `draws` draws' means, paired by seed, see `interval`."""
+    sides = ([mean(d[figure] for d in row[side][:draws]) for row in some] for side in ("ours", "theirs"))
+    return interval([mine - other for mine, other in zip(*sides, strict=True)])
+
+
+def apart(rows: dict[str, list[dict[str, Any]]], draws: int) -> str:
+    """The intervals that exclude zero, named; "none" where there is none."""
+    found = [
+        f"{name} {k} {told['mean']:+.2f} ({told['low']:+.2f} to {told['high']:+.2f})"
+        for name, some in rows.items()
+        for k in COMPARED
+        if (told := differences(some, k, draws))["low"] is not None and (told["low"] > 0 or told["high"] < 0)
+    ]
+    return "; ".join(found) or "none"
+
+
+def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int, draws: int) -> str:
     def cell(values: list[float]) -> str:
         return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
-    out = [
-        "# Beside the authors' code",
-        "",
-        f"Written by `benchmarks/authors.py` against commit {commit} of OPTML-Group/Unlearn-Saliency: `clutter`,",
-        f"random 10 %, {seeds} seeds, the same original, rows and hyperparameters on both sides, one thread of a CPU.",
-        "Ours is told to do as theirs does: `--labels any --order forget-first --batchnorm updated`. Both models are",
-        "judged by `salun`; their own evaluation of their models, its attack made from the members that ours draws,",
+    told = [
+        f"Written by `benchmarks/authors.py` against commit {commit} of OPTML-Group/Unlearn-Saliency: `clutter`, "
+        f"random 10 %, {seeds} seeds, the same original, rows and hyperparameters on both sides, one thread of a CPU. "
+        "Ours is told to do as theirs does: `--labels any --order forget-first --batchnorm updated`. Both models are "
+        "judged by `salun`; their own evaluation of their models, its attack made from the members that ours draws, "
         "differs from that by the last column, at most.",
-        "Batches and random labels are drawn by other generators on the two sides, so differences are judged by",
-        "their intervals.",
-        "",
+        "Batches and random labels are drawn by other generators on the two sides, and one unlearning is one draw of "
+        f"them: each original is unlearned {draws} times on either side, and the means of these count as the seed's "
+        "figures. *SalUn, our mask* is their loop with the mask that ours found, beside ours as in the row above.",
+    ]
+    out = ["# Beside the authors' code", ""]
+    for paragraph in told:
+        out += [fill(paragraph, 118), ""]
+    out += [
         "| method | lr, epochs | | UA % | RA % | TA % | MIA % | s an epoch, least | judges differ by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, some in rows.items():
-        _, lr, epochs = RUNS[name]
+        _, lr, epochs = RUNS["SalUn" if name == SHARED else name]
         for i, side in enumerate(("ours", "theirs")):
-            cells = [cell([r[side][k] for r in some]) for k in COMPARED]
+            if name == SHARED and side == "ours":
+                continue
+            cells = [cell([mean(d[k] for d in r[side]) for r in some]) for k in COMPARED]
             seconds = f"{min(r['seconds'][i] for r in some):.3f}"
-            worst = max(abs(r["theirs"][k] - r["their figures"][k]) for r in some for k in COMPARED)
-            told = f"{worst:.2f}" if i else ""
-            out.append(f"| {name} | {lr:g}, {epochs} | {side} | " + " | ".join([*cells, seconds, told]) + " |")
+            pairs = [pair for r in some for pair in zip(r["theirs"], r["their figures"], strict=True)]
+            worst = max(abs(ours[k] - own[k]) for ours, own in pairs for k in COMPARED)
+            out.append(
+                f"| {name} | {lr:g}, {epochs} | {side} | "
+                + " | ".join([*cells, seconds, f"{worst:.2f}" if i else ""])
+                + " |"
+            )
     out += [
         "",
         "Ours minus theirs, paired by seed, with the 95 % interval by Student's t, and the time as a ratio:",
@@ -218,21 +284,22 @@ def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int) -> str:
     for name, some in rows.items():
         cells = []
         for k in COMPARED:
-            found = interval([r["ours"][k] - r["theirs"][k] for r in some])
+            found = differences(some, k, draws)
             low = "" if found["low"] is None else f" ({found['low']:+.2f} to {found['high']:+.2f})"
             cells.append(f"{found['mean']:+.2f}{low}")
         ratio = min(r["seconds"][1] for r in some) / min(r["seconds"][0] for r in some)
         out.append(f"| {name} | " + " | ".join(cells) + f" | {ratio:.2f} |")
+    count = len(rows) * len(COMPARED)
+    end = f"Of these {count} intervals, not corrected for their number, those that exclude zero: {apart(rows, draws)}."
+    if draws > 1:
+        end += f" By the first draw of each seed alone they would be: {apart(rows, 1)}."
     first, second = (mean(r["same"][i] for r in rows["SalUn"]) for i in (0, 1))
-    out += [
-        "",
-        f"At density 0.5 SalUn's two masks agree in {100 * first:.2f} % of the weights. Theirs adds up means of",
-    ]
-    out += [
-        "batches, a short last one as much as a full one; ours weights batches by their size. With one batch of all"
-    ]
-    out += [f"of the forget set they agree in {100 * second:.2f} %.", ""]
-    return "\n".join(out)
+    masks = (
+        f"At density 0.5 SalUn's two masks agree in {100 * first:.2f} % of the weights. Theirs adds up means of "
+        "batches, a short last one as much as a full one; ours weights batches by their size. With one batch of all of "
+        f"the forget set they agree in {100 * second:.2f} %."
+    )
+    return "\n".join([*out, "", fill(end, 118), "", fill(masks, 118), ""])
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from salun.classification.experiment import setting_of
 from salun.classification.metrics import FEATURES
 from salun.classification.options import CompareOptions
 from salun.classification.preview import preview_comparison
+from salun.classification.search import rounds
 from salun.classification.table import difference_lines, interval, lines_of, table_of, tables_of
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError
 from salun.progress import Event
 from salun.report import charts
-from salun.report.classification import comparison_page, run_page
+from salun.report.classification import _comparison_headline, comparison_page, run_page
 
 QUICK: dict[str, Any] = {"train_epochs": 2, "epochs": 1, "device": "cpu", "search": False, "workers": 1}
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,19 +267,98 @@ def test_a_list_of_rows_that_was_changed_is_noticed_on_resume(tmp_path: Path) ->
 
 
 def test_a_method_that_cannot_be_done_is_a_row_that_says_so_and_ends_nothing(tmp_path: Path) -> None:
-    """SSD's α is far out of what is possible, and SCRUB has no second epoch, at whatever value of the search."""
-    told = {**QUICK, "search": True, "search_seeds": 2, "ssd_alpha": 5000.0}
-    found = compare(methods=["ft", "ssd", "scrub"], seeds=2, run_dir=tmp_path / "run", **told)
+    """IU divides by a damping that is 0 in float32, at whatever value of the search."""
+    told = {**QUICK, "search": True, "search_seeds": 2, "damping": 1e-50, "gradients": 8}
+    found = compare(methods=["ft", "iu"], seeds=2, run_dir=tmp_path / "run", **told)
     rows = found.metrics["methods"]
     assert rows["ft"]["gap_mean"]["n"] == 2
-    for name, why in (("ssd", "no weight can be more than"), ("scrub", "begins to forget in its second epoch")):
-        assert rows[name]["failed"] == [0, 1]
-        assert rows[name]["search"]["chosen"] is None
-        assert why in rows[name]["search"]["tried"][0]["reason"]
-        assert "the search found no value" in rows[name]["why"]
+    assert rows["iu"]["failed"] == [0, 1]
+    assert rows["iu"]["search"]["chosen"] is None
+    assert "the influence is not finite" in rows["iu"]["search"]["tried"][0]["reason"]
+    assert "the search found no value" in rows["iu"]["why"]
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "Without a result: SSD, SCRUB" in html
-    assert ["SCRUB", "lr", "none"] in [row[:3] for row in tables_of(found.metrics)["The search"]]
+    assert "Without a result: IU" in html
+    assert ["IU", "influence", "none"] in [row[:3] for row in tables_of(found.metrics)["The search"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["ft", "scrub"], "epochs": 1}, "--epochs 1: SCRUB begins to forget in its second epoch"),
+        ({"methods": ["ft", "ssd"], "ssd_alpha": 5000.0}, "no weight can be more than"),
+        ({"methods": ["ft"], "validation_share": 0.0, "search": True}, "there are none: raise --validation-share"),
+        ({"methods": ["ft"], "validation_share": 0.002, "search": True}, "--search needs 4 validation pictures"),
+    ],
+)
+def test_what_no_seed_could_do_is_refused_before_anything_is_trained(changes: dict[str, Any], message: str) -> None:
+    def never(event: Event, /) -> None:
+        raise AssertionError(f"{event.stage} began")
+
+    options = CompareOptions(**{**QUICK, **changes})
+    for way in (compare, preview_comparison):
+        with pytest.raises(ConfigError, match=message):
+            way(options, progress=never)
+
+
+def ranked(told: dict[str, tuple[float, bool]]) -> dict[str, Any]:
+    """A table of methods with a gap each, three seeds alike, and whether their search found them to do nothing."""
+
+    def figures(gap: float) -> dict[str, Any]:
+        found: dict[str, Any] = {name: {"value": 100.0} for name in ("UA", "RA", "TA", "MIA")}
+        found["UA"] = {"value": 100.0 - 4 * gap}
+        return {**found, "mia_features": {name: {"value": 1.0} for name in FEATURES}, "RTE": {"value": 1.0}}
+
+    exact = {seed: {**figures(0), "original": figures(9)} for seed in range(3)}
+    results = {name: {seed: figures(gap) for seed in range(3)} for name, (gap, _) in told.items()}
+    searched = {
+        name: {
+            "chosen": 1.0,
+            "untouched": 5.0,
+            "tried": [{"value": 1.0, "score": 5.0 if idle else 2.0}],
+            "seconds": 1.0,
+        }
+        for name, (_, idle) in told.items()
+    }
+    return table_of(results, exact, searched, {name: f"The {name}" for name in told}, exact)
+
+
+def test_a_method_that_did_nothing_has_no_place() -> None:
+    """By the search, however near to Retrain it comes by chance."""
+    from benchmarks.classify import verdict
+
+    table = ranked({"salun": (2.0, False), "rl": (3.0, False), "ft": (1.0, True)})
+    assert _comparison_headline(table)[0].startswith("Nearest to Retrain over 3 seeds: The salun, 2.00 points")
+    assert "Did nothing, by the search, and so has no place: The ft." in _comparison_headline(table)
+    text = verdict("x", table)
+    assert (
+        "SalUn (2.00) is number 1 of 2. Nearest: The salun 2.00, The rl 3.00. Did nothing, by the search: The ft"
+        in text
+    )
+    assert "of 1 comparisons, uncorrected, surely nearer than SalUn: none; surely farther: The rl." in text
+    table = ranked({"salun": (1.0, True), "rl": (3.0, False)})
+    assert "SalUn did nothing, by the search" in verdict("x", table)
+    assert "surely" not in verdict("x", table)
+
+
+def test_the_benchmark_tries_the_values_that_its_results_were_made_with() -> None:
+    """Whatever the methods' defaults have become since."""
+    from benchmarks.classify import CENTRES, folder_of, grids_of_the_runs, settings
+
+    done = 0
+    for name, options in settings().items():
+        path = folder_of(name) / "run.json"
+        if not path.is_file():
+            continue
+        rows = json.loads(path.read_text(encoding="utf-8"))["metrics"]["methods"]
+        with grids_of_the_runs():
+            jobs = [job for job in jobs_of(options, variants_of(options))["unlearn"] if job.options.seed == 0]
+            for job in jobs:
+                if job.options.method in CENTRES:
+                    first = next(rounds(setting_of(job.options).options))
+                    tried = [trial["value"] for trial in rows[job.variant]["search"]["tried"]]
+                    assert all(any(value == pytest.approx(one) for one in tried) for value in first), (name, job.name)
+        done += 1
+    assert done
 
 
 def test_want_of_memory_fails_one_job_and_resuming_does_it_again(

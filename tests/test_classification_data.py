@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from salun.classification.data import ImageData, _label, load_data, presets
+from salun.classification.data import ImageData, _label, _picture, load_data, presets
 from salun.classification.randomness import generator_of, seed_of
 from salun.classification.splits import Split, make_split, with_forget
 from salun.errors import ConfigError, DataError, SalunError
@@ -242,6 +242,43 @@ def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
     bare.save_to_disk(str(tmp_path / "bare"))
     with pytest.raises(DataError, match="has no labels: name one by --label-column"):
         load_data(str(tmp_path / "bare"))
+
+
+def test_pictures_that_are_none_and_an_empty_set_are_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"img": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"]), "n": datasets.Value("int64")}
+    )
+    rows = {"img": [grey(1), None], "kind": [0, 1], "n": [7, 8]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "some"))
+    with pytest.raises(DataError, match=r"row 1 has no picture in the column 'img', where a picture must be"):
+        load_data(str(tmp_path / "some"))
+    with pytest.raises(DataError, match=r"row 0 has 7 in the column 'n', where a picture must be"):
+        load_data(str(tmp_path / "some"), image_column="n")
+    none: dict[str, list[object]] = {name: [] for name in rows}
+    datasets.Dataset.from_dict(none, features=features).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="is empty"):
+        load_data(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("value", [None, 7, "a.png"])
+def test_a_picture_is_a_picture(value: object) -> None:
+    with pytest.raises(DataError, match=r"set, row 7 has .* in the column 'img', where a picture must be"):
+        _picture(value, "set, row 7", "img")
+    assert _picture(grey(3), "set, row 7", "img").tolist() == [[3] * 4] * 4
+
+
+def test_pictures_that_come_along_have_one_size() -> None:
+    for name in ("digits", "clutter"):
+        with pytest.raises(ConfigError, match=f"--image-size 16: {name} has pictures of one size"):
+            load_data(name, image_size=16)
+
+
+def test_one_class_alone_is_refused() -> None:
+    """As a Hugging Face data set may have it; a folder's is refused where it is read."""
+    data = ImageData("one", torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.zeros(20).long(), ("x",))
+    with pytest.raises(DataError, match=r"one has one class only \(x\): a classifier needs two or more"):
+        make_split(data, 0.2, 0.1, 0)
 
 
 def test_labels_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:

@@ -124,6 +124,16 @@ def test_batchnorm_statistics_move_only_where_asked(name: str, kind: str) -> Non
     assert moved == (kind == "updated")
 
 
+@pytest.mark.parametrize("name", ["ga", "salun", "be", "bs", "scrub"])
+def test_one_row_can_be_forgotten_with_batchnorm_updated(name: str) -> None:
+    """A batch of one picture has no variance to measure: the statistics that BatchNorm knows serve it."""
+    task = problem(name, normalised=True, batchnorm="updated", lr=0.001)
+    task.split = replace(task.split, forget=task.split.forget[:1], retain=task.split.train[1:])
+    before = weights(task)
+    METHODS[name].run(task)
+    assert any(not torch.equal(value, before[key]) for key, value in weights(task).items())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     task = problem("ga", lr=10.0, epochs=300)
     with pytest.raises(TrainingError, match="lower the"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from salun.classification import models
 from salun.classification.data import ImageData, load_data
 from salun.classification.models import (
     Facts,
@@ -106,6 +107,43 @@ def test_files_that_hold_no_classifier_are_refused(split: Split, tmp_path: Path)
         load_model(path)
     tensorfile.write(path, {"w": torch.zeros(2)}, {"format": "salun-classifier-1", "classes": "["})
     with pytest.raises(ModelError, match="damaged: its header"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("name", ["timm:hf-hub:them/model", "timm:local-dir:/tmp", "them/model", "/tmp", "timm:../x"])
+def test_a_file_can_name_no_model_that_would_be_fetched_or_opened(
+    name: str, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> nn.Module:
+        raise AssertionError(f"{name} was looked for")
+
+    for way in ("_timm", "_transformers", "_from_pretrained"):
+        monkeypatch.setattr(models, way, never)
+    path = tmp_path / "x.safetensors"
+    save_model(path, new_model("small", 1, 10, seed=0), facts(split, architecture=name))
+    with pytest.raises(ModelError, match=r"names the model .* which a file may not"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "timm_wrapper", "architecture": "hf-hub:them/model"},
+        {"model_type": "timm_wrapper", "architecture": "/tmp/model"},
+        {"model_type": "vit", "backbone": "them/model"},
+        {"model_type": "vit", "part": [{"use_pretrained_backbone": True}]},
+        {"model_type": "vit", "auto_map": {"AutoModelForImageClassification": "them/model--code.Model"}},
+    ],
+)
+def test_a_configuration_in_a_file_can_fetch_nothing(config: dict[str, Any], split: Split, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_model(path, new_model("small", 1, 10, seed=0), facts(split))
+    told = tensorfile.read_header(path).metadata | {
+        "config": json.dumps(config),
+        "pixels": json.dumps(asdict(Pixels())),
+    }
+    tensorfile.write(path, {"w": torch.zeros(2)}, told)
+    with pytest.raises(ModelError, match="which a file may not say"):
         load_model(path)
 
 

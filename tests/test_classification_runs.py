@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,21 @@ def test_a_run_judged_again_gives_the_same_figures(run: Path, tmp_path: Path) ->
         evaluate(tmp_path)
 
 
+def test_a_run_is_judged_again_on_its_own_split_alone(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    told = json.loads((copy / "split.json").read_text(encoding="utf-8"))
+    for changes, message in (
+        ({"forget": told["retain"], "retain": told["forget"]}, "is not the split that"),
+        ({"test": told["train"]}, "is not the split that"),
+        ({"test": [*told["test"], 1797]}, "row 1797 is out of range, the data has rows 0 to 1796"),
+        ({"test": [-1]}, "row -1 is out of range"),
+        ({"test": [[1]]}, "a part is no list of rows"),
+    ):
+        (copy / "split.json").write_text(json.dumps({**told, **changes}), encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            evaluate(copy, device="cpu")
+
+
 def test_a_class_can_be_forgotten(tmp_path: Path) -> None:
     done = unlearn(run_dir=tmp_path / "run", forget="class:3", method="rl", lr=0.02, **{**QUICK, "epochs": 5})
     assert done.metrics["retrain"]["UA"]["value"] == 100
@@ -264,6 +280,10 @@ WRONG = [
     ({"method": "ssd", "mask": "saliency"}, "--mask saliency: the method SSD has none"),
     ({"method": "salun-soft", "mask": "full"}, "the method SalUn-soft has none"),
     ({"method": "ff", "lr": 0.1}, "--lr 0.1: the method FF has none"),
+    ({"method": "scrub", "epochs": 1}, "--epochs 1: SCRUB begins to forget in its second epoch"),
+    ({"method": "ssd", "ssd_alpha": 50.0}, "--ssd-alpha 50: for 129 of 1295 pictures no weight can be more than 10"),
+    ({"search": True, "validation_share": 0.0}, "--search compares with validation pictures, and there are none"),
+    ({"search": True, "method": "retrain"}, "--search: the method Retrain has nothing to search for"),
     ({"forget": "random:0"}, "above 0 and below 1"),
     ({"forget": "class:ten"}, "does not exist"),
 ]
@@ -271,8 +291,14 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_options_that_cannot_be_followed_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        unlearn(device="cpu", **options)
+    """Before anything is trained, and by the dry run as well."""
+
+    def never(event: Event, /) -> None:
+        raise AssertionError(f"{event.stage} began")
+
+    for way in (unlearn, preview_unlearning):
+        with pytest.raises(ConfigError, match=message):
+            way(UnlearnOptions(**{"device": "cpu", **options}), progress=never)
 
 
 def test_every_option_has_its_place_in_the_help() -> None:

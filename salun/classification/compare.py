@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from salun.cache import Cache, digest_of
-from salun.classification.data import load_data
+from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import Setting, setting_of
 from salun.classification.jobs import Desk, Job, Kind, Ledger
 from salun.classification.methods import METHODS
 from salun.classification.models import new_model
 from salun.classification.options import METHODS as NAMES
 from salun.classification.options import NOT_COMPARED, CompareOptions, UnlearnOptions
-from salun.classification.search import following, merged, rounds, with_value
+from salun.classification.search import check_search, following, merged, rounds, with_value
 from salun.classification.table import table_of, tables_of
 from salun.device import pick_device
 from salun.errors import ConfigError
@@ -107,6 +107,18 @@ def jobs_of(options: CompareOptions, variants: Sequence[Variant]) -> dict[Kind, 
     return jobs
 
 
+def settings_of(
+    options: CompareOptions, jobs: Mapping[Kind, Sequence[Job]], cache: Cache, data: ImageData
+) -> dict[str, Setting]:
+    """variant → its setting at the first seed. Raises ConfigError for what cannot be done, before anything is."""
+    found = {
+        job.variant: setting_of(job.options, cache, data) for job in jobs["unlearn"] if job.options.seed == options.seed
+    }
+    for setting in found.values() if options.search else ():
+        check_search(setting.options, setting.data, setting.split)
+    return found
+
+
 def compare(
     options: CompareOptions | None = None,
     *,
@@ -131,9 +143,7 @@ def compare(
         raise ConfigError("--resume needs the --run-dir of the comparison to go on with")
     jobs = jobs_of(options, variants)
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
-    checked = {job.variant: setting_of(job.options, cache, data) for job in jobs["unlearn"][: len(variants)]}
-    if options.search and not all(len(setting.split.validation) for setting in checked.values()):
-        raise ConfigError("--search compares with validation pictures: raise --validation-share, or take --no-search")
+    checked = settings_of(options, jobs, cache, data)
     first = next(iter(checked.values()))
     folder = Path(run_dir) if run_dir is not None else None
     told = {name: value for name, value in asdict(options).items() if name not in NOT_COMPARED}

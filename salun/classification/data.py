@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from salun.classification import clutter
 from salun.config import parse_yaml
-from salun.errors import DataError
+from salun.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -102,10 +102,13 @@ def load_data(
     """The data set of a name: `digits`, `clutter`, a preset, a folder of pictures or of a saved data set, or a hub id.
 
     image_size: pixels a side, to which pictures of different sizes are brought. image_column, label_column: of a
-    Hugging Face data set that is no preset. Raises DataError if it is not there, or cannot serve (see `from_folder`).
+    Hugging Face data set that is no preset. Raises DataError if it is not there, or cannot serve (see `from_folder`),
+    ConfigError for a size of `digits` or `clutter`.
     """
     known, others = presets()["datasets"], presets()["others"]
     if name in EMBEDDED:
+        if image_size is not None:
+            raise ConfigError(f"--image-size {image_size}: {name} has pictures of one size, as they are; leave it out")
         return replace(EMBEDDED[name](), preset=known[name])
     if name in known:
         columns = {"image": image_column, "label": label_column}
@@ -201,7 +204,9 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
     label = _column(name, "label", preset.get("label"), features, datasets.ClassLabel)
     names = getattr(features[label], "names", None)
     parts = [splits["train"], *(splits[s] for s in [preset.get("test", "test")] if s in splits)]
-    pictures = [pixels(row, f"{name}, row {i}") for part in parts for i, row in enumerate(part[image])]
+    if not len(parts[0]):
+        raise DataError(f"the data set {name!r} is empty: its part train has no picture")
+    pictures = [_picture(row, f"{name}, row {i}", image) for part in parts for i, row in enumerate(part[image])]
     labels = torch.tensor([_label(v, f"{name}, row {i}", label) for part in parts for i, v in enumerate(part[label])])
     if names is None:
         names = [str(v) for v in range(int(labels.max()) + 1)]
@@ -209,6 +214,19 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
         raise DataError(f"the data set {name!r} has pictures without a label (−1): choose a part that has them")
     test = torch.arange(len(parts[0]), len(labels)) if len(parts) == 2 else None
     return ImageData(name, _stack(pictures, image_size, name), labels, tuple(names), test, preset)
+
+
+def _picture(value: Any, where: str, column: str) -> np.ndarray:
+    """A picture's pixels (see `pixels`). Raises DataError for what is none, such as a number or nothing."""
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return pixels(value, where)
+    what = "no picture" if value is None else f"{value!r:.40}"
+    raise DataError(
+        f"{where} has {what} in the column {column!r}, where a picture must be: leave such rows out, or name another "
+        "by --image-column"
+    )
 
 
 def _label(value: Any, where: str, column: str) -> int:

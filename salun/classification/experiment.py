@@ -207,7 +207,7 @@ def evaluate(run: Path | str, *, device: str = "auto", progress: Progress = sile
     """Judge a finished run's model again, on the split it was made with; also written to its `eval.json`.
 
     UA, RA, TA and MIA for an unlearning, accuracies for an original. Raises ConfigError if the folder holds no such
-    run, DataError if the data is not what it was.
+    run, DataError if the data or the split is not what the model was made with.
     """
     folder = Path(run)
     try:
@@ -222,7 +222,13 @@ def evaluate(run: Path | str, *, device: str = "auto", progress: Progress = sile
     split = Split.load(folder / "split.json")
     if split.data != data.digest:
         raise DataError(f"the data set {options.data} is not what it was when {folder} was made")
+    split.check_rows(len(data.labels), folder / "split.json")
     model, facts = load_model(folder / "model.safetensors")
+    if (facts.base, facts.split) != (split.base, split.digest):
+        raise DataError(
+            f"{folder / 'split.json'} is not the split that {folder / 'model.safetensors'} was made with: one of them "
+            "has been changed, or is of another run"
+        )
     where = pick_device(options.device)
     task = _task(Original(model, facts), _prepared(data, options, where), split, options, progress)
     metrics = judge(task) if len(split.forget) else accuracies(task)

@@ -19,6 +19,7 @@ from salun.errors import ModelError
 from salun.formats import tensorfile
 
 FORMAT = "salun-classifier-1"
+PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # a timm model's name that is no hub id and no folder
 
 
 class Small(nn.Module):
@@ -322,7 +323,10 @@ def save_model(path: Path, model: nn.Module, facts: Facts) -> None:
 
 
 def load_model(path: Path) -> tuple[nn.Module, Facts]:
-    """A classifier from a file that `save_model` wrote, untrusted. Raises ModelError if it is none or does not fit."""
+    """A classifier from a file that `save_model` wrote, untrusted: what it says of its model opens no folder and
+    fetches nothing. Raises ModelError if it is none, does not fit, or names a model that is neither ours, timm's nor
+    described by its own configuration.
+    """
     told = tensorfile.read_header(path).metadata
     if told.get("format") != FORMAT:
         raise ModelError(f"{path} holds no classifier of salun's: make one with `salun classify-train`")
@@ -340,18 +344,41 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
         from transformers import AutoConfig, AutoModelForImageClassification
 
         try:
+            _check_config(config)
             made = AutoConfig.for_model(**config)
-            model: nn.Module = Pretrained(AutoModelForImageClassification.from_config(made), pixels)
+            fresh = AutoModelForImageClassification.from_config(made, trust_remote_code=False)
+            model: nn.Module = Pretrained(fresh, pixels)
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path} is damaged: its configuration makes no classifier ({error})") from error
-    else:
+    elif facts.architecture in ARCHITECTURES or re.fullmatch(rf"timm:{PLAIN}", facts.architecture):
         model = new_model(facts.architecture, facts.channels, len(facts.classes), seed=0)
+    else:
+        raise ModelError(
+            f"{path} names the model {facts.architecture!r}, which a file may not: it must be "
+            f"{', '.join(ARCHITECTURES)}, timm:NAME, or a transformers model whose configuration the file holds"
+        )
     try:
         model.load_state_dict(dict(tensorfile.tensors(path)))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path} is damaged: its weights do not fit {facts.architecture} ({reason})") from error
     return model, facts
+
+
+def _check_config(told: Any) -> None:
+    """Raises ValueError for a transformers configuration that would fetch or open what it names, or run its code."""
+    if isinstance(told, list):
+        for value in told:
+            _check_config(value)
+    if not isinstance(told, dict):
+        return
+    for key, value in told.items():
+        plain = isinstance(value, str) and re.fullmatch(PLAIN, value)
+        if value and (
+            key in ("auto_map", "backbone", "use_pretrained_backbone") or (key == "architecture" and not plain)
+        ):
+            raise ValueError(f"its {key} is {value!r}, which a file may not say")
+        _check_config(value)
 
 
 def head_of(model: nn.Module, classes: int) -> nn.Linear:

@@ -10,7 +10,10 @@ import torch
 
 from salun.classification.data import EMBEDDED, ImageData
 from salun.classification.methods import METHODS
+from salun.classification.methods.distillation import check_epochs
+from salun.classification.methods.fisher import check_alpha
 from salun.classification.options import UnlearnOptions
+from salun.classification.search import check_search
 from salun.classification.splits import Split
 from salun.device import DTYPES, pick_dtype
 from salun.errors import ConfigError
@@ -36,8 +39,9 @@ def settled(
     """The options without a `None`, but for `original` and what the data or the method has no use for.
 
     split: the run's; SSD's α depends on how much is forgotten. training: how the original that is given was trained.
-    Raises ConfigError for a `train_…` option, model or augmentation that contradicts it, or an option that the method
-    cannot follow. (Momentum, weight decay, dtype and seed are those of unlearning; Retrain takes the original's.)
+    Raises ConfigError for a `train_…` option, model or augmentation that contradicts it, an option that the method
+    cannot follow, or a search that has nothing to go by.
+    (Momentum, weight decay, dtype and seed are those of unlearning; Retrain takes the original's.)
     """
     preset = data.preset
     own = {"model": preset["model"], "augment": preset["augment"]}
@@ -61,7 +65,14 @@ def settled(
         chosen["ssd_alpha"] = round(len(split.train) / len(split.forget) / 2, 4)
     if options.batch_size is None:
         chosen["batch_size"] = preset["train"]["batch_size"]
-    return replace(options, **chosen)
+    full = replace(options, **chosen)
+    if full.method == "scrub":
+        check_epochs(full.epochs, full.max_epochs)
+    if full.method == "ssd" and full.ssd_alpha is not None and len(split.forget):
+        check_alpha(full.ssd_alpha, len(split.forget), len(split.train))
+    if full.search:
+        check_search(full, data, split)
+    return full
 
 
 def why_no_retrain(options: UnlearnOptions, training: dict[str, Any] | None) -> str | None:

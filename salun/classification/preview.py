@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from salun.cache import Cache
-from salun.classification.compare import jobs_of, variants_of, workers_of
+from salun.classification.compare import jobs_of, settings_of, variants_of, workers_of
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import setting_of, training_of
 from salun.classification.methods import METHODS
@@ -68,7 +68,7 @@ def preview_comparison(
     variants, cache = variants_of(options), cache or Cache.of_user()
     jobs = jobs_of(options, variants)
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
-    settings = [setting_of(job.options, cache, data) for job in jobs["unlearn"][: len(variants)]]
+    settings = list(settings_of(options, jobs, cache, data).values())
     first = settings[0]
     pace = _pace(first.options, first.data, first.split.unforgotten(), progress)
     assert first.options.train_epochs is not None

@@ -34,11 +34,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
-from salun.classification.methods import METHODS
+from salun.classification.methods import METHODS, Method
 from salun.classification.metrics import COMPARED, Predicted, called_non_member, features, predict
 from salun.classification.options import UnlearnOptions
 from salun.classification.randomness import generator_of
+from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError
 from salun.progress import Event
@@ -78,9 +80,8 @@ def rounds(options: UnlearnOptions) -> Generator[list[float], list[Trial], None]
     """The values to try, a round at a time; it is sent all trials so far. Raises ConfigError for a method without an
     option to find.
     """
-    method = METHODS[options.method]
-    if method.tunes is None:
-        raise ConfigError(f"--search: the method {method.title} has nothing to search for; leave it out")
+    method = _tuned(options)
+    assert method.tunes is not None
     centre = float(getattr(options, method.tunes))
     tried = yield [centre * factor for factor in method.factors]
     for _ in range(FURTHER):
@@ -91,6 +92,21 @@ def rounds(options: UnlearnOptions) -> Generator[list[float], list[Trial], None]
     nearby = between(tried)
     if nearby:
         yield nearby
+
+
+def check_search(options: UnlearnOptions, data: ImageData, split: Split) -> None:
+    """Raises ConfigError for a search that cannot be made: of a method without an option to find, or by too few
+    validation pictures.
+    """
+    _tuned(options)
+    held_out(data, split)
+
+
+def _tuned(options: UnlearnOptions) -> Method:
+    method = METHODS[options.method]
+    if method.tunes is None:
+        raise ConfigError(f"--search: the method {method.title} has nothing to search for; leave it out")
+    return method
 
 
 def following(searching: Generator[list[float], list[Trial], None], told: Mapping[str, Any]) -> list[float]:
@@ -109,8 +125,6 @@ def trials(task: Task, values: Sequence[float], before: int = 0) -> dict[str, An
     """
     method = METHODS[task.options.method]
     assert method.tunes is not None
-    if not len(task.split.validation):
-        raise ConfigError("--search compares with validation pictures, and there are none: raise --validation-share")
     began = time.perf_counter()
     wanted = foretold(task)
     if method.epochs is not None and task.mask is None:
@@ -244,7 +258,7 @@ def _remark(tried: Sequence[Mapping[str, Any]], untouched: float) -> str | None:
 
 def foretold(task: Task) -> dict[str, float]:
     """What the task's model, the original, lets expect of Retrain: UA, RA, TA and MIA in percent (see above)."""
-    held, gone = _held_out(task)
+    held, gone = held_out(task.data, task.split)
     validation, retain = predict(task, held), predict(task, task.split.retain)
     labels = task.labels(task.split.forget).cpu().numpy()
     called = np.zeros(len(held), bool)
@@ -264,7 +278,7 @@ def foretold(task: Task) -> dict[str, float]:
 
 def figures(task: Task) -> dict[str, float]:
     """UA, RA, TA and MIA of the task's model in percent as `judge` has them, but with validation rows for test ones."""
-    held, _ = _held_out(task)
+    held, _ = held_out(task.data, task.split)
     forget, retain, validation = (predict(task, rows) for rows in (task.split.forget, task.split.retain, held))
     return {
         "UA": 100 * float((~forget.correct).mean()),
@@ -279,11 +293,15 @@ def _called(members: Predicted, validation: Predicted, forget: Predicted) -> np.
     return called_non_member(member, other, target)
 
 
-def _held_out(task: Task) -> tuple[torch.Tensor, set[int]]:
-    """Validation rows of the classes that D_r still has, and the labels of the others that D_f has."""
-    labels, rows = task.data.labels.cpu(), task.split.validation
-    kept = torch.isin(labels[rows], labels[task.split.retain])
-    gone = {int(y) for y in labels[task.split.forget]} - {int(y) for y in labels[task.split.retain]}
+def held_out(data: ImageData, split: Split) -> tuple[torch.Tensor, set[int]]:
+    """Validation rows of the classes that D_r still has, and the labels of the others that D_f has. Raises ConfigError
+    for fewer rows than can be judged by.
+    """
+    if not len(split.validation):
+        raise ConfigError("--search compares with validation pictures, and there are none: raise --validation-share")
+    labels, rows = data.labels.cpu(), split.validation
+    kept = torch.isin(labels[rows], labels[split.retain])
+    gone = {int(y) for y in labels[split.forget]} - {int(y) for y in labels[split.retain]}
     if int(kept.sum()) < 4:
         raise ConfigError("--search needs 4 validation pictures of classes that stay: raise --validation-share")
     return rows[kept], gone

@@ -58,6 +58,13 @@ class Split:
         """The test rows of classes that the retain set still has: a forgotten class is no part of the test accuracy."""
         return self.test[torch.isin(labels.cpu()[self.test], labels.cpu()[self.retain])]
 
+    def check_rows(self, n: int, where: Path) -> None:
+        """Raises DataError if a row is none of the n that the data has."""
+        rows = torch.cat([getattr(self, part) for part in PARTS])
+        outside = rows[(rows < 0) | (rows >= n)]
+        if len(outside):
+            raise DataError(f"{where}: row {int(outside[0])} is out of range, the data has rows 0 to {n - 1}")
+
     def save(self, path: Path) -> None:
         """Write `split.json`, whole or not at all."""
         told: dict[str, Any] = {"format": FORMAT, "data": self.data, "forgetting": self.forgetting}
@@ -72,6 +79,8 @@ class Split:
             if told["format"] != FORMAT:
                 raise ValueError(f"its format is {told['format']!r}")
             rows = {part: torch.tensor(told[part], dtype=torch.int64) for part in PARTS}
+            if any(some.dim() != 1 for some in rows.values()):
+                raise ValueError("a part is no list of rows")
             return cls(**rows, data=str(told["data"]), forgetting=str(told["forgetting"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no split that can be read: {error}") from error
@@ -81,8 +90,11 @@ def make_split(data: ImageData, test_share: float, validation_share: float, seed
     """Train, validation and test by a seeded permutation; nothing is forgotten yet.
 
     The data set's own test part, if it has one, is the test; else test_share of all rows. validation_share is of the
-    rows that are not test. Raises DataError if a part or a class of the training part is empty.
+    rows that are not test. Raises DataError if a part or a class of the training part is empty, or there is one class
+    alone.
     """
+    if len(data.classes) < 2:
+        raise DataError(f"{data.name} has one class only ({', '.join(data.classes)}): a classifier needs two or more")
     n, generator = len(data.labels), generator_of(seed, "split")
     if data.own_test is None:
         shuffled = torch.randperm(n, generator=generator)

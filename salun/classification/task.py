@@ -157,11 +157,12 @@ def minimise(
         for epoch in range(epochs):
             generator = generator_of(options.seed, stage, epoch)
             torch.manual_seed(seed_of(options.seed, stage, epoch, "dropout"))  # for what draws by itself
-            training_mode(task.model, batchnorm or options.batchnorm)
             seen: dict[str, list[float]] = {"forget": [], "retain": [], "both": []}
             todo = list(batches(epoch, generator))
             total = done + (epochs - epoch) * len(todo)
             for batch in todo:
+                alone = len(batch.rows) == 1  # of one picture BatchNorm has no statistics: those it knows serve
+                training_mode(task.model, "frozen" if alone else batchnorm or options.batchnorm)
                 if cosine:
                     optimiser.set_lr(lr * (1 + cos(pi * done / total)) / 2)
                 value = loss(task.data.augmented(batch.rows, generator), batch, epoch)

@@ -189,16 +189,33 @@ def _run_headline(metrics: Mapping[str, Any]) -> list[str]:
     return [*lines, f"Mean gap to Retrain over UA, RA, TA and MIA: {metrics['gap_mean']:.2f} points."]
 
 
+def did_nothing(search: Mapping[str, Any] | None) -> bool:
+    """Whether the best value that a search found brings a method no nearer than the model as it was: such a method is
+    at its best doing nothing, and a place among the others would be the original's.
+    """
+    if not search or search["chosen"] is None:
+        return False
+    score = next((trial["score"] for trial in search["tried"] if trial["value"] == search["chosen"]), None)
+    return score is not None and bool(score >= search["untouched"])
+
+
 def _comparison_headline(table: Mapping[str, Any]) -> list[str]:
     known = {n: r["gap_mean"]["mean"] for n, r in table["methods"].items() if r["gap_mean"]["mean"] is not None}
     if not known:
         return ["No method gave a model at any seed."]
-    best = min(known, key=lambda name: known[name])
-    row = table["methods"][best]
-    lines = [
-        f"Nearest to Retrain over {row['gap_mean']['n']} seeds: {row['title']}, {known[best]:.2f} points away in the "
-        "mean over UA, RA, TA and MIA.",
-    ]
+    idle = [name for name in known if did_nothing(table["methods"][name]["search"])]
+    ranked = {name: gap for name, gap in known.items() if name not in idle}
+    lines = []
+    if ranked:
+        best = min(ranked, key=lambda name: ranked[name])
+        row = table["methods"][best]
+        lines.append(
+            f"Nearest to Retrain over {row['gap_mean']['n']} seeds: {row['title']}, {ranked[best]:.2f} points away in "
+            "the mean over UA, RA, TA and MIA."
+        )
+    if idle:
+        titles = ", ".join(table["methods"][name]["title"] for name in idle)
+        lines.append(f"Did nothing, by the search, and so has no place: {titles}.")
     away = [side["gap_mean"]["mean"] if side is not None else None for side in (table["original"], table["again"])]
     if away[0] is not None:
         lines.append(f"The original, which forgot nothing, is {away[0]:.2f} points away.")

@@ -13,6 +13,12 @@ from salun.classification.task import Batch, Task, cross_entropy, forget_then_re
 from salun.errors import ConfigError
 
 
+def check_epochs(epochs: int | None, max_epochs: int) -> None:
+    """Raises ConfigError for fewer epochs than SCRUB forgets in."""
+    if epochs is not None and epochs < 2 and max_epochs:
+        raise ConfigError(f"--epochs {epochs}: SCRUB begins to forget in its second epoch; take 2 or more")
+
+
 def scrub(task: Task) -> None:
     """SCRUB (Kurmanji et al. 2023): min_θ α·KL(D_r) + CE(D_r) − KL(D_f), KL from the original's predictions.
 
@@ -22,9 +28,7 @@ def scrub(task: Task) -> None:
     Raises ConfigError for one epoch, which would have no max step.
     """
     ce, options = cross_entropy(task), task.options
-    assert options.epochs is not None
-    if options.epochs < 2 and options.max_epochs:
-        raise ConfigError("--epochs 1: SCRUB begins to forget in its second epoch; take 2 or more")
+    check_epochs(options.epochs, options.max_epochs)
     teacher = deepcopy(task.model).eval()
     both, retain = forget_then_retain(task), retain_batches(task)
 

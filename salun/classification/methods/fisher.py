@@ -79,6 +79,16 @@ def inverse_fisher_product(gradients: Tensor, v: Tensor, damping: float) -> Tens
     return product
 
 
+def check_alpha(alpha: float, forget: int, train: int) -> None:
+    """Raises ConfigError for an α of SSD at which no weight is chosen, of so many pictures to forget."""
+    most = train / forget
+    if alpha >= most:
+        raise ConfigError(
+            f"--ssd-alpha {alpha:g}: for {forget} of {train} pictures no weight can be more than {most:.2f} times as "
+            "important, and nothing would be forgotten: take a smaller one"
+        )
+
+
 def ssd(task: Task) -> None:
     """SSD, selective synaptic dampening (Foster et al. 2024): θ_i ← min(λ·I_D,i / I_f,i, 1)·θ_i where I_f,i > α·I_D,i.
 
@@ -88,12 +98,7 @@ def ssd(task: Task) -> None:
     """
     alpha, lam = task.options.ssd_alpha, task.options.ssd_lambda
     assert alpha is not None
-    most = len(task.split.train) / len(task.split.forget)
-    if alpha >= most:
-        raise ConfigError(
-            f"--ssd-alpha {alpha:g}: for {len(task.split.forget)} of {len(task.split.train)} pictures no weight can be "
-            f"more than {most:.2f} times as important, and nothing would be forgotten: take a smaller one"
-        )
+    check_alpha(alpha, len(task.split.forget), len(task.split.train))
     of_forget = once(task, "of D_f", lambda: squared_gradients(task, task.split.forget, "labels"))
     of_all = once(task, "of D", lambda: squared_gradients(task, task.split.train, "labels"))
     with torch.no_grad():
