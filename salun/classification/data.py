@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -195,7 +196,10 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
         )
     except Exception as error:  # the library raises what its many back ends raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"the data set {name!r} could not be fetched: {reason}") from error
+        if Path(repo).is_dir() and _without_pictures(Path(repo)):
+            raise DataError(f"the data set {name!r} is empty: its part train has no picture") from error
+        way = "read" if Path(repo).is_dir() else "fetched"
+        raise DataError(f"the data set {name!r} could not be {way}: {reason}") from error
     splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
     if "train" not in splits:
         raise DataError(f"the data set {name!r} has no part named train, only {', '.join(map(str, splits))}")
@@ -214,6 +218,16 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
         raise DataError(f"the data set {name!r} has pictures without a label (−1): choose a part that has them")
     test = torch.arange(len(parts[0]), len(labels)) if len(parts) == 2 else None
     return ImageData(name, _stack(pictures, image_size, name), labels, tuple(names), test, preset)
+
+
+def _without_pictures(folder: Path) -> bool:
+    """Whether a saved data set, or its part train, lists no file of rows: the library does not read such a one."""
+    for state in (folder / "state.json", folder / "train" / "state.json"):
+        try:
+            return not json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return False
 
 
 def _picture(value: Any, where: str, column: str) -> np.ndarray:
