@@ -177,7 +177,8 @@ def verdict(title: str, metrics: dict[str, Any]) -> str:
 
 
 PREAMBLE = (
-    "Written by `benchmarks/classify.py`: 10 seeds, each with its own original, forget set and Retrain, on a CPU, one "
+    "Written by `benchmarks/classify.py`: 10 seeds (5 for the densities), each with its own original, forget set "
+    "and Retrain, on a CPU, one "
     "thread. Mean ± standard deviation over seeds; in parentheses the distance of the mean from Retrain's mean over "
     "the same seeds, and their average, as in the SalUn paper. *Gap by seed*: the mean over UA, RA, TA and MIA of "
     "each seed's own gap to its own Retrain, in which errors of different seeds do not cancel; this is what is "

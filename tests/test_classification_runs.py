@@ -176,6 +176,22 @@ def test_the_cache_knows_a_trained_original_by_its_first_weights_and_its_threads
     assert len(cache.entries()) == 3
 
 
+def test_what_a_given_original_names_is_opened_for_retrain_only_when_the_user_names_it_too(tmp_path: Path) -> None:
+    """The file may be a stranger's: a folder or a model of the hub that it says it began as is not for it to choose."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    train(run_dir=tmp_path / "original", model=str(tmp_path / "vit"), train_epochs=1, device="cpu")
+    told: dict[str, Any] = {"original": str(tmp_path / "original"), "method": "ft", "epochs": 1, "device": "cpu"}
+    with pytest.raises(ConfigError, match="add --model"):
+        unlearn(**told)
+    assert unlearn(retrain="no", **told).metrics["gap"] is None
+    assert unlearn(model=str(tmp_path / "vit"), **told).metrics["gap_mean"] is not None
+
+
 def test_a_training_has_a_page(tmp_path: Path) -> None:
     train(run_dir=tmp_path / "original", train_epochs=2, device="cpu")
     html = (tmp_path / "original" / "report.html").read_text(encoding="utf-8")

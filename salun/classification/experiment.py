@@ -20,7 +20,7 @@ from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.methods import METHODS
 from salun.classification.metrics import accuracies, beside_retrain, judge
-from salun.classification.models import Facts, load_model, new_model, save_model, seen_by
+from salun.classification.models import Facts, is_plain, load_model, new_model, save_model, seen_by
 from salun.classification.options import TrainOptions, UnlearnOptions
 from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import known_recipe, settled, why_no_retrain
@@ -92,8 +92,15 @@ def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageD
     split = with_forget(split, data, options.forget, options.seed)
     given = given_original(options.original, data, split) if options.original is not None else None
     training = given.facts.training if given else None
-    options = settled(options, data, split, training)
+    named, options = options.model, settled(options, data, split, training)
     no_retrain = why_no_retrain(options, training)
+    if training is not None and named is None and (no_retrain is None or options.method == "retrain"):
+        began = str(training.get("model"))
+        if not is_plain(began):  # the file may be a stranger's, and Retrain would open what it names
+            raise ConfigError(
+                f"Retrain would begin as {options.original} says that it began: as {began}, a folder or a model of the "
+                f"hub. If you trust that, add --model {began}; otherwise --retrain no"
+            )
     recipe = replace(options, **training) if training is not None and known_recipe(training) else options
     data = _prepared(data, options, pick_device(options.device))
     return Setting(options, recipe, data, split, given, no_retrain, cache or Cache.of_user())

@@ -198,6 +198,11 @@ def seen_by(model: nn.Module, data: ImageData) -> ImageData:
 ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {"small": Small, "resnet18": ResNet18, "vgg16-bn": VGG16}
 
 
+def is_plain(name: str) -> bool:
+    """Whether a model's name leads to code alone: to no hub id and no folder."""
+    return name in ARCHITECTURES or re.fullmatch(rf"timm:{PLAIN}", name) is not None
+
+
 def new_model(name: str, channels: int, classes: int, seed: int) -> nn.Module:
     """A classifier before any training here: fresh weights, or a pretrained body; what is drawn comes from the seed.
 
@@ -350,7 +355,7 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
             model: nn.Module = Pretrained(fresh, pixels)
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path} is damaged: its configuration makes no classifier ({error})") from error
-    elif facts.architecture in ARCHITECTURES or re.fullmatch(rf"timm:{PLAIN}", facts.architecture):
+    elif is_plain(facts.architecture):
         model = new_model(facts.architecture, facts.channels, len(facts.classes), seed=0)
     else:
         raise ModelError(
