@@ -254,6 +254,7 @@
     return {};
   }
 
+  let looked = false; // at the jobs, once at least
   let stale = false; // the lists, of our page and of the host's
 
   function refreshLists() {
@@ -279,12 +280,13 @@
         const { jobs } = await call("status");
         let ended = false;
         for (const job of jobs) {
-          const before = states.get(job.id);
-          if (before && OPEN.includes(before) && !OPEN.includes(job.state)) ended = true;
+          const before = states.get(job.id); // none of a job that began since the last look, and may have ended too
+          if ((before ? OPEN.includes(before) : looked) && !OPEN.includes(job.state)) ended = true;
           states.set(job.id, job.state);
           if (!known.has(job.id)) known.set(job.id, card(job));
           fill(known.get(job.id), job);
         }
+        looked = true;
         const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...jobs.filter((j) => !OPEN.includes(j.state)).slice(0, 8)];
         const boxes = order.map((job) => known.get(job.id).box);
         if (!boxes.length) boxes.push(nothing);
