@@ -8,7 +8,7 @@ ones (no reflink) and synced, as the writer's are; the page cache holds the sour
 
 Just before its row each process writes the file's bytes to a scratch file and removes it, twice. A virtual machine that
 gives freed memory back to its host pays for every page again when it is next filled: without this, one and the same
-copy took between 1.0 and 5.7 seconds, by what had run before it, and the ratios came out anywhere from 0.4 to 2.7.
+copy took between 1.0 and 5.7 seconds, by what had run before it, and the ratios came out anywhere from 0.5 to 2.7.
 """
 
 from __future__ import annotations

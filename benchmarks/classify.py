@@ -28,9 +28,9 @@ import torch
 from salun.classification import methods
 from salun.classification.compare import compare
 from salun.classification.options import CompareOptions
+from salun.classification.search import did_nothing
 from salun.classification.table import lines_of, tables_of
 from salun.progress import Event
-from salun.report.classification import did_nothing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "classify"

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -270,11 +270,9 @@ class Queue:
                 child.kill()
                 child.wait()
             for pipe in (child.stdin, child.stdout):
-                try:
+                with suppress(OSError):  # what was still to be written to it nobody reads
                     if pipe is not None:
                         pipe.close()
-                except OSError:
-                    pass  # what was still to be written to it nobody reads
         if code:
             _clear_away(job)
         if job.result is not None:
@@ -363,7 +361,7 @@ class Queue:
     def _read(self) -> None:
         for file in self.folder.glob("*/job.json"):
             try:
-                job = Job(**json.loads(file.read_text(encoding="utf-8"), parse_constant=_none))
+                job = Job(**json.loads(file.read_text(encoding="utf-8"), parse_constant=none_for))
                 if job.id != file.parent.name or not _sound(job):
                     raise ValueError("its parts do not fit together")
             except (OSError, ValueError, TypeError):
@@ -412,7 +410,7 @@ def _texts(value: Any) -> bool:
 def take(job: Job, text: str) -> None:
     """Take one line of a child into its job. What is no event is passed over."""
     try:
-        event = json.loads(text, parse_constant=_none)
+        event = json.loads(text, parse_constant=none_for)
         kind = event["event"]
     except (ValueError, KeyError, TypeError):
         return
@@ -460,17 +458,15 @@ def _clear_away(job: Job) -> None:
         logger.warning("the job %s left something half written: %s", job.id, error)
 
 
-def _none(text: str) -> None:
+def none_for(text: str) -> None:
     """JSON has no NaN and no infinity, Python's has."""
 
 
 def _ask_to_stop(child: subprocess.Popen[str]) -> None:
-    try:
-        assert child.stdin is not None
+    assert child.stdin is not None
+    with suppress(OSError, ValueError):  # it ended by itself
         child.stdin.write("stop\n")
         child.stdin.flush()
-    except (OSError, ValueError):
-        pass  # it ended by itself
 
 
 def _last_lines(log: Path, code: int) -> str:

@@ -17,7 +17,7 @@ from salun.run_record import new_run_folder
 
 from . import environment
 from .host import Host
-from .jobs import Job, Queue
+from .jobs import Job, Queue, none_for
 from .places import confined, new_file, safe_name
 
 OURS = ("models_dir", "output", "run_dir", "allow_pickle")  # of EraseJob: where to read and write is not for a form
@@ -419,16 +419,12 @@ def _options(run: Path) -> dict[str, Any]:
 
 def _record(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_none)
+        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=none_for)
         if isinstance(found, dict) and isinstance(found["options"], dict) and isinstance(found["status"], str):
             return found
     except (OSError, ValueError, KeyError, RecursionError):
         pass
     return None
-
-
-def _none(text: str) -> None:
-    """JSON has no NaN and no infinity, Python's has."""
 
 
 def _summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -126,13 +126,13 @@ class Cache:
 
     def clear(self) -> int:
         """Remove every entry and every converted pickle; returns how many there were."""
-        found = [entry[0] for entry in self.entries()] + [entry[0] for entry in self.converted_files()]
-        for path in found:
+        found, pickles = self.entries(), self.converted_files()
+        for path, *_ in found:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.converted, ignore_errors=True)
         for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():  # of processes that were killed
             leftover.unlink(missing_ok=True)
-        return len(found)
+        return len(found) + len(pickles)
 
     def _make_room(self) -> None:
         for leftover in self.folder.glob("??/.*.tmp"):  # of processes that were killed a day ago or earlier

@@ -247,13 +247,27 @@ def _remark(tried: Sequence[Mapping[str, Any]], untouched: float) -> str | None:
         return "no value gives a model"
     at = next(i for i, trial in enumerate(tried) if trial["value"] == best.value)
     remarks = []
-    if best.score is not None and best.score >= untouched:
+    if _no_nearer(best.score, untouched):
         remarks.append("no nearer than the untouched model")
     if at in (0, len(tried) - 1):
         remarks.append(f"the {'highest' if at else 'lowest'} tried")
     if any(tried[i]["score"] is None for i in (at - 1, at + 1) if 0 <= i < len(tried)):
         remarks.append("comes apart next to it")
     return ", ".join(remarks) or None
+
+
+def did_nothing(told: Mapping[str, Any] | None) -> bool:
+    """Whether the best value that a search found brings a method no nearer than the model as it was: such a method is
+    at its best doing nothing, and a place among the others would be the original's. told: as of `merged`.
+    """
+    if not told or told["chosen"] is None:
+        return False
+    score = next(trial["score"] for trial in told["tried"] if trial["value"] == told["chosen"])
+    return _no_nearer(score, told["untouched"])
+
+
+def _no_nearer(score: float | None, untouched: float) -> bool:
+    return score is not None and score >= untouched
 
 
 def foretold(task: Task) -> dict[str, float]:

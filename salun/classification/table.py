@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from salun.classification.metrics import COMPARED, FEATURES, beside_retrain
+from salun.classification.search import did_nothing
 
 Results = Mapping[int, Mapping[str, Any]]  # seed → a job's result
 DRAWS = 10_000  # of the bootstrap
@@ -26,8 +27,9 @@ def table_of(
     retrain: UA, RA, TA, MIA, RTE, each {mean, std, n, values}. original, again (Retrain of another seed, None where
     there is none) and each of methods: the same, with `gap` to Retrain's mean over the same seeds in each of the four
     (the paper's number in parentheses); gap_paper: the mean of those (its "avg. gap"); gap_mean: the mean over the four
-    of each seed's own gaps, over seeds; ToW; search; failed: seeds without a result, and `why` the first of them has
-    none. Gaps of means let errors of different seeds cancel; gap_mean does not, and is what is compared. The gap of
+    of each seed's own gaps, over seeds; ToW; search; idle (see `did_nothing`); failed: seeds without a result, and
+    `why` the first of them has none. Gaps of means let errors of different seeds cancel; gap_mean does not, and is what
+    is compared. The gap of
     `again` is chance, for both are exact.
     differences: gap_mean of each variant minus the first one's, paired by seed, see `interval`.
     """
@@ -47,6 +49,7 @@ def table_of(
             "title": titles[name],
             **_row(good, exact),
             "search": searched.get(name),
+            "idle": did_nothing(searched.get(name)),
             "failed": failed,
             "why": some[failed[0]]["error"] if failed else None,
         }

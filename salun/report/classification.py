@@ -189,21 +189,11 @@ def _run_headline(metrics: Mapping[str, Any]) -> list[str]:
     return [*lines, f"Mean gap to Retrain over UA, RA, TA and MIA: {metrics['gap_mean']:.2f} points."]
 
 
-def did_nothing(search: Mapping[str, Any] | None) -> bool:
-    """Whether the best value that a search found brings a method no nearer than the model as it was: such a method is
-    at its best doing nothing, and a place among the others would be the original's.
-    """
-    if not search or search["chosen"] is None:
-        return False
-    score = next((trial["score"] for trial in search["tried"] if trial["value"] == search["chosen"]), None)
-    return score is not None and bool(score >= search["untouched"])
-
-
 def _comparison_headline(table: Mapping[str, Any]) -> list[str]:
     known = {n: r["gap_mean"]["mean"] for n, r in table["methods"].items() if r["gap_mean"]["mean"] is not None}
     if not known:
         return ["No method gave a model at any seed."]
-    idle = [name for name in known if did_nothing(table["methods"][name]["search"])]
+    idle = [name for name in known if table["methods"][name]["idle"]]
     ranked = {name: gap for name, gap in known.items() if name not in idle}
     lines = []
     if ranked:
