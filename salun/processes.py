@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,18 @@ def current() -> Processes:
     """The processes of `accelerate launch` (or torchrun); `ALONE` without a launcher, and no accelerate needed."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
+    import torch.distributed.nn  # its defaults would keep a group that exists by then, and with it the group's threads
     from accelerate import PartialState
 
+    begins = not torch.distributed.is_initialized()
     state = PartialState(cpu=not torch.cuda.is_available())
+    if begins:
+        atexit.register(_leave)
     return Processes(state.process_index, state.num_processes)
+
+
+def _leave() -> None:
+    """Close the group, and wait for its threads, before the interpreter ends: one that lets go of the last tensor
+    after that aborts the process, and the launcher takes a finished run for a failed one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
