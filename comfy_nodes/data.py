@@ -80,7 +80,9 @@ class SalUnTrainingData(Node):
             side = graph.latent_shape
             forget = _latents(graph, forget_images, forget_samples, side, "forget")
             retain = _latents(graph, retain_images, retain_samples, side, "retain")
-            captions = [line.strip() or None for line in retain_captions.splitlines()] if retain_captions.strip() else []
+            captions = (
+                [line.strip() or None for line in retain_captions.splitlines()] if retain_captions.strip() else []
+            )
             if captions and retain is None:
                 raise DataError("retain_captions are given without pictures: connect retain_images or retain_samples")
             if retain is not None and captions and len(captions) != len(retain):
