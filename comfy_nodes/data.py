@@ -76,15 +76,13 @@ class SalUnTrainingData(Node):
         wanted = as_started(options_of(given, options))
         graph = GraphModel(model, clip, vae, wanted.dtype)
         plan = plan_of(graph, concept, wanted)
+        captions = [line.strip() or None for line in retain_captions.splitlines()] if retain_captions.strip() else []
+        if captions and retain_images is None and retain_samples is None:
+            raise DataError("retain_captions are given without pictures: connect retain_images or retain_samples")
         with prepared(graph, plan):
             side = graph.latent_shape
             forget = _latents(graph, forget_images, forget_samples, side, "forget")
             retain = _latents(graph, retain_images, retain_samples, side, "retain")
-            captions = (
-                [line.strip() or None for line in retain_captions.splitlines()] if retain_captions.strip() else []
-            )
-            if captions and retain is None:
-                raise DataError("retain_captions are given without pictures: connect retain_images or retain_samples")
             if retain is not None and captions and len(captions) != len(retain):
                 raise DataError(
                     f"retain_captions has {len(captions)} lines for {len(retain)} pictures: write one a picture"

@@ -610,7 +610,7 @@ def test_sd_2_is_erased(server: Server, prediction: str, known: str) -> None:
 
 @PREDICTIONS
 def test_sdxl_is_erased(server: Server, prediction: str, known: str) -> None:
-    """Its UNet is narrow, but the text encoders are of true size: ComfyUI takes no smaller ones, and uses all layers."""
+    """Its UNet is narrow; the text encoders are of true size, as ComfyUI takes no smaller ones and uses all layers."""
     path = server.base / f"models/checkpoints/sdxl-{prediction}.safetensors"
     marks = ("ztsnr",) if prediction == "v_prediction" else ()
     checkpoints.make(path, "sdxl", size="host", prediction=prediction, marks=marks)
@@ -677,7 +677,7 @@ def test_10_memory_stays_over_rounds_and_the_same_seed_gives_the_same_file(start
             server.run({**erasing(seed=turn), **keeping()})
             with Events(server) as events:
                 number = server.queue({**erasing(seed=100 + turn, steps=500, **AT_ONCE), **keeping()})
-                events.until(lambda: len(events.progress) > 3 + 8 + 10)  # noqa: B023  (samples, saliency, ten steps)
+                events.until(lambda: len(events.progress) > 3 + 8 + 10)  # samples, saliency, ten steps
                 server.post("/interrupt", {})
                 assert "execution_interrupted" in messages(server.wait(number, 60))
             sizes.append(_rss(server.process.pid))
