@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -139,10 +140,12 @@ class Server:
             time.sleep(0.1)
         raise AssertionError(f"no end after {seconds} s: {self.log.read_text()[-2000:]}")
 
-    def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """The outputs of a prompt that must succeed."""
+    def run(self, prompt: dict[str, Any], *anew: str) -> dict[str, Any]:
+        """The outputs of a prompt that must succeed. anew: nodes that must not come out of ComfyUI's cache."""
         done = self.wait(self.queue(prompt))
         assert done["status"]["status_str"] == "success", messages(done)
+        cached = [told["nodes"] for kind, told in done["status"]["messages"] if kind == "execution_cached"]
+        assert len(cached) == 1 and not set(anew) & set(cached[0]), cached
         return dict(done["outputs"])
 
     def fails(self, prompt: dict[str, Any]) -> str:
@@ -252,6 +255,24 @@ def sampling(model: list[Any], name: str = "image", load: str = "load") -> dict[
     }
 
 
+def once_more(graph: dict[str, Any], name: str = "image") -> dict[str, Any]:
+    """A graph of `sampling` that ComfyUI has not in its cache: an input that no node has is nothing but another key."""
+    graph[f"{name} sample"]["inputs"]["again"] = next(_numbers)
+    return graph
+
+
+def after_erasing(graph: dict[str, Any], name: str) -> dict[str, Any]:
+    """A graph of `sampling` that waits for SalUn Erase but is not changed by it: of its words a share of 0 counts."""
+    told = node("CLIPTextEncode", clip=["load", 1], text=["erase", 3])
+    both = node("ConditioningAverage", conditioning_to=[f"{name} text", 0], conditioning_from=[f"{name} told", 0])
+    both["inputs"]["conditioning_to_strength"] = 1.0
+    graph[f"{name} sample"]["inputs"]["positive"] = [f"{name} both", 0]
+    return {**graph, f"{name} told": told, f"{name} both": both}
+
+
+_numbers = itertools.count()
+
+
 def keeping(kind: str = "SalUnSaveDelta", name: str = "keep", **inputs: Any) -> dict[str, Any]:
     return {name: node(kind, delta=["erase", 1], filename_prefix="erased", **inputs)}
 
@@ -352,11 +373,11 @@ def test_3_and_4_only_the_masks_weights_move_and_the_graphs_model_stays_as_it_wa
         "keep mask": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="mask"),
         **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
         "figures": node("PreviewAny", source=["erase", 3]),
-        **sampling(["load", 0], "before"),
+        **after_erasing(sampling(["load", 0], "between"), "between"),
         **sampling(["erase", 0], "after"),
     }
     base = server.run({"load": prompt["load"], **sampling(["load", 0], "before")})
-    done = server.run(prompt)
+    done = server.run(prompt, "erase", "between sample", "after sample")
     told = json.loads(done["figures"]["text"][0])
     assert all(np.isfinite(row).all() for row in told["losses"])
     mask = Mask.load(server.base / done["keep mask"]["text"][0])
@@ -366,8 +387,9 @@ def test_3_and_4_only_the_masks_weights_move_and_the_graphs_model_stays_as_it_wa
         assert torch.equal(old[name][outside].view(torch.int16), new[name][outside].view(torch.int16)), name
     moved = sum(int((old[name] != new[name]).sum()) for name in old)
     assert 0.5 * mask.selected < moved <= mask.selected
-    again = server.run({"load": prompt["load"], **sampling(["load", 0], "later")})
-    assert np.array_equal(server.image(base, "before"), server.image(again, "later"))
+    again = server.run({"load": prompt["load"], **once_more(sampling(["load", 0]))}, "image sample")
+    assert np.array_equal(server.image(base, "before"), server.image(done, "between"))
+    assert np.array_equal(server.image(base, "before"), server.image(again, "image"))
     assert not np.array_equal(server.image(base, "before"), server.image(done, "after"))
 
 
@@ -385,7 +407,7 @@ def test_5_an_interrupt_stops_within_two_steps_and_leaves_nothing(server: Server
     assert len(events.progress) - at <= 3, "more than two steps after the interrupt"
     assert took < 20
     assert sorted(p for p in server.file("").rglob("*") if p.is_file()) == files
-    again = server.run({"load": erasing()["load"], **_renamed(sampling(["load", 0]))})
+    again = server.run({"load": erasing()["load"], **once_more(sampling(["load", 0]))}, "image sample")
     assert np.array_equal(server.image(again, "image"), base)
     assert _name(server.run({**erasing(seed=8), **keeping()})["keep"])
 
@@ -561,8 +583,8 @@ def test_9_in_other_storage_types(start: Callable[..., Server], flag: str) -> No
         assert abs(float((new - old).flatten() @ lora_part.flatten() / lora_part.square().sum()) - 0.3) < 0.01
         before, after = server.image(done, "before"), server.image(done, "after")
         assert before.std() > 0 and after.std() > 0 and not np.array_equal(before, after)
-        again = server.run({"load": prompt["load"], **sampling(["load", 0], "later")})
-        assert np.array_equal(server.image(again, "later"), before)
+        again = server.run({"load": prompt["load"], **once_more(sampling(["load", 0]))}, "image sample")
+        assert np.array_equal(server.image(again, "image"), before)
         dtypes = {change.dtype for change in Delta.load(server.base / done["keep"]["text"][0]).changes.values()}
         assert dtypes == {torch.bfloat16 if "bf16" in flag else torch.float16}
     finally:
@@ -584,7 +606,7 @@ def test_a_comfyui_short_of_memory_trains_with_little_and_keeps_its_model(
         done = starved.run({**prompt, **sampling(["up", 0], "before"), **sampling(["erase", 0], "after")})
         assert json.loads(done["figures"]["text"][0])["options"]["low_vram"] is True
         assert not np.array_equal(starved.image(done, "before"), starved.image(done, "after"))
-        again = starved.run({"load": prompt["load"], **_renamed(sampling(["load", 0], "image"))})
+        again = starved.run({"load": prompt["load"], **once_more(sampling(["load", 0]))}, "image sample")
         assert np.array_equal(starved.image(again, "image"), starved.image(base, "before"))
     finally:
         starved.stop()
@@ -750,12 +772,6 @@ def _name(output: dict[str, Any]) -> str:
     """The file's name that one of our savers tells."""
     told = re.sub(r"^output/salun/", "", output["text"][0])
     return told.split(":")[0]
-
-
-def _renamed(graph: dict[str, Any]) -> dict[str, Any]:
-    """A graph whose picture is saved under another name, so that it runs again."""
-    saver = graph["image"]
-    return {**graph, "image": {**saver, "inputs": {**saver["inputs"], "filename_prefix": "later"}}}
 
 
 def _small_lora_factors() -> tuple[Tensor, Tensor]:
