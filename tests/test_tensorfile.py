@@ -39,6 +39,20 @@ def test_the_library_reads_what_we_write(content: dict[str, torch.Tensor], tmp_p
         assert loaded[name].dtype == tensor.dtype
 
 
+def test_a_file_as_large_as_sdxl_is_read(tmp_path: Path) -> None:
+    """Seven gigabytes, most of them a hole in the file, which takes no room on the disk."""
+    half, path = 3_470_000_000, tmp_path / "large.safetensors"
+    places = {"a": (0, half), "b": (half, 2 * half), "c": (2 * half, 2 * half + 2)}
+    entries = {name: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for name, (a, b) in places.items()}
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.seek(2 * half, 1)
+        file.write(bytes([3, 4]))
+    assert tensorfile.read_header(path).names == ["a", "b", "c"]
+    assert dict(tensorfile.tensors(path, ["c"]))["c"].tolist() == [3, 4]
+
+
 def test_equal_content_is_equal_bytes(content: dict[str, torch.Tensor], tmp_path: Path) -> None:
     tensorfile.write(tmp_path / "x", content, {"z": "1", "a": "2"})
     tensorfile.write(tmp_path / "y", dict(content), {"a": "2", "z": "1"})

@@ -154,7 +154,7 @@ def _entry(name: str, item: Any, data_start: int, fault: Any) -> Entry:
         dtype, shape, (start, end) = item["dtype"], item["shape"], item["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise fault(f"{name} lacks dtype, shape or offsets") from error
-    if not is_shape(shape) or not is_shape([start, end]):
+    if not is_shape(shape) or not all(is_shape([offset]) for offset in (start, end)):
         raise fault(f"{name} has a shape or offsets that are no whole numbers, or far too large")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise fault(f"{name} is of the unknown dtype {shortened(str(dtype))!r}")
