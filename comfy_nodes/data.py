@@ -19,7 +19,7 @@ from .kinds import DATA, Chosen, Concepts, Data, Node, moved
 from .model import GraphModel, as_started
 from .places import cache
 from .progress import Bar
-from .work import Sampled, computes, plan_of, samples_drawn
+from .work import Sampled, computes, plan_of, samples_drawn, text_of
 
 
 class SalUnTrainingData(Node):
@@ -78,7 +78,7 @@ class SalUnTrainingData(Node):
         plan = plan_of(graph, concept, wanted)
         captions = [line.strip() or None for line in retain_captions.splitlines()] if retain_captions.strip() else []
         if captions and retain_images is None and retain_samples is None:
-            raise DataError("retain_captions are given without pictures: connect retain_images or retain_samples")
+            raise DataError("retain_captions are of retain_images or retain_samples: connect one of them")
         with prepared(graph, plan):
             side = graph.latent_shape
             forget = _latents(graph, forget_images, forget_samples, side, "forget")
@@ -98,18 +98,23 @@ class SalUnTrainingData(Node):
             bar = Bar({"sampling": drawn}, Sampled(graph, plan))
             made = sample_data(graph, plan, bar, cache=cache(), given=own)
         names, anchors = tuple(c.name for c in plan.concepts), tuple(c.anchor for c in plan.concepts)
-        return (Data(names, moved(made, "cpu"), graph.family, anchors, plan.prompts.digest),)
+        told = (graph.family, anchors, plan.prompts.digest, text_of(graph, plan))
+        return (Data(names, moved(made, "cpu"), *told),)
 
 
 def _latents(
     graph: GraphModel, images: Tensor | None, samples: dict[str, Tensor] | None, shape: tuple[int, ...], what: str
 ) -> Tensor | None:
-    """A batch's latents. Raises DataError if both kinds are given, or their size is not the run's."""
+    """A batch's latents. Raises DataError if both kinds are given, or none in them, or their size is not the run's."""
     if images is not None and samples is not None:
         raise DataError(f"{what}_images and {what}_samples are both given: connect one of them")
     if images is None and samples is None:
         return None
+    if not len(images if images is not None else samples["samples"]):  # type: ignore[index]
+        raise DataError(f"{what}_{'images' if images is not None else 'samples'} is an empty batch")
     if images is not None:
+        if images.shape[-1] < 3:  # grey, and perhaps an alpha
+            images = images[..., :1].expand(*images.shape[:-1], 3)
         pixels = images[..., :3].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
         side = graph.settings.sampling.resolution
         found = graph.encode_pictures(np.stack([square(Image.fromarray(picture), side) for picture in pixels]))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from salun import deltas
 from salun.diffusion.output import DELTA as DELTA_ENDING
@@ -23,7 +20,7 @@ from .kinds import DELTA, Node
 from .model import family_of, release, schedule_keys
 from .places import chosen, output_path, saved, state_of, validated
 from .progress import Bar
-from .weights import Weights, holds, patched
+from .weights import Weights, holds, holds_alone, patched
 from .work import computes
 
 ITSELF = "(the model itself)"
@@ -39,7 +36,8 @@ class SalUnApplyDelta(Node):
     OUTPUT_TOOLTIPS = ("The model with the differences as patches; several can follow each other.",)
     DESCRIPTION = (
         "Adds an erasure to a model in the graph: 1 is the erased model, 0 the model as it was, below 0 more of the "
-        "concept. Deltas and LoRAs can follow each other."
+        "concept. Deltas of one checkpoint can follow each other in any order and at any strength, and so can LoRAs. A "
+        "delta of a model with patches (a LoRA, an earlier erasure) needs these as they were."
     )
 
     @classmethod
@@ -69,8 +67,8 @@ class SalUnApplyDelta(Node):
         if base_checkpoint != ITSELF:
             other = deltas.open_model(str(checkpoint(base_checkpoint)))
             made = stacking.stack(Weights(model, patched=False), [(delta, 1.0)], fine_tune_of=other)
-            return (patched(model, delta, made.source or Weights(model, patched=False), strength),)
-        return (patched(model, delta, base_of(model, delta), strength),)
+            return (patched(model, delta, made.start, strength),)
+        return (patched(model, delta, on_model(model, delta).start, strength),)
 
 
 class SalUnLoadDelta(Node):
@@ -125,8 +123,8 @@ class SalUnSaveErasedCheckpoint(Node):
     OUTPUT_TOOLTIPS = ("The file's name in the lists of checkpoints.", "How it was written.")
     DESCRIPTION = (
         "Writes the erased checkpoint to output/checkpoints, where loaders find it. The source file is copied and only "
-        "the changed weights are replaced: all else stays byte for byte. An erasure of a model with other patches (a "
-        "LoRA) fits no file; connect model, clip and vae, and ComfyUI's own saver writes them as they are."
+        "the changed weights are replaced: all else stays byte for byte. A graph with other patches (a LoRA, a second "
+        "erasure) is no file's copy: connect model, clip and vae, and ComfyUI's own saver writes them as they are."
     )
 
     @classmethod
@@ -157,8 +155,10 @@ class SalUnSaveErasedCheckpoint(Node):
         vae: Any = UNWIRED,
     ) -> bool | str:
         def found() -> None:
+            wired = [part is not UNWIRED for part in (model, clip, vae)]
+            _all_or_none(wired)
             if ckpt_name is not None:
-                _source(ckpt_name, UNWIRED not in (model, clip, vae))
+                _source(ckpt_name, all(wired))
 
         return validated(filename_prefix, "checkpoints", found)
 
@@ -167,10 +167,18 @@ class SalUnSaveErasedCheckpoint(Node):
         self, delta: Delta, ckpt_name: str, filename_prefix: str, model: Any = None, clip: Any = None, vae: Any = None
     ) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "checkpoints", ".safetensors")
-        wired = model is not None and clip is not None and vae is not None
-        source = _source(ckpt_name, wired)
+        parts = [part is not None for part in (model, clip, vae)]
+        _all_or_none(parts)
+        wired = all(parts)
+        source, why = _source(ckpt_name, wired), ""
         if source.suffix != ENDING:
-            told = _by_stock_saver(path, name, model, clip, vae, delta, f"{ckpt_name} is no {ENDING} file")
+            why = f"{ckpt_name} is no {ENDING} file"
+        elif wired and not holds_alone(model, delta):
+            why = "the connected model has other patches"
+        elif wired and clip.patcher.patches:
+            why = "the connected CLIP has patches"
+        if why:
+            told = _by_stock_saver(path, name, model, clip, vae, delta, why)
             return {"ui": {"text": [told]}, "result": (name, told)}
         try:
             made = deltas.stack(str(source), [delta], str(path), progress=Bar({"writing": len(delta.names)}))
@@ -185,7 +193,8 @@ class SalUnSaveErasedCheckpoint(Node):
             told = _by_stock_saver(path, name, model, clip, vae, delta, f"{ckpt_name} is not what this was erased from")
         else:
             notes = map(in_inputs_names, made["notes"])
-            told = "; ".join([f"{name}: {ckpt_name} with {len(delta.names)} tensors changed", *notes])
+            copied = f"{name}: {ckpt_name} with {len(delta.names)} tensors changed, its CLIP and VAE as they are there"
+            told = "; ".join([copied, *notes])
         return {"ui": {"text": [told]}, "result": (name, told)}
 
 
@@ -240,25 +249,36 @@ class SalUnSaveAsLora(Node):
     ) -> dict[str, Any]:
         path, name = output_path(filename_prefix, "loras", LORA if kind == "low rank" else DIFF)
         family_of(model)
-        base = base_of(model, delta)
+        made = on_model(model, delta)
         by = ({"rank": rank} if rank else {"energy": energy}) if kind == "low rank" else {}
         bar = Bar({"comparing": len(delta.names), **({} if by else {"writing": len(delta.names)})})
-        account = write_stock(path, base, Stacked(base, ((delta, 1.0),)), stock_notes(delta), progress=bar, **by)
+        base = made.start
+        account = write_stock(path, base, Stacked(base, made.layers), stock_notes(delta), progress=bar, **by)
         told = f"{name}: {account.total.share:.1%} of the difference kept" if account else f"{name}: every difference"
         return {"ui": {"text": [told]}, "result": (name, told)}
 
 
-def base_of(model: Any, delta: Delta) -> Mapping[str, Tensor]:
-    """The delta's base among what the graph has: the model as loaded, or with the patches so far. Raises ModelError."""
-    errors = []
+def on_model(model: Any, delta: Delta) -> Stacked:
+    """The delta on what it fits of the graph: the model as loaded, or with the patches so far. Raises ModelError."""
+    errors: list[ModelError] = []
     for candidate in (Weights(model, patched=False), Weights(model)):
         try:
-            made = stacking.stack(candidate, [(delta, 1.0)], known_hash=candidate.hash)
+            return stacking.stack(candidate, [(delta, 1.0)], known_hash=candidate.hash)
         except ModelError as error:
             errors.append(error)
-            continue
-        return made.source if made.source is not None else candidate
+    if isinstance(errors[0], OtherBase):
+        raise ModelError(
+            f"this delta is of another model (hash {errors[0].due[:12]}…) than this one ({errors[0].found[:12]}…). If "
+            "that was a checkpoint, set SalUn Apply Delta's base_checkpoint to it; if it was a model with patches (a "
+            "LoRA, an earlier erasure), the same patches must come before this node, at the same strengths"
+        ) from errors[0]
     raise errors[0]
+
+
+def _all_or_none(wired: list[bool]) -> None:
+    """Raises ConfigError for a graph's model, clip and vae of which only some are connected: no saver takes that."""
+    if any(wired) and not all(wired):
+        raise ConfigError("connect model, clip and vae, or none of them: only all three can be written as they are")
 
 
 def checkpoints() -> list[str]:

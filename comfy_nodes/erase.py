@@ -16,7 +16,7 @@ from torch import Tensor
 
 from salun.cache import key_of
 from salun.diffusion.data import sample_data
-from salun.diffusion.erase import carry_out, prepared
+from salun.diffusion.erase import carry_out, check_given, prepared
 from salun.diffusion.observe import Observation, Questions, questions
 from salun.diffusion.output import STATE_BYTES
 from salun.diffusion.plan import Plan
@@ -52,7 +52,7 @@ class SalUnErase(Node):
     DESCRIPTION = (
         "Makes a model forget a concept by SalUn: the weights that matter to it are found and trained, no other moves. "
         "Works on the model as it is here: a LoRA before this node is part of what is erased. The same inputs never "
-        "train twice, not even after a restart."
+        "train twice, not even after a restart; other eval_images do, and SalUn Evaluate shows more without."
     )
 
     @classmethod
@@ -66,7 +66,7 @@ class SalUnErase(Node):
             "optional": {
                 "given_mask": (
                     MASK,
-                    {"tooltip": "From SalUn Saliency Mask or Load Mask; without it one is found here."},
+                    {"tooltip": "From SalUn Saliency Mask or Load Mask, in place of density; without it one is found."},
                 ),
                 "given_data": (DATA, {"tooltip": "From SalUn Training Data; without it the model is sampled here."}),
                 **wires("options"),
@@ -96,6 +96,8 @@ class SalUnErase(Node):
             bar = Bar(stages(plan, given_data, given_mask is not None), Sampled(graph, plan))
             with resumable(record, graph, plan):
                 with prepared(graph, plan):
+                    if given_mask is not None:
+                        check_given(given_mask, graph, plan)
                     data = given_data.on(graph.device) if given_data else sample_data(graph, plan, bar, cache=cache())
                     bar.preview = Preview(graph, plan, data)
                     run = carry_out(graph, plan, record, bar, cache(), data, given_mask)
@@ -110,6 +112,7 @@ def resumable(record: RunRecord, graph: GraphModel, plan: Plan) -> Iterator[None
     total = sum(prod(graph.weights.shape(name)) for name in graph.weights)
     salient = plan.options.density * total if plan.options.method == "salun" else total
     record.folder, record.resume = unfinished(record.fingerprint, total // 8 + int(2 * STATE_BYTES * salient)), True
+    record.in_passing = True
     with record.running():
         yield
     if record.folder is not None:

@@ -31,7 +31,7 @@ class Data:
     """SALUN_DATA: latents and encoded prompts, in host memory.
 
     names, anchors: of the concepts they are of. family: of the model that they were made with. prompts: a digest of
-    all the prompts.
+    all the prompts. text: one of what the CLIP makes of some.
     """
 
     names: tuple[str, ...]
@@ -39,6 +39,7 @@ class Data:
     family: str
     anchors: tuple[str | None, ...]
     prompts: str
+    text: str
 
     @property
     def digest(self) -> str:

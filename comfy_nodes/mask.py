@@ -20,7 +20,7 @@ from .kinds import DATA, MASK, Chosen, Concepts, Data, Node
 from .model import GraphModel, as_started
 from .places import cache, chosen, output_path, saved, state_of, validated
 from .progress import Bar
-from .work import Sampled, computes, digest, image, plan_of, record_of, saliency_steps, samples_drawn
+from .work import Sampled, computes, digest, image, plan_of, record_of, saliency_steps, samples_drawn, text_of
 
 ENDINGS = ("mask.safetensors", ".mask.safetensors")
 
@@ -215,4 +215,9 @@ def check_data(data: Data | None, graph: GraphModel, plan: Plan) -> None:
         raise ConfigError(
             "the training data are of other prompts: wire one concept (its retain_prompts) and one SalUn Options (its "
             "prompt_style) to SalUn Training Data and to this node"
+        )
+    if data.text != text_of(graph, plan):
+        raise ConfigError(
+            "the training data were read by another CLIP: wire one CLIP and one SalUn Options (its clip_skip and "
+            "negative_prompt) to SalUn Training Data and to this node"
         )

@@ -14,6 +14,7 @@ from salun.mask import Mask
 from salun.run_record import STATE, alone_in, check_folder
 from salun.training import saved_steps
 
+LISTED = ("checkpoints", "loras")  # kinds that ComfyUI has lists of, from several folders each
 LONGEST = 200  # bytes of a name that a number and an ending are added to; file systems take 255
 
 
@@ -67,9 +68,13 @@ def output_path(prefix: str, kind: str, ending: str) -> tuple[Path, str]:
     place = Path(os.path.abspath(folder))
     if root not in (place, *place.parents):
         raise ConfigError(f"filename_prefix is {prefix!r}: it leads out of output/{kind}")
-    while os.path.lexists(path := place / f"{base}_{counter:05}_{ending}"):
+    while True:
+        path = place / f"{base}_{counter:05}_{ending}"
+        shown = path.relative_to(root).as_posix()
+        # one of the same name in another folder of ComfyUI's, such as models/, would be the one that loaders find
+        if not os.path.lexists(path) and (kind not in LISTED or folder_paths.get_full_path(kind, shown) is None):
+            return path, shown
         counter += 1
-    return path, path.relative_to(root).as_posix()
 
 
 def _root(kind: str) -> Path:
@@ -103,7 +108,9 @@ def state_of(name: str, endings: tuple[str, ...]) -> str:
 
 
 def _files(kind: str, endings: tuple[str, ...]) -> dict[str, Path]:
-    """Name → file. Linked folders are gone into, as ComfyUI's own lists do."""
+    """Name → file. Linked folders are gone into, as ComfyUI's own lists do; of two files of one name, that in `input`
+    is called `name [input]`.
+    """
     import folder_paths
 
     files: dict[str, Path] = {}
@@ -115,7 +122,8 @@ def _files(kind: str, endings: tuple[str, ...]) -> dict[str, Path]:
             for name in sorted(names):
                 path = Path(folder) / name
                 if name.endswith(endings) and path.is_file():
-                    files.setdefault(path.relative_to(root).as_posix(), path)
+                    shown = path.relative_to(root).as_posix()
+                    files[shown if shown not in files else f"{shown} [input]"] = path
     return files
 
 

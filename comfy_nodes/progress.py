@@ -7,6 +7,9 @@ from typing import Any
 
 from salun.errors import Cancelled
 from salun.progress import Event
+from salun.run_record import logger
+
+from .inputs import in_inputs_names
 
 
 class Bar:
@@ -32,6 +35,8 @@ class Bar:
     def __call__(self, event: Event, /) -> None:
         from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
 
+        if event.message:
+            logger.info(in_inputs_names(event.message))
         try:
             throw_exception_if_processing_interrupted()
             self._show(event)

@@ -113,13 +113,14 @@ def _sparse() -> Any:
     class SparseDifference(WeightAdapterBase):  # type: ignore[misc]
         """Adds values at some entries of a weight.
 
-        weights: (places, values), as `Change` has places. delta: the id of the delta that they are of.
+        weights: (places, values, delta): places as `Change` has them, and the id of the delta that they are of. (All in
+        one, since ComfyUI makes an adapter anew of its `loaded_keys` and of its `weights` with tensors moved.)
         """
 
         name = "salun"
 
-        def __init__(self, loaded_keys: set[str], weights: Sequence[Tensor], delta: str) -> None:
-            self.loaded_keys, self.weights, self.delta = loaded_keys, weights, delta
+        def __init__(self, loaded_keys: set[str], weights: tuple[Tensor, Tensor, str]) -> None:
+            self.loaded_keys, self.weights = loaded_keys, weights
 
         def calculate_weight(
             self,
@@ -133,7 +134,7 @@ def _sparse() -> Any:
             original_weight: Any = None,
         ) -> Tensor:
             if strength:
-                places, values = (part.to(weight.device) for part in self.weights)
+                places, values = (part.to(weight.device) for part in self.weights[:2])
                 added = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
                 added[_index(places, weight.numel())] = values.to(weight.dtype) * strength
                 weight += (function or (lambda a: a))(added.view(weight.shape))
@@ -157,7 +158,7 @@ def patched(model: Any, delta: Delta, base: Mapping[str, Tensor], strength: floa
     patches = {}
     for name, change in delta.changes.items():
         key = keys[name].removeprefix(OUTER)
-        patches[key] = kind({key}, (_places(change), _values(change, base[name])), delta.id)
+        patches[key] = kind({key}, (_places(change), _values(change, base[name]), delta.id))
     clone = model.clone()
     taken = clone.add_patches(patches, strength, 1.0)
     if len(taken) != len(patches):
@@ -176,13 +177,22 @@ def holds(model: Any, delta: Delta) -> bool:
 
     def whole(name: str) -> bool:
         patches = model.patches.get(keys[name].removeprefix(OUTER), [])
-        own = [i for i, patch in enumerate(patches) if isinstance(patch[1], _sparse()) and patch[1].delta == delta.id]
+        own = [i for i, patch in enumerate(patches) if _is_of(patch, delta)]
         strength = sum(patches[i][0] for i in own)
         later = patches[own[0] :] if own else []
         kept = all(scale == 1 and not (isinstance(what, tuple) and what[0] == "set") for _, what, scale, *_ in later)
         return abs(strength - 1) < 1e-6 and kept
 
     return all(name in keys and whole(name) for name in delta.changes)
+
+
+def holds_alone(model: Any, delta: Delta) -> bool:
+    """Whether a MODEL is its checkpoint with this delta in full, and nothing else in its weights."""
+    return holds(model, delta) and all(_is_of(patch, delta) for found in model.patches.values() for patch in found)
+
+
+def _is_of(patch: Sequence[Any], delta: Delta) -> bool:
+    return isinstance(patch[1], _sparse()) and patch[1].weights[2] == delta.id
 
 
 def _places(change: Change) -> Tensor:

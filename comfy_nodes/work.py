@@ -170,21 +170,11 @@ def record_of(
 
 
 def facts_of(graph: GraphModel, plan: Plan) -> dict[str, str]:
-    """All that a result depends on beside the options, the versions and what else is on a node's wires.
-
-    The text encoder is known by what it makes of some prompts: of all those with an embedding, and of a few others.
-    """
+    """All that a result depends on beside the options, the versions and what else is on a node's wires."""
     prompts = plan.prompts
-    parts = [part for one in prompts.concepts for part in (one.forget, one.anchor, one.eval_forget, one.eval_anchor)]
-    parts += [prompts.retain, prompts.eval_retain]
-    away = plan.options.negative_prompt or ""
-    texts = [part[0].text for part in parts if part]
-    texts += [prompt.text for part in parts for prompt in part if EMBEDDING in prompt.text]
-    with graph.read_as(plan.options):
-        said = graph.encode(list(dict.fromkeys([*texts, away, ""])))
     return {
         "base": graph.base_hash,
-        "text": digest_of(said.hidden, *(said.extra[name] for name in sorted(said.extra))),
+        "text": text_of(graph, plan),
         "vae": graph.vae_hash if graph.vae is not None else "",
         "prompts": prompts.digest,
         "concepts": repr(plan.concepts),
@@ -194,6 +184,21 @@ def facts_of(graph: GraphModel, plan: Plan) -> dict[str, str]:
         "salun": __version__,
         **graph.sampler_facts(),
     }
+
+
+def text_of(graph: GraphModel, plan: Plan) -> str:
+    """A digest of the text encoder, known by what it makes of some of the plan's prompts: of all those with an
+    embedding, and of a few others.
+    """
+    prompts = plan.prompts
+    parts = [part for one in prompts.concepts for part in (one.forget, one.anchor, one.eval_forget, one.eval_anchor)]
+    parts += [prompts.retain, prompts.eval_retain]
+    away = plan.options.negative_prompt or ""
+    texts = [part[0].text for part in parts if part]
+    texts += [prompt.text for part in parts for prompt in part if EMBEDDING in prompt.text]
+    with graph.read_as(plan.options):
+        said = graph.encode(list(dict.fromkeys([*texts, away, ""])))
+    return digest_of(said.hidden, *(said.extra[name] for name in sorted(said.extra)))
 
 
 def digest(mask: Mask) -> str:

@@ -42,7 +42,8 @@ class RunRecord:
     """Collects what a run did; kept in `folder/run.json` where a folder is given, in memory otherwise.
 
     status: running → done | failed | cancelled. facts: what the run's result depends on beside its options and the
-    versions, such as the model's hash. resume: go on with the unfinished run that the folder holds.
+    versions, such as the model's hash. resume: go on with the unfinished run that the folder holds. in_passing: the
+    folder only serves to resume, so that a run goes on without what cannot be written there.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class RunRecord:
         facts: Mapping[str, str] | None = None,
         resume: bool = False,
     ) -> None:
-        self.folder, self.resume = folder, resume
+        self.folder, self.resume, self.in_passing = folder, resume, False
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "status": "running",
@@ -167,7 +168,9 @@ class RunRecord:
         self.data[side].append({"kind": kind, "path": shown, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
 
     def write(self) -> None:
-        """Write `run.json`, whole or not at all. While an error is on its way up, one of writing is only logged."""
+        """Write `run.json`, whole or not at all. An error of writing is only logged while another is on its way up, or
+        for a folder that serves `in_passing`.
+        """
         if self.folder is None:
             return
         under_way = sys.exc_info()[1]
@@ -175,7 +178,7 @@ class RunRecord:
         try:
             write_bytes(self.folder / "run.json", text.encode("utf-8"))
         except ModelError as error:
-            if under_way is None:
+            if under_way is None and not self.in_passing:
                 raise
             logger.warning("run.json is as it was: %s", error)
 

@@ -183,6 +183,7 @@ class Patcher:
 
 class Clip:
     def __init__(self, family: str = "sd1", weights: str = "", embedding: str = "") -> None:
+        self.patcher = types.SimpleNamespace(patches={})
         self.width, self.weights, self.embedding, self.layer = (
             FAMILIES[family]["cross_attention_dim"],
             weights,
@@ -634,7 +635,7 @@ def test_pictures_take_the_place_of_samples(host: Any) -> None:
     assert data.content.forget_latents.shape == (3, 4, 8, 8)
     with pytest.raises(SalunError, match="2 lines for 3"):
         call("SalUnTrainingData", **parts, retain_images=images, retain_captions="a\nb")
-    with pytest.raises(SalunError, match="without pictures"):
+    with pytest.raises(SalunError, match="retain_captions are of"):
         call("SalUnTrainingData", **parts, forget_images=images, retain_captions="a\nb\nc")
     with pytest.raises(SalunError, match="both given"):
         call("SalUnTrainingData", **parts, forget_images=images, forget_samples={"samples": torch.rand(1, 4, 8, 8)})
@@ -682,7 +683,7 @@ def test_errors_name_inputs_and_nodes_not_the_command_line(host: Any) -> None:
         (lambda: erased(other, given_mask=mask), "make one with SalUn Saliency Mask"),
         (lambda: erased(model, optimiser="adam8bit"), "optimiser adam8bit"),
         (lambda: erased(model, retain_latents=0, anchor_share=0.0), "retain_latents above 0"),
-        (lambda: call("SalUnApplyDelta", model=other, delta=delta), "SalUn Apply Delta, with base_checkpoint"),
+        (lambda: call("SalUnApplyDelta", model=other, delta=delta), "SalUn Apply Delta's base_checkpoint"),
     ]
     for run, said in failing:
         with pytest.raises(SalunError) as caught:
@@ -837,11 +838,12 @@ def test_a_checkpoint_is_patched_and_only_another_base_asks_for_the_graphs_parts
         save(ckpt_name="cut.safetensors", **parts)
     with pytest.raises(SalunError, match=r"is no \.safetensors checkpoint"):
         save(ckpt_name="gone.safetensors", **parts)
-    with pytest.raises(SalunError, match="does not hold this erasure"):
-        save(ckpt_name="other.safetensors", **{**parts, "model": model})
+    for file in ("other.safetensors", "own.safetensors"):
+        with pytest.raises(SalunError, match="does not hold this erasure"):
+            save(ckpt_name=file, **{**parts, "model": model})
     damaged = replace(delta, result_hash="0" * 64)
     with pytest.raises(SalunError, match="damaged"):
-        call("SalUnSaveErasedCheckpoint", delta=damaged, filename_prefix="n", ckpt_name="own.safetensors", **parts)
+        call("SalUnSaveErasedCheckpoint", delta=damaged, filename_prefix="n", ckpt_name="own.safetensors")
     assert not saved
     name, told = save(ckpt_name="other.safetensors", **parts)
     assert len(saved) == 1 and "own saver" in told and name == "new_00002_.safetensors"
@@ -927,6 +929,136 @@ def test_the_stock_saver_writes_a_whole_erasure_or_nothing(host: Any, stock_save
     for right in (after, apply(apply(model, 0.5), 0.5), apply(after, 0.3, another)):
         call("SalUnSaveErasedCheckpoint", model=right, **parts)
     assert len(stock_saves) == 3
+
+
+def test_what_a_graph_adds_to_an_erasure_is_in_the_file_or_refused(host: Any, stock_saves: list[Any]) -> None:
+    """The delta alone would fit the source file, and a second erasure or a LoRA would silently be missing there."""
+    model = Patcher()
+    own = {f"model.{key}": value[0][0] for key, value in model.get_key_patches("diffusion_model.").items()}
+    tensorfile.write(host.root / "own.safetensors", own)
+    after, delta, _, _ = erased(model)
+    second = erased(model, concept=concept("a cow"))[1]
+    (both,) = call("SalUnApplyDelta", model=after, delta=second, strength=1.0)
+    (weak,) = call("SalUnApplyDelta", model=model, delta=delta, strength=0.3)
+    tuned = Clip()
+    tuned.patcher.patches["layer"] = [(1.0, ("diff", (torch.ones(1),)), 1.0, None, None)]
+    parts = {"delta": delta, "ckpt_name": "own.safetensors", "filename_prefix": "new"}
+    for model_, clip, why in ((both, Clip(), "model has other patches"), (after, tuned, "CLIP has patches")):
+        told = call("SalUnSaveErasedCheckpoint", model=model_, clip=clip, vae=Vae(), **parts)[1]
+        assert "own saver" in told and why in told
+    assert len(stock_saves) == 2
+    with pytest.raises(SalunError, match="does not hold this erasure"):
+        call("SalUnSaveErasedCheckpoint", model=weak, clip=Clip(), vae=Vae(), **parts)
+    made: Any = NODE_CLASS_MAPPINGS["SalUnSaveErasedCheckpoint"]
+    for some in ({"model": weak}, {"clip": tuned}, {"model": both, "vae": Vae()}):
+        assert "or none of them" in made.VALIDATE_INPUTS("new", "own.safetensors", **dict.fromkeys(some))
+        with pytest.raises(SalunError, match="or none of them"):
+            call("SalUnSaveErasedCheckpoint", **some, **parts)
+    assert len(stock_saves) == 2
+
+
+def test_a_patch_can_be_made_anew_of_its_keys_and_weights(host: Any) -> None:
+    """As ComfyUI's `prefetch_prepared_value` does for every patch when it streams weights to a GPU."""
+    after, _, _, _ = erased(Patcher())
+    key, (patch, *_) = next(iter(after.patches.items()))
+    adapter = patch[1]
+    moved = tuple(part.clone() if isinstance(part, Tensor) else part for part in adapter.weights)
+    again = type(adapter)(adapter.loaded_keys, moved)
+    weight = after.get_key_patches("diffusion_model.")[key][0][0]
+    one, two = (each.calculate_weight(weight.clone(), key, 1.0, 1.0, None, None) for each in (adapter, again))
+    assert torch.equal(one, two) and not torch.equal(one, weight)
+
+
+@pytest.mark.parametrize(("here", "there"), [(torch.float32, torch.float16), (torch.float16, torch.bfloat16)])
+def test_a_delta_of_a_copy_in_another_dtype_adds_its_differences(
+    host: Any, here: torch.dtype, there: torch.dtype
+) -> None:
+    """The model is rounded to the delta's dtype to know it, and moves by what the erasure moved there."""
+    model, copy = Patcher(), Patcher()
+    for p, q in zip(*(each.model.diffusion_model.parameters() for each in (model, copy)), strict=True):
+        p.data = p.data.to(here)
+        q.data = p.data.to(there)
+    delta = erased(copy, lr=1e-2)[1]
+    assert {change.dtype for change in delta.changes.values()} == {there}
+    (applied,) = call("SalUnApplyDelta", model=model, delta=delta, strength=1.0)
+    base, was, new = Weights(model), Weights(copy), delta.apply(Weights(copy))
+    now = Weights(applied)
+    step = torch.finfo(here).eps  # one rounding of the sum
+    for name in base:
+        moved = new[name].float() - was[name].float() if name in new else torch.zeros(())
+        want = base[name].float() + moved
+        assert ((now[name].float() - want).abs() <= step * want.abs() + 1e-7).all(), name
+    lora = call("SalUnSaveAsLora", model=model, delta=delta, kind="every difference", filename_prefix="x")[0]
+    (first, *_) = (name for name, tensor in new.items() if tensor.dim() > 1)
+    stored = dict(tensorfile.tensors(host.root / "output/loras" / lora))
+    differences = [tensor for tensor in stored.values() if tensor.shape == new[first].shape]
+    moved = new[first].float() - was[first].float()
+    assert any(torch.allclose(found.float(), moved, rtol=1e-3, atol=1e-7) for found in differences)
+
+
+def test_a_mask_that_does_not_fit_is_refused_before_the_sampling(host: Any) -> None:
+    model = Patcher()
+    mask, _ = saliency_mask(model)
+    other = Patcher()
+    for parameter in other.model.diffusion_model.parameters():
+        parameter.data = parameter.data + 1e-3
+    (empty, _) = call("SalUnCombineMasks", first=mask, second=mask, operation="first without second")
+    host.bar.clear()
+    for match, given in (
+        ("salun-soft finds its mask", {"method": "salun-soft"}),
+        ("was made with scope", {"scope": "xattn"}),
+        ("from another model", {"model": other}),
+        ("selects no weight", {"given_mask": empty}),
+    ):
+        with pytest.raises(SalunError, match=match):
+            erased(**{"model": model, "given_mask": mask, **given})
+        assert not host.bar, match
+
+
+def test_the_figures_of_salun_soft_tell_the_mask_that_it_found(host: Any) -> None:
+    _, delta, _, figures = erased(Patcher(), method="salun-soft", density=0.1, steps=4)
+    told = json.loads(figures)["mask"]
+    assert told["selected"] < told["total"] and told["density"] == told["selected"] / told["total"]
+    assert delta.changed <= told["selected"]
+
+
+def test_a_file_is_not_hidden_by_one_of_its_name_elsewhere(host: Any) -> None:
+    """ComfyUI looks into models/ first: a file moved there, and another saved under its name, would be mixed up."""
+    model = Patcher()
+    own = {f"model.{key}": value[0][0] for key, value in model.get_key_patches("diffusion_model.").items()}
+    tensorfile.write(host.root / "own.safetensors", own)
+    delta = erased(model)[1]
+    (host.root / "new_00001_.safetensors").write_bytes(b"moved here")  # where the stand-in's lists look first
+    name, _ = call("SalUnSaveErasedCheckpoint", delta=delta, ckpt_name="own.safetensors", filename_prefix="new")
+    assert name == "new_00002_.safetensors"
+    mask = Mask.random({"conv_in.weight": torch.zeros(40)}, 0.5, 0)
+    (mine,) = call("SalUnSaveMask", mask=mask, filename_prefix="mask")
+    (host.root / "input").mkdir(exist_ok=True)
+    mask.shuffled(3).save(host.root / "input" / mine)
+    assert call("SalUnLoadMask", file=mine)[0] == mask
+    assert call("SalUnLoadMask", file=f"{mine} [input]")[0] == mask.shuffled(3)
+
+
+def test_what_the_core_says_is_in_the_log(host: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    parts = {"model": Patcher(), "clip": Clip(), "vae": Vae(), "concept": concept(), "options": options()}
+    captions = "a horse\na cat on a wall\na tree"
+    call("SalUnTrainingData", **parts, retain_images=torch.rand(3, 80, 64, 3), retain_captions=captions)
+    assert "1 pictures to keep left out" in caplog.text
+
+
+def test_odd_pictures_are_taken_or_refused_in_words(host: Any) -> None:
+    parts = {"model": Patcher(), "clip": Clip(), "vae": Vae(), "concept": concept(), "options": options()}
+    (grey,) = call("SalUnTrainingData", **parts, forget_images=torch.full((2, 64, 64, 1), 0.5))
+    (same,) = call("SalUnTrainingData", **parts, forget_images=torch.full((2, 64, 64, 3), 0.5))
+    assert grey.digest == same.digest
+    for match, given in (
+        ("forget_images is an empty batch", {"forget_images": torch.rand(0, 64, 64, 3)}),
+        ("retain_samples is an empty batch", {"retain_samples": {"samples": torch.rand(0, 4, 8, 8)}}),
+        ("retain_captions are of", {"retain_captions": "a horse"}),
+    ):
+        with pytest.raises(SalunError, match=match):
+            call("SalUnTrainingData", **parts, **given)
 
 
 def test_the_stock_saver_is_told_the_schedule(host: Any, stock_saves: list[Any]) -> None:
@@ -1101,6 +1233,22 @@ def test_an_interrupt_on_a_full_disk_is_an_interrupt(
     with pytest.raises(Interrupt):
         erased(Patcher(), steps=6)
     assert "the state to go on from is not saved" in caplog.text and "run.json is as it was" in caplog.text
+
+
+def test_a_disk_that_fills_up_costs_the_means_to_resume_and_not_the_erasure(
+    host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = erased(Patcher(), steps=6)[1]
+    end = len(host.bar)
+    for path, _, _ in cache().entries():
+        path.unlink()
+    for full_from in (1, end - 2):
+        host.bar.clear()
+        full = lambda path: types.SimpleNamespace(free=0 if len(host.bar) >= full_from else 10**12)  # noqa: E731, B023
+        monkeypatch.setattr(places.shutil, "disk_usage", full)
+        assert erased(Patcher(), steps=6)[1].result_hash == wanted.result_hash
+        assert "run.json is as it was" in caplog.text
+        caplog.clear()
 
 
 def test_a_checkpoint_of_another_format_goes_through_the_stock_saver(host: Any, stock_saves: list[Any]) -> None:

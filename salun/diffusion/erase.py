@@ -26,7 +26,7 @@ from salun.diffusion.observe import compare, observe, questions
 from salun.diffusion.output import check_output, check_places, disk_needed, erased_tensors, moved, read_beside
 from salun.diffusion.plan import Plan, Wanted, make_plan
 from salun.diffusion.result import Run, write_run
-from salun.errors import ConfigError, MaskError, TrainingError
+from salun.errors import ConfigError, MaskError, ModelError, TrainingError
 from salun.mask import Mask, entries
 from salun.options import MASKS, EraseOptions
 from salun.processes import current
@@ -118,9 +118,11 @@ def carry_out(
 ) -> Run:
     """The erasure itself, on a model that is `prepared`; writes nothing but the state to resume from.
 
-    data, mask: where they are there already; a mask must fit the model (MaskError).
+    data, mask: where they are there already; a mask must fit the model (MaskError), and the method (ConfigError).
     """
     who = current()
+    if mask is not None:
+        check_given(mask, model, plan)
     for note in plan.notes:
         progress(Event("planning", message=note))
     asked = questions(plan, plan.eval_images, plan.options.seed)
@@ -132,7 +134,6 @@ def carry_out(
         if mask is None:
             mask, record.data["mask"] = _mask_of_run(model, data, plan, record, progress)
         else:
-            check_mask(mask, model, plan, "given")
             record.data["mask"] = _told_of(mask, mask.metadata.get("method", "file"), {"warnings": []})
     with record.stage("training"):
         state = who.share(record.state("training.safetensors"))
@@ -140,6 +141,7 @@ def carry_out(
     original = model.original()
     if plan.options.method == "salun-soft":
         mask = moved(original, trained.masters)
+        record.data["mask"].update(selected=mask.selected, density=mask.density)
     masters = trained.masters if plan.options.method == "salun" else _full(trained, mask)
     erased, record.data["rounding"] = erased_tensors(original, mask, masters)
     model.load(erased)
@@ -199,7 +201,10 @@ def _mask_of_run(
     mask, told = find_mask(model, data, plan, progress)
     if path is not None:
         extra = {"told": json.dumps(told), "fingerprint": record.fingerprint}
-        Mask(mask.bits, mask.shapes, {**mask.metadata, **extra}).save(path)
+        try:
+            Mask(mask.bits, mask.shapes, {**mask.metadata, **extra}).save(path)
+        except ModelError as error:  # a full disk costs the means to resume, not the run
+            progress(Event("saliency", message=f"the mask is not kept for a resumption: {error}"))
     return mask, told
 
 
@@ -268,8 +273,20 @@ def _mask_from_file(model: DiffusionModel, plan: Plan) -> Mask:
     return mask
 
 
+def check_given(mask: Mask, model: DiffusionModel, plan: Plan) -> None:
+    """For a mask that is there before the run: `check_mask`, and ConfigError for a method that finds its own.
+
+    To be called before hours of sampling, on a model that is `prepared`.
+    """
+    if plan.options.method == "salun-soft":
+        raise ConfigError("--method salun-soft finds its mask while it trains: give it none, or take salun")
+    check_mask(mask, model, plan, "given")
+
+
 def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None:
-    """Raises MaskError for a mask of another scope than the plan's, of other parameters, or of another model."""
+    """Raises MaskError for a mask of another scope than the plan's, of other parameters, of another model, or of
+    no weight at all.
+    """
     scope, origin = mask.metadata.get("scope", "full"), model.base_hash
     if scope != plan.options.scope:
         raise MaskError(f"the mask {what} was made with --scope {scope}: give that, or make another")
@@ -279,6 +296,9 @@ def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None
             f"the mask {what} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "
             f"this model's {origin[:12]}…): make one with `salun mask --model {model.name}`"
         )
+
+    if not mask.selected:
+        raise MaskError(f"the mask {what} selects no weight: nothing could be trained")
 
 
 def _salient(

@@ -155,8 +155,6 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     record.data["notes"] = list(run.plan.notes)
     record.data["losses"] = [list(entry) for entry in run.history]
     record.data["metrics"] = run.metrics
-    if run.plan.options.method == "salun-soft":
-        record.data["mask"].update(selected=run.mask.selected, density=run.mask.density)
     stored = run.own.stored
     for file in stored.files:
         record.note_file("inputs", "checkpoint" if stored.single else "unet", file, _shown(stored, file))
