@@ -19,7 +19,7 @@ from .kinds import DATA, Chosen, Concepts, Data, Node, moved
 from .model import GraphModel, as_started
 from .places import cache
 from .progress import Bar
-from .work import computes, plan_of, samples_drawn, text_of
+from .work import Sampled, computes, plan_of, samples_drawn, text_of
 
 
 class SalUnTrainingData(Node):
@@ -76,13 +76,13 @@ class SalUnTrainingData(Node):
         wanted = as_started(options_of(given, options))
         graph = GraphModel(model, clip, vae, wanted.dtype)
         plan = plan_of(graph, concept, wanted)
+        captions = [line.strip() or None for line in retain_captions.splitlines()] if retain_captions.strip() else []
+        if captions and retain_images is None and retain_samples is None:
+            raise DataError("retain_captions are given without pictures: connect retain_images or retain_samples")
         with prepared(graph, plan):
             side = graph.latent_shape
             forget = _latents(graph, forget_images, forget_samples, side, "forget")
             retain = _latents(graph, retain_images, retain_samples, side, "retain")
-            captions = [line.strip() or None for line in retain_captions.splitlines()] if retain_captions else []
-            if captions and retain is None:
-                raise DataError("retain_captions are of retain_images or retain_samples: connect one of them")
             if retain is not None and captions and len(captions) != len(retain):
                 raise DataError(
                     f"retain_captions has {len(captions)} lines for {len(retain)} pictures: write one a picture"
@@ -94,7 +94,8 @@ class SalUnTrainingData(Node):
                 retain,
                 tuple(captions or [None] * len(retain)) if retain is not None else (),
             )
-            bar = Bar({"sampling": samples_drawn(plan, len(forget) if forget is not None else 0)})
+            drawn = samples_drawn(plan, len(forget) if forget is not None else 0)
+            bar = Bar({"sampling": drawn}, Sampled(graph, plan))
             made = sample_data(graph, plan, bar, cache=cache(), given=own)
         names, anchors = tuple(c.name for c in plan.concepts), tuple(c.anchor for c in plan.concepts)
         told = (graph.family, anchors, plan.prompts.digest, text_of(graph, plan))

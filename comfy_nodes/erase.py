@@ -34,7 +34,7 @@ from .model import GraphModel, as_started
 from .places import cache, unfinished
 from .progress import Bar
 from .weights import patched
-from .work import Preview, computes, image, plan_of, record_of, stages, written
+from .work import Preview, Sampled, computes, image, plan_of, record_of, stages, written
 
 OUTPUTS = (
     "The model without the concept: KSampler shows it at once.",
@@ -93,7 +93,7 @@ class SalUnErase(Node):
         record = record_of("erasure", graph, plan, given_data, given_mask)
         kept = _kept(record.fingerprint, graph, plan)
         if kept is None:
-            bar = Bar(stages(plan, given_data, given_mask is not None))
+            bar = Bar(stages(plan, given_data, given_mask is not None), Sampled(graph, plan))
             with resumable(record, graph, plan):
                 with prepared(graph, plan):
                     if given_mask is not None:

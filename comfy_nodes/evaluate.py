@@ -18,7 +18,7 @@ from .kinds import Chosen, Concepts, Node
 from .model import GraphModel, as_started, family_of
 from .places import cache
 from .progress import Bar
-from .work import computes, image, plan_of, written
+from .work import Sampled, computes, image, plan_of, written
 
 
 class SalUnEvaluate(Node):
@@ -67,6 +67,7 @@ class SalUnEvaluate(Node):
                 asked = questions(plan, plan.eval_images, wanted.seed)
                 n = len(asked.forget) + len(asked.retain)
                 bar = Bar({"pictures before": n, "pictures after": n})
+            bar.preview = Sampled(graph, plan)
             with prepared(graph, plan):
                 seen.append(observe(graph, asked, bar, stage, cache()))
                 if len(seen) == 2:

@@ -16,7 +16,8 @@ from .kinds import CONCEPT, DELTA, OPTIONS, Chosen
 
 AUTO = "auto"
 _FIELDS = {item.name: item for item in dataclasses.fields(EraseOptions)}
-_CHOICES = {"mask": MASKS}  # a file is another node's matter
+_CHOICES = {"mask": MASKS}
+_TOOLTIPS = {"mask": f"{', '.join(MASKS)} (the controls); for a file: SalUn Load Mask"}  # where the help does not fit
 NO_RECIPE = ("clip_skip", "resolution")  # whose help tells their default
 
 
@@ -29,7 +30,7 @@ def entry(name: str) -> tuple[Any, dict[str, Any]]:
     """(type, settings) of one option."""
     item = _FIELDS[name]
     rules, own = item.metadata, item.default
-    told: dict[str, Any] = {"tooltip": rules["help"]}
+    told: dict[str, Any] = {"tooltip": _TOOLTIPS.get(name, rules["help"])}
     if name == "seed":
         told["control_after_generate"] = False  # a new seed at every queue would train at every queue
     kind = str(item.type).replace(" | None", "")

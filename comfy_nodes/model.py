@@ -63,6 +63,7 @@ class GraphModel:
         self.settings: ModelSettings = read_settings(None, self.family, {}, side)
         self._depth = 0
         self._said: dict[tuple[Any, ...], Conditioning] = {}  # every stage of a run asks for the same prompts
+        self.sampled: Tensor | None = None  # the first latent (1, c, h, w) of the batch sampled last
         self._live: Any = None
         self._places: dict[str, str] = {}
 
@@ -174,6 +175,7 @@ class GraphModel:
         start = noise / float(roots[0])
         ends = torch.cat([sigmas, torch.zeros(1)]).to(self.device)
         result: Tensor = sample_dpmpp_2m(x_0, start, ends, disable=True)
+        self.sampled = result[:1]
         return result
 
     def sampler_facts(self) -> dict[str, Any]:

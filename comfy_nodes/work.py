@@ -109,9 +109,24 @@ class Preview:
         model, x_0 = self.model, self.data.forget_latents[:1]
         t = torch.tensor([int(0.7 * len(model.alphas_cumprod))], device=x_0.device)
         x_t = add_noise(model, x_0, self.noise.to(x_0.device), t)
-        guess = implied_x_0(model, x_t, model.predict(x_t, t, self.data.forget[:1]), t)
-        picture = previewer.decode_latent_to_preview(guess)
-        return "JPEG", blurred_picture(picture) if self.blur else picture, 512
+        return _shown(previewer, implied_x_0(model, x_t, model.predict(x_t, t, self.data.forget[:1]), t), self.blur)
+
+
+class Sampled:
+    """What was sampled last, once something was; blurred where the pictures of the run are."""
+
+    def __init__(self, model: GraphModel, plan: Plan) -> None:
+        self.model, self.blur = model, any(blurred(plan))
+
+    def __call__(self) -> tuple[str, Any, int] | None:
+        latent = self.model.sampled
+        previewer = _previewer(self.model) if latent is not None else None
+        return _shown(previewer, latent, self.blur) if latent is not None and previewer is not None else None
+
+
+def _shown(previewer: Any, latent: Tensor, blur: bool) -> tuple[str, Any, int]:
+    picture = previewer.decode_latent_to_preview(latent)
+    return "JPEG", blurred_picture(picture) if blur else picture, 512
 
 
 def _previewer(model: GraphModel) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -139,10 +140,12 @@ class Server:
             time.sleep(0.1)
         raise AssertionError(f"no end after {seconds} s: {self.log.read_text()[-2000:]}")
 
-    def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        """The outputs of a prompt that must succeed."""
+    def run(self, prompt: dict[str, Any], *anew: str) -> dict[str, Any]:
+        """The outputs of a prompt that must succeed. anew: nodes that must not come out of ComfyUI's cache."""
         done = self.wait(self.queue(prompt))
         assert done["status"]["status_str"] == "success", messages(done)
+        cached = [told["nodes"] for kind, told in done["status"]["messages"] if kind == "execution_cached"]
+        assert len(cached) == 1 and not set(anew) & set(cached[0]), cached
         return dict(done["outputs"])
 
     def fails(self, prompt: dict[str, Any]) -> str:
@@ -252,6 +255,24 @@ def sampling(model: list[Any], name: str = "image", load: str = "load") -> dict[
     }
 
 
+def once_more(graph: dict[str, Any], name: str = "image") -> dict[str, Any]:
+    """A graph of `sampling` that ComfyUI has not in its cache: an input that no node has is nothing but another key."""
+    graph[f"{name} sample"]["inputs"]["again"] = next(_numbers)
+    return graph
+
+
+def after_erasing(graph: dict[str, Any], name: str) -> dict[str, Any]:
+    """A graph of `sampling` that waits for SalUn Erase but is not changed by it: of its words a share of 0 counts."""
+    told = node("CLIPTextEncode", clip=["load", 1], text=["erase", 3])
+    both = node("ConditioningAverage", conditioning_to=[f"{name} text", 0], conditioning_from=[f"{name} told", 0])
+    both["inputs"]["conditioning_to_strength"] = 1.0
+    graph[f"{name} sample"]["inputs"]["positive"] = [f"{name} both", 0]
+    return {**graph, f"{name} told": told, f"{name} both": both}
+
+
+_numbers = itertools.count()
+
+
 def keeping(kind: str = "SalUnSaveDelta", name: str = "keep", **inputs: Any) -> dict[str, Any]:
     return {name: node(kind, delta=["erase", 1], filename_prefix="erased", **inputs)}
 
@@ -352,11 +373,11 @@ def test_3_and_4_only_the_masks_weights_move_and_the_graphs_model_stays_as_it_wa
         "keep mask": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="mask"),
         **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
         "figures": node("PreviewAny", source=["erase", 3]),
-        **sampling(["load", 0], "before"),
+        **after_erasing(sampling(["load", 0], "between"), "between"),
         **sampling(["erase", 0], "after"),
     }
     base = server.run({"load": prompt["load"], **sampling(["load", 0], "before")})
-    done = server.run(prompt)
+    done = server.run(prompt, "erase", "between sample", "after sample")
     told = json.loads(done["figures"]["text"][0])
     assert all(np.isfinite(row).all() for row in told["losses"])
     mask = Mask.load(server.base / done["keep mask"]["text"][0])
@@ -366,8 +387,9 @@ def test_3_and_4_only_the_masks_weights_move_and_the_graphs_model_stays_as_it_wa
         assert torch.equal(old[name][outside].view(torch.int16), new[name][outside].view(torch.int16)), name
     moved = sum(int((old[name] != new[name]).sum()) for name in old)
     assert 0.5 * mask.selected < moved <= mask.selected
-    again = server.run({"load": prompt["load"], **sampling(["load", 0], "later")})
-    assert np.array_equal(server.image(base, "before"), server.image(again, "later"))
+    again = server.run({"load": prompt["load"], **once_more(sampling(["load", 0]))}, "image sample")
+    assert np.array_equal(server.image(base, "before"), server.image(done, "between"))
+    assert np.array_equal(server.image(base, "before"), server.image(again, "image"))
     assert not np.array_equal(server.image(base, "before"), server.image(done, "after"))
 
 
@@ -385,7 +407,7 @@ def test_5_an_interrupt_stops_within_two_steps_and_leaves_nothing(server: Server
     assert len(events.progress) - at <= 3, "more than two steps after the interrupt"
     assert took < 20
     assert sorted(p for p in server.file("").rglob("*") if p.is_file()) == files
-    again = server.run({"load": erasing()["load"], **_renamed(sampling(["load", 0]))})
+    again = server.run({"load": erasing()["load"], **once_more(sampling(["load", 0]))}, "image sample")
     assert np.array_equal(server.image(again, "image"), base)
     assert _name(server.run({**erasing(seed=8), **keeping()})["keep"])
 
@@ -418,6 +440,25 @@ def test_6_every_step_is_told_once_in_order_with_a_preview(server: Server) -> No
     assert told == list(range(7, 6 + 8 + 4 + 4 + 1))
     assert events.most == 22
     assert events.previews >= 4 + 4
+
+
+def test_6_nodes_that_sample_show_what_they_sample(server: Server) -> None:
+    data = node("SalUnTrainingData", **PARTS, seed=22, retain_captions="")
+    prompt = {**erasing(), "data": data, "mask": masking(data=["data", 0], seed=22)}
+    del prompt["erase"]
+    prompt |= {"keep": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="shown")}
+    judged = {"before": ["load", 0], "after": ["lora", 0], "vae": ["load", 2], "eval_images": 1, "seed": 22}
+    judged |= {name: PARTS[name] for name in ("clip", "concept", "options")}
+    prompt["lora"] = node("LoraLoaderModelOnly", model=["load", 0], lora_name=_small_lora(server), strength_model=0.7)
+    prompt |= {"judge": node("SalUnEvaluate", **judged), "see": node("PreviewImage", images=["judge", 0])}
+    with Events(server) as events:
+        done = server.run(prompt)
+        server.run({**erasing(seed=23), **keeping()})  # until its end is told all that was sent before has come
+        events.until(lambda: events.progress[-1:] == [events.most])
+    assert server.image(done, "see").std() > 0
+    assert events.shown["data"] == 3, "one for each batch: forget, anchor and retain"
+    assert events.shown["judge"] == 2, "one for each model"
+    assert events.shown["mask"] == 0, "with data given nothing is sampled, and numbers alone are told"
 
 
 def test_7_the_saved_files_through_stock_loaders_give_the_erased_model(server: Server, checkpoint: Path) -> None:
@@ -470,14 +511,21 @@ def test_8_the_same_inputs_do_not_train_twice_and_no_file_is_overwritten(server:
     assert both[0] != both[1] and both[0].read_bytes() == both[1].read_bytes()
     for change in ({"seed": 41}, {"lr": 2e-4}):
         assert trained({**erasing(**{"seed": 40, **change}), **keeping()})[0]
-    before = len(server.log.read_text())
-    for prefix in ("../out", "/tmp/out", "a/../../out", "C:\\out"):
-        prompt = {**erasing(seed=40), **keeping()}
-        prompt["keep"]["inputs"]["filename_prefix"] = prefix
-        assert "filename_prefix" in server.fails(prompt), prefix
-    for change in ({"lr": 2.0}, {"density": 0}, {"steps": -3}, {"retain_weight": -0.5}):
-        assert "must be" in (told := server.fails({**erasing(**change), **keeping()})) or "value_" in told, change
-    assert "training:" not in server.log.read_text()[before:]
+
+
+def test_8_bad_names_and_numbers_are_refused_before_anything_is_computed(server: Server) -> None:
+    with Events(server) as events:
+        for seed, prefix in enumerate(("../out", "/tmp/out", "a/../../out", "C:\\out"), 400):
+            prompt = {**erasing(seed=seed), **keeping()}
+            prompt["keep"]["inputs"]["filename_prefix"] = prefix
+            assert "filename_prefix" in server.fails(prompt), prefix
+        for seed, change in enumerate(({"lr": 2.0}, {"density": 0}, {"steps": -3}, {"retain_weight": -0.5}), 410):
+            told = server.fails({**erasing(seed=seed, **change), **keeping()})
+            assert "must be" in told or "value_" in told, change
+        server.run({**erasing(seed=420), **keeping()})
+        events.until(lambda: events.progress[-1:] == [events.most])
+    assert events.progress == sorted(set(events.progress)), "what was told is more than one erasure"
+    assert events.progress[0] < 6, "the erasure's samples were not made anew"
 
 
 def test_9_loras_before_and_after_add_up(server: Server, checkpoint: Path) -> None:
@@ -518,11 +566,25 @@ def test_9_in_other_storage_types(start: Callable[..., Server], flag: str) -> No
         up = node("LoraLoaderModelOnly", model=["load", 0], lora_name=lora, strength_model=0.7)
         prompt = {**erasing(model=["up", 0]), "up": up, **sampling(["load", 0], "before")}
         prompt |= {**sampling(["erase", 0], "after"), **keeping()}
+        prompt["down"] = node("LoraLoaderModelOnly", model=["erase", 0], lora_name=lora, strength_model=0.3)
+        prompt |= {**weights_of(["erase", 0], "erased"), **weights_of(["down", 0], "down")}
         done = server.run(prompt)
+        erased, down = (unet(next(server.file("seen").glob(f"{name}_*"))) for name in ("erased", "down"))
+        changed = [name for name in erased if not torch.equal(erased[name], down[name])]
+        assert changed == [f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"]
+        old, new, lora_part = erased[changed[0]], down[changed[0]], _small_lora_difference()
+        # each side is rounded to the storage dtype: to the nearest, or in fp8 by chance to one of the two neighbours
+        half = 2.0 ** -{"--fp16-unet": 11, "--bf16-unet": 9, "--fp8_e4m3fn-unet": 3}[flag]
+        least = 2.0**-24 if "fp8" not in flag else 2.0**-9  # between neighbours below the normal numbers
+        bound = 2 * half * torch.maximum(old.abs(), new.abs()) + 2 * least
+        assert ((new - (old + 0.3 * lora_part)).abs() <= bound).all()
+        # of what that bound lets pass in fp8 the mean is left: the LoRA's share of the difference, over 245,760 entries
+        # whose roundings are of the size of the LoRA's own at most, is known to some 1/sqrt(245,760) = 0.002
+        assert abs(float((new - old).flatten() @ lora_part.flatten() / lora_part.square().sum()) - 0.3) < 0.01
         before, after = server.image(done, "before"), server.image(done, "after")
         assert before.std() > 0 and after.std() > 0 and not np.array_equal(before, after)
-        again = server.run({"load": prompt["load"], **sampling(["load", 0], "later")})
-        assert np.array_equal(server.image(again, "later"), before)
+        again = server.run({"load": prompt["load"], **once_more(sampling(["load", 0]))}, "image sample")
+        assert np.array_equal(server.image(again, "image"), before)
         dtypes = {change.dtype for change in Delta.load(server.base / done["keep"]["text"][0]).changes.values()}
         assert dtypes == {torch.bfloat16 if "bf16" in flag else torch.float16}
     finally:
@@ -544,30 +606,71 @@ def test_a_comfyui_short_of_memory_trains_with_little_and_keeps_its_model(
         done = starved.run({**prompt, **sampling(["up", 0], "before"), **sampling(["erase", 0], "after")})
         assert json.loads(done["figures"]["text"][0])["options"]["low_vram"] is True
         assert not np.array_equal(starved.image(done, "before"), starved.image(done, "after"))
-        again = starved.run({"load": prompt["load"], **_renamed(sampling(["load", 0], "image"))})
+        again = starved.run({"load": prompt["load"], **once_more(sampling(["load", 0]))}, "image sample")
         assert np.array_equal(starved.image(again, "image"), starved.image(base, "before"))
     finally:
         starved.stop()
 
 
-def test_sd_2_is_erased(server: Server) -> None:
-    name = "sd2.safetensors"
-    path = checkpoints.make(server.base / "models/checkpoints" / name, "sd2", size="host")
-    prompt = erasing(clip=["first layer", 0], seed=80)  # the others are not in the file
-    prompt["load"] = node("CheckpointLoaderSimple", ckpt_name=name)
-    prompt["first layer"] = node("CLIPSetLastLayer", clip=["load", 1], stop_at_clip_layer=-24)
-    saver = keeping("SalUnSaveErasedCheckpoint", ckpt_name=name)
-    prompt |= {**saver, **sampling(["load", 0], "before"), **sampling(["erase", 0], "after")}
-    for each in ("before text", "after text"):
-        prompt[each]["inputs"]["clip"] = ["first layer", 0]
-    done = server.run(prompt)
+SD2_V = {  # as deep as the true SD 2.1, by one of whose last weights ComfyUI knows that a file predicts v
+    "block_out_channels": (320,) * 4,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+}
+PREDICTIONS = pytest.mark.parametrize(("prediction", "known"), [("epsilon", "EPS"), ("v_prediction", "V_PREDICTION")])
+
+
+@PREDICTIONS
+def test_sd_2_is_erased(server: Server, prediction: str, known: str) -> None:
+    path = server.base / f"models/checkpoints/sd2-{prediction}.safetensors"
+    changes = SD2_V if prediction == "v_prediction" else {}
+    checkpoints.make(path, "sd2", size="host", prediction=prediction, unet=changes)
+    first_layer = {"first layer": node("CLIPSetLastLayer", clip=["load", 1], stop_at_clip_layer=-24)}
+    _is_erased(server, path, known, first_layer)  # the others are not in the file
+
+
+@PREDICTIONS
+def test_sdxl_is_erased(server: Server, prediction: str, known: str) -> None:
+    """Its UNet is narrow; the text encoders are of true size, as ComfyUI takes no smaller ones and uses all layers."""
+    path = server.base / f"models/checkpoints/sdxl-{prediction}.safetensors"
+    marks = ("ztsnr",) if prediction == "v_prediction" else ()
+    checkpoints.make(path, "sdxl", size="host", prediction=prediction, marks=marks)
+    _is_erased(server, path, known, {})
+
+
+def _is_erased(server: Server, path: Path, known: str, parts: dict[str, Any]) -> None:
+    """parts: a node "first layer", whose CLIP is to be used in place of the file's."""
+    clip = ["first layer", 0] if parts else ["load", 1]
+
+    def drawn(model: list[Any], name: str) -> dict[str, Any]:
+        graph = sampling(model, name)
+        graph[f"{name} text"]["inputs"]["clip"] = clip
+        return graph
+
+    log = len(server.log.read_text())
+    prompt = {**erasing(clip=clip, seed=80), **parts, **keeping("SalUnSaveErasedCheckpoint", ckpt_name=path.name)}
+    prompt["load"] = node("CheckpointLoaderSimple", ckpt_name=path.name)
+    done = server.run({**prompt, **drawn(["load", 0], "before"), **drawn(["erase", 0], "after")})
     before, after = server.image(done, "before"), server.image(done, "after")
     assert before.std() > 0 and after.std() > 0 and not np.array_equal(before, after)
-    old, new = (dict(tensorfile.tensors(each)) for each in (path, server.file("checkpoints") / _name(done["keep"])))
-    moved = sum(int((old[key] != new[key]).sum()) for key in old if key.startswith(UNET))
-    assert 0.2 < moved / sum(old[key].numel() for key in old if key.startswith(UNET)) <= 0.5
-    assert all(torch.equal(old[key], new[key]) for key in old if not key.startswith(UNET))
-    path.unlink()
+    erased = server.file("checkpoints") / _name(done["keep"])
+    loader = node("CheckpointLoaderSimple", ckpt_name=erased.name)
+    again = server.run({"load": loader, **parts, **drawn(["load", 0], "reloaded")})
+    assert np.array_equal(server.image(again, "reloaded"), after)
+    told = re.findall(r"model_type (\w+)", server.log.read_text()[log:])
+    assert told == [known, known], "both files are taken for models of this prediction"
+    old, new = tensorfile.tensors(path), tensorfile.tensors(erased)
+    moved = total = 0
+    for (name, one), (also, other) in zip(old, new, strict=True):  # one at a time: an SDXL file is large
+        assert name == also
+        if name.startswith(UNET):
+            moved, total = moved + int((one != other).sum()), total + one.numel()
+        else:
+            assert torch.equal(one, other), name
+    assert 0.2 < moved / total <= 0.5
+    for each in (path, erased):
+        each.unlink()
 
 
 def test_a_model_that_predicts_v_is_erased_as_one(server: Server, checkpoint: Path) -> None:
@@ -594,10 +697,11 @@ def test_10_memory_stays_over_rounds_and_the_same_seed_gives_the_same_file(start
         sizes = []
         for turn in range(5):
             server.run({**erasing(seed=turn), **keeping()})
-            number = server.queue({**erasing(seed=100 + turn, steps=500, **AT_ONCE), **keeping()})
-            time.sleep(4)
-            server.post("/interrupt", {})
-            assert "execution_interrupted" in messages(server.wait(number, 60))
+            with Events(server) as events:
+                number = server.queue({**erasing(seed=100 + turn, steps=500, **AT_ONCE), **keeping()})
+                events.until(lambda: len(events.progress) > 3 + 8 + 10)  # samples, saliency, ten steps
+                server.post("/interrupt", {})
+                assert "execution_interrupted" in messages(server.wait(number, 60))
             sizes.append(_rss(server.process.pid))
         # the first rounds fill ComfyUI's own caches; from then on no more than the noise of the allocator
         assert sizes[-1] - sizes[1] < 150e6, [round(s / 1e6) for s in sizes]
@@ -670,17 +774,20 @@ def _name(output: dict[str, Any]) -> str:
     return told.split(":")[0]
 
 
-def _renamed(graph: dict[str, Any]) -> dict[str, Any]:
-    """A graph whose picture is saved under another name, so that it runs again."""
-    saver = graph["image"]
-    return {**graph, "image": {**saver, "inputs": {**saver["inputs"], "filename_prefix": "later"}}}
+def _small_lora_factors() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(320, 2, generator=generator) * 0.1, torch.randn(2, 768, generator=generator) * 0.1
+
+
+def _small_lora_difference() -> Tensor:
+    up, down = _small_lora_factors()
+    return up @ down
 
 
 def _small_lora(server: Server) -> str:
     """A LoRA file of one layer."""
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    generator = torch.Generator().manual_seed(1)
-    up, down = torch.randn(320, 2, generator=generator) * 0.1, torch.randn(2, 768, generator=generator) * 0.1
+    up, down = _small_lora_factors()
     tensors = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(2.0)}
     tensorfile.write(server.base / "models/loras/small.safetensors", tensors)
     return "small.safetensors"
@@ -692,11 +799,16 @@ def _rss(pid: int) -> float:
 
 
 class Events:
-    """A server's websocket: progress of SalUn Erase in order, and previews. Only what a server sends is understood."""
+    """A server's websocket: progress of SalUn Erase in order, and previews. Only what a server sends is understood.
+
+    shown: how many previews each node that told its progress has sent.
+    """
 
     def __init__(self, server: Server) -> None:
         self.progress: list[int] = []
         self.most = self.previews = 0
+        self.shown: dict[str, int] = {}
+        self._last = ""
         self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
         key = base64.b64encode(os.urandom(16)).decode()
         self._socket.sendall(
@@ -742,8 +854,13 @@ class Events:
                 body = self._take(size)
                 if first & 15 == 2:
                     self.previews += 1
+                    self.shown[self._last] += 1  # a preview follows its progress
                 elif first & 15 == 1:
                     message = json.loads(body)
-                    if message["type"] == "progress" and message["data"]["node"] == "erase":
+                    if message["type"] != "progress":
+                        continue
+                    self._last = message["data"]["node"]
+                    self.shown.setdefault(self._last, 0)
+                    if self._last == "erase":
                         self.progress.append(message["data"]["value"])
                         self.most = message["data"]["max"]

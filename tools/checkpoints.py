@@ -143,6 +143,18 @@ ARCHITECTURES = {
         _SMALL_VAE,
         [_text(64, layers=3, projection=64), _text(64, layers=3, projection=64)],
     ),
+    ("sdxl", "host"): Architecture(  # as many layers as the true one, by which ComfyUI knows it, but of one width
+        {
+            **_blocks(False, True, True),
+            **_sdxl(pooled=1280),
+            "block_out_channels": (320, 320, 320),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": 5,
+            "cross_attention_dim": 2048,
+        },
+        _TRUE_VAE,
+        [_text(768, layers=12, projection=768), _text(1280, layers=32, projection=1280)],
+    ),
     ("sdxl", "true"): Architecture(
         {
             **_blocks(False, True, True),
@@ -199,8 +211,8 @@ def make(
 ) -> Path:
     """Write a checkpoint, and give its path.
 
-    family: "sd1" | "sd2" | "sdxl". size: "small" (10 to 30 MB), "true", or "host" (no sdxl: ComfyUI loads it, while
-    A1111 takes the true size alone). dtype: "fp32" | "fp16" | "bf16", or "mixed": the UNet's matrices in fp16 and its
+    family: "sd1" | "sd2" | "sdxl". size: "small" (10 to 30 MB), "true", or "host" (ComfyUI loads it, while A1111
+    takes the true size alone). dtype: "fp32" | "fp16" | "bf16", or "mixed": the UNet's matrices in fp16 and its
     vectors in fp32, the VAE in fp32, the text encoders in bf16. prediction: "epsilon" | "v_prediction", told as each
     family's files tell it: SD 2's by one bias that is spread wider, others' by a `v_pred` mark. ema: a second copy of
     the UNet, as LDM's LitEma keeps it. buffers: what real files hold beside weights. marks: names of empty tensors
@@ -370,9 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     parser.add_argument("--family", choices=FAMILIES, default="sd1")
-    parser.add_argument(
-        "--size", choices=SIZES, default="small", help="host: the least ComfyUI takes, 465 MB (no sdxl)"
-    )
+    parser.add_argument("--size", choices=SIZES, default="small", help="host: the least ComfyUI takes (SD 1: 465 MB)")
     parser.add_argument("--true-size", dest="size", action="store_const", const="true", help="the same as --size true")
     parser.add_argument("--dtype", choices=(*DTYPES, "mixed"), default="fp16")
     parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
@@ -384,8 +394,6 @@ def main() -> None:
     parser.add_argument("--metadata", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seed", type=int, default=0)
     chosen = vars(parser.parse_args())
-    if (chosen["family"], chosen["size"]) not in ARCHITECTURES:
-        parser.error("--size host is for --family sd1 and sd2")
     chosen["metadata"] = dict(pair.partition("=")[::2] for pair in chosen["metadata"])
     chosen["marks"] = tuple(chosen["marks"])
     path = make(chosen.pop("output"), chosen.pop("family"), **chosen)
