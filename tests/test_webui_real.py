@@ -272,6 +272,17 @@ def _set_up(server: Server) -> None:
             print(f"{said.inner_text()} It took {time.monotonic() - began:.0f} s.")
 
 
+@pytest.fixture(autouse=True)
+def nothing_goes_on(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A job that a failed test left at work would hold up every test after it."""
+    yield
+    if "server" in request.fixturenames:
+        server: Server = request.getfixturevalue("server")
+        for job in server.call("/salun/v1/status")["jobs"]:
+            if job["state"] in ("queued", "waiting", "running"):
+                server.call("/salun/v1/cancel", {"id": job["id"]})
+
+
 @pytest.fixture(scope="module")
 def plain(server: Server) -> bytes:
     """The base's picture."""
@@ -364,6 +375,22 @@ def test_1_a_clean_start_without_checkpoints_and_a_page_that_complains_no_more_t
         assert not OURS_FAILED.search(running.log.read_text(errors="replace"))
 
 
+def test_1_without_the_hosts_own_lora_extension_pictures_are_made_as_ever(
+    base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Ours is called before every sampling, and needs that extension only for a delta."""
+    data = install(tmp_path_factory.mktemp("no_lora"))
+    (data / "config.json").write_text('{"disabled_extensions": ["Lora", "sd_forge_lora"]}', encoding="utf-8")
+    os.link(base, data / "models" / "Stable-diffusion" / "base.safetensors")
+    with webui(data) as running:
+        with pytest.raises(urllib.error.HTTPError):
+            running.call("/sdapi/v1/loras")
+        assert running.picture() == running.picture()
+        told = running.log.read_text(errors="replace")
+        assert not OURS_FAILED.search(told), told[-3000:]
+    (data / "models" / "Stable-diffusion" / "base.safetensors").unlink()
+
+
 def test_1_with_a_checkpoint_too(server: Server) -> None:
     assert [model["title"] for model in server.call("/salun/v1/models")["models"]] == ["base.safetensors"]
     assert not OURS_FAILED.search(server.log.read_text(errors="replace"))
@@ -417,11 +444,14 @@ def test_4_cancel_while_running(server: Server, plain: bytes) -> None:
     job = server.start(options={**LONG, "seed": 4, "model": "base.safetensors"})
     server.wait(job, lambda j: j["stage"] == "training" and j["step"] > 1)
     began = time.monotonic()
+    server.wait(job, lambda j: j["step"] > 4)
+    pace = (time.monotonic() - began) / 3
+    began = time.monotonic()
     server.call("/salun/v1/cancel", {"id": job["id"]})
     found = server.wait(job, lambda j: j["state"] == "cancelled", 30)
     took = time.monotonic() - began
-    print(f"cancelled after {took:.1f} s")
-    assert took < 2
+    print(f"cancelled after {took:.1f} s, a step takes {pace:.1f} s")
+    assert took < 2 * pace + 2  # the step under way, and the end of the process on a machine that others use
     assert found["resumable"]
     assert made(server) == before
     assert server.picture() == plain
@@ -574,10 +604,24 @@ def test_9_the_same_name_twice_is_two_files(server: Server) -> None:
 def test_10_an_exported_file_works_in_a_prompt_and_leaves_nothing(
     server: Server, plain: bytes, erased: dict[str, Any], form: str
 ) -> None:
-    done = server.done(
-        server.start("export", delta=erased["run"], form=form, **({"rank": 4} if form == "lora" else {}))
-    )
-    name = done["result"]["output"].removesuffix(".safetensors")
+    with browser() as opened:
+        page = opened.new_page(viewport={"width": 1200, "height": 1100})
+        page.set_default_timeout(60_000)
+        page.goto(server.address)
+        open_tab(page, "Erase concept")
+        page.locator(f'.salun-job[data-job="{erased["id"]}"]').wait_for()
+        page.wait_for_timeout(4000)
+        done = server.done(
+            server.start("export", delta=erased["run"], form=form, **({"rank": 4} if form == "lora" else {}))
+        )
+        name = done["result"]["output"].removesuffix(".safetensors")
+        time.sleep(1)
+        assert name in [lora["name"] for lora in server.call("/sdapi/v1/loras")]
+        card = page.locator(f'#txt2img_lora_cards .card[data-name="{name}"]')
+        card.wait_for(state="attached")  # without the host's own refresh button
+        page.reload()
+        page.locator("#txt2img_generate").wait_for()
+        card.wait_for(state="attached")  # the host's own is as old as the first page that was opened
     with_it = server.picture(prompt=f"a teapot <lora:{name}:1>")
     assert with_it != plain
     assert server.picture() == plain
