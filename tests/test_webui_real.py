@@ -184,6 +184,13 @@ def option(page: Any, text: str) -> Any:
     return page.locator('[data-testid="dropdown-option"]').filter(has_text=text).first
 
 
+def shoot(page: Any, name: str) -> None:
+    """A screenshot, if WEBUI_SHOTS names a folder for them."""
+    folder = os.environ.get("WEBUI_SHOTS")
+    if folder:
+        page.screenshot(path=f"{folder}/{name}.png")
+
+
 def errors_of(server: Server, tab: bool) -> list[str]:
     """What the page complains of, without addresses; with `tab`, our tab is opened and must be there."""
     found: list[str] = []
@@ -314,14 +321,10 @@ def _clicked(server: Server) -> dict[str, Any]:
         page.locator("#salun_erase").dblclick()
         job = page.locator(".salun-job").first
         job.wait_for()
-        shot = os.environ.get("WEBUI_SHOTS")
         while job.get_attribute("data-state") in ("queued", "waiting", "running"):
             figures, stage = job.locator(".salun-figures").inner_text(), job.locator(".salun-stage").inner_text()
             found = re.match(r"(\d+) %", figures)
             seen += [(int(found[1]), stage)] if found else []
-            if shot and "training" in stage:
-                page.screenshot(path=f"{shot}/tab.png")
-                shot = None
             time.sleep(0.05)
         assert job.get_attribute("data-state") == "done", job.inner_text()
         assert page.locator(".salun-job").count() == 1  # of a double click
@@ -371,7 +374,8 @@ def test_1_a_clean_start_without_checkpoints_and_a_page_that_complains_no_more_t
     with webui(tmp_path_factory.mktemp("bare")) as without:
         before = errors_of(without, tab=False)
     with webui(install(tmp_path_factory.mktemp("empty"))) as running:
-        assert errors_of(running, tab=True) == before
+        # a slow machine may run the host's load events before its scripts are there: then once more
+        assert any(errors_of(running, tab=True) == before for _ in range(3))
         assert not OURS_FAILED.search(running.log.read_text(errors="replace"))
 
 
@@ -434,6 +438,7 @@ def test_3_used_now_and_undone_by_clicking(server: Server, plain: bytes, erased:
             page.wait_for_function(f"{listed}.startsWith({json.dumps(name)})")
             print(button, shown.input_value())
             assert server.picture() == picture
+        shoot(page, "tab")
 
 
 # -- 4 to 7 -----------------------------------------------------------------------------------------------------------
@@ -619,6 +624,10 @@ def test_10_an_exported_file_works_in_a_prompt_and_leaves_nothing(
         assert name in [lora["name"] for lora in server.call("/sdapi/v1/loras")]
         card = page.locator(f'#txt2img_lora_cards .card[data-name="{name}"]')
         card.wait_for(state="attached")  # without the host's own refresh button
+        open_tab(page, "txt2img")
+        page.locator("#txt2img_extra_tabs button").filter(has_text="Lora").first.click()
+        card.wait_for()
+        shoot(page, f"cards-{form}")
         page.reload()
         page.locator("#txt2img_generate").wait_for()
         card.wait_for(state="attached")  # the host's own is as old as the first page that was opened
@@ -669,6 +678,23 @@ def test_the_accordion_gives_the_erased_checkpoints_picture_and_off_the_bases(
     assert base["plain"] == plain
     assert got == true
     assert len({plain, middle, got["plain"]}) == 3
+    with browser() as opened:
+        page = opened.new_page(viewport={"width": 1200, "height": 1100})
+        page.set_default_timeout(60_000)
+        page.goto(server.address)
+        for name, value in (("steps", 1), ("width", 64), ("height", 64)):
+            page.locator(f"#txt2img_{name} input[type=number]").first.fill(str(value))
+        accordion = page.locator("#salun_txt2img_delta")
+        accordion.get_by_text("Erased delta").first.click()
+        accordion.locator("#salun_txt2img_on input").click()
+        accordion.locator("#salun_txt2img_refresh").click()
+        page.wait_for_timeout(2000)
+        accordion.locator("#salun_txt2img_delta_1 input").first.click()
+        option(page, run).click()
+        page.locator("#txt2img_generate").click()
+        page.locator("#html_info_txt2img").get_by_text(f"Erased delta: {run} 1").wait_for()
+        accordion.scroll_into_view_if_needed()
+        shoot(page, "accordion")
 
 
 # -- who may call -----------------------------------------------------------------------------------------------------
