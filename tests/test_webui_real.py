@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -32,7 +33,6 @@ import pytest
 from PIL import Image
 
 from salun.formats import tensorfile
-from tools.checkpoints import make
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = "forget things"  # the clone's folder, under a name of the user's own
@@ -240,7 +240,12 @@ def install(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("model") / "base.safetensors", "sd1", size="true")
+    """Made in a process of its own, whose memory is the hosts' again."""
+    file = tmp_path_factory.mktemp("model") / "base.safetensors"
+    text = "import sys; from pathlib import Path; from tools.checkpoints import make; "
+    text += "make(Path(sys.argv[1]), 'sd1', size='true')"
+    subprocess.run([sys.executable, "-c", text, str(file)], cwd=ROOT, check=True)
+    return file
 
 
 @pytest.fixture(scope="module")
