@@ -294,10 +294,12 @@ def _clicked(server: Server) -> dict[str, Any]:
         page.get_by_text("No job yet").wait_for()
         page.locator("#salun_advanced").get_by_text("Advanced").first.click()
         for name, value in {**QUICK, "words": "teapot", "anchor": "cup"}.items():
-            if name not in ("concept", "mask"):
-                page.locator(f"#salun_{name}").locator("input, textarea").first.fill(str(value))
-        page.locator("#salun_mask input").first.click()
-        option(page, "random").click()
+            box = page.locator(f"#salun_{name}").locator("input, textarea").first
+            if name in ("mask", "dtype", "forget_images", "retain_images"):
+                box.click()
+                option(page, str(value)).click()
+            elif name != "concept":
+                box.fill(str(value))
         page.locator("#salun_erase").dblclick()
         job = page.locator(".salun-job").first
         job.wait_for()
