@@ -54,7 +54,7 @@ class Service:
         """
         values = self._within(options)
         title = values.pop("model", None)
-        model = self._model(title) if title is not None else None
+        model = self._source(title)
         if not isinstance(preview_every, int) or not 0 <= preview_every <= 1_000_000:
             raise ConfigError("a preview every so many steps: give a whole number, 0 for none")
         job: EraseJob = from_mapping(EraseJob, values, "the options")
@@ -101,7 +101,7 @@ class Service:
         )
         if not concept:
             raise ConfigError("say for which concept: choose a preset, or write a word or two")
-        source = self._model(title) if title is not None else None
+        source = self._source(title)
         self.host.python()
         asked = {"options": dataclasses.asdict(checked), "concept": concept, "model": source}
         with self._naming:
@@ -235,7 +235,8 @@ class Service:
         from salun.diffusion.loading import describe
 
         # only models that come along are looked into here: others may be large, or on the hub
-        entry = aliases()["models"].get(model or aliases()["default"], {})
+        default = aliases()["default"] if self.host.checkpoints() is None else None
+        entry = aliases()["models"].get(model or default, {})
         if "path" in entry and (ASSETS / entry["path"]).is_dir():
             vocabulary = describe(str(ASSETS / entry["path"])).settings.vocabulary
             if vocabulary is not None:
@@ -331,6 +332,15 @@ class Service:
             except ConfigError:
                 pass
         raise ConfigError(f"no model {str(title)[:80]!r}: choose one of the list")
+
+    def _source(self, title: Any) -> str | None:
+        """What salun takes for a title; None for no title, where that means the embedded model: never on a host that has
+        checkpoints of its own, among which the result would be put.
+        """
+        if title is None and self.host.checkpoints() is not None:
+            none = "" if self.models() else f": {self.host.name} lists none yet that ends in .safetensors"
+            raise ConfigError(f"choose a checkpoint{none}")
+        return self._model(title) if title is not None else None
 
     def _mask(self, name: Any) -> str:
         if name in MASKS:

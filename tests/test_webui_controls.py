@@ -151,6 +151,28 @@ def held(service: Service) -> Iterator[Service]:
             service.queue.cancel(job.id)
 
 
+def test_where_the_host_has_checkpoints_none_chosen_never_means_the_embedded_model(
+    held: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result would be put among theirs."""
+    assert "circle" not in held.concepts(None)
+    assert "nudity" in held.concepts(None)
+    for begin in (held.erase, held.mask):
+        with pytest.raises(ConfigError, match="^choose a checkpoint$"):
+            begin({"concept": ["circle"]})
+    monkeypatch.setattr(held.host, "models", lambda: {})  # as at a first start
+    with pytest.raises(ConfigError, match=r"choose a checkpoint: .* none yet that ends in \.safetensors"):
+        held.erase({"concept": ["circle"], "model": None})
+    assert held.queue.all() == []
+
+
+def test_without_a_host_none_chosen_means_the_embedded_model(service: Service) -> None:
+    assert "circle" in service.concepts(None)
+    job = service.erase({"concept": ["circle"]})
+    service.queue.cancel(job.id)
+    assert job.request["options"]["model"] is None
+
+
 def test_names_are_chosen_one_job_after_the_other(held: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two people may press the button in the same moment."""
 
