@@ -129,7 +129,7 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
     """Path → (method, what answers)."""
 
     def show(job: Job) -> dict[str, Any]:
-        return {**told(job), "offers": service.offers(job)}
+        return {**told(job), "offers": service.offers(job), "kept_bytes": service.kept(job)}
 
     def start(asked: Mapping[str, Any]) -> Any:
         asked = {name: value for name, value in asked.items() if value is not None}
@@ -148,7 +148,7 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
             raise ConfigError(f"{kind} needs more: {error}") from error
 
     def forget(asked: Mapping[str, Any]) -> Any:
-        service.queue.forget(str(asked.get("id")))
+        service.forget(str(asked.get("id")))
         return {"forgotten": asked.get("id")}
 
     def status(asked: Mapping[str, Any]) -> Any:

@@ -60,6 +60,10 @@
     return `about ${(seconds / 3600).toFixed(1)} h left`;
   }
 
+  function size(bytes) {
+    return bytes < 1e9 ? `${Math.ceil(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
+  }
+
   function plot(rows) {
     const SVG = "http://www.w3.org/2000/svg";
     const svg = document.createElementNS(SVG, "svg");
@@ -174,7 +178,7 @@
     }
     set(parts.notes, job.notes.slice(-3).join("\n"));
     if (job.error) set(parts.message, job.error);
-    const key = `${job.state} ${job.resumable} ${(job.offers || []).join()}`;
+    const key = `${job.state} ${job.resumable} ${job.kept_bytes} ${(job.offers || []).join()}`;
     if (parts.buttons.dataset.key === key) return;
     parts.buttons.dataset.key = key;
     parts.result.replaceChildren(...results(job));
@@ -201,7 +205,8 @@
     for (const [offer, label, what] of after) if (offers.includes(offer)) buttons.push(button(parts, label, what));
     if (!OPEN.includes(job.state)) {
       buttons.push(button(parts, "Remove", () => {
-        const question = `“${job.title}” can be resumed, but not once it is off this list. Remove it all the same?`;
+        const question = `“${job.title}” can be resumed, but not once it is off this list: what is kept for that ` +
+          `(${size(job.kept_bytes)}) is deleted. Remove it all the same?`;
         if (!job.resumable || window.confirm(question)) act("forget", job.id, parts.message);
       }));
     }

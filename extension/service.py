@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 from salun.errors import ConfigError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
-from salun.run_record import new_run_folder
+from salun.run_record import STATE, alone_in, new_run_folder
 
 from . import environment
 from .host import Host
@@ -31,6 +33,7 @@ SHOWN = {  # files of a run that the API hands out, and their types
     "mask.safetensors": "application/octet-stream",
     DELTA: "application/octet-stream",
 }
+logger = logging.getLogger("salun")
 
 
 class Service:
@@ -170,6 +173,40 @@ class Service:
         return self.queue.submit(
             "inspect", f"mask of {run}" + (f" and {against}" if against else ""), {"path": path, "against": other}
         )
+
+    def forget(self, job_id: str) -> None:
+        """Take an ended job off the list. What is kept of its run so that it can be resumed goes with it: nothing else
+        would ever remove that. Raises ConfigError for a job that is not over, and while another works in its folder.
+        """
+        job = self.queue.get(job_id)
+        state = self._state(job)
+        if state is None:
+            self.queue.forget(job_id)
+            return
+        with alone_in(state.parent):
+            self.queue.forget(job_id)
+            if job.resumable:
+                shutil.rmtree(state, ignore_errors=True)
+            if state.exists():
+                logger.warning("%s could not be removed", state)
+
+    def kept(self, job: Job) -> int:
+        """Bytes on disk that a stopped job keeps so that it can be resumed."""
+        state = self._state(job)
+        try:
+            return sum(file.stat().st_size for file in state.iterdir()) if state is not None else 0
+        except OSError:  # its process is still coming to its end
+            return 0
+
+    def _state(self, job: Job) -> Path | None:
+        """The folder of a stopped job's training state, if there is one."""
+        if not job.resumable or job.run is None:
+            return None
+        try:
+            place = self.run(job.run) / STATE
+        except ConfigError:  # its folder is gone
+            return None
+        return place if place.is_dir() and not place.is_symlink() else None
 
     # once a job is done
 

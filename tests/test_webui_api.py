@@ -29,6 +29,7 @@ from extension.places import confined, new_file, safe_name
 from extension.service import DELTA, Service
 from salun.errors import ConfigError
 from salun.options import EraseJob
+from salun.run_record import alone_in
 
 ROUTES = ["status", "runs", "models", "concepts", "schema", "file", "preview"]
 LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "save_every": %s}}'
@@ -158,6 +159,52 @@ def test_a_job_is_begun_seen_cancelled_and_taken_off(service: Service) -> None:
     assert str(service.host.data) not in calling.get(f"{PREFIX}/status").text  # no place of this machine is told
     assert calling.post(f"{PREFIX}/forget", json={"id": job["id"]}).status_code == 200
     assert calling.get(f"{PREFIX}/status").json()["jobs"] == []
+
+
+def stopped(service: Service) -> tuple[Job, Path]:
+    """A job as it is once it was cancelled in training, and its run's folder."""
+    job = service.erase({"concept": ["circle"], "model": "shapes"})
+    service.queue.wait(service.queue.cancel(job.id).id, 30)
+    folder = service.runs / str(job.run)
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text('{"status": "cancelled", "options": {}}', encoding="utf-8")
+    (folder / "state" / "training.safetensors").write_bytes(bytes(1000))
+    job.resumable = True
+    return job, folder
+
+
+def test_what_a_stopped_job_keeps_is_told_and_goes_with_it(service: Service) -> None:
+    """It is 12 bytes for each weight that trains, gigabytes of a large model: nothing else would ever free them."""
+    job, folder = stopped(service)
+    calling = client(service)
+    assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["kept_bytes"] == 1000
+    with alone_in(folder):  # as a child that outlived the program does
+        answer = calling.post(f"{PREFIX}/forget", json={"id": job.id})
+        assert (answer.status_code, "another run is at work" in answer.json()["error"]) == (400, True)
+        assert service.queue.all() == [job]
+    assert calling.post(f"{PREFIX}/forget", json={"id": job.id}).status_code == 200
+    assert service.queue.all() == []
+    assert not (folder / "state").exists()
+    assert (folder / "run.json").exists()
+
+
+def test_a_job_whose_run_went_on_takes_nothing_with_it(service: Service) -> None:
+    job, folder = stopped(service)
+    later = service.queue.resume(job.id)
+    service.queue.wait(service.queue.cancel(later.id).id, 30)
+    (folder / "state").mkdir(exist_ok=True)
+    service.forget(job.id)
+    assert (folder / "state").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_linked_state_is_left_alone(service: Service, tmp_path: Path) -> None:
+    job, folder = stopped(service)
+    other = tmp_path / "other"
+    (folder / "state").rename(other)
+    (folder / "state").symlink_to(other, target_is_directory=True)
+    service.forget(job.id)
+    assert (other / "training.safetensors").exists()
 
 
 def test_a_runs_files_come_with_no_script_rights(service: Service) -> None:
