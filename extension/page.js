@@ -19,6 +19,7 @@
     done: "done", failed: "failed", cancelled: "stopped",
   };
   const OPEN = ["queued", "waiting", "running", "stopping"];
+  const ENDED = 8; // jobs shown that are over, beside those that can be resumed
   const known = new Map(); // job id → its card
   const states = new Map(); // job id → its last state, to notice an end
   let timer = null;
@@ -292,7 +293,9 @@
           fill(known.get(job.id), job);
         }
         looked = true;
-        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...jobs.filter((j) => !OPEN.includes(j.state)).slice(0, 8)];
+        const over = jobs.filter((j) => !OPEN.includes(j.state));
+        const others = new Set(over.filter((j) => !j.resumable).slice(ENDED));
+        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...over.filter((j) => !others.has(j))];
         const boxes = order.map((job) => known.get(job.id).box);
         if (!boxes.length) boxes.push(nothing);
         if (boxes.some((box, i) => live.children[i] !== box) || live.children.length !== boxes.length) {
