@@ -17,7 +17,7 @@ ERASED = ("model", "model.safetensors")  # a run's own, as `salun erase` names t
 class Host(Protocol):
     """A program that keeps checkpoints and may use the GPU itself.
 
-    name: for people. data: the folder of jobs, runs and pictures. version: grows when its lists changed.
+    name: for people. data: the folder of jobs, runs and pictures.
     """
 
     name: str
@@ -25,6 +25,9 @@ class Host(Protocol):
 
     def models(self) -> dict[str, str]:
         """Title → what `salun --model` takes, in the order in which to show them."""
+
+    def loaded(self) -> str | None:
+        """The title of the model that it generates with now; None where that is none of `models`."""
 
     def checkpoints(self) -> Path | None:
         """Where new checkpoints go; None: into the run's folder."""
@@ -80,6 +83,9 @@ class Alone:
             if model and not place.name.startswith(".") and place.resolve().is_relative_to(whole):
                 found.setdefault(place.parent.name if place.parent.parent.name == "runs" else place.name, str(place))
         return found
+
+    def loaded(self) -> str | None:
+        return None
 
     def checkpoints(self) -> Path | None:
         return None

@@ -72,7 +72,7 @@
     svg.setAttribute("role", "img");
     svg.setAttribute("aria-label", "losses over the steps");
     const values = rows.flatMap((row) => [row[1], row[2]]).filter((v) => v > 0).map(Math.log10);
-    if (rows.length < 2 || !values.length) return svg;
+    if (rows.length < 2 || !values.length) return [];
     const low = Math.min(...values), high = Math.max(...values, low + 0.1);
     const first = rows[0][0], last = rows[rows.length - 1][0];
     [["salun-forget", 1], ["salun-retain", 2]].forEach(([kind, k]) => {
@@ -85,7 +85,11 @@
       line.setAttribute("points", points.join(" "));
       svg.append(line);
     });
-    return svg;
+    const legend = make("div", { class: "salun-legend" },
+      make("span", {}, make("i", { class: "salun-forget" }), "forget loss"),
+      make("span", {}, make("i", { class: "salun-retain" }), "retain loss"),
+      make("span", {}, `from ${(10 ** low).toPrecision(2)} to ${(10 ** high).toPrecision(2)}, logarithmic`));
+    return [svg, legend];
   }
 
   async function act(path, id, message) {
@@ -167,7 +171,7 @@
         .filter(Boolean).join(" · ") : "");
     if (atWork && String(job.losses.length) !== parts.plot.dataset.n) {
       parts.plot.dataset.n = String(job.losses.length);
-      parts.plot.replaceChildren(job.losses.length > 1 ? plot(job.losses) : "");
+      parts.plot.replaceChildren(...plot(job.losses));
     }
     parts.plot.hidden = !atWork;
     const name = job.previews[job.previews.length - 1];
@@ -263,15 +267,21 @@
   let looked = false; // at the jobs, once at least
   let stale = false; // the lists, of our page and of the host's
 
+  function press(id) {
+    const found = root().querySelector(`#${id}`);
+    if (found) (found.tagName === "BUTTON" ? found : found.querySelector("button") || found).click();
+  }
+
   function refreshLists() {
     stale = true;
     const open = [...root().querySelectorAll('[data-testid="dropdown-option"], [role="listbox"] [role="option"]')];
     if (open.some((one) => one.getClientRects().length)) return; // a list that somebody is choosing from stays as it is
     stale = false;
-    for (const id of ["salun_refresh", "salun_host_checkpoints"]) {
-      const found = root().querySelector(`#${id}`);
-      if (found) (found.tagName === "BUTTON" ? found : found.querySelector("button") || found).click();
-    }
+    ["salun_refresh", "salun_host_checkpoints"].forEach(press);
+  }
+
+  function refreshLoras() {
+    ["salun_host_loras_txt2img", "salun_host_loras_img2img"].forEach(press);
   }
 
   const nothing = make("p", {}, "No job yet. What runs here goes on when this page is closed.");
@@ -285,13 +295,17 @@
       try {
         const { jobs } = await call("status");
         let ended = false;
+        let loras = false;
         for (const job of jobs) {
           const before = states.get(job.id); // none of a job that began since the last look, and may have ended too
-          if ((before ? OPEN.includes(before) : looked) && !OPEN.includes(job.state)) ended = true;
+          const over = (before ? OPEN.includes(before) : looked) && !OPEN.includes(job.state);
+          if (over) ended = true;
+          if (job.kind === "export" && job.state === "done" && (over || !looked)) loras = true;
           states.set(job.id, job.state);
           if (!known.has(job.id)) known.set(job.id, card(job));
           fill(known.get(job.id), job);
         }
+        if (loras) setTimeout(refreshLoras, looked ? 500 : 3000); // a page that has just opened gets the host's own first
         looked = true;
         const over = jobs.filter((j) => !OPEN.includes(j.state));
         const others = new Set(over.filter((j) => !j.resumable).slice(ENDED));
@@ -332,7 +346,9 @@
     .salun-job img { max-width: 100%; border-radius: 4px; margin-top: 6px; }
     .salun-plot svg { width: 100%; max-width: 480px; background: #8881; }
     .salun-plot polyline { fill: none; stroke-width: 1.5; }
-    .salun-forget { stroke: #d6452a; } .salun-retain { stroke: #2a78d6; }
+    .salun-forget { stroke: #d6452a; color: #d6452a; } .salun-retain { stroke: #2a78d6; color: #2a78d6; }
+    .salun-legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .9em; color: var(--body-text-color, inherit); }
+    .salun-legend i { display: inline-block; width: 18px; border-top: 3px solid; margin-right: 5px; vertical-align: middle; }
     .salun-notes { white-space: pre-line; opacity: .8; font-size: .9em; overflow-wrap: anywhere; }
     .salun-result li { overflow-wrap: anywhere; }
     .salun-error, .salun-bad { color: #c62828; overflow-wrap: anywhere; }

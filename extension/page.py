@@ -35,7 +35,7 @@ def build(gr: Any, service: Service, access: Access) -> Any:
     """The tab as gradio Blocks."""
     js = "_js" if int(gr.__version__.split(".")[0]) < 4 else "js"
     titles = list(service.models())
-    first = "shapes" if service.host.name == "salun ui" else titles[0] if titles else None
+    first = service.first_model()
     names = [name for group in ADVANCED.values() for name in group]
     with gr.Blocks(analytics_enabled=False, title="Erase concept") as page:
         with gr.Row():
@@ -85,6 +85,7 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                                     info="a second run, to see how far the masks agree")  # fmt: skip
             with gr.Row():
                 again = gr.Button("Load these options again", elem_id="salun_again")
+                resume = gr.Button("Resume", elem_id="salun_resume")
                 use = gr.Button("Use this checkpoint now", elem_id="salun_use")
                 layers = gr.Button("Look at the mask", elem_id="salun_layers")
             details = gr.HTML("", elem_id="salun_details")
@@ -133,9 +134,15 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                 *(gr.update(choices=["", *service.picture_folders()]) for _ in FOLDERS), _setup_text(service),
             ]  # fmt: skip
 
-        def lists_safely() -> list[Any]:
+        def opened() -> list[Any]:
+            """Of a page that is opened anew: nothing is chosen on it yet."""
+            now = service.first_model()
+            return [gr.update(choices=list(service.models()), value=now) if at in (model, base) else update
+                    for at, update in zip(listed, lists(), strict=True)]  # fmt: skip
+
+        def safely(make: Callable[[], list[Any]]) -> list[Any]:
             try:
-                return lists()
+                return make()
             except Exception as error:  # such as a folder that is not there any more: what is shown stays
                 logger.exception("the lists")
                 return [*(gr.update() for _ in listed[:-1]), _bad(str(error))]
@@ -185,9 +192,10 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         )  # fmt: skip
         only.click(_safe(lambda preset, *values: only_mask(list(values), preset)), [preset, *controls], [said], **quick)
         model.change(words_for, [model], [preset], **quick)
-        refresh.click(lists_safely, [], listed, **quick)
+        refresh.click(lambda: safely(lists), [], listed, **quick)
         again.click(load_again, [runs], [preset, *controls, details], **quick)
         runs.change(_safe(lambda run: _details(service, run)), [runs], [details], **quick)
+        resume.click(_safe(queued(lambda run: service.resume(str(run or "")))), [runs], [details], **quick)
         use.click(_safe(lambda run: _good(service.use(str(run or "")))), [runs], [details], **quick)
         layers.click(
             _safe(queued(lambda run, other: service.inspect(str(run or ""), str(other) if other else None))),
@@ -210,7 +218,7 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             **quick,
         )
         set_up.click(_safe(lambda: _good(service.set_up())), [], [state], **quick)
-        page.load(lists_safely, [], listed, **quick)
+        page.load(lambda: safely(opened), [], listed, **quick)
         page.load(None, [], [], **{js: LOADER})
     return page
 

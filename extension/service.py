@@ -245,6 +245,14 @@ class Service:
             return f"{self._use(base)} The erased one stays in the list."
         return f"“{self.undo(run, run).title}” is in the queue."
 
+    def resume(self, run: str) -> Job:
+        """Go on with a run that stopped. Raises ConfigError where no job of the list can."""
+        self.run(run)
+        job = next((job for job in self.queue.all() if job.run == run and job.resumable), None)
+        if job is None:
+            raise ConfigError(f"there is nothing to go on with in {run}: it is over, or its job is off the list")
+        return self.queue.resume(job.id)
+
     def set_up(self) -> str:
         """Make an environment for the jobs, in the background. Returns a line for people."""
         self._at_rest()
@@ -264,6 +272,10 @@ class Service:
     def models(self) -> dict[str, str]:
         """Title → what salun takes for it."""
         return self.host.models()
+
+    def first_model(self) -> str | None:
+        """What a list shows before anything is chosen: what the host generates with, else the first."""
+        return self.host.loaded() or next(iter(self.models()), None)
 
     def concepts(self, model: str | None) -> dict[str, str]:
         """Word → its anchor: of the model's own vocabulary where it has one, else the presets."""

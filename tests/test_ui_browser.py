@@ -179,6 +179,7 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     job.get_by_text("training those weights alone").wait_for()
     page.reload()  # F5 in the middle of it
     job.get_by_text("training those weights alone").wait_for()
+    job.locator(".salun-legend").get_by_text("forget loss").wait_for()
     began = time.monotonic()
     job.get_by_role("button", name="Cancel").click()
     stopped = page.locator('.salun-job[data-state="cancelled"]')
@@ -188,7 +189,12 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
     stopped.get_by_role("button", name="Remove").click()  # beside Resume, and then there is none
     assert re.search(r"not once it is off this list: what is kept for that \(\d+ MB\) is deleted", asked[0]), asked
-    stopped.get_by_role("button", name="Resume").click()
+    unfold(page, "history")  # it goes on from there as well
+    choose(page, "runs", max(path.name for path in (server[1] / "runs").iterdir()))
+    page.locator("#salun_resume").click()
+    page.locator("#salun_details").get_by_text("is in the queue").wait_for()
+    unfold(page, "history")
+    stopped.get_by_role("button", name="Resume").wait_for(state="detached")  # one job goes on with a run
     page.locator('.salun-job[data-state="done"]').nth(1).wait_for(timeout=240_000)  # a busy machine takes its time
     runs = [json.loads(p.read_text(encoding="utf-8")) for p in (server[1] / "runs").glob("*/run.json")]
     assert [run["status"] for run in runs] == ["done", "done"]

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from extension import places
+from extension.access import Access
 from extension.controls import ADVANCED, FIELDS, FIRST, control, default_of, help_of, shown_of, value_of
 from extension.host import Alone
 from extension.jobs import Job
+from extension.page import build
 from extension.service import OURS, Service
 from salun.errors import ConfigError
 from salun.options import MASKS, EraseJob, from_mapping
@@ -123,6 +125,10 @@ class Keeping(Alone):
     """A host that has a folder of checkpoints, and says what it was told to use."""
 
     used: Path | None = None
+    now: str | None = None
+
+    def loaded(self) -> str | None:
+        return self.now
 
     def checkpoints(self) -> Path | None:
         return self.data / "checkpoints"
@@ -337,3 +343,32 @@ def test_after_a_job_its_checkpoint_is_used_and_the_base_again(held: Service, tm
     with pytest.raises(ConfigError, match="is at work"):
         held.use_result(job.id)
     other.state = "queued"
+
+
+# -- the page's lists -------------------------------------------------------------------------------------------------
+
+
+def _on_load(page: Any) -> Any:
+    """What brings the lists of a page up to date when it is opened."""
+    (found,) = [event.fn for event in page.fns.values() if event.targets[0][1] == "load" and event.outputs]
+    return found
+
+
+def test_a_page_opens_with_the_checkpoint_that_the_host_has_loaded(service: Service) -> None:
+    gr = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    page = build(gr, service, Access())
+    model = next(block for block in page.blocks.values() if getattr(block, "elem_id", None) == "salun_model")
+    assert model.value == next(iter(service.models()))
+    service.host = Keeping(service.host.data)
+    service.host.now = "sd15"
+    assert _on_load(page)()[0]["value"] == "sd15"
+
+
+def test_a_folder_that_is_gone_leaves_the_lists_as_they_are_and_is_said(service: Service) -> None:
+    gr = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    page = build(gr, service, Access())
+    service.pictures.rmdir()
+    *lists, said = _on_load(page)()
+    assert all(update == gr.update() for update in lists)
+    assert 'role="alert"' in said
+    assert "pictures" in said

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from extension import environment, webui
-from extension.access import Refused
+from extension.access import Access, Refused
 from extension.jobs import Job, Queue
 from extension.service import Service
 from salun.errors import ConfigError
@@ -86,6 +86,7 @@ def test_a_job_of_an_earlier_start_waits_until_the_host_has_started(modules: Mod
 
 def test_a_second_webui_on_one_data_folder_says_so_in_the_tab(modules: Modules, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    webui._state["access"] = Access()
     first = Queue(tmp_path / "salun" / "jobs")
     try:
         assert "another program works with the jobs" in str(webui.trouble())
@@ -157,6 +158,42 @@ def test_the_pages_token_leads_in_under_a_name_only_where_the_page_asks_for_a_pa
     access.check({**headers, "host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860"})
     basic = {"authorization": "Basic " + base64.b64encode(b"api:other").decode()}
     access.check({"host": "my-machine:7860", **basic})
+
+
+@pytest.mark.parametrize(
+    ("flags", "login", "message"),
+    [
+        ({"api_auth": "ann"}, "", "--api-auth cannot be read"),
+        ({"api_auth": "ann:secret,bob"}, "", "--api-auth cannot be read"),
+        ({"api_auth": ":"}, "", "--api-auth cannot be read"),
+        ({}, "ann", "--gradio-auth or its file cannot be read"),
+        ({"api_auth": "ann:secret"}, "ann:", "--gradio-auth or its file cannot be read"),
+        ({}, None, "--gradio-auth-path cannot be read"),
+    ],
+    ids=str,
+)
+def test_flags_that_cannot_be_read_let_nobody_in(
+    modules: Modules, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], login: str | None, message: str
+) -> None:
+    """A password that was meant to be asked for is not left out; the host itself goes on."""
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+
+    def creds() -> Iterator[tuple[str, ...]]:  # as the host's: it reads the file when it is asked for the first
+        if login is None:
+            raise FileNotFoundError(2, "No such file or directory", "passwords.txt")
+        if login:
+            yield tuple(login.split(":"))
+
+    shared = SimpleNamespace(cmd_opts=SimpleNamespace(**{"api_auth": None, "api": True, **flags}))
+    for name, made in {"initialize_util": SimpleNamespace(get_gradio_auth_creds=creds), "shared": shared}.items():
+        monkeypatch.setattr(sys.modules["modules"], name, made, raising=False)
+        monkeypatch.setitem(sys.modules, f"modules.{name}", made)
+    assert message in str(webui.trouble())
+    ((page, _, _),) = webui._tab()
+    (said,) = page.blocks.values()
+    assert message in said.value
+    webui._started(None, None)  # adds no routes, and raises nothing
+    assert "service" not in webui._state
 
 
 # -- the environment of the jobs --------------------------------------------------------------------------------------
