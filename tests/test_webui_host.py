@@ -101,6 +101,40 @@ def test_a_second_webui_on_one_data_folder_says_so_in_the_tab(modules: Modules, 
     webui.service().queue.close()
 
 
+@pytest.fixture
+def options(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A1111's options and list of checkpoints, as far as choosing one meets them: what loading raises stays inside."""
+    infos = {name: SimpleNamespace(name=name, title=name, filename=f"/checkpoints/{name}")
+             for name in ("old.safetensors", "new.safetensors")}  # fmt: skip
+    made = SimpleNamespace(sd_model_checkpoint="old.safetensors", fails=False, frozen=False, save=lambda file: None)
+
+    def set_option(key: str, value: str) -> bool:
+        assert not made.frozen, "changing settings is disabled"
+        if made.fails:
+            return False  # the old value was put back
+        setattr(made, key, f"{value} [1234abcd]")  # hashed meanwhile
+        return True
+
+    made.set = set_option
+    modules.sd_models.checkpoints_list = infos
+    modules.sd_models.get_closet_checkpoint_match = lambda text: infos.get(text.split(" [")[0])
+    shared = SimpleNamespace(opts=made, config_filename="config.json")
+    monkeypatch.setattr(sys.modules["modules"], "shared", shared, raising=False)
+    monkeypatch.setitem(sys.modules, "modules.shared", shared)
+    return made
+
+
+def test_a_checkpoint_is_the_hosts_now_only_if_the_host_took_it(options: SimpleNamespace) -> None:
+    new = Path("/checkpoints/new.safetensors")
+    assert webui.WebUI().use(new) == "new.safetensors is the checkpoint now."
+    options.sd_model_checkpoint, options.fails = "old.safetensors", True
+    with pytest.raises(ConfigError, match=r"could not load new\.safetensors: its log tells why"):
+        webui.WebUI().use(new)
+    options.frozen = True
+    with pytest.raises(ConfigError, match="takes no other checkpoint: changing settings is disabled"):
+        webui.WebUI().use(new)
+
+
 # -- the accordion ----------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +267,7 @@ def test_while_a_job_is_at_work_its_environment_is_not_made_anew(lacking: webui.
     service = Service(lacking)
     job = Job("id", "erase", "forget circle", {}, state="running")
     service.queue._jobs["id"] = job
-    with pytest.raises(ConfigError, match="“forget circle” is at work"):
+    with pytest.raises(ConfigError, match="“forget circle” is not over yet"):
         service.set_up()
     job.state = "done"
     service.queue.close()
