@@ -307,9 +307,9 @@
         }
         if (loras) setTimeout(refreshLoras, looked ? 500 : 3000); // a page that has just opened gets the host's own first
         looked = true;
-        const over = jobs.filter((j) => !OPEN.includes(j.state));
-        const others = new Set(over.filter((j) => !j.resumable).slice(ENDED));
-        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...over.filter((j) => !others.has(j))];
+        const past = jobs.filter((j) => !OPEN.includes(j.state));
+        const others = new Set(past.filter((j) => !j.resumable).slice(ENDED));
+        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...past.filter((j) => !others.has(j))];
         const boxes = order.map((job) => known.get(job.id).box);
         if (!boxes.length) boxes.push(nothing);
         if (boxes.some((box, i) => live.children[i] !== box) || live.children.length !== boxes.length) {

@@ -263,9 +263,12 @@ class Service:
         return self.host.use(path)
 
     def _at_rest(self) -> None:
-        at_work = next((job for job in self.queue.all() if job.state in ("running", "stopping")), None)
-        if at_work is not None:
-            raise ConfigError(f"“{at_work.title}” is at work: wait until it is over, or cancel it")
+        """Raises ConfigError while a job is not over. One that only waits for the host's turn counts: what is asked for
+        now would wait behind it, for as long as it takes.
+        """
+        job = next((job for job in self.queue.all() if job.open), None)
+        if job is not None:
+            raise ConfigError(f"“{job.title}” is not over yet: wait until it is, or cancel it")
 
     # what there is
 
