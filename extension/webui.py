@@ -160,6 +160,8 @@ def _checkpoints() -> Any:
 class WebUI:
     """The WebUI as `host.Host` describes it."""
 
+    sets_up = True
+
     def __init__(self) -> None:
         from modules import paths_internal
 
