@@ -88,7 +88,9 @@ def _beyond_us() -> str | None:
     old = [text for text in missing() if text.split()[0] in HELD]
     if not old:
         return None
-    return f"Jobs need {' and '.join(old)} of this program's own, which Set up leaves as it is: update the program first."
+    return (
+        f"Jobs need {' and '.join(old)} of this program's own, which Set up leaves as it is: update the program first."
+    )
 
 
 def python(host: Host) -> str:

@@ -209,8 +209,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         )  # fmt: skip
         for pressed, form in ((lora, "lora"), (diff, "diff")):
             pressed.click(
-                _safe(queued(lambda delta, form=form: service.export(str(delta or ""), form))),
-                [chosen[0]], [delta_said], **quick,
+                _safe(queued(lambda delta, base, form=form: service.export(
+                    str(delta or ""), form, otherwise=str(base or "")))),
+                [chosen[0], base], [delta_said], **quick,
             )  # fmt: skip
         overlap.click(
             _safe(queued(lambda *deltas: service.overlaps([str(d) for d in deltas if d]))),

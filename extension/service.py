@@ -20,7 +20,7 @@ from salun.run_record import STATE, alone_in, new_run_folder
 from . import environment
 from .host import Host
 from .jobs import Job, Queue, none_for
-from .places import confined, new_file, safe_name
+from .places import confined, made_name, new_file, own_name, safe_name
 
 OURS = ("models_dir", "output", "run_dir", "allow_pickle")  # of EraseJob: where to read and write is not for a form
 OFFERED = tuple(item.name for item in dataclasses.fields(EraseJob) if item.name not in OURS)
@@ -66,10 +66,10 @@ class Service:
             raise ConfigError("say what the model should forget: choose a preset, or write a word or two")
         self.host.python()
         asked = {"preview_every": preview_every, "host": self.host.name, "name": name}
-        stem = safe_name(name, "") or f"{_stem(title)}-no-{'-'.join(concepts)}"
+        own = own_name(name) if name.strip() else None
         with self._naming:
             folder = self._new_run("-".join(concepts))
-            outputs = self._outputs(folder, stem, name != "", model)
+            outputs = self._outputs(folder, own, (_stem(title), f"no-{'-'.join(concepts)}"), model)
             settled = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
             asked["options"] = dataclasses.asdict(settled)
             return self.queue.submit("erase", f"forget {', '.join(concepts)}", asked, folder.name)
@@ -108,7 +108,8 @@ class Service:
         self.host.python()
         asked = {"options": dataclasses.asdict(checked), "concept": concept, "model": source}
         with self._naming:
-            target = new_file(self.masks, f"{_stem(title)}-{'-'.join(concept)}", ".safetensors", self._promised())
+            stem = made_name(_stem(title), "-".join(concept))
+            target = new_file(self.masks, stem, ".safetensors", self._promised())
             return self.queue.submit("mask", f"mask of {', '.join(concept)}", {**asked, "output": str(target)})
 
     def stack(self, model: str, deltas: Sequence[str], strengths: Sequence[float], name: str = "") -> Job:
@@ -135,21 +136,24 @@ class Service:
         source = self._model(model)
         asked |= {"model": source, "name": name}
         self.host.python()
+        new_name = own_name(name) if name.strip() else made_name(_stem(model), otherwise)
         with self._naming:
-            output = self._written(source, name or f"{_stem(model)}-{otherwise}")
+            output = self._written(source, new_name)
             return self.queue.submit(kind, told, {**asked, "output": output})
 
-    def export(self, delta: str, form: str = "lora", rank: int | None = None, model: str | None = None) -> Job:
+    def export(
+        self, delta: str, form: str = "lora", rank: int | None = None, model: str | None = None, otherwise: str = ""
+    ) -> Job:
         """Put the writing of a LoRA ("lora", low rank) or of all differences ("diff") into the queue.
 
-        model: the delta's base; by default the one that the run was made with.
+        model: the delta's base; by default the one that the run was made with, and `otherwise` where that is gone.
         """
         if form not in ("lora", "diff"):
             raise ConfigError(f"a delta can be exported as lora or diff, not as {form!r}")
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 4096):
             raise ConfigError(f"the rank {rank!r} is none: give a whole number from 1 to 4096")
         file = self.delta(delta)
-        base = self._model(model) if model else self._base_of(file)
+        base = self._model(model) if model else self._base_of(file, otherwise)
         asked = {"delta": str(file), "model": base, "form": form, "rank": rank}
         self.host.python()
         with self._naming:
@@ -412,12 +416,13 @@ class Service:
             folder = self.runs / f"{stem}-{n}"
         return folder
 
-    def _outputs(self, folder: Path, stem: str, named: bool, source: str | None) -> list[str]:
+    def _outputs(self, folder: Path, own: str | None, made: tuple[str, str], source: str | None) -> list[str]:
+        """What an erasure writes. own: the name that the checkpoint is to have; made: of what it is made otherwise."""
         checkpoints = self.host.checkpoints()
         if checkpoints is None:  # the run's folder, unless it is to have a name
-            return [self._written(source or "", stem[:40]), str(folder / DELTA)] if named else []
-        stamp = "" if named else "-" + "-".join(folder.name.split("-")[:2])
-        target = new_file(checkpoints, f"{stem[:40]}{stamp}", ".safetensors", self._promised())
+            return [self._written(source or "", own), str(folder / DELTA)] if own else []
+        stamp = "-" + "-".join(folder.name.split("-")[:2])
+        target = new_file(checkpoints, own or made_name(*made, stamp), ".safetensors", self._promised())
         return [str(target), str(folder / DELTA)]
 
     def _written(self, source: str, name: str) -> str:
@@ -440,8 +445,8 @@ class Service:
                 found += [*job.request.get("options", {}).get("output", []), job.request.get("output", "")]
         return [path.rstrip("/") for path in found]
 
-    def _base_of(self, delta: Path) -> str:
-        """What a run was made with, if it is one of the host's models or another run's."""
+    def _base_of(self, delta: Path, otherwise: str) -> str:
+        """What a run was made with, if it is one of the host's models or another run's; else the model `otherwise`."""
         from salun.diffusion.finding import aliases
 
         model = _options(delta.parent).get("model") or aliases()["default"]
@@ -451,7 +456,12 @@ class Service:
             for place in Path(model).resolve().parents:
                 if place.parent == self.runs.resolve() and self.checkpoint(place.name) == Path(model).resolve():
                     return model
-        raise ConfigError(f"the base of {delta.parent.name} is not among the checkpoints: name the one to take")
+        if otherwise:
+            return self._model(otherwise)
+        raise ConfigError(
+            f"the base of {delta.parent.name} is not among the checkpoints any more: under Deltas, choose it as "
+            "Checkpoint and the run as Delta 1, and save it there"
+        )
 
 
 def _components(name: str) -> str:
