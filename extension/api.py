@@ -25,7 +25,7 @@ from .service import Service
 PREFIX = "/salun/v1"
 LARGEST = 1_000_000  # bytes of a request
 POINTS = 200  # of a loss plot in a status
-RECENT = 50  # jobs in a status, beside those that are not over
+RECENT = 50  # jobs in a status, beside those that are not over or can be resumed
 SCRIPT = Path(__file__).with_name("page.js")
 STRICT = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Content-Security-Policy": "sandbox"}
 logger = logging.getLogger("salun")
@@ -129,7 +129,7 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
     """Path → (method, what answers)."""
 
     def show(job: Job) -> dict[str, Any]:
-        return {**told(job), "offers": service.offers(job)}
+        return {**told(job), "offers": service.offers(job), "kept_bytes": service.kept(job)}
 
     def start(asked: Mapping[str, Any]) -> Any:
         asked = {name: value for name, value in asked.items() if value is not None}
@@ -148,13 +148,13 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
             raise ConfigError(f"{kind} needs more: {error}") from error
 
     def forget(asked: Mapping[str, Any]) -> Any:
-        service.queue.forget(str(asked.get("id")))
+        service.forget(str(asked.get("id")))
         return {"forgotten": asked.get("id")}
 
     def status(asked: Mapping[str, Any]) -> Any:
         if asked.get("id"):
             return show(service.queue.get(str(asked["id"])))
-        jobs = [job for n, job in enumerate(service.queue.all()) if job.open or n < RECENT]
+        jobs = [job for n, job in enumerate(service.queue.all()) if job.open or job.resumable or n < RECENT]
         shown = [{**show(job), **({} if job.open else {"losses": []})} for job in jobs]  # asked for once a second
         return {"host": service.host.name, "jobs": shown}
 

@@ -17,11 +17,13 @@ ERASED = ("model", "model.safetensors")  # a run's own, as `salun erase` names t
 class Host(Protocol):
     """A program that keeps checkpoints and may use the GPU itself.
 
-    name: for people. data: the folder of jobs, runs and pictures.
+    name: for people. data: the folder of jobs, runs and pictures. sets_up: whether its jobs may run in an environment
+    of ours.
     """
 
     name: str
     data: Path
+    sets_up: bool
 
     def models(self) -> dict[str, str]:
         """Title → what `salun --model` takes, in the order in which to show them."""
@@ -58,6 +60,7 @@ class Alone:
     """
 
     name = "salun ui"
+    sets_up = False  # pip has seen to the packages
 
     def __init__(self, data: Path, models_dirs: Sequence[str] = ()) -> None:
         self.data, self._dirs = data.absolute(), list(models_dirs)

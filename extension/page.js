@@ -19,6 +19,7 @@
     done: "done", failed: "failed", cancelled: "stopped",
   };
   const OPEN = ["queued", "waiting", "running", "stopping"];
+  const ENDED = 8; // jobs shown that are over, beside those that can be resumed
   const known = new Map(); // job id → its card
   const states = new Map(); // job id → its last state, to notice an end
   let timer = null;
@@ -58,6 +59,10 @@
     if (seconds < 90) return `about ${Math.ceil(seconds / 10) * 10} s left`;
     if (seconds < 5400) return `about ${Math.ceil(seconds / 60)} min left`;
     return `about ${(seconds / 3600).toFixed(1)} h left`;
+  }
+
+  function size(bytes) {
+    return bytes < 1e9 ? `${Math.ceil(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
   }
 
   function plot(rows) {
@@ -178,7 +183,7 @@
     }
     set(parts.notes, job.notes.slice(-3).join("\n"));
     if (job.error) set(parts.message, job.error);
-    const key = `${job.state} ${job.resumable} ${(job.offers || []).join()}`;
+    const key = `${job.state} ${job.resumable} ${job.kept_bytes} ${(job.offers || []).join()}`;
     if (parts.buttons.dataset.key === key) return;
     parts.buttons.dataset.key = key;
     parts.result.replaceChildren(...results(job));
@@ -205,7 +210,8 @@
     for (const [offer, label, what] of after) if (offers.includes(offer)) buttons.push(button(parts, label, what));
     if (!OPEN.includes(job.state)) {
       buttons.push(button(parts, "Remove", () => {
-        const question = `“${job.title}” can be resumed, but not once it is off this list. Remove it all the same?`;
+        const question = `“${job.title}” can be resumed, but not once it is off this list: what is kept for that ` +
+          `(${size(job.kept_bytes)}) is deleted. Remove it all the same?`;
         if (!job.resumable || window.confirm(question)) act("forget", job.id, parts.message);
       }));
     }
@@ -301,7 +307,9 @@
         }
         if (loras) setTimeout(refreshLoras, looked ? 500 : 3000); // a page that has just opened gets the host's own first
         looked = true;
-        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...jobs.filter((j) => !OPEN.includes(j.state)).slice(0, 8)];
+        const past = jobs.filter((j) => !OPEN.includes(j.state));
+        const others = new Set(past.filter((j) => !j.resumable).slice(ENDED));
+        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...past.filter((j) => !others.has(j))];
         const boxes = order.map((job) => known.get(job.id).box);
         if (!boxes.length) boxes.push(nothing);
         if (boxes.some((box, i) => live.children[i] !== box) || live.children.length !== boxes.length) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                 overlap = gr.Button("Overlap", elem_id="salun_overlap")
             delta_said = gr.HTML("", elem_id="salun_delta_said")
 
-        with gr.Accordion("Set up", open=False, elem_id="salun_setup"):
+        with gr.Accordion("Set up", open=False, elem_id="salun_setup") if service.host.sets_up else nullcontext():
             state = gr.HTML(_setup_text(service), elem_id="salun_setup_text")
-            set_up = gr.Button("Set up", elem_id="salun_set_up")
+            set_up = gr.Button("Set up", elem_id="salun_set_up") if service.host.sets_up else None
 
         def erase(values: list[Any], preset: Any, name: Any, preview: Any) -> str:
             options = _options(names, values, preset)
@@ -208,8 +209,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         )  # fmt: skip
         for pressed, form in ((lora, "lora"), (diff, "diff")):
             pressed.click(
-                _safe(queued(lambda delta, form=form: service.export(str(delta or ""), form))),
-                [chosen[0]], [delta_said], **quick,
+                _safe(queued(lambda delta, base, form=form: service.export(
+                    str(delta or ""), form, otherwise=str(base or "")))),
+                [chosen[0], base], [delta_said], **quick,
             )  # fmt: skip
         overlap.click(
             _safe(queued(lambda *deltas: service.overlaps([str(d) for d in deltas if d]))),
@@ -217,7 +219,8 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             [delta_said],
             **quick,
         )
-        set_up.click(_safe(lambda: _good(service.set_up())), [], [state], **quick)
+        if set_up is not None:
+            set_up.click(_safe(lambda: _good(service.set_up())), [], [state], **quick)
         page.load(lambda: safely(opened), [], listed, **quick)
         page.load(None, [], [], **{js: LOADER})
     return page
@@ -308,5 +311,7 @@ def _data_url(path: Path) -> str:
 
 
 def _setup_text(service: Service) -> str:
+    if not service.host.sets_up:
+        return ""
     ready, text = environment.state(service.host)
     return _good(text) if ready else _bad(text)

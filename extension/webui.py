@@ -160,6 +160,8 @@ def _checkpoints() -> Any:
 class WebUI:
     """The WebUI as `host.Host` describes it."""
 
+    sets_up = True
+
     def __init__(self) -> None:
         from modules import paths_internal
 
@@ -279,11 +281,17 @@ class WebUI:
         )
         if info is None:
             raise ConfigError(f"{path.name} is not among the WebUI's checkpoints")
-        if self.forge:
-            from modules_forge.main_entry import checkpoint_change
+        try:
+            if self.forge:
+                from modules_forge.main_entry import checkpoint_change
 
-            checkpoint_change(info.name)  # as its list has it
-        else:
-            shared.opts.set("sd_model_checkpoint", info.title)  # which loads it, in its turn
-            shared.opts.save(shared.config_filename)
+                checkpoint_change(info.name)  # as its list has it
+            else:
+                shared.opts.set("sd_model_checkpoint", info.title)  # which loads it, in its turn
+                shared.opts.save(shared.config_filename)
+        except AssertionError as error:  # --freeze-settings and the like
+            raise ConfigError(f"the WebUI takes no other checkpoint: {error}") from error
+        now = sd_models.get_closet_checkpoint_match(shared.opts.sd_model_checkpoint or "")  # its title may have changed
+        if now is None or now.filename != info.filename:  # what loading raises, the host keeps to itself
+            raise ConfigError(f"the WebUI could not load {info.name}: its log tells why")
         return f"{info.name} is the checkpoint now."

@@ -21,6 +21,7 @@ from salun.classification.methods.fisher import gradient_sum, inverse_fisher_pro
 from salun.classification.methods.relabelling import draw_labels, relabelled
 from salun.classification.options import METHODS as NAMES
 from salun.classification.options import UnlearnOptions
+from salun.classification.relearning import relearn
 from salun.classification.splits import Split
 from salun.classification.task import Batch, Task, batches_of, minimise, retain_batches
 from salun.errors import ConfigError, TrainingError
@@ -515,7 +516,7 @@ def test_every_max_step_of_scrub_has_a_gradient() -> None:
 
 
 def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:
-    results = []
+    results, curves = [], []
     for noise in (1, 2):
         task = problem("ft")
         task.model = nn.Sequential(*task.model.children(), nn.Dropout(0.5))  # type: ignore[arg-type]
@@ -523,4 +524,22 @@ def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:
         torch.manual_seed(noise)
         METHODS["ft"].run(task)
         results.append(weights(task))
+        again = replace(task, model=task.fresh(), options=replace(task.options, train_lr=2.0, relearn=30))
+        again.model = nn.Sequential(*again.model.children(), nn.Dropout(0.5))  # type: ignore[arg-type]
+        torch.manual_seed(noise)
+        curves.append(relearn(again)["curve"])
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+    assert curves[0] == curves[1]
+    assert len({accuracy for _, accuracy in curves[0]}) > 2  # it learns, so that other draws would show
+
+
+def test_iu_says_when_fewer_gradients_fit_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = problem("iu", gradients=40)
+    METHODS["iu"].run(task)
+    assert task.notes == []
+    monkeypatch.setattr(
+        "salun.classification.methods.fisher._HELD", 10 * sum(w.numel() for w in weights(task).values())
+    )
+    task = problem("iu", gradients=40)
+    METHODS["iu"].run(task)
+    assert len(task.notes) == 1 and "IU took 10 of 40 gradients" in task.notes[0]

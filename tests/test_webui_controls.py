@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -157,6 +158,28 @@ def held(service: Service) -> Iterator[Service]:
             service.queue.cancel(job.id)
 
 
+def test_where_the_host_has_checkpoints_none_chosen_never_means_the_embedded_model(
+    held: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result would be put among theirs."""
+    assert "circle" not in held.concepts(None)
+    assert "nudity" in held.concepts(None)
+    for begin in (held.erase, held.mask):
+        with pytest.raises(ConfigError, match="^choose a checkpoint$"):
+            begin({"concept": ["circle"]})
+    monkeypatch.setattr(held.host, "models", lambda: {})  # as at a first start
+    with pytest.raises(ConfigError, match=r"choose a checkpoint: .* none yet that ends in \.safetensors"):
+        held.erase({"concept": ["circle"], "model": None})
+    assert held.queue.all() == []
+
+
+def test_without_a_host_none_chosen_means_the_embedded_model(service: Service) -> None:
+    assert "circle" in service.concepts(None)
+    job = service.erase({"concept": ["circle"]})
+    service.queue.cancel(job.id)
+    assert job.request["options"]["model"] is None
+
+
 def test_names_are_chosen_one_job_after_the_other(held: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two people may press the button in the same moment."""
 
@@ -194,6 +217,58 @@ def test_the_name_of_a_job_that_may_go_on_is_not_given_to_another(held: Service)
     assert first.resumable
     second = held.erase({"concept": ["square"], "model": "shapes"}, name="mine")
     assert Path(second.request["options"]["output"][0]).name == "mine-2.safetensors"
+
+
+def test_a_given_name_is_never_cut_and_a_made_one_tells_the_concept(held: Service) -> None:
+    model = "realisticVisionV60B1_v51HyperVAE_fp16_pruned_and_more-of-it.safetensors"
+    folder = held.host.data / "checkpoints"
+    (folder / model).touch()
+    held.host._dirs.append(str(folder))  # type: ignore[attr-defined]
+
+    def name_of(job: Job) -> str:
+        options = job.request.get("options", {})
+        return Path(job.request.get("output") or options["output"][0]).name
+
+    asked = {"concept": ["nudity"], "model": model}
+    assert re.fullmatch(
+        r"realisticVisionV60B1_v51HyperVAE_f-no-nudity-\d{8}-\d{6}\.safetensors", name_of(held.erase(asked))
+    )
+    assert name_of(held.mask(asked)).endswith("-nudity.safetensors")
+    many = {**asked, "concept": ["the style of a painter whose name is long", "a dog"]}
+    assert re.fullmatch(
+        r"realisticVis-no-the-style-of-a-painter-whose-\d{8}-\d{6}\.safetensors", name_of(held.erase(many))
+    )
+    run = write_run(held)
+    assert name_of(held.stack(model, [run.name], [1.0])).endswith(f"-with-{run.name}.safetensors")
+    assert name_of(held.undo(model, run.name)).endswith("-undone.safetensors")
+    given = "dreamshaper-8-without-nudity-and-without-the-artist-v2"
+    assert name_of(held.erase({**asked, "seed": 1}, name=given)) == f"{given}.safetensors"
+    assert name_of(held.stack(model, [run.name], [0.5], name=given)) == f"{given}-2.safetensors"
+    before = len(held.queue.all())
+    for wrong, why in (
+        (f"{given}-longer", "is too long: give one of 60 characters"),
+        ("猫", "no file can be called '猫'"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            held.erase({**asked, "seed": 2}, name=wrong)
+        with pytest.raises(ConfigError, match=why):
+            held.undo(model, run.name, name=wrong)
+    assert len(held.queue.all()) == before
+
+
+def test_where_a_runs_base_is_gone_the_one_that_is_chosen_is_taken(held: Service, tmp_path: Path) -> None:
+    """The core takes no wrong one: a delta holds its base's hash."""
+    folder = tmp_path / "checkpoints"
+    (folder / "renamed.safetensors").touch()
+    held.host._dirs.append(str(folder))  # type: ignore[attr-defined]
+    run = write_run(held, model=str(folder / "base.safetensors"))
+    with pytest.raises(ConfigError, match="under Deltas, choose it as Checkpoint"):
+        held.export(run.name)
+    job = held.export(run.name, otherwise="renamed.safetensors")
+    assert job.request["model"] == str(folder / "renamed.safetensors")
+    (folder / "base.safetensors").touch()
+    there = held.export(run.name, "diff", otherwise="renamed.safetensors")
+    assert there.request["model"] == str(folder / "base.safetensors")
 
 
 def write_run(service: Service, name: str = "20260101-000000-circle", **options: Any) -> Path:
@@ -316,10 +391,12 @@ def test_after_a_job_its_checkpoint_is_used_and_the_base_again(held: Service, tm
     (undo,) = [one for one in held.queue.all() if one.kind == "undo"]
     assert undo.request["model"] == str(erased)
     assert held.offers(undo) == []
+    held.queue.cancel(undo.id)
     other = held.erase({"concept": ["square"], "model": "shapes"})
-    other.state = "running"
-    with pytest.raises(ConfigError, match="is at work"):
-        held.use_result(job.id)
+    for state in ("queued", "waiting", "running", "stopping"):  # its turn may come before that of what is asked now
+        other.state = state
+        with pytest.raises(ConfigError, match="“forget square” is not over yet"):
+            held.use_result(job.id)
     other.state = "queued"
 
 

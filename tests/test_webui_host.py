@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,9 @@ import pytest
 
 from extension import environment, webui
 from extension.access import Access, Refused
+from extension.host import Alone
 from extension.jobs import Job, Queue
+from extension.page import build
 from extension.service import Service
 from salun.errors import ConfigError
 
@@ -99,6 +102,40 @@ def test_a_second_webui_on_one_data_folder_says_so_in_the_tab(modules: Modules, 
         first.close()
     assert webui.trouble() is None
     webui.service().queue.close()
+
+
+@pytest.fixture
+def options(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A1111's options and list of checkpoints, as far as choosing one meets them: what loading raises stays inside."""
+    infos = {name: SimpleNamespace(name=name, title=name, filename=f"/checkpoints/{name}")
+             for name in ("old.safetensors", "new.safetensors")}  # fmt: skip
+    made = SimpleNamespace(sd_model_checkpoint="old.safetensors", fails=False, frozen=False, save=lambda file: None)
+
+    def set_option(key: str, value: str) -> bool:
+        assert not made.frozen, "changing settings is disabled"
+        if made.fails:
+            return False  # the old value was put back
+        setattr(made, key, f"{value} [1234abcd]")  # hashed meanwhile
+        return True
+
+    made.set = set_option
+    modules.sd_models.checkpoints_list = infos
+    modules.sd_models.get_closet_checkpoint_match = lambda text: infos.get(text.split(" [")[0])
+    shared = SimpleNamespace(opts=made, config_filename="config.json")
+    monkeypatch.setattr(sys.modules["modules"], "shared", shared, raising=False)
+    monkeypatch.setitem(sys.modules, "modules.shared", shared)
+    return made
+
+
+def test_a_checkpoint_is_the_hosts_now_only_if_the_host_took_it(options: SimpleNamespace) -> None:
+    new = Path("/checkpoints/new.safetensors")
+    assert webui.WebUI().use(new) == "new.safetensors is the checkpoint now."
+    options.sd_model_checkpoint, options.fails = "old.safetensors", True
+    with pytest.raises(ConfigError, match=r"could not load new\.safetensors: its log tells why"):
+        webui.WebUI().use(new)
+    options.frozen = True
+    with pytest.raises(ConfigError, match="takes no other checkpoint: changing settings is disabled"):
+        webui.WebUI().use(new)
 
 
 # -- the accordion ----------------------------------------------------------------------------------------------------
@@ -224,16 +261,74 @@ def test_a_set_up_that_fails_leaves_the_environment_that_worked(
         broken.setattr(environment, "TRIAL", "import no_such_package")
         said = environment.set_up(lacking, wait=True)
     assert "No module named 'no_such_package'" in said
+    with monkeypatch.context() as old:
+        old.setitem(environment.LOWEST, "diffusers", "999")  # what was installed does not suffice
+        assert "it lacks diffusers 999" in environment.set_up(lacking, wait=True)
     assert "The environment there was is kept" in said
     assert lacking.python() == python
     assert [path.name for path in (lacking.data / "environment").iterdir() if path.is_dir()] == [Path(python).parts[-3]]
+
+
+@pytest.mark.slow
+def test_a_set_up_works_under_any_name_and_language(
+    lacking: webui.WebUI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under C:\\Users\\Jörg, where Python writes and reads in the system's own encoding."""
+    site = tmp_path / "Jörg" / "site-packages"
+    site.mkdir(parents=True)
+    (site / "of_the_host.py").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    lacking.data = tmp_path / "Jörg" / "salun"
+    assert environment.set_up(lacking, wait=True).startswith("Ready")
+    as_a_job = {"LC_ALL": "C", "PYTHONUTF8": "1"}
+    seen = subprocess.run([lacking.python(), "-c", "import of_the_host"], env=as_a_job, capture_output=True)
+    assert seen.returncode == 0, seen.stderr.decode(errors="replace")
+
+
+def test_what_a_set_up_cannot_change_is_said_and_nothing_is_made(
+    lacking: webui.WebUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch and numpy stay the WebUI's own: with too old ones the tab is never ready."""
+    made = environment._executable(lacking.data / "environment" / "old")
+    made.parent.mkdir(parents=True)
+    made.touch()
+    (lacking.data / "environment" / "current").write_text("old", encoding="utf-8")  # made while torch sufficed
+    assert environment.state(lacking)[0]
+    monkeypatch.setattr(environment, "missing", lambda: ("torch 2.1 (has 2.0.1)", "diffusers (none)"))
+    said = r"need torch 2\.1 \(has 2\.0\.1\) of this program's own, which Set up leaves as it is"
+    for ask in (lacking.python, lambda: environment.set_up(lacking, wait=True)):
+        with pytest.raises(ConfigError, match=said):
+            ask()
+    ready, text = environment.state(lacking)
+    assert not ready
+    assert re.search(said, text)
+    assert sorted(path.name for path in (lacking.data / "environment").iterdir()) == ["current", "old"]
+
+
+def test_salun_ui_offers_no_set_up_that_it_would_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    monkeypatch.setattr(environment, "missing", lambda: ("transformers 4.46 (has 4.44)",))
+    shown = {}
+    for host in (Alone(tmp_path / "alone"), Setting(tmp_path / "setting")):
+        service = Service(host)
+        shown[host.data.name] = str(build(gradio, service, Access()).get_config_file())
+        service.queue.close()
+    assert "Set up makes an environment" in shown["setting"]
+    assert "Set up" not in shown["alone"]
+
+
+class Setting(Alone):
+    """A host whose jobs may run in an environment of ours."""
+
+    sets_up = True
 
 
 def test_while_a_job_is_at_work_its_environment_is_not_made_anew(lacking: webui.WebUI) -> None:
     service = Service(lacking)
     job = Job("id", "erase", "forget circle", {}, state="running")
     service.queue._jobs["id"] = job
-    with pytest.raises(ConfigError, match="“forget circle” is at work"):
+    with pytest.raises(ConfigError, match="“forget circle” is not over yet"):
         service.set_up()
     job.state = "done"
     service.queue.close()

@@ -193,6 +193,9 @@ def unlearn(
             with record.stage("searching"):
                 task.options, record.data["search"] = search(task)
         seconds = forget(task, record)
+        for note in task.notes:
+            record.data["notes"].append(note)
+            progress(Event("unlearning", message=note))
         _keep_model(record, task.model, replace(original.facts, role="unlearned", split=split.digest))
         with record.stage("evaluating"):
             metrics = {**figures_of(task), "RTE": _seconds(seconds), "original": before}

@@ -54,7 +54,10 @@ def predict(task: Task, rows: Tensor, model: nn.Module | None = None) -> Predict
     parts = [task.logits(task.data.pictures(some), model).double().softmax(1).cpu() for some in rows.split(512)]
     p = torch.cat(parts) if parts else torch.zeros(0, task.classes, dtype=torch.float64)
     if not torch.isfinite(p).all():
-        raise TrainingError("the model's answers are no longer finite, so it has come apart: lower the rate (--lr)")
+        raise TrainingError(
+            "the model's answers are no longer finite, so it has come apart: take a smaller step (--lr; FF: --noise, "
+            "IU: --influence)"
+        )
     return Predicted(p.numpy(), task.labels(rows).cpu().numpy())
 
 

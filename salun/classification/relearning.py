@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from salun.classification.metrics import predict
-from salun.classification.randomness import generator_of
+from salun.classification.randomness import generator_of, seed_of
 from salun.classification.task import Task, cross_entropy, forget_batches, training_mode
 from salun.mask import Mask
 from salun.optim import MaskedOptimiser
@@ -42,9 +42,14 @@ def relearn(task: Task) -> dict[str, Any]:
 
     known, step, epoch = look(0), 0, 0
     make = partial(torch.optim.SGD, lr=rate, momentum=options.momentum)
-    with MaskedOptimiser(own.parameters, Mask.full(own.parameters), make, "pack") as optimiser:
+    devices = [task.device] if task.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        MaskedOptimiser(own.parameters, Mask.full(own.parameters), make, "pack") as optimiser,
+    ):
         while not known and step < options.relearn:
             generator = generator_of(options.seed, "relearning", epoch)
+            torch.manual_seed(seed_of(options.seed, "relearning", epoch, "dropout"))  # for what draws by itself
             for batch in batches(epoch, generator):
                 optimiser.backward(loss(own.data.pictures(batch.rows), batch, epoch))
                 if not optimiser.step():

@@ -33,7 +33,7 @@ class Task:
     options: resolved, no `None` but in those of other tasks. mask: what may move; None for methods that do not train.
     history: (epoch, mean forget loss, mean retain loss), None for a part that the epoch did not have, and the same
     number twice where batches mixed them. recipe: how the original was trained, and so Retrain is; None: by `options`.
-    memo: what a method has counted of θ_o; the trials of a search share it.
+    memo: what a method has counted of θ_o; the trials of a search share it. notes: what a user should know of that.
     """
 
     model: nn.Module
@@ -47,6 +47,7 @@ class Task:
     history: list[tuple[int, float | None, float | None]] = field(default_factory=list)
     recipe: UnlearnOptions | None = None
     memo: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def labels(self, rows: Tensor) -> Tensor:
         """The own labels of these rows, int64 (b,), on the data's device."""

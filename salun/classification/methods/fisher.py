@@ -61,7 +61,12 @@ def influence(task: Task) -> Tensor:
     n, r = len(split.train), len(split.retain)
     forget, retain = gradient_sum(task, split.forget), gradient_sum(task, split.retain)
     v = torch.cat([(forget[k] / n + (1 / n - 1 / r) * retain[k]).flatten() for k in forget])
-    m = min(options.gradients, r, max(_HELD // len(v), 1))
+    wanted = min(options.gradients, r)
+    m = min(wanted, max(_HELD // len(v), 1))
+    if m < wanted:
+        task.notes.append(
+            f"IU took {m} of {wanted} gradients: as many of {len(v):,} weights as {4 * _HELD >> 30} GB hold"
+        )
     drawn = split.retain[torch.randperm(r, generator=generator_of(options.seed, "gradients"))[:m]]
     held, filled = v.new_empty(m, len(v)), 0
     for part in sample_gradients(task, drawn, "labels"):
