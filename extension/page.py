@@ -19,6 +19,7 @@ from . import environment
 from .access import Access
 from .controls import ADVANCED, FIRST, FOLDERS, control, label, shown_of, value_of
 from .service import Service
+from .words import in_the_pages_words
 
 LOADER = """() => {
   if (document.getElementById('salun-script')) return [];
@@ -252,7 +253,7 @@ def _safe(answer: Callable[..., str]) -> Callable[..., str]:
         try:
             return answer(*given)
         except SalunError as error:
-            return _bad(str(error))
+            return _bad(in_the_pages_words(str(error)))
         except Exception as error:
             logger.exception("the page")
             return _bad(f"{type(error).__name__}: {error}")
@@ -281,7 +282,7 @@ def _details(service: Service, run: Any) -> str:
     parts = [f"<p><strong>{escape(str(run))}</strong>: {escape(str(found['status']))}</p>"]
     parts += [f"<p>{escape(str(line))}</p>" for line in found["headline"]]
     if found["error"]:
-        parts.append(_bad(str(found["error"])))
+        parts.append(_bad(in_the_pages_words(str(found["error"]))))
     if found["figures"]:
         rows = "".join(
             "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in found["figures"]
