@@ -346,9 +346,10 @@
     .salun-job img { max-width: 100%; border-radius: 4px; margin-top: 6px; }
     .salun-plot svg { width: 100%; max-width: 480px; background: #8881; }
     .salun-plot polyline { fill: none; stroke-width: 1.5; }
-    .salun-forget { stroke: #d6452a; color: #d6452a; } .salun-retain { stroke: #2a78d6; color: #2a78d6; }
+    .salun-forget { stroke: #d6452a; } .salun-retain { stroke: #2a78d6; }
     .salun-legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .9em; color: var(--body-text-color, inherit); }
     .salun-legend i { display: inline-block; width: 18px; border-top: 3px solid; margin-right: 5px; vertical-align: middle; }
+    .salun-legend .salun-forget { border-top-color: #d6452a; } .salun-legend .salun-retain { border-top-color: #2a78d6; }
     .salun-notes { white-space: pre-line; opacity: .8; font-size: .9em; overflow-wrap: anywhere; }
     .salun-result li { overflow-wrap: anywhere; }
     .salun-error, .salun-bad { color: #c62828; overflow-wrap: anywhere; }

@@ -180,6 +180,9 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     page.reload()  # F5 in the middle of it
     job.get_by_text("training those weights alone").wait_for()
     job.locator(".salun-legend").get_by_text("forget loss").wait_for()
+    colours = "['.salun-legend .salun-forget', '.salun-legend .salun-retain'].map("
+    colours += "(name) => getComputedStyle(document.querySelector(name)).borderTopColor)"
+    assert page.evaluate(colours) == ["rgb(214, 69, 42)", "rgb(42, 120, 214)"]  # as the lines
     began = time.monotonic()
     job.get_by_role("button", name="Cancel").click()
     stopped = page.locator('.salun-job[data-state="cancelled"]')

@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -32,7 +33,6 @@ import pytest
 from PIL import Image
 
 from salun.formats import tensorfile
-from tools.checkpoints import make
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = "forget things"  # the clone's folder, under a name of the user's own
@@ -49,7 +49,7 @@ REFORGE = WEBUI is not None and (Path(WEBUI) / "ldm_patched").is_dir()
 FLAGS = (
     "--skip-prepare-environment --skip-torch-cuda-test --skip-version-check --skip-python-version-check "
     "--no-download-sd-model --do-not-download-clip --disable-console-progressbars --api "
-) + ("--always-cpu --all-in-fp32" if FORGE or REFORGE else "--use-cpu all --no-half --precision full")
+) + ("--always-cpu --all-in-fp32" if FORGE or REFORGE else "--use-cpu all --no-half --precision full --loglevel DEBUG")
 QUICK = {
     "concept": ["teapot"], "anchor": ["cup"], "steps": 2, "batch_size": 1, "forget_images": "teapots",
     "retain_images": "others", "retain_latents": 0, "eval_images": 0, "dtype": "bf16", "resolution": 64,
@@ -240,7 +240,12 @@ def install(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("model") / "base.safetensors", "sd1", size="true")
+    """Made in a process of its own, whose memory is the hosts' again."""
+    file = tmp_path_factory.mktemp("model") / "base.safetensors"
+    text = "import sys; from pathlib import Path; from tools.checkpoints import make; "
+    text += "make(Path(sys.argv[1]), 'sd1', size='true')"
+    subprocess.run([sys.executable, "-c", text, str(file)], cwd=ROOT, check=True)
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -631,7 +636,11 @@ def test_10_an_exported_file_works_in_a_prompt_and_leaves_nothing(
         page.reload()
         page.locator("#txt2img_generate").wait_for()
         card.wait_for(state="attached")  # the host's own is as old as the first page that was opened
+    said = len(server.log.read_text(errors="replace"))
     with_it = server.picture(prompt=f"a teapot <lora:{name}:1>")
+    told = server.log.read_text(errors="replace")
+    assert (f"{name}.safetensors for KModel-UNet with" if FORGE else "DEBUG") in told  # it tells of keys at all
+    assert not re.search("unmatched keys|didn't match keys|[Mm]ismatch", told[said:])
     assert with_it != plain
     assert server.picture() == plain
     if form == "diff":  # the same as the checkpoint but for fp16 rounding of the differences
