@@ -42,7 +42,11 @@ def build(gr: Any, service: Service, access: Access) -> Any:
     with gr.Blocks(analytics_enabled=False, title="Erase concept") as page:
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                model = gr.Dropdown(choices=titles, value=first, label="Checkpoint", elem_id="salun_model")
+                others = service.host.left_out()
+                model = gr.Dropdown(
+                    choices=titles, value=first, label="Checkpoint", elem_id="salun_model",
+                    info=f"{others} not shown: only .safetensors are, as a .ckpt can run code" if others else None,
+                )  # fmt: skip
                 preset = gr.Dropdown(
                     choices=list(service.concepts(first)), value=None, label="What to forget", elem_id="salun_preset",
                     info="a preset, or a word that the model knows",

@@ -371,8 +371,14 @@ class Service:
         return sorted((p.parent.name for p in self.runs.glob(f"*/{DELTA}")), reverse=True)
 
     def picture_folders(self) -> list[str]:
-        """Names of the folders of a user's own pictures. A link is none: it leads out of the folder meant for them."""
-        return sorted(place.name for place in self.pictures.iterdir() if place.is_dir() and not place.is_symlink())
+        """Names of the folders of a user's own pictures, but for links that lead out of the folder meant for them."""
+        return sorted(place.name for place in self.pictures.iterdir() if place.is_dir() and self._holds(place))
+
+    def _holds(self, folder: Path) -> bool:
+        try:
+            return bool(confined(folder.name, self.pictures))
+        except ConfigError:
+            return False
 
     def made_masks(self) -> list[str]:
         """Names of masks that can be chosen beside the controls."""

@@ -94,7 +94,8 @@ def test_messages_of_the_core_name_what_is_on_the_page(tmp_path: Path) -> None:
         assert refused(lambda: changed.running().__enter__()) == (
             "another process is still at work in this run: wait for it"
         )
-    kept = "it is full. What was trained is kept: the same command with --resume --run-dir /a b and another --output writes it"
+    kept = "it is full. What was trained is kept: the same command with --resume --run-dir /a b and another --output"
+    kept += " writes it"
     assert in_the_pages_words(kept) == "it is full. What was trained is kept: mend that, and Resume writes it"
     for own in ("my--model.safetensors", "a dog -- a cat"):
         assert in_the_pages_words(own) == own
