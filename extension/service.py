@@ -329,8 +329,9 @@ class Service:
         whole = {spelt for folder in folders if folder is not None for spelt in (folder, folder.resolve())}
         for place in sorted((one for one in whole if one.name), key=lambda one: len(str(one)), reverse=True):
             for between in (os.sep, os.sep + os.sep):  # the second on Windows, as repr does
-                spelt = str(place).replace(os.sep, between)
-                text = text.replace(spelt + between, "").replace(spelt, place.name)
+                spelt = re.escape(str(place).replace(os.sep, between))
+                text = re.sub(rf"(?<![\w.]){spelt}{re.escape(between)}", "", text)
+                text = re.sub(rf"(?<![\w.]){spelt}(?![\w-])", place.name.replace("\\", "\\\\"), text)
         return text
 
     def run(self, name: str) -> Path:

@@ -168,7 +168,8 @@ def test_no_place_of_this_machine_is_told(service: Service, tmp_path: Path) -> N
     service.queue.cancel(job.id)
     job.request["model"] = str(models / "base.safetensors")
     job.state, job.error = "failed", f"{models / 'base.safetensors'} is cut short"
-    job.notes = [f"writing {service.runs / 'x' / 'delta.salun.safetensors'}", f"{service.host.data} is full"]
+    job.notes = [f"writing {service.runs / 'x' / 'delta.salun.safetensors'}", f"{service.host.data} is full",
+                 f"{service.host.data}-2/x"]  # fmt: skip
     job.result = {"notes": [f"left out: {models}/a"], "output": str(service.host.data / "masks" / "m.safetensors")}
     run = write_run(service)
     record = {
@@ -180,7 +181,8 @@ def test_no_place_of_this_machine_is_told(service: Service, tmp_path: Path) -> N
     calling = client(service)
     told = calling.get(f"{PREFIX}/status").json()["jobs"][0]
     assert told["error"] == "base.safetensors is cut short"
-    assert told["notes"] == [f"writing {os.path.join('runs', 'x', 'delta.salun.safetensors')}", "data is full"]
+    assert told["notes"] == [f"writing {os.path.join('runs', 'x', 'delta.salun.safetensors')}", "data is full",
+                             f"{service.host.data}-2/x"]  # fmt: skip
     assert told["result"] == {"notes": ["left out: a"], "output": "m.safetensors"}
     (listed,) = calling.get(f"{PREFIX}/runs").json()["runs"]
     assert listed["error"].startswith(f"the run's folder {os.path.join('runs', run.name)} cannot be written")
