@@ -31,6 +31,9 @@ class Host(Protocol):
     def loaded(self) -> str | None:
         """The title of the model that it generates with now; None where that is none of `models`."""
 
+    def left_out(self) -> int:
+        """How many of its checkpoints are not among `models`, since they are no .safetensors."""
+
     def checkpoints(self) -> Path | None:
         """Where new checkpoints go; None: into the run's folder."""
 
@@ -89,6 +92,9 @@ class Alone:
 
     def loaded(self) -> str | None:
         return None
+
+    def left_out(self) -> int:
+        return 0
 
     def checkpoints(self) -> Path | None:
         return None

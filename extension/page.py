@@ -19,6 +19,7 @@ from . import environment
 from .access import Access
 from .controls import ADVANCED, FIRST, FOLDERS, control, label, shown_of, value_of
 from .service import Service
+from .words import in_the_pages_words
 
 LOADER = """() => {
   if (document.getElementById('salun-script')) return [];
@@ -41,7 +42,11 @@ def build(gr: Any, service: Service, access: Access) -> Any:
     with gr.Blocks(analytics_enabled=False, title="Erase concept") as page:
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                model = gr.Dropdown(choices=titles, value=first, label="Checkpoint", elem_id="salun_model")
+                others = service.host.left_out()
+                model = gr.Dropdown(
+                    choices=titles, value=first, label="Checkpoint", elem_id="salun_model",
+                    info=f"{others} not shown: only .safetensors are, as a .ckpt can run code" if others else None,
+                )  # fmt: skip
                 preset = gr.Dropdown(
                     choices=list(service.concepts(first)), value=None, label="What to forget", elem_id="salun_preset",
                     info="a preset, or a word that the model knows",
@@ -252,7 +257,7 @@ def _safe(answer: Callable[..., str]) -> Callable[..., str]:
         try:
             return answer(*given)
         except SalunError as error:
-            return _bad(str(error))
+            return _bad(in_the_pages_words(str(error)))
         except Exception as error:
             logger.exception("the page")
             return _bad(f"{type(error).__name__}: {error}")
@@ -281,7 +286,7 @@ def _details(service: Service, run: Any) -> str:
     parts = [f"<p><strong>{escape(str(run))}</strong>: {escape(str(found['status']))}</p>"]
     parts += [f"<p>{escape(str(line))}</p>" for line in found["headline"]]
     if found["error"]:
-        parts.append(_bad(str(found["error"])))
+        parts.append(_bad(in_the_pages_words(str(found["error"]))))
     if found["figures"]:
         rows = "".join(
             "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in found["figures"]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import threading
@@ -311,8 +312,27 @@ class Service:
             status = record["status"]
             if status == "running" and file.parent.name not in open_runs:
                 status = "stopped"
-            found.append({"run": file.parent.name, "status": status, **_summary(record, file.parent)})
+            told = _summary(record, file.parent)
+            if told["error"]:
+                told["error"] = self.without_places(str(told["error"]), record["options"].get("model"))
+            found.append({"run": file.parent.name, "status": status, **told})
         return sorted(found, key=lambda run: str(run["run"]), reverse=True)
+
+    def without_places(self, text: str, model: Any = None) -> str:
+        """A text for everybody: files are called by their names, not by where they lie on this machine.
+
+        model: what the text may be about; it may lie anywhere.
+        """
+        folders = {self.host.data, self.host.checkpoints(), self.host.loras()}
+        if isinstance(model, str) and Path(model).is_absolute():
+            folders.add(Path(model).parent)
+        whole = {spelt for folder in folders if folder is not None for spelt in (folder, folder.resolve())}
+        for place in sorted((one for one in whole if one.name), key=lambda one: len(str(one)), reverse=True):
+            for between in (os.sep, os.sep + os.sep):  # the second on Windows, as repr does
+                spelt = re.escape(str(place).replace(os.sep, between))
+                text = re.sub(rf"(?<![\w.]){spelt}{re.escape(between)}", "", text)
+                text = re.sub(rf"(?<![\w.]){spelt}(?![\w-])", place.name.replace("\\", "\\\\"), text)
+        return text
 
     def run(self, name: str) -> Path:
         """A run's folder. Raises ConfigError for a name that none has."""
@@ -352,8 +372,14 @@ class Service:
         return sorted((p.parent.name for p in self.runs.glob(f"*/{DELTA}")), reverse=True)
 
     def picture_folders(self) -> list[str]:
-        """Names of the folders of a user's own pictures."""
-        return sorted(place.name for place in self.pictures.iterdir() if place.is_dir())
+        """Names of the folders of a user's own pictures, but for links that lead out of the folder meant for them."""
+        return sorted(place.name for place in self.pictures.iterdir() if place.is_dir() and self._holds(place))
+
+    def _holds(self, folder: Path) -> bool:
+        try:
+            return bool(confined(folder.name, self.pictures))
+        except ConfigError:
+            return False
 
     def made_masks(self) -> list[str]:
         """Names of masks that can be chosen beside the controls."""
@@ -390,8 +416,8 @@ class Service:
         raise ConfigError(f"no model {str(title)[:80]!r}: choose one of the list")
 
     def _source(self, title: Any) -> str | None:
-        """What salun takes for a title; None for no title, where that means the embedded model: never on a host that has
-        checkpoints of its own, among which the result would be put.
+        """What salun takes for a title; None for no title, where that means the embedded model: never on a host with
+        checkpoints of its own, as the result would be put among them.
         """
         if title is None and self.host.checkpoints() is not None:
             none = "" if self.models() else f": {self.host.name} lists none yet that ends in .safetensors"

@@ -178,6 +178,11 @@ class WebUI:
         found = {info.name: str(Path(info.filename).absolute()) for info in sd_models.checkpoints_list.values()}
         return {name: path for name, path in found.items() if Path(path).suffix.lower() == ".safetensors"}
 
+    def left_out(self) -> int:
+        from modules import sd_models
+
+        return len({info.name for info in sd_models.checkpoints_list.values()} - set(self.models()))
+
     def loaded(self) -> str | None:
         from modules import sd_models, shared
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -156,9 +157,44 @@ def test_a_job_is_begun_seen_cancelled_and_taken_off(service: Service) -> None:
     assert calling.get(f"{PREFIX}/status", params={"id": job["id"]}).json()["title"] == "forget circle"
     calling.post(f"{PREFIX}/cancel", json={"id": job["id"]})
     assert service.queue.wait(job["id"], 30).state == "cancelled"
-    assert str(service.host.data) not in calling.get(f"{PREFIX}/status").text  # no place of this machine is told
     assert calling.post(f"{PREFIX}/forget", json={"id": job["id"]}).status_code == 200
     assert calling.get(f"{PREFIX}/status").json()["jobs"] == []
+
+
+def test_no_place_of_this_machine_is_told(service: Service, tmp_path: Path) -> None:
+    """The core names files as the command line does, by their whole paths."""
+    models = tmp_path / "models of mine"
+    job = service.mask({"concept": ["circle"], "model": "shapes"})
+    service.queue.cancel(job.id)
+    job.request["model"] = str(models / "base.safetensors")
+    job.state, job.error = "failed", f"{models / 'base.safetensors'} is cut short"
+    job.notes = [f"writing {service.runs / 'x' / 'delta.salun.safetensors'}", f"{service.host.data} is full",
+                 f"{service.host.data}-2/x"]  # fmt: skip
+    job.result = {"notes": [f"left out: {models}/a"], "output": str(service.host.data / "masks" / "m.safetensors")}
+    run = write_run(service)
+    record = {
+        "status": "failed",
+        "options": {},
+        "error": f"--run-dir {run} cannot be written (full): name another folder",
+    }
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    calling = client(service)
+    told = calling.get(f"{PREFIX}/status").json()["jobs"][0]
+    assert told["error"] == "base.safetensors is cut short"
+    assert told["notes"] == [f"writing {os.path.join('runs', 'x', 'delta.salun.safetensors')}", "data is full",
+                             f"{service.host.data}-2/x"]  # fmt: skip
+    assert told["result"] == {"notes": ["left out: a"], "output": "m.safetensors"}
+    (listed,) = calling.get(f"{PREFIX}/runs").json()["runs"]
+    assert listed["error"].startswith(f"the run's folder {os.path.join('runs', run.name)} cannot be written")
+
+
+def test_an_error_of_our_own_is_not_the_callers(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(deltas: list[str]) -> Job:
+        raise TypeError("'NoneType' object is not iterable")
+
+    monkeypatch.setattr(service, "overlaps", broken)
+    answer = client(service).post(f"{PREFIX}/start", json={"kind": "overlaps", "deltas": ["a", "b"]})
+    assert (answer.status_code, "salun's own" in answer.json()["error"]) == (500, True)
 
 
 def stopped(service: Service) -> tuple[Job, Path]:
@@ -180,7 +216,8 @@ def test_what_a_stopped_job_keeps_is_told_and_goes_with_it(service: Service) -> 
     assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["kept_bytes"] == 1000
     with alone_in(folder):  # as a child that outlived the program does
         answer = calling.post(f"{PREFIX}/forget", json={"id": job.id})
-        assert (answer.status_code, "another run is at work" in answer.json()["error"]) == (400, True)
+        assert answer.status_code == 400
+        assert answer.json()["error"] == "another process is still at work in this run: wait for it"
         assert service.queue.all() == [job]
     assert calling.post(f"{PREFIX}/forget", json={"id": job.id}).status_code == 200
     assert service.queue.all() == []

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import salun
 from extension import places
 from extension.access import Access
 from extension.controls import ADVANCED, FIELDS, FIRST, control, default_of, help_of, shown_of, value_of
@@ -23,8 +24,10 @@ from extension.host import Alone
 from extension.jobs import Job
 from extension.page import build
 from extension.service import OURS, Service
-from salun.errors import ConfigError
-from salun.options import MASKS, EraseJob, from_mapping
+from extension.words import in_the_pages_words
+from salun.errors import ConfigError, SalunError
+from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
+from salun.run_record import RunRecord, alone_in
 
 ALL = [item.name for item in dataclasses.fields(EraseJob)]
 OTHERS = {  # a value beside the default, as a run.json holds it
@@ -60,6 +63,42 @@ def test_what_is_no_number_is_said_by_its_name() -> None:
     assert value_of("lr", " 1e-5 ") == 1e-5
     assert value_of("steps", "") is None
     assert value_of("retain_prompts", "a dog\n\n a cat ") == ["a dog", "a cat"]
+
+
+def refused(what: Callable[[], Any]) -> str:
+    with pytest.raises(SalunError) as error:
+        what()
+    return in_the_pages_words(str(error.value))
+
+
+def test_messages_of_the_core_name_what_is_on_the_page(tmp_path: Path) -> None:
+    """There is no command line here whose options could be followed."""
+    assert refused(lambda: EraseOptions(lr=-1.0)) == "learning rate is -1.0, but must be above 0"
+    assert refused(lambda: salun.load("gone.safetensors")) == "there is no gone.safetensors"
+    assert "models-dir" not in refused(lambda: salun.load("gone"))
+    (tmp_path / "pickle.ckpt").touch()
+    assert refused(lambda: salun.load(str(tmp_path / "pickle.ckpt"))).endswith("take a .safetensors of the same model")
+    (tmp_path / "x.salun.safetensors").touch()
+    there = str(tmp_path / "x.salun.safetensors")
+    shapes = salun.load("shapes")
+    assert refused(lambda: salun.erase(shapes, "circle", outputs=[there])) == (
+        f"the new file {there} is there already: choose another name"
+    )
+    with pytest.raises(RuntimeError), RunRecord(tmp_path / "run", "x", {"steps": 1}, 0, "cpu").running():
+        raise RuntimeError("as if it had failed")
+    changed = RunRecord(tmp_path / "run", "x", {"steps": 2}, 0, "cpu", resume=True)
+    assert refused(lambda: changed.running().__enter__()) == (
+        "this run cannot go on, as its steps was 1 and is 2: begin a new job"
+    )
+    with alone_in(tmp_path / "run"):
+        assert refused(lambda: changed.running().__enter__()) == (
+            "another process is still at work in this run: wait for it"
+        )
+    kept = "it is full. What was trained is kept: the same command with --resume --run-dir /a b and another --output"
+    kept += " writes it"
+    assert in_the_pages_words(kept) == "it is full. What was trained is kept: mend that, and Resume writes it"
+    for own in ("my--model.safetensors", "a dog -- a cat"):
+        assert in_the_pages_words(own) == own
 
 
 @pytest.fixture
@@ -165,7 +204,7 @@ def test_where_the_host_has_checkpoints_none_chosen_never_means_the_embedded_mod
     assert "circle" not in held.concepts(None)
     assert "nudity" in held.concepts(None)
     for begin in (held.erase, held.mask):
-        with pytest.raises(ConfigError, match="^choose a checkpoint$"):
+        with pytest.raises(ConfigError, match=r"^choose a checkpoint$"):
             begin({"concept": ["circle"]})
     monkeypatch.setattr(held.host, "models", lambda: {})  # as at a first start
     with pytest.raises(ConfigError, match=r"choose a checkpoint: .* none yet that ends in \.safetensors"):
@@ -355,10 +394,12 @@ def test_without_a_host_what_was_made_is_in_the_list_and_a_name_is_kept_to(servi
     assert service.checkpoint(write_run(service, "named", output=[mine, delta]).name) == Path(mine)
 
 
-def test_what_can_be_chosen_of_files_is_listed_and_the_help_names_no_other(service: Service) -> None:
+def test_what_can_be_chosen_of_files_is_listed_and_the_help_names_no_other(service: Service, tmp_path: Path) -> None:
     """The command line's help speaks of paths, which are refused here."""
     (service.pictures / "my cat").mkdir()
     (service.pictures / "note.txt").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (service.pictures / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)  # refused when chosen
     assert service.picture_folders() == ["my cat"]
     made = SimpleNamespace(Dropdown=lambda **shown: shown)
     for name in ("forget_images", "retain_images"):

@@ -127,6 +127,24 @@ def options(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespac
     return made
 
 
+def test_checkpoints_that_are_not_offered_are_told_of(
+    options: SimpleNamespace, modules: Modules, tmp_path: Path
+) -> None:
+    """A .ckpt may run code: a host may have some."""
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    listed = modules.sd_models.checkpoints_list
+    listed["a.ckpt"] = SimpleNamespace(name="a.ckpt", filename="/checkpoints/a.ckpt")
+    assert (list(webui.WebUI().models()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
+
+    class Some(Alone):
+        def left_out(self) -> int:
+            return 1
+
+    service = Service(Some(tmp_path / "some"))
+    assert "1 not shown: only .safetensors are" in str(build(gradio, service, Access()).get_config_file())
+    service.queue.close()
+
+
 def test_a_checkpoint_is_the_hosts_now_only_if_the_host_took_it(options: SimpleNamespace) -> None:
     new = Path("/checkpoints/new.safetensors")
     assert webui.WebUI().use(new) == "new.safetensors is the checkpoint now."
