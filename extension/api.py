@@ -7,6 +7,7 @@ not there, 413 and 415 for bodies that are none of ours.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -21,11 +22,12 @@ from .access import Access, Refused
 from .controls import FIELDS, help_of
 from .jobs import Job
 from .service import Service
+from .words import in_the_pages_words
 
 PREFIX = "/salun/v1"
 LARGEST = 1_000_000  # bytes of a request
 POINTS = 200  # of a loss plot in a status
-RECENT = 50  # jobs in a status, beside those that are not over
+RECENT = 50  # jobs in a status, beside those that are not over or can be resumed
 SCRIPT = Path(__file__).with_name("page.js")
 STRICT = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Content-Security-Policy": "sandbox"}
 logger = logging.getLogger("salun")
@@ -50,7 +52,8 @@ def add_routes(app: Any, service: Service, access: Access) -> None:
                 return JSONResponse({"error": str(error)}, error.status)
             except SalunError as error:
                 missing = isinstance(error, ConfigError) and str(error).startswith(("there is no", "no model"))
-                return JSONResponse({"error": str(error)}, 404 if missing else 400)
+                text = in_the_pages_words(service.without_places(str(error)))
+                return JSONResponse({"error": text}, 404 if missing else 400)
             except Exception:
                 logger.exception("%s", request.url.path)
                 return JSONResponse({"error": "an error of salun's own: the program's log tells more"}, 500)
@@ -129,7 +132,12 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
     """Path → (method, what answers)."""
 
     def show(job: Job) -> dict[str, Any]:
-        return {**told(job), "offers": service.offers(job)}
+        model = job.request.get("options", {}).get("model") or job.request.get("model")
+
+        def words(text: str) -> str:
+            return in_the_pages_words(service.without_places(text, model))
+
+        return {**told(job, words), "offers": service.offers(job), "kept_bytes": service.kept(job)}
 
     def start(asked: Mapping[str, Any]) -> Any:
         asked = {name: value for name, value in asked.items() if value is not None}
@@ -142,21 +150,27 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
         for name, wanted in STARTS[kind].items():
             if name in asked and not _fits(asked[name], wanted):
                 raise ConfigError(f"{name} must be {wanted}")
+        begin = getattr(service, kind)
         try:
-            return show(getattr(service, kind)(**asked))
+            inspect.signature(begin).bind(**asked)
         except TypeError as error:
             raise ConfigError(f"{kind} needs more: {error}") from error
+        return show(begin(**asked))
 
     def forget(asked: Mapping[str, Any]) -> Any:
-        service.queue.forget(str(asked.get("id")))
+        service.forget(str(asked.get("id")))
         return {"forgotten": asked.get("id")}
 
     def status(asked: Mapping[str, Any]) -> Any:
         if asked.get("id"):
             return show(service.queue.get(str(asked["id"])))
-        jobs = [job for n, job in enumerate(service.queue.all()) if job.open or n < RECENT]
+        jobs = [job for n, job in enumerate(service.queue.all()) if job.open or job.resumable or n < RECENT]
         shown = [{**show(job), **({} if job.open else {"losses": []})} for job in jobs]  # asked for once a second
         return {"host": service.host.name, "jobs": shown}
+
+    def runs(asked: Mapping[str, Any]) -> Any:
+        found = service.history()
+        return {"runs": [{**run, "error": in_the_pages_words(run["error"]) if run["error"] else None} for run in found]}
 
     return {
         "start": ("POST", start),
@@ -166,7 +180,7 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
         "forget": ("POST", forget),
         "use": ("POST", lambda asked: {"said": service.use_result(str(asked.get("id")))}),
         "undo": ("POST", lambda asked: {"said": service.undo_result(str(asked.get("id")))}),
-        "runs": ("GET", lambda asked: {"runs": service.history()}),
+        "runs": ("GET", runs),
         "models": ("GET", lambda asked: {"models": [{"title": title} for title in service.models()]}),
         "concepts": ("GET", lambda asked: {"concepts": service.concepts(asked.get("model"))}),
         "schema": ("GET", lambda asked: schema()),
@@ -198,8 +212,8 @@ def _fits(value: Any, wanted: str) -> bool:
     return isinstance(value, kinds[wanted]) and not isinstance(value, bool)
 
 
-def told(job: Job) -> dict[str, Any]:
-    """A job as the API tells it: without places of this machine, the loss plot thinned out."""
+def told(job: Job, words: Callable[[str], str]) -> dict[str, Any]:
+    """A job as the API tells it: the loss plot thinned out, every message as `words` has it."""
     step = -(-len(job.losses) // POINTS) or 1
     result = {k: v for k, v in (job.result or {}).items() if k not in ("run_dir", "layers")}
     if isinstance(result.get("output"), str):
@@ -207,13 +221,22 @@ def told(job: Job) -> dict[str, Any]:
     return {
         **{name: getattr(job, name) for name in TOLD},
         "losses": job.losses[::step],
-        "notes": job.notes[-20:],
-        "result": result if job.result is not None else None,
+        "notes": [words(note) for note in job.notes[-20:]],
+        "error": words(job.error) if job.error is not None else None,
+        "result": _each_text(result, words) if job.result is not None else None,
     }
 
 
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _each_text(inner, change) for key, inner in value.items()}
+    return [_each_text(inner, change) for inner in value] if isinstance(value, list | tuple) else value
+
+
 TOLD = ("id", "kind", "title", "state", "created", "began", "ended", "stage", "step", "total", "fraction", "left",
-        "previews", "error", "run", "resumable")  # fmt: skip
+        "previews", "run", "resumable")  # fmt: skip
 
 
 def schema() -> dict[str, Any]:

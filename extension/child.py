@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from salun.diffusion.plan import Plan
 
 EVERY = 0.2  # seconds between two lines on the steps of one stage
+LACKING = "press Set up where there is one, else install what is missing by pip"
 PREVIEWS = 3  # forget prompts of a preview; one retain prompt comes beside them
 
 
@@ -253,7 +254,7 @@ def work(folder: Path, line: Line) -> int:
         line.say("error", kind=type(error).__name__, text=str(error))
         return 2 if isinstance(error, ConfigError) else 1
     except ImportError as error:
-        line.say("error", kind="ImportError", text=f"this Python lacks a package ({error}): press Set up")
+        line.say("error", kind="ImportError", text=f"this Python lacks a package ({error}): {LACKING}")
         return 1
     except OSError as error:
         line.say("error", kind="OSError", text=f"{error.filename or 'a file'}: {error.strerror or error}")

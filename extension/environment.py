@@ -29,6 +29,7 @@ LOWEST = {  # the lowest that a whole erasure was seen with, all of them at once
     "torch": "2.1", "diffusers": "0.31", "transformers": "4.46", "huggingface_hub": "0.26", "accelerate": "0.31",
     "safetensors": "0.4.2", "numpy": "1.26", "pillow": "9.5", "pyyaml": "6.0", "filelock": "3.12", "jinja2": "3.1",
 }  # fmt: skip
+HELD = ("torch", "numpy")  # which an environment takes from the program, at its versions
 PACKAGES = "diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub>=0.26,<1", "accelerate>=0.31,<2"
 SMALL = ("safetensors", "pillow", "pyyaml", "filelock", "jinja2")
 MEGABYTES = 170
@@ -68,7 +69,11 @@ def _made(place: Path) -> Path | None:
 @cache
 def missing() -> tuple[str, ...]:
     """What this interpreter lacks in a fresh process, as text for people: this one may see more than a child will."""
-    versions = json.loads(_run([sys.executable, "-c", ASK, *LOWEST]))
+    return _lacking(sys.executable)
+
+
+def _lacking(python: str) -> tuple[str, ...]:
+    versions = json.loads(_run([python, "-c", ASK, *LOWEST]))
     found = []
     for name, lowest in LOWEST.items():
         if name not in versions:
@@ -78,10 +83,22 @@ def missing() -> tuple[str, ...]:
     return tuple(found)
 
 
+def _beyond_us() -> str | None:
+    """Why Set up would be of no use, as text for people."""
+    old = [text for text in missing() if text.split()[0] in HELD]
+    if not old:
+        return None
+    return (
+        f"Jobs need {' and '.join(old)} of this program's own, which Set up leaves as it is: update the program first."
+    )
+
+
 def python(host: Host) -> str:
     """The interpreter for jobs. Raises ConfigError where none has what is needed."""
     if not missing():
         return sys.executable
+    if (why := _beyond_us()) is not None:
+        raise ConfigError(why)
     ours = _made(folder(host))
     if ours is not None:
         return str(ours)
@@ -94,6 +111,8 @@ def state(host: Host) -> tuple[bool, str]:
     lacking = missing()
     if not lacking:
         return True, f"Ready: this program's own Python ({sys.version.split()[0]}) has all that is needed."
+    if (why := _beyond_us()) is not None:
+        return False, why
     if place in _work:
         return False, _work[place]
     if _made(place) is not None:
@@ -106,9 +125,14 @@ def state(host: Host) -> tuple[bool, str]:
 
 
 def set_up(host: Host, wait: bool = False) -> str:
-    """Make the environment, in the background unless `wait`. Returns a line for people."""
+    """Make the environment, in the background unless `wait`. Returns a line for people.
+
+    Raises ConfigError where that would be of no use.
+    """
     if not missing():
         return "There is nothing to set up."
+    if (why := _beyond_us()) is not None:
+        raise ConfigError(why)
     place = folder(host)
     with _lock:
         if place in _work and _work[place].startswith("Setting up"):
@@ -133,13 +157,15 @@ def _make(place: Path) -> None:
         ours = _executable(new)
         own = _run([str(ours), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
         theirs = [p for p in sys.path if p.rstrip("/\\").endswith(("site-packages", "dist-packages"))]
-        lines = [f"import site; site.addsitedir({site!r})\n" for site in theirs]  # with the .pth files in them
-        (Path(own) / "zz_salun_host.pth").write_text("".join(lines), encoding="utf-8")
+        lines = [f"import site; site.addsitedir({site!a})\n" for site in theirs]  # with the .pth files in them
+        (Path(own) / "zz_salun_host.pth").write_text("".join(lines), encoding="ascii")
         held = new / "held.txt"
         held.write_text(f"torch=={metadata.version('torch')}\nnumpy=={metadata.version('numpy')}\n", encoding="utf-8")
         pip = [str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held)]
         _run([*pip, *PACKAGES, *(f"{name}>={LOWEST[name]}" for name in SMALL)])
         _run([str(ours), "-c", TRIAL])
+        if lacking := _lacking(str(ours)):
+            raise RuntimeError(f"it lacks {', '.join(lacking)} all the same")
         write_bytes(place / "current", f"{new.name}\n".encode())
         _work.pop(place, None)
     except (OSError, RuntimeError, SalunError, metadata.PackageNotFoundError) as error:
@@ -150,6 +176,7 @@ def _make(place: Path) -> None:
 
 def _run(command: list[str]) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}  # not what the system's language has it write
     done = subprocess.run(command, capture_output=True, text=True, env=environment, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]

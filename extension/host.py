@@ -17,14 +17,22 @@ ERASED = ("model", "model.safetensors")  # a run's own, as `salun erase` names t
 class Host(Protocol):
     """A program that keeps checkpoints and may use the GPU itself.
 
-    name: for people. data: the folder of jobs, runs and pictures. version: grows when its lists changed.
+    name: for people. data: the folder of jobs, runs and pictures. sets_up: whether its jobs may run in an environment
+    of ours.
     """
 
     name: str
     data: Path
+    sets_up: bool
 
     def models(self) -> dict[str, str]:
         """Title → what `salun --model` takes, in the order in which to show them."""
+
+    def loaded(self) -> str | None:
+        """The title of the model that it generates with now; None where that is none of `models`."""
+
+    def left_out(self) -> int:
+        """How many of its checkpoints are not among `models`, since they are no .safetensors."""
 
     def checkpoints(self) -> Path | None:
         """Where new checkpoints go; None: into the run's folder."""
@@ -55,6 +63,7 @@ class Alone:
     """
 
     name = "salun ui"
+    sets_up = False  # pip has seen to the packages
 
     def __init__(self, data: Path, models_dirs: Sequence[str] = ()) -> None:
         self.data, self._dirs = data.absolute(), list(models_dirs)
@@ -80,6 +89,12 @@ class Alone:
             if model and not place.name.startswith(".") and place.resolve().is_relative_to(whole):
                 found.setdefault(place.parent.name if place.parent.parent.name == "runs" else place.name, str(place))
         return found
+
+    def loaded(self) -> str | None:
+        return None
+
+    def left_out(self) -> int:
+        return 0
 
     def checkpoints(self) -> Path | None:
         return None

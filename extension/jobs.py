@@ -183,7 +183,7 @@ class Queue:
             return sorted(self._jobs.values(), key=lambda job: job.created, reverse=True)
 
     def forget(self, job_id: str) -> None:
-        """Take an ended job off the list. Its run folder stays."""
+        """Take an ended job off the list. Its run's folder stays as it is."""
         with self._change:
             job = self.get(job_id)
             if job.open:

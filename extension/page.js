@@ -19,6 +19,7 @@
     done: "done", failed: "failed", cancelled: "stopped",
   };
   const OPEN = ["queued", "waiting", "running", "stopping"];
+  const ENDED = 8; // jobs shown that are over, beside those that can be resumed
   const known = new Map(); // job id → its card
   const states = new Map(); // job id → its last state, to notice an end
   let timer = null;
@@ -60,6 +61,10 @@
     return `about ${(seconds / 3600).toFixed(1)} h left`;
   }
 
+  function size(bytes) {
+    return bytes < 1e9 ? `${Math.ceil(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
+  }
+
   function plot(rows) {
     const SVG = "http://www.w3.org/2000/svg";
     const svg = document.createElementNS(SVG, "svg");
@@ -67,7 +72,7 @@
     svg.setAttribute("role", "img");
     svg.setAttribute("aria-label", "losses over the steps");
     const values = rows.flatMap((row) => [row[1], row[2]]).filter((v) => v > 0).map(Math.log10);
-    if (rows.length < 2 || !values.length) return svg;
+    if (rows.length < 2 || !values.length) return [];
     const low = Math.min(...values), high = Math.max(...values, low + 0.1);
     const first = rows[0][0], last = rows[rows.length - 1][0];
     [["salun-forget", 1], ["salun-retain", 2]].forEach(([kind, k]) => {
@@ -80,7 +85,11 @@
       line.setAttribute("points", points.join(" "));
       svg.append(line);
     });
-    return svg;
+    const legend = make("div", { class: "salun-legend" },
+      make("span", {}, make("i", { class: "salun-forget" }), "forget loss"),
+      make("span", {}, make("i", { class: "salun-retain" }), "retain loss"),
+      make("span", {}, `from ${(10 ** low).toPrecision(2)} to ${(10 ** high).toPrecision(2)}, logarithmic`));
+    return [svg, legend];
   }
 
   async function act(path, id, message) {
@@ -162,7 +171,7 @@
         .filter(Boolean).join(" · ") : "");
     if (atWork && String(job.losses.length) !== parts.plot.dataset.n) {
       parts.plot.dataset.n = String(job.losses.length);
-      parts.plot.replaceChildren(job.losses.length > 1 ? plot(job.losses) : "");
+      parts.plot.replaceChildren(...plot(job.losses));
     }
     parts.plot.hidden = !atWork;
     const name = job.previews[job.previews.length - 1];
@@ -174,7 +183,7 @@
     }
     set(parts.notes, job.notes.slice(-3).join("\n"));
     if (job.error) set(parts.message, job.error);
-    const key = `${job.state} ${job.resumable} ${(job.offers || []).join()}`;
+    const key = `${job.state} ${job.resumable} ${job.kept_bytes} ${(job.offers || []).join()}`;
     if (parts.buttons.dataset.key === key) return;
     parts.buttons.dataset.key = key;
     parts.result.replaceChildren(...results(job));
@@ -201,7 +210,8 @@
     for (const [offer, label, what] of after) if (offers.includes(offer)) buttons.push(button(parts, label, what));
     if (!OPEN.includes(job.state)) {
       buttons.push(button(parts, "Remove", () => {
-        const question = `“${job.title}” can be resumed, but not once it is off this list. Remove it all the same?`;
+        const question = `“${job.title}” can be resumed, but not once it is off this list: what is kept for that ` +
+          `(${size(job.kept_bytes)}) is deleted. Remove it all the same?`;
         if (!job.resumable || window.confirm(question)) act("forget", job.id, parts.message);
       }));
     }
@@ -257,15 +267,21 @@
   let looked = false; // at the jobs, once at least
   let stale = false; // the lists, of our page and of the host's
 
+  function press(id) {
+    const found = root().querySelector(`#${id}`);
+    if (found) (found.tagName === "BUTTON" ? found : found.querySelector("button") || found).click();
+  }
+
   function refreshLists() {
     stale = true;
     const open = [...root().querySelectorAll('[data-testid="dropdown-option"], [role="listbox"] [role="option"]')];
     if (open.some((one) => one.getClientRects().length)) return; // a list that somebody is choosing from stays as it is
     stale = false;
-    for (const id of ["salun_refresh", "salun_host_checkpoints"]) {
-      const found = root().querySelector(`#${id}`);
-      if (found) (found.tagName === "BUTTON" ? found : found.querySelector("button") || found).click();
-    }
+    ["salun_refresh", "salun_host_checkpoints"].forEach(press);
+  }
+
+  function refreshLoras() {
+    ["salun_host_loras_txt2img", "salun_host_loras_img2img"].forEach(press);
   }
 
   const nothing = make("p", {}, "No job yet. What runs here goes on when this page is closed.");
@@ -279,15 +295,21 @@
       try {
         const { jobs } = await call("status");
         let ended = false;
+        let loras = false;
         for (const job of jobs) {
           const before = states.get(job.id); // none of a job that began since the last look, and may have ended too
-          if ((before ? OPEN.includes(before) : looked) && !OPEN.includes(job.state)) ended = true;
+          const over = (before ? OPEN.includes(before) : looked) && !OPEN.includes(job.state);
+          if (over) ended = true;
+          if (job.kind === "export" && job.state === "done" && (over || !looked)) loras = true;
           states.set(job.id, job.state);
           if (!known.has(job.id)) known.set(job.id, card(job));
           fill(known.get(job.id), job);
         }
+        if (loras) setTimeout(refreshLoras, looked ? 500 : 3000); // a page that has just opened gets the host's own first
         looked = true;
-        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...jobs.filter((j) => !OPEN.includes(j.state)).slice(0, 8)];
+        const past = jobs.filter((j) => !OPEN.includes(j.state));
+        const others = new Set(past.filter((j) => !j.resumable).slice(ENDED));
+        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...past.filter((j) => !others.has(j))];
         const boxes = order.map((job) => known.get(job.id).box);
         if (!boxes.length) boxes.push(nothing);
         if (boxes.some((box, i) => live.children[i] !== box) || live.children.length !== boxes.length) {
@@ -325,6 +347,9 @@
     .salun-plot svg { width: 100%; max-width: 480px; background: #8881; }
     .salun-plot polyline { fill: none; stroke-width: 1.5; }
     .salun-forget { stroke: #d6452a; } .salun-retain { stroke: #2a78d6; }
+    .salun-legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .9em; color: var(--body-text-color, inherit); }
+    .salun-legend i { display: inline-block; width: 18px; border-top: 3px solid; margin-right: 5px; vertical-align: middle; }
+    .salun-legend .salun-forget { border-top-color: #d6452a; } .salun-legend .salun-retain { border-top-color: #2a78d6; }
     .salun-notes { white-space: pre-line; opacity: .8; font-size: .9em; overflow-wrap: anywhere; }
     .salun-result li { overflow-wrap: anywhere; }
     .salun-error, .salun-bad { color: #c62828; overflow-wrap: anywhere; }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from . import environment
 from .access import Access
 from .controls import ADVANCED, FIRST, FOLDERS, control, label, shown_of, value_of
 from .service import Service
+from .words import in_the_pages_words
 
 LOADER = """() => {
   if (document.getElementById('salun-script')) return [];
@@ -35,12 +37,16 @@ def build(gr: Any, service: Service, access: Access) -> Any:
     """The tab as gradio Blocks."""
     js = "_js" if int(gr.__version__.split(".")[0]) < 4 else "js"
     titles = list(service.models())
-    first = "shapes" if service.host.name == "salun ui" else titles[0] if titles else None
+    first = service.first_model()
     names = [name for group in ADVANCED.values() for name in group]
     with gr.Blocks(analytics_enabled=False, title="Erase concept") as page:
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                model = gr.Dropdown(choices=titles, value=first, label="Checkpoint", elem_id="salun_model")
+                others = service.host.left_out()
+                model = gr.Dropdown(
+                    choices=titles, value=first, label="Checkpoint", elem_id="salun_model",
+                    info=f"{others} not shown: only .safetensors are, as a .ckpt can run code" if others else None,
+                )  # fmt: skip
                 preset = gr.Dropdown(
                     choices=list(service.concepts(first)), value=None, label="What to forget", elem_id="salun_preset",
                     info="a preset, or a word that the model knows",
@@ -85,6 +91,7 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                                     info="a second run, to see how far the masks agree")  # fmt: skip
             with gr.Row():
                 again = gr.Button("Load these options again", elem_id="salun_again")
+                resume = gr.Button("Resume", elem_id="salun_resume")
                 use = gr.Button("Use this checkpoint now", elem_id="salun_use")
                 layers = gr.Button("Look at the mask", elem_id="salun_layers")
             details = gr.HTML("", elem_id="salun_details")
@@ -111,9 +118,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                 overlap = gr.Button("Overlap", elem_id="salun_overlap")
             delta_said = gr.HTML("", elem_id="salun_delta_said")
 
-        with gr.Accordion("Set up", open=False, elem_id="salun_setup"):
+        with gr.Accordion("Set up", open=False, elem_id="salun_setup") if service.host.sets_up else nullcontext():
             state = gr.HTML(_setup_text(service), elem_id="salun_setup_text")
-            set_up = gr.Button("Set up", elem_id="salun_set_up")
+            set_up = gr.Button("Set up", elem_id="salun_set_up") if service.host.sets_up else None
 
         def erase(values: list[Any], preset: Any, name: Any, preview: Any) -> str:
             options = _options(names, values, preset)
@@ -133,9 +140,15 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                 *(gr.update(choices=["", *service.picture_folders()]) for _ in FOLDERS), _setup_text(service),
             ]  # fmt: skip
 
-        def lists_safely() -> list[Any]:
+        def opened() -> list[Any]:
+            """Of a page that is opened anew: nothing is chosen on it yet."""
+            now = service.first_model()
+            return [gr.update(choices=list(service.models()), value=now) if at in (model, base) else update
+                    for at, update in zip(listed, lists(), strict=True)]  # fmt: skip
+
+        def safely(make: Callable[[], list[Any]]) -> list[Any]:
             try:
-                return lists()
+                return make()
             except Exception as error:  # such as a folder that is not there any more: what is shown stays
                 logger.exception("the lists")
                 return [*(gr.update() for _ in listed[:-1]), _bad(str(error))]
@@ -185,9 +198,10 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         )  # fmt: skip
         only.click(_safe(lambda preset, *values: only_mask(list(values), preset)), [preset, *controls], [said], **quick)
         model.change(words_for, [model], [preset], **quick)
-        refresh.click(lists_safely, [], listed, **quick)
+        refresh.click(lambda: safely(lists), [], listed, **quick)
         again.click(load_again, [runs], [preset, *controls, details], **quick)
         runs.change(_safe(lambda run: _details(service, run)), [runs], [details], **quick)
+        resume.click(_safe(queued(lambda run: service.resume(str(run or "")))), [runs], [details], **quick)
         use.click(_safe(lambda run: _good(service.use(str(run or "")))), [runs], [details], **quick)
         layers.click(
             _safe(queued(lambda run, other: service.inspect(str(run or ""), str(other) if other else None))),
@@ -200,8 +214,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         )  # fmt: skip
         for pressed, form in ((lora, "lora"), (diff, "diff")):
             pressed.click(
-                _safe(queued(lambda delta, form=form: service.export(str(delta or ""), form))),
-                [chosen[0]], [delta_said], **quick,
+                _safe(queued(lambda delta, base, form=form: service.export(
+                    str(delta or ""), form, otherwise=str(base or "")))),
+                [chosen[0], base], [delta_said], **quick,
             )  # fmt: skip
         overlap.click(
             _safe(queued(lambda *deltas: service.overlaps([str(d) for d in deltas if d]))),
@@ -209,8 +224,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             [delta_said],
             **quick,
         )
-        set_up.click(_safe(lambda: _good(service.set_up())), [], [state], **quick)
-        page.load(lists_safely, [], listed, **quick)
+        if set_up is not None:
+            set_up.click(_safe(lambda: _good(service.set_up())), [], [state], **quick)
+        page.load(lambda: safely(opened), [], listed, **quick)
         page.load(None, [], [], **{js: LOADER})
     return page
 
@@ -241,7 +257,7 @@ def _safe(answer: Callable[..., str]) -> Callable[..., str]:
         try:
             return answer(*given)
         except SalunError as error:
-            return _bad(str(error))
+            return _bad(in_the_pages_words(str(error)))
         except Exception as error:
             logger.exception("the page")
             return _bad(f"{type(error).__name__}: {error}")
@@ -270,7 +286,7 @@ def _details(service: Service, run: Any) -> str:
     parts = [f"<p><strong>{escape(str(run))}</strong>: {escape(str(found['status']))}</p>"]
     parts += [f"<p>{escape(str(line))}</p>" for line in found["headline"]]
     if found["error"]:
-        parts.append(_bad(str(found["error"])))
+        parts.append(_bad(in_the_pages_words(str(found["error"]))))
     if found["figures"]:
         rows = "".join(
             "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in found["figures"]
@@ -300,5 +316,7 @@ def _data_url(path: Path) -> str:
 
 
 def _setup_text(service: Service) -> str:
+    if not service.host.sets_up:
+        return ""
     ready, text = environment.state(service.host)
     return _good(text) if ready else _bad(text)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from salun.errors import ConfigError
 
+LONGEST = 60  # characters of a file's name, without its ending
+SHORTEST = 12  # of a model's name in that of what was made of it
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # Windows'
 
 
@@ -41,10 +43,29 @@ def _parts(name: str) -> list[str]:
 
 
 def safe_name(text: str, otherwise: str = "erased") -> str:
-    """A file name, without ending, that every system allows, made of a text."""
-    plain = unicodedata.normalize("NFKD", text)
-    kept = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")[:60].strip("-_")
+    """A file name, without ending, that every system allows, made of a text and cut where it is too long."""
+    kept = _plain(text)[:LONGEST].strip("-_")
     return otherwise if not kept or kept.casefold() in _RESERVED else kept
+
+
+def own_name(text: str) -> str:
+    """The same of a name that a person gave, which is never cut. Raises ConfigError for one that cannot be had."""
+    plain = _plain(text)
+    if not safe_name(plain, ""):
+        raise ConfigError(f"no file can be called {text[:80]!r} on every system: use a-z, digits, dashes")
+    if len(plain) > LONGEST:
+        raise ConfigError(f"the name {text[:80]!r} is too long: give one of {LONGEST} characters at most")
+    return plain
+
+
+def made_name(first: str, rest: str, after: str = "") -> str:
+    """A file name of a model's name, what was done to it, and an ending. Where that is too long the model's is cut."""
+    kept = safe_name(rest)[: LONGEST - len(after) - SHORTEST - 1].rstrip("-_")
+    return f"{safe_name(first)[: LONGEST - len(after) - len(kept) - 1].rstrip('-_')}-{kept}{after}"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", unicodedata.normalize("NFKD", text)).strip("-_")
 
 
 def new_file(folder: Path, stem: str, ending: str, promised: Iterable[str] = ()) -> Path:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+import os
 import re
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +16,12 @@ from typing import Any
 
 from salun.errors import ConfigError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
-from salun.run_record import new_run_folder
+from salun.run_record import STATE, alone_in, new_run_folder
 
 from . import environment
 from .host import Host
 from .jobs import Job, Queue, none_for
-from .places import confined, new_file, safe_name
+from .places import confined, made_name, new_file, own_name, safe_name
 
 OURS = ("models_dir", "output", "run_dir", "allow_pickle")  # of EraseJob: where to read and write is not for a form
 OFFERED = tuple(item.name for item in dataclasses.fields(EraseJob) if item.name not in OURS)
@@ -31,6 +34,7 @@ SHOWN = {  # files of a run that the API hands out, and their types
     "mask.safetensors": "application/octet-stream",
     DELTA: "application/octet-stream",
 }
+logger = logging.getLogger("salun")
 
 
 class Service:
@@ -54,7 +58,7 @@ class Service:
         """
         values = self._within(options)
         title = values.pop("model", None)
-        model = self._model(title) if title is not None else None
+        model = self._source(title)
         if not isinstance(preview_every, int) or not 0 <= preview_every <= 1_000_000:
             raise ConfigError("a preview every so many steps: give a whole number, 0 for none")
         job: EraseJob = from_mapping(EraseJob, values, "the options")
@@ -63,10 +67,10 @@ class Service:
             raise ConfigError("say what the model should forget: choose a preset, or write a word or two")
         self.host.python()
         asked = {"preview_every": preview_every, "host": self.host.name, "name": name}
-        stem = safe_name(name, "") or f"{_stem(title)}-no-{'-'.join(concepts)}"
+        own = own_name(name) if name.strip() else None
         with self._naming:
             folder = self._new_run("-".join(concepts))
-            outputs = self._outputs(folder, stem, name != "", model)
+            outputs = self._outputs(folder, own, (_stem(title), f"no-{'-'.join(concepts)}"), model)
             settled = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
             asked["options"] = dataclasses.asdict(settled)
             return self.queue.submit("erase", f"forget {', '.join(concepts)}", asked, folder.name)
@@ -101,11 +105,12 @@ class Service:
         )
         if not concept:
             raise ConfigError("say for which concept: choose a preset, or write a word or two")
-        source = self._model(title) if title is not None else None
+        source = self._source(title)
         self.host.python()
         asked = {"options": dataclasses.asdict(checked), "concept": concept, "model": source}
         with self._naming:
-            target = new_file(self.masks, f"{_stem(title)}-{'-'.join(concept)}", ".safetensors", self._promised())
+            stem = made_name(_stem(title), "-".join(concept))
+            target = new_file(self.masks, stem, ".safetensors", self._promised())
             return self.queue.submit("mask", f"mask of {', '.join(concept)}", {**asked, "output": str(target)})
 
     def stack(self, model: str, deltas: Sequence[str], strengths: Sequence[float], name: str = "") -> Job:
@@ -132,21 +137,24 @@ class Service:
         source = self._model(model)
         asked |= {"model": source, "name": name}
         self.host.python()
+        new_name = own_name(name) if name.strip() else made_name(_stem(model), otherwise)
         with self._naming:
-            output = self._written(source, name or f"{_stem(model)}-{otherwise}")
+            output = self._written(source, new_name)
             return self.queue.submit(kind, told, {**asked, "output": output})
 
-    def export(self, delta: str, form: str = "lora", rank: int | None = None, model: str | None = None) -> Job:
+    def export(
+        self, delta: str, form: str = "lora", rank: int | None = None, model: str | None = None, otherwise: str = ""
+    ) -> Job:
         """Put the writing of a LoRA ("lora", low rank) or of all differences ("diff") into the queue.
 
-        model: the delta's base; by default the one that the run was made with.
+        model: the delta's base; by default the one that the run was made with, and `otherwise` where that is gone.
         """
         if form not in ("lora", "diff"):
             raise ConfigError(f"a delta can be exported as lora or diff, not as {form!r}")
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 4096):
             raise ConfigError(f"the rank {rank!r} is none: give a whole number from 1 to 4096")
         file = self.delta(delta)
-        base = self._model(model) if model else self._base_of(file)
+        base = self._model(model) if model else self._base_of(file, otherwise)
         asked = {"delta": str(file), "model": base, "form": form, "rank": rank}
         self.host.python()
         with self._naming:
@@ -170,6 +178,40 @@ class Service:
         return self.queue.submit(
             "inspect", f"mask of {run}" + (f" and {against}" if against else ""), {"path": path, "against": other}
         )
+
+    def forget(self, job_id: str) -> None:
+        """Take an ended job off the list. What is kept of its run so that it can be resumed goes with it: nothing else
+        would ever remove that. Raises ConfigError for a job that is not over, and while another works in its folder.
+        """
+        job = self.queue.get(job_id)
+        state = self._state(job)
+        if state is None:
+            self.queue.forget(job_id)
+            return
+        with alone_in(state.parent):
+            self.queue.forget(job_id)
+            if job.resumable:
+                shutil.rmtree(state, ignore_errors=True)
+            if state.exists():
+                logger.warning("%s could not be removed", state)
+
+    def kept(self, job: Job) -> int:
+        """Bytes on disk that a stopped job keeps so that it can be resumed."""
+        state = self._state(job)
+        try:
+            return sum(file.stat().st_size for file in state.iterdir()) if state is not None else 0
+        except OSError:  # its process is still coming to its end
+            return 0
+
+    def _state(self, job: Job) -> Path | None:
+        """The folder of a stopped job's training state, if there is one."""
+        if not job.resumable or job.run is None:
+            return None
+        try:
+            place = self.run(job.run) / STATE
+        except ConfigError:  # its folder is gone
+            return None
+        return place if place.is_dir() and not place.is_symlink() else None
 
     # once a job is done
 
@@ -208,6 +250,14 @@ class Service:
             return f"{self._use(base)} The erased one stays in the list."
         return f"“{self.undo(run, run).title}” is in the queue."
 
+    def resume(self, run: str) -> Job:
+        """Go on with a run that stopped. Raises ConfigError where no job of the list can."""
+        self.run(run)
+        job = next((job for job in self.queue.all() if job.run == run and job.resumable), None)
+        if job is None:
+            raise ConfigError(f"there is nothing to go on with in {run}: it is over, or its job is off the list")
+        return self.queue.resume(job.id)
+
     def set_up(self) -> str:
         """Make an environment for the jobs, in the background. Returns a line for people."""
         self._at_rest()
@@ -218,15 +268,22 @@ class Service:
         return self.host.use(path)
 
     def _at_rest(self) -> None:
-        at_work = next((job for job in self.queue.all() if job.state in ("running", "stopping")), None)
-        if at_work is not None:
-            raise ConfigError(f"“{at_work.title}” is at work: wait until it is over, or cancel it")
+        """Raises ConfigError while a job is not over. One that only waits for the host's turn counts: what is asked for
+        now would wait behind it, for as long as it takes.
+        """
+        job = next((job for job in self.queue.all() if job.open), None)
+        if job is not None:
+            raise ConfigError(f"“{job.title}” is not over yet: wait until it is, or cancel it")
 
     # what there is
 
     def models(self) -> dict[str, str]:
         """Title → what salun takes for it."""
         return self.host.models()
+
+    def first_model(self) -> str | None:
+        """What a list shows before anything is chosen: what the host generates with, else the first."""
+        return self.host.loaded() or next(iter(self.models()), None)
 
     def concepts(self, model: str | None) -> dict[str, str]:
         """Word → its anchor: of the model's own vocabulary where it has one, else the presets."""
@@ -235,7 +292,8 @@ class Service:
         from salun.diffusion.loading import describe
 
         # only models that come along are looked into here: others may be large, or on the hub
-        entry = aliases()["models"].get(model or aliases()["default"], {})
+        default = aliases()["default"] if self.host.checkpoints() is None else None
+        entry = aliases()["models"].get(model or default, {})
         if "path" in entry and (ASSETS / entry["path"]).is_dir():
             vocabulary = describe(str(ASSETS / entry["path"])).settings.vocabulary
             if vocabulary is not None:
@@ -254,8 +312,27 @@ class Service:
             status = record["status"]
             if status == "running" and file.parent.name not in open_runs:
                 status = "stopped"
-            found.append({"run": file.parent.name, "status": status, **_summary(record, file.parent)})
+            told = _summary(record, file.parent)
+            if told["error"]:
+                told["error"] = self.without_places(str(told["error"]), record["options"].get("model"))
+            found.append({"run": file.parent.name, "status": status, **told})
         return sorted(found, key=lambda run: str(run["run"]), reverse=True)
+
+    def without_places(self, text: str, model: Any = None) -> str:
+        """A text for everybody: files are called by their names, not by where they lie on this machine.
+
+        model: what the text may be about; it may lie anywhere.
+        """
+        folders = {self.host.data, self.host.checkpoints(), self.host.loras()}
+        if isinstance(model, str) and Path(model).is_absolute():
+            folders.add(Path(model).parent)
+        whole = {spelt for folder in folders if folder is not None for spelt in (folder, folder.resolve())}
+        for place in sorted((one for one in whole if one.name), key=lambda one: len(str(one)), reverse=True):
+            for between in (os.sep, os.sep + os.sep):  # the second on Windows, as repr does
+                spelt = re.escape(str(place).replace(os.sep, between))
+                text = re.sub(rf"(?<![\w.]){spelt}{re.escape(between)}", "", text)
+                text = re.sub(rf"(?<![\w.]){spelt}(?![\w-])", place.name.replace("\\", "\\\\"), text)
+        return text
 
     def run(self, name: str) -> Path:
         """A run's folder. Raises ConfigError for a name that none has."""
@@ -295,8 +372,14 @@ class Service:
         return sorted((p.parent.name for p in self.runs.glob(f"*/{DELTA}")), reverse=True)
 
     def picture_folders(self) -> list[str]:
-        """Names of the folders of a user's own pictures."""
-        return sorted(place.name for place in self.pictures.iterdir() if place.is_dir())
+        """Names of the folders of a user's own pictures, but for links that lead out of the folder meant for them."""
+        return sorted(place.name for place in self.pictures.iterdir() if place.is_dir() and self._holds(place))
+
+    def _holds(self, folder: Path) -> bool:
+        try:
+            return bool(confined(folder.name, self.pictures))
+        except ConfigError:
+            return False
 
     def made_masks(self) -> list[str]:
         """Names of masks that can be chosen beside the controls."""
@@ -332,6 +415,15 @@ class Service:
                 pass
         raise ConfigError(f"no model {str(title)[:80]!r}: choose one of the list")
 
+    def _source(self, title: Any) -> str | None:
+        """What salun takes for a title; None for no title, where that means the embedded model: never on a host with
+        checkpoints of its own, as the result would be put among them.
+        """
+        if title is None and self.host.checkpoints() is not None:
+            none = "" if self.models() else f": {self.host.name} lists none yet that ends in .safetensors"
+            raise ConfigError(f"choose a checkpoint{none}")
+        return self._model(title) if title is not None else None
+
     def _mask(self, name: Any) -> str:
         if name in MASKS:
             return str(name)
@@ -350,12 +442,13 @@ class Service:
             folder = self.runs / f"{stem}-{n}"
         return folder
 
-    def _outputs(self, folder: Path, stem: str, named: bool, source: str | None) -> list[str]:
+    def _outputs(self, folder: Path, own: str | None, made: tuple[str, str], source: str | None) -> list[str]:
+        """What an erasure writes. own: the name that the checkpoint is to have; made: of what it is made otherwise."""
         checkpoints = self.host.checkpoints()
         if checkpoints is None:  # the run's folder, unless it is to have a name
-            return [self._written(source or "", stem[:40]), str(folder / DELTA)] if named else []
-        stamp = "" if named else "-" + "-".join(folder.name.split("-")[:2])
-        target = new_file(checkpoints, f"{stem[:40]}{stamp}", ".safetensors", self._promised())
+            return [self._written(source or "", own), str(folder / DELTA)] if own else []
+        stamp = "-" + "-".join(folder.name.split("-")[:2])
+        target = new_file(checkpoints, own or made_name(*made, stamp), ".safetensors", self._promised())
         return [str(target), str(folder / DELTA)]
 
     def _written(self, source: str, name: str) -> str:
@@ -378,8 +471,8 @@ class Service:
                 found += [*job.request.get("options", {}).get("output", []), job.request.get("output", "")]
         return [path.rstrip("/") for path in found]
 
-    def _base_of(self, delta: Path) -> str:
-        """What a run was made with, if it is one of the host's models or another run's."""
+    def _base_of(self, delta: Path, otherwise: str) -> str:
+        """What a run was made with, if it is one of the host's models or another run's; else the model `otherwise`."""
         from salun.diffusion.finding import aliases
 
         model = _options(delta.parent).get("model") or aliases()["default"]
@@ -389,7 +482,12 @@ class Service:
             for place in Path(model).resolve().parents:
                 if place.parent == self.runs.resolve() and self.checkpoint(place.name) == Path(model).resolve():
                     return model
-        raise ConfigError(f"the base of {delta.parent.name} is not among the checkpoints: name the one to take")
+        if otherwise:
+            return self._model(otherwise)
+        raise ConfigError(
+            f"the base of {delta.parent.name} is not among the checkpoints any more: under Deltas, choose it as "
+            "Checkpoint and the run as Delta 1, and save it there"
+        )
 
 
 def _components(name: str) -> str:

@@ -9,9 +9,10 @@ import gc
 import importlib
 import logging
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from html import escape
 from pathlib import Path
@@ -43,7 +44,10 @@ def register() -> None:
 
 
 def service() -> Service:
-    """The one service of this process. Raises ConfigError if another program works with its folder."""
+    """The one service of this process. Raises ConfigError if another program works with its folder, or if the flags
+    that say who may call cannot be read.
+    """
+    access()
     if "service" not in _state:
         _state["service"] = Service(WebUI())
     found: Service = _state["service"]
@@ -60,18 +64,32 @@ def trouble() -> str | None:
 
 
 def access() -> Access:
-    """The host's own flags: --api opens the API, --api-auth or --gradio-auth asks for name and password."""
+    """The host's own flags: --api opens the API, --api-auth or --gradio-auth asks for name and password.
+
+    Raises ConfigError for flags that cannot be read: a password that was meant to be asked for is not left out.
+    """
     if "access" not in _state:
         from modules import shared
         from modules.initialize_util import get_gradio_auth_creds
 
-        pairs = [pair.split(":", 1) for pair in (shared.cmd_opts.api_auth or "").split(",") if ":" in pair]
-        guards = dict(get_gradio_auth_creds())
-        users = dict(pairs) or guards
+        given = shared.cmd_opts.api_auth
+        try:
+            guards = _users("--gradio-auth or its file", get_gradio_auth_creds())
+        except (OSError, ValueError) as error:  # no such file, or no text
+            raise ConfigError(f"--gradio-auth-path cannot be read, so nobody is let in: {error}") from error
+        users = _users("--api-auth", [one.split(":", 1) for one in given.split(",")] if given else []) or guards
         closed = "start the WebUI with --api to use salun's API"
         _state["access"] = Access(users, bool(shared.cmd_opts.api), closed, guarded=bool(guards))
     found: Access = _state["access"]
     return found
+
+
+def _users(flag: str, pairs: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Name → password."""
+    found = list(pairs)
+    if not all(len(pair) == 2 and all(pair) for pair in found):
+        raise ConfigError(f"{flag} cannot be read, so nobody is let in: give NAME:PASSWORD, several with commas")
+    return {pair[0]: pair[1] for pair in found}
 
 
 def _tab() -> list[tuple[Any, str, str]]:
@@ -95,19 +113,37 @@ def _started(demo: Any, app: Any) -> None:
 
 
 def _beside(component: Any, **kwargs: Any) -> None:
-    """Beside the host's list of checkpoints, a hidden button that brings it up to date: the page's script presses it.
+    """Beside the host's list of checkpoints and its cards of LoRAs, a hidden button that brings them up to date: the
+    page's script presses it.
 
-    The host's own button is not pressed for that: it empties the list first, under a generation's feet.
+    The host's own are not pressed for that: they empty its list of checkpoints first, under a generation's feet.
     """
     import gradio as gr
     from gradio.context import Context
 
     name, label = getattr(component, "elem_id", None), getattr(component, "label", None)
     forges = label == "Checkpoint" and "model_selection" in (getattr(component, "elem_classes", None) or [])
-    if Context.root_block is None or (name != "setting_sd_model_checkpoint" and not forges):
+    cards = re.fullmatch("(txt2img|img2img)_lora_cards_html", name or "")
+    if Context.root_block is None:
         return  # gradio 4 makes a component anew for each update of it, outside of any page
-    update = gr.Button("checkpoints", visible=False, elem_id="salun_host_checkpoints")
-    update.click(_checkpoints, [], [component], queue=False, show_progress=False)
+    if name == "setting_sd_model_checkpoint" or forges:
+        update = gr.Button("checkpoints", visible=False, elem_id="salun_host_checkpoints")
+        update.click(_checkpoints, [], [component], queue=False, show_progress=False)
+    elif cards is not None:
+        side = cards[1]
+        update = gr.Button("LoRAs", visible=False, elem_id=f"salun_host_loras_{side}")
+        js = "_js" if int(gr.__version__.split(".")[0]) < 4 else "js"
+        update.click(lambda: _cards(side), [], [component], queue=False, show_progress=False).then(
+            None, [], [], **{js: f"() => applyExtraNetworkFilter('{side}_lora')"}
+        )
+
+
+def _cards(side: str) -> Any:
+    import gradio as gr
+    from modules import ui_extra_networks
+
+    page = next((one for one in ui_extra_networks.extra_pages if one.name == "lora"), None)
+    return gr.update() if page is None else page.create_html(side)
 
 
 def _checkpoints() -> Any:
@@ -124,6 +160,8 @@ def _checkpoints() -> Any:
 class WebUI:
     """The WebUI as `host.Host` describes it."""
 
+    sets_up = True
+
     def __init__(self) -> None:
         from modules import paths_internal
 
@@ -139,6 +177,17 @@ class WebUI:
 
         found = {info.name: str(Path(info.filename).absolute()) for info in sd_models.checkpoints_list.values()}
         return {name: path for name, path in found.items() if Path(path).suffix.lower() == ".safetensors"}
+
+    def left_out(self) -> int:
+        from modules import sd_models
+
+        return len({info.name for info in sd_models.checkpoints_list.values()} - set(self.models()))
+
+    def loaded(self) -> str | None:
+        from modules import sd_models, shared
+
+        now = sd_models.get_closet_checkpoint_match(shared.opts.sd_model_checkpoint or "")
+        return now.name if now is not None and now.name in self.models() else None
 
     def checkpoints(self) -> Path | None:
         from modules import sd_models, shared
@@ -217,19 +266,17 @@ class WebUI:
         if job.state != "done":
             return
         from modules import sd_models
-        from modules.call_queue import queue_lock
 
         asked = job.request
         written = [
             Path(path) for path in [*asked.get("options", {}).get("output", []), asked.get("output", "")] if path
         ]
-        for path in written:  # one by one: the host's own listing empties its list first, under a generation's feet
+        networks = sys.modules.get("networks")  # of the built-in LoRA extension
+        for path in written:  # one by one: the host's own listings empty their lists first, under a generation's feet
             if path.is_file() and path.parent == self.checkpoints():
                 sd_models.CheckpointInfo(str(path)).register()
-        networks = sys.modules.get("networks")  # of the built-in LoRA extension
-        if job.kind == "export" and networks is not None and hasattr(networks, "list_available_networks"):
-            with queue_lock:
-                networks.list_available_networks()
+            if job.kind == "export" and networks is not None:
+                networks.update_available_networks_by_names([path.stem])
 
     def use(self, path: Path) -> str:
         from modules import sd_models, shared
@@ -239,11 +286,17 @@ class WebUI:
         )
         if info is None:
             raise ConfigError(f"{path.name} is not among the WebUI's checkpoints")
-        if self.forge:
-            from modules_forge.main_entry import checkpoint_change
+        try:
+            if self.forge:
+                from modules_forge.main_entry import checkpoint_change
 
-            checkpoint_change(info.name)  # as its list has it
-        else:
-            shared.opts.set("sd_model_checkpoint", info.title)  # which loads it, in its turn
-            shared.opts.save(shared.config_filename)
+                checkpoint_change(info.name)  # as its list has it
+            else:
+                shared.opts.set("sd_model_checkpoint", info.title)  # which loads it, in its turn
+                shared.opts.save(shared.config_filename)
+        except AssertionError as error:  # --freeze-settings and the like
+            raise ConfigError(f"the WebUI takes no other checkpoint: {error}") from error
+        now = sd_models.get_closet_checkpoint_match(shared.opts.sd_model_checkpoint or "")  # its title may have changed
+        if now is None or now.filename != info.filename:  # what loading raises, the host keeps to itself
+            raise ConfigError(f"the WebUI could not load {info.name}: its log tells why")
         return f"{info.name} is the checkpoint now."

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import salun
 from extension.jobs import CHILD, Job, Queue, take
 from extension.stages import Clock, shares_of_erasure
+from extension.words import in_the_pages_words
 from salun.diffusion.models import Model
 from salun.diffusion.plan import make_plan
 from salun.errors import ConfigError
@@ -575,6 +576,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(
         queue.wait(job.id, 120)
         assert job.state == "failed"
         assert "make room" in str(job.error)
+        assert in_the_pages_words(str(job.error)).endswith("What was trained is kept: mend that, and Resume writes it")
         assert [path.name for path in small.iterdir()] == ["filler"]
         (small / "filler").unlink()
         again = queue.wait(queue.resume(job.id).id, 120)

@@ -151,6 +151,17 @@ def test_a_refusal_is_shown_as_it_is_told(beside: Any) -> None:
     newest(beside).wait_for()
 
 
+def test_a_job_that_can_be_resumed_is_shown_however_many_have_ended_since(beside: Any) -> None:
+    """Jobs of a stand-in: each look at a mask is one, and so is each LoRA."""
+    (done,) = beside.request.get(beside.url + "salun/v1/status").json()["jobs"]
+    later = [{**done, "id": f"later-{n}"} for n in range(12)]
+    told = {"jobs": [*later, {**done, "id": "stopped", "state": "cancelled", "resumable": True}]}
+    beside.route("**/salun/v1/status", lambda route: route.fulfill(json=told))
+    beside.locator('[data-job="stopped"]').get_by_role("button", name="Resume").wait_for()
+    assert beside.locator(".salun-job").count() == 9
+    beside.unroute("**/salun/v1/status")
+
+
 def test_the_report_opens_and_runs_no_script(page: Any) -> None:
     newest(page).get_by_role("button", name="Report").click()
     frame = page.locator(".salun-report iframe")
@@ -168,6 +179,10 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     job.get_by_text("training those weights alone").wait_for()
     page.reload()  # F5 in the middle of it
     job.get_by_text("training those weights alone").wait_for()
+    job.locator(".salun-legend").get_by_text("forget loss").wait_for()
+    colours = "['.salun-legend .salun-forget', '.salun-legend .salun-retain'].map("
+    colours += "(name) => getComputedStyle(document.querySelector(name)).borderTopColor)"
+    assert page.evaluate(colours) == ["rgb(214, 69, 42)", "rgb(42, 120, 214)"]  # as the lines
     began = time.monotonic()
     job.get_by_role("button", name="Cancel").click()
     stopped = page.locator('.salun-job[data-state="cancelled"]')
@@ -176,8 +191,13 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     asked: list[str] = []
     page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
     stopped.get_by_role("button", name="Remove").click()  # beside Resume, and then there is none
-    assert "can be resumed, but not once it is off this list" in asked[0]
-    stopped.get_by_role("button", name="Resume").click()
+    assert re.search(r"not once it is off this list: what is kept for that \(\d+ MB\) is deleted", asked[0]), asked
+    unfold(page, "history")  # it goes on from there as well
+    choose(page, "runs", max(path.name for path in (server[1] / "runs").iterdir()))
+    page.locator("#salun_resume").click()
+    page.locator("#salun_details").get_by_text("is in the queue").wait_for()
+    unfold(page, "history")
+    stopped.get_by_role("button", name="Resume").wait_for(state="detached")  # one job goes on with a run
     page.locator('.salun-job[data-state="done"]').nth(1).wait_for(timeout=240_000)  # a busy machine takes its time
     runs = [json.loads(p.read_text(encoding="utf-8")) for p in (server[1] / "runs").glob("*/run.json")]
     assert [run["status"] for run in runs] == ["done", "done"]

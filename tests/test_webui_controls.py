@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,18 @@ from typing import Any
 
 import pytest
 
+import salun
 from extension import places
+from extension.access import Access
 from extension.controls import ADVANCED, FIELDS, FIRST, control, default_of, help_of, shown_of, value_of
 from extension.host import Alone
 from extension.jobs import Job
+from extension.page import build
 from extension.service import OURS, Service
-from salun.errors import ConfigError
-from salun.options import MASKS, EraseJob, from_mapping
+from extension.words import in_the_pages_words
+from salun.errors import ConfigError, SalunError
+from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
+from salun.run_record import RunRecord, alone_in
 
 ALL = [item.name for item in dataclasses.fields(EraseJob)]
 OTHERS = {  # a value beside the default, as a run.json holds it
@@ -57,6 +63,42 @@ def test_what_is_no_number_is_said_by_its_name() -> None:
     assert value_of("lr", " 1e-5 ") == 1e-5
     assert value_of("steps", "") is None
     assert value_of("retain_prompts", "a dog\n\n a cat ") == ["a dog", "a cat"]
+
+
+def refused(what: Callable[[], Any]) -> str:
+    with pytest.raises(SalunError) as error:
+        what()
+    return in_the_pages_words(str(error.value))
+
+
+def test_messages_of_the_core_name_what_is_on_the_page(tmp_path: Path) -> None:
+    """There is no command line here whose options could be followed."""
+    assert refused(lambda: EraseOptions(lr=-1.0)) == "learning rate is -1.0, but must be above 0"
+    assert refused(lambda: salun.load("gone.safetensors")) == "there is no gone.safetensors"
+    assert "models-dir" not in refused(lambda: salun.load("gone"))
+    (tmp_path / "pickle.ckpt").touch()
+    assert refused(lambda: salun.load(str(tmp_path / "pickle.ckpt"))).endswith("take a .safetensors of the same model")
+    (tmp_path / "x.salun.safetensors").touch()
+    there = str(tmp_path / "x.salun.safetensors")
+    shapes = salun.load("shapes")
+    assert refused(lambda: salun.erase(shapes, "circle", outputs=[there])) == (
+        f"the new file {there} is there already: choose another name"
+    )
+    with pytest.raises(RuntimeError), RunRecord(tmp_path / "run", "x", {"steps": 1}, 0, "cpu").running():
+        raise RuntimeError("as if it had failed")
+    changed = RunRecord(tmp_path / "run", "x", {"steps": 2}, 0, "cpu", resume=True)
+    assert refused(lambda: changed.running().__enter__()) == (
+        "this run cannot go on, as its steps was 1 and is 2: begin a new job"
+    )
+    with alone_in(tmp_path / "run"):
+        assert refused(lambda: changed.running().__enter__()) == (
+            "another process is still at work in this run: wait for it"
+        )
+    kept = "it is full. What was trained is kept: the same command with --resume --run-dir /a b and another --output"
+    kept += " writes it"
+    assert in_the_pages_words(kept) == "it is full. What was trained is kept: mend that, and Resume writes it"
+    for own in ("my--model.safetensors", "a dog -- a cat"):
+        assert in_the_pages_words(own) == own
 
 
 @pytest.fixture
@@ -123,6 +165,10 @@ class Keeping(Alone):
     """A host that has a folder of checkpoints, and says what it was told to use."""
 
     used: Path | None = None
+    now: str | None = None
+
+    def loaded(self) -> str | None:
+        return self.now
 
     def checkpoints(self) -> Path | None:
         return self.data / "checkpoints"
@@ -149,6 +195,28 @@ def held(service: Service) -> Iterator[Service]:
         yield service
         for job in service.queue.all():
             service.queue.cancel(job.id)
+
+
+def test_where_the_host_has_checkpoints_none_chosen_never_means_the_embedded_model(
+    held: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result would be put among theirs."""
+    assert "circle" not in held.concepts(None)
+    assert "nudity" in held.concepts(None)
+    for begin in (held.erase, held.mask):
+        with pytest.raises(ConfigError, match=r"^choose a checkpoint$"):
+            begin({"concept": ["circle"]})
+    monkeypatch.setattr(held.host, "models", lambda: {})  # as at a first start
+    with pytest.raises(ConfigError, match=r"choose a checkpoint: .* none yet that ends in \.safetensors"):
+        held.erase({"concept": ["circle"], "model": None})
+    assert held.queue.all() == []
+
+
+def test_without_a_host_none_chosen_means_the_embedded_model(service: Service) -> None:
+    assert "circle" in service.concepts(None)
+    job = service.erase({"concept": ["circle"]})
+    service.queue.cancel(job.id)
+    assert job.request["options"]["model"] is None
 
 
 def test_names_are_chosen_one_job_after_the_other(held: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +256,58 @@ def test_the_name_of_a_job_that_may_go_on_is_not_given_to_another(held: Service)
     assert first.resumable
     second = held.erase({"concept": ["square"], "model": "shapes"}, name="mine")
     assert Path(second.request["options"]["output"][0]).name == "mine-2.safetensors"
+
+
+def test_a_given_name_is_never_cut_and_a_made_one_tells_the_concept(held: Service) -> None:
+    model = "realisticVisionV60B1_v51HyperVAE_fp16_pruned_and_more-of-it.safetensors"
+    folder = held.host.data / "checkpoints"
+    (folder / model).touch()
+    held.host._dirs.append(str(folder))  # type: ignore[attr-defined]
+
+    def name_of(job: Job) -> str:
+        options = job.request.get("options", {})
+        return Path(job.request.get("output") or options["output"][0]).name
+
+    asked = {"concept": ["nudity"], "model": model}
+    assert re.fullmatch(
+        r"realisticVisionV60B1_v51HyperVAE_f-no-nudity-\d{8}-\d{6}\.safetensors", name_of(held.erase(asked))
+    )
+    assert name_of(held.mask(asked)).endswith("-nudity.safetensors")
+    many = {**asked, "concept": ["the style of a painter whose name is long", "a dog"]}
+    assert re.fullmatch(
+        r"realisticVis-no-the-style-of-a-painter-whose-\d{8}-\d{6}\.safetensors", name_of(held.erase(many))
+    )
+    run = write_run(held)
+    assert name_of(held.stack(model, [run.name], [1.0])).endswith(f"-with-{run.name}.safetensors")
+    assert name_of(held.undo(model, run.name)).endswith("-undone.safetensors")
+    given = "dreamshaper-8-without-nudity-and-without-the-artist-v2"
+    assert name_of(held.erase({**asked, "seed": 1}, name=given)) == f"{given}.safetensors"
+    assert name_of(held.stack(model, [run.name], [0.5], name=given)) == f"{given}-2.safetensors"
+    before = len(held.queue.all())
+    for wrong, why in (
+        (f"{given}-longer", "is too long: give one of 60 characters"),
+        ("猫", "no file can be called '猫'"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            held.erase({**asked, "seed": 2}, name=wrong)
+        with pytest.raises(ConfigError, match=why):
+            held.undo(model, run.name, name=wrong)
+    assert len(held.queue.all()) == before
+
+
+def test_where_a_runs_base_is_gone_the_one_that_is_chosen_is_taken(held: Service, tmp_path: Path) -> None:
+    """The core takes no wrong one: a delta holds its base's hash."""
+    folder = tmp_path / "checkpoints"
+    (folder / "renamed.safetensors").touch()
+    held.host._dirs.append(str(folder))  # type: ignore[attr-defined]
+    run = write_run(held, model=str(folder / "base.safetensors"))
+    with pytest.raises(ConfigError, match="under Deltas, choose it as Checkpoint"):
+        held.export(run.name)
+    job = held.export(run.name, otherwise="renamed.safetensors")
+    assert job.request["model"] == str(folder / "renamed.safetensors")
+    (folder / "base.safetensors").touch()
+    there = held.export(run.name, "diff", otherwise="renamed.safetensors")
+    assert there.request["model"] == str(folder / "base.safetensors")
 
 
 def write_run(service: Service, name: str = "20260101-000000-circle", **options: Any) -> Path:
@@ -274,10 +394,12 @@ def test_without_a_host_what_was_made_is_in_the_list_and_a_name_is_kept_to(servi
     assert service.checkpoint(write_run(service, "named", output=[mine, delta]).name) == Path(mine)
 
 
-def test_what_can_be_chosen_of_files_is_listed_and_the_help_names_no_other(service: Service) -> None:
+def test_what_can_be_chosen_of_files_is_listed_and_the_help_names_no_other(service: Service, tmp_path: Path) -> None:
     """The command line's help speaks of paths, which are refused here."""
     (service.pictures / "my cat").mkdir()
     (service.pictures / "note.txt").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (service.pictures / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)  # refused when chosen
     assert service.picture_folders() == ["my cat"]
     made = SimpleNamespace(Dropdown=lambda **shown: shown)
     for name in ("forget_images", "retain_images"):
@@ -310,8 +432,39 @@ def test_after_a_job_its_checkpoint_is_used_and_the_base_again(held: Service, tm
     (undo,) = [one for one in held.queue.all() if one.kind == "undo"]
     assert undo.request["model"] == str(erased)
     assert held.offers(undo) == []
+    held.queue.cancel(undo.id)
     other = held.erase({"concept": ["square"], "model": "shapes"})
-    other.state = "running"
-    with pytest.raises(ConfigError, match="is at work"):
-        held.use_result(job.id)
+    for state in ("queued", "waiting", "running", "stopping"):  # its turn may come before that of what is asked now
+        other.state = state
+        with pytest.raises(ConfigError, match="“forget square” is not over yet"):
+            held.use_result(job.id)
     other.state = "queued"
+
+
+# -- the page's lists -------------------------------------------------------------------------------------------------
+
+
+def _on_load(page: Any) -> Any:
+    """What brings the lists of a page up to date when it is opened."""
+    (found,) = [event.fn for event in page.fns.values() if event.targets[0][1] == "load" and event.outputs]
+    return found
+
+
+def test_a_page_opens_with_the_checkpoint_that_the_host_has_loaded(service: Service) -> None:
+    gr = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    page = build(gr, service, Access())
+    model = next(block for block in page.blocks.values() if getattr(block, "elem_id", None) == "salun_model")
+    assert model.value == next(iter(service.models()))
+    service.host = Keeping(service.host.data)
+    service.host.now = "sd15"
+    assert _on_load(page)()[0]["value"] == "sd15"
+
+
+def test_a_folder_that_is_gone_leaves_the_lists_as_they_are_and_is_said(service: Service) -> None:
+    gr = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    page = build(gr, service, Access())
+    service.pictures.rmdir()
+    *lists, said = _on_load(page)()
+    assert all(update == gr.update() for update in lists)
+    assert 'role="alert"' in said
+    assert "pictures" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import subprocess
 import sys
 import threading
@@ -13,8 +14,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from extension import environment, webui
-from extension.access import Refused
+from extension.access import Access, Refused
+from extension.host import Alone
 from extension.jobs import Job, Queue
+from extension.page import build
 from extension.service import Service
 from salun.errors import ConfigError
 
@@ -86,6 +89,7 @@ def test_a_job_of_an_earlier_start_waits_until_the_host_has_started(modules: Mod
 
 def test_a_second_webui_on_one_data_folder_says_so_in_the_tab(modules: Modules, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    webui._state["access"] = Access()
     first = Queue(tmp_path / "salun" / "jobs")
     try:
         assert "another program works with the jobs" in str(webui.trouble())
@@ -98,6 +102,58 @@ def test_a_second_webui_on_one_data_folder_says_so_in_the_tab(modules: Modules, 
         first.close()
     assert webui.trouble() is None
     webui.service().queue.close()
+
+
+@pytest.fixture
+def options(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A1111's options and list of checkpoints, as far as choosing one meets them: what loading raises stays inside."""
+    infos = {name: SimpleNamespace(name=name, title=name, filename=f"/checkpoints/{name}")
+             for name in ("old.safetensors", "new.safetensors")}  # fmt: skip
+    made = SimpleNamespace(sd_model_checkpoint="old.safetensors", fails=False, frozen=False, save=lambda file: None)
+
+    def set_option(key: str, value: str) -> bool:
+        assert not made.frozen, "changing settings is disabled"
+        if made.fails:
+            return False  # the old value was put back
+        setattr(made, key, f"{value} [1234abcd]")  # hashed meanwhile
+        return True
+
+    made.set = set_option
+    modules.sd_models.checkpoints_list = infos
+    modules.sd_models.get_closet_checkpoint_match = lambda text: infos.get(text.split(" [")[0])
+    shared = SimpleNamespace(opts=made, config_filename="config.json")
+    monkeypatch.setattr(sys.modules["modules"], "shared", shared, raising=False)
+    monkeypatch.setitem(sys.modules, "modules.shared", shared)
+    return made
+
+
+def test_checkpoints_that_are_not_offered_are_told_of(
+    options: SimpleNamespace, modules: Modules, tmp_path: Path
+) -> None:
+    """A .ckpt may run code: a host may have some."""
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    listed = modules.sd_models.checkpoints_list
+    listed["a.ckpt"] = SimpleNamespace(name="a.ckpt", filename="/checkpoints/a.ckpt")
+    assert (list(webui.WebUI().models()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
+
+    class Some(Alone):
+        def left_out(self) -> int:
+            return 1
+
+    service = Service(Some(tmp_path / "some"))
+    assert "1 not shown: only .safetensors are" in str(build(gradio, service, Access()).get_config_file())
+    service.queue.close()
+
+
+def test_a_checkpoint_is_the_hosts_now_only_if_the_host_took_it(options: SimpleNamespace) -> None:
+    new = Path("/checkpoints/new.safetensors")
+    assert webui.WebUI().use(new) == "new.safetensors is the checkpoint now."
+    options.sd_model_checkpoint, options.fails = "old.safetensors", True
+    with pytest.raises(ConfigError, match=r"could not load new\.safetensors: its log tells why"):
+        webui.WebUI().use(new)
+    options.frozen = True
+    with pytest.raises(ConfigError, match="takes no other checkpoint: changing settings is disabled"):
+        webui.WebUI().use(new)
 
 
 # -- the accordion ----------------------------------------------------------------------------------------------------
@@ -159,6 +215,42 @@ def test_the_pages_token_leads_in_under_a_name_only_where_the_page_asks_for_a_pa
     access.check({"host": "my-machine:7860", **basic})
 
 
+@pytest.mark.parametrize(
+    ("flags", "login", "message"),
+    [
+        ({"api_auth": "ann"}, "", "--api-auth cannot be read"),
+        ({"api_auth": "ann:secret,bob"}, "", "--api-auth cannot be read"),
+        ({"api_auth": ":"}, "", "--api-auth cannot be read"),
+        ({}, "ann", "--gradio-auth or its file cannot be read"),
+        ({"api_auth": "ann:secret"}, "ann:", "--gradio-auth or its file cannot be read"),
+        ({}, None, "--gradio-auth-path cannot be read"),
+    ],
+    ids=str,
+)
+def test_flags_that_cannot_be_read_let_nobody_in(
+    modules: Modules, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], login: str | None, message: str
+) -> None:
+    """A password that was meant to be asked for is not left out; the host itself goes on."""
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+
+    def creds() -> Iterator[tuple[str, ...]]:  # as the host's: it reads the file when it is asked for the first
+        if login is None:
+            raise FileNotFoundError(2, "No such file or directory", "passwords.txt")
+        if login:
+            yield tuple(login.split(":"))
+
+    shared = SimpleNamespace(cmd_opts=SimpleNamespace(**{"api_auth": None, "api": True, **flags}))
+    for name, made in {"initialize_util": SimpleNamespace(get_gradio_auth_creds=creds), "shared": shared}.items():
+        monkeypatch.setattr(sys.modules["modules"], name, made, raising=False)
+        monkeypatch.setitem(sys.modules, f"modules.{name}", made)
+    assert message in str(webui.trouble())
+    ((page, _, _),) = webui._tab()
+    (said,) = page.blocks.values()
+    assert message in said.value
+    webui._started(None, None)  # adds no routes, and raises nothing
+    assert "service" not in webui._state
+
+
 # -- the environment of the jobs --------------------------------------------------------------------------------------
 
 
@@ -187,16 +279,74 @@ def test_a_set_up_that_fails_leaves_the_environment_that_worked(
         broken.setattr(environment, "TRIAL", "import no_such_package")
         said = environment.set_up(lacking, wait=True)
     assert "No module named 'no_such_package'" in said
+    with monkeypatch.context() as old:
+        old.setitem(environment.LOWEST, "diffusers", "999")  # what was installed does not suffice
+        assert "it lacks diffusers 999" in environment.set_up(lacking, wait=True)
     assert "The environment there was is kept" in said
     assert lacking.python() == python
     assert [path.name for path in (lacking.data / "environment").iterdir() if path.is_dir()] == [Path(python).parts[-3]]
+
+
+@pytest.mark.slow
+def test_a_set_up_works_under_any_name_and_language(
+    lacking: webui.WebUI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under C:\\Users\\Jörg, where Python writes and reads in the system's own encoding."""
+    site = tmp_path / "Jörg" / "site-packages"
+    site.mkdir(parents=True)
+    (site / "of_the_host.py").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    lacking.data = tmp_path / "Jörg" / "salun"
+    assert environment.set_up(lacking, wait=True).startswith("Ready")
+    as_a_job = {"LC_ALL": "C", "PYTHONUTF8": "1"}
+    seen = subprocess.run([lacking.python(), "-c", "import of_the_host"], env=as_a_job, capture_output=True)
+    assert seen.returncode == 0, seen.stderr.decode(errors="replace")
+
+
+def test_what_a_set_up_cannot_change_is_said_and_nothing_is_made(
+    lacking: webui.WebUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch and numpy stay the WebUI's own: with too old ones the tab is never ready."""
+    made = environment._executable(lacking.data / "environment" / "old")
+    made.parent.mkdir(parents=True)
+    made.touch()
+    (lacking.data / "environment" / "current").write_text("old", encoding="utf-8")  # made while torch sufficed
+    assert environment.state(lacking)[0]
+    monkeypatch.setattr(environment, "missing", lambda: ("torch 2.1 (has 2.0.1)", "diffusers (none)"))
+    said = r"need torch 2\.1 \(has 2\.0\.1\) of this program's own, which Set up leaves as it is"
+    for ask in (lacking.python, lambda: environment.set_up(lacking, wait=True)):
+        with pytest.raises(ConfigError, match=said):
+            ask()
+    ready, text = environment.state(lacking)
+    assert not ready
+    assert re.search(said, text)
+    assert sorted(path.name for path in (lacking.data / "environment").iterdir()) == ["current", "old"]
+
+
+def test_salun_ui_offers_no_set_up_that_it_would_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    monkeypatch.setattr(environment, "missing", lambda: ("transformers 4.46 (has 4.44)",))
+    shown = {}
+    for host in (Alone(tmp_path / "alone"), Setting(tmp_path / "setting")):
+        service = Service(host)
+        shown[host.data.name] = str(build(gradio, service, Access()).get_config_file())
+        service.queue.close()
+    assert "Set up makes an environment" in shown["setting"]
+    assert "Set up" not in shown["alone"]
+
+
+class Setting(Alone):
+    """A host whose jobs may run in an environment of ours."""
+
+    sets_up = True
 
 
 def test_while_a_job_is_at_work_its_environment_is_not_made_anew(lacking: webui.WebUI) -> None:
     service = Service(lacking)
     job = Job("id", "erase", "forget circle", {}, state="running")
     service.queue._jobs["id"] = job
-    with pytest.raises(ConfigError, match="“forget circle” is at work"):
+    with pytest.raises(ConfigError, match="“forget circle” is not over yet"):
         service.set_up()
     job.state = "done"
     service.queue.close()

@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -32,7 +33,6 @@ import pytest
 from PIL import Image
 
 from salun.formats import tensorfile
-from tools.checkpoints import make
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = "forget things"  # the clone's folder, under a name of the user's own
@@ -49,7 +49,7 @@ REFORGE = WEBUI is not None and (Path(WEBUI) / "ldm_patched").is_dir()
 FLAGS = (
     "--skip-prepare-environment --skip-torch-cuda-test --skip-version-check --skip-python-version-check "
     "--no-download-sd-model --do-not-download-clip --disable-console-progressbars --api "
-) + ("--always-cpu --all-in-fp32" if FORGE or REFORGE else "--use-cpu all --no-half --precision full")
+) + ("--always-cpu --all-in-fp32" if FORGE or REFORGE else "--use-cpu all --no-half --precision full --loglevel DEBUG")
 QUICK = {
     "concept": ["teapot"], "anchor": ["cup"], "steps": 2, "batch_size": 1, "forget_images": "teapots",
     "retain_images": "others", "retain_latents": 0, "eval_images": 0, "dtype": "bf16", "resolution": 64,
@@ -184,6 +184,13 @@ def option(page: Any, text: str) -> Any:
     return page.locator('[data-testid="dropdown-option"]').filter(has_text=text).first
 
 
+def shoot(page: Any, name: str) -> None:
+    """A screenshot, if WEBUI_SHOTS names a folder for them."""
+    folder = os.environ.get("WEBUI_SHOTS")
+    if folder:
+        page.screenshot(path=f"{folder}/{name}.png")
+
+
 def errors_of(server: Server, tab: bool) -> list[str]:
     """What the page complains of, without addresses; with `tab`, our tab is opened and must be there."""
     found: list[str] = []
@@ -233,7 +240,12 @@ def install(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("model") / "base.safetensors", "sd1", size="true")
+    """Made in a process of its own, whose memory is the hosts' again."""
+    file = tmp_path_factory.mktemp("model") / "base.safetensors"
+    text = "import sys; from pathlib import Path; from tools.checkpoints import make; "
+    text += "make(Path(sys.argv[1]), 'sd1', size='true')"
+    subprocess.run([sys.executable, "-c", text, str(file)], cwd=ROOT, check=True)
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +284,17 @@ def _set_up(server: Server) -> None:
             print(f"{said.inner_text()} It took {time.monotonic() - began:.0f} s.")
 
 
+@pytest.fixture(autouse=True)
+def nothing_goes_on(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A job that a failed test left at work would hold up every test after it."""
+    yield
+    if "server" in request.fixturenames:
+        server: Server = request.getfixturevalue("server")
+        for job in server.call("/salun/v1/status")["jobs"]:
+            if job["state"] in ("queued", "waiting", "running"):
+                server.call("/salun/v1/cancel", {"id": job["id"]})
+
+
 @pytest.fixture(scope="module")
 def plain(server: Server) -> bytes:
     """The base's picture."""
@@ -294,21 +317,19 @@ def _clicked(server: Server) -> dict[str, Any]:
         page.get_by_text("No job yet").wait_for()
         page.locator("#salun_advanced").get_by_text("Advanced").first.click()
         for name, value in {**QUICK, "words": "teapot", "anchor": "cup"}.items():
-            if name not in ("concept", "mask"):
-                page.locator(f"#salun_{name}").locator("input, textarea").first.fill(str(value))
-        page.locator("#salun_mask input").first.click()
-        option(page, "random").click()
+            box = page.locator(f"#salun_{name}").locator("input, textarea").first
+            if name in ("mask", "dtype", "forget_images", "retain_images"):
+                box.click()
+                option(page, str(value)).click()
+            elif name != "concept":
+                box.fill(str(value))
         page.locator("#salun_erase").dblclick()
         job = page.locator(".salun-job").first
         job.wait_for()
-        shot = os.environ.get("WEBUI_SHOTS")
         while job.get_attribute("data-state") in ("queued", "waiting", "running"):
             figures, stage = job.locator(".salun-figures").inner_text(), job.locator(".salun-stage").inner_text()
             found = re.match(r"(\d+) %", figures)
             seen += [(int(found[1]), stage)] if found else []
-            if shot and "training" in stage:
-                page.screenshot(path=f"{shot}/tab.png")
-                shot = None
             time.sleep(0.05)
         assert job.get_attribute("data-state") == "done", job.inner_text()
         assert page.locator(".salun-job").count() == 1  # of a double click
@@ -358,8 +379,25 @@ def test_1_a_clean_start_without_checkpoints_and_a_page_that_complains_no_more_t
     with webui(tmp_path_factory.mktemp("bare")) as without:
         before = errors_of(without, tab=False)
     with webui(install(tmp_path_factory.mktemp("empty"))) as running:
-        assert errors_of(running, tab=True) == before
+        # a slow machine may run the host's load events before its scripts are there: then once more
+        assert any(errors_of(running, tab=True) == before for _ in range(3))
         assert not OURS_FAILED.search(running.log.read_text(errors="replace"))
+
+
+def test_1_without_the_hosts_own_lora_extension_pictures_are_made_as_ever(
+    base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Ours is called before every sampling, and needs that extension only for a delta."""
+    data = install(tmp_path_factory.mktemp("no_lora"))
+    (data / "config.json").write_text('{"disabled_extensions": ["Lora", "sd_forge_lora"]}', encoding="utf-8")
+    os.link(base, data / "models" / "Stable-diffusion" / "base.safetensors")
+    with webui(data) as running:
+        with pytest.raises(urllib.error.HTTPError):
+            running.call("/sdapi/v1/loras")
+        assert running.picture() == running.picture()
+        told = running.log.read_text(errors="replace")
+        assert not OURS_FAILED.search(told), told[-3000:]
+    (data / "models" / "Stable-diffusion" / "base.safetensors").unlink()
 
 
 def test_1_with_a_checkpoint_too(server: Server) -> None:
@@ -405,6 +443,7 @@ def test_3_used_now_and_undone_by_clicking(server: Server, plain: bytes, erased:
             page.wait_for_function(f"{listed}.startsWith({json.dumps(name)})")
             print(button, shown.input_value())
             assert server.picture() == picture
+        shoot(page, "tab")
 
 
 # -- 4 to 7 -----------------------------------------------------------------------------------------------------------
@@ -415,11 +454,14 @@ def test_4_cancel_while_running(server: Server, plain: bytes) -> None:
     job = server.start(options={**LONG, "seed": 4, "model": "base.safetensors"})
     server.wait(job, lambda j: j["stage"] == "training" and j["step"] > 1)
     began = time.monotonic()
+    server.wait(job, lambda j: j["step"] > 4)
+    pace = (time.monotonic() - began) / 3
+    began = time.monotonic()
     server.call("/salun/v1/cancel", {"id": job["id"]})
     found = server.wait(job, lambda j: j["state"] == "cancelled", 30)
     took = time.monotonic() - began
-    print(f"cancelled after {took:.1f} s")
-    assert took < 2
+    print(f"cancelled after {took:.1f} s, a step takes {pace:.1f} s")
+    assert took < 2 * pace + 2  # the step under way, and the end of the process on a machine that others use
     assert found["resumable"]
     assert made(server) == before
     assert server.picture() == plain
@@ -572,11 +614,33 @@ def test_9_the_same_name_twice_is_two_files(server: Server) -> None:
 def test_10_an_exported_file_works_in_a_prompt_and_leaves_nothing(
     server: Server, plain: bytes, erased: dict[str, Any], form: str
 ) -> None:
-    done = server.done(
-        server.start("export", delta=erased["run"], form=form, **({"rank": 4} if form == "lora" else {}))
-    )
-    name = done["result"]["output"].removesuffix(".safetensors")
+    with browser() as opened:
+        page = opened.new_page(viewport={"width": 1200, "height": 1100})
+        page.set_default_timeout(60_000)
+        page.goto(server.address)
+        open_tab(page, "Erase concept")
+        page.locator(f'.salun-job[data-job="{erased["id"]}"]').wait_for()
+        page.wait_for_timeout(4000)
+        done = server.done(
+            server.start("export", delta=erased["run"], form=form, **({"rank": 4} if form == "lora" else {}))
+        )
+        name = done["result"]["output"].removesuffix(".safetensors")
+        time.sleep(1)
+        assert name in [lora["name"] for lora in server.call("/sdapi/v1/loras")]
+        card = page.locator(f'#txt2img_lora_cards .card[data-name="{name}"]')
+        card.wait_for(state="attached")  # without the host's own refresh button
+        open_tab(page, "txt2img")
+        page.locator("#txt2img_extra_tabs button").filter(has_text="Lora").first.click()
+        card.wait_for()
+        shoot(page, f"cards-{form}")
+        page.reload()
+        page.locator("#txt2img_generate").wait_for()
+        card.wait_for(state="attached")  # the host's own is as old as the first page that was opened
+    said = len(server.log.read_text(errors="replace"))
     with_it = server.picture(prompt=f"a teapot <lora:{name}:1>")
+    told = server.log.read_text(errors="replace")
+    assert (f"{name}.safetensors for KModel-UNet with" if FORGE else "DEBUG") in told  # it tells of keys at all
+    assert not re.search("unmatched keys|didn't match keys|[Mm]ismatch", told[said:])
     assert with_it != plain
     assert server.picture() == plain
     if form == "diff":  # the same as the checkpoint but for fp16 rounding of the differences
@@ -623,6 +687,23 @@ def test_the_accordion_gives_the_erased_checkpoints_picture_and_off_the_bases(
     assert base["plain"] == plain
     assert got == true
     assert len({plain, middle, got["plain"]}) == 3
+    with browser() as opened:
+        page = opened.new_page(viewport={"width": 1200, "height": 1100})
+        page.set_default_timeout(60_000)
+        page.goto(server.address)
+        for name, value in (("steps", 1), ("width", 64), ("height", 64)):
+            page.locator(f"#txt2img_{name} input[type=number]").first.fill(str(value))
+        accordion = page.locator("#salun_txt2img_delta")
+        accordion.get_by_text("Erased delta").first.click()
+        accordion.locator("#salun_txt2img_on input").click()
+        accordion.locator("#salun_txt2img_refresh").click()
+        page.wait_for_timeout(2000)
+        accordion.locator("#salun_txt2img_delta_1 input").first.click()
+        option(page, run).click()
+        page.locator("#txt2img_generate").click()
+        page.locator("#html_info_txt2img").get_by_text(f"Erased delta: {run} 1").wait_for()
+        accordion.scroll_into_view_if_needed()
+        shoot(page, "accordion")
 
 
 # -- who may call -----------------------------------------------------------------------------------------------------
