@@ -814,7 +814,8 @@ class Events:
         key = base64.b64encode(os.urandom(16)).decode()
         self._socket.sendall(
             f"GET /ws?clientId={server.client} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-            f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+            f"Upgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
         )
         self._rest = b""
         while b"\r\n\r\n" not in self._rest:
