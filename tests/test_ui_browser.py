@@ -301,7 +301,7 @@ def test_words_of_strangers_are_shown_as_text_and_mistakes_said(page: Any) -> No
     fill(page, "anchor", "")
     fill(page, "density", "2")
     page.locator("#salun_erase").click()
-    page.locator("#salun_said").get_by_text("--density is 2.0, but must be at most 1").wait_for()
+    page.locator("#salun_said").get_by_text("density is 2.0, but must be at most 1", exact=True).wait_for()
     fill(page, "density", "0.5")
     page.locator("#salun_erase").click()
     failed = page.locator('.salun-job[data-state="failed"]')
