@@ -14,6 +14,7 @@ from salun.formats import stacking
 from salun.formats.applied import OURS
 from salun.formats.delta import Delta
 from salun.formats.stacking import STRENGTHS, OtherBase, Stacked
+from salun.formats.tensorfile import read_header
 
 from .inputs import in_inputs_names, prefix, wires
 from .kinds import DELTA, Node
@@ -157,8 +158,8 @@ class SalUnSaveErasedCheckpoint(Node):
         def found() -> None:
             wired = [part is not UNWIRED for part in (model, clip, vae)]
             _all_or_none(wired)
-            if ckpt_name is not None:
-                _source(ckpt_name, all(wired))
+            if ckpt_name is not None and (source := _source(ckpt_name, all(wired))).suffix == ENDING:
+                read_header(source)  # a damaged one is told of now, not after the training
 
         return validated(filename_prefix, "checkpoints", found)
 

@@ -43,13 +43,13 @@ def validated(prefix: str | None, kind: str, others: Callable[[], object] = lamb
     """A saver's answer to ComfyUI's VALIDATE_INPUTS, asked before anything runs: True, or what is wrong.
 
     prefix: None where another node will give it, in which case it is checked when it is there. others: raises
-    ConfigError if another input is wrong.
+    SalunError if another input is wrong.
     """
     try:
         if prefix is not None:
             checked_prefix(prefix, kind)
         others()
-    except ConfigError as error:
+    except SalunError as error:
         return str(error)
     return True
 

@@ -875,8 +875,10 @@ def test_a_bad_name_is_refused_before_anything_runs(host: Any, kind: str) -> Non
 def test_a_checkpoint_that_is_not_there_is_refused_before_anything_runs(host: Any) -> None:
     made: Any = NODE_CLASS_MAPPINGS["SalUnSaveErasedCheckpoint"]
     assert "gone.safetensors is no" in made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="gone.safetensors")
-    (host.root / "own.safetensors").write_bytes(b"")
+    tensorfile.write(host.root / "own.safetensors", {"x": torch.ones(2)})
     assert made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="own.safetensors") is True
+    (host.root / "cut.safetensors").write_bytes((host.root / "own.safetensors").read_bytes()[:-2])
+    assert "no sound safetensors file" in made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="cut.safetensors")
     assert made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name=None) is True
 
 
