@@ -682,7 +682,8 @@ def test_the_accordion_gives_the_erased_checkpoints_picture_and_off_the_bases(
     for way, options in ways.items():
         true[way] = server.picture(**options, override_settings={"sd_model_checkpoint": file.name},
                                    override_settings_restore_afterwards=False)  # fmt: skip
-    server.picture(override_settings={"sd_model_checkpoint": "base.safetensors"})
+    server.picture(override_settings={"sd_model_checkpoint": "base.safetensors"},
+                   override_settings_restore_afterwards=False)  # fmt: skip
     assert off == base
     assert base["plain"] == plain
     assert got == true
