@@ -175,8 +175,8 @@ def browser() -> Iterator[Any]:
 
 
 def open_tab(page: Any, name: str) -> None:
-    """gradio 3 gives its tabs no role."""
-    page.locator("#tabs button").filter(has_text=re.compile(rf"^\s*{name}\s*$")).first.click()
+    """gradio 3 gives its tabs no role, and Forge writes Txt2img."""
+    page.locator("#tabs button").filter(has_text=re.compile(rf"^\s*{name}\s*$", re.I)).first.click()
 
 
 def option(page: Any, text: str) -> Any:
