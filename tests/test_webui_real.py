@@ -133,7 +133,9 @@ def webui(data: Path, *flags: str, route: str | None = None) -> Iterator[Server]
     }  # fmt: skip
     log = data / f"log-{port}.txt"
     command = [python, "launch.py", *FLAGS.split(), "--port", str(port), "--data-dir", str(data), *flags]
-    if not FORGE:
+    if FORGE:  # with a data folder elsewhere its page gets none of its own scripts (403)
+        command += ["--gradio-allowed-path", WEBUI]
+    else:
         environment["HF_HOME"] = str(hub_cache(data / "hub-cache"))
     ours = (data / "extensions").is_dir() and any((data / "extensions").iterdir())
     with (
@@ -175,8 +177,8 @@ def browser() -> Iterator[Any]:
 
 
 def open_tab(page: Any, name: str) -> None:
-    """gradio 3 gives its tabs no role."""
-    page.locator("#tabs button").filter(has_text=re.compile(rf"^\s*{name}\s*$")).first.click()
+    """gradio 3 gives its tabs no role, and Forge writes Txt2img."""
+    page.locator("#tabs button").filter(has_text=re.compile(rf"^\s*{name}\s*$", re.I)).first.click()
 
 
 def option(page: Any, text: str) -> Any:
