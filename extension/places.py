@@ -1,7 +1,8 @@
-"""Names from forms and requests, confined to the folders meant for them."""
+"""Names from forms and requests, confined to the folders meant for them; texts that tell no place of this machine."""
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -87,3 +88,14 @@ def _counted(stem: str) -> Iterator[str]:
     while True:
         yield f"{stem}-{n}"
         n += 1
+
+
+def without_folders(text: str, folders: Iterable[Path]) -> str:
+    """A text without the places of these folders: what lies in one is called from there on, a folder itself by name."""
+    whole = {spelt for folder in folders for spelt in (folder, folder.resolve())}
+    for place in sorted((one for one in whole if one.name), key=lambda one: len(str(one)), reverse=True):
+        for between in (os.sep, os.sep + os.sep):  # the second on Windows, as repr does
+            spelt = re.escape(str(place).replace(os.sep, between))
+            text = re.sub(rf"(?<![\w.]){spelt}{re.escape(between)}", "", text)
+            text = re.sub(rf"(?<![\w.]){spelt}(?![\w-])", place.name.replace("\\", "\\\\"), text)
+    return text

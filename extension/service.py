@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import threading
@@ -21,7 +20,7 @@ from salun.run_record import STATE, alone_in, new_run_folder
 from . import environment
 from .host import Host
 from .jobs import Job, Queue, none_for
-from .places import confined, made_name, new_file, own_name, safe_name
+from .places import confined, made_name, new_file, own_name, safe_name, without_folders
 
 OURS = ("models_dir", "output", "run_dir", "allow_pickle")  # of EraseJob: where to read and write is not for a form
 OFFERED = tuple(item.name for item in dataclasses.fields(EraseJob) if item.name not in OURS)
@@ -326,13 +325,7 @@ class Service:
         folders = {self.host.data, self.host.checkpoints(), self.host.loras()}
         if isinstance(model, str) and Path(model).is_absolute():
             folders.add(Path(model).parent)
-        whole = {spelt for folder in folders if folder is not None for spelt in (folder, folder.resolve())}
-        for place in sorted((one for one in whole if one.name), key=lambda one: len(str(one)), reverse=True):
-            for between in (os.sep, os.sep + os.sep):  # the second on Windows, as repr does
-                spelt = re.escape(str(place).replace(os.sep, between))
-                text = re.sub(rf"(?<![\w.]){spelt}{re.escape(between)}", "", text)
-                text = re.sub(rf"(?<![\w.]){spelt}(?![\w-])", place.name.replace("\\", "\\\\"), text)
-        return text
+        return without_folders(text, [folder for folder in folders if folder is not None])
 
     def run(self, name: str) -> Path:
         """A run's folder. Raises ConfigError for a name that none has."""

@@ -339,6 +339,13 @@ def erased(model: Any, family: str = "sd1", **changes: Any) -> tuple[Any, Delta,
     return result
 
 
+def forget_all(host: Any) -> None:
+    """As if nothing had been computed here yet."""
+    for path, _, _ in cache().entries():
+        path.unlink()
+    host.bar.clear()
+
+
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
@@ -566,9 +573,7 @@ def test_what_is_sampled_is_shown_and_blurred_alike(host: Any, kind: str, preset
 def test_an_interrupt_is_comfyuis_own_and_the_next_run_goes_on_from_it(host: Any) -> None:
     whole = erased(Patcher(), steps=6)[1]
     wanted = len(host.bar)
-    for path, _, _ in cache().entries():
-        path.unlink()
-    host.bar.clear()
+    forget_all(host)
     host.interrupt_at = wanted - 2  # after step 4 of 6
     with pytest.raises(Interrupt) as caught:
         erased(Patcher(), steps=6)
@@ -588,15 +593,7 @@ def test_an_interrupt_is_comfyuis_own_and_the_next_run_goes_on_from_it(host: Any
 @pytest.mark.parametrize("damage", ["run.json", "state/training.safetensors", "state/mask.safetensors", "other"])
 def test_a_state_that_is_damaged_or_of_others_is_not_taken_up(host: Any, damage: str) -> None:
     whole = erased(Patcher(), steps=6)[1]
-    wanted = len(host.bar)
-    for path, _, _ in cache().entries():
-        path.unlink()
-    host.bar.clear()
-    host.interrupt_at = wanted - 2
-    with pytest.raises(Interrupt):
-        erased(Patcher(), steps=6)
-    host.interrupt_at = None
-    (left,) = (cache().folder / "unfinished").iterdir()
+    left = stopped(host)
     if damage == "other":
         assert erased(Patcher(), steps=5)[1].result_hash != whole.result_hash
         assert not left.exists()
@@ -1085,9 +1082,7 @@ def stopped(host: Any) -> Path:
     """An erasure of 6 steps that was interrupted after step 4; returns what it left."""
     erased(Patcher(), steps=6)
     wanted = len(host.bar)
-    for path, _, _ in cache().entries():
-        path.unlink()
-    host.bar.clear()
+    forget_all(host)
     host.interrupt_at = wanted - 2
     with pytest.raises(Interrupt):
         erased(Patcher(), steps=6)
@@ -1225,9 +1220,7 @@ def test_an_interrupt_on_a_full_disk_is_an_interrupt(
 ) -> None:
     erased(Patcher(), steps=6)
     wanted = len(host.bar)
-    for path, _, _ in cache().entries():
-        path.unlink()
-    host.bar.clear()
+    forget_all(host)
     host.interrupt_at = wanted - 2
     full = lambda path: types.SimpleNamespace(free=0 if len(host.bar) >= wanted - 2 else 10**12)  # noqa: E731
     monkeypatch.setattr(places.shutil, "disk_usage", full)
@@ -1241,10 +1234,8 @@ def test_a_disk_that_fills_up_costs_the_means_to_resume_and_not_the_erasure(
 ) -> None:
     wanted = erased(Patcher(), steps=6)[1]
     end = len(host.bar)
-    for path, _, _ in cache().entries():
-        path.unlink()
     for full_from in (1, end - 2):
-        host.bar.clear()
+        forget_all(host)
         full = lambda path: types.SimpleNamespace(free=0 if len(host.bar) >= full_from else 10**12)  # noqa: E731, B023
         monkeypatch.setattr(places.shutil, "disk_usage", full)
         assert erased(Patcher(), steps=6)[1].result_hash == wanted.result_hash
