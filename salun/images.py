@@ -38,6 +38,8 @@ MOST_PIXELS = 2**26  # 8192 × 8192; reading takes up to 8 bytes for each
 MOST_BYTES = 2**30  # of a file
 TOO_LARGE = f"too large (the limit is {MOST_PIXELS:,} pixels)"
 WHITES = (255, 1023, 4095, 65535)
+NOT_AN_IMAGE = "not an image"
+LFS = b"version https://git-lfs"  # begins a file that stands for another
 _STRIP = 2**22  # pixels that are laid on white at once
 
 Source = Path | bytes
@@ -118,10 +120,10 @@ def _why_not(path: Path) -> str | None:
     """Why a file is not read as an image, None if it is."""
     if is_hidden(path.name):
         return "hidden or system file"
-    if path.suffix.lower() not in suffixes():
-        return "not an image"
     if not path.is_file():
         return "broken link, pipe or device"
+    if path.suffix.lower() not in suffixes():
+        return NOT_AN_IMAGE
     return f"larger than {MOST_BYTES // 2**20} MiB" if path.stat().st_size > MOST_BYTES else None
 
 
@@ -210,8 +212,18 @@ def _opened(source: Source) -> Iterator[Image]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(TOO_LARGE) from error
+    except Image.UnidentifiedImageError as error:
+        raise DataError("unreadable" + (" (HEIC: export it as JPEG)" if heif else _pointer(source))) from error
     except Exception as error:  # a damaged file can raise nearly anything from within its decoder
-        raise DataError("unreadable" + (" (HEIC: export it as JPEG)" if heif else "")) from error
+        raise DataError("unreadable") from error
+
+
+def _pointer(source: Source) -> str:
+    """What a user should do about a file of which Git LFS has not fetched the content; nothing for others."""
+    if isinstance(source, bytes):
+        return ""
+    with source.open("rb") as file:
+        return " (a Git LFS pointer: run `git lfs pull`)" if file.read(len(LFS)) == LFS else ""
 
 
 def _deep(image: Image) -> np.ndarray:

@@ -18,7 +18,7 @@ from salun.cache import Cache, key_of
 from salun.diffusion.denoiser import DiffusionModel
 from salun.errors import DataError
 from salun.formats.tensorfile import sha256_file
-from salun.images import Listing, counted, list_images, read_image, read_text, shown, white_level
+from salun.images import NOT_AN_IMAGE, Listing, counted, list_images, read_image, read_text, shown, white_level
 from salun.progress import Event, Progress, silent
 
 _LONGEST_CAPTION = 2000  # characters
@@ -43,7 +43,8 @@ def picture_files(folder: Path) -> Listing:
         raise DataError(f"{folder} is no folder: name a folder of images")
     found = list_images(folder)
     captions = {shown(path.with_suffix(".txt"), folder) for path in found.files}
-    skipped = {why: [name for name in names if name not in captions] for why, names in found.skipped.items()}
+    skipped = {**found.skipped}
+    skipped[NOT_AN_IMAGE] = [name for name in skipped.get(NOT_AN_IMAGE, []) if name not in captions]
     if not found.files:
         others = "".join(f"; skipped: {line}" for line in counted(skipped))
         raise DataError(f"{folder} holds no pictures: name a folder of PNG, JPEG, WebP or other image files{others}")
