@@ -93,8 +93,8 @@ def classify_unlearn(
     warnings = [f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])]
     lines = [
         *warnings,
-        f"forget: {data['options']['forget']}",
         *_table(done.metrics),
+        f"forget: {data['options']['forget']}",
         f"model: {folder / 'model.safetensors'}",
         f"run folder: {folder}",
     ]

@@ -91,8 +91,10 @@ def _parts_of_classes(root: Path) -> Layout | None:
 
 
 def _classes_of_parts(root: Path) -> Layout | None:
-    """Of `cats/train`, `cats/test`, `dogs/train` …; None for other folders."""
+    """Of `cats/train`, `cats/test`, `dogs/train` …; None for other folders, such as one around `train` and `test`."""
     inner = {name: visible_folders(root / name) for name in visible_folders(root)}
+    if len(inner) < 2:
+        return None
     split = [name for name in inner if inner[name] and all(map(role_of, inner[name])) and not _has_images(root / name)]
     names: dict[str, str] = {}
     for part in sorted({part for name in split for part in inner[name]}):

@@ -29,12 +29,13 @@ class Encoded:
     """A folder's pictures as latents.
 
     latents: float32 (n, c, h, w), scaled, on the model's device. captions: what x.txt beside each x.png says, or None.
-    notes: lines for the user: what was used, left out and why.
+    notes: lines for the user: what was used, left out and why. digests: of the images' pixels, as they were encoded.
     """
 
     latents: Tensor
     captions: list[str | None]
     notes: list[str]
+    digests: frozenset[str] = frozenset()
 
 
 def picture_files(folder: Path) -> Listing:
@@ -104,7 +105,7 @@ def encode_folder(
     notes += [f"  {line}" for line in counted(left, 5)]
     if not latents:
         raise DataError("; ".join(line.strip() for line in notes) + ": nothing is left to train on")
-    return Encoded(torch.stack(latents).to(model.device), captions, notes)
+    return Encoded(torch.stack(latents).to(model.device), captions, notes, frozenset(seen))
 
 
 def _encode(model: DiffusionModel, pixels: np.ndarray, digest: str, cache: Cache | None) -> Tensor:
