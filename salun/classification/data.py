@@ -60,16 +60,19 @@ def load_data(
 
 def _from_folder(name: str, path: Path, preset: dict[str, Any], image_size: int | None) -> ImageData:
     """A folder that `save_to_disk` wrote, a clone of a hub's repository, or images in a folder for each class."""
-    tables, parquet = tables_in(path), parquet_files(path)
-    if is_saved(path):
-        return from_hub(name, preset | {"repo": str(path)}, image_size)
-    if tables:
-        found = from_tables(path, tables, image_size, preset, preset.get("image"), preset.get("label"))
-        if found is not None:
-            return found
-    if parquet and not list_images(path).files:
-        return from_hub(name, preset | {"repo": str(path)}, image_size)
-    return from_folder(path, image_size, preset)
+    try:
+        if is_saved(path):
+            return from_hub(name, preset | {"repo": str(path)}, image_size)
+        tables = tables_in(path)
+        if tables:
+            found = from_tables(path, tables, image_size, preset, preset.get("image"), preset.get("label"))
+            if found is not None:
+                return found
+        if parquet_files(path) and not list_images(path).files:
+            return from_hub(name, preset | {"repo": str(path)}, image_size)
+        return from_folder(path, image_size, preset)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _digits() -> ImageData:
