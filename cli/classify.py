@@ -91,7 +91,13 @@ def classify_unlearn(
         done = unlearn(options, progress=progress, run_dir=folder, resume=resume, command=_command())
     data = done.record.data
     warnings = [f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])]
-    lines = [*warnings, *_table(done.metrics), f"model: {folder / 'model.safetensors'}", f"run folder: {folder}"]
+    lines = [
+        *warnings,
+        *_table(done.metrics),
+        f"forget: {data['options']['forget']}",
+        f"model: {folder / 'model.safetensors'}",
+        f"run folder: {folder}",
+    ]
     tell(data, as_json, lines)
 
 
@@ -131,6 +137,7 @@ def classify_compare(
 @app.command("classify-eval")
 def classify_eval(
     run: Annotated[Path, typer.Argument(help="a run folder made by `salun classify-train` or `classify-unlearn`")],
+    data: Annotated[str | None, typer.Option(help="Path of the run's data (default: where it was).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -138,7 +145,7 @@ def classify_eval(
     from salun.classification.experiment import evaluate
 
     with terminal_progress(as_json) as progress:
-        metrics = evaluate(run, device=device, progress=progress)
+        metrics = evaluate(run, data=data, device=device, progress=progress)
     tell(metrics, as_json, _table(metrics) if "UA" in metrics else _accuracy_lines(metrics))
 
 
@@ -194,14 +201,15 @@ def _preview_lines(found: Mapping[str, Any]) -> list[str]:
             if found["search"]
             else f", lr {found['lr']:g}"
         )
-        lines.append(f"forget: {rows['forget']:,} of them by {found['method']}{epochs}{rate}")
+        lines.append(f"forget: {found['forget']}, {rows['forget']:,} of them by {found['method']}{epochs}{rate}")
         lines.append(f"original: {found['given'] or _there(cached['original'])}")
         lines.append(f"Retrain: {found['no_retrain'] or _there(cached['retrain'])}")
     else:
         lines.append(
             f"training: {found['train_epochs']} epochs, lr {found['train_lr']:g}; {_there(cached['original'])}"
         )
-    return [*lines, f"time: about {found['seconds'] / 60:.1f} min on {found['device']}"]
+    notes = [f"note: {text}" for text in found["notes"]]
+    return [*notes, *lines, f"time: about {found['seconds'] / 60:.1f} min on {found['device']}"]
 
 
 def _there(cached: bool) -> str:
@@ -211,8 +219,10 @@ def _there(cached: bool) -> str:
 def _comparison_lines(found: Mapping[str, Any]) -> list[str]:
     jobs = found["jobs"]
     return [
+        *(f"note: {text}" for text in found["notes"]),
         f"{', '.join(found['methods'])}; seeds {found['seeds'][0]} to {found['seeds'][-1]}",
-        f"{found['forget']} of {found['train']:,} training pictures to forget; a random share is drawn by each seed",
+        f"forget: {found['forgetting']}, {found['forget']} of {found['train']:,} training pictures; a random share is "
+        "drawn by each seed",
         *(f"  {kind}: {some['all']} jobs, {some['done']} done already" for kind, some in jobs.items() if some["all"]),
         f"time: about {found['seconds'] / 60:.1f} min with {found['workers']} processes on {found['device']} "
         "(originals and Retrains that the cache has take none)",

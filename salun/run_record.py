@@ -107,7 +107,9 @@ class RunRecord:
     def _take_up(self, previous: Mapping[str, Any]) -> None:
         ours, theirs = _decisive(self.data), _decisive(previous)
         differing = [
-            f"{name} was {theirs[part].get(name)!r} and is {ours[part].get(name)!r}"
+            f"--{name.replace('_', '-')} leads to other content"
+            if part == "facts" and name in self.data["options"]
+            else f"{name} was {theirs[part].get(name)!r} and is {ours[part].get(name)!r}"
             for part in ours
             for name in sorted({*ours[part], *theirs[part]})
             if ours[part].get(name) != theirs[part].get(name)
@@ -269,8 +271,12 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _decisive(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a record, what the outputs' bytes depend on."""
-    told = {name: value for name, value in data["options"].items() if name not in NOT_DECISIVE}
+    """Of a record, what the outputs' bytes depend on. An option with a fact of its name is a path; the fact identifies
+    what it leads to.
+    """
+    told = {
+        name: value for name, value in data["options"].items() if name not in NOT_DECISIVE and name not in data["facts"]
+    }
     versions = {name: value for name, value in data["versions"].items() if name in (*PACKAGES, "python")}
     return {"options": told, "facts": {**data["facts"], "device": data["device"]}, "versions": versions}
 

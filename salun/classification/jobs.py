@@ -66,8 +66,9 @@ class Ledger:
     def key(self, job: Job) -> str:
         """What a result depends on: the job's options, data, split and fresh model (`facts`), versions, device."""
         facts = {**self.record.data["facts"], "device": self.record.data["device"]}
+        options = {name: value for name, value in asdict(job.options).items() if name not in facts}
         versions = {k: v for k, v in self.record.data["versions"].items() if k != "platform"}
-        text = json.dumps([job.kind, asdict(job.options), job.values, facts, versions], sort_keys=True)
+        text = json.dumps([job.kind, options, job.values, facts, versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, job: Job) -> dict[str, Any] | None:

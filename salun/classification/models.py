@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from salun.cache import digest_of
 from salun.classification.data import ImageData
 from salun.classification.randomness import seed_of
 from salun.errors import ModelError
@@ -384,6 +385,11 @@ def _check_config(told: Any) -> None:
         ):
             raise ValueError(f"its {key} is {value!r}, which a file may not say")
         _check_config(value)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of a model's weights and buffers, wherever its files are."""
+    return digest_of(*model.state_dict().values())
 
 
 def head_of(model: nn.Module, classes: int) -> nn.Linear:

@@ -128,6 +128,7 @@ def carry_out(
     asked = questions(plan, plan.eval_images, plan.options.seed)
     with record.stage("sampling"):
         data = data or sample_data(model, plan, progress, cache=cache)
+    record.data["notes"] += data.notes
     with record.stage("evaluating"):
         before = observe(model, asked, progress, "pictures before", cache)
     with record.stage("saliency"):
