@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
+import os
 import re
 import shutil
 import threading
@@ -13,13 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from salun.errors import ConfigError
+from salun.errors import ConfigError, DataError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
+from salun.run_reading import read_run
 from salun.run_record import STATE, alone_in, new_run_folder
 
 from . import environment
 from .host import Host
-from .jobs import Job, Queue, none_for
+from .jobs import Job, Queue
+from .limits import MOST, check_lengths, shortened
 from .places import confined, made_name, new_file, own_name, safe_name, without_folders
 
 OURS = ("models_dir", "output", "run_dir", "allow_pickle")  # of EraseJob: where to read and write is not for a form
@@ -80,16 +82,20 @@ class Service:
         strange = [key for key in options if key not in OFFERED]
         if strange:
             raise ConfigError(f"{', '.join(map(repr, strange))[:200]} cannot be set here")
+        check_lengths(options)
         values = {key: value for key, value in options.items() if value is not None}
         endless = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
         if endless:
             raise ConfigError(f"{endless[0]} is {values[endless[0]]}: give a number")
         values["mask"] = self._mask(values.get("mask", "saliency"))
+        for key in ("forget_images", "retain_images", "components"):
+            if not isinstance(values.get(key, ""), str):
+                raise ConfigError(f"{key} is {repr(values[key])[:80]}, but must be str")
         for key in ("forget_images", "retain_images"):
             if key in values:
-                values[key] = str(confined(str(values[key]), self.pictures))
+                values[key] = str(confined(values[key], self.pictures))
         if "components" in values:
-            values["components"] = _components(str(values["components"]))
+            values["components"] = _components(values["components"])
         return values
 
     def mask(self, options: Mapping[str, Any]) -> Job:
@@ -278,7 +284,7 @@ class Service:
 
     def models(self) -> dict[str, str]:
         """Title → what salun takes for it."""
-        return self.host.models()
+        return {title: place for title, place in self.host.models().items() if _displayable(title)}
 
     def first_model(self) -> str | None:
         """What a list shows before anything is chosen: what the host generates with, else the first."""
@@ -301,21 +307,21 @@ class Service:
         return {name: str(entry["anchors"][0]) for name, entry in presets().items()}
 
     def history(self) -> list[dict[str, Any]]:
-        """Every run's summary, the latest first."""
-        found = []
+        """Every run's summary, the latest first. One that cannot be read has the status "unreadable", and why."""
         open_runs = {job.run for job in self.queue.all() if job.open}
-        for file in self.runs.glob("*/run.json"):
-            record = _record(file)
-            if record is None:
-                continue
-            status = record["status"]
-            if status == "running" and file.parent.name not in open_runs:
-                status = "stopped"
-            told = _summary(record, file.parent)
-            if told["error"]:
-                told["error"] = self.without_places(str(told["error"]), record["options"].get("model"))
-            found.append({"run": file.parent.name, "status": status, **told})
-        return sorted(found, key=lambda run: str(run["run"]), reverse=True)
+        names = [file.parent.name for file in self.runs.glob("*/run.json")]
+        return [self._summary(name, open_runs) for name in sorted(filter(_displayable, names), reverse=True)]
+
+    def _summary(self, name: str, open_runs: set[str | None]) -> dict[str, Any]:
+        try:
+            record = read_run(confined(name, self.runs))
+        except (ConfigError, DataError) as error:
+            return {"run": name, "status": "unreadable", **_NOTHING, "error": self.without_places(str(error))}
+        stopped = record["status"] == "running" and name not in open_runs
+        told = _summary(record, self.runs / name)
+        if told["error"]:
+            told["error"] = self.without_places(str(told["error"]), record["options"].get("model"))
+        return {"run": name, "status": "stopped" if stopped else record["status"], **told}
 
     def without_places(self, text: str, model: Any = None) -> str:
         """A text for everybody: files are called by their names, not by where they lie on this machine.
@@ -349,6 +355,7 @@ class Service:
     def options_of(self, run: str) -> dict[str, Any]:
         """The options of a run, as a form shows them: to load them again."""
         options = {key: value for key, value in _options(self.run(run)).items() if key in OFFERED}
+        from_mapping(EraseJob, options, f"the options of {run}")  # who wrote them is not known
         titles = {place: title for title, place in self.models().items()}
         options["model"] = titles.get(str(options.get("model")), options.get("model"))
         for key in ("forget_images", "retain_images"):
@@ -362,7 +369,7 @@ class Service:
 
     def deltas(self) -> list[str]:
         """Names of runs that have a delta, the latest first."""
-        return sorted((p.parent.name for p in self.runs.glob(f"*/{DELTA}")), reverse=True)
+        return sorted(filter(_displayable, (p.parent.name for p in self.runs.glob(f"*/{DELTA}"))), reverse=True)
 
     def picture_folders(self) -> list[str]:
         """Names of the folders of a user's own pictures, but for links that lead out of the folder meant for them."""
@@ -370,14 +377,15 @@ class Service:
 
     def _holds(self, folder: Path) -> bool:
         try:
-            return bool(confined(folder.name, self.pictures))
+            return bool(confined(folder.name, self.pictures))  # half a character is none that a name may have
         except ConfigError:
             return False
 
     def made_masks(self) -> list[str]:
         """Names of masks that can be chosen beside the controls."""
         own = sorted(p.stem for p in self.masks.glob("*.safetensors"))
-        return own + sorted((p.parent.name for p in self.runs.glob("*/mask.safetensors")), reverse=True)
+        of_runs = sorted((p.parent.name for p in self.runs.glob("*/mask.safetensors")), reverse=True)
+        return list(filter(_displayable, own + of_runs))
 
     def delta(self, run: str) -> Path:
         """The delta's file of a run."""
@@ -387,11 +395,10 @@ class Service:
         """The erased checkpoint that a run wrote. Raises ConfigError if it wrote none, or it is gone."""
         folder = self.run(run)
         homes = [home.resolve() for home in (folder, self._home())]
-        told = _options(folder).get("output")
-        for path in [*(told if isinstance(told, list) else []), folder / "model.safetensors", folder / "model"]:
-            place = Path(str(path)).resolve()  # who wrote run.json is not known: it may name what is in our folders
+        for path in [*_options(folder).get("output", []), folder / "model.safetensors", folder / "model"]:
+            place = Path(os.path.realpath(path))  # who wrote run.json is not known: it may name what is in our folders
             whole = not place.name.endswith((".salun.safetensors", ".lora.safetensors", ".diff.safetensors"))
-            if whole and any(home in place.parents for home in homes) and place.exists():
+            if whole and any(home in place.parents for home in homes) and os.path.exists(place):
                 return place
         raise ConfigError(f"the erased model of {run} is not there any more")
 
@@ -472,8 +479,9 @@ class Service:
         if isinstance(model, str):
             if model in self.models().values():
                 return model
-            for place in Path(model).resolve().parents:
-                if place.parent == self.runs.resolve() and self.checkpoint(place.name) == Path(model).resolve():
+            real = Path(os.path.realpath(model))
+            for place in real.parents:
+                if place.parent == self.runs.resolve() and self.checkpoint(place.name) == real:
                     return model
         if otherwise:
             return self._model(otherwise)
@@ -498,24 +506,26 @@ def _pathlike(text: str) -> bool:
 
 def _stem(title: Any) -> str:
     return safe_name(
-        re.sub(r"\.(safetensors|ckpt)|\s*\[[0-9a-f]+\]$", "", str(title or "shapes").split("/")[-1]), "model"
+        re.sub(r"\.(safetensors|ckpt)|(?<!\s)\s*\[[0-9a-f]+\]$", "", str(title or "shapes").split("/")[-1]), "model"
     )
 
 
 def _options(run: Path) -> dict[str, Any]:
-    """The options that a run's record tells; a record may be a stranger's."""
-    found: dict[str, Any] = (_record(run / "run.json") or {"options": {}})["options"]
+    """The options that a run's record tells, which may be untrusted input. Raises ConfigError for an unreadable one."""
+    try:
+        found: dict[str, Any] = read_run(run)["options"]
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     return found
 
 
-def _record(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=none_for)
-        if isinstance(found, dict) and isinstance(found["options"], dict) and isinstance(found["status"], str):
-            return found
-    except (OSError, ValueError, KeyError, RecursionError):
-        pass
-    return None
+def _displayable(name: str) -> bool:
+    """Whether a page can show a file's name: one that is no UTF-8 cannot be written as JSON."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+_NOTHING: dict[str, Any] = {"concept": None, "model": "", "error": None, "headline": [], "figures": [], "files": []}
+"""What a list shows of a run that cannot be read."""
 
 
 def _summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -523,17 +533,17 @@ def _summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     from salun.report.page import figure_rows, headline
 
     told: dict[str, Any] = {
-        "concept": record["options"].get("concept"),
-        "model": str(record["options"].get("model") or "").replace("\\", "/").split("/")[-1],
-        "error": record.get("error"),
-        "headline": [],
-        "figures": [],
+        **_NOTHING,
+        "concept": [shortened(text) for text in record["options"].get("concept", [])][:MOST],
+        "model": shortened((record["options"].get("model") or "").replace("\\", "/").split("/")[-1]),
+        "error": shortened(record["error"]) if record["error"] else None,
         "files": [name for name in SHOWN if (folder / name).is_file()],
     }
     try:
         if record["status"] == "done":
-            told["headline"] = headline(record["concepts"], record["metrics"])
-            told["figures"] = [list(row) for row in figure_rows(record["concepts"], record["metrics"])]
+            rows = figure_rows(record["concepts"], record["metrics"])[:MOST]
+            told["headline"] = [shortened(line) for line in headline(record["concepts"], record["metrics"])][:MOST]
+            told["figures"] = [[shortened(str(cell)) for cell in row] for row in rows]
     except Exception:  # whatever a stranger's figures are: the other runs are to be listed all the same
         told["error"] = "its run.json is of another version"
     return told

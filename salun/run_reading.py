@@ -56,15 +56,27 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     file = folder / "run.json"
     try:
-        found = json.loads(_content(file), parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
-        _check_values(found)
+        found = read_json(file)
         _check_record(found)
     except OSError as error:
         reason = "there is no run.json in it" if isinstance(error, FileNotFoundError) else f"run.json: {error.strerror}"
         raise DataError(f"{folder} is not a run folder ({reason}). Choose a folder that a run has made") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{file} is not a valid record of a run: {error}. Choose another run") from error
     return {**blank_record(), "error": None, **found}
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file, which may be untrusted input; numbers that are NaN or infinite are None.
+
+    Raises OSError, or ValueError for what `read_run` calls invalid.
+    """
+    try:
+        found = json.loads(_content(file), parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from error
+    _check_values(found)
+    return found
 
 
 def _content(file: Path) -> str:

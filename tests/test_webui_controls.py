@@ -328,7 +328,7 @@ def test_a_strangers_run_json_names_no_file_outside_our_folders(held: Service, t
     for n, path in enumerate(
         [secret, tmp_path / "checkpoints" / ".." / secret.name, ours.with_name("link.safetensors")]
     ):
-        run = write_run(held, f"planted-{n}", output=[str(path), 7, None], model=str(path))
+        run = write_run(held, f"planted-{n}", output=[str(path)], model=str(path))
         for reads in (held.checkpoint, held.use, held._model):
             with pytest.raises(ConfigError, match=r"not there any more|no model"):
                 reads(run.name)
@@ -352,7 +352,8 @@ def test_a_strangers_run_json_spoils_no_list(service: Service, wrong: dict[str, 
     record = {"status": "done", "options": {}, "concepts": [], "metrics": {"ua": None, "reason": "x"}, **wrong}
     (bad / "run.json").write_text(json.dumps(record), encoding="utf-8")
     first, second = service.history()
-    assert (first["run"], first["error"]) == (bad.name, "its run.json is of another version")
+    assert first["run"] == bad.name
+    assert re.search("is of another version|is not a valid record of a run: (metrics|concepts) is", first["error"])
     assert (second["run"], second["concept"]) == (good.name, ["good"])
 
 
