@@ -41,6 +41,7 @@ LOSSES = 2_000  # points of the loss plot kept
 NOTES = 100  # messages of a job kept
 TITLE = 200  # characters
 MOST_OPEN = 100  # jobs that are not over
+FOREIGN = "the job is of another folder, or asks for more than this page can: begin a new one"
 OPEN = ("queued", "waiting", "running", "stopping")
 logger = logging.getLogger("salun")
 
@@ -91,7 +92,8 @@ class Queue:
     """The jobs of one folder.
 
     python: gives the interpreter of the children, when one is begun. turn: entered before a child begins and left after
-    it ended: the host's lock, its memory freed and given back. after: called with every job that ended.
+    it ended: the host's lock, its memory freed and given back. after: called with every job that ended. allowed: whether a
+    job that the folder holds from an earlier start may run: who wrote its file is not known.
     Raises ConfigError if another program works with the folder.
     """
 
@@ -102,12 +104,13 @@ class Queue:
         turn: Turn = lambda job: nullcontext(),
         after: Callable[[Job], None] = lambda job: None,
         environment: Mapping[str, str] | None = None,
+        allowed: Callable[[Job], bool] = lambda job: True,
     ) -> None:
         import filelock
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._python, self._turn, self._after = folder, python, turn, after
-        self._environment = dict(environment or {})
+        self._environment, self._allowed = dict(environment or {}), allowed
         self._alone = filelock.FileLock(folder / ".lock", thread_local=False)
         try:
             self._alone.acquire(timeout=0)
@@ -384,7 +387,10 @@ class Queue:
             job.title = shortened(job.title, TITLE)
             self._jobs[job.id] = job
         for job in sorted(self._jobs.values(), key=lambda job: job.created):
-            if job.state in ("queued", "waiting") and (self.folder / job.id / "request.json").is_file():
+            if (job.open or job.resumable) and not self._allowed(job):
+                job.state, job.error, job.resumable = "failed", FOREIGN, False
+                self._save(job)
+            elif job.state in ("queued", "waiting") and (self.folder / job.id / "request.json").is_file():
                 job.state = "queued"
                 self._waiting.append(job.id)
             elif job.open:  # the program ended meanwhile

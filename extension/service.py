@@ -46,10 +46,20 @@ class Service:
         self.runs, self.pictures, self.masks = (host.data / name for name in ("runs", "pictures", "masks"))
         for folder in (self.runs, self.pictures, self.masks):
             folder.mkdir(parents=True, exist_ok=True)
-        self.queue = Queue(host.data / "jobs", host.python, host.turn, host.changed, host.environment())
+        self.queue = Queue(host.data / "jobs", host.python, host.turn, host.changed, host.environment(), self._may_run)
         self._naming = threading.Lock()  # from the choice of a new name until a job has it
 
     # jobs
+
+    def _may_run(self, job: Job) -> bool:
+        """Whether a job that was read from a file writes within our folders, and asks for no more than a form can."""
+        options = job.request.get("options", {})
+        homes = [home for home in (self.host.data, self.host.checkpoints(), self.host.loras()) if home is not None]
+        real = [Path(os.path.realpath(home)) for home in homes]
+        written = [*(options.get("output") or []), options.get("run_dir"), job.request.get("output")]
+        places = [Path(os.path.realpath(path)) for path in written if path]
+        within = all(any(home in place.parents for home in real) for place in places)
+        return within and not options.get("allow_pickle") and not options.get("models_dir")
 
     def erase(self, options: Mapping[str, Any], preview_every: int = 0, name: str = "") -> Job:
         """Put an erasure into the queue. options: fields of `EraseJob` named in OFFERED; `model` a title of the host's.

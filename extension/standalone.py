@@ -53,12 +53,13 @@ def application(service: Service, login: tuple[str, str] | None) -> Any:
     """The whole as an ASGI application: the API and the page, behind the same name and password."""
     import gradio as gr
     from fastapi import FastAPI
+    from starlette.routing import Mount
 
     access = Access(dict([login]) if login is not None else {}, guarded=login is not None)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, service, access)
     gr.mount_gradio_app(app, build(gr, service, access), path="/", auth=login)
-    access.signed_in = gradio_login(app.routes[-1].app)
+    access.signed_in = gradio_login(next(route.app for route in app.routes if isinstance(route, Mount)))
     return Front(app, access)
 
 

@@ -154,8 +154,8 @@ LONG = {
     "anchor": ({"options": {"concept": ["a"], "anchor": ["a" * 2001]}}, "anchor: a text has 2,001 characters"),
     "name": ({"options": {"concept": ["a"]}, "name": "\u0316\u0301" * 150_000}, "the name has 300,000 characters"),
     "delta": ({"kind": "undo", "model": "shapes", "delta": "\u0316\u0301" * 150_000}, "a name has 300,000 characters"),
-    "run": ({"kind": "inspect", "run": "--run-dir: " * 10_000}, "a name has 110,000 characters; the limit is 1,000"),
-    "mask": ({"options": {"concept": ["a"], "mask": "--run-dir: " * 10_000}}, "mask: a text has 110,000 characters"),
+    "run": ({"kind": "inspect", "run": "--run-dir : " * 10_000}, "a name has 120,000 characters; the limit is 1,000"),
+    "mask": ({"options": {"concept": ["a"], "mask": "--run-dir : " * 10_000}}, "mask: a text has 120,000 characters"),
 }
 """What takes long to look at: the text itself, what Unicode makes of it, or the message about it."""
 

@@ -405,6 +405,39 @@ def test_a_run_that_cannot_be_read_is_listed_as_such_and_harms_no_other(service:
             service.checkpoint(run["run"])
 
 
+@pytest.mark.parametrize("state", ["queued", "running", "cancelled"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"output": ["/elsewhere/x.safetensors"]},
+        {"run_dir": "/elsewhere"},
+        {"allow_pickle": True},
+        {"models_dir": ["/"]},
+    ],
+    ids=str,
+)
+def test_a_job_in_a_folder_that_somebody_has_sent_is_not_run(tmp_path: Path, state: str, asked: dict[str, Any]) -> None:
+    """It would write where its file says, with what its file allows."""
+    first = Service(Alone(tmp_path / "data"))
+    job = first.erase({"concept": ["circle"], "model": "shapes"})
+    first.queue.cancel(job.id)
+    first.queue.wait(job.id, 30)
+    first.queue.close()
+    file = first.queue.folder / job.id / "job.json"
+    held = json.loads(file.read_text(encoding="utf-8")) | {"state": state, "resumable": state == "cancelled"}
+    sent = {**held, "request": {**held["request"], "options": {**held["request"]["options"], **asked}}}
+    file.write_text(json.dumps(sent), encoding="utf-8")
+    second = Service(Alone(tmp_path / "data"))
+    try:
+        (found,) = second.queue.all()
+        assert (found.state, found.resumable) == ("failed", False)
+        assert "is of another folder" in str(found.error)
+        with pytest.raises(ConfigError):
+            second.queue.resume(job.id)
+    finally:
+        second.queue.close()
+
+
 def test_options_of_a_wrong_type_are_not_loaded_again(service: Service) -> None:
     with pytest.raises(ConfigError, match="the options of odd: forget_images is 5, but must be str"):
         service.options_of(write_run(service, "odd", forget_images=5).name)
