@@ -92,8 +92,8 @@ class Queue:
     """The jobs of one folder.
 
     python: gives the interpreter of the children, when one is begun. turn: entered before a child begins and left after
-    it ended: the host's lock, its memory freed and given back. after: called with every job that ended. allowed: whether a
-    job that the folder holds from an earlier start may run: who wrote its file is not known.
+    it ended: the host's lock, its memory freed and given back. after: called with every job that ended. allowed:
+    whether a job of an earlier start, which the folder holds, may run: who wrote its file is not known.
     Raises ConfigError if another program works with the folder.
     """
 

@@ -105,3 +105,8 @@ def without_folders(text: str, folders: Iterable[Path]) -> str:
             text = re.sub(rf"(?<![\w.]){spelt}{re.escape(between)}", "", text)
             text = re.sub(rf"(?<![\w.]){spelt}(?![\w-])", place.name.replace("\\", "\\\\"), text)
     return text
+
+
+def displayable(name: str) -> bool:
+    """Whether a page can show a file's name: one that is no UTF-8 cannot be written as JSON."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)

@@ -19,22 +19,14 @@ from salun.run_reading import read_run
 from salun.run_record import STATE, alone_in, new_run_folder
 
 from . import environment
+from .history import DELTA, SHOWN, UNREADABLE, options_in, summary
 from .host import Host
 from .jobs import Job, Queue
-from .limits import MOST, check_lengths, shortened
-from .places import confined, made_name, new_file, own_name, safe_name, without_folders
+from .limits import check_lengths
+from .places import confined, displayable, made_name, new_file, own_name, safe_name, without_folders
 
 OURS = ("models_dir", "output", "run_dir", "allow_pickle")  # of EraseJob: where to read and write is not for a form
 OFFERED = tuple(item.name for item in dataclasses.fields(EraseJob) if item.name not in OURS)
-DELTA = "delta.salun.safetensors"
-SHOWN = {  # files of a run that the API hands out, and their types
-    "report.html": "text/html; charset=utf-8",
-    "before_after.png": "image/png",
-    "run.json": "application/json",
-    "log.txt": "text/plain; charset=utf-8",
-    "mask.safetensors": "application/octet-stream",
-    DELTA: "application/octet-stream",
-}
 logger = logging.getLogger("salun")
 
 
@@ -260,7 +252,7 @@ class Service:
         if "undo" not in self.offers(job):
             raise ConfigError(f"{job.title} changed nothing that could be undone")
         run = str(job.run)
-        base = Path(str(_options(self.run(run)).get("model")))
+        base = Path(str(options_in(self.run(run)).get("model")))
         if self.host.checkpoints() is not None and str(base) in self.models().values():
             return f"{self._use(base)} The erased one stays in the list."
         return f"“{self.undo(run, run).title}” is in the queue."
@@ -294,7 +286,7 @@ class Service:
 
     def models(self) -> dict[str, str]:
         """Title → what salun takes for it."""
-        return {title: place for title, place in self.host.models().items() if _displayable(title)}
+        return {title: place for title, place in self.host.models().items() if displayable(title)}
 
     def first_model(self) -> str | None:
         """What a list shows before anything is chosen: what the host generates with, else the first."""
@@ -320,18 +312,19 @@ class Service:
         """Every run's summary, the latest first. One that cannot be read has the status "unreadable", and why."""
         open_runs = {job.run for job in self.queue.all() if job.open}
         names = [file.parent.name for file in self.runs.glob("*/run.json")]
-        return [self._summary(name, open_runs) for name in sorted(filter(_displayable, names), reverse=True)]
+        return [self._summary(name, open_runs) for name in sorted(filter(displayable, names), reverse=True)]
 
     def _summary(self, name: str, open_runs: set[str | None]) -> dict[str, Any]:
         try:
             record = read_run(confined(name, self.runs))
         except (ConfigError, DataError) as error:
-            return {"run": name, "status": "unreadable", **_NOTHING, "error": self.without_places(str(error))}
-        stopped = record["status"] == "running" and name not in open_runs
-        told = _summary(record, self.runs / name)
+            return {"run": name, **UNREADABLE, "error": self.without_places(str(error))}
+        told = summary(record, self.runs / name)
+        if record["status"] == "running" and name not in open_runs:
+            told["status"] = "stopped"
         if told["error"]:
             told["error"] = self.without_places(str(told["error"]), record["options"].get("model"))
-        return {"run": name, "status": "stopped" if stopped else record["status"], **told}
+        return {"run": name, **told}
 
     def without_places(self, text: str, model: Any = None) -> str:
         """A text for everybody: files are called by their names, not by where they lie on this machine.
@@ -364,7 +357,7 @@ class Service:
 
     def options_of(self, run: str) -> dict[str, Any]:
         """The options of a run, as a form shows them: to load them again."""
-        options = {key: value for key, value in _options(self.run(run)).items() if key in OFFERED}
+        options = {key: value for key, value in options_in(self.run(run)).items() if key in OFFERED}
         from_mapping(EraseJob, options, f"the options of {run}")  # who wrote them is not known
         titles = {place: title for title, place in self.models().items()}
         options["model"] = titles.get(str(options.get("model")), options.get("model"))
@@ -379,7 +372,7 @@ class Service:
 
     def deltas(self) -> list[str]:
         """Names of runs that have a delta, the latest first."""
-        return sorted(filter(_displayable, (p.parent.name for p in self.runs.glob(f"*/{DELTA}"))), reverse=True)
+        return sorted(filter(displayable, (p.parent.name for p in self.runs.glob(f"*/{DELTA}"))), reverse=True)
 
     def picture_folders(self) -> list[str]:
         """Names of the folders of a user's own pictures, but for links that lead out of the folder meant for them."""
@@ -395,7 +388,7 @@ class Service:
         """Names of masks that can be chosen beside the controls."""
         own = sorted(p.stem for p in self.masks.glob("*.safetensors"))
         of_runs = sorted((p.parent.name for p in self.runs.glob("*/mask.safetensors")), reverse=True)
-        return list(filter(_displayable, own + of_runs))
+        return list(filter(displayable, own + of_runs))
 
     def delta(self, run: str) -> Path:
         """The delta's file of a run."""
@@ -405,7 +398,7 @@ class Service:
         """The erased checkpoint that a run wrote. Raises ConfigError if it wrote none, or it is gone."""
         folder = self.run(run)
         homes = [home.resolve() for home in (folder, self._home())]
-        for path in [*_options(folder).get("output", []), folder / "model.safetensors", folder / "model"]:
+        for path in [*options_in(folder).get("output", []), folder / "model.safetensors", folder / "model"]:
             place = Path(os.path.realpath(path))  # who wrote run.json is not known: it may name what is in our folders
             whole = not place.name.endswith((".salun.safetensors", ".lora.safetensors", ".diff.safetensors"))
             if whole and any(home in place.parents for home in homes) and os.path.exists(place):
@@ -485,7 +478,7 @@ class Service:
         """What a run was made with, if it is one of the host's models or another run's; else the model `otherwise`."""
         from salun.diffusion.finding import aliases
 
-        model = _options(delta.parent).get("model") or aliases()["default"]
+        model = options_in(delta.parent).get("model") or aliases()["default"]
         if isinstance(model, str):
             if model in self.models().values():
                 return model
@@ -518,42 +511,3 @@ def _stem(title: Any) -> str:
     return safe_name(
         re.sub(r"\.(safetensors|ckpt)|(?<!\s)\s*\[[0-9a-f]+\]$", "", str(title or "shapes").split("/")[-1]), "model"
     )
-
-
-def _options(run: Path) -> dict[str, Any]:
-    """The options that a run's record tells, which may be untrusted input. Raises ConfigError for an unreadable one."""
-    try:
-        found: dict[str, Any] = read_run(run)["options"]
-    except DataError as error:
-        raise ConfigError(str(error)) from error
-    return found
-
-
-def _displayable(name: str) -> bool:
-    """Whether a page can show a file's name: one that is no UTF-8 cannot be written as JSON."""
-    return not any("\ud800" <= c <= "\udfff" for c in name)
-
-
-_NOTHING: dict[str, Any] = {"concept": None, "model": "", "error": None, "headline": [], "figures": [], "files": []}
-"""What a list shows of a run that cannot be read."""
-
-
-def _summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Of a record, what a list shows."""
-    from salun.report.page import figure_rows, headline
-
-    told: dict[str, Any] = {
-        **_NOTHING,
-        "concept": [shortened(text) for text in record["options"].get("concept", [])][:MOST],
-        "model": shortened((record["options"].get("model") or "").replace("\\", "/").split("/")[-1]),
-        "error": shortened(record["error"]) if record["error"] else None,
-        "files": [name for name in SHOWN if (folder / name).is_file()],
-    }
-    try:
-        if record["status"] == "done":
-            rows = figure_rows(record["concepts"], record["metrics"])[:MOST]
-            told["headline"] = [shortened(line) for line in headline(record["concepts"], record["metrics"])][:MOST]
-            told["figures"] = [[shortened(str(cell)) for cell in row] for row in rows]
-    except Exception:  # whatever a stranger's figures are: the other runs are to be listed all the same
-        told["error"] = "its run.json is of another version"
-    return told
