@@ -120,6 +120,7 @@ def test_a_host_header_that_is_no_address_is_refused(host: str) -> None:
 @pytest.mark.parametrize("login", [None, ("ann", "secret")], ids=["open", "login"])
 def test_no_foreign_origin_is_answered_or_told_that_it_may_read(page: Callable[..., Any], login: Any) -> None:
     """Gradio itself echoes any origin, together with leave to send cookies."""
+    disconnect = pytest.importorskip("starlette.websockets").WebSocketDisconnect
     calling = page(login, "http://127.0.0.1:7870")
     if login is not None:
         calling.post("/login", data={"username": "ann", "password": "secret"})
@@ -131,6 +132,8 @@ def test_no_foreign_origin_is_answered_or_told_that_it_may_read(page: Callable[.
             answer = calling.request(method, path, headers=headers)
             assert answer.status_code == 403, (method, path)
             assert not [name for name in answer.headers if name.startswith("access-control")]
+        with pytest.raises(disconnect), calling.websocket_connect("/gradio_api/queue/join", headers=headers):
+            pass
     own = calling.get("/config", headers={"Origin": "http://127.0.0.1:7870"})
     assert (own.status_code, [name for name in own.headers if name.startswith("access-control")]) == (200, [])
     assert calling.get("/config", headers={"Sec-Fetch-Site": "same-site"}).status_code == 403

@@ -438,6 +438,12 @@ def test_a_job_in_a_folder_that_somebody_has_sent_is_not_run(tmp_path: Path, sta
         second.queue.close()
 
 
+def test_a_number_of_many_digits_is_refused_in_words() -> None:
+    for text in ("9" * 400, "9" * 5_000):
+        with pytest.raises(ConfigError, match=rf"steps has {len(text)} digits: give a number"):
+            value_of("steps", text)
+
+
 def test_options_of_a_wrong_type_are_not_loaded_again(service: Service) -> None:
     with pytest.raises(ConfigError, match="the options of odd: forget_images is 5, but must be str"):
         service.options_of(write_run(service, "odd", forget_images=5).name)
