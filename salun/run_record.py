@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 import re
 import shutil
@@ -17,10 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from salun.errors import Cancelled, ConfigError, ModelError
+from salun.errors import Cancelled, ConfigError, DataError, ModelError
 from salun.formats.tensorfile import remove_leftovers, sha256_file, write_bytes
+from salun.run_reading import blank_record, read_run
 
-SCHEMA = 1
 STATE = "state"
 NOT_DECISIVE = (
     "output",
@@ -58,25 +59,14 @@ class RunRecord:
     ) -> None:
         self.folder, self.resume, self.in_passing = folder, resume, False
         self.data: dict[str, Any] = {
-            "schema": SCHEMA,
+            **blank_record(),
             "status": "running",
             "command": command,
             "options": dict(options),
             "device": device,
             "facts": dict(facts or {}),
-            "resumed": 0,
-            "concepts": [],
-            "notes": [],
             "seed": seed,
             "versions": versions(),
-            "inputs": [],
-            "outputs": [],
-            "timings": {},
-            "peak_memory": {"host_bytes": None, "device_bytes": None},
-            "mask": None,
-            "rounding": None,
-            "losses": [],
-            "metrics": {},
         }
 
     @contextmanager
@@ -199,25 +189,20 @@ def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
 
     Raises ConfigError for a finished one, for an unfinished one without `resume`, and for a run.json that is none.
     """
-    try:
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        status = found["status"]
-        parts = [found[part] for part in ("options", "versions", "facts", "timings")]
-        if found["schema"] != SCHEMA or not all(isinstance(part, dict) for part in parts):
-            raise ValueError(f"schema {found['schema']!r}")
-    except FileNotFoundError:
+    if not os.path.lexists(folder / "run.json"):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--run-dir {folder} holds a run.json that cannot be read ({error!r}): name another"
-        ) from error
+    try:
+        found = read_run(folder)
+    except DataError as error:
+        raise ConfigError(f"--run-dir {folder}: {error}") from error
+    status = found["status"]
     if status == "done":
         raise ConfigError(f"--run-dir {folder} holds a finished run: see its report.html, or name another folder")
     if not resume:
         raise ConfigError(
             f"--run-dir {folder} holds an unfinished run ({status}): go on with it by --resume, or name another folder"
         )
-    return dict(found)
+    return found
 
 
 def check_room(needed: Mapping[Path, int]) -> None:
