@@ -348,7 +348,7 @@ def train(
     state: where training is saved and, if this run (by its fingerprint) has stopped before, taken up from.
     """
     options, who = plan.options, current()
-    done = who.share(len(saved_steps(state, fingerprint)) if state is not None else 0)
+    done = who.share(len(saved_steps(state, fingerprint, plan.steps)) if state is not None else 0)
     if done:
         progress(Event("training", done, plan.steps, message=f"going on after step {done}"))
     frozen = {}
