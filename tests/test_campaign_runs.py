@@ -154,6 +154,7 @@ def place_state(rng: random.Random, dtype: torch.dtype, path: Path) -> None:
     with suppress(Cancelled):
         train(dtype, path, stop, False)
     tensors, metadata = dict(tensorfile.tensors(path)), tensorfile.read_header(path).metadata
+    history = metadata["history"]
     for _ in range(rng.randint(1, 2)):
         name = rng.choice(list(tensors))
         value, kind = tensors[name], rng.randrange(9)
@@ -170,7 +171,7 @@ def place_state(rng: random.Random, dtype: torch.dtype, path: Path) -> None:
         elif kind == 5:
             metadata["scale"] = rng.choice(("nan", "inf", "0", "-1", "1e400", "3", "", "0.5", "1", "65536"))
         elif kind == 6:
-            metadata["history"] = json.dumps(mutated(rng, json.loads(metadata["history"])))
+            metadata["history"] = json.dumps(mutated(rng, json.loads(history)))
         elif kind == 7:
             metadata["history"] = rng.choice(("", "[" * 9_000, "7", "{}", str([[i, 0.5, 0.5] for i in range(1, 99)])))
         else:
