@@ -38,8 +38,12 @@ def main() -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:
-        if isinstance(error, Cancelled | typer.Abort) or interrupt.stopping():
-            interrupt.leave(printable(str(error)) if "--resume" in str(error) else interrupt.LINE)
+        line = str(error) if isinstance(error, Cancelled) and "--resume" in str(error) else interrupt.LINE
+        if interrupt.stopping():
+            interrupt.leave(printable(line))
+        if isinstance(error, Cancelled | typer.Abort):
+            _complain(line)
+            sys.exit(interrupt.CODE)
         if isinstance(error, BrokenPipeError):  # whoever reads stdout has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(1)

@@ -44,11 +44,11 @@ def recorded(folder: Path | None, resume: bool, kind: type, given: Mapping[str, 
 
 def _finished(record: Mapping[str, Any], folder: Path, given: Mapping[str, Any], as_json: bool) -> None:
     """Say that a run is finished, and end the command. Raises ConfigError if other options are given than it had."""
-    from salun.run_record import NOT_DECISIVE
+    from salun.run_record import INPUTS, NOT_DECISIVE
 
     for name, value in given.items():
         had = record["options"].get(name, value)
-        if name not in (*record["facts"], *NOT_DECISIVE, "methods", "anchor") and had != value:
+        if name not in (*INPUTS, *NOT_DECISIVE, "methods", "anchor") and had != value:
             raise ConfigError(
                 f"--run-dir {folder} holds a finished run with {name} {had!r}, not {value!r}: name another folder"
             )

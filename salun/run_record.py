@@ -27,6 +27,9 @@ STATE = "state"
 NOT_DECISIVE = (  # options on which no output's bytes depend
     "output", "run_dir", "models_dir", "allow_pickle", "show_sensitive", "save_every", "workers",
 )  # fmt: skip
+INPUTS = (  # options that are paths of inputs; where `facts` have one's name, its content is identified by that
+    "model", "components", "mask", "forget_images", "retain_images", "data", "original", "forget",
+)  # fmt: skip
 FILES = (
     "run.json", "mask.safetensors", "before_after.png", "report.html", "delta.salun.safetensors", "model",
     "model.safetensors", "split.json",
@@ -40,7 +43,7 @@ class RunRecord:
     """Collects what a run did; kept in `folder/run.json` where a folder is given, in memory otherwise.
 
     status: running → done | failed | cancelled. facts: what the run's result depends on beside its options and the
-    versions. A fact with the name of an option identifies what that option's path leads to. resume: continue the
+    versions. A fact with the name of one of `INPUTS` is a hash of what that path leads to. resume: continue the
     unfinished run that the folder holds. in_passing: the folder only serves to resume, so that a run continues without
     what cannot be written there.
     """
@@ -260,10 +263,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _decisive(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a record, what the outputs' bytes depend on. An option with a fact of its name is a path; the fact identifies
-    what it leads to.
-    """
-    paths = [name for name, fact in data["facts"].items() if fact]
+    """Of a record, what the outputs' bytes depend on: not the paths of inputs whose content is identified by a fact."""
+    paths = [name for name in INPUTS if data["facts"].get(name)]
     options = {name: value for name, value in data["options"].items() if name not in (*NOT_DECISIVE, *paths)}
     versions = {name: value for name, value in data["versions"].items() if name in (*PACKAGES, "python")}
     return {"options": options, "facts": {**data["facts"], "device": data["device"]}, "versions": versions}
@@ -278,7 +279,7 @@ def _differences(previous: Mapping[str, Any], present: Mapping[str, Any]) -> lis
             old, new = was[part].get(name), now[part].get(name)
             if old == new:
                 continue
-            if part == "facts" and old and new and name in present["options"]:
+            if part == "facts" and old and new and name in INPUTS:
                 path, had = (data["options"].get(name) for data in (present, previous))
                 lines.append(f"{name} {path!r} has other content ({new[:12]}…) than {had!r} had ({old[:12]}…)")
             else:

@@ -125,12 +125,13 @@ def test_a_run_resumes_with_its_model_and_images_at_another_path(
 
 
 def test_a_fingerprint_has_hashes_in_place_of_paths() -> None:
-    def fingerprint(model: str, mask: str, **facts: str) -> str:
+    def fingerprint(model: str, mask: str, **hashes: str) -> str:
+        facts = {name.removesuffix("_hash"): value for name, value in hashes.items()}
         return RunRecord(None, "", {"model": model, "mask": mask}, 0, "cpu", facts).fingerprint
 
-    assert fingerprint("a.safetensors", "m", model="12") == fingerprint("/b/a.safetensors", "m", model="12")
-    assert fingerprint("a.safetensors", "m", model="12") != fingerprint("a.safetensors", "m", model="34")
-    assert fingerprint("a", "random", model="12", mask="") != fingerprint("a", "full", model="12", mask="")
+    assert fingerprint("a.safetensors", "full", model_hash="12") == fingerprint("/b/a.ckpt", "full", model_hash="12")
+    assert fingerprint("a.safetensors", "full", model_hash="12") != fingerprint("a.safetensors", "full", model_hash="3")
+    assert fingerprint("a", "random", mask_hash="") != fingerprint("a", "full", mask_hash=""), "no path, no hash"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
