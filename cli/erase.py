@@ -42,7 +42,7 @@ def erase(
         Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the unfinished run in --run-dir; begin if there is none")
+        bool, typer.Option("--resume", help="Resume the unfinished run in --run-dir; begin if there is none.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="tell what would be done, and what it would take; write nothing")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from salun.cache import Cache
-from salun.formats import tensorfile
+from salun.mask import Mask
 
 SHORT = ["--steps", "3", "--batch-size", "4", "--forget-latents", "8", "--retain-latents", "8", "--eval-images", "4"]
 
@@ -250,12 +250,13 @@ def test_a_command_works_with_closed_standard_streams(tmp_path: Path) -> None:
 
 def test_json_holds_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
     """Names in a file may be a stranger's: a terminal obeys C1 controls, and U+202E turns what follows it around."""
-    notes = {"format": "pt", "salun.concept": "a\u202eb\x9b31mc\u2066"}
-    tensorfile.write(tmp_path / "x.safetensors", {"down_blocks.0.x": torch.ones(1)}, notes)
-    done = salun("inspect", "x.safetensors", "--json", cwd=tmp_path)
-    assert done.stdout.isascii() or all(c.isprintable() or c == "\n" for c in done.stdout)
-    if done.returncode == 0:
-        assert json.loads(done.stdout)["salun.concept"] == notes["salun.concept"]
+    concept = "a\u202eb\x9b31mc\u2066"
+    mask = Mask.from_dense({"conv_in.weight": torch.ones(2, 3, dtype=torch.bool)})
+    Mask(mask.bits, mask.shapes, {"concept": concept}).save(tmp_path / "m.safetensors")
+    done = salun("inspect", "m.safetensors", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(c.isprintable() for c in done.stdout.rstrip("\n"))
+    assert json.loads(done.stdout)["concept"] == concept
 
 
 @pytest.mark.parametrize(
