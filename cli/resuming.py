@@ -44,14 +44,14 @@ def recorded(folder: Path | None, resume: bool, kind: type, given: Mapping[str, 
 
 def _finished(record: Mapping[str, Any], folder: Path, given: Mapping[str, Any], as_json: bool) -> None:
     """Say that a run is finished, and end the command. Raises ConfigError if other options are given than it had."""
+    from salun.formats.tensorfile import shortened
     from salun.run_record import INPUTS, NOT_DECISIVE
 
     for name, value in given.items():
         had = record["options"].get(name, value)
         if name not in (*INPUTS, *NOT_DECISIVE, "methods", "anchor") and had != value:
-            raise ConfigError(
-                f"--run-dir {folder} holds a finished run with {name} {had!r}, not {value!r}: name another folder"
-            )
+            told = f"{name} {shortened(repr(had))}, not {shortened(repr(value))}"
+            raise ConfigError(f"--run-dir {folder} holds a finished run with {told}: name another folder")
     report = folder / "report.html"
     line = f"the run in {folder} is finished"
     tell(dict(record), as_json, [line, f"report: {report}"] if report.is_file() else [line])
@@ -62,9 +62,10 @@ def _own_outputs(outputs: Sequence[str], folder: Path) -> list[str]:
     """The outputs of a record, which must be inside the run folder, links resolved. Raises ConfigError otherwise."""
     root = Path(os.path.realpath(folder))
     if any(root not in Path(os.path.realpath(place)).parents for place in outputs):
-        again = shlex.join(part for place in outputs for part in ("--output", place))
+        more = f" and {len(outputs) - 3} more" if len(outputs) > 3 else ""
+        again = " ".join(f"--output {shlex.quote(place[:500])}" for place in outputs[:3])
         raise ConfigError(
-            f"--run-dir {folder}: its run.json names outputs outside the run folder. To write them, add {again}; "
+            f"--run-dir {folder}: its run.json names outputs outside the run folder. To write them, add {again}{more}; "
             "for other places, other --output"
         )
     return list(outputs)

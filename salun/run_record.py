@@ -284,7 +284,7 @@ def _differences(previous: Mapping[str, Any], present: Mapping[str, Any]) -> lis
                 lines.append(f"{name} {path!r} has other content ({new[:12]}…) than {had!r} had ({old[:12]}…)")
             else:
                 lines.append(f"{name} was {old!r} and is {new!r}")
-    return lines
+    return [line[:300] for line in lines]  # values may be untrusted input
 
 
 def versions() -> dict[str, str]:
