@@ -73,7 +73,7 @@ def _told(error: Exception) -> tuple[str | None, int]:
 def _usage(error: Any) -> str:
     """The line for a wrong command line."""
     text: str = error.format_message()
-    extra = re.match(r"Got unexpected extra arguments? \((.*)\)", text)
+    extra = re.match(r"Got unexpected extra argument\S* \((.*)\)", text)
     context = getattr(error, "ctx", None)
     if extra and context is not None and "concept" in {parameter.name for parameter in context.command.params}:
         return f"{extra[1]!r} is not an option. To name a concept: --concept {shlex.quote(extra[1])}"
