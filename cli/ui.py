@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from salun.errors import ConfigError, SalunError
+from salun.errors import Cancelled, ConfigError, SalunError
 
+from . import interrupt
 from .app import app
 
 PAGE = "salun_webui_extension"  # the page is a host of its own; here it is only opened
@@ -46,7 +47,12 @@ def ui(
         import gradio  # noqa: F401
     except ImportError as error:
         raise SalunError("the page needs gradio, an extra: pip install 'salun[ui]'") from error
-    _page().serve(host, port, login, data, models_dir or [], browser, typer.echo)
+    page = _page()
+    try:
+        with interrupt.working():
+            page.serve(host, port, login, data, models_dir or [], browser, typer.echo)
+    except KeyboardInterrupt as error:
+        raise Cancelled("stopped") from error
 
 
 def _login(option: str, text: str | None) -> tuple[str, str] | None:

@@ -25,9 +25,10 @@ from salun.classification.search import check_search, following, merged, rounds,
 from salun.classification.splits import make_split, with_forget
 from salun.classification.table import table_of, tables_of
 from salun.device import pick_device
+from salun.display import shown
 from salun.errors import ConfigError
 from salun.options import MASKS
-from salun.progress import Progress, silent
+from salun.progress import Progress
 from salun.report.classification import comparison_page
 from salun.run_record import RunRecord
 
@@ -129,7 +130,7 @@ def with_class_named(options: CompareOptions, data: ImageData) -> CompareOptions
 def compare(
     options: CompareOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     run_dir: Path | str | None = None,
     resume: bool = False,
     cache: Cache | None = None,
@@ -138,7 +139,8 @@ def compare(
 ) -> Comparison:
     """Unlearn by several methods with several seeds, and put them beside Retrain.
 
-    given: fields of `CompareOptions`, over `options`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume: go
+    given: fields of `CompareOptions`, over `options`. progress: as of
+    `salun.erase`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume: go
     on with the unfinished comparison in run_dir. With several workers, a Python script that calls this needs the usual
     `if __name__ == "__main__":`, as its processes are started afresh. A method that comes apart at some seeds is told
     with those it did not; one that fails altogether, or for which the search finds no value, is a row that says so.
@@ -158,7 +160,7 @@ def compare(
     told["methods"] = [variant.name for variant in variants]
     facts = {**facts_of(first.options, first.data, first.split), "weights": _fresh_weights(first)}
     record = RunRecord(folder, command, told, options.seed, str(first.data.images.device), facts, resume)
-    with record.running():
+    with shown(progress) as progress, record.running():
         ledger = Ledger(folder / "jobs" if folder is not None else None, record)
         total = sum(len(some) for some in jobs.values())
         with Desk(ledger, cache, data, workers_of(options), progress, total) as desk:

@@ -29,12 +29,14 @@ from salun.classification.search import search
 from salun.classification.splits import Split, make_split, repeated, with_forget
 from salun.classification.task import Task
 from salun.device import is_out_of_memory, kernels, pick_device, pick_dtype
+from salun.display import shown
 from salun.errors import ConfigError, DataError, TrainingError
 from salun.formats.tensorfile import write_bytes
 from salun.mask import Mask
 from salun.options import from_mapping
 from salun.progress import Event, Progress, silent
 from salun.report.classification import run_page, train_page
+from salun.run_reading import read_run
 from salun.run_record import RunRecord
 
 
@@ -127,7 +129,7 @@ def figures_of(task: Task) -> dict[str, Any]:
 def train(
     options: TrainOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     run_dir: Path | str | None = None,
     resume: bool = False,
     cache: Cache | None = None,
@@ -136,7 +138,8 @@ def train(
 ) -> Outcome:
     """Train an original, the model that is later to forget, and say how good it is.
 
-    given: fields of `TrainOptions`, over `options`. run_dir: gets `model.safetensors`, `split.json`, `run.json` and
+    given: fields of `TrainOptions`, over `options`. progress: as of
+    `salun.erase`. run_dir: gets `model.safetensors`, `split.json`, `run.json` and
     `report.html`.
     resume: begin anew the unfinished run of these options in run_dir. cache: of trained models, the user's by default.
     Raises SalunError (ConfigError, DataError, ModelError, TrainingError), `Cancelled` if `progress` does.
@@ -145,7 +148,7 @@ def train(
     full, data, split = training_of(own)
     told, cache = {name: getattr(full, name) for name in asdict(own)}, cache or Cache.of_user()
     record = _record(run_dir, command, told, facts_of(full, data, split), data.images.device, resume)
-    with record.running(), _computing(full):
+    with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
         _tell(record, [*data.notes, *repeated(data, split)], progress, "data")
         with record.stage("training"):
@@ -169,7 +172,7 @@ def training_of(options: TrainOptions) -> tuple[UnlearnOptions, ImageData, Split
 def unlearn(
     options: UnlearnOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     run_dir: Path | str | None = None,
     resume: bool = False,
     cache: Cache | None = None,
@@ -178,7 +181,8 @@ def unlearn(
 ) -> Outcome:
     """Make a classifier forget some of its training pictures, and say how near to retraining that came.
 
-    given: fields of `UnlearnOptions`, over `options`. run_dir: gets `model.safetensors`, `mask.safetensors`,
+    given: fields of `UnlearnOptions`, over `options`. progress: as of
+    `salun.erase`. run_dir: gets `model.safetensors`, `mask.safetensors`,
     `split.json` and `run.json`. resume: begin anew the unfinished run of these options in run_dir; what it had trained
     (the original, Retrain) is taken from the cache. Raises as `train`.
     """
@@ -186,7 +190,7 @@ def unlearn(
     options, data, split = setting.options, setting.data, setting.split
     facts = facts_of(options, data, split, setting.given)
     record = _record(run_dir, command, asdict(options), facts, data.images.device, resume)
-    with record.running(), _computing(options):
+    with shown(progress) as progress, record.running(), _computing(options):
         _keep_split(record, split)
         _tell(record, setting.notes, progress, "data")
         with record.stage("original"):
@@ -228,11 +232,11 @@ def evaluate(
     """
     folder = Path(run)
     try:
-        told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        told = read_run(folder)
         known = {name: told["options"][name] for name in asdict(UnlearnOptions()) if name in told["options"]}
         if told["status"] != "done" or "train_epochs" not in known:
             raise ValueError(f"its status is {told['status']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (DataError, ValueError) as error:
         raise ConfigError(f"{folder} is no finished run of classify-train or classify-unlearn ({error})") from error
     options: UnlearnOptions = from_mapping(
         UnlearnOptions, {**known, "data": data or known["data"], "device": device}, str(folder / "run.json")

@@ -9,10 +9,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -133,7 +135,8 @@ class Desk:
 
     def _side_by_side(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """As they end."""
-        running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
+        with _unheard_by_children():
+            running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
         left = set(running)
         try:
             while left:
@@ -158,13 +161,24 @@ def _line(job: Job, result: Mapping[str, Any]) -> str:
     return f"{who}: {again}" + ", ".join(f"{name} {result[name]['value']:.1f}" for name in ("UA", "RA", "TA", "MIA"))
 
 
+@contextmanager
+def _unheard_by_children() -> Iterator[None]:
+    """Processes that are started within inherit that SIGINT is blocked: until `_begin` it would end their imports."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _stop: Any = None
 
 
 def _begin(stop: Any) -> None:
     """Of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and gone when the first one is."""
-    import signal
-
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
