@@ -1,7 +1,7 @@
-"""JSON and YAML of untrusted origin: read within bounds of size and nesting, plain values only, one line where it fails.
+"""JSON and YAML of untrusted origin: read within bounds of size and nesting, plain values only.
 
 Every JSON or YAML text that comes with a model, a data set or a run is read here, so that no file can hang the process,
-fill its memory or exceed its recursion limit.
+fill its memory or exceed its recursion limit. What is rejected is told in one line.
 """
 
 from __future__ import annotations
@@ -58,11 +58,17 @@ def _bytes_of(path: Path, limit: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The values of a JSON text. Raises ValueError in one line for a text that is none, or that `check_values` rejects."""
+    """The values of a JSON text. Raises ValueError in one line as `read_json` does."""
     try:
         values = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"its values are nested more than {DEPTH} deep") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON: {error}") from error
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:  # Python converts no more than 4,300 digits
+        raise ValueError("it holds a whole number beyond 64 bits") from error
     check_values(values)
     return values
 
@@ -98,7 +104,7 @@ def parse_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ValueError(f"no YAML{line}: {problem[:200]}") from error
+        raise ValueError(f"it is no YAML{line}: {problem[:200]}") from error
     check_values(values)
     return values
 

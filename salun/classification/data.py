@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salun.classification import clutter
-from salun.config import parse_yaml
 from salun.errors import ConfigError, DataError
+from salun.untrusted import read_yaml
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -93,7 +93,7 @@ class ImageData:
 def presets() -> dict[str, Any]:
     """The data sets known by name, and under "others" what serves all else."""
     path = Path(__file__).resolve().parents[1] / "assets" / "datasets.yaml"
-    found: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    found: dict[str, Any] = read_yaml(path)
     return found
 
 
