@@ -45,4 +45,4 @@ def _parse(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path} cannot be read: it is not UTF-8 text") from error
     except ValueError as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error

@@ -157,7 +157,9 @@ def test_links_inside_a_model_folder_are_part_of_a_written_model(tmp_path: Path)
     salun.load(str(tmp_path / "out"), device="cpu")
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "vae", "tokenizer/vocab.json", "salun.yaml"])
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "vae", "tokenizer/tokenizer.json", "salun.yaml"]
+)
 def test_load_follows_no_link_out_of_a_model_folder(name: str, tmp_path: Path) -> None:
     """Messages could show what the target holds, and outputs could hold a copy of it."""
     folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
@@ -184,5 +186,5 @@ def test_load_follows_the_links_of_a_snapshot_in_the_hubs_cache(tmp_path: Path) 
     run = salun.erase(salun.load(str(snapshot), device="cpu"), "golf ball", **TINY)
     run.save(f"{tmp_path}/out/")
     copied = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert {"config.json", "vocab.json", "model.safetensors"} <= copied
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= copied
     assert not copied & {"LICENSE.key", "LICENSE", "notes"}

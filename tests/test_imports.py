@@ -17,7 +17,7 @@ LAYERS = [
     {"salun.options", "salun.device", "salun.processes", "salun.threshold"},
     {"salun.formats.tensorfile", "salun.formats.keymap", "salun.config"},
     {"salun.formats.hashing", "salun.formats.stored", "salun.formats.folder", "salun.formats.checkpoint"}
-    | {"salun.formats.families", "salun.formats.stock"}
+    | {"salun.formats.families", "salun.formats.stock", "salun.formats.sizes"}
     | {"salun.formats.change", "salun.formats.applied", "salun.mask", "salun.run_record", "salun.cache"},
     {"salun.formats.delta", "salun.formats.stacking", "salun.formats.patch", "salun.formats.pickled"}
     | {"salun.saliency", "salun.optim"},

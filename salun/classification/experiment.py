@@ -90,7 +90,9 @@ def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageD
     data = data or load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     split = with_forget(split, data, options.forget, options.seed)
-    given = given_original(options.original, data, split) if options.original is not None else None
+    given = None
+    if options.original is not None:
+        given = given_original(options.original, data, split, options.allow_pickle)
     training = given.facts.training if given else None
     named, options = options.model, settled(options, data, split, training)
     no_retrain = why_no_retrain(options, training)
@@ -276,7 +278,9 @@ def _task(
     recipe: UnlearnOptions | None = None,
 ) -> Task:
     device, facts = data.images.device, model.facts
-    fresh = partial(new_model, facts.architecture, data.channels, len(data.classes), (recipe or options).seed)
+    fresh = partial(
+        new_model, facts.architecture, data.channels, len(data.classes), (recipe or options).seed, options.allow_pickle
+    )
     placed = model.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
     data, dtype = seen_by(model.model, data), pick_dtype(options.dtype, device)
     return Task(placed, data, split, options, fresh, progress, dtype, recipe=recipe)

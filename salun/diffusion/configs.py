@@ -10,17 +10,17 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from salun.errors import ModelError
 from salun.formats.folder import open_part
+from salun.formats.sizes import check_size, first_line
 from salun.formats.tensorfile import shortened
 from salun.untrusted import read_json, read_text
 
-LAYERS = 300  # of one part; SDXL's UNet has 70 transformer layers, its larger text encoder 32
 LARGEST = 1_000_000  # of whole numbers: widths, tokens, timesteps
 TIMESTEPS = 10_000
 TOKENIZER_BYTES = 20_000_000
@@ -41,7 +41,7 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ModelError(f"{name} is no diffusers model: {path} is missing") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {_reason(error)}") from error
+        raise ModelError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(data, dict):
         raise ModelError(f"{path} is damaged: expected a JSON object")
     for key in FORBIDDEN:
@@ -89,9 +89,6 @@ def check_config(config: Mapping[str, Any], kind: Any, path: Path) -> dict[str, 
     widths = config.get("block_out_channels")
     if not isinstance(widths, list) or not 1 <= len(widths) <= 16 or not all(_is_size(width) for width in widths):
         raise _wrong(path, "block_out_channels", widths, "a list of 1 to 16 widths")
-    counts = [_largest(config.get(key, 1)) for key in ("layers_per_block", "transformer_layers_per_block")]
-    if len(widths) * prod(max(count, 1) for count in counts) > LAYERS:
-        raise ModelError(f"{path} asks for more than {LAYERS} layers: it is damaged, or no model of this kind")
     if kind.__name__ == "UNet2DConditionModel":
         _check_unet(config, path)
     else:
@@ -133,29 +130,7 @@ def _text(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if not fits or (kind is int and not -1 <= value <= LARGEST):
             raise _wrong(path, key, value, {int: "a whole number", str: "a text", float: "a number"}[kind])
         checked[key] = value
-    if checked.get("num_hidden_layers", 12) > LAYERS:
-        raise ModelError(f"{path} asks for more than {LAYERS} layers: it is damaged, or no model of this kind")
     return checked
-
-
-def check_size(make: Callable[[], Any], held: int, path: Path) -> None:
-    """Raises ModelError if what a config describes cannot be built, or is far larger than what its files hold.
-
-    make: builds the part; called where nothing takes memory. held: entries of the files' tensors. (Up to twice as many,
-    loading tells which tensors are missing, and needs no more memory than such a model does.)
-    """
-    import torch
-
-    try:
-        with torch.device("meta"):
-            module = make()
-    except Exception as error:  # the libraries raise many kinds; each means that the config describes no such part
-        raise ModelError(f"no model can be built from {path}: {_reason(error)}") from error
-    wanted = sum(parameter.numel() for parameter in module.parameters())
-    if wanted > 2 * held:
-        raise ModelError(
-            f"{path} describes {wanted:,} parameters, but its weight files hold {held:,}: they do not belong together"
-        )
 
 
 def check_part(kind: Any, folder: Path, name: str) -> Any:
@@ -177,7 +152,7 @@ def check_part(kind: Any, folder: Path, name: str) -> Any:
     try:
         made = CLIPTextConfig(**config)
     except Exception as error:  # of the library's own validation
-        raise ModelError(f"no model can be built from {path}: {_reason(error)}") from error
+        raise ModelError(f"no model can be built from {path}: {first_line(error)}") from error
     check_size(lambda: kind(made), held, path)
     return made
 
@@ -193,13 +168,13 @@ def load_tokenizer(folder: Path) -> Any:
             elif path.suffix == ".txt":
                 read_text(path, TOKENIZER_BYTES)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{path} cannot be read: {_reason(error)}") from error
+            raise ModelError(f"{path} cannot be read: {first_line(error)}") from error
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library's panics are no Exceptions
-        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def check_tokenizer_fits(tokenizer: Any, encoder: Any, name: str) -> None:
@@ -259,19 +234,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _largest(value: Any) -> int:
-    """Of a number, or of lists of numbers."""
-    if isinstance(value, list):
-        return max(map(_largest, value), default=1)
-    return value if isinstance(value, int) else 1
-
-
 def _wrong(path: Path, key: str, value: Any, due: str) -> ModelError:
     return ModelError(f"{path}: {key} is {shortened(repr(value))}, but must be {due}")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error that a library raised."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

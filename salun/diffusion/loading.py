@@ -31,6 +31,7 @@ from salun.formats import families
 from salun.formats.checkpoint import Contents, open_folder, shapes_of
 from salun.formats.folder import check_links, check_tokenizer, open_part, weights_of
 from salun.formats.pickled import readable
+from salun.formats.sizes import first_line
 from salun.formats.stored import Stored
 from salun.formats.tensorfile import shortened
 from salun.options import ModelOptions, Recipe, Sampling, from_mapping
@@ -339,8 +340,7 @@ def whole(kind: Any, folder: Path, **keywords: Any) -> Any:
     try:
         part, told = kind.from_pretrained(folder, output_loading_info=True, **keywords)
     except Exception as error:  # the libraries raise many kinds; each means that the files hold no such part
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} could not be loaded: {first}") from error
+        raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
     faults = (
         ("lacks", told.get("missing_keys")),
         ("holds, though no model of its kind does,", told.get("unexpected_keys")),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salun.diffusion.configs import check_config, check_size, load_tokenizer, read_object
+from salun.diffusion.configs import check_config, load_tokenizer, read_object
 from salun.diffusion.finding import ASSETS
 from salun.diffusion.loading import whole
 from salun.errors import ModelError, some
@@ -24,6 +24,7 @@ from salun.formats import families, keymap, tensorfile
 from salun.formats.checkpoint import Contents, shapes_of
 from salun.formats.folder import check_tokenizer, open_part
 from salun.formats.keymap import TextLayout
+from salun.formats.sizes import check_size, first_line
 
 CLIP_TOKENS = 77
 Makers = dict[str, Callable[[], Tensor]]
@@ -317,9 +318,8 @@ def empty_module(make: Callable[[], Any], contents: Contents, config: Mapping[st
         with init_empty_weights(include_buffers=False):
             return make()
     except Exception as error:  # the libraries raise many kinds; each means that the shapes are of no such part
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(
-            f"{contents.path}: no model can be built of its shapes ({reason}); --components may tell more"
+            f"{contents.path}: no model can be built of its shapes ({first_line(error)}); --components may tell more"
         ) from error
 
 

@@ -104,12 +104,20 @@ def check_tokenizer(folder: Path) -> None:
 
 def files_under(folder: Path) -> list[Path]:
     """Every file in a folder, those in linked folders too (each once: a link may lead back up)."""
-    return _walk(folder, None)[0]
+    found, seen = [], set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names if Path(place, name).is_file()]
+    return sorted(found)
 
 
 def model_files(folder: Path) -> list[Path]:
     """Every file of a model's folder, without what `links_out` names."""
-    return _walk(folder, _roots(folder))[0]
+    return _walk(folder)[0]
 
 
 def links_out(folder: Path) -> list[str]:
@@ -118,7 +126,7 @@ def links_out(folder: Path) -> list[str]:
     A foreign folder may hold links to the user's own files. A snapshot in the hub's cache has its files among its
     repository's `blobs`, which belong to it.
     """
-    return [path.relative_to(folder).as_posix() for path in _walk(folder, _roots(folder))[1]]
+    return [path.relative_to(folder).as_posix() for path in _walk(folder)[1]]
 
 
 def check_links(folder: Path) -> None:
@@ -139,22 +147,29 @@ def _roots(folder: Path) -> list[Path]:
     return [home, repository / "blobs"] if cached else [home]
 
 
-def _walk(folder: Path, roots: list[Path] | None) -> tuple[list[Path], list[Path]]:
-    """(files, links that lead out of `roots`), both sorted; without roots every link is followed."""
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(files of a model's folder, links that lead out of it), both sorted.
 
-    def leads_out(path: Path) -> bool:
-        return roots is not None and not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots)
-
+    Of linked folders only the first is entered, so that no chain of links leads round in circles.
+    """
     found: list[Path] = []
     out: list[Path] = []
-    seen = set()
-    for place, inner, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            inner.clear()
+    roots, waiting = _roots(folder), [(folder, False)]
+    while waiting:
+        place, linked = waiting.pop()
+        home = Path(os.path.realpath(place))
+        try:
+            names = os.listdir(place)
+        except OSError:
             continue
-        seen.add(real)
-        out += [path for name in (*inner, *names) if leads_out(path := Path(place, name))]
-        inner[:] = [name for name in inner if not leads_out(Path(place, name))]
-        found += [path for name in names if (path := Path(place, name)).is_file() and not leads_out(path)]
+        for name in names:
+            path, real = place / name, Path(os.path.realpath(place / name))
+            if not any(real.is_relative_to(root) for root in roots):
+                out.append(path)
+            elif path.is_file():
+                found.append(path)
+            elif path.is_dir():
+                link = real != home / name
+                if not link or not (linked or home.is_relative_to(real)):
+                    waiting.append((path, linked or link))
     return sorted(found), sorted(out)
