@@ -100,7 +100,7 @@ def _check_unet(config: Mapping[str, Any], path: Path) -> None:
     for key in CONDITIONS:
         if config.get(key) is not None:
             raise ModelError(
-                f"{path} has {key} {shortened(repr(config[key]))}: models with further inputs are unsupported"
+                f"{path} has {key} {shortened(repr(config[key]))}: models with more inputs are unsupported"
             )
     if config.get("downsample_padding", 1) not in (0, 1):
         raise _wrong(path, "downsample_padding", config["downsample_padding"], "0 or 1")
