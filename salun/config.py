@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from salun.errors import ConfigError
 from salun.options import EraseJob, from_mapping
+from salun.untrusted import read_json, read_yaml
 
-_LARGEST = 1_000_000  # bytes; a config is a page of text
+_LARGEST = 1_000_000  # bytes of a run.json
 _NOT_REPEATED = ("output", "run_dir", "resume", "config", "dry_run")  # of a run.json: they belong to that run alone
 
 
@@ -53,45 +52,10 @@ def read_record(record: Mapping[str, Any], path: Path, kind: type = EraseJob) ->
 
 def _parse(path: Path) -> Any:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ConfigError(f"--config {path} has {path.stat().st_size:,} bytes: is it a config?")
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark first
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"--config {path} cannot be read: {reason}") from error
-    if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"--config {path} is no JSON: {error}") from error
-    return parse_yaml(text, f"--config {path}")
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML of plain values: no aliases (a few lines of them can unfold to gigabytes), no name twice, 1e-4 a number.
-
-    where: how an error names the text. Raises ConfigError.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """A safe loader of its own, so that what is added below is added to no other's."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-    )
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=Loader)):
-            raise ConfigError(f"{where} uses YAML aliases (*name): write the values out")
-        root = yaml.compose(text, Loader=Loader)
-        if isinstance(root, yaml.MappingNode):
-            names = [key.value for key, _ in root.value]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise ConfigError(f"{where}: {twice} is given twice")
-        return yaml.load(text, Loader=Loader) or {}
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{where} is no YAML{line}: {problem}") from error
+        return read_json(path, _LARGEST) if path.suffix.lower() == ".json" else read_yaml(path) or {}
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path} cannot be read: it is not UTF-8 text") from error
+    except ValueError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error

@@ -247,15 +247,15 @@ class Recipe(Checked):
     saliency_timesteps: draws of (t, ε) for each forget latent in the saliency pass. lr_decay: see `TrainingSettings`.
     """
 
-    steps: int = option(100, "", minimum=1)
-    batch_size: int = option(8, "", minimum=1)
-    lr: float = option(1e-5, "", above=0)
-    retain_weight: float = option(1.0, "", minimum=0)
-    guidance: float = option(7.5, "", minimum=0)
-    forget_latents: int = option(128, "", minimum=1)
-    retain_latents: int = option(256, "", minimum=1)
-    saliency_timesteps: int = option(4, "", minimum=1)
-    eval_images: int = option(16, "", minimum=0)
+    steps: int = option(100, "", minimum=1, maximum=1_000_000)
+    batch_size: int = option(8, "", minimum=1, maximum=4096)
+    lr: float = option(1e-5, "", above=0, maximum=1)
+    retain_weight: float = option(1.0, "", minimum=0, maximum=1000)
+    guidance: float = option(7.5, "", minimum=0, maximum=100)
+    forget_latents: int = option(128, "", minimum=1, maximum=1_000_000)
+    retain_latents: int = option(256, "", minimum=1, maximum=1_000_000)
+    saliency_timesteps: int = option(4, "", minimum=1, maximum=1000)
+    eval_images: int = option(16, "", minimum=0, maximum=1_000_000)
     lr_decay: float = option(0.5, "", minimum=0, maximum=1)
     target: str = option("frozen", "", choices=("frozen", "online"))
     retain_target: str = option("frozen", "", choices=("frozen", "noise"))
@@ -281,19 +281,39 @@ def from_mapping(kind: type, values: Any, where: str) -> Any:
     known = {item.name: item for item in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            raise ConfigError(f"{where}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            shown = str(key)[:80]
+            near = difflib.get_close_matches(shown, known, 1)
+            raise ConfigError(f"{where}: unknown option {shown!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         wanted = str(known[key].type)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = (
-            (value is None and "None" in wanted)
-            or (wanted.startswith("int") and number and math.isfinite(value) and value == int(value))
-            or (wanted.startswith("float") and number)
-            or (wanted.startswith("str") and isinstance(value, str))
-            or (wanted == "bool" and isinstance(value, bool))
-            or (wanted.startswith("list") and isinstance(value, list) and all(isinstance(v, str) for v in value))
-        )
-        if not fits:
-            raise ConfigError(f"{where}: {key} is {repr(value)[:80]}, but must be {wanted.replace(' | None', '')}")
+        if not _fits(value, wanted):
+            raise ConfigError(f"{where}: {key} is {_shown(value)}, but must be {wanted.replace(' | None', '')}")
     numbers = {key for key in values if str(known[key].type).startswith("int")}
-    return kind(**{key: int(v) if key in numbers and v is not None else v for key, v in values.items()})
+    made = {key: int(v) if key in numbers and v is not None else v for key, v in values.items()}
+    try:
+        return kind(**made)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    """Whether a value is of the type that a dataclass's field names."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = -(2**63) <= value < 2**63
+    else:
+        number = isinstance(value, float) and not math.isnan(value)
+    return (
+        (value is None and "None" in wanted)
+        or (wanted.startswith("int") and number and math.isfinite(value) and value == int(value))
+        or (wanted.startswith("float") and number)
+        or (wanted.startswith("str") and isinstance(value, str))
+        or (wanted == "bool" and isinstance(value, bool))
+        or (wanted.startswith("list") and isinstance(value, list) and all(isinstance(v, str) for v in value))
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value as a message can hold it; Python prints no whole number of more than 4,300 digits."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a very large number"

@@ -117,8 +117,9 @@ def test_a_file_can_name_no_model_that_would_be_fetched_or_opened(
     def never(*_: object, **__: object) -> nn.Module:
         raise AssertionError(f"{name} was looked for")
 
-    for way in ("_timm", "_transformers", "_from_pretrained"):
+    for way in ("_timm", "_transformers"):
         monkeypatch.setattr(models, way, never)
+    monkeypatch.setattr(models.pretrained, "load", never)
     path = tmp_path / "x.safetensors"
     save_model(path, new_model("small", 1, 10, seed=0), facts(split, architecture=name))
     with pytest.raises(ModelError, match=r"names the model .* which a file may not"):

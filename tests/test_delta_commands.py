@@ -447,18 +447,21 @@ def test_a_copy_of_a_folder_has_no_hidden_copies_of_the_weights_and_no_file_of_t
     Path("base", "detector").mkdir()
     save_file({"layer.weight": torch.ones(2)}, Path("base", "detector", "detector.safetensors"))
     Path("secret").write_text("the user's")
-    Path("base", "notes").symlink_to(Path("secret").resolve())
+    for name in ("notes", "LICENSE.key", "LICENSE", "README.md"):
+        Path("base", name).symlink_to(Path("secret").resolve())
     Path("shared").mkdir()
     save_file({"x": torch.ones(3)}, Path("shared", "model.safetensors"))
-    Path("base", "text_encoder").symlink_to(Path("shared").resolve())
+    Path("base", "extras").symlink_to(Path("shared").resolve())
     found = done(salun("delta", "apply", model, "x.salun.safetensors", "--output", "again/", "--json"))
     copied = {p.relative_to("again").as_posix() for p in Path("again").rglob("*") if p.is_file()}
     assert copied == {
-        "model_index.json", UNET, "vae/model.safetensors", "text_encoder/model.safetensors",
-        "detector/detector.safetensors",
+        "model_index.json", UNET, "vae/model.safetensors", "detector/detector.safetensors",
     }  # fmt: skip
-    assert any("notes" in note and "lead out" in note for note in found["notes"])
+    assert any("LICENSE.key" in note and "lead out" in note for note in found["notes"])
     assert any("old/pytorch.bin" in note for note in found["notes"])
+    Path("base", "text_encoder").symlink_to(Path("shared").resolve())
+    told = salun("delta", "apply", model, "x.salun.safetensors", "--output", "third/")
+    refused(told, 1, "base/text_encoder is a link that leads out of the model's folder")
 
 
 def test_what_another_running_process_writes_is_left_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -146,11 +147,44 @@ def test_a_folder_that_lacks_a_tensor_or_holds_nan_is_refused(
         salun.load(str(folder), device="cpu")
 
 
-def test_linked_folders_are_part_of_a_written_model(tmp_path: Path) -> None:
+def test_links_inside_a_model_folder_are_part_of_a_written_model(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
-    (folder / "vae").rename(tmp_path / "shared")
-    (folder / "vae").symlink_to(tmp_path / "shared", target_is_directory=True)
+    (folder / "vae").rename(folder / "shared")
+    (folder / "vae").symlink_to("shared", target_is_directory=True)
     (folder / "up").symlink_to(folder, target_is_directory=True)  # leads back: not followed for ever
     salun.erase(salun.load(str(folder), device="cpu"), "golf ball", **TINY).save(f"{tmp_path}/out/")
     assert (tmp_path / "out" / "vae" / "config.json").is_file()
     salun.load(str(tmp_path / "out"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "vae", "tokenizer/tokenizer.json", "salun.yaml"]
+)
+def test_load_follows_no_link_out_of_a_model_folder(name: str, tmp_path: Path) -> None:
+    """Messages could show what the target holds, and outputs could hold a copy of it."""
+    folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
+    (folder / "salun.yaml").write_text("sampling:\n  steps: 3\n", encoding="utf-8")
+    (folder / name).rename(tmp_path / "private")
+    (folder / name).symlink_to(tmp_path / "private")
+    with pytest.raises(ModelError, match=f"{name} is a link that leads out of the model's folder"):
+        salun.load(str(folder), device="cpu")
+
+
+def test_load_follows_the_links_of_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
+    made = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    blobs = tmp_path / "models--owner--name" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(p for p in made.rglob("*") if p.is_file())):
+        place = snapshot / path.relative_to(made)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blobs / str(number))
+        place.symlink_to(os.path.relpath(blobs / str(number), place.parent))
+    (tmp_path / "secret").write_text("the user's", encoding="utf-8")
+    for name in ("LICENSE.key", "vae/LICENSE", "notes"):
+        (snapshot / name).symlink_to(tmp_path / "secret")
+    run = salun.erase(salun.load(str(snapshot), device="cpu"), "golf ball", **TINY)
+    run.save(f"{tmp_path}/out/")
+    copied = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= copied
+    assert not copied & {"LICENSE.key", "LICENSE", "notes"}

@@ -291,17 +291,18 @@ def test_a_strangers_components_carry_no_file_of_the_users_along(file: Callable[
     parts = tmp_path / "parts"
     salun.erase(whole, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{parts}/")
     (tmp_path / "secret").write_text("the user's", encoding="utf-8")
-    for place in ("vae/notes.txt", "tokenizer/id_rsa"):
+    for place in ("vae/LICENSE.key", "tokenizer/id_rsa"):
         (parts / place).symlink_to(tmp_path / "secret")
-    config = parts / "vae" / "config.json"  # as in the hub's cache, where every file is behind a link
-    config.rename(tmp_path / "blob")
-    config.symlink_to(tmp_path / "blob")
     lent = salun.load(str(file("sd1", vae=False)), device="cpu", components=str(parts))
     run = salun.erase(lent, "golf ball", outputs=[f"{tmp_path}/out/"], run_dir=tmp_path / "run", **QUICK)
     names = {path.name for path in (tmp_path / "out").rglob("*")}
-    assert "config.json" in names and not names & {"notes.txt", "id_rsa"}
+    assert "config.json" in names and not names & {"LICENSE.key", "id_rsa"}
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     assert any("lead out" in note and "id_rsa" in note for note in run.record.data["notes"])
+    (parts / "vae" / "config.json").rename(tmp_path / "private")
+    (parts / "vae" / "config.json").symlink_to(tmp_path / "private")
+    with pytest.raises(ModelError, match="is a link that leads out"):
+        salun.load(str(file("sd1", vae=False)), device="cpu", components=str(parts))
 
 
 def test_components_need_no_unet_of_their_own(file: Callable[..., Path], tmp_path: Path) -> None:

@@ -225,7 +225,9 @@ def _by_seed(
 def _fresh_weights(setting: Setting) -> str:
     """A hash of the model before training: of a pretrained body the options tell no more than the name."""
     options = setting.options
-    model = new_model(options.model or "", setting.data.channels, len(setting.data.classes), options.seed)
+    model = new_model(
+        options.model or "", setting.data.channels, len(setting.data.classes), options.seed, options.allow_pickle
+    )
     return weights_digest(model)
 
 

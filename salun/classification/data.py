@@ -16,9 +16,9 @@ from salun.classification.folders import from_folder
 from salun.classification.hub import from_hub, is_saved, parquet_files
 from salun.classification.labeled import ImageData
 from salun.classification.tables import from_tables, tables_in
-from salun.config import parse_yaml
 from salun.errors import ConfigError, DataError
 from salun.images import list_images
+from salun.untrusted import read_yaml
 
 __all__ = ["EMBEDDED", "ImageData", "load_data", "presets"]
 
@@ -27,7 +27,7 @@ __all__ = ["EMBEDDED", "ImageData", "load_data", "presets"]
 def presets() -> dict[str, Any]:
     """The data sets known by name, and under "others" what serves all else."""
     path = Path(__file__).resolve().parents[1] / "assets" / "datasets.yaml"
-    found: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    found: dict[str, Any] = read_yaml(path)
     return found
 
 

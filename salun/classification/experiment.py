@@ -97,7 +97,9 @@ def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageD
     data = data or load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     split = with_forget(split, data, options.forget, options.seed)
-    given = given_original(options.original, data, split) if options.original is not None else None
+    given = None
+    if options.original is not None:
+        given = given_original(options.original, data, split, options.allow_pickle)
     training = given.facts.training if given else None
     named, options = options.model, settled(replace(options, forget=split.forgetting), data, split, training)
     no_retrain = why_no_retrain(options, training)
@@ -289,7 +291,9 @@ def _task(
     recipe: UnlearnOptions | None = None,
 ) -> Task:
     device, facts = data.images.device, model.facts
-    fresh = partial(new_model, facts.architecture, data.channels, len(data.classes), (recipe or options).seed)
+    fresh = partial(
+        new_model, facts.architecture, data.channels, len(data.classes), (recipe or options).seed, options.allow_pickle
+    )
     placed = model.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
     data, dtype = seen_by(model.model, data), pick_dtype(options.dtype, device)
     return Task(placed, data, split, options, fresh, progress, dtype, recipe=recipe)
@@ -309,7 +313,7 @@ def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Orig
     if given is not None:
         facts["original"] = weights_digest(given.model)
     if options.model is not None and Path(options.model).expanduser().is_dir():
-        fresh = new_model(options.model, data.channels, len(data.classes), options.seed)
+        fresh = new_model(options.model, data.channels, len(data.classes), options.seed, options.allow_pickle)
         facts["model"] = weights_digest(fresh)
     if options.forget.endswith(".json"):
         facts["forget"] = digest_of(split.forget)

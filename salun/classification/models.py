@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from salun.cache import digest_of
+from salun.classification import pretrained
 from salun.classification.data import ImageData
+from salun.classification.pretrained import PLAIN, check_config
 from salun.classification.randomness import seed_of
 from salun.errors import ModelError
 from salun.formats import tensorfile
+from salun.formats.sizes import check_size, first_line
+from salun.untrusted import parse_json
 
 FORMAT = "salun-classifier-1"
-PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # a timm model's name that is no hub id and no folder
+SIDE = 4096  # pixels, of what a model is given
 
 
 class Small(nn.Module):
@@ -123,6 +129,16 @@ class Pixels:
     crop: tuple[int, ...] | None = None
     mode: str = "bilinear"
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no images can be made with."""
+        numbers = (*(self.mean or ()), *(self.std or ()))
+        if not all(isfinite(number) for number in numbers) or any(number <= 0 for number in self.std or ()):
+            raise ValueError(f"mean {self.mean} and std {self.std} must be finite, and std above 0")
+        if any(len(values or (0,)) not in (1, 3) for values in (self.mean, self.std)):
+            raise ValueError("mean and std must be one number, or three")
+        if not all(1 <= side <= SIDE for side in (*(self.size or ()), *(self.crop or ()))):
+            raise ValueError(f"size {self.size} and crop {self.crop} must be from 1 to {SIDE} pixels")
+
     @classmethod
     def of(cls, told: dict[str, Any]) -> Pixels:
         """What an image processor's `preprocessor_config.json` says, as transformers' processors follow it."""
@@ -204,11 +220,12 @@ def is_plain(name: str) -> bool:
     return name in ARCHITECTURES or re.fullmatch(rf"timm:{PLAIN}", name) is not None
 
 
-def new_model(name: str, channels: int, classes: int, seed: int) -> nn.Module:
+def new_model(name: str, channels: int, classes: int, seed: int, allow_pickle: bool = False) -> nn.Module:
     """A classifier before any training here: fresh weights, or a pretrained body; what is drawn comes from the seed.
 
     name: one of ARCHITECTURES, `timm:NAME` (an extra; fresh), or a transformers folder or hub id (its body, with a new
-    head: its own may know the forget set). Raises ModelError if it cannot be had.
+    head: its own may know the forget set). allow_pickle: read a transformers model's `pytorch_model.bin`. Raises
+    ModelError if it cannot be had.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "weights"))
@@ -217,7 +234,7 @@ def new_model(name: str, channels: int, classes: int, seed: int) -> nn.Module:
         if name.startswith("timm:"):
             return _timm(name.removeprefix("timm:"), channels, classes)
         if Path(name).expanduser().is_dir() or "/" in name:
-            return _transformers(name, classes)
+            return _transformers(name, classes, allow_pickle)
     raise ModelError(
         f"there is no model {name!r}: give {', '.join(ARCHITECTURES)}, timm:NAME, or a transformers folder or hub id"
     )
@@ -235,17 +252,19 @@ def _timm(name: str, channels: int, classes: int) -> nn.Module:
     return made
 
 
-def _transformers(name: str, classes: int) -> nn.Module:
-    made = Pretrained(_from_pretrained(name, num_labels=classes, ignore_mismatched_sizes=True), _pixels(name))
+def _transformers(name: str, classes: int, allow_pickle: bool) -> nn.Module:
+    made = Pretrained(pretrained.load(name, allow_pickle, num_labels=classes), _pixels(name, allow_pickle))
     head_of(made, classes).reset_parameters()
     return made
 
 
-def stock_model(name: str) -> tuple[nn.Module, tuple[str, ...]]:
+def stock_model(name: str, allow_pickle: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
     """A trained transformers classifier, folder or hub id, head and all, and its classes' names. Raises ModelError."""
-    made = _from_pretrained(name)
+    made = pretrained.load(name, allow_pickle)
     labels: dict[int, str] = made.config.id2label
-    return Pretrained(made, _pixels(name)), tuple(labels[i] for i in sorted(labels))
+    if sorted(labels) != list(range(len(labels))) or not all(isinstance(label, str) for label in labels.values()):
+        raise ModelError(f"the id2label in the config.json of {name!r} must name the classes from 0 up")
+    return Pretrained(made, _pixels(name, allow_pickle)), tuple(labels[i] for i in sorted(labels))
 
 
 def unlike(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, str] | None:
@@ -265,31 +284,12 @@ def nameless(classes: Sequence[str]) -> bool:
     return all(re.fullmatch(r"LABEL_\d+", name) for name in classes)
 
 
-def _pixels(name: str) -> Pixels:
-    """What the model's image processor says; nothing where it has none. Raises ModelError for one that is garbled."""
-    from transformers.image_processing_utils import BaseImageProcessor
-
-    folder = Path(name).expanduser()
+def _pixels(name: str, allow_pickle: bool) -> Pixels:
+    """What the model's image processor says; nothing where it has none. Raises ModelError for one that is damaged."""
     try:
-        told, _ = BaseImageProcessor.get_image_processor_dict(str(folder) if folder.is_dir() else name)
-    except (OSError, ValueError):
-        return Pixels()
-    try:
-        return Pixels.of(told)
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        return Pixels.of(pretrained.image_processor(name, allow_pickle))
+    except (KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise ModelError(f"the image processor of {name!r} cannot be read: {error!r}") from error
-
-
-def _from_pretrained(name: str, **changes: Any) -> Any:
-    from transformers import AutoModelForImageClassification
-
-    folder = Path(name).expanduser()
-    try:
-        made = AutoModelForImageClassification.from_pretrained(str(folder) if folder.is_dir() else name, **changes)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the image classifier {name!r} cannot be loaded: {reason}") from error
-    return made.float()
 
 
 @dataclass(frozen=True)
@@ -333,29 +333,33 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
     fetches nothing. Raises ModelError if it is none, does not fit, or names a model that is neither ours, timm's nor
     described by its own configuration.
     """
-    told = tensorfile.read_header(path).metadata
+    header = tensorfile.read_header(path)
+    told = header.metadata
     if told.get("format") != FORMAT:
         raise ModelError(f"{path} holds no classifier of salun's: make one with `salun classify-train`")
     try:
-        classes = tuple(str(name) for name in json.loads(told["classes"]))
+        classes = tuple(str(name) for name in parse_json(told["classes"]))
         facts = Facts(
             told["architecture"], int(told["channels"]), classes, told["role"], told["base"], told["split"],
-            dict(json.loads(told["training"])),
+            dict(parse_json(told["training"])),
         )  # fmt: skip
-        config = json.loads(told["config"]) if "config" in told else None
-        pixels = Pixels.kept(json.loads(told["pixels"])) if config is not None else Pixels()
+        config = parse_json(told["config"]) if "config" in told else None
+        pixels = Pixels.kept(parse_json(told["pixels"])) if config is not None else Pixels()
     except (KeyError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged: its header lacks or garbles {error}") from error
     if config is not None:
         from transformers import AutoConfig, AutoModelForImageClassification
 
         try:
-            _check_config(config)
+            check_config(config)
             made = AutoConfig.for_model(**config)
-            fresh = AutoModelForImageClassification.from_config(made, trust_remote_code=False)
-            model: nn.Module = Pretrained(fresh, pixels)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{path} is damaged: its configuration makes no classifier ({error})") from error
+            build = partial(AutoModelForImageClassification.from_config, made, trust_remote_code=False)
+            check_size(build, sum(prod(entry.shape) for entry in header.entries.values()), path)
+            model: nn.Module = Pretrained(build(), pixels)
+        except Exception as error:  # the library raises many kinds for a config that it cannot use
+            raise ModelError(
+                f"{path} is damaged: its configuration makes no classifier ({first_line(error)})"
+            ) from error
     elif is_plain(facts.architecture):
         model = new_model(facts.architecture, facts.channels, len(facts.classes), seed=0)
     else:
@@ -369,22 +373,6 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path} is damaged: its weights do not fit {facts.architecture} ({reason})") from error
     return model, facts
-
-
-def _check_config(told: Any) -> None:
-    """Raises ValueError for a transformers configuration that would fetch or open what it names, or run its code."""
-    if isinstance(told, list):
-        for value in told:
-            _check_config(value)
-    if not isinstance(told, dict):
-        return
-    for key, value in told.items():
-        plain = isinstance(value, str) and re.fullmatch(PLAIN, value)
-        if value and (
-            key in ("auto_map", "backbone", "use_pretrained_backbone") or (key == "architecture" and not plain)
-        ):
-            raise ValueError(f"its {key} is {value!r}, which a file may not say")
-        _check_config(value)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -41,6 +41,9 @@ class TrainOptions(DeviceOptions):
         "small, resnet18, vgg16-bn, timm:NAME, or an image classifier of transformers (folder or hub id) (default: "
         "the data set's)",
     )
+    allow_pickle: bool = option(
+        False, "Read a transformers model's pytorch_model.bin: a pickle, unpacked with weights_only (default: off)."
+    )
     train_epochs: int | None = option(
         None, "of the original, and of Retrain (default: the data set's)", minimum=1, maximum=100_000
     )
@@ -171,7 +174,7 @@ GROUPS = {  # for people, in the order in which hosts show them
     "Data": (
         "data", "image_column", "label_column", "image_size", "test_share", "validation_share", "split_seed",
     ),
-    "Model": ("original", "model", "train_epochs", "train_lr", "train_batch_size", "augment", "momentum",
-              "weight_decay"),
+    "Model": ("original", "model", "allow_pickle", "train_epochs", "train_lr", "train_batch_size", "augment",
+              "momentum", "weight_decay"),
     "Computing": ("device", "dtype", "seed", "deterministic"),
 }  # fmt: skip

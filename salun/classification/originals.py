@@ -50,7 +50,9 @@ def trained(
     """
     device = data.images.device
     assert options.model is not None
-    fresh = partial(new_model, options.model, data.channels, len(data.classes), options.seed)
+    fresh = partial(
+        new_model, options.model, data.channels, len(data.classes), options.seed, allow_pickle=options.allow_pickle
+    )
     model = fresh()
     data = seen_by(model, data)
     key = key_of_training(options, data, split, model, stage)
@@ -95,7 +97,7 @@ def key_of_training(options: UnlearnOptions, data: ImageData, split: Split, fres
     )  # fmt: skip
 
 
-def given_original(name: str, data: ImageData, split: Split) -> Original:
+def given_original(name: str, data: ImageData, split: Split, allow_pickle: bool = False) -> Original:
     """The original that `--original` names: a run folder, a .safetensors file, or a transformers folder or hub id.
 
     Raises ModelError if it is none, its classes or channels are not the data's, or it has been made to forget already;
@@ -107,7 +109,7 @@ def given_original(name: str, data: ImageData, split: Split) -> Original:
     if path.suffix == ".safetensors":
         model, facts = load_model(path)
     else:
-        model, classes = stock_model(name)
+        model, classes = stock_model(name, allow_pickle)
         facts = Facts(name, 3, classes, "original", split.base, training={"model": name})
         _checked(facts, name, data)
         return Original(model, facts, notes=tuple(_doubts(name, model, classes, data)))

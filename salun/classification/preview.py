@@ -120,14 +120,16 @@ def _training(
 ) -> tuple[bool, float]:
     """Whether the cache has a model trained so, and the seconds that training takes if not."""
     assert options.model is not None and options.train_epochs is not None
-    fresh = new_model(options.model, data.channels, len(data.classes), options.seed)
+    fresh = new_model(options.model, data.channels, len(data.classes), options.seed, options.allow_pickle)
     there = cache.get(key_of_training(options, seen_by(fresh, data), split, fresh, stage)) is not None
     return there, 0.0 if there else pace * options.train_epochs * len(split.retain)
 
 
 def _pace(options: UnlearnOptions, data: ImageData, split: Split, progress: Progress) -> float:
     """Seconds that one picture takes in training, on this machine now."""
-    fresh = partial(new_model, options.model or "", data.channels, len(data.classes), options.seed)
+    fresh = partial(
+        new_model, options.model or "", data.channels, len(data.classes), options.seed, options.allow_pickle
+    )
     model = fresh().to(data.images.device)
     task = Task(model, seen_by(model, data), split, options, fresh)
     size = options.train_batch_size or 64

@@ -17,8 +17,8 @@ from salun.diffusion.single_file import text_tensors, vae_tensors, write_clip_to
 from salun.errors import ModelError
 from salun.formats import keymap, tensorfile
 from salun.formats.checkpoint import Contents
-from salun.formats.folder import files_under, open_part
-from salun.formats.patch import links_out, new_folder
+from salun.formats.folder import model_files, open_part
+from salun.formats.patch import new_folder
 from salun.formats.stored import Stored
 from salun.formats.tensorfile import DTYPES
 
@@ -192,10 +192,9 @@ def _dtype(contents: Contents, name: str) -> torch.dtype:
 
 def _copy(components: Path | None, part: str, target: Path) -> None:
     assert components is not None  # what a file lacks was loaded from there
-    strange = links_out(components)
-    for source in files_under(components / part):
+    for source in model_files(components):
         name = source.relative_to(components)
-        if name.as_posix() not in strange:
+        if name.parts[0] == part:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target / name)
 

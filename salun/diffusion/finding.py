@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -12,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from salun.config import parse_yaml
 from salun.errors import ConfigError, ModelError
 from salun.formats.folder import files_under, weights_of
+from salun.untrusted import read_json, read_yaml
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SETTINGS = "salun.yaml"
@@ -92,8 +91,8 @@ def checkpoint_folders(models_dir: Sequence[str] = ()) -> Iterator[Path]:
 def _extra_paths(file: Path) -> list[Path]:
     """The checkpoint folders that ComfyUI's extra_model_paths.yaml adds."""
     try:
-        table = parse_yaml(file.read_text(encoding="utf-8-sig"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
+        table = read_yaml(file)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     found = []
     for section in table.values() if isinstance(table, Mapping) else ():
@@ -151,7 +150,9 @@ def _download(repo: str, variant: str | None, unet: bool) -> Path:
 
 def _check_parts(folder: Path, parts: Sequence[str]) -> None:
     """Raises ModelError, OSError, ValueError or KeyError for a folder that lacks the weights of a part it lists."""
-    listed = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    listed = read_json(folder / "model_index.json")
+    if not isinstance(listed, dict):
+        raise ModelError(f"{folder / 'model_index.json'} is damaged: expected a JSON object")
     for part in parts:
         if part in listed:
             weights_of(folder / part)

@@ -5,7 +5,7 @@ Parts are loaded one by one, so that no pipeline's safety checker or feature ext
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,18 +13,29 @@ from typing import Any
 
 import torch
 
-from salun.config import parse_yaml
 from salun.device import pick_device, pick_dtype
+from salun.diffusion.configs import (
+    check_config,
+    check_part,
+    check_tokenizer_fits,
+    load_tokenizer,
+    read_object,
+    read_scheduler,
+)
 from salun.diffusion.finding import SETTINGS, aliases, find
 from salun.diffusion.models import Model, ModelSettings, alphas_cumprod
 from salun.diffusion.vocabulary import Vocabulary
-from salun.errors import ConfigError, ModelError
+from salun.errors import ConfigError, DataError, ModelError
+from salun.evaluation.detector import load_detector
 from salun.formats import families
 from salun.formats.checkpoint import Contents, open_folder, shapes_of
-from salun.formats.folder import check_tokenizer, open_part, weights_of
+from salun.formats.folder import check_links, check_tokenizer, open_part, weights_of
 from salun.formats.pickled import readable
+from salun.formats.sizes import first_line
 from salun.formats.stored import Stored
+from salun.formats.tensorfile import shortened
 from salun.options import ModelOptions, Recipe, Sampling, from_mapping
+from salun.untrusted import read_yaml
 
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 SECTIONS = ("sampling", "recipe", "recipes_paper", "vocabulary")
@@ -35,14 +46,7 @@ def read_settings(
 ) -> ModelSettings:
     """Settings of a model: `salun.yaml` in its folder over the alias entry over the native one over the family."""
     path = (folder or Path()) / SETTINGS
-    own: dict[str, Any] = {}
-    if folder is not None and path.is_file():
-        try:
-            own = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        except (ConfigError, OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path} cannot be read: {error}") from error
-        if not isinstance(own, dict) or not all(isinstance(own.get(key, {}), dict) for key in SECTIONS):
-            raise ModelError(f"{path} cannot be read: expected names and values, as in the one of `shapes`")
+    own = _own_settings(path) if folder is not None and path.is_file() else {}
     shared = aliases()["families"].get(entry.get("family", family), {})
 
     native = {"sampling": {"resolution": resolution}} if resolution else {}
@@ -53,9 +57,7 @@ def read_settings(
     # a model with a recipe of its own is not one the authors ran
     papers = own.get("recipes_paper", {} if "recipe" in own else shared.get("recipes_paper", {}))
     detector = own.get("detector")
-    if detector is not None and (
-        not isinstance(detector, str) or Path(detector).is_absolute() or ".." in Path(detector).parts
-    ):
+    if folder is not None and detector is not None and not _is_inside(folder, detector):
         raise ModelError(f"{path}: detector must be a folder inside the model's own")
     return ModelSettings(
         sampling=from_mapping(Sampling, merged("sampling"), str(path)),
@@ -66,6 +68,28 @@ def read_settings(
         vocabulary=Vocabulary.from_mapping(own["vocabulary"], str(path)) if "vocabulary" in own else None,
         detector=folder / detector if folder is not None and detector else None,
     )
+
+
+def _own_settings(path: Path) -> dict[str, Any]:
+    """What a model's `salun.yaml` holds. Raises ModelError."""
+    try:
+        own = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    sections = [own, *(own.get(key, {}) for key in SECTIONS)] if isinstance(own, dict) else [own]
+    if all(isinstance(section, dict) for section in sections):
+        sections += own.get("recipes_paper", {}).values()
+    if not all(isinstance(section, dict) for section in sections):
+        raise ModelError(f"{path} cannot be read: expected names and values, as in the one of `shapes`")
+    return dict(own)
+
+
+def _is_inside(folder: Path, name: Any) -> bool:
+    """Whether a text names a place below a folder, links followed."""
+    if not isinstance(name, str) or "\0" in name or Path(name).is_absolute():
+        return False
+    home = os.path.realpath(folder)
+    return Path(os.path.realpath(folder / name)).is_relative_to(home)
 
 
 @dataclass(frozen=True)
@@ -104,12 +128,12 @@ def describe(name: str, options: ModelOptions | None = None) -> Description:
             raise ModelError(f"--components {options.components} is of the family {family}, not {contents.family}")
     guess, source = contents.prediction
     if folder is not None and contents.told_prediction is None:
-        scheduler = _json(folder / "scheduler" / "scheduler_config.json", str(options.components))
+        scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json", str(options.components))
         guess, source = str(scheduler.get("prediction_type", "epsilon")), "the scheduler config of --components"
     if options.prediction_type is not None:
         guess, source = options.prediction_type, "--prediction-type"
     if folder is not None:
-        scheduler = {**_json(folder / "scheduler" / "scheduler_config.json", name), "prediction_type": guess}
+        scheduler = {**read_scheduler(folder / "scheduler" / "scheduler_config.json", name), "prediction_type": guess}
         if contents.zero_snr:
             scheduler["rescale_betas_zero_snr"] = True
     else:
@@ -126,19 +150,29 @@ def _family_of_folder(name: str, folder: Path) -> str:
     """By its configs alone. Raises ModelError for what salun does not handle."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is a single file, where a diffusers folder or hub id is wanted")
-    pipeline = str(_json(folder / "model_index.json", name).get("_class_name"))
+    if (folder / "model_index.json").is_file():
+        check_links(folder)
+    pipeline = str(read_object(folder / "model_index.json", name).get("_class_name"))
     if pipeline not in PIPELINES:
-        raise ModelError(f"{name} is a {pipeline}; salun handles {' and '.join(PIPELINES)}")
-    unet = _json(folder / "unet" / "config.json", name)
-    if int(unet.get("in_channels", 4)) != int(unet.get("out_channels", 4)):
-        raise ModelError(f"{name} has a UNet with {unet['in_channels']} input channels (inpainting?): not handled")
+        raise ModelError(f"{name} is a {shortened(pipeline)}; salun handles {' and '.join(PIPELINES)}")
+    unet = _unet_config(folder, name)
+    taken, given = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if taken != given:
+        raise ModelError(f"{name} has a UNet with {taken} input channels (inpainting?): not handled")
     second = unet.get("use_linear_projection") or unet.get("cross_attention_dim", 768) == 1024
     return "sdxl" if PIPELINES[pipeline] == "sdxl" else "sd2" if second else "sd1"
 
 
+def _unet_config(folder: Path, name: str) -> dict[str, Any]:
+    from diffusers import UNet2DConditionModel
+
+    path = folder / "unet" / "config.json"
+    return check_config(read_object(path, name), UNet2DConditionModel, path)
+
+
 def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> Description:
     family = _family_of_folder(name, folder)
-    scheduler, source = _json(folder / "scheduler" / "scheduler_config.json", name), "its scheduler config"
+    scheduler, source = read_scheduler(folder / "scheduler" / "scheduler_config.json", name), "its scheduler config"
     if options.prediction_type is not None:
         scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "--prediction-type"
     settings = read_settings(folder, family, entry, _resolution(folder, name))
@@ -147,9 +181,10 @@ def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options
 
 def _resolution(folder: Path, name: str) -> int | None:
     """Pixels a side that a model was trained at, where its configs say so (SD 2.1 is 768, its base 512)."""
-    unet, vae = (_json(folder / part / "config.json", name) for part in ("unet", "vae"))
+    unet, vae = (read_object(folder / part / "config.json", name) for part in ("unet", "vae"))
     latent, levels = unet.get("sample_size"), vae.get("block_out_channels")
-    return latent * 2 ** (len(levels) - 1) if isinstance(latent, int) and isinstance(levels, list) else None
+    known = isinstance(latent, int) and isinstance(levels, list) and 1 <= len(levels) <= 16
+    return latent * 2 ** (len(levels) - 1) if known else None
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto", **given: Any) -> Model:
@@ -166,6 +201,7 @@ def load_with(name: str, options: ModelOptions) -> Model:
     own = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
     found = describe(name, own)
     alphas_cumprod(found.scheduler_config, name)  # a schedule that is not known is told before anything is loaded
+    _check_detector(found.settings, name)
     where = pick_device(own.device)
     precision = pick_dtype(own.dtype, where)
     _quiet()
@@ -176,6 +212,7 @@ def load_with(name: str, options: ModelOptions) -> Model:
 
         parts = load_parts(found.contents, found.folder, found.scheduler_config["prediction_type"], precision)
     unet, vae, encoders, tokenizers = parts
+    _check_fit(found, *parts)
     for module in (unet, vae, *encoders):
         module.eval().requires_grad_(False)
     unet.to(where)  # the others come when they are needed
@@ -201,6 +238,37 @@ def load_with(name: str, options: ModelOptions) -> Model:
     )
 
 
+def _check_fit(found: Description, unet: Any, vae: Any, encoders: list[Any], tokenizers: list[Any]) -> None:
+    """Raises ModelError for parts that do not belong together."""
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        check_tokenizer_fits(tokenizer, encoder, found.name)
+    if vae.config.latent_channels != unet.config.in_channels:
+        raise ModelError(
+            f"{found.name}: its VAE has latents of {vae.config.latent_channels} channels, its UNet takes "
+            f"{unet.config.in_channels}"
+        )
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    if unet.config.cross_attention_dim != width:
+        raise ModelError(
+            f"{found.name}: its text encoders give {width} features a token, its UNet takes "
+            f"{unet.config.cross_attention_dim}"
+        )
+
+
+def _check_detector(settings: ModelSettings, name: str) -> None:
+    """Raises DataError for a detector that cannot be used: better now than after the training."""
+    if settings.detector is None or settings.vocabulary is None:
+        return
+    known = load_detector(settings.detector).attributes
+    for attribute, values in settings.vocabulary.attributes.items():
+        unknown = [value for value in values if value not in known.get(attribute, [])]
+        if unknown:
+            raise DataError(
+                f"{name}: its detector knows no {attribute} {unknown[0]!r}, which its vocabulary has: they do not "
+                "belong together"
+            )
+
+
 def _quiet() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -217,7 +285,7 @@ Parts = tuple[Any, Any, list[Any], list[Any]]
 
 def _load_folder(found: Description, precision: torch.dtype) -> Parts:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     folder = found.stored.path
     parts = ["", "_2"] if found.family == "sdxl" else [""]
@@ -225,18 +293,13 @@ def _load_folder(found: Description, precision: torch.dtype) -> Parts:
         open_part(folder / part)  # a file that is cut short is told before minutes of loading
     for part in parts:
         check_tokenizer(folder / f"tokenizer{part}")
-    try:
-        unet = whole(UNet2DConditionModel, folder / "unet", torch_dtype=precision)
-        vae = whole(AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
-        encoders = []
-        for part in parts:
-            kind = CLIPTextModelWithProjection if part else CLIPTextModel
-            encoders.append(whole(kind, folder / f"text_encoder{part}").to(precision))
-        tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}") for part in parts]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{found.name} could not be loaded from {folder}: {first}") from error
-    return unet, vae, encoders, tokenizers
+    unet = whole(UNet2DConditionModel, folder / "unet", torch_dtype=precision)
+    vae = whole(AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
+    encoders = []
+    for part in parts:
+        kind = CLIPTextModelWithProjection if part else CLIPTextModel
+        encoders.append(whole(kind, folder / f"text_encoder{part}").to(precision))
+    return unet, vae, encoders, [load_tokenizer(folder / f"tokenizer{part}") for part in parts]
 
 
 def check_folder(found: Description) -> None:
@@ -244,19 +307,23 @@ def check_folder(found: Description) -> None:
 
     Raises ModelError naming what is missing, too much, misshapen or not readable.
     """
-    from diffusers import UNet2DConditionModel
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from salun.diffusion.single_file import agree, empty_module
+    from salun.diffusion.single_file import agree
 
     folder, stored = found.stored.path, found.stored
-    config = _json(folder / "unet" / "config.json", found.name)
-    unet = empty_module(lambda: UNet2DConditionModel.from_config(config), folder / "unet")
+    config = _unet_config(folder, found.name)
+    check_part(UNet2DConditionModel, folder / "unet", found.name)
+    with init_empty_weights(include_buffers=False):
+        unet = UNet2DConditionModel.from_config(config)
     agree({n: tuple(p.shape) for n, p in unet.named_parameters()}, shapes_of(stored), folder / "unet", stored.inner)
-    second = ["_2"] if found.family == "sdxl" else []
-    for part in ("vae", *(f"text_encoder{end}" for end in ("", *second))):
-        _json(folder / part / "config.json", found.name)
-        open_part(folder / part)
-    for end in ("", *second):
+    check_part(AutoencoderKL, folder / "vae", found.name)
+    check_part(CLIPTextModel, folder / "text_encoder", found.name)
+    if found.family == "sdxl":
+        check_part(CLIPTextModelWithProjection, folder / "text_encoder_2", found.name)
+    for end in ("", "_2") if found.family == "sdxl" else ("",):
         check_tokenizer(folder / f"tokenizer{end}")
 
 
@@ -266,8 +333,14 @@ def whole(kind: Any, folder: Path, **keywords: Any) -> Any:
     Its weights are those that `weights_of` chooses. Raises ModelError for tensors that are missing, too many or
     misshapen, and for NaN or infinity.
     """
-    keywords |= {"use_safetensors": True, "variant": weights_of(folder).variant}
-    part, told = kind.from_pretrained(folder, output_loading_info=True, **keywords)
+    config = check_part(kind, folder, str(folder.parent))
+    keywords |= {"use_safetensors": True, "variant": weights_of(folder).variant, "local_files_only": True}
+    if config is not None:
+        keywords |= {"config": config, "trust_remote_code": False}
+    try:
+        part, told = kind.from_pretrained(folder, output_loading_info=True, **keywords)
+    except Exception as error:  # the libraries raise many kinds; each means that the files hold no such part
+        raise ModelError(f"{folder} could not be loaded: {first_line(error)}") from error
     faults = (
         ("lacks", told.get("missing_keys")),
         ("holds, though no model of its kind does,", told.get("unexpected_keys")),
@@ -281,15 +354,3 @@ def whole(kind: Any, folder: Path, **keywords: Any) -> Any:
     if bad is not None:
         raise ModelError(f"{folder}: {bad} holds NaN or infinity, so nothing can be computed with it")
     return part
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{name} is no diffusers model: {path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is damaged: expected a JSON object")
-    return data

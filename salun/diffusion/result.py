@@ -18,7 +18,8 @@ from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError, some
 from salun.formats import tensorfile
 from salun.formats.delta import Delta, applied_metadata
-from salun.formats.patch import led_out, left_out, links_out
+from salun.formats.folder import links_out
+from salun.formats.patch import led_out, left_out
 from salun.formats.stored import Stored
 from salun.formats.tensorfile import write_bytes
 from salun.mask import Mask

@@ -9,12 +9,14 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from salun.diffusion.configs import check_config, load_tokenizer, read_object
 from salun.diffusion.finding import ASSETS
 from salun.diffusion.loading import whole
 from salun.errors import ModelError, some
@@ -22,6 +24,7 @@ from salun.formats import families, keymap, tensorfile
 from salun.formats.checkpoint import Contents, shapes_of
 from salun.formats.folder import check_tokenizer, open_part
 from salun.formats.keymap import TextLayout
+from salun.formats.sizes import check_size, first_line
 
 CLIP_TOKENS = 77
 Makers = dict[str, Callable[[], Tensor]]
@@ -57,13 +60,19 @@ def _told(components: Path | None) -> Callable[[str], dict[str, Any] | None]:
     def read(name: str) -> dict[str, Any] | None:
         if components is None:
             return None
-        try:
-            found: dict[str, Any] = json.loads((components / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"--components: {components / name} cannot be read: {error}") from error
-        return found
+        path = components / name
+        return check_config(read_object(path, str(components)), _kind(path.parent.name), path)
 
     return read
+
+
+def _kind(part: str) -> Any:
+    """The library's class of a part."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    return kinds.get(part, CLIPTextModelWithProjection)
 
 
 def _part(index: int) -> str:
@@ -84,7 +93,7 @@ def empty_unet(contents: Contents, config: dict[str, Any] | None, prediction_typ
     stored = contents.unet
     shapes = shapes_of(stored)
     told = config or families.unet_config(shapes, contents.family, prediction_type)
-    unet = empty_module(lambda: UNet2DConditionModel.from_config(told), contents.path)
+    unet = empty_module(lambda: UNet2DConditionModel.from_config(told), contents, config)
     wanted = {name: tuple(p.shape) for name, p in unet.named_parameters()}
     agree(wanted, shapes, contents.path, stored.inner)
     return unet
@@ -109,8 +118,8 @@ def empty_vae(contents: Contents, config: dict[str, Any] | None) -> tuple[Any, M
 
     tensors, shapes, inner = vae_tensors(contents)
     _only_weights(contents, inner.values())
-    config = config or families.vae_config(shapes, contents.family)
-    vae = empty_module(lambda: AutoencoderKL.from_config(config), contents.path)
+    known = config or families.vae_config(shapes, contents.family)
+    vae = empty_module(lambda: AutoencoderKL.from_config(known), contents, config)
     agree({n: tuple(p.shape) for n, p in vae.named_parameters()}, shapes, contents.path, inner.__getitem__)
     return vae, tensors, inner
 
@@ -159,8 +168,8 @@ def empty_text_encoder(
     kind = CLIPTextModelWithProjection if index else CLIPTextModel
     layout, entries = text_layout(contents, index), contents.header.entries
     own = {n.removeprefix(layout.prefix): e.shape for n, e in entries.items() if n.startswith(layout.prefix)}
-    config = config or families.text_config(own, contents.family, index)
-    encoder = empty_module(lambda: kind(CLIPTextConfig.from_dict(config)), contents.path)
+    known = config or families.text_config(own, contents.family, index)
+    encoder = empty_module(lambda: kind(CLIPTextConfig.from_dict(known)), contents, config)
     tensors, inner = text_tensors(contents, encoder.state_dict(), index)
     _only_weights(contents, inner.values())
     places = keymap.text_to_ldm(encoder.state_dict(), layout)
@@ -186,7 +195,7 @@ def _shape_in(shape: tuple[int, ...], part: str) -> tuple[int, ...]:
 def _lent(kind: Any, contents: Contents, components: Path | None, part: str, **keywords: Any) -> Any:
     """A part that the file lacks, from `components`. Raises ModelError if there are none."""
     if components is not None:
-        return _from_folder(kind, components / part, **keywords)
+        return whole(kind, components / part, **keywords)
     tiny = part == "vae" and any("taesd" in name for name in contents.others + contents.header.names)
     what = f"no {'VAE' if part == 'vae' else part.replace('_', ' ')}"
     if tiny:
@@ -252,11 +261,9 @@ def text_layout(contents: Contents, index: int) -> TextLayout:
 
 
 def _tokenizer(contents: Contents, components: Path | None, index: int) -> Any:
-    from transformers import CLIPTokenizer
-
     if components is not None:
         check_tokenizer(components / f"tokenizer{_part(index)}")
-        return _from_folder(CLIPTokenizer, components / f"tokenizer{_part(index)}")
+        return load_tokenizer(components / f"tokenizer{_part(index)}")
     return clip_tokenizer(families.facts(contents.family)["text"][index]["pad_token"])
 
 
@@ -298,24 +305,21 @@ def _read(contents: Contents, name: str) -> Tensor:
     return tensorfile.read_one(contents.path, contents.header, name)
 
 
-def _from_folder(kind: Any, folder: Path, **keywords: Any) -> Any:
-    try:
-        return kind.from_pretrained(folder) if kind.__name__ == "CLIPTokenizer" else whole(kind, folder, **keywords)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"--components: {folder} could not be loaded: {first}") from error
+def empty_module(make: Callable[[], Any], contents: Contents, config: Mapping[str, Any] | None) -> Any:
+    """A module without memory for its parameters, to be filled. (Buffers are real: the file does not hold them.)
 
-
-def empty_module(make: Callable[[], Any], path: Path) -> Any:
-    """A module without memory for its parameters, to be filled. (Buffers are real: the file does not hold them.)"""
+    config: of --components, if the module is built by it.
+    """
     from accelerate import init_empty_weights
 
+    if config is not None:
+        check_size(make, sum(prod(entry.shape) for entry in contents.header.entries.values()), contents.path)
     try:
         with init_empty_weights(include_buffers=False):
             return make()
-    except (ValueError, TypeError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
+    except Exception as error:  # the libraries raise many kinds; each means that the shapes are of no such part
         raise ModelError(
-            f"{path}: no model can be built of its shapes ({error}); --components may tell more"
+            f"{contents.path}: no model can be built of its shapes ({first_line(error)}); --components may tell more"
         ) from error
 
 

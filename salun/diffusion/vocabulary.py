@@ -7,11 +7,17 @@ forget, to keep and to judge follow from the concept's name alone.
 from __future__ import annotations
 
 import itertools
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from salun.errors import ConfigError, DataError
+
+PROMPTS = 20_000  # that one vocabulary may make; the one of `shapes` makes 1,920
+TEMPLATE, VALUE = 1_000, 100  # characters
+SLOTS = 50  # of a template
 
 
 class UnknownConcept(ConfigError):
@@ -37,22 +43,23 @@ class Vocabulary:
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], where: str) -> Vocabulary:
-        """From a `vocabulary` block. Raises DataError if a part is missing or the templates do not fit."""
+        """From a `vocabulary` block, untrusted. Raises DataError if a part is missing or the templates do not fit."""
         try:
-            templates = data["templates"]
+            templates = _lists(data["templates"], "templates", TEMPLATE)
             found = cls(
-                {str(k): [str(v) for v in values] for k, values in data["attributes"].items()},
-                [str(t) for t in templates["train"]],
-                [str(t) for t in templates["eval"]],
-                {str(k): str(v) for k, v in data.get("anchors", {}).items()},
+                _lists(data["attributes"], "attributes", VALUE),
+                templates["train"],
+                templates["eval"],
+                {_text(k, VALUE): _text(v, VALUE) for k, v in data.get("anchors", {}).items()},
             )
-            first = {name: values[0] for name, values in found.attributes.items()}
+            count = len(found.train + found.eval) * prod(map(len, found.attributes.values()))
+            if not 1 <= count <= PROMPTS:
+                raise ValueError(f"templates and attributes make {count:,} prompts; the limit is {PROMPTS:,}")
             for template in found.train + found.eval:
-                if any("{" + name + "}" not in template for name in first):
-                    raise ValueError(f"template {template!r} does not name every attribute")
-                template.format(**first)
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            raise DataError(f"{where}: the vocabulary cannot be used: {error!r}") from error
+                _check_template(template, found.attributes)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{where}: the vocabulary cannot be used: {reason}") from error
         return found
 
     def attribute_of(self, value: str) -> str | None:
@@ -75,3 +82,30 @@ class Vocabulary:
             for values in itertools.product(*choices):
                 labels = dict(zip(names, values, strict=True))
                 yield Prompt(template.format(**labels), labels)
+
+
+def _lists(data: Mapping[str, Any], name: str, longest: int) -> dict[str, list[str]]:
+    """name → texts, none of the lists empty. Raises ValueError."""
+    if not isinstance(data, dict) or not all(isinstance(texts, list) and texts for texts in data.values()):
+        raise ValueError(f"{name} must be names, each with a list of texts")
+    return {_text(key, VALUE): [_text(text, longest) for text in texts] for key, texts in data.items()}
+
+
+def _text(value: Any, longest: int) -> str:
+    """A word of a vocabulary; numbers and `no` are words too. Raises ValueError."""
+    text = str(value)
+    if isinstance(value, dict | list) or not 1 <= len(text) <= longest:
+        raise ValueError(f"{text[:40]!r} must be a text of 1 to {longest} characters")
+    return text
+
+
+def _check_template(template: str, attributes: Mapping[str, list[str]]) -> None:
+    """Raises ValueError unless its slots are the attributes' bare names: a format such as {shape:9999999} is none."""
+    slots = [(name, form, change) for _, name, form, change in string.Formatter().parse(template) if name is not None]
+    odd = next((slot for slot in slots if slot[0] not in attributes or slot[1] or slot[2]), None)
+    if odd is not None:
+        raise ValueError(f"template {template[:80]!r} has a slot {odd[0][:40]!r} that is no attribute's bare name")
+    if {name for name, _, _ in slots} != set(attributes):
+        raise ValueError(f"template {template[:80]!r} does not name every attribute")
+    if len(slots) > SLOTS:
+        raise ValueError(f"template {template[:80]!r} has {len(slots)} slots; the limit is {SLOTS}")

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from salun.errors import DataError
+from salun.errors import DataError, ModelError
+from salun.formats import tensorfile
+from salun.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,42 @@ class AttributeClassifier(nn.Module):
 def load_detector(folder: Path, device: torch.device | str = "cpu") -> AttributeClassifier:
     """The detector in `folder`, in eval mode. Raises DataError if a file is missing or they do not fit together."""
     try:
-        described = json.loads((folder / "detector.json").read_text(encoding="utf-8"))
-        model = AttributeClassifier(described["attributes"], int(described["resolution"]), tuple(described["channels"]))
-        model.load_state_dict({k: v.float() for k, v in load_file(folder / "detector.safetensors").items()})
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        described = read_json(folder / "detector.json")
+        attributes, resolution, channels = _checked(described)
+        with torch.device("meta"):  # without memory, until the file is known to hold such tensors
+            empty = AttributeClassifier(attributes, resolution, channels)
+        wanted = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+        file = folder / "detector.safetensors"
+        there = {name: entry.shape for name, entry in tensorfile.read_header(file).entries.items()}
+        if there != wanted:
+            name = min(set(there.items()) ^ set(wanted.items()))[0]
+            raise ValueError(
+                f"{tensorfile.shortened(name)} in detector.safetensors is not what detector.json describes"
+            )
+        model = AttributeClassifier(attributes, resolution, channels)
+        model.load_state_dict({name: tensor.float() for name, tensor in tensorfile.tensors(file)})
+    except (OSError, KeyError, ValueError, RuntimeError, ModelError) as error:
         raise DataError(f"the detector in {folder} cannot be used: {error}") from error
     return model.eval().to(device)
+
+
+def _checked(described: Any) -> tuple[dict[str, list[str]], int, tuple[int, ...]]:
+    """Attributes, resolution and channels of an untrusted `detector.json`. Raises ValueError."""
+    found = described if isinstance(described, dict) else {}
+    attributes, resolution, channels = (found.get(key) for key in ("attributes", "resolution", "channels"))
+    if not isinstance(attributes, dict) or not all(
+        name.isidentifier() and isinstance(values, list) and 1 <= len(values) <= 1000 and all(map(_is_text, values))
+        for name, values in attributes.items()
+    ):
+        raise ValueError("attributes must be names, each with a list of texts")
+    if type(resolution) is not int or not 8 <= resolution <= 1024:
+        raise ValueError("resolution must be a whole number from 8 to 1024")
+    if not isinstance(channels, list) or not 1 <= len(channels) <= 10:
+        raise ValueError("channels must be a list of 1 to 10 whole numbers")
+    if not all(type(width) is int and 8 <= width <= 4096 and width % 8 == 0 for width in channels):
+        raise ValueError("channels must be multiples of 8, from 8 to 4096")
+    return attributes, resolution, tuple(channels)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

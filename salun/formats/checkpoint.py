@@ -14,7 +14,7 @@ from pathlib import Path
 
 from salun.errors import ModelError
 from salun.formats import keymap, tensorfile
-from salun.formats.folder import open_part
+from salun.formats.folder import check_links, open_part
 from salun.formats.stored import Stored
 from salun.formats.tensorfile import Header
 
@@ -37,7 +37,9 @@ def open_unet(path: Path) -> Stored:
 
 
 def open_folder(folder: Path) -> Stored:
-    """The UNet of a diffusers folder. Raises ModelError if there is none in safetensors."""
+    """The UNet of a diffusers folder. Raises ModelError if there is none in safetensors, or as `check_links`."""
+    if (folder / "unet").is_dir():
+        check_links(folder)
     unet = open_part(folder / "unet")
     return Stored(folder, unet.places, unet.headers)
 

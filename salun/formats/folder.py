@@ -6,7 +6,6 @@ times: as they are, and as a variant (`fp16`) whose name stands in the files' na
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,10 +14,13 @@ from pathlib import Path
 from salun.errors import ModelError
 from salun.formats import tensorfile
 from salun.formats.stored import Stored
+from salun.untrusted import read_json
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 TEXT_STEM = "model"  # of text encoders, which transformers writes
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_READ = (".json", ".safetensors", ".bin", ".yaml")  # beside merges.txt, the endings of what is read of a model
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,17 @@ def _variant_of_index(name: str, stem: str) -> str | None:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = read_json(index)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{index} cannot be read: {error}") from error
-    missing = next((n for n in names if Path(str(n)).name != n or not (index.parent / n).is_file()), None)
+    listed = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ModelError(f"{index} cannot be read: it has no weight_map of tensors' and files' names")
+    names = sorted(set(listed.values()))
+    missing = next((n for n in names if "\0" in n or Path(n).name != n or not (index.parent / n).is_file()), None)
     if not names or missing is not None:
-        raise ModelError(f"{index} names {missing or 'no file'}, which is not beside it: the model is not whole")
+        shown = tensorfile.shortened(missing) if names else "no file"
+        raise ModelError(f"{index} names {shown}, which is not beside it: the model is not whole")
     return tuple(index.parent / name for name in names)
 
 
@@ -106,3 +113,63 @@ def files_under(folder: Path) -> list[Path]:
         seen.add(real)
         found += [Path(place, name) for name in names if Path(place, name).is_file()]
     return sorted(found)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Every file of a model's folder, without what `links_out` names."""
+    return _walk(folder)[0]
+
+
+def links_out(folder: Path) -> list[str]:
+    """Links in a model's folder that lead out of it, as paths from it. They are neither followed nor copied.
+
+    A foreign folder may hold links to the user's own files. A snapshot in the hub's cache has its files among its
+    repository's `blobs`, which belong to it.
+    """
+    return [path.relative_to(folder).as_posix() for path in _walk(folder)[1]]
+
+
+def check_links(folder: Path) -> None:
+    """Raises ModelError if a file or part that a model needs is a link that leads out of the model's folder."""
+    for name in links_out(folder):
+        path = Path(name)
+        if path.name == "merges.txt" or path.suffix in _READ or name in _PARTS:
+            raise ModelError(
+                f"{folder / name} is a link that leads out of the model's folder and is not followed: "
+                "copy what it leads to into the folder"
+            )
+
+
+def _roots(folder: Path) -> list[Path]:
+    home = Path(os.path.realpath(folder))
+    repository = home.parent.parent
+    cached = home.parent.name == "snapshots" and repository.name.startswith("models--")
+    return [home, repository / "blobs"] if cached else [home]
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(files of a model's folder, links that lead out of it), both sorted.
+
+    Of linked folders only the first is entered, so that no chain of links leads round in circles.
+    """
+    found: list[Path] = []
+    out: list[Path] = []
+    roots, waiting = _roots(folder), [(folder, False)]
+    while waiting:
+        place, linked = waiting.pop()
+        home = Path(os.path.realpath(place))
+        try:
+            names = os.listdir(place)
+        except OSError:
+            continue
+        for name in names:
+            path, real = place / name, Path(os.path.realpath(place / name))
+            if not any(real.is_relative_to(root) for root in roots):
+                out.append(path)
+            elif path.is_file():
+                found.append(path)
+            elif path.is_dir():
+                link = real != home / name
+                if not link or not (linked or home.is_relative_to(real)):
+                    waiting.append((path, linked or link))
+    return sorted(found), sorted(out)

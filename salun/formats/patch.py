@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,15 +12,11 @@ from torch import Tensor
 
 from salun.errors import ConfigError, ModelError
 from salun.formats import keymap, tensorfile
-from salun.formats.folder import files_under, weights_of
+from salun.formats.folder import links_out, model_files, weights_of
 from salun.formats.stored import Stored
 from salun.formats.tensorfile import of_the_dead, remove_leftovers, sha256_file
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "safety_checker", "image_encoder")  # what else has weights
-_KINDS = re.compile(
-    r".+\.safetensors|.+\.safetensors\.index(\..+)?\.json|(scheduler_|tokenizer_|preprocessor_)?config\.json|merges\.txt|"
-    r"(model_index|vocab|tokenizer|special_tokens_map|added_tokens|generation_config)\.json|salun\.yaml|README\.md|LICENSE.*"
-)
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".onnx_data", ".pb", ".msgpack", ".h5", ".gguf")
 
 
@@ -72,7 +67,7 @@ def left_out(stored: Stored) -> list[str]:
     kept = {os.path.realpath(file) for file in (*stored.files, *([index] if index else []))}
     return [
         path.relative_to(stored.path).as_posix()
-        for path in files_under(stored.path)
+        for path in model_files(stored.path)
         if os.path.realpath(path) not in kept and _is_other_copy(path, path.relative_to(stored.path).parts[:-1])
     ]
 
@@ -97,32 +92,18 @@ def led_out(stored: Stored) -> list[str]:
     return [] if stored.single else links_out(stored.path)
 
 
-def links_out(folder: Path) -> list[str]:
-    """Links of a folder, as paths from it, that lead out of it to what no model has.
-
-    A stranger's folder may hold links to the user's own files. (The hub's cache keeps all files behind links, and
-    people link parts that several models share: files of a model's kinds are followed anywhere.)
-    """
-    home = os.path.realpath(folder)
-    found = []
-    for path in files_under(folder):
-        if os.path.commonpath([home, os.path.realpath(path)]) != home and not _KINDS.fullmatch(path.name):
-            found.append(path.relative_to(folder).as_posix())
-    return found
-
-
 def size_of(stored: Stored) -> int:
     """Bytes of the whole model on disk."""
     if stored.single:
         return stored.path.stat().st_size
-    return sum(path.stat().st_size for path in files_under(stored.path))
+    return sum(path.stat().st_size for path in model_files(stored.path))
 
 
 def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    unwanted = {stored.path / name for name in (*left_out(stored), *led_out(stored))}
+    unwanted = {stored.path / name for name in left_out(stored)}
     replaced = {os.path.realpath(file): file for file in stored.files}
     with new_folder(target) as temporary:
-        for source in (path for path in files_under(stored.path) if path not in unwanted):
+        for source in (path for path in model_files(stored.path) if path not in unwanted):
             copy = temporary / source.relative_to(stored.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             own = replaced.get(os.path.realpath(source))

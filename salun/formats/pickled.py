@@ -16,6 +16,7 @@ from salun.formats import tensorfile
 from salun.formats.tensorfile import sha256_file
 
 ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
+SAFE = (2, 6)  # the first torch whose weights_only runs no code (CVE-2025-32434)
 HARMLESS = (  # what trainers leave in a checkpoint beside its weights, as the key of their own state
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
@@ -25,6 +26,16 @@ HARMLESS = (  # what trainers leave in a checkpoint beside its weights, as the k
 def readable(path: Path, allowed: bool) -> Path:
     """The file itself, or what `converted` makes of a pickle. Raises ModelError as that does."""
     return converted(path, allowed) if path.suffix.lower() in ENDINGS and path.is_file() else path
+
+
+def check_torch() -> None:
+    """Raises ModelError for a torch whose safe unpickler can be made to run code (CVE-2025-32434, before 2.6)."""
+    version = torch.__version__.split("+")[0]
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < SAFE:
+        raise ModelError(
+            f"--allow-pickle needs torch {'.'.join(map(str, SAFE))} or later, and this is {version}: in older ones a "
+            "pickle can run code all the same (CVE-2025-32434). Take the model's .safetensors, or update torch"
+        )
 
 
 def converted(path: Path, allowed: bool) -> Path:
@@ -38,6 +49,7 @@ def converted(path: Path, allowed: bool) -> Path:
             f"{path} is a pickle, which may run code of whoever made it: take a .safetensors of the same model, or, if "
             "you trust the file, --allow-pickle (it is read with weights_only)"
         )
+    check_torch()
     target = Cache.of_user().converted / sha256_file(path)[:24] / f"{path.stem}.safetensors"
     if target.is_file():
         return target

@@ -1,0 +1,151 @@
+"""transformers' image classifiers, untrusted input: checked before the library builds or runs anything of them."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from salun.errors import ModelError
+from salun.formats import tensorfile
+from salun.formats.folder import check_links
+from salun.formats.pickled import check_torch
+from salun.formats.sizes import check_size, first_line
+from salun.formats.tensorfile import shortened
+from salun.untrusted import read_json
+
+PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # a timm model's name that is no hub id and no folder
+LARGEST = 1_000_000  # of a config's whole numbers
+ATTENTION = (None, "eager", "sdpa")  # other names lead to a loader of kernels from the hub
+FORBIDDEN = (  # lead to code, weights or kernels from elsewhere
+    "auto_map", "backbone", "use_pretrained_backbone", "custom_pipelines", "quantization_config", "kernel_config",
+    "use_kernels",
+)  # fmt: skip
+FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
+SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+
+
+def load(name: str, allow_pickle: bool, **changes: Any) -> Any:
+    """The classifier in a folder or of a hub id. changes: of its config. Raises ModelError."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    folder = folder_of(name, allow_pickle)
+    config = _object(folder / "config.json", name)
+    safetensors = list(folder.glob("model*.safetensors"))
+    pickles = list(folder.glob("pytorch_model*.bin"))
+    if not safetensors and not pickles:
+        raise ModelError(f"the image classifier {name!r} cannot be loaded: {folder} holds no model.safetensors")
+    if not safetensors and not allow_pickle:
+        raise ModelError(
+            f"the image classifier {name!r} has its weights in {pickles[0].name}, a pickle, which may run code of "
+            "whoever made it: take one with model.safetensors, or, if you trust the file, --allow-pickle"
+        )
+    if not safetensors:
+        check_torch()
+    try:
+        check_config(config)
+        made = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **changes)
+    except Exception as error:  # the library raises many kinds for a config that it cannot use
+        raise ModelError(f"the image classifier {name!r} cannot be loaded: {first_line(error)}") from error
+
+    def build() -> Any:
+        return AutoModelForImageClassification.from_config(made, trust_remote_code=False)
+
+    check_size(build, _held(safetensors, pickles), folder / "config.json")
+    try:
+        model = AutoModelForImageClassification.from_pretrained(
+            folder, config=made, trust_remote_code=False, local_files_only=True, use_safetensors=bool(safetensors),
+            weights_only=True, ignore_mismatched_sizes=bool(changes),
+        )  # fmt: skip
+    except Exception as error:  # likewise for weights
+        raise ModelError(f"the image classifier {name!r} cannot be loaded: {first_line(error)}") from error
+    return model.float()
+
+
+def _held(safetensors: list[Path], pickles: list[Path]) -> int:
+    """Entries of the tensors in the weight files; of pickles, which are not opened for that, at most."""
+    if not safetensors:
+        return sum(path.stat().st_size for path in pickles)
+    headers = [tensorfile.read_header(path) for path in safetensors]
+    return sum(prod(entry.shape) for header in headers for entry in header.entries.values())
+
+
+def folder_of(name: str, allow_pickle: bool) -> Path:
+    """The model's folder, fetched from the hub if need be. Raises ModelError for one that may not be opened."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _fetched(name, allow_pickle)
+    check_links(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{name} holds an adapter (adapter_config.json) that names another model: remove it")
+    return folder
+
+
+def _fetched(name: str, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*FILES, *SAFETENSORS, *(PICKLES if allow_pickle else ())]
+    try:
+        kept = Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
+        if (kept / "config.json").is_file() and any(kept.glob("*model*.*")):
+            return kept
+    except (OSError, ValueError):  # not in the local cache
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds; each means that the model is not here
+        raise ModelError(
+            f"the image classifier {name!r} cannot be loaded: it is no folder, and could not be fetched "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def image_processor(name: str, allow_pickle: bool) -> dict[str, Any]:
+    """What the model's image processor says; empty where it has none. Raises ModelError for one that is damaged."""
+    folder = folder_of(name, allow_pickle)
+    if (folder / "preprocessor_config.json").is_file():
+        return _object(folder / "preprocessor_config.json", name)
+    if (folder / "processor_config.json").is_file():
+        inner = _object(folder / "processor_config.json", name).get("image_processor")
+        return inner if isinstance(inner, dict) else {}
+    return {}
+
+
+def _object(path: Path, name: str) -> dict[str, Any]:
+    try:
+        data = read_json(path)
+    except FileNotFoundError as error:
+        raise ModelError(f"the image classifier {name!r} cannot be loaded: it has no {path.name}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} is damaged: expected a JSON object")
+    return data
+
+
+def check_config(told: Any) -> None:
+    """Raises ValueError for a config that would fetch or open what it names, or run its code, or is out of bounds."""
+    if isinstance(told, list):
+        for value in told:
+            check_config(value)
+    elif isinstance(told, dict):
+        for key, value in told.items():
+            if "attn_implementation" in key or "experts_implementation" in key:
+                allowed = all(part in ATTENTION for part in (value.values() if isinstance(value, dict) else [value]))
+            elif key == "architecture":
+                allowed = value is None or (isinstance(value, str) and re.fullmatch(PLAIN, value) is not None)
+            elif key == "model_args":  # of timm's own function, which opens files by such names
+                allowed = not value or (isinstance(value, dict) and not any(map(_is_text, value.values())))
+            else:
+                allowed = not value or key not in FORBIDDEN
+            if not allowed:
+                raise ValueError(f"its {shortened(key)} is {shortened(repr(value))}, which a file may not say")
+            check_config(value)
+    elif isinstance(told, int) and abs(told) > LARGEST:
+        raise ValueError(f"it holds the number {told}; the limit is {LARGEST:,}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | dict)
