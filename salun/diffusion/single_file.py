@@ -21,7 +21,6 @@ from salun.errors import ModelError, some
 from salun.formats import families, keymap, tensorfile
 from salun.formats.checkpoint import Contents, shapes_of
 from salun.formats.folder import check_tokenizer, open_part
-from salun.formats.keymap import TextLayout
 
 CLIP_TOKENS = 77
 Makers = dict[str, Callable[[], Tensor]]
@@ -116,12 +115,24 @@ def empty_vae(contents: Contents, config: dict[str, Any] | None) -> tuple[Any, M
 
 
 def vae_tensors(contents: Contents) -> tuple[Makers, dict[str, tuple[int, ...]], dict[str, str]]:
-    """The file's VAE under diffusers' names: how to read each tensor, its shape, and its name in the file."""
+    """The file's VAE under diffusers' names: how to read each tensor, its shape, and its name in the file.
+
+    Raises ModelError for two tensors of one name.
+    """
     entries = contents.header.entries
-    inner = {ours: theirs for theirs, ours in keymap.vae_from_ldm(contents.header.names).items() if _in_vae(ours)}
-    shapes = {
-        ours: entries[theirs].shape[:2] if keymap.is_vae_matrix(theirs) else entries[theirs].shape
+    inner: dict[str, str] = {}
+    for theirs, ours in keymap.vae_from_ldm(contents.header.names).items():
+        if ours in inner:
+            raise ModelError(
+                f"{contents.path} has two tensors in the place of one: {inner[ours]} and {theirs}; fetch it again"
+            )
+        if _in_vae(ours):
+            inner[ours] = theirs
+    shapes = {ours: entries[theirs].shape for ours, theirs in inner.items()}
+    shapes |= {
+        ours: shapes[ours][:2]
         for ours, theirs in inner.items()
+        if keymap.is_vae_matrix(theirs) and shapes[ours][2:] == (1, 1)
     }
 
     def maker(name: str) -> Callable[[], Tensor]:
@@ -157,7 +168,8 @@ def empty_text_encoder(
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind = CLIPTextModelWithProjection if index else CLIPTextModel
-    layout, entries = text_layout(contents, index), contents.header.entries
+    layout, entries = contents.layouts[index], contents.header.entries
+    assert layout is not None
     own = {n.removeprefix(layout.prefix): e.shape for n, e in entries.items() if n.startswith(layout.prefix)}
     config = config or families.text_config(own, contents.family, index)
     encoder = empty_module(lambda: kind(CLIPTextConfig.from_dict(config)), contents.path)
@@ -225,7 +237,9 @@ def text_tensors(contents: Contents, names: Iterable[str], index: int) -> tuple[
 
     names: of the encoder as built. Raises ModelError if the file lacks one.
     """
-    places = keymap.text_to_ldm(names, text_layout(contents, index))
+    layout = contents.layouts[index]
+    assert layout is not None
+    places = keymap.text_to_ldm(names, layout)
     missing = [theirs for theirs, _ in places.values() if theirs not in contents.header.entries]
     if missing:
         raise ModelError(f"{contents.path} lacks {some(missing)} of its text encoder: it is not whole")
@@ -242,13 +256,6 @@ def text_tensors(contents: Contents, names: Iterable[str], index: int) -> tuple[
     return {name: maker(*place) for name, place in places.items()}, {
         name: theirs for name, (theirs, _) in places.items()
     }
-
-
-def text_layout(contents: Contents, index: int) -> TextLayout:
-    """Where a text encoder lies in the file. (Some old files leave the `text_model.` of their names out.)"""
-    layout = keymap.TEXT[contents.family][index]
-    short = f"{layout.prefix}embeddings.token_embedding.weight" in contents.header.entries
-    return TextLayout(layout.prefix, layout.open_clip, short)
 
 
 def _tokenizer(contents: Contents, components: Path | None, index: int) -> Any:
@@ -347,7 +354,9 @@ def agree(wanted: Mapping[str, Any], there: Mapping[str, Any], path: Path, inner
     if missing:
         raise ModelError(f"{path} lacks {some(missing)} (diffusers' names): it is not whole")
     if extra:
-        raise ModelError(f"{path} holds {some([inner(n) for n in extra])}, which no model of its kind has")
+        raise ModelError(
+            f"{path} holds {some([tensorfile.shortened(inner(n)) for n in extra])}, which no model of its kind has"
+        )
     for name, shape in wanted.items():
         if isinstance(shape, tuple) and shape != there[name]:
             raise _misshapen(path, inner(name), there[name], shape)
