@@ -215,11 +215,12 @@ UNSOUND: dict[str, tuple[Damage, str]] = {
         "\\x1b[31m \\u202e is of the unknown dtype",
     ),
     "with a name of a megabyte": (lambda content: packed({"x" * 2**20: {**ONE, "dtype": "X"}}, b"\0"), "xxx… is of"),
-    "that is a web page": (lambda content: b"<!DOCTYPE html><html><head><title>Not found</title>" * 9, "a header of"),
+    "that is a web page": (lambda content: b"<!DOCTYPE html><html><head><title>Not found</title>" * 9, "an HTML page"),
     "that is a pointer of git-lfs": (
         lambda content: b"version https://git-lfs.github.com/spec/v1\noid x",
-        "a header of",
+        "a Git LFS pointer and no safetensors file: fetch the file that it stands for",
     ),
+    "of zero bytes": (lambda content: bytes(len(content)), "filled with zero bytes"),
 }
 
 
