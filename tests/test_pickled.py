@@ -52,7 +52,7 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "safetensors": (lambda p: save_file(WEIGHTS, p), "is a safetensors file and no pickle.* rename it to end in"),
     "HTML": (
         lambda p: p.write_text("\n <!DOCTYPE html><html>Sign in</html>"),
-        "is an HTML page .*: download the model",
+        "is an HTML page .*: fetch or write it again",
     ),
     "LFS": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "a Git LFS pointer"),
     "zeros": (lambda p: p.write_bytes(bytes(10_000)), "is filled with zero bytes"),

@@ -112,7 +112,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             size = sum(item.file_size for item in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"{path} is damaged, or its end is missing: download the model again") from error
+        raise ModelError(f"{path} is damaged, or its end is missing: fetch it again") from error
     if size > path.stat().st_size:
         raise ModelError(f"{path} is compressed, as torch writes none: it would unpack to {size:,} bytes")
 

@@ -65,7 +65,7 @@ def kind_of(path: Path) -> str:
 
 def advice(kind: str) -> str:
     """What to do with a file of another kind than its name says."""
-    return _ADVICE.get(kind, "download the model again")
+    return _ADVICE.get(kind, "fetch or write it again")
 
 
 def _is_torch_zip(path: Path) -> bool:

@@ -113,7 +113,7 @@ def read_header(path: Path) -> Header:
                         f"{path} is a pickle, whatever its name says: fetch the model's .safetensors instead"
                     )
                 if kind not in (SAFETENSORS, UNKNOWN):
-                    raise ModelError(f"{path} is {kind} and no safetensors file: {advice(kind)}")
+                    raise ModelError(f"{path} is no sound safetensors file: it is {kind}; {advice(kind)}")
                 raise fault(f"a header of {length} bytes in a file of {size}")
             raw = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
