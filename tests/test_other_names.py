@@ -246,6 +246,15 @@ def test_text_encoder_of_published_width_needs_the_layers_that_hosts_use(
     assert text_config(shapes, family, index)["num_hidden_layers"] == stored + 1
 
 
+@pytest.mark.parametrize(("old", "what"), [("cond_stage_model.", "text encoder"), ("first_stage_model.", "VAE")])
+def test_part_under_unknown_names_is_not_called_missing(
+    old: str, what: str, file: Callable[..., Path], written: Callable[[Tensors], Path]
+) -> None:
+    path = written({name.replace(old, "part."): tensor for name, tensor in load_file(file("sd1")).items()})
+    with pytest.raises(ModelError, match=rf"no {what} under names that salun knows \(part\..* by --components"):
+        load(path)
+
+
 # -- VAE --------------------------------------------------------------------------------------------------------------
 
 NEWER = {"norm": "norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -371,3 +380,24 @@ def test_distilled_sdxl_is_erased_and_written(model: str, file: Callable[..., Pa
     back = load_file(converted(tmp_path / "folder", tmp_path / "back.safetensors"))
     assert all(torch.equal(back[name], tensor) for name, tensor in load_file(outputs[0]).items() if name in back)
     assert sum(name.startswith("model.diffusion_model.") for name in back) == len(loaded.stored)
+
+
+# -- what a single file cannot hold -----------------------------------------------------------------------------------
+
+
+def test_single_file_of_a_model_with_its_own_noise_schedule_says_what_it_lacks(tmp_path: Path) -> None:
+    """Hosts would sample it by the schedule of its family."""
+    options = {**QUICK, "resolution": None, "run_dir": tmp_path / "run"}
+    run = salun.erase("shapes", "circle", outputs=[f"{tmp_path}/x.safetensors", f"{tmp_path}/x/"], **options)
+    (note,) = [note for note in run.record.data["notes"] if "noise schedule" in note]
+    assert note.startswith(f"{tmp_path}/x.safetensors: a single file holds no noise schedule")
+
+
+def test_single_file_of_a_model_with_the_usual_noise_schedule_needs_no_note(
+    file: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = converted(file("sd1"), tmp_path / "folder")
+    run = salun.erase(
+        str(folder), "golf ball", outputs=[f"{tmp_path}/x.safetensors"], run_dir=tmp_path / "run", **QUICK
+    )
+    assert not [note for note in run.record.data["notes"] if "noise schedule" in note]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.models import Model
+from salun.diffusion.schedule import alphas_cumprod
 from salun.diffusion.single_file import text_tensors, vae_tensors, write_clip_tokenizer
 from salun.errors import ModelError
 from salun.formats import families, keymap, tensorfile
@@ -71,6 +72,17 @@ def write_single_file(model: Model, target: Path, changed: Mapping[str, Tensor],
             items.add(mark, (torch.float32, (0,)), partial(torch.empty, 0))
     told = {"modelspec.architecture": ARCHITECTURES[family], "modelspec.prediction_type": "v" if v else "epsilon"}
     tensorfile.write_lazily(target, items.described, items, {**told, **_held(metadata)})
+
+
+def lost_in_single_file(model: Model) -> str | None:
+    """What hosts cannot know of a folder that was written as a single file: its noise schedule, if it is its own."""
+    usual = families.scheduler_config(model.family, model.prediction_type, model.zero_snr)
+    if torch.equal(model.alphas_cumprod, alphas_cumprod(usual, model.name)):
+        return None
+    return (
+        "a single file holds no noise schedule, and this model has another than its family's: load it with "
+        "--components, or write a folder (end its name in /)"
+    )
 
 
 def _entry(stored: Stored, name: str) -> Described:

@@ -85,7 +85,7 @@ def empty_unet(contents: Contents, config: dict[str, Any] | None, prediction_typ
     told = config or families.unet_config(shapes, contents.family, prediction_type)
     unet = empty_module(lambda: UNet2DConditionModel.from_config(told), contents.path)
     wanted = {name: tuple(p.shape) for name, p in unet.named_parameters()}
-    agree(wanted, shapes, contents.path, stored.inner)
+    agree(wanted, shapes, contents.path, stored.inner, "it is not whole" if config else families.NOT_KNOWN)
     return unet
 
 
@@ -201,6 +201,10 @@ def _lent(kind: Any, contents: Contents, components: Path | None, part: str, **k
         return _from_folder(kind, components / part, **keywords)
     tiny = part == "vae" and any("taesd" in name for name in contents.others + contents.header.names)
     what = f"no {'VAE' if part == 'vae' else part.replace('_', ' ')}"
+    ending = "decoder.conv_in.weight" if part == "vae" else "token_embedding.weight"
+    strange = next((name for name in contents.others if name.endswith(ending)), None)
+    if strange is not None:
+        what += f" under names that salun knows ({tensorfile.shortened(strange)} may be of one)"
     if tiny:
         what = "only a tiny VAE (TAESD), which salun does not read"
     raise ModelError(f"{contents.path} holds {what}: name a diffusers folder or hub id that has one by --components")
@@ -348,11 +352,17 @@ def _fill(
         )
 
 
-def agree(wanted: Mapping[str, Any], there: Mapping[str, Any], path: Path, inner: Callable[[str], str]) -> None:
-    """Raises ModelError where names differ, or shapes where both sides hold shapes."""
+def agree(
+    wanted: Mapping[str, Any],
+    there: Mapping[str, Any],
+    path: Path,
+    inner: Callable[[str], str],
+    why: str = "it is not whole",
+) -> None:
+    """Raises ModelError where names differ, or shapes where both sides hold shapes. why: what a missing name means."""
     missing, extra = [n for n in wanted if n not in there], [n for n in there if n not in wanted]
     if missing:
-        raise ModelError(f"{path} lacks {some(missing)} (diffusers' names): it is not whole")
+        raise ModelError(f"{path} lacks {some(missing)} (diffusers' names): {why}")
     if extra:
         raise ModelError(
             f"{path} holds {some([tensorfile.shortened(inner(n)) for n in extra])}, which no model of its kind has"

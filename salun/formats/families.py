@@ -18,6 +18,7 @@ from salun.errors import ModelError
 from salun.formats.tensorfile import shortened
 
 Shapes = Mapping[str, tuple[int, ...]]
+NOT_KNOWN = "it is damaged, or of a layout that salun does not know"  # of a UNet that its shapes alone describe
 FACTS = Path(__file__).resolve().parents[1] / "assets" / "families.yaml"
 
 
@@ -66,7 +67,7 @@ def unet_config(shapes: Shapes, family: str, prediction_type: str) -> dict[str, 
                 "projection_class_embeddings_input_dim": shapes["add_embedding.linear_1.weight"][1],
             }
     except (KeyError, IndexError, StopIteration, ValueError) as error:
-        raise ModelError(f"the UNet lacks or has misshapen tensors ({error}): it is not whole") from error
+        raise ModelError(f"the UNet lacks or has misshapen tensors ({error}): {NOT_KNOWN}") from error
     return config
 
 
