@@ -15,6 +15,7 @@ from torch import Tensor
 from salun.diffusion.evaluate import file_of, read_finished
 from salun.diffusion.loading import Description, describe
 from salun.diffusion.output import DELTA
+from salun.diffusion.schedule import check_schedule
 from salun.errors import ModelError
 from salun.formats import delta as deltas
 from salun.formats import tensorfile
@@ -113,6 +114,7 @@ def _verdict(found: Description, not_finite: str | None) -> str:
     try:
         if not_finite is not None:
             raise ModelError(f"{found.stored.path}: {not_finite} holds NaN or infinity: it is damaged")
+        check_schedule(found.scheduler_config, found.name)
         if found.contents is None:
             check_folder(found)
         else:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"salun.errors", "salun.progress", "salun.display", "salun.untrusted"},
     {"salun.options", "salun.device", "salun.processes", "salun.threshold", "salun.images"},
+    {"salun.formats.signature"},
     {"salun.formats.tensorfile", "salun.formats.keymap", "salun.config", "salun.run_reading"},
     {"salun.formats.hashing", "salun.formats.stored", "salun.formats.folder", "salun.formats.checkpoint"}
     | {"salun.formats.families", "salun.formats.stock", "salun.formats.sizes"}
