@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from salun.errors import Cancelled, ConfigError
-from salun.options import EraseJob, EraseOptions, ModelOptions, Sampling
+from salun.options import SAMPLERS, EraseJob, EraseOptions, ModelOptions, Sampling
 
 from .app import app
 from .options import with_options
-from .output import Force, Json, ModelName, model_or_default, new_file, tell
+from .output import Force, Json, ModelName, model_or_default, new_file, path_given, tell
 from .progress import terminal_progress
 
 TRAINING_ONLY = (
@@ -40,7 +40,8 @@ def erase(
     job: EraseJob,
     given: set[str],
     config: Annotated[
-        Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")
+        Path | None,
+        typer.Option(callback=path_given, help="options from a YAML file or a run.json; those given here go before"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the unfinished run in --run-dir; begin if there is none")
@@ -163,7 +164,7 @@ def mask(
     concept: Annotated[
         list[str], typer.Option(help="the concept whose salient weights are wanted; repeat it for several")
     ],
-    output: Annotated[Path, typer.Option(help="the mask file to write (.safetensors)")],
+    output: Annotated[Path, typer.Option(callback=path_given, help="the mask file to write (.safetensors)")],
     model: ModelName = None,
     force: Force = False,
     as_json: Json = False,
@@ -194,9 +195,11 @@ def mask(
 def sample(
     options: ModelOptions,
     prompt: Annotated[list[str], typer.Option(help="a prompt; repeat it for several")],
-    output: Annotated[Path, typer.Option(help="the picture to write (.png): one row per prompt")] = Path("sample.png"),
+    output: Annotated[
+        Path, typer.Option(callback=path_given, help="the picture to write (.png): one row per prompt")
+    ] = Path("sample.png"),
     model: ModelName = None,
-    delta: Annotated[Path | None, typer.Option(help="an erased delta to sample with")] = None,
+    delta: Annotated[Path | None, typer.Option(callback=path_given, help="an erased delta to sample with")] = None,
     strength: Annotated[
         float, typer.Option(help="of the delta: 0 is the base, 1 the erased model", min=-0.5, max=1.5)
     ] = 1.0,
@@ -204,6 +207,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="of the first picture", min=0)] = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    sampler: Annotated[str | None, typer.Option(help=f"sampler (default: the model's) ({', '.join(SAMPLERS)})")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="what the pictures are guided away from")] = None,
     force: Force = False,
 ) -> None:
@@ -216,7 +220,7 @@ def sample(
 
     with terminal_progress(False) as progress:
         loaded = load_with(model_or_default(model), options)
-        wished = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
+        wished = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt, "sampler": sampler}
         changes: dict[str, Any] = {name: value for name, value in wished.items() if value is not None}
         chosen: Sampling = dataclasses.replace(loaded.settings.sampling, **changes)
         loaded.settings = dataclasses.replace(loaded.settings, sampling=chosen)
@@ -233,7 +237,7 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="a run folder made by `salun erase`")],
+    run: Annotated[Path, typer.Argument(callback=path_given, help="a run folder made by `salun erase`")],
     n: Annotated[
         int, typer.Option("-n", help="pictures, each of forget and retain prompts", min=2, max=1_000_000)
     ] = 1000,

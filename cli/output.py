@@ -9,13 +9,23 @@ from typing import Annotated, Any
 import typer
 
 from salun.errors import ConfigError
+from salun.user_text import checked, unquoted
 
 from .progress import printable
+
+
+def path_given(given: Any) -> Any:
+    """A path of the command line, or several, without quotes around them. Raises ConfigError for one not in UTF-8."""
+    if isinstance(given, list | tuple):
+        return [path_given(each) for each in given]
+    return given if given is None else type(given)(checked(unquoted(str(given)), "a path of the command line"))
+
 
 ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
+        callback=path_given,
         help="alias (see `salun models`), .safetensors file, diffusers folder, hub id, or a checkpoint's name in "
         "--models-dir (default: the small one that comes along)",
     ),

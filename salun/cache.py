@@ -27,6 +27,7 @@ from salun.formats import tensorfile
 
 FORMAT = "salun-cache-1"
 DEFAULT_LIMIT = 5 * 10**9
+_LARGEST = 2**63 - 1  # bytes
 logger = logging.getLogger("salun")
 T = TypeVar("T")
 
@@ -165,9 +166,12 @@ def size_of(text: str) -> int:
     """Bytes in a text such as "500MB", "2.5 GB" or "0". Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*", text, re.IGNORECASE)
     if match is None:
-        raise ConfigError(f"SALUN_CACHE_SIZE is {text!r}: give bytes, or a number with MB or GB, such as 5GB")
+        raise ConfigError(f"SALUN_CACHE_SIZE is {text[:80]!r}: give bytes, or a number with MB or GB, such as 5GB")
     power = ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper())
-    return int(float(match[1]) * 1000**power)
+    size = float(match[1]) * 1000**power
+    if size > _LARGEST:
+        raise ConfigError(f"SALUN_CACHE_SIZE is {text[:80]!r}, more than any disk holds: give a size such as 5GB")
+    return int(size)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

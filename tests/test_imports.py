@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # each layer may import itself and the layers before it
 LAYERS = [
     {"salun.errors", "salun.progress"},
-    {"salun.options", "salun.device", "salun.processes", "salun.threshold"},
+    {"salun.user_text", "salun.options", "salun.device", "salun.processes", "salun.threshold"},
     {"salun.formats.tensorfile", "salun.formats.keymap", "salun.config"},
     {"salun.formats.hashing", "salun.formats.stored", "salun.formats.folder", "salun.formats.checkpoint"}
     | {"salun.formats.families", "salun.formats.stock"}

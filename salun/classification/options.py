@@ -23,6 +23,7 @@ class TrainOptions(DeviceOptions):
         "digits",
         "digits, clutter, cifar10, cifar100, svhn, tiny-imagenet, a folder with a sub-folder of pictures for each "
         "class, or a Hugging Face data set (hub id, or a saved one's folder)",
+        path=True,
     )
     image_column: str | None = option(None, "a Hugging Face data set's column of pictures (default: found by its type)")
     label_column: str | None = option(None, "a Hugging Face data set's column of labels (default: found by its type)")
@@ -36,6 +37,7 @@ class TrainOptions(DeviceOptions):
         None,
         "small, resnet18, vgg16-bn, timm:NAME, or an image classifier of transformers (folder or hub id) (default: "
         "the data set's)",
+        path=True,
     )
     train_epochs: int | None = option(
         None, "of the original, and of Retrain (default: the data set's)", minimum=1, maximum=100_000
@@ -63,6 +65,7 @@ class UnlearnOptions(TrainOptions):
         None,
         "the model to unlearn from: a run folder or .safetensors of `salun classify-train`, or a transformers folder "
         "or hub id (default: trained here, and kept in the cache)",
+        path=True,
     )
     retrain: str = option(
         "auto",

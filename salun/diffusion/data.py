@@ -17,6 +17,7 @@ from salun.diffusion.losses import ErasureData
 from salun.diffusion.plan import Plan, spread
 from salun.errors import ConfigError
 from salun.progress import Event, Progress, silent
+from salun.user_text import as_spelled
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def sample_data(
         raise ConfigError(f"pictures of {len(own)} concepts are given for {len(prompts.concepts)}: give some for each")
     if options.forget_images is not None:
         names = [concept.name for concept in plan.concepts]
-        folders = concept_folders(Path(options.forget_images).expanduser(), names)
+        folders = concept_folders(as_spelled(Path(options.forget_images).expanduser()), names)
         own = [_told(encode_folder(model, folder, progress, cache), progress).latents for folder in folders]
     each = max(map(len, own)) if own is not None else plan.forget_latents
     few = min(each, plan.forget_latents)  # anchor samples of a concept; with more pictures than that they come again
@@ -83,7 +84,7 @@ def sample_data(
     more = given.retain if given is not None else None
     about = list(given.captions) if given is not None else []
     if options.retain_images is not None and not forget_only:
-        folder = Path(options.retain_images).expanduser()
+        folder = as_spelled(Path(options.retain_images).expanduser())
         pictures = _told(encode_folder(model, folder, progress, cache), progress)
         more, about = pictures.latents, pictures.captions
     if more is not None and not forget_only:

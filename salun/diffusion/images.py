@@ -17,6 +17,7 @@ from salun.cache import Cache, key_of
 from salun.diffusion.denoiser import DiffusionModel
 from salun.errors import DataError, some
 from salun.progress import Event, Progress, silent
+from salun.user_text import as_spelled, prompt_text, syntax_note
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
 # named, so that a file of another kind under such a name starts no other program (EPS would start Ghostscript)
@@ -55,7 +56,8 @@ def folder_digest(folder: Path) -> str:
     for path in picture_files(folder):
         for file in (path, path.with_suffix(".txt")):
             if file.is_file():
-                digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+                name = file.relative_to(folder).as_posix()
+                digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -96,6 +98,7 @@ def encode_folder(
         captions.append(_fitting(model, _caption(path), name))
     notes = [f"{folder.name}: {len(latents)} of {len(files)} pictures used"]
     notes += [f"  {len(names)} {why}: {some(names, 5)}" for why, names in left.items()]
+    notes += [f"  captions: {note}" for note in syntax_note(text for text in captions if text)]
     if not latents:
         raise DataError("; ".join(line.strip() for line in notes) + ": nothing is left to train on")
     return Encoded(torch.stack(latents).to(model.device), captions, notes)
@@ -173,7 +176,7 @@ def _caption(path: Path) -> str | None:
         text = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         return None
-    return " ".join(text[:_LONGEST_CAPTION].split()) or None
+    return prompt_text(" ".join(text[:_LONGEST_CAPTION].split())) or None
 
 
 def _fitting(model: DiffusionModel, caption: str | None, name: str) -> str | None:
@@ -190,7 +193,7 @@ def concept_folders(folder: Path, names: list[str]) -> Iterator[Path]:
         yield folder
         return
     for name in names:
-        own = folder / name
+        own = as_spelled(folder / name)
         if Path(name).name != name or not own.is_dir():
             raise DataError(f"--forget-images {folder} holds no folder {name!r}: several concepts need one each")
         yield own

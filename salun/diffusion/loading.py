@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from salun.config import parse_yaml
 from salun.device import pick_device, pick_dtype
+from salun.diffusion.few_steps import find_few_steps
 from salun.diffusion.finding import SETTINGS, aliases, find
 from salun.diffusion.models import Model, ModelSettings, alphas_cumprod
 from salun.diffusion.vocabulary import Vocabulary
@@ -119,6 +120,8 @@ def describe(name: str, options: ModelOptions | None = None) -> Description:
     if folder is not None:
         side = _resolution(folder, str(options.components)) or side
     settings = read_settings(folder, contents.family, entry, side)
+    few_steps = find_few_steps({"the file name": path.name}, contents.header.metadata, scheduler)
+    settings = replace(settings, few_steps=few_steps)
     return Description(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
 
 
@@ -141,8 +144,11 @@ def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options
     scheduler, source = _json(folder / "scheduler" / "scheduler_config.json", name), "its scheduler config"
     if options.prediction_type is not None:
         scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "--prediction-type"
+    stored = open_folder(folder)
     settings = read_settings(folder, family, entry, _resolution(folder, name))
-    return Description(name, open_folder(folder), family, settings, scheduler, source, None, folder)
+    names = {"the model name": Path(name).name, "the folder name": folder.name}
+    settings = replace(settings, few_steps=find_few_steps(names, stored.metadata, scheduler))
+    return Description(name, stored, family, settings, scheduler, source, None, folder)
 
 
 def _resolution(folder: Path, name: str) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from salun.errors import ConfigError, DataError
+from salun.user_text import composed
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Vocabulary:
         try:
             templates = data["templates"]
             found = cls(
-                {str(k): [str(v) for v in values] for k, values in data["attributes"].items()},
+                {str(k): [composed(str(v)) for v in values] for k, values in data["attributes"].items()},
                 [str(t) for t in templates["train"]],
                 [str(t) for t in templates["eval"]],
-                {str(k): str(v) for k, v in data.get("anchors", {}).items()},
+                {composed(str(k)): composed(str(v)) for k, v in data.get("anchors", {}).items()},
             )
             first = {name: values[0] for name, values in found.attributes.items()}
             for template in found.train + found.eval:

@@ -96,7 +96,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def files_under(folder: Path) -> list[Path]:
-    """Every file in a folder, those in linked folders too (each once: a link may lead back up)."""
+    """Every readable file in a folder, those in linked folders too (each once: a link may lead back up)."""
     found, seen = [], set()
     for place, inner, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -104,5 +104,5 @@ def files_under(folder: Path) -> list[Path]:
             inner.clear()
             continue
         seen.add(real)
-        found += [Path(place, name) for name in names if Path(place, name).is_file()]
+        found += [Path(place, name) for name in names if os.path.isfile(os.path.join(place, name))]
     return sorted(found)
