@@ -14,6 +14,8 @@ import typer
 
 from salun.errors import Cancelled, ConfigError
 from salun.options import SAMPLERS, EraseJob, EraseOptions, ModelOptions, Sampling
+from salun.progress import Event
+from salun.user_text import checked, prompt_text, syntax_note
 
 from .app import app
 from .options import with_options
@@ -213,6 +215,8 @@ def sample(
 ) -> None:
     """Sample pictures from a model, with or without an erased delta."""
     new_file(output, force, ".png")
+    prompt = [prompt_text(checked(text, "--prompt")) for text in prompt]
+    from salun.diffusion.few_steps import hint
     from salun.diffusion.latents import item_seed, sample_pictures
     from salun.diffusion.loading import load_with
     from salun.formats.tensorfile import write_bytes
@@ -228,6 +232,10 @@ def sample(
             from salun.formats.delta import Delta
 
             loaded.load(Delta.load(delta).apply(loaded.original(), strength))
+        few_steps = hint(loaded.settings.few_steps, loaded.settings.sampling, steps, guidance, sampler)
+        hints = [few_steps.line("--")] if few_steps is not None else []
+        for note in [*hints, *syntax_note([*prompt, chosen.negative_prompt])]:
+            progress(Event("sampling", message=note))
         texts = [text for text in prompt for _ in range(n)]
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         pictures = sample_pictures(loaded, texts, seeds, progress)

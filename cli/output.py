@@ -9,16 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from salun.errors import ConfigError
-from salun.user_text import checked, unquoted
+from salun.user_text import unquoted
 
 from .progress import printable
 
 
 def path_given(given: Any) -> Any:
-    """A path of the command line, or several, without quotes around them. Raises ConfigError for one not in UTF-8."""
+    """A path of the command line, or several, without quotes around them."""
     if isinstance(given, list | tuple):
         return [path_given(each) for each in given]
-    return given if given is None else type(given)(checked(unquoted(str(given)), "a path of the command line"))
+    return given if given is None else type(given)(unquoted(str(given)))
 
 
 ModelName = Annotated[

@@ -16,6 +16,7 @@ from typing import Any
 from salun.errors import ConfigError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
 from salun.run_record import STATE, alone_in, new_run_folder
+from salun.user_text import unquoted
 
 from . import environment
 from .host import Host
@@ -87,9 +88,9 @@ class Service:
         values["mask"] = self._mask(values.get("mask", "saliency"))
         for key in ("forget_images", "retain_images"):
             if key in values:
-                values[key] = str(confined(str(values[key]), self.pictures))
+                values[key] = str(confined(unquoted(str(values[key])), self.pictures))
         if "components" in values:
-            values["components"] = _components(str(values["components"]))
+            values["components"] = _components(unquoted(str(values["components"])))
         return values
 
     def mask(self, options: Mapping[str, Any]) -> Job:

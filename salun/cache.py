@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from salun.errors import ConfigError, ModelError, SalunError
 from salun.formats import tensorfile
+from salun.formats.atomic import abandoned
 
 FORMAT = "salun-cache-1"
 DEFAULT_LIMIT = 5 * 10**9
@@ -131,15 +131,11 @@ class Cache:
         for path, *_ in found:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.converted, ignore_errors=True)
-        for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():  # of processes that were killed
-            leftover.unlink(missing_ok=True)
+        self._remove_leftovers()
         return len(found) + len(pickles)
 
     def _make_room(self) -> None:
-        for leftover in self.folder.glob("??/.*.tmp"):  # of processes that were killed a day ago or earlier
-            with suppress(OSError):
-                if time.time() - leftover.stat().st_mtime > 86_400:
-                    leftover.unlink()
+        self._remove_leftovers()
         found = self.entries()
         taken = sum(size for _, size, _ in found)
         for path, size, _ in found:
@@ -147,6 +143,13 @@ class Cache:
                 return
             path.unlink(missing_ok=True)
             taken -= size
+
+    def _remove_leftovers(self) -> None:
+        """Of processes that were killed while they wrote an entry."""
+        for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():
+            if abandoned(leftover):
+                with suppress(OSError):
+                    leftover.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

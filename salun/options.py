@@ -318,7 +318,7 @@ class Sampling(Checked):
     sampler: str | None = option(None, "sampler", choices=SAMPLERS)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "negative_prompt", prompt_text(self.negative_prompt))
+        object.__setattr__(self, "negative_prompt", prompt_text(checked(self.negative_prompt, "--negative-prompt")))
         super().__post_init__()
 
     @property

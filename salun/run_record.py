@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from salun.errors import Cancelled, ConfigError, ModelError
-from salun.formats.tensorfile import remove_leftovers, sha256_file, write_bytes
+from salun.formats.atomic import remove_leftovers
+from salun.formats.tensorfile import sha256_file, write_bytes
 
 SCHEMA = 1
 STATE = "state"

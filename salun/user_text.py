@@ -42,7 +42,7 @@ def is_unicode(text: str) -> bool:
 def checked(text: str, what: str) -> str:
     """The text. Raises ConfigError unless it `is_unicode`. what: the option that has it."""
     if not is_unicode(text):
-        raise ConfigError(f"{what} is {ascii(text)[:120]}, which is not UTF-8: rename the file or folder")
+        raise ConfigError(f"{what} is {ascii(text)[:120]}, which is not UTF-8: write it, or name the file, in UTF-8")
     return text
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"salun.errors", "salun.progress"},
     {"salun.user_text", "salun.options", "salun.device", "salun.processes", "salun.threshold"},
-    {"salun.formats.tensorfile", "salun.formats.keymap", "salun.config"},
+    {"salun.formats.atomic", "salun.formats.tensorfile", "salun.formats.keymap", "salun.config"},
     {"salun.formats.hashing", "salun.formats.stored", "salun.formats.folder", "salun.formats.checkpoint"}
     | {"salun.formats.families", "salun.formats.stock"}
     | {"salun.formats.change", "salun.formats.applied", "salun.mask", "salun.run_record", "salun.cache"},

@@ -263,3 +263,17 @@ def test_hint_is_data_in_dry_run_and_record(lightning: str, tmp_path: Path) -> N
 def test_no_hint_where_sampling_is_chosen(lightning: str, chosen: dict[str, Any]) -> None:
     plan = make_plan(describe(lightning).settings, lightning, "circle", EraseOptions(**chosen))
     assert plan.few_steps is None and not plan.notes
+
+
+def test_sample_and_inspect_give_the_hint_too(lightning: str, tmp_path: Path) -> None:
+    from cli.main import app
+
+    def told(*more: str) -> str:
+        arguments = ["--model", lightning, "--prompt", "one red circle", "-n", "1", "--output", str(tmp_path / "x.png")]
+        done = CliRunner().invoke(app, ["sample", *arguments, "--force", *more])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert "--steps 4 --guidance 1 --sampler euler" in told()
+    assert "says 'lightning'" not in told("--guidance", "1") + told("--steps", "2", "--sampler", "euler")
+    assert "--sampling-steps 4" in CliRunner().invoke(app, ["inspect", lightning]).output

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from salun.options import EraseOptions, Sampling
+from salun.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,18 @@ class FewSteps:
     sampling_guidance: float
     sampler: str
 
-    @property
-    def text(self) -> str:
-        """The hint in one line."""
-        options = f"--sampling-steps {self.sampling_steps} --sampling-guidance {self.sampling_guidance:g}"
+    def line(self, prefix: str = "--sampling-") -> str:
+        """The hint in one line. prefix: of the options for steps and guidance."""
+        options = f"{prefix}steps {self.sampling_steps} {prefix}guidance {self.sampling_guidance:g}"
         return (
             f"{self.source} says {self.sign!r}: a few-step model comes out burnt at the usual steps and guidance. "
             f"If this is one, add {options} --sampler {self.sampler}"
         )
+
+    @property
+    def text(self) -> str:
+        """The hint for an erasure."""
+        return self.line()
 
     def as_data(self) -> dict[str, Any]:
         """For programs: every field, and the line."""
@@ -105,7 +109,8 @@ def _of_scheduler(config: Mapping[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
-def hint(found: FewSteps | None, own: Sampling, options: EraseOptions) -> FewSteps | None:
-    """The hint, unless the options choose how to sample, or the model's own settings need no guidance."""
-    chosen = (options.sampling_steps, options.sampling_guidance, options.sampler)
-    return found if own.guided and all(value is None for value in chosen) else None
+def hint(
+    found: FewSteps | None, own: Sampling, steps: int | None, guidance: float | None, sampler: str | None
+) -> FewSteps | None:
+    """The hint, unless one of the three is chosen, or the model's own settings need no guidance."""
+    return found if own.guided and steps is None and guidance is None and sampler is None else None

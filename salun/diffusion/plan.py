@@ -118,7 +118,8 @@ def make_plan(settings: ModelSettings, model: str, wanted: Wanted, options: Eras
         recipe = _paper_recipe(settings, model, concepts[0].kind)
     recipe = replace(recipe, steps=recipe.steps * len(concepts))
     sampling = sampling_with(settings.sampling, options)
-    few_steps = hint(settings.few_steps, settings.sampling, options)
+    chosen = (options.sampling_steps, options.sampling_guidance, options.sampler)
+    few_steps = hint(settings.few_steps, settings.sampling, *chosen)
     numbers = {
         item.name: getattr(recipe, item.name)
         for item in dataclasses.fields(Recipe)
