@@ -15,12 +15,17 @@ from salun.classification.options import GROUPS, NOT_COMPARED, CompareOptions, T
 
 from .app import app
 from .options import with_options
-from .output import Json, duration, tell
+from .output import Json, duration, path_given, tell
 from .progress import terminal_progress
 from .resuming import recorded, resumable
 
-Config = Annotated[Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")]
-RunDir = Annotated[Path | None, typer.Option(help="the run's folder (default: runs/<time>-<what is done>)")]
+Config = Annotated[
+    Path | None,
+    typer.Option(callback=path_given, help="options from a YAML file or a run.json; those given here go before"),
+]
+RunDir = Annotated[
+    Path | None, typer.Option(callback=path_given, help="the run's folder (default: runs/<time>-<what is done>)")
+]
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="go on with the unfinished run in --run-dir, with the models it trained"),
@@ -135,8 +140,13 @@ def classify_compare(
 
 @app.command("classify-eval")
 def classify_eval(
-    run: Annotated[Path, typer.Argument(help="a run folder made by `salun classify-train` or `classify-unlearn`")],
-    data: Annotated[str | None, typer.Option(help="Path of the run's data (default: where it was).")] = None,
+    run: Annotated[
+        Path,
+        typer.Argument(callback=path_given, help="a run folder made by `salun classify-train` or `classify-unlearn`"),
+    ],
+    data: Annotated[
+        str | None, typer.Option(callback=path_given, help="Path of the run's data (default: where it was).")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     as_json: Json = False,
 ) -> None:

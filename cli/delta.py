@@ -11,7 +11,7 @@ from salun.errors import ModelError
 from salun.options import EraseOptions, FileOptions
 
 from .options import with_options
-from .output import Force, Json, bars, tell
+from .output import Force, Json, bars, path_given, tell
 from .progress import terminal_progress
 
 app: typer.Typer = typer.Typer(
@@ -20,16 +20,25 @@ app: typer.Typer = typer.Typer(
     no_args_is_help=True,
 )
 
-Base = Annotated[str, typer.Argument(metavar="BASE", help="alias, hub id, diffusers folder or .safetensors file")]
-Erased = Annotated[str, typer.Argument(metavar="ERASED", help="likewise, of the model with the delta in it")]
-DeltaFile = Annotated[str, typer.Argument(metavar="DELTA", help="a *.salun.safetensors file")]
+Base = Annotated[
+    str,
+    typer.Argument(callback=path_given, metavar="BASE", help="alias, hub id, diffusers folder or .safetensors file"),
+]
+Erased = Annotated[
+    str, typer.Argument(callback=path_given, metavar="ERASED", help="likewise, of the model with the delta in it")
+]
+DeltaFile = Annotated[str, typer.Argument(callback=path_given, metavar="DELTA", help="a *.salun.safetensors file")]
 ModelOutput = Annotated[
-    str, typer.Option(help="in the model's own layout: a .safetensors file, or a folder with / at its end")
+    str,
+    typer.Option(
+        callback=path_given, help="in the model's own layout: a .safetensors file, or a folder with / at its end"
+    ),
 ]
 
 FineTune = Annotated[
     str | None,
     typer.Option(
+        callback=path_given,
         metavar="BASE",
         help="the base that the delta was made from: its differences are added to the other model, such as a fine-tune",
     ),
@@ -46,7 +55,7 @@ def extract(
     options: FileOptions,
     base: Base,
     erased: Erased,
-    output: Annotated[str, typer.Option(help="the delta to write (.salun.safetensors)")],
+    output: Annotated[str, typer.Option(callback=path_given, help="the delta to write (.salun.safetensors)")],
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -99,7 +108,9 @@ def apply(
 def stack(
     options: FileOptions,
     base: Base,
-    delta: Annotated[list[str], typer.Argument(metavar="DELTA…", help="*.salun.safetensors files of this base")],
+    delta: Annotated[
+        list[str], typer.Argument(callback=path_given, metavar="DELTA…", help="*.salun.safetensors files of this base")
+    ],
     output: ModelOutput,
     strength: Annotated[
         list[float] | None, typer.Option(help="one for each delta, in their order (default: 1 throughout)")
@@ -155,8 +166,11 @@ def undo(
 def export(
     options: FileOptions,
     delta: DeltaFile,
-    base: Annotated[str, typer.Option(help="the model that the delta was made from")],
-    output: Annotated[str, typer.Option(help=".lora.safetensors (low rank) or .diff.safetensors (every difference)")],
+    base: Annotated[str, typer.Option(callback=path_given, help="the model that the delta was made from")],
+    output: Annotated[
+        str,
+        typer.Option(callback=path_given, help=".lora.safetensors (low rank) or .diff.safetensors (every difference)"),
+    ],
     rank: Annotated[int | None, typer.Option(help="of every layer of a low-rank file", min=1)] = None,
     energy: Annotated[
         float | None, typer.Option(help="share of each layer's squared difference to keep instead (default: 0.9)")

@@ -11,11 +11,23 @@ from typing import Annotated, Any
 import typer
 
 from salun.errors import ConfigError
-from salun.options import EraseJob, EraseOptions, ModelOptions, Sampling
+from salun.options import SAMPLERS, EraseJob, EraseOptions, ModelOptions, Sampling
+from salun.progress import Event
+from salun.user_text import checked, prompt_text, syntax_note
 
 from .app import app
 from .options import with_options
-from .output import Force, Json, ModelName, default_model_named, duration, model_or_default, new_file, tell
+from .output import (
+    Force,
+    Json,
+    ModelName,
+    default_model_named,
+    duration,
+    model_or_default,
+    new_file,
+    path_given,
+    tell,
+)
 from .progress import terminal_progress
 from .resuming import recorded, resumable
 
@@ -39,7 +51,8 @@ def erase(
     job: EraseJob,
     given: set[str],
     config: Annotated[
-        Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")
+        Path | None,
+        typer.Option(callback=path_given, help="options from a YAML file or a run.json; those given here go before"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the unfinished run in --run-dir; begin if there is none.")
@@ -160,7 +173,7 @@ def mask(
     concept: Annotated[
         list[str], typer.Option(help="the concept whose salient weights are wanted; repeat it for several")
     ],
-    output: Annotated[Path, typer.Option(help="the mask file to write (.safetensors)")],
+    output: Annotated[Path, typer.Option(callback=path_given, help="the mask file to write (.safetensors)")],
     model: ModelName = None,
     force: Force = False,
     as_json: Json = False,
@@ -191,9 +204,11 @@ def mask(
 def sample(
     options: ModelOptions,
     prompt: Annotated[list[str], typer.Option(help="a prompt; repeat it for several")],
-    output: Annotated[Path, typer.Option(help="the picture to write (.png): one row per prompt")] = Path("sample.png"),
+    output: Annotated[
+        Path, typer.Option(callback=path_given, help="the picture to write (.png): one row per prompt")
+    ] = Path("sample.png"),
     model: ModelName = None,
-    delta: Annotated[Path | None, typer.Option(help="an erased delta to sample with")] = None,
+    delta: Annotated[Path | None, typer.Option(callback=path_given, help="an erased delta to sample with")] = None,
     strength: Annotated[
         float, typer.Option(help="of the delta: 0 is the base, 1 the erased model", min=-0.5, max=1.5)
     ] = 1.0,
@@ -201,11 +216,14 @@ def sample(
     seed: Annotated[int, typer.Option(help="of the first picture", min=0)] = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    sampler: Annotated[str | None, typer.Option(help=f"sampler (default: the model's) ({', '.join(SAMPLERS)})")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="what the pictures are guided away from")] = None,
     force: Force = False,
 ) -> None:
     """Sample pictures from a model, with or without an erased delta."""
     new_file(output, force, ".png")
+    prompt = [prompt_text(checked(text, "--prompt")) for text in prompt]
+    from salun.diffusion.few_steps import hint
     from salun.diffusion.latents import item_seed, sample_pictures
     from salun.diffusion.loading import load_with
     from salun.formats.tensorfile import write_bytes
@@ -213,7 +231,7 @@ def sample(
 
     with terminal_progress(False) as progress:
         loaded = load_with(model_or_default(model), options)
-        wished = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt}
+        wished = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt, "sampler": sampler}
         changes: dict[str, Any] = {name: value for name, value in wished.items() if value is not None}
         chosen: Sampling = dataclasses.replace(loaded.settings.sampling, **changes)
         loaded.settings = dataclasses.replace(loaded.settings, sampling=chosen)
@@ -221,6 +239,10 @@ def sample(
             from salun.formats.delta import Delta
 
             loaded.load(Delta.load(delta).apply(loaded.original(), strength))
+        few_steps = hint(loaded.settings.few_steps, loaded.settings.sampling, steps, guidance, sampler)
+        hints = [few_steps.line("--")] if few_steps is not None else []
+        for note in [*hints, *syntax_note([*prompt, chosen.negative_prompt])]:
+            progress(Event("sampling", message=note))
         texts = [text for text in prompt for _ in range(n)]
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         pictures = sample_pictures(loaded, texts, seeds, progress)
@@ -230,7 +252,7 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="a run folder made by `salun erase`")],
+    run: Annotated[Path, typer.Argument(callback=path_given, help="a run folder made by `salun erase`")],
     n: Annotated[
         int, typer.Option("-n", help="pictures, each of forget and retain prompts", min=2, max=1_000_000)
     ] = 1000,

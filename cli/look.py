@@ -12,7 +12,7 @@ from salun.options import ModelOptions
 
 from .app import app
 from .options import with_options
-from .output import Force, Json, ModelName, bars, new_file, tell
+from .output import Force, Json, ModelName, bars, new_file, path_given, tell
 
 BLOCKS = {"blocks": "share of each block", "moved": "share of each block that moved"}
 
@@ -21,11 +21,17 @@ BLOCKS = {"blocks": "share of each block", "moved": "share of each block that mo
 @with_options(ModelOptions, skip=("device", "dtype"))
 def inspect(
     options: ModelOptions,
-    path: Annotated[str, typer.Argument(help="a model (alias, file, folder, hub id), mask, delta, or run folder")],
+    path: Annotated[
+        str,
+        typer.Argument(callback=path_given, help="a model (alias, file, folder, hub id), mask, delta, or run folder"),
+    ],
     against: Annotated[
-        str | None, typer.Option(help="a second mask or run folder: tell how far the two masks agree")
+        str | None,
+        typer.Option(callback=path_given, help="a second mask or run folder: tell how far the two masks agree"),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="write the picture of the layers to a page (.html)")] = None,
+    html: Annotated[
+        Path | None, typer.Option(callback=path_given, help="write the picture of the layers to a page (.html)")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:

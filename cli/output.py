@@ -12,11 +12,21 @@ import typer
 
 from salun.display import printable
 from salun.errors import ConfigError
+from salun.user_text import unquoted
+
+
+def path_given(given: Any) -> Any:
+    """A path of the command line, or several, without quotes around them."""
+    if isinstance(given, list | tuple):
+        return [path_given(each) for each in given]
+    return given if given is None else type(given)(unquoted(str(given)))
+
 
 ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
+        callback=path_given,
         help="alias (see `salun models`), .safetensors file, diffusers folder, hub id, or a checkpoint's name in "
         "--models-dir (default: the small one that comes along)",
     ),

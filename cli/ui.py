@@ -17,6 +17,7 @@ from salun.errors import Cancelled, ConfigError, SalunError
 
 from . import interrupt
 from .app import app
+from .output import path_given
 
 PAGE = "salun_webui_extension"  # the page is a host of its own; here it is only opened
 
@@ -31,10 +32,14 @@ def ui(
         str | None,
         typer.Option(help="NAME:PASSWORD for the page and its API (SALUN_AUTH keeps it off the command line)"),
     ] = None,
-    data: Annotated[Path, typer.Option(help="the folder of jobs, runs and pictures")] = Path("salun-ui"),
+    data: Annotated[Path, typer.Option(callback=path_given, help="the folder of jobs, runs and pictures")] = Path(
+        "salun-ui"
+    ),
     models_dir: Annotated[
         list[str] | None,
-        typer.Option(help="a folder to find checkpoints in, as in `salun erase`; repeat it for several"),
+        typer.Option(
+            callback=path_given, help="a folder to find checkpoints in, as in `salun erase`; repeat it for several"
+        ),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="open the page in a browser")] = False,
 ) -> None:

@@ -13,6 +13,7 @@ from salun.diffusion.data import Own, sample_data
 from salun.diffusion.erase import prepared
 from salun.diffusion.images import square
 from salun.errors import ConfigError, DataError
+from salun.user_text import prompt_text
 
 from .inputs import inputs, options_of, wires
 from .kinds import DATA, Chosen, Concepts, Data, Node, moved
@@ -76,7 +77,8 @@ class SalUnTrainingData(Node):
         wanted = as_started(options_of(given, options))
         graph = GraphModel(model, clip, vae, wanted.dtype)
         plan = plan_of(graph, concept, wanted)
-        captions = [line.strip() or None for line in retain_captions.splitlines()] if retain_captions.strip() else []
+        lines = retain_captions.splitlines() if retain_captions.strip() else []
+        captions = [prompt_text(line.strip()) or None for line in lines]
         if captions and retain_images is None and retain_samples is None:
             raise DataError("retain_captions are of retain_images or retain_samples: connect one of them")
         with prepared(graph, plan):

@@ -12,6 +12,7 @@ from salun.diffusion.output import DIFF, LORA, stock_notes, write_stock
 from salun.errors import ConfigError, ModelError
 from salun.formats import stacking
 from salun.formats.applied import OURS
+from salun.formats.atomic import temporary_folder
 from salun.formats.delta import Delta
 from salun.formats.stacking import STRENGTHS, OtherBase, Stacked
 from salun.formats.tensorfile import read_header
@@ -325,12 +326,11 @@ def _by_stock_saver(path: Path, name: str, model: Any, clip: Any, vae: Any, delt
             "connect the MODEL of SalUn Erase"
         )
     notes = {key: value for key, value in delta.metadata.items() if key.startswith(OURS)}
-    part = path.with_name(f".{path.name}.tmp")
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), temporary_folder(path) as folder:
+            part = folder / path.name
             save_checkpoint(str(part), model, clip, vae, metadata=notes, extra_keys=schedule_keys(model))
-        os.replace(part, path)
+            os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
         release()
     return f"{name}: written by ComfyUI's own saver, since {why}"

@@ -18,7 +18,7 @@ AUTO = "auto"
 _FIELDS = {item.name: item for item in dataclasses.fields(EraseOptions)}
 _CHOICES = {"mask": MASKS}
 _TOOLTIPS = {"mask": f"{', '.join(MASKS)} (the controls); for a file: SalUn Load Mask"}  # where the help does not fit
-NO_RECIPE = ("clip_skip", "resolution")  # whose help tells their default
+NO_RECIPE = ("clip_skip", "resolution", "sampling_steps", "sampling_guidance")  # whose help tells their default
 
 
 def inputs(*names: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -24,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from salun.device import fix_cublas, pick_dtype
 from salun.diffusion.denoiser import Conditioning, implied_x_0
+from salun.diffusion.latents import noise_of
 from salun.diffusion.loading import read_settings
 from salun.diffusion.models import ModelSettings, settings_for
-from salun.diffusion.sampler import guided, trailing
+from salun.diffusion.sampler import conditioning_of, guided, trailing
 from salun.errors import Cancelled, ConfigError, ModelError
 from salun.formats.families import facts
 from salun.formats.hashing import base_hash
@@ -35,6 +37,15 @@ from salun.options import EraseOptions
 from .weights import Weights
 
 FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text
+DEFAULT_SAMPLER = "dpm++2m"
+SAMPLERS = {  # the core's names → ComfyUI's functions; DDIM's steps are Euler's in its terms, as its own "ddim" has it
+    "dpm++2m": "sample_dpmpp_2m",
+    "ddim": "sample_euler",
+    "euler": "sample_euler",
+    "euler_a": "sample_euler_ancestral",
+    "lcm": "sample_lcm",
+}
+ADD_NOISE = ("euler_a", "lcm")
 BLOCKS = ("ResBlock", "BasicTransformerBlock")  # computed again in the backward pass, where memory is dear
 
 
@@ -155,12 +166,19 @@ class GraphModel:
         return self.vae
 
     @torch.no_grad()
-    def denoise(self, noise: Tensor, prompts: Conditioning, empty: Conditioning, tick: Callable[[], None]) -> Tensor:
-        """By ComfyUI's own DPM-Solver++ (2M), in whose terms x is x_t/√ᾱ_t and σ is √(1/ᾱ_t − 1)."""
-        from comfy.k_diffusion.sampling import sample_dpmpp_2m
+    def denoise(
+        self,
+        noise: Tensor,
+        prompts: Conditioning,
+        empty: Conditioning,
+        tick: Callable[[], None],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """By ComfyUI's own samplers, in whose terms x is x_t/√ᾱ_t and σ is √(1/ᾱ_t − 1)."""
+        from comfy.k_diffusion import sampling
 
         settings = self.settings.sampling
-        both = Conditioning.cat([prompts, empty.expand(len(noise))])
+        conditioning = conditioning_of(settings, prompts, empty)
         steps = trailing(settings.steps, len(self.alphas_cumprod))
         roots = self.alphas_cumprod[steps].sqrt()
         sigmas = (1 / self.alphas_cumprod[steps] - 1).sqrt()
@@ -170,17 +188,28 @@ class GraphModel:
             tick()
             step, root = at[float(sigma[0])]
             t = step.to(self.device).expand(len(x))
-            return implied_x_0(self, x * root, guided(self, x * root, t, both, settings.guidance), t)
+            return implied_x_0(self, x * root, guided(self, x * root, t, conditioning, settings), t)
 
         start = noise / float(roots[0])
         ends = torch.cat([sigmas, torch.zeros(1)]).to(self.device)
-        result: Tensor = sample_dpmpp_2m(x_0, start, ends, disable=True)
+        sample, more = getattr(sampling, SAMPLERS[settings.sampler or DEFAULT_SAMPLER]), {}
+        if settings.sampler in ADD_NOISE:
+            more["noise_sampler"] = lambda *_: noise_of(self, generators)
+            x_0.inner_model = self._wrapped  # type: ignore[attr-defined]
+        result: Tensor = sample(x_0, start, ends, disable=True, **more)
         self.sampled = result[:1]
         return result
 
+    @property
+    def _wrapped(self) -> SimpleNamespace:
+        """Where ComfyUI's samplers that add noise look for the schedule: its versions differ in where."""
+        inner = SimpleNamespace(model_sampling=self._schedule)
+        return SimpleNamespace(inner_model=inner, model_patcher=self.model)
+
     def sampler_facts(self) -> dict[str, Any]:
+        name = SAMPLERS[self.settings.sampling.sampler or DEFAULT_SAMPLER].removeprefix("sample_")
         return {
-            "sampler": f"dpmpp_2m of ComfyUI {_version()}",
+            "sampler": f"{name} of ComfyUI {_version()}",
             "network": self._other_facts,
             "schedule": hashlib.sha256(self.alphas_cumprod.numpy().tobytes()).hexdigest(),
             "prediction": self.prediction_type,

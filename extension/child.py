@@ -111,7 +111,7 @@ def erase(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     model = load_with(job.model or str(aliases()["default"]), job.options)
     line.check()
     plan = make_plan(model.settings, model.name, wanted, job.options)
-    clock = stages.Clock(stages.shares_of_erasure(plan, model.settings.sampling.steps))
+    clock = stages.Clock(stages.shares_of_erasure(plan))
     previews = Previews(model, plan, int(asked.get("preview_every") or 0), line, folder)
     run = run_erase(
         model,

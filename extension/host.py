@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+from salun.user_text import is_unicode
+
 from .jobs import Job
 
 ERASED = ("model", "model.safetensors")  # a run's own, as `salun erase` names them
@@ -76,7 +78,7 @@ class Alone:
         for folder in checkpoint_folders(self._dirs):
             for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILES and p.is_file()):
                 found.setdefault(path.relative_to(folder).as_posix(), str(path.absolute()))
-        return found
+        return {title: place for title, place in found.items() if is_unicode(title + place)}
 
     def _made(self) -> dict[str, str]:
         """Checkpoints by their names, then what runs erased by the runs' names, the latest first."""

@@ -17,6 +17,7 @@ from salun.errors import ConfigError, DataError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
 from salun.run_reading import read_run
 from salun.run_record import STATE, alone_in, new_run_folder
+from salun.user_text import unquoted
 
 from . import environment
 from .history import DELTA, SHOWN, UNREADABLE, options_in, summary
@@ -95,9 +96,9 @@ class Service:
                 raise ConfigError(f"{key} is {repr(values[key])[:80]}, but must be str")
         for key in ("forget_images", "retain_images"):
             if key in values:
-                values[key] = str(confined(values[key], self.pictures))
+                values[key] = str(confined(unquoted(values[key]), self.pictures))
         if "components" in values:
-            values["components"] = _components(values["components"])
+            values["components"] = _components(unquoted(values["components"]))
         return values
 
     def mask(self, options: Mapping[str, Any]) -> Job:

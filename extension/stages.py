@@ -13,16 +13,16 @@ KNOWN_FROM = 0.03  # of the job: before that a time left would be a guess
 CORRECTED = 1.5  # a time left that turns out this many times too short is put right; less than that only counts down
 
 
-def shares_of_erasure(plan: Plan, sampler_steps: int) -> dict[str, float]:
+def shares_of_erasure(plan: Plan) -> dict[str, float]:
     """Stage → its share of an erasure, in the order of the stages, by the passes through the UNet that it takes."""
     concepts, options = len(plan.concepts), plan.options
     forget, retain = plan.forget_latents * concepts, plan.retain_latents
     drawn = (0 if options.forget_images else forget) + (forget if plan.anchor_share else 0) + retain
-    pictures = plan.eval_images * (concepts + 1) * sampler_steps * 2
+    pictures = plan.eval_images * (concepts + 1) * plan.sampling.passes
     backward = 3  # a backward pass costs two forward ones
     scored = options.method == "salun" and options.mask in ("saliency", "shuffled")
     passes = {
-        "sampling": drawn * sampler_steps * 2,
+        "sampling": drawn * plan.sampling.passes,
         "pictures before": pictures,
         "saliency": forget * plan.saliency_timesteps * 2 * backward if scored else 0,
         "frozen targets": plan.steps * plan.batch_size * 2 if plan.needs_frozen else 0,

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,9 +23,11 @@ from torch import Tensor
 
 from salun.errors import ConfigError, ModelError, SalunError
 from salun.formats import tensorfile
+from salun.formats.atomic import abandoned
 
 FORMAT = "salun-cache-1"
 DEFAULT_LIMIT = 5 * 10**9
+_LARGEST = 2**63 - 1  # bytes
 logger = logging.getLogger("salun")
 T = TypeVar("T")
 
@@ -130,15 +131,11 @@ class Cache:
         for path, *_ in found:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.converted, ignore_errors=True)
-        for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():  # of processes that were killed
-            leftover.unlink(missing_ok=True)
+        self._remove_leftovers()
         return len(found) + len(pickles)
 
     def _make_room(self) -> None:
-        for leftover in self.folder.glob("??/.*.tmp"):  # of processes that were killed a day ago or earlier
-            with suppress(OSError):
-                if time.time() - leftover.stat().st_mtime > 86_400:
-                    leftover.unlink()
+        self._remove_leftovers()
         found = self.entries()
         taken = sum(size for _, size, _ in found)
         for path, size, _ in found:
@@ -146,6 +143,13 @@ class Cache:
                 return
             path.unlink(missing_ok=True)
             taken -= size
+
+    def _remove_leftovers(self) -> None:
+        """Of processes that were killed while they wrote an entry."""
+        for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():
+            if abandoned(leftover):
+                with suppress(OSError):
+                    leftover.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -165,9 +169,12 @@ def size_of(text: str) -> int:
     """Bytes in a text such as "500MB", "2.5 GB" or "0". Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*", text, re.IGNORECASE)
     if match is None:
-        raise ConfigError(f"SALUN_CACHE_SIZE is {text!r}: give bytes, or a number with MB or GB, such as 5GB")
+        raise ConfigError(f"SALUN_CACHE_SIZE is {text[:80]!r}: give bytes, or a number with MB or GB, such as 5GB")
     power = ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper())
-    return int(float(match[1]) * 1000**power)
+    size = float(match[1]) * 1000**power
+    if size > _LARGEST:
+        raise ConfigError(f"SALUN_CACHE_SIZE is {text[:80]!r}, more than any disk holds: give a size such as 5GB")
+    return int(size)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -73,6 +73,8 @@ def _model(found: Description) -> dict[str, Any]:
         "detector": found.settings.detector.name if found.settings.detector else None,
         "vocabulary": sorted(found.settings.vocabulary.attributes) if found.settings.vocabulary else None,
     }
+    if found.settings.few_steps is not None:
+        facts["few_steps"] = found.settings.few_steps.text
     if found.contents is not None:
         contents = found.contents
         missing = "from --components" if found.folder else "missing: --components names a folder or hub id that has one"

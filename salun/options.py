@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from salun.errors import ConfigError
+from salun.user_text import checked, prompt_text, unquoted
 
 MASKS = ("saliency", "shuffled", "random", "full")
+SAMPLERS = ("dpm++2m", "ddim", "euler", "euler_a", "lcm")
 
 
 def option(
@@ -24,9 +26,13 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     choices: tuple[str, ...] = (),
+    path: bool = False,
 ) -> Any:
-    """A field with its help and range. `minimum` and `maximum` are inclusive, `above` is not."""
-    rules = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices}
+    """A field with its help and range. `minimum` and `maximum` are inclusive, `above` is not.
+
+    path: it names files or folders (or may), so that quotes around it are no part of it.
+    """
+    rules = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices, "path": path}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=rules)
     return field(default=default, metadata=rules)
@@ -37,14 +43,25 @@ class Checked:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            check(item.name, getattr(self, item.name), item.metadata)
+            value = getattr(self, item.name)
+            if item.metadata.get("path"):
+                value = [_unquoted(each) for each in value] if isinstance(value, list) else _unquoted(value)
+                object.__setattr__(self, item.name, value)
+            check(item.name, value, item.metadata)
+
+
+def _unquoted(value: Any) -> Any:
+    return unquoted(value) if isinstance(value, str) else value
 
 
 def check(name: str, value: Any, rules: Any) -> None:
     """Raises ConfigError if `value` breaks the rules of option `name`."""
+    flag = "--" + name.replace("_", "-")
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            checked(text, flag)
     if value is None or isinstance(value, list | bool | Path):
         return
-    flag = "--" + name.replace("_", "-")
     if rules.get("choices") and value not in rules["choices"]:
         raise ConfigError(f"{flag} is {value!r}, but must be one of {', '.join(rules['choices'])}")
     if isinstance(value, int | float):
@@ -76,6 +93,7 @@ class FileOptions(Checked):
         [],
         "a folder to find checkpoints in by name: of checkpoints, or a WebUI's or ComfyUI's root; repeat it for "
         "several (SALUN_MODELS_DIR adds more)",
+        path=True,
     )
     allow_pickle: bool = option(
         False, "read a .ckpt: a pickle, unpacked with weights_only and kept as safetensors in the cache"
@@ -92,7 +110,9 @@ class ModelOptions(DeviceOptions, FileOptions):
     """How to find a model and read what its files do not say."""
 
     components: str | None = option(
-        None, "for single files: a diffusers folder or hub id that has what the file lacks (VAE, text encoder, configs)"
+        None,
+        "for single files: a diffusers folder or hub id that has what the file lacks (VAE, text encoder, configs)",
+        path=True,
     )
     prediction_type: str | None = option(
         None,
@@ -109,7 +129,7 @@ class EraseOptions(ModelOptions):
         [], "what the concept becomes, one for each --concept, in order; '' is the empty prompt (default: the preset's)"
     )
     retain_prompts: list[str] = option([], "prompts to keep, added to the default ones; repeat the option")
-    mask: str = option("saliency", "saliency, shuffled, random, full (the controls), or a mask file")
+    mask: str = option("saliency", "saliency, shuffled, random, full (the controls), or a mask file", path=True)
     density: float = option(0.5, "share of the weights that may move", above=0, maximum=1)
     combine: str = option(
         "joint",
@@ -141,10 +161,12 @@ class EraseOptions(ModelOptions):
         None, "pictures for the quick evaluation, each of forget and retain; 0 for none", minimum=0, maximum=1_000_000
     )
     forget_images: str | None = option(
-        None, "a folder of pictures of the concept, in place of samples (several concepts: a folder in it for each)"
+        None,
+        "a folder of pictures of the concept, in place of samples (several concepts: a folder in it for each)",
+        path=True,
     )
     retain_images: str | None = option(
-        None, "a folder of pictures to keep, added to the samples; x.txt beside x.png says what it shows"
+        None, "a folder of pictures to keep, added to the samples; x.txt beside x.png says what it shows", path=True
     )
     prompt_style: str = option(
         "natural",
@@ -156,6 +178,22 @@ class EraseOptions(ModelOptions):
     )
     negative_prompt: str | None = option(
         None, "what samples and pictures are guided away from, as in hosts (default: the empty prompt)"
+    )
+    sampling_steps: int | None = option(
+        None, "sampler steps of training samples and images (default: the model's own)", minimum=1, maximum=1000
+    )
+    sampling_guidance: float | None = option(
+        None,
+        "guidance scale of training samples and images; 1 or less is without guidance, in half the time "
+        "(default: the model's own)",
+        minimum=0,
+        maximum=100,
+    )
+    sampler: str | None = option(
+        None,
+        "sampler of training samples and images; lcm, euler and euler_a suit few-step models (default: the model's "
+        "own DPM-Solver, else dpm++2m)",
+        choices=SAMPLERS,
     )
     resolution: int | None = option(
         None, "pixels a side, of samples and pictures (default: the model's own)", minimum=8, maximum=4096
@@ -202,14 +240,16 @@ class EraseJob(EraseOptions):
         None,
         "alias (see `salun models`), .safetensors file, diffusers folder, hub id, or a checkpoint's name in "
         "--models-dir (default: the small one that comes along)",
+        path=True,
     )
     output: list[str] = option(
         [],
         "x.safetensors (checkpoint), x/ (diffusers folder), x.salun.safetensors (undoable delta), x.lora.safetensors "
         "or x.diff.safetensors (for stock loaders); repeat it for several (default: in the run folder, the model in "
         "its own layout and the delta)",
+        path=True,
     )
-    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<concept>)")
+    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<concept>)", path=True)
 
     def __post_init__(self) -> None:
         for name in ("concept", "output"):
@@ -227,6 +267,7 @@ GROUPS = {  # for people, in the order in which hosts show them
     "Concept": ("concept", "anchor", "retain_prompts", "prompt_style", "negative_prompt"),
     "Model": ("model", "components", "models_dir", "prediction_type", "clip_skip", "resolution", "allow_pickle"),
     "Data": ("forget_latents", "retain_latents", "forget_images", "retain_images"),
+    "Sampling": ("sampling_steps", "sampling_guidance", "sampler"),
     "Mask": ("mask", "density", "combine", "scope", "method", "guidance"),
     "Training": (
         "steps", "batch_size", "lr", "lr_decay", "retain_weight", "target", "retain_target", "anchor_share",
@@ -264,12 +305,31 @@ class Recipe(Checked):
 
 @dataclass(frozen=True)
 class Sampling(Checked):
-    """How to sample a model. resolution: pixels, both sides. negative_prompt: what guidance leads away from."""
+    """How to sample a model.
+
+    guidance: 1 or less samples without guidance, one pass a step. resolution: pixels, both sides. negative_prompt: what
+    guidance leads away from. sampler: None for the model's own DPM-Solver, or dpm++2m where it has none.
+    """
 
     steps: int = option(20, "sampler steps", minimum=1, maximum=1000)
     guidance: float = option(7.5, "classifier-free guidance scale", minimum=0, maximum=100)
     resolution: int = option(512, "pixels, both sides", minimum=8, maximum=4096)
     negative_prompt: str = option("", "what guidance leads away from; '' is the empty prompt")
+    sampler: str | None = option(None, "sampler", choices=SAMPLERS)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "negative_prompt", prompt_text(checked(self.negative_prompt, "--negative-prompt")))
+        super().__post_init__()
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is computed. At 1 it has nothing to add; some models' cards call that 0."""
+        return self.guidance > 1
+
+    @property
+    def passes(self) -> int:
+        """Passes through the UNet that one sample takes."""
+        return self.steps * (2 if self.guided else 1)
 
 
 def from_mapping(kind: type, values: Any, where: str) -> Any:

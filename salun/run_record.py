@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from salun.errors import Cancelled, ConfigError, DataError, ModelError
-from salun.formats.tensorfile import remove_leftovers, sha256_file, write_bytes
+from salun.formats.atomic import remove_leftovers
+from salun.formats.tensorfile import sha256_file, write_bytes
 from salun.run_reading import blank_record, read_run
 
 STATE = "state"
@@ -113,7 +114,7 @@ class RunRecord:
     def _run(self) -> Iterator[None]:
         handler: logging.Handler | None = None
         if self.folder is not None:
-            handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+            handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8", errors="backslashreplace")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             logger.addHandler(handler)
             if logger.level == logging.NOTSET:
@@ -162,7 +163,7 @@ class RunRecord:
         under_way = sys.exc_info()[1]
         text = json.dumps(self.data, indent=1, ensure_ascii=False) + "\n"
         try:
-            write_bytes(self.folder / "run.json", text.encode("utf-8"))
+            write_bytes(self.folder / "run.json", text.encode("utf-8", "backslashreplace"))  # a name that is not UTF-8
         except ModelError as error:
             if under_way is None and not self.in_passing:
                 raise

@@ -232,7 +232,7 @@ class Interrupt(BaseException):
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Told: the bar's values, and whether somebody interrupts."""
-    told = types.SimpleNamespace(bar=[], previews=[], guesses=[], interrupt_at=None, root=tmp_path)
+    told = types.SimpleNamespace(bar=[], previews=[], guesses=[], samplers=[], interrupt_at=None, root=tmp_path)
 
     class ProgressBar:
         def __init__(self, total: int) -> None:
@@ -261,6 +261,22 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def sample_dpmpp_2m(model: Any, x: Tensor, sigmas: Tensor, disable: bool) -> Tensor:
         return model(x, sigmas[0] * x.new_ones(len(x)))
 
+    def sample_euler(model: Any, x: Tensor, sigmas: Tensor, disable: bool) -> Tensor:
+        told.samplers.append("euler")
+        return sample_dpmpp_2m(model, x, sigmas, disable)
+
+    def sample_euler_ancestral(model: Any, x: Tensor, sigmas: Tensor, disable: bool, noise_sampler: Any) -> Tensor:
+        told.samplers.append("euler_ancestral")
+        assert model.inner_model.inner_model.model_sampling.sigmas is not None  # where it looks for the schedule
+        x = model(x, sigmas[0] * x.new_ones(len(x)))
+        return x + noise_sampler(sigmas[0], sigmas[1])
+
+    def sample_lcm(model: Any, x: Tensor, sigmas: Tensor, disable: bool, noise_sampler: Any) -> Tensor:
+        told.samplers.append("lcm")
+        assert model.inner_model.model_patcher.get_model_object("model_sampling").sigmas is not None  # newer ones
+        x = model(x, sigmas[0] * x.new_ones(len(x)))
+        return x + noise_sampler(sigmas[0], sigmas[1])
+
     def get_save_image_path(prefix: str, root: str) -> tuple[Any, ...]:
         return str(Path(root) / Path(prefix).parent), Path(prefix).name, 1, "", prefix
 
@@ -279,7 +295,12 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         "comfy.weight_adapter": {"WeightAdapterBase": WeightAdapterBase},
         "comfy.ops": {"disable_weight_init": None},
         "comfy.k_diffusion": {},
-        "comfy.k_diffusion.sampling": {"sample_dpmpp_2m": sample_dpmpp_2m},
+        "comfy.k_diffusion.sampling": {
+            "sample_dpmpp_2m": sample_dpmpp_2m,
+            "sample_euler": sample_euler,
+            "sample_euler_ancestral": sample_euler_ancestral,
+            "sample_lcm": sample_lcm,
+        },
         "folder_paths": {
             "get_output_directory": lambda: str(tmp_path / "output"),
             "get_input_directory": lambda: str(tmp_path / "input"),
@@ -530,6 +551,31 @@ def test_samples_are_what_the_network_takes_for_the_picture(host: Any, predictio
     torch.testing.assert_close(made, eps if prediction == "epsilon" else v, rtol=1e-4, atol=1e-3)  # √ᾱ is 0.07
 
 
+@pytest.mark.parametrize(
+    ("sampler", "function"),
+    [("auto", []), ("dpm++2m", []), ("ddim", ["euler"]), ("euler", ["euler"]), ("euler_a", ["euler_ancestral"]),
+     ("lcm", ["lcm"])],
+)  # fmt: skip
+def test_graph_samples_by_the_named_sampler_of_comfyui(host: Any, sampler: str, function: list[str]) -> None:
+    """Each sample adds noise of its own seed; guidance 1 takes one pass."""
+    graph = GraphModel(Patcher(), Clip())
+    rows, predict = [], graph.predict
+
+    def counted(x: Tensor, t: Tensor, said: Any) -> Tensor:
+        rows.append(len(x))
+        return predict(x, t, said)
+
+    graph.predict = counted  # type: ignore[method-assign]
+    wanted = options_of({}, options(sampler=sampler, sampling_steps=3, sampling_guidance=1.0))
+    with prepared(graph, plan_of(graph, concept(), wanted)):
+        made = sample_latents(graph, ["a cat", "a cat"], [5, 6])
+        alone = sample_latents(graph, ["a cat"], [6])
+        facts = graph.sampler_facts()
+    assert host.samplers == function * 2 and rows == [2, 1]
+    torch.testing.assert_close(made[1:], alone, rtol=1e-4, atol=1e-3)
+    assert (function or ["dpmpp_2m"])[0] in facts["sampler"]
+
+
 def test_the_same_inputs_train_once_and_a_changed_option_trains(host: Any) -> None:
     model = Patcher()
     first = erased(model)[1]
@@ -771,6 +817,7 @@ def test_all_that_a_result_depends_on_is_in_what_it_is_kept_by(host: Any) -> Non
         **{"method": "salun-soft", "guidance": 3.0, "lr_decay": 0.1, "target": "online", "retain_target": "noise"},
         **{"anchor_share": 0.25, "optimiser": "adam8bit", "dtype": "bf16", "low_vram": True, "show_sensitive": True},
         **{"gradient_checkpointing": True, "deterministic": False},
+        **{"sampling_steps": 3, "sampling_guidance": 1.0, "sampler": "lcm"},
     }
     assert set(changed) | {"recipe"} == {*SHARED, *OWN}, "recipe is in the numbers that it gives"
     keys = {**graphs, **{name: key(**{name: value}) for name, value in changed.items() if name not in NOT_DECISIVE}}

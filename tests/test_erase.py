@@ -100,7 +100,9 @@ def test_the_record_says_what_was_done(run_folder: Path) -> None:
     assert record["options"]["target"] == "frozen"  # `auto` is resolved
     unset = {name for name, value in record["options"].items() if value is None}
     # nothing to resolve: no pictures, and what the model's files tell
-    assert unset == {"forget_images", "retain_images", "clip_skip", "components", "prediction_type", "negative_prompt"}
+    assert unset == {
+        "forget_images", "retain_images", "clip_skip", "components", "prediction_type", "negative_prompt", "sampler"
+    }  # fmt: skip
     assert [entry[0] for entry in record["losses"]] == [1, 2, 3, 4]
     assert record["mask"]["selected"] == record["mask"]["total"] // 2
     assert record["metrics"]["ua"]["n"] == 8

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # each layer may import itself and the layers before it
 LAYERS = [
     {"salun.errors", "salun.progress", "salun.display", "salun.untrusted"},
-    {"salun.options", "salun.device", "salun.processes", "salun.threshold", "salun.images"},
-    {"salun.formats.signature"},
+    {"salun.options", "salun.device", "salun.processes", "salun.threshold", "salun.images", "salun.user_text"},
+    {"salun.formats.signature", "salun.formats.atomic"},
     {"salun.formats.tensorfile", "salun.formats.keymap", "salun.config", "salun.run_reading"},
     {"salun.formats.hashing", "salun.formats.stored", "salun.formats.folder", "salun.formats.checkpoint"}
     | {"salun.formats.families", "salun.formats.stock", "salun.formats.sizes"}

@@ -291,7 +291,7 @@ def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
 def test_stages_that_a_run_leaves_out_have_no_share(shapes: Model) -> None:
     def shares(**options: Any) -> dict[str, float]:
         plan = make_plan(shapes.settings, "shapes", "circle", salun.EraseOptions(**SHORT, **options))
-        return shares_of_erasure(plan, 12)
+        return shares_of_erasure(plan)
 
     whole, own = shares(), shares(mask="random", forget_images="pictures", anchor_share=0.0)
     assert sum(whole.values()) == pytest.approx(1)

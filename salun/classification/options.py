@@ -23,6 +23,7 @@ class TrainOptions(DeviceOptions):
         "digits",
         "digits, clutter, cifar10, cifar100, svhn, tiny-imagenet, a folder with a sub-folder of images for each class "
         "(also in train, val and test) or with metadata.csv, or a Hugging Face data set (hub id, saved or cloned)",
+        path=True,
     )
     image_column: str | None = option(
         None, "column of images (or image files) of a Hugging Face data set or metadata.csv (default: found)"
@@ -40,6 +41,7 @@ class TrainOptions(DeviceOptions):
         None,
         "small, resnet18, vgg16-bn, timm:NAME, or an image classifier of transformers (folder or hub id) (default: "
         "the data set's)",
+        path=True,
     )
     allow_pickle: bool = option(
         False, "Read a transformers model's pytorch_model.bin: a pickle, unpacked with weights_only (default: off)."
@@ -70,6 +72,7 @@ class UnlearnOptions(TrainOptions):
         None,
         "the model to unlearn from: a run folder or .safetensors of `salun classify-train`, or a transformers folder "
         "or hub id (default: trained here, and kept in the cache)",
+        path=True,
     )
     retrain: str = option(
         "auto",

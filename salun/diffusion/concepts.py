@@ -19,6 +19,7 @@ import yaml
 
 from salun.diffusion.vocabulary import Prompt, Vocabulary
 from salun.errors import ConfigError
+from salun.user_text import checked, prompt_text
 
 LIBRARY = Path(__file__).resolve().parents[1] / "assets" / "concepts.yaml"
 
@@ -43,10 +44,19 @@ class Concept:
     preset: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        for part in ("name", "anchor", "retain", "synonyms", "anchors"):
+            object.__setattr__(self, part, _read(getattr(self, part)))
         if not self.name.strip():
             raise ConfigError("the concept is empty: name what the model should forget, e.g. --concept circle")
         if self.anchor is not None and self.anchor.strip() == self.name.strip():
             raise ConfigError(f"concept and anchor are both {self.name!r}: an anchor is what the concept becomes")
+
+
+def _read(given: Any) -> Any:
+    """A text, a tuple of texts, or None, as prompts are read. Raises ConfigError for what is not Unicode."""
+    if isinstance(given, str):
+        return prompt_text(checked(given, "a concept or prompt"))
+    return given if given is None else tuple(map(_read, given))
 
 
 @dataclass(frozen=True)

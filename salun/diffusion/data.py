@@ -17,6 +17,7 @@ from salun.diffusion.losses import ErasureData
 from salun.diffusion.plan import Plan, spread
 from salun.errors import ConfigError
 from salun.progress import Event, Progress, silent
+from salun.user_text import as_spelled
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def sample_data(
         raise ConfigError(f"pictures of {len(own)} concepts are given for {len(prompts.concepts)}: give some for each")
     if options.forget_images is not None:
         names = [concept.name for concept in plan.concepts]
-        folders = concept_folders(Path(options.forget_images).expanduser(), names)
+        folders = concept_folders(as_spelled(Path(options.forget_images).expanduser()), names)
         read = [encode_folder(model, folder, progress, cache) for folder in folders]
         own = [pictures.latents for pictures in read]
         notes = _told([line for pictures in read for line in pictures.notes], progress)
@@ -87,7 +88,7 @@ def sample_data(
     more = given.retain if given is not None else None
     about = list(given.captions) if given is not None else []
     if options.retain_images is not None and not forget_only:
-        folder = Path(options.retain_images).expanduser()
+        folder = as_spelled(Path(options.retain_images).expanduser())
         pictures = encode_folder(model, folder, progress, cache)
         more, about = pictures.latents, pictures.captions
         notes += _told([*pictures.notes, *_in_both(read, pictures)], progress)

@@ -133,9 +133,17 @@ class DiffusionModel(Denoiser, Protocol):
         """Latents (n, c, h, w), scaled → uint8 pictures (n, H, W, 3)."""
         ...
 
-    def denoise(self, noise: Tensor, prompts: Conditioning, empty: Conditioning, tick: Callable[[], None]) -> Tensor:
+    def denoise(
+        self,
+        noise: Tensor,
+        prompts: Conditioning,
+        empty: Conditioning,
+        tick: Callable[[], None],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
         """Noise (n, c, h, w) of variance 1 → latents, by the sampling settings. prompts: (n,). empty: (1,), what
-        guidance leads away from. tick: called before each step."""
+        guidance leads away from. tick: called before each step. generators: (n,) on the CPU, of the noise that some
+        samplers add at each step."""
         ...
 
     def sampler_facts(self) -> dict[str, Any]:

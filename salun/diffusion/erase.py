@@ -38,6 +38,7 @@ from salun.run_record import RunRecord, check_folder, check_room
 from salun.saliency import scores_from_losses
 from salun.threshold import select_largest
 from salun.training import Trained, TrainingSettings, check_optimiser, fine_tune, saved_steps
+from salun.user_text import as_spelled
 
 
 def erase(
@@ -184,11 +185,11 @@ def _facts(model: Model, plan: Plan) -> dict[str, str]:
     for name in ("forget_images", "retain_images"):
         folder = getattr(plan.options, name)
         if folder is not None:
-            facts[name] = folder_digest(Path(folder).expanduser())
+            facts[name] = folder_digest(as_spelled(Path(folder).expanduser()))
     if plan.options.components is not None:
         facts["components"] = model.parts_hash
     if plan.options.method == "salun" and plan.options.mask not in MASKS:
-        facts["mask"] = sha256_file(Path(plan.options.mask))
+        facts["mask"] = sha256_file(as_spelled(Path(plan.options.mask).expanduser()))
     return facts
 
 
@@ -291,7 +292,7 @@ def _told_of(mask: Mask, mode: str, told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mask_from_file(model: DiffusionModel, plan: Plan) -> Mask:
-    mask = Mask.load(plan.options.mask)
+    mask = Mask.load(as_spelled(Path(plan.options.mask).expanduser()))
     check_mask(mask, model, plan, plan.options.mask)
     return mask
 

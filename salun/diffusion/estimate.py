@@ -50,8 +50,8 @@ def preview(
     progress(Event("measuring", message=f"measuring this machine with {loaded.name}"))
     with loaded.borrowed(), loaded.set_up(plan.options):
         forward, backward, kept = _measure(loaded, plan)
-    seconds = _seconds(loaded, plan, forward, backward)
-    memory, places = _memory(loaded, plan, kept), disk_needed(loaded, plan, outputs, run_dir)
+        seconds, memory = _seconds(loaded, plan, forward, backward), _memory(loaded, plan, kept)
+    places = disk_needed(loaded, plan, outputs, run_dir)
     disk = sum(places.values())
     free_disk = shutil.disk_usage(_existing(run_dir)).free
     free_memory = _free_memory(loaded.device)
@@ -68,6 +68,7 @@ def preview(
         "run_dir": str(run_dir),
         "concepts": [{"name": c.name, "anchor": c.anchor} for c in plan.concepts],
         "notes": plan.notes,
+        "hints": [plan.few_steps.as_data()] if plan.few_steps else [],
         "steps": _story(plan),
         "options": asdict(plan.options),
         "seconds": {**seconds, "total": sum(seconds.values())},
@@ -86,12 +87,18 @@ def _story(plan: Plan) -> list[str]:
     return [
         *images,
         f"sample {sampled} forget, {forget if plan.anchor_share else 0} anchor and {retain} retain latents "
-        f"from {said} and {len(plan.prompts.retain)} prompts",
+        f"from {said} and {len(plan.prompts.retain)} prompts, by {_sampling(plan)}",
         f"choose {plan.options.density:.3g} of the weights ({plan.options.mask})"
         + (f", {plan.options.combine} for {n} concepts" if n > 1 else ""),
         f"train {plan.steps} steps of {plan.batch_size} forget and {plan.batch_size} retain samples",
         f"look at {plan.eval_images * (n + 1)} pictures before and as many after",
     ]
+
+
+def _sampling(plan: Plan) -> str:
+    sampling = plan.sampling
+    guidance = f"guidance {sampling.guidance:g}" if sampling.guided else "no guidance"
+    return f"{sampling.steps} steps of {sampling.sampler or 'the default sampler'} with {guidance}"
 
 
 def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable[[int], float], int]:
@@ -149,8 +156,8 @@ def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable
 def _seconds(
     model: Model, plan: Plan, forward: Callable[[int], float], backward: Callable[[int], float]
 ) -> dict[str, float]:
-    size, steps = batch_size_of(model), model.settings.sampling.steps
-    per_latent = steps * forward(2 * size) / size
+    size, sampling = batch_size_of(model), plan.sampling
+    per_latent = sampling.steps * forward((2 if sampling.guided else 1) * size) / size
     n, batch = len(plan.concepts), plan.batch_size
     latents = plan.forget_latents * n * (2 if plan.anchor_share else 1) + plan.retain_latents
     needs_saliency = plan.options.mask in ("saliency", "shuffled") and plan.options.method == "salun"

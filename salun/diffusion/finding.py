@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -14,12 +15,14 @@ import yaml
 from salun.errors import ConfigError, ModelError
 from salun.formats.folder import files_under, weights_of
 from salun.untrusted import read_json, read_yaml
+from salun.user_text import as_spelled, composed, unquoted
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SETTINGS = "salun.yaml"
 FILES = (".safetensors", ".ckpt")
 HOST_FOLDERS = ("models/checkpoints", "models/Stable-diffusion", "checkpoints", "Stable-diffusion")
 EXTRA_PATHS = "extra_model_paths.yaml"
+logger = logging.getLogger("salun")
 
 
 @cache
@@ -37,13 +40,13 @@ def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tup
     Looked for in this order: aliases; a path; a checkpoint of this name in the folders of `checkpoint_folders`; the
     hub, from which it is downloaded if need be. Raises ModelError for a name that nothing or more than one thing has.
     """
-    table = aliases()["models"]
+    name, table = unquoted(name), aliases()["models"]
     entry = dict(table.get(name, {}))
     if "path" in entry:
         return ASSETS / entry["path"], entry
     if not entry:
         try:
-            given = Path(name).expanduser()
+            given = as_spelled(Path(name).expanduser()) if name else Path()
             there = bool(name) and given.exists()
         except (RuntimeError, OSError, ValueError) as error:  # no such user's home, a name too long, a NUL in it
             raise ModelError(f"no model can have the name {name[:80]!r}: {error}") from error
@@ -71,16 +74,17 @@ def checkpoint_folders(models_dir: Sequence[str] = ()) -> Iterator[Path]:
     """The folders with checkpoints under those given and those of SALUN_MODELS_DIR (separated as in PATH).
 
     Each may be a folder of checkpoints, or the root of ComfyUI or of a WebUI; ComfyUI's own `extra_model_paths.yaml`
-    in it is followed. Raises ConfigError for a folder that is not there, or a file that cannot be read.
+    in it is followed. Raises ConfigError for a folder that is not there, or a file that cannot be read; a folder that
+    the file names and that cannot be read is skipped, with a warning.
     """
     own = [place for place in os.environ.get("SALUN_MODELS_DIR", "").split(os.pathsep) if place]
     seen = set()
     for place in [*models_dir, *own]:
-        root = Path(place).expanduser()
-        if not root.is_dir():
+        root = as_spelled(Path(unquoted(place)).expanduser())
+        if not os.path.isdir(root):
             raise ConfigError(f"--models-dir {place} is no folder: give one of checkpoints, or a WebUI's or ComfyUI's")
-        inner = [root / part for part in HOST_FOLDERS if (root / part).is_dir()]
-        if (root / EXTRA_PATHS).is_file():
+        inner = [root / part for part in HOST_FOLDERS if os.path.isdir(root / part)]
+        if os.path.isfile(root / EXTRA_PATHS):
             inner += _extra_paths(root / EXTRA_PATHS)
         for folder in inner or [root]:
             if os.path.realpath(folder) not in seen:
@@ -101,7 +105,20 @@ def _extra_paths(file: Path) -> list[Path]:
             continue
         base = file.parent / os.path.expanduser(os.path.expandvars(str(section.get("base_path") or "").strip()))
         found += [base / line.strip() for line in listed.splitlines() if line.strip()]
-    return [folder for folder in found if folder.is_dir()]
+    return [folder for folder in found if _readable(folder, file)]
+
+
+def _readable(folder: Path, file: Path) -> bool:
+    """Whether a folder can be listed. One that is missing is skipped in silence, as ComfyUI does."""
+    try:
+        os.scandir(folder).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        logger.warning("%s names a folder that cannot be read and is skipped: %s (%s)", file, folder, reason)
+        return False
+    return True
 
 
 def _named(name: str, folders: Sequence[Path]) -> Path | None:
@@ -109,12 +126,13 @@ def _named(name: str, folders: Sequence[Path]) -> Path | None:
 
     Raises ModelError if several have it.
     """
-    wanted = name.replace("\\", "/").casefold()
+    wanted = composed(name.replace("\\", "/")).casefold()
     found: dict[str, Path] = {}
     for folder in folders:
         for path in (p for p in files_under(folder) if p.suffix.lower() in FILES):
-            below = path.relative_to(folder).as_posix().casefold()
-            names = {below, below.rsplit(".", 1)[0], path.name.casefold(), path.stem.casefold()}
+            below = composed(path.relative_to(folder).as_posix()).casefold()
+            last = below.rsplit("/", 1)[-1]
+            names = {below, below.rsplit(".", 1)[0], last, last.rsplit(".", 1)[0]}
             if wanted in names:
                 found.setdefault(os.path.realpath(path), path)
     if len(found) > 1:

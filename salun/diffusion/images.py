@@ -20,6 +20,7 @@ from salun.errors import DataError
 from salun.formats.tensorfile import sha256_file
 from salun.images import NOT_AN_IMAGE, Listing, counted, list_images, read_image, read_text, shown, white_level
 from salun.progress import Event, Progress, silent
+from salun.user_text import as_spelled, prompt_text, syntax_note
 
 _LONGEST_CAPTION = 2000  # characters
 
@@ -103,6 +104,7 @@ def encode_folder(
     notes = [f"{folder.name}: {len(latents)} of {len(files)} pictures used"]
     left |= {f"{why}, skipped": names for why, names in listing.skipped.items()}
     notes += [f"  {line}" for line in counted(left, 5)]
+    notes += [f"  captions: {note}" for note in syntax_note(text for text in captions if text)]
     if not latents:
         raise DataError("; ".join(line.strip() for line in notes) + ": nothing is left to train on")
     return Encoded(torch.stack(latents).to(model.device), captions, notes, frozenset(seen))
@@ -146,7 +148,7 @@ def square(picture: Any, side: int) -> np.ndarray:
 def _caption(path: Path) -> str | None:
     """The text beside an image, on one line; None where there is none."""
     text = read_text(path.with_suffix(".txt"), _LONGEST_CAPTION)
-    return " ".join(text.split()) or None if text is not None else None
+    return prompt_text(" ".join(text.split())) or None if text is not None else None
 
 
 def _fitting(model: DiffusionModel, caption: str | None, name: str) -> str | None:
@@ -163,7 +165,7 @@ def concept_folders(folder: Path, names: list[str]) -> Iterator[Path]:
         yield folder
         return
     for name in names:
-        own = folder / name
+        own = as_spelled(folder / name)
         if Path(name).name != name or not own.is_dir():
             raise DataError(f"--forget-images {folder} holds no folder {name!r}: several concepts need one each")
         yield own

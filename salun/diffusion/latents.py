@@ -59,7 +59,8 @@ def sample_latents(
             def tick(start: int = start) -> None:  # a batch can take minutes: a host may stop it between two steps
                 progress(Event(stage, start, len(prompts)))
 
-            kept = {"latents": model.denoise(_noise(model, own), asked, empty, tick)}
+            generators = [torch.Generator().manual_seed(seed) for seed in own]
+            kept = {"latents": model.denoise(noise_of(model, generators), asked, empty, tick, generators)}
             if cache is not None:
                 cache.put(key, kept)
         done[number] = kept["latents"].to(model.device)
@@ -85,9 +86,9 @@ def sample_pictures(
     return np.concatenate(parts) if parts else np.empty((0, side, side, 3), np.uint8)
 
 
-def _noise(model: DiffusionModel, seeds: Sequence[int]) -> Tensor:
-    parts = [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(parts).to(model.device)
+def noise_of(model: DiffusionModel, generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise (n, c, h, w) on the model's device, each row drawn by a generator of its own."""
+    return torch.stack([torch.randn(model.latent_shape, generator=each) for each in generators]).to(model.device)
 
 
 def _key(model: DiffusionModel, prompts: Conditioning, empty: Conditioning, seeds: list[int]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from salun.diffusion.configs import (
     read_object,
     read_scheduler,
 )
+from salun.diffusion.few_steps import find_few_steps
 from salun.diffusion.finding import SETTINGS, aliases, find
 from salun.diffusion.models import Model, ModelSettings
 from salun.diffusion.schedule import check_schedule
@@ -144,6 +145,8 @@ def describe(name: str, options: ModelOptions | None = None) -> Description:
     if folder is not None:
         side = _resolution(folder, str(options.components)) or side
     settings = read_settings(folder, contents.family, entry, side)
+    few_steps = find_few_steps({"the file name": path.name}, contents.header.metadata, scheduler)
+    settings = replace(settings, few_steps=few_steps)
     return Description(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
 
 
@@ -176,16 +179,20 @@ def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options
     scheduler, source = read_scheduler(folder / "scheduler" / "scheduler_config.json", name), "its scheduler config"
     if options.prediction_type is not None:
         scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "--prediction-type"
+    stored = open_folder(folder)
     settings = read_settings(folder, family, entry, _resolution(folder, name))
-    return Description(name, open_folder(folder), family, settings, scheduler, source, None, folder)
+    names = {"the model name": Path(name).name, "the folder name": folder.name}
+    settings = replace(settings, few_steps=find_few_steps(names, stored.metadata, scheduler))
+    return Description(name, stored, family, settings, scheduler, source, None, folder)
 
 
 def _resolution(folder: Path, name: str) -> int | None:
     """Pixels a side that a model was trained at, where its configs say so (SD 2.1 is 768, its base 512)."""
     unet, vae = (read_object(folder / part / "config.json", name) for part in ("unet", "vae"))
     latent, levels = unet.get("sample_size"), vae.get("block_out_channels")
-    known = isinstance(latent, int) and isinstance(levels, list) and 1 <= len(levels) <= 16
-    return latent * 2 ** (len(levels) - 1) if known else None
+    if isinstance(latent, int) and isinstance(levels, list) and 1 <= len(levels) <= 16:
+        return int(latent * 2 ** (len(levels) - 1))
+    return None
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto", **given: Any) -> Model:

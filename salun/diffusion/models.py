@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from salun.diffusion import sampler
 from salun.diffusion.denoiser import Conditioning
+from salun.diffusion.few_steps import FewSteps
 from salun.diffusion.schedule import alphas_cumprod, check_schedule
 from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError
@@ -26,6 +27,13 @@ from salun.formats.hashing import base_hash
 from salun.formats.stored import Stored
 from salun.options import EraseOptions, Recipe, Sampling
 
+SAMPLING = {  # option → field of Sampling
+    "sampling_steps": "steps",
+    "sampling_guidance": "guidance",
+    "sampler": "sampler",
+    "resolution": "resolution",
+    "negative_prompt": "negative_prompt",
+}
 CHUNKS = 4  # of a long prompt, at most
 
 
@@ -34,7 +42,7 @@ class ModelSettings:
     """What is known of a model beyond its weights, from `salun.yaml` beside it or from its family.
 
     recipe: the numbers behind `auto`. paper_recipes: the authors', by kind of concept; empty where they ran nothing
-    alike. detector: folder of the classifier that reads its pictures.
+    alike. detector: folder of the classifier that reads its pictures. few_steps: a sign that it is meant for few steps.
     """
 
     sampling: Sampling
@@ -42,6 +50,7 @@ class ModelSettings:
     paper_recipes: dict[str, Recipe]
     vocabulary: Vocabulary | None
     detector: Path | None
+    few_steps: FewSteps | None = None
 
 
 @dataclass(eq=False)
@@ -159,11 +168,20 @@ class Model:
         ).sample
         return output.float()
 
-    def denoise(self, noise: Tensor, prompts: Conditioning, empty: Conditioning, tick: Callable[[], None]) -> Tensor:
-        return sampler.denoise(self, self.scheduler_config, self.settings.sampling, noise, prompts, empty, tick)
+    def denoise(
+        self,
+        noise: Tensor,
+        prompts: Conditioning,
+        empty: Conditioning,
+        tick: Callable[[], None],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        settings = self.settings.sampling
+        return sampler.denoise(self, self.scheduler_config, settings, noise, prompts, empty, tick, generators)
 
     def sampler_facts(self) -> dict[str, Any]:
-        return {**sampler.facts(self.scheduler_config), "attention": self.attention}
+        settings = self.settings.sampling
+        return {**sampler.facts(self.scheduler_config, settings), "attention": self.attention}
 
     # -- pictures -------------------------------------------------------------------------------------------------
 
@@ -282,14 +300,15 @@ def shown_name(name: str) -> str:
 
 def settings_for(settings: ModelSettings, options: EraseOptions, name: str, multiple: int) -> ModelSettings:
     """The settings with what the options say of sampling. Raises ConfigError for a resolution that is no multiple."""
-    said: dict[str, Any] = {}
-    if options.resolution is not None:
-        if options.resolution % multiple:
-            raise ConfigError(f"--resolution {options.resolution} does not suit {name}: take a multiple of {multiple}")
-        said["resolution"] = options.resolution
-    if options.negative_prompt is not None:
-        said["negative_prompt"] = options.negative_prompt
-    return replace(settings, sampling=replace(settings.sampling, **said))
+    if options.resolution is not None and options.resolution % multiple:
+        raise ConfigError(f"--resolution {options.resolution} does not suit {name}: take a multiple of {multiple}")
+    return replace(settings, sampling=sampling_with(settings.sampling, options))
+
+
+def sampling_with(own: Sampling, options: EraseOptions) -> Sampling:
+    """A model's own sampling settings, with those that the options name."""
+    given = {field: getattr(options, name) for name, field in SAMPLING.items()}
+    return replace(own, **{field: value for field, value in given.items() if value is not None})
 
 
 def _multiple(unet: Any) -> int:

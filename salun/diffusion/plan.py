@@ -11,9 +11,11 @@ from typing import TypeVar
 import numpy as np
 
 from salun.diffusion.concepts import Concept, Prompts, part, prompts_of, resolve
-from salun.diffusion.models import ModelSettings
+from salun.diffusion.few_steps import FewSteps, hint
+from salun.diffusion.models import ModelSettings, sampling_with
 from salun.errors import ConfigError
-from salun.options import EraseOptions, Recipe
+from salun.options import EraseOptions, Recipe, Sampling
+from salun.user_text import syntax_note
 
 T = TypeVar("T")
 
@@ -22,14 +24,18 @@ T = TypeVar("T")
 class Plan:
     """One erasure, decided.
 
-    options: every number known, so that they repeat the erasure. notes: lines for the user.
+    options: every number known, so that they repeat the erasure. sampling: what `options` make of the model's own.
+    few_steps: a sign that the model is meant for few steps, where the options do not say how to sample. notes: lines
+    for the user.
     """
 
     concepts: list[Concept]
     prompts: Prompts
     options: EraseOptions
+    sampling: Sampling
     saliency_timesteps: int
     notes: list[str]
+    few_steps: FewSteps | None = None
 
     # `auto` is gone from the options below; these say so to the type checker
     @property
@@ -111,6 +117,9 @@ def make_plan(settings: ModelSettings, model: str, wanted: Wanted, options: Eras
     if options.recipe == "paper":
         recipe = _paper_recipe(settings, model, concepts[0].kind)
     recipe = replace(recipe, steps=recipe.steps * len(concepts))
+    sampling = sampling_with(settings.sampling, options)
+    chosen = (options.sampling_steps, options.sampling_guidance, options.sampler)
+    few_steps = hint(settings.few_steps, settings.sampling, *chosen)
     numbers = {
         item.name: getattr(recipe, item.name)
         for item in dataclasses.fields(Recipe)
@@ -122,12 +131,29 @@ def make_plan(settings: ModelSettings, model: str, wanted: Wanted, options: Eras
         options=replace(
             options,
             anchor=_repeatable(_listed(wanted), concepts, options),
-            resolution=options.resolution or settings.sampling.resolution,
+            resolution=sampling.resolution,
+            sampling_steps=sampling.steps,
+            sampling_guidance=sampling.guidance,
             **numbers,
         ),
+        sampling=sampling,
         saliency_timesteps=recipe.saliency_timesteps,
-        notes=notes,
+        notes=[*notes, *_notes_on_texts(concepts, sampling), *_notes_on(sampling, few_steps)],
+        few_steps=few_steps,
     )
+
+
+def _notes_on(sampling: Sampling, few_steps: FewSteps | None) -> list[str]:
+    notes = [few_steps.text] if few_steps is not None else []
+    if sampling.negative_prompt and not sampling.guided:
+        given = f"--sampling-guidance {sampling.guidance:g}"
+        notes.append(f"--negative-prompt has no effect with {given}: it works by guidance above 1")
+    return notes
+
+
+def _notes_on_texts(concepts: Sequence[Concept], sampling: Sampling) -> list[str]:
+    texts = [text for each in concepts for text in (each.name, each.anchor or "", *each.synonyms, *each.retain)]
+    return syntax_note([*texts, sampling.negative_prompt])
 
 
 def _repeatable(asked: list[Concept], concepts: list[Concept], options: EraseOptions) -> list[str]:

@@ -155,6 +155,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
         for concept in run.plan.concepts
     ]
     record.data["notes"] = [*run.plan.notes, *record.data["notes"]]
+    record.data["hints"] = [run.plan.few_steps.as_data()] if run.plan.few_steps else []
     record.data["losses"] = [list(entry) for entry in run.history]
     record.data["metrics"] = run.metrics
     stored = run.own.stored

@@ -63,7 +63,7 @@ def check_schedule(config: Mapping[str, Any], name: str) -> None:
 
 
 def schedule_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The config's own values of `FIELDS`, and the defaults of its scheduler where these are not diffusers' usual.
+    """The values of `FIELDS` that the config or its scheduler's defaults give: each scheduler of diffusers takes them.
 
     Raises ModelError for a scheduler whose noise is not defined by betas.
     """
@@ -76,12 +76,12 @@ def schedule_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
         what = "use_flow_sigmas" if config.get("use_flow_sigmas") else "timestep_type 'continuous'"
         raise ModelError(f"the scheduler config of {name} sets {what}, which salun does not handle")
-    return {**DEFAULTS[scheduler], **{key: config[key] for key in FIELDS if key in config}}
+    return {**_USUAL, **DEFAULTS[scheduler], **{key: config[key] for key in FIELDS if key in config}}
 
 
 def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
     """ᾱ_t, float32 (T,), from a diffusers scheduler config. Raises ModelError for a schedule salun does not know."""
-    fields = {**_USUAL, **schedule_fields(config, name)}
+    fields = schedule_fields(config, name)
     steps = fields["num_train_timesteps"]
     if type(steps) is not int or not 2 <= steps <= MOST_TIMESTEPS:
         raise ModelError(

@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 from salun.errors import ConfigError, DataError
+from salun.user_text import composed
 
 PROMPTS = 20_000  # that one vocabulary may make; the one of `shapes` makes 1,920
 TEMPLATE, VALUE = 1_000, 100  # characters
@@ -96,7 +97,7 @@ def _text(value: Any, longest: int) -> str:
     text = str(value)
     if isinstance(value, dict | list) or not 1 <= len(text) <= longest:
         raise ValueError(f"{text[:40]!r} must be a text of 1 to {longest} characters")
-    return text
+    return composed(text)
 
 
 def _check_template(template: str, attributes: Mapping[str, list[str]]) -> None:

@@ -83,7 +83,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
     names = sorted(set(listed.values()))
     missing = next((n for n in names if "\0" in n or Path(n).name != n or not (index.parent / n).is_file()), None)
     if not names or missing is not None:
-        shown = tensorfile.shortened(missing) if names else "no file"
+        shown = tensorfile.shortened(missing) if missing is not None else "no file"
         raise ModelError(f"{index} names {shown}, which is not beside it: the model is not whole")
     return tuple(index.parent / name for name in names)
 
@@ -103,7 +103,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def files_under(folder: Path) -> list[Path]:
-    """Every file in a folder, those in linked folders too (each once: a link may lead back up)."""
+    """Every readable file in a folder, those in linked folders too (each once: a link may lead back up)."""
     found, seen = [], set()
     for place, inner, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -111,7 +111,7 @@ def files_under(folder: Path) -> list[Path]:
             inner.clear()
             continue
         seen.add(real)
-        found += [Path(place, name) for name in names if Path(place, name).is_file()]
+        found += [Path(place, name) for name in names if os.path.isfile(os.path.join(place, name))]
     return sorted(found)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from salun.errors import ConfigError, ModelError
 from salun.formats import keymap, tensorfile
+from salun.formats.atomic import aside_of, moved_aside, remove_leftovers, temporary_folder
 from salun.formats.folder import links_out, model_files, weights_of
 from salun.formats.stored import Stored
-from salun.formats.tensorfile import of_the_dead, remove_leftovers, sha256_file
+from salun.formats.tensorfile import sha256_file
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "safety_checker", "image_encoder")  # what else has weights
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".onnx_data", ".pb", ".msgpack", ".h5", ".gguf")
@@ -118,7 +119,7 @@ def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], m
 def tidy(target: Path) -> None:
     """Clear away what killed processes left beside `target`; a folder that one had moved aside is put back."""
     remove_leftovers(target)
-    for moved in of_the_dead(target, ".old"):  # killed before its last rename, or after it
+    for moved in moved_aside(target):  # killed before its last rename, or after it
         if os.path.lexists(target):
             _remove(moved)
         else:
@@ -144,18 +145,15 @@ def placed(target: Path, force: bool = False, again: bool = False) -> Iterator[P
         yield target
         return
     tidy(target)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        beside.mkdir(parents=True)
-        yield beside / target.name
-        if not (again and target.exists() and _contents(beside / target.name) == _contents(target)):
-            _place(beside / target.name, target)
+        with temporary_folder(target) as beside:
+            yield beside / target.name
+            if not (again and target.exists() and _contents(beside / target.name) == _contents(target)):
+                _place(beside / target.name, target)
     except FileExistsError as error:
         raise ConfigError(f"{target} is there already: choose another name, or add --force") from error
     except OSError as error:
         raise ModelError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _contents(path: Path) -> dict[str, str]:
@@ -187,27 +185,30 @@ def new_folder(target: Path) -> Iterator[Path]:
     then, and what was there is there.
     """
     target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
         tidy(target)
-        yield temporary
-        _sync(temporary)
-        if os.path.lexists(target):
-            os.replace(target, aside)
-        try:
-            os.replace(temporary, target)
-        except BaseException:  # an interrupt too: what was there is there again
-            if os.path.lexists(aside) and not os.path.lexists(target):
-                os.replace(aside, target)
-            raise
-        _remove(aside)
+        with temporary_folder(target) as temporary:
+            yield temporary
+            _sync(temporary)
+            _swap(temporary, target)
     except OSError as error:
         raise ModelError(
             f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Give a folder its name; what had the name is moved aside, and removed at the end."""
+    aside = aside_of(temporary)
+    if os.path.lexists(target):
+        os.replace(target, aside)
+    try:
+        os.replace(temporary, target)
+    except BaseException:  # an interrupt too: what was there is there again
+        if os.path.lexists(aside) and not os.path.lexists(target):
+            os.replace(aside, target)
+        raise
+    _remove(aside)
 
 
 def _sync(folder: Path) -> None:

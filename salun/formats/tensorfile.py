@@ -7,23 +7,20 @@ of 8, then the tensors' bytes.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from salun.errors import ModelError
+from salun.formats.atomic import atomic as atomic
 from salun.formats.signature import PICKLE, SAFETENSORS, UNKNOWN, advice, kind_of
 
 DTYPES: dict[str, torch.dtype] = {
@@ -319,55 +316,6 @@ def rewrite(
                 left -= len(copied)
         if Stamp.of(source) != stamp:
             raise changed_meanwhile(source)
-
-
-@contextmanager
-def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """A file that appears at `path` only when complete: temporary name beside it, synced, renamed; removed on failure.
-
-    size: bytes it will take, checked against the free disk first. Raises ModelError telling both, or why the file
-    cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        free = shutil.disk_usage(path.parent).free
-        if free < size:
-            raise ModelError(
-                f"{path} needs {size:,} bytes, but its disk has {free:,} free: make room or write elsewhere"
-            )
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename not in (None, str(temporary), str(path), str(path.parent)):
-            raise  # of what is done inside, such as reading another file
-        raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while writing `path` have left beside it."""
-    for leftover in of_the_dead(path, ".tmp"):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def of_the_dead(path: Path, ending: str) -> list[Path]:
-    """What lies beside `path` under `.name.PID` and the ending, of processes that no longer run."""
-    found = []
-    for beside in path.parent.glob(f".{glob.escape(path.name)}.*{ending}"):
-        number = beside.name.removeprefix(f".{path.name}.").removesuffix(ending)
-        if number.isdecimal() and not psutil.pid_exists(int(number)):
-            found.append(beside)
-    return found
 
 
 def write_bytes(path: Path, content: bytes) -> None:

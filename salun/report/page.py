@@ -22,7 +22,7 @@ class Report:
 
     def save(self, path: Path | str) -> None:
         """Write it whole, or not at all."""
-        write_bytes(Path(path), self.html.encode("utf-8"))
+        write_bytes(Path(path), self.html.encode("utf-8", "backslashreplace"))
 
 
 def render(
