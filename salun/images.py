@@ -194,7 +194,7 @@ def read_text(path: Path, most: int) -> str | None:
 @contextmanager
 def _opened(source: Source) -> Iterator[Image]:
     """Pillow's image, its header read alone. Within, whatever goes wrong is a DataError."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
@@ -212,7 +212,7 @@ def _opened(source: Source) -> Iterator[Image]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(TOO_LARGE) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise DataError("unreadable" + (" (HEIC: export it as JPEG)" if heif else _pointer(source))) from error
     except Exception as error:  # a damaged file can raise nearly anything from within its decoder
         raise DataError("unreadable") from error
