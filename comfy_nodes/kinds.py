@@ -43,13 +43,13 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """A hash of everything in it."""
+        """A hash of all its tensors."""
         found = []
         for item in fields(self.content):
             value = getattr(self.content, item.name)
             if isinstance(value, Conditioning):
                 found += [value.hidden, *(value.extra[name] for name in sorted(value.extra))]
-            else:
+            elif isinstance(value, torch.Tensor):
                 found.append(value)
         return digest_of(*found)
 
