@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ def main() -> None:
     torch.set_num_threads(1)
     numbers = range(given.cases) if given.case is None else range(given.case, given.case + 1)
     found: Findings = importlib.import_module(given.module).attack(given.folder, numbers)
-    print(json.dumps({**asdict(found), "folder": str(found.folder), "memory": peak_memory()}))
+    told = {**vars(found), "folder": str(found.folder), "memory": peak_memory()}  # (asdict garbles a Counter)
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
