@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from salun.classification.options import GROUPS, NOT_COMPARED, CompareOptions, TrainOptions, UnlearnOptions
-from salun.errors import Cancelled
 
 from .app import app
 from .options import with_options
-from .output import Json, tell
+from .output import Json, duration, tell
 from .progress import terminal_progress
+from .resuming import recorded, resumable
 
 Config = Annotated[Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")]
 RunDir = Annotated[Path | None, typer.Option(help="the run's folder (default: runs/<time>-<what is done>)")]
@@ -46,7 +45,7 @@ def classify_train(
     from salun.classification.experiment import train
     from salun.run_record import check_folder, new_run_folder
 
-    options = _settled(options, given, config, resume, run_dir)
+    options = _settled(options, given, config, resume, run_dir, as_json)
     folder = run_dir or new_run_folder(f"train-{options.data}")
     if dry_run:
         from salun.classification.preview import preview_training
@@ -56,7 +55,7 @@ def classify_train(
             found = preview_training(options, progress=progress)
         tell(found, as_json, _preview_lines(found))
         return
-    with terminal_progress(as_json) as progress, _resumable("classify-train", folder):
+    with terminal_progress(as_json) as progress, resumable("classify-train", folder):
         done = train(options, progress=progress, run_dir=folder, resume=resume, command=_command())
     files = [f"model: {folder / 'model.safetensors'}", f"report: {folder / 'report.html'}"]
     tell(done.record.data, as_json, [*_accuracy_lines(done.metrics), *files])
@@ -77,7 +76,7 @@ def classify_unlearn(
     from salun.classification.experiment import unlearn
     from salun.run_record import check_folder, new_run_folder
 
-    options = _settled(options, given, config, resume, run_dir)
+    options = _settled(options, given, config, resume, run_dir, as_json)
     folder = run_dir or new_run_folder(f"{options.method}-{options.forget}")
     if dry_run:
         from salun.classification.preview import preview_unlearning
@@ -87,11 +86,17 @@ def classify_unlearn(
             found = preview_unlearning(options, progress=progress)
         tell(found, as_json, _preview_lines(found))
         return
-    with terminal_progress(as_json) as progress, _resumable("classify-unlearn", folder):
+    with terminal_progress(as_json) as progress, resumable("classify-unlearn", folder):
         done = unlearn(options, progress=progress, run_dir=folder, resume=resume, command=_command())
     data = done.record.data
     warnings = [f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])]
-    lines = [*warnings, *_table(done.metrics), f"model: {folder / 'model.safetensors'}", f"run folder: {folder}"]
+    lines = [
+        *warnings,
+        *_table(done.metrics),
+        f"forget: {data['options']['forget']}",
+        f"model: {folder / 'model.safetensors'}",
+        f"run folder: {folder}",
+    ]
     tell(data, as_json, lines)
 
 
@@ -111,7 +116,7 @@ def classify_compare(
     from salun.classification.table import difference_lines, lines_of
     from salun.run_record import check_folder, new_run_folder
 
-    options = _settled(options, given, config, resume, run_dir)
+    options = _settled(options, given, config, resume, run_dir, as_json)
     folder = run_dir or new_run_folder(f"compare-{options.data}-{options.forget}")
     if dry_run:
         from salun.classification.preview import preview_comparison
@@ -121,7 +126,7 @@ def classify_compare(
             found = preview_comparison(options, run_dir=folder, progress=progress)
         tell(found, as_json, _comparison_lines(found))
         return
-    with terminal_progress(as_json) as progress, _resumable("classify-compare", folder):
+    with terminal_progress(as_json) as progress, resumable("classify-compare", folder):
         done = compare(options, progress=progress, run_dir=folder, resume=resume, command=_command())
     lines = [*_columns(lines_of(done.metrics)), "", *_columns(difference_lines(done.metrics))]
     notes = [f"warning: {text}" for text in done.record.data["notes"]]
@@ -131,6 +136,7 @@ def classify_compare(
 @app.command("classify-eval")
 def classify_eval(
     run: Annotated[Path, typer.Argument(help="a run folder made by `salun classify-train` or `classify-unlearn`")],
+    data: Annotated[str | None, typer.Option(help="Path of the run's data (default: where it was).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -138,36 +144,26 @@ def classify_eval(
     from salun.classification.experiment import evaluate
 
     with terminal_progress(as_json) as progress:
-        metrics = evaluate(run, device=device, progress=progress)
+        metrics = evaluate(run, data=data, device=device, progress=progress)
     tell(metrics, as_json, _table(metrics) if "UA" in metrics else _accuracy_lines(metrics))
 
 
-def _settled(options: Any, given: set[str], config: Path | None, resume: bool, run_dir: Path | None) -> Any:
+def _settled(
+    options: Any, given: set[str], config: Path | None, resume: bool, run_dir: Path | None, as_json: bool
+) -> Any:
     """The options with a config file's values, or those of the run to resume, where the command line gives none."""
-    from salun.config import read_config
+    if config is not None:
+        from salun.config import read_config
 
-    if config is None and resume and run_dir is not None and (run_dir / "run.json").is_file():
-        config = run_dir / "run.json"
-    if config is None:
-        return options
-    read = read_config(config, type(options))
+        read = read_config(config, type(options))
+    else:
+        chosen = {name: getattr(options, name) for name in given}
+        read = recorded(run_dir, resume, type(options), chosen, as_json)
     return dataclasses.replace(options, **{name: value for name, value in read.items() if name not in given})
 
 
 def _command() -> str:
     return shlex.join(["salun", *sys.argv[1:]])
-
-
-@contextmanager
-def _resumable(name: str, folder: Path) -> Iterator[None]:
-    """Within, a run that is stopped says how to go on with it."""
-    try:
-        yield
-    except (Cancelled, KeyboardInterrupt) as stop:
-        if (folder / "run.json").exists():
-            again = shlex.join(["salun", name, "--resume", "--run-dir", str(folder)])
-            raise Cancelled(f"stopped; go on with: {again}") from stop
-        raise
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -194,14 +190,15 @@ def _preview_lines(found: Mapping[str, Any]) -> list[str]:
             if found["search"]
             else f", lr {found['lr']:g}"
         )
-        lines.append(f"forget: {rows['forget']:,} of them by {found['method']}{epochs}{rate}")
+        lines.append(f"forget: {found['forget']}, {rows['forget']:,} of them by {found['method']}{epochs}{rate}")
         lines.append(f"original: {found['given'] or _there(cached['original'])}")
         lines.append(f"Retrain: {found['no_retrain'] or _there(cached['retrain'])}")
     else:
         lines.append(
             f"training: {found['train_epochs']} epochs, lr {found['train_lr']:g}; {_there(cached['original'])}"
         )
-    return [*lines, f"time: about {found['seconds'] / 60:.1f} min on {found['device']}"]
+    notes = [f"note: {text}" for text in found["notes"]]
+    return [*notes, *lines, f"time: about {duration(found['seconds'])} on {found['device']}"]
 
 
 def _there(cached: bool) -> str:
@@ -211,10 +208,12 @@ def _there(cached: bool) -> str:
 def _comparison_lines(found: Mapping[str, Any]) -> list[str]:
     jobs = found["jobs"]
     return [
+        *(f"note: {text}" for text in found["notes"]),
         f"{', '.join(found['methods'])}; seeds {found['seeds'][0]} to {found['seeds'][-1]}",
-        f"{found['forget']} of {found['train']:,} training pictures to forget; a random share is drawn by each seed",
+        f"forget: {found['forgetting']}, {found['forget']} of {found['train']:,} training pictures; a random share is "
+        "drawn by each seed",
         *(f"  {kind}: {some['all']} jobs, {some['done']} done already" for kind, some in jobs.items() if some["all"]),
-        f"time: about {found['seconds'] / 60:.1f} min with {found['workers']} processes on {found['device']} "
+        f"time: about {duration(found['seconds'])} with {found['workers']} processes on {found['device']} "
         "(originals and Retrains that the cache has take none)",
     ]
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from salun.errors import Cancelled, ConfigError
+from salun.errors import ConfigError
 from salun.options import EraseJob, EraseOptions, ModelOptions, Sampling
 
 from .app import app
 from .options import with_options
-from .output import Force, Json, ModelName, model_or_default, new_file, tell
+from .output import Force, Json, ModelName, default_model_named, duration, model_or_default, new_file, tell
 from .progress import terminal_progress
+from .resuming import recorded, resumable
 
 TRAINING_ONLY = (
     "steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"
@@ -43,7 +42,7 @@ def erase(
         Path | None, typer.Option(help="options from a YAML file or a run.json; those given here go before")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the unfinished run in --run-dir; begin if there is none")
+        bool, typer.Option("--resume", help="Resume the unfinished run in --run-dir; begin if there is none.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="tell what would be done, and what it would take; write nothing")
@@ -52,9 +51,12 @@ def erase(
     as_json: Json = False,
 ) -> None:
     """Make a model forget a concept, and show whether it worked."""
-    job, sources = _settled(job, given, config, resume)
+    job, sources = _settled(job, given, config, resume, as_json)
     if not job.concept:
-        raise ConfigError("no concept is given: name what the model should forget, e.g. --concept circle")
+        nothing = f"--run-dir {job.run_dir} holds no run to resume, and " if resume and job.run_dir else ""
+        raise ConfigError(
+            f"{nothing}no concept is given. Name what the model should forget, for example --concept circle"
+        )
     from salun.diffusion.concepts import Concept
     from salun.processes import current
     from salun.run_record import check_folder, new_run_folder
@@ -69,11 +71,15 @@ def erase(
     if dry_run:
         from salun.diffusion.estimate import preview
 
-        with terminal_progress(as_json) as progress:
+        with terminal_progress(as_json) as progress, default_model_named(job.model):
             found = preview(model_or_default(job.model), wanted, job.options, job.output, folder, progress, force)
         tell({**found, "sources": sources}, as_json, _preview_lines(found, sources))
         return
-    with terminal_progress(as_json or who.rank > 0) as progress, _resumable(folder):
+    with (
+        terminal_progress(as_json or who.rank > 0) as progress,
+        default_model_named(job.model),
+        resumable("erase", folder, _repeated(job, force)),
+    ):
         run = run_erase(
             model_or_default(job.model),
             wanted,
@@ -89,7 +95,9 @@ def erase(
         tell(run.record.data, as_json, _erase_lines(run, folder, job.output))
 
 
-def _settled(job: EraseJob, given: set[str], config: Path | None, resume: bool) -> tuple[EraseJob, dict[str, str]]:
+def _settled(
+    job: EraseJob, given: set[str], config: Path | None, resume: bool, as_json: bool
+) -> tuple[EraseJob, dict[str, str]]:
     """The job with a config file's values where the command line gives none, and where each value comes from."""
     values = {item.name: getattr(job, item.name) for item in dataclasses.fields(job)}
     read: dict[str, Any] = {}
@@ -97,13 +105,9 @@ def _settled(job: EraseJob, given: set[str], config: Path | None, resume: bool) 
         from salun.config import read_config
 
         read = read_config(config)
-    elif resume and job.run_dir and (Path(job.run_dir) / "run.json").is_file():
-        from salun.config import read_config
-        from salun.run_record import check_folder
-
-        begun = check_folder(Path(job.run_dir), resume) or {}
-        read = {**read_config(Path(job.run_dir) / "run.json"), "output": list(begun["options"].get("output", []))}
+    elif resume and job.run_dir:
         config = Path(job.run_dir) / "run.json"
+        read = recorded(config.parent, resume, EraseJob, {name: values[name] for name in given}, as_json)
     sources = {}
     for name, value in values.items():
         if name in given:
@@ -115,32 +119,25 @@ def _settled(job: EraseJob, given: set[str], config: Path | None, resume: bool) 
     return EraseJob(**values), sources
 
 
-@contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
-    """Within, a run that is stopped says how to go on with it."""
-    try:
-        yield
-    except (Cancelled, KeyboardInterrupt) as stop:
-        if (folder / "run.json").exists():
-            raise Cancelled(
-                f"stopped; go on with: {shlex.join(['salun', 'erase', '--resume', '--run-dir', str(folder)])}"
-            ) from stop
-        raise
+def _repeated(job: EraseJob, force: bool) -> list[str]:
+    """What only the command line allows, to be repeated where a run is resumed."""
+    outputs = [part for place in job.output for part in ("--output", place)]
+    return [*outputs, *["--allow-pickle"] * job.allow_pickle, *["--force"] * force]
 
 
 def _preview_lines(found: dict[str, Any], sources: dict[str, str]) -> list[str]:
     lines = [f"{c['name']} → {c['anchor'] or 'the empty prompt'}" for c in found["concepts"]]
     lines += [*found["notes"], "", *(f"  {step}" for step in found["steps"]), ""]
-    width = max(len(name) for name in found["options"])
-    for name, value in found["options"].items():
-        source = sources.get(name, "recipe")
-        lines.append(f"  --{name.replace('_', '-'):<{width}}  {value!s:<20}  {source}")
+    options = {name: value for name, value in found["options"].items() if value not in (None, [])}
+    width = max(map(len, options))
+    for name, value in options.items():
+        text = ", ".join(value) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)
+        lines.append(f"  --{name.replace('_', '-'):<{width}}  {text!s:<20}  {sources.get(name, 'recipe')}")
     gib = 2**30
     lines += [
         "",
-        f"time:   about {found['seconds']['total'] / 60:.1f} min on {found['device']} "
-        + "("
-        + ", ".join(f"{k} {v:.0f} s" for k, v in found["seconds"].items() if k != "total")
+        f"time:   about {duration(found['seconds']['total'])} on {found['device']} ("
+        + ", ".join(f"{stage} {duration(v)}" for stage, v in found["seconds"].items() if v and stage != "total")
         + ")",
         f"memory: about {found['memory']['needed'] / gib:.2f} GiB, {_gib(found['memory']['free'])} free",
         f"disk:   about {found['disk']['needed'] / gib:.2f} GiB in {found['run_dir']}, "
@@ -177,11 +174,11 @@ def mask(
     from salun.diffusion.loading import load_with
     from salun.diffusion.output import check_places, read_beside
 
-    with terminal_progress(as_json) as progress:
+    with terminal_progress(as_json) as progress, default_model_named(model):
         loaded = load_with(model_or_default(model), options)
         check_places(loaded, [str(output)], None, read_beside(options))
         found, seen = make_mask(loaded, wanted, options, progress)
-    found.save(output)
+        found.save(output)
     lines = [
         f"{found.selected:,} of {found.total:,} weights ({found.density:.2%}) selected: {output}",
         *seen["warnings"],
@@ -227,8 +224,8 @@ def sample(
         texts = [text for text in prompt for _ in range(n)]
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         pictures = sample_pictures(loaded, texts, seeds, progress)
-    write_bytes(output, picture.png_bytes(picture.sheet(pictures, n, prompt)))
-    typer.echo(str(output))
+        write_bytes(output, picture.png_bytes(picture.sheet(pictures, n, prompt)))
+    tell(None, False, [str(output)])
 
 
 @app.command("eval")
@@ -239,13 +236,16 @@ def evaluate(
     ] = 1000,
     seed: Annotated[int, typer.Option(help="of the pictures", min=0)] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="read the run's model where it is a .ckpt, a pickle")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Judge a finished run thoroughly: base against erased on n held-out pictures each."""
     from salun.diffusion.evaluate import evaluate_run
 
     with terminal_progress(as_json) as progress:
-        metrics = evaluate_run(run, n, seed, device, progress)
+        metrics = evaluate_run(run, n, seed, device, progress, allow_pickle)
     tell(metrics, as_json, _metric_lines(metrics))
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import shlex
 import sys
+from contextlib import suppress
 from typing import Any
 
 import typer
 
+from salun.display import printable
 from salun.errors import Cancelled, ConfigError, SalunError
 
-from . import erase, look  # noqa: F401  (their commands join the app, and its help shows them in this order)
+from . import erase, interrupt, look  # noqa: F401  (their commands join the app, and its help shows them in this order)
 
 # isort: split
 from . import classify, delta, ui  # noqa: F401
 from .app import app
-from .progress import printable
 
 app.add_typer(delta.app, name="delta")
 
@@ -24,44 +28,61 @@ ClickException: Any = typer.BadParameter.__mro__[2]  # Typer brings click under 
 
 def main() -> None:
     """Run the CLI. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted. Errors are one line on stderr."""
+    interrupt.install()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows is not UTF-8 by itself
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     try:
         code = app(standalone_mode=False, prog_name="salun")
+        sys.stdout.flush()
     except typer.Exit as stop:
         code = stop.exit_code
-    except (Cancelled, KeyboardInterrupt, typer.Abort) as stop:
-        known = isinstance(stop, Cancelled) and "--resume" in str(stop)
-        _complain(str(stop) if known else "stopped; no half-written file is left. Give the command again to start over")
-        code = 130
-    except SalunError as error:
-        if "--debug" in sys.argv[1:]:
+    except Exception as error:
+        line = str(error) if isinstance(error, Cancelled) and "--resume" in str(error) else interrupt.LINE
+        if interrupt.stopping():
+            interrupt.leave(printable(line))
+        if isinstance(error, Cancelled | typer.Abort):
+            _complain(line)
+            sys.exit(interrupt.CODE)
+        if isinstance(error, BrokenPipeError):  # whoever reads stdout has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
+        text, code = _told(error)
+        if text is None or ("--debug" in sys.argv[1:] and not isinstance(error, ClickException)):
             raise
-        _complain(str(error))
-        code = 2 if isinstance(error, ConfigError) else 1
-    except (MemoryError, RuntimeError) as error:
-        from salun.device import is_out_of_memory
-
-        if "--debug" in sys.argv[1:] or not is_out_of_memory(error):
-            raise
-        _complain("out of memory: free some, or try --dtype bf16, --low-vram, a smaller --resolution or --batch-size")
-        code = 1
-    except OSError as error:
-        if "--debug" in sys.argv[1:]:
-            raise
-        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
-        code = 1
-    except ClickException as error:
-        text = error.format_message()
         if text:  # empty where the help was printed instead
-            _complain(f"{text} (see `salun --help`)")
-        code = 2
+            _complain(text)
     sys.exit(code or 0)
 
 
+def _told(error: Exception) -> tuple[str | None, int]:
+    """The line that an error is told in, None for one that nobody foresaw; and the exit code."""
+    if isinstance(error, SalunError):
+        return str(error), 2 if isinstance(error, ConfigError) else 1
+    if isinstance(error, ClickException):
+        return _usage(error), 2
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}", 1
+    from salun.device import is_out_of_memory
+
+    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+        return "out of memory: free some, or try --dtype bf16, --low-vram, a smaller --resolution or --batch-size", 1
+    return None, 1
+
+
+def _usage(error: Any) -> str:
+    """The line for a wrong command line."""
+    text: str = error.format_message()
+    extra = re.match(r"Got unexpected extra argument\S* \((.*)\)", text)
+    context = getattr(error, "ctx", None)
+    if extra and context is not None and "concept" in {parameter.name for parameter in context.command.params}:
+        return f"{extra[1]!r} is not an option. To name a concept: --concept {shlex.quote(extra[1])}"
+    return f"{text} (see `salun --help`)" if text else ""
+
+
 def _complain(text: str) -> None:
-    typer.echo("salun: " + printable(" ".join(text.split())), err=True)
+    with suppress(OSError, ValueError):  # nobody reads it
+        typer.echo("salun: " + printable(" ".join(text.split())), err=True)
 
 
 if __name__ == "__main__":

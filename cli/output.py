@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from salun.display import printable
 from salun.errors import ConfigError
-
-from .progress import printable
 
 ModelName = Annotated[
     str | None,
@@ -33,6 +34,21 @@ def model_or_default(name: str | None) -> str:
     return str(aliases()["default"])
 
 
+@contextmanager
+def default_model_named(name: str | None) -> Iterator[None]:
+    """Within, a concept that the default model does not know says that it is the default, where none was named."""
+    from salun.diffusion.vocabulary import UnknownConcept
+
+    try:
+        yield
+    except UnknownConcept as error:
+        if name is not None:
+            raise
+        raise UnknownConcept(
+            f"{error}. No --model is given, so the small demo model is used: name another by --model"
+        ) from error
+
+
 def new_file(path: Path, force: bool, ending: str) -> None:
     """Raises ConfigError for an output of another ending, or one that is there and may not be replaced."""
     if path.suffix != ending:
@@ -45,10 +61,29 @@ def new_file(path: Path, force: bool, ending: str) -> None:
 def tell(data: Any, as_json: bool, lines: list[str]) -> None:
     """Print the data as one JSON object, or else the lines."""
     if as_json:
-        typer.echo(json.dumps(data, ensure_ascii=False))
+        text = json.dumps(data, ensure_ascii=False)  # untrusted text may hold what a terminal would obey
+        typer.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
     else:
         for line in lines:
             typer.echo(printable(line))
+
+
+def duration(seconds: float) -> str:
+    """A time in words, in its two largest units: 40 s, 12 min, 3 hours 20 min, 2 days 4 hours."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return _counted(hours, "hour") + (f" {minutes} min" if minutes else "")
+    days, hours = divmod(round(seconds / 3600), 24)
+    return _counted(days, "day") + (f" {_counted(hours, 'hour')}" if hours else "")
+
+
+def _counted(n: int, unit: str) -> str:
+    return f"{n} {unit}" if n == 1 else f"{n} {unit}s"
 
 
 def bars(blocks: dict[str, list[int]], width: int = 40) -> list[str]:

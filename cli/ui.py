@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from salun.errors import ConfigError, SalunError
+from salun.errors import Cancelled, ConfigError, SalunError
 
+from . import interrupt
 from .app import app
 
 PAGE = "salun_webui_extension"  # the page is a host of its own; here it is only opened
@@ -38,23 +39,30 @@ def ui(
     browser: Annotated[bool, typer.Option("--browser", help="open the page in a browser")] = False,
 ) -> None:
     """Open the page: erase concepts by clicking, watch, compare, undo."""
-    login = _login(auth or os.environ.get("SALUN_AUTH"))
+    name, text = ("--auth", auth) if auth is not None else ("SALUN_AUTH", os.environ.get("SALUN_AUTH"))
+    login = _login(name, text)
     if not _own(host) and login is None:
         raise ConfigError(f"--host {host} can be reached from other machines: give --auth NAME:PASSWORD")
     try:
         import gradio  # noqa: F401
     except ImportError as error:
         raise SalunError("the page needs gradio, an extra: pip install 'salun[ui]'") from error
-    _page().serve(host, port, login, data, models_dir or [], browser, typer.echo)
+    page = _page()
+    try:
+        with interrupt.working():
+            page.serve(host, port, login, data, models_dir or [], browser, typer.echo)
+    except KeyboardInterrupt as error:
+        raise Cancelled("stopped") from error
 
 
-def _login(text: str | None) -> tuple[str, str] | None:
+def _login(option: str, text: str | None) -> tuple[str, str] | None:
+    """None only where nothing is given: an empty text, as an unset variable leaves it, does not mean open to all."""
     if text is None:
         return None
     name, _, password = text.partition(":")
-    if not name or not password:
-        raise ConfigError("--auth needs a name and a password: NAME:PASSWORD")
-    return name, password
+    if not name.strip() or not password.strip():
+        raise ConfigError(f"{option} needs a name and a password: NAME:PASSWORD")
+    return name.strip(), password  # gradio's login strips names too
 
 
 def _own(host: str) -> bool:

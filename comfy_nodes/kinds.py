@@ -64,6 +64,6 @@ def moved(data: ErasureData, device: torch.device | str) -> ErasureData:
     def there(value: Any) -> Any:
         if isinstance(value, Conditioning):
             return Conditioning(value.hidden.to(device), {name: v.to(device) for name, v in value.extra.items()})
-        return value.to(device)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
 
     return replace(data, **{item.name: there(getattr(data, item.name)) for item in fields(data)})

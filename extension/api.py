@@ -1,14 +1,13 @@
 """The HTTP API `/salun/v1/…`: start, status, cancel, resume, use, undo, runs, models, concepts, schema, files of runs.
 
 JSON in, JSON out. Errors are {"error": text}: 400 for what cannot be, 401 and 403 as `access` tells, 404 for what is
-not there, 413 and 415 for bodies that are none of ours.
+not there, 408, 413 and 415 for bodies that are none of ours, 429 for more jobs than the queue holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -18,18 +17,25 @@ from typing import Any
 from salun.errors import ConfigError, SalunError
 from salun.options import GROUPS
 
-from .access import Access, Refused
+from .access import Access, Refused, headers_of
+from .body import LARGEST, json_object, read_body
 from .controls import FIELDS, help_of
-from .jobs import Job
+from .jobs import Job, QueueFull
 from .service import Service
 from .words import in_the_pages_words
 
 PREFIX = "/salun/v1"
-LARGEST = 1_000_000  # bytes of a request
 POINTS = 200  # of a loss plot in a status
+PREVIEWS = 20  # names of the latest in a status
 RECENT = 50  # jobs in a status, beside those that are not over or can be resumed
 SCRIPT = Path(__file__).with_name("page.js")
-STRICT = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Content-Security-Policy": "sandbox"}
+STRICT = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "sandbox; frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 logger = logging.getLogger("salun")
 
 
@@ -42,24 +48,22 @@ def add_routes(app: Any, service: Service, access: Access) -> None:
     def guarded(answer: Callable[[Mapping[str, Any]], Any]) -> Callable[[Request], Any]:
         async def handle(request: Request) -> Response:
             try:
-                access.check({name.lower(): value for name, value in request.headers.items()})
-                asked = await _asked(request)
+                headers = headers_of(request.scope["headers"])
+                access.check(headers)
+                asked = await _asked(request, headers)
                 found = await run_in_threadpool(answer, asked)
             except Refused as error:
-                headers = {"WWW-Authenticate": 'Basic realm="salun"'} if error.challenge else {}
-                return JSONResponse({"error": error.text}, error.status, headers)
-            except _Wrong as error:
-                return JSONResponse({"error": str(error)}, error.status)
+                asking = {"WWW-Authenticate": 'Basic realm="salun"'} if error.challenge else {}
+                return JSONResponse({"error": error.text}, error.status, {**STRICT, **asking})
             except SalunError as error:
-                missing = isinstance(error, ConfigError) and str(error).startswith(("there is no", "no model"))
                 text = in_the_pages_words(service.without_places(str(error)))
-                return JSONResponse({"error": text}, 404 if missing else 400)
+                return JSONResponse({"error": text}, _status_of(error), STRICT)
             except Exception:
                 logger.exception("%s", request.url.path)
-                return JSONResponse({"error": "an error of salun's own: the program's log tells more"}, 500)
+                return JSONResponse({"error": "an error of salun's own: the program's log tells more"}, 500, STRICT)
             if isinstance(found, _File):
                 return FileResponse(found.path, media_type=found.kind, headers=STRICT)
-            return JSONResponse(_plain(found), headers={"Cache-Control": "no-store"})
+            return JSONResponse(_plain(found), headers=STRICT)
 
         return handle
 
@@ -71,50 +75,35 @@ def add_routes(app: Any, service: Service, access: Access) -> None:
     app.add_route(f"{PREFIX}/page.js", script, methods=["GET"])  # public: it is in the public repository
 
 
+def _status_of(error: SalunError) -> int:
+    if isinstance(error, QueueFull):
+        return 429
+    missing = isinstance(error, ConfigError) and str(error).startswith(("there is no", "no model"))
+    return 404 if missing else 400
+
+
+def _text(asked: Mapping[str, Any], name: str) -> str:
+    """An argument that must be a text."""
+    value = asked.get(name)
+    if not isinstance(value, str):
+        given = f"is {repr(value)[:40]}, but" if name in asked else "is missing: it"
+        raise ConfigError(f"{name} {given} must be a text")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class _File:
     path: Path
     kind: str
 
 
-class _Wrong(Exception):
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-async def _asked(request: Any) -> dict[str, Any]:
+async def _asked(request: Any, headers: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of a request: of its query for GET, of its JSON body for POST."""
     if request.method != "POST":
         return dict(request.query_params)
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise _Wrong(415, "send JSON, with Content-Type: application/json")
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > LARGEST:
-            raise _Wrong(413, f"a request has at most {LARGEST:,} bytes")
-    try:
-        found = json.loads(body or b"{}", parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise _Wrong(400, f"the request is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise _Wrong(400, "the request is no JSON object")
-    if not _is_text(found):
-        raise _Wrong(400, "the request has half a character in it: no text can be written of that")
-    return found
-
-
-def _refuse(text: str) -> None:
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise Refused(415, "send JSON, with Content-Type: application/json")
+    return json_object(await read_body(request.receive, headers, LARGEST))
 
 
 def _plain(value: Any) -> Any:
@@ -142,7 +131,7 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
     def start(asked: Mapping[str, Any]) -> Any:
         asked = {name: value for name, value in asked.items() if value is not None}
         kind = asked.pop("kind", "erase")
-        if kind not in STARTS:
+        if not isinstance(kind, str) or kind not in STARTS:
             raise ConfigError(f"kind is {str(kind)[:40]!r}, but must be one of {', '.join(STARTS)}")
         for name in asked:
             if name not in STARTS[kind]:
@@ -158,8 +147,8 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
         return show(begin(**asked))
 
     def forget(asked: Mapping[str, Any]) -> Any:
-        service.forget(str(asked.get("id")))
-        return {"forgotten": asked.get("id")}
+        service.forget(_text(asked, "id"))
+        return {"forgotten": asked["id"]}
 
     def status(asked: Mapping[str, Any]) -> Any:
         if asked.get("id"):
@@ -175,19 +164,19 @@ def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, An
     return {
         "start": ("POST", start),
         "status": ("GET", status),
-        "cancel": ("POST", lambda asked: show(service.queue.cancel(str(asked.get("id"))))),
-        "resume": ("POST", lambda asked: show(service.queue.resume(str(asked.get("id"))))),
+        "cancel": ("POST", lambda asked: show(service.queue.cancel(_text(asked, "id")))),
+        "resume": ("POST", lambda asked: show(service.queue.resume(_text(asked, "id")))),
         "forget": ("POST", forget),
-        "use": ("POST", lambda asked: {"said": service.use_result(str(asked.get("id")))}),
-        "undo": ("POST", lambda asked: {"said": service.undo_result(str(asked.get("id")))}),
+        "use": ("POST", lambda asked: {"said": service.use_result(_text(asked, "id"))}),
+        "undo": ("POST", lambda asked: {"said": service.undo_result(_text(asked, "id"))}),
         "runs": ("GET", runs),
         "models": ("GET", lambda asked: {"models": [{"title": title} for title in service.models()]}),
         "concepts": ("GET", lambda asked: {"concepts": service.concepts(asked.get("model"))}),
         "schema": ("GET", lambda asked: schema()),
-        "file": ("GET", lambda asked: _File(*service.file(str(asked.get("run")), str(asked.get("name"))))),
+        "file": ("GET", lambda asked: _File(*service.file(_text(asked, "run"), _text(asked, "name")))),
         "preview": (
             "GET",
-            lambda asked: _File(service.preview(str(asked.get("id")), str(asked.get("name"))), "image/png"),
+            lambda asked: _File(service.preview(_text(asked, "id"), _text(asked, "name")), "image/png"),
         ),
     }
 
@@ -221,6 +210,7 @@ def told(job: Job, words: Callable[[str], str]) -> dict[str, Any]:
     return {
         **{name: getattr(job, name) for name in TOLD},
         "losses": job.losses[::step],
+        "previews": job.previews[-PREVIEWS:],
         "notes": [words(note) for note in job.notes[-20:]],
         "error": words(job.error) if job.error is not None else None,
         "result": _each_text(result, words) if job.result is not None else None,
@@ -236,7 +226,7 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 TOLD = ("id", "kind", "title", "state", "created", "began", "ended", "stage", "step", "total", "fraction", "left",
-        "previews", "run", "resumable")  # fmt: skip
+        "run", "resumable")  # fmt: skip
 
 
 def schema() -> dict[str, Any]:

@@ -16,6 +16,7 @@ ADVANCED = {
     title: tuple(name for name in names if name in FIELDS and name not in FIRST) for title, names in GROUPS.items()
 }
 AUTO = "auto"
+LONGEST_NUMBER = 30  # characters
 HERE = {  # where the command line takes a path: no path is taken here, and what can be chosen is listed
     "components": "for single files: an alias or a hub id (owner/name) that has what the file lacks "
                   "(VAE, text encoder, configs)",
@@ -82,6 +83,8 @@ def value_of(name: str, shown: Any) -> Any:
         return [line.strip() for line in text.splitlines() if line.strip()]
     if text in ("", AUTO) and ("None" in kind or text == ""):
         return None
+    if len(text) > LONGEST_NUMBER and kind.startswith(("int", "float")):
+        raise ConfigError(f"{label(name)} has {len(text)} digits: give a number")
     try:
         if kind.startswith("int"):
             return int(text)

@@ -25,8 +25,10 @@ from typing import IO, Any
 from salun.errors import ConfigError, SalunError
 from salun.formats.patch import tidy
 from salun.formats.tensorfile import remove_leftovers, write_bytes
+from salun.run_reading import read_json
 from salun.run_record import FILES
 
+from .limits import shortened
 from .places import safe_name
 
 CHILD = Path(__file__).resolve().parent
@@ -36,8 +38,16 @@ KEEPING = 120.0  # seconds for a child that has answered, or is writing its file
 WRITING = ("saving", "writing", "exporting")  # stages of that
 SAVED_EVERY = 5.0  # seconds between two writings of the state of a job at work
 LOSSES = 2_000  # points of the loss plot kept
+NOTES = 100  # messages of a job kept
+TITLE = 200  # characters
+MOST_OPEN = 100  # jobs that are not over
+FOREIGN = "the job is of another folder, or asks for more than this page can: begin a new one"
 OPEN = ("queued", "waiting", "running", "stopping")
 logger = logging.getLogger("salun")
+
+
+class QueueFull(ConfigError):
+    """More jobs are in the queue than it holds."""
 
 
 @dataclass
@@ -82,7 +92,8 @@ class Queue:
     """The jobs of one folder.
 
     python: gives the interpreter of the children, when one is begun. turn: entered before a child begins and left after
-    it ended: the host's lock, its memory freed and given back. after: called with every job that ended.
+    it ended: the host's lock, its memory freed and given back. after: called with every job that ended. allowed:
+    whether a job of an earlier start, which the folder holds, may run: who wrote its file is not known.
     Raises ConfigError if another program works with the folder.
     """
 
@@ -93,12 +104,13 @@ class Queue:
         turn: Turn = lambda job: nullcontext(),
         after: Callable[[Job], None] = lambda job: None,
         environment: Mapping[str, str] | None = None,
+        allowed: Callable[[Job], bool] = lambda job: True,
     ) -> None:
         import filelock
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._python, self._turn, self._after = folder, python, turn, after
-        self._environment = dict(environment or {})
+        self._environment, self._allowed = dict(environment or {}), allowed
         self._alone = filelock.FileLock(folder / ".lock", thread_local=False)
         try:
             self._alone.acquire(timeout=0)
@@ -120,12 +132,17 @@ class Queue:
     def submit(self, kind: str, title: str, request: Mapping[str, Any], run: str | None = None) -> Job:
         """Put a job into the queue. One that asks the same as a job not yet over is that job: a double click is one.
 
-        Raises ConfigError if it cannot be written down: then there is no job.
+        Raises ConfigError if it cannot be written down, and QueueFull where too many jobs are not over: then there is
+        no job.
         """
+        title = shortened(title, TITLE)
         with self._change:
             for other in self._jobs.values():
                 if other.open and other.kind == kind and _same(other.request, request):
                     return other
+            waiting = sum(job.open for job in self._jobs.values())
+            if waiting >= MOST_OPEN:
+                raise QueueFull(f"{waiting} jobs are in the queue; the limit is {MOST_OPEN}. Wait, or cancel some.")
             job = Job(self._new_id(title), kind, title, dict(request), created=time.time(), run=run)
             place = self.folder / job.id
             try:
@@ -361,15 +378,19 @@ class Queue:
     def _read(self) -> None:
         for file in self.folder.glob("*/job.json"):
             try:
-                job = Job(**json.loads(file.read_text(encoding="utf-8"), parse_constant=none_for))
+                job = Job(**read_json(file))
                 if job.id != file.parent.name or not _sound(job):
                     raise ValueError("its parts do not fit together")
-            except (OSError, ValueError, TypeError):
-                logger.warning("%s is no job of this version: passed over", file)
+            except (OSError, ValueError, TypeError) as error:
+                logger.warning("%s is no job of this version: passed over (%s)", ascii(str(file)), error)
                 continue
+            job.title = shortened(job.title, TITLE)
             self._jobs[job.id] = job
         for job in sorted(self._jobs.values(), key=lambda job: job.created):
-            if job.state in ("queued", "waiting") and (self.folder / job.id / "request.json").is_file():
+            if (job.open or job.resumable) and not self._allowed(job):
+                job.state, job.error, job.resumable = "failed", FOREIGN, False
+                self._save(job)
+            elif job.state in ("queued", "waiting") and (self.folder / job.id / "request.json").is_file():
                 job.state = "queued"
                 self._waiting.append(job.id)
             elif job.open:  # the program ended meanwhile
@@ -385,26 +406,35 @@ class Queue:
 
 
 def _sound(job: Job) -> bool:
-    """Whether what was read of a file is of the kinds that this code counts on."""
+    """Whether what was read of a file, which may be untrusted input, is of the types that this code counts on."""
     request = job.request if isinstance(job.request, dict) else {"options": None}
     options = request.get("options", {})
+    texts = (job.id, job.kind, job.title, job.state, job.stage)
     return (
         isinstance(options, dict)
         and isinstance(options.get("run_dir") or "", str)
         and _texts(options.get("output") or [])
         and isinstance(request.get("output") or "", str)
-        and all(isinstance(text, str) for text in (job.kind, job.title, job.state, job.stage))
-        and isinstance(job.run or "", str)
-        and isinstance(job.created, int | float)
+        and isinstance(options.get("model") or "", str)
+        and isinstance(request.get("model") or "", str)
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(text or "", str) for text in (job.run, job.error))
+        and all(_number(value) for value in (job.created, job.step, job.total, job.fraction))
+        and all(value is None or _number(value) for value in (job.began, job.ended, job.left))
         and isinstance(job.losses, list)
         and _texts(job.previews)
         and _texts(job.notes)
         and isinstance(job.result or {}, dict)
+        and isinstance(job.resumable, bool)
     )
 
 
 def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def take(job: Job, text: str) -> None:
@@ -422,7 +452,8 @@ def take(job: Job, text: str) -> None:
             job.losses.append([job.step, metrics["forget"], metrics["retain"]])
             del job.losses[:-LOSSES]
     elif kind == "message":
-        job.notes.append(event["text"])
+        job.notes.append(shortened(event["text"]))
+        del job.notes[:-NOTES]
     elif kind == "preview":
         job.previews.append(event["file"])
     elif kind == "stopping":
@@ -430,7 +461,7 @@ def take(job: Job, text: str) -> None:
     elif kind == "result":
         job.result, job.fraction, job.stage = event["result"], 1.0, "done"
     elif kind == "error":
-        job.error = event["text"]
+        job.error = shortened(event["text"])
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

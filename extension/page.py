@@ -287,6 +287,8 @@ def _details(service: Service, run: Any) -> str:
     parts += [f"<p>{escape(str(line))}</p>" for line in found["headline"]]
     if found["error"]:
         parts.append(_bad(in_the_pages_words(str(found["error"]))))
+    if found["status"] == "unreadable":
+        return "".join(parts)
     if found["figures"]:
         rows = "".join(
             "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in found["figures"]

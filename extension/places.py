@@ -11,6 +11,7 @@ from pathlib import Path
 from salun.errors import ConfigError
 
 LONGEST = 60  # characters of a file's name, without its ending
+READ = 1_000  # characters of a text from which a name is made
 SHORTEST = 12  # of a model's name in that of what was made of it
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # Windows'
 
@@ -33,6 +34,8 @@ def confined(name: str, root: Path) -> Path:
 
 
 def _parts(name: str) -> list[str]:
+    if len(name) > READ:
+        raise ConfigError(f"a name has {len(name):,} characters; the limit is {READ:,}. Shorten it.")
     for form in (name, unicodedata.normalize("NFKC", name)):
         parts = form.split("/")
         bad = any(c in '\\:*?"<>|' or unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in form)
@@ -51,6 +54,8 @@ def safe_name(text: str, otherwise: str = "erased") -> str:
 
 def own_name(text: str) -> str:
     """The same of a name that a person gave, which is never cut. Raises ConfigError for one that cannot be had."""
+    if len(text) > READ:
+        raise ConfigError(f"the name has {len(text):,} characters; the limit is {LONGEST}. Shorten it.")
     plain = _plain(text)
     if not safe_name(plain, ""):
         raise ConfigError(f"no file can be called {text[:80]!r} on every system: use a-z, digits, dashes")
@@ -66,6 +71,7 @@ def made_name(first: str, rest: str, after: str = "") -> str:
 
 
 def _plain(text: str) -> str:
+    text = text[:READ]  # what Unicode makes of it can take the square of its length
     return re.sub(r"[^A-Za-z0-9_-]+", "-", unicodedata.normalize("NFKD", text)).strip("-_")
 
 
@@ -92,10 +98,15 @@ def _counted(stem: str) -> Iterator[str]:
 
 def without_folders(text: str, folders: Iterable[Path]) -> str:
     """A text without the places of these folders: what lies in one is called from there on, a folder itself by name."""
-    whole = {spelt for folder in folders for spelt in (folder, folder.resolve())}
+    whole = {spelt for folder in folders for spelt in (folder, Path(os.path.realpath(folder)))}
     for place in sorted((one for one in whole if one.name), key=lambda one: len(str(one)), reverse=True):
         for between in (os.sep, os.sep + os.sep):  # the second on Windows, as repr does
             spelt = re.escape(str(place).replace(os.sep, between))
             text = re.sub(rf"(?<![\w.]){spelt}{re.escape(between)}", "", text)
             text = re.sub(rf"(?<![\w.]){spelt}(?![\w-])", place.name.replace("\\", "\\\\"), text)
     return text
+
+
+def displayable(name: str) -> bool:
+    """Whether a page can show a file's name: one that is no UTF-8 cannot be written as JSON."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
+import os
 import re
 import shutil
 import threading
@@ -13,26 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from salun.errors import ConfigError
+from salun.errors import ConfigError, DataError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
+from salun.run_reading import read_run
 from salun.run_record import STATE, alone_in, new_run_folder
 
 from . import environment
+from .history import DELTA, SHOWN, UNREADABLE, options_in, summary
 from .host import Host
-from .jobs import Job, Queue, none_for
-from .places import confined, made_name, new_file, own_name, safe_name, without_folders
+from .jobs import Job, Queue
+from .limits import check_lengths
+from .places import confined, displayable, made_name, new_file, own_name, safe_name, without_folders
 
 OURS = ("models_dir", "output", "run_dir", "allow_pickle")  # of EraseJob: where to read and write is not for a form
 OFFERED = tuple(item.name for item in dataclasses.fields(EraseJob) if item.name not in OURS)
-DELTA = "delta.salun.safetensors"
-SHOWN = {  # files of a run that the API hands out, and their types
-    "report.html": "text/html; charset=utf-8",
-    "before_after.png": "image/png",
-    "run.json": "application/json",
-    "log.txt": "text/plain; charset=utf-8",
-    "mask.safetensors": "application/octet-stream",
-    DELTA: "application/octet-stream",
-}
 logger = logging.getLogger("salun")
 
 
@@ -44,10 +38,20 @@ class Service:
         self.runs, self.pictures, self.masks = (host.data / name for name in ("runs", "pictures", "masks"))
         for folder in (self.runs, self.pictures, self.masks):
             folder.mkdir(parents=True, exist_ok=True)
-        self.queue = Queue(host.data / "jobs", host.python, host.turn, host.changed, host.environment())
+        self.queue = Queue(host.data / "jobs", host.python, host.turn, host.changed, host.environment(), self._may_run)
         self._naming = threading.Lock()  # from the choice of a new name until a job has it
 
     # jobs
+
+    def _may_run(self, job: Job) -> bool:
+        """Whether a job that was read from a file writes within our folders, and asks for no more than a form can."""
+        options = job.request.get("options", {})
+        homes = [home for home in (self.host.data, self.host.checkpoints(), self.host.loras()) if home is not None]
+        real = [Path(os.path.realpath(home)) for home in homes]
+        written = [*(options.get("output") or []), options.get("run_dir"), job.request.get("output")]
+        places = [Path(os.path.realpath(path)) for path in written if path]
+        within = all(any(home in place.parents for home in real) for place in places)
+        return within and not options.get("allow_pickle") and not options.get("models_dir")
 
     def erase(self, options: Mapping[str, Any], preview_every: int = 0, name: str = "") -> Job:
         """Put an erasure into the queue. options: fields of `EraseJob` named in OFFERED; `model` a title of the host's.
@@ -80,16 +84,20 @@ class Service:
         strange = [key for key in options if key not in OFFERED]
         if strange:
             raise ConfigError(f"{', '.join(map(repr, strange))[:200]} cannot be set here")
+        check_lengths(options)
         values = {key: value for key, value in options.items() if value is not None}
         endless = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
         if endless:
             raise ConfigError(f"{endless[0]} is {values[endless[0]]}: give a number")
         values["mask"] = self._mask(values.get("mask", "saliency"))
+        for key in ("forget_images", "retain_images", "components"):
+            if not isinstance(values.get(key, ""), str):
+                raise ConfigError(f"{key} is {repr(values[key])[:80]}, but must be str")
         for key in ("forget_images", "retain_images"):
             if key in values:
-                values[key] = str(confined(str(values[key]), self.pictures))
+                values[key] = str(confined(values[key], self.pictures))
         if "components" in values:
-            values["components"] = _components(str(values["components"]))
+            values["components"] = _components(values["components"])
         return values
 
     def mask(self, options: Mapping[str, Any]) -> Job:
@@ -244,7 +252,7 @@ class Service:
         if "undo" not in self.offers(job):
             raise ConfigError(f"{job.title} changed nothing that could be undone")
         run = str(job.run)
-        base = Path(str(_options(self.run(run)).get("model")))
+        base = Path(str(options_in(self.run(run)).get("model")))
         if self.host.checkpoints() is not None and str(base) in self.models().values():
             return f"{self._use(base)} The erased one stays in the list."
         return f"“{self.undo(run, run).title}” is in the queue."
@@ -278,7 +286,7 @@ class Service:
 
     def models(self) -> dict[str, str]:
         """Title → what salun takes for it."""
-        return self.host.models()
+        return {title: place for title, place in self.host.models().items() if displayable(title)}
 
     def first_model(self) -> str | None:
         """What a list shows before anything is chosen: what the host generates with, else the first."""
@@ -301,21 +309,22 @@ class Service:
         return {name: str(entry["anchors"][0]) for name, entry in presets().items()}
 
     def history(self) -> list[dict[str, Any]]:
-        """Every run's summary, the latest first."""
-        found = []
+        """Every run's summary, the latest first. One that cannot be read has the status "unreadable", and why."""
         open_runs = {job.run for job in self.queue.all() if job.open}
-        for file in self.runs.glob("*/run.json"):
-            record = _record(file)
-            if record is None:
-                continue
-            status = record["status"]
-            if status == "running" and file.parent.name not in open_runs:
-                status = "stopped"
-            told = _summary(record, file.parent)
-            if told["error"]:
-                told["error"] = self.without_places(str(told["error"]), record["options"].get("model"))
-            found.append({"run": file.parent.name, "status": status, **told})
-        return sorted(found, key=lambda run: str(run["run"]), reverse=True)
+        names = [file.parent.name for file in self.runs.glob("*/run.json")]
+        return [self._summary(name, open_runs) for name in sorted(filter(displayable, names), reverse=True)]
+
+    def _summary(self, name: str, open_runs: set[str | None]) -> dict[str, Any]:
+        try:
+            record = read_run(confined(name, self.runs))
+        except (ConfigError, DataError) as error:
+            return {"run": name, **UNREADABLE, "error": self.without_places(str(error))}
+        told = summary(record, self.runs / name)
+        if record["status"] == "running" and name not in open_runs:
+            told["status"] = "stopped"
+        if told["error"]:
+            told["error"] = self.without_places(str(told["error"]), record["options"].get("model"))
+        return {"run": name, **told}
 
     def without_places(self, text: str, model: Any = None) -> str:
         """A text for everybody: files are called by their names, not by where they lie on this machine.
@@ -348,7 +357,8 @@ class Service:
 
     def options_of(self, run: str) -> dict[str, Any]:
         """The options of a run, as a form shows them: to load them again."""
-        options = {key: value for key, value in _options(self.run(run)).items() if key in OFFERED}
+        options = {key: value for key, value in options_in(self.run(run)).items() if key in OFFERED}
+        from_mapping(EraseJob, options, f"the options of {run}")  # who wrote them is not known
         titles = {place: title for title, place in self.models().items()}
         options["model"] = titles.get(str(options.get("model")), options.get("model"))
         for key in ("forget_images", "retain_images"):
@@ -362,7 +372,7 @@ class Service:
 
     def deltas(self) -> list[str]:
         """Names of runs that have a delta, the latest first."""
-        return sorted((p.parent.name for p in self.runs.glob(f"*/{DELTA}")), reverse=True)
+        return sorted(filter(displayable, (p.parent.name for p in self.runs.glob(f"*/{DELTA}"))), reverse=True)
 
     def picture_folders(self) -> list[str]:
         """Names of the folders of a user's own pictures, but for links that lead out of the folder meant for them."""
@@ -370,14 +380,15 @@ class Service:
 
     def _holds(self, folder: Path) -> bool:
         try:
-            return bool(confined(folder.name, self.pictures))
+            return bool(confined(folder.name, self.pictures))  # half a character is none that a name may have
         except ConfigError:
             return False
 
     def made_masks(self) -> list[str]:
         """Names of masks that can be chosen beside the controls."""
         own = sorted(p.stem for p in self.masks.glob("*.safetensors"))
-        return own + sorted((p.parent.name for p in self.runs.glob("*/mask.safetensors")), reverse=True)
+        of_runs = sorted((p.parent.name for p in self.runs.glob("*/mask.safetensors")), reverse=True)
+        return list(filter(displayable, own + of_runs))
 
     def delta(self, run: str) -> Path:
         """The delta's file of a run."""
@@ -387,11 +398,10 @@ class Service:
         """The erased checkpoint that a run wrote. Raises ConfigError if it wrote none, or it is gone."""
         folder = self.run(run)
         homes = [home.resolve() for home in (folder, self._home())]
-        told = _options(folder).get("output")
-        for path in [*(told if isinstance(told, list) else []), folder / "model.safetensors", folder / "model"]:
-            place = Path(str(path)).resolve()  # who wrote run.json is not known: it may name what is in our folders
+        for path in [*options_in(folder).get("output", []), folder / "model.safetensors", folder / "model"]:
+            place = Path(os.path.realpath(path))  # who wrote run.json is not known: it may name what is in our folders
             whole = not place.name.endswith((".salun.safetensors", ".lora.safetensors", ".diff.safetensors"))
-            if whole and any(home in place.parents for home in homes) and place.exists():
+            if whole and any(home in place.parents for home in homes) and os.path.exists(place):
                 return place
         raise ConfigError(f"the erased model of {run} is not there any more")
 
@@ -468,12 +478,13 @@ class Service:
         """What a run was made with, if it is one of the host's models or another run's; else the model `otherwise`."""
         from salun.diffusion.finding import aliases
 
-        model = _options(delta.parent).get("model") or aliases()["default"]
+        model = options_in(delta.parent).get("model") or aliases()["default"]
         if isinstance(model, str):
             if model in self.models().values():
                 return model
-            for place in Path(model).resolve().parents:
-                if place.parent == self.runs.resolve() and self.checkpoint(place.name) == Path(model).resolve():
+            real = Path(os.path.realpath(model))
+            for place in real.parents:
+                if place.parent == self.runs.resolve() and self.checkpoint(place.name) == real:
                     return model
         if otherwise:
             return self._model(otherwise)
@@ -498,42 +509,5 @@ def _pathlike(text: str) -> bool:
 
 def _stem(title: Any) -> str:
     return safe_name(
-        re.sub(r"\.(safetensors|ckpt)|\s*\[[0-9a-f]+\]$", "", str(title or "shapes").split("/")[-1]), "model"
+        re.sub(r"\.(safetensors|ckpt)|(?<!\s)\s*\[[0-9a-f]+\]$", "", str(title or "shapes").split("/")[-1]), "model"
     )
-
-
-def _options(run: Path) -> dict[str, Any]:
-    """The options that a run's record tells; a record may be a stranger's."""
-    found: dict[str, Any] = (_record(run / "run.json") or {"options": {}})["options"]
-    return found
-
-
-def _record(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=none_for)
-        if isinstance(found, dict) and isinstance(found["options"], dict) and isinstance(found["status"], str):
-            return found
-    except (OSError, ValueError, KeyError, RecursionError):
-        pass
-    return None
-
-
-def _summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Of a record, what a list shows."""
-    from salun.report.page import figure_rows, headline
-
-    told: dict[str, Any] = {
-        "concept": record["options"].get("concept"),
-        "model": str(record["options"].get("model") or "").replace("\\", "/").split("/")[-1],
-        "error": record.get("error"),
-        "headline": [],
-        "figures": [],
-        "files": [name for name in SHOWN if (folder / name).is_file()],
-    }
-    try:
-        if record["status"] == "done":
-            told["headline"] = headline(record["concepts"], record["metrics"])
-            told["figures"] = [list(row) for row in figure_rows(record["concepts"], record["metrics"])]
-    except Exception:  # whatever a stranger's figures are: the other runs are to be listed all the same
-        told["error"] = "its run.json is of another version"
-    return told

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .access import Access, AtHome
+from .access import Access, gradio_login
 from .api import add_routes
+from .front import Front
 from .host import Alone
 from .page import build
 from .service import Service
+
+CONNECTIONS = 200  # at once; a page has at most six
 
 
 def serve(
@@ -26,11 +29,16 @@ def serve(
     """Serve until interrupted. say: is told where, once the page answers. Jobs at work are stopped at the end."""
     import uvicorn
 
+    from .connections import Connection
+
     service = Service(Alone(data, models_dirs))
     try:
         listening = _listen(address, port)
         where = f"http://{address}:{listening.getsockname()[1]}/" if ":" not in address else f"port {port} of {address}"
-        server = uvicorn.Server(uvicorn.Config(application(service, login), log_level="warning"))
+        config = uvicorn.Config(
+            application(service, login), log_level="warning", http=Connection, ws="none", limit_concurrency=CONNECTIONS
+        )
+        server = uvicorn.Server(config)
         say(f"{where} (Ctrl-C ends it; runs are kept in {service.runs})")
         if browser:
             import webbrowser
@@ -45,13 +53,14 @@ def application(service: Service, login: tuple[str, str] | None) -> Any:
     """The whole as an ASGI application: the API and the page, behind the same name and password."""
     import gradio as gr
     from fastapi import FastAPI
+    from starlette.routing import Mount
 
     access = Access(dict([login]) if login is not None else {}, guarded=login is not None)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if login is None:
-        app.add_middleware(AtHome)
     add_routes(app, service, access)
-    return gr.mount_gradio_app(app, build(gr, service, access), path="/", auth=login)
+    gr.mount_gradio_app(app, build(gr, service, access), path="/", auth=login)
+    access.signed_in = gradio_login(next(route.app for route in app.routes if isinstance(route, Mount)))
+    return Front(app, access)
 
 
 def _listen(address: str, port: int) -> socket.socket:

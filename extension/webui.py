@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from html import escape
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from salun.errors import ConfigError, SalunError
 
 from . import environment
-from .access import Access
+from .access import Access, gradio_login
 from .api import add_routes
 from .jobs import Job
 from .page import build
@@ -72,22 +72,27 @@ def access() -> Access:
         from modules import shared
         from modules.initialize_util import get_gradio_auth_creds
 
-        given = shared.cmd_opts.api_auth
+        flags = shared.cmd_opts
+        page_flags = [getattr(flags, name, None) for name in ("gradio_auth", "gradio_auth_path")]
         try:
-            guards = _users("--gradio-auth or its file", get_gradio_auth_creds())
+            pairs = list(get_gradio_auth_creds())
         except (OSError, ValueError) as error:  # no such file, or no text
             raise ConfigError(f"--gradio-auth-path cannot be read, so nobody is let in: {error}") from error
-        users = _users("--api-auth", [one.split(":", 1) for one in given.split(",")] if given else []) or guards
+        guards = _users("--gradio-auth or its file", pairs)
+        if not guards and any(flag is not None for flag in page_flags):
+            raise ConfigError("--gradio-auth or its file names nobody, so nobody is let in: give NAME:PASSWORD")
+        given = flags.api_auth
+        pairs = [one.split(":", 1) for one in given.split(",")] if given is not None else []
+        users = _users("--api-auth", pairs) or guards
         closed = "start the WebUI with --api to use salun's API"
         _state["access"] = Access(users, bool(shared.cmd_opts.api), closed, guarded=bool(guards))
     found: Access = _state["access"]
     return found
 
 
-def _users(flag: str, pairs: Iterable[Sequence[str]]) -> dict[str, str]:
+def _users(flag: str, found: Sequence[Sequence[str]]) -> dict[str, str]:
     """Name → password."""
-    found = list(pairs)
-    if not all(len(pair) == 2 and all(pair) for pair in found):
+    if not all(len(pair) == 2 and all(part.strip() for part in pair) for pair in found):
         raise ConfigError(f"{flag} cannot be read, so nobody is let in: give NAME:PASSWORD, several with commas")
     return {pair[0]: pair[1] for pair in found}
 
@@ -106,6 +111,7 @@ def _tab() -> list[tuple[Any, str, str]]:
 def _started(demo: Any, app: Any) -> None:
     said = trouble()
     if said is None:
+        access().signed_in = gradio_login(app)
         add_routes(app, service(), access())
         STARTED.set()
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from .controls import label
+from .limits import shortened
 
 _ORDERS = {  # what the core says → what can be done here
     r"the same command with --resume --run-dir .*? and another --output writes it": "mend that, and Resume writes it",
@@ -26,7 +27,11 @@ _ORDERS = {  # what the core says → what can be done here
 
 
 def in_the_pages_words(text: str) -> str:
-    """A message of the core as it can be followed on the page."""
+    """A message of the core as it can be followed on the page; of a long one its beginning and its end.
+
+    The patterns look ahead for what may never come, and so take the square of a text's length.
+    """
+    text = shortened(text)
     for theirs, ours in _ORDERS.items():
         text = re.sub(theirs, ours, text)
     return re.sub(r"(?<![\w-])--([a-z][a-z0-9-]*)", lambda flag: label(flag[1].replace("-", "_")), text)

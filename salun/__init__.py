@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from salun.formats.delta import Delta
     from salun.mask import Mask
     from salun.options import EraseOptions
-    from salun.progress import Event, Progress
+    from salun.progress import Event, Progress, silent
     from salun.saliency import saliency_mask
 
 __version__ = "0.1.0"
@@ -39,6 +39,7 @@ __all__ = [
     "erase",
     "load",
     "saliency_mask",
+    "silent",
 ]
 
 _HOMES = {
@@ -54,6 +55,7 @@ _HOMES = {
     "erase": "salun.diffusion.erase",
     "load": "salun.diffusion.loading",
     "saliency_mask": "salun.saliency",
+    "silent": "salun.progress",
 }
 
 

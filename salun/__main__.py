@@ -24,7 +24,7 @@ def main() -> None:
         spec.loader.exec_module(module)
     elif importlib.util.find_spec("salun_cli") is None:
         sys.exit("salun: the command line is not here: pip install salun")
-    importlib.import_module("salun_cli.main").main()
+    importlib.import_module("salun_cli.start").main()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,18 @@ def read_config(path: Path, kind: type = EraseJob) -> dict[str, Any]:
             raise ConfigError(f"--config {path}: {name} is given twice")
         values[name] = [value] if name in lists and isinstance(value, str) else value
     job = from_mapping(kind, values, f"--config {path}")
+    return {name: getattr(job, name) for name in values}
+
+
+def read_record(record: Mapping[str, Any], path: Path, kind: type = EraseJob) -> dict[str, Any]:
+    """The options of a run's record, which was read from `path` and may be untrusted input, checked as `kind` does.
+
+    Where it wrote, and the permission to read a pickle, are not among them: only the command line gives these. Raises
+    ConfigError for an unknown name or a value of a wrong type or out of range.
+    """
+    denied = (*_NOT_REPEATED, "allow_pickle")
+    values = {name: value for name, value in record["options"].items() if name not in denied}
+    job = from_mapping(kind, values, str(path))
     return {name: getattr(job, name) for name in values}
 
 

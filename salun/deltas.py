@@ -138,8 +138,8 @@ def stack(
     stored = open_model(model, options)
     other = open_model(fine_tune_of, options) if fine_tune_of is not None else None
     files = [Path(one) for one in deltas if not isinstance(one, Delta)]
-    _check(output, force, *(m.path for m in (stored, other) if m is not None), *files, layout_of=stored)
     loaded = [one if isinstance(one, Delta) else Delta.load(one) for one in deltas]
+    _check(output, force, *(m.path for m in (stored, other) if m is not None), *files, layout_of=stored)
     layers = list(zip(loaded, strengths or [1.0] * len(deltas), strict=True))
     try:
         made = stacking.stack(stored, layers, fine_tune_of=other, progress=progress)
@@ -193,8 +193,8 @@ def undo(
     """
     output = os.path.expanduser(output)
     stored = open_model(model, options)
-    _check(output, force, stored.path, Path(delta), layout_of=stored)
     loaded = Delta.load(delta)
+    _check(output, force, stored.path, Path(delta), layout_of=stored)
     flipped = Stacked(stored, ((loaded, 1.0),))
     found, _, back = flipped.hashes(progress)
     listed = applied_in(stored.metadata, found)
@@ -238,9 +238,8 @@ def export(
         raise ConfigError(f"--rank and --energy are of low-rank files: end --output in {LORA}, or leave them out")
     if output.endswith(LORA) and not rank is energy is None:
         check_rank(rank, energy)
-    stored = open_model(base, options)
+    stored, loaded = open_model(base, options), Delta.load(delta)
     _check(output, force, stored.path, Path(delta), endings=(LORA, DIFF))
-    loaded = Delta.load(delta)
     made = stacking.stack(stored, [(loaded, 1.0)], progress=progress)
     old = made.start
     new = Stacked(old, made.layers)

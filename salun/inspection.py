@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salun.diffusion.evaluate import read_run
+from salun.diffusion.evaluate import file_of, read_finished
 from salun.diffusion.loading import Description, describe
 from salun.diffusion.output import DELTA
+from salun.diffusion.schedule import check_schedule
 from salun.errors import ModelError
 from salun.formats import delta as deltas
 from salun.formats import tensorfile
@@ -35,10 +37,10 @@ def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
     place = Path(path).expanduser()
     if path.endswith(DELTA) and not place.exists():
         raise ModelError(f"there is no delta {path}")
-    if (place / "run.json").is_file():
-        record = read_run(place)
-        named = next((entry["path"] for entry in record["outputs"] if entry["kind"] == "delta"), None)
-        moved = _delta(place / named)["blocks"] if named and (place / named).is_file() else None
+    if os.path.lexists(place / "run.json"):
+        record = read_finished(place)
+        delta = file_of(record, place, "delta")
+        moved = _delta(delta)["blocks"] if delta is not None else None
         return {
             "kind": "run",
             **{key: record[key] for key in ("status", "command", "seed")},
@@ -112,6 +114,7 @@ def _verdict(found: Description, not_finite: str | None) -> str:
     try:
         if not_finite is not None:
             raise ModelError(f"{found.stored.path}: {not_finite} holds NaN or infinity: it is damaged")
+        check_schedule(found.scheduler_config, found.name)
         if found.contents is None:
             check_folder(found)
         else:

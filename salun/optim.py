@@ -106,7 +106,7 @@ class MaskedOptimiser:
         mask.validate(parameters)
         if not mask.selected:
             raise MaskError("the mask selects no weight: nothing would be trained")
-        self.mode = mode
+        self.mode, self._make = mode, make
         self.not_finite: list[str] = []
         self._scale = 1.0
         counts = mask.counts()
@@ -222,19 +222,21 @@ class MaskedOptimiser:
                     found[f"{name}/{key}"] = torch.as_tensor(value)
         return found
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a `state`: masters, moments, weights. Raises TrainingError if it belongs to another run."""
+    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Continue from a `state` that was saved after this many steps: masters, moments, weights.
+
+        The state may be untrusted input, and an optimiser's kernels check nothing: all of it is checked before any of
+        it is used. Raises TrainingError if it is not a state that this optimiser could have saved.
+        """
+        self.check_state({key: (value.dtype, tuple(value.shape)) for key, value in state.items()})
+        for key, value in state.items():
+            _check_values(key, value, steps)
         moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.packed}
         for key, value in state.items():
             name, _, entry = key.rpartition("/")
-            if name not in moments:
-                raise TrainingError(f"the saved state holds {name!r}, which this run does not train: start afresh")
             moments[name][entry] = value
         for name, packed in self.packed.items():
-            master = moments[name].pop("master", None)
-            if master is None or master.shape != packed.master.shape:
-                raise TrainingError(f"the saved state does not fit {name!r}: it belongs to another run; start afresh")
-            packed.master.data.copy_(master)
+            packed.master.data.copy_(moments[name].pop("master"))
             device = packed.master.device
             fused = bool(self._optimisers[name].param_groups[0].get("fused"))
             counted_on = device if fused else torch.device("cpu")  # as torch's own load_state_dict has it
@@ -243,6 +245,44 @@ class MaskedOptimiser:
                 for key, value in moments[name].items()
             }
             packed.scatter(packed.places())
+
+    def check_state(self, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Raises TrainingError unless a state with tensors of these names, dtypes and shapes fits this optimiser.
+
+        A parameter has all the moments that the optimiser makes in a step, or, where it never had a gradient, none.
+        """
+        found: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self.packed}
+        for key, facts in described.items():
+            name, _, entry = key.rpartition("/")
+            if name not in found:
+                raise TrainingError(f"the saved state holds {name!r}, which this run does not train: start afresh")
+            found[name][entry] = facts
+        for name, packed in self.packed.items():
+            master = {"master": (packed.master.dtype, tuple(packed.master.shape))}
+            if found[name] != master and found[name] != {**master, **self._moments_of(packed)}:
+                raise TrainingError(f"the saved state does not fit {name!r}: it belongs to another run; start afresh")
+
+    def _moments_of(self, packed: Packed) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Names, dtypes and shapes of the moments that the optimiser makes in a step, here on a vector of zeros."""
+        zeros = nn.Parameter(torch.zeros_like(packed.master))
+        zeros.grad = torch.zeros_like(zeros)
+        optimiser = self._make([zeros])
+        optimiser.step()
+        moments = {key: torch.as_tensor(v) for key, v in optimiser.state[zeros].items() if v is not None}
+        return {key: (value.dtype, tuple(value.shape)) for key, value in moments.items()}
+
+
+def _check_values(key: str, value: Tensor, steps: int) -> None:
+    """Raises TrainingError for a tensor of a saved state whose values no training leaves behind."""
+    entry = key.rpartition("/")[2]
+    if value.is_floating_point() and value.numel() and not _finite(value):
+        raise TrainingError(f"the saved state holds NaN or infinity in {key!r}: start afresh")
+    if entry == "step" and not (1 <= float(value) <= steps and float(value).is_integer()):
+        raise TrainingError(
+            f"the saved state counts {float(value):g} steps in {key!r}, but has taken {steps}: start afresh"
+        )
+    if entry == "exp_avg_sq" and value.numel() and float(value.min()) < 0:
+        raise TrainingError(f"the saved state holds a negative mean of squares in {key!r}: start afresh")
 
 
 def _finite(values: Tensor) -> bool:

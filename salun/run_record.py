@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -17,18 +19,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from salun.errors import Cancelled, ConfigError, ModelError
+from salun.errors import Cancelled, ConfigError, DataError, ModelError
 from salun.formats.tensorfile import remove_leftovers, sha256_file, write_bytes
+from salun.run_reading import blank_record, read_run
 
-SCHEMA = 1
 STATE = "state"
-NOT_DECISIVE = (
-    "output",
-    "run_dir",
-    "show_sensitive",
-    "save_every",
-    "workers",
-)  # options on which no output's bytes depend
+NOT_DECISIVE = (  # options on which no output's bytes depend
+    "output", "run_dir", "models_dir", "allow_pickle", "show_sensitive", "save_every", "workers",
+)  # fmt: skip
+INPUTS = (  # options that are paths of inputs; where `facts` have one's name, its content is identified by that
+    "model", "components", "mask", "forget_images", "retain_images", "data", "original", "forget",
+)  # fmt: skip
 FILES = (
     "run.json", "mask.safetensors", "before_after.png", "report.html", "delta.salun.safetensors", "model",
     "model.safetensors", "split.json",
@@ -42,8 +43,9 @@ class RunRecord:
     """Collects what a run did; kept in `folder/run.json` where a folder is given, in memory otherwise.
 
     status: running → done | failed | cancelled. facts: what the run's result depends on beside its options and the
-    versions, such as the model's hash. resume: go on with the unfinished run that the folder holds. in_passing: the
-    folder only serves to resume, so that a run goes on without what cannot be written there.
+    versions. A fact with the name of one of `INPUTS` is a hash of what that path leads to. resume: continue the
+    unfinished run that the folder holds. in_passing: the folder only serves to resume, so that a run continues without
+    what cannot be written there.
     """
 
     def __init__(
@@ -58,25 +60,14 @@ class RunRecord:
     ) -> None:
         self.folder, self.resume, self.in_passing = folder, resume, False
         self.data: dict[str, Any] = {
-            "schema": SCHEMA,
+            **blank_record(),
             "status": "running",
             "command": command,
             "options": dict(options),
             "device": device,
             "facts": dict(facts or {}),
-            "resumed": 0,
-            "concepts": [],
-            "notes": [],
             "seed": seed,
             "versions": versions(),
-            "inputs": [],
-            "outputs": [],
-            "timings": {},
-            "peak_memory": {"host_bytes": None, "device_bytes": None},
-            "mask": None,
-            "rounding": None,
-            "losses": [],
-            "metrics": {},
         }
 
     @contextmanager
@@ -88,6 +79,7 @@ class RunRecord:
         if self.folder is None:
             yield from self._run()
             return
+        check_links(self.folder)
         with alone_in(self.folder):
             previous = check_folder(self.folder, self.resume)
             if previous is not None:
@@ -105,13 +97,7 @@ class RunRecord:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _take_up(self, previous: Mapping[str, Any]) -> None:
-        ours, theirs = _decisive(self.data), _decisive(previous)
-        differing = [
-            f"{name} was {theirs[part].get(name)!r} and is {ours[part].get(name)!r}"
-            for part in ours
-            for name in sorted({*ours[part], *theirs[part]})
-            if ours[part].get(name) != theirs[part].get(name)
-        ]
+        differing = _differences(previous, self.data)
         if differing:
             raise ConfigError(
                 f"--run-dir {self.folder} holds a run that cannot be resumed like this: {'; '.join(differing[:4])}. "
@@ -199,25 +185,33 @@ def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
 
     Raises ConfigError for a finished one, for an unfinished one without `resume`, and for a run.json that is none.
     """
-    try:
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        status = found["status"]
-        parts = [found[part] for part in ("options", "versions", "facts", "timings")]
-        if found["schema"] != SCHEMA or not all(isinstance(part, dict) for part in parts):
-            raise ValueError(f"schema {found['schema']!r}")
-    except FileNotFoundError:
+    if not os.path.lexists(folder / "run.json"):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--run-dir {folder} holds a run.json that cannot be read ({error!r}): name another"
-        ) from error
+    try:
+        found = read_run(folder)
+    except DataError as error:
+        raise ConfigError(f"--run-dir {folder}: {error}") from error
+    status = found["status"]
     if status == "done":
         raise ConfigError(f"--run-dir {folder} holds a finished run: see its report.html, or name another folder")
     if not resume:
         raise ConfigError(
             f"--run-dir {folder} holds an unfinished run ({status}): go on with it by --resume, or name another folder"
         )
-    return dict(found)
+    return found
+
+
+def check_links(folder: Path) -> None:
+    """Raises ConfigError if the folder has a link, a pipe or a device where a run writes: its target would be written.
+
+    The folder may be untrusted input, one that somebody else made for a run to be resumed in.
+    """
+    for name in (".lock", "log.txt", STATE, "jobs", *FILES):
+        place = folder / name
+        mode = place.lstat().st_mode if os.path.lexists(place) else stat.S_IFREG
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+            raise ConfigError(f"--run-dir {folder}: {name} in it is {kind}, where the run writes. Remove it")
 
 
 def check_room(needed: Mapping[Path, int]) -> None:
@@ -269,10 +263,28 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _decisive(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a record, what the outputs' bytes depend on."""
-    told = {name: value for name, value in data["options"].items() if name not in NOT_DECISIVE}
+    """Of a record, what the outputs' bytes depend on: not the paths of inputs whose content is identified by a fact."""
+    paths = [name for name in INPUTS if data["facts"].get(name)]
+    options = {name: value for name, value in data["options"].items() if name not in (*NOT_DECISIVE, *paths)}
     versions = {name: value for name, value in data["versions"].items() if name in (*PACKAGES, "python")}
-    return {"options": told, "facts": {**data["facts"], "device": data["device"]}, "versions": versions}
+    return {"options": options, "facts": {**data["facts"], "device": data["device"]}, "versions": versions}
+
+
+def _differences(previous: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """What the outputs' bytes depend on and is not the same in two records, for people."""
+    was, now = _decisive(previous), _decisive(present)
+    lines = []
+    for part in now:
+        for name in sorted({*was[part], *now[part]}):
+            old, new = was[part].get(name), now[part].get(name)
+            if old == new:
+                continue
+            if part == "facts" and old and new and name in INPUTS:
+                path, had = (data["options"].get(name) for data in (present, previous))
+                lines.append(f"{name} {path!r} has other content ({new[:12]}…) than {had!r} had ({old[:12]}…)")
+            else:
+                lines.append(f"{name} was {old!r} and is {new!r}")
+    return [line[:300] for line in lines]  # values may be untrusted input
 
 
 def versions() -> dict[str, str]:

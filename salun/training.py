@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +105,7 @@ def fine_tune(
     with MaskedOptimiser(parameters, mask, make, mode, sources, on_host) as optimiser:
         proximal = SoftThreshold(optimiser, settings.soft_density) if settings.soft_density is not None else None
         if resume and state_path is not None and processes.share(state_path.exists()):
-            history, scale = _load_state(state_path, optimiser, settings.fingerprint)
+            history, scale = _load_state(state_path, optimiser, settings, scale)
         wait, saved = settings.save_every, time.monotonic()
         try:
             for step in range(len(history), settings.steps):
@@ -196,28 +198,66 @@ def _save_state(
     tensorfile.write(path, {name: t.detach().cpu() for name, t in optimiser.state().items()}, metadata)
 
 
-def saved_steps(path: Path, fingerprint: str) -> list[tuple[int, float, float]]:
-    """The history of a saved state, without its tensors; empty where there is none.
+def saved_steps(path: Path, fingerprint: str, most: int | None = None) -> list[tuple[int, float, float]]:
+    """The history of a saved state, which may be untrusted input, without its tensors; empty where there is none.
 
-    Raises TrainingError for a state that cannot be read or belongs to another run.
+    most: steps that the run takes in all. Raises TrainingError for a state that cannot be read, belongs to another run,
+    or whose history is not one of steps 1, 2, … with finite losses.
     """
     if not path.exists():
         return []
     try:
         metadata = tensorfile.read_header(path).metadata
-        history = [(int(s), float(f), float(r)) for s, f, r in json.loads(metadata["history"])]
-    except (ModelError, KeyError, ValueError, TypeError) as error:
+        if metadata.get("fingerprint") == fingerprint:
+            history = _history(json.loads(metadata["history"]))
+    except (ModelError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise TrainingError(f"the saved state {path} cannot be read ({error}): delete it to train afresh") from error
     if metadata.get("fingerprint") != fingerprint:
         raise TrainingError(
             f"the saved state {path} belongs to other options or another model: repeat those, or delete it"
         )
+    if most is not None and len(history) > most:
+        raise TrainingError(
+            f"the saved state {path} has taken {len(history)} steps, but the run takes {most}: delete it to "
+            "train afresh"
+        )
+    return history
+
+
+def _history(found: Any) -> list[tuple[int, float, float]]:
+    """(step, forget loss, retain loss) of steps 1, 2, …; raises ValueError or TypeError for anything else."""
+    history = [(step, forget, retain) for step, forget, retain in found]
+    for i, (step, *losses) in enumerate(history, 1):
+        if (
+            type(step) is not int
+            or step != i
+            or not all(type(loss) is float and math.isfinite(loss) for loss in losses)
+        ):
+            raise ValueError(f"entry {i} of its history is not step {i} with two finite losses")
     return history
 
 
 def _load_state(
-    path: Path, optimiser: MaskedOptimiser, fingerprint: str
+    path: Path, optimiser: MaskedOptimiser, settings: TrainingSettings, largest: float
 ) -> tuple[list[tuple[int, float, float]], float]:
-    history = saved_steps(path, fingerprint)
-    optimiser.load_state(dict(tensorfile.tensors(path)))
-    return history, float(tensorfile.read_header(path).metadata["scale"])
+    """The history and loss scale of a saved state, whose tensors the optimiser takes. largest: scale of a fresh run."""
+    history = saved_steps(path, settings.fingerprint, settings.steps)
+    header = tensorfile.read_header(path)
+    scale = _scale(header.metadata.get("scale", ""), largest)
+    if scale is None:
+        raise TrainingError(
+            f"the saved state {path} has a loss scale that is not a power of 2 from 1 to {largest:g}: delete it to "
+            "train afresh"
+        )
+    optimiser.check_state({name: (tensorfile.DTYPES[e.dtype], e.shape) for name, e in header.entries.items()})
+    optimiser.load_state(dict(tensorfile.tensors(path)), len(history))
+    return history, scale
+
+
+def _scale(text: str, largest: float) -> float | None:
+    """The loss scale that halving the largest can lead to; None for any other text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 1.0 <= value <= largest and math.frexp(value)[0] == 0.5 else None

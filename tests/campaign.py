@@ -103,8 +103,7 @@ def main() -> None:
     torch.set_num_threads(1)
     numbers = range(given.cases) if given.case is None else range(given.case, given.case + 1)
     found: Findings = importlib.import_module(given.module).attack(given.folder, numbers)
-    told = {**vars(found), "folder": str(found.folder), "memory": peak_memory()}  # (asdict garbles a Counter)
-    print(json.dumps(told))
+    print(json.dumps({**vars(found), "folder": str(found.folder), "memory": peak_memory()}))
 
 
 if __name__ == "__main__":

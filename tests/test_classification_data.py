@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from salun.classification.data import ImageData, _label, _picture, load_data, presets
+from salun.classification.data import ImageData, load_data, presets
+from salun.classification.hub import _label, _source
 from salun.classification.randomness import generator_of, seed_of
 from salun.classification.splits import Split, make_split, with_forget
 from salun.errors import ConfigError, DataError, SalunError
@@ -168,7 +169,9 @@ def test_a_folder_of_pictures_is_read_whatever_their_pixels(tmp_path: Path) -> N
 
 def test_grey_pictures_stay_grey_and_sizes_can_be_made_equal(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": [grey(10)], "b": [grey(20, size=6)]})
-    with pytest.raises(DataError, match=r"different sizes \(from 4×4 to 6×6\): name one by --image-size"):
+    with pytest.raises(
+        DataError, match=r"different sizes \(4×4 and 6×6, width × height\): choose one with --image-size"
+    ):
         load_data(str(root))
     assert load_data(str(root), image_size=8).images.shape == (2, 1, 8, 8)
 
@@ -188,20 +191,20 @@ def test_folders_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
     grey(1).save(flat / "1.png")
-    with pytest.raises(DataError, match="has no labels: put the pictures of each class into a sub-folder"):
+    with pytest.raises(DataError, match="has no labels: put the images of each class into a sub-folder"):
         load_data(str(flat))
     root = folder_of(tmp_path / "set", {"a": [grey(1)], "b": []})
     with pytest.raises(DataError, match="the class 'b' is empty"):
         load_data(str(root))
     (root / "b" / "x.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"x\.png cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"x\.png cannot be read as an image: unreadable"):
         load_data(str(root))
     Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(root / "b" / "x.tif")
     (root / "b" / "x.png").unlink()
-    with pytest.raises(DataError, match="pixels of 32 bits"):
+    with pytest.raises(DataError, match="of 32 bits a pixel"):
         load_data(str(root))
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(root / "b" / "x.tif")
-    with pytest.raises(DataError, match="floats for pixels"):
+    with pytest.raises(DataError, match="of floats, whose range is not known"):
         load_data(str(root))
 
 
@@ -265,8 +268,9 @@ def test_pictures_that_are_none_and_an_empty_set_are_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize("value", [None, 7, "a.png"])
 def test_a_picture_is_a_picture(value: object) -> None:
     with pytest.raises(DataError, match=r"set, row 7 has .* in the column 'img', where a picture must be"):
-        _picture(value, "set, row 7", "img")
-    assert _picture(grey(3), "set, row 7", "img").tolist() == [[3] * 4] * 4
+        _source(value, "set, row 7", "img")
+    assert _source({"bytes": b"x", "path": None}, "set, row 7", "img") == b"x"
+    assert _source({"bytes": None, "path": "x.png"}, "set, row 7", "img") == Path("x.png")
 
 
 def test_pictures_that_come_along_have_one_size() -> None:

@@ -373,7 +373,7 @@ def test_training_tells_json_alone(tmp_path: Path) -> None:
             [
                 "data: digits",
                 "model: small",
-                "forget: 129 of them by SSD",
+                "forget: random:0.1, 129 of them by SSD",
                 "original: to be trained",
                 "Retrain: to be",
                 "time:",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from salun.cache import Cache
+from salun.mask import Mask
 
 SHORT = ["--steps", "3", "--batch-size", "4", "--forget-latents", "8", "--retain-latents", "8", "--eval-images", "4"]
 
@@ -69,10 +71,13 @@ WRONG = [
     (["erase", "--concept", "circle", "--recipe", "paper"], 2, "the paper says nothing"),
     (["erase", "--concept", "circle", "--output", "model.ckpt"], 2, "end it in .safetensors"),
     (["erase"], 2, "no concept is given"),
-    (["erase", "--resume", "--run-dir", "nowhere"], 2, "no concept is given"),
+    (["erase", "--resume", "--run-dir", "nowhere"], 2, "nowhere holds no run to resume, and no concept is given"),
+    (["erase", "circle"], 2, "To name a concept: --concept circle"),
+    (["erase", "--concept", "nudity"], 2, "No --model is given, so the small demo model is used"),
+    (["delta", "apply", "shapes", "gone.salun.safetensors", "--output", "x"], 1, "gone.salun.safetensors"),
     (["erase", "--config", "nowhere.yaml"], 2, "nowhere.yaml cannot be read"),
     (["mask", "--concept", "circle", "--output", "mask.png"], 2, "end it in .safetensors"),
-    (["eval", "nowhere"], 1, "is no run folder"),
+    (["eval", "nowhere"], 1, "nowhere is not a run folder (there is no run.json in it)"),
     (["inspect", "nowhere.safetensors"], 1, "there is no nowhere.safetensors"),
 ]
 
@@ -199,6 +204,7 @@ def test_a_second_run_does_not_overwrite_the_first(erased: tuple[Path, subproces
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_stops_within_a_step_with_130(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "salun", "erase", "--concept", "circle", "--run-dir", "run"]
+    command += ["--output", "out.salun.safetensors", "--force"]  # which only the command line may allow
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
@@ -209,10 +215,59 @@ def test_ctrl_c_stops_within_a_step_with_130(tmp_path: Path) -> None:
         began = time.monotonic()
         _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "salun erase --resume --run-dir run" in rest
+    assert "salun erase --resume --run-dir run --output out.salun.safetensors --force" in rest
     assert time.monotonic() - began < 30  # a sampling batch of 64 on a busy machine
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "cancelled"
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("seconds", "times"), [(0.15, 1), (0.6, 1), (2.0, 1), (1.0, 3), (3.0, 3)])
+def test_ctrl_c_ends_with_130_and_one_line_at_any_moment(seconds: float, times: int, tmp_path: Path) -> None:
+    """During imports, while the model is loaded, and while another Ctrl-C is at work."""
+    command = [sys.executable, "-m", "salun", "erase", "--concept", "circle", "--run-dir", "run", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        for i in range(times):
+            time.sleep(seconds if not i else 0.05)
+            process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, len(told.splitlines())) == (130, 1), told
+    assert told.startswith("salun: stopped")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell")
+def test_a_command_works_with_closed_standard_streams(tmp_path: Path) -> None:
+    """The first file that is opened would take their numbers, and a library's warning would land in it."""
+    options = shlex.join(["--concept", "circle", "--output", "m.safetensors", "--mask", "random"])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    for closed in ("2>&-", "0<&- 1>&- 2>&-"):
+        command = f"{shlex.quote(sys.executable)} -m salun mask {options} --force {closed}"
+        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, check=False)
+        assert done.returncode == 0, closed
+        (tmp_path / "m.safetensors").unlink()
+
+
+def test_json_holds_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    """Names in a file may be a stranger's: a terminal obeys C1 controls, and U+202E turns what follows it around."""
+    concept = "a\u202eb\x9b31mc\u2066"
+    mask = Mask.from_dense({"conv_in.weight": torch.ones(2, 3, dtype=torch.bool)})
+    Mask(mask.bits, mask.shapes, {"concept": concept}).save(tmp_path / "m.safetensors")
+    done = salun("inspect", "m.safetensors", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(c.isprintable() for c in done.stdout.rstrip("\n"))
+    assert json.loads(done.stdout)["concept"] == concept
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (41, "41 s"), (100, "2 min"), (3_599, "1 hour"), (12_000, "3 hours 20 min"), (86_400, "1 day"),
+     (187_200, "2 days 4 hours"), (604_700, "7 days")],
+)  # fmt: skip
+def test_times_are_told_in_words(seconds: float, text: str) -> None:
+    from cli.output import duration
+
+    assert duration(seconds) == text
 
 
 def test_a_run_json_repeats_the_run(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -223,10 +278,43 @@ def test_a_run_json_repeats_the_run(erased: tuple[Path, subprocess.CompletedProc
         assert (folder / "again" / name).read_bytes() == (folder / "run" / name).read_bytes()
 
 
-def test_a_finished_run_is_not_begun_anew_by_resume(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_resume_of_a_finished_run_says_so(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = erased
-    done = salun("erase", "--concept", "circle", "--run-dir", "run", "--resume", *SHORT, cwd=folder)
-    assert (done.returncode, "holds a finished run" in done.stderr) == (2, True)
+    before = (folder / "run" / "run.json").read_bytes()
+    done = salun("erase", "--concept", "circle", "--run-dir", "run", "--resume", "--steps", "3", cwd=folder)
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        ["the run in run is finished", f"report: {Path('run', 'report.html')}"],
+    ), done.stderr
+    other = salun("erase", "--run-dir", "run", "--resume", "--steps", "4", cwd=folder)
+    assert (other.returncode, "finished run with steps 3, not 4" in other.stderr) == (2, True)
+    assert (folder / "run" / "run.json").read_bytes() == before
+
+
+def foreign_run(folder: Path, **options: object) -> Path:
+    """The folder of an unfinished run that somebody else made."""
+    (folder / "run").mkdir()
+    record = {"schema": 1, "status": "cancelled", "options": {"model": "shapes", "concept": ["circle"], **options}}
+    (folder / "run" / "run.json").write_text(json.dumps({**record, "force": True}), encoding="utf-8")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_resume_writes_outside_the_run_folder_only_what_the_command_line_names(there: bool, tmp_path: Path) -> None:
+    target = tmp_path / "precious.safetensors"
+    if there:
+        target.write_bytes(b"the user's")
+    foreign_run(tmp_path, output=[str(target)])
+    done = salun("erase", "--resume", "--run-dir", "run", cwd=tmp_path)
+    assert (done.returncode, f"--output {target}" in done.stderr) == (2, True), done.stderr
+    assert (target.read_bytes() if there else target.exists()) == (b"the user's" if there else False)
+
+
+def test_resume_reads_a_pickle_only_where_the_command_line_allows_it(tmp_path: Path) -> None:
+    (tmp_path / "m.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
+    foreign_run(tmp_path, model=str(tmp_path / "m.ckpt"), allow_pickle=True)
+    done = salun("erase", "--resume", "--run-dir", "run", cwd=tmp_path)
+    assert (done.returncode, "--allow-pickle" in done.stderr) == (1, True), done.stderr
 
 
 def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
@@ -252,6 +340,7 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"]
     shown = salun("erase", "--config", "job.yaml", "--batch-size", "3", "--dry-run", cwd=tmp_path).stdout
     assert re.search(r"--steps +7 +job.yaml", shown)
+    assert not re.search(r"None|\[\]", shown)
 
 
 def test_the_cache_is_shown_and_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -477,6 +477,18 @@ def test_an_erasure_moves_only_the_mask_and_leaves_the_model_as_it_was(host: Any
         assert torch.equal(p, before[name]) and p.grad is None
 
 
+def test_golden_delta_of_the_erase_node(host: Any) -> None:
+    """The same inputs give the same bytes; `tools/golden.py` keeps the file to compare revisions."""
+    kept = []
+    for _ in range(2):
+        forget_all(host)
+        _, delta, _, _ = erased(Patcher())
+        path = Path(os.environ.get("SALUN_GOLDEN", host.root)) / f"{len(kept)}.safetensors"
+        delta.save(path)
+        kept.append(path.read_bytes())
+    assert kept[0] == kept[1]
+
+
 def saliency_mask(model: Any, of: Any = None, **shared: Any) -> tuple[Mask, str]:
     parts = {"clip": Clip(), "concept": of or concept(), "options": options(**shared)}
     made: tuple[Mask, str] = call("SalUnSaliencyMask", model=model, **parts, batch_size=1, density=0.2)

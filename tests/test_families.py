@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import salun
 from salun.diffusion.finding import ASSETS
-from salun.diffusion.models import alphas_cumprod
+from salun.diffusion.schedule import alphas_cumprod, check_schedule
 from salun.errors import ModelError
+from salun.inspection import inspect
 
 from .conftest import SHORT
 
@@ -118,9 +120,77 @@ def test_noise_schedules_are_diffusers_own(schedule: str, zero_snr: bool) -> Non
     torch.testing.assert_close(ours, theirs.alphas_cumprod, atol=1e-6, rtol=1e-3)
 
 
-def test_an_unknown_noise_schedule_is_refused() -> None:
-    with pytest.raises(ModelError, match="squaredcos"):
-        alphas_cumprod({"beta_schedule": "squaredcos_cap_v2"}, "a model")
+BETAS = [0.001 + 0.03 * i / 999 for i in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config"),
+    [
+        ("DDIMScheduler", {"trained_betas": BETAS}),
+        ("DPMSolverMultistepScheduler", {"trained_betas": BETAS, "beta_schedule": "squaredcos_cap_v2"}),
+        ("EulerDiscreteScheduler", {"trained_betas": BETAS[:500], "num_train_timesteps": 500}),
+        ("LCMScheduler", {}),  # these three have defaults of their own
+        ("TCDScheduler", {"num_train_timesteps": 100}),
+        ("HeunDiscreteScheduler", {}),
+        ("PNDMScheduler", {"beta_end": 0.012}),
+        ("DDPMScheduler", {"beta_schedule": "scaled_linear"}),
+    ],
+)
+def test_noise_schedule_is_that_of_the_named_scheduler(scheduler: str, config: dict[str, object]) -> None:
+    """In training and in sampling, with every field that defines it, and its own defaults where a field is absent."""
+    import diffusers
+
+    from salun.diffusion.sampler import _scheduler
+
+    theirs = getattr(diffusers, scheduler)(**config).alphas_cumprod
+    told = {"_class_name": scheduler, **config}
+    torch.testing.assert_close(alphas_cumprod(told, "a model"), theirs, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(_scheduler(told).alphas_cumprod, theirs, atol=1e-6, rtol=1e-4)
+
+
+UNKNOWN_SCHEDULES: list[tuple[dict[str, object], str]] = [
+    ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
+    ({"beta_schedule": ["linear"]}, "noise schedule"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
+    ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0}, "EDMDPMSolverMultistepScheduler"),
+    ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type 'continuous'"),
+    ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
+    ({"trained_betas": BETAS[:7]}, "7 trained_betas for 1000 num_train_timesteps"),
+    ({"trained_betas": []}, "0 trained_betas"),
+    ({"trained_betas": "0.1"}, "no list of numbers"),
+    ({"trained_betas": [*BETAS[:-1], 2.0]}, "number 1000 is 2.0"),
+    ({"trained_betas": [*BETAS[:-1], float("nan")]}, "number 1000 is nan"),
+    ({"trained_betas": [None] * 1000}, "number 1 is None"),
+    ({"num_train_timesteps": 10**9}, "num_train_timesteps"),
+    ({"num_train_timesteps": 1}, "num_train_timesteps"),
+    ({"num_train_timesteps": "1000"}, "num_train_timesteps"),
+    ({"beta_start": "0.1"}, "beta_start"),
+    ({"beta_end": float("nan")}, "beta_end"),
+    ({"prediction_type": "flow_prediction"}, "predicts 'flow_prediction'"),
+    ({"prediction_type": "sample"}, "predicts 'sample'"),
+]
+
+
+@pytest.mark.parametrize(("config", "told"), UNKNOWN_SCHEDULES)
+def test_unknown_noise_schedule_is_refused(config: dict[str, object], told: str, tmp_path: Path) -> None:
+    """By inspect too, which must not say that such a model can be erased from."""
+    with pytest.raises(ModelError, match=told):
+        check_schedule({"_class_name": "DDIMScheduler", **config}, "a model")
+    shutil.copytree(ASSETS / "shapes", tmp_path / "model")
+    place = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    place.write_text(json.dumps({"_class_name": "DDIMScheduler", **config}), encoding="utf-8")
+    assert told in inspect(str(tmp_path / "model"))["verdict"]
+    with pytest.raises(ModelError, match=told):
+        salun.load(str(tmp_path / "model"), device="cpu")
+
+
+def test_sampler_facts_hold_nothing_that_varies_between_processes() -> None:
+    """Samples are kept under a key of them. (diffusers keeps a set's order in a private entry of its configs.)"""
+    from salun.diffusion.sampler import facts
+
+    told = facts({"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"})["sampler"]
+    assert told["beta_schedule"] == "'scaled_linear'"
+    assert not [name for name in told if name.startswith("_")]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # each layer may import itself and the layers before it
 LAYERS = [
-    {"salun.errors", "salun.progress", "salun.untrusted"},
-    {"salun.options", "salun.device", "salun.processes", "salun.threshold"},
-    {"salun.formats.tensorfile", "salun.formats.keymap", "salun.config"},
+    {"salun.errors", "salun.progress", "salun.display", "salun.untrusted"},
+    {"salun.options", "salun.device", "salun.processes", "salun.threshold", "salun.images"},
+    {"salun.formats.signature"},
+    {"salun.formats.tensorfile", "salun.formats.keymap", "salun.config", "salun.run_reading"},
     {"salun.formats.hashing", "salun.formats.stored", "salun.formats.folder", "salun.formats.checkpoint"}
     | {"salun.formats.families", "salun.formats.stock", "salun.formats.sizes"}
     | {"salun.formats.change", "salun.formats.applied", "salun.mask", "salun.run_record", "salun.cache"},

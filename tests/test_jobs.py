@@ -185,16 +185,20 @@ def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_pa
     closing.join()
     # as a crash leaves it
     (queue.folder / job.id / "job.json").write_text(json.dumps({**kept, "state": "running"}), encoding="utf-8")
-    strange = {"broken": "{", "older": '{"job": 1}', "moved": json.dumps(kept)}
+    strange = {"broken": "{", "older": '{"job": 1}', "moved": json.dumps(kept), "deep": "[" * 100_000}
     wrongs: list[dict[str, Any]] = [
         {"request": {"options": None}}, {"request": {"options": {"run_dir": 7}}}, {"request": None},
-        {"created": "now"}, {"losses": None}, {"previews": [1]}, {"result": "x"},
+        {"created": "now"}, {"losses": None}, {"previews": [1]}, {"result": "x"}, {"error": 1}, {"step": None},
+        {"fraction": "x"}, {"left": [1]}, {"resumable": "yes"}, {"request": {"model": 5}}, {"created": True},
+        {"title": "a\0b"},
     ]  # fmt: skip
     for n, wrong in enumerate(wrongs):
         strange[f"wrong-{n}"] = json.dumps({**kept, "id": f"wrong-{n}", "state": "running", **wrong})
     for name, text in strange.items():
         (queue.folder / name).mkdir()
         (queue.folder / name / "job.json").write_text(text, encoding="utf-8")
+    os.mkfifo(queue.folder / "older" / "fifo")  # which nobody writes to
+    (queue.folder / "older" / "fifo").replace(queue.folder / "older" / "job.json")
     found = make().all()
     assert [(one.id, one.state, one.error) for one in found] == [
         (job.id, "cancelled", "the program was closed before the job was over")

@@ -170,7 +170,7 @@ def entry(**changes: Any) -> Damage:
 
 ONE = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
 UNSOUND: dict[str, tuple[Damage, str]] = {
-    "of no bytes": (lambda content: b"", "in a file of 0"),
+    "of no bytes": (lambda content: b"", "it is empty"),
     "of seven bytes": (lambda content: content[:7], "in a file of 7"),
     "of a length alone": (lambda content: content[:8], "in a file of 8"),
     "with a truncated header": (lambda content: content[:300], "in a file of 300"),
@@ -215,11 +215,12 @@ UNSOUND: dict[str, tuple[Damage, str]] = {
         "\\x1b[31m \\u202e is of the unknown dtype",
     ),
     "with a name of a megabyte": (lambda content: packed({"x" * 2**20: {**ONE, "dtype": "X"}}, b"\0"), "xxx… is of"),
-    "that is a web page": (lambda content: b"<!DOCTYPE html><html><head><title>Not found</title>" * 9, "a header of"),
+    "that is a web page": (lambda content: b"<!DOCTYPE html><html><head><title>Not found</title>" * 9, "an HTML page"),
     "that is a pointer of git-lfs": (
         lambda content: b"version https://git-lfs.github.com/spec/v1\noid x",
-        "a header of",
+        "it is a Git LFS pointer; fetch the file that it stands for",
     ),
+    "of zero bytes": (lambda content: bytes(len(content)), "filled with zero bytes"),
 }
 
 

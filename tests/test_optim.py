@@ -207,7 +207,7 @@ def test_a_state_taken_up_goes_on_as_if_never_stopped(little: nn.Module, maker: 
     def some(steps: range, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
         with MaskedOptimiser(dict(other.named_parameters()), mask, MAKERS[maker], mode) as optimiser:
             if state is not None:
-                optimiser.load_state(state)
+                optimiser.load_state(state, 5)
             for step in steps:
                 optimiser.backward(loss_of(other, step))
                 if mode == "pack":
@@ -224,9 +224,9 @@ def test_a_state_taken_up_goes_on_as_if_never_stopped(little: nn.Module, maker: 
 def test_a_state_of_another_run_is_refused(little: nn.Module) -> None:
     with MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimiser:
         with pytest.raises(TrainingError, match="belongs to another run"):
-            optimiser.load_state({"0.weight/master": torch.zeros(1)})
+            optimiser.load_state({"0.weight/master": torch.zeros(1)}, 5)
         with pytest.raises(TrainingError, match="does not train"):
-            optimiser.load_state({"other/master": torch.zeros(1)})
+            optimiser.load_state({"other/master": torch.zeros(1)}, 5)
 
 
 def test_a_mask_that_fits_not_or_selects_nothing_is_refused(little: nn.Module) -> None:

@@ -15,7 +15,9 @@ import salun
 from salun.cache import Cache, size_of
 from salun.diffusion.models import Model
 from salun.errors import Cancelled, ConfigError
+from salun.mask import Mask
 from salun.progress import Event
+from salun.run_record import RunRecord
 
 from . import conftest
 
@@ -100,6 +102,62 @@ def test_a_folder_belongs_to_one_run(shapes: Model, whole: Path, tmp_path: Path)
         salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, **{**SHORT, "steps": 5})
     with pytest.raises(ConfigError, match="--run-dir"):
         salun.erase(shapes, "circle", resume=True, **SHORT)
+
+
+def test_a_run_resumes_with_its_model_and_images_at_another_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What identifies them is their content: a path may be relative, and a disk may move."""
+    (tmp_path / "a").mkdir()
+    shutil.copytree(Path(salun.__file__).parent / "assets" / "shapes", tmp_path / "a" / "shapes")
+    options: dict[str, Any] = {**SHORT, "eval_images": 0, "cache": Cache(tmp_path / "cache")}
+    salun.erase(str(tmp_path / "a" / "shapes"), "circle", run_dir=tmp_path / "whole", **options)
+    with pytest.raises(Cancelled):
+        salun.erase(
+            str(tmp_path / "a" / "shapes"), "circle", run_dir=tmp_path / "run", progress=stopping_at("training", 3),
+            **options,
+        )  # fmt: skip
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    run = salun.erase("./shapes", "circle", run_dir=tmp_path / "run", resume=True, **options)
+    assert run.record.data["resumed"] == 1
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_a_fingerprint_has_hashes_in_place_of_paths() -> None:
+    def fingerprint(model: str, mask: str, **hashes: str) -> str:
+        facts = {name.removesuffix("_hash"): value for name, value in hashes.items()}
+        return RunRecord(None, "", {"model": model, "mask": mask}, 0, "cpu", facts).fingerprint
+
+    assert fingerprint("a.safetensors", "full", model_hash="12") == fingerprint("/b/a.ckpt", "full", model_hash="12")
+    assert fingerprint("a.safetensors", "full", model_hash="12") != fingerprint("a.safetensors", "full", model_hash="3")
+    assert fingerprint("a", "random", mask_hash="") != fingerprint("a", "full", mask_hash=""), "no path, no hash"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("name", ["log.txt", "state", ".lock", "run.json"])
+def test_a_run_is_not_written_through_a_link_in_its_folder(name: str, shapes: Model, tmp_path: Path) -> None:
+    """A folder that somebody else made may have a link in it, to a file or folder of the user's."""
+    other = tmp_path / "other"
+    if name == "state":
+        other.mkdir()
+    else:
+        other.write_text("{}", encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(other)
+    with pytest.raises(ConfigError, match="run"):
+        salun.erase(shapes, "circle", run_dir=tmp_path / "run", resume=True, **SHORT)
+    assert not list(other.iterdir()) if name == "state" else other.read_text(encoding="utf-8") == "{}"
+
+
+@pytest.mark.parametrize("told", ["", "7", "{}", '{"warnings": 1, "mode": "saliency"}', "[" * 5_000])
+def test_a_saved_mask_with_other_notes_is_found_anew(told: str, shapes: Model, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Cancelled):
+        salun.erase(shapes, "circle", run_dir=tmp_path, progress=stopping_at("frozen targets", 1), **SHORT)
+    saved = Mask.load(tmp_path / "state" / "mask.safetensors")
+    Mask(saved.bits, saved.shapes, {**saved.metadata, "told": told}).save(tmp_path / "state" / "mask.safetensors")
+    salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, **SHORT)
+    assert contents(tmp_path) == contents(whole)
 
 
 def test_two_runs_do_not_share_a_folder(shapes: Model, tmp_path: Path) -> None:

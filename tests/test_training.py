@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from salun.errors import Cancelled, TrainingError
+from salun.formats import tensorfile
 from salun.mask import Mask
 from salun.progress import Event, silent
 from salun.training import Trained, TrainingSettings, fine_tune, step_generator
@@ -22,7 +23,7 @@ SETTINGS = TrainingSettings(steps=9, lr=1e-2, retain_weight=0.5, fingerprint="th
 def losses(module: nn.Module) -> Callable[[int], tuple[Tensor, Tensor]]:
     def of_step(step: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(8, 6, generator=step_generator(3, step))
-        y = module(x)
+        y = module(x.to(next(module.parameters()).dtype)).float()
         return F.mse_loss(y, torch.ones_like(y)), F.mse_loss(y, torch.zeros_like(y))
 
     return of_step
@@ -61,6 +62,18 @@ def test_the_rate_can_fall_to_zero_at_the_end(little: nn.Module) -> None:
     run(little, constant, progress=watch)
     moves = [float((b - a).abs().max()) for a, b in itertools.pairwise(places)]
     assert moves[-1] < 0.4 * max(moves[:4])  # the last of five falling steps has a fifth of the rate
+
+
+def stopped_state(module: nn.Module, folder: Path, step: int = 4) -> Path:
+    """The state of a run that was stopped after a step."""
+
+    def stop(event: Event) -> None:
+        if event.step == step:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(module, progress=stop, state_path=folder / "state.safetensors")
+    return folder / "state.safetensors"
 
 
 @pytest.mark.parametrize("soft", [None, 0.3])
@@ -110,6 +123,89 @@ def test_a_state_of_other_options_is_refused(little: nn.Module, tmp_path: Path) 
     state.write_bytes(b"half a file")
     with pytest.raises(TrainingError, match="cannot be read"):
         run(little, state_path=state, resume=True)
+
+
+def first(entry: str, change: Callable[[Tensor], Tensor | None]) -> Callable[[dict[str, Tensor]], None]:
+    """Puts another tensor in the place of the first parameter's, or none."""
+
+    def apply(tensors: dict[str, Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith(f"/{entry}"))
+        other = change(tensors.pop(name))
+        if other is not None:
+            tensors[name] = other
+
+    return apply
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        first("exp_avg", lambda t: t[:1].clone()),
+        first("exp_avg", lambda t: torch.zeros(len(t) + 1000)),
+        first("exp_avg_sq", lambda t: torch.zeros(0)),
+        first("exp_avg", lambda t: t.double()),
+        first("exp_avg", lambda t: None),
+        first("exp_avg", lambda t: torch.full_like(t, float("nan"))),
+        first("exp_avg_sq", lambda t: -torch.ones_like(t)),
+        first("step", lambda t: torch.tensor(0.0)),
+        first("step", lambda t: torch.tensor(float("nan"))),
+        first("step", lambda t: torch.ones(3)),
+        first("master", lambda t: torch.full_like(t, float("inf"))),
+        first("master", lambda t: None),
+        lambda tensors: tensors.update({"0.weight/more": torch.zeros(3)}),
+        lambda tensors: tensors.update({"more/master": torch.zeros(3)}),
+    ],
+    ids=[
+        "shorter",
+        "longer",
+        "empty",
+        "double",
+        "missing",
+        "nan",
+        "negative",
+        "step-0",
+        "step-nan",
+        "steps",
+        "inf",
+        "no-master",
+        "more",
+        "other",
+    ],
+)
+def test_a_state_with_other_tensors_is_rejected_before_any_use(
+    tamper: Callable[[dict[str, Tensor]], None], dtype: torch.dtype, little: nn.Module, tmp_path: Path
+) -> None:
+    """A fused Adam writes moments of any size as if they were the master's: the process would abort."""
+    path = stopped_state(little.to(dtype), tmp_path)
+    tensors, metadata = dict(tensorfile.tensors(path)), tensorfile.read_header(path).metadata
+    tamper(tensors)
+    tensorfile.write(path, tensors, metadata)
+    before = {name: p.detach().clone() for name, p in little.named_parameters()}
+    with pytest.raises(TrainingError, match="saved state"):
+        run(little, state_path=path, resume=True)
+    assert all(torch.equal(p, before[name]) for name, p in little.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        *({"scale": text} for text in ("nan", "0", "inf", "-1", "3", "131072", "0.5", "x", "")),
+        *({"history": text} for text in ("[[1, NaN, 0.0]]", "[[2, 0.0, 0.0]]", "[[1, 0.0, 0.0], [1, 0.0, 0.0]]", "7")),
+        *({"history": text} for text in ('[["1", 0.0, 0.0]]', "[[true, 0.0, 0.0]]", "[" * 9_000, "[[1, 0.0]]", "{}x")),
+        {"history": str([[i, 0.0, 0.0] for i in range(1, 11)])},
+    ],
+    ids=lambda m: str(m)[:40],
+)
+def test_a_state_with_another_scale_or_history_is_rejected(
+    metadata: dict[str, str], little: nn.Module, tmp_path: Path
+) -> None:
+    """A scale of NaN would train for ever."""
+    path = stopped_state(little.half(), tmp_path)
+    kept = tensorfile.read_header(path).metadata
+    tensorfile.write(path, dict(tensorfile.tensors(path)), {**kept, **metadata})
+    with pytest.raises(TrainingError, match=r"saved state.*(cannot be read|scale|has taken 10 steps)"):
+        run(little, state_path=path, resume=True)
 
 
 @pytest.mark.parametrize("soft", [None, 0.5])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +39,9 @@ def salun(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "salun")
         (["--host", "my-machine"], "can be reached from other machines"),
         (["--auth", "ann"], "--auth needs a name and a password"),
         (["--auth", ":secret"], "--auth needs a name and a password"),
+        (["--auth", "ann:"], "--auth needs a name and a password"),
+        (["--auth", "ann: "], "--auth needs a name and a password"),
+        (["--auth", ""], "--auth needs a name and a password"),
         (["--port", "70000"], "65535"),
     ],
     ids=str,
@@ -42,15 +52,22 @@ def test_an_open_door_is_refused(arguments: list[str], message: str, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_an_empty_password_in_the_environment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `SALUN_AUTH=$PASSWORD` leaves it where there is no such variable."""
+    monkeypatch.setenv("SALUN_AUTH", "")
+    done = salun(cwd=tmp_path)
+    assert (done.returncode, "SALUN_AUTH needs a name and a password" in done.stderr) == (2, True), done.stderr
+
+
 def test_without_gradio_the_extra_is_named(tmp_path: Path) -> None:
     done = salun(cwd=tmp_path, program=("-c", NO_GRADIO))
     assert done.returncode == 1
     assert done.stderr.strip() == "salun: the page needs gradio, an extra: pip install 'salun[ui]'"
 
 
-def test_without_a_password_nothing_is_answered_under_a_name_or_for_another_site(tmp_path: Path) -> None:
-    """Gradio's own routes begin jobs too. A domain can be made to lead to this machine (DNS rebinding), and a page of
-    another site can send what it needs no leave for."""
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Makes a client of the whole application, with a login or none, under an address."""
     pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
     client = pytest.importorskip("starlette.testclient").TestClient
     from extension.host import Alone
@@ -58,25 +75,162 @@ def test_without_a_password_nothing_is_answered_under_a_name_or_for_another_site
     from extension.standalone import application
 
     service = Service(Alone(tmp_path))
+    yield lambda login, address: client(application(service, login), base_url=address)
+    service.queue.close()
+
+
+def test_without_a_password_nothing_is_answered_under_a_name_or_for_another_site(page: Callable[..., Any]) -> None:
+    """Gradio's own routes begin jobs too. A domain can be made to lead to this machine (DNS rebinding), and a page of
+    another site can send what it needs no leave for."""
+    for name in ("evil.example", "my-machine"):
+        calling = page(None, f"http://{name}:7870")
+        for path in ("/", "/config", "/gradio_api/info", "/salun/v1/status", "/salun/v1/page.js"):
+            answer = calling.get(path)
+            assert (answer.status_code, "--auth NAME:PASSWORD" in answer.text) == (403, True), path
+    calling = page(None, "http://127.0.0.1:7870")
+    assert [calling.get(path).status_code for path in ("/", "/config", "/salun/v1/status")] == [200, 200, 200]
+    assert calling.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link
+    framed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}
+    assert calling.get("/", headers=framed).status_code == 403
+    assert calling.get("/", headers={"X-Forwarded-Host": "evil.example"}).status_code == 403
+    sent = {"content": '{"data": []}', "headers": {"Origin": "http://evil.example", "Content-Type": "text/plain"}}
+    for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/salun/v1/start"):
+        answer = calling.post(path, **sent)
+        assert (answer.status_code, answer.json()["error"]) == (403, "requests from other sites are refused"), path
+
+
+HOSTS_THAT_ARE_NONE = [
+    "127.0.0.1:17870.evil.example", "127.0.0.1:70000", "127.0.0.1:0", "127.0.0.1:", "ann@127.0.0.1:7870", "localhost.",
+    "127.0.0.1.:7870", "[127.0.0.1]:7870", "[::1", "::1", "127.0.0.1/..", "127.0.0.1:7870, evil.example", "0x7f.1",
+    "2130706433", "127.1", "[::1%25eth0]", "１２７.0.0.1", "localhost\t", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", HOSTS_THAT_ARE_NONE, ids=ascii)
+def test_a_host_header_that_is_no_address_is_refused(host: str) -> None:
+    from extension.access import Refused, check_address, check_origin
+
+    headers = {"host": host, "origin": f"http://{host}"}
+    with pytest.raises(Refused) as refused:
+        check_origin(headers)
+        check_address(headers)
+    assert refused.value.status in (400, 403)
+
+
+@pytest.mark.parametrize("login", [None, ("ann", "secret")], ids=["open", "login"])
+def test_no_foreign_origin_is_answered_or_told_that_it_may_read(page: Callable[..., Any], login: Any) -> None:
+    """Gradio itself echoes any origin, together with leave to send cookies."""
+    disconnect = pytest.importorskip("starlette.websockets").WebSocketDisconnect
+    calling = page(login, "http://127.0.0.1:7870")
+    if login is not None:
+        calling.post("/login", data={"username": "ann", "password": "secret"})
+    for origin in ("http://127.0.0.1:9999", "https://evil.example", "null", "http://127.0.0.1:7870@evil.example"):
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        for method, path in (("GET", "/config"), ("GET", "/"), ("POST", "/gradio_api/queue/join"),
+                             ("OPTIONS", "/gradio_api/queue/join"), ("POST", "/login"), ("GET", "/gradio_api/info"),
+                             ("GET", "/gradio_api/queue/data"), ("GET", "/salun/v1/status")):  # fmt: skip
+            answer = calling.request(method, path, headers=headers)
+            assert answer.status_code == 403, (method, path)
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+        with pytest.raises(disconnect), calling.websocket_connect("/gradio_api/queue/join", headers=headers):
+            pass
+    own = calling.get("/config", headers={"Origin": "http://127.0.0.1:7870"})
+    assert (own.status_code, [name for name in own.headers if name.startswith("access-control")]) == (200, [])
+    assert calling.get("/config", headers={"Sec-Fetch-Site": "same-site"}).status_code == 403
+    for path in ("/", "/salun/v1/status", "/salun/v1/page.js", "/nowhere"):
+        headers = calling.get(path).headers
+        assert (headers["x-frame-options"], headers["cross-origin-resource-policy"]) == ("DENY", "same-origin")
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+
+
+def test_the_pages_token_opens_the_api_together_with_the_login_alone(page: Callable[..., Any]) -> None:
+    calling = page(("ann", "secret"), "https://my-machine")
+    assert [calling.get(path).status_code for path in ("/", "/config", "/gradio_api/heartbeat/x")] == [200, 401, 401]
+    answer = calling.post("/login", data={"username": "ann", "password": "secret"})
+    for cookie in answer.headers.get_list("set-cookie"):
+        assert ("samesite=none" in cookie.lower(), cookie.endswith("SameSite=Strict")) == (False, True)
+        assert "; Secure" in cookie  # the address begins with https
+    token = re.search('data-token=\\\\?"([^"\\\\]+)', calling.get("/config").text)
+    assert token is not None
+    headers = {"X-Salun-Token": token[1]}
+    assert calling.get("/salun/v1/status", headers=headers).status_code == 200
+    assert (
+        calling.get("/salun/v1/status").status_code == 401
+    )  # the cookie alone is no leave: other sites cause requests
+    kept = dict(calling.cookies)
+    calling.cookies.clear()
+    assert calling.get("/salun/v1/status", headers=headers).status_code == 401
+    for name, value in kept.items():
+        calling.cookies.set(name, value)
+    assert calling.get("/salun/v1/status", headers=headers).status_code == 200
+    calling.get("/logout", follow_redirects=False)
+    for name, value in kept.items():  # as somebody would who has copied them
+        calling.cookies.set(name, value)
+    assert calling.get("/salun/v1/status", headers=headers).status_code == 401
+    assert calling.get("/config").status_code == 401
+
+
+def test_a_body_is_bounded_before_anybody_reads_it(page: Callable[..., Any]) -> None:
+    """Gradio takes 300 MB of JSON into memory, and asks for the password then."""
+    calling = page(("ann", "secret"), "http://127.0.0.1:7870")
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(100):
+            sent += 100_000
+            yield bytes(100_000)
+
+    kind = {"Content-Type": "application/json"}
+    assert calling.post("/gradio_api/run/predict", content=bytes(100), headers=kind).status_code == 401
+    assert calling.post("/login", content=bytes(20_000)).status_code == 413
+    assert calling.post("/salun/v1/start", content=endless(), headers=kind).status_code == 413
+    calling.post("/login", data={"username": "ann", "password": "secret"})
+    for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/gradio_api/upload"):
+        assert calling.post(path, content=bytes(1_000_001), headers=kind).status_code == 413
+        assert calling.post(path, content=endless(), headers=kind).status_code == 413
+
+
+def test_a_body_that_is_not_sent_is_not_waited_for() -> None:
+    from extension.access import Refused
+    from extension.body import read_body
+
+    async def silent() -> Any:
+        await asyncio.sleep(60)
+
+    with pytest.raises(Refused, match=r"was not there after 0\.05 s") as refused:
+        asyncio.run(read_body(silent, {"content-length": "5"}, 10, seconds=0.05))
+    assert refused.value.status == 408
+
+
+def test_a_request_that_is_never_sent_in_full_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a head, half of one, and half of the second on the same connection."""
+    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (it comes with the extra `ui`)")
+    from extension import connections
+
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    made = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(answer, log_level="error", http=connections.Connection, ws="none", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [made]}, daemon=True)
+    thread.start()
+    whole, half = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost"
     try:
-        app = application(service, None)
-        for name in ("evil.example", "my-machine"):
-            calling = client(app, base_url=f"http://{name}:7870")
-            for path in ("/", "/config", "/gradio_api/info", "/salun/v1/status", "/salun/v1/page.js"):
-                answer = calling.get(path)
-                assert (answer.status_code, "--auth NAME:PASSWORD" in answer.text) == (403, True), path
-        calling = client(app, base_url="http://127.0.0.1:7870")
-        assert [calling.get(path).status_code for path in ("/", "/config", "/salun/v1/status")] == [200, 200, 200]
-        assert calling.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link
-        sent = {"content": '{"data": []}', "headers": {"Origin": "http://evil.example", "Content-Type": "text/plain"}}
-        for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/salun/v1/start"):
-            answer = calling.post(path, **sent)
-            assert (answer.status_code, answer.text) == (403, "requests from other sites are refused"), path
-        guarded = client(application(service, ("ann", "secret")), base_url="http://my-machine:7870")
-        assert guarded.get("/").status_code == 200  # the page that asks for the password
-        assert guarded.get("/config").status_code == 401
+        for sent, answered in ((b"", False), (half, False), (whole + half, True)):
+            with socket.create_connection(made.getsockname()[:2], timeout=10) as calling:
+                calling.sendall(sent)
+                began, received = time.monotonic(), b""
+                while part := calling.recv(4096):
+                    received += part
+                assert (received.endswith(b"ok"), time.monotonic() - began < 4) == (answered, True), sent
     finally:
-        service.queue.close()
+        server.should_exit = True
+        thread.join(10)
 
 
 @pytest.mark.slow

@@ -322,3 +322,75 @@ def test_a_narrow_dark_window_and_the_keyboard_do(page: Any, server: tuple[str, 
     page.keyboard.press("Enter")
     removed.wait_for(state="detached")
     assert page.problems == []
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a page with a password."""
+    folder = tmp_path_factory.mktemp("guarded")
+    command = [sys.executable, "-m", "salun", "ui", "--port", "0", "--data", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SALUN_AUTH": "ann:secret"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split(" ")[0]
+        process.terminate()
+        process.wait(30)
+
+
+FOREIGN = """async ([address, token]) => {
+  const read = async (path, options) => {
+    try { return (await (await fetch(address + path, options)).text()).slice(0, 200); } catch { return "not read"; }
+  };
+  const headers = { "Content-Type": "application/json", "X-Salun-Token": token };
+  const body = JSON.stringify({ kind: "mask", options: { concept: ["circle"], model: "shapes" } });
+  const cookies = { credentials: "include" };
+  const read_by = [await read("config", cookies), await read("", cookies), await read("salun/v1/status", cookies)];
+  const started = [
+    await read("salun/v1/start", { ...cookies, method: "POST", headers, body }),
+    await read("salun/v1/start", { ...cookies, method: "POST", mode: "no-cors", body }),
+    await read("gradio_api/queue/join", { ...cookies, method: "POST", headers, body: "{}" }),
+  ];
+  const frame = document.createElement("iframe");
+  frame.src = address;
+  document.body.append(frame);
+  await new Promise((resolve) => frame.addEventListener("load", resolve));
+  const image = new Image();
+  const shown = new Promise((resolve) => { image.onload = () => resolve(true); image.onerror = () => resolve(false); });
+  image.src = address + "favicon.ico";
+  return { read_by, started, shown: await shown };
+}"""
+
+
+def test_a_page_at_another_port_reads_nothing_starts_nothing_and_frames_nothing(page: Any, guarded: str) -> None:
+    """Its requests carry the cookies of the login: to a browser the ports of a host are one site."""
+    import functools
+    import threading
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(ROOT / "docs"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        context = page.context.browser.new_context()
+        try:
+            own = context.new_page()
+            own.set_default_timeout(60_000)
+            own.goto(guarded)
+            own.locator("input").nth(0).fill("ann")
+            own.locator("input").nth(1).fill("secret")
+            own.get_by_role("button", name="Login").click()
+            own.get_by_text("No job yet").wait_for()
+            assert {cookie["sameSite"] for cookie in context.cookies()} == {"Strict"}
+            token = own.locator(".salun-live").get_attribute("data-token")
+            foreign = context.new_page()
+            foreign.goto(f"http://127.0.0.1:{elsewhere.server_port}/")
+            found = foreign.evaluate(FOREIGN, [guarded, token])
+            assert found == {"read_by": ["not read"] * 3, "started": ["not read"] * 3, "shown": False}
+            (framed,) = [frame for frame in foreign.frames if frame != foreign.main_frame]
+            assert "Erase concept" not in framed.content()
+            own.wait_for_timeout(2000)  # more than one look at the jobs
+            own.get_by_text("No job yet").wait_for()
+            assert own.evaluate("fetch('logout').then(() => fetch('config')).then((answer) => answer.status)") == 401
+            own.get_by_text("nobody is signed in").wait_for()
+        finally:
+            context.close()
+            elsewhere.shutdown()

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +118,13 @@ def test_the_schema_tells_every_option_with_the_cores_default() -> None:
         ({"kind": "format-disk"}, 400, "kind is 'format-disk', but must be one of"),
         ({"options": {"concept": ["a"], "output": ["/x.safetensors"]}}, 400, "'output' cannot be set here"),
         ({"options": ["a"]}, 400, "options must be an object"),
+        ({"kind": ["erase"]}, 400, "kind is \"['erase']\", but must be one of"),
+        ({"kind": {"a": 1}}, 400, "but must be one of"),
+        ({"options": {"concept": ["a"], "steps": 10**400}}, 400, "a number of 401 digits"),
+        ({"options": {"concept": ["a"], "forget_images": {"a": 1}}}, 400, "forget_images is {'a': 1}, but must be str"),
+        ({"options": {"concept": ["a"], "components": [1]}}, 400, "components is [1], but must be str"),
+        ({"options": {"concept": [[[[[[[["a"]]]]]]]]}}, 400, "nested deeper than 8 levels"),
+        ({"options": {"concept": ["a\0b"]}}, 400, "text with NUL"),
         ({"options": {"concept": [["a"]]}}, 400, "concept is"),
         ({"kind": "mask", "options": {"concept": "circle"}}, 400, "concept is 'circle', but must be list"),
         ({"kind": "mask", "options": {"concept": [1]}}, 400, "concept is [1], but must be list"),
@@ -135,6 +143,38 @@ def test_wrong_requests_are_told_and_begin_nothing(service: Service, body: Any, 
     answer = client(service).post(f"{PREFIX}/start", json=body)
     assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
     assert service.queue.all() == []
+
+
+LONG = {
+    "concept": (
+        {"options": {"concept": ["a" * 900_000]}},
+        "concept: a text has 900,000 characters; the limit is 2,000",
+    ),
+    "concepts": ({"options": {"concept": ["a"] * 1001}}, "concept has 1,001 entries; the limit is 1,000"),
+    "anchor": ({"options": {"concept": ["a"], "anchor": ["a" * 2001]}}, "anchor: a text has 2,001 characters"),
+    "name": ({"options": {"concept": ["a"]}, "name": "\u0316\u0301" * 150_000}, "the name has 300,000 characters"),
+    "delta": ({"kind": "undo", "model": "shapes", "delta": "\u0316\u0301" * 150_000}, "a name has 300,000 characters"),
+    "run": ({"kind": "inspect", "run": "--run-dir : " * 10_000}, "a name has 120,000 characters; the limit is 1,000"),
+    "mask": ({"options": {"concept": ["a"], "mask": "--run-dir : " * 10_000}}, "mask: a text has 120,000 characters"),
+}
+"""What takes long to look at: the text itself, what Unicode makes of it, or the message about it."""
+
+
+@pytest.mark.parametrize("which", LONG)
+def test_a_text_that_is_too_long_is_refused_at_once(service: Service, which: str) -> None:
+    body, message = LONG[which]
+    began = time.monotonic()
+    answer = client(service).post(f"{PREFIX}/start", json=body)
+    assert time.monotonic() - began < 2
+    assert (answer.status_code, message in answer.json()["error"]) == (400, True), answer.text[:300]
+    assert len(answer.content) < 3_000
+
+
+@pytest.mark.parametrize("path", ["cancel", "resume", "forget", "use", "undo"])
+@pytest.mark.parametrize("value", [7, None, [1], {"a": 1}, True, ...], ids=str)
+def test_an_id_that_is_no_text_is_the_callers_error(service: Service, path: str, value: Any) -> None:
+    answer = client(service).post(f"{PREFIX}/{path}", json={} if value is ... else {"id": value})
+    assert (answer.status_code, "must be a text" in answer.json()["error"]) == (400, True)
 
 
 def test_only_json_of_a_sane_size_is_read(service: Service) -> None:
@@ -249,7 +289,8 @@ def test_a_runs_files_come_with_no_script_rights(service: Service) -> None:
     calling = client(service)
     found = calling.get(f"{PREFIX}/file", params={"run": run, "name": "report.html"})
     assert (found.status_code, found.text) == (200, "<p>report</p>")
-    assert found.headers["content-security-policy"] == "sandbox"
+    assert found.headers["content-security-policy"] == "sandbox; frame-ancestors 'none'"
+    assert found.headers["x-frame-options"] == "DENY"
     assert found.headers["x-content-type-options"] == "nosniff"
     (told,) = calling.get(f"{PREFIX}/runs").json()["runs"]
     assert (told["run"], told["status"], told["concept"]) == (run, "done", ["circle"])
@@ -267,7 +308,8 @@ def test_a_number_that_json_has_not_is_told_as_none(service: Service) -> None:
     assert (told["losses"], told["fraction"], told["result"]) == ([[1, None, 1.0]], None, {"metrics": {"ua": None}})
     run = write_run(service)
     (run / "run.json").write_text('{"status": "done", "options": {"concept": [NaN]}}', encoding="utf-8")
-    assert client(service).get(f"{PREFIX}/runs").json()["runs"][0]["concept"] == [None]
+    (listed,) = client(service).get(f"{PREFIX}/runs").json()["runs"]
+    assert (listed["concept"], listed["status"]) == (None, "unreadable")  # no concept is a number
 
 
 def test_a_job_that_is_not_over_or_may_go_on_is_told_however_many_came_after_it(service: Service) -> None:
@@ -288,6 +330,49 @@ def test_a_job_that_is_not_over_or_may_go_on_is_told_however_many_came_after_it(
         assert len(told) == RECENT + 2
         assert {first.id, may_go_on.id} <= {job["id"] for job in told}
         service.queue.cancel(first.id)
+
+
+def test_a_full_queue_refuses_more(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("extension.jobs.MOST_OPEN", 2)
+    calling, lock = client(service), threading.Lock()
+
+    @contextmanager
+    def turn(job: Job) -> Iterator[None]:
+        with lock:
+            yield
+
+    service.queue._turn = turn
+
+    def start(word: str) -> Any:
+        options = {"concept": [word], "model": "shapes"}
+        return calling.post(f"{PREFIX}/start", json={"kind": "mask", "options": options})
+
+    with lock:
+        ids = [start(word).json()["id"] for word in ("circle", "square")]
+        refused = start("triangle")
+        assert refused.status_code == 429
+        assert refused.json()["error"] == "2 jobs are in the queue; the limit is 2. Wait, or cancel some."
+        assert start("circle").json()["id"] == ids[0]  # a double click is no new job
+        calling.post(f"{PREFIX}/cancel", json={"id": ids[0]})
+        ids.append(start("triangle").json()["id"])
+        for job in ids:
+            calling.post(f"{PREFIX}/cancel", json={"id": job})
+
+
+def test_a_status_is_short_whatever_a_job_holds(service: Service) -> None:
+    """It is asked for once a second."""
+    words = [f"{n} " + "x" * 1990 for n in range(1000)]
+    job = service.mask({"concept": words, "model": "shapes"})
+    service.queue.cancel(job.id)
+    job.state, job.notes = "failed", ["n" * 100_000] * 100
+    job.error = "--run-dir x holds a run that cannot be resumed like this: " * 2_000  # 120 kB
+    job.previews = [f"preview-{n:06d}.png" for n in range(100_000)]
+    began = time.monotonic()
+    answer = client(service).get(f"{PREFIX}/status")
+    assert time.monotonic() - began < 2
+    assert len(answer.content) < 100_000
+    (told,) = answer.json()["jobs"]
+    assert (told["title"][:9], told["previews"][-1], len(told["previews"])) == ("mask of 0", job.previews[-1], 20)
 
 
 def test_what_a_job_offers_is_told_and_nothing_else_is_done(service: Service) -> None:

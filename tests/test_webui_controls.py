@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ from extension.access import Access
 from extension.controls import ADVANCED, FIELDS, FIRST, control, default_of, help_of, shown_of, value_of
 from extension.host import Alone
 from extension.jobs import Job
-from extension.page import build
+from extension.page import _details, build
 from extension.service import OURS, Service
 from extension.words import in_the_pages_words
 from salun.errors import ConfigError, SalunError
@@ -328,7 +331,7 @@ def test_a_strangers_run_json_names_no_file_outside_our_folders(held: Service, t
     for n, path in enumerate(
         [secret, tmp_path / "checkpoints" / ".." / secret.name, ours.with_name("link.safetensors")]
     ):
-        run = write_run(held, f"planted-{n}", output=[str(path), 7, None], model=str(path))
+        run = write_run(held, f"planted-{n}", output=[str(path)], model=str(path))
         for reads in (held.checkpoint, held.use, held._model):
             with pytest.raises(ConfigError, match=r"not there any more|no model"):
                 reads(run.name)
@@ -352,8 +355,103 @@ def test_a_strangers_run_json_spoils_no_list(service: Service, wrong: dict[str, 
     record = {"status": "done", "options": {}, "concepts": [], "metrics": {"ua": None, "reason": "x"}, **wrong}
     (bad / "run.json").write_text(json.dumps(record), encoding="utf-8")
     first, second = service.history()
-    assert (first["run"], first["error"]) == (bad.name, "its run.json is of another version")
+    assert first["run"] == bad.name
+    assert re.search("is of another version|is not a valid record of a run: (metrics|concepts) is", first["error"])
     assert (second["run"], second["concept"]) == (good.name, ["good"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such names and files")
+def test_a_run_that_cannot_be_read_is_listed_as_such_and_harms_no_other(service: Service, tmp_path: Path) -> None:
+    """Such as a folder that somebody has sent: the page opens, and the API lists it."""
+    gr = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
+    texts = {
+        "nul": '{"status": "done", "options": {"model": "a\\u0000b"}}',
+        "half": '{"status": "done", "options": {"model": "/a\\udc00b"}}',
+        "deep": '{"status": "done", "options": ' + "[" * 100_000,
+        "type": '{"status": "done", "options": {"model": ["a"], "output": 7}}',
+        "bytes": "\udcff",
+    }
+    for name, text in texts.items():
+        write_run(service, name)
+        (service.runs / name / "run.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    os.mkfifo(write_run(service, "fifo") / "other")
+    (service.runs / "fifo" / "other").replace(service.runs / "fifo" / "run.json")
+    (service.runs / "loop").mkdir()
+    (service.runs / "loop" / "run.json").symlink_to("run.json")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "run.json").write_text('{"status": "done", "options": {"concept": ["secret"]}}', encoding="utf-8")
+    (service.runs / "out").symlink_to(outside, target_is_directory=True)
+    shutil.copytree(write_run(service, "zz-good", concept=["good"]), os.fsdecode(os.fsencode(service.runs) + b"/\xff"))
+    (service.runs / "zz-good" / "model.safetensors").touch()
+    (tmp_path / "models").mkdir()
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/models/\xff.safetensors"))).touch()
+    service.host = Alone(service.host.data, [str(tmp_path / "models")])
+
+    listed = service.history()
+    good, *bad = listed
+    assert (good["run"], good["concept"], good["status"]) == ("zz-good", ["good"], "done")
+    assert {run["run"] for run in bad} - {"loop"} == {*texts, "fifo", "out"}  # the loop may be no file at all
+    assert {run["status"] for run in bad} == {"unreadable"}
+    assert all(run["error"] and not run["concept"] for run in bad)
+    assert str(service.host.data) not in str(listed)
+    config = build(gr, service, Access()).get_config_file()
+    json.dumps(config, ensure_ascii=False).encode("utf-8")  # as gradio sends it
+    for run in bad:
+        assert "unreadable" in _details(service, run["run"])
+        with pytest.raises(ConfigError):
+            service.options_of(run["run"])
+        with pytest.raises(ConfigError):
+            service.checkpoint(run["run"])
+
+
+@pytest.mark.parametrize("state", ["queued", "running", "cancelled"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"output": ["/elsewhere/x.safetensors"]},
+        {"run_dir": "/elsewhere"},
+        {"allow_pickle": True},
+        {"models_dir": ["/"]},
+    ],
+    ids=str,
+)
+def test_a_job_in_a_folder_that_somebody_has_sent_is_not_run(tmp_path: Path, state: str, asked: dict[str, Any]) -> None:
+    """It would write where its file says, with what its file allows."""
+    first = Service(Alone(tmp_path / "data"))
+    job = first.erase({"concept": ["circle"], "model": "shapes"})
+    first.queue.cancel(job.id)
+    first.queue.wait(job.id, 30)
+    first.queue.close()
+    file = first.queue.folder / job.id / "job.json"
+    held = json.loads(file.read_text(encoding="utf-8")) | {"state": state, "resumable": state == "cancelled"}
+    sent = {**held, "request": {**held["request"], "options": {**held["request"]["options"], **asked}}}
+    file.write_text(json.dumps(sent), encoding="utf-8")
+    second = Service(Alone(tmp_path / "data"))
+    try:
+        (found,) = second.queue.all()
+        assert (found.state, found.resumable) == ("failed", False)
+        assert "is of another folder" in str(found.error)
+        with pytest.raises(ConfigError):
+            second.queue.resume(job.id)
+    finally:
+        second.queue.close()
+
+
+def test_a_number_of_many_digits_is_refused_in_words() -> None:
+    for text in ("9" * 400, "9" * 5_000):
+        with pytest.raises(ConfigError, match=rf"steps has {len(text)} digits: give a number"):
+            value_of("steps", text)
+
+
+def test_options_of_a_wrong_type_are_not_loaded_again(service: Service) -> None:
+    with pytest.raises(ConfigError, match="the options of odd: forget_images is 5, but must be str"):
+        service.options_of(write_run(service, "odd", forget_images=5).name)
+    path = "/" + "x" * 5000
+    run = write_run(service, "long", model=path, output=[path])
+    with pytest.raises(ConfigError, match="is not there any more"):
+        service.checkpoint(run.name)
+    assert len(service.history()) == 2
 
 
 def test_a_runs_mask_is_loaded_again_by_the_name_it_is_chosen_by(service: Service) -> None:

@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from extension import environment, webui
-from extension.access import Access, Refused
+from extension.access import Access, Refused, gradio_login
 from extension.host import Alone
 from extension.jobs import Job, Queue
 from extension.page import build
@@ -206,7 +206,16 @@ def test_the_pages_token_leads_in_under_a_name_only_where_the_page_asks_for_a_pa
     access = webui.access()
     headers = {"host": "evil.example", "origin": "http://evil.example", "x-salun-token": access.token}
     if login:
+        with pytest.raises(Refused, match="nobody is signed in"):
+            access.check(headers)  # who has read the token has not signed in yet, or not any more
+        page = SimpleNamespace(tokens={"t": "ann"})
+        access.signed_in = gradio_login(page)
+        headers["cookie"] = "theme=dark; access-token-unsecure=t"
         access.check(headers)
+        del page.tokens["t"]  # a logout
+        with pytest.raises(Refused, match="nobody is signed in"):
+            access.check(headers)
+        page.tokens["t"] = "ann"
     else:
         with pytest.raises(Refused, match="by its address"):
             access.check(headers)
@@ -221,6 +230,11 @@ def test_the_pages_token_leads_in_under_a_name_only_where_the_page_asks_for_a_pa
         ({"api_auth": "ann"}, "", "--api-auth cannot be read"),
         ({"api_auth": "ann:secret,bob"}, "", "--api-auth cannot be read"),
         ({"api_auth": ":"}, "", "--api-auth cannot be read"),
+        ({"api_auth": "ann: "}, "", "--api-auth cannot be read"),
+        ({"api_auth": ""}, "", "--api-auth cannot be read"),
+        ({"api_auth": ","}, "ann:secret", "--api-auth cannot be read"),
+        ({"gradio_auth": ""}, "", "--gradio-auth or its file names nobody"),
+        ({"gradio_auth_path": "empty.txt"}, "", "--gradio-auth or its file names nobody"),
         ({}, "ann", "--gradio-auth or its file cannot be read"),
         ({"api_auth": "ann:secret"}, "ann:", "--gradio-auth or its file cannot be read"),
         ({}, None, "--gradio-auth-path cannot be read"),

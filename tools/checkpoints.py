@@ -103,7 +103,7 @@ ARCHITECTURES = {
     ("sd1", "true"): Architecture(
         {"cross_attention_dim": 768, "attention_head_dim": 8}, _TRUE_VAE, [_text(768, layers=12, projection=768)]
     ),
-    ("sd2", "small"): Architecture(  # as deep as the true one, which has the weight that tells its prediction type
+    ("sd2", "small"): Architecture(  # as deep as the true one, by whose weights and layers hosts know what they are
         {
             "block_out_channels": (64, 64, 64, 64),
             "cross_attention_dim": 64,
@@ -111,7 +111,7 @@ ARCHITECTURES = {
             "use_linear_projection": True,
         },
         _SMALL_VAE,
-        [_text(64, layers=3, projection=64)],
+        [_text(64, layers=24, projection=64)],
     ),
     ("sd2", "host"): Architecture(  # the same for SD 2; of the text encoder's 24 layers only the first is stored
         {

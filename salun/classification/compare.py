@@ -13,20 +13,22 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from salun.cache import Cache, digest_of
+from salun.cache import Cache
 from salun.classification.data import ImageData, load_data
-from salun.classification.experiment import Setting, setting_of
+from salun.classification.experiment import Setting, facts_of, setting_of
 from salun.classification.jobs import Desk, Job, Kind, Ledger
 from salun.classification.methods import METHODS
-from salun.classification.models import new_model
+from salun.classification.models import new_model, weights_digest
 from salun.classification.options import METHODS as NAMES
 from salun.classification.options import NOT_COMPARED, CompareOptions, UnlearnOptions
 from salun.classification.search import check_search, following, merged, rounds, with_value
+from salun.classification.splits import make_split, with_forget
 from salun.classification.table import table_of, tables_of
 from salun.device import pick_device
+from salun.display import shown
 from salun.errors import ConfigError
 from salun.options import MASKS
-from salun.progress import Progress, silent
+from salun.progress import Progress
 from salun.report.classification import comparison_page
 from salun.run_record import RunRecord
 
@@ -119,10 +121,16 @@ def settings_of(
     return found
 
 
+def with_class_named(options: CompareOptions, data: ImageData) -> CompareOptions:
+    """The options with the name of the class to forget, where they give its number. Raises as `with_forget`."""
+    split = make_split(data, options.test_share, options.validation_share, options.split_seed)
+    return replace(options, forget=with_forget(split, data, options.forget, options.seed).forgetting)
+
+
 def compare(
     options: CompareOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     run_dir: Path | str | None = None,
     resume: bool = False,
     cache: Cache | None = None,
@@ -131,7 +139,8 @@ def compare(
 ) -> Comparison:
     """Unlearn by several methods with several seeds, and put them beside Retrain.
 
-    given: fields of `CompareOptions`, over `options`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume: go
+    given: fields of `CompareOptions`, over `options`. progress: as of
+    `salun.erase`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume: go
     on with the unfinished comparison in run_dir. With several workers, a Python script that calls this needs the usual
     `if __name__ == "__main__":`, as its processes are started afresh. A method that comes apart at some seeds is told
     with those it did not; one that fails altogether, or for which the search finds no value, is a row that says so.
@@ -141,16 +150,17 @@ def compare(
     variants, cache = variants_of(options), cache or Cache.of_user()
     if resume and run_dir is None:
         raise ConfigError("--resume needs the --run-dir of the comparison to go on with")
-    jobs = jobs_of(options, variants)
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    options = with_class_named(options, data)
+    jobs = jobs_of(options, variants)
     checked = settings_of(options, jobs, cache, data)
     first = next(iter(checked.values()))
     folder = Path(run_dir) if run_dir is not None else None
     told = {name: value for name, value in asdict(options).items() if name not in NOT_COMPARED}
     told["methods"] = [variant.name for variant in variants]
-    facts = {"data": first.data.digest, "split": first.split.digest, "model": _fresh_weights(first)}
+    facts = {**facts_of(first.options, first.data, first.split), "weights": _fresh_weights(first)}
     record = RunRecord(folder, command, told, options.seed, str(first.data.images.device), facts, resume)
-    with record.running():
+    with shown(progress) as progress, record.running():
         ledger = Ledger(folder / "jobs" if folder is not None else None, record)
         total = sum(len(some) for some in jobs.values())
         with Desk(ledger, cache, data, workers_of(options), progress, total) as desk:
@@ -172,7 +182,7 @@ def compare(
         beside, floor = _by_seed(jobs["retrain"], exact), _by_seed(jobs["again"], again)
         titles = {v.name: title_of(v) for v in variants}
         record.data["metrics"] = table_of(results, beside, searched, titles, floor)
-        record.data["notes"] = _failures({"Retrain": beside, "Retrain of another seed": floor, **results})
+        record.data["notes"] = first.notes + _failures({"Retrain": beside, "Retrain of another seed": floor, **results})
         if folder is not None:
             rows = {name: _resolved(setting) for name, setting in checked.items()}
             told = {**record.data, "status": "done"}
@@ -218,7 +228,7 @@ def _fresh_weights(setting: Setting) -> str:
     model = new_model(
         options.model or "", setting.data.channels, len(setting.data.classes), options.seed, options.allow_pickle
     )
-    return digest_of(*model.state_dict().values())
+    return weights_digest(model)
 
 
 def title_of(variant: Variant) -> str:

@@ -15,26 +15,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from salun.cache import Cache
+from salun.cache import Cache, digest_of
 from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.methods import METHODS
 from salun.classification.metrics import accuracies, beside_retrain, judge
-from salun.classification.models import Facts, is_plain, load_model, new_model, save_model, seen_by
+from salun.classification.models import Facts, is_plain, load_model, new_model, save_model, seen_by, weights_digest
 from salun.classification.options import TrainOptions, UnlearnOptions
 from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import known_recipe, settled, why_no_retrain
 from salun.classification.relearning import relearn
 from salun.classification.search import search
-from salun.classification.splits import Split, make_split, with_forget
+from salun.classification.splits import Split, make_split, repeated, with_forget
 from salun.classification.task import Task
 from salun.device import is_out_of_memory, kernels, pick_device, pick_dtype
+from salun.display import shown
 from salun.errors import ConfigError, DataError, TrainingError
 from salun.formats.tensorfile import write_bytes
 from salun.mask import Mask
 from salun.options import from_mapping
 from salun.progress import Event, Progress, silent
 from salun.report.classification import run_page, train_page
+from salun.run_reading import read_run
 from salun.run_record import RunRecord
 
 
@@ -69,6 +71,11 @@ class Setting:
     no_retrain: str | None
     cache: Cache
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the data and the split."""
+        return [*self.data.notes, *repeated(self.data, self.split)]
+
     def original(self, progress: Progress) -> Original:
         """The model to unlearn from: given, from the cache, or trained now."""
         if self.given is not None:
@@ -94,7 +101,7 @@ def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageD
     if options.original is not None:
         given = given_original(options.original, data, split, options.allow_pickle)
     training = given.facts.training if given else None
-    named, options = options.model, settled(options, data, split, training)
+    named, options = options.model, settled(replace(options, forget=split.forgetting), data, split, training)
     no_retrain = why_no_retrain(options, training)
     if training is not None and named is None and (no_retrain is None or options.method == "retrain"):
         began = str(training.get("model"))
@@ -124,7 +131,7 @@ def figures_of(task: Task) -> dict[str, Any]:
 def train(
     options: TrainOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     run_dir: Path | str | None = None,
     resume: bool = False,
     cache: Cache | None = None,
@@ -133,7 +140,8 @@ def train(
 ) -> Outcome:
     """Train an original, the model that is later to forget, and say how good it is.
 
-    given: fields of `TrainOptions`, over `options`. run_dir: gets `model.safetensors`, `split.json`, `run.json` and
+    given: fields of `TrainOptions`, over `options`. progress: as of
+    `salun.erase`. run_dir: gets `model.safetensors`, `split.json`, `run.json` and
     `report.html`.
     resume: begin anew the unfinished run of these options in run_dir. cache: of trained models, the user's by default.
     Raises SalunError (ConfigError, DataError, ModelError, TrainingError), `Cancelled` if `progress` does.
@@ -141,9 +149,10 @@ def train(
     own = TrainOptions(**{**asdict(options or TrainOptions()), **given})
     full, data, split = training_of(own)
     told, cache = {name: getattr(full, name) for name in asdict(own)}, cache or Cache.of_user()
-    record = _record(run_dir, command, told, full, data, split, data.images.device, resume)
-    with record.running(), _computing(full):
+    record = _record(run_dir, command, told, facts_of(full, data, split), data.images.device, resume)
+    with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
+        _tell(record, [*data.notes, *repeated(data, split)], progress, "data")
         with record.stage("training"):
             original = trained(full, data, split, cache, progress, "training")
         metrics = {**accuracies(_task(original, data, split, full, progress)), "RTE": _seconds(original.seconds)}
@@ -165,7 +174,7 @@ def training_of(options: TrainOptions) -> tuple[UnlearnOptions, ImageData, Split
 def unlearn(
     options: UnlearnOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     run_dir: Path | str | None = None,
     resume: bool = False,
     cache: Cache | None = None,
@@ -174,20 +183,21 @@ def unlearn(
 ) -> Outcome:
     """Make a classifier forget some of its training pictures, and say how near to retraining that came.
 
-    given: fields of `UnlearnOptions`, over `options`. run_dir: gets `model.safetensors`, `mask.safetensors`,
+    given: fields of `UnlearnOptions`, over `options`. progress: as of
+    `salun.erase`. run_dir: gets `model.safetensors`, `mask.safetensors`,
     `split.json` and `run.json`. resume: begin anew the unfinished run of these options in run_dir; what it had trained
     (the original, Retrain) is taken from the cache. Raises as `train`.
     """
     setting = setting_of(UnlearnOptions(**{**asdict(options or UnlearnOptions()), **given}), cache)
     options, data, split = setting.options, setting.data, setting.split
-    record = _record(run_dir, command, asdict(options), options, data, split, data.images.device, resume)
-    with record.running(), _computing(options):
+    facts = facts_of(options, data, split, setting.given)
+    record = _record(run_dir, command, asdict(options), facts, data.images.device, resume)
+    with shown(progress) as progress, record.running(), _computing(options):
         _keep_split(record, split)
+        _tell(record, setting.notes, progress, "data")
         with record.stage("original"):
             original = setting.original(progress)
-        for note in original.notes:
-            record.data["notes"].append(note)
-            progress(Event("original", message=note))
+        _tell(record, original.notes, progress, "original")
         task = setting.task(original, progress)
         with record.stage("evaluating"):
             before = judge(task)
@@ -195,9 +205,7 @@ def unlearn(
             with record.stage("searching"):
                 task.options, record.data["search"] = search(task)
         seconds = forget(task, record)
-        for note in task.notes:
-            record.data["notes"].append(note)
-            progress(Event("unlearning", message=note))
+        _tell(record, task.notes, progress, "unlearning")
         _keep_model(record, task.model, replace(original.facts, role="unlearned", split=split.digest))
         with record.stage("evaluating"):
             metrics = {**figures_of(task), "RTE": _seconds(seconds), "original": before}
@@ -215,26 +223,31 @@ def unlearn(
     return Outcome(task.model, split, metrics, record)
 
 
-def evaluate(run: Path | str, *, device: str = "auto", progress: Progress = silent) -> dict[str, Any]:
+def evaluate(
+    run: Path | str, *, data: str | None = None, device: str = "auto", progress: Progress = silent
+) -> dict[str, Any]:
     """Judge a finished run's model again, on the split it was made with; also written to its `eval.json`.
 
+    data: where the run's data is now; by default where it was.
     UA, RA, TA and MIA for an unlearning, accuracies for an original. Raises ConfigError if the folder holds no such
     run, DataError if the data or the split is not what the model was made with.
     """
     folder = Path(run)
     try:
-        told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        told = read_run(folder)
         known = {name: told["options"][name] for name in asdict(UnlearnOptions()) if name in told["options"]}
         if told["status"] != "done" or "train_epochs" not in known:
             raise ValueError(f"its status is {told['status']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (DataError, ValueError) as error:
         raise ConfigError(f"{folder} is no finished run of classify-train or classify-unlearn ({error})") from error
-    options: UnlearnOptions = from_mapping(UnlearnOptions, {**known, "device": device}, str(folder / "run.json"))
-    data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    options: UnlearnOptions = from_mapping(
+        UnlearnOptions, {**known, "data": data or known["data"], "device": device}, str(folder / "run.json")
+    )
+    images = load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = Split.load(folder / "split.json")
-    if split.data != data.digest:
+    if split.data != images.digest:
         raise DataError(f"the data set {options.data} is not what it was when {folder} was made")
-    split.check_rows(len(data.labels), folder / "split.json")
+    split.check_rows(len(images.labels), folder / "split.json")
     model, facts = load_model(folder / "model.safetensors")
     if (facts.base, facts.split) != (split.base, split.digest):
         raise DataError(
@@ -242,7 +255,7 @@ def evaluate(run: Path | str, *, device: str = "auto", progress: Progress = sile
             "has been changed, or is of another run"
         )
     where = pick_device(options.device)
-    task = _task(Original(model, facts), _prepared(data, options, where), split, options, progress)
+    task = _task(Original(model, facts), _prepared(images, options, where), split, options, progress)
     metrics = judge(task) if len(split.forget) else accuracies(task)
     write_bytes(folder / "eval.json", (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
@@ -291,24 +304,44 @@ def _prepared(data: ImageData, options: UnlearnOptions, device: torch.device) ->
     return replace(data.to(device), preset={**data.preset, "augment": options.augment})
 
 
+def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Original | None = None) -> dict[str, str]:
+    """What a run's result depends on beside its options. One named as an option is what that option's path leads to.
+
+    given: the original that `--original` names.
+    """
+    facts = {"data": data.digest, "split": split.digest}
+    if given is not None:
+        facts["original"] = weights_digest(given.model)
+    if options.model is not None and Path(options.model).expanduser().is_dir():
+        fresh = new_model(options.model, data.channels, len(data.classes), options.seed, options.allow_pickle)
+        facts["model"] = weights_digest(fresh)
+    if options.forget.endswith(".json"):
+        facts["forget"] = digest_of(split.forget)
+    for package in ("scikit-learn", "datasets", "timm"):
+        with suppress(PackageNotFoundError):
+            facts[package] = version(package)
+    return facts
+
+
 def _record(
     run_dir: Path | str | None,
     command: str,
     told: Mapping[str, Any],
-    options: UnlearnOptions,
-    data: ImageData,
-    split: Split,
+    facts: Mapping[str, str],
     device: torch.device,
     resume: bool,
 ) -> RunRecord:
     if resume and run_dir is None:
         raise ConfigError("--resume needs the --run-dir of the run to go on with")
-    facts = {"data": data.digest, "split": split.digest}
-    for package in ("scikit-learn", "datasets", "timm"):
-        with suppress(PackageNotFoundError):
-            facts[package] = version(package)
     folder = Path(run_dir) if run_dir is not None else None
-    return RunRecord(folder, command, told, options.seed, str(device), facts, resume)
+    return RunRecord(folder, command, told, told["seed"], str(device), facts, resume)
+
+
+def _tell(record: RunRecord, notes: Sequence[str], progress: Progress, stage: str) -> None:
+    """Add notes to the record, and show them."""
+    record.data["notes"] += notes
+    for note in notes:
+        progress(Event(stage, message=note))
 
 
 @contextmanager

@@ -9,10 +9,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,8 +68,9 @@ class Ledger:
     def key(self, job: Job) -> str:
         """What a result depends on: the job's options, data, split and fresh model (`facts`), versions, device."""
         facts = {**self.record.data["facts"], "device": self.record.data["device"]}
+        options = {name: value for name, value in asdict(job.options).items() if name not in facts}
         versions = {k: v for k, v in self.record.data["versions"].items() if k != "platform"}
-        text = json.dumps([job.kind, asdict(job.options), job.values, facts, versions], sort_keys=True)
+        text = json.dumps([job.kind, options, job.values, facts, versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, job: Job) -> dict[str, Any] | None:
@@ -132,7 +135,8 @@ class Desk:
 
     def _side_by_side(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """As they end."""
-        running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
+        with _unheard_by_children():
+            running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
         left = set(running)
         try:
             while left:
@@ -157,13 +161,24 @@ def _line(job: Job, result: Mapping[str, Any]) -> str:
     return f"{who}: {again}" + ", ".join(f"{name} {result[name]['value']:.1f}" for name in ("UA", "RA", "TA", "MIA"))
 
 
+@contextmanager
+def _unheard_by_children() -> Iterator[None]:
+    """Processes that are started within inherit that SIGINT is blocked: until `_begin` it would end their imports."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _stop: Any = None
 
 
 def _begin(stop: Any) -> None:
     """Of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and gone when the first one is."""
-    import signal
-
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)

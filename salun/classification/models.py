@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from salun.cache import digest_of
 from salun.classification import pretrained
 from salun.classification.data import ImageData
 from salun.classification.pretrained import PLAIN, check_config
@@ -372,6 +373,11 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path} is damaged: its weights do not fit {facts.architecture} ({reason})") from error
     return model, facts
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of a model's weights and buffers, wherever its files are."""
+    return digest_of(*model.state_dict().values())
 
 
 def head_of(model: nn.Module, classes: int) -> nn.Linear:

@@ -21,11 +21,15 @@ class TrainOptions(DeviceOptions):
 
     data: str = option(
         "digits",
-        "digits, clutter, cifar10, cifar100, svhn, tiny-imagenet, a folder with a sub-folder of pictures for each "
-        "class, or a Hugging Face data set (hub id, or a saved one's folder)",
+        "digits, clutter, cifar10, cifar100, svhn, tiny-imagenet, a folder with a sub-folder of images for each class "
+        "(also in train, val and test) or with metadata.csv, or a Hugging Face data set (hub id, saved or cloned)",
     )
-    image_column: str | None = option(None, "a Hugging Face data set's column of pictures (default: found by its type)")
-    label_column: str | None = option(None, "a Hugging Face data set's column of labels (default: found by its type)")
+    image_column: str | None = option(
+        None, "column of images (or image files) of a Hugging Face data set or metadata.csv (default: found)"
+    )
+    label_column: str | None = option(
+        None, "column of labels of a Hugging Face data set or metadata.csv (default: found)"
+    )
     image_size: int | None = option(
         None, "pixels a side, to bring pictures to (default: as they are)", minimum=4, maximum=1024
     )

@@ -17,7 +17,7 @@ from salun.classification.models import new_model, seen_by
 from salun.classification.options import CompareOptions, TrainOptions, UnlearnOptions
 from salun.classification.originals import key_of_training
 from salun.classification.search import FURTHER
-from salun.classification.splits import Split
+from salun.classification.splits import Split, repeated
 from salun.classification.task import Task, cross_entropy, minimise, retain_batches
 from salun.mask import Mask
 from salun.progress import Event, Progress, silent
@@ -33,7 +33,8 @@ def preview_training(
     full, data, split = training_of(options)
     pace = _pace(full, data, split, progress)
     cached, seconds = _training(full, data, split, cache or Cache.of_user(), "training", pace)
-    return {**_told(full, data, split), "cached": {"original": cached}, "seconds": seconds}
+    notes = [*data.notes, *repeated(data, split)]
+    return {**_told(full, data, split), "notes": notes, "cached": {"original": cached}, "seconds": seconds}
 
 
 def preview_unlearning(
@@ -57,7 +58,7 @@ def preview_unlearning(
         cached["retrain"], more = _training(setting.recipe, data, split, cache, "retraining", pace)
         seconds += more
     told = {"method": method.title, "mask": own.mask, "epochs": own.epochs, "lr": own.lr, "search": own.search}
-    given = {"given": own.original, "no_retrain": setting.no_retrain}
+    given = {"forget": own.forget, "given": own.original, "no_retrain": setting.no_retrain, "notes": setting.notes}
     return {**_told(own, data, split), **told, **given, "cached": cached, "seconds": seconds}
 
 
@@ -89,6 +90,8 @@ def preview_comparison(
         "methods": [variant.name for variant in variants],
         "seeds": list(range(options.seed, options.seed + options.seeds)),
         "forget": len(first.split.forget),
+        "forgetting": first.options.forget,
+        "notes": first.notes,
         "train": len(first.split.train),
         "jobs": told,
         "workers": workers,

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from salun.classification.data import ImageData
 from salun.classification.randomness import generator_of
 from salun.errors import ConfigError, DataError
 from salun.formats.tensorfile import write_bytes
+from salun.untrusted import read_json
 
 FORMAT = "salun-split-1"
 PARTS = ("train", "validation", "test", "forget", "retain")
@@ -75,7 +77,7 @@ class Split:
     def load(cls, path: Path) -> Split:
         """Read a `split.json`. Raises DataError if it is none."""
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            told = read_json(path)
             if told["format"] != FORMAT:
                 raise ValueError(f"its format is {told['format']!r}")
             rows = {part: torch.tensor(told[part], dtype=torch.int64) for part in PARTS}
@@ -89,25 +91,26 @@ class Split:
 def make_split(data: ImageData, test_share: float, validation_share: float, seed: int) -> Split:
     """Train, validation and test by a seeded permutation; nothing is forgotten yet.
 
-    The data set's own test part, if it has one, is the test; else test_share of all rows. validation_share is of the
+    The data set's own test and validation parts are these; else test_share is of all rows and validation_share of the
     rows that are not test. Raises DataError if a part or a class of the training part is empty, or there is one class
     alone.
     """
     if len(data.classes) < 2:
         raise DataError(f"{data.name} has one class only ({', '.join(data.classes)}): a classifier needs two or more")
     n, generator = len(data.labels), generator_of(seed, "split")
-    if data.own_test is None:
-        shuffled = torch.randperm(n, generator=generator)
-        test = shuffled[: int(Decimal(str(test_share)) * n)]
-    else:
-        test = data.own_test
-        others = torch.ones(n, dtype=torch.bool)
-        others[test] = False
-        rows = others.nonzero().view(-1)
-        shuffled = torch.cat([test, rows[torch.randperm(len(rows), generator=generator)]])
-    rest = shuffled[len(test) :]
-    held = int(Decimal(str(validation_share)) * len(rest))
-    validation, train = rest[:held], rest[held:]
+    own = [rows for rows in (data.own_test, data.own_validation) if rows is not None]
+    others = torch.ones(n, dtype=torch.bool)
+    others[torch.cat([torch.empty(0, dtype=torch.int64), *own])] = False
+    rows = others.nonzero().view(-1)
+    rest = rows[torch.randperm(len(rows), generator=generator)]
+    test, validation = data.own_test, data.own_validation
+    if test is None:
+        count = int(Decimal(str(test_share)) * len(rows))
+        test, rest = rest[:count], rest[count:]
+    if validation is None:
+        count = int(Decimal(str(validation_share)) * len(rest))
+        validation, rest = rest[:count], rest[count:]
+    train = rest
     counts = torch.bincount(data.labels.cpu()[train], minlength=len(data.classes))
     if not len(test):
         raise DataError(f"{data.name}: no picture is left to test with: raise --test-share")
@@ -119,7 +122,9 @@ def make_split(data: ImageData, test_share: float, validation_share: float, seed
 
 
 def with_forget(split: Split, data: ImageData, wish: str, seed: int) -> Split:
-    """The split with the rows that `--forget` names: random:0.1, class:3 (a name or number), or a JSON list of rows.
+    """The split with the rows that `--forget` names: random:0.1, class:NAME, or a JSON list of rows.
+
+    A class may be given by its number where no class is named by one; `forgetting` has its name.
 
     Raises ConfigError for a share outside (0, 1) or that is of no picture, a class that does not exist, or words that
     are none of these; DataError for rows out of range, repeated, or not trained on.
@@ -129,7 +134,7 @@ def with_forget(split: Split, data: ImageData, wish: str, seed: int) -> Split:
         forget = _random(split.train, value, seed)
     elif kind == "class" and value:
         label = _class(data, value)
-        forget = split.train[data.labels.cpu()[split.train] == label]
+        forget, wish = split.train[data.labels.cpu()[split.train] == label], f"class:{data.classes[label]}"
     elif wish.endswith(".json"):
         forget = _listed(Path(wish), split, len(data.labels))
     else:
@@ -155,17 +160,45 @@ def _random(train: Tensor, value: str, seed: int) -> Tensor:
 
 
 def _class(data: ImageData, value: str) -> int:
+    """The label of a class given by its name, or by its number where no class has a number for a name."""
     if value in data.classes:
         return data.classes.index(value)
-    if value.isascii() and value.isdigit() and int(value) < len(data.classes):
-        return int(value)
+    number = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
+    if number is not None:
+        counted = {number: f"is class number {number}, counted from 0"} if number < len(data.classes) else {}
+        equal = {i: f"equals {value}" for i, name in enumerate(data.classes) if _equals(name, number)}
+        if counted and not any(name.isascii() and name.isdigit() for name in data.classes):
+            return number
+        if counted or equal:
+            readings = " or ".join(f"class:{data.classes[i]} ({why})" for i, why in (equal | counted).items())
+            raise ConfigError(f"--forget class:{value}: {data.name} has no class named {value!r}. Write {readings}")
     shown = ", ".join(data.classes[:10]) + (", …" if len(data.classes) > 10 else "")
     raise ConfigError(f"--forget class:{value} does not exist: {data.name} has {len(data.classes)} classes ({shown})")
 
 
+def _equals(name: str, number: int) -> bool:
+    return name.isascii() and name.isdigit() and name.lstrip("0") == str(number).lstrip("0")
+
+
+def repeated(data: ImageData, split: Split) -> list[str]:
+    """A line for each pair of parts that share images: how many of the one have the same pixels as one of the other."""
+    images = data.images.cpu().contiguous().numpy()
+    held = {
+        part: {row: hashlib.sha256(images[row]).digest() for row in getattr(split, part).tolist()}
+        for part in ("forget", "retain", "validation", "test")
+    }
+    lines = []
+    for one, other in combinations(held, 2):
+        both = {*held[one].values()} & {*held[other].values()}
+        count = sum(digest in both for digest in held[one].values())
+        if count:
+            lines.append(f"{data.name}: {count:,} images of the {one} set are in the {other} set as well (same pixels)")
+    return lines
+
+
 def _listed(path: Path, split: Split, n: int) -> Tensor:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"--forget {path} cannot be read as JSON: {error}") from error
     if not isinstance(found, list) or not found or not all(type(v) is int for v in found):

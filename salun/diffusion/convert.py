@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.models import Model
+from salun.diffusion.schedule import alphas_cumprod
 from salun.diffusion.single_file import text_tensors, vae_tensors, write_clip_tokenizer
 from salun.errors import ModelError
-from salun.formats import keymap, tensorfile
+from salun.formats import families, keymap, tensorfile
 from salun.formats.checkpoint import Contents
 from salun.formats.folder import model_files, open_part
 from salun.formats.patch import new_folder
@@ -73,6 +74,17 @@ def write_single_file(model: Model, target: Path, changed: Mapping[str, Tensor],
     tensorfile.write_lazily(target, items.described, items, {**told, **_held(metadata)})
 
 
+def lost_in_single_file(model: Model) -> str | None:
+    """What hosts cannot know of a folder that was written as a single file: its noise schedule, if it is its own."""
+    usual = families.scheduler_config(model.family, model.prediction_type, model.zero_snr)
+    if torch.equal(model.alphas_cumprod, alphas_cumprod(usual, model.name)):
+        return None
+    return (
+        "a single file holds no noise schedule, and this model has another than its family's: load it with "
+        "--components, or write a folder (end its name in /)"
+    )
+
+
 def _entry(stored: Stored, name: str) -> Described:
     entry = stored.entry(name)
     return DTYPES[entry.dtype], entry.shape
@@ -101,21 +113,27 @@ def _add_text(items: _Lazy, folder: Path, layout: keymap.TextLayout, family: str
             whole = (len(names) * shape[0], *shape[1:]) if shape else shape
             items.add(theirs, (dtype, whole), partial(_read_as, text, names, whole))
     if family == "sd2":
-        _add_last_layer(items, layout.prefix)
+        _add_last_layer(items, layout.prefix, folder)
 
 
-def _add_last_layer(items: _Lazy, prefix: str) -> None:
+def _add_last_layer(items: _Lazy, prefix: str, folder: Path) -> None:
     """The layer that diffusers leaves out, since no output of it is used, as one that changes nothing.
 
-    Hosts build it all the same, and would otherwise leave its weights as whatever was in memory.
+    Hosts build it all the same, and would otherwise leave its weights as whatever was in memory. Raises ModelError if
+    the folder's text encoder has this layer and uses it, as no host does. (One of fewer layers is no published model's,
+    and no host builds it.)
     """
     rows = [name for name in items if name.startswith(f"{prefix}transformer.resblocks.")]
-    numbers = {int(name.split("resblocks.")[1].split(".")[0]) for name in rows}
-    last = max(numbers)
-    for name in [name for name in rows if f".resblocks.{last}." in name]:
+    layers = len({name.split("resblocks.")[1].split(".")[0] for name in rows})
+    used = families.facts("sd2")["text"][0]["used_layers"]
+    if layers > used:
+        raise ModelError(
+            f"{folder} uses {layers} layers, but hosts use {used} of a single file: write a folder (end its name in /)"
+        )
+    for name in [name for name in rows if layers == used and f".resblocks.{layers - 1}." in name]:
         dtype, shape = items.described[name]
         fill = 1.0 if ".ln_" in name and name.endswith(".weight") else 0.0
-        copy = name.replace(f".resblocks.{last}.", f".resblocks.{last + 1}.")
+        copy = name.replace(f".resblocks.{layers - 1}.", f".resblocks.{layers}.")
         items.add(copy, (dtype, shape), partial(torch.full, shape, fill, dtype=dtype))
 
 

@@ -49,12 +49,16 @@ def sample_data(
     """
     prompts, seed, options = plan.prompts, plan.options.seed, plan.options
     own = given.forget if given is not None else None
+    read: list[Encoded] = []
+    notes: list[str] = []
     if own is not None and len(own) != len(prompts.concepts):
         raise ConfigError(f"pictures of {len(own)} concepts are given for {len(prompts.concepts)}: give some for each")
     if options.forget_images is not None:
         names = [concept.name for concept in plan.concepts]
         folders = concept_folders(Path(options.forget_images).expanduser(), names)
-        own = [_told(encode_folder(model, folder, progress, cache), progress).latents for folder in folders]
+        read = [encode_folder(model, folder, progress, cache) for folder in folders]
+        own = [pictures.latents for pictures in read]
+        notes = _told([line for pictures in read for line in pictures.notes], progress)
     each = max(map(len, own)) if own is not None else plan.forget_latents
     few = min(each, plan.forget_latents)  # anchor samples of a concept; with more pictures than that they come again
     asked = []
@@ -84,8 +88,9 @@ def sample_data(
     about = list(given.captions) if given is not None else []
     if options.retain_images is not None and not forget_only:
         folder = Path(options.retain_images).expanduser()
-        pictures = _told(encode_folder(model, folder, progress, cache), progress)
+        pictures = encode_folder(model, folder, progress, cache)
         more, about = pictures.latents, pictures.captions
+        notes += _told([*pictures.notes, *_in_both(read, pictures)], progress)
     if more is not None and not forget_only:
         usable, captions = _to_keep(about, plan, progress)
         kept.append(more[usable].to(model.device))
@@ -100,6 +105,7 @@ def sample_data(
         anchor=model.encode(anchor),
         retain=model.encode(said or [""]),
         empty=model.encode([""]),
+        notes=tuple(notes),
     )
 
 
@@ -119,10 +125,16 @@ def _to_keep(captions: list[str | None], plan: Plan, progress: Progress) -> tupl
     return usable, [captions[i] or "" for i in usable]
 
 
-def _told(pictures: Encoded, progress: Progress) -> Encoded:
-    for line in pictures.notes:
+def _told(notes: list[str], progress: Progress) -> list[str]:
+    for line in notes:
         progress(Event("encoding", message=line))
-    return pictures
+    return notes
+
+
+def _in_both(forget: list[Encoded], retain: Encoded) -> list[str]:
+    """A line if images are in the forget and in the retain set, by their pixels."""
+    count = len(frozenset().union(*(images.digests for images in forget)) & retain.digests)
+    return [f"{count} images of --retain-images are in --forget-images as well (same pixels)"] if count else []
 
 
 def after(done: int, total: int, progress: Progress) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ from salun.diffusion.observe import compare, observe, questions
 from salun.diffusion.output import check_output, check_places, disk_needed, erased_tensors, moved, read_beside
 from salun.diffusion.plan import Plan, Wanted, make_plan
 from salun.diffusion.result import Run, write_run
+from salun.display import shown
 from salun.errors import ConfigError, MaskError, ModelError, TrainingError
+from salun.formats.tensorfile import sha256_file
 from salun.mask import Mask, entries
 from salun.options import MASKS, EraseOptions
 from salun.processes import current
@@ -42,7 +45,7 @@ def erase(
     concept: Wanted,
     options: EraseOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     run_dir: Path | str | None = None,
     outputs: list[str] | None = None,
     force: bool = False,
@@ -56,7 +59,8 @@ def erase(
     model: loaded, or a name for `load`. concept: a `Concept` or its name, or a list of them. given: fields of
     `EraseOptions`, over `options`. run_dir: keeps the run's folder there. outputs: files to write, format by name (see
     `write_output`); with a run_dir and no outputs, the folder gets the model in its own layout and the sparse delta.
-    force: overwrite outputs that are there. resume: go on with the unfinished run of these options in run_dir, to the
+    force: overwrite outputs that are there. progress: by default bars on a terminal and in a notebook, and nothing
+    elsewhere; `salun.silent` for none. resume: go on with the unfinished run of these options in run_dir, to the
     same bytes as if it had never stopped; where there is none, begin. cache: of sampled latents, the user's by default.
     The model passed in holds its own weights again afterwards. Raises SalunError (ConfigError, ModelError, MaskError,
     …), `Cancelled` if `progress` does.
@@ -69,7 +73,7 @@ def erase(
     if resume and folder is None:
         raise ConfigError("--resume needs the --run-dir of the run to go on with")
     previous = who.share(check_folder(folder, resume) if folder is not None and not who.rank else None)
-    begun, force = previous is not None, force or bool((previous or {}).get("force"))
+    begun = previous is not None
     for target in outputs or []:
         check_output(target, force or begun)
     cache = cache or Cache.of_user()
@@ -92,8 +96,7 @@ def erase(
         _facts(model, plan),
         resume,
     )
-    record.data["force"] = force  # so that a resumed run may overwrite what the first was told to
-    with record.running(), prepared(model, plan):
+    with shown(progress, quiet=who.rank > 0) as progress, record.running(), prepared(model, plan):
         run = carry_out(model, plan, record, progress, cache)
         if not who.rank:
             write_run(run, outputs, force, progress)
@@ -128,6 +131,7 @@ def carry_out(
     asked = questions(plan, plan.eval_images, plan.options.seed)
     with record.stage("sampling"):
         data = data or sample_data(model, plan, progress, cache=cache)
+    record.data["notes"] += data.notes
     with record.stage("evaluating"):
         before = observe(model, asked, progress, "pictures before", cache)
     with record.stage("saliency"):
@@ -170,7 +174,7 @@ def enough_memory(plan: Plan) -> Iterator[None]:
 def _facts(model: Model, plan: Plan) -> dict[str, str]:
     """What the result depends on beside the options and the versions."""
     facts = {
-        "base_hash": model.base_hash,
+        "model": model.base_hash,
         "parts": model.parts_hash,
         "prompts": plan.prompts.digest,
         "sampling": repr((model.settings.sampling, plan.saliency_timesteps)),
@@ -181,6 +185,10 @@ def _facts(model: Model, plan: Plan) -> dict[str, str]:
         folder = getattr(plan.options, name)
         if folder is not None:
             facts[name] = folder_digest(Path(folder).expanduser())
+    if plan.options.components is not None:
+        facts["components"] = model.parts_hash
+    if plan.options.method == "salun" and plan.options.mask not in MASKS:
+        facts["mask"] = sha256_file(Path(plan.options.mask))
     return facts
 
 
@@ -192,11 +200,12 @@ def _mask_of_run(
     kept, told = None, {}
     if path is not None and path.exists():
         kept = Mask.load(path)
-        told = json.loads(kept.metadata.pop("told", "{}"))
-        if kept.metadata.pop("fingerprint", None) != record.fingerprint:
+        told = _read_told(kept.metadata.pop("told", ""))
+        if kept.metadata.pop("fingerprint", None) != record.fingerprint or not told:
             kept = None
     kept, told = current().share((kept, told))
     if kept is not None:
+        check_mask(kept, model, plan, str(path))
         return kept, told
     mask, told = find_mask(model, data, plan, progress)
     if path is not None:
@@ -206,6 +215,20 @@ def _mask_of_run(
         except ModelError as error:  # a full disk costs the means to resume, not the run
             progress(Event("saliency", message=f"the mask is not kept for a resumption: {error}"))
     return mask, told
+
+
+def _read_told(text: str) -> dict[str, Any]:
+    """What a saved mask, which may be untrusted input, says of how it was found; empty if that is not valid."""
+    numbers = ("density", "selected", "total", "threshold", "zeros", "ties")
+    try:
+        told = json.loads(text)
+        warnings = told["warnings"]
+        valid = isinstance(told["mode"], str) and set(told) <= {"mode", "warnings", *numbers}
+        valid &= all(type(told[name]) in (int, float) and math.isfinite(told[name]) for name in numbers if name in told)
+        valid &= isinstance(warnings, list) and all(isinstance(each, str) for each in warnings)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        return {}
+    return dict(told) if valid and {"density", "selected", "total"} <= set(told) else {}
 
 
 def make_mask(
@@ -348,7 +371,7 @@ def train(
     state: where training is saved and, if this run (by its fingerprint) has stopped before, taken up from.
     """
     options, who = plan.options, current()
-    done = who.share(len(saved_steps(state, fingerprint)) if state is not None else 0)
+    done = who.share(len(saved_steps(state, fingerprint, plan.steps)) if state is not None else 0)
     if done:
         progress(Event("training", done, plan.steps, message=f"going on after step {done}"))
     frozen = {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache as cache_of
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from torch import Tensor
 
 from salun.cache import Cache, key_of
 from salun.diffusion.denoiser import DiffusionModel
-from salun.errors import DataError, some
+from salun.errors import DataError
+from salun.formats.tensorfile import sha256_file
+from salun.images import NOT_AN_IMAGE, Listing, counted, list_images, read_image, read_text, shown, white_level
 from salun.progress import Event, Progress, silent
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
-# named, so that a file of another kind under such a name starts no other program (EPS would start Ghostscript)
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 _LONGEST_CAPTION = 2000  # characters
 
 
@@ -29,34 +29,39 @@ class Encoded:
     """A folder's pictures as latents.
 
     latents: float32 (n, c, h, w), scaled, on the model's device. captions: what x.txt beside each x.png says, or None.
-    notes: lines for the user: what was used, left out and why.
+    notes: lines for the user: what was used, left out and why. digests: of the images' pixels, as they were encoded.
     """
 
     latents: Tensor
     captions: list[str | None]
     notes: list[str]
+    digests: frozenset[str] = frozenset()
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The picture files in a folder and the folders in it, sorted. Raises DataError if there are none."""
-    try:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}): name a folder of pictures") from error
-    if not found:
-        what = "holds no pictures" if folder.is_dir() else "is no folder"
-        raise DataError(f"{folder} {what}: name a folder with {', '.join(SUFFIXES)} files")
-    return found
+def picture_files(folder: Path) -> Listing:
+    """The image files in a folder and the folders in it. Raises DataError if there are none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: name a folder of images")
+    found = list_images(folder)
+    captions = {shown(path.with_suffix(".txt"), folder) for path in found.files}
+    skipped = {**found.skipped}
+    skipped[NOT_AN_IMAGE] = [name for name in skipped.get(NOT_AN_IMAGE, []) if name not in captions]
+    if not found.files:
+        others = "".join(f"; skipped: {line}" for line in counted(skipped))
+        raise DataError(f"{folder} holds no pictures: name a folder of PNG, JPEG, WebP or other image files{others}")
+    return Listing(found.files, skipped)
 
 
 def folder_digest(folder: Path) -> str:
-    """A hash of a folder's pictures and captions: what a run that uses them depends on."""
+    """A hash of a folder's images and captions: what a run that uses them depends on."""
     digest = hashlib.sha256()
-    for path in picture_files(folder):
-        for file in (path, path.with_suffix(".txt")):
-            if file.is_file():
-                digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for path in picture_files(folder).files:
+        digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0")
+        digest.update(bytes.fromhex(sha256_file(path)))
+        text = read_text(path.with_suffix(".txt"), _LONGEST_CAPTION)
+        if text is not None:
+            digest.update(os.fsencode(path.with_suffix(".txt").relative_to(folder).as_posix()) + b"\0")
+            digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()
 
 
@@ -74,16 +79,17 @@ def encode_folder(
     pictures are enlarged, and counted. Raises DataError if nothing is left.
     """
     side = model.settings.sampling.resolution
-    files = picture_files(folder)
+    listing = picture_files(folder)
+    files, white = listing.files, cache_of(lambda: white_level(listing.files))
     latents, captions, seen = [], [], set()
     left: dict[str, list[str]] = {}
     for step, path in enumerate(files, 1):
         progress(Event(stage, step, len(files)))
-        name = path.relative_to(folder).as_posix()
+        name = shown(path, folder)
         try:
-            pixels, traits = _read(path, side)
+            pixels, traits = _read(path, side, white)
         except DataError as error:
-            left.setdefault(str(error), []).append(name)
+            left.setdefault(f"{error}, left out", []).append(name)
             continue
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         if digest in seen:
@@ -95,10 +101,11 @@ def encode_folder(
         latents.append(_encode(model, pixels, digest, cache))
         captions.append(_fitting(model, _caption(path), name))
     notes = [f"{folder.name}: {len(latents)} of {len(files)} pictures used"]
-    notes += [f"  {len(names)} {why}: {some(names, 5)}" for why, names in left.items()]
+    left |= {f"{why}, skipped": names for why, names in listing.skipped.items()}
+    notes += [f"  {line}" for line in counted(left, 5)]
     if not latents:
         raise DataError("; ".join(line.strip() for line in notes) + ": nothing is left to train on")
-    return Encoded(torch.stack(latents).to(model.device), captions, notes)
+    return Encoded(torch.stack(latents).to(model.device), captions, notes, frozenset(seen))
 
 
 def _encode(model: DiffusionModel, pixels: np.ndarray, digest: str, cache: Cache | None) -> Tensor:
@@ -118,33 +125,15 @@ def _encode(model: DiffusionModel, pixels: np.ndarray, digest: str, cache: Cache
     return kept["latent"]
 
 
-def _read(path: Path, side: int) -> tuple[np.ndarray, list[str]]:
+def _read(path: Path, side: int, white: Callable[[], int]) -> tuple[np.ndarray, list[str]]:
     """uint8 (side, side, 3), and what was done to it that a user should know. Raises DataError saying why not."""
-    from PIL import Image, ImageOps
-
-    traits = []
-    Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=known) as image:
-                if getattr(image, "n_frames", 1) > 1:
-                    traits.append("animated, first frame taken")
-                    image.seek(0)
-                upright = _rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError("too large, left out") from error
-    except Exception as error:  # a damaged file can raise nearly anything from within its decoder
-        phone = path.suffix.lower() in (".heic", ".heif")
-        hint = " (salun reads no HEIC: export them as JPEG)" if phone else ""
-        raise DataError("unreadable, left out" + hint) from error
-    short = min(upright.size)
+    image, traits = read_image(path, white)
+    short = min(image.size)
     if short * 4 < side:
-        raise DataError(f"tiny (less than {-(-side // 4)} pixels), left out")
+        raise DataError(f"tiny (less than {-(-side // 4)} pixels)")
     if short < side:
         traits.append(f"enlarged to {side} pixels")
-    return square(upright, side), traits
+    return square(image.convert("RGB") if image.mode == "L" else image, side), traits
 
 
 def square(picture: Any, side: int) -> np.ndarray:
@@ -154,26 +143,10 @@ def square(picture: Any, side: int) -> np.ndarray:
     return np.array(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
 
 
-def _rgb(image: Any) -> Any:
-    from PIL import Image
-
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # deep grey: PIL's own conversion would cut it off
-        values = np.asarray(image, np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        return Image.fromarray((values.clip(0, top) / top * 255).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        clear = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
-    return image.convert("RGB")
-
-
 def _caption(path: Path) -> str | None:
-    """The text beside a picture, on one line; None where there is none."""
-    try:
-        text = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
-    except OSError:
-        return None
-    return " ".join(text[:_LONGEST_CAPTION].split()) or None
+    """The text beside an image, on one line; None where there is none."""
+    text = read_text(path.with_suffix(".txt"), _LONGEST_CAPTION)
+    return " ".join(text.split()) or None if text is not None else None
 
 
 def _fitting(model: DiffusionModel, caption: str | None, name: str) -> str | None:

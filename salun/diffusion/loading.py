@@ -23,7 +23,8 @@ from salun.diffusion.configs import (
     read_scheduler,
 )
 from salun.diffusion.finding import SETTINGS, aliases, find
-from salun.diffusion.models import Model, ModelSettings, alphas_cumprod
+from salun.diffusion.models import Model, ModelSettings
+from salun.diffusion.schedule import check_schedule
 from salun.diffusion.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
 from salun.evaluation.detector import load_detector
@@ -200,7 +201,7 @@ def load_with(name: str, options: ModelOptions) -> Model:
     """`load`, from options that may say more than how to load."""
     own = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
     found = describe(name, own)
-    alphas_cumprod(found.scheduler_config, name)  # a schedule that is not known is told before anything is loaded
+    check_schedule(found.scheduler_config, name)  # before minutes of loading
     _check_detector(found.settings, name)
     where = pick_device(own.device)
     precision = pick_dtype(own.dtype, where)

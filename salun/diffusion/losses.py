@@ -22,7 +22,7 @@ class ErasureData:
 
     forget_latents, anchor_latents: float32 (n, c, h, w), scaled by the VAE's factor, sampled under forget prompt i and
     anchor prompt i. forget, anchor: their conditionings, (n,) each. retain_latents (m, …) and retain (m,) likewise.
-    empty: the empty prompt, (1,).
+    empty: the empty prompt, (1,). notes: what a user should know of the images that it was made from.
     """
 
     forget_latents: Tensor
@@ -32,6 +32,7 @@ class ErasureData:
     anchor: Conditioning
     retain: Conditioning
     empty: Conditioning
+    notes: tuple[str, ...] = ()
 
     def forgetting(self, rows: slice) -> ErasureData:
         """The same with these of the forget samples only, such as those of one concept among several."""

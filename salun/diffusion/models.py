@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from salun.diffusion import sampler
 from salun.diffusion.denoiser import Conditioning
+from salun.diffusion.schedule import alphas_cumprod, check_schedule
 from salun.diffusion.vocabulary import Vocabulary
-from salun.errors import ConfigError, DataError, ModelError
+from salun.errors import ConfigError, DataError
 from salun.formats.checkpoint import Contents
 from salun.formats.hashing import base_hash
 from salun.formats.stored import Stored
@@ -70,9 +71,8 @@ class Model:
     altered: bool = False  # whether the live UNet may hold other weights than its files
 
     def __post_init__(self) -> None:
+        check_schedule(self.scheduler_config, self.name)
         self.prediction_type = str(self.scheduler_config.get("prediction_type", "epsilon"))
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ModelError(f"{self.name} predicts {self.prediction_type!r}; salun handles epsilon and v_prediction")
         self.zero_snr = bool(self.scheduler_config.get("rescale_betas_zero_snr"))
         self.alphas_cumprod = alphas_cumprod(self.scheduler_config, self.name)
         self.latent_channels = int(self.unet.config.in_channels)
@@ -290,25 +290,6 @@ def settings_for(settings: ModelSettings, options: EraseOptions, name: str, mult
     if options.negative_prompt is not None:
         said["negative_prompt"] = options.negative_prompt
     return replace(settings, sampling=replace(settings.sampling, **said))
-
-
-def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
-    """ᾱ_t, float32 (T,), from a diffusers scheduler config. Raises ModelError for a schedule salun does not know."""
-    steps = int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
-    kind = config.get("beta_schedule", "linear")
-    if kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-    elif kind == "linear":
-        betas = torch.linspace(start, end, steps, dtype=torch.float32)
-    else:
-        raise ModelError(f"{name} has the noise schedule {kind!r}; salun handles linear and scaled_linear")
-    alphas = torch.cumprod(1 - betas, 0)
-    if config.get("rescale_betas_zero_snr"):  # Lin et al. 2024, algorithm 1
-        root = alphas.sqrt()
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-        alphas = root**2
-    return alphas
 
 
 def _multiple(unet: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from salun.diffusion.convert import lost_in_single_file
 from salun.diffusion.denoiser import DiffusionModel
 from salun.diffusion.models import Model, shown_name
 from salun.diffusion.observe import Observation, Questions
@@ -153,7 +154,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
         }
         for concept in run.plan.concepts
     ]
-    record.data["notes"] = list(run.plan.notes)
+    record.data["notes"] = [*run.plan.notes, *record.data["notes"]]
     record.data["losses"] = [list(entry) for entry in run.history]
     record.data["metrics"] = run.metrics
     stored = run.own.stored
@@ -189,9 +190,12 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
                     f"{error}. What was trained is kept: the same command with --resume --run-dir {folder} and another "
                     "--output writes it"
                 ) from error
-            if kind == "lora":
-                record.data["notes"].append(_kept(Path(target), shown))
-                progress(Event("saving", message=record.data["notes"][-1]))
+            note = _kept(Path(target), shown) if kind == "lora" else None
+            if kind == "checkpoint" and not stored.single and (lost := lost_in_single_file(run.own)):
+                note = f"{shown}: {lost}"
+            if note is not None:
+                record.data["notes"].append(note)
+                progress(Event("saving", message=note))
             files = sorted((Path(target) / "unet").glob("*.safetensors")) if kind == "folder" else [Path(target)]
             for file in files:
                 inner = f"{shown}unet/{file.name}" if kind == "folder" else shown

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.denoiser import Conditioning, Denoiser
+from salun.diffusion.schedule import schedule_fields
 from salun.options import Sampling
 
 
@@ -52,8 +53,9 @@ def trailing(steps: int, total: int) -> Tensor:
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What latents depend on here: the scheduler, by its resolved config, and the library."""
+    resolved = _scheduler(config).config  # (its private entries come in another order in every process)
     return {
-        "sampler": {name: repr(value) for name, value in _scheduler(config).config.items()},
+        "sampler": {name: repr(value) for name, value in resolved.items() if not name.startswith("_")},
         "diffusers": metadata.version("diffusers"),
     }
 
@@ -64,13 +66,7 @@ def _scheduler(config: Mapping[str, Any]) -> Any:
     if config.get("_class_name") == "DPMSolverMultistepScheduler":
         plain = str(config.get("algorithm_type", "dpmsolver++")).removeprefix("sde-")  # no noise that no seed fixes
         return DPMSolverMultistepScheduler.from_config(dict(config), algorithm_type=plain)
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-    )
-    fast = {key: config[key] for key in kept if key in config}
+    fast = schedule_fields(config, "the model")
+    if "prediction_type" in config:
+        fast["prediction_type"] = config["prediction_type"]
     return DPMSolverMultistepScheduler(**fast, timestep_spacing="trailing", use_karras_sigmas=False)

@@ -23,7 +23,6 @@ from salun.errors import ModelError, some
 from salun.formats import families, keymap, tensorfile
 from salun.formats.checkpoint import Contents, shapes_of
 from salun.formats.folder import check_tokenizer, open_part
-from salun.formats.keymap import TextLayout
 from salun.formats.sizes import check_size, first_line
 
 CLIP_TOKENS = 77
@@ -95,7 +94,7 @@ def empty_unet(contents: Contents, config: dict[str, Any] | None, prediction_typ
     told = config or families.unet_config(shapes, contents.family, prediction_type)
     unet = empty_module(lambda: UNet2DConditionModel.from_config(told), contents, config)
     wanted = {name: tuple(p.shape) for name, p in unet.named_parameters()}
-    agree(wanted, shapes, contents.path, stored.inner)
+    agree(wanted, shapes, contents.path, stored.inner, "it is not whole" if config else families.NOT_KNOWN)
     return unet
 
 
@@ -125,12 +124,24 @@ def empty_vae(contents: Contents, config: dict[str, Any] | None) -> tuple[Any, M
 
 
 def vae_tensors(contents: Contents) -> tuple[Makers, dict[str, tuple[int, ...]], dict[str, str]]:
-    """The file's VAE under diffusers' names: how to read each tensor, its shape, and its name in the file."""
+    """The file's VAE under diffusers' names: how to read each tensor, its shape, and its name in the file.
+
+    Raises ModelError for two tensors of one name.
+    """
     entries = contents.header.entries
-    inner = {ours: theirs for theirs, ours in keymap.vae_from_ldm(contents.header.names).items() if _in_vae(ours)}
-    shapes = {
-        ours: entries[theirs].shape[:2] if keymap.is_vae_matrix(theirs) else entries[theirs].shape
+    inner: dict[str, str] = {}
+    for theirs, ours in keymap.vae_from_ldm(contents.header.names).items():
+        if ours in inner:
+            raise ModelError(
+                f"{contents.path} has two tensors in the place of one: {inner[ours]} and {theirs}; fetch it again"
+            )
+        if _in_vae(ours):
+            inner[ours] = theirs
+    shapes = {ours: entries[theirs].shape for ours, theirs in inner.items()}
+    shapes |= {
+        ours: shapes[ours][:2]
         for ours, theirs in inner.items()
+        if keymap.is_vae_matrix(theirs) and shapes[ours][2:] == (1, 1)
     }
 
     def maker(name: str) -> Callable[[], Tensor]:
@@ -166,7 +177,8 @@ def empty_text_encoder(
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kind = CLIPTextModelWithProjection if index else CLIPTextModel
-    layout, entries = text_layout(contents, index), contents.header.entries
+    layout, entries = contents.layouts[index], contents.header.entries
+    assert layout is not None
     own = {n.removeprefix(layout.prefix): e.shape for n, e in entries.items() if n.startswith(layout.prefix)}
     known = config or families.text_config(own, contents.family, index)
     encoder = empty_module(lambda: kind(CLIPTextConfig.from_dict(known)), contents, config)
@@ -198,6 +210,10 @@ def _lent(kind: Any, contents: Contents, components: Path | None, part: str, **k
         return whole(kind, components / part, **keywords)
     tiny = part == "vae" and any("taesd" in name for name in contents.others + contents.header.names)
     what = f"no {'VAE' if part == 'vae' else part.replace('_', ' ')}"
+    ending = "decoder.conv_in.weight" if part == "vae" else "token_embedding.weight"
+    strange = next((name for name in contents.others if name.endswith(ending)), None)
+    if strange is not None:
+        what += f" under names that salun knows ({tensorfile.shortened(strange)} may be of one)"
     if tiny:
         what = "only a tiny VAE (TAESD), which salun does not read"
     raise ModelError(f"{contents.path} holds {what}: name a diffusers folder or hub id that has one by --components")
@@ -234,7 +250,9 @@ def text_tensors(contents: Contents, names: Iterable[str], index: int) -> tuple[
 
     names: of the encoder as built. Raises ModelError if the file lacks one.
     """
-    places = keymap.text_to_ldm(names, text_layout(contents, index))
+    layout = contents.layouts[index]
+    assert layout is not None
+    places = keymap.text_to_ldm(names, layout)
     missing = [theirs for theirs, _ in places.values() if theirs not in contents.header.entries]
     if missing:
         raise ModelError(f"{contents.path} lacks {some(missing)} of its text encoder: it is not whole")
@@ -251,13 +269,6 @@ def text_tensors(contents: Contents, names: Iterable[str], index: int) -> tuple[
     return {name: maker(*place) for name, place in places.items()}, {
         name: theirs for name, (theirs, _) in places.items()
     }
-
-
-def text_layout(contents: Contents, index: int) -> TextLayout:
-    """Where a text encoder lies in the file. (Some old files leave the `text_model.` of their names out.)"""
-    layout = keymap.TEXT[contents.family][index]
-    short = f"{layout.prefix}embeddings.token_embedding.weight" in contents.header.entries
-    return TextLayout(layout.prefix, layout.open_clip, short)
 
 
 def _tokenizer(contents: Contents, components: Path | None, index: int) -> Any:
@@ -345,13 +356,21 @@ def _fill(
         )
 
 
-def agree(wanted: Mapping[str, Any], there: Mapping[str, Any], path: Path, inner: Callable[[str], str]) -> None:
-    """Raises ModelError where names differ, or shapes where both sides hold shapes."""
+def agree(
+    wanted: Mapping[str, Any],
+    there: Mapping[str, Any],
+    path: Path,
+    inner: Callable[[str], str],
+    why: str = "it is not whole",
+) -> None:
+    """Raises ModelError where names differ, or shapes where both sides hold shapes. why: what a missing name means."""
     missing, extra = [n for n in wanted if n not in there], [n for n in there if n not in wanted]
     if missing:
-        raise ModelError(f"{path} lacks {some(missing)} (diffusers' names): it is not whole")
+        raise ModelError(f"{path} lacks {some(missing)} (diffusers' names): {why}")
     if extra:
-        raise ModelError(f"{path} holds {some([inner(n) for n in extra])}, which no model of its kind has")
+        raise ModelError(
+            f"{path} holds {some([tensorfile.shortened(inner(n)) for n in extra])}, which no model of its kind has"
+        )
     for name, shape in wanted.items():
         if isinstance(shape, tuple) and shape != there[name]:
             raise _misshapen(path, inner(name), there[name], shape)

@@ -20,6 +20,10 @@ TEMPLATE, VALUE = 1_000, 100  # characters
 SLOTS = 50  # of a template
 
 
+class UnknownConcept(ConfigError):
+    """A concept that is not in the model's vocabulary."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt, and what a picture of it should show: attribute → value (empty where nothing can read it)."""
@@ -63,11 +67,11 @@ class Vocabulary:
         return next((name for name, values in self.attributes.items() if value in values), None)
 
     def require(self, value: str, model: str) -> str:
-        """The attribute of a value. Raises ConfigError that lists what the model knows."""
+        """The attribute of a value. Raises UnknownConcept, which lists what the model knows."""
         attribute = self.attribute_of(value)
         if attribute is None:
             known = "; ".join(f"{name}: {', '.join(values)}" for name, values in self.attributes.items())
-            raise ConfigError(f"the model {model} knows no {value!r}. It knows {known}")
+            raise UnknownConcept(f"the model {model} knows no {value!r}. It knows {known}")
         return attribute
 
     def prompts(self, templates: list[str], **fixed: list[str]) -> Iterator[Prompt]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from salun.errors import ModelError
 from salun.formats import keymap, tensorfile
 from salun.formats.folder import check_links, open_part
+from salun.formats.keymap import TextLayout
 from salun.formats.stored import Stored
 from salun.formats.tensorfile import Header
 
@@ -48,9 +49,9 @@ def open_folder(folder: Path) -> Stored:
 class Contents:
     """What a single file holds.
 
-    family: "sd1" | "sd2" | "sdxl". unet: where the UNet's tensors are. has_vae: both halves of one. text: one bool for
-    each of the family's text encoders. ema: names of a second copy of the weights. others: names that belong to none of
-    these.
+    family: "sd1" | "sd2" | "sdxl". unet: where the UNet's tensors are. has_vae: both halves of one. layouts: where each
+    of the family's text encoders lies, None for one that is not there. ema: names of a second copy of the weights.
+    others: names that belong to none of these.
     """
 
     path: Path
@@ -58,7 +59,7 @@ class Contents:
     family: str
     unet: Stored
     has_vae: bool
-    text: tuple[bool, ...]
+    layouts: tuple[TextLayout | None, ...]
     ema: list[str]
     others: list[str]
 
@@ -72,7 +73,7 @@ class Contents:
             raise ModelError(f"{path} is {kind}; salun erases whole Stable Diffusion 1, 2 and XL models")
         try:
             ours = keymap.unet_from_ldm(names)
-        except (KeyError, ValueError, ZeroDivisionError) as error:  # the latter two for absurd numbers in a name
+        except (KeyError, ZeroDivisionError) as error:  # the latter for absurd numbers in a name
             what = tensorfile.shortened(str(error.args[0]))
             raise ModelError(f"{path} has a tensor that no Stable Diffusion UNet has: {what}") from error
         if len(set(ours.values())) != len(ours):
@@ -83,18 +84,24 @@ class Contents:
         places = {name: (path, theirs) for theirs, name in ours.items()}
         unet = Stored(path, places, {path: header})
         family = _family(unet, path)
-        layouts = keymap.TEXT[family]
-        known = (keymap.UNET, keymap.VAE, keymap.EMA, *(layout.prefix for layout in layouts))
+        layouts = tuple(keymap.find_text(header.entries, family))
+        text = (*keymap.TEXT[family], *(layout for layout in layouts if layout is not None))
+        known = (keymap.UNET, keymap.VAE, keymap.EMA, *(layout.prefix for layout in text))
         return Contents(
             path=path,
             header=header,
             family=family,
             unet=unet,
             has_vae=all(f"{keymap.VAE}{half}.conv_in.weight" in header.entries for half in ("encoder", "decoder")),
-            text=tuple(any(f"{layout.prefix}{n}" in header.entries for n in keymap.TOKENS) for layout in layouts),
+            layouts=layouts,
             ema=[n for n in names if n.startswith(keymap.EMA)],
             others=[n for n in names if not n.startswith(known)],
         )
+
+    @property
+    def text(self) -> tuple[bool, ...]:
+        """Whether each of the family's text encoders is there."""
+        return tuple(layout is not None for layout in self.layouts)
 
     @property
     def told_prediction(self) -> tuple[str, str] | None:
@@ -187,7 +194,8 @@ def other_kind(header: Header) -> str | None:
         return "a UNet alone (give the whole checkpoint it was taken from)"
     if any(name.startswith(("encoder.", "decoder.", keymap.VAE)) for name in header.names):
         return "a VAE alone"
-    if any(name.startswith(("text_model.", "transformer.", "cond_stage_model.")) for name in header.names):
+    text = ("text_model.", "transformer.", "cond_stage_model.", "conditioner.")
+    if any(name.startswith(text) for name in header.names):
         return "a text encoder alone"
     return "a safetensors file without a UNet"
 

@@ -15,8 +15,10 @@ from typing import Any
 import yaml
 
 from salun.errors import ModelError
+from salun.formats.tensorfile import shortened
 
 Shapes = Mapping[str, tuple[int, ...]]
+NOT_KNOWN = "it is damaged, or of a layout that salun does not know"  # of a UNet that its shapes alone describe
 FACTS = Path(__file__).resolve().parents[1] / "assets" / "families.yaml"
 
 
@@ -33,25 +35,22 @@ def unet_config(shapes: Shapes, family: str, prediction_type: str) -> dict[str, 
     Raises ModelError for tensors that cannot belong to such a UNet.
     """
     known = facts(family)["unet"]
+    _none_empty(shapes, "UNet")
     try:
-        down, up = _count(shapes, r"down_blocks\.(\d+)\."), _count(shapes, r"up_blocks\.(\d+)\.")
+        down, up = _count(shapes, r"down_blocks\.{}\."), _count(shapes, r"up_blocks\.{}\.")
         widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(down)]
-        deep = {
-            side: [_depth(shapes, f"{side}_blocks.{i}.") for i in range(n)] for side, n in (("down", down), ("up", up))
-        }
+        depths_down = [_depths(shapes, f"down_blocks.{i}.") for i in range(down)]
+        depths_up = [_depths(shapes, f"up_blocks.{i}.") for i in range(up)]
         context = next(shape[1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
-        depths = [d or 1 for d in deep["down"]]
-        if any(deep["up"]):  # where only the way up has attention, its depth counts
-            depths = [d or u or 1 for d, u in zip(deep["down"], reversed(deep["up"]), strict=True)]
         config: dict[str, Any] = {
             "in_channels": shapes["conv_in.weight"][1],
             "out_channels": shapes["conv_out.weight"][0],
             "block_out_channels": widths,
-            "layers_per_block": _count(shapes, r"down_blocks\.0\.resnets\.(\d+)\."),
-            "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in deep["down"]],
-            "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in deep["up"]],
-            "mid_block_type": "UNetMidBlock2DCrossAttn" if any(n.startswith("mid_block.") for n in shapes) else None,
-            "transformer_layers_per_block": depths,
+            "layers_per_block": _count(shapes, r"down_blocks\.0\.resnets\.{}\."),
+            "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths_down],
+            "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in depths_up],
+            "mid_block_type": _mid_block_type(shapes),
+            **_transformer_layers(depths_down, depths_up),
             "cross_attention_dim": context,
             "use_linear_projection": any(n.endswith(".proj_in.weight") and len(s) == 2 for n, s in shapes.items()),
             "norm_num_groups": known["norm_num_groups"],
@@ -68,26 +67,52 @@ def unet_config(shapes: Shapes, family: str, prediction_type: str) -> dict[str, 
                 "projection_class_embeddings_input_dim": shapes["add_embedding.linear_1.weight"][1],
             }
     except (KeyError, IndexError, StopIteration, ValueError) as error:
-        raise ModelError(f"the UNet lacks or has misshapen tensors ({error}): it is not whole") from error
+        raise ModelError(f"the UNet lacks or has misshapen tensors ({error}): {NOT_KNOWN}") from error
     return config
+
+
+def _mid_block_type(shapes: Shapes) -> str | None:
+    """Distilled models have a middle of one residual layer (SSD-1B, Segmind Vega) or none (KOALA-700M, BK-SDM-Tiny)."""
+    if any(name.startswith("mid_block.attentions.") for name in shapes):
+        return "UNetMidBlock2DCrossAttn"
+    return "UNetMidBlock2D" if any(name.startswith("mid_block.") for name in shapes) else None
+
+
+def _transformer_layers(down: list[list[int]], up: list[list[int]]) -> dict[str, Any]:
+    """diffusers' words for how many transformer layers each attention has. down, up: block → its attentions' depths.
+
+    One number a block where all attentions of a level agree, on the way down and up; else lists (SSD-1B).
+    """
+    levels = [set(d + u) for d, u in zip(down, reversed(up), strict=True)]
+    if all(len(depths) <= 1 for depths in levels):
+        return {"transformer_layers_per_block": [max(depths, default=1) for depths in levels]}
+
+    def shortest(depths: list[int]) -> int | list[int]:
+        return depths if len(set(depths)) > 1 else max(depths, default=1)
+
+    return {
+        "transformer_layers_per_block": [shortest(depths) for depths in down],
+        "reverse_transformer_layers_per_block": [shortest(depths) for depths in up],
+    }
 
 
 def vae_config(shapes: Shapes, family: str) -> dict[str, Any]:
     """The config of a diffusers AutoencoderKL. shapes: diffusers name → shape. Raises ModelError as `unet_config`."""
     known = facts(family)["vae"]
+    _none_empty(shapes, "VAE")
     try:
-        levels = _count(shapes, r"encoder\.down_blocks\.(\d+)\.")
+        levels = _count(shapes, r"encoder\.down_blocks\.{}\.")
         return {
             "in_channels": shapes["encoder.conv_in.weight"][1],
             "out_channels": shapes["decoder.conv_out.weight"][0],
             "latent_channels": shapes["decoder.conv_in.weight"][1],
             "block_out_channels": [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)],
-            "layers_per_block": _count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+            "layers_per_block": _count(shapes, r"encoder\.down_blocks\.0\.resnets\.{}\."),
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
             **known,
         }
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise ModelError(f"the VAE lacks or has misshapen tensors ({error}): it is not whole") from error
 
 
@@ -97,28 +122,31 @@ def text_config(shapes: Shapes, family: str, index: int) -> dict[str, Any]:
     Raises ModelError as `unet_config`.
     """
     known = facts(family)["text"][index]
+    _none_empty(shapes, "text encoder")
     bare = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
     try:
         if "token_embedding.weight" in bare:  # OpenCLIP
             words, width = bare["token_embedding.weight"]
             places = bare["positional_embedding"][0]
-            layers = _count(bare, r"transformer\.resblocks\.(\d+)\.")
+            layers = _count(bare, r"transformer\.resblocks\.{}\.")
             inner = bare["transformer.resblocks.0.mlp.c_fc.weight"][0]
-            projection = bare.get("text_projection", (width, width))[1]
         else:
             words, width = bare["embeddings.token_embedding.weight"]
             places = bare["embeddings.position_embedding.weight"][0]
-            layers = _count(bare, r"encoder\.layers\.(\d+)\.")
+            layers = _count(bare, r"encoder\.layers\.{}\.")
             inner = bare["encoder.layers.0.mlp.fc1.weight"][0]
-            projection = width
+        projection = bare.get("text_projection.weight", bare.get("text_projection", (width, width))[::-1])[0]
     except (KeyError, IndexError, ValueError) as error:
         raise ModelError(f"the text encoder lacks or has misshapen tensors ({error}): it is not whole") from error
+    if width == known.get("width") and layers not in known["layers"]:
+        due = " or ".join(map(str, known["layers"]))
+        raise ModelError(f"a text encoder stores {layers} layers, where {due} are expected: it is not whole")
     return {
         "vocab_size": words,
         "hidden_size": width,
         "intermediate_size": inner,
         "projection_dim": projection,
-        "num_hidden_layers": layers - known["drop_layers"],
+        "num_hidden_layers": min(layers, known.get("used_layers", layers)),
         "num_attention_heads": max(width // 64, 1),
         "max_position_embeddings": places,
         "hidden_act": known["hidden_act"],
@@ -141,10 +169,27 @@ def scheduler_config(family: str, prediction_type: str, zero_snr: bool) -> dict[
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that the pattern finds at the beginning of a name."""
-    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+    """How many numbers, from 0 on, the pattern finds at the beginning of names; `{}` in it stands for the number.
+
+    Raises ValueError if one is missing in between. (Names are untrusted: what is built is as large as their number.)
+    """
+    numbered = re.compile(pattern.replace("{}", r"(\d{1,4})"))
+    numbers = {int(match[1]) for name in names if (match := numbered.match(name))}
+    gap = next((number for number in range(len(numbers)) if number not in numbers), None)
+    if gap is not None:
+        raise ValueError("no " + pattern.replace("{}", str(gap)).replace("\\", "") + "*")
+    return len(numbers)
 
 
-def _depth(shapes: Shapes, block: str) -> int:
-    """Transformer layers in each attention of a block; 0 for a block without attention."""
-    return _count(shapes, re.escape(block) + r"attentions\.0\.transformer_blocks\.(\d+)\.")
+def _depths(shapes: Shapes, block: str) -> list[int]:
+    """Transformer layers in each attention of a block, in order; none for a block without attention."""
+    block = re.escape(block)
+    attentions = range(_count(shapes, block + r"attentions\.{}\."))
+    return [_count(shapes, rf"{block}attentions\.{i}\.transformer_blocks\." + r"{}\.") for i in attentions]
+
+
+def _none_empty(shapes: Shapes, part: str) -> None:
+    """Raises ModelError for a tensor without entries: it takes no bytes, but its other sizes may be anything."""
+    empty = next((name for name, shape in shapes.items() if 0 in shape), None)
+    if empty is not None:
+        raise ModelError(f"the {part}'s {shortened(empty)} has no entries: it is damaged")

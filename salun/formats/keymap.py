@@ -8,12 +8,13 @@ here looks at a tensor; where one side keeps it in another shape, `is_vae_matrix
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 EMA = "model_ema."
+_NUMBER = r"(\d{1,4})"  # in names, which are untrusted input: no model has more, and Python refuses 4,300 digits
 
 _TOP = {
     "conv_in": "input_blocks.0.0",
@@ -49,17 +50,23 @@ def unet_to_ldm(names: Iterable[str]) -> dict[str, str]:
     attention. Raises KeyError naming a tensor that no UNet of these families has.
     """
     names = list(names)
-    layers = 1 + max((int(m[1]) for n in names if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", n))), default=1)
-    attended = {m[1] for n in names if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", n))}
+    layers = 1 + max(_numbers(names, rf"down_blocks\.0\.resnets\.{_NUMBER}\."), default=1)
+    attended = _numbers(names, rf"up_blocks\.{_NUMBER}\.attentions\.")
     return {name: UNET + _unet_name(name, layers, attended) for name in names}
 
 
-def _unet_name(name: str, layers: int, attended: set[str]) -> str:
+def _numbers(names: Iterable[str], pattern: str) -> set[int]:
+    """Every number that the pattern finds at the beginning of a name."""
+    return {int(match[1]) for name in names if (match := re.match(pattern, name))}
+
+
+def _unet_name(name: str, layers: int, attended: set[int]) -> str:
     for ours, theirs in _TOP.items():
         if name.startswith(ours + "."):
             rest = name[len(ours) + 1 :]
             return f"{theirs}.{_inner(rest, _RESNET) if '.resnets.' in ours else rest}"
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    kinds = "resnets|attentions|downsamplers|upsamplers"
+    match = re.fullmatch(rf"(down|up)_blocks\.{_NUMBER}\.({kinds})\.{_NUMBER}\.(.+)", name)
     if match is None:
         raise KeyError(name)
     side, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
@@ -71,7 +78,7 @@ def _unet_name(name: str, layers: int, attended: set[str]) -> str:
         return f"{row}.{start + layer}.1.{rest}"
     if kind == "downsamplers":
         return f"{row}.{start + layers}.0.op.{rest.removeprefix('conv.')}"
-    return f"{row}.{start + layers}.{2 if str(block) in attended else 1}.{rest}"
+    return f"{row}.{start + layers}.{2 if block in attended else 1}.{rest}"
 
 
 def unet_from_ldm(names: Iterable[str]) -> dict[str, str]:
@@ -80,8 +87,8 @@ def unet_from_ldm(names: Iterable[str]) -> dict[str, str]:
     Raises KeyError naming a UNet tensor that has no place.
     """
     own = [name.removeprefix(UNET) for name in names if name.startswith(UNET)]
-    samplers = [int(m[1]) for n in own if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.", n))]
-    places = [int(m[1]) for n in own if (m := re.match(r"input_blocks\.(\d+)\.", n))]
+    samplers = _numbers(own, rf"input_blocks\.{_NUMBER}\.0\.op\.")
+    places = _numbers(own, rf"input_blocks\.{_NUMBER}\.")
     layers = min(samplers) - 1 if samplers else max(places, default=2)  # without a sampler there is one level
     return {UNET + name: _unet_name_back(name, layers) for name in own}
 
@@ -91,7 +98,7 @@ def _unet_name_back(name: str, layers: int) -> str:
         if name.startswith(theirs + "."):
             rest = name[len(theirs) + 1 :]
             return f"{ours}.{_inner(rest, _RESNET_BACK) if '.resnets.' in ours else rest}"
-    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", name)
+    match = re.fullmatch(rf"(input|output)_blocks\.{_NUMBER}\.{_NUMBER}\.(.+)", name)
     if match is None:
         raise KeyError(UNET + name)
     side, place, slot, rest = match[1], int(match[2]), int(match[3]), match[4]
@@ -127,6 +134,11 @@ _VAE_PLACES = {  # diffusers → LDM
 }
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OLD_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # of diffusers before 0.18
+_ATTENTION_BACK = {  # converters of 2023 left diffusers' names within `mid.attn_1`, older or newer
+    **{name: name for name in _ATTENTION},
+    **{theirs: ours for ours, theirs in _ATTENTION.items()},
+    **{old: ours for old, theirs in _OLD_ATTENTION.items() for ours, new in _ATTENTION.items() if new == theirs},
+}
 
 
 def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
@@ -135,7 +147,7 @@ def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
     The attention's matrices are (c, c) in diffusers and (c, c, 1, 1) in single files: see `is_vae_matrix`.
     """
     names = list(names)
-    levels = 1 + max((int(m[1]) for n in names if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", n))), default=0)
+    levels = 1 + max(_numbers(names, rf"decoder\.up_blocks\.{_NUMBER}\."), default=0)
     return {name: VAE + _vae_name(name, levels) for name in names}
 
 
@@ -149,7 +161,7 @@ def _vae_name(name: str, levels: int) -> str:
             if "attn" in theirs:
                 tail = _inner(tail, {**_ATTENTION, **_OLD_ATTENTION})
             return f"{head}.{theirs}{tail.replace('conv_shortcut', 'nin_shortcut')}"
-    match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)", rest)
+    match = re.match(rf"(down|up)_blocks\.{_NUMBER}\.(resnets|downsamplers|upsamplers)\.{_NUMBER}\.(.+)", rest)
     if match is None:
         return name
     side, block, kind, layer, tail = match[1], int(match[2]), match[3], match[4], match[5]
@@ -160,9 +172,12 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 def vae_from_ldm(names: Iterable[str]) -> dict[str, str]:
-    """LDM name (with `first_stage_model.`) → diffusers name of every VAE tensor among `names`; others are left out."""
+    """LDM name (with `first_stage_model.`) → diffusers name of every VAE tensor among `names`; others are left out.
+
+    A name that no VAE has stays as it is.
+    """
     own = [name.removeprefix(VAE) for name in names if name.startswith(VAE)]
-    levels = 1 + max((int(m[1]) for n in own if (m := re.match(r"decoder\.up\.(\d+)\.", n))), default=0)
+    levels = 1 + max(_numbers(own, rf"decoder\.up\.{_NUMBER}\."), default=0)
     return {VAE + name: _vae_name_back(name, levels) for name in own}
 
 
@@ -174,9 +189,12 @@ def _vae_name_back(name: str, levels: int) -> str:
         if rest.startswith(theirs):
             tail = rest[len(theirs) :]
             if "attn" in theirs:
-                tail = _inner(tail, {new: old for old, new in _ATTENTION.items()})
+                try:
+                    tail = _inner(tail, _ATTENTION_BACK)
+                except KeyError:
+                    return name
             return f"{head}.{ours}{tail.replace('nin_shortcut', 'conv_shortcut')}"
-    match = re.match(r"(down|up)\.(\d+)\.(block\.\d+|downsample|upsample)\.(.+)", rest)
+    match = re.match(rf"(down|up)\.{_NUMBER}\.(block\.\d+|downsample|upsample)\.(.+)", rest)
     if match is None:
         return name
     side, level, kind, tail = match[1], int(match[2]), match[3], match[4]
@@ -187,8 +205,12 @@ def _vae_name_back(name: str, levels: int) -> str:
 
 
 def is_vae_matrix(name: str) -> bool:
-    """Whether a VAE tensor (LDM name) is a matrix in diffusers and a 1×1 convolution in single files."""
-    return re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
+    """Whether a VAE tensor (LDM name) is a matrix in diffusers and a 1×1 convolution in single files.
+
+    Some converters leave it a matrix.
+    """
+    layers = "|".join(re.escape(name) for name in _ATTENTION_BACK if "norm" not in name)
+    return re.search(rf"\.mid\.attn_1\.({layers})\.weight$", name) is not None
 
 
 # -- text encoders ----------------------------------------------------------------------------------------------------
@@ -199,21 +221,34 @@ class TextLayout:
     """Where a text encoder lies in a single file.
 
     prefix: of its names there. open_clip: OpenCLIP's names, with q, k and v fused, rather than transformers'. short:
-    transformers' names without their `text_model.`, as some old files have them.
+    transformers' names without their `text_model.`, as some old files have them. turned: OpenCLIP's text projection,
+    the transpose of transformers'; diffusers' converter leaves it as it is, under transformers' name.
     """
 
     prefix: str
     open_clip: bool
     short: bool = False
+    turned: bool = True
 
 
-TEXT = {
+TEXT = {  # of each text encoder, as the published files have it
     "sd1": [TextLayout("cond_stage_model.transformer.", False)],
     "sd2": [TextLayout("cond_stage_model.model.", True)],
     "sdxl": [
         TextLayout("conditioner.embedders.0.transformer.", False),
         TextLayout("conditioner.embedders.1.model.", True),
     ],
+}
+TEXT_ELSEWHERE = {  # the same under other names: Stability's newer training code (sgm), and transformers' names kept
+    "sd1": [[TextLayout("conditioner.embedders.0.transformer.", False)]],
+    "sd2": [
+        [
+            TextLayout("conditioner.embedders.0.model.", True),
+            TextLayout("cond_stage_model.transformer.", False),
+            TextLayout("conditioner.embedders.0.transformer.", False),
+        ]
+    ],
+    "sdxl": [[], [TextLayout("conditioner.embedders.1.transformer.", False)]],
 }
 TOKENS = (  # by which of these a text encoder is known to be there: transformers', the same shortened, OpenCLIP's
     "text_model.embeddings.token_embedding.weight",
@@ -244,6 +279,20 @@ def published(name: str) -> str:
     return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
+def find_text(names: Container[str], family: str) -> list[TextLayout | None]:
+    """Where each of a family's text encoders lies in the file with these names; None for one that is not there."""
+    found: list[TextLayout | None] = []
+    for usual, others in zip(TEXT[family], TEXT_ELSEWHERE[family], strict=True):
+        there = (layout for layout in (usual, *others) if any(f"{layout.prefix}{name}" in names for name in TOKENS))
+        layout = next(there, None)
+        if layout is not None:
+            short = f"{layout.prefix}embeddings.token_embedding.weight" in names
+            turned = f"{layout.prefix}text_projection.weight" not in names
+            layout = replace(layout, short=short, turned=turned)
+        found.append(layout)
+    return found
+
+
 def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str, str]]:
     """transformers name → (name in the single file, part) of a CLIP text encoder's tensors.
 
@@ -260,6 +309,8 @@ def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str
             found[name] = (layout.prefix + inner, "")
             continue
         theirs, part = _open_clip_name(bare)
+        if part == "T" and not layout.turned:
+            theirs, part = bare, ""
         found[name] = (layout.prefix + theirs, part)
     return found
 
@@ -267,7 +318,7 @@ def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str
 def _open_clip_name(bare: str) -> tuple[str, str]:
     if bare in _CLIP_TOP:
         return _CLIP_TOP[bare], "T" if bare.startswith("text_projection") else ""
-    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", bare)
+    match = re.fullmatch(rf"encoder\.layers\.{_NUMBER}\.(.+)", bare)
     if match is None:
         raise KeyError(bare)
     row, rest = f"transformer.resblocks.{match[1]}.", match[2]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import zipfile
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,24 @@ from torch import Tensor
 from salun.cache import Cache
 from salun.errors import ModelError
 from salun.formats import tensorfile
-from salun.formats.tensorfile import sha256_file
+from salun.formats.signature import PICKLE, UNKNOWN, advice, kind_of
+from salun.formats.tensorfile import sha256_file, shortened
 
 ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 SAFE = (2, 6)  # the first torch whose weights_only runs no code (CVE-2025-32434)
-HARMLESS = (  # what trainers leave in a checkpoint beside its weights, as the key of their own state
+HARMLESS = (  # what trainers leave in a checkpoint beside its weights: their own state, and numbers of numpy's
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
 )
+LARGEST = 2  # bytes of tensors that one byte of a checkpoint may become: more than one where names share their weights
+DIGEST = ".sha256"  # ending of the file beside a converted one that records its digest
+logger = logging.getLogger("salun")
 
 
 def readable(path: Path, allowed: bool) -> Path:
@@ -41,31 +54,94 @@ def check_torch() -> None:
 def converted(path: Path, allowed: bool) -> Path:
     """A safetensors file of the same stem with a pickled checkpoint's tensors, in the user's cache; made once.
 
-    Names and bytes stay, what is no tensor (training state) goes. Raises ModelError where it is not allowed, or if
-    the file holds anything but tensors and plain values.
+    Names and bytes stay, what is no tensor (training state) goes. Raises ModelError for a file that is no pickle, where
+    pickles are not allowed, or if the file holds anything but tensors and plain values.
     """
+    kind = kind_of(path)
+    if kind == UNKNOWN:
+        raise ModelError(f"{path} is no checkpoint that can be read: {advice(kind)}")
+    if kind != PICKLE:
+        raise ModelError(f"{path} is {kind} and no pickle, whatever its name says: {advice(kind)}")
     if not allowed:
         raise ModelError(
             f"{path} is a pickle, which may run code of whoever made it: take a .safetensors of the same model, or, if "
             "you trust the file, --allow-pickle (it is read with weights_only)"
         )
-    check_torch()
     target = Cache.of_user().converted / sha256_file(path)[:24] / f"{path.stem}.safetensors"
-    if target.is_file():
+    if _is_recorded(target):
         return target
+    check_torch()
+    tensors = _tensors(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensorfile.write(target, tensors)
+    tensorfile.write_bytes(_record(target), sha256_file(target).encode())
+    return target
+
+
+def _record(target: Path) -> Path:
+    return target.with_name(target.name + DIGEST)
+
+
+def _is_recorded(target: Path) -> bool:
+    """Whether a converted file is there, with the digest that was recorded when it was written."""
+    if not target.is_file():
+        return False
+    try:
+        if _record(target).read_bytes()[:100].decode("ascii", "replace") == sha256_file(target):
+            return True
+    except OSError:
+        pass
+    logger.warning("%s in the cache is not as it was written and will be converted again", target.name)
+    return False
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled checkpoint. Raises ModelError as `converted`."""
+    _check_archive(path)
     try:
         with _known():
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
     except Exception as error:  # torch and pickle raise many kinds; each means that this is no checkpoint to trust
         raise ModelError(f"{path} cannot be read as a checkpoint: {_why(error)}") from error
     state = found.get("state_dict", found) if isinstance(found, dict) else {}
-    tensors = {str(name): tensor.contiguous() for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    strange = next((name for name, tensor in tensors.items() if tensor.dtype not in tensorfile.NAMES), None)
-    if not tensors or strange is not None:
-        raise ModelError(f"{path} holds {strange or 'no tensors'}{', of a dtype salun does not know' * bool(strange)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tensorfile.write(target, tensors)
-    return target
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items() if isinstance(state, Mapping) else ():
+        if isinstance(value, Tensor):
+            if str(name) in tensors:
+                raise ModelError(f"{path} holds {shortened(str(name))!r} twice: fetch it again")
+            tensors[str(name)] = value
+    if not tensors:
+        raise ModelError(f"{path} holds no tensors: it is no checkpoint of a model")
+    _check_tensors(path, tensors)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ModelError for a zip archive that would unpack to more than its size; torch's own are not compressed."""
+    if not _zipped(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(item.file_size for item in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{path} is damaged, or its end is missing: fetch it again") from error
+    if size > path.stat().st_size:
+        raise ModelError(f"{path} is compressed, as torch writes none: it would unpack to {size:,} bytes")
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ModelError for tensors that safetensors cannot hold, or that take far more room than the checkpoint."""
+    for name, tensor in tensors.items():
+        what = shortened(name)
+        if tensor.dtype not in tensorfile.NAMES:
+            raise ModelError(f"{path} holds {what}, of a dtype salun does not know ({tensor.dtype})")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ModelError(f"{path} holds {what}, which has no plain values: it is no weight of a model")
+        if name == "__metadata__" or name.encode("utf-8", "replace").decode("utf-8") != name:
+            raise ModelError(f"{path} holds a tensor named {what!a}, as no model does")
+    size, there = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()), path.stat().st_size
+    if size > LARGEST * there:
+        raise ModelError(f"{path} is of {there:,} bytes, but its tensors would take {size:,}: it is damaged")
 
 
 def _known() -> AbstractContextManager[Any]:
@@ -75,18 +151,23 @@ def _known() -> AbstractContextManager[Any]:
 
 
 def _stand_in(name: str) -> type:
-    """A class of this name that does nothing, in place of the one that a pickle names."""
+    """A class of this name that takes anything and does nothing, in place of the one that a pickle names."""
     module, _, last = name.rpartition(".")
-    return type(last, (), {"__module__": module})
+    ignore = {"__init__": lambda self, *args: None, "__setstate__": lambda self, state: None}
+    return type(last, (), {"__module__": module, **ignore})
 
 
 def _why(error: Exception) -> str:
-    """The reason in one line. (torch's own is a page on how to switch its guard off.)"""
+    """The reason in one line. (torch's own is a page on how to switch its guard off, which nobody should.)"""
     text = str(error).strip()
     foreign = re.search(r"GLOBAL (\S+) was not an allowed global", text)
     if foreign:
         return f"beside weights it holds a {foreign[1]}, which would run code; take a .safetensors of the same model"
-    return text.splitlines()[0] if text else type(error).__name__
+    reason = text.partition("WeightsUnpickler error:")[2].strip() or text
+    line = reason.splitlines()[0].strip() if reason else type(error).__name__
+    if re.search(r"weights_only|torch\.load|trust", line):
+        return "it is damaged, or holds more than weights; take a .safetensors of the same model"
+    return shortened(line)
 
 
 def _zipped(path: Path) -> bool:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from salun.errors import ModelError
+from salun.formats.signature import PICKLE, SAFETENSORS, UNKNOWN, advice, kind_of
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -106,10 +107,13 @@ def read_header(path: Path) -> Header:
             first = file.read(8)
             length = int.from_bytes(first, "little")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+                kind = kind_of(path)
+                if kind == PICKLE:
                     raise ModelError(
                         f"{path} is a pickle, whatever its name says: fetch the model's .safetensors instead"
                     )
+                if kind not in (SAFETENSORS, UNKNOWN):
+                    raise ModelError(f"{path} is no sound safetensors file: it is {kind}; {advice(kind)}")
                 raise fault(f"a header of {length} bytes in a file of {size}")
             raw = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:

@@ -1,0 +1,184 @@
+"""Hugging Face image data sets: from the hub, saved in a folder, or a clone of a hub's repository."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from salun.classification.labeled import ROLES, ImageData, Sample, assembled, role_of, roles_of
+from salun.errors import DataError, some
+from salun.images import LFS, Source, is_hidden
+from salun.untrusted import read_json
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any((folder / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json"))
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The parquet files in a folder and the folders in it, sorted."""
+    found = (path for path in folder.rglob("*.parquet") if path.is_file())
+    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
+
+
+def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -> ImageData:
+    """A Hugging Face image data set.
+
+    Args:
+        name: of the data set, in messages.
+        preset: repo (a hub id, or a folder: saved, or with parquet files), config, image and label (column names; found
+            by their types where not given), and how to train.
+        image_size: pixels a side to which images are resized.
+
+    Raises:
+        DataError: `datasets` is not installed, the data cannot be had, has no images or no labels, or as `assembled`.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"the data set {name!r} needs the package datasets: pip install salun[datasets]") from error
+    splits = _splits(name, preset)
+    if "train" not in {role_of(split) for split in splits}:
+        raise DataError(f"the data set {name!r} has no part named train, only {', '.join(map(str, splits))}")
+    first = next(part for split, part in splits.items() if role_of(split) == "train")
+    image = _column(name, "image", preset.get("image"), first.features, datasets.Image)
+    label = _column(name, "label", preset.get("label"), first.features, datasets.ClassLabel)
+    if not len(first):
+        raise DataError(f"the data set {name!r} is empty: its part train has no picture")
+    used, notes, parts = {}, [], {}
+    for split, part in splits.items():
+        if image not in part.features or label not in part.features:
+            notes.append(f"{name}: the part {split} has no column {image!r} or {label!r} and is not used")
+            continue
+        labels = [_label(value, f"{name}, {split}, row {i}", label) for i, value in enumerate(part[label])]
+        missing = sum(value < 0 for value in labels)
+        if missing:
+            notes.append(f"{name}: skipped {missing} of {len(labels)} images of the part {split}: no label (−1)")
+        if missing < len(labels):
+            used[split] = (part, labels)
+    if "train" not in map(role_of, used):
+        raise DataError(f"the data set {name!r} has no image with a label in its part train")
+    roles, more = roles_of(list(used), name)
+    for role in (role for role in ROLES if role in roles):
+        part, labels = used[roles[role]]
+        if isinstance(part.features[image], datasets.Image):  # its own decoder has no limits, and no formats to choose
+            part = part.cast_column(image, datasets.Image(decode=False))
+        parts[role] = [
+            Sample(_source(value, where := f"{name}, {roles[role]}, row {i}", image), where, labels[i])
+            for i, value in enumerate(part[image])
+            if labels[i] >= 0
+        ]
+    classes, lines = _renumbered(name, parts, getattr(first.features[label], "names", None))
+    return assembled(name, parts, classes, image_size, [*more, *notes, *lines], preset)
+
+
+def _splits(name: str, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """part → the library's data set."""
+    import datasets
+
+    repo = preset["repo"]
+    folder = Path(repo)
+    try:
+        if not folder.is_dir():
+            found = datasets.load_dataset(repo, preset.get("config"))
+        elif is_saved(folder):
+            found = datasets.load_from_disk(repo)
+        else:  # by the format's name: a folder's own script is never run
+            found = datasets.load_dataset("parquet", data_files=_parts_of_files(folder))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises what its many back ends raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if folder.is_dir() and _without_pictures(folder):
+            raise DataError(f"the data set {name!r} is empty: its part train has no picture") from error
+        way = "read" if folder.is_dir() else "fetched"
+        raise DataError(f"the data set {name!r} could not be {way}: {reason}") from error
+    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+
+
+def _parts_of_files(folder: Path) -> dict[str, list[str]]:
+    """part → parquet files, by the names that the hub gives: `data/train-00000-of-00001.parquet`, `train/0000.parquet`.
+
+    Raises DataError for several configurations, and for files whose content Git LFS has not fetched.
+    """
+    parts: dict[str, list[str]] = {}
+    configurations: dict[str, None] = {}
+    for path in parquet_files(folder):
+        with path.open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise DataError(f"{path} is a Git LFS pointer, not the data: run `git lfs pull` in {folder}")
+        way = path.relative_to(folder).parts[:-1]
+        stem = re.sub(r"(-\d+-of-\d+|[-_.]?\d+)$", "", path.stem)
+        named = next((part for part in (*reversed(way), stem) if role_of(part) is not None), None)
+        parts.setdefault(named or re.sub(r"\W", "_", stem) or "train", []).append(str(path))
+        configurations["/".join(part for part in way if role_of(part) is None and part != "data")] = None
+    if len(configurations) > 1:
+        names = [name or "." for name in configurations]
+        raise DataError(f"{folder} holds several configurations ({some(names, 5)}): name the folder of one as --data")
+    if len(parts) == 1 and role_of(next(iter(parts))) is None:
+        parts = {"train": next(iter(parts.values()))}
+    return parts
+
+
+def _renumbered(name: str, parts: dict[str, list[Sample]], names: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The classes that have images, and lines of what was changed; the samples get labels without gaps."""
+    present = sorted({sample.label for samples in parts.values() for sample in samples})
+    known = list(names) if names is not None else [str(label) for label in range(present[-1] + 1)]
+    if present[-1] >= len(known):
+        raise DataError(f"{name} has the label {present[-1]}, but names {len(known)} classes only")
+    classes = [known[label] for label in present]
+    if len(classes) == len(known):
+        return classes, []
+    label_of = {label: i for i, label in enumerate(present)}
+    for role, samples in parts.items():
+        parts[role] = [Sample(sample.source, sample.name, label_of[sample.label]) for sample in samples]
+    unused = [known[label] for label in sorted({*range(len(known))} - {*present})]
+    line = f"{name}: {len(unused)} classes without an image left out ({some(unused)}); {len(classes)} are numbered anew"
+    return classes, [line]
+
+
+def _without_pictures(folder: Path) -> bool:
+    """Whether a saved data set, or its part train, lists no file of rows: the library does not read such a one."""
+    for state in (folder / "state.json", folder / "train" / "state.json"):
+        try:
+            return not read_json(state)["_data_files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return False
+
+
+def _source(value: Any, where: str, column: str) -> Source:
+    """An image's file or its content. Raises DataError for what is neither, such as a number or nothing."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return bytes(value["bytes"])
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        return Path(value["path"])
+    what = "no picture" if value is None else f"{value!r:.40}"
+    raise DataError(
+        f"{where} has {what} in the column {column!r}, where a picture must be: leave such rows out, or name another "
+        "by --image-column"
+    )
+
+
+def _label(value: Any, where: str, column: str) -> int:
+    """A label as a number. Raises DataError for what is none, such as a name or nothing."""
+    if isinstance(value, int):
+        return int(value)
+    raise DataError(
+        f"{where} has the label {value!r} in the column {column!r}, where a whole number must be: name another by "
+        "--label-column, or make it a ClassLabel (datasets' class_encode_column)"
+    )
+
+
+def _column(name: str, what: str, wish: str | None, features: Any, kind: type) -> str:
+    """The column of pictures or of labels: the one asked for, else the only one of its type."""
+    fitting = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if wish is not None and wish not in features:
+        raise DataError(f"the data set {name!r} has no column {wish!r}, only {', '.join(features)}")
+    if wish is None and len(fitting) != 1:
+        missing = "has no labels" if what == "label" and not fitting else f"has {len(fitting)} {what} columns"
+        raise DataError(f"the data set {name!r} {missing}: name one by --{what}-column ({', '.join(features)})")
+    return wish if wish is not None else fitting[0]

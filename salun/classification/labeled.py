@@ -1,0 +1,178 @@
+"""Labeled images as tensors in memory, and how they are assembled from files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from salun.errors import DataError
+from salun.images import Source, read_images
+
+ROLES = ("train", "validation", "test")
+_SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "dev": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Labelled pictures; a picture's row is its number everywhere.
+
+    images: uint8 (n, c, h, w). labels: int64 (n,). classes: names by label. own_test, own_validation: rows of the data
+    set's own test and validation part, None where it has none. preset: mean, std, augment, model and train, from
+    `datasets.yaml`. notes: what a user should know of how it was read.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    own_test: Tensor | None = None
+    own_validation: Tensor | None = None
+    preset: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """1 for grey pictures, 3 for colour."""
+        return int(self.images.shape[1])
+
+    @property
+    def size(self) -> int:
+        """Pixels of the longer side."""
+        return int(max(self.images.shape[2:]))
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of pixels, labels and class names: two data sets with the same one are the same."""
+        found = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
+        for tensor in (self.images, self.labels):
+            found.update(tensor.cpu().contiguous().numpy().data)
+        return found.hexdigest()
+
+    def to(self, device: torch.device) -> ImageData:
+        """The same on a device; rows are given on any."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """The pictures of these rows, normalised: float32 (b, c, h, w)."""
+        return self.normalised(self.images[rows.to(self.images.device)])
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """(pixels/255 − mean) / std of uint8 pictures."""
+        mean, std = (torch.tensor(self.preset[key], device=images.device).view(-1, 1, 1) for key in ("mean", "std"))
+        return (images.float() / 255 - mean) / std
+
+    def augmented(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """As `pictures`, each shifted by up to an eighth of its size over black and, for crop-flip, half mirrored."""
+        kind = self.preset["augment"]
+        if kind == "none":
+            return self.pictures(rows)
+        images = self.images[rows.to(self.images.device)]
+        (b, _, h, w), pad = images.shape, self.size // 8
+        shift = torch.randint(0, 2 * pad + 1, (b, 2), generator=generator).to(images.device)
+        flip = (torch.rand(b, generator=generator) < (0.5 if kind == "crop-flip" else 0.0)).to(images.device)
+        down = torch.arange(h, device=images.device) + shift[:, :1]
+        across = torch.arange(w, device=images.device) + shift[:, 1:]
+        across = torch.where(flip[:, None], across.flip(1), across)
+        padded = F.pad(images, (pad, pad, pad, pad))
+        each = torch.arange(b, device=images.device)[:, None, None]
+        return self.normalised(padded[each, :, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image to be read: where from, its name in messages, and its label."""
+
+    source: Source
+    name: str
+    label: int
+
+
+def assembled(
+    name: str,
+    parts: Mapping[str, Sequence[Sample]],
+    classes: Sequence[str],
+    image_size: int | None,
+    notes: Sequence[str],
+    preset: dict[str, Any],
+) -> ImageData:
+    """A data set of these images, part after part; gray if all are.
+
+    Args:
+        name: of the data set, in messages.
+        parts: role → images; "train" alone, or with the others of ROLES.
+        classes: names by label.
+        image_size: pixels a side to which images are resized.
+        notes: of how the parts were found; those of single images are added.
+        preset: as in `ImageData`.
+
+    Raises:
+        DataError: an image cannot be read, or their sizes differ where none is given.
+    """
+    samples = [sample for role in ROLES for sample in parts.get(role, ())]
+    images, traits = read_images([(sample.source, sample.name) for sample in samples], name, image_size)
+    rows, start = {}, 0
+    for role in ROLES:
+        rows[role] = torch.arange(start, start + len(parts.get(role, ())))
+        start += len(rows[role])
+    own = {f"own_{role}": rows[role] if len(rows[role]) else None for role in ROLES[1:]}
+    labels = torch.tensor([sample.label for sample in samples])
+    lines = (*notes, *(f"{name}: {line}" for line in traits))
+    return ImageData(name, _stacked(images), labels, tuple(classes), **own, preset=preset, notes=lines)
+
+
+def _stacked(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 (n, c, h, w); color if any image is."""
+    color = any(image.ndim == 3 for image in images)
+    rows: Iterable[np.ndarray] = (
+        np.repeat(p[None], 3, 0) if color and p.ndim == 2 else p[None] if p.ndim == 2 else p.transpose(2, 0, 1)
+        for p in images
+    )
+    return torch.from_numpy(np.stack(list(rows)))
+
+
+def role_of(name: str) -> str | None:
+    """What a part of this name is for: one of ROLES; None for a name that is no split's."""
+    return _SPLIT_NAMES.get(name.casefold())
+
+
+def roles_of(names: Sequence[str], where: str) -> tuple[dict[str, str], list[str]]:
+    """Which part of a data set is used for what: role → name, and the lines that say so.
+
+    A validation part without a test part is the test part, as such data sets are published. Raises DataError without a
+    training part, or with two parts for one role.
+    """
+    roles: dict[str, str] = {}
+    notes = []
+    for name in names:
+        role = role_of(name)
+        if role is None:
+            notes.append(f"{where}: the part {name} is not used")
+        elif role in roles:
+            raise DataError(f"{where} has two {role} parts, {roles[role]} and {name}: keep one of them")
+        else:
+            roles[role] = name
+    if "train" not in roles:
+        raise DataError(f"{where} has no part named train, only {', '.join(names)}: rename the one to train on")
+    if "validation" in roles and "test" not in roles:
+        roles["test"] = roles.pop("validation")
+    validation = roles.get("validation", f"drawn from {roles['train']} (--validation-share)")
+    test = roles.get("test", f"drawn from {roles['train']} (--test-share)")
+    return roles, [f"{where}: training part {roles['train']}, validation {validation}, test {test}", *notes]
+
+
+def by_number(name: str) -> tuple[bool, int, str, str]:
+    """Sorts names that are numbers as numbers, and all others after them."""
+    digits = name.lstrip("0") if name.isascii() and name.isdigit() else ""
+    is_number = bool(digits) or (name != "" and set(name) == {"0"})
+    return not is_number, len(digits), digits, name

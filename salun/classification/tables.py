@@ -1,0 +1,117 @@
+"""A folder whose images are labeled by a table: `metadata.csv` or `metadata.jsonl`, as Hugging Face's imagefolder."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from salun.classification.labeled import ImageData, Sample, assembled, by_number, role_of, roles_of
+from salun.errors import DataError, some
+from salun.images import is_hidden, list_images
+from salun.untrusted import parse_json
+
+NAMES = ("metadata.csv", "metadata.jsonl")
+FILE_COLUMNS = ("file_name", "image_file_name")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
+UNLABELED = ("", "-1", "None", "nan")
+MOST_BYTES = 2**28  # of a table
+_DEEPEST = 3  # folders below the data set's, as in data/train/metadata.csv
+
+Row = dict[str, Any]
+
+
+def tables_in(folder: Path) -> list[Path]:
+    """The tables of a folder of images, sorted."""
+    patterns = ["/".join(["*"] * depth + [name]) for depth in range(_DEEPEST) for name in NAMES]
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
+
+
+def from_tables(
+    folder: Path,
+    tables: Sequence[Path],
+    image_size: int | None,
+    preset: dict[str, Any],
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageData | None:
+    """A data set by its tables; None if they name no image files or no labels, and no columns are asked for.
+
+    A row's part is its column `split`, or a folder on its file's way named as one. Raises DataError for a table that
+    cannot be read, rows that name no file inside the folder, and what `assembled` raises.
+    """
+    name, rows = folder.resolve().name, []
+    for table in tables:
+        read = _rows(table)
+        columns = list(dict.fromkeys(column for row in read for column in row))
+        file = _column(table, columns, image_column, FILE_COLUMNS, "--image-column")
+        label = _column(table, columns, label_column, LABEL_COLUMNS, "--label-column")
+        if file is None or label is None:
+            if image_column is None and label_column is None:
+                return None
+            raise DataError(f"{table} has no column of {'files' if file is None else 'labels'}, only {some(columns)}")
+        rows += [(_part(folder, table, row, file), _path(table, row, file), row.get(label)) for row in read]
+    labeled = [(part, path, str(label).strip()) for part, path, label in rows]
+    known = [row for row in labeled if row[2] not in UNLABELED]
+    if not known:
+        raise DataError(f"{folder}: no row of {tables[0].name} has a label")
+    roles, notes = roles_of(list(dict.fromkeys(part for part, _, _ in known)), name)
+    if len(known) < len(rows):
+        notes.append(f"{name}: skipped {len(rows) - len(known)} images without a label")
+    classes = sorted({label for _, _, label in known}, key=by_number)
+    if all(label.isdigit() for label in classes) and classes != [str(i) for i in range(len(classes))]:
+        notes.append(f"{name}: the labels are not 0 to {len(classes) - 1}; they name the classes: {some(classes, 10)}")
+    listed = {path.resolve() for _, path, _ in rows}
+    others = [path for path in list_images(folder).files if path.resolve() not in listed]
+    if others:
+        notes.append(f"{name}: skipped {len(others)} images that no table names")
+    parts = {
+        role: [Sample(path, str(path), classes.index(label)) for own, path, label in known if own == part]
+        for role, part in roles.items()
+    }
+    return assembled(name, parts, classes, image_size, notes, preset)
+
+
+def _rows(table: Path) -> list[Row]:
+    try:
+        if table.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES // 2**20} MiB")
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file)) if table.suffix == ".csv" else list(_json_lines(file))
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise DataError(f"{table} cannot be read: {error}") from error
+    return rows
+
+
+def _json_lines(lines: Iterator[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            row = parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            yield row
+
+
+def _column(table: Path, columns: list[str], wish: str | None, usual: tuple[str, ...], option: str) -> str | None:
+    if wish is not None and wish not in columns:
+        raise DataError(f"{table} has no column {wish!r} ({option}), only {some(columns, 10)}")
+    return wish or next((column for column in usual if column in columns), None)
+
+
+def _path(table: Path, row: Row, column: str) -> Path:
+    """The image file of a row. Raises DataError for one outside the table's folder."""
+    named = PurePosixPath(str(row.get(column)).replace("\\", "/"))
+    if named.is_absolute() or ".." in named.parts or not row.get(column):
+        raise DataError(f"{table} names the file {str(named)!r}, which is not inside its folder")
+    return table.parent.joinpath(*named.parts)
+
+
+def _part(folder: Path, table: Path, row: Row, column: str) -> str:
+    """The name of a row's part."""
+    split = row.get("split")
+    if isinstance(split, str) and role_of(split) is not None:
+        return split
+    way = _path(table, row, column).relative_to(folder).parts[:-1]
+    return next((part for part in way if role_of(part) is not None), "train")

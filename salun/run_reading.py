@@ -1,0 +1,181 @@
+"""Reading a `run.json`: untrusted input, opened only as a regular file, in bounded size and depth, and type-checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from salun.errors import DataError
+
+SCHEMA = 1
+STATUSES = ("running", "done", "failed", "cancelled")
+MAX_BYTES = 16_000_000  # of a run.json: about 240,000 training steps
+MAX_DEPTH = 32  # of nested lists and objects in it
+
+
+def blank_record() -> dict[str, Any]:
+    """Every part of a record, with the value of a run that has done nothing yet."""
+    return {
+        "schema": SCHEMA,
+        "status": "",
+        "command": "",
+        "options": {},
+        "device": "",
+        "facts": {},
+        "resumed": 0,
+        "concepts": [],
+        "notes": [],
+        "seed": 0,
+        "versions": {},
+        "inputs": [],
+        "outputs": [],
+        "timings": {},
+        "peak_memory": {"host_bytes": None, "device_bytes": None},
+        "mask": None,
+        "rounding": None,
+        "losses": [],
+        "metrics": {},
+    }
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The record in a run folder, which may be untrusted input.
+
+    Returns:
+        Every part of a record: a part that the file lacks has the value of a run that has done nothing. Numbers that
+        are NaN or infinite are None. The values of `options` but for `model`, `concept` and `output`, and the contents
+        of `mask`, `metrics`, `concepts` and `losses` are as in the file.
+
+    Raises:
+        DataError: run.json is missing, is no regular file, is too large or too deeply nested, is no JSON, or holds a
+            value of a wrong type, or text with NUL or an unpaired surrogate.
+    """
+    file = folder / "run.json"
+    try:
+        found = read_json(file)
+        _check_record(found)
+    except OSError as error:
+        reason = "there is no run.json in it" if isinstance(error, FileNotFoundError) else f"run.json: {error.strerror}"
+        raise DataError(f"{folder} is not a run folder ({reason}). Choose a folder that a run has made") from error
+    except ValueError as error:
+        raise DataError(f"{file} is not a valid record of a run: {error}. Choose another run") from error
+    return {**blank_record(), "error": None, **found}
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file, which may be untrusted input; numbers that are NaN or infinite are None.
+
+    Raises OSError, or ValueError for what `read_run` calls invalid.
+    """
+    try:
+        found = json.loads(_content(file), parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from error
+    _check_values(found)
+    return found
+
+
+def _content(file: Path) -> str:
+    """The text of a file. Raises ValueError for one that is no regular file, too large, or not UTF-8."""
+    # opening a FIFO would wait for a writer without O_NONBLOCK; Windows has no such flag, and no FIFO among its files
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is not a regular file")
+        with open(descriptor, "rb", closefd=False) as opened:
+            content = opened.read(MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+    return content.decode("utf-8")
+
+
+def _no_number(text: str) -> None:
+    """JSON has neither NaN nor infinity; Python's has both."""
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"it holds an integer of {len(text)} digits")
+    return int(text)
+
+
+def _check_values(value: Any, depth: int = 1) -> None:
+    """Raises ValueError for nesting that is too deep, and for text that no file name, URL or file can hold."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        for name in value:
+            _check_values(name, depth)
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            _check_values(each, depth + 1)
+    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        raise ValueError("it holds text with NUL or an unpaired surrogate")
+
+
+def _check_record(found: Any) -> None:
+    """Raises ValueError for a part of a wrong type."""
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, got {type(found).__name__}")
+    found = {**blank_record(), "error": None, **found}
+    if found["schema"] != SCHEMA or found["status"] not in STATUSES:
+        raise ValueError(
+            f"schema is {_shown(found['schema'])} and status {_shown(found['status'])}, "
+            f"but must be {SCHEMA} and one of {', '.join(STATUSES)}"
+        )
+    options = found["options"] if isinstance(found["options"], dict) else {}
+    kinds = {
+        "an object": ("options", "facts", "versions", "timings", "peak_memory", "metrics"),
+        "an object or null": ("mask", "rounding"),
+        "a list": ("losses",),
+        "a list of objects": ("concepts", "inputs", "outputs"),
+        "a list of texts": ("notes",),
+        "a text": ("command", "device"),
+        "a text or null": ("error",),
+        "an integer": ("resumed", "seed"),
+    }
+    values = [(name, kind, found[name]) for kind, names in kinds.items() for name in names]
+    values += [(f"options.{name}", "a list of texts", options.get(name, [])) for name in ("concept", "output")]
+    values.append(("options.model", "a text or null", options.get("model")))
+    values += [(f"{part}.{name}", "a text", v) for part in ("facts", "versions") for name, v in _items(found[part])]
+    values += [(f"timings.{name}", "a number", v) for name, v in _items(found["timings"])]
+    files = [file for part in ("inputs", "outputs") for file in _listed(found[part])]
+    values += [(f"a file's {name}", "a text", file.get(name)) for file in files for name in ("kind", "path")]
+    for name, kind, value in values:
+        if not _is(kind, value):
+            raise ValueError(f"{name[:80]} is {_shown(value)}, but must be {kind}")
+
+
+def _is(kind: str, value: Any) -> bool:
+    if kind.endswith(" or null"):
+        return value is None or _is(kind.removesuffix(" or null"), value)
+    if kind.startswith("a list"):
+        each = {"a list of texts": "a text", "a list of objects": "an object"}.get(kind)
+        return isinstance(value, list) and (each is None or all(_is(each, item) for item in value))
+    types = {"an object": (dict,), "a text": (str,), "an integer": (int,), "a number": (int, float)}[kind]
+    return type(value) in types  # not isinstance: true and false are integers to Python
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _listed(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

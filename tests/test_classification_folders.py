@@ -1,0 +1,393 @@
+"""Folders of images as they are found: split folders, stray files, tables, class names that are numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from salun.classification.compare import compare
+from salun.classification.data import ImageData, load_data
+from salun.classification.experiment import evaluate, train, unlearn
+from salun.classification.preview import preview_unlearning
+from salun.classification.splits import make_split, repeated, with_forget
+from salun.errors import Cancelled, ConfigError, DataError
+from salun.progress import Event
+
+QUICK: dict[str, Any] = {"model": "small", "train_epochs": 1, "train_batch_size": 8, "device": "cpu"}
+
+
+def image_of(value: int) -> Image.Image:
+    """A gray image with pixels of its own for each value."""
+    pixels = np.random.default_rng(value).integers(0, 256, (8, 8), np.uint8)
+    pixels[0, 0] = value
+    return Image.fromarray(pixels)
+
+
+def fill(folder: Path, *values: int, suffix: str = "png") -> Path:
+    """A folder with an image of each value."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for value in values:
+        image_of(value).save(folder / f"{value:03}.{suffix}")
+    return folder
+
+
+def values_of(data: ImageData, rows: torch.Tensor | None = None) -> list[int]:
+    found: list[int] = (data.images if rows is None else data.images[rows])[:, 0, 0, 0].tolist()
+    return found
+
+
+def small_set(root: Path, names: tuple[str, ...] = ("cat", "dog"), each: int = 8) -> Path:
+    """A data set that can be trained on in a moment."""
+    for i, name in enumerate(names):
+        fill(root / name, *range(i * each, (i + 1) * each))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folders", "validation", "test"),
+    [
+        (("train", "test"), None, "test"),
+        (("train", "val"), None, "val"),
+        (("Training", "Testing"), None, "Testing"),
+        (("TRAIN", "Validation"), None, "Validation"),
+        (("train", "val", "test"), "val", "test"),
+        (("train", "dev", "test"), "dev", "test"),
+    ],
+)
+@pytest.mark.parametrize("around", ["", "dataset", "dataset/images"])
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_split_folders_are_parts_and_never_classes(
+    folders: tuple[str, ...], validation: str | None, test: str | None, around: str, classes_first: bool, tmp_path: Path
+) -> None:
+    expected: dict[str | None, list[int]] = {}
+    for i, part in enumerate(folders):
+        for j, name in enumerate(("a", "b")):
+            values = [50 * i + 10 * j + k for k in range(3)]
+            fill(tmp_path / "set" / around / (f"{name}/{part}" if classes_first else f"{part}/{name}"), *values)
+            expected.setdefault(part, []).extend(values)
+    data = load_data(str(tmp_path / "set"))
+    split = make_split(data, 0.2, 0.0, 0)
+    assert data.classes == ("a", "b")
+    assert values_of(data, split.train) == expected[folders[0]]
+    assert values_of(data, split.test) == expected[test]
+    assert values_of(data, split.validation) == expected.get(validation, [])
+    assert f"training part {folders[0]}, validation " in data.notes[0]
+    assert f", test {test}" in data.notes[0]
+
+
+def test_a_class_may_be_named_train(tmp_path: Path) -> None:
+    for i, name in enumerate(("bus", "car", "train")):
+        fill(tmp_path / "set" / name, i)
+    assert load_data(str(tmp_path / "set")).classes == ("bus", "car", "train")
+
+
+def test_split_folders_that_can_be_read_in_two_ways_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "mixed" / "train" / "a", 1)
+    fill(tmp_path / "mixed" / "cars", 2)
+    with pytest.raises(DataError, match=r"holds train with a folder for each class.* but also images in cars"):
+        load_data(str(tmp_path / "mixed"))
+    fill(tmp_path / "twice" / "train" / "a", 1)
+    fill(tmp_path / "twice" / "val" / "a", 2)
+    fill(tmp_path / "twice" / "validation" / "a", 3)
+    with pytest.raises(DataError, match="has two validation parts, val and validation"):
+        load_data(str(tmp_path / "twice"))
+    fill(tmp_path / "none" / "test" / "a", 1)
+    with pytest.raises(DataError, match="has no part named train, only test"):
+        load_data(str(tmp_path / "none"))
+    fill(tmp_path / "flat" / "train", 1)
+    fill(tmp_path / "flat" / "test", 1)
+    with pytest.raises(DataError, match="has no labels: put the images of each class"):
+        load_data(str(tmp_path / "flat"))
+    fill(tmp_path / "half" / "a" / "train", 1)
+    fill(tmp_path / "half" / "a" / "test", 1)
+    fill(tmp_path / "half" / "b", 1)
+    with pytest.raises(DataError, match="the class 'a' has the parts test, train, but 'b' has none"):
+        load_data(str(tmp_path / "half"))
+
+
+def numbered(tmp_path: Path, names: list[str]) -> ImageData:
+    return load_data(str(small_set(tmp_path / "set", tuple(names), each=3)))
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "readings"),
+    [
+        ([f"{i:03}" for i in range(1, 13)], "1", ["class:001", "class:002"]),
+        (["0", "1", "5", "10"], "2", ["class:5"]),
+        ([str(i) for i in range(1, 13)], "0", ["class:1 "]),
+        (["007", "cat"], "7", ["class:007"]),
+    ],
+)
+def test_class_numbers_are_refused_where_names_are_numbers(
+    names: list[str], value: str, readings: list[str], tmp_path: Path
+) -> None:
+    data = numbered(tmp_path, names)
+    with pytest.raises(ConfigError) as refused:
+        with_forget(make_split(data, 0.2, 0.0, 0), data, f"class:{value}", 0)
+    assert all(reading in str(refused.value) for reading in readings), refused.value
+
+
+def test_numeric_class_names_sort_as_numbers_and_win_over_numbers(tmp_path: Path) -> None:
+    names = [str(i) for i in range(1, 13)]
+    data = numbered(tmp_path, [*names, "other"])
+    assert data.classes == (*names, "other")
+    split = with_forget(make_split(data, 0.2, 0.0, 0), data, "class:1", 0)
+    assert set(data.labels[split.forget].tolist()) == {0}
+    assert split.forgetting == "class:1"
+
+
+def test_record_report_and_terminal_name_the_class(tmp_path: Path) -> None:
+    root = small_set(tmp_path / "set")
+    told = {"data": str(root), "forget": "class:1", "method": "ft", "epochs": 1, **QUICK}
+    run = unlearn(run_dir=tmp_path / "run", **told)
+    assert run.record.data["options"]["forget"] == run.split.forgetting == "class:dog"
+    assert "class:dog" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    from salun.classification.options import UnlearnOptions
+
+    assert preview_unlearning(UnlearnOptions(**told))["forget"] == "class:dog"
+    made = compare(
+        data=str(root), forget="class:1", methods=["ft"], seeds=1, noise_floor=False, search=False, epochs=1,
+        workers=1, **QUICK,
+    )  # fmt: skip
+    assert made.record.data["options"]["forget"] == "class:dog"
+
+
+def test_every_format_and_linked_folder_is_read(tmp_path: Path) -> None:
+    root = small_set(tmp_path / "set", each=1)
+    for value, suffix in ((10, "jfif"), (11, "ppm"), (12, "pgm"), (13, "JPG"), (14, "jp2"), (15, "tga")):
+        image = image_of(value)
+        image.save(root / "cat" / f"{value}.{suffix}", format="JPEG" if suffix in ("jfif", "JPG") else None)
+    fill(tmp_path / "elsewhere" / "deep", 20)
+    (root / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "again").symlink_to(tmp_path / "elsewhere" / "deep")
+    (root / "cat" / "up").symlink_to(root)
+    data = load_data(str(root))
+    assert int((data.labels == 0).sum()) == 1 + 6 + 1
+    assert any("2 linked folder that is read already" in note for note in data.notes)
+
+
+def test_hidden_and_system_files_are_skipped_and_counted(tmp_path: Path) -> None:
+    root = small_set(tmp_path / "set", each=2)
+    fill(root / "cat" / ".ipynb_checkpoints", 0, 1)
+    fill(root / ".ipynb_checkpoints", 3)
+    fill(root / "__MACOSX" / "cat", 4)
+    (root / "cat" / "._000.png").write_bytes(b"Mac OS X")
+    (root / "cat" / "Thumbs.db").write_bytes(b"x")
+    (root / "cat" / "notes.doc").write_text("text", encoding="utf-8")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(root / "cat" / "pipe.png")
+        (root / "cat" / "zero.png").symlink_to("/dev/zero")
+    data = load_data(str(root))
+    assert data.classes == ("cat", "dog")
+    assert values_of(data) == [0, 1, 2, 3]
+    notes = "\n".join(data.notes)
+    assert "skipped 4 hidden or system file: " in notes
+    assert "skipped 1 not an image: cat/notes.doc" in notes
+    if hasattr(os, "mkfifo"):
+        assert "skipped 2 broken link, pipe or device: cat/pipe.png, cat/zero.png" in notes
+
+
+def test_skipped_files_and_repeated_images_are_in_record_and_report(tmp_path: Path) -> None:
+    root = small_set(tmp_path / "set")
+    (root / "cat" / "notes.doc").write_text("text", encoding="utf-8")
+    told: list[str] = []
+    run = train(
+        data=str(root), run_dir=tmp_path / "run", progress=lambda event: told.append(event.message), **QUICK
+    )  # fmt: skip
+    line = "set: skipped 1 not an image: cat/notes.doc"
+    assert line in run.record.data["notes"]
+    assert line in told
+    assert line in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_images_of_several_parts_are_counted(tmp_path: Path) -> None:
+    fill(tmp_path / "set" / "train" / "a", 1, 2, 3)
+    fill(tmp_path / "set" / "train" / "b", 4, 5, 3)
+    fill(tmp_path / "set" / "test" / "a", 1, 2, 6)
+    fill(tmp_path / "set" / "test" / "b", 7)
+    data = load_data(str(tmp_path / "set"))
+    notes = repeated(data, with_forget(make_split(data, 0.2, 0.0, 0), data, "class:a", 0))
+    assert notes == [
+        "set: 1 images of the forget set are in the retain set as well (same pixels)",
+        "set: 2 images of the forget set are in the test set as well (same pixels)",
+    ]
+
+
+def test_classification_images_are_turned_as_the_camera_held_them(tmp_path: Path) -> None:
+    root = small_set(tmp_path / "set", each=1)
+    upright, exif = image_of(99), Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(root / "cat" / "turned.png", exif=exif)
+    assert np.array_equal(load_data(str(root)).images[1, 0].numpy(), np.asarray(upright))
+
+
+@pytest.mark.parametrize(("top", "white"), [(200, 255), (1000, 1023), (4000, 4095), (60000, 65535)])
+def test_images_of_16_bits_are_scaled_together_by_their_largest_value(top: int, white: int, tmp_path: Path) -> None:
+    root = small_set(tmp_path / "set", each=1)
+    for name, value in (("x", top), ("y", top // 4)):
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(root / "cat" / f"{name}.png")
+    data = load_data(str(root))
+    assert values_of(data)[1:3] == [top * 255 // white, top // 4 * 255 // white]
+    assert any(f"of 16 bits, scaled from 0 to {white}" in note for note in data.notes) == (white < 65535)
+
+
+def table(root: Path, rows: list[dict[str, Any]], name: str = "metadata.csv") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / name).open("w", encoding="utf-8", newline="") as file:
+        if name.endswith(".csv"):
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return root
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_table_labels_the_images_of_a_folder(name: str, tmp_path: Path) -> None:
+    for part, values in (("train", range(6)), ("test", range(10, 14))):
+        rows = [{"file_name": f"{v:03}.png", "label": ("cat", "dog")[v % 2], "text": "a photo"} for v in values]
+        fill(table(tmp_path / "set" / "data" / part, rows, name), *values)
+    data = load_data(str(tmp_path / "set"))
+    assert data.classes == ("cat", "dog")
+    assert data.labels.tolist() == [0, 1] * 5
+    assert data.own_test is not None and values_of(data, data.own_test) == [10, 11, 12, 13]
+
+
+def test_labels_of_a_table_without_gaps_and_without_unlabeled_rows(tmp_path: Path) -> None:
+    labels = {"train": [0, 2, 10, 2, -1], "test": [-1, -1]}
+    rows = [
+        {"file_name": f"{part}/{10 * (part == 'test') + i:03}.png", "label": label}
+        for part in labels
+        for i, label in enumerate(labels[part])
+    ]
+    root = table(tmp_path / "set", rows)
+    fill(root / "train", *range(5))
+    fill(root / "test", 10, 11)
+    fill(root / "unlisted", 99)
+    data = load_data(str(root))
+    assert data.classes == ("0", "2", "10")
+    assert data.labels.tolist() == [0, 1, 2, 1]
+    assert data.own_test is None
+    notes = "\n".join(data.notes)
+    for line in (
+        "set: skipped 3 images without a label",
+        "the labels are not 0 to 2; they name the classes: 0, 2, 10",
+        "set: skipped 1 images that no table names",
+    ):
+        assert line in notes
+
+
+def test_tables_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    root = table(tmp_path / "set", [{"file_name": "../secret.png", "label": "a"}])
+    with pytest.raises(DataError, match=r"names the file .* which is not inside its folder"):
+        load_data(str(root))
+    table(root, [{"file_name": "x.png", "kind": "a"}])
+    with pytest.raises(DataError, match=r"has no column 'label' \(--label-column\), only file_name, kind"):
+        load_data(str(root), label_column="label")
+    table(root, [{"file_name": "x.png", "label": "a"}])
+    with pytest.raises(DataError, match=r"x\.png cannot be read as an image: not a file"):
+        load_data(str(root))
+
+
+def test_a_clone_with_parquet_files_needs_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (tmp_path / "set" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install salun\[datasets\]"):
+        load_data(str(tmp_path / "set"))
+
+
+def hub_rows(values: list[int], labels: list[int], names: list[str] | None) -> Any:
+    datasets = pytest.importorskip("datasets")
+    kind = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    return datasets.Dataset.from_dict({"image": [image_of(v) for v in values], "label": labels}, features=features)
+
+
+def test_a_clone_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "clone" / "plain_text"
+    folder.mkdir(parents=True)
+    names = ["cat", "dog", "unused", "owl"]
+    hub_rows([1, 2, 3, 4], [0, 1, 3, 1], names).to_parquet(str(folder / "train-00000-of-00001.parquet"))
+    hub_rows([5, 6], [-1, -1], names).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    data = load_data(str(tmp_path / "clone"))
+    assert data.classes == ("cat", "dog", "owl")
+    assert data.labels.tolist() == [0, 1, 2, 1]
+    assert (values_of(data), data.own_test) == ([1, 2, 3, 4], None)
+    notes = "\n".join(data.notes)
+    assert "skipped 2 of 2 images of the part test: no label (−1)" in notes
+    assert "1 classes without an image left out (unused); 3 are numbered anew" in notes
+    (folder / "train-00000-of-00001.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match="is a Git LFS pointer"):
+        load_data(str(tmp_path / "clone"))
+
+
+def test_a_saved_data_sets_validation_part_is_used(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = {part: hub_rows([v, v + 1], [0, 5], None) for part, v in (("train", 1), ("valid", 11), ("test", 21))}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    data = load_data(str(tmp_path / "saved"), label_column="label")
+    assert data.classes == ("0", "5")
+    split = make_split(data, 0.2, 0.1, 0)
+    assert [values_of(data, rows) for rows in (split.train, split.validation, split.test)] == [
+        [1, 2],
+        [11, 12],
+        [21, 22],
+    ]
+
+
+def stop(event: Event) -> None:
+    if event.stage in ("retraining", "unlearning", "comparing") and event.step:
+        raise Cancelled("stopped")
+
+
+def test_a_run_is_resumed_with_the_same_data_and_original_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_set(tmp_path / "set")
+    train(data="set", run_dir="original", **QUICK)
+    told: dict[str, Any] = {"method": "ft", "epochs": 1, "device": "cpu", "retrain": "no", "train_batch_size": None}
+    common = {**told, "forget": "class:dog"}
+    with pytest.raises(Cancelled):
+        unlearn(data="set", original="original", run_dir="run", progress=stop, **common)
+    shutil.move("set", "moved")
+    shutil.move("original", "away")
+    original = str((tmp_path / "away").resolve())
+    run = unlearn(data=str(tmp_path / "moved"), original=original, run_dir="run", resume=True, **common)
+    assert run.record.data["resumed"] == 1
+    assert evaluate("run", data="moved")["UA"] == run.metrics["UA"]
+    with pytest.raises(Cancelled):
+        unlearn(data="moved", original=original, run_dir="other", progress=stop, **common)
+    image_of(200).save(tmp_path / "moved" / "cat" / "000.png")
+    with pytest.raises((ConfigError, DataError)):
+        unlearn(data="moved", original=original, run_dir="other", resume=True, **common)
+
+
+def test_a_comparison_is_resumed_with_the_same_data_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_set(tmp_path / "set")
+    told: dict[str, Any] = {
+        "forget": "class:dog", "methods": ["ft"], "seeds": 1, "noise_floor": False, "search": False, "epochs": 1,
+        "workers": 1, **QUICK,
+    }  # fmt: skip
+    with pytest.raises(Cancelled):
+        compare(data="set", run_dir="run", progress=stop, **told)
+    kept = {path.name: path.read_bytes() for path in Path("run/jobs").glob("*.json")}
+    assert kept
+    shutil.move("set", "moved")
+    compare(data=str(tmp_path / "moved"), run_dir="run", resume=True, **told)
+    assert {name: (Path("run/jobs") / name).read_bytes() for name in kept} == kept  # not done again
