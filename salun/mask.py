@@ -19,6 +19,7 @@ from torch import Tensor
 
 from salun.errors import MaskError, ModelError
 from salun.threshold import Selection, select_largest
+from salun.untrusted import parse_json
 
 _POPCOUNT = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 FORMAT = "salun-mask-1"
@@ -184,7 +185,7 @@ class Mask:
             metadata = dict(header.metadata)
             if metadata.pop("format", None) != FORMAT:
                 raise MaskError(f"{path} is not a salun mask (its header names no format {FORMAT})")
-            told = json.loads(metadata.pop("shapes", ""))
+            told = parse_json(metadata.pop("shapes", ""))
             if not isinstance(told, dict) or not all(tensorfile.is_shape(shape) for shape in told.values()):
                 raise damaged("its shapes are none")
             shapes = {name: tuple(shape) for name, shape in told.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from salun.classification.labeled import ROLES, ImageData, Sample, assembled, role_of, roles_of
 from salun.errors import DataError, some
 from salun.images import LFS, Source, is_hidden
+from salun.untrusted import read_json
 
 
 def is_saved(folder: Path) -> bool:
@@ -144,7 +144,7 @@ def _without_pictures(folder: Path) -> bool:
     """Whether a saved data set, or its part train, lists no file of rows: the library does not read such a one."""
     for state in (folder / "state.json", folder / "train" / "state.json"):
         try:
-            return not json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+            return not read_json(state)["_data_files"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return False

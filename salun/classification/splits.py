@@ -17,6 +17,7 @@ from salun.classification.data import ImageData
 from salun.classification.randomness import generator_of
 from salun.errors import ConfigError, DataError
 from salun.formats.tensorfile import write_bytes
+from salun.untrusted import read_json
 
 FORMAT = "salun-split-1"
 PARTS = ("train", "validation", "test", "forget", "retain")
@@ -76,7 +77,7 @@ class Split:
     def load(cls, path: Path) -> Split:
         """Read a `split.json`. Raises DataError if it is none."""
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            told = read_json(path)
             if told["format"] != FORMAT:
                 raise ValueError(f"its format is {told['format']!r}")
             rows = {part: torch.tensor(told[part], dtype=torch.int64) for part in PARTS}
@@ -197,7 +198,7 @@ def repeated(data: ImageData, split: Split) -> list[str]:
 
 def _listed(path: Path, split: Split, n: int) -> Tensor:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"--forget {path} cannot be read as JSON: {error}") from error
     if not isinstance(found, list) or not found or not all(type(v) is int for v in found):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from salun.classification.labeled import ImageData, Sample, assembled, by_number, role_of, roles_of
 from salun.errors import DataError, some
 from salun.images import is_hidden, list_images
+from salun.untrusted import parse_json
 
 NAMES = ("metadata.csv", "metadata.jsonl")
 FILE_COLUMNS = ("file_name", "image_file_name")
@@ -88,7 +88,7 @@ def _rows(table: Path) -> list[Row]:
 def _json_lines(lines: Iterator[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no object")
             yield row

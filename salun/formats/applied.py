@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from salun.untrusted import parse_json
+
 OURS, APPLIED, BASE_HASH, RESULT_HASH = "salun.", "salun.applied", "salun.base_hash", "salun.result_hash"
 
 
@@ -46,7 +48,7 @@ def applied_in(metadata: Mapping[str, str], found: str) -> list[Applied]:
                 exact=not e.get("differences"),
                 notes={str(k): str(v) for k, v in e.get("notes", {}).items()},
             )
-            for e in json.loads(metadata[APPLIED])
+            for e in parse_json(metadata[APPLIED])
         ]
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return []

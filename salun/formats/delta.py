@@ -29,6 +29,7 @@ from salun.formats.change import Change
 from salun.formats.hashing import Hasher
 from salun.formats.stacking import Stacked, damaged, stack
 from salun.progress import Event, Progress, silent
+from salun.untrusted import parse_json
 
 FORMAT = "salun-delta-1"
 PARTS = ("where", "xor")  # of a tensor, in the file's names
@@ -178,8 +179,8 @@ class Delta:
         if metadata.pop("format", None) != FORMAT:
             raise ModelError(f"{path} is not a salun delta (its header names no format {FORMAT})")
         try:
-            described = json.loads(metadata.pop("tensors"))
-            dtypes = {name: tensorfile.DTYPES[dtype] for name, dtype in json.loads(metadata.pop("dtypes")).items()}
+            described = parse_json(metadata.pop("tensors"))
+            dtypes = {name: tensorfile.DTYPES[dtype] for name, dtype in parse_json(metadata.pop("dtypes")).items()}
             hashes = [metadata.pop(key) for key in ("base_hash", "base_hash_fp16", "result_hash")]
             content = metadata.pop("content")
             if "" not in dtypes or not all(re.fullmatch("[0-9a-f]{64}", text) for text in hashes):
