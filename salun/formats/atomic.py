@@ -151,7 +151,7 @@ def _unchanged(temporary: Path) -> bool:
     """Whether nothing in a file or folder was written to for a while."""
     try:
         inner = temporary.rglob("*") if temporary.is_dir() else ()
-        last = max(each.lstat().st_mtime for each in (temporary, *inner))
+        last: float = max(each.lstat().st_mtime for each in (temporary, *inner))
     except OSError:  # it changes right now
         return False
     return bool(time.time() - last > _QUIET)
