@@ -29,6 +29,8 @@ NOT_DECISIVE = (
     "save_every",
     "workers",
 )  # options on which no output's bytes depend
+# options that are only where to find what the fact of the same name, if there is one, identifies by its hash
+PATHS = ("data", "original", "model", "forget", "forget_images", "retain_images")
 FILES = (
     "run.json", "mask.safetensors", "before_after.png", "report.html", "delta.salun.safetensors", "model",
     "model.safetensors", "split.json",
@@ -108,7 +110,7 @@ class RunRecord:
         ours, theirs = _decisive(self.data), _decisive(previous)
         differing = [
             f"--{name.replace('_', '-')} leads to other content"
-            if part == "facts" and name in self.data["options"]
+            if part == "facts" and name in PATHS
             else f"{name} was {theirs[part].get(name)!r} and is {ours[part].get(name)!r}"
             for part in ours
             for name in sorted({*ours[part], *theirs[part]})
@@ -271,11 +273,11 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _decisive(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a record, what the outputs' bytes depend on. An option with a fact of its name is a path; the fact identifies
-    what it leads to.
-    """
+    """Of a record, what the outputs' bytes depend on; of a path, what it leads to where a fact identifies it."""
     told = {
-        name: value for name, value in data["options"].items() if name not in NOT_DECISIVE and name not in data["facts"]
+        name: value
+        for name, value in data["options"].items()
+        if name not in NOT_DECISIVE and not (name in PATHS and name in data["facts"])
     }
     versions = {name: value for name, value in data["versions"].items() if name in (*PACKAGES, "python")}
     return {"options": told, "facts": {**data["facts"], "device": data["device"]}, "versions": versions}
