@@ -184,8 +184,9 @@ def _resolution(folder: Path, name: str) -> int | None:
     """Pixels a side that a model was trained at, where its configs say so (SD 2.1 is 768, its base 512)."""
     unet, vae = (read_object(folder / part / "config.json", name) for part in ("unet", "vae"))
     latent, levels = unet.get("sample_size"), vae.get("block_out_channels")
-    known = isinstance(latent, int) and isinstance(levels, list) and 1 <= len(levels) <= 16
-    return latent * 2 ** (len(levels) - 1) if known else None
+    if not isinstance(latent, int) or not isinstance(levels, list) or not 1 <= len(levels) <= 16:
+        return None
+    return int(latent * 2 ** (len(levels) - 1))
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto", **given: Any) -> Model:
