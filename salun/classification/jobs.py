@@ -41,7 +41,7 @@ from salun.device import kernels
 from salun.errors import Cancelled, SalunError, TrainingError
 from salun.formats.tensorfile import write_bytes
 from salun.progress import Event, Progress
-from salun.run_record import PATHS, RunRecord
+from salun.run_record import INPUTS, RunRecord
 
 Kind = Literal["retrain", "again", "search", "unlearn"]
 ANOTHER = 1_000_000  # between a seed and that of its other Retrain
@@ -68,7 +68,9 @@ class Ledger:
     def key(self, job: Job) -> str:
         """What a result depends on: the job's options, data, split and fresh model (`facts`), versions, device."""
         facts = {**self.record.data["facts"], "device": self.record.data["device"]}
-        options = {name: value for name, value in asdict(job.options).items() if name not in PATHS or name not in facts}
+        options = {
+            name: value for name, value in asdict(job.options).items() if name not in INPUTS or name not in facts
+        }
         versions = {k: v for k, v in self.record.data["versions"].items() if k != "platform"}
         text = json.dumps([job.kind, options, job.values, facts, versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
