@@ -44,7 +44,7 @@ def json_object(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body or b"{}", parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the request is no valid JSON: {error}") from error
+        raise Refused(400, f"the request is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise Refused(400, f"the request must be a JSON object, not {type(found).__name__}")
     _check_values(found)
@@ -52,7 +52,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _check_values(value: Any, depth: int = 1) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from salun.errors import DataError
+from salun.untrusted import read_text
 
 SCHEMA = 1
 STATUSES = ("running", "done", "failed", "cancelled")
@@ -51,7 +50,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         of `mask`, `metrics`, `concepts` and `losses` are as in the file.
 
     Raises:
-        DataError: run.json is missing, is no regular file, is too large or too deeply nested, is no JSON, or holds a
+        DataError: run.json is missing, is not a regular file, is too large or too deeply nested, is not JSON, or holds a
             value of a wrong type, or text with NUL or an unpaired surrogate.
     """
     file = folder / "run.json"
@@ -72,27 +71,13 @@ def read_json(file: Path) -> Any:
     Raises OSError, or ValueError for what `read_run` calls invalid.
     """
     try:
-        found = json.loads(_content(file), parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+        found = json.loads(
+            read_text(file, MAX_BYTES), parse_constant=_no_number, parse_float=_finite, parse_int=_integer
+        )
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from error
     _check_values(found)
     return found
-
-
-def _content(file: Path) -> str:
-    """The text of a file. Raises ValueError for one that is no regular file, too large, or not UTF-8."""
-    # opening a FIFO would wait for a writer without O_NONBLOCK; Windows has no such flag, and no FIFO among its files
-    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is not a regular file")
-        with open(descriptor, "rb", closefd=False) as opened:
-            content = opened.read(MAX_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-    return content.decode("utf-8")
 
 
 def _no_number(text: str) -> None:

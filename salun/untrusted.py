@@ -23,7 +23,7 @@ _LARGEST = 2**63  # of whole numbers; larger ones cannot be converted to floats 
 def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
     """The values of a JSON file.
 
-    Raises OSError if it cannot be opened, ValueError in one line if it is no regular file, larger than `limit` bytes,
+    Raises OSError if it cannot be opened, ValueError in one line if it is not a regular file, larger than `limit` bytes,
     not UTF-8, no JSON, or what `check_values` rejects.
     """
     return parse_json(read_text(path, limit))
@@ -45,7 +45,7 @@ def _bytes_of(path: Path, limit: int) -> bytes:
     try:
         state = os.fstat(number)
         if not stat.S_ISREG(state.st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         if state.st_size > limit:
             raise ValueError(f"it has {state.st_size:,} bytes; the limit is {limit:,}")
         with open(number, "rb", closefd=False) as file:
@@ -64,7 +64,7 @@ def parse_json(text: str | bytes) -> Any:
     except RecursionError as error:
         raise ValueError(f"its values are nested more than {DEPTH} deep") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is no JSON: {error}") from error
+        raise ValueError(f"it is not valid JSON: {error}") from error
     except UnicodeDecodeError:
         raise
     except ValueError as error:  # Python converts no more than 4,300 digits
@@ -104,7 +104,7 @@ def parse_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ValueError(f"it is no YAML{line}: {problem[:200]}") from error
+        raise ValueError(f"it is not valid YAML{line}: {problem[:200]}") from error
     check_values(values)
     return values
 

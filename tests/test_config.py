@@ -54,8 +54,8 @@ def test_what_people_write_is_read(text: str, values: dict[str, object], tmp_pat
         ("a: &x [1]\nconcept: *x", "aliases"),
         ("steps: 5\nsteps: 6", "steps is given twice"),
         ("batch-size: 5\nbatch_size: 6", "batch_size is given twice"),
-        ("concept: 'circle", "is no YAML"),
-        ("concept: !!python/object/apply:os.system ['true']", "is no YAML"),
+        ("concept: 'circle", "is not valid YAML"),
+        ("concept: !!python/object/apply:os.system ['true']", "is not valid YAML"),
         ("resume: true", "unknown option 'resume'"),
     ],
 )
@@ -72,7 +72,12 @@ def test_other_files_are_no_config(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{", encoding="utf-8")
     (tmp_path / "x.yaml").write_bytes(b"concept: \xff\xfe")
     (tmp_path / "big.yaml").write_text("#" * 2_000_000, encoding="utf-8")
-    for name, message in (("x.json", "no JSON"), ("x.yaml", "UTF-8"), ("big.yaml", "2,000,000"), (".", "cannot be")):
+    for name, message in (
+        ("x.json", "not valid JSON"),
+        ("x.yaml", "UTF-8"),
+        ("big.yaml", "2,000,000"),
+        (".", "cannot be"),
+    ):
         with pytest.raises(ConfigError, match=message):
             read_config(tmp_path / name)
 

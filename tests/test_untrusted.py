@@ -55,7 +55,7 @@ def test_read_json_reads_no_more_than_the_limit(tmp_path: Path) -> None:
 def test_read_json_waits_for_no_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(ValueError, match="no regular file"):
+        with pytest.raises(ValueError, match="not a regular file"):
             read_json(path)
 
 
@@ -64,7 +64,7 @@ def test_read_json_waits_for_no_pipe(tmp_path: Path) -> None:
 )
 def test_parse_yaml_rejects_deep_nesting_at_once(text: str) -> None:
     began = time.monotonic()
-    with pytest.raises(ValueError, match=f"nested more than {DEPTH} deep|no YAML"):
+    with pytest.raises(ValueError, match=f"nested more than {DEPTH} deep|valid YAML"):
         parse_yaml(text)
     assert time.monotonic() - began < 2
 
@@ -82,10 +82,10 @@ def test_parse_yaml_takes_no_time_for_many_names(tmp_path: Path) -> None:
     [
         ("a: 1\nb: &x [1]\nc: *x\n", "aliases"),
         ("a: 1\na: 2\n", "a is given twice"),
-        ("a: [1\n", r"no YAML \(line 2\)"),
+        ("a: [1\n", r"valid YAML \(line 2\)"),
         ("a: 2024-01-01\n", "holds a date"),
         ("a: 0x" + "f" * 9_000, "beyond 64 bits"),
-        ("a: !!python/object:os.system x\n", r"no YAML \(line 1\)"),
+        ("a: !!python/object:os.system x\n", r"valid YAML \(line 1\)"),
     ],
 )
 def test_parse_yaml_rejects_in_one_line(text: str, reason: str) -> None:

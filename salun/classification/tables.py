@@ -90,7 +90,7 @@ def _json_lines(lines: Iterator[str]) -> Iterator[Row]:
         if line.strip():
             row = parse_json(line)
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no object")
+                raise ValueError(f"line {number} is not an object")
             yield row
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salun.errors import ConfigError, ModelError
 from salun.formats import keymap, tensorfile
-from salun.formats.atomic import aside_of, moved_aside, remove_leftovers, temporary_folder
+from salun.formats.atomic import _remove, aside_of, moved_aside, remove_leftovers, temporary_folder
 from salun.formats.folder import links_out, model_files, weights_of
 from salun.formats.stored import Stored
 from salun.formats.tensorfile import sha256_file
@@ -124,14 +124,6 @@ def tidy(target: Path) -> None:
             _remove(moved)
         else:
             os.replace(moved, target)
-
-
-def _remove(place: Path) -> None:
-    """A folder, or the link to one."""
-    if place.is_symlink():
-        place.unlink()
-    else:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager
