@@ -50,8 +50,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         of `mask`, `metrics`, `concepts` and `losses` are as in the file.
 
     Raises:
-        DataError: run.json is missing, is not a regular file, is too large or too deeply nested, is not JSON, or holds a
-            value of a wrong type, or text with NUL or an unpaired surrogate.
+        DataError: run.json is missing, is not a regular file, is too large or too deeply nested, is not JSON, or holds
+            a value of a wrong type, or text with NUL or an unpaired surrogate.
     """
     file = folder / "run.json"
     try:

@@ -23,8 +23,8 @@ _LARGEST = 2**63  # of whole numbers; larger ones cannot be converted to floats 
 def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
     """The values of a JSON file.
 
-    Raises OSError if it cannot be opened, ValueError in one line if it is not a regular file, larger than `limit` bytes,
-    not UTF-8, no JSON, or what `check_values` rejects.
+    Raises OSError if it cannot be opened, ValueError in one line if it is not a regular file, has more than `limit`
+    bytes, is not UTF-8, is not JSON, or holds what `check_values` rejects.
     """
     return parse_json(read_text(path, limit))
 
