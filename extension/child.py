@@ -100,7 +100,7 @@ def erase(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     from salun.diffusion.plan import make_plan
     from salun.run_record import check_folder
 
-    job: EraseJob = from_mapping(EraseJob, asked["options"], "the options")
+    job: EraseJob = from_mapping(EraseJob, asked["options"], "")
     if not job.concept:
         raise ConfigError("no concept is given: name what the model should forget")
     if job.run_dir is None:
@@ -179,7 +179,7 @@ def mask(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     from salun.diffusion.finding import aliases
     from salun.diffusion.loading import load_with
 
-    options: EraseOptions = from_mapping(EraseOptions, asked["options"], "the options")
+    options: EraseOptions = from_mapping(EraseOptions, asked["options"], "")
     wanted = [Concept(name) for name in asked["concept"]]
     progress = telling(line, stages.Clock({"sampling": 0.8, "saliency": 0.2}))
     found, told = make_mask(load_with(asked["model"] or str(aliases()["default"]), options), wanted, options, progress)

@@ -65,7 +65,7 @@ class Service:
         model = self._source(title)
         if not isinstance(preview_every, int) or not 0 <= preview_every <= 1_000_000:
             raise ConfigError("a preview every so many steps: give a whole number, 0 for none")
-        job: EraseJob = from_mapping(EraseJob, values, "the options")
+        job: EraseJob = from_mapping(EraseJob, values, "")
         concepts = [text.strip() for text in job.concept if text.strip()]
         if not concepts:
             raise ConfigError("say what the model should forget: choose a preset, or write a word or two")
@@ -105,12 +105,10 @@ class Service:
         """Put the making of a mask alone into the queue, to be chosen by its name later. options: as for `erase`."""
         values = self._within(options)
         title = values.pop("model", None)
-        job: EraseJob = from_mapping(EraseJob, {"concept": values.pop("concept", [])}, "the options")
+        job: EraseJob = from_mapping(EraseJob, {"concept": values.pop("concept", [])}, "")
         concept = [text.strip() for text in job.concept if text.strip()]
         kept = {item.name for item in dataclasses.fields(EraseOptions)}
-        checked: EraseOptions = from_mapping(
-            EraseOptions, {k: v for k, v in values.items() if k in kept}, "the options"
-        )
+        checked: EraseOptions = from_mapping(EraseOptions, {k: v for k, v in values.items() if k in kept}, "")
         if not concept:
             raise ConfigError("say for which concept: choose a preset, or write a word or two")
         source = self._source(title)

@@ -333,26 +333,30 @@ class Sampling(Checked):
 
 
 def from_mapping(kind: type, values: Any, where: str) -> Any:
-    """A dataclass from untrusted data. Raises ConfigError for unknown keys (with the nearest name) and wrong types."""
+    """A dataclass from untrusted data. where: names their source in errors; "" if it needs no name.
+
+    Raises ConfigError for unknown keys (with the nearest name), wrong types and values out of range.
+    """
     import difflib
 
+    prefix = f"{where}: " if where else ""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected names and values, got {type(values).__name__}")
+        raise ConfigError(f"{prefix}expected names and values, got {type(values).__name__}")
     known = {item.name: item for item in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in known:
             shown = str(key)[:80]
             near = difflib.get_close_matches(shown, known, 1)
-            raise ConfigError(f"{where}: unknown option {shown!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ConfigError(f"{prefix}unknown option {shown!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         wanted = str(known[key].type)
         if not _fits(value, wanted):
-            raise ConfigError(f"{where}: {key} is {_shown(value)}, but must be {wanted.replace(' | None', '')}")
+            raise ConfigError(f"{prefix}{key} is {_shown(value)}, but must be {wanted.replace(' | None', '')}")
     numbers = {key for key in values if str(known[key].type).startswith("int")}
     made = {key: int(v) if key in numbers and v is not None else v for key, v in values.items()}
     try:
         return kind(**made)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def _fits(value: Any, wanted: str) -> bool:

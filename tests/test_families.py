@@ -145,7 +145,7 @@ def test_noise_schedule_is_that_of_the_named_scheduler(scheduler: str, config: d
     theirs = getattr(diffusers, scheduler)(**config).alphas_cumprod
     told = {"_class_name": scheduler, **config}
     torch.testing.assert_close(alphas_cumprod(told, "a model"), theirs, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(_scheduler(told).alphas_cumprod, theirs, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(_scheduler(told, None).alphas_cumprod, theirs, atol=1e-6, rtol=1e-4)
 
 
 UNKNOWN_SCHEDULES: list[tuple[dict[str, object], str]] = [
@@ -187,8 +187,9 @@ def test_unknown_noise_schedule_is_refused(config: dict[str, object], told: str,
 def test_sampler_facts_hold_nothing_that_varies_between_processes() -> None:
     """Samples are kept under a key of them. (diffusers keeps a set's order in a private entry of its configs.)"""
     from salun.diffusion.sampler import facts
+    from salun.options import Sampling
 
-    told = facts({"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"})["sampler"]
+    told = facts({"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}, Sampling())["sampler"]
     assert told["beta_schedule"] == "'scaled_linear'"
     assert not [name for name in told if name.startswith("_")]
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import salun
 from extension import places
@@ -79,7 +80,7 @@ def test_messages_of_the_core_name_what_is_on_the_page(tmp_path: Path) -> None:
     assert refused(lambda: EraseOptions(lr=-1.0)) == "learning rate is -1.0, but must be above 0"
     assert refused(lambda: salun.load("gone.safetensors")) == "there is no gone.safetensors"
     assert "models-dir" not in refused(lambda: salun.load("gone"))
-    (tmp_path / "pickle.ckpt").touch()
+    torch.save({"state_dict": {"w": torch.zeros(1)}}, tmp_path / "pickle.ckpt")
     assert refused(lambda: salun.load(str(tmp_path / "pickle.ckpt"))).endswith("take a .safetensors of the same model")
     (tmp_path / "x.salun.safetensors").touch()
     there = str(tmp_path / "x.salun.safetensors")

@@ -54,7 +54,7 @@ def read_scheduler(path: Path, name: str) -> dict[str, Any]:
     """A scheduler's config, its types checked; `schedule` checks the numbers. Raises ModelError."""
     config = read_object(path, name)
     _check_class(config, re.compile(r"[A-Za-z0-9]{1,60}Scheduler"), path)
-    for key, kinds in (("beta_schedule", str), ("prediction_type", str), ("rescale_betas_zero_snr", bool | None)):
+    for key, kinds in (("prediction_type", str), ("rescale_betas_zero_snr", bool | None)):
         if key in config and not isinstance(config[key], kinds):
             raise _wrong(path, key, config[key], "a text" if kinds is str else "true or false")
     if config.get("_class_name") == "DPMSolverMultistepScheduler":
