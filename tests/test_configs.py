@@ -65,6 +65,15 @@ def test_load_takes_a_tokenizer_without_a_length(tmp_path: Path) -> None:
     assert model.encode(["a"]).hidden.shape[1] == places
 
 
+def test_load_rejects_a_tokenizers_length_that_is_no_number(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**told, "model_max_length": "x"}), encoding="utf-8")
+    with pytest.raises(ModelError, match="model_max_length is 'x', but must be a number"):
+        salun.load(str(folder), device="cpu")
+
+
 def test_inspect_says_what_is_wrong_with_the_text_encoders_config(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
     path = folder / "text_encoder" / "config.json"

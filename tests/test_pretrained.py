@@ -138,13 +138,22 @@ def test_a_pickle_that_would_run_code_runs_none_when_allowed(vit: Path) -> None:
     assert not (vit.parent / "ran").exists()
 
 
+@pytest.mark.parametrize(("version", "warned"), [("2.9.1+cu128", True), ("2.10.0", False)])
+def test_pickles_are_warned_of_where_torch_can_be_corrupted(
+    version: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    pickled.check_torch()
+    assert ("CVE-2026-24747" in caplog.text) is warned
+
+
 @pytest.mark.parametrize("version", ["2.5.1+cu124", "2.1.2"])
 def test_pickles_need_a_torch_whose_safe_unpickler_is_safe(
     version: str, vit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_pickle(vit)
     checkpoint = vit.parent / "x.ckpt"
-    torch.save({"state_dict": {"w": torch.zeros(2)}}, checkpoint)
+    torch.save({"state_dict": {"w": torch.tensor([ord(c) for c in version])}}, checkpoint)  # none in the cache
     monkeypatch.setattr(torch, "__version__", version)
     for load in (lambda: stock_model(str(vit), allow_pickle=True), lambda: pickled.converted(checkpoint, allowed=True)):
         with pytest.raises(ModelError, match=r"needs torch 2\.6 or later, and this is 2\.\d\.\d: .*update torch"):

@@ -177,7 +177,10 @@ def check_tokenizer_fits(tokenizer: Any, encoder: Any, name: str) -> None:
         raise ModelError(f"{name}: its tokenizer has tokens up to {highest}, its text encoder {known} embeddings")
     if places < 3:
         raise ModelError(f"{name}: its text encoder takes {places} tokens; at least 3 are needed")
-    if not 3 <= tokenizer.model_max_length <= places:  # where the files do not say, it is without limit
+    length = tokenizer.model_max_length
+    if not _is_number(length):
+        raise ModelError(f"{name}: its tokenizer's model_max_length is {shortened(repr(length))}, but must be a number")
+    if type(length) is not int or not 3 <= length <= places:  # where the files do not say, it is without limit
         tokenizer.model_max_length = places
 
 

@@ -21,6 +21,7 @@ from salun.formats.tensorfile import sha256_file, shortened
 
 ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 SAFE = (2, 6)  # the first torch whose weights_only runs no code (CVE-2025-32434)
+SOUND = (2, 10)  # the first one without memory corruption by hostile opcodes (CVE-2026-24747)
 HARMLESS = (  # what trainers leave in a checkpoint beside its weights: their own state, and numbers of numpy's
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
@@ -42,12 +43,20 @@ def readable(path: Path, allowed: bool) -> Path:
 
 
 def check_torch() -> None:
-    """Raises ModelError for a torch whose safe unpickler can be made to run code (CVE-2025-32434, before 2.6)."""
+    """Raises ModelError for a torch whose safe unpickler runs code (before 2.6); warns of one that it can corrupt."""
     version = torch.__version__.split("+")[0]
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < SAFE:
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if release < SAFE:
         raise ModelError(
             f"--allow-pickle needs torch {'.'.join(map(str, SAFE))} or later, and this is {version}: in older ones a "
             "pickle can run code all the same (CVE-2025-32434). Take the model's .safetensors, or update torch"
+        )
+    if release < SOUND:
+        logger.warning(
+            "torch %s can be made to corrupt memory by a pickle, even with weights_only (CVE-2026-24747): update to %s or "
+            "later before you open one that you do not trust",
+            version,
+            ".".join(map(str, SOUND)),
         )
 
 
