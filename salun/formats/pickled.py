@@ -53,8 +53,8 @@ def check_torch() -> None:
         )
     if release < SOUND:
         logger.warning(
-            "torch %s can be made to corrupt memory by a pickle, even with weights_only (CVE-2026-24747): update to %s or "
-            "later before you open one that you do not trust",
+            "torch %s can be made to corrupt memory by a pickle, even with weights_only (CVE-2026-24747): update to %s "
+            "or later before you open one that you do not trust",
             version,
             ".".join(map(str, SOUND)),
         )
