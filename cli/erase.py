@@ -144,7 +144,8 @@ def _preview_lines(found: dict[str, Any], sources: dict[str, str]) -> list[str]:
     options = {name: value for name, value in found["options"].items() if value not in (None, [])}
     width = max(map(len, options))
     for name, value in options.items():
-        text = ", ".join(value) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)
+        text = ("yes" if value else "no") if isinstance(value, bool) else value
+        text = ", ".join(value) if isinstance(value, list) else text
         lines.append(f"  --{name.replace('_', '-'):<{width}}  {text!s:<20}  {sources.get(name, 'recipe')}")
     gib = 2**30
     lines += [

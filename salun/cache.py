@@ -23,7 +23,7 @@ from torch import Tensor
 
 from salun.errors import ConfigError, ModelError, SalunError
 from salun.formats import tensorfile
-from salun.formats.atomic import abandoned
+from salun.formats.atomic import abandoned, is_temporary
 
 FORMAT = "salun-cache-1"
 DEFAULT_LIMIT = 5 * 10**9
@@ -147,7 +147,7 @@ class Cache:
     def _remove_leftovers(self) -> None:
         """Of processes that were killed while they wrote an entry."""
         for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():
-            if abandoned(leftover):
+            if is_temporary(leftover) and abandoned(leftover):
                 with suppress(OSError):
                     leftover.unlink(missing_ok=True)
 

@@ -97,7 +97,7 @@ def parse_yaml(text: str) -> Any:
                 twice = next((name for name, count in names.items() if count > 1), None)
                 if twice is not None:
                     raise ValueError(f"{twice[:80]} is given twice")
-            values = None if root is None else loader.construct_document(root)
+            values = None if root is None else _constructed(loader, root)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
@@ -107,6 +107,13 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"it is not valid YAML{line}: {problem[:200]}") from error
     check_values(values)
     return values
+
+
+def _constructed(loader: Any, root: Any) -> Any:
+    try:
+        return loader.construct_document(root)
+    except ValueError as error:  # Python converts no more than 4,300 digits, and says how to allow more
+        raise ValueError("it holds a number that is too long, or a value that is not what its tag says") from error
 
 
 def _check_events(text: str, loader: Any) -> None:

@@ -22,6 +22,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from salun.formats.atomic import atomic, temporary_folder
+from salun.formats.patch import tidy
 
 path = Path(sys.argv[2])
 with atomic(path, 1) if sys.argv[1] == "file" else temporary_folder(path) as made:
@@ -56,7 +57,7 @@ def test_temporary_name_follows_no_link(tmp_path: Path) -> None:
         assert not Path(file.name).is_symlink()
         file.write(b"mine")
     assert precious.read_text() == "the user's" and path.read_text() == "mine"
-    assert not temporaries(tmp_path)  # and the links are gone
+    assert {p.name for p in temporaries(tmp_path)} == {p.name for p in tmp_path.iterdir() if p.is_symlink()}
 
 
 def test_temporary_names_differ_each_time(tmp_path: Path) -> None:
@@ -104,13 +105,21 @@ def test_own_unfinished_file_is_no_leftover(tmp_path: Path) -> None:
 
 @posix
 def test_leftovers_of_the_dead_go_whatever_they_are(tmp_path: Path) -> None:
-    (tmp_path / ".x.1.tmp").write_text("half")  # a number that runs
-    (tmp_path / ".x.abc.tmp").mkdir()
-    (tmp_path / ".x.abc.tmp" / "part").touch()
-    os.mkfifo(tmp_path / ".x.def.tmp")  # opening it must not wait
-    (tmp_path / ".y.1.tmp").touch()  # of another file
+    token = "0123456789abcde"
+    (tmp_path / f".x.{token}0.tmp").write_text("half")
+    (tmp_path / f".x.{token}1.tmp").mkdir()
+    (tmp_path / f".x.{token}1.tmp" / "part").touch()
+    os.mkfifo(tmp_path / f".x.{token}2.tmp")  # opening it must not wait
+    (tmp_path / f".y.{token}3.tmp").touch()  # of another file
     remove_leftovers(tmp_path / "x")
-    assert [p.name for p in temporaries(tmp_path)] == [".y.1.tmp"]
+    assert [p.name for p in temporaries(tmp_path)] == [f".y.{token}3.tmp"]
+
+
+def test_hidden_files_of_the_user_are_no_leftovers(tmp_path: Path) -> None:
+    for name in (".x.mine.tmp", ".x.2024-backup.old", ".x.1.tmp"):
+        (tmp_path / name).write_text("precious")
+    tidy(tmp_path / "x")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @posix
@@ -161,7 +170,7 @@ def test_failed_folder_leaves_nothing(tmp_path: Path) -> None:
 def test_clearing_the_cache_leaves_what_is_being_written(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     (tmp_path / "ab").mkdir()
-    (tmp_path / "ab" / ".dead.safetensors.1.tmp").touch()
+    (tmp_path / "ab" / ".dead.safetensors.0123456789abcdef.tmp").touch()
     other = writer("file", tmp_path / "ab" / "entry.safetensors")
     try:
         (dead, live) = temporaries(tmp_path / "ab")

@@ -338,8 +338,9 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(tmp_path: Path) -
     assert found["disk"]["needed"] > 10e6
     assert all(seconds > 0 for seconds in found["seconds"].values())
     assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"]
-    shown = salun("erase", "--config", "job.yaml", "--batch-size", "3", "--dry-run", cwd=tmp_path).stdout
-    assert re.search(r"--steps +7 +job.yaml", shown)
+    shown = salun("erase", "--config", "job.yaml", "--steps", "1", "--dry-run", cwd=tmp_path).stdout
+    assert re.search(r"--steps +1 +command line", shown) and re.search(r"--seed +0 ", shown)
+    assert re.search(r"--deterministic +yes ", shown)
     assert not re.search(r"None|\[\]", shown)
 
 

@@ -228,21 +228,27 @@ def test_sdxl_second_text_encoder_is_that_of_transformers(
     torch.testing.assert_close(seen.extra["text_embeds"], due.text_embeds, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "index", "width", "stored"), [("sd2", 0, 1024, 22), ("sdxl", 1, 1280, 31)])
+@pytest.mark.parametrize(
+    ("family", "index", "width", "stored"), [("sd1", 0, 768, 11), ("sd2", 0, 1024, 22), ("sdxl", 1, 1280, 31)]
+)
 def test_text_encoder_of_published_width_needs_the_layers_that_hosts_use(
     family: str, index: int, width: int, stored: int
 ) -> None:
     """A tower cut short would give another embedding, or another pooled text, and say nothing."""
     from salun.formats.families import text_config
 
+    inner = "encoder.layers.{}.mlp.fc1.weight" if family == "sd1" else "transformer.resblocks.{}.mlp.c_fc.weight"
     shapes: dict[str, tuple[int, ...]] = {
         "token_embedding.weight": (49408, width),
         "positional_embedding": (77, width),
-        **{f"transformer.resblocks.{i}.mlp.c_fc.weight": (4 * width, width) for i in range(stored)},
+        **{inner.format(i): (4 * width, width) for i in range(stored)},
     }
-    with pytest.raises(ModelError, match=f"stores {stored} layers, where (23 or 24|32) are expected"):
+    if family == "sd1":
+        shapes["embeddings.token_embedding.weight"] = shapes.pop("token_embedding.weight")
+        shapes["embeddings.position_embedding.weight"] = shapes.pop("positional_embedding")
+    with pytest.raises(ModelError, match=f"stores {stored} layers, where (12|23 or 24|32) are expected"):
         text_config(shapes, family, index)
-    shapes[f"transformer.resblocks.{stored}.mlp.c_fc.weight"] = (4 * width, width)
+    shapes[inner.format(stored)] = (4 * width, width)
     assert text_config(shapes, family, index)["num_hidden_layers"] == stored + 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import logging
 import os
@@ -9,7 +10,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,11 @@ def test_numpy_numbers_beside_weights_are_passed_over(zipped: bool, path: Path) 
     """Old trainers recorded their best score and step as numpy's scalars."""
     state = {"best": np.float64(0.5), "step": np.int64(3), "curve": np.arange(3), "flag": np.bool_(True)}
     torch.save({"state_dict": WEIGHTS, **state}, path, _use_new_zipfile_serialization=zipped)
+    assert same(converted(path, allowed=True))
+
+
+def test_options_and_paths_beside_weights_are_passed_over(path: Path) -> None:
+    torch.save({"state_dict": WEIGHTS, "args": argparse.Namespace(lr=1e-4), "from": PurePosixPath("a/b")}, path)
     assert same(converted(path, allowed=True))
 
 

@@ -210,6 +210,7 @@ def test_sample_command_takes_a_sampler(tmp_path: Path, monkeypatch: pytest.Monk
         ("Hyper-SDXL-1step.safetensors", "Hyper", 1, "ddim"),
         ("wai_v140_dmd2.safetensors", "DMD2", 4, "lcm"),
         ("mine-tcd.safetensors", "TCD", 8, "ddim"),
+        ("hypersdxl_v2.safetensors", "Hyper", 8, "ddim"),
         ("mine-6-steps.safetensors", "few steps", 6, "euler"),
     ],
 )
@@ -223,7 +224,7 @@ def test_few_step_models_are_known_by_name(name: str, kind: str, steps: int, sam
 @pytest.mark.parametrize(
     "name",
     ["v1-5-pruned-emaonly.safetensors", "sd_xl_base_1.0", "hyperRealism_v3", "hyper_realistic", "footsteps",
-     "model-30steps", "film"],
+     "model-30steps", "film", "epoch3_step10"],
 )  # fmt: skip
 def test_other_names_give_no_hint(name: str) -> None:
     assert find_few_steps({"the file name": name}, {"modelspec.title": name}, {}) is None

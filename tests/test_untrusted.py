@@ -85,6 +85,7 @@ def test_parse_yaml_takes_no_time_for_many_names(tmp_path: Path) -> None:
         ("a: [1\n", r"valid YAML \(line 2\)"),
         ("a: 2024-01-01\n", "holds a date"),
         ("a: 0x" + "f" * 9_000, "beyond 64 bits"),
+        ("a: " + "1" * 9_000, "a number that is too long"),
         ("a: !!python/object:os.system x\n", r"valid YAML \(line 1\)"),
     ],
 )

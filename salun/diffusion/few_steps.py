@@ -53,11 +53,11 @@ KINDS: dict[str, tuple[int, str]] = {  # kind → steps and sampler of its autho
     "few steps": (4, "euler"),
 }
 UNMISTAKABLE = {"turbo": "Turbo", "lightning": "Lightning"}  # also within a longer word
-WORDS = {"lcm": "LCM", "hyper": "Hyper", "dmd": "DMD2", "tcd": "TCD"}
+WORDS = {"lcm": "LCM", "hyper": "Hyper", "hypersdxl": "Hyper", "dmd": "DMD2", "tcd": "TCD"}
 METADATA = ("modelspec.title", "modelspec.description", "ss_output_name", "sd_merge_recipe", "sd_merge_models")
 SCHEDULERS = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_STEPS = re.compile(r"(?<!\d)(\d{1,2})[ _-]?steps?(?![a-z])", re.IGNORECASE)
+_STEPS = re.compile(r"(?<!\d)(\d{1,2})[ _-]?steps?(?![a-z])(?![ _-]?\d)", re.IGNORECASE)
 _LONGEST = 20_000  # characters of metadata that are looked at; a merge recipe lists its models first
 _MOST_STEPS = 12
 

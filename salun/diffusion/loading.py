@@ -48,7 +48,7 @@ def read_settings(
 ) -> ModelSettings:
     """Settings of a model: `salun.yaml` in its folder over the alias entry over the native one over the family."""
     path = (folder or Path()) / SETTINGS
-    own = _own_settings(path) if folder is not None and path.is_file() else {}
+    own = _own_settings(path) if folder is not None and os.path.lexists(path) else {}
     shared = aliases()["families"].get(entry.get("family", family), {})
 
     native = {"sampling": {"resolution": resolution}} if resolution else {}

@@ -284,7 +284,7 @@ def clip_tokenizer(pad_token: str) -> Any:
 
     with tempfile.TemporaryDirectory() as place:
         write_clip_tokenizer(Path(place), pad_token)
-        return CLIPTokenizer.from_pretrained(place)
+        return CLIPTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import secrets
 import shutil
 import time
@@ -143,8 +144,13 @@ def _lock(handle: int, temporary: Path) -> bool:
     return temporary.exists()
 
 
+def is_temporary(path: Path, ending: str = TEMPORARY) -> bool:
+    """Whether a name is one that `_named` gives; other people's hidden files are not ours to remove."""
+    return re.search(rf"^\..+\.[0-9a-f]{{16}}{re.escape(ending)}$", path.name) is not None
+
+
 def _beside(path: Path, ending: str) -> list[Path]:
-    return list(path.parent.glob(f".{glob.escape(path.name)}.*{ending}"))
+    return [p for p in path.parent.glob(f".{glob.escape(path.name)}.*{ending}") if is_temporary(p, ending)]
 
 
 def _unchanged(temporary: Path) -> bool:

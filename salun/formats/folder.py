@@ -97,7 +97,7 @@ def open_part(part: Path) -> Stored:
 
 def check_tokenizer(folder: Path) -> None:
     """Raises ModelError for a folder without CLIP's words. (The library makes an empty tokenizer of it.)"""
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    there = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
         raise ModelError(f"{folder} holds no tokenizer (vocab.json and merges.txt): the model is not whole")
 

@@ -22,7 +22,7 @@ from salun.formats.tensorfile import sha256_file, shortened
 ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 SAFE = (2, 6)  # the first torch whose weights_only runs no code (CVE-2025-32434)
 SOUND = (2, 10)  # the first one without memory corruption by hostile opcodes (CVE-2026-24747)
-HARMLESS = (  # what trainers leave in a checkpoint beside its weights: their own state, and numbers of numpy's
+HARMLESS = (  # what trainers leave in a checkpoint beside its weights: their own state, options, paths, numpy's numbers
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.dtype",
@@ -31,6 +31,11 @@ HARMLESS = (  # what trainers leave in a checkpoint beside its weights: their ow
     "numpy._core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct",
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.WindowsPath",
+    "pathlib.PureWindowsPath",
 )
 LARGEST = 2  # bytes of tensors that one byte of a checkpoint may become: more than one where names share their weights
 DIGEST = ".sha256"  # ending of the file beside a converted one that records its digest
@@ -171,7 +176,7 @@ def _why(error: Exception) -> str:
     text = str(error).strip()
     foreign = re.search(r"GLOBAL (\S+) was not an allowed global", text)
     if foreign:
-        return f"beside weights it holds a {foreign[1]}, which would run code; take a .safetensors of the same model"
+        return f"beside weights it holds a {foreign[1]}, not a tensor; take a .safetensors of the same model"
     reason = text.partition("WeightsUnpickler error:")[2].strip() or text
     line = reason.splitlines()[0].strip() if reason else type(error).__name__
     if re.search(r"weights_only|torch\.load|trust", line):
