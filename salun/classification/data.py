@@ -65,7 +65,7 @@ def _from_folder(name: str, path: Path, preset: dict[str, Any], image_size: int 
         if is_saved(path):
             return from_hub(name, preset | {"repo": str(path)}, image_size)
         tables = tables_in(path)
-        unused = ()
+        unused: tuple[str, ...] = ()
         if tables:
             found = from_tables(path, tables, image_size, preset, preset.get("image"), preset.get("label"))
             if isinstance(found, ImageData):
