@@ -72,9 +72,10 @@ def visible_folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
-def list_images(folder: Path) -> Listing:
+def list_images(folder: Path, deep: bool = True) -> Listing:
     """The image files in a folder and the folders in it, linked ones too, each folder once.
 
+    deep: whether the folders in it are entered; hidden ones count as skipped either way.
     Raises DataError if the folder cannot be read.
     """
     found: list[Path] = []
@@ -96,6 +97,8 @@ def list_images(folder: Path) -> Listing:
             if is_hidden(name):
                 for path in _files_below(here / name):
                     skip("hidden or system file", path)
+            elif not deep:
+                continue
             elif (real := (here / name).resolve()) in visited:
                 skip("linked folder that is read already", here / name)
             else:

@@ -18,6 +18,10 @@ from PIL import Image
 from salun.classification.compare import compare
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import evaluate, train, unlearn
+from salun.classification.hub import _renumbered as renumbered
+from salun.classification.labeled import Sample
+from salun.classification.options import UnlearnOptions
+from salun.classification.pretrained import folder_of
 from salun.classification.preview import preview_unlearning
 from salun.classification.splits import make_split, repeated, with_forget
 from salun.errors import Cancelled, ConfigError, DataError
@@ -62,6 +66,10 @@ def small_set(root: Path, names: tuple[str, ...] = ("cat", "dog"), each: int = 8
         (("TRAIN", "Validation"), None, "Validation"),
         (("train", "val", "test"), "val", "test"),
         (("train", "dev", "test"), "dev", "test"),
+        (("training_set", "test_set"), None, "test_set"),
+        (("seg_train/seg_train", "seg_test/seg_test"), None, "seg_test"),
+        (("train_data", "valid data", "test-images"), "valid data", "test-images"),
+        (("train ", "Test split"), None, "Test split"),
     ],
 )
 @pytest.mark.parametrize("around", ["", "dataset", "dataset/images"])
@@ -70,18 +78,19 @@ def test_split_folders_are_parts_and_never_classes(
     folders: tuple[str, ...], validation: str | None, test: str | None, around: str, classes_first: bool, tmp_path: Path
 ) -> None:
     expected: dict[str | None, list[int]] = {}
-    for i, part in enumerate(folders):
+    for i, way in enumerate(folders):
+        part = way.split("/")[0]
         for j, name in enumerate(("a", "b")):
             values = [50 * i + 10 * j + k for k in range(3)]
-            fill(tmp_path / "set" / around / (f"{name}/{part}" if classes_first else f"{part}/{name}"), *values)
+            fill(tmp_path / "set" / around / (f"{name}/{way}" if classes_first else f"{way}/{name}"), *values)
             expected.setdefault(part, []).extend(values)
     data = load_data(str(tmp_path / "set"))
     split = make_split(data, 0.2, 0.0, 0)
     assert data.classes == ("a", "b")
-    assert values_of(data, split.train) == expected[folders[0]]
+    assert values_of(data, split.train) == expected[first := folders[0].split("/")[0]]
     assert values_of(data, split.test) == expected[test]
     assert values_of(data, split.validation) == expected.get(validation, [])
-    assert f"training part {folders[0]}, validation " in data.notes[0]
+    assert f"training part {first}, validation " in data.notes[0]
     assert f", test {test}" in data.notes[0]
 
 
@@ -113,6 +122,27 @@ def test_split_folders_that_can_be_read_in_two_ways_are_refused(tmp_path: Path) 
     fill(tmp_path / "half" / "b", 1)
     with pytest.raises(DataError, match="the class 'a' has the parts test, train, but 'b' has none"):
         load_data(str(tmp_path / "half"))
+    for i, way in enumerate(("trainset/cats", "trainset/dogs", "testset/cats", "testset/dogs")):
+        fill(tmp_path / "unknown" / way, i)
+    fill(tmp_path / "unknown" / "samples", 9)
+    with pytest.raises(DataError, match="not clear whether testset, trainset are classes"):
+        load_data(str(tmp_path / "unknown"))
+
+
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_images_beside_class_folders_are_skipped_and_counted(classes_first: bool, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for i, (part, name) in enumerate((part, name) for part in ("train", "val") for name in ("cats", "dogs")):
+        fill(root / (f"{name}/{part}" if classes_first else f"{part}/{name}"), i)
+        fill(root / (name if classes_first else part), 100 + i)
+    fill(root, 99)
+    data = load_data(str(root))
+    assert data.classes == ("cats", "dogs")
+    assert values_of(data) == [0, 1, 2, 3]
+    assert any(note.startswith("set: skipped 5 image outside the class folders: 099.png, ") for note in data.notes)
+    fill(root / "samples", 50)
+    with pytest.raises(DataError, match="samples"):
+        load_data(str(root))
 
 
 def numbered(tmp_path: Path, names: list[str]) -> ImageData:
@@ -152,8 +182,6 @@ def test_record_report_and_terminal_name_the_class(tmp_path: Path) -> None:
     run = unlearn(run_dir=tmp_path / "run", **told)
     assert run.record.data["options"]["forget"] == run.split.forgetting == "class:dog"
     assert "class:dog" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    from salun.classification.options import UnlearnOptions
-
     assert preview_unlearning(UnlearnOptions(**told))["forget"] == "class:dog"
     made = compare(
         data=str(root), forget="class:1", methods=["ft"], seeds=1, noise_floor=False, search=False, epochs=1,
@@ -191,7 +219,7 @@ def test_hidden_and_system_files_are_skipped_and_counted(tmp_path: Path) -> None
     assert data.classes == ("cat", "dog")
     assert values_of(data) == [0, 1, 2, 3]
     notes = "\n".join(data.notes)
-    assert "skipped 4 hidden or system file: " in notes
+    assert "skipped 6 hidden or system file: " in notes
     assert "skipped 1 not an image: cat/notes.doc" in notes
     if hasattr(os, "mkfifo"):
         assert "skipped 2 broken link, pipe or device: cat/pipe.png, cat/zero.png" in notes
@@ -280,12 +308,65 @@ def test_labels_of_a_table_without_gaps_and_without_unlabeled_rows(tmp_path: Pat
     assert data.labels.tolist() == [0, 1, 2, 1]
     assert data.own_test is None
     notes = "\n".join(data.notes)
+    (root / "unlisted" / "x.txt").write_text("text", encoding="utf-8")
+    fill(root / ".ipynb_checkpoints", 98)
+    notes = "\n".join(load_data(str(root)).notes)
+    assert "skipped 1 not an image: unlisted/x.txt" in notes
+    assert "skipped 1 hidden or system file: .ipynb_checkpoints/098.png" in notes
     for line in (
         "set: skipped 3 images without a label",
         "the labels are not 0 to 2; they name the classes: 0, 2, 10",
         "set: skipped 1 images that no table names",
     ):
         assert line in notes
+
+
+def test_rows_of_other_splits_are_not_trained_on(tmp_path: Path) -> None:
+    splits = ["train", "train", "holdout", "holdout", "", "test "]
+    rows = [{"file_name": f"{i:03}.png", "label": "abccbb"[i], "split": split} for i, split in enumerate(splits)]
+    data = load_data(str(fill(table(tmp_path / "set", rows), *range(6))))
+    assert data.classes == ("a", "b")
+    assert data.own_test is not None
+    assert (values_of(data), values_of(data, data.own_test)) == ([0, 1, 5], [5])
+    assert {"set: the part holdout is not used", "set: the part (no split) is not used"} <= {*data.notes}
+
+
+@pytest.mark.parametrize("mark", ["-1.0", "NaN", "null", "NONE", "N/A"])
+def test_marks_of_missing_labels_are_no_classes(mark: str, tmp_path: Path) -> None:
+    rows = [{"file_name": f"{i:03}.png", "label": label} for i, label in enumerate(("a", "b", mark))]
+    data = load_data(str(fill(table(tmp_path / "set", rows), *range(3))))
+    assert data.classes == ("a", "b")
+    assert "set: skipped 1 images without a label" in data.notes
+
+
+def test_spaces_around_column_names_are_ignored_and_unused_tables_named(tmp_path: Path) -> None:
+    root = fill(tmp_path / "set", 0, 1)
+    (root / "metadata.csv").write_text("file_name, label \n000.png, a\n001.png, b\n", encoding="utf-8")
+    assert load_data(str(root)).classes == ("a", "b")
+    (root / "metadata.csv").write_text("file_name,kind\n000.png,a\n", encoding="utf-8")
+    line = "set: the table metadata.csv has no column of labels, only file_name, kind, and is not used"
+    with pytest.raises(DataError, match=f"has no labels: put .*; {line}"):
+        load_data(str(root))
+    assert line in load_data(str(small_set(root))).notes
+
+
+def test_names_are_found_in_either_form_of_unicode(tmp_path: Path) -> None:
+    decomposed, composed = "cafe\u0301", "caf\u00e9"
+    root = small_set(tmp_path / decomposed, (decomposed, "Cat"))
+    data = load_data(str(tmp_path / composed))
+    split = make_split(data, 0.2, 0.0, 0)
+    assert values_of(data) == values_of(load_data(str(root)))
+    assert with_forget(split, data, f"class:{composed}", 0).forgetting == f"class:{decomposed}"
+    with pytest.raises(ConfigError, match=r"Did you mean class:Cat\?"):
+        with_forget(split, data, "class:cat", 0)
+    rows = tmp_path / f"{decomposed}.json"
+    rows.write_text(json.dumps(split.train[:2].tolist()), encoding="utf-8")
+    assert len(with_forget(split, data, str(tmp_path / f"{composed}.json"), 0).forget) == 2
+    assert folder_of(str(tmp_path / composed), False) == root  # of a model
+
+
+def test_forget_takes_a_path_in_quotes() -> None:
+    assert UnlearnOptions(forget='"rows.json"').forget == "rows.json"
 
 
 def test_tables_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
@@ -335,12 +416,22 @@ def test_a_clone_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.M
         load_data(str(tmp_path / "clone"))
 
 
+def test_memory_does_not_grow_with_the_largest_label() -> None:
+    parts = {"train": [Sample(b"", "x", label) for label in (7, 10**12)]}
+    classes, notes = renumbered("set", parts, None)
+    assert classes == ["7", "1000000000000"]
+    assert [sample.label for sample in parts["train"]] == [0, 1]
+    assert notes == ["set: the labels are not 0 to 1; they name the classes: 7, 1000000000000"]
+    assert renumbered("set", {"train": [Sample(b"", "x", 1)]}, ["a", "b"])[0] == ["b"]
+
+
 def test_a_saved_data_sets_validation_part_is_used(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    parts = {part: hub_rows([v, v + 1], [0, 5], None) for part, v in (("train", 1), ("valid", 11), ("test", 21))}
+    parts = {part: hub_rows([v, v + 1], [7, 30_000], None) for part, v in (("train", 1), ("valid", 11), ("test", 21))}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     data = load_data(str(tmp_path / "saved"), label_column="label")
-    assert data.classes == ("0", "5")
+    assert data.classes == ("7", "30000")
+    assert "the labels are not 0 to 1; they name the classes: 7, 30000" in data.notes[-1]
     split = make_split(data, 0.2, 0.1, 0)
     assert [values_of(data, rows) for rows in (split.train, split.validation, split.test)] == [
         [1, 2],
@@ -365,8 +456,8 @@ def test_a_run_is_resumed_with_the_same_data_and_original_elsewhere(
     with pytest.raises(Cancelled):
         unlearn(data="set", original="original", run_dir="run", progress=stop, **common)
     shutil.move("set", "moved")
-    shutil.move("original", "away")
-    original = str((tmp_path / "away").resolve())
+    shutil.move("original", "cafe\u0301")
+    original = str(tmp_path.resolve() / "caf\u00e9")  # the other form of Unicode
     run = unlearn(data=str(tmp_path / "moved"), original=original, run_dir="run", resume=True, **common)
     assert run.record.data["resumed"] == 1
     assert evaluate("run", data="moved")["UA"] == run.metrics["UA"]

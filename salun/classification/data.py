@@ -19,6 +19,7 @@ from salun.classification.tables import from_tables, tables_in
 from salun.errors import ConfigError, DataError
 from salun.images import list_images
 from salun.untrusted import read_yaml
+from salun.user_text import as_spelled
 
 __all__ = ["EMBEDDED", "ImageData", "load_data", "presets"]
 
@@ -48,7 +49,7 @@ def load_data(
     columns = {key: value for key, value in (("image", image_column), ("label", label_column)) if value}
     if name in known:
         return from_hub(name, known[name] | columns, image_size)
-    path = Path(name).expanduser()
+    path = as_spelled(Path(name).expanduser())
     if path.is_dir():
         return _from_folder(name, path, others | columns, image_size)
     if name.count("/") == 1:
@@ -64,15 +65,29 @@ def _from_folder(name: str, path: Path, preset: dict[str, Any], image_size: int 
         if is_saved(path):
             return from_hub(name, preset | {"repo": str(path)}, image_size)
         tables = tables_in(path)
+        unused: tuple[str, ...] = ()
         if tables:
             found = from_tables(path, tables, image_size, preset, preset.get("image"), preset.get("label"))
-            if found is not None:
+            if isinstance(found, ImageData):
                 return found
+            unused = (found,)
         if parquet_files(path) and not list_images(path).files:
-            return from_hub(name, preset | {"repo": str(path)}, image_size)
-        return from_folder(path, image_size, preset)
+            data = from_hub(name, preset | {"repo": str(path)}, image_size)
+        else:
+            data = _from_class_folders(path, image_size, preset, unused)
+        return replace(data, notes=(*data.notes, *unused))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _from_class_folders(
+    path: Path, image_size: int | None, preset: dict[str, Any], unused: tuple[str, ...]
+) -> ImageData:
+    """As `from_folder`; its errors also tell of the table that is not used."""
+    try:
+        return from_folder(path, image_size, preset)
+    except DataError as error:
+        raise DataError("; ".join([str(error), *unused])) from error
 
 
 def _digits() -> ImageData:

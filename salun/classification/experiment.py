@@ -38,6 +38,7 @@ from salun.progress import Event, Progress, silent
 from salun.report.classification import run_page, train_page
 from salun.run_reading import read_run
 from salun.run_record import RunRecord
+from salun.user_text import as_spelled
 
 
 class OutOfMemory(TrainingError):
@@ -312,7 +313,7 @@ def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Orig
     facts = {"data": data.digest, "split": split.digest}
     if given is not None:
         facts["original"] = weights_digest(given.model)
-    if options.model is not None and Path(options.model).expanduser().is_dir():
+    if options.model is not None and as_spelled(Path(options.model).expanduser()).is_dir():
         fresh = new_model(options.model, data.channels, len(data.classes), options.seed, options.allow_pickle)
         facts["model"] = weights_digest(fresh)
     if options.forget.endswith(".json"):

@@ -8,9 +8,10 @@ from typing import Any
 
 from salun.classification.labeled import ImageData, Sample, assembled, by_number, role_of, roles_of
 from salun.errors import DataError, some
-from salun.images import counted, is_hidden, list_images, suffixes, visible_folders
+from salun.images import counted, list_images, visible_folders
 
 _DEEPEST = 4  # folders that may lie around the parts, as archives are unpacked
+_OUTSIDE = "image outside the class folders"
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Layout:
 def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) -> ImageData:
     """Images in a sub-folder for each class; the classes are sorted, numbers as numbers.
 
-    Folders named as splits (`train`, `val`, `test` and the like, in any case) hold the classes' folders or are in them.
-    Raises DataError for images without a class, a class without images, parts of different classes, folders that can be
-    read in two ways, and what `assembled` raises.
+    Folders named as splits (see `role_of`) hold the classes' folders or are in them. Images beside the classes' folders
+    are skipped and counted. Raises DataError where there is no class folder, for a class without images, parts of
+    different classes, folders that can be read in two ways, and what `assembled` raises.
     """
     layout = layout_of(folder)
     first = layout.parts["train"]
@@ -34,11 +35,12 @@ def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) ->
         raise DataError(f"{folder} has no labels: put the images of each class into a sub-folder named after it")
     classes = sorted(first, key=by_number)
     parts: dict[str, list[Sample]] = {}
-    skipped: dict[str, list[str]] = {}
+    skipped = _beside(folder, [path for folders in layout.parts.values() for path in folders.values()])
     for role, folders in layout.parts.items():
         if set(folders) != set(classes):
             other = sorted({*classes} ^ {*folders})
             raise DataError(f"{folder}: the {role} part has other classes than the train part: {some(other)}")
+        _check_classes(folder, folders)
         parts[role] = []
         for label, name in enumerate(classes):
             found = list_images(folders[name])
@@ -61,7 +63,7 @@ def layout_of(folder: Path) -> Layout:
         if found is not None:
             return found
         names = visible_folders(root)
-        if len(names) != 1 or _has_images(root):
+        if len(names) != 1:
             break
         root = root / names[0]
     return Layout({"train": {name: folder / name for name in visible_folders(folder)}}, [])
@@ -71,7 +73,7 @@ def _parts_of_classes(root: Path) -> Layout | None:
     """Of `train/cats`, `train/dogs`, `val/cats` …; None for other folders. A class may be named train, too."""
     names = visible_folders(root)
     named = [name for name in names if role_of(name) is not None]
-    splits = [name for name in named if visible_folders(root / name) and not _has_images(root / name)]
+    splits = [name for name in named if _holds_classes(root / name)]
     if not splits:
         if named and len(named) == len(names):
             raise DataError(
@@ -87,7 +89,7 @@ def _parts_of_classes(root: Path) -> Layout | None:
         )
     roles, notes = roles_of(splits, root.name)
     notes += [f"{root.name}: the folder {name} holds no image and is not used" for name in others]
-    return Layout({role: _folders(root / name) for role, name in roles.items()}, notes)
+    return Layout({role: _classes_in(root / name) for role, name in roles.items()}, notes)
 
 
 def _classes_of_parts(root: Path) -> Layout | None:
@@ -95,7 +97,7 @@ def _classes_of_parts(root: Path) -> Layout | None:
     inner = {name: visible_folders(root / name) for name in visible_folders(root)}
     if len(inner) < 2:
         return None
-    split = [name for name in inner if inner[name] and all(map(role_of, inner[name])) and not _has_images(root / name)]
+    split = [name for name in inner if inner[name] and all(map(role_of, inner[name]))]
     names: dict[str, str] = {}
     for part in sorted({part for name in split for part in inner[name]}):
         names.setdefault(part.casefold(), part)
@@ -116,10 +118,42 @@ def _classes_of_parts(root: Path) -> Layout | None:
     return Layout(parts, notes)
 
 
-def _folders(root: Path) -> dict[str, Path]:
-    return {name: root / name for name in visible_folders(root)}
+def _holds_classes(part: Path) -> bool:
+    """Whether a folder holds folders, and images in them unless it holds none itself."""
+    names = visible_folders(part)
+    return bool(names) and (
+        any(list_images(part / name).files for name in names) or not list_images(part, deep=False).files
+    )
 
 
-def _has_images(folder: Path) -> bool:
-    """Whether image files lie in the folder itself."""
-    return any(path.suffix.lower() in suffixes() and not is_hidden(path.name) for path in folder.iterdir())
+def _classes_in(part: Path) -> dict[str, Path]:
+    """class → folder, of a part's folder; archives may hold it twice (`seg_train/seg_train/…`)."""
+    names = visible_folders(part)
+    while len(names) == 1 and role_of(names[0]) == role_of(part.name) and visible_folders(part / names[0]):
+        part = part / names[0]
+        names = visible_folders(part)
+    return {name: part / name for name in names}
+
+
+def _check_classes(folder: Path, classes: dict[str, Path]) -> None:
+    """Raises DataError if all that hold folders hold two of the same name: they may be parts of the data instead."""
+    inner = {name: names for name, path in classes.items() if (names := visible_folders(path))}
+    same = set.intersection(*map(set, inner.values())) if len(inner) > 1 else set()
+    if len(same) > 1:
+        raise DataError(
+            f"{folder}: it is not clear whether {some(list(inner))} are classes, since each holds the folders "
+            f"{some(sorted(same))}: name the parts of the data train, val and test, or put all images of a class into "
+            "its folder itself"
+        )
+
+
+def _beside(folder: Path, classes: list[Path]) -> dict[str, list[str]]:
+    """reason → the files that lie in the folders around the classes' folders, and in hidden folders there."""
+    skipped: dict[str, list[str]] = {}
+    around = {above for path in classes for above in path.parents if above == folder or folder in above.parents}
+    for place in sorted(around):
+        found = list_images(place, deep=False)
+        way = "" if place == folder else f"{place.relative_to(folder).as_posix()}/"
+        for reason, names in {_OUTSIDE: [path.name for path in found.files], **found.skipped}.items():
+            skipped.setdefault(reason, []).extend(way + name for name in names)
+    return skipped

@@ -113,7 +113,7 @@ def _parts_of_files(folder: Path) -> dict[str, list[str]]:
         way = path.relative_to(folder).parts[:-1]
         stem = re.sub(r"(-\d+-of-\d+|[-_.]?\d+)$", "", path.stem)
         named = next((part for part in (*reversed(way), stem) if role_of(part) is not None), None)
-        parts.setdefault(named or re.sub(r"\W", "_", stem) or "train", []).append(str(path))
+        parts.setdefault(re.sub(r"\W", "_", named or stem) or "train", []).append(str(path))
         configurations["/".join(part for part in way if role_of(part) is None and part != "data")] = None
     if len(configurations) > 1:
         names = [name or "." for name in configurations]
@@ -126,16 +126,18 @@ def _parts_of_files(folder: Path) -> dict[str, list[str]]:
 def _renumbered(name: str, parts: dict[str, list[Sample]], names: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """The classes that have images, and lines of what was changed; the samples get labels without gaps."""
     present = sorted({sample.label for samples in parts.values() for sample in samples})
-    known = list(names) if names is not None else [str(label) for label in range(present[-1] + 1)]
-    if present[-1] >= len(known):
-        raise DataError(f"{name} has the label {present[-1]}, but names {len(known)} classes only")
-    classes = [known[label] for label in present]
-    if len(classes) == len(known):
+    if names is not None and present[-1] >= len(names):
+        raise DataError(f"{name} has the label {present[-1]}, but names {len(names)} classes only")
+    classes = [str(label) if names is None else names[label] for label in present]
+    if present == list(range(len(present if names is None else names))):
         return classes, []
     label_of = {label: i for i, label in enumerate(present)}
     for role, samples in parts.items():
         parts[role] = [Sample(sample.source, sample.name, label_of[sample.label]) for sample in samples]
-    unused = [known[label] for label in sorted({*range(len(known))} - {*present})]
+    if names is None:
+        listed = some(classes, 10)
+        return classes, [f"{name}: the labels are not 0 to {len(classes) - 1}; they name the classes: {listed}"]
+    unused = [names[label] for label in sorted({*range(len(names))} - {*present})]
     line = f"{name}: {len(unused)} classes without an image left out ({some(unused)}); {len(classes)} are numbered anew"
     return classes, [line]
 

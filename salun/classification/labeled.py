@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ _SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "dev": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
+_FILLERS = {"set", "data", "dataset", "split", "images", "imgs", "folder", "seg"}  # as in train_set, seg_train
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +144,9 @@ def _stacked(images: Sequence[np.ndarray]) -> Tensor:
 
 
 def role_of(name: str) -> str | None:
-    """What a part of this name is for: one of ROLES; None for a name that is no split's."""
-    return _SPLIT_NAMES.get(name.casefold())
+    """What a part of this name (`train`, `Test`, `training_set`) is for: one of ROLES; None for a name of no split."""
+    words = [word for word in re.split(r"[\W_]+", name.casefold()) if word and word not in _FILLERS]
+    return _SPLIT_NAMES.get(words[0]) if len(words) == 1 else None
 
 
 def roles_of(names: Sequence[str], where: str) -> tuple[dict[str, str], list[str]]:

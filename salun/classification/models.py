@@ -24,6 +24,7 @@ from salun.errors import ModelError
 from salun.formats import tensorfile
 from salun.formats.sizes import check_size, first_line
 from salun.untrusted import parse_json
+from salun.user_text import as_spelled
 
 FORMAT = "salun-classifier-1"
 SIDE = 4096  # pixels, of what a model is given
@@ -233,7 +234,7 @@ def new_model(name: str, channels: int, classes: int, seed: int, allow_pickle: b
             return ARCHITECTURES[name](channels, classes)
         if name.startswith("timm:"):
             return _timm(name.removeprefix("timm:"), channels, classes)
-        if Path(name).expanduser().is_dir() or "/" in name:
+        if as_spelled(Path(name).expanduser()).is_dir() or "/" in name:
             return _transformers(name, classes, allow_pickle)
     raise ModelError(
         f"there is no model {name!r}: give {', '.join(ARCHITECTURES)}, timm:NAME, or a transformers folder or hub id"

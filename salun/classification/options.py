@@ -67,7 +67,9 @@ class UnlearnOptions(TrainOptions):
     """What `salun classify-unlearn` can be told. The method's own numbers are its paper's symbols."""
 
     method: str = option("salun", "how to unlearn", choices=METHODS)
-    forget: str = option("random:0.1", "random:SHARE of the training pictures, class:NAME, or a .json list of rows")
+    forget: str = option(
+        "random:0.1", "random:SHARE of the training pictures, class:NAME, or a .json list of rows", path=True
+    )
     original: str | None = option(
         None,
         "the model to unlearn from: a run folder or .safetensors of `salun classify-train`, or a transformers folder "

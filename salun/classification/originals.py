@@ -24,6 +24,7 @@ from salun.errors import DataError, ModelError
 from salun.options import from_mapping
 from salun.progress import Progress
 from salun.run_record import versions
+from salun.user_text import as_spelled
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ def given_original(name: str, data: ImageData, split: Split, allow_pickle: bool 
     Raises ModelError if it is none, its classes or channels are not the data's, or it has been made to forget already;
     DataError if it was trained on another split.
     """
-    path = Path(name).expanduser()
+    path = as_spelled(Path(name).expanduser())
     if (path / "model.safetensors").is_file() and not (path / "config.json").is_file():
         path = path / "model.safetensors"
     if path.suffix == ".safetensors":

@@ -14,6 +14,7 @@ from salun.formats.pickled import check_torch
 from salun.formats.sizes import check_size, first_line
 from salun.formats.tensorfile import shortened
 from salun.untrusted import read_json
+from salun.user_text import as_spelled
 
 PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # a timm model's name that is no hub id and no folder
 LARGEST = 1_000_000  # of a config's whole numbers
@@ -74,7 +75,7 @@ def _held(safetensors: list[Path], pickles: list[Path]) -> int:
 
 def folder_of(name: str, allow_pickle: bool) -> Path:
     """The model's folder, fetched from the hub if need be. Raises ModelError for one that may not be opened."""
-    folder = Path(name).expanduser()
+    folder = as_spelled(Path(name).expanduser())
     if not folder.is_dir():
         folder = _fetched(name, allow_pickle)
     check_links(folder)

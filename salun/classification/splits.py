@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from salun.classification.randomness import generator_of
 from salun.errors import ConfigError, DataError
 from salun.formats.tensorfile import write_bytes
 from salun.untrusted import read_json
+from salun.user_text import as_spelled, composed
 
 FORMAT = "salun-split-1"
 PARTS = ("train", "validation", "test", "forget", "retain")
@@ -136,7 +138,7 @@ def with_forget(split: Split, data: ImageData, wish: str, seed: int) -> Split:
         label = _class(data, value)
         forget, wish = split.train[data.labels.cpu()[split.train] == label], f"class:{data.classes[label]}"
     elif wish.endswith(".json"):
-        forget = _listed(Path(wish), split, len(data.labels))
+        forget = _listed(as_spelled(Path(wish).expanduser()), split, len(data.labels))
     else:
         raise ConfigError(f"--forget is {wish!r}, but must be random:SHARE, class:NAME, or a .json list of rows")
     retain = split.train[~torch.isin(split.train, forget)]
@@ -163,6 +165,9 @@ def _class(data: ImageData, value: str) -> int:
     """The label of a class given by its name, or by its number where no class has a number for a name."""
     if value in data.classes:
         return data.classes.index(value)
+    names = [composed(name) for name in data.classes]
+    if composed(value) in names:
+        return names.index(composed(value))
     number = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
     if number is not None:
         counted = {number: f"is class number {number}, counted from 0"} if number < len(data.classes) else {}
@@ -173,7 +178,12 @@ def _class(data: ImageData, value: str) -> int:
             readings = " or ".join(f"class:{data.classes[i]} ({why})" for i, why in (equal | counted).items())
             raise ConfigError(f"--forget class:{value}: {data.name} has no class named {value!r}. Write {readings}")
     shown = ", ".join(data.classes[:10]) + (", …" if len(data.classes) > 10 else "")
-    raise ConfigError(f"--forget class:{value} does not exist: {data.name} has {len(data.classes)} classes ({shown})")
+    folded = {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(composed(value).casefold(), folded, 1)
+    hint = f". Did you mean class:{folded[near[0]]}?" if near else ""
+    raise ConfigError(
+        f"--forget class:{value} does not exist: {data.name} has {len(data.classes)} classes ({shown}){hint}"
+    )
 
 
 def _equals(name: str, number: int) -> bool:

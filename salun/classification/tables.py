@@ -9,13 +9,14 @@ from typing import Any
 
 from salun.classification.labeled import ImageData, Sample, assembled, by_number, role_of, roles_of
 from salun.errors import DataError, some
-from salun.images import is_hidden, list_images
+from salun.images import counted, is_hidden, list_images, shown
 from salun.untrusted import parse_json
 
 NAMES = ("metadata.csv", "metadata.jsonl")
 FILE_COLUMNS = ("file_name", "image_file_name")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
-UNLABELED = ("", "-1", "None", "nan")
+UNLABELED = ("", "-1", "-1.0", "none", "null", "nan", "n/a")  # in any case
+NO_SPLIT = "(no split)"  # of rows whose column `split` is empty, where others' is not
 MOST_BYTES = 2**28  # of a table
 _DEEPEST = 3  # folders below the data set's, as in data/train/metadata.csv
 
@@ -36,8 +37,8 @@ def from_tables(
     preset: dict[str, Any],
     image_column: str | None = None,
     label_column: str | None = None,
-) -> ImageData | None:
-    """A data set by its tables; None if they name no image files or no labels, and no columns are asked for.
+) -> ImageData | str:
+    """A data set by its tables. If one names no image files or no labels, and no columns are asked for: a line on it.
 
     A row's part is its column `split`, or a folder on its file's way named as one. Raises DataError for a table that
     cannot be read, rows that name no file inside the folder, and what `assembled` raises.
@@ -49,24 +50,29 @@ def from_tables(
         file = _column(table, columns, image_column, FILE_COLUMNS, "--image-column")
         label = _column(table, columns, label_column, LABEL_COLUMNS, "--label-column")
         if file is None or label is None:
+            what = f"has no column of {'files' if file is None else 'labels'}, only {some(columns, 10)}"
             if image_column is None and label_column is None:
-                return None
-            raise DataError(f"{table} has no column of {'files' if file is None else 'labels'}, only {some(columns)}")
-        rows += [(_part(folder, table, row, file), _path(table, row, file), row.get(label)) for row in read]
-    labeled = [(part, path, str(label).strip()) for part, path, label in rows]
-    known = [row for row in labeled if row[2] not in UNLABELED]
+                return f"{name}: the table {shown(table, folder)} {what}, and is not used"
+            raise DataError(f"{table} {what}")
+        divided = any(_filled(row.get("split")) for row in read)
+        rows += [(_part(folder, table, row, file, divided), _path(table, row, file), row.get(label)) for row in read]
+    known = [(part, path, text) for part, path, label in rows if (text := _filled(label))]
     if not known:
         raise DataError(f"{folder}: no row of {tables[0].name} has a label")
     roles, notes = roles_of(list(dict.fromkeys(part for part, _, _ in known)), name)
     if len(known) < len(rows):
         notes.append(f"{name}: skipped {len(rows) - len(known)} images without a label")
-    classes = sorted({label for _, _, label in known}, key=by_number)
+    classes = sorted({label for part, _, label in known if part in roles.values()}, key=by_number)
     if all(label.isdigit() for label in classes) and classes != [str(i) for i in range(len(classes))]:
         notes.append(f"{name}: the labels are not 0 to {len(classes) - 1}; they name the classes: {some(classes, 10)}")
     listed = {path.resolve() for _, path, _ in rows}
-    others = [path for path in list_images(folder).files if path.resolve() not in listed]
+    found = list_images(folder)
+    others = [path for path in found.files if path.resolve() not in listed]
     if others:
         notes.append(f"{name}: skipped {len(others)} images that no table names")
+    read_here = {shown(path, folder) for path in (*tables, *(path for _, path, _ in rows))}
+    skipped = {why: [file for file in files if file not in read_here] for why, files in found.skipped.items()}
+    notes += [f"{name}: skipped {line}" for line in counted(skipped)]
     parts = {
         role: [Sample(path, str(path), classes.index(label)) for own, path, label in known if own == part]
         for role, part in roles.items()
@@ -79,7 +85,8 @@ def _rows(table: Path) -> list[Row]:
         if table.stat().st_size > MOST_BYTES:
             raise ValueError(f"it is larger than {MOST_BYTES // 2**20} MiB")
         with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file)) if table.suffix == ".csv" else list(_json_lines(file))
+            reader = csv.DictReader(file, skipinitialspace=True) if table.suffix == ".csv" else _json_lines(file)
+            rows = [{column.strip(): value for column, value in row.items() if column is not None} for row in reader]
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"{table} cannot be read: {error}") from error
     return rows
@@ -108,10 +115,15 @@ def _path(table: Path, row: Row, column: str) -> Path:
     return table.parent.joinpath(*named.parts)
 
 
-def _part(folder: Path, table: Path, row: Row, column: str) -> str:
-    """The name of a row's part."""
-    split = row.get("split")
-    if isinstance(split, str) and role_of(split) is not None:
+def _part(folder: Path, table: Path, row: Row, column: str, divided: bool) -> str:
+    """The name of a row's part. divided: whether the table has a column `split` with values in it."""
+    if split := _filled(row.get("split")):
         return split
     way = _path(table, row, column).relative_to(folder).parts[:-1]
-    return next((part for part in way if role_of(part) is not None), "train")
+    return next((part for part in way if role_of(part) is not None), NO_SPLIT if divided else "train")
+
+
+def _filled(value: Any) -> str:
+    """A cell as text, empty for the ways in which tables write that there is nothing."""
+    text = str(value).strip()
+    return "" if text.casefold() in UNLABELED else text
