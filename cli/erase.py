@@ -29,7 +29,7 @@ from .output import (
     tell,
 )
 from .progress import terminal_progress
-from .resuming import recorded, resumable
+from .resuming import recorded, resumable, unfinished
 
 TRAINING_ONLY = (
     "steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"
@@ -118,9 +118,12 @@ def _settled(
         from salun.config import read_config
 
         read = read_config(config)
-    elif resume and job.run_dir:
-        config = Path(job.run_dir) / "run.json"
-        read = recorded(config.parent, resume, EraseJob, {name: values[name] for name in given}, as_json)
+    wanted = {**read, **{name: values[name] for name in given}}
+    folder = Path(wanted["run_dir"]) if wanted.get("run_dir") else None
+    record = unfinished(folder, resume, EraseJob, wanted, as_json)
+    if config is None and record is not None and folder is not None:
+        config = folder / "run.json"
+        read = recorded(record, folder, EraseJob, given)
     sources = {}
     for name, value in values.items():
         if name in given:
