@@ -29,7 +29,7 @@ from .output import (
     tell,
 )
 from .progress import terminal_progress
-from .resuming import recorded, resumable, unfinished
+from .resuming import recorded, recorded_model, resumable, unfinished
 
 TRAINING_ONLY = (
     "steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"
@@ -76,6 +76,8 @@ def erase(
 
     wanted = [Concept(name) for name in job.concept]
     who = current()
+    from_record = sources["model"] not in ("command line", "default", "recipe") and resume
+    moved = recorded_model(job.model if from_record else None)
     folder = who.share(Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept)))
     if not who.rank:
         check_folder(folder, resume)
@@ -84,13 +86,16 @@ def erase(
     if dry_run:
         from salun.diffusion.estimate import preview
 
-        with terminal_progress(as_json) as progress, default_model_named(job.model):
-            found = preview(model_or_default(job.model), wanted, job.options, job.output, folder, progress, force)
+        with terminal_progress(as_json) as progress, default_model_named(job.model), moved:
+            found = preview(
+                model_or_default(job.model), wanted, job.options, job.output, folder, progress, force, resume
+            )
         tell({**found, "sources": sources}, as_json, _preview_lines(found, sources))
         return
     with (
         terminal_progress(as_json or who.rank > 0) as progress,
         default_model_named(job.model),
+        moved,
         resumable("erase", folder, _repeated(job, force)),
     ):
         run = run_erase(

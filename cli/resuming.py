@@ -131,6 +131,20 @@ def _own_outputs(outputs: Sequence[str], folder: Path) -> list[str]:
 
 
 @contextmanager
+def recorded_model(name: str | None) -> Iterator[None]:
+    """Within, that a run's recorded model is not found any more says how to name it. None: it is given otherwise."""
+    from salun.diffusion.finding import ModelNotFound
+    from salun.user_text import unquoted
+
+    try:
+        yield
+    except ModelNotFound as error:
+        if name is None or error.name != unquoted(name):
+            raise
+        raise ModelNotFound(f"{error}. If it was moved, give its new path by --model", name) from error
+
+
+@contextmanager
 def resumable(command: str, folder: Path, extra: Sequence[str] = ()) -> Iterator[None]:
     """Within, a run that is stopped says how to resume it. extra: what only the command line allows, to be repeated."""
     again = "stopped; go on with: " + shlex.join(["salun", command, "--resume", "--run-dir", str(folder), *extra])

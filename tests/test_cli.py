@@ -400,6 +400,15 @@ def test_resume_reads_a_pickle_only_where_the_command_line_allows_it(tmp_path: P
     assert (done.returncode, "--allow-pickle" in done.stderr) == (1, True), done.stderr
 
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_resume_without_the_recorded_model_says_how_to_name_it(dry_run: list[str], tmp_path: Path) -> None:
+    foreign_run(tmp_path, model="rel.safetensors")
+    done = salun("erase", "--resume", "--run-dir", "run", *dry_run, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "there is no rel.safetensors" in done.stderr
+    assert "give its new path by --model" in done.stderr
+
+
 def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
     config = tmp_path / "job.yaml"
     config.write_text("concept: circle\nsteps: 7\nbatch-size: 4\n", encoding="utf-8")
