@@ -17,7 +17,7 @@ from .app import app
 from .options import with_options
 from .output import Json, duration, path_given, tell
 from .progress import terminal_progress
-from .resuming import recorded, resumable
+from .resuming import recorded, resumable, unfinished
 
 Config = Annotated[
     Path | None,
@@ -162,13 +162,15 @@ def _settled(
     options: Any, given: set[str], config: Path | None, resume: bool, run_dir: Path | None, as_json: bool
 ) -> Any:
     """The options with a config file's values, or those of the run to resume, where the command line gives none."""
+    read: dict[str, Any] = {}
     if config is not None:
         from salun.config import read_config
 
         read = read_config(config, type(options))
-    else:
-        chosen = {name: getattr(options, name) for name in given}
-        read = recorded(run_dir, resume, type(options), chosen, as_json)
+    wanted = {**read, **{name: getattr(options, name) for name in given}}
+    record = unfinished(run_dir, resume, type(options), wanted, as_json)
+    if config is None and record is not None and run_dir is not None:
+        read = recorded(record, run_dir, type(options), given)
     return dataclasses.replace(options, **{name: value for name, value in read.items() if name not in given})
 
 

@@ -29,7 +29,7 @@ from .output import (
     tell,
 )
 from .progress import terminal_progress
-from .resuming import recorded, resumable
+from .resuming import recorded, recorded_model, resumable, unfinished
 
 TRAINING_ONLY = (
     "steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"
@@ -76,6 +76,8 @@ def erase(
 
     wanted = [Concept(name) for name in job.concept]
     who = current()
+    from_record = sources["model"] not in ("command line", "default", "recipe") and resume
+    moved = recorded_model(job.model if from_record else None)
     folder = who.share(Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept)))
     if not who.rank:
         check_folder(folder, resume)
@@ -84,13 +86,16 @@ def erase(
     if dry_run:
         from salun.diffusion.estimate import preview
 
-        with terminal_progress(as_json) as progress, default_model_named(job.model):
-            found = preview(model_or_default(job.model), wanted, job.options, job.output, folder, progress, force)
+        with terminal_progress(as_json) as progress, default_model_named(job.model), moved:
+            found = preview(
+                model_or_default(job.model), wanted, job.options, job.output, folder, progress, force, resume
+            )
         tell({**found, "sources": sources}, as_json, _preview_lines(found, sources))
         return
     with (
         terminal_progress(as_json or who.rank > 0) as progress,
         default_model_named(job.model),
+        moved,
         resumable("erase", folder, _repeated(job, force)),
     ):
         run = run_erase(
@@ -118,9 +123,12 @@ def _settled(
         from salun.config import read_config
 
         read = read_config(config)
-    elif resume and job.run_dir:
-        config = Path(job.run_dir) / "run.json"
-        read = recorded(config.parent, resume, EraseJob, {name: values[name] for name in given}, as_json)
+    wanted = {**read, **{name: values[name] for name in given}}
+    folder = Path(wanted["run_dir"]) if wanted.get("run_dir") else None
+    record = unfinished(folder, resume, EraseJob, wanted, as_json)
+    if config is None and record is not None and folder is not None:
+        config = folder / "run.json"
+        read = recorded(record, folder, EraseJob, given)
     sources = {}
     for name, value in values.items():
         if name in given:

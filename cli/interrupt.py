@@ -11,13 +11,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 CODE = 130
 LINE = "stopped; no half-written file is left. Give the command again to start over"
+ENDED = "stopped. Give the command again to start over"  # where nothing was cleaned up
 _state = "idle"  # working → stepping → asked → stopping
+_line: Callable[[], str] | None = None  # what to tell where the process ends at once, if not `ENDED`
 
 
 def install() -> None:
@@ -35,7 +37,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         sys.unraisablehook = lambda _: None  # of an interrupt inside a destructor, Python would print a traceback
         raise KeyboardInterrupt
     else:
-        leave(LINE)
+        leave(_line() if _line is not None else ENDED)
 
 
 def leave(line: str) -> None:
@@ -60,6 +62,15 @@ def working() -> Iterator[None]:
         if _state != "stopping":
             _state = "idle"
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def telling(line: Callable[[], str]) -> Iterator[None]:
+    """Within, and after an error, a Ctrl-C that ends the process at once tells this line."""
+    global _line
+    _line = line
+    yield
+    _line = None
 
 
 def step() -> bool:

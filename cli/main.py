@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shlex
 import sys
 from contextlib import suppress
@@ -23,6 +22,7 @@ from .app import app
 
 app.add_typer(delta.app, name="delta")
 
+NAMED = {"concept": "To name a concept", "prompt": "To give a prompt"}  # options whose value is easily given without
 ClickException: Any = typer.BadParameter.__mro__[2]  # Typer brings click under its own name or under click's
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:
-        line = str(error) if isinstance(error, Cancelled) and "--resume" in str(error) else interrupt.LINE
+        line = (isinstance(error, Cancelled) and error.line) or interrupt.LINE
         if interrupt.stopping():
             interrupt.leave(printable(line))
         if isinstance(error, Cancelled | typer.Abort):
@@ -73,11 +73,20 @@ def _told(error: Exception) -> tuple[str | None, int]:
 def _usage(error: Any) -> str:
     """The line for a wrong command line."""
     text: str = error.format_message()
-    extra = re.match(r"Got unexpected extra argument\S* \((.*)\)", text)
     context = getattr(error, "ctx", None)
-    if extra and context is not None and "concept" in {parameter.name for parameter in context.command.params}:
-        return f"{extra[1]!r} is not an option. To name a concept: --concept {shlex.quote(extra[1])}"
+    if context is not None and text.startswith(("Got unexpected extra argument", "Missing option")):
+        wanted = next((name for name in NAMED if name in {p.name for p in context.command.params}), None)
+        extra = " ".join(_extra_arguments(context))
+        if wanted is not None and extra:
+            return f"unexpected argument {extra!r}. {NAMED[wanted]}: --{wanted} {shlex.quote(extra)}"
     return f"{text} (see `salun --help`)" if text else ""
+
+
+def _extra_arguments(context: Any) -> list[str]:
+    """What stands on the command line beside the command's options: a missing option is told before these are."""
+    given = sys.argv[1:]
+    _, extra, _ = context.command.make_parser(context).parse_args(given[given.index(context.info_name) + 1 :])
+    return list(extra)
 
 
 def _complain(text: str) -> None:

@@ -20,6 +20,7 @@ from .app import app
 from .output import path_given
 
 PAGE = "salun_webui_extension"  # the page is a host of its own; here it is only opened
+STOPPED = "stopped. Queued jobs go on at the next start with the same --data; one that was at work can be resumed there"
 
 
 @app.command()
@@ -54,10 +55,10 @@ def ui(
         raise SalunError("the page needs gradio, an extra: pip install 'salun[ui]'") from error
     page = _page()
     try:
-        with interrupt.working():
+        with interrupt.working(), interrupt.telling(lambda: STOPPED):
             page.serve(host, port, login, data, models_dir or [], browser, typer.echo)
     except KeyboardInterrupt as error:
-        raise Cancelled("stopped") from error
+        raise Cancelled(STOPPED, line=STOPPED) from error
 
 
 def _login(option: str, text: str | None) -> tuple[str, str] | None:

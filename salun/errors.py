@@ -30,7 +30,11 @@ class TrainingError(SalunError):
 
 
 class Cancelled(SalunError):
-    """The user asked to stop."""
+    """The user asked to stop. line: what to tell of it, where that is not for whoever catches this to say."""
+
+    def __init__(self, *arguments: object, line: str | None = None) -> None:
+        super().__init__(*arguments)
+        self.line = line
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

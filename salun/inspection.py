@@ -16,7 +16,7 @@ from salun.diffusion.evaluate import file_of, read_finished
 from salun.diffusion.loading import Description, describe
 from salun.diffusion.output import DELTA
 from salun.diffusion.schedule import check_schedule
-from salun.errors import ModelError
+from salun.errors import ConfigError, ModelError
 from salun.formats import delta as deltas
 from salun.formats import tensorfile
 from salun.formats.checkpoint import other_kind
@@ -26,6 +26,7 @@ from salun.mask import FORMAT as MASK_FORMAT
 from salun.mask import Mask
 from salun.options import ModelOptions
 from salun.report import charts
+from salun.user_text import checked
 
 
 def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
@@ -114,6 +115,7 @@ def _verdict(found: Description, not_finite: str | None) -> str:
 
     lacking: list[str] = []
     try:
+        checked(found.name, "--model")
         if not_finite is not None:
             raise ModelError(f"{found.stored.path}: {not_finite} holds NaN or infinity: it is damaged")
         check_schedule(found.scheduler_config, found.name)
@@ -121,7 +123,7 @@ def _verdict(found: Description, not_finite: str | None) -> str:
             check_folder(found)
         else:
             lacking = check_parts(found.contents, found.folder, found.scheduler_config["prediction_type"])
-    except ModelError as error:
+    except (ConfigError, ModelError) as error:
         return str(error)
     return "salun can erase from it" + (" with --components, which gives what is missing" if lacking else "")
 

@@ -97,13 +97,17 @@ class RunRecord:
         text = json.dumps(_decisive(self.data), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _take_up(self, previous: Mapping[str, Any]) -> None:
+    def check_resumes(self, previous: Mapping[str, Any]) -> None:
+        """Raises ConfigError if this run is not the continuation of the previous one."""
         differing = _differences(previous, self.data)
         if differing:
             raise ConfigError(
                 f"--run-dir {self.folder} holds a run that cannot be resumed like this: {'; '.join(differing[:4])}. "
                 "Repeat its options, or name another folder"
             )
+
+    def _take_up(self, previous: Mapping[str, Any]) -> None:
+        self.check_resumes(previous)
         assert self.folder is not None
         for name in FILES:
             remove_leftovers(self.folder / name)
@@ -278,14 +282,20 @@ def _differences(previous: Mapping[str, Any], present: Mapping[str, Any]) -> lis
     for part in now:
         for name in sorted({*was[part], *now[part]}):
             old, new = was[part].get(name), now[part].get(name)
-            if old == new:
-                continue
+            if old == new or (part == "facts" and name == "parts" and was[part].get("model") != now[part].get("model")):
+                continue  # of another model, its other parts need no word of their own
             if part == "facts" and old and new and name in INPUTS:
                 path, had = (data["options"].get(name) for data in (present, previous))
                 lines.append(f"{name} {path!r} has other content ({new[:12]}…) than {had!r} had ({old[:12]}…)")
             else:
-                lines.append(f"{name} was {old!r} and is {new!r}")
+                lines.append(f"{name} was {_short(old)} and is {_short(new)}")
     return [line[:300] for line in lines]  # values may be untrusted input
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it: of a hash, its first 12 digits."""
+    is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return f"{value[:12]}…" if is_hash else repr(value)
 
 
 def versions() -> dict[str, str]:

@@ -426,6 +426,24 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], code: int
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["classify-train"], 2, "holds a run of `salun classify-unlearn`, not classify-train"),
+        (["classify-unlearn", "--data", "./x"], 2, "holds a finished run with data 'digits', not './x'"),
+        (["classify-unlearn", "--config", "run/run.json"], 0, "the run in run is finished"),
+    ],
+)
+def test_resume_of_a_finished_run_answers_its_own_request(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    record = {"schema": 1, "status": "done", "options": asdict(UnlearnOptions())}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    done = salun(*arguments, "--resume", "--run-dir", "run", cwd=tmp_path)
+    assert (done.returncode, message in done.stdout + done.stderr) == (code, True), done.stderr
+
+
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "salun", "classify-unlearn", "--train-epochs", "200", "--retrain", "no"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}

@@ -73,6 +73,10 @@ WRONG = [
     (["erase"], 2, "no concept is given"),
     (["erase", "--resume", "--run-dir", "nowhere"], 2, "nowhere holds no run to resume, and no concept is given"),
     (["erase", "circle"], 2, "To name a concept: --concept circle"),
+    (["erase", "red circle"], 2, "unexpected argument 'red circle'. To name a concept: --concept 'red circle'"),
+    (["mask", "circle", "--scope", "full"], 2, "unexpected argument 'circle'. To name a concept: --concept circle"),
+    (["sample", "red", "circle"], 2, "unexpected argument 'red circle'. To give a prompt: --prompt 'red circle'"),
+    (["mask"], 2, "Missing option '--concept'"),
     (["erase", "--concept", "nudity"], 2, "No --model is given, so the small demo model is used"),
     (["delta", "apply", "shapes", "gone.salun.safetensors", "--output", "x"], 1, "gone.salun.safetensors"),
     (["erase", "--config", "nowhere.yaml"], 2, "nowhere.yaml cannot be read"),
@@ -236,6 +240,50 @@ def test_ctrl_c_ends_with_130_and_one_line_at_any_moment(seconds: float, times: 
     assert told.startswith("salun: stopped")
 
 
+RESUMABLE = """
+import signal
+from pathlib import Path
+from cli import interrupt
+from cli.resuming import resumable
+interrupt.install()
+with interrupt.working(), resumable("erase", Path("run"), ["--force"]):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        signal.raise_signal(signal.SIGINT)
+"""
+PAGE = """
+import signal
+from types import SimpleNamespace
+from cli import interrupt, main, ui
+def serve(*_):
+    signal.raise_signal(signal.SIGINT)
+ui._page = lambda: SimpleNamespace(serve=serve)
+main.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(
+    ("program", "run", "line"),
+    [
+        (RESUMABLE, True, "stopped; go on with: salun erase --resume --run-dir run --force"),
+        (RESUMABLE, False, "stopped. Give the command again to start over"),
+        (PAGE, False, "stopped. Queued jobs go on at the next start with the same --data; one that was at work can be "
+         "resumed there"),
+    ],
+)  # fmt: skip
+def test_ctrl_c_tells_the_line_of_what_was_under_way(program: str, run: bool, line: str, tmp_path: Path) -> None:
+    """Also where the process ends at once, upon a Ctrl-C while an earlier one is at work."""
+    if run:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").touch()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", program, "ui"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (130, f"salun: {line}\n")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell")
 def test_a_command_works_with_closed_standard_streams(tmp_path: Path) -> None:
     """The first file that is opened would take their numbers, and a library's warning would land in it."""
@@ -291,6 +339,41 @@ def test_resume_of_a_finished_run_says_so(erased: tuple[Path, subprocess.Complet
     assert (folder / "run" / "run.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["erase", "--model", "sd15", "--concept", "circle"], "a finished run with model 'shapes', not 'sd15'"),
+        (["erase", "--model", "./other"], "a finished run with model 'shapes', not './other'"),
+        (["erase", "--mask", "nofile.safetensors"], "finished run with mask 'saliency', not 'nofile.safetensors'"),
+        (["erase", "--config", "other.yaml"], "a finished run with steps 3, not 4"),
+        (
+            ["erase", "--output", "new.safetensors"],
+            "and there is no new.safetensors: write it by "
+            "`salun delta apply shapes run/delta.salun.safetensors --output new.safetensors`",
+        ),
+        (["erase", "--output", "other.yaml"], "which did not write other.yaml"),
+        (["erase", "--output", "new.lora.safetensors"], "salun delta export run/delta.salun.safetensors --base shapes"),
+        (["classify-unlearn"], "holds a run of `salun erase`, not classify-unlearn"),
+        (["classify-compare"], "holds a run of `salun erase`, not classify-compare"),
+    ],
+)
+def test_resume_of_a_finished_run_refuses_another_request(
+    arguments: list[str], message: str, erased: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    folder, _ = erased
+    (folder / "other.yaml").write_text("steps: 4\n", encoding="utf-8")
+    done = salun(*arguments, "--resume", "--run-dir", "run", cwd=folder)
+    assert (done.returncode, done.stdout, message in done.stderr) == (2, "", True), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--config", "run/run.json"], ["--model", "shapes"], ["--output", "run/model/"]])
+def test_resume_of_a_finished_run_accepts_the_same_request(
+    arguments: list[str], erased: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    done = salun("erase", *arguments, "--resume", "--run-dir", "run", cwd=erased[0])
+    assert (done.returncode, "the run in run is finished" in done.stdout) == (0, True), done.stderr
+
+
 def foreign_run(folder: Path, **options: object) -> Path:
     """The folder of an unfinished run that somebody else made."""
     (folder / "run").mkdir()
@@ -315,6 +398,15 @@ def test_resume_reads_a_pickle_only_where_the_command_line_allows_it(tmp_path: P
     foreign_run(tmp_path, model=str(tmp_path / "m.ckpt"), allow_pickle=True)
     done = salun("erase", "--resume", "--run-dir", "run", cwd=tmp_path)
     assert (done.returncode, "--allow-pickle" in done.stderr) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_resume_without_the_recorded_model_says_how_to_name_it(dry_run: list[str], tmp_path: Path) -> None:
+    foreign_run(tmp_path, model="rel.safetensors")
+    done = salun("erase", "--resume", "--run-dir", "run", *dry_run, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "there is no rel.safetensors" in done.stderr
+    assert "give its new path by --model" in done.stderr
 
 
 def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 
 import salun
 from salun.cache import Cache, size_of
+from salun.diffusion.estimate import preview
 from salun.diffusion.models import Model
 from salun.errors import Cancelled, ConfigError
 from salun.mask import Mask
+from salun.options import EraseOptions
 from salun.progress import Event
 from salun.run_record import RunRecord
 
@@ -158,6 +161,22 @@ def test_a_saved_mask_with_other_notes_is_found_anew(told: str, shapes: Model, w
     Mask(saved.bits, saved.shapes, {**saved.metadata, "told": told}).save(tmp_path / "state" / "mask.safetensors")
     salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, **SHORT)
     assert contents(tmp_path) == contents(whole)
+
+
+def test_resume_with_another_model_is_told_in_short_also_by_a_dry_run(shapes: Model, tmp_path: Path) -> None:
+    with pytest.raises(Cancelled):
+        salun.erase(shapes, "circle", run_dir=tmp_path, progress=stopping_at("sampling", 8), **SHORT)
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    preview("shapes", "circle", EraseOptions(**SHORT), [], tmp_path, resume=True)
+    record["facts"] |= {"model": "a" * 64, "parts": "b" * 64, "prompts": "c" * 64}
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ConfigError) as real:
+        salun.erase("shapes", "circle", run_dir=tmp_path, resume=True, **SHORT)
+    with pytest.raises(ConfigError) as dry:
+        preview("shapes", "circle", EraseOptions(**SHORT), [], tmp_path, resume=True)
+    assert str(real.value) == str(dry.value)
+    assert ("prompts was cccccccccccc… and is" in str(dry.value), "parts" in str(dry.value)) == (True, False)
+    assert not re.search("[0-9a-f]{13}", str(dry.value).replace(str(tmp_path), ""))
 
 
 def test_two_runs_do_not_share_a_folder(shapes: Model, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from salun.diffusion.loading import describe
 from salun.diffusion.models import Model
 from salun.diffusion.plan import make_plan
 from salun.errors import ConfigError
+from salun.inspection import inspect
 from salun.options import EraseJob, EraseOptions, Sampling
 from salun.user_text import prompt_text, syntax_note, unquoted
 
@@ -196,6 +197,15 @@ def test_option_that_is_not_utf8_is_refused_by_name(name: str) -> None:
             EraseJob(**{lists: [RAW]})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="UTF-8"):
         Concept(RAW)
+
+
+@posix_names
+def test_inspect_of_a_folder_that_is_not_utf8_agrees_with_erase(tmp_path: Path) -> None:
+    place = tmp_path / RAW
+    place.symlink_to(find("shapes")[0])
+    with pytest.raises(ConfigError) as refused:
+        EraseJob(model=str(place))
+    assert inspect(str(place))["verdict"] == str(refused.value)
 
 
 @posix_names

@@ -87,21 +87,22 @@ def erase(
         _mask_from_file(model, plan)  # a mask that does not fit is told now, not after the sampling
     if plan.batch_size % who.count:
         raise ConfigError(f"--batch-size {plan.batch_size} cannot be shared by {who.count} processes: take a multiple")
-    named = {"model": model.name, "concept": [c.name for c in plan.concepts], "output": outputs or []}
-    record = RunRecord(
-        folder if not who.rank else None,  # the first process writes
-        command,
-        {**named, **asdict(plan.options)},
-        options.seed,
-        str(model.device),
-        _facts(model, plan),
-        resume,
-    )
+    place = folder if not who.rank else None  # the first process writes
+    record = record_of(model, plan, outputs or [], place, resume, command)
     with shown(progress, quiet=who.rank > 0) as progress, record.running(), prepared(model, plan):
         run = carry_out(model, plan, record, progress, cache)
         if not who.rank:
             write_run(run, outputs, force, progress)
     return run
+
+
+def record_of(
+    model: Model, plan: Plan, outputs: list[str], folder: Path | None, resume: bool = False, command: str = ""
+) -> RunRecord:
+    """The record of an erasure that is about to begin; nothing is written yet."""
+    named = {"model": model.name, "concept": [c.name for c in plan.concepts], "output": outputs}
+    options = {**named, **asdict(plan.options)}
+    return RunRecord(folder, command, options, plan.options.seed, str(model.device), _facts(model, plan), resume)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salun.diffusion.erase import record_of
 from salun.diffusion.latents import batch_size_of
 from salun.diffusion.loading import load_with
 from salun.diffusion.models import Model, scoped
@@ -22,7 +23,7 @@ from salun.errors import ConfigError
 from salun.mask import entries
 from salun.options import EraseOptions
 from salun.progress import Event, Progress, silent
-from salun.run_record import check_room
+from salun.run_record import check_folder, check_room
 
 _QUICK = 0.5  # seconds; a pass that takes longer is measured with one sample and scaled
 
@@ -35,6 +36,7 @@ def preview(
     run_dir: Path,
     progress: Progress = silent,
     force: bool = False,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """What `erase` would do with these arguments. Nothing is written, no weight changed.
 
@@ -47,6 +49,9 @@ def preview(
     loaded = load_with(model, options)
     check_places(loaded, outputs, run_dir, read_beside(options))
     plan = make_plan(loaded.settings, loaded.name, concept, options)
+    previous = check_folder(run_dir, resume)
+    if previous is not None:
+        record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
     progress(Event("measuring", message=f"measuring this machine with {loaded.name}"))
     with loaded.borrowed(), loaded.set_up(plan.options):
         forward, backward, kept = _measure(loaded, plan)

@@ -32,6 +32,17 @@ def aliases() -> dict[str, Any]:
     return table
 
 
+class ModelNotFound(ModelError):
+    """There is no model of this name here."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message, name)
+        self.message, self.name = message, name
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tuple[Path, dict[str, Any]]:
     """A model's folder or single file, and its entry in the alias table (empty for others).
 
@@ -58,14 +69,15 @@ def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tup
             return found, entry
         if name.endswith(FILES) or name.startswith((".", "/", "~")):
             where = f", nor in {', '.join(map(str, folders))}" if folders else "; --models-dir names folders to look in"
-            raise ModelError(f"there is no {given}{where}")
+            raise ModelNotFound(f"there is no {given}{where}", name)
         if name.count("/") != 1:
             near = difflib.get_close_matches(name, table, 1)
             looked = f" (looked in {', '.join(map(str, folders))})" if folders else ""
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ModelError(
+            raise ModelNotFound(
                 f"no model {name!r}{looked}{hint}: use {', '.join(table)}, a .safetensors file, a diffusers folder, "
-                "a hub id (owner/name), or a checkpoint's name in a folder that --models-dir tells"
+                "a hub id (owner/name), or a checkpoint's name in a folder that --models-dir tells",
+                name,
             )
     return _download(entry.get("repo", name), entry.get("variant"), unet), entry
 
