@@ -76,7 +76,7 @@ def body_of(rng: random.Random, options: list[str], starts: dict[str, dict[str, 
         names = [name for name in body if name != "kind" and isinstance(body[name], str)]
         name = rng.choice(names or ["id"])
         body[name] = rng.choice(TEXTS)
-    if "options" in body and rng.random() < 0.5:  # one option that is wrong, among sound ones
+    if "options" in body and rng.random() < 0.2:  # one option that is wrong, among sound ones
         body["options"][rng.choice(["model", *options])] = rng.choice(VALUES)
     for _ in range(rng.randrange(3)):
         inside = body.get("options") if rng.random() < 0.6 else body
