@@ -190,6 +190,7 @@ def attack(folder: Path, numbers: range) -> Findings:
 
     findings = Findings(folder)
     with served(folder) as (app, service, access):
+        service.concepts(None)  # imports torch once, which takes seconds on a busy machine
         for number in numbers:
             rng = random.Random(number)
             route, method = rng.choice(["start"] * 8 + list(ROUTES)), ""
