@@ -3,21 +3,63 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import logging
+import time
+from collections import Counter
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .limits import CONNECTIONS
+
 HEAD_SECONDS = 10.0  # until a request's head must be there in full; uvicorn itself waits without end
+PER_ADDRESS = CONNECTIONS // 4  # of one address; a proxy on this machine has them all
+_connected: Counter[str] = Counter()  # address → its connections
+
+
+def _remote_address(transport: Any) -> str | None:
+    """The address of the other side; None for this machine, where everybody behind a proxy has the same."""
+    peer = transport.get_extra_info("peername")
+    if not isinstance(peer, tuple):
+        return None
+    address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return None if mapped.is_loopback else str(mapped)
+
+
+class OncePerMinute(logging.Filter):
+    """Of uvicorn's warnings that there are too many connections, one a minute: each refused request has its own."""
+
+    _last = -60.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg != "Exceeded concurrency limit.":
+            return True
+        now = time.monotonic()
+        if now - self._last < 60:
+            return False
+        self._last = now
+        return True
 
 
 class Connection(H11Protocol):
-    """uvicorn's own, closed where a request's head stays incomplete. Bodies have their time in `front`."""
+    """uvicorn's own, closed where a request's head stays incomplete, or one address has too many connections.
+
+    Bodies have their time in `front`.
+    """
 
     _waiting: asyncio.TimerHandle | None = None
+    _address: str | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._address = _remote_address(transport)
+        if self._address is not None:
+            _connected[self._address] += 1
+            if _connected[self._address] > PER_ADDRESS:
+                transport.abort()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -30,6 +72,10 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._address is not None:
+            _connected[self._address] -= 1
+            if not _connected[self._address]:
+                del _connected[self._address]
         if self._waiting is not None:
             self._waiting.cancel()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from .access import OTHER_SITE, SIGNED_OUT, Access, Refused, check_address, check_origin, headers_of
-from .body import LARGEST, read_body
+from .body import LARGEST, SECONDS, read_body
+from .limits import CONNECTIONS
 
 BEFORE_LOGIN = 16_000  # bytes of a body by somebody who is not signed in
+SECONDS_BEFORE_LOGIN = 3.0  # until such a body must be there
 PUBLIC = ("/salun/v1/", "/assets/", "/static/", "/svelte/", "/_app/")  # the API asks by itself; the rest are files
 OPENING = ("/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon")  # what a login page is of
 OWN_HEADERS = {
@@ -29,6 +32,7 @@ class Front:
 
     def __init__(self, app: Any, access: Access) -> None:
         self.app, self.access = app, access
+        self._reading: dict[asyncio.Task[bytes], None] = {}  # bodies before the login, the one that began first first
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -39,11 +43,30 @@ class Front:
         try:
             limit = self._admit(scope, headers)
             if scope["type"] == "http":
-                receive = _after(await read_body(receive, headers, limit), receive)
+                read = self._read_before_login if limit == BEFORE_LOGIN else _read
+                receive = _after(await read(receive, headers), receive)
         except Refused as error:
             await _refuse(scope["type"], error, answer)
             return
         await self.app(scope, receive, answer)
+
+    async def _read_before_login(self, receive: Any, headers: Mapping[str, str]) -> bytes:
+        """A body by somebody who is not signed in. At most a quarter of the connections wait for one: a further request
+        ends the wait of the oldest, so that half-sent bodies keep nobody from signing in. Raises Refused."""
+        while len(self._reading) >= CONNECTIONS // 4:
+            oldest = next(iter(self._reading))
+            del self._reading[oldest]
+            oldest.cancel()
+        reading = asyncio.ensure_future(read_body(receive, headers, BEFORE_LOGIN, SECONDS_BEFORE_LOGIN))
+        self._reading[reading] = None
+        try:
+            return await reading
+        except asyncio.CancelledError:
+            if reading in self._reading:  # this request itself was cancelled
+                raise
+            raise Refused(408, "the request's body was not there before too many others came: send it again") from None
+        finally:
+            self._reading.pop(reading, None)
 
     def _admit(self, scope: Mapping[str, Any], headers: Mapping[str, str]) -> int:
         """How many bytes of body a request may have. Raises Refused for one that is not let in."""
@@ -63,6 +86,10 @@ class Front:
         if method == "POST" and path.rstrip("/") == "/login":
             return BEFORE_LOGIN
         raise Refused(401, SIGNED_OUT)
+
+
+async def _read(receive: Any, headers: Mapping[str, str]) -> bytes:
+    return await read_body(receive, headers, LARGEST, SECONDS)
 
 
 def _is_link(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:

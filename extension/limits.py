@@ -9,6 +9,7 @@ from salun.errors import ConfigError
 
 LONGEST = 2_000  # characters of a text
 MOST = 1_000  # entries of a list
+CONNECTIONS = 200  # at once to `salun ui`; a page has at most six
 
 
 def check_lengths(options: Mapping[str, Any]) -> None:

@@ -33,6 +33,14 @@ def confined(name: str, root: Path) -> Path:
     return found
 
 
+def confined_file(name: str, root: Path) -> Path:
+    """The same of a regular file: to read a named pipe or a device would wait for ever. Raises ConfigError."""
+    place = confined(name, root)
+    if not place.is_file():
+        raise ConfigError(f"there is no {name!r} here: what has this name is not a regular file")
+    return place
+
+
 def _parts(name: str) -> list[str]:
     if len(name) > READ:
         raise ConfigError(f"a name has {len(name):,} characters; the limit is {READ:,}. Shorten it.")
@@ -110,3 +118,8 @@ def without_folders(text: str, folders: Iterable[Path]) -> str:
 def displayable(name: str) -> bool:
     """Whether a page can show a file's name: one that is no UTF-8 cannot be written as JSON."""
     return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+def displayed(name: str) -> str:
+    """A file's name as a page can show it: bytes that are not UTF-8 as escapes, which name no file."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -24,7 +24,17 @@ from .history import DELTA, SHOWN, UNREADABLE, options_in, summary
 from .host import Host
 from .jobs import Job, Queue
 from .limits import check_lengths
-from .places import confined, displayable, made_name, new_file, own_name, safe_name, without_folders
+from .places import (
+    confined,
+    confined_file,
+    displayable,
+    displayed,
+    made_name,
+    new_file,
+    own_name,
+    safe_name,
+    without_folders,
+)
 
 OURS = ("models_dir", "output", "run_dir", "allow_pickle")  # of EraseJob: where to read and write is not for a form
 OFFERED = tuple(item.name for item in dataclasses.fields(EraseJob) if item.name not in OURS)
@@ -311,13 +321,15 @@ class Service:
         """Every run's summary, the latest first. One that cannot be read has the status "unreadable", and why."""
         open_runs = {job.run for job in self.queue.all() if job.open}
         names = [file.parent.name for file in self.runs.glob("*/run.json")]
-        return [self._summary(name, open_runs) for name in sorted(filter(displayable, names), reverse=True)]
+        return [self._summary(name, open_runs) for name in sorted(names, reverse=True)]
 
     def _summary(self, name: str, open_runs: set[str | None]) -> dict[str, Any]:
         try:
+            if not displayable(name):
+                raise ConfigError("the name of its folder is not UTF-8: rename the folder")
             record = read_run(confined(name, self.runs))
         except (ConfigError, DataError) as error:
-            return {"run": name, **UNREADABLE, "error": self.without_places(str(error))}
+            return {"run": displayed(name), **UNREADABLE, "error": self.without_places(str(error))}
         told = summary(record, self.runs / name)
         if record["status"] == "running" and name not in open_runs:
             told["status"] = "stopped"
@@ -346,13 +358,13 @@ class Service:
         """A file of a run that may be shown, and its type."""
         if name not in SHOWN:
             raise ConfigError(f"{name[:80]!r} is no file that a run shows: {', '.join(SHOWN)}")
-        return confined(name, self.run(run)), SHOWN[name]
+        return confined_file(name, self.run(run)), SHOWN[name]
 
     def preview(self, job: str, name: str) -> Path:
         """A preview picture of a job."""
         if name not in self.queue.get(job).previews:
             raise ConfigError(f"there is no preview {name[:80]!r}")
-        return confined(name, self.queue.folder / job)
+        return confined_file(name, self.queue.folder / job)
 
     def options_of(self, run: str) -> dict[str, Any]:
         """The options of a run, as a form shows them: to load them again."""
@@ -391,7 +403,7 @@ class Service:
 
     def delta(self, run: str) -> Path:
         """The delta's file of a run."""
-        return confined(DELTA, self.run(run))
+        return confined_file(DELTA, self.run(run))
 
     def checkpoint(self, run: str) -> Path:
         """The erased checkpoint that a run wrote. Raises ConfigError if it wrote none, or it is gone."""
@@ -407,15 +419,17 @@ class Service:
     # inside
 
     def _model(self, title: Any) -> str:
+        if not isinstance(title, str):  # JSON holds lists and objects as well
+            raise ConfigError(f"model is {repr(title)[:80]}, but must be a text: choose one of the list")
         models = self.models()
         if title in models:
             return models[title]
-        if isinstance(title, str) and not _pathlike(title):
+        if not _pathlike(title):
             try:
                 return str(self.checkpoint(title))  # a run's erased model
             except ConfigError:
                 pass
-        raise ConfigError(f"no model {str(title)[:80]!r}: choose one of the list")
+        raise ConfigError(f"no model {title[:80]!r}: choose one of the list")
 
     def _source(self, title: Any) -> str | None:
         """What salun takes for a title; None for no title, where that means the embedded model: never on a host with
@@ -433,7 +447,7 @@ class Service:
             raise ConfigError(f"no mask {str(name)[:80]!r}")
         if (self.masks / f"{safe_name(name)}.safetensors").is_file():
             return str(confined(f"{safe_name(name)}.safetensors", self.masks))
-        return str(confined("mask.safetensors", self.run(name)))
+        return str(confined_file("mask.safetensors", self.run(name)))
 
     def _new_run(self, name: str) -> Path:
         folder = new_run_folder(name, self.runs)

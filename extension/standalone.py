@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +12,9 @@ from .access import Access, gradio_login
 from .api import add_routes
 from .front import Front
 from .host import Alone
+from .limits import CONNECTIONS
 from .page import build
 from .service import Service
-
-CONNECTIONS = 200  # at once; a page has at most six
 
 
 def serve(
@@ -29,7 +29,7 @@ def serve(
     """Serve until interrupted. say: is told where, once the page answers. Jobs at work are stopped at the end."""
     import uvicorn
 
-    from .connections import Connection
+    from .connections import Connection, OncePerMinute
 
     service = Service(Alone(data, models_dirs))
     try:
@@ -38,6 +38,7 @@ def serve(
         config = uvicorn.Config(
             application(service, login), log_level="warning", http=Connection, ws="none", limit_concurrency=CONNECTIONS
         )
+        logging.getLogger("uvicorn.error").addFilter(OncePerMinute())
         server = uvicorn.Server(config)
         say(f"{where} (Ctrl-C ends it; runs are kept in {service.runs})")
         if browser:

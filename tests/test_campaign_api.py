@@ -76,6 +76,8 @@ def body_of(rng: random.Random, options: list[str], starts: dict[str, dict[str, 
         names = [name for name in body if name != "kind" and isinstance(body[name], str)]
         name = rng.choice(names or ["id"])
         body[name] = rng.choice(TEXTS)
+    if "options" in body and rng.random() < 0.2:  # one option that is wrong, among sound ones
+        body["options"][rng.choice(["model", *options])] = rng.choice(VALUES)
     for _ in range(rng.randrange(3)):
         inside = body.get("options") if rng.random() < 0.6 else body
         if isinstance(inside, dict):
@@ -188,6 +190,7 @@ def attack(folder: Path, numbers: range) -> Findings:
 
     findings = Findings(folder)
     with served(folder) as (app, service, access):
+        service.concepts(None)  # imports torch once, which takes seconds on a busy machine
         for number in numbers:
             rng = random.Random(number)
             route, method = rng.choice(["start"] * 8 + list(ROUTES)), ""
@@ -216,3 +219,26 @@ def test_hostile_requests_are_answered(tmp_path: Path) -> None:
     assert CASES / 20 < accepted < CASES * 19 / 20, found["accepted"]
     assert found["accepted"]["poll"] == CASES // 100
     assert found["slowest"] < 2
+
+
+def test_options_of_wrong_types_are_answered(tmp_path: Path) -> None:
+    """Every option with every value, the others sound: `request` raises for an answer of 500 and above."""
+    pytest.importorskip("starlette", reason="starlette is not installed (the extra `ui`)")
+    from extension.api import PREFIX
+    from extension.service import OFFERED
+
+    statuses: set[int] = set()
+    headers = [(b"host", b"127.0.0.1:7870"), (b"authorization", b"Basic YW5uOnNlY3JldA==")]
+    headers.append((b"content-type", b"application/json"))
+    with served(tmp_path) as (app, service, _):
+        for option in OFFERED:
+            for value in VALUES:
+                options = {"concept": ["circle"], "model": "shapes", option: value}
+                body = json.dumps({"options": options}).encode("ascii")
+                try:
+                    statuses.add(request(app, "POST", f"{PREFIX}/start", b"", headers, body))
+                except SalunError as error:
+                    statuses.add(int(str(error)))
+            for job in service.queue.all():
+                service.queue.cancel(job.id)
+    assert statuses == {200, 400}

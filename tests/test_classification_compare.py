@@ -18,9 +18,10 @@ import pytest
 from salun.cache import Cache
 from salun.classification.compare import compare, jobs_of, variant_of, variants_of
 from salun.classification.experiment import setting_of
-from salun.classification.metrics import FEATURES
+from salun.classification.metrics import COMPARED, FEATURES
 from salun.classification.options import CompareOptions
 from salun.classification.preview import preview_comparison
+from salun.classification.results import check_result
 from salun.classification.search import rounds
 from salun.classification.table import difference_lines, interval, lines_of, table_of, tables_of
 from salun.config import read_config
@@ -231,13 +232,59 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp
         compare(run_dir=tmp_path / "run", **common, **QUICK)
     with pytest.raises(ConfigError, match="seeds was 2 and is 3"):
         compare(run_dir=tmp_path / "run", resume=True, **{**common, "seeds": 3}, **QUICK)
-    (tmp_path / "run" / "jobs" / "retrain-0.json").write_text("{", encoding="utf-8")  # a damaged one is made again
-    (tmp_path / "run" / "jobs" / "retrain-1.json").write_text("[]", encoding="utf-8")  # so is this
+    jobs = tmp_path / "run" / "jobs"  # results that are damaged, or not by this program, are made again
+    last = next(path for path in jobs.iterdir() if not path.stem.startswith(("retrain", "again")))
+    last.write_text(json.dumps({**json.loads(last.read_text()), "result": {"UA": {"value": 1}}}), encoding="utf-8")
+    (jobs / "retrain-0.json").write_text("{", encoding="utf-8")
+    (jobs / "retrain-1.json").write_text("[]", encoding="utf-8")
+    (jobs / "again-0.json").write_text("[" * 200_000, encoding="utf-8")
+    (jobs / "again-1.json").unlink()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(jobs / "again-1.json")
+    else:
+        (jobs / "again-1.json").write_text('{"key": "", "result": 1}', encoding="utf-8")
     found = compare(run_dir=tmp_path / "run", resume=True, progress=listen, **common, **QUICK)
     assert without_times(found.metrics) == without_times(told(made)["metrics"])
-    assert len([message for message in done if message]) == 12 - 5 + 2
+    assert len([message for message in done if message]) == 12
+    notes = [note for note in found.record.data["notes"] if "was not a valid result" in note]
+    names = ["retrain-0", "retrain-1", "again-0", "again-1", last.stem]
+    assert [note.split()[0] for note in notes] == [f"jobs/{name}.json" for name in names]
     with pytest.raises(ConfigError, match="holds a finished run"):
         compare(run_dir=tmp_path / "run", resume=True, **common, **QUICK)
+
+
+SEARCHED: dict[str, Any] = {
+    "option": "lr", "foretold": dict.fromkeys(COMPARED, 1.0), "untouched": 2.0, "seconds": 0.5,
+    "tried": [{"value": 0.1, "score": 1.0, "figures": dict.fromkeys(COMPARED, 1.0), "reason": None},
+              {"value": 0.2, "score": None, "figures": None, "reason": "the loss is not finite"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, True, "x", -1, 1e308, float("nan"), [], {}, [[1]], {"value": "x"}], ids=repr)
+def test_results_of_wrong_types_are_rejected(made: Path, value: Any) -> None:
+    """Each part that a table or a page reads, replaced by a value that it cannot have."""
+    retrain = json.loads((made / "jobs" / "retrain-0.json").read_text())["result"]
+    method = json.loads((made / "jobs" / "salun-0.json").read_text())["result"]
+    classes = len(retrain["confusion"]["test"])
+
+    def check(kind: str, result: Any) -> None:
+        check_result(kind, result, classes, "lr", (0.1, 0.2))
+
+    for kind, result in (("retrain", retrain), ("unlearn", method), ("search", SEARCHED)):
+        check(kind, result)
+        parts = {"retrain": ("UA", "original", "mia_features", "confusion", "RTE"), "search": tuple(SEARCHED)}
+        for name in parts.get(kind, ("UA", "MIA", "layers", "relearning")):
+            if (name, value) in (("layers", {}), ("untouched", -1), ("seconds", -1)):
+                continue
+            with pytest.raises(ValueError, match=r"must be|must hold|it tried"):
+                check(kind, {**result, name: value})
+    if value not in (-1, {}, []):
+        with pytest.raises(ValueError, match="must"):
+            check("unlearn", {**method, "UA": {"value": value}})
+    if value != "x":
+        with pytest.raises(ValueError, match="error must be a text"):
+            check("unlearn", {"error": value})
+    check("unlearn", {"error": "the loss is not finite"})
 
 
 def test_a_seed_at_which_a_method_comes_apart_is_told_and_the_rest_stands(tmp_path: Path) -> None:
@@ -393,6 +440,8 @@ def test_every_seed_of_a_search_tries_the_same_values_and_its_end_is_told(tmp_pa
     values = {(job["options"]["seed"]): [] for job in jobs}
     for job in jobs:
         values[job["options"]["seed"]] += [trial["value"] for trial in job["result"]["tried"]]
+        tried = [trial["value"] for trial in job["result"]["tried"]]
+        check_result("search", job["result"], 0, told["option"], tried)
     assert sorted(values) == [0, 1]
     assert sorted(values[0]) == sorted(values[1]) == [trial["value"] for trial in told["tried"]]
     assert told["runs"] == 2 * len(told["tried"]) > 2 * 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import os
 import re
 import socket
@@ -203,34 +204,140 @@ def test_a_body_that_is_not_sent_is_not_waited_for() -> None:
     assert refused.value.status == 408
 
 
-def test_a_request_that_is_never_sent_in_full_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of a head, half of one, and half of the second on the same connection."""
-    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (it comes with the extra `ui`)")
+async def ok(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@contextlib.contextmanager
+def serving(application: Any) -> Iterator[tuple[str, int]]:
+    """An application behind our connections, and its address."""
+    import uvicorn
+
     from extension import connections
 
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
-
-    async def answer(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
-
     made = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(answer, log_level="error", http=connections.Connection, ws="none", lifespan="off")
+    config = uvicorn.Config(application, log_level="error", http=connections.Connection, ws="none", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [made]}, daemon=True)
     thread.start()
-    whole, half = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost"
     try:
+        yield made.getsockname()[:2]
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def test_half_sent_bodies_keep_nobody_from_signing_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More bodies than there are places for: the oldest give way at once, the rest in a short time."""
+    from extension import front
+    from extension.access import Access
+
+    monkeypatch.setattr(front, "SECONDS_BEFORE_LOGIN", 0.5)
+    monkeypatch.setattr(front, "CONNECTIONS", 12)
+    statuses: list[int] = []
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["body"] == b"user"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    application = front.Front(answer, Access({"ann": "secret"}, guarded=True))
+
+    async def call(whole: bool) -> int:
+        async def receive() -> Any:
+            if not whole:
+                await asyncio.sleep(60)
+            return {"type": "http.request", "body": b"user"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        headers = [(b"host", b"x"), (b"content-length", b"4")]
+        await application(
+            {"type": "http", "method": "POST", "path": "/login", "headers": headers, "scheme": "http"}, receive, send
+        )
+        return statuses[-1]
+
+    async def flood() -> None:
+        waiting = [asyncio.create_task(call(whole=False)) for _ in range(10)]
+        await asyncio.sleep(0.1)
+        assert statuses == [408] * 7
+        assert await call(whole=True) == 200
+        await asyncio.wait_for(asyncio.gather(*waiting), 5)
+
+    asyncio.run(flood())
+    assert sorted(statuses) == [200] + [408] * 10
+
+
+def test_connections_of_one_address_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's own address stands for everybody behind a proxy, and has no limit of its own."""
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed (it comes with the extra `ui`)")
+    from extension import connections
+
+    class Transport:
+        def __init__(self, peer: Any) -> None:
+            self.peer = peer
+
+        def get_extra_info(self, name: str) -> Any:
+            return self.peer
+
+    addresses = {("203.0.113.5", 80): "203.0.113.5", ("::ffff:203.0.113.5", 80, 0, 0): "203.0.113.5",
+                 ("127.0.0.1", 80): None, ("::1", 80, 0, 0): None, ("::ffff:127.0.0.1", 80, 0, 0): None,
+                 ("fe80::1%eth0", 80, 0, 0): "fe80::1", "": None}  # fmt: skip
+    for peer, address in addresses.items():
+        assert connections._remote_address(Transport(peer)) == address
+
+    monkeypatch.setattr(connections, "PER_ADDRESS", 2)
+    monkeypatch.setattr(connections, "_remote_address", lambda transport: "203.0.113.5")
+    with serving(ok) as address:
+        calling = [socket.create_connection(address, timeout=10) for _ in range(3)]
+        for one in calling:
+            with contextlib.suppress(OSError):  # the third is closed
+                one.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        received = []
+        for one in calling:
+            try:
+                received.append(one.recv(4096) != b"")
+            except ConnectionError:
+                received.append(False)
+            one.close()
+        assert received == [True, True, False]
+        deadline = time.monotonic() + 5
+        while connections._connected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not connections._connected
+
+
+def test_warnings_of_too_many_connections_are_one_a_minute() -> None:
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed (it comes with the extra `ui`)")
+    import logging
+
+    from extension.connections import OncePerMinute
+
+    def record(message: str) -> logging.LogRecord:
+        return logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, message, None, None)
+
+    once = OncePerMinute()
+    assert [once.filter(record("Exceeded concurrency limit.")) for _ in range(3)] == [True, False, False]
+    assert once.filter(record("another"))
+
+
+def test_a_request_that_is_never_sent_in_full_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a head, half of one, and half of the second on the same connection."""
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed (it comes with the extra `ui`)")
+    from extension import connections
+
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    whole, half = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost"
+    with serving(ok) as address:
         for sent, answered in ((b"", False), (half, False), (whole + half, True)):
-            with socket.create_connection(made.getsockname()[:2], timeout=10) as calling:
+            with socket.create_connection(address, timeout=10) as calling:
                 calling.sendall(sent)
                 began, received = time.monotonic(), b""
                 while part := calling.recv(4096):
                     received += part
                 assert (received.endswith(b"ok"), time.monotonic() - began < 4) == (answered, True), sent
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 @pytest.mark.slow

@@ -126,6 +126,9 @@ def test_the_schema_tells_every_option_with_the_cores_default() -> None:
         ({"options": {"concept": [[[[[[[["a"]]]]]]]]}}, 400, "nested deeper than 8 levels"),
         ({"options": {"concept": ["a\0b"]}}, 400, "text with NUL"),
         ({"options": {"concept": [["a"]]}}, 400, "concept is"),
+        ({"options": {"concept": ["a"], "model": []}}, 400, "model is [], but must be a text"),
+        ({"options": {"concept": ["a"], "model": {}}}, 400, "model is {}, but must be a text"),
+        ({"kind": "mask", "options": {"concept": ["a"], "model": [[1]]}}, 400, "model is [[1]], but must be a text"),
         ({"kind": "mask", "options": {"concept": "circle"}}, 400, "concept is 'circle', but must be list"),
         ({"kind": "mask", "options": {"concept": [1]}}, 400, "concept is [1], but must be list"),
         ({"options": {"concept": ["a"], "steps": "9; rm"}}, 400, "steps is '9; rm', but must be int"),
@@ -294,6 +297,37 @@ def test_a_runs_files_come_with_no_script_rights(service: Service) -> None:
     assert found.headers["x-content-type-options"] == "nosniff"
     (told,) = calling.get(f"{PREFIX}/runs").json()["runs"]
     assert (told["run"], told["status"], told["concept"]) == (run, "done", ["circle"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_file_that_is_not_regular_is_missing(service: Service) -> None:
+    run = write_run(service)
+    (run / "report.html").unlink()
+    job = service.queue.submit("overlaps", "overlap", {"deltas": []})
+    job.previews.append("1.png")
+    for path in (run / "report.html", run / "mask.safetensors", run / DELTA, service.queue.folder / job.id / "1.png"):
+        os.mkfifo(path)
+    (run / "log.txt").mkdir()
+    calling = client(service)
+    for name in ("report.html", "mask.safetensors", DELTA, "log.txt"):
+        answer = calling.get(f"{PREFIX}/file", params={"run": run.name, "name": name})
+        assert (answer.status_code, "not a regular file" in answer.text) == (404, True), name
+    assert calling.get(f"{PREFIX}/preview", params={"id": job.id, "name": "1.png"}).status_code == 404
+    for body in (
+        {"options": {"concept": ["a"], "model": "shapes", "mask": run.name}},
+        {"kind": "undo", "model": "shapes", "delta": run.name},
+    ):
+        assert calling.post(f"{PREFIX}/start", json=body).status_code == 404, body
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_run_whose_name_is_not_utf8_is_listed_as_unreadable(service: Service) -> None:
+    write_run(service)
+    write_run(service, os.fsdecode(b"caf\xe9"))
+    first, second = client(service).get(f"{PREFIX}/runs").json()["runs"]
+    assert (first["run"], first["status"]) == ("caf\\udce9", "unreadable")
+    assert "rename the folder" in first["error"]
+    assert second["status"] == "done"
 
 
 def test_a_number_that_json_has_not_is_told_as_none(service: Service) -> None:

@@ -161,7 +161,7 @@ def compare(
     facts = {**facts_of(first.options, first.data, first.split), "weights": _fresh_weights(first)}
     record = RunRecord(folder, command, told, options.seed, str(first.data.images.device), facts, resume)
     with shown(progress) as progress, record.running():
-        ledger = Ledger(folder / "jobs" if folder is not None else None, record)
+        ledger = Ledger(folder / "jobs" if folder is not None else None, record, len(data.classes))
         total = sum(len(some) for some in jobs.values())
         with Desk(ledger, cache, data, workers_of(options), progress, total) as desk:
             with record.stage("retraining"):
@@ -182,7 +182,8 @@ def compare(
         beside, floor = _by_seed(jobs["retrain"], exact), _by_seed(jobs["again"], again)
         titles = {v.name: title_of(v) for v in variants}
         record.data["metrics"] = table_of(results, beside, searched, titles, floor)
-        record.data["notes"] = first.notes + _failures({"Retrain": beside, "Retrain of another seed": floor, **results})
+        failures = _failures({"Retrain": beside, "Retrain of another seed": floor, **results})
+        record.data["notes"] = first.notes + ledger.notes + failures
         if folder is not None:
             rows = {name: _resolved(setting) for name, setting in checked.items()}
             told = {**record.data, "status": "done"}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -34,14 +34,17 @@ from salun.classification.experiment import (
     setting_of,
 )  # fmt: skip
 from salun.classification.masks import layers_of
+from salun.classification.methods import METHODS
 from salun.classification.metrics import judge
 from salun.classification.options import UnlearnOptions
+from salun.classification.results import check_result
 from salun.classification.search import trials
 from salun.device import kernels
 from salun.errors import Cancelled, SalunError, TrainingError
 from salun.formats.tensorfile import write_bytes
 from salun.progress import Event, Progress
 from salun.run_record import INPUTS, RunRecord
+from salun.untrusted import read_json
 
 Kind = Literal["retrain", "again", "search", "unlearn"]
 ANOTHER = 1_000_000  # between a seed and that of its other Retrain
@@ -60,10 +63,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The results there are, by job, in a folder; None keeps none."""
+    """The results there are, by job, in a folder, which may be untrusted input; None keeps none.
+
+    classes: how many the data set has. notes: of files that are not valid results, one line each.
+    """
 
     folder: Path | None
     record: RunRecord
+    classes: int
+    notes: list[str] = field(default_factory=list)
 
     def key(self, job: Job) -> str:
         """What a result depends on: the job's options, data, split and fresh model (`facts`), versions, device."""
@@ -76,15 +84,27 @@ class Ledger:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        """A job's result, None if there is none of these very options, or memory did not suffice for it."""
+        """A job's result, None if there is none of these very options, or memory did not suffice for it.
+
+        None, with a note, for a file that is not valid: its job is run again.
+        """
         if self.folder is None:
             return None
         try:
-            kept = json.loads((self.folder / f"{job.name}.json").read_text(encoding="utf-8"))
+            kept = read_json(self.folder / f"{job.name}.json")
+            if not isinstance(kept, dict) or not isinstance(kept.get("result"), dict):
+                raise ValueError("it must be an object with a result")
             result: dict[str, Any] = kept["result"]
-            return result if kept["key"] == self.key(job) and not result.get("retry") else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            if kept.get("key") != self.key(job) or result.get("retry"):
+                return None
+            check_result(job.kind, result, self.classes, METHODS[job.options.method].tunes, job.values)
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            self.notes.append(f"jobs/{job.name}.json was not a valid result ({why}), so its job was run again")
+            return None
+        return result
 
     def put(self, job: Job, result: Mapping[str, Any]) -> None:
         """Keep it."""
