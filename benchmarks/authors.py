@@ -44,7 +44,7 @@ from salun.classification.metrics import COMPARED, judge, members
 from salun.classification.options import UnlearnOptions
 from salun.classification.table import interval
 from salun.classification.task import Task
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from salun.progress import silent
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "classification-authors.md"

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salun.formats.checkpoint import open_unet
-from salun.formats.patch import write_patched
-from salun.formats.stored import Stored
+from salun.checkpoints.lazy_tensors import Stored
+from salun.checkpoints.patch import write_patched
+from salun.checkpoints.single_file import open_unet
 from tools.checkpoints import make
 
 ROOT = Path(__file__).resolve().parents[1]

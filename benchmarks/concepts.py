@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 import salun
-from salun.diffusion.models import Model
+from salun.diffusion.model.stable_diffusion import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TABLE = ROOT / "benchmarks" / "results" / "concepts", ROOT / "docs" / "concepts.md"

@@ -80,10 +80,10 @@ class Weights(Mapping[str, Tensor]):
 
 def write_folder(folder: Path, weights: Weights) -> None:
     """A diffusers folder as far as deltas look at it."""
-    from salun.formats import tensorfile
+    from salun.checkpoints import safetensors_io
 
     described = {name: (torch.float16, shape) for name, shape in weights.shapes.items()}
-    tensorfile.write_lazily(folder / UNET, described, weights)
+    safetensors_io.write_lazily(folder / UNET, described, weights)
     (folder / "model_index.json").write_text("{}", encoding="utf-8")
 
 
@@ -110,7 +110,7 @@ def compressed(path: Path, make: Callable[[], Any]) -> int:
 
 
 def run(task: str, *arguments: str) -> dict[str, Any]:
-    """One of salun.deltas' functions in a process of its own: its facts, `seconds` and `peak` bytes of memory."""
+    """A function of `salun.delta.commands` in a process of its own: its facts, `seconds`, `peak` bytes of memory."""
     command = [sys.executable, __file__, "--task", task, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -119,7 +119,7 @@ def run(task: str, *arguments: str) -> dict[str, Any]:
 
 def work(task: str, *arguments: str) -> None:
     """What `run` starts."""
-    from salun import deltas
+    from salun.delta import commands as deltas
 
     began = time.perf_counter()
     found = getattr(deltas, task)(*arguments) if task != "nothing" else {}

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 import salun
-from salun.diffusion.data import sample_data
-from salun.diffusion.erase import find_mask, train
+from salun.checkpoints.hashing import base_hash
+from salun.diffusion.data.training_set import sample_data
+from salun.diffusion.evaluation import Observation, Questions, compare, observe, questions
 from salun.diffusion.losses import ErasureData
-from salun.diffusion.models import Model
-from salun.diffusion.observe import Observation, Questions, compare, observe, questions
+from salun.diffusion.masks import find_mask
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.output import erased_tensors, moved
 from salun.diffusion.plan import Plan, make_plan
-from salun.formats.hashing import base_hash
+from salun.diffusion.train import train
 from salun.options import EraseOptions
 from salun.progress import silent
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 import salun
-from salun.diffusion.observe import compare, observe, questions
-from salun.diffusion.output import write_stock
-from salun.formats import tensorfile
-from salun.formats.stock import module_keys
+from salun.checkpoints import safetensors_io
+from salun.delta.stock_formats import module_keys, write_stock
+from salun.diffusion.evaluation import compare, observe, questions
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "lora.md"
 PICTURES = 400
@@ -42,7 +41,7 @@ squared difference, norms and biases (which a LoRA cannot hold) counted as lost.
 
 def put_in(base: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The base's matrices with the file's products added, as a host adds them: s·(alpha ÷ r)·up·down."""
-    held = dict(tensorfile.tensors(file))
+    held = dict(safetensors_io.tensors(file))
     changed = {}
     for name, key in module_keys(base).items():
         if f"{key}.alpha" not in held or not name.endswith(".weight"):

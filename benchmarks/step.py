@@ -93,8 +93,8 @@ def reference(args: argparse.Namespace) -> Any:
 
 def ours(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     """One step of salun's loop, as a function: the frozen target's pass is counted in."""
-    from salun.mask import Mask
-    from salun.optim import MaskedOptimiser
+    from salun.masking.mask import Mask
+    from salun.masking.optim import MaskedOptimiser
 
     dtype = DTYPES[settings["dtype"]]
     unet = make_unet(dtype, args.device)

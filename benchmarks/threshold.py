@@ -40,8 +40,8 @@ def reference(found: dict[str, torch.Tensor], k: int) -> int:
 
 def ours(found: dict[str, torch.Tensor], k: int) -> int:
     """The same choice by salun. Returns the same checksum."""
-    from salun.mask import Mask
-    from salun.threshold import select_largest
+    from salun.masking.mask import Mask
+    from salun.masking.threshold import select_largest
 
     mask = Mask.from_selection(select_largest(found, k), found)
     total, start = 0.0, 0
@@ -71,7 +71,7 @@ def measure(side: str, n: int) -> None:
     watcher.start()
     began = time.perf_counter()
     if side == OURS:
-        from salun.threshold import select_largest
+        from salun.masking.threshold import select_largest
 
         select_largest(found, n // 2)
     else:

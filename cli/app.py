@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from salun import __version__
+from salun.version import __version__
 
 app = typer.Typer(
     name="salun",

@@ -48,7 +48,7 @@ def classify_train(
 ) -> None:
     """Train an image classifier, to be made to forget later."""
     from salun.classification.experiment import train
-    from salun.run_record import check_folder, new_run_folder
+    from salun.runs.folder import check_folder, new_run_folder
 
     options = _settled(options, given, config, resume, run_dir, as_json)
     folder = run_dir or new_run_folder(f"train-{options.data}")
@@ -79,7 +79,7 @@ def classify_unlearn(
 ) -> None:
     """Make an image classifier forget some of its training pictures, and compare it with one that never saw them."""
     from salun.classification.experiment import unlearn
-    from salun.run_record import check_folder, new_run_folder
+    from salun.runs.folder import check_folder, new_run_folder
 
     options = _settled(options, given, config, resume, run_dir, as_json)
     folder = run_dir or new_run_folder(f"{options.method}-{options.forget}")
@@ -119,7 +119,7 @@ def classify_compare(
     """Compare unlearning methods over several seeds with retraining: one table, as in the paper."""
     from salun.classification.compare import compare
     from salun.classification.table import difference_lines, lines_of
-    from salun.run_record import check_folder, new_run_folder
+    from salun.runs.folder import check_folder, new_run_folder
 
     options = _settled(options, given, config, resume, run_dir, as_json)
     folder = run_dir or new_run_folder(f"compare-{options.data}-{options.forget}")

@@ -60,7 +60,7 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Make the delta that leads from one model to another, such as its erased copy."""
-    from salun import deltas
+    from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
         found = deltas.extract(base, erased, output, options=options, force=force, progress=progress)
@@ -86,7 +86,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Write a copy of a model with the delta applied."""
-    from salun import deltas
+    from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
         found = deltas.apply(
@@ -121,7 +121,7 @@ def stack(
     as_json: Json = False,
 ) -> None:
     """Write a copy of a model with several deltas applied; in which order does not matter."""
-    from salun import deltas
+    from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
         found = deltas.stack(
@@ -149,7 +149,7 @@ def undo(
     as_json: Json = False,
 ) -> None:
     """Write a copy of a model with the delta taken out: its base to the bit."""
-    from salun import deltas
+    from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
         found = deltas.undo(erased, delta, output, options=options, force=force, progress=progress)
@@ -179,7 +179,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the delta for ComfyUI's, A1111's and Forge's own loaders, telling what a low-rank file loses."""
-    from salun import deltas
+    from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
         found = deltas.export(
@@ -194,7 +194,7 @@ def export(
 @app.command()
 def inspect(delta: DeltaFile, as_json: Json = False) -> None:
     """Say what a delta changes: hashes, notes, and the share of each block (`salun inspect` does the same)."""
-    from salun.inspection import inspect as look
+    from salun.diagnostics.inspect import inspect as look
 
     found = look(delta)
     if found["kind"] != "delta":

@@ -70,9 +70,9 @@ def erase(
         raise ConfigError(
             f"{nothing}no concept is given. Name what the model should forget, for example --concept circle"
         )
-    from salun.diffusion.concepts import Concept
-    from salun.processes import current
-    from salun.run_record import check_folder, new_run_folder
+    from salun.compute.processes import current
+    from salun.diffusion.prompts.concepts import Concept
+    from salun.runs.folder import check_folder, new_run_folder
 
     wanted = [Concept(name) for name in job.concept]
     who = current()
@@ -188,13 +188,13 @@ def mask(
     as_json: Json = False,
 ) -> None:
     """Only compute a saliency mask and write it."""
-    from salun.diffusion.concepts import Concept
+    from salun.diffusion.prompts.concepts import Concept
 
     wanted = [Concept(name) for name in concept]
     new_file(output, force, ".safetensors")
-    from salun.diffusion.erase import make_mask
-    from salun.diffusion.loading import load_with
-    from salun.diffusion.output import check_places, read_beside
+    from salun.diffusion.masks import make_mask
+    from salun.diffusion.model.loading import load_with
+    from salun.diffusion.targets import check_places, read_beside
 
     with terminal_progress(as_json) as progress, default_model_named(model):
         loaded = load_with(model_or_default(model), options)
@@ -232,10 +232,10 @@ def sample(
     """Sample pictures from a model, with or without an erased delta."""
     new_file(output, force, ".png")
     prompt = [prompt_text(checked(text, "--prompt")) for text in prompt]
-    from salun.diffusion.few_steps import hint
-    from salun.diffusion.latents import item_seed, sample_pictures
-    from salun.diffusion.loading import load_with
-    from salun.formats.tensorfile import write_bytes
+    from salun.diffusion.data.latents import item_seed, sample_pictures
+    from salun.diffusion.model.few_steps import hint
+    from salun.diffusion.model.loading import load_with
+    from salun.files import write_bytes
     from salun.report import picture
 
     with terminal_progress(False) as progress:
@@ -245,7 +245,7 @@ def sample(
         chosen: Sampling = dataclasses.replace(loaded.settings.sampling, **changes)
         loaded.settings = dataclasses.replace(loaded.settings, sampling=chosen)
         if delta is not None:
-            from salun.formats.delta import Delta
+            from salun.delta.delta import Delta
 
             loaded.load(Delta.load(delta).apply(loaded.original(), strength))
         few_steps = hint(loaded.settings.few_steps, loaded.settings.sampling, steps, guidance, sampler)
@@ -273,7 +273,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a finished run thoroughly: base against erased on n held-out pictures each."""
-    from salun.diffusion.evaluate import evaluate_run
+    from salun.diffusion.reevaluate import evaluate_run
 
     with terminal_progress(as_json) as progress:
         metrics = evaluate_run(run, n, seed, device, progress, allow_pickle)

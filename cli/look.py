@@ -38,8 +38,8 @@ def inspect(
     """Say what a file or folder is, what is in it, and which layers of the network it touches."""
     if html is not None:
         new_file(html, force, ".html")
-    from salun.inspection import inspect as look
-    from salun.inspection import overlap
+    from salun.diagnostics.inspect import inspect as look
+    from salun.diagnostics.inspect import overlap
 
     found = look(path, options) if against is None else overlap(path, against)
     charts = {title: found[key] for key, title in BLOCKS.items() if found.get(key)}
@@ -59,8 +59,8 @@ def inspect(
 @app.command()
 def concepts(model: ModelName = None, as_json: Json = False) -> None:
     """List the presets and, for a model that carries a vocabulary, the words it knows."""
-    from salun.diffusion.concepts import presets
-    from salun.diffusion.loading import describe
+    from salun.diffusion.model.loading import describe
+    from salun.diffusion.prompts.concepts import presets
 
     found: dict[str, Any] = {}
     if model is not None:
@@ -95,7 +95,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Look at versions, devices, folders and models; say what would fail and how to mend it."""
-    from salun.doctor import examine
+    from salun.diagnostics.doctor import examine
 
     found = examine(network=not offline)
     signs = {"ok": "ok   ", "note": "note ", "fails": "FAILS"}
@@ -115,7 +115,7 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Show the cache of sampled latents and converted .ckpt files, which runs share, or empty it."""
-    from salun.cache import Cache
+    from salun.runs.cache import Cache
 
     kept = Cache.of_user()
     if clear:
@@ -137,7 +137,7 @@ def cache(
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the model aliases."""
-    from salun.diffusion.finding import aliases
+    from salun.checkpoints.locate import aliases
 
     table = aliases()["models"]
     tell(

@@ -63,7 +63,7 @@ def _told(error: Exception) -> tuple[str | None, int]:
         return _usage(error), 2
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}", 1
-    from salun.device import is_out_of_memory
+    from salun.compute.device import is_out_of_memory
 
     if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
         return "out of memory: free some, or try --dtype bf16, --low-vram, a smaller --resolution or --batch-size", 1

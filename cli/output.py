@@ -39,7 +39,7 @@ def model_or_default(name: str | None) -> str:
     """The model named, or the small one that comes along."""
     if name is not None:
         return name
-    from salun.diffusion.finding import aliases
+    from salun.checkpoints.locate import aliases
 
     return str(aliases()["default"])
 
@@ -47,7 +47,7 @@ def model_or_default(name: str | None) -> str:
 @contextmanager
 def default_model_named(name: str | None) -> Iterator[None]:
     """Within, a concept that the default model does not know says that it is the default, where none was named."""
-    from salun.diffusion.vocabulary import UnknownConcept
+    from salun.diffusion.prompts.vocabulary import UnknownConcept
 
     try:
         yield

@@ -37,7 +37,7 @@ def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[st
     a finished run of other options or without a wanted output.
     """
     from salun.errors import DataError
-    from salun.run_reading import read_run
+    from salun.runs.reading import read_run
 
     if not resume or folder is None or not os.path.lexists(folder / "run.json"):
         return None
@@ -77,8 +77,8 @@ def _command_of(options: Container[str]) -> str | None:
 
 def _check_finished(record: Mapping[str, Any], folder: Path, wanted: Mapping[str, Any]) -> None:
     """Raises ConfigError if a finished run had other options than those wanted, or an output wanted is not there."""
-    from salun.formats.tensorfile import shortened
-    from salun.run_record import INPUTS, NOT_DECISIVE
+    from salun.checkpoints.safetensors_io import shortened
+    from salun.runs.record import INPUTS, NOT_DECISIVE
 
     for name, value in wanted.items():
         if name in (*NOT_DECISIVE, "methods", "anchor") or value is None:
@@ -133,7 +133,7 @@ def _own_outputs(outputs: Sequence[str], folder: Path) -> list[str]:
 @contextmanager
 def recorded_model(name: str | None) -> Iterator[None]:
     """Within, that a run's recorded model is not found any more says how to name it. None: it is given otherwise."""
-    from salun.diffusion.finding import ModelNotFound
+    from salun.checkpoints.locate import ModelNotFound
     from salun.user_text import unquoted
 
     try:

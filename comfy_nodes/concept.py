@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from salun.diffusion.concepts import Concept, presets
+from salun.diffusion.prompts.concepts import Concept, presets
 from salun.errors import ConfigError
 
 from .kinds import CONCEPT, Concepts, Node

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from salun.diffusion.data import Own, sample_data
-from salun.diffusion.erase import prepared
-from salun.diffusion.images import square
+from salun.diffusion.context import prepared
+from salun.diffusion.data.images import square
+from salun.diffusion.data.training_set import Own, sample_data
 from salun.errors import ConfigError, DataError
 from salun.user_text import prompt_text
 

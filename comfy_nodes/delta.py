@@ -6,16 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from salun import deltas
-from salun.diffusion.output import DELTA as DELTA_ENDING
-from salun.diffusion.output import DIFF, LORA, stock_notes, write_stock
+from salun.checkpoints.outputs import DELTA as DELTA_ENDING
+from salun.checkpoints.outputs import DIFF, LORA
+from salun.checkpoints.safetensors_io import read_header
+from salun.delta import commands as deltas
+from salun.delta import stacking
+from salun.delta.delta import Delta
+from salun.delta.provenance import OURS
+from salun.delta.stacking import STRENGTHS, OtherBase, Stacked
+from salun.delta.stock_formats import stock_notes, write_stock
 from salun.errors import ConfigError, ModelError
-from salun.formats import stacking
-from salun.formats.applied import OURS
-from salun.formats.atomic import temporary_folder
-from salun.formats.delta import Delta
-from salun.formats.stacking import STRENGTHS, OtherBase, Stacked
-from salun.formats.tensorfile import read_header
+from salun.files import temporary_folder
 
 from .inputs import in_inputs_names, prefix, wires
 from .kinds import DELTA, Node

@@ -14,18 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salun.cache import key_of
-from salun.diffusion.data import sample_data
-from salun.diffusion.erase import carry_out, check_given, prepared
-from salun.diffusion.observe import Observation, Questions, questions
-from salun.diffusion.output import STATE_BYTES
+from salun.delta.delta import Delta
+from salun.diffusion.context import prepared
+from salun.diffusion.data.training_set import sample_data
+from salun.diffusion.erase import carry_out
+from salun.diffusion.evaluation import Observation, Questions, questions
+from salun.diffusion.masks import check_given
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
-from salun.formats.delta import Delta
-from salun.mask import Mask
+from salun.diffusion.targets import STATE_BYTES
+from salun.masking.mask import Mask
+from salun.masking.training import check_optimiser
 from salun.report.picture import stack
-from salun.run_record import RunRecord
-from salun.training import check_optimiser
+from salun.runs.cache import key_of
+from salun.runs.record import RunRecord
 
 from .inputs import in_inputs_names, inputs, options_of, wires
 from .kinds import DATA, DELTA, MASK, Chosen, Concepts, Data, Node

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from salun.diffusion.erase import prepared
-from salun.diffusion.observe import Observation, compare, observe, questions
+from salun.diffusion.context import prepared
+from salun.diffusion.evaluation import Observation, compare, observe, questions
 from salun.diffusion.result import grids
 from salun.errors import ConfigError
 from salun.report.picture import stack

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from salun.cache import digest_of
-from salun.diffusion.concepts import Concept
-from salun.diffusion.denoiser import Conditioning
 from salun.diffusion.losses import ErasureData
+from salun.diffusion.model.protocol import Conditioning
+from salun.diffusion.prompts.concepts import Concept
+from salun.runs.cache import digest_of
 
 CONCEPT, OPTIONS, DATA, MASK, DELTA = "SALUN_CONCEPT", "SALUN_OPTIONS", "SALUN_DATA", "SALUN_MASK", "SALUN_DELTA"
 Concepts = tuple[Concept, ...]

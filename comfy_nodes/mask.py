@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from salun.diffusion.data import sample_data
-from salun.diffusion.erase import find_mask, prepared
+from salun.diffusion.context import prepared
+from salun.diffusion.data.training_set import sample_data
+from salun.diffusion.masks import find_mask
 from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, MaskError
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from salun.report.picture import densities
 
 from .inputs import inputs, options_of, prefix, wires

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from salun.device import fix_cublas, pick_dtype
-from salun.diffusion.denoiser import Conditioning, implied_x_0
-from salun.diffusion.latents import noise_of
-from salun.diffusion.loading import read_settings
-from salun.diffusion.models import ModelSettings, settings_for
-from salun.diffusion.sampler import conditioning_of, guided, trailing
+from salun.checkpoints.families import facts
+from salun.checkpoints.hashing import base_hash
+from salun.compute.device import fix_cublas, pick_dtype
+from salun.diffusion.data.latents import noise_of
+from salun.diffusion.model.protocol import Conditioning
+from salun.diffusion.model.sampler import conditioning_of, guided, trailing
+from salun.diffusion.model.schedule import implied_x_0
+from salun.diffusion.model.settings import ModelSettings, read_settings, settings_for
 from salun.errors import Cancelled, ConfigError, ModelError
-from salun.formats.families import facts
-from salun.formats.hashing import base_hash
 from salun.options import EraseOptions
 
 from .weights import Weights

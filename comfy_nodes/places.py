@@ -8,11 +8,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from salun.cache import DEFAULT_LIMIT, Cache, size_of
 from salun.errors import ConfigError, SalunError
-from salun.mask import Mask
-from salun.run_record import STATE, alone_in, check_folder
-from salun.training import saved_steps
+from salun.masking.mask import Mask
+from salun.masking.training import saved_steps
+from salun.runs.cache import DEFAULT_LIMIT, Cache, size_of
+from salun.runs.folder import STATE, alone_in, check_folder
 
 LISTED = ("checkpoints", "loras")  # kinds that ComfyUI has lists of, from several folders each
 LONGEST = 200  # bytes of a name that a number and an ending are added to; file systems take 255

@@ -7,7 +7,7 @@ from typing import Any
 
 from salun.errors import Cancelled
 from salun.progress import Event
-from salun.run_record import logger
+from salun.runs.record import logger
 
 from .inputs import in_inputs_names
 

@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from salun.checkpoints.hashing import base_hash
+from salun.checkpoints.keymap import unet_from_ldm, unet_to_ldm
+from salun.delta.delta import Delta
+from salun.delta.xor import Change
 from salun.errors import ModelError
-from salun.formats.change import Change
-from salun.formats.delta import Delta
-from salun.formats.hashing import base_hash
-from salun.formats.keymap import unet_from_ldm, unet_to_ldm
 
 OUTER = "model."  # of LDM names, before what ComfyUI calls a weight
 HALVES = (torch.float16, torch.bfloat16)

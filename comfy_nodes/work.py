@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salun import __version__
-from salun.cache import digest_of
-from salun.diffusion.denoiser import add_noise, implied_x_0
 from salun.diffusion.losses import ErasureData
+from salun.diffusion.model.schedule import add_noise, implied_x_0
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.result import blurred
 from salun.errors import Cancelled, SalunError
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from salun.options import EraseOptions
 from salun.report.picture import blurred as blurred_picture
-from salun.run_record import RunRecord
+from salun.runs.cache import digest_of
+from salun.runs.record import RunRecord
+from salun.version import __version__
 
 from .inputs import in_inputs_names
 from .kinds import Concepts, Data

@@ -28,7 +28,7 @@ from salun.progress import Event, Progress
 from . import stages
 
 if TYPE_CHECKING:
-    from salun.diffusion.models import Model
+    from salun.diffusion.model.stable_diffusion import Model
     from salun.diffusion.plan import Plan
 
 EVERY = 0.2  # seconds between two lines on the steps of one stage
@@ -93,12 +93,12 @@ def telling(line: Line, clock: stages.Clock, each: Callable[[Event], None] = lam
 
 def erase(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """As `salun erase`: the whole of an erasure, with previews."""
-    from salun.diffusion.concepts import Concept
+    from salun.checkpoints.locate import aliases
     from salun.diffusion.erase import erase as run_erase
-    from salun.diffusion.finding import aliases
-    from salun.diffusion.loading import load_with
+    from salun.diffusion.model.loading import load_with
     from salun.diffusion.plan import make_plan
-    from salun.run_record import check_folder
+    from salun.diffusion.prompts.concepts import Concept
+    from salun.runs.folder import check_folder
 
     job: EraseJob = from_mapping(EraseJob, asked["options"], "")
     if not job.concept:
@@ -130,7 +130,7 @@ class Previews:
     """Pictures of the same prompts and seeds: before training, and after every n steps of it (n = 0: none)."""
 
     def __init__(self, model: Model, plan: Plan, every: int, line: Line, folder: Path) -> None:
-        from salun.diffusion.observe import questions
+        from salun.diffusion.evaluation import questions
 
         self.model, self.plan, self.every, self.line, self.folder = model, plan, every, line, folder
         asked = questions(plan, PREVIEWS, plan.options.seed)
@@ -151,7 +151,7 @@ class Previews:
     def _pictures(self) -> Any:
         import torch
 
-        from salun.diffusion.latents import sample_pictures
+        from salun.diffusion.data.latents import sample_pictures
 
         with torch.no_grad():
             return sample_pictures(self.model, [p.text for p in self.prompts], self.seeds, self._stop)
@@ -160,7 +160,7 @@ class Previews:
         self.line.check()
 
     def _show(self, step: int) -> None:
-        from salun.formats.tensorfile import write_bytes
+        from salun.files import write_bytes
         from salun.report import picture
 
         after, n = self._pictures(), len(self.prompts) - 1
@@ -174,10 +174,10 @@ class Previews:
 
 def mask(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """As `salun mask`."""
-    from salun.diffusion.concepts import Concept
-    from salun.diffusion.erase import make_mask
-    from salun.diffusion.finding import aliases
-    from salun.diffusion.loading import load_with
+    from salun.checkpoints.locate import aliases
+    from salun.diffusion.masks import make_mask
+    from salun.diffusion.model.loading import load_with
+    from salun.diffusion.prompts.concepts import Concept
 
     options: EraseOptions = from_mapping(EraseOptions, asked["options"], "")
     wanted = [Concept(name) for name in asked["concept"]]
@@ -189,7 +189,7 @@ def mask(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
 
 def stack(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """As `salun delta stack`, which `salun delta apply` is for one."""
-    from salun import deltas
+    from salun.delta import commands as deltas
 
     progress = telling(line, stages.Clock({"checking": 0.4, "writing": 0.6}))
     return deltas.stack(asked["model"], asked["deltas"], asked["output"], asked["strengths"], progress=progress)
@@ -197,7 +197,7 @@ def stack(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
 
 def undo(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """As `salun delta undo`."""
-    from salun import deltas
+    from salun.delta import commands as deltas
 
     progress = telling(line, stages.Clock({"checking": 0.4, "writing": 0.6}))
     return deltas.undo(asked["model"], asked["delta"], asked["output"], progress=progress)
@@ -205,7 +205,7 @@ def undo(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
 
 def export(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """As `salun delta export`."""
-    from salun import deltas
+    from salun.delta import commands as deltas
 
     progress = telling(line, stages.Clock({"checking": 0.3, "exporting": 0.7}))
     return deltas.export(
@@ -216,8 +216,8 @@ def export(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
 
 def inspect(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """As `salun inspect`, of one thing or of two masks."""
-    from salun.inspection import inspect as look
-    from salun.inspection import overlap
+    from salun.diagnostics.inspect import inspect as look
+    from salun.diagnostics.inspect import overlap
 
     if asked.get("against"):
         return overlap(asked["path"], asked["against"])
@@ -226,8 +226,8 @@ def inspect(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
 
 def overlaps(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """Entries that deltas both change, pair by pair."""
-    from salun.formats.delta import Delta
-    from salun.formats.stacking import overlaps as shared
+    from salun.delta.delta import Delta
+    from salun.delta.stacking import overlaps as shared
 
     loaded = {Delta.load(path).id: path for path in asked["deltas"]}
     found = shared([Delta.load(path) for path in loaded.values()])
@@ -260,7 +260,7 @@ def work(folder: Path, line: Line) -> int:
         line.say("error", kind="OSError", text=f"{error.filename or 'a file'}: {error.strerror or error}")
         return 1
     except (MemoryError, RuntimeError) as error:
-        from salun.device import is_out_of_memory
+        from salun.compute.device import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

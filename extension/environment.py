@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from salun.errors import ConfigError, SalunError
-from salun.formats.tensorfile import write_bytes
+from salun.files import write_bytes
 
 if TYPE_CHECKING:
     from .host import Host

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from salun.errors import ConfigError, DataError
-from salun.run_reading import read_run
+from salun.runs.reading import read_run
 
 from .limits import MOST, shortened
 

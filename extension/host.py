@@ -71,7 +71,7 @@ class Alone:
         self.data, self._dirs = data.absolute(), list(models_dirs)
 
     def models(self) -> dict[str, str]:
-        from salun.diffusion.finding import FILES, aliases, checkpoint_folders
+        from salun.checkpoints.locate import FILES, aliases, checkpoint_folders
 
         found = {name: name for name in aliases()["models"]}
         found |= {title: place for title, place in self._made().items() if title not in found}

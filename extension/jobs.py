@@ -23,11 +23,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from salun.errors import ConfigError, SalunError
-from salun.formats.atomic import remove_leftovers
-from salun.formats.patch import tidy
-from salun.formats.tensorfile import write_bytes
-from salun.run_reading import read_json
-from salun.run_record import FILES
+from salun.files import remove_leftovers, tidy, write_bytes
+from salun.runs.folder import FILES
+from salun.runs.reading import read_json
 
 from .limits import shortened
 from .places import safe_name

@@ -15,8 +15,8 @@ from typing import Any
 
 from salun.errors import ConfigError, DataError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
-from salun.run_reading import read_run
-from salun.run_record import STATE, alone_in, new_run_folder
+from salun.runs.folder import STATE, alone_in, new_run_folder
+from salun.runs.reading import read_run
 from salun.user_text import unquoted
 
 from . import environment
@@ -303,9 +303,9 @@ class Service:
 
     def concepts(self, model: str | None) -> dict[str, str]:
         """Word → its anchor: of the model's own vocabulary where it has one, else the presets."""
-        from salun.diffusion.concepts import presets
-        from salun.diffusion.finding import ASSETS, aliases
-        from salun.diffusion.loading import describe
+        from salun.checkpoints.locate import ASSETS, aliases
+        from salun.diffusion.model.loading import describe
+        from salun.diffusion.prompts.concepts import presets
 
         # only models that come along are looked into here: others may be large, or on the hub
         default = aliases()["default"] if self.host.checkpoints() is None else None
@@ -489,7 +489,7 @@ class Service:
 
     def _base_of(self, delta: Path, otherwise: str) -> str:
         """What a run was made with, if it is one of the host's models or another run's; else the model `otherwise`."""
-        from salun.diffusion.finding import aliases
+        from salun.checkpoints.locate import aliases
 
         model = options_in(delta.parent).get("model") or aliases()["default"]
         if isinstance(model, str):
@@ -509,7 +509,7 @@ class Service:
 
 def _components(name: str) -> str:
     """Raises ConfigError unless it is an alias or a hub id: folders of this machine are not for a form to name."""
-    from salun.diffusion.finding import aliases
+    from salun.checkpoints.locate import aliases
 
     if name in aliases()["models"] or re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", name):
         return name

@@ -97,9 +97,9 @@ def _stacked(checkpoint: Path, pairs: Sequence[tuple[str, float]]) -> tuple[str,
 
     Raises SalunError for a delta of another base.
     """
-    from salun.formats.checkpoint import open_unet
-    from salun.formats.delta import Delta
-    from salun.formats.stacking import stack
+    from salun.checkpoints.single_file import open_unet
+    from salun.delta.delta import Delta
+    from salun.delta.stacking import stack
 
     files = [service().delta(run) for run, _ in pairs]
     stamp = [(str(f), f.stat().st_mtime_ns) for f in (checkpoint, *files)]

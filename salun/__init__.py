@@ -13,19 +13,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from salun.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from salun.diffusion.concepts import Concept
+    from salun.delta.delta import Delta
     from salun.diffusion.erase import erase
-    from salun.diffusion.loading import load
+    from salun.diffusion.model.loading import load
+    from salun.diffusion.prompts.concepts import Concept
     from salun.diffusion.result import Run
     from salun.errors import Cancelled, SalunError
-    from salun.formats.delta import Delta
-    from salun.mask import Mask
+    from salun.masking.mask import Mask
+    from salun.masking.saliency import saliency_mask
     from salun.options import EraseOptions
     from salun.progress import Event, Progress, silent
-    from salun.saliency import saliency_mask
 
-__version__ = "0.1.0"
 __all__ = [
     "Cancelled",
     "Concept",
@@ -44,17 +45,17 @@ __all__ = [
 
 _HOMES = {
     "Cancelled": "salun.errors",
-    "Concept": "salun.diffusion.concepts",
-    "Delta": "salun.formats.delta",
+    "Concept": "salun.diffusion.prompts.concepts",
+    "Delta": "salun.delta.delta",
     "EraseOptions": "salun.options",
     "Event": "salun.progress",
-    "Mask": "salun.mask",
+    "Mask": "salun.masking.mask",
     "Progress": "salun.progress",
     "Run": "salun.diffusion.result",
     "SalunError": "salun.errors",
     "erase": "salun.diffusion.erase",
-    "load": "salun.diffusion.loading",
-    "saliency_mask": "salun.saliency",
+    "load": "salun.diffusion.model.loading",
+    "saliency_mask": "salun.masking.saliency",
     "silent": "salun.progress",
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import salun
-from salun.diffusion.models import Model
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.result import Run
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads would only be in each other's way

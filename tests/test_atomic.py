@@ -11,18 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from salun.cache import Cache
+from salun.checkpoints import safetensors_io
 from salun.errors import ModelError
-from salun.formats import tensorfile
-from salun.formats.atomic import abandoned, atomic, remove_leftovers, temporary_folder
-from salun.formats.patch import new_folder, placed, tidy
+from salun.files import abandoned, atomic, new_folder, placed, remove_leftovers, temporary_folder, tidy
+from salun.runs.cache import Cache
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links and locks of POSIX")
 WRITER = """
 import sys
 from pathlib import Path
-from salun.formats.atomic import atomic, temporary_folder
-from salun.formats.patch import tidy
+from salun.files import atomic, temporary_folder
+from salun.files import tidy
 
 path = Path(sys.argv[2])
 with atomic(path, 1) if sys.argv[1] == "file" else temporary_folder(path) as made:
@@ -129,7 +128,7 @@ def test_many_writers_of_one_name_leave_one_whole_file(tmp_path: Path) -> None:
     def write(value: int) -> None:
         for _ in range(40):
             try:
-                tensorfile.write(path, {"a": torch.full((100,), float(value))})
+                safetensors_io.write(path, {"a": torch.full((100,), float(value))})
             except BaseException as error:
                 failed.append(error)
 
@@ -139,7 +138,7 @@ def test_many_writers_of_one_name_leave_one_whole_file(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failed
-    assert len(dict(tensorfile.tensors(path))["a"].unique()) == 1
+    assert len(dict(safetensors_io.tensors(path))["a"].unique()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 

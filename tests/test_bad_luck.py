@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import salun
-from salun import run_record
-from salun.diffusion.models import Model
+from salun import files
+from salun.checkpoints import safetensors_io
+from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import ConfigError, ModelError, TrainingError
-from salun.formats import tensorfile
 from salun.progress import Event
+from salun.runs import folder as run_folder
+from salun.runs import record
 
 from . import conftest
 
@@ -69,7 +71,7 @@ def test_a_disk_that_fills_up_while_saving_costs_no_training(small_disk: Path, s
         salun.erase(shapes, "circle", run_dir=small_disk / "run", progress=interfere, **SHORT)
     assert untouched(shapes)
     for path in small_disk.rglob("*.safetensors"):
-        tensorfile.read_header(path)  # whole
+        safetensors_io.read_header(path)  # whole
     ballast[0].unlink()
     trained: list[int] = []
     run = salun.erase(
@@ -92,8 +94,8 @@ def test_a_full_disk_costs_the_state_not_the_run(
             raise ModelError(f"{path} cannot be written: no space left")
         write(path, *rest)
 
-    write = tensorfile.write
-    monkeypatch.setattr(tensorfile, "write", full)
+    write = safetensors_io.write
+    monkeypatch.setattr(safetensors_io, "write", full)
     told: list[str] = []
     run = salun.erase(
         shapes, "circle", run_dir=tmp_path, save_every=0, progress=lambda e: told.append(e.message), **SHORT
@@ -107,7 +109,7 @@ def test_a_folder_that_cannot_be_made_is_told(shapes: Model, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"cannot be made: .*is no folder"):
         salun.erase(shapes, "circle", run_dir=tmp_path / "file" / "run", **SHORT)
     with pytest.raises(ModelError, match="cannot be written"):
-        tensorfile.write_bytes(tmp_path / "file" / "x.json", b"{}")
+        files.write_bytes(tmp_path / "file" / "x.json", b"{}")
 
 
 CPU_FULL = (  # as torch's allocator words it on Linux
@@ -199,10 +201,10 @@ def test_a_clock_that_jumps_back_changes_nothing(
     monkeypatch.setattr(time, "time", jumping)
     run = salun.erase(shapes, "circle", run_dir=tmp_path / "run", save_every=0, **SHORT)
     assert all(seconds >= 0 for seconds in run.record.data["timings"].values())
-    monkeypatch.setattr(run_record.time, "strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr(record.time, "strftime", lambda form: "20260101-000000")
     names = []
     for _ in range(3):
-        folder = run_record.new_run_folder("circle", tmp_path)
+        folder = run_folder.new_run_folder("circle", tmp_path)
         folder.mkdir()
         names.append(folder.name)
     assert len(set(names)) == 3
@@ -243,7 +245,7 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
 
 def test_names_of_run_folders_are_legal_everywhere(tmp_path: Path) -> None:
     for name in (EVIL, "CON", "a/b\\c:d*e?", "..", "ünïcödé", "x" * 300, " . "):
-        folder = run_record.new_run_folder(name, tmp_path)
+        folder = run_folder.new_run_folder(name, tmp_path)
         assert folder.parent == tmp_path
         tail = folder.name.split("-", 2)[2]
         assert tail
@@ -292,7 +294,7 @@ def test_other_copies_of_the_weights_are_left_out_of_the_erased_folder(tmp_path:
 
 
 def test_a_model_left_erased_does_not_teach_the_cache_wrong(shapes: Model, tmp_path: Path) -> None:
-    from salun.cache import Cache
+    from salun.runs.cache import Cache
 
     few = {**SHORT, "steps": 1, "eval_images": 0, "lr": 1e-2}
     first = salun.erase(shapes, "circle", cache=Cache(tmp_path / "a"), **few)

@@ -124,9 +124,9 @@ def classifier_folder(folder: Path) -> Path:
 
 def diffusion_actions(folder: Path) -> dict[str, Callable[[], object]]:
     import salun
+    from salun.diagnostics.inspect import inspect
     from salun.diffusion.estimate import preview
-    from salun.diffusion.loading import describe
-    from salun.inspection import inspect
+    from salun.diffusion.model.loading import describe
 
     options = salun.EraseOptions(device="cpu")
     run = folder.parent / "run"

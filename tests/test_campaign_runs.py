@@ -17,12 +17,12 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from salun.checkpoints import safetensors_io
 from salun.errors import Cancelled, ModelError
-from salun.formats import tensorfile
-from salun.mask import Mask
+from salun.masking.mask import Mask
+from salun.masking.training import Trained, TrainingSettings, fine_tune
 from salun.options import EraseJob
 from salun.progress import Event, Progress, silent
-from salun.training import Trained, TrainingSettings, fine_tune
 
 from .campaign import Findings, in_child
 
@@ -36,7 +36,7 @@ SETTINGS = TrainingSettings(steps=4, lr=1e-2, retain_weight=0.5, fingerprint="th
 
 def record() -> dict[str, Any]:
     """What a finished run of `salun erase` writes, in little."""
-    from salun.run_record import RunRecord
+    from salun.runs.record import RunRecord
 
     options = {"model": "shapes", "concept": ["circle"], "output": [], "steps": 4, "density": 0.5, "anchor": ["square"]}
     found = RunRecord(None, "salun erase", {**options, "mask": "saliency"}, 0, "cpu", {"prompts": "0" * 64}).data
@@ -99,7 +99,7 @@ def place_record(rng: random.Random, folder: Path) -> None:
 
 def evaluate(folder: Path) -> None:
     """`salun eval`, as far as it reads the folder."""
-    from salun.diffusion import evaluate as module
+    from salun.diffusion import reevaluate as module
 
     def reached(*_: object) -> None:
         raise Cancelled("the model would be loaded now")
@@ -115,7 +115,7 @@ def evaluate(folder: Path) -> None:
 def resume(folder: Path) -> None:
     """`salun erase --resume`, as far as it reads the folder, and the record's own part of it."""
     from cli.resuming import recorded
-    from salun.run_record import RunRecord
+    from salun.runs.record import RunRecord
 
     try:
         options = recorded(folder, True, EraseJob, {}, False)
@@ -153,7 +153,7 @@ def place_state(rng: random.Random, dtype: torch.dtype, path: Path) -> None:
     path.unlink(missing_ok=True)
     with suppress(Cancelled):
         train(dtype, path, stop, False)
-    tensors, metadata = dict(tensorfile.tensors(path)), tensorfile.read_header(path).metadata
+    tensors, metadata = dict(safetensors_io.tensors(path)), safetensors_io.read_header(path).metadata
     history = metadata["history"]
     for _ in range(rng.randint(1, 2)):
         name = rng.choice(list(tensors))
@@ -177,7 +177,7 @@ def place_state(rng: random.Random, dtype: torch.dtype, path: Path) -> None:
         else:
             tensors[name] = value.reshape(-1).view(1, -1)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
-    tensorfile.write(path, tensors, {k: v for k, v in metadata.items() if "\ud800" not in v})
+    safetensors_io.write(path, tensors, {k: v for k, v in metadata.items() if "\ud800" not in v})
     if rng.random() < 0.1:
         content = bytearray(path.read_bytes())
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -186,13 +186,13 @@ def place_state(rng: random.Random, dtype: torch.dtype, path: Path) -> None:
 
 def attack(folder: Path, numbers: range) -> Findings:
     """The first cases are records, the rest states."""
-    from salun.inspection import inspect
-    from salun.run_reading import read_run
+    from salun.diagnostics.inspect import inspect
+    from salun.runs.reading import read_run
 
     found, run = Findings(folder), folder / "run"
     run.mkdir(exist_ok=True)
     Mask.from_dense({"conv_in.weight": torch.ones(2, 3, dtype=torch.bool)}).save(run / "mask.safetensors")
-    tensorfile.write(run / "delta.salun.safetensors", {"x": torch.ones(2)})
+    safetensors_io.write(run / "delta.salun.safetensors", {"x": torch.ones(2)})
     for number in numbers:
         rng = random.Random(number)
         if number < RECORDS:

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from salun.checkpoints import keymap, patch, safetensors_io
+from salun.checkpoints.diffusers_folder import weights_of
+from salun.checkpoints.hashing import base_hash
+from salun.checkpoints.single_file import GUESS_KEY, Contents, open_unet
+from salun.delta.delta import Delta
+from salun.diagnostics.inspect import inspect
 from salun.errors import ModelError
-from salun.formats import keymap, patch, tensorfile
-from salun.formats.checkpoint import GUESS_KEY, Contents, open_unet
-from salun.formats.delta import Delta
-from salun.formats.folder import weights_of
-from salun.formats.hashing import base_hash
-from salun.inspection import inspect
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from tools import checkpoints
 
 Maker = Callable[..., Path]
@@ -99,8 +99,8 @@ def test_missing_parts_and_second_copies_are_told(made: Maker) -> None:
 
 def test_a_file_without_its_second_encoder_is_recognised(made: Maker, tmp_path: Path) -> None:
     whole, path = made("sdxl"), tmp_path / "half.safetensors"
-    second = [n for n in tensorfile.read_header(whole).names if n.startswith("conditioner.embedders.1.")]
-    tensorfile.rewrite(whole, path, {}, {}, dropped=second)
+    second = [n for n in safetensors_io.read_header(whole).names if n.startswith("conditioner.embedders.1.")]
+    safetensors_io.rewrite(whole, path, {}, {}, dropped=second)
     assert Contents.of(path).text == (True, False)
 
 
@@ -113,7 +113,7 @@ def test_metadata_tell_the_prediction_type(family: str, word: str, told: str, ma
     """Before all marks and guesses."""
     other = "epsilon" if told == "v_prediction" else "v_prediction"
     path = tmp_path / "x.safetensors"
-    tensorfile.rewrite(made(family, prediction=other), path, {}, {"modelspec.prediction_type": word})
+    safetensors_io.rewrite(made(family, prediction=other), path, {}, {"modelspec.prediction_type": word})
     assert Contents.of(path).prediction == (told, "its metadata")
 
 
@@ -132,7 +132,7 @@ def test_sd2s_prediction_type_is_guessed_as_comfyui_does(
     spread: float, guess: str, made: Maker, tmp_path: Path
 ) -> None:
     bias = torch.tensor([spread, -spread]).repeat(32).half()
-    tensorfile.rewrite(made("sd2"), tmp_path / "x.safetensors", {GUESS_KEY: bias}, {})
+    safetensors_io.rewrite(made("sd2"), tmp_path / "x.safetensors", {GUESS_KEY: bias}, {})
     kind, why = Contents.of(tmp_path / "x.safetensors").prediction
     assert kind == guess
     assert "--prediction-type" in why
@@ -231,8 +231,8 @@ def test_files_of_other_kinds_are_refused_by_name(kind: str, names: list[str], t
 
 
 def test_a_lora_that_a_whole_checkpoint_carries_along_does_not_make_it_one(source: Path, tmp_path: Path) -> None:
-    tensors = dict(tensorfile.tensors(source))
-    tensorfile.write(tmp_path / "both.safetensors", {**tensors, "lora_te_x.alpha": torch.ones(1)})
+    tensors = dict(safetensors_io.tensors(source))
+    safetensors_io.write(tmp_path / "both.safetensors", {**tensors, "lora_te_x.alpha": torch.ones(1)})
     assert list(open_unet(tmp_path / "both.safetensors")) == list(open_unet(source))
 
 
@@ -255,7 +255,7 @@ def test_saluns_own_files_are_no_models(source: Path, tmp_path: Path) -> None:
 
 
 def without(source: Path, path: Path, *names: str) -> Path:
-    tensorfile.rewrite(source, path, {}, {}, dropped=[keymap.UNET + name for name in names])
+    safetensors_io.rewrite(source, path, {}, {}, dropped=[keymap.UNET + name for name in names])
     return path
 
 
@@ -433,7 +433,7 @@ def changes(path: Path, names: list[str] = CHANGED) -> dict[str, torch.Tensor]:
 def content(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Name → dtype, shape and bytes, in the order of the bytes."""
     raw = path.read_bytes()
-    return {n: (e.dtype, e.shape, raw[e.start : e.end]) for n, e in tensorfile.read_header(path).entries.items()}
+    return {n: (e.dtype, e.shape, raw[e.start : e.end]) for n, e in safetensors_io.read_header(path).entries.items()}
 
 
 @pytest.mark.parametrize("keep_ema", [False, True])
@@ -449,14 +449,14 @@ def test_a_copy_differs_in_the_changed_tensors_alone(
     assert left
     expected = [name for name in old if keep_ema or name not in left]
     assert list(new) == expected
-    assert tensorfile.read_header(target).listed == [
-        n for n in tensorfile.read_header(source).listed if n in set(expected)
+    assert safetensors_io.read_header(target).listed == [
+        n for n in safetensors_io.read_header(source).listed if n in set(expected)
     ]
     moved = {stored.inner(name) for name in CHANGED}
     for name in expected:
         assert new[name][:2] == old[name][:2]
         assert (new[name][2] == old[name][2]) == (name not in moved), name
-    assert tensorfile.read_header(target).metadata == {**METADATA, "salun.concept": "circle"}
+    assert safetensors_io.read_header(target).metadata == {**METADATA, "salun.concept": "circle"}
     reread = open_unet(target)
     for name, tensor in changes(source).items():
         assert torch.equal(reread[name], tensor)
@@ -475,7 +475,7 @@ def test_nothing_changed_is_the_same_tensors(source: Path, tmp_path: Path) -> No
 def test_names_keep_their_order_where_the_bytes_have_another(source: Path, tmp_path: Path) -> None:
     """A header may list tensors in any order."""
     raw = source.read_bytes()
-    start = tensorfile.read_header(source).data_start
+    start = safetensors_io.read_header(source).data_start
     header = list(json.loads(raw[8:start]).items())
     random.Random(0).shuffle(header)
     text = json.dumps(dict(header)).encode()
@@ -483,9 +483,9 @@ def test_names_keep_their_order_where_the_bytes_have_another(source: Path, tmp_p
     shuffled.write_bytes(len(text).to_bytes(8, "little") + text + raw[start:])
     assert content(shuffled) == content(source)
     listed = [name for name, _ in header if name != "__metadata__"]
-    assert tensorfile.read_header(shuffled).listed == listed
+    assert safetensors_io.read_header(shuffled).listed == listed
     patch.write_patched(open_unet(shuffled), tmp_path / "out.safetensors", changes(source), {}, keep_ema=True)
-    assert tensorfile.read_header(tmp_path / "out.safetensors").listed == listed
+    assert safetensors_io.read_header(tmp_path / "out.safetensors").listed == listed
     assert list(content(tmp_path / "out.safetensors")) == list(content(source))
 
 

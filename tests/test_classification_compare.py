@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from salun.cache import Cache
 from salun.classification.compare import compare, jobs_of, variant_of, variants_of
 from salun.classification.experiment import setting_of
 from salun.classification.metrics import COMPARED, FEATURES
@@ -29,6 +28,7 @@ from salun.errors import Cancelled, ConfigError
 from salun.progress import Event
 from salun.report import charts
 from salun.report.classification import _comparison_headline, comparison_page, run_page
+from salun.runs.cache import Cache
 
 QUICK: dict[str, Any] = {"train_epochs": 2, "epochs": 1, "device": "cpu", "search": False, "workers": 1}
 ROOT = Path(__file__).resolve().parents[1]

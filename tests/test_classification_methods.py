@@ -25,7 +25,7 @@ from salun.classification.relearning import relearn
 from salun.classification.splits import Split
 from salun.classification.task import Batch, Task, batches_of, minimise, retain_batches
 from salun.errors import ConfigError, TrainingError
-from salun.mask import Mask
+from salun.masking.mask import Mask
 
 TRAINS = [name for name, method in METHODS.items() if method.epochs is not None]
 
@@ -426,7 +426,7 @@ import torch
 sys.path.insert(0, {root!r})
 from tests import test_classification_methods as t
 from salun.classification.methods import fisher
-from salun.run_record import peak_memory
+from salun.compute.environment import peak_memory
 fisher._ENTRIES = 1 << 20  # gradients come in small parts
 task = t.problem("iu", train=False, gradients=48)
 task.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 100_000), torch.nn.Linear(100_000, 3))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from salun.checkpoints import safetensors_io
 from salun.classification import models
 from salun.classification.data import ImageData, load_data
 from salun.classification.models import (
@@ -28,7 +29,6 @@ from salun.classification.models import (
 from salun.classification.originals import given_original
 from salun.classification.splits import Split, make_split
 from salun.errors import ConfigError, DataError, ModelError
-from salun.formats import tensorfile
 
 TRAINING: dict[str, Any] = {
     "model": "small", "train_epochs": 1, "train_lr": 0.1, "train_batch_size": 8, "augment": "none", "momentum": 0.9,
@@ -99,13 +99,13 @@ def test_a_model_outlives_its_file_and_equal_models_are_equal_bytes(split: Split
 
 def test_files_that_hold_no_classifier_are_refused(split: Split, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    tensorfile.write(path, {"w": torch.zeros(2)})
+    safetensors_io.write(path, {"w": torch.zeros(2)})
     with pytest.raises(ModelError, match="holds no classifier"):
         load_model(path)
     save_model(path, new_model("small", 1, 9, seed=0), facts(split))
     with pytest.raises(ModelError, match="damaged: its weights do not fit small"):
         load_model(path)
-    tensorfile.write(path, {"w": torch.zeros(2)}, {"format": "salun-classifier-1", "classes": "["})
+    safetensors_io.write(path, {"w": torch.zeros(2)}, {"format": "salun-classifier-1", "classes": "["})
     with pytest.raises(ModelError, match="damaged: its header"):
         load_model(path)
 
@@ -139,11 +139,11 @@ def test_a_file_can_name_no_model_that_would_be_fetched_or_opened(
 def test_a_configuration_in_a_file_can_fetch_nothing(config: dict[str, Any], split: Split, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_model(path, new_model("small", 1, 10, seed=0), facts(split))
-    told = tensorfile.read_header(path).metadata | {
+    told = safetensors_io.read_header(path).metadata | {
         "config": json.dumps(config),
         "pixels": json.dumps(asdict(Pixels())),
     }
-    tensorfile.write(path, {"w": torch.zeros(2)}, told)
+    safetensors_io.write(path, {"w": torch.zeros(2)}, told)
     with pytest.raises(ModelError, match="which a file may not say"):
         load_model(path)
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from salun.cache import Cache
 from salun.classification.data import load_data
 from salun.classification.experiment import evaluate, train, unlearn
 from salun.classification.methods import METHODS
@@ -27,8 +26,9 @@ from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError, DataError, ModelError
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from salun.progress import Event
+from salun.runs.cache import Cache
 
 QUICK: dict[str, Any] = {"train_epochs": 2, "epochs": 2, "device": "cpu"}
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from salun.cache import Cache
-from salun.mask import Mask
+from salun.masking.mask import Mask
+from salun.runs.cache import Cache
 
 SHORT = ["--steps", "3", "--batch-size", "4", "--forget-latents", "8", "--retain-latents", "8", "--eval-images", "4"]
 

@@ -38,14 +38,15 @@ from comfy_nodes.places import cache
 from comfy_nodes.weights import Weights, module_order
 from comfy_nodes.work import plan_of, record_of
 from salun import Delta, Mask, SalunError
-from salun.diffusion import observe
-from salun.diffusion.erase import prepared
-from salun.diffusion.latents import sample_latents
-from salun.diffusion.output import stock_notes
-from salun.formats import tensorfile
-from salun.formats.keymap import unet_from_ldm, unet_to_ldm
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.keymap import unet_from_ldm, unet_to_ldm
+from salun.delta.stock_formats import stock_notes
+from salun.diffusion import evaluation
+from salun.diffusion.context import prepared
+from salun.diffusion.data.latents import sample_latents
 from salun.options import MASKS, EraseOptions
-from salun.run_record import NOT_DECISIVE, alone_in
+from salun.runs.folder import alone_in
+from salun.runs.record import NOT_DECISIVE
 from tools import comfy_help, comfy_workflows
 from tools.checkpoints import ARCHITECTURES
 
@@ -870,8 +871,8 @@ def test_a_checkpoint_is_patched_and_only_another_base_asks_for_the_graphs_parts
 ) -> None:
     model = Patcher()
     own = {f"model.{key}": value[0][0] for key, value in model.get_key_patches("diffusion_model.").items()}
-    tensorfile.write(host.root / "own.safetensors", {**own, "first_stage_model.x": torch.ones(3)})
-    tensorfile.write(host.root / "other.safetensors", {name: tensor + 1e-3 for name, tensor in own.items()})
+    safetensors_io.write(host.root / "own.safetensors", {**own, "first_stage_model.x": torch.ones(3)})
+    safetensors_io.write(host.root / "other.safetensors", {name: tensor + 1e-3 for name, tensor in own.items()})
     (host.root / "cut.safetensors").write_bytes((host.root / "own.safetensors").read_bytes()[:-8])
     after, delta, _, _ = erased(model)
     saved: list[str] = []
@@ -885,7 +886,7 @@ def test_a_checkpoint_is_patched_and_only_another_base_asks_for_the_graphs_parts
     parts = {"model": after, "clip": Clip(), "vae": Vae()}
     name, told = save(ckpt_name="own.safetensors", **parts)
     assert "tensors changed" in told and not saved
-    written = dict(tensorfile.tensors(host.root / "output/checkpoints" / name))
+    written = dict(safetensors_io.tensors(host.root / "output/checkpoints" / name))
     for ours, tensor in delta.apply(Weights(model)).items():
         assert torch.equal(written[unet_to_ldm(Weights(model))[ours]], tensor)
     with pytest.raises(SalunError, match=r"choose the checkpoint that was loaded.*connect model, clip and vae"):
@@ -931,7 +932,7 @@ def test_a_bad_name_is_refused_before_anything_runs(host: Any, kind: str) -> Non
 def test_a_checkpoint_that_is_not_there_is_refused_before_anything_runs(host: Any) -> None:
     made: Any = NODE_CLASS_MAPPINGS["SalUnSaveErasedCheckpoint"]
     assert "gone.safetensors is no" in made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="gone.safetensors")
-    tensorfile.write(host.root / "own.safetensors", {"x": torch.ones(2)})
+    safetensors_io.write(host.root / "own.safetensors", {"x": torch.ones(2)})
     assert made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="own.safetensors") is True
     (host.root / "cut.safetensors").write_bytes((host.root / "own.safetensors").read_bytes()[:-2])
     assert "no sound safetensors file" in made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="cut.safetensors")
@@ -956,7 +957,7 @@ def stock_saves(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def other_file(host: Any, model: Any) -> str:
     """A checkpoint that is not the model's own, so that only ComfyUI's saver can write the graph's."""
     own = {f"model.{key}": value[0][0] for key, value in model.get_key_patches("diffusion_model.").items()}
-    tensorfile.write(host.root / "other.safetensors", {name: tensor + 1e-3 for name, tensor in own.items()})
+    safetensors_io.write(host.root / "other.safetensors", {name: tensor + 1e-3 for name, tensor in own.items()})
     return "other.safetensors"
 
 
@@ -993,7 +994,7 @@ def test_what_a_graph_adds_to_an_erasure_is_in_the_file_or_refused(host: Any, st
     """The delta alone would fit the source file, and a second erasure or a LoRA would silently be missing there."""
     model = Patcher()
     own = {f"model.{key}": value[0][0] for key, value in model.get_key_patches("diffusion_model.").items()}
-    tensorfile.write(host.root / "own.safetensors", own)
+    safetensors_io.write(host.root / "own.safetensors", own)
     after, delta, _, _ = erased(model)
     second = erased(model, concept=concept("a cow"))[1]
     (both,) = call("SalUnApplyDelta", model=after, delta=second, strength=1.0)
@@ -1048,7 +1049,7 @@ def test_a_delta_of_a_copy_in_another_dtype_adds_its_differences(
         assert ((now[name].float() - want).abs() <= step * want.abs() + 1e-7).all(), name
     lora = call("SalUnSaveAsLora", model=model, delta=delta, kind="every difference", filename_prefix="x")[0]
     (first, *_) = (name for name, tensor in new.items() if tensor.dim() > 1)
-    stored = dict(tensorfile.tensors(host.root / "output/loras" / lora))
+    stored = dict(safetensors_io.tensors(host.root / "output/loras" / lora))
     differences = [tensor for tensor in stored.values() if tensor.shape == new[first].shape]
     moved = new[first].float() - was[first].float()
     assert any(torch.allclose(found.float(), moved, rtol=1e-3, atol=1e-7) for found in differences)
@@ -1084,7 +1085,7 @@ def test_a_file_is_not_hidden_by_one_of_its_name_elsewhere(host: Any) -> None:
     """ComfyUI looks into models/ first: a file moved there, and another saved under its name, would be mixed up."""
     model = Patcher()
     own = {f"model.{key}": value[0][0] for key, value in model.get_key_patches("diffusion_model.").items()}
-    tensorfile.write(host.root / "own.safetensors", own)
+    safetensors_io.write(host.root / "own.safetensors", own)
     delta = erased(model)[1]
     (host.root / "new_00001_.safetensors").write_bytes(b"moved here")  # where the stand-in's lists look first
     name, _ = call("SalUnSaveErasedCheckpoint", delta=delta, ckpt_name="own.safetensors", filename_prefix="new")
@@ -1207,13 +1208,13 @@ def test_a_lora_tells_its_progress_can_be_stopped_and_says_what_it_is(host: Any,
     host.bar.clear()
     name, _ = call("SalUnSaveAsLora", model=model, delta=delta, kind=kind)
     assert host.bar[-1][0] == host.bar[-1][1] >= len(delta.names)
-    written = tensorfile.read_header(host.root / "output/loras" / name).metadata
+    written = safetensors_io.read_header(host.root / "output/loras" / name).metadata
     assert stock_notes(delta).items() <= written.items()
 
 
 def test_an_interrupt_is_seen_within_a_batch_of_the_figures(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    answers, predict = observe._answers, GraphModel.predict
+    answers, predict = evaluation._answers, GraphModel.predict
 
     def counted(graph: Any, x_t: Tensor, *more: Any) -> Tensor:
         asked.append(len(x_t))
@@ -1225,7 +1226,7 @@ def test_an_interrupt_is_seen_within_a_batch_of_the_figures(host: Any, monkeypat
         return answers(*args, **kwargs)
 
     monkeypatch.setattr(GraphModel, "predict", counted)
-    monkeypatch.setattr(observe, "_answers", interrupted_here)
+    monkeypatch.setattr(evaluation, "_answers", interrupted_here)
     with pytest.raises(Interrupt):
         erased(Patcher(), eval_images=1)
     assert len(asked) == 1

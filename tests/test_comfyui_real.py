@@ -35,16 +35,17 @@ from torch import Tensor
 import salun
 from comfy_nodes.inputs import SHARED
 from salun import Delta, Mask
-from salun.cache import Cache
-from salun.diffusion.data import Own, sample_data
-from salun.diffusion.erase import carry_out, prepared
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.keymap import UNET
+from salun.checkpoints.single_file import open_unet
+from salun.diffusion.context import prepared
+from salun.diffusion.data.training_set import Own, sample_data
+from salun.diffusion.erase import carry_out
 from salun.diffusion.plan import make_plan
-from salun.formats import tensorfile
-from salun.formats.checkpoint import open_unet
-from salun.formats.keymap import UNET
 from salun.options import EraseOptions
 from salun.progress import silent
-from salun.run_record import RunRecord
+from salun.runs.cache import Cache
+from salun.runs.record import RunRecord
 from tools import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -283,9 +284,9 @@ def weights_of(model: list[Any], name: str) -> dict[str, Any]:
 
 
 def unet(path: Path) -> dict[str, Tensor]:
-    header = tensorfile.read_header(path)
+    header = safetensors_io.read_header(path)
     names = [name for name in header.names if name.startswith(UNET)]
-    return {name: tensor.float() for name, tensor in tensorfile.tensors(path, names)}
+    return {name: tensor.float() for name, tensor in safetensors_io.tensors(path, names)}
 
 
 def from_front_end(workflow: dict[str, Any], info: dict[str, Any], **changes: dict[str, Any]) -> dict[str, Any]:
@@ -660,7 +661,7 @@ def _is_erased(server: Server, path: Path, known: str, parts: dict[str, Any]) ->
     assert np.array_equal(server.image(again, "reloaded"), after)
     told = re.findall(r"model_type (\w+)", server.log.read_text()[log:])
     assert told == [known, known], "both files are taken for models of this prediction"
-    old, new = tensorfile.tensors(path), tensorfile.tensors(erased)
+    old, new = safetensors_io.tensors(path), safetensors_io.tensors(erased)
     moved = total = 0
     for (name, one), (also, other) in zip(old, new, strict=True):  # one at a time: an SDXL file is large
         assert name == also
@@ -720,7 +721,7 @@ def test_the_node_does_what_the_command_line_does(server: Server, checkpoint: Pa
     forget, retain = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
     for name, scaled in (("forget", forget), ("retain", retain)):
         held = {"latent_tensor": scaled / 0.18215, "latent_format_version_0": torch.tensor([])}
-        tensorfile.write(server.base / "input" / f"{name}.latent", held)
+        safetensors_io.write(server.base / "input" / f"{name}.latent", held)
     numbers = {"steps": 3, "batch_size": 2, "lr": 1e-4, "anchor_share": 0.0, "retain_latents": 0, "resolution": 64}
     captions = "a house\na tree"
     prompt = {
@@ -789,7 +790,7 @@ def _small_lora(server: Server) -> str:
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     up, down = _small_lora_factors()
     tensors = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(2.0)}
-    tensorfile.write(server.base / "models/loras/small.safetensors", tensors)
+    safetensors_io.write(server.base / "models/loras/small.safetensors", tensors)
     return "small.safetensors"
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import salun
-from salun.diffusion.concepts import Concept, mentions, prompts_of
-from salun.diffusion.loading import describe
-from salun.diffusion.models import Model
+from salun.diffusion.model.loading import describe
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
+from salun.diffusion.prompts.concepts import Concept, mentions, prompts_of
 from salun.errors import ConfigError
 from salun.options import EraseOptions
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import salun
-from salun.diffusion.vocabulary import Vocabulary
+from salun.diagnostics.inspect import inspect
+from salun.diffusion.prompts.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
 from salun.evaluation.detector import load_detector
-from salun.inspection import inspect
 from salun.options import Recipe, from_mapping
 
 from .test_families import make

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.hashing import Hasher, base_hash
+from salun.delta.delta import Delta, applied_metadata
+from salun.delta.provenance import applied_in, without
+from salun.delta.stacking import overlaps, stack
+from salun.delta.xor import Change
 from salun.errors import ConfigError, ModelError
-from salun.formats import tensorfile
-from salun.formats.applied import applied_in, without
-from salun.formats.change import Change
-from salun.formats.delta import Delta, applied_metadata
-from salun.formats.hashing import Hasher, base_hash
-from salun.formats.stacking import overlaps, stack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = {4: torch.int32, 2: torch.int16}
@@ -436,11 +436,11 @@ def test_a_small_file_cannot_claim_much_memory(claim: str, tmp_path: Path) -> No
     base = {"w": torch.zeros(4).half()}
     delta = Delta.between(base, {"w": torch.tensor([0, 0, 1, 0]).half()})
     delta.save(path)
-    header = tensorfile.read_header(path)
-    items = dict(tensorfile.tensors(path))
+    header = safetensors_io.read_header(path)
+    items = dict(safetensors_io.tensors(path))
     if "index" in str(HOSTILE[claim]):
         items["w.where"] = torch.tensor([2, 0, 0, 0], dtype=torch.uint8)
-    tensorfile.write(path, items, {**header.metadata, "tensors": json.dumps({"w": HOSTILE[claim]})})
+    safetensors_io.write(path, items, {**header.metadata, "tensors": json.dumps({"w": HOSTILE[claim]})})
     tracemalloc.start()
     try:
         if claim.startswith("indices"):  # not false in itself: it changes one entry of a large tensor
@@ -459,8 +459,8 @@ def test_a_delta_that_names_a_base_and_does_not_fit_it_is_refused(shape: list[in
     path = tmp_path / "x.salun.safetensors"
     base = {"w": torch.zeros(4).half()}
     Delta.between(base, {"w": torch.tensor([0, 0, 1, 0]).half()}).save(path)
-    header, items = tensorfile.read_header(path), dict(tensorfile.tensors(path))
-    tensorfile.write(path, items, {**header.metadata, "tensors": json.dumps({"w": ["F16", shape, "bits"]})})
+    header, items = safetensors_io.read_header(path), dict(safetensors_io.tensors(path))
+    safetensors_io.write(path, items, {**header.metadata, "tensors": json.dumps({"w": ["F16", shape, "bits"]})})
     for known in (None, base_hash(base)):
         with pytest.raises(ModelError, match="of other shapes"):
             Delta.load(path).apply(base, known_hash=known)
@@ -470,7 +470,7 @@ def test_a_result_that_is_not_the_erased_model_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "x.salun.safetensors"
     base, new = {"w": torch.zeros(4)}, {"w": torch.ones(4)}
     Delta.between(base, new).save(path)
-    header, items = tensorfile.read_header(path), dict(tensorfile.tensors(path))
-    tensorfile.write(path, items, {**header.metadata, "result_hash": "0" * 64})
+    header, items = safetensors_io.read_header(path), dict(safetensors_io.tensors(path))
+    safetensors_io.write(path, items, {**header.metadata, "result_hash": "0" * 64})
     with pytest.raises(ModelError, match="not its erased model"):
         Delta.load(path).apply(base)

@@ -17,14 +17,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from salun import deltas
 from salun.__main__ import main
+from salun.checkpoints import keymap, safetensors_io
+from salun.checkpoints.hashing import base_hash
+from salun.checkpoints.single_file import open_unet
+from salun.delta import commands as deltas
+from salun.delta.delta import Delta, applied_metadata
+from salun.delta.stacking import stack
 from salun.errors import Cancelled, ConfigError, ModelError
-from salun.formats import keymap, tensorfile
-from salun.formats.checkpoint import open_unet
-from salun.formats.delta import Delta, applied_metadata
-from salun.formats.hashing import base_hash
-from salun.formats.stacking import stack
 from salun.progress import Event
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -123,7 +123,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 def metadata_of(path: str) -> dict[str, str]:
-    return tensorfile.read_header(Path(path) / UNET if Path(path).is_dir() else Path(path)).metadata
+    return safetensors_io.read_header(Path(path) / UNET if Path(path).is_dir() else Path(path)).metadata
 
 
 def done(told: Told) -> dict[str, Any]:
@@ -337,7 +337,7 @@ def weights_as(content: Weights, dtype: torch.dtype) -> Weights:
 
 KILLED = """
 import os, signal, sys
-from salun import deltas
+from salun.delta import commands as deltas
 
 def progress(event):
     if event.stage == "writing" and event.step == 5:
@@ -368,7 +368,7 @@ def test_what_a_killed_command_left_is_cleared_away_by_the_next(layout: Callable
 
 def test_a_folder_that_a_killed_command_had_moved_aside_is_put_back(tmp_path: Path) -> None:
     """It was killed between the two renames: the user's folder has only the temporary name."""
-    from salun.formats.patch import new_folder
+    from salun.files import new_folder
 
     aside = tmp_path / f".model.{_a_dead_process()}.old"
     aside.mkdir()

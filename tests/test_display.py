@@ -9,7 +9,7 @@ import types
 import pytest
 
 import salun
-from salun.diffusion.models import Model
+from salun.diffusion.model.stable_diffusion import Model
 from salun.display import shown
 from salun.progress import Event, silent
 

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import salun
-from salun.diffusion.finding import ASSETS
-from salun.diffusion.models import Model
+from salun import files
+from salun.checkpoints import keymap, safetensors_io
+from salun.checkpoints.locate import ASSETS
+from salun.delta.delta import Delta
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.result import Run
 from salun.errors import Cancelled, ConfigError, MaskError, ModelError
-from salun.formats import keymap, tensorfile
-from salun.formats.delta import Delta
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from salun.progress import Event
 
 from .conftest import SHORT
@@ -109,7 +110,7 @@ def test_the_record_says_what_was_done(run_folder: Path) -> None:
     assert {"ra_before", "ra_after", "per_class", "anchor", "none", "frechet"} <= set(record["metrics"])
     assert {entry["kind"] for entry in record["outputs"]} == {"folder", "delta", "mask"}
     for entry in record["outputs"]:
-        assert tensorfile.sha256_file(run_folder / entry["path"]) == entry["sha256"]
+        assert files.sha256_file(run_folder / entry["path"]) == entry["sha256"]
         assert (run_folder / entry["path"]).stat().st_size == entry["bytes"]
     assert str(run_folder) not in json.dumps({**record, "command": ""})  # paths inside are relative
     assert not list(run_folder.rglob("*.tmp"))
@@ -223,13 +224,13 @@ def test_run_save_writes_each_format(short_run: Run, tmp_path: Path, run_folder:
     short_run.save(tmp_path / "circle.salun.safetensors")
     short_run.report.save(tmp_path / "report.html")
     erased = tmp_path / "erased.safetensors"
-    named = keymap.unet_from_ldm(tensorfile.read_header(erased).names)
+    named = keymap.unet_from_ldm(safetensors_io.read_header(erased).names)
     written, own = load_file(erased), load_file(run_folder / "model" / UNET)
     assert {name: written[theirs].tolist() for theirs, name in named.items()} == {k: t.tolist() for k, t in own.items()}
     for name in ("circle.lora.safetensors", "circle.diff.safetensors"):
         short_run.save(tmp_path / name)
-        assert all(key.startswith("lora_unet_") for key in tensorfile.read_header(tmp_path / name).names)
-    assert tensorfile.read_header(erased).metadata["salun.concept"] == "circle"
+        assert all(key.startswith("lora_unet_") for key in safetensors_io.read_header(tmp_path / name).names)
+    assert safetensors_io.read_header(erased).metadata["salun.concept"] == "circle"
     assert (tmp_path / "circle.salun.safetensors").read_bytes() == (run_folder / "delta.salun.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="is there already"):
         short_run.save(erased)

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import salun
-from salun.diffusion.finding import ASSETS
-from salun.diffusion.schedule import alphas_cumprod, check_schedule
+from salun.checkpoints.locate import ASSETS
+from salun.diagnostics.inspect import inspect
+from salun.diffusion.model.schedule import alphas_cumprod, check_schedule
 from salun.errors import ModelError
-from salun.inspection import inspect
 
 from .conftest import SHORT
 
@@ -140,7 +140,7 @@ def test_noise_schedule_is_that_of_the_named_scheduler(scheduler: str, config: d
     """In training and in sampling, with every field that defines it, and its own defaults where a field is absent."""
     import diffusers
 
-    from salun.diffusion.sampler import _scheduler
+    from salun.diffusion.model.sampler import _scheduler
 
     theirs = getattr(diffusers, scheduler)(**config).alphas_cumprod
     told = {"_class_name": scheduler, **config}
@@ -186,7 +186,7 @@ def test_unknown_noise_schedule_is_refused(config: dict[str, object], told: str,
 
 def test_sampler_facts_hold_nothing_that_varies_between_processes() -> None:
     """Samples are kept under a key of them. (diffusers keeps a set's order in a private entry of its configs.)"""
-    from salun.diffusion.sampler import facts
+    from salun.diffusion.model.sampler import facts
     from salun.options import Sampling
 
     told = facts({"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}, Sampling())["sampler"]

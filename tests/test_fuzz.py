@@ -27,13 +27,13 @@ from typing import Any
 import pytest
 import torch
 
-from salun import deltas
+from salun.checkpoints import keymap, safetensors_io
+from salun.checkpoints.single_file import GUESS_KEY, Contents
+from salun.delta import commands as deltas
+from salun.delta.delta import Delta
+from salun.diagnostics.inspect import inspect
 from salun.errors import SalunError
-from salun.formats import keymap, tensorfile
-from salun.formats.checkpoint import GUESS_KEY, Contents
-from salun.formats.delta import Delta
-from salun.inspection import inspect
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from tools import checkpoints
 
 SEED = 0
@@ -77,7 +77,7 @@ UNET = """
     input_blocks.0.0.weight out.2.weight output_blocks.0.0.conv.weight input_blocks.00.0.op.weight label_emb.0.0.weight
     input_blocks.٣.1.transformer_blocks.0.attn2.to_k.weight middle_block.1.proj_in.weight
 """
-WORDS = [*tensorfile.DTYPES, *PLAIN.split(), *(keymap.UNET + name for name in UNET.split()), GUESS_KEY, keymap.UNET]
+WORDS = [*safetensors_io.DTYPES, *PLAIN.split(), *(keymap.UNET + name for name in UNET.split()), GUESS_KEY, keymap.UNET]
 WORDS += ["", " ", "\0", "\x1b[31m\r\n", "../../etc/passwd", "\ud800", "é" * 50, "9" * 5000, "x" * 30_000]
 WORDS += [f"{keymap.UNET}input_blocks.{'9' * 5000}.0.in_layers.0.weight"]
 WRONG: list[Any] = [None, True, False, [], Pairs(), [[]], Pairs([["", 0]]), [-1], [0], [1, 2], ["1"], [2**62, 2**62]]
@@ -137,7 +137,7 @@ def reshape(header: Pairs, chance: random.Random) -> Pairs:
         n = prod(shape)
         others = [[], shape[::-1], [n], [1, *shape], [*shape, 1], [0, *shape], shape[:-1], [*shape[:-1], 3], [1] * 17]
         own["shape"] = chance.choice([shape, *others])
-        own["dtype"] = chance.choice([own["dtype"], own["dtype"], *tensorfile.DTYPES])
+        own["dtype"] = chance.choice([own["dtype"], own["dtype"], *safetensors_io.DTYPES])
         entry[1] = Pairs([key, value] for key, value in own.items())
         if chance.random() < 0.3:
             entry[0] = chance.choice([*WORDS, *(name for name, _ in header)])
@@ -163,9 +163,9 @@ def laid_out(header: Pairs, body: bytes) -> bytes:
     for _, item in header:
         own = dict(item) if isinstance(item, Pairs) else {}
         dtype, shape = own.get("dtype"), own.get("shape")
-        if not isinstance(dtype, str) or dtype not in tensorfile.DTYPES or not tensorfile.is_shape(shape):
+        if not isinstance(dtype, str) or dtype not in safetensors_io.DTYPES or not safetensors_io.is_shape(shape):
             continue
-        size = prod(shape) * tensorfile.DTYPES[dtype].itemsize
+        size = prod(shape) * safetensors_io.DTYPES[dtype].itemsize
         if size < 1 << 20:
             own["data_offsets"] = [position, position + size]
             item[:] = [[key, value] for key, value in own.items()]
@@ -239,7 +239,7 @@ def case(number: int, sources: list[bytes]) -> bytes:
 
 
 def read_all(path: Path) -> None:
-    for _ in tensorfile.tensors(path, tensorfile.read_header(path).names):
+    for _ in safetensors_io.tensors(path, safetensors_io.read_header(path).names):
         pass
 
 
@@ -277,8 +277,8 @@ def sources(folder: Path) -> list[bytes]:
         "time_embed.0.bias",
         "betas",
     )
-    few = {name: tensor for name, tensor in tensorfile.tensors(whole) if name.endswith(ends)}
-    tensorfile.write(folder / "few", {**few, "model_ema.decay": torch.tensor(0.9), "v_pred": torch.empty(0)}, TOLD)
+    few = {name: tensor for name, tensor in safetensors_io.tensors(whole) if name.endswith(ends)}
+    safetensors_io.write(folder / "few", {**few, "model_ema.decay": torch.tensor(0.9), "v_pred": torch.empty(0)}, TOLD)
     generator = torch.Generator().manual_seed(SEED)
     base = {f"down_blocks.{i}.w": torch.rand(i + 3, 5, generator=generator) for i in range(4)}
     base |= {"conv_in.bias": torch.rand(9, generator=generator), "mid_block.x": torch.rand(70, 9, generator=generator)}
@@ -333,11 +333,11 @@ def attack(folder: Path, numbers: range) -> dict[str, Any]:
 def attack_deltas(folder: Path, numbers: range) -> dict[str, Any]:
     """Give damaged deltas and damaged models to the commands that write. Gives failures, and how often each wrote."""
     base = small_checkpoint(folder / "base.safetensors")
-    old = dict(tensorfile.tensors(base))
+    old = dict(safetensors_io.tensors(base))
     moved = {name: w + 0.5 if name.endswith(".attn2.to_k.weight") else w for name, w in old.items()}
     moved["model.diffusion_model.out.2.bias"] = old["model.diffusion_model.out.2.bias"] + 1
     erased, delta = folder / "erased.safetensors", folder / "sound.salun.safetensors"
-    tensorfile.write(erased, moved, TOLD)
+    safetensors_io.write(erased, moved, TOLD)
     deltas.extract(str(base), str(erased), str(delta))
     files = [delta.read_bytes(), delta.read_bytes(), base.read_bytes()]
     given, out = folder / "given", folder / "out.safetensors"
@@ -452,7 +452,7 @@ def main() -> None:
     if given.read:
         began = time.process_time()
         try:
-            tensorfile.read_header(given.folder / given.read)
+            safetensors_io.read_header(given.folder / given.read)
         except SalunError as error:
             print(error, file=sys.stderr)
         print(json.dumps({"memory": peak_memory(), "seconds": time.process_time() - began}))

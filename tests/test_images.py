@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 import salun
-from salun.cache import Cache
-from salun.diffusion import images
-from salun.diffusion.images import encode_folder, folder_digest
-from salun.diffusion.latents import sample_pictures
-from salun.diffusion.models import Model
+from salun.diffusion.data import images
+from salun.diffusion.data.images import encode_folder, folder_digest
+from salun.diffusion.data.latents import sample_pictures
+from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import DataError
 from salun.images import read_image, white_level
+from salun.runs.cache import Cache
 
 from .campaign import MEMORY, ROOT
 from .conftest import SHORT

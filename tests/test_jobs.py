@@ -23,7 +23,7 @@ import salun
 from extension.jobs import CHILD, Job, Queue, take
 from extension.stages import Clock, shares_of_erasure
 from extension.words import in_the_pages_words
-from salun.diffusion.models import Model
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
 from salun.errors import ConfigError
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from salun.formats import keymap
+from salun.checkpoints import keymap
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 
 import salun
 from salun.__main__ import main
+from salun.checkpoints import keymap, safetensors_io
+from salun.delta.delta import Delta
 from salun.errors import ModelError
-from salun.formats import keymap, tensorfile
-from salun.formats.delta import Delta
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from salun.progress import Event
 from tools import checkpoints
 
@@ -328,7 +328,7 @@ def broken(what: str, whole: Path) -> str:
     change, message = BROKEN[what]
     tensors = load_file(whole)
     change(tensors)
-    tensorfile.write(Path(FILE), {name: tensor.contiguous() for name, tensor in tensors.items()})
+    safetensors_io.write(Path(FILE), {name: tensor.contiguous() for name, tensor in tensors.items()})
     return message
 
 
@@ -359,7 +359,7 @@ def test_a_file_without_vae_and_text_encoder_says_what_to_add(
     "metadata", [{"a": "\x1b[31m\n"}, {"": ""}, {"salun.x": "y" * 2**20}, {"modelspec.prediction_type": "x"}]
 )
 def test_odd_metadata_do_no_harm(metadata: dict[str, str], whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tensorfile.rewrite(whole, Path(FILE), {}, metadata)
+    safetensors_io.rewrite(whole, Path(FILE), {}, metadata)
     code, out, err = call(INSPECT, capsys)
     assert (code, err) == (0, "")
     assert "verdict: salun can erase from it" in out

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from salun.errors import MaskError
-from salun.mask import Mask, entries
-from salun.threshold import select_largest
+from salun.masking.mask import Mask, entries
+from salun.masking.threshold import select_largest
 
 
 def dense(mask: Mask) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import salun
-from salun.diffusion.models import Model
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.result import Run
 from salun.errors import ConfigError
 

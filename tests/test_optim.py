@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from salun.errors import MaskError, TrainingError
-from salun.mask import Mask
-from salun.optim import MaskedOptimiser, Mode, SoftThreshold
+from salun.masking.mask import Mask
+from salun.masking.optim import MaskedOptimiser, Mode
+from salun.masking.proximal import SoftThreshold
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
 MAKERS: dict[str, Make] = {

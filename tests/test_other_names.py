@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import salun
-from salun.diffusion.convert import write_folder, write_single_file
-from salun.diffusion.models import Model
+from salun.checkpoints import safetensors_io
+from salun.diagnostics.inspect import inspect
+from salun.diffusion.model.convert import write_folder, write_single_file
+from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import ModelError
-from salun.formats import tensorfile
-from salun.inspection import inspect
 from salun.options import ModelOptions
 from tools.checkpoints import make, unet_config
 
@@ -57,7 +57,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def written(tmp_path: Path) -> Callable[[Tensors], Path]:
     def write(tensors: Tensors) -> Path:
         path = tmp_path / "x.safetensors"
-        tensorfile.write(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        safetensors_io.write(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
         return path
 
     return write
@@ -141,7 +141,7 @@ def with_text(path: Path, prefix: str, text: Tensors) -> Tensors:
 
 def embedded(model: Any, layer: int) -> torch.Tensor:
     """The tower's output after `layer` layers and its last norm, computed by transformers alone."""
-    from salun.diffusion.single_file import clip_tokenizer
+    from salun.diffusion.model.clip_tokenizer import clip_tokenizer
 
     tokens = clip_tokenizer("!")(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_text_encoder_of_published_width_needs_the_layers_that_hosts_use(
     family: str, index: int, width: int, stored: int
 ) -> None:
     """A tower cut short would give another embedding, or another pooled text, and say nothing."""
-    from salun.formats.families import text_config
+    from salun.checkpoints.families import text_config
 
     inner = "encoder.layers.{}.mlp.fc1.weight" if family == "sd1" else "transformer.resblocks.{}.mlp.c_fc.weight"
     shapes: dict[str, tuple[int, ...]] = {

@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from salun.checkpoints.pickled import converted
+from salun.diagnostics.inspect import inspect
 from salun.errors import ModelError
-from salun.formats.pickled import converted
-from salun.inspection import inspect
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.float16)}
 

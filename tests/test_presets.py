@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from salun.diffusion.concepts import Concept, library, presets, prompts_of, resolve
-from salun.diffusion.loading import describe
+from salun.diffusion.model.loading import describe
+from salun.diffusion.prompts.concepts import Concept, library, presets, prompts_of, resolve
 from salun.errors import ConfigError
 
 IMAGENETTE = [

@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from salun.checkpoints import pickled
 from salun.classification.models import Pixels, new_model, stock_model
 from salun.errors import ModelError
-from salun.formats import pickled
 
 
 @pytest.fixture(scope="module")

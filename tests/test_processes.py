@@ -15,10 +15,10 @@ PROGRAM = """
 import atexit, os, sys, torch
 from torch import nn
 from torch.nn import functional as F
-from salun.mask import Mask
-from salun.processes import current
-from salun.saliency import scores_from_losses
-from salun.training import TrainingSettings, fine_tune, step_generator
+from salun.masking.mask import Mask
+from salun.compute.processes import current
+from salun.masking.saliency import scores_from_losses
+from salun.masking.training import TrainingSettings, fine_tune, step_generator
 
 @atexit.register  # before the group is there, so that it is called after the group is closed
 def alone_again():
@@ -60,7 +60,7 @@ LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_
 
 @pytest.mark.slow
 def test_an_erasure_by_two_processes_is_that_of_one(tmp_path: Path) -> None:
-    from salun.mask import Mask
+    from salun.masking.mask import Mask
 
     root = str(Path(__file__).resolve().parents[1])
     job = ["erase", "--concept", "circle", "--steps", "6", "--batch-size", "4", "--forget-latents", "8"]
@@ -100,7 +100,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_find_the_mask_and_weights_of_one(tmp_path: Path) -> None:
-    from salun.mask import Mask
+    from salun.masking.mask import Mask
 
     script = tmp_path / "job.py"
     script.write_text(PROGRAM, encoding="utf-8")

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from salun.diffusion.concepts import Concept, prompts_of, resolve
-from salun.diffusion.denoiser import Conditioning
-from salun.diffusion.latents import sample_latents
-from salun.diffusion.loading import describe
-from salun.diffusion.models import Model
+from salun.diffusion.data.latents import sample_latents
+from salun.diffusion.model.loading import describe
+from salun.diffusion.model.protocol import Conditioning
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
+from salun.diffusion.prompts.concepts import Concept, prompts_of, resolve
 from salun.errors import ConfigError, DataError
 from salun.options import EraseOptions
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 import salun
-from salun.cache import Cache, size_of
 from salun.diffusion.estimate import preview
-from salun.diffusion.models import Model
+from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import Cancelled, ConfigError
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from salun.options import EraseOptions
 from salun.progress import Event
-from salun.run_record import RunRecord
+from salun.runs.cache import Cache, size_of
+from salun.runs.record import RunRecord
 
 from . import conftest
 

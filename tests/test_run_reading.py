@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from salun.errors import ConfigError, DataError
-from salun.run_reading import MAX_BYTES, read_run
-from salun.run_record import check_folder
+from salun.runs.folder import check_folder
+from salun.runs.reading import MAX_BYTES, read_run
 
 SOUND: dict[str, Any] = {"schema": 1, "status": "cancelled", "options": {"model": "shapes", "concept": ["circle"]}}
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from salun.errors import Cancelled, MaskError
+from salun.masking.saliency import saliency_mask, scores_from_losses
 from salun.progress import Event
-from salun.saliency import saliency_mask, scores_from_losses
 
 
 def batches(module: nn.Module, sizes: list[int]) -> Iterator[tuple[Tensor, int]]:
@@ -112,7 +112,7 @@ def test_selecting_takes_no_more_than_a_hundredth_of_the_scores_memory() -> None
 import re, torch
 def peak():  # kB; what getrusage tells begins with the parent's
     return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-from salun.threshold import select_largest
+from salun.masking.threshold import select_largest
 scores = {"w": torch.rand(100_000_000, generator=torch.Generator().manual_seed(0))}
 select_largest({"w": scores["w"][:200_000]}, 100)
 before = peak()

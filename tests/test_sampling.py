@@ -16,18 +16,18 @@ from typer.testing import CliRunner
 
 import salun
 from extension.stages import shares_of_erasure
-from salun.cache import Cache
-from salun.diffusion.concepts import Concept
-from salun.diffusion.denoiser import Conditioning
+from salun.checkpoints.locate import ASSETS
+from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.estimate import preview
-from salun.diffusion.few_steps import find_few_steps
-from salun.diffusion.finding import ASSETS
-from salun.diffusion.latents import sample_latents
-from salun.diffusion.loading import describe
-from salun.diffusion.models import Model
+from salun.diffusion.model.few_steps import find_few_steps
+from salun.diffusion.model.loading import describe
+from salun.diffusion.model.protocol import Conditioning
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
+from salun.diffusion.prompts.concepts import Concept
 from salun.errors import ConfigError
 from salun.options import SAMPLERS, EraseOptions
+from salun.runs.cache import Cache
 
 from .conftest import SHORT
 

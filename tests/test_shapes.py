@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from salun.diffusion.finding import ASSETS
-from salun.diffusion.latents import item_seed, sample_latents, sample_pictures
-from salun.diffusion.models import Model
+from salun.checkpoints.locate import ASSETS
+from salun.diffusion.data.latents import item_seed, sample_latents, sample_pictures
+from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import DataError
 from salun.evaluation.detector import AttributeClassifier, load_detector
 

@@ -16,21 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import salun
-from salun import deltas
 from salun.__main__ import main
-from salun.cache import Cache
-from salun.diffusion.finding import ASSETS
-from salun.diffusion.latents import sample_pictures
-from salun.diffusion.models import Model
+from salun.checkpoints import keymap, safetensors_io
+from salun.checkpoints.locate import ASSETS
+from salun.checkpoints.pickled import readable
+from salun.checkpoints.single_file import open_unet
+from salun.delta import commands as deltas
+from salun.diagnostics.inspect import inspect
+from salun.diffusion.data.latents import sample_pictures
+from salun.diffusion.model.clip_tokenizer import clip_tokenizer
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.output import erased_tensors
-from salun.diffusion.single_file import clip_tokenizer
 from salun.errors import ConfigError, ModelError
-from salun.formats import keymap, tensorfile
-from salun.formats.checkpoint import open_unet
-from salun.formats.pickled import readable
-from salun.inspection import inspect
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from salun.options import ModelOptions
+from salun.runs.cache import Cache
 from tools.checkpoints import FAMILIES, make
 
 from .test_families import make as make_folder
@@ -65,7 +65,7 @@ def predictions(model: Model) -> torch.Tensor:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensorfile.raw_bytes(tensor)
+    return safetensors_io.raw_bytes(tensor)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,8 +85,8 @@ def test_an_erased_file_shows_what_the_erasure_showed(family: str, file: Callabl
     dropped = {name for name in old if name.startswith(keymap.EMA)}
     assert dropped
     assert set(new) == set(old) - dropped
-    header = tensorfile.read_header(target)
-    assert header.listed == [n for n in tensorfile.read_header(source).listed if n not in dropped]
+    header = safetensors_io.read_header(target)
+    assert header.listed == [n for n in safetensors_io.read_header(source).listed if n not in dropped]
     assert header.metadata["made by"] == "a stranger"
     assert header.metadata["salun.concept"] == "golf ball"
     ours = keymap.unet_from_ldm(old)
@@ -121,7 +121,7 @@ def test_a_run_on_a_file_ends_with_a_file_a_delta_and_a_note_of_what_was_left_ou
 def test_ema_copies_are_kept_when_asked_to(file: Callable[..., Path], tmp_path: Path) -> None:
     source, target = file("sd1", ema=True), tmp_path / "x.safetensors"
     salun.erase(str(source), "golf ball", outputs=[str(target)], run_dir=tmp_path / "run", keep_ema=True, **QUICK)
-    assert tensorfile.read_header(target).names == tensorfile.read_header(source).names
+    assert safetensors_io.read_header(target).names == safetensors_io.read_header(source).names
 
 
 @pytest.mark.parametrize(
@@ -322,13 +322,13 @@ def test_a_folder_made_of_a_file_has_the_names_that_every_version_of_transformer
     salun.erase(model, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{tmp_path}/folder/")
     for number in range(len(model.text_encoders)):
         part = f"text_encoder{'_2' if number else ''}"
-        names = tensorfile.read_header(tmp_path / "folder" / part / "model.safetensors").names
+        names = safetensors_io.read_header(tmp_path / "folder" / part / "model.safetensors").names
         assert {name.split(".")[0] for name in names} == {"text_model", *(["text_projection"] if number else [])}
         words = tmp_path / "folder" / part.replace("text_encoder", "tokenizer")
         assert {p.name for p in words.iterdir()} == {"vocab.json", "merges.txt", "tokenizer_config.json"}
     assert all(
         name.startswith("text_model.")
-        for name in tensorfile.read_header(ASSETS / "shapes" / "text_encoder" / "model.safetensors").names
+        for name in safetensors_io.read_header(ASSETS / "shapes" / "text_encoder" / "model.safetensors").names
     )
 
 
@@ -418,7 +418,7 @@ def test_a_low_rank_output_says_what_it_holds_and_no_file_says_where_the_model_l
     run = salun.erase(str(file("sd1")), "golf ball", outputs=outputs, run_dir=tmp_path / "run", **QUICK)
     assert any("x.lora.safetensors holds" in note and "energy" in note for note in run.record.data["notes"])
     for output in outputs:
-        told = tensorfile.read_header(Path(output)).metadata
+        told = safetensors_io.read_header(Path(output)).metadata
         assert told["salun.model"] == file("sd1").name
         assert str(file("sd1").parent) not in str(told)
     assert str(file("sd1").parent) not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -467,7 +467,7 @@ def test_old_files_with_shorter_names_of_the_text_encoder_are_read(file: Callabl
     tensors = load_file(file("sd1"))
     prefix = keymap.TEXT["sd1"][0].prefix
     renamed = {n.replace(f"{prefix}text_model.", prefix): t for n, t in tensors.items()}
-    tensorfile.write(tmp_path / "old.safetensors", renamed)
+    safetensors_io.write(tmp_path / "old.safetensors", renamed)
     old = salun.load(str(tmp_path / "old.safetensors"), device="cpu")
     torch.testing.assert_close(predictions(old), predictions(salun.load(str(file("sd1")), device="cpu")))
 
@@ -478,7 +478,7 @@ def test_old_files_with_shorter_names_of_the_text_encoder_are_read(file: Callabl
 def test_a_checkpoint_is_found_by_its_name_where_hosts_keep_theirs(
     file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from salun.diffusion.finding import find
+    from salun.checkpoints.locate import find
 
     comfy, webui, extra = tmp_path / "ComfyUI", tmp_path / "webui", tmp_path / "elsewhere" / "sd"
     for place, name in (

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from salun.checkpoints import keymap, safetensors_io
+from salun.delta import stock_formats
 from salun.errors import ConfigError, ModelError
-from salun.formats import keymap, stock, tensorfile
 
 from .test_keymap import COUNTS, UNETS
 
@@ -123,7 +124,7 @@ def apply(file: Mapping[str, Tensor], base: Mapping[str, Tensor], strength: floa
 def test_a_full_difference_changes_every_tensor_as_it_should(family: str, strength: float) -> None:
     base = state(family)
     new = moved(base)
-    file = stock.full_difference(base, new)
+    file = stock_formats.full_difference(base, new)
     assert len(file) == len(base) == COUNTS[family]
     assert {tensor.dtype for tensor in file.values()} == {torch.float16}
     got = apply(file, base, strength)
@@ -140,25 +141,25 @@ def test_tensors_that_did_not_change_stay_to_the_bit(seed: int, share: float, fa
     generator = torch.Generator().manual_seed(seed)
     chosen = {"conv_in.bias"} | {name for name in base if torch.rand((), generator=generator) < share}
     new = moved({name: base[name] for name in base if name in chosen}, seed)
-    got = apply(stock.full_difference(base, new), base, 1.0)
+    got = apply(stock_formats.full_difference(base, new), base, 1.0)
     for name, tensor in base.items():
         assert torch.equal(got[name], tensor.double()) == (name not in chosen), name
 
 
 def test_a_bias_that_changed_alone_gets_a_weight_of_zeros_beside() -> None:
     base = {"conv_in.weight": torch.randn(4, 2, 3, 3), "conv_in.bias": torch.zeros(4)}
-    file = stock.full_difference(base, {"conv_in.bias": torch.ones(4)})
+    file = stock_formats.full_difference(base, {"conv_in.bias": torch.ones(4)})
     assert file["lora_unet_conv_in.diff_b"].tolist() == [1, 1, 1, 1]
     assert torch.equal(file["lora_unet_conv_in.diff"], torch.zeros(4, 2, 3, 3, dtype=torch.float16))
 
 
 def test_names_are_the_ones_that_hosts_know() -> None:
-    old = stock.module_keys(state("sd1"))
+    old = stock_formats.module_keys(state("sd1"))
     assert old["down_blocks.0.attentions.0.proj_in.weight"] == "lora_unet_down_blocks_0_attentions_0_proj_in"
     assert old["mid_block.resnets.1.norm2.bias"] == "lora_unet_mid_block_resnets_1_norm2"
     assert old["conv_norm_out.weight"] == "lora_unet_out_0"
-    assert stock.module_keys(state("sd2")) == old
-    new = stock.module_keys(state("sdxl"))
+    assert stock_formats.module_keys(state("sd2")) == old
+    new = stock_formats.module_keys(state("sdxl"))
     assert new["add_embedding.linear_2.bias"] == "lora_unet_label_emb_0_2"
     assert new["up_blocks.0.upsamplers.0.conv.weight"] == "lora_unet_output_blocks_2_2_conv"
     assert new["down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_out.0.weight"] == (
@@ -171,9 +172,9 @@ def test_names_are_the_ones_that_hosts_know() -> None:
 )
 def test_metadata_tell_the_family(family: str, version: tuple[str, str] | None, tmp_path: Path) -> None:
     base = state(family)
-    file, _ = stock.low_rank(base, moved(base), rank=1)
+    file, _ = stock_formats.low_rank(base, moved(base), rank=1)
     path = tmp_path / "x.lora.safetensors"
-    tensorfile.write(path, file, stock.host_metadata(base))
+    safetensors_io.write(path, file, stock_formats.host_metadata(base))
     assert all(torch.equal(tensor, file[name]) for name, tensor in load_file(path).items())
     with safe_open(str(path), "pt") as opened:
         metadata = opened.metadata()
@@ -203,7 +204,7 @@ class Lazy(Mapping[str, Tensor]):
 def test_the_base_is_read_lazily() -> None:
     whole = state("sd1")
     new = moved({name: tensor for name, tensor in whole.items() if "attn2" in name})
-    for write in (stock.full_difference, lambda b, c: stock.low_rank(b, c, rank=1)):
+    for write in (stock_formats.full_difference, lambda b, c: stock_formats.low_rank(b, c, rank=1)):
         base = Lazy(whole)
         write(base, new)
         assert base.reads == {name: int(name in new) for name in whole}
@@ -216,7 +217,7 @@ def test_the_base_is_read_lazily() -> None:
 def test_full_rank_is_the_whole_difference_of_every_matrix(family: str) -> None:
     base = state(family)
     new = moved(base)
-    file, account = stock.low_rank(base, new, rank=100_000)
+    file, account = stock_formats.low_rank(base, new, rank=100_000)
     got = apply(file, base, 0.5)
     held = [name for name in base if name not in account.left_out]
     assert len(file) / 3 == len(held) == MATRICES[family]
@@ -225,7 +226,7 @@ def test_full_rank_is_the_whole_difference_of_every_matrix(family: str) -> None:
         if name not in held:
             assert torch.equal(got[name], tensor.double())
             continue
-        key = stock.module_keys(base)[name]
+        key = stock_formats.module_keys(base)[name]
         up, down = (file[f"{key}.lora_{end}.weight"].double().flatten(1) for end in ("up", "down"))
         # float16 rounds every entry of both factors, so that each product of the sum is off by two roundings
         bound = (2.1 * ROUND * up.abs() @ down.abs() + TINY * (up.abs().sum(1, True) + down.abs().sum(0))).view(
@@ -256,8 +257,8 @@ def product(file: Mapping[str, Tensor], key: str) -> Tensor:
 @settings(max_examples=40, deadline=None)
 def test_a_rank_gives_the_nearest_matrix_of_that_rank(seed: int, rank: int) -> None:
     base, new = pair(seed)
-    file, account = stock.low_rank(base, new, rank=rank, dtype=torch.float64)
-    for name, key in stock.module_keys(base).items():
+    file, account = stock_formats.low_rank(base, new, rank=rank, dtype=torch.float64)
+    for name, key in stock_formats.module_keys(base).items():
         difference = (new[name] - base[name]).flatten(1)
         u, s, v = torch.linalg.svd(difference, full_matrices=False)
         best = u[:, :rank] * s[:rank] @ v[:rank]
@@ -273,7 +274,7 @@ def test_a_rank_gives_the_nearest_matrix_of_that_rank(seed: int, rank: int) -> N
 @settings(max_examples=40, deadline=None)
 def test_an_energy_gives_the_least_rank_that_holds_it(seed: int, energy: float) -> None:
     base, new = pair(seed)
-    _, account = stock.low_rank(base, new, energy=energy)
+    _, account = stock_formats.low_rank(base, new, energy=energy)
     for name in base:
         share = torch.linalg.svdvals((new[name] - base[name]).flatten(1)).square().cumsum(0)
         share /= share[-1].clone()
@@ -287,7 +288,7 @@ def test_a_difference_of_low_rank_takes_no_more_than_that() -> None:
     tall, wide = torch.randn(40, 2, generator=generator).double(), torch.randn(2, 30, generator=generator).double()
     base, new = {"conv_in.weight": torch.zeros(40, 30)}, {"conv_in.weight": tall @ wide}
     for asked in ({"rank": 16}, {"energy": 1.0}):
-        file, account = stock.low_rank(base, new, **asked)
+        file, account = stock_formats.low_rank(base, new, **asked)
         assert account.total.ranks == (2,)
         assert file["lora_unet_conv_in.lora_down.weight"].shape == (2, 30)
         assert account.total.share == pytest.approx(1.0)
@@ -304,14 +305,14 @@ def test_norms_and_biases_count_as_lost_and_are_told() -> None:
         "mid_block.resnets.0.conv1.bias": torch.full((4,), 3.0),  # energy 36
         "conv_norm_out.weight": torch.full((8,), 0.5),  # energy 2
     }
-    file, account = stock.low_rank(base, new, rank=1)
+    file, account = stock_formats.low_rank(base, new, rank=1)
     assert len(file) == 3
     assert account.left_out == ["mid_block.resnets.0.conv1.bias", "conv_norm_out.weight"]
     assert account.total.energy == pytest.approx(110)
     assert account.total.share == pytest.approx(72 / 110)
     groups = account.groups
     assert groups["mid_block resnet"].share == pytest.approx(72 / 108)
-    assert groups["outside norm"] == stock.Kept(2.0, 0.0, ())
+    assert groups["outside norm"] == stock_formats.Kept(2.0, 0.0, ())
     told = account.as_json()
     assert told["ranks"] == [1, 1] and told["groups"]["outside norm"] == {"kept": 0.0, "ranks": None}
 
@@ -333,7 +334,7 @@ def test_norms_and_biases_count_as_lost_and_are_told() -> None:
     ],
 )
 def test_parameters_are_grouped_by_block_and_kind(name: str, group: str) -> None:
-    assert stock.group_of(name) == group
+    assert stock_formats.group_of(name) == group
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -354,7 +355,7 @@ LAYER = "conv_in.weight"
 )
 def test_a_rank_or_energy_out_of_range_is_refused(asked: dict[str, float], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        stock.low_rank({LAYER: torch.zeros(4, 2)}, {LAYER: torch.ones(4, 2)}, **asked)
+        stock_formats.low_rank({LAYER: torch.zeros(4, 2)}, {LAYER: torch.ones(4, 2)}, **asked)
 
 
 @pytest.mark.parametrize(
@@ -372,24 +373,24 @@ def test_a_rank_or_energy_out_of_range_is_refused(asked: dict[str, float], says:
 def test_differences_that_no_file_can_hold_are_refused(changed: dict[str, Tensor], says: str) -> None:
     base = {LAYER: torch.zeros(4, 2)}
     with pytest.raises(ModelError, match=says):
-        stock.full_difference(base, changed)
+        stock_formats.full_difference(base, changed)
     if "too large" not in says:
         with pytest.raises(ModelError, match=says):
-            stock.low_rank(base, changed, rank=1)
+            stock_formats.low_rank(base, changed, rank=1)
 
 
 def test_a_difference_too_large_for_float16_fits_a_wider_type() -> None:
     base, new = {LAYER: torch.zeros(4, 2)}, {LAYER: torch.full((4, 2), 1e5)}
-    assert stock.full_difference(base, new, torch.float32)["lora_unet_conv_in.diff"].max() == 1e5
+    assert stock_formats.full_difference(base, new, torch.float32)["lora_unet_conv_in.diff"].max() == 1e5
     with pytest.raises(ModelError, match=r"1e.05, too large"):
-        stock.full_difference(base, new)
+        stock_formats.full_difference(base, new)
 
 
 def test_a_low_rank_factor_too_large_for_float16_is_refused() -> None:
     with pytest.raises(ModelError, match="too large for"):
-        stock.low_rank({LAYER: torch.zeros(4, 2)}, {LAYER: torch.full((4, 2), 1e12)}, rank=1)
+        stock_formats.low_rank({LAYER: torch.zeros(4, 2)}, {LAYER: torch.full((4, 2), 1e12)}, rank=1)
 
 
 def test_low_rank_of_norms_and_biases_alone_is_refused() -> None:
     with pytest.raises(ModelError, match="write the full difference"):
-        stock.low_rank({"conv_in.bias": torch.zeros(4)}, {"conv_in.bias": torch.ones(4)}, rank=1)
+        stock_formats.low_rank({"conv_in.bias": torch.zeros(4)}, {"conv_in.bias": torch.ones(4)}, rank=1)

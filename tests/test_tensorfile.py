@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.hashing import Hasher, base_hash
 from salun.errors import ModelError
-from salun.formats import tensorfile
-from salun.formats.hashing import Hasher, base_hash
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def content() -> dict[str, torch.Tensor]:
 
 
 def test_the_library_reads_what_we_write(content: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    tensorfile.write(tmp_path / "x.safetensors", content, {"z": "1", "a": "2"})
+    safetensors_io.write(tmp_path / "x.safetensors", content, {"z": "1", "a": "2"})
     loaded = load_file(tmp_path / "x.safetensors")
     assert set(loaded) == set(content)
     for name, tensor in content.items():
@@ -49,13 +49,13 @@ def test_a_file_as_large_as_sdxl_is_read(tmp_path: Path) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         file.seek(2 * half, 1)
         file.write(bytes([3, 4]))
-    assert tensorfile.read_header(path).names == ["a", "b", "c"]
-    assert dict(tensorfile.tensors(path, ["c"]))["c"].tolist() == [3, 4]
+    assert safetensors_io.read_header(path).names == ["a", "b", "c"]
+    assert dict(safetensors_io.tensors(path, ["c"]))["c"].tolist() == [3, 4]
 
 
 def test_equal_content_is_equal_bytes(content: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    tensorfile.write(tmp_path / "x", content, {"z": "1", "a": "2"})
-    tensorfile.write(tmp_path / "y", dict(content), {"a": "2", "z": "1"})
+    safetensors_io.write(tmp_path / "x", content, {"z": "1", "a": "2"})
+    safetensors_io.write(tmp_path / "y", dict(content), {"a": "2", "z": "1"})
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
@@ -64,8 +64,8 @@ def test_rewriting_changes_the_named_tensors_and_no_other_byte(
 ) -> None:
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(content, source, {"made by": "a stranger"})
-    tensorfile.rewrite(source, target, {"b": content["b"] + 1}, {"salun.concept": "circle"})
-    before, after = tensorfile.read_header(source), tensorfile.read_header(target)
+    safetensors_io.rewrite(source, target, {"b": content["b"] + 1}, {"salun.concept": "circle"})
+    before, after = safetensors_io.read_header(source), safetensors_io.read_header(target)
     assert after.metadata == {"made by": "a stranger", "salun.concept": "circle"}
     assert after.names == before.names
     old, new = source.read_bytes(), target.read_bytes()
@@ -79,30 +79,30 @@ def test_rewriting_changes_the_named_tensors_and_no_other_byte(
 def test_replacing_all_with_themselves_gives_the_same_tensor_bytes(
     content: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    tensorfile.write(tmp_path / "x", content, {"k": "v"})
-    tensorfile.rewrite(tmp_path / "x", tmp_path / "y", content, {})
+    safetensors_io.write(tmp_path / "x", content, {"k": "v"})
+    safetensors_io.rewrite(tmp_path / "x", tmp_path / "y", content, {})
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
 def test_what_does_not_fit_is_refused_and_leaves_no_file(content: dict[str, torch.Tensor], tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
-    tensorfile.write(source, content)
+    safetensors_io.write(source, content)
     for replaced, message in (
         ({"nowhere": torch.ones(1)}, "holds no nowhere"),
         ({"b": torch.ones(3, 5)}, r"b is F32 \[3, 4\]"),
         ({"b": torch.ones(3, 4).half()}, r"not F16 \[3, 4\]"),
     ):
         with pytest.raises(ModelError, match=message):
-            tensorfile.rewrite(source, target, replaced, {})
+            safetensors_io.rewrite(source, target, replaced, {})
     with pytest.raises(ModelError, match="is the source itself"):
-        tensorfile.rewrite(source, source, {}, {})
+        safetensors_io.rewrite(source, source, {}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_writer_that_fails_halfway_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="lights out"), tensorfile.atomic(path, 10) as file:
+    with pytest.raises(RuntimeError, match="lights out"), safetensors_io.atomic(path, 10) as file:
         file.write(b"half")
         raise RuntimeError("lights out")
     assert path.read_bytes() == b"old"
@@ -115,7 +115,7 @@ def test_a_full_disk_is_told_before_writing(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
     with pytest.raises(ModelError, match="10 free: make room"):
-        tensorfile.write(tmp_path / "x", content)
+        safetensors_io.write(tmp_path / "x", content)
     assert not list(tmp_path.iterdir())
 
 
@@ -154,7 +154,7 @@ def test_unsound_headers_are_refused_by_name(content: bytes, tmp_path: Path) -> 
     path = tmp_path / "stranger.safetensors"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"stranger\.safetensors is no sound"):
-        tensorfile.read_header(path)
+        safetensors_io.read_header(path)
 
 
 def test_the_base_hash_knows_names_dtypes_shapes_and_bits() -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from salun.checkpoints import safetensors_io
 from salun.errors import Cancelled, TrainingError
-from salun.formats import tensorfile
-from salun.mask import Mask
+from salun.masking.mask import Mask
+from salun.masking.training import Trained, TrainingSettings, fine_tune, step_generator
 from salun.progress import Event, silent
-from salun.training import Trained, TrainingSettings, fine_tune, step_generator
 
 SETTINGS = TrainingSettings(steps=9, lr=1e-2, retain_weight=0.5, fingerprint="this run")
 
@@ -178,9 +178,9 @@ def test_a_state_with_other_tensors_is_rejected_before_any_use(
 ) -> None:
     """A fused Adam writes moments of any size as if they were the master's: the process would abort."""
     path = stopped_state(little.to(dtype), tmp_path)
-    tensors, metadata = dict(tensorfile.tensors(path)), tensorfile.read_header(path).metadata
+    tensors, metadata = dict(safetensors_io.tensors(path)), safetensors_io.read_header(path).metadata
     tamper(tensors)
-    tensorfile.write(path, tensors, metadata)
+    safetensors_io.write(path, tensors, metadata)
     before = {name: p.detach().clone() for name, p in little.named_parameters()}
     with pytest.raises(TrainingError, match="saved state"):
         run(little, state_path=path, resume=True)
@@ -202,8 +202,8 @@ def test_a_state_with_another_scale_or_history_is_rejected(
 ) -> None:
     """A scale of NaN would train for ever."""
     path = stopped_state(little.half(), tmp_path)
-    kept = tensorfile.read_header(path).metadata
-    tensorfile.write(path, dict(tensorfile.tensors(path)), {**kept, **metadata})
+    kept = safetensors_io.read_header(path).metadata
+    safetensors_io.write(path, dict(safetensors_io.tensors(path)), {**kept, **metadata})
     with pytest.raises(TrainingError, match=r"saved state.*(cannot be read|scale|has taken 10 steps)"):
         run(little, state_path=path, resume=True)
 

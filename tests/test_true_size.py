@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from salun.formats import tensorfile
-from salun.formats.checkpoint import open_unet
+from salun import files
+from salun.checkpoints.single_file import open_unet
 from tools.checkpoints import make
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,9 +20,9 @@ PROGRAM = """
 import json, re, sys
 from pathlib import Path
 import torch
-from salun.formats.checkpoint import open_unet
-from salun.formats.delta import Delta
-from salun.formats.patch import write_patched
+from salun.checkpoints.single_file import open_unet
+from salun.delta.delta import Delta
+from salun.checkpoints.patch import write_patched
 
 folder = Path(sys.argv[1])
 
@@ -62,10 +62,10 @@ def test_a_checkpoint_of_true_size_is_patched_and_undone_in_little_memory(tmp_pa
     assert told["wrote"] - told["begun"] - told["held"] < 500_000_000
     assert told["peak"] - told["begun"] < 1_200_000_000
     assert told["changed"] > 30_000_000
-    digests = {name: tensorfile.sha256_file(tmp_path / f"{name}.safetensors") for name in ("base", "undone")}
+    digests = {name: files.sha256_file(tmp_path / f"{name}.safetensors") for name in ("base", "undone")}
     assert digests["base"] == digests["undone"]
     erased, applied = (tmp_path / f"{name}.safetensors" for name in ("erased", "applied"))
-    assert tensorfile.sha256_file(erased) == tensorfile.sha256_file(applied)
+    assert files.sha256_file(erased) == files.sha256_file(applied)
     assert len(open_unet(erased)) == 686
     for path in tmp_path.iterdir():  # eight gigabytes
         path.unlink()

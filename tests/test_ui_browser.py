@@ -241,11 +241,11 @@ def test_a_delta_is_applied_and_taken_out_again_to_the_bit(page: Any, server: tu
     page.locator("#salun_undo").click()
     page.locator('.salun-job[data-kind="undo"][data-state="done"]').wait_for()
     back = server[1] / "models" / "back" / "unet" / "diffusion_pytorch_model.safetensors"
-    from salun.formats import tensorfile
+    from salun.checkpoints import safetensors_io
 
-    one, other = (dict(tensorfile.tensors(path)) for path in (back, base))
+    one, other = (dict(safetensors_io.tensors(path)) for path in (back, base))
     assert one.keys() == other.keys()
-    assert all(tensorfile.raw_bytes(one[name]).equal(tensorfile.raw_bytes(other[name])) for name in one)
+    assert all(safetensors_io.raw_bytes(one[name]).equal(safetensors_io.raw_bytes(other[name])) for name in one)
 
 
 def test_a_done_jobs_buttons_save_its_lora_and_delta_and_undo_it(page: Any, server: tuple[str, Path]) -> None:
@@ -263,14 +263,14 @@ def test_a_done_jobs_buttons_save_its_lora_and_delta_and_undo_it(page: Any, serv
     before = undone.count()
     card.get_by_role("button", name="Undo").click()
     undone.nth(before).wait_for()
-    from salun.formats import tensorfile
+    from salun.checkpoints import safetensors_io
 
     (back,) = [p for p in (server[1] / "models").iterdir() if p.name.endswith("undone")]
     one, other = (
-        dict(tensorfile.tensors(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+        dict(safetensors_io.tensors(folder / "unet" / "diffusion_pytorch_model.safetensors"))
         for folder in (back, ROOT / "salun" / "assets" / "shapes")
     )
-    assert all(tensorfile.raw_bytes(one[name]).equal(tensorfile.raw_bytes(other[name])) for name in other)
+    assert all(safetensors_io.raw_bytes(one[name]).equal(safetensors_io.raw_bytes(other[name])) for name in other)
 
 
 def test_a_list_that_somebody_is_choosing_from_stays_as_it_is(page: Any) -> None:

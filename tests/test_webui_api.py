@@ -31,7 +31,7 @@ from extension.places import confined, new_file, safe_name
 from extension.service import DELTA, Service
 from salun.errors import ConfigError
 from salun.options import EraseJob
-from salun.run_record import alone_in
+from salun.runs.folder import alone_in
 
 ROUTES = ["status", "runs", "models", "concepts", "schema", "file", "preview"]
 LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "save_every": %s}}'

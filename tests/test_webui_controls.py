@@ -31,7 +31,8 @@ from extension.service import OURS, Service
 from extension.words import in_the_pages_words
 from salun.errors import ConfigError, SalunError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
-from salun.run_record import RunRecord, alone_in
+from salun.runs.folder import alone_in
+from salun.runs.record import RunRecord
 
 ALL = [item.name for item in dataclasses.fields(EraseJob)]
 OTHERS = {  # a value beside the default, as a run.json holds it

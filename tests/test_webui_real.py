@@ -32,7 +32,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from salun.formats import tensorfile
+from salun.checkpoints import safetensors_io
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = "forget things"  # the clone's folder, under a name of the user's own
@@ -213,7 +213,7 @@ def hub_cache(folder: Path) -> Path:
     """A hub cache with what A1111 fetches of CLIP when it first loads a model: its tokenizer and config, no weights."""
     from transformers import CLIPTextConfig
 
-    from salun.diffusion.single_file import clip_tokenizer
+    from salun.diffusion.model.clip_tokenizer import clip_tokenizer
 
     repo = folder / "hub" / "models--openai--clip-vit-large-patch14"
     if repo.is_dir():
@@ -417,9 +417,11 @@ def test_2_3_a_real_job_by_clicking_whose_result_the_host_lists_and_loads(
     assert file.name in titles(server)
     assert server.picture(override_settings={"sd_model_checkpoint": file.name}) != plain
     assert server.picture(override_settings={"sd_model_checkpoint": "base.safetensors"}) == plain
-    old, new = dict(tensorfile.tensors(base)), dict(tensorfile.tensors(file))
+    old, new = dict(safetensors_io.tensors(base)), dict(safetensors_io.tensors(file))
     assert list(old) == list(new)
-    changed = [name for name in old if not tensorfile.raw_bytes(old[name]).equal(tensorfile.raw_bytes(new[name]))]
+    changed = [
+        name for name in old if not safetensors_io.raw_bytes(old[name]).equal(safetensors_io.raw_bytes(new[name]))
+    ]
     assert changed
     assert all(name.startswith("model.diffusion_model.") for name in changed)
 
@@ -531,8 +533,8 @@ def test_8_what_cannot_be_is_our_own_message_and_harms_nothing(server: Server, p
     short, strange = folder / "short <b>.safetensors", folder / "strange.safetensors"
     with base.open("rb") as source:
         short.write_bytes(source.read(50_000_000))
-    tensorfile.write(
-        strange, {"joint_blocks.0.x_block.attn.qkv.weight": next(iter(dict(tensorfile.tensors(base)).values()))}
+    safetensors_io.write(
+        strange, {"joint_blocks.0.x_block.attn.qkv.weight": next(iter(dict(safetensors_io.tensors(base)).values()))}
     )
     hashes = {path: digest(path) for path in (short, strange)}
     server.call("/sdapi/v1/refresh-checkpoints", {})

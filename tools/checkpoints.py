@@ -4,7 +4,7 @@
 
 The weights mean nothing, but a forward pass stays finite, and each depends on `seed` and its own name alone, so that
 equal arguments give equal bytes. Tensors are made one at a time: the true SD 1.5 (2.1 GB) takes a few hundred megabytes
-of memory. Names come from the models that diffusers and transformers build, by `salun.formats.keymap`.
+of memory. Names come from the models that diffusers and transformers build, by `salun.checkpoints.keymap`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from salun.formats import keymap, tensorfile
-from salun.formats.checkpoint import GUESS_KEY
+from salun.checkpoints import keymap, safetensors_io
+from salun.checkpoints.single_file import GUESS_KEY
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -239,7 +239,7 @@ def make(
     found |= {name: _constant(torch.empty(0)) for name in marks}
     found = dict(sorted(found.items()))  # as safetensors' own writer has it
     described = {name: (planned.dtype, planned.shape) for name, planned in found.items()}
-    tensorfile.write_lazily(Path(path), described, _Lazy(found), metadata)
+    safetensors_io.write_lazily(Path(path), described, _Lazy(found), metadata)
     return Path(path)
 
 
@@ -397,7 +397,7 @@ def main() -> None:
     chosen["metadata"] = dict(pair.partition("=")[::2] for pair in chosen["metadata"])
     chosen["marks"] = tuple(chosen["marks"])
     path = make(chosen.pop("output"), chosen.pop("family"), **chosen)
-    print(f"{path}: {path.stat().st_size:,} bytes, {len(tensorfile.read_header(path).names)} tensors")
+    print(f"{path}: {path.stat().st_size:,} bytes, {len(safetensors_io.read_header(path).names)} tensors")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from salun.checkpoints.safetensors_io import read_header
 from salun.errors import SalunError
-from salun.formats.tensorfile import read_header, sha256_file
+from salun.files import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = "--concept circle --model shapes --device cpu --steps 6 --batch-size 4 --forget-latents 8 --retain-latents 8"

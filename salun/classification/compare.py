@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from salun.cache import Cache
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import Setting, facts_of, setting_of
 from salun.classification.jobs import Desk, Job, Kind, Ledger
@@ -24,13 +23,14 @@ from salun.classification.options import NOT_COMPARED, CompareOptions, UnlearnOp
 from salun.classification.search import check_search, following, merged, rounds, with_value
 from salun.classification.splits import make_split, with_forget
 from salun.classification.table import table_of, tables_of
-from salun.device import pick_device
+from salun.compute.device import pick_device
 from salun.display import shown
 from salun.errors import ConfigError
 from salun.options import MASKS
 from salun.progress import Progress
 from salun.report.classification import comparison_page
-from salun.run_record import RunRecord
+from salun.runs.cache import Cache
+from salun.runs.record import RunRecord
 
 
 @dataclass(frozen=True)

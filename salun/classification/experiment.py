@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from salun.cache import Cache, digest_of
 from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.methods import METHODS
@@ -28,16 +27,17 @@ from salun.classification.relearning import relearn
 from salun.classification.search import search
 from salun.classification.splits import Split, make_split, repeated, with_forget
 from salun.classification.task import Task
-from salun.device import is_out_of_memory, kernels, pick_device, pick_dtype
+from salun.compute.device import is_out_of_memory, kernels, pick_device, pick_dtype
 from salun.display import shown
 from salun.errors import ConfigError, DataError, TrainingError
-from salun.formats.tensorfile import write_bytes
-from salun.mask import Mask
+from salun.files import write_bytes
+from salun.masking.mask import Mask
 from salun.options import from_mapping
 from salun.progress import Event, Progress, silent
 from salun.report.classification import run_page, train_page
-from salun.run_reading import read_run
-from salun.run_record import RunRecord
+from salun.runs.cache import Cache, digest_of
+from salun.runs.reading import read_run
+from salun.runs.record import RunRecord
 from salun.user_text import as_spelled
 
 

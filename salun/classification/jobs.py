@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import torch
 
-from salun.cache import Cache
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import (
     OutOfMemory,
@@ -39,11 +38,12 @@ from salun.classification.metrics import judge
 from salun.classification.options import UnlearnOptions
 from salun.classification.results import check_result
 from salun.classification.search import trials
-from salun.device import kernels
+from salun.compute.device import kernels
 from salun.errors import Cancelled, SalunError, TrainingError
-from salun.formats.tensorfile import write_bytes
+from salun.files import write_bytes
 from salun.progress import Event, Progress
-from salun.run_record import INPUTS, RunRecord
+from salun.runs.cache import Cache
+from salun.runs.record import INPUTS, RunRecord
 from salun.untrusted import read_json
 
 Kind = Literal["retrain", "again", "search", "unlearn"]

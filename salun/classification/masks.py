@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from salun import __version__
 from salun.classification.randomness import seed_of
 from salun.classification.task import Task
-from salun.mask import Mask, entries
-from salun.saliency import scores_from_losses
-from salun.threshold import select_largest
+from salun.masking.mask import Mask, entries
+from salun.masking.saliency import scores_from_losses
+from salun.masking.threshold import select_largest
+from salun.version import __version__
 
 
 def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:

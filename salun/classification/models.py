@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from salun.cache import digest_of
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.sizes import check_size, first_line
 from salun.classification import pretrained
 from salun.classification.data import ImageData
 from salun.classification.pretrained import PLAIN, check_config
 from salun.classification.randomness import seed_of
 from salun.errors import ModelError
-from salun.formats import tensorfile
-from salun.formats.sizes import check_size, first_line
+from salun.runs.cache import digest_of
 from salun.untrusted import parse_json
 from salun.user_text import as_spelled
 
@@ -326,7 +326,7 @@ def save_model(path: Path, model: nn.Module, facts: Facts) -> None:
     if isinstance(model, Pretrained):
         told["config"] = json.dumps(model.model.config.to_diff_dict(), sort_keys=True)  # type: ignore[union-attr,operator]
         told["pixels"] = json.dumps(asdict(model.pixels), sort_keys=True)
-    tensorfile.write(path, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, told)
+    safetensors_io.write(path, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, told)
 
 
 def load_model(path: Path) -> tuple[nn.Module, Facts]:
@@ -334,7 +334,7 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
     fetches nothing. Raises ModelError if it is none, does not fit, or names a model that is neither ours, timm's nor
     described by its own configuration.
     """
-    header = tensorfile.read_header(path)
+    header = safetensors_io.read_header(path)
     told = header.metadata
     if told.get("format") != FORMAT:
         raise ModelError(f"{path} holds no classifier of salun's: make one with `salun classify-train`")
@@ -369,7 +369,7 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
             f"{', '.join(ARCHITECTURES)}, timm:NAME, or a transformers model whose configuration the file holds"
         )
     try:
-        model.load_state_dict(dict(tensorfile.tensors(path)))
+        model.load_state_dict(dict(safetensors_io.tensors(path)))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path} is damaged: its weights do not fit {facts.architecture} ({reason})") from error

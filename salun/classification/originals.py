@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from salun.cache import Cache, digest_of, key_of
 from salun.classification.data import ImageData
 from salun.classification.methods.retaining import retrain
 from salun.classification.models import Facts, load_model, nameless, new_model, seen_by, stock_model, unlike
@@ -19,11 +18,12 @@ from salun.classification.options import UnlearnOptions
 from salun.classification.plan import RECIPE, recipe_of
 from salun.classification.splits import Split
 from salun.classification.task import Task
-from salun.device import kernels, pick_dtype
+from salun.compute.device import kernels, pick_dtype
+from salun.compute.environment import versions
 from salun.errors import DataError, ModelError
 from salun.options import from_mapping
 from salun.progress import Progress
-from salun.run_record import versions
+from salun.runs.cache import Cache, digest_of, key_of
 from salun.user_text import as_spelled
 
 

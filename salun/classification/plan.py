@@ -15,7 +15,7 @@ from salun.classification.methods.fisher import check_alpha
 from salun.classification.options import UnlearnOptions
 from salun.classification.search import check_search
 from salun.classification.splits import Split
-from salun.device import DTYPES, pick_dtype
+from salun.compute.device import DTYPES, pick_dtype
 from salun.errors import ConfigError
 
 TRAINING = ("model", "train_epochs", "train_lr", "train_batch_size", "augment")

@@ -7,12 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.diffusers_folder import check_links
+from salun.checkpoints.pickled import check_torch
+from salun.checkpoints.safetensors_io import shortened
+from salun.checkpoints.sizes import check_size, first_line
 from salun.errors import ModelError
-from salun.formats import tensorfile
-from salun.formats.folder import check_links
-from salun.formats.pickled import check_torch
-from salun.formats.sizes import check_size, first_line
-from salun.formats.tensorfile import shortened
 from salun.untrusted import read_json
 from salun.user_text import as_spelled
 
@@ -69,7 +69,7 @@ def _held(safetensors: list[Path], pickles: list[Path]) -> int:
     """Entries of the tensors in the weight files; of pickles, which are not opened for that, at most."""
     if not safetensors:
         return sum(path.stat().st_size for path in pickles)
-    headers = [tensorfile.read_header(path) for path in safetensors]
+    headers = [safetensors_io.read_header(path) for path in safetensors]
     return sum(prod(entry.shape) for header in headers for entry in header.entries.values())
 
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from salun.cache import Cache
 from salun.classification.compare import jobs_of, settings_of, variants_of, workers_of
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import setting_of, training_of
@@ -19,8 +18,9 @@ from salun.classification.originals import key_of_training
 from salun.classification.search import FURTHER
 from salun.classification.splits import Split, repeated
 from salun.classification.task import Task, cross_entropy, minimise, retain_batches
-from salun.mask import Mask
+from salun.masking.mask import Mask
 from salun.progress import Event, Progress, silent
+from salun.runs.cache import Cache
 
 READ = 3  # passes over the pictures that a method without training takes, about
 LATER = FURTHER + 2  # values that a search may try after its first round

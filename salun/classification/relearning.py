@@ -12,8 +12,8 @@ import torch
 from salun.classification.metrics import predict
 from salun.classification.randomness import generator_of, seed_of
 from salun.classification.task import Task, cross_entropy, forget_batches, training_mode
-from salun.mask import Mask
-from salun.optim import MaskedOptimiser
+from salun.masking.mask import Mask
+from salun.masking.optim import MaskedOptimiser
 from salun.progress import Event
 
 KNOWN = 99.0  # percent of the forget set

@@ -17,7 +17,7 @@ from torch import Tensor
 from salun.classification.data import ImageData
 from salun.classification.randomness import generator_of
 from salun.errors import ConfigError, DataError
-from salun.formats.tensorfile import write_bytes
+from salun.files import write_bytes
 from salun.untrusted import read_json
 from salun.user_text import as_spelled, composed
 

@@ -18,8 +18,9 @@ from salun.classification.options import UnlearnOptions
 from salun.classification.randomness import generator_of, seed_of
 from salun.classification.splits import Split
 from salun.errors import TrainingError
-from salun.mask import Mask
-from salun.optim import MaskedOptimiser, SoftThreshold
+from salun.masking.mask import Mask
+from salun.masking.optim import MaskedOptimiser
+from salun.masking.proximal import SoftThreshold
 from salun.progress import Event, Progress, silent
 
 Part = Literal["forget", "retain", "both"]

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salun.checkpoints.outputs import check_output
+from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.erase import record_of
-from salun.diffusion.latents import batch_size_of
-from salun.diffusion.loading import load_with
-from salun.diffusion.models import Model, scoped
-from salun.diffusion.output import STATE_BYTES, check_output, check_places, disk_needed, read_beside
+from salun.diffusion.model.loading import load_with
+from salun.diffusion.model.scopes import scoped
+from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import Plan, Wanted, make_plan
+from salun.diffusion.targets import STATE_BYTES, check_places, disk_needed, read_beside
 from salun.errors import ConfigError
-from salun.mask import entries
+from salun.files import check_room
+from salun.masking.mask import entries
 from salun.options import EraseOptions
 from salun.progress import Event, Progress, silent
-from salun.run_record import check_folder, check_room
+from salun.runs.folder import check_folder
 
 _QUICK = 0.5  # seconds; a pass that takes longer is measured with one sample and scaled
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from salun.diffusion.denoiser import Conditioning, Denoiser, add_noise, training_target
-from salun.processes import ALONE, Processes
-from salun.training import step_generator
+from salun.compute.processes import ALONE, Processes
+from salun.diffusion.model.protocol import Conditioning, Denoiser
+from salun.diffusion.model.schedule import add_noise, training_target
+from salun.masking.training import step_generator
 
 EMPTY_SHARE = 0.1  # of the retain samples are held under the empty prompt, as classifier-free guidance was trained
 

@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from salun.diffusion.concepts import Concept, Prompts, part, prompts_of, resolve
-from salun.diffusion.few_steps import FewSteps, hint
-from salun.diffusion.models import ModelSettings, sampling_with
+from salun.diffusion.model.few_steps import FewSteps, hint
+from salun.diffusion.model.settings import ModelSettings, sampling_with
+from salun.diffusion.prompts.concepts import Concept, Prompts, part, prompts_of, resolve
 from salun.errors import ConfigError
 from salun.options import EraseOptions, Recipe, Sampling
 from salun.user_text import syntax_note

@@ -10,23 +10,26 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from salun.diffusion.convert import lost_in_single_file
-from salun.diffusion.denoiser import DiffusionModel
-from salun.diffusion.models import Model, shown_name
-from salun.diffusion.observe import Observation, Questions
-from salun.diffusion.output import output_layout, write_new, write_output
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.diffusers_folder import links_out
+from salun.checkpoints.lazy_tensors import Stored
+from salun.checkpoints.outputs import output_layout
+from salun.checkpoints.patch import led_out, left_out
+from salun.compute.environment import peak_memory
+from salun.delta.delta import Delta, applied_metadata
+from salun.diffusion.evaluation import Observation, Questions
+from salun.diffusion.model.convert import lost_in_single_file
+from salun.diffusion.model.protocol import DiffusionModel
+from salun.diffusion.model.settings import shown_name
+from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.output import write_new, write_output
 from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError, some
-from salun.formats import tensorfile
-from salun.formats.delta import Delta, applied_metadata
-from salun.formats.folder import links_out
-from salun.formats.patch import led_out, left_out
-from salun.formats.stored import Stored
-from salun.formats.tensorfile import write_bytes
-from salun.mask import Mask
+from salun.files import write_bytes
+from salun.masking.mask import Mask
 from salun.progress import Event, Progress, silent
 from salun.report import page, picture
-from salun.run_record import RunRecord, peak_memory
+from salun.runs.record import RunRecord
 
 GRID = 8  # prompts of a row in the before/after picture
 
@@ -110,7 +113,7 @@ class Run:
 
     def save(self, target: str | Path, force: bool = False) -> None:
         """Write the erased model or its delta; the name chooses the format (see `write_output`)."""
-        from salun.diffusion.output import check_output
+        from salun.checkpoints.outputs import check_output
 
         check_output(str(target), force)
         notes = applied_metadata(self.delta, self.own.stored.metadata)
@@ -214,7 +217,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
 
 def _kept(file: Path, shown: str) -> str:
     """What a low-rank file keeps, by its own metadata."""
-    share = float(tensorfile.read_header(file).metadata["salun.energy_kept"])
+    share = float(safetensors_io.read_header(file).metadata["salun.energy_kept"])
     name = Path(shown).name
     return (
         f"{name} holds {share:.1%} of the difference's energy (squared norm); `salun delta export` takes more or less"

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from salun.checkpoints import safetensors_io
 from salun.errors import DataError, ModelError
-from salun.formats import tensorfile
 from salun.untrusted import read_json
 
 
@@ -99,14 +99,14 @@ def load_detector(folder: Path, device: torch.device | str = "cpu") -> Attribute
             empty = AttributeClassifier(attributes, resolution, channels)
         wanted = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
         file = folder / "detector.safetensors"
-        there = {name: entry.shape for name, entry in tensorfile.read_header(file).entries.items()}
+        there = {name: entry.shape for name, entry in safetensors_io.read_header(file).entries.items()}
         if there != wanted:
             name = min(set(there.items()) ^ set(wanted.items()))[0]
             raise ValueError(
-                f"{tensorfile.shortened(name)} in detector.safetensors is not what detector.json describes"
+                f"{safetensors_io.shortened(name)} in detector.safetensors is not what detector.json describes"
             )
         model = AttributeClassifier(attributes, resolution, channels)
-        model.load_state_dict({name: tensor.float() for name, tensor in tensorfile.tensors(file)})
+        model.load_state_dict({name: tensor.float() for name, tensor in safetensors_io.tensors(file)})
     except (OSError, KeyError, ValueError, RuntimeError, ModelError) as error:
         raise DataError(f"the detector in {folder} cannot be used: {error}") from error
     return model.eval().to(device)

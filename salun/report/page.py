@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from salun.formats.tensorfile import write_bytes
+from salun.files import write_bytes
 from salun.report import charts
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

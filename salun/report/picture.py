@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from salun.formats.stock import group_of
+from salun.delta.stock_formats import group_of
 
 TILE, GAP, INK, PAPER = 128, 8, (40, 40, 46), (250, 250, 250)
 

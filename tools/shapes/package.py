@@ -18,10 +18,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from salun.diffusion.latents import item_seed, sample_pictures
-from salun.diffusion.loading import load
+from salun.checkpoints import keymap, safetensors_io
+from salun.diffusion.data.latents import item_seed, sample_pictures
+from salun.diffusion.model.loading import load
 from salun.evaluation.detector import load_detector
-from salun.formats import keymap, tensorfile
 from tools.shapes import oracle, unet, world
 
 CARD = Path(__file__).with_name("card.md")
@@ -63,7 +63,7 @@ def _save(module: Any, folder: Path, kind: type) -> None:
     state = module.state_dict()
     if kind is CLIPTextModel:
         state = {keymap.published(name): tensor for name, tensor in state.items()}
-    tensorfile.write(folder / name, state, {"format": "pt"})
+    safetensors_io.write(folder / name, state, {"format": "pt"})
 
 
 def measure(built: Path, n: int) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from salun.classification.task import Task, cross_entropy, forget_batches, minimise, retain_batches
-from salun.device import pick_dtype
-from salun.mask import Mask
+from salun.compute.device import pick_dtype
+from salun.masking.mask import Mask
 
 
 def retrain(task: Task, stage: str = "retraining") -> None:

@@ -1,0 +1,175 @@
+"""A diffusers folder's parts: which files hold a part's weights, whether all are there, and tensors read by name.
+
+A part (`unet`, `vae`, `text_encoder`, …) has its weights in one file or in shards with an index, and maybe several
+times: as they are, and as a variant (`fp16`) whose name stands in the files' names. Parts need not agree in that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.lazy_tensors import Stored
+from salun.errors import ModelError
+from salun.untrusted import read_json
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+TEXT_STEM = "model"  # of text encoders, which transformers writes
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_READ = (".json", ".safetensors", ".bin", ".yaml")  # beside merges.txt, the endings of what is read of a model
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files of one part that hold its weights, in order; variant: the word in their names, None if there is none.
+
+    index: names the shards, where there are several.
+    """
+
+    files: tuple[Path, ...]
+    variant: str | None
+    index: Path | None = None
+
+
+def stem_of(part: str) -> str:
+    """How the names of a part's weight files begin."""
+    return STEMS.get(part, TEXT_STEM)
+
+
+def weights_of(part: Path) -> Weights:
+    """The files to take a part's weights from: those of no variant, else `fp16`, else the first by name.
+
+    part: the part's folder, such as `…/unet`. Raises ModelError if there are none in safetensors, or an index names a
+    shard that is missing or lies elsewhere.
+    """
+    stem, found = stem_of(part.name), {}
+    if not part.is_dir():
+        raise ModelError(f"{part.parent} has no folder {part.name}: the model is not whole")
+    for path in sorted(part.glob(f"{stem}*.safetensors")):
+        middle = path.name[len(stem) : -len(".safetensors")]
+        if (not middle or middle.startswith(".")) and not _SHARD.search(middle):
+            variant = middle.removeprefix(".") or None
+            found[variant] = Weights((path,), variant)
+    for path in sorted(part.glob(f"{stem}*.safetensors.index*.json")):
+        variant = _variant_of_index(path.name, stem)
+        if variant in found:  # libraries disagree on which of them to take
+            raise ModelError(f"{part} holds the same weights whole and in shards ({path.name}): remove one of the two")
+        found[variant] = Weights(_shards(path), variant, path)
+    if not found:
+        raise ModelError(
+            f"{part.parent} has no safetensors weights in {part}: pickled weights are not read; convert them first"
+        )
+    return found[min(found, key=lambda name: (name is not None, name != "fp16", name or ""))]
+
+
+def _variant_of_index(name: str, stem: str) -> str | None:
+    """`stem.safetensors.index.json` and, of a variant, `stem.safetensors.index.fp16.json`."""
+    middle = name.removeprefix(f"{stem}.").replace("safetensors.index", "").removesuffix("json").strip(".")
+    return middle or None
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        told = read_json(index)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{index} cannot be read: {error}") from error
+    listed = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ModelError(f"{index} cannot be read: it has no weight_map of tensors' and files' names")
+    names = sorted(set(listed.values()))
+    missing = next((n for n in names if "\0" in n or Path(n).name != n or not (index.parent / n).is_file()), None)
+    if not names or missing is not None:
+        shown = safetensors_io.shortened(missing) if missing is not None else "no file"
+        raise ModelError(f"{index} names {shown}, which is not beside it: the model is not whole")
+    return tuple(index.parent / name for name in names)
+
+
+def open_part(part: Path) -> Stored:
+    """A part's tensors under the names that its files have, each read when it is asked for. Raises ModelError."""
+    headers = {file: safetensors_io.read_header(file) for file in weights_of(part).files}
+    places = {name: (file, name) for file, header in headers.items() for name in header.names}
+    return Stored(part, places, headers)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises ModelError for a folder without CLIP's words. (The library makes an empty tokenizer of it.)"""
+    there = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
+        raise ModelError(f"{folder} holds no tokenizer (vocab.json and merges.txt): the model is not whole")
+
+
+def files_under(folder: Path) -> list[Path]:
+    """Every readable file in a folder, those in linked folders too (each once: a link may lead back up)."""
+    found, seen = [], set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names if os.path.isfile(os.path.join(place, name))]
+    return sorted(found)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Every file of a model's folder, without what `links_out` names."""
+    return _walk(folder)[0]
+
+
+def links_out(folder: Path) -> list[str]:
+    """Links in a model's folder that lead out of it, as paths from it. They are neither followed nor copied.
+
+    A foreign folder may hold links to the user's own files. A snapshot in the hub's cache has its files among its
+    repository's `blobs`, which belong to it.
+    """
+    return [path.relative_to(folder).as_posix() for path in _walk(folder)[1]]
+
+
+def check_links(folder: Path) -> None:
+    """Raises ModelError if a file or part that a model needs is a link that leads out of the model's folder."""
+    for name in links_out(folder):
+        path = Path(name)
+        if path.name == "merges.txt" or path.suffix in _READ or name in _PARTS:
+            raise ModelError(
+                f"{folder / name} is a link that leads out of the model's folder and is not followed: "
+                "copy what it leads to into the folder"
+            )
+
+
+def _roots(folder: Path) -> list[Path]:
+    home = Path(os.path.realpath(folder))
+    repository = home.parent.parent
+    cached = home.parent.name == "snapshots" and repository.name.startswith("models--")
+    return [home, repository / "blobs"] if cached else [home]
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(files of a model's folder, links that lead out of it), both sorted.
+
+    Of linked folders only the first is entered, so that no chain of links leads round in circles.
+    """
+    found: list[Path] = []
+    out: list[Path] = []
+    roots, waiting = _roots(folder), [(folder, False)]
+    while waiting:
+        place, linked = waiting.pop()
+        home = Path(os.path.realpath(place))
+        try:
+            names = os.listdir(place)
+        except OSError:
+            continue
+        for name in names:
+            path, real = place / name, Path(os.path.realpath(place / name))
+            if not any(real.is_relative_to(root) for root in roots):
+                out.append(path)
+            elif path.is_file():
+                found.append(path)
+            elif path.is_dir():
+                link = real != home / name
+                if not link or not (linked or home.is_relative_to(real)):
+                    waiting.append((path, linked or link))
+    return sorted(found), sorted(out)

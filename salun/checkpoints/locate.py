@@ -1,0 +1,188 @@
+"""From a model's name to its place on disk: alias, path, a host's checkpoint, or hub id."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from salun.checkpoints.diffusers_folder import files_under, weights_of
+from salun.errors import ConfigError, ModelError
+from salun.untrusted import read_json, read_yaml
+from salun.user_text import as_spelled, composed, unquoted
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+SETTINGS = "salun.yaml"
+FILES = (".safetensors", ".ckpt")
+HOST_FOLDERS = ("models/checkpoints", "models/Stable-diffusion", "checkpoints", "Stable-diffusion")
+EXTRA_PATHS = "extra_model_paths.yaml"
+logger = logging.getLogger("salun")
+
+
+@cache
+def aliases() -> dict[str, Any]:
+    """The alias table: `default`, `models` (alias → where it lies) and `families` (recipes and sampling defaults)."""
+    table: dict[str, Any] = yaml.safe_load((ASSETS / "models.yaml").read_text(encoding="utf-8"))
+    return table
+
+
+class ModelNotFound(ModelError):
+    """There is no model of this name here."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message, name)
+        self.message, self.name = message, name
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tuple[Path, dict[str, Any]]:
+    """A model's folder or single file, and its entry in the alias table (empty for others).
+
+    unet: whether its weights are wanted too, which are most of a download.
+
+    Looked for in this order: aliases; a path; a checkpoint of this name in the folders of `checkpoint_folders`; the
+    hub, from which it is downloaded if need be. Raises ModelError for a name that nothing or more than one thing has.
+    """
+    name, table = unquoted(name), aliases()["models"]
+    entry = dict(table.get(name, {}))
+    if "path" in entry:
+        return ASSETS / entry["path"], entry
+    if not entry:
+        try:
+            given = as_spelled(Path(name).expanduser()) if name else Path()
+            there = bool(name) and given.exists()
+        except (RuntimeError, OSError, ValueError) as error:  # no such user's home, a name too long, a NUL in it
+            raise ModelError(f"no model can have the name {name[:80]!r}: {error}") from error
+        if there:
+            return given, entry
+        folders = list(checkpoint_folders(models_dir))
+        found = _named(name, folders)
+        if found is not None:
+            return found, entry
+        if name.endswith(FILES) or name.startswith((".", "/", "~")):
+            where = f", nor in {', '.join(map(str, folders))}" if folders else "; --models-dir names folders to look in"
+            raise ModelNotFound(f"there is no {given}{where}", name)
+        if name.count("/") != 1:
+            near = difflib.get_close_matches(name, table, 1)
+            looked = f" (looked in {', '.join(map(str, folders))})" if folders else ""
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ModelNotFound(
+                f"no model {name!r}{looked}{hint}: use {', '.join(table)}, a .safetensors file, a diffusers folder, "
+                "a hub id (owner/name), or a checkpoint's name in a folder that --models-dir tells",
+                name,
+            )
+    return _download(entry.get("repo", name), entry.get("variant"), unet), entry
+
+
+def checkpoint_folders(models_dir: Sequence[str] = ()) -> Iterator[Path]:
+    """The folders with checkpoints under those given and those of SALUN_MODELS_DIR (separated as in PATH).
+
+    Each may be a folder of checkpoints, or the root of ComfyUI or of a WebUI; ComfyUI's own `extra_model_paths.yaml`
+    in it is followed. Raises ConfigError for a folder that is not there, or a file that cannot be read; a folder that
+    the file names and that cannot be read is skipped, with a warning.
+    """
+    own = [place for place in os.environ.get("SALUN_MODELS_DIR", "").split(os.pathsep) if place]
+    seen = set()
+    for place in [*models_dir, *own]:
+        root = as_spelled(Path(unquoted(place)).expanduser())
+        if not os.path.isdir(root):
+            raise ConfigError(f"--models-dir {place} is no folder: give one of checkpoints, or a WebUI's or ComfyUI's")
+        inner = [root / part for part in HOST_FOLDERS if os.path.isdir(root / part)]
+        if os.path.isfile(root / EXTRA_PATHS):
+            inner += _extra_paths(root / EXTRA_PATHS)
+        for folder in inner or [root]:
+            if os.path.realpath(folder) not in seen:
+                seen.add(os.path.realpath(folder))
+                yield folder
+
+
+def _extra_paths(file: Path) -> list[Path]:
+    """The checkpoint folders that ComfyUI's extra_model_paths.yaml adds."""
+    try:
+        table = read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    found = []
+    for section in table.values() if isinstance(table, Mapping) else ():
+        listed = section.get("checkpoints") if isinstance(section, Mapping) else None
+        if not isinstance(listed, str):
+            continue
+        base = file.parent / os.path.expanduser(os.path.expandvars(str(section.get("base_path") or "").strip()))
+        found += [base / line.strip() for line in listed.splitlines() if line.strip()]
+    return [folder for folder in found if _readable(folder, file)]
+
+
+def _readable(folder: Path, file: Path) -> bool:
+    """Whether a folder can be listed. One that is missing is skipped in silence, as ComfyUI does."""
+    try:
+        os.scandir(folder).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        logger.warning("%s names a folder that cannot be read and is skipped: %s (%s)", file, folder, reason)
+        return False
+    return True
+
+
+def _named(name: str, folders: Sequence[Path]) -> Path | None:
+    """The one checkpoint of this name: its path below a folder, its file's name, or that without its ending.
+
+    Raises ModelError if several have it.
+    """
+    wanted = composed(name.replace("\\", "/")).casefold()
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in (p for p in files_under(folder) if p.suffix.lower() in FILES):
+            below = composed(path.relative_to(folder).as_posix()).casefold()
+            last = below.rsplit("/", 1)[-1]
+            names = {below, below.rsplit(".", 1)[0], last, last.rsplit(".", 1)[0]}
+            if wanted in names:
+                found.setdefault(os.path.realpath(path), path)
+    if len(found) > 1:
+        listed = ", ".join(map(str, found.values()))
+        raise ModelError(f"{name!r} is the name of {len(found)} checkpoints: give the path of one: {listed}")
+    return next(iter(found.values()), None)
+
+
+def _download(repo: str, variant: str | None, unet: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    parts = [*(["unet"] if unet else []), "vae", "text_encoder", "text_encoder_2"]
+    names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else ["*.safetensors"]
+    weights = [f"{part}/{name}" for part in parts for name in names]
+    patterns = ["model_index.json", SETTINGS, "*/*.json", "*/merges.txt", *weights]
+    try:
+        cached = Path(snapshot_download(repo, local_files_only=True, allow_patterns=patterns))
+        _check_parts(cached, parts)
+        return cached
+    except (OSError, ValueError, KeyError, ModelError):  # not in the local cache, or only some of its files
+        pass
+    try:
+        fetched = Path(snapshot_download(repo, allow_patterns=patterns))
+        _check_parts(fetched, parts)  # offline the client is content with what it has
+        return fetched
+    except Exception as error:  # the hub's client raises many kinds; all of them mean that the model is not here
+        why = str(error) if isinstance(error, ModelError) else type(error).__name__
+        raise ModelError(
+            f"{repo} is not on this machine and could not be fetched ({why}): connect to the "
+            "internet, log in with `hf auth login` if it is gated, or give a diffusers folder or a .safetensors file"
+        ) from error
+
+
+def _check_parts(folder: Path, parts: Sequence[str]) -> None:
+    """Raises ModelError, OSError, ValueError or KeyError for a folder that lacks the weights of a part it lists."""
+    listed = read_json(folder / "model_index.json")
+    if not isinstance(listed, dict):
+        raise ModelError(f"{folder / 'model_index.json'} is damaged: expected a JSON object")
+    for part in parts:
+        if part in listed:
+            weights_of(folder / part)

@@ -1,0 +1,114 @@
+"""A copy of a model with some of its UNet's tensors changed: all else byte for byte, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from salun.checkpoints import keymap, safetensors_io
+from salun.checkpoints.diffusers_folder import links_out, model_files, weights_of
+from salun.checkpoints.lazy_tensors import Stored
+from salun.errors import ModelError
+from salun.files import new_folder
+
+PARTS = ("vae", "text_encoder", "text_encoder_2", "safety_checker", "image_encoder")  # what else has weights
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".onnx_data", ".pb", ".msgpack", ".h5", ".gguf")
+
+
+def write_patched(
+    stored: Stored, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str], keep_ema: bool = False
+) -> None:
+    """Write a copy of the model in its own layout. changed: diffusers name → tensor, of the file's dtype and shape.
+
+    Other copies of the weights are left out (see `left_out`). Raises ModelError if the source has changed since it was
+    opened, a tensor does not fit, or the disk has no room; nothing is left at `target` then.
+    """
+    if stored.single:
+        replaced = _Inner(stored, stored.path, changed)
+        dropped = [] if keep_ema else left_out(stored)
+        safetensors_io.rewrite(
+            stored.path, target, replaced, metadata, dropped=dropped, stamp=stored.headers[stored.path].stamp
+        )
+    else:
+        _write_folder(stored, target, changed, metadata)
+
+
+class _Inner(Mapping[str, Tensor]):
+    """Changed tensors of one file by their names in it, each made when it is asked for."""
+
+    def __init__(self, stored: Stored, file: Path, changed: Mapping[str, Tensor]) -> None:
+        self._changed = changed
+        self._names = {stored.inner(name): name for name in changed if stored.places[name][0] == file}
+
+    def __getitem__(self, inner: str) -> Tensor:
+        return self._changed[self._names[inner]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def left_out(stored: Stored) -> list[str]:
+    """What a copy must not have, since it still holds the concept: other copies of the UNet's weights.
+
+    Of a single file the names of its EMA tensors; of a folder its UNet's other variants, whole checkpoints, and what
+    else holds a UNet, as paths from it.
+    """
+    if stored.single:
+        return [name for name in stored.headers[stored.path].names if name.startswith(keymap.EMA)]
+    index = weights_of(stored.path / "unet").index
+    kept = {os.path.realpath(file) for file in (*stored.files, *([index] if index else []))}
+    return [
+        path.relative_to(stored.path).as_posix()
+        for path in model_files(stored.path)
+        if os.path.realpath(path) not in kept and _is_other_copy(path, path.relative_to(stored.path).parts[:-1])
+    ]
+
+
+def _is_other_copy(path: Path, inside: tuple[str, ...]) -> bool:
+    """Whether a file of a folder, `inside` these of its folders, holds a UNet's weights, or may."""
+    if inside[:1] == ("unet",):
+        return path.suffix in WEIGHTS or (".index." in path.name and path.suffix == ".json")
+    if path.suffix not in WEIGHTS or (inside[:1] and inside[0] in PARTS):
+        return False
+    if path.suffix != ".safetensors" or not inside:
+        return True
+    try:
+        names = safetensors_io.read_header(path).names
+    except ModelError:
+        return True
+    return any(name.startswith((keymap.UNET, "down_blocks.", "input_blocks.")) for name in names)
+
+
+def led_out(stored: Stored) -> list[str]:
+    """Links of a model's folder, as paths from it, that a copy must not carry along; none of a single file."""
+    return [] if stored.single else links_out(stored.path)
+
+
+def size_of(stored: Stored) -> int:
+    """Bytes of the whole model on disk."""
+    if stored.single:
+        return stored.path.stat().st_size
+    return sum(path.stat().st_size for path in model_files(stored.path))
+
+
+def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    unwanted = {stored.path / name for name in left_out(stored)}
+    replaced = {os.path.realpath(file): file for file in stored.files}
+    with new_folder(target) as temporary:
+        for source in (path for path in model_files(stored.path) if path not in unwanted):
+            copy = temporary / source.relative_to(stored.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            own = replaced.get(os.path.realpath(source))
+            if own is not None:
+                safetensors_io.rewrite(
+                    source, copy, _Inner(stored, own, changed), metadata, stamp=stored.headers[own].stamp
+                )
+            else:
+                shutil.copyfile(source, copy)

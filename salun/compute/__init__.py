@@ -1,0 +1,1 @@
+"""Where to compute: devices, dtypes, processes, versions."""

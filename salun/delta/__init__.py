@@ -1,0 +1,1 @@
+"""Sparse differences of two models: made, applied, undone, stacked, exported for stock loaders."""

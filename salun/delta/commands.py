@@ -1,0 +1,307 @@
+"""Deltas as files: made from two models, applied to one, stacked, taken out again, written for stock loaders.
+
+A model is whatever `find` knows: an alias, a hub id, a diffusers folder or a single file. Outputs appear whole or not
+at all. Who has a delta can undo the erasure.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.lazy_tensors import Stored
+from salun.checkpoints.locate import find
+from salun.checkpoints.outputs import DELTA, DIFF, LORA, check_output, output_layout
+from salun.checkpoints.patch import led_out, left_out, size_of, write_patched
+from salun.checkpoints.pickled import readable
+from salun.checkpoints.single_file import open_unet
+from salun.delta import stacking
+from salun.delta.delta import Delta
+from salun.delta.provenance import (
+    APPLIED,
+    BASE_HASH,
+    OURS,
+    Applied,
+    applied_in,
+    notes_in,
+    why_kept,
+    with_added,
+    without,
+)
+from salun.delta.stacking import OtherBase, Stacked
+from salun.delta.stock_formats import check_rank, stock_notes, write_stock
+from salun.errors import ConfigError, ModelError, some
+from salun.files import check_room, placed
+from salun.options import FileOptions
+from salun.progress import Event, Progress, Told, silent
+
+FILE = ".safetensors"
+
+
+def extract(
+    base: str,
+    erased: str,
+    output: str,
+    *,
+    options: FileOptions | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the delta that leads from one model to another; both may be single files or folders.
+
+    options: where models are found, of every function here. Returns facts for people and programs. Raises ConfigError
+    for an output that must not be written; ModelError for models that do not pair up or do not differ.
+    """
+    output = os.path.expanduser(output)
+    old, new = open_model(base, options), open_model(erased, options)
+    _check(output, force, old.path, new.path, endings=(DELTA,))
+    notes = {OURS + key: text for key, text in notes_in(new.metadata).items()}
+    delta = Delta.between(old, new, notes, progress)
+    if not delta.changes:
+        raise ModelError(f"{base} and {erased} hold the same UNet: there is nothing to extract")
+    progress(Event("writing", message=f"writing {output}"))
+    with placed(Path(output), force) as place:
+        delta.save(place)
+    total = sum(prod(old.entry(name).shape) for name in old)
+    return {
+        "output": output,
+        "bytes": Path(output).stat().st_size,
+        "id": delta.id,
+        "base_hash": delta.base_hash,
+        "result_hash": delta.result_hash,
+        "tensors": len(delta.names),
+        "changed": delta.changed,
+        "total": total,
+        "density": delta.changed / total,
+    }
+
+
+def apply(
+    model: str,
+    delta: str,
+    output: str,
+    strength: float = 1.0,
+    *,
+    fine_tune_of: str | None = None,
+    keep_ema: bool = False,
+    options: FileOptions | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a copy of a model with the delta applied: at strength 1 the erased model to the bit.
+
+    fine_tune_of: the base that the delta was made from, where the model is another, such as a fine-tune of it; then the
+    differences are added. See `stack`.
+    """
+    return stack(
+        model,
+        [delta],
+        output,
+        [strength],
+        fine_tune_of=fine_tune_of,
+        keep_ema=keep_ema,
+        options=options,
+        force=force,
+        progress=progress,
+    )
+
+
+def stack(
+    model: str,
+    deltas: Sequence[str | Delta],
+    output: str,
+    strengths: Sequence[float] = (),
+    *,
+    fine_tune_of: str | None = None,
+    keep_ema: bool = False,
+    options: FileOptions | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a copy of a model with several deltas of it applied, in whatever order: see `salun.delta.stacking.stack`.
+
+    deltas: files, or deltas in memory. strengths: one for each delta; none stands for 1 throughout. keep_ema: keep a
+    single file's second copy of the weights, in which nothing is erased. The output's metadata list what was applied.
+    Returns facts, `notes` among them: lines on what is not exact, overlaps, and what was left out. Raises ConfigError
+    for an output that must not be written or options that contradict; ModelError for a model that is not the deltas'
+    base.
+    """
+    if strengths and len(strengths) != len(deltas):
+        raise ConfigError(f"{len(strengths)} --strength for {len(deltas)} deltas: give one for each, in order, or none")
+    output = os.path.expanduser(output)
+    stacking.check_strengths(strengths)
+    stored = open_model(model, options)
+    other = open_model(fine_tune_of, options) if fine_tune_of is not None else None
+    files = [Path(one) for one in deltas if not isinstance(one, Delta)]
+    loaded = [one if isinstance(one, Delta) else Delta.load(one) for one in deltas]
+    _check(output, force, *(m.path for m in (stored, other) if m is not None), *files, layout_of=stored)
+    layers = list(zip(loaded, strengths or [1.0] * len(deltas), strict=True))
+    try:
+        made = stacking.stack(stored, layers, fine_tune_of=other, progress=progress)
+    except OtherBase as error:
+        _stackable(stored, layers, error)
+        raise
+    active = [delta for delta, strength in layers if strength]
+    shared = {pair: n for pair, n in stacking.overlaps(active).items() if n}
+    exact = not made.note
+    added = [
+        Applied(delta.id, float(strength), _partners(delta.id, shared), exact, notes_in(delta.metadata))
+        for delta, strength in layers
+        if strength
+    ]
+    metadata = with_added(added, stored.metadata, made.base_hash, made.result_hash) if added else {}
+    dropped = [] if keep_ema and stored.single else left_out(stored)
+    _write(stored, output, made, metadata, progress, force, keep_ema)
+    notes = [made.note] if made.note else []
+    notes += [
+        f"{one} and {two} both change {n:,} entries: these get the sum of both, and neither can be undone alone"
+        for (one, two), n in shared.items()
+    ]
+    if links := led_out(stored):
+        notes.append(f"left out, as links that lead out of the model: {some(links)}")
+    if dropped:
+        notes.append(f"left out, since other copies of the weights still hold what was erased: {some(dropped)}")
+    return {
+        "output": output,
+        "applied": [{"id": delta.id, "strength": strength} for delta, strength in layers],
+        "exact": exact and not shared and all(one.strength == 1.0 for one in added),
+        "base_hash": made.base_hash,
+        "result_hash": made.result_hash,
+        "overlaps": [{"deltas": list(pair), "entries": n} for pair, n in shared.items()],
+        "notes": notes,
+    }
+
+
+def undo(
+    model: str,
+    delta: str,
+    output: str,
+    *,
+    options: FileOptions | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a copy of a model with the delta taken out, exact to the bit, which hashes confirm.
+
+    The model must be what the delta gives its own base, or list the delta at strength 1 without overlap. Raises
+    ModelError for any other, saying what was applied to it and from which base to start instead.
+    """
+    output = os.path.expanduser(output)
+    stored = open_model(model, options)
+    loaded = Delta.load(delta)
+    _check(output, force, stored.path, Path(delta), layout_of=stored)
+    flipped = Stacked(stored, ((loaded, 1.0),))
+    found, _, back = flipped.hashes(progress)
+    listed = applied_in(stored.metadata, found)
+    if found == loaded.base_hash:
+        raise ModelError(f"{model} is the delta's own base (hash {found[:12]}…): there is nothing to take out")
+    whole = found == loaded.result_hash
+    if not whole and (why := why_kept(loaded.id, listed)):
+        began = stored.metadata[BASE_HASH] if listed else loaded.base_hash
+        raise ModelError(
+            f"the delta {loaded.id} cannot be taken out of {model} (hash {found[:12]}…, not the "
+            f"{loaded.result_hash[:12]}… that it gives): {why}; start from its base (hash {began[:12]}…)"
+        )
+    metadata = without(loaded.id, listed, stored.metadata, back)
+    expected = loaded.base_hash if whole else back if metadata[APPLIED] else stored.metadata[BASE_HASH]
+    if not back or back != expected:
+        raise stacking.damaged("what it leaves is not the model that it was applied to")
+    _write(stored, output, flipped, metadata, progress, force, keep_ema=True)
+    remaining = [{"id": one.id, "strength": one.strength} for one in applied_in(metadata, back)]
+    return {"output": output, "id": loaded.id, "base_hash": back, "result_hash": found, "applied": remaining}
+
+
+def export(
+    delta: str,
+    base: str,
+    output: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    options: FileOptions | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a delta for stock loaders: `x.lora.safetensors` of low rank, or every difference, `x.diff.safetensors`.
+
+    rank, energy: of the low-rank file, as in `low_rank`; without either, ranks that keep 90 % of each layer's energy.
+    Returns facts, with `kept` as `Account.as_json` tells it. Raises ConfigError for options that contradict; ModelError
+    for a base that is not the delta's.
+    """
+    output = os.path.expanduser(output)
+    if output.endswith(DIFF) and not rank is energy is None:
+        raise ConfigError(f"--rank and --energy are of low-rank files: end --output in {LORA}, or leave them out")
+    if output.endswith(LORA) and not rank is energy is None:
+        check_rank(rank, energy)
+    stored, loaded = open_model(base, options), Delta.load(delta)
+    _check(output, force, stored.path, Path(delta), endings=(LORA, DIFF))
+    made = stacking.stack(stored, [(loaded, 1.0)], progress=progress)
+    old = made.start
+    new = Stacked(old, made.layers)
+    facts: dict[str, Any] = {"output": output, "id": loaded.id, "notes": [made.note] if made.note else []}
+    with placed(Path(output), force) as place:
+        account = write_stock(place, old, new, stock_notes(loaded), rank, energy, progress)
+    if account is not None:
+        facts["kept"] = account.as_json()
+        facts["notes"] += [account.warning] if account.warning else []
+    header = safetensors_io.read_header(Path(output))
+    return {**facts, "bytes": Path(output).stat().st_size, "tensors": len(header.names)}
+
+
+def _stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], error: OtherBase) -> None:
+    """Raises ModelError with the exact way, where the model is the deltas' base with others of that base in it."""
+    listed = applied_in(stored.metadata, error.found)
+    if listed and stored.metadata[BASE_HASH] == layers[0][0].base_hash:
+        raise ModelError(
+            f"{stored.path} holds {', '.join(map(str, listed))} already, of the same base (hash "
+            f"{error.due[:12]}…): start from that and apply all at once by `salun delta stack`, which is exact"
+        ) from error
+
+
+def open_model(name: str, options: FileOptions | None = None) -> Stored:
+    """The UNet of a model by its name. Raises ModelError if it is not found or is none that salun handles."""
+    options = options or FileOptions()
+    return open_unet(readable(find(name, options.models_dir)[0], options.allow_pickle))
+
+
+def _check(
+    output: str, force: bool, *inputs: Path, endings: tuple[str, ...] = (), layout_of: Stored | None = None
+) -> None:
+    """Raises ConfigError for an output of another ending or layout, or that would overwrite something or an input."""
+    if endings and not output.endswith(endings):
+        raise ConfigError(f"--output {output}: end it in {' or '.join(endings)}")
+    if layout_of is not None and layout_of.single and not (output_layout(output) == "file" and output.endswith(FILE)):
+        raise ConfigError(f"--output {output}: {layout_of.path} is a single file, so end it in {FILE} alone")
+    if layout_of is not None and not layout_of.single and output_layout(output) != "folder":
+        raise ConfigError(f"--output {output}: {layout_of.path} is a diffusers folder, so end it in /")
+    for given in inputs:
+        one, other = Path(os.path.realpath(output)), Path(os.path.realpath(given))
+        same = one == other or (one.is_file() and other.exists() and os.path.samefile(one, other))
+        if same or one in other.parents or other in one.parents:
+            raise ConfigError(f"--output {output} is, holds or is inside {given}, which is read: write somewhere else")
+    check_output(output, force)
+    check_room({Path(output): size_of(layout_of) if layout_of is not None else 0})
+
+
+def _write(
+    stored: Stored,
+    output: str,
+    changed: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    progress: Progress,
+    force: bool,
+    keep_ema: bool = False,
+) -> None:
+    progress(Event("writing", message=f"writing {output}"))
+    with placed(Path(output), force) as place:
+        write_patched(stored, place, Told(changed, "writing", progress), metadata, keep_ema)
+
+
+def _partners(delta: str, shared: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
+    return tuple(sorted({one for pair in shared if delta in pair for one in pair if one != delta}))

@@ -1,0 +1,364 @@
+"""Stock formats: what an erasure changed, in files that ComfyUI, A1111 and Forge load without salun.
+
+`full_difference` writes every difference (`.diff`, `.diff_b`); `low_rank` keeps the best approximation of each matrix
+by one of low rank (LoRA), and tells what that loses. The names are those that all three hosts match to a module for
+each family of models; docs/formats.md says what was tried. Who has such a file can undo the erasure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun.checkpoints import keymap, safetensors_io
+from salun.checkpoints.outputs import DIFF
+from salun.delta.delta import Delta
+from salun.delta.provenance import BASE_HASH, RESULT_HASH, joined, notes_in
+from salun.errors import ConfigError, ModelError
+from salun.progress import Event, Progress, Told, silent
+
+_KINDS = {  # a part of a parameter's name → its kind; the first that is there counts
+    "time_emb_proj": "time",
+    "time_embedding": "time",
+    "add_embedding": "time",
+    "attn1": "attn1",
+    "attn2": "attn2",
+    "ff": "feed-forward",
+    "resnets": "resnet",
+}
+_HARDLY_SMALLER = 0.8  # of the full difference's bytes
+_NOISE = 1e-13  # squared singular values below this share of the largest are float64's rounding, not the difference
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def module_keys(names: Iterable[str]) -> dict[str, str]:
+    """diffusers name → stock key of its module (`lora_unet_…`), the same for its weight and its bias.
+
+    names: of the whole UNet. SD 1 and 2 take diffusers' module names, but for conv_norm_out, which A1111 knows by its
+    LDM name alone; SDXL takes LDM names, as A1111 misses four of its modules by diffusers'. (A1111, Forge and ComfyUI
+    take LDM names for SD 1 and 2 as well, but diffusers does not.) Raises KeyError naming a tensor no SDXL UNet has.
+    """
+    names = list(names)
+    if any(name.startswith("add_embedding.") for name in names):
+        placed = {name: theirs.removeprefix(keymap.UNET) for name, theirs in keymap.unet_to_ldm(names).items()}
+    else:
+        placed = {name: name.replace("conv_norm_out.", "out.0.") for name in names}
+    return {name: "lora_unet_" + place.rpartition(".")[0].replace(".", "_") for name, place in placed.items()}
+
+
+def host_metadata(base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata by which A1111 and Forge file the result under its family of models.
+
+    Without it A1111 takes any file that has metadata for one of SD 1, and hides it while another family is loaded.
+    base: the whole UNet, of which one tensor is read. SD 2 is told from SD 1 by the width of its text (1024, not 768).
+    """
+    if any(name.startswith("add_embedding.") for name in base):
+        family, architecture = {"ss_base_model_version": "sdxl_base_v1-0"}, "stable-diffusion-xl-v1-base"
+    elif base[next(name for name in base if name.endswith("attn2.to_k.weight"))].shape[1] == 1024:
+        family, architecture = {"ss_base_model_version": "sd_v2", "ss_v2": "True"}, "stable-diffusion-v2"
+    else:
+        family, architecture = {"ss_base_model_version": "sd_v1"}, "stable-diffusion-v1"
+    return {**family, "modelspec.architecture": f"{architecture}/lora"}
+
+
+# -- full differences -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Differences(Mapping[str, Tensor]):
+    """Stock key → new − old, each made when it is asked for: of a whole UNet they take as much as it does.
+
+    described: key → dtype and shape. names: key → diffusers name, "" for a tensor of zeros.
+    """
+
+    base: Mapping[str, Tensor]
+    changed: Mapping[str, Tensor]
+    described: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    names: dict[str, str]
+
+    def __getitem__(self, key: str) -> Tensor:
+        dtype, shape = self.described[key]
+        name = self.names[key]
+        if not name:
+            return torch.zeros(shape, dtype=dtype)
+        return _cast(_difference(self.base, self.changed, name), dtype, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.described)
+
+    def __len__(self) -> int:
+        return len(self.described)
+
+
+def full_difference(
+    base: Mapping[str, Tensor], changed: Mapping[str, Tensor], dtype: torch.dtype = torch.float16
+) -> Differences:
+    """Stock key → new − old, in the tensor's own shape: `.diff` for weights, `.diff_b` for biases, of norms too.
+
+    base: the whole UNet by diffusers names, read lazily, one tensor at a time; changed: the tensors that changed. Where
+    a bias changed alone its weight gets a `.diff` of zeros: A1111 refuses a whole file that has a `.diff_b` without.
+    Raises ModelError if nothing changed, the tensors do not pair up, or a difference is not finite or too large for
+    dtype: each tensor is looked at once before the first is made.
+    """
+    keys = module_keys(base)
+    names, described = {}, {}
+    for name, difference in _differences(base, changed):
+        key = f"{keys[name]}.{'diff_b' if name.endswith('.bias') else 'diff'}"
+        names[key], described[key] = name, (dtype, tuple(_cast(difference, dtype, name).shape))
+    if not names:
+        raise _nothing_changed()
+    for name, module in keys.items():
+        key = f"{module}.diff"
+        if name.endswith(".weight") and f"{module}.diff_b" in names and key not in names:
+            names[key], described[key] = "", (dtype, tuple(base[name].shape))
+    return Differences(base, changed, described, names)
+
+
+# -- low rank ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a low-rank file holds of some difference.
+
+    energy: the squared Frobenius norm of the difference. held: of that, what the file holds. ranks: of the layers that
+    it holds; empty for a norm or a bias, which low rank cannot hold.
+    """
+
+    energy: float
+    held: float
+    ranks: tuple[int, ...]
+
+    @property
+    def share(self) -> float:
+        """held ÷ energy, from 0 to 1."""
+        return self.held / self.energy
+
+    @classmethod
+    def of(cls, parts: Iterable[Kept]) -> Kept:
+        """Several together."""
+        parts = list(parts)
+        ranks = tuple(rank for part in parts for rank in part.ranks)
+        return cls(sum(part.energy for part in parts), sum(part.held for part in parts), ranks)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a low-rank file holds of each parameter that changed. layers: diffusers name → Kept, in the UNet's order.
+
+    size: bytes of its tensors; full_size: of what the full difference would take.
+    """
+
+    layers: dict[str, Kept]
+    size: int
+    full_size: int
+
+    @property
+    def groups(self) -> dict[str, Kept]:
+        """The same per block and kind of layer, such as "up_blocks.1 attn2": see `group_of`."""
+        members: dict[str, list[Kept]] = {}
+        for name, kept in self.layers.items():
+            members.setdefault(group_of(name), []).append(kept)
+        return {group: Kept.of(parts) for group, parts in members.items()}
+
+    @property
+    def total(self) -> Kept:
+        """The same in all."""
+        return Kept.of(self.layers.values())
+
+    @property
+    def left_out(self) -> list[str]:
+        """Norms and biases that changed and that the file does not hold."""
+        return [name for name, kept in self.layers.items() if not kept.ranks]
+
+    @property
+    def warning(self) -> str:
+        """That the file is hardly smaller than the exact one; "" if it is."""
+        if self.size < _HARDLY_SMALLER * self.full_size:
+            return ""
+        return (
+            f"it takes {self.size / self.full_size:.0%} of the room of the full difference (x.diff.safetensors), which "
+            "loses nothing: a fixed rank, such as 16, makes it small"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """`kept` in all, per `groups` and per `layers`, with the lowest and highest rank; `left_out`: names.
+
+        `bytes` and `bytes_in_full`: of its tensors, and of the full difference's.
+        """
+
+        def row(kept: Kept) -> dict[str, Any]:
+            return {"kept": kept.share, "ranks": [min(kept.ranks), max(kept.ranks)] if kept.ranks else None}
+
+        return {
+            **row(self.total),
+            "groups": {group: row(kept) for group, kept in self.groups.items()},
+            "layers": {name: row(kept) for name, kept in self.layers.items()},
+            "left_out": self.left_out,
+            "bytes": self.size,
+            "bytes_in_full": self.full_size,
+        }
+
+
+def low_rank(
+    base: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[dict[str, Tensor], Account]:
+    """Stock key → tensor of a LoRA, and what it holds.
+
+    Each changed linear or convolution (out, in[, kh, kw]), as a matrix (out, in·kh·kw), becomes `.lora_up.weight`
+    (out, r[, 1, 1]), `.lora_down.weight` (r, in[, kh, kw]) and `.alpha` = r: the nearest matrix of rank r (Eckart and
+    Young). r is `rank`, or the layer's own if that is less; or the least that holds the share `energy` of the layer's
+    squared norm. base, changed, and ModelError as in `full_difference`; also if only norms and biases changed.
+    Raises ConfigError unless there is one of rank (≥ 1) and energy (in (0, 1]).
+    """
+    check_rank(rank, energy)
+    keys = module_keys(base)
+    found: dict[str, Tensor] = {}
+    layers: dict[str, Kept] = {}
+    full_size = 0
+    for name, difference in _differences(base, changed):
+        full_size += difference.numel() * dtype.itemsize
+        if difference.dim() < 2:
+            layers[name] = Kept(float(difference.square().sum()), 0.0, ())
+            continue
+        up, down, layers[name] = _nearest(difference.flatten(1), rank, energy)
+        r, ones = up.shape[1], (1,) * (difference.dim() - 2)
+        found[f"{keys[name]}.lora_up.weight"] = _cast(up.reshape(-1, r, *ones), dtype, name)
+        found[f"{keys[name]}.lora_down.weight"] = _cast(down.reshape(r, *difference.shape[1:]), dtype, name)
+        found[f"{keys[name]}.alpha"] = torch.tensor(float(r))
+    if not layers:
+        raise _nothing_changed()
+    if not found:
+        raise ModelError("only norms and biases changed, which low rank cannot hold: write the full difference")
+    return found, Account(layers, sum(t.numel() * t.element_size() for t in found.values()), full_size)
+
+
+def check_rank(rank: int | None, energy: float | None) -> None:
+    """Raises ConfigError unless there is one of the two, in its range."""
+    if (rank is None) == (energy is None):
+        raise ConfigError("a low-rank file takes either a rank or an energy: give one of them")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"the rank is {rank}, but must be at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"the energy is {energy}, but must be over 0 and at most 1")
+
+
+def _nearest(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Kept]:
+    """(up (out, r), down (r, n), what they hold) of a float64 matrix (out, n) that is not zero.
+
+    From the eigenvectors of the smaller side's Gram matrix: as exact as an SVD far beyond float16's precision, and many
+    times faster for a wide matrix. Both factors get the square root of the singular values, so that neither is small.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if tall else matrix
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    sums = values.cumsum(0)
+    r = rank if energy is None else int(torch.searchsorted(sums, energy * sums[-1])) + 1
+    r = min(r or 1, int((values > _NOISE * values[0]).sum()))
+    basis = vectors[:, :r]
+    rows = basis.T @ wide
+    scale = rows.norm(dim=1).sqrt()
+    left, right = basis * scale, rows / scale[:, None]
+    up, down = (right.T, left.T) if tall else (left, right)
+    return up, down, Kept(float(sums[-1]), float(sums[r - 1]), (r,))
+
+
+def group_of(name: str) -> str:
+    """Block and kind of a UNet parameter: "down_blocks.0 attn1", "mid_block resnet", "outside time", ….
+
+    Kinds: attn1, attn2, feed-forward, resnet (convolutions), time, norm, other (projections, samplers, ends). A bias
+    goes with its layer.
+    """
+    parts = name.split(".")
+    if parts[0] in ("down_blocks", "up_blocks"):
+        block = ".".join(parts[:2])
+    else:
+        block = "mid_block" if parts[0] == "mid_block" else "outside"
+    if "norm" in parts[-2]:
+        return f"{block} norm"
+    kinds = (kind for part, kind in _KINDS.items() if part in parts)
+    return f"{block} {next(kinds, 'other')}"
+
+
+# -- differences ------------------------------------------------------------------------------------------------------
+
+
+def _differences(base: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, new − old in float64) of each tensor that differs, in the base's order."""
+    lone = sorted(set(changed) - set(base))
+    if lone:
+        raise ModelError(f"the base holds no {', '.join(lone[:3])}: give the model that was changed")
+    for name in base:
+        if name in changed and (difference := _difference(base, changed, name)).any():
+            yield name, difference
+
+
+def _difference(base: Mapping[str, Tensor], changed: Mapping[str, Tensor], name: str) -> Tensor:
+    old, new = base[name], changed[name]
+    if old.shape != new.shape:
+        raise ModelError(f"{name} is {list(old.shape)} in the base and {list(new.shape)} in the changed model")
+    difference = new.detach().cpu().double() - old.detach().cpu().double()
+    if not torch.isfinite(difference).all():
+        raise ModelError(f"{name} holds a difference that is not finite: one of the two models is damaged")
+    return difference
+
+
+def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    result = value.to(dtype).contiguous()
+    if not torch.isfinite(result).all():
+        raise ModelError(f"{name} holds a difference up to {float(value.abs().max()):.3g}, too large for {dtype}")
+    return result
+
+
+def _nothing_changed() -> ModelError:
+    return ModelError("nothing changed between the two models: there is no difference to write")
+
+
+ENERGY = 0.9  # of a low-rank file where nothing else is asked for
+
+
+def stock_notes(delta: Delta) -> dict[str, str]:
+    """Metadata of a stock loader's file: what the delta says of itself, and which it is."""
+    own = {"salun.delta": delta.id, BASE_HASH: delta.base_hash, RESULT_HASH: delta.result_hash}
+    return {**joined([notes_in(delta.metadata)]), **own}
+
+
+def write_stock(
+    path: Path,
+    base: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
+    notes: Mapping[str, str],
+    rank: int | None = None,
+    energy: float | None = None,
+    progress: Progress = silent,
+) -> Account | None:
+    """Write a stock loader's file, low-rank or full by its name; returns what a low-rank one holds.
+
+    base: the whole UNet. changed: its tensors that differ, as they are to be. rank, energy: of the low-rank file, as in
+    `low_rank`; without either, ranks that keep 90 % of the difference.
+    """
+    told = Told(changed, "comparing", progress)
+    held = {**notes, **host_metadata(base)}
+    if path.name.endswith(DIFF):
+        made = full_difference(base, told)
+        made = replace(made, changed=changed)  # (from here on it is the writing that is told)
+        safetensors_io.write_lazily(path, made.described, Told(made, "writing", progress), held)
+        return None
+    tensors, account = low_rank(base, told, rank=rank, energy=ENERGY if rank is energy is None else energy)
+    safetensors_io.write(path, tensors, {**held, "salun.energy_kept": f"{account.total.share:.6f}"})
+    if account.warning:
+        progress(Event("writing", message=f"{path.name}: {account.warning}"))
+    return account

@@ -1,0 +1,1 @@
+"""What a file is, and what would fail on this machine."""

@@ -1,0 +1,119 @@
+"""Sampling a model in latent space: the training data of an erasure and the pictures it is judged by.
+
+Every sample has a seed of its own, so it does not depend on what else is in its batch (but for float rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from salun.compute.processes import current
+from salun.diffusion.model.protocol import Conditioning, DiffusionModel
+from salun.progress import Event, Progress, silent
+from salun.runs.cache import Cache, digest_of, key_of
+
+
+def item_seed(seed: int, role: str, index: int) -> int:
+    """The seed of one sample: runs with the same seed and role share pictures, whatever their number."""
+    salt = {"forget": 1, "anchor": 2, "retain": 3, "eval": 4, "sample": 5}[role]
+    return (seed * 1_000_003 + salt * 100_000_007 + index) % (1 << 63)
+
+
+@torch.no_grad()
+def sample_latents(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    progress: Progress = silent,
+    stage: str = "sampling",
+    cache: Cache | None = None,
+) -> Tensor:
+    """One latent per prompt, float32 (n, c, h, w) on the model's device, scaled by the VAE's factor.
+
+    Sampled with the model's own sampling settings by its own sampler (`denoise`). The live UNet is used, erased or not.
+    cache: batches sampled before are taken from it; only for a model that holds its files' own weights. Several
+    processes share the batches out and all get all of them.
+    """
+    away = model.settings.sampling.negative_prompt
+    unique = list(dict.fromkeys([*prompts, away]))
+    encoded = model.encode(unique)
+    row = {text: i for i, text in enumerate(unique)}
+    size = batch_size_of(model)
+    done: dict[int, Tensor] = {}
+    who = current()
+    starts = range(0, len(prompts), size)
+    for number, start in enumerate(starts):
+        if not who.mine(number):
+            continue
+        own = list(seeds[start : start + size])
+        index = torch.tensor([row[text] for text in prompts[start : start + size]], device=model.device)
+        asked, empty = encoded[index], encoded[row[away] : row[away] + 1]
+        key = _key(model, asked, empty, own) if cache is not None else ""
+        kept = cache.get(key) if cache is not None else None
+        if kept is None:
+
+            def tick(start: int = start) -> None:  # a batch can take minutes: a host may stop it between two steps
+                progress(Event(stage, start, len(prompts)))
+
+            generators = [torch.Generator().manual_seed(seed) for seed in own]
+            kept = {"latents": model.denoise(noise_of(model, generators), asked, empty, tick, generators)}
+            if cache is not None:
+                cache.put(key, kept)
+        done[number] = kept["latents"].to(model.device)
+        progress(Event(stage, min(start + size, len(prompts)), len(prompts)))
+    shapes = [(min(size, len(prompts) - start), *model.latent_shape) for start in starts]
+    parts = who.gather(done, shapes, model.device)
+    return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
+
+
+def sample_pictures(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    progress: Progress = silent,
+    stage: str = "sampling",
+    cache: Cache | None = None,
+) -> np.ndarray:
+    """One uint8 picture per prompt, (n, H, W, 3); arguments as `sample_latents`."""
+    latents = sample_latents(model, prompts, seeds, progress, stage, cache)
+    side = model.settings.sampling.resolution
+    with model.awake(model.vae):
+        parts = [model.decode(part) for part in latents.split(batch_size_of(model))] if len(latents) else []
+    return np.concatenate(parts) if parts else np.empty((0, side, side, 3), np.uint8)
+
+
+def noise_of(model: DiffusionModel, generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise (n, c, h, w) on the model's device, each row drawn by a generator of its own."""
+    return torch.stack([torch.randn(model.latent_shape, generator=each) for each in generators]).to(model.device)
+
+
+def _key(model: DiffusionModel, prompts: Conditioning, empty: Conditioning, seeds: list[int]) -> str:
+    """Everything that a batch of latents depends on. (Texts count by their encodings, and so do their encoders.)"""
+    said = [t for part in (prompts, empty) for t in (part.hidden, *(part.extra[name] for name in sorted(part.extra)))]
+    settings = model.settings.sampling
+    return key_of(
+        what="latents",
+        model=model.base_hash,
+        prompts=digest_of(*said),
+        seeds=seeds,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        shape=model.latent_shape,
+        dtype=str(model.dtype),
+        device=model.device.type,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        torch=torch.__version__,
+        **model.sampler_facts(),
+    )
+
+
+def batch_size_of(model: DiffusionModel) -> int:
+    """Samples at once: 64 of the embedded model's size, 2 of Stable Diffusion's at 512², 1 above and for low VRAM."""
+    if model.low_vram:
+        return 1
+    _, height, width = model.latent_shape
+    return max(1, min(64, 8192 // (height * width)))

@@ -1,0 +1,1 @@
+"""A diffusion model in memory: how it is loaded, conditioned, sampled and converted."""

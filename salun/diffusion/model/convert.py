@@ -1,0 +1,240 @@
+"""Between the layouts: a diffusers folder written as a single file that hosts load, and a single file as a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun.checkpoints import families, keymap, safetensors_io
+from salun.checkpoints.diffusers_folder import model_files, open_part
+from salun.checkpoints.lazy_tensors import Stored
+from salun.checkpoints.safetensors_io import DTYPES
+from salun.checkpoints.single_file import Contents
+from salun.diffusion.model.clip_tokenizer import write_clip_tokenizer
+from salun.diffusion.model.schedule import alphas_cumprod
+from salun.diffusion.model.single_file import text_tensors, vae_tensors
+from salun.diffusion.model.stable_diffusion import Model
+from salun.errors import ModelError
+from salun.files import new_folder
+
+ARCHITECTURES = {  # in modelspec's words
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+Described = tuple[torch.dtype, tuple[int, ...]]
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors that are made when asked for."""
+
+    def __init__(self) -> None:
+        self.makers: dict[str, Callable[[], Tensor]] = {}
+        self.described: dict[str, Described] = {}
+
+    def add(self, name: str, described: Described, make: Callable[[], Tensor]) -> None:
+        self.makers[name], self.described[name] = make, described
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+
+def write_single_file(model: Model, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a diffusers folder as one file under the names that hosts know: UNet, VAE and text encoders, own dtypes.
+
+    changed: diffusers name → the UNet's tensors that differ from the folder's. Raises ModelError for a part that is
+    missing or that the layout has no names for.
+    """
+    stored, family, items = model.stored, model.family, _Lazy()
+    try:
+        for name, theirs in keymap.unet_to_ldm(stored).items():
+            items.add(theirs, _entry(stored, name), _from(changed, stored, name))
+        _add_vae(items, stored.path)
+        for index, layout in enumerate(keymap.TEXT[family]):
+            _add_text(items, stored.path / f"text_encoder{f'_{index + 1}' if index else ''}", layout, family)
+    except KeyError as error:
+        raise ModelError(f"{stored.path}: single files have no name for its {error.args[0]}; write a folder") from error
+    v = model.prediction_type == "v_prediction"
+    for mark, there in (("v_pred", v and family == "sdxl"), ("ztsnr", model.zero_snr)):
+        if there:  # hosts look for these names
+            items.add(mark, (torch.float32, (0,)), partial(torch.empty, 0))
+    told = {"modelspec.architecture": ARCHITECTURES[family], "modelspec.prediction_type": "v" if v else "epsilon"}
+    safetensors_io.write_lazily(target, items.described, items, {**told, **_held(metadata)})
+
+
+def lost_in_single_file(model: Model) -> str | None:
+    """What hosts cannot know of a folder that was written as a single file: its noise schedule, if it is its own."""
+    usual = families.scheduler_config(model.family, model.prediction_type, model.zero_snr)
+    if torch.equal(model.alphas_cumprod, alphas_cumprod(usual, model.name)):
+        return None
+    return (
+        "a single file holds no noise schedule, and this model has another than its family's: load it with "
+        "--components, or write a folder (end its name in /)"
+    )
+
+
+def _entry(stored: Stored, name: str) -> Described:
+    entry = stored.entry(name)
+    return DTYPES[entry.dtype], entry.shape
+
+
+def _add_vae(items: _Lazy, folder: Path) -> None:
+    vae = open_part(folder / "vae")
+    for name, theirs in keymap.vae_to_ldm(vae).items():
+        dtype, shape = _entry(vae, name)
+        if keymap.is_vae_matrix(theirs) and len(shape) == 2:
+            shape = (*shape, 1, 1)
+        items.add(theirs, (dtype, shape), partial(_read_as, vae, [name], shape))
+
+
+def _add_text(items: _Lazy, folder: Path, layout: keymap.TextLayout, family: str) -> None:
+    text = open_part(folder)
+    together: dict[str, dict[str, str]] = {}
+    for name, (theirs, part) in keymap.text_to_ldm(text, layout).items():
+        together.setdefault(theirs, {})[part] = name
+    for theirs, parts in together.items():
+        names = [parts[part] for part in ("q", "k", "v")] if "q" in parts else list(parts.values())
+        dtype, shape = _entry(text, names[0])
+        if "T" in parts:
+            items.add(theirs, (dtype, shape[::-1]), partial(_read_turned, text, names[0]))
+        else:
+            whole = (len(names) * shape[0], *shape[1:]) if shape else shape
+            items.add(theirs, (dtype, whole), partial(_read_as, text, names, whole))
+    if family == "sd2":
+        _add_last_layer(items, layout.prefix, folder)
+
+
+def _add_last_layer(items: _Lazy, prefix: str, folder: Path) -> None:
+    """The layer that diffusers leaves out, since no output of it is used, as one that changes nothing.
+
+    Hosts build it all the same, and would otherwise leave its weights as whatever was in memory. Raises ModelError if
+    the folder's text encoder has this layer and uses it, as no host does. (One of fewer layers is no published model's,
+    and no host builds it.)
+    """
+    rows = [name for name in items if name.startswith(f"{prefix}transformer.resblocks.")]
+    layers = len({name.split("resblocks.")[1].split(".")[0] for name in rows})
+    used = families.facts("sd2")["text"][0]["used_layers"]
+    if layers > used:
+        raise ModelError(
+            f"{folder} uses {layers} layers, but hosts use {used} of a single file: write a folder (end its name in /)"
+        )
+    for name in [name for name in rows if layers == used and f".resblocks.{layers - 1}." in name]:
+        dtype, shape = items.described[name]
+        fill = 1.0 if ".ln_" in name and name.endswith(".weight") else 0.0
+        copy = name.replace(f".resblocks.{layers - 1}.", f".resblocks.{layers}.")
+        items.add(copy, (dtype, shape), partial(torch.full, shape, fill, dtype=dtype))
+
+
+def _read_as(part: Stored, names: list[str], shape: tuple[int, ...]) -> Tensor:
+    """Tensors one after the other, in a shape of as many entries."""
+    return torch.cat([part[name].reshape(-1) for name in names]).view(shape)
+
+
+def _read_turned(part: Stored, name: str) -> Tensor:
+    return part[name].T.contiguous()
+
+
+def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a model that came from a single file as a diffusers folder, every tensor in the dtype it has there.
+
+    Parts that the file lacks are copied from the folder they came from.
+    """
+    assert model.contents is not None
+    contents, stored = model.contents, model.stored
+    with new_folder(target) as temporary:
+        unet = _Lazy()
+        for name in stored:
+            unet.add(name, _entry(stored, name), _from(changed, stored, name))
+        (temporary / "unet").mkdir(parents=True, exist_ok=True)
+        model.unet.save_config(temporary / "unet")
+        file = temporary / "unet" / "diffusion_pytorch_model.safetensors"
+        safetensors_io.write_lazily(file, unet.described, unet, _held(metadata))
+        if contents.has_vae:
+            (temporary / "vae").mkdir()
+            model.vae.save_config(temporary / "vae")
+            makers, shapes, inner = vae_tensors(contents)
+            vae = _Lazy()
+            for name, make in makers.items():
+                vae.add(name, (_dtype(contents, inner[name]), shapes[name]), make)
+            file = temporary / "vae" / "diffusion_pytorch_model.safetensors"
+            safetensors_io.write_lazily(file, vae.described, vae, {"format": "pt"})
+        else:
+            _copy(model.components, "vae", temporary)
+        for index, (encoder, tokenizer) in enumerate(zip(model.text_encoders, model.tokenizers, strict=True)):
+            part = f"text_encoder{f'_{index + 1}' if index else ''}"
+            words = part.replace("text_encoder", "tokenizer")
+            if model.components is not None:
+                _copy(model.components, words, temporary)
+            else:
+                write_clip_tokenizer(temporary / words, tokenizer.pad_token)
+            if not contents.text[index]:
+                _copy(model.components, part, temporary)
+                continue
+            encoder.config.save_pretrained(temporary / part)
+            text = _Lazy()
+            makers, inner = text_tensors(contents, encoder.state_dict(), index)
+            for name, make in makers.items():
+                shape = tuple(encoder.state_dict()[name].shape)
+                text.add(keymap.published(name), (_dtype(contents, inner[name]), shape), make)
+            safetensors_io.write_lazily(temporary / part / "model.safetensors", text.described, text, {"format": "pt"})
+        (temporary / "scheduler").mkdir()
+        _json(temporary / "scheduler" / "scheduler_config.json", model.scheduler_config)
+        scheduler = str(model.scheduler_config.get("_class_name"))
+        _json(temporary / "model_index.json", _index(model.family == "sdxl", scheduler))
+
+
+def _held(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Without the empty texts, which only take a key away from a file that is copied."""
+    return {key: text for key, text in metadata.items() if text}
+
+
+def _from(changed: Mapping[str, Tensor], stored: Stored, name: str) -> Callable[[], Tensor]:
+    return lambda: changed[name] if name in changed else stored[name]
+
+
+def _dtype(contents: Contents, name: str) -> torch.dtype:
+    return DTYPES[contents.header.entries[name].dtype]
+
+
+def _copy(components: Path | None, part: str, target: Path) -> None:
+    assert components is not None  # what a file lacks was loaded from there
+    for source in model_files(components):
+        name = source.relative_to(components)
+        if name.parts[0] == part:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target / name)
+
+
+def _index(xl: bool, scheduler: str) -> dict[str, Any]:
+    """What diffusers' own `model_index.json` says."""
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler],
+    }
+    if xl:
+        index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    else:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    return index
+
+
+def _json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

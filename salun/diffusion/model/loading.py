@@ -1,0 +1,281 @@
+"""From a model's name to a `Model`: a diffusers folder or a single file is described, checked and loaded.
+
+Parts are loaded one by one, so that no pipeline's safety checker or feature extractor is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from salun.checkpoints import families
+from salun.checkpoints.diffusers_folder import check_links, check_tokenizer, open_part
+from salun.checkpoints.lazy_tensors import Stored
+from salun.checkpoints.locate import find
+from salun.checkpoints.pickled import readable
+from salun.checkpoints.safetensors_io import shortened
+from salun.checkpoints.single_file import Contents, open_folder, shapes_of
+from salun.compute.device import pick_device, pick_dtype
+from salun.diffusion.model.configs import (
+    check_config,
+    check_part,
+    check_tokenizer_fits,
+    load_tokenizer,
+    read_object,
+    read_scheduler,
+)
+from salun.diffusion.model.few_steps import find_few_steps
+from salun.diffusion.model.parts import whole
+from salun.diffusion.model.schedule import check_schedule
+from salun.diffusion.model.settings import ModelSettings, read_settings
+from salun.diffusion.model.stable_diffusion import Model
+from salun.errors import ConfigError, DataError, ModelError
+from salun.evaluation.detector import load_detector
+from salun.options import ModelOptions
+
+PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model on disk, read without loading weights.
+
+    family: "sd1" | "sd2" | "sdxl". contents: what a single file holds; None for a folder. folder: the diffusers folder
+    that tells configs and tokenizer: the model's own, or a single file's --components if it has some.
+    prediction_from: how the scheduler's prediction type is known.
+    """
+
+    name: str
+    stored: Stored
+    family: str
+    settings: ModelSettings
+    scheduler_config: dict[str, Any]
+    prediction_from: str
+    contents: Contents | None
+    folder: Path | None
+
+
+def describe(name: str, options: ModelOptions | None = None) -> Description:
+    """Find a model and read what its files say of it. Raises ModelError for what salun cannot handle."""
+    options = options or ModelOptions()
+    path, entry = find(name, options.models_dir)
+    if path.is_dir():
+        if options.components is not None:
+            raise ConfigError(f"--components is for single files; {name} is a folder and has its own")
+        return _described_folder(name, path, entry, options)
+    contents = Contents.of(readable(path, options.allow_pickle))
+    folder = None
+    if options.components is not None:
+        folder, entry = find(options.components, options.models_dir, unet=False)
+        family = _family_of_folder(options.components, folder)
+        if family != contents.family:
+            raise ModelError(f"--components {options.components} is of the family {family}, not {contents.family}")
+    guess, source = contents.prediction
+    if folder is not None and contents.told_prediction is None:
+        scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json", str(options.components))
+        guess, source = str(scheduler.get("prediction_type", "epsilon")), "the scheduler config of --components"
+    if options.prediction_type is not None:
+        guess, source = options.prediction_type, "--prediction-type"
+    if folder is not None:
+        scheduler = {**read_scheduler(folder / "scheduler" / "scheduler_config.json", name), "prediction_type": guess}
+        if contents.zero_snr:
+            scheduler["rescale_betas_zero_snr"] = True
+    else:
+        scheduler = families.scheduler_config(contents.family, guess, contents.zero_snr)
+    known = families.facts(contents.family)["unet"]
+    side = 8 * known.get("sample_size_v" if guess == "v_prediction" else "", known["sample_size"])
+    if folder is not None:
+        side = _resolution(folder, str(options.components)) or side
+    settings = read_settings(folder, contents.family, entry, side)
+    few_steps = find_few_steps({"the file name": path.name}, contents.header.metadata, scheduler)
+    settings = replace(settings, few_steps=few_steps)
+    return Description(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
+
+
+def _family_of_folder(name: str, folder: Path) -> str:
+    """By its configs alone. Raises ModelError for what salun does not handle."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is a single file, where a diffusers folder or hub id is wanted")
+    if (folder / "model_index.json").is_file():
+        check_links(folder)
+    pipeline = str(read_object(folder / "model_index.json", name).get("_class_name"))
+    if pipeline not in PIPELINES:
+        raise ModelError(f"{name} is a {shortened(pipeline)}; salun handles {' and '.join(PIPELINES)}")
+    unet = _unet_config(folder, name)
+    taken, given = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if taken != given:
+        raise ModelError(f"{name} has a UNet with {taken} input channels (inpainting?): not handled")
+    second = unet.get("use_linear_projection") or unet.get("cross_attention_dim", 768) == 1024
+    return "sdxl" if PIPELINES[pipeline] == "sdxl" else "sd2" if second else "sd1"
+
+
+def _unet_config(folder: Path, name: str) -> dict[str, Any]:
+    from diffusers import UNet2DConditionModel
+
+    path = folder / "unet" / "config.json"
+    return check_config(read_object(path, name), UNet2DConditionModel, path)
+
+
+def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> Description:
+    family = _family_of_folder(name, folder)
+    scheduler, source = read_scheduler(folder / "scheduler" / "scheduler_config.json", name), "its scheduler config"
+    if options.prediction_type is not None:
+        scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "--prediction-type"
+    stored = open_folder(folder)
+    settings = read_settings(folder, family, entry, _resolution(folder, name))
+    names = {"the model name": Path(name).name, "the folder name": folder.name}
+    settings = replace(settings, few_steps=find_few_steps(names, stored.metadata, scheduler))
+    return Description(name, stored, family, settings, scheduler, source, None, folder)
+
+
+def _resolution(folder: Path, name: str) -> int | None:
+    """Pixels a side that a model was trained at, where its configs say so (SD 2.1 is 768, its base 512)."""
+    unet, vae = (read_object(folder / part / "config.json", name) for part in ("unet", "vae"))
+    latent, levels = unet.get("sample_size"), vae.get("block_out_channels")
+    if isinstance(latent, int) and isinstance(levels, list) and 1 <= len(levels) <= 16:
+        return int(latent * 2 ** (len(levels) - 1))
+    return None
+
+
+def load(name: str, device: str = "auto", dtype: str = "auto", **given: Any) -> Model:
+    """Load a model: an alias (`salun models`), a hub id, a diffusers folder, or a single `.safetensors` file.
+
+    device, dtype and what else may be given: the fields of `ModelOptions`. Raises ModelError saying what to do if the
+    model is missing, not whole, or of another kind.
+    """
+    return load_with(name, ModelOptions(device=device, dtype=dtype, **given))
+
+
+def load_with(name: str, options: ModelOptions) -> Model:
+    """`load`, from options that may say more than how to load."""
+    own = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
+    found = describe(name, own)
+    check_schedule(found.scheduler_config, name)  # before minutes of loading
+    _check_detector(found.settings, name)
+    where = pick_device(own.device)
+    precision = pick_dtype(own.dtype, where)
+    _quiet()
+    if found.contents is None:
+        parts = _load_folder(found, precision)
+    else:
+        from salun.diffusion.model.single_file import load_parts
+
+        parts = load_parts(found.contents, found.folder, found.scheduler_config["prediction_type"], precision)
+    unet, vae, encoders, tokenizers = parts
+    _check_fit(found, *parts)
+    for module in (unet, vae, *encoders):
+        module.eval().requires_grad_(False)
+    unet.to(where)  # the others come when they are needed
+    bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
+    if bad is not None:
+        raise ModelError(f"{name}: the weight {bad} holds NaN or infinity, so nothing can be computed with it")
+    if not any(".attn2." in n for n, _ in unet.named_parameters()):
+        raise ModelError(f"{name} has no cross-attention: prompts do not reach its UNet, so nothing can be forgotten")
+    return Model(
+        name=name,
+        stored=found.stored,
+        family=found.family,
+        settings=found.settings,
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=tokenizers,
+        scheduler_config=found.scheduler_config,
+        device=where,
+        dtype=precision,
+        contents=found.contents,
+        components=found.folder if found.contents is not None else None,
+    )
+
+
+def _check_fit(found: Description, unet: Any, vae: Any, encoders: list[Any], tokenizers: list[Any]) -> None:
+    """Raises ModelError for parts that do not belong together."""
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        check_tokenizer_fits(tokenizer, encoder, found.name)
+    if vae.config.latent_channels != unet.config.in_channels:
+        raise ModelError(
+            f"{found.name}: its VAE has latents of {vae.config.latent_channels} channels, its UNet takes "
+            f"{unet.config.in_channels}"
+        )
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    if unet.config.cross_attention_dim != width:
+        raise ModelError(
+            f"{found.name}: its text encoders give {width} features a token, its UNet takes "
+            f"{unet.config.cross_attention_dim}"
+        )
+
+
+def _check_detector(settings: ModelSettings, name: str) -> None:
+    """Raises DataError for a detector that cannot be used: better now than after the training."""
+    if settings.detector is None or settings.vocabulary is None:
+        return
+    known = load_detector(settings.detector).attributes
+    for attribute, values in settings.vocabulary.attributes.items():
+        unknown = [value for value in values if value not in known.get(attribute, [])]
+        if unknown:
+            raise DataError(
+                f"{name}: its detector knows no {attribute} {unknown[0]!r}, which its vocabulary has: they do not "
+                "belong together"
+            )
+
+
+def _quiet() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+Parts = tuple[Any, Any, list[Any], list[Any]]
+"""(UNet, VAE, text encoders, tokenizers)."""
+
+
+def _load_folder(found: Description, precision: torch.dtype) -> Parts:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = found.stored.path
+    parts = ["", "_2"] if found.family == "sdxl" else [""]
+    for part in ("vae", *(f"text_encoder{part}" for part in parts)):
+        open_part(folder / part)  # a file that is cut short is told before minutes of loading
+    for part in parts:
+        check_tokenizer(folder / f"tokenizer{part}")
+    unet = whole(UNet2DConditionModel, folder / "unet", torch_dtype=precision)
+    vae = whole(AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
+    encoders = []
+    for part in parts:
+        kind = CLIPTextModelWithProjection if part else CLIPTextModel
+        encoders.append(whole(kind, folder / f"text_encoder{part}").to(precision))
+    return unet, vae, encoders, [load_tokenizer(folder / f"tokenizer{part}") for part in parts]
+
+
+def check_folder(found: Description) -> None:
+    """Whether a folder has its parts, and its UNet the tensors that its config tells, without reading any value.
+
+    Raises ModelError naming what is missing, too much, misshapen or not readable.
+    """
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    from salun.diffusion.model.parts import agree
+
+    folder, stored = found.stored.path, found.stored
+    config = _unet_config(folder, found.name)
+    check_part(UNet2DConditionModel, folder / "unet", found.name)
+    with init_empty_weights(include_buffers=False):
+        unet = UNet2DConditionModel.from_config(config)
+    agree({n: tuple(p.shape) for n, p in unet.named_parameters()}, shapes_of(stored), folder / "unet", stored.inner)
+    check_part(AutoencoderKL, folder / "vae", found.name)
+    check_part(CLIPTextModel, folder / "text_encoder", found.name)
+    if found.family == "sdxl":
+        check_part(CLIPTextModelWithProjection, folder / "text_encoder_2", found.name)
+    for end in ("", "_2") if found.family == "sdxl" else ("",):
+        check_tokenizer(folder / f"tokenizer{end}")

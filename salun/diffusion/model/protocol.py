@@ -1,0 +1,151 @@
+"""What erasing needs of a diffusion model, whoever provides it: diffusers' UNet here, another host's elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from salun.diffusion.model.settings import ModelSettings
+    from salun.options import EraseOptions
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts.
+
+    hidden: float (n, tokens, width). extra: further inputs, (n, …) each (SDXL's pooled text and sizes).
+    Rows of different length are joined by repeating the shorter: softmax over the same keys k times is softmax over
+    them once, so cross-attention answers as it would have (ComfyUI joins them like this too).
+    """
+
+    hidden: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
+        return Conditioning(self.hidden[index], {name: value[index] for name, value in self.extra.items()})
+
+    def expand(self, n: int) -> Conditioning:
+        """n copies of a single conditioning."""
+        return self[torch.zeros(n, dtype=torch.long, device=self.hidden.device)]
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """One after the other, along the batch."""
+        names = parts[0].extra
+        tokens = math.lcm(*(part.hidden.shape[1] for part in parts))
+        return Conditioning(
+            torch.cat([part.hidden.repeat(1, tokens // part.hidden.shape[1], 1) for part in parts]),
+            {n: torch.cat([part.extra[n] for part in parts]) for n in names},
+        )
+
+
+class Denoiser(Protocol):
+    """A text-conditioned denoiser and its noise schedule.
+
+    alphas_cumprod: float32 (T,), ᾱ of every training timestep, on the CPU. prediction_type: "epsilon" | "v_prediction".
+    """
+
+    prediction_type: str
+    alphas_cumprod: Tensor
+    device: torch.device
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All of the UNet's parameters under diffusers' names, in module order."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, one after the other."""
+        ...
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output, float32 like x_t (n, c, h, w); t: int64 (n,)."""
+        ...
+
+
+class DiffusionModel(Denoiser, Protocol):
+    """All that an erasure needs of a model, beside its answers: samples, pictures, and weights to be lent.
+
+    name: for people. settings: what is known of it beyond its weights. dtype: of the computation. low_vram: whether one
+    sample at a time is computed. vae: what `awake` takes to have the VAE at hand.
+    """
+
+    name: str
+    settings: ModelSettings
+    dtype: torch.dtype
+    low_vram: bool
+    vae: Any
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent at the sampling resolution."""
+        ...
+
+    @property
+    def base_hash(self) -> str:
+        """The base hash of `original`."""
+        ...
+
+    @property
+    def vae_hash(self) -> str:
+        """A hash of the VAE and of how its latents are scaled."""
+        ...
+
+    def original(self) -> Mapping[str, Tensor]:
+        """The UNet's tensors before any erasure, under diffusers' names."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the live UNet, by name."""
+        ...
+
+    def borrowed(self) -> AbstractContextManager[None]:
+        """Within, the live UNet may be trained; afterwards it holds its own weights again."""
+        ...
+
+    def set_up(self, options: EraseOptions) -> AbstractContextManager[None]:
+        """Within, the model is read, sampled and trained as the options say; afterwards as it was."""
+        ...
+
+    def awake(self, *modules: Any) -> AbstractContextManager[None]:
+        """Within, these parts are on the model's device."""
+        ...
+
+    def chunks(self, prompt: str) -> int:
+        """Chunks that a prompt takes. Raises DataError for a prompt that is too long."""
+        ...
+
+    def encode_pictures(self, pictures: np.ndarray) -> Tensor:
+        """uint8 pictures (n, H, W, 3) → latents (n, c, h, w), scaled."""
+        ...
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (n, c, h, w), scaled → uint8 pictures (n, H, W, 3)."""
+        ...
+
+    def denoise(
+        self,
+        noise: Tensor,
+        prompts: Conditioning,
+        empty: Conditioning,
+        tick: Callable[[], None],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Noise (n, c, h, w) of variance 1 → latents, by the sampling settings. prompts: (n,). empty: (1,), what
+        guidance leads away from. tick: called before each step. generators: (n,) on the CPU, of the noise that some
+        samplers add at each step."""
+        ...
+
+    def sampler_facts(self) -> dict[str, Any]:
+        """What latents from `denoise` depend on beside weights, prompts, noise and settings: JSON values."""
+        ...

@@ -1,0 +1,156 @@
+"""The noise schedule that a diffusers scheduler config defines: ᾱ of every training timestep.
+
+A config describes both how a model was trained (betas, prediction type) and a sampler. salun trains by the first and
+samples by its own sampler, so what only a sampler reads (`timestep_spacing`, `steps_offset`, `set_alpha_to_one`,
+`clip_sample`, `thresholding`, sigmas) counts only where that sampler is the config's own: see `sampler`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun.checkpoints.safetensors_io import shortened
+from salun.diffusion.model.protocol import Denoiser
+from salun.errors import ModelError, some
+
+PREDICTIONS = ("epsilon", "v_prediction")
+FIELDS = (  # by which diffusers defines ᾱ
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+_USUAL = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+_NARROW = {"beta_start": 0.00085, "beta_end": 0.012}
+_SCALED = {**_NARROW, "beta_schedule": "scaled_linear"}
+DEFAULTS: dict[str, dict[str, Any]] = {  # schedulers that define ᾱ by betas, and which of their defaults are unusual
+    "DDIMScheduler": {},
+    "DDIMInverseScheduler": {},
+    "DDIMParallelScheduler": {},
+    "DDPMScheduler": {},
+    "DDPMParallelScheduler": {},
+    "DEISMultistepScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "DPMSolverMultistepInverseScheduler": {},
+    "DPMSolverSinglestepScheduler": {},
+    "DPMSolverSDEScheduler": _NARROW,
+    "EulerAncestralDiscreteScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "HeunDiscreteScheduler": _NARROW,
+    "KDPM2AncestralDiscreteScheduler": _NARROW,
+    "KDPM2DiscreteScheduler": _NARROW,
+    "LCMScheduler": _SCALED,
+    "LMSDiscreteScheduler": {},
+    "PNDMScheduler": {},
+    "SASolverScheduler": {},
+    "TCDScheduler": _SCALED,
+    "UniPCMultistepScheduler": {},
+}
+MOST_TIMESTEPS = 100_000
+
+
+def check_schedule(config: Mapping[str, Any], name: str) -> None:
+    """Raises ModelError for a scheduler config that tells of training as salun cannot repeat it."""
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise ModelError(f"{name} predicts {shortened(str(prediction))!r}; salun handles {' and '.join(PREDICTIONS)}")
+    alphas_cumprod(config, name)
+
+
+def schedule_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The values of `FIELDS` that the config or its scheduler's defaults give: each scheduler of diffusers takes them.
+
+    Raises ModelError for a scheduler whose noise is not defined by betas.
+    """
+    scheduler = config.get("_class_name", "DDIMScheduler")
+    if scheduler not in DEFAULTS:
+        raise ModelError(
+            f"{name} has the scheduler {shortened(str(scheduler))!r}, and salun knows no noise schedule of it: it "
+            "handles models that were trained with betas (DDIM, DDPM, PNDM, Euler, DPM-Solver, UniPC, LCM and others)"
+        )
+    if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
+        what = "use_flow_sigmas" if config.get("use_flow_sigmas") else "timestep_type 'continuous'"
+        raise ModelError(f"the scheduler config of {name} sets {what}, which salun does not handle")
+    return {**_USUAL, **DEFAULTS[scheduler], **{key: config[key] for key in FIELDS if key in config}}
+
+
+def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
+    """ᾱ_t, float32 (T,), from a diffusers scheduler config. Raises ModelError for a schedule salun does not know."""
+    fields = schedule_fields(config, name)
+    steps = fields["num_train_timesteps"]
+    if type(steps) is not int or not 2 <= steps <= MOST_TIMESTEPS:
+        raise ModelError(
+            f"the scheduler config of {name} has {shortened(repr(steps))} as num_train_timesteps; a whole number from "
+            f"2 to {MOST_TIMESTEPS:,} is expected"
+        )
+    trained, kind = fields.get("trained_betas"), fields["beta_schedule"]
+    if trained is not None:  # whatever the other fields say, as in diffusers
+        betas = _trained(trained, steps, name)
+    elif kind not in ("linear", "scaled_linear"):
+        known = "linear, scaled_linear and trained_betas"
+        raise ModelError(f"{name} has the noise schedule {shortened(str(kind))!r}; salun handles {known}")
+    else:
+        start, end = (_beta(fields[key], key, name) for key in ("beta_start", "beta_end"))
+        power = 2 if kind == "scaled_linear" else 1
+        betas = torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float32) ** power
+    alphas = torch.cumprod(1 - betas, 0)
+    if fields.get("rescale_betas_zero_snr"):  # Lin et al. 2024, algorithm 1
+        root = alphas.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alphas = root**2
+    return alphas
+
+
+def _beta(value: Any, key: str, name: str) -> float:
+    if not _is_beta(value):
+        what = f"{shortened(repr(value))} as {key}"
+        raise ModelError(f"the scheduler config of {name} has {what}; a number between 0 and 1 is expected")
+    return float(value)
+
+
+def _is_beta(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1
+
+
+def _trained(values: Any, steps: int, name: str) -> Tensor:
+    """β_t as the config lists them. Raises ModelError unless there is one of each timestep, between 0 and 1."""
+    if not isinstance(values, (list, tuple)):
+        raise ModelError(f"the scheduler config of {name} has trained_betas that are no list of numbers")
+    if len(values) != steps:
+        raise ModelError(
+            f"the scheduler config of {name} has {len(values)} trained_betas for {steps} num_train_timesteps"
+        )
+    strange = [f"number {i} is {shortened(repr(value))}" for i, value in enumerate(values, 1) if not _is_beta(value)]
+    if strange:
+        raise ModelError(
+            f"the scheduler config of {name} has trained_betas that are not between 0 and 1: {some(strange)}"
+        )
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def add_noise(denoiser: Denoiser, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (DDPM eq. 4)."""
+    a = denoiser.alphas_cumprod.to(x_0.device)[t].view(-1, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * noise
+
+
+def implied_x_0(denoiser: Denoiser, x_t: Tensor, said: Tensor, t: Tensor) -> Tensor:
+    """The x_0 that the network's output on x_t stands for: DDPM eq. 15 for ε, √ᾱ_t·x_t − √(1−ᾱ_t)·v for v."""
+    a = denoiser.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
+    if denoiser.prediction_type == "epsilon":
+        return (x_t - (1 - a).sqrt() * said) / a.sqrt()
+    return a.sqrt() * x_t - (1 - a).sqrt() * said
+
+
+def training_target(denoiser: Denoiser, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the network is trained to say: ε, or v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (Salimans & Ho 2022, appendix D)."""
+    if denoiser.prediction_type == "epsilon":
+        return noise
+    a = denoiser.alphas_cumprod.to(x_0.device)[t].view(-1, 1, 1, 1)
+    return a.sqrt() * noise - (1 - a).sqrt() * x_0

@@ -1,0 +1,112 @@
+"""How a model is sampled and trained: numbers from its own salun.yaml, the alias table and its family."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from salun.checkpoints.locate import SETTINGS, aliases
+from salun.diffusion.model.few_steps import FewSteps
+from salun.diffusion.prompts.vocabulary import Vocabulary
+from salun.errors import ConfigError, ModelError
+from salun.options import EraseOptions, Recipe, Sampling, from_mapping
+from salun.untrusted import read_yaml
+
+SAMPLING = {  # option → field of Sampling
+    "sampling_steps": "steps",
+    "sampling_guidance": "guidance",
+    "sampler": "sampler",
+    "resolution": "resolution",
+    "negative_prompt": "negative_prompt",
+}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is known of a model beyond its weights, from `salun.yaml` beside it or from its family.
+
+    recipe: the numbers behind `auto`. paper_recipes: the authors', by kind of concept; empty where they ran nothing
+    alike. detector: folder of the classifier that reads its pictures. few_steps: a sign that it is meant for few steps.
+    """
+
+    sampling: Sampling
+    recipe: Recipe
+    paper_recipes: dict[str, Recipe]
+    vocabulary: Vocabulary | None
+    detector: Path | None
+    few_steps: FewSteps | None = None
+
+
+def shown_name(name: str) -> str:
+    """A model's name as files may tell it that are passed on: of a path on this machine only the last part."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def settings_for(settings: ModelSettings, options: EraseOptions, name: str, multiple: int) -> ModelSettings:
+    """The settings with what the options say of sampling. Raises ConfigError for a resolution that is no multiple."""
+    if options.resolution is not None and options.resolution % multiple:
+        raise ConfigError(f"--resolution {options.resolution} does not suit {name}: take a multiple of {multiple}")
+    return replace(settings, sampling=sampling_with(settings.sampling, options))
+
+
+def sampling_with(own: Sampling, options: EraseOptions) -> Sampling:
+    """A model's own sampling settings, with those that the options name."""
+    given = {field: getattr(options, name) for name, field in SAMPLING.items()}
+    return replace(own, **{field: value for field, value in given.items() if value is not None})
+
+
+SECTIONS = ("sampling", "recipe", "recipes_paper", "vocabulary")
+
+
+def read_settings(
+    folder: Path | None, family: str, entry: Mapping[str, Any], resolution: int | None = None
+) -> ModelSettings:
+    """Settings of a model: `salun.yaml` in its folder over the alias entry over the native one over the family."""
+    path = (folder or Path()) / SETTINGS
+    own = _own_settings(path) if folder is not None and os.path.lexists(path) else {}
+    shared = aliases()["families"].get(entry.get("family", family), {})
+
+    native = {"sampling": {"resolution": resolution}} if resolution else {}
+
+    def merged(key: str) -> dict[str, Any]:
+        return {**shared.get(key, {}), **native.get(key, {}), **entry.get(key, {}), **own.get(key, {})}
+
+    # a model with a recipe of its own is not one the authors ran
+    papers = own.get("recipes_paper", {} if "recipe" in own else shared.get("recipes_paper", {}))
+    detector = own.get("detector")
+    if folder is not None and detector is not None and not _is_inside(folder, detector):
+        raise ModelError(f"{path}: detector must be a folder inside the model's own")
+    return ModelSettings(
+        sampling=from_mapping(Sampling, merged("sampling"), str(path)),
+        recipe=from_mapping(Recipe, merged("recipe"), str(path)),
+        paper_recipes={
+            kind: from_mapping(Recipe, {**merged("recipe"), **paper}, str(path)) for kind, paper in papers.items()
+        },
+        vocabulary=Vocabulary.from_mapping(own["vocabulary"], str(path)) if "vocabulary" in own else None,
+        detector=folder / detector if folder is not None and detector else None,
+    )
+
+
+def _own_settings(path: Path) -> dict[str, Any]:
+    """What a model's `salun.yaml` holds. Raises ModelError."""
+    try:
+        own = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    sections = [own, *(own.get(key, {}) for key in SECTIONS)] if isinstance(own, dict) else [own]
+    if all(isinstance(section, dict) for section in sections):
+        sections += own.get("recipes_paper", {}).values()
+    if not all(isinstance(section, dict) for section in sections):
+        raise ModelError(f"{path} cannot be read: expected names and values, as in the one of `shapes`")
+    return dict(own)
+
+
+def _is_inside(folder: Path, name: Any) -> bool:
+    """Whether a text names a place below a folder, links followed."""
+    if not isinstance(name, str) or "\0" in name or Path(name).is_absolute():
+        return False
+    home = os.path.realpath(folder)
+    return Path(os.path.realpath(folder / name)).is_relative_to(home)

@@ -1,0 +1,284 @@
+"""A loaded Stable Diffusion model: the diffusers side of the `Denoiser` protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from salun.checkpoints.hashing import base_hash
+from salun.checkpoints.lazy_tensors import Stored
+from salun.checkpoints.single_file import Contents
+from salun.diffusion.model import sampler
+from salun.diffusion.model.protocol import Conditioning
+from salun.diffusion.model.schedule import alphas_cumprod, check_schedule
+from salun.diffusion.model.settings import ModelSettings, settings_for
+from salun.errors import ConfigError, DataError
+from salun.options import EraseOptions
+
+CHUNKS = 4  # of a long prompt, at most
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded model. Fulfils `Denoiser`.
+
+    name: as the user gave it. stored: where it lies on disk. family: "sd1" | "sd2" | "sdxl". The live UNet may be
+    changed by an erasure; `original` is what the files hold.
+    """
+
+    name: str
+    stored: Stored
+    family: str
+    settings: ModelSettings
+    unet: Any
+    vae: Any
+    text_encoders: list[Any]
+    tokenizers: list[Any]
+    scheduler_config: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    clip_skip: int | None = None  # the encoder's layer, counted from the last (1) as WebUIs do; None: the family's own
+    low_vram: bool = False
+    attention: str = "sdpa"
+    contents: Contents | None = None  # of a single file
+    components: Path | None = None  # the diffusers folder that a single file's missing parts came from
+    altered: bool = False  # whether the live UNet may hold other weights than its files
+
+    def __post_init__(self) -> None:
+        check_schedule(self.scheduler_config, self.name)
+        self.prediction_type = str(self.scheduler_config.get("prediction_type", "epsilon"))
+        self.zero_snr = bool(self.scheduler_config.get("rescale_betas_zero_snr"))
+        self.alphas_cumprod = alphas_cumprod(self.scheduler_config, self.name)
+        self.latent_channels = int(self.unet.config.in_channels)
+        self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    # -- Denoiser -------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.unet.named_parameters())
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts; long ones in chunks of as many tokens as the encoder takes (75 and both ends for CLIP).
+
+        Raises DataError for a prompt of more than `CHUNKS` chunks.
+        """
+        rows: list[Conditioning | None] = [None] * len(prompts)
+        groups: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(self.chunks(prompt), []).append(i)
+        with self.awake(*self.text_encoders):
+            for count, members in groups.items():
+                for start in range(0, len(members), 64):
+                    some = members[start : start + 64]
+                    encoded = self._encode([prompts[i] for i in some], count)
+                    for row, i in enumerate(some):
+                        rows[i] = encoded[row : row + 1]
+        return Conditioning.cat([row for row in rows if row is not None])
+
+    def chunks(self, prompt: str) -> int:
+        """Chunks that a prompt takes. Raises DataError for one of more than `CHUNKS`."""
+        longest = 1
+        for tokenizer in self.tokenizers:
+            size = tokenizer.model_max_length - 2
+            tokens = len(tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+            longest = max(longest, -(-tokens // size))
+            if longest > CHUNKS:
+                raise DataError(
+                    f"the prompt {prompt[:40]!r}… has {tokens} tokens, at most {CHUNKS * size} are taken: shorten it"
+                )
+        return longest
+
+    def _encode(self, prompts: list[str], chunks: int) -> Conditioning:
+        """Prompts of as many chunks each: the chunks' encodings one after the other, pooled text of the first."""
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            size = tokenizer.model_max_length - 2
+            rows = []
+            for prompt in prompts:
+                ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+                for start in range(0, chunks * size, size):
+                    own = [tokenizer.bos_token_id, *ids[start : start + size], tokenizer.eos_token_id]
+                    rows.append(own + [tokenizer.pad_token_id] * (size + 2 - len(own)))
+            output = encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
+            layer = self._layer(encoder, output)
+            hidden.append(layer.reshape(len(prompts), chunks * (size + 2), -1))
+            pooled = output[0][::chunks] if self.family == "sdxl" else None
+        joined = torch.cat(hidden, dim=-1).to(self.dtype)
+        if pooled is None:
+            return Conditioning(joined)
+        side = self.settings.sampling.resolution
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.dtype, device=self.device)
+        extra = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes.expand(len(prompts), -1)}
+        return Conditioning(joined, extra)
+
+    def _layer(self, encoder: Any, output: Any) -> Tensor:
+        """The encoder layer that the UNet listens to. SDXL was trained with the last but one, without its norm."""
+        skip = self.clip_skip or (2 if self.family == "sdxl" else 1)
+        if skip > len(output.hidden_states) - 1:
+            raise ConfigError(
+                f"--clip-skip {skip}, but the text encoder of {self.name} has {len(output.hidden_states) - 1} layers"
+            )
+        if self.family == "sdxl":
+            layer: Tensor = output.hidden_states[-skip]
+        elif skip == 1:
+            layer = output.last_hidden_state
+        else:
+            layer = getattr(encoder, "text_model", encoder).final_layer_norm(output.hidden_states[-skip])
+        return layer
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        output: Tensor = self.unet(
+            x_t.to(self.dtype), t, conditioning.hidden, added_cond_kwargs=dict(conditioning.extra) or None
+        ).sample
+        return output.float()
+
+    def denoise(
+        self,
+        noise: Tensor,
+        prompts: Conditioning,
+        empty: Conditioning,
+        tick: Callable[[], None],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        settings = self.settings.sampling
+        return sampler.denoise(self, self.scheduler_config, settings, noise, prompts, empty, tick, generators)
+
+    def sampler_facts(self) -> dict[str, Any]:
+        settings = self.settings.sampling
+        return {**sampler.facts(self.scheduler_config, settings), "attention": self.attention}
+
+    # -- pictures -------------------------------------------------------------------------------------------------
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent at the sampling resolution."""
+        side = self.settings.sampling.resolution // self.vae_scale
+        return self.latent_channels, side, side
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: np.ndarray) -> Tensor:
+        """uint8 pictures (n, H, W, 3) → latents (n, c, h, w), scaled: the mean of the VAE's posterior."""
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with self.awake(self.vae):
+            z = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents: Tensor = (z - shift) * self.vae.config.scaling_factor
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (n, c, h, w), scaled → uint8 pictures (n, H, W, 3)."""
+        z = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+        with self.awake(self.vae):
+            x = self.vae.decode(z.to(self.device, self.vae.dtype)).sample.float()
+        pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        array: np.ndarray = pictures.cpu().numpy()
+        return array
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def base_hash(self) -> str:
+        """The base hash of what the files hold."""
+        return base_hash(self.original())
+
+    def original(self) -> Mapping[str, Tensor]:
+        """The UNet's tensors as its files hold them, read one at a time."""
+        return self.stored
+
+    @cached_property
+    def parts_hash(self) -> str:
+        """A hash of all beside the UNet that samples depend on: text encoders, VAE, noise schedule."""
+        digest = hashlib.sha256(json.dumps(self.scheduler_config, sort_keys=True, default=str).encode())
+        for part in (self.vae_hash, *(base_hash(encoder.state_dict()) for encoder in self.text_encoders)):
+            digest.update(part.encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def vae_hash(self) -> str:
+        """A hash of the VAE's weights and of how its latents are scaled."""
+        config = self.vae.config
+        scale = f"{config.scaling_factor} {getattr(config, 'shift_factor', None)}"
+        return hashlib.sha256((base_hash(self.vae.state_dict()) + scale).encode()).hexdigest()
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Within, the live UNet may be trained; afterwards it holds the files' weights again."""
+        self.unet.eval().requires_grad_(False)
+        if self.altered:  # by `Run.apply`, say
+            self.load(self.original())
+        try:
+            self.altered = True
+            yield
+        finally:
+            self.load(self.original())
+
+    @contextmanager
+    def set_up(self, options: EraseOptions) -> Iterator[None]:
+        """Within, the model is read, sampled and trained as the options say; afterwards as it was."""
+        before = self.settings, self.clip_skip, self.low_vram, self.attention
+        self.settings = settings_for(self.settings, options, self.name, self.vae_scale * _multiple(self.unet))
+        self.clip_skip, self.low_vram, self.attention = options.clip_skip, options.low_vram, options.attention
+        if options.attention == "xformers":
+            _use_xformers(self.unet, self.device)
+        checkpoint = options.gradient_checkpointing or options.low_vram
+        if checkpoint:
+            self.unet.enable_gradient_checkpointing()
+            self.unet.train()  # older diffusers checkpoint only then; these UNets have no dropout
+        try:
+            yield
+        finally:
+            self.settings, self.clip_skip, self.low_vram, self.attention = before
+            if checkpoint:
+                self.unet.disable_gradient_checkpointing()
+                self.unet.eval()
+            if options.attention == "xformers":
+                self.unet.disable_xformers_memory_efficient_attention()
+
+    @contextmanager
+    def awake(self, *modules: Any) -> Iterator[None]:
+        """Within, these parts are on the model's device. Elsewhere they wait in host memory, so that a GPU holds the
+        UNet alone while it trains. May be nested: the outermost sends them back."""
+        before = [module.device for module in modules]
+        for module in modules:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module, place in zip(modules, before, strict=True):
+                module.to(place)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the live UNet, by name."""
+        named = dict(self.unet.named_parameters())
+        for name in tensors:
+            named[name].copy_(tensors[name])
+        self.altered = tensors is not self.stored
+
+
+def _multiple(unet: Any) -> int:
+    """Latents must be a multiple of this many pixels, or the UNet's skip connections do not meet."""
+    return int(2 ** (len(unet.config.block_out_channels) - 1))
+
+
+def _use_xformers(unet: Any, device: torch.device) -> None:
+    if importlib.util.find_spec("xformers") is None:
+        raise ConfigError(
+            "--attention xformers needs xformers: install it by `pip install salun[xformers]`, or use sdpa"
+        )
+    if device.type != "cuda":
+        raise ConfigError(f"--attention xformers needs a CUDA GPU, and this is {device}: use sdpa")
+    unet.enable_xformers_memory_efficient_attention()

@@ -1,0 +1,310 @@
+"""Files and folders that appear complete or not at all: temporary names, renames, leftovers; digests and disk space."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from salun.errors import ConfigError, ModelError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY, ASIDE = ".tmp", ".old"
+_CHUNK = 8 * 1024 * 1024  # bytes read at a time
+_QUIET = 600.0  # seconds without a change after which what cannot be locked (Windows, some networks) is left behind
+
+
+@contextmanager
+def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
+    """A file that appears at `path` only when complete: temporary name beside it, synced, renamed; removed on failure.
+
+    size: bytes it will take, checked against the free disk first. Raises ModelError telling both, or why the file
+    cannot be written.
+    """
+    temporary = path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise ModelError(
+                f"{path} needs {size:,} bytes, but its disk has {free:,} free: make room or write elsewhere"
+            )
+        with _new_file(path) as file:
+            temporary = Path(file.name)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if fcntl is not None:  # while it is held
+                os.replace(temporary, path)
+        if fcntl is None:  # an open file cannot be renamed there
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(path), str(path.parent)):
+            raise  # of what is done inside, such as reading another file
+        raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary != path:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, held, to be renamed or removed; what is still there at the end is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = _named(path)
+        folder.mkdir()  # raises for any that is there, a link too
+        handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+        if handle is None or _lock(handle, folder):
+            break
+        os.close(handle)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def aside_of(temporary: Path) -> Path:
+    """Where what has the name is moved until `temporary` has it."""
+    return temporary.with_suffix(ASIDE)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while writing `path` have left beside it."""
+    for leftover in _beside(path, TEMPORARY):
+        if abandoned(leftover):
+            _remove(leftover)
+
+
+def moved_aside(path: Path) -> list[Path]:
+    """What killed processes have moved aside to give `path` another content."""
+    return [each for each in _beside(path, ASIDE) if not os.path.lexists(each.with_suffix(TEMPORARY))]
+
+
+def abandoned(temporary: Path) -> bool:
+    """Whether nobody holds a temporary file or folder."""
+    if fcntl is None:
+        return _unchanged(temporary)
+    try:
+        handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # gone by now, a link, or another user's
+        return temporary.is_symlink()
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return _unchanged(temporary)
+    finally:
+        os.close(handle)
+    return True
+
+
+def _named(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A new temporary file for `path`, open and held. It never is one that was there, nor where a link leads."""
+    while True:
+        temporary = _named(path)
+        with temporary.open("xb") as file:
+            if fcntl is None or _lock(file.fileno(), temporary):
+                yield file
+                return
+
+
+def _lock(handle: int, temporary: Path) -> bool:
+    """Hold what was just made. False if another process took it for a leftover before that."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: `_unchanged` tells there
+        pass
+    return temporary.exists()
+
+
+def is_temporary(path: Path, ending: str = TEMPORARY) -> bool:
+    """Whether a name is one that `_named` gives; other people's hidden files are not ours to remove."""
+    return re.search(rf"^\..+\.[0-9a-f]{{16}}{re.escape(ending)}$", path.name) is not None
+
+
+def _beside(path: Path, ending: str) -> list[Path]:
+    return [p for p in path.parent.glob(f".{glob.escape(path.name)}.*{ending}") if is_temporary(p, ending)]
+
+
+def _unchanged(temporary: Path) -> bool:
+    """Whether nothing in a file or folder was written to for a while."""
+    try:
+        inner = temporary.rglob("*") if temporary.is_dir() else ()
+        last: float = max(each.lstat().st_mtime for each in (temporary, *inner))
+    except OSError:  # it changes right now
+        return False
+    return bool(time.time() - last > _QUIET)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        with suppress(OSError):  # another process removed it
+            place.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of any kind, atomically."""
+    with atomic(path, len(content)) as file:
+        file.write(content)
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: IO[bytes]) -> str:  # Python 3.10 has no hashlib.file_digest
+    found = hashlib.sha256()
+    while block := file.read(_CHUNK):
+        found.update(block)
+    return found.hexdigest()
+
+
+def tidy(target: Path) -> None:
+    """Clear away what killed processes left beside `target`; a folder that one had moved aside is put back."""
+    remove_leftovers(target)
+    for moved in moved_aside(target):  # killed before its last rename, or after it
+        if os.path.lexists(target):
+            _remove(moved)
+        else:
+            os.replace(moved, target)
+
+
+@contextmanager
+def placed(target: Path, force: bool = False, again: bool = False) -> Iterator[Path]:
+    """Where to write what is to be `target`: without `force` it gets that name only if nothing has it by then.
+
+    (The work takes long enough for something to appear there meanwhile.) again: the very same bytes may be there, of a
+    run that stopped after writing them. Raises ConfigError if something else is, and leaves that as it is.
+    """
+    if force:
+        yield target
+        return
+    tidy(target)
+    try:
+        with temporary_folder(target) as beside:
+            yield beside / target.name
+            if not (again and target.exists() and _contents(beside / target.name) == _contents(target)):
+                _place(beside / target.name, target)
+    except FileExistsError as error:
+        raise ConfigError(f"{target} is there already: choose another name, or add --force") from error
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def _contents(path: Path) -> dict[str, str]:
+    """sha256 of a file, or of each in a folder."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return {str(p.relative_to(path)): sha256_file(p) for p in files}
+
+
+def _place(made: Path, target: Path) -> None:
+    """Give a file or folder its name. Raises FileExistsError if something has it."""
+    if made.is_file():
+        try:
+            os.link(made, target)  # of all that give a name, this never replaces
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            pass
+    if os.path.lexists(target):
+        raise FileExistsError(str(target))
+    os.rename(made, target)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that gets its name only when it is whole; what had the name is moved aside until then.
+
+    What a killed process had moved aside is put back first. Raises ModelError if it cannot be written; nothing is left
+    then, and what was there is there.
+    """
+    target = target.absolute()
+    try:
+        tidy(target)
+        with temporary_folder(target) as temporary:
+            yield temporary
+            _sync(temporary)
+            _swap(temporary, target)
+    except OSError as error:
+        raise ModelError(
+            f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"
+        ) from error
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Give a folder its name; what had the name is moved aside, and removed at the end."""
+    aside = aside_of(temporary)
+    if os.path.lexists(target):
+        os.replace(target, aside)
+    try:
+        os.replace(temporary, target)
+    except BaseException:  # an interrupt too: what was there is there again
+        if os.path.lexists(aside) and not os.path.lexists(target):
+            os.replace(aside, target)
+        raise
+    _remove(aside)
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk hold every file of a folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file, suppress(OSError):
+                os.fsync(file.fileno())
+
+
+def check_room(needed: Mapping[Path, int]) -> None:
+    """Raises ConfigError if a place, there or to be made, cannot be written to, or its disk has not enough room.
+
+    needed: file or folder → bytes; what lies on one disk is added up.
+    """
+    disks: dict[int, list[tuple[Path, int]]] = {}
+    for place, size in needed.items():
+        whole = place.absolute()
+        above = [whole, *whole.parents] if whole.is_dir() else list(whole.parents)
+        folder = next(p for p in above if p.exists())
+        if not folder.is_dir():
+            raise ConfigError(f"{place} cannot be made: {folder} is no folder")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{place} cannot be written: {error.strerror or error}") from error
+        disks.setdefault(folder.stat().st_dev, []).append((folder, size))
+        free, wanted = shutil.disk_usage(folder).free, sum(size for _, size in disks[folder.stat().st_dev])
+        if free < wanted:
+            raise ConfigError(
+                f"{place}: the run may take {wanted / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: "
+                "make room, or name a place on another disk"
+            )

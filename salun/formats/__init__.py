@@ -1,1 +1,0 @@
-"""Files: safetensors read lazily and written deterministically, hashes of models, sparse deltas."""

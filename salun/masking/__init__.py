@@ -1,0 +1,1 @@
+"""The method itself, for any module: saliency, mask, masked optimizer, training loop."""

@@ -1,0 +1,294 @@
+"""The packed masked optimiser: only salient entries have a float32 master and moments; the others are never written.
+
+Each masked parameter's salient entries are gathered into one packed float32 vector, an ordinary parameter under any
+`torch.optim` optimiser (or a library's 8-bit one). After a step the vector is rounded to the weight's dtype and
+scattered back. Entries outside the mask are not repaired afterwards: nothing ever writes them, neither momentum nor
+weight decay. At density d this costs d·N masters and moments instead of N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from salun.errors import MaskError, TrainingError
+from salun.masking.mask import Mask
+
+Mode = Literal["step", "pack"]
+_KEEP_PLACES = 1 << 18  # entries; of parameters up to here the places are kept on every device, for speed
+
+
+class Packed:
+    """One parameter and its salient entries.
+
+    master: float32 (count,), the entries' exact values; the parameter holds them rounded to its own dtype. The places
+    of the entries take four bytes each: kept in host memory, where there is room, and found anew from the packed bits
+    where memory is dear.
+    """
+
+    def __init__(
+        self, parameter: nn.Parameter, bits: np.ndarray, count: int, source: Tensor, on_host: bool = False
+    ) -> None:
+        self.parameter, self.count = parameter, count
+        self.whole = count == parameter.numel()
+        keep = parameter.device.type == "cpu" or parameter.numel() <= _KEEP_PLACES
+        self._bits = torch.from_numpy(bits) if self.whole or keep else torch.from_numpy(bits).to(parameter.device)
+        self._places = self._find().to(torch.int32).to(parameter.device) if keep and not self.whole else None
+        values = self.gather(source.to(parameter.device), self.places()).float()
+        self.master = nn.Parameter(values.to("cpu" if on_host else values.device, copy=True))
+
+    def places(self) -> Tensor | None:
+        """Flat indices of the salient entries, (count,), rising; None for all of them."""
+        if self.whole:
+            return None
+        return self._places if self._places is not None else self._find()
+
+    def gather(self, tensor: Tensor, places: Tensor | None) -> Tensor:
+        """The salient entries of a tensor of the parameter's shape, (count,)."""
+        flat = tensor.detach().flatten()
+        return flat if places is None else flat.index_select(0, places)
+
+    @torch.no_grad()
+    def scatter(self, places: Tensor | None) -> None:
+        """Write the master, rounded to nearest, into the parameter's salient entries."""
+        values = self.master.to(self.parameter.dtype).to(self.parameter.device)
+        if places is None:
+            self.parameter.copy_(values.view_as(self.parameter))
+        elif self.parameter.is_contiguous():
+            self.parameter.data.view(-1).index_copy_(0, places.long(), values)
+        else:
+            self.parameter.copy_(self.parameter.flatten().index_copy(0, places.long(), values).view_as(self.parameter))
+
+    def _find(self) -> Tensor:
+        """The places from the bits. A byte looks its eight entries up in a table."""
+        table = _eight(self._bits.device)
+        dense = table.index_select(0, self._bits.int()).view(torch.bool)[: self.parameter.numel()]
+        return dense.nonzero().view(-1)
+
+
+def _eight(device: torch.device) -> Tensor:
+    """int64 (256,): the eight bits of each byte as eight bytes of 0 or 1."""
+    rows = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(np.ascontiguousarray(rows).view(np.int64).reshape(-1)).to(device)
+
+
+class MaskedOptimiser:
+    """Trains the masked entries of named parameters; a context manager that leaves no hook and no gradient behind.
+
+    parameters: every parameter of the model in the mask's scope. mask: must fit them (MaskError).
+    make: packed vectors → an optimiser, e.g. `lambda p: torch.optim.Adam(p, lr=1e-5)`.
+    sources: name → the checkpoint's own tensor, before any cast to the parameter's dtype; masters are gathered from it.
+    mode "step": each gradient is consumed inside the backward pass, its tensor stepped and the gradient freed; one
+    backward a step, no accumulation, no clipping. mode "pack": packed float32 gradients are kept until `step`, which
+    allows accumulation, clipping, loss scaling and a reduction over processes.
+
+    on_host: masters and moments are held and stepped in host memory; salient gradients go there, new values come back.
+
+    A gradient that is not finite changes no weight: in "pack" the whole step is left out, in "step" its tensor's.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        mask: Mask,
+        make: Callable[[Iterable[nn.Parameter]], Optimizer],
+        mode: Mode = "step",
+        sources: Mapping[str, Tensor] | None = None,
+        on_host: bool = False,
+    ) -> None:
+        mask.validate(parameters)
+        if not mask.selected:
+            raise MaskError("the mask selects no weight: nothing would be trained")
+        self.mode, self._make = mode, make
+        self.not_finite: list[str] = []
+        self._scale = 1.0
+        counts = mask.counts()
+        self._required = {name: p.requires_grad for name, p in parameters.items()}
+        self._parameters = dict(parameters)
+        self.packed = {
+            name: Packed(p, mask.bits[name], counts[name], (sources or parameters)[name], on_host)
+            for name, p in parameters.items()
+            if counts.get(name)
+        }
+        masters = [packed.master for packed in self.packed.values()]
+        if mode == "step":
+            self._optimisers = {name: make([packed.master]) for name, packed in self.packed.items()}
+        else:
+            shared = make(masters)
+            self._optimisers = dict.fromkeys(self.packed, shared)
+        self._hooks = []
+        for name, parameter in parameters.items():
+            parameter.grad = None  # one that was left there would be added to the first step's
+            parameter.requires_grad_(name in self.packed)
+        for name, packed in self.packed.items():
+            self._hooks.append(packed.parameter.register_post_accumulate_grad_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        return lambda parameter: self._consume(name, parameter)
+
+    def __enter__(self) -> MaskedOptimiser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks and gradients and restore every parameter's `requires_grad`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            parameter.requires_grad_(self._required[name])
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """name → the packed float32 values, for the parameters the mask touches."""
+        return {name: packed.master.detach() for name, packed in self.packed.items()}
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        for optimiser in set(self._optimisers.values()):
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+
+    def backward(self, loss: Tensor, scale: float = 1.0) -> None:
+        """Backward through `scale · loss`; gradients are divided by the scale in float32. Mode "step" updates here.
+
+        Raises TrainingError, before anything is computed, for a loss that is not finite.
+        """
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the loss is {loss.item()}: lower the learning rate, or use a wider dtype")
+        self._scale = scale
+        self.not_finite = [] if self.mode == "step" else self.not_finite
+        (loss * scale if scale != 1.0 else loss).backward()
+
+    def _consume(self, name: str, parameter: Tensor) -> None:
+        packed = self.packed[name]
+        assert parameter.grad is not None
+        places = packed.places()
+        gradient = packed.gather(parameter.grad, places).to(packed.master.device).float()
+        parameter.grad = None
+        if self._scale != 1.0:
+            gradient = gradient / self._scale
+        if self.mode == "pack":  # whether it is finite is seen in `step`, on all processes alike
+            packed.master.grad = gradient if packed.master.grad is None else packed.master.grad.add_(gradient)
+            return
+        if not _finite(gradient):
+            self.not_finite.append(name)
+            return
+        packed.master.grad = gradient
+        self._optimisers[name].step()
+        packed.master.grad = None
+        packed.scatter(places)
+
+    def step(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> bool:
+        """Mode "pack": one optimiser step on the gradients gathered since the last. False if it was left out.
+
+        max_norm: clip the packed gradients' norm to it. reduce: sums or averages the gradients over processes in place.
+        """
+        if self.mode != "pack":
+            raise ValueError("mode 'step' updates inside backward and has no separate step")
+        masters = [packed.master for packed in self.packed.values()]
+        gradients = [m.grad for m in masters if m.grad is not None]
+        if reduce is not None:
+            reduce(gradients)
+        good = all(_finite(g) for g in gradients)
+        if good:
+            if max_norm is not None:
+                nn.utils.clip_grad_norm_(masters, max_norm)
+            next(iter(self._optimisers.values())).step()
+            for packed in self.packed.values():
+                packed.scatter(packed.places())
+        for master in masters:
+            master.grad = None
+        self.not_finite = []
+        return good
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments as flat tensors: "name/master", "name/exp_avg", …"""
+        found = {}
+        for name, packed in self.packed.items():
+            found[f"{name}/master"] = packed.master.detach()
+            for key, value in self._optimisers[name].state[packed.master].items():
+                if value is not None:
+                    found[f"{name}/{key}"] = torch.as_tensor(value)
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Continue from a `state` that was saved after this many steps: masters, moments, weights.
+
+        The state may be untrusted input, and an optimiser's kernels check nothing: all of it is checked before any of
+        it is used. Raises TrainingError if it is not a state that this optimiser could have saved.
+        """
+        self.check_state({key: (value.dtype, tuple(value.shape)) for key, value in state.items()})
+        for key, value in state.items():
+            _check_values(key, value, steps)
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.packed}
+        for key, value in state.items():
+            name, _, entry = key.rpartition("/")
+            moments[name][entry] = value
+        for name, packed in self.packed.items():
+            packed.master.data.copy_(moments[name].pop("master"))
+            device = packed.master.device
+            fused = bool(self._optimisers[name].param_groups[0].get("fused"))
+            counted_on = device if fused else torch.device("cpu")  # as torch's own load_state_dict has it
+            self._optimisers[name].state[packed.master] = {
+                key: _count(value, counted_on) if key == "step" else value.to(device).clone()
+                for key, value in moments[name].items()
+            }
+            packed.scatter(packed.places())
+
+    def check_state(self, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Raises TrainingError unless a state with tensors of these names, dtypes and shapes fits this optimiser.
+
+        A parameter has all the moments that the optimiser makes in a step, or, where it never had a gradient, none.
+        """
+        found: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self.packed}
+        for key, facts in described.items():
+            name, _, entry = key.rpartition("/")
+            if name not in found:
+                raise TrainingError(f"the saved state holds {name!r}, which this run does not train: start afresh")
+            found[name][entry] = facts
+        for name, packed in self.packed.items():
+            master = {"master": (packed.master.dtype, tuple(packed.master.shape))}
+            if found[name] != master and found[name] != {**master, **self._moments_of(packed)}:
+                raise TrainingError(f"the saved state does not fit {name!r}: it belongs to another run; start afresh")
+
+    def _moments_of(self, packed: Packed) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Names, dtypes and shapes of the moments that the optimiser makes in a step, here on a vector of zeros."""
+        zeros = nn.Parameter(torch.zeros_like(packed.master))
+        zeros.grad = torch.zeros_like(zeros)
+        optimiser = self._make([zeros])
+        optimiser.step()
+        moments = {key: torch.as_tensor(v) for key, v in optimiser.state[zeros].items() if v is not None}
+        return {key: (value.dtype, tuple(value.shape)) for key, value in moments.items()}
+
+
+def _check_values(key: str, value: Tensor, steps: int) -> None:
+    """Raises TrainingError for a tensor of a saved state whose values no training leaves behind."""
+    entry = key.rpartition("/")[2]
+    if value.is_floating_point() and value.numel() and not _finite(value):
+        raise TrainingError(f"the saved state holds NaN or infinity in {key!r}: start afresh")
+    if entry == "step" and not (1 <= float(value) <= steps and float(value).is_integer()):
+        raise TrainingError(
+            f"the saved state counts {float(value):g} steps in {key!r}, but has taken {steps}: start afresh"
+        )
+    if entry == "exp_avg_sq" and value.numel() and float(value.min()) < 0:
+        raise TrainingError(f"the saved state holds a negative mean of squares in {key!r}: start afresh")
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: either shows in the least or the greatest."""
+    return all(math.isfinite(float(end)) for end in torch.aminmax(values))
+
+
+def _count(value: Tensor, device: torch.device) -> Tensor | int:
+    """The number of steps as the optimiser keeps it: torch's in a float tensor, bitsandbytes' in an integer."""
+    return value.to(device).clone() if value.is_floating_point() else int(value)

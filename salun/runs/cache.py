@@ -1,0 +1,186 @@
+"""Tensors that cost much to make and come out the same each time, kept on disk by what they were made from.
+
+One safetensors file an entry, in the user's cache folder (SALUN_CACHE names another), written whole or not at all. An
+entry that was cut short or altered is no entry. When all of them take more than the limit (SALUN_CACHE_SIZE, such as
+"500MB", "20GB" or 0 for none), those unused longest go first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from salun.checkpoints import safetensors_io
+from salun.errors import ConfigError, ModelError, SalunError
+from salun.files import abandoned, is_temporary
+
+FORMAT = "salun-cache-1"
+DEFAULT_LIMIT = 5 * 10**9
+_LARGEST = 2**63 - 1  # bytes
+logger = logging.getLogger("salun")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """folder: where the entries lie. limit: bytes they may take together; 0 keeps nothing."""
+
+    folder: Path
+    limit: int = DEFAULT_LIMIT
+
+    @staticmethod
+    def of_user() -> Cache:
+        """The one that all runs share. Raises ConfigError for a SALUN_CACHE_SIZE that cannot be read."""
+        folder = os.environ.get("SALUN_CACHE")
+        if not folder:
+            import platformdirs  # a WebUI has none, and names its own folder
+
+            folder = platformdirs.user_cache_dir("salun", appauthor=False)
+        return Cache(Path(folder).expanduser(), size_of(os.environ.get("SALUN_CACHE_SIZE", str(DEFAULT_LIMIT))))
+
+    @property
+    def converted(self) -> Path:
+        """Where the safetensors files lie that pickles were made into; as large as these, and kept until `clear`."""
+        return self.folder / "converted"
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """An entry's tensors, or None if there is none that is sound."""
+
+        def read(path: Path) -> dict[str, Tensor]:
+            metadata = safetensors_io.read_header(path).metadata
+            found = dict(safetensors_io.tensors(path))
+            if metadata.get("format") != FORMAT or metadata.get("digest") != _digest(found):
+                raise ModelError("its digest is not that of its content")
+            return found
+
+        return self.load(key, read)
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep an entry. A disk that is full or not to be written costs the entry, not the run."""
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+
+        def write(path: Path) -> None:
+            held = {name: t.detach().cpu() for name, t in tensors.items()}
+            safetensors_io.write(path, held, {"format": FORMAT, "digest": _digest(held)})
+
+        self.save(key, size, write)
+
+    def load(self, key: str, read: Callable[[Path], T]) -> T | None:
+        """What `read` makes of an entry that is a file of a format of its own, such as a mask.
+
+        None if there is none, or `read` raised a SalunError for one that is not sound, which is then removed.
+        """
+        path = self._path(key)
+        if not self.limit or not path.is_file():
+            return None
+        try:
+            found = read(path)
+        except (SalunError, OSError) as error:
+            logger.warning("the cache entry %s is not sound and will be made again: %s", path.name, error)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            return None
+        with suppress(OSError):  # a cache that may only be read, or an entry that has just gone
+            os.utime(path)  # used now: among the last to go
+        return found
+
+    def save(self, key: str, size: int, write: Callable[[Path], None]) -> None:
+        """Keep an entry that `write` writes, whole or not at all: about `size` bytes. Errors as in `put`."""
+        if size > self.limit:
+            if self.limit:
+                logger.warning(
+                    "%.1f MB are not kept: the cache %s takes %.1f MB (SALUN_CACHE_SIZE)",
+                    size / 1e6, self.folder, self.limit / 1e6,
+                )  # fmt: skip
+            return
+        try:
+            write(self._path(key))
+            self._make_room()
+        except (ModelError, OSError) as error:
+            logger.warning("nothing was kept in the cache %s: %s", self.folder, error)
+
+    def entries(self) -> list[tuple[Path, int, float]]:
+        """(file, bytes, when last used) of every entry, the one unused longest first."""
+        found = []
+        for path in self.folder.glob("??/*.safetensors") if self.folder.is_dir() else ():
+            try:
+                facts = path.stat()
+            except OSError:  # another process has just removed it
+                continue
+            found.append((path, facts.st_size, facts.st_mtime))
+        return sorted(found, key=lambda entry: (entry[2], entry[0]))
+
+    def converted_files(self) -> list[tuple[Path, int]]:
+        """(file, bytes) of every converted pickle."""
+        return [(path, path.stat().st_size) for path in sorted(self.converted.glob("*/*.safetensors"))]
+
+    def clear(self) -> int:
+        """Remove every entry and every converted pickle; returns how many there were."""
+        found, pickles = self.entries(), self.converted_files()
+        for path, *_ in found:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.converted, ignore_errors=True)
+        self._remove_leftovers()
+        return len(found) + len(pickles)
+
+    def _make_room(self) -> None:
+        self._remove_leftovers()
+        found = self.entries()
+        taken = sum(size for _, size, _ in found)
+        for path, size, _ in found:
+            if taken <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            taken -= size
+
+    def _remove_leftovers(self) -> None:
+        """Of processes that were killed while they wrote an entry."""
+        for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():
+            if is_temporary(leftover) and abandoned(leftover):
+                with suppress(OSError):
+                    leftover.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def key_of(**facts: Any) -> str:
+    """The key of what is made from these facts: their sha256, in hex. Facts are JSON values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """A hash of tensors' dtypes, shapes and bytes."""
+    return _digest({str(i): tensor for i, tensor in enumerate(tensors)})
+
+
+def size_of(text: str) -> int:
+    """Bytes in a text such as "500MB", "2.5 GB" or "0". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"SALUN_CACHE_SIZE is {text[:80]!r}: give bytes, or a number with MB or GB, such as 5GB")
+    power = ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper())
+    size = float(match[1]) * 1000**power
+    if size > _LARGEST:
+        raise ConfigError(f"SALUN_CACHE_SIZE is {text[:80]!r}, more than any disk holds: give a size such as 5GB")
+    return int(size)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(safetensors_io.raw_bytes(tensor).numpy().data)
+    return found.hexdigest()
