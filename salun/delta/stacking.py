@@ -44,6 +44,9 @@ class SparseDelta(Protocol):
     def id(self) -> str:
         """The delta's own hash."""
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that a tensor of the base has."""
+
 
 class OtherBase(ModelError):
     """A model that a delta is not for. due, found: the base hash that it should have and the one that it has."""
