@@ -89,8 +89,7 @@ def aside_of(temporary: Path) -> Path:
 def remove_leftovers(path: Path) -> None:
     """Remove what processes that were killed while writing `path` have left beside it."""
     for leftover in _beside(path, TEMPORARY):
-        if abandoned(leftover):
-            _remove(leftover)
+        remove_abandoned(leftover)
 
 
 def moved_aside(path: Path) -> list[Path]:
@@ -100,21 +99,39 @@ def moved_aside(path: Path) -> list[Path]:
 
 def abandoned(temporary: Path) -> bool:
     """Whether nobody holds a temporary file or folder."""
+    with _claimed(temporary) as free:
+        return free
+
+
+def remove_abandoned(temporary: Path) -> None:
+    """Remove a temporary file or folder that nobody holds. (It is held meanwhile, so that nobody begins to use it.)"""
+    with _claimed(temporary) as free:
+        if free:
+            _remove(temporary)
+
+
+@contextmanager
+def _claimed(temporary: Path) -> Iterator[bool]:
+    """Context manager: holds a temporary file or folder; False if another process does."""
     if fcntl is None:
-        return _unchanged(temporary)
+        yield _unchanged(temporary)
+        return
     try:
         handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # gone by now, a link, or another user's
-        return temporary.is_symlink()
+        yield temporary.is_symlink()
+        return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return _unchanged(temporary)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks
+            free = _unchanged(temporary)
+        yield free
     finally:
         os.close(handle)
-    return True
 
 
 def _named(path: Path) -> Path:

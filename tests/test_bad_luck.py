@@ -142,7 +142,7 @@ def test_out_of_memory_says_what_to_try(
 def test_a_loss_that_is_no_number_stops_the_run(
     step: int, shapes: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from salun.diffusion import erase as story
+    from salun.diffusion import train as story
 
     losses, calls = story.training_losses, []
 

@@ -114,13 +114,14 @@ def evaluate(folder: Path) -> None:
 
 def resume(folder: Path) -> None:
     """`salun erase --resume`, as far as it reads the folder, and the record's own part of it."""
-    from cli.resuming import recorded
+    from cli.resuming import recorded, unfinished
     from salun.runs.record import RunRecord
 
     try:
-        options = recorded(folder, True, EraseJob, {}, False)
+        found = unfinished(folder, True, EraseJob, {}, False)
     except typer.Exit:
         return
+    options = recorded(found, folder, EraseJob, ()) if found is not None else {}
     assert not any(folder.resolve() not in Path(place).resolve().parents for place in options.get("output", []))
     assert not options.get("allow_pickle")
     again = record()

@@ -370,7 +370,7 @@ def test_a_folder_that_a_killed_command_had_moved_aside_is_put_back(tmp_path: Pa
     """It was killed between the two renames: the user's folder has only the temporary name."""
     from salun.files import new_folder
 
-    aside = tmp_path / f".model.{_a_dead_process()}.old"
+    aside = tmp_path / ".model.0123456789abcdef.old"
     aside.mkdir()
     (aside / "mine").write_text("the user's")
     with pytest.raises(ModelError), new_folder(tmp_path / "model"):
@@ -462,12 +462,6 @@ def test_a_copy_of_a_folder_has_no_hidden_copies_of_the_weights_and_no_file_of_t
     Path("base", "text_encoder").symlink_to(Path("shared").resolve())
     told = salun("delta", "apply", model, "x.salun.safetensors", "--output", "third/")
     refused(told, 1, "base/text_encoder is a link that leads out of the model's folder")
-
-
-def _a_dead_process() -> int:
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    return done.pid
 
 
 def test_second_copies_of_the_weights_are_kept_only_when_asked_to(salun: Command) -> None:

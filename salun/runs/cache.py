@@ -23,7 +23,7 @@ from torch import Tensor
 
 from salun.checkpoints import safetensors_io
 from salun.errors import ConfigError, ModelError, SalunError
-from salun.files import abandoned, is_temporary
+from salun.files import is_temporary, remove_abandoned
 
 FORMAT = "salun-cache-1"
 DEFAULT_LIMIT = 5 * 10**9
@@ -147,9 +147,8 @@ class Cache:
     def _remove_leftovers(self) -> None:
         """Of processes that were killed while they wrote an entry."""
         for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():
-            if is_temporary(leftover) and abandoned(leftover):
-                with suppress(OSError):
-                    leftover.unlink(missing_ok=True)
+            if is_temporary(leftover):
+                remove_abandoned(leftover)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
