@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def results() -> dict[str, dict[str, list[str]]]:
         folder = Path(name)
         os.environ["SALUN_CACHE"] = str(folder / "cache")
         found = {}
-        for case, hashes in (*_erasures(folder), *_deltas(folder), *_classifications(folder), *_node(folder)):
+        for case, hashes in chain(_erasures(folder), _deltas(folder), _classifications(folder), _node(folder)):
             print(f"{case}: {len(hashes)} files", flush=True)
             found[case] = hashes
     return found
