@@ -69,7 +69,10 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     while True:
         folder = _named(path)
         folder.mkdir()  # raises for any that is there, a link too
-        handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+        try:
+            handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+        except FileNotFoundError:  # another process took it for a leftover before it was held
+            continue
         if handle is None or _lock(handle, folder):
             break
         os.close(handle)
