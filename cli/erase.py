@@ -12,7 +12,7 @@ import typer
 
 from salun.errors import ConfigError
 from salun.options import SAMPLERS, EraseJob, EraseOptions, ModelOptions, Sampling
-from salun.progress import Event
+from salun.progress import Event, Stage
 from salun.user_text import checked, prompt_text, syntax_note
 
 from .app import app
@@ -251,7 +251,7 @@ def sample(
         few_steps = hint(loaded.settings.few_steps, loaded.settings.sampling, steps, guidance, sampler)
         hints = [few_steps.line("--")] if few_steps is not None else []
         for note in [*hints, *syntax_note([*prompt, chosen.negative_prompt])]:
-            progress(Event("sampling", message=note))
+            progress(Event(Stage.SAMPLING, message=note))
         texts = [text for text in prompt for _ in range(n)]
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         pictures = sample_pictures(loaded, texts, seeds, progress)

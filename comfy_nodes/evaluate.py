@@ -11,6 +11,7 @@ from salun.diffusion.context import prepared
 from salun.diffusion.evaluation import Observation, compare, observe, questions
 from salun.diffusion.result import grids
 from salun.errors import ConfigError
+from salun.progress import Stage
 from salun.report.picture import stack
 
 from .inputs import inputs, options_of, wires
@@ -60,13 +61,13 @@ class SalUnEvaluate(Node):
         wanted = as_started(options_of(given, options))
         plan, asked, seen = None, None, []
         n = 0
-        for model, stage in ((before, "pictures before"), (after, "pictures after")):
+        for model, stage in ((before, Stage.IMAGES_BEFORE), (after, Stage.IMAGES_AFTER)):
             graph = GraphModel(model, clip, vae, wanted.dtype)
             if plan is None or asked is None:
                 plan = plan_of(graph, concept, wanted)
                 asked = questions(plan, plan.eval_images, wanted.seed)
                 n = len(asked.forget) + len(asked.retain)
-                bar = Bar({"pictures before": n, "pictures after": n})
+                bar = Bar({Stage.IMAGES_BEFORE: n, Stage.IMAGES_AFTER: n})
             bar.preview = Sampled(graph, plan)
             with prepared(graph, plan):
                 seen.append(observe(graph, asked, bar, stage, cache()))

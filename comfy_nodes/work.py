@@ -82,11 +82,11 @@ def stages(plan: Plan, data: Data | None, masked: bool) -> dict[str, int]:
     pictures = plan.eval_images * (len(plan.concepts) + 1)
     found = {
         "sampling": samples_drawn(plan) if data is None else 0,
-        "pictures before": pictures,
+        "images before": pictures,
         "saliency": 0 if masked else saliency_steps(plan, data),
         "frozen targets": plan.steps if plan.needs_frozen else 0,
         "training": plan.steps,
-        "pictures after": pictures,
+        "images after": pictures,
     }
     return {name: steps for name, steps in found.items() if steps}
 

@@ -9,9 +9,9 @@
   const panel = () => root().querySelector(".salun-live");
   const STAGES = {
     "": "starting", loading: "loading the model", sampling: "drawing samples from the model",
-    "pictures before": "taking pictures before", saliency: "finding the weights that matter",
+    "images before": "taking pictures before", saliency: "finding the weights that matter",
     "frozen targets": "preparing targets", training: "training those weights alone",
-    "pictures after": "taking pictures after", saving: "saving", stopping: "stopping", comparing: "comparing",
+    "images after": "taking pictures after", saving: "saving", stopping: "stopping", comparing: "comparing",
     checking: "checking the model", writing: "saving", exporting: "exporting", done: "done",
   };
   const STATES = {

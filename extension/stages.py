@@ -23,11 +23,11 @@ def shares_of_erasure(plan: Plan) -> dict[str, float]:
     scored = options.method == "salun" and options.mask in ("saliency", "shuffled")
     passes = {
         "sampling": drawn * plan.sampling.passes,
-        "pictures before": pictures,
+        "images before": pictures,
         "saliency": forget * plan.saliency_timesteps * 2 * backward if scored else 0,
         "frozen targets": plan.steps * plan.batch_size * 2 if plan.needs_frozen else 0,
         "training": plan.steps * plan.batch_size * 2 * backward,
-        "pictures after": pictures,
+        "images after": pictures,
     }
     whole = sum(passes.values()) / 0.95
     return {**{stage: n / whole for stage, n in passes.items()}, "saving": 0.05}

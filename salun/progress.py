@@ -8,24 +8,72 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
 
 
+class Stage(str, Enum):
+    """What a run is doing. Hosts give each a label in their own words."""
+
+    PLANNING = "planning"
+    LOADING = "loading"
+    MEASURING = "measuring"
+    CHECKING = "checking"
+    COMPARING = "comparing"
+    SAMPLING = "sampling"
+    ENCODING = "encoding"
+    IMAGES_BEFORE = "images before"
+    IMAGES_AFTER = "images after"
+    PROBING = "probing"
+    EVALUATING = "evaluating"
+    SALIENCY = "saliency"
+    FROZEN_TARGETS = "frozen targets"
+    TRAINING = "training"
+    ORIGINAL = "original"
+    UNLEARNING = "unlearning"
+    RETRAINING = "retraining"
+    RELEARNING = "relearning"
+    CURVATURE = "curvature"
+    SEARCHING = "searching"
+    SAVING = "saving"
+    WRITING = "writing"
+    EXPORTING = "exporting"
+    STOPPING = "stopping"
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage of a run takes.
+
+    Args:
+        steps: Steps, as the stage's events count them.
+        forward: Passes of one sample through the network without gradients.
+        backward: Passes of one sample forward and backward.
+    """
+
+    stage: Stage
+    steps: int
+    forward: int = 0
+    backward: int = 0
+
+
 @dataclass(frozen=True)
 class Event:
     """One step of one stage.
 
-    stage: what is being done, in a word or two ("sampling", "saliency", "training", …).
+    stage: what is being done.
     step, total: 1-based position; total 0 where it is not known.
     metrics: figures known at this step, such as losses.
     image: uint8 (h, w, 3), a preview, where there is one.
     message: a line for people, where there is one.
     """
 
-    stage: str
+    stage: Stage
     step: int = 0
     total: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -49,7 +97,7 @@ T = TypeVar("T")
 class Told(Mapping[str, T]):
     """Values whose making is told to a progress, as the place of each among all."""
 
-    def __init__(self, values: Mapping[str, T], stage: str, progress: Progress) -> None:
+    def __init__(self, values: Mapping[str, T], stage: Stage, progress: Progress) -> None:
         self._values, self._stage, self._progress = values, stage, progress
         self._place = {name: i for i, name in enumerate(values, 1)}
 

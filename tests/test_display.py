@@ -11,7 +11,7 @@ import pytest
 import salun
 from salun.diffusion.model.stable_diffusion import Model
 from salun.display import shown
-from salun.progress import Event, silent
+from salun.progress import Event, Stage, silent
 
 TINY = {"steps": 1, "batch_size": 2, "forget_latents": 2, "retain_latents": 2, "eval_images": 0}
 
@@ -45,7 +45,7 @@ def test_progress_in_a_notebook_without_widgets_is_lines(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with shown(None) as progress:
         for step in range(1, 101):
-            progress(Event("training", step, 100, {"forget": 0.5}))
+            progress(Event(Stage.TRAINING, step, 100, {"forget": 0.5}))
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "training 1/100  forget 0.5"
     assert 10 <= len(told) <= 12
@@ -54,7 +54,7 @@ def test_progress_in_a_notebook_without_widgets_is_lines(
 def test_a_progress_that_is_given_is_used_as_it_is() -> None:
     events: list[Event] = []
     with shown(events.append) as progress:
-        progress(Event("training", 1, 1))
+        progress(Event(Stage.TRAINING, 1, 1))
     assert len(events) == 1
     with shown(None, quiet=True) as progress:
         assert progress is silent

@@ -172,7 +172,7 @@ def test_a_mask_of_another_model_is_refused(shapes: Model, run_folder: Path, tmp
         salun.erase(shapes, "circle", mask=str(tmp_path / "few.safetensors"), **SHORT)
 
 
-@pytest.mark.parametrize("stage", ["sampling", "saliency", "training", "pictures after", "saving"])
+@pytest.mark.parametrize("stage", ["sampling", "saliency", "training", "images after", "saving"])
 def test_cancel_at_any_stage_leaves_no_output(shapes: Model, tmp_path: Path, stage: str) -> None:
     def stop(event: Event) -> None:
         if event.stage == stage:

@@ -36,11 +36,8 @@ class ModelNotFound(ModelError):
     """There is no model of this name here."""
 
     def __init__(self, message: str, name: str) -> None:
-        super().__init__(message, name)
-        self.message, self.name = message, name
-
-    def __str__(self) -> str:
-        return self.message
+        super().__init__(message, code="not-found")
+        self.name = name
 
 
 def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tuple[Path, dict[str, Any]]:

@@ -27,7 +27,7 @@ from salun.compute.device import pick_device
 from salun.display import shown
 from salun.errors import ConfigError
 from salun.options import MASKS
-from salun.progress import Progress
+from salun.progress import Progress, Stage
 from salun.report.classification import comparison_page
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
@@ -164,11 +164,11 @@ def compare(
         ledger = Ledger(folder / "jobs" if folder is not None else None, record, len(data.classes))
         total = sum(len(some) for some in jobs.values())
         with Desk(ledger, cache, data, workers_of(options), progress, total) as desk:
-            with record.stage("retraining"):
+            with record.stage(Stage.RETRAINING):
                 exact, again = desk.done(jobs["retrain"]), desk.done(jobs["again"])
-            with record.stage("searching"):
+            with record.stage(Stage.SEARCHING):
                 searched = _searched(desk, jobs["search"], checked)
-            with record.stage("unlearning"):
+            with record.stage(Stage.UNLEARNING):
                 todo = [
                     job for job in jobs["unlearn"] if searched.get(job.variant, {"chosen": 0})["chosen"] is not None
                 ]

@@ -33,7 +33,7 @@ from salun.errors import ConfigError, DataError, TrainingError
 from salun.files import write_bytes
 from salun.masking.mask import Mask
 from salun.options import from_mapping
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.report.classification import run_page, train_page
 from salun.runs.cache import Cache, digest_of
 from salun.runs.reading import read_run
@@ -81,12 +81,12 @@ class Setting:
         """The model to unlearn from: given, from the cache, or trained now."""
         if self.given is not None:
             return self.given
-        return trained(self.recipe, self.data, self.split.unforgotten(), self.cache, progress, "training")
+        return trained(self.recipe, self.data, self.split.unforgotten(), self.cache, progress, Stage.TRAINING)
 
     def retrained(self, progress: Progress, seed: int | None = None) -> Original:
         """Retrain: from the cache, or trained now; with the original's first weights, or those of another seed."""
         recipe = self.recipe if seed is None else replace(self.recipe, seed=seed)
-        return trained(recipe, self.data, self.split, self.cache, progress, "retraining")
+        return trained(recipe, self.data, self.split, self.cache, progress, Stage.RETRAINING)
 
     def task(self, model: Original, progress: Progress) -> Task:
         """The task of making this model forget."""
@@ -153,9 +153,9 @@ def train(
     record = _record(run_dir, command, told, facts_of(full, data, split), data.images.device, resume)
     with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
-        _tell(record, [*data.notes, *repeated(data, split)], progress, "data")
-        with record.stage("training"):
-            original = trained(full, data, split, cache, progress, "training")
+        _tell(record, [*data.notes, *repeated(data, split)], progress, Stage.PLANNING)
+        with record.stage(Stage.TRAINING):
+            original = trained(full, data, split, cache, progress, Stage.TRAINING)
         metrics = {**accuracies(_task(original, data, split, full, progress)), "RTE": _seconds(original.seconds)}
         record.data["losses"], record.data["metrics"] = original.history, metrics
         _keep_model(record, original.model, replace(original.facts, role="original"))
@@ -195,28 +195,28 @@ def unlearn(
     record = _record(run_dir, command, asdict(options), facts, data.images.device, resume)
     with shown(progress) as progress, record.running(), _computing(options):
         _keep_split(record, split)
-        _tell(record, setting.notes, progress, "data")
-        with record.stage("original"):
+        _tell(record, setting.notes, progress, Stage.PLANNING)
+        with record.stage(Stage.ORIGINAL):
             original = setting.original(progress)
-        _tell(record, original.notes, progress, "original")
+        _tell(record, original.notes, progress, Stage.ORIGINAL)
         task = setting.task(original, progress)
-        with record.stage("evaluating"):
+        with record.stage(Stage.EVALUATING):
             before = judge(task)
         if options.search:
-            with record.stage("searching"):
+            with record.stage(Stage.SEARCHING):
                 task.options, record.data["search"] = search(task)
         seconds = forget(task, record)
-        _tell(record, task.notes, progress, "unlearning")
+        _tell(record, task.notes, progress, Stage.UNLEARNING)
         _keep_model(record, task.model, replace(original.facts, role="unlearned", split=split.digest))
-        with record.stage("evaluating"):
+        with record.stage(Stage.EVALUATING):
             metrics = {**figures_of(task), "RTE": _seconds(seconds), "original": before}
         if options.search:  # told apart: it is paid once for a setting, however many times that is used
             metrics["RTE"]["search"] = record.data["search"]["seconds"]
         metrics |= {"retrain": None, "gap": None, "gap_mean": None, "ToW": None, "reason": setting.no_retrain}
         if setting.no_retrain is None:
-            with record.stage("retraining"):
+            with record.stage(Stage.RETRAINING):
                 exact = setting.retrained(progress)
-            with record.stage("evaluating"):
+            with record.stage(Stage.EVALUATING):
                 beside = {**figures_of(setting.task(exact, progress)), "RTE": _seconds(exact.seconds)}
             metrics |= {"retrain": beside, **beside_retrain(metrics, beside)}
         record.data["metrics"] = metrics
@@ -267,9 +267,9 @@ def forget(task: Task, record: RunRecord) -> float:
     method, before = METHODS[task.options.method], {n: p.detach().clone() for n, p in task.parameters.items()}
     began = time.perf_counter()
     if method.epochs is not None:
-        with record.stage("saliency"):
+        with record.stage(Stage.SALIENCY):
             task.mask, record.data["mask"] = find_mask(task)
-    with record.stage("unlearning"):
+    with record.stage(Stage.UNLEARNING):
         method.run(task)
         if task.device.type == "cuda":
             torch.cuda.synchronize(task.device)
@@ -338,7 +338,7 @@ def _record(
     return RunRecord(folder, command, told, told["seed"], str(device), facts, resume)
 
 
-def _tell(record: RunRecord, notes: Sequence[str], progress: Progress, stage: str) -> None:
+def _tell(record: RunRecord, notes: Sequence[str], progress: Progress, stage: Stage) -> None:
     """Add notes to the record, and show them."""
     record.data["notes"] += notes
     for note in notes:

@@ -41,7 +41,7 @@ from salun.classification.search import trials
 from salun.compute.device import kernels
 from salun.errors import Cancelled, SalunError, TrainingError
 from salun.files import write_bytes
-from salun.progress import Event, Progress
+from salun.progress import Event, Progress, Stage
 from salun.runs.cache import Cache
 from salun.runs.record import INPUTS, RunRecord
 from salun.untrusted import read_json
@@ -148,12 +148,12 @@ class Desk:
             self.ledger.put(job, result)
             results[job.name] = result
             self.count += 1
-            self.progress(Event("comparing", self.count, self.total, message=_line(job, result)))
+            self.progress(Event(Stage.COMPARING, self.count, self.total, message=_line(job, result)))
         return results
 
     def _in_turn(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         for job in jobs:
-            yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event("comparing")))
+            yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event(Stage.COMPARING)))
 
     def _side_by_side(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """As they end."""
@@ -163,7 +163,7 @@ class Desk:
         try:
             while left:
                 ended, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
-                self.progress(Event("comparing"))
+                self.progress(Event(Stage.COMPARING))
                 for future in ended:
                     yield running[future], future.result()
         except BrokenProcessPool as error:

@@ -22,7 +22,7 @@ from salun.compute.device import kernels, pick_dtype
 from salun.compute.environment import versions
 from salun.errors import DataError, ModelError
 from salun.options import from_mapping
-from salun.progress import Progress
+from salun.progress import Progress, Stage
 from salun.runs.cache import Cache, digest_of, key_of
 from salun.user_text import as_spelled
 
@@ -42,7 +42,7 @@ class Original:
 
 
 def trained(
-    options: UnlearnOptions, data: ImageData, split: Split, cache: Cache, progress: Progress, stage: str
+    options: UnlearnOptions, data: ImageData, split: Split, cache: Cache, progress: Progress, stage: Stage
 ) -> Original:
     """A model trained from scratch on the split's retain rows by settled options; from the cache if it was before.
 
@@ -79,7 +79,7 @@ def trained(
     return Original(model, facts, seconds, task.history)
 
 
-def key_of_training(options: UnlearnOptions, data: ImageData, split: Split, fresh: nn.Module, stage: str) -> str:
+def key_of_training(options: UnlearnOptions, data: ImageData, split: Split, fresh: nn.Module, stage: Stage) -> str:
     """The cache's key of a model trained so: a hash of all that its bits depend on.
 
     fresh: the model before training, whose weights count, for a pretrained body is known by no more than its name. The

@@ -19,7 +19,7 @@ from salun.classification.search import FURTHER
 from salun.classification.splits import Split, repeated
 from salun.classification.task import Task, cross_entropy, minimise, retain_batches
 from salun.masking.mask import Mask
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
 
 READ = 3  # passes over the pictures that a method without training takes, about
@@ -32,7 +32,7 @@ def preview_training(
     """What `train` would do. seconds: counted from one epoch on 512 pictures at most. Raises as it."""
     full, data, split = training_of(options)
     pace = _pace(full, data, split, progress)
-    cached, seconds = _training(full, data, split, cache or Cache.of_user(), "training", pace)
+    cached, seconds = _training(full, data, split, cache or Cache.of_user(), Stage.TRAINING, pace)
     notes = [*data.notes, *repeated(data, split)]
     return {**_told(full, data, split), "notes": notes, "cached": {"original": cached}, "seconds": seconds}
 
@@ -52,10 +52,10 @@ def preview_unlearning(
     method = METHODS[own.method]
     seconds = pace * _passes(own, split) * (1 + ((len(method.factors) + LATER) if own.search else 0))
     if setting.given is None:
-        cached["original"], more = _training(setting.recipe, data, split.unforgotten(), cache, "training", pace)
+        cached["original"], more = _training(setting.recipe, data, split.unforgotten(), cache, Stage.TRAINING, pace)
         seconds += more
     if setting.no_retrain is None:
-        cached["retrain"], more = _training(setting.recipe, data, split, cache, "retraining", pace)
+        cached["retrain"], more = _training(setting.recipe, data, split, cache, Stage.RETRAINING, pace)
         seconds += more
     told = {"method": method.title, "mask": own.mask, "epochs": own.epochs, "lr": own.lr, "search": own.search}
     given = {"forget": own.forget, "given": own.original, "no_retrain": setting.no_retrain, "notes": setting.notes}
@@ -116,7 +116,7 @@ def _passes(options: UnlearnOptions, split: Split) -> int:
 
 
 def _training(
-    options: UnlearnOptions, data: ImageData, split: Split, cache: Cache, stage: str, pace: float
+    options: UnlearnOptions, data: ImageData, split: Split, cache: Cache, stage: Stage, pace: float
 ) -> tuple[bool, float]:
     """Whether the cache has a model trained so, and the seconds that training takes if not."""
     assert options.model is not None and options.train_epochs is not None
@@ -138,5 +138,5 @@ def _pace(options: UnlearnOptions, data: ImageData, split: Split, progress: Prog
     for _ in range(2):  # the first time is slower than the rest
         began = time.perf_counter()
         minimise(task, retain_batches(task, size), cross_entropy(task), epochs=1, lr=1e-6)
-        progress(Event("timing"))
+        progress(Event(Stage.MEASURING))
     return (time.perf_counter() - began) / len(rows)

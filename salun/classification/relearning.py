@@ -14,7 +14,7 @@ from salun.classification.randomness import generator_of, seed_of
 from salun.classification.task import Task, cross_entropy, forget_batches, training_mode
 from salun.masking.mask import Mask
 from salun.masking.optim import MaskedOptimiser
-from salun.progress import Event
+from salun.progress import Event, Stage
 
 KNOWN = 99.0  # percent of the forget set
 SHARE = 0.1  # of the rate that the original was trained at
@@ -56,7 +56,7 @@ def relearn(task: Task) -> dict[str, Any]:
                     return {"curve": curve, "steps": None, "reason": "a gradient stopped being finite"}
                 step += 1
                 known = look(step)
-                task.progress(Event("relearning", step, options.relearn, {"known %": curve[-1][1]}))
+                task.progress(Event(Stage.RELEARNING, step, options.relearn, {"known %": curve[-1][1]}))
                 if known or step == options.relearn:
                     break
             epoch += 1

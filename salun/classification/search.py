@@ -43,7 +43,7 @@ from salun.classification.randomness import generator_of
 from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError
-from salun.progress import Event
+from salun.progress import Event, Stage
 
 FURTHER = 3  # values beyond an end of the grid, where the best lies there
 
@@ -133,7 +133,7 @@ def trials(task: Task, values: Sequence[float], before: int = 0) -> dict[str, An
     for value in values:
         tried.append(_trial(task, method.tunes, value, wanted))
         shown = {method.tunes: value} | ({} if tried[-1].score is None else {"off by": tried[-1].score})
-        task.progress(Event("searching", before + len(tried), before + len(values), shown))
+        task.progress(Event(Stage.SEARCHING, before + len(tried), before + len(values), shown))
     return {
         "option": method.tunes,
         "foretold": wanted,
@@ -193,7 +193,7 @@ def with_value(options: UnlearnOptions, name: str, value: float) -> UnlearnOptio
 
 def _trial(task: Task, option: str, value: float, wanted: dict[str, float]) -> Trial:
     def heard(event: Event, /) -> None:
-        task.progress(Event("searching"))  # no step of its own, but a chance to be cancelled
+        task.progress(Event(Stage.SEARCHING))  # no step of its own, but a chance to be cancelled
 
     try:
         options = with_value(task.options, option, value)

@@ -21,7 +21,7 @@ from salun.errors import TrainingError
 from salun.masking.mask import Mask
 from salun.masking.optim import MaskedOptimiser
 from salun.masking.proximal import SoftThreshold
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 
 Part = Literal["forget", "retain", "both"]
 
@@ -133,7 +133,7 @@ def minimise(
     cosine: bool = False,
     soft_density: float | None = None,
     extra: dict[str, nn.Parameter] | None = None,
-    stage: str = "unlearning",
+    stage: Stage = Stage.UNLEARNING,
 ) -> None:
     """SGD (momentum, weight decay) on `loss` over the task's masked weights; the others are never written.
 

@@ -39,7 +39,7 @@ from salun.delta.stock_formats import check_rank, stock_notes, write_stock
 from salun.errors import ConfigError, ModelError, some
 from salun.files import check_room, placed
 from salun.options import FileOptions
-from salun.progress import Event, Progress, Told, silent
+from salun.progress import Event, Progress, Stage, Told, silent
 
 FILE = ".safetensors"
 
@@ -65,7 +65,7 @@ def extract(
     delta = Delta.between(old, new, notes, progress)
     if not delta.changes:
         raise ModelError(f"{base} and {erased} hold the same UNet: there is nothing to extract")
-    progress(Event("writing", message=f"writing {output}"))
+    progress(Event(Stage.WRITING, message=f"writing {output}"))
     with placed(Path(output), force) as place:
         delta.save(place)
     total = sum(prod(old.entry(name).shape) for name in old)
@@ -298,9 +298,9 @@ def _write(
     force: bool,
     keep_ema: bool = False,
 ) -> None:
-    progress(Event("writing", message=f"writing {output}"))
+    progress(Event(Stage.WRITING, message=f"writing {output}"))
     with placed(Path(output), force) as place:
-        write_patched(stored, place, Told(changed, "writing", progress), metadata, keep_ema)
+        write_patched(stored, place, Told(changed, Stage.WRITING, progress), metadata, keep_ema)
 
 
 def _partners(delta: str, shared: Mapping[tuple[str, str], int]) -> tuple[str, ...]:

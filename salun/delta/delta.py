@@ -28,7 +28,7 @@ from salun.delta.provenance import Applied, notes_in, with_added
 from salun.delta.stacking import Stacked, damaged, stack
 from salun.delta.xor import Change
 from salun.errors import ModelError
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.untrusted import parse_json
 
 FORMAT = "salun-delta-1"
@@ -95,7 +95,7 @@ class Delta:
                 dtypes[name] = old.dtype
             else:
                 changes[name] = change
-            progress(Event("comparing", i, len(base)))
+            progress(Event(Stage.COMPARING, i, len(base)))
         most = max(count := Counter(dtypes.values()), key=count.__getitem__, default=torch.float32)
         others = {name: dtype for name, dtype in dtypes.items() if dtype != most}
         return cls(changes, before.hash, before.fp16, after.hash, {"": most, **others}, dict(metadata or {}))

@@ -14,7 +14,7 @@ from torch import Tensor
 from salun.checkpoints.hashing import Hasher
 from salun.delta.xor import Change, patterns, values
 from salun.errors import ConfigError, ModelError
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 
 STRENGTHS = (-0.5, 1.5)
 OTHER_DTYPE = "the model is in another dtype than the delta's base: it gets the differences, rounded once"
@@ -154,7 +154,7 @@ class Stacked(Mapping[str, Tensor]):
             fits = fits and self.fits(name, tensor, old)
             if fits:
                 after.add(name, self.make(name, tensor, old) if name in self else tensor)
-            progress(Event("checking", i, len(self.model)))
+            progress(Event(Stage.CHECKING, i, len(self.model)))
         return Hashes(before.hash, (start or before).hash, after.hash if fits else "")
 
     def fits(self, name: str, tensor: Tensor, old: Tensor) -> bool:
@@ -284,7 +284,7 @@ def _rounded(model: Mapping[str, Tensor], progress: Progress) -> str:
     hasher = Hasher(rounded=True)
     for i, name in enumerate(sorted(model), 1):
         hasher.add(name, model[name])
-        progress(Event("checking", i, len(model)))
+        progress(Event(Stage.CHECKING, i, len(model)))
     return hasher.fp16
 
 

@@ -20,7 +20,7 @@ from salun.checkpoints.outputs import DIFF
 from salun.delta.delta import Delta
 from salun.delta.provenance import BASE_HASH, RESULT_HASH, joined, notes_in
 from salun.errors import ConfigError, ModelError
-from salun.progress import Event, Progress, Told, silent
+from salun.progress import Event, Progress, Stage, Told, silent
 
 _KINDS = {  # a part of a parameter's name → its kind; the first that is there counts
     "time_emb_proj": "time",
@@ -350,15 +350,15 @@ def write_stock(
     base: the whole UNet. changed: its tensors that differ, as they are to be. rank, energy: of the low-rank file, as in
     `low_rank`; without either, ranks that keep 90 % of the difference.
     """
-    told = Told(changed, "comparing", progress)
+    told = Told(changed, Stage.COMPARING, progress)
     held = {**notes, **host_metadata(base)}
     if path.name.endswith(DIFF):
         made = full_difference(base, told)
         made = replace(made, changed=changed)  # (from here on it is the writing that is told)
-        safetensors_io.write_lazily(path, made.described, Told(made, "writing", progress), held)
+        safetensors_io.write_lazily(path, made.described, Told(made, Stage.WRITING, progress), held)
         return None
     tensors, account = low_rank(base, told, rank=rank, energy=ENERGY if rank is energy is None else energy)
     safetensors_io.write(path, tensors, {**held, "salun.energy_kept": f"{account.total.share:.6f}"})
     if account.warning:
-        progress(Event("writing", message=f"{path.name}: {account.warning}"))
+        progress(Event(Stage.WRITING, message=f"{path.name}: {account.warning}"))
     return account

@@ -28,7 +28,7 @@ from salun.files import check_room
 from salun.masking.mask import Mask
 from salun.masking.training import check_optimiser
 from salun.options import MASKS, EraseOptions
-from salun.progress import Event, Progress
+from salun.progress import Event, Progress, Stage
 from salun.runs.cache import Cache
 from salun.runs.folder import check_folder
 from salun.runs.record import RunRecord
@@ -115,19 +115,19 @@ def carry_out(
     if mask is not None:
         check_given(mask, model, plan)
     for note in plan.notes:
-        progress(Event("planning", message=note))
+        progress(Event(Stage.PLANNING, message=note))
     asked = questions(plan, plan.eval_images, plan.options.seed)
-    with record.stage("sampling"):
+    with record.stage(Stage.SAMPLING):
         data = data or sample_data(model, plan, progress, cache=cache)
     record.data["notes"] += data.notes
-    with record.stage("evaluating"):
-        before = observe(model, asked, progress, "pictures before", cache)
-    with record.stage("saliency"):
+    with record.stage(Stage.EVALUATING):
+        before = observe(model, asked, progress, Stage.IMAGES_BEFORE, cache)
+    with record.stage(Stage.SALIENCY):
         if mask is None:
             mask, record.data["mask"] = _mask_of_run(model, data, plan, record, progress)
         else:
             record.data["mask"] = _told_of(mask, mask.metadata.get("method", "file"), {"warnings": []})
-    with record.stage("training"):
+    with record.stage(Stage.TRAINING):
         state = who.share(record.state("training.safetensors"))
         trained = train(model, mask, data, plan, progress, state, who.share(record.fingerprint))
     original = model.original()
@@ -137,7 +137,7 @@ def carry_out(
     masters = trained.masters if plan.options.method == "salun" else _full(trained, mask)
     erased, record.data["rounding"] = erased_tensors(original, mask, masters)
     model.load(erased)
-    with record.stage("evaluating"):
-        after = observe(model, asked, progress, "pictures after")
+    with record.stage(Stage.EVALUATING):
+        after = observe(model, asked, progress, Stage.IMAGES_AFTER)
         metrics = compare(model, plan, asked, before, after)
     return Run(model, plan, mask, erased, trained.history, metrics, asked, before, after, record)

@@ -25,7 +25,7 @@ from salun.errors import ConfigError
 from salun.files import check_room
 from salun.masking.mask import entries
 from salun.options import EraseOptions
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.runs.folder import check_folder
 
 _QUICK = 0.5  # seconds; a pass that takes longer is measured with one sample and scaled
@@ -55,7 +55,7 @@ def preview(
     previous = check_folder(run_dir, resume)
     if previous is not None:
         record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
-    progress(Event("measuring", message=f"measuring this machine with {loaded.name}"))
+    progress(Event(Stage.MEASURING, message=f"measuring this machine with {loaded.name}"))
     with loaded.borrowed(), loaded.set_up(plan.options):
         forward, backward, kept = _measure(loaded, plan)
         seconds, memory = _seconds(loaded, plan, forward, backward), _memory(loaded, plan, kept)

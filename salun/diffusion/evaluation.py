@@ -17,7 +17,7 @@ from salun.diffusion.prompts.vocabulary import Prompt
 from salun.evaluation import erasure
 from salun.evaluation.detector import AttributeClassifier, load_detector
 from salun.masking.training import step_generator
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
 
 PROBES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change
@@ -72,7 +72,7 @@ def observe(
     model: DiffusionModel,
     asked: Questions,
     progress: Progress = silent,
-    stage: str = "evaluating",
+    stage: Stage = Stage.EVALUATING,
     cache: Cache | None = None,
 ) -> Observation:
     """Look at the model as it is now. cache: only for a model that holds its files' own weights."""
@@ -100,7 +100,7 @@ def _answers(model: DiffusionModel, texts: list[str], progress: Progress = silen
         t = torch.linspace(steps // 2, steps - 1, PROBES)[start : start + len(part)].long().to(model.device)
         x_t = add_noise(model, torch.zeros_like(noise), noise, t)
         answers.append(model.predict(x_t, t, said[start : start + len(part)]))
-        progress(Event("probing", start + len(part), len(texts)))
+        progress(Event(Stage.PROBING, start + len(part), len(texts)))
     return torch.cat(answers).cpu() if answers else torch.empty(0)
 
 

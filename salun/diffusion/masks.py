@@ -24,7 +24,7 @@ from salun.masking.mask import Mask, entries
 from salun.masking.saliency import scores_from_losses
 from salun.masking.threshold import select_largest
 from salun.options import MASKS, EraseOptions
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
 from salun.user_text import as_spelled
@@ -52,7 +52,7 @@ def _mask_of_run(
         try:
             Mask(mask.bits, mask.shapes, {**mask.metadata, **extra}).save(path)
         except ModelError as error:  # a full disk costs the means to resume, not the run
-            progress(Event("saliency", message=f"the mask is not kept for a resumption: {error}"))
+            progress(Event(Stage.SALIENCY, message=f"the mask is not kept for a resumption: {error}"))
     return mask, told
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,11 @@ from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.prompts.concepts import Concept, Prompts, part, prompts_of, resolve
 from salun.errors import ConfigError
 from salun.options import EraseOptions, Recipe, Sampling
+from salun.progress import Stage, StageCost
 from salun.user_text import syntax_note
+
+if TYPE_CHECKING:
+    from salun.diffusion.losses import ErasureData
 
 T = TypeVar("T")
 
@@ -100,6 +104,36 @@ class Plan:
     def by_saliency(self) -> bool:
         """Whether the mask is found by gradients, which needs training data."""
         return self.options.method == "salun" and self.options.mask in ("saliency", "shuffled")
+
+    def stages(self, data: ErasureData | None = None, images: int = 0, masked: bool = False) -> list[StageCost]:
+        """What an erasure does, in order, and what it costs: behind progress, time left, dry runs, tab and nodes.
+
+        Args:
+            data: The training set, where it is there already; nothing is sampled then.
+            images: Forget images of the user's own for each concept, in place of samples; 0 for none, or where their
+                number is not known yet (`options.forget_images`).
+            masked: The mask is there already.
+        """
+        concepts, batch = len(self.concepts), self.batch_size
+        own = bool(images or self.options.forget_images)
+        forget = len(data.forget_latents) if data is not None else (images or self.forget_latents) * concepts
+        anchors = min(images or self.forget_latents, self.forget_latents) * concepts if self.anchor_share else 0
+        sampled = 0 if data is not None else (0 if own else forget) + anchors + self.retain_latents
+        shown = self.eval_images * (concepts + 1)
+        parts = concepts if self.options.combine == "union" else 1
+        scored = self.by_saliency and not masked
+        batches = parts * self.saliency_timesteps * -(-(forget // parts) // batch) if scored else 0
+        passes, trained = self.sampling.passes, self.steps * batch * 2
+        frozen = self.needs_frozen
+        stages = [
+            StageCost(Stage.SAMPLING, sampled, forward=sampled * passes),
+            StageCost(Stage.IMAGES_BEFORE, shown, forward=shown * passes),
+            StageCost(Stage.SALIENCY, batches, backward=forget * self.saliency_timesteps * 2 if scored else 0),
+            StageCost(Stage.FROZEN_TARGETS, self.steps if frozen else 0, forward=trained if frozen else 0),
+            StageCost(Stage.TRAINING, self.steps, backward=trained),
+            StageCost(Stage.IMAGES_AFTER, shown, forward=shown * passes),
+        ]
+        return [stage for stage in stages if stage.steps]
 
 
 Wanted = Concept | str | Sequence[Concept | str]

@@ -18,7 +18,7 @@ from salun.diffusion.prompts.concepts import Concept
 from salun.errors import DataError
 from salun.files import write_bytes
 from salun.options import EraseJob
-from salun.progress import Progress, silent
+from salun.progress import Progress, Stage, silent
 from salun.runs.cache import Cache
 from salun.runs.reading import read_run
 
@@ -44,9 +44,9 @@ def evaluate_run(
     plan = make_plan(model.settings, model.name, [Concept(name) for name in job.concept], asked_for)
     asked = questions(plan, n, seed)
     with model.set_up(plan.options):
-        before = observe(model, asked, progress, "pictures before", Cache.of_user())
+        before = observe(model, asked, progress, Stage.IMAGES_BEFORE, Cache.of_user())
         model.load(Delta.load(delta).apply(model.original()))
-        after = observe(model, asked, progress, "pictures after")
+        after = observe(model, asked, progress, Stage.IMAGES_AFTER)
         metrics = compare(model, plan, asked, before, after)
     text = json.dumps({"n": n, "seed": seed, **metrics}, indent=1) + "\n"
     write_bytes(folder / "eval.json", text.encode("utf-8"))

@@ -27,7 +27,7 @@ from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError, some
 from salun.files import write_bytes
 from salun.masking.mask import Mask
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.report import page, picture
 from salun.runs.record import RunRecord
 
@@ -173,15 +173,15 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     if others and _in_own_layout(stored, outputs, folder):
         what = f"{len(others)} EMA tensors (--keep-ema keeps them)" if stored.single else ", ".join(others)
         record.data["notes"].append(f"left out of the erased model, since they hold the concept: {what}")
-        progress(Event("saving", message=record.data["notes"][-1]))
+        progress(Event(Stage.SAVING, message=record.data["notes"][-1]))
     targets = {target: target for target in outputs or []}
     if folder is not None and not targets:
         own = "model.safetensors" if stored.single else "model/"
         targets = {f"{folder}/{name}": name for name in (own, "delta.salun.safetensors")}
     notes = applied_metadata(run.delta, stored.metadata)
-    with record.stage("saving"):
+    with record.stage(Stage.SAVING):
         for i, (target, shown) in enumerate(targets.items(), 1):
-            progress(Event("saving", i, len(targets), message=shown))
+            progress(Event(Stage.SAVING, i, len(targets), message=shown))
             ours = folder is not None and Path(target).parent == folder
             write = write_output if force or ours else write_new
             try:
@@ -199,7 +199,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
                 note = f"{shown}: {lost}"
             if note is not None:
                 record.data["notes"].append(note)
-                progress(Event("saving", message=note))
+                progress(Event(Stage.SAVING, message=note))
             files = sorted((Path(target) / "unet").glob("*.safetensors")) if kind == "folder" else [Path(target)]
             for file in files:
                 inner = f"{shown}unet/{file.name}" if kind == "folder" else shown

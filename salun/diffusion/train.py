@@ -12,7 +12,7 @@ from salun.diffusion.model.scopes import scoped
 from salun.diffusion.plan import Plan
 from salun.masking.mask import Mask
 from salun.masking.training import Trained, TrainingSettings, fine_tune, saved_steps
-from salun.progress import Event, Progress
+from salun.progress import Event, Progress, Stage
 
 
 def train(
@@ -31,12 +31,12 @@ def train(
     options, who = plan.options, current()
     done = who.share(len(saved_steps(state, fingerprint, plan.steps)) if state is not None else 0)
     if done:
-        progress(Event("training", done, plan.steps, message=f"going on after step {done}"))
+        progress(Event(Stage.TRAINING, done, plan.steps, message=f"going on after step {done}"))
     frozen = {}
     for step in range(done, plan.steps if plan.needs_frozen else done):
         sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step).share(who.rank, who.count)
         frozen[step] = frozen_predictions(model, sample).cpu()
-        progress(Event("frozen targets", step + 1, plan.steps))
+        progress(Event(Stage.FROZEN_TARGETS, step + 1, plan.steps))
 
     def losses(step: int) -> Any:
         sample = draw(model, data, plan.batch_size, plan.anchor_share, options.seed, step).share(who.rank, who.count)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from salun.compute.processes import ALONE, Processes
 from salun.errors import MaskError
 from salun.masking.mask import Mask
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 
 
 def scores_from_losses(
@@ -60,7 +60,7 @@ def scores_from_losses(
                 raise MaskError(f"the saliency loss of batch {step} is {loss.item()}: weights or data are not finite")
             weight, seen = float(n), seen + n
             (loss * scale if scale != 1.0 else loss).backward()
-            progress(Event("saliency", step, total, {"loss": float(loss.detach())}))
+            progress(Event(Stage.SALIENCY, step, total, {"loss": float(loss.detach())}))
     finally:
         for hook in hooks:
             hook.remove()

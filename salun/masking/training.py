@@ -25,7 +25,7 @@ from salun.errors import Cancelled, ConfigError, ModelError, TrainingError
 from salun.masking.mask import Mask
 from salun.masking.optim import MaskedOptimiser, Mode
 from salun.masking.proximal import SoftThreshold
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 
 logger = logging.getLogger("salun")
 Losses = Callable[[int], tuple[Tensor, Tensor]]
@@ -134,12 +134,14 @@ def fine_tune(
                         _save_state(state_path, optimiser, history, scale, settings.fingerprint)
                     except ModelError as error:  # a full disk costs the means to resume, not the run
                         progress(
-                            Event("training", step + 1, settings.steps, message=f"the state is not saved: {error}")
+                            Event(Stage.TRAINING, step + 1, settings.steps, message=f"the state is not saved: {error}")
                         )
                     saved = time.monotonic()
                     wait = max(settings.save_every, 10 * (saved - now)) if settings.save_every else 0.0
                 progress(
-                    Event("training", step + 1, settings.steps, {"forget": history[-1][1], "retain": history[-1][2]})
+                    Event(
+                        Stage.TRAINING, step + 1, settings.steps, {"forget": history[-1][1], "retain": history[-1][2]}
+                    )
                 )
         except Cancelled:  # raised between steps, so masters, moments and history belong together
             if keeps and state_path is not None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from salun.classification.randomness import generator_of
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError
-from salun.progress import Event
+from salun.progress import Event, Stage
 
 _ENTRIES = 1 << 25  # gradient entries held at once while they are summed: 128 MB
 _HELD = 1 << 30  # gradient entries that IU keeps: 4 GB
@@ -155,7 +155,7 @@ def sample_gradients(task: Task, rows: Tensor, targets: Literal["labels", "model
         found = each(held, x, y)
         if weights is not None:
             found = {name: g * weights.view(-1, *[1] * (g.dim() - 1)) for name, g in found.items()}
-        task.progress(Event("curvature", i + 1, -(-len(rows) // chunk)))
+        task.progress(Event(Stage.CURVATURE, i + 1, -(-len(rows) // chunk)))
         yield found
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from salun.classification.task import Task, cross_entropy, forget_batches, minimise, retain_batches
 from salun.compute.device import pick_dtype
 from salun.masking.mask import Mask
+from salun.progress import Stage
 
 
-def retrain(task: Task, stage: str = "retraining") -> None:
+def retrain(task: Task, stage: Stage = Stage.RETRAINING) -> None:
     """Retrain, the exact answer: the model before any training, trained on D_r alone as the original was on D_f ∪ D_r.
 
     SGD as the original was trained, by its `train_…` numbers, momentum, weight decay, dtype and seed, the rate falling

@@ -18,7 +18,7 @@ from salun.diffusion.model.protocol import DiffusionModel
 from salun.errors import DataError
 from salun.files import sha256_file
 from salun.images import NOT_AN_IMAGE, Listing, counted, list_images, read_image, read_text, shown, white_level
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache, key_of
 from salun.user_text import as_spelled, prompt_text, syntax_note
 
@@ -71,7 +71,7 @@ def encode_folder(
     folder: Path,
     progress: Progress = silent,
     cache: Cache | None = None,
-    stage: str = "encoding",
+    stage: Stage = Stage.ENCODING,
 ) -> Encoded:
     """Every usable picture of a folder once, cut to its central square at the model's resolution.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from salun.compute.processes import current
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache, digest_of, key_of
 
 
@@ -29,7 +29,7 @@ def sample_latents(
     prompts: Sequence[str],
     seeds: Sequence[int],
     progress: Progress = silent,
-    stage: str = "sampling",
+    stage: Stage = Stage.SAMPLING,
     cache: Cache | None = None,
 ) -> Tensor:
     """One latent per prompt, float32 (n, c, h, w) on the model's device, scaled by the VAE's factor.
@@ -75,7 +75,7 @@ def sample_pictures(
     prompts: Sequence[str],
     seeds: Sequence[int],
     progress: Progress = silent,
-    stage: str = "sampling",
+    stage: Stage = Stage.SAMPLING,
     cache: Cache | None = None,
 ) -> np.ndarray:
     """One uint8 picture per prompt, (n, H, W, 3); arguments as `sample_latents`."""

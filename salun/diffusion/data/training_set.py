@@ -15,7 +15,7 @@ from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, spread
 from salun.diffusion.prompts.concepts import mentions
 from salun.errors import ConfigError
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
 from salun.user_text import as_spelled
 
@@ -78,7 +78,7 @@ def sample_data(
     total, done, latents = sum(map(len, jobs.values())), 0, {}
     for role, texts in jobs.items():  # each in batches of its own, so that runs that share a role share its batches
         seeds = [item_seed(seed, role, i) for i in range(len(texts))]
-        latents[role] = sample_latents(model, texts, seeds, after(done, total, progress), "sampling", cache)
+        latents[role] = sample_latents(model, texts, seeds, after(done, total, progress), Stage.SAMPLING, cache)
         done += len(texts)
     if own is not None:
         latents["forget"] = torch.cat([pictures[[i % len(pictures) for i in range(each)]] for pictures in own]).to(
@@ -122,13 +122,13 @@ def _to_keep(captions: list[str | None], plan: Plan, progress: Progress) -> tupl
     usable = [i for i, text in enumerate(captions) if not any(mentions(text or "", phrase) for phrase in phrases)]
     if len(usable) < len(captions):
         what = f"{len(captions) - len(usable)} pictures to keep left out: their captions name what is to be forgotten"
-        progress(Event("encoding", message=what))
+        progress(Event(Stage.ENCODING, message=what))
     return usable, [captions[i] or "" for i in usable]
 
 
 def _told(notes: list[str], progress: Progress) -> list[str]:
     for line in notes:
-        progress(Event("encoding", message=line))
+        progress(Event(Stage.ENCODING, message=line))
     return notes
 
 
