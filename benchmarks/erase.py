@@ -24,7 +24,7 @@ import torch
 import salun
 from salun.checkpoints.hashing import base_hash
 from salun.diffusion.data.training_set import sample_data
-from salun.diffusion.evaluation import Observation, Questions, compare, observe, questions
+from salun.diffusion.evaluation import EvalPrompts, Evaluation, compare, observe, questions
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.masks import find_mask
 from salun.diffusion.model.stable_diffusion import Model
@@ -119,7 +119,7 @@ class Bench:
     def path(self, job: Job, plan: Plan) -> Path:
         return RESULTS / f"{self.tag}{job.name}-{self.key(plan)}.json"
 
-    def base(self, plan: Plan, asked: Questions) -> Observation:
+    def base(self, plan: Plan, asked: EvalPrompts) -> Evaluation:
         """The base model's answers for a concept, sampled once."""
         path = KEPT / f"base-{plan.name}-{self.n}-{self.hash[:10]}.pt"
         if not path.exists():
@@ -128,7 +128,7 @@ class Bench:
             torch.save(tensors, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
         kept = torch.load(path, weights_only=True)
-        return Observation(**{k: v.numpy() if k in ("forget", "retain") else v for k, v in kept.items()})
+        return Evaluation(**{k: v.numpy() if k in ("forget", "retain") else v for k, v in kept.items()})
 
     def run(self, job: Job) -> None:
         """Do a job, unless it is done."""
@@ -142,7 +142,7 @@ class Bench:
         if key not in self.data:
             self.data = {key: sample_data(self.model, plan)}
         began = time.perf_counter()
-        with self.model.borrowed():
+        with self.model.temporarily_trainable():
             mask, told = find_mask(self.model, self.data[key], plan, silent)
             trained = train(self.model, mask, self.data[key], plan, silent)
             seconds = time.perf_counter() - began

@@ -69,7 +69,7 @@ def main() -> None:
         rows.append(f"| {name} | {kept} | {ranks} | {size / 1e6:.2f} MB | {shown} |")
         print(rows[-1], flush=True)
 
-    with model.borrowed(), torch.no_grad(), tempfile.TemporaryDirectory() as place:
+    with model.temporarily_trainable(), torch.no_grad(), tempfile.TemporaryDirectory() as place:
         file = Path(place) / "circle.salun.safetensors"
         run.delta.save(file)
         row("the erasure itself; its sparse delta", run.erased, "100", "", file.stat().st_size)

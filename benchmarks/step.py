@@ -70,7 +70,7 @@ def reference(args: argparse.Namespace) -> Any:
     vae = AutoencoderKL(**kinds).to(args.device).requires_grad_(False)
     vae.decoder = nn.Identity()
     masks = {name: (torch.rand_like(p) < DENSITY).long() for name, p in unet.named_parameters()}
-    optimiser = torch.optim.Adam(unet.parameters(), lr=1e-5)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-5)
     half, side = args.batch[0], 8 * args.latent
     _, t, said = inputs(args, torch.float32)
     images = torch.randn(half, 3, side, side, device=args.device)
@@ -78,7 +78,7 @@ def reference(args: argparse.Namespace) -> Any:
     def step() -> None:
         with torch.no_grad():
             forget, again, retain = (vae.encode(images).latent_dist.sample() for _ in range(3))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with torch.no_grad():
             target = unet(again, t[:half], said[:half]).sample
         loss = F.mse_loss(unet(forget, t[:half], said[:half]).sample, target)
@@ -86,7 +86,7 @@ def reference(args: argparse.Namespace) -> Any:
         (kept + 0.5 * loss).backward()
         for name, parameter in unet.named_parameters():
             parameter.grad *= masks[name]
-        optimiser.step()
+        optimizer.step()
 
     return step
 
@@ -94,7 +94,7 @@ def reference(args: argparse.Namespace) -> Any:
 def ours(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     """One step of salun's loop, as a function: the frozen target's pass is counted in."""
     from salun.masking.mask import Mask
-    from salun.masking.optim import MaskedOptimiser
+    from salun.masking.optim import MaskedOptimizer
 
     dtype = DTYPES[settings["dtype"]]
     unet = make_unet(dtype, args.device)
@@ -105,12 +105,12 @@ def ours(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     generator = torch.Generator().manual_seed(0)
     masks = {n: Mask.from_dense({n: torch.rand(p.shape, generator=generator) < DENSITY}) for n, p in parameters.items()}
     mask = Mask({n: m.bits[n] for n, m in masks.items()}, {n: m.shapes[n] for n, m in masks.items()})
-    on_host = bool(settings.get("low_vram"))
+    cpu_offload = bool(settings.get("low_vram"))
 
     def make(masters: Any) -> torch.optim.Optimizer:
         return torch.optim.Adam(masters, lr=1e-5, fused=True)
 
-    optimiser = MaskedOptimiser(parameters, mask, make, "step", on_host=on_host)
+    optimizer = MaskedOptimizer(parameters, mask, make, "step", cpu_offload=cpu_offload)
     x, t, said = inputs(args, dtype)
     half = len(x) // 2
 
@@ -119,7 +119,7 @@ def ours(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
             frozen = unet(x.to(dtype), t, said).sample.float()
         predicted = unet(x.to(dtype), t, said).sample.float()
         loss = F.mse_loss(predicted[:half], frozen[:half]) + F.mse_loss(predicted[half:], frozen[half:].roll(1, 0))
-        optimiser.backward(loss)
+        optimizer.backward(loss)
 
     return step
 

@@ -194,11 +194,11 @@ def mask(
     new_file(output, force, ".safetensors")
     from salun.diffusion.masks import make_mask
     from salun.diffusion.model.loading import load_with
-    from salun.diffusion.targets import check_places, read_beside
+    from salun.diffusion.targets import check_output_paths, other_input_paths
 
     with terminal_progress(as_json) as progress, default_model_named(model):
         loaded = load_with(model_or_default(model), options)
-        check_places(loaded, [str(output)], None, read_beside(options))
+        check_output_paths(loaded, [str(output)], None, other_input_paths(options))
         found, seen = make_mask(loaded, wanted, options, progress)
         found.save(output)
     lines = [

@@ -77,15 +77,15 @@ def _command_of(options: Container[str]) -> str | None:
 
 def _check_finished(record: Mapping[str, Any], folder: Path, wanted: Mapping[str, Any]) -> None:
     """Raises ConfigError if a finished run had other options than those wanted, or an output wanted is not there."""
-    from salun.checkpoints.safetensors_io import shortened
-    from salun.runs.record import INPUTS, NOT_DECISIVE
+    from salun.checkpoints.safetensors_io import truncated
+    from salun.runs.record import INPUTS, NOT_IN_FINGERPRINT
 
     for name, value in wanted.items():
-        if name in (*NOT_DECISIVE, "methods", "anchor") or value is None:
+        if name in (*NOT_IN_FINGERPRINT, "methods", "anchor") or value is None:
             continue
         had = record["options"].get(name, value)
         if had != value and not (name in INPUTS and _same_place(had, value)):
-            told = f"{name} {shortened(repr(had))}, not {shortened(repr(value))}"
+            told = f"{name} {truncated(repr(had))}, not {truncated(repr(value))}"
             raise ConfigError(f"--run-dir {folder} holds a finished run with {told}: name another folder")
     written = record["options"].get("output") or [str(folder / name) for name in DEFAULT_OUTPUTS]
     for place in wanted.get("output") or []:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from salun.diffusion.context import prepared
 from salun.diffusion.data.images import square
-from salun.diffusion.data.training_set import Own, sample_data
+from salun.diffusion.data.training_set import UserLatents, sample_data
 from salun.errors import ConfigError, DataError
 from salun.user_text import prompt_text
 
@@ -19,7 +19,7 @@ from .inputs import inputs, options_of, wires
 from .kinds import DATA, Chosen, Concepts, Data, Node, moved
 from .model import GraphModel, as_started
 from .places import cache
-from .progress import Bar
+from .progress import ComfyProgress
 from .work import Sampled, computes, plan_of, samples_drawn, text_of
 
 
@@ -91,13 +91,13 @@ class SalUnTrainingData(Node):
                 )
             if forget is not None and len(plan.concepts) > 1:
                 raise ConfigError("pictures of the concept are given for several concepts: erase one at a time")
-            own = Own(
+            own = UserLatents(
                 [forget] if forget is not None else None,
                 retain,
                 tuple(captions or [None] * len(retain)) if retain is not None else (),
             )
             drawn = samples_drawn(plan, len(forget) if forget is not None else 0)
-            bar = Bar({"sampling": drawn}, Sampled(graph, plan))
+            bar = ComfyProgress({"sampling": drawn}, Sampled(graph, plan))
             made = sample_data(graph, plan, bar, cache=cache(), given=own)
         names, anchors = tuple(c.name for c in plan.concepts), tuple(c.anchor for c in plan.concepts)
         told = (graph.family, anchors, plan.prompts.digest, text_of(graph, plan))

@@ -13,7 +13,7 @@ from salun.delta import commands as deltas
 from salun.delta import stacking
 from salun.delta.delta import Delta
 from salun.delta.provenance import OURS
-from salun.delta.stacking import STRENGTHS, OtherBase, Stacked
+from salun.delta.stacking import STRENGTHS, AppliedDeltas, BaseMismatch
 from salun.delta.stock_formats import stock_notes, write_stock
 from salun.errors import ConfigError, ModelError
 from salun.files import temporary_folder
@@ -22,7 +22,7 @@ from .inputs import in_inputs_names, prefix, wires
 from .kinds import DELTA, Node
 from .model import family_of, release, schedule_keys
 from .places import chosen, output_path, saved, state_of, validated
-from .progress import Bar
+from .progress import ComfyProgress
 from .weights import Weights, holds, holds_alone, patched
 from .work import computes
 
@@ -184,8 +184,8 @@ class SalUnSaveErasedCheckpoint(Node):
             told = _by_stock_saver(path, name, model, clip, vae, delta, why)
             return {"ui": {"text": [told]}, "result": (name, told)}
         try:
-            made = deltas.stack(str(source), [delta], str(path), progress=Bar({"writing": len(delta.names)}))
-        except OtherBase as error:
+            made = deltas.stack(str(source), [delta], str(path), progress=ComfyProgress({"writing": len(delta.names)}))
+        except BaseMismatch as error:
             if not wired:
                 raise ModelError(
                     f"{ckpt_name} is not what this was erased from (its hash is {error.found[:12]}…, not "
@@ -254,14 +254,14 @@ class SalUnSaveAsLora(Node):
         family_of(model)
         made = on_model(model, delta)
         by = ({"rank": rank} if rank else {"energy": energy}) if kind == "low rank" else {}
-        bar = Bar({"comparing": len(delta.names), **({} if by else {"writing": len(delta.names)})})
+        bar = ComfyProgress({"comparing": len(delta.names), **({} if by else {"writing": len(delta.names)})})
         base = made.start
-        account = write_stock(path, base, Stacked(base, made.layers), stock_notes(delta), progress=bar, **by)
+        account = write_stock(path, base, AppliedDeltas(base, made.layers), stock_notes(delta), progress=bar, **by)
         told = f"{name}: {account.total.share:.1%} of the difference kept" if account else f"{name}: every difference"
         return {"ui": {"text": [told]}, "result": (name, told)}
 
 
-def on_model(model: Any, delta: Delta) -> Stacked:
+def on_model(model: Any, delta: Delta) -> AppliedDeltas:
     """The delta on what it fits of the graph: the model as loaded, or with the patches so far. Raises ModelError."""
     errors: list[ModelError] = []
     for candidate in (Weights(model, patched=False), Weights(model)):
@@ -269,7 +269,7 @@ def on_model(model: Any, delta: Delta) -> Stacked:
             return stacking.stack(candidate, [(delta, 1.0)], known_hash=candidate.hash)
         except ModelError as error:
             errors.append(error)
-    if isinstance(errors[0], OtherBase):
+    if isinstance(errors[0], BaseMismatch):
         raise ModelError(
             f"this delta is of another model (hash {errors[0].due[:12]}…) than this one ({errors[0].found[:12]}…). If "
             "that was a checkpoint, set SalUn Apply Delta's base_checkpoint to it; if it was a model with patches (a "

@@ -18,13 +18,13 @@ from salun.delta.delta import Delta
 from salun.diffusion.context import prepared
 from salun.diffusion.data.training_set import sample_data
 from salun.diffusion.erase import carry_out
-from salun.diffusion.evaluation import Observation, Questions, questions
+from salun.diffusion.evaluation import EvalPrompts, Evaluation, questions
 from salun.diffusion.masks import check_given
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
 from salun.diffusion.targets import STATE_BYTES
 from salun.masking.mask import Mask
-from salun.masking.training import check_optimiser
+from salun.masking.training import check_optimizer
 from salun.report.picture import stack
 from salun.runs.cache import key_of
 from salun.runs.record import RunRecord
@@ -34,7 +34,7 @@ from .kinds import DATA, DELTA, MASK, Chosen, Concepts, Data, Node
 from .mask import check_data
 from .model import GraphModel, as_started
 from .places import cache, unfinished
-from .progress import Bar
+from .progress import ComfyProgress
 from .weights import patched
 from .work import Preview, Sampled, computes, image, plan_of, record_of, stages, written
 
@@ -88,14 +88,14 @@ class SalUnErase(Node):
         **given: Any,
     ) -> tuple[Any, Delta, Tensor, str]:
         wanted = as_started(options_of(given, options))
-        check_optimiser(wanted.optimiser)
+        check_optimizer(wanted.optimizer)
         graph = GraphModel(model, clip, vae, wanted.dtype)
         plan = plan_of(graph, concept, wanted)
         check_data(given_data, graph, plan)
         record = record_of("erasure", graph, plan, given_data, given_mask)
         kept = _kept(record.fingerprint, graph, plan)
         if kept is None:
-            bar = Bar(stages(plan, given_data, given_mask is not None), Sampled(graph, plan))
+            bar = ComfyProgress(stages(plan, given_data, given_mask is not None), Sampled(graph, plan))
             with resumable(record, graph, plan):
                 with prepared(graph, plan):
                     if given_mask is not None:
@@ -125,7 +125,7 @@ Kept = tuple[Delta, Tensor, str]
 SIDES = ("before", "after")
 
 
-def _drawn(plan: Plan, asked: Questions, before: Observation, after: Observation) -> Tensor:
+def _drawn(plan: Plan, asked: EvalPrompts, before: Evaluation, after: Evaluation) -> Tensor:
     forget, retain = grids(plan, asked, before, after)
     if forget is None or retain is None:
         return written("eval_images is 0")
@@ -166,7 +166,7 @@ def _kept(key: str, graph: GraphModel, plan: Plan) -> Kept | None:
         return None
     none = torch.empty(0)
     sides = [
-        Observation(seen[f"{side} forget"].numpy(), seen[f"{side} retain"].numpy(), none, none, none) for side in SIDES
+        Evaluation(seen[f"{side} forget"].numpy(), seen[f"{side} retain"].numpy(), none, none, none) for side in SIDES
     ]
     asked = questions(plan, plan.eval_images, plan.options.seed)
     return delta, _drawn(plan, asked, *sides), seen["figures"].numpy().tobytes().decode()

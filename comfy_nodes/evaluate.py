@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from salun.diffusion.context import prepared
-from salun.diffusion.evaluation import Observation, compare, observe, questions
+from salun.diffusion.evaluation import Evaluation, compare, observe, questions
 from salun.diffusion.result import grids
 from salun.errors import ConfigError
 from salun.progress import Stage
@@ -18,7 +18,7 @@ from .inputs import inputs, options_of, wires
 from .kinds import Chosen, Concepts, Node
 from .model import GraphModel, as_started, family_of
 from .places import cache
-from .progress import Bar
+from .progress import ComfyProgress
 from .work import Sampled, computes, image, plan_of, written
 
 
@@ -67,7 +67,7 @@ class SalUnEvaluate(Node):
                 plan = plan_of(graph, concept, wanted)
                 asked = questions(plan, plan.eval_images, wanted.seed)
                 n = len(asked.forget) + len(asked.retain)
-                bar = Bar({Stage.IMAGES_BEFORE: n, Stage.IMAGES_AFTER: n})
+                bar = ComfyProgress({Stage.IMAGES_BEFORE: n, Stage.IMAGES_AFTER: n})
             bar.preview = Sampled(graph, plan)
             with prepared(graph, plan):
                 seen.append(observe(graph, asked, bar, stage, cache()))
@@ -81,5 +81,5 @@ class SalUnEvaluate(Node):
         return picture, json.dumps(told, indent=1)
 
 
-def _both(seen: list[Observation]) -> tuple[Observation, Observation]:
+def _both(seen: list[Evaluation]) -> tuple[Evaluation, Evaluation]:
     return seen[0], seen[1]

@@ -20,7 +20,7 @@ from .inputs import inputs, options_of, prefix, wires
 from .kinds import DATA, MASK, Chosen, Concepts, Data, Node
 from .model import GraphModel, as_started
 from .places import cache, chosen, output_path, saved, state_of, validated
-from .progress import Bar
+from .progress import ComfyProgress
 from .work import Sampled, computes, digest, image, plan_of, record_of, saliency_steps, samples_drawn, text_of
 
 ENDINGS = ("mask.safetensors", ".mask.safetensors")
@@ -68,7 +68,7 @@ class SalUnSaliencyMask(Node):
         mask = cache().load(key, _kept)
         if mask is None:
             sampled = samples_drawn(plan, forget_only=True) if data is None and plan.by_saliency else 0
-            bar = Bar({"sampling": sampled, "saliency": saliency_steps(plan, data)}, Sampled(graph, plan))
+            bar = ComfyProgress({"sampling": sampled, "saliency": saliency_steps(plan, data)}, Sampled(graph, plan))
             with prepared(graph, plan):
                 lent = data.on(graph.device) if data is not None else None
                 if sampled:

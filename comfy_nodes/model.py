@@ -29,7 +29,7 @@ from salun.compute.device import fix_cublas, pick_dtype
 from salun.diffusion.data.latents import noise_of
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.sampler import conditioning_of, guided, trailing
-from salun.diffusion.model.schedule import implied_x_0
+from salun.diffusion.model.schedule import predicted_x_0
 from salun.diffusion.model.settings import ModelSettings, read_settings, settings_for
 from salun.errors import Cancelled, ConfigError, ModelError
 from salun.options import EraseOptions
@@ -188,7 +188,7 @@ class GraphModel:
             tick()
             step, root = at[float(sigma[0])]
             t = step.to(self.device).expand(len(x))
-            return implied_x_0(self, x * root, guided(self, x * root, t, conditioning, settings), t)
+            return predicted_x_0(self, x * root, guided(self, x * root, t, conditioning, settings), t)
 
         start = noise / float(roots[0])
         ends = torch.cat([sigmas, torch.zeros(1)]).to(self.device)
@@ -238,7 +238,7 @@ class GraphModel:
         return repr(sorted((name, repr(value)) for name, value in self._config.items() if name != "dtype"))
 
     @contextmanager
-    def borrowed(self) -> Iterator[None]:
+    def temporarily_trainable(self) -> Iterator[None]:
         """Within, a network of the graph's weights is on the device; ComfyUI has made room for it."""
         from comfy import model_management
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from salun.errors import ConfigError, SalunError
 from salun.masking.mask import Mask
-from salun.masking.training import saved_steps
+from salun.masking.training import read_saved_history
 from salun.runs.cache import DEFAULT_LIMIT, Cache, size_of
-from salun.runs.folder import STATE, alone_in, check_folder
+from salun.runs.folder import STATE, check_folder, exclusive_lock
 
 LISTED = ("checkpoints", "loras")  # kinds that ComfyUI has lists of, from several folders each
 LONGEST = 200  # bytes of a name that a number and an ending are added to; file systems take 255
@@ -153,14 +153,14 @@ def unfinished(fingerprint: str, needed: int) -> Path | None:
         if other == own and taken_up:
             continue
         with suppress(ConfigError):  # another ComfyUI is at work there
-            with alone_in(other):
+            with exclusive_lock(other):
                 shutil.rmtree(other / STATE, ignore_errors=True)
             shutil.rmtree(other, ignore_errors=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not taken_up and shutil.disk_usage(root).free <= needed:
             return None
-        with alone_in(own):
+        with exclusive_lock(own):
             return own
     except (OSError, ConfigError):
         return None
@@ -169,7 +169,7 @@ def unfinished(fingerprint: str, needed: int) -> Path | None:
 def _sound(folder: Path, fingerprint: str) -> bool:
     try:
         check_folder(folder, resume=True)
-        saved_steps(folder / STATE / "training.safetensors", fingerprint)
+        read_saved_history(folder / STATE / "training.safetensors", fingerprint)
         mask = folder / STATE / "mask.safetensors"
         return not mask.exists() or Mask.load(mask).total > 0
     except SalunError:

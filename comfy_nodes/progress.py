@@ -12,7 +12,7 @@ from salun.runs.record import logger
 from .inputs import in_inputs_names
 
 
-class Bar:
+class ComfyProgress:
     """A `Progress`. stages: name → how many steps each will tell, in their order; others only look for an interrupt.
 
     preview: made anew at most `PREVIEWS` times a stage, sent with every step since. ComfyUI's interrupt becomes the

@@ -64,7 +64,9 @@ class Line:
             raise Cancelled("stopped")
 
 
-def telling(line: Line, clock: stages.Clock, each: Callable[[Event], None] = lambda event: None) -> Progress:
+def telling(
+    line: Line, clock: stages.ProgressEstimator, each: Callable[[Event], None] = lambda event: None
+) -> Progress:
     """A progress that goes to the parent. each: called on every event as well, before it is told."""
     told_stage, told_at = "", 0.0
 
@@ -111,7 +113,7 @@ def erase(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     model = load_with(job.model or str(aliases()["default"]), job.options)
     line.check()
     plan = make_plan(model.settings, model.name, wanted, job.options)
-    clock = stages.Clock(stages.shares_of_erasure(plan))
+    clock = stages.ProgressEstimator(stages.shares_of_erasure(plan))
     previews = Previews(model, plan, int(asked.get("preview_every") or 0), line, folder)
     run = run_erase(
         model,
@@ -181,7 +183,7 @@ def mask(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
 
     options: EraseOptions = from_mapping(EraseOptions, asked["options"], "")
     wanted = [Concept(name) for name in asked["concept"]]
-    progress = telling(line, stages.Clock({"sampling": 0.8, "saliency": 0.2}))
+    progress = telling(line, stages.ProgressEstimator({"sampling": 0.8, "saliency": 0.2}))
     found, told = make_mask(load_with(asked["model"] or str(aliases()["default"]), options), wanted, options, progress)
     found.save(Path(asked["output"]))
     return {**told, "selected": found.selected, "total": found.total, "output": asked["output"]}
@@ -191,7 +193,7 @@ def stack(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """As `salun delta stack`, which `salun delta apply` is for one."""
     from salun.delta import commands as deltas
 
-    progress = telling(line, stages.Clock({"checking": 0.4, "writing": 0.6}))
+    progress = telling(line, stages.ProgressEstimator({"checking": 0.4, "writing": 0.6}))
     return deltas.stack(asked["model"], asked["deltas"], asked["output"], asked["strengths"], progress=progress)
 
 
@@ -199,7 +201,7 @@ def undo(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """As `salun delta undo`."""
     from salun.delta import commands as deltas
 
-    progress = telling(line, stages.Clock({"checking": 0.4, "writing": 0.6}))
+    progress = telling(line, stages.ProgressEstimator({"checking": 0.4, "writing": 0.6}))
     return deltas.undo(asked["model"], asked["delta"], asked["output"], progress=progress)
 
 
@@ -207,7 +209,7 @@ def export(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
     """As `salun delta export`."""
     from salun.delta import commands as deltas
 
-    progress = telling(line, stages.Clock({"checking": 0.3, "exporting": 0.7}))
+    progress = telling(line, stages.ProgressEstimator({"checking": 0.3, "exporting": 0.7}))
     return deltas.export(
         asked["delta"], asked["model"], asked["output"], rank=asked.get("rank"), energy=asked.get("energy"),
         progress=progress,

@@ -9,7 +9,7 @@ from typing import Any
 from salun.errors import ConfigError, DataError
 from salun.runs.reading import read_run
 
-from .limits import MOST, shortened
+from .limits import MOST, truncated
 
 DELTA = "delta.salun.safetensors"
 SHOWN = {  # files of a run that the API hands out, and their types
@@ -42,16 +42,16 @@ def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {
         **UNREADABLE,
         "status": record["status"],
-        "concept": [shortened(text) for text in concepts][:MOST] if concepts is not None else None,
-        "model": shortened((record["options"].get("model") or "").replace("\\", "/").split("/")[-1]),
-        "error": shortened(record["error"]) if record["error"] else None,
+        "concept": [truncated(text) for text in concepts][:MOST] if concepts is not None else None,
+        "model": truncated((record["options"].get("model") or "").replace("\\", "/").split("/")[-1]),
+        "error": truncated(record["error"]) if record["error"] else None,
         "files": [name for name in SHOWN if (folder / name).is_file()],
     }
     try:
         if record["status"] == "done":
             rows = figure_rows(record["concepts"], record["metrics"])[:MOST]
-            told["headline"] = [shortened(line) for line in headline(record["concepts"], record["metrics"])][:MOST]
-            told["figures"] = [[shortened(str(cell)) for cell in row] for row in rows]
+            told["headline"] = [truncated(line) for line in headline(record["concepts"], record["metrics"])][:MOST]
+            told["figures"] = [[truncated(str(cell)) for cell in row] for row in rows]
     except Exception:  # whatever a stranger's figures are: the other runs are to be listed all the same
         told["error"] = "its run.json is of another version"
     return told

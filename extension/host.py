@@ -58,7 +58,7 @@ class Host(Protocol):
         """Generate with this checkpoint from now on; a line for people. Raises ConfigError if that cannot be."""
 
 
-class Alone:
+class StandaloneHost:
     """No host: models are the aliases, what was made here and the checkpoints of folders.
 
     Files go into the runs' folders, those with a name of their own into the data folder's `models`.

@@ -27,7 +27,7 @@ from salun.files import remove_leftovers, tidy, write_bytes
 from salun.runs.folder import FILES
 from salun.runs.reading import read_json
 
-from .limits import shortened
+from .limits import truncated
 from .places import safe_name
 
 CHILD = Path(__file__).resolve().parent
@@ -134,7 +134,7 @@ class Queue:
         Raises ConfigError if it cannot be written down, and QueueFull where too many jobs are not over: then there is
         no job.
         """
-        title = shortened(title, TITLE)
+        title = truncated(title, TITLE)
         with self._change:
             for other in self._jobs.values():
                 if other.open and other.kind == kind and _same(other.request, request):
@@ -383,7 +383,7 @@ class Queue:
             except (OSError, ValueError, TypeError) as error:
                 logger.warning("%s is no job of this version: passed over (%s)", ascii(str(file)), error)
                 continue
-            job.title = shortened(job.title, TITLE)
+            job.title = truncated(job.title, TITLE)
             self._jobs[job.id] = job
         for job in sorted(self._jobs.values(), key=lambda job: job.created):
             if (job.open or job.resumable) and not self._allowed(job):
@@ -451,7 +451,7 @@ def take(job: Job, text: str) -> None:
             job.losses.append([job.step, metrics["forget"], metrics["retain"]])
             del job.losses[:-LOSSES]
     elif kind == "message":
-        job.notes.append(shortened(event["text"]))
+        job.notes.append(truncated(event["text"]))
         del job.notes[:-NOTES]
     elif kind == "preview":
         job.previews.append(event["file"])
@@ -460,7 +460,7 @@ def take(job: Job, text: str) -> None:
     elif kind == "result":
         job.result, job.fraction, job.stage = event["result"], 1.0, "done"
     elif kind == "error":
-        job.error = shortened(event["text"])
+        job.error = truncated(event["text"])
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

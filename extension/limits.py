@@ -22,6 +22,6 @@ def check_lengths(options: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{name}: a text has {len(text):,} characters; the limit is {LONGEST:,}. Shorten it.")
 
 
-def shortened(text: str, longest: int = LONGEST) -> str:
+def truncated(text: str, longest: int = LONGEST) -> str:
     """A text as it may be shown: of a longer one its beginning and its end, which tells what to do."""
     return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 + 3 :]}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from salun.errors import ConfigError, DataError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
-from salun.runs.folder import STATE, alone_in, new_run_folder
+from salun.runs.folder import STATE, exclusive_lock, new_run_folder
 from salun.runs.reading import read_run
 from salun.user_text import unquoted
 
@@ -85,8 +85,8 @@ class Service:
         with self._naming:
             folder = self._new_run("-".join(concepts))
             outputs = self._outputs(folder, own, (_stem(title), f"no-{'-'.join(concepts)}"), model)
-            settled = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
-            asked["options"] = dataclasses.asdict(settled)
+            job_options = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
+            asked["options"] = dataclasses.asdict(job_options)
             return self.queue.submit("erase", f"forget {', '.join(concepts)}", asked, folder.name)
 
     def _within(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class Service:
         if state is None:
             self.queue.forget(job_id)
             return
-        with alone_in(state.parent):
+        with exclusive_lock(state.parent):
             self.queue.forget(job_id)
             if job.resumable:
                 shutil.rmtree(state, ignore_errors=True)

@@ -33,7 +33,7 @@ def shares_of_erasure(plan: Plan) -> dict[str, float]:
     return {**{stage: n / whole for stage, n in passes.items()}, "saving": 0.05}
 
 
-class Clock:
+class ProgressEstimator:
     """The position of a job: `at` takes a stage's step and gives (fraction done, seconds left or None).
 
     The fraction never falls. The time left is (1 − fraction) × the seconds that a unit of the present stage takes.

@@ -11,7 +11,7 @@ from typing import Any
 from .access import Access, gradio_login
 from .api import add_routes
 from .front import Front
-from .host import Alone
+from .host import StandaloneHost
 from .limits import CONNECTIONS
 from .page import build
 from .service import Service
@@ -31,7 +31,7 @@ def serve(
 
     from .connections import Connection, OncePerMinute
 
-    service = Service(Alone(data, models_dirs))
+    service = Service(StandaloneHost(data, models_dirs))
     try:
         listening = _listen(address, port)
         where = f"http://{address}:{listening.getsockname()[1]}/" if ":" not in address else f"port {port} of {address}"

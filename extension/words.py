@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from .controls import label
-from .limits import shortened
+from .limits import truncated
 
 _ORDERS = {  # what the core says → what can be done here
     r"the same command with --resume --run-dir .*? and another --output writes it": "mend that, and Resume writes it",
@@ -31,7 +31,7 @@ def in_the_pages_words(text: str) -> str:
 
     The patterns look ahead for what may never come, and so take the square of a text's length.
     """
-    text = shortened(text)
+    text = truncated(text)
     for theirs, ours in _ORDERS.items():
         text = re.sub(theirs, ours, text)
     return re.sub(r"(?<![\w-])--([a-z][a-z0-9-]*)", lambda flag: label(flag[1].replace("-", "_")), text)

@@ -304,7 +304,7 @@ def _sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def check_room(needed: Mapping[Path, int]) -> None:
+def check_disk_space(needed: Mapping[Path, int]) -> None:
     """Raises ConfigError if a place, there or to be made, cannot be written to, or its disk has not enough room.
 
     needed: file or folder → bytes; what lies on one disk is added up.

@@ -203,7 +203,7 @@ class EraseOptions(ModelOptions):
     low_vram: bool = option(
         False, "saliency sums, masters and moments in host memory, one sample at a time, gradient checkpointing"
     )
-    optimiser: str = option(
+    optimizer: str = option(
         "adam", "adam, or adam8bit: moments in 8 bits by bitsandbytes, an extra", choices=("adam", "adam8bit")
     )
     deterministic: bool = option(True, "only kernels that give the same bits each time, where there are any")
@@ -271,7 +271,7 @@ GROUPS = {  # for people, in the order in which hosts show them
     "Mask": ("mask", "density", "combine", "scope", "method", "guidance"),
     "Training": (
         "steps", "batch_size", "lr", "lr_decay", "retain_weight", "target", "retain_target", "anchor_share",
-        "optimiser", "recipe",
+        "optimizer", "recipe",
     ),
     "Evaluation": ("eval_images", "show_sensitive"),
     "Computing": (

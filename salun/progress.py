@@ -94,7 +94,7 @@ def silent(event: Event, /) -> None:
 T = TypeVar("T")
 
 
-class Told(Mapping[str, T]):
+class ReportingMapping(Mapping[str, T]):
     """Values whose making is told to a progress, as the place of each among all."""
 
     def __init__(self, values: Mapping[str, T], stage: Stage, progress: Progress) -> None:

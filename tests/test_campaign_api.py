@@ -148,13 +148,13 @@ def served(folder: Path) -> Iterator[tuple[Any, Service, Access]]:
 
     from extension.access import Access
     from extension.api import add_routes
-    from extension.host import Alone
+    from extension.host import StandaloneHost
     from extension.jobs import Job
     from extension.service import Service
 
     at_work = threading.Event()
 
-    class Waiting(Alone):
+    class Waiting(StandaloneHost):
         @contextmanager
         def turn(self, job: Job) -> Iterator[None]:
             at_work.wait()

@@ -11,7 +11,7 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 
 from salun.classification.data import ImageData
-from salun.classification.metrics import Predicted, beside_retrain, called_non_member, confusion, features, judge
+from salun.classification.metrics import Predicted, called_non_member, confusion, features, gap_to_retrain, judge
 from salun.classification.options import UnlearnOptions
 from salun.classification.splits import Split
 from salun.classification.task import Task
@@ -128,11 +128,11 @@ def test_gaps_are_absolute_and_their_mean_is_over_four() -> None:
     def figures(*values: float) -> dict[str, dict[str, float]]:
         return {name: {"value": v} for name, v in zip(("UA", "RA", "TA", "MIA"), values, strict=True)}
 
-    found = beside_retrain(figures(10, 90, 80, 30), figures(20, 100, 90, 10))
+    found = gap_to_retrain(figures(10, 90, 80, 30), figures(20, 100, 90, 10))
     assert found["gap"] == {"UA": 10, "RA": 10, "TA": 10, "MIA": 20}
     assert found["gap_mean"] == 12.5
     assert found["ToW"] == pytest.approx(0.9**3)
-    same = beside_retrain(figures(1, 2, 3, 4), figures(1, 2, 3, 4))
+    same = gap_to_retrain(figures(1, 2, 3, 4), figures(1, 2, 3, 4))
     assert (same["gap_mean"], same["ToW"]) == (0, 1)
 
 

@@ -18,7 +18,7 @@ from salun.classification import models
 from salun.classification.data import ImageData, load_data
 from salun.classification.models import (
     Facts,
-    Pixels,
+    Preprocessing,
     Pretrained,
     load_model,
     new_model,
@@ -141,7 +141,7 @@ def test_a_configuration_in_a_file_can_fetch_nothing(config: dict[str, Any], spl
     save_model(path, new_model("small", 1, 10, seed=0), facts(split))
     told = safetensors_io.read_header(path).metadata | {
         "config": json.dumps(config),
-        "pixels": json.dumps(asdict(Pixels())),
+        "pixels": json.dumps(asdict(Preprocessing())),
     }
     safetensors_io.write(path, {"w": torch.zeros(2)}, told)
     with pytest.raises(ModelError, match="which a file may not say"):
@@ -217,23 +217,26 @@ def test_a_transformers_classifier_sees_pictures_as_its_processor_makes_them(
 
 
 PROCESSORS = {
-    "as ViT's": ({"image_mean": [0.5], "image_std": [0.5], "size": 224}, Pixels((0.5,), (0.5,), (224, 224))),
+    "as ViT's": ({"image_mean": [0.5], "image_std": [0.5], "size": 224}, Preprocessing((0.5,), (0.5,), (224, 224))),
     "the shorter side": (
         {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
-        Pixels(size=(256,), crop=(224, 224)),
+        Preprocessing(size=(256,), crop=(224, 224)),
     ),
-    "ConvNeXt's small": ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, Pixels(size=(256,), crop=(224, 224))),
-    "ConvNeXt's large": ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, Pixels(size=(384, 384))),
-    "no normalisation": ({"do_normalize": False, "image_mean": [0.5]}, Pixels((0.0,), (1.0,))),
-    "of 255 levels": ({"do_rescale": False, "image_mean": [127.5], "image_std": [51]}, Pixels((0.5,), (0.2,))),
-    "no size": ({"do_resize": False, "size": 224}, Pixels()),
+    "ConvNeXt's small": (
+        {"size": {"shortest_edge": 224}, "crop_pct": 0.875},
+        Preprocessing(size=(256,), crop=(224, 224)),
+    ),
+    "ConvNeXt's large": ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, Preprocessing(size=(384, 384))),
+    "no normalisation": ({"do_normalize": False, "image_mean": [0.5]}, Preprocessing((0.0,), (1.0,))),
+    "of 255 levels": ({"do_rescale": False, "image_mean": [127.5], "image_std": [51]}, Preprocessing((0.5,), (0.2,))),
+    "no size": ({"do_resize": False, "size": 224}, Preprocessing()),
 }
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_what_an_image_processor_says_is_understood(name: str) -> None:
     told, wanted = PROCESSORS[name]
-    assert Pixels.of(told) == wanted
+    assert Preprocessing.of(told) == wanted
 
 
 def test_a_model_of_other_classes_or_of_the_same_in_another_order_is_refused(

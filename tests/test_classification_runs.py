@@ -20,7 +20,7 @@ from salun.classification.experiment import evaluate, train, unlearn
 from salun.classification.methods import METHODS
 from salun.classification.models import load_model, new_model, save_model
 from salun.classification.options import GROUPS, CompareOptions, TrainOptions, UnlearnOptions
-from salun.classification.plan import settled
+from salun.classification.plan import resolve_options
 from salun.classification.preview import preview_training, preview_unlearning
 from salun.classification.splits import Split
 from salun.classification.task import Task
@@ -128,7 +128,7 @@ def test_retrain_is_trained_as_the_original_was_whatever_unlearning_is_told(tmp_
     told: dict[str, Any] = {"original": str(tmp_path / "original"), "device": "cpu", "seed": 1}
     exact = unlearn(method="retrain", **told)
     data, split = load_data("digits"), exact.split
-    options = settled(UnlearnOptions(**recipe), data, split)
+    options = resolve_options(UnlearnOptions(**recipe), data, split)
     fresh = new_model("small", 1, 10, seed=7).to(memory_format=torch.channels_last)  # as all are trained
     task = Task(fresh, replace(data, preset={**data.preset, "augment": "none"}), split, options, lambda: fresh)
     METHODS["retrain"].run(task)
@@ -327,7 +327,7 @@ def test_every_option_has_its_place_in_the_help() -> None:
 def test_a_run_json_repeats_its_run(run: Path) -> None:
     again = UnlearnOptions(**read_config(run / "run.json", UnlearnOptions))
     split = Split.load(run / "split.json")
-    assert asdict(settled(again, load_data("digits"), split)) == record_of(run)["options"]
+    assert asdict(resolve_options(again, load_data("digits"), split)) == record_of(run)["options"]
 
 
 # -- the commands --------------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ from salun.diffusion import evaluation
 from salun.diffusion.context import prepared
 from salun.diffusion.data.latents import sample_latents
 from salun.options import MASKS, EraseOptions
-from salun.runs.folder import alone_in
-from salun.runs.record import NOT_DECISIVE
+from salun.runs.folder import exclusive_lock
+from salun.runs.record import NOT_IN_FINGERPRINT
 from tools import comfy_help, comfy_workflows
 from tools.checkpoints import ARCHITECTURES
 
@@ -526,7 +526,7 @@ def test_every_family_and_prediction_is_erased(host: Any, family: str, predictio
     # what the network is asked is what its own forward pass says
     graph = GraphModel(model, Clip(family))
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
-    with graph.borrowed():
+    with graph.temporarily_trainable():
         said = graph.encode(["a cat", "a dog"])
         assert said.hidden.shape == (2, 77, FAMILIES[family]["cross_attention_dim"])
         wanted = model.model.diffusion_model(x, t, said.hidden, {}, **said.extra)
@@ -737,7 +737,7 @@ def test_errors_name_inputs_and_nodes_not_the_command_line(host: Any) -> None:
         (lambda: erased(model, recipe="paper", concept=call("SalUnConcept", preset="van gogh")[0]), "recipe paper"),
         (lambda: erased(model, given_mask=mask, scope="xattn"), "with scope full"),
         (lambda: erased(other, given_mask=mask), "make one with SalUn Saliency Mask"),
-        (lambda: erased(model, optimiser="adam8bit"), "optimiser adam8bit"),
+        (lambda: erased(model, optimizer="adam8bit"), "optimizer adam8bit"),
         (lambda: erased(model, retain_latents=0, anchor_share=0.0), "retain_latents above 0"),
         (lambda: call("SalUnApplyDelta", model=other, delta=delta), "SalUn Apply Delta's base_checkpoint"),
     ]
@@ -816,12 +816,15 @@ def test_all_that_a_result_depends_on_is_in_what_it_is_kept_by(host: Any) -> Non
         **{"eval_images": 3, "seed": 9, "prompt_style": "tags", "negative_prompt": "blurry", "clip_skip": 2},
         **{"resolution": 128, "forget_latents": 3, "retain_latents": 3, "combine": "union", "scope": "xattn"},
         **{"method": "salun-soft", "guidance": 3.0, "lr_decay": 0.1, "target": "online", "retain_target": "noise"},
-        **{"anchor_share": 0.25, "optimiser": "adam8bit", "dtype": "bf16", "low_vram": True, "show_sensitive": True},
+        **{"anchor_share": 0.25, "optimizer": "adam8bit", "dtype": "bf16", "low_vram": True, "show_sensitive": True},
         **{"gradient_checkpointing": True, "deterministic": False},
         **{"sampling_steps": 3, "sampling_guidance": 1.0, "sampler": "lcm"},
     }
     assert set(changed) | {"recipe"} == {*SHARED, *OWN}, "recipe is in the numbers that it gives"
-    keys = {**graphs, **{name: key(**{name: value}) for name, value in changed.items() if name not in NOT_DECISIVE}}
+    keys = {
+        **graphs,
+        **{name: key(**{name: value}) for name, value in changed.items() if name not in NOT_IN_FINGERPRINT},
+    }
     assert len({first, *keys.values()}) == len(keys) + 1, [name for name in keys if keys[name] == first]
     assert key(show_sensitive=True) == first
 
@@ -1190,7 +1193,7 @@ def test_a_trained_result_that_cannot_be_kept_is_not_trained_again(host: Any, mo
 
 def test_an_erasure_that_another_comfyui_is_at_runs_without_a_state(host: Any) -> None:
     left = stopped(host)
-    with alone_in(left):
+    with exclusive_lock(left):
         assert erased(Patcher(), steps=6)[1].changed
         assert trained_again(host) == 6 and (left / "state/training.safetensors").exists()
 

@@ -39,7 +39,7 @@ from salun.checkpoints import safetensors_io
 from salun.checkpoints.keymap import UNET
 from salun.checkpoints.single_file import open_unet
 from salun.diffusion.context import prepared
-from salun.diffusion.data.training_set import Own, sample_data
+from salun.diffusion.data.training_set import UserLatents, sample_data
 from salun.diffusion.erase import carry_out
 from salun.diffusion.plan import make_plan
 from salun.options import EraseOptions
@@ -748,7 +748,7 @@ def test_the_node_does_what_the_command_line_does(server: Server, checkpoint: Pa
     plan = make_plan(model.settings, model.name, salun.Concept("a cat", anchor="a dog"), options)
     record = RunRecord(None, "test", {}, 0, "cpu")
     with record.running(), prepared(model, plan):
-        own = Own([forget], retain, tuple(captions.splitlines()))
+        own = UserLatents([forget], retain, tuple(captions.splitlines()))
         data = sample_data(model, plan, silent, cache=Cache(Path("unused"), 0), given=own)
         run = carry_out(model, plan, record, silent, None, data)
     jaccard = nodes_mask.jaccard(run.mask)

@@ -48,7 +48,7 @@ FOREIGN = {"modelspec.title": "a stranger's, with „quotes“", "z": "1", "a": 
 Weights = dict[str, torch.Tensor]
 
 
-class Told(NamedTuple):
+class ReportingMapping(NamedTuple):
     """What a command ended with."""
 
     code: int
@@ -56,7 +56,7 @@ class Told(NamedTuple):
     err: str
 
 
-Command = Callable[..., Told]
+Command = Callable[..., ReportingMapping]
 
 
 @pytest.fixture
@@ -64,11 +64,11 @@ def salun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
     """The command line, in this process and an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> Told:
+    def run(*arguments: str) -> ReportingMapping:
         monkeypatch.setattr(sys, "argv", ["salun", *arguments])
         with pytest.raises(SystemExit) as stop:
             main()
-        return Told(int(stop.value.code or 0), *capsys.readouterr())
+        return ReportingMapping(int(stop.value.code or 0), *capsys.readouterr())
 
     return run
 
@@ -126,14 +126,14 @@ def metadata_of(path: str) -> dict[str, str]:
     return safetensors_io.read_header(Path(path) / UNET if Path(path).is_dir() else Path(path)).metadata
 
 
-def done(told: Told) -> dict[str, Any]:
+def done(told: ReportingMapping) -> dict[str, Any]:
     """The JSON of a command that must have worked."""
     assert told.code == 0, told.err
     found: dict[str, Any] = json.loads(told.out)
     return found
 
 
-def refused(told: Told, code: int, *parts: str) -> None:
+def refused(told: ReportingMapping, code: int, *parts: str) -> None:
     """The command failed with one line that has these parts, and no file was left half-written."""
     assert told.code == code, (told.out, told.err)
     assert not told.out

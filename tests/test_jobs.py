@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import salun
 from extension.jobs import CHILD, Job, Queue, take
-from extension.stages import Clock, shares_of_erasure
+from extension.stages import ProgressEstimator, shares_of_erasure
 from extension.words import in_the_pages_words
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
@@ -260,7 +260,7 @@ def test_lines_that_are_no_events_change_nothing(text: str) -> None:
 
 def test_the_clock_goes_forward_and_counts_the_present_pace() -> None:
     now = 0.0
-    clock = Clock({"a": 0.5, "b": 0.4, "saving": 0.1}, lambda: now)
+    clock = ProgressEstimator({"a": 0.5, "b": 0.4, "saving": 0.1}, lambda: now)
     told = [clock.at("a", 0, 10)]
     for step in range(1, 11):
         now += 1
@@ -277,7 +277,7 @@ def test_the_clock_goes_forward_and_counts_the_present_pace() -> None:
 
 def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
     now = 0.0
-    clock = Clock({"a": 0.1, "b": 0.9}, lambda: now)
+    clock = ProgressEstimator({"a": 0.1, "b": 0.9}, lambda: now)
     clock.at("a", 0, 1)
     now = 1.0
     _, first = clock.at("a", 1, 1)

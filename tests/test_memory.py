@@ -53,7 +53,7 @@ def test_gradient_checkpointing_keeps_less(shapes: Model) -> None:
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with shapes.borrowed(), shapes.set_up(EraseOptions(gradient_checkpointing=wish)):
+        with shapes.temporarily_trainable(), shapes.set_up(EraseOptions(gradient_checkpointing=wish)):
             for parameter in shapes.parameters().values():
                 parameter.requires_grad_(True)
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -90,7 +90,7 @@ def test_xformers_that_is_not_there_names_the_extra(shapes: Model) -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_8_bit_moments(there: bool, shapes: Model, plain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments: dict[str, Any] = {**SHORT, "optimiser": "adam8bit"}
+    arguments: dict[str, Any] = {**SHORT, "optimizer": "adam8bit"}
     installed = importlib.util.find_spec("bitsandbytes") is not None
     if there and not installed:
         pytest.skip("bitsandbytes is not installed")

@@ -1,4 +1,4 @@
-"""The packed masked optimiser: equal to torch's own on salient entries, and silent everywhere else."""
+"""The packed masked optimizer: equal to torch's own on salient entries, and silent everywhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from salun.errors import MaskError, TrainingError
 from salun.masking.mask import Mask
-from salun.masking.optim import MaskedOptimiser, Mode
+from salun.masking.optim import MaskedOptimizer, Mode
 from salun.masking.proximal import SoftThreshold
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -37,28 +37,28 @@ def random_mask(module: nn.Module, density: float = 0.4) -> Mask:
 def train(
     module: nn.Module, mask: Mask, make: Make, mode: Mode, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    with MaskedOptimiser(dict(module.named_parameters()), mask, make, mode) as optimiser:
+    with MaskedOptimizer(dict(module.named_parameters()), mask, make, mode) as optimizer:
         for step in range(STEPS):
-            optimiser.backward(loss_of(module, step, dtype))
+            optimizer.backward(loss_of(module, step, dtype))
             if mode == "pack":
-                assert optimiser.step()
-        return {name: master.clone() for name, master in optimiser.masters.items()}
+                assert optimizer.step()
+        return {name: master.clone() for name, master in optimizer.masters.items()}
 
 
 @pytest.mark.parametrize("mode", ["step", "pack"])
 @pytest.mark.parametrize("maker", list(MAKERS))
-def test_salient_entries_follow_torchs_own_optimiser(little: nn.Module, maker: str, mode: Mode) -> None:
+def test_salient_entries_follow_torchs_own_optimizer(little: nn.Module, maker: str, mode: Mode) -> None:
     """The reference trains all weights with gradients, weight decay and momentum cut to the mask by hand."""
     reference, mask = copy.deepcopy(little), random_mask(little)
     start = {name: p.detach().clone() for name, p in reference.named_parameters()}
-    optimiser = MAKERS[maker](reference.parameters())
+    optimizer = MAKERS[maker](reference.parameters())
     for step in range(STEPS):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss_of(reference, step).backward()
         for name, p in reference.named_parameters():
             assert p.grad is not None
             p.grad.mul_(mask.dense(name))
-        optimiser.step()
+        optimizer.step()
         with torch.no_grad():
             for name, p in reference.named_parameters():
                 p.copy_(torch.where(mask.dense(name), p, start[name]))
@@ -107,16 +107,16 @@ def test_masters_come_from_the_checkpoint_not_from_its_cast(little: nn.Module) -
     sources = {name: p.detach().clone() for name, p in little.named_parameters()}
     little.to(torch.bfloat16)
     mask = random_mask(little)
-    with MaskedOptimiser(dict(little.named_parameters()), mask, MAKERS["adam"], sources=sources) as optimiser:
-        for name, master in optimiser.masters.items():
+    with MaskedOptimizer(dict(little.named_parameters()), mask, MAKERS["adam"], sources=sources) as optimizer:
+        for name, master in optimizer.masters.items():
             assert torch.equal(master, sources[name][mask.dense(name)])
 
 
 def test_only_salient_entries_have_masters_and_moments(little: nn.Module) -> None:
     mask = random_mask(little, 0.25)
-    with MaskedOptimiser(dict(little.named_parameters()), mask, MAKERS["adam"]) as optimiser:
-        optimiser.backward(loss_of(little, 0))
-        state = optimiser.state()
+    with MaskedOptimizer(dict(little.named_parameters()), mask, MAKERS["adam"]) as optimizer:
+        optimizer.backward(loss_of(little, 0))
+        state = optimizer.state()
     held = {key: sum(t.numel() for name, t in state.items() if name.endswith(key)) for key in ("master", "exp_avg")}
     assert held == {"master": mask.selected, "exp_avg": mask.selected}
 
@@ -125,8 +125,8 @@ def test_pack_accumulates_and_clips_like_one_large_batch(little: nn.Module) -> N
     other, mask = copy.deepcopy(little), random_mask(little)
     named = dict(little.named_parameters()), dict(other.named_parameters())
     with (
-        MaskedOptimiser(named[0], mask, MAKERS["sgd"], "pack") as one,
-        MaskedOptimiser(named[1], mask, MAKERS["sgd"], "pack") as two,
+        MaskedOptimizer(named[0], mask, MAKERS["sgd"], "pack") as one,
+        MaskedOptimizer(named[1], mask, MAKERS["sgd"], "pack") as two,
     ):
         one.backward((loss_of(little, 0) + loss_of(little, 1)) / 2)
         one.step(max_norm=0.05)
@@ -146,9 +146,9 @@ def test_reduce_sees_the_packed_gradients_before_the_step(little: nn.Module) -> 
             gradient.zero_()
 
     before = [p.detach().clone() for p in little.parameters()]
-    with MaskedOptimiser(dict(little.named_parameters()), mask, lambda p: SGD(p, lr=1.0), "pack") as optimiser:
-        optimiser.backward(loss_of(little, 0))
-        optimiser.step(reduce=reduce)
+    with MaskedOptimizer(dict(little.named_parameters()), mask, lambda p: SGD(p, lr=1.0), "pack") as optimizer:
+        optimizer.backward(loss_of(little, 0))
+        optimizer.step(reduce=reduce)
     assert seen == [mask.selected]
     assert all(torch.equal(a, b) for a, b in zip(before, little.parameters(), strict=True))
 
@@ -161,36 +161,36 @@ def poisoned(module: nn.Module) -> Tensor:
 
 def test_in_pack_mode_a_gradient_that_is_not_finite_leaves_the_whole_step_out(little: nn.Module) -> None:
     before = [p.detach().clone() for p in little.parameters()]
-    with MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"], "pack") as optimiser:
-        optimiser.backward(poisoned(little))
-        assert not optimiser.step()
+    with MaskedOptimizer(dict(little.named_parameters()), random_mask(little), MAKERS["adam"], "pack") as optimizer:
+        optimizer.backward(poisoned(little))
+        assert not optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(before, little.parameters(), strict=True))
-        optimiser.backward(loss_of(little, 0))
-        assert optimiser.step()
+        optimizer.backward(loss_of(little, 0))
+        assert optimizer.step()
 
 
 def test_in_step_mode_it_leaves_its_tensor_out_and_names_it(little: nn.Module) -> None:
     first = next(little.parameters()).detach().clone()
-    with MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimiser:
-        optimiser.backward(poisoned(little))
-        assert optimiser.not_finite == ["0.weight"]
+    with MaskedOptimizer(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimizer:
+        optimizer.backward(poisoned(little))
+        assert optimizer.not_finite == ["0.weight"]
     assert torch.equal(next(little.parameters()), first)
 
 
 def test_a_loss_that_is_not_finite_is_refused_before_anything_moves(little: nn.Module) -> None:
     before = [p.detach().clone() for p in little.parameters()]
     with (
-        MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimiser,
+        MaskedOptimizer(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimizer,
         pytest.raises(TrainingError, match="the loss is nan"),
     ):
-        optimiser.backward(loss_of(little, 0) * float("nan"))
+        optimizer.backward(loss_of(little, 0) * float("nan"))
     assert all(torch.equal(a, b) for a, b in zip(before, little.parameters(), strict=True))
 
 
 def test_nothing_is_left_behind(little: nn.Module) -> None:
     little.requires_grad_(False)
-    with MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimiser:
-        optimiser.backward(loss_of(little, 0))
+    with MaskedOptimizer(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimizer:
+        optimizer.backward(loss_of(little, 0))
     after = [p.detach().clone() for p in little.parameters()]
     assert not any(p.requires_grad for p in little.parameters())
     little.requires_grad_(True)
@@ -206,14 +206,14 @@ def test_a_state_taken_up_goes_on_as_if_never_stopped(little: nn.Module, maker: 
     whole = train(little, mask, MAKERS[maker], mode)
 
     def some(steps: range, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        with MaskedOptimiser(dict(other.named_parameters()), mask, MAKERS[maker], mode) as optimiser:
+        with MaskedOptimizer(dict(other.named_parameters()), mask, MAKERS[maker], mode) as optimizer:
             if state is not None:
-                optimiser.load_state(state, 5)
+                optimizer.load_state(state, 5)
             for step in steps:
-                optimiser.backward(loss_of(other, step))
+                optimizer.backward(loss_of(other, step))
                 if mode == "pack":
-                    optimiser.step()
-            return {name: t.clone() for name, t in optimiser.state().items()}
+                    optimizer.step()
+            return {name: t.clone() for name, t in optimizer.state().items()}
 
     half = some(range(5), None)
     other.load_state_dict(copy.deepcopy(other).state_dict())
@@ -223,37 +223,37 @@ def test_a_state_taken_up_goes_on_as_if_never_stopped(little: nn.Module, maker: 
 
 
 def test_a_state_of_another_run_is_refused(little: nn.Module) -> None:
-    with MaskedOptimiser(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimiser:
+    with MaskedOptimizer(dict(little.named_parameters()), random_mask(little), MAKERS["adam"]) as optimizer:
         with pytest.raises(TrainingError, match="belongs to another run"):
-            optimiser.load_state({"0.weight/master": torch.zeros(1)}, 5)
+            optimizer.load_state({"0.weight/master": torch.zeros(1)}, 5)
         with pytest.raises(TrainingError, match="does not train"):
-            optimiser.load_state({"other/master": torch.zeros(1)}, 5)
+            optimizer.load_state({"other/master": torch.zeros(1)}, 5)
 
 
 def test_a_mask_that_fits_not_or_selects_nothing_is_refused(little: nn.Module) -> None:
     parameters = dict(little.named_parameters())
     with pytest.raises(MaskError, match="does not fit"):
-        MaskedOptimiser(parameters, Mask.full({"0.weight": torch.zeros(1)}), MAKERS["adam"])
+        MaskedOptimizer(parameters, Mask.full({"0.weight": torch.zeros(1)}), MAKERS["adam"])
     empty = Mask.from_dense({name: torch.zeros(p.shape, dtype=torch.bool) for name, p in parameters.items()})
     with pytest.raises(MaskError, match="selects no weight"):
-        MaskedOptimiser(parameters, empty, MAKERS["adam"])
+        MaskedOptimizer(parameters, empty, MAKERS["adam"])
 
 
 def test_soft_thresholding_returns_the_smallest_changes_to_zero(little: nn.Module) -> None:
     """At step t of T, at least (1 − density)·(1 − t/T) of all entries are exactly θ₀; the last step shrinks none."""
     start = {name: p.detach().clone() for name, p in little.named_parameters()}
     parameters = dict(little.named_parameters())
-    with MaskedOptimiser(parameters, Mask.full(parameters), MAKERS["adam"], "pack") as optimiser:
-        soft = SoftThreshold(optimiser, density=0.2)
+    with MaskedOptimizer(parameters, Mask.full(parameters), MAKERS["adam"], "pack") as optimizer:
+        soft = SoftThreshold(optimizer, density=0.2)
         total = sum(p.numel() for p in parameters.values())
         for step in range(1, 11):
-            optimiser.backward(loss_of(little, step))
-            optimiser.step()
-            before = {name: m.clone() for name, m in optimiser.masters.items()}
+            optimizer.backward(loss_of(little, step))
+            optimizer.step()
+            before = {name: m.clone() for name, m in optimizer.masters.items()}
             soft(step, 10)
             unmoved = sum(int((p == start[name]).sum()) for name, p in little.named_parameters())
             assert unmoved >= int(0.8 * total * (1 - step / 10))
-            for name, master in optimiser.masters.items():
+            for name, master in optimizer.masters.items():
                 assert torch.all((master - start[name].flatten()).abs() <= (before[name] - start[name].flatten()).abs())
         assert soft.final_density() == 1 - unmoved / total
 
@@ -262,15 +262,17 @@ def test_soft_thresholding_returns_the_smallest_changes_to_zero(little: nn.Modul
 def test_state_in_host_memory_changes_no_result(density: float) -> None:
     """On a GPU only the place differs; here the same path runs with both on the CPU."""
     results = []
-    for on_host in (False, True):
+    for cpu_offload in (False, True):
         torch.manual_seed(0)
         module = nn.Linear(8, 4)
         parameters = dict(module.named_parameters())
         mask = Mask.random(parameters, density, 0)
-        with MaskedOptimiser(parameters, mask, lambda p: torch.optim.Adam(p, lr=1e-2), on_host=on_host) as optimiser:
+        with MaskedOptimizer(
+            parameters, mask, lambda p: torch.optim.Adam(p, lr=1e-2), cpu_offload=cpu_offload
+        ) as optimizer:
             for _ in range(5):
-                optimiser.backward(module(torch.ones(2, 8)).square().sum())
-            assert {m.device.type for m in optimiser.masters.values()} == {"cpu"}
+                optimizer.backward(module(torch.ones(2, 8)).square().sum())
+            assert {m.device.type for m in optimizer.masters.values()} == {"cpu"}
         results.append(module.weight.detach().clone())
     assert torch.equal(*results)
 

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from salun.checkpoints import pickled
-from salun.classification.models import Pixels, new_model, stock_model
+from salun.classification.models import Preprocessing, new_model, stock_model
 from salun.errors import ModelError
 
 
@@ -171,4 +171,4 @@ def test_pickles_need_a_torch_whose_safe_unpickler_is_safe(
 )  # fmt: skip
 def test_an_image_processor_out_of_bounds_is_rejected(told: dict[str, Any]) -> None:
     with pytest.raises((ValueError, ArithmeticError)):
-        Pixels.of(told)
+        Preprocessing.of(told)

@@ -12,7 +12,7 @@ from PIL import ImageFont
 from salun.diffusion.result import Run
 from salun.evaluation.detector import AttributeClassifier, Reading
 from salun.evaluation.erasure import Asked, Sides, Target, judge
-from salun.evaluation.metrics import Share, frechet_distance
+from salun.evaluation.metrics import Proportion, frechet_distance
 from salun.report import charts, page, picture
 
 ATTRIBUTES = {"shape": ["circle", "square", "star"], "colour": ["red", "blue"]}
@@ -167,7 +167,7 @@ def test_a_real_runs_report_is_small_and_complete(short_run: Run) -> None:
     ("k", "n", "low", "high"), [(0, 10, 0.0, 27.75), (10, 10, 72.25, 100.0), (50, 100, 40.38, 59.62)]
 )
 def test_intervals_are_wilsons(k: int, n: int, low: float, high: float) -> None:
-    share = Share.of(np.arange(n) < k)
+    share = Proportion.of(np.arange(n) < k)
     assert (share.low, share.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
 
 

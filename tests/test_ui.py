@@ -71,11 +71,11 @@ def page(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Makes a client of the whole application, with a login or none, under an address."""
     pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
     client = pytest.importorskip("starlette.testclient").TestClient
-    from extension.host import Alone
+    from extension.host import StandaloneHost
     from extension.service import Service
     from extension.standalone import application
 
-    service = Service(Alone(tmp_path))
+    service = Service(StandaloneHost(tmp_path))
     yield lambda login, address: client(application(service, login), base_url=address)
     service.queue.close()
 

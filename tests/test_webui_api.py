@@ -25,13 +25,13 @@ from starlette.testclient import TestClient
 
 from extension.access import Access, Refused
 from extension.api import LARGEST, PREFIX, RECENT, add_routes, schema
-from extension.host import Alone
+from extension.host import StandaloneHost
 from extension.jobs import Job
 from extension.places import confined, new_file, safe_name
 from extension.service import DELTA, Service
 from salun.errors import ConfigError
 from salun.options import EraseJob
-from salun.runs.folder import alone_in
+from salun.runs.folder import exclusive_lock
 
 ROUTES = ["status", "runs", "models", "concepts", "schema", "file", "preview"]
 LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "save_every": %s}}'
@@ -40,7 +40,7 @@ POSTS = ["start", "cancel", "resume", "forget", "use", "undo"]
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
-    made = Service(Alone(tmp_path / "data"))
+    made = Service(StandaloneHost(tmp_path / "data"))
     yield made
     made.queue.close()
 
@@ -257,7 +257,7 @@ def test_what_a_stopped_job_keeps_is_told_and_goes_with_it(service: Service) -> 
     job, folder = stopped(service)
     calling = client(service)
     assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["kept_bytes"] == 1000
-    with alone_in(folder):  # as a child that outlived the program does
+    with exclusive_lock(folder):  # as a child that outlived the program does
         answer = calling.post(f"{PREFIX}/forget", json={"id": job.id})
         assert answer.status_code == 400
         assert answer.json()["error"] == "another process is still at work in this run: wait for it"

@@ -24,14 +24,14 @@ import salun
 from extension import places
 from extension.access import Access
 from extension.controls import ADVANCED, FIELDS, FIRST, control, default_of, help_of, shown_of, value_of
-from extension.host import Alone
+from extension.host import StandaloneHost
 from extension.jobs import Job
 from extension.page import _details, build
 from extension.service import OURS, Service
 from extension.words import in_the_pages_words
 from salun.errors import ConfigError, SalunError
 from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
-from salun.runs.folder import alone_in
+from salun.runs.folder import exclusive_lock
 from salun.runs.record import RunRecord
 
 ALL = [item.name for item in dataclasses.fields(EraseJob)]
@@ -95,7 +95,7 @@ def test_messages_of_the_core_name_what_is_on_the_page(tmp_path: Path) -> None:
     assert refused(lambda: changed.running().__enter__()) == (
         "this run cannot go on, as its steps was 1 and is 2: begin a new job"
     )
-    with alone_in(tmp_path / "run"):
+    with exclusive_lock(tmp_path / "run"):
         assert refused(lambda: changed.running().__enter__()) == (
             "another process is still at work in this run: wait for it"
         )
@@ -108,7 +108,7 @@ def test_messages_of_the_core_name_what_is_on_the_page(tmp_path: Path) -> None:
 
 @pytest.fixture
 def service(tmp_path: Path) -> Any:
-    made = Service(Alone(tmp_path))
+    made = Service(StandaloneHost(tmp_path))
     yield made
     made.queue.close()
 
@@ -166,7 +166,7 @@ def test_jobs_of_one_second_write_to_different_places_and_a_repeated_one_is_the_
         service.queue.cancel(job.id)
 
 
-class Keeping(Alone):
+class Keeping(StandaloneHost):
     """A host that has a folder of checkpoints, and says what it was told to use."""
 
     used: Path | None = None
@@ -388,7 +388,7 @@ def test_a_run_that_cannot_be_read_is_listed_as_such_and_harms_no_other(service:
     (service.runs / "zz-good" / "model.safetensors").touch()
     (tmp_path / "models").mkdir()
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/models/\xff.safetensors"))).touch()
-    service.host = Alone(service.host.data, [str(tmp_path / "models")])
+    service.host = StandaloneHost(service.host.data, [str(tmp_path / "models")])
 
     listed = [run for run in service.history() if run["run"] != "\\udcff"]
     assert len(listed) == len(service.history()) - 1  # the name that is not UTF-8 is shown escaped
@@ -421,7 +421,7 @@ def test_a_run_that_cannot_be_read_is_listed_as_such_and_harms_no_other(service:
 )
 def test_a_job_in_a_folder_that_somebody_has_sent_is_not_run(tmp_path: Path, state: str, asked: dict[str, Any]) -> None:
     """It would write where its file says, with what its file allows."""
-    first = Service(Alone(tmp_path / "data"))
+    first = Service(StandaloneHost(tmp_path / "data"))
     job = first.erase({"concept": ["circle"], "model": "shapes"})
     first.queue.cancel(job.id)
     first.queue.wait(job.id, 30)
@@ -430,7 +430,7 @@ def test_a_job_in_a_folder_that_somebody_has_sent_is_not_run(tmp_path: Path, sta
     held = json.loads(file.read_text(encoding="utf-8")) | {"state": state, "resumable": state == "cancelled"}
     sent = {**held, "request": {**held["request"], "options": {**held["request"]["options"], **asked}}}
     file.write_text(json.dumps(sent), encoding="utf-8")
-    second = Service(Alone(tmp_path / "data"))
+    second = Service(StandaloneHost(tmp_path / "data"))
     try:
         (found,) = second.queue.all()
         assert (found.state, found.resumable) == ("failed", False)

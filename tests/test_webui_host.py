@@ -15,7 +15,7 @@ import pytest
 
 from extension import environment, webui
 from extension.access import Access, Refused, gradio_login
-from extension.host import Alone
+from extension.host import StandaloneHost
 from extension.jobs import Job, Queue
 from extension.page import build
 from extension.service import Service
@@ -136,7 +136,7 @@ def test_checkpoints_that_are_not_offered_are_told_of(
     listed["a.ckpt"] = SimpleNamespace(name="a.ckpt", filename="/checkpoints/a.ckpt")
     assert (list(webui.WebUI().models()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
 
-    class Some(Alone):
+    class Some(StandaloneHost):
         def left_out(self) -> int:
             return 1
 
@@ -342,7 +342,7 @@ def test_salun_ui_offers_no_set_up_that_it_would_not_use(tmp_path: Path, monkeyp
     gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
     monkeypatch.setattr(environment, "missing", lambda: ("transformers 4.46 (has 4.44)",))
     shown = {}
-    for host in (Alone(tmp_path / "alone"), Setting(tmp_path / "setting")):
+    for host in (StandaloneHost(tmp_path / "alone"), Setting(tmp_path / "setting")):
         service = Service(host)
         shown[host.data.name] = str(build(gradio, service, Access()).get_config_file())
         service.queue.close()
@@ -350,7 +350,7 @@ def test_salun_ui_offers_no_set_up_that_it_would_not_use(tmp_path: Path, monkeyp
     assert "Set up" not in shown["alone"]
 
 
-class Setting(Alone):
+class Setting(StandaloneHost):
     """A host whose jobs may run in an environment of ours."""
 
     sets_up = True

@@ -83,7 +83,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
     names = sorted(set(listed.values()))
     missing = next((n for n in names if "\0" in n or Path(n).name != n or not (index.parent / n).is_file()), None)
     if not names or missing is not None:
-        shown = safetensors_io.shortened(missing) if missing is not None else "no file"
+        shown = safetensors_io.truncated(missing) if missing is not None else "no file"
         raise ModelError(f"{index} names {shown}, which is not beside it: the model is not whole")
     return tuple(index.parent / name for name in names)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from salun.checkpoints.safetensors_io import shortened
+from salun.checkpoints.safetensors_io import truncated
 from salun.errors import ModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -192,4 +192,4 @@ def _none_empty(shapes: Shapes, part: str) -> None:
     """Raises ModelError for a tensor without entries: it takes no bytes, but its other sizes may be anything."""
     empty = next((name for name, shape in shapes.items() if 0 in shape), None)
     if empty is not None:
-        raise ModelError(f"the {part}'s {shortened(empty)} has no entries: it is damaged")
+        raise ModelError(f"the {part}'s {truncated(empty)} has no entries: it is damaged")

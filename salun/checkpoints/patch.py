@@ -86,7 +86,7 @@ def _is_other_copy(path: Path, inside: tuple[str, ...]) -> bool:
     return any(name.startswith((keymap.UNET, "down_blocks.", "input_blocks.")) for name in names)
 
 
-def led_out(stored: Stored) -> list[str]:
+def external_links(stored: Stored) -> list[str]:
     """Links of a model's folder, as paths from it, that a copy must not carry along; none of a single file."""
     return [] if stored.single else links_out(stored.path)
 

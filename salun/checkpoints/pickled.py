@@ -15,7 +15,7 @@ from torch import Tensor
 
 from salun import files
 from salun.checkpoints import safetensors_io
-from salun.checkpoints.safetensors_io import shortened
+from salun.checkpoints.safetensors_io import truncated
 from salun.checkpoints.signature import PICKLE, UNKNOWN, advice, kind_of
 from salun.errors import ModelError
 from salun.files import sha256_file
@@ -124,7 +124,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     for name, value in state.items() if isinstance(state, Mapping) else ():
         if isinstance(value, Tensor):
             if str(name) in tensors:
-                raise ModelError(f"{path} holds {shortened(str(name))!r} twice: fetch it again")
+                raise ModelError(f"{path} holds {truncated(str(name))!r} twice: fetch it again")
             tensors[str(name)] = value
     if not tensors:
         raise ModelError(f"{path} holds no tensors: it is no checkpoint of a model")
@@ -148,7 +148,7 @@ def _check_archive(path: Path) -> None:
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises ModelError for tensors that safetensors cannot hold, or that take far more room than the checkpoint."""
     for name, tensor in tensors.items():
-        what = shortened(name)
+        what = truncated(name)
         if tensor.dtype not in safetensors_io.NAMES:
             raise ModelError(f"{path} holds {what}, of a dtype salun does not know ({tensor.dtype})")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -183,7 +183,7 @@ def _why(error: Exception) -> str:
     line = reason.splitlines()[0].strip() if reason else type(error).__name__
     if re.search(r"weights_only|torch\.load|trust", line):
         return "it is damaged, or holds more than weights; take a .safetensors of the same model"
-    return shortened(line)
+    return truncated(line)
 
 
 def _zipped(path: Path) -> bool:

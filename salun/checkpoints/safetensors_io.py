@@ -53,7 +53,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Stamp:
+class FileStamp:
     """By what a file that somebody wrote to in the meantime is recognised: bytes, nanoseconds, and which file it is."""
 
     size: int
@@ -61,13 +61,13 @@ class Stamp:
     inode: int
 
     @staticmethod
-    def of(path: Path) -> Stamp:
+    def of(path: Path) -> FileStamp:
         """Raises ModelError if the file is gone."""
         try:
             seen = path.stat()
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-        return Stamp(seen.st_size, seen.st_mtime_ns, seen.st_ino)
+        return FileStamp(seen.st_size, seen.st_mtime_ns, seen.st_ino)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Header:
     metadata: dict[str, str]
     data_start: int
     listed: list[str]
-    stamp: Stamp
+    stamp: FileStamp
 
     @property
     def names(self) -> list[str]:
@@ -94,7 +94,7 @@ def read_header(path: Path) -> Header:
     def fault(what: str) -> ModelError:
         return ModelError(f"{path} is no sound safetensors file: {what}; fetch or write it again")
 
-    stamp = Stamp.of(path)
+    stamp = FileStamp.of(path)
     size = stamp.size
     try:
         if not path.is_file():  # opening a pipe would wait for ever
@@ -134,7 +134,7 @@ def read_header(path: Path) -> Header:
     position = start
     for name, entry in ordered:
         if entry.start != position:
-            raise fault(f"{shortened(name)} begins at byte {entry.start}, not at {position}")
+            raise fault(f"{truncated(name)} begins at byte {entry.start}, not at {position}")
         position = entry.end
     if position != size:
         raise fault(f"its tensors end at byte {position}, the file at {size} (truncated?)")
@@ -149,7 +149,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, item: Any, data_start: int, fault: Any) -> Entry:
-    name = shortened(name)
+    name = truncated(name)
     try:
         dtype, shape, (start, end) = item["dtype"], item["shape"], item["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
@@ -157,7 +157,7 @@ def _entry(name: str, item: Any, data_start: int, fault: Any) -> Entry:
     if not is_shape(shape) or not all(is_shape([offset]) for offset in (start, end)):
         raise fault(f"{name} has a shape or offsets that are no whole numbers, or far too large")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise fault(f"{name} is of the unknown dtype {shortened(str(dtype))!r}")
+        raise fault(f"{name} is of the unknown dtype {truncated(str(dtype))!r}")
     needed = prod(shape) * DTYPES[dtype].itemsize
     if end - start != needed:
         raise fault(f"{name} takes {end - start} bytes, but its shape {shape} needs {needed}")
@@ -174,7 +174,7 @@ def is_shape(value: Any) -> bool:
     )
 
 
-def shortened(name: str) -> str:
+def truncated(name: str) -> str:
     """A stranger's word as a message can hold it."""
     return name if len(name) <= 120 else f"{name[:120]}…"
 
@@ -185,8 +185,8 @@ def tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[st
     with path.open("rb") as file:
         for name in header.names if names is None else names:
             tensor = read_tensor(file, header.entries[name], path)
-            if Stamp.of(path) != header.stamp:
-                raise changed_meanwhile(path)
+            if FileStamp.of(path) != header.stamp:
+                raise modified_during_read(path)
             yield name, tensor
 
 
@@ -195,7 +195,7 @@ def read_tensor(file: IO[bytes], entry: Entry, path: Path) -> Tensor:
     content = bytearray(entry.end - entry.start)
     file.seek(entry.start)
     if file.readinto(content) != len(content):  # type: ignore[attr-defined]
-        raise changed_meanwhile(path)
+        raise modified_during_read(path)
     dtype = DTYPES[entry.dtype]
     return (torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)).view(entry.shape)
 
@@ -207,12 +207,12 @@ def read_one(path: Path, header: Header, name: str) -> Tensor:
             tensor = read_tensor(file, header.entries[name], path)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    if Stamp.of(path) != header.stamp:
-        raise changed_meanwhile(path)
+    if FileStamp.of(path) != header.stamp:
+        raise modified_during_read(path)
     return tensor
 
 
-def changed_meanwhile(path: Path) -> ModelError:
+def modified_during_read(path: Path) -> ModelError:
     """What to raise when a file is no longer what it was when it was first read."""
     return ModelError(f"{path} has changed while it was read: let whatever writes to it finish, and start again")
 
@@ -257,7 +257,7 @@ def rewrite(
     replaced: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     dropped: Collection[str] = (),
-    stamp: Stamp | None = None,
+    stamp: FileStamp | None = None,
 ) -> None:
     """Copy a file, tensor bytes, names and metadata in their orders, some tensors replaced and metadata added.
 
@@ -310,11 +310,11 @@ def rewrite(
             while left:
                 copied = inside.read(min(left, _CHUNK))
                 if not copied:
-                    raise changed_meanwhile(source)
+                    raise modified_during_read(source)
                 out.write(copied)
                 left -= len(copied)
-        if Stamp.of(source) != stamp:
-            raise changed_meanwhile(source)
+        if FileStamp.of(source) != stamp:
+            raise modified_during_read(source)
 
 
 def raw_bytes(tensor: Tensor) -> Tensor:

@@ -74,12 +74,12 @@ class Contents:
         try:
             ours = keymap.unet_from_ldm(names)
         except (KeyError, ZeroDivisionError) as error:  # the latter for absurd numbers in a name
-            what = safetensors_io.shortened(str(error.args[0]))
+            what = safetensors_io.truncated(str(error.args[0]))
             raise ModelError(f"{path} has a tensor that no Stable Diffusion UNet has: {what}") from error
         if len(set(ours.values())) != len(ours):
             twice = next(iter((Counter(ours.values()) - Counter(set(ours.values()))).keys()))
             raise ModelError(
-                f"{path} has two tensors in the place of one: {safetensors_io.shortened(twice)} in diffusers' names"
+                f"{path} has two tensors in the place of one: {safetensors_io.truncated(twice)} in diffusers' names"
             )
         places = {name: (path, theirs) for theirs, name in ours.items()}
         unet = Stored(path, places, {path: header})

@@ -15,7 +15,7 @@ from typing import Any
 
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import Setting, facts_of, setting_of
-from salun.classification.jobs import Desk, Job, Kind, Ledger
+from salun.classification.jobs import Job, JobRunner, Kind, ResultStore
 from salun.classification.methods import METHODS
 from salun.classification.models import new_model, weights_digest
 from salun.classification.options import METHODS as NAMES
@@ -161,9 +161,9 @@ def compare(
     facts = {**facts_of(first.options, first.data, first.split), "weights": _fresh_weights(first)}
     record = RunRecord(folder, command, told, options.seed, str(first.data.images.device), facts, resume)
     with shown(progress) as progress, record.running():
-        ledger = Ledger(folder / "jobs" if folder is not None else None, record, len(data.classes))
+        ledger = ResultStore(folder / "jobs" if folder is not None else None, record, len(data.classes))
         total = sum(len(some) for some in jobs.values())
-        with Desk(ledger, cache, data, workers_of(options), progress, total) as desk:
+        with JobRunner(ledger, cache, data, workers_of(options), progress, total) as desk:
             with record.stage(Stage.RETRAINING):
                 exact, again = desk.done(jobs["retrain"]), desk.done(jobs["again"])
             with record.stage(Stage.SEARCHING):
@@ -192,7 +192,7 @@ def compare(
     return Comparison(record.data["metrics"], record)
 
 
-def _searched(desk: Desk, first: Sequence[Job], settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
+def _searched(desk: JobRunner, first: Sequence[Job], settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
     """variant → what was found of its option. All variants search side by side, a round at a time; of a variant, every
     round tries the same values at all of its seeds.
     """

@@ -18,16 +18,16 @@ from torch import nn
 from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.methods import METHODS
-from salun.classification.metrics import accuracies, beside_retrain, judge
-from salun.classification.models import Facts, is_plain, load_model, new_model, save_model, seen_by, weights_digest
+from salun.classification.metrics import accuracies, gap_to_retrain, judge
+from salun.classification.models import Facts, is_builtin, load_model, new_model, save_model, seen_by, weights_digest
 from salun.classification.options import TrainOptions, UnlearnOptions
 from salun.classification.originals import Original, given_original, trained
-from salun.classification.plan import known_recipe, settled, why_no_retrain
+from salun.classification.plan import known_recipe, resolve_options, why_no_retrain
 from salun.classification.relearning import relearn
 from salun.classification.search import search
 from salun.classification.splits import Split, make_split, repeated, with_forget
 from salun.classification.task import Task
-from salun.compute.device import is_out_of_memory, kernels, pick_device, pick_dtype
+from salun.compute.device import deterministic_kernels, is_out_of_memory, pick_device, pick_dtype
 from salun.display import shown
 from salun.errors import ConfigError, DataError, TrainingError
 from salun.files import write_bytes
@@ -102,11 +102,11 @@ def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageD
     if options.original is not None:
         given = given_original(options.original, data, split, options.allow_pickle)
     training = given.facts.training if given else None
-    named, options = options.model, settled(replace(options, forget=split.forgetting), data, split, training)
+    named, options = options.model, resolve_options(replace(options, forget=split.forgetting), data, split, training)
     no_retrain = why_no_retrain(options, training)
     if training is not None and named is None and (no_retrain is None or options.method == "retrain"):
         began = str(training.get("model"))
-        if not is_plain(began):  # the file may be a stranger's, and Retrain would open what it names
+        if not is_builtin(began):  # the file may be a stranger's, and Retrain would open what it names
             raise ConfigError(
                 f"Retrain would begin as {options.original} says that it began: as {began}, a folder or a model of the "
                 f"hub. If you trust that, add --model {began}; otherwise --retrain no"
@@ -168,7 +168,7 @@ def training_of(options: TrainOptions) -> tuple[UnlearnOptions, ImageData, Split
     """The settled options of a training, its data on the device, and its split. Raises as `train`."""
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
-    full = settled(UnlearnOptions(**asdict(options)), data, split)
+    full = resolve_options(UnlearnOptions(**asdict(options)), data, split)
     return full, _prepared(data, full, pick_device(full.device)), split
 
 
@@ -218,7 +218,7 @@ def unlearn(
                 exact = setting.retrained(progress)
             with record.stage(Stage.EVALUATING):
                 beside = {**figures_of(setting.task(exact, progress)), "RTE": _seconds(exact.seconds)}
-            metrics |= {"retrain": beside, **beside_retrain(metrics, beside)}
+            metrics |= {"retrain": beside, **gap_to_retrain(metrics, beside)}
         record.data["metrics"] = metrics
         _keep_report(record, task.mask, data.classes)
     return Outcome(task.model, split, metrics, record)
@@ -348,7 +348,7 @@ def _tell(record: RunRecord, notes: Sequence[str], progress: Progress, stage: St
 @contextmanager
 def _computing(options: UnlearnOptions) -> Iterator[None]:
     """Within, kernels give the same bits each time where asked. Raises TrainingError where memory does not suffice."""
-    with kernels(options.deterministic), enough_memory():
+    with deterministic_kernels(options.deterministic), enough_memory():
         yield
 
 

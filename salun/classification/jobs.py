@@ -38,7 +38,7 @@ from salun.classification.metrics import judge
 from salun.classification.options import UnlearnOptions
 from salun.classification.results import check_result
 from salun.classification.search import trials
-from salun.compute.device import kernels
+from salun.compute.device import deterministic_kernels
 from salun.errors import Cancelled, SalunError, TrainingError
 from salun.files import write_bytes
 from salun.progress import Event, Progress, Stage
@@ -62,7 +62,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class ResultStore:
     """The results there are, by job, in a folder, which may be untrusted input; None keeps none.
 
     classes: how many the data set has. notes: of files that are not valid results, one line each.
@@ -113,13 +113,13 @@ class Ledger:
             write_bytes(self.folder / f"{job.name}.json", (text + "\n").encode())
 
 
-class Desk:
+class JobRunner:
     """Gets jobs done, by several processes or here, and counts them for the progress. A context manager: at its end the
     processes stop at their next step, and are waited for.
     """
 
     def __init__(
-        self, ledger: Ledger, cache: Cache, data: ImageData, workers: int, progress: Progress, total: int
+        self, ledger: ResultStore, cache: Cache, data: ImageData, workers: int, progress: Progress, total: int
     ) -> None:
         self.ledger, self.cache, self.data, self.workers, self.progress = ledger, cache, data, workers, progress
         self.count, self.total = 0, total  # the total grows with the rounds of a search
@@ -127,7 +127,7 @@ class Desk:
         self._stop = context.Event()
         self._pool = ProcessPoolExecutor(workers, context, _begin, (self._stop,)) if workers > 1 else None
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> JobRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -236,7 +236,7 @@ def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict
         setting = setting_of(job.options, cache, data)
         if setting.data.images.device.type == "cpu":
             torch.set_num_threads(1)
-        with kernels(setting.options.deterministic), enough_memory():
+        with deterministic_kernels(setting.options.deterministic), enough_memory():
             return WORK[job.kind](job, setting, progress)
     except Cancelled:
         raise

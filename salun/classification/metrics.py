@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from salun.classification.randomness import generator_of
 from salun.classification.task import Task
 from salun.errors import DataError, TrainingError
-from salun.evaluation.metrics import Share
+from salun.evaluation.metrics import Proportion
 
 COMPARED = ("UA", "RA", "TA", "MIA")
 FEATURES = ("confidence", "entropy", "modified_entropy", "correctness", "probability")
@@ -113,18 +113,20 @@ def judge(task: Task) -> dict[str, Any]:
     forget, retain, test = predict(task, split.forget), predict(task, split.retain), predict(task, tested)
     known = retain.drawn(len(tested), task.options.seed)
     member, other, target = features(known), features(test), features(forget)
-    attacks = {name: Share.of(called_non_member(member[name], other[name], target[name])).json() for name in FEATURES}
+    attacks = {
+        name: Proportion.of(called_non_member(member[name], other[name], target[name])).json() for name in FEATURES
+    }
     return {
-        "UA": Share.of(~forget.correct).json(),
-        "RA": Share.of(retain.correct).json(),
-        "TA": Share.of(test.correct).json(),
+        "UA": Proportion.of(~forget.correct).json(),
+        "RA": Proportion.of(retain.correct).json(),
+        "TA": Proportion.of(test.correct).json(),
         "MIA": attacks["confidence"],
         "mia_features": attacks,
         "confusion": {"forget": confusion(forget), "test": confusion(test)},
     }
 
 
-def beside_retrain(ours: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[str, Any]:
+def gap_to_retrain(ours: Mapping[str, Any], retrain: Mapping[str, Any]) -> dict[str, Any]:
     """gap: |ours − Retrain's| of each of UA, RA, TA, MIA, in points; gap_mean: their mean; ToW.
 
     ToW (Zhao et al. 2024, "tug of war"): Π_s (1 − |acc_s − Retrain's acc_s|) over D_f, D_r and test, 1 at best.
@@ -138,7 +140,9 @@ def accuracies(task: Task) -> dict[str, Any]:
     """Accuracy on the training, validation and test rows, None where there are no rows, and each part's confusion."""
     parts = {"train": task.split.train, "validation": task.split.validation, "test": task.split.test}
     found = {name: predict(task, rows) if len(rows) else None for name, rows in parts.items()}
-    told: dict[str, Any] = {name: Share.of(p.correct).json() if p is not None else None for name, p in found.items()}
+    told: dict[str, Any] = {
+        name: Proportion.of(p.correct).json() if p is not None else None for name, p in found.items()
+    }
     return {**told, "confusion": {name: confusion(p) for name, p in found.items() if p is not None}}
 
 

@@ -30,7 +30,7 @@ FORMAT = "salun-classifier-1"
 SIDE = 4096  # pixels, of what a model is given
 
 
-class Small(nn.Module):
+class SmallCNN(nn.Module):
     """Three convolutions with BatchNorm, pooled to 2×2: 28,000 weights, for pictures as small as the digits."""
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -119,7 +119,7 @@ class VGG16(nn.Module):
 
 
 @dataclass(frozen=True)
-class Pixels:
+class Preprocessing:
     """How a pretrained model wants its pictures. mean, std: of pixels from 0 to 1, one or one a channel; None: nobody
     knows. size: (h, w) to resize to, or of the shorter side alone, (n,). crop: (h, w) of the middle that is kept.
     """
@@ -141,7 +141,7 @@ class Pixels:
             raise ValueError(f"size {self.size} and crop {self.crop} must be from 1 to {SIDE} pixels")
 
     @classmethod
-    def of(cls, told: dict[str, Any]) -> Pixels:
+    def of(cls, told: dict[str, Any]) -> Preprocessing:
         """What an image processor's `preprocessor_config.json` says, as transformers' processors follow it."""
         mean, std = told.get("image_mean"), told.get("image_std")
         if told.get("do_normalize") is False:
@@ -158,7 +158,7 @@ class Pixels:
         return cls(mean, std, size, crop * 2 if crop and len(crop) == 1 else crop, mode)
 
     @classmethod
-    def kept(cls, told: dict[str, Any]) -> Pixels:
+    def kept(cls, told: dict[str, Any]) -> Preprocessing:
         """From a file of weights, untrusted. Raises KeyError, ValueError or TypeError for what is none."""
         mean, std = (tuple(map(float, told[key])) if told[key] is not None else None for key in ("mean", "std"))
         size, crop = (tuple(map(int, told[key])) if told[key] is not None else None for key in ("size", "crop"))
@@ -181,7 +181,7 @@ class Pretrained(nn.Module):
     They come normalised as it wants (`seen_by`), where its files tell how.
     """
 
-    def __init__(self, model: nn.Module, pixels: Pixels) -> None:
+    def __init__(self, model: nn.Module, pixels: Preprocessing) -> None:
         super().__init__()
         self.model = model
         config: Any = model.config
@@ -213,10 +213,10 @@ def seen_by(model: nn.Module, data: ImageData) -> ImageData:
     return replace(data, preset={**data.preset, "mean": list(model.pixels.mean), "std": list(model.pixels.std)})
 
 
-ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {"small": Small, "resnet18": ResNet18, "vgg16-bn": VGG16}
+ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {"small": SmallCNN, "resnet18": ResNet18, "vgg16-bn": VGG16}
 
 
-def is_plain(name: str) -> bool:
+def is_builtin(name: str) -> bool:
     """Whether a model's name leads to code alone: to no hub id and no folder."""
     return name in ARCHITECTURES or re.fullmatch(rf"timm:{PLAIN}", name) is not None
 
@@ -285,10 +285,10 @@ def nameless(classes: Sequence[str]) -> bool:
     return all(re.fullmatch(r"LABEL_\d+", name) for name in classes)
 
 
-def _pixels(name: str, allow_pickle: bool) -> Pixels:
+def _pixels(name: str, allow_pickle: bool) -> Preprocessing:
     """What the model's image processor says; nothing where it has none. Raises ModelError for one that is damaged."""
     try:
-        return Pixels.of(pretrained.image_processor(name, allow_pickle))
+        return Preprocessing.of(pretrained.image_processor(name, allow_pickle))
     except (KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise ModelError(f"the image processor of {name!r} cannot be read: {error!r}") from error
 
@@ -345,7 +345,7 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
             dict(parse_json(told["training"])),
         )  # fmt: skip
         config = parse_json(told["config"]) if "config" in told else None
-        pixels = Pixels.kept(parse_json(told["pixels"])) if config is not None else Pixels()
+        pixels = Preprocessing.kept(parse_json(told["pixels"])) if config is not None else Preprocessing()
     except (KeyError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged: its header lacks or garbles {error}") from error
     if config is not None:
@@ -361,7 +361,7 @@ def load_model(path: Path) -> tuple[nn.Module, Facts]:
             raise ModelError(
                 f"{path} is damaged: its configuration makes no classifier ({first_line(error)})"
             ) from error
-    elif is_plain(facts.architecture):
+    elif is_builtin(facts.architecture):
         model = new_model(facts.architecture, facts.channels, len(facts.classes), seed=0)
     else:
         raise ModelError(

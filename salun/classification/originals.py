@@ -18,7 +18,7 @@ from salun.classification.options import UnlearnOptions
 from salun.classification.plan import RECIPE, recipe_of
 from salun.classification.splits import Split
 from salun.classification.task import Task
-from salun.compute.device import kernels, pick_dtype
+from salun.compute.device import deterministic_kernels, pick_dtype
 from salun.compute.environment import versions
 from salun.errors import DataError, ModelError
 from salun.options import from_mapping
@@ -68,7 +68,7 @@ def trained(
         return Original(model.eval(), facts, seconds, [(int(epoch), None, loss) for epoch, loss in losses.tolist()])
     task = Task(model, data, split, options, fresh, progress, pick_dtype(options.dtype, device))
     began = time.perf_counter()
-    with kernels(options.deterministic):
+    with deterministic_kernels(options.deterministic):
         retrain(task, stage)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -33,7 +33,7 @@ def known_recipe(training: Mapping[str, Any] | None) -> bool:
     return training is not None and all(name in training for name in RECIPE)
 
 
-def settled(
+def resolve_options(
     options: UnlearnOptions, data: ImageData, split: Split, training: dict[str, Any] | None = None
 ) -> UnlearnOptions:
     """The options without a `None`, but for `original` and what the data or the method has no use for.

@@ -10,7 +10,7 @@ from typing import Any
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.diffusers_folder import check_links
 from salun.checkpoints.pickled import check_torch
-from salun.checkpoints.safetensors_io import shortened
+from salun.checkpoints.safetensors_io import truncated
 from salun.checkpoints.sizes import check_size, first_line
 from salun.errors import ModelError
 from salun.untrusted import read_json
@@ -142,7 +142,7 @@ def check_config(told: Any) -> None:
             else:
                 allowed = not value or key not in FORBIDDEN
             if not allowed:
-                raise ValueError(f"its {shortened(key)} is {shortened(repr(value))}, which a file may not say")
+                raise ValueError(f"its {truncated(key)} is {truncated(repr(value))}, which a file may not say")
             check_config(value)
     elif isinstance(told, int) and abs(told) > LARGEST:
         raise ValueError(f"it holds the number {told}; the limit is {LARGEST:,}")

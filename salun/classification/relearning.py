@@ -13,7 +13,7 @@ from salun.classification.metrics import predict
 from salun.classification.randomness import generator_of, seed_of
 from salun.classification.task import Task, cross_entropy, forget_batches, training_mode
 from salun.masking.mask import Mask
-from salun.masking.optim import MaskedOptimiser
+from salun.masking.optim import MaskedOptimizer
 from salun.progress import Event, Stage
 
 KNOWN = 99.0  # percent of the forget set
@@ -45,14 +45,14 @@ def relearn(task: Task) -> dict[str, Any]:
     devices = [task.device] if task.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
-        MaskedOptimiser(own.parameters, Mask.full(own.parameters), make, "pack") as optimiser,
+        MaskedOptimizer(own.parameters, Mask.full(own.parameters), make, "pack") as optimizer,
     ):
         while not known and step < options.relearn:
             generator = generator_of(options.seed, "relearning", epoch)
             torch.manual_seed(seed_of(options.seed, "relearning", epoch, "dropout"))  # for what draws by itself
             for batch in batches(epoch, generator):
-                optimiser.backward(loss(own.data.pictures(batch.rows), batch, epoch))
-                if not optimiser.step():
+                optimizer.backward(loss(own.data.pictures(batch.rows), batch, epoch))
+                if not optimizer.step():
                     return {"curve": curve, "steps": None, "reason": "a gradient stopped being finite"}
                 step += 1
                 known = look(step)

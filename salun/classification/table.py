@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from salun.classification.metrics import COMPARED, FEATURES, beside_retrain
+from salun.classification.metrics import COMPARED, FEATURES, gap_to_retrain
 from salun.classification.search import did_nothing
 
 Results = Mapping[int, Mapping[str, Any]]  # seed → a job's result
@@ -43,7 +43,7 @@ def table_of(
     gaps: dict[str, dict[int, float]] = {}
     for name, some in results.items():
         good = _good(some)
-        gaps[name] = {s: float(beside_retrain(r, exact[s])["gap_mean"]) for s, r in good.items() if s in exact}
+        gaps[name] = {s: float(gap_to_retrain(r, exact[s])["gap_mean"]) for s, r in good.items() if s in exact}
         failed = sorted(seed for seed in some if seed not in good)
         table["methods"][name] = {
             "title": titles[name],
@@ -74,7 +74,7 @@ def _row(some: Results, exact: Results) -> dict[str, Any]:
     ours, theirs = (_figures([side[seed] for seed in paired]) for side in (some, exact))
     row["gap"] = {name: abs(ours[name]["mean"] - theirs[name]["mean"]) if paired else None for name in COMPARED}
     row["gap_paper"] = sum(row["gap"].values()) / len(COMPARED) if paired else None
-    beside = [beside_retrain(some[seed], exact[seed]) for seed in paired]
+    beside = [gap_to_retrain(some[seed], exact[seed]) for seed in paired]
     row["gap_mean"] = spread([float(found["gap_mean"]) for found in beside])
     row["ToW"] = spread([float(found["ToW"]) for found in beside])
     return row

@@ -19,7 +19,7 @@ from salun.classification.randomness import generator_of, seed_of
 from salun.classification.splits import Split
 from salun.errors import TrainingError
 from salun.masking.mask import Mask
-from salun.masking.optim import MaskedOptimiser
+from salun.masking.optim import MaskedOptimizer
 from salun.masking.proximal import SoftThreshold
 from salun.progress import Event, Progress, Stage, silent
 
@@ -152,9 +152,9 @@ def minimise(
     devices = [task.device] if task.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
-        MaskedOptimiser({**task.parameters, **extra}, mask, make, "pack") as optimiser,
+        MaskedOptimizer({**task.parameters, **extra}, mask, make, "pack") as optimizer,
     ):
-        proximal = SoftThreshold(optimiser, soft_density) if soft_density is not None else None
+        proximal = SoftThreshold(optimizer, soft_density) if soft_density is not None else None
         done = 0
         for epoch in range(epochs):
             generator = generator_of(options.seed, stage, epoch)
@@ -166,10 +166,10 @@ def minimise(
                 alone = len(batch.rows) == 1  # of one picture BatchNorm has no statistics: those it knows serve
                 training_mode(task.model, "frozen" if alone else batchnorm or options.batchnorm)
                 if cosine:
-                    optimiser.set_lr(lr * (1 + cos(pi * done / total)) / 2)
+                    optimizer.set_lr(lr * (1 + cos(pi * done / total)) / 2)
                 value = loss(task.data.augmented(batch.rows, generator), batch, epoch)
-                optimiser.backward(value)
-                if not optimiser.step():
+                optimizer.backward(value)
+                if not optimizer.step():
                     raise TrainingError(f"a gradient stopped being finite in epoch {epoch + 1}: lower the rate (--lr)")
                 done += 1
                 if proximal is not None:

@@ -56,7 +56,7 @@ def pick_dtype(wish: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def kernels(deterministic: bool) -> Iterator[None]:
+def deterministic_kernels(deterministic: bool) -> Iterator[None]:
     """Within, torch uses kernels that give the same bits each time; where there are none, it warns."""
     if not deterministic:
         yield

@@ -19,7 +19,7 @@ class Processes:
     rank: int = 0
     count: int = 1
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in place. The order must be the same on all of them."""
         if self.count > 1:
             for tensor in tensors:
@@ -33,7 +33,7 @@ class Processes:
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its mean over all processes, in place."""
         tensors = list(tensors)
-        self.add_up(tensors)
+        self.all_reduce_sum(tensors)
         for tensor in tensors:
             tensor.div_(self.count)
 

@@ -18,7 +18,7 @@ from salun.checkpoints import safetensors_io
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.locate import find
 from salun.checkpoints.outputs import DELTA, DIFF, LORA, check_output, output_layout
-from salun.checkpoints.patch import led_out, left_out, size_of, write_patched
+from salun.checkpoints.patch import external_links, left_out, size_of, write_patched
 from salun.checkpoints.pickled import readable
 from salun.checkpoints.single_file import open_unet
 from salun.delta import stacking
@@ -34,12 +34,12 @@ from salun.delta.provenance import (
     with_added,
     without,
 )
-from salun.delta.stacking import OtherBase, Stacked
+from salun.delta.stacking import AppliedDeltas, BaseMismatch
 from salun.delta.stock_formats import check_rank, stock_notes, write_stock
 from salun.errors import ConfigError, ModelError, some
-from salun.files import check_room, placed
+from salun.files import check_disk_space, placed
 from salun.options import FileOptions
-from salun.progress import Event, Progress, Stage, Told, silent
+from salun.progress import Event, Progress, ReportingMapping, Stage, silent
 
 FILE = ".safetensors"
 
@@ -144,7 +144,7 @@ def stack(
     layers = list(zip(loaded, strengths or [1.0] * len(deltas), strict=True))
     try:
         made = stacking.stack(stored, layers, fine_tune_of=other, progress=progress)
-    except OtherBase as error:
+    except BaseMismatch as error:
         _stackable(stored, layers, error)
         raise
     active = [delta for delta, strength in layers if strength]
@@ -163,7 +163,7 @@ def stack(
         f"{one} and {two} both change {n:,} entries: these get the sum of both, and neither can be undone alone"
         for (one, two), n in shared.items()
     ]
-    if links := led_out(stored):
+    if links := external_links(stored):
         notes.append(f"left out, as links that lead out of the model: {some(links)}")
     if dropped:
         notes.append(f"left out, since other copies of the weights still hold what was erased: {some(dropped)}")
@@ -196,7 +196,7 @@ def undo(
     stored = open_model(model, options)
     loaded = Delta.load(delta)
     _check(output, force, stored.path, Path(delta), layout_of=stored)
-    flipped = Stacked(stored, ((loaded, 1.0),))
+    flipped = AppliedDeltas(stored, ((loaded, 1.0),))
     found, _, back = flipped.hashes(progress)
     listed = applied_in(stored.metadata, found)
     if found == loaded.base_hash:
@@ -243,7 +243,7 @@ def export(
     _check(output, force, stored.path, Path(delta), endings=(LORA, DIFF))
     made = stacking.stack(stored, [(loaded, 1.0)], progress=progress)
     old = made.start
-    new = Stacked(old, made.layers)
+    new = AppliedDeltas(old, made.layers)
     facts: dict[str, Any] = {"output": output, "id": loaded.id, "notes": [made.note] if made.note else []}
     with placed(Path(output), force) as place:
         account = write_stock(place, old, new, stock_notes(loaded), rank, energy, progress)
@@ -254,7 +254,7 @@ def export(
     return {**facts, "bytes": Path(output).stat().st_size, "tensors": len(header.names)}
 
 
-def _stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], error: OtherBase) -> None:
+def _stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], error: BaseMismatch) -> None:
     """Raises ModelError with the exact way, where the model is the deltas' base with others of that base in it."""
     listed = applied_in(stored.metadata, error.found)
     if listed and stored.metadata[BASE_HASH] == layers[0][0].base_hash:
@@ -286,7 +286,7 @@ def _check(
         if same or one in other.parents or other in one.parents:
             raise ConfigError(f"--output {output} is, holds or is inside {given}, which is read: write somewhere else")
     check_output(output, force)
-    check_room({Path(output): size_of(layout_of) if layout_of is not None else 0})
+    check_disk_space({Path(output): size_of(layout_of) if layout_of is not None else 0})
 
 
 def _write(
@@ -300,7 +300,7 @@ def _write(
 ) -> None:
     progress(Event(Stage.WRITING, message=f"writing {output}"))
     with placed(Path(output), force) as place:
-        write_patched(stored, place, Told(changed, Stage.WRITING, progress), metadata, keep_ema)
+        write_patched(stored, place, ReportingMapping(changed, Stage.WRITING, progress), metadata, keep_ema)
 
 
 def _partners(delta: str, shared: Mapping[tuple[str, str], int]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.hashing import Hasher
 from salun.delta.provenance import Applied, notes_in, with_added
-from salun.delta.stacking import Stacked, damaged, stack
+from salun.delta.stacking import AppliedDeltas, damaged, stack
 from salun.delta.xor import Change
 from salun.errors import ModelError
 from salun.progress import Event, Progress, Stage, silent
@@ -137,7 +137,7 @@ class Delta:
 
         known_hash: as in `apply`.
         """
-        flipped = Stacked(tensors, ((self, 1.0),))
+        flipped = AppliedDeltas(tensors, ((self, 1.0),))
         found, _, back = (known_hash, known_hash, "") if known_hash else flipped.hashes()
         if found != self.result_hash:
             raise ModelError(

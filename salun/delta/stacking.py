@@ -48,7 +48,7 @@ class SparseDelta(Protocol):
         """The dtype that a tensor of the base has."""
 
 
-class OtherBase(ModelError):
+class BaseMismatch(ModelError):
     """A model that a delta is not for. due, found: the base hash that it should have and the one that it has."""
 
     def __init__(self, due: str, found: str, advice: str) -> None:
@@ -69,7 +69,7 @@ class Hashes(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Stacked(Mapping[str, Tensor]):
+class AppliedDeltas(Mapping[str, Tensor]):
     """The tensors that deltas change, each made from the model's when it is asked for.
 
     model: the whole UNet before. layers: (delta, strength), in the order of the deltas' ids. source: where the old
@@ -180,7 +180,7 @@ class Stacked(Mapping[str, Tensor]):
 class _Start(Mapping[str, Tensor]):
     """A model's tensors as the deltas' base has them."""
 
-    stacked: Stacked
+    stacked: AppliedDeltas
 
     def __getitem__(self, name: str) -> Tensor:
         return self.stacked.old(name, self.stacked.model[name])
@@ -206,7 +206,7 @@ def stack(
     fine_tune_of: Mapping[str, Tensor] | None = None,
     known_hash: str | None = None,
     progress: Progress = silent,
-) -> Stacked:
+) -> AppliedDeltas:
     """The tensors that deltas of one base make of it, each with its strength; in which order they come is the same.
 
     model: the whole UNet; it may read its tensors lazily, and each is read once. A copy of the base in another dtype,
@@ -227,7 +227,7 @@ def stack(
                 f"the deltas {one.id} and {other.id} are for different bases (hashes {one.base_hash[:12]}… and "
                 f"{other.base_hash[:12]}…): stack deltas of one base"
             )
-    stacked = Stacked(model, layers)
+    stacked = AppliedDeltas(model, layers)
     if known_hash == first.base_hash:
         found = Hashes(known_hash, known_hash, "")
     else:
@@ -235,7 +235,7 @@ def stack(
             stacked = replace(stacked, source=_of_the_same_names(model, fine_tune_of), note=OTHER_MODEL)
         found = stacked.hashes(progress)
         if fine_tune_of is not None and found.before == first.base_hash:  # no fine-tune, but the base itself
-            stacked = Stacked(model, layers)
+            stacked = AppliedDeltas(model, layers)
             found = stacked.hashes(progress)
     if found.start != first.base_hash:
         raise _other_base(first, found, model, fine_tune_of is not None, progress)
@@ -276,7 +276,7 @@ def _other_base(
             "start from that base; `salun delta apply` with --fine-tune-of-base, and that base, adds the differences "
             "to another model"
         )
-    return OtherBase(delta.base_hash, given, advice)
+    return BaseMismatch(delta.base_hash, given, advice)
 
 
 def _rounded(model: Mapping[str, Tensor], progress: Progress) -> str:

@@ -20,7 +20,7 @@ from salun.checkpoints.outputs import DIFF
 from salun.delta.delta import Delta
 from salun.delta.provenance import BASE_HASH, RESULT_HASH, joined, notes_in
 from salun.errors import ConfigError, ModelError
-from salun.progress import Event, Progress, Stage, Told, silent
+from salun.progress import Event, Progress, ReportingMapping, Stage, silent
 
 _KINDS = {  # a part of a parameter's name → its kind; the first that is there counts
     "time_emb_proj": "time",
@@ -72,7 +72,7 @@ def host_metadata(base: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, eq=False)
-class Differences(Mapping[str, Tensor]):
+class LazyDifferences(Mapping[str, Tensor]):
     """Stock key → new − old, each made when it is asked for: of a whole UNet they take as much as it does.
 
     described: key → dtype and shape. names: key → diffusers name, "" for a tensor of zeros.
@@ -99,7 +99,7 @@ class Differences(Mapping[str, Tensor]):
 
 def full_difference(
     base: Mapping[str, Tensor], changed: Mapping[str, Tensor], dtype: torch.dtype = torch.float16
-) -> Differences:
+) -> LazyDifferences:
     """Stock key → new − old, in the tensor's own shape: `.diff` for weights, `.diff_b` for biases, of norms too.
 
     base: the whole UNet by diffusers names, read lazily, one tensor at a time; changed: the tensors that changed. Where
@@ -118,7 +118,7 @@ def full_difference(
         key = f"{module}.diff"
         if name.endswith(".weight") and f"{module}.diff_b" in names and key not in names:
             names[key], described[key] = "", (dtype, tuple(base[name].shape))
-    return Differences(base, changed, described, names)
+    return LazyDifferences(base, changed, described, names)
 
 
 # -- low rank ---------------------------------------------------------------------------------------------------------
@@ -350,12 +350,12 @@ def write_stock(
     base: the whole UNet. changed: its tensors that differ, as they are to be. rank, energy: of the low-rank file, as in
     `low_rank`; without either, ranks that keep 90 % of the difference.
     """
-    told = Told(changed, Stage.COMPARING, progress)
+    told = ReportingMapping(changed, Stage.COMPARING, progress)
     held = {**notes, **host_metadata(base)}
     if path.name.endswith(DIFF):
         made = full_difference(base, told)
         made = replace(made, changed=changed)  # (from here on it is the writing that is told)
-        safetensors_io.write_lazily(path, made.described, Told(made, Stage.WRITING, progress), held)
+        safetensors_io.write_lazily(path, made.described, ReportingMapping(made, Stage.WRITING, progress), held)
         return None
     tensors, account = low_rank(base, told, rank=rank, energy=ENERGY if rank is energy is None else energy)
     safetensors_io.write(path, tensors, {**held, "salun.energy_kept": f"{account.total.share:.6f}"})

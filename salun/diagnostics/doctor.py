@@ -132,13 +132,13 @@ def _memory() -> tuple[int, int] | None:
 def _attention() -> Iterator[Finding]:
     kinds = ["sdpa"]
     if torch.cuda.is_available():
-        kernels = {"flash": "flash_sdp_enabled", "memory-efficient": "mem_efficient_sdp_enabled"}
-        kinds += [f"{k} kernel" for k, ask in kernels.items() if getattr(torch.backends.cuda, ask)()]
+        deterministic_kernels = {"flash": "flash_sdp_enabled", "memory-efficient": "mem_efficient_sdp_enabled"}
+        kinds += [f"{k} kernel" for k, ask in deterministic_kernels.items() if getattr(torch.backends.cuda, ask)()]
     yield Finding("attention", ", ".join(kinds))
 
 
 def _extras() -> Iterator[Finding]:
-    for name, use in (("xformers", "--attention xformers"), ("bitsandbytes", "--optimiser adam8bit")):
+    for name, use in (("xformers", "--attention xformers"), ("bitsandbytes", "--optimizer adam8bit")):
         try:
             yield Finding(name, f"{metadata.version(name)}, for {use}")
         except metadata.PackageNotFoundError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from salun.compute.device import is_out_of_memory, kernels
+from salun.compute.device import deterministic_kernels, is_out_of_memory
 from salun.compute.processes import current
 from salun.diffusion.data.images import folder_digest
 from salun.diffusion.model.protocol import DiffusionModel
@@ -23,7 +23,12 @@ from salun.user_text import as_spelled
 @contextmanager
 def prepared(model: DiffusionModel, plan: Plan) -> Iterator[None]:
     """Within, the model is lent and set up as the plan says, and running out of memory says what to try."""
-    with model.borrowed(), model.set_up(plan.options), kernels(plan.options.deterministic), enough_memory(plan):
+    with (
+        model.temporarily_trainable(),
+        model.set_up(plan.options),
+        deterministic_kernels(plan.options.deterministic),
+        enough_memory(plan),
+    ):
         yield
 
 

@@ -13,20 +13,20 @@ from salun.diffusion.context import _facts, prepared
 from salun.diffusion.data.training_set import sample_data
 from salun.diffusion.evaluation import compare, observe, questions
 from salun.diffusion.losses import ErasureData
-from salun.diffusion.masks import _mask_from_file, _mask_of_run, _told_of, check_given
+from salun.diffusion.masks import _mask_from_file, _mask_of_run, check_given, mask_summary
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.output import erased_tensors, moved
-from salun.diffusion.plan import Plan, Wanted, make_plan
+from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.diffusion.result import Run, write_run
-from salun.diffusion.targets import check_places, disk_needed, read_beside
+from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.diffusion.train import _full, train
 from salun.display import shown
 from salun.errors import ConfigError
-from salun.files import check_room
+from salun.files import check_disk_space
 from salun.masking.mask import Mask
-from salun.masking.training import check_optimiser
+from salun.masking.training import check_optimizer
 from salun.options import MASKS, EraseOptions
 from salun.progress import Event, Progress, Stage
 from salun.runs.cache import Cache
@@ -36,7 +36,7 @@ from salun.runs.record import RunRecord
 
 def erase(
     model: Model | str,
-    concept: Wanted,
+    concept: ConceptSpec,
     options: EraseOptions | None = None,
     *,
     progress: Progress | None = None,
@@ -60,7 +60,7 @@ def erase(
     …), `Cancelled` if `progress` does.
     """
     options = EraseOptions(**{**asdict(options or EraseOptions()), **given})
-    check_optimiser(options.optimiser)
+    check_optimizer(options.optimizer)
     who = current()
     folder = Path(run_dir).expanduser() if run_dir is not None else None
     outputs = [os.path.expanduser(target) for target in outputs] if outputs is not None else None
@@ -73,9 +73,11 @@ def erase(
     cache = cache or Cache.of_user()
     if isinstance(model, str):
         model = load_with(model, options)
-    check_places(model, outputs or [], folder, read_beside(options))
+    check_output_paths(model, outputs or [], folder, other_input_paths(options))
     plan = make_plan(model.settings, model.name, concept, options)
-    check_room(disk_needed(model, plan, outputs or [], None if begun else folder))  # a run that goes on has its room
+    check_disk_space(
+        disk_needed(model, plan, outputs or [], None if begun else folder)
+    )  # a run that goes on has its room
     if options.method == "salun" and options.mask not in MASKS:
         _mask_from_file(model, plan)  # a mask that does not fit is told now, not after the sampling
     if plan.batch_size % who.count:
@@ -126,7 +128,7 @@ def carry_out(
         if mask is None:
             mask, record.data["mask"] = _mask_of_run(model, data, plan, record, progress)
         else:
-            record.data["mask"] = _told_of(mask, mask.metadata.get("method", "file"), {"warnings": []})
+            record.data["mask"] = mask_summary(mask, mask.metadata.get("method", "file"), {"warnings": []})
     with record.stage(Stage.TRAINING):
         state = who.share(record.state("training.safetensors"))
         trained = train(model, mask, data, plan, progress, state, who.share(record.fingerprint))

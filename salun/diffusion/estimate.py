@@ -17,12 +17,12 @@ from salun.checkpoints.outputs import check_output
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.erase import record_of
 from salun.diffusion.model.loading import load_with
-from salun.diffusion.model.scopes import scoped
+from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.plan import Plan, Wanted, make_plan
-from salun.diffusion.targets import STATE_BYTES, check_places, disk_needed, read_beside
+from salun.diffusion.plan import ConceptSpec, Plan, make_plan
+from salun.diffusion.targets import STATE_BYTES, check_output_paths, disk_needed, other_input_paths
 from salun.errors import ConfigError
-from salun.files import check_room
+from salun.files import check_disk_space
 from salun.masking.mask import entries
 from salun.options import EraseOptions
 from salun.progress import Event, Progress, Stage, silent
@@ -33,7 +33,7 @@ _QUICK = 0.5  # seconds; a pass that takes longer is measured with one sample an
 
 def preview(
     model: str,
-    concept: Wanted,
+    concept: ConceptSpec,
     options: EraseOptions,
     outputs: list[str],
     run_dir: Path,
@@ -44,19 +44,19 @@ def preview(
     """What `erase` would do with these arguments. Nothing is written, no weight changed.
 
     Times are those of one forward and one backward pass here, multiplied; what other runs have left in the cache is not
-    taken off. Memory: what is loaded, optimiser state and, measured, what a backward pass keeps. Raises what `erase`
+    taken off. Memory: what is loaded, optimizer state and, measured, what a backward pass keeps. Raises what `erase`
     would.
     """
     for target in outputs:
         check_output(target, force)
     loaded = load_with(model, options)
-    check_places(loaded, outputs, run_dir, read_beside(options))
+    check_output_paths(loaded, outputs, run_dir, other_input_paths(options))
     plan = make_plan(loaded.settings, loaded.name, concept, options)
     previous = check_folder(run_dir, resume)
     if previous is not None:
         record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
     progress(Event(Stage.MEASURING, message=f"measuring this machine with {loaded.name}"))
-    with loaded.borrowed(), loaded.set_up(plan.options):
+    with loaded.temporarily_trainable(), loaded.set_up(plan.options):
         forward, backward, kept = _measure(loaded, plan)
         seconds, memory = _seconds(loaded, plan, forward, backward), _memory(loaded, plan, kept)
     places = disk_needed(loaded, plan, outputs, run_dir)
@@ -65,7 +65,7 @@ def preview(
     free_memory = _free_memory(loaded.device)
     warnings = []
     try:
-        check_room(places)
+        check_disk_space(places)
     except ConfigError as error:
         warnings.append(str(error))
     if free_memory is not None and free_memory < memory:
@@ -112,7 +112,7 @@ def _sampling(plan: Plan) -> str:
 def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable[[int], float], int]:
     """Seconds of a forward pass and of a forward and backward pass over n samples, and bytes kept per sample."""
     said = model.encode([plan.prompts.concepts[0].forget[0].text])
-    parameters = scoped(model.parameters(), plan.options.scope)
+    parameters = parameters_in_scope(model.parameters(), plan.options.scope)
 
     def run(n: int, graph: bool) -> tuple[float, Tensor]:
         x = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -182,7 +182,7 @@ def _seconds(
 def _memory(model: Model, plan: Plan, kept: int) -> int:
     modules = [model.unet, model.vae, *model.text_encoders]
     weights: int = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    total = sum(p.numel() for p in scoped(model.parameters(), plan.options.scope).values())
+    total = sum(p.numel() for p in parameters_in_scope(model.parameters(), plan.options.scope).values())
     salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
     in_host = plan.options.low_vram and model.device.type != "cpu"
     saliency, training = (0, 0) if in_host else (4 * total, STATE_BYTES * salient)

@@ -20,11 +20,11 @@ from salun.masking.training import step_generator
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
 
-PROBES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change
+NUM_DRIFT_SAMPLES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change
 
 
 @dataclass(frozen=True)
-class Observation:
+class Evaluation:
     """Pictures of the evaluation prompts, uint8 (n, H, W, 3) each, and the network's answers to the probes.
 
     forget_answer, anchor_answer, retain_answer: float32 (PROBES, c, h, w), predictions on the same noisy latents under
@@ -39,7 +39,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalPrompts:
     """The evaluation prompts of a run, in order; pictures i of both sides come from the same seeds before and after.
 
     each: forget prompts per concept, one concept after the other. anchor[i] belongs to forget[i].
@@ -53,12 +53,12 @@ class Questions:
     retain_seeds: list[int]
 
 
-def questions(plan: Plan, n: int, seed: int) -> Questions:
+def questions(plan: Plan, n: int, seed: int) -> EvalPrompts:
     """n forget questions for each concept and n retain questions, spread evenly over the held-out prompts."""
     prompts = plan.prompts
     ask = [(one, i) for one in prompts.concepts for i in spread(n, len(one.eval_forget), seed)]
     keep = spread(n, len(prompts.eval_retain), seed + 1)
-    return Questions(
+    return EvalPrompts(
         n,
         [one.eval_forget[i] for one, i in ask],
         [one.eval_anchor[i] for one, i in ask],
@@ -70,16 +70,16 @@ def questions(plan: Plan, n: int, seed: int) -> Questions:
 
 def observe(
     model: DiffusionModel,
-    asked: Questions,
+    asked: EvalPrompts,
     progress: Progress = silent,
     stage: Stage = Stage.EVALUATING,
     cache: Cache | None = None,
-) -> Observation:
+) -> Evaluation:
     """Look at the model as it is now. cache: only for a model that holds its files' own weights."""
     texts = [p.text for p in asked.forget] + [p.text for p in asked.retain]
     pictures = sample_pictures(model, texts, asked.forget_seeds + asked.retain_seeds, progress, stage, cache)
     n = len(asked.forget)
-    return Observation(
+    return Evaluation(
         pictures[:n],
         pictures[n:],
         *(_answers(model, [p.text for p in some], progress) for some in (asked.forget, asked.anchor, asked.retain)),
@@ -90,14 +90,14 @@ def observe(
 def _answers(model: DiffusionModel, texts: list[str], progress: Progress = silent) -> Tensor:
     """Predictions on noise latents at t spread over the upper half of the schedule, where a prompt decides most."""
     steps = len(model.alphas_cumprod)
-    texts = [texts[i % len(texts)] for i in range(PROBES)] if texts else []
+    texts = [texts[i % len(texts)] for i in range(NUM_DRIFT_SAMPLES)] if texts else []
     said = model.encode(texts) if texts else None
     answers = []
     for start in range(0, len(texts), 8):
         assert said is not None
         part = texts[start : start + 8]
         noise = torch.randn(len(part), *model.latent_shape, generator=step_generator(1, start)).to(model.device)
-        t = torch.linspace(steps // 2, steps - 1, PROBES)[start : start + len(part)].long().to(model.device)
+        t = torch.linspace(steps // 2, steps - 1, NUM_DRIFT_SAMPLES)[start : start + len(part)].long().to(model.device)
         x_t = add_noise(model, torch.zeros_like(noise), noise, t)
         answers.append(model.predict(x_t, t, said[start : start + len(part)]))
         progress(Event(Stage.PROBING, start + len(part), len(texts)))
@@ -105,13 +105,13 @@ def _answers(model: DiffusionModel, texts: list[str], progress: Progress = silen
 
 
 def compare(
-    model: DiffusionModel, plan: Plan, asked: Questions, before: Observation, after: Observation
+    model: DiffusionModel, plan: Plan, asked: EvalPrompts, before: Evaluation, after: Evaluation
 ) -> dict[str, Any]:
     """The metrics of a run: the detector's where the model has one for this concept, and the model's own change.
 
     A figure that cannot be computed is None, with a `reason`.
     """
-    own = own_change(before, after)
+    own = prediction_drift(before, after)
     folder = model.settings.detector
     if not asked.forget:
         reason = "no evaluation pictures were asked for"
@@ -125,7 +125,7 @@ def compare(
     return {**empty, "reason": reason, **own}
 
 
-def _asked(detector: AttributeClassifier, plan: Plan, asked: Questions) -> erasure.Asked:
+def _asked(detector: AttributeClassifier, plan: Plan, asked: EvalPrompts) -> erasure.Asked:
     """What the pictures should show, in the detector's own numbers."""
     targets = []
     for i, (concept, prompts) in enumerate(zip(plan.concepts, plan.prompts.concepts, strict=True)):
@@ -137,7 +137,7 @@ def _asked(detector: AttributeClassifier, plan: Plan, asked: Questions) -> erasu
     return erasure.Asked(erasure.labels_of(detector, asked.anchor), erasure.labels_of(detector, asked.retain), targets)
 
 
-def own_change(before: Observation, after: Observation) -> dict[str, Any]:
+def prediction_drift(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """How the predictions moved, which needs no detector.
 
     anchor_gap: ‖ε_u(c_f) − ε_o(c_a)‖² / ‖ε_o(c_f) − ε_o(c_a)‖², 1 where nothing happened, 0 where the unlearned model

@@ -14,7 +14,7 @@ from salun.diffusion.model.protocol import Conditioning, Denoiser
 from salun.diffusion.model.schedule import add_noise, training_target
 from salun.masking.training import step_generator
 
-EMPTY_SHARE = 0.1  # of the retain samples are held under the empty prompt, as classifier-free guidance was trained
+EMPTY_PROMPT_FRACTION = 0.1  # of retain samples, as classifier-free guidance was trained
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def draw(denoiser: Denoiser, data: ErasureData, batch_size: int, anchor_share: f
     pick = torch.randint(len(data.forget), (batch_size,), generator=generator)
     from_anchor = torch.rand(batch_size, generator=generator) < anchor_share
     keep = torch.randint(len(data.retain), (batch_size,), generator=generator)
-    emptied = torch.rand(batch_size, generator=generator) < EMPTY_SHARE
+    emptied = torch.rand(batch_size, generator=generator) < EMPTY_PROMPT_FRACTION
     pick, from_anchor, keep, emptied = (v.to(device) for v in (pick, from_anchor, keep, emptied))
     forget_x = torch.where(from_anchor.view(-1, 1, 1, 1), data.anchor_latents[pick], data.forget_latents[pick])
     x_0 = torch.cat([forget_x, data.retain_latents[keep]])

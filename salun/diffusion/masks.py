@@ -16,9 +16,9 @@ from salun.diffusion.context import prepared
 from salun.diffusion.data.training_set import sample_data
 from salun.diffusion.losses import ErasureData, saliency_losses
 from salun.diffusion.model.protocol import DiffusionModel
-from salun.diffusion.model.scopes import scoped
+from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.plan import Plan, Wanted, make_plan
+from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.errors import ConfigError, MaskError, ModelError
 from salun.masking.mask import Mask, entries
 from salun.masking.saliency import scores_from_losses
@@ -72,7 +72,7 @@ def _read_told(text: str) -> dict[str, Any]:
 
 def make_mask(
     model: Model,
-    concept: Wanted,
+    concept: ConceptSpec,
     options: EraseOptions | None = None,
     progress: Progress = silent,
     cache: Cache | None = None,
@@ -95,7 +95,7 @@ def find_mask(
     data: may be None where the plan's mask is not `by_saliency`.
     """
     options = plan.options
-    parameters = scoped(model.parameters(), options.scope)
+    parameters = parameters_in_scope(model.parameters(), options.scope)
     origin = model.base_hash
     told: dict[str, Any] = {"warnings": []}
     mode = "soft" if options.method == "salun-soft" else options.mask if options.mask in MASKS else "file"
@@ -107,7 +107,7 @@ def find_mask(
         mask = Mask.random(parameters, options.density, options.seed)
     else:
         assert data is not None
-        mask, told = _salient(model, data, plan, parameters, progress)
+        mask, told = _saliency_mask_of(model, data, plan, parameters, progress)
         if mode == "shuffled":
             mask = mask.shuffled(options.seed)
     if mode != "file":
@@ -122,10 +122,10 @@ def find_mask(
             "salun_version": __version__,
         }
         mask = Mask(mask.bits, mask.shapes, metadata)
-    return mask, _told_of(mask, mode, told)
+    return mask, mask_summary(mask, mode, told)
 
 
-def _told_of(mask: Mask, mode: str, told: Mapping[str, Any]) -> dict[str, Any]:
+def mask_summary(mask: Mask, mode: str, told: Mapping[str, Any]) -> dict[str, Any]:
     return {"mode": mode, "density": mask.density, "selected": mask.selected, "total": mask.total, **told}
 
 
@@ -152,7 +152,7 @@ def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None
     scope, origin = mask.metadata.get("scope", "full"), model.base_hash
     if scope != plan.options.scope:
         raise MaskError(f"the mask {what} was made with --scope {scope}: give that, or make another")
-    mask.validate(scoped(model.parameters(), plan.options.scope), model.name)
+    mask.validate(parameters_in_scope(model.parameters(), plan.options.scope), model.name)
     if mask.metadata.get("base_hash", origin) != origin:
         raise MaskError(
             f"the mask {what} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "
@@ -163,7 +163,7 @@ def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None
         raise MaskError(f"the mask {what} selects no weight: nothing could be trained")
 
 
-def _salient(
+def _saliency_mask_of(
     model: DiffusionModel, data: ErasureData, plan: Plan, parameters: Mapping[str, Parameter], progress: Progress
 ) -> tuple[Mask, dict[str, Any]]:
     """The saliency mask, and what to tell of its threshold.

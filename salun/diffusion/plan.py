@@ -136,11 +136,11 @@ class Plan:
         return [stage for stage in stages if stage.steps]
 
 
-Wanted = Concept | str | Sequence[Concept | str]
+ConceptSpec = Concept | str | Sequence[Concept | str]
 """What a user names to forget: one concept or several, each in full or by its name."""
 
 
-def make_plan(settings: ModelSettings, model: str, wanted: Wanted, options: EraseOptions) -> Plan:
+def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options: EraseOptions) -> Plan:
     """Fill the concepts' words and the options' numbers in from the model's own settings.
 
     Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, or a recipe
@@ -200,7 +200,7 @@ def _repeatable(asked: list[Concept], concepts: list[Concept], options: EraseOpt
     return [concept.anchor or "" for concept in concepts]
 
 
-def _listed(wanted: Wanted) -> list[Concept]:
+def _listed(wanted: ConceptSpec) -> list[Concept]:
     several = [wanted] if isinstance(wanted, Concept | str) else list(wanted)
     if not several:
         raise ConfigError("no concept is given: name what the model should forget, e.g. --concept circle")

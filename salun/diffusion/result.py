@@ -14,13 +14,13 @@ from salun.checkpoints import safetensors_io
 from salun.checkpoints.diffusers_folder import links_out
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.outputs import output_layout
-from salun.checkpoints.patch import led_out, left_out
+from salun.checkpoints.patch import external_links, left_out
 from salun.compute.environment import peak_memory
 from salun.delta.delta import Delta, applied_metadata
-from salun.diffusion.evaluation import Observation, Questions
+from salun.diffusion.evaluation import EvalPrompts, Evaluation
 from salun.diffusion.model.convert import lost_in_single_file
 from salun.diffusion.model.protocol import DiffusionModel
-from salun.diffusion.model.settings import shown_name
+from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.output import write_new, write_output
 from salun.diffusion.plan import Plan
@@ -35,7 +35,7 @@ GRID = 8  # prompts of a row in the before/after picture
 
 
 def grids(
-    plan: Plan, asked: Questions, before: Observation, after: Observation
+    plan: Plan, asked: EvalPrompts, before: Evaluation, after: Evaluation
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Before/after pictures of forget prompts, a grid for each concept, and of retain prompts; None without pictures.
 
@@ -72,9 +72,9 @@ class Run:
     erased: dict[str, Tensor]
     history: list[tuple[int, float, float]]
     metrics: dict[str, Any]
-    asked: Questions
-    before: Observation
-    after: Observation
+    asked: EvalPrompts
+    before: Evaluation
+    after: Evaluation
     record: RunRecord
 
     @property
@@ -95,7 +95,7 @@ class Run:
         counts = self.mask.counts()
         layers = {name: (counts[name], int(np.prod(shape, dtype=np.int64))) for name, shape in self.mask.shapes.items()}
         forget, retain = self.grids()
-        options = {**self.record.data["options"], "model": shown_name(self.model.name)}
+        options = {**self.record.data["options"], "model": display_name(self.model.name)}
         told = {**self.record.data, "options": options}
         return page.Report(
             page.render(
@@ -134,7 +134,7 @@ class Run:
         return {
             "salun.concept": self.plan.name,
             "salun.anchor": ", ".join(concept.anchor or "" for concept in self.plan.concepts),
-            "salun.model": shown_name(self.model.name),
+            "salun.model": display_name(self.model.name),
             "salun.mask": str(self.record.data["mask"]["mode"]),
             "salun.density": str(options.density),
             "salun.seed": str(options.seed),
@@ -165,7 +165,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     for file in stored.files:
         record.note_file("inputs", "checkpoint" if stored.single else "unet", file, _shown(stored, file))
     others = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
-    links = led_out(stored) if _in_own_layout(stored, outputs, folder) else []
+    links = external_links(stored) if _in_own_layout(stored, outputs, folder) else []
     if run.own.components is not None and any(output_layout(target) == "folder" for target in outputs or []):
         links += links_out(run.own.components)
     if links:

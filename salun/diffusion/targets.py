@@ -8,7 +8,7 @@ from pathlib import Path
 
 from salun.checkpoints.outputs import DELTA, DIFF, LORA
 from salun.checkpoints.patch import size_of
-from salun.diffusion.model.scopes import scoped
+from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import Plan
 from salun.errors import ConfigError
@@ -30,12 +30,12 @@ RUN_FILES = (
 STATE_BYTES = 12  # a salient entry's float32 master and Adam's two moments
 
 
-def read_beside(options: EraseOptions) -> list[str | None]:
+def other_input_paths(options: EraseOptions) -> list[str | None]:
     """What a run reads beside the model, and no output may replace."""
     return [options.components, options.mask, options.forget_images, options.retain_images]
 
 
-def check_places(model: Model, targets: list[str], run_dir: Path | None, read: Sequence[str | None] = ()) -> None:
+def check_output_paths(model: Model, targets: list[str], run_dir: Path | None, read: Sequence[str | None] = ()) -> None:
     """Raises ConfigError for places that an erasure must not change or replace.
 
     That is an output or run folder inside the model's own folder, an output that holds the model, the run or something
@@ -78,7 +78,7 @@ def disk_needed(model: Model, plan: Plan, outputs: list[str], run_dir: Path | No
     """
     unet = sum(entry.end - entry.start for entry in map(model.stored.entry, model.stored))
     whole = size_of(model.stored)
-    total = sum(p.numel() for p in scoped(model.parameters(), plan.options.scope).values())
+    total = sum(p.numel() for p in parameters_in_scope(model.parameters(), plan.options.scope).values())
     salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
     delta = total // 8 + unet  # at most: the bits of all entries and every changed one
     stock = 4 * total  # bytes: two for each entry of a full difference; of full rank a square matrix takes it twice

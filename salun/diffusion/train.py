@@ -8,10 +8,10 @@ from typing import Any
 from salun.compute.processes import current
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, training_losses
 from salun.diffusion.model.protocol import DiffusionModel
-from salun.diffusion.model.scopes import scoped
+from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.plan import Plan
 from salun.masking.mask import Mask
-from salun.masking.training import Trained, TrainingSettings, fine_tune, saved_steps
+from salun.masking.training import Trained, TrainingSettings, fine_tune, read_saved_history
 from salun.progress import Event, Progress, Stage
 
 
@@ -29,7 +29,7 @@ def train(
     state: where training is saved and, if this run (by its fingerprint) has stopped before, taken up from.
     """
     options, who = plan.options, current()
-    done = who.share(len(saved_steps(state, fingerprint, plan.steps)) if state is not None else 0)
+    done = who.share(len(read_saved_history(state, fingerprint, plan.steps)) if state is not None else 0)
     if done:
         progress(Event(Stage.TRAINING, done, plan.steps, message=f"going on after step {done}"))
     frozen = {}
@@ -46,9 +46,9 @@ def train(
 
     soft = options.density if options.method == "salun-soft" else None
     settings = TrainingSettings(
-        plan.steps, plan.lr, plan.retain_weight, soft, plan.lr_decay, options.save_every, fingerprint, options.optimiser
+        plan.steps, plan.lr, plan.retain_weight, soft, plan.lr_decay, options.save_every, fingerprint, options.optimizer
     )
-    parameters = scoped(model.parameters(), options.scope)
+    parameters = parameters_in_scope(model.parameters(), options.scope)
     return fine_tune(parameters, mask, losses, settings, progress, model.original(), state, True, who, options.low_vram)
 
 

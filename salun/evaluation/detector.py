@@ -103,7 +103,7 @@ def load_detector(folder: Path, device: torch.device | str = "cpu") -> Attribute
         if there != wanted:
             name = min(set(there.items()) ^ set(wanted.items()))[0]
             raise ValueError(
-                f"{safetensors_io.shortened(name)} in detector.safetensors is not what detector.json describes"
+                f"{safetensors_io.truncated(name)} in detector.safetensors is not what detector.json describes"
             )
         model = AttributeClassifier(attributes, resolution, channels)
         model.load_state_dict({name: tensor.float() for name, tensor in safetensors_io.tensors(file)})

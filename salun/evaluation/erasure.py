@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from salun.evaluation.detector import AttributeClassifier, Reading
-from salun.evaluation.metrics import Share, frechet_distance
+from salun.evaluation.metrics import Proportion, frechet_distance
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,16 @@ def judge(detector: AttributeClassifier, asked: Asked, before: Sides, after: Sid
     was, now = ({name: side.retain.labels[name] == asked.retain[name] for name in values} for side in (before, after))
     metrics |= {
         "per_concept": each,
-        "ra_before": Share.of(np.concatenate(list(was.values()))).json(),
-        "ra_after": Share.of(np.concatenate(list(now.values()))).json(),
+        "ra_before": Proportion.of(np.concatenate(list(was.values()))).json(),
+        "ra_after": Proportion.of(np.concatenate(list(now.values()))).json(),
         "ra_by_attribute": {
-            name: {"before": Share.of(was[name]).json(), "after": Share.of(now[name]).json()} for name in values
+            name: {"before": Proportion.of(was[name]).json(), "after": Proportion.of(now[name]).json()}
+            for name in values
         },
         "per_class": {
             f"{name}: {value}": {
-                "before": Share.of(was[name][asked.retain[name] == i]).json(),
-                "after": Share.of(now[name][asked.retain[name] == i]).json(),
+                "before": Proportion.of(was[name][asked.retain[name] == i]).json(),
+                "after": Proportion.of(now[name][asked.retain[name] == i]).json(),
             }
             for name in values
             for i, value in enumerate(values[name])
@@ -110,10 +111,10 @@ def _forget_figures(
             for name, hit in right.items():
                 hits.setdefault(name, []).append(hit)
         known = all(target.anchor is not None for target in targets)
-        found["ua" + suffix] = Share.of(np.concatenate(forgotten)).json()
-        found["anchor" + suffix] = Share.of(np.concatenate(anchored)).json() if known else None
-        found["none" + suffix] = Share.of(np.concatenate(none)).json()
-        found["kept" + suffix] = {name: Share.of(np.concatenate(parts)).json() for name, parts in hits.items()}
+        found["ua" + suffix] = Proportion.of(np.concatenate(forgotten)).json()
+        found["anchor" + suffix] = Proportion.of(np.concatenate(anchored)).json() if known else None
+        found["none" + suffix] = Proportion.of(np.concatenate(none)).json()
+        found["kept" + suffix] = {name: Proportion.of(np.concatenate(parts)).json() for name, parts in hits.items()}
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A proportion in percent with its sample count and 95 % Wilson interval."""
 
     value: float
@@ -18,7 +18,7 @@ class Share:
     high: float
 
     @classmethod
-    def of(cls, hits: np.ndarray) -> Share:
+    def of(cls, hits: np.ndarray) -> Proportion:
         """The share of True in a boolean array (n,), n > 0."""
         n, k = len(hits), int(np.count_nonzero(hits))
         if not n:

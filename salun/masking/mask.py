@@ -158,8 +158,8 @@ class Mask:
 
     def validate(self, parameters: Mapping[str, Tensor], what: str = "this model") -> None:
         """Raises MaskError naming parameters that are missing, unknown or of another shape."""
-        scoped = self.metadata.get("scope", "full") != "full"
-        shapes = {name: tuple(p.shape) for name, p in parameters.items() if not scoped or name in self.shapes}
+        partial = self.metadata.get("scope", "full") != "full"
+        shapes = {name: tuple(p.shape) for name, p in parameters.items() if not partial or name in self.shapes}
         _same_parameters(self.shapes, shapes, what)
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class Mask:
             for name, tensor in safetensors_io.tensors(Path(path), shapes):
                 n = prod(shapes[name])
                 if tensor.dtype != torch.uint8 or tensor.shape != ((n + 7) // 8,) or (n % 8 and tensor[-1] >> n % 8):
-                    short = safetensors_io.shortened(name)
+                    short = safetensors_io.truncated(name)
                     raise damaged(f"the bits of {short} do not fit its shape {list(shapes[name])}")
                 bits[name] = tensor.numpy()
         except ModelError as error:  # the file's own faults

@@ -1,7 +1,7 @@
-"""The packed masked optimiser: only salient entries have a float32 master and moments; the others are never written.
+"""The packed masked optimizer: only salient entries have a float32 master and moments; the others are never written.
 
 Each masked parameter's salient entries are gathered into one packed float32 vector, an ordinary parameter under any
-`torch.optim` optimiser (or a library's 8-bit one). After a step the vector is rounded to the weight's dtype and
+`torch.optim` optimizer (or a library's 8-bit one). After a step the vector is rounded to the weight's dtype and
 scattered back. Entries outside the mask are not repaired afterwards: nothing ever writes them, neither momentum nor
 weight decay. At density d this costs d·N masters and moments instead of N.
 """
@@ -24,7 +24,7 @@ Mode = Literal["step", "pack"]
 _KEEP_PLACES = 1 << 18  # entries; of parameters up to here the places are kept on every device, for speed
 
 
-class Packed:
+class PackedParameter:
     """One parameter and its salient entries.
 
     master: float32 (count,), the entries' exact values; the parameter holds them rounded to its own dtype. The places
@@ -33,7 +33,7 @@ class Packed:
     """
 
     def __init__(
-        self, parameter: nn.Parameter, bits: np.ndarray, count: int, source: Tensor, on_host: bool = False
+        self, parameter: nn.Parameter, bits: np.ndarray, count: int, source: Tensor, cpu_offload: bool = False
     ) -> None:
         self.parameter, self.count = parameter, count
         self.whole = count == parameter.numel()
@@ -41,7 +41,7 @@ class Packed:
         self._bits = torch.from_numpy(bits) if self.whole or keep else torch.from_numpy(bits).to(parameter.device)
         self._places = self._find().to(torch.int32).to(parameter.device) if keep and not self.whole else None
         values = self.gather(source.to(parameter.device), self.places()).float()
-        self.master = nn.Parameter(values.to("cpu" if on_host else values.device, copy=True))
+        self.master = nn.Parameter(values.to("cpu" if cpu_offload else values.device, copy=True))
 
     def places(self) -> Tensor | None:
         """Flat indices of the salient entries, (count,), rising; None for all of them."""
@@ -78,11 +78,11 @@ def _eight(device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rows).view(np.int64).reshape(-1)).to(device)
 
 
-class MaskedOptimiser:
+class MaskedOptimizer:
     """Trains the masked entries of named parameters; a context manager that leaves no hook and no gradient behind.
 
     parameters: every parameter of the model in the mask's scope. mask: must fit them (MaskError).
-    make: packed vectors → an optimiser, e.g. `lambda p: torch.optim.Adam(p, lr=1e-5)`.
+    make: packed vectors → an optimizer, e.g. `lambda p: torch.optim.Adam(p, lr=1e-5)`.
     sources: name → the checkpoint's own tensor, before any cast to the parameter's dtype; masters are gathered from it.
     mode "step": each gradient is consumed inside the backward pass, its tensor stepped and the gradient freed; one
     backward a step, no accumulation, no clipping. mode "pack": packed float32 gradients are kept until `step`, which
@@ -100,7 +100,7 @@ class MaskedOptimiser:
         make: Callable[[Iterable[nn.Parameter]], Optimizer],
         mode: Mode = "step",
         sources: Mapping[str, Tensor] | None = None,
-        on_host: bool = False,
+        cpu_offload: bool = False,
     ) -> None:
         mask.validate(parameters)
         if not mask.selected:
@@ -112,16 +112,16 @@ class MaskedOptimiser:
         self._required = {name: p.requires_grad for name, p in parameters.items()}
         self._parameters = dict(parameters)
         self.packed = {
-            name: Packed(p, mask.bits[name], counts[name], (sources or parameters)[name], on_host)
+            name: PackedParameter(p, mask.bits[name], counts[name], (sources or parameters)[name], cpu_offload)
             for name, p in parameters.items()
             if counts.get(name)
         }
         masters = [packed.master for packed in self.packed.values()]
         if mode == "step":
-            self._optimisers = {name: make([packed.master]) for name, packed in self.packed.items()}
+            self._optimizers = {name: make([packed.master]) for name, packed in self.packed.items()}
         else:
             shared = make(masters)
-            self._optimisers = dict.fromkeys(self.packed, shared)
+            self._optimizers = dict.fromkeys(self.packed, shared)
         self._hooks = []
         for name, parameter in parameters.items():
             parameter.grad = None  # one that was left there would be added to the first step's
@@ -132,7 +132,7 @@ class MaskedOptimiser:
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         return lambda parameter: self._consume(name, parameter)
 
-    def __enter__(self) -> MaskedOptimiser:
+    def __enter__(self) -> MaskedOptimizer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,8 +154,8 @@ class MaskedOptimiser:
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every group."""
-        for optimiser in set(self._optimisers.values()):
-            for group in optimiser.param_groups:
+        for optimizer in set(self._optimizers.values()):
+            for group in optimizer.param_groups:
                 group["lr"] = lr
 
     def backward(self, loss: Tensor, scale: float = 1.0) -> None:
@@ -184,12 +184,12 @@ class MaskedOptimiser:
             self.not_finite.append(name)
             return
         packed.master.grad = gradient
-        self._optimisers[name].step()
+        self._optimizers[name].step()
         packed.master.grad = None
         packed.scatter(places)
 
     def step(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> bool:
-        """Mode "pack": one optimiser step on the gradients gathered since the last. False if it was left out.
+        """Mode "pack": one optimizer step on the gradients gathered since the last. False if it was left out.
 
         max_norm: clip the packed gradients' norm to it. reduce: sums or averages the gradients over processes in place.
         """
@@ -203,7 +203,7 @@ class MaskedOptimiser:
         if good:
             if max_norm is not None:
                 nn.utils.clip_grad_norm_(masters, max_norm)
-            next(iter(self._optimisers.values())).step()
+            next(iter(self._optimizers.values())).step()
             for packed in self.packed.values():
                 packed.scatter(packed.places())
         for master in masters:
@@ -216,7 +216,7 @@ class MaskedOptimiser:
         found = {}
         for name, packed in self.packed.items():
             found[f"{name}/master"] = packed.master.detach()
-            for key, value in self._optimisers[name].state[packed.master].items():
+            for key, value in self._optimizers[name].state[packed.master].items():
                 if value is not None:
                     found[f"{name}/{key}"] = torch.as_tensor(value)
         return found
@@ -224,8 +224,8 @@ class MaskedOptimiser:
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Continue from a `state` that was saved after this many steps: masters, moments, weights.
 
-        The state may be untrusted input, and an optimiser's kernels check nothing: all of it is checked before any of
-        it is used. Raises TrainingError if it is not a state that this optimiser could have saved.
+        The state may be untrusted input, and an optimizer's kernels check nothing: all of it is checked before any of
+        it is used. Raises TrainingError if it is not a state that this optimizer could have saved.
         """
         self.check_state({key: (value.dtype, tuple(value.shape)) for key, value in state.items()})
         for key, value in state.items():
@@ -237,18 +237,18 @@ class MaskedOptimiser:
         for name, packed in self.packed.items():
             packed.master.data.copy_(moments[name].pop("master"))
             device = packed.master.device
-            fused = bool(self._optimisers[name].param_groups[0].get("fused"))
+            fused = bool(self._optimizers[name].param_groups[0].get("fused"))
             counted_on = device if fused else torch.device("cpu")  # as torch's own load_state_dict has it
-            self._optimisers[name].state[packed.master] = {
+            self._optimizers[name].state[packed.master] = {
                 key: _count(value, counted_on) if key == "step" else value.to(device).clone()
                 for key, value in moments[name].items()
             }
             packed.scatter(packed.places())
 
     def check_state(self, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """Raises TrainingError unless a state with tensors of these names, dtypes and shapes fits this optimiser.
+        """Raises TrainingError unless a state with tensors of these names, dtypes and shapes fits this optimizer.
 
-        A parameter has all the moments that the optimiser makes in a step, or, where it never had a gradient, none.
+        A parameter has all the moments that the optimizer makes in a step, or, where it never had a gradient, none.
         """
         found: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self.packed}
         for key, facts in described.items():
@@ -261,13 +261,13 @@ class MaskedOptimiser:
             if found[name] != master and found[name] != {**master, **self._moments_of(packed)}:
                 raise TrainingError(f"the saved state does not fit {name!r}: it belongs to another run; start afresh")
 
-    def _moments_of(self, packed: Packed) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Names, dtypes and shapes of the moments that the optimiser makes in a step, here on a vector of zeros."""
+    def _moments_of(self, packed: PackedParameter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Names, dtypes and shapes of the moments that the optimizer makes in a step, here on a vector of zeros."""
         zeros = nn.Parameter(torch.zeros_like(packed.master))
         zeros.grad = torch.zeros_like(zeros)
-        optimiser = self._make([zeros])
-        optimiser.step()
-        moments = {key: torch.as_tensor(v) for key, v in optimiser.state[zeros].items() if v is not None}
+        optimizer = self._make([zeros])
+        optimizer.step()
+        moments = {key: torch.as_tensor(v) for key, v in optimizer.state[zeros].items() if v is not None}
         return {key: (value.dtype, tuple(value.shape)) for key, value in moments.items()}
 
 
@@ -290,5 +290,5 @@ def _finite(values: Tensor) -> bool:
 
 
 def _count(value: Tensor, device: torch.device) -> Tensor | int:
-    """The number of steps as the optimiser keeps it: torch's in a float tensor, bitsandbytes' in an integer."""
+    """The number of steps as the optimizer keeps it: torch's in a float tensor, bitsandbytes' in an integer."""
     return value.to(device).clone() if value.is_floating_point() else int(value)

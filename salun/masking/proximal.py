@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from salun.masking.optim import MaskedOptimiser
+from salun.masking.optim import MaskedOptimizer
 from salun.masking.threshold import kth_largest
 
 
@@ -12,12 +12,12 @@ class SoftThreshold:
     """SalUn-soft: after each step the change Δ = θ − θ₀ is soft-thresholded (SalUn, appendix B; a proximal ℓ1 step).
 
     The threshold is the k-th smallest |Δ| over all parameters, k = (1 − density)·N·(1 − step/total): it pulls hard at
-    first and lets go at the end. θ₀ stays fixed, and no saliency mask is used (the optimiser's mask is full).
+    first and lets go at the end. θ₀ stays fixed, and no saliency mask is used (the optimizer's mask is full).
     """
 
-    def __init__(self, optimiser: MaskedOptimiser, density: float) -> None:
-        self.optimiser, self.density = optimiser, density
-        self.originals = {name: m.clone() for name, m in optimiser.masters.items()}
+    def __init__(self, optimizer: MaskedOptimizer, density: float) -> None:
+        self.optimizer, self.density = optimizer, density
+        self.originals = {name: m.clone() for name, m in optimizer.masters.items()}
         self.total = sum(m.numel() for m in self.originals.values())
 
     @torch.no_grad()
@@ -26,14 +26,14 @@ class SoftThreshold:
         k = int((1 - self.density) * self.total * (1 - step / steps))
         if not k:
             return
-        changes = {name: self.optimiser.packed[name].master - start for name, start in self.originals.items()}
+        changes = {name: self.optimizer.packed[name].master - start for name, start in self.originals.items()}
         threshold = kth_largest({name: c.abs() for name, c in changes.items()}, self.total - k + 1)
         for name, change in changes.items():
-            packed = self.optimiser.packed[name]
+            packed = self.optimizer.packed[name]
             packed.master.copy_(self.originals[name] + change.sign() * (change.abs() - threshold).clamp(min=0))
             packed.scatter(packed.places())
 
     def final_density(self) -> float:
         """Share of the entries that differ from θ₀ now."""
-        moved = sum(int((self.optimiser.masters[n] != start).sum()) for n, start in self.originals.items())
+        moved = sum(int((self.optimizer.masters[n] != start).sum()) for n, start in self.originals.items())
         return moved / self.total

@@ -24,7 +24,7 @@ def scores_from_losses(
     progress: Progress = silent,
     total: int = 0,
     processes: Processes = ALONE,
-    on_host: bool = False,
+    cpu_offload: bool = False,
     scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """|Σ_b n_b·∇L_b| / Σ n_b for every parameter, float32 whatever the weights' dtype.
@@ -38,7 +38,7 @@ def scores_from_losses(
     Raises MaskError for a loss or a gradient that is not finite.
     """
     sums = {
-        name: torch.zeros(p.shape, dtype=torch.float32, device="cpu" if on_host else p.device)
+        name: torch.zeros(p.shape, dtype=torch.float32, device="cpu" if cpu_offload else p.device)
         for name, p in parameters.items()
     }
     required = {name: p.requires_grad for name, p in parameters.items()}
@@ -68,7 +68,7 @@ def scores_from_losses(
             parameter.requires_grad_(required[name])
             parameter.grad = None
     counted = torch.tensor(float(seen), device=next(iter(sums.values())).device)
-    processes.add_up([*sums.values(), counted])
+    processes.all_reduce_sum([*sums.values(), counted])
     seen = int(counted)
     if not seen:
         raise MaskError("no losses were given: saliency needs at least one batch of the forget set")

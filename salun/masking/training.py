@@ -23,7 +23,7 @@ from salun.checkpoints import safetensors_io
 from salun.compute.processes import ALONE, Processes
 from salun.errors import Cancelled, ConfigError, ModelError, TrainingError
 from salun.masking.mask import Mask
-from salun.masking.optim import MaskedOptimiser, Mode
+from salun.masking.optim import MaskedOptimizer, Mode
 from salun.masking.proximal import SoftThreshold
 from salun.progress import Event, Progress, Stage, silent
 
@@ -34,12 +34,12 @@ Losses = Callable[[int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """steps: optimiser steps. lr: Adam's. retain_weight: the papers' α. soft_density: SalUn-soft's target, or None.
+    """steps: optimizer steps. lr: Adam's. retain_weight: the papers' α. soft_density: SalUn-soft's target, or None.
 
     lr_decay: share of the steps, at the end, over which the rate falls linearly to 0, so that the last steps' noise
     does not stay in the weights (0: constant, as in the paper). save_every: seconds between saved states; more where
     saving itself takes long, so that it costs a tenth of the time at most; 0: after every step. fingerprint: what a
-    saved state must carry to be taken up again. optimiser: adam, or adam8bit (bitsandbytes': its moments take a quarter
+    saved state must carry to be taken up again. optimizer: adam, or adam8bit (bitsandbytes': its moments take a quarter
     of the memory).
     """
 
@@ -50,7 +50,7 @@ class TrainingSettings:
     lr_decay: float = 0.0
     save_every: float = 60.0
     fingerprint: str = ""
-    optimiser: str = "adam"
+    optimizer: str = "adam"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def fine_tune(
     state_path: Path | None = None,
     resume: bool = False,
     processes: Processes = ALONE,
-    on_host: bool = False,
+    cpu_offload: bool = False,
 ) -> Trained:
     """Minimise forget + α·retain over the masked entries with Adam.
 
@@ -95,27 +95,27 @@ def fine_tune(
     soft, keeps = settings.soft_density is not None, processes.rank == 0
 
     def make(masters: object) -> torch.optim.Optimizer:
-        if settings.optimiser == "adam8bit":
+        if settings.optimizer == "adam8bit":
             return _adam8bit(masters, settings.lr)
-        return torch.optim.Adam(masters, lr=settings.lr, fused=_can_fuse(parameters, on_host))  # type: ignore[arg-type]
+        return torch.optim.Adam(masters, lr=settings.lr, fused=_can_fuse(parameters, cpu_offload))  # type: ignore[arg-type]
 
     history: list[tuple[int, float, float]] = []
     half = any(p.dtype == torch.float16 for p in parameters.values())
     mode: Mode = "pack" if soft or half or processes.count > 1 else "step"
     scale = 2.0**16 if half else 1.0  # of the loss, so that small gradients do not vanish in fp16
-    with MaskedOptimiser(parameters, mask, make, mode, sources, on_host) as optimiser:
-        proximal = SoftThreshold(optimiser, settings.soft_density) if settings.soft_density is not None else None
+    with MaskedOptimizer(parameters, mask, make, mode, sources, cpu_offload) as optimizer:
+        proximal = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
         if resume and state_path is not None and processes.share(state_path.exists()):
-            history, scale = _load_state(state_path, optimiser, settings, scale)
+            history, scale = _load_state(state_path, optimizer, settings, scale)
         wait, saved = settings.save_every, time.monotonic()
         try:
             for step in range(len(history), settings.steps):
-                optimiser.set_lr(settings.lr * _remaining(step, settings))
+                optimizer.set_lr(settings.lr * _lr_factor(step, settings))
                 while True:
                     forget, retain = losses(step)
                     _all_finite(forget + retain, step, processes)
-                    optimiser.backward(forget + settings.retain_weight * retain, scale)
-                    fine = optimiser.step(reduce=processes.average) if mode == "pack" else not optimiser.not_finite
+                    optimizer.backward(forget + settings.retain_weight * retain, scale)
+                    fine = optimizer.step(reduce=processes.average) if mode == "pack" else not optimizer.not_finite
                     if fine or scale == 1.0:
                         break
                     scale /= 2  # a gradient was too large for fp16: the step was left out, and is taken again
@@ -131,7 +131,7 @@ def fine_tune(
                 now = time.monotonic()
                 if keeps and state_path is not None and (now - saved >= wait or step + 1 == settings.steps):
                     try:
-                        _save_state(state_path, optimiser, history, scale, settings.fingerprint)
+                        _save_state(state_path, optimizer, history, scale, settings.fingerprint)
                     except ModelError as error:  # a full disk costs the means to resume, not the run
                         progress(
                             Event(Stage.TRAINING, step + 1, settings.steps, message=f"the state is not saved: {error}")
@@ -146,12 +146,12 @@ def fine_tune(
         except Cancelled:  # raised between steps, so masters, moments and history belong together
             if keeps and state_path is not None:
                 try:
-                    _save_state(state_path, optimiser, history, scale, settings.fingerprint)
+                    _save_state(state_path, optimizer, history, scale, settings.fingerprint)
                 except ModelError as error:  # a full disk: what was stopped is stopped nevertheless
                     logger.warning("the state to go on from is not saved: %s", error)
             raise
         return Trained(
-            {name: m.to("cpu", copy=True) for name, m in optimiser.masters.items()},
+            {name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()},
             history,
             proximal.final_density() if proximal is not None else None,
         )
@@ -161,16 +161,16 @@ def _all_finite(loss: Tensor, step: int, processes: Processes) -> None:
     """Raises TrainingError on all processes if the loss of one is not finite, so that none waits for it."""
     if processes.count > 1:
         bad = (~torch.isfinite(loss.detach())).float().view(1)
-        processes.add_up([bad])
+        processes.all_reduce_sum([bad])
         if bad.item():
             raise TrainingError(f"the loss stopped being finite at step {step + 1}: lower the learning rate (--lr)")
 
 
-def check_optimiser(name: str) -> None:
-    """Raises ConfigError if an optimiser's library is not installed."""
+def check_optimizer(name: str) -> None:
+    """Raises ConfigError if an optimizer's library is not installed."""
     if name == "adam8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "--optimiser adam8bit: bitsandbytes is not installed; `pip install salun[bitsandbytes]`, or use adam"
+            "--optimizer adam8bit: bitsandbytes is not installed; `pip install salun[bitsandbytes]`, or use adam"
         )
 
 
@@ -181,27 +181,27 @@ def _adam8bit(masters: object, lr: float) -> torch.optim.Optimizer:
     return made
 
 
-def _can_fuse(parameters: Mapping[str, nn.Parameter], on_host: bool) -> bool:
+def _can_fuse(parameters: Mapping[str, nn.Parameter], cpu_offload: bool) -> bool:
     """Whether torch has a one-kernel Adam where the masters lie: on CUDA always, on the CPU since 2.4."""
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    places = {"cpu"} if on_host else {p.device.type for p in parameters.values()}
+    places = {"cpu"} if cpu_offload else {p.device.type for p in parameters.values()}
     return all(place == "cuda" or (place == "cpu" and release >= (2, 4)) for place in places)
 
 
-def _remaining(step: int, settings: TrainingSettings) -> float:
+def _lr_factor(step: int, settings: TrainingSettings) -> float:
     """The share of the learning rate left at a step (0-based)."""
     falling = settings.lr_decay * settings.steps
     return min(1.0, (settings.steps - step) / falling) if falling else 1.0
 
 
 def _save_state(
-    path: Path, optimiser: MaskedOptimiser, history: list[tuple[int, float, float]], scale: float, fingerprint: str
+    path: Path, optimizer: MaskedOptimizer, history: list[tuple[int, float, float]], scale: float, fingerprint: str
 ) -> None:
     metadata = {"history": json.dumps(history), "scale": str(scale), "fingerprint": fingerprint}
-    safetensors_io.write(path, {name: t.detach().cpu() for name, t in optimiser.state().items()}, metadata)
+    safetensors_io.write(path, {name: t.detach().cpu() for name, t in optimizer.state().items()}, metadata)
 
 
-def saved_steps(path: Path, fingerprint: str, most: int | None = None) -> list[tuple[int, float, float]]:
+def read_saved_history(path: Path, fingerprint: str, most: int | None = None) -> list[tuple[int, float, float]]:
     """The history of a saved state, which may be untrusted input, without its tensors; empty where there is none.
 
     most: steps that the run takes in all. Raises TrainingError for a state that cannot be read, belongs to another run,
@@ -241,10 +241,10 @@ def _history(found: Any) -> list[tuple[int, float, float]]:
 
 
 def _load_state(
-    path: Path, optimiser: MaskedOptimiser, settings: TrainingSettings, largest: float
+    path: Path, optimizer: MaskedOptimizer, settings: TrainingSettings, largest: float
 ) -> tuple[list[tuple[int, float, float]], float]:
-    """The history and loss scale of a saved state, whose tensors the optimiser takes. largest: scale of a fresh run."""
-    history = saved_steps(path, settings.fingerprint, settings.steps)
+    """The history and loss scale of a saved state, whose tensors the optimizer takes. largest: scale of a fresh run."""
+    history = read_saved_history(path, settings.fingerprint, settings.steps)
     header = safetensors_io.read_header(path)
     scale = _scale(header.metadata.get("scale", ""), largest)
     if scale is None:
@@ -252,8 +252,8 @@ def _load_state(
             f"the saved state {path} has a loss scale that is not a power of 2 from 1 to {largest:g}: delete it to "
             "train afresh"
         )
-    optimiser.check_state({name: (safetensors_io.DTYPES[e.dtype], e.shape) for name, e in header.entries.items()})
-    optimiser.load_state(dict(safetensors_io.tensors(path)), len(history))
+    optimizer.check_state({name: (safetensors_io.DTYPES[e.dtype], e.shape) for name, e in header.entries.items()})
+    optimizer.load_state(dict(safetensors_io.tensors(path)), len(history))
     return history, scale
 
 

@@ -70,7 +70,7 @@ def check_links(folder: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Within, no other run can work in the folder, nor after a crash be kept out of it: the system holds the lock.
 
     Raises ConfigError if another is at work there, or the folder cannot be made.

@@ -17,10 +17,10 @@ from typing import Any
 from salun.compute.environment import PACKAGES, peak_memory, versions
 from salun.errors import Cancelled, ConfigError, ModelError
 from salun.files import remove_leftovers, sha256_file, write_bytes
-from salun.runs.folder import FILES, STATE, alone_in, check_folder, check_links
+from salun.runs.folder import FILES, STATE, check_folder, check_links, exclusive_lock
 from salun.runs.reading import blank_record
 
-NOT_DECISIVE = (  # options on which no output's bytes depend
+NOT_IN_FINGERPRINT = (  # options on which no output's bytes depend
     "output", "run_dir", "models_dir", "allow_pickle", "show_sensitive", "save_every", "workers",
 )  # fmt: skip
 INPUTS = (  # options that are paths of inputs; where `facts` have one's name, its content is identified by that
@@ -70,10 +70,10 @@ class RunRecord:
             yield from self._run()
             return
         check_links(self.folder)
-        with alone_in(self.folder):
+        with exclusive_lock(self.folder):
             previous = check_folder(self.folder, self.resume)
             if previous is not None:
-                self._take_up(previous)
+                self._resume_from(previous)
             yield from self._run()
 
     def state(self, name: str) -> Path | None:
@@ -83,7 +83,7 @@ class RunRecord:
     @property
     def fingerprint(self) -> str:
         """A hash of all that the result depends on: what is saved under it fits this run and no other."""
-        text = json.dumps(_decisive(self.data), sort_keys=True)
+        text = json.dumps(_fingerprint_inputs(self.data), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def check_resumes(self, previous: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ class RunRecord:
                 "Repeat its options, or name another folder"
             )
 
-    def _take_up(self, previous: Mapping[str, Any]) -> None:
+    def _resume_from(self, previous: Mapping[str, Any]) -> None:
         self.check_resumes(previous)
         assert self.folder is not None
         for name in FILES:
@@ -163,17 +163,17 @@ class RunRecord:
             logger.warning("run.json is as it was: %s", error)
 
 
-def _decisive(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _fingerprint_inputs(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Of a record, what the outputs' bytes depend on: not the paths of inputs whose content is identified by a fact."""
     paths = [name for name in INPUTS if data["facts"].get(name)]
-    options = {name: value for name, value in data["options"].items() if name not in (*NOT_DECISIVE, *paths)}
+    options = {name: value for name, value in data["options"].items() if name not in (*NOT_IN_FINGERPRINT, *paths)}
     versions = {name: value for name, value in data["versions"].items() if name in (*PACKAGES, "python")}
     return {"options": options, "facts": {**data["facts"], "device": data["device"]}, "versions": versions}
 
 
 def _differences(previous: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     """What the outputs' bytes depend on and is not the same in two records, for people."""
-    was, now = _decisive(previous), _decisive(present)
+    was, now = _fingerprint_inputs(previous), _fingerprint_inputs(present)
     lines = []
     for part in now:
         for name in sorted({*was[part], *now[part]}):

@@ -15,16 +15,16 @@ from torch.optim import Optimizer
 class Stage:
     """A training stage with `total` steps that saves itself every two minutes and takes up where it was killed."""
 
-    def __init__(self, path: Path, total: int, optimiser: Optimizer, *modules: nn.Module) -> None:
-        self.path, self.total, self.optimiser, self.modules = path, total, optimiser, modules
+    def __init__(self, path: Path, total: int, optimizer: Optimizer, *modules: nn.Module) -> None:
+        self.path, self.total, self.optimizer, self.modules = path, total, optimizer, modules
         self.generator = torch.Generator().manual_seed(0)
-        self.peak_lr = optimiser.param_groups[0]["lr"]
+        self.peak_lr = optimizer.param_groups[0]["lr"]
         self.step, self.seconds = 0, 0.0
         if path.exists():
             state = torch.load(path, weights_only=True)
             for module, weights in zip(modules, state["modules"], strict=True):
                 module.load_state_dict(weights)
-            optimiser.load_state_dict(state["optimiser"])
+            optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             self.step, self.seconds = state["step"], state["seconds"]
 
@@ -34,7 +34,7 @@ class Stage:
         torch.save(
             {
                 "modules": [module.state_dict() for module in self.modules],
-                "optimiser": self.optimiser.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
                 "generator": self.generator.get_state(),
                 "step": self.step,
                 "seconds": self.seconds,
@@ -50,13 +50,13 @@ class Stage:
         while self.step < self.total:
             warm = min(1.0, (self.step + 1) / 100)
             cosine = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * self.step / self.total))))
-            for group in self.optimiser.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = self.peak_lr * warm * max(cosine, 0.01)
             loss = loss_of_step(self.generator)
-            self.optimiser.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)
-            self.optimiser.step()
+            nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
+            self.optimizer.step()
             after()
             self.step += 1
             running += 0.02 * (loss.item() - running) if running else loss.item()

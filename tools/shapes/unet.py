@@ -102,8 +102,8 @@ def train(pictures: world.Pictures, calm: world.Pictures, vae: AutoencoderKL, fo
     unet, text = build(tokenizer)
     average = copy.deepcopy(torch.nn.ModuleList([unet, text])).requires_grad_(False)
     live = [*unet.parameters(), *text.parameters()]
-    optimiser = torch.optim.AdamW(live, lr=1e-3, weight_decay=1e-2, fused=True)
-    stage = Stage(folder / "unet.pt", STEPS, optimiser, unet, text, average)
+    optimizer = torch.optim.AdamW(live, lr=1e-3, weight_decay=1e-2, fused=True)
+    stage = Stage(folder / "unet.pt", STEPS, optimizer, unet, text, average)
     denoise = torch.compile(unet)
     wide_captions, n = [*pictures.captions, *pictures.captions], 2 * len(pictures.captions)
     if stage.step < CALM_FROM:

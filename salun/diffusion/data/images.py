@@ -26,7 +26,7 @@ _LONGEST_CAPTION = 2000  # characters
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedImages:
     """A folder's pictures as latents.
 
     latents: float32 (n, c, h, w), scaled, on the model's device. captions: what x.txt beside each x.png says, or None.
@@ -72,7 +72,7 @@ def encode_folder(
     progress: Progress = silent,
     cache: Cache | None = None,
     stage: Stage = Stage.ENCODING,
-) -> Encoded:
+) -> EncodedImages:
     """Every usable picture of a folder once, cut to its central square at the model's resolution.
 
     Turned as the camera held it, transparency on white, grey and CMYK as RGB, of an animation the first frame. Left out
@@ -107,7 +107,7 @@ def encode_folder(
     notes += [f"  captions: {note}" for note in syntax_note(text for text in captions if text)]
     if not latents:
         raise DataError("; ".join(line.strip() for line in notes) + ": nothing is left to train on")
-    return Encoded(torch.stack(latents).to(model.device), captions, notes, frozenset(seen))
+    return EncodedImages(torch.stack(latents).to(model.device), captions, notes, frozenset(seen))
 
 
 def _encode(model: DiffusionModel, pixels: np.ndarray, digest: str, cache: Cache | None) -> Tensor:

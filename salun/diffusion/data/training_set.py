@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from salun.diffusion.data.images import Encoded, concept_folders, encode_folder
+from salun.diffusion.data.images import EncodedImages, concept_folders, encode_folder
 from salun.diffusion.data.latents import item_seed, sample_latents
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.protocol import DiffusionModel
@@ -21,7 +21,7 @@ from salun.user_text import as_spelled
 
 
 @dataclass(frozen=True)
-class Own:
+class UserLatents:
     """Latents of the user's own pictures, where a host holds them already: float32 (n, c, h, w) each, scaled.
 
     forget: for each concept, in place of samples. retain, with their captions: added to the samples.
@@ -38,7 +38,7 @@ def sample_data(
     progress: Progress = silent,
     forget_only: bool = False,
     cache: Cache | None = None,
-    given: Own | None = None,
+    given: UserLatents | None = None,
 ) -> ErasureData:
     """Sample forget, anchor and retain latents, no trip through the VAE; or encode the user's own pictures.
 
@@ -50,7 +50,7 @@ def sample_data(
     """
     prompts, seed, options = plan.prompts, plan.options.seed, plan.options
     own = given.forget if given is not None else None
-    read: list[Encoded] = []
+    read: list[EncodedImages] = []
     notes: list[str] = []
     if own is not None and len(own) != len(prompts.concepts):
         raise ConfigError(f"pictures of {len(own)} concepts are given for {len(prompts.concepts)}: give some for each")
@@ -132,7 +132,7 @@ def _told(notes: list[str], progress: Progress) -> list[str]:
     return notes
 
 
-def _in_both(forget: list[Encoded], retain: Encoded) -> list[str]:
+def _in_both(forget: list[EncodedImages], retain: EncodedImages) -> list[str]:
     """A line if images are in the forget and in the retain set, by their pixels."""
     count = len(frozenset().union(*(images.digests for images in forget)) & retain.digests)
     return [f"{count} images of --retain-images are in --forget-images as well (same pixels)"] if count else []

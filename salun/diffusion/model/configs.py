@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from salun.checkpoints.diffusers_folder import open_part
-from salun.checkpoints.safetensors_io import shortened
+from salun.checkpoints.safetensors_io import truncated
 from salun.checkpoints.sizes import check_size, first_line
 from salun.errors import ModelError
 from salun.untrusted import read_json, read_text
@@ -89,7 +89,7 @@ def _check_unet(config: Mapping[str, Any], path: Path) -> None:
     for key in CONDITIONS:
         if config.get(key) is not None:
             raise ModelError(
-                f"{path} has {key} {shortened(repr(config[key]))}: models with more inputs are unsupported"
+                f"{path} has {key} {truncated(repr(config[key]))}: models with more inputs are unsupported"
             )
     if config.get("downsample_padding", 1) not in (0, 1):
         raise _wrong(path, "downsample_padding", config["downsample_padding"], "0 or 1")
@@ -179,7 +179,7 @@ def check_tokenizer_fits(tokenizer: Any, encoder: Any, name: str) -> None:
         raise ModelError(f"{name}: its text encoder takes {places} tokens; at least 3 are needed")
     length = tokenizer.model_max_length
     if not _is_number(length):
-        raise ModelError(f"{name}: its tokenizer's model_max_length is {shortened(repr(length))}, but must be a number")
+        raise ModelError(f"{name}: its tokenizer's model_max_length is {truncated(repr(length))}, but must be a number")
     if type(length) is not int or not 3 <= length <= places:  # where the files do not say, it is without limit
         tokenizer.model_max_length = places
 
@@ -200,7 +200,7 @@ def _check_types(config: Mapping[str, Any], kind: Any, path: Path) -> None:
         if value is None and optional:
             continue
         if not _fits(value, default):
-            raise _wrong(path, name, value, f"like {shortened(repr(default))}")
+            raise _wrong(path, name, value, f"like {truncated(repr(default))}")
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -227,4 +227,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _wrong(path: Path, key: str, value: Any, due: str) -> ModelError:
-    return ModelError(f"{path}: {key} is {shortened(repr(value))}, but must be {due}")
+    return ModelError(f"{path}: {key} is {truncated(repr(value))}, but must be {due}")

@@ -17,7 +17,7 @@ from salun.checkpoints.diffusers_folder import check_links, check_tokenizer, ope
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.locate import find
 from salun.checkpoints.pickled import readable
-from salun.checkpoints.safetensors_io import shortened
+from salun.checkpoints.safetensors_io import truncated
 from salun.checkpoints.single_file import Contents, open_folder, shapes_of
 from salun.compute.device import pick_device, pick_dtype
 from salun.diffusion.model.configs import (
@@ -104,7 +104,7 @@ def _family_of_folder(name: str, folder: Path) -> str:
         check_links(folder)
     pipeline = str(read_object(folder / "model_index.json", name).get("_class_name"))
     if pipeline not in PIPELINES:
-        raise ModelError(f"{name} is a {shortened(pipeline)}; salun handles {' and '.join(PIPELINES)}")
+        raise ModelError(f"{name} is a {truncated(pipeline)}; salun handles {' and '.join(PIPELINES)}")
     unet = _unet_config(folder, name)
     taken, given = unet.get("in_channels", 4), unet.get("out_channels", 4)
     if taken != given:

@@ -100,7 +100,7 @@ def agree(
         raise ModelError(f"{path} lacks {some(missing)} (diffusers' names): {why}")
     if extra:
         raise ModelError(
-            f"{path} holds {some([safetensors_io.shortened(inner(n)) for n in extra])}, which no model of its kind has"
+            f"{path} holds {some([safetensors_io.truncated(inner(n)) for n in extra])}, which no model of its kind has"
         )
     for name, shape in wanted.items():
         if isinstance(shape, tuple) and shape != there[name]:

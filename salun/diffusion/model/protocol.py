@@ -109,7 +109,7 @@ class DiffusionModel(Denoiser, Protocol):
         """Copy tensors into the live UNet, by name."""
         ...
 
-    def borrowed(self) -> AbstractContextManager[None]:
+    def temporarily_trainable(self) -> AbstractContextManager[None]:
         """Within, the live UNet may be trained; afterwards it holds its own weights again."""
         ...
 

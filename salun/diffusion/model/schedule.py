@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salun.checkpoints.safetensors_io import shortened
+from salun.checkpoints.safetensors_io import truncated
 from salun.diffusion.model.protocol import Denoiser
 from salun.errors import ModelError, some
 
@@ -59,7 +59,7 @@ def check_schedule(config: Mapping[str, Any], name: str) -> None:
     """Raises ModelError for a scheduler config that tells of training as salun cannot repeat it."""
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
-        raise ModelError(f"{name} predicts {shortened(str(prediction))!r}; salun handles {' and '.join(PREDICTIONS)}")
+        raise ModelError(f"{name} predicts {truncated(str(prediction))!r}; salun handles {' and '.join(PREDICTIONS)}")
     alphas_cumprod(config, name)
 
 
@@ -71,7 +71,7 @@ def schedule_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     scheduler = config.get("_class_name", "DDIMScheduler")
     if scheduler not in DEFAULTS:
         raise ModelError(
-            f"{name} has the scheduler {shortened(str(scheduler))!r}, and salun knows no noise schedule of it: it "
+            f"{name} has the scheduler {truncated(str(scheduler))!r}, and salun knows no noise schedule of it: it "
             "handles models that were trained with betas (DDIM, DDPM, PNDM, Euler, DPM-Solver, UniPC, LCM and others)"
         )
     if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
@@ -86,7 +86,7 @@ def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
     steps = fields["num_train_timesteps"]
     if type(steps) is not int or not 2 <= steps <= MOST_TIMESTEPS:
         raise ModelError(
-            f"the scheduler config of {name} has {shortened(repr(steps))} as num_train_timesteps; a whole number from "
+            f"the scheduler config of {name} has {truncated(repr(steps))} as num_train_timesteps; a whole number from "
             f"2 to {MOST_TIMESTEPS:,} is expected"
         )
     trained, kind = fields.get("trained_betas"), fields["beta_schedule"]
@@ -94,7 +94,7 @@ def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
         betas = _trained(trained, steps, name)
     elif kind not in ("linear", "scaled_linear"):
         known = "linear, scaled_linear and trained_betas"
-        raise ModelError(f"{name} has the noise schedule {shortened(str(kind))!r}; salun handles {known}")
+        raise ModelError(f"{name} has the noise schedule {truncated(str(kind))!r}; salun handles {known}")
     else:
         start, end = (_beta(fields[key], key, name) for key in ("beta_start", "beta_end"))
         power = 2 if kind == "scaled_linear" else 1
@@ -109,7 +109,7 @@ def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
 
 def _beta(value: Any, key: str, name: str) -> float:
     if not _is_beta(value):
-        what = f"{shortened(repr(value))} as {key}"
+        what = f"{truncated(repr(value))} as {key}"
         raise ModelError(f"the scheduler config of {name} has {what}; a number between 0 and 1 is expected")
     return float(value)
 
@@ -126,7 +126,7 @@ def _trained(values: Any, steps: int, name: str) -> Tensor:
         raise ModelError(
             f"the scheduler config of {name} has {len(values)} trained_betas for {steps} num_train_timesteps"
         )
-    strange = [f"number {i} is {shortened(repr(value))}" for i, value in enumerate(values, 1) if not _is_beta(value)]
+    strange = [f"number {i} is {truncated(repr(value))}" for i, value in enumerate(values, 1) if not _is_beta(value)]
     if strange:
         raise ModelError(
             f"the scheduler config of {name} has trained_betas that are not between 0 and 1: {some(strange)}"
@@ -140,7 +140,7 @@ def add_noise(denoiser: Denoiser, x_0: Tensor, noise: Tensor, t: Tensor) -> Tens
     return a.sqrt() * x_0 + (1 - a).sqrt() * noise
 
 
-def implied_x_0(denoiser: Denoiser, x_t: Tensor, said: Tensor, t: Tensor) -> Tensor:
+def predicted_x_0(denoiser: Denoiser, x_t: Tensor, said: Tensor, t: Tensor) -> Tensor:
     """The x_0 that the network's output on x_t stands for: DDPM eq. 15 for ε, √ᾱ_t·x_t − √(1−ᾱ_t)·v for v."""
     a = denoiser.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
     if denoiser.prediction_type == "epsilon":

@@ -9,7 +9,7 @@ from torch import nn
 from salun.errors import ConfigError
 
 
-def scoped(parameters: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:
+def parameters_in_scope(parameters: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:
     """The parameters of a scope, in ESD's words.
 
     full; xattn (attn2); selfattn (attn1); noxattn (all but attn2, the time embedding and the output layers, which ESD

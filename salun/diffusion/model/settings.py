@@ -40,7 +40,7 @@ class ModelSettings:
     few_steps: FewSteps | None = None
 
 
-def shown_name(name: str) -> str:
+def display_name(name: str) -> str:
     """A model's name as files may tell it that are passed on: of a path on this machine only the last part."""
     return Path(name).name if Path(name).expanduser().exists() else name
 

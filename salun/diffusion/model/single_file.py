@@ -208,7 +208,7 @@ def _lent(kind: Any, contents: Contents, components: Path | None, part: str, **k
     ending = "decoder.conv_in.weight" if part == "vae" else "token_embedding.weight"
     strange = next((name for name in contents.others if name.endswith(ending)), None)
     if strange is not None:
-        what += f" under names that salun knows ({safetensors_io.shortened(strange)} may be of one)"
+        what += f" under names that salun knows ({safetensors_io.truncated(strange)} may be of one)"
     if tiny:
         what = "only a tiny VAE (TAESD), which salun does not read"
     raise ModelError(f"{contents.path} holds {what}: name a diffusers folder or hub id that has one by --components")

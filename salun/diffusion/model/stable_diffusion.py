@@ -214,7 +214,7 @@ class Model:
         return hashlib.sha256((base_hash(self.vae.state_dict()) + scale).encode()).hexdigest()
 
     @contextmanager
-    def borrowed(self) -> Iterator[None]:
+    def temporarily_trainable(self) -> Iterator[None]:
         """Within, the live UNet may be trained; afterwards it holds the files' weights again."""
         self.unet.eval().requires_grad_(False)
         if self.altered:  # by `Run.apply`, say
