@@ -186,10 +186,10 @@ def page(found: dict[str, Any]) -> str:
     ]
     for extra, told in found["erasures"].items():
         stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in told["timings"].items())
-        rounding, peak = told["rounding"], told["peak_memory"]["host_bytes"] / 2**30
+        rounding, peak = told["rounding"], told["peak_memory"]["cpu_bytes"] / 2**30
         out.append(
-            f"| {extra or 'defaults (fp32)'} | {stages} | {peak:.1f} GiB | {rounding['moved'] / 1e6:.0f} M, "
-            f"{rounding['rounded_away'] / max(rounding['moved'], 1):.0%} |"
+            f"| {extra or 'defaults (fp32)'} | {stages} | {peak:.1f} GiB | {rounding['changed'] / 1e6:.0f} M, "
+            f"{rounding['lost_to_rounding'] / max(rounding['changed'], 1):.0%} |"
         )
     return "\n".join(out) + "\n"
 

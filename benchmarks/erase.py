@@ -113,7 +113,7 @@ class Bench:
     def key(self, plan: Plan) -> str:
         """A hash of everything that a result depends on, but the code."""
         told = {name: getattr(plan.options, name) for name in DECISIVE}
-        told |= {"base": self.hash, "n": self.n, "eval": EVAL_SEED, "saliency_timesteps": plan.saliency_timesteps}
+        told |= {"base": self.hash, "n": self.n, "eval": EVAL_SEED, "saliency_timesteps": plan.recipe.saliency_timesteps}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
     def path(self, job: Job, plan: Plan) -> Path:
@@ -138,7 +138,7 @@ class Bench:
             return
         asked = questions(plan, self.n, EVAL_SEED)
         before = self.base(plan, asked)
-        key = (job.concept, job.seed, plan.forget_latents, plan.retain_latents, plan.anchor_share > 0)
+        key = (job.concept, job.seed, plan.recipe.forget_latents, plan.recipe.retain_latents, plan.recipe.anchor_share > 0)
         if key not in self.data:
             self.data = {key: sample_data(self.model, plan)}
         began = time.perf_counter()

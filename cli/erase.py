@@ -78,7 +78,7 @@ def erase(
     who = current()
     from_record = sources["model"] not in ("command line", "default", "recipe") and resume
     moved = recorded_model(job.model if from_record else None)
-    folder = who.share(Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept)))
+    folder = who.broadcast(Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept)))
     if not who.rank:
         check_folder(folder, resume)
     from salun.diffusion.erase import erase as run_erase
@@ -110,7 +110,7 @@ def erase(
             command=shlex.join(["salun", *sys.argv[1:]]),
         )
     if not who.rank:
-        tell(run.record.data, as_json, _erase_lines(run, folder, job.output))
+        tell(run.record.as_json(), as_json, _erase_lines(run, folder, job.output))
 
 
 def _settled(
@@ -199,13 +199,11 @@ def mask(
     with terminal_progress(as_json) as progress, default_model_named(model):
         loaded = load_with(model_or_default(model), options)
         check_output_paths(loaded, [str(output)], None, other_input_paths(options))
-        found, seen = make_mask(loaded, wanted, options, progress)
-        found.save(output)
-    lines = [
-        f"{found.selected:,} of {found.total:,} weights ({found.density:.2%}) selected: {output}",
-        *seen["warnings"],
-    ]
-    tell({**seen, "selected": found.selected, "total": found.total, "path": str(output)}, as_json, lines)
+        found = make_mask(loaded, wanted, options, progress)
+        found.mask.save(output)
+    mask = found.mask
+    lines = [f"{mask.selected:,} of {mask.total:,} weights ({mask.density:.2%}) selected: {output}", *found.warnings]
+    tell({**found.summary(), "path": str(output)}, as_json, lines)
 
 
 @app.command()
@@ -281,16 +279,16 @@ def evaluate(
 
 
 def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:
-    lines = [f"warning: {text}" for text in run.record.data["mask"]["warnings"]]
+    lines = [f"warning: {text}" for text in run.record.mask["warnings"]]
     lines += _metric_lines(run.metrics)
-    rounding = run.record.data["rounding"]
+    rounding = run.record.rounding
     if rounding["warning"]:
         lines.insert(0, f"warning: {rounding['warning']}")
-    elif rounding["rounded_away"]:
-        share = rounding["rounded_away"] / rounding["moved"]
+    elif rounding["lost_to_rounding"]:
+        share = rounding["lost_to_rounding"] / rounding["changed"]
         lines.append(f"{share:.1%} of the weights that moved did so by less than the file's number format can hold")
     told = {Path(place).name: place for place in outputs}  # run.json has no path of this machine, people need it
-    lines += [f"{entry['kind']}: {told.get(entry['path'], entry['path'])}" for entry in run.record.data["outputs"]]
+    lines += [f"{entry['kind']}: {told.get(entry['path'], entry['path'])}" for entry in run.record.outputs]
     return [*lines, f"run folder: {folder}", f"report: {folder / 'report.html'}"]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from salun.errors import ConfigError
+from salun.methods import DIFFUSION
 from salun.user_text import checked, prompt_text, unquoted
 
 MASKS = ("saliency", "shuffled", "random", "full")
@@ -136,7 +137,7 @@ class EraseOptions(ModelOptions):
         "several concepts: one mask from all of them together, or the union of their masks",
         choices=("joint", "union"),
     )
-    method: str = option("salun", "salun, or salun-soft (no hard mask)", choices=("salun", "salun-soft"))
+    method: str = option("salun", "how to unlearn (see `salun methods`)", choices=tuple(DIFFUSION))
     scope: str = option("full", "which layers, in ESD's words", choices=("full", "xattn", "selfattn", "noxattn"))
     steps: int | None = option(None, "training steps", minimum=1, maximum=1_000_000)
     batch_size: int | None = option(None, "forget samples a step, and as many retain samples", minimum=1, maximum=4096)

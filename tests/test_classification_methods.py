@@ -430,9 +430,9 @@ from salun.compute.environment import peak_memory
 fisher._ENTRIES = 1 << 20  # gradients come in small parts
 task = t.problem("iu", train=False, gradients=48)
 task.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 100_000), torch.nn.Linear(100_000, 3))
-before = peak_memory()["host_bytes"]
+before = peak_memory()["cpu_bytes"]
 t.METHODS["iu"].run(task)
-print((peak_memory()["host_bytes"] - before) / (48 * 2_000_003 * 4))
+print((peak_memory()["cpu_bytes"] - before) / (48 * 2_000_003 * 4))
 """
 
 

@@ -97,8 +97,8 @@ def test_an_erased_file_shows_what_the_erasure_showed(family: str, file: Callabl
         differs = old[name].view(torch.int16) != new[name].view(torch.int16)
         assert not torch.any(differs & ~run.mask.dense(ours[name]))
     rounding = run.record.data["rounding"]
-    assert 0 < rounding["moved"] <= run.mask.selected
-    assert rounding["moved"] - rounding["rounded_away"] == run.delta.changed
+    assert 0 < rounding["changed"] <= run.mask.selected
+    assert rounding["changed"] - rounding["lost_to_rounding"] == run.delta.changed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -221,7 +221,7 @@ def test_an_erasure_that_the_files_format_cannot_hold_is_told_loudly(
     options = {**QUICK, "lr": 1e-7}
     run = salun.erase(str(file("sd1", dtype="fp16")), "golf ball", run_dir=tmp_path / "api", **options)
     rounding = run.record.data["rounding"]
-    assert rounding["rounded_away"] > 0.9 * rounding["moved"] > 0
+    assert rounding["lost_to_rounding"] > 0.9 * rounding["changed"] > 0
     assert "larger --lr" in rounding["warning"]
     assert "larger --lr" in (tmp_path / "api" / "report.html").read_text(encoding="utf-8")
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]

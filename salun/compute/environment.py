@@ -41,4 +41,4 @@ def peak_memory() -> dict[str, int | None]:
 
     if torch.cuda.is_available():
         device = torch.cuda.max_memory_allocated()
-    return {"host_bytes": host, "device_bytes": device}
+    return {"cpu_bytes": host, "device_bytes": device}

@@ -37,7 +37,7 @@ class Processes:
         for tensor in tensors:
             tensor.div_(self.count)
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's value, on all of them; for what one must decide, such as whether a file is there."""
         if self.count == 1:
             return value
@@ -58,8 +58,8 @@ class Processes:
             found.append(tensor)
         return found
 
-    def mine(self, index: int) -> bool:
-        """Whether the index-th piece of work is this process's."""
+    def owns(self, index: int) -> bool:
+        """Whether this process does the index-th piece of work."""
         return index % self.count == self.rank
 
 

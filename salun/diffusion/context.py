@@ -1,60 +1,162 @@
-"""What a run needs around it: a model lent and set up, and an error that says what to try when memory is short."""
+"""What surrounds a run: everything is checked before the first sample, and the model is lent and configured."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from salun.checkpoints.outputs import check_output
 from salun.compute.device import deterministic_kernels, is_out_of_memory
-from salun.compute.processes import current
+from salun.compute.processes import Processes, current
 from salun.diffusion.data.images import folder_digest
+from salun.diffusion.mask_files import load_mask_file
+from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.plan import Plan
-from salun.errors import TrainingError
-from salun.files import sha256_file
-from salun.options import MASKS
+from salun.diffusion.plan import ConceptSpec, Plan, make_plan
+from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
+from salun.display import shown
+from salun.errors import ConfigError, TrainingError
+from salun.files import check_disk_space, sha256_file
+from salun.masking.mask import Mask
+from salun.masking.training import check_optimizer
+from salun.options import EraseOptions
+from salun.progress import Event, Progress, Stage, silent
+from salun.runs.cache import Cache
+from salun.runs.folder import check_folder
+from salun.runs.record import RunRecord
 from salun.user_text import as_spelled
 
 
+@dataclass
+class RunContext:
+    """One run and what it uses. The model is in a `training_session`.
+
+    Args:
+        outputs: Files and folders to write, format by name; None for the run folder's own.
+        mask_file: The mask that the options name, loaded and checked; None where they name none.
+    """
+
+    model: DiffusionModel
+    plan: Plan
+    record: RunRecord
+    progress: Progress = silent
+    cache: Cache | None = None
+    outputs: list[str] | None = None
+    force: bool = False
+    mask_file: Mask | None = None
+    processes: Processes = field(default_factory=current)
+
+    def stage(self, stage: Stage) -> AbstractContextManager[None]:
+        """Context manager: time a stage in the record."""
+        return self.record.stage(stage)
+
+    def note(self, stage: Stage, *lines: str) -> None:
+        """Add lines to the record's notes, and report them."""
+        self.record.notes += lines
+        for line in lines:
+            self.progress(Event(stage, message=line))
+
+
 @contextmanager
-def prepared(model: DiffusionModel, plan: Plan) -> Iterator[None]:
-    """Within, the model is lent and set up as the plan says, and running out of memory says what to try."""
+def open_run(
+    model: Model | str,
+    concept: ConceptSpec,
+    options: EraseOptions,
+    *,
+    run_dir: Path | str | None = None,
+    outputs: list[str] | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    cache: Cache | None = None,
+    command: str = "",
+) -> Iterator[RunContext]:
+    """Context manager: a run that may begin. All checks are made here, before hours of work; arguments as `erase`."""
+    check_optimizer(options.optimizer)
+    processes = current()
+    folder = Path(run_dir).expanduser() if run_dir is not None else None
+    outputs = [os.path.expanduser(target) for target in outputs] if outputs is not None else None
+    if resume and folder is None:
+        raise ConfigError("needs the folder of the run to resume", option="resume", advice="Give it by {run_dir}")
+    unfinished = check_folder(folder, resume) if folder is not None and not processes.rank else None
+    resumed = processes.broadcast(unfinished is not None)
+    for target in outputs or []:
+        check_output(target, force or resumed)
+    if isinstance(model, str):
+        model = load_with(model, options)
+    check_output_paths(model, outputs or [], folder, other_input_paths(options))
+    plan = make_plan(model.settings, model.name, concept, options)
+    check_disk_space(disk_needed(model, plan, outputs or [], None if resumed else folder))  # a resumed run has its own
+    mask_file = load_mask_file(model, plan) if plan.mask_is_file else None
+    if plan.recipe.batch_size % processes.count:
+        raise ConfigError(
+            f"is {plan.recipe.batch_size}, but must be divisible by the number of processes ({processes.count})",
+            option="batch_size",
+        )
+    record = record_of(model, plan, outputs or [], folder if not processes.rank else None, resume, command)
+    with (
+        shown(progress, quiet=processes.rank > 0) as progress,
+        record.running(),
+        training_session(model, plan),
+    ):
+        cache = cache or Cache.of_user()
+        yield RunContext(model, plan, record, progress, cache, outputs, force, mask_file, processes)
+
+
+def record_of(
+    model: Model, plan: Plan, outputs: list[str], folder: Path | None, resume: bool = False, command: str = ""
+) -> RunRecord:
+    """The record of an erasure that is about to begin; nothing is written yet."""
+    named = {"model": model.name, "concept": [c.name for c in plan.concepts], "output": outputs}
+    options = {**named, **asdict(plan.options)}
+    return RunRecord(
+        folder, command, options, plan.options.seed, str(model.device), _fingerprint_facts(model, plan), resume
+    )
+
+
+@contextmanager
+def training_session(model: DiffusionModel, plan: Plan) -> Iterator[None]:
+    """Context manager: the model is lent and configured as the plan says; running out of memory says what to try."""
     with (
         model.temporarily_trainable(),
         model.set_up(plan.options),
         deterministic_kernels(plan.options.deterministic),
-        enough_memory(plan),
+        _explained_memory_errors(plan),
     ):
         yield
 
 
 @contextmanager
-def enough_memory(plan: Plan) -> Iterator[None]:
-    """Turns running out of memory into a TrainingError that says what to try."""
+def _explained_memory_errors(plan: Plan) -> Iterator[None]:
+    """Context manager: running out of memory becomes a TrainingError that says what to try."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = f"--batch-size {plan.batch_size // 2}, " if plan.batch_size > 1 else ""
-        also = "" if plan.options.low_vram else "--low-vram, "
+        batch = plan.recipe.batch_size
+        smaller = f"{{batch_size}} {batch // 2}, " if batch > 1 else ""
+        low_vram = "" if plan.options.low_vram else "{low_vram}, "
         raise TrainingError(
-            f"out of memory with --batch-size {plan.batch_size}: try {smaller}{also}"
-            "--dtype bf16, or a smaller --resolution"
+            f"out of memory at batch_size {batch}",
+            advice=f"Try {smaller}{low_vram}{{dtype}} bf16, or a smaller {{resolution}}",
+            code="out-of-memory",
         ) from error
 
 
-def _facts(model: Model, plan: Plan) -> dict[str, str]:
-    """What the result depends on beside the options and the versions."""
+def _fingerprint_facts(model: Model, plan: Plan) -> dict[str, str]:
+    """What the result depends on besides the options and the versions."""
     facts = {
         "model": model.base_hash,
         "parts": model.parts_hash,
         "prompts": plan.prompts.digest,
-        "sampling": repr((model.settings.sampling, plan.saliency_timesteps)),
+        "sampling": repr((model.settings.sampling, plan.recipe.saliency_timesteps)),
         "processes": str(current().count),
         "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "none",
     }
@@ -64,6 +166,6 @@ def _facts(model: Model, plan: Plan) -> dict[str, str]:
             facts[name] = folder_digest(as_spelled(Path(folder).expanduser()))
     if plan.options.components is not None:
         facts["components"] = model.parts_hash
-    if plan.options.method == "salun" and plan.options.mask not in MASKS:
+    if plan.mask_is_file:
         facts["mask"] = sha256_file(as_spelled(Path(plan.options.mask).expanduser()))
     return facts

@@ -1,4 +1,4 @@
-"""What an erasure would do and take, told before it begins: steps, memory, disk, and time measured on this machine."""
+"""What an erasure would do and take, before it begins: steps, memory, disk, and time measured on this machine."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 
 from salun.checkpoints.outputs import check_output
+from salun.diffusion.context import record_of
 from salun.diffusion.data.latents import batch_size_of
-from salun.diffusion.erase import record_of
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
-from salun.diffusion.targets import STATE_BYTES, check_output_paths, disk_needed, other_input_paths
+from salun.diffusion.targets import STATE_BYTES, check_output_paths, disk_needed, other_input_paths, trained_entries
 from salun.errors import ConfigError
 from salun.files import check_disk_space
-from salun.masking.mask import entries
 from salun.options import EraseOptions
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, StageCost, silent
 from salun.runs.folder import check_folder
 
 _QUICK = 0.5  # seconds; a pass that takes longer is measured with one sample and scaled
@@ -41,11 +40,10 @@ def preview(
     force: bool = False,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """What `erase` would do with these arguments. Nothing is written, no weight changed.
+    """What `erase` would do with these arguments. Nothing is written, and no weight changes.
 
-    Times are those of one forward and one backward pass here, multiplied; what other runs have left in the cache is not
-    taken off. Memory: what is loaded, optimizer state and, measured, what a backward pass keeps. Raises what `erase`
-    would.
+    Times are those of one forward and one backward pass here, multiplied; latents in the cache are not subtracted.
+    Memory: what is loaded, optimizer state and, measured, what a backward pass keeps. Raises what `erase` would.
     """
     for target in outputs:
         check_output(target, force)
@@ -57,19 +55,10 @@ def preview(
         record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
     progress(Event(Stage.MEASURING, message=f"measuring this machine with {loaded.name}"))
     with loaded.temporarily_trainable(), loaded.set_up(plan.options):
-        forward, backward, kept = _measure(loaded, plan)
-        seconds, memory = _seconds(loaded, plan, forward, backward), _memory(loaded, plan, kept)
-    places = disk_needed(loaded, plan, outputs, run_dir)
-    disk = sum(places.values())
-    free_disk = shutil.disk_usage(_existing(run_dir)).free
+        forward, backward, activations = _measure(loaded, plan)
+        seconds, memory = _seconds(loaded, plan, forward, backward), _memory(loaded, plan, activations)
+    needed = disk_needed(loaded, plan, outputs, run_dir)
     free_memory = _free_memory(loaded.device)
-    warnings = []
-    try:
-        check_disk_space(places)
-    except ConfigError as error:
-        warnings.append(str(error))
-    if free_memory is not None and free_memory < memory:
-        warnings.append("memory may not suffice: take a smaller --batch-size, --low-vram or --dtype bf16")
     return {
         "model": loaded.name,
         "device": str(loaded.device),
@@ -77,30 +66,48 @@ def preview(
         "concepts": [{"name": c.name, "anchor": c.anchor} for c in plan.concepts],
         "notes": plan.notes,
         "hints": [plan.few_steps.as_data()] if plan.few_steps else [],
-        "steps": _story(plan),
+        "steps": _describe_steps(plan),
         "options": asdict(plan.options),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "memory": {"needed": memory, "free": free_memory},
-        "disk": {"needed": disk, "free": free_disk},
-        "warnings": warnings,
+        "disk": {"needed": sum(needed.values()), "free": shutil.disk_usage(_existing(run_dir)).free},
+        "warnings": _warnings(needed, memory, free_memory),
     }
 
 
-def _story(plan: Plan) -> list[str]:
-    n, forget, retain = len(plan.concepts), plan.forget_latents * len(plan.concepts), plan.retain_latents
-    sampled = 0 if plan.options.forget_images else forget
-    said = sum(len(c.forget) for c in plan.prompts.concepts)
-    images = [f"encode {plan.options.forget_images} as the forget set"] if plan.options.forget_images else []
-    images += [f"encode {plan.options.retain_images} and keep what it shows"] if plan.options.retain_images else []
-    return [
-        *images,
-        f"sample {sampled} forget, {forget if plan.anchor_share else 0} anchor and {retain} retain latents "
-        f"from {said} and {len(plan.prompts.retain)} prompts, by {_sampling(plan)}",
-        f"choose {plan.options.density:.3g} of the weights ({plan.options.mask})"
-        + (f", {plan.options.combine} for {n} concepts" if n > 1 else ""),
-        f"train {plan.steps} steps of {plan.batch_size} forget and {plan.batch_size} retain samples",
-        f"look at {plan.eval_images * (n + 1)} pictures before and as many after",
-    ]
+def _warnings(disk: dict[Path, int], memory: int, free_memory: int | None) -> list[str]:
+    warnings = []
+    try:
+        check_disk_space(disk)
+    except ConfigError as error:
+        warnings.append(str(error))
+    if free_memory is not None and free_memory < memory:
+        warnings.append("memory may not suffice: use a smaller batch_size, low_vram or dtype bf16")
+    return warnings
+
+
+def _describe_steps(plan: Plan) -> list[str]:
+    """What the run does, a line for each of its parts."""
+    concepts, recipe, options = len(plan.concepts), plan.recipe, plan.options
+    lines = []
+    if options.forget_images:
+        lines.append(f"encode {options.forget_images} as the forget set")
+    if options.retain_images:
+        lines.append(f"encode {options.retain_images} and add it to the retain set")
+    if plan.method.data == "latents":
+        forget = recipe.forget_latents * concepts
+        lines.append(
+            f"sample {0 if options.forget_images else forget} forget, {forget if recipe.anchor_share else 0} anchor "
+            f"and {recipe.retain_latents} retain latents from {sum(len(c.forget) for c in plan.prompts.concepts)} "
+            f"and {len(plan.prompts.retain)} prompts, with {_sampling(plan)}"
+        )
+    if plan.method.mask == "saliency":
+        combined = f", {options.combine} for {concepts} concepts" if concepts > 1 else ""
+        lines.append(f"select {options.density:.3g} of the weights ({options.mask}){combined}")
+    batch = f"{recipe.batch_size} forget and {recipe.batch_size} retain samples"
+    lines.append(f"unlearn by {plan.method.title}" + (f": {recipe.steps} steps of {batch}" if recipe.steps else ""))
+    lines.append(f"compare {recipe.eval_images * (concepts + 1)} images before with as many after")
+    return lines
 
 
 def _sampling(plan: Plan) -> str:
@@ -164,32 +171,30 @@ def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable
 def _seconds(
     model: Model, plan: Plan, forward: Callable[[int], float], backward: Callable[[int], float]
 ) -> dict[str, float]:
-    size, sampling = batch_size_of(model), plan.sampling
-    per_latent = sampling.steps * forward((2 if sampling.guided else 1) * size) / size
-    n, batch = len(plan.concepts), plan.batch_size
-    latents = plan.forget_latents * n * (2 if plan.anchor_share else 1) + plan.retain_latents
-    needs_saliency = plan.options.mask in ("saliency", "shuffled") and plan.options.method == "salun"
-    passes = plan.saliency_timesteps * plan.forget_latents * n / batch if needs_saliency else 0.0
-    frozen = plan.steps * forward(2 * batch) if plan.needs_frozen else 0.0
-    return {
-        "sampling": latents * per_latent,
-        "saliency": passes * backward(2 * batch) if passes else 0.0,
-        "training": plan.steps * backward(2 * batch) + frozen,
-        "evaluating": 2 * plan.eval_images * (n + 1) * per_latent,
-    }
+    """Seconds of each stage, by the passes that the plan says it takes."""
+    sampled = batch_size_of(model) * (2 if plan.sampling.guided else 1)  # at once, when sampling
+    trained = 2 * plan.recipe.batch_size  # at once, in training and saliency
+
+    def seconds(cost: StageCost) -> float:
+        at_once = trained if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING) else sampled
+        passes = cost.forward * forward(at_once) / at_once if cost.forward else 0.0
+        return passes + (cost.backward * backward(trained) / trained if cost.backward else 0.0)
+
+    return {str(cost.stage): seconds(cost) for cost in plan.stages()}
 
 
-def _memory(model: Model, plan: Plan, kept: int) -> int:
+def _memory(model: Model, plan: Plan, activations: int) -> int:
+    """Bytes that a run needs at most, on the GPU where there is one. activations: of one sample's backward pass."""
     modules = [model.unet, model.vae, *model.text_encoders]
     weights: int = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     total = sum(p.numel() for p in parameters_in_scope(model.parameters(), plan.options.scope).values())
-    salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
-    in_host = plan.options.low_vram and model.device.type != "cpu"
-    saliency, training = (0, 0) if in_host else (4 * total, STATE_BYTES * salient)
-    working = max(saliency, training) + 2 * plan.batch_size * kept
+    offloaded = plan.options.low_vram and model.device.type != "cpu"
+    saliency, training = (0, 0) if offloaded else (4 * total, STATE_BYTES * trained_entries(total, plan))
+    samples = 2 * plan.recipe.batch_size
+    working = max(saliency, training) + samples * activations
     if model.device.type != "cpu":
         return working + weights
-    frozen = 4 * plan.steps * 2 * plan.batch_size * prod(model.latent_shape) if plan.needs_frozen else 0
+    frozen = 4 * plan.recipe.steps * samples * prod(model.latent_shape) if plan.needs_frozen else 0
     return working + frozen + (_resident() or weights)
 
 

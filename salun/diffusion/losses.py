@@ -85,7 +85,7 @@ def saliency_losses(
     """
     n = len(data.forget)
     for index in range(passes * -(-n // batch_size)):
-        if not processes.mine(index):
+        if not processes.owns(index):
             continue
         generator = step_generator(seed, -1 - index)
         start = index % -(-n // batch_size) * batch_size

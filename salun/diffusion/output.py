@@ -25,44 +25,59 @@ from salun.progress import Progress, silent
 def erased_tensors(
     original: Mapping[str, Tensor], mask: Mask, masters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The changed tensors: masters rounded once to the file's dtype, every other entry the file's own bits.
+    """The changed tensors: masters rounded once to the file's dtype, every other entry bit-identical to the file's.
 
-    And how many entries training moved (`moved`), how many of these the rounding put back (`rounded_away`), and a
-    `warning` where that leaves little or nothing of the erasure, else None.
+    Returns:
+        The tensors, and a summary: how many entries training `changed`, how many of these were `lost_to_rounding`, and
+        a `warning` where that leaves little or nothing of the erasure, else None.
     """
     erased: dict[str, Tensor] = {}
-    counts = {"moved": 0, "rounded_away": 0}
+    counts = {"changed": 0, "lost_to_rounding": 0}
     for name, master in masters.items():
         tensor = original[name].clone()
         flat, chosen, exact = tensor.view(-1), mask.dense(name).view(-1), master.cpu()
         old, new = flat[chosen], exact.to(tensor.dtype)
         differs = exact != old.float()
-        counts["moved"] += int(differs.sum())
-        counts["rounded_away"] += int((differs & (new == old)).sum())
+        counts["changed"] += int(differs.sum())
+        counts["lost_to_rounding"] += int((differs & (new == old)).sum())
         flat[chosen] = new
         if not torch.isfinite(tensor.float()).all():
-            raise ModelError(f"{name} holds a value that {tensor.dtype} cannot: the learning rate is too high")
+            raise ModelError(f"{name} overflows {tensor.dtype}", advice="Use a smaller {lr}")
         erased[name] = tensor
-    return erased, {**counts, "warning": _warning(counts["moved"], counts["rounded_away"])}
+    return erased, {**counts, "warning": _warning(counts["changed"], counts["lost_to_rounding"])}
 
 
-def _warning(moved: int, lost: int) -> str | None:
-    """Half of what moved is common in fp16, where many steps are below the last place of their weight."""
-    if moved and lost < 0.9 * moved:
+def _warning(changed: int, lost: int) -> str | None:
+    """Losing half is common in fp16, where many steps are smaller than half a unit in a weight's last place."""
+    if changed and lost < 0.9 * changed:
         return None
-    what = "no weight moved" if not moved else f"{lost:,} of the {moved:,} weights that moved"
-    if moved:
-        what += " did so by less than the file's number format can hold and are as they were"
-    if lost == moved:
+    what = "training changed no weight"
+    if changed:
+        what = f"{lost:,} of {changed:,} trained weights changed by less than the file's number format resolves"
+    if lost == changed:
         what += ", so nothing is erased"
-    return f"{what}: take a model in a finer format (fp16, fp32), more --steps, or a larger --lr"
+    return f"{what}. Use a model in a finer format (fp16, fp32), more steps, or a larger lr"
 
 
-def moved(original: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> Mask:
-    """Where masters (all entries of each tensor) differ from the original: the mask that SalUn-soft ends with."""
+def mask_of_changed(original: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Mask:
+    """Where weights (float32, all entries of each tensor) differ from the original; nowhere in tensors without any."""
     return Mask.from_dense(
-        {name: master.cpu().view(original[name].shape) != original[name].float() for name, master in masters.items()}
+        {
+            name: weights[name].cpu().view(tensor.shape) != tensor.float()
+            if name in weights
+            else torch.zeros(tensor.shape, dtype=torch.bool)
+            for name, tensor in original.items()
+        }
     )
+
+
+def changed_entries(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:
+    """Of all entries of each tensor, flat, those that the mask selects; without tensors of which it selects none."""
+    return {
+        name: values[mask.dense(name).view(-1).to(values.device)]
+        for name, values in weights.items()
+        if mask.bits[name].any()
+    }
 
 
 def write_output(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,21 +15,21 @@ from salun.diffusion.model.few_steps import FewSteps, hint
 from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.prompts.concepts import Concept, Prompts, part, prompts_of, resolve
 from salun.errors import ConfigError
-from salun.options import EraseOptions, Recipe, Sampling
+from salun.methods import DIFFUSION, Method, imported
+from salun.options import MASKS, EraseOptions, Recipe, Sampling
 from salun.progress import Stage, StageCost
 from salun.user_text import syntax_note
 
 if TYPE_CHECKING:
     from salun.diffusion.losses import ErasureData
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Plan:
     """One erasure, decided.
 
-    options: every number known, so that they repeat the erasure. sampling: what `options` make of the model's own.
+    options: every number known, so that they repeat the erasure. recipe: those that depend on the model, of the options
+    or of the model's own recipe. sampling: likewise.
     few_steps: a sign that the model is meant for few steps, where the options do not say how to sample. notes: lines
     for the user.
     """
@@ -36,74 +37,35 @@ class Plan:
     concepts: list[Concept]
     prompts: Prompts
     options: EraseOptions
+    recipe: Recipe
     sampling: Sampling
-    saliency_timesteps: int
     notes: list[str]
     few_steps: FewSteps | None = None
 
-    # `auto` is gone from the options below; these say so to the type checker
     @property
     def name(self) -> str:
         """The concepts' names, for people."""
         return ", ".join(concept.name for concept in self.concepts)
 
     @property
-    def steps(self) -> int:
-        return _known(self.options.steps)
-
-    @property
-    def batch_size(self) -> int:
-        return _known(self.options.batch_size)
-
-    @property
-    def lr(self) -> float:
-        return _known(self.options.lr)
-
-    @property
-    def lr_decay(self) -> float:
-        return _known(self.options.lr_decay)
-
-    @property
-    def retain_weight(self) -> float:
-        return _known(self.options.retain_weight)
-
-    @property
-    def guidance(self) -> float:
-        return _known(self.options.guidance)
-
-    @property
-    def anchor_share(self) -> float:
-        return _known(self.options.anchor_share)
-
-    @property
-    def target(self) -> str:
-        return _known(self.options.target)
-
-    @property
-    def retain_target(self) -> str:
-        return _known(self.options.retain_target)
-
-    @property
-    def forget_latents(self) -> int:
-        return _known(self.options.forget_latents)
-
-    @property
-    def retain_latents(self) -> int:
-        return _known(self.options.retain_latents)
-
-    @property
-    def eval_images(self) -> int:
-        return _known(self.options.eval_images)
+    def method(self) -> Method:
+        """How the model unlearns."""
+        return DIFFUSION[self.options.method]
 
     @property
     def needs_frozen(self) -> bool:
         """Whether any loss needs the original model's predictions."""
-        return "frozen" in (self.target, self.retain_target)
+        return "frozen" in (self.recipe.target, self.recipe.retain_target)
 
     @property
     def by_saliency(self) -> bool:
         """Whether the mask is found by gradients, which needs training data."""
-        return self.options.method == "salun" and self.options.mask in ("saliency", "shuffled")
+        return self.method.mask == "saliency" and self.options.mask in ("saliency", "shuffled")
+
+    @property
+    def mask_is_file(self) -> bool:
+        """Whether the options name a mask file."""
+        return self.method.mask == "saliency" and self.options.mask not in MASKS
 
     def stages(self, data: ErasureData | None = None, images: int = 0, masked: bool = False) -> list[StageCost]:
         """What an erasure does, in order, and what it costs: behind progress, time left, dry runs, tab and nodes.
@@ -114,26 +76,35 @@ class Plan:
                 number is not known yet (`options.forget_images`).
             masked: The mask is there already.
         """
-        concepts, batch = len(self.concepts), self.batch_size
+        concepts, recipe = len(self.concepts), self.recipe
         own = bool(images or self.options.forget_images)
-        forget = len(data.forget_latents) if data is not None else (images or self.forget_latents) * concepts
-        anchors = min(images or self.forget_latents, self.forget_latents) * concepts if self.anchor_share else 0
-        sampled = 0 if data is not None else (0 if own else forget) + anchors + self.retain_latents
-        shown = self.eval_images * (concepts + 1)
+        forget = len(data.forget_latents) if data is not None else (images or recipe.forget_latents) * concepts
+        anchors = min(images or recipe.forget_latents, recipe.forget_latents) * concepts if recipe.anchor_share else 0
+        sampled = (0 if own else forget) + anchors + recipe.retain_latents
+        if data is not None or self.method.data == "prompts":
+            sampled = 0
+        shown = recipe.eval_images * (concepts + 1)
         parts = concepts if self.options.combine == "union" else 1
         scored = self.by_saliency and not masked
-        batches = parts * self.saliency_timesteps * -(-(forget // parts) // batch) if scored else 0
-        passes, trained = self.sampling.passes, self.steps * batch * 2
-        frozen = self.needs_frozen
+        batches = parts * recipe.saliency_timesteps * math.ceil(forget // parts / recipe.batch_size) if scored else 0
+        passes = self.sampling.passes
         stages = [
             StageCost(Stage.SAMPLING, sampled, forward=sampled * passes),
             StageCost(Stage.IMAGES_BEFORE, shown, forward=shown * passes),
-            StageCost(Stage.SALIENCY, batches, backward=forget * self.saliency_timesteps * 2 if scored else 0),
-            StageCost(Stage.FROZEN_TARGETS, self.steps if frozen else 0, forward=trained if frozen else 0),
-            StageCost(Stage.TRAINING, self.steps, backward=trained),
+            StageCost(Stage.SALIENCY, batches, backward=forget * recipe.saliency_timesteps * 2 if scored else 0),
+            *self._training_stages(),
             StageCost(Stage.IMAGES_AFTER, shown, forward=shown * passes),
         ]
         return [stage for stage in stages if stage.steps]
+
+    def _training_stages(self) -> list[StageCost]:
+        """Those of the method; by default its steps, and before them the frozen targets of as many."""
+        if self.method.stages:
+            made: list[StageCost] = imported(self.method.stages)(self)
+            return made
+        steps, samples = self.recipe.steps, self.recipe.steps * self.recipe.batch_size * 2
+        frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=samples)] if self.needs_frozen else []
+        return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples)]
 
 
 ConceptSpec = Concept | str | Sequence[Concept | str]
@@ -154,11 +125,8 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     sampling = sampling_with(settings.sampling, options)
     chosen = (options.sampling_steps, options.sampling_guidance, options.sampler)
     few_steps = hint(settings.few_steps, settings.sampling, *chosen)
-    numbers = {
-        item.name: getattr(recipe, item.name)
-        for item in dataclasses.fields(Recipe)
-        if hasattr(options, item.name) and getattr(options, item.name) is None
-    }
+    names = [item.name for item in dataclasses.fields(Recipe) if hasattr(options, item.name)]
+    recipe = replace(recipe, **{n: getattr(options, n) for n in names if getattr(options, n) is not None})
     return Plan(
         concepts=concepts,
         prompts=prompts_of(concepts, settings.vocabulary, options.prompt_style),
@@ -168,10 +136,10 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
             resolution=sampling.resolution,
             sampling_steps=sampling.steps,
             sampling_guidance=sampling.guidance,
-            **numbers,
+            **{name: getattr(recipe, name) for name in names},
         ),
+        recipe=recipe,
         sampling=sampling,
-        saliency_timesteps=recipe.saliency_timesteps,
         notes=[*notes, *_notes_on_texts(concepts, sampling), *_notes_on(sampling, few_steps)],
         few_steps=few_steps,
     )
@@ -180,8 +148,9 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
 def _notes_on(sampling: Sampling, few_steps: FewSteps | None) -> list[str]:
     notes = [few_steps.text] if few_steps is not None else []
     if sampling.negative_prompt and not sampling.guided:
-        given = f"--sampling-guidance {sampling.guidance:g}"
-        notes.append(f"--negative-prompt has no effect with {given}: it works by guidance above 1")
+        notes.append(
+            f"negative_prompt has no effect with sampling_guidance {sampling.guidance:g}: it needs guidance above 1"
+        )
     return notes
 
 
@@ -203,7 +172,7 @@ def _repeatable(asked: list[Concept], concepts: list[Concept], options: EraseOpt
 def _listed(wanted: ConceptSpec) -> list[Concept]:
     several = [wanted] if isinstance(wanted, Concept | str) else list(wanted)
     if not several:
-        raise ConfigError("no concept is given: name what the model should forget, e.g. --concept circle")
+        raise ConfigError("no concept is given", advice="Name what the model should forget: {concept} circle")
     return [Concept(each) if isinstance(each, str) else each for each in several]
 
 
@@ -212,8 +181,8 @@ def _resolved(
 ) -> tuple[list[Concept], list[str]]:
     if options.anchor and len(options.anchor) != len(concepts):
         raise ConfigError(
-            f"{len(concepts)} --concept, but {len(options.anchor)} --anchor: give one for each, in the same order "
-            "('' for the empty prompt), or none"
+            f"{len(concepts)} concepts, but {len(options.anchor)} anchors",
+            advice="Give one {anchor} for each {concept}, in the same order ('' for the empty prompt), or none",
         )
     filled, notes = [], []
     for concept, anchor in itertools.zip_longest(concepts, options.anchor):
@@ -229,11 +198,14 @@ def _resolved(
 def _paper_recipe(settings: ModelSettings, model: str, kind: str) -> Recipe:
     papers = settings.paper_recipes
     if not papers:
-        raise ConfigError(f"--recipe paper: the paper says nothing of a model like {model}; use the default recipe")
+        raise ConfigError(
+            f"paper: the paper has no recipe for a model like {model}", option="recipe", advice="Use {recipe} default"
+        )
     if kind not in papers:
         raise ConfigError(
-            f"--recipe paper: the authors erased concepts of the kinds {' and '.join(papers)}, none of the kind "
-            f"{kind}; use the default recipe"
+            f"paper: the authors erased concepts of the kinds {' and '.join(papers)}, none of the kind {kind}",
+            option="recipe",
+            advice="Use {recipe} default",
         )
     return papers[kind]
 
@@ -241,10 +213,5 @@ def _paper_recipe(settings: ModelSettings, model: str, kind: str) -> Recipe:
 def spread(n: int, available: int, seed: int) -> list[int]:
     """n indices out of `available`, each used equally often (±1), in an order fixed by the seed."""
     rng = np.random.default_rng(seed)
-    rounds = [rng.permutation(available) for _ in range(-(-n // available))]
+    rounds = [rng.permutation(available) for _ in range(math.ceil(n / available))]
     return [int(i) for order in rounds for i in order][:n]
-
-
-def _known(value: T | None) -> T:
-    assert value is not None
-    return value

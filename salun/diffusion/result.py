@@ -17,6 +17,7 @@ from salun.checkpoints.outputs import output_layout
 from salun.checkpoints.patch import external_links, left_out
 from salun.compute.environment import peak_memory
 from salun.delta.delta import Delta, applied_metadata
+from salun.diffusion.context import RunContext
 from salun.diffusion.evaluation import EvalPrompts, Evaluation
 from salun.diffusion.model.convert import lost_in_single_file
 from salun.diffusion.model.protocol import DiffusionModel
@@ -24,10 +25,10 @@ from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.output import write_new, write_output
 from salun.diffusion.plan import Plan
-from salun.errors import ConfigError, ModelError, some
+from salun.errors import ConfigError, ModelError, literal, some
 from salun.files import write_bytes
 from salun.masking.mask import Mask
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Stage
 from salun.report import page, picture
 from salun.runs.record import RunRecord
 
@@ -63,14 +64,14 @@ class Run:
     """A finished erasure.
 
     erased: the UNet tensors that changed, in the checkpoint's dtype. history: (step, forget loss, retain loss).
-    metrics: as in `run.json`. record.data: the whole of `run.json`.
+    metrics: as in `run.json`. record.as_json(): the whole of `run.json`.
     """
 
     model: DiffusionModel
     plan: Plan
     mask: Mask
     erased: dict[str, Tensor]
-    history: list[tuple[int, float, float]]
+    history: list[Any]
     metrics: dict[str, Any]
     asked: EvalPrompts
     before: Evaluation
@@ -78,8 +79,8 @@ class Run:
     record: RunRecord
 
     @property
-    def own(self) -> Model:
-        """The model, where it is one with files of its own. Raises ModelError for a host's, which has none."""
+    def file_model(self) -> Model:
+        """The model, where it is one with files. Raises ModelError for a host's, which has none."""
         if not isinstance(self.model, Model):
             raise ModelError(f"{self.model.name} has no files of its own: save the delta, and apply it to a file")
         return self.model
@@ -95,11 +96,11 @@ class Run:
         counts = self.mask.counts()
         layers = {name: (counts[name], int(np.prod(shape, dtype=np.int64))) for name, shape in self.mask.shapes.items()}
         forget, retain = self.grids()
-        options = {**self.record.data["options"], "model": display_name(self.model.name)}
-        told = {**self.record.data, "options": options}
+        record = self.record.as_json()
+        options = {**record["options"], "model": display_name(self.model.name)}
         return page.Report(
             page.render(
-                {**told, "status": "done", "peak_memory": peak_memory()},
+                {**record, "options": options, "status": "done", "peak_memory": peak_memory()},
                 picture.png_bytes(forget) if forget is not None else None,
                 picture.png_bytes(retain) if retain is not None else None,
                 layers,
@@ -116,9 +117,9 @@ class Run:
         from salun.checkpoints.outputs import check_output
 
         check_output(str(target), force)
-        notes = applied_metadata(self.delta, self.own.stored.metadata)
+        notes = applied_metadata(self.delta, self.file_model.stored.metadata)
         write = write_output if force else write_new
-        write(str(target), self.own, self.erased, self.delta, notes, self.plan.options.keep_ema)
+        write(str(target), self.file_model, self.erased, self.delta, notes, self.plan.options.keep_ema)
 
     def apply(self) -> None:
         """Put the erased weights into the loaded model, to sample from it; `undo` takes them out again."""
@@ -135,78 +136,38 @@ class Run:
             "salun.concept": self.plan.name,
             "salun.anchor": ", ".join(concept.anchor or "" for concept in self.plan.concepts),
             "salun.model": display_name(self.model.name),
-            "salun.mask": str(self.record.data["mask"]["mode"]),
+            "salun.mask": str((self.record.mask or {})["mode"]),
             "salun.density": str(options.density),
             "salun.seed": str(options.seed),
-            "salun.version": str(self.record.data["versions"].get("salun", "")),
+            "salun.version": str(self.record.versions.get("salun", "")),
         }
 
 
-def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress: Progress = silent) -> None:
-    """Fill the record in, write the outputs and, where the run has a folder, everything that belongs into it.
-
-    force: overwrite what is at the outputs' names.
-    """
+def write_run(run: Run, context: RunContext) -> None:
+    """Complete the record, write the outputs and, where the run has a folder, everything that belongs into it."""
     record, folder = run.record, run.record.folder
-    record.data["concepts"] = [
-        {
-            "name": concept.name,
-            "anchor": concept.anchor,
-            "kind": concept.kind,
-            "sensitive": concept.sensitive,
-        }
+    record.concepts = [
+        {"name": concept.name, "anchor": concept.anchor, "kind": concept.kind, "sensitive": concept.sensitive}
         for concept in run.plan.concepts
     ]
-    record.data["notes"] = [*run.plan.notes, *record.data["notes"]]
-    record.data["hints"] = [run.plan.few_steps.as_data()] if run.plan.few_steps else []
-    record.data["losses"] = [list(entry) for entry in run.history]
-    record.data["metrics"] = run.metrics
-    stored = run.own.stored
+    record.hints = [run.plan.few_steps.as_data()] if run.plan.few_steps else []
+    record.losses = [list(entry) for entry in run.history]
+    record.metrics = run.metrics
+    stored = run.file_model.stored
     for file in stored.files:
-        record.note_file("inputs", "checkpoint" if stored.single else "unet", file, _shown(stored, file))
-    others = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
-    links = external_links(stored) if _in_own_layout(stored, outputs, folder) else []
-    if run.own.components is not None and any(output_layout(target) == "folder" for target in outputs or []):
-        links += links_out(run.own.components)
-    if links:
-        record.data["notes"].append(f"left out, as links that lead out of the model: {some(links)}")
-    if others and _in_own_layout(stored, outputs, folder):
-        what = f"{len(others)} EMA tensors (--keep-ema keeps them)" if stored.single else ", ".join(others)
-        record.data["notes"].append(f"left out of the erased model, since they hold the concept: {what}")
-        progress(Event(Stage.SAVING, message=record.data["notes"][-1]))
-    targets = {target: target for target in outputs or []}
+        record.add_input("checkpoint" if stored.single else "unet", file, _shown(stored, file))
+    targets = {target: target for target in context.outputs or []}
     if folder is not None and not targets:
-        own = "model.safetensors" if stored.single else "model/"
-        targets = {f"{folder}/{name}": name for name in (own, "delta.salun.safetensors")}
-    notes = applied_metadata(run.delta, stored.metadata)
+        names = ("model.safetensors" if stored.single else "model/", "delta.salun.safetensors")
+        targets = {f"{folder}/{name}": name for name in names}
+    _note_exclusions(run, list(targets), context)
     with record.stage(Stage.SAVING):
         for i, (target, shown) in enumerate(targets.items(), 1):
-            progress(Event(Stage.SAVING, i, len(targets), message=shown))
-            ours = folder is not None and Path(target).parent == folder
-            write = write_output if force or ours else write_new
-            try:
-                kind = write(target, run.own, run.erased, run.delta, notes, run.plan.options.keep_ema, progress)
-            except (ConfigError, ModelError) as error:
-                if folder is None:
-                    raise
-                kind_of = ConfigError if isinstance(error, ConfigError) else ModelError
-                raise kind_of(
-                    f"{error}. What was trained is kept: the same command with --resume --run-dir {folder} and another "
-                    "--output writes it"
-                ) from error
-            note = _kept(Path(target), shown) if kind == "lora" else None
-            if kind == "checkpoint" and not stored.single and (lost := lost_in_single_file(run.own)):
-                note = f"{shown}: {lost}"
-            if note is not None:
-                record.data["notes"].append(note)
-                progress(Event(Stage.SAVING, message=note))
-            files = sorted((Path(target) / "unet").glob("*.safetensors")) if kind == "folder" else [Path(target)]
-            for file in files:
-                inner = f"{shown}unet/{file.name}" if kind == "folder" else shown
-                record.note_file("outputs", kind, file, inner if not Path(inner).is_absolute() else file.name)
+            context.progress(Event(Stage.SAVING, i, len(targets), message=shown))
+            _write_target(run, target, shown, context)
         if folder is not None:
             run.mask.save(folder / "mask.safetensors")
-            record.note_file("outputs", "mask", folder / "mask.safetensors", "mask.safetensors")
+            record.add_output("mask", folder / "mask.safetensors", "mask.safetensors")
             forget, retain = run.grids()
             if forget is not None and retain is not None:
                 joined = picture.stack(forget, retain)
@@ -215,22 +176,58 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
         run.report.save(folder / "report.html")
 
 
-def _kept(file: Path, shown: str) -> str:
-    """What a low-rank file keeps, by its own metadata."""
-    share = float(safetensors_io.read_header(file).metadata["salun.energy_kept"])
-    name = Path(shown).name
+def _write_target(run: Run, target: str, shown: str, context: RunContext) -> None:
+    """Write one output and record it. shown: its path in the record."""
+    record, folder, path = run.record, run.record.folder, Path(target)
+    stored = run.file_model.stored
+    write = write_output if context.force or (folder is not None and path.parent == folder) else write_new
+    notes = applied_metadata(run.delta, stored.metadata)
+    try:
+        kind = write(target, run.file_model, run.erased, run.delta, notes, run.plan.options.keep_ema, context.progress)
+    except (ConfigError, ModelError) as error:
+        if folder is None:
+            raise
+        error.message += f" {error.advice}." if error.advice else ""
+        error.advice = (
+            f"What was trained is saved: the same command with {{resume}} {{run_dir}} {literal(folder)} and another "
+            "{output} writes it"
+        )
+        error.code = "resume-to-write"
+        raise
+    if kind == "lora":
+        context.note(Stage.SAVING, _energy_note(path, shown))
+    if kind == "checkpoint" and not stored.single and (lost := lost_in_single_file(run.file_model)):
+        context.note(Stage.SAVING, f"{shown}: {lost}")
+    files = sorted((path / "unet").glob("*.safetensors")) if kind == "folder" else [path]
+    for file in files:
+        inner = f"{shown}unet/{file.name}" if kind == "folder" else shown
+        record.add_output(kind, file, inner if not Path(inner).is_absolute() else file.name)
+
+
+def _note_exclusions(run: Run, targets: list[str], context: RunContext) -> None:
+    """Note what the erased model does not copy: links that lead out of it, and weights that still hold the concept."""
+    model, stored = run.file_model, run.file_model.stored
+    layouts = [output_layout(target) for target in targets]
+    same_layout = ("file" if stored.single else "folder") in layouts
+    links = external_links(stored) if same_layout else []
+    if model.components is not None and context.outputs and "folder" in layouts:
+        links += links_out(model.components)
+    if links:
+        run.record.notes.append(f"skipped, as links that lead out of the model: {some(links)}")
+    excluded = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
+    if excluded and same_layout:
+        what = f"{len(excluded)} EMA tensors (keep_ema keeps them)" if stored.single else ", ".join(excluded)
+        context.note(Stage.SAVING, f"not in the erased model, since they hold the concept: {what}")
+
+
+def _energy_note(file: Path, shown: str) -> str:
+    """How much of the difference a LoRA holds, by its own metadata."""
+    energy = float(safetensors_io.read_header(file).metadata["salun.energy_kept"])
     return (
-        f"{name} holds {share:.1%} of the difference's energy (squared norm); `salun delta export` takes more or less"
+        f"{Path(shown).name} holds {energy:.1%} of the difference's energy (squared norm); `salun delta export` can "
+        "hold more or less"
     )
 
 
 def _shown(stored: Stored, file: Path) -> str:
     return file.name if stored.single else f"unet/{file.name}"
-
-
-def _in_own_layout(stored: Stored, outputs: list[str] | None, folder: Path | None) -> bool:
-    """Whether some output is a copy of the model in its own layout."""
-    if not outputs:
-        return folder is not None
-    kinds = [output_layout(target) for target in outputs]
-    return ("file" if stored.single else "folder") in kinds

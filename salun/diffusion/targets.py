@@ -1,4 +1,4 @@
-"""Where a run will write: paths that must not meet, and the disk space it takes."""
+"""Where a run will write: paths that must not collide, and the disk space it needs."""
 
 from __future__ import annotations
 
@@ -27,42 +27,52 @@ RUN_FILES = (
 )
 
 
-STATE_BYTES = 12  # a salient entry's float32 master and Adam's two moments
+STATE_BYTES = 12  # of each trained weight: its float32 master and Adam's two moments
 
 
 def other_input_paths(options: EraseOptions) -> list[str | None]:
-    """What a run reads beside the model, and no output may replace."""
+    """What a run reads besides the model, and no output may replace."""
     return [options.components, options.mask, options.forget_images, options.retain_images]
 
 
 def check_output_paths(model: Model, targets: list[str], run_dir: Path | None, read: Sequence[str | None] = ()) -> None:
-    """Raises ConfigError for places that an erasure must not change or replace.
+    """Raises ConfigError for paths that an erasure must not change or replace.
 
-    That is an output or run folder inside the model's own folder, an output that holds the model, the run or something
-    else that is read, two outputs in one place, and an output under a name that the run folder needs itself. read:
-    names of files and folders that the run reads beside the model.
+    That is an output or run folder inside the model's own folder, an output that holds the model, the run or another
+    input, two outputs at one path, and an output under a name that the run folder needs itself.
+
+    Args:
+        read: Files and folders that the run reads besides the model.
     """
     source = _real(model.stored.path)
     run = _real(run_dir) if run_dir is not None else None
-    places = {target: _real(target) for target in targets}
-    flags = {f"--output {target}": place for target, place in places.items()}
-    for flag, place in {**flags, **({f"--run-dir {run_dir}": run} if run is not None else {})}.items():
-        if source in (place, *place.parents):
+    paths = {target: _real(target) for target in targets}
+    checked = [("output", target, path) for target, path in paths.items()]
+    for option, target, path in [*checked, *([("run_dir", str(run_dir), run)] if run is not None else [])]:
+        if source in (path, *path.parents):
             what = "is the model's own file" if model.stored.single else "is inside the model's own folder"
-            raise ConfigError(f"{flag} {what}: write somewhere else")
-    kept = [Path(name).expanduser() for name in read if name]
+            raise _elsewhere(f"{target} {what}", option)
+    inputs = [Path(name).expanduser() for name in read if name]
     held = [("the model itself", source), ("the run folder", run)]
-    held += [(f"{path}, which is read", _real(path)) for path in kept if path.exists()]
-    for target, place in places.items():
-        if place.is_file() and any(os.path.samefile(place, file) for file in model.stored.files):
-            raise ConfigError(f"--output {target} is the model's own file: write somewhere else")
+    held += [(f"{path}, which is read", _real(path)) for path in inputs if path.exists()]
+    for target, path in paths.items():
+        if path.is_file() and any(os.path.samefile(path, file) for file in model.stored.files):
+            raise _elsewhere(f"{target} is the model's own file")
         for what, inner in held:
-            if inner is not None and place in (inner, *inner.parents):
-                raise ConfigError(f"--output {target} holds {what}: write somewhere else")
-        if len([other for other in places.values() if other in (place, *place.parents)]) > 1:
-            raise ConfigError(f"--output {target} lies in the place of another output: write them side by side")
-        if run is not None and run in place.parents and place.relative_to(run).parts[0] in RUN_FILES:
-            raise ConfigError(f"--output {target} has a name that the run folder needs itself: take another")
+            if inner is not None and path in (inner, *inner.parents):
+                raise _elsewhere(f"{target} holds {what}")
+        if len([other for other in paths.values() if other in (path, *path.parents)]) > 1:
+            raise ConfigError(
+                f"{target} is at or inside another output", option="output", advice="Write them next to each other"
+            )
+        if run is not None and run in path.parents and path.relative_to(run).parts[0] in RUN_FILES:
+            raise ConfigError(
+                f"{target} has a name that the run folder needs itself", option="output", advice="Choose another name"
+            )
+
+
+def _elsewhere(message: str, option: str = "output") -> ConfigError:
+    return ConfigError(message, option=option, advice="Write somewhere else")
 
 
 def _real(path: Path | str) -> Path:
@@ -70,22 +80,28 @@ def _real(path: Path | str) -> Path:
     return Path(os.path.realpath(path))
 
 
-def disk_needed(model: Model, plan: Plan, outputs: list[str], run_dir: Path | None) -> dict[Path, int]:
-    """Place → bytes that a run takes there at most.
+def trained_entries(total: int, plan: Plan) -> int:
+    """How many of the weights in scope training may change."""
+    masked = plan.method.mask == "saliency" and plan.options.mask != "full"
+    return entries(total, plan.options.density) if masked else total
 
-    Each output in its own place, without any in the run folder, where mask and the state to resume from are too: that
-    twice, as it is renewed.
+
+def disk_needed(model: Model, plan: Plan, outputs: list[str], run_dir: Path | None) -> dict[Path, int]:
+    """Path → bytes that a run needs there at most.
+
+    Each output at its own path; those of the run folder with mask and training state, which needs its room twice, as
+    it is rewritten atomically.
     """
-    unet = sum(entry.end - entry.start for entry in map(model.stored.entry, model.stored))
-    whole = size_of(model.stored)
+    network = sum(entry.end - entry.start for entry in map(model.stored.entry, model.stored))
+    checkpoint = size_of(model.stored)
     total = sum(p.numel() for p in parameters_in_scope(model.parameters(), plan.options.scope).values())
-    salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
-    delta = total // 8 + unet  # at most: the bits of all entries and every changed one
-    stock = 4 * total  # bytes: two for each entry of a full difference; of full rank a square matrix takes it twice
+    delta = total // 8 + network  # at most: a bit for each entry and every changed one
+    difference = 4 * total  # bytes: two for each entry of a full difference; twice that for a LoRA of full rank
     needed = {
-        Path(name): delta if name.endswith(DELTA) else stock if name.endswith((LORA, DIFF)) else whole
+        Path(name): delta if name.endswith(DELTA) else difference if name.endswith((LORA, DIFF)) else checkpoint
         for name in outputs
     }
     if run_dir is not None:
-        needed[run_dir] = total // 8 + 2 * STATE_BYTES * salient + (0 if outputs else whole + delta)
+        state = total // 8 + 2 * STATE_BYTES * trained_entries(total, plan)
+        needed[run_dir] = state + (0 if outputs else checkpoint + delta)
     return needed

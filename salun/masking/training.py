@@ -105,7 +105,7 @@ def fine_tune(
     scale = 2.0**16 if half else 1.0  # of the loss, so that small gradients do not vanish in fp16
     with MaskedOptimizer(parameters, mask, make, mode, sources, cpu_offload) as optimizer:
         proximal = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
-        if resume and state_path is not None and processes.share(state_path.exists()):
+        if resume and state_path is not None and processes.broadcast(state_path.exists()):
             history, scale = _load_state(state_path, optimizer, settings, scale)
         wait, saved = settings.save_every, time.monotonic()
         try:

@@ -45,13 +45,21 @@ def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
     try:
         found = read_run(folder)
     except DataError as error:
-        raise ConfigError(f"--run-dir {folder}: {error}") from error
+        raise ConfigError(f"cannot be used: {error}", option="run_dir") from error
     status = found["status"]
     if status == "done":
-        raise ConfigError(f"--run-dir {folder} holds a finished run: see its report.html, or name another folder")
+        raise ConfigError(
+            f"{folder} holds a finished run",
+            option="run_dir",
+            advice="See its report.html, or choose another folder",
+            code="finished",
+        )
     if not resume:
         raise ConfigError(
-            f"--run-dir {folder} holds an unfinished run ({status}): go on with it by --resume, or name another folder"
+            f"{folder} holds an unfinished run ({status})",
+            option="run_dir",
+            advice="Add {resume} to continue it, or choose another folder",
+            code="unfinished",
         )
     return found
 
@@ -66,14 +74,16 @@ def check_links(folder: Path) -> None:
         mode = place.lstat().st_mode if os.path.lexists(place) else stat.S_IFREG
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
-            raise ConfigError(f"--run-dir {folder}: {name} in it is {kind}, where the run writes. Remove it")
+            raise ConfigError(
+                f"{folder}: {name} in it is {kind}, where the run writes", option="run_dir", advice="Remove it"
+            )
 
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Within, no other run can work in the folder, nor after a crash be kept out of it: the system holds the lock.
+    """Context manager: no other run can use the folder. The system holds the lock, so a crash releases it.
 
-    Raises ConfigError if another is at work there, or the folder cannot be made.
+    Raises ConfigError if another run uses the folder, or it cannot be made.
     """
     import filelock
 
@@ -82,9 +92,16 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise ConfigError(f"--run-dir {folder}: another run is at work there; wait for it, or name another") from error
+        raise ConfigError(
+            f"{folder} is in use by another run",
+            option="run_dir",
+            advice="Wait for it to end, or choose another folder",
+            code="in-use",
+        ) from error
     except OSError as error:
-        raise ConfigError(f"--run-dir {folder} cannot be written ({error.strerror}): name another folder") from error
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror})", option="run_dir", advice="Choose another folder"
+        ) from error
     try:
         yield
     finally:

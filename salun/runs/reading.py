@@ -33,7 +33,7 @@ def blank_record() -> dict[str, Any]:
         "inputs": [],
         "outputs": [],
         "timings": {},
-        "peak_memory": {"host_bytes": None, "device_bytes": None},
+        "peak_memory": {"cpu_bytes": None, "device_bytes": None},
         "mask": None,
         "rounding": None,
         "losses": [],

@@ -17,8 +17,9 @@ from typing import Any
 from salun.compute.environment import PACKAGES, peak_memory, versions
 from salun.errors import Cancelled, ConfigError, ModelError
 from salun.files import remove_leftovers, sha256_file, write_bytes
+from salun.progress import Stage
 from salun.runs.folder import FILES, STATE, check_folder, check_links, exclusive_lock
-from salun.runs.reading import blank_record
+from salun.runs.reading import SCHEMA, blank_record
 
 NOT_IN_FINGERPRINT = (  # options on which no output's bytes depend
     "output", "run_dir", "models_dir", "allow_pickle", "show_sensitive", "save_every", "workers",
@@ -30,12 +31,17 @@ logger = logging.getLogger("salun")
 
 
 class RunRecord:
-    """Collects what a run did; kept in `folder/run.json` where a folder is given, in memory otherwise.
+    """What a run did: one attribute for each part of `run.json`, kept in `folder/run.json` where a folder is given.
 
-    status: running → done | failed | cancelled. facts: what the run's result depends on beside its options and the
-    versions. A fact with the name of one of `INPUTS` is a hash of what that path leads to. resume: continue the
-    unfinished run that the folder holds. in_passing: the folder only serves to resume, so that a run continues without
-    what cannot be written there.
+    Args:
+        folder: The run folder; None for a run that keeps nothing, as on all processes but the first.
+        facts: What the run's result depends on besides its options and the versions. A fact with the name of one of
+            `INPUTS` is a hash of what that path leads to.
+        resume: Continue the unfinished run that the folder holds.
+
+    Attributes:
+        status: running → done | failed | cancelled.
+        best_effort: The folder only serves to resume: the run continues without what cannot be written there.
     """
 
     def __init__(
@@ -48,17 +54,30 @@ class RunRecord:
         facts: Mapping[str, str] | None = None,
         resume: bool = False,
     ) -> None:
-        self.folder, self.resume, self.in_passing = folder, resume, False
-        self.data: dict[str, Any] = {
-            **blank_record(),
-            "status": "running",
-            "command": command,
-            "options": dict(options),
-            "device": device,
-            "facts": dict(facts or {}),
-            "seed": seed,
-            "versions": versions(),
-        }
+        self.folder, self.resume, self.best_effort = folder, resume, False
+        self.status = "running"
+        self.error: str | None = None
+        self.command, self.options, self.device, self.seed = command, dict(options), device, seed
+        self.facts, self.versions = dict(facts or {}), versions()
+        self.resumed = 0
+        self.concepts: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.hints: list[dict[str, Any]] | None = None
+        self.inputs: list[dict[str, Any]] = []
+        self.outputs: list[dict[str, Any]] = []
+        self.timings: dict[str, float] = {}
+        self.peak_memory: dict[str, int | None] = {"cpu_bytes": None, "device_bytes": None}
+        self.mask: dict[str, Any] | None = None
+        self.rounding: dict[str, Any] | None = None
+        self.losses: list[Any] = []
+        self.metrics: dict[str, Any] = {}
+        self.more: dict[str, Any] = {}
+
+    def as_json(self) -> dict[str, Any]:
+        """The contents of `run.json`: all parts, and those of `more` after them."""
+        parts = {name: getattr(self, name) for name in blank_record() if name != "schema"}
+        extra = {name: value for name, value in (("hints", self.hints), ("error", self.error)) if value is not None}
+        return {"schema": SCHEMA, **parts, **extra, **self.more}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -83,16 +102,18 @@ class RunRecord:
     @property
     def fingerprint(self) -> str:
         """A hash of all that the result depends on: what is saved under it fits this run and no other."""
-        text = json.dumps(_fingerprint_inputs(self.data), sort_keys=True)
+        text = json.dumps(_fingerprint_inputs(self.as_json()), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def check_resumes(self, previous: Mapping[str, Any]) -> None:
         """Raises ConfigError if this run is not the continuation of the previous one."""
-        differing = _differences(previous, self.data)
+        differing = _differences(previous, self.as_json())
         if differing:
             raise ConfigError(
-                f"--run-dir {self.folder} holds a run that cannot be resumed like this: {'; '.join(differing[:4])}. "
-                "Repeat its options, or name another folder"
+                f"{self.folder} holds a run that cannot be resumed like this: {'; '.join(differing[:4])}",
+                option="run_dir",
+                advice="Repeat its options, or choose another folder",
+                code="other-options",
             )
 
     def _resume_from(self, previous: Mapping[str, Any]) -> None:
@@ -100,9 +121,9 @@ class RunRecord:
         assert self.folder is not None
         for name in FILES:
             remove_leftovers(self.folder / name)
-        self.data["command"] = previous.get("command", self.data["command"])
-        self.data["timings"] = dict(previous.get("timings", {}))
-        self.data["resumed"] = int(previous.get("resumed", 0)) + 1
+        self.command = previous.get("command", self.command)
+        self.timings = dict(previous.get("timings", {}))
+        self.resumed = int(previous.get("resumed", 0)) + 1
 
     def _run(self) -> Iterator[None]:
         handler: logging.Handler | None = None
@@ -117,50 +138,57 @@ class RunRecord:
             yield
             if self.folder is not None:  # first, so that a finished run never holds one
                 shutil.rmtree(self.folder / STATE, ignore_errors=True)
-            self.data["status"] = "done"
+            self.status = "done"
         except BaseException as error:
             stopped = isinstance(error, Cancelled | KeyboardInterrupt)
-            self.data["status"] = "cancelled" if stopped else "failed"
-            self.data["error"] = str(error) or type(error).__name__
-            logger.log(logging.INFO if stopped else logging.ERROR, "%s: %s", self.data["status"], self.data["error"])
+            self.status = "cancelled" if stopped else "failed"
+            self.error = str(error) or type(error).__name__
+            logger.log(logging.INFO if stopped else logging.ERROR, "%s: %s", self.status, self.error)
             raise
         finally:
-            self.data["peak_memory"] = peak_memory()
+            self.peak_memory = peak_memory()
             self.write()
             if handler is not None:
                 logger.removeHandler(handler)
                 handler.close()
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Times a stage; the same name adds up."""
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Context manager: time a stage; further times of the same stage add up."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            timings = self.data["timings"]
-            timings[name] = round(timings.get(name, 0.0) + time.perf_counter() - began, 3)
-            logger.info("%s: %.1f s", name, timings[name])
+            self.timings[stage] = round(self.timings.get(stage, 0.0) + time.perf_counter() - began, 3)
+            logger.info("%s: %.1f s", stage, self.timings[stage])
             self.write()
 
-    def note_file(self, side: str, kind: str, path: Path, shown: str) -> None:
-        """Add a file to `inputs` or `outputs`, with size and sha256; `shown` is its path as told (never absolute)."""
-        self.data[side].append({"kind": kind, "path": shown, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
+    def add_input(self, kind: str, path: Path, shown: str) -> None:
+        """Add a file that was read, with size and sha256; `shown` is its path in the record (never absolute)."""
+        self.inputs.append(_file_entry(kind, path, shown))
+
+    def add_output(self, kind: str, path: Path, shown: str) -> None:
+        """Add a file that was written, as `add_input` does."""
+        self.outputs.append(_file_entry(kind, path, shown))
 
     def write(self) -> None:
-        """Write `run.json`, whole or not at all. An error of writing is only logged while another is on its way up, or
-        for a folder that serves `in_passing`.
+        """Write `run.json` atomically. An error of writing is only logged while another is being raised, or where the
+        folder is kept on a best effort.
         """
         if self.folder is None:
             return
-        under_way = sys.exc_info()[1]
-        text = json.dumps(self.data, indent=1, ensure_ascii=False) + "\n"
+        raised = sys.exc_info()[1]
+        text = json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n"
         try:
             write_bytes(self.folder / "run.json", text.encode("utf-8", "backslashreplace"))  # a name that is not UTF-8
         except ModelError as error:
-            if under_way is None and not self.in_passing:
+            if raised is None and not self.best_effort:
                 raise
             logger.warning("run.json is as it was: %s", error)
+
+
+def _file_entry(kind: str, path: Path, shown: str) -> dict[str, Any]:
+    return {"kind": kind, "path": shown, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _fingerprint_inputs(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

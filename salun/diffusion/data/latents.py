@@ -47,7 +47,7 @@ def sample_latents(
     who = current()
     starts = range(0, len(prompts), size)
     for number, start in enumerate(starts):
-        if not who.mine(number):
+        if not who.owns(number):
             continue
         own = list(seeds[start : start + size])
         index = torch.tensor([row[text] for text in prompts[start : start + size]], device=model.device)

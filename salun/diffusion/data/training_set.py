@@ -1,4 +1,4 @@
-"""The training data of an erasure: latents, sampled from the model itself or of the user's pictures, and prompts."""
+"""The training set of an erasure: latents, sampled from the model itself or of the user's images, and prompts."""
 
 from __future__ import annotations
 
@@ -22,17 +22,37 @@ from salun.user_text import as_spelled
 
 @dataclass(frozen=True)
 class UserLatents:
-    """Latents of the user's own pictures, where a host holds them already: float32 (n, c, h, w) each, scaled.
+    """Latents of the user's own images, float32 (n, c, h, w) each, scaled.
 
-    forget: for each concept, in place of samples. retain, with their captions: added to the samples.
+    Args:
+        forget: For each concept, in place of samples.
+        retain: Added to the samples. captions: what each shows, None where that is not known.
+        notes: What a user should know of the images that were read.
     """
 
     forget: list[Tensor] | None = None
     retain: Tensor | None = None
     captions: tuple[str | None, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def sample_data(
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts of the forget samples and of the anchor in their place, (concepts · each,), one concept after the other.
+
+    Args:
+        sampled_anchor: Anchor prompts to sample, `few` for each concept: with more images than that they repeat.
+    """
+
+    each: int
+    few: int
+    forget: list[str]
+    anchor: list[str]
+    sampled_anchor: list[str]
+    retain: list[str]
+
+
+def build_training_set(
     model: DiffusionModel,
     plan: Plan,
     progress: Progress = silent,
@@ -40,108 +60,150 @@ def sample_data(
     cache: Cache | None = None,
     given: UserLatents | None = None,
 ) -> ErasureData:
-    """Sample forget, anchor and retain latents, no trip through the VAE; or encode the user's own pictures.
+    """Sample forget, anchor and retain latents, without the VAE; or encode the user's own images.
 
-    `forget_latents` for each concept, one concept after the other; with `forget_images` all of its pictures instead, as
-    many for each concept as the one with most has. Anchor latents are sampled only where the forget loss uses any;
-    they are then retain samples as well, since it is the anchor's own prompts that an erasure harms first.
-    `retain_images` are added to the retain samples. forget_only: what the saliency needs, and no more. cache: where
-    latents are kept for other runs. given: pictures that a host holds already, in place of the options' folders.
+    `forget_latents` for each concept, one concept after the other; with `forget_images` all of its images instead, as
+    many for each concept as the largest set. Anchor latents are sampled only where the forget loss uses any; they are
+    then retain samples as well, since an erasure harms the anchor's own prompts first. `retain_images` are added to
+    the retain samples.
+
+    Args:
+        forget_only: What the saliency needs, and no more.
+        cache: Where sampled latents are shared with other runs.
+        given: Images that a host has encoded already, in place of the options' folders.
+
+    Raises:
+        ConfigError: Images of another number of concepts, or no retain samples at all.
     """
-    prompts, seed, options = plan.prompts, plan.options.seed, plan.options
-    own = given.forget if given is not None else None
-    read: list[EncodedImages] = []
-    notes: list[str] = []
-    if own is not None and len(own) != len(prompts.concepts):
-        raise ConfigError(f"pictures of {len(own)} concepts are given for {len(prompts.concepts)}: give some for each")
-    if options.forget_images is not None:
-        names = [concept.name for concept in plan.concepts]
-        folders = concept_folders(as_spelled(Path(options.forget_images).expanduser()), names)
-        read = [encode_folder(model, folder, progress, cache) for folder in folders]
-        own = [pictures.latents for pictures in read]
-        notes = _told([line for pictures in read for line in pictures.notes], progress)
-    each = max(map(len, own)) if own is not None else plan.forget_latents
-    few = min(each, plan.forget_latents)  # anchor samples of a concept; with more pictures than that they come again
-    asked = []
-    for one in prompts.concepts:
-        turn = spread(few, len(one.forget), seed)
-        asked += [(one, turn[i % few]) for i in range(each)]
-    forget, anchor = [one.forget[i].text for one, i in asked], [one.anchor[i].text for one, i in asked]
-    anchors = [text for start in range(0, len(anchor), each) for text in anchor[start : start + few]]
-    keep = spread(plan.retain_latents, len(prompts.retain), seed + 1)
-    retain = [] if forget_only else [prompts.retain[i].text for i in keep]
-    jobs = {
-        "forget": [] if own is not None else forget,
-        "anchor": anchors if plan.anchor_share and not forget_only else [],
-        "retain": retain,
-    }
-    total, done, latents = sum(map(len, jobs.values())), 0, {}
-    for role, texts in jobs.items():  # each in batches of its own, so that runs that share a role share its batches
-        seeds = [item_seed(seed, role, i) for i in range(len(texts))]
-        latents[role] = sample_latents(model, texts, seeds, after(done, total, progress), Stage.SAMPLING, cache)
-        done += len(texts)
-    if own is not None:
-        latents["forget"] = torch.cat([pictures[[i % len(pictures) for i in range(each)]] for pictures in own]).to(
-            model.device
+    user = given or _read_images(model, plan, progress, forget_only, cache)
+    if user.forget is not None and len(user.forget) != len(plan.concepts):
+        raise ConfigError(
+            f"images of {len(user.forget)} concepts are given for {len(plan.concepts)}: give some for each"
         )
-    kept, said = [latents["retain"], latents["anchor"]], [*retain, *jobs["anchor"]]
-    more = given.retain if given is not None else None
-    about = list(given.captions) if given is not None else []
-    if options.retain_images is not None and not forget_only:
-        folder = as_spelled(Path(options.retain_images).expanduser())
-        pictures = encode_folder(model, folder, progress, cache)
-        more, about = pictures.latents, pictures.captions
-        notes += _told([*pictures.notes, *_in_both(read, pictures)], progress)
-    if more is not None and not forget_only:
-        usable, captions = _to_keep(about, plan, progress)
-        kept.append(more[usable].to(model.device))
-        said += captions
-    if not said and not forget_only:
-        raise ConfigError("nothing is to be kept: give --retain-latents above 0, or --retain-images")
+    prompts = _prompts_of(plan, user, forget_only)
+    sampled = _sample(model, plan, prompts, user, progress, cache)
+    usable: list[int] = []
+    captions: list[str] = []
+    if user.retain is not None and not forget_only:
+        usable, captions = _usable(list(user.captions), plan, progress)
+    retain = [sampled["retain"], sampled["anchor"]]
+    if user.retain is not None and not forget_only:
+        retain.append(user.retain[usable].to(model.device))
+    retain_prompts = [*prompts.retain, *prompts.sampled_anchor, *captions]
+    if not retain_prompts and not forget_only:
+        raise ConfigError("there is nothing to retain", advice="Set {retain_latents} above 0, or give {retain_images}")
+    forget = sampled["forget"]
+    if user.forget is not None:
+        each = [latents[[i % len(latents) for i in range(prompts.each)]] for latents in user.forget]
+        forget = torch.cat(each).to(model.device)
+    anchor = sampled["anchor"]
     return ErasureData(
-        forget_latents=latents["forget"],
-        anchor_latents=_repeated(latents["anchor"], few, each) if len(latents["anchor"]) else latents["forget"],
-        retain_latents=torch.cat(kept),
-        forget=model.encode(forget),
-        anchor=model.encode(anchor),
-        retain=model.encode(said or [""]),
+        forget_latents=forget,
+        anchor_latents=_tile(anchor, prompts.few, prompts.each) if len(anchor) else forget,
+        retain_latents=torch.cat(retain),
+        forget=model.encode(prompts.forget),
+        anchor=model.encode(prompts.anchor),
+        retain=model.encode(retain_prompts or [""]),
         empty=model.encode([""]),
-        notes=tuple(notes),
+        notes=user.notes,
     )
 
 
-def _repeated(latents: Tensor, few: int, each: int) -> Tensor:
-    """`few` samples a concept, made `each` a concept by beginning again."""
-    rows = [start + i % few for start in range(0, len(latents), few) for i in range(each)]
-    return latents[rows]
+def _read_images(
+    model: DiffusionModel, plan: Plan, progress: Progress, forget_only: bool, cache: Cache | None
+) -> UserLatents:
+    """The images of the options' folders, encoded."""
+    options = plan.options
+    forget: list[EncodedImages] = []
+    if options.forget_images is not None:
+        names = [concept.name for concept in plan.concepts]
+        folders = concept_folders(as_spelled(Path(options.forget_images).expanduser()), names)
+        forget = [encode_folder(model, folder, progress, cache) for folder in folders]
+    notes = [line for images in forget for line in images.notes]
+    retain = None
+    if options.retain_images is not None and not forget_only:
+        retain = encode_folder(model, as_spelled(Path(options.retain_images).expanduser()), progress, cache)
+        notes += [*retain.notes, *_in_both(forget, retain)]
+    for line in notes:
+        progress(Event(Stage.ENCODING, message=line))
+    return UserLatents(
+        [images.latents for images in forget] or None,
+        retain.latents if retain is not None else None,
+        tuple(retain.captions) if retain is not None else (),
+        tuple(notes),
+    )
 
 
-def _to_keep(captions: list[str | None], plan: Plan, progress: Progress) -> tuple[list[int], list[str]]:
-    """Which pictures may be kept, and as what: none whose caption names something that is to be forgotten."""
+def _prompts_of(plan: Plan, user: UserLatents, forget_only: bool) -> _Prompts:
+    prompts, seed, recipe = plan.prompts, plan.options.seed, plan.recipe
+    each = max(map(len, user.forget)) if user.forget is not None else recipe.forget_latents
+    few = min(each, recipe.forget_latents)
+    rows = []
+    for concept in prompts.concepts:
+        order = spread(few, len(concept.forget), seed)
+        rows += [(concept, order[i % few]) for i in range(each)]
+    anchor = [concept.anchor[i].text for concept, i in rows]
+    sampled_anchor = [text for start in range(0, len(anchor), each) for text in anchor[start : start + few]]
+    retain = spread(recipe.retain_latents, len(prompts.retain), seed + 1)
+    return _Prompts(
+        each,
+        few,
+        forget=[concept.forget[i].text for concept, i in rows],
+        anchor=anchor,
+        sampled_anchor=sampled_anchor if recipe.anchor_share and not forget_only else [],
+        retain=[] if forget_only else [prompts.retain[i].text for i in retain],
+    )
+
+
+def _sample(
+    model: DiffusionModel,
+    plan: Plan,
+    prompts: _Prompts,
+    user: UserLatents,
+    progress: Progress,
+    cache: Cache | None,
+) -> dict[str, Tensor]:
+    """Latents of each role, in batches of its own, so that runs which share a role share its batches."""
+    roles = {
+        "forget": [] if user.forget is not None else prompts.forget,
+        "anchor": prompts.sampled_anchor,
+        "retain": prompts.retain,
+    }
+    total, done, latents = sum(map(len, roles.values())), 0, {}
+    for role, texts in roles.items():
+        seeds = [item_seed(plan.options.seed, role, i) for i in range(len(texts))]
+        latents[role] = sample_latents(
+            model, texts, seeds, offset_progress(done, total, progress), Stage.SAMPLING, cache
+        )
+        done += len(texts)
+    return latents
+
+
+def _tile(latents: Tensor, few: int, each: int) -> Tensor:
+    """`few` samples of each concept, repeated to `each` of each concept."""
+    return latents[[start + i % few for start in range(0, len(latents), few) for i in range(each)]]
+
+
+def _usable(captions: list[str | None], plan: Plan, progress: Progress) -> tuple[list[int], list[str]]:
+    """Rows of the retain images, and their captions, without those whose caption names a concept to erase."""
     phrases = {phrase for concept in plan.concepts for phrase in (concept.name, *concept.synonyms)}
     usable = [i for i, text in enumerate(captions) if not any(mentions(text or "", phrase) for phrase in phrases)]
     if len(usable) < len(captions):
-        what = f"{len(captions) - len(usable)} pictures to keep left out: their captions name what is to be forgotten"
-        progress(Event(Stage.ENCODING, message=what))
+        skipped = f"{len(captions) - len(usable)} retain images skipped: their captions name what is to be erased"
+        progress(Event(Stage.ENCODING, message=skipped))
     return usable, [captions[i] or "" for i in usable]
-
-
-def _told(notes: list[str], progress: Progress) -> list[str]:
-    for line in notes:
-        progress(Event(Stage.ENCODING, message=line))
-    return notes
 
 
 def _in_both(forget: list[EncodedImages], retain: EncodedImages) -> list[str]:
     """A line if images are in the forget and in the retain set, by their pixels."""
     count = len(frozenset().union(*(images.digests for images in forget)) & retain.digests)
-    return [f"{count} images of --retain-images are in --forget-images as well (same pixels)"] if count else []
+    return [f"{count} images of retain_images are in forget_images as well (same pixels)"] if count else []
 
 
-def after(done: int, total: int, progress: Progress) -> Progress:
-    """A progress for a part of a stage: counts on from what is done, out of the whole stage's total."""
+def offset_progress(done: int, total: int, progress: Progress) -> Progress:
+    """A progress for a part of a stage: it counts on from `done`, out of the whole stage's total."""
 
-    def tell(event: Event, /) -> None:
+    def report(event: Event, /) -> None:
         progress(replace(event, step=done + event.step, total=total))
 
-    return tell
+    return report

@@ -1,0 +1,146 @@
+"""What a method works on: one model, its plan, training set and mask; and how it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from salun.compute.processes import ALONE, Processes
+from salun.diffusion.losses import ErasureData
+from salun.diffusion.model.protocol import Conditioning, DiffusionModel
+from salun.diffusion.model.scopes import parameters_in_scope
+from salun.diffusion.plan import Plan
+from salun.masking.mask import Mask
+from salun.masking.training import Trained, TrainingSettings, fine_tune, read_saved_history
+from salun.progress import Event, Progress, Stage, silent
+
+if TYPE_CHECKING:
+    from salun.diffusion.context import RunContext
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What a method leaves.
+
+    Args:
+        mask: The weights that it changed, or could change.
+        weights: Name → float32 values of the masked entries, flat, to be rounded once to the checkpoint's dtype.
+        history: Named losses of each step; empty for a closed form.
+    """
+
+    mask: Mask
+    weights: Mapping[str, Tensor]
+    history: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class ErasureTask:
+    """One model that is to forget its plan's concepts.
+
+    Args:
+        model: In a `training_session`; a method changes its live weights.
+        data: The training set; None for methods that need prompts alone.
+        mask: What may be trained. For methods without one, all weights in scope.
+        state: Where training is saved, and resumed from if this run (by `fingerprint`) stopped before.
+    """
+
+    model: DiffusionModel
+    plan: Plan
+    data: ErasureData | None
+    mask: Mask
+    progress: Progress = silent
+    state: Path | None = None
+    fingerprint: str = ""
+    processes: Processes = ALONE
+
+    @classmethod
+    def of(cls, context: RunContext, data: ErasureData | None, mask: Mask) -> ErasureTask:
+        """The task of a run, whose state is shared by all of its processes."""
+        state = context.processes.broadcast(context.record.state("training.safetensors"))
+        fingerprint = context.processes.broadcast(context.record.fingerprint)
+        return cls(context.model, context.plan, data, mask, context.progress, state, fingerprint, context.processes)
+
+    @property
+    def training_set(self) -> ErasureData:
+        """The training set, which a method that asked for one has."""
+        assert self.data is not None
+        return self.data
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters in scope."""
+        return parameters_in_scope(self.model.parameters(), self.plan.options.scope)
+
+    @cached_property
+    def empty(self) -> Conditioning:
+        """The empty prompt, (1,)."""
+        return self.model.encode([""])
+
+    def encode(self, role: str) -> Conditioning:
+        """All prompts of a role: "forget", "anchor" (one for each forget prompt) or "retain"."""
+        prompts = self.plan.prompts
+        if role == "retain":
+            return self.model.encode([prompt.text for prompt in prompts.retain])
+        return self.model.encode([prompt.text for each in prompts.concepts for prompt in getattr(each, role)])
+
+    @cached_property
+    def steps_done(self) -> int:
+        """Steps that an unfinished run of this fingerprint has taken already."""
+        saved = read_saved_history(self.state, self.fingerprint, self.plan.recipe.steps) if self.state else []
+        done: int = self.processes.broadcast(len(saved))
+        if done:
+            self.progress(Event(Stage.TRAINING, done, self.plan.recipe.steps, message=f"resuming after step {done}"))
+        return done
+
+    def train(self, losses: Callable[[int], Any], soft_density: float | None = None) -> Trained:
+        """Minimize losses(step) over the mask with Adam, by the plan's numbers.
+
+        Args:
+            losses: Step (0-based) → the losses of that step, each a scalar with a graph.
+            soft_density: SalUn-soft's target.
+        """
+        options, recipe = self.plan.options, self.plan.recipe
+        settings = TrainingSettings(
+            steps=recipe.steps,
+            lr=recipe.lr,
+            retain_weight=recipe.retain_weight,
+            soft_density=soft_density,
+            lr_decay=recipe.lr_decay,
+            save_every=options.save_every,
+            fingerprint=self.fingerprint,
+            optimizer=options.optimizer,
+        )
+        return fine_tune(
+            self.parameters,
+            self.mask,
+            losses,
+            settings,
+            self.progress,
+            sources=self.model.original(),
+            state_path=self.state,
+            resume=True,
+            processes=self.processes,
+            cpu_offload=options.low_vram,
+        )
+
+    @contextmanager
+    def original_weights(self) -> Iterator[None]:
+        """Context manager: the live network computes with the original weights; afterwards as it was."""
+        original = self.model.original()
+        current = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(original[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(current[name])
