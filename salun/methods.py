@@ -74,4 +74,13 @@ DIFFUSION: Mapping[str, Method] = _table(
         f"{_HOME}.salun:salun_soft",
         mask="learned",
     ),
+    Method(
+        "esd",
+        "ESD",
+        "Gandikota et al., ICCV 2023, arXiv:2303.07345",
+        f"{_HOME}.esd:esd",
+        data="prompts",
+        options=f"{_HOME}.esd:EsdOptions",
+        stages=f"{_HOME}.esd:stages",
+    ),
 )

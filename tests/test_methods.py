@@ -7,8 +7,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import salun
+from salun.diffusion.data.latents import sample_until
+from salun.diffusion.methods.esd import GUIDANCE, SAMPLING_STEPS
+from salun.diffusion.model.stable_diffusion import Model
+from salun.masking.training import step_generator
 from salun.methods import DIFFUSION
+
+from .conftest import SHORT
 
 
 @pytest.mark.parametrize("name", DIFFUSION)
@@ -22,3 +30,24 @@ def test_every_method_has_a_function_and_options_with_help(name: str) -> None:
 def test_the_registry_and_options_of_methods_import_no_torch() -> None:
     code = "import sys; from salun.methods import DIFFUSION; [m.options_class for m in DIFFUSION.values()]; "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
+
+
+def test_esd_loss_is_the_distance_to_the_negatively_guided_prediction(shapes: Model) -> None:
+    few = {**SHORT, "steps": 1, "batch_size": 2}
+    run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method="esd", seed=5, **few)
+    generator = step_generator(5, 0)
+    prompts = [prompt.text for prompt in run.plan.prompts.concepts[0].forget]
+    rows = torch.randint(len(prompts), (2,), generator=generator)
+    step = int(torch.randint(SAMPLING_STEPS, (1,), generator=generator))
+    c, empty = shapes.encode([prompts[i] for i in rows]), shapes.encode([""]).expand(2)
+    x_t, t = sample_until(shapes, c, empty, step, SAMPLING_STEPS, GUIDANCE, generator)
+    with torch.no_grad():
+        of_c, of_empty = shapes.predict(x_t, t, c), shapes.predict(x_t, t, empty)
+    expected = (of_c - (of_empty - 1.0 * (of_c - of_empty))).square().mean()
+    assert run.history[0][1] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_esd_scope_says_which_layers_train(shapes: Model) -> None:
+    few = {**SHORT, "steps": 1, "batch_size": 2, "eval_images": 0}
+    run = salun.erase(shapes, "circle", method="esd", scope="xattn", **few)
+    assert run.erased and all(".attn2." in name for name in run.erased)

@@ -5,6 +5,7 @@ Every sample has a seed of its own, so it does not depend on what else is in its
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from salun.compute.processes import current
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
+from salun.diffusion.model.schedule import add_noise, predicted_x_0
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache, digest_of, key_of
 
@@ -68,6 +70,41 @@ def sample_latents(
     shapes = [(min(size, len(prompts) - start), *model.latent_shape) for start in starts]
     parts = who.gather(done, shapes, model.device)
     return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
+
+
+@torch.no_grad()
+def sample_until(
+    model: DiffusionModel,
+    prompts: Conditioning,
+    empty: Conditioning,
+    step: int,
+    steps: int,
+    guidance: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """(x_t, t) after `step` of `steps` DDIM steps from noise (η 0) with the live network.
+
+    Args:
+        prompts, empty: (n,) each; guidance is the guidance scale between them.
+
+    Returns:
+        x_t, float32 (n, c, h, w), and t, int64 (n,), the timestep that it is at.
+    """
+    n, timesteps = len(prompts), len(model.alphas_cumprod)
+    times = [timesteps - 1 - i * timesteps // steps for i in range(steps)]
+    x = torch.randn(n, *model.latent_shape, generator=generator).to(model.device)
+    both = Conditioning.cat([prompts, empty])
+
+    def at(time: int) -> Tensor:
+        return torch.full((n,), time, device=model.device)
+
+    for time, following in itertools.pairwise(times[: step + 1]):
+        t = at(time)
+        of_prompt, of_empty = model.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        x_0 = predicted_x_0(model, x, of_empty + guidance * (of_prompt - of_empty), t)
+        signal, rest = (float(model.alphas_cumprod[time]) ** 0.5, (1 - float(model.alphas_cumprod[time])) ** 0.5)
+        x = add_noise(model, x_0, (x - signal * x_0) / rest, at(following))
+    return x, at(times[step])
 
 
 def sample_pictures(
