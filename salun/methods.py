@@ -83,4 +83,13 @@ DIFFUSION: Mapping[str, Method] = _table(
         options=f"{_HOME}.esd:EsdOptions",
         stages=f"{_HOME}.esd:stages",
     ),
+    Method(
+        "uce",
+        "UCE",
+        "Gandikota et al., WACV 2024, arXiv:2308.14761",
+        f"{_HOME}.uce:uce",
+        data="prompts",
+        options=f"{_HOME}.uce:UceOptions",
+        stages=f"{_HOME}.uce:stages",
+    ),
 )

@@ -12,6 +12,7 @@ import torch
 import salun
 from salun.diffusion.data.latents import sample_until
 from salun.diffusion.methods.esd import GUIDANCE, SAMPLING_STEPS
+from salun.diffusion.methods.uce import UceOptions, edit_of
 from salun.diffusion.model.stable_diffusion import Model
 from salun.masking.training import step_generator
 from salun.methods import DIFFUSION
@@ -30,6 +31,32 @@ def test_every_method_has_a_function_and_options_with_help(name: str) -> None:
 def test_the_registry_and_options_of_methods_import_no_torch() -> None:
     code = "import sys; from salun.methods import DIFFUSION; [m.options_class for m in DIFFUSION.values()]; "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
+
+
+def test_uce_edit_minimizes_its_objective() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, c, g, r = (torch.randn(n, 6, dtype=torch.float64, generator=generator) for n in (4, 3, 3, 8))
+    options = UceOptions(uce_erase=2.0, uce_preserve=0.7, uce_lambda=0.3)
+    edited = (weight @ edit_of(c, g, r, options)).requires_grad_()
+    loss = (
+        2.0 * (c @ edited.T - g @ weight.T).square().sum()
+        + 0.7 * (r @ edited.T - r @ weight.T).square().sum()
+        + 0.3 * (edited - weight).square().sum()
+    )
+    loss.backward()
+    assert edited.grad is not None and edited.grad.abs().max() < 1e-9
+
+
+def test_uce_edit_of_a_concept_to_itself_changes_nothing() -> None:
+    c = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(edit_of(c, c, c, UceOptions()), torch.eye(6, dtype=torch.float64))
+
+
+def test_uce_edits_keys_and_values_of_cross_attention_alone(shapes: Model) -> None:
+    run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method="uce", **SHORT)
+    assert run.erased and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in run.erased)
+    assert run.history == [] and run.delta.changed > 0
+    assert run.metrics["anchor_gap"] < 0.5, "the forget prompts are answered more like the anchor's"
 
 
 def test_esd_loss_is_the_distance_to_the_negatively_guided_prediction(shapes: Model) -> None:
