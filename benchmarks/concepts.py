@@ -61,7 +61,7 @@ def run(model: Model, job: dict[str, Any]) -> None:
         "steps": steps,
         "density": done.mask.density,
         "seconds": round(time.perf_counter() - began, 1),
-        "timings": done.record.data["timings"],
+        "timings": done.record.timings,
         "metrics": done.metrics,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,16 +22,15 @@ import torch
 
 import salun
 from salun.checkpoints.hashing import base_hash
-from salun.diffusion.data.training_set import sample_data
+from salun.diffusion.context import RunContext, training_session
+from salun.diffusion.data.training_set import build_training_set
+from salun.diffusion.erase import unlearn
 from salun.diffusion.evaluation import EvalPrompts, Evaluation, compare, observe, questions
 from salun.diffusion.losses import ErasureData
-from salun.diffusion.masks import find_mask
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.output import erased_tensors, moved
 from salun.diffusion.plan import Plan, make_plan
-from salun.diffusion.train import train
 from salun.options import EraseOptions
-from salun.progress import silent
+from salun.runs.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, KEPT, TABLE = ROOT / "benchmarks" / "results", ROOT / "build" / "benchmarks", ROOT / "docs" / "results.md"
@@ -107,13 +105,18 @@ class Bench:
         RESULTS.mkdir(parents=True, exist_ok=True)
 
     def plan(self, job: Job) -> Plan:
-        options = EraseOptions(seed=job.seed, **job.options)
+        options = EraseOptions(seed=job.seed, eval_images=0, **job.options)  # `observe` looks at more
         return make_plan(self.model.settings, "shapes", salun.Concept(job.concept), options)
 
     def key(self, plan: Plan) -> str:
         """A hash of everything that a result depends on, but the code."""
         told = {name: getattr(plan.options, name) for name in DECISIVE}
-        told |= {"base": self.hash, "n": self.n, "eval": EVAL_SEED, "saliency_timesteps": plan.recipe.saliency_timesteps}
+        told |= {
+            "base": self.hash,
+            "n": self.n,
+            "eval": EVAL_SEED,
+            "saliency_timesteps": plan.recipe.saliency_timesteps,
+        }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
     def path(self, job: Job, plan: Plan) -> Path:
@@ -138,21 +141,20 @@ class Bench:
             return
         asked = questions(plan, self.n, EVAL_SEED)
         before = self.base(plan, asked)
-        key = (job.concept, job.seed, plan.recipe.forget_latents, plan.recipe.retain_latents, plan.recipe.anchor_share > 0)
+        key = (
+            job.concept,
+            job.seed,
+            plan.recipe.forget_latents,
+            plan.recipe.retain_latents,
+            plan.recipe.anchor_share > 0,
+        )
         if key not in self.data:
-            self.data = {key: sample_data(self.model, plan)}
-        began = time.perf_counter()
-        with self.model.temporarily_trainable():
-            mask, told = find_mask(self.model, self.data[key], plan, silent)
-            trained = train(self.model, mask, self.data[key], plan, silent)
-            seconds = time.perf_counter() - began
-            original, masters = self.model.original(), trained.masters
-            if trained.final_density is not None:
-                mask = moved(original, masters)
-                masters = {n: m[mask.dense(n).view(-1)] for n, m in masters.items() if mask.bits[n].any()}
-                told.update(selected=mask.selected, density=mask.density)
-            self.model.load(erased_tensors(original, mask, masters)[0])
+            self.data = {key: build_training_set(self.model, plan)}
+        record = RunRecord(None, "benchmark", {}, job.seed, "cpu")
+        with training_session(self.model, plan):
+            run = unlearn(RunContext(self.model, plan, record), self.data[key])
             metrics = compare(self.model, plan, asked, before, observe(self.model, asked))
+        seconds = record.timings["saliency"] + record.timings["training"]
         result = {
             "concept": job.concept,
             "anchor": plan.concepts[0].anchor,
@@ -160,7 +162,7 @@ class Bench:
             "seed": job.seed,
             "n": self.n,
             "seconds": round(seconds, 1),
-            "mask": told,
+            "mask": run.record.mask,
             "options": asdict(plan.options),
             "metrics": {k: v for k, v in metrics.items() if k != "per_class"},
             "worst_class": min(

@@ -230,7 +230,7 @@ def sample(
     """Sample pictures from a model, with or without an erased delta."""
     new_file(output, force, ".png")
     prompt = [prompt_text(checked(text, "--prompt")) for text in prompt]
-    from salun.diffusion.data.latents import item_seed, sample_pictures
+    from salun.diffusion.data.latents import item_seed, sample_images
     from salun.diffusion.model.few_steps import hint
     from salun.diffusion.model.loading import load_with
     from salun.files import write_bytes
@@ -252,7 +252,7 @@ def sample(
             progress(Event(Stage.SAMPLING, message=note))
         texts = [text for text in prompt for _ in range(n)]
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
-        pictures = sample_pictures(loaded, texts, seeds, progress)
+        pictures = sample_images(loaded, texts, seeds, progress)
         write_bytes(output, picture.png_bytes(picture.sheet(pictures, n, prompt)))
     tell(None, False, [str(output)])
 

@@ -153,10 +153,10 @@ class Previews:
     def _pictures(self) -> Any:
         import torch
 
-        from salun.diffusion.data.latents import sample_pictures
+        from salun.diffusion.data.latents import sample_images
 
         with torch.no_grad():
-            return sample_pictures(self.model, [p.text for p in self.prompts], self.seeds, self._stop)
+            return sample_images(self.model, [p.text for p in self.prompts], self.seeds, self._stop)
 
     def _stop(self, event: Event, /) -> None:
         self.line.check()

@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_while_saving_costs_no_training(small_disk: Path, s
         **SHORT,
     )
     assert not trained, "training was done before the disk was full"
-    assert run.record.data["status"] == "done"
+    assert run.record.status == "done"
 
 
 def test_a_full_disk_costs_the_state_not_the_run(
@@ -101,7 +101,7 @@ def test_a_full_disk_costs_the_state_not_the_run(
         shapes, "circle", run_dir=tmp_path, save_every=0, progress=lambda e: told.append(e.message), **SHORT
     )
     assert any("the state is not saved" in line for line in told)
-    assert run.record.data["status"] == "done"
+    assert run.record.status == "done"
 
 
 def test_a_folder_that_cannot_be_made_is_told(shapes: Model, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_out_of_memory_says_what_to_try(
         salun.erase(shapes, "circle", run_dir=tmp_path / "run", **SHORT)
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert record["status"] == "failed"
-    assert "--batch-size 2" in record["error"]
+    assert "batch_size 2" in record["error"]
     assert untouched(shapes)
 
 
@@ -142,7 +142,7 @@ def test_out_of_memory_says_what_to_try(
 def test_a_loss_that_is_no_number_stops_the_run(
     step: int, shapes: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from salun.diffusion import train as story
+    from salun.diffusion.methods import salun as story
 
     losses, calls = story.training_losses, []
 
@@ -200,7 +200,7 @@ def test_a_clock_that_jumps_back_changes_nothing(
 
     monkeypatch.setattr(time, "time", jumping)
     run = salun.erase(shapes, "circle", run_dir=tmp_path / "run", save_every=0, **SHORT)
-    assert all(seconds >= 0 for seconds in run.record.data["timings"].values())
+    assert all(seconds >= 0 for seconds in run.record.timings.values())
     monkeypatch.setattr(record.time, "strftime", lambda form: "20260101-000000")
     names = []
     for _ in range(3):
@@ -225,7 +225,7 @@ def test_prompts_are_shown_escaped_in_the_report(tmp_path: Path) -> None:
     assert "<script>alert" not in page
     assert "<b>x</b>" not in page
     assert "&lt;script&gt;" in page
-    assert run.record.data["options"]["concept"] == [EVIL]
+    assert run.record.options["concept"] == [EVIL]
 
 
 def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_other_copies_of_the_weights_are_left_out_of_the_erased_folder(tmp_path:
         not {"unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "pruned.ckpt"}
         & written
     )
-    assert any("left out of the erased model" in note and "pruned.ckpt" in note for note in run.record.data["notes"])
+    assert any("left out of the erased model" in note and "pruned.ckpt" in note for note in run.record.notes)
 
 
 def test_a_model_left_erased_does_not_teach_the_cache_wrong(shapes: Model, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_every_variant_trains_what_its_mask_says_and_no_more(shapes: Model, opti
         changed = bits(stored[name]) != bits(tensor)
         assert not torch.any(changed & ~run.mask.dense(name))
         assert options.get("scope") != "xattn" or ".attn2." in name
-    assert run.record.data["mask"]["mode"] == ("soft" if "method" in options else options.get("mask", "saliency"))
+    assert run.record.mask["mode"] == ("soft" if "method" in options else options.get("mask", "saliency"))
     assert run.metrics["ua"] is None
     assert "no evaluation pictures" in run.metrics["reason"]
 

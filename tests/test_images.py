@@ -17,7 +17,7 @@ from PIL import Image
 import salun
 from salun.diffusion.data import images
 from salun.diffusion.data.images import encode_folder, folder_digest
-from salun.diffusion.data.latents import sample_pictures
+from salun.diffusion.data.latents import sample_images
 from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import DataError
 from salun.images import read_image, white_level
@@ -42,7 +42,7 @@ def pixels_of(path: Path, side: int = 64) -> np.ndarray:
 def test_common_formats_are_read(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"Ä picture.{suffix}"
     picture().save(path)
-    assert images.picture_files(tmp_path).files == [path]
+    assert images.image_files(tmp_path).files == [path]
     assert pixels_of(path).shape == (64, 64, 3)
 
 
@@ -133,7 +133,7 @@ def test_a_huge_picture_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_encoding_is_the_inverse_of_decoding(shapes: Model, tmp_path: Path) -> None:
-    made = sample_pictures(shapes, ["one red circle, plain style"] * 4, [1, 2, 3, 4])
+    made = sample_images(shapes, ["one red circle, plain style"] * 4, [1, 2, 3, 4])
     again = shapes.decode(shapes.encode_pictures(made))
     error = np.abs(again.astype(int) - made.astype(int)).mean()
     assert error < 8  # the VAE's own loss on drawn pictures: 28 dB, which is a root mean square of 10
@@ -168,7 +168,7 @@ def test_a_run_on_own_pictures(mixed: Path, shapes: Model, tmp_path: Path) -> No
     assert run.history[-1][0] == SHORT["steps"]
     assert run.mask != salun.erase(shapes, "circle", **{**SHORT, "steps": 1, "eval_images": 0}).mask
     assert any("1 pictures to keep left out" in line for line in told)  # a.txt says "a red circle"
-    assert run.record.data["facts"]["forget_images"] == folder_digest(mixed)
+    assert run.record.facts["forget_images"] == folder_digest(mixed)
     with pytest.raises(DataError, match="several concepts need one each"):
         salun.erase(shapes, ["circle", "red"], forget_images=str(mixed), **SHORT)
 
@@ -282,5 +282,5 @@ def test_images_to_forget_and_to_keep_alike_are_counted(mixed: Path, shapes: Mod
     )  # fmt: skip
     line = "4 images of --retain-images are in --forget-images as well (same pixels)"
     assert line in told
-    assert line in run.record.data["notes"]
-    assert "1 not an image, skipped: notes.doc" in "\n".join(run.record.data["notes"])
+    assert line in run.record.notes
+    assert "1 not an image, skipped: notes.doc" in "\n".join(run.record.notes)

@@ -395,7 +395,7 @@ def test_single_file_of_a_model_with_its_own_noise_schedule_says_what_it_lacks(t
     """Hosts would sample it by the schedule of its family."""
     options = {**QUICK, "resolution": None, "run_dir": tmp_path / "run"}
     run = salun.erase("shapes", "circle", outputs=[f"{tmp_path}/x.safetensors", f"{tmp_path}/x/"], **options)
-    (note,) = [note for note in run.record.data["notes"] if "noise schedule" in note]
+    (note,) = [note for note in run.record.notes if "noise schedule" in note]
     assert note.startswith(f"{tmp_path}/x.safetensors: a single file holds no noise schedule")
 
 
@@ -406,4 +406,4 @@ def test_single_file_of_a_model_with_the_usual_noise_schedule_needs_no_note(
     run = salun.erase(
         str(folder), "golf ball", outputs=[f"{tmp_path}/x.safetensors"], run_dir=tmp_path / "run", **QUICK
     )
-    assert not [note for note in run.record.data["notes"] if "noise schedule" in note]
+    assert not [note for note in run.record.notes if "noise schedule" in note]

@@ -70,7 +70,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     assert [entry[0] for entry in run.history] == list(range(1, SHORT["steps"] + 1))
     if stage in ("training", "saving"):
         assert steps == list(range(step + 1, SHORT["steps"] + 1)) if stage == "training" else not steps
-    assert run.record.data["resumed"] == 1
+    assert run.record.resumed == 1
 
 
 def test_a_host_is_asked_at_every_sampler_step(shapes: Model, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_run_resumes_with_its_model_and_images_at_another_path(
     (tmp_path / "a").rename(tmp_path / "b")
     monkeypatch.chdir(tmp_path / "b")
     run = salun.erase("./shapes", "circle", run_dir=tmp_path / "run", resume=True, **options)
-    assert run.record.data["resumed"] == 1
+    assert run.record.resumed == 1
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
@@ -246,7 +246,7 @@ def test_an_output_written_before_the_stop_is_recognised_and_another_is_not(shap
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
     again = salun.erase(shapes, "circle", resume=True, **arguments, **SHORT)  # killed after it had written
-    assert first.record.data["outputs"][0]["sha256"] == again.record.data["outputs"][0]["sha256"]
+    assert first.record.outputs[0]["sha256"] == again.record.outputs[0]["sha256"]
 
 
 class TestCache:

@@ -257,7 +257,7 @@ def test_hint_is_data_in_dry_run_and_record(lightning: str, tmp_path: Path) -> N
     run = salun.erase(lightning, "circle", run_dir=tmp_path / "run", **short)
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert record["hints"] == [hint] and hint["text"] in record["notes"]
-    assert run.record.data["options"]["sampler"] is None  # a hint, and nothing is changed
+    assert run.record.options["sampler"] is None  # a hint, and nothing is changed
 
 
 @pytest.mark.parametrize("chosen", [{"sampling_steps": 4}, {"sampling_guidance": 1.0}, {"sampler": "euler"}])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from salun.checkpoints.locate import ASSETS
-from salun.diffusion.data.latents import item_seed, sample_latents, sample_pictures
+from salun.diffusion.data.latents import item_seed, sample_latents, sample_images
 from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import DataError
 from salun.evaluation.detector import AttributeClassifier, load_detector
@@ -44,7 +44,7 @@ def test_it_draws_what_it_is_asked(shapes: Model, oracle: AttributeClassifier) -
     """160 of the 320 × 2 held-out prompts. The card gives the figures over more; here gross damage would show."""
     assert shapes.settings.vocabulary is not None
     prompts = list(shapes.settings.vocabulary.prompts(shapes.settings.vocabulary.eval))[::4]
-    pictures = sample_pictures(
+    pictures = sample_images(
         shapes, [p.text for p in prompts], [item_seed(5, "sample", i) for i in range(len(prompts))]
     )
     reading = oracle.read(pictures)

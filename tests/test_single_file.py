@@ -23,7 +23,7 @@ from salun.checkpoints.pickled import readable
 from salun.checkpoints.single_file import open_unet
 from salun.delta import commands as deltas
 from salun.diagnostics.inspect import inspect
-from salun.diffusion.data.latents import sample_pictures
+from salun.diffusion.data.latents import sample_images
 from salun.diffusion.model.clip_tokenizer import clip_tokenizer
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.output import erased_tensors
@@ -96,7 +96,7 @@ def test_an_erased_file_shows_what_the_erasure_showed(family: str, file: Callabl
         assert old[name].dtype == new[name].dtype == torch.float16
         differs = old[name].view(torch.int16) != new[name].view(torch.int16)
         assert not torch.any(differs & ~run.mask.dense(ours[name]))
-    rounding = run.record.data["rounding"]
+    rounding = run.record.rounding
     assert 0 < rounding["changed"] <= run.mask.selected
     assert rounding["changed"] - rounding["lost_to_rounding"] == run.delta.changed
 
@@ -107,7 +107,7 @@ def test_a_run_on_a_file_ends_with_a_file_a_delta_and_a_note_of_what_was_left_ou
 ) -> None:
     run = salun.erase(str(file(family, ema=True)), "golf ball", run_dir=tmp_path, **{**QUICK, "device": "cpu"})
     assert {"model.safetensors", "delta.salun.safetensors", "mask.safetensors"} <= {p.name for p in tmp_path.iterdir()}
-    assert any("EMA" in note for note in run.record.data["notes"])
+    assert any("EMA" in note for note in run.record.notes)
     delta = salun.Delta.load(tmp_path / "delta.salun.safetensors")
     base, erased = open_unet(file(family, ema=True)), open_unet(tmp_path / "model.safetensors")
     for name, tensor in delta.apply(base).items():
@@ -182,8 +182,8 @@ def test_the_embedded_model_as_a_single_file_is_erased_and_judged_like_its_folde
     second = salun.erase(again, "circle", **options)
     assert second.metrics["ua"] == first.metrics["ua"]
     assert second.delta.result_hash == first.delta.result_hash
-    pictures = sample_pictures(again, ["one red circle, plain style"], [7])
-    assert (pictures == sample_pictures(shapes, ["one red circle, plain style"], [7])).all()
+    pictures = sample_images(again, ["one red circle, plain style"], [7])
+    assert (pictures == sample_images(shapes, ["one red circle, plain style"], [7])).all()
 
 
 def test_loading_needs_no_network(file: Callable[..., Path]) -> None:
@@ -220,7 +220,7 @@ def test_an_erasure_that_the_files_format_cannot_hold_is_told_loudly(
     """Steps of 1e-7 on weights of about 0.1 in fp16, whose last place is 6e-5."""
     options = {**QUICK, "lr": 1e-7}
     run = salun.erase(str(file("sd1", dtype="fp16")), "golf ball", run_dir=tmp_path / "api", **options)
-    rounding = run.record.data["rounding"]
+    rounding = run.record.rounding
     assert rounding["lost_to_rounding"] > 0.9 * rounding["changed"] > 0
     assert "larger --lr" in rounding["warning"]
     assert "larger --lr" in (tmp_path / "api" / "report.html").read_text(encoding="utf-8")
@@ -298,7 +298,7 @@ def test_a_strangers_components_carry_no_file_of_the_users_along(file: Callable[
     names = {path.name for path in (tmp_path / "out").rglob("*")}
     assert "config.json" in names and not names & {"LICENSE.key", "id_rsa"}
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
-    assert any("lead out" in note and "id_rsa" in note for note in run.record.data["notes"])
+    assert any("lead out" in note and "id_rsa" in note for note in run.record.notes)
     (parts / "vae" / "config.json").rename(tmp_path / "private")
     (parts / "vae" / "config.json").symlink_to(tmp_path / "private")
     with pytest.raises(ModelError, match="is a link that leads out"):
@@ -416,7 +416,7 @@ def test_a_low_rank_output_says_what_it_holds_and_no_file_says_where_the_model_l
 ) -> None:
     outputs = [f"{tmp_path}/x.lora.safetensors", f"{tmp_path}/x.safetensors", f"{tmp_path}/x.salun.safetensors"]
     run = salun.erase(str(file("sd1")), "golf ball", outputs=outputs, run_dir=tmp_path / "run", **QUICK)
-    assert any("x.lora.safetensors holds" in note and "energy" in note for note in run.record.data["notes"])
+    assert any("x.lora.safetensors holds" in note and "energy" in note for note in run.record.notes)
     for output in outputs:
         told = safetensors_io.read_header(Path(output)).metadata
         assert told["salun.model"] == file("sd1").name

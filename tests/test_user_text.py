@@ -218,7 +218,7 @@ def test_files_with_names_that_are_not_utf8_are_used_and_recorded(shapes: Model,
     few = {**SHORT, "steps": 1, "eval_images": 0}
     run = salun.erase(shapes, "circle", run_dir=tmp_path / "run", retain_images=str(pictures), **few)
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    assert record["status"] == run.record.data["status"] == "done"
+    assert record["status"] == run.record.status == "done"
     assert (tmp_path / "run" / "report.html").is_file()
 
 

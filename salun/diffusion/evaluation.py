@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salun.diffusion.data.latents import item_seed, sample_pictures
+from salun.diffusion.data.latents import item_seed, sample_images
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.schedule import add_noise
 from salun.diffusion.plan import Plan, spread
@@ -77,7 +77,7 @@ def observe(
 ) -> Evaluation:
     """Look at the model as it is now. cache: only for a model that holds its files' own weights."""
     texts = [p.text for p in asked.forget] + [p.text for p in asked.retain]
-    pictures = sample_pictures(model, texts, asked.forget_seeds + asked.retain_seeds, progress, stage, cache)
+    pictures = sample_images(model, texts, asked.forget_seeds + asked.retain_seeds, progress, stage, cache)
     n = len(asked.forget)
     return Evaluation(
         pictures[:n],

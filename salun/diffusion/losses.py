@@ -21,9 +21,13 @@ EMPTY_PROMPT_FRACTION = 0.1  # of retain samples, as classifier-free guidance wa
 class ErasureData:
     """Latents and encoded prompts of one erasure, all on the model's device.
 
-    forget_latents, anchor_latents: float32 (n, c, h, w), scaled by the VAE's factor, sampled under forget prompt i and
-    anchor prompt i. forget, anchor: their conditionings, (n,) each. retain_latents (m, …) and retain (m,) likewise.
-    empty: the empty prompt, (1,). notes: what a user should know of the images that it was made from.
+    Args:
+        forget_latents, anchor_latents: float32 (n, c, h, w), scaled by the VAE's factor, sampled under forget prompt i
+            and anchor prompt i.
+        retain_latents: Likewise, (m, c, h, w).
+        forget, anchor, retain: Their conditionings, (n,), (n,) and (m,).
+        empty: The empty prompt, (1,).
+        notes: What a user should know of the images that it was made from.
     """
 
     forget_latents: Tensor
@@ -36,7 +40,7 @@ class ErasureData:
     notes: tuple[str, ...] = ()
 
     def forgetting(self, rows: slice) -> ErasureData:
-        """The same with these of the forget samples only, such as those of one concept among several."""
+        """The same with these rows of the forget samples only, such as those of one concept of several."""
         return replace(
             self,
             forget_latents=self.forget_latents[rows],
@@ -48,10 +52,13 @@ class ErasureData:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one training step looks at: 2·b samples, the first b to forget and the rest to retain.
+    """The batch of one training step: 2·b samples, the first b to forget and the rest to retain.
 
-    x_0, noise: (2b, c, h, w); t: (2b,); prompts: what the trained model is asked; targets: what the frozen
-    model would be asked (the anchor for forget samples, the same prompt for retain samples).
+    Args:
+        x_0, noise: float32 (2b, c, h, w).
+        t: int64 (2b,).
+        prompts: Conditionings of the trained model, (2b,).
+        targets: Conditionings of the frozen model, (2b,): the anchor for forget samples, else the same prompt.
     """
 
     x_0: Tensor

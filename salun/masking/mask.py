@@ -1,4 +1,4 @@
-"""The saliency mask: which entries of which parameters may move. Bit-packed in memory and on disk.
+"""The saliency mask: which entries of which parameters are trained. Bit-packed in memory and on disk.
 
 Bits follow `numpy.packbits(mask.ravel(), bitorder="little")`, one uint8 array a parameter; bits past the last entry
 are zero. Names are the parameters' own (for a UNet: diffusers' names).
@@ -30,7 +30,7 @@ class Mask:
     """Selected entries of named parameters.
 
     bits: name → uint8 (⌈n/8⌉,), in module order. shapes: name → the parameter's shape.
-    metadata: strings saved beside (method, density asked for, scope, base hash, concept, seed, …).
+    metadata: strings saved with it (method, requested density, scope, base hash, concept, seed, …).
     """
 
     bits: dict[str, np.ndarray]
@@ -52,7 +52,7 @@ class Mask:
 
     @classmethod
     def from_selection(cls, selection: Selection, parameters: Mapping[str, Tensor]) -> Mask:
-        """The mask of what `select_largest` chose among tensors of these shapes."""
+        """The mask of what `select_largest` selected from tensors of these shapes."""
         return cls(selection.bits, {name: tuple(p.shape) for name, p in parameters.items()})
 
     @classmethod
@@ -77,15 +77,15 @@ class Mask:
 
     @classmethod
     def random(cls, parameters: Mapping[str, Tensor], density: float | str | Decimal, seed: int) -> Mask:
-        """⌊density·N⌋ entries anywhere: the control that knows nothing of the concept."""
+        """⌊density·N⌋ entries at random: the control that ignores the concept."""
         generator = torch.Generator().manual_seed(seed)
         scores = {name: torch.rand(p.shape, generator=generator) for name, p in parameters.items()}
         return cls.from_scores(scores, density)
 
     def shuffled(self, seed: int) -> Mask:
-        """As many entries in each parameter as here, at random places.
+        """As many entries in each parameter as here, at random indices.
 
-        Against `saliency` it tells whether *which weights* matters, or only *how many per layer*.
+        Compared with `saliency`, it shows whether *which weights* matters, or only *how many per layer*.
         """
         generator = torch.Generator().manual_seed(seed)
         bits = {}
@@ -102,12 +102,12 @@ class Mask:
 
     @property
     def selected(self) -> int:
-        """Selected entries in all."""
+        """Number of selected entries."""
         return sum(self.counts().values())
 
     @property
     def total(self) -> int:
-        """Entries in all."""
+        """Number of entries."""
         return sum(prod(shape) for shape in self.shapes.values())
 
     @property
@@ -174,7 +174,7 @@ class Mask:
 
     @classmethod
     def load(cls, path: Path | str) -> Mask:
-        """Read a mask file, untrusted. Raises MaskError if it is none or its bits do not fit its shapes."""
+        """Read a mask file, untrusted input. Raises MaskError if it is not one or its bits do not fit its shapes."""
         from salun.checkpoints import safetensors_io
 
         def damaged(what: str) -> MaskError:
@@ -185,14 +185,14 @@ class Mask:
             metadata = dict(header.metadata)
             if metadata.pop("format", None) != FORMAT:
                 raise MaskError(f"{path} is not a salun mask (its header names no format {FORMAT})")
-            told = parse_json(metadata.pop("shapes", ""))
-            if not isinstance(told, dict) or not all(safetensors_io.is_shape(shape) for shape in told.values()):
-                raise damaged("its shapes are none")
-            shapes = {name: tuple(shape) for name, shape in told.items()}
+            listed = parse_json(metadata.pop("shapes", ""))
+            if not isinstance(listed, dict) or not all(safetensors_io.is_shape(shape) for shape in listed.values()):
+                raise damaged("its shape metadata is invalid")
+            shapes = {name: tuple(shape) for name, shape in listed.items()}
             if set(shapes) != set(header.entries):
                 raise damaged("shapes and bits name different parameters")
             if not any(map(prod, shapes.values())):
-                raise damaged("it is of no weights at all")
+                raise damaged("it covers no parameters")
             bits = {}
             for name, tensor in safetensors_io.tensors(Path(path), shapes):
                 n = prod(shapes[name])
@@ -200,7 +200,7 @@ class Mask:
                     short = safetensors_io.truncated(name)
                     raise damaged(f"the bits of {short} do not fit its shape {list(shapes[name])}")
                 bits[name] = tensor.numpy()
-        except ModelError as error:  # the file's own faults
+        except ModelError as error:  # of the file itself
             raise MaskError(str(error)) from error
         except (ValueError, RecursionError) as error:
             raise damaged(f"its shapes are not JSON ({error})") from error
@@ -214,25 +214,27 @@ def entries(total: int, density: float | str | Decimal) -> int:
     """
     exact = Decimal(str(density))
     if not exact.is_finite() or not 0 < exact <= 1:
-        raise MaskError(f"density is {density}, but must be above 0 and at most 1 (the share of weights that train)")
+        raise MaskError(
+            f"density is {density}, but must be above 0 and at most 1 (the fraction of weights that are trained)"
+        )
     count = int(exact * total)
     if not count:
-        raise MaskError(f"density {density} of {total:,} weights selects none: take a larger density")
+        raise MaskError(f"density {density} of {total:,} weights selects none", advice="Use a larger {density}")
     return count
 
 
-def pack(chosen: np.ndarray) -> np.ndarray:
+def pack(selected: np.ndarray) -> np.ndarray:
     """Booleans (n,) → packed bits (⌈n/8⌉,)."""
-    return np.packbits(chosen, bitorder="little")
+    return np.packbits(selected, bitorder="little")
 
 
-def _same_parameters(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], what: str) -> None:
-    missing = [name for name in ours if name not in theirs]
-    extra = [name for name in theirs if name not in ours]
+def _same_parameters(masked: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], what: str) -> None:
+    missing = [name for name in masked if name not in model]
+    extra = [name for name in model if name not in masked]
     wrong = [
-        f"{name} is {list(theirs[name])}, the mask has {list(shape)}"
-        for name, shape in ours.items()
-        if name in theirs and theirs[name] != shape
+        f"{name} is {list(model[name])}, the mask has {list(shape)}"
+        for name, shape in masked.items()
+        if name in model and model[name] != shape
     ]
     faults = [
         f"{len(names)} {label} ({'; '.join(names[:3])}{'; …' if len(names) > 3 else ''})"

@@ -1,6 +1,6 @@
-"""The packed masked optimizer: only salient entries have a float32 master and moments; the others are never written.
+"""The packed masked optimizer: only masked entries have a float32 master and moments; the others are never written.
 
-Each masked parameter's salient entries are gathered into one packed float32 vector, an ordinary parameter under any
+Each parameter's masked entries are gathered into one packed float32 vector, an ordinary parameter under any
 `torch.optim` optimizer (or a library's 8-bit one). After a step the vector is rounded to the weight's dtype and
 scattered back. Entries outside the mask are not repaired afterwards: nothing ever writes them, neither momentum nor
 weight decay. At density d this costs d·N masters and moments instead of N.
@@ -21,58 +21,59 @@ from salun.errors import MaskError, TrainingError
 from salun.masking.mask import Mask
 
 Mode = Literal["step", "pack"]
-_KEEP_PLACES = 1 << 18  # entries; of parameters up to here the places are kept on every device, for speed
+_MAX_CACHED = 1 << 18  # entries; the indices of parameters up to this size are cached on every device
 
 
 class PackedParameter:
-    """One parameter and its salient entries.
+    """One parameter and its masked entries.
 
-    master: float32 (count,), the entries' exact values; the parameter holds them rounded to its own dtype. The places
-    of the entries take four bytes each: kept in host memory, where there is room, and found anew from the packed bits
-    where memory is dear.
+    master: float32 (count,), the entries' exact values; the parameter holds them rounded to its own dtype. Mask indices
+    take four bytes each: cached in CPU memory, recomputed from the packed bits on a GPU.
     """
 
     def __init__(
         self, parameter: nn.Parameter, bits: np.ndarray, count: int, source: Tensor, cpu_offload: bool = False
     ) -> None:
         self.parameter, self.count = parameter, count
-        self.whole = count == parameter.numel()
-        keep = parameter.device.type == "cpu" or parameter.numel() <= _KEEP_PLACES
-        self._bits = torch.from_numpy(bits) if self.whole or keep else torch.from_numpy(bits).to(parameter.device)
-        self._places = self._find().to(torch.int32).to(parameter.device) if keep and not self.whole else None
-        values = self.gather(source.to(parameter.device), self.places()).float()
+        self.is_full = count == parameter.numel()
+        keep = parameter.device.type == "cpu" or parameter.numel() <= _MAX_CACHED
+        self._bits = torch.from_numpy(bits) if self.is_full or keep else torch.from_numpy(bits).to(parameter.device)
+        self._indices = (
+            self._indices_from_bits().to(torch.int32).to(parameter.device) if keep and not self.is_full else None
+        )
+        values = self.gather(source.to(parameter.device), self.indices()).float()
         self.master = nn.Parameter(values.to("cpu" if cpu_offload else values.device, copy=True))
 
-    def places(self) -> Tensor | None:
-        """Flat indices of the salient entries, (count,), rising; None for all of them."""
-        if self.whole:
+    def indices(self) -> Tensor | None:
+        """Flat indices of the masked entries, (count,), ascending; None for all of them."""
+        if self.is_full:
             return None
-        return self._places if self._places is not None else self._find()
+        return self._indices if self._indices is not None else self._indices_from_bits()
 
-    def gather(self, tensor: Tensor, places: Tensor | None) -> Tensor:
-        """The salient entries of a tensor of the parameter's shape, (count,)."""
+    def gather(self, tensor: Tensor, indices: Tensor | None) -> Tensor:
+        """The masked entries of a tensor of the parameter's shape, (count,)."""
         flat = tensor.detach().flatten()
-        return flat if places is None else flat.index_select(0, places)
+        return flat if indices is None else flat.index_select(0, indices)
 
     @torch.no_grad()
-    def scatter(self, places: Tensor | None) -> None:
-        """Write the master, rounded to nearest, into the parameter's salient entries."""
+    def scatter(self, indices: Tensor | None) -> None:
+        """Write the master, rounded to nearest, into the parameter's masked entries."""
         values = self.master.to(self.parameter.dtype).to(self.parameter.device)
-        if places is None:
+        if indices is None:
             self.parameter.copy_(values.view_as(self.parameter))
         elif self.parameter.is_contiguous():
-            self.parameter.data.view(-1).index_copy_(0, places.long(), values)
+            self.parameter.data.view(-1).index_copy_(0, indices.long(), values)
         else:
-            self.parameter.copy_(self.parameter.flatten().index_copy(0, places.long(), values).view_as(self.parameter))
+            self.parameter.copy_(self.parameter.flatten().index_copy(0, indices.long(), values).view_as(self.parameter))
 
-    def _find(self) -> Tensor:
-        """The places from the bits. A byte looks its eight entries up in a table."""
-        table = _eight(self._bits.device)
+    def _indices_from_bits(self) -> Tensor:
+        """The indices from the packed bits. Each byte looks its eight entries up in a table."""
+        table = _unpack_table(self._bits.device)
         dense = table.index_select(0, self._bits.int()).view(torch.bool)[: self.parameter.numel()]
         return dense.nonzero().view(-1)
 
 
-def _eight(device: torch.device) -> Tensor:
+def _unpack_table(device: torch.device) -> Tensor:
     """int64 (256,): the eight bits of each byte as eight bytes of 0 or 1."""
     rows = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return torch.from_numpy(np.ascontiguousarray(rows).view(np.int64).reshape(-1)).to(device)
@@ -81,16 +82,17 @@ def _eight(device: torch.device) -> Tensor:
 class MaskedOptimizer:
     """Trains the masked entries of named parameters; a context manager that leaves no hook and no gradient behind.
 
-    parameters: every parameter of the model in the mask's scope. mask: must fit them (MaskError).
-    make: packed vectors → an optimizer, e.g. `lambda p: torch.optim.Adam(p, lr=1e-5)`.
-    sources: name → the checkpoint's own tensor, before any cast to the parameter's dtype; masters are gathered from it.
-    mode "step": each gradient is consumed inside the backward pass, its tensor stepped and the gradient freed; one
-    backward a step, no accumulation, no clipping. mode "pack": packed float32 gradients are kept until `step`, which
-    allows accumulation, clipping, loss scaling and a reduction over processes.
+    A gradient that is not finite changes no weight: in mode "pack" the step is skipped, in "step" its tensor's.
 
-    on_host: masters and moments are held and stepped in host memory; salient gradients go there, new values come back.
-
-    A gradient that is not finite changes no weight: in "pack" the whole step is left out, in "step" its tensor's.
+    Args:
+        parameters: Every parameter of the model in the mask's scope.
+        mask: Must fit them (MaskError).
+        make: Packed vectors → an optimizer, e.g. `lambda p: torch.optim.Adam(p, lr=1e-5)`.
+        mode: "step" consumes each gradient inside the backward pass: its tensor is stepped and the gradient freed; one
+            backward a step, no accumulation, no clipping. "pack" keeps packed float32 gradients until `step`, which
+            allows accumulation, clipping, loss scaling and a reduction over processes.
+        sources: Name → the checkpoint's tensor before any cast to the parameter's dtype; masters are gathered from it.
+        cpu_offload: Masters and moments are held and stepped in CPU memory.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class MaskedOptimizer:
             self._optimizers = dict.fromkeys(self.packed, shared)
         self._hooks = []
         for name, parameter in parameters.items():
-            parameter.grad = None  # one that was left there would be added to the first step's
+            parameter.grad = None  # an older one would be added to the first step's
             parameter.requires_grad_(name in self.packed)
         for name, packed in self.packed.items():
             self._hooks.append(packed.parameter.register_post_accumulate_grad_hook(self._hook(name)))
@@ -164,7 +166,7 @@ class MaskedOptimizer:
         Raises TrainingError, before anything is computed, for a loss that is not finite.
         """
         if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {loss.item()}: lower the learning rate, or use a wider dtype")
+            raise TrainingError(f"the loss is {loss.item()}", advice="Use a smaller {lr}, or a wider {dtype}")
         self._scale = scale
         self.not_finite = [] if self.mode == "step" else self.not_finite
         (loss * scale if scale != 1.0 else loss).backward()
@@ -172,26 +174,28 @@ class MaskedOptimizer:
     def _consume(self, name: str, parameter: Tensor) -> None:
         packed = self.packed[name]
         assert parameter.grad is not None
-        places = packed.places()
-        gradient = packed.gather(parameter.grad, places).to(packed.master.device).float()
+        indices = packed.indices()
+        gradient = packed.gather(parameter.grad, indices).to(packed.master.device).float()
         parameter.grad = None
         if self._scale != 1.0:
             gradient = gradient / self._scale
-        if self.mode == "pack":  # whether it is finite is seen in `step`, on all processes alike
+        if self.mode == "pack":  # checked for finiteness in `step`, on all processes alike
             packed.master.grad = gradient if packed.master.grad is None else packed.master.grad.add_(gradient)
             return
-        if not _finite(gradient):
+        if not _all_finite(gradient):
             self.not_finite.append(name)
             return
         packed.master.grad = gradient
         self._optimizers[name].step()
         packed.master.grad = None
-        packed.scatter(places)
+        packed.scatter(indices)
 
     def step(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> bool:
-        """Mode "pack": one optimizer step on the gradients gathered since the last. False if it was left out.
+        """Mode "pack": one optimizer step on the gradients since the last one. Returns False if it was skipped.
 
-        max_norm: clip the packed gradients' norm to it. reduce: sums or averages the gradients over processes in place.
+        Args:
+            max_norm: Clip the packed gradients' norm to it.
+            reduce: Sums or averages the gradients over processes in place.
         """
         if self.mode != "pack":
             raise ValueError("mode 'step' updates inside backward and has no separate step")
@@ -199,13 +203,13 @@ class MaskedOptimizer:
         gradients = [m.grad for m in masters if m.grad is not None]
         if reduce is not None:
             reduce(gradients)
-        good = all(_finite(g) for g in gradients)
+        good = all(_all_finite(g) for g in gradients)
         if good:
             if max_norm is not None:
                 nn.utils.clip_grad_norm_(masters, max_norm)
             next(iter(self._optimizers.values())).step()
             for packed in self.packed.values():
-                packed.scatter(packed.places())
+                packed.scatter(packed.indices())
         for master in masters:
             master.grad = None
         self.not_finite = []
@@ -224,8 +228,8 @@ class MaskedOptimizer:
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Continue from a `state` that was saved after this many steps: masters, moments, weights.
 
-        The state may be untrusted input, and an optimizer's kernels check nothing: all of it is checked before any of
-        it is used. Raises TrainingError if it is not a state that this optimizer could have saved.
+        The state may be untrusted input, and an optimizer's kernels check nothing, so it is checked before use. Raises
+        TrainingError if it is not a state that this optimizer could have saved.
         """
         self.check_state({key: (value.dtype, tuple(value.shape)) for key, value in state.items()})
         for key, value in state.items():
@@ -243,7 +247,7 @@ class MaskedOptimizer:
                 key: _count(value, counted_on) if key == "step" else value.to(device).clone()
                 for key, value in moments[name].items()
             }
-            packed.scatter(packed.places())
+            packed.scatter(packed.indices())
 
     def check_state(self, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         """Raises TrainingError unless a state with tensors of these names, dtypes and shapes fits this optimizer.
@@ -274,7 +278,7 @@ class MaskedOptimizer:
 def _check_values(key: str, value: Tensor, steps: int) -> None:
     """Raises TrainingError for a tensor of a saved state whose values no training leaves behind."""
     entry = key.rpartition("/")[2]
-    if value.is_floating_point() and value.numel() and not _finite(value):
+    if value.is_floating_point() and value.numel() and not _all_finite(value):
         raise TrainingError(f"the saved state holds NaN or infinity in {key!r}: start afresh")
     if entry == "step" and not (1 <= float(value) <= steps and float(value).is_integer()):
         raise TrainingError(
@@ -284,7 +288,7 @@ def _check_values(key: str, value: Tensor, steps: int) -> None:
         raise TrainingError(f"the saved state holds a negative mean of squares in {key!r}: start afresh")
 
 
-def _finite(values: Tensor) -> bool:
+def _all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite: either shows in the least or the greatest."""
     return all(math.isfinite(float(end)) for end in torch.aminmax(values))
 

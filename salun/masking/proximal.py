@@ -31,7 +31,7 @@ class SoftThreshold:
         for name, change in changes.items():
             packed = self.optimizer.packed[name]
             packed.master.copy_(self.originals[name] + change.sign() * (change.abs() - threshold).clamp(min=0))
-            packed.scatter(packed.places())
+            packed.scatter(packed.indices())
 
     def final_density(self) -> float:
         """Share of the entries that differ from θ₀ now."""

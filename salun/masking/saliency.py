@@ -29,13 +29,19 @@ def scores_from_losses(
 ) -> dict[str, Tensor]:
     """|Σ_b n_b·∇L_b| / Σ n_b for every parameter, float32 whatever the weights' dtype.
 
-    losses: (mean loss of a batch, number of samples in it), with a graph down to `parameters`; drawn one at a time, so
-    a generator keeps one graph alive. Gradients are taken as they appear in the backward pass and freed at once.
-    With several processes each gives its own batches, and the sums are added up before the absolute value, so that all
-    get the scores of the whole set. A parameter the loss does not reach scores 0, and its `requires_grad` is left as it
-    was found, as every other's. on_host: the sums are kept in host memory, a gradient at a time comes over. scale: of
-    the loss in the backward pass, for fp16, in which small gradients would vanish; the scores are of the loss itself.
-    Raises MaskError for a loss or a gradient that is not finite.
+    A parameter that the loss does not reach scores 0. `requires_grad` of every parameter is restored.
+
+    Args:
+        losses: (mean loss of a batch, number of samples in it), with a graph down to `parameters`; drawn one at a time,
+            so a generator keeps one graph alive. Gradients are consumed inside the backward pass and freed at once.
+        total: Number of batches, for progress; 0 where it is not known.
+        processes: Each gives its own batches; the sums are all-reduced before the absolute value.
+        cpu_offload: The sums are kept in CPU memory.
+        scale: Of the loss in the backward pass, for fp16, in which small gradients would vanish; the scores are those
+            of the loss itself.
+
+    Raises:
+        MaskError: A loss or a gradient is not finite, or there are no losses.
     """
     sums = {
         name: torch.zeros(p.shape, dtype=torch.float32, device="cpu" if cpu_offload else p.device)
@@ -44,7 +50,7 @@ def scores_from_losses(
     required = {name: p.requires_grad for name, p in parameters.items()}
     weight, seen = 1.0, 0
 
-    def take(name: str, parameter: Tensor) -> None:
+    def consume(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         sums[name].add_(parameter.grad.to(sums[name].device), alpha=weight / scale)
         parameter.grad = None
@@ -52,9 +58,9 @@ def scores_from_losses(
     hooks = []
     try:
         for name, parameter in parameters.items():
-            parameter.grad = None  # one that the caller's own training left would be added to the first batch's
+            parameter.grad = None  # an older one would be added to the first batch's
             parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p)))
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: consume(name, p)))
         for step, (loss, n) in enumerate(losses, 1):
             if not torch.isfinite(loss):
                 raise MaskError(f"the saliency loss of batch {step} is {loss.item()}: weights or data are not finite")
@@ -71,11 +77,13 @@ def scores_from_losses(
     processes.all_reduce_sum([*sums.values(), counted])
     seen = int(counted)
     if not seen:
-        raise MaskError("no losses were given: saliency needs at least one batch of the forget set")
+        raise MaskError("there are no losses: saliency needs at least one batch of the forget set")
     for name, total_gradient in sums.items():
         total_gradient.abs_().div_(seen)
         if not torch.isfinite(total_gradient).all():
-            raise MaskError(f"the gradient of {name} is not finite, so no mask can be made: use --dtype bf16 or fp32")
+            raise MaskError(
+                f"the gradient of {name} is not finite, so no mask can be made", advice="Use {dtype} bf16 or fp32"
+            )
     return sums
 
 
@@ -85,9 +93,12 @@ def saliency_mask(
     density: float = 0.5,
     progress: Progress = silent,
 ) -> Mask:
-    """The SalUn mask of any module from its forgetting losses: (mean loss of a batch, its number of samples).
+    """The SalUn mask of any module from its forgetting losses, such as −CE on the forget set.
 
-    Put the module into eval mode first. The losses are those whose gradients tell saliency, e.g. −CE on the forget set.
+    Args:
+        module: In eval mode.
+        losses: (mean loss of a batch, number of samples in it).
+        density: Fraction of the weights to select.
     """
     named = dict(module.named_parameters())
     return Mask.from_scores(scores_from_losses(named, losses, progress), density)

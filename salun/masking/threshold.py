@@ -11,15 +11,15 @@ from torch import Tensor
 
 from salun.errors import MaskError
 
-_HALF = 1 << 16  # values of half a float's bits; also the entries looked at in one go
+_HALF = 1 << 16  # values of half a float's bits; also the entries in a chunk
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen entries and what the threshold was like.
+    """The selected entries and their threshold.
 
-    bits: name → packed bits (`numpy.packbits`, little). threshold: the smallest chosen score. zeros: share of all
-    scores that are 0. ties: share of all scores equal to the threshold (of these the earlier ones are taken).
+    bits: name → packed bits (`numpy.packbits`, little). threshold: the smallest selected score. zeros: fraction of all
+    scores that are 0. ties: fraction of all scores equal to the threshold (of these the earlier ones are selected).
     """
 
     bits: dict[str, np.ndarray]
@@ -28,13 +28,13 @@ class Selection:
     ties: float
 
     def warnings(self) -> list[str]:
-        """What a user should know: many zeros or ties make part of the choice arbitrary."""
-        found = []
+        """What a user should know: many zeros or ties make part of the selection arbitrary."""
+        warnings = []
         if self.zeros > 0.01:
-            found.append(f"{self.zeros:.1%} of the weights have no gradient at all")
+            warnings.append(f"{self.zeros:.1%} of the weights have no gradient at all")
         if self.ties > 0.01:
-            found.append(f"{self.ties:.1%} of the scores are tied at the threshold; the earlier ones were taken")
-        return found
+            warnings.append(f"{self.ties:.1%} of the scores are tied at the threshold; the earlier ones were selected")
+        return warnings
 
 
 def select_largest(scores: Mapping[str, Tensor], k: int) -> Selection:
@@ -101,11 +101,11 @@ def _pack_selected(flat: Mapping[str, Tensor], bit_pattern: int, ties: int) -> d
     for name, scores in flat.items():
         row = np.empty((len(scores) + 7) // 8, np.uint8)
         for start, bits in zip(range(0, len(scores), _HALF), _chunks({name: scores}), strict=True):
-            chosen = bits > bit_pattern
+            selected = bits > bit_pattern
             if ties:
                 tied = np.flatnonzero(bits == bit_pattern)[:ties]
-                chosen[tied] = True
+                selected[tied] = True
                 ties -= len(tied)
-            row[start // 8 : start // 8 + (len(bits) + 7) // 8] = np.packbits(chosen, bitorder="little")
+            row[start // 8 : start // 8 + (len(bits) + 7) // 8] = np.packbits(selected, bitorder="little")
         packed[name] = row
     return packed

@@ -1,8 +1,8 @@
-"""Tensors that cost much to make and come out the same each time, kept on disk by what they were made from.
+"""A content-addressed cache on disk for tensors that are expensive to compute and deterministic.
 
-One safetensors file an entry, in the user's cache folder (SALUN_CACHE names another), written whole or not at all. An
-entry that was cut short or altered is no entry. When all of them take more than the limit (SALUN_CACHE_SIZE, such as
-"500MB", "20GB" or 0 for none), those unused longest go first.
+One safetensors file an entry, in the user's cache folder (SALUN_CACHE names another), written atomically. A truncated
+or altered entry is ignored. When all of them exceed the limit (SALUN_CACHE_SIZE, such as "500MB", "20GB" or 0 for no
+cache), the least recently used are removed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cache:
-    """folder: where the entries lie. limit: bytes they may take together; 0 keeps nothing."""
+    """folder: of the entries. limit: bytes of all entries together; 0 stores nothing."""
 
     folder: Path
     limit: int = DEFAULT_LIMIT
 
     @staticmethod
     def of_user() -> Cache:
-        """The one that all runs share. Raises ConfigError for a SALUN_CACHE_SIZE that cannot be read."""
+        """The one that all runs of the user share. Raises ConfigError for a SALUN_CACHE_SIZE that cannot be read."""
         folder = os.environ.get("SALUN_CACHE")
         if not folder:
             import platformdirs  # a WebUI has none, and names its own folder
@@ -51,11 +51,11 @@ class Cache:
 
     @property
     def converted(self) -> Path:
-        """Where the safetensors files lie that pickles were made into; as large as these, and kept until `clear`."""
+        """Folder of pickles converted to safetensors; as large as these, and kept until `clear`."""
         return self.folder / "converted"
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """An entry's tensors, or None if there is none that is sound."""
+        """An entry's tensors, or None if there is no valid one."""
 
         def read(path: Path) -> dict[str, Tensor]:
             metadata = safetensors_io.read_header(path).metadata
@@ -67,7 +67,7 @@ class Cache:
         return self.load(key, read)
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep an entry. A disk that is full or not to be written costs the entry, not the run."""
+        """Store an entry. A full or read-only disk costs the entry, not the run."""
         size = sum(t.numel() * t.element_size() for t in tensors.values())
 
         def write(path: Path) -> None:
@@ -77,9 +77,9 @@ class Cache:
         self.save(key, size, write)
 
     def load(self, key: str, read: Callable[[Path], T]) -> T | None:
-        """What `read` makes of an entry that is a file of a format of its own, such as a mask.
+        """What `read` makes of an entry in a file format of its own, such as a mask.
 
-        None if there is none, or `read` raised a SalunError for one that is not sound, which is then removed.
+        None if there is none; one for which `read` raises a SalunError is invalid, and removed.
         """
         path = self._path(key)
         if not self.limit or not path.is_file():
@@ -87,20 +87,20 @@ class Cache:
         try:
             found = read(path)
         except (SalunError, OSError) as error:
-            logger.warning("the cache entry %s is not sound and will be made again: %s", path.name, error)
+            logger.warning("the cache entry %s is invalid and will be computed again: %s", path.name, error)
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             return None
         with suppress(OSError):  # a cache that may only be read, or an entry that has just gone
-            os.utime(path)  # used now: among the last to go
+            os.utime(path)  # most recently used
         return found
 
     def save(self, key: str, size: int, write: Callable[[Path], None]) -> None:
-        """Keep an entry that `write` writes, whole or not at all: about `size` bytes. Errors as in `put`."""
+        """Store an entry of about `size` bytes that `write` writes atomically. Errors as in `put`."""
         if size > self.limit:
             if self.limit:
                 logger.warning(
-                    "%.1f MB are not kept: the cache %s takes %.1f MB (SALUN_CACHE_SIZE)",
+                    "%.1f MB are not cached: the limit of %s is %.1f MB (SALUN_CACHE_SIZE)",
                     size / 1e6, self.folder, self.limit / 1e6,
                 )  # fmt: skip
             return
@@ -108,10 +108,10 @@ class Cache:
             write(self._path(key))
             self._make_room()
         except (ModelError, OSError) as error:
-            logger.warning("nothing was kept in the cache %s: %s", self.folder, error)
+            logger.warning("the entry is not stored in the cache %s: %s", self.folder, error)
 
     def entries(self) -> list[tuple[Path, int, float]]:
-        """(file, bytes, when last used) of every entry, the one unused longest first."""
+        """(file, bytes, when last used) of every entry, least recently used first."""
         found = []
         for path in self.folder.glob("??/*.safetensors") if self.folder.is_dir() else ():
             try:
@@ -126,7 +126,7 @@ class Cache:
         return [(path, path.stat().st_size) for path in sorted(self.converted.glob("*/*.safetensors"))]
 
     def clear(self) -> int:
-        """Remove every entry and every converted pickle; returns how many there were."""
+        """Remove every entry and every converted pickle; returns their number."""
         found, pickles = self.entries(), self.converted_files()
         for path, *_ in found:
             path.unlink(missing_ok=True)
@@ -137,15 +137,15 @@ class Cache:
     def _make_room(self) -> None:
         self._remove_leftovers()
         found = self.entries()
-        taken = sum(size for _, size, _ in found)
+        used = sum(size for _, size, _ in found)
         for path, size, _ in found:
-            if taken <= self.limit:
+            if used <= self.limit:
                 return
             path.unlink(missing_ok=True)
-            taken -= size
+            used -= size
 
     def _remove_leftovers(self) -> None:
-        """Of processes that were killed while they wrote an entry."""
+        """Remove temporary files of processes that were killed while writing."""
         for leftover in self.folder.glob("??/.*.tmp") if self.folder.is_dir() else ():
             if is_temporary(leftover):
                 remove_abandoned(leftover)
@@ -155,7 +155,7 @@ class Cache:
 
 
 def key_of(**facts: Any) -> str:
-    """The key of what is made from these facts: their sha256, in hex. Facts are JSON values."""
+    """The key of a result that depends on these facts (JSON values): their sha256, in hex."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

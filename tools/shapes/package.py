@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from salun.checkpoints import keymap, safetensors_io
-from salun.diffusion.data.latents import item_seed, sample_pictures
+from salun.diffusion.data.latents import item_seed, sample_images
 from salun.diffusion.model.loading import load
 from salun.evaluation.detector import load_detector
 from tools.shapes import oracle, unet, world
@@ -74,9 +74,9 @@ def measure(built: Path, n: int) -> dict[str, Any]:
     prompts = list(model.settings.vocabulary.prompts(model.settings.vocabulary.eval))
     prompts = [prompts[i % len(prompts)] for i in range(n)]
     began = time.perf_counter()
-    sample_pictures(model, [p.text for p in prompts[:64]], [item_seed(9, "sample", i) for i in range(64)])
+    sample_images(model, [p.text for p in prompts[:64]], [item_seed(9, "sample", i) for i in range(64)])
     seconds = time.perf_counter() - began
-    pictures = sample_pictures(model, [p.text for p in prompts], [item_seed(0, "sample", i) for i in range(n)])
+    pictures = sample_images(model, [p.text for p in prompts], [item_seed(0, "sample", i) for i in range(n)])
     reading = detector.read(pictures)
     found: dict[str, Any] = {"n": n, "seconds_for_64": round(seconds, 1), "overall": {}, "per_class": {}}
     for attribute, values in model.settings.vocabulary.attributes.items():

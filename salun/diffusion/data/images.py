@@ -1,4 +1,4 @@
-"""Pictures of the user's own as training data: read with care, told what was left out, encoded once."""
+"""The user's own images as training data: read as untrusted input, skipped files reported, each encoded once."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _LONGEST_CAPTION = 2000  # characters
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """A folder's pictures as latents.
+    """A folder's images as latents.
 
-    latents: float32 (n, c, h, w), scaled, on the model's device. captions: what x.txt beside each x.png says, or None.
-    notes: lines for the user: what was used, left out and why. digests: of the images' pixels, as they were encoded.
+    latents: float32 (n, c, h, w), scaled, on the model's device. captions: the text of x.txt for each x.png, or None.
+    notes: lines for the user: what was used, what was skipped and why. digests: of the images' pixels, as encoded.
     """
 
     latents: Tensor
@@ -39,24 +39,24 @@ class EncodedImages:
     digests: frozenset[str] = frozenset()
 
 
-def picture_files(folder: Path) -> Listing:
+def image_files(folder: Path) -> Listing:
     """The image files in a folder and the folders in it. Raises DataError if there are none."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: name a folder of images")
+        raise DataError(f"{folder} is not a folder: choose a folder of images")
     found = list_images(folder)
     captions = {shown(path.with_suffix(".txt"), folder) for path in found.files}
     skipped = {**found.skipped}
     skipped[NOT_AN_IMAGE] = [name for name in skipped.get(NOT_AN_IMAGE, []) if name not in captions]
     if not found.files:
         others = "".join(f"; skipped: {line}" for line in counted(skipped))
-        raise DataError(f"{folder} holds no pictures: name a folder of PNG, JPEG, WebP or other image files{others}")
+        raise DataError(f"{folder} has no images: choose a folder of PNG, JPEG, WebP or other image files{others}")
     return Listing(found.files, skipped)
 
 
 def folder_digest(folder: Path) -> str:
     """A hash of a folder's images and captions: what a run that uses them depends on."""
     digest = hashlib.sha256()
-    for path in picture_files(folder).files:
+    for path in image_files(folder).files:
         digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0")
         digest.update(bytes.fromhex(sha256_file(path)))
         text = read_text(path.with_suffix(".txt"), _LONGEST_CAPTION)
@@ -73,37 +73,37 @@ def encode_folder(
     cache: Cache | None = None,
     stage: Stage = Stage.ENCODING,
 ) -> EncodedImages:
-    """Every usable picture of a folder once, cut to its central square at the model's resolution.
+    """Every usable image of a folder once, cropped to its central square at the model's resolution.
 
-    Turned as the camera held it, transparency on white, grey and CMYK as RGB, of an animation the first frame. Left out
-    and named: files that cannot be read, pictures of less than a quarter of the resolution, and repeated ones. Smaller
-    pictures are enlarged, and counted. Raises DataError if nothing is left.
+    EXIF orientation is applied, transparency becomes white, grayscale and CMYK become RGB, an animation gives its first
+    frame. Skipped and reported: files that cannot be read, images of less than a quarter of the resolution, duplicates.
+    Smaller images are enlarged, and counted. Raises DataError if nothing is left.
     """
     side = model.settings.sampling.resolution
-    listing = picture_files(folder)
+    listing = image_files(folder)
     files, white = listing.files, cache_of(lambda: white_level(listing.files))
     latents, captions, seen = [], [], set()
-    left: dict[str, list[str]] = {}
+    remarks: dict[str, list[str]] = {}
     for step, path in enumerate(files, 1):
         progress(Event(stage, step, len(files)))
         name = shown(path, folder)
         try:
             pixels, traits = _read(path, side, white)
         except DataError as error:
-            left.setdefault(f"{error}, left out", []).append(name)
+            remarks.setdefault(f"{error}, skipped", []).append(name)
             continue
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         if digest in seen:
-            left.setdefault("repeated, left out", []).append(name)
+            remarks.setdefault("duplicates, skipped", []).append(name)
             continue
         seen.add(digest)
         for trait in traits:
-            left.setdefault(trait, []).append(name)
+            remarks.setdefault(trait, []).append(name)
         latents.append(_encode(model, pixels, digest, cache))
-        captions.append(_fitting(model, _caption(path), name))
-    notes = [f"{folder.name}: {len(latents)} of {len(files)} pictures used"]
-    left |= {f"{why}, skipped": names for why, names in listing.skipped.items()}
-    notes += [f"  {line}" for line in counted(left, 5)]
+        captions.append(_checked_caption(model, _caption(path), name))
+    notes = [f"{folder.name}: {len(latents)} of {len(files)} images used"]
+    remarks |= {f"{why}, skipped": names for why, names in listing.skipped.items()}
+    notes += [f"  {line}" for line in counted(remarks, 5)]
     notes += [f"  captions: {note}" for note in syntax_note(text for text in captions if text)]
     if not latents:
         raise DataError("; ".join(line.strip() for line in notes) + ": nothing is left to train on")
@@ -112,23 +112,23 @@ def encode_folder(
 
 def _encode(model: DiffusionModel, pixels: np.ndarray, digest: str, cache: Cache | None) -> Tensor:
     key = key_of(
-        what="picture",
-        picture=digest,
+        what="image",
+        image=digest,
         shape=pixels.shape,
         vae=model.vae_hash,
         device=model.device.type,
         torch=torch.__version__,
     )
-    kept = cache.get(key) if cache is not None else None
-    if kept is None:
-        kept = {"latent": model.encode_pictures(pixels[None])[0].cpu()}
+    entry = cache.get(key) if cache is not None else None
+    if entry is None:
+        entry = {"latent": model.encode_pictures(pixels[None])[0].cpu()}
         if cache is not None:
-            cache.put(key, kept)
-    return kept["latent"]
+            cache.put(key, entry)
+    return entry["latent"]
 
 
 def _read(path: Path, side: int, white: Callable[[], int]) -> tuple[np.ndarray, list[str]]:
-    """uint8 (side, side, 3), and what was done to it that a user should know. Raises DataError saying why not."""
+    """uint8 (side, side, 3), and what a user should know of its conversion. Raises DataError for an unusable image."""
     image, traits = read_image(path, white)
     short = min(image.size)
     if short * 4 < side:
@@ -138,20 +138,20 @@ def _read(path: Path, side: int, white: Callable[[], int]) -> tuple[np.ndarray, 
     return square(image.convert("RGB") if image.mode == "L" else image, side), traits
 
 
-def square(picture: Any, side: int) -> np.ndarray:
-    """The central square of a PIL picture in RGB at this side: uint8 (side, side, 3)."""
+def square(image: Any, side: int) -> np.ndarray:
+    """The central square of a PIL image in RGB, resized to uint8 (side, side, 3)."""
     from PIL import Image, ImageOps
 
-    return np.array(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
 
 
 def _caption(path: Path) -> str | None:
-    """The text beside an image, on one line; None where there is none."""
+    """The text of an image's .txt file, on one line; None where there is none."""
     text = read_text(path.with_suffix(".txt"), _LONGEST_CAPTION)
     return prompt_text(" ".join(text.split())) or None if text is not None else None
 
 
-def _fitting(model: DiffusionModel, caption: str | None, name: str) -> str | None:
+def _checked_caption(model: DiffusionModel, caption: str | None, name: str) -> str | None:
     try:
         model.chunks(caption or "")
     except DataError as error:
@@ -160,12 +160,14 @@ def _fitting(model: DiffusionModel, caption: str | None, name: str) -> str | Non
 
 
 def concept_folders(folder: Path, names: list[str]) -> Iterator[Path]:
-    """The folder of each concept's pictures: the folder itself for one concept, else the one of its name in it."""
+    """The folder of each concept's images: the folder itself for one concept, else its subfolder of that name."""
     if len(names) == 1:
         yield folder
         return
     for name in names:
-        own = as_spelled(folder / name)
-        if Path(name).name != name or not own.is_dir():
-            raise DataError(f"--forget-images {folder} holds no folder {name!r}: several concepts need one each")
-        yield own
+        subfolder = as_spelled(folder / name)
+        if Path(name).name != name or not subfolder.is_dir():
+            raise DataError(
+                f"{folder} has no subfolder {name!r}", option="forget_images", advice="Several concepts need one each"
+            )
+        yield subfolder

@@ -1,6 +1,6 @@
-"""Sampling a model in latent space: the training data of an erasure and the pictures it is judged by.
+"""Sampling a model in latent space: the training set of an erasure and its evaluation images.
 
-Every sample has a seed of its own, so it does not depend on what else is in its batch (but for float rounding).
+Every sample has its own seed, so it does not depend on the rest of its batch (except for float rounding).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from salun.runs.cache import Cache, digest_of, key_of
 
 
 def item_seed(seed: int, role: str, index: int) -> int:
-    """The seed of one sample: runs with the same seed and role share pictures, whatever their number."""
+    """The seed of one sample: runs with the same seed and role share samples, whatever their number."""
     salt = {"forget": 1, "anchor": 2, "retain": 3, "eval": 4, "sample": 5}[role]
     return (seed * 1_000_003 + salt * 100_000_007 + index) % (1 << 63)
 
@@ -36,39 +36,40 @@ def sample_latents(
 ) -> Tensor:
     """One latent per prompt, float32 (n, c, h, w) on the model's device, scaled by the VAE's factor.
 
-    Sampled with the model's own sampling settings by its own sampler (`denoise`). The live UNet is used, erased or not.
-    cache: batches sampled before are taken from it; only for a model that holds its files' own weights. Several
-    processes share the batches out and all get all of them.
+    Sampled by the model's own sampler and settings (`denoise`) with the live UNet, erased or not. Several processes
+    divide the batches among them, and all get all of them. cache: of batches sampled before; only for a model that
+    holds its original weights.
     """
-    away = model.settings.sampling.negative_prompt
-    unique = list(dict.fromkeys([*prompts, away]))
+    negative = model.settings.sampling.negative_prompt
+    unique = list(dict.fromkeys([*prompts, negative]))
     encoded = model.encode(unique)
     row = {text: i for i, text in enumerate(unique)}
     size = batch_size_of(model)
     done: dict[int, Tensor] = {}
-    who = current()
+    processes = current()
     starts = range(0, len(prompts), size)
     for number, start in enumerate(starts):
-        if not who.owns(number):
+        if not processes.owns(number):
             continue
-        own = list(seeds[start : start + size])
+        batch_seeds = list(seeds[start : start + size])
         index = torch.tensor([row[text] for text in prompts[start : start + size]], device=model.device)
-        asked, empty = encoded[index], encoded[row[away] : row[away] + 1]
-        key = _key(model, asked, empty, own) if cache is not None else ""
-        kept = cache.get(key) if cache is not None else None
-        if kept is None:
+        conditioning, empty = encoded[index], encoded[row[negative] : row[negative] + 1]
+        key = _key(model, conditioning, empty, batch_seeds) if cache is not None else ""
+        entry = cache.get(key) if cache is not None else None
+        if entry is None:
 
-            def tick(start: int = start) -> None:  # a batch can take minutes: a host may stop it between two steps
+            def on_step(start: int = start) -> None:  # a batch can take minutes: a host may cancel between two steps
                 progress(Event(stage, start, len(prompts)))
 
-            generators = [torch.Generator().manual_seed(seed) for seed in own]
-            kept = {"latents": model.denoise(noise_of(model, generators), asked, empty, tick, generators)}
+            generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
+            noise = noise_of(model, generators)
+            entry = {"latents": model.denoise(noise, conditioning, empty, on_step, generators)}
             if cache is not None:
-                cache.put(key, kept)
-        done[number] = kept["latents"].to(model.device)
+                cache.put(key, entry)
+        done[number] = entry["latents"].to(model.device)
         progress(Event(stage, min(start + size, len(prompts)), len(prompts)))
     shapes = [(min(size, len(prompts) - start), *model.latent_shape) for start in starts]
-    parts = who.gather(done, shapes, model.device)
+    parts = processes.gather(done, shapes, model.device)
     return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
 
 
@@ -107,7 +108,7 @@ def sample_until(
     return x, at(times[step])
 
 
-def sample_pictures(
+def sample_images(
     model: DiffusionModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -115,7 +116,7 @@ def sample_pictures(
     stage: Stage = Stage.SAMPLING,
     cache: Cache | None = None,
 ) -> np.ndarray:
-    """One uint8 picture per prompt, (n, H, W, 3); arguments as `sample_latents`."""
+    """One uint8 image per prompt, (n, H, W, 3); arguments as `sample_latents`."""
     latents = sample_latents(model, prompts, seeds, progress, stage, cache)
     side = model.settings.sampling.resolution
     with model.awake(model.vae):
@@ -124,18 +125,20 @@ def sample_pictures(
 
 
 def noise_of(model: DiffusionModel, generators: Sequence[torch.Generator]) -> Tensor:
-    """Noise (n, c, h, w) on the model's device, each row drawn by a generator of its own."""
+    """Noise (n, c, h, w) on the model's device, each row drawn by its own generator."""
     return torch.stack([torch.randn(model.latent_shape, generator=each) for each in generators]).to(model.device)
 
 
 def _key(model: DiffusionModel, prompts: Conditioning, empty: Conditioning, seeds: list[int]) -> str:
-    """Everything that a batch of latents depends on. (Texts count by their encodings, and so do their encoders.)"""
-    said = [t for part in (prompts, empty) for t in (part.hidden, *(part.extra[name] for name in sorted(part.extra)))]
+    """The cache key of a batch: everything it depends on. Prompts count by their encodings, and so do the encoders."""
+    encodings = [
+        t for part in (prompts, empty) for t in (part.hidden, *(part.extra[name] for name in sorted(part.extra)))
+    ]
     settings = model.settings.sampling
     return key_of(
         what="latents",
         model=model.base_hash,
-        prompts=digest_of(*said),
+        prompts=digest_of(*encodings),
         seeds=seeds,
         steps=settings.steps,
         guidance=settings.guidance,
