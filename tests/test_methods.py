@@ -78,3 +78,21 @@ def test_esd_scope_says_which_layers_train(shapes: Model) -> None:
     few = {**SHORT, "steps": 1, "batch_size": 2, "eval_images": 0}
     run = salun.erase(shapes, "circle", method="esd", scope="xattn", **few)
     assert run.erased and all(".attn2." in name for name in run.erased)
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_stages_of_the_plan_are_the_steps_that_progress_reports(name: str, shapes: Model) -> None:
+    few = {**SHORT, "steps": 2, "batch_size": 2, "eval_images": 2}
+    steps: dict[str, set[int]] = {}
+
+    def progress(event: salun.Event, /) -> None:
+        if event.step and event.total:
+            steps.setdefault(event.stage, set()).add(event.total)
+
+    run = salun.erase(shapes, "circle", method=name, progress=progress, **few)
+    planned = {cost.stage: cost.steps for cost in run.plan.stages()}
+    measured = {stage: totals for stage, totals in steps.items() if stage in planned}
+    if run.history:
+        assert measured == {stage: {count} for stage, count in planned.items()}
+    else:  # a closed form counts layers, which a plan does not know
+        assert set(measured) == set(planned)
