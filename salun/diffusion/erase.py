@@ -26,7 +26,7 @@ from salun.display import shown
 from salun.errors import ConfigError
 from salun.files import check_disk_space
 from salun.masking.mask import Mask
-from salun.masking.training import check_optimizer
+from salun.masking.optimizers import check_optimizer
 from salun.options import MASKS, EraseOptions
 from salun.progress import Event, Progress, Stage
 from salun.runs.cache import Cache

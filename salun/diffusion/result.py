@@ -27,6 +27,7 @@ from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError, some
 from salun.files import write_bytes
 from salun.masking.mask import Mask
+from salun.masking.training_state import LossRow
 from salun.progress import Event, Progress, Stage, silent
 from salun.report import page, picture
 from salun.runs.record import RunRecord
@@ -62,7 +63,7 @@ def blurred(plan: Plan) -> list[bool]:
 class Run:
     """A finished erasure.
 
-    erased: the UNet tensors that changed, in the checkpoint's dtype. history: (step, forget loss, retain loss).
+    erased: the UNet tensors that changed, in the checkpoint's dtype. history: {"step": 1, …} and its losses.
     metrics: as in `run.json`. record.data: the whole of `run.json`.
     """
 
@@ -70,7 +71,7 @@ class Run:
     plan: Plan
     mask: Mask
     erased: dict[str, Tensor]
-    history: list[tuple[int, float, float]]
+    history: list[LossRow]
     metrics: dict[str, Any]
     asked: EvalPrompts
     before: Evaluation
@@ -159,7 +160,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     ]
     record.data["notes"] = [*run.plan.notes, *record.data["notes"]]
     record.data["hints"] = [run.plan.few_steps.as_data()] if run.plan.few_steps else []
-    record.data["losses"] = [list(entry) for entry in run.history]
+    record.data["losses"] = run.history
     record.data["metrics"] = run.metrics
     stored = run.own.stored
     for file in stored.files:
