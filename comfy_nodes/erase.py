@@ -24,7 +24,7 @@ from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
 from salun.diffusion.targets import STATE_BYTES
 from salun.masking.mask import Mask
-from salun.masking.training import check_optimizer
+from salun.masking.optimizers import check_optimizer
 from salun.report.picture import stack
 from salun.runs.cache import key_of
 from salun.runs.record import RunRecord

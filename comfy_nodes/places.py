@@ -10,7 +10,7 @@ from pathlib import Path
 
 from salun.errors import ConfigError, SalunError
 from salun.masking.mask import Mask
-from salun.masking.training import read_saved_history
+from salun.masking.training_state import read_saved_history
 from salun.runs.cache import DEFAULT_LIMIT, Cache, size_of
 from salun.runs.folder import STATE, check_folder, exclusive_lock
 

@@ -41,7 +41,8 @@ class Method:
     @property
     def function(self) -> Callable[..., Any]:
         """The function that carries it out, imported now."""
-        return imported(self.run)
+        function: Callable[..., Any] = imported(self.run)
+        return function
 
     @property
     def options_class(self) -> type | None:

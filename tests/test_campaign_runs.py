@@ -19,19 +19,21 @@ from torch import Tensor, nn
 
 from salun.checkpoints import safetensors_io
 from salun.errors import Cancelled, ModelError
+from salun.masking import training
 from salun.masking.mask import Mask
-from salun.masking.training import Trained, TrainingSettings, fine_tune
+from salun.masking.optimizers import adam
+from salun.masking.training_state import StateFile
 from salun.options import EraseJob
 from salun.progress import Event, Progress, silent
 
 from .campaign import Findings, in_child
 
 RECORDS, STATES = 1_400, 500
+LONG = json.dumps([{"step": i, "forget": 0.5} for i in range(1, 99)])
 VALUES: list[Any] = [
     None, True, -1, 0, 7, 1e308, float("nan"), float("inf"), 10**30, "", "x", "a\0b", "\ud800", "x" * 20_000, [], {},
     [[]], {"a": 1}, ["x"] * 2_000, "../../../../etc/passwd", "done", "running", "cancelled", "shapes", "nobody/nothing",
 ]  # fmt: skip
-SETTINGS = TrainingSettings(steps=4, lr=1e-2, retain_weight=0.5, fingerprint="this run")
 
 
 def record() -> dict[str, Any]:
@@ -42,7 +44,7 @@ def record() -> dict[str, Any]:
     found = RunRecord(None, "salun erase", {**options, "mask": "saliency"}, 0, "cpu", {"prompts": "0" * 64}).data
     found["outputs"] = [{"kind": "delta", "path": "delta.salun.safetensors", "bytes": 9, "sha256": "0" * 64}]
     found["mask"] = {"mode": "saliency", "density": 0.5, "selected": 3, "total": 6, "warnings": []}
-    found["losses"] = [[1, 0.5, 0.5], [2, 0.4, 0.5]]
+    found["losses"] = [{"step": 1, "forget": 0.5, "retain": 0.5}, {"step": 2, "forget": 0.4, "retain": 0.5}]
     return {**found, "metrics": {"ua": None, "reason": "none"}, "timings": {"training": 1.0}}
 
 
@@ -129,19 +131,20 @@ def resume(folder: Path) -> None:
         pass
 
 
-def train(dtype: torch.dtype, path: Path, progress: Progress, resumed: bool) -> Trained:
+def train(dtype: torch.dtype, path: Path, progress: Progress) -> training.Trained:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
     parameters = {name: nn.Parameter(p.detach().to(dtype)) for name, p in module.named_parameters()}
 
-    def of_step(step: int) -> tuple[Tensor, Tensor]:
+    def losses(step: int) -> dict[str, Tensor]:
         output = torch.func.functional_call(
             module, {name: p.float() for name, p in parameters.items()}, (torch.ones(8, 6),)
         )
-        return output.square().mean(), (output - 1).square().mean()
+        return {"forget": output.square().mean(), "retain": (output - 1).square().mean()}
 
-    mask = Mask.random(parameters, 0.5, 0)
-    return fine_tune(parameters, mask, of_step, SETTINGS, progress, state_path=path, resume=resumed)
+    settings = training.TrainingSettings(4, training.constant(1e-2), adam("adam", 1e-2, parameters), {"retain": 0.5})
+    state = StateFile(path, "this run")
+    return training.train(parameters, Mask.random(parameters, 0.5, 0), losses, settings, progress, state=state)
 
 
 def place_state(rng: random.Random, dtype: torch.dtype, path: Path) -> None:
@@ -153,7 +156,7 @@ def place_state(rng: random.Random, dtype: torch.dtype, path: Path) -> None:
 
     path.unlink(missing_ok=True)
     with suppress(Cancelled):
-        train(dtype, path, stop, False)
+        train(dtype, path, stop)
     tensors, metadata = dict(safetensors_io.tensors(path)), safetensors_io.read_header(path).metadata
     history = metadata["history"]
     for _ in range(rng.randint(1, 2)):
@@ -174,7 +177,7 @@ def place_state(rng: random.Random, dtype: torch.dtype, path: Path) -> None:
         elif kind == 6:
             metadata["history"] = json.dumps(mutated(rng, json.loads(history)))
         elif kind == 7:
-            metadata["history"] = rng.choice(("", "[" * 9_000, "7", "{}", str([[i, 0.5, 0.5] for i in range(1, 99)])))
+            metadata["history"] = rng.choice(("", "[" * 9_000, "7", "{}", LONG))
         else:
             tensors[name] = value.reshape(-1).view(1, -1)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
@@ -205,7 +208,7 @@ def attack(folder: Path, numbers: range) -> Findings:
         else:
             dtype, path = rng.choice((torch.float32, torch.float16)), folder / "state.safetensors"
             place_state(rng, dtype, path)
-            found.attempt(number, "train", lambda d=dtype, p=path: train(d, p, silent, True))  # type: ignore[misc]
+            found.attempt(number, "train", lambda d=dtype, p=path: train(d, p, silent))  # type: ignore[misc]
     return found
 
 

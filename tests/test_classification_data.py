@@ -14,9 +14,9 @@ from PIL import Image
 
 from salun.classification.data import ImageData, load_data, presets
 from salun.classification.hub import _label, _source
-from salun.classification.randomness import generator_of, seed_of
 from salun.classification.splits import Split, make_split, with_forget
 from salun.errors import ConfigError, DataError, SalunError
+from salun.randomness import generator_of, seed_of
 
 
 @pytest.fixture(scope="module")

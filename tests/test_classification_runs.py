@@ -58,7 +58,7 @@ def test_a_run_writes_its_figures_beside_retrains(run: Path) -> None:
     assert metrics["gap_mean"] == pytest.approx(sum(metrics["gap"].values()) / 4)
     assert 0 < metrics["ToW"] <= 1
     assert metrics["reason"] is None
-    assert [entry[0] for entry in told["losses"]] == [1, 2]
+    assert [row["epoch"] for row in told["losses"]] == [1, 2]
 
 
 def test_a_runs_options_have_no_number_left_open(run: Path) -> None:

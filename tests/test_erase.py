@@ -104,7 +104,7 @@ def test_the_record_says_what_was_done(run_folder: Path) -> None:
     assert unset == {
         "forget_images", "retain_images", "clip_skip", "components", "prediction_type", "negative_prompt", "sampler"
     }  # fmt: skip
-    assert [entry[0] for entry in record["losses"]] == [1, 2, 3, 4]
+    assert [row["step"] for row in record["losses"]] == [1, 2, 3, 4]
     assert record["mask"]["selected"] == record["mask"]["total"] // 2
     assert record["metrics"]["ua"]["n"] == 8
     assert {"ra_before", "ra_after", "per_class", "anchor", "none", "frechet"} <= set(record["metrics"])

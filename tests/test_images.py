@@ -165,7 +165,7 @@ def test_a_run_on_own_pictures(mixed: Path, shapes: Model, tmp_path: Path) -> No
         **SHORT,
     )
     assert any("4 of 7 pictures used" in line for line in told)
-    assert run.history[-1][0] == SHORT["steps"]
+    assert run.history[-1]["step"] == SHORT["steps"]
     assert run.mask != salun.erase(shapes, "circle", **{**SHORT, "steps": 1, "eval_images": 0}).mask
     assert any("1 pictures to keep left out" in line for line in told)  # a.txt says "a red circle"
     assert run.record.facts["forget_images"] == folder_digest(mixed)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"salun.errors", "salun.version", "salun.progress", "salun.display", "salun.untrusted"},
     {"salun.user_text", "salun.options", "salun.images", "salun.files", "salun.compute", "salun.masking.threshold"},
+    {"salun.randomness"},
     {"salun.config", "salun.checkpoints.signature", "salun.checkpoints.safetensors_io", "salun.checkpoints.keymap"},
     {"salun.masking.mask", "salun.runs"},
     {"salun.checkpoints"},
@@ -152,9 +153,9 @@ for package in (salun.checkpoints, salun.delta):
 layer = torch.nn.Linear(4, 2)
 mask = salun.saliency_mask(layer, [(layer(torch.ones(3, 4)).square().mean(), 3)], 0.5)
 before = {n: p.detach().clone() for n, p in layer.named_parameters()}
-from salun.masking.training import TrainingSettings, fine_tune
-fine_tune(dict(layer.named_parameters()), mask, lambda s: (layer(torch.ones(1, 4)).sum(), layer.bias.sum()),
-          TrainingSettings(2, 0.1, 1.0))
+from salun.masking.training import TrainingSettings, constant, train
+train(dict(layer.named_parameters()), mask, lambda s: {"a": layer(torch.ones(1, 4)).sum(), "b": layer.bias.sum()},
+      TrainingSettings(2, constant(0.1), torch.optim.Adam))
 after = {n: p.detach() for n, p in layer.named_parameters()}
 assert salun.Delta.between(before, after).changed == mask.selected == 5
 """

@@ -77,7 +77,7 @@ def test_the_saliency_loss_is_minus_the_guided_error(data: ErasureData) -> None:
     gradient = torch.autograd.grad(loss, toy.weight)[0]
     # (1+w)(θx + c) − w(θx + 0) = θx + (1+w)c: recover x_t and ε from the same draws
     from salun.diffusion.losses import _noise
-    from salun.masking.training import step_generator
+    from salun.randomness import step_generator
 
     x_0 = data.forget_latents[:3]
     t, noise = _noise(toy, x_0, step_generator(1, -1))

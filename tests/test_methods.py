@@ -14,8 +14,8 @@ from salun.diffusion.data.latents import sample_until
 from salun.diffusion.methods.esd import GUIDANCE, SAMPLING_STEPS
 from salun.diffusion.methods.uce import UceOptions, edit_of
 from salun.diffusion.model.stable_diffusion import Model
-from salun.masking.training import step_generator
 from salun.methods import DIFFUSION
+from salun.randomness import step_generator
 
 from .conftest import SHORT
 
@@ -71,7 +71,7 @@ def test_esd_loss_is_the_distance_to_the_negatively_guided_prediction(shapes: Mo
     with torch.no_grad():
         of_c, of_empty = shapes.predict(x_t, t, c), shapes.predict(x_t, t, empty)
     expected = (of_c - (of_empty - 1.0 * (of_c - of_empty))).square().mean()
-    assert run.history[0][1] == pytest.approx(float(expected), rel=1e-4)
+    assert run.history[0]["erase"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_esd_scope_says_which_layers_train(shapes: Model) -> None:

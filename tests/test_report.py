@@ -55,7 +55,7 @@ def run_data(metrics: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "peak_memory": {"cpu_bytes": None, "device_bytes": None},
         "mask": {"mode": "saliency", "density": 0.5, "selected": 5, "total": 10, "warnings": []},
         "rounding": {"changed": 5, "lost_to_rounding": 1},
-        "losses": [[1, 0.5, 0.1], [2, 0.3, 0.1], [3, 0.1, 0.05]],
+        "losses": [{"step": step, "forget": 0.5 / step, "retain": 0.1} for step in (1, 2, 3)],
         "metrics": metrics,
         **changes,
     }
@@ -126,6 +126,7 @@ def test_everything_shown_is_escaped_and_nothing_is_fetched() -> None:
     data["options"] = {"model": EVIL, "steps": 3, EVIL: EVIL}
     data["outputs"] = [{"kind": EVIL, "path": EVIL, "bytes": 1, "sha256": EVIL}]
     data["mask"]["warnings"] = [EVIL]
+    data["losses"] = [{"step": step, EVIL: 0.5} for step in (1, 2)]
     data["notes"] = [EVIL]
     html = page.render(data, b"\x89PNG", b"\x89PNG", {EVIL: (1, 2)})
     assert "<script" not in html
@@ -134,9 +135,12 @@ def test_everything_shown_is_escaped_and_nothing_is_fetched() -> None:
 
 
 def test_charts_hold_with_awkward_numbers() -> None:
-    assert charts.loss_curve([]) == charts.loss_curve([(1, 0.0, 0.0), (2, 0.0, 0.0)]) == ""
-    curve = charts.loss_curve([(1, 1e-9, 5.0), (2, 0.0, 5e3), (3, 1.0, 0.0)])
-    assert "nan" not in curve
+    nothing: list[list[Any]] = [[], [{"step": 1, "a": 0.0}, {"step": 2, "a": 0.0}], [{"step": 1, "a": 1.0}]]
+    nothing.append([[1, 0.5], {"a": 1.0}, {"step": "1", "a": 1.0}, {"step": 1, "a": float("nan"), "b": 10**400}])
+    assert [charts.loss_curve(rows) for rows in nothing] == [""] * 4
+    rows = [{"step": i, "a": a, EVIL: b} for i, (a, b) in enumerate([(1e-9, 5.0), (0.0, 5e3), (1.0, 0.0)])]
+    curve = charts.loss_curve(rows)
+    assert "nan" not in curve and "<script" not in curve
     assert curve.count("<polyline") == 4
     assert charts.block_of("mid_block.attentions.0.norm.bias") == "mid_block.attentions"
     assert "75% of 4" in charts.layer_bars(LAYERS)

@@ -67,7 +67,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
 
     run = salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, progress=listen, **SHORT)
     assert contents(tmp_path) == contents(whole)
-    assert [entry[0] for entry in run.history] == list(range(1, SHORT["steps"] + 1))
+    assert [row["step"] for row in run.history] == list(range(1, SHORT["steps"] + 1))
     if stage in ("training", "saving"):
         assert steps == list(range(step + 1, SHORT["steps"] + 1)) if stage == "training" else not steps
     assert run.record.resumed == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from salun.checkpoints.locate import ASSETS
-from salun.diffusion.data.latents import item_seed, sample_latents, sample_images
+from salun.diffusion.data.latents import item_seed, sample_images, sample_latents
 from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import DataError
 from salun.evaluation.detector import AttributeClassifier, load_detector

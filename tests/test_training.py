@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,33 +15,59 @@ from torch.nn import functional as F
 from salun.checkpoints import safetensors_io
 from salun.errors import Cancelled, TrainingError
 from salun.masking.mask import Mask
-from salun.masking.training import Trained, TrainingSettings, fine_tune, step_generator
-from salun.progress import Event, silent
+from salun.masking.optimizers import adam
+from salun.masking.training import Trained, TrainingSettings, constant, linear_decay, train
+from salun.masking.training_state import StateFile
+from salun.progress import Event
+from salun.randomness import step_generator
 
-SETTINGS = TrainingSettings(steps=9, lr=1e-2, retain_weight=0.5, fingerprint="this run")
 
-
-def losses(module: nn.Module) -> Callable[[int], tuple[Tensor, Tensor]]:
-    def of_step(step: int) -> tuple[Tensor, Tensor]:
+def losses(module: nn.Module) -> Callable[[int], dict[str, Tensor]]:
+    def of_step(step: int) -> dict[str, Tensor]:
         x = torch.randn(8, 6, generator=step_generator(3, step))
         y = module(x.to(next(module.parameters()).dtype)).float()
-        return F.mse_loss(y, torch.ones_like(y)), F.mse_loss(y, torch.zeros_like(y))
+        return {"forget": F.mse_loss(y, torch.ones_like(y)), "retain": F.mse_loss(y, torch.zeros_like(y))}
 
     return of_step
 
 
-def run(module: nn.Module, settings: TrainingSettings = SETTINGS, **options: object) -> Trained:
+def settings(module: nn.Module, **changes: Any) -> TrainingSettings:
+    make = adam("adam", 1e-2, dict(module.named_parameters()))
+    weights = {"retain": 0.5}
+    return TrainingSettings(**{"steps": 9, "lr": constant(1e-2), "optimizer": make, "weights": weights, **changes})
+
+
+def run(module: nn.Module, changes: Any = {}, path: Path | None = None, **options: Any) -> Trained:  # noqa: B006
     parameters = dict(module.named_parameters())
-    return fine_tune(parameters, Mask.random(parameters, 0.5, 0), losses(module), settings, **options)  # type: ignore[arg-type]
+    mask = Mask.full(parameters) if "soft_density" in changes else Mask.random(parameters, 0.5, 0)
+    state = StateFile(path, "this run") if path is not None else None
+    return train(parameters, mask, losses(module), settings(module, **changes), state=state, **options)
 
 
 def test_every_step_is_reported_once_with_its_losses(little: nn.Module) -> None:
     events: list[Event] = []
     trained = run(little, progress=events.append)
     assert [(e.stage, e.step, e.total) for e in events] == [("training", i, 9) for i in range(1, 10)]
-    assert [(e.step, e.metrics["forget"], e.metrics["retain"]) for e in events] == trained.history
-    total = [f + 0.5 * r for _, f, r in trained.history]
+    assert [{"step": e.step, **e.metrics} for e in events] == trained.history
+    total = [row["forget"] + 0.5 * row["retain"] for row in trained.history]
     assert sum(total[-3:]) < sum(total[:3])
+
+
+def test_the_weights_of_losses_default_to_one(little: nn.Module) -> None:
+    """Named weights scale what is minimized, not what is reported."""
+    start = {name: p.detach().clone() for name, p in little.named_parameters()}
+    results = []
+    for weights in ({}, {"forget": 1.0, "retain": 1.0}, {"retain": 0.0}):
+        little.load_state_dict(start)
+        results.append(run(little, {"weights": weights}))
+    plain, ones, forget_only = results
+    assert all(torch.equal(master, ones.masters[name]) for name, master in plain.masters.items())
+    assert plain.history[0] == forget_only.history[0]
+    assert forget_only.history[-1]["forget"] < plain.history[-1]["forget"]
+
+
+def test_training_can_be_stopped_early(little: nn.Module) -> None:
+    assert [row["step"] for row in run(little, stop=lambda step: step == 3).history] == [1, 2, 3]
 
 
 def test_random_numbers_of_a_step_depend_on_seed_and_step_alone() -> None:
@@ -58,8 +85,7 @@ def test_the_rate_can_fall_to_zero_at_the_end(little: nn.Module) -> None:
     def watch(event: Event) -> None:
         places.append(torch.cat([p.detach().flatten() for p in little.parameters()]))
 
-    constant = TrainingSettings(steps=10, lr=1e-3, retain_weight=0.0, lr_decay=0.5)
-    run(little, constant, progress=watch)
+    run(little, {"steps": 10, "lr": linear_decay(1e-3, 10, 0.5)}, progress=watch)
     moves = [float((b - a).abs().max()) for a, b in itertools.pairwise(places)]
     assert moves[-1] < 0.4 * max(moves[:4])  # the last of five falling steps has a fifth of the rate
 
@@ -72,25 +98,18 @@ def stopped_state(module: nn.Module, folder: Path, step: int = 4) -> Path:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        run(module, progress=stop, state_path=folder / "state.safetensors")
+        run(module, progress=stop, path=folder / "state.safetensors")
     return folder / "state.safetensors"
 
 
 @pytest.mark.parametrize("soft", [None, 0.3])
 def test_a_cancelled_run_resumes_to_the_same_bits(soft: float | None, little: nn.Module, tmp_path: Path) -> None:
-    settings = TrainingSettings(
-        steps=9, lr=1e-2, retain_weight=0.5, soft_density=soft, lr_decay=0.5, fingerprint="this run"
-    )
+    changes = {"lr": linear_decay(1e-2, 9, 0.5), **({"soft_density": soft} if soft else {})}
     start = {name: p.detach().clone() for name, p in little.named_parameters()}
 
-    def fresh() -> nn.Module:
+    def execute(**options: Any) -> Trained:
         little.load_state_dict(start)
-        return little
-
-    def execute(**options: object) -> Trained:
-        parameters = dict(fresh().named_parameters())
-        mask = Mask.full(parameters) if soft else Mask.random(parameters, 0.5, 0)
-        return fine_tune(parameters, mask, losses(little), settings, **options)  # type: ignore[arg-type]
+        return run(little, changes, **options)
 
     whole = execute()
     state = tmp_path / "state.safetensors"
@@ -100,9 +119,9 @@ def test_a_cancelled_run_resumes_to_the_same_bits(soft: float | None, little: nn
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        execute(progress=stop, state_path=state)
+        execute(progress=stop, path=state)
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
-    resumed = execute(state_path=state, resume=True)
+    resumed = execute(path=state)
     assert resumed.history == whole.history
     assert resumed.final_density == whole.final_density
     for name, master in whole.masters.items():
@@ -116,13 +135,13 @@ def test_a_state_of_other_options_is_refused(little: nn.Module, tmp_path: Path) 
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        run(little, progress=stop, state_path=state)
-    other = TrainingSettings(steps=9, lr=2e-2, retain_weight=0.5, fingerprint="another run")
+        run(little, progress=stop, path=state)
+    parameters = dict(little.named_parameters())
     with pytest.raises(TrainingError, match="belongs to other options"):
-        run(little, other, state_path=state, resume=True)
+        train(parameters, Mask.full(parameters), losses(little), settings(little), state=StateFile(state, "another"))
     state.write_bytes(b"half a file")
     with pytest.raises(TrainingError, match="cannot be read"):
-        run(little, state_path=state, resume=True)
+        run(little, path=state)
 
 
 def first(entry: str, change: Callable[[Tensor], Tensor | None]) -> Callable[[dict[str, Tensor]], None]:
@@ -183,17 +202,22 @@ def test_a_state_with_other_tensors_is_rejected_before_any_use(
     safetensors_io.write(path, tensors, metadata)
     before = {name: p.detach().clone() for name, p in little.named_parameters()}
     with pytest.raises(TrainingError, match="saved state"):
-        run(little, state_path=path, resume=True)
+        run(little, path=path)
     assert all(torch.equal(p, before[name]) for name, p in little.named_parameters())
+
+
+def row(step: str, loss: str = "0.0") -> str:
+    return f'{{"step": {step}, "forget": {loss}}}'
 
 
 @pytest.mark.parametrize(
     "metadata",
     [
         *({"scale": text} for text in ("nan", "0", "inf", "-1", "3", "131072", "0.5", "x", "")),
-        *({"history": text} for text in ("[[1, NaN, 0.0]]", "[[2, 0.0, 0.0]]", "[[1, 0.0, 0.0], [1, 0.0, 0.0]]", "7")),
-        *({"history": text} for text in ('[["1", 0.0, 0.0]]', "[[true, 0.0, 0.0]]", "[" * 9_000, "[[1, 0.0]]", "{}x")),
-        {"history": str([[i, 0.0, 0.0] for i in range(1, 11)])},
+        *({"history": text} for text in ("7", "{}x", "[" * 9_000, '[{"step": 1}]', "[[1, 0.0]]", '{"step": 1}')),
+        *({"history": f"[{rows}]"} for rows in (row("1", "NaN"), row("2"), row("1") + ", " + row("1"))),
+        *({"history": f"[{rows}]"} for rows in (row('"1"'), row("true"), row("1.0"), row("1", '"0"'))),
+        {"history": "[" + ", ".join(row(str(i)) for i in range(1, 11)) + "]"},
     ],
     ids=lambda m: str(m)[:40],
 )
@@ -205,18 +229,17 @@ def test_a_state_with_another_scale_or_history_is_rejected(
     kept = safetensors_io.read_header(path).metadata
     safetensors_io.write(path, dict(safetensors_io.tensors(path)), {**kept, **metadata})
     with pytest.raises(TrainingError, match=r"saved state.*(cannot be read|scale|has taken 10 steps)"):
-        run(little, state_path=path, resume=True)
+        run(little, path=path)
 
 
 @pytest.mark.parametrize("soft", [None, 0.5])
 def test_training_that_diverges_stops_with_advice(soft: float | None, little: nn.Module) -> None:
     parameters = dict(little.named_parameters())
 
-    def explode(step: int) -> tuple[Tensor, Tensor]:
+    def explode(step: int) -> dict[str, Tensor]:
         loss = next(little.parameters()).sum()
-        return (loss * (float("inf") if step == 2 else 1.0)), loss * 0
+        return {"forget": loss * (float("inf") if step == 2 else 1.0), "retain": loss * 0}
 
-    settings = TrainingSettings(steps=9, lr=1e-2, retain_weight=0.5, soft_density=soft)
     with pytest.raises(TrainingError, match="lower the learning rate"):
-        fine_tune(parameters, Mask.full(parameters), explode, settings, silent)
+        train(parameters, Mask.full(parameters), explode, settings(little, soft_density=soft))
     assert not any(p.grad is not None for p in little.parameters())

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from salun.classification.randomness import seed_of
 from salun.classification.task import Task
 from salun.masking.mask import Mask, entries
 from salun.masking.saliency import scores_from_losses
 from salun.masking.threshold import select_largest
+from salun.randomness import seed_of
 from salun.version import __version__
 
 

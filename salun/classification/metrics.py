@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from salun.classification.randomness import generator_of
 from salun.classification.task import Task
 from salun.errors import DataError, TrainingError
 from salun.evaluation.metrics import Proportion
+from salun.randomness import generator_of
 
 COMPARED = ("UA", "RA", "TA", "MIA")
 FEATURES = ("confidence", "entropy", "modified_entropy", "correctness", "probability")

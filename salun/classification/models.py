@@ -20,8 +20,8 @@ from salun.checkpoints.sizes import check_size, first_line
 from salun.classification import pretrained
 from salun.classification.data import ImageData
 from salun.classification.pretrained import PLAIN, check_config
-from salun.classification.randomness import seed_of
 from salun.errors import ModelError
+from salun.randomness import seed_of
 from salun.runs.cache import digest_of
 from salun.untrusted import parse_json
 from salun.user_text import as_spelled

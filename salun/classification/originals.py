@@ -21,6 +21,7 @@ from salun.classification.task import Task
 from salun.compute.device import deterministic_kernels, pick_dtype
 from salun.compute.environment import versions
 from salun.errors import DataError, ModelError
+from salun.masking.training_state import LossRow
 from salun.options import from_mapping
 from salun.progress import Progress, Stage
 from salun.runs.cache import Cache, digest_of, key_of
@@ -37,7 +38,7 @@ class Original:
     model: nn.Module
     facts: Facts
     seconds: float | None = None
-    history: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+    history: list[LossRow] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
 
@@ -65,7 +66,8 @@ def trained(
         losses = kept.pop("history")
         seconds = float(kept.pop("seconds"))
         model.load_state_dict(kept)
-        return Original(model.eval(), facts, seconds, [(int(epoch), None, loss) for epoch, loss in losses.tolist()])
+        history: list[LossRow] = [{"epoch": int(epoch), "retain": loss} for epoch, loss in losses.tolist()]
+        return Original(model.eval(), facts, seconds, history)
     task = Task(model, data, split, options, fresh, progress, pick_dtype(options.dtype, device))
     began = time.perf_counter()
     with deterministic_kernels(options.deterministic):
@@ -73,7 +75,7 @@ def trained(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
-    losses = torch.tensor([(epoch, loss) for epoch, _, loss in task.history], dtype=torch.float64)
+    losses = torch.tensor([(row["epoch"], row["retain"]) for row in task.history], dtype=torch.float64)
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
     cache.put(key, {**weights, "seconds": torch.tensor(seconds, dtype=torch.float64), "history": losses})
     return Original(model, facts, seconds, task.history)

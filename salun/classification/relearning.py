@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import torch
-
 from salun.classification.metrics import predict
-from salun.classification.randomness import generator_of, seed_of
-from salun.classification.task import Task, cross_entropy, forget_batches, training_mode
+from salun.classification.task import Task, cross_entropy, forget_batches, minimise
+from salun.errors import TrainingError
 from salun.masking.mask import Mask
-from salun.masking.optim import MaskedOptimizer
-from salun.progress import Event, Stage
+from salun.progress import Event, Stage, silent
 
 KNOWN = 99.0  # percent of the forget set
-SHARE = 0.1  # of the rate that the original was trained at
+FRACTION = 0.1  # of the rate that the original was trained at
 
 
 def relearn(task: Task) -> dict[str, Any]:
@@ -29,36 +25,29 @@ def relearn(task: Task) -> dict[str, Any]:
     """
     options = task.options
     assert options.train_lr is not None
-    model = deepcopy(task.model)
-    own = replace(task, model=model, history=[])
-    rate = SHARE * options.train_lr
-    loss, batches = cross_entropy(own), forget_batches(own)
+    data = replace(task.data, preset={**task.data.preset, "augment": "none"})
+    plain = replace(options, weight_decay=0.0)
+    copy = replace(task, model=deepcopy(task.model), data=data, options=plain, history=[], progress=silent)
+    copy.mask = Mask.full(copy.parameters)
     curve: list[list[float]] = []
 
-    def look(step: int) -> bool:
-        curve.append([step, 100 * float(predict(own, task.split.forget).correct.mean())])
-        training_mode(model, "frozen")
+    def known(step: int) -> bool:
+        curve.append([step, 100 * float(predict(copy, copy.split.forget).correct.mean())])
         return curve[-1][1] >= KNOWN
 
-    known, step, epoch = look(0), 0, 0
-    make = partial(torch.optim.SGD, lr=rate, momentum=options.momentum)
-    devices = [task.device] if task.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        MaskedOptimizer(own.parameters, Mask.full(own.parameters), make, "pack") as optimizer,
-    ):
-        while not known and step < options.relearn:
-            generator = generator_of(options.seed, "relearning", epoch)
-            torch.manual_seed(seed_of(options.seed, "relearning", epoch, "dropout"))  # for what draws by itself
-            for batch in batches(epoch, generator):
-                optimizer.backward(loss(own.data.pictures(batch.rows), batch, epoch))
-                if not optimizer.step():
-                    return {"curve": curve, "steps": None, "reason": "a gradient stopped being finite"}
-                step += 1
-                known = look(step)
-                task.progress(Event(Stage.RELEARNING, step, options.relearn, {"known %": curve[-1][1]}))
-                if known or step == options.relearn:
-                    break
-            epoch += 1
-    reason = None if known else f"not within {options.relearn} steps"
-    return {"curve": curve, "steps": step if known else None, "reason": reason}
+    def stop(step: int) -> bool:
+        ended = known(step)
+        task.progress(Event(Stage.RELEARNING, step, options.relearn, {"known %": curve[-1][1]}))
+        return ended or step == options.relearn
+
+    if not known(0):
+        epochs = -(-options.relearn // max(len(copy.split.forget) // copy.size, 1))
+        rate = FRACTION * options.train_lr
+        try:
+            minimise(copy, forget_batches(copy), cross_entropy(copy), epochs=epochs, lr=rate, batchnorm="frozen",
+                     stage=Stage.RELEARNING, stop=stop)  # fmt: skip
+        except TrainingError as error:
+            return {"curve": curve, "steps": None, "reason": str(error)}
+    if curve[-1][1] < KNOWN:
+        return {"curve": curve, "steps": None, "reason": f"not within {options.relearn} steps"}
+    return {"curve": curve, "steps": curve[-1][0], "reason": None}

@@ -39,11 +39,11 @@ from salun.classification.masks import find_mask
 from salun.classification.methods import METHODS, Method
 from salun.classification.metrics import COMPARED, Predicted, called_non_member, features, predict
 from salun.classification.options import UnlearnOptions
-from salun.classification.randomness import generator_of
 from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError
 from salun.progress import Event, Stage
+from salun.randomness import generator_of
 
 FURTHER = 3  # values beyond an end of the grid, where the best lies there
 

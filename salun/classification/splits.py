@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from salun.classification.data import ImageData
-from salun.classification.randomness import generator_of
 from salun.errors import ConfigError, DataError
 from salun.files import write_bytes
+from salun.randomness import generator_of
 from salun.untrusted import read_json
 from salun.user_text import as_spelled, composed
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
-from math import cos, pi
+from itertools import chain, groupby
 from typing import Any, Literal
 
 import torch
@@ -15,13 +14,12 @@ from torch.nn import functional as F
 
 from salun.classification.data import ImageData
 from salun.classification.options import UnlearnOptions
-from salun.classification.randomness import generator_of, seed_of
 from salun.classification.splits import Split
-from salun.errors import TrainingError
 from salun.masking.mask import Mask
-from salun.masking.optim import MaskedOptimizer
-from salun.masking.proximal import SoftThreshold
-from salun.progress import Event, Progress, Stage, silent
+from salun.masking.training import TrainingSettings, constant, cosine_decay, train
+from salun.masking.training_state import LossRow
+from salun.progress import Progress, Stage, silent
+from salun.randomness import generator_of, seed_of
 
 Part = Literal["forget", "retain", "both"]
 
@@ -32,9 +30,9 @@ class Task:
 
     model: θ_o at first; a method changes it in place. fresh: makes the model before any training, for Retrain.
     options: resolved, no `None` but in those of other tasks. mask: what may move; None for methods that do not train.
-    history: (epoch, mean forget loss, mean retain loss), None for a part that the epoch did not have, and the same
-    number twice where batches mixed them. recipe: how the original was trained, and so Retrain is; None: by `options`.
-    memo: what a method has counted of θ_o; the trials of a search share it. notes: what a user should know of that.
+    history: {"epoch": 1, …} with the mean loss on each part that the epoch had ("forget", "retain", "both"). recipe:
+    how the original was trained, and so Retrain is; None: by `options`. memo: what a method has computed of θ_o; the
+    trials of a search share it. notes: what a user should know of that.
     """
 
     model: nn.Module
@@ -45,7 +43,7 @@ class Task:
     progress: Progress = silent
     dtype: torch.dtype = torch.float32
     mask: Mask | None = None
-    history: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+    history: list[LossRow] = field(default_factory=list)
     recipe: UnlearnOptions | None = None
     memo: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -134,54 +132,78 @@ def minimise(
     soft_density: float | None = None,
     extra: dict[str, nn.Parameter] | None = None,
     stage: Stage = Stage.UNLEARNING,
+    stop: Callable[[int], bool] | None = None,
 ) -> None:
     """SGD (momentum, weight decay) on `loss` over the task's masked weights; the others are never written.
 
-    What is None comes from the task's options. cosine: the rate falls to 0 as one. soft_density: SalUn-soft's target;
-    its threshold follows every step. extra: parameters of the loss itself, trained whole and not kept. stage: how
-    progress calls it, and what its random numbers depend on beside the seed.
-    Leaves the model in eval mode. Raises TrainingError for a loss or gradient that is not finite.
+    Args:
+        batches: Each epoch's batches.
+        loss: What is minimized of a batch.
+        epochs, lr, batchnorm: By default the task's options.
+        cosine: Whether the rate falls to 0 along a half cosine.
+        soft_density: SalUn-soft's target density; its threshold follows every step.
+        extra: Parameters of the loss itself, trained without a mask and not kept.
+        stage: What progress is reported as, and what random numbers depend on besides the seed.
+        stop: Called with the number of steps taken after each; True ends the training early.
+
+    Leaves the model in eval mode and adds to the task's history.
+
+    Raises:
+        TrainingError: A loss or gradient is not finite.
     """
     options = task.options
     epochs, lr = epochs or options.epochs, lr or options.lr
     assert epochs is not None and lr is not None and task.mask is not None
     extra = extra or {}
-    own = Mask.full(extra)
-    mask = Mask({**task.mask.bits, **own.bits}, {**task.mask.shapes, **own.shapes}, task.mask.metadata)
-    make = partial(torch.optim.SGD, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay)
-    devices = [task.device] if task.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        MaskedOptimizer({**task.parameters, **extra}, mask, make, "pack") as optimizer,
-    ):
-        proximal = SoftThreshold(optimizer, soft_density) if soft_density is not None else None
-        done = 0
-        for epoch in range(epochs):
-            generator = generator_of(options.seed, stage, epoch)
-            torch.manual_seed(seed_of(options.seed, stage, epoch, "dropout"))  # for what draws by itself
-            seen: dict[str, list[float]] = {"forget": [], "retain": [], "both": []}
-            todo = list(batches(epoch, generator))
-            total = done + (epochs - epoch) * len(todo)
-            for batch in todo:
-                alone = len(batch.rows) == 1  # of one picture BatchNorm has no statistics: those it knows serve
-                training_mode(task.model, "frozen" if alone else batchnorm or options.batchnorm)
-                if cosine:
-                    optimizer.set_lr(lr * (1 + cos(pi * done / total)) / 2)
-                value = loss(task.data.augmented(batch.rows, generator), batch, epoch)
-                optimizer.backward(value)
-                if not optimizer.step():
-                    raise TrainingError(f"a gradient stopped being finite in epoch {epoch + 1}: lower the rate (--lr)")
-                done += 1
-                if proximal is not None:
-                    proximal(done, total)
-                seen[batch.part].append(float(value.detach()))
-                task.progress(Event(stage, done, total, {"loss": seen[batch.part][-1]}))
-            task.history.append((epoch + 1, _mean(seen["forget"] + seen["both"]), _mean(seen["retain"] + seen["both"])))
+    full = Mask.full(extra)
+    mask = Mask({**task.mask.bits, **full.bits}, {**task.mask.shapes, **full.shapes}, task.mask.metadata)
+    epoch_of = [epoch for epoch in range(epochs) for _ in batches(epoch, torch.Generator())]
+    steps = len(epoch_of)
+    settings = TrainingSettings(
+        steps,
+        cosine_decay(lr, steps) if cosine else constant(lr),
+        partial(torch.optim.SGD, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay),
+        soft_density=soft_density,
+        mode="pack",
+        stage=stage,
+    )
+    samples, current = _samples(task, batches, epochs, stage), dict[int, tuple[Batch, Tensor]]()
+
+    def losses(step: int) -> dict[str, Tensor]:
+        if step not in current:  # one that is taken again has the same batch
+            current.clear()
+            current[step] = next(samples)
+        batch, x = current[step]
+        alone = len(batch.rows) == 1  # BatchNorm cannot measure the statistics of one image: it uses those it has
+        training_mode(task.model, "frozen" if alone else batchnorm or options.batchnorm)
+        return {batch.part: loss(x, batch, epoch_of[step])}
+
+    with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
+        trained = train({**task.parameters, **extra}, mask, losses, settings, task.progress, stop=stop)
+    task.history += _epoch_means(trained.history, epoch_of)
     task.model.eval()
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _samples(task: Task, batches: Batches, epochs: int, stage: Stage) -> Iterator[tuple[Batch, Tensor]]:
+    """Every epoch's batches in turn with their images (b, c, h, w), augmented and normalized."""
+    for epoch in range(epochs):
+        generator = generator_of(task.options.seed, stage, epoch)
+        torch.manual_seed(seed_of(task.options.seed, stage, epoch, "dropout"))  # for modules that draw by themselves
+        for batch in list(batches(epoch, generator)):
+            yield batch, task.data.augmented(batch.rows, generator)
+
+
+def _epoch_means(history: list[LossRow], epoch_of: list[int]) -> list[LossRow]:
+    """The mean of each named loss in each epoch: {"epoch": 1, …}."""
+    means: list[LossRow] = []
+    for epoch, rows in groupby(history, lambda row: epoch_of[int(row["step"]) - 1]):
+        values: dict[str, list[float]] = {}
+        for row in rows:
+            for name, value in row.items():
+                values.setdefault(name, []).append(value)
+        del values["step"]
+        means.append({"epoch": epoch + 1, **{name: sum(each) / len(each) for name, each in values.items()}})
+    return means
 
 
 def forget_batches(task: Task, labels: Tensor | None = None) -> Batches:

@@ -24,7 +24,7 @@ from salun.display import shown
 from salun.errors import ConfigError, TrainingError
 from salun.files import check_disk_space, sha256_file
 from salun.masking.mask import Mask
-from salun.masking.training import check_optimizer
+from salun.masking.optimizers import check_optimizer
 from salun.options import EraseOptions
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache

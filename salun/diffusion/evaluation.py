@@ -16,8 +16,8 @@ from salun.diffusion.plan import Plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
 from salun.evaluation import erasure
 from salun.evaluation.detector import AttributeClassifier, load_detector
-from salun.masking.training import step_generator
 from salun.progress import Event, Progress, Stage, silent
+from salun.randomness import step_generator
 from salun.runs.cache import Cache
 
 NUM_DRIFT_SAMPLES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from salun.compute.processes import ALONE, Processes
 from salun.diffusion.model.protocol import Conditioning, Denoiser
 from salun.diffusion.model.schedule import add_noise, training_target
-from salun.masking.training import step_generator
+from salun.randomness import step_generator
 
 EMPTY_PROMPT_FRACTION = 0.1  # of retain samples, as classifier-free guidance was trained
 

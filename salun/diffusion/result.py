@@ -28,6 +28,7 @@ from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError, literal, some
 from salun.files import write_bytes
 from salun.masking.mask import Mask
+from salun.masking.training_state import LossRow
 from salun.progress import Event, Stage
 from salun.report import page, picture
 from salun.runs.record import RunRecord
@@ -63,7 +64,7 @@ def blurred(plan: Plan) -> list[bool]:
 class Run:
     """A finished erasure.
 
-    erased: the UNet tensors that changed, in the checkpoint's dtype. history: (step, forget loss, retain loss).
+    erased: the UNet tensors that changed, in the checkpoint's dtype. history: {"step": 1, …} and its named losses.
     metrics: as in `run.json`. record.as_json(): the whole of `run.json`.
     """
 
@@ -71,7 +72,7 @@ class Run:
     plan: Plan
     mask: Mask
     erased: dict[str, Tensor]
-    history: list[Any]
+    history: list[LossRow]
     metrics: dict[str, Any]
     asked: EvalPrompts
     before: Evaluation
@@ -151,7 +152,7 @@ def write_run(run: Run, context: RunContext) -> None:
         for concept in run.plan.concepts
     ]
     record.hints = [run.plan.few_steps.as_data()] if run.plan.few_steps else []
-    record.losses = [list(entry) for entry in run.history]
+    record.losses = run.history
     record.metrics = run.metrics
     stored = run.file_model.stored
     for file in stored.files:

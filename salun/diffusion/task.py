@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from salun.diffusion.model.protocol import Conditioning, DiffusionModel
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.plan import Plan
 from salun.masking.mask import Mask
-from salun.masking.training import Trained, TrainingSettings, fine_tune, read_saved_history
+from salun.masking.optimizers import adam
+from salun.masking.training import Trained, TrainingSettings, linear_decay, train
+from salun.masking.training_state import LossRow, StateFile, read_saved_history
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ class Unlearned:
 
     mask: Mask
     weights: Mapping[str, Tensor]
-    history: list[Any] = field(default_factory=list)
+    history: list[LossRow] = field(default_factory=list)
 
 
 @dataclass
@@ -99,35 +101,38 @@ class ErasureTask:
             self.progress(Event(Stage.TRAINING, done, self.plan.recipe.steps, message=f"resuming after step {done}"))
         return done
 
-    def train(self, losses: Callable[[int], Any], soft_density: float | None = None) -> Trained:
-        """Minimize losses(step) over the mask with Adam, by the plan's numbers.
+    def train(
+        self,
+        losses: Callable[[int], Mapping[str, Tensor]],
+        weights: Mapping[str, float] | None = None,
+        soft_density: float | None = None,
+    ) -> Trained:
+        """Minimize losses over the mask with Adam, by the plan's numbers.
 
         Args:
-            losses: Step (0-based) → the losses of that step, each a scalar with a graph.
+            losses: Step (0-based) → the named losses of that step, each a scalar with a graph.
+            weights: Factor of a loss in their sum; 1 for those not named.
             soft_density: SalUn-soft's target.
         """
         options, recipe = self.plan.options, self.plan.recipe
         settings = TrainingSettings(
-            steps=recipe.steps,
-            lr=recipe.lr,
-            retain_weight=recipe.retain_weight,
-            soft_density=soft_density,
-            lr_decay=recipe.lr_decay,
-            save_every=options.save_every,
-            fingerprint=self.fingerprint,
-            optimizer=options.optimizer,
+            recipe.steps,
+            linear_decay(recipe.lr, recipe.steps, recipe.lr_decay),
+            adam(options.optimizer, recipe.lr, self.parameters, options.low_vram),
+            weights or {},
+            soft_density,
+            cpu_offload=options.low_vram,
         )
-        return fine_tune(
+        state = StateFile(self.state, self.fingerprint, options.save_every) if self.state is not None else None
+        return train(
             self.parameters,
             self.mask,
             losses,
             settings,
             self.progress,
             sources=self.model.original(),
-            state_path=self.state,
-            resume=True,
+            state=state,
             processes=self.processes,
-            cpu_offload=options.low_vram,
         )
 
     @contextmanager

@@ -1,266 +1,195 @@
-"""Masked fine-tuning: the loop. It knows named parameters and two losses, neither diffusion nor classifiers.
+"""Masked training: the one loop. It knows named parameters and named losses, neither diffusion nor classifiers.
 
-Everything random in a step comes from `step_generator(seed, step)`, so a resumed run takes the very steps that the
-uninterrupted one would have taken.
+`losses(step)` must depend on its step alone, so that a resumed run takes the steps of an uninterrupted one.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import logging
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from math import cos, pi
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from salun.checkpoints import safetensors_io
 from salun.compute.processes import ALONE, Processes
-from salun.errors import Cancelled, ConfigError, ModelError, TrainingError
+from salun.errors import Cancelled, TrainingError
 from salun.masking.mask import Mask
 from salun.masking.optim import MaskedOptimizer, Mode
 from salun.masking.proximal import SoftThreshold
+from salun.masking.training_state import Checkpointer, LossRow, StateFile
 from salun.progress import Event, Progress, Stage, silent
 
-logger = logging.getLogger("salun")
-Losses = Callable[[int], tuple[Tensor, Tensor]]
-"""step (0-based) → (forget loss, retain loss), each a scalar with a graph."""
+Losses = Callable[[int], Mapping[str, Tensor]]
+"""step (0-based) → the step's losses by name, each a scalar with a graph. A step may be taken again (fp16)."""
+Schedule = Callable[[int], float]
+"""step (0-based) → learning rate."""
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+"""packed float32 vectors → their optimizer; its learning rate is set at every step."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """steps: optimizer steps. lr: Adam's. retain_weight: the papers' α. soft_density: SalUn-soft's target, or None.
+    """How to minimize.
 
-    lr_decay: share of the steps, at the end, over which the rate falls linearly to 0, so that the last steps' noise
-    does not stay in the weights (0: constant, as in the paper). save_every: seconds between saved states; more where
-    saving itself takes long, so that it costs a tenth of the time at most; 0: after every step. fingerprint: what a
-    saved state must carry to be taken up again. optimizer: adam, or adam8bit (bitsandbytes': its moments take a quarter
-    of the memory).
+    Args:
+        steps: Optimizer steps.
+        lr: The learning rate of each step.
+        optimizer: Makes the optimizer of the selected weights.
+        weights: Factor of a named loss in the sum that is minimized; 1 for a loss that is not named here.
+        soft_density: SalUn-soft's target density, or None for no soft threshold.
+        mode: "step" updates inside the backward pass. "pack", one update after it, is taken in any case with a soft
+            threshold, fp16 weights or several processes.
+        stage: What progress is reported as.
+        cpu_offload: Whether master weights and moments stay in CPU memory.
     """
 
     steps: int
-    lr: float
-    retain_weight: float
+    lr: Schedule
+    optimizer: MakeOptimizer
+    weights: Mapping[str, float] = field(default_factory=dict)
     soft_density: float | None = None
-    lr_decay: float = 0.0
-    save_every: float = 60.0
-    fingerprint: str = ""
-    optimizer: str = "adam"
+    mode: Mode = "step"
+    stage: Stage = Stage.TRAINING
+    cpu_offload: bool = False
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it.
+    """The result of a training.
 
-    masters: name → float32 values of the salient entries, to be rounded to the checkpoint's dtype where it is written.
-    history: (step, forget loss, retain loss), steps counted from 1. final_density: SalUn-soft's, else None.
+    Args:
+        masters: Name → float32 values of the selected weights, to be rounded to the checkpoint's dtype on writing.
+        history: One row a step: {"step": 1, …} and its losses by name, before weighting.
+        final_density: Fraction of weights that SalUn-soft changed; None without a soft threshold.
     """
 
     masters: dict[str, Tensor]
-    history: list[tuple[int, float, float]] = field(default_factory=list)
+    history: list[LossRow] = field(default_factory=list)
     final_density: float | None = None
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step: a CPU generator that depends on the run's seed and the step alone."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step * 7_919 + 17) % (1 << 63))
+def constant(lr: float) -> Schedule:
+    """The same learning rate at every step."""
+    return lambda step: lr
 
 
-def fine_tune(
+def linear_decay(lr: float, steps: int, fraction: float) -> Schedule:
+    """A rate that falls linearly to 0 over the last `fraction` of the steps, so that their noise leaves the weights."""
+    falling = fraction * steps
+    return lambda step: lr * (min(1.0, (steps - step) / falling) if falling else 1.0)
+
+
+def cosine_decay(lr: float, steps: int) -> Schedule:
+    """A rate that falls to 0 along a half cosine."""
+    return lambda step: lr * (1 + cos(pi * step / steps)) / 2
+
+
+def train(
     parameters: Mapping[str, nn.Parameter],
     mask: Mask,
     losses: Losses,
     settings: TrainingSettings,
     progress: Progress = silent,
+    *,
+    stop: Callable[[int], bool] | None = None,
     sources: Mapping[str, Tensor] | None = None,
-    state_path: Path | None = None,
-    resume: bool = False,
+    state: StateFile | None = None,
     processes: Processes = ALONE,
-    cpu_offload: bool = False,
 ) -> Trained:
-    """Minimise forget + α·retain over the masked entries with Adam.
+    """Minimize the weighted sum of the losses over the selected weights; all others are never written.
 
-    sources: the checkpoint's own tensors, before any cast. state_path: where masters, moments and losses are kept while
-    running (removed by the caller once the result is written); with `resume` a state found there is taken up.
-    processes: each gives the losses of its own share of the batch; the packed gradients are averaged, so that all hold
-    the same weights, and the first one saves. on_host: masters and moments stay in host memory.
-    Raises TrainingError for a loss or gradient that is not finite, MaskError for a mask that does not fit; `Cancelled`
-    from `progress` passes through, with the state saved.
+    Args:
+        parameters: Every parameter in the mask's scope, by name.
+        stop: Called with the number of steps taken after each; True ends the training early.
+        sources: The checkpoint's tensors before any cast, from which master weights are gathered.
+        state: Where masters, moments and losses are saved while running; a state that is there is resumed. The caller
+            removes it once the result is written.
+        processes: Each gives the losses of its part of the batch. Packed gradients are averaged, so that all hold the
+            same weights; the first process saves.
+
+    Raises:
+        TrainingError: A loss or gradient is not finite, or the saved state belongs to another run.
+        MaskError: The mask does not fit the parameters.
+        Cancelled: From `progress`; the state is saved before.
     """
-    soft, keeps = settings.soft_density is not None, processes.rank == 0
-
-    def make(masters: object) -> torch.optim.Optimizer:
-        if settings.optimizer == "adam8bit":
-            return _adam8bit(masters, settings.lr)
-        return torch.optim.Adam(masters, lr=settings.lr, fused=_can_fuse(parameters, cpu_offload))  # type: ignore[arg-type]
-
-    history: list[tuple[int, float, float]] = []
     half = any(p.dtype == torch.float16 for p in parameters.values())
-    mode: Mode = "pack" if soft or half or processes.count > 1 else "step"
+    pack = settings.soft_density is not None or half or processes.count > 1
+    mode: Mode = "pack" if pack else settings.mode
     scale = 2.0**16 if half else 1.0  # of the loss, so that small gradients do not vanish in fp16
-    with MaskedOptimizer(parameters, mask, make, mode, sources, cpu_offload) as optimizer:
-        proximal = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
-        if resume and state_path is not None and processes.broadcast(state_path.exists()):
-            history, scale = _load_state(state_path, optimizer, settings, scale)
-        wait, saved = settings.save_every, time.monotonic()
+    history: list[LossRow] = []
+    with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload) as optimizer:
+        threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
+        if state is not None and processes.broadcast(state.path.exists()):
+            history, scale = state.load(optimizer, settings.steps, scale)
+        checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
             for step in range(len(history), settings.steps):
-                optimizer.set_lr(settings.lr * _lr_factor(step, settings))
-                while True:
-                    forget, retain = losses(step)
-                    _all_finite(forget + retain, step, processes)
-                    optimizer.backward(forget + settings.retain_weight * retain, scale)
-                    fine = optimizer.step(reduce=processes.average) if mode == "pack" else not optimizer.not_finite
-                    if fine or scale == 1.0:
-                        break
-                    scale /= 2  # a gradient was too large for fp16: the step was left out, and is taken again
-                if not fine:
-                    raise TrainingError(
-                        f"a gradient stopped being finite at step {step + 1}: lower the learning rate (--lr)"
-                    )
-                if proximal is not None:
-                    proximal(step + 1, settings.steps)
-                seen = torch.stack([forget.detach(), retain.detach()]).float()
-                processes.average([seen])
-                history.append((step + 1, float(seen[0]), float(seen[1])))
-                now = time.monotonic()
-                if keeps and state_path is not None and (now - saved >= wait or step + 1 == settings.steps):
-                    try:
-                        _save_state(state_path, optimizer, history, scale, settings.fingerprint)
-                    except ModelError as error:  # a full disk costs the means to resume, not the run
-                        progress(
-                            Event(Stage.TRAINING, step + 1, settings.steps, message=f"the state is not saved: {error}")
-                        )
-                    saved = time.monotonic()
-                    wait = max(settings.save_every, 10 * (saved - now)) if settings.save_every else 0.0
-                progress(
-                    Event(
-                        Stage.TRAINING, step + 1, settings.steps, {"forget": history[-1][1], "retain": history[-1][2]}
-                    )
-                )
+                optimizer.set_lr(settings.lr(step))
+                named, scale = _step(optimizer, losses, step, settings.weights, scale, processes)
+                done = step + 1
+                if threshold is not None:
+                    threshold(done, settings.steps)
+                history.append({"step": done, **_values(named, processes)})
+                if checkpointer is not None:
+                    failure = checkpointer.save_if_due(history, scale, last=done == settings.steps)
+                    if failure:
+                        progress(Event(settings.stage, done, settings.steps, message=failure))
+                progress(Event(settings.stage, done, settings.steps, {name: history[-1][name] for name in named}))
+                if stop is not None and stop(done):
+                    break
         except Cancelled:  # raised between steps, so masters, moments and history belong together
-            if keeps and state_path is not None:
-                try:
-                    _save_state(state_path, optimizer, history, scale, settings.fingerprint)
-                except ModelError as error:  # a full disk: what was stopped is stopped nevertheless
-                    logger.warning("the state to go on from is not saved: %s", error)
+            if checkpointer is not None:
+                checkpointer.save_on_cancel(history, scale)
             raise
-        return Trained(
-            {name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()},
-            history,
-            proximal.final_density() if proximal is not None else None,
-        )
+        masters = {name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()}
+        return Trained(masters, history, threshold.final_density() if threshold is not None else None)
 
 
-def _all_finite(loss: Tensor, step: int, processes: Processes) -> None:
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Σ w·loss in the order of the losses; a loss without a weight is added as it is."""
+    first, *others = (loss * weights[name] if name in weights else loss for name, loss in losses.items())
+    total: Tensor = sum(others, first)
+    return total
+
+
+def _step(
+    optimizer: MaskedOptimizer,
+    losses: Losses,
+    step: int,
+    weights: Mapping[str, float],
+    scale: float,
+    processes: Processes,
+) -> tuple[Mapping[str, Tensor], float]:
+    """Take one step; returns its losses, and the loss scale, which is halved until every gradient fits fp16."""
+    while True:
+        named = losses(step)
+        total = weighted_sum(named, weights)
+        _check_finite(total, step, processes)
+        optimizer.backward(total, scale)
+        if optimizer.mode == "pack":
+            finite = optimizer.step(reduce=processes.average if processes.count > 1 else None)
+        else:
+            finite = not optimizer.not_finite
+        if finite:
+            return named, scale
+        if scale == 1.0:
+            raise TrainingError(f"a gradient is not finite at step {step + 1}", advice="lower the learning rate ({lr})")
+        scale /= 2  # the step changed no weight, and is taken again
+
+
+def _check_finite(loss: Tensor, step: int, processes: Processes) -> None:
     """Raises TrainingError on all processes if the loss of one is not finite, so that none waits for it."""
     if processes.count > 1:
         bad = (~torch.isfinite(loss.detach())).float().view(1)
         processes.all_reduce_sum([bad])
         if bad.item():
-            raise TrainingError(f"the loss stopped being finite at step {step + 1}: lower the learning rate (--lr)")
+            raise TrainingError(f"the loss is not finite at step {step + 1}", advice="lower the learning rate ({lr})")
 
 
-def check_optimizer(name: str) -> None:
-    """Raises ConfigError if an optimizer's library is not installed."""
-    if name == "adam8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "--optimizer adam8bit: bitsandbytes is not installed; `pip install salun[bitsandbytes]`, or use adam"
-        )
-
-
-def _adam8bit(masters: object, lr: float) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import Adam8bit
-
-    made: torch.optim.Optimizer = Adam8bit(masters, lr=lr)
-    return made
-
-
-def _can_fuse(parameters: Mapping[str, nn.Parameter], cpu_offload: bool) -> bool:
-    """Whether torch has a one-kernel Adam where the masters lie: on CUDA always, on the CPU since 2.4."""
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    places = {"cpu"} if cpu_offload else {p.device.type for p in parameters.values()}
-    return all(place == "cuda" or (place == "cpu" and release >= (2, 4)) for place in places)
-
-
-def _lr_factor(step: int, settings: TrainingSettings) -> float:
-    """The share of the learning rate left at a step (0-based)."""
-    falling = settings.lr_decay * settings.steps
-    return min(1.0, (settings.steps - step) / falling) if falling else 1.0
-
-
-def _save_state(
-    path: Path, optimizer: MaskedOptimizer, history: list[tuple[int, float, float]], scale: float, fingerprint: str
-) -> None:
-    metadata = {"history": json.dumps(history), "scale": str(scale), "fingerprint": fingerprint}
-    safetensors_io.write(path, {name: t.detach().cpu() for name, t in optimizer.state().items()}, metadata)
-
-
-def read_saved_history(path: Path, fingerprint: str, most: int | None = None) -> list[tuple[int, float, float]]:
-    """The history of a saved state, which may be untrusted input, without its tensors; empty where there is none.
-
-    most: steps that the run takes in all. Raises TrainingError for a state that cannot be read, belongs to another run,
-    or whose history is not one of steps 1, 2, … with finite losses.
-    """
-    if not path.exists():
-        return []
-    try:
-        metadata = safetensors_io.read_header(path).metadata
-        if metadata.get("fingerprint") == fingerprint:
-            history = _history(json.loads(metadata["history"]))
-    except (ModelError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise TrainingError(f"the saved state {path} cannot be read ({error}): delete it to train afresh") from error
-    if metadata.get("fingerprint") != fingerprint:
-        raise TrainingError(
-            f"the saved state {path} belongs to other options or another model: repeat those, or delete it"
-        )
-    if most is not None and len(history) > most:
-        raise TrainingError(
-            f"the saved state {path} has taken {len(history)} steps, but the run takes {most}: delete it to "
-            "train afresh"
-        )
-    return history
-
-
-def _history(found: Any) -> list[tuple[int, float, float]]:
-    """(step, forget loss, retain loss) of steps 1, 2, …; raises ValueError or TypeError for anything else."""
-    history = [(step, forget, retain) for step, forget, retain in found]
-    for i, (step, *losses) in enumerate(history, 1):
-        if (
-            type(step) is not int
-            or step != i
-            or not all(type(loss) is float and math.isfinite(loss) for loss in losses)
-        ):
-            raise ValueError(f"entry {i} of its history is not step {i} with two finite losses")
-    return history
-
-
-def _load_state(
-    path: Path, optimizer: MaskedOptimizer, settings: TrainingSettings, largest: float
-) -> tuple[list[tuple[int, float, float]], float]:
-    """The history and loss scale of a saved state, whose tensors the optimizer takes. largest: scale of a fresh run."""
-    history = read_saved_history(path, settings.fingerprint, settings.steps)
-    header = safetensors_io.read_header(path)
-    scale = _scale(header.metadata.get("scale", ""), largest)
-    if scale is None:
-        raise TrainingError(
-            f"the saved state {path} has a loss scale that is not a power of 2 from 1 to {largest:g}: delete it to "
-            "train afresh"
-        )
-    optimizer.check_state({name: (safetensors_io.DTYPES[e.dtype], e.shape) for name, e in header.entries.items()})
-    optimizer.load_state(dict(safetensors_io.tensors(path)), len(history))
-    return history, scale
-
-
-def _scale(text: str, largest: float) -> float | None:
-    """The loss scale that halving the largest can lead to; None for any other text."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if 1.0 <= value <= largest and math.frexp(value)[0] == 0.5 else None
+def _values(named: Mapping[str, Tensor], processes: Processes) -> LossRow:
+    """The losses as numbers, averaged over the processes."""
+    values = torch.stack([loss.detach() for loss in named.values()]).float()
+    processes.average([values])
+    return dict(zip(named, values.tolist(), strict=True))

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 
-def loss_curve(losses: Sequence[Sequence[float]]) -> str:
-    """Forget and retain loss over the steps: (step, forget, retain) each. Raw values faint, a running mean in full."""
-    if len(losses) < 2:
+def loss_series(rows: Iterable[Any], axis: str) -> dict[str, list[tuple[float, float]]]:
+    """The points (x, loss) of each named loss, by name.
+
+    Args:
+        rows: The `losses` of a run.json, which may be untrusted input: {"step": 1, "forget": 0.5, …} each; entries of
+            another form are skipped.
+        axis: Key of x, "step" or "epoch".
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        pairs = row.items() if isinstance(row, dict) else ()
+        numbers = {name: value for name, value in pairs if type(value) in (int, float) and -1e300 < value < 1e300}
+        x = numbers.pop(axis, None)
+        for name, loss in numbers.items() if x is not None else ():
+            series.setdefault(name, []).append((x, loss))
+    return series
+
+
+def loss_curve(rows: Iterable[Any]) -> str:
+    """Each named loss over the steps, see `loss_series`: values faint, a running mean in full. Empty without steps."""
+    lines = loss_series(rows, "step")
+    steps = [x for line in lines.values() for x, _ in line]
+    positive = [loss for line in lines.values() for _, loss in line if loss > 0]
+    if not positive or min(steps) == max(steps):
         return ""
     width, height, left, bottom = 640, 220, 64, 28
-    steps = [float(row[0]) for row in losses]
-    values = [[float(row[k]) for row in losses] for k in (1, 2)]
-    positive = [v for series in values for v in series if v > 0]
-    if not positive:
-        return ""
+    first, last = min(steps), max(steps)
     low, high = math.log10(min(positive)), math.log10(max(positive))
     low, high = (low, high) if high - low > 0.5 else (low - 0.25, high + 0.25)
 
     def x(step: float) -> float:
-        return left + (width - left - 8) * (step - steps[0]) / (steps[-1] - steps[0])
+        return left + (width - left - 8) * (step - first) / (last - first)
 
     def y(value: float) -> float:
         return 8 + (height - bottom - 8) * (1 - (math.log10(max(value, 10**low)) - low) / (high - low))
@@ -32,15 +50,16 @@ def loss_curve(losses: Sequence[Sequence[float]]) -> str:
         parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{at:.1f}" y2="{at:.1f}" class="rule"/>')
         parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{10.0**decade:g}</text>')
     for share in (0.0, 0.5, 1.0):
-        step = steps[0] + share * (steps[-1] - steps[0])
+        step = first + share * (last - first)
         anchor = ("start", "middle", "end")[int(2 * share)]
         parts.append(f'<text x="{x(step):.1f}" y="{height - 8}" text-anchor="{anchor}">step {step:.0f}</text>')
-    for series, kind in zip(values, ("forget", "retain"), strict=True):
-        span = max(1, len(series) // 20)
-        smooth = [sum(series[max(0, i - span) : i + 1]) / (i + 1 - max(0, i - span)) for i in range(len(series))]
-        for line, strength in ((series, "raw"), (smooth, "mean")):
-            points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, line, strict=True))
-            parts.append(f'<polyline class="{kind} {strength}" points="{points}"/>')
+    for i, (name, line) in enumerate(lines.items()):
+        parts.append(f'<text x="{left + 8 + 90 * i}" y="18" class="s{i % 6} name">{escape(name[:12])}</text>')
+        values, span = [loss for _, loss in line], max(1, len(line) // 20)
+        smooth = [sum(values[max(0, k - span) : k + 1]) / (k + 1 - max(0, k - span)) for k in range(len(values))]
+        for drawn, strength in ((values, "raw"), (smooth, "mean")):
+            points = " ".join(f"{x(step):.1f},{y(v):.1f}" for (step, _), v in zip(line, drawn, strict=True))
+            parts.append(f'<polyline class="s{i % 6} {strength}" points="{points}"/>')
     return "".join([*parts, "</svg>"])
 
 

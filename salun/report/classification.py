@@ -62,11 +62,7 @@ def run_page(run: Mapping[str, Any], layers: Mapping[str, Sequence[int]], classe
             "statistics were updated."
         )
         sections.append(Section("The mask, layer by layer", text, charts=[charts.bars(layers)]))
-    curves = {
-        "forget set": [(float(epoch), float(loss)) for epoch, loss, _ in run["losses"] if loss is not None],
-        "retain set": [(float(epoch), float(loss)) for epoch, _, loss in run["losses"] if loss is not None],
-    }
-    curves = {name: line for name, line in curves.items() if line}
+    curves = charts.loss_series(run["losses"], "epoch")
     if curves:
         sections.append(Section("Training", charts=[charts.curves(curves, "epoch", "mean loss")]))
     relearnt = {"unlearned": metrics.get("relearning"), "Retrain": (exact or {}).get("relearning")}
@@ -85,7 +81,7 @@ def train_page(run: Mapping[str, Any], classes: Sequence[str]) -> Report:
     titles = {"train": "training pictures", "validation": "validation pictures", "test": "test pictures"}
     rows = [["", "accuracy"], *([what, _share(metrics[part])] for part, what in titles.items() if metrics[part])]
     rows.append(["seconds", "–" if metrics["RTE"]["value"] is None else f"{metrics['RTE']['value']:.2f}"])
-    curve = {"training": [(float(epoch), float(loss)) for epoch, _, loss in run["losses"] if loss is not None]}
+    curve = charts.loss_series(run["losses"], "epoch")
     drawn = [charts.heat(counts, classes, titles[part]) for part, counts in metrics["confusion"].items()]
     sections = [
         Section("In figures", "Validation and test pictures were not trained on.", rows),

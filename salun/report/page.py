@@ -54,7 +54,7 @@ def render(
         classes=class_rows(metrics),
         forget_picture=_data_url(forget_picture),
         retain_picture=_data_url(retain_picture),
-        loss_chart=Markup(charts.loss_curve(run["losses"])),  # numbers only
+        loss_chart=Markup(charts.loss_curve(run["losses"])),  # names escaped where they are drawn
         layer_chart=Markup(charts.layer_bars(layers)),  # names escaped where they are drawn
         blurred=blurred,
         minutes=sum(run["timings"].values()),

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from salun.classification.models import head_of
-from salun.classification.randomness import generator_of
 from salun.classification.task import Batch, Task, cross_entropy, forget_batches, minimise
+from salun.randomness import generator_of
 
 
 def boundary_shrink(task: Task) -> None:

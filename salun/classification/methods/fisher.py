@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from salun.classification.randomness import generator_of
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError
 from salun.progress import Event, Stage
+from salun.randomness import generator_of
 
 _ENTRIES = 1 << 25  # gradient entries held at once while they are summed: 128 MB
 _HELD = 1 << 30  # gradient entries that IU keeps: 4 GB

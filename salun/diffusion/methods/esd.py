@@ -35,13 +35,13 @@ def esd(task: ErasureTask) -> Unlearned:
 
     from salun.diffusion.data.latents import sample_until
     from salun.diffusion.task import Unlearned
-    from salun.masking.training import step_generator
+    from salun.randomness import step_generator
 
     own: EsdOptions = task.plan.method.options_of(task.plan.options)
     model, seed = task.model, task.plan.options.seed
     batch, forget = task.plan.recipe.batch_size // task.processes.count, task.encode("forget")
 
-    def losses(step: int) -> tuple[Tensor, Tensor]:
+    def losses(step: int) -> dict[str, Tensor]:
         generator = step_generator(seed, step * task.processes.count + task.processes.rank)
         prompts = forget[torch.randint(len(forget), (batch,), generator=generator).to(model.device)]
         empty = task.empty.expand(batch)
@@ -50,8 +50,7 @@ def esd(task: ErasureTask) -> Unlearned:
         with torch.no_grad(), task.original_weights():
             of_concept, of_empty = model.predict(x_t, t, prompts), model.predict(x_t, t, empty)
         target = of_empty - own.negative_guidance * (of_concept - of_empty)
-        loss = F.mse_loss(model.predict(x_t, t, prompts), target)
-        return loss, torch.zeros_like(loss)
+        return {"erase": F.mse_loss(model.predict(x_t, t, prompts), target)}
 
     trained = task.train(losses)
     return Unlearned(task.mask, trained.masters, trained.history)

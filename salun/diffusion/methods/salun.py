@@ -12,16 +12,22 @@ from salun.progress import Event, Stage
 
 def salun(task: ErasureTask) -> Unlearned:
     """SalUn, eq. 5: min over m⊙θ of MSE(ε_θ(x_t, c_f), ε_θ₀(x_t, c_a)) + α·L_r, m the saliency mask of eq. 3 and 4."""
-    trained = task.train(_Losses(task))
+    trained = task.train(_Losses(task), _weights(task))
     return Unlearned(task.mask, trained.masters, trained.history)
 
 
 def salun_soft(task: ErasureTask) -> Unlearned:
     """SalUn-soft, appendix B: no mask; Δ = θ − θ₀ is soft-thresholded after each step, down to `density`."""
-    trained = task.train(_Losses(task), soft_density=task.plan.options.density)
+    trained = task.train(
+        _Losses(task), {"retain": task.plan.recipe.retain_weight}, soft_density=task.plan.options.density
+    )
     original = task.model.original()
     mask = mask_of_changed({name: original[name] for name in task.parameters}, trained.masters)
     return Unlearned(mask, changed_entries(trained.masters, mask), trained.history)
+
+
+def _weights(task: ErasureTask) -> dict[str, float]:
+    return {"retain": task.plan.recipe.retain_weight}
 
 
 class _Losses:
@@ -34,11 +40,12 @@ class _Losses:
             self._targets[step] = frozen_predictions(task.model, self._batch(step)).cpu()
             task.progress(Event(Stage.FROZEN_TARGETS, step + 1, steps))
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int) -> dict[str, Tensor]:
         task, recipe = self._task, self._task.plan.recipe
         targets = self._targets[step].to(task.model.device) if self._targets else None
         self._targets.pop(step - 1, None)  # this step's stay, in case it is repeated with another loss scale
-        return training_losses(task.model, self._batch(step), targets, recipe.target, recipe.retain_target)
+        forget, retain = training_losses(task.model, self._batch(step), targets, recipe.target, recipe.retain_target)
+        return {"forget": forget, "retain": retain}
 
     def _batch(self, step: int) -> Draw:
         task, recipe = self._task, self._task.plan.recipe

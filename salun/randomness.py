@@ -1,4 +1,4 @@
-"""Random numbers: every purpose draws from a stream of its own, so that no two draws of one seed go together."""
+"""Random numbers: each purpose draws from a stream that depends on the seed and the purpose, so no two are related."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def seed_of(seed: int, *purpose: str | int) -> int:
 def generator_of(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU generator seeded by `seed_of`."""
     return torch.Generator().manual_seed(seed_of(seed, *purpose))
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """A CPU generator of one training step of a diffusion model."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step * 7_919 + 17) % (1 << 63))
