@@ -29,7 +29,7 @@ from salun.compute.device import fix_cublas, pick_dtype
 from salun.diffusion.data.latents import noise_of
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.sampler import conditioning_of, guided, trailing
-from salun.diffusion.model.schedule import predicted_x_0
+from salun.diffusion.model.schedule import DISCRETE
 from salun.diffusion.model.settings import ModelSettings, read_settings, settings_for
 from salun.errors import Cancelled, ConfigError, ModelError
 from salun.options import EraseOptions
@@ -64,12 +64,13 @@ class GraphModel:
         self.device: torch.device = torch.device(model.load_device)
         self.dtype = pick_dtype(dtype, self.device)
         self.low_vram, self.clip_skip = False, cast(int | None, None)
-        self._schedule = model.get_model_object("model_sampling")
-        self.prediction_type = _prediction(self._schedule)
-        self.alphas_cumprod: Tensor = 1 / (self._schedule.sigmas.detach().cpu().float() ** 2 + 1)
+        self._sampling = model.get_model_object("model_sampling")
+        self.schedule = DISCRETE[_prediction(self._sampling)](
+            1 / (self._sampling.sigmas.detach().cpu().float() ** 2 + 1)
+        )
         self.latent_format = model.model.latent_format
         known = facts(self.family)["unet"]
-        v = self.prediction_type == "v_prediction"
+        v = self.schedule.prediction_type == "v_prediction"
         side = 8 * known.get("sample_size_v" if v else "", known["sample_size"])
         self.settings: ModelSettings = read_settings(None, self.family, {}, side)
         self._depth = 0
@@ -179,16 +180,17 @@ class GraphModel:
 
         settings = self.settings.sampling
         conditioning = conditioning_of(settings, prompts, empty)
-        steps = trailing(settings.steps, len(self.alphas_cumprod))
-        roots = self.alphas_cumprod[steps].sqrt()
-        sigmas = (1 / self.alphas_cumprod[steps] - 1).sqrt()
+        alphas_cumprod = self.schedule.alphas_cumprod
+        steps = trailing(settings.steps, len(alphas_cumprod))
+        roots = alphas_cumprod[steps].sqrt()
+        sigmas = (1 / alphas_cumprod[steps] - 1).sqrt()
         at = {float(sigma): (t, float(root)) for sigma, t, root in zip(sigmas, steps, roots, strict=True)}
 
         def x_0(x: Tensor, sigma: Tensor) -> Tensor:
             tick()
             step, root = at[float(sigma[0])]
             t = step.to(self.device).expand(len(x))
-            return predicted_x_0(self, x * root, guided(self, x * root, t, conditioning, settings), t)
+            return self.schedule.x_0(x * root, guided(self, x * root, t, conditioning, settings), t)
 
         start = noise / float(roots[0])
         ends = torch.cat([sigmas, torch.zeros(1)]).to(self.device)
@@ -203,7 +205,7 @@ class GraphModel:
     @property
     def _wrapped(self) -> SimpleNamespace:
         """Where ComfyUI's samplers that add noise look for the schedule: its versions differ in where."""
-        inner = SimpleNamespace(model_sampling=self._schedule)
+        inner = SimpleNamespace(model_sampling=self._sampling)
         return SimpleNamespace(inner_model=inner, model_patcher=self.model)
 
     def sampler_facts(self) -> dict[str, Any]:
@@ -211,8 +213,8 @@ class GraphModel:
         return {
             "sampler": f"{name} of ComfyUI {_version()}",
             "network": self._other_facts,
-            "schedule": hashlib.sha256(self.alphas_cumprod.numpy().tobytes()).hexdigest(),
-            "prediction": self.prediction_type,
+            "schedule": hashlib.sha256(self.schedule.alphas_cumprod.numpy().tobytes()).hexdigest(),
+            "prediction": self.schedule.prediction_type,
         }
 
     # -- weights --------------------------------------------------------------------------------------------------

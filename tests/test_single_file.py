@@ -166,7 +166,7 @@ def test_a_folder_becomes_a_file_for_hosts(tmp_path: Path) -> None:
         run.save(target)
         run.apply()
         again = salun.load(str(target), device="cpu", components=str(folder))
-        assert again.prediction_type == prediction
+        assert again.schedule.prediction_type == prediction
         torch.testing.assert_close(predictions(again), predictions(model), rtol=0, atol=0)
 
 
@@ -444,7 +444,7 @@ def test_components_of_another_family_are_refused(file: Callable[..., Path], tmp
 
 def test_the_prediction_type_is_told_by_the_first_that_knows(file: Callable[..., Path], tmp_path: Path) -> None:
     def of(path: Path, **options: Any) -> str:
-        return salun.load(str(path), device="cpu", **options).prediction_type
+        return salun.load(str(path), device="cpu", **options).schedule.prediction_type
 
     assert of(file("sd2", prediction="v_prediction")) == "v_prediction"  # by the spread of a bias
     assert of(file("sd2", prediction="v_prediction"), prediction_type="epsilon") == "epsilon"
@@ -458,9 +458,9 @@ def test_the_prediction_type_is_told_by_the_first_that_knows(file: Callable[...,
     assert of(file("sd2"), components=str(lender), prediction_type="epsilon") == "epsilon"
     marked = file("sdxl", prediction="v_prediction", marks=("ztsnr",))
     model = salun.load(str(marked), device="cpu")
-    assert model.prediction_type == "v_prediction"
-    assert model.alphas_cumprod[-1] == 0
-    assert salun.load("shapes", device="cpu", prediction_type="v_prediction").prediction_type == "v_prediction"
+    assert model.schedule.prediction_type == "v_prediction"
+    assert model.schedule.alphas_cumprod[-1] == 0
+    assert salun.load("shapes", device="cpu", prediction_type="v_prediction").schedule.prediction_type == "v_prediction"
 
 
 def test_old_files_with_shorter_names_of_the_text_encoder_are_read(file: Callable[..., Path], tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable
 
     def run(n: int, graph: bool) -> tuple[float, Tensor]:
         x = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-        t = torch.full((n,), len(model.alphas_cumprod) // 2, device=model.device)
+        t = torch.full((n,), model.schedule.t_at(0.5), device=model.device)
         for parameter in parameters.values():
             parameter.requires_grad_(graph)
         began = time.perf_counter()

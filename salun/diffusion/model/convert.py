@@ -18,7 +18,7 @@ from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.safetensors_io import DTYPES
 from salun.checkpoints.single_file import Contents
 from salun.diffusion.model.clip_tokenizer import write_clip_tokenizer
-from salun.diffusion.model.schedule import alphas_cumprod
+from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.single_file import text_tensors, vae_tensors
 from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import ModelError
@@ -67,7 +67,7 @@ def write_single_file(model: Model, target: Path, changed: Mapping[str, Tensor],
             _add_text(items, stored.path / f"text_encoder{f'_{index + 1}' if index else ''}", layout, family)
     except KeyError as error:
         raise ModelError(f"{stored.path}: single files have no name for its {error.args[0]}; write a folder") from error
-    v = model.prediction_type == "v_prediction"
+    v = model.schedule.prediction_type == "v_prediction"
     for mark, there in (("v_pred", v and family == "sdxl"), ("ztsnr", model.zero_snr)):
         if there:  # hosts look for these names
             items.add(mark, (torch.float32, (0,)), partial(torch.empty, 0))
@@ -77,8 +77,8 @@ def write_single_file(model: Model, target: Path, changed: Mapping[str, Tensor],
 
 def lost_in_single_file(model: Model) -> str | None:
     """What hosts cannot know of a folder that was written as a single file: its noise schedule, if it is its own."""
-    usual = families.scheduler_config(model.family, model.prediction_type, model.zero_snr)
-    if torch.equal(model.alphas_cumprod, alphas_cumprod(usual, model.name)):
+    usual = families.scheduler_config(model.family, model.schedule.prediction_type, model.zero_snr)
+    if torch.equal(model.schedule.alphas_cumprod, schedule_of(usual, model.name).alphas_cumprod):
         return None
     return (
         "a single file holds no noise schedule, and this model has another than its family's: load it with "

@@ -30,7 +30,7 @@ from salun.diffusion.model.configs import (
 )
 from salun.diffusion.model.few_steps import find_few_steps
 from salun.diffusion.model.parts import whole
-from salun.diffusion.model.schedule import check_schedule
+from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, read_settings
 from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import ConfigError, DataError, ModelError
@@ -154,7 +154,7 @@ def load_with(name: str, options: ModelOptions) -> Model:
     """`load`, from options that may say more than how to load."""
     own = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
     found = describe(name, own)
-    check_schedule(found.scheduler_config, name)  # before minutes of loading
+    schedule_of(found.scheduler_config, name)  # before minutes of loading
     _check_detector(found.settings, name)
     where = pick_device(own.device)
     precision = pick_dtype(own.dtype, where)

@@ -21,7 +21,7 @@ from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.single_file import Contents
 from salun.diffusion.model import sampler
 from salun.diffusion.model.protocol import Conditioning
-from salun.diffusion.model.schedule import alphas_cumprod, check_schedule
+from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, settings_for
 from salun.errors import ConfigError, DataError
 from salun.options import EraseOptions
@@ -56,10 +56,8 @@ class Model:
     altered: bool = False  # whether the live UNet may hold other weights than its files
 
     def __post_init__(self) -> None:
-        check_schedule(self.scheduler_config, self.name)
-        self.prediction_type = str(self.scheduler_config.get("prediction_type", "epsilon"))
+        self.schedule = schedule_of(self.scheduler_config, self.name)
         self.zero_snr = bool(self.scheduler_config.get("rescale_betas_zero_snr"))
-        self.alphas_cumprod = alphas_cumprod(self.scheduler_config, self.name)
         self.latent_channels = int(self.unet.config.in_channels)
         self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
