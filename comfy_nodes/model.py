@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from salun.checkpoints.families import facts
+from salun.checkpoints.families.family import Family
+from salun.checkpoints.families.registry import FAMILIES
 from salun.checkpoints.hashing import base_hash
 from salun.compute.device import fix_cublas, pick_dtype
 from salun.diffusion.data.latents import noise_of
@@ -36,7 +37,6 @@ from salun.options import EraseOptions
 
 from .weights import Weights
 
-FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text
 DEFAULT_SAMPLER = "dpm++2m"
 SAMPLERS = {  # the core's names → ComfyUI's functions; DDIM's steps are Euler's in its terms, as its own "ddim" has it
     "dpm++2m": "sample_dpmpp_2m",
@@ -69,10 +69,8 @@ class GraphModel:
             1 / (self._sampling.sigmas.detach().cpu().float() ** 2 + 1)
         )
         self.latent_format = model.model.latent_format
-        known = facts(self.family)["unet"]
-        v = self.schedule.prediction_type == "v_prediction"
-        side = 8 * known.get("sample_size_v" if v else "", known["sample_size"])
-        self.settings: ModelSettings = read_settings(None, self.family, {}, side)
+        side = self.family.resolution(self.schedule.prediction_type)
+        self.settings: ModelSettings = read_settings(None, self.family.name, {}, side)
         self._depth = 0
         self._said: dict[tuple[Any, ...], Conditioning] = {}  # every stage of a run asks for the same prompts
         self.sampled: Tensor | None = None  # the first latent (1, c, h, w) of the batch sampled last
@@ -108,7 +106,7 @@ class GraphModel:
         plain = prompt.replace("(", "\\(").replace(")", "\\)")  # ComfyUI reads parentheses as weights
         hidden, pooled = clip.encode_from_tokens(clip.tokenize(plain), return_pooled=True)
         hidden = hidden.to(self.device, torch.float32)
-        if self.family != "sdxl":
+        if not self.family.label_width:
             return Conditioning(hidden)
         side = self.settings.sampling.resolution
         y = self.model.model.encode_adm(
@@ -355,15 +353,15 @@ def as_started(options: EraseOptions) -> EraseOptions:
     return replace(options, low_vram=True) if state in ("LOW_VRAM", "NO_VRAM") else options
 
 
-def family_of(model: Any) -> str:
-    """sd1, sd2 or sdxl. Raises ModelError naming the type of any other MODEL."""
+def family_of(model: Any) -> Family:
+    """The family of a MODEL. Raises ModelError naming the type of any other MODEL."""
     inner = model.model
     what = f"{type(inner).__name__} ({type(getattr(inner, 'model_config', None)).__name__})"
     config = getattr(getattr(inner, "model_config", None), "unet_config", {})
-    family = FAMILIES.get(config.get("context_dim", 0), "")
-    if type(inner.diffusion_model).__name__ != "UNetModel" or not family or config.get("in_channels") != 4:
+    family = next((f for f in FAMILIES.values() if f.context_width == config.get("context_dim")), None)
+    if type(inner.diffusion_model).__name__ != "UNetModel" or family is None or config.get("in_channels") != 4:
         raise ModelError(f"this MODEL is {what}: salun erases from SD 1.x, SD 2.x and SDXL (no inpainting models)")
-    if (config.get("adm_in_channels") or 0) != (2816 if family == "sdxl" else 0):
+    if (config.get("adm_in_channels") or 0) != family.label_width:
         raise ModelError(f"this MODEL is {what}: salun erases from SD 1.x, SD 2.x and SDXL (no refiner, no unCLIP)")
     return family
 

@@ -64,7 +64,7 @@ def _model(found: Description) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "single file" if found.contents else "diffusers folder",
         "path": str(found.stored.path),
-        "family": found.family,
+        "family": found.family.name,
         "prediction_type": found.scheduler_config.get("prediction_type", "epsilon"),
         "prediction_from": found.prediction_from,
         "resolution": found.settings.sampling.resolution,

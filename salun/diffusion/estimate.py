@@ -112,7 +112,7 @@ def _sampling(plan: Plan) -> str:
 def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable[[int], float], int]:
     """Seconds of a forward pass and of a forward and backward pass over n samples, and bytes kept per sample."""
     said = model.encode([plan.prompts.concepts[0].forget[0].text])
-    parameters = parameters_in_scope(model.parameters(), plan.options.scope)
+    parameters = parameters_in_scope(model, plan.options.scope)
 
     def run(n: int, graph: bool) -> tuple[float, Tensor]:
         x = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -182,7 +182,7 @@ def _seconds(
 def _memory(model: Model, plan: Plan, kept: int) -> int:
     modules = [model.unet, model.vae, *model.text_encoders]
     weights: int = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    total = sum(p.numel() for p in parameters_in_scope(model.parameters(), plan.options.scope).values())
+    total = sum(p.numel() for p in parameters_in_scope(model, plan.options.scope).values())
     salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
     in_host = plan.options.low_vram and model.device.type != "cpu"
     saliency, training = (0, 0) if in_host else (4 * total, STATE_BYTES * salient)

@@ -95,7 +95,7 @@ def find_mask(
     data: may be None where the plan's mask is not `by_saliency`.
     """
     options = plan.options
-    parameters = parameters_in_scope(model.parameters(), options.scope)
+    parameters = parameters_in_scope(model, options.scope)
     origin = model.base_hash
     told: dict[str, Any] = {"warnings": []}
     mode = "soft" if options.method == "salun-soft" else options.mask if options.mask in MASKS else "file"
@@ -152,7 +152,7 @@ def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None
     scope, origin = mask.metadata.get("scope", "full"), model.base_hash
     if scope != plan.options.scope:
         raise MaskError(f"the mask {what} was made with --scope {scope}: give that, or make another")
-    mask.validate(parameters_in_scope(model.parameters(), plan.options.scope), model.name)
+    mask.validate(parameters_in_scope(model, plan.options.scope), model.name)
     if mask.metadata.get("base_hash", origin) != origin:
         raise MaskError(
             f"the mask {what} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "

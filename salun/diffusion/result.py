@@ -163,7 +163,7 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     record.data["metrics"] = run.metrics
     stored = run.own.stored
     for file in stored.files:
-        record.note_file("inputs", "checkpoint" if stored.single else "unet", file, _shown(stored, file))
+        record.note_file("inputs", "checkpoint" if stored.single else stored.part, file, _shown(stored, file))
     others = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
     links = external_links(stored) if _in_own_layout(stored, outputs, folder) else []
     if run.own.components is not None and any(output_layout(target) == "folder" for target in outputs or []):
@@ -200,9 +200,10 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
             if note is not None:
                 record.data["notes"].append(note)
                 progress(Event(Stage.SAVING, message=note))
-            files = sorted((Path(target) / "unet").glob("*.safetensors")) if kind == "folder" else [Path(target)]
+            part = run.own.family.network.part
+            files = sorted((Path(target) / part).glob("*.safetensors")) if kind == "folder" else [Path(target)]
             for file in files:
-                inner = f"{shown}unet/{file.name}" if kind == "folder" else shown
+                inner = f"{shown}{part}/{file.name}" if kind == "folder" else shown
                 record.note_file("outputs", kind, file, inner if not Path(inner).is_absolute() else file.name)
         if folder is not None:
             run.mask.save(folder / "mask.safetensors")

@@ -78,7 +78,7 @@ def disk_needed(model: Model, plan: Plan, outputs: list[str], run_dir: Path | No
     """
     unet = sum(entry.end - entry.start for entry in map(model.stored.entry, model.stored))
     whole = size_of(model.stored)
-    total = sum(p.numel() for p in parameters_in_scope(model.parameters(), plan.options.scope).values())
+    total = sum(p.numel() for p in parameters_in_scope(model, plan.options.scope).values())
     salient = entries(total, plan.options.density) if plan.options.method == "salun" else total
     delta = total // 8 + unet  # at most: the bits of all entries and every changed one
     stock = 4 * total  # bytes: two for each entry of a full difference; of full rank a square matrix takes it twice

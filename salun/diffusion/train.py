@@ -48,7 +48,7 @@ def train(
     settings = TrainingSettings(
         plan.steps, plan.lr, plan.retain_weight, soft, plan.lr_decay, options.save_every, fingerprint, options.optimizer
     )
-    parameters = parameters_in_scope(model.parameters(), options.scope)
+    parameters = parameters_in_scope(model, options.scope)
     return fine_tune(parameters, mask, losses, settings, progress, model.original(), state, True, who, options.low_vram)
 
 

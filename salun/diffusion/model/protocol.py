@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from salun.checkpoints.families.family import Family
     from salun.diffusion.model.settings import ModelSettings
     from salun.options import EraseOptions
 
@@ -117,6 +118,7 @@ class DiffusionModel(Denoiser, Protocol):
     """
 
     name: str
+    family: Family
     settings: ModelSettings
     dtype: torch.dtype
     low_vram: bool
