@@ -100,7 +100,7 @@ class SalUnTrainingData(Node):
             bar = ComfyProgress({"sampling": drawn}, Sampled(graph, plan))
             made = sample_data(graph, plan, bar, cache=cache(), given=own)
         names, anchors = tuple(c.name for c in plan.concepts), tuple(c.anchor for c in plan.concepts)
-        told = (graph.family, anchors, plan.prompts.digest, text_of(graph, plan))
+        told = (graph.family.name, anchors, plan.prompts.digest, text_of(graph, plan))
         return (Data(names, moved(made, "cpu"), *told),)
 
 

@@ -200,7 +200,7 @@ def check_data(data: Data | None, graph: GraphModel, plan: Plan) -> None:
             f"the training data have the anchors {data.anchors}, concept has {tuple(anchors)}: wire one concept to "
             "SalUn Training Data and to this node"
         )
-    if data.family != graph.family:
+    if data.family != graph.family.name:
         raise ConfigError(
             f"the training data were made with a model of the family {data.family}, this model is {graph.family}: "
             "wire one model to SalUn Training Data and to this node"

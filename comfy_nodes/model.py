@@ -23,20 +23,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from salun.checkpoints.families import facts
+from salun.checkpoints.families.family import Family
+from salun.checkpoints.families.registry import FAMILIES
 from salun.checkpoints.hashing import base_hash
 from salun.compute.device import fix_cublas, pick_dtype
 from salun.diffusion.data.latents import noise_of
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.sampler import conditioning_of, guided, trailing
-from salun.diffusion.model.schedule import predicted_x_0
+from salun.diffusion.model.schedule import DISCRETE
 from salun.diffusion.model.settings import ModelSettings, read_settings, settings_for
 from salun.errors import Cancelled, ConfigError, ModelError
 from salun.options import EraseOptions
 
 from .weights import Weights
 
-FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text
 DEFAULT_SAMPLER = "dpm++2m"
 SAMPLERS = {  # the core's names → ComfyUI's functions; DDIM's steps are Euler's in its terms, as its own "ddim" has it
     "dpm++2m": "sample_dpmpp_2m",
@@ -64,14 +64,13 @@ class GraphModel:
         self.device: torch.device = torch.device(model.load_device)
         self.dtype = pick_dtype(dtype, self.device)
         self.low_vram, self.clip_skip = False, cast(int | None, None)
-        self._schedule = model.get_model_object("model_sampling")
-        self.prediction_type = _prediction(self._schedule)
-        self.alphas_cumprod: Tensor = 1 / (self._schedule.sigmas.detach().cpu().float() ** 2 + 1)
+        self._sampling = model.get_model_object("model_sampling")
+        self.schedule = DISCRETE[_prediction(self._sampling)](
+            1 / (self._sampling.sigmas.detach().cpu().float() ** 2 + 1)
+        )
         self.latent_format = model.model.latent_format
-        known = facts(self.family)["unet"]
-        v = self.prediction_type == "v_prediction"
-        side = 8 * known.get("sample_size_v" if v else "", known["sample_size"])
-        self.settings: ModelSettings = read_settings(None, self.family, {}, side)
+        side = self.family.resolution(self.schedule.prediction_type)
+        self.settings: ModelSettings = read_settings(None, self.family.name, {}, side)
         self._depth = 0
         self._said: dict[tuple[Any, ...], Conditioning] = {}  # every stage of a run asks for the same prompts
         self.sampled: Tensor | None = None  # the first latent (1, c, h, w) of the batch sampled last
@@ -107,7 +106,7 @@ class GraphModel:
         plain = prompt.replace("(", "\\(").replace(")", "\\)")  # ComfyUI reads parentheses as weights
         hidden, pooled = clip.encode_from_tokens(clip.tokenize(plain), return_pooled=True)
         hidden = hidden.to(self.device, torch.float32)
-        if self.family != "sdxl":
+        if not self.family.label_width:
             return Conditioning(hidden)
         side = self.settings.sampling.resolution
         y = self.model.model.encode_adm(
@@ -179,16 +178,17 @@ class GraphModel:
 
         settings = self.settings.sampling
         conditioning = conditioning_of(settings, prompts, empty)
-        steps = trailing(settings.steps, len(self.alphas_cumprod))
-        roots = self.alphas_cumprod[steps].sqrt()
-        sigmas = (1 / self.alphas_cumprod[steps] - 1).sqrt()
+        alphas_cumprod = self.schedule.alphas_cumprod
+        steps = trailing(settings.steps, len(alphas_cumprod))
+        roots = alphas_cumprod[steps].sqrt()
+        sigmas = (1 / alphas_cumprod[steps] - 1).sqrt()
         at = {float(sigma): (t, float(root)) for sigma, t, root in zip(sigmas, steps, roots, strict=True)}
 
         def x_0(x: Tensor, sigma: Tensor) -> Tensor:
             tick()
             step, root = at[float(sigma[0])]
             t = step.to(self.device).expand(len(x))
-            return predicted_x_0(self, x * root, guided(self, x * root, t, conditioning, settings), t)
+            return self.schedule.x_0(x * root, guided(self, x * root, t, conditioning, settings), t)
 
         start = noise / float(roots[0])
         ends = torch.cat([sigmas, torch.zeros(1)]).to(self.device)
@@ -203,7 +203,7 @@ class GraphModel:
     @property
     def _wrapped(self) -> SimpleNamespace:
         """Where ComfyUI's samplers that add noise look for the schedule: its versions differ in where."""
-        inner = SimpleNamespace(model_sampling=self._schedule)
+        inner = SimpleNamespace(model_sampling=self._sampling)
         return SimpleNamespace(inner_model=inner, model_patcher=self.model)
 
     def sampler_facts(self) -> dict[str, Any]:
@@ -211,8 +211,8 @@ class GraphModel:
         return {
             "sampler": f"{name} of ComfyUI {_version()}",
             "network": self._other_facts,
-            "schedule": hashlib.sha256(self.alphas_cumprod.numpy().tobytes()).hexdigest(),
-            "prediction": self.prediction_type,
+            "schedule": hashlib.sha256(self.schedule.alphas_cumprod.numpy().tobytes()).hexdigest(),
+            "prediction": self.schedule.prediction_type,
         }
 
     # -- weights --------------------------------------------------------------------------------------------------
@@ -353,15 +353,15 @@ def as_started(options: EraseOptions) -> EraseOptions:
     return replace(options, low_vram=True) if state in ("LOW_VRAM", "NO_VRAM") else options
 
 
-def family_of(model: Any) -> str:
-    """sd1, sd2 or sdxl. Raises ModelError naming the type of any other MODEL."""
+def family_of(model: Any) -> Family:
+    """The family of a MODEL. Raises ModelError naming the type of any other MODEL."""
     inner = model.model
     what = f"{type(inner).__name__} ({type(getattr(inner, 'model_config', None)).__name__})"
     config = getattr(getattr(inner, "model_config", None), "unet_config", {})
-    family = FAMILIES.get(config.get("context_dim", 0), "")
-    if type(inner.diffusion_model).__name__ != "UNetModel" or not family or config.get("in_channels") != 4:
+    family = next((f for f in FAMILIES.values() if f.context_width == config.get("context_dim")), None)
+    if type(inner.diffusion_model).__name__ != "UNetModel" or family is None or config.get("in_channels") != 4:
         raise ModelError(f"this MODEL is {what}: salun erases from SD 1.x, SD 2.x and SDXL (no inpainting models)")
-    if (config.get("adm_in_channels") or 0) != (2816 if family == "sdxl" else 0):
+    if (config.get("adm_in_channels") or 0) != family.label_width:
         raise ModelError(f"this MODEL is {what}: salun erases from SD 1.x, SD 2.x and SDXL (no refiner, no unCLIP)")
     return family
 

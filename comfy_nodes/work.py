@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.losses import ErasureData
-from salun.diffusion.model.schedule import add_noise, predicted_x_0
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.result import blurred
 from salun.errors import Cancelled, SalunError
@@ -107,9 +106,9 @@ class Preview:
         if previewer is None:
             return None
         model, x_0 = self.model, self.data.forget_latents[:1]
-        t = torch.tensor([int(0.7 * len(model.alphas_cumprod))], device=x_0.device)
-        x_t = add_noise(model, x_0, self.noise.to(x_0.device), t)
-        return _shown(previewer, predicted_x_0(model, x_t, model.predict(x_t, t, self.data.forget[:1]), t), self.blur)
+        t = torch.tensor([model.schedule.t_at(0.7)], device=x_0.device)
+        x_t = model.schedule.add_noise(x_0, self.noise.to(x_0.device), t)
+        return _shown(previewer, model.schedule.x_0(x_t, model.predict(x_t, t, self.data.forget[:1]), t), self.blur)
 
 
 class Sampled:

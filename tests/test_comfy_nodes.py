@@ -547,7 +547,7 @@ def test_samples_are_what_the_network_takes_for_the_picture(host: Any, predictio
         t, said = torch.tensor([999]), graph.encode(["a cat", ""])
         asked, unasked = (graph.predict(noise, t, said[i : i + 1]) for i in range(2))
         output = unasked + graph.settings.sampling.guidance * (asked - unasked)
-    a = graph.alphas_cumprod[999]
+    a = graph.schedule.alphas_cumprod[999]
     eps = (noise - (1 - a).sqrt() * output) / a.sqrt()
     v = a.sqrt() * noise - (1 - a).sqrt() * output
     torch.testing.assert_close(made, eps if prediction == "epsilon" else v, rtol=1e-4, atol=1e-3)  # √ᾱ is 0.07

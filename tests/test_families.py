@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import salun
 from salun.checkpoints.locate import ASSETS
 from salun.diagnostics.inspect import inspect
-from salun.diffusion.model.schedule import alphas_cumprod, check_schedule
+from salun.diffusion.model.schedule import alphas_cumprod, schedule_of
 from salun.errors import ModelError
 
 from .conftest import SHORT
@@ -77,7 +77,7 @@ def test_an_erasure_runs_and_writes_the_models_own_layout(
 ) -> None:
     folder = make(tmp_path / "model", pipeline, prediction_type, dtype)
     model = salun.load(str(folder), device="cpu")
-    assert model.prediction_type == prediction_type
+    assert model.schedule.prediction_type == prediction_type
     run = salun.erase(model, salun.Concept("golf ball"), run_dir=tmp_path / "run", **TINY)
     name = next(p.name for p in (folder / "unet").glob("*.safetensors"))
     assert (".fp16." in name) == (dtype == torch.float16)
@@ -175,7 +175,7 @@ UNKNOWN_SCHEDULES: list[tuple[dict[str, object], str]] = [
 def test_unknown_noise_schedule_is_refused(config: dict[str, object], told: str, tmp_path: Path) -> None:
     """By inspect too, which must not say that such a model can be erased from."""
     with pytest.raises(ModelError, match=told):
-        check_schedule({"_class_name": "DDIMScheduler", **config}, "a model")
+        schedule_of({"_class_name": "DDIMScheduler", **config}, "a model")
     shutil.copytree(ASSETS / "shapes", tmp_path / "model")
     place = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     place.write_text(json.dumps({"_class_name": "DDIMScheduler", **config}), encoding="utf-8")

@@ -28,7 +28,8 @@ import pytest
 import torch
 
 from salun.checkpoints import keymap, safetensors_io
-from salun.checkpoints.single_file import GUESS_KEY, Contents
+from salun.checkpoints.families.sd2 import GUESS_KEY
+from salun.checkpoints.single_file import Contents
 from salun.delta import commands as deltas
 from salun.delta.delta import Delta
 from salun.diagnostics.inspect import inspect

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from salun.checkpoints import keymap
+from salun.checkpoints.families.registry import FAMILIES
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
@@ -44,6 +45,15 @@ def test_the_unet_map_is_a_bijection(family: str) -> None:
     back = keymap.unet_from_ldm(["first_stage_model.encoder.conv_in.weight", *there.values()])
     assert {back[theirs]: theirs for theirs in there.values()} == there
     assert len(back) == len(names)
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_a_unet_is_of_the_one_family_that_its_shapes_match(family: str) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in unet(family).named_parameters()}
+    assert [each.name for each in FAMILIES.values() if each.matches(shapes)] == [family]
+    known = FAMILIES[family]
+    assert known.network.config(shapes, "epsilon")["cross_attention_dim"] == known.context_width
+    assert known.label_width == UNETS[family].get("projection_class_embeddings_input_dim", 0)
 
 
 @pytest.mark.parametrize("family", UNETS)
@@ -129,7 +139,7 @@ def text_model(projection: bool = False) -> dict[str, torch.Tensor]:
 
 def test_clips_names_get_their_prefix() -> None:
     state = text_model()
-    there = keymap.text_to_ldm(state, keymap.TEXT["sd1"][0])
+    there = keymap.text_to_ldm(state, FAMILIES["sd1"].text[0].layouts[0])
     assert all(part == "" for _, part in there.values())
     assert all(name.startswith("cond_stage_model.transformer.text_model.") for name, _ in there.values())
     assert len({name for name, _ in there.values()}) == len(there)
@@ -149,7 +159,7 @@ def test_open_clips_fused_names_agree_with_diffusers_converter(family: str, whic
         projection_dim=16,
     )
     model = CLIPTextModelWithProjection(config)
-    state, layout = model.state_dict(), keymap.TEXT[family][which]
+    state, layout = model.state_dict(), FAMILIES[family].text[which].layouts[0]
     single: dict[str, torch.Tensor] = {}
     thirds: dict[str, dict[str, torch.Tensor]] = {}
     for ours, (theirs, part) in keymap.text_to_ldm(state, layout).items():

@@ -11,15 +11,14 @@ from torch.nn import functional as F
 
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
 from salun.diffusion.model.protocol import Conditioning
-from salun.diffusion.model.schedule import add_noise, training_target
+from salun.diffusion.model.schedule import DISCRETE
 
 
 class Toy:
     """ε = w·x_t + mean(hidden): linear, so that every loss can be written down."""
 
     def __init__(self, prediction_type: str = "epsilon") -> None:
-        self.prediction_type = prediction_type
-        self.alphas_cumprod = torch.linspace(0.99, 0.01, 50)
+        self.schedule = DISCRETE[prediction_type](torch.linspace(0.99, 0.01, 50))
         self.device = torch.device("cpu")
         self.weight = nn.Parameter(torch.tensor(0.5))
         self.asked: list[Tensor] = []
@@ -56,13 +55,14 @@ def test_noise_and_target_agree(kind: str) -> None:
     """x_0 and ε can be recovered from x_t and the target: the definitions of ε and v."""
     toy = Toy(kind)
     x_0, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0, 20, 49])
-    a = toy.alphas_cumprod[t].view(-1, 1, 1, 1)
-    x_t, target = add_noise(toy, x_0, noise, t), training_target(toy, x_0, noise, t)
+    a = toy.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t, target = toy.schedule.add_noise(x_0, noise, t), toy.schedule.target(x_0, noise, t)
     if kind == "epsilon":
         recovered = (x_t - (1 - a).sqrt() * target) / a.sqrt()
     else:
         recovered = a.sqrt() * x_t - (1 - a).sqrt() * target
     torch.testing.assert_close(recovered, x_0, atol=1e-5, rtol=1e-4)  # division by √0.01 costs digits
+    assert torch.equal(toy.schedule.x_0(x_t, target, t), recovered)
 
 
 def test_the_saliency_loss_is_minus_the_guided_error(data: ErasureData) -> None:
@@ -81,7 +81,7 @@ def test_the_saliency_loss_is_minus_the_guided_error(data: ErasureData) -> None:
 
     x_0 = data.forget_latents[:3]
     t, noise = _noise(toy, x_0, step_generator(1, -1))
-    x_t, c = add_noise(toy, x_0, noise, t), forget.view(3, 1, 1, 1)
+    x_t, c = toy.schedule.add_noise(x_0, noise, t), forget.view(3, 1, 1, 1)
     weight = torch.tensor(0.5, requires_grad=True)
     by_hand = -F.mse_loss(weight * x_t + 3.0 * c, noise)
     torch.testing.assert_close(loss.detach(), by_hand.detach())
@@ -95,7 +95,7 @@ def test_the_anchors_prediction_is_the_target_on_the_same_latents(data: ErasureD
     with torch.no_grad():
         toy.weight.mul_(3)
     forget, retain = training_losses(toy, sample, frozen, "frozen", "frozen")
-    x_t = add_noise(toy, sample.x_0, sample.noise, sample.t)
+    x_t = toy.schedule.add_noise(sample.x_0, sample.noise, sample.t)
     c, wanted = (k.hidden.view(-1, 1, 1, 1) for k in (sample.prompts, sample.targets))
     torch.testing.assert_close(forget, F.mse_loss(1.5 * x_t[:4] + c[:4], 0.5 * x_t[:4] + wanted[:4]))
     torch.testing.assert_close(retain, F.mse_loss(1.5 * x_t[4:] + c[4:], 0.5 * x_t[4:] + c[4:]))
@@ -106,7 +106,7 @@ def test_an_online_target_carries_no_gradient(data: ErasureData) -> None:
     toy = Toy()
     sample = draw(toy, data, batch_size=4, anchor_share=0.0, seed=0, step=0)
     forget, retain = training_losses(toy, sample, None, "online", "noise")
-    x_t = add_noise(toy, sample.x_0, sample.noise, sample.t)
+    x_t = toy.schedule.add_noise(sample.x_0, sample.noise, sample.t)
     c, wanted = (k.hidden.view(-1, 1, 1, 1) for k in (sample.prompts, sample.targets))
     expected = 2 * ((c - wanted)[:4] * x_t[:4]).mean()
     torch.testing.assert_close(torch.autograd.grad(forget, toy.weight, retain_graph=True)[0], expected)

@@ -235,7 +235,8 @@ def test_text_encoder_of_published_width_needs_the_layers_that_hosts_use(
     family: str, index: int, width: int, stored: int
 ) -> None:
     """A tower cut short would give another embedding, or another pooled text, and say nothing."""
-    from salun.checkpoints.families import text_config
+    from salun.checkpoints.families.parts import text_config
+    from salun.checkpoints.families.registry import FAMILIES
 
     inner = "encoder.layers.{}.mlp.fc1.weight" if family == "sd1" else "transformer.resblocks.{}.mlp.c_fc.weight"
     shapes: dict[str, tuple[int, ...]] = {
@@ -247,9 +248,9 @@ def test_text_encoder_of_published_width_needs_the_layers_that_hosts_use(
         shapes["embeddings.token_embedding.weight"] = shapes.pop("token_embedding.weight")
         shapes["embeddings.position_embedding.weight"] = shapes.pop("positional_embedding")
     with pytest.raises(ModelError, match=f"stores {stored} layers, where (12|23 or 24|32) are expected"):
-        text_config(shapes, family, index)
+        text_config(shapes, FAMILIES[family].text[index])
     shapes[inner.format(stored)] = (4 * width, width)
-    assert text_config(shapes, family, index)["num_hidden_layers"] == stored + 1
+    assert text_config(shapes, FAMILIES[family].text[index])["num_hidden_layers"] == stored + 1
 
 
 @pytest.mark.parametrize(("old", "what"), [("cond_stage_model.", "text encoder"), ("first_stage_model.", "VAE")])

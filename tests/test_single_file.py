@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import salun
 from salun.__main__ import main
 from salun.checkpoints import keymap, safetensors_io
+from salun.checkpoints.families.registry import FAMILIES
 from salun.checkpoints.locate import ASSETS
 from salun.checkpoints.pickled import readable
 from salun.checkpoints.single_file import open_unet
@@ -31,7 +32,7 @@ from salun.errors import ConfigError, ModelError
 from salun.masking.mask import Mask
 from salun.options import ModelOptions
 from salun.runs.cache import Cache
-from tools.checkpoints import FAMILIES, make
+from tools.checkpoints import make
 
 from .test_families import make as make_folder
 
@@ -146,7 +147,7 @@ def test_a_file_and_the_folder_made_of_it_are_one_model(
         predictions(salun.load(str(tmp_path / "back.safetensors"), device="cpu")), expected, rtol=0, atol=0
     )
     old, new = load_file(source), load_file(tmp_path / "back.safetensors")
-    parts = (keymap.UNET, keymap.VAE, *(layout.prefix for layout in keymap.TEXT[family]))
+    parts = (keymap.UNET, keymap.VAE, *(encoder.layouts[0].prefix for encoder in FAMILIES[family].text))
     shared = [n for n in old if n in new and n.startswith(parts)]
     assert len(shared) > 0.9 * len(new)
     unused = ".resblocks.23." if family == "sd2" else "-"  # its last layer, which a folder does not hold
@@ -166,7 +167,7 @@ def test_a_folder_becomes_a_file_for_hosts(tmp_path: Path) -> None:
         run.save(target)
         run.apply()
         again = salun.load(str(target), device="cpu", components=str(folder))
-        assert again.prediction_type == prediction
+        assert again.schedule.prediction_type == prediction
         torch.testing.assert_close(predictions(again), predictions(model), rtol=0, atol=0)
 
 
@@ -373,12 +374,12 @@ def test_a_model_in_the_hubs_cache_is_taken_from_there_only_if_it_is_whole(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     in_the_hubs_cache(tmp_path, "someone/whole")
     in_the_hubs_cache(tmp_path, "someone/part", "unet/diffusion_pytorch_model.safetensors")
-    assert salun.load("someone/whole", device="cpu").family == "sd1"
+    assert salun.load("someone/whole", device="cpu").family.name == "sd1"
     with pytest.raises(ModelError, match="could not be fetched"):
         salun.load("someone/part", device="cpu")
     target = tmp_path / "shapes.safetensors"
     salun.erase("shapes", "circle", **{**QUICK, "lr": 1e-30}).save(target)
-    assert salun.load(str(target), device="cpu", components="someone/part").family == "sd1"
+    assert salun.load(str(target), device="cpu", components="someone/part").family.name == "sd1"
 
 
 def test_a_folder_without_its_words_is_told_before_the_work(tmp_path: Path) -> None:
@@ -401,7 +402,7 @@ def test_half_a_vae_or_a_text_encoder_without_words_counts_as_none(file: Callabl
     tensors = {
         name: tensor
         for name, tensor in load_file(file("sd1")).items()
-        if "first_stage_model.encoder" not in name and (keymap.TEXT["sd1"][0].prefix not in name)
+        if "first_stage_model.encoder" not in name and (FAMILIES["sd1"].text[0].layouts[0].prefix not in name)
     }
     tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(tensors, tmp_path / "half.safetensors")
@@ -444,7 +445,7 @@ def test_components_of_another_family_are_refused(file: Callable[..., Path], tmp
 
 def test_the_prediction_type_is_told_by_the_first_that_knows(file: Callable[..., Path], tmp_path: Path) -> None:
     def of(path: Path, **options: Any) -> str:
-        return salun.load(str(path), device="cpu", **options).prediction_type
+        return salun.load(str(path), device="cpu", **options).schedule.prediction_type
 
     assert of(file("sd2", prediction="v_prediction")) == "v_prediction"  # by the spread of a bias
     assert of(file("sd2", prediction="v_prediction"), prediction_type="epsilon") == "epsilon"
@@ -458,14 +459,14 @@ def test_the_prediction_type_is_told_by_the_first_that_knows(file: Callable[...,
     assert of(file("sd2"), components=str(lender), prediction_type="epsilon") == "epsilon"
     marked = file("sdxl", prediction="v_prediction", marks=("ztsnr",))
     model = salun.load(str(marked), device="cpu")
-    assert model.prediction_type == "v_prediction"
-    assert model.alphas_cumprod[-1] == 0
-    assert salun.load("shapes", device="cpu", prediction_type="v_prediction").prediction_type == "v_prediction"
+    assert model.schedule.prediction_type == "v_prediction"
+    assert model.schedule.alphas_cumprod[-1] == 0
+    assert salun.load("shapes", device="cpu", prediction_type="v_prediction").schedule.prediction_type == "v_prediction"
 
 
 def test_old_files_with_shorter_names_of_the_text_encoder_are_read(file: Callable[..., Path], tmp_path: Path) -> None:
     tensors = load_file(file("sd1"))
-    prefix = keymap.TEXT["sd1"][0].prefix
+    prefix = FAMILIES["sd1"].text[0].layouts[0].prefix
     renamed = {n.replace(f"{prefix}text_model.", prefix): t for n, t in tensors.items()}
     safetensors_io.write(tmp_path / "old.safetensors", renamed)
     old = salun.load(str(tmp_path / "old.safetensors"), device="cpu")
@@ -520,7 +521,7 @@ def test_a_checkpoint_is_found_by_its_name_where_hosts_keep_theirs(
     (comfy / "extra_model_paths.yaml").write_text("a:\n  base_path: ~/elsewhere\n  checkpoints: sd\n", encoding="utf-8")
     assert find("three", dirs)[0].name == "Three.safetensors"
     model = salun.load("three", device="cpu", models_dir=dirs)
-    assert model.family == "sd1"
+    assert model.family.name == "sd1"
 
 
 # -- pickles ----------------------------------------------------------------------------------------------------------
@@ -575,7 +576,7 @@ def test_a_trainers_own_state_in_a_pickle_does_no_harm(file: Callable[..., Path]
             patched.setitem(sys.modules, name, module)
         state = {"callbacks": {module.ModelCheckpoint: {"best_model_score": torch.zeros(1)}}}  # type: ignore[attr-defined]
         torch.save({"state_dict": load_file(file("sd1")), **state}, tmp_path / "v1.ckpt")
-    assert salun.load(str(tmp_path / "v1.ckpt"), device="cpu", allow_pickle=True).family == "sd1"
+    assert salun.load(str(tmp_path / "v1.ckpt"), device="cpu", allow_pickle=True).family.name == "sd1"
 
 
 def test_the_vocabulary_carries_its_notice() -> None:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from salun.checkpoints import keymap, safetensors_io
-from salun.checkpoints.single_file import GUESS_KEY
+from salun.checkpoints.families.registry import FAMILIES
+from salun.checkpoints.families.sd2 import GUESS_KEY
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FAMILIES = ("sd1", "sd2", "sdxl")
 SIZES = ("small", "host", "true")
 
 
@@ -281,7 +281,7 @@ def _text_encoder(
 ) -> Iterator[tuple[str, Planned]]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    layout, kind = keymap.TEXT[family][index], DTYPES.get(dtype, torch.bfloat16)
+    layout, kind = FAMILIES[family].text[index].layouts[0], DTYPES.get(dtype, torch.bfloat16)
     model = CLIPTextModelWithProjection if layout.open_clip else CLIPTextModel
     with torch.device("meta"):
         shapes = _shapes(model(CLIPTextConfig(**architecture.text[index])))
@@ -323,7 +323,7 @@ def extra_buffers(family: str, text: bool = True) -> dict[str, Tensor]:
             "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - product),
         }
     found = {name: tensor.float() for name, tensor in found.items()}
-    for layout in keymap.TEXT[family] if text else ():
+    for layout in (encoder.layouts[0] for encoder in FAMILIES[family].text) if text else ():
         if layout.open_clip:
             found[f"{layout.prefix}logit_scale"] = torch.tensor(math.log(100))
         else:

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salun.checkpoints import safetensors_io
+from salun.checkpoints.families.registry import NETWORK_PARTS
 from salun.checkpoints.lazy_tensors import Stored
 from salun.errors import ModelError
 from salun.untrusted import read_json
 
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-TEXT_STEM = "model"  # of text encoders, which transformers writes
+STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # how diffusers and, for text encoders, transformers name files
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _READ = (".json", ".safetensors", ".bin", ".yaml")  # beside merges.txt, the endings of what is read of a model
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_PARTS = (*NETWORK_PARTS, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Weights:
 
 def stem_of(part: str) -> str:
     """How the names of a part's weight files begin."""
-    return STEMS.get(part, TEXT_STEM)
+    return TEXT_STEM if part.startswith("text_encoder") else STEM
 
 
 def weights_of(part: Path) -> Weights:

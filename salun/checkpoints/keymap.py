@@ -231,25 +231,6 @@ class TextLayout:
     turned: bool = True
 
 
-TEXT = {  # of each text encoder, as the published files have it
-    "sd1": [TextLayout("cond_stage_model.transformer.", False)],
-    "sd2": [TextLayout("cond_stage_model.model.", True)],
-    "sdxl": [
-        TextLayout("conditioner.embedders.0.transformer.", False),
-        TextLayout("conditioner.embedders.1.model.", True),
-    ],
-}
-TEXT_ELSEWHERE = {  # the same under other names: Stability's newer training code (sgm), and transformers' names kept
-    "sd1": [[TextLayout("conditioner.embedders.0.transformer.", False)]],
-    "sd2": [
-        [
-            TextLayout("conditioner.embedders.0.model.", True),
-            TextLayout("cond_stage_model.transformer.", False),
-            TextLayout("conditioner.embedders.0.transformer.", False),
-        ]
-    ],
-    "sdxl": [[], [TextLayout("conditioner.embedders.1.transformer.", False)]],
-}
 TOKENS = (  # by which of these a text encoder is known to be there: transformers', the same shortened, OpenCLIP's
     "text_model.embeddings.token_embedding.weight",
     "embeddings.token_embedding.weight",
@@ -279,18 +260,14 @@ def published(name: str) -> str:
     return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
-def find_text(names: Container[str], family: str) -> list[TextLayout | None]:
-    """Where each of a family's text encoders lies in the file with these names; None for one that is not there."""
-    found: list[TextLayout | None] = []
-    for usual, others in zip(TEXT[family], TEXT_ELSEWHERE[family], strict=True):
-        there = (layout for layout in (usual, *others) if any(f"{layout.prefix}{name}" in names for name in TOKENS))
-        layout = next(there, None)
-        if layout is not None:
+def find_text(names: Container[str], layouts: Iterable[TextLayout]) -> TextLayout | None:
+    """The first of the layouts in which a file with these names holds a text encoder; None if it holds none."""
+    for layout in layouts:
+        if any(f"{layout.prefix}{name}" in names for name in TOKENS):
             short = f"{layout.prefix}embeddings.token_embedding.weight" in names
             turned = f"{layout.prefix}text_projection.weight" not in names
-            layout = replace(layout, short=short, turned=turned)
-        found.append(layout)
-    return found
+            return replace(layout, short=short, turned=turned)
+    return None
 
 
 def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str, str]]:

@@ -43,6 +43,11 @@ class Stored(Mapping[str, Tensor]):
         return self.path in self.headers
 
     @property
+    def part(self) -> str:
+        """The name of the folder with the files: "unet", in a diffusers folder."""
+        return self.files[0].parent.name
+
+    @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
         return list(self.headers)

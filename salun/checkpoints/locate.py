@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from salun.checkpoints.diffusers_folder import files_under, weights_of
+from salun.checkpoints.families.registry import NETWORK_PARTS
 from salun.errors import ConfigError, ModelError
 from salun.untrusted import read_json, read_yaml
 from salun.user_text import as_spelled, composed, unquoted
@@ -153,7 +154,7 @@ def _named(name: str, folders: Sequence[Path]) -> Path | None:
 def _download(repo: str, variant: str | None, unet: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    parts = [*(["unet"] if unet else []), "vae", "text_encoder", "text_encoder_2"]
+    parts = [*(NETWORK_PARTS if unet else ()), "vae", "text_encoder", "text_encoder_2"]
     names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else ["*.safetensors"]
     weights = [f"{part}/{name}" for part in parts for name in names]
     patterns = ["model_index.json", SETTINGS, "*/*.json", "*/merges.txt", *weights]

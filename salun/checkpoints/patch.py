@@ -62,18 +62,19 @@ def left_out(stored: Stored) -> list[str]:
     """
     if stored.single:
         return [name for name in stored.headers[stored.path].names if name.startswith(keymap.EMA)]
-    index = weights_of(stored.path / "unet").index
+    index = weights_of(stored.path / stored.part).index
     kept = {os.path.realpath(file) for file in (*stored.files, *([index] if index else []))}
     return [
         path.relative_to(stored.path).as_posix()
         for path in model_files(stored.path)
-        if os.path.realpath(path) not in kept and _is_other_copy(path, path.relative_to(stored.path).parts[:-1])
+        if os.path.realpath(path) not in kept
+        and _is_other_copy(path, path.relative_to(stored.path).parts[:-1], stored.part)
     ]
 
 
-def _is_other_copy(path: Path, inside: tuple[str, ...]) -> bool:
-    """Whether a file of a folder, `inside` these of its folders, holds a UNet's weights, or may."""
-    if inside[:1] == ("unet",):
+def _is_other_copy(path: Path, inside: tuple[str, ...], part: str) -> bool:
+    """Whether a file of a folder, `inside` these of its folders, holds weights of the network `part`, or may."""
+    if inside[:1] == (part,):
         return path.suffix in WEIGHTS or (".index." in path.name and path.suffix == ".json")
     if path.suffix not in WEIGHTS or (inside[:1] and inside[0] in PARTS):
         return False

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from salun.checkpoints import keymap, safetensors_io
 from salun.checkpoints.diffusers_folder import check_links, open_part
+from salun.checkpoints.families.family import Family, Network
+from salun.checkpoints.families.registry import TITLES, network_of, network_part, recognize
 from salun.checkpoints.keymap import TextLayout
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.safetensors_io import Header
@@ -26,10 +28,7 @@ PREDICTIONS = {  # words of metadata (modelspec) → diffusers'
     "v_prediction": "v_prediction",
     "v-prediction": "v_prediction",
 }
-GUESS_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-GUESS_SPREAD = 0.09  # ComfyUI's: this bias is spread wider than that in v-prediction SD 2 models
-_ENDS = {"conv_in.weight": "input_blocks.0.0.weight", "conv_out.weight": "out.2.weight"}  # diffusers' → LDM's
-_CONTEXT = re.compile(r"\.attn2\.to_k\.weight$")
+UNCONDITIONED = "is unconditional (no cross-attention): prompts do not reach its network, so nothing can be erased"
 
 
 def open_unet(path: Path) -> Stored:
@@ -39,9 +38,10 @@ def open_unet(path: Path) -> Stored:
 
 def open_folder(folder: Path) -> Stored:
     """The UNet of a diffusers folder. Raises ModelError if there is none in safetensors, or as `check_links`."""
-    if (folder / "unet").is_dir():
+    part = folder / network_part(folder)
+    if part.is_dir():
         check_links(folder)
-    unet = open_part(folder / "unet")
+    unet = open_part(part)
     return Stored(folder, unet.places, unet.headers)
 
 
@@ -49,14 +49,14 @@ def open_folder(folder: Path) -> Stored:
 class Contents:
     """What a single file holds.
 
-    family: "sd1" | "sd2" | "sdxl". unet: where the UNet's tensors are. has_vae: both halves of one. layouts: where each
+    unet: where the UNet's tensors are. has_vae: both halves of one. layouts: where each
     of the family's text encoders lies, None for one that is not there. ema: names of a second copy of the weights.
     others: names that belong to none of these.
     """
 
     path: Path
     header: Header
-    family: str
+    family: Family
     unet: Stored
     has_vae: bool
     layouts: tuple[TextLayout | None, ...]
@@ -65,28 +65,29 @@ class Contents:
 
     @staticmethod
     def of(path: Path) -> Contents:
-        """Raises ModelError for a file that is not sound, or that is no Stable Diffusion 1, 2 or XL model: by name."""
+        """Raises ModelError for a file that is not sound, or of another kind: by name."""
         header = safetensors_io.read_header(path)
         names = header.names
         kind = other_kind(header)
         if kind is not None:
-            raise ModelError(f"{path} is {kind}; salun erases whole Stable Diffusion 1, 2 and XL models")
+            raise ModelError(f"{path} is {kind}; salun supports complete models of {TITLES}")
+        network = network_of(names)
+        assert network is not None  # or `other_kind` had said what it is
         try:
-            ours = keymap.unet_from_ldm(names)
+            diffusers_names = network.from_single(names)
         except (KeyError, ZeroDivisionError) as error:  # the latter for absurd numbers in a name
             what = safetensors_io.truncated(str(error.args[0]))
             raise ModelError(f"{path} has a tensor that no Stable Diffusion UNet has: {what}") from error
-        if len(set(ours.values())) != len(ours):
-            twice = next(iter((Counter(ours.values()) - Counter(set(ours.values()))).keys()))
+        if len(set(diffusers_names.values())) != len(diffusers_names):
+            twice = next(iter((Counter(diffusers_names.values()) - Counter(set(diffusers_names.values()))).keys()))
             raise ModelError(
                 f"{path} has two tensors in the place of one: {safetensors_io.truncated(twice)} in diffusers' names"
             )
-        places = {name: (path, theirs) for theirs, name in ours.items()}
-        unet = Stored(path, places, {path: header})
-        family = _family(unet, path)
-        layouts = tuple(keymap.find_text(header.entries, family))
-        text = (*keymap.TEXT[family], *(layout for layout in layouts if layout is not None))
-        known = (keymap.UNET, keymap.VAE, keymap.EMA, *(layout.prefix for layout in text))
+        unet = Stored(path, {new: (path, name) for name, new in diffusers_names.items()}, {path: header})
+        family = _family(unet, network)
+        layouts = tuple(keymap.find_text(header.entries, encoder.layouts) for encoder in family.text)
+        text = (*(encoder.layouts[0] for encoder in family.text), *(layout for layout in layouts if layout is not None))
+        known = (network.prefix, keymap.VAE, keymap.EMA, *(layout.prefix for layout in text))
         return Contents(
             path=path,
             header=header,
@@ -116,13 +117,14 @@ class Contents:
         """(prediction type, how that is known): as told, or for SD 2 a guess as ComfyUI's."""
         if self.told_prediction is not None:
             return self.told_prediction
-        if self.family == "sd2":
-            ours = next((n for n in self.unet if self.unet.inner(n) == GUESS_KEY), None)
-            if ours is not None:
-                spread = self.unet[ours].float().std(unbiased=False).item()
-                guess = "v_prediction" if spread > GUESS_SPREAD else "epsilon"
-                return guess, "a guess from one of its weights; --prediction-type says otherwise"
-            return "epsilon", "nothing says otherwise; --prediction-type does"
+        if self.family.v_guess is not None:
+            key, threshold = self.family.v_guess
+            name = next((name for name in self.unet if self.unet.inner(name) == key), None)
+            if name is None:
+                return "epsilon", "nothing says otherwise; prediction_type overrides it"
+            wide = self.unet[name].float().std(unbiased=False).item() > threshold
+            guess = "v_prediction" if wide else "epsilon"
+            return guess, "a guess from one of its weights; prediction_type overrides it"
         return "epsilon", "the family's own"
 
     @property
@@ -131,36 +133,20 @@ class Contents:
         return "ztsnr" in self.header.entries
 
 
-def _family(unet: Stored, path: Path) -> str:
+def _family(unet: Stored, network: Network) -> Family:
     """Raises ModelError for a UNet of another kind, by name."""
-    for name, theirs in _ENDS.items():
-        if name not in unet.places:
-            raise ModelError(f"{path} lacks {keymap.UNET}{theirs}: it holds no whole UNet")
-        shape = unet.entry(name).shape
-        if len(shape) != 4:
-            raise ModelError(f"{path}: {unet.inner(name)} has the shape {list(shape)}, and no picture has that")
-    channels, out = (unet.entry(name).shape[side] for name, side in zip(_ENDS, (1, 0), strict=True))
-    if channels != out:
-        what = {9: "an inpainting model", 8: "an image-editing model (InstructPix2Pix)", 5: "a depth model"}
-        raise ModelError(
-            f"{path} is {what.get(channels, 'a model with further inputs')}: its UNet takes {channels} channels and "
-            f"gives {out}; salun handles those that take and give the same"
-        )
-    whole = next((n for n in unet if not safetensors_io.DTYPES[unet.entry(n).dtype].is_floating_point), None)
-    if whole is not None:
-        raise ModelError(f"{path}: {unet.inner(whole)} is of dtype {unet.entry(whole).dtype}, and no weights are")
-    widths = {unet.entry(name).shape[1] for name in unet if _CONTEXT.search(name) and len(unet.entry(name).shape) == 2}
-    if not widths:
-        raise ModelError(f"{path} has no cross-attention: prompts do not reach its UNet, so nothing can be forgotten")
-    labelled = "add_embedding.linear_1.weight" in unet.places
-    if labelled and widths == {1280}:
-        raise ModelError(f"{path} is an SDXL refiner, which only finishes pictures: erase from its base model")
-    if labelled and widths == {1024}:
-        raise ModelError(f"{path} is an unCLIP model, which is guided by pictures: salun does not handle it")
-    if labelled:
-        return "sdxl"
-    linear = any(name.endswith(".proj_in.weight") and len(unet.entry(name).shape) == 2 for name in unet)
-    return "sd2" if linear or widths == {1024} else "sd1"
+    shapes, path = shapes_of(unet), unet.path
+    if fault := network.fault(shapes):
+        raise ModelError(f"{path} {fault}")
+    integers = next((n for n in unet if not safetensors_io.DTYPES[unet.entry(n).dtype].is_floating_point), None)
+    if integers is not None:
+        raise ModelError(f"{path}: {unet.inner(integers)} is of dtype {unet.entry(integers).dtype}, and no weights are")
+    if not network.is_conditioned(shapes):
+        raise ModelError(f"{path} {UNCONDITIONED}")
+    try:
+        return recognize(shapes)
+    except ModelError as error:
+        raise ModelError(f"{path} {error.message}") from error
 
 
 _KINDS = [  # (a pattern that some tensor's name matches, what such a file is); the first match counts
@@ -186,7 +172,7 @@ def other_kind(header: Header) -> str | None:
     for pattern, kind in _KINDS[whole:]:  # (a whole checkpoint may carry a LoRA along)
         if any(re.search(pattern, name) for name in header.names):
             return kind
-    if any(name.startswith(keymap.UNET) for name in header.names):
+    if network_of(header.names) is not None:
         return None
     if any(name.startswith(("down_blocks.", "mid_block.")) for name in header.names):
         return "a UNet alone, under diffusers' names (give the diffusers folder it belongs to)"

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salun.checkpoints import keymap, safetensors_io
+from salun.checkpoints import safetensors_io
+from salun.checkpoints.families.registry import family_for_hosts, recognize
 from salun.checkpoints.outputs import DIFF
 from salun.delta.delta import Delta
 from salun.delta.provenance import BASE_HASH, RESULT_HASH, joined, notes_in
@@ -39,33 +40,22 @@ _NOISE = 1e-13  # squared singular values below this share of the largest are fl
 
 
 def module_keys(names: Iterable[str]) -> dict[str, str]:
-    """diffusers name → stock key of its module (`lora_unet_…`), the same for its weight and its bias.
+    """diffusers name → key of its module in LoRA files (`lora_unet_…`), the same for its weight and its bias.
 
-    names: of the whole UNet. SD 1 and 2 take diffusers' module names, but for conv_norm_out, which A1111 knows by its
-    LDM name alone; SDXL takes LDM names, as A1111 misses four of its modules by diffusers'. (A1111, Forge and ComfyUI
-    take LDM names for SD 1 and 2 as well, but diffusers does not.) Raises KeyError naming a tensor no SDXL UNet has.
+    names: of all the network's tensors. Raises KeyError naming a tensor that no network of its family has.
     """
     names = list(names)
-    if any(name.startswith("add_embedding.") for name in names):
-        placed = {name: theirs.removeprefix(keymap.UNET) for name, theirs in keymap.unet_to_ldm(names).items()}
-    else:
-        placed = {name: name.replace("conv_norm_out.", "out.0.") for name in names}
-    return {name: "lora_unet_" + place.rpartition(".")[0].replace(".", "_") for name, place in placed.items()}
+    return recognize(dict.fromkeys(names, ())).network.lora_modules(names)
 
 
 def host_metadata(base: Mapping[str, Tensor]) -> dict[str, str]:
-    """Metadata by which A1111 and Forge file the result under its family of models.
+    """Metadata by which A1111 and Forge list the file under its family of models.
 
     Without it A1111 takes any file that has metadata for one of SD 1, and hides it while another family is loaded.
-    base: the whole UNet, of which one tensor is read. SD 2 is told from SD 1 by the width of its text (1024, not 768).
+    base: all the network's tensors, of which one is read.
     """
-    if any(name.startswith("add_embedding.") for name in base):
-        family, architecture = {"ss_base_model_version": "sdxl_base_v1-0"}, "stable-diffusion-xl-v1-base"
-    elif base[next(name for name in base if name.endswith("attn2.to_k.weight"))].shape[1] == 1024:
-        family, architecture = {"ss_base_model_version": "sd_v2", "ss_v2": "True"}, "stable-diffusion-v2"
-    else:
-        family, architecture = {"ss_base_model_version": "sd_v1"}, "stable-diffusion-v1"
-    return {**family, "modelspec.architecture": f"{architecture}/lora"}
+    family = family_for_hosts(base)
+    return {**family.lora_metadata, "modelspec.architecture": f"{family.architecture}/lora"}
 
 
 # -- full differences -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from salun.checkpoints.outputs import DELTA
 from salun.checkpoints.single_file import other_kind
 from salun.delta import delta as deltas
 from salun.diffusion.model.loading import Description, describe
-from salun.diffusion.model.schedule import check_schedule
+from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.reevaluate import file_of, read_finished
 from salun.errors import ConfigError, ModelError
 from salun.masking.mask import FORMAT as MASK_FORMAT
@@ -64,7 +64,7 @@ def _model(found: Description) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "single file" if found.contents else "diffusers folder",
         "path": str(found.stored.path),
-        "family": found.family,
+        "family": found.family.name,
         "prediction_type": found.scheduler_config.get("prediction_type", "epsilon"),
         "prediction_from": found.prediction_from,
         "resolution": found.settings.sampling.resolution,
@@ -118,7 +118,7 @@ def _verdict(found: Description, not_finite: str | None) -> str:
         checked(found.name, "--model")
         if not_finite is not None:
             raise ModelError(f"{found.stored.path}: {not_finite} holds NaN or infinity: it is damaged")
-        check_schedule(found.scheduler_config, found.name)
+        schedule_of(found.scheduler_config, found.name)
         if found.contents is None:
             check_folder(found)
         else:

@@ -119,11 +119,11 @@ def _sampling(plan: Plan) -> str:
 def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable[[int], float], int]:
     """Seconds of a forward pass and of a forward and backward pass over n samples, and bytes kept per sample."""
     said = model.encode([plan.prompts.concepts[0].forget[0].text])
-    parameters = parameters_in_scope(model.parameters(), plan.options.scope)
+    parameters = parameters_in_scope(model, plan.options.scope)
 
     def run(n: int, graph: bool) -> tuple[float, Tensor]:
         x = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-        t = torch.full((n,), len(model.alphas_cumprod) // 2, device=model.device)
+        t = torch.full((n,), model.schedule.t_at(0.5), device=model.device)
         for parameter in parameters.values():
             parameter.requires_grad_(graph)
         began = time.perf_counter()
@@ -187,7 +187,7 @@ def _memory(model: Model, plan: Plan, activations: int) -> int:
     """Bytes that a run needs at most, on the GPU where there is one. activations: of one sample's backward pass."""
     modules = [model.unet, model.vae, *model.text_encoders]
     weights: int = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    total = sum(p.numel() for p in parameters_in_scope(model.parameters(), plan.options.scope).values())
+    total = sum(p.numel() for p in parameters_in_scope(model, plan.options.scope).values())
     offloaded = plan.options.low_vram and model.device.type != "cpu"
     saliency, training = (0, 0) if offloaded else (4 * total, STATE_BYTES * trained_entries(total, plan))
     samples = 2 * plan.recipe.batch_size

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from salun.diffusion.data.latents import item_seed, sample_images
 from salun.diffusion.model.protocol import DiffusionModel
-from salun.diffusion.model.schedule import add_noise
 from salun.diffusion.plan import Plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
 from salun.evaluation import erasure
@@ -89,7 +88,7 @@ def observe(
 @torch.no_grad()
 def _answers(model: DiffusionModel, texts: list[str], progress: Progress = silent) -> Tensor:
     """Predictions on noise latents at t spread over the upper half of the schedule, where a prompt decides most."""
-    steps = len(model.alphas_cumprod)
+    timesteps = model.schedule.noisier_half(NUM_DRIFT_SAMPLES)
     texts = [texts[i % len(texts)] for i in range(NUM_DRIFT_SAMPLES)] if texts else []
     said = model.encode(texts) if texts else None
     answers = []
@@ -97,8 +96,8 @@ def _answers(model: DiffusionModel, texts: list[str], progress: Progress = silen
         assert said is not None
         part = texts[start : start + 8]
         noise = torch.randn(len(part), *model.latent_shape, generator=step_generator(1, start)).to(model.device)
-        t = torch.linspace(steps // 2, steps - 1, NUM_DRIFT_SAMPLES)[start : start + len(part)].long().to(model.device)
-        x_t = add_noise(model, torch.zeros_like(noise), noise, t)
+        t = timesteps[start : start + len(part)].to(model.device)
+        x_t = model.schedule.add_noise(torch.zeros_like(noise), noise, t)
         answers.append(model.predict(x_t, t, said[start : start + len(part)]))
         progress(Event(Stage.PROBING, start + len(part), len(texts)))
     return torch.cat(answers).cpu() if answers else torch.empty(0)

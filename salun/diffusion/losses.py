@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from salun.compute.processes import ALONE, Processes
 from salun.diffusion.model.protocol import Conditioning, Denoiser
-from salun.diffusion.model.schedule import add_noise, training_target
 from salun.randomness import step_generator
 
 EMPTY_PROMPT_FRACTION = 0.1  # of retain samples, as classifier-free guidance was trained
@@ -100,10 +99,10 @@ def saliency_losses(
         k = len(x_0)
         t, noise = _noise(denoiser, x_0, generator)
         both = Conditioning.cat([data.forget[start : start + k], data.empty.expand(k)])
-        x_t = add_noise(denoiser, x_0, noise, t)
+        x_t = denoiser.schedule.add_noise(x_0, noise, t)
         conditional, empty = denoiser.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         guided = (1 + guidance) * conditional - guidance * empty
-        yield -F.mse_loss(guided, training_target(denoiser, x_0, noise, t)), k
+        yield -F.mse_loss(guided, denoiser.schedule.target(x_0, noise, t)), k
 
 
 def draw(denoiser: Denoiser, data: ErasureData, batch_size: int, anchor_share: float, seed: int, step: int) -> Draw:
@@ -136,7 +135,7 @@ def training_losses(
     or the noise). frozen: the original model's predictions on this draw (2b, c, h, w), where a target needs them.
     """
     half = len(sample.x_0) // 2
-    x_t = add_noise(denoiser, sample.x_0, sample.noise, sample.t)
+    x_t = denoiser.schedule.add_noise(sample.x_0, sample.noise, sample.t)
     if target == "online":
         with torch.no_grad():
             wanted = denoiser.predict(x_t[:half], sample.t[:half], sample.targets[slice(0, half)])
@@ -144,7 +143,7 @@ def training_losses(
         assert frozen is not None
         wanted = frozen[:half]
     if retain_target == "noise":
-        held = training_target(denoiser, sample.x_0, sample.noise, sample.t)[half:]
+        held = denoiser.schedule.target(sample.x_0, sample.noise, sample.t)[half:]
     else:
         assert frozen is not None
         held = frozen[half:]
@@ -155,11 +154,11 @@ def training_losses(
 @torch.no_grad()
 def frozen_predictions(denoiser: Denoiser, sample: Draw) -> Tensor:
     """The original model's predictions on a draw, under the target prompts; call before training changes it."""
-    return denoiser.predict(add_noise(denoiser, sample.x_0, sample.noise, sample.t), sample.t, sample.targets)
+    return denoiser.predict(denoiser.schedule.add_noise(sample.x_0, sample.noise, sample.t), sample.t, sample.targets)
 
 
 def _noise(denoiser: Denoiser, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """t uniform over the training timesteps (n,), and ε like x_0."""
-    t = torch.randint(len(denoiser.alphas_cumprod), (len(x_0),), generator=generator)
+    """t (n,) as training draws it, and ε like x_0."""
+    t = denoiser.schedule.sample_t(len(x_0), generator)
     noise = torch.randn(x_0.shape, generator=generator)
     return t.to(x_0.device), noise.to(x_0.device)

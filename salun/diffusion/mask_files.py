@@ -40,7 +40,7 @@ def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None
         raise MaskError(
             f"the mask {what} was made with scope {scope}", advice=f"Use {{scope}} {literal(scope)}, or make another"
         )
-    mask.validate(parameters_in_scope(model.parameters(), plan.options.scope), model.name)
+    mask.validate(parameters_in_scope(model, plan.options.scope), model.name)
     if mask.metadata.get("base_hash", base_hash) != base_hash:
         raise MaskError(
             f"the mask {what} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "

@@ -135,7 +135,7 @@ def find_mask(
     if mask_file is not None:
         return FoundMask(mask_file, "file")
     options = plan.options
-    parameters = parameters_in_scope(model.parameters(), options.scope)
+    parameters = parameters_in_scope(model, options.scope)
     mode = {"saliency": options.mask, "learned": "soft", "full": "full"}[plan.method.mask]
     assert mode in (*MASKS, "soft")
     if mode in ("soft", "full"):

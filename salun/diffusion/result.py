@@ -156,7 +156,7 @@ def write_run(run: Run, context: RunContext) -> None:
     record.metrics = run.metrics
     stored = run.file_model.stored
     for file in stored.files:
-        record.add_input("checkpoint" if stored.single else "unet", file, _shown(stored, file))
+        record.add_input("checkpoint" if stored.single else stored.part, file, _shown(stored, file))
     targets = {target: target for target in context.outputs or []}
     if folder is not None and not targets:
         names = ("model.safetensors" if stored.single else "model/", "delta.salun.safetensors")
@@ -199,9 +199,10 @@ def _write_target(run: Run, target: str, shown: str, context: RunContext) -> Non
         context.note(Stage.SAVING, _energy_note(path, shown))
     if kind == "checkpoint" and not stored.single and (lost := lost_in_single_file(run.file_model)):
         context.note(Stage.SAVING, f"{shown}: {lost}")
-    files = sorted((path / "unet").glob("*.safetensors")) if kind == "folder" else [path]
+    part = run.file_model.family.network.part
+    files = sorted((path / part).glob("*.safetensors")) if kind == "folder" else [path]
     for file in files:
-        inner = f"{shown}unet/{file.name}" if kind == "folder" else shown
+        inner = f"{shown}{part}/{file.name}" if kind == "folder" else shown
         record.add_output(kind, file, inner if not Path(inner).is_absolute() else file.name)
 
 

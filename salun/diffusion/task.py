@@ -78,7 +78,7 @@ class ErasureTask:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters in scope."""
-        return parameters_in_scope(self.model.parameters(), self.plan.options.scope)
+        return parameters_in_scope(self.model, self.plan.options.scope)
 
     @cached_property
     def empty(self) -> Conditioning:

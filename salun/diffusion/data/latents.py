@@ -14,7 +14,6 @@ from torch import Tensor
 
 from salun.compute.processes import current
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
-from salun.diffusion.model.schedule import add_noise, predicted_x_0
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache, digest_of, key_of
 
@@ -89,23 +88,18 @@ def sample_until(
         prompts, empty: (n,) each; guidance is the guidance scale between them.
 
     Returns:
-        x_t, float32 (n, c, h, w), and t, int64 (n,), the timestep that it is at.
+        x_t, float32 (n, c, h, w), and its timestep t, (n,).
     """
-    n, timesteps = len(prompts), len(model.alphas_cumprod)
-    times = [timesteps - 1 - i * timesteps // steps for i in range(steps)]
+    n, schedule = len(prompts), model.schedule
+    times = [torch.full((n,), schedule.t_at((steps - i - 0.5) / steps), device=model.device) for i in range(step + 1)]
     x = torch.randn(n, *model.latent_shape, generator=generator).to(model.device)
-    both = Conditioning.cat([prompts, empty])
-
-    def at(time: int) -> Tensor:
-        return torch.full((n,), time, device=model.device)
-
-    for time, following in itertools.pairwise(times[: step + 1]):
-        t = at(time)
+    both, zeros = Conditioning.cat([prompts, empty]), torch.zeros_like(x)
+    for t, following in itertools.pairwise(times):
         of_prompt, of_empty = model.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        x_0 = predicted_x_0(model, x, of_empty + guidance * (of_prompt - of_empty), t)
-        signal, rest = (float(model.alphas_cumprod[time]) ** 0.5, (1 - float(model.alphas_cumprod[time])) ** 0.5)
-        x = add_noise(model, x_0, (x - signal * x_0) / rest, at(following))
-    return x, at(times[step])
+        x_0 = schedule.x_0(x, of_empty + guidance * (of_prompt - of_empty), t)
+        noise = (x - schedule.add_noise(x_0, zeros, t)) / schedule.add_noise(zeros, torch.ones_like(x), t)
+        x = schedule.add_noise(x_0, noise, following)
+    return x, times[step]
 
 
 def sample_images(

@@ -34,6 +34,14 @@ TEXT = {  # the fields of a CLIP text encoder's config; no others reach the libr
 }  # fmt: skip
 
 
+def library_class(name: str) -> Any:
+    """diffusers' or transformers' class of this name."""
+    import diffusers
+    import transformers
+
+    return getattr(transformers if name.startswith("CLIP") else diffusers, name)
+
+
 def read_object(path: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of the model `name`. Raises ModelError."""
     try:

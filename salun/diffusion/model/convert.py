@@ -12,23 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salun.checkpoints import families, keymap, safetensors_io
+from salun.checkpoints import keymap, safetensors_io
 from salun.checkpoints.diffusers_folder import model_files, open_part
+from salun.checkpoints.families.family import TextEncoder, numbered
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.safetensors_io import DTYPES
 from salun.checkpoints.single_file import Contents
 from salun.diffusion.model.clip_tokenizer import write_clip_tokenizer
-from salun.diffusion.model.schedule import alphas_cumprod
+from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.single_file import text_tensors, vae_tensors
 from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import ModelError
 from salun.files import new_folder
 
-ARCHITECTURES = {  # in modelspec's words
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
 Described = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -60,25 +56,25 @@ def write_single_file(model: Model, target: Path, changed: Mapping[str, Tensor],
     """
     stored, family, items = model.stored, model.family, _Lazy()
     try:
-        for name, theirs in keymap.unet_to_ldm(stored).items():
+        for name, theirs in family.network.to_single(stored).items():
             items.add(theirs, _entry(stored, name), _from(changed, stored, name))
         _add_vae(items, stored.path)
-        for index, layout in enumerate(keymap.TEXT[family]):
-            _add_text(items, stored.path / f"text_encoder{f'_{index + 1}' if index else ''}", layout, family)
+        for index, encoder in enumerate(family.text):
+            _add_text(items, stored.path / numbered("text_encoder", index), encoder)
     except KeyError as error:
         raise ModelError(f"{stored.path}: single files have no name for its {error.args[0]}; write a folder") from error
-    v = model.prediction_type == "v_prediction"
-    for mark, there in (("v_pred", v and family == "sdxl"), ("ztsnr", model.zero_snr)):
+    v = model.schedule.prediction_type == "v_prediction"
+    for mark, there in (("v_pred", v and family.v_mark), ("ztsnr", model.zero_snr)):
         if there:  # hosts look for these names
             items.add(mark, (torch.float32, (0,)), partial(torch.empty, 0))
-    told = {"modelspec.architecture": ARCHITECTURES[family], "modelspec.prediction_type": "v" if v else "epsilon"}
+    told = {"modelspec.architecture": family.architecture, "modelspec.prediction_type": "v" if v else "epsilon"}
     safetensors_io.write_lazily(target, items.described, items, {**told, **_held(metadata)})
 
 
 def lost_in_single_file(model: Model) -> str | None:
     """What hosts cannot know of a folder that was written as a single file: its noise schedule, if it is its own."""
-    usual = families.scheduler_config(model.family, model.prediction_type, model.zero_snr)
-    if torch.equal(model.alphas_cumprod, alphas_cumprod(usual, model.name)):
+    usual = model.family.scheduler_config(model.schedule.prediction_type, model.zero_snr)
+    if torch.equal(model.schedule.alphas_cumprod, schedule_of(usual, model.name).alphas_cumprod):
         return None
     return (
         "a single file holds no noise schedule, and this model has another than its family's: load it with "
@@ -100,8 +96,8 @@ def _add_vae(items: _Lazy, folder: Path) -> None:
         items.add(theirs, (dtype, shape), partial(_read_as, vae, [name], shape))
 
 
-def _add_text(items: _Lazy, folder: Path, layout: keymap.TextLayout, family: str) -> None:
-    text = open_part(folder)
+def _add_text(items: _Lazy, folder: Path, encoder: TextEncoder) -> None:
+    text, layout = open_part(folder), encoder.layouts[0]
     together: dict[str, dict[str, str]] = {}
     for name, (theirs, part) in keymap.text_to_ldm(text, layout).items():
         together.setdefault(theirs, {})[part] = name
@@ -113,11 +109,11 @@ def _add_text(items: _Lazy, folder: Path, layout: keymap.TextLayout, family: str
         else:
             whole = (len(names) * shape[0], *shape[1:]) if shape else shape
             items.add(theirs, (dtype, whole), partial(_read_as, text, names, whole))
-    if family == "sd2":
-        _add_last_layer(items, layout.prefix, folder)
+    if encoder.used_layers is not None:
+        _add_last_layer(items, layout.prefix, folder, encoder.used_layers)
 
 
-def _add_last_layer(items: _Lazy, prefix: str, folder: Path) -> None:
+def _add_last_layer(items: _Lazy, prefix: str, folder: Path, used: int) -> None:
     """The layer that diffusers leaves out, since no output of it is used, as one that changes nothing.
 
     Hosts build it all the same, and would otherwise leave its weights as whatever was in memory. Raises ModelError if
@@ -126,7 +122,6 @@ def _add_last_layer(items: _Lazy, prefix: str, folder: Path) -> None:
     """
     rows = [name for name in items if name.startswith(f"{prefix}transformer.resblocks.")]
     layers = len({name.split("resblocks.")[1].split(".")[0] for name in rows})
-    used = families.facts("sd2")["text"][0]["used_layers"]
     if layers > used:
         raise ModelError(
             f"{folder} uses {layers} layers, but hosts use {used} of a single file: write a folder (end its name in /)"
@@ -158,9 +153,10 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
         unet = _Lazy()
         for name in stored:
             unet.add(name, _entry(stored, name), _from(changed, stored, name))
-        (temporary / "unet").mkdir(parents=True, exist_ok=True)
-        model.unet.save_config(temporary / "unet")
-        file = temporary / "unet" / "diffusion_pytorch_model.safetensors"
+        part = temporary / model.family.network.part
+        part.mkdir(parents=True, exist_ok=True)
+        model.unet.save_config(part)
+        file = part / "diffusion_pytorch_model.safetensors"
         safetensors_io.write_lazily(file, unet.described, unet, _held(metadata))
         if contents.has_vae:
             (temporary / "vae").mkdir()
@@ -174,26 +170,25 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
         else:
             _copy(model.components, "vae", temporary)
         for index, (encoder, tokenizer) in enumerate(zip(model.text_encoders, model.tokenizers, strict=True)):
-            part = f"text_encoder{f'_{index + 1}' if index else ''}"
-            words = part.replace("text_encoder", "tokenizer")
+            name, words = numbered("text_encoder", index), numbered("tokenizer", index)
             if model.components is not None:
                 _copy(model.components, words, temporary)
             else:
                 write_clip_tokenizer(temporary / words, tokenizer.pad_token)
             if not contents.text[index]:
-                _copy(model.components, part, temporary)
+                _copy(model.components, name, temporary)
                 continue
-            encoder.config.save_pretrained(temporary / part)
+            encoder.config.save_pretrained(temporary / name)
             text = _Lazy()
             makers, inner = text_tensors(contents, encoder.state_dict(), index)
-            for name, make in makers.items():
-                shape = tuple(encoder.state_dict()[name].shape)
-                text.add(keymap.published(name), (_dtype(contents, inner[name]), shape), make)
-            safetensors_io.write_lazily(temporary / part / "model.safetensors", text.described, text, {"format": "pt"})
+            for key, make in makers.items():
+                shape = tuple(encoder.state_dict()[key].shape)
+                text.add(keymap.published(key), (_dtype(contents, inner[key]), shape), make)
+            safetensors_io.write_lazily(temporary / name / "model.safetensors", text.described, text, {"format": "pt"})
         (temporary / "scheduler").mkdir()
         _json(temporary / "scheduler" / "scheduler_config.json", model.scheduler_config)
         scheduler = str(model.scheduler_config.get("_class_name"))
-        _json(temporary / "model_index.json", _index(model.family == "sdxl", scheduler))
+        _json(temporary / "model_index.json", model.family.model_index(scheduler))
 
 
 def _held(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -216,24 +211,6 @@ def _copy(components: Path | None, part: str, target: Path) -> None:
         if name.parts[0] == part:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target / name)
-
-
-def _index(xl: bool, scheduler: str) -> dict[str, Any]:
-    """What diffusers' own `model_index.json` says."""
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", scheduler],
-    }
-    if xl:
-        index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
-        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
-    else:
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    return index
 
 
 def _json(path: Path, value: Mapping[str, Any]) -> None:

@@ -12,46 +12,46 @@ from typing import Any
 
 import torch
 
-from salun.checkpoints import families
 from salun.checkpoints.diffusers_folder import check_links, check_tokenizer, open_part
+from salun.checkpoints.families.family import Family, numbered
+from salun.checkpoints.families.registry import FAMILIES, families_of
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.locate import find
 from salun.checkpoints.pickled import readable
 from salun.checkpoints.safetensors_io import truncated
-from salun.checkpoints.single_file import Contents, open_folder, shapes_of
+from salun.checkpoints.single_file import UNCONDITIONED, Contents, open_folder, shapes_of
 from salun.compute.device import pick_device, pick_dtype
 from salun.diffusion.model.configs import (
     check_config,
     check_part,
     check_tokenizer_fits,
+    library_class,
     load_tokenizer,
     read_object,
     read_scheduler,
 )
 from salun.diffusion.model.few_steps import find_few_steps
 from salun.diffusion.model.parts import whole
-from salun.diffusion.model.schedule import check_schedule
+from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, read_settings
 from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import ConfigError, DataError, ModelError
 from salun.evaluation.detector import load_detector
 from salun.options import ModelOptions
 
-PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
-
 
 @dataclass(frozen=True)
 class Description:
     """A model on disk, read without loading weights.
 
-    family: "sd1" | "sd2" | "sdxl". contents: what a single file holds; None for a folder. folder: the diffusers folder
+    contents: what a single file holds; None for a folder. folder: the diffusers folder
     that tells configs and tokenizer: the model's own, or a single file's --components if it has some.
     prediction_from: how the scheduler's prediction type is known.
     """
 
     name: str
     stored: Stored
-    family: str
+    family: Family
     settings: ModelSettings
     scheduler_config: dict[str, Any]
     prediction_from: str
@@ -85,39 +85,37 @@ def describe(name: str, options: ModelOptions | None = None) -> Description:
         if contents.zero_snr:
             scheduler["rescale_betas_zero_snr"] = True
     else:
-        scheduler = families.scheduler_config(contents.family, guess, contents.zero_snr)
-    known = families.facts(contents.family)["unet"]
-    side = 8 * known.get("sample_size_v" if guess == "v_prediction" else "", known["sample_size"])
+        scheduler = contents.family.scheduler_config(guess, contents.zero_snr)
+    side = contents.family.resolution(guess)
     if folder is not None:
-        side = _resolution(folder, str(options.components)) or side
-    settings = read_settings(folder, contents.family, entry, side)
+        side = _resolution(folder, contents.family, str(options.components)) or side
+    settings = read_settings(folder, contents.family.name, entry, side)
     few_steps = find_few_steps({"the file name": path.name}, contents.header.metadata, scheduler)
     settings = replace(settings, few_steps=few_steps)
     return Description(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
 
 
-def _family_of_folder(name: str, folder: Path) -> str:
+def _family_of_folder(name: str, folder: Path) -> Family:
     """By its configs alone. Raises ModelError for what salun does not handle."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is a single file, where a diffusers folder or hub id is wanted")
     if (folder / "model_index.json").is_file():
         check_links(folder)
     pipeline = str(read_object(folder / "model_index.json", name).get("_class_name"))
-    if pipeline not in PIPELINES:
-        raise ModelError(f"{name} is a {truncated(pipeline)}; salun handles {' and '.join(PIPELINES)}")
-    unet = _unet_config(folder, name)
-    taken, given = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if taken != given:
-        raise ModelError(f"{name} has a UNet with {taken} input channels (inpainting?): not handled")
-    second = unet.get("use_linear_projection") or unet.get("cross_attention_dim", 768) == 1024
-    return "sdxl" if PIPELINES[pipeline] == "sdxl" else "sd2" if second else "sd1"
+    families = families_of(pipeline)
+    if not families:
+        pipelines = dict.fromkeys(family.pipeline for family in FAMILIES.values())
+        raise ModelError(f"{name} is a {truncated(pipeline)}; salun supports {' and '.join(pipelines)}")
+    config = _network_config(folder, families[0], name)
+    channels, out = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != out:
+        raise ModelError(f"{name} has a UNet with {channels} input channels (inpainting?), which is not supported")
+    return next(family for family in families if family.matches_config(config))
 
 
-def _unet_config(folder: Path, name: str) -> dict[str, Any]:
-    from diffusers import UNet2DConditionModel
-
-    path = folder / "unet" / "config.json"
-    return check_config(read_object(path, name), UNet2DConditionModel, path)
+def _network_config(folder: Path, family: Family, name: str) -> dict[str, Any]:
+    path = folder / family.network.part / "config.json"
+    return check_config(read_object(path, name), library_class(family.network.class_name), path)
 
 
 def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> Description:
@@ -126,16 +124,16 @@ def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options
     if options.prediction_type is not None:
         scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "--prediction-type"
     stored = open_folder(folder)
-    settings = read_settings(folder, family, entry, _resolution(folder, name))
+    settings = read_settings(folder, family.name, entry, _resolution(folder, family, name))
     names = {"the model name": Path(name).name, "the folder name": folder.name}
     settings = replace(settings, few_steps=find_few_steps(names, stored.metadata, scheduler))
     return Description(name, stored, family, settings, scheduler, source, None, folder)
 
 
-def _resolution(folder: Path, name: str) -> int | None:
+def _resolution(folder: Path, family: Family, name: str) -> int | None:
     """Pixels a side that a model was trained at, where its configs say so (SD 2.1 is 768, its base 512)."""
-    unet, vae = (read_object(folder / part / "config.json", name) for part in ("unet", "vae"))
-    latent, levels = unet.get("sample_size"), vae.get("block_out_channels")
+    network, vae = (read_object(folder / part / "config.json", name) for part in (family.network.part, "vae"))
+    latent, levels = network.get("sample_size"), vae.get("block_out_channels")
     if isinstance(latent, int) and isinstance(levels, list) and 1 <= len(levels) <= 16:
         return int(latent * 2 ** (len(levels) - 1))
     return None
@@ -154,7 +152,7 @@ def load_with(name: str, options: ModelOptions) -> Model:
     """`load`, from options that may say more than how to load."""
     own = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
     found = describe(name, own)
-    check_schedule(found.scheduler_config, name)  # before minutes of loading
+    schedule_of(found.scheduler_config, name)  # before minutes of loading
     _check_detector(found.settings, name)
     where = pick_device(own.device)
     precision = pick_dtype(own.dtype, where)
@@ -173,8 +171,8 @@ def load_with(name: str, options: ModelOptions) -> Model:
     bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
     if bad is not None:
         raise ModelError(f"{name}: the weight {bad} holds NaN or infinity, so nothing can be computed with it")
-    if not any(".attn2." in n for n, _ in unet.named_parameters()):
-        raise ModelError(f"{name} has no cross-attention: prompts do not reach its UNet, so nothing can be forgotten")
+    if not found.family.network.is_conditioned(shapes_of(found.stored)):
+        raise ModelError(f"{name} {UNCONDITIONED}")
     return Model(
         name=name,
         stored=found.stored,
@@ -238,22 +236,17 @@ Parts = tuple[Any, Any, list[Any], list[Any]]
 
 
 def _load_folder(found: Description, precision: torch.dtype) -> Parts:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    folder = found.stored.path
-    parts = ["", "_2"] if found.family == "sdxl" else [""]
-    for part in ("vae", *(f"text_encoder{part}" for part in parts)):
+    folder, family = found.stored.path, found.family
+    encoders = {numbered("text_encoder", i): encoder.class_name for i, encoder in enumerate(family.text)}
+    tokenizers = [folder / numbered("tokenizer", i) for i in range(len(encoders))]
+    for part in ("vae", *encoders):
         open_part(folder / part)  # a file that is cut short is told before minutes of loading
-    for part in parts:
-        check_tokenizer(folder / f"tokenizer{part}")
-    unet = whole(UNet2DConditionModel, folder / "unet", torch_dtype=precision)
-    vae = whole(AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
-    encoders = []
-    for part in parts:
-        kind = CLIPTextModelWithProjection if part else CLIPTextModel
-        encoders.append(whole(kind, folder / f"text_encoder{part}").to(precision))
-    return unet, vae, encoders, [load_tokenizer(folder / f"tokenizer{part}") for part in parts]
+    for tokenizer in tokenizers:
+        check_tokenizer(tokenizer)
+    network = whole(library_class(family.network.class_name), folder / family.network.part, torch_dtype=precision)
+    vae = whole(library_class(family.class_name("vae")), folder / "vae", torch_dtype=torch.float32)
+    text = [whole(library_class(kind), folder / part).to(precision) for part, kind in encoders.items()]
+    return network, vae, text, [load_tokenizer(tokenizer) for tokenizer in tokenizers]
 
 
 def check_folder(found: Description) -> None:
@@ -262,20 +255,17 @@ def check_folder(found: Description) -> None:
     Raises ModelError naming what is missing, too much, misshapen or not readable.
     """
     from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from salun.diffusion.model.parts import agree
 
-    folder, stored = found.stored.path, found.stored
-    config = _unet_config(folder, found.name)
-    check_part(UNet2DConditionModel, folder / "unet", found.name)
+    folder, stored, family = found.stored.path, found.stored, found.family
+    config, kind = _network_config(folder, family, found.name), library_class(family.network.class_name)
+    place = folder / family.network.part
+    check_part(kind, place, found.name)
     with init_empty_weights(include_buffers=False):
-        unet = UNet2DConditionModel.from_config(config)
-    agree({n: tuple(p.shape) for n, p in unet.named_parameters()}, shapes_of(stored), folder / "unet", stored.inner)
-    check_part(AutoencoderKL, folder / "vae", found.name)
-    check_part(CLIPTextModel, folder / "text_encoder", found.name)
-    if found.family == "sdxl":
-        check_part(CLIPTextModelWithProjection, folder / "text_encoder_2", found.name)
-    for end in ("", "_2") if found.family == "sdxl" else ("",):
-        check_tokenizer(folder / f"tokenizer{end}")
+        network = kind.from_config(config)
+    agree({n: tuple(p.shape) for n, p in network.named_parameters()}, shapes_of(stored), place, stored.inner)
+    for part in ("vae", *(numbered("text_encoder", i) for i in range(len(family.text)))):
+        check_part(library_class(family.class_name(part)), folder / part, found.name)
+    for i in range(len(family.text)):
+        check_tokenizer(folder / numbered("tokenizer", i))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from salun.checkpoints.families.family import Family
     from salun.diffusion.model.settings import ModelSettings
     from salun.options import EraseOptions
 
@@ -50,15 +51,51 @@ class Conditioning:
         )
 
 
-class Denoiser(Protocol):
-    """A text-conditioned denoiser and its noise schedule.
+class Schedule(Protocol):
+    """How a model's training mixes noise into samples, and what its network predicts of the mixture.
 
-    alphas_cumprod: float32 (T,), ᾱ of every training timestep, on the CPU. prediction_type: "epsilon" | "v_prediction".
+    Timesteps t are (n,), one for each sample, of whatever type the network takes; samples are float (n, c, h, w).
     """
 
-    prediction_type: str
-    alphas_cumprod: Tensor
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts, as diffusers names it: "epsilon" | "v_prediction"."""
+        ...
+
+    def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
+        """n timesteps as training draws them."""
+        ...
+
+    def t_at(self, fraction: float) -> float:
+        """The timestep at a fraction of the schedule: 0 is nearly without noise, 1 beyond the last one."""
+        ...
+
+    def noisier_half(self, n: int) -> Tensor:
+        """n timesteps spread evenly over the noisier half of the schedule, rising."""
+        ...
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t."""
+        ...
+
+    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The output that the network is trained to give on x_t."""
+        ...
+
+    def x_0(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """The sample without noise that the network's output on x_t stands for."""
+        ...
+
+
+class Denoiser(Protocol):
+    """A text-conditioned denoiser and its noise schedule."""
+
     device: torch.device
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that the network was trained by."""
+        ...
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All of the UNet's parameters under diffusers' names, in module order."""
@@ -81,6 +118,7 @@ class DiffusionModel(Denoiser, Protocol):
     """
 
     name: str
+    family: Family
     settings: ModelSettings
     dtype: torch.dtype
     low_vram: bool

@@ -1,4 +1,4 @@
-"""The noise schedule that a diffusers scheduler config defines: ᾱ of every training timestep.
+"""Noise schedules: how noise is mixed in, what the network predicts, and ᾱ from a diffusers scheduler config.
 
 A config describes both how a model was trained (betas, prediction type) and a sampler. salun trains by the first and
 samples by its own sampler, so what only a sampler reads (`timestep_spacing`, `steps_offset`, `set_alpha_to_one`,
@@ -8,16 +8,15 @@ samples by its own sampler, so what only a sampler reads (`timestep_spacing`, `s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from salun.checkpoints.safetensors_io import truncated
-from salun.diffusion.model.protocol import Denoiser
 from salun.errors import ModelError, some
 
-PREDICTIONS = ("epsilon", "v_prediction")
 FIELDS = (  # by which diffusers defines ᾱ
     "num_train_timesteps",
     "beta_start",
@@ -53,14 +52,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # schedulers that define ᾱ by betas, 
     "UniPCMultistepScheduler": {},
 }
 MOST_TIMESTEPS = 100_000
-
-
-def check_schedule(config: Mapping[str, Any], name: str) -> None:
-    """Raises ModelError for a scheduler config that tells of training as salun cannot repeat it."""
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise ModelError(f"{name} predicts {truncated(str(prediction))!r}; salun handles {' and '.join(PREDICTIONS)}")
-    alphas_cumprod(config, name)
 
 
 def schedule_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -134,23 +125,78 @@ def _trained(values: Any, steps: int, name: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def add_noise(denoiser: Denoiser, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (DDPM eq. 4)."""
-    a = denoiser.alphas_cumprod.to(x_0.device)[t].view(-1, 1, 1, 1)
-    return a.sqrt() * x_0 + (1 - a).sqrt() * noise
+@dataclass(frozen=True, eq=False)
+class _Discrete:
+    """The part of `Schedule` that does not depend on what the network predicts.
+
+    Args:
+        alphas_cumprod: ᾱ of every training timestep, float32 (T,), on the CPU.
+    """
+
+    alphas_cumprod: Tensor
+
+    def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self.alphas_cumprod), (n,), generator=generator)
+
+    def t_at(self, fraction: float) -> int:
+        return int(fraction * len(self.alphas_cumprod))
+
+    def noisier_half(self, n: int) -> Tensor:
+        steps = len(self.alphas_cumprod)
+        return torch.linspace(steps // 2, steps - 1, n).long()
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (DDPM eq. 4)."""
+        a = self._at(t, x_0)
+        return a.sqrt() * x_0 + (1 - a).sqrt() * noise
+
+    def _at(self, t: Tensor, like: Tensor) -> Tensor:
+        """ᾱ_t, (n, 1, 1, 1)."""
+        return self.alphas_cumprod.to(like.device)[t].view(-1, 1, 1, 1)
 
 
-def predicted_x_0(denoiser: Denoiser, x_t: Tensor, said: Tensor, t: Tensor) -> Tensor:
-    """The x_0 that the network's output on x_t stands for: DDPM eq. 15 for ε, √ᾱ_t·x_t − √(1−ᾱ_t)·v for v."""
-    a = denoiser.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
-    if denoiser.prediction_type == "epsilon":
-        return (x_t - (1 - a).sqrt() * said) / a.sqrt()
-    return a.sqrt() * x_t - (1 - a).sqrt() * said
+class DiscreteEpsilon(_Discrete):
+    """Discrete timesteps; the network predicts the noise ε (Ho et al. 2020)."""
 
+    prediction_type = "epsilon"
 
-def training_target(denoiser: Denoiser, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the network is trained to say: ε, or v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (Salimans & Ho 2022, appendix D)."""
-    if denoiser.prediction_type == "epsilon":
+    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
-    a = denoiser.alphas_cumprod.to(x_0.device)[t].view(-1, 1, 1, 1)
-    return a.sqrt() * noise - (1 - a).sqrt() * x_0
+
+    def x_0(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """(x_t − √(1−ᾱ_t)·ε) / √ᾱ_t (DDPM eq. 15)."""
+        a = self._at(t, x_t)
+        return (x_t - (1 - a).sqrt() * output) / a.sqrt()
+
+
+class DiscreteV(_Discrete):
+    """Discrete timesteps; the network predicts v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (Salimans & Ho 2022, appendix D)."""
+
+    prediction_type = "v_prediction"
+
+    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        a = self._at(t, x_0)
+        return a.sqrt() * noise - (1 - a).sqrt() * x_0
+
+    def x_0(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """√ᾱ_t·x_t − √(1−ᾱ_t)·v."""
+        a = self._at(t, x_t)
+        return a.sqrt() * x_t - (1 - a).sqrt() * output
+
+
+DISCRETE: dict[str, type[DiscreteEpsilon] | type[DiscreteV]] = {
+    kind.prediction_type: kind for kind in (DiscreteEpsilon, DiscreteV)
+}
+"""Prediction type, as diffusers names it → schedule."""
+
+
+def schedule_of(config: Mapping[str, Any], name: str) -> DiscreteEpsilon | DiscreteV:
+    """The schedule by which a model was trained, from its scheduler config.
+
+    Raises:
+        ModelError: Training that salun cannot repeat.
+    """
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in DISCRETE:
+        raise ModelError(f"{name} predicts {truncated(str(prediction))!r}; salun supports {' and '.join(DISCRETE)}")
+    return DISCRETE[prediction](alphas_cumprod(config, name))

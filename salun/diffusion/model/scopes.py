@@ -1,29 +1,21 @@
-"""Which parameters a scope selects (ESD's names)."""
+"""Which parameters a scope selects, named as in ESD (Gandikota et al. 2023)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 from torch import nn
 
+from salun.diffusion.model.protocol import DiffusionModel
 from salun.errors import ConfigError
 
 
-def parameters_in_scope(parameters: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:
-    """The parameters of a scope, in ESD's words.
+def parameters_in_scope(model: DiffusionModel, scope: str) -> dict[str, nn.Parameter]:
+    """The parameters of a scope: full, xattn (cross-attention), selfattn, noxattn (all but cross-attention).
 
-    full; xattn (attn2); selfattn (attn1); noxattn (all but attn2, the time embedding and the output layers, which ESD
-    leaves out too).
+    Raises:
+        ConfigError: The model has none.
     """
-    tests: dict[str, Callable[[str], bool]] = {
-        "full": lambda n: True,
-        "xattn": lambda n: ".attn2." in n,
-        "selfattn": lambda n: ".attn1." in n,
-        "noxattn": lambda n: (
-            ".attn2." not in n and not n.startswith(("time_embedding.", "conv_norm_out.", "conv_out."))
-        ),
-    }
-    chosen = {name: p for name, p in parameters.items() if tests[scope](name)}
+    selects = model.family.network.scopes[scope]
+    chosen = {name: parameter for name, parameter in model.parameters().items() if selects(name)}
     if not chosen:
-        raise ConfigError(f"--scope {scope} names no parameter of this model")
+        raise ConfigError(f"is {scope!r}, which selects no parameter of this model", option="scope")
     return chosen

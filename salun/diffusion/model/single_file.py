@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salun.checkpoints import families, keymap, safetensors_io
+from salun.checkpoints import keymap, safetensors_io
 from salun.checkpoints.diffusers_folder import check_tokenizer, open_part
+from salun.checkpoints.families.family import Family, numbered
+from salun.checkpoints.families.parts import text_config, vae_config
+from salun.checkpoints.families.unet import NOT_KNOWN
 from salun.checkpoints.single_file import Contents, shapes_of
 from salun.diffusion.model.clip_tokenizer import clip_tokenizer
-from salun.diffusion.model.configs import check_config, load_tokenizer, read_object
+from salun.diffusion.model.configs import check_config, library_class, load_tokenizer, read_object
 from salun.diffusion.model.parts import _fill, agree, empty_module, whole
 from salun.errors import ModelError, some
 
@@ -33,11 +36,11 @@ def load_parts(
     Configs are those of `components` where given, else the family's. Raises ModelError naming what is missing, too
     much or misshapen.
     """
-    told = _told(components)
-    unet = _unet(contents, told("unet/config.json"), prediction_type, precision)
-    vae = _vae(contents, components, told("vae/config.json"))
+    told = _config_reader(contents.family, components)
+    unet = _unet(contents, told(contents.family.network.part), prediction_type, precision)
+    vae = _vae(contents, components, told("vae"))
     encoders = [
-        _text_encoder(contents, components, told(f"text_encoder{_part(i)}/config.json"), i, precision)
+        _text_encoder(contents, components, told(numbered("text_encoder", i)), i, precision)
         for i in range(len(contents.text))
     ]
     tokenizers = [_tokenizer(contents, components, i) for i in range(len(contents.text))]
@@ -50,27 +53,16 @@ def load_parts(
     return unet, vae, encoders, tokenizers
 
 
-def _told(components: Path | None) -> Callable[[str], dict[str, Any] | None]:
-    def read(name: str) -> dict[str, Any] | None:
+def _config_reader(family: Family, components: Path | None) -> Callable[[str], dict[str, Any] | None]:
+    """Part → its config in `components`; None where there are none."""
+
+    def read(part: str) -> dict[str, Any] | None:
         if components is None:
             return None
-        path = components / name
-        return check_config(read_object(path, str(components)), _kind(path.parent.name), path)
+        path = components / part / "config.json"
+        return check_config(read_object(path, str(components)), library_class(family.class_name(part)), path)
 
     return read
-
-
-def _kind(part: str) -> Any:
-    """The library's class of a part."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    return kinds.get(part, CLIPTextModelWithProjection)
-
-
-def _part(index: int) -> str:
-    return f"_{index + 1}" if index else ""
 
 
 def _unet(contents: Contents, config: dict[str, Any] | None, prediction_type: str, precision: torch.dtype) -> Any:
@@ -82,14 +74,13 @@ def _unet(contents: Contents, config: dict[str, Any] | None, prediction_type: st
 def empty_unet(contents: Contents, config: dict[str, Any] | None, prediction_type: str) -> Any:
     """The UNet that the file's tensors fit, without weights. Raises ModelError naming a tensor that has no place in it,
     is not there, or is of another shape."""
-    from diffusers import UNet2DConditionModel
-
     stored = contents.unet
     shapes = shapes_of(stored)
-    told = config or families.unet_config(shapes, contents.family, prediction_type)
-    unet = empty_module(lambda: UNet2DConditionModel.from_config(told), contents, config)
+    network = contents.family.network
+    told = config or network.config(shapes, prediction_type)
+    unet = empty_module(lambda: library_class(network.class_name).from_config(told), contents, config)
     wanted = {name: tuple(p.shape) for name, p in unet.named_parameters()}
-    agree(wanted, shapes, contents.path, stored.inner, "it is not whole" if config else families.NOT_KNOWN)
+    agree(wanted, shapes, contents.path, stored.inner, "it is not whole" if config else NOT_KNOWN)
     return unet
 
 
@@ -112,7 +103,7 @@ def empty_vae(contents: Contents, config: dict[str, Any] | None) -> tuple[Any, M
 
     tensors, shapes, inner = vae_tensors(contents)
     _only_weights(contents, inner.values())
-    known = config or families.vae_config(shapes, contents.family)
+    known = config or vae_config(shapes, contents.family.vae)
     vae = empty_module(lambda: AutoencoderKL.from_config(known), contents, config)
     agree({n: tuple(p.shape) for n, p in vae.named_parameters()}, shapes, contents.path, inner.__getitem__)
     return vae, tensors, inner
@@ -152,11 +143,9 @@ def _in_vae(name: str) -> bool:
 def _text_encoder(
     contents: Contents, components: Path | None, config: dict[str, Any] | None, index: int, precision: torch.dtype
 ) -> Any:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
     if not contents.text[index]:
-        kind = CLIPTextModelWithProjection if index else CLIPTextModel
-        return _lent(kind, contents, components, f"text_encoder{_part(index)}").to(precision)
+        kind = library_class(contents.family.text[index].class_name)
+        return _lent(kind, contents, components, numbered("text_encoder", index)).to(precision)
     encoder, tensors, inner = empty_text_encoder(contents, config, index)
     _fill(encoder, tensors, precision, contents.path, inner.__getitem__)
     return encoder
@@ -169,13 +158,13 @@ def empty_text_encoder(
 
     Raises ModelError as `empty_unet`.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig
 
-    kind = CLIPTextModelWithProjection if index else CLIPTextModel
+    kind = library_class(contents.family.text[index].class_name)
     layout, entries = contents.layouts[index], contents.header.entries
     assert layout is not None
     own = {n.removeprefix(layout.prefix): e.shape for n, e in entries.items() if n.startswith(layout.prefix)}
-    known = config or families.text_config(own, contents.family, index)
+    known = config or text_config(own, contents.family.text[index])
     encoder = empty_module(lambda: kind(CLIPTextConfig.from_dict(known)), contents, config)
     tensors, inner = text_tensors(contents, encoder.state_dict(), index)
     _only_weights(contents, inner.values())
@@ -220,15 +209,15 @@ def check_parts(contents: Contents, components: Path | None, prediction_type: st
     Returns the parts that the file lacks where no `components` are given. Raises ModelError as `load_parts`, but for
     what only the values tell (NaN, infinity).
     """
-    told = _told(components)
-    empty_unet(contents, told("unet/config.json"), prediction_type)
+    told = _config_reader(contents.family, components)
+    empty_unet(contents, told(contents.family.network.part), prediction_type)
     if contents.has_vae:
-        empty_vae(contents, told("vae/config.json"))
+        empty_vae(contents, told("vae"))
     lacking = [] if contents.has_vae else ["vae"]
     for index, there in enumerate(contents.text):
-        part = f"text_encoder{_part(index)}"
+        part = numbered("text_encoder", index)
         if there:
-            empty_text_encoder(contents, told(f"{part}/config.json"), index)
+            empty_text_encoder(contents, told(part), index)
         else:
             lacking.append(part)
     if components is None:
@@ -236,7 +225,7 @@ def check_parts(contents: Contents, components: Path | None, prediction_type: st
     for part in lacking:
         open_part(components / part)
     for index in range(len(contents.text)):
-        check_tokenizer(components / f"tokenizer{_part(index)}")
+        check_tokenizer(components / numbered("tokenizer", index))
     return []
 
 
@@ -268,9 +257,9 @@ def text_tensors(contents: Contents, names: Iterable[str], index: int) -> tuple[
 
 def _tokenizer(contents: Contents, components: Path | None, index: int) -> Any:
     if components is not None:
-        check_tokenizer(components / f"tokenizer{_part(index)}")
-        return load_tokenizer(components / f"tokenizer{_part(index)}")
-    return clip_tokenizer(families.facts(contents.family)["text"][index]["pad_token"])
+        check_tokenizer(components / numbered("tokenizer", index))
+        return load_tokenizer(components / numbered("tokenizer", index))
+    return clip_tokenizer(contents.family.text[index].pad_token)
 
 
 def _read(contents: Contents, name: str) -> Tensor:

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from salun.checkpoints.families.family import Family
 from salun.checkpoints.hashing import base_hash
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.single_file import Contents
 from salun.diffusion.model import sampler
 from salun.diffusion.model.protocol import Conditioning
-from salun.diffusion.model.schedule import alphas_cumprod, check_schedule
+from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, settings_for
 from salun.errors import ConfigError, DataError
 from salun.options import EraseOptions
@@ -33,13 +34,13 @@ CHUNKS = 4  # of a long prompt, at most
 class Model:
     """A loaded model. Fulfils `Denoiser`.
 
-    name: as the user gave it. stored: where it lies on disk. family: "sd1" | "sd2" | "sdxl". The live UNet may be
+    name: as the user gave it. stored: where it lies on disk. The live UNet may be
     changed by an erasure; `original` is what the files hold.
     """
 
     name: str
     stored: Stored
-    family: str
+    family: Family
     settings: ModelSettings
     unet: Any
     vae: Any
@@ -56,10 +57,8 @@ class Model:
     altered: bool = False  # whether the live UNet may hold other weights than its files
 
     def __post_init__(self) -> None:
-        check_schedule(self.scheduler_config, self.name)
-        self.prediction_type = str(self.scheduler_config.get("prediction_type", "epsilon"))
+        self.schedule = schedule_of(self.scheduler_config, self.name)
         self.zero_snr = bool(self.scheduler_config.get("rescale_betas_zero_snr"))
-        self.alphas_cumprod = alphas_cumprod(self.scheduler_config, self.name)
         self.latent_channels = int(self.unet.config.in_channels)
         self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
@@ -103,7 +102,7 @@ class Model:
     def _encode(self, prompts: list[str], chunks: int) -> Conditioning:
         """Prompts of as many chunks each: the chunks' encodings one after the other, pooled text of the first."""
         hidden, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+        for known, tokenizer, encoder in zip(self.family.text, self.tokenizers, self.text_encoders, strict=True):
             size = tokenizer.model_max_length - 2
             rows = []
             for prompt in prompts:
@@ -114,7 +113,8 @@ class Model:
             output = encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
             layer = self._layer(encoder, output)
             hidden.append(layer.reshape(len(prompts), chunks * (size + 2), -1))
-            pooled = output[0][::chunks] if self.family == "sdxl" else None
+            if known.pooled:
+                pooled = output[0][::chunks]
         joined = torch.cat(hidden, dim=-1).to(self.dtype)
         if pooled is None:
             return Conditioning(joined)
@@ -124,13 +124,14 @@ class Model:
         return Conditioning(joined, extra)
 
     def _layer(self, encoder: Any, output: Any) -> Tensor:
-        """The encoder layer that the UNet listens to. SDXL was trained with the last but one, without its norm."""
-        skip = self.clip_skip or (2 if self.family == "sdxl" else 1)
+        """The encoder layer that conditions the UNet."""
+        skip = self.clip_skip or self.family.clip_skip
         if skip > len(output.hidden_states) - 1:
             raise ConfigError(
-                f"--clip-skip {skip}, but the text encoder of {self.name} has {len(output.hidden_states) - 1} layers"
+                f"is {skip}, but the text encoder of {self.name} has {len(output.hidden_states) - 1} layers",
+                option="clip_skip",
             )
-        if self.family == "sdxl":
+        if not self.family.final_norm:
             layer: Tensor = output.hidden_states[-skip]
         elif skip == 1:
             layer = output.last_hidden_state
