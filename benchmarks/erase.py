@@ -180,13 +180,13 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     return {
         "UA": m["ua"]["value"],
         "anchor": m["anchor"]["value"],
-        "others kept": m["kept"]["all"]["value"],
-        "none": m["none"]["value"],
+        "others kept": m["preserved"]["value"],
+        "none": m["unclassified"]["value"],
         "RA before": m["ra_before"]["value"],
         "RA drop": m["ra_before"]["value"] - m["ra_after"]["value"],
         "largest drop of an attribute": max(fall.values()),
-        "Fréchet (base)": m["frechet"]["base"],
-        "Fréchet": m["frechet"]["erased"],
+        "Fréchet (base)": m["frechet_before"]["value"],
+        "Fréchet": m["frechet"]["value"],
     }
 
 

@@ -64,7 +64,7 @@ def main() -> None:
     def row(name: str, tensors: Mapping[str, Tensor], kept: str, ranks: str, size: int) -> None:
         model.load({**original, **tensors})
         m = compare(model, run.plan, asked, before, observe(model, asked))
-        cells = [m["ua"]["value"], m["anchor"]["value"], m["none"]["value"], m["ra_after"]["value"]]
+        cells = [m["ua"]["value"], m["anchor"]["value"], m["unclassified"]["value"], m["ra_after"]["value"]]
         shown = " | ".join(f"{value:.1f}" for value in cells)
         rows.append(f"| {name} | {kept} | {ranks} | {size / 1e6:.2f} MB | {shown} |")
         print(rows[-1], flush=True)

@@ -272,15 +272,18 @@ def evaluate(
 ) -> None:
     """Judge a finished run thoroughly: base against erased on n held-out pictures each."""
     from salun.diffusion.reevaluate import evaluate_run
+    from salun.report.metrics import metric_lines
 
     with terminal_progress(as_json) as progress:
         metrics = evaluate_run(run, n, seed, device, progress, allow_pickle)
-    tell(metrics, as_json, _metric_lines(metrics))
+    tell(metrics, as_json, metric_lines(metrics))
 
 
 def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:
-    lines = [f"warning: {text}" for text in run.record.mask["warnings"]]
-    lines += _metric_lines(run.metrics)
+    from salun.report.metrics import metric_lines
+
+    lines = [f"warning: {text}" for text in (run.record.mask or {})["warnings"]]
+    lines += metric_lines(run.metrics)
     rounding = run.record.rounding
     if rounding["warning"]:
         lines.insert(0, f"warning: {rounding['warning']}")
@@ -290,24 +293,3 @@ def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:
     told = {Path(place).name: place for place in outputs}  # run.json has no path of this machine, people need it
     lines += [f"{entry['kind']}: {told.get(entry['path'], entry['path'])}" for entry in run.record.outputs]
     return [*lines, f"run folder: {folder}", f"report: {folder / 'report.html'}"]
-
-
-def _metric_lines(metrics: dict[str, Any]) -> list[str]:
-    if metrics.get("ua") is None:
-        return [f"forgotten: not known ({metrics['reason']})"]
-    share = "{value:.1f} % ({low:.1f} to {high:.1f}, n = {n})".format
-    lines = [f"forgotten (UA):  {share(**metrics['ua'])}, before {metrics['ua_before']['value']:.1f} %"]
-    if metrics["anchor"] is not None:
-        lines.append(f"anchor shown:    {share(**metrics['anchor'])}")
-    if "all" in metrics["kept"]:
-        lines.append(
-            f"the rest kept:   {share(**metrics['kept']['all'])}, before {metrics['kept_before']['all']['value']:.1f} %"
-        )
-    lines.append(f"other concepts (RA): {share(**metrics['ra_after'])}, before {metrics['ra_before']['value']:.1f} %")
-    if len(metrics["per_concept"]) > 1:
-        for name, figures in metrics["per_concept"].items():
-            anchor = f", anchor {figures['anchor']['value']:.1f} %" if figures["anchor"] is not None else ""
-            lines.append(
-                f"  {name}: UA {figures['ua']['value']:.1f} %{anchor}, no picture {figures['none']['value']:.1f} %"
-            )
-    return lines

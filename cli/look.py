@@ -1,4 +1,4 @@
-"""`salun inspect`, `concepts`, `models`, `doctor` and `cache`: what is there, and what would fail."""
+"""`salun inspect`, `concepts`, `models`, `doctor` and `cache`: what is installed, and what would fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .app import app
 from .options import with_options
 from .output import Force, Json, ModelName, bars, new_file, path_given, tell
 
-BLOCKS = {"blocks": "share of each block", "moved": "share of each block that moved"}
+BLOCKS = {"blocks": "fraction of each block", "moved": "fraction of each block that changed"}
 
 
 @app.command()
@@ -23,19 +23,19 @@ def inspect(
     options: ModelOptions,
     path: Annotated[
         str,
-        typer.Argument(callback=path_given, help="a model (alias, file, folder, hub id), mask, delta, or run folder"),
+        typer.Argument(callback=path_given, help="Model (alias, file, folder, hub id), mask, delta or run folder."),
     ],
     against: Annotated[
         str | None,
-        typer.Option(callback=path_given, help="a second mask or run folder: tell how far the two masks agree"),
+        typer.Option(callback=path_given, help="Second mask or run folder, to compare the two masks."),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(callback=path_given, help="write the picture of the layers to a page (.html)")
+        Path | None, typer.Option(callback=path_given, help="HTML file for charts of the layers (.html).")
     ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a file or folder is, what is in it, and which layers of the network it touches."""
+    """Show what a file or folder is, what it holds, and which layers of the network it covers."""
     if html is not None:
         new_file(html, force, ".html")
     from salun.diagnostics.inspect import inspect as look
@@ -58,7 +58,7 @@ def inspect(
 
 @app.command()
 def concepts(model: ModelName = None, as_json: Json = False) -> None:
-    """List the presets and, for a model that carries a vocabulary, the words it knows."""
+    """List the preset concepts or, of a model with a vocabulary, the concepts it knows."""
     from salun.diffusion.model.loading import describe
     from salun.diffusion.prompts.concepts import presets
 
@@ -83,53 +83,51 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
         + ("  (sensitive)" if e.get("sensitive") else "")
         for name, e in found.items()
     ]
-    lines.append(
-        "Any other text works too, except on a model with a vocabulary of its own: --concept TEXT --anchor TEXT"
-    )
+    lines.append("Any other text works too, except on a model with a vocabulary: --concept TEXT --anchor TEXT")
     tell(found, as_json, lines)
 
 
 @app.command()
 def doctor(
-    offline: Annotated[bool, typer.Option("--offline", help="do not try to reach the hub")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Skip the check that the hub can be reached.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at versions, devices, folders and models; say what would fail and how to mend it."""
+    """Check versions, devices, folders and models; list what would fail and how to fix it."""
     from salun.diagnostics.doctor import examine
 
     found = examine(network=not offline)
     signs = {"ok": "ok   ", "note": "note ", "fails": "FAILS"}
     lines = []
-    for one in found:
-        lines.append(f"{signs[one.verdict]}  {one.what}: {one.found}")
-        if one.advice:
-            lines.append(f"       → {one.advice}")
-    tell([dataclasses.asdict(one) for one in found], as_json, lines)
-    if any(one.verdict == "fails" for one in found):
+    for check in found:
+        lines.append(f"{signs[check.verdict]}  {check.what}: {check.found}")
+        if check.advice:
+            lines.append(f"       → {check.advice}")
+    tell([dataclasses.asdict(check) for check in found], as_json, lines)
+    if any(check.verdict == "fails" for check in found):
         raise typer.Exit(1)
 
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="remove everything in it")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove everything in it.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the cache of sampled latents and converted .ckpt files, which runs share, or empty it."""
+    """Show or clear the cache of sampled latents and converted .ckpt files, which runs share."""
     from salun.runs.cache import Cache
 
-    kept = Cache.of_user()
+    shared = Cache.of_user()
     if clear:
-        removed = kept.clear()
-        tell({"folder": str(kept.folder), "removed": removed}, as_json, [f"{removed} entries removed"])
+        removed = shared.clear()
+        tell({"folder": str(shared.folder), "removed": removed}, as_json, [f"{removed} entries removed"])
         return
-    found, pickles = kept.entries(), kept.converted_files()
+    found, pickles = shared.entries(), shared.converted_files()
     size, converted = sum(taken for _, taken, _ in found), sum(taken for _, taken in pickles)
-    facts = {"folder": str(kept.folder), "entries": len(found), "bytes": size, "limit": kept.limit}
+    facts = {"folder": str(shared.folder), "entries": len(found), "bytes": size, "limit": shared.limit}
     facts |= {"converted": len(pickles), "converted_bytes": converted}
     lines = [
-        f"folder:  {kept.folder} (SALUN_CACHE names another)",
-        f"entries: {len(found)}, {size / 1e6:.1f} MB of at most {kept.limit / 1e6:.0f} MB (SALUN_CACHE_SIZE)",
-        f"converted .ckpt files: {len(pickles)}, {converted / 1e6:.1f} MB (kept until --clear)",
+        f"folder:  {shared.folder} (set by SALUN_CACHE)",
+        f"entries: {len(found)}, {size / 1e6:.1f} MB of at most {shared.limit / 1e6:.0f} MB (set by SALUN_CACHE_SIZE)",
+        f"converted .ckpt files: {len(pickles)}, {converted / 1e6:.1f} MB (removed only by --clear)",
     ]
     tell(facts, as_json, lines)
 

@@ -36,7 +36,7 @@ def options_in(run: Path) -> dict[str, Any]:
 
 def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Of a record, what a list shows."""
-    from salun.report.page import figure_rows, headline
+    from salun.report.metrics import headline, metric_rows
 
     concepts = record["options"].get("concept")
     told: dict[str, Any] = {
@@ -49,7 +49,7 @@ def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
     try:
         if record["status"] == "done":
-            rows = figure_rows(record["concepts"], record["metrics"])[:MOST]
+            rows = metric_rows(record["metrics"])[:MOST]
             told["headline"] = [truncated(line) for line in headline(record["concepts"], record["metrics"])][:MOST]
             told["figures"] = [[truncated(str(cell)) for cell in row] for row in rows]
     except Exception:  # whatever a stranger's figures are: the other runs are to be listed all the same

@@ -96,7 +96,7 @@ def damage(path: Path, dice: random.Random, secret: Path) -> None:
 
 def diffusion_folder(folder: Path) -> Path:
     """A tiny SD 1 model with a vocabulary and a detector."""
-    from salun.evaluation.detector import AttributeClassifier
+    from salun.evaluation.detectors.attribute import AttributeClassifier
 
     from .test_families import make
 

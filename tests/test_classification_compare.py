@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from salun.attacks.mia import FEATURES
 from salun.classification.compare import compare, jobs_of, variant_of, variants_of
 from salun.classification.experiment import setting_of
-from salun.classification.metrics import COMPARED, FEATURES
+from salun.classification.metrics import COMPARED
 from salun.classification.options import CompareOptions
 from salun.classification.preview import preview_comparison
 from salun.classification.results import check_result

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from salun.attacks.relearning import RELEARNING
 from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
 from salun.classification.methods import METHODS
@@ -21,7 +22,7 @@ from salun.classification.methods.fisher import gradient_sum, inverse_fisher_pro
 from salun.classification.methods.relabelling import draw_labels, relabelled
 from salun.classification.options import METHODS as NAMES
 from salun.classification.options import UnlearnOptions
-from salun.classification.relearning import relearn
+from salun.classification.predictions import SplitPredictions
 from salun.classification.splits import Split
 from salun.classification.task import Batch, Task, batches_of, minimise, retain_batches
 from salun.errors import ConfigError, TrainingError
@@ -527,7 +528,9 @@ def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:
         again = replace(task, model=task.fresh(), options=replace(task.options, train_lr=2.0, relearn=30))
         again.model = nn.Sequential(*again.model.children(), nn.Dropout(0.5))  # type: ignore[arg-type]
         torch.manual_seed(noise)
-        curves.append(relearn(again)["curve"])
+        settings = RELEARNING.settings(again.options)
+        assert settings is not None
+        curves.append(RELEARNING.run(SplitPredictions(again), settings)["relearning"]["curve"])
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
     assert curves[0] == curves[1]
     assert len({accuracy for _, accuracy in curves[0]}) > 2  # it learns, so that other draws would show

@@ -1,4 +1,4 @@
-"""The figures against cases counted by hand, and the attack against scikit-learn told directly."""
+"""Metrics against cases counted by hand, and the membership inference attack against scikit-learn."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
+from salun.attacks.attack import ATTACKS, attack, requested
+from salun.attacks.mia import called_non_member, features
 from salun.classification.data import ImageData
-from salun.classification.metrics import Predicted, called_non_member, confusion, features, gap_to_retrain, judge
+from salun.classification.metrics import confusion, gap_to_retrain, judge
 from salun.classification.options import UnlearnOptions
+from salun.classification.predictions import Predicted
 from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.errors import DataError, TrainingError
@@ -21,7 +24,7 @@ P = np.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]
 Y = np.array([0, 1, 0, 2])
 
 
-def test_the_features_are_those_of_song_and_mittal() -> None:
+def test_features_match_song_and_mittal() -> None:
     found = features(Predicted(P, Y))
     assert found["confidence"].ravel().tolist() == [0.7, 0.2, 1.0, 0.0]
     assert found["correctness"].ravel().tolist() == [1, 0, 1, 0]
@@ -35,7 +38,7 @@ def test_the_features_are_those_of_song_and_mittal() -> None:
     assert modified[3] > 100  # sure and wrong: without bound, where the plain entropy is 0
 
 
-def test_the_attack_is_an_rbf_svc_with_c_3_and_gamma_auto() -> None:
+def test_mia_is_an_rbf_svc_with_c_3_and_gamma_auto() -> None:
     random = np.random.default_rng(0)
     members, others, forgotten = (
         random.normal(1, 1, (60, 2)),
@@ -68,7 +71,7 @@ def split_of(forget: range, retain: range, test: range) -> Split:
     return Split(torch.cat(rows[:2]), rows[0][:0], rows[2], rows[0], rows[1], "x")
 
 
-def test_accuracies_are_counted_on_their_own_rows() -> None:
+def test_accuracies_are_counted_on_their_rows() -> None:
     labels = [0, 1, 2, 0] + [0, 1, 2, 0, 1, 2] + [0, 1, 2, 0, 1]
     answers = [0, 2, 1, 1] + [0, 1, 2, 0, 1, 0] + [0, 1, 2, 1, 0]
     task = recited(answers, [9] * 15, labels, split_of(range(4), range(4, 10), range(10, 15)))
@@ -80,14 +83,14 @@ def test_accuracies_are_counted_on_their_own_rows() -> None:
     assert found["confusion"]["forget"] == [[1, 1, 0], [0, 0, 1], [0, 1, 0]]
 
 
-def test_a_class_that_is_forgotten_is_not_in_the_test_accuracy() -> None:
+def test_test_accuracy_excludes_a_forgotten_class() -> None:
     labels = [2, 2] + [0, 1, 0, 1] + [2, 2, 0, 1]
     answers = [0, 0] + [0, 1, 0, 1] + [0, 0, 0, 1]
     found = judge(recited(answers, [9] * 10, labels, split_of(range(2), range(2, 6), range(6, 10))))
     assert (found["TA"]["value"], found["TA"]["n"]) == (100, 2)
 
 
-def test_the_attack_learns_members_from_retain_rows_and_reads_the_forget_set() -> None:
+def test_mia_learns_members_from_retain_rows() -> None:
     """Members are sure (and right), test rows are not; of four forget rows one is as unsure as the test."""
     sureness = [9, 9, 9, 0] + [9] * 36 + [0] * 6
     labels = [0] * len(sureness)
@@ -103,7 +106,7 @@ def test_the_attack_learns_members_from_retain_rows_and_reads_the_forget_set() -
 
 
 @pytest.mark.parametrize("stored", [[0] * 40 + [1] * 40, [0, 1] * 40])
-def test_the_attack_knows_members_of_every_class_also_where_the_data_is_stored_class_by_class(
+def test_mia_draws_members_of_every_class(
     stored: list[int],
 ) -> None:
     """The model is surer of members (0.999 of class 0, 0.58 of class 1) than of test rows (0.33), and so of the forget
@@ -115,7 +118,7 @@ def test_the_attack_knows_members_of_every_class_also_where_the_data_is_stored_c
     assert found["MIA"]["value"] == 0
 
 
-def test_members_are_drawn_by_the_seed_from_all_rows() -> None:
+def test_members_are_drawn_by_the_seed() -> None:
     predicted = Predicted(np.eye(3)[np.arange(300) // 100], np.arange(300) // 100)
     one, two, other = (predicted.drawn(60, seed) for seed in (0, 0, 1))
     assert np.array_equal(one.y, two.y) and not np.array_equal(one.y, other.y)
@@ -124,34 +127,43 @@ def test_members_are_drawn_by_the_seed_from_all_rows() -> None:
     assert len(predicted.drawn(1000, 0).y) == 300
 
 
-def test_gaps_are_absolute_and_their_mean_is_over_four() -> None:
-    def figures(*values: float) -> dict[str, dict[str, float]]:
+def test_gaps_are_absolute_and_averaged_over_four() -> None:
+    def metrics(*values: float) -> dict[str, dict[str, float]]:
         return {name: {"value": v} for name, v in zip(("UA", "RA", "TA", "MIA"), values, strict=True)}
 
-    found = gap_to_retrain(figures(10, 90, 80, 30), figures(20, 100, 90, 10))
+    found = gap_to_retrain(metrics(10, 90, 80, 30), metrics(20, 100, 90, 10))
     assert found["gap"] == {"UA": 10, "RA": 10, "TA": 10, "MIA": 20}
     assert found["gap_mean"] == 12.5
     assert found["ToW"] == pytest.approx(0.9**3)
-    same = gap_to_retrain(figures(1, 2, 3, 4), figures(1, 2, 3, 4))
+    same = gap_to_retrain(metrics(1, 2, 3, 4), metrics(1, 2, 3, 4))
     assert (same["gap_mean"], same["ToW"]) == (0, 1)
+
+
+def test_requested_attacks_are_those_the_options_ask_for() -> None:
+    assert requested(UnlearnOptions()) == ["mia"]
+    options = UnlearnOptions(relearn=5, train_lr=0.1)
+    assert requested(options) == ["mia", "relearning"]
+    for name in ATTACKS:
+        made = attack(name)
+        assert made.name == name and isinstance(made.settings(options), made.options)
 
 
 def test_a_confusion_counts_true_by_predicted() -> None:
     assert confusion(Predicted(P, Y)) == [[2, 0, 0], [1, 0, 0], [1, 0, 0]]
 
 
-def test_nothing_to_judge_is_an_error() -> None:
+def test_an_empty_forget_set_is_an_error() -> None:
     task = recited([0] * 4, [1] * 4, [0] * 4, split_of(range(0), range(2), range(2, 4)))
-    with pytest.raises(DataError, match="nothing can be judged"):
+    with pytest.raises(DataError, match="forget set is empty"):
         judge(task)
 
 
-def test_answers_that_are_not_finite_stop_the_run() -> None:
+def test_predictions_that_are_not_finite_are_an_error() -> None:
     class Apart(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.full((len(x), 3), float("nan"))
 
     task = recited([0] * 4, [1] * 4, [0] * 4, split_of(range(1), range(1, 2), range(2, 4)))
     task.model = Apart()
-    with pytest.raises(TrainingError, match="has come apart"):
+    with pytest.raises(TrainingError, match="diverged"):
         judge(task)

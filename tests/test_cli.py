@@ -132,8 +132,8 @@ def test_the_single_steps_work(erased: tuple[Path, subprocess.CompletedProcess[s
 def test_inspect_draws_what_a_mask_and_a_run_touch(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = erased
     shown = salun("inspect", "run", "--html", "layers.html", cwd=folder).stdout
-    assert "share of each block:" in shown
-    assert "share of each block that moved:" in shown
+    assert "fraction of each block:" in shown
+    assert "fraction of each block that changed:" in shown
     assert re.search(r"mid_block.\w+ +█+ +\d+\.\d% of", shown)
     page = (folder / "layers.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 2

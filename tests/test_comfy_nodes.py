@@ -1218,7 +1218,7 @@ def test_a_lora_tells_its_progress_can_be_stopped_and_says_what_it_is(host: Any,
 
 def test_an_interrupt_is_seen_within_a_batch_of_the_figures(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    answers, predict = evaluation._answers, GraphModel.predict
+    answers, predict = evaluation._predict, GraphModel.predict
 
     def counted(graph: Any, x_t: Tensor, *more: Any) -> Tensor:
         asked.append(len(x_t))
@@ -1230,7 +1230,7 @@ def test_an_interrupt_is_seen_within_a_batch_of_the_figures(host: Any, monkeypat
         return answers(*args, **kwargs)
 
     monkeypatch.setattr(GraphModel, "predict", counted)
-    monkeypatch.setattr(evaluation, "_answers", interrupted_here)
+    monkeypatch.setattr(evaluation, "_predict", interrupted_here)
     with pytest.raises(Interrupt):
         erased(Patcher(), eval_images=1)
     assert len(asked) == 1

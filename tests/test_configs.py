@@ -14,7 +14,7 @@ import salun
 from salun.diagnostics.inspect import inspect
 from salun.diffusion.prompts.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
-from salun.evaluation.detector import load_detector
+from salun.evaluation.detectors.attribute import load_detector
 from salun.options import Recipe, from_mapping
 
 from .test_families import make
@@ -132,7 +132,7 @@ def test_from_mapping_names_the_file_of_a_value_out_of_range() -> None:
     ids=str,
 )
 def test_load_detector_rejects_descriptions_out_of_bounds(values: dict[str, Any], tmp_path: Path) -> None:
-    from salun.evaluation.detector import AttributeClassifier
+    from salun.evaluation.detectors.attribute import AttributeClassifier
 
     AttributeClassifier({"shape": ["circle", "square"]}, 32, (8, 8)).save(tmp_path)
     load_detector(tmp_path)

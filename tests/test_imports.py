@@ -24,7 +24,7 @@ LAYERS = [
     {"salun.delta.delta", "salun.delta.stock_formats"},
     {"salun.evaluation", "salun.report"},
     {"salun.diffusion.prompts", "salun.diffusion.model"},
-    {"salun.diffusion", "salun.classification"},
+    {"salun.diffusion", "salun.classification", "salun.attacks"},
     {"salun.delta", "salun.diagnostics"},
 ]
 HEAVY = {"diffusers", "transformers", "accelerate", "typer", "rich", "gradio", "comfy", "huggingface_hub", "jinja2"}

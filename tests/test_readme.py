@@ -40,7 +40,7 @@ def test_the_python_example_runs_and_the_default_recipe_erases(tmp_path: Path, m
     # 96 pictures of each kind: where 98 % is true, fewer than 91 % would be a 1 in 10,000 draw
     assert metrics["ua"]["value"] >= 91
     assert metrics["anchor"]["value"] >= 85
-    assert metrics["none"]["value"] <= 6
+    assert metrics["unclassified"]["value"] <= 6
     assert metrics["ra_before"]["value"] - metrics["ra_after"]["value"] <= 5
 
 

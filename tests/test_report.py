@@ -1,42 +1,71 @@
-"""The report: understood without the paper, honest when it did not work, and safe whatever the names hold."""
+"""Metrics of an erasure and the report: correct, honest about failure, and safe whatever the names hold."""
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import ImageFont
 
 from salun.diffusion.result import Run
-from salun.evaluation.detector import AttributeClassifier, Reading
-from salun.evaluation.erasure import Asked, Sides, Target, judge
-from salun.evaluation.metrics import Proportion, frechet_distance
+from salun.evaluation.detector import Detection
+from salun.evaluation.estimate import Estimate, Unknown
+from salun.evaluation.metric import EvaluationPair, ExpectedConcept, Metric, ModelEvaluation, Predictions
+from salun.evaluation.metrics.frechet import frechet_distance
+from salun.evaluation.registry import METRICS, measure
 from salun.report import charts, page, picture
+from salun.report.density import block_of
+from salun.report.metrics import headline, metric_lines, metric_rows
+from salun.report.render import loss_series
 
-ATTRIBUTES = {"shape": ["circle", "square", "star"], "colour": ["red", "blue"]}
+LABELS = {"shape": ["circle", "square", "star"], "colour": ["red", "blue"]}
 EVIL = '<script>alert("1")</script>'
+NOTHING = Detection({}, 0.0)
 
 
-def reading(shape: list[int], colour: list[int]) -> Reading:
+def detection(shape: list[int], colour: list[int]) -> Detection:
+    """Labels by index; −1 for an invalid image."""
     features = np.random.default_rng(0).normal(size=(len(shape), 4)).astype(np.float32)
-    return Reading({"shape": np.array(shape), "colour": np.array(colour)}, features)
+    scores = {
+        name: np.where(np.arange(len(LABELS[name])) == np.array(labels)[:, None], 1.0, -1.0)
+        for name, labels in (("shape", shape), ("colour", colour))
+    }
+    valid = np.array(shape) >= 0
+    return Detection({name: np.where(valid[:, None], s, -np.inf) for name, s in scores.items()}, 0.0, valid, features)
 
 
-def judged(forget_after: list[int], retain_after: list[int]) -> dict[str, Any]:
+def predictions(forget: float, retain: float = 1.0) -> Predictions:
+    """Of constant values; the anchor's is 0."""
+    return Predictions(*(torch.full((8, 1, 2, 2), value) for value in (forget, 0.0, retain)))
+
+
+def pair(forget_after: list[int], retain_after: list[int], **changes: Any) -> EvaluationPair:
     n = len(forget_after)
     colours = [i % 2 for i in range(n)]
     retain = [1 + i % 2 for i in range(n)]
-    asked = Asked(
-        {"shape": np.zeros(n, int), "colour": np.array(colours)},
-        {"shape": np.array(retain), "colour": np.array(colours)},
-        [Target("circle", "shape", 0, 1, slice(0, n))],
-    )
-    before = Sides(reading([0] * n, colours), reading(retain, colours))
-    after = Sides(reading(forget_after, colours), reading(retain_after, colours))
-    detector = AttributeClassifier(ATTRIBUTES, 16, (8,))
-    return {**judge(detector, asked, before, after), "anchor_gap": 0.03, "retain_change": 0.001}
+    sides: dict[str, Any] = {
+        "concepts": [ExpectedConcept("circle", "shape", 0, 1, slice(0, n))],
+        "labels": LABELS,
+        "expected_forget": {"shape": np.zeros(n, int), "colour": np.array(colours)},
+        "expected_retain": {"shape": np.array(retain), "colour": np.array(colours)},
+        "before": ModelEvaluation(detection([0] * n, colours), detection(retain, colours), predictions(1.0)),
+        "after": ModelEvaluation(
+            detection(forget_after, colours), detection(retain_after, colours), predictions(0.5, 1.1)
+        ),
+        "unknown": {},
+    }
+    return EvaluationPair(**{**sides, **changes})
+
+
+def unknown(reason: str) -> dict[str, Any]:
+    nothing = ModelEvaluation(NOTHING, NOTHING, predictions(1.0))
+    return measure(EvaluationPair([], {}, {}, {}, nothing, nothing, {"detections": reason}))
 
 
 def run_data(metrics: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -45,6 +74,7 @@ def run_data(metrics: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "command": "salun erase --concept circle",
         "options": {"model": "shapes", "steps": 3, "seed": 0},
         "device": "cpu",
+        "facts": {},
         "concepts": [{"name": "circle", "anchor": "square", "kind": "object", "sensitive": False}],
         "notes": [],
         "seed": 0,
@@ -66,58 +96,116 @@ def text_of(html: str) -> str:
 
 
 LAYERS = {"down_blocks.0.attentions.0.proj_in.weight": (3, 4), "conv_in.weight": (2, 6)}
-WORKED = judged([1, 1, 1, 1, 1, 1, 1, 1], [1, 2, 1, 2, 1, 2, 1, 2])
-FAILED = judged([0, 0, 0, 0, 0, 1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1])
+WORKED = measure(pair([1, 1, 1, 1, 1, 1, 1, 1], [1, 2, 1, 2, 1, 2, 1, 2]))
+FAILED = measure(pair([0, 0, 0, 0, 0, 1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1]))
 
 
-def test_the_figures_are_counted_as_they_are_defined() -> None:
-    """Of 8 forget pictures 5 still show the concept, 1 the anchor, 2 nothing; half of the other shapes are wrong."""
+def html_of(run: dict[str, Any], layers: dict[str, tuple[int, int]] | None = None, image: bytes | None = None) -> str:
+    return page.run_page(run, image, image, layers or LAYERS).html
+
+
+def test_metrics_are_counted_as_defined() -> None:
+    """Of 8 forget images 5 still show the concept, 1 the anchor, 2 are invalid; half of the other shapes are wrong."""
     assert FAILED["ua"]["value"] == 100 * 3 / 8
     assert FAILED["anchor"]["value"] == 100 * 1 / 8
-    assert FAILED["none"]["value"] == 100 * 2 / 8
+    assert FAILED["unclassified"]["value"] == 100 * 2 / 8
+    assert FAILED["preserved"]["value"] == FAILED["preserved_by_attribute"]["colour"]["after"]["value"] == 75
     assert FAILED["ua_before"]["value"] == 0
     assert FAILED["ra_before"]["value"] == 100
     assert FAILED["ra_after"] == {**FAILED["ra_after"], "value": 75.0, "n": 16}
     assert FAILED["ra_by_attribute"]["shape"]["after"]["value"] == 50
     assert FAILED["per_class"]["shape: star"]["after"]["value"] == 0
     assert "shape: circle" not in FAILED["per_class"]
-    assert WORKED["ua"]["value"] == WORKED["anchor"]["value"] == WORKED["kept"]["all"]["value"] == 100
+    assert WORKED["ua"]["value"] == WORKED["anchor"]["value"] == WORKED["preserved"]["value"] == 100
+    assert WORKED["anchor_gap"]["value"] == pytest.approx(0.25) and WORKED["anchor_gap_before"]["value"] == 1
+    assert WORKED["retain_change"]["value"] == pytest.approx(0.01) and WORKED["retain_change_before"]["value"] == 0
+    assert WORKED["per_concept"]["circle"]["ua"] == WORKED["ua"]
 
 
-def test_success_is_told_in_a_sentence() -> None:
-    text = text_of(page.render(run_data(WORKED), None, None, LAYERS))
-    assert "The model forgot “circle”: asked for it, it now shows it in none of 8 pictures (before: 8)." in text
-    assert "Everything else is as it was: 100.0 % right before, 100.0 % now." in text
-    assert "5 of 10 weights (50.0 %)" in text
+def test_what_cannot_be_measured_is_null_with_its_reason() -> None:
+    """The empty prompt as anchor, a detector without features or validity, one attribute only, and no detector."""
+    concept = ExpectedConcept("circle", "shape", 0, None, slice(0, 8))
+    plain = Detection({"shape": np.zeros((8, 3))}, 0.0)
+    side = ModelEvaluation(plain, plain, predictions(1.0))
+    found = measure(
+        pair([1] * 8, [1] * 8, concepts=[concept], labels={"shape": LABELS["shape"]}, before=side, after=side)
+    )
+    assert {key for key in found["reasons"] if found[key] is None} == {"anchor", "preserved", "unclassified", "frechet"}
+    assert found["ua"]["value"] == 0 and found["preserved_by_attribute"] == {}
+    found = unknown("no detector covers 'cat'")
+    assert (found["ua"], found["ra_before"], found["per_class"]) == (None, None, None)
+    assert found["reason"] == found["reasons"]["ua"] == "no detector covers 'cat'"
+    assert found["anchor_gap"]["value"] == 1
 
 
-def test_failure_is_told_as_failure() -> None:
-    text = text_of(page.render(run_data(FAILED), None, None, LAYERS))
+def test_a_new_metric_is_measured_and_shown_without_other_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from salun.report import metrics as shown
+
+    def half(pair: EvaluationPair) -> Estimate:
+        """Half."""
+        return Estimate(50.0, 2, 1.0, 99.0)
+
+    added = Metric("new", "New one", "higher", "%", half, per_concept=True)
+    measured = measure(pair([1] * 8, [1] * 8), [*METRICS, added])
+    assert measured["new"] == measured["new_before"] == {"value": 50.0, "n": 2, "low": 1.0, "high": 99.0}
+    monkeypatch.setattr(shown, "SINGLE", [*shown.SINGLE, added])
+    assert ("New one ↑", "50.0 % (1.0–99.0, n = 2)", "50.0 % (1.0–99.0, n = 2)", "Half.") in metric_rows(measured)
+    assert any(line.startswith("New one:") for line in metric_lines(measured))
+    assert "New one" in html_of(run_data(measured))
+
+
+def test_registries_import_no_torch() -> None:
+    program = "import sys, salun.evaluation.registry, salun.evaluation.detector, salun.attacks.attack"
+    subprocess.run(
+        [sys.executable, "-c", f"{program}, salun.report.metrics; assert 'torch' not in sys.modules"], check=True
+    )
+
+
+def test_lines_name_each_concept_and_unknown_metrics() -> None:
+    lines = metric_lines({**FAILED, "per_concept": {"a": FAILED["per_concept"]["circle"], "b": {}}})
+    assert lines[0].startswith("Forgotten (UA):") and lines[0].endswith("37.5 % (13.7–69.4, n = 8), before 0.0")
+    assert "a:" in lines and "b:" in lines
+    assert any(re.match(r"Unknown: Forgotten \(UA\), .* \(why\)", line) for line in metric_lines(unknown("why")))
+    json.dumps(FAILED, allow_nan=False)
+
+
+def test_the_headline_says_success_and_failure() -> None:
+    text = text_of(html_of(run_data(WORKED)))
+    assert "The model forgot “circle”: none of 8 images of its prompts show it (before: 8)." in text
+    assert "Accuracy on other prompts is unchanged: 100.0 % before, 100.0 % after." in text
+    assert "5 of 10 weights (50.0%)" in text
+    text = text_of(html_of(run_data(FAILED)))
     assert "did not forget “circle”" in text
-    assert "Careful: 25 % of them are no proper pictures" in text
-    assert "Everything else suffered: 100.0 % right before, 75.0 % now." in text
+    assert "Warning: 25 % of them are no valid images" in text
+    assert "Accuracy on other prompts dropped: 100.0 % before, 75.0 % after." in text
 
 
-def test_what_is_not_known_is_said_to_be_unknown() -> None:
-    metrics = dict.fromkeys(("ua", "ra_before", "ra_after", "per_class", "anchor_gap", "retain_change"))
-    html = page.render(run_data({**metrics, "reason": "no detector for 'cat'"}), None, None, LAYERS)
-    text = text_of(html)
-    assert "not known" in text
-    assert "no detector for 'cat'" in text.replace("&#39;", "'")
-    assert "retain accuracy" not in text
+def test_unknown_metrics_are_reported_as_unknown() -> None:
+    text = text_of(html_of(run_data(unknown("no detector covers 'cat'")))).replace("&#39;", "'")
+    assert "Whether it did is unknown: no detector covers 'cat'." in text
+    assert "Unknown: Forgotten (UA)" in text and "Retain accuracy by class" not in text
+    assert headline([{"name": "cat"}], {}) == [
+        "The model was trained to forget “cat”. Whether it did is unknown: it was not measured."
+    ]
 
 
-def test_a_control_is_no_erasure_to_publish() -> None:
+def test_a_control_mask_is_marked() -> None:
     data = run_data(WORKED)
     data["mask"]["mode"] = "random"
-    assert "the control “random”" in text_of(page.render(data, None, None, LAYERS))
+    assert "the control mask “random”" in text_of(html_of(data))
 
 
 def test_everything_shown_is_escaped_and_nothing_is_fetched() -> None:
     concept = {"name": EVIL, "anchor": EVIL, "kind": "object", "sensitive": False}
-    figures = WORKED["per_concept"]["circle"]
+    found = WORKED["per_concept"]["circle"]
     data = run_data(
-        {**WORKED, "per_concept": {EVIL: figures, EVIL + "2": figures}},
+        {
+            **WORKED,
+            "per_concept": {EVIL: found, EVIL + "2": found},
+            "reasons": {"ua": EVIL},
+            "ua": None,
+            "detector": dict.fromkeys(("name", "version", "sha256", "unit"), EVIL) | {"threshold": 0.5},
+        },
         command=EVIL,
         concepts=[concept, {**concept, "name": EVIL + "2"}],
         device=EVIL,
@@ -128,39 +216,49 @@ def test_everything_shown_is_escaped_and_nothing_is_fetched() -> None:
     data["mask"]["warnings"] = [EVIL]
     data["losses"] = [{"step": step, EVIL: 0.5} for step in (1, 2)]
     data["notes"] = [EVIL]
-    html = page.render(data, b"\x89PNG", b"\x89PNG", {EVIL: (1, 2)})
+    data["losses"] = [{"step": 1, EVIL: 0.5}, {"step": 2, EVIL: 0.25}]
+    html = html_of(data, {EVIL: (1, 2)}, b"\x89PNG")
     assert "<script" not in html
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html)
     assert "@import" not in html
 
 
 def test_charts_hold_with_awkward_numbers() -> None:
-    nothing: list[list[Any]] = [[], [{"step": 1, "a": 0.0}, {"step": 2, "a": 0.0}], [{"step": 1, "a": 1.0}]]
-    nothing.append([[1, 0.5], {"a": 1.0}, {"step": "1", "a": 1.0}, {"step": 1, "a": float("nan"), "b": 10**400}])
-    assert [charts.loss_curve(rows) for rows in nothing] == [""] * 4
-    rows = [{"step": i, "a": a, EVIL: b} for i, (a, b) in enumerate([(1e-9, 5.0), (0.0, 5e3), (1.0, 0.0)])]
-    curve = charts.loss_curve(rows)
-    assert "nan" not in curve and "<script" not in curve
-    assert curve.count("<polyline") == 4
-    assert charts.block_of("mid_block.attentions.0.norm.bias") == "mid_block.attentions"
-    assert "75% of 4" in charts.layer_bars(LAYERS)
+    def curve(history: list[Any]) -> str:
+        return charts.curves(loss_series(history), "step", "loss", log=True)
+
+    def rows(*pairs: tuple[float, float]) -> list[Any]:
+        return [{"step": i, "a": a, EVIL: b} for i, (a, b) in enumerate(pairs)]
+
+    assert curve([]) == curve(rows((0.0, 0.0), (0.0, 0.0))) == ""
+    assert curve([[1, 0.5], {"a": 1.0}, {"step": "1", "a": 1.0}, {"step": 1, "a": float("nan"), "b": 10**400}]) == ""
+    odd = curve(rows((1e-9, 5.0), (0.0, 5e3), (1.0, 0.0)))
+    assert "nan" not in odd and "<script" not in odd
+    assert curve(rows(*((1.0, 2.0 + i) for i in range(30)))).count("<polyline") == 4
+    assert block_of("mid_block.attentions.0.norm.bias") == "mid_block.attentions"
+    assert "75.0% of 4" in charts.bars(LAYERS)
 
 
-def test_blurring_leaves_nothing_to_recognise() -> None:
+def test_loss_series_takes_any_names() -> None:
+    named = [{"step": 1, "erase": 0.5}, {"step": 2, "erase": 0.25, "pool": None}]
+    assert loss_series(named) == {"erase": [(1.0, 0.5), (2.0, 0.25)]}
+
+
+def test_blurred_images_have_no_detail() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
     sharp, soft = (picture.grid(noise, noise, ["x"], blur=blur)[8:136, 56:184] for blur in (False, True))
     assert np.abs(np.diff(sharp.astype(int), axis=0)).max() > 100
     assert np.abs(np.diff(soft.astype(int), axis=0)).max() <= 8
 
 
-def test_long_captions_stay_inside() -> None:
+def test_long_captions_are_cut() -> None:
     tiles = np.zeros((2, 64, 64, 3), np.uint8)
     plain = picture.grid(tiles, tiles, ["a", "b"])
     assert picture.grid(tiles, tiles, ["word " * 200, "x" * 500]).shape == plain.shape
     assert picture.sheet(tiles, 1, ["y" * 500, ""]).shape[2] == 3
 
 
-def test_a_real_runs_report_is_small_and_complete(short_run: Run) -> None:
+def test_report_of_a_run_is_small_and_complete(short_run: Run) -> None:
     html = short_run.report.html
     assert len(html) < 1_500_000
     assert html.count("data:image/png;base64,") == 2
@@ -170,9 +268,10 @@ def test_a_real_runs_report_is_small_and_complete(short_run: Run) -> None:
 @pytest.mark.parametrize(
     ("k", "n", "low", "high"), [(0, 10, 0.0, 27.75), (10, 10, 72.25, 100.0), (50, 100, 40.38, 59.62)]
 )
-def test_intervals_are_wilsons(k: int, n: int, low: float, high: float) -> None:
-    share = Proportion.of(np.arange(n) < k)
-    assert (share.low, share.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+def test_percentage_has_wilsons_interval(k: int, n: int, low: float, high: float) -> None:
+    found = Estimate.percentage(np.arange(n) < k)
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+    assert Unknown("why").as_json() is None
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
@@ -184,7 +283,7 @@ def test_frechet_distance_of_known_gaussians() -> None:
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_an_old_pillow_with_one_font_draws_captions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_drawn_by_an_old_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     """WebUIs hold Pillow at 9.5, whose own font has one size and Latin letters alone."""
     old = ImageFont.load_default_imagefont()
 
@@ -194,8 +293,8 @@ def test_an_old_pillow_with_one_font_draws_captions_too(monkeypatch: pytest.Monk
         return old
 
     monkeypatch.setattr(ImageFont, "load_default", load_default)
-    pictures = np.zeros((2, 16, 16, 3), np.uint8)
-    plain = picture.grid(pictures, pictures, ["", ""])
-    told = picture.grid(pictures, pictures, ["ein Kreis " * 20, "круг 円"])
-    assert told.shape == plain.shape
-    assert (told != plain).any()
+    images = np.zeros((2, 16, 16, 3), np.uint8)
+    plain = picture.grid(images, images, ["", ""])
+    captioned = picture.grid(images, images, ["ein Kreis " * 20, "круг 円"])
+    assert captioned.shape == plain.shape
+    assert (captioned != plain).any()

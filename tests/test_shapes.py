@@ -1,4 +1,4 @@
-"""The embedded model: small enough to ship, and good enough to judge an erasure on."""
+"""The embedded model: small enough to ship, and good enough to evaluate an erasure on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from salun.checkpoints.locate import ASSETS
 from salun.diffusion.data.latents import item_seed, sample_images, sample_latents
 from salun.diffusion.model.stable_diffusion import Model
-from salun.errors import DataError
-from salun.evaluation.detector import AttributeClassifier, load_detector
+from salun.errors import ConfigError, DataError
+from salun.evaluation.detector import choose_detector
+from salun.evaluation.detectors.attribute import AttributeClassifier, load_detector
+from salun.evaluation.estimate import Unknown
 
 ORACLE = ASSETS / "shapes" / "oracle"
 
@@ -44,13 +46,36 @@ def test_it_draws_what_it_is_asked(shapes: Model, oracle: AttributeClassifier) -
     """160 of the 320 × 2 held-out prompts. The card gives the figures over more; here gross damage would show."""
     assert shapes.settings.vocabulary is not None
     prompts = list(shapes.settings.vocabulary.prompts(shapes.settings.vocabulary.eval))[::4]
-    pictures = sample_images(
-        shapes, [p.text for p in prompts], [item_seed(5, "sample", i) for i in range(len(prompts))]
-    )
-    reading = oracle.read(pictures)
-    for attribute, values in oracle.attributes.items():
-        asked = np.array([values.index(p.labels[attribute]) for p in prompts])
-        assert (reading.labels[attribute] == asked).mean() >= 0.9, attribute
+    images = sample_images(shapes, [p.text for p in prompts], [item_seed(5, "sample", i) for i in range(len(prompts))])
+    detection = oracle.detect(images)
+    for attribute, labels in oracle.labels.items():
+        expected = np.array([labels.index(p.labels[attribute]) for p in prompts])
+        assert detection.shows(attribute, expected).mean() >= 0.9, attribute
+
+
+def test_detect_finds_the_largest_logit_of_each_attribute_in_valid_images(oracle: AttributeClassifier) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3)).astype(np.uint8)
+    images[::2] //= 8
+    with torch.no_grad():
+        logits = oracle(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    valid = logits["picture"].argmax(1).numpy() == 1
+    detection = oracle.detect(images, batch_size=16)
+    assert detection.valid is not None and np.array_equal(detection.valid, valid)
+    for attribute, labels in oracle.labels.items():
+        shown = np.stack([detection.shows(attribute, i) for i in range(len(labels))], axis=1)
+        assert np.array_equal(shown.any(1), valid)
+        assert np.array_equal(shown.argmax(1)[valid], logits[attribute].argmax(1).numpy()[valid])
+    assert not detection.shows("shape", -1).any()
+
+
+def test_choose_detector_takes_one_that_covers_every_concept() -> None:
+    chosen = choose_detector([("shape", "circle"), ("style", "night")], ORACLE)
+    assert not isinstance(chosen, Unknown) and chosen.name == "attribute" and len(chosen.sha256) == 64
+    for concepts, folder in (([("shape", "dog")], ORACLE), ([(None, "circle")], ORACLE), ([("shape", "circle")], None)):
+        found = choose_detector(concepts, folder)
+        assert isinstance(found, Unknown) and "no detector covers" in found.reason
+    with pytest.raises(ConfigError, match="detector is 'x', but must be one of attribute"):
+        choose_detector([("shape", "circle")], ORACLE, name="x")
 
 
 def test_a_sample_does_not_depend_on_its_batch(shapes: Model) -> None:
@@ -60,7 +85,7 @@ def test_a_sample_does_not_depend_on_its_batch(shapes: Model) -> None:
     torch.testing.assert_close(together[1:2], alone, atol=1e-3, rtol=1e-3)  # 12 guided steps of float32 rounding
 
 
-def test_a_detector_that_does_not_fit_is_refused(tmp_path: object) -> None:
+def test_load_detector_rejects_files_that_do_not_fit(tmp_path: object) -> None:
     from pathlib import Path
     from shutil import copytree
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from salun.attacks.attack import requested
 from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.methods import METHODS
@@ -23,7 +24,6 @@ from salun.classification.models import Facts, is_builtin, load_model, new_model
 from salun.classification.options import TrainOptions, UnlearnOptions
 from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import known_recipe, resolve_options, why_no_retrain
-from salun.classification.relearning import relearn
 from salun.classification.search import search
 from salun.classification.splits import Split, make_split, repeated, with_forget
 from salun.classification.task import Task
@@ -122,11 +122,8 @@ def opened(setting: Setting) -> RunRecord:
 
 
 def figures_of(task: Task) -> dict[str, Any]:
-    """What `judge` finds, and the relearning curve where the options ask for one."""
-    found = judge(task)
-    if task.options.relearn:
-        found["relearning"] = relearn(task)
-    return found
+    """The metrics and the attacks that the task's options ask for."""
+    return judge(task, requested(task.options))
 
 
 def train(

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salun.classification.metrics import COMPARED, FEATURES
+from salun.attacks.mia import FEATURES
+from salun.classification.metrics import COMPARED
 
 LARGEST = 1e15  # of a number; sums and squares of such stay finite
 

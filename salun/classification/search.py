@@ -34,11 +34,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from salun.attacks.mia import called_non_member, features
 from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
 from salun.classification.methods import METHODS, Method
-from salun.classification.metrics import COMPARED, Predicted, called_non_member, features, predict
+from salun.classification.metrics import COMPARED
 from salun.classification.options import UnlearnOptions
+from salun.classification.predictions import Predicted, predict
 from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from salun.classification.metrics import COMPARED, FEATURES, gap_to_retrain
+from salun.attacks.mia import FEATURES
+from salun.classification.metrics import COMPARED, gap_to_retrain
 from salun.classification.search import did_nothing
 
 Results = Mapping[int, Mapping[str, Any]]  # seed → a job's result

@@ -25,7 +25,7 @@ from salun.errors import ConfigError, ModelError
 from salun.masking.mask import FORMAT as MASK_FORMAT
 from salun.masking.mask import Mask
 from salun.options import ModelOptions
-from salun.report import charts
+from salun.report.density import per_block
 from salun.user_text import checked
 
 
@@ -194,6 +194,6 @@ def _layers_of_mask(mask: Mask) -> dict[str, tuple[int, int]]:
 
 def _shares(layers: dict[str, tuple[int, int]]) -> dict[str, dict[str, list[int]]]:
     return {
-        "blocks": {block: list(row) for block, row in charts.per_block(layers).items()},
+        "blocks": {block: list(row) for block, row in per_block(layers).items()},
         "layers": {name: list(row) for name, row in layers.items()},
     }

@@ -1,4 +1,4 @@
-"""`salun eval`: a thorough, fresh look at a finished run, from its folder alone."""
+"""`salun eval`: metrics of a finished run on more images, from its folder alone."""
 
 from __future__ import annotations
 
@@ -26,28 +26,34 @@ from salun.runs.reading import read_run
 def evaluate_run(
     folder: Path, n: int, seed: int, device: str = "auto", progress: Progress = silent, allow_pickle: bool = False
 ) -> dict[str, Any]:
-    """The metrics of `compare` over n forget pictures a concept and n retain pictures, also written to `eval.json`.
+    """The metrics of `compare` over n forget images for each concept and n retain images, also written to `eval.json`.
 
-    The folder must hold `run.json` and a delta, both untrusted input. allow_pickle: of the model, whatever the record
-    says. Raises DataError if there is none, ConfigError for options in it that are not valid, ModelError if the model
-    is another.
+    Args:
+        folder: Holds `run.json` and a delta, both untrusted input.
+        allow_pickle: Whether the run's model may be a pickle, whatever the record says.
+
+    Raises:
+        DataError: There is no finished run or no delta.
+        ConfigError: The record holds invalid options.
+        ModelError: The model is not the run's.
     """
     record = read_finished(folder)
     delta = file_of(record, folder, "delta")
     if delta is None:
         raise DataError(
-            f"{folder} holds no delta: run `salun erase` without --output, or with one in .salun.safetensors"
+            f"{folder} holds no delta",
+            advice="run the erasure again without {output}, or with one that ends in .salun.safetensors",
         )
     job = EraseJob(**read_record(record, folder / "run.json"))
-    asked_for = replace(job.options, device=device, allow_pickle=allow_pickle)
-    model = load_with(str(job.model), asked_for)
-    plan = make_plan(model.settings, model.name, [Concept(name) for name in job.concept], asked_for)
-    asked = questions(plan, n, seed)
+    options = replace(job.options, device=device, allow_pickle=allow_pickle)
+    model = load_with(str(job.model), options)
+    plan = make_plan(model.settings, model.name, [Concept(name) for name in job.concept], options)
+    prompts = questions(plan, n, seed)
     with model.set_up(plan.options):
-        before = observe(model, asked, progress, Stage.IMAGES_BEFORE, Cache.of_user())
+        before = observe(model, prompts, progress, Stage.IMAGES_BEFORE, Cache.of_user())
         model.load(Delta.load(delta).apply(model.original()))
-        after = observe(model, asked, progress, Stage.IMAGES_AFTER)
-        metrics = compare(model, plan, asked, before, after)
+        after = observe(model, prompts, progress, Stage.IMAGES_AFTER)
+        metrics = compare(model, plan, prompts, before, after)
     text = json.dumps({"n": n, "seed": seed, **metrics}, indent=1) + "\n"
     write_bytes(folder / "eval.json", text.encode("utf-8"))
     return metrics
@@ -58,20 +64,20 @@ def read_finished(folder: Path) -> dict[str, Any]:
     record = read_run(folder)
     options, mask = record["options"], record["mask"]
     if "model" not in options or "concept" not in options:
-        raise DataError(f"the run in {folder} is no erasure (its command: {record['command'][:80]!r})")
+        raise DataError(f"the run in {folder} is not an erasure (its command: {record['command'][:80]!r})")
     if record["status"] != "done":
-        raise DataError(f"the run in {folder} is {record['status']}, not done: there is nothing to judge yet")
-    wanted = {"mode": str, "selected": int, "total": int}
-    if mask is None or any(type(mask.get(name)) is not kind for name, kind in wanted.items()):
-        raise DataError(f"{folder / 'run.json'} says nothing valid of its mask: run the erasure again")
+        raise DataError(f"the run in {folder} is {record['status']}, not done, so it has no result yet")
+    types = {"mode": str, "selected": int, "total": int}
+    if mask is None or any(type(mask.get(name)) is not kind for name, kind in types.items()):
+        raise DataError(f"{folder / 'run.json'} has no valid mask entry", advice="run the erasure again")
     return record
 
 
 def file_of(record: Mapping[str, Any], folder: Path, kind: str) -> Path | None:
-    """The first output of a kind that lies in the run folder; a record names none outside that is read."""
+    """The first output of a kind inside the run folder, links followed; files outside are never read."""
     root = Path(os.path.realpath(folder))
     for entry in record["outputs"]:
-        place = Path(os.path.realpath(folder / entry["path"]))
-        if entry["kind"] == kind and root in place.parents and place.is_file():
-            return place
+        path = Path(os.path.realpath(folder / entry["path"]))
+        if entry["kind"] == kind and root in path.parents and path.is_file():
+            return path
     return None

@@ -30,7 +30,9 @@ from salun.files import write_bytes
 from salun.masking.mask import Mask
 from salun.masking.training_state import LossRow
 from salun.progress import Event, Stage
-from salun.report import page, picture
+from salun.report import picture
+from salun.report.page import run_page
+from salun.report.render import Report
 from salun.runs.record import RunRecord
 
 GRID = 8  # prompts of a row in the before/after picture
@@ -92,21 +94,19 @@ class Run:
         return Delta.of_changed(self.model.original(), self.erased, self._notes())
 
     @cached_property
-    def report(self) -> page.Report:
+    def report(self) -> Report:
         """The report as one self-contained HTML page."""
         counts = self.mask.counts()
         layers = {name: (counts[name], int(np.prod(shape, dtype=np.int64))) for name, shape in self.mask.shapes.items()}
         forget, retain = self.grids()
         record = self.record.as_json()
         options = {**record["options"], "model": display_name(self.model.name)}
-        return page.Report(
-            page.render(
-                {**record, "options": options, "status": "done", "peak_memory": peak_memory()},
-                picture.png_bytes(forget) if forget is not None else None,
-                picture.png_bytes(retain) if retain is not None else None,
-                layers,
-                blurred=any(blurred(self.plan)),
-            )
+        return run_page(
+            {**record, "options": options, "status": "done", "peak_memory": peak_memory()},
+            picture.png_bytes(forget) if forget is not None else None,
+            picture.png_bytes(retain) if retain is not None else None,
+            layers,
+            blurred=any(blurred(self.plan)),
         )
 
     def grids(self) -> tuple[np.ndarray | None, np.ndarray | None]:

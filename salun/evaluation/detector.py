@@ -1,134 +1,104 @@
-"""A classifier that reads attributes off pictures: the judge of what an erased model still shows.
-
-A detector is a folder with `detector.json` (attributes, their values, resolution, channels) and
-`detector.safetensors`. A model names its own in `salun.yaml`. Beside the attributes a detector says whether a picture
-is one at all, so that destruction is not taken for forgetting.
-"""
+"""What a detector is, which ones there are, and the choice of one that covers the concepts of a run."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from salun.checkpoints import safetensors_io
-from salun.errors import DataError, ModelError
-from salun.untrusted import read_json
+from salun.errors import ConfigError
+from salun.evaluation.estimate import Unknown
+
+if TYPE_CHECKING:
+    import torch
+
+DETECTORS = {  # name → the function that loads it, imported when it is called; in the order of preference
+    "attribute": "salun.evaluation.detectors.attribute:load",
+}
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a detector saw in n pictures.
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """What a detector sees in n images.
 
-    labels: attribute → int64 array (n,), an index into the attribute's values, −1 where the picture is none.
-    features: float32 (n, d), the pooled activations, for Fréchet distances.
+    Args:
+        scores: Attribute → float32 (n, labels); a label is detected where its score reaches `threshold`.
+        threshold: In the unit of the scores.
+        valid: bool (n,), whether each image is of the kind that the detector knows; None where it cannot say. Nothing
+            is detected in an invalid image.
+        features: float32 (n, d), for Fréchet distances; None where the detector has none.
     """
 
-    labels: dict[str, np.ndarray]
-    features: np.ndarray
+    scores: Mapping[str, np.ndarray]
+    threshold: float
+    valid: np.ndarray | None = None
+    features: np.ndarray | None = None
+
+    def shows(self, attribute: str, label: int | np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+        """Whether a label of the attribute, or each image's label (n,), is detected, bool (n,); −1 never is."""
+        scores = self.scores[attribute][rows]
+        labels = np.broadcast_to(label, len(scores))
+        shown: np.ndarray = (scores[np.arange(len(scores)), labels] >= self.threshold) & (labels >= 0)
+        return shown
 
 
-class AttributeClassifier(nn.Module):
-    """A small stride-2 CNN with mean and max pooling, one linear head per attribute and one for "is a picture"."""
+class Detector(Protocol):
+    """Decides which labels images show.
 
-    def __init__(self, attributes: dict[str, list[str]], resolution: int, channels: tuple[int, ...]) -> None:
-        super().__init__()
-        self.attributes, self.resolution, self.channels = attributes, resolution, channels
-        layers: list[nn.Module] = []
-        for before, after in zip((3, *channels), channels, strict=False):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
-        self.body = nn.Sequential(*layers)
-        self.heads = nn.ModuleDict({name: nn.Linear(2 * channels[-1], len(v)) for name, v in attributes.items()})
-        self.picture = nn.Linear(2 * channels[-1], 2)
+    Attributes:
+        name, version: As in `run.json`; the name is its key in `DETECTORS`.
+        sha256: Of its weights.
+        labels: Attribute → its labels.
+        threshold, unit: From which score on a label counts as detected, and what a score is.
+    """
 
-    def pooled(self, images: Tensor) -> Tensor:
-        """images: float (n, 3, h, w) in −1…1 → features (n, 2·channels[-1])."""
-        if images.shape[-1] != self.resolution or images.shape[-2] != self.resolution:
-            images = F.interpolate(images, (self.resolution, self.resolution), mode="area")
-        h = self.body(images)
-        return torch.cat([h.mean((2, 3)), h.amax((2, 3))], dim=1)
+    name: str
+    version: str
+    sha256: str
+    labels: Mapping[str, Sequence[str]]
+    threshold: float
+    unit: str
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits per attribute and, under "picture", of (none, a picture)."""
-        features = self.pooled(images)
-        return {name: head(features) for name, head in self.heads.items()} | {"picture": self.picture(features)}
+    def covers(self, attribute: str | None, label: str) -> bool:
+        """Whether it can detect a label. attribute: of the model's vocabulary; None for a model without one."""
+        ...
 
-    @torch.no_grad()
-    def read(self, images: np.ndarray, batch_size: int = 256) -> Reading:
-        """Read uint8 pictures (n, h, w, 3)."""
-        device = self.picture.weight.device
-        labels: dict[str, list[Tensor]] = {name: [] for name in self.attributes}
-        features = []
-        for start in range(0, len(images), batch_size):
-            x = torch.from_numpy(images[start : start + batch_size]).to(device)
-            pooled = self.pooled(x.permute(0, 3, 1, 2).float() / 127.5 - 1)
-            none = self.picture(pooled).argmax(1) == 0
-            for name, head in self.heads.items():
-                labels[name].append(head(pooled).argmax(1).masked_fill(none, -1).cpu())
-            features.append(pooled.cpu())
-        return Reading(
-            {name: torch.cat(parts).numpy() for name, parts in labels.items()}, torch.cat(features).float().numpy()
-        )
-
-    def save(self, folder: Path) -> None:
-        """Write `detector.json` and `detector.safetensors` into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        described = {
-            "schema": 1,
-            "attributes": self.attributes,
-            "resolution": self.resolution,
-            "channels": list(self.channels),
-        }
-        (folder / "detector.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "detector.safetensors")
+    def detect(self, images: np.ndarray) -> Detection:
+        """Detect in uint8 images (n, h, w, 3)."""
+        ...
 
 
-def load_detector(folder: Path, device: torch.device | str = "cpu") -> AttributeClassifier:
-    """The detector in `folder`, in eval mode. Raises DataError if a file is missing or they do not fit together."""
-    try:
-        described = read_json(folder / "detector.json")
-        attributes, resolution, channels = _checked(described)
-        with torch.device("meta"):  # without memory, until the file is known to hold such tensors
-            empty = AttributeClassifier(attributes, resolution, channels)
-        wanted = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-        file = folder / "detector.safetensors"
-        there = {name: entry.shape for name, entry in safetensors_io.read_header(file).entries.items()}
-        if there != wanted:
-            name = min(set(there.items()) ^ set(wanted.items()))[0]
-            raise ValueError(
-                f"{safetensors_io.truncated(name)} in detector.safetensors is not what detector.json describes"
-            )
-        model = AttributeClassifier(attributes, resolution, channels)
-        model.load_state_dict({name: tensor.float() for name, tensor in safetensors_io.tensors(file)})
-    except (OSError, KeyError, ValueError, RuntimeError, ModelError) as error:
-        raise DataError(f"the detector in {folder} cannot be used: {error}") from error
-    return model.eval().to(device)
+def facts_of(detector: Detector) -> dict[str, str | float]:
+    """A detector's facts, as in `run.json`."""
+    return {name: getattr(detector, name) for name in ("name", "version", "sha256", "threshold", "unit")}
 
 
-def _checked(described: Any) -> tuple[dict[str, list[str]], int, tuple[int, ...]]:
-    """Attributes, resolution and channels of an untrusted `detector.json`. Raises ValueError."""
-    found = described if isinstance(described, dict) else {}
-    attributes, resolution, channels = (found.get(key) for key in ("attributes", "resolution", "channels"))
-    if not isinstance(attributes, dict) or not all(
-        name.isidentifier() and isinstance(values, list) and 1 <= len(values) <= 1000 and all(map(_is_text, values))
-        for name, values in attributes.items()
-    ):
-        raise ValueError("attributes must be names, each with a list of texts")
-    if type(resolution) is not int or not 8 <= resolution <= 1024:
-        raise ValueError("resolution must be a whole number from 8 to 1024")
-    if not isinstance(channels, list) or not 1 <= len(channels) <= 10:
-        raise ValueError("channels must be a list of 1 to 10 whole numbers")
-    if not all(type(width) is int and 8 <= width <= 4096 and width % 8 == 0 for width in channels):
-        raise ValueError("channels must be multiples of 8, from 8 to 4096")
-    return attributes, resolution, tuple(channels)
+def choose_detector(
+    concepts: Sequence[tuple[str | None, str]],
+    folder: Path | None,
+    device: torch.device | str = "cpu",
+    name: str | None = None,
+) -> Detector | Unknown:
+    """The detector of this name, or the first one that covers all concepts; Unknown if there is none.
 
+    Args:
+        concepts: Attribute (None for a model without a vocabulary) and label of each concept.
+        folder: The model's own detector, if it has one.
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    Raises:
+        ConfigError: No detector has that name.
+        DataError: The detector's files cannot be used.
+    """
+    if name is not None and name not in DETECTORS:
+        raise ConfigError(f"is {name!r}, but must be one of {', '.join(DETECTORS)}", option="detector")
+    for key in DETECTORS if name is None else (name,):
+        load: Callable[[Path | None, torch.device | str], Detector | None] = resolve_name(DETECTORS[key])
+        detector = load(folder, device)
+        if detector is not None and all(detector.covers(*concept) for concept in concepts):
+            return detector
+    labels = ", ".join(repr(label) for _, label in concepts)
+    return Unknown(f"no detector covers {labels}: look at the images")

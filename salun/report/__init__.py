@@ -1,1 +1,1 @@
-"""What a person looks at after a run: pictures before and after, charts, and one self-contained page."""
+"""Images before and after, charts, tables and self-contained pages about runs, masks and deltas."""

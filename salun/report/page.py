@@ -1,64 +1,113 @@
-"""One self-contained HTML page about a run, for someone who has not read the paper."""
+"""The page about an erasure, and the page about a mask or delta."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from salun.files import write_bytes
 from salun.report import charts
+from salun.report.density import per_block
+from salun.report.metrics import headline, metric_sections
+from salun.report.render import Report, Section, loss_series, page, size
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
-
-
-@dataclass(frozen=True)
-class Report:
-    """The page. html: complete, no outside references."""
-
-    html: str
-
-    def save(self, path: Path | str) -> None:
-        """Write it whole, or not at all."""
-        write_bytes(Path(path), self.html.encode("utf-8", "backslashreplace"))
+LOSSES = {
+    "forget": "MSE to the anchor's prediction",
+    "retain": "MSE to the original model's prediction",
+}
 
 
-def render(
+def run_page(
     run: Mapping[str, Any],
-    forget_picture: bytes | None,
-    retain_picture: bytes | None,
+    forget_image: bytes | None,
+    retain_image: bytes | None,
     layers: Mapping[str, tuple[int, int]],
     blurred: bool = False,
-) -> str:
-    """The page of a run. run: as in `run.json`. The pictures: PNG bytes. Everything shown is escaped.
+) -> Report:
+    """The page of an erasure.
 
-    blurred: whether forget pictures are, so that the page says why.
+    Args:
+        run: As in `run.json`.
+        forget_image, retain_image: Images before and after, PNG.
+        layers: Parameter → (selected, total) of the mask.
+        blurred: Whether forget images are blurred.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["size"] = _size
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    metrics, concepts = run["metrics"], run["concepts"]
-    return template.render(
-        run=run,
-        names=[concept["name"] for concept in concepts],
-        metrics=metrics,
-        known=metrics.get("ua") is not None,
-        headline=headline(concepts, metrics),
-        rows=figure_rows(concepts, metrics),
-        concept_rows=concept_rows(concepts, metrics),
-        classes=class_rows(metrics),
-        forget_picture=_data_url(forget_picture),
-        retain_picture=_data_url(retain_picture),
-        loss_chart=Markup(charts.loss_curve(run["losses"])),  # names escaped where they are drawn
-        layer_chart=Markup(charts.layer_bars(layers)),  # names escaped where they are drawn
-        blurred=blurred,
-        minutes=sum(run["timings"].values()),
+    concepts, metrics = run["concepts"], run["metrics"]
+    names = ", ".join(f"“{concept['name']}”" for concept in concepts)
+    seconds = sum(run["timings"].values())
+    subtitle = (
+        f"{run['options']['model']} · seed {run['seed']} · {run['options']['steps']} steps · "
+        f"{seconds:.0f} s on {run['device']}"
     )
+    sections = [
+        *_images(forget_image, retain_image, blurred),
+        *metric_sections(concepts, metrics),
+        _changes(run, layers),
+        _training(run),
+        _files(run),
+    ]
+    return page(f"Forgetting {names}", subtitle, sections, headline(concepts, metrics), _notes(run), run)
+
+
+def _notes(run: Mapping[str, Any]) -> list[str]:
+    mask, rounding = run["mask"], run["rounding"] or {}
+    notes = [rounding["warning"]] if rounding.get("warning") else []
+    notes += [*run["notes"], *mask["warnings"]]
+    if mask["mode"] in ("shuffled", "random", "full"):
+        notes.append(
+            f"This run used the control mask “{mask['mode']}” instead of a saliency mask. It is for comparison; do not "
+            "publish its result as an erasure."
+        )
+    return notes
+
+
+def _images(forget: bytes | None, retain: bytes | None, blurred: bool) -> list[Section]:
+    if forget is None or retain is None:
+        return [Section("Before and after", "No images were made in this run (eval_images: 0).")]
+    footer = (
+        "Blurred, because a concept is marked as sensitive. To see the images, set show_sensitive, or sample the model."
+    )
+    text = "Prompts of the concept, with the same seeds before and after:"
+    return [
+        Section(
+            "Before and after",
+            text,
+            images={"forget images before and after": forget},
+            footer=footer if blurred else "",
+        ),
+        Section("", "Other prompts:", images={"retain images before and after": retain}),
+    ]
+
+
+def _changes(run: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -> Section:
+    mask, rounding = run["mask"], run["rounding"]
+    text = f"{mask['selected']:,} of {mask['total']:,} weights ({mask['selected'] / mask['total']:.1%}) were trained"
+    if mask["mode"] == "saliency":
+        text += ": those that the concept depends on most"
+    text += ". Every other weight is bit-exactly unchanged."
+    if rounding:
+        text += (
+            f" Training changed {rounding['moved']:,} weights; the changes of {rounding['rounded_away']:,} were lost "
+            "to rounding in the file's dtype."
+        )
+    return Section("What was changed", f"{text} By block:", charts=[charts.bars(per_block(layers))])
+
+
+def _training(run: Mapping[str, Any]) -> Section:
+    series = loss_series(run["losses"])
+    known = [f"{name}: {LOSSES[name]}." for name in series if name in LOSSES]
+    text = " ".join(["Losses by step (faint) and their running mean.", *known])
+    return Section("Training", text, charts=[charts.curves(series, "step", "loss", log=True)])
+
+
+def _files(run: Mapping[str, Any]) -> Section:
+    files = [(f"original {entry['kind']}", entry) for entry in run["inputs"]]
+    files += [(entry["kind"], entry) for entry in run["outputs"]]
+    rows = [("kind", "file", "size", "sha256")]
+    rows += [(kind, entry["path"], size(entry["bytes"]), f"{entry['sha256'][:16]}…") for kind, entry in files]
+    footer = (
+        "Anyone with the delta can undo the erasure: publish the model without it where the concept must not return."
+    )
+    return Section("Files", rows=rows, footer=footer, wrap=True)
 
 
 def layers_page(
@@ -69,109 +118,13 @@ def layers_page(
 ) -> Report:
     """A page on a mask, delta or pair of masks.
 
-    blocks: what a chart shows → block → (selected, total). layers: parameter → (selected, total), shown as a table.
+    Args:
+        blocks: Title of a chart → block → (selected, total).
+        layers: Parameter → (selected, total).
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.with_name("layers.html.j2").read_text(encoding="utf-8"))
-    drawn = {name: Markup(charts.bars(of)) for name, of in blocks.items()}  # names escaped where they are drawn
-    return Report(template.render(title=title, facts=facts, charts=drawn, layers=layers))
-
-
-def headline(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[str]:
-    """What happened, in plain sentences, good or bad."""
-    if metrics.get("ua") is None:
-        names = " and ".join(f"“{concept['name']}”" for concept in concepts)
-        return [f"The model was trained to forget {names}. Whether it did is not known: {metrics['reason']}."]
-    lines = [line for concept in concepts for line in _verdict(concept, metrics["per_concept"][concept["name"]])]
-    before, after = metrics["ra_before"]["value"], metrics["ra_after"]["value"]
-    fall = before - after
-    judged = "is as it was" if fall <= 1 else "suffered a little" if fall <= 3 else "suffered"
-    return [*lines, f"Everything else {judged}: {before:.1f} % right before, {after:.1f} % now."]
-
-
-def _verdict(concept: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
-    ua, n = figures["ua"]["value"], figures["ua"]["n"]
-    shown = round(n * (100 - ua) / 100)
-    was = round(n * (100 - figures["ua_before"]["value"]) / 100)
-    many = f"{shown} of {n} pictures" if shown else f"none of {n} pictures"
-    verdict = "forgot" if ua >= 95 else "mostly forgot" if ua >= 80 else "did not forget"
-    lines = [f"The model {verdict} “{concept['name']}”: asked for it, it now shows it in {many} (before: {was})."]
-    if figures["anchor"] is not None:
-        lines.append(f"“{concept['anchor']}”, what it was to become, is seen in {figures['anchor']['value']:.0f} %.")
-    if figures["none"]["value"] > 5:
-        lines.append(f"Careful: {figures['none']['value']:.0f} % of them are no proper pictures any more.")
-    return lines
-
-
-def concept_rows(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """(concept, anchor, forgotten, anchor shown, the rest kept, no picture) rows of several concepts; none for one."""
-    if metrics.get("ua") is None or len(concepts) < 2:
-        return []
-    rows: list[tuple[str, ...]] = []
-    for concept in concepts:
-        figures = metrics["per_concept"][concept["name"]]
-        anchor = _share(figures["anchor"]) if figures["anchor"] is not None else "not known"
-        kept = _share(figures["kept"]["all"]) if "all" in figures["kept"] else "not known"
-        shown = concept["anchor"] or "the empty prompt"
-        rows.append((concept["name"], shown, _share(figures["ua"]), anchor, kept, _share(figures["none"])))
-    return rows
-
-
-def figure_rows(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(what, before, after, meaning) rows, over all concepts together."""
-    if metrics.get("ua") is None:
-        return []
-    one = concepts[0] if len(concepts) == 1 else None
-    gone = f"asked for “{one['name']}”, the picture shows none" if one else "asked for a concept, the picture lacks it"
-    instead = f"it shows “{one['anchor']}” instead" if one else "it shows that concept's anchor instead"
-    rows = [("forgotten (UA)", _share(metrics["ua_before"]), _share(metrics["ua"]), gone)]
-    if metrics["anchor"] is not None:
-        rows.append(("anchor shown", _share(metrics["anchor_before"]), _share(metrics["anchor"]), instead))
-    for key, share in metrics["kept"].items():
-        label = "all the rest kept" if key == "all" else f"{key} kept"
-        rows.append(
-            (label, _share(metrics["kept_before"][key]), _share(share), "the rest of the prompt is still followed")
-        )
-    rows.append(
-        ("no picture", _share(metrics["none_before"]), _share(metrics["none"]), "destroyed rather than forgotten")
-    )
-    rows.append(
-        (
-            "retain accuracy (RA)",
-            _share(metrics["ra_before"]),
-            _share(metrics["ra_after"]),
-            "other prompts, still right",
-        )
-    )
-    for key, sides in metrics["ra_by_attribute"].items():
-        rows.append((f"RA, {key}", _share(sides["before"]), _share(sides["after"]), ""))
-    return rows
-
-
-def class_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(class, before, after, change), the greatest losses first."""
-    sides = metrics.get("per_class") or {}
-    ordered = sorted(sides.items(), key=lambda item: item[1]["after"]["value"] - item[1]["before"]["value"])
-    return [
-        (name, _share(s["before"]), _share(s["after"]), f"{s['after']['value'] - s['before']['value']:+.1f}")
-        for name, s in ordered
-    ]
-
-
-def _share(share: Mapping[str, Any]) -> str:
-    return f"{share['value']:.1f} % ({share['low']:.1f}–{share['high']:.1f}, n = {share['n']})"
-
-
-def _size(n: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB"
-
-
-def _data_url(png: bytes | None) -> str | None:
-    return None if png is None else "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    rows = [("", ""), *((str(key), str(value)) for key, value in facts.items())]
+    sections = [Section("", rows=rows, wrap=True)]
+    sections += [Section(name, charts=[charts.bars(of)]) for name, of in blocks.items()]
+    if layers:
+        sections.append(Section("", charts=[charts.bars(layers)], folded="Every layer"))
+    return page(title, "", sections)

@@ -1,4 +1,4 @@
-"""Pictures for people: before/after grids and sheets of samples, with captions."""
+"""Images for people: before/after grids, sheets of samples with captions, and a mask's density."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from salun.delta.stock_formats import group_of
+from salun.report.density import summed
 
 TILE, GAP, INK, PAPER = 128, 8, (40, 40, 46), (250, 250, 250)
 
 
 def grid(before: np.ndarray, after: np.ndarray, captions: Sequence[str], blur: bool = False) -> np.ndarray:
-    """One column per prompt: the picture before over the picture after, the prompt below.
+    """One column per prompt: the image before over the image after, the prompt below.
 
     before, after: uint8 (n, h, w, 3), n > 0. Returns uint8 (H, W, 3). blur: make what is shown unrecognisable.
     """
@@ -24,11 +25,11 @@ def grid(before: np.ndarray, after: np.ndarray, captions: Sequence[str], blur: b
     height = GAP + 2 * (TILE + GAP) + lines * 14 + GAP
     sheet = Image.new("RGB", (width, height), PAPER)
     draw, font = ImageDraw.Draw(sheet), _font(11)
-    for r, (label, pictures) in enumerate(rows):
+    for r, (label, images) in enumerate(rows):
         top = GAP + r * (TILE + GAP)
         draw.text((GAP, top + TILE // 2 - 6), label, INK, font)
-        for c, picture in enumerate(pictures):
-            sheet.paste(_tile(picture, blur), (left + c * (TILE + GAP), top))
+        for c, image in enumerate(images):
+            sheet.paste(_tile(image, blur), (left + c * (TILE + GAP), top))
     for c, text in enumerate(captions):
         top = GAP + len(rows) * (TILE + GAP)
         for k, line in enumerate(_wrap(draw, font, text, TILE, lines)):
@@ -36,27 +37,27 @@ def grid(before: np.ndarray, after: np.ndarray, captions: Sequence[str], blur: b
     return np.asarray(sheet)
 
 
-def sheet(pictures: np.ndarray, columns: int, captions: Sequence[str]) -> np.ndarray:
-    """Rows of `columns` pictures, each row under its caption. pictures: uint8 (rows·columns, h, w, 3)."""
-    rows = -(-len(pictures) // columns)
-    side = max(TILE, pictures.shape[1])
+def sheet(images: np.ndarray, columns: int, captions: Sequence[str]) -> np.ndarray:
+    """Rows of `columns` images, each row under its caption. images: uint8 (rows·columns, h, w, 3)."""
+    rows = -(-len(images) // columns)
+    side = max(TILE, images.shape[1])
     page = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP + 18) + GAP), PAPER)
     draw, font = ImageDraw.Draw(page), _font(12)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         row, column = divmod(i, columns)
         top = GAP + row * (side + GAP + 18)
         if column == 0 and row < len(captions):
             line = _wrap(draw, font, captions[row], page.width - 2 * GAP, 1)
             draw.text((GAP, top), line[0] if line else "", INK, font)
-        page.paste(_tile(picture, False, side), (GAP + column * (side + GAP), top + 18))
+        page.paste(_tile(image, False, side), (GAP + column * (side + GAP), top + 18))
     return np.asarray(page)
 
 
-def stack(*pictures: np.ndarray) -> np.ndarray:
+def stack(*images: np.ndarray) -> np.ndarray:
     """Pictures one below the other, on paper as wide as the widest."""
-    width = max(p.shape[1] for p in pictures)
+    width = max(p.shape[1] for p in images)
     padded = [
-        np.concatenate([p, np.full((p.shape[0], width - p.shape[1], 3), PAPER, np.uint8)], axis=1) for p in pictures
+        np.concatenate([p, np.full((p.shape[0], width - p.shape[1], 3), PAPER, np.uint8)], axis=1) for p in images
     ]
     return np.concatenate(padded)
 
@@ -66,14 +67,9 @@ def densities(counts: Mapping[str, tuple[int, int]]) -> np.ndarray:
 
     counts: parameter → (selected, all entries). Returns uint8 (H, W, 3).
     """
-    sums: dict[tuple[str, str], list[int]] = {}
-    for name, (selected, total) in counts.items():
-        block, _, kind = group_of(name).partition(" ")
-        found = sums.setdefault((block, kind), [0, 0])
-        found[0] += selected
-        found[1] += total
-    blocks = list(dict.fromkeys(block for block, _ in sums))
-    kinds = sorted({kind for _, kind in sums})
+    sums = summed(counts, group_of)
+    blocks = list(dict.fromkeys(group.split(" ", 1)[0] for group in sums))
+    kinds = sorted({group.split(" ", 1)[1] for group in sums})
     left, top, width, height = 120, 40, 92, 30
     sheet = Image.new("RGB", (left + width * len(kinds) + GAP, top + height * len(blocks) + GAP), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
@@ -82,42 +78,42 @@ def densities(counts: Mapping[str, tuple[int, int]]) -> np.ndarray:
     for r, block in enumerate(blocks):
         draw.text((GAP, top + r * height + 8), block, INK, font)
         for c, kind in enumerate(kinds):
-            selected, total = sums.get((block, kind), (0, 0))
+            selected, total = sums.get(f"{block} {kind}", (0, 0))
             if total:
-                share = selected / total
-                shade = tuple(round(255 + (end - 255) * share) for end in (28, 62, 120))
+                fraction = selected / total
+                shade = tuple(round(255 + (end - 255) * fraction) for end in (28, 62, 120))
                 box = (left + c * width, top + r * height, left + (c + 1) * width - 2, top + (r + 1) * height - 2)
                 draw.rectangle(box, shade, (200, 200, 206))
-                draw.text((box[0] + 8, box[1] + 7), f"{share:.1%}", PAPER if share > 0.5 else INK, font)
+                draw.text((box[0] + 8, box[1] + 7), f"{fraction:.1%}", PAPER if fraction > 0.5 else INK, font)
     return np.asarray(sheet)
 
 
-def blurred(picture: Image.Image, side: int = TILE) -> Image.Image:
+def blurred(image: Image.Image, side: int = TILE) -> Image.Image:
     """A square of which nothing of the scene is left to recognise, or to recover from the file: to 8×8 and back."""
     return (
-        picture.resize((8, 8), Image.Resampling.BOX)
+        image.resize((8, 8), Image.Resampling.BOX)
         .resize((side, side), Image.Resampling.BICUBIC)
         .filter(ImageFilter.GaussianBlur(8))
     )
 
 
-def png_bytes(picture: np.ndarray) -> bytes:
-    """A uint8 picture (h, w, 3) as PNG."""
+def png_bytes(image: np.ndarray) -> bytes:
+    """A uint8 image (h, w, 3) as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    Image.fromarray(image).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def _tile(picture: np.ndarray, blur: bool, side: int = TILE) -> Image.Image:
-    image = Image.fromarray(picture)
+def _tile(image: np.ndarray, blur: bool, side: int = TILE) -> Image.Image:
+    picture = Image.fromarray(image)
     if blur:
-        return blurred(image, side)
-    small = picture.shape[0] < side
-    return image.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+        return blurred(picture, side)
+    small = image.shape[0] < side
+    return picture.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font; before Pillow 10.1, which WebUIs still have, it comes in one size."""
+    """Pillow's own font; before Pillow 10.1, which WebUIs still have, it has a single size."""
     try:
         return ImageFont.load_default(size=size)
     except TypeError:
@@ -125,9 +121,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrap(draw: ImageDraw.ImageDraw, font: object, text: str, width: int, lines: int) -> list[str]:
-    if isinstance(font, ImageFont.ImageFont):  # the one of one size knows Latin letters alone
+    if isinstance(font, ImageFont.ImageFont):  # which has Latin letters only
         text = text.encode("latin-1", "replace").decode("latin-1")
-    found: list[str] = []
+    wrapped: list[str] = []
     line = ""
     for word in text.split():
         longer = f"{line} {word}".strip()
@@ -135,13 +131,13 @@ def _wrap(draw: ImageDraw.ImageDraw, font: object, text: str, width: int, lines:
             line = longer
             continue
         if line:
-            found.append(line)
+            wrapped.append(line)
         line = word
         while draw.textlength(line, font) > width and len(line) > 1:  # type: ignore[arg-type]
             line = line[:-1]
-    found.append(line)
-    if len(found) > lines:
-        found = found[:lines]
+    wrapped.append(line)
+    if len(wrapped) > lines:
+        wrapped = wrapped[:lines]
         ending = "..." if isinstance(font, ImageFont.ImageFont) else "…"
-        found[-1] = found[-1][: max(len(found[-1]) - 1, 0)] + ending
-    return found
+        wrapped[-1] = wrapped[-1][: max(len(wrapped[-1]) - 1, 0)] + ending
+    return wrapped

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from salun.evaluation.detector import AttributeClassifier, load_detector
+from salun.evaluation.detectors.attribute import AttributeClassifier, load_detector
 from tools.shapes import world
 from tools.shapes.state import Stage, to_tensor
 from tools.shapes.vae import encode
@@ -44,7 +44,7 @@ def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> Attribu
         labels = torch.from_numpy(pictures.labels[pick.numpy()])
         is_picture = torch.cat([torch.ones(len(good)), torch.zeros(len(bad))]).long()
         total = F.cross_entropy(logits["picture"], is_picture)
-        for k, name in enumerate(model.attributes):
+        for k, name in enumerate(model.labels):
             total = total + F.cross_entropy(logits[name][: len(good)], labels[:, k])
         return total
 
@@ -120,13 +120,15 @@ def judge(model: AttributeClassifier, vae: AutoencoderKL, n: int = 4000) -> dict
     held_out = world.make(n, seed=1)
     result = {}
     for name, images in (("drawn", held_out.images), ("reconstructed", reconstructions(vae, held_out.images))):
-        reading = model.read(images)
-        for k, attribute in enumerate(model.attributes):
-            result[f"{name}/{attribute}"] = 100 * float((reading.labels[attribute] == held_out.labels[:, k]).mean())
+        detection = model.detect(images)
+        for k, attribute in enumerate(model.labels):
+            result[f"{name}/{attribute}"] = 100 * float(detection.shows(attribute, held_out.labels[:, k]).mean())
     generator = torch.Generator().manual_seed(4)
     bad = not_pictures(
         to_tensor(held_out.images), to_tensor(broken_decodes(vae, held_out.images[:900])), 1200, generator
     )
     images = ((bad + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    result["not a picture"] = 100 * float((model.read(images).labels["shape"] == -1).mean())
+    valid = model.detect(images).valid
+    assert valid is not None
+    result["not a picture"] = 100 * float((~valid).mean())
     return result

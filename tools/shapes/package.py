@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from salun.checkpoints import keymap, safetensors_io
 from salun.diffusion.data.latents import item_seed, sample_images
 from salun.diffusion.model.loading import load
-from salun.evaluation.detector import load_detector
+from salun.evaluation.detectors.attribute import load_detector
 from tools.shapes import oracle, unet, world
 
 CARD = Path(__file__).with_name("card.md")
@@ -77,14 +77,15 @@ def measure(built: Path, n: int) -> dict[str, Any]:
     sample_images(model, [p.text for p in prompts[:64]], [item_seed(9, "sample", i) for i in range(64)])
     seconds = time.perf_counter() - began
     pictures = sample_images(model, [p.text for p in prompts], [item_seed(0, "sample", i) for i in range(n)])
-    reading = detector.read(pictures)
+    detection = detector.detect(pictures)
+    assert detection.valid is not None
     found: dict[str, Any] = {"n": n, "seconds_for_64": round(seconds, 1), "overall": {}, "per_class": {}}
     for attribute, values in model.settings.vocabulary.attributes.items():
         wanted = np.array([values.index(p.labels[attribute]) for p in prompts])
-        right = reading.labels[attribute] == wanted
+        right = detection.shows(attribute, wanted)
         found["overall"][attribute] = round(100 * float(right.mean()), 2)
         found["per_class"].update({v: round(100 * float(right[wanted == i].mean()), 1) for i, v in enumerate(values)})
-    found["none"] = round(100 * float((reading.labels["shape"] == -1).mean()), 2)
+    found["none"] = round(100 * float((~detection.valid).mean()), 2)
     found["oracle"] = {
         k: round(v, 2) for k, v in oracle.judge(detector, AutoencoderKL.from_pretrained(built / "vae")).items()
     }

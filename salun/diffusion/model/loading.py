@@ -36,7 +36,7 @@ from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, read_settings
 from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import ConfigError, DataError, ModelError
-from salun.evaluation.detector import load_detector
+from salun.evaluation.detectors.attribute import load_detector
 from salun.options import ModelOptions
 
 
@@ -211,7 +211,7 @@ def _check_detector(settings: ModelSettings, name: str) -> None:
     """Raises DataError for a detector that cannot be used: better now than after the training."""
     if settings.detector is None or settings.vocabulary is None:
         return
-    known = load_detector(settings.detector).attributes
+    known = load_detector(settings.detector).labels
     for attribute, values in settings.vocabulary.attributes.items():
         unknown = [value for value in values if value not in known.get(attribute, [])]
         if unknown:

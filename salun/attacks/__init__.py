@@ -1,0 +1,1 @@
+"""Attempts to bring back what was unlearned, one module each; `salun.attacks.attack.ATTACKS` lists them."""

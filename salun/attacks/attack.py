@@ -1,0 +1,47 @@
+"""What an attack on an unlearned model is, and which ones there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any, Generic, TypeVar
+
+TargetT = TypeVar("TargetT")
+OptionsT = TypeVar("OptionsT")
+
+ATTACKS = {  # name → the attack, imported when it is used
+    "mia": "salun.attacks.mia:MIA",
+    "relearning": "salun.attacks.relearning:RELEARNING",
+}
+
+
+@dataclass(frozen=True)
+class Attack(Generic[TargetT, OptionsT]):
+    """An attempt to bring back, or to detect, what a model has unlearned.
+
+    Args:
+        title: As in tables.
+        paper: Where it is from.
+        options: Dataclass of its options.
+        settings: A run's options → the attack's, or None where the run does not ask for it.
+        run: Attack a target. Returns what `run.json` holds of it, by key.
+    """
+
+    name: str
+    title: str
+    paper: str
+    options: type[OptionsT]
+    settings: Callable[[Any], OptionsT | None]
+    run: Callable[[TargetT, OptionsT], dict[str, Any]]
+
+
+def attack(name: str) -> Attack[Any, Any]:
+    """The attack of a name in `ATTACKS`."""
+    resolved: Attack[Any, Any] = resolve_name(ATTACKS[name])
+    return resolved
+
+
+def requested(options: Any) -> list[str]:
+    """The names of the attacks that a run's options ask for."""
+    return [name for name in ATTACKS if attack(name).settings(options) is not None]

@@ -1,0 +1,64 @@
+"""A measured value: an estimate with its sample count and interval, or unknown for a stated reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+Z = 1.959964  # of a two-sided 95 % interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, the number of samples behind it and its 95 % interval (None where no interval is defined)."""
+
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def percentage(cls, hits: np.ndarray) -> Estimate:
+        """The percentage of True in a boolean array (n,), n > 0, with Wilson's interval."""
+        n, k = len(hits), int(np.count_nonzero(hits))
+        if not n:
+            raise ValueError("a percentage needs at least one sample")
+        p, d = k / n, 1 + Z * Z / n
+        middle, half = (p + Z * Z / (2 * n)) / d, Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / d
+        return cls(100 * p, n, 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0))
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """As in `run.json`."""
+        return asdict(self)
+
+    def text(self, unit: str = "%", digits: int = 1) -> str:
+        """For people: "97.5 % (91.3–99.3, n = 80)"."""
+        unit = f" {unit}" if unit else ""
+        ends = f"{self.low:.{digits}f}–{self.high:.{digits}f}, " if None not in (self.low, self.high) else ""
+        return f"{self.value:.{digits}f}{unit} ({ends}n = {self.n:,})"
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A value that could not be measured, and why."""
+
+    reason: str
+
+    def as_json(self) -> None:
+        """As in `run.json`, which keeps the reason in `reasons`."""
+
+    def text(self, unit: str = "%", digits: int = 1) -> str:
+        """For people."""
+        return "unknown"
+
+
+Value = Estimate | Unknown
+
+
+def from_json(value: Mapping[str, Any] | None, reason: str = "") -> Value:
+    """The value that `as_json` gave. Raises TypeError for anything else."""
+    return Estimate(**value) if value is not None else Unknown(reason)

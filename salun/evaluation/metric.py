@@ -1,0 +1,122 @@
+"""What a metric of an erasure is, and the evaluations before and after that it is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from salun.evaluation.detector import Detection
+from salun.evaluation.estimate import Estimate, Value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Source = Literal["detections", "predictions"]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predictions of the network on the same noisy latents, float32 (n, c, h, w), under prompts of each kind."""
+
+    forget: Tensor
+    anchor: Tensor
+    retain: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ModelEvaluation:
+    """What was measured on one model: detections in forget and retain images, and predictions."""
+
+    forget: Detection
+    retain: Detection
+    predictions: Predictions
+
+
+@dataclass(frozen=True)
+class ExpectedConcept:
+    """A concept in the detector's terms.
+
+    Args:
+        label, anchor: Indices among the labels of `attribute`; an anchor of None is the empty prompt.
+        rows: Its forget images.
+    """
+
+    name: str
+    attribute: str
+    label: int
+    anchor: int | None
+    rows: slice
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationPair:
+    """Original and unlearned model, evaluated on the same prompts and seeds.
+
+    Args:
+        labels: Attribute → the detector's labels.
+        expected_forget, expected_retain: Attribute → int64 (n,), the label that each image should show (forget images:
+            once the concepts are erased); −1 where none is expected.
+        unknown: Source → the reason why there is nothing of it; metrics that need it are not computed.
+    """
+
+    concepts: Sequence[ExpectedConcept]
+    labels: Mapping[str, Sequence[str]]
+    expected_forget: Mapping[str, np.ndarray]
+    expected_retain: Mapping[str, np.ndarray]
+    before: ModelEvaluation
+    after: ModelEvaluation
+    unknown: Mapping[Source, str]
+
+    def of(self, concept: ExpectedConcept) -> EvaluationPair:
+        """The same of a single concept."""
+        return replace(self, concepts=[concept])
+
+    def unchanged(self) -> EvaluationPair:
+        """The original compared with itself, for the value of a metric before the erasure."""
+        return replace(self, after=self.before)
+
+    def forget_images(self, hits: Callable[[ExpectedConcept], np.ndarray]) -> np.ndarray:
+        """`hits` of each concept's forget images, bool (n,), one concept after the other."""
+        return np.concatenate([hits(concept) for concept in self.concepts])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured quantity of an erasure.
+
+    Args:
+        key: In `run.json`. The value before the erasure has the key that ends in "_before".
+        title: As in tables, short.
+        better: Which values are.
+        unit: "%", or "" for a plain number.
+        compute: The value of the unlearned model; of a breakdown the value of each part. The first line of its
+            docstring is shown as the metric's meaning.
+        needs: What it is computed from.
+        per_concept: Whether it is computed for each concept too.
+        breakdown: Whether it has parts, such as classes.
+        finding: A sentence for readers who know no metrics, "" for none, on the values before and after and, of a
+            metric that is `per_concept`, on the concept with its name and anchor.
+    """
+
+    key: str
+    title: str
+    better: Literal["higher", "lower"]
+    unit: str
+    compute: Callable[[EvaluationPair], Value | Mapping[str, Value]]
+    needs: Source = "detections"
+    per_concept: bool = False
+    breakdown: bool = False
+    finding: Callable[[Estimate, Estimate, Mapping[str, Any]], str] | None = None
+
+    @property
+    def key_before(self) -> str:
+        """The key of the value before the erasure."""
+        return self.key.removesuffix("_after") + "_before"
+
+    @property
+    def meaning(self) -> str:
+        """One sentence."""
+        return (self.compute.__doc__ or "").split("\n")[0]

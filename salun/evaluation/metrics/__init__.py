@@ -1,0 +1,1 @@
+"""Metrics of an erasure, one idea a module; `salun.evaluation.registry.METRICS` lists them."""

@@ -1,0 +1,48 @@
+"""Retain accuracy: are other prompts still followed, in all, by attribute and by class?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from salun.evaluation.estimate import Estimate, Value
+from salun.evaluation.metric import EvaluationPair, Metric
+
+
+def _right(pair: EvaluationPair) -> dict[str, np.ndarray]:
+    """Attribute → whether each retain image shows the expected label, bool (n,)."""
+    return {name: pair.after.retain.shows(name, pair.expected_retain[name]) for name in pair.labels}
+
+
+def retain_accuracy(pair: EvaluationPair) -> Estimate:
+    """Attributes that images of other prompts show as prompted; an invalid image shows none."""
+    return Estimate.percentage(np.concatenate(list(_right(pair).values())))
+
+
+def by_attribute(pair: EvaluationPair) -> dict[str, Value]:
+    """Images of other prompts that show this attribute as prompted."""
+    return {name: Estimate.percentage(right) for name, right in _right(pair).items()}
+
+
+def by_class(pair: EvaluationPair) -> dict[str, Value]:
+    """Images whose prompts name this class and that show it."""
+    right, expected = _right(pair), pair.expected_retain
+    return {
+        f"{name}: {label}": Estimate.percentage(right[name][expected[name] == i])
+        for name, labels in pair.labels.items()
+        for i, label in enumerate(labels)
+        if np.any(expected[name] == i)
+    }
+
+
+def _finding(before: Estimate, after: Estimate, concept: Mapping[str, Any]) -> str:
+    drop = before.value - after.value
+    verdict = "is unchanged" if drop <= 1 else "dropped slightly" if drop <= 3 else "dropped"
+    return f"Accuracy on other prompts {verdict}: {before.value:.1f} % before, {after.value:.1f} % after."
+
+
+RA = Metric("ra_after", "Retain accuracy (RA)", "higher", "%", retain_accuracy, finding=_finding)
+RA_BY_ATTRIBUTE = Metric("ra_by_attribute", "Retain accuracy by attribute", "higher", "%", by_attribute, breakdown=True)
+RA_BY_CLASS = Metric("per_class", "Retain accuracy by class", "higher", "%", by_class, breakdown=True)

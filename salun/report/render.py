@@ -1,0 +1,99 @@
+"""Self-contained HTML pages made of sections, for runs, comparisons, masks and deltas; everything shown is escaped."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from salun.files import write_bytes
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A complete HTML page without external references."""
+
+    html: str
+
+    def save(self, path: Path | str) -> None:
+        """Write it atomically."""
+        write_bytes(Path(path), self.html.encode("utf-8", "backslashreplace"))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Args:
+        title: "" for a part that belongs to the section before.
+        rows: A table, its heading first.
+        charts: SVG, in which names are escaped.
+        images: Alternative text → PNG.
+        footer: A remark below.
+        wrap: Whether long cells are wrapped.
+        folded: What to open the section by, where it is closed at first.
+    """
+
+    title: str
+    text: str = ""
+    rows: Sequence[Sequence[str]] = ()
+    charts: Sequence[str] = ()
+    images: Mapping[str, bytes] | None = None
+    footer: str = ""
+    wrap: bool = False
+    folded: str = ""
+
+
+def page(
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    headline: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    run: Mapping[str, Any] | None = None,
+) -> Report:
+    """A page. run: as in `run.json`, for the section on how to reproduce it."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"size": size, "svg": Markup, "data_url": _data_url}  # charts escape the names they draw
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return Report(
+        template.render(title=title, subtitle=subtitle, sections=sections, headline=headline, notes=notes, run=run)
+    )
+
+
+def loss_series(rows: Iterable[Any]) -> dict[str, list[tuple[float, float]]]:
+    """A run's losses as series of (step or epoch, value), by name.
+
+    Args:
+        rows: The `losses` of a run.json, which may be untrusted input: {"step": 1, "forget": 0.5, …} each. Entries of
+            another form are skipped, and so are values that are not numbers.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        pairs = row.items() if isinstance(row, Mapping) else ()
+        numbers = {name: float(v) for name, v in pairs if type(v) in (int, float) and -1e300 < v < 1e300}
+        at = numbers.pop("step", numbers.pop("epoch", None))
+        if at is not None:
+            for name, value in numbers.items():
+                series.setdefault(name, []).append((at, value))
+    return series
+
+
+def size(n: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
