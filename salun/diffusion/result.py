@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from salun.checkpoints import safetensors_io
-from salun.checkpoints.diffusers_folder import links_out
+from salun.checkpoints import diffusers_folder, safetensors_io
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.outputs import output_layout
-from salun.checkpoints.patch import external_links, left_out
+from salun.checkpoints.patch import excluded_weights, external_links
 from salun.compute.environment import peak_memory
 from salun.delta.delta import Delta, applied_metadata
 from salun.diffusion.evaluation import EvalPrompts, Evaluation
@@ -164,10 +163,10 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
     stored = run.own.stored
     for file in stored.files:
         record.note_file("inputs", "checkpoint" if stored.single else stored.part, file, _shown(stored, file))
-    others = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
+    others = [] if stored.single and run.plan.options.keep_ema else excluded_weights(stored)
     links = external_links(stored) if _in_own_layout(stored, outputs, folder) else []
     if run.own.components is not None and any(output_layout(target) == "folder" for target in outputs or []):
-        links += links_out(run.own.components)
+        links += diffusers_folder.external_links(run.own.components)
     if links:
         record.data["notes"].append(f"left out, as links that lead out of the model: {some(links)}")
     if others and _in_own_layout(stored, outputs, folder):
@@ -226,7 +225,7 @@ def _kept(file: Path, shown: str) -> str:
 
 
 def _shown(stored: Stored, file: Path) -> str:
-    return file.name if stored.single else f"unet/{file.name}"
+    return file.name if stored.single else f"{stored.part}/{file.name}"
 
 
 def _in_own_layout(stored: Stored, outputs: list[str] | None, folder: Path | None) -> bool:
