@@ -457,7 +457,7 @@ def test_a_copy_of_a_folder_has_no_hidden_copies_of_the_weights_and_no_file_of_t
     assert copied == {
         "model_index.json", UNET, "vae/model.safetensors", "detector/detector.safetensors",
     }  # fmt: skip
-    assert any("LICENSE.key" in note and "lead out" in note for note in found["notes"])
+    assert any("LICENSE.key" in note and "links out" in note for note in found["notes"])
     assert any("old/pytorch.bin" in note for note in found["notes"])
     Path("base", "text_encoder").symlink_to(Path("shared").resolve())
     told = salun("delta", "apply", model, "x.salun.safetensors", "--output", "third/")
@@ -478,7 +478,7 @@ def test_second_copies_of_the_weights_are_skipped_and_this_is_said(salun: Comman
     model = single("base.safetensors", base, ema=True)
     Delta.between(base, new).save("x.salun.safetensors")
     found = done(salun("delta", "apply", model, "x.salun.safetensors", "--output", "again.safetensors", "--json"))
-    assert "left out" in found["notes"][0]
+    assert "skipped" in found["notes"][0]
     assert not any(name.startswith(keymap.EMA) for name in load_file("again.safetensors"))
 
 

@@ -361,9 +361,9 @@ def test_a_rank_or_energy_out_of_range_is_rejected(asked: dict[str, float], says
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({}, "nothing changed"),
-        ({LAYER: torch.zeros(4, 2)}, "nothing changed"),
-        ({"conv_out.weight": torch.ones(4, 2)}, "holds no conv_out.weight"),
+        ({}, "models are equal"),
+        ({LAYER: torch.zeros(4, 2)}, "models are equal"),
+        ({"conv_out.weight": torch.ones(4, 2)}, "has no conv_out.weight"),
         ({LAYER: torch.ones(4, 3)}, r"\[4, 2\] in the base and \[4, 3\]"),
         ({LAYER: torch.full((4, 2), float("nan"))}, "not finite"),
         ({LAYER: torch.full((4, 2), float("inf"))}, "not finite"),
@@ -392,5 +392,5 @@ def test_a_low_rank_factor_too_large_for_float16_is_rejected() -> None:
 
 
 def test_low_rank_of_norms_and_biases_alone_is_rejected() -> None:
-    with pytest.raises(ModelError, match="write the full difference"):
+    with pytest.raises(ModelError, match="Write the full difference"):
         stock_formats.low_rank({"conv_in.bias": torch.zeros(4)}, {"conv_in.bias": torch.ones(4)}, rank=1)
