@@ -191,8 +191,8 @@ def make(
 
     family: "sd1" | "sd2" | "sdxl". size: "small" (10 to 30 MB), "true", or "host" (ComfyUI loads it, while A1111
     takes the true size alone). dtype: "fp32" | "fp16" | "bf16", or "mixed": the UNet's matrices in fp16 and its
-    vectors in fp32, the VAE in fp32, the text encoders in bf16. prediction: "epsilon" | "v_prediction", told as each
-    family's files tell it: SD 2's by one bias that is spread wider, others' by a `v_pred` mark. ema: a second copy of
+    vectors in fp32, the VAE in fp32, the text encoders in bf16. prediction: "epsilon" | "v_prediction", marked as in
+    files of the family: SD 2's by one bias that is spread wider, others' by a `v_pred` mark. ema: a second copy of
     the UNet, as LDM's LitEma keeps it. buffers: what real files hold beside weights. marks: names of empty tensors
     ("ztsnr"). unet: changes to its config.
     """

@@ -1,4 +1,4 @@
-"""`.ckpt` files: pickles, which can run code when unpacked. Read only when asked to, and by torch's safe unpickler."""
+"""`.ckpt` files: pickles, which can run code when unpacked. Read only if allowed, and by torch's safe unpickler."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def check_torch() -> None:
 def convert_pickle(path: Path, allowed: bool) -> Path:
     """A safetensors file of the same stem with a pickled checkpoint's tensors, in the user's cache; made once.
 
-    Names and bytes stay, what is no tensor (training state) goes. Raises ModelError for a file that is no pickle, where
-    pickles are not allowed, or if the file holds anything but tensors and plain values.
+    Names and bytes stay; other values (training state) are dropped. Raises ModelError for a file that is not a pickle,
+    where pickles are not allowed, or if the file holds anything but tensors and plain values.
     """
     kind = kind_of(path)
     if kind == UNKNOWN:
@@ -121,7 +121,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         with _allow_harmless_globals():
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
-    except Exception as error:  # torch and pickle raise many kinds; each means that this is no checkpoint to trust
+    except (
+        Exception
+    ) as error:  # torch and pickle raise many kinds; each means that this checkpoint is not to be trusted
         raise ModelError(f"{path} cannot be read as a checkpoint: {_why(error)}") from error
     state = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors: dict[str, Tensor] = {}

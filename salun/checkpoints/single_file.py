@@ -65,7 +65,7 @@ class CheckpointContents:
 
     @staticmethod
     def of(path: Path) -> CheckpointContents:
-        """Raises ModelError for a file that is not sound, or of another kind: by name."""
+        """Raises ModelError for an invalid or unsupported file, saying what it is."""
         header = safetensors_io.read_header(path)
         names = header.names
         kind = describe_unsupported(header)
@@ -190,6 +190,8 @@ def describe_unsupported(header: Header) -> str | None:
 
 def is_bare_network(header: Header) -> bool:
     """Whether a file holds a diffusers UNet alone, under diffusers' names."""
+    if network_of(header.names) is not None:
+        return False
     foreign = any(re.search(pattern, name) for pattern, _ in _KINDS for name in header.names)
     return not foreign and any(name.startswith(("down_blocks.", "mid_block.")) for name in header.names)
 

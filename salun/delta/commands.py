@@ -36,7 +36,7 @@ from salun.delta.provenance import (
 )
 from salun.delta.stacking import AppliedDeltas, BaseMismatch
 from salun.delta.stock_formats import check_rank, stock_notes, write_stock
-from salun.errors import ConfigError, ModelError, some
+from salun.errors import ConfigError, ModelError, literal, some
 from salun.files import check_disk_space, placed
 from salun.options import FileOptions
 from salun.progress import Event, Progress, Stage, silent
@@ -218,7 +218,7 @@ def undo(
         raise ModelError(
             f"the delta {loaded.id} cannot be undone in {model} (hash {found[:12]}…, not its result's "
             f"{loaded.result_hash[:12]}…): {reason}",
-            advice=f"Start from its base ({began[:12]}…)",
+            advice=f"Start from its base ({literal(began[:12])}…)",
         )
     metadata = with_removed(loaded.id, listed, stored.metadata, back)
     expected = loaded.base_hash if alone else back if metadata[APPLIED] else stored.metadata[BASE_HASH]

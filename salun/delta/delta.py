@@ -5,7 +5,7 @@ the old and new bit patterns in the checkpoint's dtype, split into byte planes. 
 `undo` exact; with the base at hand new − old gives any other strength. In memory a delta takes what its file takes;
 tensors are made one at a time.
 
-Who has the delta can undo the erasure: publish the checkpoint, not the delta, where a concept must not come back.
+Anyone with the delta can undo the erasure: if a concept must not come back, publish the checkpoint, not the delta.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Delta:
 
     @property
     def id(self) -> str:
-        """By what the delta is known in the metadata of models: 16 hex digits made of both hashes."""
+        """The delta's name in the metadata of models: 16 hex digits made of both hashes."""
         return hashlib.sha256(f"{self.base_hash}\0{self.result_hash}".encode()).hexdigest()[:16]
 
     @property
@@ -128,14 +128,14 @@ class Delta:
     ) -> dict[str, Tensor]:
         """The changed tensors, as new ones. tensors: all of the base UNet, which is not touched.
 
-        Strength 1 is exact to the bit, which the result's hash confirms; others give round(old + s·(new − old)), in
+        Strength 1 is bit-exact, which the result's hash confirms; others give round(old + s·(new − old)), in
         float32, rounded once. See `stack` for a base in another dtype, for several deltas, and for what is raised.
         known_hash: the base hash of `tensors`, where it is known; then neither hash is computed.
         """
         return dict(stack(tensors, [(self, strength)], known_hash=known_hash))
 
     def undo(self, tensors: Mapping[str, Tensor], *, known_hash: str | None = None) -> dict[str, Tensor]:
-        """The base's tensors, exact to the bit, from the erased UNet. Raises ModelError if that is another.
+        """The base's tensors, bit-exact, from the erased UNet. Raises ModelError for any other.
 
         known_hash: as in `apply`.
         """
@@ -175,7 +175,7 @@ class Delta:
     def load(cls, path: Path | str) -> Delta:
         """Read a delta file, untrusted, into as much memory as it takes on disk.
 
-        Raises ModelError if it is none, does not hold together, or its content is not what was written.
+        Raises ModelError if it is not a delta, is inconsistent, or its content is not what was written.
         """
         path = Path(path).expanduser()
         header = safetensors_io.read_header(path)

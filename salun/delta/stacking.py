@@ -77,7 +77,7 @@ class AppliedDeltas(LazyTensors):
 
     model: the whole UNet before. layers: (delta, strength), in the order of the deltas' ids. source: where the old
     values that the deltas start from are known, if not in the model. base_hash, result_hash: of the model before and
-    after, where computed. note: what is not exact, in words.
+    after, where computed. note: a sentence on what is not exact.
     """
 
     model: Mapping[str, Tensor]
@@ -191,7 +191,7 @@ def stack(
     known_hash: str | None = None,
     progress: Progress = silent,
 ) -> AppliedDeltas:
-    """The tensors that deltas of one base make of it, each with its strength; in which order they come is the same.
+    """The tensors that deltas of one base make of it, each with its strength; their order does not matter.
 
     model: the whole UNet; it may read its tensors lazily, and each is read once. A copy of the base in another dtype,
     which gives the base when cast to its dtypes, gets the differences where the dtypes differ, and so does any model of

@@ -1,8 +1,8 @@
-"""Stock formats: what an erasure changed, in files that ComfyUI, A1111 and Forge load without salun.
+"""LoRA files: what an erasure changed, for ComfyUI, A1111 and Forge without salun.
 
 `full_difference` writes every difference (`.diff`, `.diff_b`); `low_rank` keeps the best approximation of each matrix
 by one of low rank (LoRA), and tells what that loses. The names are those that all three hosts match to a module for
-each family of models; docs/formats.md says what was tried. Who has such a file can undo the erasure.
+each family of models; docs/formats.md says what was tried. Anyone with such a file can undo the erasure.
 """
 
 from __future__ import annotations

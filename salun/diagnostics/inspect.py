@@ -17,7 +17,7 @@ from salun.checkpoints.lazy_tensors import LazyTensors
 from salun.checkpoints.outputs import DELTA
 from salun.checkpoints.single_file import is_bare_network
 from salun.delta import delta as deltas
-from salun.diffusion.model.loading import Description, describe
+from salun.diffusion.model.loading import ModelSpec, describe
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.reevaluate import file_of, read_finished
 from salun.errors import ConfigError, ModelError
@@ -57,58 +57,58 @@ def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
     return _model(describe(path, options))
 
 
-def _model(found: Description) -> dict[str, Any]:
-    entries = [found.stored.entry(name) for name in found.stored]
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    entries = [spec.stored.entry(name) for name in spec.stored]
     not_finite: list[str] = []
 
     def read(name: str) -> Tensor:
-        tensor = found.stored[name]
+        tensor = spec.stored[name]
         if not not_finite and not torch.isfinite(tensor.float()).all():
-            not_finite.append(found.stored.name_in_file(name))
+            not_finite.append(spec.stored.name_in_file(name))
         return tensor
 
     facts: dict[str, Any] = {
-        "kind": "single file" if found.contents else "diffusers folder",
-        "path": str(found.stored.path),
-        "family": found.family.name,
-        "prediction_type": found.scheduler_config.get("prediction_type", "epsilon"),
-        "prediction_from": found.prediction_from,
-        "resolution": found.settings.sampling.resolution,
+        "kind": "single file" if spec.contents else "diffusers folder",
+        "path": str(spec.stored.path),
+        "family": spec.family.name,
+        "prediction_type": spec.scheduler_config.get("prediction_type", "epsilon"),
+        "prediction_from": spec.prediction_from,
+        "resolution": spec.settings.sampling.resolution,
         "unet_parameters": sum(prod(entry.shape) for entry in entries),
         "unet_dtypes": ", ".join(f"{dtype} × {n}" for dtype, n in sorted(Counter(e.dtype for e in entries).items())),
-        "base_hash": base_hash(LazyTensors(found.stored, read)),
-        "detector": found.settings.detector.name if found.settings.detector else None,
-        "vocabulary": sorted(found.settings.vocabulary.attributes) if found.settings.vocabulary else None,
+        "base_hash": base_hash(LazyTensors(spec.stored, read)),
+        "detector": spec.settings.detector.name if spec.settings.detector else None,
+        "vocabulary": sorted(spec.settings.vocabulary.attributes) if spec.settings.vocabulary else None,
     }
-    if found.settings.few_steps is not None:
-        facts["few_steps"] = found.settings.few_steps.text
-    if found.contents is not None:
-        contents = found.contents
-        missing = "from components" if found.folder else "missing: components gives a folder or hub id that has one"
+    if spec.settings.few_steps is not None:
+        facts["few_steps"] = spec.settings.few_steps.text
+    if spec.contents is not None:
+        contents = spec.contents
+        missing = "from components" if spec.folder else "missing: components gives a folder or hub id that has one"
         facts["vae"] = "yes" if contents.has_vae else missing
         facts["text_encoders"] = ", ".join("yes" if there else missing for there in contents.text)
         facts["ema"] = f"{len(contents.ema)} tensors, a second copy of the weights" if contents.ema else "none"
         facts["other_tensors"] = len(contents.others)
         facts |= {name: text for name, text in contents.header.metadata.items() if name.startswith("salun.")}
-    facts["verdict"] = _verdict(found, not_finite)
+    facts["verdict"] = _verdict(spec, not_finite)
     return facts
 
 
-def _verdict(found: Description, not_finite: list[str]) -> str:
+def _verdict(spec: ModelSpec, not_finite: list[str]) -> str:
     """Whether it can be erased from, as far as names, shapes and the UNet's values tell, or what is in the way."""
     from salun.diffusion.model.loading import check_folder
     from salun.diffusion.model.single_file import check_parts
 
     lacking: list[str] = []
     try:
-        checked(found.name, "model")
+        checked(spec.name, "model")
         if not_finite:
-            raise ModelError(f"{found.stored.path}: {not_finite[0]} is not finite (NaN or infinity)")
-        schedule_of(found.scheduler_config, found.name)
-        if found.contents is None:
-            check_folder(found)
+            raise ModelError(f"{spec.stored.path}: {not_finite[0]} is not finite (NaN or infinity)")
+        schedule_of(spec.scheduler_config, spec.name)
+        if spec.contents is None:
+            check_folder(spec)
         else:
-            lacking = check_parts(found.contents, found.folder, found.scheduler_config["prediction_type"])
+            lacking = check_parts(spec.contents, spec.folder, spec.scheduler_config["prediction_type"])
     except (ConfigError, ModelError) as error:
         return str(error)
     return "salun can erase from it" + (" with components that give what is missing" if lacking else "")

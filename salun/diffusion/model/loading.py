@@ -41,7 +41,7 @@ from salun.options import ModelOptions
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelSpec:
     """A model on disk, read without loading weights.
 
     contents: what a single file holds; None for a folder. folder: the diffusers folder
@@ -59,7 +59,7 @@ class Description:
     folder: Path | None
 
 
-def describe(name: str, options: ModelOptions | None = None) -> Description:
+def describe(name: str, options: ModelOptions | None = None) -> ModelSpec:
     """Find a model and read what its files say of it. Raises ModelError for what salun cannot handle."""
     options = options or ModelOptions()
     path, entry = find(name, options.models_dir)
@@ -95,7 +95,7 @@ def describe(name: str, options: ModelOptions | None = None) -> Description:
     settings = read_settings(folder, contents.family.name, entry, side)
     few_steps = find_few_steps({"the file name": path.name}, contents.header.metadata, scheduler)
     settings = replace(settings, few_steps=few_steps)
-    return Description(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
+    return ModelSpec(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
 
 
 def _family_of_folder(name: str, folder: Path) -> Family:
@@ -121,7 +121,7 @@ def _network_config(folder: Path, family: Family, name: str) -> dict[str, Any]:
     return check_config(read_object(path, name), library_class(family.network.class_name), path)
 
 
-def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> Description:
+def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> ModelSpec:
     family = _family_of_folder(name, folder)
     scheduler, source = read_scheduler(folder / "scheduler" / "scheduler_config.json", name), "its scheduler config"
     if options.prediction_type is not None:
@@ -130,7 +130,7 @@ def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options
     settings = read_settings(folder, family.name, entry, _resolution(folder, family, name))
     names = {"the model name": Path(name).name, "the folder name": folder.name}
     settings = replace(settings, few_steps=find_few_steps(names, stored.metadata, scheduler))
-    return Description(name, stored, family, settings, scheduler, source, None, folder)
+    return ModelSpec(name, stored, family, settings, scheduler, source, None, folder)
 
 
 def _resolution(folder: Path, family: Family, name: str) -> int | None:
@@ -154,58 +154,58 @@ def load(name: str, device: str = "auto", dtype: str = "auto", **given: Any) -> 
 def load_with(name: str, options: ModelOptions) -> Model:
     """`load`, from options of which those of `ModelOptions` count."""
     own = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
-    found = describe(name, own)
-    schedule_of(found.scheduler_config, name)  # before minutes of loading
-    _check_detector(found.settings, name)
+    spec = describe(name, own)
+    schedule_of(spec.scheduler_config, name)  # before minutes of loading
+    _check_detector(spec.settings, name)
     where = pick_device(own.device)
     precision = pick_dtype(own.dtype, where)
     _quiet()
-    if found.contents is None:
-        parts = _load_folder(found, precision)
+    if spec.contents is None:
+        parts = _load_folder(spec, precision)
     else:
         from salun.diffusion.model.single_file import load_parts
 
-        parts = load_parts(found.contents, found.folder, found.scheduler_config["prediction_type"], precision)
+        parts = load_parts(spec.contents, spec.folder, spec.scheduler_config["prediction_type"], precision)
     unet, vae, encoders, tokenizers = parts
-    _check_fit(found, *parts)
+    _check_fit(spec, *parts)
     for module in (unet, vae, *encoders):
         module.eval().requires_grad_(False)
     unet.to(where)  # the others come when they are needed
     bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
     if bad is not None:
         raise ModelError(f"{name}: the weight {bad} is not finite (NaN or infinity)")
-    if not found.family.network.is_conditioned(shapes_of(found.stored)):
+    if not spec.family.network.is_conditioned(shapes_of(spec.stored)):
         raise ModelError(f"{name} {UNCONDITIONED}")
     return Model(
         name=name,
-        stored=found.stored,
-        family=found.family,
-        settings=found.settings,
+        stored=spec.stored,
+        family=spec.family,
+        settings=spec.settings,
         unet=unet,
         vae=vae,
         text_encoders=encoders,
         tokenizers=tokenizers,
-        scheduler_config=found.scheduler_config,
+        scheduler_config=spec.scheduler_config,
         device=where,
         dtype=precision,
-        contents=found.contents,
-        components=found.folder if found.contents is not None else None,
+        contents=spec.contents,
+        components=spec.folder if spec.contents is not None else None,
     )
 
 
-def _check_fit(found: Description, unet: Any, vae: Any, encoders: list[Any], tokenizers: list[Any]) -> None:
+def _check_fit(spec: ModelSpec, unet: Any, vae: Any, encoders: list[Any], tokenizers: list[Any]) -> None:
     """Raises ModelError for parts that do not belong together."""
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-        check_tokenizer_fits(tokenizer, encoder, found.name)
+        check_tokenizer_fits(tokenizer, encoder, spec.name)
     if vae.config.latent_channels != unet.config.in_channels:
         raise ModelError(
-            f"{found.name}: its VAE has {vae.config.latent_channels} latent channels, but its UNet takes "
+            f"{spec.name}: its VAE has {vae.config.latent_channels} latent channels, but its UNet takes "
             f"{unet.config.in_channels}"
         )
     width = sum(encoder.config.hidden_size for encoder in encoders)
     if unet.config.cross_attention_dim != width:
         raise ModelError(
-            f"{found.name}: its text encoders give {width} features a token, but its UNet takes "
+            f"{spec.name}: its text encoders give {width} features a token, but its UNet takes "
             f"{unet.config.cross_attention_dim}"
         )
 
@@ -235,8 +235,8 @@ Parts = tuple[Any, Any, list[Any], list[Any]]
 """(UNet, VAE, text encoders, tokenizers)."""
 
 
-def _load_folder(found: Description, precision: torch.dtype) -> Parts:
-    folder, family = found.stored.path, found.family
+def _load_folder(spec: ModelSpec, precision: torch.dtype) -> Parts:
+    folder, family = spec.stored.path, spec.family
     encoders = {numbered("text_encoder", i): encoder.class_name for i, encoder in enumerate(family.text)}
     tokenizers = [folder / numbered("tokenizer", i) for i in range(len(encoders))]
     for part in ("vae", *encoders):
@@ -249,7 +249,7 @@ def _load_folder(found: Description, precision: torch.dtype) -> Parts:
     return network, vae, text, [load_tokenizer(tokenizer) for tokenizer in tokenizers]
 
 
-def check_folder(found: Description) -> None:
+def check_folder(spec: ModelSpec) -> None:
     """Whether a folder has its parts, and its UNet the tensors that its config tells, without reading any value.
 
     Raises ModelError naming what is missing, too much, misshapen or not readable.
@@ -258,16 +258,16 @@ def check_folder(found: Description) -> None:
 
     from salun.diffusion.model.parts import check_state_dict
 
-    folder, stored, family = found.stored.path, found.stored, found.family
-    config, kind = _network_config(folder, family, found.name), library_class(family.network.class_name)
+    folder, stored, family = spec.stored.path, spec.stored, spec.family
+    config, kind = _network_config(folder, family, spec.name), library_class(family.network.class_name)
     place = folder / family.network.part
-    check_part(kind, place, found.name)
+    check_part(kind, place, spec.name)
     with init_empty_weights(include_buffers=False):
         network = kind.from_config(config)
     check_state_dict(
         {n: tuple(p.shape) for n, p in network.named_parameters()}, shapes_of(stored), place, stored.name_in_file
     )
     for part in ("vae", *(numbered("text_encoder", i) for i in range(len(family.text)))):
-        check_part(library_class(family.class_name(part)), folder / part, found.name)
+        check_part(library_class(family.class_name(part)), folder / part, spec.name)
     for i in range(len(family.text)):
         check_tokenizer(folder / numbered("tokenizer", i))
