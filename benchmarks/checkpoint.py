@@ -164,7 +164,7 @@ def page(found: dict[str, Any]) -> str:
     """docs/checkpoints.md, from the results there are."""
     plain = found["rows"]["plain copy (baseline)"]["seconds"]
     out = [
-        "# Checkpoints of true size",
+        "# Full-size checkpoints",
         "",
         f"Written by `benchmarks/checkpoint.py`: Stable Diffusion 1.5's names and shapes, fp16, random weights, "
         f"{found['bytes'] / 1e9:.2f} GB; torch {found['torch']}, {found['cores']} shared cores, no GPU. Medians of "
@@ -181,7 +181,7 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"`salun {' '.join(ERASE)} --model FILE`, all stages to the written checkpoint and delta:",
         "",
-        "| options | seconds of each stage | peak host memory | weights that moved, of these rounded away |",
+        "| options | seconds of each stage | peak CPU memory | weights changed, of these lost to rounding |",
         "|---|---|---|---|",
     ]
     for extra, told in found["erasures"].items():

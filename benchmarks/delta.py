@@ -166,9 +166,9 @@ def measure(scale: float, folder: Path) -> str:
 Written by `benchmarks/delta.py{option}`: a UNet of {entries / 1e6:,.1f} M random fp16 weights{aside},
 {unet / 1e6:,.0f} MB.
 
-**Who has a delta can undo the erasure.** Where a concept must not come back, publish the model, not the delta.
+**Anyone with a delta can undo the erasure.** If a concept must not come back, publish the model, not the delta.
 
-What stands for the fine-tune here is a model of one. Entries are chosen anywhere, as many as the density says; each
+The fine-tune is simulated. Entries are chosen anywhere, as many as the density says; each
 moves by a normal deviate of lr·√steps = {LR * math.sqrt(STEPS):g} (lr {LR:g}, {STEPS} steps), as far as Adam goes where
 gradients are mostly noise. Rounded to fp16 some of these steps come to nothing, so that fewer entries differ
 than were chosen. A real mask is denser in some layers than in others and real steps are less random, so that real

@@ -1,4 +1,4 @@
-"""What a low rank does to an erasure, on the embedded model: fills docs/lora.md.
+"""What a low rank does to an erasure, on the bundled model: fills docs/lora.md.
 
     python benchmarks/lora.py
 
@@ -33,8 +33,8 @@ RANKS: list[dict[str, Any]] = [
 ]
 
 PREAMBLE = """\
-Written by `benchmarks/lora.py`: circle → square on the embedded model, the recipe's defaults, seed 0, and the same
-erasure as a LoRA at strength 1. {n} pictures each of held-out forget and retain prompts, on a CPU. Energy kept: of the
+Written by `benchmarks/lora.py`: circle → square on the bundled model, the recipe's defaults, seed 0, and the same
+erasure as a LoRA at strength 1. {n} images each of held-out forget and retain prompts, on a CPU. Energy kept: of the
 squared difference, norms and biases (which a LoRA cannot hold) counted as lost. Percent.
 """
 

@@ -1,4 +1,4 @@
-"""`salun delta`: make, apply, stack, undo, look at and convert sparse deltas."""
+"""`salun delta`: extract, apply, stack, undo, inspect and export sparse deltas."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from .output import Force, Json, bars, path_given, tell
 from .progress import terminal_progress
 
 app: typer.Typer = typer.Typer(
-    help="Sparse deltas: what an erasure changed, in a small file that applies at any strength and undoes to the bit. "
-    "Who has the delta can undo the erasure: publish the model, not the delta.",
+    help="Sparse deltas: what an erasure changed, in a small file that applies at any strength and undoes bit-exactly. "
+    "Anyone with the delta can undo the erasure: publish the model, not the delta.",
     no_args_is_help=True,
 )
 
 Base = Annotated[
     str,
-    typer.Argument(callback=path_given, metavar="BASE", help="alias, hub id, diffusers folder or .safetensors file"),
+    typer.Argument(
+        callback=path_given, metavar="BASE", help="Base model: alias, hub id, diffusers folder or .safetensors file."
+    ),
 ]
 Erased = Annotated[
-    str, typer.Argument(callback=path_given, metavar="ERASED", help="likewise, of the model with the delta in it")
+    str, typer.Argument(callback=path_given, metavar="ERASED", help="Erased model: file, folder, alias or hub id.")
 ]
-DeltaFile = Annotated[str, typer.Argument(callback=path_given, metavar="DELTA", help="a *.salun.safetensors file")]
+DeltaFile = Annotated[
+    str, typer.Argument(callback=path_given, metavar="DELTA", help="Delta file (.salun.safetensors).")
+]
 ModelOutput = Annotated[
     str,
     typer.Option(
-        callback=path_given, help="in the model's own layout: a .safetensors file, or a folder with / at its end"
+        callback=path_given, help="Output in the model's layout: a .safetensors file, or a folder with / at its end."
     ),
 ]
 
@@ -40,7 +44,7 @@ FineTune = Annotated[
     typer.Option(
         callback=path_given,
         metavar="BASE",
-        help="the base that the delta was made from: its differences are added to the other model, such as a fine-tune",
+        help="The delta's original base, if BASE is another model, such as a fine-tune: differences are added.",
     ),
 ]
 
@@ -55,11 +59,11 @@ def extract(
     options: FileOptions,
     base: Base,
     erased: Erased,
-    output: Annotated[str, typer.Option(callback=path_given, help="the delta to write (.salun.safetensors)")],
+    output: Annotated[str, typer.Option(callback=path_given, help="Delta file to write (.salun.safetensors).")],
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make the delta that leads from one model to another, such as its erased copy."""
+    """Write the delta from one model to another, such as its erased copy."""
     from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
@@ -79,7 +83,9 @@ def apply(
     base: Base,
     delta: DeltaFile,
     output: ModelOutput,
-    strength: Annotated[float, typer.Option(help="0 is the base, 1 the erased model to the bit; −0.5 to 1.5")] = 1.0,
+    strength: Annotated[
+        float, typer.Option(help="Delta strength from −0.5 to 1.5: 0 is the base, 1 the erased model, byte-identical.")
+    ] = 1.0,
     fine_tune_of_base: FineTune = None,
     keep_ema: KeepEma = False,
     force: Force = False,
@@ -94,7 +100,7 @@ def apply(
             delta,
             output,
             strength,
-            fine_tune_of=fine_tune_of_base,
+            fine_tune_of_base=fine_tune_of_base,
             keep_ema=keep_ema,
             options=options,
             force=force,
@@ -109,18 +115,17 @@ def stack(
     options: FileOptions,
     base: Base,
     delta: Annotated[
-        list[str], typer.Argument(callback=path_given, metavar="DELTA…", help="*.salun.safetensors files of this base")
+        list[str],
+        typer.Argument(callback=path_given, metavar="DELTA…", help="Delta files (.salun.safetensors) of this base."),
     ],
     output: ModelOutput,
-    strength: Annotated[
-        list[float] | None, typer.Option(help="one for each delta, in their order (default: 1 throughout)")
-    ] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="One strength per delta, in order (default: 1).")] = None,
     fine_tune_of_base: FineTune = None,
     keep_ema: KeepEma = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a copy of a model with several deltas applied; in which order does not matter."""
+    """Write a copy of a model with several deltas applied. The order does not matter."""
     from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
@@ -129,7 +134,7 @@ def stack(
             delta,
             output,
             strength or [],
-            fine_tune_of=fine_tune_of_base,
+            fine_tune_of_base=fine_tune_of_base,
             keep_ema=keep_ema,
             options=options,
             force=force,
@@ -148,14 +153,14 @@ def undo(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a copy of a model with the delta taken out: its base to the bit."""
+    """Write a copy of a model with the delta undone: its base, bit-exact."""
     from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
         found = deltas.undo(erased, delta, output, options=options, force=force, progress=progress)
     left = ", ".join(f"{one['id']} at strength {one['strength']:g}" for one in found["applied"])
     lines = [
-        f"{found['output']}: delta {found['id']} is taken out, exact to the bit (hash {found['base_hash'][:12]}…)",
+        f"{found['output']}: delta {found['id']} is undone, bit-exact (hash {found['base_hash'][:12]}…)",
         *([f"still applied: {left}"] if left else []),
     ]
     tell(found, as_json, lines)
@@ -166,19 +171,23 @@ def undo(
 def export(
     options: FileOptions,
     delta: DeltaFile,
-    base: Annotated[str, typer.Option(callback=path_given, help="the model that the delta was made from")],
+    base: Annotated[str, typer.Option(callback=path_given, help="Base model that the delta was made from.")],
     output: Annotated[
         str,
-        typer.Option(callback=path_given, help=".lora.safetensors (low rank) or .diff.safetensors (every difference)"),
+        typer.Option(
+            callback=path_given,
+            help="File to write: .lora.safetensors (low rank) or .diff.safetensors (full difference).",
+        ),
     ],
-    rank: Annotated[int | None, typer.Option(help="of every layer of a low-rank file", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank of every layer.", min=1)] = None,
     energy: Annotated[
-        float | None, typer.Option(help="share of each layer's squared difference to keep instead (default: 0.9)")
+        float | None,
+        typer.Option(help="Choose each layer's rank to keep this fraction of its squared norm (default: 0.9)."),
     ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write the delta for ComfyUI's, A1111's and Forge's own loaders, telling what a low-rank file loses."""
+    """Write the delta as a LoRA file for ComfyUI, A1111 and Forge, and report what a low-rank file loses."""
     from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
@@ -193,19 +202,19 @@ def export(
 
 @app.command()
 def inspect(delta: DeltaFile, as_json: Json = False) -> None:
-    """Say what a delta changes: hashes, notes, and the share of each block (`salun inspect` does the same)."""
+    """Show what a delta changes: hashes, notes and the fraction of each block (as `salun inspect` does)."""
     from salun.diagnostics.inspect import inspect as look
 
     found = look(delta)
     if found["kind"] != "delta":
-        raise ModelError(f"{delta} is no delta ({found['kind']}): `salun inspect` tells more")
+        raise ModelError(f"{delta} is not a delta but a {found['kind']}", advice="See `salun inspect`")
     lines = [f"{key}: {value}" for key, value in found.items() if key not in ("blocks", "layers")]
-    tell(found, as_json, [*lines, "", "share of each block:", *bars(found["blocks"])])
+    tell(found, as_json, [*lines, "", "fraction of each block:", *bars(found["blocks"])])
 
 
 def _applied_lines(found: dict[str, Any]) -> list[str]:
     names = ", ".join(f"{one['id']} at strength {one['strength']:g}" for one in found["applied"])
-    exact = ", exact to the bit" if found["exact"] else ""
+    exact = ", bit-exact" if found["exact"] else ""
     return [f"{found['output']}: {names}{exact} (hash {found['result_hash'][:12]}…)", *found["notes"]]
 
 
@@ -215,8 +224,6 @@ def _kept_lines(kept: dict[str, Any]) -> list[str]:
     width = max(map(len, groups))
     lines = [f"keeps {kept['kept']:.1%} of the difference's energy (squared norm):"]
     for name, row in groups.items():
-        ranks = (
-            "not held: low rank has no place for it" if row["ranks"] is None else "ranks {} to {}".format(*row["ranks"])
-        )
+        ranks = "lost: low rank cannot hold it" if row["ranks"] is None else "ranks {} to {}".format(*row["ranks"])
         lines.append(f"  {name:<{width}}  {row['kept']:6.1%}  {ranks}")
     return lines

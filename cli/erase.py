@@ -247,7 +247,7 @@ def sample(
 
             loaded.load(Delta.load(delta).apply(loaded.original(), strength))
         few_steps = hint(loaded.settings.few_steps, loaded.settings.sampling, steps, guidance, sampler)
-        hints = [few_steps.line("--")] if few_steps is not None else []
+        hints = [few_steps.line("", "--{}".format)] if few_steps is not None else []
         for note in [*hints, *syntax_note([*prompt, chosen.negative_prompt])]:
             progress(Event(Stage.SAMPLING, message=note))
         texts = [text for text in prompt for _ in range(n)]

@@ -12,7 +12,7 @@ from salun.checkpoints.safetensors_io import read_header
 from salun.delta import commands as deltas
 from salun.delta import stacking
 from salun.delta.delta import Delta
-from salun.delta.provenance import OURS
+from salun.delta.provenance import PREFIX
 from salun.delta.stacking import STRENGTHS, AppliedDeltas, BaseMismatch
 from salun.delta.stock_formats import stock_notes, write_stock
 from salun.errors import ConfigError, ModelError
@@ -69,9 +69,9 @@ class SalUnApplyDelta(Node):
         family_of(model)
         if base_checkpoint != ITSELF:
             other = deltas.open_model(str(checkpoint(base_checkpoint)))
-            made = stacking.stack(Weights(model, patched=False), [(delta, 1.0)], fine_tune_of=other)
-            return (patched(model, delta, made.start, strength),)
-        return (patched(model, delta, on_model(model, delta).start, strength),)
+            made = stacking.stack(Weights(model, patched=False), [(delta, 1.0)], fine_tune_of_base=other)
+            return (patched(model, delta, made.base_tensors, strength),)
+        return (patched(model, delta, on_model(model, delta).base_tensors, strength),)
 
 
 class SalUnLoadDelta(Node):
@@ -188,10 +188,10 @@ class SalUnSaveErasedCheckpoint(Node):
         except BaseMismatch as error:
             if not wired:
                 raise ModelError(
-                    f"{ckpt_name} is not what this was erased from (its hash is {error.found[:12]}…, not "
-                    f"{error.due[:12]}…): choose the checkpoint that was loaded. If the graph has other patches, such "
-                    "as a LoRA before SalUn Erase, or ComfyUI keeps the model in another dtype, connect model, clip "
-                    "and vae"
+                    f"{ckpt_name} is not what this was erased from (its hash is {error.actual[:12]}…, not "
+                    f"{error.expected[:12]}…): choose the checkpoint that was loaded. If the graph has other patches, "
+                    "such as a LoRA before SalUn Erase, or ComfyUI keeps the model in another dtype, connect model, "
+                    "clip and vae"
                 ) from error
             told = _by_stock_saver(path, name, model, clip, vae, delta, f"{ckpt_name} is not what this was erased from")
         else:
@@ -255,7 +255,7 @@ class SalUnSaveAsLora(Node):
         made = on_model(model, delta)
         by = ({"rank": rank} if rank else {"energy": energy}) if kind == "low rank" else {}
         bar = ComfyProgress({"comparing": len(delta.names), **({} if by else {"writing": len(delta.names)})})
-        base = made.start
+        base = made.base_tensors
         account = write_stock(path, base, AppliedDeltas(base, made.layers), stock_notes(delta), progress=bar, **by)
         told = f"{name}: {account.total.share:.1%} of the difference kept" if account else f"{name}: every difference"
         return {"ui": {"text": [told]}, "result": (name, told)}
@@ -271,9 +271,10 @@ def on_model(model: Any, delta: Delta) -> AppliedDeltas:
             errors.append(error)
     if isinstance(errors[0], BaseMismatch):
         raise ModelError(
-            f"this delta is of another model (hash {errors[0].due[:12]}…) than this one ({errors[0].found[:12]}…). If "
-            "that was a checkpoint, set SalUn Apply Delta's base_checkpoint to it; if it was a model with patches (a "
-            "LoRA, an earlier erasure), the same patches must come before this node, at the same strengths"
+            f"this delta is of another model (hash {errors[0].expected[:12]}…) than this one "
+            f"({errors[0].actual[:12]}…). If that was a checkpoint, set SalUn Apply Delta's base_checkpoint to it; if "
+            "it was a model with patches (a LoRA, an earlier erasure), the same patches must come before this node, at "
+            "the same strengths"
         ) from errors[0]
     raise errors[0]
 
@@ -326,7 +327,7 @@ def _by_stock_saver(path: Path, name: str, model: Any, clip: Any, vae: Any, delt
             "the connected model does not hold this erasure in full (strength 1 in all, and no merge after it): "
             "connect the MODEL of SalUn Erase"
         )
-    notes = {key: value for key, value in delta.metadata.items() if key.startswith(OURS)}
+    notes = {key: value for key, value in delta.metadata.items() if key.startswith(PREFIX)}
     try:
         with torch.inference_mode(), temporary_folder(path) as folder:
             part = folder / path.name

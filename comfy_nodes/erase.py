@@ -149,7 +149,7 @@ def _keep(key: str, run: Run) -> Kept:
         "notes": [in_inputs_names(note) for note in run.plan.notes],
     }
     figures = json.dumps(told, indent=1)
-    size = sum(change.places.nbytes + change.planes.nbytes for change in run.delta.changes.values())
+    size = sum(change.indices.nbytes + change.planes.nbytes for change in run.delta.changes.values())
     cache().save(_key_of_delta(key), size, run.delta.save)
     seen = {"figures": torch.from_numpy(np.frombuffer(figures.encode(), np.uint8).copy())}
     for side, observed in zip(SIDES, (run.before, run.after), strict=True):

@@ -197,8 +197,8 @@ def _is_of(patch: Sequence[Any], delta: Delta) -> bool:
 
 def _places(change: Change) -> Tensor:
     if change.kind == "index":
-        return torch.from_numpy(change.chosen().astype("int64"))
-    return torch.from_numpy(change.places)
+        return torch.from_numpy(change.as_index().astype("int64"))
+    return torch.from_numpy(change.indices)
 
 
 def _values(change: Change, old: Tensor) -> Tensor:

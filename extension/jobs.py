@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from salun.errors import ConfigError, SalunError
-from salun.files import remove_leftovers, tidy, write_bytes
+from salun.files import recover_interrupted_write, remove_leftovers, write_bytes
 from salun.runs.folder import FILES
 from salun.runs.reading import read_json
 
@@ -480,7 +480,7 @@ def _clear_away(job: Job) -> None:
     try:
         for target in [*options.get("output", []), job.request.get("output")]:
             if target:
-                tidy(Path(target))
+                recover_interrupted_write(Path(target))
         if options.get("run_dir"):
             for name in FILES:
                 remove_leftovers(Path(options["run_dir"]) / name)

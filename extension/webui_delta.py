@@ -109,7 +109,7 @@ def _stacked(checkpoint: Path, pairs: Sequence[tuple[str, float]]) -> tuple[str,
         stored = open_unet(checkpoint)
         layers = [(Delta.load(file), strength) for file, (_, strength) in zip(files, pairs, strict=True)]
         made = stack(stored, layers)
-        names = {stored.inner(name).removeprefix("model."): name for name in made}
+        names = {stored.name_in_file(name).removeprefix("model."): name for name in made}
         ids = ",".join(f"{delta.id}@{strength:g}" for delta, strength in made.layers)
         _last.update(key=key, name=f"{OURS}{made.base_hash[:12]}:{ids}", tensors=_Tensors(made, names))
     return _last["name"], _last["tensors"]

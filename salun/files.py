@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all: temporary names, renames, leftovers; digests and disk space."""
+"""Atomic writing of files and folders: temporary names, renames, leftovers; digests and disk space."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY, ASIDE = ".tmp", ".old"
+MAKE_ROOM = "Free disk space, or write to another disk"
+EXISTS = "Choose another name, or use {force}"
 _CHUNK = 8 * 1024 * 1024  # bytes read at a time
 _QUIET = 600.0  # seconds without a change after which what cannot be locked (Windows, some networks) is left behind
 
 
 @contextmanager
 def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """A file that appears at `path` only when complete: temporary name beside it, synced, renamed; removed on failure.
+    """Context manager: a file that appears at `path` only when complete; a temporary one is synced and renamed.
 
     size: bytes it will take, checked against the free disk first. Raises ModelError telling both, or why the file
     cannot be written.
@@ -40,9 +42,7 @@ def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
         remove_leftovers(path)
         free = shutil.disk_usage(path.parent).free
         if free < size:
-            raise ModelError(
-                f"{path} needs {size:,} bytes, but its disk has {free:,} free: make room or write elsewhere"
-            )
+            raise ModelError(f"{path} needs {size:,} bytes, but its disk has {free:,} free", advice=MAKE_ROOM)
         with _new_file(path) as file:
             temporary = Path(file.name)
             yield file
@@ -64,7 +64,7 @@ def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, held, to be renamed or removed; what is still there at the end is removed."""
+    """Context manager: a new locked folder next to `path`, removed at the end if it was not renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = _named(path)
@@ -90,7 +90,7 @@ def aside_of(temporary: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while writing `path` have left beside it."""
+    """Remove temporary files that killed processes left next to `path`."""
     for leftover in _beside(path, TEMPORARY):
         remove_abandoned(leftover)
 
@@ -209,8 +209,8 @@ def _digest(file: IO[bytes]) -> str:  # Python 3.10 has no hashlib.file_digest
     return found.hexdigest()
 
 
-def tidy(target: Path) -> None:
-    """Clear away what killed processes left beside `target`; a folder that one had moved aside is put back."""
+def recover_interrupted_write(target: Path) -> None:
+    """Remove what killed processes left next to `target`; restore a folder that one of them had moved aside."""
     remove_leftovers(target)
     for moved in moved_aside(target):  # killed before its last rename, or after it
         if os.path.lexists(target):
@@ -221,22 +221,27 @@ def tidy(target: Path) -> None:
 
 @contextmanager
 def placed(target: Path, force: bool = False, again: bool = False) -> Iterator[Path]:
-    """Where to write what is to be `target`: without `force` it gets that name only if nothing has it by then.
+    """Context manager: a path to write to, which becomes `target` at the end, without `force` only if that is free.
 
-    (The work takes long enough for something to appear there meanwhile.) again: the very same bytes may be there, of a
-    run that stopped after writing them. Raises ConfigError if something else is, and leaves that as it is.
+    (Something may appear there while the work goes on.)
+
+    Args:
+        again: Accept a target with the same bytes, of a run that stopped after writing it.
+
+    Raises:
+        ConfigError: Something else is there; it is left as it is.
     """
     if force:
         yield target
         return
-    tidy(target)
+    recover_interrupted_write(target)
     try:
         with temporary_folder(target) as beside:
             yield beside / target.name
             if not (again and target.exists() and _contents(beside / target.name) == _contents(target)):
                 _place(beside / target.name, target)
     except FileExistsError as error:
-        raise ConfigError(f"{target} is there already: choose another name, or add --force") from error
+        raise ConfigError(f"{target} already exists", advice=EXISTS, code="exists") from error
     except OSError as error:
         raise ModelError(f"{target} cannot be written: {error.strerror or error}") from error
 
@@ -264,22 +269,20 @@ def _place(made: Path, target: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that gets its name only when it is whole; what had the name is moved aside until then.
+    """Context manager: a temporary folder that replaces `target` at the end, complete.
 
-    What a killed process had moved aside is put back first. Raises ModelError if it cannot be written; nothing is left
-    then, and what was there is there.
+    Raises:
+        ModelError: It cannot be written. Nothing of it is left then, and `target` is as it was.
     """
     target = target.absolute()
     try:
-        tidy(target)
+        recover_interrupted_write(target)
         with temporary_folder(target) as temporary:
             yield temporary
             _sync(temporary)
             _swap(temporary, target)
     except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written ({error.strerror or error}): make room or write elsewhere"
-        ) from error
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}", advice=MAKE_ROOM) from error
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -305,9 +308,9 @@ def _sync(folder: Path) -> None:
 
 
 def check_disk_space(needed: Mapping[Path, int]) -> None:
-    """Raises ConfigError if a place, there or to be made, cannot be written to, or its disk has not enough room.
+    """Raises ConfigError if an existing or future path cannot be written to, or its disk has too little space.
 
-    needed: file or folder → bytes; what lies on one disk is added up.
+    needed: file or folder → bytes, which are added up for each disk.
     """
     disks: dict[int, list[tuple[Path, int]]] = {}
     for place, size in needed.items():
@@ -315,7 +318,7 @@ def check_disk_space(needed: Mapping[Path, int]) -> None:
         above = [whole, *whole.parents] if whole.is_dir() else list(whole.parents)
         folder = next(p for p in above if p.exists())
         if not folder.is_dir():
-            raise ConfigError(f"{place} cannot be made: {folder} is no folder")
+            raise ConfigError(f"{place} cannot be created: {folder} is not a folder")
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -325,6 +328,6 @@ def check_disk_space(needed: Mapping[Path, int]) -> None:
         free, wanted = shutil.disk_usage(folder).free, sum(size for _, size in disks[folder.stat().st_dev])
         if free < wanted:
             raise ConfigError(
-                f"{place}: the run may take {wanted / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: "
-                "make room, or name a place on another disk"
+                f"{place}: up to {wanted / 1e9:.2f} GB will be written, but its disk has {free / 1e9:.2f} GB free",
+                advice=MAKE_ROOM,
             )

@@ -86,7 +86,7 @@ def list_images(folder: Path, deep: bool = True) -> Listing:
 
     def unreadable(error: OSError) -> None:
         if Path(error.filename) == folder:
-            raise DataError(f"{folder} cannot be read ({error.strerror}): name a folder of images") from error
+            raise DataError(f"{folder} cannot be read ({error.strerror})", advice="Give a folder of images") from error
         skip("folder cannot be read", Path(error.filename))
 
     real = folder.resolve()
@@ -183,17 +183,6 @@ def white_level(sources: Iterable[Source]) -> int:
     return next(white for white in WHITES if highest <= white) if highest else WHITES[-1]
 
 
-def read_text(path: Path, most: int) -> str | None:
-    """The first characters of a text file; None where there is no such file, or it is a pipe or device."""
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            return file.read(4 * most + 3).decode("utf-8-sig", "replace")[:most]
-    except OSError:
-        return None
-
-
 @contextmanager
 def _opened(source: Source) -> Iterator[Image]:
     """Pillow's image, its header read alone. Within, whatever goes wrong is a DataError."""
@@ -279,7 +268,7 @@ def read_images(
         try:
             image, more = read_image(source, white)
         except DataError as error:
-            raise DataError(f"{name} cannot be read as an image: {error}. Mend it, or take it out") from error
+            raise DataError(f"{name} cannot be read as an image: {error}", advice="Fix or remove it") from error
         for trait in more:
             traits.setdefault(trait, []).append(name)
         if size is not None and image.size != (size, size):
@@ -288,7 +277,7 @@ def read_images(
         if pixels[-1].shape[:2] != pixels[0].shape[:2]:
             (h, w), (high, wide) = pixels[0].shape[:2], pixels[-1].shape[:2]
             raise DataError(
-                f"{where} has images of different sizes ({w}×{h} and {wide}×{high}, width × height): choose one with "
-                "--image-size"
+                f"{where} has images of different sizes ({w}×{h} and {wide}×{high}, width × height)",
+                advice="Choose one size by {image_size}",
             )
     return pixels, counted(traits)

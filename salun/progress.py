@@ -6,10 +6,10 @@ it promised (no half file; a state to resume from where one is kept).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,28 +89,3 @@ class Progress(Protocol):
 
 def silent(event: Event, /) -> None:
     """A progress that nobody listens to."""
-
-
-T = TypeVar("T")
-
-
-class ReportingMapping(Mapping[str, T]):
-    """Values whose making is told to a progress, as the place of each among all."""
-
-    def __init__(self, values: Mapping[str, T], stage: Stage, progress: Progress) -> None:
-        self._values, self._stage, self._progress = values, stage, progress
-        self._place = {name: i for i, name in enumerate(values, 1)}
-
-    def __getitem__(self, name: str) -> T:
-        value = self._values[name]
-        self._progress(Event(self._stage, self._place[name], len(self._place)))
-        return value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._place
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
-
-    def __len__(self) -> int:
-        return len(self._place)

@@ -1,7 +1,7 @@
 """JSON and YAML of untrusted origin: read within bounds of size and nesting, plain values only.
 
 Every JSON or YAML text that comes with a model, a data set or a run is read here, so that no file can hang the process,
-fill its memory or exceed its recursion limit. What is rejected is told in one line.
+fill its memory or exceed its recursion limit. Errors are one line.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
     return parse_json(read_text(path, limit))
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises OSError and ValueError as `read_json` does, and for any other value."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError("expected a JSON object")
+    return values
+
+
 def read_yaml(path: Path, limit: int = YAML_BYTES) -> Any:
     """The values of a YAML file. Raises OSError and ValueError as `read_json` and `parse_yaml` do."""
     return parse_yaml(read_text(path, limit))
@@ -39,17 +47,26 @@ def read_text(path: Path, limit: int) -> str:
     return _bytes_of(path, limit).decode("utf-8-sig")
 
 
-def _bytes_of(path: Path, limit: int) -> bytes:
+def read_start(path: Path, length: int) -> str | None:
+    """The first characters of a text file, undecodable bytes replaced; None if it is not a readable regular file."""
+    try:
+        content = _bytes_of(path, 4 * length + 3, cut=True)
+    except (OSError, ValueError):
+        return None
+    return content.decode("utf-8-sig", "replace")[:length]
+
+
+def _bytes_of(path: Path, limit: int, cut: bool = False) -> bytes:
     # without O_NONBLOCK, opening a named pipe waits until somebody writes to it
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         state = os.fstat(number)
         if not stat.S_ISREG(state.st_mode):
             raise ValueError("it is not a regular file")
-        if state.st_size > limit:
+        if state.st_size > limit and not cut:
             raise ValueError(f"it has {state.st_size:,} bytes; the limit is {limit:,}")
         with open(number, "rb", closefd=False) as file:
-            content = file.read(limit + 1)  # the sizes of files in /proc are 0
+            content = file.read(limit if cut else limit + 1)  # the sizes of files in /proc are 0
     finally:
         os.close(number)
     if len(content) > limit:
@@ -113,7 +130,7 @@ def _constructed(loader: Any, root: Any) -> Any:
     try:
         return loader.construct_document(root)
     except ValueError as error:  # Python converts no more than 4,300 digits, and says how to allow more
-        raise ValueError("it holds a number that is too long, or a value that is not what its tag says") from error
+        raise ValueError("it holds a number that is too long, or a value that does not fit its tag") from error
 
 
 def _check_events(text: str, loader: Any) -> None:

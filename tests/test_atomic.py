@@ -13,7 +13,15 @@ import torch
 
 from salun.checkpoints import safetensors_io
 from salun.errors import ModelError
-from salun.files import abandoned, atomic, new_folder, placed, remove_leftovers, temporary_folder, tidy
+from salun.files import (
+    abandoned,
+    atomic,
+    new_folder,
+    placed,
+    recover_interrupted_write,
+    remove_leftovers,
+    temporary_folder,
+)
 from salun.runs.cache import Cache
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links and locks of POSIX")
@@ -21,7 +29,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from salun.files import atomic, temporary_folder
-from salun.files import tidy
+from salun.files import recover_interrupted_write
 
 path = Path(sys.argv[2])
 with atomic(path, 1) if sys.argv[1] == "file" else temporary_folder(path) as made:
@@ -78,7 +86,7 @@ def test_what_another_process_writes_is_left_alone_until_it_ends(tmp_path: Path,
         (held,) = temporaries(tmp_path)
         assert not abandoned(held)
         remove_leftovers(path)
-        tidy(path)
+        recover_interrupted_write(path)
         with atomic(path, 1) as file:
             file.write(b"1")
         assert held.exists() and path.read_bytes() == b"1"
@@ -117,12 +125,12 @@ def test_leftovers_of_the_dead_go_whatever_they_are(tmp_path: Path) -> None:
 def test_hidden_files_of_the_user_are_no_leftovers(tmp_path: Path) -> None:
     for name in (".x.mine.tmp", ".x.2024-backup.old", ".x.1.tmp"):
         (tmp_path / name).write_text("precious")
-    tidy(tmp_path / "x")
+    recover_interrupted_write(tmp_path / "x")
     assert len(list(tmp_path.iterdir())) == 3
 
 
 @posix
-def test_many_writers_of_one_name_leave_one_whole_file(tmp_path: Path) -> None:
+def test_many_writers_of_one_name_leave_one_complete_file(tmp_path: Path) -> None:
     path, failed = tmp_path / "x", []
 
     def write(value: int) -> None:
@@ -149,9 +157,9 @@ def test_folder_that_is_moved_aside_by_a_live_process_stays(tmp_path: Path) -> N
     with temporary_folder(target) as temporary:
         aside = temporary.with_suffix(".old")
         aside.mkdir()
-        tidy(target)
+        recover_interrupted_write(target)
         assert aside.is_dir() and not target.exists()
-    tidy(target)
+    recover_interrupted_write(target)
     assert target.is_dir() and not aside.exists()
 
 

@@ -106,7 +106,7 @@ def test_a_full_disk_costs_the_state_not_the_run(
 
 def test_a_folder_that_cannot_be_made_is_told(shapes: Model, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"cannot be made: .*is no folder"):
+    with pytest.raises(ConfigError, match=r"cannot be created: .*is not a folder"):
         salun.erase(shapes, "circle", run_dir=tmp_path / "file" / "run", **SHORT)
     with pytest.raises(ModelError, match="cannot be written"):
         files.write_bytes(tmp_path / "file" / "x.json", b"{}")

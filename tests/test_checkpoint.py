@@ -1,4 +1,4 @@
-"""Single files: what they are is told by name, tensors are read when asked for, copies differ where they should."""
+"""Single files: recognized by names and shapes, read lazily, copied with only the changed tensors replaced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from salun.checkpoints import keymap, patch, safetensors_io
 from salun.checkpoints.diffusers_folder import weights_of
 from salun.checkpoints.families.sd2 import GUESS_KEY
 from salun.checkpoints.hashing import base_hash
-from salun.checkpoints.single_file import Contents, open_unet
+from salun.checkpoints.single_file import CheckpointContents, open_unet
 from salun.delta.delta import Delta
 from salun.diagnostics.inspect import inspect
 from salun.errors import ModelError
@@ -30,7 +30,7 @@ from tools import checkpoints
 Maker = Callable[..., Path]
 
 
-def dtypes(found: Contents) -> dict[str, int]:
+def dtypes(found: CheckpointContents) -> dict[str, int]:
     """How many of the UNet's tensors are of each dtype."""
     return dict(Counter(found.unet.entry(name).dtype for name in found.unet))
 
@@ -69,7 +69,7 @@ def tiny(path: Path, *names: str, metadata: dict[str, str] | None = None) -> Pat
 
 @pytest.mark.parametrize(("family", "encoders"), [("sd1", 1), ("sd2", 1), ("sdxl", 2)])
 def test_each_family_is_recognised(family: str, encoders: int, made: Maker) -> None:
-    found = Contents.of(made(family))
+    found = CheckpointContents.of(made(family))
     assert found.family.name == family
     assert found.has_vae
     assert found.text == (True,) * encoders
@@ -82,16 +82,16 @@ def test_each_family_is_recognised(family: str, encoders: int, made: Maker) -> N
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "mixed"])
 def test_dtypes_are_counted(dtype: str, made: Maker) -> None:
-    found = Contents.of(made("sd1", dtype=dtype))
+    found = CheckpointContents.of(made("sd1", dtype=dtype))
     one = sum(len(found.unet.entry(name).shape) == 1 for name in found.unet)
     expected = {"fp32": {"F32": 286}, "bf16": {"BF16": 286}, "mixed": {"F32": one, "F16": 286 - one}}
     assert dtypes(found) == expected[dtype]
 
 
-def test_missing_parts_and_second_copies_are_told(made: Maker) -> None:
-    bare = Contents.of(made("sd1", vae=False, text=False, buffers=False))
+def test_missing_parts_and_ema_copies_are_listed(made: Maker) -> None:
+    bare = CheckpointContents.of(made("sd1", vae=False, text=False, buffers=False))
     assert (bare.has_vae, bare.text, bare.ema, bare.others) == (False, (False,), [], [])
-    averaged = Contents.of(made("sd1", ema=True))
+    averaged = CheckpointContents.of(made("sd1", ema=True))
     assert len(averaged.ema) == len(averaged.unet) + 2
     assert "model_ema.diffusion_modelinput_blocks00weight" in averaged.ema
     assert not set(averaged.ema) & set(averaged.others)
@@ -102,7 +102,7 @@ def test_a_file_without_its_second_encoder_is_recognised(made: Maker, tmp_path: 
     whole, path = made("sdxl"), tmp_path / "half.safetensors"
     second = [n for n in safetensors_io.read_header(whole).names if n.startswith("conditioner.embedders.1.")]
     safetensors_io.rewrite(whole, path, {}, {}, dropped=second)
-    assert Contents.of(path).text == (True, False)
+    assert CheckpointContents.of(path).text == (True, False)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -110,21 +110,21 @@ def test_a_file_without_its_second_encoder_is_recognised(made: Maker, tmp_path: 
     ("word", "told"),
     [("v", "v_prediction"), ("V_Prediction", "v_prediction"), ("epsilon", "epsilon"), ("eps", "epsilon")],
 )
-def test_metadata_tell_the_prediction_type(family: str, word: str, told: str, made: Maker, tmp_path: Path) -> None:
+def test_metadata_declare_the_prediction_type(family: str, word: str, told: str, made: Maker, tmp_path: Path) -> None:
     """Before all marks and guesses."""
     other = "epsilon" if told == "v_prediction" else "v_prediction"
     path = tmp_path / "x.safetensors"
     safetensors_io.rewrite(made(family, prediction=other), path, {}, {"modelspec.prediction_type": word})
-    assert Contents.of(path).prediction == (told, "its metadata")
+    assert CheckpointContents.of(path).prediction == (told, "its metadata")
 
 
-def test_marks_tell_the_prediction_type_and_the_schedule(made: Maker) -> None:
-    marked = Contents.of(made("sdxl", prediction="v_prediction", marks=("ztsnr",)))
+def test_marks_show_the_prediction_type_and_the_schedule(made: Maker) -> None:
+    marked = CheckpointContents.of(made("sdxl", prediction="v_prediction", marks=("ztsnr",)))
     assert marked.prediction == ("v_prediction", "its v_pred mark")
     assert marked.zero_snr
     assert {"v_pred", "ztsnr"} <= set(marked.others)
-    plain = Contents.of(made("sdxl"))
-    assert plain.prediction == ("epsilon", "the family's own")
+    plain = CheckpointContents.of(made("sdxl"))
+    assert plain.prediction == ("epsilon", "the default of its family")
     assert not plain.zero_snr
 
 
@@ -134,16 +134,16 @@ def test_sd2s_prediction_type_is_guessed_as_comfyui_does(
 ) -> None:
     bias = torch.tensor([spread, -spread]).repeat(32).half()
     safetensors_io.rewrite(made("sd2"), tmp_path / "x.safetensors", {GUESS_KEY: bias}, {})
-    kind, why = Contents.of(tmp_path / "x.safetensors").prediction
+    kind, why = CheckpointContents.of(tmp_path / "x.safetensors").prediction
     assert kind == guess
     assert "prediction_type" in why
 
 
 def test_made_checkpoints_of_sd2_are_guessed_right(made: Maker) -> None:
     for kind in ("epsilon", "v_prediction"):
-        assert Contents.of(made("sd2", prediction=kind)).prediction[0] == kind
-    kind, why = Contents.of(made("sd2", unet={"layers_per_block": 1})).prediction
-    assert (kind, "nothing says otherwise" in why) == ("epsilon", True)
+        assert CheckpointContents.of(made("sd2", prediction=kind)).prediction[0] == kind
+    kind, why = CheckpointContents.of(made("sd2", unet={"layers_per_block": 1})).prediction
+    assert (kind, "the default" in why) == ("epsilon", True)
 
 
 SDXL_OF_WIDTH = {"text": False, "vae": False}
@@ -160,12 +160,12 @@ OTHERS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("family", "options", "message"), OTHERS, ids=[message for *_, message in OTHERS])
-def test_models_of_other_kinds_are_refused_by_name(
+def test_models_of_other_kinds_are_rejected_by_name(
     family: str, options: dict[str, Any], message: str, made: Maker
 ) -> None:
     path = made(family, **options)
     with pytest.raises(ModelError, match=message) as refusal:
-        Contents.of(path)
+        CheckpointContents.of(path)
     assert str(path) in str(refusal.value)
 
 
@@ -225,13 +225,13 @@ STRANGERS = {
 @pytest.mark.parametrize(
     ("kind", "names"), [(kind, names) for kind, files in STRANGERS.items() for names in files], ids=str
 )
-def test_files_of_other_kinds_are_refused_by_name(kind: str, names: list[str], tmp_path: Path) -> None:
+def test_unsupported_files_are_named(kind: str, names: list[str], tmp_path: Path) -> None:
     path = tiny(tmp_path / "stranger.safetensors", *names)
     with pytest.raises(ModelError, match=rf"stranger\.safetensors is {kind}"):
         open_unet(path)
 
 
-def test_a_lora_that_a_whole_checkpoint_carries_along_does_not_make_it_one(source: Path, tmp_path: Path) -> None:
+def test_a_lora_that_a_complete_checkpoint_carries_along_does_not_make_it_one(source: Path, tmp_path: Path) -> None:
     tensors = dict(safetensors_io.tensors(source))
     safetensors_io.write(tmp_path / "both.safetensors", {**tensors, "lora_te_x.alpha": torch.ones(1)})
     assert list(open_unet(tmp_path / "both.safetensors")) == list(open_unet(source))
@@ -251,8 +251,8 @@ def test_saluns_own_files_are_no_models(source: Path, tmp_path: Path) -> None:
     Mask.full(weights).save(tmp_path / "mask.safetensors")
     Delta.between(weights, {"conv_in.weight": torch.ones(2, 2)}).save(tmp_path / "x.salun.safetensors")
     for name, kind in (("mask", "a mask"), ("x.salun", "a delta")):
-        with pytest.raises(ModelError, match=f"is {kind} written by salun, and no model"):
-            Contents.of(tmp_path / f"{name}.safetensors")
+        with pytest.raises(ModelError, match=f"is {kind} written by salun, not a model"):
+            CheckpointContents.of(tmp_path / f"{name}.safetensors")
 
 
 def without(source: Path, path: Path, *names: str) -> Path:
@@ -260,14 +260,14 @@ def without(source: Path, path: Path, *names: str) -> Path:
     return path
 
 
-def test_a_unet_that_is_not_whole_is_told(source: Path, tmp_path: Path) -> None:
+def test_incomplete_unet_is_rejected(source: Path, tmp_path: Path) -> None:
     for end in ("input_blocks.0.0.weight", "out.2.weight"):
         with pytest.raises(ModelError, match=rf"lacks model\.diffusion_model\.{end}"):
-            Contents.of(without(source, tmp_path / f"{end}.safetensors", end))
-    shapes = {name.removeprefix(keymap.UNET): name for name in Contents.of(source).header.names}
+            CheckpointContents.of(without(source, tmp_path / f"{end}.safetensors", end))
+    shapes = {name.removeprefix(keymap.UNET): name for name in CheckpointContents.of(source).header.names}
     deaf = [name for name in shapes if ".attn2." in name]
     with pytest.raises(ModelError, match="no cross-attention"):
-        Contents.of(without(source, tmp_path / "y.safetensors", *deaf))
+        CheckpointContents.of(without(source, tmp_path / "y.safetensors", *deaf))
 
 
 @pytest.mark.parametrize(
@@ -279,27 +279,27 @@ def test_a_unet_that_is_not_whole_is_told(source: Path, tmp_path: Path) -> None:
         f"input_blocks.{'9' * 5000}.0.in_layers.0.weight",
     ],
 )
-def test_a_tensor_that_no_unet_has_is_named(name: str, tmp_path: Path) -> None:
+def test_foreign_tensor_is_named(name: str, tmp_path: Path) -> None:
     path = tiny(tmp_path / "x.safetensors", f"{keymap.UNET}input_blocks.0.0.weight", keymap.UNET + name)
     with pytest.raises(ModelError, match=r"x\.safetensors has a tensor that no Stable Diffusion UNet has") as refusal:
-        Contents.of(path)
+        CheckpointContents.of(path)
     assert len(str(refusal.value)) < 1000
 
 
-def test_two_tensors_in_one_place_are_told(tmp_path: Path) -> None:
+def test_two_tensors_for_one_parameter_are_rejected(tmp_path: Path) -> None:
     names = [f"{keymap.UNET}input_blocks.{place}.0.in_layers.0.weight" for place in ("1", "01")]
-    with pytest.raises(ModelError, match=r"two tensors in the place of one: down_blocks\.0\.resnets\.0\.norm1\.weight"):
-        Contents.of(tiny(tmp_path / "x.safetensors", *names))
+    with pytest.raises(ModelError, match=r"two tensors for one parameter: down_blocks\.0\.resnets\.0\.norm1\.weight"):
+        CheckpointContents.of(tiny(tmp_path / "x.safetensors", *names))
 
 
 @pytest.mark.parametrize("shape", [[], [4], [4, 4], [1] * 5])
 @pytest.mark.parametrize("name", ["input_blocks.0.0.weight", "out.2.weight"])
-def test_ends_that_no_picture_fits_are_told(name: str, shape: list[int], source: Path, tmp_path: Path) -> None:
+def test_ends_of_another_rank_are_rejected(name: str, shape: list[int], source: Path, tmp_path: Path) -> None:
     content = {n: t for n, t in load_file(source).items() if n.startswith(keymap.UNET)}
     content[keymap.UNET + name] = torch.zeros(shape)
     save_file(content, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=rf"{name} of shape"):
-        Contents.of(tmp_path / "x.safetensors")
+        CheckpointContents.of(tmp_path / "x.safetensors")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -357,13 +357,16 @@ def test_a_part_is_read_from_its_files_of_no_variant_or_of_one(
 @pytest.mark.parametrize(
     ("there", "told"),
     [
-        (["model.safetensors", "model-00001-of-00001.safetensors", "model.safetensors.index.json"], "whole and in"),
-        (["model.safetensors.index.json"], "not whole"),
+        (
+            ["model.safetensors", "model-00001-of-00001.safetensors", "model.safetensors.index.json"],
+            "in one file and in",
+        ),
+        (["model.safetensors.index.json"], "is incomplete"),
         (["model-00001-of-00001.safetensors"], "no safetensors weights"),
         (["pytorch_model.bin"], "pickled weights are not read"),
     ],
 )
-def test_a_part_whose_weights_are_not_clear_is_refused(there: list[str], told: str, tmp_path: Path) -> None:
+def test_a_part_whose_weights_are_not_clear_is_rejected(there: list[str], told: str, tmp_path: Path) -> None:
     part = tmp_path / "text_encoder"
     part.mkdir()
     for name in there:
@@ -375,7 +378,7 @@ def test_a_part_whose_weights_are_not_clear_is_refused(there: list[str], told: s
 def test_tensors_are_read_when_asked_for(source: Path) -> None:
     tracemalloc.start()
     try:
-        unet = Contents.of(source).unet
+        unet = CheckpointContents.of(source).unet
         largest = max(unet, key=lambda name: unet.entry(name).end - unet.entry(name).start)
         tensor = unet[largest]
         _, peak = tracemalloc.get_traced_memory()
@@ -411,13 +414,11 @@ MEDDLING = [touch_a_weight, cut, swap, Path.unlink]
 
 
 @pytest.mark.parametrize("meddle", MEDDLING)
-def test_a_file_that_changes_after_it_was_opened_is_told(
-    meddle: Callable[[Path], None], source: Path, tmp_path: Path
-) -> None:
+def test_file_modified_after_opening_is_an_error(meddle: Callable[[Path], None], source: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(source, tmp_path / "x.safetensors"))
     unet = open_unet(path)
     meddle(path)
-    with pytest.raises(ModelError, match=r"x\.safetensors (has changed|cannot be read)"):
+    with pytest.raises(ModelError, match=r"x\.safetensors (was modified|cannot be read)"):
         dict(unet)
 
 
@@ -453,7 +454,7 @@ def test_a_copy_differs_in_the_changed_tensors_alone(
     assert safetensors_io.read_header(target).listed == [
         n for n in safetensors_io.read_header(source).listed if n in set(expected)
     ]
-    moved = {stored.inner(name) for name in CHANGED}
+    moved = {stored.name_in_file(name) for name in CHANGED}
     for name in expected:
         assert new[name][:2] == old[name][:2]
         assert (new[name][2] == old[name][2]) == (name not in moved), name
@@ -496,7 +497,7 @@ def test_the_source_is_never_the_target(way: str, source: Path, tmp_path: Path) 
     if way != "itself":
         target = tmp_path / "link.safetensors"
         (target.symlink_to if way == "symlink" else target.hardlink_to)(path)
-    with pytest.raises(ModelError, match="is the source itself: write to another name"):
+    with pytest.raises(ModelError, match=r"is the source itself\. Write to another name"):
         patch.write_patched(open_unet(path), target, changes(path), {})
     assert path.read_bytes() == source.read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {path.name, target.name}
@@ -534,12 +535,12 @@ def test_a_disk_without_room_gives_no_copy(source: Path, tmp_path: Path, monkeyp
     (tmp_path / "out.safetensors").write_bytes(b"old")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(100, 90, 10))
-    with pytest.raises(ModelError, match=r"out\.safetensors needs [\d,]+ bytes, but its disk has 10 free: make room"):
+    with pytest.raises(ModelError, match=r"out\.safetensors needs [\d,]+ bytes, but its disk has 10 free"):
         patch.write_patched(open_unet(path), tmp_path / "out.safetensors", changes(path), {})
     untouched(tmp_path)
 
 
-def test_a_folder_in_the_way_is_told(source: Path, tmp_path: Path) -> None:
+def test_folder_at_the_target_is_an_error(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.safetensors").mkdir()
     with pytest.raises(ModelError, match=r"out\.safetensors cannot be written"):
         patch.write_patched(open_unet(source), tmp_path / "out.safetensors", changes(source), {})

@@ -82,7 +82,7 @@ WRONG = [
     (["erase", "--config", "nowhere.yaml"], 2, "nowhere.yaml cannot be read"),
     (["mask", "--concept", "circle", "--output", "mask.png"], 2, "end it in .safetensors"),
     (["eval", "nowhere"], 1, "nowhere is not a run folder (there is no run.json in it)"),
-    (["inspect", "nowhere.safetensors"], 1, "there is no nowhere.safetensors"),
+    (["inspect", "nowhere.safetensors"], 1, "nowhere.safetensors does not exist"),
 ]
 
 
@@ -405,7 +405,7 @@ def test_resume_without_the_recorded_model_says_how_to_name_it(dry_run: list[str
     foreign_run(tmp_path, model="rel.safetensors")
     done = salun("erase", "--resume", "--run-dir", "run", *dry_run, cwd=tmp_path)
     assert done.returncode == 1
-    assert "there is no rel.safetensors" in done.stderr
+    assert "rel.safetensors does not exist" in done.stderr
     assert "give its new path by --model" in done.stderr
 
 

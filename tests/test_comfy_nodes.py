@@ -895,7 +895,7 @@ def test_a_checkpoint_is_patched_and_only_another_base_asks_for_the_graphs_parts
         assert torch.equal(written[unet_to_ldm(Weights(model))[ours]], tensor)
     with pytest.raises(SalunError, match=r"choose the checkpoint that was loaded.*connect model, clip and vae"):
         save(ckpt_name="other.safetensors")
-    with pytest.raises(SalunError, match="no sound safetensors file"):  # which no other saver may hide
+    with pytest.raises(SalunError, match="not a valid safetensors file"):  # which no other saver may hide
         save(ckpt_name="cut.safetensors", **parts)
     with pytest.raises(SalunError, match=r"is no \.safetensors checkpoint"):
         save(ckpt_name="gone.safetensors", **parts)
@@ -939,7 +939,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_anything_runs(host: An
     safetensors_io.write(host.root / "own.safetensors", {"x": torch.ones(2)})
     assert made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="own.safetensors") is True
     (host.root / "cut.safetensors").write_bytes((host.root / "own.safetensors").read_bytes()[:-2])
-    assert "no sound safetensors file" in made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="cut.safetensors")
+    assert "not a valid safetensors file" in made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name="cut.safetensors")
     assert made.VALIDATE_INPUTS(filename_prefix="a", ckpt_name=None) is True
 
 

@@ -190,7 +190,7 @@ def test_outputs_are_checked_before_hours_of_work(shapes: Model, tmp_path: Path)
     taken = tmp_path / "taken.safetensors"
     taken.write_bytes(b"precious")
     for target, message in (
-        (str(taken), "is there already"),
+        (str(taken), "already exists"),
         ("x.ckpt", r"end it in \.safetensors"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -232,7 +232,7 @@ def test_run_save_writes_each_format(short_run: Run, tmp_path: Path, run_folder:
         assert all(key.startswith("lora_unet_") for key in safetensors_io.read_header(tmp_path / name).names)
     assert safetensors_io.read_header(erased).metadata["salun.concept"] == "circle"
     assert (tmp_path / "circle.salun.safetensors").read_bytes() == (run_folder / "delta.salun.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         short_run.save(erased)
 
 

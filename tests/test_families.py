@@ -157,7 +157,7 @@ UNKNOWN_SCHEDULES: list[tuple[dict[str, object], str]] = [
     ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
     ({"trained_betas": BETAS[:7]}, "7 trained_betas for 1000 num_train_timesteps"),
     ({"trained_betas": []}, "0 trained_betas"),
-    ({"trained_betas": "0.1"}, "no list of numbers"),
+    ({"trained_betas": "0.1"}, "not a list of numbers"),
     ({"trained_betas": [*BETAS[:-1], 2.0]}, "number 1000 is 2.0"),
     ({"trained_betas": [*BETAS[:-1], float("nan")]}, "number 1000 is nan"),
     ({"trained_betas": [None] * 1000}, "number 1 is None"),
@@ -172,7 +172,7 @@ UNKNOWN_SCHEDULES: list[tuple[dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("config", "told"), UNKNOWN_SCHEDULES)
-def test_unknown_noise_schedule_is_refused(config: dict[str, object], told: str, tmp_path: Path) -> None:
+def test_unknown_noise_schedule_is_rejected(config: dict[str, object], told: str, tmp_path: Path) -> None:
     """By inspect too, which must not say that such a model can be erased from."""
     with pytest.raises(ModelError, match=told):
         schedule_of({"_class_name": "DDIMScheduler", **config}, "a model")
@@ -202,7 +202,7 @@ def test_sampler_facts_hold_nothing_that_varies_between_processes() -> None:
         ("text_encoder", "model", "mlp.fc1.weight"),
     ],
 )
-def test_a_folder_that_lacks_a_tensor_or_holds_nan_is_refused(
+def test_a_folder_that_lacks_a_tensor_or_holds_nan_is_rejected(
     part: str, weights: str, lost: str, tmp_path: Path
 ) -> None:
     """The libraries would make the tensor up, and only warn."""
@@ -237,7 +237,7 @@ def test_load_follows_no_link_out_of_a_model_folder(name: str, tmp_path: Path) -
     (folder / "salun.yaml").write_text("sampling:\n  steps: 3\n", encoding="utf-8")
     (folder / name).rename(tmp_path / "private")
     (folder / name).symlink_to(tmp_path / "private")
-    with pytest.raises(ModelError, match=f"{name} is a link that leads out of the model's folder"):
+    with pytest.raises(ModelError, match=f"{name} is a link out of the model's folder"):
         salun.load(str(folder), device="cpu")
 
 

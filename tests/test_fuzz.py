@@ -29,7 +29,7 @@ import torch
 
 from salun.checkpoints import keymap, safetensors_io
 from salun.checkpoints.families.sd2 import GUESS_KEY
-from salun.checkpoints.single_file import Contents
+from salun.checkpoints.single_file import CheckpointContents
 from salun.delta import commands as deltas
 from salun.delta.delta import Delta
 from salun.diagnostics.inspect import inspect
@@ -245,7 +245,7 @@ def read_all(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> None:
-    found = Contents.of(path)
+    found = CheckpointContents.of(path)
     _ = found.prediction, found.zero_snr, dict(found.unet)
 
 

@@ -46,7 +46,7 @@ def test_common_formats_are_read(suffix: str, tmp_path: Path) -> None:
     assert pixels_of(path).shape == (64, 64, 3)
 
 
-def test_a_picture_is_turned_as_the_camera_held_it(tmp_path: Path) -> None:
+def test_an_image_is_turned_as_the_camera_held_it(tmp_path: Path) -> None:
     upright = picture(size=(64, 64))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side: show it turned by 90° clockwise
@@ -75,7 +75,7 @@ def test_every_colour_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
         assert abs(int(found.mean()) - 128) <= 2, "a deep or odd mode must keep its brightness"
 
 
-def test_wide_pictures_are_cut_to_their_central_square(tmp_path: Path) -> None:
+def test_wide_images_are_cut_to_their_central_square(tmp_path: Path) -> None:
     wide = Image.new("RGB", (192, 64), "black")
     wide.paste("white", (64, 0, 128, 64))
     wide.save(tmp_path / "wide.png")
@@ -99,7 +99,7 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_was_left_out_and_why_is_told(mixed: Path, shapes: Model) -> None:
+def test_what_was_skipped_and_why_is_reported(mixed: Path, shapes: Model) -> None:
     found = encode_folder(shapes, mixed)
     assert found.latents.shape == (4, *shapes.latent_shape)
     assert found.captions == ["a red circle, plain style", None, None, None]
@@ -115,7 +115,7 @@ def test_what_was_left_out_and_why_is_told(mixed: Path, shapes: Model) -> None:
         assert line in told
 
 
-def test_folders_without_a_usable_picture_say_so(tmp_path: Path, shapes: Model) -> None:
+def test_folders_without_a_usable_image_say_so(tmp_path: Path, shapes: Model) -> None:
     with pytest.raises(DataError, match="is no folder"):
         encode_folder(shapes, tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no pictures"):
@@ -125,7 +125,7 @@ def test_folders_without_a_usable_picture_say_so(tmp_path: Path, shapes: Model) 
         encode_folder(shapes, tmp_path)
 
 
-def test_a_huge_picture_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_image_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture().save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match="too large"):
@@ -139,7 +139,7 @@ def test_encoding_is_the_inverse_of_decoding(shapes: Model, tmp_path: Path) -> N
     assert error < 8  # the VAE's own loss on drawn pictures: 28 dB, which is a root mean square of 10
 
 
-def test_pictures_are_encoded_once(mixed: Path, shapes: Model, tmp_path: Path) -> None:
+def test_images_are_encoded_once(mixed: Path, shapes: Model, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     first = encode_folder(shapes, mixed, cache=cache)
     assert len(cache.entries()) == 4
@@ -153,7 +153,7 @@ def test_a_folder_that_changed_is_another(mixed: Path) -> None:
     assert folder_digest(mixed) != before
 
 
-def test_a_run_on_own_pictures(mixed: Path, shapes: Model, tmp_path: Path) -> None:
+def test_a_run_on_own_images(mixed: Path, shapes: Model, tmp_path: Path) -> None:
     told: list[str] = []
     run = salun.erase(
         shapes,
@@ -186,7 +186,7 @@ def test_a_tiff_of_several_pages_is_named(tmp_path: Path) -> None:
     assert read_image(tmp_path / "x.tiff", lambda: 65535)[1] == ["of several pages, first page taken"]
 
 
-def test_floats_are_left_out(tmp_path: Path) -> None:
+def test_floats_are_skipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((64, 64), 0.5, np.float32)).save(tmp_path / "x.tiff")  # of 0 to 1: it came out black
     with pytest.raises(DataError, match="of floats, whose range is not known"):
         pixels_of(tmp_path / "x.tiff")

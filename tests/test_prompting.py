@@ -90,7 +90,7 @@ def test_other_resolutions(shapes: Model) -> None:
     with shapes.set_up(EraseOptions(resolution=96)):
         assert shapes.latent_shape == (4, 12, 12)
     assert shapes.latent_shape == (4, 8, 8)
-    with pytest.raises(ConfigError, match=r"--resolution 100.*multiple"), shapes.set_up(EraseOptions(resolution=100)):
+    with pytest.raises(ConfigError, match=r"resolution is 100.*multiple"), shapes.set_up(EraseOptions(resolution=100)):
         pass
 
 

@@ -239,7 +239,7 @@ def test_an_output_written_before_the_stop_is_recognised_and_another_is_not(shap
     with pytest.raises(Cancelled):
         salun.erase(shapes, "circle", progress=stopping_at("training", 3), **arguments, **SHORT)
     (tmp_path / "x.salun.safetensors").write_bytes(b"a file of the user's, made in between")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         salun.erase(shapes, "circle", resume=True, **arguments, **SHORT)
     (tmp_path / "x.salun.safetensors").unlink()
     first = salun.erase(shapes, "circle", resume=True, **arguments, **SHORT)

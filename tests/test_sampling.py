@@ -126,7 +126,7 @@ def test_cache_keeps_each_way_of_sampling_apart(shapes: Model, tmp_path: Path) -
     assert len(cache.entries()) == len(ways)
 
 
-def test_erase_samples_as_it_is_told_and_repeats_it(shapes: Model, tmp_path: Path, rows: list[int]) -> None:
+def test_erase_samples_as_it_is_reported_and_repeats_it(shapes: Model, tmp_path: Path, rows: list[int]) -> None:
     """Training samples, and images before and after: 2 steps each, without guidance."""
     few = {"steps": 1, "batch_size": 2, "forget_latents": 2, "retain_latents": 3, "eval_images": 5, **FEW}
     first = salun.erase(shapes, "circle", run_dir=tmp_path / "a", cache=Cache(tmp_path / "c", 0), **few)
@@ -176,7 +176,7 @@ def test_negative_prompt_without_guidance_is_reported(shapes: Model) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"sampler": "plms"}, {"sampling_steps": 0}, {"sampling_guidance": -1.0}])
-def test_sampling_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+def test_sampling_options_out_of_range_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--samp"):
         EraseOptions(**wrong)
 
@@ -218,7 +218,7 @@ def test_few_step_models_are_known_by_name(name: str, kind: str, steps: int, sam
     found = find_few_steps({"the file name": name}, {}, {})
     assert found is not None
     assert (found.kind, found.sampling_steps, found.sampling_guidance, found.sampler) == (kind, steps, 1.0, sampler)
-    assert f"--sampling-steps {steps} --sampling-guidance 1 --sampler {sampler}" in found.text
+    assert f"sampling_steps {steps} sampling_guidance 1 sampler {sampler}" in found.text
 
 
 @pytest.mark.parametrize(
@@ -277,4 +277,4 @@ def test_sample_and_inspect_give_the_hint_too(lightning: str, tmp_path: Path) ->
 
     assert "--steps 4 --guidance 1 --sampler euler" in told()
     assert "says 'lightning'" not in told("--guidance", "1") + told("--steps", "2", "--sampler", "euler")
-    assert "--sampling-steps 4" in CliRunner().invoke(app, ["inspect", lightning]).output
+    assert "sampling_steps 4" in CliRunner().invoke(app, ["inspect", lightning]).output

@@ -20,7 +20,7 @@ from salun.__main__ import main
 from salun.checkpoints import keymap, safetensors_io
 from salun.checkpoints.families.registry import FAMILIES
 from salun.checkpoints.locate import ASSETS
-from salun.checkpoints.pickled import readable
+from salun.checkpoints.pickled import as_safetensors
 from salun.checkpoints.single_file import open_unet
 from salun.delta import commands as deltas
 from salun.diagnostics.inspect import inspect
@@ -103,7 +103,7 @@ def test_an_erased_file_shows_what_the_erasure_showed(family: str, file: Callabl
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_on_a_file_ends_with_a_file_a_delta_and_a_note_of_what_was_left_out(
+def test_a_run_on_a_file_ends_with_a_file_a_delta_and_a_note_of_what_was_skipped(
     family: str, file: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = salun.erase(str(file(family, ema=True)), "golf ball", run_dir=tmp_path, **{**QUICK, "device": "cpu"})
@@ -215,7 +215,7 @@ def test_clips_words_are_numbered_as_the_published_encoders_know_them() -> None:
     assert clip_tokenizer("<|endoftext|>").pad_token_id == 49407
 
 
-def test_an_erasure_that_the_files_format_cannot_hold_is_told_loudly(
+def test_an_erasure_that_the_files_format_cannot_hold_is_reported_loudly(
     file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of 1e-7 on weights of about 0.1 in fp16, whose last place is 6e-5."""
@@ -279,7 +279,7 @@ def test_what_a_file_lacks_comes_from_components_or_is_asked_for(
     whole = salun.load(str(file("sd1")), device="cpu")
     salun.erase(whole, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{tmp_path}/parts/")
     part = file("sd1", **{missing: False})
-    with pytest.raises(ModelError, match="--components"):
+    with pytest.raises(ModelError, match="components"):
         salun.load(str(part), device="cpu")
     lent = salun.load(str(part), device="cpu", components=str(tmp_path / "parts"))
     torch.testing.assert_close(predictions(lent), predictions(whole), rtol=0, atol=0)
@@ -302,7 +302,7 @@ def test_a_strangers_components_carry_no_file_of_the_users_along(file: Callable[
     assert any("lead out" in note and "id_rsa" in note for note in run.record.notes)
     (parts / "vae" / "config.json").rename(tmp_path / "private")
     (parts / "vae" / "config.json").symlink_to(tmp_path / "private")
-    with pytest.raises(ModelError, match="is a link that leads out"):
+    with pytest.raises(ModelError, match="is a link out of"):
         salun.load(str(file("sd1", vae=False)), device="cpu", components=str(parts))
 
 
@@ -375,24 +375,24 @@ def test_a_model_in_the_hubs_cache_is_taken_from_there_only_if_it_is_whole(
     in_the_hubs_cache(tmp_path, "someone/whole")
     in_the_hubs_cache(tmp_path, "someone/part", "unet/diffusion_pytorch_model.safetensors")
     assert salun.load("someone/whole", device="cpu").family.name == "sd1"
-    with pytest.raises(ModelError, match="could not be fetched"):
+    with pytest.raises(ModelError, match="could not be downloaded"):
         salun.load("someone/part", device="cpu")
     target = tmp_path / "shapes.safetensors"
     salun.erase("shapes", "circle", **{**QUICK, "lr": 1e-30}).save(target)
     assert salun.load(str(target), device="cpu", components="someone/part").family.name == "sd1"
 
 
-def test_a_folder_without_its_words_is_told_before_the_work(tmp_path: Path) -> None:
+def test_missing_tokenizer_is_reported_before_loading(tmp_path: Path) -> None:
     """transformers makes an empty tokenizer of a folder that is not there."""
     shutil.copytree(ASSETS / "shapes", tmp_path / "mute")
     for path in (tmp_path / "mute" / "tokenizer").iterdir():
         if path.name == "vocab.json":
             path.unlink()
-    with pytest.raises(ModelError, match="holds no tokenizer"):
+    with pytest.raises(ModelError, match="has no tokenizer"):
         salun.load(str(tmp_path / "mute"), device="cpu")
     assert "holds no tokenizer" in inspect(str(tmp_path / "mute"))["verdict"]
     shutil.rmtree(tmp_path / "mute" / "tokenizer")
-    with pytest.raises(ModelError, match="holds no tokenizer"):
+    with pytest.raises(ModelError, match="has no tokenizer"):
         salun.load(str(tmp_path / "mute"), device="cpu")
 
 
@@ -406,7 +406,7 @@ def test_half_a_vae_or_a_text_encoder_without_words_counts_as_none(file: Callabl
     }
     tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(tensors, tmp_path / "half.safetensors")
-    with pytest.raises(ModelError, match="--components"):
+    with pytest.raises(ModelError, match="components"):
         salun.load(str(tmp_path / "half.safetensors"), device="cpu")
     lent = salun.load(str(tmp_path / "half.safetensors"), device="cpu", components=str(tmp_path / "parts"))
     torch.testing.assert_close(predictions(lent), predictions(whole), rtol=0, atol=0)
@@ -425,25 +425,25 @@ def test_a_low_rank_output_says_what_it_holds_and_no_file_says_where_the_model_l
     assert str(file("sd1").parent) not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_work(file: Callable[..., Path], tmp_path: Path) -> None:
+def test_unwritable_output_is_reported_before_loading(file: Callable[..., Path], tmp_path: Path) -> None:
     seen: list[str] = []
     (tmp_path / "file").write_text("no folder")
     for place in (f"{tmp_path}/file/x.safetensors", "/proc/x.safetensors"):
-        with pytest.raises(ConfigError, match=r"no folder|cannot be written|free"):
+        with pytest.raises(ConfigError, match=r"not a folder|cannot be written|free"):
             salun.erase(
                 str(file("sd1")), "golf ball", outputs=[place], progress=lambda e: seen.append(e.stage), **QUICK
             )
     assert not {"sampling", "training"} & set(seen)
 
 
-def test_components_of_another_family_are_refused(file: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="family sd1, not sd2"):
+def test_components_of_another_family_are_rejected(file: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"family sd1, but .* of sd2"):
         salun.load(str(file("sd2")), device="cpu", components="shapes")
     with pytest.raises(ConfigError, match="single files"):
         salun.load("shapes", device="cpu", components="shapes")
 
 
-def test_the_prediction_type_is_told_by_the_first_that_knows(file: Callable[..., Path], tmp_path: Path) -> None:
+def test_prediction_type_comes_from_the_first_source_that_has_it(file: Callable[..., Path], tmp_path: Path) -> None:
     def of(path: Path, **options: Any) -> str:
         return salun.load(str(path), device="cpu", **options).schedule.prediction_type
 
@@ -503,9 +503,9 @@ def test_a_checkpoint_is_found_by_its_name_where_hosts_keep_theirs(
     (webui / "models" / "Stable-diffusion" / "one.safetensors").write_bytes(file("sd1").read_bytes())
     with pytest.raises(ModelError, match=r"2 checkpoints.*anime.One\.safetensors.*one\.safetensors"):
         find("one", dirs)
-    with pytest.raises(ModelError, match=r"no .*four\.safetensors"):
+    with pytest.raises(ModelError, match=r"four\.safetensors does not exist"):
         find("four.safetensors", dirs)
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(ConfigError, match="not a folder"):
         find("one", [str(tmp_path / "nothing")])
     for strange in ("~nobody-of-this-name/x.safetensors", "x" * 5000, "nul\0", ""):
         with pytest.raises(ModelError):
@@ -540,7 +540,7 @@ class Trap:
 def test_a_pickle_is_read_only_when_allowed_and_never_run(file: Callable[..., Path], tmp_path: Path) -> None:
     tensors = load_file(file("sd1"))
     torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "old.ckpt")
-    with pytest.raises(ModelError, match="--allow-pickle"):
+    with pytest.raises(ModelError, match="allow_pickle"):
         salun.load(str(tmp_path / "old.ckpt"), device="cpu")
     model = salun.load(str(tmp_path / "old.ckpt"), device="cpu", allow_pickle=True)
     torch.testing.assert_close(
@@ -557,7 +557,7 @@ def test_a_converted_pickle_goes_by_its_own_name_and_goes_when_the_cache_is_empt
 ) -> None:
     monkeypatch.setenv("SALUN_CACHE", str(tmp_path / "cache"))
     torch.save({"state_dict": load_file(file("sd1"))}, tmp_path / "old.ckpt")
-    made = readable(tmp_path / "old.ckpt", allowed=True)
+    made = as_safetensors(tmp_path / "old.ckpt", allowed=True)
     assert made.name == "old.safetensors"  # so that a message about it can be understood
     cache = Cache.of_user()
     assert cache.converted_files() == [(made, made.stat().st_size)]

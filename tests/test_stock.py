@@ -136,7 +136,7 @@ def test_a_full_difference_changes_every_tensor_as_it_should(family: str, streng
 
 @given(seed=st.integers(0, 1000), share=st.sampled_from([0.002, 0.1, 0.6]), family=st.sampled_from(FAMILIES))
 @settings(max_examples=30, deadline=None)
-def test_tensors_that_did_not_change_stay_to_the_bit(seed: int, share: float, family: str) -> None:
+def test_tensors_that_did_not_change_stay_bit_exact(seed: int, share: float, family: str) -> None:
     base = state(family)
     generator = torch.Generator().manual_seed(seed)
     chosen = {"conv_in.bias"} | {name for name in base if torch.rand((), generator=generator) < share}
@@ -146,7 +146,7 @@ def test_tensors_that_did_not_change_stay_to_the_bit(seed: int, share: float, fa
         assert torch.equal(got[name], tensor.double()) == (name not in chosen), name
 
 
-def test_a_bias_that_changed_alone_gets_a_weight_of_zeros_beside() -> None:
+def test_a_bias_that_changed_alone_gets_a_weight_of_zeros_as_well() -> None:
     base = {"conv_in.weight": torch.randn(4, 2, 3, 3), "conv_in.bias": torch.zeros(4)}
     file = stock_formats.full_difference(base, {"conv_in.bias": torch.ones(4)})
     assert file["lora_unet_conv_in.diff_b"].tolist() == [1, 1, 1, 1]
@@ -170,7 +170,7 @@ def test_names_are_the_ones_that_hosts_know() -> None:
 @pytest.mark.parametrize(
     ("family", "version"), [("sd1", None), ("sd2", ("ss_v2", "True")), ("sdxl", ("ss_base_model_version", "sdxl_"))]
 )
-def test_metadata_tell_the_family(family: str, version: tuple[str, str] | None, tmp_path: Path) -> None:
+def test_metadata_show_the_family(family: str, version: tuple[str, str] | None, tmp_path: Path) -> None:
     base = state(family)
     file, _ = stock_formats.low_rank(base, moved(base), rank=1)
     path = tmp_path / "x.lora.safetensors"
@@ -294,7 +294,7 @@ def test_a_difference_of_low_rank_takes_no_more_than_that() -> None:
         assert account.total.share == pytest.approx(1.0)
 
 
-def test_norms_and_biases_count_as_lost_and_are_told() -> None:
+def test_norms_and_biases_count_as_lost_and_are_reported() -> None:
     base = {
         "mid_block.resnets.0.conv1.weight": torch.zeros(4, 2, 3, 3),
         "mid_block.resnets.0.conv1.bias": torch.zeros(4),
@@ -312,7 +312,7 @@ def test_norms_and_biases_count_as_lost_and_are_told() -> None:
     assert account.total.share == pytest.approx(72 / 110)
     groups = account.groups
     assert groups["mid_block resnet"].share == pytest.approx(72 / 108)
-    assert groups["outside norm"] == stock_formats.Kept(2.0, 0.0, ())
+    assert groups["outside norm"] == stock_formats.EnergyKept(2.0, 0.0, ())
     told = account.as_json()
     assert told["ranks"] == [1, 1] and told["groups"]["outside norm"] == {"kept": 0.0, "ranks": None}
 
@@ -353,7 +353,7 @@ LAYER = "conv_in.weight"
         ({"energy": float("nan")}, "energy is nan"),
     ],
 )
-def test_a_rank_or_energy_out_of_range_is_refused(asked: dict[str, float], says: str) -> None:
+def test_a_rank_or_energy_out_of_range_is_rejected(asked: dict[str, float], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         stock_formats.low_rank({LAYER: torch.zeros(4, 2)}, {LAYER: torch.ones(4, 2)}, **asked)
 
@@ -361,16 +361,16 @@ def test_a_rank_or_energy_out_of_range_is_refused(asked: dict[str, float], says:
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({}, "nothing changed"),
-        ({LAYER: torch.zeros(4, 2)}, "nothing changed"),
-        ({"conv_out.weight": torch.ones(4, 2)}, "holds no conv_out.weight"),
+        ({}, "models are equal"),
+        ({LAYER: torch.zeros(4, 2)}, "models are equal"),
+        ({"conv_out.weight": torch.ones(4, 2)}, "has no conv_out.weight"),
         ({LAYER: torch.ones(4, 3)}, r"\[4, 2\] in the base and \[4, 3\]"),
         ({LAYER: torch.full((4, 2), float("nan"))}, "not finite"),
         ({LAYER: torch.full((4, 2), float("inf"))}, "not finite"),
         ({LAYER: torch.full((4, 2), 1e10)}, "1e.10, too large for torch.float16"),
     ],
 )
-def test_differences_that_no_file_can_hold_are_refused(changed: dict[str, Tensor], says: str) -> None:
+def test_differences_that_no_file_can_hold_are_rejected(changed: dict[str, Tensor], says: str) -> None:
     base = {LAYER: torch.zeros(4, 2)}
     with pytest.raises(ModelError, match=says):
         stock_formats.full_difference(base, changed)
@@ -386,11 +386,11 @@ def test_a_difference_too_large_for_float16_fits_a_wider_type() -> None:
         stock_formats.full_difference(base, new)
 
 
-def test_a_low_rank_factor_too_large_for_float16_is_refused() -> None:
+def test_a_low_rank_factor_too_large_for_float16_is_rejected() -> None:
     with pytest.raises(ModelError, match="too large for"):
         stock_formats.low_rank({LAYER: torch.zeros(4, 2)}, {LAYER: torch.full((4, 2), 1e12)}, rank=1)
 
 
-def test_low_rank_of_norms_and_biases_alone_is_refused() -> None:
-    with pytest.raises(ModelError, match="write the full difference"):
+def test_low_rank_of_norms_and_biases_alone_is_rejected() -> None:
+    with pytest.raises(ModelError, match="Write the full difference"):
         stock_formats.low_rank({"conv_in.bias": torch.zeros(4)}, {"conv_in.bias": torch.ones(4)}, rank=1)

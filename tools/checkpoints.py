@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from salun.checkpoints import keymap, safetensors_io
 from salun.checkpoints.families.registry import FAMILIES
 from salun.checkpoints.families.sd2 import GUESS_KEY
+from salun.checkpoints.lazy_tensors import Planned, PlannedTensors
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZES = ("small", "host", "true")
@@ -170,29 +171,6 @@ ARCHITECTURES = {
 }
 
 
-class Planned(NamedTuple):
-    """A tensor that is made when it is asked for."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-
-class _Lazy(Mapping[str, Tensor]):
-    def __init__(self, plan: Mapping[str, Planned]) -> None:
-        self._plan = plan
-
-    def __getitem__(self, name: str) -> Tensor:
-        planned = self._plan[name]
-        return planned.make().reshape(planned.shape).to(planned.dtype).contiguous()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._plan)
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-
 def make(
     path: Path | str,
     family: str,
@@ -213,8 +191,8 @@ def make(
 
     family: "sd1" | "sd2" | "sdxl". size: "small" (10 to 30 MB), "true", or "host" (ComfyUI loads it, while A1111
     takes the true size alone). dtype: "fp32" | "fp16" | "bf16", or "mixed": the UNet's matrices in fp16 and its
-    vectors in fp32, the VAE in fp32, the text encoders in bf16. prediction: "epsilon" | "v_prediction", told as each
-    family's files tell it: SD 2's by one bias that is spread wider, others' by a `v_pred` mark. ema: a second copy of
+    vectors in fp32, the VAE in fp32, the text encoders in bf16. prediction: "epsilon" | "v_prediction", marked as in
+    files of the family: SD 2's by one bias that is spread wider, others' by a `v_pred` mark. ema: a second copy of
     the UNet, as LDM's LitEma keeps it. buffers: what real files hold beside weights. marks: names of empty tensors
     ("ztsnr"). unet: changes to its config.
     """
@@ -238,8 +216,7 @@ def make(
         marks = ("v_pred", *marks)
     found |= {name: _constant(torch.empty(0)) for name in marks}
     found = dict(sorted(found.items()))  # as safetensors' own writer has it
-    described = {name: (planned.dtype, planned.shape) for name, planned in found.items()}
-    safetensors_io.write_lazily(Path(path), described, _Lazy(found), metadata)
+    PlannedTensors(found).write(Path(path), metadata)
     return Path(path)
 
 
@@ -258,12 +235,12 @@ def _unet(
 
     with torch.device("meta"):
         shapes = _shapes(UNet2DConditionModel(**{**architecture.unet, **changes}))
-    for ours, theirs in keymap.unet_to_ldm(shapes).items():
-        kind = DTYPES.get(dtype, torch.float16 if len(shapes[ours]) > 1 else torch.float32)
-        drawn = _drawn(f"unet {ours}", shapes[ours], seed)
-        if theirs == GUESS_KEY and prediction == "v_prediction":
+    for name, ldm_name in keymap.unet_to_ldm(shapes).items():
+        kind = DTYPES.get(dtype, torch.float16 if len(shapes[name]) > 1 else torch.float32)
+        drawn = _drawn(f"unet {name}", shapes[name], seed)
+        if ldm_name == GUESS_KEY and prediction == "v_prediction":
             drawn = _scaled(drawn, 10.0)
-        yield theirs, Planned(kind, shapes[ours], drawn)
+        yield ldm_name, _planned(kind, shapes[name], drawn)
 
 
 def _autoencoder(architecture: Architecture, dtype: str, seed: int) -> Iterator[tuple[str, Planned]]:
@@ -271,9 +248,12 @@ def _autoencoder(architecture: Architecture, dtype: str, seed: int) -> Iterator[
 
     with torch.device("meta"):
         shapes = _shapes(AutoencoderKL(**architecture.vae))
-    for ours, theirs in keymap.vae_to_ldm(shapes).items():
-        shape = (*shapes[ours], 1, 1) if keymap.is_vae_matrix(theirs) else shapes[ours]
-        yield theirs, Planned(DTYPES.get(dtype, torch.float32), shape, _drawn(f"vae {ours}", shapes[ours], seed))
+    for name, ldm_name in keymap.vae_to_ldm(shapes).items():
+        shape = (*shapes[name], 1, 1) if keymap.is_vae_matrix(ldm_name) else shapes[name]
+        yield (
+            ldm_name,
+            _planned(DTYPES.get(dtype, torch.float32), shape, _drawn(f"vae {name}", shapes[name], seed)),
+        )
 
 
 def _text_encoder(
@@ -286,16 +266,16 @@ def _text_encoder(
     with torch.device("meta"):
         shapes = _shapes(model(CLIPTextConfig(**architecture.text[index])))
     fused: dict[str, list[str]] = {}
-    for ours, (theirs, part) in sorted(keymap.text_to_ldm(shapes, layout).items(), key=lambda pair: pair[1]):
-        drawn = _drawn(f"text {index} {ours.removeprefix('text_model.')}", shapes[ours], seed)
+    for name, (ldm_name, part) in sorted(keymap.text_to_ldm(shapes, layout).items(), key=lambda pair: pair[1]):
+        drawn = _drawn(f"text {index} {name.removeprefix('text_model.')}", shapes[name], seed)
         if part in ("q", "k", "v"):
-            fused.setdefault(theirs, []).append(ours)
+            fused.setdefault(ldm_name, []).append(name)
         else:
-            yield theirs, Planned(kind, shapes[ours], _transposed(drawn) if part else drawn)
-    for theirs, thirds in fused.items():  # listed as k, q, v
-        k, q, v = (_drawn(f"text {index} {ours.removeprefix('text_model.')}", shapes[ours], seed) for ours in thirds)
+            yield ldm_name, _planned(kind, shapes[name], _transposed(drawn) if part else drawn)
+    for ldm_name, thirds in fused.items():  # listed as k, q, v
+        k, q, v = (_drawn(f"text {index} {name.removeprefix('text_model.')}", shapes[name], seed) for name in thirds)
         rows, *rest = shapes[thirds[0]]
-        yield theirs, Planned(kind, (3 * rows, *rest), _joined(q, k, v))
+        yield ldm_name, _planned(kind, (3 * rows, *rest), _joined(q, k, v))
 
 
 def extra_buffers(family: str, text: bool = True) -> dict[str, Tensor]:
@@ -368,6 +348,11 @@ def _transposed(drawn: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def _joined(*drawn: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return lambda: torch.cat([one() for one in drawn])
+
+
+def _planned(dtype: torch.dtype, shape: tuple[int, ...], drawn: Callable[[], Tensor]) -> Planned:
+    """What is drawn, in this dtype and shape."""
+    return Planned(dtype, shape, lambda: drawn().reshape(shape).to(dtype).contiguous())
 
 
 def _constant(tensor: Tensor) -> Planned:

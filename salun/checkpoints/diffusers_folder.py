@@ -15,7 +15,7 @@ from salun.checkpoints import safetensors_io
 from salun.checkpoints.families.registry import NETWORK_PARTS
 from salun.checkpoints.lazy_tensors import Stored
 from salun.errors import ModelError
-from salun.untrusted import read_json
+from salun.untrusted import read_json_object
 
 STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # how diffusers and, for text encoders, transformers name files
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
@@ -48,7 +48,7 @@ def weights_of(part: Path) -> Weights:
     """
     stem, found = stem_of(part.name), {}
     if not part.is_dir():
-        raise ModelError(f"{part.parent} has no folder {part.name}: the model is not whole")
+        raise ModelError(f"{part.parent} is incomplete: it has no folder {part.name}")
     for path in sorted(part.glob(f"{stem}*.safetensors")):
         middle = path.name[len(stem) : -len(".safetensors")]
         if (not middle or middle.startswith(".")) and not _SHARD.search(middle):
@@ -57,11 +57,14 @@ def weights_of(part: Path) -> Weights:
     for path in sorted(part.glob(f"{stem}*.safetensors.index*.json")):
         variant = _variant_of_index(path.name, stem)
         if variant in found:  # libraries disagree on which of them to take
-            raise ModelError(f"{part} holds the same weights whole and in shards ({path.name}): remove one of the two")
+            raise ModelError(
+                f"{part} holds the same weights in one file and in shards ({path.name})", advice="Remove one of the two"
+            )
         found[variant] = Weights(_shards(path), variant, path)
     if not found:
         raise ModelError(
-            f"{part.parent} has no safetensors weights in {part}: pickled weights are not read; convert them first"
+            f"{part.parent} has no safetensors weights in {part}, and pickled weights are not read",
+            advice="Convert them to safetensors",
         )
     return found[min(found, key=lambda name: (name is not None, name != "fp16", name or ""))]
 
@@ -74,32 +77,31 @@ def _variant_of_index(name: str, stem: str) -> str | None:
 
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
-        told = read_json(index)
+        listed = read_json_object(index).get("weight_map")
     except (OSError, ValueError) as error:
         raise ModelError(f"{index} cannot be read: {error}") from error
-    listed = told.get("weight_map") if isinstance(told, dict) else None
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise ModelError(f"{index} cannot be read: it has no weight_map of tensors' and files' names")
     names = sorted(set(listed.values()))
     missing = next((n for n in names if "\0" in n or Path(n).name != n or not (index.parent / n).is_file()), None)
     if not names or missing is not None:
         shown = safetensors_io.truncated(missing) if missing is not None else "no file"
-        raise ModelError(f"{index} names {shown}, which is not beside it: the model is not whole")
+        raise ModelError(f"{index.parent} is incomplete: {index.name} lists {shown}, which is not there")
     return tuple(index.parent / name for name in names)
 
 
-def open_part(part: Path) -> Stored:
-    """A part's tensors under the names that its files have, each read when it is asked for. Raises ModelError."""
+def open_component(part: Path) -> Stored:
+    """The tensors of a part, such as the VAE, under the names that its files have. Raises ModelError."""
     headers = {file: safetensors_io.read_header(file) for file in weights_of(part).files}
     places = {name: (file, name) for file, header in headers.items() for name in header.names}
     return Stored(part, places, headers)
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises ModelError for a folder without CLIP's words. (The library makes an empty tokenizer of it.)"""
+    """Raises ModelError for a folder without CLIP's vocabulary, of which the library makes an empty tokenizer."""
     there = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
-        raise ModelError(f"{folder} holds no tokenizer (vocab.json and merges.txt): the model is not whole")
+        raise ModelError(f"{folder} is incomplete: it has no tokenizer (vocab.json and merges.txt)")
 
 
 def files_under(folder: Path) -> list[Path]:
@@ -116,11 +118,11 @@ def files_under(folder: Path) -> list[Path]:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Every file of a model's folder, without what `links_out` names."""
+    """Every file of a model's folder, without what `external_links` names."""
     return _walk(folder)[0]
 
 
-def links_out(folder: Path) -> list[str]:
+def external_links(folder: Path) -> list[str]:
     """Links in a model's folder that lead out of it, as paths from it. They are neither followed nor copied.
 
     A foreign folder may hold links to the user's own files. A snapshot in the hub's cache has its files among its
@@ -131,12 +133,12 @@ def links_out(folder: Path) -> list[str]:
 
 def check_links(folder: Path) -> None:
     """Raises ModelError if a file or part that a model needs is a link that leads out of the model's folder."""
-    for name in links_out(folder):
+    for name in external_links(folder):
         path = Path(name)
         if path.name == "merges.txt" or path.suffix in _READ or name in _PARTS:
             raise ModelError(
-                f"{folder / name} is a link that leads out of the model's folder and is not followed: "
-                "copy what it leads to into the folder"
+                f"{folder / name} is a link out of the model's folder and is not followed",
+                advice="Copy the file or folder that it leads to into the model's folder",
             )
 
 

@@ -1,4 +1,4 @@
-"""Names of tensors: single files' (LDM, as in CompVis's and Stability's checkpoints) ↔ diffusers', by rule.
+"""Tensor names: single files' (LDM, as in CompVis's and Stability's checkpoints) ↔ diffusers', by rule.
 
 Facts, not code, come from those projects: LDM numbers a UNet's blocks in one row (`input_blocks.4.1`), diffusers by
 level and kind (`down_blocks.1.attentions.0`). The inner names of attention blocks are the same on both sides. Nothing
@@ -36,8 +36,8 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_TOP_BACK = {theirs: ours for ours, theirs in _TOP.items()}
-_RESNET_BACK = {theirs: ours for ours, theirs in _RESNET.items()}
+_TOP_BACK = {ldm_name: diffusers_name for diffusers_name, ldm_name in _TOP.items()}
+_RESNET_BACK = {ldm_name: diffusers_name for diffusers_name, ldm_name in _RESNET.items()}
 
 
 # -- UNet -------------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ _RESNET_BACK = {theirs: ours for ours, theirs in _RESNET.items()}
 def unet_to_ldm(names: Iterable[str]) -> dict[str, str]:
     """diffusers name → LDM name (with `model.diffusion_model.`) of every UNet tensor.
 
-    The names of the whole UNet are needed: the numbering depends on how many layers a block has, and which have
+    The names of all the UNet's tensors are needed: the numbering depends on how many layers a block has, and which have
     attention. Raises KeyError naming a tensor that no UNet of these families has.
     """
     names = list(names)
@@ -61,10 +61,10 @@ def _numbers(names: Iterable[str], pattern: str) -> set[int]:
 
 
 def _unet_name(name: str, layers: int, attended: set[int]) -> str:
-    for ours, theirs in _TOP.items():
-        if name.startswith(ours + "."):
-            rest = name[len(ours) + 1 :]
-            return f"{theirs}.{_inner(rest, _RESNET) if '.resnets.' in ours else rest}"
+    for diffusers_name, ldm_name in _TOP.items():
+        if name.startswith(diffusers_name + "."):
+            rest = name[len(diffusers_name) + 1 :]
+            return f"{ldm_name}.{_inner(rest, _RESNET) if '.resnets.' in diffusers_name else rest}"
     kinds = "resnets|attentions|downsamplers|upsamplers"
     match = re.fullmatch(rf"(down|up)_blocks\.{_NUMBER}\.({kinds})\.{_NUMBER}\.(.+)", name)
     if match is None:
@@ -84,20 +84,20 @@ def _unet_name(name: str, layers: int, attended: set[int]) -> str:
 def unet_from_ldm(names: Iterable[str]) -> dict[str, str]:
     """LDM name (with `model.diffusion_model.`) → diffusers name of every UNet tensor among `names`; no others.
 
-    Raises KeyError naming a UNet tensor that has no place.
+    Raises KeyError naming a foreign tensor.
     """
-    own = [name.removeprefix(UNET) for name in names if name.startswith(UNET)]
-    samplers = _numbers(own, rf"input_blocks\.{_NUMBER}\.0\.op\.")
-    places = _numbers(own, rf"input_blocks\.{_NUMBER}\.")
-    layers = min(samplers) - 1 if samplers else max(places, default=2)  # without a sampler there is one level
-    return {UNET + name: _unet_name_back(name, layers) for name in own}
+    bare = [name.removeprefix(UNET) for name in names if name.startswith(UNET)]
+    samplers = _numbers(bare, rf"input_blocks\.{_NUMBER}\.0\.op\.")
+    positions = _numbers(bare, rf"input_blocks\.{_NUMBER}\.")
+    layers = min(samplers) - 1 if samplers else max(positions, default=2)  # without a sampler there is one level
+    return {UNET + name: _unet_name_back(name, layers) for name in bare}
 
 
 def _unet_name_back(name: str, layers: int) -> str:
-    for theirs, ours in _TOP_BACK.items():
-        if name.startswith(theirs + "."):
-            rest = name[len(theirs) + 1 :]
-            return f"{ours}.{_inner(rest, _RESNET_BACK) if '.resnets.' in ours else rest}"
+    for ldm_name, diffusers_name in _TOP_BACK.items():
+        if name.startswith(ldm_name + "."):
+            rest = name[len(ldm_name) + 1 :]
+            return f"{diffusers_name}.{_inner(rest, _RESNET_BACK) if '.resnets.' in diffusers_name else rest}"
     match = re.fullmatch(rf"(input|output)_blocks\.{_NUMBER}\.{_NUMBER}\.(.+)", name)
     if match is None:
         raise KeyError(UNET + name)
@@ -126,7 +126,7 @@ def _inner(rest: str, table: Mapping[str, str]) -> str:
 
 # -- VAE --------------------------------------------------------------------------------------------------------------
 
-_VAE_PLACES = {  # diffusers → LDM
+_VAE_MODULES = {  # diffusers → LDM
     "mid_block.resnets.0.": "mid.block_1.",
     "mid_block.resnets.1.": "mid.block_2.",
     "mid_block.attentions.0.": "mid.attn_1.",
@@ -136,8 +136,13 @@ _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_o
 _OLD_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # of diffusers before 0.18
 _ATTENTION_BACK = {  # converters of 2023 left diffusers' names within `mid.attn_1`, older or newer
     **{name: name for name in _ATTENTION},
-    **{theirs: ours for ours, theirs in _ATTENTION.items()},
-    **{old: ours for old, theirs in _OLD_ATTENTION.items() for ours, new in _ATTENTION.items() if new == theirs},
+    **{ldm_name: diffusers_name for diffusers_name, ldm_name in _ATTENTION.items()},
+    **{
+        old: diffusers_name
+        for old, ldm_name in _OLD_ATTENTION.items()
+        for diffusers_name, new in _ATTENTION.items()
+        if new == ldm_name
+    },
 }
 
 
@@ -155,45 +160,45 @@ def _vae_name(name: str, levels: int) -> str:
     head, _, rest = name.partition(".")
     if head not in ("encoder", "decoder"):
         return name
-    for ours, theirs in _VAE_PLACES.items():
-        if rest.startswith(ours):
-            tail = rest[len(ours) :]
-            if "attn" in theirs:
+    for diffusers_name, ldm_name in _VAE_MODULES.items():
+        if rest.startswith(diffusers_name):
+            tail = rest[len(diffusers_name) :]
+            if "attn" in ldm_name:
                 tail = _inner(tail, {**_ATTENTION, **_OLD_ATTENTION})
-            return f"{head}.{theirs}{tail.replace('conv_shortcut', 'nin_shortcut')}"
+            return f"{head}.{ldm_name}{tail.replace('conv_shortcut', 'nin_shortcut')}"
     match = re.match(rf"(down|up)_blocks\.{_NUMBER}\.(resnets|downsamplers|upsamplers)\.{_NUMBER}\.(.+)", rest)
     if match is None:
         return name
     side, block, kind, layer, tail = match[1], int(match[2]), match[3], match[4], match[5]
-    level = block if side == "down" else levels - 1 - block  # the decoder's levels are counted from the picture
+    level = block if side == "down" else levels - 1 - block  # the decoder's levels are counted from the image
     if kind == "resnets":
         return f"{head}.{side}.{level}.block.{layer}.{tail.replace('conv_shortcut', 'nin_shortcut')}"
     return f"{head}.{side}.{level}.{kind.removesuffix('rs')}.{tail}"
 
 
 def vae_from_ldm(names: Iterable[str]) -> dict[str, str]:
-    """LDM name (with `first_stage_model.`) → diffusers name of every VAE tensor among `names`; others are left out.
+    """LDM name (with `first_stage_model.`) → diffusers name of every VAE tensor among `names`; others are skipped.
 
     A name that no VAE has stays as it is.
     """
-    own = [name.removeprefix(VAE) for name in names if name.startswith(VAE)]
-    levels = 1 + max(_numbers(own, rf"decoder\.up\.{_NUMBER}\."), default=0)
-    return {VAE + name: _vae_name_back(name, levels) for name in own}
+    bare = [name.removeprefix(VAE) for name in names if name.startswith(VAE)]
+    levels = 1 + max(_numbers(bare, rf"decoder\.up\.{_NUMBER}\."), default=0)
+    return {VAE + name: _vae_name_back(name, levels) for name in bare}
 
 
 def _vae_name_back(name: str, levels: int) -> str:
     head, _, rest = name.partition(".")
     if head not in ("encoder", "decoder"):
         return name
-    for ours, theirs in _VAE_PLACES.items():
-        if rest.startswith(theirs):
-            tail = rest[len(theirs) :]
-            if "attn" in theirs:
+    for diffusers_name, ldm_name in _VAE_MODULES.items():
+        if rest.startswith(ldm_name):
+            tail = rest[len(ldm_name) :]
+            if "attn" in ldm_name:
                 try:
                     tail = _inner(tail, _ATTENTION_BACK)
                 except KeyError:
                     return name
-            return f"{head}.{ours}{tail.replace('nin_shortcut', 'conv_shortcut')}"
+            return f"{head}.{diffusers_name}{tail.replace('nin_shortcut', 'conv_shortcut')}"
     match = re.match(rf"(down|up)\.{_NUMBER}\.(block\.\d+|downsample|upsample)\.(.+)", rest)
     if match is None:
         return name
@@ -274,7 +279,7 @@ def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str
     """transformers name → (name in the single file, part) of a CLIP text encoder's tensors.
 
     part: "" for the tensor as it is, "q", "k" or "v" for a third of a fused one (rows in this order), "T" for one that
-    is transposed (the text projection). Buffers that both sides make themselves (position_ids) are left out.
+    is transposed (the text projection). Buffers that both sides make themselves (position_ids) are skipped.
     """
     found = {}
     for name in names:
@@ -285,10 +290,10 @@ def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str
             inner = bare if layout.short or bare.startswith("text_projection") else f"text_model.{bare}"
             found[name] = (layout.prefix + inner, "")
             continue
-        theirs, part = _open_clip_name(bare)
+        ldm_name, part = _open_clip_name(bare)
         if part == "T" and not layout.turned:
-            theirs, part = bare, ""
-        found[name] = (layout.prefix + theirs, part)
+            ldm_name, part = bare, ""
+        found[name] = (layout.prefix + ldm_name, part)
     return found
 
 

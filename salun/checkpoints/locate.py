@@ -1,4 +1,4 @@
-"""From a model's name to its place on disk: alias, path, a host's checkpoint, or hub id."""
+"""Resolves a model's name to a path: an alias, a path, a host's checkpoint or a hub id."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from salun.checkpoints.diffusers_folder import files_under, weights_of
 from salun.checkpoints.families.registry import NETWORK_PARTS
 from salun.errors import ConfigError, ModelError
-from salun.untrusted import read_json, read_yaml
+from salun.untrusted import read_json_object, read_yaml
 from salun.user_text import as_spelled, composed, unquoted
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -23,6 +23,7 @@ SETTINGS = "salun.yaml"
 FILES = (".safetensors", ".ckpt")
 HOST_FOLDERS = ("models/checkpoints", "models/Stable-diffusion", "checkpoints", "Stable-diffusion")
 EXTRA_PATHS = "extra_model_paths.yaml"
+MODELS_DIR = "Name folders to search in {models_dir}"
 logger = logging.getLogger("salun")
 
 
@@ -34,10 +35,10 @@ def aliases() -> dict[str, Any]:
 
 
 class ModelNotFound(ModelError):
-    """There is no model of this name here."""
+    """No model of this name was found."""
 
-    def __init__(self, message: str, name: str) -> None:
-        super().__init__(message, code="not-found")
+    def __init__(self, message: str, name: str, advice: str = "") -> None:
+        super().__init__(message, code="not-found", advice=advice)
         self.name = name
 
 
@@ -58,7 +59,7 @@ def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tup
             given = as_spelled(Path(name).expanduser()) if name else Path()
             there = bool(name) and given.exists()
         except (RuntimeError, OSError, ValueError) as error:  # no such user's home, a name too long, a NUL in it
-            raise ModelError(f"no model can have the name {name[:80]!r}: {error}") from error
+            raise ModelError(f"{name[:80]!r} cannot be the name of a model: {error}") from error
         if there:
             return given, entry
         folders = list(checkpoint_folders(models_dir))
@@ -66,16 +67,18 @@ def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tup
         if found is not None:
             return found, entry
         if name.endswith(FILES) or name.startswith((".", "/", "~")):
-            where = f", nor in {', '.join(map(str, folders))}" if folders else "; --models-dir names folders to look in"
-            raise ModelNotFound(f"there is no {given}{where}", name)
+            where = f" and is in none of {', '.join(map(str, folders))}" if folders else ""
+            raise ModelNotFound(f"{given} does not exist{where}", name, "" if folders else MODELS_DIR)
         if name.count("/") != 1:
             near = difflib.get_close_matches(name, table, 1)
             looked = f" (looked in {', '.join(map(str, folders))})" if folders else ""
             hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(table)
             raise ModelNotFound(
-                f"no model {name!r}{looked}{hint}: use {', '.join(table)}, a .safetensors file, a diffusers folder, "
-                "a hub id (owner/name), or a checkpoint's name in a folder that --models-dir tells",
+                f"{name!r} is not a known model{looked}{hint}",
                 name,
+                f"Use {known}, a .safetensors file, a diffusers folder, a hub id (owner/name), or the name of a "
+                "checkpoint in a folder of {models_dir}",
             )
     return _download(entry.get("repo", name), entry.get("variant"), unet), entry
 
@@ -92,7 +95,11 @@ def checkpoint_folders(models_dir: Sequence[str] = ()) -> Iterator[Path]:
     for place in [*models_dir, *own]:
         root = as_spelled(Path(unquoted(place)).expanduser())
         if not os.path.isdir(root):
-            raise ConfigError(f"--models-dir {place} is no folder: give one of checkpoints, or a WebUI's or ComfyUI's")
+            raise ConfigError(
+                f"is {place}, which is not a folder",
+                option="models_dir",
+                advice="Give a folder of checkpoints, or the root folder of a WebUI or ComfyUI",
+            )
         inner = [root / part for part in HOST_FOLDERS if os.path.isdir(root / part)]
         if os.path.isfile(root / EXTRA_PATHS):
             inner += _extra_paths(root / EXTRA_PATHS)
@@ -147,7 +154,9 @@ def _named(name: str, folders: Sequence[Path]) -> Path | None:
                 found.setdefault(os.path.realpath(path), path)
     if len(found) > 1:
         listed = ", ".join(map(str, found.values()))
-        raise ModelError(f"{name!r} is the name of {len(found)} checkpoints: give the path of one: {listed}")
+        raise ModelError(
+            f"{name!r} is the name of {len(found)} checkpoints: {listed}", advice="Give the path of one of them"
+        )
     return next(iter(found.values()), None)
 
 
@@ -171,16 +180,15 @@ def _download(repo: str, variant: str | None, unet: bool) -> Path:
     except Exception as error:  # the hub's client raises many kinds; all of them mean that the model is not here
         why = str(error) if isinstance(error, ModelError) else type(error).__name__
         raise ModelError(
-            f"{repo} is not on this machine and could not be fetched ({why}): connect to the "
-            "internet, log in with `hf auth login` if it is gated, or give a diffusers folder or a .safetensors file"
+            f"{repo} is not on this machine and could not be downloaded ({why})",
+            advice="Connect to the internet, log in with `hf auth login` if it is gated, or give a diffusers folder or "
+            "a .safetensors file",
         ) from error
 
 
 def _check_parts(folder: Path, parts: Sequence[str]) -> None:
     """Raises ModelError, OSError, ValueError or KeyError for a folder that lacks the weights of a part it lists."""
-    listed = read_json(folder / "model_index.json")
-    if not isinstance(listed, dict):
-        raise ModelError(f"{folder / 'model_index.json'} is damaged: expected a JSON object")
+    listed = read_json_object(folder / "model_index.json")
     for part in parts:
         if part in listed:
             weights_of(folder / part)

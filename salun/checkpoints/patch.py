@@ -1,17 +1,17 @@
-"""A copy of a model with some of its UNet's tensors changed: all else byte for byte, whole or not at all."""
+"""A copy of a model with some of its network's tensors changed and everything else byte-identical; atomic."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from salun.checkpoints import keymap, safetensors_io
-from salun.checkpoints.diffusers_folder import links_out, model_files, weights_of
-from salun.checkpoints.lazy_tensors import Stored
+from salun.checkpoints import diffusers_folder, keymap, safetensors_io
+from salun.checkpoints.diffusers_folder import model_files, weights_of
+from salun.checkpoints.lazy_tensors import Stored, renamed
 from salun.errors import ModelError
 from salun.files import new_folder
 
@@ -24,12 +24,12 @@ def write_patched(
 ) -> None:
     """Write a copy of the model in its own layout. changed: diffusers name → tensor, of the file's dtype and shape.
 
-    Other copies of the weights are left out (see `left_out`). Raises ModelError if the source has changed since it was
-    opened, a tensor does not fit, or the disk has no room; nothing is left at `target` then.
+    Other copies of the weights are excluded (see `excluded_weights`). Raises ModelError if the source has changed since
+    it was opened, a tensor does not fit, or the disk has no room; nothing is left at `target` then.
     """
     if stored.single:
-        replaced = _Inner(stored, stored.path, changed)
-        dropped = [] if keep_ema else left_out(stored)
+        replaced = _changed_in(stored, stored.path, changed)
+        dropped = [] if keep_ema else excluded_weights(stored)
         safetensors_io.rewrite(
             stored.path, target, replaced, metadata, dropped=dropped, stamp=stored.headers[stored.path].stamp
         )
@@ -37,25 +37,13 @@ def write_patched(
         _write_folder(stored, target, changed, metadata)
 
 
-class _Inner(Mapping[str, Tensor]):
-    """Changed tensors of one file by their names in it, each made when it is asked for."""
-
-    def __init__(self, stored: Stored, file: Path, changed: Mapping[str, Tensor]) -> None:
-        self._changed = changed
-        self._names = {stored.inner(name): name for name in changed if stored.places[name][0] == file}
-
-    def __getitem__(self, inner: str) -> Tensor:
-        return self._changed[self._names[inner]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _changed_in(stored: Stored, file: Path, changed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The changed tensors of one file, by their names in it."""
+    return renamed(changed, {stored.name_in_file(name): name for name in changed if stored.places[name][0] == file})
 
 
-def left_out(stored: Stored) -> list[str]:
-    """What a copy must not have, since it still holds the concept: other copies of the UNet's weights.
+def excluded_weights(stored: Stored) -> list[str]:
+    """What a copy leaves out, since it still holds the concept: other copies of the network's weights.
 
     Of a single file the names of its EMA tensors; of a folder its UNet's other variants, whole checkpoints, and what
     else holds a UNet, as paths from it.
@@ -89,7 +77,7 @@ def _is_other_copy(path: Path, inside: tuple[str, ...], part: str) -> bool:
 
 def external_links(stored: Stored) -> list[str]:
     """Links of a model's folder, as paths from it, that a copy must not carry along; none of a single file."""
-    return [] if stored.single else links_out(stored.path)
+    return [] if stored.single else diffusers_folder.external_links(stored.path)
 
 
 def size_of(stored: Stored) -> int:
@@ -100,7 +88,7 @@ def size_of(stored: Stored) -> int:
 
 
 def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    unwanted = {stored.path / name for name in left_out(stored)}
+    unwanted = {stored.path / name for name in excluded_weights(stored)}
     replaced = {os.path.realpath(file): file for file in stored.files}
     with new_folder(target) as temporary:
         for source in (path for path in model_files(stored.path) if path not in unwanted):
@@ -109,7 +97,7 @@ def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], m
             own = replaced.get(os.path.realpath(source))
             if own is not None:
                 safetensors_io.rewrite(
-                    source, copy, _Inner(stored, own, changed), metadata, stamp=stored.headers[own].stamp
+                    source, copy, _changed_in(stored, own, changed), metadata, stamp=stored.headers[own].stamp
                 )
             else:
                 shutil.copyfile(source, copy)

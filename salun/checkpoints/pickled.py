@@ -1,4 +1,4 @@
-"""`.ckpt` files: pickles, which can run code when unpacked. Read only when asked to, and by torch's safe unpickler."""
+"""`.ckpt` files: pickles, which can run code when unpacked. Read only if allowed, and by torch's safe unpickler."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from salun import files
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.safetensors_io import truncated
-from salun.checkpoints.signature import PICKLE, UNKNOWN, advice, kind_of
+from salun.checkpoints.signature import DOWNLOAD_AGAIN, PICKLE, UNKNOWN, advice, kind_of
 from salun.errors import ModelError
 from salun.files import sha256_file
 from salun.runs.cache import Cache
@@ -44,44 +45,47 @@ DIGEST = ".sha256"  # ending of the file beside a converted one that records its
 logger = logging.getLogger("salun")
 
 
-def readable(path: Path, allowed: bool) -> Path:
-    """The file itself, or what `converted` makes of a pickle. Raises ModelError as that does."""
-    return converted(path, allowed) if path.suffix.lower() in ENDINGS and path.is_file() else path
+def as_safetensors(path: Path, allowed: bool) -> Path:
+    """The file itself, or what `convert_pickle` makes of a pickle. Raises ModelError as that does."""
+    return convert_pickle(path, allowed) if path.suffix.lower() in ENDINGS and path.is_file() else path
 
 
 def check_torch() -> None:
     """Raises ModelError for a torch whose safe unpickler runs code (before 2.6); warns of one that it can corrupt."""
-    version = torch.__version__.split("+")[0]
-    release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    version = Version(torch.__version__)
+    release = version.release[:2]
     if release < SAFE:
         raise ModelError(
-            f"--allow-pickle needs torch {'.'.join(map(str, SAFE))} or later, and this is {version}: in older ones a "
-            "pickle can run code all the same (CVE-2025-32434). Take the model's .safetensors, or update torch"
+            f"pickles need torch {'.'.join(map(str, SAFE))} or later, but this is {version.public}: in older versions "
+            "they can run code even with weights_only (CVE-2025-32434)",
+            advice="Use the model's .safetensors file, or update torch",
         )
     if release < SOUND:
         logger.warning(
             "torch %s can be made to corrupt memory by a pickle, even with weights_only (CVE-2026-24747): update to %s "
             "or later before you open one that you do not trust",
-            version,
+            version.public,
             ".".join(map(str, SOUND)),
         )
 
 
-def converted(path: Path, allowed: bool) -> Path:
+def convert_pickle(path: Path, allowed: bool) -> Path:
     """A safetensors file of the same stem with a pickled checkpoint's tensors, in the user's cache; made once.
 
-    Names and bytes stay, what is no tensor (training state) goes. Raises ModelError for a file that is no pickle, where
-    pickles are not allowed, or if the file holds anything but tensors and plain values.
+    Names and bytes stay; other values (training state) are dropped. Raises ModelError for a file that is not a pickle,
+    where pickles are not allowed, or if the file holds anything but tensors and plain values.
     """
     kind = kind_of(path)
     if kind == UNKNOWN:
-        raise ModelError(f"{path} is no checkpoint that can be read: {advice(kind)}")
+        raise ModelError(f"{path} is not a readable checkpoint", advice=advice(kind))
     if kind != PICKLE:
-        raise ModelError(f"{path} is {kind} and no pickle, whatever its name says: {advice(kind)}")
+        raise ModelError(f"{path} is {kind}, not a pickle as its name says", advice=advice(kind))
     if not allowed:
         raise ModelError(
-            f"{path} is a pickle, which may run code of whoever made it: take a .safetensors of the same model, or, if "
-            "you trust the file, --allow-pickle (it is read with weights_only)"
+            f"{path} is a pickle, which can execute arbitrary code",
+            advice="Use a .safetensors file of the same model, or, if you trust this file, {allow_pickle} (it is read "
+            "with weights_only)",
+            code="pickle",
         )
     target = Cache.of_user().converted / sha256_file(path)[:24] / f"{path.stem}.safetensors"
     if _is_recorded(target):
@@ -112,22 +116,24 @@ def _is_recorded(target: Path) -> bool:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled checkpoint. Raises ModelError as `converted`."""
+    """The tensors of a pickled checkpoint. Raises ModelError as `convert_pickle`."""
     _check_archive(path)
     try:
-        with _known():
+        with _allow_harmless_globals():
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
-    except Exception as error:  # torch and pickle raise many kinds; each means that this is no checkpoint to trust
+    except (
+        Exception
+    ) as error:  # torch and pickle raise many kinds; each means that this checkpoint is not to be trusted
         raise ModelError(f"{path} cannot be read as a checkpoint: {_why(error)}") from error
     state = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors: dict[str, Tensor] = {}
     for name, value in state.items() if isinstance(state, Mapping) else ():
         if isinstance(value, Tensor):
             if str(name) in tensors:
-                raise ModelError(f"{path} holds {truncated(str(name))!r} twice: fetch it again")
+                raise ModelError(f"{path} has two tensors named {truncated(str(name))!r}", advice=DOWNLOAD_AGAIN)
             tensors[str(name)] = value
     if not tensors:
-        raise ModelError(f"{path} holds no tensors: it is no checkpoint of a model")
+        raise ModelError(f"{path} is not a checkpoint of a model: it has no tensors")
     _check_tensors(path, tensors)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -140,9 +146,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             size = sum(item.file_size for item in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"{path} is damaged, or its end is missing: fetch it again") from error
+        raise ModelError(f"{path} is damaged or truncated", advice=DOWNLOAD_AGAIN) from error
     if size > path.stat().st_size:
-        raise ModelError(f"{path} is compressed, as torch writes none: it would unpack to {size:,} bytes")
+        raise ModelError(f"{path} is compressed, which torch's files never are: it would unpack to {size:,} bytes")
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -150,18 +156,18 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         what = truncated(name)
         if tensor.dtype not in safetensors_io.NAMES:
-            raise ModelError(f"{path} holds {what}, of a dtype salun does not know ({tensor.dtype})")
+            raise ModelError(f"{path}: {what} has the unsupported dtype {tensor.dtype}")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ModelError(f"{path} holds {what}, which has no plain values: it is no weight of a model")
+            raise ModelError(f"{path}: {what} is not a dense tensor, as weights are")
         if name == "__metadata__" or name.encode("utf-8", "replace").decode("utf-8") != name:
-            raise ModelError(f"{path} holds a tensor named {what!a}, as no model does")
+            raise ModelError(f"{path} has a tensor with the invalid name {what!a}")
     size, there = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()), path.stat().st_size
     if size > LARGEST * there:
-        raise ModelError(f"{path} is of {there:,} bytes, but its tensors would take {size:,}: it is damaged")
+        raise ModelError(f"{path} is damaged: it has {there:,} bytes, but its tensors would take {size:,}")
 
 
-def _known() -> AbstractContextManager[Any]:
-    """While it lasts, torch's unpickler passes over the names of `HARMLESS`."""
+def _allow_harmless_globals() -> AbstractContextManager[Any]:
+    """Context manager: torch's unpickler ignores the names of `HARMLESS`."""
     allowed = getattr(torch.serialization, "safe_globals", None)  # from torch 2.5 on
     return allowed([_stand_in(name) for name in HARMLESS]) if allowed else nullcontext()
 
@@ -178,11 +184,11 @@ def _why(error: Exception) -> str:
     text = str(error).strip()
     foreign = re.search(r"GLOBAL (\S+) was not an allowed global", text)
     if foreign:
-        return f"beside weights it holds a {foreign[1]}, not a tensor; take a .safetensors of the same model"
+        return f"besides weights it holds a {foreign[1]}, not a tensor; use a .safetensors file of the same model"
     reason = text.partition("WeightsUnpickler error:")[2].strip() or text
     line = reason.splitlines()[0].strip() if reason else type(error).__name__
     if re.search(r"weights_only|torch\.load|trust", line):
-        return "it is damaged, or holds more than weights; take a .safetensors of the same model"
+        return "it is damaged, or holds more than weights; use a .safetensors file of the same model"
     return truncated(line)
 
 

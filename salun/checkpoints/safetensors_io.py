@@ -1,4 +1,4 @@
-"""Safetensors files: headers of strangers' files checked, tensors read lazily, equal content written as equal bytes.
+"""Safetensors files: untrusted headers are validated, tensors read lazily, equal content written as equal bytes.
 
 The library's own writer puts metadata in random order; ours writes metadata sorted and tensors in the order given, with
 no time or path in the file. Layout: 8 bytes little-endian header length, JSON header padded with spaces to a multiple
@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from salun.checkpoints.signature import PICKLE, SAFETENSORS, UNKNOWN, advice, kind_of
+from salun.checkpoints.signature import DOWNLOAD_AGAIN, PICKLE, SAFETENSORS, UNKNOWN, advice, kind_of
 from salun.errors import ModelError
 from salun.files import atomic as atomic
 
@@ -92,13 +92,13 @@ def read_header(path: Path) -> Header:
     """The checked header of an untrusted file. Raises ModelError naming the file and the fault."""
 
     def fault(what: str) -> ModelError:
-        return ModelError(f"{path} is no sound safetensors file: {what}; fetch or write it again")
+        return ModelError(f"{path} is not a valid safetensors file: {what}", advice=DOWNLOAD_AGAIN)
 
     stamp = FileStamp.of(path)
     size = stamp.size
     try:
         if not path.is_file():  # opening a pipe would wait for ever
-            raise ModelError(f"{path} is no file: give a .safetensors file or a diffusers folder")
+            raise ModelError(f"{path} is not a file", advice="Give a .safetensors file or a diffusers folder")
         with path.open("rb") as file:
             first = file.read(8)
             length = int.from_bytes(first, "little")
@@ -106,18 +106,18 @@ def read_header(path: Path) -> Header:
                 kind = kind_of(path)
                 if kind == PICKLE:
                     raise ModelError(
-                        f"{path} is a pickle, whatever its name says: fetch the model's .safetensors instead"
+                        f"{path} is a pickle, whatever its name says", advice="Use the model's .safetensors file"
                     )
                 if kind not in (SAFETENSORS, UNKNOWN):
-                    raise ModelError(f"{path} is no sound safetensors file: it is {kind}; {advice(kind)}")
-                raise fault(f"a header of {length} bytes in a file of {size}")
+                    raise ModelError(f"{path} is not a valid safetensors file: it is {kind}", advice=advice(kind))
+                raise fault(f"it declares a header of {length} bytes in a file of {size}")
             raw = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise fault(f"its header is not JSON ({error})") from error
     if not isinstance(raw, dict):
-        raise fault("its header is no JSON object")
+        raise fault("its header is not a JSON object")
     metadata = raw.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -144,7 +144,7 @@ def read_header(path: Path) -> Header:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
@@ -155,9 +155,9 @@ def _entry(name: str, item: Any, data_start: int, fault: Any) -> Entry:
     except (KeyError, TypeError, ValueError) as error:
         raise fault(f"{name} lacks dtype, shape or offsets") from error
     if not is_shape(shape) or not all(is_shape([offset]) for offset in (start, end)):
-        raise fault(f"{name} has a shape or offsets that are no whole numbers, or far too large")
+        raise fault(f"{name} has an invalid shape or offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise fault(f"{name} is of the unknown dtype {truncated(str(dtype))!r}")
+        raise fault(f"{name} has the unknown dtype {truncated(str(dtype))!r}")
     needed = prod(shape) * DTYPES[dtype].itemsize
     if end - start != needed:
         raise fault(f"{name} takes {end - start} bytes, but its shape {shape} needs {needed}")
@@ -165,7 +165,7 @@ def _entry(name: str, item: Any, data_start: int, fault: Any) -> Entry:
 
 
 def is_shape(value: Any) -> bool:
-    """Whether a stranger's value is a list of sizes such as a tensor can have."""
+    """Whether an untrusted value is a list of sizes such as a tensor can have."""
     return (
         isinstance(value, list)
         and len(value) <= _MAX_SHAPE[0]
@@ -175,7 +175,7 @@ def is_shape(value: Any) -> bool:
 
 
 def truncated(name: str) -> str:
-    """A stranger's word as a message can hold it."""
+    """An untrusted name, shortened for a message."""
     return name if len(name) <= 120 else f"{name[:120]}…"
 
 
@@ -214,7 +214,7 @@ def read_one(path: Path, header: Header, name: str) -> Tensor:
 
 def modified_during_read(path: Path) -> ModelError:
     """What to raise when a file is no longer what it was when it was first read."""
-    return ModelError(f"{path} has changed while it was read: let whatever writes to it finish, and start again")
+    return ModelError(f"{path} was modified while being read", advice="Wait for the other writer and retry")
 
 
 def write(path: Path, items: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -267,35 +267,17 @@ def rewrite(
     changed, or if the disk has no room; nothing is left at `target` then.
     """
     header = read_header(source)
-    stamp = stamp or header.stamp
     if target.exists() and os.path.samefile(source, target):
-        raise ModelError(f"{target} is the source itself: write to another name")
+        raise ModelError(f"{target} is the source itself", advice="Write to another name")
     fresh = set(replaced)
     if fresh - set(header.entries):
-        raise ModelError(f"{source} holds no {min(fresh - set(header.entries))}")
-    without = set(dropped)
-    places, position = {}, 0
-    for name, entry in header.entries.items():
-        if name not in without:
-            places[name] = [position, position + entry.end - entry.start]
-            position += entry.end - entry.start
-    described = {
-        name: {
-            "dtype": header.entries[name].dtype,
-            "shape": list(header.entries[name].shape),
-            "data_offsets": places[name],
-        }
-        for name in header.listed
-        if name in places
-    }
-    merged = {**header.metadata, **dict(sorted(metadata.items()))}
-    top = _header_bytes(described, {key: text for key, text in merged.items() if text or key not in metadata})
-    with atomic(target, len(top) + position) as out, source.open("rb") as inside:
+        raise ModelError(f"{source} has no tensor {min(fresh - set(header.entries))}")
+    unwanted = set(dropped)
+    top, size = _rewritten_header(header, metadata, unwanted)
+    with atomic(target, len(top) + size) as out, source.open("rb") as inside:
         out.write(top)
         for name, entry in header.entries.items():
-            if name in without:
-                continue
-            if name in fresh:
+            if name in fresh and name not in unwanted:
                 tensor = replaced[name]
                 if (entry.dtype, entry.shape) != (NAMES[tensor.dtype], tuple(tensor.shape)):
                     raise ModelError(
@@ -304,17 +286,42 @@ def rewrite(
                     )
                 for block in _bytes(tensor):
                     out.write(block)
-                continue
-            inside.seek(entry.start)
-            left = entry.end - entry.start
-            while left:
-                copied = inside.read(min(left, _CHUNK))
-                if not copied:
-                    raise modified_during_read(source)
-                out.write(copied)
-                left -= len(copied)
-        if FileStamp.of(source) != stamp:
+            elif name not in unwanted:
+                _copy_bytes(inside, out, entry, source)
+        if FileStamp.of(source) != (stamp or header.stamp):
             raise modified_during_read(source)
+
+
+def _rewritten_header(header: Header, metadata: Mapping[str, str], dropped: set[str]) -> tuple[bytes, int]:
+    """The header of a copy, and how many bytes of tensors follow it."""
+    offsets, position = {}, 0
+    for name, entry in header.entries.items():
+        if name not in dropped:
+            offsets[name] = [position, position + entry.end - entry.start]
+            position += entry.end - entry.start
+    described = {
+        name: {
+            "dtype": header.entries[name].dtype,
+            "shape": list(header.entries[name].shape),
+            "data_offsets": offsets[name],
+        }
+        for name in header.listed
+        if name in offsets
+    }
+    merged = {**header.metadata, **dict(sorted(metadata.items()))}
+    kept = {key: text for key, text in merged.items() if text or key not in metadata}
+    return _header_bytes(described, kept), position
+
+
+def _copy_bytes(source: IO[bytes], target: IO[bytes], entry: Entry, path: Path) -> None:
+    source.seek(entry.start)
+    left = entry.end - entry.start
+    while left:
+        block = source.read(min(left, _CHUNK))
+        if not block:
+            raise modified_during_read(path)
+        target.write(block)
+        left -= len(block)
 
 
 def raw_bytes(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What kind of file something is, told from its first bytes, whatever its name says.
+"""What kind of file something is, by its first bytes, whatever its name says.
 
 A failed download leaves a web page, a pointer or zero bytes under a model's name; files are renamed by hand.
 """
@@ -13,6 +13,7 @@ from salun.errors import ModelError
 PICKLE = "a pickle"
 SAFETENSORS = "a safetensors file"
 UNKNOWN = "of no known format"
+DOWNLOAD_AGAIN = "Download or write it again"
 _FIRST = 4096  # bytes that are looked at
 _PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 _MARKS = (  # how a file begins, and what it is then
@@ -29,12 +30,12 @@ _MARKS = (  # how a file begins, and what it is then
     (b"\xff\xd8\xff", "a JPEG image"),
 )
 _ADVICE = {
-    SAFETENSORS: "rename it to end in .safetensors",
-    "a Git LFS pointer": "fetch the file that it stands for by `git lfs pull`",
-    "a zip archive": "unpack it",
-    "a gzip archive": "unpack it",
-    "a RAR archive": "unpack it",
-    "a 7z archive": "unpack it",
+    SAFETENSORS: "Rename it to end in .safetensors",
+    "a Git LFS pointer": "Download the file that it stands for by `git lfs pull`",
+    "a zip archive": "Unpack it",
+    "a gzip archive": "Unpack it",
+    "a RAR archive": "Unpack it",
+    "a 7z archive": "Unpack it",
 }
 
 
@@ -65,11 +66,11 @@ def kind_of(path: Path) -> str:
 
 def advice(kind: str) -> str:
     """What to do with a file of another kind than its name says."""
-    return _ADVICE.get(kind, "fetch or write it again")
+    return _ADVICE.get(kind, DOWNLOAD_AGAIN)
 
 
 def _is_torch_zip(path: Path) -> bool:
-    """Whether torch's newer format, or cut short, so that only its beginning can be told."""
+    """Whether torch's newer format, or cut short, so that only its beginning is left."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())

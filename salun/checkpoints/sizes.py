@@ -23,8 +23,8 @@ SPARE = 1_000_000  # parameters that files need not hold, such as a new head's
 def check_size(make: Callable[[], Any], held: int, path: Path) -> None:
     """Raises ModelError if what a config describes cannot be built, or is far larger than what its files hold.
 
-    make: builds the module; called where nothing takes memory. held: entries of the files' tensors. (Up to twice as
-    many, loading tells which tensors are missing, and needs no more memory than such a model does.) path: the config.
+    make: builds the module; called without memory for parameters. held: entries of the files' tensors. (Up to twice as
+    many, loading reports which tensors are missing, and needs no more memory than such a model does.) path: the config.
     """
     try:
         with torch.device("meta"), _bounded():
@@ -40,7 +40,7 @@ def check_size(make: Callable[[], Any], held: int, path: Path) -> None:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Within, this thread can build no module of more than `PARTS` modules and parameters."""
+    """Context manager: this thread cannot build a module of more than `PARTS` modules and parameters."""
     count, thread = 0, threading.get_ident()
 
     def counted(*_: Any) -> None:

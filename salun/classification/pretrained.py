@@ -13,7 +13,7 @@ from salun.checkpoints.pickled import check_torch
 from salun.checkpoints.safetensors_io import truncated
 from salun.checkpoints.sizes import check_size, first_line
 from salun.errors import ModelError
-from salun.untrusted import read_json
+from salun.untrusted import read_json_object
 from salun.user_text import as_spelled
 
 PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # a timm model's name that is no hub id and no folder
@@ -116,14 +116,11 @@ def image_processor(name: str, allow_pickle: bool) -> dict[str, Any]:
 
 def _object(path: Path, name: str) -> dict[str, Any]:
     try:
-        data = read_json(path)
+        return read_json_object(path)
     except FileNotFoundError as error:
         raise ModelError(f"the image classifier {name!r} cannot be loaded: it has no {path.name}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {first_line(error)}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is damaged: expected a JSON object")
-    return data
 
 
 def check_config(told: Any) -> None:

@@ -1,7 +1,7 @@
-"""Deltas as files: made from two models, applied to one, stacked, taken out again, written for stock loaders.
+"""Deltas as files: extracted from two models, applied to one, stacked, undone, exported for LoRA loaders.
 
-A model is whatever `find` knows: an alias, a hub id, a diffusers folder or a single file. Outputs appear whole or not
-at all. Who has a delta can undo the erasure.
+A model is whatever `find` knows: an alias, a hub id, a diffusers folder or a single file. Outputs are written
+atomically. Anyone with a delta can undo the erasure.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import Any
 from torch import Tensor
 
 from salun.checkpoints import safetensors_io
-from salun.checkpoints.lazy_tensors import Stored
+from salun.checkpoints.lazy_tensors import Stored, reporting
 from salun.checkpoints.locate import find
 from salun.checkpoints.outputs import DELTA, DIFF, LORA, check_output, output_layout
-from salun.checkpoints.patch import external_links, left_out, size_of, write_patched
-from salun.checkpoints.pickled import readable
+from salun.checkpoints.patch import excluded_weights, external_links, size_of, write_patched
+from salun.checkpoints.pickled import as_safetensors
 from salun.checkpoints.single_file import open_unet
 from salun.delta import stacking
 from salun.delta.delta import Delta
 from salun.delta.provenance import (
     APPLIED,
     BASE_HASH,
-    OURS,
+    PREFIX,
     Applied,
     applied_in,
     notes_in,
-    why_kept,
+    reason_not_undoable,
     with_added,
-    without,
+    with_removed,
 )
 from salun.delta.stacking import AppliedDeltas, BaseMismatch
 from salun.delta.stock_formats import check_rank, stock_notes, write_stock
-from salun.errors import ConfigError, ModelError, some
+from salun.errors import ConfigError, ModelError, literal, some
 from salun.files import check_disk_space, placed
 from salun.options import FileOptions
-from salun.progress import Event, Progress, ReportingMapping, Stage, silent
+from salun.progress import Event, Progress, Stage, silent
 
 FILE = ".safetensors"
 
@@ -61,10 +61,10 @@ def extract(
     output = os.path.expanduser(output)
     old, new = open_model(base, options), open_model(erased, options)
     _check(output, force, old.path, new.path, endings=(DELTA,))
-    notes = {OURS + key: text for key, text in notes_in(new.metadata).items()}
+    notes = {PREFIX + key: text for key, text in notes_in(new.metadata).items()}
     delta = Delta.between(old, new, notes, progress)
     if not delta.changes:
-        raise ModelError(f"{base} and {erased} hold the same UNet: there is nothing to extract")
+        raise ModelError(f"{base} and {erased} have the same weights: there is nothing to extract")
     progress(Event(Stage.WRITING, message=f"writing {output}"))
     with placed(Path(output), force) as place:
         delta.save(place)
@@ -88,23 +88,23 @@ def apply(
     output: str,
     strength: float = 1.0,
     *,
-    fine_tune_of: str | None = None,
+    fine_tune_of_base: str | None = None,
     keep_ema: bool = False,
     options: FileOptions | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write a copy of a model with the delta applied: at strength 1 the erased model to the bit.
+    """Write a copy of a model with the delta applied: at strength 1 byte-identical to the erased model.
 
-    fine_tune_of: the base that the delta was made from, where the model is another, such as a fine-tune of it; then the
-    differences are added. See `stack`.
+    fine_tune_of_base: the base that the delta was made from, where the model is another, such as a fine-tune of it;
+    then the differences are added. See `stack`.
     """
     return stack(
         model,
         [delta],
         output,
         [strength],
-        fine_tune_of=fine_tune_of,
+        fine_tune_of_base=fine_tune_of_base,
         keep_ema=keep_ema,
         options=options,
         force=force,
@@ -118,7 +118,7 @@ def stack(
     output: str,
     strengths: Sequence[float] = (),
     *,
-    fine_tune_of: str | None = None,
+    fine_tune_of_base: str | None = None,
     keep_ema: bool = False,
     options: FileOptions | None = None,
     force: bool = False,
@@ -133,49 +133,60 @@ def stack(
     base.
     """
     if strengths and len(strengths) != len(deltas):
-        raise ConfigError(f"{len(strengths)} --strength for {len(deltas)} deltas: give one for each, in order, or none")
+        raise ConfigError(
+            f"has {len(strengths)} values for {len(deltas)} deltas",
+            option="strength",
+            advice="Give one value for each delta, in order, or none",
+        )
     output = os.path.expanduser(output)
     stacking.check_strengths(strengths)
     stored = open_model(model, options)
-    other = open_model(fine_tune_of, options) if fine_tune_of is not None else None
-    files = [Path(one) for one in deltas if not isinstance(one, Delta)]
-    loaded = [one if isinstance(one, Delta) else Delta.load(one) for one in deltas]
+    other = open_model(fine_tune_of_base, options) if fine_tune_of_base is not None else None
+    files = [Path(delta) for delta in deltas if not isinstance(delta, Delta)]
+    loaded = [delta if isinstance(delta, Delta) else Delta.load(delta) for delta in deltas]
     _check(output, force, *(m.path for m in (stored, other) if m is not None), *files, layout_of=stored)
     layers = list(zip(loaded, strengths or [1.0] * len(deltas), strict=True))
     try:
-        made = stacking.stack(stored, layers, fine_tune_of=other, progress=progress)
+        made = stacking.stack(stored, layers, fine_tune_of_base=other, progress=progress)
     except BaseMismatch as error:
-        _stackable(stored, layers, error)
+        _check_stackable(stored, layers, error)
         raise
-    active = [delta for delta, strength in layers if strength]
-    shared = {pair: n for pair, n in stacking.overlaps(active).items() if n}
-    exact = not made.note
+    overlaps = {
+        pair: n for pair, n in stacking.overlaps([delta for delta, strength in layers if strength]).items() if n
+    }
     added = [
-        Applied(delta.id, float(strength), _partners(delta.id, shared), exact, notes_in(delta.metadata))
+        Applied(delta.id, float(strength), _partners(delta.id, overlaps), not made.note, notes_in(delta.metadata))
         for delta, strength in layers
         if strength
     ]
     metadata = with_added(added, stored.metadata, made.base_hash, made.result_hash) if added else {}
-    dropped = [] if keep_ema and stored.single else left_out(stored)
+    notes = _stack_notes(stored, made, overlaps, keep_ema)
     _write(stored, output, made, metadata, progress, force, keep_ema)
-    notes = [made.note] if made.note else []
-    notes += [
-        f"{one} and {two} both change {n:,} entries: these get the sum of both, and neither can be undone alone"
-        for (one, two), n in shared.items()
-    ]
-    if links := external_links(stored):
-        notes.append(f"left out, as links that lead out of the model: {some(links)}")
-    if dropped:
-        notes.append(f"left out, since other copies of the weights still hold what was erased: {some(dropped)}")
     return {
         "output": output,
         "applied": [{"id": delta.id, "strength": strength} for delta, strength in layers],
-        "exact": exact and not shared and all(one.strength == 1.0 for one in added),
+        "exact": not made.note and not overlaps and all(each.strength == 1.0 for each in added),
         "base_hash": made.base_hash,
         "result_hash": made.result_hash,
-        "overlaps": [{"deltas": list(pair), "entries": n} for pair, n in shared.items()],
+        "overlaps": [{"deltas": list(pair), "entries": n} for pair, n in overlaps.items()],
         "notes": notes,
     }
+
+
+def _stack_notes(
+    stored: Stored, made: AppliedDeltas, overlaps: Mapping[tuple[str, str], int], keep_ema: bool
+) -> list[str]:
+    """What is not exact in the output, and what it leaves out."""
+    notes = [made.note] if made.note else []
+    notes += [
+        f"{one} and {other} both change {n:,} weights: these get the sum of both, and neither can be undone alone"
+        for (one, other), n in overlaps.items()
+    ]
+    if links := external_links(stored):
+        notes.append(f"skipped, as links out of the model's folder: {some(links)}")
+    if not (keep_ema and stored.single) and (excluded := excluded_weights(stored)):
+        notes.append(f"skipped, since other copies of the weights still hold what was erased: {some(excluded)}")
+    return notes
 
 
 def undo(
@@ -187,7 +198,7 @@ def undo(
     force: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write a copy of a model with the delta taken out, exact to the bit, which hashes confirm.
+    """Write a copy of a model with the delta undone, bit-exact, which hashes confirm.
 
     The model must be what the delta gives its own base, or list the delta at strength 1 without overlap. Raises
     ModelError for any other, saying what was applied to it and from which base to start instead.
@@ -200,18 +211,19 @@ def undo(
     found, _, back = flipped.hashes(progress)
     listed = applied_in(stored.metadata, found)
     if found == loaded.base_hash:
-        raise ModelError(f"{model} is the delta's own base (hash {found[:12]}…): there is nothing to take out")
-    whole = found == loaded.result_hash
-    if not whole and (why := why_kept(loaded.id, listed)):
+        raise ModelError(f"{model} is the delta's base ({found[:12]}…): there is nothing to undo")
+    alone = found == loaded.result_hash
+    if not alone and (reason := reason_not_undoable(loaded.id, listed)):
         began = stored.metadata[BASE_HASH] if listed else loaded.base_hash
         raise ModelError(
-            f"the delta {loaded.id} cannot be taken out of {model} (hash {found[:12]}…, not the "
-            f"{loaded.result_hash[:12]}… that it gives): {why}; start from its base (hash {began[:12]}…)"
+            f"the delta {loaded.id} cannot be undone in {model} (hash {found[:12]}…, not its result's "
+            f"{loaded.result_hash[:12]}…): {reason}",
+            advice=f"Start from its base ({literal(began[:12])}…)",
         )
-    metadata = without(loaded.id, listed, stored.metadata, back)
-    expected = loaded.base_hash if whole else back if metadata[APPLIED] else stored.metadata[BASE_HASH]
+    metadata = with_removed(loaded.id, listed, stored.metadata, back)
+    expected = loaded.base_hash if alone else back if metadata[APPLIED] else stored.metadata[BASE_HASH]
     if not back or back != expected:
-        raise stacking.damaged("what it leaves is not the model that it was applied to")
+        raise stacking.damaged("undoing it does not give the model that it was applied to")
     _write(stored, output, flipped, metadata, progress, force, keep_ema=True)
     remaining = [{"id": one.id, "strength": one.strength} for one in applied_in(metadata, back)]
     return {"output": output, "id": loaded.id, "base_hash": back, "result_hash": found, "applied": remaining}
@@ -228,21 +240,25 @@ def export(
     force: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write a delta for stock loaders: `x.lora.safetensors` of low rank, or every difference, `x.diff.safetensors`.
+    """Write a delta for LoRA loaders: `x.lora.safetensors` of low rank, or every difference, `x.diff.safetensors`.
 
     rank, energy: of the low-rank file, as in `low_rank`; without either, ranks that keep 90 % of each layer's energy.
-    Returns facts, with `kept` as `Account.as_json` tells it. Raises ConfigError for options that contradict; ModelError
+    Returns facts, with `kept` as in `LowRankReport.as_json`. Raises ConfigError for options that contradict; ModelError
     for a base that is not the delta's.
     """
     output = os.path.expanduser(output)
     if output.endswith(DIFF) and not rank is energy is None:
-        raise ConfigError(f"--rank and --energy are of low-rank files: end --output in {LORA}, or leave them out")
+        raise ConfigError(
+            f"is {rank if rank is not None else energy}, but only low-rank files have one",
+            option="rank" if rank is not None else "energy",
+            advice=f"End {{output}} in {LORA}, or omit the option",
+        )
     if output.endswith(LORA) and not rank is energy is None:
         check_rank(rank, energy)
     stored, loaded = open_model(base, options), Delta.load(delta)
     _check(output, force, stored.path, Path(delta), endings=(LORA, DIFF))
     made = stacking.stack(stored, [(loaded, 1.0)], progress=progress)
-    old = made.start
+    old = made.base_tensors
     new = AppliedDeltas(old, made.layers)
     facts: dict[str, Any] = {"output": output, "id": loaded.id, "notes": [made.note] if made.note else []}
     with placed(Path(output), force) as place:
@@ -254,37 +270,46 @@ def export(
     return {**facts, "bytes": Path(output).stat().st_size, "tensors": len(header.names)}
 
 
-def _stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], error: BaseMismatch) -> None:
+def _check_stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], error: BaseMismatch) -> None:
     """Raises ModelError with the exact way, where the model is the deltas' base with others of that base in it."""
-    listed = applied_in(stored.metadata, error.found)
+    listed = applied_in(stored.metadata, error.actual)
     if listed and stored.metadata[BASE_HASH] == layers[0][0].base_hash:
         raise ModelError(
-            f"{stored.path} holds {', '.join(map(str, listed))} already, of the same base (hash "
-            f"{error.due[:12]}…): start from that and apply all at once by `salun delta stack`, which is exact"
+            f"{stored.path} already has {', '.join(map(str, listed))}, of the same base ({error.expected[:12]}…)",
+            advice="Start from that base and apply all of them at once by `salun delta stack`, which is exact",
         ) from error
 
 
 def open_model(name: str, options: FileOptions | None = None) -> Stored:
-    """The UNet of a model by its name. Raises ModelError if it is not found or is none that salun handles."""
+    """The UNet of a model by its name. Raises ModelError if it is not found or not supported."""
     options = options or FileOptions()
-    return open_unet(readable(find(name, options.models_dir)[0], options.allow_pickle))
+    return open_unet(as_safetensors(find(name, options.models_dir)[0], options.allow_pickle))
 
 
 def _check(
     output: str, force: bool, *inputs: Path, endings: tuple[str, ...] = (), layout_of: Stored | None = None
 ) -> None:
     """Raises ConfigError for an output of another ending or layout, or that would overwrite something or an input."""
+    ending = ""
     if endings and not output.endswith(endings):
-        raise ConfigError(f"--output {output}: end it in {' or '.join(endings)}")
-    if layout_of is not None and layout_of.single and not (output_layout(output) == "file" and output.endswith(FILE)):
-        raise ConfigError(f"--output {output}: {layout_of.path} is a single file, so end it in {FILE} alone")
-    if layout_of is not None and not layout_of.single and output_layout(output) != "folder":
-        raise ConfigError(f"--output {output}: {layout_of.path} is a diffusers folder, so end it in /")
-    for given in inputs:
-        one, other = Path(os.path.realpath(output)), Path(os.path.realpath(given))
-        same = one == other or (one.is_file() and other.exists() and os.path.samefile(one, other))
-        if same or one in other.parents or other in one.parents:
-            raise ConfigError(f"--output {output} is, holds or is inside {given}, which is read: write somewhere else")
+        ending = " or ".join(endings)
+    elif layout_of is not None and layout_of.single:
+        ending = (
+            "" if output_layout(output) == "file" and output.endswith(FILE) else f"{FILE} alone, as {layout_of.path}"
+        )
+    elif layout_of is not None and output_layout(output) != "folder":
+        ending = f"/, as {layout_of.path} is a diffusers folder"
+    if ending:
+        raise ConfigError(f"is {output}, but must end in {ending}", option="output")
+    for source in inputs:
+        target, read = Path(os.path.realpath(output)), Path(os.path.realpath(source))
+        same = target == read or (target.is_file() and read.exists() and os.path.samefile(target, read))
+        if same or target in read.parents or read in target.parents:
+            raise ConfigError(
+                f"is {output}, which is, contains or is inside the input {source}",
+                option="output",
+                advice="Write somewhere else",
+            )
     check_output(output, force)
     check_disk_space({Path(output): size_of(layout_of) if layout_of is not None else 0})
 
@@ -300,7 +325,7 @@ def _write(
 ) -> None:
     progress(Event(Stage.WRITING, message=f"writing {output}"))
     with placed(Path(output), force) as place:
-        write_patched(stored, place, ReportingMapping(changed, Stage.WRITING, progress), metadata, keep_ema)
+        write_patched(stored, place, reporting(changed, Stage.WRITING, progress), metadata, keep_ema)
 
 
 def _partners(delta: str, shared: Mapping[tuple[str, str], int]) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
-"""The sparse delta: what an erasure changed, small, exact to the bit in both directions, and dialled by a strength.
+"""The sparse delta: what an erasure changed, small, bit-exact in both directions, and scaled by a strength.
 
 Per changed tensor it holds which entries changed (packed bits, or their indices where those are smaller) and the XOR of
 the old and new bit patterns in the checkpoint's dtype, split into byte planes. XOR makes `apply` at strength 1 and
 `undo` exact; with the base at hand new − old gives any other strength. In memory a delta takes what its file takes;
 tensors are made one at a time.
 
-Who has the delta can undo the erasure: publish the checkpoint, not the delta, where a concept must not come back.
+Anyone with the delta can undo the erasure: if a concept must not come back, publish the checkpoint, not the delta.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from salun.checkpoints.hashing import Hasher
 from salun.delta.provenance import Applied, notes_in, with_added
 from salun.delta.stacking import AppliedDeltas, damaged, stack
 from salun.delta.xor import Change
-from salun.errors import ModelError
+from salun.errors import ModelError, some
 from salun.progress import Event, Progress, Stage, silent
 from salun.untrusted import parse_json
 
 FORMAT = "salun-delta-1"
+DAMAGED = "Download or make it again"
 PARTS = ("where", "xor")  # of a tensor, in the file's names
 
 
@@ -65,7 +66,7 @@ class Delta:
         """
         lone = sorted(set(base) ^ set(new))
         if lone:
-            raise ModelError(f"the two models do not hold the same tensors: {', '.join(lone[:3])} only on one side")
+            raise ModelError(f"the two models do not hold the same tensors: {some(lone)} only in one of them")
         return cls.of_changed(base, new, metadata, progress)
 
     @classmethod
@@ -85,8 +86,9 @@ class Delta:
             new = changed.get(name, old)
             if (old.dtype, old.shape) != (new.dtype, new.shape):
                 raise ModelError(
-                    f"{name} is {old.dtype} {list(old.shape)} here and {new.dtype} {list(new.shape)} there: "
-                    "give two states of one model in one dtype"
+                    f"{name} is {old.dtype} {list(old.shape)} in the base, "
+                    f"but {new.dtype} {list(new.shape)} in the other model",
+                    advice="Give two states of one model in one dtype",
                 )
             before.add(name, old)
             after.add(name, new)
@@ -102,7 +104,7 @@ class Delta:
 
     @property
     def id(self) -> str:
-        """By what the delta is known in the metadata of models: 16 hex digits made of both hashes."""
+        """The delta's name in the metadata of models: 16 hex digits made of both hashes."""
         return hashlib.sha256(f"{self.base_hash}\0{self.result_hash}".encode()).hexdigest()[:16]
 
     @property
@@ -126,14 +128,14 @@ class Delta:
     ) -> dict[str, Tensor]:
         """The changed tensors, as new ones. tensors: all of the base UNet, which is not touched.
 
-        Strength 1 is exact to the bit, which the result's hash confirms; others give round(old + s·(new − old)), in
+        Strength 1 is bit-exact, which the result's hash confirms; others give round(old + s·(new − old)), in
         float32, rounded once. See `stack` for a base in another dtype, for several deltas, and for what is raised.
         known_hash: the base hash of `tensors`, where it is known; then neither hash is computed.
         """
         return dict(stack(tensors, [(self, strength)], known_hash=known_hash))
 
     def undo(self, tensors: Mapping[str, Tensor], *, known_hash: str | None = None) -> dict[str, Tensor]:
-        """The base's tensors, exact to the bit, from the erased UNet. Raises ModelError if that is another.
+        """The base's tensors, bit-exact, from the erased UNet. Raises ModelError for any other.
 
         known_hash: as in `apply`.
         """
@@ -141,11 +143,11 @@ class Delta:
         found, _, back = (known_hash, known_hash, "") if known_hash else flipped.hashes()
         if found != self.result_hash:
             raise ModelError(
-                f"this delta is for another erased model (hash {self.result_hash[:12]}…, given {found[:12]}…): "
-                f"start from its base (hash {self.base_hash[:12]}…), which needs no undoing"
+                f"the delta's erased model is {self.result_hash[:12]}…, but this is {found[:12]}…",
+                advice=f"Start from its base ({self.base_hash[:12]}…), from which nothing has to be removed",
             )
-        if back != self.base_hash if back else flipped.misfits():
-            raise damaged("what it gives is not its base")
+        if back != self.base_hash if back else flipped.incompatible_names():
+            raise damaged("its result is not its base")
         return dict(flipped)
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ class Delta:
         """Write `*.salun.safetensors`; equal deltas give equal bytes."""
         items: dict[str, Tensor] = {}
         for name, change in self.changes.items():
-            items[f"{name}.where"] = torch.from_numpy(change.places)
+            items[f"{name}.where"] = torch.from_numpy(change.indices)
             items[f"{name}.xor"] = torch.from_numpy(change.planes).view(-1)
         own = {
             "format": FORMAT,
@@ -173,7 +175,7 @@ class Delta:
     def load(cls, path: Path | str) -> Delta:
         """Read a delta file, untrusted, into as much memory as it takes on disk.
 
-        Raises ModelError if it is none, does not hold together, or its content is not what was written.
+        Raises ModelError if it is not a delta, is inconsistent, or its content is not what was written.
         """
         path = Path(path).expanduser()
         header = safetensors_io.read_header(path)
@@ -198,9 +200,9 @@ class Delta:
                     dtype, shape, kind = described[name]
                     changes[name] = Change.checked(dtype, shape, kind, where, xor)
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"the delta {path} is damaged: {str(error)[:200]}; fetch or make it again") from error
+            raise ModelError(f"the delta {path} is damaged: {str(error)[:200]}", advice=DAMAGED) from error
         if _content(changes) != content:
-            raise ModelError(f"the delta {path} is damaged: its content is not what was written; fetch it again")
+            raise ModelError(f"the delta {path} is damaged: its content is not what was written", advice=DAMAGED)
         return cls(changes, hashes[0], hashes[1], hashes[2], dtypes, metadata)
 
 
@@ -208,7 +210,7 @@ def _content(changes: Mapping[str, Change]) -> str:
     """sha256, in hex, over what the file holds of every tensor."""
     digest = hashlib.sha256()
     for change in changes.values():
-        digest.update(change.places.data)
+        digest.update(change.indices.data)
         digest.update(change.planes.data)
     return digest.hexdigest()
 

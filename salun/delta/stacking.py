@@ -1,8 +1,8 @@
-"""Deltas applied to a model: at any strength, several at once, to another dtype, or to a fine-tune of their base."""
+"""Deltas applied to a model: at any strength, several at once, in another dtype, or to a fine-tune of their base."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple, Protocol
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from salun.checkpoints.hashing import Hasher
+from salun.checkpoints.lazy_tensors import LazyTensors
 from salun.delta.xor import Change, patterns, values
-from salun.errors import ConfigError, ModelError
+from salun.errors import ConfigError, ModelError, some
 from salun.progress import Event, Progress, Stage, silent
 
 STRENGTHS = (-0.5, 1.5)
-OTHER_DTYPE = "the model is in another dtype than the delta's base: it gets the differences, rounded once"
-OTHER_MODEL = "the model is another than the delta's base: it gets the differences, rounded once"
+ADD_DIFFERENCES = "With its base as {fine_tune_of_base}, `salun delta apply` adds the differences"
+OTHER_DTYPE = "the model is in another dtype than the delta's base: the differences are added, rounded once"
+OTHER_MODEL = "the model is not the delta's base: the differences are added, rounded once"
 
 
 class SparseDelta(Protocol):
@@ -49,11 +51,12 @@ class SparseDelta(Protocol):
 
 
 class BaseMismatch(ModelError):
-    """A model that a delta is not for. due, found: the base hash that it should have and the one that it has."""
+    """A delta applied to a model that is not its base. expected, actual: the two base hashes."""
 
-    def __init__(self, due: str, found: str, advice: str) -> None:
-        super().__init__(f"this delta is for another base (hash {due[:12]}…, given {found[:12]}…): {advice}")
-        self.due, self.found = due, found
+    def __init__(self, expected: str, actual: str, reason: str, advice: str = "") -> None:
+        what = f"the delta was made for the base {expected[:12]}…, but this is {actual[:12]}…"
+        super().__init__(what + (f": {reason}" if reason else ""), advice=advice)
+        self.expected, self.actual = expected, actual
 
 
 class Hashes(NamedTuple):
@@ -68,13 +71,13 @@ class Hashes(NamedTuple):
     after: str
 
 
-@dataclass(frozen=True, eq=False)
-class AppliedDeltas(Mapping[str, Tensor]):
+@dataclass(eq=False)
+class AppliedDeltas(LazyTensors):
     """The tensors that deltas change, each made from the model's when it is asked for.
 
     model: the whole UNet before. layers: (delta, strength), in the order of the deltas' ids. source: where the old
     values that the deltas start from are known, if not in the model. base_hash, result_hash: of the model before and
-    after, where computed. note: what is not exact, in words.
+    after, where computed. note: a sentence on what is not exact.
     """
 
     model: Mapping[str, Tensor]
@@ -84,29 +87,26 @@ class AppliedDeltas(Mapping[str, Tensor]):
     result_hash: str = ""
     note: str = ""
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __post_init__(self) -> None:
+        changed = {name for delta, _ in self.layers for name in delta.changes}
+        super().__init__((name for name in self.model if name in changed), self._changed)
+
+    def _changed(self, name: str) -> Tensor:
         tensor = self.model[name]
-        return self.make(name, tensor, self.old(name, tensor))
+        return self.compute(name, tensor, self.base_of(name, tensor))
 
-    def __contains__(self, name: object) -> bool:
-        return any(name in delta.changes for delta, _ in self.layers)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self.model if name in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def old(self, name: str, tensor: Tensor) -> Tensor:
+    def base_of(self, name: str, tensor: Tensor) -> Tensor:
         """What the deltas start from in a tensor of the model: itself where it is as their base has it."""
         return tensor.to(self.layers[0][0].dtype_of(name)) if self.source is None else self.source[name]
 
     @property
-    def start(self) -> Mapping[str, Tensor]:
+    def base_tensors(self) -> Mapping[str, Tensor]:
         """All tensors that the deltas start from."""
-        return _Start(self) if self.source is None else self.source
+        if self.source is not None:
+            return self.source
+        return LazyTensors(self.model, lambda name: self.base_of(name, self.model[name]))
 
-    def make(self, name: str, tensor: Tensor, old: Tensor) -> Tensor:
+    def compute(self, name: str, tensor: Tensor, old: Tensor) -> Tensor:
         """One tensor after, from the model's and what `old` gives for it.
 
         An entry that one delta alone changes, at strength 1, gets the erased model's bits; others, and all where the
@@ -114,12 +114,12 @@ class AppliedDeltas(Mapping[str, Tensor]):
         """
         changes = [(delta.changes[name], s) for delta, s in self.layers if s and name in delta.changes]
         if old is tensor and [s for _, s in changes] == [1.0]:
-            return changes[0][0].flip(tensor)
+            return changes[0][0].apply(tensor)
         result = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         bits = patterns(result)
         sums, times = torch.zeros(len(bits)), np.zeros(len(bits), np.uint16)
         for change, strength in changes:
-            chosen = change.chosen()
+            chosen = change.as_index()
             sums.numpy()[chosen] = torch.from_numpy(sums.numpy()[chosen]) + strength * change.difference(old)
             times[chosen] += 1
         moved = times > 0
@@ -129,12 +129,12 @@ class AppliedDeltas(Mapping[str, Tensor]):
             not torch.isfinite(rounded.float()).all()
             and torch.isfinite(values(bits[moved], result.dtype).float()).all()
         ):
-            raise ModelError(f"{name} would hold a value that {result.dtype} cannot: take a smaller strength")
+            raise ModelError(f"{name} overflows {result.dtype}", advice="Use a smaller {strength}")
         bits[moved] = patterns(rounded)
         for change, strength in changes:
             if old is tensor and strength == 1.0:
-                chosen = change.chosen()
-                bits[chosen] = np.where(times[chosen] == 1, change.flipped(old), bits[chosen])
+                chosen = change.as_index()
+                bits[chosen] = np.where(times[chosen] == 1, change.xor_bits(old), bits[chosen])
         return result
 
     def hashes(self, progress: Progress = silent) -> Hashes:
@@ -145,19 +145,19 @@ class AppliedDeltas(Mapping[str, Tensor]):
         fits = all(name in there for delta, _ in self.layers for name in delta.changes)
         for i, name in enumerate(sorted(self.model), 1):
             tensor = self.model[name]
-            old = self.old(name, tensor)
+            old = self.base_of(name, tensor)
             if old is not tensor and start is None:
                 start = before.copy()
             before.add(name, tensor)
             if start is not None:
                 start.add(name, old)
-            fits = fits and self.fits(name, tensor, old)
+            fits = fits and self.is_compatible(name, tensor, old)
             if fits:
-                after.add(name, self.make(name, tensor, old) if name in self else tensor)
+                after.add(name, self.compute(name, tensor, old) if name in self else tensor)
             progress(Event(Stage.CHECKING, i, len(self.model)))
         return Hashes(before.hash, (start or before).hash, after.hash if fits else "")
 
-    def fits(self, name: str, tensor: Tensor, old: Tensor) -> bool:
+    def is_compatible(self, name: str, tensor: Tensor, old: Tensor) -> bool:
         """Whether a tensor, and what the deltas start from in it, have the shape and dtype that the deltas change."""
         changes = [delta.changes[name] for delta, _ in self.layers if name in delta.changes]
         return all(
@@ -165,53 +165,37 @@ class AppliedDeltas(Mapping[str, Tensor]):
             for change in changes
         )
 
-    def misfits(self) -> list[str]:
+    def incompatible_names(self) -> list[str]:
         """Names of tensors that the deltas change and that do not fit or are not in the model."""
         names, there = {name for delta, _ in self.layers for name in delta.changes}, set(self.model)
         found = []
         for name in sorted(names):
             tensor = self.model[name] if name in there else None
-            if tensor is None or not self.fits(name, tensor, self.old(name, tensor)):
+            if tensor is None or not self.is_compatible(name, tensor, self.base_of(name, tensor)):
                 found.append(name)
         return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Start(Mapping[str, Tensor]):
-    """A model's tensors as the deltas' base has them."""
-
-    stacked: AppliedDeltas
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.stacked.old(name, self.stacked.model[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stacked.model)
-
-    def __len__(self) -> int:
-        return len(self.stacked.model)
 
 
 def check_strengths(strengths: Iterable[float]) -> None:
     """Raises ConfigError for one outside −0.5…1.5."""
     for strength in strengths:
         if not STRENGTHS[0] <= strength <= STRENGTHS[1]:
-            raise ConfigError(f"strength is {strength}, but must be from {STRENGTHS[0]} to {STRENGTHS[1]}")
+            raise ConfigError(f"is {strength}, but must be from {STRENGTHS[0]} to {STRENGTHS[1]}", option="strength")
 
 
 def stack(
     model: Mapping[str, Tensor],
     layers: Sequence[tuple[SparseDelta, float]],
     *,
-    fine_tune_of: Mapping[str, Tensor] | None = None,
+    fine_tune_of_base: Mapping[str, Tensor] | None = None,
     known_hash: str | None = None,
     progress: Progress = silent,
 ) -> AppliedDeltas:
-    """The tensors that deltas of one base make of it, each with its strength; in which order they come is the same.
+    """The tensors that deltas of one base make of it, each with its strength; their order does not matter.
 
     model: the whole UNet; it may read its tensors lazily, and each is read once. A copy of the base in another dtype,
     which gives the base when cast to its dtypes, gets the differences where the dtypes differ, and so does any model of
-    the same names and shapes with the deltas' base as `fine_tune_of`; `note` says so. known_hash: the model's base
+    the same names and shapes with the deltas' base as `fine_tune_of_base`; `note` says so. known_hash: the model's base
     hash, where it is known; no hash is computed then. Raises ConfigError for a strength outside −0.5…1.5 or a delta
     that comes twice; ModelError for deltas of several bases, for another model than theirs, telling both hashes, and
     for a result whose hash is not the delta's.
@@ -221,31 +205,32 @@ def stack(
     first = layers[0][0]
     for (one, _), (other, _) in combinations(layers, 2):
         if one.id == other.id:
-            raise ConfigError(f"the delta {one.id} is given twice: give it once, with the strength that it should have")
+            raise ConfigError(f"the delta {one.id} is given twice", advice="Give it once, with the total {strength}")
         if one.base_hash != other.base_hash:
             raise ModelError(
                 f"the deltas {one.id} and {other.id} are for different bases (hashes {one.base_hash[:12]}… and "
-                f"{other.base_hash[:12]}…): stack deltas of one base"
+                f"{other.base_hash[:12]}…)",
+                advice="Stack deltas of one base",
             )
     stacked = AppliedDeltas(model, layers)
     if known_hash == first.base_hash:
         found = Hashes(known_hash, known_hash, "")
     else:
-        if fine_tune_of is not None:
-            stacked = replace(stacked, source=_of_the_same_names(model, fine_tune_of), note=OTHER_MODEL)
+        if fine_tune_of_base is not None:
+            stacked = replace(stacked, source=_of_the_same_names(model, fine_tune_of_base), note=OTHER_MODEL)
         found = stacked.hashes(progress)
-        if fine_tune_of is not None and found.before == first.base_hash:  # no fine-tune, but the base itself
+        if fine_tune_of_base is not None and found.before == first.base_hash:  # no fine-tune, but the base itself
             stacked = AppliedDeltas(model, layers)
             found = stacked.hashes(progress)
     if found.start != first.base_hash:
-        raise _other_base(first, found, model, fine_tune_of is not None, progress)
+        raise _other_base(first, found, model, fine_tune_of_base is not None, progress)
     if found.start != found.before and not stacked.note:
         stacked = replace(stacked, note=OTHER_DTYPE)
-    wrong = [] if found.after else stacked.misfits()
+    wrong = [] if found.after else stacked.incompatible_names()
     if wrong:
-        raise ModelError(f"the model's {', '.join(wrong[:3])} are of other shapes than the delta's, or not there")
+        raise ModelError(f"the model's {some(wrong)} are missing or have other shapes than in the delta")
     if not stacked.note and [s for _, s in layers] == [1.0] and found.after not in ("", first.result_hash):
-        raise damaged("what it gives is not its erased model")
+        raise damaged("its result is not its erased model")
     return replace(stacked, base_hash=found.before, result_hash=found.after)
 
 
@@ -253,7 +238,7 @@ def _of_the_same_names(model: Mapping[str, Tensor], base: Mapping[str, Tensor]) 
     """The base. Raises ModelError if the model holds other tensors."""
     lone = sorted(set(base) ^ set(model))
     if lone:
-        raise ModelError(f"the model and the base do not hold the same tensors: {', '.join(lone[:3])} only on one side")
+        raise ModelError(f"the model and the base do not hold the same tensors: {some(lone)} only on one side")
     return base
 
 
@@ -261,22 +246,20 @@ def _other_base(
     delta: SparseDelta, found: Hashes, model: Mapping[str, Tensor], fine_tune: bool, progress: Progress
 ) -> ModelError:
     """What to say of a model that the delta is not for: which one it is instead, if that is known."""
-    given = found.before
     if fine_tune:
-        given, advice = found.start, "--fine-tune-of-base takes the base that the delta was made from"
-    elif found.before == delta.result_hash:
-        advice = "this is what it gives, so it is applied already"
-    elif _rounded(model, progress) == delta.base_hash_fp16:
-        advice = (
-            "it is the same model in another dtype, which has lost bits; `salun delta apply` with --fine-tune-of-base, "
-            "and the base that the delta was made from, adds the differences to it"
+        return BaseMismatch(
+            delta.base_hash, found.start, "", "Give the base that the delta was made from as {fine_tune_of_base}"
         )
-    else:
-        advice = (
-            "start from that base; `salun delta apply` with --fine-tune-of-base, and that base, adds the differences "
-            "to another model"
+    if found.before == delta.result_hash:
+        return BaseMismatch(delta.base_hash, found.before, "it is applied already")
+    if _rounded(model, progress) == delta.base_hash_fp16:
+        return BaseMismatch(
+            delta.base_hash,
+            found.before,
+            "the same model in a dtype of less precision",
+            f"{ADD_DIFFERENCES} to this copy",
         )
-    return BaseMismatch(delta.base_hash, given, advice)
+    return BaseMismatch(delta.base_hash, found.before, "", f"Start from that base. {ADD_DIFFERENCES} to another model")
 
 
 def _rounded(model: Mapping[str, Tensor], progress: Progress) -> str:
@@ -289,14 +272,14 @@ def _rounded(model: Mapping[str, Tensor], progress: Progress) -> str:
 
 
 def damaged(what: str) -> ModelError:
-    return ModelError(f"the delta is damaged: {what}; fetch or make it again")
+    return ModelError(f"the delta is damaged: {what}", advice="Download or make it again")
 
 
 def overlaps(deltas: Sequence[SparseDelta]) -> dict[tuple[str, str], int]:
     """How many entries each two deltas of one base both change: (id, id), in order → entries."""
     return {
         (one.id, other.id): sum(
-            change.both(other.changes[name]) for name, change in one.changes.items() if name in other.changes
+            change.overlap_count(other.changes[name]) for name, change in one.changes.items() if name in other.changes
         )
         for one, other in combinations(sorted(deltas, key=lambda delta: delta.id), 2)
     }

@@ -1,14 +1,15 @@
-"""Stock formats: what an erasure changed, in files that ComfyUI, A1111 and Forge load without salun.
+"""LoRA files: what an erasure changed, for ComfyUI, A1111 and Forge without salun.
 
 `full_difference` writes every difference (`.diff`, `.diff_b`); `low_rank` keeps the best approximation of each matrix
 by one of low rank (LoRA), and tells what that loses. The names are those that all three hosts match to a module for
-each family of models; docs/formats.md says what was tried. Who has such a file can undo the erasure.
+each family of models; docs/formats.md says what was tried. Anyone with such a file can undo the erasure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.families.registry import family_for_hosts, recognize
+from salun.checkpoints.lazy_tensors import Planned, PlannedTensors, reporting
 from salun.checkpoints.outputs import DIFF
 from salun.delta.delta import Delta
 from salun.delta.provenance import BASE_HASH, RESULT_HASH, joined, notes_in
-from salun.errors import ConfigError, ModelError
-from salun.progress import Event, Progress, ReportingMapping, Stage, silent
+from salun.errors import ConfigError, ModelError, some
+from salun.progress import Event, Progress, Stage, silent
 
 _KINDS = {  # a part of a parameter's name → its kind; the first that is there counts
     "time_emb_proj": "time",
@@ -61,61 +63,46 @@ def host_metadata(base: Mapping[str, Tensor]) -> dict[str, str]:
 # -- full differences -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class LazyDifferences(Mapping[str, Tensor]):
-    """Stock key → new − old, each made when it is asked for: of a whole UNet they take as much as it does.
-
-    described: key → dtype and shape. names: key → diffusers name, "" for a tensor of zeros.
-    """
-
-    base: Mapping[str, Tensor]
-    changed: Mapping[str, Tensor]
-    described: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    names: dict[str, str]
-
-    def __getitem__(self, key: str) -> Tensor:
-        dtype, shape = self.described[key]
-        name = self.names[key]
-        if not name:
-            return torch.zeros(shape, dtype=dtype)
-        return _cast(_difference(self.base, self.changed, name), dtype, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.described)
-
-    def __len__(self) -> int:
-        return len(self.described)
-
-
 def full_difference(
-    base: Mapping[str, Tensor], changed: Mapping[str, Tensor], dtype: torch.dtype = torch.float16
-) -> LazyDifferences:
-    """Stock key → new − old, in the tensor's own shape: `.diff` for weights, `.diff_b` for biases, of norms too.
+    base: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float16,
+    progress: Progress = silent,
+) -> PlannedTensors:
+    """Key in LoRA files → new − old, in the tensor's shape: `.diff` for weights, `.diff_b` for biases, of norms too.
 
-    base: the whole UNet by diffusers names, read lazily, one tensor at a time; changed: the tensors that changed. Where
-    a bias changed alone its weight gets a `.diff` of zeros: A1111 refuses a whole file that has a `.diff_b` without.
-    Raises ModelError if nothing changed, the tensors do not pair up, or a difference is not finite or too large for
-    dtype: each tensor is looked at once before the first is made.
+    Each is made when it is asked for: together they take as much memory as the network. Where a bias changed alone, its
+    weight gets a `.diff` of zeros: A1111 rejects a file that has a `.diff_b` without.
+
+    Args:
+        base: All the network's tensors by diffusers' names, read one at a time.
+        changed: Those that changed.
+
+    Raises:
+        ModelError: Nothing changed, the tensors do not pair up, or a difference is not finite or too large for dtype.
+            Each tensor is checked once before the first is made.
     """
     keys = module_keys(base)
-    names, described = {}, {}
-    for name, difference in _differences(base, changed):
+    planned: dict[str, Planned] = {}
+    for name, difference in _differences(base, reporting(changed, Stage.COMPARING, progress)):
         key = f"{keys[name]}.{'diff_b' if name.endswith('.bias') else 'diff'}"
-        names[key], described[key] = name, (dtype, tuple(_cast(difference, dtype, name).shape))
-    if not names:
+        shape = tuple(_cast(difference, dtype, name).shape)
+        planned[key] = Planned(dtype, shape, partial(_cast_difference, base, changed, name, dtype))
+    if not planned:
         raise _nothing_changed()
     for name, module in keys.items():
         key = f"{module}.diff"
-        if name.endswith(".weight") and f"{module}.diff_b" in names and key not in names:
-            names[key], described[key] = "", (dtype, tuple(base[name].shape))
-    return LazyDifferences(base, changed, described, names)
+        if name.endswith(".weight") and f"{module}.diff_b" in planned and key not in planned:
+            shape = tuple(base[name].shape)
+            planned[key] = Planned(dtype, shape, partial(torch.zeros, shape, dtype=dtype))
+    return PlannedTensors(planned)
 
 
 # -- low rank ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Kept:
+class EnergyKept:
     """What a low-rank file holds of some difference.
 
     energy: the squared Frobenius norm of the difference. held: of that, what the file holds. ranks: of the layers that
@@ -132,7 +119,7 @@ class Kept:
         return self.held / self.energy
 
     @classmethod
-    def of(cls, parts: Iterable[Kept]) -> Kept:
+    def of(cls, parts: Iterable[EnergyKept]) -> EnergyKept:
         """Several together."""
         parts = list(parts)
         ranks = tuple(rank for part in parts for rank in part.ranks)
@@ -140,28 +127,29 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Account:
-    """What a low-rank file holds of each parameter that changed. layers: diffusers name → Kept, in the UNet's order.
+class LowRankReport:
+    """What a low-rank file holds of each parameter that changed.
 
-    size: bytes of its tensors; full_size: of what the full difference would take.
+    layers: diffusers name → EnergyKept, in the network's order. size: bytes of its tensors;
+    full_size: of what the full difference would take.
     """
 
-    layers: dict[str, Kept]
+    layers: dict[str, EnergyKept]
     size: int
     full_size: int
 
     @property
-    def groups(self) -> dict[str, Kept]:
+    def groups(self) -> dict[str, EnergyKept]:
         """The same per block and kind of layer, such as "up_blocks.1 attn2": see `group_of`."""
-        members: dict[str, list[Kept]] = {}
+        members: dict[str, list[EnergyKept]] = {}
         for name, kept in self.layers.items():
             members.setdefault(group_of(name), []).append(kept)
-        return {group: Kept.of(parts) for group, parts in members.items()}
+        return {group: EnergyKept.of(parts) for group, parts in members.items()}
 
     @property
-    def total(self) -> Kept:
+    def total(self) -> EnergyKept:
         """The same in all."""
-        return Kept.of(self.layers.values())
+        return EnergyKept.of(self.layers.values())
 
     @property
     def left_out(self) -> list[str]:
@@ -184,7 +172,7 @@ class Account:
         `bytes` and `bytes_in_full`: of its tensors, and of the full difference's.
         """
 
-        def row(kept: Kept) -> dict[str, Any]:
+        def row(kept: EnergyKept) -> dict[str, Any]:
             return {"kept": kept.share, "ranks": [min(kept.ranks), max(kept.ranks)] if kept.ranks else None}
 
         return {
@@ -204,7 +192,7 @@ def low_rank(
     rank: int | None = None,
     energy: float | None = None,
     dtype: torch.dtype = torch.float16,
-) -> tuple[dict[str, Tensor], Account]:
+) -> tuple[dict[str, Tensor], LowRankReport]:
     """Stock key → tensor of a LoRA, and what it holds.
 
     Each changed linear or convolution (out, in[, kh, kw]), as a matrix (out, in·kh·kw), becomes `.lora_up.weight`
@@ -216,14 +204,14 @@ def low_rank(
     check_rank(rank, energy)
     keys = module_keys(base)
     found: dict[str, Tensor] = {}
-    layers: dict[str, Kept] = {}
+    layers: dict[str, EnergyKept] = {}
     full_size = 0
     for name, difference in _differences(base, changed):
         full_size += difference.numel() * dtype.itemsize
         if difference.dim() < 2:
-            layers[name] = Kept(float(difference.square().sum()), 0.0, ())
+            layers[name] = EnergyKept(float(difference.square().sum()), 0.0, ())
             continue
-        up, down, layers[name] = _nearest(difference.flatten(1), rank, energy)
+        up, down, layers[name] = _truncated_svd(difference.flatten(1), rank, energy)
         r, ones = up.shape[1], (1,) * (difference.dim() - 2)
         found[f"{keys[name]}.lora_up.weight"] = _cast(up.reshape(-1, r, *ones), dtype, name)
         found[f"{keys[name]}.lora_down.weight"] = _cast(down.reshape(r, *difference.shape[1:]), dtype, name)
@@ -231,21 +219,23 @@ def low_rank(
     if not layers:
         raise _nothing_changed()
     if not found:
-        raise ModelError("only norms and biases changed, which low rank cannot hold: write the full difference")
-    return found, Account(layers, sum(t.numel() * t.element_size() for t in found.values()), full_size)
+        raise ModelError(
+            "only norms and biases changed, which low rank cannot hold", advice="Write the full difference"
+        )
+    return found, LowRankReport(layers, sum(t.numel() * t.element_size() for t in found.values()), full_size)
 
 
 def check_rank(rank: int | None, energy: float | None) -> None:
     """Raises ConfigError unless there is one of the two, in its range."""
     if (rank is None) == (energy is None):
-        raise ConfigError("a low-rank file takes either a rank or an energy: give one of them")
+        raise ConfigError("a low-rank file needs either a rank or an energy", advice="Give one of {rank} and {energy}")
     if rank is not None and rank < 1:
-        raise ConfigError(f"the rank is {rank}, but must be at least 1")
+        raise ConfigError(f"is {rank}, but must be at least 1", option="rank")
     if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"the energy is {energy}, but must be over 0 and at most 1")
+        raise ConfigError(f"is {energy}, but must be over 0 and at most 1", option="energy")
 
 
-def _nearest(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Kept]:
+def _truncated_svd(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, EnergyKept]:
     """(up (out, r), down (r, n), what they hold) of a float64 matrix (out, n) that is not zero.
 
     From the eigenvectors of the smaller side's Gram matrix: as exact as an SVD far beyond float16's precision, and many
@@ -263,7 +253,7 @@ def _nearest(matrix: Tensor, rank: int | None, energy: float | None) -> tuple[Te
     scale = rows.norm(dim=1).sqrt()
     left, right = basis * scale, rows / scale[:, None]
     up, down = (right.T, left.T) if tall else (left, right)
-    return up, down, Kept(float(sums[-1]), float(sums[r - 1]), (r,))
+    return up, down, EnergyKept(float(sums[-1]), float(sums[r - 1]), (r,))
 
 
 def group_of(name: str) -> str:
@@ -290,7 +280,7 @@ def _differences(base: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> I
     """(name, new − old in float64) of each tensor that differs, in the base's order."""
     lone = sorted(set(changed) - set(base))
     if lone:
-        raise ModelError(f"the base holds no {', '.join(lone[:3])}: give the model that was changed")
+        raise ModelError(f"the base has no {some(lone)}", advice="Give the model that was changed")
     for name in base:
         if name in changed and (difference := _difference(base, changed, name)).any():
             yield name, difference
@@ -302,19 +292,25 @@ def _difference(base: Mapping[str, Tensor], changed: Mapping[str, Tensor], name:
         raise ModelError(f"{name} is {list(old.shape)} in the base and {list(new.shape)} in the changed model")
     difference = new.detach().cpu().double() - old.detach().cpu().double()
     if not torch.isfinite(difference).all():
-        raise ModelError(f"{name} holds a difference that is not finite: one of the two models is damaged")
+        raise ModelError(f"the difference of {name} is not finite: one of the two models is damaged")
     return difference
+
+
+def _cast_difference(
+    base: Mapping[str, Tensor], changed: Mapping[str, Tensor], name: str, dtype: torch.dtype
+) -> Tensor:
+    return _cast(_difference(base, changed, name), dtype, name)
 
 
 def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     result = value.to(dtype).contiguous()
     if not torch.isfinite(result).all():
-        raise ModelError(f"{name} holds a difference up to {float(value.abs().max()):.3g}, too large for {dtype}")
+        raise ModelError(f"the difference of {name} reaches {float(value.abs().max()):.3g}, too large for {dtype}")
     return result
 
 
 def _nothing_changed() -> ModelError:
-    return ModelError("nothing changed between the two models: there is no difference to write")
+    return ModelError("the two models are equal: there is no difference to write")
 
 
 ENERGY = 0.9  # of a low-rank file where nothing else is asked for
@@ -334,20 +330,19 @@ def write_stock(
     rank: int | None = None,
     energy: float | None = None,
     progress: Progress = silent,
-) -> Account | None:
+) -> LowRankReport | None:
     """Write a stock loader's file, low-rank or full by its name; returns what a low-rank one holds.
 
     base: the whole UNet. changed: its tensors that differ, as they are to be. rank, energy: of the low-rank file, as in
     `low_rank`; without either, ranks that keep 90 % of the difference.
     """
-    told = ReportingMapping(changed, Stage.COMPARING, progress)
     held = {**notes, **host_metadata(base)}
     if path.name.endswith(DIFF):
-        made = full_difference(base, told)
-        made = replace(made, changed=changed)  # (from here on it is the writing that is told)
-        safetensors_io.write_lazily(path, made.described, ReportingMapping(made, Stage.WRITING, progress), held)
+        made = full_difference(base, changed, progress=progress)
+        safetensors_io.write_lazily(path, made.described, reporting(made, Stage.WRITING, progress), held)
         return None
-    tensors, account = low_rank(base, told, rank=rank, energy=ENERGY if rank is energy is None else energy)
+    compared = reporting(changed, Stage.COMPARING, progress)
+    tensors, account = low_rank(base, compared, rank=rank, energy=ENERGY if rank is energy is None else energy)
     safetensors_io.write(path, tensors, {**held, "salun.energy_kept": f"{account.total.share:.6f}"})
     if account.warning:
         progress(Event(Stage.WRITING, message=f"{path.name}: {account.warning}"))

@@ -1,4 +1,4 @@
-"""`salun doctor`: what is here, what would fail, and how to mend it."""
+"""`salun doctor`: what is installed, what would fail, and how to fix it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import torch
+from packaging.requirements import Requirement
 
 from salun.compute.device import pick_device, pick_dtype
 from salun.errors import SalunError
@@ -28,7 +29,7 @@ Verdict = Literal["ok", "note", "fails"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. verdict: ok; note: something is not there or not ideal; fails: something will not work.
+    """One check. verdict: ok; note: something is missing or not ideal; fails: something will not work.
 
     advice: what to do, where there is something.
     """
@@ -40,7 +41,7 @@ class Finding:
 
 
 def examine(network: bool = True) -> list[Finding]:
-    """Look at everything that an erasure needs. network: try to reach the hub too (3 s at most)."""
+    """Check everything that an erasure needs. network: try to reach the hub too (3 s at most)."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
         _devices,
@@ -55,10 +56,8 @@ def examine(network: bool = True) -> list[Finding]:
     for check in checks:
         try:
             found += check()
-        except Exception as error:  # a doctor that falls ill says so, and goes on
-            found.append(
-                Finding("looking", f"{type(error).__name__}: {error}", "fails", "this was not expected: report it")
-            )
+        except Exception as error:  # one failing check must not hide the others
+            found.append(Finding("check", f"{type(error).__name__}: {error}", "fails", "unexpected: report it"))
     return found
 
 
@@ -79,20 +78,16 @@ def _versions() -> Iterator[Finding]:
     for line in wanted:
         if "extra ==" in line:
             continue
-        name, _, lowest = line.partition(">=")
+        requirement = Requirement(line)
+        name = requirement.name
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             yield Finding(name, "not installed", "fails", f"pip install '{line}'")
             continue
-        low = _release(version) < _release(lowest)
+        low = not requirement.specifier.contains(version, prereleases=True)
         advice = f"pip install '{line}'" if name != "torch" else "a newer torch: see pytorch.org for your GPU's build"
         yield Finding(name, version, "fails" if low else "ok", advice if low else "")
-
-
-def _release(version: str) -> tuple[int, ...]:
-    parts = version.split("+")[0].split(".")
-    return tuple(int(part) for part in parts[:3] if part.isdigit())
 
 
 def _devices() -> Iterator[Finding]:
@@ -103,10 +98,10 @@ def _devices() -> Iterator[Finding]:
             free, total = torch.cuda.mem_get_info(i)
             name, room = torch.cuda.get_device_name(i), f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
             small = total < 8 * GIB
-            advice = "for SD 1.5 use --low-vram and --batch-size 1 or 2" if small else ""
+            advice = "for SD 1.5 use low_vram and batch_size 1 or 2" if small else ""
             yield Finding(f"GPU {i}", f"{name}, {room}, computes in {dtype}", "note" if small else "ok", advice)
     elif device.type == "mps":
-        yield Finding("GPU", f"Apple's, computes in {dtype}", "note", "not tried by us: if it fails use --device cpu")
+        yield Finding("GPU", f"Apple's, computes in {dtype}", "note", "untested: if it fails use device cpu")
     else:
         advice = ""
         if shutil.which("nvidia-smi"):
@@ -138,7 +133,7 @@ def _attention() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for name, use in (("xformers", "--attention xformers"), ("bitsandbytes", "--optimizer adam8bit")):
+    for name, use in (("xformers", "attention xformers"), ("bitsandbytes", "optimizer adam8bit")):
         try:
             yield Finding(name, f"{metadata.version(name)}, for {use}")
         except metadata.PackageNotFoundError:
@@ -158,7 +153,7 @@ def _folder(what: str, folder: Path) -> Finding:
     free = shutil.disk_usage(place).free
     text = f"{folder}, {free / GIB:.1f} GiB free"
     if not os.access(place, os.W_OK):
-        return Finding(what, text, "fails", f"{place} cannot be written: use another folder, or mend its permissions")
+        return Finding(what, text, "fails", f"{place} cannot be written: use another folder, or fix its permissions")
     low = free < 10 * GIB
     return Finding(what, text, "note" if low else "ok", "an erased SD 1.5 takes about 10 GiB on the way" if low else "")
 
@@ -191,14 +186,14 @@ def _hub(network: bool) -> Iterator[Finding]:
 
 
 def _erasing() -> Iterator[Finding]:
-    """The whole of an erasure in small, on the device that would be used."""
+    """A complete small erasure on the device that would be used."""
     from salun.diffusion.erase import erase
     from salun.options import EraseOptions
 
     small = EraseOptions(steps=2, batch_size=2, forget_latents=2, retain_latents=2, eval_images=0)
     try:
         run = erase("shapes", "circle", small, cache=Cache(Path(), 0))
-    except Exception as error:  # whatever it is, it is what a user would meet
-        yield Finding("erasing", f"{type(error).__name__}: {error}", "fails", "try --device cpu and --dtype fp32")
+    except Exception as error:  # any error that a user would meet
+        yield Finding("erasing", f"{type(error).__name__}: {error}", "fails", "try device cpu and dtype fp32")
         return
     yield Finding("erasing", f"two steps on the embedded model worked on {run.model.device}")

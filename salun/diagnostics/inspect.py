@@ -1,10 +1,9 @@
-"""`salun inspect`: what is this file or folder, and which layers does it touch?"""
+"""`salun inspect`: what a file or folder is, and which layers it affects."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.hashing import base_hash
-from salun.checkpoints.lazy_tensors import Stored
+from salun.checkpoints.lazy_tensors import LazyTensors
 from salun.checkpoints.outputs import DELTA
-from salun.checkpoints.single_file import other_kind
+from salun.checkpoints.single_file import is_bare_network
 from salun.delta import delta as deltas
-from salun.diffusion.model.loading import Description, describe
+from salun.diffusion.model.loading import ModelSpec, describe
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.reevaluate import file_of, read_finished
 from salun.errors import ConfigError, ModelError
@@ -37,7 +36,7 @@ def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
     """
     place = Path(path).expanduser()
     if path.endswith(DELTA) and not place.exists():
-        raise ModelError(f"there is no delta {path}")
+        raise ModelError(f"{path} does not exist")
     if os.path.lexists(place / "run.json"):
         record = read_finished(place)
         delta = file_of(record, place, "delta")
@@ -48,87 +47,74 @@ def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
             "model": record["options"]["model"],
             "concept": ", ".join(record["options"]["concept"]),
             "mask": f"{record['mask']['mode']}, {record['mask']['selected']:,} of {record['mask']['total']:,}",
-            **_shares(_layers_of_mask(Mask.load(place / "mask.safetensors"))),
+            **_per_layer(_layers_of_mask(Mask.load(place / "mask.safetensors"))),
             "moved": moved,
         }
     if place.is_file() and place.suffix.lower() == ".safetensors":
-        special = _ours(place)
+        special = _own_format(place)
         if special is not None:
             return special
     return _model(describe(path, options))
 
 
-def _model(found: Description) -> dict[str, Any]:
-    entries = [found.stored.entry(name) for name in found.stored]
-    looked = _Looked(found.stored)
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    entries = [spec.stored.entry(name) for name in spec.stored]
+    not_finite: list[str] = []
+
+    def read(name: str) -> Tensor:
+        tensor = spec.stored[name]
+        if not not_finite and not torch.isfinite(tensor.float()).all():
+            not_finite.append(spec.stored.name_in_file(name))
+        return tensor
+
     facts: dict[str, Any] = {
-        "kind": "single file" if found.contents else "diffusers folder",
-        "path": str(found.stored.path),
-        "family": found.family.name,
-        "prediction_type": found.scheduler_config.get("prediction_type", "epsilon"),
-        "prediction_from": found.prediction_from,
-        "resolution": found.settings.sampling.resolution,
+        "kind": "single file" if spec.contents else "diffusers folder",
+        "path": str(spec.stored.path),
+        "family": spec.family.name,
+        "prediction_type": spec.scheduler_config.get("prediction_type", "epsilon"),
+        "prediction_from": spec.prediction_from,
+        "resolution": spec.settings.sampling.resolution,
         "unet_parameters": sum(prod(entry.shape) for entry in entries),
         "unet_dtypes": ", ".join(f"{dtype} × {n}" for dtype, n in sorted(Counter(e.dtype for e in entries).items())),
-        "base_hash": base_hash(looked),
-        "detector": found.settings.detector.name if found.settings.detector else None,
-        "vocabulary": sorted(found.settings.vocabulary.attributes) if found.settings.vocabulary else None,
+        "base_hash": base_hash(LazyTensors(spec.stored, read)),
+        "detector": spec.settings.detector.name if spec.settings.detector else None,
+        "vocabulary": sorted(spec.settings.vocabulary.attributes) if spec.settings.vocabulary else None,
     }
-    if found.settings.few_steps is not None:
-        facts["few_steps"] = found.settings.few_steps.text
-    if found.contents is not None:
-        contents = found.contents
-        missing = "from --components" if found.folder else "missing: --components names a folder or hub id that has one"
+    if spec.settings.few_steps is not None:
+        facts["few_steps"] = spec.settings.few_steps.text
+    if spec.contents is not None:
+        contents = spec.contents
+        missing = "from components" if spec.folder else "missing: components gives a folder or hub id that has one"
         facts["vae"] = "yes" if contents.has_vae else missing
         facts["text_encoders"] = ", ".join("yes" if there else missing for there in contents.text)
         facts["ema"] = f"{len(contents.ema)} tensors, a second copy of the weights" if contents.ema else "none"
         facts["other_tensors"] = len(contents.others)
         facts |= {name: text for name, text in contents.header.metadata.items() if name.startswith("salun.")}
-    facts["verdict"] = _verdict(found, looked.not_finite)
+    facts["verdict"] = _verdict(spec, not_finite)
     return facts
 
 
-class _Looked(Mapping[str, Tensor]):
-    """A UNet's tensors, which remembers the first that holds NaN or infinity."""
-
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-        self.not_finite: str | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._stored[name]
-        if self.not_finite is None and not torch.isfinite(tensor.float()).all():
-            self.not_finite = self._stored.inner(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-
-def _verdict(found: Description, not_finite: str | None) -> str:
+def _verdict(spec: ModelSpec, not_finite: list[str]) -> str:
     """Whether it can be erased from, as far as names, shapes and the UNet's values tell, or what is in the way."""
     from salun.diffusion.model.loading import check_folder
     from salun.diffusion.model.single_file import check_parts
 
     lacking: list[str] = []
     try:
-        checked(found.name, "--model")
-        if not_finite is not None:
-            raise ModelError(f"{found.stored.path}: {not_finite} holds NaN or infinity: it is damaged")
-        schedule_of(found.scheduler_config, found.name)
-        if found.contents is None:
-            check_folder(found)
+        checked(spec.name, "model")
+        if not_finite:
+            raise ModelError(f"{spec.stored.path}: {not_finite[0]} is not finite (NaN or infinity)")
+        schedule_of(spec.scheduler_config, spec.name)
+        if spec.contents is None:
+            check_folder(spec)
         else:
-            lacking = check_parts(found.contents, found.folder, found.scheduler_config["prediction_type"])
+            lacking = check_parts(spec.contents, spec.folder, spec.scheduler_config["prediction_type"])
     except (ConfigError, ModelError) as error:
         return str(error)
-    return "salun can erase from it" + (" with --components, which gives what is missing" if lacking else "")
+    return "salun can erase from it" + (" with components that give what is missing" if lacking else "")
 
 
-def _ours(place: Path) -> dict[str, Any] | None:
+def _own_format(place: Path) -> dict[str, Any] | None:
     """A mask, a delta or a UNet's weights alone; None for anything else."""
     header = safetensors_io.read_header(place)
     kind = header.metadata.get("format")
@@ -140,11 +126,11 @@ def _ours(place: Path) -> dict[str, Any] | None:
             "selected": mask.selected,
             "total": mask.total,
             "density": mask.density,  # as counted; the metadata's is the one asked for
-            **_shares(_layers_of_mask(mask)),
+            **_per_layer(_layers_of_mask(mask)),
         }
     if kind == deltas.FORMAT:
         return _delta(place)
-    if any(name.startswith("down_blocks.") for name in header.names) and "a UNet alone" in (other_kind(header) or ""):
+    if is_bare_network(header):
         return {"kind": "UNet weights (diffusers names)", "tensors": len(header.names), **header.metadata}
     return None
 
@@ -165,7 +151,7 @@ def overlap(one: str, other: str) -> dict[str, Any]:
         "by_chance": a * b / (a + b - a * b) if a or b else 1.0,
         "in_both": both.selected,
         "in_either": either.selected,
-        **_shares(counts),
+        **_per_layer(counts),
     }
 
 
@@ -184,7 +170,7 @@ def _delta(place: Path) -> dict[str, Any]:
         "tensors": len(delta.names),
         "base_hash": delta.base_hash,
         "result_hash": delta.result_hash,
-        **_shares(layers),
+        **_per_layer(layers),
     }
 
 
@@ -192,7 +178,7 @@ def _layers_of_mask(mask: Mask) -> dict[str, tuple[int, int]]:
     return {name: (count, prod(mask.shapes[name])) for name, count in mask.counts().items()}
 
 
-def _shares(layers: dict[str, tuple[int, int]]) -> dict[str, dict[str, list[int]]]:
+def _per_layer(layers: dict[str, tuple[int, int]]) -> dict[str, dict[str, list[int]]]:
     return {
         "blocks": {block: list(row) for block, row in per_block(layers).items()},
         "layers": {name: list(row) for name, row in layers.items()},

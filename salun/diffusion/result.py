@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from salun.checkpoints import safetensors_io
-from salun.checkpoints.diffusers_folder import links_out
+from salun.checkpoints import diffusers_folder, safetensors_io
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.outputs import output_layout
-from salun.checkpoints.patch import external_links, left_out
+from salun.checkpoints.patch import excluded_weights, external_links
 from salun.compute.environment import peak_memory
 from salun.delta.delta import Delta, applied_metadata
 from salun.diffusion.context import RunContext
@@ -213,10 +212,10 @@ def _note_exclusions(run: Run, targets: list[str], context: RunContext) -> None:
     same_layout = ("file" if stored.single else "folder") in layouts
     links = external_links(stored) if same_layout else []
     if model.components is not None and context.outputs and "folder" in layouts:
-        links += links_out(model.components)
+        links += diffusers_folder.external_links(model.components)
     if links:
         run.record.notes.append(f"skipped, as links that lead out of the model: {some(links)}")
-    excluded = [] if stored.single and run.plan.options.keep_ema else left_out(stored)
+    excluded = [] if stored.single and run.plan.options.keep_ema else excluded_weights(stored)
     if excluded and same_layout:
         what = f"{len(excluded)} EMA tensors (keep_ema keeps them)" if stored.single else ", ".join(excluded)
         context.note(Stage.SAVING, f"not in the erased model, since they hold the concept: {what}")
@@ -232,4 +231,4 @@ def _energy_note(file: Path, shown: str) -> str:
 
 
 def _shown(stored: Stored, file: Path) -> str:
-    return file.name if stored.single else f"unet/{file.name}"
+    return file.name if stored.single else f"{stored.part}/{file.name}"

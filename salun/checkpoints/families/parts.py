@@ -30,7 +30,7 @@ def vae_config(shapes: Shapes, vae: Vae) -> dict[str, Any]:
             **asdict(vae),
         }
     except (KeyError, IndexError, ValueError) as error:
-        raise ModelError(f"the VAE lacks or has misshapen tensors ({error}): it is not whole") from error
+        raise ModelError(f"the VAE lacks or has misshapen tensors ({error}): it is incomplete") from error
 
 
 def text_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
@@ -42,30 +42,30 @@ def text_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
     bare = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
     try:
         if "token_embedding.weight" in bare:  # OpenCLIP
-            words, width = bare["token_embedding.weight"]
-            places = bare["positional_embedding"][0]
+            tokens, width = bare["token_embedding.weight"]
+            positions = bare["positional_embedding"][0]
             layers = count(bare, r"transformer\.resblocks\.{}\.")
-            inner = bare["transformer.resblocks.0.mlp.c_fc.weight"][0]
+            hidden = bare["transformer.resblocks.0.mlp.c_fc.weight"][0]
         else:
-            words, width = bare["embeddings.token_embedding.weight"]
-            places = bare["embeddings.position_embedding.weight"][0]
+            tokens, width = bare["embeddings.token_embedding.weight"]
+            positions = bare["embeddings.position_embedding.weight"][0]
             layers = count(bare, r"encoder\.layers\.{}\.")
-            inner = bare["encoder.layers.0.mlp.fc1.weight"][0]
+            hidden = bare["encoder.layers.0.mlp.fc1.weight"][0]
         projection = bare.get("text_projection.weight", bare.get("text_projection", (width, width))[::-1])[0]
     except (KeyError, IndexError, ValueError) as error:
-        raise ModelError(f"the text encoder lacks or has misshapen tensors ({error}): it is not whole") from error
+        raise ModelError(f"the text encoder lacks or has misshapen tensors ({error}): it is incomplete") from error
     if width == encoder.width and layers not in encoder.layers:
-        due = " or ".join(map(str, encoder.layers))
-        raise ModelError(f"a text encoder stores {layers} layers, where {due} are expected: it is not whole")
+        expected = " or ".join(map(str, encoder.layers))
+        raise ModelError(f"a text encoder stores {layers} layers, where {expected} are expected")
     return {
-        "vocab_size": words,
+        "vocab_size": tokens,
         "hidden_size": width,
-        "intermediate_size": inner,
+        "intermediate_size": hidden,
         "projection_dim": projection,
         "num_hidden_layers": min(layers, encoder.used_layers or layers),
         "num_attention_heads": max(width // 64, 1),
-        "max_position_embeddings": places,
+        "max_position_embeddings": positions,
         "hidden_act": encoder.hidden_act,
-        "bos_token_id": words - 2,
-        "eos_token_id": words - 1,
+        "bos_token_id": tokens - 2,
+        "eos_token_id": tokens - 1,
     }

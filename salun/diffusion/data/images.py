@@ -17,9 +17,10 @@ from torch import Tensor
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.errors import DataError
 from salun.files import sha256_file
-from salun.images import NOT_AN_IMAGE, Listing, counted, list_images, read_image, read_text, shown, white_level
+from salun.images import NOT_AN_IMAGE, Listing, counted, list_images, read_image, shown, white_level
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache, key_of
+from salun.untrusted import read_start
 from salun.user_text import as_spelled, prompt_text, syntax_note
 
 _LONGEST_CAPTION = 2000  # characters
@@ -59,7 +60,7 @@ def folder_digest(folder: Path) -> str:
     for path in image_files(folder).files:
         digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0")
         digest.update(bytes.fromhex(sha256_file(path)))
-        text = read_text(path.with_suffix(".txt"), _LONGEST_CAPTION)
+        text = read_start(path.with_suffix(".txt"), _LONGEST_CAPTION)
         if text is not None:
             digest.update(os.fsencode(path.with_suffix(".txt").relative_to(folder).as_posix()) + b"\0")
             digest.update(hashlib.sha256(text.encode()).digest())
@@ -147,7 +148,7 @@ def square(image: Any, side: int) -> np.ndarray:
 
 def _caption(path: Path) -> str | None:
     """The text of an image's .txt file, on one line; None where there is none."""
-    text = read_text(path.with_suffix(".txt"), _LONGEST_CAPTION)
+    text = read_start(path.with_suffix(".txt"), _LONGEST_CAPTION)
     return prompt_text(" ".join(text.split())) or None if text is not None else None
 
 

@@ -13,7 +13,7 @@ CLIP_TOKENS = 77
 
 
 def clip_tokenizer(pad_token: str) -> Any:
-    """CLIP's tokenizer, from its merges alone: its words are the 256 bytes, those at a word's end, and the merges."""
+    """CLIP's tokenizer, from its merges alone: its tokens are the 256 bytes, those at a word's end, and the merges."""
     from transformers import CLIPTokenizer
 
     with tempfile.TemporaryDirectory() as place:
@@ -27,12 +27,12 @@ def write_clip_tokenizer(folder: Path, pad_token: str) -> None:
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(code) for code in plain] + [chr(256 + i) for i in range(256 - len(plain))]  # in GPT-2's order
     joined = [line.replace(" ", "") for line in merges.splitlines()[1:] if line]
-    words = [*letters, *(letter + "</w>" for letter in letters), *joined, "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *joined, "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(exist_ok=True)
-    vocabulary = json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False)
+    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
     (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     (folder / "merges.txt").write_bytes(merges.encode("utf-8"))
-    # a mark at a word's end is a word of its own for CLIP, not padding
+    # a mark at a word's end is a token of its own for CLIP, not padding
     pad = {"content": pad_token, "single_word": True, "special": True, "normalized": False}
     settings = {
         "tokenizer_class": "CLIPTokenizer",
@@ -41,6 +41,6 @@ def write_clip_tokenizer(folder: Path, pad_token: str) -> None:
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
-        "added_tokens_decoder": {str(words.index(pad_token)): {**pad, "lstrip": False, "rstrip": False}},
+        "added_tokens_decoder": {str(tokens.index(pad_token)): {**pad, "lstrip": False, "rstrip": False}},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -15,11 +15,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from salun.checkpoints.diffusers_folder import open_part
+from salun.checkpoints.diffusers_folder import open_component
 from salun.checkpoints.safetensors_io import truncated
 from salun.checkpoints.sizes import check_size, first_line
 from salun.errors import ModelError
-from salun.untrusted import read_json, read_text
+from salun.untrusted import read_json_object, read_text
 
 LARGEST = 1_000_000  # of whole numbers: widths, tokens, timesteps
 LONGEST_LIST = 10_000
@@ -45,16 +45,14 @@ def library_class(name: str) -> Any:
 def read_object(path: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of the model `name`. Raises ModelError."""
     try:
-        data = read_json(path)
+        data = read_json_object(path)
     except FileNotFoundError as error:
-        raise ModelError(f"{name} is no diffusers model: {path} is missing") from error
+        raise ModelError(f"{name} is not a diffusers model: {path} is missing") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {first_line(error)}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is damaged: expected a JSON object")
     for key in FORBIDDEN:
         if data.get(key):
-            raise ModelError(f"{path} has {key}, which can load code from elsewhere: salun does not follow it")
+            raise ModelError(f"{path} has {key}, which can load code from elsewhere and is not followed")
     return data
 
 
@@ -64,7 +62,7 @@ def read_scheduler(path: Path, name: str) -> dict[str, Any]:
     _check_class(config, re.compile(r"[A-Za-z0-9]{1,60}Scheduler"), path)
     for key, kinds in (("prediction_type", str), ("rescale_betas_zero_snr", bool | None)):
         if key in config and not isinstance(config[key], kinds):
-            raise _wrong(path, key, config[key], "a text" if kinds is str else "true or false")
+            raise _wrong(path, key, config[key], "a string" if kinds is str else "true or false")
     if config.get("_class_name") == "DPMSolverMultistepScheduler":
         from diffusers import DPMSolverMultistepScheduler
 
@@ -125,7 +123,7 @@ def _text(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             continue
         fits = _is_number(value) if kind is float else type(value) is kind
         if not fits or (kind is int and not -1 <= value <= LARGEST):
-            raise _wrong(path, key, value, {int: "a whole number", str: "a text", float: "a number"}[kind])
+            raise _wrong(path, key, value, {int: "an integer", str: "a string", float: "a number"}[kind])
         checked[key] = value
     return checked
 
@@ -137,9 +135,9 @@ def check_part(kind: Any, folder: Path, name: str) -> Any:
     """
     path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{folder} holds an adapter (adapter_config.json) that names another model: remove it")
+        raise ModelError(f"{folder} has an adapter (adapter_config.json) of another model", advice="Remove it")
     config = check_config(read_object(path, name), kind, path)
-    stored = open_part(folder)
+    stored = open_component(folder)
     held = sum(prod(stored.entry(tensor).shape) for tensor in stored)
     if not kind.__name__.startswith("CLIPText"):
         check_size(lambda: kind.from_config(config), held, path)
@@ -180,9 +178,9 @@ def check_tokenizer_fits(tokenizer: Any, encoder: Any, name: str) -> None:
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     highest = max(tokenizer.get_vocab().values(), default=0)
     if any(type(token) is not int for token in ends):
-        raise ModelError(f"{name}: its tokenizer has no token for the start, the end or the padding of a prompt")
+        raise ModelError(f"{name}: its tokenizer has no start, end or padding token")
     if highest >= known:
-        raise ModelError(f"{name}: its tokenizer has tokens up to {highest}, its text encoder {known} embeddings")
+        raise ModelError(f"{name}: its tokenizer has tokens up to {highest}, but its text encoder {known} embeddings")
     if places < 3:
         raise ModelError(f"{name}: its text encoder takes {places} tokens; at least 3 are needed")
     length = tokenizer.model_max_length

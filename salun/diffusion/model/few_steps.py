@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,12 +25,15 @@ class FewSteps:
     sampling_guidance: float
     sampler: str
 
-    def line(self, prefix: str = "--sampling-") -> str:
-        """The hint in one line. prefix: of the options for steps and guidance."""
-        options = f"{prefix}steps {self.sampling_steps} {prefix}guidance {self.sampling_guidance:g}"
+    def line(self, prefix: str = "sampling_", spell: Callable[[str], str] = str) -> str:
+        """The hint in one line. prefix: of the options for steps and guidance. spell: how the host spells options."""
+        steps, guidance = spell(f"{prefix}steps"), spell(f"{prefix}guidance")
+        options = (
+            f"{steps} {self.sampling_steps} {guidance} {self.sampling_guidance:g} {spell('sampler')} {self.sampler}"
+        )
         return (
-            f"{self.source} says {self.sign!r}: a few-step model comes out burnt at the usual steps and guidance. "
-            f"If this is one, add {options} --sampler {self.sampler}"
+            f"{self.source} contains {self.sign!r}: few-step models give burnt images at the usual steps and guidance. "
+            f"If this is one, use {options}"
         )
 
     @property

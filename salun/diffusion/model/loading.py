@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from salun.checkpoints.diffusers_folder import check_links, check_tokenizer, open_part
+from salun.checkpoints.diffusers_folder import check_links, check_tokenizer, open_component
 from salun.checkpoints.families.family import Family, numbered
 from salun.checkpoints.families.registry import FAMILIES, families_of
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.locate import find
-from salun.checkpoints.pickled import readable
+from salun.checkpoints.pickled import as_safetensors
 from salun.checkpoints.safetensors_io import truncated
-from salun.checkpoints.single_file import UNCONDITIONED, Contents, open_folder, shapes_of
+from salun.checkpoints.single_file import UNCONDITIONED, CheckpointContents, open_folder, shapes_of
 from salun.compute.device import pick_device, pick_dtype
 from salun.diffusion.model.configs import (
     check_config,
@@ -31,7 +31,7 @@ from salun.diffusion.model.configs import (
     read_scheduler,
 )
 from salun.diffusion.model.few_steps import find_few_steps
-from salun.diffusion.model.parts import whole
+from salun.diffusion.model.parts import load_strict
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, read_settings
 from salun.diffusion.model.stable_diffusion import Model
@@ -41,12 +41,12 @@ from salun.options import ModelOptions
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelSpec:
     """A model on disk, read without loading weights.
 
     contents: what a single file holds; None for a folder. folder: the diffusers folder
-    that tells configs and tokenizer: the model's own, or a single file's --components if it has some.
-    prediction_from: how the scheduler's prediction type is known.
+    with configs and tokenizer: the model's own, or the `components` of a single file.
+    prediction_from: the source of the scheduler's prediction type.
     """
 
     name: str
@@ -55,31 +55,34 @@ class Description:
     settings: ModelSettings
     scheduler_config: dict[str, Any]
     prediction_from: str
-    contents: Contents | None
+    contents: CheckpointContents | None
     folder: Path | None
 
 
-def describe(name: str, options: ModelOptions | None = None) -> Description:
+def describe(name: str, options: ModelOptions | None = None) -> ModelSpec:
     """Find a model and read what its files say of it. Raises ModelError for what salun cannot handle."""
     options = options or ModelOptions()
     path, entry = find(name, options.models_dir)
     if path.is_dir():
         if options.components is not None:
-            raise ConfigError(f"--components is for single files; {name} is a folder and has its own")
+            raise ConfigError(f"is only for single files, but {name} is a folder", option="components")
         return _described_folder(name, path, entry, options)
-    contents = Contents.of(readable(path, options.allow_pickle))
+    contents = CheckpointContents.of(as_safetensors(path, options.allow_pickle))
     folder = None
     if options.components is not None:
         folder, entry = find(options.components, options.models_dir, unet=False)
         family = _family_of_folder(options.components, folder)
         if family != contents.family:
-            raise ModelError(f"--components {options.components} is of the family {family}, not {contents.family}")
+            raise ModelError(
+                f"is {options.components} of the family {family}, but {name} is of {contents.family}",
+                option="components",
+            )
     guess, source = contents.prediction
-    if folder is not None and contents.told_prediction is None:
+    if folder is not None and contents.declared_prediction_type is None:
         scheduler = read_scheduler(folder / "scheduler" / "scheduler_config.json", str(options.components))
-        guess, source = str(scheduler.get("prediction_type", "epsilon")), "the scheduler config of --components"
+        guess, source = str(scheduler.get("prediction_type", "epsilon")), "the scheduler config of components"
     if options.prediction_type is not None:
-        guess, source = options.prediction_type, "--prediction-type"
+        guess, source = options.prediction_type, "prediction_type"
     if folder is not None:
         scheduler = {**read_scheduler(folder / "scheduler" / "scheduler_config.json", name), "prediction_type": guess}
         if contents.zero_snr:
@@ -92,13 +95,13 @@ def describe(name: str, options: ModelOptions | None = None) -> Description:
     settings = read_settings(folder, contents.family.name, entry, side)
     few_steps = find_few_steps({"the file name": path.name}, contents.header.metadata, scheduler)
     settings = replace(settings, few_steps=few_steps)
-    return Description(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
+    return ModelSpec(name, contents.unet, contents.family, settings, scheduler, source, contents, folder)
 
 
 def _family_of_folder(name: str, folder: Path) -> Family:
     """By its configs alone. Raises ModelError for what salun does not handle."""
     if not folder.is_dir():
-        raise ModelError(f"{folder} is a single file, where a diffusers folder or hub id is wanted")
+        raise ModelError(f"is {folder}, which is a single file, not a diffusers folder", option="components")
     if (folder / "model_index.json").is_file():
         check_links(folder)
     pipeline = str(read_object(folder / "model_index.json", name).get("_class_name"))
@@ -118,16 +121,16 @@ def _network_config(folder: Path, family: Family, name: str) -> dict[str, Any]:
     return check_config(read_object(path, name), library_class(family.network.class_name), path)
 
 
-def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> Description:
+def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options: ModelOptions) -> ModelSpec:
     family = _family_of_folder(name, folder)
     scheduler, source = read_scheduler(folder / "scheduler" / "scheduler_config.json", name), "its scheduler config"
     if options.prediction_type is not None:
-        scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "--prediction-type"
+        scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "prediction_type"
     stored = open_folder(folder)
     settings = read_settings(folder, family.name, entry, _resolution(folder, family, name))
     names = {"the model name": Path(name).name, "the folder name": folder.name}
     settings = replace(settings, few_steps=find_few_steps(names, stored.metadata, scheduler))
-    return Description(name, stored, family, settings, scheduler, source, None, folder)
+    return ModelSpec(name, stored, family, settings, scheduler, source, None, folder)
 
 
 def _resolution(folder: Path, family: Family, name: str) -> int | None:
@@ -142,67 +145,67 @@ def _resolution(folder: Path, family: Family, name: str) -> int | None:
 def load(name: str, device: str = "auto", dtype: str = "auto", **given: Any) -> Model:
     """Load a model: an alias (`salun models`), a hub id, a diffusers folder, or a single `.safetensors` file.
 
-    device, dtype and what else may be given: the fields of `ModelOptions`. Raises ModelError saying what to do if the
-    model is missing, not whole, or of another kind.
+    The arguments are the fields of `ModelOptions`. Raises ModelError for a model that is missing, incomplete or
+    unsupported.
     """
     return load_with(name, ModelOptions(device=device, dtype=dtype, **given))
 
 
 def load_with(name: str, options: ModelOptions) -> Model:
-    """`load`, from options that may say more than how to load."""
+    """`load`, from options of which those of `ModelOptions` count."""
     own = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
-    found = describe(name, own)
-    schedule_of(found.scheduler_config, name)  # before minutes of loading
-    _check_detector(found.settings, name)
+    spec = describe(name, own)
+    schedule_of(spec.scheduler_config, name)  # before minutes of loading
+    _check_detector(spec.settings, name)
     where = pick_device(own.device)
     precision = pick_dtype(own.dtype, where)
     _quiet()
-    if found.contents is None:
-        parts = _load_folder(found, precision)
+    if spec.contents is None:
+        parts = _load_folder(spec, precision)
     else:
         from salun.diffusion.model.single_file import load_parts
 
-        parts = load_parts(found.contents, found.folder, found.scheduler_config["prediction_type"], precision)
+        parts = load_parts(spec.contents, spec.folder, spec.scheduler_config["prediction_type"], precision)
     unet, vae, encoders, tokenizers = parts
-    _check_fit(found, *parts)
+    _check_fit(spec, *parts)
     for module in (unet, vae, *encoders):
         module.eval().requires_grad_(False)
     unet.to(where)  # the others come when they are needed
     bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
     if bad is not None:
-        raise ModelError(f"{name}: the weight {bad} holds NaN or infinity, so nothing can be computed with it")
-    if not found.family.network.is_conditioned(shapes_of(found.stored)):
+        raise ModelError(f"{name}: the weight {bad} is not finite (NaN or infinity)")
+    if not spec.family.network.is_conditioned(shapes_of(spec.stored)):
         raise ModelError(f"{name} {UNCONDITIONED}")
     return Model(
         name=name,
-        stored=found.stored,
-        family=found.family,
-        settings=found.settings,
+        stored=spec.stored,
+        family=spec.family,
+        settings=spec.settings,
         unet=unet,
         vae=vae,
         text_encoders=encoders,
         tokenizers=tokenizers,
-        scheduler_config=found.scheduler_config,
+        scheduler_config=spec.scheduler_config,
         device=where,
         dtype=precision,
-        contents=found.contents,
-        components=found.folder if found.contents is not None else None,
+        contents=spec.contents,
+        components=spec.folder if spec.contents is not None else None,
     )
 
 
-def _check_fit(found: Description, unet: Any, vae: Any, encoders: list[Any], tokenizers: list[Any]) -> None:
+def _check_fit(spec: ModelSpec, unet: Any, vae: Any, encoders: list[Any], tokenizers: list[Any]) -> None:
     """Raises ModelError for parts that do not belong together."""
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-        check_tokenizer_fits(tokenizer, encoder, found.name)
+        check_tokenizer_fits(tokenizer, encoder, spec.name)
     if vae.config.latent_channels != unet.config.in_channels:
         raise ModelError(
-            f"{found.name}: its VAE has latents of {vae.config.latent_channels} channels, its UNet takes "
+            f"{spec.name}: its VAE has {vae.config.latent_channels} latent channels, but its UNet takes "
             f"{unet.config.in_channels}"
         )
     width = sum(encoder.config.hidden_size for encoder in encoders)
     if unet.config.cross_attention_dim != width:
         raise ModelError(
-            f"{found.name}: its text encoders give {width} features a token, its UNet takes "
+            f"{spec.name}: its text encoders give {width} features a token, but its UNet takes "
             f"{unet.config.cross_attention_dim}"
         )
 
@@ -215,10 +218,7 @@ def _check_detector(settings: ModelSettings, name: str) -> None:
     for attribute, values in settings.vocabulary.attributes.items():
         unknown = [value for value in values if value not in known.get(attribute, [])]
         if unknown:
-            raise DataError(
-                f"{name}: its detector knows no {attribute} {unknown[0]!r}, which its vocabulary has: they do not "
-                "belong together"
-            )
+            raise DataError(f"{name}: its detector does not know the {attribute} {unknown[0]!r} of its vocabulary")
 
 
 def _quiet() -> None:
@@ -235,37 +235,39 @@ Parts = tuple[Any, Any, list[Any], list[Any]]
 """(UNet, VAE, text encoders, tokenizers)."""
 
 
-def _load_folder(found: Description, precision: torch.dtype) -> Parts:
-    folder, family = found.stored.path, found.family
+def _load_folder(spec: ModelSpec, precision: torch.dtype) -> Parts:
+    folder, family = spec.stored.path, spec.family
     encoders = {numbered("text_encoder", i): encoder.class_name for i, encoder in enumerate(family.text)}
     tokenizers = [folder / numbered("tokenizer", i) for i in range(len(encoders))]
     for part in ("vae", *encoders):
-        open_part(folder / part)  # a file that is cut short is told before minutes of loading
+        open_component(folder / part)  # a file that is cut short is reported before minutes of loading
     for tokenizer in tokenizers:
         check_tokenizer(tokenizer)
-    network = whole(library_class(family.network.class_name), folder / family.network.part, torch_dtype=precision)
-    vae = whole(library_class(family.class_name("vae")), folder / "vae", torch_dtype=torch.float32)
-    text = [whole(library_class(kind), folder / part).to(precision) for part, kind in encoders.items()]
+    network = load_strict(library_class(family.network.class_name), folder / family.network.part, torch_dtype=precision)
+    vae = load_strict(library_class(family.class_name("vae")), folder / "vae", torch_dtype=torch.float32)
+    text = [load_strict(library_class(kind), folder / part).to(precision) for part, kind in encoders.items()]
     return network, vae, text, [load_tokenizer(tokenizer) for tokenizer in tokenizers]
 
 
-def check_folder(found: Description) -> None:
+def check_folder(spec: ModelSpec) -> None:
     """Whether a folder has its parts, and its UNet the tensors that its config tells, without reading any value.
 
     Raises ModelError naming what is missing, too much, misshapen or not readable.
     """
     from accelerate import init_empty_weights
 
-    from salun.diffusion.model.parts import agree
+    from salun.diffusion.model.parts import check_state_dict
 
-    folder, stored, family = found.stored.path, found.stored, found.family
-    config, kind = _network_config(folder, family, found.name), library_class(family.network.class_name)
+    folder, stored, family = spec.stored.path, spec.stored, spec.family
+    config, kind = _network_config(folder, family, spec.name), library_class(family.network.class_name)
     place = folder / family.network.part
-    check_part(kind, place, found.name)
+    check_part(kind, place, spec.name)
     with init_empty_weights(include_buffers=False):
         network = kind.from_config(config)
-    agree({n: tuple(p.shape) for n, p in network.named_parameters()}, shapes_of(stored), place, stored.inner)
+    check_state_dict(
+        {n: tuple(p.shape) for n, p in network.named_parameters()}, shapes_of(stored), place, stored.name_in_file
+    )
     for part in ("vae", *(numbered("text_encoder", i) for i in range(len(family.text)))):
-        check_part(library_class(family.class_name(part)), folder / part, found.name)
+        check_part(library_class(family.class_name(part)), folder / part, spec.name)
     for i in range(len(family.text)):
         check_tokenizer(folder / numbered("tokenizer", i))

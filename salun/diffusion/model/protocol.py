@@ -1,4 +1,4 @@
-"""What erasing needs of a diffusion model, whoever provides it: diffusers' UNet here, another host's elsewhere."""
+"""What an erasure needs of a diffusion model, whether it is diffusers' or a host's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Conditioning:
 
     hidden: float (n, tokens, width). extra: further inputs, (n, …) each (SDXL's pooled text and sizes).
     Rows of different length are joined by repeating the shorter: softmax over the same keys k times is softmax over
-    them once, so cross-attention answers as it would have (ComfyUI joins them like this too).
+    them once, so cross-attention's output does not change (ComfyUI joins them like this too).
     """
 
     hidden: Tensor
@@ -111,10 +111,10 @@ class Denoiser(Protocol):
 
 
 class DiffusionModel(Denoiser, Protocol):
-    """All that an erasure needs of a model, beside its answers: samples, pictures, and weights to be lent.
+    """Everything the pipeline needs from a model besides `predict`: sampling, VAE, weight access.
 
-    name: for people. settings: what is known of it beyond its weights. dtype: of the computation. low_vram: whether one
-    sample at a time is computed. vae: what `awake` takes to have the VAE at hand.
+    name: for people. settings: defaults for sampling and training. dtype: of the computation. low_vram: whether to
+    compute one sample at a time. vae: for `awake`.
     """
 
     name: str
@@ -148,15 +148,15 @@ class DiffusionModel(Denoiser, Protocol):
         ...
 
     def temporarily_trainable(self) -> AbstractContextManager[None]:
-        """Within, the live UNet may be trained; afterwards it holds its own weights again."""
+        """Context manager: make the network trainable, and restore its weights on exit."""
         ...
 
     def set_up(self, options: EraseOptions) -> AbstractContextManager[None]:
-        """Within, the model is read, sampled and trained as the options say; afterwards as it was."""
+        """Context manager: encode, sample and train as the options say."""
         ...
 
     def awake(self, *modules: Any) -> AbstractContextManager[None]:
-        """Within, these parts are on the model's device."""
+        """Context manager: these parts are on the model's device."""
         ...
 
     def chunks(self, prompt: str) -> int:
@@ -164,11 +164,11 @@ class DiffusionModel(Denoiser, Protocol):
         ...
 
     def encode_pictures(self, pictures: np.ndarray) -> Tensor:
-        """uint8 pictures (n, H, W, 3) → latents (n, c, h, w), scaled."""
+        """uint8 images (n, H, W, 3) → latents (n, c, h, w), scaled."""
         ...
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (n, c, h, w), scaled → uint8 pictures (n, H, W, 3)."""
+        """Latents (n, c, h, w), scaled → uint8 images (n, H, W, 3)."""
         ...
 
     def denoise(

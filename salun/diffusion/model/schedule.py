@@ -62,17 +62,17 @@ def schedule_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     scheduler = config.get("_class_name", "DDIMScheduler")
     if scheduler not in DEFAULTS:
         raise ModelError(
-            f"{name} has the scheduler {truncated(str(scheduler))!r}, and salun knows no noise schedule of it: it "
-            "handles models that were trained with betas (DDIM, DDPM, PNDM, Euler, DPM-Solver, UniPC, LCM and others)"
+            f"{name} has the unsupported scheduler {truncated(str(scheduler))!r}: salun supports models that were "
+            "trained with betas (DDIM, DDPM, PNDM, Euler, DPM-Solver, UniPC, LCM and others)"
         )
     if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
         what = "use_flow_sigmas" if config.get("use_flow_sigmas") else "timestep_type 'continuous'"
-        raise ModelError(f"the scheduler config of {name} sets {what}, which salun does not handle")
+        raise ModelError(f"the scheduler config of {name} sets {what}, which is not supported")
     return {**_USUAL, **DEFAULTS[scheduler], **{key: config[key] for key in FIELDS if key in config}}
 
 
 def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
-    """ᾱ_t, float32 (T,), from a diffusers scheduler config. Raises ModelError for a schedule salun does not know."""
+    """ᾱ_t, float32 (T,), from a diffusers scheduler config. Raises ModelError for an unsupported one."""
     fields = schedule_fields(config, name)
     steps = fields["num_train_timesteps"]
     if type(steps) is not int or not 2 <= steps <= MOST_TIMESTEPS:
@@ -85,7 +85,7 @@ def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
         betas = _trained(trained, steps, name)
     elif kind not in ("linear", "scaled_linear"):
         known = "linear, scaled_linear and trained_betas"
-        raise ModelError(f"{name} has the noise schedule {truncated(str(kind))!r}; salun handles {known}")
+        raise ModelError(f"{name} has the noise schedule {truncated(str(kind))!r}; salun supports {known}")
     else:
         start, end = (_beta(fields[key], key, name) for key in ("beta_start", "beta_end"))
         power = 2 if kind == "scaled_linear" else 1
@@ -112,7 +112,7 @@ def _is_beta(value: Any) -> bool:
 def _trained(values: Any, steps: int, name: str) -> Tensor:
     """β_t as the config lists them. Raises ModelError unless there is one of each timestep, between 0 and 1."""
     if not isinstance(values, (list, tuple)):
-        raise ModelError(f"the scheduler config of {name} has trained_betas that are no list of numbers")
+        raise ModelError(f"the scheduler config of {name} has trained_betas that are not a list of numbers")
     if len(values) != steps:
         raise ModelError(
             f"the scheduler config of {name} has {len(values)} trained_betas for {steps} num_train_timesteps"

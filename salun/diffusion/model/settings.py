@@ -41,14 +41,16 @@ class ModelSettings:
 
 
 def display_name(name: str) -> str:
-    """A model's name as files may tell it that are passed on: of a path on this machine only the last part."""
+    """A model's name for files that are shared: of a path on this machine only the last part."""
     return Path(name).name if Path(name).expanduser().exists() else name
 
 
 def settings_for(settings: ModelSettings, options: EraseOptions, name: str, multiple: int) -> ModelSettings:
     """The settings with what the options say of sampling. Raises ConfigError for a resolution that is no multiple."""
     if options.resolution is not None and options.resolution % multiple:
-        raise ConfigError(f"--resolution {options.resolution} does not suit {name}: take a multiple of {multiple}")
+        raise ConfigError(
+            f"is {options.resolution}, but must be a multiple of {multiple} for {name}", option="resolution"
+        )
     return replace(settings, sampling=sampling_with(settings.sampling, options))
 
 
@@ -78,7 +80,7 @@ def read_settings(
     papers = own.get("recipes_paper", {} if "recipe" in own else shared.get("recipes_paper", {}))
     detector = own.get("detector")
     if folder is not None and detector is not None and not _is_inside(folder, detector):
-        raise ModelError(f"{path}: detector must be a folder inside the model's own")
+        raise ModelError(f"{path}: detector must be a folder inside the model's folder")
     return ModelSettings(
         sampling=from_mapping(Sampling, merged("sampling"), str(path)),
         recipe=from_mapping(Recipe, merged("recipe"), str(path)),
@@ -100,7 +102,7 @@ def _own_settings(path: Path) -> dict[str, Any]:
     if all(isinstance(section, dict) for section in sections):
         sections += own.get("recipes_paper", {}).values()
     if not all(isinstance(section, dict) for section in sections):
-        raise ModelError(f"{path} cannot be read: expected names and values, as in the one of `shapes`")
+        raise ModelError(f"{path} cannot be read: expected a mapping of names to values, as in that of `shapes`")
     return dict(own)
 
 

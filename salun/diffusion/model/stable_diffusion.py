@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from salun.checkpoints.families.family import Family
 from salun.checkpoints.hashing import base_hash
 from salun.checkpoints.lazy_tensors import Stored
-from salun.checkpoints.single_file import Contents
+from salun.checkpoints.single_file import CheckpointContents
 from salun.diffusion.model import sampler
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.schedule import schedule_of
@@ -49,10 +49,10 @@ class Model:
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
-    clip_skip: int | None = None  # the encoder's layer, counted from the last (1) as WebUIs do; None: the family's own
+    clip_skip: int | None = None  # the encoder's layer, counted from the last (1) as in WebUIs; None: the family's
     low_vram: bool = False
     attention: str = "sdpa"
-    contents: Contents | None = None  # of a single file
+    contents: CheckpointContents | None = None  # of a single file
     components: Path | None = None  # the diffusers folder that a single file's missing parts came from
     altered: bool = False  # whether the live UNet may hold other weights than its files
 
@@ -95,7 +95,8 @@ class Model:
             longest = max(longest, -(-tokens // size))
             if longest > CHUNKS:
                 raise DataError(
-                    f"the prompt {prompt[:40]!r}… has {tokens} tokens, at most {CHUNKS * size} are taken: shorten it"
+                    f"the prompt {prompt[:40]!r}… has {tokens} tokens; the limit is {CHUNKS * size}",
+                    advice="Shorten it",
                 )
         return longest
 
@@ -160,7 +161,7 @@ class Model:
         settings = self.settings.sampling
         return {**sampler.facts(self.scheduler_config, settings), "attention": self.attention}
 
-    # -- pictures -------------------------------------------------------------------------------------------------
+    # -- images -------------------------------------------------------------------------------------------------
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -170,7 +171,7 @@ class Model:
 
     @torch.no_grad()
     def encode_pictures(self, pictures: np.ndarray) -> Tensor:
-        """uint8 pictures (n, H, W, 3) → latents (n, c, h, w), scaled: the mean of the VAE's posterior."""
+        """uint8 images (n, H, W, 3) → latents (n, c, h, w), scaled: the mean of the VAE's posterior."""
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
         with self.awake(self.vae):
             z = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
@@ -180,7 +181,7 @@ class Model:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (n, c, h, w), scaled → uint8 pictures (n, H, W, 3)."""
+        """Latents (n, c, h, w), scaled → uint8 images (n, H, W, 3)."""
         z = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
         with self.awake(self.vae):
             x = self.vae.decode(z.to(self.device, self.vae.dtype)).sample.float()
@@ -201,7 +202,7 @@ class Model:
 
     @cached_property
     def parts_hash(self) -> str:
-        """A hash of all beside the UNet that samples depend on: text encoders, VAE, noise schedule."""
+        """A hash of all that samples depend on besides the UNet: text encoders, VAE, noise schedule."""
         digest = hashlib.sha256(json.dumps(self.scheduler_config, sort_keys=True, default=str).encode())
         for part in (self.vae_hash, *(base_hash(encoder.state_dict()) for encoder in self.text_encoders)):
             digest.update(part.encode())
@@ -216,7 +217,7 @@ class Model:
 
     @contextmanager
     def temporarily_trainable(self) -> Iterator[None]:
-        """Within, the live UNet may be trained; afterwards it holds the files' weights again."""
+        """Context manager: make the network trainable, and restore its files' weights on exit."""
         self.unet.eval().requires_grad_(False)
         if self.altered:  # by `Run.apply`, say
             self.load(self.original())
@@ -228,7 +229,7 @@ class Model:
 
     @contextmanager
     def set_up(self, options: EraseOptions) -> Iterator[None]:
-        """Within, the model is read, sampled and trained as the options say; afterwards as it was."""
+        """Context manager: encode, sample and train as the options say."""
         before = self.settings, self.clip_skip, self.low_vram, self.attention
         self.settings = settings_for(self.settings, options, self.name, self.vae_scale * _multiple(self.unet))
         self.clip_skip, self.low_vram, self.attention = options.clip_skip, options.low_vram, options.attention
@@ -250,8 +251,11 @@ class Model:
 
     @contextmanager
     def awake(self, *modules: Any) -> Iterator[None]:
-        """Within, these parts are on the model's device. Elsewhere they wait in host memory, so that a GPU holds the
-        UNet alone while it trains. May be nested: the outermost sends them back."""
+        """Context manager: these parts are on the model's device.
+
+        Otherwise they stay in CPU memory, so that a GPU holds the UNet alone while it trains. May be nested: the
+        outermost moves them back.
+        """
         before = [module.device for module in modules]
         for module in modules:
             module.to(self.device)
@@ -278,8 +282,10 @@ def _multiple(unet: Any) -> int:
 def _use_xformers(unet: Any, device: torch.device) -> None:
     if importlib.util.find_spec("xformers") is None:
         raise ConfigError(
-            "--attention xformers needs xformers: install it by `pip install salun[xformers]`, or use sdpa"
+            "is xformers, which is not installed",
+            option="attention",
+            advice="Install it by `pip install salun[xformers]`, or use sdpa",
         )
     if device.type != "cuda":
-        raise ConfigError(f"--attention xformers needs a CUDA GPU, and this is {device}: use sdpa")
+        raise ConfigError(f"is xformers, which needs a CUDA GPU, not {device}", option="attention", advice="Use sdpa")
     unet.enable_xformers_memory_efficient_attention()
