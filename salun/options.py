@@ -50,6 +50,11 @@ class Checked:
             check(item.name, value, item.metadata)
 
 
+@dataclass(frozen=True)
+class NoOptions(Checked):
+    """The options of a method that has none of its own."""
+
+
 def _unquoted(value: Any) -> Any:
     return unquoted(value) if isinstance(value, str) else value
 

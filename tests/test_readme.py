@@ -55,7 +55,7 @@ def test_every_option_shown_exists() -> None:
     """Options in the README's text and commands that start with `salun erase` or stand by themselves."""
     import dataclasses
 
-    from salun.classification.options import CompareOptions, UnlearnOptions
+    from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
     from salun.options import EraseJob
 
     kinds = (EraseJob, CompareOptions, UnlearnOptions)

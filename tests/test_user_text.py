@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import salun
 from cli.main import app
 from salun.checkpoints.locate import ASSETS, checkpoint_folders, find
-from salun.classification.options import UnlearnOptions
+from salun.classification.unlearn_options import UnlearnOptions
 from salun.config import read_config
 from salun.diagnostics.inspect import inspect
 from salun.diffusion.data.images import concept_folders, encode_folder

@@ -55,8 +55,8 @@ def predict(task: Task, rows: Tensor, model: nn.Module | None = None) -> Predict
     p = torch.cat(parts) if parts else torch.zeros(0, task.classes, dtype=torch.float64)
     if not torch.isfinite(p).all():
         raise TrainingError(
-            "the model's answers are no longer finite, so it has come apart: take a smaller step (--lr; FF: --noise, "
-            "IU: --influence)"
+            "the model diverged: its predictions are not finite",
+            advice="use a smaller {lr} (FF: {noise}, IU: {influence})",
         )
     return Predicted(p.numpy(), task.labels(rows).cpu().numpy())
 

@@ -1,0 +1,144 @@
+"""The registry of unlearning methods. Nothing heavy is imported, so that options and help are made from it.
+
+To add a method, write one file with its options (a frozen dataclass) and its function, and add one line here. The file
+imports torch, and whatever imports torch, inside its functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from typing import Any, Literal, TypeVar
+
+from salun.classification.methods.boundary import BoundaryShrinkOptions
+from salun.classification.methods.fisher import FisherOptions, InfluenceOptions, SsdOptions
+from salun.classification.methods.relabelling import RelabellingOptions
+from salun.classification.methods.retaining import SparseOptions
+from salun.classification.methods.scrub import ScrubOptions
+from salun.options import NoOptions
+
+TaskName = Literal["diffusion", "classification"]
+MaskUse = Literal["saliency", "full", "learned", "none"]
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One unlearning method.
+
+    Args:
+        name: Its value of the option `method`, as papers spell it.
+        title: Its name in tables and messages.
+        paper: Who proposed it, and where.
+        task: What it unlearns.
+        run: "module:function", imported when used: (task, options) → None; it changes the task's model in place.
+        mask: Which weights train by default: those of the saliency mask, all ("full"), or those that the method finds
+            while it trains ("learned", without an option `mask`). "none": it does not train under a mask.
+        options: The dataclass of its own options.
+        resolve: "module:function": (options, shared options, split) → options without None. Raises ConfigError for
+            options that the method cannot follow.
+        defaults: Values of shared options where the user gives none.
+        tunes: The option that a search tries values of; None for none.
+        factors: What the search multiplies it by in its first round, rising.
+    """
+
+    name: str
+    title: str
+    paper: str
+    task: TaskName
+    run: str
+    mask: MaskUse = "none"
+    options: type[Any] = NoOptions
+    resolve: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    tunes: str | None = "lr"
+    factors: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4, 16)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes training steps under a mask."""
+        return self.mask != "none"
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the option `mask` applies to it."""
+        return self.mask in ("saliency", "full")
+
+    def call(self, task: Any, options: Any) -> Any:
+        """Run the method with its own options, taken from `options` by name."""
+        return _load(self.run)(task, self.options_of(options))
+
+    def options_of(self, options: Any) -> Any:
+        """Its own options out of those of a run."""
+        return self.options(**{item.name: getattr(options, item.name) for item in fields(self.options)})
+
+    def resolved(self, options: Any, split: Any) -> dict[str, Any]:
+        """Its own options by name, resolved for a split."""
+        own = self.options_of(options)
+        own = _load(self.resolve)(own, options, split) if self.resolve else own
+        return {item.name: getattr(own, item.name) for item in fields(own)}
+
+
+def _load(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+def _registry(*methods: Method) -> dict[str, Method]:
+    return {method.name: method for method in methods}
+
+
+_IN = "salun.classification.methods"
+_C: TaskName = "classification"
+_GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
+_BOUNDARY = "Chen et al. 2023, arXiv:2303.11570"
+_SALUN = "Fan et al. 2024, arXiv:2310.12508"
+METHODS: dict[TaskName, dict[str, Method]] = {
+    # rates: what the search found on the clutter, random 10 %, at seeds 0 and 1; another model needs its own
+    "classification": _registry(
+        Method("retrain", "Retrain", "training without the forget set", _C, f"{_IN}.retaining:retrain", tunes=None),
+        Method("ft", "FT", f"{_GOLATKAR}; Warnecke et al. 2021, arXiv:2108.11577", _C, f"{_IN}.retaining:fine_tune",
+               "full", defaults={"epochs": 10, "lr": 0.02}),
+        Method("rl", "RL", _GOLATKAR, _C, f"{_IN}.relabelling:random_labels",
+               "full", RelabellingOptions, defaults={"epochs": 10, "lr": 0.006}),
+        Method("ga", "GA", "Graves et al. 2021, arXiv:2010.10981; Thudi et al. 2022, arXiv:2109.13398", _C,
+               f"{_IN}.retaining:gradient_ascent", "full", defaults={"epochs": 5, "lr": 0.00125}),
+        Method("ff", "FF", _GOLATKAR, _C, f"{_IN}.fisher:fisher_forgetting", options=FisherOptions, tunes="noise"),
+        Method("iu", "IU", "Koh & Liang 2017, arXiv:1703.04730; Jia et al. 2023, arXiv:2304.04934", _C,
+               f"{_IN}.fisher:influence_unlearning", options=InfluenceOptions, tunes="influence"),
+        Method("be", "BE", _BOUNDARY, _C, f"{_IN}.boundary:boundary_expanding",
+               "full", defaults={"epochs": 10, "lr": 1e-4}),
+        Method("bs", "BS", _BOUNDARY, _C, f"{_IN}.boundary:boundary_shrink",
+               "full", BoundaryShrinkOptions, defaults={"epochs": 10, "lr": 2.5e-5}),
+        Method("l1-sparse", "ℓ1-sparse", "Jia et al. 2023, arXiv:2304.04934", _C, f"{_IN}.retaining:l1_sparse",
+               "full", SparseOptions, defaults={"epochs": 10, "lr": 0.02}),
+        Method("salun", "SalUn", _SALUN, _C, f"{_IN}.relabelling:salun",
+               "saliency", RelabellingOptions, defaults={"epochs": 10, "lr": 0.012}),
+        Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _C, f"{_IN}.relabelling:salun_soft",
+               "learned", RelabellingOptions, defaults={"epochs": 10, "lr": 0.012}),
+        Method("scrub", "SCRUB", "Kurmanji et al. 2023, arXiv:2302.09880", _C, f"{_IN}.scrub:scrub",
+               "full", ScrubOptions, f"{_IN}.scrub:resolve", {"epochs": 10, "lr": 0.01}),
+        Method("ssd", "SSD", "Foster et al. 2024, arXiv:2308.07707", _C, f"{_IN}.fisher:ssd", options=SsdOptions,
+               resolve=f"{_IN}.fisher:resolve_ssd", tunes="ssd_alpha", factors=(0.3, 0.5, 0.7, 1, 1.4, 1.9)),
+    ),
+    "diffusion": _registry(),
+}  # fmt: skip
+
+
+def option_names(task: TaskName) -> tuple[str, ...]:
+    """The names of all methods' own options, in the registry's order."""
+    names = (item.name for method in METHODS[task].values() for item in fields(method.options))
+    return tuple(dict.fromkeys(names))
+
+
+def with_method_options(task: TaskName) -> Callable[[Class], Class]:
+    """A class decorator: adds every method's own options to a frozen dataclass of options."""
+
+    def compose(kind: Class) -> Class:
+        own = dict.fromkeys(method.options for method in METHODS[task].values() if method.options is not NoOptions)
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        return dataclass(frozen=True)(type(kind.__name__, (kind, *own), names))  # type: ignore[return-value]
+
+    return compose
