@@ -41,10 +41,10 @@ from torch.utils.data import DataLoader, Dataset
 from salun.classification.experiment import Setting, forget, opened, setting_of
 from salun.classification.masks import find_mask
 from salun.classification.metrics import COMPARED, judge
-from salun.classification.options import UnlearnOptions
 from salun.classification.predictions import members
 from salun.classification.table import interval
 from salun.classification.task import Task
+from salun.classification.unlearn_options import UnlearnOptions
 from salun.masking.mask import Mask
 from salun.progress import silent
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from salun.classification import methods
+import salun.methods
 from salun.classification.compare import compare
-from salun.classification.options import CompareOptions
 from salun.classification.search import did_nothing
 from salun.classification.table import lines_of, tables_of
+from salun.classification.unlearn_options import CompareOptions
 from salun.progress import Event
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,12 +73,15 @@ def folder_of(name: str) -> Path:
 @contextmanager
 def grids_of_the_runs() -> Iterator[None]:
     """Within, a search begins with the grids around CENTRES. (Worker processes are told the values, not the grid.)"""
-    kept = dict(methods.METHODS)
-    methods.METHODS.update({name: replace(kept[name], lr=lr) for name, lr in CENTRES.items()})
+    registry = salun.methods.METHODS["classification"]
+    kept = dict(registry)
+    registry.update(
+        {name: replace(kept[name], defaults={**kept[name].defaults, "lr": lr}) for name, lr in CENTRES.items()}
+    )
     try:
         yield
     finally:
-        methods.METHODS.update(kept)
+        registry.update(kept)
 
 
 def run(name: str, options: CompareOptions, workers: int) -> None:

@@ -28,8 +28,8 @@ from salun.diffusion.erase import unlearn
 from salun.diffusion.evaluation import EvalPrompts, Evaluation, compare, observe, questions
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan, make_plan
-from salun.options import EraseOptions
 from salun.runs.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from salun.classification.options import GROUPS, NOT_COMPARED, CompareOptions, TrainOptions, UnlearnOptions
+from salun.classification.options import TrainOptions
+from salun.classification.unlearn_options import GROUPS, NOT_COMPARED, CompareOptions, UnlearnOptions
 
 from .app import app
 from .options import with_options
@@ -35,107 +37,82 @@ DryRun = Annotated[
 ]
 
 
-@app.command("classify-train")
-@with_options(TrainOptions, groups=GROUPS)
-def classify_train(
-    options: TrainOptions,
-    given: set[str],
-    config: Config = None,
-    run_dir: RunDir = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+def _add_command(
+    name: str,
+    kind: type,
+    folder: Callable[[Any], str],
+    run: str,
+    lines: Callable[[Any], list[str]],
+    preview: str,
+    preview_lines: Callable[[Mapping[str, Any]], list[str]],
+    help: str,
+    skip: tuple[str, ...] = (),
 ) -> None:
-    """Train an image classifier, to be made to forget later."""
-    from salun.classification.experiment import train
-    from salun.runs.folder import check_folder, new_run_folder
+    """Add a command that makes a run.
 
-    options = _settled(options, given, config, resume, run_dir, as_json)
-    folder = run_dir or new_run_folder(f"train-{options.data}")
-    if dry_run:
-        from salun.classification.preview import preview_training
+    Args:
+        kind: Its option class; the options in `skip` are not on the command line.
+        folder: Options → the end of the run folder's default name.
+        run, preview: "module:function" of what it does, and of what --dry-run does.
+        lines, preview_lines: What either returns → lines for people.
+    """
 
-        check_folder(folder, resume)
-        with terminal_progress(as_json) as progress:
-            found = preview_training(options, progress=progress)
-        tell(found, as_json, _preview_lines(found))
-        return
-    with terminal_progress(as_json) as progress, resumable("classify-train", folder):
-        done = train(options, progress=progress, run_dir=folder, resume=resume, command=_command())
+    @app.command(name, help=help)
+    @with_options(kind, skip=skip, groups=GROUPS)
+    def classify(
+        options: Any,
+        given: set[str],
+        config: Config = None,
+        run_dir: RunDir = None,
+        resume: Resume = False,
+        dry_run: DryRun = False,
+        as_json: Json = False,
+    ) -> None:
+        from salun.runs.folder import check_folder, new_run_folder
+
+        options = _with_config(options, given, config, resume, run_dir, as_json)
+        path = run_dir or new_run_folder(folder(options))
+        if dry_run:
+            check_folder(path, resume)
+            with terminal_progress(as_json) as progress:
+                data = _load(preview)(options, progress=progress, run_dir=path)
+            tell(data, as_json, preview_lines(data))
+            return
+        line = shlex.join(["salun", *sys.argv[1:]])
+        with terminal_progress(as_json) as progress, resumable(name, path):
+            done = _load(run)(options, progress=progress, run_dir=path, resume=resume, command=line)
+        tell(done.record.data, as_json, lines(done))
+
+
+def _load(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] = getattr(import_module(f"salun.classification.{module}"), name)
+    return function
+
+
+def _training_lines(done: Any) -> list[str]:
+    folder = done.record.folder
     files = [f"model: {folder / 'model.safetensors'}", f"report: {folder / 'report.html'}"]
-    tell(done.record.data, as_json, [*_accuracy_lines(done.metrics), *files])
+    return [*_accuracy_lines(done.metrics), *files]
 
 
-@app.command("classify-unlearn")
-@with_options(UnlearnOptions, groups=GROUPS)
-def classify_unlearn(
-    options: UnlearnOptions,
-    given: set[str],
-    config: Config = None,
-    run_dir: RunDir = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Make an image classifier forget some of its training pictures, and compare it with one that never saw them."""
-    from salun.classification.experiment import unlearn
-    from salun.runs.folder import check_folder, new_run_folder
-
-    options = _settled(options, given, config, resume, run_dir, as_json)
-    folder = run_dir or new_run_folder(f"{options.method}-{options.forget}")
-    if dry_run:
-        from salun.classification.preview import preview_unlearning
-
-        check_folder(folder, resume)
-        with terminal_progress(as_json) as progress:
-            found = preview_unlearning(options, progress=progress)
-        tell(found, as_json, _preview_lines(found))
-        return
-    with terminal_progress(as_json) as progress, resumable("classify-unlearn", folder):
-        done = unlearn(options, progress=progress, run_dir=folder, resume=resume, command=_command())
-    data = done.record.data
-    warnings = [f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])]
-    lines = [
-        *warnings,
+def _unlearning_lines(done: Any) -> list[str]:
+    data, folder = done.record.data, done.record.folder
+    return [
+        *(f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])),
         *_table(done.metrics),
         f"forget: {data['options']['forget']}",
         f"model: {folder / 'model.safetensors'}",
         f"run folder: {folder}",
     ]
-    tell(data, as_json, lines)
 
 
-@app.command("classify-compare")
-@with_options(CompareOptions, skip=NOT_COMPARED, groups=GROUPS)
-def classify_compare(
-    options: CompareOptions,
-    given: set[str],
-    config: Config = None,
-    run_dir: RunDir = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Compare unlearning methods over several seeds with retraining: one table, as in the paper."""
-    from salun.classification.compare import compare
+def _comparison_lines(done: Any) -> list[str]:
     from salun.classification.table import difference_lines, lines_of
-    from salun.runs.folder import check_folder, new_run_folder
 
-    options = _settled(options, given, config, resume, run_dir, as_json)
-    folder = run_dir or new_run_folder(f"compare-{options.data}-{options.forget}")
-    if dry_run:
-        from salun.classification.preview import preview_comparison
-
-        check_folder(folder, resume)
-        with terminal_progress(as_json) as progress:
-            found = preview_comparison(options, run_dir=folder, progress=progress)
-        tell(found, as_json, _comparison_lines(found))
-        return
-    with terminal_progress(as_json) as progress, resumable("classify-compare", folder):
-        done = compare(options, progress=progress, run_dir=folder, resume=resume, command=_command())
     lines = [*_columns(lines_of(done.metrics)), "", *_columns(difference_lines(done.metrics))]
     notes = [f"warning: {text}" for text in done.record.data["notes"]]
-    tell(done.record.data, as_json, [*notes, *lines, f"report: {folder / 'report.html'}"])
+    return [*notes, *lines, f"report: {done.record.folder / 'report.html'}"]
 
 
 @app.command("classify-eval")
@@ -158,7 +135,7 @@ def classify_eval(
     tell(metrics, as_json, _table(metrics) if "UA" in metrics else _accuracy_lines(metrics))
 
 
-def _settled(
+def _with_config(
     options: Any, given: set[str], config: Path | None, resume: bool, run_dir: Path | None, as_json: bool
 ) -> Any:
     """The options with a config file's values, or those of the run to resume, where the command line gives none."""
@@ -172,10 +149,6 @@ def _settled(
     if config is None and record is not None and run_dir is not None:
         read = recorded(record, run_dir, type(options), given)
     return dataclasses.replace(options, **{name: value for name, value in read.items() if name not in given})
-
-
-def _command() -> str:
-    return shlex.join(["salun", *sys.argv[1:]])
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -217,7 +190,7 @@ def _there(cached: bool) -> str:
     return "in the cache" if cached else "to be trained"
 
 
-def _comparison_lines(found: Mapping[str, Any]) -> list[str]:
+def _comparison_preview_lines(found: Mapping[str, Any]) -> list[str]:
     jobs = found["jobs"]
     return [
         *(f"note: {text}" for text in found["notes"]),
@@ -254,3 +227,20 @@ def _table(metrics: Mapping[str, Any]) -> list[str]:
     elif "reason" in metrics:
         lines.append(f"gap to Retrain: not known ({metrics['reason']})")
     return lines
+
+
+_add_command(
+    "classify-train", TrainOptions, lambda options: f"train-{options.data}",
+    "experiment:train", _training_lines, "preview:preview_training", _preview_lines,
+    "Train an image classifier as the original of later unlearning.",
+)  # fmt: skip
+_add_command(
+    "classify-unlearn", UnlearnOptions, lambda options: f"{options.method}-{options.forget}",
+    "experiment:unlearn", _unlearning_lines, "preview:preview_unlearning", _preview_lines,
+    "Make an image classifier forget some of its training images, and compare it with one that never saw them.",
+)  # fmt: skip
+_add_command(
+    "classify-compare", CompareOptions, lambda options: f"compare-{options.data}-{options.forget}",
+    "compare:compare", _comparison_lines, "preview:preview_comparison", _comparison_preview_lines,
+    "Compare unlearning methods over several seeds with retraining: one table, as in the paper.", NOT_COMPARED,
+)  # fmt: skip

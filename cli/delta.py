@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from salun.diffusion.options import EraseOptions
 from salun.errors import ModelError
-from salun.options import EraseOptions, FileOptions
+from salun.options import FileOptions
 
 from .options import with_options
 from .output import Force, Json, bars, path_given, tell

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from salun.diffusion.options import SAMPLERS, EraseJob, EraseOptions, ModelOptions, Sampling
 from salun.errors import ConfigError
-from salun.options import SAMPLERS, EraseJob, EraseOptions, ModelOptions, Sampling
 from salun.progress import Event, Stage
 from salun.user_text import checked, prompt_text, syntax_note
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from salun.options import ModelOptions
+from salun.diffusion.options import ModelOptions
 
 from .app import app
 from .options import with_options

@@ -8,21 +8,26 @@ from .output import Json, tell
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the unlearning methods of `salun erase`."""
+    """List the unlearning methods of `erase` and `classify-unlearn`."""
     from dataclasses import fields
 
-    from salun.methods import DIFFUSION
+    from salun.methods import METHODS
 
-    listed = [
-        {
-            "name": method.name,
-            "title": method.title,
-            "paper": method.paper,
-            "mask": method.mask,
-            "options": [item.name for item in fields(method.options_class)] if method.options_class else [],
-        }
-        for method in DIFFUSION.values()
-    ]
-    width = max(len(method.name) for method in DIFFUSION.values())
-    lines = [f"{method.name:<{width}}  {method.title}: {method.paper}" for method in DIFFUSION.values()]
+    listed = {
+        task: [
+            {
+                "name": method.name,
+                "title": method.title,
+                "paper": method.paper,
+                "mask": method.mask,
+                "options": [item.name for item in fields(method.options)],
+            }
+            for method in registry.values()
+        ]
+        for task, registry in METHODS.items()
+    }
+    lines = []
+    for task, registry in METHODS.items():
+        width = max(map(len, registry))
+        lines += [f"{task}:", *(f"  {m.name:<{width}}  {m.title} ({m.paper})" for m in registry.values())]
     tell(listed, as_json, lines)

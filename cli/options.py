@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from salun.options import GROUPS, Recipe
+from salun.diffusion.options import GROUPS, Recipe
 
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 

@@ -10,7 +10,8 @@ import dataclasses
 import re
 from typing import Any, cast
 
-from salun.options import GROUPS, MASKS, EraseOptions
+from salun.diffusion.options import GROUPS, EraseOptions
+from salun.options import MASKS
 
 from .kinds import CONCEPT, DELTA, OPTIONS, Chosen
 

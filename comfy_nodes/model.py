@@ -32,8 +32,8 @@ from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.sampler import conditioning_of, guided, trailing
 from salun.diffusion.model.schedule import DISCRETE
 from salun.diffusion.model.settings import ModelSettings, read_settings, settings_for
+from salun.diffusion.options import EraseOptions
 from salun.errors import Cancelled, ConfigError, ModelError
-from salun.options import EraseOptions
 
 from .weights import Weights
 

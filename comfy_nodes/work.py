@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.losses import ErasureData
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.result import blurred
 from salun.errors import Cancelled, SalunError
 from salun.masking.mask import Mask
-from salun.options import EraseOptions
 from salun.report.picture import blurred as blurred_picture
 from salun.runs.cache import digest_of
 from salun.runs.record import RunRecord

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from salun.diffusion.options import GROUPS
 from salun.errors import ConfigError, SalunError
-from salun.options import GROUPS
 
 from .access import Access, Refused, headers_of
 from .body import LARGEST, json_object, read_body

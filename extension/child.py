@@ -21,8 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from salun.diffusion.options import EraseJob, EraseOptions, ModelOptions
 from salun.errors import Cancelled, ConfigError, SalunError
-from salun.options import EraseJob, EraseOptions, ModelOptions, from_mapping
+from salun.options import from_mapping
 from salun.progress import Event, Progress
 
 from . import stages

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from salun.diffusion.options import GROUPS, EraseJob, Recipe
 from salun.errors import ConfigError
-from salun.options import GROUPS, MASKS, EraseJob, Recipe
+from salun.options import MASKS
 
 from .service import OFFERED
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from salun.diffusion.options import EraseJob, EraseOptions
 from salun.errors import ConfigError, DataError
-from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
+from salun.options import MASKS, from_mapping
 from salun.runs.folder import STATE, exclusive_lock, new_run_folder
 from salun.runs.reading import read_run
 from salun.user_text import unquoted

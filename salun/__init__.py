@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from salun.delta.delta import Delta
     from salun.diffusion.erase import erase
     from salun.diffusion.model.loading import load
+    from salun.diffusion.options import EraseOptions
     from salun.diffusion.prompts.concepts import Concept
     from salun.diffusion.result import Run
     from salun.errors import Cancelled, SalunError
     from salun.masking.mask import Mask
     from salun.masking.saliency import saliency_mask
-    from salun.options import EraseOptions
     from salun.progress import Event, Progress, silent
 
 __all__ = [
@@ -47,7 +47,7 @@ _HOMES = {
     "Cancelled": "salun.errors",
     "Concept": "salun.diffusion.prompts.concepts",
     "Delta": "salun.delta.delta",
-    "EraseOptions": "salun.options",
+    "EraseOptions": "salun.diffusion.options",
     "Event": "salun.progress",
     "Mask": "salun.masking.mask",
     "Progress": "salun.progress",

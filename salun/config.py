@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError
-from salun.options import EraseJob, from_mapping
+from salun.options import from_mapping
 from salun.untrusted import read_json, read_yaml
 
 _LARGEST = 1_000_000  # bytes of a run.json

@@ -1,96 +1,161 @@
-"""The registry of unlearning methods: what each is called, what it needs, and where its function is. No torch here.
+"""The registry of unlearning methods. Nothing heavy is imported, so that options and help are made from it.
 
-A method is one file with a function and, where it has numbers of its own, a frozen dataclass of options beside it; and
-one entry in a table below. Its file must import torch inside functions only, so that `--help` stays quick.
+To add a method, write one file with its options (a frozen dataclass) and its function, and add one line here. The file
+imports torch, and whatever imports torch, inside its functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-MaskUse = Literal["saliency", "learned", "full"]
+from salun.classification.methods.boundary import BoundaryShrinkOptions
+from salun.classification.methods.fisher import FisherOptions, InfluenceOptions, SsdOptions
+from salun.classification.methods.relabelling import RelabellingOptions
+from salun.classification.methods.retaining import SparseOptions
+from salun.classification.methods.scrub import ScrubOptions
+from salun.diffusion.methods.esd import EsdOptions
+from salun.diffusion.methods.uce import UceOptions
+from salun.options import NoOptions
+
+TaskName = Literal["diffusion", "classification"]
+MaskUse = Literal["saliency", "full", "learned", "none"]
+Class = TypeVar("Class", bound=type)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to unlearn.
+    """One unlearning method.
 
     Args:
-        title: Its name in the literature.
-        paper: Where it is described.
-        run: "module:function" that carries it out.
-        mask: "saliency": trains under the run's mask; "learned": selects weights while it trains; "full": changes what
-            it likes within `scope`.
-        data: "latents": needs a training set; "prompts": needs prompts alone.
-        options: "module:class" of the options that are its own; "" for none.
-        stages: "module:function", plan → list of `StageCost`, what its training takes; "" for the default.
+        name: Its value of the option `method`, as papers spell it.
+        title: Its name in tables and messages.
+        paper: Who proposed it, and where.
+        task: What it unlearns.
+        run: "module:function", imported when used: (task, its own options) → new weights (`Unlearned`) in diffusion; in
+            classification None: it changes the task's model in place.
+        mask: Which weights train by default: those of the saliency mask, all ("full"), or those that the method finds
+            while it trains ("learned", without an option `mask`). "none": it does not train under a mask.
+        options: The dataclass of its own options.
+        resolve: "module:function": (options, shared options, split) → options without None. Raises ConfigError for
+            options that the method cannot follow.
+        defaults: Values of shared options where the user gives none.
+        data: "latents": a diffusion method that needs a training set; "prompts": one that needs prompts alone.
+        stages: "module:function": (plan) → list of `StageCost`, what a diffusion method's training takes; "" for the
+            default.
+        tunes: The option that a search tries values of; None for none.
+        factors: What the search multiplies it by in its first round, rising.
     """
 
     name: str
     title: str
     paper: str
+    task: TaskName
     run: str
-    mask: MaskUse = "full"
+    mask: MaskUse = "none"
+    options: type[Any] = NoOptions
+    resolve: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     data: Literal["latents", "prompts"] = "latents"
-    options: str = ""
     stages: str = ""
+    tunes: str | None = "lr"
+    factors: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4, 16)
 
     @property
-    def function(self) -> Callable[..., Any]:
-        """The function that carries it out, imported now."""
-        function: Callable[..., Any] = imported(self.run)
-        return function
+    def trains(self) -> bool:
+        """Whether it takes training steps under a mask."""
+        return self.mask != "none"
 
     @property
-    def options_class(self) -> type | None:
-        """The dataclass of its own options."""
-        return imported(self.options) if self.options else None
+    def takes_mask(self) -> bool:
+        """Whether the option `mask` applies to it."""
+        return self.mask in ("saliency", "full")
+
+    def call(self, task: Any, options: Any) -> Any:
+        """Run the method with its own options, taken from `options` by name."""
+        return load(self.run)(task, self.options_of(options))
 
     def options_of(self, options: Any) -> Any:
-        """Its own options out of all of a run's."""
-        kind = self.options_class
-        return kind(**{item.name: getattr(options, item.name, item.default) for item in fields(kind)}) if kind else None
+        """Its own options out of those of a run."""
+        return self.options(**{item.name: getattr(options, item.name) for item in fields(self.options)})
+
+    def resolved(self, options: Any, split: Any) -> dict[str, Any]:
+        """Its own options by name, resolved for a split."""
+        own = self.options_of(options)
+        own = load(self.resolve)(own, options, split) if self.resolve else own
+        return {item.name: getattr(own, item.name) for item in fields(own)}
 
 
-def imported(place: str) -> Any:
-    """What "module:name" names."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+def load(path: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
 
 
-def _table(*methods: Method) -> Mapping[str, Method]:
+def _registry(*methods: Method) -> dict[str, Method]:
     return {method.name: method for method in methods}
 
 
-_HOME = "salun.diffusion.methods"
-DIFFUSION: Mapping[str, Method] = _table(
-    Method("salun", "SalUn", "Fan et al., ICLR 2024, arXiv:2310.12508", f"{_HOME}.salun:salun", mask="saliency"),
-    Method(
-        "salun-soft",
-        "SalUn-soft",
-        "Fan et al., ICLR 2024, arXiv:2310.12508, appendix B",
-        f"{_HOME}.salun:salun_soft",
-        mask="learned",
+_IN, _ERASE = "salun.classification.methods", "salun.diffusion.methods"
+_C: TaskName = "classification"
+_D: TaskName = "diffusion"
+_GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
+_BOUNDARY = "Chen et al. 2023, arXiv:2303.11570"
+_SALUN = "Fan et al. 2024, arXiv:2310.12508"
+METHODS: dict[TaskName, dict[str, Method]] = {
+    # rates: what the search found on the clutter, random 10 %, at seeds 0 and 1; another model needs its own
+    "classification": _registry(
+        Method("retrain", "Retrain", "training without the forget set", _C, f"{_IN}.retaining:retrain", tunes=None),
+        Method("ft", "FT", f"{_GOLATKAR}; Warnecke et al. 2021, arXiv:2108.11577", _C, f"{_IN}.retaining:fine_tune",
+               "full", defaults={"epochs": 10, "lr": 0.02}),
+        Method("rl", "RL", _GOLATKAR, _C, f"{_IN}.relabelling:random_labels",
+               "full", RelabellingOptions, defaults={"epochs": 10, "lr": 0.006}),
+        Method("ga", "GA", "Graves et al. 2021, arXiv:2010.10981; Thudi et al. 2022, arXiv:2109.13398", _C,
+               f"{_IN}.retaining:gradient_ascent", "full", defaults={"epochs": 5, "lr": 0.00125}),
+        Method("ff", "FF", _GOLATKAR, _C, f"{_IN}.fisher:fisher_forgetting", options=FisherOptions, tunes="noise"),
+        Method("iu", "IU", "Koh & Liang 2017, arXiv:1703.04730; Jia et al. 2023, arXiv:2304.04934", _C,
+               f"{_IN}.fisher:influence_unlearning", options=InfluenceOptions, tunes="influence"),
+        Method("be", "BE", _BOUNDARY, _C, f"{_IN}.boundary:boundary_expanding",
+               "full", defaults={"epochs": 10, "lr": 1e-4}),
+        Method("bs", "BS", _BOUNDARY, _C, f"{_IN}.boundary:boundary_shrink",
+               "full", BoundaryShrinkOptions, defaults={"epochs": 10, "lr": 2.5e-5}),
+        Method("l1-sparse", "ℓ1-sparse", "Jia et al. 2023, arXiv:2304.04934", _C, f"{_IN}.retaining:l1_sparse",
+               "full", SparseOptions, defaults={"epochs": 10, "lr": 0.02}),
+        Method("salun", "SalUn", _SALUN, _C, f"{_IN}.relabelling:salun",
+               "saliency", RelabellingOptions, defaults={"epochs": 10, "lr": 0.012}),
+        Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _C, f"{_IN}.relabelling:salun_soft",
+               "learned", RelabellingOptions, defaults={"epochs": 10, "lr": 0.012}),
+        Method("scrub", "SCRUB", "Kurmanji et al. 2023, arXiv:2302.09880", _C, f"{_IN}.scrub:scrub",
+               "full", ScrubOptions, f"{_IN}.scrub:resolve", {"epochs": 10, "lr": 0.01}),
+        Method("ssd", "SSD", "Foster et al. 2024, arXiv:2308.07707", _C, f"{_IN}.fisher:ssd", options=SsdOptions,
+               resolve=f"{_IN}.fisher:resolve_ssd", tunes="ssd_alpha", factors=(0.3, 0.5, 0.7, 1, 1.4, 1.9)),
     ),
-    Method(
-        "esd",
-        "ESD",
-        "Gandikota et al., ICCV 2023, arXiv:2303.07345",
-        f"{_HOME}.esd:esd",
-        data="prompts",
-        options=f"{_HOME}.esd:EsdOptions",
-        stages=f"{_HOME}.esd:stages",
+    "diffusion": _registry(
+        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency"),
+        Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned"),
+        Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
+               "full", EsdOptions, data="prompts", stages=f"{_ERASE}.esd:stages"),
+        Method("uce", "UCE", "Gandikota et al. 2024, arXiv:2308.14761", _D, f"{_ERASE}.uce:uce",
+               "full", UceOptions, data="prompts", stages=f"{_ERASE}.uce:stages"),
     ),
-    Method(
-        "uce",
-        "UCE",
-        "Gandikota et al., WACV 2024, arXiv:2308.14761",
-        f"{_HOME}.uce:uce",
-        data="prompts",
-        options=f"{_HOME}.uce:UceOptions",
-        stages=f"{_HOME}.uce:stages",
-    ),
-)
+}  # fmt: skip
+
+
+def option_names(task: TaskName) -> tuple[str, ...]:
+    """The names of all methods' own options, in the registry's order."""
+    names = (item.name for method in METHODS[task].values() for item in fields(method.options))
+    return tuple(dict.fromkeys(names))
+
+
+def with_method_options(task: TaskName) -> Callable[[Class], Class]:
+    """A class decorator: adds every method's own options to a frozen dataclass of options."""
+
+    def compose(kind: Class) -> Class:
+        own = dict.fromkeys(method.options for method in METHODS[task].values() if method.options is not NoOptions)
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        return dataclass(frozen=True)(type(kind.__name__, (kind, *own), names))  # type: ignore[return-value]
+
+    return compose

@@ -18,12 +18,12 @@ import typer
 from torch import Tensor, nn
 
 from salun.checkpoints import safetensors_io
+from salun.diffusion.options import EraseJob
 from salun.errors import Cancelled, ModelError
 from salun.masking import training
 from salun.masking.mask import Mask
 from salun.masking.optimizers import adam
 from salun.masking.training_state import StateFile
-from salun.options import EraseJob
 from salun.progress import Event, Progress, silent
 
 from .campaign import Findings, in_child

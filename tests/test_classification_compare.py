@@ -19,11 +19,11 @@ from salun.attacks.mia import FEATURES
 from salun.classification.compare import compare, jobs_of, variant_of, variants_of
 from salun.classification.experiment import setting_of
 from salun.classification.metrics import COMPARED
-from salun.classification.options import CompareOptions
 from salun.classification.preview import preview_comparison
 from salun.classification.results import check_result
 from salun.classification.search import rounds
 from salun.classification.table import difference_lines, interval, lines_of, table_of, tables_of
+from salun.classification.unlearn_options import CompareOptions
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError
 from salun.progress import Event
@@ -64,11 +64,11 @@ WRONG = {
     "retrain": "must be METHOD",
     "salun/good": "must be one of saliency",
     "iu/random": "the method IU has none",
-    "salun@0": "above 0 and at most 1",
-    "salun@1.5": "above 0 and at most 1",
-    "salun@1.2.3": "is no density",
+    "salun@0": "must be above 0, at most 1",
+    "salun@1.5": "must be above 0, at most 1",
+    "salun@1.2.3": "is not a number",
     "ft@0.5": "of a mask that is not full",
-    "salun@": "must be METHOD",
+    "salun@": "must have METHOD",
 }
 
 
@@ -80,10 +80,10 @@ def test_a_variant_that_is_none_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("changes", [{"lr": 0.1}, {"method": "ft"}, {"mask": "random"}, {"original": "runs/x"}])
 def test_an_option_that_no_comparison_has_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not one option for all in a comparison"):
+    with pytest.raises(ConfigError, match="cannot be set for all methods of a comparison"):
         compare(**changes)
     (tmp_path / "wish.yaml").write_text("\n".join(f"{k}: {v}" for k, v in changes.items()), encoding="utf-8")
-    with pytest.raises(ConfigError, match="is not one option for all in a comparison"):
+    with pytest.raises(ConfigError, match="cannot be set for all methods of a comparison"):
         read_config(tmp_path / "wish.yaml", CompareOptions)
 
 
@@ -97,7 +97,7 @@ def test_the_jobs_are_every_method_with_every_seed_and_one_retrain_each() -> Non
     assert len(jobs["unlearn"]) == 6
     epochs = {job.variant: job.options.epochs for job in jobs["unlearn"]}
     assert epochs == {"salun": 7, "ssd": None}  # SSD does not train
-    with pytest.raises(ConfigError, match="is named twice"):
+    with pytest.raises(ConfigError, match="has ft twice"):
         variants_of(CompareOptions(methods=["ft", "ft"]))
     assert variants_of(CompareOptions())[0].name == "salun"
     assert len(variants_of(CompareOptions())) == 12
@@ -332,10 +332,10 @@ def test_a_method_that_cannot_be_done_is_a_row_that_says_so_and_ends_nothing(tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ["ft", "scrub"], "epochs": 1}, "--epochs 1: SCRUB begins to forget in its second epoch"),
+        ({"methods": ["ft", "scrub"], "epochs": 1}, "epochs is 1, but SCRUB begins to forget in its second epoch"),
         ({"methods": ["ft", "ssd"], "ssd_alpha": 5000.0}, "no weight can be more than"),
-        ({"methods": ["ft"], "validation_share": 0.0, "search": True}, "there are none: raise --validation-share"),
-        ({"methods": ["ft"], "validation_share": 0.002, "search": True}, "--search needs 4 validation pictures"),
+        ({"methods": ["ft"], "validation_share": 0.0, "search": True}, "needs validation images, and there are none"),
+        ({"methods": ["ft"], "validation_share": 0.002, "search": True}, "search needs 4 validation images"),
     ],
 )
 def test_what_no_seed_could_do_is_refused_before_anything_is_trained(changes: dict[str, Any], message: str) -> None:
@@ -413,7 +413,7 @@ def test_want_of_memory_fails_one_job_and_resuming_does_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What stands in for the kernel's refusal is torch's own error, raised where IU would take its memory."""
-    from salun.classification.methods import fisher
+    from salun.classification import curvature
 
     def full(*_: object) -> None:
         raise MemoryError("not enough memory: you tried to allocate 4 GB")
@@ -424,7 +424,7 @@ def test_want_of_memory_fails_one_job_and_resuming_does_it_again(
 
     told = {**QUICK, "methods": ["iu", "ft"], "seeds": 1, "gradients": 8}
     with monkeypatch.context() as patch:
-        patch.setattr(fisher, "influence", full)
+        patch.setattr(curvature, "influence", full)
         found = compare(**told)
         assert "out of memory" in found.metrics["methods"]["iu"]["why"]
         assert found.metrics["methods"]["ft"]["gap_mean"]["n"] == 1

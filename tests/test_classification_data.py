@@ -109,13 +109,13 @@ WRONG_FORGET = {
     "random:0": "above 0 and below 1",
     "random:1": "above 0 and below 1",
     "random:nan": "above 0 and below 1",
-    "random:tenth": "is no number",
-    "random:0.0001": "is none",
+    "random:tenth": "is not a number",
+    "random:0.0001": "selects none of",
     "class:eleven": "does not exist",
     "class:10": "does not exist",
     "class:-1": "does not exist",
-    "everything": "must be random:SHARE",
-    "random:": "must be random:SHARE",
+    "everything": "must be random:FRACTION",
+    "random:": "must be random:FRACTION",
 }
 
 
@@ -148,7 +148,7 @@ def test_rows_repeated_untrained_or_all_are_refused(digits: ImageData, tmp_path:
     for rows, message in (
         ([first, first], f"row {first} is repeated"),
         ([int(split.test[0])], "not in the training part"),
-        (split.train.tolist(), "something must be kept"),
+        (split.train.tolist(), "some must be retained"),
     ):
         path.write_text(json.dumps(rows), encoding="utf-8")
         with pytest.raises(SalunError, match=message):
@@ -212,7 +212,7 @@ def test_a_class_without_a_training_picture_is_refused(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": [grey(i) for i in range(40)], "b": [grey(1)]})
     data = load_data(str(root))
     seeds = [s for s in range(40) if 40 in torch.randperm(41, generator=generator_of(s, "split"))[:20]]
-    with pytest.raises(DataError, match="the class 'b' is empty: it has no picture to train with"):
+    with pytest.raises(DataError, match="the class 'b' has no training images"):
         make_split(data, 0.5, 0.0, seeds[0])
 
 
@@ -243,7 +243,7 @@ def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
         load_data(str(tmp_path / "saved"), label_column="label")
     bare = datasets.Dataset.from_dict({"img": rows["img"]}, features=datasets.Features({"img": datasets.Image()}))
     bare.save_to_disk(str(tmp_path / "bare"))
-    with pytest.raises(DataError, match="has no labels: name one by --label-column"):
+    with pytest.raises(DataError, match=r"has no labels.* set label_column to one of them"):
         load_data(str(tmp_path / "bare"))
 
 
@@ -275,7 +275,7 @@ def test_a_picture_is_a_picture(value: object) -> None:
 
 def test_pictures_that_come_along_have_one_size() -> None:
     for name in ("digits", "clutter"):
-        with pytest.raises(ConfigError, match=f"--image-size 16: {name} has pictures of one size"):
+        with pytest.raises(ConfigError, match=f"image_size is 16, but the images of {name} are not resized"):
             load_data(name, image_size=16)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from copy import deepcopy
@@ -14,21 +15,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from salun.attacks.relearning import RELEARNING
+from salun.classification.curvature import gradient_sum, inverse_fisher_product, squared_gradients
 from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
-from salun.classification.methods import METHODS
 from salun.classification.methods.boundary import nearest_labels
-from salun.classification.methods.fisher import gradient_sum, inverse_fisher_product, squared_gradients
 from salun.classification.methods.relabelling import draw_labels, relabelled
-from salun.classification.options import METHODS as NAMES
-from salun.classification.options import UnlearnOptions
 from salun.classification.predictions import SplitPredictions
 from salun.classification.splits import Split
 from salun.classification.task import Batch, Task, batches_of, minimise, retain_batches
+from salun.classification.unlearn_options import UnlearnOptions
 from salun.errors import ConfigError, TrainingError
 from salun.masking.mask import Mask
+from salun.methods import METHODS as REGISTRY
+from salun.methods import Method
 
-TRAINS = [name for name, method in METHODS.items() if method.epochs is not None]
+METHODS = REGISTRY["classification"]
+ROOT = Path(__file__).resolve().parents[1]
+TRAINS = [name for name, method in METHODS.items() if method.trains]
+
+
+def run(name: str, task: Task) -> None:
+    METHODS[name].call(task, task.options)
 
 
 def problem(method: str = "salun", normalised: bool = False, train: bool = True, **options: object) -> Task:
@@ -51,11 +58,11 @@ def problem(method: str = "salun", normalised: bool = False, train: bool = True,
     task = Task(fresh(), data, split, UnlearnOptions(method=method, **{**told, **options}), fresh)  # type: ignore[arg-type]
     if train:
         learnt = replace(task, split=split.unforgotten())
-        METHODS["retrain"].run(learnt)
+        run("retrain", learnt)
         task.model = learnt.model
-    method_mask = METHODS[method].mask
-    task.options = replace(task.options, mask=task.options.mask or method_mask)
-    if METHODS[method].epochs is not None:
+    if METHODS[method].takes_mask:
+        task.options = replace(task.options, mask=task.options.mask or METHODS[method].mask)
+    if METHODS[method].trains:
         task.mask, _ = find_mask(task)
     task.history.clear()
     return task
@@ -74,18 +81,31 @@ def weights(task: Task) -> dict[str, Tensor]:
 # -- every method --------------------------------------------------------------------------------------------------
 
 
-def test_the_registry_and_the_options_name_the_same_methods() -> None:
-    assert tuple(METHODS) == NAMES
+def test_the_registry_is_filled_without_torch() -> None:
+    program = "import sys, salun.methods, salun.classification.unlearn_options; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("method", [m for methods in REGISTRY.values() for m in methods.values()], ids=lambda m: m.name)
+def test_what_the_registry_names_exists(method: Method) -> None:
+    kinds = {"classification": UnlearnOptions}
+    for path in filter(None, (method.run, method.resolve)):
+        module, _, name = path.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+    if method.task in kinds:
+        options = kinds[method.task](method=method.name)
+        assert method.options_of(options) == method.options()
+        assert method.tunes is None or hasattr(options, method.tunes)
+        assert all(hasattr(options, name) for name in method.defaults)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_documented_moves_weights_and_gives_the_same_bits_for_the_same_seed(name: str) -> None:
-    assert METHODS[name].run.__doc__ is not None
-    assert any(sign in METHODS[name].run.__doc__ for sign in ("θ", "D_r"))
+def test_a_method_moves_weights_and_gives_the_same_bits_for_the_same_seed(name: str) -> None:
     first, second = problem(name, ssd_alpha=1.5), problem(name, ssd_alpha=1.5)
     before = weights(first)
     for task in (first, second):
-        METHODS[name].run(task)
+        run(name, task)
     after = weights(first)
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert all(torch.equal(after[k], v) for k, v in weights(second).items())
@@ -98,7 +118,7 @@ def test_a_method_is_documented_moves_weights_and_gives_the_same_bits_for_the_sa
 def test_weights_outside_the_mask_stay_bit_identical(name: str, mode: str) -> None:
     task = problem(name, mask=mode, density=0.3)
     before = weights(task)
-    METHODS[name].run(task)
+    run(name, task)
     assert task.mask is not None
     for key, value in weights(task).items():
         inside = task.mask.dense(key)
@@ -109,7 +129,7 @@ def test_weights_outside_the_mask_stay_bit_identical(name: str, mode: str) -> No
 @pytest.mark.parametrize("name", [n for n in TRAINS if n not in ("ga", "be", "bs")])
 def test_methods_that_train_leave_the_model_fit_for_the_rest(name: str) -> None:
     task = problem(name, lr=0.02)
-    METHODS[name].run(task)
+    run(name, task)
     rows = task.split.retain
     with torch.no_grad():
         right = task.logits(task.data.pictures(rows)).argmax(1) == task.labels(rows)
@@ -121,7 +141,7 @@ def test_methods_that_train_leave_the_model_fit_for_the_rest(name: str) -> None:
 def test_batchnorm_statistics_move_only_where_asked(name: str, kind: str) -> None:
     task = problem(name, normalised=True, batchnorm=kind, lr=0.001)
     before = {k: v.clone() for k, v in task.model.named_buffers()}
-    METHODS[name].run(task)
+    run(name, task)
     moved = any(not torch.equal(before[k], v) for k, v in task.model.named_buffers())
     assert moved == (kind == "updated")
 
@@ -132,14 +152,14 @@ def test_one_row_can_be_forgotten_with_batchnorm_updated(name: str) -> None:
     task = problem(name, normalised=True, batchnorm="updated", lr=0.001)
     task.split = replace(task.split, forget=task.split.forget[:1], retain=task.split.train[1:])
     before = weights(task)
-    METHODS[name].run(task)
+    run(name, task)
     assert any(not torch.equal(value, before[key]) for key, value in weights(task).items())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     task = problem("ga", lr=10.0, epochs=300)
     with pytest.raises(TrainingError, match="lower the"):
-        METHODS["ga"].run(task)
+        run("ga", task)
 
 
 def test_unlearning_takes_other_batches_than_the_original_did() -> None:
@@ -176,7 +196,7 @@ def test_retrain_never_sees_the_forget_set() -> None:
     images[two.split.forget] = 0
     two.data = replace(two.data, images=images)
     for task in (one, two):
-        METHODS["retrain"].run(task)
+        run("retrain", task)
     assert all(torch.equal(v, weights(two)[k]) for k, v in weights(one).items())
 
 
@@ -185,21 +205,21 @@ def test_fine_tuning_sees_the_retain_set_alone() -> None:
     seen = torch.cat([b.rows for b in retain_batches(task)(0, torch.Generator().manual_seed(0))])
     assert torch.equal(seen.sort().values, task.split.retain)
     before = loss_on(task, task.split.retain)
-    METHODS["ft"].run(task)
+    run("ft", task)
     assert loss_on(task, task.split.retain) < before
 
 
 def test_gradient_ascent_raises_the_forget_loss() -> None:
     task = problem("ga", lr=0.3)
     before = loss_on(task, task.split.forget)
-    METHODS["ga"].run(task)
+    run("ga", task)
     assert loss_on(task, task.split.forget) > 2 * before
 
 
 def test_one_step_of_gradient_ascent_is_up_the_gradient() -> None:
     task = problem("ga", epochs=1, lr=0.5, batch_size=12, momentum=0.0, weight_decay=0.0)
     before, gradient = weights(task), gradient_sum(task, task.split.forget)
-    METHODS["ga"].run(task)
+    run("ga", task)
     for name, value in weights(task).items():
         torch.testing.assert_close(value, before[name] + 0.5 * gradient[name] / 12)
 
@@ -208,7 +228,7 @@ def test_l1_sparse_makes_weights_small_with_a_penalty_that_ends() -> None:
     norms = []
     for gamma in (0.0, 0.01):
         task = problem("l1-sparse", gamma=gamma, epochs=10, weight_decay=0.0)
-        METHODS["l1-sparse"].run(task)
+        run("l1-sparse", task)
         norms.append(sum(float(w.abs().sum()) for w in weights(task).values()))
     assert norms[1] < 0.9 * norms[0]
 
@@ -231,7 +251,9 @@ def test_labels_are_drawn_afresh_each_epoch_and_retain_rows_keep_theirs() -> Non
     task = problem("rl")
     drawn = []
     for epoch in range(2):
-        batches = list(relabelled(task)(epoch, torch.Generator().manual_seed(epoch)))
+        batches = list(
+            relabelled(task, METHODS["rl"].options_of(task.options))(epoch, torch.Generator().manual_seed(epoch))
+        )
         parts = [b.part for b in batches]
         assert parts == sorted(parts)  # the forget set first
         by_row = {int(r): int(y) for b in batches for r, y in zip(b.rows, b.labels, strict=True)}
@@ -244,7 +266,7 @@ def test_labels_are_drawn_afresh_each_epoch_and_retain_rows_keep_theirs() -> Non
 
 def test_mixed_order_puts_both_sets_into_one_batch() -> None:
     task = problem("rl", order="mixed")
-    batches = list(relabelled(task)(0, torch.Generator().manual_seed(0)))
+    batches = list(relabelled(task, METHODS["rl"].options_of(task.options))(0, torch.Generator().manual_seed(0)))
     assert {b.part for b in batches} == {"both"}
     assert any(bool((b.rows < 12).any() and (b.rows >= 12).any()) for b in batches)
 
@@ -253,7 +275,7 @@ def test_salun_is_random_labels_under_the_saliency_mask() -> None:
     """Full density gives RL's bits, and the mask holds the largest |∇CE(D_f)|."""
     salun, plain = problem("salun", density=1.0), problem("rl")
     for task, name in ((salun, "salun"), (plain, "rl")):
-        METHODS[name].run(task)
+        run(name, task)
     assert all(torch.equal(v, weights(plain)[k]) for k, v in weights(salun).items())
     masked = problem("salun", density=0.25)
     assert masked.mask is not None
@@ -264,7 +286,7 @@ def test_salun_is_random_labels_under_the_saliency_mask() -> None:
 def test_salun_raises_the_forget_loss_more_than_the_retain_loss() -> None:
     task = problem("salun", lr=0.02)
     before = loss_on(task, task.split.forget), loss_on(task, task.split.retain)
-    METHODS["salun"].run(task)
+    run("salun", task)
     after = loss_on(task, task.split.forget), loss_on(task, task.split.retain)
     assert after[0] - before[0] > 2 * (after[1] - before[1]) > 0
 
@@ -273,7 +295,7 @@ def test_salun_soft_moves_less_than_random_labels() -> None:
     soft, plain = problem("salun-soft", density=0.1), problem("rl")
     before = weights(soft)
     for task, name in ((soft, "salun-soft"), (plain, "rl")):
-        METHODS[name].run(task)
+        run(name, task)
     moved = [sum(float((v - before[k]).abs().sum()) for k, v in weights(t).items()) for t in (soft, plain)]
     assert moved[0] < moved[1]
 
@@ -296,7 +318,7 @@ def test_the_nearest_class_is_the_runner_up_and_never_the_own() -> None:
     task = problem("bs", train=False)
     task.model = linear([[3.0], [1.0], [2.0]])
     own = task.labels(task.split.forget)
-    assert nearest_labels(task).tolist() == [2 if y == 0 else 0 for y in own.tolist()]
+    assert nearest_labels(task, 0.1).tolist() == [2 if y == 0 else 0 for y in own.tolist()]
 
 
 def brightness(bounds: list[float]) -> nn.Module:
@@ -326,22 +348,20 @@ def at(value: int, label: int) -> Task:
 def test_the_nearest_class_is_looked_for_across_the_boundary_as_far_as_epsilon(epsilon: float, nearest: int) -> None:
     """From 0.49, of class 0, a step of 0.02 leads to class 1, from 0.5 on, one of 0.25 to class 2, from 0.7 on."""
     task = at(125, label=0)
-    task.options = replace(task.options, epsilon=epsilon)
-    assert set(nearest_labels(task).tolist()) == {nearest}
+    assert set(nearest_labels(task, epsilon).tolist()) == {nearest}
 
 
 def test_the_step_across_the_boundary_ends_at_white() -> None:
     """From 0.9 of class 0 a step of 0.5 would lead to 1.4, where class 2 begins at 1.2; held at white it is class 1."""
     task = at(230, label=0)
     task.model = brightness([0.95, 1.2])
-    task.options = replace(task.options, epsilon=0.5)
-    assert set(nearest_labels(task).tolist()) == {1}
+    assert set(nearest_labels(task, 0.5).tolist()) == {1}
 
 
 def test_boundary_shrink_moves_the_forget_set_next_door() -> None:
     task = problem("bs", epochs=20)
-    wanted = nearest_labels(task)
-    METHODS["bs"].run(task)
+    wanted = nearest_labels(task, 0.1)
+    run("bs", task)
     with torch.no_grad():
         found = task.logits(task.data.pictures(task.split.forget)).argmax(1)
     assert (found == wanted).float().mean() > 0.9
@@ -350,7 +370,7 @@ def test_boundary_shrink_moves_the_forget_set_next_door() -> None:
 def test_boundary_expanding_prunes_the_extra_class_and_keeps_the_shape() -> None:
     task = problem("be", lr=0.01)
     shapes, before = {k: v.shape for k, v in weights(task).items()}, loss_on(task, task.split.forget)
-    METHODS["be"].run(task)
+    run("be", task)
     assert {k: v.shape for k, v in weights(task).items()} == shapes
     assert loss_on(task, task.split.forget) > before
     assert task.history[-1]["forget"] < task.history[0]["forget"]  # the extra class took them
@@ -378,7 +398,7 @@ def test_the_fisher_information_is_the_closed_form_of_a_linear_model() -> None:
 def test_fisher_forgetting_adds_noise_of_the_fourth_root() -> None:
     task = problem("ff", noise=0.01, ff_damping=1e-3)
     before, fisher = weights(task), squared_gradients(task, task.split.retain, "model")
-    METHODS["ff"].run(task)
+    run("ff", task)
     drawn = torch.cat(
         [((v - before[k]) * (fisher[k] + 1e-3) ** 0.25 / 0.01).flatten() for k, v in weights(task).items()]
     )
@@ -416,7 +436,7 @@ def test_influence_unlearning_takes_the_step_of_the_formula() -> None:
     for row in task.split.retain:
         rows.append(torch.cat([g.flatten() for g in gradient_sum(task, row.view(1)).values()]).double())
     hessian = sum(torch.outer(g, g) for g in rows) / r + 0.1 * torch.eye(len(v), dtype=torch.float64)
-    METHODS["iu"].run(task)
+    run("iu", task)
     moved = torch.cat([(value - before[k]).flatten() for k, value in weights(task).items()])
     torch.testing.assert_close(moved, torch.linalg.solve(hessian, v).float(), rtol=1e-3, atol=1e-5)
 
@@ -426,13 +446,13 @@ import sys
 import torch
 sys.path.insert(0, {root!r})
 from tests import test_classification_methods as t
-from salun.classification.methods import fisher
+from salun.classification import curvature
 from salun.compute.environment import peak_memory
-fisher._ENTRIES = 1 << 20  # gradients come in small parts
+curvature._ENTRIES = 1 << 20  # gradients come in small parts
 task = t.problem("iu", train=False, gradients=48)
 task.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 100_000), torch.nn.Linear(100_000, 3))
 before = peak_memory()["cpu_bytes"]
-t.METHODS["iu"].run(task)
+t.run("iu", task)
 print((peak_memory()["cpu_bytes"] - before) / (48 * 2_000_003 * 4))
 """
 
@@ -440,7 +460,7 @@ print((peak_memory()["cpu_bytes"] - before) / (48 * 2_000_003 * 4))
 @pytest.mark.slow
 def test_influence_unlearning_holds_its_gradients_once() -> None:
     """48 gradients of 2,000,003 weights are 384 MB; beside them some of the size of the weights. Twice would be 768."""
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(ROOT)
     done = subprocess.run(
         [sys.executable, "-c", MEMORY.format(root=root)], capture_output=True, text=True, check=False, timeout=300
     )
@@ -451,7 +471,7 @@ def test_influence_unlearning_holds_its_gradients_once() -> None:
 def test_influence_unlearning_raises_the_forget_loss() -> None:
     task = problem("iu")
     before = loss_on(task, task.split.forget)
-    METHODS["iu"].run(task)
+    run("iu", task)
     assert loss_on(task, task.split.forget) > before
 
 
@@ -460,7 +480,7 @@ def test_ssd_dampens_what_the_forget_set_needs_most() -> None:
     of_forget = squared_gradients(task, task.split.forget, "labels")
     of_all = squared_gradients(task, task.split.train, "labels")
     before = weights(task)
-    METHODS["ssd"].run(task)
+    run("ssd", task)
     chosen = 0
     for name, value in weights(task).items():
         for i in range(value.numel()):
@@ -474,9 +494,9 @@ def test_ssd_dampens_what_the_forget_set_needs_most() -> None:
 def test_ssd_says_where_it_can_choose_nothing() -> None:
     """Of 12 in 60 no weight is more than 5 times as important for the forget set as for all."""
     with pytest.raises(
-        ConfigError, match=r"--ssd-alpha 5: for 12 of 60 pictures no weight can be more than 5\.00 times"
+        ConfigError, match=r"ssd_alpha is 5, but for 12 of 60 samples no weight can be more than 5\.00 times"
     ):
-        METHODS["ssd"].run(problem("ssd", ssd_alpha=5.0))
+        run("ssd", problem("ssd", ssd_alpha=5.0))
 
 
 # -- SCRUB ---------------------------------------------------------------------------------------------------------
@@ -485,7 +505,7 @@ def test_ssd_says_where_it_can_choose_nothing() -> None:
 def test_scrub_leaves_the_teacher_on_the_forget_set_and_keeps_to_it_elsewhere() -> None:
     task = problem("scrub", epochs=15, max_epochs=10, lr=0.1)
     teacher = deepcopy(task.model)
-    METHODS["scrub"].run(task)
+    run("scrub", task)
 
     def divergence(rows: Tensor) -> float:
         x = task.data.pictures(rows)
@@ -507,13 +527,13 @@ def test_scrub_leaves_the_teacher_on_the_forget_set_and_keeps_to_it_elsewhere() 
 def test_every_max_step_of_scrub_has_a_gradient() -> None:
     """Before any min step the student is its teacher: the divergence is 0, and so is its slope."""
     task = problem("scrub", epochs=2, max_epochs=1, lr=0.1, weight_decay=0.0)
-    METHODS["scrub"].run(task)
+    run("scrub", task)
     assert [row.get("forget", 0) < 0 for row in task.history] == [False, True]  # −KL
     still = problem("scrub", epochs=2, max_epochs=0, lr=0.1, weight_decay=0.0)
-    METHODS["scrub"].run(still)
+    run("scrub", still)
     assert loss_on(task, task.split.forget) > loss_on(still, still.split.forget)
-    with pytest.raises(ConfigError, match="--epochs 1: SCRUB begins to forget in its second epoch"):
-        METHODS["scrub"].run(problem("scrub", epochs=1))
+    with pytest.raises(ConfigError, match="epochs is 1, but SCRUB begins to forget in its second epoch"):
+        run("scrub", problem("scrub", epochs=1))
 
 
 def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:
@@ -523,7 +543,7 @@ def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:
         task.model = nn.Sequential(*task.model.children(), nn.Dropout(0.5))  # type: ignore[arg-type]
         task.mask = Mask.full(task.parameters)
         torch.manual_seed(noise)
-        METHODS["ft"].run(task)
+        run("ft", task)
         results.append(weights(task))
         again = replace(task, model=task.fresh(), options=replace(task.options, train_lr=2.0, relearn=30))
         again.model = nn.Sequential(*again.model.children(), nn.Dropout(0.5))  # type: ignore[arg-type]
@@ -538,11 +558,9 @@ def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:
 
 def test_iu_says_when_fewer_gradients_fit_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     task = problem("iu", gradients=40)
-    METHODS["iu"].run(task)
+    run("iu", task)
     assert task.notes == []
-    monkeypatch.setattr(
-        "salun.classification.methods.fisher._HELD", 10 * sum(w.numel() for w in weights(task).values())
-    )
+    monkeypatch.setattr("salun.classification.curvature._HELD", 10 * sum(w.numel() for w in weights(task).values()))
     task = problem("iu", gradients=40)
-    METHODS["iu"].run(task)
+    run("iu", task)
     assert len(task.notes) == 1 and "IU took 10 of 40 gradients" in task.notes[0]

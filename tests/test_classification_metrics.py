@@ -14,10 +14,10 @@ from salun.attacks.attack import ATTACKS, attack, requested
 from salun.attacks.mia import called_non_member, features
 from salun.classification.data import ImageData
 from salun.classification.metrics import confusion, gap_to_retrain, judge
-from salun.classification.options import UnlearnOptions
 from salun.classification.predictions import Predicted
 from salun.classification.splits import Split
 from salun.classification.task import Task
+from salun.classification.unlearn_options import UnlearnOptions
 from salun.errors import DataError, TrainingError
 
 P = np.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])

@@ -17,17 +17,17 @@ import torch
 
 from salun.classification.data import load_data
 from salun.classification.experiment import evaluate, train, unlearn
-from salun.classification.methods import METHODS
 from salun.classification.models import load_model, new_model, save_model
-from salun.classification.options import GROUPS, CompareOptions, TrainOptions, UnlearnOptions
+from salun.classification.options import TrainOptions
 from salun.classification.plan import resolve_options
 from salun.classification.preview import preview_training, preview_unlearning
 from salun.classification.splits import Split
-from salun.classification.task import Task
+from salun.classification.task import Task, train_from_scratch
+from salun.classification.unlearn_options import GROUPS, CompareOptions, UnlearnOptions
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError, DataError, ModelError
 from salun.masking.mask import Mask
-from salun.progress import Event
+from salun.progress import Event, Stage
 from salun.runs.cache import Cache
 
 QUICK: dict[str, Any] = {"train_epochs": 2, "epochs": 2, "device": "cpu"}
@@ -65,7 +65,7 @@ def test_a_runs_options_have_no_number_left_open(run: Path) -> None:
     options = record_of(run)["options"]
     assert set(options) == {item.name for item in fields(UnlearnOptions)}
     open_ones = {name for name, value in options.items() if value is None}
-    assert open_ones == {"original", "image_column", "label_column", "image_size"}
+    assert open_ones == {"original", "image_column", "label_column", "image_size", "ssd_alpha"}
     assert (options["model"], options["mask"], options["batchnorm"]) == ("small", "saliency", "frozen")
 
 
@@ -109,7 +109,7 @@ def test_an_original_that_was_trained_before_is_taken(run: Path, tmp_path: Path)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     for changes, kind, message in (
         ({"split_seed": 1}, DataError, "was trained on another split"),
-        ({"train_epochs": 3}, ConfigError, "--train-epochs is 3, but the --original was trained with 2"),
+        ({"train_epochs": 3}, ConfigError, "train_epochs is 3, but the original was trained with 2"),
     ):
         with pytest.raises(kind, match=message):
             unlearn(original=str(tmp_path / "original"), device="cpu", **changes)  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def test_retrain_is_trained_as_the_original_was_whatever_unlearning_is_told(tmp_
     options = resolve_options(UnlearnOptions(**recipe), data, split)
     fresh = new_model("small", 1, 10, seed=7).to(memory_format=torch.channels_last)  # as all are trained
     task = Task(fresh, replace(data, preset={**data.preset, "augment": "none"}), split, options, lambda: fresh)
-    METHODS["retrain"].run(task)
+    train_from_scratch(task, Stage.RETRAINING)
     for name, value in fresh.state_dict().items():
         assert torch.equal(value, exact.model.state_dict()[name]), name
     beside = unlearn(method="ft", epochs=1, retrain="yes", **told)
@@ -186,7 +186,7 @@ def test_what_a_given_original_names_is_opened_for_retrain_only_when_the_user_na
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     train(run_dir=tmp_path / "original", model=str(tmp_path / "vit"), train_epochs=1, device="cpu")
     told: dict[str, Any] = {"original": str(tmp_path / "original"), "method": "ft", "epochs": 1, "device": "cpu"}
-    with pytest.raises(ConfigError, match="add --model"):
+    with pytest.raises(ConfigError, match="if you trust it, set model to"):
         unlearn(**told)
     assert unlearn(retrain="no", **told).metrics["gap"] is None
     assert unlearn(model=str(tmp_path / "vit"), **told).metrics["gap_mean"] is not None
@@ -250,7 +250,7 @@ def test_a_class_can_be_forgotten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"method": "retrain"}, "this is Retrain itself"), ({"retrain": "no"}, "Retrain was not asked for")],
+    [({"method": "retrain"}, "this is Retrain itself"), ({"retrain": "no"}, "only trained with retrain: yes")],
 )
 def test_an_unknown_gap_is_null_with_its_reason(changes: dict[str, Any], reason: str) -> None:
     done = unlearn(train_epochs=1, device="cpu", **changes)
@@ -293,13 +293,16 @@ WRONG = [
     ({"mask": "good"}, "--mask is 'good'"),
     ({"labels": "own"}, "--labels is 'own'"),
     ({"batchnorm": "moving"}, "--batchnorm is 'moving'"),
-    ({"method": "ssd", "mask": "saliency"}, "--mask saliency: the method SSD has none"),
+    ({"method": "ssd", "mask": "saliency"}, "mask is saliency, but the method SSD has none"),
     ({"method": "salun-soft", "mask": "full"}, "the method SalUn-soft has none"),
-    ({"method": "ff", "lr": 0.1}, "--lr 0.1: the method FF has none"),
-    ({"method": "scrub", "epochs": 1}, "--epochs 1: SCRUB begins to forget in its second epoch"),
-    ({"method": "ssd", "ssd_alpha": 50.0}, "--ssd-alpha 50: for 129 of 1295 pictures no weight can be more than 10"),
-    ({"search": True, "validation_share": 0.0}, "--search compares with validation pictures, and there are none"),
-    ({"search": True, "method": "retrain"}, "--search: the method Retrain has nothing to search for"),
+    ({"method": "ff", "lr": 0.1}, "lr is 0.1, but the method FF has none"),
+    ({"method": "scrub", "epochs": 1}, "epochs is 1, but SCRUB begins to forget in its second epoch"),
+    (
+        {"method": "ssd", "ssd_alpha": 50.0},
+        "ssd_alpha is 50, but for 129 of 1295 samples no weight can",
+    ),
+    ({"search": True, "validation_share": 0.0}, "search needs validation images, and there are none"),
+    ({"search": True, "method": "retrain"}, "search is set, but the method Retrain has no option"),
     ({"forget": "random:0"}, "above 0 and below 1"),
     ({"forget": "class:ten"}, "does not exist"),
 ]

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import setting_of, unlearn
-from salun.classification.methods import METHODS
-from salun.classification.options import UnlearnOptions
 from salun.classification.search import Trial, between, beyond, following, foretold, merged, rounds, search, trials
 from salun.classification.splits import Split
 from salun.classification.task import Task
+from salun.classification.unlearn_options import UnlearnOptions
 from salun.errors import Cancelled, ConfigError, TrainingError
+from salun.methods import METHODS
 from salun.progress import Event, silent
 
 QUICK: dict[str, Any] = {"train_epochs": 2, "epochs": 1, "device": "cpu"}
@@ -73,7 +73,7 @@ def test_the_search_takes_the_value_nearest_to_what_is_foretold_and_tells_all() 
     assert all(torch.equal(before[name], p) for name, p in task.parameters.items())
     assert told["option"] == "lr"
     scores = {trial["value"]: trial["score"] for trial in told["tried"]}
-    assert len(scores) > len(METHODS["salun"].factors)
+    assert len(scores) > len(METHODS["classification"]["salun"].factors)
     assert told["runs"] == len(told["tried"])
     assert told["chosen"] == options.lr == min(scores, key=lambda value: (scores[value], value))
     assert {"UA", "RA", "TA", "MIA"} == set(told["foretold"])
@@ -221,9 +221,9 @@ def test_a_search_that_failed_at_one_seed_has_no_value_and_says_why() -> None:
 
 
 def test_what_cannot_be_searched_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--search: the method Retrain has nothing to search for"):
+    with pytest.raises(ConfigError, match="search is set, but the method Retrain has no option"):
         unlearn(method="retrain", search=True, **{**QUICK, "epochs": None})
-    with pytest.raises(ConfigError, match="raise --validation-share"):
+    with pytest.raises(ConfigError, match="raise validation_share"):
         unlearn(search=True, validation_share=0.0, **QUICK)
 
 

@@ -44,7 +44,8 @@ from salun.delta.stock_formats import stock_notes
 from salun.diffusion import evaluation
 from salun.diffusion.context import prepared
 from salun.diffusion.data.latents import sample_latents
-from salun.options import MASKS, EraseOptions
+from salun.diffusion.options import EraseOptions
+from salun.options import MASKS
 from salun.runs.folder import exclusive_lock
 from salun.runs.record import NOT_IN_FINGERPRINT
 from tools import comfy_help, comfy_workflows

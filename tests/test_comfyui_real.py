@@ -41,8 +41,8 @@ from salun.checkpoints.single_file import open_unet
 from salun.diffusion.context import prepared
 from salun.diffusion.data.training_set import UserLatents, sample_data
 from salun.diffusion.erase import carry_out
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
-from salun.options import EraseOptions
 from salun.progress import silent
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord

@@ -11,10 +11,10 @@ import pytest
 import salun
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept, mentions, prompts_of
 from salun.errors import ConfigError
-from salun.options import EraseOptions
 
 from .conftest import SHORT
 

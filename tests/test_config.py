@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from salun.config import read_config
+from salun.diffusion.options import GROUPS, EraseJob
 from salun.errors import ConfigError
-from salun.options import GROUPS, EraseJob
 
 
 @pytest.mark.parametrize(

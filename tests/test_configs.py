@@ -12,10 +12,11 @@ import torch
 
 import salun
 from salun.diagnostics.inspect import inspect
+from salun.diffusion.options import Recipe
 from salun.diffusion.prompts.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
 from salun.evaluation.detectors.attribute import load_detector
-from salun.options import Recipe, from_mapping
+from salun.options import from_mapping
 
 from .test_families import make
 

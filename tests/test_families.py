@@ -187,7 +187,7 @@ def test_unknown_noise_schedule_is_rejected(config: dict[str, object], told: str
 def test_sampler_facts_hold_nothing_that_varies_between_processes() -> None:
     """Samples are kept under a key of them. (diffusers keeps a set's order in a private entry of its configs.)"""
     from salun.diffusion.model.sampler import facts
-    from salun.options import Sampling
+    from salun.diffusion.options import Sampling
 
     told = facts({"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}, Sampling())["sampler"]
     assert told["beta_schedule"] == "'scaled_linear'"

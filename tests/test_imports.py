@@ -24,7 +24,7 @@ LAYERS = [
     {"salun.delta.delta", "salun.delta.stock_formats"},
     {"salun.evaluation", "salun.report"},
     {"salun.diffusion.prompts", "salun.diffusion.model"},
-    {"salun.diffusion", "salun.classification", "salun.attacks"},
+    {"salun.diffusion", "salun.classification", "salun.attacks", "salun.methods"},
     {"salun.delta", "salun.diagnostics"},
 ]
 HEAVY = {"diffusers", "transformers", "accelerate", "typer", "rich", "gradio", "comfy", "huggingface_hub", "jinja2"}
@@ -77,7 +77,7 @@ def imports_of(path: Path, everywhere: bool) -> set[str]:
 
 FILES = sorted((ROOT / "salun").rglob("*.py"))
 # packages without logic; `from package import module` names them too
-EMPTY = {module_of(p) for p in FILES if p.name in ("__init__.py", "__main__.py")} - {"salun.classification.methods"}
+EMPTY = {module_of(p) for p in FILES if p.name in ("__init__.py", "__main__.py")}
 HOSTS = {"cli": "salun_cli", "comfy_nodes": "comfy_nodes", "extension": "extension"}
 
 

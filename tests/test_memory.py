@@ -45,7 +45,7 @@ def test_gradient_checkpointing_keeps_less(shapes: Model) -> None:
     said = shapes.encode(["one red circle"]).expand(8)
     kept = {}
     for wish in (False, True):
-        from salun.options import EraseOptions
+        from salun.diffusion.options import EraseOptions
 
         seen: dict[int, int] = {}
 

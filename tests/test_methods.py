@@ -14,22 +14,24 @@ from salun.diffusion.data.latents import sample_until
 from salun.diffusion.methods.esd import GUIDANCE, SAMPLING_STEPS
 from salun.diffusion.methods.uce import UceOptions, edit_of
 from salun.diffusion.model.stable_diffusion import Model
-from salun.methods import DIFFUSION
+from salun.methods import METHODS, Method, load
 from salun.randomness import step_generator
 
 from .conftest import SHORT
 
 
-@pytest.mark.parametrize("name", DIFFUSION)
-def test_every_method_has_a_function_and_options_with_help(name: str) -> None:
-    method = DIFFUSION[name]
-    assert method.title and method.paper and callable(method.function)
-    kind = method.options_class
-    assert kind is None or all(item.metadata["help"] for item in dataclasses.fields(kind))
+@pytest.mark.parametrize(
+    "method", [m for task in METHODS.values() for m in task.values()], ids=lambda m: f"{m.task}-{m.name}"
+)
+def test_every_method_has_a_function_and_options_with_help(method: Method) -> None:
+    assert method.title and method.paper and callable(load(method.run))
+    assert all(item.metadata["help"] for item in dataclasses.fields(method.options))
 
 
 def test_the_registry_and_options_of_methods_import_no_torch() -> None:
-    code = "import sys; from salun.methods import DIFFUSION; [m.options_class for m in DIFFUSION.values()]; "
+    code = (
+        "import sys; from salun.methods import METHODS, Method, load; [m.options_class for m in DIFFUSION.values()]; "
+    )
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
 
 
@@ -80,7 +82,7 @@ def test_esd_scope_says_which_layers_train(shapes: Model) -> None:
     assert run.erased and all(".attn2." in name for name in run.erased)
 
 
-@pytest.mark.parametrize("name", DIFFUSION)
+@pytest.mark.parametrize("name", METHODS["diffusion"])
 def test_stages_of_the_plan_are_the_steps_that_progress_reports(name: str, shapes: Model) -> None:
     few = {**SHORT, "steps": 2, "batch_size": 2, "eval_images": 2}
     steps: dict[str, set[int]] = {}

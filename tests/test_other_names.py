@@ -18,8 +18,8 @@ from salun.checkpoints import safetensors_io
 from salun.diagnostics.inspect import inspect
 from salun.diffusion.model.convert import write_folder, write_single_file
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import ModelOptions
 from salun.errors import ModelError
-from salun.options import ModelOptions
 from tools.checkpoints import make, unet_config
 
 QUICK: dict[str, Any] = {

@@ -11,10 +11,10 @@ from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept, prompts_of, resolve
 from salun.errors import ConfigError, DataError
-from salun.options import EraseOptions
 
 LONG = "one red circle, plain style, " * 14  # more than 75 tokens of any tokenizer
 

@@ -55,8 +55,8 @@ def test_every_option_shown_exists() -> None:
     """Options in the README's text and commands that start with `salun erase` or stand by themselves."""
     import dataclasses
 
-    from salun.classification.options import CompareOptions, UnlearnOptions
-    from salun.options import EraseJob
+    from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
+    from salun.diffusion.options import EraseJob
 
     kinds = (EraseJob, CompareOptions, UnlearnOptions)
     known = {"--" + item.name.replace("_", "-") for kind in kinds for item in dataclasses.fields(kind)}

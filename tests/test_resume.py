@@ -15,9 +15,9 @@ import pytest
 import salun
 from salun.diffusion.estimate import preview
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.errors import Cancelled, ConfigError
 from salun.masking.mask import Mask
-from salun.options import EraseOptions
 from salun.progress import Event
 from salun.runs.cache import Cache, size_of
 from salun.runs.record import RunRecord

@@ -23,10 +23,10 @@ from salun.diffusion.model.few_steps import find_few_steps
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import SAMPLERS, EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept
 from salun.errors import ConfigError
-from salun.options import SAMPLERS, EraseOptions
 from salun.runs.cache import Cache
 
 from .conftest import SHORT

@@ -27,10 +27,10 @@ from salun.diagnostics.inspect import inspect
 from salun.diffusion.data.latents import sample_images
 from salun.diffusion.model.clip_tokenizer import clip_tokenizer
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import ModelOptions
 from salun.diffusion.output import erased_tensors
 from salun.errors import ConfigError, ModelError
 from salun.masking.mask import Mask
-from salun.options import ModelOptions
 from salun.runs.cache import Cache
 from tools.checkpoints import make
 

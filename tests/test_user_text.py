@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 import salun
 from cli.main import app
 from salun.checkpoints.locate import ASSETS, checkpoint_folders, find
-from salun.classification.options import UnlearnOptions
+from salun.classification.unlearn_options import UnlearnOptions
 from salun.config import read_config
 from salun.diagnostics.inspect import inspect
 from salun.diffusion.data.images import concept_folders, encode_folder
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseJob, EraseOptions, Sampling
 from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept, mentions, prompts_of, resolve
 from salun.errors import ConfigError
-from salun.options import EraseJob, EraseOptions, Sampling
 from salun.runs.cache import size_of
 from salun.user_text import prompt_text, syntax_note, unquoted
 

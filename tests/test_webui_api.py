@@ -29,8 +29,8 @@ from extension.host import StandaloneHost
 from extension.jobs import Job
 from extension.places import confined, new_file, safe_name
 from extension.service import DELTA, Service
+from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError
-from salun.options import EraseJob
 from salun.runs.folder import exclusive_lock
 
 ROUTES = ["status", "runs", "models", "concepts", "schema", "file", "preview"]

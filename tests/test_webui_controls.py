@@ -29,8 +29,9 @@ from extension.jobs import Job
 from extension.page import _details, build
 from extension.service import OURS, Service
 from extension.words import in_the_pages_words
+from salun.diffusion.options import EraseJob, EraseOptions
 from salun.errors import ConfigError, SalunError
-from salun.options import MASKS, EraseJob, EraseOptions, from_mapping
+from salun.options import MASKS, from_mapping
 from salun.runs.folder import exclusive_lock
 from salun.runs.record import RunRecord
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from salun.attacks.attack import Attack
-from salun.classification.options import UnlearnOptions
+from salun.classification.options import TaskOptions
 from salun.classification.predictions import Predicted, SplitPredictions
 from salun.errors import DataError
 from salun.evaluation.estimate import Estimate
@@ -24,7 +24,7 @@ class MiaOptions:
     feature: str = "confidence"
 
 
-def settings(options: UnlearnOptions) -> MiaOptions:
+def settings(options: TaskOptions) -> MiaOptions:
     """Every run asks for it."""
     return MiaOptions(options.seed)
 

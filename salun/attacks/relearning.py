@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from salun.attacks.attack import Attack
-from salun.classification.options import UnlearnOptions
+from salun.classification.options import TaskOptions
 from salun.classification.predictions import SplitPredictions, predict
 from salun.classification.task import cross_entropy, forget_batches, minimise
 from salun.errors import TrainingError
@@ -29,7 +29,7 @@ class RelearningOptions:
     seed: int
 
 
-def settings(options: UnlearnOptions) -> RelearningOptions | None:
+def settings(options: TaskOptions) -> RelearningOptions | None:
     """By `relearn`, at a tenth of the original's learning rate."""
     if not options.relearn:
         return None

@@ -16,16 +16,15 @@ from typing import Any
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import Setting, facts_of, setting_of
 from salun.classification.jobs import Job, JobRunner, Kind, ResultStore
-from salun.classification.methods import METHODS
 from salun.classification.models import new_model, weights_digest
-from salun.classification.options import METHODS as NAMES
-from salun.classification.options import NOT_COMPARED, CompareOptions, UnlearnOptions
 from salun.classification.search import check_search, following, merged, rounds, with_value
 from salun.classification.splits import make_split, with_forget
 from salun.classification.table import table_of, tables_of
+from salun.classification.unlearn_options import NOT_COMPARED, CompareOptions, UnlearnOptions
 from salun.compute.device import pick_device
 from salun.display import shown
 from salun.errors import ConfigError
+from salun.methods import METHODS
 from salun.options import MASKS
 from salun.progress import Progress, Stage
 from salun.report.classification import comparison_page
@@ -54,30 +53,35 @@ class Comparison:
 def variant_of(text: str) -> Variant:
     """METHOD[/MASK][@DENSITY]. Raises ConfigError for anything else, or a mask for a method that has none."""
     found = re.fullmatch(r"([a-z0-9-]+)(?:/([a-z]+))?(?:@([0-9.e-]+))?", text.strip().lower())
-    if found is None or found[1] not in METHODS or found[1] == "retrain":
-        known = ", ".join(name for name in NAMES if name != "retrain")
-        raise ConfigError(f"--methods {text}: must be METHOD, METHOD/MASK or METHOD@DENSITY, METHOD one of {known}")
-    method, mask = METHODS[found[1]], found[2]
-    if mask is not None and (method.mask is None or mask not in MASKS):
-        why = f"the method {method.title} has none" if method.mask is None else f"must be one of {', '.join(MASKS)}"
-        raise ConfigError(f"--methods {text}: the mask {mask}: {why}")
+    if found is None or found[1] not in METHODS["classification"] or found[1] == "retrain":
+        known = ", ".join(name for name in METHODS["classification"] if name != "retrain")
+        raise ConfigError(
+            f"has {text!r}, but must have METHOD, METHOD/MASK or METHOD@DENSITY with METHOD one of {known}",
+            option="methods",
+        )
+    method, mask = METHODS["classification"][found[1]], found[2]
+    if mask is not None and (not method.takes_mask or mask not in MASKS):
+        why = f"must be one of {', '.join(MASKS)}" if method.takes_mask else f"the method {method.title} has none"
+        raise ConfigError(f"has {text!r} with the mask {mask}, but {why}", option="methods")
     try:
         density = None if found[3] is None else float(found[3])
     except ValueError as error:
-        raise ConfigError(f"--methods {text}: {found[3]} is no density") from error
-    if density is not None and (not 0 < density <= 1 or (mask or method.mask or "saliency") == "full"):
-        raise ConfigError(f"--methods {text}: a density is above 0 and at most 1, of a mask that is not full")
+        raise ConfigError(f"has {text!r}, but {found[3]} is not a number", option="methods") from error
+    if density is not None and (not 0 < density <= 1 or (mask or method.mask) == "full"):
+        raise ConfigError(
+            f"has {text!r}, but a density must be above 0, at most 1, and of a mask that is not full", option="methods"
+        )
     return Variant(found[0], found[1], mask, density)
 
 
 def variants_of(options: CompareOptions) -> list[Variant]:
     """The rows of the table, in order. Raises ConfigError for a variant that is none, or is named twice."""
-    others = [name for name in NAMES if name not in ("retrain", "salun")]
+    others = [name for name in METHODS["classification"] if name not in ("retrain", "salun")]
     found = [variant_of(text) for text in options.methods or ["salun", *others]]
     names = [variant.name for variant in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"--methods {twice} is named twice")
+        raise ConfigError(f"has {twice} twice", option="methods")
     return found
 
 
@@ -99,7 +103,7 @@ def jobs_of(options: CompareOptions, variants: Sequence[Variant]) -> dict[Kind, 
             told: dict[str, Any] = {"method": variant.method, "mask": variant.mask, "seed": seed}
             if variant.density is not None:
                 told["density"] = variant.density
-            if METHODS[variant.method].epochs is None:
+            if not METHODS["classification"][variant.method].trains:
                 told["epochs"] = None
             own = UnlearnOptions(**{**base, **told})
             name = f"{re.sub('[/@]', '-', variant.name)}-{seed}"
@@ -149,7 +153,7 @@ def compare(
     options = CompareOptions(**{**asdict(options or CompareOptions()), **given})
     variants, cache = variants_of(options), cache or Cache.of_user()
     if resume and run_dir is None:
-        raise ConfigError("--resume needs the --run-dir of the comparison to go on with")
+        raise ConfigError("needs the run folder of the comparison", option="resume", advice="set {run_dir}")
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
     options = with_class_named(options, data)
     jobs = jobs_of(options, variants)
@@ -236,7 +240,7 @@ def title_of(variant: Variant) -> str:
     """How the table calls a variant."""
     parts = [variant.mask or "", f"density {variant.density:g}" if variant.density is not None else ""]
     told = ", ".join(part for part in parts if part)
-    return METHODS[variant.method].title + (f" ({told})" if told else "")
+    return METHODS["classification"][variant.method].title + (f" ({told})" if told else "")
 
 
 def workers_of(options: CompareOptions) -> int:
@@ -250,7 +254,7 @@ def workers_of(options: CompareOptions) -> int:
 
 def _resolved(setting: Setting) -> dict[str, Any]:
     """What the page says of a variant."""
-    method = METHODS[setting.options.method]
+    method = METHODS["classification"][setting.options.method]
     return {"method": method.title, "mask": setting.options.mask, "density": setting.options.density}
 
 

@@ -44,7 +44,9 @@ def load_data(
     known, others = presets()["datasets"], presets()["others"]
     if name in EMBEDDED:
         if image_size is not None:
-            raise ConfigError(f"--image-size {image_size}: {name} has pictures of one size, as they are; leave it out")
+            raise ConfigError(
+                f"is {image_size}, but the images of {name} are not resized", option="image_size", advice="omit it"
+            )
         return replace(EMBEDDED[name](), preset=known[name])
     columns = {key: value for key, value in (("image", image_column), ("label", label_column)) if value}
     if name in known:
@@ -87,7 +89,7 @@ def _from_class_folders(
     try:
         return from_folder(path, image_size, preset)
     except DataError as error:
-        raise DataError("; ".join([str(error), *unused])) from error
+        raise DataError("; ".join([error.message, *unused]), option=error.option, advice=error.advice) from error
 
 
 def _digits() -> ImageData:

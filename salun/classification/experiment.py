@@ -18,20 +18,21 @@ from torch import nn
 from salun.attacks.attack import requested
 from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
-from salun.classification.methods import METHODS
 from salun.classification.metrics import accuracies, gap_to_retrain, judge
 from salun.classification.models import Facts, is_builtin, load_model, new_model, save_model, seen_by, weights_digest
-from salun.classification.options import TrainOptions, UnlearnOptions
+from salun.classification.options import TrainOptions
 from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import known_recipe, resolve_options, why_no_retrain
 from salun.classification.search import search
 from salun.classification.splits import Split, make_split, repeated, with_forget
 from salun.classification.task import Task
+from salun.classification.unlearn_options import UnlearnOptions
 from salun.compute.device import deterministic_kernels, is_out_of_memory, pick_device, pick_dtype
 from salun.display import shown
-from salun.errors import ConfigError, DataError, TrainingError
+from salun.errors import ConfigError, DataError, TrainingError, literal
 from salun.files import write_bytes
 from salun.masking.mask import Mask
+from salun.methods import METHODS
 from salun.options import from_mapping
 from salun.progress import Event, Progress, Stage, silent
 from salun.report.classification import run_page, train_page
@@ -106,10 +107,11 @@ def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageD
     no_retrain = why_no_retrain(options, training)
     if training is not None and named is None and (no_retrain is None or options.method == "retrain"):
         began = str(training.get("model"))
-        if not is_builtin(began):  # the file may be a stranger's, and Retrain would open what it names
+        if not is_builtin(began):  # the file may be untrusted input
             raise ConfigError(
-                f"Retrain would begin as {options.original} says that it began: as {began}, a folder or a model of the "
-                f"hub. If you trust that, add --model {began}; otherwise --retrain no"
+                f"{options.original} states that its training began with {began}, a folder or a model of the hub, "
+                "which Retrain would load",
+                advice=f"if you trust it, set {{model}} to {literal(began)}; otherwise set {{retrain}} to no",
             )
     recipe = replace(options, **training) if training is not None and known_recipe(training) else options
     data = _prepared(data, options, pick_device(options.device))
@@ -237,7 +239,7 @@ def evaluate(
         if told["status"] != "done" or "train_epochs" not in known:
             raise ValueError(f"its status is {told['status']!r}")
     except (DataError, ValueError) as error:
-        raise ConfigError(f"{folder} is no finished run of classify-train or classify-unlearn ({error})") from error
+        raise ConfigError(f"{folder} is not a finished run of classify-train or classify-unlearn ({error})") from error
     options: UnlearnOptions = from_mapping(
         UnlearnOptions, {**known, "data": data or known["data"], "device": device}, str(folder / "run.json")
     )
@@ -261,20 +263,21 @@ def evaluate(
 
 def forget(task: Task, record: RunRecord) -> float:
     """Find the mask and run the method; returns the seconds that both took (RTE)."""
-    method, before = METHODS[task.options.method], {n: p.detach().clone() for n, p in task.parameters.items()}
+    method = METHODS["classification"][task.options.method]
+    before = {name: p.detach().clone() for name, p in task.parameters.items()}
     began = time.perf_counter()
-    if method.epochs is not None:
+    if method.trains:
         with record.stage(Stage.SALIENCY):
             task.mask, record.data["mask"] = find_mask(task)
     with record.stage(Stage.UNLEARNING):
-        method.run(task)
+        method.call(task, task.options)
         if task.device.type == "cuda":
             torch.cuda.synchronize(task.device)
     seconds = time.perf_counter() - began
     record.data["losses"] = task.history
     moved = sum(int((p != before[n]).sum()) for n, p in task.parameters.items())
     record.data["moved"] = moved / sum(p.numel() for p in before.values())
-    if method.epochs is not None and record.folder is not None:
+    if method.trains and record.folder is not None:
         assert task.mask is not None
         task.mask.save(record.folder / "mask.safetensors")
     return seconds
@@ -330,7 +333,7 @@ def _record(
     resume: bool,
 ) -> RunRecord:
     if resume and run_dir is None:
-        raise ConfigError("--resume needs the --run-dir of the run to go on with")
+        raise ConfigError("needs the folder of the run", option="resume", advice="set {run_dir}")
     folder = Path(run_dir) if run_dir is not None else None
     return RunRecord(folder, command, told, told["seed"], str(device), facts, resume)
 
@@ -357,7 +360,9 @@ def enough_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory("out of memory: try a smaller --batch-size and --train-batch-size") from error
+        raise OutOfMemory(
+            "out of memory", advice="use a smaller {batch_size} and {train_batch_size}", code="memory"
+        ) from error
 
 
 def _keep_split(record: RunRecord, split: Split) -> None:

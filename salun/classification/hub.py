@@ -117,7 +117,9 @@ def _parts_of_files(folder: Path) -> dict[str, list[str]]:
         configurations["/".join(part for part in way if role_of(part) is None and part != "data")] = None
     if len(configurations) > 1:
         names = [name or "." for name in configurations]
-        raise DataError(f"{folder} holds several configurations ({some(names, 5)}): name the folder of one as --data")
+        raise DataError(
+            f"{folder} holds several configurations ({some(names, 5)})", advice="set {data} to the folder of one"
+        )
     if len(parts) == 1 and role_of(next(iter(parts))) is None:
         parts = {"train": next(iter(parts.values()))}
     return parts
@@ -158,10 +160,10 @@ def _source(value: Any, where: str, column: str) -> Source:
         return bytes(value["bytes"])
     if isinstance(value, dict) and isinstance(value.get("path"), str):
         return Path(value["path"])
-    what = "no picture" if value is None else f"{value!r:.40}"
+    what = "no image" if value is None else f"{value!r:.40}"
     raise DataError(
-        f"{where} has {what} in the column {column!r}, where a picture must be: leave such rows out, or name another "
-        "by --image-column"
+        f"{where} has {what} in the column {column!r}, but must have an image",
+        advice="remove such rows, or set {image_column} to another column",
     )
 
 
@@ -170,8 +172,8 @@ def _label(value: Any, where: str, column: str) -> int:
     if isinstance(value, int):
         return int(value)
     raise DataError(
-        f"{where} has the label {value!r} in the column {column!r}, where a whole number must be: name another by "
-        "--label-column, or make it a ClassLabel (datasets' class_encode_column)"
+        f"{where} has the label {value!r} in the column {column!r}, but labels must be integers",
+        advice="set {label_column} to another column, or make it a ClassLabel (datasets' class_encode_column)",
     )
 
 
@@ -182,5 +184,8 @@ def _column(name: str, what: str, wish: str | None, features: Any, kind: type) -
         raise DataError(f"the data set {name!r} has no column {wish!r}, only {', '.join(features)}")
     if wish is None and len(fitting) != 1:
         missing = "has no labels" if what == "label" and not fitting else f"has {len(fitting)} {what} columns"
-        raise DataError(f"the data set {name!r} {missing}: name one by --{what}-column ({', '.join(features)})")
+        raise DataError(
+            f"the data set {name!r} {missing}; its columns are {', '.join(features)}",
+            advice=f"set {{{what}_column}} to one of them",
+        )
     return wish if wish is not None else fitting[0]

@@ -33,14 +33,14 @@ from salun.classification.experiment import (
     setting_of,
 )  # fmt: skip
 from salun.classification.masks import layers_of
-from salun.classification.methods import METHODS
 from salun.classification.metrics import judge
-from salun.classification.options import UnlearnOptions
 from salun.classification.results import check_result
 from salun.classification.search import trials
+from salun.classification.unlearn_options import UnlearnOptions
 from salun.compute.device import deterministic_kernels
 from salun.errors import Cancelled, SalunError, TrainingError
 from salun.files import write_bytes
+from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage
 from salun.runs.cache import Cache
 from salun.runs.record import INPUTS, RunRecord
@@ -97,7 +97,9 @@ class ResultStore:
             result: dict[str, Any] = kept["result"]
             if kept.get("key") != self.key(job) or result.get("retry"):
                 return None
-            check_result(job.kind, result, self.classes, METHODS[job.options.method].tunes, job.values)
+            check_result(
+                job.kind, result, self.classes, METHODS["classification"][job.options.method].tunes, job.values
+            )
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -168,8 +170,8 @@ class JobRunner:
                     yield running[future], future.result()
         except BrokenProcessPool as error:
             raise TrainingError(
-                "a process of the comparison was ended from outside, for want of memory perhaps: go on with --resume "
-                "and fewer --workers"
+                "a process of the comparison was killed, perhaps because memory ran out",
+                advice="use {resume} with fewer {workers}",
             ) from error
 
 
@@ -241,7 +243,7 @@ def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict
     except Cancelled:
         raise
     except OutOfMemory as error:
-        return {"error": f"{error}, or fewer --workers", "retry": True}
+        return {"error": f"{error}, or fewer workers", "retry": True}
     except SalunError as error:
         return {"error": str(error)}
     finally:

@@ -169,8 +169,8 @@ def roles_of(names: Sequence[str], where: str) -> tuple[dict[str, str], list[str
         raise DataError(f"{where} has no part named train, only {', '.join(names)}: rename the one to train on")
     if "validation" in roles and "test" not in roles:
         roles["test"] = roles.pop("validation")
-    validation = roles.get("validation", f"drawn from {roles['train']} (--validation-share)")
-    test = roles.get("test", f"drawn from {roles['train']} (--test-share)")
+    validation = roles.get("validation", f"drawn from {roles['train']} (validation_share)")
+    test = roles.get("test", f"drawn from {roles['train']} (test_share)")
     return roles, [f"{where}: training part {roles['train']}, validation {validation}, test {test}", *notes]
 
 

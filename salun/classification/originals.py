@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from salun.classification.data import ImageData
-from salun.classification.methods.retaining import retrain
 from salun.classification.models import Facts, load_model, nameless, new_model, seen_by, stock_model, unlike
-from salun.classification.options import UnlearnOptions
+from salun.classification.options import TaskOptions, TrainOptions
 from salun.classification.plan import RECIPE, recipe_of
 from salun.classification.splits import Split
-from salun.classification.task import Task
+from salun.classification.task import Task, train_from_scratch
 from salun.compute.device import deterministic_kernels, pick_dtype
 from salun.compute.environment import versions
 from salun.errors import DataError, ModelError
@@ -43,7 +42,7 @@ class Original:
 
 
 def trained(
-    options: UnlearnOptions, data: ImageData, split: Split, cache: Cache, progress: Progress, stage: Stage
+    options: TaskOptions, data: ImageData, split: Split, cache: Cache, progress: Progress, stage: Stage
 ) -> Original:
     """A model trained from scratch on the split's retain rows by settled options; from the cache if it was before.
 
@@ -71,7 +70,7 @@ def trained(
     task = Task(model, data, split, options, fresh, progress, pick_dtype(options.dtype, device))
     began = time.perf_counter()
     with deterministic_kernels(options.deterministic):
-        retrain(task, stage)
+        train_from_scratch(task, stage)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
@@ -81,7 +80,7 @@ def trained(
     return Original(model, facts, seconds, task.history)
 
 
-def key_of_training(options: UnlearnOptions, data: ImageData, split: Split, fresh: nn.Module, stage: Stage) -> str:
+def key_of_training(options: TaskOptions, data: ImageData, split: Split, fresh: nn.Module, stage: Stage) -> str:
     """The cache's key of a model trained so: a hash of all that its bits depend on.
 
     fresh: the model before training, whose weights count, for a pretrained body is known by no more than its name. The
@@ -101,7 +100,7 @@ def key_of_training(options: UnlearnOptions, data: ImageData, split: Split, fres
 
 
 def given_original(name: str, data: ImageData, split: Split, allow_pickle: bool = False) -> Original:
-    """The original that `--original` names: a run folder, a .safetensors file, or a transformers folder or hub id.
+    """The original that is given: a run folder, a .safetensors file, or a transformers folder or hub id.
 
     Raises ModelError if it is none, its classes or channels are not the data's, or it has been made to forget already;
     DataError if it was trained on another split.
@@ -119,16 +118,18 @@ def given_original(name: str, data: ImageData, split: Split, allow_pickle: bool 
     _checked(facts, str(path), data)
     strange = sorted({*facts.training} - {*RECIPE})
     if strange:
-        raise ModelError(f"{path} is damaged: it says of its training {', '.join(strange)}, which is no option of it")
-    from_mapping(UnlearnOptions, facts.training, str(path))
+        raise ModelError(f"{path} is damaged: it names {', '.join(strange)}, which training has no options for")
+    from_mapping(TrainOptions, facts.training, str(path))
     if facts.channels != data.channels:
         raise ModelError(f"{path} takes pictures of {facts.channels} channels, {data.name} has {data.channels}")
     if facts.role != "original":
-        raise ModelError(f"{path} is no original but {facts.role}: name a model made by `salun classify-train`")
+        raise ModelError(
+            f"{path} is an {facts.role} model, but must be an original", advice="use one made by `salun classify-train`"
+        )
     if facts.base != split.base:
         raise DataError(
-            f"{path} was trained on another split of the data, or on other data: repeat the --data, --split-seed, "
-            "--test-share and --validation-share that it was trained with"
+            f"{path} was trained on another split of the data, or on other data",
+            advice="repeat the {data}, {split_seed}, {test_share} and {validation_share} that it was trained with",
         )
     return Original(model, facts)
 

@@ -40,8 +40,8 @@ def load(name: str, allow_pickle: bool, **changes: Any) -> Any:
         raise ModelError(f"the image classifier {name!r} cannot be loaded: {folder} holds no model.safetensors")
     if not safetensors and not allow_pickle:
         raise ModelError(
-            f"the image classifier {name!r} has its weights in {pickles[0].name}, a pickle, which may run code of "
-            "whoever made it: take one with model.safetensors, or, if you trust the file, --allow-pickle"
+            f"the image classifier {name!r} has its weights in {pickles[0].name}, a pickle, which may run code",
+            advice="use one with model.safetensors or, if you trust the file, {allow_pickle}",
         )
     if not safetensors:
         check_torch()

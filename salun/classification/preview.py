@@ -11,14 +11,15 @@ from typing import Any
 from salun.classification.compare import jobs_of, settings_of, variants_of, workers_of
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import setting_of, training_of
-from salun.classification.methods import METHODS
 from salun.classification.models import new_model, seen_by
-from salun.classification.options import CompareOptions, TrainOptions, UnlearnOptions
+from salun.classification.options import TaskOptions, TrainOptions
 from salun.classification.originals import key_of_training
 from salun.classification.search import FURTHER
 from salun.classification.splits import Split, repeated
 from salun.classification.task import Task, cross_entropy, minimise, retain_batches
+from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
 from salun.masking.mask import Mask
+from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
 
@@ -27,7 +28,7 @@ LATER = FURTHER + 2  # values that a search may try after its first round
 
 
 def preview_training(
-    options: TrainOptions, *, cache: Cache | None = None, progress: Progress = silent
+    options: TrainOptions, *, run_dir: Path | None = None, cache: Cache | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
     """What `train` would do. seconds: counted from one epoch on 512 pictures at most. Raises as it."""
     full, data, split = training_of(options)
@@ -38,7 +39,7 @@ def preview_training(
 
 
 def preview_unlearning(
-    options: UnlearnOptions, *, cache: Cache | None = None, progress: Progress = silent
+    options: UnlearnOptions, *, run_dir: Path | None = None, cache: Cache | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
     """What `unlearn` would do. cached: whether the original and Retrain, where they are to be trained, are there.
 
@@ -49,7 +50,7 @@ def preview_unlearning(
     own, data, split = setting.options, setting.data, setting.split
     cached = {}
     pace = _pace(setting.recipe, data, split.unforgotten(), progress)
-    method = METHODS[own.method]
+    method = METHODS["classification"][own.method]
     seconds = pace * _passes(own, split) * (1 + ((len(method.factors) + LATER) if own.search else 0))
     if setting.given is None:
         cached["original"], more = _training(setting.recipe, data, split.unforgotten(), cache, Stage.TRAINING, pace)
@@ -77,7 +78,7 @@ def preview_comparison(
     seconds = pace * first.options.train_epochs * (len(first.split.train) + retrains) * options.seeds
     searches = options.search_seeds if options.search else 0
     for setting in settings:
-        tries = options.seeds + searches * (len(METHODS[setting.options.method].factors) + LATER)
+        tries = options.seeds + searches * (len(METHODS["classification"][setting.options.method].factors) + LATER)
         seconds += pace * _passes(setting.options, setting.split) * tries
     workers = workers_of(options)
     told = {}
@@ -100,14 +101,14 @@ def preview_comparison(
     }
 
 
-def _told(options: UnlearnOptions, data: ImageData, split: Split) -> dict[str, Any]:
+def _told(options: TaskOptions, data: ImageData, split: Split) -> dict[str, Any]:
     rows = {part: len(getattr(split, part)) for part in ("train", "validation", "test", "forget", "retain")}
     names = ("data", "model", "train_epochs", "train_lr", "train_batch_size", "seed")
     told = {name: getattr(options, name) for name in names}
     return {**told, "classes": len(data.classes), "rows": rows, "device": str(data.images.device)}
 
 
-def _passes(options: UnlearnOptions, split: Split) -> int:
+def _passes(options: TaskOptions, split: Split) -> int:
     """Pictures that one unlearning trains on, or reads, about."""
     if options.method == "retrain":
         assert options.train_epochs is not None
@@ -116,7 +117,7 @@ def _passes(options: UnlearnOptions, split: Split) -> int:
 
 
 def _training(
-    options: UnlearnOptions, data: ImageData, split: Split, cache: Cache, stage: Stage, pace: float
+    options: TaskOptions, data: ImageData, split: Split, cache: Cache, stage: Stage, pace: float
 ) -> tuple[bool, float]:
     """Whether the cache has a model trained so, and the seconds that training takes if not."""
     assert options.model is not None and options.train_epochs is not None
@@ -125,7 +126,7 @@ def _training(
     return there, 0.0 if there else pace * options.train_epochs * len(split.retain)
 
 
-def _pace(options: UnlearnOptions, data: ImageData, split: Split, progress: Progress) -> float:
+def _pace(options: TaskOptions, data: ImageData, split: Split, progress: Progress) -> float:
     """Seconds that one picture takes in training, on this machine now."""
     fresh = partial(
         new_model, options.model or "", data.channels, len(data.classes), options.seed, options.allow_pickle

@@ -29,7 +29,7 @@ from collections.abc import Generator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from math import sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,16 +37,17 @@ import torch
 from salun.attacks.mia import called_non_member, features
 from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
-from salun.classification.methods import METHODS, Method
 from salun.classification.metrics import COMPARED
-from salun.classification.options import UnlearnOptions
+from salun.classification.options import TaskOptions
 from salun.classification.predictions import Predicted, predict
 from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError
+from salun.methods import METHODS, Method
 from salun.progress import Event, Stage
 from salun.randomness import generator_of
 
+Options = TypeVar("Options", bound=TaskOptions)
 FURTHER = 3  # values beyond an end of the grid, where the best lies there
 
 
@@ -60,7 +61,7 @@ class Trial:
     reason: str | None = None
 
 
-def search(task: Task) -> tuple[UnlearnOptions, dict[str, Any]]:
+def search(task: Task) -> tuple[TaskOptions, dict[str, Any]]:
     """The task's options with the best value, and what `run.json` says of the search. The task is left as it was.
 
     Raises ConfigError for a split without validation rows or a method without anything to find, TrainingError if no
@@ -74,11 +75,11 @@ def search(task: Task) -> tuple[UnlearnOptions, dict[str, Any]]:
         told = merged([found], told)
         values = following(searching, told)
     if told["chosen"] is None:
-        raise TrainingError(f"--search: no {told['option']} gives a model ({told['tried'][0]['reason']})")
+        raise TrainingError(f"the search failed: every {told['option']} diverges ({told['tried'][0]['reason']})")
     return with_value(task.options, told["option"], told["chosen"]), told
 
 
-def rounds(options: UnlearnOptions) -> Generator[list[float], list[Trial], None]:
+def rounds(options: TaskOptions) -> Generator[list[float], list[Trial], None]:
     """The values to try, a round at a time; it is sent all trials so far. Raises ConfigError for a method without an
     option to find.
     """
@@ -96,7 +97,7 @@ def rounds(options: UnlearnOptions) -> Generator[list[float], list[Trial], None]
         yield nearby
 
 
-def check_search(options: UnlearnOptions, data: ImageData, split: Split) -> None:
+def check_search(options: TaskOptions, data: ImageData, split: Split) -> None:
     """Raises ConfigError for a search that cannot be made: of a method without an option to find, or by too few
     validation pictures.
     """
@@ -104,10 +105,12 @@ def check_search(options: UnlearnOptions, data: ImageData, split: Split) -> None
     held_out(data, split)
 
 
-def _tuned(options: UnlearnOptions) -> Method:
-    method = METHODS[options.method]
+def _tuned(options: TaskOptions) -> Method:
+    method = METHODS["classification"][options.method]
     if method.tunes is None:
-        raise ConfigError(f"--search: the method {method.title} has nothing to search for; leave it out")
+        raise ConfigError(
+            f"is set, but the method {method.title} has no option to search", option="search", advice="omit it"
+        )
     return method
 
 
@@ -125,11 +128,11 @@ def trials(task: Task, values: Sequence[float], before: int = 0) -> dict[str, An
     untouched: the score of θ_o as it is, which a method must better to be of use. before: trials of earlier rounds, for
     the progress. Raises ConfigError for a split without validation rows.
     """
-    method = METHODS[task.options.method]
+    method = METHODS["classification"][task.options.method]
     assert method.tunes is not None
     began = time.perf_counter()
     wanted = foretold(task)
-    if method.epochs is not None and task.mask is None:
+    if method.trains and task.mask is None:
         task = replace(task, mask=find_mask(task)[0])
     tried = []
     for value in values:
@@ -187,7 +190,7 @@ def merged(found: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None 
     }
 
 
-def with_value(options: UnlearnOptions, name: str, value: float) -> UnlearnOptions:
+def with_value(options: Options, name: str, value: float) -> Options:
     """The options with another value of the one that is searched for. Raises ConfigError if it is out of range."""
     changed: dict[str, Any] = {name: value}
     return replace(options, **changed)
@@ -200,7 +203,7 @@ def _trial(task: Task, option: str, value: float, wanted: dict[str, float]) -> T
     try:
         options = with_value(task.options, option, value)
         tried = replace(task, model=deepcopy(task.model), options=options, progress=heard, history=[])
-        METHODS[options.method].run(tried)
+        METHODS["classification"][options.method].call(tried, options)
         found = figures(tried)
     except (TrainingError, ConfigError) as error:
         return Trial(value, None, None, str(error))
@@ -314,12 +317,16 @@ def held_out(data: ImageData, split: Split) -> tuple[torch.Tensor, set[int]]:
     for fewer rows than can be judged by.
     """
     if not len(split.validation):
-        raise ConfigError("--search compares with validation pictures, and there are none: raise --validation-share")
+        raise ConfigError(
+            "needs validation images, and there are none", option="search", advice="raise {validation_share}"
+        )
     labels, rows = data.labels.cpu(), split.validation
     kept = torch.isin(labels[rows], labels[split.retain])
     gone = {int(y) for y in labels[split.forget]} - {int(y) for y in labels[split.retain]}
     if int(kept.sum()) < 4:
-        raise ConfigError("--search needs 4 validation pictures of classes that stay: raise --validation-share")
+        raise ConfigError(
+            "needs 4 validation images of retained classes", option="search", advice="raise {validation_share}"
+        )
     return rows[kept], gone
 
 

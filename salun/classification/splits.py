@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from salun.classification.data import ImageData
-from salun.errors import ConfigError, DataError
+from salun.errors import ConfigError, DataError, literal
 from salun.files import write_bytes
 from salun.randomness import generator_of
 from salun.untrusted import read_json
@@ -29,7 +29,7 @@ PARTS = ("train", "validation", "test", "forget", "retain")
 class Split:
     """Rows, int64 and rising. train, validation and test share none; train = forget ∪ retain.
 
-    data: the digest of the data set whose rows these are. forgetting: what `--forget` said ("" before it did).
+    data: the digest of the data set whose rows these are. forgetting: the option `forget`, "" before it applies.
     """
 
     train: Tensor
@@ -115,21 +115,21 @@ def make_split(data: ImageData, test_share: float, validation_share: float, seed
     train = rest
     counts = torch.bincount(data.labels.cpu()[train], minlength=len(data.classes))
     if not len(test):
-        raise DataError(f"{data.name}: no picture is left to test with: raise --test-share")
+        raise DataError(f"{data.name} has no test images", advice="raise {test_share}")
     if not counts.all():
         empty = data.classes[int((counts == 0).nonzero()[0])]
-        raise DataError(f"{data.name}: the class {empty!r} is empty: it has no picture to train with")
+        raise DataError(f"{data.name}: the class {empty!r} has no training images")
     train = train.sort().values
     return Split(train, validation.sort().values, test.sort().values, train[:0], train, data.digest)
 
 
 def with_forget(split: Split, data: ImageData, wish: str, seed: int) -> Split:
-    """The split with the rows that `--forget` names: random:0.1, class:NAME, or a JSON list of rows.
+    """The split with the rows to forget: random:0.1, class:NAME, or a JSON list of rows.
 
     A class may be given by its number where no class is named by one; `forgetting` has its name.
 
-    Raises ConfigError for a share outside (0, 1) or that is of no picture, a class that does not exist, or words that
-    are none of these; DataError for rows out of range, repeated, or not trained on.
+    Raises ConfigError for a fraction outside (0, 1) or of no image, a class that does not exist, or another text;
+    DataError for rows out of range, repeated, or not trained on.
     """
     kind, _, value = wish.partition(":")
     if kind == "random" and value:
@@ -140,10 +140,12 @@ def with_forget(split: Split, data: ImageData, wish: str, seed: int) -> Split:
     elif wish.endswith(".json"):
         forget = _listed(as_spelled(Path(wish).expanduser()), split, len(data.labels))
     else:
-        raise ConfigError(f"--forget is {wish!r}, but must be random:SHARE, class:NAME, or a .json list of rows")
+        raise ConfigError(
+            f"is {wish!r}, but must be random:FRACTION, class:NAME, or a .json list of rows", option="forget"
+        )
     retain = split.train[~torch.isin(split.train, forget)]
     if not len(retain):
-        raise ConfigError(f"--forget {wish} takes every training picture: something must be kept")
+        raise ConfigError(f"is {wish}, which is every training image, but some must be retained", option="forget")
     return replace(split, forget=forget, retain=retain, forgetting=wish)
 
 
@@ -151,12 +153,20 @@ def _random(train: Tensor, value: str, seed: int) -> Tensor:
     try:
         share = Decimal(value)
     except InvalidOperation as error:
-        raise ConfigError(f"--forget random:{value} is no number: write random:0.1 for a tenth") from error
+        raise ConfigError(
+            f"is random:{value}, which is not a number", option="forget", advice="use random:0.1 for a tenth"
+        ) from error
     if not share.is_finite() or not 0 < share < 1:
-        raise ConfigError(f"--forget random:{value} must be above 0 and below 1, the share of the training pictures")
+        raise ConfigError(
+            f"is random:{value}, but the fraction of the training images must be above 0 and below 1", option="forget"
+        )
     count = int(share * len(train))
     if not count:
-        raise ConfigError(f"--forget random:{value} of {len(train)} training pictures is none: take a larger share")
+        raise ConfigError(
+            f"is random:{value}, which of {len(train)} training images is none",
+            option="forget",
+            advice="use a larger one",
+        )
     drawn = torch.randperm(len(train), generator=generator_of(seed, "forget"))
     return train[drawn[:count]].sort().values
 
@@ -176,13 +186,18 @@ def _class(data: ImageData, value: str) -> int:
             return number
         if counted or equal:
             readings = " or ".join(f"class:{data.classes[i]} ({why})" for i, why in (equal | counted).items())
-            raise ConfigError(f"--forget class:{value}: {data.name} has no class named {value!r}. Write {readings}")
+            raise ConfigError(
+                f"is class:{value}, but {data.name} has no class named {value!r}",
+                option="forget",
+                advice=literal(f"use {readings}"),
+            )
     shown = ", ".join(data.classes[:10]) + (", …" if len(data.classes) > 10 else "")
     folded = {name.casefold(): name for name in names}
     near = difflib.get_close_matches(composed(value).casefold(), folded, 1)
-    hint = f". Did you mean class:{folded[near[0]]}?" if near else ""
     raise ConfigError(
-        f"--forget class:{value} does not exist: {data.name} has {len(data.classes)} classes ({shown}){hint}"
+        f"is class:{value}, which does not exist: {data.name} has {len(data.classes)} classes ({shown})",
+        option="forget",
+        advice=literal(f"did you mean class:{folded[near[0]]}?") if near else "",
     )
 
 
@@ -210,20 +225,23 @@ def _listed(path: Path, split: Split, n: int) -> Tensor:
     try:
         found = read_json(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"--forget {path} cannot be read as JSON: {error}") from error
+        raise DataError(f"is {path}, which cannot be read as JSON: {error}", option="forget") from error
     if not isinstance(found, list) or not found or not all(type(v) is int for v in found):
-        raise DataError(f"--forget {path} must hold a list of row numbers, such as [3, 14, 15]")
+        raise DataError(f"is {path}, which must hold a list of row numbers, such as [3, 14, 15]", option="forget")
     outside = next((v for v in found if not 0 <= v < n), None)
     if outside is not None:
-        raise DataError(f"--forget {path}: row {outside} is out of range, the data has rows 0 to {n - 1}")
+        raise DataError(
+            f"is {path}, but its row {outside} is out of range: the data has rows 0 to {n - 1}", option="forget"
+        )
     rows = torch.tensor(found).sort().values
     twice = rows[1:][rows[1:] == rows[:-1]]
     if len(twice):
-        raise DataError(f"--forget {path}: row {int(twice[0])} is repeated")
+        raise DataError(f"is {path}, but its row {int(twice[0])} is repeated", option="forget")
     unseen = rows[~torch.isin(rows, split.train)]
     if len(unseen):
         raise DataError(
-            f"--forget {path}: row {int(unseen[0])} is not in the training part (the model never saw it); split.json "
-            "of a run lists the rows that are"
+            f"is {path}, but its row {int(unseen[0])} is not in the training part (the model never saw it)",
+            option="forget",
+            advice="see split.json of a run for the rows that are",
         )
     return rows

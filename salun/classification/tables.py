@@ -47,8 +47,8 @@ def from_tables(
     for table in tables:
         read = _rows(table)
         columns = list(dict.fromkeys(column for row in read for column in row))
-        file = _column(table, columns, image_column, FILE_COLUMNS, "--image-column")
-        label = _column(table, columns, label_column, LABEL_COLUMNS, "--label-column")
+        file = _column(table, columns, image_column, FILE_COLUMNS, "image_column")
+        label = _column(table, columns, label_column, LABEL_COLUMNS, "label_column")
         if file is None or label is None:
             what = f"has no column of {'files' if file is None else 'labels'}, only {some(columns, 10)}"
             if image_column is None and label_column is None:
@@ -103,7 +103,7 @@ def _json_lines(lines: Iterator[str]) -> Iterator[Row]:
 
 def _column(table: Path, columns: list[str], wish: str | None, usual: tuple[str, ...], option: str) -> str | None:
     if wish is not None and wish not in columns:
-        raise DataError(f"{table} has no column {wish!r} ({option}), only {some(columns, 10)}")
+        raise DataError(f"is {wish!r}, but {table} has no such column, only {some(columns, 10)}", option=option)
     return wish or next((column for column in usual if column in columns), None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from salun.classification.data import ImageData
-from salun.classification.options import UnlearnOptions
+from salun.classification.options import TaskOptions
 from salun.classification.splits import Split
+from salun.compute.device import pick_dtype
 from salun.masking.mask import Mask
 from salun.masking.training import TrainingSettings, constant, cosine_decay, train
 from salun.masking.training_state import LossRow
@@ -38,13 +39,13 @@ class Task:
     model: nn.Module
     data: ImageData
     split: Split
-    options: UnlearnOptions
+    options: TaskOptions
     fresh: Callable[[], nn.Module]
     progress: Progress = silent
     dtype: torch.dtype = torch.float32
     mask: Mask | None = None
     history: list[LossRow] = field(default_factory=list)
-    recipe: UnlearnOptions | None = None
+    recipe: TaskOptions | None = None
     memo: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -204,6 +205,28 @@ def _epoch_means(history: list[LossRow], epoch_of: list[int]) -> list[LossRow]:
         del values["step"]
         means.append({"epoch": epoch + 1, **{name: sum(each) / len(each) for name, each in values.items()}})
     return means
+
+
+def train_from_scratch(task: Task, stage: Stage) -> None:
+    """Train the model from its first weights on D_r, as the original was trained, or is to be.
+
+    SGD by the recipe's `train_…` numbers, momentum, weight decay, dtype and seed, with a rate that falls along a
+    cosine. Every weight trains. stage: what progress is reported as.
+    """
+    recipe = task.recipe or task.options
+    task.model.load_state_dict(task.fresh().state_dict())
+    task.mask = Mask.full(task.parameters)
+    scratch = replace(task, options=recipe, dtype=pick_dtype(recipe.dtype, task.device))
+    minimise(
+        scratch,
+        retain_batches(scratch, recipe.train_batch_size),
+        cross_entropy(scratch),
+        epochs=recipe.train_epochs,
+        lr=recipe.train_lr,
+        batchnorm="updated",
+        cosine=True,
+        stage=stage,
+    )
 
 
 def forget_batches(task: Task, labels: Tensor | None = None) -> Batches:

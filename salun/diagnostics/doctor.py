@@ -188,7 +188,7 @@ def _hub(network: bool) -> Iterator[Finding]:
 def _erasing() -> Iterator[Finding]:
     """A complete small erasure on the device that would be used."""
     from salun.diffusion.erase import erase
-    from salun.options import EraseOptions
+    from salun.diffusion.options import EraseOptions
 
     small = EraseOptions(steps=2, batch_size=2, forget_latents=2, retain_latents=2, eval_images=0)
     try:

@@ -18,6 +18,7 @@ from salun.diffusion.mask_files import load_mask_file
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.display import shown
@@ -25,7 +26,6 @@ from salun.errors import ConfigError, TrainingError
 from salun.files import check_disk_space, sha256_file
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
-from salun.options import EraseOptions
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
 from salun.runs.folder import check_folder

@@ -13,12 +13,12 @@ from salun.diffusion.losses import ErasureData
 from salun.diffusion.mask_files import check_given_mask
 from salun.diffusion.masks import mask_of_run
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.output import erased_tensors
 from salun.diffusion.plan import ConceptSpec
 from salun.diffusion.result import Run, write_run
 from salun.diffusion.task import ErasureTask
 from salun.masking.mask import Mask
-from salun.options import EraseOptions
 from salun.progress import Progress, Stage
 from salun.runs.cache import Cache
 
@@ -84,7 +84,7 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
         found = mask_of_run(context, data, mask)
         record.mask = found.summary()
     with context.stage(Stage.TRAINING):
-        unlearned = plan.method.function(ErasureTask.of(context, data, found.mask))
+        unlearned = plan.method.call(ErasureTask.of(context, data, found.mask), plan.options)
         record.mask |= {"selected": unlearned.mask.selected, "density": unlearned.mask.density}
     original = model.original()
     erased, record.rounding = erased_tensors(original, unlearned.mask, unlearned.weights)

@@ -19,11 +19,11 @@ from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.diffusion.targets import STATE_BYTES, check_output_paths, disk_needed, other_input_paths, trained_entries
 from salun.errors import ConfigError
 from salun.files import check_disk_space
-from salun.options import EraseOptions
 from salun.progress import Event, Progress, Stage, StageCost, silent
 from salun.runs.folder import check_folder
 

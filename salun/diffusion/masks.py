@@ -20,12 +20,13 @@ from salun.diffusion.mask_files import check_mask, load_mask_file
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.errors import ModelError
 from salun.masking.mask import Mask, entries
 from salun.masking.saliency import scores_from_losses
 from salun.masking.threshold import Selection, select_largest
-from salun.options import MASKS, EraseOptions
+from salun.options import MASKS
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
 from salun.version import __version__

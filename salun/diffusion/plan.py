@@ -13,10 +13,11 @@ import numpy as np
 
 from salun.diffusion.model.few_steps import FewSteps, hint
 from salun.diffusion.model.settings import ModelSettings, sampling_with
+from salun.diffusion.options import EraseOptions, Recipe, Sampling
 from salun.diffusion.prompts.concepts import Concept, Prompts, part, prompts_of, resolve
 from salun.errors import ConfigError
-from salun.methods import DIFFUSION, Method, imported
-from salun.options import MASKS, EraseOptions, Recipe, Sampling
+from salun.methods import METHODS, Method, load
+from salun.options import MASKS
 from salun.progress import Stage, StageCost
 from salun.user_text import syntax_note
 
@@ -50,7 +51,7 @@ class Plan:
     @property
     def method(self) -> Method:
         """How the model unlearns."""
-        return DIFFUSION[self.options.method]
+        return METHODS["diffusion"][self.options.method]
 
     @property
     def needs_frozen(self) -> bool:
@@ -100,7 +101,7 @@ class Plan:
     def _training_stages(self) -> list[StageCost]:
         """Those of the method; by default its steps, and before them the frozen targets of as many."""
         if self.method.stages:
-            made: list[StageCost] = imported(self.method.stages)(self)
+            made: list[StageCost] = load(self.method.stages)(self)
             return made
         steps, samples = self.recipe.steps, self.recipe.steps * self.recipe.batch_size * 2
         frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=samples)] if self.needs_frozen else []

@@ -13,11 +13,11 @@ from salun.config import read_record
 from salun.delta.delta import Delta
 from salun.diffusion.evaluation import compare, observe, questions
 from salun.diffusion.model.loading import load_with
+from salun.diffusion.options import EraseJob
 from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept
 from salun.errors import DataError
 from salun.files import write_bytes
-from salun.options import EraseJob
 from salun.progress import Progress, Stage, silent
 from salun.runs.cache import Cache
 from salun.runs.reading import read_run

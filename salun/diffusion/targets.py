@@ -10,10 +10,10 @@ from salun.checkpoints.outputs import DELTA, DIFF, LORA
 from salun.checkpoints.patch import size_of
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan
 from salun.errors import ConfigError
 from salun.masking.mask import entries
-from salun.options import EraseOptions
 
 RUN_FILES = (
     "run.json",

@@ -1,48 +1,68 @@
-"""Boundary unlearning (Chen et al. 2023): the forget set is given to the class next door, or to one that goes away."""
+"""Boundary unlearning: forget samples are relabelled to the nearest class, or to an extra class that is pruned."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from salun.classification.models import head_of
-from salun.classification.task import Batch, Task, cross_entropy, forget_batches, minimise
-from salun.randomness import generator_of
+from salun.options import Checked, NoOptions, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from salun.classification.task import Batch, Task
 
 
-def boundary_shrink(task: Task) -> None:
-    """BS (Chen et al. 2023): min_θ CE(f_θ(x), y_nbi) over D_f, y_nbi the nearest class but the own.
+@dataclass(frozen=True)
+class BoundaryShrinkOptions(Checked):
+    """Options of BS."""
 
-    It is what the original takes x′ = x + ε·sign(∇_x CE(f_θo(x), y)) for, ε in pixels of 0 to 1, between which x′ is
-    held.
+    epsilon: float = option(0.1, "BS: step ε across the boundary, in pixel values of 0 to 1", minimum=0, maximum=1)
+
+
+def boundary_shrink(task: Task, options: BoundaryShrinkOptions) -> None:
+    """BS (Chen et al. 2023): min_θ CE(f_θ(x), y_nbi) over D_f, y_nbi the nearest class other than the sample's own.
+
+    It is the original's prediction of x′ = x + ε·sign(∇_x CE(f_θo(x), y)), clamped to pixel values of 0 to 1.
     """
-    minimise(task, forget_batches(task, nearest_labels(task)), cross_entropy(task))
+    from salun.classification.task import cross_entropy, forget_batches, minimise
+
+    minimise(task, forget_batches(task, nearest_labels(task, options.epsilon)), cross_entropy(task))
 
 
-def nearest_labels(task: Task) -> Tensor:
+def nearest_labels(task: Task, epsilon: float) -> Tensor:
     """y_nbi of each forget row by the model as it is, int64 (|D_f|,); never the row's own label."""
+    import torch
+    from torch.nn import functional as F
+
     task.model.eval()
     mean, std = (torch.tensor(task.data.preset[key], device=task.device).view(-1, 1, 1) for key in ("mean", "std"))
     black, white = -mean / std, (1 - mean) / std
-    found = []
+    nearest = []
     for rows in task.split.forget.split(256):
         y = task.labels(rows)
         x = task.data.pictures(rows).requires_grad_(True)
         (gradient,) = torch.autograd.grad(F.cross_entropy(task.logits(x), y, reduction="sum"), x)
         with torch.no_grad():
-            moved = x + task.options.epsilon / std * gradient.sign()
+            moved = x + epsilon / std * gradient.sign()
             across = task.logits(torch.minimum(torch.maximum(moved, black), white))
-        found.append(across.scatter(1, y[:, None], float("-inf")).argmax(1))
-    return torch.cat(found)
+        nearest.append(across.scatter(1, y[:, None], float("-inf")).argmax(1))
+    return torch.cat(nearest)
 
 
-def boundary_expanding(task: Task) -> None:
+def boundary_expanding(task: Task, options: NoOptions) -> None:
     """BE (Chen et al. 2023): min_θ CE(f_θ(x), K + 1) over D_f, with an extra class, then pruned.
 
-    The extra class is a row of the head beside the model's own, which it reads the features of: pruning it is leaving
-    it behind.
+    The extra class is a row that is added to the model's head and reads the same features; it is not kept.
     """
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    from salun.classification.models import head_of
+    from salun.classification.task import forget_batches, minimise
+    from salun.randomness import generator_of
+
     head = head_of(task.model, task.classes)
     seen: list[Tensor] = []
     device = head.weight.device

@@ -1,49 +1,77 @@
-"""Random labels for the forget set, own labels for the rest: RL, and SalUn, which adds a mask or a proximal step."""
+"""Random labels for the forget set, true labels for the rest: RL, and SalUn, which adds a mask or a proximal step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from salun.options import Checked, option
 
-from salun.classification.task import Batch, Batches, Task, batches_of, cross_entropy, minimise, retain_batches
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from salun.classification.task import Batch, Batches, Task
 
 
-def random_labels(task: Task) -> None:
+@dataclass(frozen=True)
+class RelabellingOptions(Checked):
+    """Options of RL, SalUn and SalUn-soft."""
+
+    labels: str = option(
+        "other",
+        "RL, SalUn: random labels other than a sample's own, or any (as in the authors' code)",
+        choices=("other", "any"),
+    )
+    order: str = option(
+        "forget-first",
+        "RL, SalUn: order of an epoch's batches: the forget set's, then the retain set's; or mixed",
+        choices=("forget-first", "mixed"),
+    )
+
+
+def random_labels(task: Task, options: RelabellingOptions) -> None:
     """RL (Golatkar et al. 2020): min_θ CE(D_f with random labels) + CE(D_r), over the task's mask.
 
-    Each epoch draws the labels anew (`labels`: other than a picture's own, or any), and takes D_f first, then D_r
-    (`order`: or both mixed).
+    Each epoch draws the labels anew and takes D_f first, then D_r, or both mixed.
     """
-    minimise(task, relabelled(task), cross_entropy(task))
+    from salun.classification.task import cross_entropy, minimise
+
+    minimise(task, relabelled(task, options), cross_entropy(task))
 
 
-def salun(task: Task) -> None:
+def salun(task: Task, options: RelabellingOptions) -> None:
     """SalUn (Fan et al. 2024, eqs. 3–5): RL, in which only salient weights move.
 
     θ_u = m ⊙ (θ_o + Δθ) + (1 − m) ⊙ θ_o with m = 1[|∇_θ CE(D_f)| ≥ γ]; the task carries m. Weights outside are never
     written, by weight decay and momentum neither.
     """
-    random_labels(task)
+    random_labels(task, options)
 
 
-def salun_soft(task: Task) -> None:
+def salun_soft(task: Task, options: RelabellingOptions) -> None:
     """SalUn-soft (Fan et al. 2024, appendix B): RL with a proximal ℓ1 step on θ − θ_o in place of the mask.
 
-    After each step the change is soft-thresholded so that a share falls to 0, which shrinks to none at the end.
+    After each step the change is soft-thresholded so that a fraction of it becomes 0; the fraction falls to none.
     """
-    minimise(task, relabelled(task), cross_entropy(task), soft_density=task.options.density)
+    from salun.classification.task import cross_entropy, minimise
+
+    minimise(task, relabelled(task, options), cross_entropy(task), soft_density=task.options.density)
 
 
-def relabelled(task: Task) -> Batches:
-    """Each epoch D_f with labels drawn afresh, and D_r with its own, in the options' order."""
+def relabelled(task: Task, options: RelabellingOptions) -> Batches:
+    """Each epoch D_f with labels drawn afresh, and D_r with its true labels, in the options' order."""
+    import torch
+
+    from salun.classification.task import batches_of, retain_batches
+
     forget, retain = task.split.forget, task.split.retain
 
     def batches(epoch: int, generator: torch.Generator) -> Iterator[Batch]:
-        drawn = draw_labels(task.labels(forget), task.classes, task.options.labels, generator)
-        if task.options.order == "mixed":
+        drawn = draw_labels(task.labels(forget), task.classes, options.labels, generator)
+        if options.order == "mixed":
             labels = torch.cat([drawn, task.labels(retain)])
             return batches_of(torch.cat([forget, retain]), labels, task.size, "both", generator)
         first = batches_of(forget, drawn, task.size, "forget", generator)
@@ -52,8 +80,10 @@ def relabelled(task: Task) -> Batches:
     return batches
 
 
-def draw_labels(own: Tensor, classes: int, kind: str, generator: torch.Generator) -> Tensor:
-    """Random labels like `own`, int64 (b,): of `any` class, or of every class but the own one (`other`)."""
+def draw_labels(true: Tensor, classes: int, kind: str, generator: torch.Generator) -> Tensor:
+    """Random labels like `true`, int64 (b,): of `any` class, or of every class but the true one (`other`)."""
+    import torch
+
     if kind == "any":
-        return torch.randint(0, classes, own.shape, generator=generator).to(own.device)
-    return (own + torch.randint(1, classes, own.shape, generator=generator).to(own.device)) % classes
+        return torch.randint(0, classes, true.shape, generator=generator).to(true.device)
+    return (true + torch.randint(1, classes, true.shape, generator=generator).to(true.device)) % classes

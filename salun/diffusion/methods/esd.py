@@ -24,7 +24,7 @@ class EsdOptions(Checked):
     negative_guidance: float = option(1.0, "ESD: negative guidance strength η (default: 1).", minimum=0, maximum=100)
 
 
-def esd(task: ErasureTask) -> Unlearned:
+def esd(task: ErasureTask, options: EsdOptions) -> Unlearned:
     """ESD, eq. 6: ε_θ(x_t, c) ← ε_θ₀(x_t, ∅) − η·(ε_θ₀(x_t, c) − ε_θ₀(x_t, ∅)).
 
     x_t comes from the model in training, sampled under c down to a random step. `scope` says what trains: xattn is the
@@ -37,7 +37,6 @@ def esd(task: ErasureTask) -> Unlearned:
     from salun.diffusion.task import Unlearned
     from salun.randomness import step_generator
 
-    own: EsdOptions = task.plan.method.options_of(task.plan.options)
     model, seed = task.model, task.plan.options.seed
     batch, forget = task.plan.recipe.batch_size // task.processes.count, task.encode("forget")
 
@@ -49,7 +48,7 @@ def esd(task: ErasureTask) -> Unlearned:
         x_t, t = sample_until(model, prompts, empty, step_of, SAMPLING_STEPS, GUIDANCE, generator)
         with torch.no_grad(), task.original_weights():
             of_concept, of_empty = model.predict(x_t, t, prompts), model.predict(x_t, t, empty)
-        target = of_empty - own.negative_guidance * (of_concept - of_empty)
+        target = of_empty - options.negative_guidance * (of_concept - of_empty)
         return {"erase": F.mse_loss(model.predict(x_t, t, prompts), target)}
 
     trained = task.train(losses)

@@ -7,16 +7,17 @@ from torch import Tensor
 from salun.diffusion.losses import Draw, draw, frozen_predictions, training_losses
 from salun.diffusion.output import changed_entries, mask_of_changed
 from salun.diffusion.task import ErasureTask, Unlearned
+from salun.options import NoOptions
 from salun.progress import Event, Stage
 
 
-def salun(task: ErasureTask) -> Unlearned:
+def salun(task: ErasureTask, options: NoOptions) -> Unlearned:
     """SalUn, eq. 5: min over m⊙θ of MSE(ε_θ(x_t, c_f), ε_θ₀(x_t, c_a)) + α·L_r, m the saliency mask of eq. 3 and 4."""
     trained = task.train(_Losses(task), _weights(task))
     return Unlearned(task.mask, trained.masters, trained.history)
 
 
-def salun_soft(task: ErasureTask) -> Unlearned:
+def salun_soft(task: ErasureTask, options: NoOptions) -> Unlearned:
     """SalUn-soft, appendix B: no mask; Δ = θ − θ₀ is soft-thresholded after each step, down to `density`."""
     trained = task.train(
         _Losses(task), {"retain": task.plan.recipe.retain_weight}, soft_density=task.plan.options.density

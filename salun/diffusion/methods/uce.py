@@ -26,7 +26,7 @@ class UceOptions(Checked):
     uce_lambda: float = option(0.5, "UCE: weight λ of the original projection (default: 0.5).", above=0, maximum=1e6)
 
 
-def uce(task: ErasureTask) -> Unlearned:
+def uce(task: ErasureTask, options: UceOptions) -> Unlearned:
     """UCE, eq. 7: W = (λW₀ + eΣ W₀g cᵀ + pΣ W₀r rᵀ)(λI + eΣ ccᵀ + pΣ rrᵀ)⁻¹ for every key and value projection.
 
     c, g, r: text embeddings of the forget, anchor and retain prompts, every token position alike (the paper: the last
@@ -36,10 +36,9 @@ def uce(task: ErasureTask) -> Unlearned:
     from salun.diffusion.output import changed_entries, mask_of_changed
     from salun.diffusion.task import Unlearned
 
-    own: UceOptions = task.plan.method.options_of(task.plan.options)
     pairs = Conditioning.cat([task.encode("forget"), task.encode("anchor")])  # of equal length
     c, g = (part.flatten(0, 1) for part in pairs.hidden.chunk(2))
-    edit = edit_of(c, g, task.encode("retain").hidden.flatten(0, 1), own)
+    edit = edit_of(c, g, task.encode("retain").hidden.flatten(0, 1), options)
     original = task.model.original()
     names = [name for name in task.parameters if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
     edited = {}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from salun.options import Sampling
+from salun.diffusion.options import Sampling
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from salun.diffusion.model.parts import load_strict
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, read_settings
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import ModelOptions
 from salun.errors import ConfigError, DataError, ModelError
 from salun.evaluation.detectors.attribute import load_detector
-from salun.options import ModelOptions
 
 
 @dataclass(frozen=True)

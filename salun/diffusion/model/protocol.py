@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from salun.checkpoints.families.family import Family
     from salun.diffusion.model.settings import ModelSettings
-    from salun.options import EraseOptions
+    from salun.diffusion.options import EraseOptions
 
 
 @dataclass(frozen=True)

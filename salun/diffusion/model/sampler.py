@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salun.diffusion.model.protocol import Conditioning, Denoiser
 from salun.diffusion.model.schedule import schedule_fields
-from salun.options import Sampling
+from salun.diffusion.options import Sampling
 
 LCM_STEPS = 50  # of the sampler that a consistency model was distilled from (Luo et al. 2023); it skips along these
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from salun.checkpoints.locate import SETTINGS, aliases
 from salun.diffusion.model.few_steps import FewSteps
+from salun.diffusion.options import EraseOptions, Recipe, Sampling
 from salun.diffusion.prompts.vocabulary import Vocabulary
 from salun.errors import ConfigError, ModelError
-from salun.options import EraseOptions, Recipe, Sampling, from_mapping
+from salun.options import from_mapping
 from salun.untrusted import read_yaml
 
 SAMPLING = {  # option → field of Sampling

@@ -24,8 +24,8 @@ from salun.diffusion.model import sampler
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, settings_for
+from salun.diffusion.options import EraseOptions
 from salun.errors import ConfigError, DataError
-from salun.options import EraseOptions
 
 CHUNKS = 4  # of a long prompt, at most
 
