@@ -19,6 +19,8 @@ from salun.randomness import step_generator
 
 from .conftest import SHORT
 
+ALL = [method for registry in METHODS.values() for method in registry.values()]
+
 
 @pytest.mark.parametrize(
     "method", [m for task in METHODS.values() for m in task.values()], ids=lambda m: f"{m.task}-{m.name}"
