@@ -136,10 +136,10 @@ def test_inspect_draws_what_a_mask_and_a_run_touch(erased: tuple[Path, subproces
     assert "fraction of each block that changed:" in shown
     assert re.search(r"mid_block.\w+ +█+ +\d+\.\d% of", shown)
     page = (folder / "layers.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 2
-    assert page.count("<meter") == len(json.loads(salun("inspect", "run", "--json", cwd=folder).stdout)["layers"]) > 200
-    assert "http" not in page
     found = json.loads(salun("inspect", "run", "--json", cwd=folder).stdout)
+    assert page.count("<svg") == 3
+    assert page.count('class="bar"') == len(found["blocks"]) + len(found["moved"]) + len(found["layers"]) > 200
+    assert "http" not in page
     assert sum(some for some, _ in found["blocks"].values()) == 2118978  # half of 4,237,956
     assert sum(some for some, _ in found["moved"].values()) <= 2118978
     same = json.loads(salun("inspect", "run", "--against", "run/mask.safetensors", "--json", cwd=folder).stdout)

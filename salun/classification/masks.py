@@ -29,7 +29,8 @@ def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:
         yield scores_from_losses(parameters, saliency_losses(task), task.progress, batches)
 
     seed = seed_of(options.seed, "mask")
-    return find.find_mask(parameters, options.mask or "soft", options.density, seed, scores, metadata)
+    found = find.find_mask(parameters, options.mask or "soft", options.density, seed, scores, metadata)
+    return found.mask, found.summary()
 
 
 def layers_of(mask: Mask) -> dict[str, list[int]]:

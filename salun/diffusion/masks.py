@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
-from salun.compute.processes import Processes, current
+from salun.compute.processes import current
 from salun.diffusion.context import RunContext, training_session
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.losses import ErasureData, saliency_losses
@@ -23,40 +23,14 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.errors import ModelError
-from salun.masking.mask import Mask, entries
+from salun.masking import find
+from salun.masking.find import FoundMask
+from salun.masking.mask import Mask
 from salun.masking.saliency import scores_from_losses
-from salun.masking.threshold import Selection, select_largest
-from salun.options import MASKS
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
-from salun.version import __version__
 
 FP16_LOSS_SCALE = 1024.0  # of the saliency loss: small gradients would be 0 in fp16; a power of 2 changes no other bit
-
-
-@dataclass(frozen=True)
-class FoundMask:
-    """A mask and how it was found.
-
-    Args:
-        mode: "saliency", "shuffled", "random", "full", "soft" (learned while training) or "file".
-        threshold: The smallest score selected.
-        zeros, ties: Fractions of scores that are 0, and that equal the threshold.
-    """
-
-    mask: Mask
-    mode: str
-    threshold: float | None = None
-    zeros: float | None = None
-    ties: float | None = None
-    warnings: tuple[str, ...] = ()
-
-    def summary(self) -> dict[str, Any]:
-        """What `run.json` holds of the mask."""
-        numbers = {"threshold": self.threshold, "zeros": self.zeros, "ties": self.ties}
-        counts = {"density": self.mask.density, "selected": self.mask.selected, "total": self.mask.total}
-        known = {name: value for name, value in numbers.items() if value is not None}
-        return {"mode": self.mode, **counts, **known, "warnings": list(self.warnings)}
 
 
 def mask_of_run(context: RunContext, data: ErasureData | None, given: Mask | None = None) -> FoundMask:
@@ -138,71 +112,34 @@ def find_mask(
     options = plan.options
     parameters = parameters_in_scope(model, options.scope)
     mode = {"saliency": options.mask, "learned": "soft", "full": "full"}[plan.method.mask]
-    assert mode in (*MASKS, "soft")
-    if mode in ("soft", "full"):
-        found = FoundMask(Mask.full(parameters), mode)
-    elif mode == "random":
-        found = FoundMask(Mask.random(parameters, options.density, options.seed), mode)
-    else:
+
+    def scores() -> Iterator[Mapping[str, Tensor]]:
         assert data is not None
-        found = saliency_mask_of(model, data, plan, parameters, progress)
-        if mode == "shuffled":
-            found = replace(found, mask=found.mask.shuffled(options.seed), mode=mode)
+        return _saliency_scores(model, data, plan, parameters, progress)
+
     metadata = {
-        "method": mode,
-        "density": str(options.density),
         "scope": options.scope,
         "base_hash": model.base_hash,
         "concept": plan.name,
         "combine": options.combine,
         "seed": str(options.seed),
-        "salun_version": __version__,
     }
-    return replace(found, mask=Mask(found.mask.bits, found.mask.shapes, metadata))
+    return find.find_mask(parameters, mode, options.density, options.seed, scores, metadata)
 
 
-def saliency_mask_of(
+def _saliency_scores(
     model: DiffusionModel, data: ErasureData, plan: Plan, parameters: Mapping[str, Parameter], progress: Progress
-) -> FoundMask:
-    """The saliency mask over these parameters.
-
-    joint: one mask from the gradients of all concepts together. union: one of this density for each concept, joined.
-    """
-    k = entries(sum(p.numel() for p in parameters.values()), plan.options.density)
+) -> Iterator[Mapping[str, Tensor]]:
+    """Saliency scores (SalUn, eq. 3) of all concepts together, or, for a union of masks, of each concept by itself."""
+    processes, recipe = current(), plan.recipe
     n = len(data.forget) // len(plan.concepts)
     union = plan.options.combine == "union" and len(plan.concepts) > 1
-    groups = [slice(i * n, (i + 1) * n) for i in range(len(plan.concepts))] if union else [slice(None)]
-    processes = current()
-    selections = [_select(model, data.forgetting(rows), plan, parameters, progress, k, processes) for rows in groups]
-    mask = Mask.from_selection(selections[0], parameters)
-    for selection in selections[1:]:
-        mask = mask | Mask.from_selection(selection, parameters)
-    return FoundMask(
-        mask,
-        "saliency",
-        threshold=min(selection.threshold for selection in selections),
-        zeros=max(selection.zeros for selection in selections),
-        ties=max(selection.ties for selection in selections),
-        warnings=tuple(dict.fromkeys(text for selection in selections for text in selection.warnings())),
-    )
-
-
-def _select(
-    model: DiffusionModel,
-    data: ErasureData,
-    plan: Plan,
-    parameters: Mapping[str, Parameter],
-    progress: Progress,
-    k: int,
-    processes: Processes,
-) -> Selection:
-    """The k entries of the largest saliency scores (SalUn, eq. 4)."""
-    recipe = plan.recipe
-    losses = saliency_losses(
-        model, data, recipe.guidance, recipe.batch_size, recipe.saliency_timesteps, plan.options.seed, processes
-    )
-    batches = recipe.saliency_timesteps * math.ceil(len(data.forget) / recipe.batch_size)
-    total = math.ceil(batches / processes.count)
-    scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
-    scores = scores_from_losses(parameters, losses, progress, total, processes, plan.options.low_vram, scale)
-    return select_largest(scores, k)
+    for rows in [slice(i * n, (i + 1) * n) for i in range(len(plan.concepts))] if union else [slice(None)]:
+        part = data.forgetting(rows)
+        losses = saliency_losses(
+            model, part, recipe.guidance, recipe.batch_size, recipe.saliency_timesteps, plan.options.seed, processes
+        )
+        batches = recipe.saliency_timesteps * math.ceil(len(part.forget) / recipe.batch_size)
+        total = math.ceil(batches / processes.count)
+        scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
+        yield scores_from_losses(parameters, losses, progress, total, processes, plan.options.low_vram, scale)

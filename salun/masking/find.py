@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,32 @@ Scores = Callable[[], Iterable[Mapping[str, Tensor]]]
 """() → saliency scores by parameter, once for each group of forget samples whose masks are united."""
 
 
+@dataclass(frozen=True)
+class FoundMask:
+    """A mask and how it was found.
+
+    Args:
+        mode: "saliency", "shuffled" (the saliency mask permuted), "random", "full", "soft" (full at first, learned
+            while training) or "file".
+        threshold: The smallest score selected.
+        zeros, ties: Fractions of scores that are 0, and that equal the threshold.
+    """
+
+    mask: Mask
+    mode: str
+    threshold: float | None = None
+    zeros: float | None = None
+    ties: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """What `run.json` holds of the mask."""
+        numbers = {"threshold": self.threshold, "zeros": self.zeros, "ties": self.ties}
+        counts = {"density": self.mask.density, "selected": self.mask.selected, "total": self.mask.total}
+        known = {name: value for name, value in numbers.items() if value is not None}
+        return {"mode": self.mode, **counts, **known, "warnings": list(self.warnings)}
+
+
 def find_mask(
     parameters: Mapping[str, nn.Parameter],
     mode: str,
@@ -22,44 +49,35 @@ def find_mask(
     seed: int,
     scores: Scores,
     metadata: Mapping[str, str],
-) -> tuple[Mask, dict[str, Any]]:
-    """The mask of a run over the given parameters, and its summary for run.json.
+) -> FoundMask:
+    """The mask of a run over the given parameters.
 
     Args:
-        mode: "saliency", "shuffled" (the saliency mask permuted), "random", "full", or "soft" (full, for SalUn-soft).
+        mode: See `FoundMask`; not "file".
         density: Fraction of weights that each group selects.
         seed: Of the controls.
         scores: Called for "saliency" and "shuffled" alone.
         metadata: What the mask's file says besides mode, density and version.
 
-    Returns:
-        The mask, and {"mode", "density", "selected", "total", "warnings"}, for a saliency mask with its "threshold",
-        "zeros" and "ties".
-
     Raises:
         MaskError: The density selects nothing.
     """
-    summary: dict[str, Any] = {"warnings": []}
+    thresholds: dict[str, Any] = {}
     if mode in ("full", "soft"):
         mask = Mask.full(parameters)
     elif mode == "random":
         mask = Mask.random(parameters, density, seed)
     else:
-        mask, summary = _saliency_mask(parameters, density, scores())
+        mask, thresholds = _saliency_mask(parameters, density, scores())
         mask = mask.shuffled(seed) if mode == "shuffled" else mask
     described = {"method": mode, "density": str(density), **metadata, "salun_version": __version__}
-    return Mask(mask.bits, mask.shapes, described), mask_summary(mask, mode, summary)
-
-
-def mask_summary(mask: Mask, mode: str, details: Mapping[str, Any]) -> dict[str, Any]:
-    """What run.json says of a mask."""
-    return {"mode": mode, "density": mask.density, "selected": mask.selected, "total": mask.total, **details}
+    return FoundMask(Mask(mask.bits, mask.shapes, described), mode, **thresholds)
 
 
 def _saliency_mask(
     parameters: Mapping[str, nn.Parameter], density: float, groups: Iterable[Mapping[str, Tensor]]
 ) -> tuple[Mask, dict[str, Any]]:
-    """The union of the groups' masks, and the summary of their thresholds."""
+    """The union of the groups' masks, and how their thresholds lie."""
     count = entries(sum(p.numel() for p in parameters.values()), density)
     mask, selections = None, []
     for scores in groups:
@@ -71,5 +89,5 @@ def _saliency_mask(
         "threshold": min(selection.threshold for selection in selections),
         "zeros": max(selection.zeros for selection in selections),
         "ties": max(selection.ties for selection in selections),
-        "warnings": list(dict.fromkeys(text for selection in selections for text in selection.warnings())),
+        "warnings": tuple(dict.fromkeys(text for selection in selections for text in selection.warnings())),
     }
