@@ -97,7 +97,7 @@ def test_two_concepts_in_one_run(combine: str, shapes: Model, tmp_path: Path) ->
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Forgetting “circle”, “night”" in text
     assert "After the erasure, by concept" in text
-    assert run.history[-1][0] == SHORT["steps"]
+    assert run.history[-1]["step"] == SHORT["steps"]
     if combine == "joint":
         assert run.mask.density == pytest.approx(0.1, abs=1e-6)
     else:
