@@ -19,40 +19,41 @@ from . import interrupt
 from .app import app
 from .output import path_given
 
-PAGE = "salun_webui_extension"  # the page is a host of its own; here it is only opened
-STOPPED = "stopped. Queued jobs go on at the next start with the same --data; one that was at work can be resumed there"
+PAGE = "salun_webui_extension"  # the page is another host; here it is only opened
+STOPPED = "stopped. Queued jobs start at the next start with the same --data; a job that was running can be resumed"
 
 
 @app.command()
 def ui(
-    host: Annotated[str, typer.Option(help="address to listen at; another than this machine's own needs --auth")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; one that other machines can reach needs --auth.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(help="port to listen at; 0 takes a free one", min=0, max=65535)] = 7870,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 7870,
     auth: Annotated[
         str | None,
-        typer.Option(help="NAME:PASSWORD for the page and its API (SALUN_AUTH keeps it off the command line)"),
+        typer.Option(help="NAME:PASSWORD for the page and its API (or set the variable SALUN_AUTH)."),
     ] = None,
-    data: Annotated[Path, typer.Option(callback=path_given, help="the folder of jobs, runs and pictures")] = Path(
+    data: Annotated[Path, typer.Option(callback=path_given, help="Folder of jobs, runs and images.")] = Path(
         "salun-ui"
     ),
     models_dir: Annotated[
         list[str] | None,
         typer.Option(
-            callback=path_given, help="a folder to find checkpoints in, as in `salun erase`; repeat it for several"
+            callback=path_given, help="Folder to search for checkpoints by name, as in `salun erase`; repeatable."
         ),
     ] = None,
-    browser: Annotated[bool, typer.Option("--browser", help="open the page in a browser")] = False,
+    browser: Annotated[bool, typer.Option("--browser", help="Open the page in a browser.")] = False,
 ) -> None:
     """Open the page: erase concepts by clicking, watch, compare, undo."""
-    name, text = ("--auth", auth) if auth is not None else ("SALUN_AUTH", os.environ.get("SALUN_AUTH"))
-    login = _login(name, text)
-    if not _own(host) and login is None:
-        raise ConfigError(f"--host {host} can be reached from other machines: give --auth NAME:PASSWORD")
+    login = _login(auth, "auth") if auth is not None else _login(os.environ.get("SALUN_AUTH"), None)
+    if not _is_local(host) and login is None:
+        raise ConfigError(
+            f"is {host}, which other machines can reach", option="host", advice="Give NAME:PASSWORD as {auth}"
+        )
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise SalunError("the page needs gradio, an extra: pip install 'salun[ui]'") from error
+        raise SalunError("the page needs gradio", advice="Install it: pip install 'salun[ui]'") from error
     page = _page()
     try:
         with interrupt.working(), interrupt.telling(lambda: STOPPED):
@@ -61,17 +62,21 @@ def ui(
         raise Cancelled(STOPPED, line=STOPPED) from error
 
 
-def _login(option: str, text: str | None) -> tuple[str, str] | None:
-    """None only where nothing is given: an empty text, as an unset variable leaves it, does not mean open to all."""
+def _login(text: str | None, option: str | None) -> tuple[str, str] | None:
+    """None only where nothing is given: an empty text, as an unset variable leaves it, does not mean open to all.
+
+    option: where the text is from; None for the variable SALUN_AUTH.
+    """
     if text is None:
         return None
     name, _, password = text.partition(":")
     if not name.strip() or not password.strip():
-        raise ConfigError(f"{option} needs a name and a password: NAME:PASSWORD")
+        subject = "" if option else "SALUN_AUTH "
+        raise ConfigError(f"{subject}needs a name and a password: NAME:PASSWORD", option=option)
     return name.strip(), password  # gradio's login strips names too
 
 
-def _own(host: str) -> bool:
+def _is_local(host: str) -> bool:
     """Whether an address can be reached from this machine alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -80,7 +85,7 @@ def _own(host: str) -> bool:
 
 
 def _page() -> ModuleType:
-    """The standalone page: of this very copy, a clone's `extension/` or what is installed."""
+    """The standalone page: of this clone's `extension/`, or the installed one."""
     clone = Path(__file__).resolve().parents[1]
     if (clone / "pyproject.toml").is_file() and (clone / "extension" / "__init__.py").is_file():
         home = clone / "extension"
@@ -88,7 +93,7 @@ def _page() -> ModuleType:
             PAGE, home / "__init__.py", submodule_search_locations=[str(home)]
         )
         if spec is None or spec.loader is None:
-            raise SalunError(f"{home} cannot be loaded: clone the repository again")
+            raise SalunError(f"{home} cannot be loaded", advice="Clone the repository again")
         module = importlib.util.module_from_spec(spec)
         sys.modules[PAGE] = module
         spec.loader.exec_module(module)

@@ -1,33 +1,43 @@
-"""The HTTP API `/salun/v1/…`: start, status, cancel, resume, use, undo, runs, models, concepts, schema, files of runs.
+"""The HTTP API `/salun/v1/…`: start, status, cancel, resume, remove, use, undo, runs, models, concepts, files of runs.
 
-JSON in, JSON out. Errors are {"error": text}: 400 for what cannot be, 401 and 403 as `access` tells, 404 for what is
-not there, 408, 413 and 415 for bodies that are none of ours, 429 for more jobs than the queue holds.
+JSON in, JSON out; `openapi.json` describes the calls, `schema` the options of an erasure. Errors are {"error": text}:
+400 for a request that is invalid, 401 and 403 by `access`, 404 for what does not exist, 408, 413 and 415 for a body by
+`body`, 429 for more jobs than the queue holds. The request models work with pydantic 1.10, which A1111 has, and 2.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, StrictFloat, StrictInt, StrictStr, ValidationError
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
 
 from salun.diffusion.options import GROUPS
 from salun.errors import ConfigError, SalunError
 
+from . import stages
 from .access import Access, Refused, headers_of
 from .body import LARGEST, json_object, read_body
 from .controls import FIELDS, help_of
-from .jobs import Job, QueueFull
+from .job_queue import QueueFull
+from .jobs import Job
+from .limits import truncated
+from .messages import from_fields, render
 from .service import Service
-from .words import in_the_pages_words
 
 PREFIX = "/salun/v1"
 POINTS = 200  # of a loss plot in a status
 PREVIEWS = 20  # names of the latest in a status
-RECENT = 50  # jobs in a status, beside those that are not over or can be resumed
+RECENT = 50  # jobs in a status, besides those that are not over or can be resumed
 SCRIPT = Path(__file__).with_name("page.js")
 STRICT = {
     "X-Content-Type-Options": "nosniff",
@@ -36,78 +46,182 @@ STRICT = {
     "X-Frame-Options": "DENY",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+JOB_FIELDS = (
+    "id", "kind", "title", "state", "open", "created", "began", "ended", "stage", "step", "total", "fraction", "left",
+    "run", "resumable",
+)  # fmt: skip
 logger = logging.getLogger("salun")
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+class JobId(BaseModel, extra="forbid"):
+    """Names a job."""
+
+    id: StrictStr
+
+
+class Erase(BaseModel, extra="forbid"):
+    """Erase concepts; `options` as in `schema`."""
+
+    kind: Literal["erase"] = "erase"
+    options: dict[str, Any]
+    preview_every: StrictInt = 0
+    name: StrictStr = ""
+
+
+class Mask(BaseModel, extra="forbid"):
+    """Only make the mask."""
+
+    kind: Literal["mask"]
+    options: dict[str, Any]
+
+
+class Stack(BaseModel, extra="forbid"):
+    """Write a checkpoint with deltas, which are named by their runs."""
+
+    kind: Literal["stack"]
+    model: StrictStr
+    deltas: list[StrictStr]
+    strengths: list[StrictInt | StrictFloat]
+    name: StrictStr = ""
+
+
+class Undo(BaseModel, extra="forbid"):
+    """Write a checkpoint without a delta."""
+
+    kind: Literal["undo"]
+    model: StrictStr
+    delta: StrictStr
+    name: StrictStr = ""
+
+
+class Export(BaseModel, extra="forbid"):
+    """Write a delta as LoRA or as full difference."""
+
+    kind: Literal["export"]
+    delta: StrictStr
+    form: StrictStr = "lora"
+    rank: StrictInt | None = None
+    model: StrictStr | None = None
+
+
+class Overlaps(BaseModel, extra="forbid"):
+    """Count the weights that deltas both change."""
+
+    kind: Literal["overlaps"]
+    deltas: list[StrictStr]
+
+
+class Inspect(BaseModel, extra="forbid"):
+    """Where a run's mask lies, alone or against another's."""
+
+    kind: Literal["inspect"]
+    run: StrictStr
+    against: StrictStr | None = None
+
+
+STARTS: dict[str, type[BaseModel]] = {
+    "erase": Erase, "mask": Mask, "stack": Stack, "undo": Undo, "export": Export, "overlaps": Overlaps,
+    "inspect": Inspect,
+}  # fmt: skip
+"""Kind of job → its arguments, which are those of the method of `Requests` with that name."""
+
+
+class Error(BaseModel):
+    """The answer to a request that fails."""
+
+    error: str
+
+
+# -- routes -----------------------------------------------------------------------------------------------------------
 
 
 def add_routes(app: Any, service: Service, access: Access) -> None:
     """Add the API to a Starlette or FastAPI application."""
-    from starlette.concurrency import run_in_threadpool
-    from starlette.requests import Request
-    from starlette.responses import FileResponse, JSONResponse, Response
+    api = FastAPI(
+        title="salun", docs_url=None, redoc_url=None, openapi_url=None, servers=[{"url": PREFIX}],
+        default_response_class=_Json, responses={"4XX": {"model": Error, "description": "The request fails."}},
+    )  # fmt: skip
+    api.state.service, api.state.access = service, access
+    api.router.route_class = _GuardedRoute
+    api.router.redirect_slashes = False
+    for path, (method, answer, extra) in _ROUTES.items():
+        api.add_api_route(f"/{path}", answer, methods=[method], response_model=None, openapi_extra=extra)
+    api.add_route("/page.js", _script, methods=["GET"])  # public: it is in the public repository
+    app.mount(PREFIX, api)
 
-    def guarded(answer: Callable[[Mapping[str, Any]], Any]) -> Callable[[Request], Any]:
-        async def handle(request: Request) -> Response:
+
+class _Json(JSONResponse):
+    """JSON with null for numbers that JSON does not have, and “?” for unpaired surrogates."""
+
+    def render(self, content: Any) -> bytes:
+        return super().render(_plain(content))
+
+
+class _CheckedRequest(Request):
+    """A request whose body was read and checked."""
+
+    checked: dict[str, Any]
+
+    async def body(self) -> bytes:
+        return b"{}"
+
+    async def json(self) -> Any:
+        return self.checked
+
+
+class _GuardedRoute(APIRoute):
+    """A route that asks who calls, reads bounded bodies, and answers errors in one line."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
             try:
-                headers = headers_of(request.scope["headers"])
-                access.check(headers)
-                asked = await _asked(request, headers)
-                found = await run_in_threadpool(answer, asked)
-            except Refused as error:
-                asking = {"WWW-Authenticate": 'Basic realm="salun"'} if error.challenge else {}
-                return JSONResponse({"error": error.text}, error.status, {**STRICT, **asking})
-            except SalunError as error:
-                text = in_the_pages_words(service.without_places(str(error)))
-                return JSONResponse({"error": text}, _status_of(error), STRICT)
-            except Exception:
-                logger.exception("%s", request.url.path)
-                return JSONResponse({"error": "an error of salun's own: the program's log tells more"}, 500, STRICT)
-            if isinstance(found, _File):
-                return FileResponse(found.path, media_type=found.kind, headers=STRICT)
-            return JSONResponse(_plain(found), headers=STRICT)
+                response = await handler(await _admitted(request))
+            except Exception as error:
+                response = _error_response(error, request)
+            response.headers.update(STRICT)
+            return response
 
-        return handle
-
-    async def script(request: Request) -> Response:
-        return FileResponse(SCRIPT, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
-
-    for path, (method, answer) in _answers(service).items():
-        app.add_route(f"{PREFIX}/{path}", guarded(answer), methods=[method])
-    app.add_route(f"{PREFIX}/page.js", script, methods=["GET"])  # public: it is in the public repository
+        return guarded
 
 
-def _status_of(error: SalunError) -> int:
-    if isinstance(error, QueueFull):
-        return 429
-    missing = isinstance(error, ConfigError) and str(error).startswith(("there is no", "no model"))
-    return 404 if missing else 400
-
-
-def _text(asked: Mapping[str, Any], name: str) -> str:
-    """An argument that must be a text."""
-    value = asked.get(name)
-    if not isinstance(value, str):
-        given = f"is {repr(value)[:40]}, but" if name in asked else "is missing: it"
-        raise ConfigError(f"{name} {given} must be a text")
-    return value
-
-
-@dataclasses.dataclass(frozen=True)
-class _File:
-    path: Path
-    kind: str
-
-
-async def _asked(request: Any, headers: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of a request: of its query for GET, of its JSON body for POST."""
+async def _admitted(request: Request) -> Request:
+    """A request that may be served, its body checked. Raises Refused."""
+    headers = headers_of(request.scope["headers"])
+    request.app.state.access.check(headers)
     if request.method != "POST":
-        return dict(request.query_params)
+        return request
     if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise Refused(415, "send JSON, with Content-Type: application/json")
-    return json_object(await read_body(request.receive, headers, LARGEST))
+    checked = _CheckedRequest(request.scope, request.receive)
+    checked.checked = json_object(await read_body(request.receive, headers, LARGEST))
+    return checked
+
+
+def _error_response(error: Exception, request: Request) -> Response:
+    headers = {}
+    if isinstance(error, Refused):
+        status, text = error.status, error.text
+        headers = {"WWW-Authenticate": 'Basic realm="salun"'} if error.challenge else {}
+    elif isinstance(error, SalunError):
+        missing = 404 if error.code == "not-found" else 400
+        status = 429 if isinstance(error, QueueFull) else missing
+        text = _service(request).runs.without_paths(render(error, spell=str))  # names as in JSON
+    elif isinstance(error, RequestValidationError | ValidationError):
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
+        status, text = 400, f"{truncated(place, 80) or 'the request'}: {first['msg']}"
+    else:
+        logger.error("%s", request.url.path, exc_info=error)
+        status, text = 500, "internal error; see the program's log"
+    return _Json({"error": text}, status, headers)
 
 
 def _plain(value: Any) -> Any:
-    """A value with null for numbers that JSON has not, and “?” for halves of characters."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, dict):
@@ -117,103 +231,149 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _answers(service: Service) -> dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]]:
-    """Path → (method, what answers)."""
-
-    def show(job: Job) -> dict[str, Any]:
-        model = job.request.get("options", {}).get("model") or job.request.get("model")
-
-        def words(text: str) -> str:
-            return in_the_pages_words(service.without_places(text, model))
-
-        return {**told(job, words), "offers": service.offers(job), "kept_bytes": service.kept(job)}
-
-    def start(asked: Mapping[str, Any]) -> Any:
-        asked = {name: value for name, value in asked.items() if value is not None}
-        kind = asked.pop("kind", "erase")
-        if not isinstance(kind, str) or kind not in STARTS:
-            raise ConfigError(f"kind is {str(kind)[:40]!r}, but must be one of {', '.join(STARTS)}")
-        for name in asked:
-            if name not in STARTS[kind]:
-                raise ConfigError(f"{kind} takes {', '.join(STARTS[kind])}, not {str(name)[:40]!r}")
-        for name, wanted in STARTS[kind].items():
-            if name in asked and not _fits(asked[name], wanted):
-                raise ConfigError(f"{name} must be {wanted}")
-        begin = getattr(service, kind)
-        try:
-            inspect.signature(begin).bind(**asked)
-        except TypeError as error:
-            raise ConfigError(f"{kind} needs more: {error}") from error
-        return show(begin(**asked))
-
-    def forget(asked: Mapping[str, Any]) -> Any:
-        service.forget(_text(asked, "id"))
-        return {"forgotten": asked["id"]}
-
-    def status(asked: Mapping[str, Any]) -> Any:
-        if asked.get("id"):
-            return show(service.queue.get(str(asked["id"])))
-        jobs = [job for n, job in enumerate(service.queue.all()) if job.open or job.resumable or n < RECENT]
-        shown = [{**show(job), **({} if job.open else {"losses": []})} for job in jobs]  # asked for once a second
-        return {"host": service.host.name, "jobs": shown}
-
-    def runs(asked: Mapping[str, Any]) -> Any:
-        found = service.history()
-        return {"runs": [{**run, "error": in_the_pages_words(run["error"]) if run["error"] else None} for run in found]}
-
-    return {
-        "start": ("POST", start),
-        "status": ("GET", status),
-        "cancel": ("POST", lambda asked: show(service.queue.cancel(_text(asked, "id")))),
-        "resume": ("POST", lambda asked: show(service.queue.resume(_text(asked, "id")))),
-        "forget": ("POST", forget),
-        "use": ("POST", lambda asked: {"said": service.use_result(_text(asked, "id"))}),
-        "undo": ("POST", lambda asked: {"said": service.undo_result(_text(asked, "id"))}),
-        "runs": ("GET", runs),
-        "models": ("GET", lambda asked: {"models": [{"title": title} for title in service.models()]}),
-        "concepts": ("GET", lambda asked: {"concepts": service.concepts(asked.get("model"))}),
-        "schema": ("GET", lambda asked: schema()),
-        "file": ("GET", lambda asked: _File(*service.file(_text(asked, "run"), _text(asked, "name")))),
-        "preview": (
-            "GET",
-            lambda asked: _File(service.preview(_text(asked, "id"), _text(asked, "name")), "image/png"),
-        ),
-    }
+async def _script(request: Request) -> Response:
+    return FileResponse(SCRIPT, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
 
 
-STARTS: dict[str, dict[str, str]] = {
-    "erase": {"options": "an object", "preview_every": "a whole number", "name": "a text"},
-    "mask": {"options": "an object"},
-    "stack": {"model": "a text", "deltas": "a list of texts", "strengths": "a list of numbers", "name": "a text"},
-    "undo": {"model": "a text", "delta": "a text", "name": "a text"},
-    "export": {"delta": "a text", "form": "a text", "rank": "a whole number", "model": "a text"},
-    "overlaps": {"deltas": "a list of texts"},
-    "inspect": {"run": "a text", "against": "a text"},
+def _service(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def start(request: Request, body: dict[str, Any]) -> Any:
+    """Start a job, or return the open one with the same request."""
+    given = {name: value for name, value in body.items() if value is not None}
+    kind = given.get("kind", "erase")
+    if not isinstance(kind, str) or kind not in STARTS:
+        raise ConfigError(f"kind is {str(kind)[:40]!r}, but must be one of {', '.join(STARTS)}")
+    arguments = dict(STARTS[kind](**given))
+    del arguments["kind"]
+    service = _service(request)
+    return job_to_json(getattr(service.requests, kind)(**arguments), service)
+
+
+def status(request: Request, id: str | None = None) -> Any:
+    """A job, or all of them; without `id` jobs that are over come without their losses."""
+    service = _service(request)
+    if id:
+        return job_to_json(service.queue.get(id), service)
+    jobs = [job for n, job in enumerate(service.queue.all()) if job.open or job.resumable or n < RECENT]
+    listed = [{**job_to_json(job, service), **({} if job.open else {"losses": []})} for job in jobs]  # sent each second
+    return {"host": service.host.name, "jobs": listed}
+
+
+def cancel(request: Request, body: JobId) -> Any:
+    """Stop a job, or take it out of the queue."""
+    return job_to_json(_service(request).queue.cancel(body.id), _service(request))
+
+
+def resume(request: Request, body: JobId) -> Any:
+    """Resume the run of a stopped job; a new job is returned."""
+    return job_to_json(_service(request).queue.resume(body.id), _service(request))
+
+
+def remove(request: Request, body: JobId) -> Any:
+    """Take an ended job off the list, and delete what it keeps to be resumed."""
+    _service(request).remove(body.id)
+    return {"removed": body.id}
+
+
+def use(request: Request, body: JobId) -> Any:
+    """Have the WebUI generate with the checkpoint that a job wrote."""
+    return {"message": _service(request).use_result(body.id)}
+
+
+def undo(request: Request, body: JobId) -> Any:
+    """Have the WebUI generate with the base of an erasure again, or write the base anew."""
+    return {"message": _service(request).undo_result(body.id)}
+
+
+def runs(request: Request) -> Any:
+    """Every run, the latest first."""
+    return {"runs": _service(request).history()}
+
+
+def models(request: Request) -> Any:
+    """The models that can be chosen."""
+    return {"models": [{"title": title} for title in _service(request).models.all()]}
+
+
+def concepts(request: Request, model: str | None = None) -> Any:
+    """Concepts that a model knows, and their anchors."""
+    return {"concepts": _service(request).models.concepts(model)}
+
+
+def file(request: Request, run: str, name: str) -> Any:
+    """A file of a run: report.html, run.json, …"""
+    path, kind = _service(request).runs.file(run, name)
+    return FileResponse(path, media_type=kind)
+
+
+def preview(request: Request, id: str, name: str) -> Any:
+    """A preview image of a job."""
+    return FileResponse(_service(request).preview(id, name), media_type="image/png")
+
+
+def schema() -> dict[str, Any]:
+    """Every option of an erasure, with type, default, range and help."""
+    options = {}
+    for title, names in GROUPS.items():
+        for name in (name for name in names if name in FIELDS):
+            item = FIELDS[name]
+            rules = {key: item.metadata[key] for key in ("minimum", "maximum", "above")}
+            rules["choices"] = list(item.metadata["choices"]) or None
+            options[name] = {
+                "group": title,
+                "type": str(item.type),
+                "default": item.default if item.default is not dataclasses.MISSING else [],
+                "help": help_of(name),
+                **{key: rule for key, rule in rules.items() if rule is not None},
+            }
+    return {"version": 1, "prefix": PREFIX, "options": options}
+
+
+def openapi(request: Request) -> Any:
+    """This description of the API."""
+    return request.app.openapi()
+
+
+def _schema_of(model: type[BaseModel]) -> Any:
+    """A model's JSON schema, by pydantic 2 or 1."""
+    return getattr(model, "model_json_schema", model.schema)()
+
+
+_START_BODY = {"schema": {"oneOf": [_schema_of(model) for model in STARTS.values()]}}
+_ROUTES: dict[str, tuple[str, Callable[..., Any], dict[str, Any] | None]] = {
+    "start": ("POST", start, {"requestBody": {"content": {"application/json": _START_BODY}}}),
+    **{answer.__name__: ("POST", answer, None) for answer in (cancel, resume, remove, use, undo)},
+    **{answer.__name__: ("GET", answer, None) for answer in (status, runs, models, concepts, schema, file, preview)},
+    "openapi.json": ("GET", openapi, None),
 }
-"""Kind of job → its arguments and what they must be."""
 
 
-def _fits(value: Any, wanted: str) -> bool:
-    if wanted.startswith("a list"):
-        inner = str if wanted.endswith("texts") else (int, float)
-        return isinstance(value, list) and all(isinstance(v, inner) and not isinstance(v, bool) for v in value)
-    kinds = {"an object": dict, "a text": str, "a whole number": int}
-    return isinstance(value, kinds[wanted]) and not isinstance(value, bool)
+def job_to_json(job: Job, service: Service) -> dict[str, Any]:
+    """A job as the API describes it: the loss plot thinned out, texts without paths of this machine."""
 
+    def shown(text: str) -> str:
+        return truncated(service.runs.without_paths(truncated(text), job.model))
 
-def told(job: Job, words: Callable[[str], str]) -> dict[str, Any]:
-    """A job as the API tells it: the loss plot thinned out, every message as `words` has it."""
     step = -(-len(job.losses) // POINTS) or 1
     result = {k: v for k, v in (job.result or {}).items() if k not in ("run_dir", "layers")}
     if isinstance(result.get("output"), str):
         result["output"] = Path(result["output"].rstrip("/")).name
     return {
-        **{name: getattr(job, name) for name in TOLD},
+        **{name: getattr(job, name) for name in JOB_FIELDS},
+        "stage_label": stages.label(job.stage),
         "losses": job.losses[::step],
         "previews": job.previews[-PREVIEWS:],
-        "notes": [words(note) for note in job.notes[-20:]],
-        "error": words(job.error) if job.error is not None else None,
-        "result": _each_text(result, words) if job.result is not None else None,
+        "notes": [shown(note) for note in job.notes[-20:]],
+        "error": shown(render(from_fields(job.error))) if job.error is not None else None,
+        "result": _each_text(result, shown) if job.result is not None else None,
+        "offers": service.offers(job),
+        "kept_bytes": service.kept_bytes(job),
     }
 
 
@@ -223,41 +383,3 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {key: _each_text(inner, change) for key, inner in value.items()}
     return [_each_text(inner, change) for inner in value] if isinstance(value, list | tuple) else value
-
-
-TOLD = ("id", "kind", "title", "state", "created", "began", "ended", "stage", "step", "total", "fraction", "left",
-        "run", "resumable")  # fmt: skip
-
-
-def schema() -> dict[str, Any]:
-    """The API's own description: what may be started with which arguments, and every option of an erasure."""
-    options = {}
-    for title, names in GROUPS.items():
-        for name in names:
-            if name in FIELDS:
-                item = FIELDS[name]
-                rules = {
-                    key: item.metadata[key] for key in ("minimum", "maximum", "above") if item.metadata[key] is not None
-                }
-                options[name] = {
-                    "group": title,
-                    "type": str(item.type),
-                    "default": item.default if item.default is not dataclasses.MISSING else [],
-                    "help": help_of(name),
-                    **({"choices": list(item.metadata["choices"])} if item.metadata["choices"] else {}),
-                    **rules,
-                }
-    paths = {
-        "GET status": {"id": "a job's id, or nothing for all (losses: of those that are not over)"},
-        "POST start": {"kind": list(STARTS), "arguments": STARTS},
-        "POST cancel": {"id": "a job's id"},
-        "POST resume": {"id": "a job's id"},
-        "POST forget": {"id": "a job's id"},
-        "POST use": {"id": "of a job that wrote a checkpoint"},
-        "POST undo": {"id": "of an erasure"},
-        "GET runs": {}, "GET models": {}, "GET schema": {},
-        "GET concepts": {"model": "a model's title, or nothing"},
-        "GET file": {"run": "a run's name", "name": "report.html, run.json, …"},
-        "GET preview": {"id": "a job's id", "name": "one of its previews"},
-    }  # fmt: skip
-    return {"version": 1, "prefix": PREFIX, "paths": paths, "options": options}

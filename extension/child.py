@@ -1,13 +1,9 @@
-"""The child process of a job: `python extension FOLDER` does what FOLDER/request.json asks and tells it as JSON lines.
+"""The child process of a job: `python extension FOLDER` runs FOLDER/request.json and reports events as JSON lines.
 
-It runs in whatever interpreter has the packages, so it imports nothing of the host. One JSON object a line on stdout:
-
-    {"event": "stage", "stage", "step", "total", "fraction", "left", "metrics"}
-    {"event": "message", "text"}      {"event": "preview", "file"}      {"event": "stopping"}
-    {"event": "result", "result"}     {"event": "error", "kind", "text"}
-
-A line on stdin, or its end, asks it to stop at the next step: so no child outlives the program that began it. Exit
-codes are those of the command line: 0 done, 1 error, 2 wrong usage, 130 stopped.
+It runs in whatever interpreter has the packages, so it imports nothing of the host. `job_events` lists the events, one
+JSON object a line on stdout. A line on stdin, or its end, asks the process to stop at the next step: so no child
+outlives the program that started it. Exit codes are those of the command line: 0 done, 1 error, 2 wrong usage, 130
+stopped.
 """
 
 from __future__ import annotations
@@ -24,21 +20,23 @@ from typing import TYPE_CHECKING, Any, TextIO
 from salun.diffusion.options import EraseJob, EraseOptions, ModelOptions
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.options import from_mapping
-from salun.progress import Event, Progress
+from salun.progress import Event, Progress, Stage, StageCost
 
 from . import stages
+from .messages import to_fields
 
 if TYPE_CHECKING:
     from salun.diffusion.model.stable_diffusion import Model
     from salun.diffusion.plan import Plan
 
-EVERY = 0.2  # seconds between two lines on the steps of one stage
-LACKING = "press Set up where there is one, else install what is missing by pip"
-PREVIEWS = 3  # forget prompts of a preview; one retain prompt comes beside them
+EVERY = 0.2  # seconds between two events on the steps of one stage
+PREVIEWS = 3  # forget prompts of a preview; one retain prompt is shown with them
+WRITING_COSTS = [StageCost(Stage.CHECKING, 1, forward=2), StageCost(Stage.WRITING, 1, forward=3)]
+EXPORT_COSTS = [StageCost(Stage.CHECKING, 1, forward=3), StageCost(Stage.EXPORTING, 1, forward=7)]
 
 
-class Line:
-    """The way to the parent: events go out by `say`, its wish to stop comes in as `stopping`."""
+class ParentPipe:
+    """The connection to the parent: events go out by `send`, its request to stop comes in as `stopping`."""
 
     def __init__(self, out: TextIO, inlet: TextIO) -> None:
         self._out, self._lock = out, threading.Lock()
@@ -46,42 +44,45 @@ class Line:
         threading.Thread(target=self._listen, args=(inlet,), daemon=True).start()
 
     def _listen(self, inlet: TextIO) -> None:
-        inlet.readline()  # a word, or the end: both mean stop
+        inlet.readline()  # a line, or the end: both mean stop
         self.stopping.set()
 
-    def say(self, event: str, **what: Any) -> None:
-        text = json.dumps({"event": event, **what}, ensure_ascii=True)
+    def send(self, event: str, **fields: Any) -> None:
+        text = json.dumps({"event": event, **fields}, ensure_ascii=True)
         try:
             with self._lock:
                 self._out.write(text + "\n")
                 self._out.flush()
-        except OSError:  # the parent is no more: what there is to lose is kept, as when it asks to stop
+        except OSError:  # the parent is gone: training is saved, as when it asks to stop
             self.stopping.set()
+
+    def send_error(self, error: SalunError) -> None:
+        self.send("error", error=to_fields(error))
 
     def check(self) -> None:
         """Raises Cancelled once the parent wants to stop."""
         if self.stopping.is_set():
-            self.say("stopping")
+            self.send("stopping")
             raise Cancelled("stopped")
 
 
-def telling(
-    line: Line, clock: stages.ProgressEstimator, each: Callable[[Event], None] = lambda event: None
+def pipe_progress(
+    pipe: ParentPipe, estimator: stages.ProgressEstimator, each: Callable[[Event], None] = lambda event: None
 ) -> Progress:
-    """A progress that goes to the parent. each: called on every event as well, before it is told."""
-    told_stage, told_at = "", 0.0
+    """A progress that reports to the parent. each: called on every event as well, before it is reported."""
+    last_stage, last_time = "", 0.0
 
     def progress(event: Event, /) -> None:
-        nonlocal told_stage, told_at
-        line.check()
+        nonlocal last_stage, last_time
+        pipe.check()
         each(event)
         if event.message:
-            line.say("message", text=event.message)
-        fraction, left = clock.at(event.stage, event.step, event.total)
+            pipe.send("message", text=event.message)
+        fraction, left = estimator.at(event.stage, event.step, event.total)
         now = time.monotonic()
-        if event.stage != told_stage or now - told_at >= EVERY or event.step == event.total:
-            told_stage, told_at = event.stage, now
-            line.say(
+        if event.stage != last_stage or now - last_time >= EVERY or event.step == event.total:
+            last_stage, last_time = event.stage, now
+            pipe.send(
                 "stage",
                 stage=event.stage,
                 step=event.step,
@@ -94,148 +95,155 @@ def telling(
     return progress
 
 
-def erase(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
-    """As `salun erase`: the whole of an erasure, with previews."""
-    from salun.checkpoints.locate import aliases
+def erase(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
+    """As `salun erase`, with previews."""
     from salun.diffusion.erase import erase as run_erase
-    from salun.diffusion.model.loading import load_with
     from salun.diffusion.plan import make_plan
     from salun.diffusion.prompts.concepts import Concept
     from salun.runs.folder import check_folder
 
-    job: EraseJob = from_mapping(EraseJob, asked["options"], "")
+    job: EraseJob = from_mapping(EraseJob, request["options"], "")
     if not job.concept:
-        raise ConfigError("no concept is given: name what the model should forget")
+        raise ConfigError("names no concept to erase", option="concept")
     if job.run_dir is None:
-        raise ConfigError("the job has no run folder")
-    wanted = [Concept(name) for name in job.concept]
-    check_folder(Path(job.run_dir), bool(asked.get("resume")))
-    line.say("stage", stage="loading", step=0, total=0, fraction=0.0, left=None, metrics={})
-    model = load_with(job.model or str(aliases()["default"]), job.options)
-    line.check()
-    plan = make_plan(model.settings, model.name, wanted, job.options)
-    clock = stages.ProgressEstimator(stages.shares_of_erasure(plan))
-    previews = Previews(model, plan, int(asked.get("preview_every") or 0), line, folder)
+        raise ConfigError("is missing", option="run_dir")
+    concepts = [Concept(name) for name in job.concept]
+    resume = bool(request.get("resume"))
+    check_folder(Path(job.run_dir), resume)
+    pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
+    model = _model(job.model, job.options)
+    pipe.check()
+    plan = make_plan(model.settings, model.name, concepts, job.options)
+    estimator = stages.ProgressEstimator(stages.with_saving(plan.stages()))
+    previews = Previews(model, plan, int(request.get("preview_every") or 0), pipe, folder)
     run = run_erase(
         model,
-        wanted,
+        concepts,
         job.options,
-        progress=telling(line, clock, previews),
+        progress=pipe_progress(pipe, estimator, previews),
         run_dir=job.run_dir,
         outputs=job.output,
-        resume=bool(asked.get("resume")),
-        command=f"the tab ({asked.get('host', 'salun ui')})",
+        resume=resume,
+        command=f"the tab ({request.get('host', 'salun ui')})",
     )
-    return {"run_dir": job.run_dir, "metrics": run.metrics, "outputs": run.record.data["outputs"]}
+    return {"run_dir": job.run_dir, "metrics": run.metrics, "outputs": run.record.outputs}
+
+
+def _model(name: str | None, options: EraseOptions) -> Model:
+    from salun.checkpoints.locate import aliases
+    from salun.diffusion.model.loading import load_with
+
+    return load_with(name or str(aliases()["default"]), options)
 
 
 class Previews:
-    """Pictures of the same prompts and seeds: before training, and after every n steps of it (n = 0: none)."""
+    """Images of the same prompts and seeds before training and after every n steps of it (n = 0: none)."""
 
-    def __init__(self, model: Model, plan: Plan, every: int, line: Line, folder: Path) -> None:
+    def __init__(self, model: Model, plan: Plan, every: int, pipe: ParentPipe, folder: Path) -> None:
         from salun.diffusion.evaluation import questions
 
-        self.model, self.plan, self.every, self.line, self.folder = model, plan, every, line, folder
-        asked = questions(plan, PREVIEWS, plan.options.seed)
-        self.prompts = [*asked.forget[:PREVIEWS], *asked.retain[:1]]
-        self.seeds = [*asked.forget_seeds[:PREVIEWS], *asked.retain_seeds[:1]]
+        self.model, self.plan, self.every, self.pipe, self.folder = model, plan, every, pipe, folder
+        prompts = questions(plan, PREVIEWS, plan.options.seed)
+        self.prompts = [*prompts.forget[:PREVIEWS], *prompts.retain[:1]]
+        self.seeds = [*prompts.forget_seeds[:PREVIEWS], *prompts.retain_seeds[:1]]
         self.blur = any(c.sensitive for c in plan.concepts) and not plan.options.show_sensitive
         self.before: Any = None
 
     def __call__(self, event: Event) -> None:
         if not self.every or not event.total or not self.prompts:
             return
-        if self.before is None and event.stage in ("saliency", "frozen targets"):  # the model is still its own
-            self.before = self._pictures()
+        if self.before is None and event.stage in (Stage.SALIENCY, Stage.FROZEN_TARGETS):  # still the original model
+            self.before = self._images()
         due = event.step % self.every == 0 and event.step < event.total
-        if event.stage == "training" and due and not event.message and self.before is not None:
-            self._show(event.step)
+        if event.stage == Stage.TRAINING and due and not event.message and self.before is not None:
+            self._send(event.step)
 
-    def _pictures(self) -> Any:
+    def _images(self) -> Any:
         import torch
 
         from salun.diffusion.data.latents import sample_images
 
         with torch.no_grad():
-            return sample_images(self.model, [p.text for p in self.prompts], self.seeds, self._stop)
+            return sample_images(self.model, [p.text for p in self.prompts], self.seeds, self._check)
 
-    def _stop(self, event: Event, /) -> None:
-        self.line.check()
+    def _check(self, event: Event, /) -> None:
+        self.pipe.check()
 
-    def _show(self, step: int) -> None:
+    def _send(self, step: int) -> None:
         from salun.files import write_bytes
         from salun.report import picture
 
-        after, n = self._pictures(), len(self.prompts) - 1
+        after, n = self._images(), len(self.prompts) - 1
         texts = [p.text for p in self.prompts]
         forget = picture.grid(self.before[:n], after[:n], texts[:n], blur=self.blur)
-        kept = picture.grid(self.before[n:], after[n:], texts[n:])
+        retain = picture.grid(self.before[n:], after[n:], texts[n:])
         name = f"preview-{step:06d}.png"
-        write_bytes(self.folder / name, picture.png_bytes(picture.stack(forget, kept)))
-        self.line.say("preview", file=name, step=step)
+        write_bytes(self.folder / name, picture.png_bytes(picture.stack(forget, retain)))
+        self.pipe.send("preview", file=name, step=step)
 
 
-def mask(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
+def mask(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
     """As `salun mask`."""
-    from salun.checkpoints.locate import aliases
     from salun.diffusion.masks import make_mask
-    from salun.diffusion.model.loading import load_with
+    from salun.diffusion.plan import make_plan
     from salun.diffusion.prompts.concepts import Concept
 
-    options: EraseOptions = from_mapping(EraseOptions, asked["options"], "")
-    wanted = [Concept(name) for name in asked["concept"]]
-    progress = telling(line, stages.ProgressEstimator({"sampling": 0.8, "saliency": 0.2}))
-    found, told = make_mask(load_with(asked["model"] or str(aliases()["default"]), options), wanted, options, progress)
-    found.save(Path(asked["output"]))
-    return {**told, "selected": found.selected, "total": found.total, "output": asked["output"]}
+    options: EraseOptions = from_mapping(EraseOptions, request["options"], "")
+    concepts = [Concept(name) for name in request["concept"]]
+    model = _model(request["model"], options)
+    costs = make_plan(model.settings, model.name, concepts, options).stages()
+    costs = [cost for cost in costs if cost.stage in (Stage.SAMPLING, Stage.SALIENCY)]
+    found = make_mask(model, concepts, options, pipe_progress(pipe, stages.ProgressEstimator(costs)))
+    found.mask.save(Path(request["output"]))
+    return {**found.summary(), "output": request["output"]}
 
 
-def stack(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
-    """As `salun delta stack`, which `salun delta apply` is for one."""
+def stack(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
+    """As `salun delta stack`, which `salun delta apply` is for a single delta."""
     from salun.delta import commands as deltas
 
-    progress = telling(line, stages.ProgressEstimator({"checking": 0.4, "writing": 0.6}))
-    return deltas.stack(asked["model"], asked["deltas"], asked["output"], asked["strengths"], progress=progress)
+    progress = pipe_progress(pipe, stages.ProgressEstimator(WRITING_COSTS))
+    return deltas.stack(request["model"], request["deltas"], request["output"], request["strengths"], progress=progress)
 
 
-def undo(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
+def undo(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
     """As `salun delta undo`."""
     from salun.delta import commands as deltas
 
-    progress = telling(line, stages.ProgressEstimator({"checking": 0.4, "writing": 0.6}))
-    return deltas.undo(asked["model"], asked["delta"], asked["output"], progress=progress)
+    progress = pipe_progress(pipe, stages.ProgressEstimator(WRITING_COSTS))
+    return deltas.undo(request["model"], request["delta"], request["output"], progress=progress)
 
 
-def export(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
+def export(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
     """As `salun delta export`."""
     from salun.delta import commands as deltas
 
-    progress = telling(line, stages.ProgressEstimator({"checking": 0.3, "exporting": 0.7}))
+    progress = pipe_progress(pipe, stages.ProgressEstimator(EXPORT_COSTS))
     return deltas.export(
-        asked["delta"], asked["model"], asked["output"], rank=asked.get("rank"), energy=asked.get("energy"),
+        request["delta"], request["model"], request["output"], rank=request.get("rank"), energy=request.get("energy"),
         progress=progress,
     )  # fmt: skip
 
 
-def inspect(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
-    """As `salun inspect`, of one thing or of two masks."""
-    from salun.diagnostics.inspect import inspect as look
+def inspect(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
+    """As `salun inspect`, of a file or folder, or of two masks."""
+    from salun.diagnostics.inspect import inspect as describe
     from salun.diagnostics.inspect import overlap
 
-    if asked.get("against"):
-        return overlap(asked["path"], asked["against"])
-    return look(asked["path"], ModelOptions())
+    if request.get("against"):
+        return overlap(request["path"], request["against"])
+    return describe(request["path"], ModelOptions())
 
 
-def overlaps(asked: dict[str, Any], line: Line, folder: Path) -> dict[str, Any]:
-    """Entries that deltas both change, pair by pair."""
+def overlaps(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
+    """Weights that deltas both change, pair by pair."""
     from salun.delta.delta import Delta
     from salun.delta.stacking import overlaps as shared
 
-    loaded = {Delta.load(path).id: path for path in asked["deltas"]}
-    found = shared([Delta.load(path) for path in loaded.values()])
-    names = {one: Path(path).parent.name for one, path in loaded.items()}
-    rows = [{"names": [names[one], names[two]], "entries": n} for (one, two), n in found.items()]
+    paths = {Delta.load(path).id: path for path in request["deltas"]}
+    counts = shared([Delta.load(path) for path in paths.values()])
+    names = {delta: Path(path).parent.name for delta, path in paths.items()}
+    rows = [{"names": [names[first], names[second]], "entries": n} for (first, second), n in counts.items()]
     return {"kind": "overlaps", "overlaps": rows}
 
 
@@ -245,30 +253,37 @@ KINDS = {
 }  # fmt: skip
 
 
-def work(folder: Path, line: Line) -> int:
-    """Do the request in `folder`, and tell how it ended. Returns the exit code."""
+def work(folder: Path, pipe: ParentPipe) -> int:
+    """Run the request in `folder`, and report how it ended. Returns the exit code."""
     try:
-        asked = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-        line.say("result", result=KINDS[asked["kind"]](asked, line, folder))
+        request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+        pipe.send("result", result=KINDS[request["kind"]](request, pipe, folder))
         return 0
     except (Cancelled, KeyboardInterrupt):
         return 130
-    except SalunError as error:
-        line.say("error", kind=type(error).__name__, text=str(error))
-        return 2 if isinstance(error, ConfigError) else 1
-    except ImportError as error:
-        line.say("error", kind="ImportError", text=f"this Python lacks a package ({error}): {LACKING}")
-        return 1
-    except OSError as error:
-        line.say("error", kind="OSError", text=f"{error.filename or 'a file'}: {error.strerror or error}")
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        from salun.compute.device import is_out_of_memory
-
-        if not is_out_of_memory(error):
+    except Exception as error:
+        reported = _as_salun_error(error)
+        if reported is None:
             raise
-        line.say("error", kind="MemoryError", text="out of memory: try low VRAM, bf16, a smaller batch or resolution")
-        return 1
+        pipe.send_error(reported)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _as_salun_error(error: Exception) -> SalunError | None:
+    """The error to report for an exception that has a known cause; None for a bug."""
+    if isinstance(error, SalunError):
+        return error
+    if isinstance(error, ImportError):
+        missing = f"this Python lacks a package ({error})"
+        return SalunError(missing, advice="Press Set up where there is one, else install the package with pip")
+    if isinstance(error, OSError):
+        return SalunError(f"{error.filename or 'a file'}: {error.strerror or error}")
+    from salun.compute.device import is_out_of_memory  # which needs torch
+
+    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+        advice = "Try {low_vram}, bf16 as {dtype}, or a smaller {batch_size} or {resolution}"
+        return SalunError("out of memory", advice=advice, code="out-of-memory")
+    return None
 
 
 def main() -> None:
@@ -276,14 +291,14 @@ def main() -> None:
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
     os.dup2(2, 1)
     sys.stdout = sys.stderr
-    line = Line(events, sys.stdin)
+    pipe = ParentPipe(events, sys.stdin)
     try:
-        code = work(Path(sys.argv[1]), line)
+        code = work(Path(sys.argv[1]), pipe)
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        line.say("error", kind=type(error).__name__, text=f"{type(error).__name__}: {error} (the log tells more)")
+        pipe.send_error(SalunError(f"{type(error).__name__}: {error}", advice="See the log"))
         code = 1
     sys.stderr.flush()
     os._exit(code)  # the thread that listens on stdin may hold the interpreter up

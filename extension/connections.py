@@ -12,10 +12,10 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .limits import CONNECTIONS
+from .limits import MAX_CONNECTIONS
 
 HEAD_SECONDS = 10.0  # until a request's head must be there in full; uvicorn itself waits without end
-PER_ADDRESS = CONNECTIONS // 4  # of one address; a proxy on this machine has them all
+PER_ADDRESS = MAX_CONNECTIONS // 4  # of one address; a proxy on this machine has them all
 _connected: Counter[str] = Counter()  # address → its connections
 
 

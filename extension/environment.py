@@ -1,8 +1,8 @@
-"""Which Python the jobs run in: the program's own where its packages suffice, else an environment of ours beside it.
+"""Which Python the jobs run in: the host's where its packages suffice, else an environment that Set up makes.
 
-The environment sees the program's packages (torch above all) through a .pth file, after its own: so pip adds only what
-is missing or too old, and nothing of the program's is touched. Each set-up makes a folder of its own, and the file
-`current` names the one to use once it has been tried: what worked before works until then, and if it fails.
+The environment sees the host's packages (torch above all) through a .pth file, after its own: so pip adds only what is
+missing or too old, and the host's packages are not changed. Each set-up makes a new folder, and the file `current`
+names the one to use once it has been tried: the previous one is used until then, and if the set-up fails.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -25,11 +26,11 @@ from salun.files import write_bytes
 if TYPE_CHECKING:
     from .host import Host
 
-LOWEST = {  # the lowest that a whole erasure was seen with, all of them at once (docs/webui.md)
+LOWEST = {  # the lowest versions that an erasure was tested with, all at once (docs/webui.md)
     "torch": "2.1", "diffusers": "0.31", "transformers": "4.46", "huggingface_hub": "0.26", "accelerate": "0.31",
     "safetensors": "0.4.2", "numpy": "1.26", "pillow": "9.5", "pyyaml": "6.0", "filelock": "3.12", "jinja2": "3.1",
 }  # fmt: skip
-HELD = ("torch", "numpy")  # which an environment takes from the program, at its versions
+HELD = ("torch", "numpy")  # taken from the host, at its versions
 PACKAGES = "diffusers==0.31.0", "transformers==4.46.3", "huggingface_hub>=0.26,<1", "accelerate>=0.31,<2"
 SMALL = ("safetensors", "pillow", "pyyaml", "filelock", "jinja2")
 MEGABYTES = 170
@@ -47,12 +48,25 @@ print(json.dumps(found))
 TRIAL = "import filelock, jinja2, yaml; from diffusers import AutoencoderKL, UNet2DConditionModel; " + (
     "from transformers import CLIPTextModel, CLIPTokenizer"
 )
-_work: dict[Path, str] = {}
+_running: set[Path] = set()  # folders whose set-up is running
+_failed: dict[Path, str] = {}  # folder → why its last set-up failed
 _lock = threading.Lock()
 
 
+@dataclass(frozen=True)
+class Missing:
+    """A package that is missing or too old. found: its version, None for a missing one."""
+
+    name: str
+    lowest: str
+    found: str | None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.lowest} (has {self.found})" if self.found else f"{self.name} (none)"
+
+
 def folder(host: Host) -> Path:
-    """Where our environments are, or will be."""
+    """Where environments are, or will be."""
     return host.data / "environment"
 
 
@@ -67,60 +81,61 @@ def _made(place: Path) -> Path | None:
 
 
 @cache
-def missing() -> tuple[str, ...]:
-    """What this interpreter lacks in a fresh process, as text for people: this one may see more than a child will."""
-    return _lacking(sys.executable)
+def missing() -> tuple[Missing, ...]:
+    """What this interpreter lacks in a fresh process: the present one may see more than a child will."""
+    return _missing_in(sys.executable)
 
 
-def _lacking(python: str) -> tuple[str, ...]:
+def _missing_in(python: str) -> tuple[Missing, ...]:
     versions = json.loads(_run([python, "-c", ASK, *LOWEST]))
-    found = []
-    for name, lowest in LOWEST.items():
-        if name not in versions:
-            found.append(f"{name} (none)")
-        elif _numbers(versions[name]) < _numbers(lowest):
-            found.append(f"{name} {lowest} (has {versions[name]})")
-    return tuple(found)
-
-
-def _beyond_us() -> str | None:
-    """Why Set up would be of no use, as text for people."""
-    old = [text for text in missing() if text.split()[0] in HELD]
-    if not old:
-        return None
-    return (
-        f"Jobs need {' and '.join(old)} of this program's own, which Set up leaves as it is: update the program first."
+    return tuple(
+        Missing(name, lowest, versions.get(name))
+        for name, lowest in LOWEST.items()
+        if name not in versions or _numbers(versions[name]) < _numbers(lowest)
     )
+
+
+def _listed(packages: tuple[Missing, ...]) -> str:
+    return ", ".join(map(str, packages))
+
+
+def _obstacle() -> str | None:
+    """Why Set up would be of no use, as text for people."""
+    held = tuple(package for package in missing() if package.name in HELD)
+    if not held:
+        return None
+    return f"Jobs need {_listed(held)} in this program, which Set up does not change. Update the program first."
 
 
 def python(host: Host) -> str:
     """The interpreter for jobs. Raises ConfigError where none has what is needed."""
     if not missing():
         return sys.executable
-    if (why := _beyond_us()) is not None:
+    if (why := _obstacle()) is not None:
         raise ConfigError(why)
-    ours = _made(folder(host))
-    if ours is not None:
-        return str(ours)
-    raise ConfigError(f"this program's Python lacks {', '.join(missing())}: press Set up")
+    made = _made(folder(host))
+    if made is not None:
+        return str(made)
+    raise ConfigError(f"this program's Python lacks {_listed(missing())}", advice="Press Set up")
 
 
 def state(host: Host) -> tuple[bool, str]:
     """Whether jobs can run, and a line for people."""
     place = folder(host)
-    lacking = missing()
-    if not lacking:
-        return True, f"Ready: this program's own Python ({sys.version.split()[0]}) has all that is needed."
-    if (why := _beyond_us()) is not None:
+    if not missing():
+        return True, f"Ready: this program's Python ({sys.version.split()[0]}) has all packages that jobs need."
+    if (why := _obstacle()) is not None:
         return False, why
-    if place in _work:
-        return False, _work[place]
+    if place in _running:
+        return False, f"Setting up {place}: this takes some minutes. Press Refresh the lists for its state."
+    if place in _failed:
+        return False, _failed[place]
     if _made(place) is not None:
         return True, f"Ready: jobs run in the environment {place}."
     return False, (
-        f"This program's Python lacks {', '.join(lacking)}. Set up makes an environment of salun's own at {place} "
+        f"This program's Python lacks {_listed(missing())}. Set up makes an environment for jobs at {place} "
         f"(about {MEGABYTES} MB, from the Python package index: {', '.join(PACKAGES)}), which uses this program's "
-        "torch. Nothing of the program's own is changed."
+        "torch. The program's packages are not changed."
     )
 
 
@@ -131,47 +146,55 @@ def set_up(host: Host, wait: bool = False) -> str:
     """
     if not missing():
         return "There is nothing to set up."
-    if (why := _beyond_us()) is not None:
+    if (why := _obstacle()) is not None:
         raise ConfigError(why)
     place = folder(host)
     with _lock:
-        if place in _work and _work[place].startswith("Setting up"):
-            return _work[place]
-        _work[place] = f"Setting up {place}: this takes some minutes. Press Refresh the lists to see how it goes."
+        if place in _running:
+            return state(host)[1]
+        _running.add(place)
+        _failed.pop(place, None)
     thread = threading.Thread(target=_make, args=(place,), daemon=True)
     thread.start()
     if wait:
         thread.join()
-    return _work.get(place, f"Ready: jobs run in the environment {place}.")
+    return state(host)[1]
 
 
 def _make(place: Path) -> None:
+    """Make a new environment in `place`, and have jobs use it if it works."""
     before = _made(place)
     new = place / time.strftime("%Y%m%d-%H%M%S")
     try:
         if place.is_dir():
-            for old in place.iterdir():  # of set-ups that failed, or that another followed: no job runs there
+            for old in place.iterdir():  # of set-ups that failed or were followed by another: no job runs there
                 if old.is_dir() and (before is None or old not in before.parents):
                     shutil.rmtree(old, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(new)])
-        ours = _executable(new)
-        own = _run([str(ours), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
-        theirs = [p for p in sys.path if p.rstrip("/\\").endswith(("site-packages", "dist-packages"))]
-        lines = [f"import site; site.addsitedir({site!a})\n" for site in theirs]  # with the .pth files in them
-        (Path(own) / "zz_salun_host.pth").write_text("".join(lines), encoding="ascii")
-        held = new / "held.txt"
-        held.write_text(f"torch=={metadata.version('torch')}\nnumpy=={metadata.version('numpy')}\n", encoding="utf-8")
-        pip = [str(ours), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(held)]
-        _run([*pip, *PACKAGES, *(f"{name}>={LOWEST[name]}" for name in SMALL)])
-        _run([str(ours), "-c", TRIAL])
-        if lacking := _lacking(str(ours)):
-            raise RuntimeError(f"it lacks {', '.join(lacking)} all the same")
+        _install(new)
         write_bytes(place / "current", f"{new.name}\n".encode())
-        _work.pop(place, None)
     except (OSError, RuntimeError, SalunError, metadata.PackageNotFoundError) as error:
         shutil.rmtree(new, ignore_errors=True)
-        kept = "" if before is None else " The environment there was is kept."
-        _work[place] = f"The set-up failed: {error}.{kept}"
+        unchanged = "" if before is None else " The previous environment stays in use."
+        _failed[place] = f"The set-up failed: {error}.{unchanged}"
+    finally:
+        _running.discard(place)
+
+
+def _install(new: Path) -> None:
+    """Make an environment with all that jobs need. Raises RuntimeError where that fails."""
+    _run([sys.executable, "-m", "venv", str(new)])
+    python = str(_executable(new))
+    packages = _run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
+    sites = [p for p in sys.path if p.rstrip("/\\").endswith(("site-packages", "dist-packages"))]
+    lines = [f"import site; site.addsitedir({site!a})\n" for site in sites]  # with the .pth files in them
+    (Path(packages) / "zz_salun_host.pth").write_text("".join(lines), encoding="ascii")
+    constraints = new / "constraints.txt"
+    constraints.write_text("".join(f"{name}=={metadata.version(name)}\n" for name in HELD), encoding="utf-8")
+    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(constraints)]
+    _run([*pip, *PACKAGES, *(f"{name}>={LOWEST[name]}" for name in SMALL)])
+    _run([python, "-c", TRIAL])
+    if lacking := _missing_in(python):
+        raise RuntimeError(f"after the installation it still lacks {_listed(lacking)}")
 
 
 def _run(command: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .access import OTHER_SITE, SIGNED_OUT, Access, Refused, check_address, check_origin, headers_of
 from .body import LARGEST, SECONDS, read_body
-from .limits import CONNECTIONS
+from .limits import MAX_CONNECTIONS
 
 BEFORE_LOGIN = 16_000  # bytes of a body by somebody who is not signed in
 SECONDS_BEFORE_LOGIN = 3.0  # until such a body must be there
@@ -53,7 +53,7 @@ class Front:
     async def _read_before_login(self, receive: Any, headers: Mapping[str, str]) -> bytes:
         """A body by somebody who is not signed in. At most a quarter of the connections wait for one: a further request
         ends the wait of the oldest, so that half-sent bodies keep nobody from signing in. Raises Refused."""
-        while len(self._reading) >= CONNECTIONS // 4:
+        while len(self._reading) >= MAX_CONNECTIONS // 4:
             oldest = next(iter(self._reading))
             del self._reading[oldest]
             oldest.cancel()

@@ -1,4 +1,4 @@
-"""What the page needs of the program it runs in, and the plainest one: none at all, as in `salun ui`."""
+"""What the page needs of its host, the program it runs in, and a stand-in for `salun ui`, which has no host."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+from salun.errors import ConfigError
 from salun.user_text import is_unicode
 
 from .jobs import Job
 
-ERASED = ("model", "model.safetensors")  # a run's own, as `salun erase` names them
+ERASED = ("model", "model.safetensors")  # of a run, as `salun erase` names them
 
 
 class Host(Protocol):
     """A program that keeps checkpoints and may use the GPU itself.
 
-    name: for people. data: the folder of jobs, runs and pictures. sets_up: whether its jobs may run in an environment
-    of ours.
+    Attributes:
+        name: For people.
+        data: The folder of jobs, runs and images.
+        sets_up: Whether its jobs may run in an environment made by Set up.
     """
 
     name: str
@@ -31,28 +34,28 @@ class Host(Protocol):
         """Title → what `salun --model` takes, in the order in which to show them."""
 
     def loaded(self) -> str | None:
-        """The title of the model that it generates with now; None where that is none of `models`."""
+        """The title of the model that it generates with now; None where that is not among `models`."""
 
     def left_out(self) -> int:
-        """How many of its checkpoints are not among `models`, since they are no .safetensors."""
+        """How many of its checkpoints are not among `models`, as only .safetensors are."""
 
     def checkpoints(self) -> Path | None:
-        """Where new checkpoints go; None: into the run's folder."""
+        """Where new checkpoints go; None for the run's folder."""
 
     def loras(self) -> Path | None:
-        """Where new LoRA files go; None: into the run's folder."""
+        """Where new LoRA files go; None for the run's folder."""
 
     def python(self) -> str:
         """The interpreter for children. Raises ConfigError where none has the packages."""
 
     def environment(self) -> dict[str, str]:
-        """Variables that children get beside this process's own."""
+        """Environment variables that children get as well."""
 
-    def turn(self, job: Job) -> AbstractContextManager[object]:
-        """Around a job at work: the host's lock held, its memory freed, and given back."""
+    def gpu_lease(self, job: Job) -> AbstractContextManager[object]:
+        """Around a running job: the host's lock held, its models freed before and restored after."""
 
     def changed(self, job: Job) -> None:
-        """A job ended and may have written files: the host's lists are to show them."""
+        """A job ended and may have written files, which the host's lists are to show."""
 
     def use(self, path: Path) -> str:
         """Generate with this checkpoint from now on; a line for people. Raises ConfigError if that cannot be."""
@@ -61,11 +64,11 @@ class Host(Protocol):
 class StandaloneHost:
     """No host: models are the aliases, what was made here and the checkpoints of folders.
 
-    Files go into the runs' folders, those with a name of their own into the data folder's `models`.
+    Files go into the run folders; checkpoints that are given a name go into the data folder's `models`.
     """
 
     name = "salun ui"
-    sets_up = False  # pip has seen to the packages
+    sets_up = False  # pip installs the packages
 
     def __init__(self, data: Path, models_dirs: Sequence[str] = ()) -> None:
         self.data, self._dirs = data.absolute(), list(models_dirs)
@@ -84,11 +87,11 @@ class StandaloneHost:
         """Checkpoints by their names, then what runs erased by the runs' names, the latest first."""
         named = sorted(self.data.glob("models/*"))
         erased = [run / name for run in sorted(self.data.glob("runs/*"), reverse=True) for name in ERASED]
-        whole = self.data.resolve()
+        home = self.data.resolve()
         found: dict[str, str] = {}
         for place in [*named, *erased]:
             model = (place / "model_index.json").is_file() or (place.suffix == ".safetensors" and place.is_file())
-            if model and not place.name.startswith(".") and place.resolve().is_relative_to(whole):
+            if model and not place.name.startswith(".") and place.resolve().is_relative_to(home):
                 found.setdefault(place.parent.name if place.parent.parent.name == "runs" else place.name, str(place))
         return found
 
@@ -110,13 +113,11 @@ class StandaloneHost:
     def environment(self) -> dict[str, str]:
         return {}
 
-    def turn(self, job: Job) -> AbstractContextManager[object]:
+    def gpu_lease(self, job: Job) -> AbstractContextManager[object]:
         return nullcontext()
 
     def changed(self, job: Job) -> None:
         return None
 
     def use(self, path: Path) -> str:
-        from salun.errors import ConfigError
-
-        raise ConfigError(f"there is no WebUI here to load {os.path.basename(path)}: find it at {path}")
+        raise ConfigError(f"there is no WebUI here to load {os.path.basename(path)}; the file is {path}")

@@ -7,21 +7,27 @@ from typing import Any
 
 from salun.errors import ConfigError
 
-LONGEST = 2_000  # characters of a text
-MOST = 1_000  # entries of a list
-CONNECTIONS = 200  # at once to `salun ui`; a page has at most six
+MAX_TEXT = 2_000  # characters of a text
+MAX_ENTRIES = 1_000  # entries of a list
+MAX_CONNECTIONS = 200  # at once to `salun ui`; a page has at most six
 
 
 def check_lengths(options: Mapping[str, Any]) -> None:
     """Raises ConfigError for a text that is too long, or a list with too many entries."""
     for name, value in options.items():
-        if isinstance(value, list) and len(value) > MOST:
-            raise ConfigError(f"{name} has {len(value):,} entries; the limit is {MOST:,}. Give fewer.")
+        if isinstance(value, list) and len(value) > MAX_ENTRIES:
+            raise ConfigError(
+                f"has {len(value):,} entries; the limit is {MAX_ENTRIES:,}", option=name, advice="Give fewer"
+            )
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and len(text) > LONGEST:
-                raise ConfigError(f"{name}: a text has {len(text):,} characters; the limit is {LONGEST:,}. Shorten it.")
+            if isinstance(text, str) and len(text) > MAX_TEXT:
+                raise ConfigError(
+                    f"has a text of {len(text):,} characters; the limit is {MAX_TEXT:,}",
+                    option=name,
+                    advice="Shorten it",
+                )
 
 
-def truncated(text: str, longest: int = LONGEST) -> str:
-    """A text as it may be shown: of a longer one its beginning and its end, which tells what to do."""
+def truncated(text: str, longest: int = MAX_TEXT) -> str:
+    """A text as it may be shown: of a longer one its beginning and its end."""
     return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 + 3 :]}"

@@ -1,4 +1,4 @@
-// The live half of the page: what the jobs are doing, read from the API every second. Every text goes in as text.
+// The live part of the page: the state of the jobs, polled from the API every second. Texts are inserted as text.
 (() => {
   "use strict";
   if (window.salunLive) return;
@@ -7,21 +7,13 @@
   const base = new URL("salun/v1/", document.baseURI.replace(/[^/]*([?#].*)?$/, ""));
   const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
   const panel = () => root().querySelector(".salun-live");
-  const STAGES = {
-    "": "starting", loading: "loading the model", sampling: "drawing samples from the model",
-    "images before": "taking pictures before", saliency: "finding the weights that matter",
-    "frozen targets": "preparing targets", training: "training those weights alone",
-    "images after": "taking pictures after", saving: "saving", stopping: "stopping", comparing: "comparing",
-    checking: "checking the model", writing: "saving", exporting: "exporting", done: "done",
-  };
   const STATES = {
-    queued: "in the queue", waiting: "waiting for the program's turn", running: "at work", stopping: "stopping",
-    done: "done", failed: "failed", cancelled: "stopped",
+    queued: "queued", waiting: "waiting for the GPU", running: "running", stopping: "stopping",
+    done: "done", failed: "failed", cancelled: "cancelled",
   };
-  const OPEN = ["queued", "waiting", "running", "stopping"];
-  const ENDED = 8; // jobs shown that are over, beside those that can be resumed
+  const ENDED = 8; // jobs shown that are over, besides those that can be resumed
   const known = new Map(); // job id → its card
-  const states = new Map(); // job id → its last state, to notice an end
+  const wasOpen = new Map(); // job id → whether it was open at the last poll, to notice an end
   let timer = null;
   let polling = false;
 
@@ -46,11 +38,11 @@
     }
     const answer = await fetch(new URL(path, base), options);
     if (raw && answer.ok) return answer;
-    const found = await answer.json().catch(() => ({}));
-    if (answer.ok) return found;
-    const refusal = new Error(found.error || `the server answered ${answer.status}`);
-    refusal.status = answer.status; // it did answer
-    throw refusal;
+    const content = await answer.json().catch(() => ({}));
+    if (answer.ok) return content;
+    const failure = new Error(content.error || `the server answered ${answer.status}`);
+    failure.status = answer.status; // it did answer
+    throw failure;
   }
 
   function duration(seconds) {
@@ -102,11 +94,11 @@
     soon();
   }
 
-  const gone = new Set(); // pictures that the program said are not there
+  const missing = new Set(); // images that do not exist by the server
 
-  async function picture(target, path, otherwise = null) {
-    if (gone.has(path)) path = otherwise;
-    if (!path || gone.has(path) || target.dataset.path === path) return;
+  async function image(target, path, otherwise = null) {
+    if (missing.has(path)) path = otherwise;
+    if (!path || missing.has(path) || target.dataset.path === path) return;
     target.dataset.path = path;
     try {
       const answer = await call(path, undefined, true);
@@ -116,7 +108,7 @@
       if (old) URL.revokeObjectURL(old);
     } catch (error) {
       target.dataset.path = "";
-      if ([400, 404].includes(error.status)) gone.add(path);
+      if ([400, 404].includes(error.status)) missing.add(path);
     }
   }
 
@@ -137,99 +129,100 @@
       state: make("span", { class: "salun-state" }),
       stage: make("div", { class: "salun-stage", role: "status" }),
       bar: make("progress", { max: "1", value: "0", "aria-label": `progress of: ${job.title}` }),
-      figures: make("div", { class: "salun-figures" }),
+      metrics: make("div", { class: "salun-metrics" }),
       plot: make("div", { class: "salun-plot" }),
       preview: make("img", { alt: "before and after, so far", hidden: "" }),
       notes: make("div", { class: "salun-notes" }),
       result: make("div", { class: "salun-result" }),
-      said: make("div", { class: "salun-said", role: "status" }),
-      message: make("div", { class: "salun-error", role: "alert" }),
+      status: make("div", { class: "salun-status", role: "status" }),
+      error: make("div", { class: "salun-error", role: "alert" }),
       buttons: make("div", { class: "salun-buttons" }),
     };
     parts.box = make("section", { class: "salun-job", "data-job": job.id, "data-kind": job.kind },
-      make("div", { class: "salun-head" }, parts.title, parts.state), parts.stage, parts.bar, parts.figures,
-      parts.plot, parts.preview, parts.notes, parts.result, parts.said, parts.message, parts.buttons);
+      make("div", { class: "salun-head" }, parts.title, parts.state), parts.stage, parts.bar, parts.metrics,
+      parts.plot, parts.preview, parts.notes, parts.result, parts.status, parts.error, parts.buttons);
     return parts;
   }
 
-  function button(parts, label, what) {
-    return make("button", { type: "button", click: what }, label);
+  function button(label, click) {
+    return make("button", { type: "button", click }, label);
   }
 
   function fill(parts, job) {
-    const atWork = ["running", "stopping"].includes(job.state);
     parts.box.dataset.state = job.state;
     parts.state.textContent = STATES[job.state] || job.state;
-    const steps = job.total ? `, step ${job.step} of ${job.total}` : "";
-    set(parts.stage, atWork ? (STAGES[job.stage] ?? job.stage) + steps : "");
-    parts.bar.hidden = !atWork;
-    parts.bar.value = job.fraction;
-    const percent = `${Math.floor(100 * job.fraction)} %`;
-    const losses = job.losses.length ? job.losses[job.losses.length - 1] : null;
-    set(parts.figures, atWork
-      ? [percent, duration(job.left), losses ? `forget ${losses[1].toPrecision(3)}, retain ${losses[2].toPrecision(3)}` : ""]
-        .filter(Boolean).join(" · ") : "");
-    if (atWork && String(job.losses.length) !== parts.plot.dataset.n) {
-      parts.plot.dataset.n = String(job.losses.length);
-      parts.plot.replaceChildren(...plot(job.losses));
-    }
-    parts.plot.hidden = !atWork;
+    fillProgress(parts, job);
     const name = job.previews[job.previews.length - 1];
     const latest = name ? `preview?id=${encodeURIComponent(job.id)}&name=${encodeURIComponent(name)}` : null;
     if (job.state === "done" && job.kind === "erase") {
-      picture(parts.preview, `file?run=${encodeURIComponent(job.run)}&name=before_after.png`, latest);
+      image(parts.preview, `file?run=${encodeURIComponent(job.run)}&name=before_after.png`, latest);
     } else {
-      picture(parts.preview, latest);
+      image(parts.preview, latest);
     }
     set(parts.notes, job.notes.slice(-3).join("\n"));
-    if (job.error) set(parts.message, job.error);
-    const key = `${job.state} ${job.resumable} ${job.kept_bytes} ${(job.offers || []).join()}`;
+    if (job.error) set(parts.error, job.error);
+    const key = `${job.state} ${job.resumable} ${job.kept_bytes} ${job.offers.join()}`;
     if (parts.buttons.dataset.key === key) return;
     parts.buttons.dataset.key = key;
     parts.result.replaceChildren(...results(job));
-    const offers = job.offers || [];
-    const say = (promise) => promise.then((found) => set(parts.said, found.said || ""))
-      .catch((error) => set(parts.message, error.message)).finally(soon);
-    const exportAs = (form) => () => say(call("start", { kind: "export", delta: job.run, form })
-      .then((made) => ({ said: `“${made.title}” is in the queue.` })));
-    const buttons = [];
-    if (OPEN.includes(job.state) && job.state !== "stopping") {
-      buttons.push(button(parts, "Cancel", () => act("cancel", job.id, parts.message)));
+    parts.buttons.replaceChildren(...buttons(parts, job));
+  }
+
+  function fillProgress(parts, job) {
+    const running = ["running", "stopping"].includes(job.state);
+    const steps = job.total ? `, step ${job.step} of ${job.total}` : "";
+    set(parts.stage, running ? job.stage_label + steps : "");
+    parts.bar.hidden = !running;
+    parts.bar.value = job.fraction;
+    const percent = `${Math.floor(100 * job.fraction)} %`;
+    const losses = job.losses.length ? job.losses[job.losses.length - 1] : null;
+    const loss = losses ? `forget ${losses[1].toPrecision(3)}, retain ${losses[2].toPrecision(3)}` : "";
+    set(parts.metrics, running ? [percent, duration(job.left), loss].filter(Boolean).join(" · ") : "");
+    if (running && String(job.losses.length) !== parts.plot.dataset.n) {
+      parts.plot.dataset.n = String(job.losses.length);
+      parts.plot.replaceChildren(...plot(job.losses));
     }
-    if (job.resumable) buttons.push(button(parts, "Resume", () => act("resume", job.id, parts.message)));
-    if (job.state === "done" && job.run) {
-      buttons.push(button(parts, "Report", () => report(job.run).catch((e) => set(parts.message, e.message))));
-    }
-    const after = [
-      ["use", "Use this checkpoint now", () => say(call("use", { id: job.id }).finally(refreshLists))],
-      ["lora", "Save as LoRA", exportAs("lora")],
-      ["diff", "Save as full difference", exportAs("diff")],
-      ["delta", "Save the delta", () => say(save(job.run, "delta.salun.safetensors"))],
-      ["undo", "Undo", () => say(call("undo", { id: job.id }).finally(refreshLists))],
+    parts.plot.hidden = !running;
+  }
+
+  function buttons(parts, job) {
+    const openReport = () => report(job.run).catch((error) => set(parts.error, error.message));
+    const show = (promise) => promise.then((answer) => set(parts.status, answer.message || ""))
+      .catch((error) => set(parts.error, error.message)).finally(soon);
+    const exportAs = (form) => () => show(call("start", { kind: "export", delta: job.run, form })
+      .then((started) => ({ message: `Queued: “${started.title}”.` })));
+    const choices = [
+      [job.open && job.state !== "stopping", "Cancel", () => act("cancel", job.id, parts.error)],
+      [job.resumable, "Resume", () => act("resume", job.id, parts.error)],
+      [job.state === "done" && job.run, "Report", openReport],
+      [job.offers.includes("use"), "Use this checkpoint", () => show(call("use", { id: job.id }).finally(refreshLists))],
+      [job.offers.includes("lora"), "Save as LoRA", exportAs("lora")],
+      [job.offers.includes("diff"), "Save as full difference", exportAs("diff")],
+      [job.offers.includes("delta"), "Save the delta", () => show(save(job.run, "delta.salun.safetensors"))],
+      [job.offers.includes("undo"), "Undo", () => show(call("undo", { id: job.id }).finally(refreshLists))],
+      [!job.open, "Remove", () => {
+        const question = `“${job.title}” can be resumed now, but not after it is removed: its training state ` +
+          `(${size(job.kept_bytes)}) is deleted. Remove it?`;
+        if (!job.resumable || window.confirm(question)) act("remove", job.id, parts.error);
+      }],
     ];
-    for (const [offer, label, what] of after) if (offers.includes(offer)) buttons.push(button(parts, label, what));
-    if (!OPEN.includes(job.state)) {
-      buttons.push(button(parts, "Remove", () => {
-        const question = `“${job.title}” can be resumed, but not once it is off this list: what is kept for that ` +
-          `(${size(job.kept_bytes)}) is deleted. Remove it all the same?`;
-        if (!job.resumable || window.confirm(question)) act("forget", job.id, parts.message);
-      }));
-    }
-    parts.buttons.replaceChildren(...buttons);
+    return choices.filter(([offered]) => offered).map(([, label, click]) => button(label, click));
   }
 
   function results(job) {
     const found = job.result;
     if (!found) return [];
     const lines = [];
-    const one = (value) => (typeof value === "number" ? value.toFixed(1) : "?");
-    const share = (s) => `${one(s.value)} % (${one(s.low)}–${one(s.high)}, n = ${s.n})`;
+    const number = (value) => (typeof value === "number" ? value.toFixed(1) : "?");
+    const percent = (e) => `${number(e.value)} % (${number(e.low)}–${number(e.high)}, n = ${e.n})`;
     const metrics = found.metrics;
     if (metrics && metrics.ua) {
-      lines.push(`forgotten: ${share(metrics.ua)}, before ${one(metrics.ua_before.value)} %`);
-      if (metrics.ra_after) lines.push(`everything else: ${share(metrics.ra_after)}, before ${one(metrics.ra_before.value)} %`);
+      lines.push(`forgotten (UA): ${percent(metrics.ua)}, before ${number(metrics.ua_before.value)} %`);
+      if (metrics.ra_after) {
+        lines.push(`retained (RA): ${percent(metrics.ra_after)}, before ${number(metrics.ra_before.value)} %`);
+      }
     } else if (metrics) {
-      lines.push(`whether it is forgotten is not known: ${metrics.reason}`);
+      lines.push(`unlearning accuracy (UA) unknown: ${metrics.reason}`);
     }
     (found.outputs || []).forEach((file) => lines.push(`${file.kind}: ${file.path}`));
     if (found.output) lines.push(`written: ${found.output}`);
@@ -239,17 +232,19 @@
     if (typeof found.jaccard === "number") {
       lines.push(`overlap (Jaccard): ${found.jaccard.toFixed(3)}, by chance ${found.by_chance.toFixed(3)}`);
     }
-    (Array.isArray(found.overlaps) ? found.overlaps : []).forEach((one) => {
-      if (one.names) lines.push(`${one.names.join(" and ")}: ${one.entries} weights in both`);
+    (Array.isArray(found.overlaps) ? found.overlaps : []).forEach((pair) => {
+      if (pair.names) lines.push(`${pair.names.join(" and ")}: ${pair.entries} weights in both`);
     });
-    const made = [make("ul", {}, ...lines.map((text) => make("li", {}, text)))];
+    const parts = [make("ul", {}, ...lines.map((text) => make("li", {}, text)))];
     if (found.blocks) {
-      made.push(make("table", {}, ...Object.entries(found.blocks).map(([block, [some, total]]) =>
-        make("tr", {}, make("th", { scope: "row" }, block),
-          make("td", {}, make("meter", { min: "0", max: "1", value: String(total ? some / total : 0) })),
-          make("td", {}, `${(100 * (total ? some / total : 0)).toFixed(1)} %`)))));
+      parts.push(make("table", {}, ...Object.entries(found.blocks).map(([block, [selected, total]]) => {
+        const fraction = total ? selected / total : 0;
+        return make("tr", {}, make("th", { scope: "row" }, block),
+          make("td", {}, make("meter", { min: "0", max: "1", value: String(fraction) })),
+          make("td", {}, `${(100 * fraction).toFixed(1)} %`));
+      })));
     }
-    return made;
+    return parts;
   }
 
   function set(target, text) {
@@ -264,7 +259,7 @@
     return {};
   }
 
-  let looked = false; // at the jobs, once at least
+  let polled = false; // at least once
   let stale = false; // the lists, of our page and of the host's
 
   function press(id) {
@@ -275,7 +270,7 @@
   function refreshLists() {
     stale = true;
     const open = [...root().querySelectorAll('[data-testid="dropdown-option"], [role="listbox"] [role="option"]')];
-    if (open.some((one) => one.getClientRects().length)) return; // a list that somebody is choosing from stays as it is
+    if (open.some((option) => option.getClientRects().length)) return; // a list that is open stays as it is
     stale = false;
     ["salun_refresh", "salun_host_checkpoints"].forEach(press);
   }
@@ -284,10 +279,10 @@
     ["salun_host_loras_txt2img", "salun_host_loras_img2img"].forEach(press);
   }
 
-  const nothing = make("p", {}, "No job yet. What runs here goes on when this page is closed.");
+  const nothing = make("p", {}, "No job yet. Jobs keep running if you close this page.");
 
   async function poll() {
-    if (polling) return; // the one in flight goes on by itself
+    if (polling) return; // the poll in flight schedules the next
     polling = true;
     const live = panel();
     let wait = 1000;
@@ -297,26 +292,26 @@
         let ended = false;
         let loras = false;
         for (const job of jobs) {
-          const before = states.get(job.id); // none of a job that began since the last look, and may have ended too
-          const over = (before ? OPEN.includes(before) : looked) && !OPEN.includes(job.state);
+          const before = wasOpen.get(job.id); // undefined for a job since the last poll, which may have ended too
+          const over = (before ?? polled) && !job.open;
           if (over) ended = true;
-          if (job.kind === "export" && job.state === "done" && (over || !looked)) loras = true;
-          states.set(job.id, job.state);
+          if (job.kind === "export" && job.state === "done" && (over || !polled)) loras = true;
+          wasOpen.set(job.id, job.open);
           if (!known.has(job.id)) known.set(job.id, card(job));
           fill(known.get(job.id), job);
         }
-        if (loras) setTimeout(refreshLoras, looked ? 500 : 3000); // a page that has just opened gets the host's own first
-        looked = true;
-        const past = jobs.filter((j) => !OPEN.includes(j.state));
+        if (loras) setTimeout(refreshLoras, polled ? 500 : 3000); // a new page gets the host's own first
+        polled = true;
+        const past = jobs.filter((j) => !j.open);
         const others = new Set(past.filter((j) => !j.resumable).slice(ENDED));
-        const order = [...jobs.filter((j) => OPEN.includes(j.state)).reverse(), ...past.filter((j) => !others.has(j))];
+        const order = [...jobs.filter((j) => j.open).reverse(), ...past.filter((j) => !others.has(j))];
         const boxes = order.map((job) => known.get(job.id).box);
         if (!boxes.length) boxes.push(nothing);
         if (boxes.some((box, i) => live.children[i] !== box) || live.children.length !== boxes.length) {
           live.replaceChildren(...boxes);
         }
         if (ended || stale) refreshLists();
-        if (!jobs.some((job) => OPEN.includes(job.state))) wait = 2000;
+        if (!jobs.some((job) => job.open)) wait = 2000;
       } catch (error) {
         const why = error.status ? error.message : `The program does not answer (${error.message}).`;
         live.replaceChildren(make("p", { class: "salun-error", role: "alert" }, why));

@@ -1,74 +1,92 @@
-"""How far a whole job is, and how long it still takes, from the steps of its stages."""
+"""How much of a job is done, and how long it still takes, from the costs of its stages."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-if TYPE_CHECKING:
-    from salun.diffusion.plan import Plan
+from salun.progress import Stage, StageCost
 
-KNOWN_FROM = 0.03  # of the job: before that a time left would be a guess
-CORRECTED = 1.5  # a time left that turns out this many times too short is put right; less than that only counts down
+SAVING = 0.05  # of a whole erasure, for the files it writes
+BACKWARD = 3  # a forward and backward pass costs as much as three forward ones
+MIN_FRACTION = 0.03  # before that no time left is estimated
+CORRECTED = 1.5  # a time left that turns out this many times too short is corrected; less than that only counts down
+LABELS = {
+    Stage.PLANNING: "planning",
+    Stage.LOADING: "loading the model",
+    Stage.CHECKING: "checking the model",
+    Stage.COMPARING: "comparing",
+    Stage.SAMPLING: "sampling training data",
+    Stage.ENCODING: "encoding images",
+    Stage.IMAGES_BEFORE: "generating “before” images",
+    Stage.SALIENCY: "computing the saliency mask",
+    Stage.FROZEN_TARGETS: "computing targets with the original model",
+    Stage.TRAINING: "training",
+    Stage.IMAGES_AFTER: "generating “after” images",
+    Stage.EVALUATING: "evaluating",
+    Stage.SAVING: "saving",
+    Stage.WRITING: "writing the checkpoint",
+    Stage.EXPORTING: "exporting",
+    Stage.STOPPING: "stopping",
+}
+"""Stage → what the page shows; a stage without a label is shown by its name."""
 
 
-def shares_of_erasure(plan: Plan) -> dict[str, float]:
-    """Stage → its share of an erasure, in the order of the stages, by the passes through the UNet that it takes."""
-    concepts, options = len(plan.concepts), plan.options
-    forget, retain = plan.forget_latents * concepts, plan.retain_latents
-    drawn = (0 if options.forget_images else forget) + (forget if plan.anchor_share else 0) + retain
-    pictures = plan.eval_images * (concepts + 1) * plan.sampling.passes
-    backward = 3  # a backward pass costs two forward ones
-    scored = options.method == "salun" and options.mask in ("saliency", "shuffled")
-    passes = {
-        "sampling": drawn * plan.sampling.passes,
-        "images before": pictures,
-        "saliency": forget * plan.saliency_timesteps * 2 * backward if scored else 0,
-        "frozen targets": plan.steps * plan.batch_size * 2 if plan.needs_frozen else 0,
-        "training": plan.steps * plan.batch_size * 2 * backward,
-        "images after": pictures,
-    }
-    whole = sum(passes.values()) / 0.95
-    return {**{stage: n / whole for stage, n in passes.items()}, "saving": 0.05}
+def with_saving(costs: Sequence[StageCost]) -> list[StageCost]:
+    """The stages of an erasure, with the writing of its files at the end."""
+    total = sum(cost.forward + BACKWARD * cost.backward for cost in costs)
+    return [*costs, StageCost(Stage.SAVING, 1, forward=max(1, round(total * SAVING / (1 - SAVING))))]
 
 
 class ProgressEstimator:
     """The position of a job: `at` takes a stage's step and gives (fraction done, seconds left or None).
 
-    The fraction never falls. The time left is (1 − fraction) × the seconds that a unit of the present stage takes.
+    The fraction never falls. The time left is (1 − fraction) × the seconds that the whole takes at the present pace.
+
+    Args:
+        costs: The stages of the job, in order.
+        now: The time in seconds.
     """
 
-    def __init__(self, shares: Mapping[str, float], now: Callable[[], float] = time.monotonic) -> None:
-        self._shares, self._now = dict(shares), now
+    def __init__(self, costs: Sequence[StageCost], now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self.fraction = 0.0
+        self._spans: dict[str, tuple[float, float]] = {}  # stage → where it begins, its length
+        passes = [cost.forward + BACKWARD * cost.backward for cost in costs]
+        for i, cost in enumerate(costs):
+            self._spans[cost.stage] = (sum(passes[:i]) / sum(passes), passes[i] / sum(passes))
         self._stage = ""
         self._began = (0.0, 0.0)  # when and at which fraction the stage began
         self._rate: float | None = None  # seconds for the whole job at the present pace
-        self._told: tuple[float, float] | None = None  # when and what was told last
+        self._last: tuple[float, float] | None = None  # when `left` was computed last, and its value
 
     def at(self, stage: str, step: int, total: int) -> tuple[float, float | None]:
-        """Take note of a step. A stage without a share does not move the position."""
+        """Take note of a step. A stage without a cost does not move the position."""
         now = self._now()
-        if stage in self._shares and total:
-            before = sum(share for name, share in list(self._shares.items())[: list(self._shares).index(stage)])
-            done = step - 1 if stage == "saving" else step  # told before each file, not after
-            reached = before + self._shares[stage] * min(max(done, 0) / total, 1.0)
+        if stage in self._spans and total:
+            start, length = self._spans[stage]
+            done = step - 1 if stage == Stage.SAVING else step  # reported before each file, not after
+            reached = start + length * min(max(done, 0) / total, 1.0)
             if stage != self._stage:
                 self._stage, self._began = stage, (now, reached)
-            gone, won = now - self._began[0], reached - self._began[1]
-            if won > 0 and gone > 0.5:
-                self._rate = gone / won
+            seconds, progress = now - self._began[0], reached - self._began[1]
+            if progress > 0 and seconds > 0.5:
+                self._rate = seconds / progress
             self.fraction = max(self.fraction, reached)
         return self.fraction, self._left(now)
 
     def _left(self, now: float) -> float | None:
-        if self._rate is None or self.fraction < KNOWN_FROM:
+        if self._rate is None or self.fraction < MIN_FRACTION:
             return None
         left = (1 - self.fraction) * self._rate
-        if self._told is not None:
-            expected = max(0.0, self._told[1] - (now - self._told[0]))
+        if self._last is not None:
+            expected = max(0.0, self._last[1] - (now - self._last[0]))
             if expected < left <= CORRECTED * expected + 10:
                 left = expected
-        self._told = (now, left)
+        self._last = (now, left)
         return left
+
+
+def label(stage: str) -> str:
+    """A stage as the page shows it; "" before the first is “starting”."""
+    return next((text for known, text in LABELS.items() if known == stage), stage) or "starting"

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from salun.errors import ConfigError
+
 from .access import Access, gradio_login
 from .api import add_routes
 from .front import Front
 from .host import StandaloneHost
-from .limits import CONNECTIONS
+from .limits import MAX_CONNECTIONS
 from .page import build
 from .service import Service
 
@@ -26,7 +28,7 @@ def serve(
     browser: bool,
     say: Callable[[str], Any],
 ) -> None:
-    """Serve until interrupted. say: is told where, once the page answers. Jobs at work are stopped at the end."""
+    """Serve until interrupted, then stop running jobs. say: called with the address once the page can be opened."""
     import uvicorn
 
     from .connections import Connection, OncePerMinute
@@ -36,11 +38,15 @@ def serve(
         listening = _listen(address, port)
         where = f"http://{address}:{listening.getsockname()[1]}/" if ":" not in address else f"port {port} of {address}"
         config = uvicorn.Config(
-            application(service, login), log_level="warning", http=Connection, ws="none", limit_concurrency=CONNECTIONS
+            application(service, login),
+            log_level="warning",
+            http=Connection,
+            ws="none",
+            limit_concurrency=MAX_CONNECTIONS,
         )
         logging.getLogger("uvicorn.error").addFilter(OncePerMinute())
         server = uvicorn.Server(config)
-        say(f"{where} (Ctrl-C ends it; runs are kept in {service.runs})")
+        say(f"{where} (Ctrl-C ends it; runs are in {service.runs.folder})")
         if browser:
             import webbrowser
 
@@ -51,7 +57,7 @@ def serve(
 
 
 def application(service: Service, login: tuple[str, str] | None) -> Any:
-    """The whole as an ASGI application: the API and the page, behind the same name and password."""
+    """The API and the page as an ASGI application, behind the same name and password."""
     import gradio as gr
     from fastapi import FastAPI
     from starlette.routing import Mount
@@ -60,13 +66,12 @@ def application(service: Service, login: tuple[str, str] | None) -> Any:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, service, access)
     gr.mount_gradio_app(app, build(gr, service, access), path="/", auth=login)
-    access.signed_in = gradio_login(next(route.app for route in app.routes if isinstance(route, Mount)))
+    gradio_app = next(route.app for route in app.routes if isinstance(route, Mount) and route.path == "")
+    access.signed_in = gradio_login(gradio_app)
     return Front(app, access)
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    from salun.errors import ConfigError
-
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -75,5 +80,6 @@ def _listen(address: str, port: int) -> socket.socket:
         made.listen(128)  # who reads the address may call at once
     except OSError as error:
         made.close()
-        raise ConfigError(f"--host {address} --port {port} cannot be listened at: {error.strerror or error}") from error
+        problem = f"cannot listen on {address}, port {port}: {error.strerror or error}"
+        raise ConfigError(problem, advice="Choose another {host} or {port}") from error
     return made

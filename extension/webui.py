@@ -1,6 +1,6 @@
-"""The tab in A1111, Forge and reForge: wiring, and nothing that computes.
+"""The tab in A1111, Forge and reForge: wiring, no computation.
 
-Everything of `modules` and `backend` is imported where it is used: they are the host's, and differ.
+Everything of `modules` and `backend` is imported where it is used: they are the host's, and differ among hosts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from . import environment
 from .access import Access, gradio_login
 from .api import add_routes
 from .jobs import Job
+from .messages import render
 from .page import build
 from .service import Service
 
 TAB = "Erase concept"
 STARTED = threading.Event()  # set once the host answers
-DEVICE_JOBS = ("erase", "mask")  # these compute where the host does; the others read and write files
+DEVICE_JOBS = ("erase", "mask")  # these compute on the host's device; the others read and write files
 logger = logging.getLogger("salun")
 _state: dict[str, Any] = {}  # survives "Reload UI", as this module does
 
@@ -39,13 +40,13 @@ def register() -> None:
     from modules import script_callbacks
 
     script_callbacks.on_ui_tabs(_tab)
-    script_callbacks.on_after_component(_beside)
+    script_callbacks.on_after_component(_add_update_buttons)
     script_callbacks.on_app_started(_started)
 
 
 def service() -> Service:
-    """The one service of this process. Raises ConfigError if another program works with its folder, or if the flags
-    that say who may call cannot be read.
+    """The service of this process, made once. Raises ConfigError if another program works with its folder, or if the
+    flags that say who may call cannot be read.
     """
     access()
     if "service" not in _state:
@@ -59,14 +60,14 @@ def trouble() -> str | None:
     try:
         service()
     except SalunError as error:
-        return str(error)
+        return render(error)
     return None
 
 
 def access() -> Access:
-    """The host's own flags: --api opens the API, --api-auth or --gradio-auth asks for name and password.
+    """By the host's flags: --api opens the API, --api-auth or --gradio-auth asks for name and password.
 
-    Raises ConfigError for flags that cannot be read: a password that was meant to be asked for is not left out.
+    Raises ConfigError for flags that cannot be read: the API is never open where a password was meant.
     """
     if "access" not in _state:
         from modules import shared
@@ -80,9 +81,9 @@ def access() -> Access:
             raise ConfigError(f"--gradio-auth-path cannot be read, so nobody is let in: {error}") from error
         guards = _users("--gradio-auth or its file", pairs)
         if not guards and any(flag is not None for flag in page_flags):
-            raise ConfigError("--gradio-auth or its file names nobody, so nobody is let in: give NAME:PASSWORD")
+            raise ConfigError("--gradio-auth or its file names nobody, so nobody is let in. Give NAME:PASSWORD")
         given = flags.api_auth
-        pairs = [one.split(":", 1) for one in given.split(",")] if given is not None else []
+        pairs = [pair.split(":", 1) for pair in given.split(",")] if given is not None else []
         users = _users("--api-auth", pairs) or guards
         closed = "start the WebUI with --api to use salun's API"
         _state["access"] = Access(users, bool(shared.cmd_opts.api), closed, guarded=bool(guards))
@@ -90,39 +91,40 @@ def access() -> Access:
     return found
 
 
-def _users(flag: str, found: Sequence[Sequence[str]]) -> dict[str, str]:
+def _users(flag: str, pairs: Sequence[Sequence[str]]) -> dict[str, str]:
     """Name → password."""
-    if not all(len(pair) == 2 and all(part.strip() for part in pair) for pair in found):
-        raise ConfigError(f"{flag} cannot be read, so nobody is let in: give NAME:PASSWORD, several with commas")
-    return {pair[0]: pair[1] for pair in found}
+    if not all(len(pair) == 2 and all(part.strip() for part in pair) for pair in pairs):
+        raise ConfigError(f"{flag} cannot be read, so nobody is let in. Give NAME:PASSWORD, several with commas")
+    return {pair[0]: pair[1] for pair in pairs}
 
 
 def _tab() -> list[tuple[Any, str, str]]:
     import gradio as gr
 
-    said = trouble()
-    if said is None:
+    problem = trouble()
+    if problem is None:
         return [(build(gr, service(), access()), TAB, "salun")]
     with gr.Blocks(analytics_enabled=False, title=TAB) as page:
-        gr.HTML(f'<p role="alert">{escape(said)}</p>')
+        gr.HTML(f'<p role="alert">{escape(problem)}</p>')
     return [(page, TAB, "salun")]
 
 
 def _started(demo: Any, app: Any) -> None:
-    said = trouble()
-    if said is None:
+    problem = trouble()
+    if problem is None:
         access().signed_in = gradio_login(app)
         add_routes(app, service(), access())
         STARTED.set()
     else:
-        logger.warning("%s", said)
+        logger.warning("%s", problem)
 
 
-def _beside(component: Any, **kwargs: Any) -> None:
-    """Beside the host's list of checkpoints and its cards of LoRAs, a hidden button that brings them up to date: the
-    page's script presses it.
+def _add_update_buttons(component: Any, **kwargs: Any) -> None:
+    """Add a hidden button next to the host's list of checkpoints and its cards of LoRAs that updates them; the page's
+    script presses it.
 
-    The host's own are not pressed for that: they empty its list of checkpoints first, under a generation's feet.
+    The host's own buttons are not pressed for that: they empty its list of checkpoints first, which a running
+    generation may need.
     """
     import gradio as gr
     from gradio.context import Context
@@ -131,7 +133,7 @@ def _beside(component: Any, **kwargs: Any) -> None:
     forges = label == "Checkpoint" and "model_selection" in (getattr(component, "elem_classes", None) or [])
     cards = re.fullmatch("(txt2img|img2img)_lora_cards_html", name or "")
     if Context.root_block is None:
-        return  # gradio 4 makes a component anew for each update of it, outside of any page
+        return  # gradio 4 makes a component anew for each update, outside of any page
     if name == "setting_sd_model_checkpoint" or forges:
         update = gr.Button("checkpoints", visible=False, elem_id="salun_host_checkpoints")
         update.click(_checkpoints, [], [component], queue=False, show_progress=False)
@@ -148,7 +150,7 @@ def _cards(side: str) -> Any:
     import gradio as gr
     from modules import ui_extra_networks
 
-    page = next((one for one in ui_extra_networks.extra_pages if one.name == "lora"), None)
+    page = next((page for page in ui_extra_networks.extra_pages if page.name == "lora"), None)
     return gr.update() if page is None else page.create_html(side)
 
 
@@ -213,7 +215,7 @@ class WebUI:
         return {} if os.environ.get("SALUN_CACHE") else {"SALUN_CACHE": str(self.data / "cache")}
 
     @contextmanager
-    def turn(self, job: Job) -> Iterator[None]:
+    def gpu_lease(self, job: Job) -> Iterator[None]:
         if job.kind not in DEVICE_JOBS:
             yield
             return
@@ -221,18 +223,18 @@ class WebUI:
 
         STARTED.wait()  # jobs of an earlier start may be waiting while the host is still loading
         with queue_lock:
-            if not job.open:  # cancelled while a picture was being made: nothing of the host's is touched
+            if not job.open:  # cancelled while an image was generated: nothing of the host's is touched
                 yield
                 return
-            kept = self._loaded()
+            model = self._loaded_model()
             try:
-                self._free(kept)
+                self._free(model)
                 yield
             finally:
-                self._give_back(kept)
+                self._restore(model)
 
-    def _loaded(self) -> Any:
-        """A1111's model, to be given back; None on Forge and reForge, which load their own again."""
+    def _loaded_model(self) -> Any:
+        """A1111's model, to be restored; None on Forge and reForge, which load theirs again."""
         from modules import sd_models
 
         if self.forge or self.reforge:
@@ -241,7 +243,7 @@ class WebUI:
         with lock:  # held while the host loads its first; reading shared.sd_model would load one
             return sd_models.model_data.sd_model
 
-    def _free(self, kept: Any) -> None:
+    def _free(self, model: Any) -> None:
         """Take the host's models off the device."""
         from modules import devices, sd_models
 
@@ -250,35 +252,31 @@ class WebUI:
 
             memory_management.unload_all_models()
             memory_management.soft_empty_cache()
-            sd_models.model_data.sd_model = sd_models.FakeInitialModel()  # the next picture loads it again
+            sd_models.model_data.sd_model = sd_models.FakeInitialModel()  # the next generation loads it again
             sd_models.model_data.forge_hash = ""
         elif self.reforge:
             from ldm_patched.modules import model_management
 
             model_management.unload_all_models()
             model_management.soft_empty_cache()
-        elif kept is not None:
-            sd_models.unload_model_weights(kept)
+        elif model is not None:
+            sd_models.unload_model_weights(model)
         gc.collect()
         devices.torch_gc()
 
-    def _give_back(self, kept: Any) -> None:
-        if kept is not None:
+    def _restore(self, model: Any) -> None:
+        if model is not None:
             from modules import sd_models
 
-            sd_models.send_model_to_device(kept)
+            sd_models.send_model_to_device(model)
 
     def changed(self, job: Job) -> None:
         if job.state != "done":
             return
         from modules import sd_models
 
-        asked = job.request
-        written = [
-            Path(path) for path in [*asked.get("options", {}).get("output", []), asked.get("output", "")] if path
-        ]
         networks = sys.modules.get("networks")  # of the built-in LoRA extension
-        for path in written:  # one by one: the host's own listings empty their lists first, under a generation's feet
+        for path in map(Path, job.outputs):  # one by one: the host's own listings empty their lists first
             if path.is_file() and path.parent == self.checkpoints():
                 sd_models.CheckpointInfo(str(path)).register()
             if job.kind == "export" and networks is not None:
@@ -301,8 +299,8 @@ class WebUI:
                 shared.opts.set("sd_model_checkpoint", info.title)  # which loads it, in its turn
                 shared.opts.save(shared.config_filename)
         except AssertionError as error:  # --freeze-settings and the like
-            raise ConfigError(f"the WebUI takes no other checkpoint: {error}") from error
+            raise ConfigError(f"the WebUI does not change its checkpoint: {error}") from error
         now = sd_models.get_closet_checkpoint_match(shared.opts.sd_model_checkpoint or "")  # its title may have changed
-        if now is None or now.filename != info.filename:  # what loading raises, the host keeps to itself
-            raise ConfigError(f"the WebUI could not load {info.name}: its log tells why")
+        if now is None or now.filename != info.filename:  # the host catches what loading raises
+            raise ConfigError(f"the WebUI could not load {info.name}", advice="See its log")
         return f"{info.name} is the checkpoint now."

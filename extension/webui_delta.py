@@ -1,13 +1,13 @@
-"""The "Erased delta" accordion of txt2img and img2img: this generation with deltas on top of the loaded checkpoint.
+"""The "Erased delta" accordion of txt2img and img2img: a generation with deltas applied to the loaded checkpoint.
 
-What is put in are whole tensors, as `salun delta stack` would write them, so that one delta at strength 1 gives the
-erased checkpoint's very weights; LoRAs go on top. The host's own machinery for LoRAs puts them in and takes them out:
+The changed tensors replace the checkpoint's, as `salun delta stack` would write them, so that a delta at strength 1
+gives exactly the erased checkpoint's weights; LoRAs are added to them. The host's LoRA code applies and removes them:
 
 Forge   a patch of type "set" on a clone of the UNet's patcher, first in its order. Forge merges patches when their
         names change, and puts its untouched originals back before it does.
 reForge the same in the patcher's lists of patches, one for each tensor, which it merges anew whenever they change.
-A1111   a network of our own among the LoRA extension's, first in its order, whose layers answer with new − old in
-        double precision. That extension keeps a copy of each layer it changes, and copies it back.
+A1111   a network among the LoRA extension's, first in its order, whose layers return new − old in double precision.
+        That extension keeps a copy of each layer it changes, and copies it back.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import gradio as gr
 from modules import scripts, shared
 
+from .page_deltas import ROWS, rows
 from .webui import service, trouble
 
-ROWS = 3
-OURS = "salun:"
+PREFIX = "salun:"
 logger = logging.getLogger("salun")
-_last: dict[str, Any] = {}  # the last choice: a second picture needs no second look at its files
+_last: dict[str, Any] = {}  # the last choice: the next image need not read its files again
 
 
 class ErasedDelta(scripts.Script):  # type: ignore[misc]
@@ -39,25 +39,15 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        if trouble() is not None:  # the tab says it
+        if trouble() is not None:  # the tab shows it
             return []
         side = "img2img" if is_img2img else "txt2img"
         with gr.Accordion(self.title(), open=False, elem_id=f"salun_{side}_delta"):
             on = gr.Checkbox(value=False, label="Use these deltas", elem_id=f"salun_{side}_on")
-            chosen, strengths = [], []
-            for row in range(1, ROWS + 1):
-                with gr.Row():
-                    chosen.append(
-                        gr.Dropdown(choices=["", *service().deltas()], value="", label=f"Delta {row}",
-                                    allow_custom_value=True, elem_id=f"salun_{side}_delta_{row}")
-                    )  # fmt: skip
-                    strengths.append(
-                        gr.Slider(-0.5, 1.5, value=1.0, step=0.05, label=f"Strength {row}",
-                                  elem_id=f"salun_{side}_strength_{row}")
-                    )  # fmt: skip
+            chosen, strengths = rows(gr, service().runs.deltas(), f"salun_{side}", allow_custom_value=True)
             refresh = gr.Button("Refresh the list", elem_id=f"salun_{side}_refresh")
             refresh.click(
-                lambda: [gr.update(choices=["", *service().deltas()]) for _ in chosen], [], chosen, queue=False
+                lambda: [gr.update(choices=["", *service().runs.deltas()]) for _ in chosen], [], chosen, queue=False
             )
         controls: list[Any] = [on, *chosen, *strengths]
         for control in controls:
@@ -65,10 +55,10 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
         return controls
 
     def process_before_every_sampling(self, p: Any, on: bool = False, *rest: Any, **kwargs: Any) -> None:
-        """Before the first pass and before hires fix. Where it fails, the generation is stopped, not made without."""
+        """Called before the first pass and before hires fix. Where it fails, the generation is stopped."""
         try:
             self._apply(p, on, *rest)
-        except Exception as error:  # whatever it is: the host would report it and go on without the delta
+        except Exception as error:  # the host would report any error and generate without the delta
             p.comment(f"Erased delta: {error}")
             shared.state.interrupt()
             raise
@@ -79,8 +69,8 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
             [(str(d), float(s)) for d, s in zip(rest[:ROWS], rest[ROWS:], strict=True) if d and float(s)] if on else []
         )
         networks = None if forge else _networks() if pairs else sys.modules.get("networks")
-        if networks is not None:  # those of the last picture
-            networks.loaded_networks[:] = [n for n in networks.loaded_networks if not n.name.startswith(OURS)]
+        if networks is not None:  # those of the last image
+            networks.loaded_networks[:] = [n for n in networks.loaded_networks if not n.name.startswith(PREFIX)]
         if not pairs:
             _last.clear()
             return
@@ -101,7 +91,7 @@ def _stacked(checkpoint: Path, pairs: Sequence[tuple[str, float]]) -> tuple[str,
     from salun.delta.delta import Delta
     from salun.delta.stacking import stack
 
-    files = [service().delta(run) for run, _ in pairs]
+    files = [service().runs.delta(run) for run, _ in pairs]
     stamp = [(str(f), f.stat().st_mtime_ns) for f in (checkpoint, *files)]
     key = repr((stamp, [strength for _, strength in pairs]))
     if _last.get("key") != key:
@@ -111,7 +101,7 @@ def _stacked(checkpoint: Path, pairs: Sequence[tuple[str, float]]) -> tuple[str,
         made = stack(stored, layers)
         names = {stored.name_in_file(name).removeprefix("model."): name for name in made}
         ids = ",".join(f"{delta.id}@{strength:g}" for delta, strength in made.layers)
-        _last.update(key=key, name=f"{OURS}{made.base_hash[:12]}:{ids}", tensors=_Tensors(made, names))
+        _last.update(key=key, name=f"{PREFIX}{made.base_hash[:12]}:{ids}", tensors=_Tensors(made, names))
     return _last["name"], _last["tensors"]
 
 
@@ -134,14 +124,14 @@ class _Tensors(Mapping[str, Any]):
 def _into_forge(p: Any, name: str, tensors: Mapping[str, Any]) -> None:
     unet = p.sd_model.forge_objects.unet.clone()
     known = {key for key, _ in unet.model.named_parameters()}
-    strange = sorted(set(tensors) - known)
-    if strange:
-        raise RuntimeError(f"the loaded model has no {strange[0]}")
+    unknown = sorted(set(tensors) - known)
+    if unknown:
+        raise RuntimeError(f"the loaded model has no {unknown[0]}")
     patches = {key: ("set", (tensor,)) for key, tensor in tensors.items()}
     if hasattr(unet, "lora_patches"):
         unet.add_patches(filename=name, patches=patches)
-        own = next(key for key in unet.lora_patches if key[0] == name)
-        unet.lora_patches = {own: unet.lora_patches.pop(own), **unet.lora_patches}  # whole tensors first, LoRAs on top
+        added = next(key for key in unet.lora_patches if key[0] == name)
+        unet.lora_patches = {added: unet.lora_patches.pop(added), **unet.lora_patches}  # before LoRAs, which are added
     else:  # reForge
         unet.add_patches(patches)
         for key in patches:
@@ -157,19 +147,19 @@ def _into_a1111(p: Any, name: str, tensors: Mapping[str, Any]) -> None:
         layers.setdefault(layer.replace(".", "_"), {})[part] = key
     if not hasattr(p.sd_model, "network_layer_mapping"):
         networks.assign_network_names_to_compvis_modules(p.sd_model)
-    strange = sorted(set(layers) - set(p.sd_model.network_layer_mapping))
-    if strange:
-        raise RuntimeError(f"the loaded model has no layer {strange[0]}")
-    ours = networks.network.Network(name, None)
-    ours.dyn_dim = 1.0
-    ours.modules = {
+    unknown = sorted(set(layers) - set(p.sd_model.network_layer_mapping))
+    if unknown:
+        raise RuntimeError(f"the loaded model has no layer {unknown[0]}")
+    network = networks.network.Network(name, None)
+    network.dyn_dim = 1.0
+    network.modules = {
         layer: _Layer(tensors, parts, p.sd_model.network_layer_mapping[layer]) for layer, parts in layers.items()
     }
-    networks.loaded_networks.insert(0, ours)  # whole tensors first, LoRAs on top
+    networks.loaded_networks.insert(0, network)  # before LoRAs, which are added
 
 
 class _Layer:
-    """What A1111's LoRA extension asks of a layer: the differences to add to its weight and bias."""
+    """A layer as A1111's LoRA extension calls it: the differences to add to its weight and bias."""
 
     def __init__(self, tensors: Mapping[str, Any], parts: Mapping[str, str], layer: Any) -> None:
         self.tensors, self.parts, self.layer = tensors, parts, layer
@@ -177,20 +167,20 @@ class _Layer:
     def calc_updown(self, weight: Any) -> tuple[Any, Any]:
         import torch
 
-        fine = torch.float32 if weight.device.type == "mps" else torch.float64  # there new − old + old is new
+        wide = torch.float32 if weight.device.type == "mps" else torch.float64  # there new − old + old is new
 
         def difference(part: str, old: Any) -> Any:
             if part not in self.parts:
-                return torch.zeros(old.shape, dtype=fine, device=old.device)
-            return self.tensors[self.parts[part]].to(old.device, fine).reshape(old.shape) - old.to(fine)
+                return torch.zeros(old.shape, dtype=wide, device=old.device)
+            return self.tensors[self.parts[part]].to(old.device, wide).reshape(old.shape) - old.to(wide)
 
         bias = difference("bias", self.layer.bias) if "bias" in self.parts else None
         return difference("weight", weight), bias
 
 
 def _networks() -> Any:
-    """A1111's built-in LoRA extension. Raises RuntimeError where it is switched off."""
+    """A1111's built-in LoRA extension. Raises RuntimeError where it is disabled."""
     found = sys.modules.get("networks")
     if found is None:
-        raise RuntimeError("Erased delta needs the built-in extension Lora: switch it on")
+        raise RuntimeError("Erased delta needs the built-in extension Lora; enable it")
     return found

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 CASES = 1_500
 ROUTES = {
-    "start": "POST", "status": "GET", "cancel": "POST", "resume": "POST", "forget": "POST", "use": "POST",
-    "undo": "POST", "runs": "GET", "models": "GET", "concepts": "GET", "schema": "GET", "file": "GET", "preview": "GET",
+    "start": "POST", "status": "GET", "cancel": "POST", "resume": "POST", "remove": "POST", "use": "POST",
+    "undo": "POST", "runs": "GET", "models": "GET", "concepts": "GET", "schema": "GET", "openapi.json": "GET", "file": "GET", "preview": "GET",
 }  # fmt: skip
 TEXTS = [
     "", "circle", "shapes", "a" * 3_000, "--run-dir : " * 11_000, "\0",
@@ -60,7 +60,7 @@ def mutated(rng: random.Random, depth: int = 0) -> Any:
     return inner if rng.random() < 0.5 else {rng.choice(["id", "model", "concept", "a" * 500]): one for one in inner}
 
 
-def body_of(rng: random.Random, options: list[str], starts: dict[str, dict[str, str]]) -> bytes:
+def body_of(rng: random.Random, options: list[str], starts: dict[str, Any]) -> bytes:
     """A body of `start` or of a call that takes an id, most of it right and some of it not."""
     if rng.random() < 0.1:
         return rng.choice(BODIES)
@@ -69,7 +69,7 @@ def body_of(rng: random.Random, options: list[str], starts: dict[str, dict[str, 
         "options": {"concept": ["circle"], "model": "shapes"}, "model": "shapes", "deltas": ["run"], "strengths": [1.0],
         "delta": "run", "run": "run", "form": "lora", "rank": 4, "against": "run", "name": "x", "preview_every": 3,
     }  # fmt: skip
-    body = {"kind": kind, **{name: sound[name] for name in starts[kind]}}
+    body = {"kind": kind, **{name: sound[name] for name in starts[kind].__annotations__ if name != "kind"}}
     if rng.random() < 0.3:
         body = {"id": rng.choice(TEXTS)}
     if rng.random() < 0.3:  # of the right type
@@ -156,15 +156,15 @@ def served(folder: Path) -> Iterator[tuple[Any, Service, Access]]:
 
     class Waiting(StandaloneHost):
         @contextmanager
-        def turn(self, job: Job) -> Iterator[None]:
+        def gpu_lease(self, job: Job) -> Iterator[None]:
             at_work.wait()
             yield
 
     service = Service(Waiting(folder / "data"))
-    (service.runs / "run").mkdir()
+    (service.runs.folder / "run").mkdir()
     record = {"status": "done", "options": {"concept": ["circle"], "model": "shapes"}}
-    (service.runs / "run" / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    (service.runs / "run" / "delta.salun.safetensors").touch()
+    (service.runs.folder / "run" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    (service.runs.folder / "run" / "delta.salun.safetensors").touch()
     access = Access({"ann": "secret"}, guarded=True, signed_in=lambda cookies: "access-token=t" in cookies)
     app = Starlette()
     add_routes(app, service, access)
@@ -186,17 +186,17 @@ def front_of(app: Any, access: Access) -> Any:
 def attack(folder: Path, numbers: range) -> Findings:
     """One mutated request a case; every hundredth, all jobs are cancelled and the status is asked for."""
     from extension.api import PREFIX, STARTS
-    from extension.service import OFFERED
+    from extension.inputs import ERASE_FIELDS
 
     findings = Findings(folder)
     with served(folder) as (app, service, access):
-        service.concepts(None)  # imports torch once, which takes seconds on a busy machine
+        service.models.concepts(None)  # imports torch once, which takes seconds on a busy machine
         for number in numbers:
             rng = random.Random(number)
             route, method = rng.choice(["start"] * 8 + list(ROUTES)), ""
             method = ROUTES[route] if rng.random() < 0.95 else rng.choice(["PUT", "OPTIONS", "HEAD", "\xff"])
             path = f"{PREFIX}/{route}" if rng.random() < 0.95 else rng.choice(["/", "/login", "/config", "//", "/\0"])
-            body = body_of(rng, list(OFFERED), STARTS) if method != "GET" else b""
+            body = body_of(rng, list(ERASE_FIELDS), STARTS) if method != "GET" else b""
             call = sending(app, method, path, query_of(rng), headers_of(rng, access.token), body)
             findings.attempt(number, route, call)
             if number % 100 == 99:
@@ -213,7 +213,7 @@ def sending(*given: Any) -> Callable[[], int]:
 
 @pytest.mark.slow
 def test_hostile_requests_are_answered(tmp_path: Path) -> None:
-    pytest.importorskip("starlette", reason="starlette is not installed (the extra `ui`)")
+    pytest.importorskip("fastapi", reason="fastapi is not installed (the extra `ui`)")
     found = in_child("tests.test_campaign_api", tmp_path, CASES)
     accepted = sum(found["accepted"].values())
     assert CASES / 20 < accepted < CASES * 19 / 20, found["accepted"]
@@ -223,15 +223,15 @@ def test_hostile_requests_are_answered(tmp_path: Path) -> None:
 
 def test_options_of_wrong_types_are_answered(tmp_path: Path) -> None:
     """Every option with every value, the others sound: `request` raises for an answer of 500 and above."""
-    pytest.importorskip("starlette", reason="starlette is not installed (the extra `ui`)")
+    pytest.importorskip("fastapi", reason="fastapi is not installed (the extra `ui`)")
     from extension.api import PREFIX
-    from extension.service import OFFERED
+    from extension.inputs import ERASE_FIELDS
 
     statuses: set[int] = set()
     headers = [(b"host", b"127.0.0.1:7870"), (b"authorization", b"Basic YW5uOnNlY3JldA==")]
     headers.append((b"content-type", b"application/json"))
     with served(tmp_path) as (app, service, _):
-        for option in OFFERED:
+        for option in ERASE_FIELDS:
             for value in VALUES:
                 options = {"concept": ["circle"], "model": "shapes", option: value}
                 body = json.dumps({"options": options}).encode("ascii")

@@ -20,12 +20,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import salun
-from extension.jobs import CHILD, Job, Queue, take
-from extension.stages import ProgressEstimator, shares_of_erasure
-from extension.words import in_the_pages_words
+from extension import job_process, stages
+from extension.job_events import apply_event
+from extension.job_process import CHILD
+from extension.job_queue import Queue
+from extension.jobs import Job
+from extension.messages import from_fields, render, to_fields
+from extension.stages import ProgressEstimator
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
-from salun.errors import ConfigError
+from salun.errors import ConfigError, SalunError
+from salun.progress import Stage, StageCost
 
 from .conftest import SHORT
 
@@ -49,6 +54,11 @@ def asked(folder: Path, **options: Any) -> dict[str, Any]:
     return {
         "options": {"concept": ["circle"], "anchor": ["square"], "seed": 3, "run_dir": str(folder), **SHORT, **options}
     }
+
+
+def error_of(job: Job) -> str:
+    """A job's error as the page shows it; "" without any."""
+    return render(from_fields(job.error)) if job.error is not None else ""
 
 
 def until(true: Callable[[], bool], seconds: float = 60) -> None:
@@ -106,13 +116,13 @@ def test_asked_twice_it_is_one_job_and_a_queued_one_is_cancelled_at_once(make: M
     lock, ran = threading.Lock(), []
 
     @contextmanager
-    def turn(job: Job) -> Iterator[None]:
+    def gpu_lease(job: Job) -> Iterator[None]:
         with lock:
             yield
             if job.began:
                 ran.append(job.id)
 
-    queue = make(turn=turn)
+    queue = make(gpu_lease=gpu_lease)
     with lock:
         first = queue.submit("erase", "one", asked(tmp_path / "a"))
         assert queue.submit("erase", "one", asked(tmp_path / "b")) is first  # the run folder is ours, not the asker's
@@ -132,8 +142,10 @@ def test_what_the_core_refuses_is_the_jobs_error(make: Make, tmp_path: Path) -> 
     queue = make()
     wrong = queue.submit("erase", "x", asked(tmp_path / "run", density=3))
     gone = queue.submit("inspect", "y", {"path": "nowhere.safetensors"})
-    assert queue.wait(wrong.id, 60).error == "--density is 3, but must be at most 1"
-    assert queue.wait(gone.id, 60).error == "nowhere.safetensors does not exist. Name folders to search in models_dir"
+    assert "density is 3, but must be at most 1" in error_of(queue.wait(wrong.id, 60))
+    assert error_of(queue.wait(gone.id, 60)).startswith("there is no nowhere.safetensors")
+    assert gone.error is not None
+    assert gone.error["code"] == "not-found"
     assert (wrong.state, gone.state) == ("failed", "failed")
 
 
@@ -144,34 +156,34 @@ def test_a_killed_child_is_told_and_the_next_job_runs(make: Make, tmp_path: Path
     until(lambda: queue._child is not None)
     assert queue._child is not None
     os.kill(queue._child[1].pid, signal.SIGKILL)
-    assert "ended with code -9 (killed" in str(queue.wait(job.id, 30).error)
+    assert "ended with code -9 (killed" in error_of(queue.wait(job.id, 30))
     after = queue.submit("inspect", "y", {"path": "nowhere.safetensors"})
     assert queue.wait(after.id, 60).error is not None
 
 
 def test_a_host_that_fails_at_its_part_costs_one_job(make: Make, tmp_path: Path) -> None:
     @contextmanager
-    def turn(job: Job) -> Iterator[None]:
+    def gpu_lease(job: Job) -> Iterator[None]:
         if job.title == "first":
             raise RuntimeError("no memory was freed")
         yield
 
-    queue = make(turn=turn)
+    queue = make(gpu_lease=gpu_lease)
     first = queue.submit("inspect", "first", {"path": "a"})
     second = queue.submit("inspect", "second", {"path": "b"})
-    assert queue.wait(first.id, 30).error == "RuntimeError: no memory was freed"
-    assert "no model 'b'" in str(queue.wait(second.id, 60).error)
+    assert error_of(queue.wait(first.id, 30)) == "RuntimeError: no memory was freed"
+    assert "no model 'b'" in error_of(queue.wait(second.id, 60))
 
 
 def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_path: Path) -> None:
     lock = threading.Lock()
 
     @contextmanager
-    def turn(job: Job) -> Iterator[None]:
+    def gpu_lease(job: Job) -> Iterator[None]:
         with lock:
             yield
 
-    queue = make(turn=turn)
+    queue = make(gpu_lease=gpu_lease)
     with lock:
         job = queue.submit("inspect", "x", {"path": "<b>"}, "some-run")
         until(lambda: job.state == "waiting")
@@ -190,7 +202,7 @@ def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_pa
         {"request": {"options": None}}, {"request": {"options": {"run_dir": 7}}}, {"request": None},
         {"created": "now"}, {"losses": None}, {"previews": [1]}, {"result": "x"}, {"error": 1}, {"step": None},
         {"fraction": "x"}, {"left": [1]}, {"resumable": "yes"}, {"request": {"model": 5}}, {"created": True},
-        {"title": "a\0b"},
+        {"title": "a\0b"}, {"error": {**to_fields(SalunError("x")), "advice": "{a.b}"}},
     ]  # fmt: skip
     for n, wrong in enumerate(wrongs):
         strange[f"wrong-{n}"] = json.dumps({**kept, "id": f"wrong-{n}", "state": "running", **wrong})
@@ -200,7 +212,7 @@ def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_pa
     os.mkfifo(queue.folder / "older" / "fifo")  # which nobody writes to
     (queue.folder / "older" / "fifo").replace(queue.folder / "older" / "job.json")
     found = make().all()
-    assert [(one.id, one.state, one.error) for one in found] == [
+    assert [(one.id, one.state, error_of(one)) for one in found] == [
         (job.id, "cancelled", "the program was closed before the job was over")
     ]
 
@@ -254,52 +266,47 @@ def test_a_program_that_dies_costs_no_step_of_training(tmp_path: Path, closed: s
 def test_lines_that_are_no_events_change_nothing(text: str) -> None:
     job = Job("id", "erase", "title", {})
     before = vars(job).copy()
-    take(job, text)
+    apply_event(job, text)
     assert vars(job) == before
 
 
 def test_the_clock_goes_forward_and_counts_the_present_pace() -> None:
     now = 0.0
-    clock = ProgressEstimator({"a": 0.5, "b": 0.4, "saving": 0.1}, lambda: now)
-    told = [clock.at("a", 0, 10)]
+    costs = [StageCost(Stage.SAMPLING, 10, forward=50), StageCost(Stage.TRAINING, 4, forward=10, backward=10)]
+    clock = ProgressEstimator([*costs, StageCost(Stage.SAVING, 2, forward=10)], lambda: now)
+    told = [clock.at("sampling", 0, 10)]
     for step in range(1, 11):
         now += 1
-        told.append(clock.at("a", step, 10))
+        told.append(clock.at("sampling", step, 10))
     assert told[0] == (0.0, None)
     assert told[10] == (0.5, pytest.approx(10))  # ten seconds for the first half
     assert clock.at("an unknown stage", 5, 5)[0] == 0.5
-    assert clock.at("a", 3, 10)[0] == 0.5
+    assert clock.at("sampling", 3, 10)[0] == 0.5
     now += 100
-    assert clock.at("b", 2, 4)[0] == pytest.approx(0.7)
+    assert clock.at("training", 2, 4)[0] == pytest.approx(0.7)
     assert clock.at("saving", 1, 2)[0] == pytest.approx(0.9)  # begun, not done
     assert clock.at("saving", 2, 2)[0] == pytest.approx(0.95)
 
 
 def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
     now = 0.0
-    clock = ProgressEstimator({"a": 0.1, "b": 0.9}, lambda: now)
-    clock.at("a", 0, 1)
+    costs = [StageCost(Stage.SAMPLING, 1, forward=1), StageCost(Stage.TRAINING, 10, backward=3)]
+    clock = ProgressEstimator(costs, lambda: now)
+    clock.at("sampling", 0, 1)
     now = 1.0
-    _, first = clock.at("a", 1, 1)
+    _, first = clock.at("sampling", 1, 1)
     assert first == pytest.approx(9)
-    clock.at("b", 0, 10)
+    clock.at("training", 0, 10)
     now = 101.0
-    _, second = clock.at("b", 1, 10)
+    _, second = clock.at("training", 1, 10)
     assert second == pytest.approx(900)
 
 
-def test_stages_that_a_run_leaves_out_have_no_share(shapes: Model) -> None:
-    def shares(**options: Any) -> dict[str, float]:
-        plan = make_plan(shapes.settings, "shapes", "circle", salun.EraseOptions(**SHORT, **options))
-        return shares_of_erasure(plan)
-
-    whole, own = shares(), shares(mask="random", forget_images="pictures", anchor_share=0.0)
-    assert sum(whole.values()) == pytest.approx(1)
-    assert sum(own.values()) == pytest.approx(1)
-    assert whole["saliency"] > 0
-    assert own["saliency"] == 0
-    assert own["training"] > whole["training"]
-    assert own["sampling"] < whole["sampling"]
+def test_saving_takes_its_part_of_an_erasure(shapes: Model) -> None:
+    costs = stages.with_saving(make_plan(shapes.settings, "shapes", "circle", salun.EraseOptions(**SHORT)).stages())
+    passes = [cost.forward + stages.BACKWARD * cost.backward for cost in costs]
+    assert (costs[-1].stage, passes[-1]) == (Stage.SAVING, pytest.approx(0.05 * sum(passes), rel=0.01))
+    assert {cost.stage for cost in costs} <= set(stages.LABELS)
 
 
 def test_what_had_not_begun_when_the_program_ended_goes_on_at_its_next_start_in_order(
@@ -308,12 +315,12 @@ def test_what_had_not_begun_when_the_program_ended_goes_on_at_its_next_start_in_
     lock, ran = threading.Lock(), []
 
     @contextmanager
-    def turn(job: Job) -> Iterator[None]:
+    def gpu_lease(job: Job) -> Iterator[None]:
         with lock:
             ran.append(job.title)
             yield
 
-    queue = make(turn=turn)
+    queue = make(gpu_lease=gpu_lease)
     with lock:
         jobs = [queue.submit("inspect", title, {"path": title}) for title in ("b", "a", "c")]
         queue.cancel(jobs[2].id)
@@ -324,9 +331,9 @@ def test_what_had_not_begun_when_the_program_ended_goes_on_at_its_next_start_in_
     closing.join()
     assert all(job.began is None for job in jobs)
     ran.clear()
-    later = make(turn=turn)
+    later = make(gpu_lease=gpu_lease)
     for job in jobs[:2]:
-        assert "no model" in str(later.wait(job.id, 60).error)
+        assert "no model" in error_of(later.wait(job.id, 60))
     assert later.get(jobs[2].id).state == "cancelled"
     assert ran == ["b", "a"]
 
@@ -335,11 +342,11 @@ def test_going_on_with_a_run_is_never_another_job_that_asks_the_same(make: Make,
     lock = threading.Lock()
 
     @contextmanager
-    def turn(job: Job) -> Iterator[None]:
+    def gpu_lease(job: Job) -> Iterator[None]:
         with lock:
             yield
 
-    queue = make(turn=turn)
+    queue = make(gpu_lease=gpu_lease)
     with lock:
         old = queue.submit("erase", "x", asked(tmp_path / "old"), "old")
         (tmp_path / "old").mkdir()
@@ -350,7 +357,7 @@ def test_going_on_with_a_run_is_never_another_job_that_asks_the_same(make: Make,
         again = queue.resume(old.id)
         assert again is not equal
         assert (again.run, again.request["options"]["run_dir"]) == ("old", str(tmp_path / "old"))
-        with pytest.raises(ConfigError, match="nothing to go on with"):
+        with pytest.raises(ConfigError, match="cannot be resumed"):
             queue.resume(old.id)
         for job in (equal, again):
             queue.cancel(job.id)
@@ -362,18 +369,18 @@ def test_a_full_disk_makes_no_job_that_is_nowhere_and_does_not_end_the_queue(
     lock = threading.Lock()
 
     @contextmanager
-    def turn(job: Job) -> Iterator[None]:
+    def gpu_lease(job: Job) -> Iterator[None]:
         with lock:
             yield
 
-    queue = make(turn=turn)
+    queue = make(gpu_lease=gpu_lease)
     real = shutil.disk_usage
     with lock:
         waiting = queue.submit("inspect", "first", {"path": "a"})
         until(lambda: waiting.state == "waiting")
         with monkeypatch.context() as full:
             full.setattr("shutil.disk_usage", lambda path: real(path)._replace(free=0))
-            with pytest.raises(ConfigError, match=r"the job cannot be kept: .* its disk has 0 free"):
+            with pytest.raises(ConfigError, match=r"the job cannot be written to disk: .* its disk has 0 free"):
                 queue.submit("inspect", "second", {"path": "b"})
             assert queue.all() == [waiting]
             assert [p.name for p in queue.folder.iterdir() if p.is_dir()] == [waiting.id]
@@ -382,7 +389,7 @@ def test_a_full_disk_makes_no_job_that_is_nowhere_and_does_not_end_the_queue(
                 until(lambda: not waiting.open)  # its state could not be written, and it was done all the same
             finally:
                 lock.acquire()
-        assert "no model" in str(waiting.error)
+        assert "no model" in error_of(waiting)
     assert queue.wait(queue.submit("inspect", "third", {"path": "c"}).id, 60).state == "failed"
 
 
@@ -390,22 +397,22 @@ def test_nothing_of_the_hosts_is_freed_for_a_job_that_cannot_run(make: Make, tmp
     freed = []
 
     @contextmanager
-    def turn(job: Job) -> Iterator[None]:
+    def gpu_lease(job: Job) -> Iterator[None]:
         freed.append(job.id)
         yield
 
     def python() -> str:
-        raise ConfigError("this program's Python lacks diffusers: press Set up")
+        raise ConfigError("this program's Python lacks diffusers", advice="Press Set up")
 
-    queue = make(turn=turn, python=python)
+    queue = make(gpu_lease=gpu_lease, python=python)
     job = queue.wait(queue.submit("erase", "x", asked(tmp_path / "run")).id, 30)
-    assert (job.state, job.error) == ("failed", "this program's Python lacks diffusers: press Set up")
+    assert (job.state, error_of(job)) == ("failed", "this program's Python lacks diffusers. Press Set up")
     assert freed == []
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, program: str) -> None:
     (folder / "child.py").write_text(program, encoding="utf-8")
-    monkeypatch.setattr("extension.jobs.CHILD", folder / "child.py")
+    monkeypatch.setattr("extension.job_process.CHILD", folder / "child.py")
 
 
 HALF = r"""
@@ -424,12 +431,12 @@ def test_half_a_character_in_a_name_ends_no_queue(make: Make, tmp_path: Path, mo
     assert (job.state, job.notes) == ("failed", ["cannot read \udcff.png"])
     assert json.loads((queue.folder / job.id / "job.json").read_text(encoding="utf-8"))["notes"] == job.notes
     later = queue.wait(queue.submit("inspect", "y", {"path": "gone"}).id, 60)
-    assert "no model 'gone'" in str(later.error)
+    assert "no model 'gone'" in error_of(later)
 
 
 def test_what_cannot_be_written_down_is_no_job(make: Make) -> None:
     queue = make()
-    with pytest.raises(ConfigError, match="the job cannot be kept"):
+    with pytest.raises(ConfigError, match="the job cannot be written to disk"):
         queue.submit("inspect", "x", {"path": {1, 2}})
     assert (queue.all(), [p for p in queue.folder.iterdir() if p.is_dir()]) == ([], [])
 
@@ -446,10 +453,10 @@ def test_no_child_goes_on_unheard(make: Make, tmp_path: Path, monkeypatch: pytes
     stand_in(monkeypatch, tmp_path, MALFORMED)
     queue = make()
     begun: list[subprocess.Popen[str]] = []
-    begin = queue._begin
-    monkeypatch.setattr(queue, "_begin", lambda *given: begun.append(begin(*given)) or begun[0])
+    start = job_process.start
+    monkeypatch.setattr(job_process, "start", lambda *given: begun.append(start(*given)) or begun[0])
     job = queue.wait(queue.submit("inspect", "x", {"path": "a"}).id, 30)
-    assert (job.state, job.error) == ("failed", "KeyError: 'stage'")
+    assert (job.state, error_of(job)) == ("failed", "KeyError: 'stage'")
     assert begun[0].poll() is not None
 
 
@@ -493,13 +500,13 @@ def test_a_cancel_while_the_child_is_being_begun_ends_it(
 ) -> None:
     stand_in(monkeypatch, tmp_path, DEAF)
     queue = make()
-    begin = queue._begin
+    start = job_process.start
 
     def slow(*given: Any) -> Any:
         queue.cancel(queue.all()[0].id)
-        return begin(*given)
+        return start(*given)
 
-    monkeypatch.setattr(queue, "_begin", slow)
+    monkeypatch.setattr(job_process, "start", slow)
     job = queue.submit("inspect", "x", {"path": "a"})
     assert queue.wait(job.id, 10).state == "cancelled"
 
@@ -524,7 +531,7 @@ def test_a_child_that_is_writing_its_files_is_left_to_it(
     """
     child = tmp_path / "child.py"
     child.write_text(STAND_IN.replace("STAGE", repr(stage)), encoding="utf-8")
-    monkeypatch.setattr("extension.jobs.CHILD", child)
+    monkeypatch.setattr("extension.job_process.CHILD", child)
     queue = make()
     target = tmp_path / "models" / "erased.safetensors"
     target.parent.mkdir()
@@ -548,14 +555,14 @@ def test_a_job_taken_off_the_list_does_not_come_back(
     """Its process may still be coming to its end, and tell something."""
     child = tmp_path / "child.py"
     child.write_text(STAND_IN.replace("STAGE", "'training'"), encoding="utf-8")
-    monkeypatch.setattr("extension.jobs.CHILD", child)
-    monkeypatch.setattr("extension.jobs.SAVED_EVERY", 0)
+    monkeypatch.setattr("extension.job_process.CHILD", child)
+    monkeypatch.setattr("extension.job_queue.SAVE_EVERY", 0)
     queue = make()
     job = queue.submit("inspect", "x", {"path": "a"})
     until(lambda: job.stage == "training")
     with queue._change:
         queue._settle(job, "cancelled")  # as when it was ended without its answer
-        queue.forget(job.id)
+        queue.remove(job.id)
     time.sleep(3)
     assert not (queue.folder / job.id).exists()
     assert job.state == "cancelled"
@@ -579,8 +586,8 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(
         (small / "filler").write_bytes(bytes(free - 1_000_000))
         queue.wait(job.id, 120)
         assert job.state == "failed"
-        assert "make room" in str(job.error)
-        assert in_the_pages_words(str(job.error)).endswith("What was trained is kept: mend that, and Resume writes it")
+        assert "disk has" in error_of(job)
+        assert error_of(job).endswith("What was trained is kept: remedy that, then press Resume")
         assert [path.name for path in small.iterdir()] == ["filler"]
         (small / "filler").unlink()
         again = queue.wait(queue.resume(job.id).id, 120)

@@ -15,7 +15,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import salun
-from extension.stages import shares_of_erasure
 from salun.checkpoints.locate import ASSETS
 from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.estimate import preview
@@ -27,6 +26,7 @@ from salun.diffusion.options import SAMPLERS, EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept
 from salun.errors import ConfigError
+from salun.progress import Stage
 from salun.runs.cache import Cache
 
 from .conftest import SHORT
@@ -157,8 +157,8 @@ def test_dry_run_counts_the_chosen_steps(shapes: Model, tmp_path: Path) -> None:
 def test_progress_counts_the_chosen_passes(shapes: Model) -> None:
     def share(**options: Any) -> float:
         plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(**SHORT, **options))
-        shares = shares_of_erasure(plan)
-        return shares["sampling"] / shares["training"]
+        costs = {cost.stage: cost for cost in plan.stages()}
+        return costs[Stage.SAMPLING].forward / costs[Stage.TRAINING].backward
 
     assert share(sampling_steps=6) == pytest.approx(share() / 2)
     assert share(sampling_guidance=1.0) == pytest.approx(share() / 2)

@@ -234,7 +234,7 @@ def test_half_sent_bodies_keep_nobody_from_signing_in(monkeypatch: pytest.Monkey
     from extension.access import Access
 
     monkeypatch.setattr(front, "SECONDS_BEFORE_LOGIN", 0.5)
-    monkeypatch.setattr(front, "CONNECTIONS", 12)
+    monkeypatch.setattr(front, "MAX_CONNECTIONS", 12)
     statuses: list[int] = []
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:

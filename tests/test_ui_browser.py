@@ -87,7 +87,7 @@ def test_a_concept_is_erased_by_clicking(page: Any, server: tuple[str, Path]) ->
     job.locator("progress").wait_for()
     percents = []
     while job.get_attribute("data-state") not in ("done", "failed"):
-        found = re.match(r"(\d+) %", job.locator(".salun-figures").inner_text())
+        found = re.match(r"(\d+) %", job.locator(".salun-metrics").inner_text())
         percents += [int(found[1])] if found else []
         time.sleep(0.1)
     assert job.get_attribute("data-state") == "done", job.inner_text()

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 
-pytest.importorskip("starlette", reason="starlette is not installed (the extra `ui`)")
+pytest.importorskip("fastapi", reason="fastapi is not installed (the extra `ui`)")
 pytest.importorskip("httpx", reason="httpx is not installed (it comes with the extra `ui`)")
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,15 +27,17 @@ from extension.access import Access, Refused
 from extension.api import LARGEST, PREFIX, RECENT, add_routes, schema
 from extension.host import StandaloneHost
 from extension.jobs import Job
-from extension.places import confined, new_file, safe_name
-from extension.service import DELTA, Service
+from extension.messages import to_fields
+from extension.paths import confined, new_file, safe_name
+from extension.runs import DELTA
+from extension.service import Service
 from salun.diffusion.options import EraseJob
-from salun.errors import ConfigError
+from salun.errors import ConfigError, ModelError, SalunError
 from salun.runs.folder import exclusive_lock
 
-ROUTES = ["status", "runs", "models", "concepts", "schema", "file", "preview"]
+ROUTES = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview"]
 LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "save_every": %s}}'
-POSTS = ["start", "cancel", "resume", "forget", "use", "undo"]
+POSTS = ["start", "cancel", "resume", "remove", "use", "undo"]
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def basic(pair: str) -> dict[str, str]:
 
 
 def write_run(service: Service, name: str = "20260101-000000-circle") -> Path:
-    folder = service.runs / name
+    folder = service.runs.folder / name
     folder.mkdir()
     record = {"status": "done", "options": {"concept": ["circle"], "model": "shapes", "steps": 5, "mask": "saliency"}}
     record |= {"concepts": [{"name": "circle", "anchor": "square"}], "metrics": {"ua": None, "reason": "none"}}
@@ -112,12 +114,20 @@ def test_the_schema_tells_every_option_with_the_cores_default() -> None:
     assert json.loads(json.dumps(schema())) == schema()
 
 
+def test_openapi_describes_every_call(service: Service) -> None:
+    found = client(service).get(f"{PREFIX}/openapi.json").json()
+    assert found["servers"] == [{"url": PREFIX}]
+    assert set(found["paths"]) == {f"/{route}" for route in [*ROUTES, *POSTS]}
+    body = found["paths"]["/start"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert [set(kind["properties"]) for kind in body["oneOf"]][1] == {"kind", "options"}
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
         ({"kind": "format-disk"}, 400, "kind is 'format-disk', but must be one of"),
         ({"options": {"concept": ["a"], "output": ["/x.safetensors"]}}, 400, "'output' cannot be set here"),
-        ({"options": ["a"]}, 400, "options must be an object"),
+        ({"options": ["a"]}, 400, "options: "),
         ({"kind": ["erase"]}, 400, "kind is \"['erase']\", but must be one of"),
         ({"kind": {"a": 1}}, 400, "but must be one of"),
         ({"options": {"concept": ["a"], "steps": 10**400}}, 400, "a number of 401 digits"),
@@ -127,22 +137,26 @@ def test_the_schema_tells_every_option_with_the_cores_default() -> None:
         ({"options": {"concept": ["a\0b"]}}, 400, "text with NUL"),
         ({"options": {"concept": [["a"]]}}, 400, "concept is"),
         ({"options": {"concept": ["a"], "model": []}}, 400, "model is [], but must be a text"),
-        ({"options": {"concept": ["a"], "model": {}}}, 400, "model is {}, but must be a text"),
         ({"kind": "mask", "options": {"concept": ["a"], "model": [[1]]}}, 400, "model is [[1]], but must be a text"),
         ({"kind": "mask", "options": {"concept": "circle"}}, 400, "concept is 'circle', but must be list"),
         ({"kind": "mask", "options": {"concept": [1]}}, 400, "concept is [1], but must be list"),
         ({"options": {"concept": ["a"], "steps": "9; rm"}}, 400, "steps is '9; rm', but must be int"),
-        ({"options": {"concept": ["a"]}, "command": "x"}, 400, "erase takes"),
-        ({"kind": "stack", "model": "shapes"}, 400, "stack needs more"),
-        ({"kind": "stack", "model": "shapes", "deltas": ["x"], "strengths": [9]}, 400, "the strength 9 is none"),
+        ({"options": {"concept": ["a"]}, "command": "x"}, 400, "command: "),
+        ({"options": {"concept": ["a"]}, "preview_every": True}, 400, "preview_every: "),
+        ({"kind": "mask", "options": {"concept": ["a"]}, "name": "x"}, 400, "name: "),
+        ({"kind": "stack", "model": "shapes"}, 400, "deltas: "),
+        ({"kind": "stack", "model": "shapes", "deltas": ["x"], "strengths": [True]}, 400, "strengths.0"),
+        ({"kind": "stack", "model": "shapes", "deltas": ["x"], "strengths": [9]}, 400, "strength is 9, but must be"),
         ({"kind": "undo", "model": "shapes", "delta": "../x"}, 400, "cannot be a name here"),
         ({"kind": "undo", "model": "shapes", "delta": "gone"}, 404, "there is no 'gone' here"),
-        ({"kind": "export", "delta": "gone", "form": "exe"}, 400, "lora or diff"),
+        ({"kind": "export", "delta": "gone", "form": "exe"}, 400, "form is 'exe', but must be lora or diff"),
         ({"kind": "inspect", "run": "/etc"}, 400, "cannot be a name here"),
     ],
     ids=str,
 )
-def test_wrong_requests_are_told_and_begin_nothing(service: Service, body: Any, status: int, message: str) -> None:
+def test_start_invalid_request_is_an_error_and_starts_no_job(
+    service: Service, body: Any, status: int, message: str
+) -> None:
     answer = client(service).post(f"{PREFIX}/start", json=body)
     assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
     assert service.queue.all() == []
@@ -151,14 +165,14 @@ def test_wrong_requests_are_told_and_begin_nothing(service: Service, body: Any, 
 LONG = {
     "concept": (
         {"options": {"concept": ["a" * 900_000]}},
-        "concept: a text has 900,000 characters; the limit is 2,000",
+        "concept has a text of 900,000 characters; the limit is 2,000",
     ),
     "concepts": ({"options": {"concept": ["a"] * 1001}}, "concept has 1,001 entries; the limit is 1,000"),
-    "anchor": ({"options": {"concept": ["a"], "anchor": ["a" * 2001]}}, "anchor: a text has 2,001 characters"),
+    "anchor": ({"options": {"concept": ["a"], "anchor": ["a" * 2001]}}, "anchor has a text of 2,001 characters"),
     "name": ({"options": {"concept": ["a"]}, "name": "\u0316\u0301" * 150_000}, "the name has 300,000 characters"),
     "delta": ({"kind": "undo", "model": "shapes", "delta": "\u0316\u0301" * 150_000}, "a name has 300,000 characters"),
     "run": ({"kind": "inspect", "run": "--run-dir : " * 10_000}, "a name has 120,000 characters; the limit is 1,000"),
-    "mask": ({"options": {"concept": ["a"], "mask": "--run-dir : " * 10_000}}, "mask: a text has 120,000 characters"),
+    "mask": ({"options": {"concept": ["a"], "mask": "--run-dir : " * 10_000}}, "mask has a text of 120,000 characters"),
 }
 """What takes long to look at: the text itself, what Unicode makes of it, or the message about it."""
 
@@ -173,11 +187,11 @@ def test_a_text_that_is_too_long_is_refused_at_once(service: Service, which: str
     assert len(answer.content) < 3_000
 
 
-@pytest.mark.parametrize("path", ["cancel", "resume", "forget", "use", "undo"])
+@pytest.mark.parametrize("path", ["cancel", "resume", "remove", "use", "undo"])
 @pytest.mark.parametrize("value", [7, None, [1], {"a": 1}, True, ...], ids=str)
 def test_an_id_that_is_no_text_is_the_callers_error(service: Service, path: str, value: Any) -> None:
     answer = client(service).post(f"{PREFIX}/{path}", json={} if value is ... else {"id": value})
-    assert (answer.status_code, "must be a text" in answer.json()["error"]) == (400, True)
+    assert (answer.status_code, answer.json()["error"].startswith("id: ")) == (400, True)
 
 
 def test_only_json_of_a_sane_size_is_read(service: Service) -> None:
@@ -200,51 +214,47 @@ def test_a_job_is_begun_seen_cancelled_and_taken_off(service: Service) -> None:
     assert calling.get(f"{PREFIX}/status", params={"id": job["id"]}).json()["title"] == "forget circle"
     calling.post(f"{PREFIX}/cancel", json={"id": job["id"]})
     assert service.queue.wait(job["id"], 30).state == "cancelled"
-    assert calling.post(f"{PREFIX}/forget", json={"id": job["id"]}).status_code == 200
+    assert calling.post(f"{PREFIX}/remove", json={"id": job["id"]}).status_code == 200
     assert calling.get(f"{PREFIX}/status").json()["jobs"] == []
 
 
 def test_no_place_of_this_machine_is_told(service: Service, tmp_path: Path) -> None:
     """The core names files as the command line does, by their whole paths."""
     models = tmp_path / "models of mine"
-    job = service.mask({"concept": ["circle"], "model": "shapes"})
+    job = service.requests.mask({"concept": ["circle"], "model": "shapes"})
     service.queue.cancel(job.id)
     job.request["model"] = str(models / "base.safetensors")
-    job.state, job.error = "failed", f"{models / 'base.safetensors'} is cut short"
-    job.notes = [f"writing {service.runs / 'x' / 'delta.salun.safetensors'}", f"{service.host.data} is full",
+    job.state, job.error = "failed", to_fields(ModelError(f"{models / 'base.safetensors'} is truncated"))
+    job.notes = [f"writing {service.runs.folder / 'x' / 'delta.salun.safetensors'}", f"{service.host.data} is full",
                  f"{service.host.data}-2/x"]  # fmt: skip
     job.result = {"notes": [f"left out: {models}/a"], "output": str(service.host.data / "masks" / "m.safetensors")}
     run = write_run(service)
-    record = {
-        "status": "failed",
-        "options": {},
-        "error": f"--run-dir {run} cannot be written (full): name another folder",
-    }
+    record = {"status": "failed", "options": {}, "error": f"{run} cannot be written (full)"}
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     calling = client(service)
     told = calling.get(f"{PREFIX}/status").json()["jobs"][0]
-    assert told["error"] == "base.safetensors is cut short"
+    assert told["error"] == "base.safetensors is truncated"
     assert told["notes"] == [f"writing {os.path.join('runs', 'x', 'delta.salun.safetensors')}", "data is full",
                              f"{service.host.data}-2/x"]  # fmt: skip
     assert told["result"] == {"notes": ["left out: a"], "output": "m.safetensors"}
     (listed,) = calling.get(f"{PREFIX}/runs").json()["runs"]
-    assert listed["error"].startswith(f"the run's folder {os.path.join('runs', run.name)} cannot be written")
+    assert listed["error"].startswith(f"{os.path.join('runs', run.name)} cannot be written")
 
 
 def test_an_error_of_our_own_is_not_the_callers(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(deltas: list[str]) -> Job:
         raise TypeError("'NoneType' object is not iterable")
 
-    monkeypatch.setattr(service, "overlaps", broken)
+    monkeypatch.setattr(service.requests, "overlaps", broken)
     answer = client(service).post(f"{PREFIX}/start", json={"kind": "overlaps", "deltas": ["a", "b"]})
-    assert (answer.status_code, "salun's own" in answer.json()["error"]) == (500, True)
+    assert (answer.status_code, "internal error" in answer.json()["error"]) == (500, True)
 
 
 def stopped(service: Service) -> tuple[Job, Path]:
     """A job as it is once it was cancelled in training, and its run's folder."""
-    job = service.erase({"concept": ["circle"], "model": "shapes"})
+    job = service.requests.erase({"concept": ["circle"], "model": "shapes"})
     service.queue.wait(service.queue.cancel(job.id).id, 30)
-    folder = service.runs / str(job.run)
+    folder = service.runs.folder / str(job.run)
     (folder / "state").mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text('{"status": "cancelled", "options": {}}', encoding="utf-8")
     (folder / "state" / "training.safetensors").write_bytes(bytes(1000))
@@ -258,11 +268,11 @@ def test_what_a_stopped_job_keeps_is_told_and_goes_with_it(service: Service) -> 
     calling = client(service)
     assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["kept_bytes"] == 1000
     with exclusive_lock(folder):  # as a child that outlived the program does
-        answer = calling.post(f"{PREFIX}/forget", json={"id": job.id})
+        answer = calling.post(f"{PREFIX}/remove", json={"id": job.id})
         assert answer.status_code == 400
-        assert answer.json()["error"] == "another process is still at work in this run: wait for it"
+        assert answer.json()["error"].endswith("Wait until it is done")
         assert service.queue.all() == [job]
-    assert calling.post(f"{PREFIX}/forget", json={"id": job.id}).status_code == 200
+    assert calling.post(f"{PREFIX}/remove", json={"id": job.id}).status_code == 200
     assert service.queue.all() == []
     assert not (folder / "state").exists()
     assert (folder / "run.json").exists()
@@ -273,7 +283,7 @@ def test_a_job_whose_run_went_on_takes_nothing_with_it(service: Service) -> None
     later = service.queue.resume(job.id)
     service.queue.wait(service.queue.cancel(later.id).id, 30)
     (folder / "state").mkdir(exist_ok=True)
-    service.forget(job.id)
+    service.remove(job.id)
     assert (folder / "state").exists()
 
 
@@ -283,7 +293,7 @@ def test_a_linked_state_is_left_alone(service: Service, tmp_path: Path) -> None:
     other = tmp_path / "other"
     (folder / "state").rename(other)
     (folder / "state").symlink_to(other, target_is_directory=True)
-    service.forget(job.id)
+    service.remove(job.id)
     assert (other / "training.safetensors").exists()
 
 
@@ -332,7 +342,7 @@ def test_run_whose_name_is_not_utf8_is_listed_as_unreadable(service: Service) ->
 
 def test_a_number_that_json_has_not_is_told_as_none(service: Service) -> None:
     """A loss may be NaN, and so may a figure in a run.json."""
-    job = service.mask({"concept": ["circle"], "model": "shapes"})
+    job = service.requests.mask({"concept": ["circle"], "model": "shapes"})
     service.queue.cancel(job.id)
     job.losses, job.fraction, job.result = [[1, float("nan"), 1.0]], float("inf"), {"metrics": {"ua": float("nan")}}
     job.notes = ["cannot read \udcff.png"]  # nor has UTF-8 half a character
@@ -350,12 +360,12 @@ def test_a_job_that_is_not_over_or_may_go_on_is_told_however_many_came_after_it(
     lock = threading.Lock()
 
     @contextmanager
-    def turn(job: Job) -> Iterator[None]:
+    def gpu_lease(job: Job) -> Iterator[None]:
         with lock:
             yield
 
     may_go_on, _ = stopped(service)
-    service.queue._turn = turn
+    service.queue._gpu_lease = gpu_lease
     with lock:
         first = service.queue.submit("inspect", "first", {"path": "a"})
         for n in range(RECENT + 5):
@@ -367,15 +377,15 @@ def test_a_job_that_is_not_over_or_may_go_on_is_told_however_many_came_after_it(
 
 
 def test_a_full_queue_refuses_more(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extension.jobs.MOST_OPEN", 2)
+    monkeypatch.setattr("extension.job_queue.MAX_OPEN", 2)
     calling, lock = client(service), threading.Lock()
 
     @contextmanager
-    def turn(job: Job) -> Iterator[None]:
+    def gpu_lease(job: Job) -> Iterator[None]:
         with lock:
             yield
 
-    service.queue._turn = turn
+    service.queue._gpu_lease = gpu_lease
 
     def start(word: str) -> Any:
         options = {"concept": [word], "model": "shapes"}
@@ -385,7 +395,7 @@ def test_a_full_queue_refuses_more(service: Service, monkeypatch: pytest.MonkeyP
         ids = [start(word).json()["id"] for word in ("circle", "square")]
         refused = start("triangle")
         assert refused.status_code == 429
-        assert refused.json()["error"] == "2 jobs are in the queue; the limit is 2. Wait, or cancel some."
+        assert refused.json()["error"] == "2 jobs are in the queue; the limit is 2. Wait, or cancel a job"
         assert start("circle").json()["id"] == ids[0]  # a double click is no new job
         calling.post(f"{PREFIX}/cancel", json={"id": ids[0]})
         ids.append(start("triangle").json()["id"])
@@ -396,10 +406,10 @@ def test_a_full_queue_refuses_more(service: Service, monkeypatch: pytest.MonkeyP
 def test_a_status_is_short_whatever_a_job_holds(service: Service) -> None:
     """It is asked for once a second."""
     words = [f"{n} " + "x" * 1990 for n in range(1000)]
-    job = service.mask({"concept": words, "model": "shapes"})
+    job = service.requests.mask({"concept": words, "model": "shapes"})
     service.queue.cancel(job.id)
     job.state, job.notes = "failed", ["n" * 100_000] * 100
-    job.error = "--run-dir x holds a run that cannot be resumed like this: " * 2_000  # 120 kB
+    job.error = {**to_fields(SalunError()), "message": "cannot be resumed: " * 6_000}  # 120 kB
     job.previews = [f"preview-{n:06d}.png" for n in range(100_000)]
     began = time.monotonic()
     answer = client(service).get(f"{PREFIX}/status")
@@ -410,7 +420,7 @@ def test_a_status_is_short_whatever_a_job_holds(service: Service) -> None:
 
 
 def test_what_a_job_offers_is_told_and_nothing_else_is_done(service: Service) -> None:
-    job = service.mask({"concept": ["circle"], "model": "shapes"})
+    job = service.requests.mask({"concept": ["circle"], "model": "shapes"})
     service.queue.cancel(job.id)
     calling = client(service)
     assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["offers"] == []
@@ -419,7 +429,7 @@ def test_what_a_job_offers_is_told_and_nothing_else_is_done(service: Service) ->
         assert (answer.status_code, "could be" in answer.json()["error"]) == (400, True)
         assert calling.post(f"{PREFIX}/{path}", json={"id": "../x"}).status_code == 404
     job.state, job.kind, job.run = "done", "erase", write_run(service).name
-    (service.runs / job.run / DELTA).touch()
+    (service.runs.folder / job.run / DELTA).touch()
     assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["offers"] == ["undo", "lora", "diff", "delta"]
 
 
@@ -436,11 +446,11 @@ LEADING_OUT = [
 @pytest.mark.parametrize("name", LEADING_OUT, ids=ascii)
 def test_no_name_leads_out_of_a_folder_by_any_spelling(service: Service, name: str) -> None:
     run = write_run(service)
-    (service.runs / "secret.txt").write_text("secret", encoding="utf-8")
+    (service.runs.folder / "secret.txt").write_text("secret", encoding="utf-8")
     (service.host.data / "secret.txt").write_text("secret", encoding="utf-8")
     (run / "secret.txt").write_text("secret", encoding="utf-8")  # in the run, but not one of the files it shows
     with pytest.raises(ConfigError):
-        confined(name, service.pictures)
+        confined(name, service.inputs.images)
     calling = client(service)
     for query in (
         {"run": name, "name": "run.json"},
@@ -460,7 +470,7 @@ def test_links_lead_nowhere(service: Service, tmp_path: Path) -> None:
     outside.mkdir()
     (outside / "run.json").write_text('{"status": "done", "options": {}}', encoding="utf-8")
     (outside / "report.html").write_text("secret", encoding="utf-8")
-    (service.runs / "linked").symlink_to(outside, target_is_directory=True)
+    (service.runs.folder / "linked").symlink_to(outside, target_is_directory=True)
     run = write_run(service)
     (run / "report.html").unlink()
     (run / "report.html").symlink_to(outside / "report.html")
@@ -470,7 +480,7 @@ def test_links_lead_nowhere(service: Service, tmp_path: Path) -> None:
         answer = calling.get(f"{PREFIX}/file", params=query)
         assert (answer.status_code, "secret" in answer.text) == (400, False)
     with pytest.raises(ConfigError, match="leads out"):
-        service.delta(run.name)
+        service.runs.delta(run.name)
 
 
 @given(st.text(max_size=80))

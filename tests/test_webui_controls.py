@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,22 +18,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 import salun
-from extension import places
+from extension import paths
 from extension.access import Access
-from extension.controls import ADVANCED, FIELDS, FIRST, control, default_of, help_of, shown_of, value_of
+from extension.controls import ADVANCED, FIELDS, MAIN_CONTROLS, control, default_of, help_of, shown_of, value_of
 from extension.host import StandaloneHost
 from extension.jobs import Job
-from extension.page import _details, build
-from extension.service import OURS, Service
-from extension.words import in_the_pages_words
-from salun.diffusion.options import EraseJob, EraseOptions
-from salun.errors import ConfigError, SalunError
+from extension.messages import PAGE_ADVICE, from_fields, render, to_fields
+from extension.page import build
+from extension.page_history import details
+from extension.service import Service
+from salun.diffusion.options import EraseJob
+from salun.errors import ConfigError
 from salun.options import MASKS, from_mapping
-from salun.runs.folder import exclusive_lock
-from salun.runs.record import RunRecord
 
 ALL = [item.name for item in dataclasses.fields(EraseJob)]
 OTHERS = {  # a value beside the default, as a run.json holds it
@@ -42,8 +40,8 @@ OTHERS = {  # a value beside the default, as a run.json holds it
 
 
 def test_every_option_of_an_erasure_has_one_control_but_for_places() -> None:
-    shown = [*FIRST, *(name for group in ADVANCED.values() for name in group)]
-    assert sorted([*shown, *OURS]) == sorted(ALL)
+    shown = [*MAIN_CONTROLS, *(name for group in ADVANCED.values() for name in group)]
+    assert sorted([*shown, *NOT_OFFERED]) == sorted(ALL)
     assert all(help_of(name) for name in shown)
 
 
@@ -64,47 +62,32 @@ def test_a_value_shown_is_read_back(name: str) -> None:
 
 
 def test_what_is_no_number_is_said_by_its_name() -> None:
-    with pytest.raises(ConfigError, match="learning rate is 'fast': give a number"):
+    with pytest.raises(ConfigError, match="lr is 'fast', but must be a number"):
         value_of("lr", "fast")
     assert value_of("lr", " 1e-5 ") == 1e-5
     assert value_of("steps", "") is None
     assert value_of("retain_prompts", "a dog\n\n a cat ") == ["a dog", "a cat"]
 
 
-def refused(what: Callable[[], Any]) -> str:
-    with pytest.raises(SalunError) as error:
-        what()
-    return in_the_pages_words(str(error.value))
+def test_render_names_options_by_their_labels_and_advises_what_the_page_offers() -> None:
+    error = ConfigError("is -1.0, but must be above 0", option="lr", advice="Use a smaller {batch_size}")
+    assert render(error) == "learning rate is -1.0, but must be above 0. Use a smaller batch size"
+    assert render(ConfigError("x exists", advice="Add {force}", code="exists")) == "x exists. Choose another name"
 
 
-def test_messages_of_the_core_name_what_is_on_the_page(tmp_path: Path) -> None:
-    """There is no command line here whose options could be followed."""
-    assert refused(lambda: EraseOptions(lr=-1.0)) == "learning rate is -1.0, but must be above 0"
-    assert refused(lambda: salun.load("gone.safetensors")) == "there is no gone.safetensors"
-    assert "models-dir" not in refused(lambda: salun.load("gone"))
-    torch.save({"state_dict": {"w": torch.zeros(1)}}, tmp_path / "pickle.ckpt")
-    assert refused(lambda: salun.load(str(tmp_path / "pickle.ckpt"))).endswith("take a .safetensors of the same model")
-    (tmp_path / "x.salun.safetensors").touch()
-    there = str(tmp_path / "x.salun.safetensors")
-    shapes = salun.load("shapes")
-    assert refused(lambda: salun.erase(shapes, "circle", outputs=[there])) == (
-        f"the new file {there} is there already: choose another name"
-    )
-    with pytest.raises(RuntimeError), RunRecord(tmp_path / "run", "x", {"steps": 1}, 0, "cpu").running():
-        raise RuntimeError("as if it had failed")
-    changed = RunRecord(tmp_path / "run", "x", {"steps": 2}, 0, "cpu", resume=True)
-    assert refused(lambda: changed.running().__enter__()) == (
-        "this run cannot go on, as its steps was 1 and is 2: begin a new job"
-    )
-    with exclusive_lock(tmp_path / "run"):
-        assert refused(lambda: changed.running().__enter__()) == (
-            "another process is still at work in this run: wait for it"
-        )
-    kept = "it is full. What was trained is kept: the same command with --resume --run-dir /a b and another --output"
-    kept += " writes it"
-    assert in_the_pages_words(kept) == "it is full. What was trained is kept: mend that, and Resume writes it"
-    for own in ("my--model.safetensors", "a dog -- a cat"):
-        assert in_the_pages_words(own) == own
+@pytest.mark.parametrize("advice", ["{0}", "{a.b}", "{a!r}", "{a:>9999999999}", "{", "{}"])
+def test_error_fields_of_a_file_hold_only_option_names_in_braces(advice: str) -> None:
+    """They are filled by `str.format`, and a job.json is untrusted input."""
+    fields = to_fields(ConfigError("x", advice="Use {low_vram}"))
+    assert render(from_fields(fields)) == "x. Use low VRAM"
+    with pytest.raises(ValueError):
+        from_fields({**fields, "advice": advice})
+
+
+def test_every_code_of_the_page_is_raised_somewhere() -> None:
+    """A code that nothing raises would be advice that nobody sees."""
+    sources = "".join(p.read_text(encoding="utf-8") for p in Path(salun.__file__).parent.rglob("*.py"))
+    assert [code for code in PAGE_ADVICE if f'code="{code}"' not in sources] == []
 
 
 @pytest.fixture
@@ -116,12 +99,12 @@ def service(tmp_path: Path) -> Any:
 
 def test_a_jobs_request_is_what_the_command_line_would_run(service: Service) -> None:
     """Same dataclass, same defaults; only the run folder is ours."""
-    job = service.erase({"concept": ["circle"], "model": "shapes", "steps": 3})
+    job = service.requests.erase({"concept": ["circle"], "model": "shapes", "steps": 3})
     service.queue.cancel(job.id)
     asked = job.request["options"]
     expected = EraseJob(concept=["circle"], model="shapes", steps=3, run_dir=asked["run_dir"])
     assert asked == dataclasses.asdict(expected)
-    assert Path(asked["run_dir"]).parent == service.runs
+    assert Path(asked["run_dir"]).parent == service.runs.folder
 
 
 @pytest.mark.parametrize(
@@ -131,16 +114,16 @@ def test_a_jobs_request_is_what_the_command_line_would_run(service: Service) -> 
         ({"concept": ["a"], "output": ["/tmp/x.safetensors"]}, "'output' cannot be set here"),
         ({"concept": ["a"], "models_dir": ["/"]}, "'models_dir' cannot be set here"),
         ({"concept": ["a"], "allow_pickle": True}, "'allow_pickle' cannot be set here"),
-        ({"concept": ["a"], "model": "/etc/passwd"}, "no model '/etc/passwd'"),
+        ({"concept": ["a"], "model": "/etc/passwd"}, "there is no model '/etc/passwd'"),
         ({"concept": ["a"], "model": "../../x.safetensors"}, "no model"),
         ({"concept": ["a"], "mask": "/tmp/mask.safetensors"}, "cannot be a name here"),
         ({"concept": ["a"], "mask": "no-such-run"}, "there is no 'no-such-run' here"),
         ({"concept": ["a"], "forget_images": "/etc"}, "cannot be a name here"),
         ({"concept": ["a"], "forget_images": "../jobs"}, "cannot be a name here"),
-        ({"concept": ["a"], "components": "/etc"}, "neither an alias nor a hub id"),
-        ({"concept": ["a"], "components": "../x"}, "neither an alias nor a hub id"),
+        ({"concept": ["a"], "components": "/etc"}, "must be an alias or a hub id"),
+        ({"concept": ["a"], "components": "../x"}, "must be an alias or a hub id"),
         ({"concept": ["a"], "density": 2}, "--density is 2, but must be at most 1"),
-        ({"concept": [" "]}, "say what the model should forget"),
+        ({"concept": [" "]}, "no concept is given"),
         ({"concept": ["a"], "stepz": 3}, "'stepz' cannot be set here"),
     ],
     ids=str,
@@ -149,19 +132,21 @@ def test_what_a_form_must_not_say_is_refused_before_anything_begins(
     service: Service, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
-        service.erase(options)
+        service.requests.erase(options)
     assert service.queue.all() == []
 
 
 def test_jobs_of_one_second_write_to_different_places_and_a_repeated_one_is_the_same(service: Service) -> None:
     service.host = Keeping(service.host.data)
     asked = {"concept": ["circle"], "model": "shapes"}
-    first, second = service.erase(asked), service.erase({**asked, "seed": 1})
-    assert service.erase(asked) is first
+    first, second = service.requests.erase(asked), service.requests.erase({**asked, "seed": 1})
+    assert service.requests.erase(asked) is first
     outputs = [path for job in (first, second) for path in job.request["options"]["output"]]
     assert len(set(outputs)) == 4
     assert Path(outputs[0]).parent == service.host.data / "checkpoints"
-    named = [service.erase({**asked, "seed": seed}, name="mine").request["options"]["output"][0] for seed in (2, 3)]
+    named = [
+        service.requests.erase({**asked, "seed": seed}, name="mine").request["options"]["output"][0] for seed in (2, 3)
+    ]
     assert [Path(path).name for path in named] == ["mine.safetensors", "mine-2.safetensors"]
     for job in service.queue.all():
         service.queue.cancel(job.id)
@@ -192,11 +177,11 @@ def held(service: Service) -> Iterator[Service]:
     lock = threading.Lock()
 
     @contextmanager
-    def turn(job: Any) -> Iterator[None]:
+    def gpu_lease(job: Any) -> Iterator[None]:
         with lock:
             yield
 
-    service.queue._turn = turn
+    service.queue._gpu_lease = gpu_lease
     with lock:
         yield service
         for job in service.queue.all():
@@ -207,20 +192,20 @@ def test_where_the_host_has_checkpoints_none_chosen_never_means_the_embedded_mod
     held: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its result would be put among theirs."""
-    assert "circle" not in held.concepts(None)
-    assert "nudity" in held.concepts(None)
+    assert "circle" not in held.models.concepts(None)
+    assert "nudity" in held.models.concepts(None)
     for begin in (held.erase, held.mask):
-        with pytest.raises(ConfigError, match=r"^choose a checkpoint$"):
+        with pytest.raises(ConfigError, match=r"^no checkpoint is chosen"):
             begin({"concept": ["circle"]})
     monkeypatch.setattr(held.host, "models", lambda: {})  # as at a first start
-    with pytest.raises(ConfigError, match=r"choose a checkpoint: .* none yet that ends in \.safetensors"):
-        held.erase({"concept": ["circle"], "model": None})
+    with pytest.raises(ConfigError, match=r"no checkpoint is chosen. .* none yet that ends in \.safetensors"):
+        held.requests.erase({"concept": ["circle"], "model": None})
     assert held.queue.all() == []
 
 
 def test_without_a_host_none_chosen_means_the_embedded_model(service: Service) -> None:
-    assert "circle" in service.concepts(None)
-    job = service.erase({"concept": ["circle"]})
+    assert "circle" in service.models.concepts(None)
+    job = service.requests.erase({"concept": ["circle"]})
     service.queue.cancel(job.id)
     assert job.request["options"]["model"] is None
 
@@ -229,14 +214,14 @@ def test_names_are_chosen_one_job_after_the_other(held: Service, monkeypatch: py
     """Two people may press the button in the same moment."""
 
     def slow(*given: Any, **more: Any) -> Path:
-        found = places.new_file(*given, **more)
+        found = paths.new_file(*given, **more)
         time.sleep(0.1)
         return found
 
-    monkeypatch.setattr("extension.service.new_file", slow)
+    monkeypatch.setattr("extension.requests.new_file", slow)
     with ThreadPoolExecutor() as pool:
         asked = [{"concept": ["circle"], "model": "shapes", "seed": seed} for seed in range(3)]
-        jobs = list(pool.map(lambda options: held.erase(options, name="mine"), asked))
+        jobs = list(pool.map(lambda options: held.requests.erase(options, name="mine"), asked))
     assert len({job.run for job in jobs}) == 3
     names = sorted(Path(job.request["options"]["output"][0]).name for job in jobs)
     assert names == ["mine-2.safetensors", "mine-3.safetensors", "mine.safetensors"]
@@ -244,23 +229,23 @@ def test_names_are_chosen_one_job_after_the_other(held: Service, monkeypatch: py
 
 def test_another_name_or_form_is_another_job(held: Service) -> None:
     asked = {"concept": ["circle"], "model": "shapes"}
-    assert held.erase(asked, name="one") is held.erase(asked, name="one")
-    assert held.erase(asked, name="one") is not held.erase(asked, name="two")
+    assert held.requests.erase(asked, name="one") is held.requests.erase(asked, name="one")
+    assert held.requests.erase(asked, name="one") is not held.requests.erase(asked, name="two")
     run = write_run(held)
-    lora, diff = held.export(run.name, "lora"), held.export(run.name, "diff")
-    assert lora is held.export(run.name, "lora")
+    lora, diff = held.requests.export(run.name, "lora"), held.requests.export(run.name, "diff")
+    assert lora is held.requests.export(run.name, "lora")
     assert [Path(job.request["output"]).name.split(".", 1)[1] for job in (lora, diff)] == [
         "lora.safetensors", "diff.safetensors",
     ]  # fmt: skip
 
 
 def test_the_name_of_a_job_that_may_go_on_is_not_given_to_another(held: Service) -> None:
-    first = held.erase({"concept": ["circle"], "model": "shapes"}, name="mine")
+    first = held.requests.erase({"concept": ["circle"], "model": "shapes"}, name="mine")
     Path(first.request["options"]["run_dir"]).mkdir()
     (Path(first.request["options"]["run_dir"]) / "run.json").write_text("{}", encoding="utf-8")
     held.queue.cancel(first.id)
     assert first.resumable
-    second = held.erase({"concept": ["square"], "model": "shapes"}, name="mine")
+    second = held.requests.erase({"concept": ["square"], "model": "shapes"}, name="mine")
     assert Path(second.request["options"]["output"][0]).name == "mine-2.safetensors"
 
 
@@ -276,28 +261,28 @@ def test_a_given_name_is_never_cut_and_a_made_one_tells_the_concept(held: Servic
 
     asked = {"concept": ["nudity"], "model": model}
     assert re.fullmatch(
-        r"realisticVisionV60B1_v51HyperVAE_f-no-nudity-\d{8}-\d{6}\.safetensors", name_of(held.erase(asked))
+        r"realisticVisionV60B1_v51HyperVAE_f-no-nudity-\d{8}-\d{6}\.safetensors", name_of(held.requests.erase(asked))
     )
-    assert name_of(held.mask(asked)).endswith("-nudity.safetensors")
+    assert name_of(held.requests.mask(asked)).endswith("-nudity.safetensors")
     many = {**asked, "concept": ["the style of a painter whose name is long", "a dog"]}
     assert re.fullmatch(
-        r"realisticVis-no-the-style-of-a-painter-whose-\d{8}-\d{6}\.safetensors", name_of(held.erase(many))
+        r"realisticVis-no-the-style-of-a-painter-whose-\d{8}-\d{6}\.safetensors", name_of(held.requests.erase(many))
     )
     run = write_run(held)
-    assert name_of(held.stack(model, [run.name], [1.0])).endswith(f"-with-{run.name}.safetensors")
-    assert name_of(held.undo(model, run.name)).endswith("-undone.safetensors")
+    assert name_of(held.requests.stack(model, [run.name], [1.0])).endswith(f"-with-{run.name}.safetensors")
+    assert name_of(held.requests.undo(model, run.name)).endswith("-undone.safetensors")
     given = "dreamshaper-8-without-nudity-and-without-the-artist-v2"
-    assert name_of(held.erase({**asked, "seed": 1}, name=given)) == f"{given}.safetensors"
-    assert name_of(held.stack(model, [run.name], [0.5], name=given)) == f"{given}-2.safetensors"
+    assert name_of(held.requests.erase({**asked, "seed": 1}, name=given)) == f"{given}.safetensors"
+    assert name_of(held.requests.stack(model, [run.name], [0.5], name=given)) == f"{given}-2.safetensors"
     before = len(held.queue.all())
     for wrong, why in (
-        (f"{given}-longer", "is too long: give one of 60 characters"),
-        ("猫", "no file can be called '猫'"),
+        (f"{given}-longer", "has .* characters; the limit is 60"),
+        ("猫", "'猫' cannot be a file name"),
     ):
         with pytest.raises(ConfigError, match=why):
-            held.erase({**asked, "seed": 2}, name=wrong)
+            held.requests.erase({**asked, "seed": 2}, name=wrong)
         with pytest.raises(ConfigError, match=why):
-            held.undo(model, run.name, name=wrong)
+            held.requests.undo(model, run.name, name=wrong)
     assert len(held.queue.all()) == before
 
 
@@ -307,17 +292,17 @@ def test_where_a_runs_base_is_gone_the_one_that_is_chosen_is_taken(held: Service
     (folder / "renamed.safetensors").touch()
     held.host._dirs.append(str(folder))  # type: ignore[attr-defined]
     run = write_run(held, model=str(folder / "base.safetensors"))
-    with pytest.raises(ConfigError, match="under Deltas, choose it as Checkpoint"):
-        held.export(run.name)
-    job = held.export(run.name, otherwise="renamed.safetensors")
+    with pytest.raises(ConfigError, match="Under Deltas, choose it as Checkpoint"):
+        held.requests.export(run.name)
+    job = held.requests.export(run.name, otherwise="renamed.safetensors")
     assert job.request["model"] == str(folder / "renamed.safetensors")
     (folder / "base.safetensors").touch()
-    there = held.export(run.name, "diff", otherwise="renamed.safetensors")
+    there = held.requests.export(run.name, "diff", otherwise="renamed.safetensors")
     assert there.request["model"] == str(folder / "base.safetensors")
 
 
 def write_run(service: Service, name: str = "20260101-000000-circle", **options: Any) -> Path:
-    folder = service.runs / name
+    folder = service.runs.folder / name
     folder.mkdir()
     record = {"status": "done", "options": {"concept": ["circle"], "model": "shapes", **options}}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
@@ -335,15 +320,15 @@ def test_a_strangers_run_json_names_no_file_outside_our_folders(held: Service, t
         [secret, tmp_path / "checkpoints" / ".." / secret.name, ours.with_name("link.safetensors")]
     ):
         run = write_run(held, f"planted-{n}", output=[str(path)], model=str(path))
-        for reads in (held.checkpoint, held.use, held._model):
-            with pytest.raises(ConfigError, match=r"not there any more|no model"):
+        for reads in (held.runs.checkpoint, held.use, held.models.named):
+            with pytest.raises(ConfigError, match=r"not exist any more|no model"):
                 reads(run.name)
         with pytest.raises(ConfigError, match="is not among the checkpoints"):
-            held.export(run.name)
-    (held.runs / "planted-0" / "model").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(ConfigError, match="not there any more"):
-        held.checkpoint("planted-0")
-    assert held.checkpoint(write_run(held, "own", output=[str(ours)]).name) == ours
+            held.requests.export(run.name)
+    (held.runs.folder / "planted-0" / "model").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(ConfigError, match="does not exist any more"):
+        held.runs.checkpoint("planted-0")
+    assert held.runs.checkpoint(write_run(held, "own", output=[str(ours)]).name) == ours
 
 
 @pytest.mark.parametrize(
@@ -376,17 +361,17 @@ def test_a_run_that_cannot_be_read_is_listed_as_such_and_harms_no_other(service:
     }
     for name, text in texts.items():
         write_run(service, name)
-        (service.runs / name / "run.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+        (service.runs.folder / name / "run.json").write_text(text, encoding="utf-8", errors="surrogateescape")
     os.mkfifo(write_run(service, "fifo") / "other")
-    (service.runs / "fifo" / "other").replace(service.runs / "fifo" / "run.json")
-    (service.runs / "loop").mkdir()
-    (service.runs / "loop" / "run.json").symlink_to("run.json")
+    (service.runs.folder / "fifo" / "other").replace(service.runs.folder / "fifo" / "run.json")
+    (service.runs.folder / "loop").mkdir()
+    (service.runs.folder / "loop" / "run.json").symlink_to("run.json")
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "run.json").write_text('{"status": "done", "options": {"concept": ["secret"]}}', encoding="utf-8")
-    (service.runs / "out").symlink_to(outside, target_is_directory=True)
+    (service.runs.folder / "out").symlink_to(outside, target_is_directory=True)
     shutil.copytree(write_run(service, "zz-good", concept=["good"]), os.fsdecode(os.fsencode(service.runs) + b"/\xff"))
-    (service.runs / "zz-good" / "model.safetensors").touch()
+    (service.runs.folder / "zz-good" / "model.safetensors").touch()
     (tmp_path / "models").mkdir()
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/models/\xff.safetensors"))).touch()
     service.host = StandaloneHost(service.host.data, [str(tmp_path / "models")])
@@ -402,11 +387,11 @@ def test_a_run_that_cannot_be_read_is_listed_as_such_and_harms_no_other(service:
     config = build(gr, service, Access()).get_config_file()
     json.dumps(config, ensure_ascii=False).encode("utf-8")  # as gradio sends it
     for run in bad:
-        assert "unreadable" in _details(service, run["run"])
+        assert "unreadable" in details(service, run["run"])
         with pytest.raises(ConfigError):
             service.options_of(run["run"])
         with pytest.raises(ConfigError):
-            service.checkpoint(run["run"])
+            service.runs.checkpoint(run["run"])
 
 
 @pytest.mark.parametrize("state", ["queued", "running", "cancelled"])
@@ -423,7 +408,7 @@ def test_a_run_that_cannot_be_read_is_listed_as_such_and_harms_no_other(service:
 def test_a_job_in_a_folder_that_somebody_has_sent_is_not_run(tmp_path: Path, state: str, asked: dict[str, Any]) -> None:
     """It would write where its file says, with what its file allows."""
     first = Service(StandaloneHost(tmp_path / "data"))
-    job = first.erase({"concept": ["circle"], "model": "shapes"})
+    job = first.requests.erase({"concept": ["circle"], "model": "shapes"})
     first.queue.cancel(job.id)
     first.queue.wait(job.id, 30)
     first.queue.close()
@@ -444,7 +429,7 @@ def test_a_job_in_a_folder_that_somebody_has_sent_is_not_run(tmp_path: Path, sta
 
 def test_a_number_of_many_digits_is_refused_in_words() -> None:
     for text in ("9" * 400, "9" * 5_000):
-        with pytest.raises(ConfigError, match=rf"steps has {len(text)} digits: give a number"):
+        with pytest.raises(ConfigError, match=rf"steps has {len(text)} digits; the limit is 30"):
             value_of("steps", text)
 
 
@@ -453,8 +438,8 @@ def test_options_of_a_wrong_type_are_not_loaded_again(service: Service) -> None:
         service.options_of(write_run(service, "odd", forget_images=5).name)
     path = "/" + "x" * 5000
     run = write_run(service, "long", model=path, output=[path])
-    with pytest.raises(ConfigError, match="is not there any more"):
-        service.checkpoint(run.name)
+    with pytest.raises(ConfigError, match="does not exist any more"):
+        service.runs.checkpoint(run.name)
     assert len(service.history()) == 2
 
 
@@ -462,9 +447,9 @@ def test_a_runs_mask_is_loaded_again_by_the_name_it_is_chosen_by(service: Servic
     """A mask of another run is called as that run is, one made alone as its file is."""
     run = write_run(service)
     (run / "mask.safetensors").touch()
-    (service.masks / "shapes-circle.safetensors").touch()
-    for mask in service.made_masks():
-        job = service.erase({"concept": ["circle"], "model": "shapes", "mask": mask})
+    (service.inputs.masks / "shapes-circle.safetensors").touch()
+    for mask in service.inputs.mask_names():
+        job = service.requests.erase({"concept": ["circle"], "model": "shapes", "mask": mask})
         service.queue.cancel(job.id)
         later = write_run(service, f"later-{mask}", mask=job.request["options"]["mask"])
         assert service.options_of(later.name)["mask"] == mask
@@ -478,42 +463,44 @@ def test_without_a_host_what_was_made_is_in_the_list_and_a_name_is_kept_to(servi
             (run / place / "model_index.json").touch()
         else:
             (run / place).touch()
-    named = service.erase({"concept": ["circle"], "model": "shapes"}, name="mine")
+    named = service.requests.erase({"concept": ["circle"], "model": "shapes"}, name="mine")
     service.queue.cancel(named.id)
     mine, delta = named.request["options"]["output"]
     assert mine == f"{service.host.data / 'models' / 'mine'}/"  # in the layout of its base
-    assert Path(delta) == service.runs / str(named.run) / "delta.salun.safetensors"
+    assert Path(delta) == service.runs.folder / str(named.run) / "delta.salun.safetensors"
     Path(mine).mkdir()
     (Path(mine) / "model_index.json").touch()
     (tmp_path / "models" / "single.safetensors").touch()
     (tmp_path / "models" / ".half.safetensors.7.tmp").touch()
     (tmp_path.parent / "secret.safetensors").touch()
     (tmp_path / "models" / "link.safetensors").symlink_to(tmp_path.parent / "secret.safetensors")
-    made = [name for name in service.models() if name != "shapes"]
-    assert [name for name in made if Path(service.models()[name]).is_relative_to(tmp_path)] == [
+    made = [name for name in service.models.all() if name != "shapes"]
+    assert [name for name in made if Path(service.models.all()[name]).is_relative_to(tmp_path)] == [
         "mine", "single.safetensors", "20260101-000001-b", "20260101-000000-a",
     ]  # fmt: skip
-    assert service.checkpoint(write_run(service, "named", output=[mine, delta]).name) == Path(mine)
+    assert service.runs.checkpoint(write_run(service, "named", output=[mine, delta]).name) == Path(mine)
 
 
 def test_what_can_be_chosen_of_files_is_listed_and_the_help_names_no_other(service: Service, tmp_path: Path) -> None:
     """The command line's help speaks of paths, which are refused here."""
-    (service.pictures / "my cat").mkdir()
-    (service.pictures / "note.txt").touch()
+    (service.inputs.images / "my cat").mkdir()
+    (service.inputs.images / "note.txt").touch()
     (tmp_path / "elsewhere").mkdir()
-    (service.pictures / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)  # refused when chosen
-    assert service.picture_folders() == ["my cat"]
+    (service.inputs.images / "linked").symlink_to(
+        tmp_path / "elsewhere", target_is_directory=True
+    )  # refused when chosen
+    assert service.inputs.image_folders() == ["my cat"]
     made = SimpleNamespace(Dropdown=lambda **shown: shown)
     for name in ("forget_images", "retain_images"):
-        shown = control(made, name, [], service.picture_folders())
+        shown = control(made, name, [], service.inputs.image_folders())
         assert (shown["choices"], shown["value"]) == (["", "my cat"], "")
-        assert "one of those in the data folder's `pictures`" in shown["info"]
+        assert "a folder in `pictures`" in shown["info"]
     assert "diffusers folder" not in help_of("components")
     assert "file" not in help_of("mask")
 
 
 def finished(service: Service, run: Path) -> Job:
-    job = service.erase({"concept": ["circle"], "model": "shapes"})
+    job = service.requests.erase({"concept": ["circle"], "model": "shapes"})
     service.queue.cancel(job.id)
     job.state, job.run = "done", run.name
     return job
@@ -535,7 +522,7 @@ def test_after_a_job_its_checkpoint_is_used_and_the_base_again(held: Service, tm
     assert undo.request["model"] == str(erased)
     assert held.offers(undo) == []
     held.queue.cancel(undo.id)
-    other = held.erase({"concept": ["square"], "model": "shapes"})
+    other = held.requests.erase({"concept": ["square"], "model": "shapes"})
     for state in ("queued", "waiting", "running", "stopping"):  # its turn may come before that of what is asked now
         other.state = state
         with pytest.raises(ConfigError, match="“forget square” is not over yet"):
@@ -556,7 +543,7 @@ def test_a_page_opens_with_the_checkpoint_that_the_host_has_loaded(service: Serv
     gr = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
     page = build(gr, service, Access())
     model = next(block for block in page.blocks.values() if getattr(block, "elem_id", None) == "salun_model")
-    assert model.value == next(iter(service.models()))
+    assert model.value == next(iter(service.models.all()))
     service.host = Keeping(service.host.data)
     service.host.now = "sd15"
     assert _on_load(page)()[0]["value"] == "sd15"
@@ -565,7 +552,7 @@ def test_a_page_opens_with_the_checkpoint_that_the_host_has_loaded(service: Serv
 def test_a_folder_that_is_gone_leaves_the_lists_as_they_are_and_is_said(service: Service) -> None:
     gr = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
     page = build(gr, service, Access())
-    service.pictures.rmdir()
+    service.inputs.images.rmdir()
     *lists, said = _on_load(page)()
     assert all(update == gr.update() for update in lists)
     assert 'role="alert"' in said

@@ -16,7 +16,8 @@ import pytest
 from extension import environment, webui
 from extension.access import Access, Refused, gradio_login
 from extension.host import StandaloneHost
-from extension.jobs import Job, Queue
+from extension.job_queue import Queue
+from extension.jobs import Job
 from extension.page import build
 from extension.service import Service
 from salun.errors import ConfigError
@@ -59,13 +60,13 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules
 
 def test_a_model_that_could_not_be_freed_as_a_whole_is_given_back_all_the_same(modules: Modules) -> None:
     host = webui.WebUI()
-    with host.turn(Job("id", "erase", "x", {})):
+    with host.gpu_lease(Job("id", "erase", "x", {})):
         assert modules.told == ["the model is freed"]
         assert modules.lock.locked()
     assert modules.told[1:] == ["the model is back"]
     modules.told.clear()
     modules.fails = True
-    with pytest.raises(RuntimeError, match="the device is lost"), host.turn(Job("id", "erase", "x", {})):
+    with pytest.raises(RuntimeError, match="the device is lost"), host.gpu_lease(Job("id", "erase", "x", {})):
         pytest.fail("it was not freed")
     assert modules.told == ["the model is freed", "the model is back"]
     assert not modules.lock.locked()
@@ -76,7 +77,7 @@ def test_a_job_of_an_earlier_start_waits_until_the_host_has_started(modules: Mod
     entered = threading.Event()
 
     def take_turn() -> None:
-        with webui.WebUI().turn(Job("id", "erase", "x", {})):
+        with webui.WebUI().gpu_lease(Job("id", "erase", "x", {})):
             entered.set()
 
     thread = threading.Thread(target=take_turn)
@@ -134,7 +135,7 @@ def test_checkpoints_that_are_not_offered_are_told_of(
     gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
     listed = modules.sd_models.checkpoints_list
     listed["a.ckpt"] = SimpleNamespace(name="a.ckpt", filename="/checkpoints/a.ckpt")
-    assert (list(webui.WebUI().models()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
+    assert (list(webui.WebUI().models.all()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
 
     class Some(StandaloneHost):
         def left_out(self) -> int:

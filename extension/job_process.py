@@ -1,0 +1,91 @@
+"""The child process of a job: how it is started, asked to stop, ended, and cleared up after."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from salun.files import recover_interrupted_write, remove_leftovers
+from salun.progress import Stage
+from salun.runs.folder import FILES
+
+from .jobs import Job
+
+CHILD = Path(__file__).resolve().parent
+GRACE = 1.0  # seconds after a cancel until a child that has not answered is ended
+MAX_STEP = 30.0  # seconds for a step of training to end, twice as long as the last one at most
+FINISHING = 120.0  # seconds for a child that has answered, or is writing its files, to end
+WRITING = (Stage.STOPPING, Stage.SAVING, Stage.WRITING, Stage.EXPORTING)
+CREATE_NO_WINDOW = 0x08000000
+logger = logging.getLogger("salun")
+
+
+def start(python: str, folder: Path, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """The process for the request in `folder`. Raises OSError."""
+    variables = {**os.environ, **environment, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    variables.pop("PYTHONPATH", None)  # the host's folders are not the child's
+    apart: dict[str, Any] = (
+        {"creationflags": CREATE_NO_WINDOW} if sys.platform == "win32" else {"start_new_session": True}
+    )
+    return subprocess.Popen(
+        [python, str(CHILD), str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables, cwd=folder,
+        encoding="utf-8", errors="replace", **apart,
+    )  # fmt: skip
+
+
+def ask_to_stop(child: subprocess.Popen[str]) -> None:
+    """Have a child stop at its next step."""
+    assert child.stdin is not None
+    with suppress(OSError, ValueError):  # it has ended already
+        child.stdin.write("stop\n")
+        child.stdin.flush()
+
+
+def patience(stage: str, pace: float) -> float:
+    """Seconds that a child asked to stop in this stage gets. pace: seconds that its last training step took."""
+    if stage in WRITING:
+        return FINISHING
+    if stage == Stage.TRAINING:  # at the end of its step it hears, and saves what it has
+        return max(GRACE, min(2 * pace, MAX_STEP))
+    return GRACE
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """Make sure that a child runs no more, and close its pipes."""
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+    for pipe in (child.stdin, child.stdout):
+        with suppress(OSError):  # nobody reads what was still to be written to it
+            if pipe is not None:
+                pipe.close()
+
+
+def remove_partial_files(job: Job) -> None:
+    """Remove the unfinished files of a child that was ended."""
+    try:
+        for path in job.outputs:
+            recover_interrupted_write(Path(path))
+        if job.options.get("run_dir"):
+            for name in FILES:
+                remove_leftovers(Path(job.options["run_dir"]) / name)
+    except OSError as error:
+        logger.warning("the job %s left a partial file: %s", job.id, error)
+
+
+def failure_text(log: Path, code: int) -> str:
+    """An error message for a child that ended without one."""
+    try:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    last = f": {lines[-1][:300]}" if lines else ""
+    killed = " (killed, most often because memory ran out)" if code in (-9, 137) else ""
+    return f"the job's process ended with code {code}{killed}{last}"

@@ -1,0 +1,60 @@
+"""Lines of HTML for the page. Names and texts are escaped."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from salun.errors import SalunError
+
+from .jobs import Job
+from .messages import render
+
+logger = logging.getLogger("salun")
+
+
+def good(text: str) -> str:
+    """A status line."""
+    return f'<p role="status">{escape(text)}</p>'
+
+
+def bad(text: str) -> str:
+    """An error line."""
+    return f'<p class="salun-bad" role="alert">{escape(text)}</p>'
+
+
+def table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = ()) -> str:
+    """A table of texts."""
+    head = "<tr>" + "".join(f"<th>{escape(text)}</th>" for text in heads) + "</tr>" if heads else ""
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table class="salun-table">{head}{body}</table>'
+
+
+def image(path: Path, alt: str) -> str:
+    """A PNG image within the page."""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/png;base64,{data}">'
+
+
+def safe(answer: Callable[..., str]) -> Callable[..., str]:
+    """An event's function whose errors become a line on the page: a host may show an error of another task."""
+
+    def call(*given: Any) -> str:
+        try:
+            return answer(*given)
+        except SalunError as error:
+            return bad(render(error))
+        except Exception as error:
+            logger.exception("the page")
+            return bad(f"{type(error).__name__}: {error}")
+
+    return call
+
+
+def queued(start: Callable[..., Job]) -> Callable[..., str]:
+    """An event's function that queues a job."""
+    return safe(lambda *given: good(f"Queued: “{start(*given).title}”. It keeps running if you close this page."))

@@ -1,0 +1,73 @@
+"""The page's deltas: write them into a checkpoint, take them out, export them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .jobs import Job
+from .markup import queued
+from .requests import MAX_STRENGTH, MIN_STRENGTH
+from .service import Service
+
+ROWS = 3  # deltas at once
+INTRODUCTION = (
+    "A delta holds what an erasure changed: it applies to its base at any strength, and can be removed bit-exactly. "
+    "**Whoever has the delta can undo the erasure.**"
+)
+
+
+class Deltas:
+    """The section of deltas."""
+
+    def __init__(self, gr: Any, service: Service) -> None:
+        with gr.Accordion("Deltas", open=False, elem_id="salun_deltas"):
+            gr.Markdown(INTRODUCTION)
+            self.base = gr.Dropdown(choices=list(service.models.all()), value=service.models.first(),
+                                    label="Checkpoint", elem_id="salun_base")  # fmt: skip
+            self.chosen, self.strengths = rows(gr, service.runs.deltas(), "salun")
+            self.name = gr.Textbox(
+                label="Name of the new file", placeholder="default: made from the names", elem_id="salun_new_name"
+            )
+            with gr.Row():
+                self.apply = gr.Button("Write a checkpoint with these", variant="primary", elem_id="salun_apply")
+                self.undo = gr.Button("Undo delta 1 in this checkpoint", elem_id="salun_undo")
+                self.lora = gr.Button("Save delta 1 as LoRA", elem_id="salun_lora")
+                self.diff = gr.Button("Save delta 1 as full difference", elem_id="salun_diff")
+                self.overlap = gr.Button("Overlap", elem_id="salun_overlap")
+            self.status = gr.HTML("", elem_id="salun_delta_said")
+
+    def connect(self, service: Service) -> None:
+        """Connect the section's events."""
+        requests = service.requests
+
+        def write(base: Any, name: Any, *rest: Any) -> Job:
+            pairs = [(str(d), float(s)) for d, s in zip(rest[:ROWS], rest[ROWS:], strict=True) if d]
+            return requests.stack(str(base), [d for d, _ in pairs], [s for _, s in pairs], str(name or ""))
+
+        def undo(base: Any, delta: Any, name: Any) -> Job:
+            return requests.undo(str(base), str(delta or ""), str(name or ""))
+
+        def overlap(*deltas: Any) -> Job:
+            return requests.overlaps([str(d) for d in deltas if d])
+
+        def export(form: str) -> Any:
+            return queued(lambda delta, base: requests.export(str(delta or ""), form, otherwise=str(base or "")))
+
+        given = [self.base, self.name, *self.chosen, *self.strengths]
+        self.apply.click(queued(write), given, [self.status], queue=False)
+        self.undo.click(queued(undo), [self.base, self.chosen[0], self.name], [self.status], queue=False)
+        self.overlap.click(queued(overlap), self.chosen, [self.status], queue=False)
+        for button, form in ((self.lora, "lora"), (self.diff, "diff")):
+            button.click(export(form), [self.chosen[0], self.base], [self.status], queue=False)
+
+
+def rows(gr: Any, names: list[str], prefix: str, **more: Any) -> tuple[list[Any], list[Any]]:
+    """Dropdowns of deltas and sliders of their strengths, side by side. more: for the dropdowns."""
+    chosen, strengths = [], []
+    for row in range(1, ROWS + 1):
+        with gr.Row():
+            chosen.append(gr.Dropdown(choices=["", *names], value="", label=f"Delta {row}",
+                                      elem_id=f"{prefix}_delta_{row}", **more))  # fmt: skip
+            strengths.append(gr.Slider(MIN_STRENGTH, MAX_STRENGTH, value=1.0, step=0.05, label=f"Strength {row}",
+                                       elem_id=f"{prefix}_strength_{row}"))  # fmt: skip
+    return chosen, strengths

@@ -1,0 +1,169 @@
+"""Puts jobs into the queue: what a form or request asks for is checked, and every new file gets a new name."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from salun.diffusion.options import EraseJob, EraseOptions
+from salun.errors import ConfigError
+from salun.options import from_mapping
+
+from .host import Host
+from .inputs import Inputs
+from .job_queue import Queue
+from .jobs import Job
+from .models import Models, stem_of
+from .paths import given_name, made_name, new_file
+from .runs import DELTA, Runs
+
+MAX_PREVIEW_EVERY = 1_000_000  # steps
+MAX_RANK = 4096
+MIN_STRENGTH, MAX_STRENGTH = -0.5, 1.5
+
+
+class Requests:
+    """One method for each kind of job. All raise ConfigError for what cannot be done."""
+
+    def __init__(self, host: Host, queue: Queue, runs: Runs, models: Models, inputs: Inputs) -> None:
+        self.host, self.queue, self.runs, self.models, self.inputs = host, queue, runs, models, inputs
+        self._naming = threading.Lock()  # from the choice of a new name until a job has it
+
+    def erase(self, options: Mapping[str, Any], preview_every: int = 0, name: str = "") -> Job:
+        """Queue an erasure.
+
+        Args:
+            options: Fields of `EraseJob` that are in ERASE_FIELDS; `model` is a title.
+            preview_every: Steps between two previews, 0 for none.
+            name: Of the new checkpoint; it goes where the host keeps them, else into the data folder's `models`.
+        """
+        values = self.inputs.check(options)
+        title = values.pop("model", None)
+        model = self.models.source(title)
+        if not isinstance(preview_every, int) or not 0 <= preview_every <= MAX_PREVIEW_EVERY:
+            raise ConfigError(f"preview_every is {preview_every!r}, but must be from 0 to {MAX_PREVIEW_EVERY:,}")
+        job: EraseJob = from_mapping(EraseJob, values, "")
+        concepts = _concepts(job)
+        self.host.python()
+        request = {"preview_every": preview_every, "host": self.host.name, "name": name}
+        file_name = given_name(name) if name.strip() else None
+        with self._naming:
+            folder = self.runs.new("-".join(concepts), {job.run for job in self.queue.all()})
+            outputs = self._outputs(folder, file_name, (stem_of(title), f"no-{'-'.join(concepts)}"), model)
+            job = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
+            request["options"] = dataclasses.asdict(job)
+            return self.queue.submit("erase", f"forget {', '.join(concepts)}", request, folder.name)
+
+    def mask(self, options: Mapping[str, Any]) -> Job:
+        """Queue the making of a mask alone, to be chosen by its name later. options: as for `erase`."""
+        values = self.inputs.check(options)
+        title = values.pop("model", None)
+        concepts = _concepts(from_mapping(EraseJob, {"concept": values.pop("concept", [])}, ""))
+        names = {item.name for item in dataclasses.fields(EraseOptions)}
+        checked: EraseOptions = from_mapping(EraseOptions, {k: v for k, v in values.items() if k in names}, "")
+        source = self.models.source(title)
+        self.host.python()
+        request = {"options": dataclasses.asdict(checked), "concept": concepts, "model": source}
+        with self._naming:
+            stem = made_name(stem_of(title), "-".join(concepts))
+            target = new_file(self.inputs.masks, stem, ".safetensors", self._reserved_outputs())
+            return self.queue.submit("mask", f"mask of {', '.join(concepts)}", {**request, "output": str(target)})
+
+    def stack(self, model: str, deltas: Sequence[str], strengths: Sequence[float], name: str = "") -> Job:
+        """Queue the writing of a checkpoint with deltas in it."""
+        if not deltas:
+            raise ConfigError("no delta is chosen")
+        if len(deltas) != len(strengths):
+            raise ConfigError(f"there are {len(deltas)} deltas, but {len(strengths)} strengths", advice="Give one each")
+        for value in strengths:
+            if not MIN_STRENGTH <= value <= MAX_STRENGTH:
+                raise ConfigError(f"strength is {value!r}, but must be from {MIN_STRENGTH} to {MAX_STRENGTH}")
+        files = [str(self.runs.delta(run)) for run in deltas]
+        parts = ", ".join(f"{run} at {strength:g}" for run, strength in zip(deltas, strengths, strict=True))
+        request = {"deltas": files, "strengths": [float(s) for s in strengths]}
+        return self._rewritten("stack", f"{model} with {parts}", model, request, name, f"with-{'-'.join(deltas)}")
+
+    def undo(self, model: str, delta: str, name: str = "") -> Job:
+        """Queue the writing of a checkpoint without a delta."""
+        request = {"delta": str(self.runs.delta(delta))}
+        return self._rewritten("undo", f"{model} without {delta}", model, request, name, "undone")
+
+    def _rewritten(self, kind: str, title: str, model: str, request: dict[str, Any], name: str, suffix: str) -> Job:
+        """A job that writes a copy of a model, under a given name or under the model's with a suffix."""
+        source = self.models.named(model)
+        request |= {"model": source, "name": name}
+        self.host.python()
+        new_name = given_name(name) if name.strip() else made_name(stem_of(model), suffix)
+        with self._naming:
+            output = self._copy_of(source, new_name)
+            return self.queue.submit(kind, title, {**request, "output": output})
+
+    def export(
+        self, delta: str, form: str = "lora", rank: int | None = None, model: str | None = None, otherwise: str = ""
+    ) -> Job:
+        """Queue the writing of a LoRA ("lora", low rank) or of the full difference ("diff").
+
+        model: the delta's base; by default the one that the run was made with, and `otherwise` where that is gone.
+        """
+        if form not in ("lora", "diff"):
+            raise ConfigError(f"form is {form[:80]!r}, but must be lora or diff")
+        if rank is not None and not 1 <= rank <= MAX_RANK:
+            raise ConfigError(f"rank is {rank!r}, but must be from 1 to {MAX_RANK}")
+        file = self.runs.delta(delta)
+        base = self.models.named(model) if model else self.models.base_of(delta, otherwise)
+        request = {"delta": str(file), "model": base, "form": form, "rank": rank}
+        self.host.python()
+        with self._naming:
+            folder = self.host.loras() or file.parent
+            target = new_file(folder, f"no-{delta}", f".{form}.safetensors", self._reserved_outputs())
+            return self.queue.submit("export", f"{delta} as {form}", {**request, "output": str(target)})
+
+    def overlaps(self, deltas: Sequence[str]) -> Job:
+        """Queue the counting of weights that deltas both change."""
+        if len(deltas) < 2:
+            raise ConfigError(
+                f"{len(deltas)} delta is chosen", advice="Choose at least two to see how far they overlap"
+            )
+        self.host.python()
+        files = [str(self.runs.delta(run)) for run in deltas]
+        return self.queue.submit("overlaps", f"overlap of {', '.join(deltas)}", {"deltas": files})
+
+    def inspect(self, run: str, against: str | None = None) -> Job:
+        """Queue a look at a run's mask, or at how far the masks of two runs agree."""
+        path = str(self.runs.get(run))
+        other = str(self.runs.get(against)) if against else None
+        self.host.python()
+        title = f"mask of {run}" + (f" and {against}" if against else "")
+        return self.queue.submit("inspect", title, {"path": path, "against": other})
+
+    def _outputs(self, folder: Path, name: str | None, parts: tuple[str, str], source: str | None) -> list[str]:
+        """What an erasure writes. name: of the checkpoint, if one is given; parts: of what it is made otherwise."""
+        checkpoints = self.host.checkpoints()
+        if checkpoints is None:  # the run's folder, unless it is to have a name
+            return [self._copy_of(source or "", name), str(folder / DELTA)] if name else []
+        stamp = "-" + "-".join(folder.name.split("-")[:2])
+        target = new_file(checkpoints, name or made_name(*parts, stamp), ".safetensors", self._reserved_outputs())
+        return [str(target), str(folder / DELTA)]
+
+    def _copy_of(self, source: str, name: str) -> str:
+        """Where a copy of a model goes, in the model's layout."""
+        folder = self.runs.checkpoint_home()
+        folder.mkdir(parents=True, exist_ok=True)
+        single = Path(source).suffix.lower() in (".safetensors", ".ckpt")
+        ending = ".safetensors" if single else ""
+        return f"{new_file(folder, name, ending, self._reserved_outputs())}{'' if single else '/'}"
+
+    def _reserved_outputs(self) -> list[str]:
+        """What jobs that are not over, or may be resumed, will write."""
+        jobs = [job for job in self.queue.all() if job.open or job.resumable]
+        return [path.rstrip("/") for job in jobs for path in job.outputs]
+
+
+def _concepts(job: EraseJob) -> list[str]:
+    concepts = [text.strip() for text in job.concept if text.strip()]
+    if not concepts:
+        raise ConfigError("no concept is given", advice="Choose a preset, or enter a concept")
+    return concepts
