@@ -259,8 +259,9 @@ def _stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], error: Bas
     listed = applied_in(stored.metadata, error.found)
     if listed and stored.metadata[BASE_HASH] == layers[0][0].base_hash:
         raise ModelError(
-            f"{stored.path} holds {', '.join(map(str, listed))} already, of the same base (hash "
-            f"{error.due[:12]}…): start from that and apply all at once by `salun delta stack`, which is exact"
+            f"{stored.path} holds {', '.join(map(str, listed))} already, of the same base (hash {error.due[:12]}…)",
+            advice="Start from that base and apply all at once by `salun delta stack`, which is exact",
+            code="deltas-applied",
         ) from error
 
 

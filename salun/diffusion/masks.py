@@ -19,7 +19,7 @@ from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
-from salun.errors import ConfigError, MaskError, ModelError
+from salun.errors import ConfigError, MaskError, ModelError, literal
 from salun.masking.mask import Mask, entries
 from salun.masking.saliency import scores_from_losses
 from salun.masking.threshold import select_largest
@@ -156,9 +156,10 @@ def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None
     if mask.metadata.get("base_hash", origin) != origin:
         raise MaskError(
             f"the mask {what} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "
-            f"this model's {origin[:12]}…): make one with `salun mask --model {model.name}`"
+            f"this model's {origin[:12]}…)",
+            advice=f"Make one with `salun mask --model {literal(model.name)}`",
+            code="other-model-mask",
         )
-
     if not mask.selected:
         raise MaskError(f"the mask {what} selects no weight: nothing could be trained")
 

@@ -170,7 +170,10 @@ def check_optimizer(name: str) -> None:
     """Raises ConfigError if an optimizer's library is not installed."""
     if name == "adam8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "--optimizer adam8bit: bitsandbytes is not installed; `pip install salun[bitsandbytes]`, or use adam"
+            "is adam8bit, but bitsandbytes is not installed",
+            option="optimizer",
+            advice="`pip install salun[bitsandbytes]`, or use adam",
+            code="no-bitsandbytes",
         )
 
 

@@ -97,7 +97,11 @@ def sample_data(
         kept.append(more[usable].to(model.device))
         said += captions
     if not said and not forget_only:
-        raise ConfigError("nothing is to be kept: give --retain-latents above 0, or --retain-images")
+        raise ConfigError(
+            "the retain set is empty",
+            advice="Set {retain_latents} above 0, or give {retain_images}",
+            code="no-retain-set",
+        )
     return ErasureData(
         forget_latents=latents["forget"],
         anchor_latents=_repeated(latents["anchor"], few, each) if len(latents["anchor"]) else latents["forget"],
