@@ -81,7 +81,7 @@ def _add_command(
         line = shlex.join(["salun", *sys.argv[1:]])
         with terminal_progress(as_json) as progress, resumable(name, path):
             done = _load(run)(options, progress=progress, run_dir=path, resume=resume, command=line)
-        tell(done.record.data, as_json, lines(done))
+        tell(done.record.as_json(), as_json, lines(done))
 
 
 def _load(path: str) -> Callable[..., Any]:
@@ -97,7 +97,7 @@ def _training_lines(done: Any) -> list[str]:
 
 
 def _unlearning_lines(done: Any) -> list[str]:
-    data, folder = done.record.data, done.record.folder
+    data, folder = done.record.as_json(), done.record.folder
     return [
         *(f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])),
         *_table(done.metrics),
@@ -111,7 +111,7 @@ def _comparison_lines(done: Any) -> list[str]:
     from salun.classification.table import difference_lines, lines_of
 
     lines = [*_columns(lines_of(done.metrics)), "", *_columns(difference_lines(done.metrics))]
-    notes = [f"warning: {text}" for text in done.record.data["notes"]]
+    notes = [f"warning: {text}" for text in done.record.notes]
     return [*notes, *lines, f"report: {done.record.folder / 'report.html'}"]
 
 

@@ -1,4 +1,4 @@
-"""SalUn Training Data: what an erasure looks at, sampled from the model or made of the user's own pictures."""
+"""SalUn Training Data: the samples that an erasure uses, from the model itself or from images and latents."""
 
 from __future__ import annotations
 
@@ -9,51 +9,55 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from salun.diffusion.context import prepared
+from salun.diffusion.context import training_session
 from salun.diffusion.data.images import square
-from salun.diffusion.data.training_set import UserLatents, sample_data
+from salun.diffusion.data.training_set import UserLatents, build_training_set
+from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, DataError
+from salun.progress import Stage
 from salun.user_text import prompt_text
 
-from .inputs import inputs, options_of, wires
-from .kinds import DATA, Chosen, Concepts, Data, Node, moved
-from .model import GraphModel, as_started
-from .places import cache
+from .execution import computes, graph_and_plan, text_digest
+from .images import SamplePreview
+from .inputs import option_inputs, wires
+from .model import GraphModel
 from .progress import ComfyProgress
-from .work import Sampled, computes, plan_of, samples_drawn, text_of
+from .storage import cache
+from .types import DATA, Concepts, Data, Node, OptionValues, data_on
 
 
 class SalUnTrainingData(Node):
-    """Latents and prompts to forget, to become and to keep."""
+    """Latents and prompts of the forget set, the anchors and the retain set."""
 
+    TITLE = "SalUn Training Data"
     RETURN_TYPES, RETURN_NAMES = (DATA,), ("data",)
-    OUTPUT_TOOLTIPS = ("For SalUn Saliency Mask and SalUn Erase: several of them can share it.",)
+    OUTPUT_TOOLTIPS = ("For SalUn Saliency Mask and SalUn Erase, which can share it.",)
     DESCRIPTION = (
-        "What an erasure looks at. Without pictures everything is sampled from the model itself, and kept on disk. "
-        "Pictures of the concept take the place of forget samples; pictures to keep are added to the retain samples."
+        "Makes the training set of an erasure. By default all samples come from the model itself and are cached on "
+        "disk. Images of the concept replace the forget samples; images to retain are added to the retain samples."
     )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model that will be erased; its samples are the training data."}),
+                "model": ("MODEL", {"tooltip": "The model to erase from; it is sampled for training data."}),
                 **wires("clip", "concept"),
-                **inputs("seed"),
+                **option_inputs("seed"),
             },
             "optional": {
                 **wires("options"),
-                "vae": ("VAE", {"tooltip": "Needed for IMAGE inputs only."}),
-                "forget_images": ("IMAGE", {"tooltip": "Pictures of the concept, in place of samples (one concept)."}),
+                "vae": ("VAE", {"tooltip": "Encodes the images; only needed for IMAGE inputs."}),
+                "forget_images": ("IMAGE", {"tooltip": "Images of the concept, in place of samples (one concept)."}),
                 "forget_samples": ("LATENT", {"tooltip": "Latents of the concept, in place of samples (one concept)."}),
-                "retain_images": ("IMAGE", {"tooltip": "Pictures to keep, added to the samples."}),
-                "retain_samples": ("LATENT", {"tooltip": "Latents to keep, added to the samples."}),
+                "retain_images": ("IMAGE", {"tooltip": "Images to retain, added to the samples."}),
+                "retain_samples": ("LATENT", {"tooltip": "Latents to retain, added to the samples."}),
                 "retain_captions": (
                     "STRING",
                     {
                         "default": "",
                         "multiline": True,
-                        "tooltip": "What the pictures to keep show; one line a picture.",
+                        "tooltip": "Captions of the images or latents to retain; one line each.",
                     },
                 ),
             },
@@ -71,60 +75,101 @@ class SalUnTrainingData(Node):
         retain_images: Tensor | None = None,
         retain_samples: dict[str, Tensor] | None = None,
         retain_captions: str = "",
-        options: Chosen | None = None,
-        **given: Any,
+        options: OptionValues | None = None,
+        **values: Any,
     ) -> tuple[Data]:
-        wanted = as_started(options_of(given, options))
-        graph = GraphModel(model, clip, vae, wanted.dtype)
-        plan = plan_of(graph, concept, wanted)
+        graph, plan = graph_and_plan(model, clip, vae, concept, values, options)
         lines = retain_captions.splitlines() if retain_captions.strip() else []
         captions = [prompt_text(line.strip()) or None for line in lines]
-        if captions and retain_images is None and retain_samples is None:
-            raise DataError("retain_captions are of retain_images or retain_samples: connect one of them")
-        with prepared(graph, plan):
-            side = graph.latent_shape
-            forget = _latents(graph, forget_images, forget_samples, side, "forget")
-            retain = _latents(graph, retain_images, retain_samples, side, "retain")
-            if retain is not None and captions and len(captions) != len(retain):
+        with training_session(graph, plan):
+            forget = _latents(graph, forget_images, forget_samples, "forget")
+            retain = _latents(graph, retain_images, retain_samples, "retain")
+            n_forget, n_retain = (len(latents) if latents is not None else 0 for latents in (forget, retain))
+            if captions and len(captions) != n_retain:
                 raise DataError(
-                    f"retain_captions has {len(captions)} lines for {len(retain)} pictures: write one a picture"
+                    f"has {len(captions)} lines, but must have one for each image or latent to retain ({n_retain})",
+                    option="retain_captions",
                 )
             if forget is not None and len(plan.concepts) > 1:
-                raise ConfigError("pictures of the concept are given for several concepts: erase one at a time")
-            own = UserLatents(
-                [forget] if forget is not None else None,
-                retain,
-                tuple(captions or [None] * len(retain)) if retain is not None else (),
-            )
-            drawn = samples_drawn(plan, len(forget) if forget is not None else 0)
-            bar = ComfyProgress({"sampling": drawn}, Sampled(graph, plan))
-            made = sample_data(graph, plan, bar, cache=cache(), given=own)
+                raise ConfigError(
+                    "images or latents of the concept are connected, but there are several concepts",
+                    advice="Erase one concept at a time",
+                )
+            user = UserLatents([forget] if forget is not None else None, retain, tuple(captions or [None] * n_retain))
+            sampling = [cost for cost in plan.stages(images=n_forget) if cost.stage is Stage.SAMPLING]
+            bar = ComfyProgress(sampling, SamplePreview(graph, plan))
+            content = data_on(build_training_set(graph, plan, bar, cache=cache(), given=user), "cpu")
         names, anchors = tuple(c.name for c in plan.concepts), tuple(c.anchor for c in plan.concepts)
-        told = (graph.family.name, anchors, plan.prompts.digest, text_of(graph, plan))
-        return (Data(names, moved(made, "cpu"), *told),)
+        return (Data(names, content, graph.family.name, anchors, plan.prompts.digest, text_digest(graph, plan)),)
 
 
-def _latents(
-    graph: GraphModel, images: Tensor | None, samples: dict[str, Tensor] | None, shape: tuple[int, ...], what: str
-) -> Tensor | None:
-    """A batch's latents. Raises DataError if both kinds are given, or none in them, or their size is not the run's."""
+def _latents(graph: GraphModel, images: Tensor | None, samples: dict[str, Tensor] | None, use: str) -> Tensor | None:
+    """The latents of a node's IMAGE (n, h, w, c) or LATENT input: (n, c, h/8, w/8), scaled; None without an input.
+
+    Args:
+        use: "forget" or "retain", the inputs' prefix.
+
+    Raises:
+        DataError: Both inputs are connected, or a batch is empty or not of the run's size.
+    """
     if images is not None and samples is not None:
-        raise DataError(f"{what}_images and {what}_samples are both given: connect one of them")
-    if images is None and samples is None:
+        raise DataError(f"{use}_images and {use}_samples are both connected", advice="Connect one of them")
+    batch, name = (samples["samples"], f"{use}_samples") if samples is not None else (images, f"{use}_images")
+    if batch is None:
         return None
-    if not len(images if images is not None else samples["samples"]):  # type: ignore[index]
-        raise DataError(f"{what}_{'images' if images is not None else 'samples'} is an empty batch")
-    if images is not None:
-        if images.shape[-1] < 3:  # grey, and perhaps an alpha
-            images = images[..., :1].expand(*images.shape[:-1], 3)
-        pixels = images[..., :3].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
-        side = graph.settings.sampling.resolution
-        found = graph.encode_pictures(np.stack([square(Image.fromarray(picture), side) for picture in pixels]))
+    if not len(batch):
+        raise DataError("is an empty batch", option=name)
+    if samples is not None:
+        latents = graph.scaled(batch)
     else:
-        assert samples is not None
-        found = graph.scaled(samples["samples"])
-    if tuple(found.shape[1:]) != shape:
+        if batch.shape[-1] < 3:  # grey, and perhaps an alpha
+            batch = batch[..., :1].expand(*batch.shape[:-1], 3)
+        pixels = batch[..., :3].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
+        side = graph.settings.sampling.resolution
+        latents = graph.encode_pictures(np.stack([square(Image.fromarray(each), side) for each in pixels]))
+    if tuple(latents.shape[1:]) != graph.latent_shape:
         raise DataError(
-            f"{what}_samples are {list(found.shape[1:])}, the run's latents {list(shape)}: set resolution to fit"
+            f"has latents of shape {list(latents.shape[1:])}, but must have {list(graph.latent_shape)}",
+            option=name,
+            advice="Set {resolution} to match",
         )
-    return found
+    return latents
+
+
+def check_data(data: Data | None, graph: GraphModel, plan: Plan) -> None:
+    """Raises ConfigError for training data of other concepts, prompts or sizes, or of a model of another family."""
+    if data is None:
+        return
+    anchors = tuple(c.anchor for c in plan.concepts)
+    side, resolution = data.content.forget_latents.shape[-1] * 8, graph.settings_with(plan.options).sampling.resolution
+    family = graph.family.name
+    checks = (
+        (
+            data.names == tuple(c.name for c in plan.concepts),
+            f"the concept {', '.join(data.names)}, not {plan.name}",
+            "one SalUn Concept",
+        ),
+        (data.anchors == anchors, f"the anchors {data.anchors}, not {anchors}", "one SalUn Concept"),
+        (
+            data.family == family,
+            f"a model of the family {data.family}, not {family}",
+            "one MODEL",
+        ),
+        (side == resolution, f"resolution {side}, not {resolution}", "one SalUn Options"),
+        (
+            data.prompts == plan.prompts.digest,
+            "other prompts",
+            "one SalUn Concept ({retain_prompts}) and one SalUn Options ({prompt_style})",
+        ),
+        (
+            data.text == text_digest(graph, plan),
+            "another CLIP",
+            "one CLIP and one SalUn Options ({clip_skip}, {negative_prompt})",
+        ),
+    )
+    for matches, made_with, source in checks:
+        if not matches:
+            raise ConfigError(
+                f"the training data were made with {made_with}",
+                advice=f"Connect {source} to SalUn Training Data and to this node",
+            )

@@ -1,4 +1,4 @@
-"""SalUn Erase: the erasure itself, its result at work in the graph at once."""
+"""SalUn Erase: the erasure itself, whose result is a MODEL of the same graph."""
 
 from __future__ import annotations
 
@@ -15,62 +15,66 @@ import torch
 from torch import Tensor
 
 from salun.delta.delta import Delta
-from salun.diffusion.context import prepared
-from salun.diffusion.data.training_set import sample_data
-from salun.diffusion.erase import carry_out
+from salun.diffusion.context import RunContext, training_session
+from salun.diffusion.data.training_set import build_training_set
+from salun.diffusion.erase import unlearn
 from salun.diffusion.evaluation import EvalPrompts, Evaluation, questions
-from salun.diffusion.masks import check_given
+from salun.diffusion.mask_files import check_given_mask
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
-from salun.diffusion.targets import STATE_BYTES
+from salun.diffusion.targets import STATE_BYTES, trained_entries
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
 from salun.report.picture import stack
 from salun.runs.cache import key_of
 from salun.runs.record import RunRecord
 
-from .inputs import in_inputs_names, inputs, options_of, wires
-from .kinds import DATA, DELTA, MASK, Chosen, Concepts, Data, Node
-from .mask import check_data
-from .model import GraphModel, as_started
-from .places import cache, unfinished
+from .data import check_data
+from .execution import computes, graph_and_plan, run_record
+from .images import SamplePreview, TrainingPreview, text_image, to_image
+from .inputs import option_inputs, wires
+from .model import GraphModel
+from .patches import apply_delta_patch
 from .progress import ComfyProgress
-from .weights import patched
-from .work import Preview, Sampled, computes, image, plan_of, record_of, stages, written
+from .storage import cache, state_folder
+from .types import DATA, DELTA, MASK, Concepts, Data, Node, OptionValues, data_on
 
-OUTPUTS = (
-    "The model without the concept: KSampler shows it at once.",
-    "What changed: for Save Delta, Save Erased Checkpoint, Save as LoRA, Apply Delta.",
-    "Pictures before and after, of the concept and of what is kept.",
-    "Figures and losses as JSON.",
-)
+Result = tuple[Delta, Tensor, str]
+"""(delta, before-and-after IMAGE, metrics as JSON)."""
+SIDES = ("before", "after")
 
 
 class SalUnErase(Node):
-    """Make the MODEL in the graph forget a concept."""
+    """Erases a concept from the MODEL in the graph."""
 
-    RETURN_TYPES, RETURN_NAMES = ("MODEL", DELTA, "IMAGE", "STRING"), ("model", "delta", "before_after", "figures")
-    OUTPUT_TOOLTIPS = OUTPUTS
+    TITLE = "SalUn Erase"
+    RETURN_TYPES, RETURN_NAMES = ("MODEL", DELTA, "IMAGE", "STRING"), ("model", "delta", "before_after", "metrics")
+    OUTPUT_TOOLTIPS = (
+        "The erased model, ready for a KSampler.",
+        "The changes, for Save Delta, Save Erased Checkpoint, Save as LoRA and Apply Delta.",
+        "Images before and after, of the concept and of what is retained.",
+        "Metrics, losses and options as JSON.",
+    )
     DESCRIPTION = (
-        "Makes a model forget a concept by SalUn: the weights that matter to it are found and trained, no other moves. "
-        "Works on the model as it is here: a LoRA before this node is part of what is erased. The same inputs never "
-        "train twice, not even after a restart; other eval_images do, and SalUn Evaluate shows more without."
+        "Erases a concept from a model by SalUn: the weights that matter most to it are found and trained, all others "
+        "stay as they are. A LoRA before this node is part of the model that is erased. The same inputs never train "
+        "twice, even after a restart. Other eval_images train again; SalUn Evaluate shows more images without training."
     )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "SD 1.x, 2.x or SDXL, with the patches that it has in the graph."}),
+                "model": ("MODEL", {"tooltip": "SD 1.x, SD 2.x or SDXL, with its patches in the graph."}),
                 **wires("clip", "vae", "concept"),
-                **inputs("steps", "batch_size", "lr", "retain_weight", "density", "eval_images", "seed"),
+                **option_inputs("steps", "batch_size", "lr", "retain_weight", "density", "eval_images", "seed"),
             },
             "optional": {
                 "given_mask": (
                     MASK,
-                    {"tooltip": "From SalUn Saliency Mask or Load Mask, in place of density; without it one is found."},
+                    {"tooltip": "From SalUn Saliency Mask or Load Mask, in place of density (default: computed here)."},
                 ),
-                "given_data": (DATA, {"tooltip": "From SalUn Training Data; without it the model is sampled here."}),
+                "given_data": (DATA, {"tooltip": "From SalUn Training Data (default: sampled here)."}),
                 **wires("options"),
             },
         }
@@ -84,89 +88,85 @@ class SalUnErase(Node):
         concept: Concepts,
         given_mask: Mask | None = None,
         given_data: Data | None = None,
-        options: Chosen | None = None,
-        **given: Any,
+        options: OptionValues | None = None,
+        **values: Any,
     ) -> tuple[Any, Delta, Tensor, str]:
-        wanted = as_started(options_of(given, options))
-        check_optimizer(wanted.optimizer)
-        graph = GraphModel(model, clip, vae, wanted.dtype)
-        plan = plan_of(graph, concept, wanted)
+        graph, plan = graph_and_plan(model, clip, vae, concept, values, options)
+        check_optimizer(plan.options.optimizer)
         check_data(given_data, graph, plan)
-        record = record_of("erasure", graph, plan, given_data, given_mask)
-        kept = _kept(record.fingerprint, graph, plan)
-        if kept is None:
-            bar = ComfyProgress(stages(plan, given_data, given_mask is not None), Sampled(graph, plan))
+        record = run_record("erasure", graph, plan, given_data, given_mask)
+        result = _load_cached(record.fingerprint, graph, plan)
+        if result is None:
+            content = given_data.content if given_data is not None else None
+            bar = ComfyProgress(plan.stages(content, masked=given_mask is not None), SamplePreview(graph, plan))
             with resumable(record, graph, plan):
-                with prepared(graph, plan):
+                with training_session(graph, plan):
                     if given_mask is not None:
-                        check_given(given_mask, graph, plan)
-                    data = given_data.on(graph.device) if given_data else sample_data(graph, plan, bar, cache=cache())
-                    bar.preview = Preview(graph, plan, data)
-                    run = carry_out(graph, plan, record, bar, cache(), data, given_mask)
-                kept = _keep(record.fingerprint, run)  # first, and only then is the state let go
-        delta, picture, figures = kept
-        return patched(model, delta, graph.original()), delta, picture, figures
+                        check_given_mask(given_mask, graph, plan)
+                    data = data_on(content, graph.device) if content is not None else None
+                    if data is None and plan.method.data == "latents":
+                        data = build_training_set(graph, plan, bar, cache=cache())
+                    if data is not None:
+                        bar.preview = TrainingPreview(graph, plan, data)
+                    run = unlearn(RunContext(graph, plan, record, bar, cache()), data, given_mask)
+                result = _cached(record.fingerprint, run)  # the state is removed only once the result is cached
+        delta, image, metrics = result
+        return apply_delta_patch(model, delta, graph.original()), delta, image, metrics
 
 
 @contextmanager
 def resumable(record: RunRecord, graph: GraphModel, plan: Plan) -> Iterator[None]:
-    """Within, the run is on. One that is stopped leaves its mask and training state, which the next one takes up."""
+    """Within, the erasure runs. If it is interrupted, its mask and training state stay for the next run."""
     total = sum(prod(graph.weights.shape(name)) for name in graph.weights)
-    salient = plan.options.density * total if plan.options.method == "salun" else total
-    record.folder, record.resume = unfinished(record.fingerprint, total // 8 + int(2 * STATE_BYTES * salient)), True
-    record.in_passing = True
+    trained = trained_entries(total, plan)
+    record.folder, record.resume = state_folder(record.fingerprint, total // 8 + 2 * STATE_BYTES * trained), True
+    record.best_effort = True
     with record.running():
         yield
     if record.folder is not None:
         shutil.rmtree(record.folder, ignore_errors=True)
 
 
-Kept = tuple[Delta, Tensor, str]
-SIDES = ("before", "after")
-
-
-def _drawn(plan: Plan, asked: EvalPrompts, before: Evaluation, after: Evaluation) -> Tensor:
-    forget, retain = grids(plan, asked, before, after)
+def _before_after(plan: Plan, prompts: EvalPrompts, before: Evaluation, after: Evaluation) -> Tensor:
+    forget, retain = grids(plan, prompts, before, after)
     if forget is None or retain is None:
-        return written("eval_images is 0")
-    return image(stack(forget, retain))
+        return text_image("eval_images is 0")
+    return to_image(stack(forget, retain))
 
 
-def _key_of_delta(key: str) -> str:
-    return key_of(delta_of=key)
-
-
-def _keep(key: str, run: Run) -> Kept:
-    record = run.record.data
-    told = {
+def _cached(key: str, run: Run) -> Result:
+    """The result of a run, which is in the cache afterwards."""
+    facts = {
         "concepts": [{"name": c.name, "anchor": c.anchor} for c in run.plan.concepts],
         "metrics": run.metrics,
-        "mask": record["mask"],
-        "rounding": record["rounding"],
+        "mask": run.record.mask,
+        "rounding": run.record.rounding,
         "losses": run.history,
-        "timings": record["timings"],
+        "timings": run.record.timings,
         "options": asdict(run.plan.options),
-        "notes": [in_inputs_names(note) for note in run.plan.notes],
+        "notes": run.plan.notes,
     }
-    figures = json.dumps(told, indent=1)
+    metrics = json.dumps(facts, indent=1)
     size = sum(change.indices.nbytes + change.planes.nbytes for change in run.delta.changes.values())
-    cache().save(_key_of_delta(key), size, run.delta.save)
-    seen = {"figures": torch.from_numpy(np.frombuffer(figures.encode(), np.uint8).copy())}
-    for side, observed in zip(SIDES, (run.before, run.after), strict=True):
-        seen |= {f"{side} {what}": torch.from_numpy(getattr(observed, what)) for what in ("forget", "retain")}
-    cache().put(key, seen)
-    return run.delta, _drawn(run.plan, run.asked, run.before, run.after), figures
+    cache().save(key_of(delta_of=key), size, run.delta.save)
+    tensors = {"metrics": torch.from_numpy(np.frombuffer(metrics.encode(), np.uint8).copy())}
+    for side, evaluation in zip(SIDES, (run.before, run.after), strict=True):
+        tensors |= {f"{side} {part}": torch.from_numpy(getattr(evaluation, part)) for part in ("forget", "retain")}
+    cache().put(key, tensors)
+    return run.delta, _before_after(run.plan, run.asked, run.before, run.after), metrics
 
 
-def _kept(key: str, graph: GraphModel, plan: Plan) -> Kept | None:
-    """An erasure of these very inputs that was done before. Its pictures are drawn anew: whether to blur may differ."""
-    seen = cache().get(key)
-    delta = cache().load(_key_of_delta(key), Delta.load) if seen is not None else None
-    if seen is None or delta is None or delta.base_hash != graph.base_hash:
+def _load_cached(key: str, graph: GraphModel, plan: Plan) -> Result | None:
+    """The result of an earlier run with the same inputs. Its images are drawn again, since blurring may differ."""
+    tensors = cache().get(key)
+    delta = cache().load(key_of(delta_of=key), Delta.load) if tensors is not None else None
+    if tensors is None or delta is None or delta.base_hash != graph.base_hash:
         return None
     none = torch.empty(0)
-    sides = [
-        Evaluation(seen[f"{side} forget"].numpy(), seen[f"{side} retain"].numpy(), none, none, none) for side in SIDES
-    ]
-    asked = questions(plan, plan.eval_images, plan.options.seed)
-    return delta, _drawn(plan, asked, *sides), seen["figures"].numpy().tobytes().decode()
+    before, after = (
+        Evaluation(tensors[f"{side} forget"].numpy(), tensors[f"{side} retain"].numpy(), none, none, none)
+        for side in SIDES
+    )
+    prompts = questions(plan, plan.recipe.eval_images, plan.options.seed)
+    image = _before_after(plan, prompts, before, after)
+    return delta, image, tensors["metrics"].numpy().tobytes().decode()

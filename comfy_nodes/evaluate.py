@@ -1,4 +1,4 @@
-"""SalUn Evaluate: two models under the same questions."""
+"""SalUn Evaluate: compares two models on the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -7,39 +7,45 @@ from typing import Any
 
 from torch import Tensor
 
-from salun.diffusion.context import prepared
-from salun.diffusion.evaluation import Evaluation, compare, observe, questions
+from salun.diffusion.context import training_session
+from salun.diffusion.evaluation import compare, observe, questions
 from salun.diffusion.result import grids
 from salun.errors import ConfigError
 from salun.progress import Stage
 from salun.report.picture import stack
 
-from .inputs import inputs, options_of, wires
-from .kinds import Chosen, Concepts, Node
-from .model import GraphModel, as_started, family_of
-from .places import cache
+from .execution import computes, graph_and_plan
+from .families import family_of
+from .images import SamplePreview, text_image, to_image
+from .inputs import option_inputs, wires
+from .model import GraphModel
 from .progress import ComfyProgress
-from .work import Sampled, computes, image, plan_of, written
+from .storage import cache
+from .types import Concepts, Node, OptionValues
+
+STAGES = (Stage.IMAGES_BEFORE, Stage.IMAGES_AFTER)
 
 
 class SalUnEvaluate(Node):
-    """What changed between two models."""
+    """Measures what changed between two models."""
 
-    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING"), ("before_after", "figures")
-    OUTPUT_TOOLTIPS = ("The same prompts and seeds in both models.", "Figures as JSON; null where one is not known.")
+    TITLE = "SalUn Evaluate"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING"), ("before_after", "metrics")
+    OUTPUT_TOOLTIPS = ("The same prompts and seeds in both models.", "Metrics as JSON; null where unknown.")
     DESCRIPTION = (
-        "Shows and measures two models on prompts that no training saw. anchor_gap: 1 where nothing happened, 0 where "
-        "the concept's prompts are answered as the anchor's were. retain_change: how much the rest moved."
+        "Shows and measures two models on held-out prompts. anchor_gap: 1 for the original model, 0 where the "
+        "concept's prompts give the anchor's predictions. retain_change: how much the predictions of other prompts "
+        "changed."
     )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "before": ("MODEL", {"tooltip": "The model as it was."}),
+                "before": ("MODEL", {"tooltip": "The original model."}),
                 "after": ("MODEL", {"tooltip": "The erased model."}),
                 **wires("clip", "vae", "concept"),
-                **inputs("eval_images", "seed"),
+                **option_inputs("eval_images", "seed"),
             },
             "optional": wires("options"),
         }
@@ -52,34 +58,28 @@ class SalUnEvaluate(Node):
         clip: Any,
         vae: Any,
         concept: Concepts,
-        options: Chosen | None = None,
-        **given: Any,
+        options: OptionValues | None = None,
+        **values: Any,
     ) -> tuple[Tensor, str]:
-        families = family_of(before), family_of(after)
+        families = family_of(before).name, family_of(after).name
         if families[0] != families[1]:
-            raise ConfigError(f"before is a MODEL of {families[0]}, after one of {families[1]}: only one kind compares")
-        wanted = as_started(options_of(given, options))
-        plan, asked, seen = None, None, []
-        n = 0
-        for model, stage in ((before, Stage.IMAGES_BEFORE), (after, Stage.IMAGES_AFTER)):
-            graph = GraphModel(model, clip, vae, wanted.dtype)
-            if plan is None or asked is None:
-                plan = plan_of(graph, concept, wanted)
-                asked = questions(plan, plan.eval_images, wanted.seed)
-                n = len(asked.forget) + len(asked.retain)
-                bar = ComfyProgress({Stage.IMAGES_BEFORE: n, Stage.IMAGES_AFTER: n})
-            bar.preview = Sampled(graph, plan)
-            with prepared(graph, plan):
-                seen.append(observe(graph, asked, bar, stage, cache()))
-                if len(seen) == 2:
-                    metrics = compare(graph, plan, asked, *seen)
-        assert plan is not None and asked is not None
-        first, second = _both(seen)
-        forget, retain = grids(plan, asked, first, second)
-        picture = image(stack(forget, retain)) if forget is not None and retain is not None else written("no pictures")
-        told = {"concepts": [c.name for c in plan.concepts], "pictures": n, "seed": wanted.seed, **metrics}
-        return picture, json.dumps(told, indent=1)
-
-
-def _both(seen: list[Evaluation]) -> tuple[Evaluation, Evaluation]:
-    return seen[0], seen[1]
+            raise ConfigError(f"before is a MODEL of the family {families[0]}, but after is of {families[1]}")
+        graph, plan = graph_and_plan(before, clip, vae, concept, values, options)
+        graphs = graph, GraphModel(after, clip, vae, plan.options.dtype)
+        prompts = questions(plan, plan.recipe.eval_images, plan.options.seed)
+        bar = ComfyProgress([cost for cost in plan.stages() if cost.stage in STAGES])
+        seen = []
+        for graph, stage in zip(graphs, STAGES, strict=True):
+            bar.preview = SamplePreview(graph, plan)
+            with training_session(graph, plan):
+                seen.append(observe(graph, prompts, bar, stage, cache()))
+                if graph is graphs[-1]:
+                    metrics = compare(graph, plan, prompts, *seen)
+        forget, retain = grids(plan, prompts, *seen)
+        image = (
+            to_image(stack(forget, retain))
+            if forget is not None and retain is not None
+            else text_image("eval_images is 0")
+        )
+        facts = {"concepts": [c.name for c in plan.concepts], "images": len(prompts.forget) + len(prompts.retain)}
+        return image, json.dumps({**facts, "seed": plan.options.seed, **metrics}, indent=1)

@@ -1,34 +1,38 @@
-"""The core's progress as ComfyUI's bar: one rising number, previews, and an interrupt at every event."""
+"""The core's progress as ComfyUI's bar: a monotonically increasing value, previews, and interrupts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from salun.errors import Cancelled
-from salun.progress import Event
+from salun.progress import Event, StageCost
 from salun.runs.record import logger
 
-from .inputs import in_inputs_names
+from .images import Preview
+
+PREVIEWS = 20  # most new previews per stage
 
 
 class ComfyProgress:
-    """A `Progress`. stages: name → how many steps each will tell, in their order; others only look for an interrupt.
+    """A `Progress` that checks for ComfyUI's interrupt at every event and raises it as `Cancelled`.
 
-    preview: made anew at most `PREVIEWS` times a stage, sent with every step since. ComfyUI's interrupt becomes the
-    core's `Cancelled`, upon which the core keeps what it has; `computes` turns it back.
+    (The core then saves its state; `computes` turns the exception back into ComfyUI's.)
+
+    Args:
+        stages: The stages whose steps the bar counts, in order.
+        preview: Makes a preview, at most `PREVIEWS` times per stage; the latest is sent with every step.
     """
 
-    def __init__(self, stages: Mapping[str, int], preview: Any = None) -> None:
+    def __init__(self, stages: Sequence[StageCost], preview: Callable[[], Preview | None] | None = None) -> None:
         import comfy.utils
 
-        self.total = sum(stages.values())
-        self._stages, self._start = dict(stages), {}
-        done = 0
-        for name, steps in stages.items():
-            self._start[name] = done
-            done += steps
-        self._sent, self.preview, self._image = 0, preview, None
+        self._steps, self._start, self.total = {}, {}, 0
+        for cost in stages:
+            self._steps[cost.stage], self._start[cost.stage] = cost.steps, self.total
+            self.total += cost.steps
+        self.preview = preview
+        self._sent = 0
+        self._image: Preview | None = None
         self._passed: dict[str, tuple[int, int]] = {}
         self._bar = comfy.utils.ProgressBar(max(self.total, 1))
 
@@ -36,7 +40,7 @@ class ComfyProgress:
         from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
 
         if event.message:
-            logger.info(in_inputs_names(event.message))
+            logger.info(event.message)
         try:
             throw_exception_if_processing_interrupted()
             self._show(event)
@@ -44,20 +48,17 @@ class ComfyProgress:
             raise Cancelled("interrupted") from interrupt
 
     def _show(self, event: Event) -> None:
-        if event.stage not in self._stages or not event.step:
+        steps = self._steps.get(event.stage, 0)
+        if not steps or not event.step:
             return
         earlier, last = self._passed.get(event.stage, (0, 0))
-        if event.step < last:  # the stage begins again, such as saliency for the next concept
+        if event.step < last:  # the stage begins again, as saliency does for each concept
             earlier += last
         self._passed[event.stage] = earlier, event.step
-        value = self._start[event.stage] + min(earlier + event.step, self._stages[event.stage])
+        value = self._start[event.stage] + min(earlier + event.step, steps)
         if value <= self._sent:
             return
         self._sent = value
-        every = max(1, self._stages[event.stage] // PREVIEWS)
-        if self.preview is not None and (self._image is None or event.step % every == 0):
+        if self.preview is not None and (self._image is None or event.step % max(1, steps // PREVIEWS) == 0):
             self._image = self.preview()
         self._bar.update_absolute(value, self.total, self._image)
-
-
-PREVIEWS = 20  # new pictures in a stage, at most

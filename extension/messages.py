@@ -12,15 +12,15 @@ from .limits import truncated
 
 FIELDS = ("message", "option", "advice", "code")
 PAGE_ADVICE = {  # code of an error → what can be done about it on the page
-    "busy": "Wait until it is done",
+    "in-use": "Wait until it is done",
     "exists": "Choose another name",
     "no-space": "Make room on that disk",
     "not-found": "Choose one that is listed",
-    "options-changed": "Start a new job",
-    "other-model": "Make a mask with “Only make the mask”",
-    "outputs-failed": "What was trained is kept: remedy that, then press Resume",
+    "other-options": "Start a new job",
+    "other-model-mask": "Make a mask with “Only make the mask”",
+    "resume-to-write": "What was trained is kept: remedy that, then press Resume",
     "pickle": "Choose a .safetensors file of the same model",
-    "stacked": "Choose all deltas at once under Deltas",
+    "deltas-applied": "Choose all deltas at once under Deltas",
     "wrong-base": "Choose the checkpoint that the delta was made from",
 }
 LABELS = {"lr": "learning rate", "clip_skip": "CLIP skip", "low_vram": "low VRAM", "retain_weight": "retain weight (α)",
@@ -53,5 +53,5 @@ def from_fields(fields: Any) -> SalunError:
 
 
 def render(error: SalunError, spell: Callable[[str], str] = label) -> str:
-    """An error as a line for people, with the page's own advice. spell: names an option; by default the page's label."""
+    """An error as a line for people, with the page's own advice. spell: option name → how it is shown."""
     return truncated(describe(error, spell, PAGE_ADVICE))

@@ -247,7 +247,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp
     found = compare(run_dir=tmp_path / "run", resume=True, progress=listen, **common, **QUICK)
     assert without_times(found.metrics) == without_times(told(made)["metrics"])
     assert len([message for message in done if message]) == 12
-    notes = [note for note in found.record.data["notes"] if "was not a valid result" in note]
+    notes = [note for note in found.record.notes if "was not a valid result" in note]
     names = ["retrain-0", "retrain-1", "again-0", "again-1", last.stem]
     assert [note.split()[0] for note in notes] == [f"jobs/{name}.json" for name in names]
     with pytest.raises(ConfigError, match="holds a finished run"):
@@ -293,7 +293,7 @@ def test_a_seed_at_which_a_method_comes_apart_is_told_and_the_rest_stands(tmp_pa
     row = found.metrics["methods"]["ga"]
     assert row["failed"] == [0]
     assert row["gap_mean"]["mean"] is None
-    assert "ga, seed 0:" in found.record.data["notes"][0]
+    assert "ga, seed 0:" in found.record.notes[0]
     assert "–" in lines_of(found.metrics)[5][1]
 
 
@@ -507,7 +507,7 @@ def test_a_page_escapes_everything_and_fetches_nothing(made: Path, tmp_path: Pat
     pages = [comparison_page(data, {EVIL: [[EVIL], [EVIL]]}, rows, results, retrain, [EVIL] * 10).html]
     from salun.classification.experiment import unlearn
 
-    run = unlearn(relearn=2, search=True, train_epochs=1, epochs=1, device="cpu").record.data
+    run = unlearn(relearn=2, search=True, train_epochs=1, epochs=1, device="cpu").record.as_json()
     options = {**dict.fromkeys(run["options"], EVIL), EVIL: EVIL}
     shown = {**run, "options": options, "device": EVIL, "command": EVIL, "notes": [EVIL], "facts": {EVIL: EVIL}}
     shown["search"] = {**run["search"], "option": EVIL}

@@ -180,14 +180,14 @@ def test_record_report_and_terminal_name_the_class(tmp_path: Path) -> None:
     root = small_set(tmp_path / "set")
     told = {"data": str(root), "forget": "class:1", "method": "ft", "epochs": 1, **QUICK}
     run = unlearn(run_dir=tmp_path / "run", **told)
-    assert run.record.data["options"]["forget"] == run.split.forgetting == "class:dog"
+    assert run.record.options["forget"] == run.split.forgetting == "class:dog"
     assert "class:dog" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert preview_unlearning(UnlearnOptions(**told))["forget"] == "class:dog"
     made = compare(
         data=str(root), forget="class:1", methods=["ft"], seeds=1, noise_floor=False, search=False, epochs=1,
         workers=1, **QUICK,
     )  # fmt: skip
-    assert made.record.data["options"]["forget"] == "class:dog"
+    assert made.record.options["forget"] == "class:dog"
 
 
 def test_every_format_and_linked_folder_is_read(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_skipped_files_and_repeated_images_are_in_record_and_report(tmp_path: Pa
         data=str(root), run_dir=tmp_path / "run", progress=lambda event: told.append(event.message), **QUICK
     )  # fmt: skip
     line = "set: skipped 1 not an image: cat/notes.doc"
-    assert line in run.record.data["notes"]
+    assert line in run.record.notes
     assert line in told
     assert line in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
@@ -459,7 +459,7 @@ def test_a_run_is_resumed_with_the_same_data_and_original_elsewhere(
     shutil.move("original", "cafe\u0301")
     original = str(tmp_path.resolve() / "caf\u00e9")  # the other form of Unicode
     run = unlearn(data=str(tmp_path / "moved"), original=original, run_dir="run", resume=True, **common)
-    assert run.record.data["resumed"] == 1
+    assert run.record.resumed == 1
     assert evaluate("run", data="moved")["UA"] == run.metrics["UA"]
     with pytest.raises(Cancelled):
         unlearn(data="moved", original=original, run_dir="other", progress=stop, **common)

@@ -105,7 +105,7 @@ def test_the_split_is_the_same_for_original_unlearned_and_retrain(run: Path, tmp
 def test_an_original_that_was_trained_before_is_taken(run: Path, tmp_path: Path) -> None:
     train(run_dir=tmp_path / "original", train_epochs=2, device="cpu")
     done = unlearn(run_dir=tmp_path / "run", original=str(tmp_path / "original"), epochs=2, device="cpu")
-    assert done.record.data["options"]["train_epochs"] == 2  # Retrain is trained likewise
+    assert done.record.options["train_epochs"] == 2  # Retrain is trained likewise
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     for changes, kind, message in (
         ({"split_seed": 1}, DataError, "was trained on another split"),
@@ -278,7 +278,7 @@ def test_a_folder_of_pictures_and_a_transformers_model_go_all_the_way(tmp_path: 
     given = unlearn(run_dir=tmp_path / "b", original=str(tmp_path / "vit"), **common)
     assert given.metrics["gap"] is None
     assert "how the original was trained is not known" in given.metrics["reason"]
-    assert "is not known" in given.record.data["notes"][0]
+    assert "is not known" in given.record.notes[0]
     with pytest.raises(ConfigError, match="cannot be trained again"):
         unlearn(original=str(tmp_path / "vit"), **{**common, "retrain": "yes"})
     with pytest.raises(ModelError, match=r"knows 10 classes, but \w+ has 9"):

@@ -156,7 +156,7 @@ def test_the_trials_of_a_search_share_what_they_count_and_nothing_after_it_does(
 @pytest.mark.parametrize(("method", "option"), [("iu", "influence"), ("ssd", "ssd_alpha"), ("bs", "lr")])
 def test_every_method_has_a_strength_to_find(method: str, option: str) -> None:
     done = unlearn(method=method, search=True, train_epochs=2, device="cpu", retrain="no", gradients=32)
-    assert done.record.data["search"]["option"] == option
+    assert done.record.more["search"]["option"] == option
     assert done.metrics["RTE"]["search"] > 0
     assert "search" not in unlearn(method=method, train_epochs=2, device="cpu", retrain="no").metrics["RTE"]
 

@@ -38,9 +38,9 @@ from salun import Delta, Mask
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.keymap import UNET
 from salun.checkpoints.single_file import open_unet
-from salun.diffusion.context import prepared
-from salun.diffusion.data.training_set import UserLatents, sample_data
-from salun.diffusion.erase import carry_out
+from salun.diffusion.context import training_session
+from salun.diffusion.data.training_set import UserLatents, build_training_set
+from salun.diffusion.erase import unlearn
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.progress import silent
@@ -373,14 +373,14 @@ def test_3_and_4_only_the_masks_weights_move_and_the_graphs_model_stays_as_it_wa
         "mask": masking(density=0.1),
         "keep mask": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="mask"),
         **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
-        "figures": node("PreviewAny", source=["erase", 3]),
+        "metrics": node("PreviewAny", source=["erase", 3]),
         **after_erasing(sampling(["load", 0], "between"), "between"),
         **sampling(["erase", 0], "after"),
     }
     base = server.run({"load": prompt["load"], **sampling(["load", 0], "before")})
     done = server.run(prompt, "erase", "between sample", "after sample")
-    told = json.loads(done["figures"]["text"][0])
-    assert all(np.isfinite(list(row.values())).all() for row in told["losses"])
+    told = json.loads(done["metrics"]["text"][0])
+    assert all(np.isfinite(row).all() for row in told["losses"])
     mask = Mask.load(server.base / done["keep mask"]["text"][0])
     old, new = (dict(open_unet(p)) for p in (checkpoint, server.file("checkpoints") / _name(done["keep"])))
     for name in old:
@@ -603,9 +603,9 @@ def test_a_comfyui_short_of_memory_trains_with_little_and_keeps_its_model(
         assert np.array_equal(starved.image(base, "before"), server.image(wanted, "before"))
         lora = _small_lora(starved)
         up = node("LoraLoaderModelOnly", model=["load", 0], lora_name=lora, strength_model=0.7)
-        prompt = {**erasing(model=["up", 0]), "up": up, "figures": node("PreviewAny", source=["erase", 3])}
+        prompt = {**erasing(model=["up", 0]), "up": up, "metrics": node("PreviewAny", source=["erase", 3])}
         done = starved.run({**prompt, **sampling(["up", 0], "before"), **sampling(["erase", 0], "after")})
-        assert json.loads(done["figures"]["text"][0])["options"]["low_vram"] is True
+        assert json.loads(done["metrics"]["text"][0])["options"]["low_vram"] is True
         assert not np.array_equal(starved.image(done, "before"), starved.image(done, "after"))
         again = starved.run({"load": prompt["load"], **once_more(sampling(["load", 0]))}, "image sample")
         assert np.array_equal(starved.image(again, "image"), starved.image(base, "before"))
@@ -680,11 +680,11 @@ def test_a_model_that_predicts_v_is_erased_as_one(server: Server, checkpoint: Pa
     prompt["v"] = node("ModelSamplingDiscrete", model=["load", 0], sampling="v_prediction", zsnr=True)
     prompt |= {
         **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
-        "figures": node("PreviewAny", source=["erase", 3]),
+        "metrics": node("PreviewAny", source=["erase", 3]),
     }
     prompt |= {**sampling(["v", 0], "before"), **sampling(["erase", 0], "after")}
     done = server.run(prompt)
-    assert all(np.isfinite(list(row.values())).all() for row in json.loads(done["figures"]["text"][0])["losses"])
+    assert all(np.isfinite(row).all() for row in json.loads(done["metrics"]["text"][0])["losses"])
     before, after = server.image(done, "before"), server.image(done, "after")
     assert after.std() > 0 and not np.array_equal(before, after)
     plain = server.run({**erasing(seed=70), **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE)})
@@ -747,10 +747,10 @@ def test_the_node_does_what_the_command_line_does(server: Server, checkpoint: Pa
     options = EraseOptions(**{**numbers, "forget_latents": 2, "eval_images": 0, "seed": 0})
     plan = make_plan(model.settings, model.name, salun.Concept("a cat", anchor="a dog"), options)
     record = RunRecord(None, "test", {}, 0, "cpu")
-    with record.running(), prepared(model, plan):
+    with record.running(), training_session(model, plan):
         own = UserLatents([forget], retain, tuple(captions.splitlines()))
-        data = sample_data(model, plan, silent, cache=Cache(Path("unused"), 0), given=own)
-        run = carry_out(model, plan, record, silent, None, data)
+        data = build_training_set(model, plan, silent, cache=Cache(Path("unused"), 0), given=own)
+        run = unlearn(model, plan, record, silent, None, data)
     jaccard = nodes_mask.jaccard(run.mask)
     old, worst, far, total = model.original(), 0.0, 0, 0
     for name in run.erased:

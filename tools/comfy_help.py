@@ -1,4 +1,4 @@
-"""Writes the nodes' help pages, comfy_nodes/web/docs/<NodeId>.md, from what the nodes say of themselves.
+"""Writes the nodes' help pages, comfy_nodes/web/docs/<NodeId>.md, from the nodes' descriptions, inputs and outputs.
 
 python tools/comfy_help.py
 """
@@ -13,20 +13,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "comfy_nodes" / "web" / "docs"
-MORE = {  # what a page says beyond the node's own words
-    "SalUnConcept": "Wire one SalUn Concept into the next to forget several at once.",
-    "SalUnOptions": "Numbers just below an option's range (0 or −1, their default) are taken from the model's recipe. "
-    "Where ComfyUI was started with --lowvram or --novram, low_vram is on.",
-    "SalUnTrainingData": "Sampled latents are kept in ComfyUI's user folder (`user/salun/cache`, or SALUN_CACHE; "
-    "SALUN_CACHE_SIZE limits it), so that another run with the same model, prompts and seed samples nothing.",
-    "SalUnErase": "Interrupt stops it within a step and leaves the graph as it was; queued again with the same inputs, "
-    "it goes on where it stopped. The seed has no control after generate, since another seed trains again. A LoRA "
-    "before this node is part of the model that is erased; patches that are no weights (FreeU, attention patches, "
-    "hooks) do not count. Previews and pictures of sensitive concepts are blurred unless SalUn Options has "
-    "show_sensitive on. On an out of memory error lower batch_size, or switch low_vram on in SalUn Options.",
-    "SalUnSaveErasedCheckpoint": "EMA copies of the weights are left out, since they still hold the concept.",
-    "SalUnSaveAsLora": "A low-rank file of a dense erasure loses much of it: look at the share that is told, and try "
-    "the result. The checkpoint or the delta loses nothing.",
+MORE = {  # text of a page beyond the node's description
+    "SalUnConcept": "To erase several concepts at once, connect one SalUn Concept to the next.",
+    "SalUnOptions": "A number just below an option's range (0 or −1, the default) is automatic: the value of the "
+    "model's recipe, or the model's own. low_vram is on if ComfyUI was started with --lowvram or --novram.",
+    "SalUnTrainingData": "Samples are cached in ComfyUI's user folder (`user/salun/cache`, or SALUN_CACHE; "
+    "SALUN_CACHE_SIZE limits it), so that a run with the same model, prompts and seed reuses them.",
+    "SalUnErase": "Interrupt stops the training within one step and leaves the graph unchanged; queued again with the "
+    "same inputs, the training resumes. The seed has no control after generate, since another seed trains again. "
+    "Patches that are not weights (FreeU, attention patches, hooks) have no effect. Previews and images of sensitive "
+    "concepts are blurred unless SalUn Options has show_sensitive on. On an out-of-memory error lower batch_size, or "
+    "turn low_vram on in SalUn Options.",
+    "SalUnSaveErasedCheckpoint": "EMA copies of the weights are not written, since they still contain the concept.",
+    "SalUnSaveAsLora": "A low-rank file of a dense erasure loses much of it: check the fraction in the summary, and "
+    "try the result. The checkpoint and the delta lose nothing.",
 }
 
 
@@ -35,19 +35,19 @@ def page(identity: str, title: str, node: Any) -> str:
     lines = [f"# {title}", "", node.DESCRIPTION, ""]
     if identity in MORE:
         lines += [MORE[identity], ""]
-    lines += ["## Inputs", "", "| input | type | default | |", "|---|---|---|---|"]
+    lines += ["## Inputs", "", "| input | type | default | meaning |", "|---|---|---|---|"]
     for name, (what, *rest) in [item for part in node.INPUT_TYPES().values() for item in part.items()]:
         kind = "choice" if isinstance(what, list) else what
         default = rest[0].get("default", "")
         lines.append(f"| `{name}` | {kind} | {default} | {rest[0]['tooltip']} |")
-    lines += ["", "## Outputs", "", "| output | type | |", "|---|---|---|"]
-    for name, kind, told in zip(node.RETURN_NAMES, node.RETURN_TYPES, node.OUTPUT_TOOLTIPS, strict=True):
-        lines.append(f"| `{name}` | {kind} | {told} |")
+    lines += ["", "## Outputs", "", "| output | type | meaning |", "|---|---|---|"]
+    for name, kind, tooltip in zip(node.RETURN_NAMES, node.RETURN_TYPES, node.OUTPUT_TOOLTIPS, strict=True):
+        lines.append(f"| `{name}` | {kind} | {tooltip} |")
     return "\n".join(lines) + "\n"
 
 
 def pages() -> dict[str, str]:
-    """Node id → its page. ComfyUI's lists of files are empty here."""
+    """Node id → its help page, with empty lists of files."""
     with tempfile.TemporaryDirectory() as empty:
         host: Any = types.ModuleType("folder_paths")
         host.get_filename_list = lambda kind: []

@@ -32,7 +32,7 @@ STOCK: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
     "SaveImage": ({"images": "IMAGE"}, ["filename_prefix"], []),
 }
 Graph = dict[str, tuple[str, tuple[int, int], dict[str, Any]]]
-"""name → (class, place, inputs): an input is a value, or ("@name", output) for a wire."""
+"""name → (class, position, inputs): an input is a value, or ("@name", output) for a wire."""
 
 SAMPLER = {
     "seed": 1,
@@ -54,17 +54,17 @@ def sampled(text: str, models: dict[str, tuple[str, int]], x: int, y: int, save:
         "latent": ("EmptyLatentImage", (x, y + 440), {"width": 512, "height": 512, "batch_size": 1}),
     }
     for i, (name, wire) in enumerate(models.items()):
-        place = y + 460 * i
+        position = y + 460 * i
         wires = {
             "model": wire,
             "positive": ("@prompt", 0),
             "negative": ("@negative", 0),
             "latent_image": ("@latent", 0),
         }
-        graph[f"sample {name}"] = ("KSampler", (x + 460, place), {**wires, **SAMPLER})
+        graph[f"sample {name}"] = ("KSampler", (x + 460, position), {**wires, **SAMPLER})
         graph[f"decode {name}"] = (
             "VAEDecode",
-            (x + 820, place),
+            (x + 820, position),
             {"samples": (f"@sample {name}", 0), "vae": ("@load", 2)},
         )
         images = {"images": (f"@decode {name}", 0)}
@@ -72,7 +72,7 @@ def sampled(text: str, models: dict[str, tuple[str, int]], x: int, y: int, save:
             shown: tuple[str, dict[str, Any]] = ("SaveImage", {**images, "filename_prefix": f"salun/{name}"})
         else:
             shown = ("PreviewImage", images)
-        graph[f"show {name}"] = (shown[0], (x + 1180, place), shown[1])
+        graph[f"show {name}"] = (shown[0], (x + 1180, position), shown[1])
     return graph
 
 
@@ -89,8 +89,8 @@ WORKFLOWS: dict[str, Graph] = {
             {**PARTS, "vae": ("@load", 2), "concept": ("@concept", 0), "eval_images": 4},
         ),
         "grid": ("PreviewImage", (900, 0), {"images": ("@erase", 2)}),
-        "keep delta": ("SalUnSaveDelta", (900, 360), {"delta": ("@erase", 1), "filename_prefix": "erased"}),
-        "keep checkpoint": (
+        "save delta": ("SalUnSaveDelta", (900, 360), {"delta": ("@erase", 1), "filename_prefix": "erased"}),
+        "save checkpoint": (
             "SalUnSaveErasedCheckpoint",
             (900, 520),
             {"delta": ("@erase", 1), "ckpt_name": CHECKPOINT, "filename_prefix": "erased"},
@@ -105,7 +105,7 @@ WORKFLOWS: dict[str, Graph] = {
         "mask": ("SalUnSaliencyMask", (420, 360), {**PARTS, **WHAT, "data": ("@data", 0)}),
         "heatmap": ("SalUnMaskHeatmap", (860, 460), {"mask": ("@mask", 0)}),
         "show heatmap": ("PreviewImage", (1380, 660), {"images": ("@heatmap", 0)}),
-        "keep mask": ("SalUnSaveMask", (860, 600), {"mask": ("@mask", 0), "filename_prefix": "mask"}),
+        "save mask": ("SalUnSaveMask", (860, 600), {"mask": ("@mask", 0), "filename_prefix": "mask"}),
         "erase": (
             "SalUnErase",
             (860, 0),
@@ -129,8 +129,8 @@ WORKFLOWS: dict[str, Graph] = {
                 **WHAT,
             },
         ),
-        "show pictures": ("PreviewImage", (1820, 0), {"images": ("@evaluate", 0)}),
-        "keep lora": (
+        "show images": ("PreviewImage", (1820, 0), {"images": ("@evaluate", 0)}),
+        "save lora": (
             "SalUnSaveAsLora",
             (1380, 360),
             {"model": ("@load", 0), "delta": ("@erase", 1), "filename_prefix": "erased"},
@@ -168,12 +168,12 @@ def saved(graph: Graph) -> dict[str, Any]:
     """The graph as the front end saves it."""
     numbers = {name: i for i, name in enumerate(graph, 1)}
     nodes, links = {}, []
-    for name, (kind, place, _) in graph.items():
+    for name, (kind, position, _) in graph.items():
         wires, _, outputs = described(kind)
         nodes[name] = {
             "id": numbers[name],
             "type": kind,
-            "pos": list(place),
+            "pos": list(position),
             "size": [400, 120] if kind.startswith("SalUn") else [315, 120],
             "flags": {},
             "order": numbers[name] - 1,

@@ -185,15 +185,15 @@ def compare(
         results = {v.name: _by_seed(jobs["unlearn"], unlearned, v.name) for v in variants}
         beside, floor = _by_seed(jobs["retrain"], exact), _by_seed(jobs["again"], again)
         titles = {v.name: title_of(v) for v in variants}
-        record.data["metrics"] = table_of(results, beside, searched, titles, floor)
+        record.metrics = table_of(results, beside, searched, titles, floor)
         failures = _failures({"Retrain": beside, "Retrain of another seed": floor, **results})
-        record.data["notes"] = first.notes + ledger.notes + failures
+        record.notes = first.notes + ledger.notes + failures
         if folder is not None:
             rows = {name: _resolved(setting) for name, setting in checked.items()}
-            told = {**record.data, "status": "done"}
-            page = comparison_page(told, tables_of(record.data["metrics"]), rows, results, beside, data.classes)
+            told = {**record.as_json(), "status": "done"}
+            page = comparison_page(told, tables_of(record.metrics), rows, results, beside, data.classes)
             page.save(folder / "report.html")
-    return Comparison(record.data["metrics"], record)
+    return Comparison(record.metrics, record)
 
 
 def _searched(desk: JobRunner, first: Sequence[Job], settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:

@@ -156,10 +156,10 @@ def train(
         with record.stage(Stage.TRAINING):
             original = trained(full, data, split, cache, progress, Stage.TRAINING)
         metrics = {**accuracies(_task(original, data, split, full, progress)), "RTE": _seconds(original.seconds)}
-        record.data["losses"], record.data["metrics"] = original.history, metrics
+        record.losses, record.metrics = original.history, metrics
         _keep_model(record, original.model, replace(original.facts, role="original"))
         if record.folder is not None:
-            train_page({**record.data, "status": "done"}, data.classes).save(record.folder / "report.html")
+            train_page({**record.as_json(), "status": "done"}, data.classes).save(record.folder / "report.html")
     return Outcome(original.model, split, metrics, record)
 
 
@@ -203,14 +203,14 @@ def unlearn(
             before = judge(task)
         if options.search:
             with record.stage(Stage.SEARCHING):
-                task.options, record.data["search"] = search(task)
+                task.options, record.more["search"] = search(task)
         seconds = forget(task, record)
         _tell(record, task.notes, progress, Stage.UNLEARNING)
         _keep_model(record, task.model, replace(original.facts, role="unlearned", split=split.digest))
         with record.stage(Stage.EVALUATING):
             metrics = {**figures_of(task), "RTE": _seconds(seconds), "original": before}
         if options.search:  # told apart: it is paid once for a setting, however many times that is used
-            metrics["RTE"]["search"] = record.data["search"]["seconds"]
+            metrics["RTE"]["search"] = record.more["search"]["seconds"]
         metrics |= {"retrain": None, "gap": None, "gap_mean": None, "ToW": None, "reason": setting.no_retrain}
         if setting.no_retrain is None:
             with record.stage(Stage.RETRAINING):
@@ -218,7 +218,7 @@ def unlearn(
             with record.stage(Stage.EVALUATING):
                 beside = {**figures_of(setting.task(exact, progress)), "RTE": _seconds(exact.seconds)}
             metrics |= {"retrain": beside, **gap_to_retrain(metrics, beside)}
-        record.data["metrics"] = metrics
+        record.metrics = metrics
         _keep_report(record, task.mask, data.classes)
     return Outcome(task.model, split, metrics, record)
 
@@ -268,15 +268,15 @@ def forget(task: Task, record: RunRecord) -> float:
     began = time.perf_counter()
     if method.trains:
         with record.stage(Stage.SALIENCY):
-            task.mask, record.data["mask"] = find_mask(task)
+            task.mask, record.mask = find_mask(task)
     with record.stage(Stage.UNLEARNING):
         method.call(task, task.options)
         if task.device.type == "cuda":
             torch.cuda.synchronize(task.device)
     seconds = time.perf_counter() - began
-    record.data["losses"] = task.history
+    record.losses = task.history
     moved = sum(int((p != before[n]).sum()) for n, p in task.parameters.items())
-    record.data["moved"] = moved / sum(p.numel() for p in before.values())
+    record.more["moved"] = moved / sum(p.numel() for p in before.values())
     if method.trains and record.folder is not None:
         assert task.mask is not None
         task.mask.save(record.folder / "mask.safetensors")
@@ -340,7 +340,7 @@ def _record(
 
 def _tell(record: RunRecord, notes: Sequence[str], progress: Progress, stage: Stage) -> None:
     """Add notes to the record, and show them."""
-    record.data["notes"] += notes
+    record.notes += notes
     for note in notes:
         progress(Event(stage, message=note))
 
@@ -361,7 +361,7 @@ def enough_memory() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            "out of memory", advice="use a smaller {batch_size} and {train_batch_size}", code="memory"
+            "out of memory", advice="use a smaller {batch_size} and {train_batch_size}", code="out-of-memory"
         ) from error
 
 
@@ -373,7 +373,7 @@ def _keep_split(record: RunRecord, split: Split) -> None:
 def _keep_report(record: RunRecord, mask: Mask | None, classes: Sequence[str]) -> None:
     """The page; made while the run is not yet done, for a run that is done has one."""
     if record.folder is not None:
-        run_page({**record.data, "status": "done"}, layers_of(mask) if mask else {}, classes).save(
+        run_page({**record.as_json(), "status": "done"}, layers_of(mask) if mask else {}, classes).save(
             record.folder / "report.html"
         )
 
@@ -382,7 +382,7 @@ def _keep_model(record: RunRecord, model: nn.Module, facts: Facts) -> None:
     if record.folder is not None:
         path = record.folder / "model.safetensors"
         save_model(path, model, facts)
-        record.note_file("outputs", "model", path, path.name)
+        record.add_output("model", path, path.name)
 
 
 def _seconds(value: float | None) -> dict[str, Any]:

@@ -75,11 +75,11 @@ class ResultStore:
 
     def key(self, job: Job) -> str:
         """What a result depends on: the job's options, data, split and fresh model (`facts`), versions, device."""
-        facts = {**self.record.data["facts"], "device": self.record.data["device"]}
+        facts = {**self.record.facts, "device": self.record.device}
         options = {
             name: value for name, value in asdict(job.options).items() if name not in INPUTS or name not in facts
         }
-        versions = {k: v for k, v in self.record.data["versions"].items() if k != "platform"}
+        versions = {k: v for k, v in self.record.versions.items() if k != "platform"}
         text = json.dumps([job.kind, options, job.values, facts, versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -271,7 +271,7 @@ def _unlearn(job: Job, setting: Setting, progress: Progress) -> dict[str, Any]:
     record = opened(setting)
     seconds = forget(task, record)
     layers = layers_of(task.mask) if task.mask is not None else {}
-    return {**figures_of(task), "RTE": {"value": seconds}, "mask": record.data["mask"], "layers": layers}
+    return {**figures_of(task), "RTE": {"value": seconds}, "mask": record.mask, "layers": layers}
 
 
 WORK: dict[Kind, Callable[[Job, Setting, Progress], dict[str, Any]]] = {

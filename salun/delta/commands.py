@@ -277,6 +277,7 @@ def _check_stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], erro
         raise ModelError(
             f"{stored.path} already has {', '.join(map(str, listed))}, of the same base ({error.expected[:12]}…)",
             advice="Start from that base and apply all of them at once by `salun delta stack`, which is exact",
+            code="deltas-applied",
         ) from error
 
 

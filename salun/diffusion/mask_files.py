@@ -46,7 +46,7 @@ def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None
             f"the mask {what} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "
             f"this model's {base_hash[:12]}…)",
             advice=f"Make one by `salun mask --model {literal(model.name)}`",
-            code="mask-of-another-model",
+            code="other-model-mask",
         )
     if not mask.selected:
         raise MaskError(f"the mask {what} selects no weight: nothing could be trained")

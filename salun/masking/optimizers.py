@@ -20,6 +20,7 @@ def check_optimizer(name: str) -> None:
             "is adam8bit, but bitsandbytes is not installed",
             option="optimizer",
             advice="`pip install salun[bitsandbytes]`, or use adam",
+            code="no-bitsandbytes",
         )
 
 

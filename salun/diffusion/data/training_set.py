@@ -91,7 +91,11 @@ def build_training_set(
         retain.append(user.retain[usable].to(model.device))
     retain_prompts = [*prompts.retain, *prompts.sampled_anchor, *captions]
     if not retain_prompts and not forget_only:
-        raise ConfigError("there is nothing to retain", advice="Set {retain_latents} above 0, or give {retain_images}")
+        raise ConfigError(
+            "there is nothing to retain",
+            advice="Set {retain_latents} above 0, or give {retain_images}",
+            code="no-retain-set",
+        )
     forget = sampled["forget"]
     if user.forget is not None:
         each = [latents[[i % len(latents) for i in range(prompts.each)]] for latents in user.forget]
