@@ -506,7 +506,7 @@ def test_an_fp16_copy_of_the_fp32_base_is_rejected_with_the_way_out(salun: Comma
     model, full = folder("half", {name: tensor.half() for name, tensor in base.items()}), folder("full", base)
     Delta.between(base, new).save("x.salun.safetensors")
     apply = ("delta", "apply", model, "x.salun.safetensors", "--output", "again/")
-    refused(salun(*apply), 1, "same model in another dtype", "--fine-tune-of-base", base_hash(base)[:12])
+    refused(salun(*apply), 1, "a dtype of less precision", "adds the differences", base_hash(base)[:12])
     found = done(salun(*apply, "--fine-tune-of-base", full, "--json"))
     assert "differences" in found["notes"][0]
     for name, tensor in unet_of("again/").items():
@@ -521,7 +521,7 @@ def test_another_base_is_rejected_with_both_hashes_and_a_fine_tune_gets_differen
     Delta.between(base, new).save("x.salun.safetensors")
     apply = ("delta", "apply", other, "x.salun.safetensors", "--output", "again.safetensors")
     refused(salun(*apply), 1, "was made for the base", base_hash(base)[:12], base_hash(tuned)[:12], "fine")
-    refused(salun(*apply, "--fine-tune-of-base", other), 1, "takes the base that the delta was made from")
+    refused(salun(*apply, "--fine-tune-of-base", other), 1, "Give the base that the delta was made from")
     done(salun(*apply, "--fine-tune-of-base", model, "--json"))
     for name, tensor in unet_of("again.safetensors").items():
         expected = (tuned[name].float() + (new[name].float() - base[name].float())).half()
@@ -541,7 +541,7 @@ def test_models_that_do_not_pair_up_are_rejected(salun: Command) -> None:
     smaller = folder("smaller", {name: t for name, t in weights().items() if name != "conv_norm_out.weight"})
     floats = folder("floats", weights(dtype=torch.float32))
     extract = ("delta", "extract", base)
-    refused(salun(*extract, smaller, "--output", "x.salun.safetensors"), 1, "conv_norm_out.weight only on one side")
+    refused(salun(*extract, smaller, "--output", "x.salun.safetensors"), 1, "conv_norm_out.weight only in one of them")
     refused(salun(*extract, floats, "--output", "x.salun.safetensors"), 1, "float16", "float32", "in one dtype")
     shutil.copytree("base", "copy")
     refused(salun(*extract, "copy", "--output", "x.salun.safetensors"), 1, "the same UNet")
@@ -627,7 +627,7 @@ def test_what_cannot_be_stacked_is_rejected(two: tuple[str, Weights, Delta, Delt
     output = ("--output", "both.safetensors")
     refused(salun(*stack, "foreign.salun.safetensors", *output), 1, "different bases", base_hash(foreign)[:12])
     refused(salun(*stack, "one.salun.safetensors", *output), 2, "given twice")
-    refused(salun(*stack, "two.salun.safetensors", "--strength", "1", *output), 2, "1 --strength for 2 deltas")
+    refused(salun(*stack, "two.salun.safetensors", "--strength", "1", *output), 2, "strength has 1 values for 2 deltas")
     refused(salun(*stack, "--strength", "2", *output), 2, "strength is 2.0, but must be from -0.5 to 1.5")
     refused(salun(*stack, "--strength", "nan", *output), 2, "strength is nan")
     refused(salun(*stack, "gone.salun.safetensors", *output), 1, "gone.salun.safetensors cannot be read")

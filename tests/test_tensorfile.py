@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_rejected_and_leaves_no_file(content: dict[str, tor
     source, target = tmp_path / "in", tmp_path / "out"
     safetensors_io.write(source, content)
     for replaced, message in (
-        ({"nowhere": torch.ones(1)}, "holds no nowhere"),
+        ({"nowhere": torch.ones(1)}, "has no tensor nowhere"),
         ({"b": torch.ones(3, 5)}, r"b is F32 \[3, 4\]"),
         ({"b": torch.ones(3, 4).half()}, r"not F16 \[3, 4\]"),
     ):
