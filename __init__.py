@@ -1,6 +1,6 @@
-"""ComfyUI's door: this clone, under any name in `custom_nodes/`, is the node pack.
+"""ComfyUI's entry point: this clone, under any name in `custom_nodes/`, is the node pack.
 
-ComfyUI does not put a pack's folder on sys.path, so the core beside this file is loaded by its place.
+ComfyUI does not put a pack's folder on sys.path, so the core is loaded by its path.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ def _load_core() -> None:
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules["salun"]  # half a core must not be found by the next import
+        del sys.modules["salun"]  # the next import must not find an incomplete core
         raise
 
 

@@ -559,8 +559,10 @@ def test_samplers_are_comfyuis(host: Host, sampler: str, function: str) -> None:
     assert function in facts["sampler"]
 
 
-@pytest.mark.parametrize(("state", "low"), [("LOW_VRAM", True), ("NO_VRAM", True), ("NORMAL_VRAM", False)])
-@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(
+    ("state", "low", "deterministic"),
+    [("LOW_VRAM", True, True), ("NO_VRAM", True, False), ("NORMAL_VRAM", False, True)],
+)
 def test_low_vram_and_cublas_follow_comfyui_and_the_options(
     host: Host, monkeypatch: pytest.MonkeyPatch, state: str, low: bool, deterministic: bool
 ) -> None:
@@ -630,16 +632,23 @@ def test_cached_images_are_blurred_by_the_current_option(host: Host) -> None:
     assert not host.bar and blurred.shape == shown.shape and not torch.equal(blurred, shown)
 
 
-@pytest.mark.parametrize("kind", ["SalUnTrainingData", "SalUnSaliencyMask", "SalUnEvaluate", "SalUnErase"])
-@pytest.mark.parametrize(("name", "show", "blur"), [("nudity", 0, 1), ("nudity", 1, 0), ("van gogh", 0, 0)])
-def test_previews_are_blurred_for_sensitive_concepts(host: Host, kind: str, name: str, show: int, blur: int) -> None:
-    if show and kind in ("SalUnTrainingData", "SalUnEvaluate"):
-        pytest.skip("as in the other nodes")
+@pytest.mark.parametrize(
+    ("kind", "name", "show", "blur"),
+    [
+        ("SalUnTrainingData", "nudity", False, True),
+        ("SalUnTrainingData", "van gogh", False, False),
+        ("SalUnSaliencyMask", "nudity", False, True),
+        ("SalUnEvaluate", "nudity", False, True),
+        ("SalUnErase", "nudity", False, True),
+        ("SalUnErase", "nudity", True, False),
+    ],
+)
+def test_previews_are_blurred_for_sensitive_concepts(host: Host, kind: str, name: str, show: bool, blur: bool) -> None:
     model, after = Patcher(), Patcher(prediction="v_prediction")
     for each in (model, after):
         each.model.latent_format.latent_rgb_factors = [[0.0] * 3] * 4
     inputs = parts(model=model, before=model, after=after, concept=preset(name), **{**TINY, "eval_images": 1})
-    inputs["options"] = options(show_sensitive=bool(show))
+    inputs["options"] = options(show_sensitive=show)
     if kind == "SalUnErase":
         inputs["eval_images"] = 0
     taken = [name for part in NODE_CLASS_MAPPINGS[kind].INPUT_TYPES().values() for name in part]
@@ -648,7 +657,7 @@ def test_previews_are_blurred_for_sensitive_concepts(host: Host, kind: str, name
     images = {id(image): image for _, image, _ in host.previews}.values()
     for image, latent in zip(images, host.latents, strict=True):
         small = np.asarray(image.resize((8, 8), Image.Resampling.NEAREST))
-        assert np.array_equal(small, _pixels(latent)) != bool(blur)
+        assert np.array_equal(small, _pixels(latent)) != blur
 
 
 # -- interrupts and the cache -----------------------------------------------------------------------------------------

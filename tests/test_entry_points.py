@@ -1,4 +1,4 @@
-"""The clone as ComfyUI node pack and as WebUI extension: both doors open under any folder name, and do no harm."""
+"""The clone as ComfyUI node pack and WebUI extension: both entry points work under any folder name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The clone's doors and core under another name, as a host would hold it."""
+    """The clone's entry points and core under another name, as in a host's folder."""
     target = tmp_path / "hosts" / "my-own name"
     target.mkdir(parents=True)
     for name in ("__init__.py", "install.py"):
@@ -41,8 +41,8 @@ def run(program: str, cwd: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_comfyuis_door_loads_the_core_beside_it(clone: Path, tmp_path: Path) -> None:
-    """Without the pack's folder on sys.path, as ComfyUI does it; an installed salun is not taken instead."""
+def test_comfyui_entry_point_loads_its_own_core(clone: Path, tmp_path: Path) -> None:
+    """Without the pack's folder on sys.path, as in ComfyUI; an installed salun is not used instead."""
     program = "import sys, types; sys.modules['comfy'] = types.ModuleType('comfy')"
     program += LOAD.format(path=str(clone / "__init__.py"), folder=str(clone))
     program += "print('SalUnErase' in module.NODE_CLASS_MAPPINGS, module.WEB_DIRECTORY)\n"
@@ -51,7 +51,7 @@ def test_comfyuis_door_loads_the_core_beside_it(clone: Path, tmp_path: Path) -> 
     assert lines == ["True ./comfy_nodes/web", str(clone / "salun" / "__init__.py")]
 
 
-def test_it_says_when_another_salun_is_there_first(clone: Path, tmp_path: Path) -> None:
+def test_comfyui_entry_point_warns_of_another_salun(clone: Path, tmp_path: Path) -> None:
     program = "import sys, types; sys.modules['comfy'] = types.ModuleType('comfy'); import salun"
     program += LOAD.format(path=str(clone / "__init__.py"), folder=str(clone))
     output = run(program, ROOT)
@@ -59,7 +59,7 @@ def test_it_says_when_another_salun_is_there_first(clone: Path, tmp_path: Path) 
     assert str(clone / "salun") in output
 
 
-def test_webuis_door_opens_twice_and_takes_a_name_of_its_own(clone: Path, tmp_path: Path) -> None:
+def test_webui_entry_point_runs_twice_under_a_unique_module_name(clone: Path, tmp_path: Path) -> None:
     """ "Reload UI" runs the script again; another extension's `extension` package must not be taken for ours."""
     script = clone / "scripts" / "salun_webui.py"
     program = "import sys, types, runpy; sys.modules['extension'] = types.ModuleType('extension')\n"
@@ -68,7 +68,7 @@ def test_webuis_door_opens_twice_and_takes_a_name_of_its_own(clone: Path, tmp_pa
     assert run(program, tmp_path).strip() == str(clone / "extension" / "__init__.py")
 
 
-def test_a_core_that_fails_to_load_leaves_nothing_behind(clone: Path, tmp_path: Path) -> None:
+def test_core_that_fails_to_load_is_not_left_in_sys_modules(clone: Path, tmp_path: Path) -> None:
     (clone / "salun" / "__init__.py").write_text("raise RuntimeError('broken core')", encoding="utf-8")
     program = "import sys, types; sys.modules['comfy'] = types.ModuleType('comfy')\ntry:\n"
     program += textwrap.indent(LOAD.format(path=str(clone / "__init__.py"), folder=str(clone)), "    ")
@@ -76,7 +76,7 @@ def test_a_core_that_fails_to_load_leaves_nothing_behind(clone: Path, tmp_path: 
     assert run(program, tmp_path).strip() == "broken core False"
 
 
-def test_python_m_salun_takes_the_clones_own_command_line(clone: Path, tmp_path: Path) -> None:
+def test_python_m_salun_runs_the_clones_command_line(clone: Path, tmp_path: Path) -> None:
     """Also where another copy is installed: one copy's core never runs under the other's commands."""
     shutil.copytree(ROOT / "cli", clone / "cli", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", clone)
@@ -88,11 +88,11 @@ def test_python_m_salun_takes_the_clones_own_command_line(clone: Path, tmp_path:
     program += "sys.argv = ['salun', '--version']\ntry: runpy.run_module('salun', run_name='__main__')\n"
     program += "except SystemExit: print(sys.modules['salun_cli'].__file__)"
     assert run(program, tmp_path).splitlines()[-1] == str(clone / "cli" / "__init__.py")
-    (clone / "pyproject.toml").unlink()  # in site-packages a neighbour named `cli` is somebody else's
+    (clone / "pyproject.toml").unlink()  # in site-packages a neighbour named `cli` belongs to another project
     assert run(program, tmp_path).splitlines() == ["the other copy"]
 
 
-def test_the_installer_run_twice_changes_nothing(clone: Path, tmp_path: Path) -> None:
+def test_installer_changes_nothing(clone: Path, tmp_path: Path) -> None:
     """As a host runs it: a child process in the host's folder."""
 
     def state() -> list[object]:
@@ -107,7 +107,7 @@ def test_the_installer_run_twice_changes_nothing(clone: Path, tmp_path: Path) ->
         assert state() == before
 
 
-def test_the_installer_says_what_is_missing(clone: Path, tmp_path: Path) -> None:
+def test_installer_names_missing_packages(clone: Path, tmp_path: Path) -> None:
     blocked = "import sys, runpy; sys.modules['yaml'] = None\n"
     blocked += "import importlib.util as u; find = u.find_spec\n"
     blocked += "u.find_spec = lambda n, *a: None if n == 'yaml' else find(n, *a)\n"
