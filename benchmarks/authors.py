@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from salun.classification.experiment import Setting, forget, opened, setting_of
+from salun.classification.experiment import ExperimentSetup, forget, open_record, setup_of
 from salun.classification.masks import find_mask
 from salun.classification.metrics import COMPARED, judge
 from salun.classification.predictions import members
@@ -197,7 +197,7 @@ def of_seed(seed: int, draws: int) -> dict[str, dict[str, Any]]:
     """Row of the tables → what a seed's draws gave on either side."""
     rows = {}
     for name, (method, lr, epochs) in RUNS.items():
-        setting = setting_of(UnlearnOptions(method=method, lr=lr, epochs=epochs, seed=seed, **OPTIONS))
+        setting = setup_of(UnlearnOptions(method=method, lr=lr, epochs=epochs, seed=seed, **OPTIONS))
         original = setting.task(setting.original(silent), silent)
         drawn = [seed + APART * draw for draw in range(draws)]
         mine = [ours_of(original, setting, own) for own in drawn]
@@ -213,12 +213,12 @@ def of_seed(seed: int, draws: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def ours_of(original: Task, setting: Setting, seed: int) -> tuple[dict[str, Any], float]:
+def ours_of(original: Task, setting: ExperimentSetup, seed: int) -> tuple[dict[str, Any], float]:
     """(the judgement of our model, seconds an epoch) of one draw; judged by the original's own seed."""
     task = replace(original, model=deepcopy(original.model), options=replace(original.options, seed=seed), history=[])
     assert task.options.epochs is not None
     began = time.perf_counter()
-    forget(task, opened(setting))
+    forget(task, open_record(setting))
     seconds = (time.perf_counter() - began) / task.options.epochs
     task.options = original.options
     return judge(task), seconds

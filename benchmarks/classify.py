@@ -27,7 +27,7 @@ import torch
 
 import salun.methods
 from salun.classification.compare import compare
-from salun.classification.search import did_nothing
+from salun.classification.search import is_no_better_than_original
 from salun.classification.table import lines_of, tables_of
 from salun.classification.unlearn_options import CompareOptions
 from salun.progress import Event
@@ -154,7 +154,7 @@ def verdict(title: str, metrics: dict[str, Any]) -> str:
     rows = metrics["methods"]
     titles = {name: row["title"] for name, row in rows.items()}
     known = {n: r["gap_mean"]["mean"] for n, r in rows.items() if n in METHODS and r["gap_mean"]["n"]}
-    idle = [name for name in known if did_nothing(rows[name]["search"])]
+    idle = [name for name in known if is_no_better_than_original(rows[name]["search"])]
     order = sorted((name for name in known if name not in idle), key=lambda name: known[name])
     nearest = ", ".join(f"{titles[n]} {known[n]:.2f}" for n in order[:5]) or "none"
     scale = f"Chance is {chance:.2f}, the original {untouched:.2f}"

@@ -152,7 +152,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
         return forget * (float("nan") if len(calls) == step + 1 else 1.0), retain
 
     monkeypatch.setattr(story, "training_losses", poisoned)
-    with pytest.raises(TrainingError, match="lower the learning rate"):
+    with pytest.raises(TrainingError, match="the loss is"):
         salun.erase(shapes, "circle", run_dir=tmp_path / "run", **SHORT)
     assert untouched(shapes)
     assert not list((tmp_path / "run").glob("*.safetensors"))

@@ -17,7 +17,7 @@ import pytest
 
 from salun.attacks.mia import FEATURES
 from salun.classification.compare import compare, jobs_of, variant_of, variants_of
-from salun.classification.experiment import setting_of
+from salun.classification.experiment import setup_of
 from salun.classification.metrics import COMPARED
 from salun.classification.preview import preview_comparison
 from salun.classification.results import check_result
@@ -60,8 +60,8 @@ def test_a_variant_is_a_method_with_a_mask_or_a_density() -> None:
 
 
 WRONG = {
-    "best": "must be METHOD",
-    "retrain": "must be METHOD",
+    "best": "must have METHOD",
+    "retrain": "must have METHOD",
     "salun/good": "must be one of saliency",
     "iu/random": "the method IU has none",
     "salun@0": "must be above 0, at most 1",
@@ -229,7 +229,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp
     with pytest.raises(Cancelled):
         compare(run_dir=tmp_path / "run", progress=stop, **common, **QUICK)
     assert told(tmp_path / "run")["status"] == "cancelled"
-    with pytest.raises(ConfigError, match="go on with it by --resume"):
+    with pytest.raises(ConfigError, match="holds an unfinished run"):
         compare(run_dir=tmp_path / "run", **common, **QUICK)
     with pytest.raises(ConfigError, match="seeds was 2 and is 3"):
         compare(run_dir=tmp_path / "run", resume=True, **{**common, "seeds": 3}, **QUICK)
@@ -299,7 +299,7 @@ def test_a_seed_at_which_a_method_comes_apart_is_told_and_the_rest_stands(tmp_pa
 
 def test_a_list_of_rows_that_was_changed_is_noticed_on_resume(tmp_path: Path) -> None:
     rows = jobs_of(CompareOptions(), variants_of(CompareOptions()))["unlearn"][0].options
-    train = setting_of(replace(rows, train_epochs=1)).split.train
+    train = setup_of(replace(rows, train_epochs=1)).split.train
     path, common = tmp_path / "rows.json", {"methods": ["ft"], "seeds": 1}
     path.write_text(json.dumps(train[:20].tolist()), encoding="utf-8")
 
@@ -403,7 +403,7 @@ def test_the_benchmark_tries_the_values_that_its_results_were_made_with() -> Non
             jobs = [job for job in jobs_of(options, variants_of(options))["unlearn"] if job.options.seed == 0]
             for job in jobs:
                 if job.options.method in CENTRES:
-                    first = next(rounds(setting_of(job.options).options))
+                    first = next(rounds(setup_of(job.options).options))
                     tried = [trial["value"] for trial in rows[job.variant]["search"]["tried"]]
                     assert all(any(value == pytest.approx(one) for one in tried) for value in first), (name, job.name)
         done += 1

@@ -357,7 +357,7 @@ def test_names_are_found_in_either_form_of_unicode(tmp_path: Path) -> None:
     split = make_split(data, 0.2, 0.0, 0)
     assert values_of(data) == values_of(load_data(str(root)))
     assert with_forget(split, data, f"class:{composed}", 0).forgetting == f"class:{decomposed}"
-    with pytest.raises(ConfigError, match=r"did you mean class:Cat\?"):
+    with pytest.raises(ConfigError, match=r"Did you mean class:Cat\?"):
         with_forget(split, data, "class:cat", 0)
     rows = tmp_path / f"{decomposed}.json"
     rows.write_text(json.dumps(split.train[:2].tolist()), encoding="utf-8")

@@ -22,7 +22,7 @@ from salun.classification.methods.boundary import nearest_labels
 from salun.classification.methods.relabelling import draw_labels, relabelled
 from salun.classification.predictions import SplitPredictions
 from salun.classification.splits import Split
-from salun.classification.task import Batch, Task, batches_of, minimise, retain_batches
+from salun.classification.task import Batch, Task, batches_of, minimize, retain_batches
 from salun.classification.unlearn_options import UnlearnOptions
 from salun.errors import ConfigError, TrainingError
 from salun.masking.mask import Mask
@@ -57,7 +57,7 @@ def problem(method: str = "salun", normalised: bool = False, train: bool = True,
     told = {"epochs": 5, "lr": 0.05, "batch_size": 16, "train_epochs": 20, "train_lr": 0.1, "train_batch_size": 16}
     task = Task(fresh(), data, split, UnlearnOptions(method=method, **{**told, **options}), fresh)  # type: ignore[arg-type]
     if train:
-        learnt = replace(task, split=split.unforgotten())
+        learnt = replace(task, split=split.without_forget_set())
         run("retrain", learnt)
         task.model = learnt.model
     if METHODS[method].takes_mask:
@@ -158,7 +158,7 @@ def test_one_row_can_be_forgotten_with_batchnorm_updated(name: str) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     task = problem("ga", lr=10.0, epochs=300)
-    with pytest.raises(TrainingError, match="lower the"):
+    with pytest.raises(TrainingError, match=r"the loss is nan|not finite"):
         run("ga", task)
 
 
@@ -172,7 +172,7 @@ def test_unlearning_takes_other_batches_than_the_original_did() -> None:
             seen.setdefault(into, []).append(batch.rows.tolist())
             return F.cross_entropy(of.logits(x), batch.labels)
 
-        minimise(task, retain_batches(task), loss, epochs=1, stage=stage)
+        minimize(task, retain_batches(task), loss, epochs=1, stage=stage)
     each = [sorted(row for batch in batches for row in batch) for batches in seen.values()]
     assert each[0] == each[1]
     assert seen["training"] != seen["unlearning"]

@@ -17,13 +17,13 @@ from salun.checkpoints import safetensors_io
 from salun.classification import models
 from salun.classification.data import ImageData, load_data
 from salun.classification.models import (
-    Facts,
     Preprocessing,
     Pretrained,
+    WeightFileInfo,
     load_model,
     new_model,
+    normalize_for,
     save_model,
-    seen_by,
     stock_model,
 )  # fmt: skip
 from salun.classification.originals import given_original
@@ -82,9 +82,9 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torchs_alone() -> None:
     assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
 
 
-def facts(split: Split, **changes: object) -> Facts:
+def facts(split: Split, **changes: object) -> WeightFileInfo:
     told = {"architecture": "small", "channels": 1, "classes": tuple("0123456789"), "role": "original"}
-    return Facts(**{**told, "base": split.base, "training": TRAINING, **changes})  # type: ignore[arg-type]
+    return WeightFileInfo(**{**told, "base": split.base, "training": TRAINING, **changes})  # type: ignore[arg-type]
 
 
 def test_a_model_outlives_its_file_and_equal_models_are_equal_bytes(split: Split, tmp_path: Path) -> None:
@@ -155,9 +155,9 @@ def test_an_original_that_does_not_fit_the_data_is_refused(digits: ImageData, sp
         ({"classes": nine}, ModelError, "knows 9 classes, but digits has 10"),
         ({"classes": letters}, ModelError, "has a class 'a' where digits has '0'"),
         ({"channels": 3}, ModelError, "takes pictures of 3 channels, digits has 1"),
-        ({"role": "unlearned"}, ModelError, "is no original but unlearned"),
+        ({"role": "unlearned"}, ModelError, "is an unlearned model, but must be an original"),
         ({"base": "other"}, DataError, "was trained on another split"),
-        ({"training": {"lr": 1.0}}, ModelError, "says of its training lr, which is no option of it"),
+        ({"training": {"lr": 1.0}}, ModelError, "names lr, which training has no options for"),
         ({"training": {**TRAINING, "train_epochs": "many"}}, ConfigError, "train_epochs is 'many', but must be int"),
         ({"training": {**TRAINING, "train_epochs": -1}}, ConfigError, "train-epochs is -1, but must be at least 1"),
     ):
@@ -208,10 +208,10 @@ def test_a_transformers_classifier_sees_pictures_as_its_processor_makes_them(
     assert isinstance(found.model, Pretrained)
     with torch.no_grad():
         wanted = found.model.model.eval()(pixel_values=large[:, :, 8:24, 8:24]).logits
-        logits = found.model(seen_by(found.model, digits).pictures(rows))
+        logits = found.model(normalize_for(found.model, digits).pictures(rows))
         save_model(tmp_path / "x.safetensors", found.model, found.facts)
         again, _ = load_model(tmp_path / "x.safetensors")
-        kept = again.eval()(seen_by(again, digits).pictures(rows))
+        kept = again.eval()(normalize_for(again, digits).pictures(rows))
     torch.testing.assert_close(logits, wanted)
     assert torch.equal(kept, logits)
 

@@ -113,7 +113,7 @@ def test_an_original_that_was_trained_before_is_taken(run: Path, tmp_path: Path)
     ):
         with pytest.raises(kind, match=message):
             unlearn(original=str(tmp_path / "original"), device="cpu", **changes)  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="is no original but unlearned"):
+    with pytest.raises(ModelError, match="is an unlearned model, but must be an original"):
         unlearn(original=str(run), device="cpu")
 
 
@@ -186,7 +186,7 @@ def test_what_a_given_original_names_is_opened_for_retrain_only_when_the_user_na
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     train(run_dir=tmp_path / "original", model=str(tmp_path / "vit"), train_epochs=1, device="cpu")
     told: dict[str, Any] = {"original": str(tmp_path / "original"), "method": "ft", "epochs": 1, "device": "cpu"}
-    with pytest.raises(ConfigError, match="if you trust it, set model to"):
+    with pytest.raises(ConfigError, match="If you trust it, set model to"):
         unlearn(**told)
     assert unlearn(retrain="no", **told).metrics["gap"] is None
     assert unlearn(model=str(tmp_path / "vit"), **told).metrics["gap_mean"] is not None
@@ -195,7 +195,7 @@ def test_what_a_given_original_names_is_opened_for_retrain_only_when_the_user_na
 def test_a_training_has_a_page(tmp_path: Path) -> None:
     train(run_dir=tmp_path / "original", train_epochs=2, device="cpu")
     html = (tmp_path / "original" / "report.html").read_text(encoding="utf-8")
-    for text in ("An original for digits", "test pictures", "Class by class", "mean loss"):
+    for text in ("An original for digits", "test images", "Class by class", "mean loss"):
         assert text in html
     found = evaluate(tmp_path / "original", device="cpu")
     assert sum(map(sum, found["confusion"]["test"])) == found["test"]["n"] == 359
@@ -210,7 +210,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(run: Path, tmp_path: P
         unlearn(run_dir=tmp_path / "run", progress=stop, **QUICK)
     assert record_of(tmp_path / "run")["status"] == "cancelled"
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    with pytest.raises(ConfigError, match="go on with it by --resume"):
+    with pytest.raises(ConfigError, match="holds an unfinished run"):
         unlearn(run_dir=tmp_path / "run", **QUICK)
     unlearn(run_dir=tmp_path / "run", resume=True, **QUICK)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
@@ -222,7 +222,7 @@ def test_a_run_judged_again_gives_the_same_figures(run: Path, tmp_path: Path) ->
     assert found["UA"] == told["UA"]
     assert found["mia_features"] == told["mia_features"]
     assert json.loads((run / "eval.json").read_text(encoding="utf-8")) == found
-    with pytest.raises(ConfigError, match="is no finished run"):
+    with pytest.raises(ConfigError, match="is not a finished run"):
         evaluate(tmp_path)
 
 

@@ -10,8 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from salun.classification.data import ImageData, load_data
-from salun.classification.experiment import setting_of, unlearn
-from salun.classification.search import Trial, between, beyond, following, foretold, merged, rounds, search, trials
+from salun.classification.experiment import setup_of, unlearn
+from salun.classification.search import (
+    Trial,
+    extend_grid,
+    merged,
+    next_round,
+    predicted_retrain,
+    refine_grid,
+    rounds,
+    search,
+    trials,
+)
 from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.classification.unlearn_options import UnlearnOptions
@@ -50,7 +60,7 @@ def test_retrain_is_foretold_from_validation_pictures_of_the_same_classes() -> N
     forget = [(0, 0, 9)] * 4
     retain = [(0, 0, 9)] * 40 + [(1, 1, 9)] * 40
     validation = [(0, 0, 9), (0, 2, 9)] * 10 + [(1, 1, 9)] * 20
-    found = foretold(recited({"forget": forget, "retain": retain, "validation": validation}))
+    found = predicted_retrain(recited({"forget": forget, "retain": retain, "validation": validation}))
     assert found["UA"] == 50
     assert found["RA"] == 100
     assert found["TA"] == 75
@@ -60,13 +70,13 @@ def test_retrain_is_foretold_from_validation_pictures_of_the_same_classes() -> N
 def test_a_class_that_would_be_gone_is_foretold_to_be_unknown() -> None:
     forget, retain = [(2, 2, 9)] * 4, [(0, 0, 9)] * 10 + [(1, 1, 9)] * 10
     validation = [(2, 2, 9)] * 4 + [(0, 0, 9), (1, 1, 9), (0, 0, 9), (1, 0, 9)]
-    found = foretold(recited({"forget": forget, "retain": retain, "validation": validation}))
+    found = predicted_retrain(recited({"forget": forget, "retain": retain, "validation": validation}))
     assert (found["UA"], found["MIA"]) == (100, 100)
     assert found["TA"] == 75  # of the classes that stay
 
 
 def test_the_search_takes_the_value_nearest_to_what_is_foretold_and_tells_all() -> None:
-    setting = setting_of(UnlearnOptions(search=True, retrain="no", **QUICK))
+    setting = setup_of(UnlearnOptions(search=True, retrain="no", **QUICK))
     task = setting.task(setting.original(silent), silent)
     before = {name: p.detach().clone() for name, p in task.parameters.items()}
     options, told = search(task)
@@ -84,7 +94,7 @@ def test_the_search_takes_the_value_nearest_to_what_is_foretold_and_tells_all() 
 
 def test_the_search_looks_neither_at_retrain_nor_at_the_test_set() -> None:
     """With other pictures in the test rows it finds the same, and it never asks for a fresh model."""
-    setting = setting_of(UnlearnOptions(search=True, retrain="no", **QUICK))
+    setting = setup_of(UnlearnOptions(search=True, retrain="no", **QUICK))
     original = setting.original(silent)
 
     def never() -> nn.Module:
@@ -116,7 +126,7 @@ def test_a_best_value_at_an_end_of_the_grid_is_followed_further(
     scores: tuple[float | None, ...], next_value: float | None
 ) -> None:
     tried = [Trial(value, score, None) for value, score in zip((1.0, 2.0, 4.0), scores, strict=True)]
-    assert beyond(tried) == next_value
+    assert extend_grid(tried) == next_value
 
 
 @pytest.mark.parametrize(
@@ -127,8 +137,8 @@ def test_the_last_round_lies_between_the_best_value_and_its_neighbours(
     scores: tuple[float | None, ...], values: list[float]
 ) -> None:
     tried = [Trial(value, score) for value, score in zip((1.0, 2.0, 4.0), scores, strict=True)]
-    assert between(tried) == pytest.approx(values)
-    assert between([Trial(1.0, None)]) == []
+    assert refine_grid(tried) == pytest.approx(values)
+    assert refine_grid([Trial(1.0, None)]) == []
 
 
 def test_a_search_goes_down_where_no_value_gives_a_model_and_ends_after_three_more() -> None:
@@ -138,13 +148,13 @@ def test_a_search_goes_down_where_no_value_gives_a_model_and_ends_after_three_mo
     while values:
         seen.append(values)
         told["tried"] += [{"value": value, "score": None} for value in values]
-        values = following(searching, told)
+        values = next_round(searching, told)
     assert seen == [[1 / 16, 1 / 4, 1, 4, 16], [1 / 64], [1 / 256], [1 / 1024]]
 
 
 def test_the_trials_of_a_search_share_what_they_count_and_nothing_after_it_does() -> None:
     """Two values tried together have the figures that each has alone; the task itself remembers nothing."""
-    setting = setting_of(UnlearnOptions(method="ff", retrain="no", **{**QUICK, "epochs": None}))
+    setting = setup_of(UnlearnOptions(method="ff", retrain="no", **{**QUICK, "epochs": None}))
     original = setting.original(silent)
     apart = [trials(setting.task(original, silent), [value])["tried"][0] for value in (0.001, 0.01)]
     assert trials(setting.task(original, silent), [0.001, 0.01])["tried"] == apart
@@ -163,13 +173,13 @@ def test_every_method_has_a_strength_to_find(method: str, option: str) -> None:
 
 def test_a_value_at_which_training_comes_apart_is_told_and_not_taken() -> None:
     ways = {"method": "ga", "search": True, "retrain": "no", **QUICK, "epochs": 20}
-    setting = setting_of(UnlearnOptions(lr=0.02, **ways))
+    setting = setup_of(UnlearnOptions(lr=0.02, **ways))
     _, told = search(setting.task(setting.original(silent), silent))
     apart = [trial for trial in told["tried"] if trial["score"] is None]
-    assert apart and all("lower" in trial["reason"] for trial in apart)
+    assert apart and all("lr" in trial["reason"] for trial in apart)
     assert told["chosen"] is not None and told["chosen"] not in [trial["value"] for trial in apart]
-    setting = setting_of(UnlearnOptions(lr=2.5, **ways))  # apart at every value
-    with pytest.raises(TrainingError, match="no lr gives a model"):
+    setting = setup_of(UnlearnOptions(lr=2.5, **ways))  # apart at every value
+    with pytest.raises(TrainingError, match="every lr diverges"):
         search(setting.task(setting.original(silent), silent))
 
 
@@ -223,7 +233,7 @@ def test_a_search_that_failed_at_one_seed_has_no_value_and_says_why() -> None:
 def test_what_cannot_be_searched_is_refused() -> None:
     with pytest.raises(ConfigError, match="search is set, but the method Retrain has no option"):
         unlearn(method="retrain", search=True, **{**QUICK, "epochs": None})
-    with pytest.raises(ConfigError, match="raise validation_share"):
+    with pytest.raises(ConfigError, match="Raise validation_share"):
         unlearn(search=True, validation_share=0.0, **QUICK)
 
 

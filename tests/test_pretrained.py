@@ -156,7 +156,7 @@ def test_pickles_need_a_torch_whose_safe_unpickler_is_safe(
     torch.save({"state_dict": {"w": torch.tensor([ord(c) for c in version])}}, checkpoint)  # none in the cache
     monkeypatch.setattr(torch, "__version__", version)
     for load in (lambda: stock_model(str(vit), allow_pickle=True), lambda: pickled.converted(checkpoint, allowed=True)):
-        with pytest.raises(ModelError, match=r"needs torch 2\.6 or later, and this is 2\.\d\.\d: .*update torch"):
+        with pytest.raises(ModelError, match=r"need torch 2\.6 or later, but this is 2\.\d\.\d: .*update torch"):
             load()
 
 

@@ -240,6 +240,6 @@ def test_training_that_diverges_stops_with_advice(soft: float | None, little: nn
         loss = next(little.parameters()).sum()
         return {"forget": loss * (float("inf") if step == 2 else 1.0), "retain": loss * 0}
 
-    with pytest.raises(TrainingError, match="lower the learning rate"):
+    with pytest.raises(TrainingError, match="the loss is"):
         train(parameters, Mask.full(parameters), explode, settings(little, soft_density=soft))
     assert not any(p.grad is not None for p in little.parameters())

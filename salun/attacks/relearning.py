@@ -10,7 +10,7 @@ from typing import Any
 from salun.attacks.attack import Attack
 from salun.classification.options import TaskOptions
 from salun.classification.predictions import SplitPredictions, predict
-from salun.classification.task import cross_entropy, forget_batches, minimise
+from salun.classification.task import cross_entropy, forget_batches, minimize
 from salun.errors import TrainingError
 from salun.masking.mask import Mask
 from salun.progress import Event, Stage, silent
@@ -69,7 +69,7 @@ def relearn(target: SplitPredictions, options: RelearningOptions) -> dict[str, A
     if not known(0):
         epochs = math.ceil(options.steps / max(len(task.split.forget) // task.size, 1))
         try:
-            minimise(
+            minimize(
                 task,
                 forget_batches(task),
                 cross_entropy(task),

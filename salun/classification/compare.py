@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from salun.classification.data import ImageData, load_data
-from salun.classification.experiment import Setting, facts_of, setting_of
+from salun.classification.experiment import ExperimentSetup, facts_of, setup_of
 from salun.classification.jobs import Job, JobRunner, Kind, ResultStore
 from salun.classification.models import new_model, weights_digest
-from salun.classification.search import check_search, following, merged, rounds, with_value
+from salun.classification.search import check_search, merged, next_round, rounds, with_value
 from salun.classification.splits import make_split, with_forget
 from salun.classification.table import table_of, tables_of
 from salun.classification.unlearn_options import NOT_COMPARED, CompareOptions, UnlearnOptions
@@ -94,31 +94,31 @@ def jobs_of(options: CompareOptions, variants: Sequence[Variant]) -> dict[Kind, 
     seeds = range(options.seed, options.seed + options.seeds)
     jobs: dict[Kind, list[Job]] = {"retrain": [], "again": [], "search": [], "unlearn": []}
     for seed in seeds:
-        own = UnlearnOptions(**{**base, "method": "ft", "seed": seed, "epochs": None})
-        jobs["retrain"].append(Job(f"retrain-{seed}", "retrain", "retrain", own))
+        job_options = UnlearnOptions(**{**base, "method": "ft", "seed": seed, "epochs": None})
+        jobs["retrain"].append(Job(f"retrain-{seed}", "retrain", "retrain", job_options))
         if options.noise_floor:
-            jobs["again"].append(Job(f"again-{seed}", "again", "retrain", own))
+            jobs["again"].append(Job(f"again-{seed}", "again", "retrain", job_options))
     for seed in seeds:
         for variant in variants:
-            told: dict[str, Any] = {"method": variant.method, "mask": variant.mask, "seed": seed}
+            changes: dict[str, Any] = {"method": variant.method, "mask": variant.mask, "seed": seed}
             if variant.density is not None:
-                told["density"] = variant.density
+                changes["density"] = variant.density
             if not METHODS["classification"][variant.method].trains:
-                told["epochs"] = None
-            own = UnlearnOptions(**{**base, **told})
+                changes["epochs"] = None
+            job_options = UnlearnOptions(**{**base, **changes})
             name = f"{re.sub('[/@]', '-', variant.name)}-{seed}"
-            jobs["unlearn"].append(Job(name, "unlearn", variant.name, own))
+            jobs["unlearn"].append(Job(name, "unlearn", variant.name, job_options))
             if options.search and seed - options.seed < options.search_seeds:
-                jobs["search"].append(Job(f"search-{name}", "search", variant.name, own))  # without values yet
+                jobs["search"].append(Job(f"search-{name}", "search", variant.name, job_options))  # without values yet
     return jobs
 
 
 def settings_of(
     options: CompareOptions, jobs: Mapping[Kind, Sequence[Job]], cache: Cache, data: ImageData
-) -> dict[str, Setting]:
+) -> dict[str, ExperimentSetup]:
     """variant → its setting at the first seed. Raises ConfigError for what cannot be done, before anything is."""
     found = {
-        job.variant: setting_of(job.options, cache, data) for job in jobs["unlearn"] if job.options.seed == options.seed
+        job.variant: setup_of(job.options, cache, data) for job in jobs["unlearn"] if job.options.seed == options.seed
     }
     for setting in found.values() if options.search else ():
         check_search(setting.options, setting.data, setting.split)
@@ -153,71 +153,73 @@ def compare(
     options = CompareOptions(**{**asdict(options or CompareOptions()), **given})
     variants, cache = variants_of(options), cache or Cache.of_user()
     if resume and run_dir is None:
-        raise ConfigError("needs the run folder of the comparison", option="resume", advice="set {run_dir}")
+        raise ConfigError("needs the run folder of the comparison", option="resume", advice="Set {run_dir}")
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
     options = with_class_named(options, data)
     jobs = jobs_of(options, variants)
     checked = settings_of(options, jobs, cache, data)
     first = next(iter(checked.values()))
     folder = Path(run_dir) if run_dir is not None else None
-    told = {name: value for name, value in asdict(options).items() if name not in NOT_COMPARED}
-    told["methods"] = [variant.name for variant in variants]
+    recorded = {name: value for name, value in asdict(options).items() if name not in NOT_COMPARED}
+    recorded["methods"] = [variant.name for variant in variants]
     facts = {**facts_of(first.options, first.data, first.split), "weights": _fresh_weights(first)}
-    record = RunRecord(folder, command, told, options.seed, str(first.data.images.device), facts, resume)
+    record = RunRecord(folder, command, recorded, options.seed, str(first.data.images.device), facts, resume)
     with shown(progress) as progress, record.running():
-        ledger = ResultStore(folder / "jobs" if folder is not None else None, record, len(data.classes))
-        total = sum(len(some) for some in jobs.values())
-        with JobRunner(ledger, cache, data, workers_of(options), progress, total) as desk:
+        store = ResultStore(folder / "jobs" if folder is not None else None, record, len(data.classes))
+        total = sum(len(group) for group in jobs.values())
+        with JobRunner(store, cache, data, workers_of(options), progress, total) as runner:
             with record.stage(Stage.RETRAINING):
-                exact, again = desk.done(jobs["retrain"]), desk.done(jobs["again"])
+                exact, again = runner.done(jobs["retrain"]), runner.done(jobs["again"])
             with record.stage(Stage.SEARCHING):
-                searched = _searched(desk, jobs["search"], checked)
+                searched = _searched(runner, jobs["search"], checked)
             with record.stage(Stage.UNLEARNING):
                 todo = [
                     job for job in jobs["unlearn"] if searched.get(job.variant, {"chosen": 0})["chosen"] is not None
                 ]
-                desk.total -= len(jobs["unlearn"]) - len(todo)
-                done = desk.done([_with(job, searched.get(job.variant)) for job in todo])
+                runner.total -= len(jobs["unlearn"]) - len(todo)
+                done = runner.done([_with(job, searched.get(job.variant)) for job in todo])
         unlearned = {
             job.name: done.get(job.name) or {"error": f"the search found no value ({searched[job.variant]['remark']})"}
             for job in jobs["unlearn"]
         }
         results = {v.name: _by_seed(jobs["unlearn"], unlearned, v.name) for v in variants}
-        beside, floor = _by_seed(jobs["retrain"], exact), _by_seed(jobs["again"], again)
+        exact_results, floor = _by_seed(jobs["retrain"], exact), _by_seed(jobs["again"], again)
         titles = {v.name: title_of(v) for v in variants}
-        record.metrics = table_of(results, beside, searched, titles, floor)
-        failures = _failures({"Retrain": beside, "Retrain of another seed": floor, **results})
-        record.notes = first.notes + ledger.notes + failures
+        record.metrics = table_of(results, exact_results, searched, titles, floor)
+        failures = _failures({"Retrain": exact_results, "Retrain of another seed": floor, **results})
+        record.notes = first.notes + store.notes + failures
         if folder is not None:
             rows = {name: _resolved(setting) for name, setting in checked.items()}
-            told = {**record.as_json(), "status": "done"}
-            page = comparison_page(told, tables_of(record.metrics), rows, results, beside, data.classes)
+            recorded = {**record.as_json(), "status": "done"}
+            page = comparison_page(recorded, tables_of(record.metrics), rows, results, exact_results, data.classes)
             page.save(folder / "report.html")
     return Comparison(record.metrics, record)
 
 
-def _searched(desk: JobRunner, first: Sequence[Job], settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
+def _searched(
+    runner: JobRunner, first: Sequence[Job], settings: Mapping[str, ExperimentSetup]
+) -> dict[str, dict[str, Any]]:
     """variant → what was found of its option. All variants search side by side, a round at a time; of a variant, every
     round tries the same values at all of its seeds.
     """
     searching = {name: rounds(settings[name].options) for name in dict.fromkeys(job.variant for job in first)}
     values = {name: next(steps) for name, steps in searching.items()}
     found: dict[str, dict[str, Any]] = {}
-    turn = 0
+    round_number = 0
     while values:
         jobs = [
-            replace(job, name=f"{job.name}-{turn}", values=tuple(values[job.variant]))
+            replace(job, name=f"{job.name}-{round_number}", values=tuple(values[job.variant]))
             for job in first
             if job.variant in values
         ]
-        desk.total += len(jobs) if turn else 0
-        results = desk.done(jobs)
+        runner.total += len(jobs) if round_number else 0
+        results = runner.done(jobs)
         for name in values:
-            some = [results[job.name] for job in jobs if job.variant == name]
-            found[name] = merged(some, found.get(name))
-        going = {name: following(searching[name], found[name]) for name in values if "error" not in found[name]}
-        values = {name: some for name, some in going.items() if some}
-        turn += 1
+            group = [results[job.name] for job in jobs if job.variant == name]
+            found[name] = merged(group, found.get(name))
+        next_rounds = {name: next_round(searching[name], found[name]) for name in values if "error" not in found[name]}
+        values = {name: group for name, group in next_rounds.items() if group}
+        round_number += 1
     return found
 
 
@@ -227,7 +229,7 @@ def _by_seed(
     return {job.options.seed: results[job.name] for job in jobs if job.variant == variant}
 
 
-def _fresh_weights(setting: Setting) -> str:
+def _fresh_weights(setting: ExperimentSetup) -> str:
     """A hash of the model before training: of a pretrained body the options tell no more than the name."""
     options = setting.options
     model = new_model(
@@ -239,8 +241,8 @@ def _fresh_weights(setting: Setting) -> str:
 def title_of(variant: Variant) -> str:
     """How the table calls a variant."""
     parts = [variant.mask or "", f"density {variant.density:g}" if variant.density is not None else ""]
-    told = ", ".join(part for part in parts if part)
-    return METHODS["classification"][variant.method].title + (f" ({told})" if told else "")
+    details = ", ".join(part for part in parts if part)
+    return METHODS["classification"][variant.method].title + (f" ({details})" if details else "")
 
 
 def workers_of(options: CompareOptions) -> int:
@@ -252,7 +254,7 @@ def workers_of(options: CompareOptions) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _resolved(setting: Setting) -> dict[str, Any]:
+def _resolved(setting: ExperimentSetup) -> dict[str, Any]:
     """What the page says of a variant."""
     method = METHODS["classification"][setting.options.method]
     return {"method": method.title, "mask": setting.options.mask, "density": setting.options.density}
@@ -267,7 +269,7 @@ def _with(job: Job, chosen: Mapping[str, Any] | None) -> Job:
 def _failures(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
     return [
         f"{name}, seed {seed}: {result['error']}"
-        for name, some in results.items()
-        for seed, result in some.items()
+        for name, by_seed in results.items()
+        for seed, result in by_seed.items()
         if "error" in result
     ]

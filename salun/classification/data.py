@@ -45,7 +45,7 @@ def load_data(
     if name in EMBEDDED:
         if image_size is not None:
             raise ConfigError(
-                f"is {image_size}, but the images of {name} are not resized", option="image_size", advice="omit it"
+                f"is {image_size}, but the images of {name} are not resized", option="image_size", advice="Omit it"
             )
         return replace(EMBEDDED[name](), preset=known[name])
     columns = {key: value for key, value in (("image", image_column), ("label", label_column)) if value}

@@ -19,7 +19,15 @@ from salun.attacks.attack import requested
 from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.metrics import accuracies, gap_to_retrain, judge
-from salun.classification.models import Facts, is_builtin, load_model, new_model, save_model, seen_by, weights_digest
+from salun.classification.models import (
+    WeightFileInfo,
+    is_builtin,
+    load_model,
+    new_model,
+    normalize_for,
+    save_model,
+    weights_digest,
+)
 from salun.classification.options import TrainOptions
 from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import known_recipe, resolve_options, why_no_retrain
@@ -57,7 +65,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
+class ExperimentSetup:
     """All that is known before a run begins.
 
     options: settled. recipe: the same, but for how the original was trained where its file tells: Retrain is trained by
@@ -82,7 +90,7 @@ class Setting:
         """The model to unlearn from: given, from the cache, or trained now."""
         if self.given is not None:
             return self.given
-        return trained(self.recipe, self.data, self.split.unforgotten(), self.cache, progress, Stage.TRAINING)
+        return trained(self.recipe, self.data, self.split.without_forget_set(), self.cache, progress, Stage.TRAINING)
 
     def retrained(self, progress: Progress, seed: int | None = None) -> Original:
         """Retrain: from the cache, or trained now; with the original's first weights, or those of another seed."""
@@ -94,7 +102,7 @@ class Setting:
         return _task(model, self.data, self.split, self.options, progress, self.recipe)
 
 
-def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageData | None = None) -> Setting:
+def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageData | None = None) -> ExperimentSetup:
     """Load the data, if it is not given, draw the split and settle the options. Raises as `train`."""
     data = data or load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
@@ -111,19 +119,19 @@ def setting_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageD
             raise ConfigError(
                 f"{options.original} states that its training began with {began}, a folder or a model of the hub, "
                 "which Retrain would load",
-                advice=f"if you trust it, set {{model}} to {literal(began)}; otherwise set {{retrain}} to no",
+                advice=f"If you trust it, set {{model}} to {literal(began)}; otherwise set {{retrain}} to no",
             )
     recipe = replace(options, **training) if training is not None and known_recipe(training) else options
     data = _prepared(data, options, pick_device(options.device))
-    return Setting(options, recipe, data, split, given, no_retrain, cache or Cache.of_user())
+    return ExperimentSetup(options, recipe, data, split, given, no_retrain, cache or Cache.of_user())
 
 
-def opened(setting: Setting) -> RunRecord:
+def open_record(setting: ExperimentSetup) -> RunRecord:
     """A record without a folder, for a run that is part of a larger one."""
     return RunRecord(None, "", asdict(setting.options), setting.options.seed, str(setting.data.images.device))
 
 
-def figures_of(task: Task) -> dict[str, Any]:
+def metrics_of(task: Task) -> dict[str, Any]:
     """The metrics and the attacks that the task's options ask for."""
     return judge(task, requested(task.options))
 
@@ -148,8 +156,8 @@ def train(
     """
     own = TrainOptions(**{**asdict(options or TrainOptions()), **given})
     full, data, split = training_of(own)
-    told, cache = {name: getattr(full, name) for name in asdict(own)}, cache or Cache.of_user()
-    record = _record(run_dir, command, told, facts_of(full, data, split), data.images.device, resume)
+    recorded, cache = {name: getattr(full, name) for name in asdict(own)}, cache or Cache.of_user()
+    record = _record(run_dir, command, recorded, facts_of(full, data, split), data.images.device, resume)
     with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
         _tell(record, [*data.notes, *repeated(data, split)], progress, Stage.PLANNING)
@@ -188,7 +196,7 @@ def unlearn(
     `split.json` and `run.json`. resume: begin anew the unfinished run of these options in run_dir; what it had trained
     (the original, Retrain) is taken from the cache. Raises as `train`.
     """
-    setting = setting_of(UnlearnOptions(**{**asdict(options or UnlearnOptions()), **given}), cache)
+    setting = setup_of(UnlearnOptions(**{**asdict(options or UnlearnOptions()), **given}), cache)
     options, data, split = setting.options, setting.data, setting.split
     facts = facts_of(options, data, split, setting.given)
     record = _record(run_dir, command, asdict(options), facts, data.images.device, resume)
@@ -208,7 +216,7 @@ def unlearn(
         _tell(record, task.notes, progress, Stage.UNLEARNING)
         _keep_model(record, task.model, replace(original.facts, role="unlearned", split=split.digest))
         with record.stage(Stage.EVALUATING):
-            metrics = {**figures_of(task), "RTE": _seconds(seconds), "original": before}
+            metrics = {**metrics_of(task), "RTE": _seconds(seconds), "original": before}
         if options.search:  # told apart: it is paid once for a setting, however many times that is used
             metrics["RTE"]["search"] = record.more["search"]["seconds"]
         metrics |= {"retrain": None, "gap": None, "gap_mean": None, "ToW": None, "reason": setting.no_retrain}
@@ -216,8 +224,8 @@ def unlearn(
             with record.stage(Stage.RETRAINING):
                 exact = setting.retrained(progress)
             with record.stage(Stage.EVALUATING):
-                beside = {**figures_of(setting.task(exact, progress)), "RTE": _seconds(exact.seconds)}
-            metrics |= {"retrain": beside, **gap_to_retrain(metrics, beside)}
+                retrain_metrics = {**metrics_of(setting.task(exact, progress)), "RTE": _seconds(exact.seconds)}
+            metrics |= {"retrain": retrain_metrics, **gap_to_retrain(metrics, retrain_metrics)}
         record.metrics = metrics
         _keep_report(record, task.mask, data.classes)
     return Outcome(task.model, split, metrics, record)
@@ -234,10 +242,10 @@ def evaluate(
     """
     folder = Path(run)
     try:
-        told = read_run(folder)
-        known = {name: told["options"][name] for name in asdict(UnlearnOptions()) if name in told["options"]}
-        if told["status"] != "done" or "train_epochs" not in known:
-            raise ValueError(f"its status is {told['status']!r}")
+        record = read_run(folder)
+        known = {name: record["options"][name] for name in asdict(UnlearnOptions()) if name in record["options"]}
+        if record["status"] != "done" or "train_epochs" not in known:
+            raise ValueError(f"its status is {record['status']!r}")
     except (DataError, ValueError) as error:
         raise ConfigError(f"{folder} is not a finished run of classify-train or classify-unlearn ({error})") from error
     options: UnlearnOptions = from_mapping(
@@ -296,7 +304,7 @@ def _task(
         new_model, facts.architecture, data.channels, len(data.classes), (recipe or options).seed, options.allow_pickle
     )
     placed = model.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
-    data, dtype = seen_by(model.model, data), pick_dtype(options.dtype, device)
+    data, dtype = normalize_for(model.model, data), pick_dtype(options.dtype, device)
     return Task(placed, data, split, options, fresh, progress, dtype, recipe=recipe)
 
 
@@ -327,15 +335,15 @@ def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Orig
 def _record(
     run_dir: Path | str | None,
     command: str,
-    told: Mapping[str, Any],
+    options: Mapping[str, Any],
     facts: Mapping[str, str],
     device: torch.device,
     resume: bool,
 ) -> RunRecord:
     if resume and run_dir is None:
-        raise ConfigError("needs the folder of the run", option="resume", advice="set {run_dir}")
+        raise ConfigError("needs the folder of the run", option="resume", advice="Set {run_dir}")
     folder = Path(run_dir) if run_dir is not None else None
-    return RunRecord(folder, command, told, told["seed"], str(device), facts, resume)
+    return RunRecord(folder, command, options, options["seed"], str(device), facts, resume)
 
 
 def _tell(record: RunRecord, notes: Sequence[str], progress: Progress, stage: Stage) -> None:
@@ -361,7 +369,7 @@ def enough_memory() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            "out of memory", advice="use a smaller {batch_size} and {train_batch_size}", code="out-of-memory"
+            "out of memory", advice="Use a smaller {batch_size} and {train_batch_size}", code="out-of-memory"
         ) from error
 
 
@@ -378,7 +386,7 @@ def _keep_report(record: RunRecord, mask: Mask | None, classes: Sequence[str]) -
         )
 
 
-def _keep_model(record: RunRecord, model: nn.Module, facts: Facts) -> None:
+def _keep_model(record: RunRecord, model: nn.Module, facts: WeightFileInfo) -> None:
     if record.folder is not None:
         path = record.folder / "model.safetensors"
         save_model(path, model, facts)

@@ -118,7 +118,7 @@ def _parts_of_files(folder: Path) -> dict[str, list[str]]:
     if len(configurations) > 1:
         names = [name or "." for name in configurations]
         raise DataError(
-            f"{folder} holds several configurations ({some(names, 5)})", advice="set {data} to the folder of one"
+            f"{folder} holds several configurations ({some(names, 5)})", advice="Set {data} to the folder of one"
         )
     if len(parts) == 1 and role_of(next(iter(parts))) is None:
         parts = {"train": next(iter(parts.values()))}
@@ -163,7 +163,7 @@ def _source(value: Any, where: str, column: str) -> Source:
     what = "no image" if value is None else f"{value!r:.40}"
     raise DataError(
         f"{where} has {what} in the column {column!r}, but must have an image",
-        advice="remove such rows, or set {image_column} to another column",
+        advice="Remove such rows, or set {image_column} to another column",
     )
 
 
@@ -173,7 +173,7 @@ def _label(value: Any, where: str, column: str) -> int:
         return int(value)
     raise DataError(
         f"{where} has the label {value!r} in the column {column!r}, but labels must be integers",
-        advice="set {label_column} to another column, or make it a ClassLabel (datasets' class_encode_column)",
+        advice="Set {label_column} to another column, or make it a ClassLabel (datasets' class_encode_column)",
     )
 
 
@@ -186,6 +186,6 @@ def _column(name: str, what: str, wish: str | None, features: Any, kind: type) -
         missing = "has no labels" if what == "label" and not fitting else f"has {len(fitting)} {what} columns"
         raise DataError(
             f"the data set {name!r} {missing}; its columns are {', '.join(features)}",
-            advice=f"set {{{what}_column}} to one of them",
+            advice=f"Set {{{what}_column}} to one of them",
         )
     return wish if wish is not None else fitting[0]

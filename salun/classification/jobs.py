@@ -24,13 +24,13 @@ import torch
 
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import (
+    ExperimentSetup,
     OutOfMemory,
-    Setting,
     enough_memory,
-    figures_of,
     forget,
-    opened,
-    setting_of,
+    metrics_of,
+    open_record,
+    setup_of,
 )  # fmt: skip
 from salun.classification.masks import layers_of
 from salun.classification.metrics import judge
@@ -91,11 +91,11 @@ class ResultStore:
         if self.folder is None:
             return None
         try:
-            kept = read_json(self.folder / f"{job.name}.json")
-            if not isinstance(kept, dict) or not isinstance(kept.get("result"), dict):
+            stored = read_json(self.folder / f"{job.name}.json")
+            if not isinstance(stored, dict) or not isinstance(stored.get("result"), dict):
                 raise ValueError("it must be an object with a result")
-            result: dict[str, Any] = kept["result"]
-            if kept.get("key") != self.key(job) or result.get("retry"):
+            result: dict[str, Any] = stored["result"]
+            if stored.get("key") != self.key(job) or result.get("retry"):
                 return None
             check_result(
                 job.kind, result, self.classes, METHODS["classification"][job.options.method].tunes, job.values
@@ -121,9 +121,9 @@ class JobRunner:
     """
 
     def __init__(
-        self, ledger: ResultStore, cache: Cache, data: ImageData, workers: int, progress: Progress, total: int
+        self, store: ResultStore, cache: Cache, data: ImageData, workers: int, progress: Progress, total: int
     ) -> None:
-        self.ledger, self.cache, self.data, self.workers, self.progress = ledger, cache, data, workers, progress
+        self.store, self.cache, self.data, self.workers, self.progress = store, cache, data, workers, progress
         self.count, self.total = 0, total  # the total grows with the rounds of a search
         context = multiprocessing.get_context("spawn")
         self._stop = context.Event()
@@ -141,13 +141,13 @@ class JobRunner:
         """job name → result, of all of them."""
         results = {}
         for job in jobs:
-            kept = self.ledger.get(job)
-            if kept is not None:
-                results[job.name] = kept
+            result = self.store.get(job)
+            if result is not None:
+                results[job.name] = result
         self.count += len(results)
         todo = [job for job in jobs if job.name not in results]
         for job, result in self._in_turn(todo) if self._pool is None else self._side_by_side(self._pool, todo):
-            self.ledger.put(job, result)
+            self.store.put(job, result)
             results[job.name] = result
             self.count += 1
             self.progress(Event(Stage.COMPARING, self.count, self.total, message=_line(job, result)))
@@ -171,7 +171,7 @@ class JobRunner:
         except BrokenProcessPool as error:
             raise TrainingError(
                 "a process of the comparison was killed, perhaps because memory ran out",
-                advice="use {resume} with fewer {workers}",
+                advice="Use {resume} with fewer {workers}",
             ) from error
 
 
@@ -235,7 +235,7 @@ def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict
     """
     threads = torch.get_num_threads()
     try:
-        setting = setting_of(job.options, cache, data)
+        setting = setup_of(job.options, cache, data)
         if setting.data.images.device.type == "cpu":
             torch.set_num_threads(1)
         with deterministic_kernels(setting.options.deterministic), enough_memory():
@@ -250,31 +250,31 @@ def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict
         torch.set_num_threads(threads)
 
 
-def _retrain(job: Job, setting: Setting, progress: Progress) -> dict[str, Any]:
+def _retrain(job: Job, setting: ExperimentSetup, progress: Progress) -> dict[str, Any]:
     original = setting.original(progress)
     exact = setting.retrained(progress)
     before = {**judge(setting.task(original, progress)), "RTE": {"value": original.seconds}}
-    return {**figures_of(setting.task(exact, progress)), "RTE": {"value": exact.seconds}, "original": before}
+    return {**metrics_of(setting.task(exact, progress)), "RTE": {"value": exact.seconds}, "original": before}
 
 
-def _again(job: Job, setting: Setting, progress: Progress) -> dict[str, Any]:
+def _again(job: Job, setting: ExperimentSetup, progress: Progress) -> dict[str, Any]:
     exact = setting.retrained(progress, (setting.options.seed + ANOTHER) % 2**63)
     return {**judge(setting.task(exact, progress)), "RTE": {"value": exact.seconds}}
 
 
-def _search(job: Job, setting: Setting, progress: Progress) -> dict[str, Any]:
+def _search(job: Job, setting: ExperimentSetup, progress: Progress) -> dict[str, Any]:
     return trials(setting.task(setting.original(progress), progress), job.values)
 
 
-def _unlearn(job: Job, setting: Setting, progress: Progress) -> dict[str, Any]:
+def _unlearn(job: Job, setting: ExperimentSetup, progress: Progress) -> dict[str, Any]:
     task = setting.task(setting.original(progress), progress)
-    record = opened(setting)
+    record = open_record(setting)
     seconds = forget(task, record)
     layers = layers_of(task.mask) if task.mask is not None else {}
-    return {**figures_of(task), "RTE": {"value": seconds}, "mask": record.mask, "layers": layers}
+    return {**metrics_of(task), "RTE": {"value": seconds}, "mask": record.mask, "layers": layers}
 
 
-WORK: dict[Kind, Callable[[Job, Setting, Progress], dict[str, Any]]] = {
+WORK: dict[Kind, Callable[[Job, ExperimentSetup, Progress], dict[str, Any]]] = {
     "retrain": _retrain,
     "again": _again,
     "search": _search,

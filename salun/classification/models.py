@@ -141,38 +141,38 @@ class Preprocessing:
             raise ValueError(f"size {self.size} and crop {self.crop} must be from 1 to {SIDE} pixels")
 
     @classmethod
-    def of(cls, told: dict[str, Any]) -> Preprocessing:
+    def of(cls, config: dict[str, Any]) -> Preprocessing:
         """What an image processor's `preprocessor_config.json` says, as transformers' processors follow it."""
-        mean, std = told.get("image_mean"), told.get("image_std")
-        if told.get("do_normalize") is False:
+        mean, std = config.get("image_mean"), config.get("image_std")
+        if config.get("do_normalize") is False:
             mean, std = [0.0], [1.0]
         if mean is not None and std is not None:  # what is not scaled to 1 first has other units
-            unit = 255 * (told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 1)
+            unit = 255 * (config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1)
             mean, std = tuple(float(m) / unit for m in mean), tuple(float(s) / unit for s in std)
-        size = _sides(told.get("size")) if told.get("do_resize", True) else None
-        crop = _sides(told.get("crop_size")) if told.get("do_center_crop") else None
-        if size and told.get("crop_pct") and len(size) == 1:  # ConvNeXt's way to say it
+        size = _sides(config.get("size")) if config.get("do_resize", True) else None
+        crop = _sides(config.get("crop_size")) if config.get("do_center_crop") else None
+        if size and config.get("crop_pct") and len(size) == 1:  # ConvNeXt's way to say it
             large = size[0] >= 384
-            size, crop = (size * 2, None) if large else ((int(size[0] / told["crop_pct"]),), size * 2)
-        mode = "bicubic" if told.get("resample", 2) == 3 else "bilinear"
+            size, crop = (size * 2, None) if large else ((int(size[0] / config["crop_pct"]),), size * 2)
+        mode = "bicubic" if config.get("resample", 2) == 3 else "bilinear"
         return cls(mean, std, size, crop * 2 if crop and len(crop) == 1 else crop, mode)
 
     @classmethod
-    def kept(cls, told: dict[str, Any]) -> Preprocessing:
+    def kept(cls, config: dict[str, Any]) -> Preprocessing:
         """From a file of weights, untrusted. Raises KeyError, ValueError or TypeError for what is none."""
-        mean, std = (tuple(map(float, told[key])) if told[key] is not None else None for key in ("mean", "std"))
-        size, crop = (tuple(map(int, told[key])) if told[key] is not None else None for key in ("size", "crop"))
-        if told["mode"] not in ("bilinear", "bicubic"):
-            raise ValueError(f"resizing by {told['mode']!r}")
-        return cls(mean, std, size, crop, told["mode"])
+        mean, std = (tuple(map(float, config[key])) if config[key] is not None else None for key in ("mean", "std"))
+        size, crop = (tuple(map(int, config[key])) if config[key] is not None else None for key in ("size", "crop"))
+        if config["mode"] not in ("bilinear", "bicubic"):
+            raise ValueError(f"resizing by {config['mode']!r}")
+        return cls(mean, std, size, crop, config["mode"])
 
 
-def _sides(told: Any) -> tuple[int, ...] | None:
+def _sides(config: Any) -> tuple[int, ...] | None:
     """A processor's size: n in old files, {"height", "width"} or {"shortest_edge"} in newer ones."""
-    if isinstance(told, dict):
-        keys = ("height", "width") if "height" in told else ("shortest_edge",)
-        return tuple(int(told[key]) for key in keys) if keys[0] in told else None
-    return (int(told), int(told)) if isinstance(told, int) else None
+    if isinstance(config, dict):
+        keys = ("height", "width") if "height" in config else ("shortest_edge",)
+        return tuple(int(config[key]) for key in keys) if keys[0] in config else None
+    return (int(config), int(config)) if isinstance(config, int) else None
 
 
 class Pretrained(nn.Module):
@@ -206,7 +206,7 @@ class Pretrained(nn.Module):
         return out
 
 
-def seen_by(model: nn.Module, data: ImageData) -> ImageData:
+def normalize_for(model: nn.Module, data: ImageData) -> ImageData:
     """The data, normalised as the model was trained to see it: by a transformers model's own mean and deviation."""
     if not isinstance(model, Pretrained) or model.pixels.mean is None or model.pixels.std is None:
         return data
@@ -268,7 +268,7 @@ def stock_model(name: str, allow_pickle: bool = False) -> tuple[nn.Module, tuple
     return Pretrained(made, _pixels(name, allow_pickle)), tuple(labels[i] for i in sorted(labels))
 
 
-def unlike(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, str] | None:
+def first_label_mismatch(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, str] | None:
     """The first pair of names, a model's and the data's of the same number, that do not name one class; None if all do.
 
     Case, and blanks, dashes or underscores, do not count; of several names, as ImageNet's classes have, one suffices.
@@ -280,7 +280,7 @@ def unlike(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, str] | None
     return next(((a, b) for a, b in zip(theirs, ours, strict=True) if not names(a) & names(b)), None)
 
 
-def nameless(classes: Sequence[str]) -> bool:
+def has_default_labels(classes: Sequence[str]) -> bool:
     """Whether these are the names that transformers gives where nobody gave any."""
     return all(re.fullmatch(r"LABEL_\d+", name) for name in classes)
 
@@ -294,7 +294,7 @@ def _pixels(name: str, allow_pickle: bool) -> Preprocessing:
 
 
 @dataclass(frozen=True)
-class Facts:
+class WeightFileInfo:
     """What a file of weights says of itself.
 
     architecture: as in `new_model`. channels: of the pictures. classes: names by label. role: original, unlearned or
@@ -311,9 +311,9 @@ class Facts:
     training: dict[str, Any] = field(default_factory=dict)
 
 
-def save_model(path: Path, model: nn.Module, facts: Facts) -> None:
+def save_model(path: Path, model: nn.Module, facts: WeightFileInfo) -> None:
     """Write weights and buffers as safetensors; equal content gives equal bytes."""
-    told = {
+    metadata = {
         "format": FORMAT,
         "architecture": facts.architecture,
         "channels": str(facts.channels),
@@ -324,28 +324,30 @@ def save_model(path: Path, model: nn.Module, facts: Facts) -> None:
         "training": json.dumps(facts.training, sort_keys=True),
     }
     if isinstance(model, Pretrained):
-        told["config"] = json.dumps(model.model.config.to_diff_dict(), sort_keys=True)  # type: ignore[union-attr,operator]
-        told["pixels"] = json.dumps(asdict(model.pixels), sort_keys=True)
-    safetensors_io.write(path, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, told)
+        metadata["config"] = json.dumps(model.model.config.to_diff_dict(), sort_keys=True)  # type: ignore[union-attr,operator]
+        metadata["pixels"] = json.dumps(asdict(model.pixels), sort_keys=True)
+    safetensors_io.write(
+        path, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, metadata
+    )
 
 
-def load_model(path: Path) -> tuple[nn.Module, Facts]:
+def load_model(path: Path) -> tuple[nn.Module, WeightFileInfo]:
     """A classifier from a file that `save_model` wrote, untrusted: what it says of its model opens no folder and
     fetches nothing. Raises ModelError if it is none, does not fit, or names a model that is neither ours, timm's nor
     described by its own configuration.
     """
     header = safetensors_io.read_header(path)
-    told = header.metadata
-    if told.get("format") != FORMAT:
+    metadata = header.metadata
+    if metadata.get("format") != FORMAT:
         raise ModelError(f"{path} holds no classifier of salun's: make one with `salun classify-train`")
     try:
-        classes = tuple(str(name) for name in parse_json(told["classes"]))
-        facts = Facts(
-            told["architecture"], int(told["channels"]), classes, told["role"], told["base"], told["split"],
-            dict(parse_json(told["training"])),
+        classes = tuple(str(name) for name in parse_json(metadata["classes"]))
+        facts = WeightFileInfo(
+            metadata["architecture"], int(metadata["channels"]), classes, metadata["role"],
+            metadata["base"], metadata["split"], dict(parse_json(metadata["training"])),
         )  # fmt: skip
-        config = parse_json(told["config"]) if "config" in told else None
-        pixels = Preprocessing.kept(parse_json(told["pixels"])) if config is not None else Preprocessing()
+        config = parse_json(metadata["config"]) if "config" in metadata else None
+        pixels = Preprocessing.kept(parse_json(metadata["pixels"])) if config is not None else Preprocessing()
     except (KeyError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged: its header lacks or garbles {error}") from error
     if config is not None:

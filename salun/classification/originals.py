@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from salun.classification.data import ImageData
-from salun.classification.models import Facts, load_model, nameless, new_model, seen_by, stock_model, unlike
+from salun.classification.models import (
+    WeightFileInfo,
+    first_label_mismatch,
+    has_default_labels,
+    load_model,
+    new_model,
+    normalize_for,
+    stock_model,
+)
 from salun.classification.options import TaskOptions, TrainOptions
 from salun.classification.plan import RECIPE, recipe_of
 from salun.classification.splits import Split
@@ -35,7 +43,7 @@ class Original:
     """
 
     model: nn.Module
-    facts: Facts
+    facts: WeightFileInfo
     seconds: float | None = None
     history: list[LossRow] = field(default_factory=list)
     notes: tuple[str, ...] = ()
@@ -55,16 +63,16 @@ def trained(
         new_model, options.model, data.channels, len(data.classes), options.seed, allow_pickle=options.allow_pickle
     )
     model = fresh()
-    data = seen_by(model, data)
+    data = normalize_for(model, data)
     key = key_of_training(options, data, split, model, stage)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    told = recipe_of(options, device)
-    facts = Facts(options.model, data.channels, data.classes, stage, split.base, split.digest, told)
-    kept = cache.get(key)
-    if kept is not None:
-        losses = kept.pop("history")
-        seconds = float(kept.pop("seconds"))
-        model.load_state_dict(kept)
+    recipe = recipe_of(options, device)
+    facts = WeightFileInfo(options.model, data.channels, data.classes, stage, split.base, split.digest, recipe)
+    cached = cache.get(key)
+    if cached is not None:
+        losses = cached.pop("history")
+        seconds = float(cached.pop("seconds"))
+        model.load_state_dict(cached)
         history: list[LossRow] = [{"epoch": int(epoch), "retain": loss} for epoch, loss in losses.tolist()]
         return Original(model.eval(), facts, seconds, history)
     task = Task(model, data, split, options, fresh, progress, pick_dtype(options.dtype, device))
@@ -112,9 +120,9 @@ def given_original(name: str, data: ImageData, split: Split, allow_pickle: bool 
         model, facts = load_model(path)
     else:
         model, classes = stock_model(name, allow_pickle)
-        facts = Facts(name, 3, classes, "original", split.base, training={"model": name})
+        facts = WeightFileInfo(name, 3, classes, "original", split.base, training={"model": name})
         _checked(facts, name, data)
-        return Original(model, facts, notes=tuple(_doubts(name, model, classes, data)))
+        return Original(model, facts, notes=tuple(_unverified_claims(name, model, classes, data)))
     _checked(facts, str(path), data)
     strange = sorted({*facts.training} - {*RECIPE})
     if strange:
@@ -124,20 +132,20 @@ def given_original(name: str, data: ImageData, split: Split, allow_pickle: bool 
         raise ModelError(f"{path} takes pictures of {facts.channels} channels, {data.name} has {data.channels}")
     if facts.role != "original":
         raise ModelError(
-            f"{path} is an {facts.role} model, but must be an original", advice="use one made by `salun classify-train`"
+            f"{path} is an {facts.role} model, but must be an original", advice="Use one made by `salun classify-train`"
         )
     if facts.base != split.base:
         raise DataError(
             f"{path} was trained on another split of the data, or on other data",
-            advice="repeat the {data}, {split_seed}, {test_share} and {validation_share} that it was trained with",
+            advice="Repeat the {data}, {split_seed}, {test_share} and {validation_share} that it was trained with",
         )
     return Original(model, facts)
 
 
-def _checked(facts: Facts, where: str, data: ImageData) -> None:
+def _checked(facts: WeightFileInfo, where: str, data: ImageData) -> None:
     if len(facts.classes) != len(data.classes):
         raise ModelError(f"{where} knows {len(facts.classes)} classes, but {data.name} has {len(data.classes)}")
-    other = None if nameless(facts.classes) else unlike(facts.classes, data.classes)
+    other = None if has_default_labels(facts.classes) else first_label_mismatch(facts.classes, data.classes)
     if other is not None:
         raise ModelError(
             f"{where} has a class {other[0]!r} where {data.name} has {other[1]!r}: they must have the same classes in "
@@ -145,10 +153,10 @@ def _checked(facts: Facts, where: str, data: ImageData) -> None:
         )
 
 
-def _doubts(name: str, model: nn.Module, classes: Sequence[str], data: ImageData) -> Iterator[str]:
+def _unverified_claims(name: str, model: nn.Module, classes: Sequence[str], data: ImageData) -> Iterator[str]:
     """What nobody can check of a model that others trained."""
     yield f"what {name} was trained on is not known: it may never have seen the forget set, or have seen the test"
-    if nameless(classes):
+    if has_default_labels(classes):
         yield f"{name} does not name its classes: that they come in the order of {data.name}'s is taken on trust"
-    if seen_by(model, data) is data:
+    if normalize_for(model, data) is data:
         yield f"{name} has no image processor that tells the mean and deviation of its pixels: it gets {data.name}'s"

@@ -60,7 +60,7 @@ def resolve_options(
     for name in ("epochs", "lr", "mask"):
         if name not in known and getattr(options, name) is not None:
             raise ConfigError(
-                f"is {getattr(options, name)}, but the method {method.title} has none", option=name, advice="omit it"
+                f"is {getattr(options, name)}, but the method {method.title} has none", option=name, advice="Omit it"
             )
     chosen = {name: value for name, value in known.items() if getattr(options, name) is None}
     full = replace(options, **chosen)
@@ -73,7 +73,7 @@ def resolve_options(
 def _check_agrees(name: str, value: Any, trained: Any) -> None:
     """Raises ConfigError for an option that contradicts how the original was trained."""
     if value is not None and value != trained:
-        raise ConfigError(f"is {value!r}, but the original was trained with {trained!r}", option=name, advice="omit it")
+        raise ConfigError(f"is {value!r}, but the original was trained with {trained!r}", option=name, advice="Omit it")
 
 
 def why_no_retrain(options: UnlearnOptions, training: dict[str, Any] | None) -> str | None:
@@ -86,7 +86,7 @@ def why_no_retrain(options: UnlearnOptions, training: dict[str, Any] | None) -> 
             raise ConfigError(
                 f"how {options.original} was trained is not known, so it cannot be trained again without the forget "
                 "set",
-                advice="train an original by `salun classify-train`",
+                advice="Train an original by `salun classify-train`",
             )
         return "how the original was trained is not known"
     if options.method == "retrain":

@@ -50,7 +50,7 @@ def predict(task: Task, rows: Tensor, model: nn.Module | None = None) -> Predict
     if not torch.isfinite(p).all():
         raise TrainingError(
             "the model diverged: its predictions are not finite",
-            advice="use a smaller {lr} (FF: {noise}, IU: {influence})",
+            advice="Use a smaller {lr} (FF: {noise}, IU: {influence})",
         )
     return Predicted(p.numpy(), task.labels(rows).cpu().numpy())
 
@@ -62,7 +62,7 @@ class SplitPredictions:
     """
 
     def __init__(self, task: Task) -> None:
-        self.task, self._tested = task, task.split.kept_test(task.data.labels)
+        self.task, self._tested = task, task.split.retained_test_rows(task.data.labels)
         for name, rows in (("forget set", task.split.forget), ("test set", self._tested)):
             if not len(rows):
                 raise DataError(f"the {name} is empty, so nothing can be evaluated")

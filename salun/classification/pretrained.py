@@ -41,7 +41,7 @@ def load(name: str, allow_pickle: bool, **changes: Any) -> Any:
     if not safetensors and not allow_pickle:
         raise ModelError(
             f"the image classifier {name!r} has its weights in {pickles[0].name}, a pickle, which may run code",
-            advice="use one with model.safetensors or, if you trust the file, {allow_pickle}",
+            advice="Use one with model.safetensors or, if you trust the file, {allow_pickle}",
         )
     if not safetensors:
         check_torch()
@@ -123,13 +123,13 @@ def _object(path: Path, name: str) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def check_config(told: Any) -> None:
+def check_config(node: Any) -> None:
     """Raises ValueError for a config that would fetch or open what it names, or run its code, or is out of bounds."""
-    if isinstance(told, list):
-        for value in told:
+    if isinstance(node, list):
+        for value in node:
             check_config(value)
-    elif isinstance(told, dict):
-        for key, value in told.items():
+    elif isinstance(node, dict):
+        for key, value in node.items():
             if "attn_implementation" in key or "experts_implementation" in key:
                 allowed = all(part in ATTENTION for part in (value.values() if isinstance(value, dict) else [value]))
             elif key == "architecture":
@@ -141,8 +141,8 @@ def check_config(told: Any) -> None:
             if not allowed:
                 raise ValueError(f"its {truncated(key)} is {truncated(repr(value))}, which a file may not say")
             check_config(value)
-    elif isinstance(told, int) and abs(told) > LARGEST:
-        raise ValueError(f"it holds the number {told}; the limit is {LARGEST:,}")
+    elif isinstance(node, int) and abs(node) > LARGEST:
+        raise ValueError(f"it holds the number {node}; the limit is {LARGEST:,}")
 
 
 def _is_text(value: Any) -> bool:

@@ -10,13 +10,13 @@ from typing import Any
 
 from salun.classification.compare import jobs_of, settings_of, variants_of, workers_of
 from salun.classification.data import ImageData, load_data
-from salun.classification.experiment import setting_of, training_of
-from salun.classification.models import new_model, seen_by
+from salun.classification.experiment import setup_of, training_of
+from salun.classification.models import new_model, normalize_for
 from salun.classification.options import TaskOptions, TrainOptions
 from salun.classification.originals import key_of_training
 from salun.classification.search import FURTHER
 from salun.classification.splits import Split, repeated
-from salun.classification.task import Task, cross_entropy, minimise, retain_batches
+from salun.classification.task import Task, cross_entropy, minimize, retain_batches
 from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
 from salun.masking.mask import Mask
 from salun.methods import METHODS
@@ -32,10 +32,10 @@ def preview_training(
 ) -> dict[str, Any]:
     """What `train` would do. seconds: counted from one epoch on 512 pictures at most. Raises as it."""
     full, data, split = training_of(options)
-    pace = _pace(full, data, split, progress)
+    pace = _seconds_per_image(full, data, split, progress)
     cached, seconds = _training(full, data, split, cache or Cache.of_user(), Stage.TRAINING, pace)
     notes = [*data.notes, *repeated(data, split)]
-    return {**_told(full, data, split), "notes": notes, "cached": {"original": cached}, "seconds": seconds}
+    return {**_summary(full, data, split), "notes": notes, "cached": {"original": cached}, "seconds": seconds}
 
 
 def preview_unlearning(
@@ -46,21 +46,31 @@ def preview_unlearning(
     no_retrain: why there is no Retrain, None if there is. seconds: as in `preview_training`. Raises as `unlearn`.
     """
     cache = cache or Cache.of_user()
-    setting = setting_of(options, cache)
-    own, data, split = setting.options, setting.data, setting.split
+    setting = setup_of(options, cache)
+    resolved, data, split = setting.options, setting.data, setting.split
     cached = {}
-    pace = _pace(setting.recipe, data, split.unforgotten(), progress)
-    method = METHODS["classification"][own.method]
-    seconds = pace * _passes(own, split) * (1 + ((len(method.factors) + LATER) if own.search else 0))
+    pace = _seconds_per_image(setting.recipe, data, split.without_forget_set(), progress)
+    method = METHODS["classification"][resolved.method]
+    seconds = pace * _passes(resolved, split) * (1 + ((len(method.factors) + LATER) if resolved.search else 0))
     if setting.given is None:
-        cached["original"], more = _training(setting.recipe, data, split.unforgotten(), cache, Stage.TRAINING, pace)
+        cached["original"], more = _training(
+            setting.recipe, data, split.without_forget_set(), cache, Stage.TRAINING, pace
+        )
         seconds += more
     if setting.no_retrain is None:
         cached["retrain"], more = _training(setting.recipe, data, split, cache, Stage.RETRAINING, pace)
         seconds += more
-    told = {"method": method.title, "mask": own.mask, "epochs": own.epochs, "lr": own.lr, "search": own.search}
-    given = {"forget": own.forget, "given": own.original, "no_retrain": setting.no_retrain, "notes": setting.notes}
-    return {**_told(own, data, split), **told, **given, "cached": cached, "seconds": seconds}
+    chosen = {name: getattr(resolved, name) for name in ("mask", "epochs", "lr", "search")}
+    given: dict[str, Any] = {"forget": resolved.forget, "given": resolved.original}
+    given |= {"no_retrain": setting.no_retrain, "notes": setting.notes}
+    return {
+        **_summary(resolved, data, split),
+        "method": method.title,
+        **chosen,
+        **given,
+        "cached": cached,
+        "seconds": seconds,
+    }
 
 
 def preview_comparison(
@@ -72,7 +82,7 @@ def preview_comparison(
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
     settings = list(settings_of(options, jobs, cache, data).values())
     first = settings[0]
-    pace = _pace(first.options, first.data, first.split.unforgotten(), progress)
+    pace = _seconds_per_image(first.options, first.data, first.split.without_forget_set(), progress)
     assert first.options.train_epochs is not None
     retrains = len(first.split.retain) * (2 if options.noise_floor else 1)
     seconds = pace * first.options.train_epochs * (len(first.split.train) + retrains) * options.seeds
@@ -81,12 +91,12 @@ def preview_comparison(
         tries = options.seeds + searches * (len(METHODS["classification"][setting.options.method].factors) + LATER)
         seconds += pace * _passes(setting.options, setting.split) * tries
     workers = workers_of(options)
-    told = {}
-    for kind, some in jobs.items():
+    counts = {}
+    for kind, group in jobs.items():
         folder = run_dir / "jobs" if run_dir is not None else None
         name = "{}-0.json" if kind == "search" else "{}.json"
-        there = [job for job in some if folder is not None and (folder / name.format(job.name)).is_file()]
-        told[kind] = {"all": len(some), "done": len(there)}
+        done = [job for job in group if folder is not None and (folder / name.format(job.name)).is_file()]
+        counts[kind] = {"all": len(group), "done": len(done)}
     return {
         "methods": [variant.name for variant in variants],
         "seeds": list(range(options.seed, options.seed + options.seeds)),
@@ -94,18 +104,18 @@ def preview_comparison(
         "forgetting": first.options.forget,
         "notes": first.notes,
         "train": len(first.split.train),
-        "jobs": told,
+        "jobs": counts,
         "workers": workers,
         "device": str(first.data.images.device),
         "seconds": seconds / workers,
     }
 
 
-def _told(options: TaskOptions, data: ImageData, split: Split) -> dict[str, Any]:
+def _summary(options: TaskOptions, data: ImageData, split: Split) -> dict[str, Any]:
     rows = {part: len(getattr(split, part)) for part in ("train", "validation", "test", "forget", "retain")}
     names = ("data", "model", "train_epochs", "train_lr", "train_batch_size", "seed")
-    told = {name: getattr(options, name) for name in names}
-    return {**told, "classes": len(data.classes), "rows": rows, "device": str(data.images.device)}
+    values = {name: getattr(options, name) for name in names}
+    return {**values, "classes": len(data.classes), "rows": rows, "device": str(data.images.device)}
 
 
 def _passes(options: TaskOptions, split: Split) -> int:
@@ -122,22 +132,22 @@ def _training(
     """Whether the cache has a model trained so, and the seconds that training takes if not."""
     assert options.model is not None and options.train_epochs is not None
     fresh = new_model(options.model, data.channels, len(data.classes), options.seed, options.allow_pickle)
-    there = cache.get(key_of_training(options, seen_by(fresh, data), split, fresh, stage)) is not None
+    there = cache.get(key_of_training(options, normalize_for(fresh, data), split, fresh, stage)) is not None
     return there, 0.0 if there else pace * options.train_epochs * len(split.retain)
 
 
-def _pace(options: TaskOptions, data: ImageData, split: Split, progress: Progress) -> float:
+def _seconds_per_image(options: TaskOptions, data: ImageData, split: Split, progress: Progress) -> float:
     """Seconds that one picture takes in training, on this machine now."""
     fresh = partial(
         new_model, options.model or "", data.channels, len(data.classes), options.seed, options.allow_pickle
     )
     model = fresh().to(data.images.device)
-    task = Task(model, seen_by(model, data), split, options, fresh)
+    task = Task(model, normalize_for(model, data), split, options, fresh)
     size = options.train_batch_size or 64
     rows = split.retain[: min(512, 4 * size)]
     task.split, task.mask = replace(split, retain=rows), Mask.full(task.parameters)
     for _ in range(2):  # the first time is slower than the rest
         began = time.perf_counter()
-        minimise(task, retain_batches(task, size), cross_entropy(task), epochs=1, lr=1e-6)
+        minimize(task, retain_batches(task, size), cross_entropy(task), epochs=1, lr=1e-6)
         progress(Event(Stage.MEASURING))
     return (time.perf_counter() - began) / len(rows)

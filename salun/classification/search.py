@@ -69,14 +69,14 @@ def search(task: Task) -> tuple[TaskOptions, dict[str, Any]]:
     """
     searching = rounds(task.options)
     task, values = replace(task, memo={}), next(searching)
-    told: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     while values:
-        found = trials(task, values, len(told.get("tried", ())))
-        told = merged([found], told)
-        values = following(searching, told)
-    if told["chosen"] is None:
-        raise TrainingError(f"the search failed: every {told['option']} diverges ({told['tried'][0]['reason']})")
-    return with_value(task.options, told["option"], told["chosen"]), told
+        trial_result = trials(task, values, len(result.get("tried", ())))
+        result = merged([trial_result], result)
+        values = next_round(searching, result)
+    if result["chosen"] is None:
+        raise TrainingError(f"the search failed: every {result['option']} diverges ({result['tried'][0]['reason']})")
+    return with_value(task.options, result["option"], result["chosen"]), result
 
 
 def rounds(options: TaskOptions) -> Generator[list[float], list[Trial], None]:
@@ -88,11 +88,11 @@ def rounds(options: TaskOptions) -> Generator[list[float], list[Trial], None]:
     centre = float(getattr(options, method.tunes))
     tried = yield [centre * factor for factor in method.factors]
     for _ in range(FURTHER):
-        value = beyond(tried)
+        value = extend_grid(tried)
         if value is None:
             break
         tried = yield [value]
-    nearby = between(tried)
+    nearby = refine_grid(tried)
     if nearby:
         yield nearby
 
@@ -109,15 +109,15 @@ def _tuned(options: TaskOptions) -> Method:
     method = METHODS["classification"][options.method]
     if method.tunes is None:
         raise ConfigError(
-            f"is set, but the method {method.title} has no option to search", option="search", advice="omit it"
+            f"is set, but the method {method.title} has no option to search", option="search", advice="Omit it"
         )
     return method
 
 
-def following(searching: Generator[list[float], list[Trial], None], told: Mapping[str, Any]) -> list[float]:
+def next_round(searching: Generator[list[float], list[Trial], None], result: Mapping[str, Any]) -> list[float]:
     """The next round of a search that has found what is `told` so far; no values where it is at its end."""
     try:
-        return searching.send([Trial(trial["value"], trial["score"]) for trial in told["tried"]])
+        return searching.send([Trial(trial["value"], trial["score"]) for trial in result["tried"]])
     except StopIteration:
         return []
 
@@ -131,7 +131,7 @@ def trials(task: Task, values: Sequence[float], before: int = 0) -> dict[str, An
     method = METHODS["classification"][task.options.method]
     assert method.tunes is not None
     began = time.perf_counter()
-    wanted = foretold(task)
+    wanted = predicted_retrain(task)
     if method.trains and task.mask is None:
         task = replace(task, mask=find_mask(task)[0])
     tried = []
@@ -157,36 +157,38 @@ def merged(found: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None 
     makes them all fail.
     """
     before = before or {}
-    failed = next((told["error"] for told in found if "error" in told), None)
+    failed = next((result["error"] for result in found if "error" in result), None)
     if failed is not None:
         return {"option": None, "foretold": None, "untouched": None, "tried": [], "runs": 0, "seconds": 0.0, **before,
                 "chosen": None, "remark": f"none: {failed}", "error": failed}  # fmt: skip
     first = found[0]
     tried = [*before.get("tried", ())]
     for at, trial in enumerate(first["tried"]):
-        some = [told["tried"][at] for told in found]
-        scores = [one["score"] for one in some if one["score"] is not None]
-        good = len(scores) == len(some)
+        seeds = [result["tried"][at] for result in found]
+        scores = [trial["score"] for trial in seeds if trial["score"] is not None]
+        good = len(scores) == len(seeds)
         tried.append(
             {
                 "value": trial["value"],
                 "score": sum(scores) / len(scores) if good else None,
-                "figures": {k: sum(one["figures"][k] for one in some) / len(some) for k in COMPARED} if good else None,
-                "reason": next((one["reason"] for one in some if one["reason"]), None),
+                "figures": {k: sum(each["figures"][k] for each in seeds) / len(seeds) for k in COMPARED}
+                if good
+                else None,
+                "reason": next((trial["reason"] for trial in seeds if trial["reason"]), None),
             }
         )
     tried.sort(key=lambda trial: float(trial["value"]))
-    untouched = sum(told["untouched"] for told in found) / len(found)
+    untouched = sum(result["untouched"] for result in found) / len(found)
     best = _best([Trial(trial["value"], trial["score"]) for trial in tried])
     return {
         "option": first["option"],
         "chosen": best.value if best else None,
         "remark": _remark(tried, untouched),
-        "foretold": {k: sum(told["foretold"][k] for told in found) / len(found) for k in COMPARED},
+        "foretold": {k: sum(result["foretold"][k] for result in found) / len(found) for k in COMPARED},
         "untouched": untouched,
         "tried": tried,
-        "runs": before.get("runs", 0) + sum(len(told["tried"]) for told in found),
-        "seconds": round(before.get("seconds", 0.0) + sum(told["seconds"] for told in found), 3),
+        "runs": before.get("runs", 0) + sum(len(result["tried"]) for result in found),
+        "seconds": round(before.get("seconds", 0.0) + sum(result["seconds"] for result in found), 3),
     }
 
 
@@ -219,7 +221,7 @@ def _best(tried: Sequence[Trial]) -> Trial | None:
     return min(scored, key=lambda trial: (trial.score, trial.value)) if scored else None
 
 
-def beyond(tried: Sequence[Trial]) -> float | None:
+def extend_grid(tried: Sequence[Trial]) -> float | None:
     """The next value past an end of the grid: where the best is, or below it, where no value gives a model.
 
     None if the best lies within, or is no better than the one beside it.
@@ -236,7 +238,7 @@ def beyond(tried: Sequence[Trial]) -> float | None:
     return None if beside.score == best.score else end.value**2 / beside.value
 
 
-def between(tried: Sequence[Trial]) -> list[float]:
+def refine_grid(tried: Sequence[Trial]) -> list[float]:
     """The geometric means of the best value and its neighbours, those that came apart too; none where none is best."""
     values, best = sorted(trial.value for trial in tried), _best(tried)
     if best is None:
@@ -261,21 +263,21 @@ def _remark(tried: Sequence[Mapping[str, Any]], untouched: float) -> str | None:
     return ", ".join(remarks) or None
 
 
-def did_nothing(told: Mapping[str, Any] | None) -> bool:
+def is_no_better_than_original(result: Mapping[str, Any] | None) -> bool:
     """Whether the best value that a search found brings a method no nearer than the model as it was: such a method is
     at its best doing nothing, and a place among the others would be the original's. told: as of `merged`.
     """
-    if not told or told["chosen"] is None:
+    if not result or result["chosen"] is None:
         return False
-    score = next(trial["score"] for trial in told["tried"] if trial["value"] == told["chosen"])
-    return _no_nearer(score, told["untouched"])
+    score = next(trial["score"] for trial in result["tried"] if trial["value"] == result["chosen"])
+    return _no_nearer(score, result["untouched"])
 
 
 def _no_nearer(score: float | None, untouched: float) -> bool:
     return score is not None and score >= untouched
 
 
-def foretold(task: Task) -> dict[str, float]:
+def predicted_retrain(task: Task) -> dict[str, float]:
     """What the task's model, the original, lets expect of Retrain: UA, RA, TA and MIA in percent (see above)."""
     held, gone = held_out(task.data, task.split)
     validation, retain = predict(task, held), predict(task, task.split.retain)
@@ -288,10 +290,10 @@ def foretold(task: Task) -> dict[str, float]:
         other = features(validation)["confidence"]
         called[read] = called_non_member(member, other[~read], other[read])
     return {
-        "UA": _like(labels, gone, ~validation.correct, validation.y),
+        "UA": _class_weighted_rate(labels, gone, ~validation.correct, validation.y),
         "RA": 100 * float(retain.correct.mean()),
         "TA": 100 * float(validation.correct.mean()),
-        "MIA": _like(labels, gone, called, validation.y),
+        "MIA": _class_weighted_rate(labels, gone, called, validation.y),
     }
 
 
@@ -318,19 +320,19 @@ def held_out(data: ImageData, split: Split) -> tuple[torch.Tensor, set[int]]:
     """
     if not len(split.validation):
         raise ConfigError(
-            "needs validation images, and there are none", option="search", advice="raise {validation_share}"
+            "needs validation images, and there are none", option="search", advice="Raise {validation_share}"
         )
     labels, rows = data.labels.cpu(), split.validation
     kept = torch.isin(labels[rows], labels[split.retain])
     gone = {int(y) for y in labels[split.forget]} - {int(y) for y in labels[split.retain]}
     if int(kept.sum()) < 4:
         raise ConfigError(
-            "needs 4 validation images of retained classes", option="search", advice="raise {validation_share}"
+            "needs 4 validation images of retained classes", option="search", advice="Raise {validation_share}"
         )
     return rows[kept], gone
 
 
-def _like(labels: np.ndarray, gone: set[int], flags: np.ndarray, of: np.ndarray) -> float:
+def _class_weighted_rate(labels: np.ndarray, gone: set[int], flags: np.ndarray, of: np.ndarray) -> float:
     """The share of `flags` (of rows labelled `of`) in percent, classes weighted as in `labels`; 1 for those gone."""
     shares = {
         int(y): 1.0 if int(y) in gone else float(flags[of == y].mean() if (of == y).any() else flags.mean())

@@ -54,11 +54,11 @@ class Split:
         told = json.dumps([self.data, *(getattr(self, part).tolist() for part in parts)])
         return hashlib.sha256(told.encode()).hexdigest()
 
-    def unforgotten(self) -> Split:
+    def without_forget_set(self) -> Split:
         """The same with nothing to forget: all of train is retained."""
         return replace(self, forget=self.train[:0], retain=self.train, forgetting="")
 
-    def kept_test(self, labels: Tensor) -> Tensor:
+    def retained_test_rows(self, labels: Tensor) -> Tensor:
         """The test rows of classes that the retain set still has: a forgotten class is no part of the test accuracy."""
         return self.test[torch.isin(labels.cpu()[self.test], labels.cpu()[self.retain])]
 
@@ -115,7 +115,7 @@ def make_split(data: ImageData, test_share: float, validation_share: float, seed
     train = rest
     counts = torch.bincount(data.labels.cpu()[train], minlength=len(data.classes))
     if not len(test):
-        raise DataError(f"{data.name} has no test images", advice="raise {test_share}")
+        raise DataError(f"{data.name} has no test images", advice="Raise {test_share}")
     if not counts.all():
         empty = data.classes[int((counts == 0).nonzero()[0])]
         raise DataError(f"{data.name}: the class {empty!r} has no training images")
@@ -154,7 +154,7 @@ def _random(train: Tensor, value: str, seed: int) -> Tensor:
         share = Decimal(value)
     except InvalidOperation as error:
         raise ConfigError(
-            f"is random:{value}, which is not a number", option="forget", advice="use random:0.1 for a tenth"
+            f"is random:{value}, which is not a number", option="forget", advice="Use random:0.1 for a tenth"
         ) from error
     if not share.is_finite() or not 0 < share < 1:
         raise ConfigError(
@@ -165,7 +165,7 @@ def _random(train: Tensor, value: str, seed: int) -> Tensor:
         raise ConfigError(
             f"is random:{value}, which of {len(train)} training images is none",
             option="forget",
-            advice="use a larger one",
+            advice="Use a larger one",
         )
     drawn = torch.randperm(len(train), generator=generator_of(seed, "forget"))
     return train[drawn[:count]].sort().values
@@ -189,7 +189,7 @@ def _class(data: ImageData, value: str) -> int:
             raise ConfigError(
                 f"is class:{value}, but {data.name} has no class named {value!r}",
                 option="forget",
-                advice=literal(f"use {readings}"),
+                advice=literal(f"Use {readings}"),
             )
     shown = ", ".join(data.classes[:10]) + (", …" if len(data.classes) > 10 else "")
     folded = {name.casefold(): name for name in names}
@@ -197,7 +197,7 @@ def _class(data: ImageData, value: str) -> int:
     raise ConfigError(
         f"is class:{value}, which does not exist: {data.name} has {len(data.classes)} classes ({shown})",
         option="forget",
-        advice=literal(f"did you mean class:{folded[near[0]]}?") if near else "",
+        advice=literal(f"Did you mean class:{folded[near[0]]}?") if near else "",
     )
 
 
@@ -242,6 +242,6 @@ def _listed(path: Path, split: Split, n: int) -> Tensor:
         raise DataError(
             f"is {path}, but its row {int(unseen[0])} is not in the training part (the model never saw it)",
             option="forget",
-            advice="see split.json of a run for the rows that are",
+            advice="See split.json of a run for the rows that are",
         )
     return rows

@@ -10,7 +10,7 @@ import numpy as np
 
 from salun.attacks.mia import FEATURES
 from salun.classification.metrics import COMPARED, gap_to_retrain
-from salun.classification.search import did_nothing
+from salun.classification.search import is_no_better_than_original
 
 Results = Mapping[int, Mapping[str, Any]]  # seed → a job's result
 DRAWS = 10_000  # of the bootstrap
@@ -50,7 +50,7 @@ def table_of(
             "title": titles[name],
             **_row(good, exact),
             "search": searched.get(name),
-            "idle": did_nothing(searched.get(name)),
+            "idle": is_no_better_than_original(searched.get(name)),
             "failed": failed,
             "why": some[failed[0]]["error"] if failed else None,
         }

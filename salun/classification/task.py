@@ -121,7 +121,7 @@ def training_mode(model: nn.Module, batchnorm: str) -> None:
                 module.eval()
 
 
-def minimise(
+def minimize(
     task: Task,
     batches: Batches,
     loss: Loss,
@@ -217,7 +217,7 @@ def train_from_scratch(task: Task, stage: Stage) -> None:
     task.model.load_state_dict(task.fresh().state_dict())
     task.mask = Mask.full(task.parameters)
     scratch = replace(task, options=recipe, dtype=pick_dtype(recipe.dtype, task.device))
-    minimise(
+    minimize(
         scratch,
         retain_batches(scratch, recipe.train_batch_size),
         cross_entropy(scratch),

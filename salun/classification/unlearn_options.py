@@ -58,7 +58,7 @@ class CompareOptions(UnlearnOptions):
         for item in fields(self):
             if item.name in NOT_COMPARED and getattr(self, item.name) != item.default:
                 raise ConfigError(
-                    "cannot be set for all methods of a comparison", option=item.name, advice="use {methods} instead"
+                    "cannot be set for all methods of a comparison", option=item.name, advice="Use {methods} instead"
                 )
 
 

@@ -175,7 +175,7 @@ def _step(
         if finite:
             return named, scale
         if scale == 1.0:
-            raise TrainingError(f"a gradient is not finite at step {step + 1}", advice="lower the learning rate ({lr})")
+            raise TrainingError(f"a gradient is not finite at step {step + 1}", advice="Lower the learning rate ({lr})")
         scale /= 2  # the step changed no weight, and is taken again
 
 
@@ -185,7 +185,7 @@ def _check_finite(loss: Tensor, step: int, processes: Processes) -> None:
         bad = (~torch.isfinite(loss.detach())).float().view(1)
         processes.all_reduce_sum([bad])
         if bad.item():
-            raise TrainingError(f"the loss is not finite at step {step + 1}", advice="lower the learning rate ({lr})")
+            raise TrainingError(f"the loss is not finite at step {step + 1}", advice="Lower the learning rate ({lr})")
 
 
 def _values(named: Mapping[str, Tensor], processes: Processes) -> LossRow:

@@ -17,7 +17,7 @@ from salun.masking.optim import MaskedOptimizer
 logger = logging.getLogger("salun")
 LossRow = dict[str, float]
 """{"step": 1, "forget": 0.5, …}: the position of a row (a step or an epoch, from 1) and its losses by name."""
-AGAIN = "delete it to start from the first step"
+AGAIN = "Delete it to start from the first step"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def read_saved_history(path: Path, fingerprint: str, most: int | None = None) ->
         raise TrainingError(f"the saved state {path} cannot be read ({error})", advice=AGAIN) from error
     if metadata.get("fingerprint") != fingerprint:
         raise TrainingError(
-            f"the saved state {path} belongs to other options or another model", advice="repeat those, or delete it"
+            f"the saved state {path} belongs to other options or another model", advice="Repeat those, or delete it"
         )
     if most is not None and len(history) > most:
         raise TrainingError(

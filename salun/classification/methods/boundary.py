@@ -25,9 +25,9 @@ def boundary_shrink(task: Task, options: BoundaryShrinkOptions) -> None:
 
     It is the original's prediction of x′ = x + ε·sign(∇_x CE(f_θo(x), y)), clamped to pixel values of 0 to 1.
     """
-    from salun.classification.task import cross_entropy, forget_batches, minimise
+    from salun.classification.task import cross_entropy, forget_batches, minimize
 
-    minimise(task, forget_batches(task, nearest_labels(task, options.epsilon)), cross_entropy(task))
+    minimize(task, forget_batches(task, nearest_labels(task, options.epsilon)), cross_entropy(task))
 
 
 def nearest_labels(task: Task, epsilon: float) -> Tensor:
@@ -60,7 +60,7 @@ def boundary_expanding(task: Task, options: NoOptions) -> None:
     from torch.nn import functional as F
 
     from salun.classification.models import head_of
-    from salun.classification.task import forget_batches, minimise
+    from salun.classification.task import forget_batches, minimize
     from salun.randomness import generator_of
 
     head = head_of(task.model, task.classes)
@@ -79,6 +79,6 @@ def boundary_expanding(task: Task, options: NoOptions) -> None:
 
     hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
-        minimise(task, forget_batches(task), loss, extra={"extra.weight": row, "extra.bias": bias})
+        minimize(task, forget_batches(task), loss, extra={"extra.weight": row, "extra.bias": bias})
     finally:
         hook.remove()

@@ -77,7 +77,7 @@ def influence_unlearning(task: Task, options: InfluenceOptions) -> None:
     product = once(task, "influence", lambda: influence(task, options.gradients, options.damping))
     step = options.influence * product
     if not torch.isfinite(step).all():
-        raise TrainingError("the influence is not finite", advice="raise {damping}")
+        raise TrainingError("the influence is not finite", advice="Raise {damping}")
     with torch.no_grad():
         for parameter, part in zip(
             task.parameters.values(), step.split([p.numel() for p in task.parameters.values()]), strict=True
@@ -103,7 +103,7 @@ def check_alpha(options: SsdOptions, split: Split) -> None:
             f"is {options.ssd_alpha:g}, but for {forget} of {train} samples no weight can be more than "
             f"{train / forget:.2f} times as important, and nothing would be forgotten",
             option="ssd_alpha",
-            advice="use a smaller one",
+            advice="Use a smaller one",
         )
 
 

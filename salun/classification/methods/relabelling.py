@@ -37,9 +37,9 @@ def random_labels(task: Task, options: RelabellingOptions) -> None:
 
     Each epoch draws the labels anew and takes D_f first, then D_r, or both mixed.
     """
-    from salun.classification.task import cross_entropy, minimise
+    from salun.classification.task import cross_entropy, minimize
 
-    minimise(task, relabelled(task, options), cross_entropy(task))
+    minimize(task, relabelled(task, options), cross_entropy(task))
 
 
 def salun(task: Task, options: RelabellingOptions) -> None:
@@ -56,9 +56,9 @@ def salun_soft(task: Task, options: RelabellingOptions) -> None:
 
     After each step the change is soft-thresholded so that a fraction of it becomes 0; the fraction falls to none.
     """
-    from salun.classification.task import cross_entropy, minimise
+    from salun.classification.task import cross_entropy, minimize
 
-    minimise(task, relabelled(task, options), cross_entropy(task), soft_density=task.options.density)
+    minimize(task, relabelled(task, options), cross_entropy(task), soft_density=task.options.density)
 
 
 def relabelled(task: Task, options: RelabellingOptions) -> Batches:

@@ -31,28 +31,28 @@ def retrain(task: Task, options: NoOptions) -> None:
 
 def fine_tune(task: Task, options: NoOptions) -> None:
     """FT (Golatkar et al. 2020; Warnecke et al. 2021): min_θ CE(D_r) from θ_o; D_f is forgotten by neglect."""
-    from salun.classification.task import cross_entropy, minimise, retain_batches
+    from salun.classification.task import cross_entropy, minimize, retain_batches
 
-    minimise(task, retain_batches(task), cross_entropy(task))
+    minimize(task, retain_batches(task), cross_entropy(task))
 
 
 def gradient_ascent(task: Task, options: NoOptions) -> None:
     """GA (Graves et al. 2021; Thudi et al. 2022): θ ← θ + η ∇CE(D_f), here as descent on −CE."""
-    from salun.classification.task import cross_entropy, forget_batches, minimise
+    from salun.classification.task import cross_entropy, forget_batches, minimize
 
     loss = cross_entropy(task)
-    minimise(task, forget_batches(task), lambda x, batch, epoch: -loss(x, batch, epoch))
+    minimize(task, forget_batches(task), lambda x, batch, epoch: -loss(x, batch, epoch))
 
 
 def l1_sparse(task: Task, options: SparseOptions) -> None:
     """ℓ1-sparse (Jia et al. 2023, section 4): min_θ CE(D_r) + γ_t ‖θ‖₁, with γ_t falling linearly from γ to 0."""
-    from salun.classification.task import cross_entropy, minimise, retain_batches
+    from salun.classification.task import cross_entropy, minimize, retain_batches
 
     epochs, loss = task.options.epochs, cross_entropy(task)
     assert epochs is not None
     gammas = [options.gamma * (1 - epoch / epochs) for epoch in range(epochs)]
     weights = list(task.parameters.values())
-    minimise(
+    minimize(
         task,
         retain_batches(task),
         lambda x, batch, epoch: loss(x, batch, epoch) + gammas[epoch] * sum(w.abs().sum() for w in weights),

@@ -38,7 +38,7 @@ def check_epochs(epochs: int | None, max_epochs: int) -> None:
     """Raises ConfigError for fewer epochs than SCRUB needs to forget."""
     if epochs is not None and epochs < 2 and max_epochs:
         raise ConfigError(
-            f"is {epochs}, but SCRUB begins to forget in its second epoch", option="epochs", advice="use 2 or more"
+            f"is {epochs}, but SCRUB begins to forget in its second epoch", option="epochs", advice="Use 2 or more"
         )
 
 
@@ -55,7 +55,7 @@ def scrub(task: Task, options: ScrubOptions) -> None:
     import torch
     from torch.nn import functional as F
 
-    from salun.classification.task import cross_entropy, forget_then_retain, minimise, retain_batches
+    from salun.classification.task import cross_entropy, forget_then_retain, minimize, retain_batches
 
     check_epochs(task.options.epochs, options.max_epochs)
     ce, teacher = cross_entropy(task), deepcopy(task.model).eval()
@@ -70,4 +70,4 @@ def scrub(task: Task, options: ScrubOptions) -> None:
         divergence = F.kl_div(task.logits(x).log_softmax(1), target, reduction="batchmean", log_target=True)
         return -divergence if batch.part == "forget" else options.distill * divergence + ce(x, batch, epoch)
 
-    minimise(task, batches, loss)
+    minimize(task, batches, loss)
