@@ -155,7 +155,7 @@ def test_pickles_need_a_torch_whose_safe_unpickler_is_safe(
     checkpoint = vit.parent / "x.ckpt"
     torch.save({"state_dict": {"w": torch.tensor([ord(c) for c in version])}}, checkpoint)  # none in the cache
     monkeypatch.setattr(torch, "__version__", version)
-    for load in (lambda: stock_model(str(vit), allow_pickle=True), lambda: pickled.converted(checkpoint, allowed=True)):
+    for load in (lambda: stock_model(str(vit), allow_pickle=True), lambda: pickled.convert_pickle(checkpoint, True)):
         with pytest.raises(ModelError, match=r"need torch 2\.6 or later, but this is 2\.\d\.\d: .*update torch"):
             load()
 
