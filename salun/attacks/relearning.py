@@ -85,4 +85,4 @@ def relearn(target: SplitPredictions, options: RelearningOptions) -> dict[str, A
     return result(step, None) if known else result(None, f"not within {options.steps} steps")
 
 
-RELEARNING = Attack("relearning", "Relearning", "arXiv:1911.04933", RelearningOptions, settings, relearn)
+RELEARNING = Attack("relearning", "Relearning", "arXiv:1911.04933", "classifier", RelearningOptions, settings, relearn)
