@@ -125,7 +125,7 @@ def opened(setting: Setting) -> RunRecord:
 
 def figures_of(task: Task) -> dict[str, Any]:
     """The metrics and the attacks that the task's options ask for."""
-    return judge(task, requested(task.options))
+    return judge(task, requested("classifier", task.options))
 
 
 def train(
