@@ -53,5 +53,5 @@ def from_fields(fields: Any) -> SalunError:
 
 
 def render(error: SalunError, spell: Callable[[str], str] = label) -> str:
-    """An error as a line for people, with the page's own advice. spell: names an option, by default as the page does."""
+    """An error as a line for people, with the page's advice. spell: names an option, by default as the page does."""
     return truncated(describe(error, spell, PAGE_ADVICE))

@@ -41,7 +41,8 @@ def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise ModelError(
-                f"{path} needs {size:,} bytes, but its disk has {free:,} free: make room or write elsewhere"
+                f"{path} needs {size:,} bytes, but its disk has {free:,} free: make room or write elsewhere",
+                code="no-space",
             )
         with _new_file(path) as file:
             temporary = Path(file.name)
@@ -236,7 +237,7 @@ def placed(target: Path, force: bool = False, again: bool = False) -> Iterator[P
             if not (again and target.exists() and _contents(beside / target.name) == _contents(target)):
                 _place(beside / target.name, target)
     except FileExistsError as error:
-        raise ConfigError(f"{target} is there already: choose another name, or add --force") from error
+        raise ConfigError(f"{target} is there already: choose another name, or add --force", code="exists") from error
     except OSError as error:
         raise ModelError(f"{target} cannot be written: {error.strerror or error}") from error
 
@@ -326,5 +327,6 @@ def check_disk_space(needed: Mapping[Path, int]) -> None:
         if free < wanted:
             raise ConfigError(
                 f"{place}: the run may take {wanted / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: "
-                "make room, or name a place on another disk"
+                "make room, or name a place on another disk",
+                code="no-space",
             )

@@ -24,6 +24,7 @@ from extension import paths
 from extension.access import Access
 from extension.controls import ADVANCED, FIELDS, MAIN_CONTROLS, control, default_of, help_of, shown_of, value_of
 from extension.host import StandaloneHost
+from extension.inputs import NOT_OFFERED
 from extension.jobs import Job
 from extension.messages import PAGE_ADVICE, from_fields, render, to_fields
 from extension.page import build

@@ -20,7 +20,7 @@ def check_output(target: str, force: bool = False) -> None:
             "(delta), .lora.safetensors or .diff.safetensors (for stock loaders)"
         )
     if there and not force:
-        raise ConfigError(f"--output {target} is there already: choose another name, or add --force")
+        raise ConfigError(f"--output {target} is there already: choose another name, or add --force", code="exists")
     folder = target.endswith(("/", os.sep))
     if there and folder and not (path / "model_index.json").is_file():
         raise ConfigError(f"--output {target} is there already and is no diffusers folder: it is not replaced")

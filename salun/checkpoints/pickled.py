@@ -81,7 +81,8 @@ def converted(path: Path, allowed: bool) -> Path:
     if not allowed:
         raise ModelError(
             f"{path} is a pickle, which may run code of whoever made it: take a .safetensors of the same model, or, if "
-            "you trust the file, --allow-pickle (it is read with weights_only)"
+            "you trust the file, --allow-pickle (it is read with weights_only)",
+            code="pickle",
         )
     target = Cache.of_user().converted / sha256_file(path)[:24] / f"{path.stem}.safetensors"
     if _is_recorded(target):

@@ -260,7 +260,8 @@ def _stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], error: Bas
     if listed and stored.metadata[BASE_HASH] == layers[0][0].base_hash:
         raise ModelError(
             f"{stored.path} holds {', '.join(map(str, listed))} already, of the same base (hash "
-            f"{error.due[:12]}…): start from that and apply all at once by `salun delta stack`, which is exact"
+            f"{error.due[:12]}…): start from that and apply all at once by `salun delta stack`, which is exact",
+            code="stacked",
         ) from error
 
 

@@ -52,7 +52,8 @@ class BaseMismatch(ModelError):
     """A model that a delta is not for. due, found: the base hash that it should have and the one that it has."""
 
     def __init__(self, due: str, found: str, advice: str) -> None:
-        super().__init__(f"this delta is for another base (hash {due[:12]}…, given {found[:12]}…): {advice}")
+        text = f"this delta is for another base (hash {due[:12]}…, given {found[:12]}…): {advice}"
+        super().__init__(text, code="wrong-base")
         self.due, self.found = due, found
 
 

@@ -156,7 +156,8 @@ def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None
     if mask.metadata.get("base_hash", origin) != origin:
         raise MaskError(
             f"the mask {what} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "
-            f"this model's {origin[:12]}…): make one with `salun mask --model {model.name}`"
+            f"this model's {origin[:12]}…): make one with `salun mask --model {model.name}`",
+            code="other-model",
         )
 
     if not mask.selected:

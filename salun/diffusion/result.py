@@ -192,7 +192,8 @@ def write_run(run: Run, outputs: list[str] | None, force: bool = False, progress
                 kind_of = ConfigError if isinstance(error, ConfigError) else ModelError
                 raise kind_of(
                     f"{error}. What was trained is kept: the same command with --resume --run-dir {folder} and another "
-                    "--output writes it"
+                    "--output writes it",
+                    code="outputs-failed",
                 ) from error
             note = _kept(Path(target), shown) if kind == "lora" else None
             if kind == "checkpoint" and not stored.single and (lost := lost_in_single_file(run.own)):

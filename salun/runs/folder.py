@@ -82,7 +82,8 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise ConfigError(f"--run-dir {folder}: another run is at work there; wait for it, or name another") from error
+        busy = f"--run-dir {folder}: another run is at work there; wait for it, or name another"
+        raise ConfigError(busy, code="busy") from error
     except OSError as error:
         raise ConfigError(f"--run-dir {folder} cannot be written ({error.strerror}): name another folder") from error
     try:

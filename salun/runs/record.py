@@ -92,7 +92,8 @@ class RunRecord:
         if differing:
             raise ConfigError(
                 f"--run-dir {self.folder} holds a run that cannot be resumed like this: {'; '.join(differing[:4])}. "
-                "Repeat its options, or name another folder"
+                "Repeat its options, or name another folder",
+                code="options-changed",
             )
 
     def _resume_from(self, previous: Mapping[str, Any]) -> None:
