@@ -72,7 +72,7 @@ class Access:
 
 
 def headers_of(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """The headers of an ASGI scope, names in lower case. A header that is given twice has both values, which are not valid."""
+    """The headers of an ASGI scope, names in lower case; one that is given twice has both values, which is invalid."""
     found: dict[str, str] = {}
     for key, value in raw:
         name, text = key.decode("latin-1").lower(), value.decode("latin-1")

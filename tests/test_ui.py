@@ -34,10 +34,10 @@ def salun(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "salun")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines: give --auth NAME:PASSWORD"),
-        (["--host", "192.168.1.7"], "can be reached from other machines"),
-        (["--host", "::"], "can be reached from other machines"),
-        (["--host", "my-machine"], "can be reached from other machines"),
+        (["--host", "0.0.0.0"], "--host is 0.0.0.0, which other machines can reach. Give NAME:PASSWORD as --auth"),
+        (["--host", "192.168.1.7"], "which other machines can reach"),
+        (["--host", "::"], "which other machines can reach"),
+        (["--host", "my-machine"], "which other machines can reach"),
         (["--auth", "ann"], "--auth needs a name and a password"),
         (["--auth", ":secret"], "--auth needs a name and a password"),
         (["--auth", "ann:"], "--auth needs a name and a password"),
@@ -97,7 +97,7 @@ def test_without_a_password_nothing_is_answered_under_a_name_or_for_another_site
     sent = {"content": '{"data": []}', "headers": {"Origin": "http://evil.example", "Content-Type": "text/plain"}}
     for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/salun/v1/start"):
         answer = calling.post(path, **sent)
-        assert (answer.status_code, answer.json()["error"]) == (403, "requests from other sites are refused"), path
+        assert (answer.status_code, answer.json()["error"]) == (403, "requests from other sites are rejected"), path
 
 
 HOSTS_THAT_ARE_NONE = [
