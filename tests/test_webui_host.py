@@ -136,7 +136,7 @@ def test_checkpoints_that_are_not_offered_are_told_of(
     gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
     listed = modules.sd_models.checkpoints_list
     listed["a.ckpt"] = SimpleNamespace(name="a.ckpt", filename="/checkpoints/a.ckpt")
-    assert (list(webui.WebUI().models.all()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
+    assert (list(webui.WebUI().models()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
 
     class Some(StandaloneHost):
         def left_out(self) -> int:
