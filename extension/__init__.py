@@ -1,6 +1,6 @@
 """The WebUI tab "Erase concept" and the page of `salun ui`.
 
-A WebUI has no salun on its path: the core beside this folder is loaded by its place, unless one is loaded already.
+A WebUI has no salun on its path: the core next to this folder is loaded by its path, unless one is loaded already.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _load_core() -> None:
         if core.is_file() and Path(loaded.__file__ or "").resolve() != core:
             logging.getLogger("salun").warning("%s is loaded already; %s is not used", loaded.__file__, core)
         return
-    if not core.is_file():  # installed as a package: salun is a neighbour on the path
+    if not core.is_file():  # installed as a package: salun is on the path
         return
     spec = importlib.util.spec_from_file_location("salun", core, submodule_search_locations=[str(core.parent)])
     if spec is None or spec.loader is None:
@@ -30,7 +30,7 @@ def _load_core() -> None:
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules["salun"]  # half a core must not be found by the next import
+        del sys.modules["salun"]  # a partly loaded core must not be imported again
         raise
 
 

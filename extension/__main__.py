@@ -1,4 +1,4 @@
-"""`python path/to/extension FOLDER`: the child process of a job, whatever the folder is called and wherever it lies."""
+"""`python path/to/extension FOLDER`: the child process of a job, whatever the name and place of the folder."""
 
 from __future__ import annotations
 

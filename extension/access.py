@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-OTHER_SITE = "requests from other sites are refused"
+OTHER_SITE = "requests from other sites are rejected"
 BAD_HOST = "the Host header is no valid HOST or HOST:PORT: open the page by its address"
 SIGNED_OUT = "nobody is signed in: load the page again and sign in"
 BY_NAME = (
@@ -31,7 +31,7 @@ class Refused(Exception):
 
 @dataclass
 class Access:
-    """users: name → password; with any, requests without the page's token must bear them (HTTP Basic).
+    """users: name → password; with any, requests without the page's token must have them (HTTP Basic).
 
     open: whether requests without the token are served at all. token: known to those who can open the
     page. guarded: whether opening the page takes a login. signed_in: whether the Cookie header is of a login that
@@ -65,14 +65,14 @@ class Access:
             raise Refused(401, "name and password are needed", challenge=True)
 
     def known(self, headers: Mapping[str, str]) -> bool:
-        """Whether a request bears the name and password of a user (HTTP Basic)."""
+        """Whether a request has the name and password of a user (HTTP Basic)."""
         name, password = _basic(headers.get("authorization", ""))
         expected = self.users.get(name)
         return _equal(password, expected if expected is not None else secrets.token_hex(8)) and expected is not None
 
 
 def headers_of(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """The headers of an ASGI scope, names in lower case. One that is given twice has both values: it fits nothing."""
+    """The headers of an ASGI scope, names in lower case; one that is given twice has both values, which is invalid."""
     found: dict[str, str] = {}
     for key, value in raw:
         name, text = key.decode("latin-1").lower(), value.decode("latin-1")
@@ -92,7 +92,7 @@ def gradio_login(app: Any) -> Callable[[str], bool]:
 
 
 def check_origin(headers: Mapping[str, str]) -> None:
-    """Raises Refused for a Host header that is none, and for a page of another origin.
+    """Raises Refused for an invalid Host header, and for a page of another origin.
 
     What a proxy adds (X-Forwarded-Host and the like) is not consulted: it must pass the Host header on.
     """
@@ -138,5 +138,5 @@ def _basic(header: str) -> tuple[str, str]:
     return name, password
 
 
-def _equal(one: str, other: str) -> bool:
-    return secrets.compare_digest(one.encode("utf-8"), other.encode("utf-8"))
+def _equal(first: str, second: str) -> bool:
+    return secrets.compare_digest(first.encode("utf-8"), second.encode("utf-8"))

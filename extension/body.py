@@ -16,7 +16,7 @@ LARGEST_INTEGER = 2**63
 
 
 async def read_body(receive: Any, headers: Mapping[str, str], limit: int, seconds: float = SECONDS) -> bytes:
-    """The body of an ASGI request. Raises Refused for one that is too large, or not there in time."""
+    """The body of an ASGI request. Raises Refused for a body that is too large or too slow."""
     length = headers.get("content-length", "0")
     if not length.isdecimal() or len(length) > 15 or int(length) > limit:
         raise Refused(413, f"the request has a body of {length[:20]} bytes; the limit is {limit:,}. Send less.")
@@ -40,7 +40,7 @@ async def _read(receive: Any, limit: int) -> bytes:
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body holds; an empty body is an empty one. Raises Refused for anything else."""
+    """The JSON object that a body holds; an empty body is an empty object. Raises Refused for any other value."""
     try:
         found = json.loads(body or b"{}", parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -56,7 +56,7 @@ def _no_number(text: str) -> None:
 
 
 def _check_values(value: Any, depth: int = 1) -> None:
-    """Raises Refused for values that no file, and no number of a computer, can hold."""
+    """Raises Refused for values that files and numbers cannot hold."""
     if depth > DEEPEST:
         raise Refused(400, f"the request is nested deeper than {DEEPEST} levels")
     if isinstance(value, dict):
@@ -68,6 +68,6 @@ def _check_values(value: Any, depth: int = 1) -> None:
             _check_values(inner, depth + 1)
     elif isinstance(value, str):
         if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
-            raise Refused(400, "the request holds text with NUL or half a character (an unpaired surrogate)")
+            raise Refused(400, "the request holds text with NUL or an unpaired surrogate")
     elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         raise Refused(400, f"the request holds a number of {len(str(value))} digits: give a smaller one")

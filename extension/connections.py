@@ -1,4 +1,4 @@
-"""HTTP connections of `salun ui`, which do not wait for ever for a request that is never sent in full."""
+"""HTTP connections of `salun ui`, with a time limit for the head of a request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _remote_address(transport: Any) -> str | None:
 
 
 class OncePerMinute(logging.Filter):
-    """Of uvicorn's warnings that there are too many connections, one a minute: each refused request has its own."""
+    """Lets one of uvicorn's warnings about too many connections through a minute; each rejected request causes one."""
 
     _last = -60.0
 
@@ -45,9 +45,9 @@ class OncePerMinute(logging.Filter):
 
 
 class Connection(H11Protocol):
-    """uvicorn's own, closed where a request's head stays incomplete, or one address has too many connections.
+    """uvicorn's protocol, closed where a request's head stays incomplete, or an address has too many connections.
 
-    Bodies have their time in `front`.
+    `front` limits the time for bodies.
     """
 
     _waiting: asyncio.TimerHandle | None = None

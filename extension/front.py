@@ -1,4 +1,4 @@
-"""In front of all of `salun ui`, gradio's routes too: no other origin, no large or endless body, no foreign frame."""
+"""Checks on every request to `salun ui`, gradio's routes too: its origin, the size and time of its body, frames."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ OWN_HEADERS = {
     b"cross-origin-opener-policy": b"same-origin",
     b"cross-origin-resource-policy": b"same-origin",
 }
-NO_FRAMES = (b"content-security-policy", b"frame-ancestors 'none'")  # beside a policy that an answer has already
+NO_FRAMES = (
+    b"content-security-policy",
+    b"frame-ancestors 'none'",
+)  # in addition to a policy that an answer has already
 
 
 class Front:
@@ -32,7 +35,7 @@ class Front:
 
     def __init__(self, app: Any, access: Access) -> None:
         self.app, self.access = app, access
-        self._reading: dict[asyncio.Task[bytes], None] = {}  # bodies before the login, the one that began first first
+        self._reading: dict[asyncio.Task[bytes], None] = {}  # bodies before the login, oldest first
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -93,10 +96,10 @@ async def _read(receive: Any, headers: Mapping[str, str]) -> bytes:
 
 
 def _is_link(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
-    """Whether a request is of a link on another site that leads to the page: it shows the page and begins nothing."""
+    """Whether a request follows a link on another site to the page: it shows the page and starts nothing."""
     opened = headers.get("sec-fetch-mode", "navigate") == "navigate"
-    whole = headers.get("sec-fetch-dest", "document") == "document"  # no frame
-    return scope.get("method") in ("GET", "HEAD") and scope["path"] == "/" and opened and whole
+    document = headers.get("sec-fetch-dest", "document") == "document"  # no frame
+    return scope.get("method") in ("GET", "HEAD") and scope["path"] == "/" and opened and document
 
 
 def _after(body: bytes, receive: Any) -> Any:
@@ -114,7 +117,7 @@ def _after(body: bytes, receive: Any) -> Any:
 
 
 def _with_own_headers(send: Any, secure: bool) -> Any:
-    """A `send` whose answers tell no other origin that it may read them, and that no other site may frame them."""
+    """A `send` whose answers no other origin may read, and no other site may frame."""
 
     async def answer(message: Any) -> None:
         if message["type"] == "http.response.start":

@@ -74,7 +74,7 @@ class Inputs:
         if name in MASKS:
             return str(name)
         if not isinstance(name, str):
-            raise ConfigError(f"there is no mask {str(name)[:80]!r}", code="not-found")
+            raise ConfigError(f"is {repr(name)[:80]}, but must be a text", option="mask")
         if (self.masks / f"{safe_name(name)}.safetensors").is_file():
             return str(confined(f"{safe_name(name)}.safetensors", self.masks))
         return str(confined_file("mask.safetensors", self.runs.get(name)))

@@ -6,7 +6,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +56,17 @@ def patience(stage: str, pace: float) -> float:
     if stage == Stage.TRAINING:  # at the end of its step it hears, and saves what it has
         return max(GRACE, min(2 * pace, MAX_STEP))
     return GRACE
+
+
+def end_soon(child: subprocess.Popen[str], patience: Callable[[], float]) -> bool:
+    """End a child that was asked to stop and does not within its patience, in seconds. Returns whether it was ended."""
+    began = time.monotonic()
+    while child.poll() is None and time.monotonic() - began <= patience():
+        time.sleep(0.05)
+    if child.poll() is None:
+        child.kill()
+        return True
+    return False
 
 
 def end(child: subprocess.Popen[str]) -> None:

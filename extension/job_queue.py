@@ -76,8 +76,6 @@ class Queue:
         self._thread = threading.Thread(target=self._work, name="salun jobs", daemon=True)
         self._thread.start()
 
-    # what a host and its page call
-
     def submit(self, kind: str, title: str, request: Mapping[str, Any], run: str | None = None) -> Job:
         """Put a job into the queue; an open job with the same request is returned instead (a double click is one job).
 
@@ -166,8 +164,6 @@ class Queue:
             self.cancel(job_id)
         self._thread.join(job_process.FINISHING)
         self._store.close()
-
-    # the thread
 
     def _work(self) -> None:
         while True:
@@ -262,11 +258,7 @@ class Queue:
 
     def _end_soon(self, job: Job, child: subprocess.Popen[str]) -> None:
         """End a child that does not stop by itself. Its run can be resumed from its last saved state."""
-        began = time.monotonic()
-        while child.poll() is None and time.monotonic() - began <= job_process.patience(job.stage, self._pace):
-            time.sleep(0.05)
-        if child.poll() is None:
-            child.kill()
+        if job_process.end_soon(child, lambda: job_process.patience(job.stage, self._pace)):
             self._settle(job, "cancelled")  # the system frees its memory meanwhile; the lease ends with the process
 
     def _settle(self, job: Job, state: str, error: SalunError | None = None) -> None:

@@ -330,4 +330,5 @@ def check_disk_space(needed: Mapping[Path, int]) -> None:
             raise ConfigError(
                 f"{place}: up to {wanted / 1e9:.2f} GB will be written, but its disk has {free / 1e9:.2f} GB free",
                 advice=MAKE_ROOM,
+                code="no-space",
             )

@@ -11,13 +11,6 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, Literal, TypeVar
 
-from salun.classification.methods.boundary import BoundaryShrinkOptions
-from salun.classification.methods.fisher import FisherOptions, InfluenceOptions, SsdOptions
-from salun.classification.methods.relabelling import RelabellingOptions
-from salun.classification.methods.retaining import SparseOptions
-from salun.classification.methods.scrub import ScrubOptions
-from salun.diffusion.methods.esd import EsdOptions
-from salun.diffusion.methods.uce import UceOptions
 from salun.options import NoOptions
 
 TaskName = Literal["diffusion", "classification"]
@@ -38,7 +31,7 @@ class Method:
             classification None: it changes the task's model in place.
         mask: Which weights train by default: those of the saliency mask, all ("full"), or those that the method finds
             while it trains ("learned", without an option `mask`). "none": it does not train under a mask.
-        options: The dataclass of its own options.
+        options_from: "module:class" of the dataclass of its own options.
         resolve: "module:function": (options, shared options, split) → options without None. Raises ConfigError for
             options that the method cannot follow.
         defaults: Values of shared options where the user gives none.
@@ -55,13 +48,19 @@ class Method:
     task: TaskName
     run: str
     mask: MaskUse = "none"
-    options: type[Any] = NoOptions
+    options_from: str = "salun.options:NoOptions"
     resolve: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     data: Literal["latents", "prompts"] = "latents"
     stages: str = ""
     tunes: str | None = "lr"
     factors: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4, 16)
+
+    @property
+    def options(self) -> type[Any]:
+        """The dataclass of its own options, whose file imports no torch."""
+        kind: type[Any] = load(self.options_from)
+        return kind
 
     @property
     def trains(self) -> bool:
@@ -88,11 +87,10 @@ class Method:
         return {item.name: getattr(own, item.name) for item in fields(own)}
 
 
-def load(path: str) -> Callable[..., Any]:
-    """The function that "module:function" names."""
+def load(path: str) -> Any:
+    """The function or class that "module:name" names."""
     module, _, name = path.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
+    return getattr(import_module(module), name)
 
 
 def _registry(*methods: Method) -> dict[str, Method]:
@@ -112,34 +110,36 @@ METHODS: dict[TaskName, dict[str, Method]] = {
         Method("ft", "FT", f"{_GOLATKAR}; Warnecke et al. 2021, arXiv:2108.11577", _C, f"{_IN}.retaining:fine_tune",
                "full", defaults={"epochs": 10, "lr": 0.02}),
         Method("rl", "RL", _GOLATKAR, _C, f"{_IN}.relabelling:random_labels",
-               "full", RelabellingOptions, defaults={"epochs": 10, "lr": 0.006}),
+               "full", f"{_IN}.relabelling:RelabellingOptions", defaults={"epochs": 10, "lr": 0.006}),
         Method("ga", "GA", "Graves et al. 2021, arXiv:2010.10981; Thudi et al. 2022, arXiv:2109.13398", _C,
                f"{_IN}.retaining:gradient_ascent", "full", defaults={"epochs": 5, "lr": 0.00125}),
-        Method("ff", "FF", _GOLATKAR, _C, f"{_IN}.fisher:fisher_forgetting", options=FisherOptions, tunes="noise"),
+        Method("ff", "FF", _GOLATKAR, _C, f"{_IN}.fisher:fisher_forgetting",
+               options_from=f"{_IN}.fisher:FisherOptions", tunes="noise"),
         Method("iu", "IU", "Koh & Liang 2017, arXiv:1703.04730; Jia et al. 2023, arXiv:2304.04934", _C,
-               f"{_IN}.fisher:influence_unlearning", options=InfluenceOptions, tunes="influence"),
+               f"{_IN}.fisher:influence_unlearning", options_from=f"{_IN}.fisher:InfluenceOptions", tunes="influence"),
         Method("be", "BE", _BOUNDARY, _C, f"{_IN}.boundary:boundary_expanding",
                "full", defaults={"epochs": 10, "lr": 1e-4}),
         Method("bs", "BS", _BOUNDARY, _C, f"{_IN}.boundary:boundary_shrink",
-               "full", BoundaryShrinkOptions, defaults={"epochs": 10, "lr": 2.5e-5}),
+               "full", f"{_IN}.boundary:BoundaryShrinkOptions", defaults={"epochs": 10, "lr": 2.5e-5}),
         Method("l1-sparse", "ℓ1-sparse", "Jia et al. 2023, arXiv:2304.04934", _C, f"{_IN}.retaining:l1_sparse",
-               "full", SparseOptions, defaults={"epochs": 10, "lr": 0.02}),
+               "full", f"{_IN}.retaining:SparseOptions", defaults={"epochs": 10, "lr": 0.02}),
         Method("salun", "SalUn", _SALUN, _C, f"{_IN}.relabelling:salun",
-               "saliency", RelabellingOptions, defaults={"epochs": 10, "lr": 0.012}),
+               "saliency", f"{_IN}.relabelling:RelabellingOptions", defaults={"epochs": 10, "lr": 0.012}),
         Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _C, f"{_IN}.relabelling:salun_soft",
-               "learned", RelabellingOptions, defaults={"epochs": 10, "lr": 0.012}),
+               "learned", f"{_IN}.relabelling:RelabellingOptions", defaults={"epochs": 10, "lr": 0.012}),
         Method("scrub", "SCRUB", "Kurmanji et al. 2023, arXiv:2302.09880", _C, f"{_IN}.scrub:scrub",
-               "full", ScrubOptions, f"{_IN}.scrub:resolve", {"epochs": 10, "lr": 0.01}),
-        Method("ssd", "SSD", "Foster et al. 2024, arXiv:2308.07707", _C, f"{_IN}.fisher:ssd", options=SsdOptions,
+               "full", f"{_IN}.scrub:ScrubOptions", f"{_IN}.scrub:resolve", {"epochs": 10, "lr": 0.01}),
+        Method("ssd", "SSD", "Foster et al. 2024, arXiv:2308.07707", _C, f"{_IN}.fisher:ssd",
+               options_from=f"{_IN}.fisher:SsdOptions",
                resolve=f"{_IN}.fisher:resolve_ssd", tunes="ssd_alpha", factors=(0.3, 0.5, 0.7, 1, 1.4, 1.9)),
     ),
     "diffusion": _registry(
         Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency"),
         Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned"),
         Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
-               "full", EsdOptions, data="prompts", stages=f"{_ERASE}.esd:stages"),
+               "full", f"{_ERASE}.esd:EsdOptions", data="prompts", stages=f"{_ERASE}.esd:stages"),
         Method("uce", "UCE", "Gandikota et al. 2024, arXiv:2308.14761", _D, f"{_ERASE}.uce:uce",
-               "full", UceOptions, data="prompts", stages=f"{_ERASE}.uce:stages"),
+               "full", f"{_ERASE}.uce:UceOptions", data="prompts", stages=f"{_ERASE}.uce:stages"),
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""WebUI's door (A1111, Forge, reForge): loads our `extension` package under a name that no other extension uses."""
+"""Entry point of A1111, Forge and reForge: loads the `extension` package under a name that no other extension uses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_NAME = "salun_webui_extension"  # extensions share sys.modules, and `extension` could be anybody's
+_NAME = "salun_webui_extension"  # extensions share sys.modules, where `extension` could be another's
 
 if _NAME not in sys.modules:  # "Reload UI" runs this file again, and a running job lives in the package
     _home = Path(__file__).resolve().parents[1] / "extension"

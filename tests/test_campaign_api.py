@@ -27,10 +27,9 @@ if TYPE_CHECKING:
     from extension.service import Service
 
 CASES = 1_500
-ROUTES = {
-    "start": "POST", "status": "GET", "cancel": "POST", "resume": "POST", "remove": "POST", "use": "POST",
-    "undo": "POST", "runs": "GET", "models": "GET", "concepts": "GET", "schema": "GET", "openapi.json": "GET", "file": "GET", "preview": "GET",
-}  # fmt: skip
+GETS = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview"]
+POSTS = ["start", "cancel", "resume", "remove", "use", "undo"]
+ROUTES = {**dict.fromkeys(POSTS, "POST"), **dict.fromkeys(GETS, "GET")}
 TEXTS = [
     "", "circle", "shapes", "a" * 3_000, "--run-dir : " * 11_000, "\0",
     "\ud800", "../..", "/etc/passwd", "C:\\x", "a\u0316\u0301" * 20_000, "run", "nowhere", "\u202e", "[" * 50_000,

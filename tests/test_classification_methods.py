@@ -550,7 +550,7 @@ def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:
         torch.manual_seed(noise)
         settings = RELEARNING.settings(again.options)
         assert settings is not None
-        curves.append(RELEARNING.run(SplitPredictions(again), settings)["relearning"]["curve"])
+        curves.append(RELEARNING.run(SplitPredictions.of(again), settings)["relearning"]["curve"])
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
     assert curves[0] == curves[1]
     assert len({accuracy for _, accuracy in curves[0]}) > 2  # it learns, so that other draws would show

@@ -140,9 +140,10 @@ def test_gaps_are_absolute_and_averaged_over_four() -> None:
 
 
 def test_requested_attacks_are_those_the_options_ask_for() -> None:
-    assert requested(UnlearnOptions()) == ["mia"]
+    assert requested("classifier", UnlearnOptions()) == ["mia"]
     options = UnlearnOptions(relearn=5, train_lr=0.1)
-    assert requested(options) == ["mia", "relearning"]
+    assert requested("classifier", options) == ["mia", "relearning"]
+    assert requested("diffusion", options) == []
     for name in ATTACKS:
         made = attack(name)
         assert made.name == name and isinstance(made.settings(options), made.options)

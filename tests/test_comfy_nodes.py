@@ -171,12 +171,8 @@ class Patcher:
 class Clip:
     def __init__(self, family: str = "sd1", weights: str = "", embedding: str = "") -> None:
         self.patcher = types.SimpleNamespace(patches={})
-        self.width, self.weights, self.embedding, self.layer = (
-            FAMILIES[family]["cross_attention_dim"],
-            weights,
-            embedding,
-            0,
-        )
+        self.width = FAMILIES[family]["cross_attention_dim"]
+        self.weights, self.embedding, self.layer = weights, embedding, 0
 
     def tokenize(self, text: str) -> str:
         return text
@@ -293,13 +289,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
             **{f"get_{n}_directory": lambda n=n: str(tmp_path / n) for n in ("output", "input", "user")},
             "get_filename_list": lambda kind: [],
             "get_full_path": told.full_path,
-            "get_save_image_path": lambda prefix, root: (
-                str(Path(root) / Path(prefix).parent),
-                Path(prefix).name,
-                1,
-                "",
-                prefix,
-            ),
+            "get_save_image_path": lambda p, root: (str(Path(root) / Path(p).parent), Path(p).name, 1, "", p),
         },
         "latent_preview": {
             "get_previewer": lambda device, kind: None,
@@ -504,13 +494,6 @@ def test_every_family_and_prediction_is_erased(host: Host, family: str, predicti
     model = Patcher(family, prediction)
     _, delta, _, metrics = erased(model, family)
     assert delta.changed and np.isfinite([list(row.values()) for row in _rows(json.loads(metrics)["losses"])]).all()
-    graph = GraphModel(model, Clip(family))
-    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
-    with graph.temporarily_trainable():
-        encoded = graph.encode(["a cat", "a dog"])
-        expected = model.model.diffusion_model(x, t, encoded.hidden, {}, **encoded.extra)
-        torch.testing.assert_close(graph.predict(x, t, encoded), expected, rtol=1e-5, atol=1e-6)
-    assert set(encoded.extra) == ({"y"} if family == "sdxl" else set())
 
 
 def _rows(losses: list[Any]) -> list[dict[str, float]]:

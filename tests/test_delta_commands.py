@@ -544,7 +544,7 @@ def test_models_that_do_not_pair_up_are_rejected(salun: Command) -> None:
     refused(salun(*extract, smaller, "--output", "x.salun.safetensors"), 1, "conv_norm_out.weight only in one of them")
     refused(salun(*extract, floats, "--output", "x.salun.safetensors"), 1, "float16", "float32", "in one dtype")
     shutil.copytree("base", "copy")
-    refused(salun(*extract, "copy", "--output", "x.salun.safetensors"), 1, "the same UNet")
+    refused(salun(*extract, "copy", "--output", "x.salun.safetensors"), 1, "the same weights")
     assert not Path("x.salun.safetensors").exists()
 
 

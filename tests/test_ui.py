@@ -34,15 +34,15 @@ def salun(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "salun")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines: give --auth NAME:PASSWORD"),
-        (["--host", "192.168.1.7"], "can be reached from other machines"),
-        (["--host", "::"], "can be reached from other machines"),
-        (["--host", "my-machine"], "can be reached from other machines"),
-        (["--auth", "ann"], "--auth needs a name and a password"),
-        (["--auth", ":secret"], "--auth needs a name and a password"),
-        (["--auth", "ann:"], "--auth needs a name and a password"),
-        (["--auth", "ann: "], "--auth needs a name and a password"),
-        (["--auth", ""], "--auth needs a name and a password"),
+        (["--host", "0.0.0.0"], "host is 0.0.0.0, which other machines can reach"),
+        (["--host", "192.168.1.7"], "which other machines can reach"),
+        (["--host", "::"], "which other machines can reach"),
+        (["--host", "my-machine"], "which other machines can reach"),
+        (["--auth", "ann"], "auth needs a name and a password"),
+        (["--auth", ":secret"], "auth needs a name and a password"),
+        (["--auth", "ann:"], "auth needs a name and a password"),
+        (["--auth", "ann: "], "auth needs a name and a password"),
+        (["--auth", ""], "auth needs a name and a password"),
         (["--port", "70000"], "65535"),
     ],
     ids=str,
@@ -63,7 +63,7 @@ def test_an_empty_password_in_the_environment_is_refused(tmp_path: Path, monkeyp
 def test_without_gradio_the_extra_is_named(tmp_path: Path) -> None:
     done = salun(cwd=tmp_path, program=("-c", NO_GRADIO))
     assert done.returncode == 1
-    assert done.stderr.strip() == "salun: the page needs gradio, an extra: pip install 'salun[ui]'"
+    assert done.stderr.strip() == "salun: the page needs gradio. Install it: pip install 'salun[ui]'"
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_without_a_password_nothing_is_answered_under_a_name_or_for_another_site
     sent = {"content": '{"data": []}', "headers": {"Origin": "http://evil.example", "Content-Type": "text/plain"}}
     for path in ("/gradio_api/run/predict", "/gradio_api/queue/join", "/salun/v1/start"):
         answer = calling.post(path, **sent)
-        assert (answer.status_code, answer.json()["error"]) == (403, "requests from other sites are refused"), path
+        assert (answer.status_code, answer.json()["error"]) == (403, "requests from other sites are rejected"), path
 
 
 HOSTS_THAT_ARE_NONE = [

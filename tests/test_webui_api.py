@@ -270,7 +270,7 @@ def test_what_a_stopped_job_keeps_is_told_and_goes_with_it(service: Service) -> 
     with exclusive_lock(folder):  # as a child that outlived the program does
         answer = calling.post(f"{PREFIX}/remove", json={"id": job.id})
         assert answer.status_code == 400
-        assert answer.json()["error"].endswith("Wait until it is done")
+        assert answer.json()["error"].endswith(". Wait until it is done")
         assert service.queue.all() == [job]
     assert calling.post(f"{PREFIX}/remove", json={"id": job.id}).status_code == 200
     assert service.queue.all() == []
@@ -336,7 +336,7 @@ def test_run_whose_name_is_not_utf8_is_listed_as_unreadable(service: Service) ->
     write_run(service, os.fsdecode(b"caf\xe9"))
     first, second = client(service).get(f"{PREFIX}/runs").json()["runs"]
     assert (first["run"], first["status"]) == ("caf\\udce9", "unreadable")
-    assert "rename the folder" in first["error"]
+    assert "Rename the folder" in first["error"]
     assert second["status"] == "done"
 
 

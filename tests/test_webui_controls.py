@@ -24,6 +24,7 @@ from extension import paths
 from extension.access import Access
 from extension.controls import ADVANCED, FIELDS, MAIN_CONTROLS, control, default_of, help_of, shown_of, value_of
 from extension.host import StandaloneHost
+from extension.inputs import NOT_OFFERED
 from extension.jobs import Job
 from extension.messages import PAGE_ADVICE, from_fields, render, to_fields
 from extension.page import build
@@ -97,6 +98,12 @@ def service(tmp_path: Path) -> Any:
     made.queue.close()
 
 
+def change_host(service: Service, host: StandaloneHost) -> None:
+    """Another host for a service and its parts."""
+    for part in (service, service.runs, service.models, service.requests):
+        part.host = host
+
+
 def test_a_jobs_request_is_what_the_command_line_would_run(service: Service) -> None:
     """Same dataclass, same defaults; only the run folder is ours."""
     job = service.requests.erase({"concept": ["circle"], "model": "shapes", "steps": 3})
@@ -137,7 +144,7 @@ def test_what_a_form_must_not_say_is_refused_before_anything_begins(
 
 
 def test_jobs_of_one_second_write_to_different_places_and_a_repeated_one_is_the_same(service: Service) -> None:
-    service.host = Keeping(service.host.data)
+    change_host(service, Keeping(service.host.data))
     asked = {"concept": ["circle"], "model": "shapes"}
     first, second = service.requests.erase(asked), service.requests.erase({**asked, "seed": 1})
     assert service.requests.erase(asked) is first
@@ -172,7 +179,7 @@ class Keeping(StandaloneHost):
 @pytest.fixture
 def held(service: Service) -> Iterator[Service]:
     """A service of a host with checkpoints, whose jobs only wait."""
-    service.host = Keeping(service.host.data)
+    change_host(service, Keeping(service.host.data))
     (service.host.data / "checkpoints").mkdir()
     lock = threading.Lock()
 
@@ -370,11 +377,13 @@ def test_a_run_that_cannot_be_read_is_listed_as_such_and_harms_no_other(service:
     outside.mkdir()
     (outside / "run.json").write_text('{"status": "done", "options": {"concept": ["secret"]}}', encoding="utf-8")
     (service.runs.folder / "out").symlink_to(outside, target_is_directory=True)
-    shutil.copytree(write_run(service, "zz-good", concept=["good"]), os.fsdecode(os.fsencode(service.runs) + b"/\xff"))
+    shutil.copytree(
+        write_run(service, "zz-good", concept=["good"]), os.fsdecode(os.fsencode(service.runs.folder) + b"/\xff")
+    )
     (service.runs.folder / "zz-good" / "model.safetensors").touch()
     (tmp_path / "models").mkdir()
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/models/\xff.safetensors"))).touch()
-    service.host = StandaloneHost(service.host.data, [str(tmp_path / "models")])
+    change_host(service, StandaloneHost(service.host.data, [str(tmp_path / "models")]))
 
     listed = [run for run in service.history() if run["run"] != "\\udcff"]
     assert len(listed) == len(service.history()) - 1  # the name that is not UTF-8 is shown escaped
@@ -544,8 +553,8 @@ def test_a_page_opens_with_the_checkpoint_that_the_host_has_loaded(service: Serv
     page = build(gr, service, Access())
     model = next(block for block in page.blocks.values() if getattr(block, "elem_id", None) == "salun_model")
     assert model.value == next(iter(service.models.all()))
-    service.host = Keeping(service.host.data)
-    service.host.now = "sd15"
+    change_host(service, Keeping(service.host.data))
+    service.host.now = "sd15"  # type: ignore[attr-defined]
     assert _on_load(page)()[0]["value"] == "sd15"
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from extension import environment, webui
 from extension.access import Access, Refused, gradio_login
+from extension.environment import Missing
 from extension.host import StandaloneHost
 from extension.job_queue import Queue
 from extension.jobs import Job
@@ -135,7 +136,7 @@ def test_checkpoints_that_are_not_offered_are_told_of(
     gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
     listed = modules.sd_models.checkpoints_list
     listed["a.ckpt"] = SimpleNamespace(name="a.ckpt", filename="/checkpoints/a.ckpt")
-    assert (list(webui.WebUI().models.all()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
+    assert (list(webui.WebUI().models()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
 
     class Some(StandaloneHost):
         def left_out(self) -> int:
@@ -150,10 +151,10 @@ def test_a_checkpoint_is_the_hosts_now_only_if_the_host_took_it(options: SimpleN
     new = Path("/checkpoints/new.safetensors")
     assert webui.WebUI().use(new) == "new.safetensors is the checkpoint now."
     options.sd_model_checkpoint, options.fails = "old.safetensors", True
-    with pytest.raises(ConfigError, match=r"could not load new\.safetensors: its log tells why"):
+    with pytest.raises(ConfigError, match=r"could not load new\.safetensors. See its log"):
         webui.WebUI().use(new)
     options.frozen = True
-    with pytest.raises(ConfigError, match="takes no other checkpoint: changing settings is disabled"):
+    with pytest.raises(ConfigError, match="does not change its checkpoint: changing settings is disabled"):
         webui.WebUI().use(new)
 
 
@@ -272,8 +273,8 @@ def test_flags_that_cannot_be_read_let_nobody_in(
 @pytest.fixture
 def lacking(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> webui.WebUI:
     """A host whose Python lacks a package."""
-    monkeypatch.setattr(environment, "missing", lambda: ("diffusers (none)",))
-    monkeypatch.setattr(environment, "_work", {})
+    monkeypatch.setattr(environment, "missing", lambda: (Missing("diffusers", "0.31", None),))
+    monkeypatch.setattr(environment, "_failed", {})
     monkeypatch.setattr(environment, "PACKAGES", ("pip",))  # there already: the package index is not asked
     monkeypatch.setattr(environment, "SMALL", ())
     monkeypatch.setattr(environment, "TRIAL", "import torch")
@@ -296,8 +297,8 @@ def test_a_set_up_that_fails_leaves_the_environment_that_worked(
     assert "No module named 'no_such_package'" in said
     with monkeypatch.context() as old:
         old.setitem(environment.LOWEST, "diffusers", "999")  # what was installed does not suffice
-        assert "it lacks diffusers 999" in environment.set_up(lacking, wait=True)
-    assert "The environment there was is kept" in said
+        assert "still lacks diffusers 999" in environment.set_up(lacking, wait=True)
+    assert "The previous environment stays in use" in said
     assert lacking.python() == python
     assert [path.name for path in (lacking.data / "environment").iterdir() if path.is_dir()] == [Path(python).parts[-3]]
 
@@ -328,8 +329,10 @@ def test_what_a_set_up_cannot_change_is_said_and_nothing_is_made(
     made.touch()
     (lacking.data / "environment" / "current").write_text("old", encoding="utf-8")  # made while torch sufficed
     assert environment.state(lacking)[0]
-    monkeypatch.setattr(environment, "missing", lambda: ("torch 2.1 (has 2.0.1)", "diffusers (none)"))
-    said = r"need torch 2\.1 \(has 2\.0\.1\) of this program's own, which Set up leaves as it is"
+    monkeypatch.setattr(
+        environment, "missing", lambda: (Missing("torch", "2.1", "2.0.1"), Missing("diffusers", "0.31", None))
+    )
+    said = r"need torch 2\.1 \(has 2\.0\.1\) in this program, which Set up does not change"
     for ask in (lacking.python, lambda: environment.set_up(lacking, wait=True)):
         with pytest.raises(ConfigError, match=said):
             ask()
@@ -341,7 +344,7 @@ def test_what_a_set_up_cannot_change_is_said_and_nothing_is_made(
 
 def test_salun_ui_offers_no_set_up_that_it_would_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
-    monkeypatch.setattr(environment, "missing", lambda: ("transformers 4.46 (has 4.44)",))
+    monkeypatch.setattr(environment, "missing", lambda: (Missing("transformers", "4.46", "4.44"),))
     shown = {}
     for host in (StandaloneHost(tmp_path / "alone"), Setting(tmp_path / "setting")):
         service = Service(host)

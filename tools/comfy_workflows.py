@@ -153,15 +153,15 @@ def described(kind: str) -> tuple[dict[str, str], list[tuple[str, Any]], list[st
     from comfy_nodes import NODE_CLASS_MAPPINGS
 
     made: Any = NODE_CLASS_MAPPINGS[kind]
-    wires, found = {}, []
+    wires, widgets = {}, []
     for part in made.INPUT_TYPES().values():
         for name, (what, *rest) in part.items():
             if isinstance(what, list) or what in ("INT", "FLOAT", "STRING", "BOOLEAN"):
                 default = rest[0].get("default", what[0] if isinstance(what, list) and what else None)
-                found.append((name, default))
+                widgets.append((name, default))
             else:
                 wires[name] = what
-    return wires, found, list(made.RETURN_TYPES)
+    return wires, widgets, list(made.RETURN_TYPES)
 
 
 def saved(graph: Graph) -> dict[str, Any]:

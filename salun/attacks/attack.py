@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 TargetT = TypeVar("TargetT")
 OptionsT = TypeVar("OptionsT")
@@ -23,6 +23,7 @@ class Attack(Generic[TargetT, OptionsT]):
     Args:
         title: As in tables.
         paper: Where it is from.
+        against: What it attacks.
         options: Dataclass of its options.
         settings: A run's options → the attack's, or None where the run does not ask for it.
         run: Attack a target. Returns what `run.json` holds of it, by key.
@@ -31,6 +32,7 @@ class Attack(Generic[TargetT, OptionsT]):
     name: str
     title: str
     paper: str
+    against: Literal["classifier", "diffusion"]
     options: type[OptionsT]
     settings: Callable[[Any], OptionsT | None]
     run: Callable[[TargetT, OptionsT], dict[str, Any]]
@@ -42,6 +44,7 @@ def attack(name: str) -> Attack[Any, Any]:
     return resolved
 
 
-def requested(options: Any) -> list[str]:
-    """The names of the attacks that a run's options ask for."""
-    return [name for name in ATTACKS if attack(name).settings(options) is not None]
+def requested(against: str, options: Any) -> list[str]:
+    """The names of the attacks that a run's options ask for. against: what the run unlearns."""
+    made = {name: attack(name) for name in ATTACKS}
+    return [name for name, of in made.items() if of.against == against and of.settings(options) is not None]

@@ -89,4 +89,6 @@ def infer_membership(target: SplitPredictions, options: MiaOptions) -> dict[str,
     return {"MIA": values[options.feature], "mia_features": values}
 
 
-MIA = Attack("mia", "Membership inference (MIA)", "arXiv:2003.10595", MiaOptions, settings, infer_membership)
+MIA = Attack(
+    "mia", "Membership inference (MIA)", "arXiv:2003.10595", "classifier", MiaOptions, settings, infer_membership
+)

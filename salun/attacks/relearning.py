@@ -86,4 +86,4 @@ def relearn(target: SplitPredictions, options: RelearningOptions) -> dict[str, A
     return result(curve[-1][0], None)
 
 
-RELEARNING = Attack("relearning", "Relearning", "arXiv:1911.04933", RelearningOptions, settings, relearn)
+RELEARNING = Attack("relearning", "Relearning", "arXiv:1911.04933", "classifier", RelearningOptions, settings, relearn)

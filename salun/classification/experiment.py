@@ -133,7 +133,7 @@ def open_record(setting: ExperimentSetup) -> RunRecord:
 
 def metrics_of(task: Task) -> dict[str, Any]:
     """The metrics and the attacks that the task's options ask for."""
-    return judge(task, requested(task.options))
+    return judge(task, requested("classifier", task.options))
 
 
 def train(

@@ -22,7 +22,7 @@ def judge(task: Task, attacks: Sequence[str] = ("mia",)) -> dict[str, Any]:
     UA: 1 − accuracy on D_f. RA: accuracy on D_r. TA: accuracy on the test rows of classes that D_r still has.
     attacks: names in `ATTACKS` that the task's options ask for.
     """
-    target = SplitPredictions(task)
+    target = SplitPredictions.of(task)
     metrics: dict[str, Any] = {
         "UA": Estimate.percentage(~target.forget.correct).as_json(),
         "RA": Estimate.percentage(target.retain.correct).as_json(),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from salun.classification.task import Task
 from salun.errors import DataError, TrainingError
@@ -42,42 +41,33 @@ def members(of: int, n: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def predict(task: Task, rows: Tensor, model: nn.Module | None = None) -> Predicted:
-    """Predictions of the task's model, or another, in eval mode. Raises TrainingError if they are not finite."""
-    (model or task.model).eval()
-    parts = [task.logits(task.data.pictures(part), model).double().softmax(1).cpu() for part in rows.split(512)]
+def predict(task: Task, rows: Tensor) -> Predicted:
+    """Predictions of the task's model in eval mode. Raises TrainingError if they are not finite."""
+    task.model.eval()
+    parts = [task.logits(task.data.pictures(part)).double().softmax(1).cpu() for part in rows.split(512)]
     p = torch.cat(parts) if parts else torch.zeros(0, task.classes, dtype=torch.float64)
     if not torch.isfinite(p).all():
         raise TrainingError(
             "the model diverged: its predictions are not finite",
-            advice="Use a smaller {lr} (FF: {noise}, IU: {influence})",
+            advice="use a smaller {lr} (FF: {noise}, IU: {influence})",
         )
     return Predicted(p.numpy(), task.labels(rows).cpu().numpy())
 
 
+@dataclass(frozen=True, eq=False)
 class SplitPredictions:
-    """Predictions of a task's model on D_f, D_r and the test rows of classes that D_r still has, made when first used.
+    """Predictions of a task's model on D_f, on D_r and on the test rows of classes that D_r still has."""
 
-    Raises DataError if there are no rows to forget or to test.
-    """
+    task: Task
+    forget: Predicted
+    retain: Predicted
+    test: Predicted
 
-    def __init__(self, task: Task) -> None:
-        self.task, self._tested = task, task.split.retained_test_rows(task.data.labels)
-        for name, rows in (("forget set", task.split.forget), ("test set", self._tested)):
+    @classmethod
+    def of(cls, task: Task) -> SplitPredictions:
+        """Those of the model as it is. Raises DataError if there are no rows to forget or to test."""
+        split, tested = task.split, split.retained_test_rows(task.data.labels)
+        for name, rows in (("forget set", split.forget), ("test set", tested)):
             if not len(rows):
                 raise DataError(f"the {name} is empty, so nothing can be evaluated")
-
-    @cached_property
-    def forget(self) -> Predicted:
-        """On D_f."""
-        return predict(self.task, self.task.split.forget)
-
-    @cached_property
-    def retain(self) -> Predicted:
-        """On D_r."""
-        return predict(self.task, self.task.split.retain)
-
-    @cached_property
-    def test(self) -> Predicted:
-        """On the test rows."""
-        return predict(self.task, self._tested)
+        return cls(task, *(predict(task, rows) for rows in (split.forget, split.retain, tested)))

@@ -55,7 +55,7 @@ class BaseMismatch(ModelError):
 
     def __init__(self, expected: str, actual: str, reason: str, advice: str = "") -> None:
         what = f"the delta was made for the base {expected[:12]}…, but this is {actual[:12]}…"
-        super().__init__(what + (f": {reason}" if reason else ""), advice=advice)
+        super().__init__(what + (f": {reason}" if reason else ""), advice=advice, code="wrong-base")
         self.expected, self.actual = expected, actual
 
 

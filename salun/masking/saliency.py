@@ -7,7 +7,8 @@ ranked together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -47,32 +48,18 @@ def scores_from_losses(
         name: torch.zeros(p.shape, dtype=torch.float32, device="cpu" if cpu_offload else p.device)
         for name, p in parameters.items()
     }
-    required = {name: p.requires_grad for name, p in parameters.items()}
     weight, seen = 1.0, 0
 
-    def consume(name: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        sums[name].add_(parameter.grad.to(sums[name].device), alpha=weight / scale)
-        parameter.grad = None
+    def add(name: str, gradient: Tensor) -> None:
+        sums[name].add_(gradient.to(sums[name].device), alpha=weight / scale)
 
-    hooks = []
-    try:
-        for name, parameter in parameters.items():
-            parameter.grad = None  # an older one would be added to the first batch's
-            parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: consume(name, p)))
+    with _each_gradient(parameters, add):
         for step, (loss, n) in enumerate(losses, 1):
             if not torch.isfinite(loss):
                 raise MaskError(f"the saliency loss of batch {step} is {loss.item()}: weights or data are not finite")
             weight, seen = float(n), seen + n
             (loss * scale if scale != 1.0 else loss).backward()
             progress(Event(Stage.SALIENCY, step, total, {"loss": float(loss.detach())}))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(required[name])
-            parameter.grad = None
     counted = torch.tensor(float(seen), device=next(iter(sums.values())).device)
     processes.all_reduce_sum([*sums.values(), counted])
     seen = int(counted)
@@ -85,6 +72,34 @@ def scores_from_losses(
                 f"the gradient of {name} is not finite, so no mask can be made", advice="Use {dtype} bf16 or fp32"
             )
     return sums
+
+
+@contextmanager
+def _each_gradient(parameters: Mapping[str, nn.Parameter], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Context manager: every gradient goes to `consume` inside the backward pass and is freed at once."""
+    required = {name: p.requires_grad for name, p in parameters.items()}
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        def run(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            consume(name, parameter.grad)
+            parameter.grad = None
+
+        return run
+
+    hooks = []
+    try:
+        for name, parameter in parameters.items():
+            parameter.grad = None  # an older one would be added to the first batch's
+            parameter.requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(hook(name)))
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(required[name])
+            parameter.grad = None
 
 
 def saliency_mask(

@@ -86,8 +86,8 @@ def _changes(run: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -> S
     text += ". Every other weight is bit-exactly unchanged."
     if rounding:
         text += (
-            f" Training changed {rounding['moved']:,} weights; the changes of {rounding['rounded_away']:,} were lost "
-            "to rounding in the file's dtype."
+            f" Training changed {rounding['changed']:,} weights; the changes of {rounding['lost_to_rounding']:,} were "
+            "lost to rounding in the file's dtype."
         )
     return Section("What was changed", f"{text} By block:", charts=[charts.bars(per_block(layers))])
 

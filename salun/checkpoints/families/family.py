@@ -23,55 +23,43 @@ class Network(Protocol):
     @property
     def part(self) -> str:
         """Its folder in a diffusers model: "unet"."""
-        ...
 
     @property
     def class_name(self) -> str:
         """diffusers' class."""
-        ...
 
     @property
     def prefix(self) -> str:
         """How its names begin in single files."""
-        ...
 
     @property
     def scopes(self) -> Mapping[str, Callable[[str], bool]]:
         """Scope, named as in ESD → whether a parameter belongs to it."""
-        ...
 
     @property
     def size_features(self) -> int:
         """Features of the image sizes that it takes beside pooled text."""
-        ...
 
     def to_single(self, names: Iterable[str]) -> dict[str, str]:
         """diffusers name → name in single files, of all the network's tensors. Raises KeyError naming a foreign one."""
-        ...
 
     def from_single(self, names: Iterable[str]) -> dict[str, str]:
         """Name in single files → diffusers name, of the network's tensors among `names`. Raises KeyError likewise."""
-        ...
 
     def fault(self, shapes: Shapes) -> str:
         """Why a file with these tensors has no complete network for text to image; "" if it has."""
-        ...
 
     def is_conditioned(self, shapes: Shapes) -> bool:
         """Whether prompts reach the network."""
-        ...
 
     def config(self, shapes: Shapes, prediction_type: str) -> dict[str, Any]:
         """The config of diffusers' class. Raises ModelError for tensors that cannot belong to such a network."""
-        ...
 
     def latent_side(self, prediction_type: str) -> int:
         """Height and width of the latents that the published models were trained at."""
-        ...
 
     def lora_modules(self, names: Iterable[str]) -> dict[str, str]:
         """diffusers name → module name in LoRA files, of all the network's tensors. Raises KeyError as `to_single`."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

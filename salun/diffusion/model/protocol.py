@@ -60,31 +60,24 @@ class Schedule(Protocol):
     @property
     def prediction_type(self) -> str:
         """What the network predicts, as diffusers names it: "epsilon" | "v_prediction"."""
-        ...
 
     def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
         """n timesteps as training draws them."""
-        ...
 
     def t_at(self, fraction: float) -> float:
         """The timestep at a fraction of the schedule: 0 is nearly without noise, 1 beyond the last one."""
-        ...
 
     def noisier_half(self, n: int) -> Tensor:
         """n timesteps spread evenly over the noisier half of the schedule, rising."""
-        ...
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t."""
-        ...
 
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The output that the network is trained to give on x_t."""
-        ...
 
     def x_0(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """The sample without noise that the network's output on x_t stands for."""
-        ...
 
 
 class Denoiser(Protocol):
@@ -95,19 +88,15 @@ class Denoiser(Protocol):
     @property
     def schedule(self) -> Schedule:
         """The schedule that the network was trained by."""
-        ...
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All of the UNet's parameters under diffusers' names, in module order."""
-        ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts, one after the other."""
-        ...
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output, float32 like x_t (n, c, h, w); t: int64 (n,)."""
-        ...
 
 
 class DiffusionModel(Denoiser, Protocol):
@@ -127,49 +116,38 @@ class DiffusionModel(Denoiser, Protocol):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of a latent at the sampling resolution."""
-        ...
 
     @property
     def base_hash(self) -> str:
         """The base hash of `original`."""
-        ...
 
     @property
     def vae_hash(self) -> str:
         """A hash of the VAE and of how its latents are scaled."""
-        ...
 
     def original(self) -> Mapping[str, Tensor]:
         """The UNet's tensors before any erasure, under diffusers' names."""
-        ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors into the live UNet, by name."""
-        ...
 
     def temporarily_trainable(self) -> AbstractContextManager[None]:
         """Context manager: make the network trainable, and restore its weights on exit."""
-        ...
 
     def set_up(self, options: EraseOptions) -> AbstractContextManager[None]:
         """Context manager: encode, sample and train as the options say."""
-        ...
 
     def awake(self, *modules: Any) -> AbstractContextManager[None]:
         """Context manager: these parts are on the model's device."""
-        ...
 
     def chunks(self, prompt: str) -> int:
         """Chunks that a prompt takes. Raises DataError for a prompt that is too long."""
-        ...
 
     def encode_pictures(self, pictures: np.ndarray) -> Tensor:
         """uint8 images (n, H, W, 3) → latents (n, c, h, w), scaled."""
-        ...
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, c, h, w), scaled → uint8 images (n, H, W, 3)."""
-        ...
 
     def denoise(
         self,
@@ -182,8 +160,6 @@ class DiffusionModel(Denoiser, Protocol):
         """Noise (n, c, h, w) of variance 1 → latents, by the sampling settings. prompts: (n,). empty: (1,), what
         guidance leads away from. tick: called before each step. generators: (n,) on the CPU, of the noise that some
         samplers add at each step."""
-        ...
 
     def sampler_facts(self) -> dict[str, Any]:
         """What latents from `denoise` depend on beside weights, prompts, noise and settings: JSON values."""
-        ...
