@@ -132,7 +132,7 @@ def test_what_the_core_refuses_is_the_jobs_error(make: Make, tmp_path: Path) -> 
     queue = make()
     wrong = queue.submit("erase", "x", asked(tmp_path / "run", density=3))
     gone = queue.submit("inspect", "y", {"path": "nowhere.safetensors"})
-    assert queue.wait(wrong.id, 60).error == "--density is 3, but must be at most 1"
+    assert queue.wait(wrong.id, 60).error == "density is 3, but must be at most 1"
     assert queue.wait(gone.id, 60).error == "there is no nowhere.safetensors; --models-dir names folders to look in"
     assert (wrong.state, gone.state) == ("failed", "failed")
 

@@ -138,7 +138,7 @@ def test_a_jobs_request_is_what_the_command_line_would_run(service: Service) -> 
         ({"concept": ["a"], "forget_images": "../jobs"}, "cannot be a name here"),
         ({"concept": ["a"], "components": "/etc"}, "neither an alias nor a hub id"),
         ({"concept": ["a"], "components": "../x"}, "neither an alias nor a hub id"),
-        ({"concept": ["a"], "density": 2}, "--density is 2, but must be at most 1"),
+        ({"concept": ["a"], "density": 2}, "density is 2, but must be at most 1"),
         ({"concept": [" "]}, "say what the model should forget"),
         ({"concept": ["a"], "stepz": 3}, "'stepz' cannot be set here"),
     ],

@@ -115,7 +115,7 @@ def _verdict(found: Description, not_finite: str | None) -> str:
 
     lacking: list[str] = []
     try:
-        checked(found.name, "--model")
+        checked(found.name, "model")
         if not_finite is not None:
             raise ModelError(f"{found.stored.path}: {not_finite} holds NaN or infinity: it is damaged")
         check_schedule(found.scheduler_config, found.name)
