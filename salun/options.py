@@ -54,12 +54,12 @@ def option(
 @cache
 def option_types(kind: Any) -> dict[str, tuple[type, bool]]:
     """Option name → the type of its value (bool, int, float, str or list, of texts), and whether it may be None."""
-    found = {}
+    types = {}
     for name, hint in get_type_hints(kind).items():
         optional = NoneType in get_args(hint)
         inner = get_args(hint)[0] if optional else hint
-        found[name] = (get_origin(inner) or inner, optional)
-    return found
+        types[name] = (get_origin(inner) or inner, optional)
+    return types
 
 
 class Checked:

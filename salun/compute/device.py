@@ -57,7 +57,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def deterministic_kernels(deterministic: bool) -> Iterator[None]:
-    """Context manager: torch uses deterministic kernels, and warns where there are none."""
+    """Context manager: torch uses deterministic kernels where available, and warns elsewhere."""
     if not deterministic:
         yield
         return
