@@ -1,13 +1,13 @@
-"""Run by WebUI at each launch and by ComfyUI-Manager at install: says what is missing, and installs nothing.
+"""Run by a WebUI at launch and by ComfyUI-Manager at install: reports missing packages and installs nothing.
 
-A host's torch, numpy and transformers stay as they are.
+The host's torch, numpy and transformers stay as they are.
 """
 
 from __future__ import annotations
 
 import importlib.util
 
-# module → the package that brings it
+# module → the package that contains it
 NEEDED = {
     "torch": "torch",
     "numpy": "numpy",
@@ -25,9 +25,9 @@ def missing() -> list[str]:
 
 
 if __name__ == "__main__":
-    lacking = missing()
-    if lacking:
+    names = missing()
+    if names:
         print(
-            f"salun: this Python has no {', '.join(lacking)}. Nothing was installed: the host brings them. "
+            f"salun: this Python has no {', '.join(names)}. Nothing was installed, since the host provides them. "
             "Install the host's own requirements again, then restart it."
         )

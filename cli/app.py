@@ -10,14 +10,14 @@ from salun.version import __version__
 
 app = typer.Typer(
     name="salun",
-    help="Make a Stable Diffusion model forget a concept: only its salient weights are trained, the rest stays.",
+    help="Erase a concept from a Stable Diffusion model or an image classifier by training its salient weights only.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(__version__)
         raise typer.Exit
 
@@ -25,8 +25,8 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="show it and stop")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="show a traceback with an error")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error")] = False,
 ) -> None:
     """Options of every command; `--debug` is read in `main`."""

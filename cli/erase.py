@@ -1,4 +1,4 @@
-"""`salun erase`, `mask`, `sample` and `eval`: what works with a diffusion model."""
+"""`salun erase`, `mask`, `sample` and `eval`: the commands on diffusion models."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ TRAINING_ONLY = (
 
 Steps = Annotated[
     int | None,
-    typer.Option(help="sampler steps (default: the model's)", min=1, max=1000),
+    typer.Option(help="Sampler steps (default: the model's)", min=1, max=1000),
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="guidance scale (default: the model's)", min=0, max=100),
+    typer.Option(help="Guidance scale (default: the model's)", min=0, max=100),
 ]
 
 
@@ -52,18 +52,20 @@ def erase(
     given: set[str],
     config: Annotated[
         Path | None,
-        typer.Option(callback=path_given, help="options from a YAML file or a run.json; those given here go before"),
+        typer.Option(
+            callback=path_given, help="Read options from YAML or a run.json; the command line takes precedence"
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the unfinished run in --run-dir; begin if there is none.")
+        bool, typer.Option("--resume", help="Resume the unfinished run in --run-dir, or start one if there is none")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="tell what would be done, and what it would take; write nothing")
+        bool, typer.Option("--dry-run", help="Print the plan and its estimated cost; write nothing")
     ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make a model forget a concept, and show whether it worked."""
+    """Erase a concept from a model, and evaluate the result."""
     job, sources = _settled(job, given, config, resume, as_json)
     if not job.concept:
         nothing = f"--run-dir {job.run_dir} holds no run to resume, and " if resume and job.run_dir else ""
@@ -179,15 +181,13 @@ def _gib(size: int | None) -> str:
 )
 def mask(
     options: EraseOptions,
-    concept: Annotated[
-        list[str], typer.Option(help="the concept whose salient weights are wanted; repeat it for several")
-    ],
-    output: Annotated[Path, typer.Option(callback=path_given, help="the mask file to write (.safetensors)")],
+    concept: Annotated[list[str], typer.Option(help="Concept to compute the mask for; repeatable")],
+    output: Annotated[Path, typer.Option(callback=path_given, help="Mask file to write (.safetensors)")],
     model: ModelName = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Only compute a saliency mask and write it."""
+    """Compute a saliency mask and write it."""
     from salun.diffusion.prompts.concepts import Concept
 
     wanted = [Concept(name) for name in concept]
@@ -210,26 +210,26 @@ def mask(
 @with_options(ModelOptions)
 def sample(
     options: ModelOptions,
-    prompt: Annotated[list[str], typer.Option(help="a prompt; repeat it for several")],
+    prompt: Annotated[list[str], typer.Option(help="Prompt; repeatable")],
     output: Annotated[
-        Path, typer.Option(callback=path_given, help="the picture to write (.png): one row per prompt")
+        Path, typer.Option(callback=path_given, help="Image to write (.png), with one row per prompt")
     ] = Path("sample.png"),
     model: ModelName = None,
-    delta: Annotated[Path | None, typer.Option(callback=path_given, help="an erased delta to sample with")] = None,
+    delta: Annotated[Path | None, typer.Option(callback=path_given, help="Delta to apply before sampling")] = None,
     strength: Annotated[
-        float, typer.Option(help="of the delta: 0 is the base, 1 the erased model", min=-0.5, max=1.5)
+        float, typer.Option(help="Delta strength: 0 is the base, 1 the erased model", min=-0.5, max=1.5)
     ] = 1.0,
-    n: Annotated[int, typer.Option("-n", help="pictures per prompt", min=1, max=64)] = 4,
-    seed: Annotated[int, typer.Option(help="of the first picture", min=0)] = 0,
+    n: Annotated[int, typer.Option("-n", help="Images per prompt", min=1, max=64)] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first image", min=0)] = 0,
     steps: Steps = None,
     guidance: Guidance = None,
-    sampler: Annotated[str | None, typer.Option(help=f"sampler (default: the model's) ({', '.join(SAMPLERS)})")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="what the pictures are guided away from")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"Sampler ({', '.join(SAMPLERS)}) (default: the model's)")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt (default: the model's)")] = None,
     force: Force = False,
 ) -> None:
-    """Sample pictures from a model, with or without an erased delta."""
+    """Sample images from a model, with or without a delta."""
     new_file(output, force, ".png")
-    prompt = [prompt_text(checked(text, "--prompt")) for text in prompt]
+    prompt = [prompt_text(checked(text, "prompt")) for text in prompt]
     from salun.diffusion.data.latents import item_seed, sample_images
     from salun.diffusion.model.few_steps import hint
     from salun.diffusion.model.loading import load_with
@@ -259,18 +259,16 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(callback=path_given, help="a run folder made by `salun erase`")],
-    n: Annotated[
-        int, typer.Option("-n", help="pictures, each of forget and retain prompts", min=2, max=1_000_000)
-    ] = 1000,
-    seed: Annotated[int, typer.Option(help="of the pictures", min=0)] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    run: Annotated[Path, typer.Argument(callback=path_given, help="Run folder of `salun erase`")],
+    n: Annotated[int, typer.Option("-n", help="Images per set (forget, retain)", min=2, max=1_000_000)] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the images", min=0)] = 1,
+    device: Annotated[str, typer.Option(help="Compute device: auto, cpu, cuda, cuda:1, mps")] = "auto",
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="read the run's model where it is a .ckpt, a pickle")
+        bool, typer.Option("--allow-pickle", help="Allow the run's model to be a .ckpt (pickle) file")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge a finished run thoroughly: base against erased on n held-out pictures each."""
+    """Evaluate a finished run: original and erased model on n images of held-out prompts each."""
     from salun.diffusion.reevaluate import evaluate_run
     from salun.report.metrics import metric_lines
 

@@ -1,8 +1,8 @@
-"""Ctrl-C: one line and exit code 130 at any moment, during imports and while a run is being stopped too.
+"""Ctrl-C ends the program with one line and exit code 130 at any moment, even during imports and cleanup.
 
-A KeyboardInterrupt in the middle of an import leaves a package half imported, and its error handling fails in its own
-ways. So the process ends at once while nothing is under way. Work stops at its next step, or at a second Ctrl-C, with
-its files cleaned up; a third ends the process.
+A KeyboardInterrupt during an import leaves a package half imported, and its error handling may then fail. So the
+process ends at once while no work is running. Work stops at its next step, or at a second Ctrl-C, and cleans up its
+files; a third Ctrl-C ends the process.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 CODE = 130
-LINE = "stopped; no half-written file is left. Give the command again to start over"
-ENDED = "stopped. Give the command again to start over"  # where nothing was cleaned up
-_state = "idle"  # working → stepping → asked → stopping
-_line: Callable[[], str] | None = None  # what to tell where the process ends at once, if not `ENDED`
+LINE = "interrupted; no partial file was left. Run the command again to restart"
+ENDED = "interrupted. Run the command again to restart"  # where nothing was cleaned up
+_state = "idle"  # working → stepping → interrupted → stopping
+_line: Callable[[], str] | None = None  # what to print when the process ends at once, if not `ENDED`
 
 
 def install() -> None:
-    """Take over Ctrl-C. To be called before anything heavy is imported."""
+    """Install the handler of Ctrl-C. To be called before anything heavy is imported."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _handle)
 
@@ -31,8 +31,8 @@ def install() -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     global _state
     if _state == "stepping":
-        _state = "asked"
-    elif _state in ("working", "asked"):
+        _state = "interrupted"
+    elif _state in ("working", "interrupted"):
         _state = "stopping"
         sys.unraisablehook = lambda _: None  # of an interrupt inside a destructor, Python would print a traceback
         raise KeyboardInterrupt
@@ -41,7 +41,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def leave(line: str) -> None:
-    """End the process now with one line: no destructor runs, so that nothing can fail half imported."""
+    """End the process now with one line. No destructor runs, since one may fail in a half-imported package."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):  # closed, or in the middle of a write
             stream.flush()
@@ -52,7 +52,7 @@ def leave(line: str) -> None:
 
 @contextmanager
 def working() -> Iterator[None]:
-    """Within, the first Ctrl-C raises KeyboardInterrupt, or after `step` was called waits for the next call of it."""
+    """Context manager: the first Ctrl-C raises KeyboardInterrupt, or makes `step` return True once it was called."""
     global _state
     previous = signal.signal(signal.SIGINT, _handle)
     _state = "working"
@@ -65,8 +65,8 @@ def working() -> Iterator[None]:
 
 
 @contextmanager
-def telling(line: Callable[[], str]) -> Iterator[None]:
-    """Within, and after an error, a Ctrl-C that ends the process at once tells this line."""
+def exit_message(line: Callable[[], str]) -> Iterator[None]:
+    """Context manager: a Ctrl-C that ends the process at once prints this line. It stays after an error."""
     global _line
     _line = line
     yield
@@ -74,13 +74,13 @@ def telling(line: Callable[[], str]) -> Iterator[None]:
 
 
 def step() -> bool:
-    """Called at every step of work. Returns whether the user has asked to stop."""
+    """Called at every step of work. Returns whether the user has pressed Ctrl-C."""
     global _state
     if _state == "working":
         _state = "stepping"
-    return _state in ("asked", "stopping")
+    return _state in ("interrupted", "stopping")
 
 
 def stopping() -> bool:
-    """Whether the work was interrupted: an error after that is most likely a consequence."""
+    """Whether the work was interrupted, so that an error is most likely a consequence."""
     return _state == "stopping"

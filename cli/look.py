@@ -1,4 +1,4 @@
-"""`salun inspect`, `concepts`, `models`, `doctor` and `cache`: what is installed, and what would fail."""
+"""`salun inspect`, `concepts`, `models`, `doctor` and `cache`: commands that describe files and the environment."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ def inspect(
     options: ModelOptions,
     path: Annotated[
         str,
-        typer.Argument(callback=path_given, help="Model (alias, file, folder, hub id), mask, delta or run folder."),
+        typer.Argument(
+            callback=path_given, help="A model (alias, file, folder, hub id), a mask, a delta or a run folder"
+        ),
     ],
     against: Annotated[
         str | None,
-        typer.Option(callback=path_given, help="Second mask or run folder, to compare the two masks."),
+        typer.Option(callback=path_given, help="A second mask or run folder to compare with"),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(callback=path_given, help="HTML file for charts of the layers (.html).")
+        Path | None, typer.Option(callback=path_given, help="Write the chart of the layers to a page (.html)")
     ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a file or folder is, what it holds, and which layers of the network it covers."""
+    """Describe a file or folder: what it is, what it contains, and which layers it changes."""
     if html is not None:
         new_file(html, force, ".html")
     from salun.diagnostics.inspect import inspect as look
     from salun.diagnostics.inspect import overlap
 
-    found = look(path, options) if against is None else overlap(path, against)
-    charts = {title: found[key] for key, title in BLOCKS.items() if found.get(key)}
-    facts = {key: value for key, value in found.items() if key not in (*BLOCKS, "layers")}
+    data = look(path, options) if against is None else overlap(path, against)
+    charts = {title: data[key] for key, title in BLOCKS.items() if data.get(key)}
+    facts = {key: value for key, value in data.items() if key not in (*BLOCKS, "layers")}
     lines = [f"{key}: {value}" for key, value in facts.items()]
     for title, blocks in charts.items():
         lines += ["", f"{title}:", *bars(blocks)]
@@ -51,25 +53,25 @@ def inspect(
         from salun.report.page import layers_page
 
         title = path if against is None else f"{path} and {against}"
-        layers_page(title, facts, charts, found.get("layers", {})).save(html)
+        layers_page(title, facts, charts, data.get("layers", {})).save(html)
         lines.append(f"page: {html}")
-    tell(found, as_json, lines)
+    tell(data, as_json, lines)
 
 
 @app.command()
 def concepts(model: ModelName = None, as_json: Json = False) -> None:
-    """List the preset concepts or, of a model with a vocabulary, the concepts it knows."""
+    """List the presets, or the vocabulary of a model that has one."""
     from salun.diffusion.model.loading import describe
     from salun.diffusion.prompts.concepts import presets
 
-    found: dict[str, Any] = {}
+    listed: dict[str, Any] = {}
     if model is not None:
         vocabulary = describe(model).settings.vocabulary
         if vocabulary is not None:
             for attribute, values in vocabulary.attributes.items():
-                found.update({v: {"kind": attribute, "anchor": vocabulary.anchors.get(v, "")} for v in values})
-    if not found:
-        found = {
+                listed.update({v: {"kind": attribute, "anchor": vocabulary.anchors.get(v, "")} for v in values})
+    if not listed:
+        listed = {
             name: {
                 "kind": e["kind"],
                 "anchor": e["anchors"][0],
@@ -81,38 +83,38 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
     lines = [
         f"{name:<18} {e['kind']:<8} → {e['anchor'] or 'the empty prompt'}"
         + ("  (sensitive)" if e.get("sensitive") else "")
-        for name, e in found.items()
+        for name, e in listed.items()
     ]
-    lines.append("Any other text works too, except on a model with a vocabulary: --concept TEXT --anchor TEXT")
-    tell(found, as_json, lines)
+    lines.append("Any other text works too, except with a model that has a vocabulary: --concept TEXT --anchor TEXT")
+    tell(listed, as_json, lines)
 
 
 @app.command()
 def doctor(
-    offline: Annotated[bool, typer.Option("--offline", help="Skip the check that the hub can be reached.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not connect to the hub")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check versions, devices, folders and models; list what would fail and how to fix it."""
+    """Check versions, devices, folders and models; report what would fail and how to fix it."""
     from salun.diagnostics.doctor import examine
 
-    found = examine(network=not offline)
+    checks = examine(network=not offline)
     signs = {"ok": "ok   ", "note": "note ", "fails": "FAILS"}
     lines = []
-    for check in found:
+    for check in checks:
         lines.append(f"{signs[check.verdict]}  {check.what}: {check.found}")
         if check.advice:
             lines.append(f"       → {check.advice}")
-    tell([dataclasses.asdict(check) for check in found], as_json, lines)
-    if any(check.verdict == "fails" for check in found):
+    tell([dataclasses.asdict(check) for check in checks], as_json, lines)
+    if any(check.verdict == "fails" for check in checks):
         raise typer.Exit(1)
 
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove everything in it.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all entries")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show or clear the cache of sampled latents and converted .ckpt files, which runs share."""
+    """Show or clear the cache of sampled latents and converted .ckpt files."""
     from salun.runs.cache import Cache
 
     shared = Cache.of_user()
@@ -120,14 +122,14 @@ def cache(
         removed = shared.clear()
         tell({"folder": str(shared.folder), "removed": removed}, as_json, [f"{removed} entries removed"])
         return
-    found, pickles = shared.entries(), shared.converted_files()
-    size, converted = sum(taken for _, taken, _ in found), sum(taken for _, taken in pickles)
-    facts = {"folder": str(shared.folder), "entries": len(found), "bytes": size, "limit": shared.limit}
+    entries, pickles = shared.entries(), shared.converted_files()
+    size, converted = sum(length for _, length, _ in entries), sum(length for _, length in pickles)
+    facts = {"folder": str(shared.folder), "entries": len(entries), "bytes": size, "limit": shared.limit}
     facts |= {"converted": len(pickles), "converted_bytes": converted}
     lines = [
-        f"folder:  {shared.folder} (set by SALUN_CACHE)",
-        f"entries: {len(found)}, {size / 1e6:.1f} MB of at most {shared.limit / 1e6:.0f} MB (set by SALUN_CACHE_SIZE)",
-        f"converted .ckpt files: {len(pickles)}, {converted / 1e6:.1f} MB (removed only by --clear)",
+        f"folder:  {shared.folder} (change it by SALUN_CACHE)",
+        f"entries: {len(entries)}, {size / 1e6:.1f} MB of at most {shared.limit / 1e6:.0f} MB (SALUN_CACHE_SIZE)",
+        f"converted .ckpt files: {len(pickles)}, {converted / 1e6:.1f} MB (removed by --clear only)",
     ]
     tell(facts, as_json, lines)
 
@@ -138,8 +140,5 @@ def models(as_json: Json = False) -> None:
     from salun.checkpoints.locate import aliases
 
     table = aliases()["models"]
-    tell(
-        table,
-        as_json,
-        [f"{k:<8} {e.get('repo', 'comes with salun'):<48} {e.get('about', '')}" for k, e in table.items()],
-    )
+    lines = [f"{name:<8} {e.get('repo', 'bundled'):<48} {e.get('about', '')}" for name, e in table.items()]
+    tell(table, as_json, lines)

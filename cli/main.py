@@ -1,4 +1,4 @@
-"""`salun`: the command line. Heavy packages are imported inside the commands, so that --help is quick."""
+"""`salun`: the command line. Commands import heavy packages when they run, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from salun.display import printable
-from salun.errors import Cancelled, ConfigError, SalunError
+from salun.errors import Cancelled, ConfigError, SalunError, describe
 
 from . import erase, interrupt, look  # noqa: F401  (their commands join the app, and its help shows them in this order)
 
@@ -22,12 +22,12 @@ from .app import app
 
 app.add_typer(delta.app, name="delta")
 
-NAMED = {"concept": "To name a concept", "prompt": "To give a prompt"}  # options whose value is easily given without
+NAMED = {"concept": "To name a concept", "prompt": "To give a prompt"}  # options that people forget to write
 ClickException: Any = typer.BadParameter.__mro__[2]  # Typer brings click under its own name or under click's
 
 
 def main() -> None:
-    """Run the CLI. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted. Errors are one line on stderr."""
+    """Run the CLI. Exit codes: 0 done, 1 error, 2 usage error, 130 interrupted. An error is one line on stderr."""
     interrupt.install()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows is not UTF-8 by itself
@@ -44,10 +44,10 @@ def main() -> None:
         if isinstance(error, Cancelled | typer.Abort):
             _complain(line)
             sys.exit(interrupt.CODE)
-        if isinstance(error, BrokenPipeError):  # whoever reads stdout has seen enough
+        if isinstance(error, BrokenPipeError):  # the reader of stdout has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(1)
-        text, code = _told(error)
+        text, code = _message(error)
         if text is None or ("--debug" in sys.argv[1:] and not isinstance(error, ClickException)):
             raise
         if text:  # empty where the help was printed instead
@@ -55,10 +55,15 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _told(error: Exception) -> tuple[str | None, int]:
-    """The line that an error is told in, None for one that nobody foresaw; and the exit code."""
+def flag(name: str) -> str:
+    """The name of an option as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
+def _message(error: Exception) -> tuple[str | None, int]:
+    """The line that describes an error, None for an unexpected one, and the exit code."""
     if isinstance(error, SalunError):
-        return str(error), 2 if isinstance(error, ConfigError) else 1
+        return describe(error, flag), 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, ClickException):
         return _usage(error), 2
     if isinstance(error, OSError):
@@ -66,7 +71,7 @@ def _told(error: Exception) -> tuple[str | None, int]:
     from salun.compute.device import is_out_of_memory
 
     if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
-        return "out of memory: free some, or try --dtype bf16, --low-vram, a smaller --resolution or --batch-size", 1
+        return "out of memory. Try --dtype bf16, --low-vram, a smaller --resolution or --batch-size", 1
     return None, 1
 
 
@@ -75,22 +80,23 @@ def _usage(error: Any) -> str:
     text: str = error.format_message()
     context = getattr(error, "ctx", None)
     if context is not None and text.startswith(("Got unexpected extra argument", "Missing option")):
-        wanted = next((name for name in NAMED if name in {p.name for p in context.command.params}), None)
+        missing = next((name for name in NAMED if name in {p.name for p in context.command.params}), None)
         extra = " ".join(_extra_arguments(context))
-        if wanted is not None and extra:
-            return f"unexpected argument {extra!r}. {NAMED[wanted]}: --{wanted} {shlex.quote(extra)}"
+        if missing is not None and extra:
+            return f"unexpected argument {extra!r}. {NAMED[missing]}: --{missing} {shlex.quote(extra)}"
     return f"{text} (see `salun --help`)" if text else ""
 
 
 def _extra_arguments(context: Any) -> list[str]:
-    """What stands on the command line beside the command's options: a missing option is told before these are."""
-    given = sys.argv[1:]
-    _, extra, _ = context.command.make_parser(context).parse_args(given[given.index(context.info_name) + 1 :])
+    """The arguments that are not options of the command; click reports a missing option before them."""
+    arguments = sys.argv[1:]
+    arguments = arguments[arguments.index(context.info_name) + 1 :]
+    _, extra, _ = context.command.make_parser(context).parse_args(arguments)
     return list(extra)
 
 
 def _complain(text: str) -> None:
-    with suppress(OSError, ValueError):  # nobody reads it
+    with suppress(OSError, ValueError):  # stderr is closed
         typer.echo("salun: " + printable(" ".join(text.split())), err=True)
 
 

@@ -1,4 +1,4 @@
-"""Typer options made from the core's option dataclasses: names, defaults, help and ranges cannot drift apart."""
+"""Typer options made from the core's option dataclasses, with their names, defaults, help texts and ranges."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from salun.diffusion.options import GROUPS, Recipe
-
-_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+from salun.options import option_types
 
 
 def with_options(
@@ -20,16 +19,21 @@ def with_options(
     skip: tuple[str, ...] = (),
     groups: Mapping[str, tuple[str, ...]] = GROUPS,
 ) -> Callable[[Any], Any]:
-    """A decorator: replaces the command's parameter `options` by one CLI option per field of the dataclass `kind`.
+    """A decorator that replaces a parameter of a command by one CLI option per field of a dataclass.
 
-    groups: title → the names under it, in the order in which help shows them. A command that has a parameter `given`
-    gets the names of the options that stand on the command line.
+    A command with a parameter `given` gets the names of the options that are on the command line.
+
+    Args:
+        kind: The option dataclass.
+        parameter: Name of the parameter that gets its instance.
+        skip: Fields without a CLI option.
+        groups: Panel title → the options in it, in the order of the help. Expert options have a panel of their own.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         order = [name for names in groups.values() for name in names]
         fields = [item for item in dataclasses.fields(kind) if item.name not in skip]
-        fields.sort(key=lambda item: order.index(item.name))
+        fields.sort(key=lambda item: (item.metadata["expert"], order.index(item.name)))
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.name not in (parameter, "given")]
 
@@ -42,7 +46,10 @@ def with_options(
 
         made = [
             inspect.Parameter(
-                item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=_annotation(item, groups)
+                item.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_default(item),
+                annotation=_annotation(item, *option_types(kind)[item.name], groups),
             )
             for item in fields
         ]
@@ -65,17 +72,15 @@ def _default(item: dataclasses.Field[Any]) -> Any:
     return item.default if item.default is not dataclasses.MISSING else []
 
 
-def _annotation(item: dataclasses.Field[Any], groups: Mapping[str, tuple[str, ...]]) -> Any:
-    declared = str(item.type)
-    rules = item.metadata
-    text = rules["help"]
-    if rules["choices"]:
-        text += f" ({', '.join(rules['choices'])})"
-    shown: dict[str, Any] = {"show_default": False} if _default(item) in (None, []) else {}
-    if groups is GROUPS and item.name in {own.name for own in dataclasses.fields(Recipe)}:
-        text += " (default: the model's recipe)"
-    annotation: Any = _TYPES[declared.removesuffix(" | None")] if not declared.startswith("list") else list[str]
-    if declared.endswith(" | None"):
+def _annotation(item: dataclasses.Field[Any], kind: type, optional: bool, groups: Mapping[str, tuple[str, ...]]) -> Any:
+    rules, unset = item.metadata, item.metadata["auto"]
+    text = rules["text"] + (f" ({', '.join(rules['choices'])})" if rules["choices"] else "")
+    if groups is GROUPS and item.name in {each.name for each in dataclasses.fields(Recipe)}:
+        unset = "the model's recipe"
+    text += f" (default: {unset})" if unset else ""
+    panel = "Expert" if rules["expert"] else next(title for title, names in groups.items() if item.name in names)
+    annotation: Any = list[str] if kind is list else kind
+    if optional:
         annotation = annotation | None
-    shown["rich_help_panel"] = next(title for title, names in groups.items() if item.name in names)
-    return Annotated[annotation, typer.Option(help=text, **shown)]
+    shown = _default(item) not in (None, [])
+    return Annotated[annotation, typer.Option(help=text, show_default=shown, rich_help_panel=panel)]

@@ -1,4 +1,4 @@
-"""Options that many commands have, and how these tell what they found: lines for people, JSON for programs."""
+"""Options of many commands, and the output of results: lines of text for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from salun.errors import ConfigError
 from salun.user_text import unquoted
 
 
-def path_given(given: Any) -> Any:
+def path_given(value: Any) -> Any:
     """A path of the command line, or several, without quotes around them."""
-    if isinstance(given, list | tuple):
-        return [path_given(each) for each in given]
-    return given if given is None else type(given)(unquoted(str(given)))
+    if isinstance(value, list | tuple):
+        return [path_given(each) for each in value]
+    return value if value is None else type(value)(unquoted(str(value)))
 
 
 ModelName = Annotated[
@@ -27,16 +27,16 @@ ModelName = Annotated[
     typer.Option(
         "--model",
         callback=path_given,
-        help="alias (see `salun models`), .safetensors file, diffusers folder, hub id, or a checkpoint's name in "
-        "--models-dir (default: the small one that comes along)",
+        help="Model: an alias (`salun models`), a .safetensors file, a diffusers folder, a hub id, or the name of a "
+        "checkpoint in the model folders (default: the bundled `shapes`)",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
-Force = Annotated[bool, typer.Option("--force", help="overwrite files that are there already")]
+Json = Annotated[bool, typer.Option("--json", help="Print a single JSON object to stdout")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files")]
 
 
 def model_or_default(name: str | None) -> str:
-    """The model named, or the small one that comes along."""
+    """The name of a model, by default that of the bundled one."""
     if name is not None:
         return name
     from salun.checkpoints.locate import aliases
@@ -46,7 +46,7 @@ def model_or_default(name: str | None) -> str:
 
 @contextmanager
 def default_model_named(name: str | None) -> Iterator[None]:
-    """Within, a concept that the default model does not know says that it is the default, where none was named."""
+    """Context manager: an unknown concept's error names the default model as a cause, where no model is given."""
     from salun.diffusion.prompts.vocabulary import UnknownConcept
 
     try:
@@ -55,23 +55,26 @@ def default_model_named(name: str | None) -> Iterator[None]:
         if name is not None:
             raise
         raise UnknownConcept(
-            f"{error}. No --model is given, so the small demo model is used: name another by --model"
+            error.message,
+            option=error.option,
+            advice="The bundled demo model is used because no {model} is given; name the model you want",
         ) from error
 
 
 def new_file(path: Path, force: bool, ending: str) -> None:
-    """Raises ConfigError for an output of another ending, or one that is there and may not be replaced."""
+    """Check the path of an output and make its folder. Raises ConfigError for another suffix or an existing file."""
     if path.suffix != ending:
-        raise ConfigError(f"--output {path}: end it in {ending}")
+        raise ConfigError(f"is {path}, but must end in {ending}", option="output")
     if path.exists() and not force:
-        raise ConfigError(f"--output {path} is there already: choose another name, or add --force")
+        advice = "Choose another name, or add {force}"
+        raise ConfigError(f"is {path}, which already exists", option="output", advice=advice, code="exists")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def tell(data: Any, as_json: bool, lines: list[str]) -> None:
     """Print the data as one JSON object, or else the lines."""
     if as_json:
-        text = json.dumps(data, ensure_ascii=False)  # untrusted text may hold what a terminal would obey
+        text = json.dumps(data, ensure_ascii=False)  # untrusted text may contain escape sequences
         typer.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
     else:
         for line in lines:
@@ -79,7 +82,7 @@ def tell(data: Any, as_json: bool, lines: list[str]) -> None:
 
 
 def duration(seconds: float) -> str:
-    """A time in words, in its two largest units: 40 s, 12 min, 3 hours 20 min, 2 days 4 hours."""
+    """A time in its two largest units: 40 s, 12 min, 3 hours 20 min, 2 days 4 hours."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     minutes = round(seconds / 60)
@@ -100,8 +103,8 @@ def bars(blocks: dict[str, list[int]], width: int = 40) -> list[str]:
     """A line of text with a bar for each block."""
     widest = max(map(len, blocks))
     lines = []
-    for block, (some, total) in blocks.items():
-        share = some / total if total else 0.0
-        bar = "█" * round(share * width)
-        lines.append(f"  {block:<{widest}}  {bar:<{width}}  {share:6.1%} of {total:,}")
+    for block, (count, total) in blocks.items():
+        fraction = count / total if total else 0.0
+        bar = "█" * round(fraction * width)
+        lines.append(f"  {block:<{widest}}  {bar:<{width}}  {fraction:6.1%} of {total:,}")
     return lines

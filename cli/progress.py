@@ -1,4 +1,4 @@
-"""Progress on a terminal: one bar a stage, time left, messages above it. Ctrl-C becomes `Cancelled`."""
+"""Progress on a terminal: one bar per stage, time left, messages above it. Ctrl-C becomes `Cancelled`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def terminal_progress(quiet: bool) -> Iterator[Progress]:
                 def progress(event: Event, /) -> None:
                     if interrupt.step():
                         raise Cancelled("stopped")
-                    with suppress(OSError, ValueError):  # whoever read it is gone: the run is not
+                    with suppress(OSError, ValueError):  # the terminal is closed; the run continues
                         show(event)
 
                 yield progress

@@ -1,4 +1,4 @@
-"""Resuming from the command line: what a run folder's record gives, what it must not, and how to resume later."""
+"""Resuming from the command line: the options that a run folder's record gives, and the command that resumes a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import Any
 import typer
 
 from salun.display import printable
-from salun.errors import Cancelled, ConfigError
+from salun.errors import Cancelled, ConfigError, literal
 
 from . import interrupt
 from .output import tell
 
 DELTA = ".salun.safetensors"
-DEFAULT_OUTPUTS = ("model/", "model.safetensors", "delta.salun.safetensors")  # in the folder of a run given no --output
+DEFAULT_OUTPUTS = ("model/", "model.safetensors", "delta.salun.safetensors")  # in the folder of a run without `output`
 
-MARKS = {  # the option that only a run of this command has; a run of the last has none of the others
+ANOTHER = "Name another folder"
+COMMAND_OF_OPTION = {  # checked in order: an option that the commands after it do not have
     "concept": "erase",
     "methods": "classify-compare",
     "forget": "classify-unlearn",
@@ -30,11 +31,20 @@ MARKS = {  # the option that only a run of this command has; a run of the last h
 
 
 def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[str, Any], as_json: bool) -> Any:
-    """The record of the run in the folder that is to be resumed; None where there is none.
+    """The record of the unfinished run in a folder, or None if there is no run.
 
-    A finished run ends the command: exit code 0, and where its report is. wanted: the options that the command line or
-    a config file gives. Raises ConfigError for a run of another command than that of the options' class `kind`, and for
-    a finished run of other options or without a wanted output.
+    A finished run ends the command with exit code 0 and the path of its report.
+
+    Args:
+        folder: The run folder.
+        resume: Whether a run is to be resumed.
+        kind: The class of the command's options.
+        wanted: The options that the command line or a config file gives.
+        as_json: Whether a finished run is printed as JSON.
+
+    Raises:
+        ConfigError: The folder holds a run of another command, or a finished run with other options or without one of
+            the wanted outputs.
     """
     from salun.errors import DataError
     from salun.runs.reading import read_run
@@ -44,10 +54,12 @@ def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[st
     try:
         record = read_run(folder)
     except DataError as error:
-        raise ConfigError(f"--run-dir {folder}: {error}") from error
+        raise ConfigError(f"is {folder}: {error}", option="run_dir") from error
     made_by, command = _command_of(record["options"]), _command_of([item.name for item in dataclasses.fields(kind)])
     if made_by not in (None, command):
-        raise ConfigError(f"--run-dir {folder} holds a run of `salun {made_by}`, not {command}: name another folder")
+        raise ConfigError(
+            f"is {folder}, which contains a run of `salun {made_by}`, not {command}", option="run_dir", advice=ANOTHER
+        )
     if record["status"] == "done":
         _check_finished(record, folder, wanted)
         report = folder / "report.html"
@@ -58,101 +70,114 @@ def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[st
 
 
 def recorded(record: Mapping[str, Any], folder: Path, kind: type, given: Container[str]) -> dict[str, Any]:
-    """The options of a run that is to be resumed, without those given on the command line.
+    """The options of a run to resume, without those that the command line gives.
 
-    A run.json may be untrusted input. It allows neither files outside its folder to be written nor a pickle to be read:
-    only the command line does.
+    A run.json may be untrusted input, so it permits neither writing outside its folder nor reading a pickle: only the
+    command line does.
     """
     from salun.config import read_record
 
     read = read_record(record, folder / "run.json", kind)
     if record["options"].get("output") and "output" not in given:
-        read["output"] = _own_outputs(record["options"]["output"], folder)
+        read["output"] = _checked_outputs(record["options"]["output"], folder)
     return {name: value for name, value in read.items() if name not in given}
 
 
 def _command_of(options: Container[str]) -> str | None:
-    return next((command for mark, command in MARKS.items() if mark in options), None)
+    return next((command for option, command in COMMAND_OF_OPTION.items() if option in options), None)
 
 
 def _check_finished(record: Mapping[str, Any], folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Raises ConfigError if a finished run had other options than those wanted, or an output wanted is not there."""
+    """Raise ConfigError if a finished run has other options than those wanted, or lacks a wanted output."""
     from salun.checkpoints.safetensors_io import truncated
     from salun.runs.record import INPUTS, NOT_IN_FINGERPRINT
 
     for name, value in wanted.items():
         if name in (*NOT_IN_FINGERPRINT, "methods", "anchor") or value is None:
             continue
-        had = record["options"].get(name, value)
-        if had != value and not (name in INPUTS and _same_place(had, value)):
-            told = f"{name} {truncated(repr(had))}, not {truncated(repr(value))}"
-            raise ConfigError(f"--run-dir {folder} holds a finished run with {told}: name another folder")
-    written = record["options"].get("output") or [str(folder / name) for name in DEFAULT_OUTPUTS]
-    for place in wanted.get("output") or []:
-        there = os.path.exists(os.path.expanduser(place))
-        if not there or not any(_same_place(place, other) for other in written):
-            why = "which did not write" if there else "and there is no"
+        before = record["options"].get(name, value)
+        if before != value and not (name in INPUTS and _same_path(before, value)):
+            difference = f"{name} {truncated(repr(before))}, not {truncated(repr(value))}"
             raise ConfigError(
-                f"--run-dir {folder} holds a finished run, {why} {place}: {_how_to_write(place, written, record)}"
+                f"is {folder}, which contains a finished run with {difference}", option="run_dir", advice=ANOTHER
+            )
+    written = record["options"].get("output") or [str(folder / name) for name in DEFAULT_OUTPUTS]
+    for output in wanted.get("output") or []:
+        exists = os.path.exists(os.path.expanduser(output))
+        if not exists or not any(_same_path(output, other) for other in written):
+            why = f"did not write {output}" if exists else f"has no output {output}"
+            raise ConfigError(
+                f"is {folder}, which contains a finished run that {why}",
+                option="run_dir",
+                advice=_how_to_write(output, written, record),
             )
 
 
-def _same_place(one: Any, other: Any) -> bool:
-    """Whether two values are paths to the same place."""
-    if not (isinstance(one, str) and isinstance(other, str)):
+def _same_path(value: Any, other: Any) -> bool:
+    """Whether two values are paths of the same file or folder."""
+    if not (isinstance(value, str) and isinstance(other, str)):
         return False
-    return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
+    return os.path.realpath(os.path.expanduser(value)) == os.path.realpath(os.path.expanduser(other))
 
 
-def _how_to_write(place: str, written: Sequence[str], record: Mapping[str, Any]) -> str:
-    """What writes an output from the delta of a finished run."""
+def _how_to_write(output: str, written: Sequence[str], record: Mapping[str, Any]) -> str:
+    """The advice on how to write an output from the delta of a finished run."""
     model = record["options"].get("model") or "MODEL"
     delta = next((path for path in written if path.endswith(DELTA) and os.path.isfile(path)), None)
     if delta is None:
-        return "run it again in another folder"
-    if place.endswith(DELTA):
-        return f"copy its delta, {delta}"
-    if place.endswith((".lora.safetensors", ".diff.safetensors")):
-        return f"write it by `{shlex.join(['salun', 'delta', 'export', delta, '--base', model, '--output', place])}`"
-    return f"write it by `{shlex.join(['salun', 'delta', 'apply', model, delta, '--output', place])}`"
+        return "Run it again in another folder"
+    if output.endswith(DELTA):
+        return literal(f"Copy its delta, {delta}")
+    if output.endswith((".lora.safetensors", ".diff.safetensors")):
+        command = ["salun", "delta", "export", delta, "--base", model, "--output", output]
+    else:
+        command = ["salun", "delta", "apply", model, delta, "--output", output]
+    return literal(f"Write it by `{shlex.join(command)}`")
 
 
-def _own_outputs(outputs: Sequence[str], folder: Path) -> list[str]:
-    """The outputs of a record, which must be inside the run folder, links resolved. Raises ConfigError otherwise."""
+def _checked_outputs(outputs: Sequence[str], folder: Path) -> list[str]:
+    """The outputs of a record. Raises ConfigError for one outside the run folder, links resolved."""
     root = Path(os.path.realpath(folder))
-    if any(root not in Path(os.path.realpath(place)).parents for place in outputs):
+    if any(root not in Path(os.path.realpath(output)).parents for output in outputs):
         more = f" and {len(outputs) - 3} more" if len(outputs) > 3 else ""
-        again = " ".join(f"--output {shlex.quote(place[:500])}" for place in outputs[:3])
+        again = " ".join(f"--output {shlex.quote(output[:500])}" for output in outputs[:3])
         raise ConfigError(
-            f"--run-dir {folder}: its run.json names outputs outside the run folder. To write them, add {again}{more}; "
-            "for other places, other --output"
+            f"is {folder}, whose run.json names outputs outside the run folder",
+            option="run_dir",
+            advice=literal(f"To write them, add {again}{more}; to write elsewhere, add another --output"),
         )
     return list(outputs)
 
 
 @contextmanager
 def recorded_model(name: str | None) -> Iterator[None]:
-    """Within, that a run's recorded model is not found any more says how to name it. None: it is given otherwise."""
+    """Context manager: if the model that a record names is missing, the error advises to give `model`."""
     from salun.checkpoints.locate import ModelNotFound
     from salun.user_text import unquoted
 
     try:
         yield
     except ModelNotFound as error:
-        if name is None or error.name != unquoted(name):
-            raise
-        raise ModelNotFound(f"{error}. If it was moved, give its new path by --model", name) from error
+        if name is not None and error.name == unquoted(name):
+            error.advice = "If it was moved, give its new path by {model}"
+        raise
 
 
 @contextmanager
 def resumable(command: str, folder: Path, extra: Sequence[str] = ()) -> Iterator[None]:
-    """Within, a run that is stopped says how to resume it. extra: what only the command line allows, to be repeated."""
-    again = "stopped; go on with: " + shlex.join(["salun", command, "--resume", "--run-dir", str(folder), *extra])
+    """Context manager: an interrupted run prints the command that resumes it.
+
+    Args:
+        command: The command of the run.
+        folder: Its run folder.
+        extra: Arguments that are not read from a record and have to be repeated.
+    """
+    again = "interrupted; resume with: " + shlex.join(["salun", command, "--resume", "--run-dir", str(folder), *extra])
 
     def line() -> str:
         return printable(again) if (folder / "run.json").exists() else interrupt.ENDED
 
-    with interrupt.telling(line):
+    with interrupt.exit_message(line):
         try:
             yield
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""Where the command `salun` begins: Ctrl-C and closed standard streams are seen to before anything else is imported."""
+"""Entry point of the command `salun`: handles Ctrl-C and closed standard streams before anything else is imported."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Put the null device in the place of closed standard streams: the next opened file would take their numbers, and
-    libraries' messages would be written into it.
+    """Open the null device as closed standard streams: the next opened file would otherwise get their numbers, and
+    messages of libraries would be written into it.
     """
     for number in (0, 1, 2):
         try:

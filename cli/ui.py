@@ -56,7 +56,7 @@ def ui(
         raise SalunError("the page needs gradio", advice="Install it: pip install 'salun[ui]'") from error
     page = _page()
     try:
-        with interrupt.working(), interrupt.telling(lambda: STOPPED):
+        with interrupt.working(), interrupt.exit_message(lambda: STOPPED):
             page.serve(host, port, login, data, models_dir or [], browser, typer.echo)
     except KeyboardInterrupt as error:
         raise Cancelled(STOPPED, line=STOPPED) from error

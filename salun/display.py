@@ -1,4 +1,4 @@
-"""Progress that people see without asking: bars on a terminal, bars or lines in a notebook, nothing elsewhere."""
+"""The default display of progress: bars on a terminal, bars or lines in a notebook, nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from salun.progress import Event, Progress, silent
 
 @contextmanager
 def shown(progress: Progress | None, quiet: bool = False) -> Iterator[Progress]:
-    """The progress that a caller gives, or for None what suits where Python runs.
+    """Context manager: the given progress, or for None the display that suits the environment.
 
-    quiet: show nothing of its own, as the second of several processes does.
+    quiet: Show nothing by default, as all processes but the first do.
     """
     if progress is not None or quiet:
         yield progress or silent
@@ -25,7 +25,7 @@ def shown(progress: Progress | None, quiet: bool = False) -> Iterator[Progress]:
 
 
 def _fitting() -> Callable[[], AbstractContextManager[Progress]]:
-    """How to show progress here."""
+    """The display that suits the environment."""
     notebook = _in_notebook()
     if importlib.util.find_spec("rich") and (
         importlib.util.find_spec("ipywidgets") if notebook else sys.stderr is not None and sys.stderr.isatty()
@@ -35,7 +35,7 @@ def _fitting() -> Callable[[], AbstractContextManager[Progress]]:
 
 
 def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this code; IPython on a terminal is a terminal."""
+    """Whether a Jupyter kernel runs this code. IPython on a terminal counts as a terminal."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return type(shell).__name__ == "ZMQInteractiveShell" or type(shell).__module__.startswith("google.colab")
@@ -48,7 +48,7 @@ def _nothing() -> Iterator[Progress]:
 
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """One bar a stage on stderr, with the time left and the metrics; messages above them."""
+    """One bar per stage on stderr, with the time left and the metrics; messages above them."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -98,5 +98,5 @@ def _metrics(event: Event) -> str:
 
 
 def printable(text: str) -> str:
-    """A text without anything that a terminal would obey: control characters are shown as escapes."""
+    """A text that is safe for a terminal: control characters are shown as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,6 +1,6 @@
 """Every option once: name, default, help, range. The CLI, nodes, tab and config files are made from these dataclasses.
 
-`None` stands for `auto`: the number comes from the model's recipe (data beside the model or in the alias table).
+`None` stands for `auto`: the number comes from the model's recipe (data in the model's folder or in the alias table).
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from salun.errors import ConfigError
 from salun.user_text import checked, unquoted
@@ -21,31 +23,56 @@ def option(
     default: Any,
     help: str,
     *,
+    auto: str = "",
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
     choices: tuple[str, ...] = (),
     path: bool = False,
+    expert: bool = False,
 ) -> Any:
-    """A field with its help and range. `minimum` and `maximum` are inclusive, `above` is not.
+    """A dataclass field with the metadata of an option.
 
-    path: it names files or folders (or may), so that quotes around it are no part of it.
+    Args:
+        help: A noun phrase or an imperative, without a final period.
+        auto: What an unset option stands for; the metadata's `help` ends with it.
+        minimum, maximum, above: The range; `minimum` and `maximum` are inclusive, `above` is exclusive.
+        choices: The valid values.
+        path: The option names files or folders, so that quotes around a value are removed.
+        expert: Hosts may show the option apart from those that most people need.
     """
-    rules = {"help": help, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices, "path": path}
+    rules = {
+        "help": help + (f" (default: {auto})" if auto else ""), "text": help, "auto": auto, "minimum": minimum,
+        "maximum": maximum, "above": above, "choices": choices, "path": path, "expert": expert,
+    }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=rules)
     return field(default=default, metadata=rules)
 
 
+@cache
+def option_types(kind: Any) -> dict[str, tuple[type, bool]]:
+    """Option name → the type of its value (bool, int, float, str or list, of texts), and whether it may be None."""
+    types = {}
+    for name, hint in get_type_hints(kind).items():
+        optional = NoneType in get_args(hint)
+        inner = get_args(hint)[0] if optional else hint
+        types[name] = (get_origin(inner) or inner, optional)
+    return types
+
+
 class Checked:
-    """Validates every field against its range and choices when made. Raises ConfigError naming the option."""
+    """Base of the option dataclasses: validates every field when an instance is made, and raises ConfigError."""
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+        kind: Any = type(self)
+        for item in dataclasses.fields(kind):
             value = getattr(self, item.name)
+            if option_types(kind)[item.name][0] is list and isinstance(value, str):
+                value = [value]  # from Python, one text is as good as a list of one
             if item.metadata.get("path"):
                 value = [_unquoted(each) for each in value] if isinstance(value, list) else _unquoted(value)
-                object.__setattr__(self, item.name, value)
+            object.__setattr__(self, item.name, value)
             check(item.name, value, item.metadata)
 
 
@@ -59,32 +86,31 @@ def _unquoted(value: Any) -> Any:
 
 
 def check(name: str, value: Any, rules: Any) -> None:
-    """Raises ConfigError if `value` breaks the rules of option `name`."""
-    flag = "--" + name.replace("_", "-")
+    """Raise ConfigError if `value` breaks the rules of option `name`."""
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str):
-            checked(text, flag)
+            checked(text, name)
     if value is None or isinstance(value, list | bool | Path):
         return
     if rules.get("choices") and value not in rules["choices"]:
-        raise ConfigError(f"{flag} is {value!r}, but must be one of {', '.join(rules['choices'])}")
+        raise ConfigError(f"is {value!r}, but must be one of {', '.join(rules['choices'])}", option=name)
     if isinstance(value, int | float):
         low, high, above = rules.get("minimum"), rules.get("maximum"), rules.get("above")
         if value != value or (low is not None and value < low) or (above is not None and value <= above):
             bound = f"at least {low}" if low is not None else f"above {above}"
-            raise ConfigError(f"{flag} is {value}, but must be {bound}")
+            raise ConfigError(f"is {value}, but must be {bound}", option=name)
         if high is not None and value > high:
-            raise ConfigError(f"{flag} is {value}, but must be at most {high}")
+            raise ConfigError(f"is {value}, but must be at most {high}", option=name)
 
 
 @dataclass(frozen=True)
 class DeviceOptions(Checked):
     """Where and how to compute."""
 
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = option("auto", "Compute device: auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
         "auto",
-        "of the computation; auto: bf16 on a GPU that has it, else fp32",
+        "Compute dtype; auto is bf16 where the GPU supports it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
 
@@ -95,65 +121,78 @@ class FileOptions(Checked):
 
     models_dir: list[str] = option(
         [],
-        "a folder to find checkpoints in by name: of checkpoints, or a WebUI's or ComfyUI's root; repeat it for "
-        "several (SALUN_MODELS_DIR adds more)",
+        "Folder to search for checkpoints by name: a checkpoint folder, or the root of a WebUI or ComfyUI; repeatable "
+        "(SALUN_MODELS_DIR adds more)",
         path=True,
     )
     allow_pickle: bool = option(
-        False, "read a .ckpt: a pickle, unpacked with weights_only and kept as safetensors in the cache"
+        False, "Allow .ckpt (pickle) files; loaded with weights_only and converted to safetensors in the cache"
     )
 
-    def __post_init__(self) -> None:
-        if isinstance(self.models_dir, str):  # from Python one text is as good as a list of one
-            object.__setattr__(self, "models_dir", [self.models_dir])
-        super().__post_init__()
+
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", list: "a list of texts"}
 
 
 def from_mapping(kind: type, values: Any, where: str) -> Any:
-    """A dataclass from untrusted data. where: names their source in errors; "" if it needs no name.
+    """An option dataclass made of untrusted data.
 
-    Raises ConfigError for unknown keys (with the nearest name), wrong types and values out of range.
+    Args:
+        kind: The dataclass.
+        values: Option name → value, expected to be a dict.
+        where: The source, such as a file, as errors name it; "" if they need not.
+
+    Raises:
+        ConfigError: An unknown name (the nearest known one is the advice), a wrong type or a value out of range.
     """
+    if not isinstance(values, dict):
+        raise _located(ConfigError(f"expected names and values, got {type(values).__name__}"), where)
+    types = option_types(kind)
+    for key, value in values.items():
+        if key not in types:
+            raise _located(_unknown(str(key)[:80], types), where)
+        if not _fits(value, *types[key]):
+            wanted = _TYPE_NAMES[types[key][0]]
+            raise _located(ConfigError(f"is {_shown(value)}, but must be {wanted}", option=key), where)
+    try:
+        return kind(**{key: int(v) if types[key][0] is int and v is not None else v for key, v in values.items()})
+    except ConfigError as error:
+        if not where:
+            raise
+        raise _located(error, where) from error
+
+
+def _unknown(name: str, known: Any) -> ConfigError:
     import difflib
 
-    prefix = f"{where}: " if where else ""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{prefix}expected names and values, got {type(values).__name__}")
-    known = {item.name: item for item in dataclasses.fields(kind)}
-    for key, value in values.items():
-        if key not in known:
-            shown = str(key)[:80]
-            near = difflib.get_close_matches(shown, known, 1)
-            raise ConfigError(f"{prefix}unknown option {shown!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        wanted = str(known[key].type)
-        if not _fits(value, wanted):
-            raise ConfigError(f"{prefix}{key} is {_shown(value)}, but must be {wanted.replace(' | None', '')}")
-    numbers = {key for key in values if str(known[key].type).startswith("int")}
-    made = {key: int(v) if key in numbers and v is not None else v for key, v in values.items()}
-    try:
-        return kind(**made)
-    except ConfigError as error:
-        raise ConfigError(f"{prefix}{error}") from error
+    near = difflib.get_close_matches(name, known, 1)
+    return ConfigError(f"unknown option {name!r}", advice=f"Did you mean {near[0]!r}?" if near else "")
 
 
-def _fits(value: Any, wanted: str) -> bool:
-    """Whether a value is of the type that a dataclass's field names."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = -(2**63) <= value < 2**63
-    else:
-        number = isinstance(value, float) and not math.isnan(value)
-    return (
-        (value is None and "None" in wanted)
-        or (wanted.startswith("int") and number and math.isfinite(value) and value == int(value))
-        or (wanted.startswith("float") and number)
-        or (wanted.startswith("str") and isinstance(value, str))
-        or (wanted == "bool" and isinstance(value, bool))
-        or (wanted.startswith("list") and isinstance(value, list) and all(isinstance(v, str) for v in value))
-    )
+def _located(error: ConfigError, where: str) -> ConfigError:
+    """The error with its source in the message. A file spells its options by their plain names."""
+    if not where:
+        return error
+    subject = f"{error.option} " if error.option else ""
+    return ConfigError(f"{where}: {subject}{error.message}", advice=error.advice, code=error.code)
+
+
+def _fits(value: Any, kind: type, optional: bool) -> bool:
+    """Whether an untrusted value is of an option's type; whole floats are integers too."""
+    if value is None:
+        return optional
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return value.is_integer() if kind is int else not math.isnan(value)
 
 
 def _shown(value: Any) -> str:
-    """A value as a message can hold it; Python prints no whole number of more than 4,300 digits."""
+    """A value as a message can hold it; Python prints no integer of more than 4,300 digits."""
     try:
         return repr(value)[:80]
     except ValueError:

@@ -1,4 +1,4 @@
-"""What people type or paste, read as it was meant: quoted paths, decomposed characters, the prompt syntax of hosts."""
+"""Normalizes typed and pasted text: quoted paths, decomposed characters, the prompt syntax of hosts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from salun.errors import ConfigError
 
-# a backslash before a bracket only says that it is no syntax; one before another backslash is left alone
+# a backslash before a bracket escapes it; one before another backslash stays
 _ESCAPED = re.compile(r"(?<!\\)\\([()\[\]])")
 _SYNTAX = re.compile(
     r"\([^()]*:\s*[-+]?\d+(?:\.\d+)?\s*\)"  # (a cat:1.3)
@@ -19,11 +19,11 @@ _SYNTAX = re.compile(
     r"|<(?:lora|lyco|hypernet):[^<>]*>"
     r"|\b(?:BREAK|AND)\b"
 )
-_SHOWN = 3  # of the pieces that a message lists
+_SHOWN = 3  # pieces of syntax in a note
 
 
 def unquoted(path: str) -> str:
-    """A path without the pair of quotes around it that "Copy as path" of Windows adds."""
+    """A path without the pair of quotes that "Copy as path" of Windows adds."""
     stripped = path.strip()
     if len(stripped) > 2 and stripped[0] == stripped[-1] and stripped[0] in "\"'":
         return stripped[1:-1]
@@ -31,7 +31,7 @@ def unquoted(path: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text is whole characters: the name of a file on Linux may hold other bytes."""
+    """Whether a text can be encoded as UTF-8: a file name on Linux may contain other bytes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -39,10 +39,12 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def checked(text: str, what: str) -> str:
-    """The text. Raises ConfigError unless it `is_unicode`. what: the option that has it."""
+def checked(text: str, option: str) -> str:
+    """The text, the value of an option. Raises ConfigError unless it `is_unicode`."""
     if not is_unicode(text):
-        raise ConfigError(f"{what} is {ascii(text)[:120]}, which is not UTF-8: write it, or name the file, in UTF-8")
+        raise ConfigError(
+            f"is {ascii(text)[:120]}, which is not UTF-8", option=option, advice="Write it, or name the file, in UTF-8"
+        )
     return text
 
 
@@ -52,24 +54,24 @@ def composed(text: str) -> str:
 
 
 def prompt_text(text: str) -> str:
-    r"""A prompt as text encoders are to read it: composed, and with `\(` `\)` `\[` `\]` as hosts read them.
+    r"""A prompt for a text encoder: in composed form, with `\(` `\)` `\[` `\]` as plain brackets, as in hosts.
 
-    Hosts take unescaped brackets for weights; here they, and all else that is syntax there, are text (`syntax_note`).
+    Unescaped brackets are weights in hosts. Here they and all other prompt syntax are literal text: see `syntax_note`.
     """
     return _ESCAPED.sub(r"\1", composed(text))
 
 
 def syntax_note(texts: Iterable[str]) -> list[str]:
-    """A line for the user if any of the texts holds prompt syntax of hosts; none otherwise."""
-    found = list(dict.fromkeys(match[0] for text in texts for match in _SYNTAX.finditer(text)))
-    if not found:
+    """A note for the user if a text contains the prompt syntax of hosts, as a list of at most one line."""
+    pieces = list(dict.fromkeys(match[0] for text in texts for match in _SYNTAX.finditer(text)))
+    if not pieces:
         return []
-    listed = ", ".join(repr(piece[:40]) for piece in found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
-    return [f"prompt syntax is taken literally, without weights, LoRAs or BREAK: {listed}. Write the words alone"]
+    listed = ", ".join(repr(piece[:40]) for piece in pieces[:_SHOWN]) + (", …" if len(pieces) > _SHOWN else "")
+    return [f"prompt syntax is taken literally, without weights, LoRAs or BREAK: {listed}. Use plain text"]
 
 
 def as_spelled(path: Path) -> Path:
-    """The path as the disk spells it: where there is none of this name, one that differs only in Unicode's form."""
+    """The path as the file system spells it: if there is none, one that differs only in its Unicode form."""
     if path.exists() or not path.name:
         return path
     above = as_spelled(path.parent)

@@ -589,7 +589,7 @@ def test_a_killed_comparison_resumes_and_leaves_no_process(how: signal.Signals, 
         rest = process.communicate(timeout=60)[1]
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert rest.splitlines()[-1].endswith("go on with: salun classify-compare --resume --run-dir run")
+        assert rest.splitlines()[-1].endswith("resume with: salun classify-compare --resume --run-dir run")
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline, "worker processes outlived the comparison"

@@ -288,11 +288,11 @@ def test_a_folder_of_pictures_and_a_transformers_model_go_all_the_way(tmp_path: 
 
 WRONG = [
     ({"method": "best"}, "--method is 'best', but must be one of"),
-    ({"density": 0.0}, "--density is 0.0, but must be above 0"),
-    ({"lr": 0.0}, "--lr is 0.0, but must be above 0"),
-    ({"mask": "good"}, "--mask is 'good'"),
+    ({"density": 0.0}, "density is 0.0, but must be above 0"),
+    ({"lr": 0.0}, "lr is 0.0, but must be above 0"),
+    ({"mask": "good"}, "mask is 'good'"),
     ({"labels": "own"}, "--labels is 'own'"),
-    ({"batchnorm": "moving"}, "--batchnorm is 'moving'"),
+    ({"batchnorm": "moving"}, "batchnorm is 'moving'"),
     ({"method": "ssd", "mask": "saliency"}, "mask is saliency, but the method SSD has none"),
     ({"method": "salun-soft", "mask": "full"}, "the method SalUn-soft has none"),
     ({"method": "ff", "lr": 0.1}, "lr is 0.1, but the method FF has none"),
@@ -459,7 +459,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         last = process.communicate(timeout=60)[1].splitlines()[-1]
     assert process.returncode == 130
-    assert last == "salun: stopped; go on with: salun classify-unlearn --resume --run-dir run"
+    assert last == "salun: interrupted; resume with: salun classify-unlearn --resume --run-dir run"
     told = record_of(tmp_path / "run")
     assert (told["status"], told["options"]["train_epochs"]) == ("cancelled", 200)
     assert read_config(tmp_path / "run" / "run.json", UnlearnOptions)["retrain"] == "no"  # what --resume reads

@@ -56,8 +56,8 @@ def test_a_run_says_where_its_report_is(tmp_path: Path) -> None:
 
 
 WRONG = [
-    (["erase", "--concept", "dragon", "--model", "shapes"], 2, "knows no 'dragon'"),
-    (["erase", "--concept", ""], 2, "the concept is empty"),
+    (["erase", "--concept", "dragon", "--model", "shapes"], 2, "'dragon' is not in the vocabulary"),
+    (["erase", "--concept", ""], 2, "--concept is empty"),
     (["erase", "--concept", "circle", "--model", "shape"], 1, "did you mean 'shapes'?"),
     (["erase", "--concept", "circle", "--model", "nobody/nothing-here"], 1, "could not be fetched"),
     (["erase", "--concept", "circle", "--density", "0"], 2, "--density is 0.0, but must be above 0"),
@@ -67,7 +67,7 @@ WRONG = [
     (["erase", "--concept", "circle", "--mask", "gone.safetensors"], 1, "gone.safetensors cannot be read"),
     (["erase", "--concept", "circle", "--scope", "all"], 2, "full, xattn, selfattn, noxattn"),
     (["erase", "--concept", "circle", "--retain-prompts", " "], 2, "empty prompt"),
-    (["erase", "--concept", "circle", "--device", "tpu9"], 2, "--device tpu9"),
+    (["erase", "--concept", "circle", "--device", "tpu9"], 2, "--device is tpu9, which is not available"),
     (["erase", "--concept", "circle", "--recipe", "paper"], 2, "the paper says nothing"),
     (["erase", "--concept", "circle", "--output", "model.ckpt"], 2, "end it in .safetensors"),
     (["erase"], 2, "no concept is given"),
@@ -77,10 +77,10 @@ WRONG = [
     (["mask", "circle", "--scope", "full"], 2, "unexpected argument 'circle'. To name a concept: --concept circle"),
     (["sample", "red", "circle"], 2, "unexpected argument 'red circle'. To give a prompt: --prompt 'red circle'"),
     (["mask"], 2, "Missing option '--concept'"),
-    (["erase", "--concept", "nudity"], 2, "No --model is given, so the small demo model is used"),
+    (["erase", "--concept", "nudity"], 2, "The bundled demo model is used because no --model is given"),
     (["delta", "apply", "shapes", "gone.salun.safetensors", "--output", "x"], 1, "gone.salun.safetensors"),
     (["erase", "--config", "nowhere.yaml"], 2, "nowhere.yaml cannot be read"),
-    (["mask", "--concept", "circle", "--output", "mask.png"], 2, "end it in .safetensors"),
+    (["mask", "--concept", "circle", "--output", "mask.png"], 2, "--output is mask.png, but must end in .safetensors"),
     (["eval", "nowhere"], 1, "nowhere is not a run folder (there is no run.json in it)"),
     (["inspect", "nowhere.safetensors"], 1, "nowhere.safetensors does not exist"),
 ]
@@ -237,7 +237,7 @@ def test_ctrl_c_ends_with_130_and_one_line_at_any_moment(seconds: float, times: 
             process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
     assert (process.returncode, len(told.splitlines())) == (130, 1), told
-    assert told.startswith("salun: stopped")
+    assert told.startswith("salun: interrupted")
 
 
 RESUMABLE = """
@@ -267,8 +267,8 @@ main.main()
 @pytest.mark.parametrize(
     ("program", "run", "line"),
     [
-        (RESUMABLE, True, "stopped; go on with: salun erase --resume --run-dir run --force"),
-        (RESUMABLE, False, "stopped. Give the command again to start over"),
+        (RESUMABLE, True, "interrupted; resume with: salun erase --resume --run-dir run --force"),
+        (RESUMABLE, False, "interrupted. Run the command again to restart"),
         (PAGE, False, "stopped. Queued jobs go on at the next start with the same --data; one that was at work can be "
          "resumed there"),
     ],
@@ -348,13 +348,13 @@ def test_resume_of_a_finished_run_says_so(erased: tuple[Path, subprocess.Complet
         (["erase", "--config", "other.yaml"], "a finished run with steps 3, not 4"),
         (
             ["erase", "--output", "new.safetensors"],
-            "and there is no new.safetensors: write it by "
+            "that has no output new.safetensors. Write it by "
             "`salun delta apply shapes run/delta.salun.safetensors --output new.safetensors`",
         ),
-        (["erase", "--output", "other.yaml"], "which did not write other.yaml"),
+        (["erase", "--output", "other.yaml"], "that did not write other.yaml"),
         (["erase", "--output", "new.lora.safetensors"], "salun delta export run/delta.salun.safetensors --base shapes"),
-        (["classify-unlearn"], "holds a run of `salun erase`, not classify-unlearn"),
-        (["classify-compare"], "holds a run of `salun erase`, not classify-compare"),
+        (["classify-unlearn"], "which contains a run of `salun erase`, not classify-unlearn"),
+        (["classify-compare"], "which contains a run of `salun erase`, not classify-compare"),
     ],
 )
 def test_resume_of_a_finished_run_refuses_another_request(

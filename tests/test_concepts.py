@@ -48,12 +48,12 @@ def test_a_concept_that_becomes_nothing_is_left_out_of_the_others_prompts() -> N
     assert all(p.labels["shape"] != "circle" for p in red.eval_anchor)  # what is kept of a red circle is a square
 
 
-def test_an_anchor_that_is_forgotten_too_is_replaced_and_told() -> None:
+def test_an_anchor_that_is_erased_too_is_replaced_and_reported() -> None:
     found = plan("circle", "square")  # circle's preset anchor is the square
     assert [c.anchor for c in found.concepts] == ["cross", "cross"] or "square" not in {
         c.anchor for c in found.concepts
     }
-    assert any("is to be forgotten as well" in note for note in found.notes)
+    assert any("is to be erased as well" in note for note in found.notes)
     around = plan("circle", "square", anchor=["square", "circle"])
     assert not {c.anchor for c in around.concepts} & {"circle", "square"}
 
@@ -64,15 +64,15 @@ def test_an_anchor_that_is_forgotten_too_is_replaced_and_told() -> None:
         (["circle", "circle"], {}, "given twice"),
         (["circle", "red"], {"anchor": ["square"]}, "2 --concept, but 1 --anchor"),
         ([], {}, "no concept"),
-        (["plain", "sketch", "night", "striped", "dotted"], {}, "to be forgotten"),
+        (["plain", "sketch", "night", "striped", "dotted"], {}, "to be erased as well"),
     ],
 )
-def test_what_cannot_be_is_refused(names: list[str], options: dict[str, Any], message: str) -> None:
+def test_contradicting_concepts_are_rejected(names: list[str], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(*names, **options)
 
 
-def test_free_text_concepts_are_not_among_the_prompts_to_keep() -> None:
+def test_free_text_concepts_are_not_among_the_retain_prompts() -> None:
     own = Concept(
         "church", anchor="a house", synonyms=("church",), anchors=("a house",), retain=("two churches", "a car")
     )

@@ -82,23 +82,23 @@ def test_free_text_works_with_and_without_an_anchor() -> None:
     assert not notes
     concept, notes = resolve(Concept("golden retriever"), None, "a model")
     assert {p.text for p in prompts_of([concept], None).concepts[0].anchor} == {""}
-    assert notes == ["no anchor for 'golden retriever': it becomes what the empty prompt gives"]
+    assert notes == ["no anchor for 'golden retriever': it becomes what the empty prompt shows"]
 
 
-def test_a_near_miss_of_a_preset_is_told() -> None:
+def test_a_near_miss_of_a_preset_is_reported() -> None:
     _, notes = resolve(Concept("nudty", anchor="a person"), None, "a model")
     assert "nudity" in notes[0]
 
 
-def test_a_model_with_a_vocabulary_refuses_other_words_and_lists_its_own() -> None:
+def test_concepts_outside_the_vocabulary_are_rejected() -> None:
     vocabulary = describe("shapes").settings.vocabulary
-    with pytest.raises(ConfigError, match=r"knows no 'dragon'.*circle"):
+    with pytest.raises(ConfigError, match=r"'dragon' is not in the vocabulary.*circle"):
         resolve(Concept("dragon"), vocabulary, "shapes")
-    with pytest.raises(ConfigError, match="is no shape"):
+    with pytest.raises(ConfigError, match="anchor is 'red', but must be a shape"):
         resolve(Concept("circle", anchor="red"), vocabulary, "shapes")
 
 
 @pytest.mark.parametrize("name", ["", "   "])
-def test_an_empty_concept_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="the concept is empty"):
+def test_an_empty_concept_is_rejected(name: str) -> None:
+    with pytest.raises(ConfigError, match="concept is empty"):
         Concept(name)

@@ -109,6 +109,6 @@ def test_tags_are_words_between_commas(name: str) -> None:
     assert {p.text for p in natural.concepts[0].forget}.isdisjoint(texts) or name == "golden retriever"
 
 
-def test_a_model_with_words_of_its_own_takes_no_tags() -> None:
-    with pytest.raises(ConfigError, match="--prompt-style tags"):
+def test_tags_are_rejected_for_a_model_with_a_vocabulary() -> None:
+    with pytest.raises(ConfigError, match="prompt_style is tags"):
         make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(prompt_style="tags"))

@@ -129,7 +129,7 @@ def test_a_jobs_request_is_what_the_command_line_would_run(service: Service) -> 
         ({"concept": ["a"], "forget_images": "../jobs"}, "cannot be a name here"),
         ({"concept": ["a"], "components": "/etc"}, "must be an alias or a hub id"),
         ({"concept": ["a"], "components": "../x"}, "must be an alias or a hub id"),
-        ({"concept": ["a"], "density": 2}, "--density is 2, but must be at most 1"),
+        ({"concept": ["a"], "density": 2}, "density is 2, but must be at most 1"),
         ({"concept": [" "]}, "no concept is given"),
         ({"concept": ["a"], "stepz": 3}, "'stepz' cannot be set here"),
     ],

@@ -1,1 +1,1 @@
-"""Where to compute: devices, dtypes, processes, versions."""
+"""The machine: devices, dtypes, processes, versions."""

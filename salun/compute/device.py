@@ -1,4 +1,4 @@
-"""Which device and which dtype to compute in."""
+"""Choice of device and dtype, and deterministic kernels."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fix_cublas() -> None:
-    """Lets CUDA's matrix products give the same bits each time. Of use only before the process makes the first one.
+    """Make CUDA's matrix products deterministic. Takes effect only before the first one of the process.
 
-    A choice that the user has made in the environment stays.
+    A setting in the environment stays.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def pick_device(wish: str) -> torch.device:
-    """`auto` is the first GPU there is, else the CPU. Raises ConfigError for a device this machine does not have."""
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first GPU, else the CPU. Raises ConfigError for one that is not available."""
     fix_cublas()
-    if wish == "auto":
+    if name == "auto":
         if torch.cuda.is_available():
-            own = os.environ.get("LOCAL_RANK")  # set by accelerate's launcher: a GPU for each process
-            return torch.device("cuda" if own is None else f"cuda:{int(own) % torch.cuda.device_count()}")
+            rank = os.environ.get("LOCAL_RANK")  # set by accelerate's launcher: a GPU for each process
+            return torch.device("cuda" if rank is None else f"cuda:{int(rank) % torch.cuda.device_count()}")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(wish)
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--device {wish} is not there on this machine: use cpu, or auto") from error
+        raise ConfigError(f"is {name}, which is not available", option="device", advice="Use cpu or auto") from error
     return device
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's (or Python's) way to say that memory is short, on a GPU or on the CPU."""
+    """Whether an error of torch or Python means that GPU or CPU memory ran out."""
     kinds: tuple[type[BaseException], ...] = (MemoryError, torch.cuda.OutOfMemoryError)
     return isinstance(error, kinds) or any(
         text in str(error) for text in ("not enough memory", "can't allocate memory", "out of memory")
     )
 
 
-def pick_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU that has it, else fp32."""
-    if wish != "auto":
-        return DTYPES[wish]
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" is bf16 on a GPU that supports it, else fp32."""
+    if name != "auto":
+        return DTYPES[name]
     if device.type != "cuda":
         return torch.float32
     native = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -57,7 +57,7 @@ def pick_dtype(wish: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def deterministic_kernels(deterministic: bool) -> Iterator[None]:
-    """Within, torch uses kernels that give the same bits each time; where there are none, it warns."""
+    """Context manager: torch uses deterministic kernels where available, and warns elsewhere."""
     if not deterministic:
         yield
         return

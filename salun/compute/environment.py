@@ -1,4 +1,4 @@
-"""Versions of what computes, and how much memory it took."""
+"""Versions of packages, and peak memory."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ PACKAGES = ("salun", "torch", "diffusers", "transformers", "safetensors", "accel
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    """Versions of Python, the platform and the packages that affect results."""
+    result = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def peak_memory() -> dict[str, int | None]:
-    """Peak resident memory of this process and peak allocation of the GPU, in bytes; None where there is no count."""
-    host: int | None = None
+    """Peak resident memory of this process and peak allocation of the GPU, in bytes; None where unknown."""
+    cpu: int | None = None
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where what getrusage tells begins with the parent's peak
+    if status.is_file():  # Linux, where getrusage includes the peak of the parent process
         peak = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii", errors="replace"), re.M)
-        host = int(peak[1]) * 1024 if peak else None
+        cpu = int(peak[1]) * 1024 if peak else None
     else:
         try:
             import resource  # not on Windows
 
-            host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         except ImportError:
             pass
     device: int | None = None
@@ -41,4 +41,4 @@ def peak_memory() -> dict[str, int | None]:
 
     if torch.cuda.is_available():
         device = torch.cuda.max_memory_allocated()
-    return {"cpu_bytes": host, "device_bytes": device}
+    return {"cpu_bytes": cpu, "device_bytes": device}

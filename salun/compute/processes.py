@@ -1,4 +1,4 @@
-"""Several processes, one run: who am I, and sums over all. Made by accelerate's launcher; one process without it."""
+"""The processes of one run under `accelerate launch`, and their collectives; one process without a launcher."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Processes:
-    """rank: this process, from 0. count: how many there are."""
+    """A group of processes.
+
+    Args:
+        rank: Index of this process, from 0.
+        count: Number of processes.
+    """
 
     rank: int = 0
     count: int = 1
 
     def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, in place. The order must be the same on all of them."""
+        """Replace each tensor by its sum over all processes, in place. The order must be the same in all of them."""
         if self.count > 1:
             for tensor in tensors:
                 if tensor.device.type == "cpu" and torch.distributed.get_backend() == "nccl":
-                    there = tensor.cuda()  # nccl sums on GPUs only
-                    torch.distributed.all_reduce(there)
-                    tensor.copy_(there)
+                    on_gpu = tensor.cuda()  # nccl sums on GPUs only
+                    torch.distributed.all_reduce(on_gpu)
+                    tensor.copy_(on_gpu)
                 else:
                     torch.distributed.all_reduce(tensor)
 
@@ -48,15 +53,21 @@ class Processes:
     def gather(
         self, parts: Mapping[int, Tensor], shapes: Sequence[tuple[int, ...]], device: torch.device
     ) -> list[Tensor]:
-        """All of `shapes` float32 tensors, of which tensor i is in the `parts` of process i mod count."""
-        found = []
+        """All tensors of a list that is spread over the processes, in all of them.
+
+        Args:
+            parts: Index → float32 tensor, of the indices that this process owns (see `mine`).
+            shapes: Shape of every tensor of the list.
+            device: Device of the tensors.
+        """
+        tensors = []
         for i, shape in enumerate(shapes):
             tensor = parts[i] if i in parts else torch.empty(shape, device=device)
             if self.count > 1:
                 tensor = tensor.contiguous()
                 torch.distributed.broadcast(tensor, src=i % self.count)
-            found.append(tensor)
-        return found
+            tensors.append(tensor)
+        return tensors
 
     def owns(self, index: int) -> bool:
         """Whether this process does the index-th piece of work."""
@@ -67,7 +78,7 @@ ALONE = Processes()
 
 
 def current() -> Processes:
-    """The processes of `accelerate launch` (or torchrun); `ALONE` without a launcher, and no accelerate needed."""
+    """The processes of `accelerate launch` or torchrun; `ALONE` without a launcher, which needs no accelerate."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     import torch.distributed.nn  # its defaults would keep a group that exists by then, and with it the group's threads
@@ -81,7 +92,7 @@ def current() -> Processes:
 
 
 def _leave() -> None:
-    """Close the group, and wait for its threads, before the interpreter ends: one that lets go of the last tensor
-    after that aborts the process, and the launcher takes a finished run for a failed one."""
+    """Close the group and wait for its threads before the interpreter ends: a thread that frees the last tensor later
+    aborts the process, and the launcher takes a finished run for a failed one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

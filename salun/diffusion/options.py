@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from salun.errors import ConfigError
 from salun.methods import METHODS, option_names, with_method_options
 from salun.options import MASKS, Checked, DeviceOptions, FileOptions, option
-from salun.user_text import checked, prompt_text
+from salun.user_text import prompt_text
 
 SAMPLERS = ("dpm++2m", "ddim", "euler", "euler_a", "lcm")
 
@@ -22,152 +22,173 @@ class ModelOptions(DeviceOptions, FileOptions):
 
     components: str | None = option(
         None,
-        "for single files: a diffusers folder or hub id that has what the file lacks (VAE, text encoder, configs)",
+        "Diffusers folder or hub id that supplies what a single file lacks (VAE, text encoder, configs)",
         path=True,
     )
     prediction_type: str | None = option(
-        None,
-        "what the UNet predicts (default: what the model's files tell)",
-        choices=("epsilon", "v_prediction"),
+        None, "Prediction type of the UNet", auto="read from the model's files", choices=("epsilon", "v_prediction")
     )
 
 
 @with_method_options("diffusion")
 @dataclass(frozen=True)
 class EraseOptions(ModelOptions):
-    """What `salun erase` can be told; defaults are SalUn's where the paper states one."""
+    """The options of an erasure; defaults are SalUn's where the paper states one."""
 
     anchor: list[str] = option(
-        [], "what the concept becomes, one for each --concept, in order; '' is the empty prompt (default: the preset's)"
+        [], "Anchor that replaces the concept, one per concept in order; '' is the empty prompt", auto="the preset's"
     )
-    retain_prompts: list[str] = option([], "prompts to keep, added to the default ones; repeat the option")
-    mask: str = option("saliency", "saliency, shuffled, random, full (the controls), or a mask file", path=True)
-    density: float = option(0.5, "share of the weights that may move", above=0, maximum=1)
+    retain_prompts: list[str] = option([], "Additional retain prompt; repeatable")
+    mask: str = option("saliency", "Mask: saliency, a control (shuffled, random, full), or a mask file", path=True)
+    density: float = option(0.5, "Mask density: the fraction of the weights to train", above=0, maximum=1)
     combine: str = option(
         "joint",
-        "several concepts: one mask from all of them together, or the union of their masks",
+        "Mask of several concepts: one joint mask, or the union of one mask per concept",
         choices=("joint", "union"),
     )
-    method: str = option("salun", "how to unlearn (see `salun methods`)", choices=tuple(METHODS["diffusion"]))
-    scope: str = option("full", "which layers, in ESD's words", choices=("full", "xattn", "selfattn", "noxattn"))
-    steps: int | None = option(None, "training steps", minimum=1, maximum=1_000_000)
-    batch_size: int | None = option(None, "forget samples a step, and as many retain samples", minimum=1, maximum=4096)
-    lr: float | None = option(None, "Adam's learning rate", above=0, maximum=1)
-    lr_decay: float | None = option(
-        None, "share of the steps, at the end, over which the rate falls to 0; 0 for never", minimum=0, maximum=1
+    method: str = option("salun", "Unlearning method; salun-soft has no hard mask", choices=tuple(METHODS["diffusion"]))
+    scope: str = option(
+        "full", "Layers that the mask may select, named as in ESD", choices=("full", "xattn", "selfattn", "noxattn")
     )
-    retain_weight: float | None = option(None, "α, the weight of the retain loss", minimum=0, maximum=1000)
-    guidance: float | None = option(None, "guidance weight w inside the saliency loss", minimum=0, maximum=100)
+    steps: int | None = option(None, "Training steps", minimum=1, maximum=1_000_000)
+    batch_size: int | None = option(
+        None, "Forget samples per step; as many retain samples are added", minimum=1, maximum=4096
+    )
+    lr: float | None = option(None, "Learning rate", above=0, maximum=1)
+    lr_decay: float | None = option(
+        None,
+        "Fraction of the steps, at the end, over which the learning rate decays to 0; 0 keeps it constant",
+        minimum=0,
+        maximum=1,
+        expert=True,
+    )
+    retain_weight: float | None = option(None, "Weight α of the retain loss", minimum=0, maximum=1000)
+    guidance: float | None = option(
+        None, "Classifier-free guidance weight w in the saliency loss", minimum=0, maximum=100, expert=True
+    )
     target: str | None = option(
-        None, "the anchor's prediction: of the original model, or of the one in training", choices=("frozen", "online")
+        None,
+        "Forget target: the anchor prediction of the frozen original model, or of the model in training",
+        choices=("frozen", "online"),
+        expert=True,
     )
     retain_target: str | None = option(
-        None, "what retain samples are held to: the original's prediction, or the noise", choices=("frozen", "noise")
+        None,
+        "Retain target: the prediction of the frozen original model, or the noise",
+        choices=("frozen", "noise"),
+        expert=True,
     )
     anchor_share: float | None = option(
-        None, "share of the forget loss's latents that come from the anchor's own samples", minimum=0, maximum=1
+        None, "Fraction of the forget latents that are sampled under the anchor", minimum=0, maximum=1, expert=True
     )
-    forget_latents: int | None = option(None, "forget samples to draw from the model", minimum=1, maximum=1_000_000)
-    retain_latents: int | None = option(None, "retain samples to draw from the model", minimum=0, maximum=1_000_000)
+    forget_latents: int | None = option(None, "Forget latents to sample from the model", minimum=1, maximum=1_000_000)
+    retain_latents: int | None = option(None, "Retain latents to sample from the model", minimum=0, maximum=1_000_000)
     eval_images: int | None = option(
-        None, "pictures for the quick evaluation, each of forget and retain; 0 for none", minimum=0, maximum=1_000_000
+        None,
+        "Images per set (forget, retain) of the evaluation before and after; 0 disables it",
+        minimum=0,
+        maximum=1_000_000,
     )
     forget_images: str | None = option(
         None,
-        "a folder of pictures of the concept, in place of samples (several concepts: a folder in it for each)",
+        "Folder of images of the concept, used instead of sampled latents; with several concepts, a folder of each",
         path=True,
     )
     retain_images: str | None = option(
-        None, "a folder of pictures to keep, added to the samples; x.txt beside x.png says what it shows", path=True
+        None, "Folder of images to retain, added to the sampled latents; x.txt is the prompt of x.png", path=True
     )
     prompt_style: str = option(
         "natural",
-        "of the prompts that are made: sentences, or tags for tag-trained models",
+        "Style of the generated prompts: natural sentences, or tags for tag-trained models",
         choices=("natural", "tags"),
     )
     clip_skip: int | None = option(
-        None, "text encoder layer, counted from the last as WebUIs do (default: the model's own)", minimum=1, maximum=12
+        None,
+        "CLIP skip: the text encoder layer to use, counted from the last as in WebUIs",
+        auto="the model's",
+        minimum=1,
+        maximum=12,
     )
-    negative_prompt: str | None = option(
-        None, "what samples and pictures are guided away from, as in hosts (default: the empty prompt)"
-    )
+    negative_prompt: str | None = option(None, "Negative prompt of all sampling", auto="the empty prompt")
     sampling_steps: int | None = option(
-        None, "sampler steps of training samples and images (default: the model's own)", minimum=1, maximum=1000
+        None, "Sampler steps of training samples and images", auto="the model's", minimum=1, maximum=1000
     )
     sampling_guidance: float | None = option(
         None,
-        "guidance scale of training samples and images; 1 or less is without guidance, in half the time "
-        "(default: the model's own)",
+        "Guidance scale of training samples and images; 1 or less disables guidance and takes half the time",
+        auto="the model's",
         minimum=0,
         maximum=100,
     )
     sampler: str | None = option(
         None,
-        "sampler of training samples and images; lcm, euler and euler_a suit few-step models (default: the model's "
-        "own DPM-Solver, else dpm++2m)",
+        "Sampler of training samples and images; lcm, euler and euler_a suit few-step models",
+        auto="the model's DPM-Solver, else dpm++2m",
         choices=SAMPLERS,
     )
     resolution: int | None = option(
-        None, "pixels a side, of samples and pictures (default: the model's own)", minimum=8, maximum=4096
+        None, "Side length of samples and images, in pixels", auto="the model's", minimum=8, maximum=4096
     )
-    attention: str = option("sdpa", "attention kernel; xformers is an extra", choices=("sdpa", "xformers"))
-    gradient_checkpointing: bool = option(False, "keep less in the forward pass, compute it again in the backward")
+    attention: str = option(
+        "sdpa", "Attention kernel; xformers needs the xformers extra", choices=("sdpa", "xformers"), expert=True
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory")
     low_vram: bool = option(
-        False, "saliency sums, masters and moments in host memory, one sample at a time, gradient checkpointing"
+        False,
+        "Keep saliency sums, fp32 master weights and optimizer moments in CPU memory; one sample at a time; gradient "
+        "checkpointing",
     )
     optimizer: str = option(
-        "adam", "adam, or adam8bit: moments in 8 bits by bitsandbytes, an extra", choices=("adam", "adam8bit")
+        "adam",
+        "Optimizer; adam8bit keeps its moments in 8 bits and needs the bitsandbytes extra",
+        choices=("adam", "adam8bit"),
     )
-    deterministic: bool = option(True, "only kernels that give the same bits each time, where there are any")
+    deterministic: bool = option(True, "Use deterministic kernels where available", expert=True)
     save_every: float = option(
-        60.0, "seconds between saved states of training, to resume from; 0: every step", minimum=0
+        60.0, "Seconds between training checkpoints to resume from; 0 saves every step", minimum=0, expert=True
     )
-    seed: int = option(0, "of everything random", minimum=0, maximum=2**63 - 1)
-    keep_ema: bool = option(False, "keep a single file's EMA copy of the weights, though it still holds the concept")
-    show_sensitive: bool = option(False, "do not blur the pictures of sensitive concepts")
-    recipe: str = option("default", "where unset numbers come from", choices=("default", "paper"))
+    seed: int = option(0, "Random seed", minimum=0, maximum=2**63 - 1)
+    keep_ema: bool = option(False, "Keep the EMA weights of a single file, which still contain the concept")
+    show_sensitive: bool = option(False, "Do not blur images of sensitive concepts")
+    recipe: str = option(
+        "default", "Source of unset numbers: the model's default recipe, or the paper's", choices=("default", "paper")
+    )
 
     def __post_init__(self) -> None:
-        for name in ("anchor", "retain_prompts"):
-            if isinstance(getattr(self, name), str):  # from Python one text is as good as a list of one
-                object.__setattr__(self, name, [getattr(self, name)])
         super().__post_init__()
         if self.mask not in MASKS and not self.mask.endswith(".safetensors"):
-            raise ConfigError(f"--mask is {self.mask!r}, but must be one of {', '.join(MASKS)}, or a .safetensors file")
+            raise ConfigError(
+                f"is {self.mask!r}, but must be one of {', '.join(MASKS)}, or a .safetensors file", option="mask"
+            )
         if any(not prompt.strip() for prompt in self.retain_prompts):
-            raise ConfigError("--retain-prompts holds an empty prompt: give a text")
+            raise ConfigError("contains an empty prompt", option="retain_prompts")
 
 
 @dataclass(frozen=True)
 class EraseJob(EraseOptions):
-    """All that one erasure is told: its options, what to erase from which model, and where to write.
+    """One erasure: its options, what to erase from which model, and where to write.
 
-    What a config file may hold, and what the command line and a run.json agree on.
+    What a config file may contain, and what the command line and a run.json agree on.
     """
 
     concept: list[str] = option(
-        [], "what to forget: a preset, a word the model knows, or any text; repeat it for several"
+        [], "Concept to erase: a preset, a word of the model's vocabulary, or any text; repeatable"
     )
     model: str | None = option(
         None,
-        "alias (see `salun models`), .safetensors file, diffusers folder, hub id, or a checkpoint's name in "
-        "--models-dir (default: the small one that comes along)",
+        "Model: an alias (`salun models`), a .safetensors file, a diffusers folder, a hub id, or the name of a "
+        "checkpoint in the model folders",
+        auto="the bundled `shapes`",
         path=True,
     )
     output: list[str] = option(
         [],
-        "x.safetensors (checkpoint), x/ (diffusers folder), x.salun.safetensors (undoable delta), x.lora.safetensors "
-        "or x.diff.safetensors (for stock loaders); repeat it for several (default: in the run folder, the model in "
-        "its own layout and the delta)",
+        "Output, with the format by its name: x.safetensors (checkpoint), x/ (diffusers folder), x.salun.safetensors "
+        "(delta that can be undone), x.lora.safetensors or x.diff.safetensors (for any LoRA loader); repeatable",
+        auto="the model in the format of its input and the delta, in the run folder",
         path=True,
     )
-    run_dir: str | None = option(None, "the run's folder (default: runs/<time>-<concept>)", path=True)
-
-    def __post_init__(self) -> None:
-        for name in ("concept", "output"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, [getattr(self, name)])
-        super().__post_init__()
+    run_dir: str | None = option(None, "Run folder", auto="runs/<time>-<concept>", path=True)
 
     @property
     def options(self) -> EraseOptions:
@@ -175,7 +196,7 @@ class EraseJob(EraseOptions):
         return EraseOptions(**{item.name: getattr(self, item.name) for item in dataclasses.fields(EraseOptions)})
 
 
-GROUPS = {  # for people, in the order in which hosts show them
+GROUPS = {  # title → options, in the order in which hosts show them
     "Concept": ("concept", "anchor", "retain_prompts", "prompt_style", "negative_prompt"),
     "Model": ("model", "components", "models_dir", "prediction_type", "clip_skip", "resolution", "allow_pickle"),
     "Data": ("forget_latents", "retain_latents", "forget_images", "retain_images"),
@@ -196,9 +217,11 @@ GROUPS = {  # for people, in the order in which hosts show them
 
 @dataclass(frozen=True)
 class Recipe(Checked):
-    """The numbers that depend on the model. Comes from `salun.yaml` beside it, or from the alias table.
+    """The numbers that depend on the model. Comes from its folder's `salun.yaml`, or from the alias table.
 
-    saliency_timesteps: draws of (t, ε) for each forget latent in the saliency pass. lr_decay: see `TrainingSettings`.
+    Args:
+        saliency_timesteps: Draws of (t, ε) per forget latent in the saliency pass.
+        lr_decay: See `TrainingSettings`.
     """
 
     steps: int = option(100, "", minimum=1, maximum=1_000_000)
@@ -218,28 +241,29 @@ class Recipe(Checked):
 
 @dataclass(frozen=True)
 class Sampling(Checked):
-    """How to sample a model.
+    """How to sample a model."""
 
-    guidance: 1 or less samples without guidance, one pass a step. resolution: pixels, both sides. negative_prompt: what
-    guidance leads away from. sampler: None for the model's own DPM-Solver, or dpm++2m where it has none.
-    """
-
-    steps: int = option(20, "sampler steps", minimum=1, maximum=1000)
-    guidance: float = option(7.5, "classifier-free guidance scale", minimum=0, maximum=100)
-    resolution: int = option(512, "pixels, both sides", minimum=8, maximum=4096)
-    negative_prompt: str = option("", "what guidance leads away from; '' is the empty prompt")
-    sampler: str | None = option(None, "sampler", choices=SAMPLERS)
+    steps: int = option(20, "Sampler steps", minimum=1, maximum=1000)
+    guidance: float = option(
+        7.5,
+        "Classifier-free guidance scale; 1 or less disables guidance, with one pass per step",
+        minimum=0,
+        maximum=100,
+    )
+    resolution: int = option(512, "Side length in pixels", minimum=8, maximum=4096)
+    negative_prompt: str = option("", "Negative prompt")
+    sampler: str | None = option(None, "Sampler", auto="the model's DPM-Solver, else dpm++2m", choices=SAMPLERS)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "negative_prompt", prompt_text(checked(self.negative_prompt, "--negative-prompt")))
         super().__post_init__()
+        object.__setattr__(self, "negative_prompt", prompt_text(self.negative_prompt))
 
     @property
     def guided(self) -> bool:
-        """Whether guidance is computed. At 1 it has nothing to add; some models' cards call that 0."""
+        """Whether guidance is computed. At 1 it adds nothing; some model cards call that 0."""
         return self.guidance > 1
 
     @property
     def passes(self) -> int:
-        """Passes through the UNet that one sample takes."""
+        """Passes through the UNet per sample."""
         return self.steps * (2 if self.guided else 1)

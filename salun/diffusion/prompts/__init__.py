@@ -1,1 +1,1 @@
-"""From a concept to prompts."""
+"""Concepts, and the prompts made of them."""

@@ -1,6 +1,6 @@
-"""A concept: what to forget, what it becomes, what to keep, and how to ask whether it worked.
+"""Concepts and their prompts: of the concept, of its anchor and to retain, for training and for evaluation.
 
-Words become prompts here and nowhere else. Training prompts and evaluation prompts are disjoint.
+Training prompts and evaluation prompts are disjoint.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ LIBRARY = Path(__file__).resolve().parents[2] / "assets" / "concepts.yaml"
 
 @dataclass(frozen=True)
 class Concept:
-    """Something to forget.
+    """A concept to erase.
 
-    name: a preset's name, a value of the model's vocabulary, or any text. anchor: what it becomes; "" is the empty
-    prompt, None the preset's anchor (the empty prompt where there is no preset). retain: prompts to keep, added to the
-    default ones. synonyms and anchors: pairs of phrases that go into the kind's templates. kind: object, style, person
-    or content. sensitive: pictures are blurred until asked for.
+    Args:
+        name: Name of a preset, a value of the model's vocabulary, or any text.
+        anchor: What the model shows in its place. "" is the empty prompt; None is the preset's anchor, or the empty
+            prompt without a preset.
+        retain: Retain prompts, added to the default ones.
+        synonyms, anchors: Pairs of phrases for the templates of the kind.
+        kind: "object", "style", "person" or "content".
+        sensitive: Whether hosts blur its images by default.
+        preset: Name of the preset, set by `resolve`.
     """
 
     name: str
@@ -44,27 +49,33 @@ class Concept:
     preset: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for part in ("name", "anchor", "retain", "synonyms", "anchors"):
-            object.__setattr__(self, part, _read(getattr(self, part)))
+        for name, option in _FIELD_OPTIONS.items():
+            object.__setattr__(self, name, _normalized(getattr(self, name), option))
         if not self.name.strip():
-            raise ConfigError("the concept is empty: name what the model should forget, e.g. --concept circle")
+            raise ConfigError("is empty", option="concept", advice="Name what the model should forget, such as circle")
         if self.anchor is not None and self.anchor.strip() == self.name.strip():
-            raise ConfigError(f"concept and anchor are both {self.name!r}: an anchor is what the concept becomes")
+            raise ConfigError(f"is {self.name!r}, and so is the concept", option="anchor", advice="Name another anchor")
 
 
-def _read(given: Any) -> Any:
-    """A text, a tuple of texts, or None, as prompts are read. Raises ConfigError for what is not Unicode."""
-    if isinstance(given, str):
-        return prompt_text(checked(given, "a concept or prompt"))
-    return given if given is None else tuple(map(_read, given))
+_FIELD_OPTIONS = {
+    "name": "concept", "anchor": "anchor", "retain": "retain_prompts", "synonyms": "concept", "anchors": "anchor"
+}  # fmt: skip
+
+
+def _normalized(value: Any, option: str) -> Any:
+    """A text, a tuple of texts, or None, as `prompt_text`. Raises ConfigError for text that is not Unicode."""
+    if isinstance(value, str):
+        return prompt_text(checked(value, option))
+    return value if value is None else tuple(_normalized(each, option) for each in value)
 
 
 @dataclass(frozen=True)
 class ConceptPrompts:
-    """The prompts of one concept. anchor[i] belongs to forget[i], eval_anchor[i] to eval_forget[i].
+    """The prompts of one concept.
 
-    An anchor's labels are what a picture of the forget prompt should show once the concept is gone. attribute, value,
-    anchor_value: where the concept stands in the model's vocabulary, or None.
+    `anchor[i]` belongs to `forget[i]`, and `eval_anchor[i]` to `eval_forget[i]`. The labels of an anchor prompt are
+    what an image of the forget prompt should show once the concept is erased. `attribute`, `value` and `anchor_value`
+    are the concept's entry in the model's vocabulary, or None.
     """
 
     forget: list[Prompt]
@@ -78,7 +89,7 @@ class ConceptPrompts:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one erasure: each concept's own, and those to keep, which name none of the concepts."""
+    """The prompts of one erasure: those of each concept, and retain prompts, which mention no concept."""
 
     concepts: list[ConceptPrompts]
     retain: list[Prompt]
@@ -86,9 +97,9 @@ class Prompts:
 
     @property
     def digest(self) -> str:
-        """A hash of all texts in their order."""
-        own = [part for one in self.concepts for part in (one.forget, one.anchor, one.eval_forget, one.eval_anchor)]
-        texts = [[prompt.text for prompt in part] for part in (*own, self.retain, self.eval_retain)]
+        """SHA-256 of all texts in their order."""
+        lists = [each for c in self.concepts for each in (c.forget, c.anchor, c.eval_forget, c.eval_anchor)]
+        texts = [[prompt.text for prompt in each] for each in (*lists, self.retain, self.eval_retain)]
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -101,57 +112,79 @@ def library() -> dict[str, Any]:
 
 def presets() -> dict[str, dict[str, Any]]:
     """Preset name → its entry."""
-    found: dict[str, dict[str, Any]] = library()["presets"]
-    return found
+    entries: dict[str, dict[str, Any]] = library()["presets"]
+    return entries
 
 
 def resolve(
     concept: Concept, vocabulary: Vocabulary | None, model: str, style: str = "natural"
 ) -> tuple[Concept, list[str]]:
-    """The concept with everything filled in, and lines to tell the user.
+    """The concept with every field filled in, and notes for the user.
 
-    A model with a vocabulary knows only its words: another raises ConfigError that lists them. Elsewhere a preset's
-    name (or alias) takes the preset, and any other text is taken as it is. style "tags": phrases without articles, and
-    the preset's own tags where it has some.
+    A preset is found by its name or an alias. Any other text is used as it is, except with a vocabulary.
+
+    Args:
+        vocabulary: The vocabulary of the model, the only concepts it knows; None for a model of free text.
+        model: Name of the model, for errors.
+        style: "natural", or "tags" for phrases without articles and the tags of presets.
+
+    Raises:
+        ConfigError: The concept or its anchor is not in the vocabulary, or they are of different attributes.
     """
+    notes: list[str] = []
     if vocabulary is not None:
-        if style != "natural":
-            raise ConfigError(f"--prompt-style {style}: {model} has prompts of its own; leave the option out")
-        attribute = vocabulary.require(concept.name, model)
-        anchor = concept.anchor if concept.anchor is not None else vocabulary.anchors.get(concept.name, "")
-        if anchor and vocabulary.require(anchor, model) != attribute:
-            raise ConfigError(
-                f"the anchor {anchor!r} is no {attribute} as {concept.name!r} is: "
-                f"choose one of {', '.join(v for v in vocabulary.attributes[attribute] if v != concept.name)}"
-            )
-        return replace(concept, anchor=anchor), _told(concept.name, anchor)
-    key = concept.name.strip().lower()
-    named = {key: key for key in presets()}
-    for name, entry in presets().items():
-        named.update({alias.lower(): name for alias in entry.get("aliases", [])})
-    if key not in named:
-        near = difflib.get_close_matches(key, named, 1, 0.8)
-        notes = [f"{concept.name!r} is no preset (is it {near[0]!r}?): taken as free text"] if near else []
-        anchor = concept.anchor or ""
-        filled = replace(
-            concept, anchor=anchor, synonyms=concept.synonyms or (concept.name,), anchors=concept.anchors or (anchor,)
-        )
-        if len(filled.anchors) == 1:
-            filled = replace(filled, anchors=filled.anchors * len(filled.synonyms))
-        return filled, [*notes, *_told(concept.name, anchor)]
-    entry = presets()[named[key]]
-    if concept.anchor is None:
-        anchors = tuple(entry["anchors"])
-        anchor = anchors[0]
+        resolved = _of_vocabulary(concept, vocabulary, model, style)
     else:
-        anchor, anchors = concept.anchor, (concept.anchor,) * len(entry["synonyms"])
-    synonyms = tuple(entry["synonyms"])
+        key = concept.name.strip().lower()
+        names = {name: name for name in presets()}
+        names.update({alias.lower(): name for name, entry in presets().items() for alias in entry.get("aliases", [])})
+        if key in names:
+            resolved = _of_preset(concept, names[key], style)
+        else:
+            resolved = _of_text(concept)
+            near = difflib.get_close_matches(key, names, 1, 0.8)
+            if near:
+                notes.append(f"{concept.name!r} is not a preset (did you mean {near[0]!r}?): used as free text")
+    if not resolved.anchor:
+        notes.append(f"no anchor for {concept.name!r}: it becomes what the empty prompt shows")
+    return resolved, notes
+
+
+def _of_vocabulary(concept: Concept, vocabulary: Vocabulary, model: str, style: str) -> Concept:
+    if style != "natural":
+        raise ConfigError(
+            f"is {style}, but {model} has its own prompts", option="prompt_style", advice="Omit {prompt_style}"
+        )
+    attribute = vocabulary.require(concept.name, model)
+    anchor = concept.anchor if concept.anchor is not None else vocabulary.anchors.get(concept.name, "")
+    if anchor and vocabulary.require(anchor, model) != attribute:
+        others = ", ".join(value for value in vocabulary.attributes[attribute] if value != concept.name)
+        raise ConfigError(
+            f"is {anchor!r}, but must be a {attribute} as {concept.name!r} is: one of {others}", option="anchor"
+        )
+    return replace(concept, anchor=anchor)
+
+
+def _of_text(concept: Concept) -> Concept:
+    anchor = concept.anchor or ""
+    synonyms, anchors = concept.synonyms or (concept.name,), concept.anchors or (anchor,)
+    if len(anchors) == 1:
+        anchors = anchors * len(synonyms)
+    return replace(concept, anchor=anchor, synonyms=synonyms, anchors=anchors)
+
+
+def _of_preset(concept: Concept, name: str, style: str) -> Concept:
+    entry = presets()[name]
+    synonyms, anchors = tuple(entry["synonyms"]), tuple(entry["anchors"])
+    anchor = anchors[0] if concept.anchor is None else concept.anchor
+    if concept.anchor is not None:
+        anchors = (anchor,) * len(synonyms)
     if style == "tags":
         if concept.anchor is None:
             anchors = tuple(entry.get("tag_anchors") or map(_without_article, anchors))
         synonyms = tuple(entry.get("tags") or map(_without_article, synonyms))
         anchors = anchors if len(anchors) == len(synonyms) else (_without_article(anchor),) * len(synonyms)
-    filled = Concept(
+    return Concept(
         name=concept.name,
         anchor=anchor,
         retain=(*entry["retain"], *concept.retain),
@@ -159,42 +192,45 @@ def resolve(
         anchors=anchors,
         kind=entry["kind"],
         sensitive=bool(entry.get("sensitive", False)),
-        preset=named[key],
+        preset=name,
     )
-    return filled, _told(concept.name, anchor)
 
 
 def part(concepts: Sequence[Concept], vocabulary: Vocabulary | None) -> tuple[list[Concept], list[str]]:
-    """Resolved concepts that do not stand in each other's way, and lines to tell the user.
+    """Resolved concepts whose anchors are kept, and notes for the user.
 
-    An anchor that is to be forgotten as well is replaced by its own anchor, and so on, or by any value that stays.
-    Raises ConfigError for a concept named twice, or where nothing is left to take an anchor from.
+    An anchor that is itself to be erased is replaced by its own anchor, and so on, or by any value that stays.
+
+    Raises:
+        ConfigError: A concept is given twice, or no value is left as an anchor.
     """
     names = [concept.name for concept in concepts]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"--concept {twice[0]} is given twice: name each concept once")
-    goes_to = {concept.name: concept.anchor or "" for concept in concepts}
-    parted, notes = [], []
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"{repeated[0]} is given twice", option="concept", advice="Name each concept once")
+    anchors = {concept.name: concept.anchor or "" for concept in concepts}
+    resolved, notes = [], []
     for concept in concepts:
-        anchor, seen = goes_to[concept.name], {concept.name}
-        while anchor in goes_to and anchor not in seen:
+        first = anchors[concept.name]
+        anchor, seen = first, {concept.name}
+        while anchor in anchors and anchor not in seen:
             seen.add(anchor)
-            anchor = goes_to[anchor]
-        if anchor in goes_to:  # they point at each other
+            anchor = anchors[anchor]
+        if anchor in anchors:  # the anchors form a circle
             attribute = vocabulary.attribute_of(concept.name) if vocabulary is not None else None
-            left = [v for v in vocabulary.attributes[attribute] if v not in goes_to] if vocabulary and attribute else []
+            left = [v for v in vocabulary.attributes[attribute] if v not in anchors] if vocabulary and attribute else []
             if not left:
                 raise ConfigError(
-                    f"the anchor {goes_to[concept.name]!r} of {concept.name!r} is to be forgotten as well: "
-                    "give an --anchor that stays"
+                    f"of {concept.name!r} is {first!r}, which is to be erased as well",
+                    option="anchor",
+                    advice="Name an {anchor} that stays",
                 )
             anchor = left[0]
-        if anchor != goes_to[concept.name]:
-            notes.append(f"{concept.name!r} becomes {anchor!r}: {goes_to[concept.name]!r} is to be forgotten as well")
+        if anchor != first:
+            notes.append(f"{concept.name!r} becomes {anchor!r}: {first!r} is to be erased as well")
             concept = replace(concept, anchor=anchor, anchors=(anchor,) * len(concept.synonyms))
-        parted.append(concept)
-    return parted, notes
+        resolved.append(concept)
+    return resolved, notes
 
 
 def prompts_of(concepts: Sequence[Concept], vocabulary: Vocabulary | None, style: str = "natural") -> Prompts:
@@ -205,47 +241,43 @@ def prompts_of(concepts: Sequence[Concept], vocabulary: Vocabulary | None, style
 
 
 def mentions(text: str, phrase: str) -> bool:
-    """Whether a text holds a phrase as words of its own, in singular or plural."""
+    """Whether a text contains a phrase as separate words, in singular or plural."""
     return re.search(rf"(?<!\w){re.escape(phrase.strip())}(s|es)?(?!\w)", text, re.IGNORECASE) is not None
-
-
-def _told(name: str, anchor: str) -> list[str]:
-    return [] if anchor else [f"no anchor for {name!r}: it becomes what the empty prompt gives"]
 
 
 def _from_vocabulary(concepts: Sequence[Concept], vocabulary: Vocabulary) -> Prompts:
     anchors = {concept.name: concept.anchor or "" for concept in concepts}
     staying = {name: [v for v in values if v not in anchors] for name, values in vocabulary.attributes.items()}
-    # a word that becomes nothing has no place in another concept's prompts; one with an anchor becomes that
+    # a value without an anchor is in no prompt of another concept; one with an anchor is replaced by it
     usable = {name: [v for v in values if anchors.get(v, v)] for name, values in vocabulary.attributes.items()}
 
     def pairs(concept: Concept, attribute: str, templates: list[str]) -> tuple[list[Prompt], list[Prompt]]:
         forget = list(vocabulary.prompts(templates, **{**usable, attribute: [concept.name]}))
         if not concept.anchor:
-            kept = [{name: anchors.get(v, v) for name, v in p.labels.items() if name != attribute} for p in forget]
-            return forget, [Prompt("", labels) for labels in kept]
+            others = [{name: anchors.get(v, v) for name, v in p.labels.items() if name != attribute} for p in forget]
+            return forget, [Prompt("", labels) for labels in others]
         becomes = {name: [anchors.get(v, v) for v in values] for name, values in usable.items()}
         return forget, list(vocabulary.prompts(templates, **{**becomes, attribute: [concept.anchor]}))
 
     def of(concept: Concept) -> ConceptPrompts:
         attribute = vocabulary.attribute_of(concept.name)
         assert attribute is not None
-        asked = pairs(concept, attribute, vocabulary.eval)
-        return ConceptPrompts(
-            *pairs(concept, attribute, vocabulary.train), *asked, attribute, concept.name, concept.anchor or None
-        )
+        training, evaluation = (pairs(concept, attribute, part) for part in (vocabulary.train, vocabulary.eval))
+        return ConceptPrompts(*training, *evaluation, attribute, concept.name, concept.anchor or None)
 
     for name, values in staying.items():
         if not values:
-            raise ConfigError(f"every {name} that the model knows is to be forgotten: leave one to keep")
+            raise ConfigError(
+                f"names every {name} of the vocabulary, so that nothing is left to retain", option="concept"
+            )
     return Prompts(
         [of(concept) for concept in concepts],
-        [*vocabulary.prompts(vocabulary.train, **staying), *_own_retain(concepts)],
+        [*vocabulary.prompts(vocabulary.train, **staying), *_additional_retain(concepts)],
         list(vocabulary.prompts(vocabulary.eval, **staying)),
     )
 
 
-def _own_retain(concepts: Sequence[Concept]) -> list[Prompt]:
+def _additional_retain(concepts: Sequence[Concept]) -> list[Prompt]:
     return [Prompt(text, {}) for text in dict.fromkeys(text for concept in concepts for text in concept.retain)]
 
 
@@ -262,13 +294,13 @@ def _from_templates(concepts: Sequence[Concept], texts: dict[str, Any]) -> Promp
                 anchor.append(Prompt(template.replace("{}", other) if other else "", {}))
         return forget, anchor
 
-    found = [ConceptPrompts(*fill(concept, "train"), *fill(concept, "eval")) for concept in concepts]
+    filled = [ConceptPrompts(*fill(concept, "train"), *fill(concept, "eval")) for concept in concepts]
     phrases = {phrase for concept in concepts for phrase in (concept.name, *concept.synonyms)}
-    taught = {p.text for prompts in found for p in (*prompts.forget, *prompts.anchor)}
+    trained = {p.text for prompts in filled for p in (*prompts.forget, *prompts.anchor)}
 
-    def clean(found: Sequence[str]) -> list[str]:
-        return [text for text in dict.fromkeys(found) if not any(mentions(text, phrase) for phrase in phrases)]
+    def clean(texts: Sequence[str]) -> list[str]:
+        return [text for text in dict.fromkeys(texts) if not any(mentions(text, phrase) for phrase in phrases)]
 
-    retain = clean([*(p.text for p in _own_retain(concepts)), *texts["retain"]])
-    judged = [text for text in clean(texts["retain_eval"]) if text not in retain and text not in taught]
-    return Prompts(found, [Prompt(text, {}) for text in retain], [Prompt(text, {}) for text in judged])
+    retain = clean([*(p.text for p in _additional_retain(concepts)), *texts["retain"]])
+    held_out = [text for text in clean(texts["retain_eval"]) if text not in retain and text not in trained]
+    return Prompts(filled, [Prompt(text, {}) for text in retain], [Prompt(text, {}) for text in held_out])

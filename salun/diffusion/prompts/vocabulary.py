@@ -1,7 +1,7 @@
-"""The words a model is known to understand: attributes with their values, and templates that name all of them.
+"""The vocabulary of a model: attributes with their values, and prompt templates that name all attributes.
 
-A model carries this in its `salun.yaml` when a detector can read the same attributes off its pictures. Then prompts to
-forget, to keep and to judge follow from the concept's name alone.
+A model has one in its `salun.yaml` if a detector recognizes the same attributes in its images. Then all prompts, for
+training and evaluation, follow from the concept's name alone.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from salun.errors import ConfigError, DataError
 from salun.user_text import composed
 
-PROMPTS = 20_000  # that one vocabulary may make; the one of `shapes` makes 1,920
-TEMPLATE, VALUE = 1_000, 100  # characters
-SLOTS = 50  # of a template
+PROMPTS = 20_000  # limit of one vocabulary; that of `shapes` makes 1,920
+TEMPLATE, VALUE = 1_000, 100  # limits in characters
+SLOTS = 50  # limit of one template
 
 
 class UnknownConcept(ConfigError):
@@ -27,7 +27,7 @@ class UnknownConcept(ConfigError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what a picture of it should show: attribute → value (empty where nothing can read it)."""
+    """A prompt, and what an image of it should show: attribute → value (empty if no detector can tell)."""
 
     text: str
     labels: Mapping[str, str]
@@ -35,7 +35,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """attributes: name → values. train, eval: templates with a slot per attribute, disjoint. anchors: value → value."""
+    """The concepts that a model knows.
+
+    Args:
+        attributes: Attribute → its values.
+        train, eval: Disjoint templates with a slot for each attribute.
+        anchors: Value → its default anchor.
+    """
 
     attributes: dict[str, list[str]]
     train: list[str]
@@ -44,39 +50,39 @@ class Vocabulary:
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], where: str) -> Vocabulary:
-        """From a `vocabulary` block, untrusted. Raises DataError if a part is missing or the templates do not fit."""
+        """From an untrusted `vocabulary` block. Raises DataError if a part is missing or the templates do not fit."""
         try:
             templates = _lists(data["templates"], "templates", TEMPLATE)
-            found = cls(
+            vocabulary = cls(
                 _lists(data["attributes"], "attributes", VALUE),
                 templates["train"],
                 templates["eval"],
                 {_text(k, VALUE): _text(v, VALUE) for k, v in data.get("anchors", {}).items()},
             )
-            count = len(found.train + found.eval) * prod(map(len, found.attributes.values()))
+            count = len(vocabulary.train + vocabulary.eval) * prod(map(len, vocabulary.attributes.values()))
             if not 1 <= count <= PROMPTS:
                 raise ValueError(f"templates and attributes make {count:,} prompts; the limit is {PROMPTS:,}")
-            for template in found.train + found.eval:
-                _check_template(template, found.attributes)
+            for template in vocabulary.train + vocabulary.eval:
+                _check_template(template, vocabulary.attributes)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{where}: the vocabulary cannot be used: {reason}") from error
-        return found
+            raise DataError(f"{where}: the vocabulary is invalid: {reason}") from error
+        return vocabulary
 
     def attribute_of(self, value: str) -> str | None:
         """The attribute that has this value, or None."""
         return next((name for name, values in self.attributes.items() if value in values), None)
 
     def require(self, value: str, model: str) -> str:
-        """The attribute of a value. Raises UnknownConcept, which lists what the model knows."""
+        """The attribute of a value. Raises UnknownConcept, which lists the vocabulary, for an unknown value."""
         attribute = self.attribute_of(value)
         if attribute is None:
             known = "; ".join(f"{name}: {', '.join(values)}" for name, values in self.attributes.items())
-            raise UnknownConcept(f"the model {model} knows no {value!r}. It knows {known}")
+            raise UnknownConcept(f"{value!r} is not in the vocabulary of the model {model} ({known})")
         return attribute
 
     def prompts(self, templates: list[str], **fixed: list[str]) -> Iterator[Prompt]:
-        """Every template with every combination of values; `fixed` narrows an attribute to some values."""
+        """Every template with every combination of values; `fixed` restricts the values of an attribute."""
         names = list(self.attributes)
         choices = [fixed.get(name, self.attributes[name]) for name in names]
         for template in templates:
@@ -86,14 +92,14 @@ class Vocabulary:
 
 
 def _lists(data: Mapping[str, Any], name: str, longest: int) -> dict[str, list[str]]:
-    """name → texts, none of the lists empty. Raises ValueError."""
+    """Name → texts, checked. Raises ValueError for an empty list."""
     if not isinstance(data, dict) or not all(isinstance(texts, list) and texts for texts in data.values()):
         raise ValueError(f"{name} must be names, each with a list of texts")
     return {_text(key, VALUE): [_text(text, longest) for text in texts] for key, texts in data.items()}
 
 
 def _text(value: Any, longest: int) -> str:
-    """A word of a vocabulary; numbers and `no` are words too. Raises ValueError."""
+    """A text of a vocabulary, checked; numbers and booleans of YAML become texts. Raises ValueError."""
     text = str(value)
     if isinstance(value, dict | list) or not 1 <= len(text) <= longest:
         raise ValueError(f"{text[:40]!r} must be a text of 1 to {longest} characters")
@@ -101,11 +107,13 @@ def _text(value: Any, longest: int) -> str:
 
 
 def _check_template(template: str, attributes: Mapping[str, list[str]]) -> None:
-    """Raises ValueError unless its slots are the attributes' bare names: a format such as {shape:9999999} is none."""
+    """Raise ValueError unless the slots are bare names of attributes, without a format such as {shape:9999999}."""
     slots = [(name, form, change) for _, name, form, change in string.Formatter().parse(template) if name is not None]
     odd = next((slot for slot in slots if slot[0] not in attributes or slot[1] or slot[2]), None)
     if odd is not None:
-        raise ValueError(f"template {template[:80]!r} has a slot {odd[0][:40]!r} that is no attribute's bare name")
+        raise ValueError(
+            f"template {template[:80]!r} has a slot {odd[0][:40]!r} that is not the bare name of an attribute"
+        )
     if {name for name, _, _ in slots} != set(attributes):
         raise ValueError(f"template {template[:80]!r} does not name every attribute")
     if len(slots) > SLOTS:
