@@ -178,7 +178,7 @@ def _sides(config: Any) -> tuple[int, ...] | None:
 class Pretrained(nn.Module):
     """A transformers image classifier that takes our pictures: made colour, resized and cropped as it wants them.
 
-    They come normalised as it wants (`seen_by`), where its files tell how.
+    They come normalized as it needs (`normalize_for`), where its files tell how.
     """
 
     def __init__(self, model: nn.Module, pixels: Preprocessing) -> None:

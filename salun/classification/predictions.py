@@ -66,7 +66,7 @@ class SplitPredictions:
     @classmethod
     def of(cls, task: Task) -> SplitPredictions:
         """Those of the model as it is. Raises DataError if there are no rows to forget or to test."""
-        split, tested = task.split, split.retained_test_rows(task.data.labels)
+        split, tested = task.split, task.split.retained_test_rows(task.data.labels)
         for name, rows in (("forget set", split.forget), ("test set", tested)):
             if not len(rows):
                 raise DataError(f"the {name} is empty, so nothing can be evaluated")

@@ -91,7 +91,7 @@ class Batch:
 
 
 Loss = Callable[[Tensor, Batch, int], Tensor]
-"""normalised pictures (b, c, h, w), their batch, the epoch (0-based) → a scalar to minimise."""
+"""normalized images (b, c, h, w), their batch, the epoch (0-based) → a scalar to minimize."""
 Batches = Callable[[int, torch.Generator], Iterator[Batch]]
 """epoch (0-based), its random numbers → its batches in order."""
 
