@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from salun.classification.experiment import ExperimentSetup, forget, open_record, setup_of
 from salun.classification.masks import find_mask
-from salun.classification.metrics import COMPARED, judge
+from salun.classification.metrics import COMPARED, evaluate_classifier
 from salun.classification.predictions import members
 from salun.classification.table import interval
 from salun.classification.task import Task
@@ -158,7 +158,7 @@ def theirs(
         }
         attack = code.mia(known, None, loaders["forget"], loaders["test"], task.model)
         own["MIA"] = 100 * float(attack["confidence"])
-    return judge(task), own, seconds, same
+    return evaluate_classifier(task), own, seconds, same
 
 
 def agreement(theirs: dict[str, Tensor], ours: Mask) -> float:
@@ -221,7 +221,7 @@ def ours_of(original: Task, setting: ExperimentSetup, seed: int) -> tuple[dict[s
     forget(task, open_record(setting))
     seconds = (time.perf_counter() - began) / task.options.epochs
     task.options = original.options
-    return judge(task), seconds
+    return evaluate_classifier(task), seconds
 
 
 def differences(some: list[dict[str, Any]], figure: str, draws: int) -> dict[str, Any]:

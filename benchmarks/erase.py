@@ -25,7 +25,7 @@ from salun.checkpoints.hashing import base_hash
 from salun.diffusion.context import RunContext, training_session
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.erase import unlearn
-from salun.diffusion.evaluation import EvalPrompts, Evaluation, compare, observe, questions
+from salun.diffusion.evaluation import EvalPrompts, Evaluation, compare, eval_prompts, evaluate_model
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
@@ -126,7 +126,7 @@ class Bench:
         """The base model's answers for a concept, sampled once."""
         path = KEPT / f"base-{plan.name}-{self.n}-{self.hash[:10]}.pt"
         if not path.exists():
-            seen = observe(self.model, asked)
+            seen = evaluate_model(self.model, asked)
             tensors = {k: torch.from_numpy(v) if k in ("forget", "retain") else v for k, v in vars(seen).items()}
             torch.save(tensors, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
@@ -139,7 +139,7 @@ class Bench:
         path = self.path(job, plan)
         if path.exists():
             return
-        asked = questions(plan, self.n, EVAL_SEED)
+        asked = eval_prompts(plan, self.n, EVAL_SEED)
         before = self.base(plan, asked)
         key = (
             job.concept,
@@ -153,7 +153,7 @@ class Bench:
         record = RunRecord(None, "benchmark", {}, job.seed, "cpu")
         with training_session(self.model, plan):
             run = unlearn(RunContext(self.model, plan, record), self.data[key])
-            metrics = compare(self.model, plan, asked, before, observe(self.model, asked))
+            metrics = compare(self.model, plan, asked, before, evaluate_model(self.model, asked))
         seconds = record.timings["saliency"] + record.timings["training"]
         result = {
             "concept": job.concept,

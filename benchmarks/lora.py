@@ -19,7 +19,7 @@ from torch import Tensor
 import salun
 from salun.checkpoints import safetensors_io
 from salun.delta.stock_formats import module_keys, write_stock
-from salun.diffusion.evaluation import compare, observe, questions
+from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "lora.md"
 PICTURES = 400
@@ -57,13 +57,13 @@ def main() -> None:
     model = salun.load("shapes", device="cpu")
     run = salun.erase(model, "circle", seed=0, eval_images=0)
     original = model.original()
-    asked = questions(run.plan, PICTURES, 101)
-    before = observe(model, asked)
+    asked = eval_prompts(run.plan, PICTURES, 101)
+    before = evaluate_model(model, asked)
     rows = []
 
     def row(name: str, tensors: Mapping[str, Tensor], kept: str, ranks: str, size: int) -> None:
         model.load({**original, **tensors})
-        m = compare(model, run.plan, asked, before, observe(model, asked))
+        m = compare(model, run.plan, asked, before, evaluate_model(model, asked))
         cells = [m["ua"]["value"], m["anchor"]["value"], m["unclassified"]["value"], m["ra_after"]["value"]]
         shown = " | ".join(f"{value:.1f}" for value in cells)
         rows.append(f"| {name} | {kept} | {ranks} | {size / 1e6:.2f} MB | {shown} |")

@@ -17,16 +17,16 @@ from salun.classification.unlearn_options import GROUPS, NOT_COMPARED, CompareOp
 
 from .app import app
 from .options import with_options
-from .output import Json, duration, path_given, tell
+from .output import Json, duration, print_result, unquoted_path
 from .progress import terminal_progress
 from .resuming import recorded, resumable, unfinished
 
 Config = Annotated[
     Path | None,
-    typer.Option(callback=path_given, help="options from a YAML file or a run.json; those given here go before"),
+    typer.Option(callback=unquoted_path, help="options from a YAML file or a run.json; those given here go before"),
 ]
 RunDir = Annotated[
-    Path | None, typer.Option(callback=path_given, help="the run's folder (default: runs/<time>-<what is done>)")
+    Path | None, typer.Option(callback=unquoted_path, help="the run's folder (default: runs/<time>-<what is done>)")
 ]
 Resume = Annotated[
     bool,
@@ -76,12 +76,12 @@ def _add_command(
             check_folder(path, resume)
             with terminal_progress(as_json) as progress:
                 data = _load(preview)(options, progress=progress, run_dir=path)
-            tell(data, as_json, preview_lines(data))
+            print_result(data, as_json, preview_lines(data))
             return
         line = shlex.join(["salun", *sys.argv[1:]])
         with terminal_progress(as_json) as progress, resumable(name, path):
             done = _load(run)(options, progress=progress, run_dir=path, resume=resume, command=line)
-        tell(done.record.as_json(), as_json, lines(done))
+        print_result(done.record.as_json(), as_json, lines(done))
 
 
 def _load(path: str) -> Callable[..., Any]:
@@ -119,10 +119,10 @@ def _comparison_lines(done: Any) -> list[str]:
 def classify_eval(
     run: Annotated[
         Path,
-        typer.Argument(callback=path_given, help="a run folder made by `salun classify-train` or `classify-unlearn`"),
+        typer.Argument(callback=unquoted_path, help="Run folder of `salun classify-train` or `classify-unlearn`"),
     ],
     data: Annotated[
-        str | None, typer.Option(callback=path_given, help="Path of the run's data (default: where it was).")
+        str | None, typer.Option(callback=unquoted_path, help="Path of the run's data (default: where it was).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     as_json: Json = False,
@@ -132,7 +132,7 @@ def classify_eval(
 
     with terminal_progress(as_json) as progress:
         metrics = evaluate(run, data=data, device=device, progress=progress)
-    tell(metrics, as_json, _table(metrics) if "UA" in metrics else _accuracy_lines(metrics))
+    print_result(metrics, as_json, _table(metrics) if "UA" in metrics else _accuracy_lines(metrics))
 
 
 def _with_config(

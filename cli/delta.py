@@ -12,7 +12,7 @@ from salun.errors import ModelError
 from salun.options import FileOptions
 
 from .options import with_options
-from .output import Force, Json, bars, path_given, tell
+from .output import Force, Json, bars, print_result, unquoted_path
 from .progress import terminal_progress
 
 app: typer.Typer = typer.Typer(
@@ -24,26 +24,26 @@ app: typer.Typer = typer.Typer(
 Base = Annotated[
     str,
     typer.Argument(
-        callback=path_given, metavar="BASE", help="Base model: alias, hub id, diffusers folder or .safetensors file."
+        callback=unquoted_path, metavar="BASE", help="Base model: alias, hub id, diffusers folder or .safetensors file."
     ),
 ]
 Erased = Annotated[
-    str, typer.Argument(callback=path_given, metavar="ERASED", help="Erased model: file, folder, alias or hub id.")
+    str, typer.Argument(callback=unquoted_path, metavar="ERASED", help="Erased model: file, folder, alias or hub id.")
 ]
 DeltaFile = Annotated[
-    str, typer.Argument(callback=path_given, metavar="DELTA", help="Delta file (.salun.safetensors).")
+    str, typer.Argument(callback=unquoted_path, metavar="DELTA", help="Delta file (.salun.safetensors).")
 ]
 ModelOutput = Annotated[
     str,
     typer.Option(
-        callback=path_given, help="Output in the model's layout: a .safetensors file, or a folder with / at its end."
+        callback=unquoted_path, help="Output in the model's layout: a .safetensors file, or a folder with / at its end."
     ),
 ]
 
 FineTune = Annotated[
     str | None,
     typer.Option(
-        callback=path_given,
+        callback=unquoted_path,
         metavar="BASE",
         help="The delta's original base, if BASE is another model, such as a fine-tune: differences are added.",
     ),
@@ -60,7 +60,7 @@ def extract(
     options: FileOptions,
     base: Base,
     erased: Erased,
-    output: Annotated[str, typer.Option(callback=path_given, help="Delta file to write (.salun.safetensors).")],
+    output: Annotated[str, typer.Option(callback=unquoted_path, help="Delta file to write (.salun.safetensors).")],
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -74,7 +74,7 @@ def extract(
         f"{found['changed']:,} of {found['total']:,} weights ({found['density']:.2%}) differ, "
         f"in {found['tensors']} tensors",
     ]
-    tell(found, as_json, lines)
+    print_result(found, as_json, lines)
 
 
 @app.command()
@@ -107,7 +107,7 @@ def apply(
             force=force,
             progress=progress,
         )
-    tell(found, as_json, _applied_lines(found))
+    print_result(found, as_json, _applied_lines(found))
 
 
 @app.command()
@@ -117,7 +117,7 @@ def stack(
     base: Base,
     delta: Annotated[
         list[str],
-        typer.Argument(callback=path_given, metavar="DELTA…", help="Delta files (.salun.safetensors) of this base."),
+        typer.Argument(callback=unquoted_path, metavar="DELTA…", help="Delta files (.salun.safetensors) of this base."),
     ],
     output: ModelOutput,
     strength: Annotated[list[float] | None, typer.Option(help="One strength per delta, in order (default: 1).")] = None,
@@ -141,7 +141,7 @@ def stack(
             force=force,
             progress=progress,
         )
-    tell(found, as_json, _applied_lines(found))
+    print_result(found, as_json, _applied_lines(found))
 
 
 @app.command()
@@ -164,7 +164,7 @@ def undo(
         f"{found['output']}: delta {found['id']} is undone, bit-exact (hash {found['base_hash'][:12]}…)",
         *([f"still applied: {left}"] if left else []),
     ]
-    tell(found, as_json, lines)
+    print_result(found, as_json, lines)
 
 
 @app.command()
@@ -172,11 +172,11 @@ def undo(
 def export(
     options: FileOptions,
     delta: DeltaFile,
-    base: Annotated[str, typer.Option(callback=path_given, help="Base model that the delta was made from.")],
+    base: Annotated[str, typer.Option(callback=unquoted_path, help="Base model that the delta was made from.")],
     output: Annotated[
         str,
         typer.Option(
-            callback=path_given,
+            callback=unquoted_path,
             help="File to write: .lora.safetensors (low rank) or .diff.safetensors (full difference).",
         ),
     ],
@@ -198,7 +198,7 @@ def export(
     lines = [*found["notes"], f"{found['output']}: {found['bytes'] / 1e6:,.1f} MB, {found['tensors']} tensors"]
     if "kept" in found:
         lines += _kept_lines(found["kept"])
-    tell(found, as_json, lines)
+    print_result(found, as_json, lines)
 
 
 @app.command()
@@ -210,7 +210,7 @@ def inspect(delta: DeltaFile, as_json: Json = False) -> None:
     if found["kind"] != "delta":
         raise ModelError(f"{delta} is not a delta but a {found['kind']}", advice="See `salun inspect`")
     lines = [f"{key}: {value}" for key, value in found.items() if key not in ("blocks", "layers")]
-    tell(found, as_json, [*lines, "", "fraction of each block:", *bars(found["blocks"])])
+    print_result(found, as_json, [*lines, "", "fraction of each block:", *bars(found["blocks"])])
 
 
 def _applied_lines(found: dict[str, Any]) -> list[str]:

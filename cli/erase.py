@@ -25,8 +25,8 @@ from .output import (
     duration,
     model_or_default,
     new_file,
-    path_given,
-    tell,
+    print_result,
+    unquoted_path,
 )
 from .progress import terminal_progress
 from .resuming import recorded, recorded_model, resumable, unfinished
@@ -53,7 +53,7 @@ def erase(
     config: Annotated[
         Path | None,
         typer.Option(
-            callback=path_given, help="Read options from YAML or a run.json; the command line takes precedence"
+            callback=unquoted_path, help="Read options from YAML or a run.json; the command line takes precedence"
         ),
     ] = None,
     resume: Annotated[
@@ -66,34 +66,27 @@ def erase(
     as_json: Json = False,
 ) -> None:
     """Erase a concept from a model, and evaluate the result."""
-    job, sources = _settled(job, given, config, resume, as_json)
+    job, sources = _merge_config(job, given, config, resume, as_json)
     if not job.concept:
-        nothing = f"--run-dir {job.run_dir} holds no run to resume, and " if resume and job.run_dir else ""
+        nothing = f"{job.run_dir} holds no run to resume, and " if resume and job.run_dir else ""
         raise ConfigError(
-            f"{nothing}no concept is given. Name what the model should forget, for example --concept circle"
+            f"{nothing}no concept is given", advice="Name what the model should forget, for example {concept} circle"
         )
-    from salun.compute.processes import current
-    from salun.diffusion.prompts.concepts import Concept
+    from salun.compute.processes import current_processes
     from salun.runs.folder import check_folder, new_run_folder
 
-    wanted = [Concept(name) for name in job.concept]
-    who = current()
+    who = current_processes()
     from_record = sources["model"] not in ("command line", "default", "recipe") and resume
     moved = recorded_model(job.model if from_record else None)
     folder = who.broadcast(Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept)))
     if not who.rank:
         check_folder(folder, resume)
+    if dry_run:
+        with moved:
+            _print_plan(job, sources, folder, force, resume, as_json)
+        return
     from salun.diffusion.erase import erase as run_erase
 
-    if dry_run:
-        from salun.diffusion.estimate import preview
-
-        with terminal_progress(as_json) as progress, default_model_named(job.model), moved:
-            found = preview(
-                model_or_default(job.model), wanted, job.options, job.output, folder, progress, force, resume
-            )
-        tell({**found, "sources": sources}, as_json, _preview_lines(found, sources))
-        return
     with (
         terminal_progress(as_json or who.rank > 0) as progress,
         default_model_named(job.model),
@@ -102,7 +95,7 @@ def erase(
     ):
         run = run_erase(
             model_or_default(job.model),
-            wanted,
+            list(job.concept),
             job.options,
             progress=progress,
             run_dir=folder,
@@ -112,10 +105,20 @@ def erase(
             command=shlex.join(["salun", *sys.argv[1:]]),
         )
     if not who.rank:
-        tell(run.record.as_json(), as_json, _erase_lines(run, folder, job.output))
+        print_result(run.record.as_json(), as_json, _erase_lines(run, folder, job.output))
 
 
-def _settled(
+def _print_plan(job: EraseJob, sources: dict[str, str], folder: Path, force: bool, resume: bool, as_json: bool) -> None:
+    """What the run would do, and what it would take."""
+    from salun.diffusion.estimate import preview
+
+    with terminal_progress(as_json) as progress, default_model_named(job.model):
+        model, concepts = model_or_default(job.model), list(job.concept)
+        plan = preview(model, concepts, job.options, job.output, folder, progress, force, resume)
+    print_result({**plan, "sources": sources}, as_json, _preview_lines(plan, sources))
+
+
+def _merge_config(
     job: EraseJob, given: set[str], config: Path | None, resume: bool, as_json: bool
 ) -> tuple[EraseJob, dict[str, str]]:
     """The job with a config file's values where the command line gives none, and where each value comes from."""
@@ -182,7 +185,7 @@ def _gib(size: int | None) -> str:
 def mask(
     options: EraseOptions,
     concept: Annotated[list[str], typer.Option(help="Concept to compute the mask for; repeatable")],
-    output: Annotated[Path, typer.Option(callback=path_given, help="Mask file to write (.safetensors)")],
+    output: Annotated[Path, typer.Option(callback=unquoted_path, help="Mask file to write (.safetensors)")],
     model: ModelName = None,
     force: Force = False,
     as_json: Json = False,
@@ -203,7 +206,7 @@ def mask(
         found.mask.save(output)
     mask = found.mask
     lines = [f"{mask.selected:,} of {mask.total:,} weights ({mask.density:.2%}) selected: {output}", *found.warnings]
-    tell({**found.summary(), "path": str(output)}, as_json, lines)
+    print_result({**found.summary(), "path": str(output)}, as_json, lines)
 
 
 @app.command()
@@ -212,10 +215,10 @@ def sample(
     options: ModelOptions,
     prompt: Annotated[list[str], typer.Option(help="Prompt; repeatable")],
     output: Annotated[
-        Path, typer.Option(callback=path_given, help="Image to write (.png), with one row per prompt")
+        Path, typer.Option(callback=unquoted_path, help="Image to write (.png), with one row per prompt")
     ] = Path("sample.png"),
     model: ModelName = None,
-    delta: Annotated[Path | None, typer.Option(callback=path_given, help="Delta to apply before sampling")] = None,
+    delta: Annotated[Path | None, typer.Option(callback=unquoted_path, help="Delta to apply before sampling")] = None,
     strength: Annotated[
         float, typer.Option(help="Delta strength: 0 is the base, 1 the erased model", min=-0.5, max=1.5)
     ] = 1.0,
@@ -254,12 +257,12 @@ def sample(
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         pictures = sample_images(loaded, texts, seeds, progress)
         write_bytes(output, picture.png_bytes(picture.sheet(pictures, n, prompt)))
-    tell(None, False, [str(output)])
+    print_result(None, False, [str(output)])
 
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(callback=path_given, help="Run folder of `salun erase`")],
+    run: Annotated[Path, typer.Argument(callback=unquoted_path, help="Run folder of `salun erase`")],
     n: Annotated[int, typer.Option("-n", help="Images per set (forget, retain)", min=2, max=1_000_000)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the images", min=0)] = 1,
     device: Annotated[str, typer.Option(help="Compute device: auto, cpu, cuda, cuda:1, mps")] = "auto",
@@ -274,7 +277,7 @@ def evaluate(
 
     with terminal_progress(as_json) as progress:
         metrics = evaluate_run(run, n, seed, device, progress, allow_pickle)
-    tell(metrics, as_json, metric_lines(metrics))
+    print_result(metrics, as_json, metric_lines(metrics))
 
 
 def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:

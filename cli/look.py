@@ -12,7 +12,7 @@ from salun.diffusion.options import ModelOptions
 
 from .app import app
 from .options import with_options
-from .output import Force, Json, ModelName, bars, new_file, path_given, tell
+from .output import Force, Json, ModelName, bars, new_file, print_result, unquoted_path
 
 BLOCKS = {"blocks": "fraction of each block", "moved": "fraction of each block that changed"}
 
@@ -24,15 +24,15 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            callback=path_given, help="A model (alias, file, folder, hub id), a mask, a delta or a run folder"
+            callback=unquoted_path, help="A model (alias, file, folder, hub id), a mask, a delta or a run folder"
         ),
     ],
     against: Annotated[
         str | None,
-        typer.Option(callback=path_given, help="A second mask or run folder to compare with"),
+        typer.Option(callback=unquoted_path, help="A second mask or run folder to compare with"),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(callback=path_given, help="Write the chart of the layers to a page (.html)")
+        Path | None, typer.Option(callback=unquoted_path, help="Write the chart of the layers to a page (.html)")
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -55,7 +55,7 @@ def inspect(
         title = path if against is None else f"{path} and {against}"
         layers_page(title, facts, charts, data.get("layers", {})).save(html)
         lines.append(f"page: {html}")
-    tell(data, as_json, lines)
+    print_result(data, as_json, lines)
 
 
 @app.command()
@@ -86,7 +86,7 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
         for name, e in listed.items()
     ]
     lines.append("Any other text works too, except with a model that has a vocabulary: --concept TEXT --anchor TEXT")
-    tell(listed, as_json, lines)
+    print_result(listed, as_json, lines)
 
 
 @app.command()
@@ -104,7 +104,7 @@ def doctor(
         lines.append(f"{signs[check.verdict]}  {check.what}: {check.found}")
         if check.advice:
             lines.append(f"       → {check.advice}")
-    tell([dataclasses.asdict(check) for check in checks], as_json, lines)
+    print_result([dataclasses.asdict(check) for check in checks], as_json, lines)
     if any(check.verdict == "fails" for check in checks):
         raise typer.Exit(1)
 
@@ -120,7 +120,7 @@ def cache(
     shared = Cache.of_user()
     if clear:
         removed = shared.clear()
-        tell({"folder": str(shared.folder), "removed": removed}, as_json, [f"{removed} entries removed"])
+        print_result({"folder": str(shared.folder), "removed": removed}, as_json, [f"{removed} entries removed"])
         return
     entries, pickles = shared.entries(), shared.converted_files()
     size, converted = sum(length for _, length, _ in entries), sum(length for _, length in pickles)
@@ -131,7 +131,7 @@ def cache(
         f"entries: {len(entries)}, {size / 1e6:.1f} MB of at most {shared.limit / 1e6:.0f} MB (SALUN_CACHE_SIZE)",
         f"converted .ckpt files: {len(pickles)}, {converted / 1e6:.1f} MB (removed by --clear only)",
     ]
-    tell(facts, as_json, lines)
+    print_result(facts, as_json, lines)
 
 
 @app.command()
@@ -141,4 +141,4 @@ def models(as_json: Json = False) -> None:
 
     table = aliases()["models"]
     lines = [f"{name:<8} {e.get('repo', 'bundled'):<48} {e.get('about', '')}" for name, e in table.items()]
-    tell(table, as_json, lines)
+    print_result(table, as_json, lines)

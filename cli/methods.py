@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .app import app
-from .output import Json, tell
+from .output import Json, print_result
 
 
 @app.command()
@@ -30,4 +30,4 @@ def methods(as_json: Json = False) -> None:
     for task, registry in METHODS.items():
         width = max(map(len, registry))
         lines += [f"{task}:", *(f"  {m.name:<{width}}  {m.title} ({m.paper})" for m in registry.values())]
-    tell(listed, as_json, lines)
+    print_result(listed, as_json, lines)

@@ -15,10 +15,10 @@ from salun.errors import ConfigError
 from salun.user_text import unquoted
 
 
-def path_given(value: Any) -> Any:
+def unquoted_path(value: Any) -> Any:
     """A path of the command line, or several, without quotes around them."""
     if isinstance(value, list | tuple):
-        return [path_given(each) for each in value]
+        return [unquoted_path(each) for each in value]
     return value if value is None else type(value)(unquoted(str(value)))
 
 
@@ -26,7 +26,7 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        callback=path_given,
+        callback=unquoted_path,
         help="Model: an alias (`salun models`), a .safetensors file, a diffusers folder, a hub id, or the name of a "
         "checkpoint in the model folders (default: the bundled `shapes`)",
     ),
@@ -71,7 +71,7 @@ def new_file(path: Path, force: bool, ending: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def tell(data: Any, as_json: bool, lines: list[str]) -> None:
+def print_result(data: Any, as_json: bool, lines: list[str]) -> None:
     """Print the data as one JSON object, or else the lines."""
     if as_json:
         text = json.dumps(data, ensure_ascii=False)  # untrusted text may contain escape sequences

@@ -16,7 +16,7 @@ from salun.display import printable
 from salun.errors import Cancelled, ConfigError, literal
 
 from . import interrupt
-from .output import tell
+from .output import print_result
 
 DELTA = ".salun.safetensors"
 DEFAULT_OUTPUTS = ("model/", "model.safetensors", "delta.salun.safetensors")  # in the folder of a run without `output`
@@ -64,7 +64,7 @@ def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[st
         _check_finished(record, folder, wanted)
         report = folder / "report.html"
         line = f"the run in {folder} is finished"
-        tell(dict(record), as_json, [line, f"report: {report}"] if report.is_file() else [line])
+        print_result(dict(record), as_json, [line, f"report: {report}"] if report.is_file() else [line])
         raise typer.Exit(0)
     return record
 

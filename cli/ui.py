@@ -17,7 +17,7 @@ from salun.errors import Cancelled, ConfigError, SalunError
 
 from . import interrupt
 from .app import app
-from .output import path_given
+from .output import unquoted_path
 
 PAGE = "salun_webui_extension"  # the page is another host; here it is only opened
 STOPPED = "stopped. Queued jobs start at the next start with the same --data; a job that was running can be resumed"
@@ -33,13 +33,13 @@ def ui(
         str | None,
         typer.Option(help="NAME:PASSWORD for the page and its API (or set the variable SALUN_AUTH)."),
     ] = None,
-    data: Annotated[Path, typer.Option(callback=path_given, help="Folder of jobs, runs and images.")] = Path(
+    data: Annotated[Path, typer.Option(callback=unquoted_path, help="Folder of jobs, runs and images.")] = Path(
         "salun-ui"
     ),
     models_dir: Annotated[
         list[str] | None,
         typer.Option(
-            callback=path_given, help="Folder to search for checkpoints by name, as in `salun erase`; repeatable."
+            callback=unquoted_path, help="Folder to search for checkpoints by name, as in `salun erase`; repeatable."
         ),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="Open the page in a browser.")] = False,

@@ -126,7 +126,7 @@ def _latents(graph: GraphModel, images: Tensor | None, samples: dict[str, Tensor
             batch = batch[..., :1].expand(*batch.shape[:-1], 3)
         pixels = batch[..., :3].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
         side = graph.settings.sampling.resolution
-        latents = graph.encode_pictures(np.stack([square(Image.fromarray(each), side) for each in pixels]))
+        latents = graph.encode_images(np.stack([square(Image.fromarray(each), side) for each in pixels]))
     if tuple(latents.shape[1:]) != graph.latent_shape:
         raise DataError(
             f"has latents of shape {list(latents.shape[1:])}, but must have {list(graph.latent_shape)}",

@@ -18,7 +18,7 @@ from salun.delta.delta import Delta
 from salun.diffusion.context import RunContext, training_session
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.erase import unlearn
-from salun.diffusion.evaluation import EvalPrompts, Evaluation, questions
+from salun.diffusion.evaluation import EvalPrompts, Evaluation, eval_prompts
 from salun.diffusion.mask_files import check_given_mask
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
@@ -167,6 +167,6 @@ def _load_cached(key: str, graph: GraphModel, plan: Plan) -> Result | None:
         Evaluation(tensors[f"{side} forget"].numpy(), tensors[f"{side} retain"].numpy(), none, none, none)
         for side in SIDES
     )
-    prompts = questions(plan, plan.recipe.eval_images, plan.options.seed)
+    prompts = eval_prompts(plan, plan.recipe.eval_images, plan.options.seed)
     image = _before_after(plan, prompts, before, after)
     return delta, image, tensors["metrics"].numpy().tobytes().decode()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from salun.diffusion.context import training_session
-from salun.diffusion.evaluation import compare, observe, questions
+from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
 from salun.diffusion.result import grids
 from salun.errors import ConfigError
 from salun.progress import Stage
@@ -66,13 +66,13 @@ class SalUnEvaluate(Node):
             raise ConfigError(f"before is a MODEL of the family {families[0]}, but after is of {families[1]}")
         graph, plan = graph_and_plan(before, clip, vae, concept, values, options)
         graphs = graph, GraphModel(after, clip, vae, plan.options.dtype)
-        prompts = questions(plan, plan.recipe.eval_images, plan.options.seed)
+        prompts = eval_prompts(plan, plan.recipe.eval_images, plan.options.seed)
         bar = ComfyProgress([cost for cost in plan.stages() if cost.stage in STAGES])
         seen = []
         for graph, stage in zip(graphs, STAGES, strict=True):
             bar.preview = SamplePreview(graph, plan)
             with training_session(graph, plan):
-                seen.append(observe(graph, prompts, bar, stage, cache()))
+                seen.append(evaluate_model(graph, prompts, bar, stage, cache()))
                 if graph is graphs[-1]:
                     metrics = compare(graph, plan, prompts, *seen)
         forget, retain = grids(plan, prompts, *seen)

@@ -85,7 +85,7 @@ class GraphModel:
             return prompt, self.clip_skip, self.settings.sampling.resolution
 
         new = [prompt for prompt in dict.fromkeys(prompts) if key(prompt) not in self._encoded]
-        with torch.inference_mode(), self.awake() if new else nullcontext():
+        with torch.inference_mode(), self.on_device() if new else nullcontext():
             encoded = {prompt: self._encode(clip, prompt) for prompt in new}
         for prompt, row in encoded.items():
             extra = {name: normal_tensor(value) for name, value in row.extra.items()}
@@ -130,13 +130,13 @@ class GraphModel:
         side = self.settings.sampling.resolution // 8
         return int(self._config["in_channels"]), side, side
 
-    def encode_pictures(self, pictures: np.ndarray) -> Tensor:
-        with torch.inference_mode(), self.awake():
+    def encode_images(self, pictures: np.ndarray) -> Tensor:
+        with torch.inference_mode(), self.on_device():
             samples = self._vae.encode(torch.from_numpy(pictures).float() / 255)
         return self.scaled(samples)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        with torch.inference_mode(), self.awake():
+        with torch.inference_mode(), self.on_device():
             images = self._vae.decode(self.latent_format.process_out(latents.clone()))
             pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
         return np.array(pixels)
@@ -158,10 +158,10 @@ class GraphModel:
         noise: Tensor,
         prompts: Conditioning,
         empty: Conditioning,
-        tick: Callable[[], None],
+        on_step: Callable[[], None],
         generators: Sequence[torch.Generator],
     ) -> Tensor:
-        latents = denoise(self, noise, prompts, empty, tick, generators)
+        latents = denoise(self, noise, prompts, empty, on_step, generators)
         self.sampled = latents[:1]
         return latents
 
@@ -239,7 +239,7 @@ class GraphModel:
         return config
 
     @contextmanager
-    def set_up(self, options: EraseOptions) -> Iterator[None]:
+    def configured(self, options: EraseOptions) -> Iterator[None]:
         blocks = [m for m in self._network.modules() if type(m).__name__ in BLOCKS]
         if options.gradient_checkpointing or options.low_vram:
             for block in blocks:
@@ -268,7 +268,7 @@ class GraphModel:
         return settings_for(self.settings, options, self.name, 8 * 2 ** (levels - 1))
 
     @contextmanager
-    def awake(self, *modules: Any) -> Iterator[None]:
+    def on_device(self, *modules: Any) -> Iterator[None]:
         """Within, ComfyUI loads CLIP and VAE when they are called; after the outermost they are off the GPU again."""
         self._depth += 1
         try:

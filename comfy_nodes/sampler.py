@@ -33,7 +33,7 @@ def denoise(
     noise: Tensor,
     prompts: Conditioning,
     empty: Conditioning,
-    tick: Callable[[], None],
+    on_step: Callable[[], None],
     generators: Sequence[torch.Generator],
 ) -> Tensor:
     """`DiffusionModel.denoise` in ComfyUI's terms: x is x_t/√ᾱ_t and σ is √(1/ᾱ_t − 1)."""
@@ -48,7 +48,7 @@ def denoise(
     at = {float(sigma): (t, float(root)) for sigma, t, root in zip(sigmas, steps, roots, strict=True)}
 
     def x_0(x: Tensor, sigma: Tensor) -> Tensor:
-        tick()
+        on_step()
         step, root = at[float(sigma[0])]
         t = step.to(graph.device).expand(len(x))
         return graph.schedule.x_0(x * root, guided(graph, x * root, t, conditioning, settings), t)

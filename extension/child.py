@@ -140,10 +140,10 @@ class Previews:
     """Images of the same prompts and seeds before training and after every n steps of it (n = 0: none)."""
 
     def __init__(self, model: Model, plan: Plan, every: int, pipe: ParentPipe, folder: Path) -> None:
-        from salun.diffusion.evaluation import questions
+        from salun.diffusion.evaluation import eval_prompts
 
         self.model, self.plan, self.every, self.pipe, self.folder = model, plan, every, pipe, folder
-        prompts = questions(plan, PREVIEWS, plan.options.seed)
+        prompts = eval_prompts(plan, PREVIEWS, plan.options.seed)
         self.prompts = [*prompts.forget[:PREVIEWS], *prompts.retain[:1]]
         self.seeds = [*prompts.forget_seeds[:PREVIEWS], *prompts.retain_seeds[:1]]
         self.blur = any(c.sensitive for c in plan.concepts) and not plan.options.show_sensitive

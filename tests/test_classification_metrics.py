@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from salun.attacks.attack import ATTACKS, attack, requested
 from salun.attacks.mia import called_non_member, features
 from salun.classification.data import ImageData
-from salun.classification.metrics import confusion, gap_to_retrain, judge
+from salun.classification.metrics import confusion, evaluate_classifier, gap_to_retrain
 from salun.classification.predictions import Predicted
 from salun.classification.splits import Split
 from salun.classification.task import Task
@@ -75,7 +75,7 @@ def test_accuracies_are_counted_on_their_rows() -> None:
     labels = [0, 1, 2, 0] + [0, 1, 2, 0, 1, 2] + [0, 1, 2, 0, 1]
     answers = [0, 2, 1, 1] + [0, 1, 2, 0, 1, 0] + [0, 1, 2, 1, 0]
     task = recited(answers, [9] * 15, labels, split_of(range(4), range(4, 10), range(10, 15)))
-    found = judge(task)
+    found = evaluate_classifier(task)
     assert (found["UA"]["value"], found["UA"]["n"]) == (75, 4)
     assert (found["RA"]["value"], found["RA"]["n"]) == (pytest.approx(100 * 5 / 6), 6)
     assert (found["TA"]["value"], found["TA"]["n"]) == (60, 5)
@@ -86,7 +86,7 @@ def test_accuracies_are_counted_on_their_rows() -> None:
 def test_test_accuracy_excludes_a_forgotten_class() -> None:
     labels = [2, 2] + [0, 1, 0, 1] + [2, 2, 0, 1]
     answers = [0, 0] + [0, 1, 0, 1] + [0, 0, 0, 1]
-    found = judge(recited(answers, [9] * 10, labels, split_of(range(2), range(2, 6), range(6, 10))))
+    found = evaluate_classifier(recited(answers, [9] * 10, labels, split_of(range(2), range(2, 6), range(6, 10))))
     assert (found["TA"]["value"], found["TA"]["n"]) == (100, 2)
 
 
@@ -95,7 +95,7 @@ def test_mia_learns_members_from_retain_rows() -> None:
     sureness = [9, 9, 9, 0] + [9] * 36 + [0] * 6
     labels = [0] * len(sureness)
     split = split_of(range(4), range(4, 40), range(40, 46))
-    found = judge(recited([0] * len(sureness), sureness, labels, split))
+    found = evaluate_classifier(recited([0] * len(sureness), sureness, labels, split))
     assert found["MIA"]["value"] == 25
     assert found["MIA"] == found["mia_features"]["confidence"]
     assert set(found["mia_features"]) == {
@@ -114,7 +114,7 @@ def test_mia_draws_members_of_every_class(
     """
     labels = [0, 1] * 10 + stored + [0, 1] * 20
     sureness = [(9, 1)[y] for y in labels[:100]] + [0] * 40
-    found = judge(recited(labels, sureness, labels, split_of(range(20), range(20, 100), range(100, 140))))
+    found = evaluate_classifier(recited(labels, sureness, labels, split_of(range(20), range(20, 100), range(100, 140))))
     assert found["MIA"]["value"] == 0
 
 
@@ -156,7 +156,7 @@ def test_a_confusion_counts_true_by_predicted() -> None:
 def test_an_empty_forget_set_is_an_error() -> None:
     task = recited([0] * 4, [1] * 4, [0] * 4, split_of(range(0), range(2), range(2, 4)))
     with pytest.raises(DataError, match="forget set is empty"):
-        judge(task)
+        evaluate_classifier(task)
 
 
 def test_predictions_that_are_not_finite_are_an_error() -> None:
@@ -167,4 +167,4 @@ def test_predictions_that_are_not_finite_are_an_error() -> None:
     task = recited([0] * 4, [1] * 4, [0] * 4, split_of(range(1), range(1, 2), range(2, 4)))
     task.model = Apart()
     with pytest.raises(TrainingError, match="diverged"):
-        judge(task)
+        evaluate_classifier(task)

@@ -134,7 +134,7 @@ def test_a_huge_image_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_encoding_is_the_inverse_of_decoding(shapes: Model, tmp_path: Path) -> None:
     made = sample_images(shapes, ["one red circle, plain style"] * 4, [1, 2, 3, 4])
-    again = shapes.decode(shapes.encode_pictures(made))
+    again = shapes.decode(shapes.encode_images(made))
     error = np.abs(again.astype(int) - made.astype(int)).mean()
     assert error < 8  # the VAE's own loss on drawn pictures: 28 dB, which is a root mean square of 10
 

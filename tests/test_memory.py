@@ -53,7 +53,7 @@ def test_gradient_checkpointing_keeps_less(shapes: Model) -> None:
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with shapes.temporarily_trainable(), shapes.set_up(EraseOptions(gradient_checkpointing=wish)):
+        with shapes.temporarily_trainable(), shapes.configured(EraseOptions(gradient_checkpointing=wish)):
             for parameter in shapes.parameters().values():
                 parameter.requires_grad_(True)
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

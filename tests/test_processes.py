@@ -16,7 +16,7 @@ import atexit, os, sys, torch
 from torch import nn
 from torch.nn import functional as F
 from salun.masking.mask import Mask
-from salun.compute.processes import current
+from salun.compute.processes import current_processes
 from salun.masking.saliency import scores_from_losses
 from salun.masking.optimizers import adam
 from salun.masking.training import TrainingSettings, constant, train
@@ -27,7 +27,7 @@ def alone_again():
     if len(os.listdir("/proc/self/task")) > 1:  # a thread of the group that outlives Python may abort the process
         os._exit(7)
 
-who = current()
+who = current_processes()
 assert who.count == int(sys.argv[2])
 torch.manual_seed(0)
 module = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3))

@@ -57,13 +57,13 @@ def test_a_prompt_without_end_is_refused(shapes: Model) -> None:
 
 def test_clip_skip_takes_an_earlier_layer_through_the_last_norm(shapes: Model) -> None:
     last = shapes.encode(["one red circle"]).hidden
-    with shapes.set_up(EraseOptions(clip_skip=1)):
+    with shapes.configured(EraseOptions(clip_skip=1)):
         assert torch.equal(shapes.encode(["one red circle"]).hidden, last)
-    with shapes.set_up(EraseOptions(clip_skip=2)):
+    with shapes.configured(EraseOptions(clip_skip=2)):
         earlier = shapes.encode(["one red circle"]).hidden
     assert not torch.equal(earlier, last)
     assert earlier.std() == pytest.approx(float(last.std()), rel=0.5)  # normed like the last
-    with shapes.set_up(EraseOptions(clip_skip=9)), pytest.raises(ConfigError, match=r"--clip-skip 9.*2 layers"):
+    with shapes.configured(EraseOptions(clip_skip=9)), pytest.raises(ConfigError, match=r"--clip-skip 9.*2 layers"):
         shapes.encode(["one red circle"])
     assert torch.equal(shapes.encode(["one red circle"]).hidden, last)
 
@@ -72,9 +72,9 @@ def test_guidance_leads_away_from_a_negative_prompt(shapes: Model) -> None:
     """As hosts do it: the negative prompt takes the empty one's place. Against itself, guidance has nothing to add."""
     asked, seeds = ["one red circle, plain style"], [3]
     plain = sample_latents(shapes, asked, seeds)
-    with shapes.set_up(EraseOptions(negative_prompt="")):
+    with shapes.configured(EraseOptions(negative_prompt="")):
         assert torch.equal(sample_latents(shapes, asked, seeds), plain)
-    with shapes.set_up(EraseOptions(negative_prompt="one red circle, plain style")):
+    with shapes.configured(EraseOptions(negative_prompt="one red circle, plain style")):
         itself = sample_latents(shapes, asked, seeds)
     unguided = replace(shapes.settings, sampling=replace(shapes.settings.sampling, guidance=1.0))
     guided, shapes.settings = shapes.settings, unguided
@@ -87,10 +87,13 @@ def test_guidance_leads_away_from_a_negative_prompt(shapes: Model) -> None:
 
 
 def test_other_resolutions(shapes: Model) -> None:
-    with shapes.set_up(EraseOptions(resolution=96)):
+    with shapes.configured(EraseOptions(resolution=96)):
         assert shapes.latent_shape == (4, 12, 12)
     assert shapes.latent_shape == (4, 8, 8)
-    with pytest.raises(ConfigError, match=r"resolution is 100.*multiple"), shapes.set_up(EraseOptions(resolution=100)):
+    with (
+        pytest.raises(ConfigError, match=r"resolution is 100.*multiple"),
+        shapes.configured(EraseOptions(resolution=100)),
+    ):
         pass
 
 

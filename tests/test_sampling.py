@@ -36,7 +36,7 @@ FEW = {"sampling_steps": 2, "sampling_guidance": 1.0, "sampler": "lcm"}
 
 
 def sampled(model: Model, **options: Any) -> Tensor:
-    with model.set_up(EraseOptions(**options)):
+    with model.configured(EraseOptions(**options)):
         return sample_latents(model, PROMPTS, SEEDS)
 
 
@@ -74,7 +74,7 @@ def test_sampler_gives_each_seed_its_own_latent(shapes: Model, sampler: str) -> 
     latents = sampled(shapes, sampler=sampler, sampling_steps=4)
     assert torch.isfinite(latents).all() and 0.5 < float(latents.std()) < 2
     assert torch.equal(sampled(shapes, sampler=sampler, sampling_steps=4), latents)
-    with shapes.set_up(EraseOptions(sampler=sampler, sampling_steps=4)):
+    with shapes.configured(EraseOptions(sampler=sampler, sampling_steps=4)):
         alone = sample_latents(shapes, PROMPTS[1:], SEEDS[1:])
     torch.testing.assert_close(latents[1:], alone, atol=1e-3, rtol=1e-3)
 
@@ -95,7 +95,7 @@ def test_lcm_takes_any_number_of_steps(shapes: Model, steps: int, rows: list[int
         if len(rows) >= 10:
             raise Enough
 
-    with shapes.set_up(EraseOptions(sampler="lcm", sampling_steps=steps)):
+    with shapes.configured(EraseOptions(sampler="lcm", sampling_steps=steps)):
         if steps < 10:
             assert torch.isfinite(sample_latents(shapes, PROMPTS, SEEDS)).all()
             assert len(rows) == steps
@@ -120,7 +120,7 @@ def test_cache_keeps_each_way_of_sampling_apart(shapes: Model, tmp_path: Path) -
     ways: list[dict[str, Any]] = [{}, {"sampling_steps": 3}, {"sampling_steps": 3, "sampling_guidance": 2.0}]
     ways += [{"sampling_steps": 3, "sampler": name} for name in SAMPLERS[1:]]
     for way in ways:
-        with shapes.set_up(EraseOptions(**way)):
+        with shapes.configured(EraseOptions(**way)):
             kept = sample_latents(shapes, PROMPTS, SEEDS, cache=cache)
             assert torch.equal(kept, sample_latents(shapes, PROMPTS, SEEDS)), way
     assert len(cache.entries()) == len(ways)

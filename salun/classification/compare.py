@@ -131,6 +131,9 @@ def with_class_named(options: CompareOptions, data: ImageData) -> CompareOptions
     return replace(options, forget=with_forget(split, data, options.forget, options.seed).forgetting)
 
 
+_NO_SEARCH = {"chosen": 0}  # of a method whose option is not searched
+
+
 def compare(
     options: CompareOptions | None = None,
     *,
@@ -141,13 +144,12 @@ def compare(
     command: str = "salun.classification.compare",
     **given: Any,
 ) -> Comparison:
-    """Unlearn by several methods with several seeds, and put them beside Retrain.
+    """Unlearn by several methods with several seeds, and compare each with Retrain.
 
-    given: fields of `CompareOptions`, over `options`. progress: as of
-    `salun.erase`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume: go
-    on with the unfinished comparison in run_dir. With several workers, a Python script that calls this needs the usual
-    `if __name__ == "__main__":`, as its processes are started afresh. A method that comes apart at some seeds is told
-    with those it did not; one that fails altogether, or for which the search finds no value, is a row that says so.
+    given: fields of `CompareOptions`, over `options`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume:
+    continue the unfinished comparison in run_dir. With several workers, a Python script that calls this needs the usual
+    `if __name__ == "__main__":`, as its processes are spawned. A method that diverges at some seeds is reported with
+    the others; one that fails at all, or for which the search finds no value, is a row that says so.
     Raises SalunError, `Cancelled` if `progress` does.
     """
     options = CompareOptions(**{**asdict(options or CompareOptions()), **given})
@@ -173,9 +175,7 @@ def compare(
             with record.stage(Stage.SEARCHING):
                 searched = _searched(runner, jobs["search"], checked)
             with record.stage(Stage.UNLEARNING):
-                todo = [
-                    job for job in jobs["unlearn"] if searched.get(job.variant, {"chosen": 0})["chosen"] is not None
-                ]
+                todo = [job for job in jobs["unlearn"] if searched.get(job.variant, _NO_SEARCH)["chosen"] is not None]
                 runner.total -= len(jobs["unlearn"]) - len(todo)
                 done = runner.done([_with(job, searched.get(job.variant)) for job in todo])
         unlearned = {
@@ -190,9 +190,8 @@ def compare(
         record.notes = first.notes + store.notes + failures
         if folder is not None:
             rows = {name: _resolved(setting) for name, setting in checked.items()}
-            recorded = {**record.as_json(), "status": "done"}
-            page = comparison_page(recorded, tables_of(record.metrics), rows, results, exact_results, data.classes)
-            page.save(folder / "report.html")
+            page = {**record.as_json(), "status": "done"}, tables_of(record.metrics), rows, results, exact_results
+            comparison_page(*page, data.classes).save(folder / "report.html")
     return Comparison(record.metrics, record)
 
 

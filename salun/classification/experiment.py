@@ -18,7 +18,7 @@ from torch import nn
 from salun.attacks.attack import requested
 from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
-from salun.classification.metrics import accuracies, gap_to_retrain, judge
+from salun.classification.metrics import accuracies, evaluate_classifier, gap_to_retrain
 from salun.classification.models import (
     WeightFileInfo,
     is_builtin,
@@ -133,7 +133,7 @@ def open_record(setting: ExperimentSetup) -> RunRecord:
 
 def metrics_of(task: Task) -> dict[str, Any]:
     """The metrics and the attacks that the task's options ask for."""
-    return judge(task, requested("classifier", task.options))
+    return evaluate_classifier(task, requested("classifier", task.options))
 
 
 def train(
@@ -208,7 +208,7 @@ def unlearn(
         _tell(record, original.notes, progress, Stage.ORIGINAL)
         task = setting.task(original, progress)
         with record.stage(Stage.EVALUATING):
-            before = judge(task)
+            before = evaluate_classifier(task)
         if options.search:
             with record.stage(Stage.SEARCHING):
                 task.options, record.more["search"] = search(task)
@@ -264,7 +264,7 @@ def evaluate(
         )
     where = pick_device(options.device)
     task = _task(Original(model, facts), _prepared(images, options, where), split, options, progress)
-    metrics = judge(task) if len(split.forget) else accuracies(task)
+    metrics = evaluate_classifier(task) if len(split.forget) else accuracies(task)
     write_bytes(folder / "eval.json", (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
 

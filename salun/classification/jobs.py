@@ -33,7 +33,7 @@ from salun.classification.experiment import (
     setup_of,
 )  # fmt: skip
 from salun.classification.masks import layers_of
-from salun.classification.metrics import judge
+from salun.classification.metrics import evaluate_classifier
 from salun.classification.results import check_result
 from salun.classification.search import trials
 from salun.classification.unlearn_options import UnlearnOptions
@@ -253,13 +253,13 @@ def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict
 def _retrain(job: Job, setting: ExperimentSetup, progress: Progress) -> dict[str, Any]:
     original = setting.original(progress)
     exact = setting.retrained(progress)
-    before = {**judge(setting.task(original, progress)), "RTE": {"value": original.seconds}}
+    before = {**evaluate_classifier(setting.task(original, progress)), "RTE": {"value": original.seconds}}
     return {**metrics_of(setting.task(exact, progress)), "RTE": {"value": exact.seconds}, "original": before}
 
 
 def _again(job: Job, setting: ExperimentSetup, progress: Progress) -> dict[str, Any]:
     exact = setting.retrained(progress, (setting.options.seed + ANOTHER) % 2**63)
-    return {**judge(setting.task(exact, progress)), "RTE": {"value": exact.seconds}}
+    return {**evaluate_classifier(setting.task(exact, progress)), "RTE": {"value": exact.seconds}}
 
 
 def _search(job: Job, setting: ExperimentSetup, progress: Progress) -> dict[str, Any]:

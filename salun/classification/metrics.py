@@ -16,7 +16,7 @@ from salun.evaluation.estimate import Estimate
 COMPARED = ("UA", "RA", "TA", "MIA")
 
 
-def judge(task: Task, attacks: Sequence[str] = ("mia",)) -> dict[str, Any]:
+def evaluate_classifier(task: Task, attacks: Sequence[str] = ("mia",)) -> dict[str, Any]:
     """UA, RA and TA of the task's model as it is, and what attacks find, as JSON: percentages with n and intervals.
 
     UA: 1 − accuracy on D_f. RA: accuracy on D_r. TA: accuracy on the test rows of classes that D_r still has.

@@ -135,7 +135,7 @@ def minimize(
     stage: Stage = Stage.UNLEARNING,
     stop: Callable[[int], bool] | None = None,
 ) -> None:
-    """SGD (momentum, weight decay) on `loss` over the task's masked weights; the others are never written.
+    """SGD (momentum, weight decay) on `loss` over the task's masked weights; leaves the model in eval mode.
 
     Args:
         batches: Each epoch's batches.
@@ -146,8 +146,6 @@ def minimize(
         extra: Parameters of the loss itself, trained without a mask and not kept.
         stage: What progress is reported as, and what random numbers depend on besides the seed.
         stop: Called with the number of steps taken after each; True ends the training early.
-
-    Leaves the model in eval mode and adds to the task's history.
 
     Raises:
         TrainingError: A loss or gradient is not finite.

@@ -77,7 +77,7 @@ class Processes:
 ALONE = Processes()
 
 
-def current() -> Processes:
+def current_processes() -> Processes:
     """The processes of `accelerate launch` or torchrun; `ALONE` without a launcher, which needs no accelerate."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE

@@ -12,7 +12,7 @@ import torch
 
 from salun.checkpoints.outputs import check_output
 from salun.compute.device import deterministic_kernels, is_out_of_memory
-from salun.compute.processes import Processes, current
+from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.images import folder_digest
 from salun.diffusion.mask_files import load_mask_file
 from salun.diffusion.model.loading import load_with
@@ -50,7 +50,7 @@ class RunContext:
     outputs: list[str] | None = None
     force: bool = False
     mask_file: Mask | None = None
-    processes: Processes = field(default_factory=current)
+    processes: Processes = field(default_factory=current_processes)
 
     def stage(self, stage: Stage) -> AbstractContextManager[None]:
         """Context manager: time a stage in the record."""
@@ -79,7 +79,7 @@ def open_run(
 ) -> Iterator[RunContext]:
     """Context manager: a run that may begin. All checks are made here, before hours of work; arguments as `erase`."""
     check_optimizer(options.optimizer)
-    processes = current()
+    processes = current_processes()
     folder = Path(run_dir).expanduser() if run_dir is not None else None
     outputs = [os.path.expanduser(target) for target in outputs] if outputs is not None else None
     if resume and folder is None:
@@ -125,7 +125,7 @@ def training_session(model: DiffusionModel, plan: Plan) -> Iterator[None]:
     """Context manager: the model is lent and configured as the plan says; running out of memory says what to try."""
     with (
         model.temporarily_trainable(),
-        model.set_up(plan.options),
+        model.configured(plan.options),
         deterministic_kernels(plan.options.deterministic),
         _explained_memory_errors(plan),
     ):
@@ -157,7 +157,7 @@ def _fingerprint_facts(model: Model, plan: Plan) -> dict[str, str]:
         "parts": model.parts_hash,
         "prompts": plan.prompts.digest,
         "sampling": repr((model.settings.sampling, plan.recipe.saliency_timesteps)),
-        "processes": str(current().count),
+        "processes": str(current_processes().count),
         "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "none",
     }
     for name in ("forget_images", "retain_images"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from salun.diffusion.context import RunContext, open_run
 from salun.diffusion.data.training_set import build_training_set
-from salun.diffusion.evaluation import compare, observe, questions
+from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.mask_files import check_given_mask
 from salun.diffusion.masks import mask_of_run
@@ -72,14 +72,14 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
     if mask is not None:
         check_given_mask(mask, model, plan)
     context.note(Stage.PLANNING, *plan.notes)
-    prompts = questions(plan, plan.recipe.eval_images, plan.options.seed)
+    prompts = eval_prompts(plan, plan.recipe.eval_images, plan.options.seed)
 
     with context.stage(Stage.SAMPLING):
         if data is None and plan.method.data == "latents":
             data = build_training_set(model, plan, context.progress, cache=context.cache)
         record.notes += data.notes if data is not None else ()
     with context.stage(Stage.EVALUATING):
-        before = observe(model, prompts, context.progress, Stage.IMAGES_BEFORE, context.cache)
+        before = evaluate_model(model, prompts, context.progress, Stage.IMAGES_BEFORE, context.cache)
     with context.stage(Stage.SALIENCY):
         found = mask_of_run(context, data, mask)
         record.mask = found.summary()
@@ -90,6 +90,6 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
     erased, record.rounding = erased_tensors(original, unlearned.mask, unlearned.weights)
     model.load(erased)
     with context.stage(Stage.EVALUATING):
-        after = observe(model, prompts, context.progress, Stage.IMAGES_AFTER)
+        after = evaluate_model(model, prompts, context.progress, Stage.IMAGES_AFTER)
         metrics = compare(model, plan, prompts, before, after)
     return Run(model, plan, unlearned.mask, erased, unlearned.history, metrics, prompts, before, after, record)

@@ -54,7 +54,7 @@ def preview(
     if previous is not None:
         record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
     progress(Event(Stage.MEASURING, message=f"measuring this machine with {loaded.name}"))
-    with loaded.temporarily_trainable(), loaded.set_up(plan.options):
+    with loaded.temporarily_trainable(), loaded.configured(plan.options):
         forward, backward, activations = _measure(loaded, plan)
         seconds, memory = _seconds(loaded, plan, forward, backward), _memory(loaded, plan, activations)
     needed = disk_needed(loaded, plan, outputs, run_dir)

@@ -67,7 +67,7 @@ class EvalPrompts:
     retain_seeds: list[int]
 
 
-def questions(plan: Plan, n: int, seed: int) -> EvalPrompts:
+def eval_prompts(plan: Plan, n: int, seed: int) -> EvalPrompts:
     """n forget prompts for each concept and n retain prompts, spread evenly over the held-out ones."""
     prompts = plan.prompts
     forget = [(of, i) for of in prompts.concepts for i in spread(n, len(of.eval_forget), seed)]
@@ -82,7 +82,7 @@ def questions(plan: Plan, n: int, seed: int) -> EvalPrompts:
     )
 
 
-def observe(
+def evaluate_model(
     model: DiffusionModel,
     prompts: EvalPrompts,
     progress: Progress = silent,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from salun.compute.processes import current
+from salun.compute.processes import current_processes
 from salun.diffusion.context import RunContext, training_session
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.losses import ErasureData, saliency_losses
@@ -131,7 +131,7 @@ def _saliency_scores(
     model: DiffusionModel, data: ErasureData, plan: Plan, parameters: Mapping[str, Parameter], progress: Progress
 ) -> Iterator[Mapping[str, Tensor]]:
     """Saliency scores (SalUn, eq. 3) of all concepts together, or, for a union of masks, of each concept by itself."""
-    processes, recipe = current(), plan.recipe
+    processes, recipe = current_processes(), plan.recipe
     n = len(data.forget) // len(plan.concepts)
     union = plan.options.combine == "union" and len(plan.concepts) > 1
     for rows in [slice(i * n, (i + 1) * n) for i in range(len(plan.concepts))] if union else [slice(None)]:

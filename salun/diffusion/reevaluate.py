@@ -11,7 +11,7 @@ from typing import Any
 
 from salun.config import read_record
 from salun.delta.delta import Delta
-from salun.diffusion.evaluation import compare, observe, questions
+from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.options import EraseJob
 from salun.diffusion.plan import make_plan
@@ -48,11 +48,11 @@ def evaluate_run(
     options = replace(job.options, device=device, allow_pickle=allow_pickle)
     model = load_with(str(job.model), options)
     plan = make_plan(model.settings, model.name, [Concept(name) for name in job.concept], options)
-    prompts = questions(plan, n, seed)
-    with model.set_up(plan.options):
-        before = observe(model, prompts, progress, Stage.IMAGES_BEFORE, Cache.of_user())
+    prompts = eval_prompts(plan, n, seed)
+    with model.configured(plan.options):
+        before = evaluate_model(model, prompts, progress, Stage.IMAGES_BEFORE, Cache.of_user())
         model.load(Delta.load(delta).apply(model.original()))
-        after = observe(model, prompts, progress, Stage.IMAGES_AFTER)
+        after = evaluate_model(model, prompts, progress, Stage.IMAGES_AFTER)
         metrics = compare(model, plan, prompts, before, after)
     text = json.dumps({"n": n, "seed": seed, **metrics}, indent=1) + "\n"
     write_bytes(folder / "eval.json", text.encode("utf-8"))

@@ -122,7 +122,7 @@ def _encode(model: DiffusionModel, pixels: np.ndarray, digest: str, cache: Cache
     )
     entry = cache.get(key) if cache is not None else None
     if entry is None:
-        entry = {"latent": model.encode_pictures(pixels[None])[0].cpu()}
+        entry = {"latent": model.encode_images(pixels[None])[0].cpu()}
         if cache is not None:
             cache.put(key, entry)
     return entry["latent"]

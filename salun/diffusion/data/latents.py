@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salun.compute.processes import current
+from salun.compute.processes import current_processes
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache, digest_of, key_of
@@ -45,7 +45,7 @@ def sample_latents(
     row = {text: i for i, text in enumerate(unique)}
     size = batch_size_of(model)
     done: dict[int, Tensor] = {}
-    processes = current()
+    processes = current_processes()
     starts = range(0, len(prompts), size)
     for number, start in enumerate(starts):
         if not processes.owns(number):
@@ -113,7 +113,7 @@ def sample_images(
     """One uint8 image per prompt, (n, H, W, 3); arguments as `sample_latents`."""
     latents = sample_latents(model, prompts, seeds, progress, stage, cache)
     side = model.settings.sampling.resolution
-    with model.awake(model.vae):
+    with model.on_device(model.vae):
         parts = [model.decode(part) for part in latents.split(batch_size_of(model))] if len(latents) else []
     return np.concatenate(parts) if parts else np.empty((0, side, side, 3), np.uint8)
 

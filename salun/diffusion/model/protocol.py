@@ -134,16 +134,16 @@ class DiffusionModel(Denoiser, Protocol):
     def temporarily_trainable(self) -> AbstractContextManager[None]:
         """Context manager: make the network trainable, and restore its weights on exit."""
 
-    def set_up(self, options: EraseOptions) -> AbstractContextManager[None]:
+    def configured(self, options: EraseOptions) -> AbstractContextManager[None]:
         """Context manager: encode, sample and train as the options say."""
 
-    def awake(self, *modules: Any) -> AbstractContextManager[None]:
+    def on_device(self, *modules: Any) -> AbstractContextManager[None]:
         """Context manager: these parts are on the model's device."""
 
     def chunks(self, prompt: str) -> int:
         """Chunks that a prompt takes. Raises DataError for a prompt that is too long."""
 
-    def encode_pictures(self, pictures: np.ndarray) -> Tensor:
+    def encode_images(self, pictures: np.ndarray) -> Tensor:
         """uint8 images (n, H, W, 3) → latents (n, c, h, w), scaled."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -154,7 +154,7 @@ class DiffusionModel(Denoiser, Protocol):
         noise: Tensor,
         prompts: Conditioning,
         empty: Conditioning,
-        tick: Callable[[], None],
+        on_step: Callable[[], None],
         generators: Sequence[torch.Generator],
     ) -> Tensor:
         """Noise (n, c, h, w) of variance 1 → latents, by the sampling settings. prompts: (n,). empty: (1,), what

@@ -24,7 +24,7 @@ def denoise(
     noise: Tensor,
     prompts: Conditioning,
     empty: Conditioning,
-    tick: Callable[[], None],
+    on_step: Callable[[], None],
     generators: Sequence[torch.Generator],
 ) -> Tensor:
     """Noise (n, c, h, w) of variance 1 → latents, with guidance. config: of the model's scheduler.
@@ -37,7 +37,7 @@ def denoise(
     random = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        tick()
+        on_step()
         steps = t.to(device=model.device, dtype=torch.long).expand(len(noise))
         output = guided(model, scheduler.scale_model_input(x, t), steps, conditioning, settings)
         x = scheduler.step(output, t, x, **random).prev_sample

@@ -77,7 +77,7 @@ class Model:
         groups: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             groups.setdefault(self.chunks(prompt), []).append(i)
-        with self.awake(*self.text_encoders):
+        with self.on_device(*self.text_encoders):
             for count, members in groups.items():
                 for start in range(0, len(members), 64):
                     some = members[start : start + 64]
@@ -151,11 +151,11 @@ class Model:
         noise: Tensor,
         prompts: Conditioning,
         empty: Conditioning,
-        tick: Callable[[], None],
+        on_step: Callable[[], None],
         generators: Sequence[torch.Generator],
     ) -> Tensor:
         settings = self.settings.sampling
-        return sampler.denoise(self, self.scheduler_config, settings, noise, prompts, empty, tick, generators)
+        return sampler.denoise(self, self.scheduler_config, settings, noise, prompts, empty, on_step, generators)
 
     def sampler_facts(self) -> dict[str, Any]:
         settings = self.settings.sampling
@@ -170,10 +170,10 @@ class Model:
         return self.latent_channels, side, side
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: np.ndarray) -> Tensor:
+    def encode_images(self, pictures: np.ndarray) -> Tensor:
         """uint8 images (n, H, W, 3) → latents (n, c, h, w), scaled: the mean of the VAE's posterior."""
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with self.awake(self.vae):
+        with self.on_device(self.vae):
             z = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents: Tensor = (z - shift) * self.vae.config.scaling_factor
@@ -183,7 +183,7 @@ class Model:
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, c, h, w), scaled → uint8 images (n, H, W, 3)."""
         z = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        with self.awake(self.vae):
+        with self.on_device(self.vae):
             x = self.vae.decode(z.to(self.device, self.vae.dtype)).sample.float()
         pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         array: np.ndarray = pictures.cpu().numpy()
@@ -228,7 +228,7 @@ class Model:
             self.load(self.original())
 
     @contextmanager
-    def set_up(self, options: EraseOptions) -> Iterator[None]:
+    def configured(self, options: EraseOptions) -> Iterator[None]:
         """Context manager: encode, sample and train as the options say."""
         before = self.settings, self.clip_skip, self.low_vram, self.attention
         self.settings = settings_for(self.settings, options, self.name, self.vae_scale * _multiple(self.unet))
@@ -250,7 +250,7 @@ class Model:
                 self.unet.disable_xformers_memory_efficient_attention()
 
     @contextmanager
-    def awake(self, *modules: Any) -> Iterator[None]:
+    def on_device(self, *modules: Any) -> Iterator[None]:
         """Context manager: these parts are on the model's device.
 
         Otherwise they stay in CPU memory, so that a GPU holds the UNet alone while it trains. May be nested: the
