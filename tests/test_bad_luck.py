@@ -55,7 +55,7 @@ def fill(place: Path, leave: int) -> Path:
 
 def test_a_disk_too_small_is_told_before_the_work(small_disk: Path, shapes: Model) -> None:
     fill(small_disk, 20_000_000)
-    with pytest.raises(ConfigError, match=r"may take 0\.\d+ GB, but its disk has 0\.02 GB free"):
+    with pytest.raises(ConfigError, match=r"up to 0\.\d+ GB will be written, but its disk has 0\.02 GB free"):
         salun.erase(shapes, "circle", run_dir=small_disk / "run", **SHORT)
     assert not (small_disk / "run").exists()
 
@@ -67,7 +67,7 @@ def test_a_disk_that_fills_up_while_saving_costs_no_training(small_disk: Path, s
         if event.stage == "saving" and not ballast:
             ballast.append(fill(small_disk, 1_000_000))
 
-    with pytest.raises(ModelError, match="make room"):
+    with pytest.raises(ModelError, match="Free disk space"):
         salun.erase(shapes, "circle", run_dir=small_disk / "run", progress=interfere, **SHORT)
     assert untouched(shapes)
     for path in small_disk.rglob("*.safetensors"):
@@ -130,7 +130,7 @@ def test_out_of_memory_says_what_to_try(
         return predict(self, x_t, *rest)
 
     monkeypatch.setattr(Model, "predict", scarce)
-    with pytest.raises(TrainingError, match=r"out of memory with --batch-size 4: try --batch-size 2, --low-vram"):
+    with pytest.raises(TrainingError, match=r"out of memory at batch_size 4. Try batch_size 2, low_vram"):
         salun.erase(shapes, "circle", run_dir=tmp_path / "run", **SHORT)
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert record["status"] == "failed"
@@ -172,14 +172,14 @@ def test_a_model_without_cross_attention_is_refused(tmp_path: Path) -> None:
         layers_per_block=1,
         cross_attention_dim=96,
     ).save_pretrained(folder / "unet")
-    with pytest.raises(ModelError, match="has no cross-attention"):
+    with pytest.raises(ModelError, match="no cross-attention"):
         salun.load(str(folder))
 
 
 def test_nothing_is_written_into_the_models_own_folder(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(ASSETS / "shapes", tmp_path / "model"))
     before = sorted(p for p in folder.rglob("*"))
-    with pytest.raises(ConfigError, match=r"--output .* inside the model's own folder"):
+    with pytest.raises(ConfigError, match=r"output .* inside the model's own folder"):
         salun.erase(str(folder), "circle", outputs=[str(folder / "unet" / "erased.safetensors")], **SHORT)
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(ConfigError, match=r"--run-dir .* inside the model's own folder"):
@@ -258,7 +258,7 @@ def test_only_a_diffusers_folder_is_replaced(shapes: Model, tmp_path: Path) -> N
     treasure = tmp_path / "pictures"
     treasure.mkdir()
     (treasure / "holiday.jpg").write_bytes(b"precious")
-    with pytest.raises(ConfigError, match="is no diffusers folder: it is not replaced"):
+    with pytest.raises(ConfigError, match="is not a diffusers folder"):
         salun.erase(shapes, "circle", outputs=[f"{treasure}/"], force=True, **SHORT)
     with pytest.raises(ConfigError, match="holds the run folder"):
         salun.erase(shapes, "circle", outputs=[f"{tmp_path}/out/"], run_dir=tmp_path / "out" / "run", **SHORT)
@@ -290,7 +290,7 @@ def test_other_copies_of_the_weights_are_left_out_of_the_erased_folder(tmp_path:
         not {"unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "pruned.ckpt"}
         & written
     )
-    assert any("left out of the erased model" in note and "pruned.ckpt" in note for note in run.record.notes)
+    assert any("not in the erased model" in note and "pruned.ckpt" in note for note in run.record.notes)
 
 
 def test_a_model_left_erased_does_not_teach_the_cache_wrong(shapes: Model, tmp_path: Path) -> None:

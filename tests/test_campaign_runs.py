@@ -41,7 +41,7 @@ def record() -> dict[str, Any]:
     from salun.runs.record import RunRecord
 
     options = {"model": "shapes", "concept": ["circle"], "output": [], "steps": 4, "density": 0.5, "anchor": ["square"]}
-    found = RunRecord(None, "salun erase", {**options, "mask": "saliency"}, 0, "cpu", {"prompts": "0" * 64}).data
+    found = RunRecord(None, "salun erase", {**options, "mask": "saliency"}, 0, "cpu", {"prompts": "0" * 64}).as_json()
     found["outputs"] = [{"kind": "delta", "path": "delta.salun.safetensors", "bytes": 9, "sha256": "0" * 64}]
     found["mask"] = {"mode": "saliency", "density": 0.5, "selected": 3, "total": 6, "warnings": []}
     found["losses"] = [{"step": 1, "forget": 0.5, "retain": 0.5}, {"step": 2, "forget": 0.4, "retain": 0.5}]

@@ -287,11 +287,11 @@ def test_a_folder_of_pictures_and_a_transformers_model_go_all_the_way(tmp_path: 
 
 
 WRONG = [
-    ({"method": "best"}, "--method is 'best', but must be one of"),
+    ({"method": "best"}, "method is 'best', but must be one of"),
     ({"density": 0.0}, "density is 0.0, but must be above 0"),
     ({"lr": 0.0}, "lr is 0.0, but must be above 0"),
     ({"mask": "good"}, "mask is 'good'"),
-    ({"labels": "own"}, "--labels is 'own'"),
+    ({"labels": "own"}, "labels is 'own'"),
     ({"batchnorm": "moving"}, "batchnorm is 'moving'"),
     ({"method": "ssd", "mask": "saliency"}, "mask is saliency, but the method SSD has none"),
     ({"method": "salun-soft", "mask": "full"}, "the method SalUn-soft has none"),
@@ -416,7 +416,7 @@ def test_a_dry_run_knows_what_the_cache_has() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["classify-unlearn", "--method", "best"], 2, "--method is 'best'"),
+        (["classify-unlearn", "--method", "best"], 2, "method is 'best'"),
         (["classify-unlearn", "--data", "nowhere"], 1, "there is no data set 'nowhere'"),
     ],
 )
@@ -432,8 +432,8 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], code: int
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["classify-train"], 2, "holds a run of `salun classify-unlearn`, not classify-train"),
-        (["classify-unlearn", "--data", "./x"], 2, "holds a finished run with data 'digits', not './x'"),
+        (["classify-train"], 2, "contains a run of `salun classify-unlearn`, not classify-train"),
+        (["classify-unlearn", "--data", "./x"], 2, "contains a finished run with data 'digits', not './x'"),
         (["classify-unlearn", "--config", "run/run.json"], 0, "the run in run is finished"),
     ],
 )

@@ -51,7 +51,7 @@ def test_a_run_says_where_its_report_is(tmp_path: Path) -> None:
     assert last.startswith("report: runs")
     assert (tmp_path / last.removeprefix("report: ")).is_file()
     assert (tmp_path / "out.salun.safetensors").is_file()
-    assert "forgotten (UA)" in done.stdout
+    assert "Forgotten (UA)" in done.stdout
     assert "training 3/3" in done.stderr
 
 
@@ -59,7 +59,7 @@ WRONG = [
     (["erase", "--concept", "dragon", "--model", "shapes"], 2, "'dragon' is not in the vocabulary"),
     (["erase", "--concept", ""], 2, "--concept is empty"),
     (["erase", "--concept", "circle", "--model", "shape"], 1, "did you mean 'shapes'?"),
-    (["erase", "--concept", "circle", "--model", "nobody/nothing-here"], 1, "could not be fetched"),
+    (["erase", "--concept", "circle", "--model", "nobody/nothing-here"], 1, "could not be downloaded"),
     (["erase", "--concept", "circle", "--density", "0"], 2, "--density is 0.0, but must be above 0"),
     (["erase", "--concept", "circle", "--density", "2"], 2, "--density is 2.0, but must be at most 1"),
     (["erase", "--concept", "circle", "--steps", "0"], 2, "--steps is 0, but must be at least 1"),
@@ -68,8 +68,8 @@ WRONG = [
     (["erase", "--concept", "circle", "--scope", "all"], 2, "full, xattn, selfattn, noxattn"),
     (["erase", "--concept", "circle", "--retain-prompts", " "], 2, "empty prompt"),
     (["erase", "--concept", "circle", "--device", "tpu9"], 2, "--device is tpu9, which is not available"),
-    (["erase", "--concept", "circle", "--recipe", "paper"], 2, "the paper says nothing"),
-    (["erase", "--concept", "circle", "--output", "model.ckpt"], 2, "end it in .safetensors"),
+    (["erase", "--concept", "circle", "--recipe", "paper"], 2, "the paper has no recipe"),
+    (["erase", "--concept", "circle", "--output", "model.ckpt"], 2, "End it in .safetensors"),
     (["erase"], 2, "no concept is given"),
     (["erase", "--resume", "--run-dir", "nowhere"], 2, "nowhere holds no run to resume, and no concept is given"),
     (["erase", "circle"], 2, "To name a concept: --concept circle"),
@@ -269,8 +269,8 @@ main.main()
     [
         (RESUMABLE, True, "interrupted; resume with: salun erase --resume --run-dir run --force"),
         (RESUMABLE, False, "interrupted. Run the command again to restart"),
-        (PAGE, False, "stopped. Queued jobs go on at the next start with the same --data; one that was at work can be "
-         "resumed there"),
+        (PAGE, False, "stopped. Queued jobs start at the next start with the same --data; a job that was running can be "
+            "resumed"),
     ],
 )  # fmt: skip
 def test_ctrl_c_tells_the_line_of_what_was_under_way(program: str, run: bool, line: str, tmp_path: Path) -> None:

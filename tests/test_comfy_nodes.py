@@ -511,7 +511,7 @@ def test_samples_are_the_networks_x_0(host: Host, prediction: str) -> None:
         t, encoded = torch.tensor([999]), graph.encode(["a cat", ""])
         guided, plain = (graph.predict(noise, t, encoded[i : i + 1]) for i in range(2))
         output = plain + graph.settings.sampling.guidance * (guided - plain)
-    a = graph.alphas_cumprod[999]
+    a = graph.schedule.alphas_cumprod[999]
     eps = (noise - (1 - a).sqrt() * output) / a.sqrt()
     v = a.sqrt() * noise - (1 - a).sqrt() * output
     torch.testing.assert_close(made, eps if prediction == "epsilon" else v, rtol=1e-4, atol=1e-3)  # √ᾱ is 0.07
@@ -756,7 +756,7 @@ def test_full_disk_costs_the_state_but_not_the_erasure(
 
 def test_interrupt_is_seen_within_one_batch_of_the_metrics(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    answers, predict = evaluation._answers, GraphModel.predict
+    answers, predict = evaluation._predict, GraphModel.predict
 
     def counted(graph: Any, x_t: Tensor, *more: Any) -> Tensor:
         sizes.append(len(x_t))
@@ -768,7 +768,7 @@ def test_interrupt_is_seen_within_one_batch_of_the_metrics(host: Host, monkeypat
         return answers(*args, **kwargs)
 
     monkeypatch.setattr(GraphModel, "predict", counted)
-    monkeypatch.setattr(evaluation, "_answers", interrupted_here)
+    monkeypatch.setattr(evaluation, "_predict", interrupted_here)
     with pytest.raises(Interrupt):
         erased(Patcher(), eval_images=1)
     assert len(sizes) == 1
@@ -852,6 +852,7 @@ def test_fingerprint_covers_all_that_a_result_depends_on(host: Host) -> None:
         **{"anchor_share": 0.25, "optimizer": "adam8bit", "dtype": "bf16", "low_vram": True, "show_sensitive": True},
         **{"gradient_checkpointing": True, "deterministic": False},
         **{"sampling_steps": 3, "sampling_guidance": 1.0, "sampler": "lcm"},
+        **{"negative_guidance": 2.0, "uce_erase": 2.0, "uce_preserve": 2.0, "uce_lambda": 0.1},
     }
     assert set(changed) | {"recipe"} == {*SHARED, *NODE_OPTIONS}, "a recipe counts by its numbers"
     keys |= {name: key(**{name: value}) for name, value in changed.items() if name not in NOT_IN_FINGERPRINT}
@@ -945,7 +946,7 @@ def test_mask_that_does_not_fit_is_rejected_before_sampling(host: Host) -> None:
     (empty, _) = call("SalUnCombineMasks", first=mask, second=mask, operation="first without second")
     host.bar.clear()
     for words, given in (
-        ("salun-soft finds its mask", {"method": "salun-soft"}),
+        ("salun-soft uses no mask", {"method": "salun-soft"}),
         ("was made with", {"scope": "xattn"}),
         ("Make one with SalUn Saliency Mask", {"model": shifted()}),
         ("selects no weight", {"given_mask": empty}),

@@ -62,7 +62,7 @@ def test_an_anchor_that_is_erased_too_is_replaced_and_reported() -> None:
     ("names", "options", "message"),
     [
         (["circle", "circle"], {}, "given twice"),
-        (["circle", "red"], {"anchor": ["square"]}, "2 --concept, but 1 --anchor"),
+        (["circle", "red"], {"anchor": ["square"]}, "2 concepts, but 1 anchors"),
         ([], {}, "no concept"),
         (["plain", "sketch", "night", "striped", "dotted"], {}, "to be erased as well"),
     ],
@@ -110,8 +110,8 @@ def test_two_concepts_in_one_run(combine: str, shapes: Model, tmp_path: Path) ->
 
 
 def test_more_concepts_take_more_steps_by_default() -> None:
-    assert plan("circle", "red", "night").steps == 3 * plan("circle").steps
-    assert plan("circle", "red", steps=7).steps == 7
+    assert plan("circle", "red", "night").recipe.steps == 3 * plan("circle").recipe.steps
+    assert plan("circle", "red", steps=7).recipe.steps == 7
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "1000000000 as num_train_timesteps"),
     ("scheduler/scheduler_config.json", {"beta_start": "x"}, "beta_start"),
     ("salun.yaml", {"recipe": {"forget_latents": 10**12}}, "forget_latents is 1000000000000"),
-    ("salun.yaml", {"recipes_paper": {"object": 3}}, "expected names and values"),
+    ("salun.yaml", {"recipes_paper": {"object": 3}}, "expected a mapping of names to values"),
     ("salun.yaml", {"detector": "/etc"}, "detector must be a folder inside"),
 ]
 

@@ -191,7 +191,7 @@ def test_outputs_are_checked_before_hours_of_work(shapes: Model, tmp_path: Path)
     taken.write_bytes(b"precious")
     for target, message in (
         (str(taken), "already exists"),
-        ("x.ckpt", r"end it in \.safetensors"),
+        ("x.ckpt", r"End it in \.safetensors"),
     ):
         with pytest.raises(ConfigError, match=message):
             salun.erase(shapes, "circle", outputs=[target], **SHORT)
@@ -278,7 +278,7 @@ def test_a_nan_in_a_weight_is_told_at_once(copy_of_shapes: Path) -> None:
     tensors = load_file(copy_of_shapes / UNET)
     tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
     save_file(tensors, copy_of_shapes / UNET)
-    with pytest.raises(ModelError, match=r"conv_in\.weight holds NaN"):
+    with pytest.raises(ModelError, match=r"conv_in\.weight is not finite"):
         salun.load(str(copy_of_shapes))
 
 
@@ -311,5 +311,5 @@ def test_folders_that_cannot_be_used_say_why(copy_of_shapes: Path, damage: str, 
 
 @pytest.mark.parametrize("name", ["shape", "no/where/at/all", "./nothing", "model.ckpt"])
 def test_models_that_are_not_there_say_what_would_be(name: str) -> None:
-    with pytest.raises(ModelError, match=r"shapes|--models-dir"):
+    with pytest.raises(ModelError, match=r"shapes|models_dir"):
         salun.load(name)

@@ -353,7 +353,7 @@ def attack_deltas(folder: Path, numbers: range) -> dict[str, Any]:
         commands: dict[str, Callable[[], object]] = {
             "apply": lambda layer=layer, model=model: deltas.apply(str(model), str(layer), str(out)),
             "a part": lambda layer=layer, model=model: deltas.apply(
-                str(model), str(layer), str(out), 0.5, fine_tune_of=str(base)
+                str(model), str(layer), str(out), 0.5, fine_tune_of_base=str(base)
             ),
             "undo": lambda layer=layer, changed=changed: deltas.undo(str(changed), str(layer), str(out)),
             "low rank": lambda layer=layer, model=model: deltas.export(str(layer), str(model), str(lora), rank=1),

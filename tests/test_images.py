@@ -105,10 +105,10 @@ def test_what_was_skipped_and_why_is_reported(mixed: Path, shapes: Model) -> Non
     assert found.captions == ["a red circle, plain style", None, None, None]
     told = "\n".join(found.notes)
     for line in (
-        "phone: 4 of 7 pictures used",
-        "1 unreadable, left out: torn.png",
-        "1 tiny (less than 16 pixels), left out: tiny.png",
-        "1 repeated, left out: z copy of a.png",
+        "phone: 4 of 7 images used",
+        "1 unreadable, skipped: torn.png",
+        "1 tiny (less than 16 pixels), skipped: tiny.png",
+        "1 duplicates, skipped: z copy of a.png",
         "1 enlarged to 64 pixels: small.png",
         "1 animated, first frame taken: moving.gif",
     ):
@@ -116,12 +116,12 @@ def test_what_was_skipped_and_why_is_reported(mixed: Path, shapes: Model) -> Non
 
 
 def test_folders_without_a_usable_image_say_so(tmp_path: Path, shapes: Model) -> None:
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         encode_folder(shapes, tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no pictures"):
         encode_folder(shapes, tmp_path)
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"0 of 1 pictures used; 1 unreadable, left out: x\.png"):
+    with pytest.raises(DataError, match=r"0 of 1 pictures used; 1 unreadable, skipped: x\.png"):
         encode_folder(shapes, tmp_path)
 
 
@@ -164,7 +164,7 @@ def test_a_run_on_own_images(mixed: Path, shapes: Model, tmp_path: Path) -> None
         run_dir=tmp_path / "run",
         **SHORT,
     )
-    assert any("4 of 7 pictures used" in line for line in told)
+    assert any("4 of 7 images used" in line for line in told)
     assert run.history[-1]["step"] == SHORT["steps"]
     assert run.mask != salun.erase(shapes, "circle", **{**SHORT, "steps": 1, "eval_images": 0}).mask
     assert any("1 pictures to keep left out" in line for line in told)  # a.txt says "a red circle"
@@ -280,7 +280,7 @@ def test_images_to_forget_and_to_keep_alike_are_counted(mixed: Path, shapes: Mod
         shapes, "circle", forget_images=str(mixed), retain_images=str(mixed), run_dir=tmp_path / "run",
         progress=lambda event: told.append(event.message), **{**SHORT, "steps": 1, "eval_images": 0},
     )  # fmt: skip
-    line = "4 images of --retain-images are in --forget-images as well (same pixels)"
+    line = "4 images of retain_images are in forget_images as well (same pixels)"
     assert line in told
     assert line in run.record.notes
     assert "1 not an image, skipped: notes.doc" in "\n".join(run.record.notes)

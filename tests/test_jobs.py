@@ -143,7 +143,7 @@ def test_what_the_core_refuses_is_the_jobs_error(make: Make, tmp_path: Path) -> 
     wrong = queue.submit("erase", "x", asked(tmp_path / "run", density=3))
     gone = queue.submit("inspect", "y", {"path": "nowhere.safetensors"})
     assert "density is 3, but must be at most 1" in error_of(queue.wait(wrong.id, 60))
-    assert error_of(queue.wait(gone.id, 60)).startswith("there is no nowhere.safetensors")
+    assert error_of(queue.wait(gone.id, 60)).startswith("nowhere.safetensors does not exist")
     assert gone.error is not None
     assert gone.error["code"] == "not-found"
     assert (wrong.state, gone.state) == ("failed", "failed")
@@ -172,7 +172,7 @@ def test_a_host_that_fails_at_its_part_costs_one_job(make: Make, tmp_path: Path)
     first = queue.submit("inspect", "first", {"path": "a"})
     second = queue.submit("inspect", "second", {"path": "b"})
     assert error_of(queue.wait(first.id, 30)) == "RuntimeError: no memory was freed"
-    assert "no model 'b'" in error_of(queue.wait(second.id, 60))
+    assert "'b' is not a known model" in error_of(queue.wait(second.id, 60))
 
 
 def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_what_had_not_begun_when_the_program_ended_goes_on_at_its_next_start_in_
     ran.clear()
     later = make(gpu_lease=gpu_lease)
     for job in jobs[:2]:
-        assert "no model" in error_of(later.wait(job.id, 60))
+        assert "is not a known model" in error_of(later.wait(job.id, 60))
     assert later.get(jobs[2].id).state == "cancelled"
     assert ran == ["b", "a"]
 
@@ -389,7 +389,7 @@ def test_a_full_disk_makes_no_job_that_is_nowhere_and_does_not_end_the_queue(
                 until(lambda: not waiting.open)  # its state could not be written, and it was done all the same
             finally:
                 lock.acquire()
-        assert "no model" in error_of(waiting)
+        assert "is not a known model" in error_of(waiting)
     assert queue.wait(queue.submit("inspect", "third", {"path": "c"}).id, 60).state == "failed"
 
 
@@ -431,7 +431,7 @@ def test_half_a_character_in_a_name_ends_no_queue(make: Make, tmp_path: Path, mo
     assert (job.state, job.notes) == ("failed", ["cannot read \udcff.png"])
     assert json.loads((queue.folder / job.id / "job.json").read_text(encoding="utf-8"))["notes"] == job.notes
     later = queue.wait(queue.submit("inspect", "y", {"path": "gone"}).id, 60)
-    assert "no model 'gone'" in error_of(later)
+    assert "'gone' is not a known model" in error_of(later)
 
 
 def test_what_cannot_be_written_down_is_no_job(make: Make) -> None:
@@ -586,7 +586,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(
         (small / "filler").write_bytes(bytes(free - 1_000_000))
         queue.wait(job.id, 120)
         assert job.state == "failed"
-        assert "disk has" in error_of(job)
+        assert "No space left" in error_of(job)
         assert error_of(job).endswith("What was trained is kept: remedy that, then press Resume")
         assert [path.name for path in small.iterdir()] == ["filler"]
         (small / "filler").unlink()

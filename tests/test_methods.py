@@ -31,9 +31,7 @@ def test_every_method_has_a_function_and_options_with_help(method: Method) -> No
 
 
 def test_the_registry_and_options_of_methods_import_no_torch() -> None:
-    code = (
-        "import sys; from salun.methods import METHODS, Method, load; [m.options_class for m in DIFFUSION.values()]; "
-    )
+    code = "import sys; import salun.classification.unlearn_options, salun.diffusion.options; "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
 
 
@@ -60,7 +58,7 @@ def test_uce_edits_keys_and_values_of_cross_attention_alone(shapes: Model) -> No
     run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method="uce", **SHORT)
     assert run.erased and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in run.erased)
     assert run.history == [] and run.delta.changed > 0
-    assert run.metrics["anchor_gap"] < 0.5, "the forget prompts are answered more like the anchor's"
+    assert run.metrics["anchor_gap"]["value"] < 0.5, "the forget prompts are answered more like the anchor's"
 
 
 def test_esd_loss_is_the_distance_to_the_negatively_guided_prediction(shapes: Model) -> None:

@@ -59,7 +59,7 @@ def test_only_our_names_land_in_site_packages(wheel: Path) -> None:
         "salun/assets/shapes/README.md",
         "salun/assets/shapes/unet/diffusion_pytorch_model.safetensors",
         "salun/assets/shapes/oracle/detector.safetensors",
-        "salun/report/report.html.j2",
+        "salun/report/page.html.j2",
         "salun_webui_extension/page.js",
     ):
         assert needed in names

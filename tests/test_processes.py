@@ -97,7 +97,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
         command, check=False, env=environment, cwd=tmp_path, timeout=200, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "--batch-size 3 cannot be shared by 2 processes" in done.stderr
+    assert "--batch-size is 3, but must be divisible by the number of processes (2)" in done.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -51,7 +51,7 @@ def test_rows_of_two_and_three_chunks_meet_at_six() -> None:
 
 
 def test_a_prompt_without_end_is_refused(shapes: Model) -> None:
-    with pytest.raises(DataError, match="shorten it"):
+    with pytest.raises(DataError, match="Shorten it"):
         shapes.encode(["circle " * 400])
 
 
@@ -63,7 +63,7 @@ def test_clip_skip_takes_an_earlier_layer_through_the_last_norm(shapes: Model) -
         earlier = shapes.encode(["one red circle"]).hidden
     assert not torch.equal(earlier, last)
     assert earlier.std() == pytest.approx(float(last.std()), rel=0.5)  # normed like the last
-    with shapes.configured(EraseOptions(clip_skip=9)), pytest.raises(ConfigError, match=r"--clip-skip 9.*2 layers"):
+    with shapes.configured(EraseOptions(clip_skip=9)), pytest.raises(ConfigError, match=r"clip_skip is 9.*2 layers"):
         shapes.encode(["one red circle"])
     assert torch.equal(shapes.encode(["one red circle"]).hidden, last)
 

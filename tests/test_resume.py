@@ -99,7 +99,7 @@ def test_a_folder_belongs_to_one_run(shapes: Model, whole: Path, tmp_path: Path)
         salun.erase(shapes, "circle", run_dir=whole, resume=True, **SHORT)
     with pytest.raises(Cancelled):
         salun.erase(shapes, "circle", run_dir=tmp_path, progress=stopping_at("training", 2), **SHORT)
-    with pytest.raises(ConfigError, match=r"unfinished run \(cancelled\).*--resume"):
+    with pytest.raises(ConfigError, match=r"unfinished run \(cancelled\).*resume"):
         salun.erase(shapes, "circle", run_dir=tmp_path, **SHORT)
     with pytest.raises(ConfigError, match="steps was 4 and is 5"):
         salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, **{**SHORT, "steps": 5})
@@ -158,7 +158,7 @@ def test_a_saved_mask_with_other_notes_is_found_anew(told: str, shapes: Model, w
     with pytest.raises(Cancelled):
         salun.erase(shapes, "circle", run_dir=tmp_path, progress=stopping_at("frozen targets", 1), **SHORT)
     saved = Mask.load(tmp_path / "state" / "mask.safetensors")
-    Mask(saved.bits, saved.shapes, {**saved.metadata, "told": told}).save(tmp_path / "state" / "mask.safetensors")
+    Mask(saved.bits, saved.shapes, {**saved.metadata, "summary": told}).save(tmp_path / "state" / "mask.safetensors")
     salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, **SHORT)
     assert contents(tmp_path) == contents(whole)
 
@@ -182,7 +182,7 @@ def test_resume_with_another_model_is_told_in_short_also_by_a_dry_run(shapes: Mo
 def test_two_runs_do_not_share_a_folder(shapes: Model, tmp_path: Path) -> None:
     def intrude(event: Event, /) -> None:
         if event.stage == "sampling":
-            with pytest.raises(ConfigError, match="another run is at work there"):
+            with pytest.raises(ConfigError, match="in use by another run"):
                 salun.erase(shapes, "red", run_dir=tmp_path, resume=True, **SHORT)
             raise Cancelled("seen")
 

@@ -191,7 +191,7 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     asked: list[str] = []
     page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
     stopped.get_by_role("button", name="Remove").click()  # beside Resume, and then there is none
-    assert re.search(r"not once it is off this list: what is kept for that \(\d+ MB\) is deleted", asked[0]), asked
+    assert re.search(r"not after it is removed: its training state \(\d+ MB\) is deleted", asked[0]), asked
     unfold(page, "history")  # it goes on from there as well
     choose(page, "runs", max(path.name for path in (server[1] / "runs").iterdir()))
     page.locator("#salun_resume").click()

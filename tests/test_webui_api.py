@@ -110,7 +110,7 @@ def test_the_schema_tells_every_option_with_the_cores_default() -> None:
     job = EraseJob()
     assert {name: one["default"] for name, one in told.items()} == {name: getattr(job, name) for name in told}
     assert told["density"]["maximum"] == 1
-    assert told["method"]["choices"] == ["salun", "salun-soft"]
+    assert told["method"]["choices"] == ["salun", "salun-soft", "esd", "uce"]
     assert json.loads(json.dumps(schema())) == schema()
 
 
@@ -138,9 +138,9 @@ def test_openapi_describes_every_call(service: Service) -> None:
         ({"options": {"concept": [["a"]]}}, 400, "concept is"),
         ({"options": {"concept": ["a"], "model": []}}, 400, "model is [], but must be a text"),
         ({"kind": "mask", "options": {"concept": ["a"], "model": [[1]]}}, 400, "model is [[1]], but must be a text"),
-        ({"kind": "mask", "options": {"concept": "circle"}}, 400, "concept is 'circle', but must be list"),
-        ({"kind": "mask", "options": {"concept": [1]}}, 400, "concept is [1], but must be list"),
-        ({"options": {"concept": ["a"], "steps": "9; rm"}}, 400, "steps is '9; rm', but must be int"),
+        ({"kind": "mask", "options": {"concept": "circle"}}, 400, "concept is 'circle', but must be a list"),
+        ({"kind": "mask", "options": {"concept": [1]}}, 400, "concept is [1], but must be a list"),
+        ({"options": {"concept": ["a"], "steps": "9; rm"}}, 400, "steps is '9; rm', but must be an integer"),
         ({"options": {"concept": ["a"]}, "command": "x"}, 400, "command: "),
         ({"options": {"concept": ["a"]}, "preview_every": True}, 400, "preview_every: "),
         ({"kind": "mask", "options": {"concept": ["a"]}, "name": "x"}, 400, "name: "),

@@ -201,7 +201,7 @@ def test_where_the_host_has_checkpoints_none_chosen_never_means_the_embedded_mod
     """Its result would be put among theirs."""
     assert "circle" not in held.models.concepts(None)
     assert "nudity" in held.models.concepts(None)
-    for begin in (held.erase, held.mask):
+    for begin in (held.requests.erase, held.requests.mask):
         with pytest.raises(ConfigError, match=r"^no checkpoint is chosen"):
             begin({"concept": ["circle"]})
     monkeypatch.setattr(held.host, "models", lambda: {})  # as at a first start
@@ -443,7 +443,7 @@ def test_a_number_of_many_digits_is_refused_in_words() -> None:
 
 
 def test_options_of_a_wrong_type_are_not_loaded_again(service: Service) -> None:
-    with pytest.raises(ConfigError, match="the options of odd: forget_images is 5, but must be str"):
+    with pytest.raises(ConfigError, match="the options of odd: forget_images is 5, but must be a text"):
         service.options_of(write_run(service, "odd", forget_images=5).name)
     path = "/" + "x" * 5000
     run = write_run(service, "long", model=path, output=[path])

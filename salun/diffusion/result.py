@@ -24,7 +24,7 @@ from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.output import write_new, write_output
 from salun.diffusion.plan import Plan
-from salun.errors import ConfigError, ModelError, literal, some
+from salun.errors import ConfigError, ModelError, fill, literal, some
 from salun.files import write_bytes
 from salun.masking.mask import Mask
 from salun.masking.training_state import LossRow
@@ -187,13 +187,14 @@ def _write_target(run: Run, target: str, shown: str, context: RunContext) -> Non
     except (ConfigError, ModelError) as error:
         if folder is None:
             raise
-        error.message += f" {error.advice}." if error.advice else ""
-        error.advice = (
-            f"What was trained is saved: the same command with {{resume}} {{run_dir}} {literal(folder)} and another "
-            "{output} writes it"
-        )
-        error.code = "resume-to-write"
-        raise
+        kind_of_error = ConfigError if isinstance(error, ConfigError) else ModelError
+        raise kind_of_error(
+            f"{error.message}. {fill(error.advice, str)}" if error.advice else error.message,
+            option=error.option,
+            advice=f"What was trained is saved: the same command with {{resume}} {{run_dir}} {literal(folder)} and "
+            "another {output} writes it",
+            code="resume-to-write",
+        ) from error
     if kind == "lora":
         context.note(Stage.SAVING, _energy_note(path, shown))
     if kind == "checkpoint" and not stored.single and (lost := lost_in_single_file(run.file_model)):
