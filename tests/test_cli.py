@@ -269,8 +269,8 @@ main.main()
     [
         (RESUMABLE, True, "interrupted; resume with: salun erase --resume --run-dir run --force"),
         (RESUMABLE, False, "interrupted. Run the command again to restart"),
-        (PAGE, False, "stopped. Queued jobs start at the next start with the same --data; a job that was running can be "
-            "resumed"),
+        (PAGE, False, "stopped. Queued jobs start at the next start with the same --data; a job that was running can "
+            "be resumed"),
     ],
 )  # fmt: skip
 def test_ctrl_c_tells_the_line_of_what_was_under_way(program: str, run: bool, line: str, tmp_path: Path) -> None:
