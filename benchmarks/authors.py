@@ -123,7 +123,7 @@ def theirs(
     options = task.options
     assert options.epochs is not None
     loaders = {
-        part: DataLoader(Rows(task.data.pictures(rows), task.labels(rows)), task.size, shuffle=part != "test")
+        part: DataLoader(Rows(task.data.images_of(rows), task.labels(rows)), task.size, shuffle=part != "test")
         for part, rows in {"forget": task.split.forget, "retain": task.split.retain, "test": task.split.test}.items()
     }
     same: list[float] = []
@@ -150,7 +150,7 @@ def theirs(
         code.method("RL" if name in ("SalUn", SHARED) else name)(loaders, task.model, criterion, args, mask)
         seconds = (time.perf_counter() - began) / options.epochs
         shadow = task.split.retain[members(len(task.split.retain), len(task.split.test), options.seed)]
-        known = DataLoader(Rows(task.data.pictures(shadow), task.labels(shadow)), task.size)
+        known = DataLoader(Rows(task.data.images_of(shadow), task.labels(shadow)), task.size)
         own = {
             "UA": 100 - float(code.validate(loaders["forget"], task.model, criterion, args)),
             "RA": float(code.validate(loaders["retain"], task.model, criterion, args)),

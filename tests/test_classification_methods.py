@@ -71,7 +71,7 @@ def problem(method: str = "salun", normalised: bool = False, train: bool = True,
 def loss_on(task: Task, rows: Tensor, model: nn.Module | None = None) -> float:
     (model or task.model).eval()
     with torch.no_grad():
-        return float(F.cross_entropy(task.logits(task.data.pictures(rows), model), task.labels(rows)))
+        return float(F.cross_entropy(task.logits(task.data.images_of(rows), model), task.labels(rows)))
 
 
 def weights(task: Task) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def test_methods_that_train_leave_the_model_fit_for_the_rest(name: str) -> None:
     run(name, task)
     rows = task.split.retain
     with torch.no_grad():
-        right = task.logits(task.data.pictures(rows)).argmax(1) == task.labels(rows)
+        right = task.logits(task.data.images_of(rows)).argmax(1) == task.labels(rows)
     assert right.float().mean() > 0.95
 
 
@@ -363,7 +363,7 @@ def test_boundary_shrink_moves_the_forget_set_next_door() -> None:
     wanted = nearest_labels(task, 0.1)
     run("bs", task)
     with torch.no_grad():
-        found = task.logits(task.data.pictures(task.split.forget)).argmax(1)
+        found = task.logits(task.data.images_of(task.split.forget)).argmax(1)
     assert (found == wanted).float().mean() > 0.9
 
 
@@ -385,7 +385,7 @@ def test_the_fisher_information_is_the_closed_form_of_a_linear_model() -> None:
     torch.manual_seed(2)
     task.model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     rows = task.split.retain
-    x = task.data.pictures(rows).flatten(1)
+    x = task.data.images_of(rows).flatten(1)
     p = task.model(x).softmax(1).detach()
     found = squared_gradients(task, rows, "model")
     torch.testing.assert_close(found["1.weight"], ((p - p**2)[:, :, None] * x[:, None] ** 2).mean(0))
@@ -508,7 +508,7 @@ def test_scrub_leaves_the_teacher_on_the_forget_set_and_keeps_to_it_elsewhere() 
     run("scrub", task)
 
     def divergence(rows: Tensor) -> float:
-        x = task.data.pictures(rows)
+        x = task.data.images_of(rows)
         with torch.no_grad():
             return float(
                 F.kl_div(
