@@ -93,7 +93,7 @@ def parse_json(text: str | bytes) -> Any:
 def parse_yaml(text: str) -> Any:
     """The values of a YAML text; `1e-4` is a number. None for an empty text.
 
-    Raises ValueError in one line for a text that is no YAML, uses aliases (a few lines of them can expand to
+    Raises ValueError in one line for a text that is not YAML, uses aliases (a few lines of them can expand to
     gigabytes), gives a name at the top twice, or that `check_values` rejects.
     """
     import yaml

@@ -52,13 +52,13 @@ def examine(network: bool = True) -> list[Finding]:
         lambda: _hub(network),
         _erasing,
     ]
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for check in checks:
         try:
-            found += check()
+            findings += check()
         except Exception as error:  # one failing check must not hide the others
-            found.append(Finding("check", f"{type(error).__name__}: {error}", "fails", "unexpected: report it"))
-    return found
+            findings.append(Finding("check", f"{type(error).__name__}: {error}", "fails", "unexpected: report it"))
+    return findings
 
 
 def _versions() -> Iterator[Finding]:

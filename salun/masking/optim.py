@@ -217,13 +217,13 @@ class MaskedOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Masters and moments as flat tensors: "name/master", "name/exp_avg", …"""
-        found = {}
+        tensors = {}
         for name, packed in self.packed.items():
-            found[f"{name}/master"] = packed.master.detach()
+            tensors[f"{name}/master"] = packed.master.detach()
             for key, value in self._optimizers[name].state[packed.master].items():
                 if value is not None:
-                    found[f"{name}/{key}"] = torch.as_tensor(value)
-        return found
+                    tensors[f"{name}/{key}"] = torch.as_tensor(value)
+        return tensors
 
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Continue from a `state` that was saved after this many steps: masters, moments, weights.
@@ -254,15 +254,15 @@ class MaskedOptimizer:
 
         A parameter has all the moments that the optimizer makes in a step, or, where it never had a gradient, none.
         """
-        found: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self.packed}
+        by_parameter: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self.packed}
         for key, facts in described.items():
             name, _, entry = key.rpartition("/")
-            if name not in found:
+            if name not in by_parameter:
                 raise TrainingError(f"the saved state holds {name!r}, which this run does not train: start afresh")
-            found[name][entry] = facts
+            by_parameter[name][entry] = facts
         for name, packed in self.packed.items():
             master = {"master": (packed.master.dtype, tuple(packed.master.shape))}
-            if found[name] != master and found[name] != {**master, **self._moments_of(packed)}:
+            if by_parameter[name] != master and by_parameter[name] != {**master, **self._moments_of(packed)}:
                 raise TrainingError(f"the saved state does not fit {name!r}: it belongs to another run; start afresh")
 
     def _moments_of(self, packed: PackedParameter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -17,7 +17,8 @@ MEANING = (
     "trained again without the forget set."
 )
 CHANCE = (
-    "“Retrain, another seed” is as exact as Retrain, so its gap is chance: methods within it cannot be told from exact."
+    "“Retrain, another seed” is as exact as Retrain, so its gap is chance: methods within it "
+    "cannot be distinguished from exact."
 )
 MATRIX = "Rows are true classes, columns predicted ones; correct predictions lie on the diagonal."
 
@@ -180,7 +181,7 @@ def _search_section(search: Mapping[str, Any]) -> Section:
         if trial["score"] is None:
             rows.append([f"{trial['value']:.3g}", trial["reason"], *empty])
         else:
-            cells = [f"{trial['figures'][name]:.2f}" for name in COMPARED]
+            cells = [f"{trial['figures'][name]:.2f}" for name in COMPARED]  # codespell:ignore figures
             rows.append([f"{trial['value']:.3g}{mark}", f"{trial['score']:.2f}", *cells])
     text = (
         f"{len(search['tried'])} values in {search['seconds']:.1f} s, scored on validation images by the distance to "

@@ -83,7 +83,7 @@ class RunRecord:
     def running(self) -> Iterator[None]:
         """Within, the run is on; at the end its status, log and peak memory are written, whatever happened.
 
-        Raises ConfigError if the folder is another run's: one at work, a finished one, or one of other options.
+        Raises ConfigError if the folder is used by another run, or holds a finished run or one with other options.
         """
         if self.folder is None:
             yield from self._run()

@@ -59,9 +59,9 @@ def edit_of(c: Tensor, g: Tensor, r: Tensor, options: UceOptions) -> Tensor:
     import torch
 
     c, g, r = (tensor.detach().double().cpu() for tensor in (c, g, r))
-    kept = options.uce_lambda * torch.eye(c.shape[1], dtype=torch.float64) + options.uce_preserve * r.T @ r
+    preserved = options.uce_lambda * torch.eye(c.shape[1], dtype=torch.float64) + options.uce_preserve * r.T @ r
     edit: Tensor = torch.linalg.solve(
-        kept + options.uce_erase * c.T @ c, kept + options.uce_erase * g.T @ c, left=False
+        preserved + options.uce_erase * c.T @ c, preserved + options.uce_erase * g.T @ c, left=False
     )
     return edit
 
