@@ -222,7 +222,7 @@ def _deep(image: Image) -> np.ndarray:
     """uint16 (h, w)."""
     values = np.asarray(image)
     if values.dtype.itemsize > 2 and (values.min(initial=0) < 0 or values.max(initial=0) > WHITES[-1]):
-        raise DataError("of 32 bits a pixel (save it with 8 or 16)")
+        raise DataError("of 32 bits per pixel (save it with 8 or 16)")
     return values.astype(np.uint16)
 
 

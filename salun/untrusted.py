@@ -85,7 +85,7 @@ def parse_json(text: str | bytes) -> Any:
     except UnicodeDecodeError:
         raise
     except ValueError as error:  # Python converts no more than 4,300 digits
-        raise ValueError("it holds a whole number beyond 64 bits") from error
+        raise ValueError("it holds an integer beyond 64 bits") from error
     check_values(values)
     return values
 
@@ -176,6 +176,6 @@ def _check_scalar(value: Any) -> None:
     elif isinstance(value, bool | float) or value is None:
         return
     elif not isinstance(value, int):
-        raise ValueError(f"it holds a {type(value).__name__}; texts, numbers, lists and names with values are known")
+        raise ValueError(f"it holds a {type(value).__name__}; only texts, numbers, lists and mappings are allowed")
     elif not -_LARGEST <= value < _LARGEST:
-        raise ValueError("it holds a whole number beyond 64 bits")
+        raise ValueError("it holds an integer beyond 64 bits")

@@ -62,8 +62,8 @@ def check_torch() -> None:
         )
     if release < SOUND:
         logger.warning(
-            "torch %s can be made to corrupt memory by a pickle, even with weights_only (CVE-2026-24747): update to %s "
-            "or later before you open one that you do not trust",
+            "with torch %s a pickle can corrupt memory even under weights_only (CVE-2026-24747): update to %s or later "
+            "before you open an untrusted one",
             version.public,
             ".".join(map(str, SOUND)),
         )
@@ -111,7 +111,7 @@ def _is_recorded(target: Path) -> bool:
             return True
     except OSError:
         pass
-    logger.warning("%s in the cache is not as it was written and will be converted again", target.name)
+    logger.warning("%s in the cache is damaged and will be converted again", target.name)
     return False
 
 

@@ -106,7 +106,7 @@ def read_header(path: Path) -> Header:
                 kind = kind_of(path)
                 if kind == PICKLE:
                     raise ModelError(
-                        f"{path} is a pickle, whatever its name says", advice="Use the model's .safetensors file"
+                        f"{path} is a pickle, despite its name", advice="Use the model's .safetensors file"
                     )
                 if kind not in (SAFETENSORS, UNKNOWN):
                     raise ModelError(f"{path} is not a valid safetensors file: it is {kind}", advice=advice(kind))

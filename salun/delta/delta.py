@@ -66,7 +66,7 @@ class Delta:
         """
         lone = sorted(set(base) ^ set(new))
         if lone:
-            raise ModelError(f"the two models do not hold the same tensors: {some(lone)} only in one of them")
+            raise ModelError(f"the two models do not have the same tensors: only one of them has {some(lone)}")
         return cls.of_changed(base, new, metadata, progress)
 
     @classmethod

@@ -197,7 +197,7 @@ def stack(
     which gives the base when cast to its dtypes, gets the differences where the dtypes differ, and so does any model of
     the same names and shapes with the deltas' base as `fine_tune_of_base`; `note` says so. known_hash: the model's base
     hash, where it is known; no hash is computed then. Raises ConfigError for a strength outside −0.5…1.5 or a delta
-    that comes twice; ModelError for deltas of several bases, for another model than theirs, telling both hashes, and
+    that comes twice; ModelError for deltas of several bases, for another model than their base, with both hashes, and
     for a result whose hash is not the delta's.
     """
     layers = tuple(sorted(layers, key=lambda layer: layer[0].id))
@@ -238,7 +238,7 @@ def _of_the_same_names(model: Mapping[str, Tensor], base: Mapping[str, Tensor]) 
     """The base. Raises ModelError if the model holds other tensors."""
     lone = sorted(set(base) ^ set(model))
     if lone:
-        raise ModelError(f"the model and the base do not hold the same tensors: {some(lone)} only on one side")
+        raise ModelError(f"the model and the base do not have the same tensors: only one of them has {some(lone)}")
     return base
 
 

@@ -50,7 +50,7 @@ def mask_of_run(context: RunContext, data: ErasureData | None, given: Mask | Non
         try:
             Mask(result.mask.bits, result.mask.shapes, {**result.mask.metadata, **extra}).save(path)
         except ModelError as error:  # a full disk costs the means to resume, not the run
-            context.progress(Event(Stage.SALIENCY, message=f"the mask is not saved for a resumption: {error}"))
+            context.progress(Event(Stage.SALIENCY, message=f"the mask could not be saved to resume from: {error}"))
     return result
 
 

@@ -189,8 +189,8 @@ def _write_target(run: Run, target: str, shown: str, context: RunContext) -> Non
             raise
         error.message += f" {error.advice}." if error.advice else ""
         error.advice = (
-            f"What was trained is saved: the same command with {{resume}} {{run_dir}} {literal(folder)} and another "
-            "{output} writes it"
+            f"The trained weights are saved: repeat the command with {{resume}} {{run_dir}} {literal(folder)} and "
+            "another {output}"
         )
         error.code = "resume-to-write"
         raise
@@ -206,7 +206,7 @@ def _write_target(run: Run, target: str, shown: str, context: RunContext) -> Non
 
 
 def _note_exclusions(run: Run, targets: list[str], context: RunContext) -> None:
-    """Note what the erased model does not copy: links that lead out of it, and weights that still hold the concept."""
+    """Note what is not copied: links out of the model's folder, and weights that still contain the concept."""
     model, stored = run.file_model, run.file_model.stored
     layouts = [output_layout(target) for target in targets]
     same_layout = ("file" if stored.single else "folder") in layouts
@@ -214,11 +214,11 @@ def _note_exclusions(run: Run, targets: list[str], context: RunContext) -> None:
     if model.components is not None and context.outputs and "folder" in layouts:
         links += diffusers_folder.external_links(model.components)
     if links:
-        run.record.notes.append(f"skipped, as links that lead out of the model: {some(links)}")
+        run.record.notes.append(f"skipped, since they are links out of the model's folder: {some(links)}")
     excluded = [] if stored.single and run.plan.options.keep_ema else excluded_weights(stored)
     if excluded and same_layout:
         what = f"{len(excluded)} EMA tensors (keep_ema keeps them)" if stored.single else ", ".join(excluded)
-        context.note(Stage.SAVING, f"not in the erased model, since they hold the concept: {what}")
+        context.note(Stage.SAVING, f"not in the erased model, since they still contain the concept: {what}")
 
 
 def _energy_note(file: Path, shown: str) -> str:
@@ -226,7 +226,7 @@ def _energy_note(file: Path, shown: str) -> str:
     energy = float(safetensors_io.read_header(file).metadata["salun.energy_kept"])
     return (
         f"{Path(shown).name} holds {energy:.1%} of the difference's energy (squared norm); `salun delta export` can "
-        "hold more or less"
+        "write other ranks"
     )
 
 

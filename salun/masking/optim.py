@@ -258,12 +258,14 @@ class MaskedOptimizer:
         for key, facts in described.items():
             name, _, entry = key.rpartition("/")
             if name not in by_parameter:
-                raise TrainingError(f"the saved state holds {name!r}, which this run does not train: start afresh")
+                raise TrainingError(f"the saved state holds {name!r}, which this run does not train: start a new run")
             by_parameter[name][entry] = facts
         for name, packed in self.packed.items():
             master = {"master": (packed.master.dtype, tuple(packed.master.shape))}
             if by_parameter[name] != master and by_parameter[name] != {**master, **self._moments_of(packed)}:
-                raise TrainingError(f"the saved state does not fit {name!r}: it belongs to another run; start afresh")
+                raise TrainingError(
+                    f"the saved state does not fit {name!r}: it belongs to another run; start a new run"
+                )
 
     def _moments_of(self, packed: PackedParameter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Names, dtypes and shapes of the moments that the optimizer makes in a step, here on a vector of zeros."""
@@ -279,13 +281,13 @@ def _check_values(key: str, value: Tensor, steps: int) -> None:
     """Raises TrainingError for a tensor of a saved state whose values no training leaves behind."""
     entry = key.rpartition("/")[2]
     if value.is_floating_point() and value.numel() and not _all_finite(value):
-        raise TrainingError(f"the saved state holds NaN or infinity in {key!r}: start afresh")
+        raise TrainingError(f"the saved state holds NaN or infinity in {key!r}: start a new run")
     if entry == "step" and not (1 <= float(value) <= steps and float(value).is_integer()):
         raise TrainingError(
-            f"the saved state counts {float(value):g} steps in {key!r}, but has taken {steps}: start afresh"
+            f"the saved state counts {float(value):g} steps in {key!r}, but {steps} were taken: start a new run"
         )
     if entry == "exp_avg_sq" and value.numel() and float(value.min()) < 0:
-        raise TrainingError(f"the saved state holds a negative mean of squares in {key!r}: start afresh")
+        raise TrainingError(f"the saved state holds a negative mean of squares in {key!r}: start a new run")
 
 
 def _all_finite(values: Tensor) -> bool:

@@ -61,7 +61,7 @@ class Cache:
             metadata = safetensors_io.read_header(path).metadata
             tensors = dict(safetensors_io.tensors(path))
             if metadata.get("format") != FORMAT or metadata.get("digest") != _digest(tensors):
-                raise ModelError("its digest is not that of its content")
+                raise ModelError("its content does not match its digest")
             return tensors
 
         return self.load(key, read)
@@ -108,7 +108,7 @@ class Cache:
             write(self._path(key))
             self._make_room()
         except (ModelError, OSError) as error:
-            logger.warning("the entry is not stored in the cache %s: %s", self.folder, error)
+            logger.warning("the entry could not be stored in the cache %s: %s", self.folder, error)
 
     def entries(self) -> list[tuple[Path, int, float]]:
         """(file, bytes, when last used) of every entry, least recently used first."""

@@ -90,8 +90,8 @@ class UNet:
             return ""
         what = _RELATIVES.get(channels, "a model with further inputs")
         return (
-            f"is {what}: its UNet takes {channels} channels and returns {out}; salun supports UNets that take as many "
-            "as they return"
+            f"is {what}: its UNet has {channels} input and {out} output channels; salun supports UNets with as many "
+            "output as input channels"
         )
 
     def is_conditioned(self, shapes: Shapes) -> bool:

@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UceOptions(Checked):
-    """UCE's own numbers."""
+    """The options of UCE."""
 
-    uce_erase: float = option(1.0, "UCE: weight e of the concept's tokens (default: 1).", minimum=0, maximum=1e6)
-    uce_preserve: float = option(
-        1.0, "UCE: weight p of the retain prompts' tokens (default: 1).", minimum=0, maximum=1e6
-    )
-    uce_lambda: float = option(0.5, "UCE: weight λ of the original projection (default: 0.5).", above=0, maximum=1e6)
+    uce_erase: float = option(1.0, "UCE: weight e of the concept's tokens", minimum=0, maximum=1e6)
+    uce_preserve: float = option(1.0, "UCE: weight p of the retain prompts' tokens", minimum=0, maximum=1e6)
+    uce_lambda: float = option(0.5, "UCE: weight λ of the original projection", above=0, maximum=1e6)
 
 
 def uce(task: ErasureTask, options: UceOptions) -> Unlearned:

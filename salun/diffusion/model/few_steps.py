@@ -32,8 +32,8 @@ class FewSteps:
             f"{steps} {self.sampling_steps} {guidance} {self.sampling_guidance:g} {spell('sampler')} {self.sampler}"
         )
         return (
-            f"{self.source} contains {self.sign!r}: few-step models give burnt images at the usual steps and guidance. "
-            f"If this is one, use {options}"
+            f"{self.source} contains {self.sign!r}: few-step models give overexposed images at the usual steps and "
+            f"guidance. If this is one, use {options}"
         )
 
     @property
