@@ -237,7 +237,7 @@ def sample(
     from salun.diffusion.model.few_steps import hint
     from salun.diffusion.model.loading import load_with
     from salun.files import write_bytes
-    from salun.report import picture
+    from salun.report import image_grid
 
     with terminal_progress(False) as progress:
         loaded = load_with(model_or_default(model), options)
@@ -256,7 +256,7 @@ def sample(
         texts = [text for text in prompt for _ in range(n)]
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         pictures = sample_images(loaded, texts, seeds, progress)
-        write_bytes(output, picture.png_bytes(picture.sheet(pictures, n, prompt)))
+        write_bytes(output, image_grid.png_bytes(image_grid.sheet(pictures, n, prompt)))
     print_result(None, False, [str(output)])
 
 

@@ -171,14 +171,14 @@ class Previews:
 
     def _send(self, step: int) -> None:
         from salun.files import write_bytes
-        from salun.report import picture
+        from salun.report import image_grid
 
         after, n = self._images(), len(self.prompts) - 1
         texts = [p.text for p in self.prompts]
-        forget = picture.grid(self.before[:n], after[:n], texts[:n], blur=self.blur)
-        retain = picture.grid(self.before[n:], after[n:], texts[n:])
+        forget = image_grid.grid(self.before[:n], after[:n], texts[:n], blur=self.blur)
+        retain = image_grid.grid(self.before[n:], after[n:], texts[n:])
         name = f"preview-{step:06d}.png"
-        write_bytes(self.folder / name, picture.png_bytes(picture.stack(forget, retain)))
+        write_bytes(self.folder / name, image_grid.png_bytes(image_grid.stack(forget, retain)))
         self.pipe.send("preview", file=name, step=step)
 
 

@@ -82,9 +82,9 @@ class Method:
 
     def resolved(self, options: Any, split: Any) -> dict[str, Any]:
         """Its own options by name, resolved for a split."""
-        own = self.options_of(options)
-        own = load(self.resolve)(own, options, split) if self.resolve else own
-        return {item.name: getattr(own, item.name) for item in fields(own)}
+        resolved = self.options_of(options)
+        resolved = load(self.resolve)(resolved, options, split) if self.resolve else resolved
+        return {item.name: getattr(resolved, item.name) for item in fields(resolved)}
 
 
 def load(path: str) -> Any:
@@ -154,8 +154,8 @@ def with_method_options(task: TaskName) -> Callable[[Class], Class]:
     """A class decorator: adds every method's own options to a frozen dataclass of options."""
 
     def compose(kind: Class) -> Class:
-        own = dict.fromkeys(method.options for method in METHODS[task].values() if method.options is not NoOptions)
+        bases = dict.fromkeys(method.options for method in METHODS[task].values() if method.options is not NoOptions)
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        return dataclass(frozen=True)(type(kind.__name__, (kind, *own), names))  # type: ignore[return-value]
+        return dataclass(frozen=True)(type(kind.__name__, (kind, *bases), names))  # type: ignore[return-value]
 
     return compose

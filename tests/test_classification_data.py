@@ -199,7 +199,7 @@ def test_folders_that_cannot_serve_are_refused(tmp_path: Path) -> None:
         load_data(str(root))
     Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(root / "b" / "x.tif")
     (root / "b" / "x.png").unlink()
-    with pytest.raises(DataError, match="of 32 bits a pixel"):
+    with pytest.raises(DataError, match="of 32 bits per pixel"):
         load_data(str(root))
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(root / "b" / "x.tif")
     with pytest.raises(DataError, match="of floats, whose range is not known"):

@@ -195,7 +195,7 @@ def test_what_a_given_original_names_is_opened_for_retrain_only_when_the_user_na
 def test_a_training_has_a_page(tmp_path: Path) -> None:
     train(run_dir=tmp_path / "original", train_epochs=2, device="cpu")
     html = (tmp_path / "original" / "report.html").read_text(encoding="utf-8")
-    for text in ("An original for digits", "test images", "Class by class", "mean loss"):
+    for text in ("Original model for digits", "test images", "Class by class", "mean loss"):
         assert text in html
     found = evaluate(tmp_path / "original", device="cpu")
     assert sum(map(sum, found["confusion"]["test"])) == found["test"]["n"] == 359
