@@ -334,7 +334,10 @@ def test_a_method_that_cannot_be_done_is_a_row_that_says_so_and_ends_nothing(tmp
     [
         ({"methods": ["ft", "scrub"], "epochs": 1}, "epochs is 1, but SCRUB begins to forget in its second epoch"),
         ({"methods": ["ft", "ssd"], "ssd_alpha": 5000.0}, "no weight can be more than"),
-        ({"methods": ["ft"], "validation_share": 0.0, "search": True}, "needs validation images, and there are none"),
+        (
+            {"methods": ["ft"], "validation_share": 0.0, "search": True},
+            "needs validation images, but the split has none",
+        ),
         ({"methods": ["ft"], "validation_share": 0.002, "search": True}, "search needs 4 validation images"),
     ],
 )

@@ -110,7 +110,7 @@ WRONG_FORGET = {
     "random:1": "above 0 and below 1",
     "random:nan": "above 0 and below 1",
     "random:tenth": "is not a number",
-    "random:0.0001": "training images is none",
+    "random:0.0001": "selects none of the",
     "class:eleven": "does not exist",
     "class:10": "does not exist",
     "class:-1": "does not exist",

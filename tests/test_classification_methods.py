@@ -19,7 +19,7 @@ from salun.classification.curvature import gradient_sum, inverse_fisher_product,
 from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
 from salun.classification.methods.boundary import nearest_labels
-from salun.classification.methods.relabelling import draw_labels, relabelled
+from salun.classification.methods.relabeling import draw_labels, relabeled
 from salun.classification.predictions import SplitPredictions
 from salun.classification.splits import Split
 from salun.classification.task import Batch, Task, batches_of, minimize, retain_batches
@@ -252,7 +252,7 @@ def test_labels_are_drawn_afresh_each_epoch_and_retain_rows_keep_theirs() -> Non
     drawn = []
     for epoch in range(2):
         batches = list(
-            relabelled(task, METHODS["rl"].options_of(task.options))(epoch, torch.Generator().manual_seed(epoch))
+            relabeled(task, METHODS["rl"].options_of(task.options))(epoch, torch.Generator().manual_seed(epoch))
         )
         parts = [b.part for b in batches]
         assert parts == sorted(parts)  # the forget set first
@@ -266,7 +266,7 @@ def test_labels_are_drawn_afresh_each_epoch_and_retain_rows_keep_theirs() -> Non
 
 def test_mixed_order_puts_both_sets_into_one_batch() -> None:
     task = problem("rl", order="mixed")
-    batches = list(relabelled(task, METHODS["rl"].options_of(task.options))(0, torch.Generator().manual_seed(0)))
+    batches = list(relabeled(task, METHODS["rl"].options_of(task.options))(0, torch.Generator().manual_seed(0)))
     assert {b.part for b in batches} == {"both"}
     assert any(bool((b.rows < 12).any() and (b.rows >= 12).any()) for b in batches)
 

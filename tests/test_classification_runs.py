@@ -146,7 +146,7 @@ def test_an_original_whose_file_does_not_tell_all_of_its_training_has_no_retrain
     save_model(tmp_path / "less.safetensors", model, replace(facts, training=less))
     told: dict[str, Any] = {"original": str(tmp_path / "less.safetensors"), "epochs": 1, "device": "cpu"}
     assert made.split.base == facts.base
-    assert "how the original was trained is not known" in unlearn(**told).metrics["reason"]
+    assert "the original's training options are not known" in unlearn(**told).metrics["reason"]
     with pytest.raises(ConfigError, match="cannot be trained again"):
         unlearn(retrain="yes", **told)
 
@@ -277,7 +277,7 @@ def test_a_folder_of_pictures_and_a_transformers_model_go_all_the_way(tmp_path: 
     assert trained.metrics["gap_mean"] is not None
     given = unlearn(run_dir=tmp_path / "b", original=str(tmp_path / "vit"), **common)
     assert given.metrics["gap"] is None
-    assert "how the original was trained is not known" in given.metrics["reason"]
+    assert "the original's training options are not known" in given.metrics["reason"]
     assert "is not known" in given.record.notes[0]
     with pytest.raises(ConfigError, match="cannot be trained again"):
         unlearn(original=str(tmp_path / "vit"), **{**common, "retrain": "yes"})
@@ -301,7 +301,7 @@ WRONG = [
         {"method": "ssd", "ssd_alpha": 50.0},
         "ssd_alpha is 50, but for 129 of 1295 samples no weight can",
     ),
-    ({"search": True, "validation_share": 0.0}, "search needs validation images, and there are none"),
+    ({"search": True, "validation_share": 0.0}, "search needs validation images, but the split has none"),
     ({"search": True, "method": "retrain"}, "search is set, but the method Retrain has no option"),
     ({"forget": "random:0"}, "above 0 and below 1"),
     ({"forget": "class:ten"}, "does not exist"),

@@ -71,7 +71,7 @@ def _check_search(result: Mapping[str, Any], option: str | None, values: Sequenc
             raise ValueError("the reason of a trial must be a text or null")
         if trial.get("score", "") is not None:
             _number("the score of a trial", trial.get("score"))
-            _check_percentages("the metrics of a trial", trial.get("figures"))  # codespell:ignore figures
+            _check_percentages("the metrics of a trial", trial.get("figures"))
 
 
 def _check_percentages(name: str, values: Any) -> None:

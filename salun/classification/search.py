@@ -173,7 +173,7 @@ def merged(results: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | Non
             {
                 "value": trial["value"],
                 "score": sum(scores) / len(scores) if good else None,
-                "figures": _means([trial["figures"] for trial in seeds]) if good else None,  # codespell:ignore figures
+                "figures": _means([trial["figures"] for trial in seeds]) if good else None,
                 "reason": next((trial["reason"] for trial in seeds if trial["reason"]), None),
             }
         )

@@ -1,4 +1,4 @@
-"""Boundary unlearning: forget samples are relabelled to the nearest class, or to an extra class that is pruned."""
+"""Boundary unlearning: forget samples are relabeled to the nearest class, or to an extra class that is pruned."""
 
 from __future__ import annotations
 
