@@ -1,7 +1,7 @@
 """The queue of jobs: one at a time, each in a child process, independent of any browser.
 
 The queue's thread holds the host's GPU lock while a job runs. Jobs that had not started when the program ended start
-with the next program; the running job is cancelled and can be resumed.
+when it runs again; the running job is cancelled and can be resumed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Queue:
         gpu_lease: Entered before a child starts and left after it ended: the host's lock held, its memory freed.
         after: Called with every job that ended.
         environment: Additional environment variables of child processes.
-        allowed: Whether a stored job of an earlier program may run: its file is untrusted input.
+        allowed: Whether a stored job of an earlier start may run: its file is untrusted input.
 
     Raises ConfigError if another program works with the folder.
     """
@@ -157,7 +157,7 @@ class Queue:
             return job
 
     def close(self) -> None:
-        """Stop the running job and release the folder. Queued jobs stay queued for the next program."""
+        """Stop the running job and release the folder. Queued jobs stay queued for the next start of the program."""
         with self._change:
             self._closed = True
             running = [job.id for job in self._jobs.values() if job.state in ("running", "stopping")]
