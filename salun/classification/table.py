@@ -57,8 +57,8 @@ def table_of(
         }
     first = next(iter(results))
     pairs = {
-        name: [mine[s] - gaps[first][s] for s in mine if s in gaps[first]]
-        for name, mine in gaps.items()
+        name: [by_seed[s] - gaps[first][s] for s in by_seed if s in gaps[first]]
+        for name, by_seed in gaps.items()
         if name != first
     }
     table["differences"] = {"to": first, "of": {name: interval(values) for name, values in pairs.items()}}
@@ -201,10 +201,10 @@ def _sides(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {**rows, **{row["title"]: row for row in table["methods"].values()}}
 
 
-def _cell(side: Mapping[str, Any], places: int = 2) -> str:
-    if side["mean"] is None:
+def _cell(values: Mapping[str, Any], digits: int = 2) -> str:
+    if values["mean"] is None:
         return "–"
-    return f"{side['mean']:.{places}f}" + (f" ± {side['std']:.{places}f}" if side["std"] is not None else "")
+    return f"{values['mean']:.{digits}f}" + (f" ± {values['std']:.{digits}f}" if values["std"] is not None else "")
 
 
 def _number(value: float | None) -> str:
