@@ -106,7 +106,7 @@ def test_files_that_hold_no_classifier_are_refused(split: Split, tmp_path: Path)
     with pytest.raises(ModelError, match="damaged: its weights do not fit small"):
         load_model(path)
     safetensors_io.write(path, {"w": torch.zeros(2)}, {"format": "salun-classifier-1", "classes": "["})
-    with pytest.raises(ModelError, match="damaged: its header"):
+    with pytest.raises(ModelError, match="damaged: an entry of its header"):
         load_model(path)
 
 
