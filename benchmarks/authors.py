@@ -1,17 +1,17 @@
-"""The authors' code beside ours: FT, RL, GA and SalUn at equal hyperparameters, on the same models, rows and seeds.
+"""FT, RL, GA and SalUn compared with the authors' code: equal hyperparameters, models, rows and seeds.
 
     python benchmarks/authors.py /path/to/Unlearn-Saliency/Classification --commit a6e89fd
 
-The path is a checkout of OPTML-Group/Unlearn-Saliency, of which nothing is kept here. What stands between: `.cuda()`
-gives the tensor back as it is (they run on a CPU here), modules that only their data sets, models, plots and original
-training need are empty, and their loaders get our rows and our small model. Their unlearning loops, their mask and
-their evaluation run as they are. Ours is told to do as they do: random labels may be a picture's own (`labels any`),
-the forget set comes first (`order forget-first`, theirs for CIFAR-10), and BatchNorm's statistics are updated.
+The path is a checkout of OPTML-Group/Unlearn-Saliency, which is not part of this repository. Its unlearning loops, mask
+and evaluation run unchanged. Around them, `.cuda()` returns the tensor itself, since they run on a CPU here; modules of
+their data sets, models, plots and original training are empty; and their loaders get the rows and the small model of
+salun. Salun uses the options of their code: random labels may be an image's own (`labels any`), the forget set comes
+first (`order forget-first`, theirs for CIFAR-10), and BatchNorm's statistics are updated.
 
-One unlearning is one draw of batches and labels, and SalUn's figures move by points from draw to draw: so each seed's
-original is unlearned several times on either side (`--draws`), and the means of these are paired. A row more gives
-their loop our mask, to tell what the mask does from what the loop does. Writes docs/classification-authors.md after
-every seed.
+One unlearning is one draw of batches and labels, and SalUn's metrics vary by some percentage points between draws. So
+each original is unlearned several times by either code (`--draws`), and the means are paired by seed. A further row
+runs their loop with salun's mask, to separate the effect of the mask from that of the loop. The script writes
+docs/classification-authors.md after every seed.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from salun.progress import silent
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "classification-authors.md"
 RUNS = {"FT": ("ft", 0.02, 10), "RL": ("rl", 0.005, 10), "GA": ("ga", 0.0005, 5), "SalUn": ("salun", 0.01, 10)}
-SHARED = "SalUn, our mask"  # theirs with the mask that ours found
-APART = 1000  # between the seeds of a seed's draws
-CODE = types.SimpleNamespace()  # theirs, of a worker process
+SHARED = "SalUn, salun's mask"  # their loop with the mask of salun
+APART = 1000  # difference between the seeds of two draws
+CODE = types.SimpleNamespace()  # the authors' functions, in a worker process
 OPTIONS: dict[str, Any] = {"data": "clutter", "device": "cpu", "retrain": "no"}
 OPTIONS |= {"labels": "any", "order": "forget-first", "batchnorm": "updated"}
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):
-    """Our pictures as their loaders want them."""
+    """Images and labels as a dataset of their loaders."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y
@@ -70,8 +70,8 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         return self.x[i], self.y[i]
 
 
-def theirs_from(checkout: Path) -> types.SimpleNamespace:
-    """Their modules, with what they need of a GPU, torchvision and matplotlib made harmless."""
+def authors_code(checkout: Path) -> types.SimpleNamespace:
+    """Their functions, with a GPU, torchvision and matplotlib replaced by stand-ins."""
     if not (checkout / "unlearn" / "impl.py").is_file():
         sys.exit(f"{checkout} holds no unlearn/impl.py: give the Classification folder of a checkout")
 
@@ -113,17 +113,19 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def theirs(
+def unlearn_by_authors(
     code: types.SimpleNamespace, task: Task, name: str, seed: int
 ) -> tuple[dict[str, Any], dict[str, float], float, list[float]]:
-    """(our judgement of their model, theirs, seconds an epoch, shares of mask bits that ours has too: with their
-    batches, which count alike however short the last is, and with one batch of all). seed: of this draw; the attack's
-    members are those of the task's own seed.
+    """Unlearn by the authors' code.
+
+    seed: of this draw; the attack's members are drawn by the task's seed. Returns salun's evaluation of their model,
+    their own evaluation of it, seconds per epoch, and the fractions of mask bits that agree with salun's mask: with
+    their batches, which have equal weights even if the last is short, and with a single batch.
     """
     options = task.options
     assert options.epochs is not None
     loaders = {
-        part: DataLoader(Rows(task.data.pictures(rows), task.labels(rows)), task.size, shuffle=part != "test")
+        part: DataLoader(Rows(task.data.images_of(rows), task.labels(rows)), task.size, shuffle=part != "test")
         for part, rows in {"forget": task.split.forget, "retain": task.split.retain, "test": task.split.test}.items()
     }
     same: list[float] = []
@@ -137,84 +139,86 @@ def theirs(
         if name == "SalUn":
             code.mask(loaders, task.model, criterion, args)
             mask = torch.load(Path(folder) / "with_0.5.pt", weights_only=True)
-            ours, _ = find_mask(task)
-            same = [agreement(mask, ours)]
+            own_mask, _ = find_mask(task)
+            same = [agreement(mask, own_mask)]
             code.mask({"forget": DataLoader(loaders["forget"].dataset, 10**6)}, task.model, criterion, args)
-            same.append(agreement(torch.load(Path(folder) / "with_0.5.pt", weights_only=True), ours))
+            same.append(agreement(torch.load(Path(folder) / "with_0.5.pt", weights_only=True), own_mask))
         elif name == SHARED:
-            ours, _ = find_mask(task)
-            mask = {n: ours.dense(n).float() for n in task.parameters}
+            own_mask, _ = find_mask(task)
+            mask = {n: own_mask.dense(n).float() for n in task.parameters}
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         began = time.perf_counter()
         code.method("RL" if name in ("SalUn", SHARED) else name)(loaders, task.model, criterion, args, mask)
         seconds = (time.perf_counter() - began) / options.epochs
         shadow = task.split.retain[members(len(task.split.retain), len(task.split.test), options.seed)]
-        known = DataLoader(Rows(task.data.pictures(shadow), task.labels(shadow)), task.size)
-        own = {
+        known = DataLoader(Rows(task.data.images_of(shadow), task.labels(shadow)), task.size)
+        metrics = {
             "UA": 100 - float(code.validate(loaders["forget"], task.model, criterion, args)),
             "RA": float(code.validate(loaders["retain"], task.model, criterion, args)),
             "TA": float(code.validate(loaders["test"], task.model, criterion, args)),
         }
         attack = code.mia(known, None, loaders["forget"], loaders["test"], task.model)
-        own["MIA"] = 100 * float(attack["confidence"])
-    return evaluate_classifier(task), own, seconds, same
+        metrics["MIA"] = 100 * float(attack["confidence"])
+    return evaluate_classifier(task), metrics, seconds, same
 
 
-def agreement(theirs: dict[str, Tensor], ours: Mask) -> float:
-    """The share of all entries that both masks have, or both have not."""
-    same = sum(int((theirs[name].bool() == ours.dense(name)).sum()) for name in theirs)
-    return same / ours.total
+def agreement(dense: dict[str, Tensor], mask: Mask) -> float:
+    """The fraction of weights that both masks select or both do not."""
+    same = sum(int((dense[name].bool() == mask.dense(name)).sum()) for name in dense)
+    return same / mask.total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("--commit", required=True, help="of the checkout, for the page")
+    parser.add_argument("--commit", required=True, help="commit of the checkout, for the document")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--draws", type=int, default=3, help="unlearnings of each original on either side")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side, one thread each")
+    parser.add_argument("--draws", type=int, default=3, help="unlearnings of each original by either code")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes, one thread each")
     arguments = parser.parse_args()
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*RUNS, SHARED)}
     processes = multiprocessing.get_context("spawn").Pool(arguments.workers, begin, (arguments.checkout,))
     with processes as pool:
-        told = pool.imap(partial(of_seed, draws=arguments.draws), range(arguments.seeds))
-        for seed, found in enumerate(told):
-            for name, row in found.items():
+        results = pool.imap(partial(of_seed, draws=arguments.draws), range(arguments.seeds))
+        for seed, of_methods in enumerate(results):
+            for name, row in of_methods.items():
                 rows[name].append(row)
                 print(seed, name, row, flush=True)
             TABLE.write_text(page(rows, arguments.commit, seed + 1, arguments.draws), encoding="utf-8")
 
 
 def begin(checkout: Path) -> None:
-    """Of a worker process."""
+    """Set up a worker process."""
     global CODE
     torch.set_num_threads(1)
-    CODE = theirs_from(checkout)
+    CODE = authors_code(checkout)
 
 
 def of_seed(seed: int, draws: int) -> dict[str, dict[str, Any]]:
-    """Row of the tables → what a seed's draws gave on either side."""
+    """Row of the tables → the metrics of a seed's draws by either code."""
     rows = {}
     for name, (method, lr, epochs) in RUNS.items():
         setting = setup_of(UnlearnOptions(method=method, lr=lr, epochs=epochs, seed=seed, **OPTIONS))
         original = setting.task(setting.original(silent), silent)
         drawn = [seed + APART * draw for draw in range(draws)]
-        mine = [ours_of(original, setting, own) for own in drawn]
-        for told in (name, SHARED) if name == "SalUn" else (name,):
-            found = [theirs(CODE, replace(original, model=deepcopy(original.model)), told, own) for own in drawn]
-            rows[told] = {
-                "ours": [{k: judged[k]["value"] for k in COMPARED} for judged, _ in mine],
-                "theirs": [{k: judged[k]["value"] for k in COMPARED} for judged, *_ in found],
-                "their figures": [own for _, own, *_ in found],
-                "seconds": (min(s for _, s in mine), min(s for _, _, s, _ in found)),
-                "same": [mean(shares) for shares in zip(*(same for *_, same in found), strict=True)],
+        by_salun = [unlearn_by_salun(original, setting, draw) for draw in drawn]
+        for row in (name, SHARED) if name == "SalUn" else (name,):
+            by_authors = [
+                unlearn_by_authors(CODE, replace(original, model=deepcopy(original.model)), row, draw) for draw in drawn
+            ]
+            rows[row] = {
+                "salun": [{k: metrics[k]["value"] for k in COMPARED} for metrics, _ in by_salun],
+                "authors": [{k: metrics[k]["value"] for k in COMPARED} for metrics, *_ in by_authors],
+                "authors' evaluation": [metrics for _, metrics, *_ in by_authors],
+                "seconds": (min(s for _, s in by_salun), min(s for _, _, s, _ in by_authors)),
+                "same": [mean(fractions) for fractions in zip(*(same for *_, same in by_authors), strict=True)],
             }
     return rows
 
 
-def ours_of(original: Task, setting: ExperimentSetup, seed: int) -> tuple[dict[str, Any], float]:
-    """(the judgement of our model, seconds an epoch) of one draw; judged by the original's own seed."""
+def unlearn_by_salun(original: Task, setting: ExperimentSetup, seed: int) -> tuple[dict[str, Any], float]:
+    """Unlearn by salun. Returns the evaluation of the model, by the original's seed, and seconds per epoch."""
     task = replace(original, model=deepcopy(original.model), options=replace(original.options, seed=seed), history=[])
     assert task.options.epochs is not None
     began = time.perf_counter()
@@ -224,53 +228,53 @@ def ours_of(original: Task, setting: ExperimentSetup, seed: int) -> tuple[dict[s
     return evaluate_classifier(task), seconds
 
 
-def differences(some: list[dict[str, Any]], figure: str, draws: int) -> dict[str, Any]:
-    """Ours minus theirs of the first `draws` draws' means, paired by seed, see `interval`."""
-    sides = ([mean(d[figure] for d in row[side][:draws]) for row in some] for side in ("ours", "theirs"))
-    return interval([mine - other for mine, other in zip(*sides, strict=True)])
+def differences(seeds: list[dict[str, Any]], metric: str, draws: int) -> dict[str, Any]:
+    """Salun minus the authors' code: differences of the first draws' means, paired by seed, see `interval`."""
+    sides = ([mean(d[metric] for d in row[side][:draws]) for row in seeds] for side in ("salun", "authors"))
+    return interval([salun - authors for salun, authors in zip(*sides, strict=True)])
 
 
-def apart(rows: dict[str, list[dict[str, Any]]], draws: int) -> str:
-    """The intervals that exclude zero, named; "none" where there is none."""
-    found = [
-        f"{name} {k} {told['mean']:+.2f} ({told['low']:+.2f} to {told['high']:+.2f})"
-        for name, some in rows.items()
+def nonzero(rows: dict[str, list[dict[str, Any]]], draws: int) -> str:
+    """The intervals that exclude zero, as text; "none" if there are none."""
+    texts = [
+        f"{name} {k} {of['mean']:+.2f} ({of['low']:+.2f} to {of['high']:+.2f})"
+        for name, seeds in rows.items()
         for k in COMPARED
-        if (told := differences(some, k, draws))["low"] is not None and (told["low"] > 0 or told["high"] < 0)
+        if (of := differences(seeds, k, draws))["low"] is not None and (of["low"] > 0 or of["high"] < 0)
     ]
-    return "; ".join(found) or "none"
+    return "; ".join(texts) or "none"
 
 
 def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int, draws: int) -> str:
     def cell(values: list[float]) -> str:
         return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
-    told = [
+    introduction = [
         f"Written by `benchmarks/authors.py` against commit {commit} of OPTML-Group/Unlearn-Saliency: `clutter`, "
-        f"random 10 %, {seeds} seeds, the same original, rows and hyperparameters on both sides, one thread of a CPU. "
-        "Ours is told to do as theirs does: `--labels any --order forget-first --batchnorm updated`. Both models are "
-        "judged by `salun`; their own evaluation of their models, its attack made from the members that ours draws, "
-        "differs from that by the last column, at most.",
-        "Batches and random labels are drawn by other generators on the two sides, and one unlearning is one draw of "
-        f"them: each original is unlearned {draws} times on either side, and the means of these count as the seed's "
-        "figures. *SalUn, our mask* is their loop with the mask that ours found, beside ours as in the row above.",
+        f"random 10 %, {seeds} seeds, the same original, rows and hyperparameters for both, one thread of a CPU. "
+        "Salun uses the options of their code: `--labels any --order forget-first --batchnorm updated`. `salun` "
+        "evaluates both models. Their own evaluation of their models, with an attack fitted to the same members, "
+        "differs from that by at most the value in the last column.",
+        "The two codes draw batches and random labels with different generators, and one unlearning is one draw: each "
+        f"original is unlearned {draws} times by either code, and the seed's metrics are the means. *SalUn, salun's "
+        "mask* is their loop with the mask that salun computed.",
     ]
-    out = ["# Beside the authors' code", ""]
-    for paragraph in told:
+    out = ["# Comparison with the authors' code", ""]
+    for paragraph in introduction:
         out += [fill(paragraph, 118), ""]
     out += [
-        "| method | lr, epochs | | UA % | RA % | TA % | MIA % | s an epoch, least | judges differ by |",
+        "| method | lr, epochs | code | UA % | RA % | TA % | MIA % | s per epoch, minimum | evaluations differ by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, some in rows.items():
+    for name, seeds_of in rows.items():
         _, lr, epochs = RUNS["SalUn" if name == SHARED else name]
-        for i, side in enumerate(("ours", "theirs")):
-            if name == SHARED and side == "ours":
+        for i, side in enumerate(("salun", "authors")):
+            if name == SHARED and side == "salun":
                 continue
-            cells = [cell([mean(d[k] for d in r[side]) for r in some]) for k in COMPARED]
-            seconds = f"{min(r['seconds'][i] for r in some):.3f}"
-            pairs = [pair for r in some for pair in zip(r["theirs"], r["their figures"], strict=True)]
-            worst = max(abs(ours[k] - own[k]) for ours, own in pairs for k in COMPARED)
+            cells = [cell([mean(d[k] for d in r[side]) for r in seeds_of]) for k in COMPARED]
+            seconds = f"{min(r['seconds'][i] for r in seeds_of):.3f}"
+            pairs = [pair for r in seeds_of for pair in zip(r["authors"], r["authors' evaluation"], strict=True)]
+            worst = max(abs(by_salun[k] - by_authors[k]) for by_salun, by_authors in pairs for k in COMPARED)
             out.append(
                 f"| {name} | {lr:g}, {epochs} | {side} | "
                 + " | ".join([*cells, seconds, f"{worst:.2f}" if i else ""])
@@ -278,27 +282,27 @@ def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int, draws: 
             )
     out += [
         "",
-        "Ours minus theirs, paired by seed, with the 95 % interval by Student's t, and the time as a ratio:",
+        "Salun minus authors, paired by seed, with the 95 % interval by Student's t, and the ratio of times:",
         "",
     ]
-    out += ["| method | UA | RA | TA | MIA | time, theirs / ours |", "|---|---|---|---|---|---|"]
-    for name, some in rows.items():
+    out += ["| method | UA | RA | TA | MIA | time, authors / salun |", "|---|---|---|---|---|---|"]
+    for name, seeds_of in rows.items():
         cells = []
         for k in COMPARED:
-            found = differences(some, k, draws)
-            low = "" if found["low"] is None else f" ({found['low']:+.2f} to {found['high']:+.2f})"
-            cells.append(f"{found['mean']:+.2f}{low}")
-        ratio = min(r["seconds"][1] for r in some) / min(r["seconds"][0] for r in some)
+            difference = differences(seeds_of, k, draws)
+            ends = "" if difference["low"] is None else f" ({difference['low']:+.2f} to {difference['high']:+.2f})"
+            cells.append(f"{difference['mean']:+.2f}{ends}")
+        ratio = min(r["seconds"][1] for r in seeds_of) / min(r["seconds"][0] for r in seeds_of)
         out.append(f"| {name} | " + " | ".join(cells) + f" | {ratio:.2f} |")
     count = len(rows) * len(COMPARED)
-    end = f"Of these {count} intervals, not corrected for their number, those that exclude zero: {apart(rows, draws)}."
+    end = f"Of these {count} intervals, not corrected for their number, these exclude zero: {nonzero(rows, draws)}."
     if draws > 1:
-        end += f" By the first draw of each seed alone they would be: {apart(rows, 1)}."
+        end += f" With only the first draw of each seed: {nonzero(rows, 1)}."
     first, second = (mean(r["same"][i] for r in rows["SalUn"]) for i in (0, 1))
     masks = (
-        f"At density 0.5 SalUn's two masks agree in {100 * first:.2f} % of the weights. Theirs adds up means of "
-        "batches, a short last one as much as a full one; ours weights batches by their size. With one batch of all of "
-        f"the forget set they agree in {100 * second:.2f} %."
+        f"At density 0.5 the two masks of SalUn agree in {100 * first:.2f} % of the weights. The authors' code adds "
+        "the means of batches, so that a short last batch counts as much as a full one; salun weights batches by their "
+        f"size. With the forget set as a single batch they agree in {100 * second:.2f} %."
     )
     return "\n".join([*out, "", fill(end, 118), "", fill(masks, 118), ""])
 

@@ -1,9 +1,9 @@
 """Checkpoints of true size: writing an erased one against a plain copy, and a whole erasure on a CPU.
 
-    python -m benchmarks.checkpoint FOLDER        FOLDER takes 20 GB; writes docs/checkpoints.md. Stopped, it goes on
+    python -m benchmarks.checkpoint FOLDER        FOLDER takes 20 GB; writes docs/checkpoints.md. Resumes if stopped
 
-Every row runs in a process of its own, so that its peak memory is its own (VmHWM: Linux); the rows take turns, round
-after round. The weights are random, of Stable Diffusion 1.5's names and shapes (tools/checkpoints.py). Copies are real
+Every row runs in its own process, which gives its peak memory (VmHWM, Linux only); the rows take turns, round after
+round. The weights are random, of Stable Diffusion 1.5's names and shapes (tools/checkpoints.py). Copies are real
 ones (no reflink) and synced, as the writer's are; the page cache holds the source in every row.
 
 Just before its row each process writes the file's bytes to a scratch file and removes it, twice. A virtual machine that
@@ -45,7 +45,7 @@ ERASE = shlex.split(
 
 
 class Moved(Mapping[str, Tensor]):
-    """A UNet of which every weight moved by its last bit, made a tensor at a time: it is the writing that is timed."""
+    """A UNet with the last bit of every weight flipped, made one tensor at a time, so that only writing is timed."""
 
     def __init__(self, stored: Stored) -> None:
         self.stored = stored
@@ -61,10 +61,10 @@ class Moved(Mapping[str, Tensor]):
 
 
 def status(field: str) -> int:
-    """Bytes of memory, as Linux tells of this process."""
-    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.M)
-    assert found is not None
-    return int(found[1]) * 1024
+    """Bytes of memory of this process, from a field of Linux' /proc/self/status."""
+    match = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.M)
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def copy(base: Path, target: Path) -> None:
@@ -77,35 +77,35 @@ def copy(base: Path, target: Path) -> None:
 
 
 def few(base: Path, target: Path) -> None:
-    """An erased checkpoint of which the cross-attention changed."""
+    """An erased checkpoint in which the cross-attention changed."""
     stored = open_unet(base)
     write_patched(stored, target, {n: Moved(stored)[n] for n in stored if ".attn2." in n}, {"salun.concept": "x"})
 
 
 def every(base: Path, target: Path) -> None:
-    """An erased checkpoint of which every UNet tensor changed."""
+    """An erased checkpoint in which every UNet tensor changed."""
     stored = open_unet(base)
     write_patched(stored, target, Moved(stored), {"salun.concept": "x"})
 
 
 def digest(base: Path, target: Path) -> None:
-    """sha256 of the file, as run.json tells it."""
-    found = hashlib.sha256()
+    """sha256 of the file, as in run.json."""
+    sha256 = hashlib.sha256()
     with base.open("rb") as source:
         while block := source.read(CHUNK):
-            found.update(block)
+            sha256.update(block)
 
 
 ROWS: dict[str, Callable[[Path, Path], None]] = {
     "plain copy (baseline)": copy,
     "erased, cross-attention changed": few,
     "erased, all of the UNet changed": every,
-    "sha256 of the file, apart": digest,
+    "sha256 of the file alone": digest,
 }
 
 
 def child(row: str, base: Path, target: Path) -> None:
-    """Run a row and print what it took."""
+    """Run a row and print its seconds and memory."""
     scratch = target.with_name("scratch.safetensors")
     for _ in range(2):
         copy(base, scratch)
@@ -118,20 +118,20 @@ def child(row: str, base: Path, target: Path) -> None:
 
 
 def measured(base: Path, target: Path, rounds: int) -> dict[str, dict[str, Any]]:
-    """Of each row the median over the rounds, and the seconds of all; each run in a process of its own."""
-    found: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+    """For each row the medians over the rounds and the seconds of every round; each run in its own process."""
+    results: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
     for _ in range(rounds):
-        for row, runs in found.items():
+        for row, runs in results.items():
             command = [sys.executable, __file__, str(target.parent), "--row", row]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
             runs.append(json.loads(done.stdout))
             target.unlink(missing_ok=True)
     return {
         row: {
-            **{key: median(one[key] for one in runs) for key in ("seconds", "memory")},
-            "all": sorted(one["seconds"] for one in runs),
+            **{key: median(run[key] for run in runs) for key in ("seconds", "memory")},
+            "all": sorted(run["seconds"] for run in runs),
         }
-        for row, runs in found.items()
+        for row, runs in results.items()
     }
 
 
@@ -140,7 +140,7 @@ def environment() -> dict[str, str]:
 
 
 def erasure(base: Path, run: Path, extra: list[str]) -> dict[str, Any]:
-    """What the run.json of `salun erase` on the file tells; a run that was stopped goes on."""
+    """Timings, rounding and peak memory of `salun erase` on the file; a run that was stopped is resumed."""
     record_file = run / "run.json"
     if not (record_file.is_file() and json.loads(record_file.read_text(encoding="utf-8"))["status"] == "done"):
         command = [
@@ -160,33 +160,33 @@ def erasure(base: Path, run: Path, extra: list[str]) -> dict[str, Any]:
     return {key: record[key] for key in ("timings", "rounding", "peak_memory")}
 
 
-def page(found: dict[str, Any]) -> str:
-    """docs/checkpoints.md, from the results there are."""
-    plain = found["rows"]["plain copy (baseline)"]["seconds"]
+def page(results: dict[str, Any]) -> str:
+    """docs/checkpoints.md, from the results so far."""
+    plain = results["rows"]["plain copy (baseline)"]["seconds"]
     out = [
         "# Full-size checkpoints",
         "",
         f"Written by `benchmarks/checkpoint.py`: Stable Diffusion 1.5's names and shapes, fp16, random weights, "
-        f"{found['bytes'] / 1e9:.2f} GB; torch {found['torch']}, {found['cores']} shared cores, no GPU. Medians of "
-        f"{found['runs']} rounds in which the rows take turns, each in a process of its own that has just written and "
-        "removed the same bytes twice (the script tells why); memory beyond what the process held before.",
+        f"{results['bytes'] / 1e9:.2f} GB; torch {results['torch']}, {results['cores']} shared cores, no GPU. Medians "
+        f"of {results['runs']} rounds in which the rows take turns, each in a process of its own that has just written "
+        "and removed the same bytes twice (the script says why); memory beyond what the process held before.",
         "",
-        "| writing | seconds (least to most) | of a copy | peak memory |",
+        "| writing | seconds (least to most) | relative to a copy | peak memory |",
         "|---|---|---|---|",
         *(
-            f"| {row} | {told['seconds']:.2f} ({told['all'][0]:.2f} to {told['all'][-1]:.2f}) | "
-            f"{told['seconds'] / plain:.2f} × | {told['memory'] / 1e6:.0f} MB |"
-            for row, told in found["rows"].items()
+            f"| {row} | {result['seconds']:.2f} ({result['all'][0]:.2f} to {result['all'][-1]:.2f}) | "
+            f"{result['seconds'] / plain:.2f} × | {result['memory'] / 1e6:.0f} MB |"
+            for row, result in results["rows"].items()
         ),
         "",
         f"`salun {' '.join(ERASE)} --model FILE`, all stages to the written checkpoint and delta:",
         "",
-        "| options | seconds of each stage | peak CPU memory | weights changed, of these lost to rounding |",
+        "| options | seconds per stage | peak CPU memory | weights changed; fraction lost to rounding |",
         "|---|---|---|---|",
     ]
-    for extra, told in found["erasures"].items():
-        stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in told["timings"].items())
-        rounding, peak = told["rounding"], told["peak_memory"]["cpu_bytes"] / 2**30
+    for extra, result in results["erasures"].items():
+        stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["timings"].items())
+        rounding, peak = result["rounding"], result["peak_memory"]["cpu_bytes"] / 2**30
         out.append(
             f"| {extra or 'defaults (fp32)'} | {stages} | {peak:.1f} GiB | {rounding['changed'] / 1e6:.0f} M, "
             f"{rounding['lost_to_rounding'] / max(rounding['changed'], 1):.0%} |"
@@ -208,14 +208,14 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not base.is_file():
         make(base, "sd1", size="true")
-    found: dict[str, Any] = {"bytes": base.stat().st_size, "torch": torch.__version__, "cores": os.cpu_count()}
-    found["runs"] = arguments.runs
-    found["rows"] = measured(base, folder / "out.safetensors", arguments.runs)
-    found["erasures"] = {}
+    results: dict[str, Any] = {"bytes": base.stat().st_size, "torch": torch.__version__, "cores": os.cpu_count()}
+    results["runs"] = arguments.runs
+    results["rows"] = measured(base, folder / "out.safetensors", arguments.runs)
+    results["erasures"] = {}
     for extra in ([], ["--dtype", "bf16", "--low-vram"]):
-        found["erasures"][" ".join(extra)] = erasure(base, folder / f"run{len(found['erasures'])}", extra)
-        PAGE.write_text(page(found), encoding="utf-8")
-    print(page(found))
+        results["erasures"][" ".join(extra)] = erasure(base, folder / f"run{len(results['erasures'])}", extra)
+        PAGE.write_text(page(results), encoding="utf-8")
+    print(page(results))
 
 
 if __name__ == "__main__":

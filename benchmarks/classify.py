@@ -1,14 +1,14 @@
 """The comparison of unlearning methods that fills docs/classification-results.md.
 
-    python benchmarks/classify.py                  # what is missing of the runs, then the table
-    python benchmarks/classify.py --only clutter   # those with "clutter" in their name
-    python benchmarks/classify.py --table          # the table from what there is
-    python benchmarks/classify.py --rates          # what the searches found
+    python benchmarks/classify.py                  # run the missing comparisons, then write the document
+    python benchmarks/classify.py --only clutter   # run only comparisons with "clutter" in their name
+    python benchmarks/classify.py --table          # write the document from the finished comparisons
+    python benchmarks/classify.py --rates          # print the values that the searches chose
 
-Every setting is one `salun classify-compare` in benchmarks/results/classify/; it is resumable: kill it and start it
-again. Jobs that are done are not made anew. The defaults in `methods/__init__.py` are what the search found in the
-first setting: they come of its criterion, which does not look at Retrain. The grids themselves lay around older
-defaults, which are kept here (CENTRES), so that the very same values are tried again.
+Every setting is one `salun classify-compare` in benchmarks/results/classify/. It can be interrupted at any time; the
+next start resumes with the jobs that are left. The defaults in `methods/__init__.py` are the values that the search
+chose in the first setting, without Retrain. The grids of the runs have other centers, the defaults of that time
+(CENTERS), so that a repeated run tries the same values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TABLE = ROOT / "docs" / "classification-results.md"
 METHODS = ["salun", "salun-soft", "rl", "ft", "ga", "l1-sparse", "scrub", "ssd", "iu", "ff", "be", "bs"]
 FORGET = {"random:0.1": "random 10 %", "class:3": "one class", "random:0.5": "random 50 %"}
 ORDER = {"digits": "forget-first", "clutter": "mixed"}  # as in the authors' code on CIFAR-10 and on CIFAR-100
-CENTRES = {  # of the grids that the runs were searched by: the methods' default rates before there were these runs
+CENTERS = {  # of the grids of the runs: the methods' default learning rates at that time
     "salun": 0.003, "salun-soft": 0.003, "rl": 0.003, "ft": 0.01, "ga": 0.01, "l1-sparse": 0.01, "scrub": 0.01,
     "be": 1e-4, "bs": 5e-5,
 }  # fmt: skip
@@ -53,17 +53,24 @@ DENSITIES += [
 ]
 
 
+REMARKS = {  # of searches in the stored runs → as salun writes them now
+    "no nearer than the untouched model": "no nearer than the original model",
+    "comes apart next to it": "a neighboring value diverges",
+    "no value gives a model": "every value diverges",
+}
+
+
 def settings() -> dict[str, CompareOptions]:
-    """Name → what is compared."""
+    """Name → the options of its comparison."""
     common: dict[str, Any] = {"methods": METHODS, "device": "cpu", "seeds": 10}
-    found = {}
+    comparisons = {}
     for forget in FORGET:
         for data in ("clutter", "digits"):
             common["search_seeds"] = 2 if (data, forget) == ("clutter", "random:0.1") else 1  # the hardest setting
-            found[f"{data} {forget}"] = CompareOptions(data=data, forget=forget, order=ORDER[data], **common)
-    told = {**common, "methods": DENSITIES, "seeds": 5, "search_seeds": 1, "relearn": 100, "order": ORDER["clutter"]}
-    found["clutter density"] = CompareOptions(data="clutter", **told)
-    return found
+            comparisons[f"{data} {forget}"] = CompareOptions(data=data, forget=forget, order=ORDER[data], **common)
+    density = {**common, "methods": DENSITIES, "seeds": 5, "search_seeds": 1, "relearn": 100, "order": ORDER["clutter"]}
+    comparisons["clutter density"] = CompareOptions(data="clutter", **density)
+    return comparisons
 
 
 def folder_of(name: str) -> Path:
@@ -72,20 +79,23 @@ def folder_of(name: str) -> Path:
 
 @contextmanager
 def grids_of_the_runs() -> Iterator[None]:
-    """Within, a search begins with the grids around CENTRES. (Worker processes are told the values, not the grid.)"""
+    """Within, searches begin with grids around CENTERS. (Worker processes get the values, not the grid.)"""
     registry = salun.methods.METHODS["classification"]
-    kept = dict(registry)
+    unchanged = dict(registry)
     registry.update(
-        {name: replace(kept[name], defaults={**kept[name].defaults, "lr": lr}) for name, lr in CENTRES.items()}
+        {
+            name: replace(unchanged[name], defaults={**unchanged[name].defaults, "lr": lr})
+            for name, lr in CENTERS.items()
+        }
     )
     try:
         yield
     finally:
-        registry.update(kept)
+        registry.update(unchanged)
 
 
 def run(name: str, options: CompareOptions, workers: int) -> None:
-    """One comparison; its folder keeps the results and the report, with seconds but no paths of the machine."""
+    """Run one comparison. Its folder keeps run.json and the report, without paths of this machine."""
 
     def show(event: Event, /) -> None:
         if event.message:
@@ -94,21 +104,21 @@ def run(name: str, options: CompareOptions, workers: int) -> None:
     folder = folder_of(name)
     if (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["status"] == "done":
         return
-    own, command = replace(options, workers=workers), f"classify.py: {name}"
+    options, command = replace(options, workers=workers), f"classify.py: {name}"
     with grids_of_the_runs():
-        compare(own, run_dir=folder, resume=True, progress=show, command=command)
+        compare(options, run_dir=folder, resume=True, progress=show, command=command)
     for path in (folder / "jobs", folder / "log.txt", folder / ".lock", folder / "state"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def rates() -> None:
-    """The value that the search found for each method in each setting there is."""
+    """Print the value that the search chose for each method in each finished setting."""
     for name in settings():
         path = folder_of(name) / "run.json"
         if path.is_file():
             for method, row in json.loads(path.read_text(encoding="utf-8"))["metrics"]["methods"].items():
-                told = row["search"]
-                print(f"{name}, {method}: {told['option']} {told['chosen']} ({told['remark'] or 'nothing against it'})")
+                result = row["search"]
+                print(f"{name}, {method}: {result['option']} {result['chosen']} ({result['remark'] or 'no remark'})")
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
@@ -124,10 +134,10 @@ def table() -> str:
     for name in settings():
         path = folder_of(name) / "run.json"
         if not path.is_file() or json.loads(path.read_text())["status"] != "done":
-            parts += [f"## {name}", "", "Not made yet.", ""]
+            parts += [f"## {name}", "", "Not run yet.", ""]
             continue
-        told = json.loads(path.read_text(encoding="utf-8"))
-        metrics, options = told["metrics"], told["options"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        metrics, options = renamed(record["metrics"]), record["options"]
         title = f"{options['data']}, {FORGET[options['forget']]}" + (": density" if "density" in name else "")
         parts += [f"## {title}", "", *markdown(lines_of(metrics)), ""]
         for heading, rows in list(tables_of(metrics).items())[1:]:
@@ -136,70 +146,78 @@ def table() -> str:
         parts += failures(metrics)
         if "density" not in name:
             verdicts.append(verdict(title, metrics))
-    return "\n".join([*out, "## In short", "", *verdicts, "", *parts])
+    return "\n".join([*out, "## Summary", "", *verdicts, "", *parts])
+
+
+def renamed(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a run, with the remarks of its searches in today's terms."""
+    for row in metrics["methods"].values():
+        for old, new in REMARKS.items():
+            if row["search"] and row["search"]["remark"]:
+                row["search"]["remark"] = row["search"]["remark"].replace(old, new)
+    return metrics
 
 
 def failures(metrics: dict[str, Any]) -> list[str]:
-    """A line for each method that failed at some seeds: at which, and why at the first of them."""
-    some = [row for row in metrics["methods"].values() if row["failed"]]
-    lines = [f"- {row['title']} failed at seeds {', '.join(map(str, row['failed']))}: {row['why']}" for row in some]
+    """A line for each method that failed at some seeds: the seeds, and the reason at the first."""
+    failed = [row for row in metrics["methods"].values() if row["failed"]]
+    lines = [f"- {row['title']} failed at seeds {', '.join(map(str, row['failed']))}: {row['why']}" for row in failed]
     return [*lines, ""] if lines else []
 
 
 def verdict(title: str, metrics: dict[str, Any]) -> str:
-    """Where SalUn stands among the approximate methods by the gap of each seed, the controls left out, and those that
-    did nothing, by the search: a place of theirs would be the original's.
+    """The rank of SalUn by the mean gap among the approximate methods, without the controls and without methods on
+    which the search found no effect: their rank would be the original's.
     """
-    chance, untouched = (metrics[side]["gap_mean"]["mean"] for side in ("again", "original"))
+    chance, original = (metrics[side]["gap_mean"]["mean"] for side in ("again", "original"))
     rows = metrics["methods"]
     titles = {name: row["title"] for name, row in rows.items()}
     known = {n: r["gap_mean"]["mean"] for n, r in rows.items() if n in METHODS and r["gap_mean"]["n"]}
     idle = [name for name in known if is_no_better_than_original(rows[name]["search"])]
     order = sorted((name for name in known if name not in idle), key=lambda name: known[name])
     nearest = ", ".join(f"{titles[n]} {known[n]:.2f}" for n in order[:5]) or "none"
-    scale = f"Chance is {chance:.2f}, the original {untouched:.2f}"
-    if untouched < 1:  # points
-        scale += ", so that there is next to nothing to forget, and nothing by which to tell methods apart"
-    idlers = f"Did nothing, by the search: {', '.join(titles[n] for n in idle)}. " if idle else ""
+    scale = f"The gap by chance is {chance:.2f}, the original's gap {original:.2f}"
+    if original < 1:  # percentage points
+        scale += ", so that there is hardly anything to forget and methods cannot be distinguished"
+    idlers = f"Not ranked, since the search found no effect: {', '.join(titles[n] for n in idle)}. " if idle else ""
     if "salun" not in order:
-        why = "did nothing, by the search: at its best value it is no nearer to what is foretold than the original"
-        where = why if "salun" in idle else "gave no model"
-        return f"- *{title}*: SalUn {where}; it has no place here. {idlers}Nearest of the others: {nearest}. {scale}."
+        why = "at its best value it is no nearer to the predicted metrics than the original"
+        where = why if "salun" in idle else "it failed at every seed"
+        return f"- *{title}*: SalUn is not ranked: {where}. {idlers}Nearest of the others: {nearest}. {scale}."
     ends = {
-        name: found
-        for name, found in metrics["differences"]["of"].items()
-        if name in order and found["bootstrap"] is not None
+        name: difference
+        for name, difference in metrics["differences"]["of"].items()
+        if name in order and difference["bootstrap"] is not None
     }
     better = [n for n in order if n in ends and max(ends[n]["high"], ends[n]["bootstrap"][1]) < 0]
     worse = [n for n in order if n in ends and min(ends[n]["low"], ends[n]["bootstrap"][0]) > 0]
-    beaten = f"surely nearer than SalUn: {', '.join(titles[n] for n in better) or 'none'}"
-    beats = f"surely farther: {', '.join(titles[n] for n in worse) or 'none'}"
-    where = f"- *{title}*: SalUn ({known['salun']:.2f}) is number {order.index('salun') + 1} of {len(order)}."
-    told = f"By both paired intervals of {len(ends)} comparisons, uncorrected, {beaten}; {beats}."
-    return f"{where} Nearest: {nearest}. {idlers}{scale}. {told}"
+    beaten = f"significantly nearer than SalUn: {', '.join(titles[n] for n in better) or 'none'}"
+    beats = f"significantly farther: {', '.join(titles[n] for n in worse) or 'none'}"
+    where = f"- *{title}*: SalUn ({known['salun']:.2f}) ranks {order.index('salun') + 1} of {len(order)}."
+    significant = f"By both paired intervals of {len(ends)} comparisons, uncorrected, {beaten}; {beats}."
+    return f"{where} Nearest: {nearest}. {idlers}{scale}. {significant}"
 
 
 PREAMBLE = (
-    "Written by `benchmarks/classify.py`: 10 seeds (5 for the densities), each with its own original, forget set "
-    "and Retrain, on a CPU, one "
-    "thread. Mean ± standard deviation over seeds; in parentheses the distance of the mean from Retrain's mean over "
-    "the same seeds, and their average, as in the SalUn paper. *Gap by seed*: the mean over UA, RA, TA and MIA of "
-    "each seed's own gap to its own Retrain, in which errors of different seeds do not cancel; this is what is "
-    "compared, and its median stands beside it. *Retrain, another seed* is trained on the same rows from other first "
-    "weights: it is exact as well, so its gap is chance. *original*: the gap of having done nothing. RTE: seconds of "
-    "one unlearning, the median; *search*: seconds that the search for the rate took, once for all, on one seed (on "
-    "two in the first setting, the hardest). It never looks at Retrain. What the words mean: "
-    "[classification.md](classification.md).",
-    "**To be held against these figures.** Two small sets and one model of 28,000 weights. *Surely* means that neither "
-    "of a method's two 95 % intervals has 0 in it; a setting has up to 11 such comparisons, not corrected for their "
-    "number, so that such a list may name a method by chance. The search judges by some 150 validation pictures of two "
-    "seeds at most; what is to be held against each value stands beside it: a method whose value is *no nearer than "
-    "the untouched model* is at its best doing nothing, by that criterion: it has no place, and is named as having "
-    "done nothing. The first grid of a search lay around the methods' default rates of that time, which "
-    "`benchmarks/classify.py` keeps; the defaults of today are what the first setting's search found. Batches are "
-    "mixed on the clutter and forget-first on the digits, which matters to SalUn, SalUn-soft and RL alone. "
-    "A method that failed at some seeds is averaged over the others, so that its worst seeds do not count: see who "
-    "failed. Seconds are of a machine that others used at the same time.",
+    "Written by `benchmarks/classify.py`: 10 seeds (5 for the densities) on a CPU, one thread. Each seed has its "
+    "own original, forget set and Retrain. Cells are mean ± standard deviation over seeds; in parentheses is the "
+    "difference of the mean from Retrain's mean over the same seeds, and *avg. gap* is the average of these, as in "
+    "the SalUn paper. *Gap by seed* is the mean over UA, RA, TA and MIA of each seed's gap to its own Retrain, in "
+    "which errors of different seeds do not cancel; methods are compared by it. *Retrain, another seed* is trained "
+    "on the same rows from other first weights; it is exact as well, so its gap is chance. The row *original* has "
+    "the gap of the model before unlearning. *RTE* is the median of the seconds of one unlearning. *Search* is the "
+    "seconds of the search for the learning rate, made once, on one seed (on two in the first setting, the "
+    "hardest), without Retrain. For the terms see [classification.md](classification.md).",
+    "**Limits of these results.** The data sets are small, and the only model has 28,000 weights. *Significantly* "
+    "means that neither of a method's two 95 % intervals contains 0; a setting has up to 11 such comparisons, not "
+    "corrected for their number, so that a method may be in a list by chance. The search evaluates on about 150 "
+    "validation images of two seeds at most; the column *remark* names reasons to doubt a value. A method whose "
+    "value is *no nearer than the original model* has no effect at best by the criterion of the search; it is not "
+    "ranked, and is listed as such. The first grid of a search lay around the methods' default learning rates of "
+    "that time, which `benchmarks/classify.py` keeps; the defaults of today are the values that the search of the "
+    "first setting chose. Batches are mixed on clutter and forget-first on digits, which affects only SalUn, "
+    "SalUn-soft and RL. A method that failed at some seeds is averaged over the others, without its worst seeds: "
+    "such failures are listed below the tables. Seconds are from a machine with other load.",
 )
 
 

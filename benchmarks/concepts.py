@@ -1,9 +1,9 @@
-"""Forgetting 2, 4 and 8 concepts in one run, masks joint or united: fills docs/concepts.md.
+"""Forgetting 2, 4 and 8 concepts in one run, with a joint mask or the union of masks: fills docs/concepts.md.
 
     python benchmarks/concepts.py            run what is missing, then write the table
     python benchmarks/concepts.py --table    write the table from what is there
 
-Each run is one JSON file in benchmarks/results/concepts/, named by what it depends on. Killed, it goes on where it was.
+Each run is one JSON file in benchmarks/results/concepts/, named by what it depends on. Runs that are there are skipped.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from salun.diffusion.model.stable_diffusion import Model
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TABLE = ROOT / "benchmarks" / "results" / "concepts", ROOT / "docs" / "concepts.md"
 CONCEPTS = ("circle", "red", "night", "star", "blue", "striped", "crescent", "pink")
-PICTURES = 200  # of each concept's forget prompts, and as many retain pictures
+IMAGES = 200  # of each concept's forget prompts, and as many of retain prompts
 JOBS: list[dict[str, Any]] = [
-    {"k": k, "combine": combine, "share": share, "seed": seed}
+    {"k": k, "combine": combine, "share": fraction, "seed": seed}
     for seed in (0, 1)
     for k in (2, 4, 8)
-    for combine, share in (("joint", 1.0), ("union", 1.0), ("joint", 0.5))
+    for combine, fraction in (("joint", 1.0), ("union", 1.0), ("joint", 0.5))
 ]
 
 PREAMBLE = """\
 Written by `benchmarks/concepts.py`: the first 2, 4 and 8 of {names}, each with its preset anchor, in one run;
-{n} pictures of each concept's held-out prompts and {n} of other prompts, on a CPU. UA and anchor: the mean over the
-concepts and, behind it, the worst concept's. RA: share of attributes right on prompts that name no concept. Steps: the
-recipe's for one concept times the number of concepts, or half of that. Percent and points; mean over the seeds. The
-seconds were taken beside other work, and tell the order of size alone.
+{n} images of each concept's held-out prompts and {n} of other prompts, on a CPU. UA and anchor: the mean over the
+concepts, with the worst concept's value in brackets. RA: fraction of correct attributes on prompts without a concept.
+Steps: the recipe's for one concept times the number of concepts, or half of that. Percent and percentage points; mean
+over the seeds. Other jobs ran on the same machine, so that the seconds show the order of magnitude only.
 """
 
 
 def path_of(model: Model, job: dict[str, Any]) -> Path:
-    """Where a job's result lies."""
+    """The file of a job's result."""
     recipe = {name: getattr(model.settings.recipe, name) for name in ("steps", "batch_size", "lr", "forget_latents")}
-    facts = json.dumps([job, CONCEPTS, PICTURES, model.base_hash, recipe], sort_keys=True)
+    facts = json.dumps([job, CONCEPTS, IMAGES, model.base_hash, recipe], sort_keys=True)
     name = f"{job['k']}-{job['combine']}-{job['share']}-{job['seed']}"
     return RESULTS / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}.json"
 
@@ -55,7 +55,7 @@ def run(model: Model, job: dict[str, Any]) -> None:
     began = time.perf_counter()
     steps = round(model.settings.recipe.steps * job["k"] * job["share"])
     names = list(CONCEPTS[: job["k"]])
-    done = salun.erase(model, names, combine=job["combine"], steps=steps, seed=job["seed"], eval_images=PICTURES)
+    done = salun.erase(model, names, combine=job["combine"], steps=steps, seed=job["seed"], eval_images=IMAGES)
     result = {
         **job,
         "steps": steps,
@@ -73,8 +73,8 @@ def line(results: list[dict[str, Any]]) -> str:
     """One row of the table."""
 
     def each(key: str) -> str:
-        shares = [[c[key]["value"] for c in r["metrics"]["per_concept"].values()] for r in results]
-        return f"{mean(mean(s) for s in shares):.1f} ({mean(min(s) for s in shares):.1f})"
+        percentages = [[c[key]["value"] for c in r["metrics"]["per_concept"].values()] for r in results]
+        return f"{mean(mean(s) for s in percentages):.1f} ({mean(min(s) for s in percentages):.1f})"
 
     def over(of: Any) -> str:
         return f"{mean(of(r) for r in results):.1f}"
@@ -92,7 +92,7 @@ def line(results: list[dict[str, Any]]) -> str:
 
 
 def table(model: Model) -> str:
-    """docs/concepts.md, from the results there are."""
+    """docs/concepts.md, from the results so far."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     missing = 0
     for job in JOBS:
@@ -105,8 +105,8 @@ def table(model: Model) -> str:
     columns = "concepts | masks | steps | seeds | density | UA (worst) | anchor (worst) | none | RA before | RA drop"
     head = f"| {columns} | training, s |"
     out = ["# Several concepts at once, on the embedded model", ""]
-    out += [PREAMBLE.format(names=", ".join(CONCEPTS), n=PICTURES)]
-    out += [f"**Not complete: {missing} of {len(JOBS)} runs are still to be made.**", ""] if missing else []
+    out += [PREAMBLE.format(names=", ".join(CONCEPTS), n=IMAGES)]
+    out += [f"**Incomplete: {missing} of {len(JOBS)} runs are missing.**", ""] if missing else []
     out += [head, "|---" * head.count(" | ") + "|---|", *(line(groups[key]) for key in sorted(groups))]
     return "\n".join(out) + "\n"
 

@@ -1,10 +1,10 @@
-"""Sizes of sparse deltas, what a library's compressor makes of them, and what making and applying one takes.
+"""Sizes of sparse deltas, also compressed, and the time and memory of making and applying them.
 
     python benchmarks/delta.py [--scale 1.0] [--output docs/delta-sizes.md]
 
-Writes the page whole. The UNet is of Stable Diffusion 1.5's shapes; `--scale 0.01` takes one of about a hundredth of
-its parameters. Weights are random, and so is what a fine-tune does to them: see the page's first lines, which this
-script writes too. Each command runs in a process of its own, so that its peak memory is its own.
+Writes the page. The UNet has Stable Diffusion 1.5's shapes; with `--scale 0.01` it has about a hundredth of the
+parameters. The weights and the fine-tune are random: see the page's introduction. Each command runs in its own process,
+which gives its peak memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "delta-sizes.md"
 DENSITIES = (0.5, 0.1, 0.01)
-LR, STEPS = 1e-5, 100  # the authors' for nudity: one pass over 800 pictures in batches of 8
+LR, STEPS = 1e-5, 100  # the authors' for nudity: one pass over 800 images in batches of 8
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 CHUNK = 8 * 2**20
 
@@ -49,9 +49,9 @@ def shapes(scale: float) -> dict[str, tuple[int, ...]]:
 
 
 class Weights(Mapping[str, Tensor]):
-    """fp16 weights, made when asked for, always the same: uniform within ±1/√inputs, norms around 1, small biases.
+    """Lazily made fp16 weights, always the same: uniform within ±1/√inputs, norms around 1, small biases.
 
-    density: None for the base; else the share of entries, anywhere, that a fine-tune moved.
+    density: None for the base; else the fraction of the weights, chosen at random, that a fine-tune changed.
     """
 
     def __init__(self, scale: float, density: float | None = None) -> None:
@@ -79,7 +79,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def write_folder(folder: Path, weights: Weights) -> None:
-    """A diffusers folder as far as deltas look at it."""
+    """The files of a diffusers folder that deltas read."""
     from salun.checkpoints import safetensors_io
 
     described = {name: (torch.float16, shape) for name, shape in weights.shapes.items()}
@@ -88,20 +88,20 @@ def write_folder(folder: Path, weights: Weights) -> None:
 
 
 def compressors() -> dict[str, Callable[[], Any]]:
-    """What is to be had here: label → what makes a compressor with `compress` and `flush`."""
-    found: dict[str, Callable[[], Any]] = {
+    """The installed compressors: label → factory of an object with `compress` and `flush`."""
+    available: dict[str, Callable[[], Any]] = {
         "zlib, level 6": lambda: zlib.compressobj(6),
         "lzma, preset 1": lambda: lzma.LZMACompressor(preset=1),
     }
     if importlib.util.find_spec("zstandard"):
         import zstandard
 
-        found["zstandard, level 3"] = lambda: zstandard.ZstdCompressor(level=3).compressobj()
-    return found
+        available["zstandard, level 3"] = lambda: zstandard.ZstdCompressor(level=3).compressobj()
+    return available
 
 
 def compressed(path: Path, make: Callable[[], Any]) -> int:
-    """Bytes of a file after compression, which nothing keeps."""
+    """Bytes of a file after compression; the compressed data are discarded."""
     compressor, total = make(), 0
     with path.open("rb") as file:
         while block := file.read(CHUNK):
@@ -113,18 +113,18 @@ def run(task: str, *arguments: str) -> dict[str, Any]:
     """A function of `salun.delta.commands` in a process of its own: its facts, `seconds`, `peak` bytes of memory."""
     command = [sys.executable, __file__, "--task", task, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
 
 
 def work(task: str, *arguments: str) -> None:
-    """What `run` starts."""
+    """The child process of `run`."""
     from salun.delta import commands as deltas
 
     began = time.perf_counter()
-    found = getattr(deltas, task)(*arguments) if task != "nothing" else {}
+    facts = getattr(deltas, task)(*arguments) if task != "nothing" else {}
     seconds = time.perf_counter() - began
-    print(json.dumps({**found, "seconds": seconds, "peak": peak()}))
+    print(json.dumps({**facts, "seconds": seconds, "peak": peak()}))
 
 
 def peak() -> int:
@@ -154,11 +154,11 @@ def measure(scale: float, folder: Path) -> str:
         packed = [compressed(Path(delta), make) for make in packers.values()]
         row = [f"{density:g}", f"{made['density']:.1%}", *(_size(n, unet) for n in (made["bytes"], *packed))]
         sizes.append("| " + " | ".join(row) + " |")
-        told = [f"{r['seconds']:.1f} s, {(r['peak'] - bare) / 2**20:,.0f} MiB" for r in (made, applied, undone)]
-        costs.append(f"| {density:g} | " + " | ".join(told) + " |")
+        cells = [f"{r['seconds']:.1f} s, {(r['peak'] - bare) / 2**20:,.0f} MiB" for r in (made, applied, undone)]
+        costs.append(f"| {density:g} | " + " | ".join(cells) + " |")
         print(sizes[-1], costs[-1], sep="\n", file=sys.stderr, flush=True)
         _empty(folder, "erased", "again", "back", "x.salun.safetensors")
-    heads = ["density", "entries that differ", "delta", *packers]
+    heads = ["density", "weights that differ", "delta", *packers]
     entries = sum(map(math.prod, shapes(scale).values()))
     option, aside = ("", "") if scale == 1 else (f" --scale {scale:g}", ", not of Stable Diffusion 1.5's size")
     return f"""# Sizes of sparse deltas
@@ -168,20 +168,20 @@ Written by `benchmarks/delta.py{option}`: a UNet of {entries / 1e6:,.1f} M rando
 
 **Anyone with a delta can undo the erasure.** If a concept must not come back, publish the model, not the delta.
 
-The fine-tune is simulated. Entries are chosen anywhere, as many as the density says; each
-moves by a normal deviate of lr·√steps = {LR * math.sqrt(STEPS):g} (lr {LR:g}, {STEPS} steps), as far as Adam goes where
-gradients are mostly noise. Rounded to fp16 some of these steps come to nothing, so that fewer entries differ
-than were chosen. A real mask is denser in some layers than in others and real steps are less random, so that real
+The fine-tune is simulated. Weights are selected at random at the given density; each
+changes by a normal deviate of scale lr·√steps = {LR * math.sqrt(STEPS):g} (lr {LR:g}, {STEPS} steps), as far as Adam
+moves where gradients are mostly noise. Rounding to fp16 undoes some of these steps, so that fewer weights differ
+than were selected. A real mask is denser in some layers than in others and real steps are less random, so that real
 deltas may be smaller, above all when compressed; longer training makes them larger.
 
 | {" | ".join(heads)} |
 |{"---|" * len(heads)}
 {chr(10).join(sizes)}
 
-In MB, and as a share of the UNet's own file. A delta keeps one bit for each weight of the tensors that changed, or four
+In MB, and as a percentage of the UNet's file. A delta has one bit for each weight of the tensors that changed, or four
 bytes for each changed weight where these are fewer, and the XOR of each changed weight's old and new bits. Of that XOR
 the upper byte is mostly zero, since a small step seldom reaches the exponent, and the lower one is noise: therefore a
-compressor halves the file. It is stored plain, as safetensors are; compress it to send it.
+compressor halves the file. The file is not compressed, as with all safetensors; compress it to send it.
 
 ## Time and memory
 
@@ -210,7 +210,9 @@ def _empty(folder: Path, *names: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="parameters, as a share of Stable Diffusion 1.5's")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="Number of parameters, relative to Stable Diffusion 1.5's"
+    )
     parser.add_argument("--output", type=Path, default=PAGE)
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -5,7 +5,7 @@
     python benchmarks/erase.py --table          write the table from what is there
 
 Each job (concept, variant, seed) is one JSON file in benchmarks/results/, named by what it depends on: model, options,
-number of pictures. The base model's pictures are kept in build/benchmarks/. Killed, it goes on where it was.
+number of images. The original model's images are cached in build/benchmarks/. Jobs that are done are skipped.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from salun.diffusion.plan import Plan, make_plan
 from salun.runs.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, KEPT, TABLE = ROOT / "benchmarks" / "results", ROOT / "build" / "benchmarks", ROOT / "docs" / "results.md"
-CONCEPTS = ("circle", "red", "night")  # a shape, a colour, a style
+RESULTS, SAMPLED, TABLE = ROOT / "benchmarks" / "results", ROOT / "build" / "benchmarks", ROOT / "docs" / "results.md"
+CONCEPTS = ("circle", "red", "night")  # a shape, a color, a style
 SEEDS = (0, 1, 2)
 EVAL_SEED = 101
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,14 +55,19 @@ DECISIVE = (
 
 
 PREAMBLE = """\
-Written by `benchmarks/erase.py`: {n} pictures each of forget and retain prompts per row and seed, from prompts that
+Written by `benchmarks/erase.py`: {n} images each of forget and retain prompts per row and seed, from prompts that
 training never used, at the same seeds before and after, on a CPU. Mean ± standard deviation over seeds; percent and
-percentage points. UA: the concept is not seen (lowest UA: of the seeds). Anchor: the anchor is. Others kept: both other
-attributes are as asked.
-None: no picture any more. RA: share of attributes right on other prompts. Fréchet: of detector features on retain
-pictures, one half of the base against the other (base) and against the erased model. What a row trains: SalUn the most
-salient half of the weights, shuffled as many per layer at random places, random any half, full all of them,
-cross-attention only all of its layers' and no others.
+percentage points.
+
+- UA: the detector does not see the concept (lowest UA: the lowest of the seeds).
+- Anchor: it sees the anchor. Others kept: both other attributes are as in the prompt.
+- None: the image is no longer valid.
+- RA: fraction of correct attributes on other prompts.
+- Fréchet: distance of detector features on retain images, between two halves of the original model's (base) and between
+  the original and the erased model.
+
+A row trains, for SalUn, the half of the weights with the largest saliency scores; shuffled: as many random weights in
+each layer; random: half of the weights at random; full: all weights; cross-attention only: all weights of its layers.
 """
 
 
@@ -81,17 +86,17 @@ class Job:
 
 
 def jobs(extra: dict[str, Any]) -> list[Job]:
-    """Everything the tables need; what they need most comes first."""
-    found = [Job(c, "SalUn", s, extra) for s in SEEDS for c in CONCEPTS]
+    """All jobs of the tables, the most important first."""
+    result = [Job(c, "SalUn", s, extra) for s in SEEDS for c in CONCEPTS]
     for seed in SEEDS:
-        found += [Job(c, v, seed, {**o, **extra}) for c in CONCEPTS for v, o in VARIANTS.items() if o]
-        found += [
+        result += [Job(c, v, seed, {**o, **extra}) for c in CONCEPTS for v, o in VARIANTS.items() if o]
+        result += [
             Job("circle", f"{mask} {density}", seed, {"density": density, "mask": mask, **extra})
             for mask in ("saliency", "random")
             for density in DENSITIES
             if density != 0.5
         ]
-    return found
+    return result
 
 
 class Bench:
@@ -101,37 +106,37 @@ class Bench:
         self.model: Model = salun.load("shapes", device="cpu")
         self.hash, self.n, self.tag = base_hash(self.model.original()), n, tag
         self.data: dict[tuple[Any, ...], ErasureData] = {}
-        KEPT.mkdir(parents=True, exist_ok=True)
+        SAMPLED.mkdir(parents=True, exist_ok=True)
         RESULTS.mkdir(parents=True, exist_ok=True)
 
     def plan(self, job: Job) -> Plan:
-        options = EraseOptions(seed=job.seed, eval_images=0, **job.options)  # `observe` looks at more
+        options = EraseOptions(seed=job.seed, eval_images=0, **job.options)  # evaluated separately
         return make_plan(self.model.settings, "shapes", salun.Concept(job.concept), options)
 
     def key(self, plan: Plan) -> str:
-        """A hash of everything that a result depends on, but the code."""
-        told = {name: getattr(plan.options, name) for name in DECISIVE}
-        told |= {
+        """A hash of everything that a result depends on, except the code."""
+        facts = {name: getattr(plan.options, name) for name in DECISIVE}
+        facts |= {
             "base": self.hash,
             "n": self.n,
             "eval": EVAL_SEED,
             "saliency_timesteps": plan.recipe.saliency_timesteps,
         }
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
 
     def path(self, job: Job, plan: Plan) -> Path:
         return RESULTS / f"{self.tag}{job.name}-{self.key(plan)}.json"
 
-    def base(self, plan: Plan, asked: EvalPrompts) -> Evaluation:
-        """The base model's answers for a concept, sampled once."""
-        path = KEPT / f"base-{plan.name}-{self.n}-{self.hash[:10]}.pt"
+    def base(self, plan: Plan, prompts: EvalPrompts) -> Evaluation:
+        """The original model's evaluation for a concept, sampled once."""
+        path = SAMPLED / f"base-{plan.name}-{self.n}-{self.hash[:10]}.pt"
         if not path.exists():
-            seen = evaluate_model(self.model, asked)
+            seen = evaluate_model(self.model, prompts)
             tensors = {k: torch.from_numpy(v) if k in ("forget", "retain") else v for k, v in vars(seen).items()}
             torch.save(tensors, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
-        kept = torch.load(path, weights_only=True)
-        return Evaluation(**{k: v.numpy() if k in ("forget", "retain") else v for k, v in kept.items()})
+        tensors = torch.load(path, weights_only=True)
+        return Evaluation(**{k: v.numpy() if k in ("forget", "retain") else v for k, v in tensors.items()})
 
     def run(self, job: Job) -> None:
         """Do a job, unless it is done."""
@@ -139,8 +144,8 @@ class Bench:
         path = self.path(job, plan)
         if path.exists():
             return
-        asked = eval_prompts(plan, self.n, EVAL_SEED)
-        before = self.base(plan, asked)
+        prompts = eval_prompts(plan, self.n, EVAL_SEED)
+        before = self.base(plan, prompts)
         key = (
             job.concept,
             job.seed,
@@ -153,7 +158,7 @@ class Bench:
         record = RunRecord(None, "benchmark", {}, job.seed, "cpu")
         with training_session(self.model, plan):
             run = unlearn(RunContext(self.model, plan, record), self.data[key])
-            metrics = compare(self.model, plan, asked, before, evaluate_model(self.model, asked))
+            metrics = compare(self.model, plan, prompts, before, evaluate_model(self.model, prompts))
         seconds = record.timings["saliency"] + record.timings["training"]
         result = {
             "concept": job.concept,
@@ -173,8 +178,8 @@ class Bench:
         print(line(job.name, [result]), f"{seconds:.0f} s", flush=True)
 
 
-def figures(result: dict[str, Any]) -> dict[str, float]:
-    """The columns of the table, in percent or points."""
+def metrics_of(result: dict[str, Any]) -> dict[str, float]:
+    """The columns of the table, in percent or percentage points."""
     m = result["metrics"]
     fall = {k: s["before"]["value"] - s["after"]["value"] for k, s in m["ra_by_attribute"].items()}
     return {
@@ -193,15 +198,15 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
 def line(name: str, results: list[dict[str, Any]]) -> str:
     """One row of the table: mean ± standard deviation over seeds."""
     cells = []
-    for key in figures(results[0]):
-        values = [figures(r)[key] for r in results]
+    for key in metrics_of(results[0]):
+        values = [metrics_of(r)[key] for r in results]
         cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
-    lowest = min(figures(r)["UA"] for r in results)
+    lowest = min(metrics_of(r)["UA"] for r in results)
     return f"| {name} | {len(results)} | " + " | ".join(cells) + f" | {lowest:.1f} |"
 
 
 def table(bench: Bench, wanted: list[Job]) -> str:
-    """docs/results.md, from the results there are."""
+    """docs/results.md, from the results so far."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     missing = 0
     for job in wanted:
@@ -220,10 +225,10 @@ def table(bench: Bench, wanted: list[Job]) -> str:
         "",
     ]
     if missing:
-        out += [f"**Not complete: {missing} of {len(wanted)} runs are still to be made.**", ""]
+        out += [f"**Incomplete: {missing} of {len(wanted)} runs are missing.**", ""]
     for title, variants in groups.items():
         first = next(iter(variants.values()))[0]
-        columns = list(figures(first))
+        columns = list(metrics_of(first))
         out += [
             f"## {title}",
             "",

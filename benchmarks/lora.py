@@ -1,9 +1,9 @@
-"""What a low rank does to an erasure, on the bundled model: fills docs/lora.md.
+"""The effect of low rank on an erasure, on the bundled model: fills docs/lora.md.
 
     python benchmarks/lora.py
 
-One erasure (circle → square, the recipe's defaults, seed 0) is exported at several ranks, put into the base model from
-the file as a host would, and judged at the same seeds.
+One erasure (circle → square, the recipe's defaults, seed 0) is exported at several ranks, added to the original
+model from the file as a host adds it, and evaluated at the same seeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from salun.delta.stock_formats import module_keys, write_stock
 from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "lora.md"
-PICTURES = 400
+IMAGES = 400
 RANKS: list[dict[str, Any]] = [
     {"energy": 0.99},
     {"energy": 0.9},
@@ -34,8 +34,8 @@ RANKS: list[dict[str, Any]] = [
 
 PREAMBLE = """\
 Written by `benchmarks/lora.py`: circle → square on the bundled model, the recipe's defaults, seed 0, and the same
-erasure as a LoRA at strength 1. {n} images each of held-out forget and retain prompts, on a CPU. Energy kept: of the
-squared difference, norms and biases (which a LoRA cannot hold) counted as lost. Percent.
+erasure as a LoRA at strength 1. {n} images each of held-out forget and retain prompts, on a CPU. Energy kept: the
+fraction of the squared difference, where norms and biases, which a LoRA cannot hold, count as lost. Percent.
 """
 
 
@@ -57,38 +57,38 @@ def main() -> None:
     model = salun.load("shapes", device="cpu")
     run = salun.erase(model, "circle", seed=0, eval_images=0)
     original = model.original()
-    asked = eval_prompts(run.plan, PICTURES, 101)
-    before = evaluate_model(model, asked)
+    prompts = eval_prompts(run.plan, IMAGES, 101)
+    before = evaluate_model(model, prompts)
     rows = []
 
-    def row(name: str, tensors: Mapping[str, Tensor], kept: str, ranks: str, size: int) -> None:
+    def row(name: str, tensors: Mapping[str, Tensor], energy: str, ranks: str, size: int) -> None:
         model.load({**original, **tensors})
-        m = compare(model, run.plan, asked, before, evaluate_model(model, asked))
+        m = compare(model, run.plan, prompts, before, evaluate_model(model, prompts))
         cells = [m["ua"]["value"], m["anchor"]["value"], m["unclassified"]["value"], m["ra_after"]["value"]]
         shown = " | ".join(f"{value:.1f}" for value in cells)
-        rows.append(f"| {name} | {kept} | {ranks} | {size / 1e6:.2f} MB | {shown} |")
+        rows.append(f"| {name} | {energy} | {ranks} | {size / 1e6:.2f} MB | {shown} |")
         print(rows[-1], flush=True)
 
-    with model.temporarily_trainable(), torch.no_grad(), tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "circle.salun.safetensors"
+    with model.temporarily_trainable(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "circle.salun.safetensors"
         run.delta.save(file)
-        row("the erasure itself; its sparse delta", run.erased, "100", "", file.stat().st_size)
+        row("the erased model itself, as a sparse delta", run.erased, "100", "", file.stat().st_size)
         for options in RANKS:
-            file = Path(place) / "circle.lora.safetensors"
-            kept = write_stock(file, original, run.erased, {}, **options)
-            assert kept is not None
-            ranks = [r for layer in kept.layers.values() for r in layer.ranks]
-            (option, value), share = next(iter(options.items())), f"{100 * kept.total.share:.1f}"
+            file = Path(folder) / "circle.lora.safetensors"
+            report = write_stock(file, original, run.erased, {}, **options)
+            assert report is not None
+            ranks = [r for layer in report.layers.values() for r in layer.ranks]
+            (option, value), energy = next(iter(options.items())), f"{100 * report.total.fraction:.1f}"
             row(
                 f"`--{option} {value}`",
                 put_in(original, file),
-                share,
+                energy,
                 f"{min(ranks)}–{max(ranks)}",
                 file.stat().st_size,
             )
-    ua, ra = (compare(model, run.plan, asked, before, before)[key]["value"] for key in ("ua", "ra_after"))
+    ua, ra = (compare(model, run.plan, prompts, before, before)[key]["value"] for key in ("ua", "ra_after"))
     TABLE.write_text(
-        "# A LoRA of an erasure\n\n" + PREAMBLE.format(n=PICTURES) + f"The base itself: UA {ua:.1f}, RA {ra:.1f}.\n\n"
+        "# A LoRA of an erasure\n\n" + PREAMBLE.format(n=IMAGES) + f"The original model: UA {ua:.1f}, RA {ra:.1f}.\n\n"
         "| file | energy kept | ranks | size | UA | anchor | none | RA |\n|---|---|---|---|---|---|---|---|\n"
         + "\n".join(rows) + "\n",
         encoding="utf-8",

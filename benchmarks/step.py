@@ -3,9 +3,9 @@
     python benchmarks/step.py                                   CPU, small latents
     python benchmarks/step.py --device cuda --latent 64 --batch 1 4 8 --dtype bf16 --peak-tflops 990
 
-The reference is the authors' loop re-enacted: float32 weights, Adam over all of them, int64 masks multiplied into the
+The reference reproduces the authors' loop: float32 weights, Adam over all of them, int64 masks multiplied into the
 gradients at each step, and the VAE encoding images at each step (two forget encodings and one of retain). Each row runs
-in a process of its own, so that its peak memory is its own. Ratios are to the reference in the first row.
+in its own process, which gives its peak memory. Ratios are to the reference in the first row.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def inputs(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return x, torch.randint(1000, (n,), device=args.device), torch.randn(n, 77, 768, device=args.device, dtype=dtype)
 
 
-def reference(args: argparse.Namespace) -> Any:
+def reference_step(args: argparse.Namespace) -> Any:
     """One step of the authors' loop, as a function."""
     from diffusers import AutoencoderKL
 
@@ -72,7 +72,7 @@ def reference(args: argparse.Namespace) -> Any:
     masks = {name: (torch.rand_like(p) < DENSITY).long() for name, p in unet.named_parameters()}
     optimizer = torch.optim.Adam(unet.parameters(), lr=1e-5)
     half, side = args.batch[0], 8 * args.latent
-    _, t, said = inputs(args, torch.float32)
+    _, t, prompts = inputs(args, torch.float32)
     images = torch.randn(half, 3, side, side, device=args.device)
 
     def step() -> None:
@@ -80,10 +80,10 @@ def reference(args: argparse.Namespace) -> Any:
             forget, again, retain = (vae.encode(images).latent_dist.sample() for _ in range(3))
         optimizer.zero_grad()
         with torch.no_grad():
-            target = unet(again, t[:half], said[:half]).sample
-        loss = F.mse_loss(unet(forget, t[:half], said[:half]).sample, target)
-        kept = F.mse_loss(unet(retain, t[half:], said[half:]).sample, torch.randn_like(retain))
-        (kept + 0.5 * loss).backward()
+            target = unet(again, t[:half], prompts[:half]).sample
+        loss = F.mse_loss(unet(forget, t[:half], prompts[:half]).sample, target)
+        retain_loss = F.mse_loss(unet(retain, t[half:], prompts[half:]).sample, torch.randn_like(retain))
+        (retain_loss + 0.5 * loss).backward()
         for name, parameter in unet.named_parameters():
             parameter.grad *= masks[name]
         optimizer.step()
@@ -91,8 +91,8 @@ def reference(args: argparse.Namespace) -> Any:
     return step
 
 
-def ours(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    """One step of salun's loop, as a function: the frozen target's pass is counted in."""
+def salun_step(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
+    """One step of salun's loop, as a function: with the forward pass of the frozen target."""
     from salun.masking.mask import Mask
     from salun.masking.optim import MaskedOptimizer
 
@@ -111,13 +111,13 @@ def ours(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
         return torch.optim.Adam(masters, lr=1e-5, fused=True)
 
     optimizer = MaskedOptimizer(parameters, mask, make, "step", cpu_offload=cpu_offload)
-    x, t, said = inputs(args, dtype)
+    x, t, prompts = inputs(args, dtype)
     half = len(x) // 2
 
     def step() -> None:
         with torch.no_grad():
-            frozen = unet(x.to(dtype), t, said).sample.float()
-        predicted = unet(x.to(dtype), t, said).sample.float()
+            frozen = unet(x.to(dtype), t, prompts).sample.float()
+        predicted = unet(x.to(dtype), t, prompts).sample.float()
         loss = F.mse_loss(predicted[:half], frozen[:half]) + F.mse_loss(predicted[half:], frozen[half:].roll(1, 0))
         optimizer.backward(loss)
 
@@ -125,12 +125,12 @@ def ours(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Run one row and print its figures as JSON."""
+    """Run one row and print its time and memory as JSON."""
     settings = VARIANTS[args.variant]
     cuda = args.device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    step = reference(args) if settings.get("reference") else ours(args, settings)
+    step = reference_step(args) if settings.get("reference") else salun_step(args, settings)
     seconds = []
     for _ in range(args.steps + 1):
         if cuda:
@@ -147,17 +147,17 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def flops(batch: int, latent: int) -> float:
-    """Of a step at 64×64: 2b samples forward once without and once with backward (0.80 TFLOP a forward, DESIGN 2)."""
+    """Of a step at 64×64: 2b samples forward once without and once with backward (0.80 TFLOP per forward pass)."""
     return 2 * batch * (1 + 3) * 0.80e12 * (latent / 64) ** 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--latent", type=int, default=8, help="latents' side")
+    parser.add_argument("--latent", type=int, default=8, help="Side length of the latents (default: 8)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--peak-tflops", type=float, help="of the device in bf16, to tell the share of it")
+    parser.add_argument("--peak-tflops", type=float, help="Peak bf16 TFLOP/s of the device, to print the utilization")
     parser.add_argument("--only", default="")
     parser.add_argument("--variant", choices=list(VARIANTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -178,17 +178,17 @@ def main() -> None:
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or [f"killed ({done.returncode})"])[-1]
-                print(f"batch {batch}  {name:<38} could not be run: {reason}", flush=True)
+                print(f"batch {batch}  {name:<38} failed: {reason}", flush=True)
                 continue
-            found = json.loads(done.stdout.splitlines()[-1])
-            base = base or found
-            memory = found["device"] or found["host"]
+            result = json.loads(done.stdout.splitlines()[-1])
+            base = base or result
+            memory = result["device"] or result["host"]
             before = base["device"] or base["host"]
-            told = f"{found['seconds']:7.2f} s/step  {memory / 2**30:6.2f} GiB"
-            told += f"  {base['seconds'] / found['seconds']:5.2f} × as fast  {memory / before:5.2f} × the memory"
+            cells = f"{result['seconds']:7.2f} s/step  {memory / 2**30:6.2f} GiB"
+            cells += f"  {base['seconds'] / result['seconds']:5.2f} × as fast  {memory / before:5.2f} × the memory"
             if args.peak_tflops:
-                told += f"  {flops(batch, args.latent) / found['seconds'] / args.peak_tflops / 1e12:6.1%} of the peak"
-            print(f"batch {batch}  {name:<38} {told}", flush=True)
+                cells += f"  {flops(batch, args.latent) / result['seconds'] / args.peak_tflops / 1e12:6.1%} of the peak"
+            print(f"batch {batch}  {name:<38} {cells}", flush=True)
 
 
 if __name__ == "__main__":

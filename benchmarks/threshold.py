@@ -2,8 +2,8 @@
 
     python benchmarks/threshold.py [--scores 50_000_000]
 
-Each side runs in a process of its own, so that its peak memory is its own. Prints seconds, extra memory beyond the
-scores, and ratios; checks that both choose the same entries but for the order of ties.
+Each side runs in its own process, which gives its peak memory. Prints seconds, extra memory beyond the
+scores, and ratios; checks that both select the same entries, except for the order of ties.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-BASELINE, OURS = "double argsort (reference)", "radix select (salun)"
+BASELINE, SALUN = "double argsort (reference)", "radix select (salun)"
 
 
 def scores(n: int) -> dict[str, torch.Tensor]:
@@ -28,9 +28,9 @@ def scores(n: int) -> dict[str, torch.Tensor]:
     return {f"w{i}": torch.randn(size, generator=generator).mul_(2).exp_() for i, size in enumerate(sizes)}
 
 
-def reference(found: dict[str, torch.Tensor], k: int) -> int:
-    """As the authors' code: rank everything by two argsorts, keep ranks below k. Returns a checksum of the choice."""
-    flat = torch.cat([s.flatten() for s in found.values()])
+def reference(scored: dict[str, torch.Tensor], k: int) -> int:
+    """The selection of the authors' code: ranks by two argsorts, of which those below k. Returns its checksum."""
+    flat = torch.cat([s.flatten() for s in scored.values()])
     order = torch.argsort(-flat)
     ranks = torch.argsort(order)
     mask = torch.zeros_like(ranks)
@@ -38,14 +38,14 @@ def reference(found: dict[str, torch.Tensor], k: int) -> int:
     return int(mask.nonzero().double().sum())
 
 
-def ours(found: dict[str, torch.Tensor], k: int) -> int:
-    """The same choice by salun. Returns the same checksum."""
+def salun_selection(scored: dict[str, torch.Tensor], k: int) -> int:
+    """The same selection by salun. Returns the same checksum."""
     from salun.masking.mask import Mask
     from salun.masking.threshold import select_largest
 
-    mask = Mask.from_selection(select_largest(found, k), found)
+    mask = Mask.from_selection(select_largest(scored, k), scored)
     total, start = 0.0, 0
-    for name, tensor in found.items():
+    for name, tensor in scored.items():
         chosen = mask.dense(name).nonzero().double()
         total += float(chosen.sum()) + start * len(chosen)
         start += tensor.numel()
@@ -59,8 +59,8 @@ def resident() -> int:
 
 
 def measure(side: str, n: int) -> None:
-    """Run one side and print its figures as JSON."""
-    found = scores(n)
+    """Run one side and print its time and memory as JSON."""
+    scored = scores(n)
     held, peak, done = resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -70,22 +70,22 @@ def measure(side: str, n: int) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    if side == OURS:
+    if side == SALUN:
         from salun.masking.threshold import select_largest
 
-        select_largest(found, n // 2)
+        select_largest(scored, n // 2)
     else:
-        reference_choice(found, n // 2)
+        reference_choice(scored, n // 2)
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    check = ours(found, n // 2) if side == OURS else reference(found, n // 2)
+    check = salun_selection(scored, n // 2) if side == SALUN else reference(scored, n // 2)
     print(json.dumps({"seconds": seconds, "extra": peak[0] - held, "check": check}))
 
 
-def reference_choice(found: dict[str, torch.Tensor], k: int) -> torch.Tensor:
-    """The reference up to its mask, for the clock."""
-    flat = torch.cat([s.flatten() for s in found.values()])
+def reference_choice(scored: dict[str, torch.Tensor], k: int) -> torch.Tensor:
+    """The reference up to its mask, to be timed."""
+    flat = torch.cat([s.flatten() for s in scored.values()])
     ranks = torch.argsort(torch.argsort(-flat))
     mask = torch.zeros_like(ranks)
     mask[ranks < k] = 1
@@ -101,15 +101,15 @@ def main() -> None:
         measure(arguments.side, arguments.scores)
         return
     results = {}
-    for side in (BASELINE, OURS):
+    for side in (BASELINE, SALUN):
         command = [sys.executable, __file__, "--scores", str(arguments.scores), "--side", side]
         results[side] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(f"{arguments.scores:,} scores, half of them chosen, {torch.get_num_threads()} threads")
-    for side, found in results.items():
-        mask = arguments.scores / 8 if side == OURS else 8 * arguments.scores  # bits, and the reference's integers
-        told = f"{found['extra'] / 2**20:8.1f} MiB, of which the mask itself {mask / 2**20:6.1f}"
-        print(f"{side:<28} {found['seconds']:8.2f} s   beyond the scores {told}")
-    base, mine = results[BASELINE], results[OURS]
+    for side, result in results.items():
+        mask = arguments.scores / 8 if side == SALUN else 8 * arguments.scores  # bits, and the reference's integers
+        memory = f"{result['extra'] / 2**20:8.1f} MiB, of which the mask itself {mask / 2**20:6.1f}"
+        print(f"{side:<28} {result['seconds']:8.2f} s   beyond the scores {memory}")
+    base, mine = results[BASELINE], results[SALUN]
     print(
         f"ratio: {base['seconds'] / mine['seconds']:.1f} × faster, {base['extra'] / max(mine['extra'], 1):.0f} × less"
     )

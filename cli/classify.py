@@ -23,17 +23,17 @@ from .resuming import recorded, resumable, unfinished
 
 Config = Annotated[
     Path | None,
-    typer.Option(callback=unquoted_path, help="options from a YAML file or a run.json; those given here go before"),
+    typer.Option(
+        callback=unquoted_path, help="Read options from YAML or a run.json; the command line takes precedence"
+    ),
 ]
-RunDir = Annotated[
-    Path | None, typer.Option(callback=unquoted_path, help="the run's folder (default: runs/<time>-<what is done>)")
-]
+RunDir = Annotated[Path | None, typer.Option(callback=unquoted_path, help="Run folder (default: runs/<time>-<name>)")]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="go on with the unfinished run in --run-dir, with the models it trained"),
+    typer.Option("--resume", help="Resume the unfinished run in --run-dir, with the models it has trained"),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="tell what would be done, and about how long it would take; write nothing")
+    bool, typer.Option("--dry-run", help="Print what would be done and the estimated time; write nothing")
 ]
 
 
@@ -53,8 +53,8 @@ def _add_command(
     Args:
         kind: Its option class; the options in `skip` are not on the command line.
         folder: Options → the end of the run folder's default name.
-        run, preview: "module:function" of what it does, and of what --dry-run does.
-        lines, preview_lines: What either returns → lines for people.
+        run, preview: "module:function" of the command, and of --dry-run.
+        lines, preview_lines: The result of either function → lines to print.
     """
 
     @app.command(name, help=help)
@@ -122,12 +122,12 @@ def classify_eval(
         typer.Argument(callback=unquoted_path, help="Run folder of `salun classify-train` or `classify-unlearn`"),
     ],
     data: Annotated[
-        str | None, typer.Option(callback=unquoted_path, help="Path of the run's data (default: where it was).")
+        str | None, typer.Option(callback=unquoted_path, help="Path of the run's data (default: the recorded path)")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    device: Annotated[str, typer.Option(help="Compute device: auto, cpu, cuda, cuda:1, mps")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Judge a finished run's model again, on the split it was made with."""
+    """Evaluate a finished run again, on its own split."""
     from salun.classification.experiment import evaluate
 
     with terminal_progress(as_json) as progress:
@@ -159,47 +159,49 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _preview_lines(found: Mapping[str, Any]) -> list[str]:
-    rows, cached = found["rows"], found["cached"]
+def _preview_lines(preview: Mapping[str, Any]) -> list[str]:
+    rows, cached = preview["rows"], preview["cached"]
     lines = [
-        f"data: {found['data']}, {found['classes']} classes; {rows['train']:,} training pictures, "
+        f"data: {preview['data']}, {preview['classes']} classes; {rows['train']:,} training images, "
         f"{rows['validation']:,} validation, {rows['test']:,} test",
-        f"model: {found['model']}",
+        f"model: {preview['model']}",
     ]
-    if "method" in found:
-        epochs = f", {found['epochs']} epochs" if found["epochs"] is not None else ""
+    if "method" in preview:
+        epochs = f", {preview['epochs']} epochs" if preview["epochs"] is not None else ""
         rate = (
             ""
-            if found["lr"] is None
-            else f", lr around {found['lr']:g}"
-            if found["search"]
-            else f", lr {found['lr']:g}"
+            if preview["lr"] is None
+            else f", lr around {preview['lr']:g}"
+            if preview["search"]
+            else f", lr {preview['lr']:g}"
         )
-        lines.append(f"forget: {found['forget']}, {rows['forget']:,} of them by {found['method']}{epochs}{rate}")
-        lines.append(f"original: {found['given'] or _there(cached['original'])}")
-        lines.append(f"Retrain: {found['no_retrain'] or _there(cached['retrain'])}")
+        lines.append(
+            f"forget: {preview['forget']}, {rows['forget']:,} training images, by {preview['method']}{epochs}{rate}"
+        )
+        lines.append(f"original: {preview['given'] or _there(cached['original'])}")
+        lines.append(f"Retrain: {preview['no_retrain'] or _there(cached['retrain'])}")
     else:
         lines.append(
-            f"training: {found['train_epochs']} epochs, lr {found['train_lr']:g}; {_there(cached['original'])}"
+            f"training: {preview['train_epochs']} epochs, lr {preview['train_lr']:g}; {_there(cached['original'])}"
         )
-    notes = [f"note: {text}" for text in found["notes"]]
-    return [*notes, *lines, f"time: about {duration(found['seconds'])} on {found['device']}"]
+    notes = [f"note: {text}" for text in preview["notes"]]
+    return [*notes, *lines, f"time: about {duration(preview['seconds'])} on {preview['device']}"]
 
 
 def _there(cached: bool) -> str:
     return "in the cache" if cached else "to be trained"
 
 
-def _comparison_preview_lines(found: Mapping[str, Any]) -> list[str]:
-    jobs = found["jobs"]
+def _comparison_preview_lines(preview: Mapping[str, Any]) -> list[str]:
+    jobs = preview["jobs"]
     return [
-        *(f"note: {text}" for text in found["notes"]),
-        f"{', '.join(found['methods'])}; seeds {found['seeds'][0]} to {found['seeds'][-1]}",
-        f"forget: {found['forgetting']}, {found['forget']} of {found['train']:,} training pictures; a random share is "
-        "drawn by each seed",
-        *(f"  {kind}: {some['all']} jobs, {some['done']} done already" for kind, some in jobs.items() if some["all"]),
-        f"time: about {duration(found['seconds'])} with {found['workers']} processes on {found['device']} "
-        "(originals and Retrains that the cache has take none)",
+        *(f"note: {text}" for text in preview["notes"]),
+        f"{', '.join(preview['methods'])}; seeds {preview['seeds'][0]} to {preview['seeds'][-1]}",
+        f"forget: {preview['forgetting']}, {preview['forget']} of {preview['train']:,} training images"
+        " (a random forget set is drawn anew for each seed)",
+        *(f"  {kind}: {count['all']} jobs, {count['done']} done" for kind, count in jobs.items() if count["all"]),
+        f"time: about {duration(preview['seconds'])} with {preview['workers']} processes on {preview['device']} "
+        "(less if originals and Retrain models are in the cache)",
     ]
 
 
@@ -212,20 +214,20 @@ def _accuracy_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _table(metrics: Mapping[str, Any]) -> list[str]:
-    """The figures of the unlearned model between the original's and Retrain's, and the gaps."""
+    """The metrics of the original, the unlearned model and Retrain, and the gaps."""
     names = ("UA", "RA", "TA", "MIA")
     rows = {"original": metrics.get("original"), "unlearned": metrics, "Retrain": metrics.get("retrain")}
     lines = [" " * 10 + "".join(f"{name + ' %':>9}" for name in names) + f"{'RTE s':>9}"]
     for title, row in rows.items():
         if row is not None:
             seconds = row.get("RTE", {}).get("value")
-            told = "" if seconds is None else f"{seconds:9.2f}"
-            lines.append(f"{title:<10}" + "".join(f"{row[name]['value']:9.2f}" for name in names) + told)
+            time = "" if seconds is None else f"{seconds:9.2f}"
+            lines.append(f"{title:<10}" + "".join(f"{row[name]['value']:9.2f}" for name in names) + time)
     if metrics.get("gap") is not None:
         lines.append(f"{'gap':<10}" + "".join(f"{metrics['gap'][name]:9.2f}" for name in names))
-        lines.append(f"mean gap to Retrain: {metrics['gap_mean']:.2f} points; ToW {metrics['ToW']:.4f}")
+        lines.append(f"mean gap to Retrain: {metrics['gap_mean']:.2f} percentage points; ToW {metrics['ToW']:.4f}")
     elif "reason" in metrics:
-        lines.append(f"gap to Retrain: not known ({metrics['reason']})")
+        lines.append(f"gap to Retrain: unknown ({metrics['reason']})")
     return lines
 
 

@@ -68,13 +68,13 @@ def extract(
     from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
-        found = deltas.extract(base, erased, output, options=options, force=force, progress=progress)
+        result = deltas.extract(base, erased, output, options=options, force=force, progress=progress)
     lines = [
-        f"{found['output']}: {found['bytes'] / 1e6:,.1f} MB, delta {found['id']}",
-        f"{found['changed']:,} of {found['total']:,} weights ({found['density']:.2%}) differ, "
-        f"in {found['tensors']} tensors",
+        f"{result['output']}: {result['bytes'] / 1e6:,.1f} MB, delta {result['id']}",
+        f"{result['changed']:,} of {result['total']:,} weights ({result['density']:.2%}) differ, "
+        f"in {result['tensors']} tensors",
     ]
-    print_result(found, as_json, lines)
+    print_result(result, as_json, lines)
 
 
 @app.command()
@@ -96,7 +96,7 @@ def apply(
     from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
-        found = deltas.apply(
+        result = deltas.apply(
             base,
             delta,
             output,
@@ -107,7 +107,7 @@ def apply(
             force=force,
             progress=progress,
         )
-    print_result(found, as_json, _applied_lines(found))
+    print_result(result, as_json, _applied_lines(result))
 
 
 @app.command()
@@ -130,7 +130,7 @@ def stack(
     from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
-        found = deltas.stack(
+        result = deltas.stack(
             base,
             delta,
             output,
@@ -141,7 +141,7 @@ def stack(
             force=force,
             progress=progress,
         )
-    print_result(found, as_json, _applied_lines(found))
+    print_result(result, as_json, _applied_lines(result))
 
 
 @app.command()
@@ -158,13 +158,13 @@ def undo(
     from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
-        found = deltas.undo(erased, delta, output, options=options, force=force, progress=progress)
-    left = ", ".join(f"{one['id']} at strength {one['strength']:g}" for one in found["applied"])
+        result = deltas.undo(erased, delta, output, options=options, force=force, progress=progress)
+    left = ", ".join(f"{entry['id']} at strength {entry['strength']:g}" for entry in result["applied"])
     lines = [
-        f"{found['output']}: delta {found['id']} is undone, bit-exact (hash {found['base_hash'][:12]}…)",
+        f"{result['output']}: delta {result['id']} is undone, bit-exact (hash {result['base_hash'][:12]}…)",
         *([f"still applied: {left}"] if left else []),
     ]
-    print_result(found, as_json, lines)
+    print_result(result, as_json, lines)
 
 
 @app.command()
@@ -192,13 +192,13 @@ def export(
     from salun.delta import commands as deltas
 
     with terminal_progress(as_json) as progress:
-        found = deltas.export(
+        result = deltas.export(
             delta, base, output, rank=rank, energy=energy, options=options, force=force, progress=progress
         )
-    lines = [*found["notes"], f"{found['output']}: {found['bytes'] / 1e6:,.1f} MB, {found['tensors']} tensors"]
-    if "kept" in found:
-        lines += _kept_lines(found["kept"])
-    print_result(found, as_json, lines)
+    lines = [*result["notes"], f"{result['output']}: {result['bytes'] / 1e6:,.1f} MB, {result['tensors']} tensors"]
+    if "kept" in result:
+        lines += _energy_lines(result["kept"])
+    print_result(result, as_json, lines)
 
 
 @app.command()
@@ -206,25 +206,25 @@ def inspect(delta: DeltaFile, as_json: Json = False) -> None:
     """Show what a delta changes: hashes, notes and the fraction of each block (as `salun inspect` does)."""
     from salun.diagnostics.inspect import inspect as look
 
-    found = look(delta)
-    if found["kind"] != "delta":
-        raise ModelError(f"{delta} is not a delta but a {found['kind']}", advice="See `salun inspect`")
-    lines = [f"{key}: {value}" for key, value in found.items() if key not in ("blocks", "layers")]
-    print_result(found, as_json, [*lines, "", "fraction of each block:", *bars(found["blocks"])])
+    facts = look(delta)
+    if facts["kind"] != "delta":
+        raise ModelError(f"{delta} is not a delta but a {facts['kind']}", advice="See `salun inspect`")
+    lines = [f"{key}: {value}" for key, value in facts.items() if key not in ("blocks", "layers")]
+    print_result(facts, as_json, [*lines, "", "fraction of each block:", *bars(facts["blocks"])])
 
 
-def _applied_lines(found: dict[str, Any]) -> list[str]:
-    names = ", ".join(f"{one['id']} at strength {one['strength']:g}" for one in found["applied"])
-    exact = ", bit-exact" if found["exact"] else ""
-    return [f"{found['output']}: {names}{exact} (hash {found['result_hash'][:12]}…)", *found["notes"]]
+def _applied_lines(result: dict[str, Any]) -> list[str]:
+    names = ", ".join(f"{entry['id']} at strength {entry['strength']:g}" for entry in result["applied"])
+    exact = ", bit-exact" if result["exact"] else ""
+    return [f"{result['output']}: {names}{exact} (hash {result['result_hash'][:12]}…)", *result["notes"]]
 
 
-def _kept_lines(kept: dict[str, Any]) -> list[str]:
+def _energy_lines(energy: dict[str, Any]) -> list[str]:
     """The energy that a low-rank file keeps: in all, then of each group of layers."""
-    groups = kept["groups"]
+    groups = energy["groups"]
     width = max(map(len, groups))
-    lines = [f"keeps {kept['kept']:.1%} of the difference's energy (squared norm):"]
+    lines = [f"keeps {energy['kept']:.1%} of the difference's energy (squared norm):"]
     for name, row in groups.items():
-        ranks = "lost: low rank cannot hold it" if row["ranks"] is None else "ranks {} to {}".format(*row["ranks"])
+        ranks = "not saved: no low-rank form" if row["ranks"] is None else "ranks {} to {}".format(*row["ranks"])
         lines.append(f"  {name:<{width}}  {row['kept']:6.1%}  {ranks}")
     return lines

@@ -109,7 +109,7 @@ def erase(
 
 
 def _print_plan(job: EraseJob, sources: dict[str, str], folder: Path, force: bool, resume: bool, as_json: bool) -> None:
-    """What the run would do, and what it would take."""
+    """Print what the run would do, and its estimated time, memory and disk space."""
     from salun.diffusion.estimate import preview
 
     with terminal_progress(as_json) as progress, default_model_named(job.model):
@@ -146,15 +146,15 @@ def _merge_config(
 
 
 def _repeated(job: EraseJob, force: bool) -> list[str]:
-    """What only the command line allows, to be repeated where a run is resumed."""
-    outputs = [part for place in job.output for part in ("--output", place)]
+    """Arguments that only the command line allows, to repeat when the run is resumed."""
+    outputs = [part for path in job.output for part in ("--output", path)]
     return [*outputs, *["--allow-pickle"] * job.allow_pickle, *["--force"] * force]
 
 
-def _preview_lines(found: dict[str, Any], sources: dict[str, str]) -> list[str]:
-    lines = [f"{c['name']} → {c['anchor'] or 'the empty prompt'}" for c in found["concepts"]]
-    lines += [*found["notes"], "", *(f"  {step}" for step in found["steps"]), ""]
-    options = {name: value for name, value in found["options"].items() if value not in (None, [])}
+def _preview_lines(plan: dict[str, Any], sources: dict[str, str]) -> list[str]:
+    lines = [f"{c['name']} → {c['anchor'] or 'the empty prompt'}" for c in plan["concepts"]]
+    lines += [*plan["notes"], "", *(f"  {step}" for step in plan["steps"]), ""]
+    options = {name: value for name, value in plan["options"].items() if value not in (None, [])}
     width = max(map(len, options))
     for name, value in options.items():
         text = ("yes" if value else "no") if isinstance(value, bool) else value
@@ -163,14 +163,13 @@ def _preview_lines(found: dict[str, Any], sources: dict[str, str]) -> list[str]:
     gib = 2**30
     lines += [
         "",
-        f"time:   about {duration(found['seconds']['total'])} on {found['device']} ("
-        + ", ".join(f"{stage} {duration(v)}" for stage, v in found["seconds"].items() if v and stage != "total")
+        f"time:   about {duration(plan['seconds']['total'])} on {plan['device']} ("
+        + ", ".join(f"{stage} {duration(v)}" for stage, v in plan["seconds"].items() if v and stage != "total")
         + ")",
-        f"memory: about {found['memory']['needed'] / gib:.2f} GiB, {_gib(found['memory']['free'])} free",
-        f"disk:   about {found['disk']['needed'] / gib:.2f} GiB in {found['run_dir']}, "
-        f"{_gib(found['disk']['free'])} free",
+        f"memory: about {plan['memory']['needed'] / gib:.2f} GiB, {_gib(plan['memory']['free'])} free",
+        f"disk:   about {plan['disk']['needed'] / gib:.2f} GiB in {plan['run_dir']}, {_gib(plan['disk']['free'])} free",
     ]
-    return [*lines, *(f"warning: {text}" for text in found["warnings"])]
+    return [*lines, *(f"warning: {text}" for text in plan["warnings"])]
 
 
 def _gib(size: int | None) -> str:
@@ -202,11 +201,11 @@ def mask(
     with terminal_progress(as_json) as progress, default_model_named(model):
         loaded = load_with(model_or_default(model), options)
         check_output_paths(loaded, [str(output)], None, other_input_paths(options))
-        found = make_mask(loaded, wanted, options, progress)
-        found.mask.save(output)
-    mask = found.mask
-    lines = [f"{mask.selected:,} of {mask.total:,} weights ({mask.density:.2%}) selected: {output}", *found.warnings]
-    print_result({**found.summary(), "path": str(output)}, as_json, lines)
+        result = make_mask(loaded, wanted, options, progress)
+        result.mask.save(output)
+    mask = result.mask
+    lines = [f"{mask.selected:,} of {mask.total:,} weights ({mask.density:.2%}) selected: {output}", *result.warnings]
+    print_result({**result.summary(), "path": str(output)}, as_json, lines)
 
 
 @app.command()
@@ -237,7 +236,7 @@ def sample(
     from salun.diffusion.model.few_steps import hint
     from salun.diffusion.model.loading import load_with
     from salun.files import write_bytes
-    from salun.report import picture
+    from salun.report import image_grid
 
     with terminal_progress(False) as progress:
         loaded = load_with(model_or_default(model), options)
@@ -255,8 +254,8 @@ def sample(
             progress(Event(Stage.SAMPLING, message=note))
         texts = [text for text in prompt for _ in range(n)]
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
-        pictures = sample_images(loaded, texts, seeds, progress)
-        write_bytes(output, picture.png_bytes(picture.sheet(pictures, n, prompt)))
+        images = sample_images(loaded, texts, seeds, progress)
+        write_bytes(output, image_grid.png_bytes(image_grid.sheet(images, n, prompt)))
     print_result(None, False, [str(output)])
 
 
@@ -289,8 +288,10 @@ def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:
     if rounding["warning"]:
         lines.insert(0, f"warning: {rounding['warning']}")
     elif rounding["lost_to_rounding"]:
-        share = rounding["lost_to_rounding"] / rounding["changed"]
-        lines.append(f"{share:.1%} of the weights that moved did so by less than the file's number format can hold")
-    told = {Path(place).name: place for place in outputs}  # run.json has no path of this machine, people need it
-    lines += [f"{entry['kind']}: {told.get(entry['path'], entry['path'])}" for entry in run.record.outputs]
+        fraction = rounding["lost_to_rounding"] / rounding["changed"]
+        lines.append(
+            f"{fraction:.1%} of the changed weights are unchanged in the file: its number format is too coarse"
+        )
+    paths = {Path(path).name: path for path in outputs}  # run.json has file names only
+    lines += [f"{entry['kind']}: {paths.get(entry['path'], entry['path'])}" for entry in run.record.outputs]
     return [*lines, f"run folder: {folder}", f"report: {folder / 'report.html'}"]

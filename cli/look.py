@@ -32,7 +32,7 @@ def inspect(
         typer.Option(callback=unquoted_path, help="A second mask or run folder to compare with"),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(callback=unquoted_path, help="Write the chart of the layers to a page (.html)")
+        Path | None, typer.Option(callback=unquoted_path, help="Write a chart of the layers to an HTML page (.html)")
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -85,7 +85,7 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
         + ("  (sensitive)" if e.get("sensitive") else "")
         for name, e in listed.items()
     ]
-    lines.append("Any other text works too, except with a model that has a vocabulary: --concept TEXT --anchor TEXT")
+    lines.append("Other concepts: --concept TEXT --anchor TEXT (not for a model with a vocabulary)")
     print_result(listed, as_json, lines)
 
 

@@ -1,4 +1,4 @@
-"""`salun methods`: the unlearning methods there are."""
+"""`salun methods`: lists the unlearning methods."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def with_options(
         fields = [item for item in dataclasses.fields(kind) if item.name not in skip]
         fields.sort(key=lambda item: (item.metadata["expert"], order.index(item.name)))
         signature = inspect.signature(command, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.name not in (parameter, "given")]
+        unchanged = [p for p in signature.parameters.values() if p.name not in (parameter, "given")]
 
         def call(ctx: typer.Context, **values: Any) -> Any:
             chosen = {item.name: values.pop(item.name) for item in fields}
@@ -53,7 +53,7 @@ def with_options(
             )
             for item in fields
         ]
-        keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in unchanged]
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         call.__signature__ = signature.replace(parameters=[context, *keyword, *made])  # type: ignore[attr-defined]
         call.__doc__ = command.__doc__

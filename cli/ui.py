@@ -1,4 +1,4 @@
-"""`salun ui`: the page of the WebUI tab by itself, for people without a WebUI."""
+"""`salun ui`: the page of the WebUI tab without a WebUI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import interrupt
 from .app import app
 from .output import unquoted_path
 
-PAGE = "salun_webui_extension"  # the page is another host; here it is only opened
+PAGE = "salun_webui_extension"  # the page is a host of its own; this module only starts it
 STOPPED = "stopped. Queued jobs start at the next start with the same --data; a job that was running can be resumed"
 
 
@@ -44,7 +44,7 @@ def ui(
     ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Open the page: erase concepts by clicking, watch, compare, undo."""
+    """Start the web page for erasing concepts, watching runs, comparing results and undoing erasures."""
     login = _login(auth, "auth") if auth is not None else _login(os.environ.get("SALUN_AUTH"), None)
     if not _is_local(host) and login is None:
         raise ConfigError(
@@ -63,9 +63,9 @@ def ui(
 
 
 def _login(text: str | None, option: str | None) -> tuple[str, str] | None:
-    """None only where nothing is given: an empty text, as an unset variable leaves it, does not mean open to all.
+    """The name and password of the page, None if no text is given. An empty text is an error, not a page open to all.
 
-    option: where the text is from; None for the variable SALUN_AUTH.
+    option: the option that the text is from; None for the variable SALUN_AUTH.
     """
     if text is None:
         return None
@@ -77,7 +77,7 @@ def _login(text: str | None, option: str | None) -> tuple[str, str] | None:
 
 
 def _is_local(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """Whether an address can only be reached from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -85,7 +85,7 @@ def _is_local(host: str) -> bool:
 
 
 def _page() -> ModuleType:
-    """The standalone page: of this clone's `extension/`, or the installed one."""
+    """The module of the standalone page: from this clone's `extension/`, or installed."""
     clone = Path(__file__).resolve().parents[1]
     if (clone / "pyproject.toml").is_file() and (clone / "extension" / "__init__.py").is_file():
         home = clone / "extension"

@@ -122,7 +122,7 @@ def _latents(graph: GraphModel, images: Tensor | None, samples: dict[str, Tensor
     if samples is not None:
         latents = graph.scaled(batch)
     else:
-        if batch.shape[-1] < 3:  # grey, and perhaps an alpha
+        if batch.shape[-1] < 3:  # gray, and perhaps alpha
             batch = batch[..., :1].expand(*batch.shape[:-1], 3)
         pixels = batch[..., :3].clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
         side = graph.settings.sampling.resolution

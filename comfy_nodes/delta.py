@@ -65,7 +65,7 @@ class SalUnApplyDelta(Node):
             applied = stacking.stack(Weights(model, patched=False), [(delta, 1.0)], fine_tune_of_base=base)
         except BaseMismatch as error:
             raise ConfigError(
-                f"is {base_checkpoint}, {_hashes(error)}",
+                f"is {base_checkpoint}, whose {_hashes(error)}",
                 option="base_checkpoint",
                 advice="Choose the checkpoint that the delta was made from",
             ) from error
@@ -82,7 +82,7 @@ def delta_on_model(model: Any, delta: Delta) -> AppliedDeltas:
             errors.append(error)
     if isinstance(errors[0], BaseMismatch):
         raise ModelError(
-            f"this MODEL is another than the delta's base, {_hashes(errors[0])}",
+            f"this MODEL is not the delta's base: its {_hashes(errors[0])}",
             advice="If the base was a checkpoint, set SalUn Apply Delta's {base_checkpoint} to it; if it was a model "
             "with patches (a LoRA, an earlier erasure), put the same patches before this node, at the same strengths",
         ) from errors[0]
@@ -90,4 +90,4 @@ def delta_on_model(model: Any, delta: Delta) -> AppliedDeltas:
 
 
 def _hashes(error: BaseMismatch) -> str:
-    return f"whose hash is {error.actual[:12]}…, but must be {error.expected[:12]}…"
+    return f"hash is {error.actual[:12]}…, but must be {error.expected[:12]}…"

@@ -25,7 +25,7 @@ from salun.diffusion.result import Run, grids
 from salun.diffusion.targets import STATE_BYTES, trained_entries
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
-from salun.report.picture import stack
+from salun.report.image_grid import stack
 from salun.runs.cache import key_of
 from salun.runs.record import RunRecord
 

@@ -12,7 +12,7 @@ from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
 from salun.diffusion.result import grids
 from salun.errors import ConfigError
 from salun.progress import Stage
-from salun.report.picture import stack
+from salun.report.image_grid import stack
 
 from .execution import computes, graph_and_plan
 from .families import family_of

@@ -155,7 +155,7 @@ class SalUnSaveAsLora(Node):
         bar = ComfyProgress([StageCost(Stage.COMPARING, n), StageCost(Stage.WRITING, 0 if low_rank else n)])
         base = applied.base_tensors
         report = write_stock(path, base, AppliedDeltas(base, applied.layers), stock_notes(delta), progress=bar, **size)
-        content = f"{report.total.share:.1%} of the squared difference" if report else "every difference"
+        content = f"{report.total.fraction:.1%} of the squared difference" if report else "every difference"
         summary = f"{name}: {content}"
         return {"ui": {"text": [summary]}, "result": (name, summary)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import blurred
-from salun.report.picture import blurred as blurred_picture
+from salun.report.image_grid import blurred as blurred_image
 
 from .model import GraphModel
 
@@ -54,8 +54,8 @@ class SamplePreview:
 
 
 def _decoded(previewer: Any, latent: Tensor, blur: bool) -> Preview:
-    picture = previewer.decode_latent_to_preview(latent)
-    return "JPEG", blurred_picture(picture) if blur else picture, 512
+    image = previewer.decode_latent_to_preview(latent)
+    return "JPEG", blurred_image(image) if blur else image, 512
 
 
 def _previewer(model: GraphModel) -> Any:

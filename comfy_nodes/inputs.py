@@ -96,7 +96,7 @@ def filename_prefix(default: str) -> dict[str, Any]:
 
 # where an option is set: these on the nodes that use them, all others on SalUn Options
 NODE_OPTIONS = ("steps", "batch_size", "lr", "retain_weight", "density", "mask", "eval_images", "seed")
-GRAPH_OPTIONS = {  # options that are no inputs, since something else in ComfyUI decides them
+GRAPH_OPTIONS = {  # options without an input, and what decides them in ComfyUI instead
     "device": "ComfyUI's choice",
     "components": "the loader's CLIP and VAE",
     "models_dir": "ComfyUI's folders",

@@ -14,7 +14,7 @@ from salun.diffusion.masks import find_mask
 from salun.errors import ConfigError, MaskError
 from salun.masking.mask import Mask
 from salun.progress import Stage, StageCost
-from salun.report.picture import densities
+from salun.report.image_grid import densities
 
 from .data import check_data
 from .execution import computes, graph_and_plan, mask_digest, run_record
@@ -76,9 +76,9 @@ class SalUnSaliencyMask(Node):
                     content = build_training_set(graph, plan, bar, True, cache())
                 elif content is not None:
                     content = data_on(content, graph.device)
-                found = find_mask(graph, content, plan, bar)
-            mask = found.mask
-            mask = Mask(mask.bits, mask.shapes, {**mask.metadata, "warnings": "; ".join(found.warnings)})
+                result = find_mask(graph, content, plan, bar)
+            mask = result.mask
+            mask = Mask(mask.bits, mask.shapes, {**mask.metadata, "warnings": "; ".join(result.warnings)})
             stored = Mask(mask.bits, mask.shapes, {**mask.metadata, DIGEST: mask_digest(mask)})
             cache().save(key, sum(row.nbytes for row in mask.bits.values()), stored.save)
         return mask, summary(mask)

@@ -130,9 +130,9 @@ class GraphModel:
         side = self.settings.sampling.resolution // 8
         return int(self._config["in_channels"]), side, side
 
-    def encode_images(self, pictures: np.ndarray) -> Tensor:
+    def encode_images(self, images: np.ndarray) -> Tensor:
         with torch.inference_mode(), self.on_device():
-            samples = self._vae.encode(torch.from_numpy(pictures).float() / 255)
+            samples = self._vae.encode(torch.from_numpy(images).float() / 255)
         return self.scaled(samples)
 
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -28,7 +28,7 @@ def checked_prefix(prefix: str, folder: str) -> str:
     if not name or name.startswith("/") or name.endswith("/") or ".." in parts or ":" in name:
         raise _invalid(prefix, f"but must be a name, or folder/name, inside output/{folder}")
     if not name.isprintable() or any(len(part.encode()) > LONGEST for part in parts):
-        raise _invalid(prefix[:80], "which no file can have as its name")
+        raise _invalid(prefix[:80], "which is not a valid file name")
     above = _root(folder)
     for part in parts[:-1]:
         above /= part

@@ -1,4 +1,4 @@
-"""`python path/to/extension FOLDER`: the child process of a job, whatever the name and place of the folder."""
+"""`python path/to/extension FOLDER`: the child process of a job, whatever the path of the extension's folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ NAME = "salun_webui_extension"
 
 def _open() -> None:
     home = Path(__file__).resolve().parent
-    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != home]  # its modules are no packages
+    sys.path[:] = [
+        path for path in sys.path if Path(path or ".").resolve() != home
+    ]  # its modules must not be imported by name
     spec = importlib.util.spec_from_file_location(NAME, home / "__init__.py", submodule_search_locations=[str(home)])
     if spec is None or spec.loader is None:
         sys.exit(f"salun: {home} cannot be loaded: clone the repository again")

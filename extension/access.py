@@ -1,4 +1,4 @@
-"""Who may call the HTTP API: the page itself by its token, people by name and password, nobody from another site."""
+"""Who may call the HTTP API: the page by its token, users by name and password, no other site."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OTHER_SITE = "requests from other sites are rejected"
-BAD_HOST = "the Host header is no valid HOST or HOST:PORT: open the page by its address"
+BAD_HOST = "the Host header is not a valid HOST or HOST:PORT: open the page by its address"
 SIGNED_OUT = "nobody is signed in: load the page again and sign in"
 BY_NAME = (
-    "This page is open to everybody, so it answers under its address alone, such as 127.0.0.1 or 192.168.0.5: another "
-    "site could make a name lead here. Open it by its address, or start the program with a password: "
+    "This page has no password, so it responds only under its address, such as 127.0.0.1 or 192.168.0.5: another site "
+    "could make a domain name point here. Open the page by its address, or start the program with a password: "
     "--auth NAME:PASSWORD for salun ui, --gradio-auth NAME:PASSWORD for a WebUI."
 )
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9_-])?)(?::([0-9]{1,5}))?")
 
 
-class Refused(Exception):
-    """status: 400, 401, 403, 408 or 413. text: for the caller. challenge: whether a name and password would help."""
+class Rejected(Exception):
+    """A rejected request. status: HTTP status code. text: for the caller. challenge: whether a login would help."""
 
     def __init__(self, status: int, text: str, challenge: bool = False) -> None:
         super().__init__(text)
@@ -31,11 +31,12 @@ class Refused(Exception):
 
 @dataclass
 class Access:
-    """users: name → password; with any, requests without the page's token must have them (HTTP Basic).
+    """The rules of access.
 
-    open: whether requests without the token are served at all. token: known to those who can open the
-    page. guarded: whether opening the page takes a login. signed_in: whether the Cookie header is of a login that
-    still holds; where the page is guarded, the token counts only together with one.
+    users: name → password; if there are any, requests without the page's token need one of them (HTTP Basic). open:
+    whether requests without the token are served at all; closed_because: the message if not. token: known to those who
+    can open the page. guarded: whether the page needs a login. signed_in: whether a Cookie header belongs to a valid
+    login; on a guarded page the token counts only together with one.
     """
 
     users: Mapping[str, str] = field(default_factory=dict)
@@ -46,23 +47,23 @@ class Access:
     signed_in: Callable[[str], bool] = lambda cookies: False
 
     def check(self, headers: Mapping[str, str]) -> None:
-        """Raises Refused for an API request with these headers, as `headers_of` gives them."""
+        """Raises Rejected for an API request with these headers, as `headers_of` gives them."""
         check_origin(headers)
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise Refused(403, OTHER_SITE)
+            raise Rejected(403, OTHER_SITE)
         token = headers.get("x-salun-token")
-        if not (self.users if token is None else self.guarded):  # anybody can get as far as this
+        if not (self.users if token is None else self.guarded):  # without a login
             check_address(headers)
         if token is not None:
             if not _equal(token, self.token):
-                raise Refused(401, "the page is of an earlier start of the program: load it again")
+                raise Rejected(401, "the program was restarted after this page was loaded: load it again")
             if self.guarded and not self.signed_in(headers.get("cookie", "")):
-                raise Refused(401, SIGNED_OUT)
+                raise Rejected(401, SIGNED_OUT)
             return
         if not self.open:
-            raise Refused(403, self.closed_because)
+            raise Rejected(403, self.closed_because)
         if self.users and not self.known(headers):
-            raise Refused(401, "name and password are needed", challenge=True)
+            raise Rejected(401, "name and password are needed", challenge=True)
 
     def known(self, headers: Mapping[str, str]) -> bool:
         """Whether a request has the name and password of a user (HTTP Basic)."""
@@ -72,17 +73,17 @@ class Access:
 
 
 def headers_of(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """The headers of an ASGI scope, names in lower case; one that is given twice has both values, which is invalid."""
-    found: dict[str, str] = {}
+    """The headers of an ASGI scope, names in lower case; a repeated header has both values, which is invalid."""
+    headers: dict[str, str] = {}
     for key, value in raw:
         name, text = key.decode("latin-1").lower(), value.decode("latin-1")
-        found[name] = f"{found[name]}, {text}" if name in found else text
-    return found
+        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    return headers
 
 
 def gradio_login(app: Any) -> Callable[[str], bool]:
-    """Whether a Cookie header is of somebody signed in to a gradio application: all its versions name their cookies
-    `access-token…` and keep what these hold in `tokens` until the logout."""
+    """Returns a function: whether a Cookie header is from a valid login to a gradio application, all of whose versions
+    name their cookies `access-token…` and keep the values in `tokens` until the logout."""
 
     def signed_in(cookies: str) -> bool:
         pairs = [pair.strip().partition("=") for pair in cookies.split(";")]
@@ -92,30 +93,31 @@ def gradio_login(app: Any) -> Callable[[str], bool]:
 
 
 def check_origin(headers: Mapping[str, str]) -> None:
-    """Raises Refused for an invalid Host header, and for a page of another origin.
+    """Raises Rejected for an invalid Host header, and for a page of another origin.
 
-    What a proxy adds (X-Forwarded-Host and the like) is not consulted: it must pass the Host header on.
+    Headers of a proxy (X-Forwarded-Host) are not used: the proxy must forward the Host header.
     """
     host = headers.get("host", "")
     _host_name(host)
     origin = headers.get("origin")
     if origin is not None and origin.casefold() not in (f"http://{host}".casefold(), f"https://{host}".casefold()):
-        raise Refused(403, OTHER_SITE)
+        raise Rejected(403, OTHER_SITE)
 
 
 def check_address(headers: Mapping[str, str]) -> None:
-    """Raises Refused for a request under a name: a domain can be made to lead to this machine (DNS rebinding). The name
-    under which a proxy was called counts as well."""
+    """Raises Rejected for a request under a domain name, which can be made to point to this machine (DNS rebinding).
+    The name under which a proxy was called counts as well.
+    """
     for header in ("host", "x-forwarded-host"):
         if header in headers and not _is_address(_host_name(headers[header])):
-            raise Refused(403, BY_NAME)
+            raise Rejected(403, BY_NAME)
 
 
 def _host_name(host: str) -> str:
-    """A Host header without its port. Raises Refused for one that is invalid, such as a name that ends in a dot."""
+    """A Host header without its port. Raises Rejected if it is invalid, such as a name that ends in a dot."""
     match = _HOST.fullmatch(host)
     if match is None or not 0 < int(match[2] or 80) < 65536:
-        raise Refused(400, BAD_HOST)
+        raise Rejected(400, BAD_HOST)
     return match[1]
 
 

@@ -1,8 +1,8 @@
 """The HTTP API `/salun/v1/…`: start, status, cancel, resume, remove, use, undo, runs, models, concepts, files of runs.
 
 JSON in, JSON out; `openapi.json` describes the calls, `schema` the options of an erasure. Errors are {"error": text}:
-400 for a request that is invalid, 401 and 403 by `access`, 404 for what does not exist, 408, 413 and 415 for a body by
-`body`, 429 for more jobs than the queue holds. The request models work with pydantic 1.10, which A1111 has, and 2.
+400 for an invalid request, 401 and 403 from `access`, 404 for a missing object, 408, 413 and 415 from `body`, 429 for a
+full queue. The request models work with pydantic 1.10, which A1111 has, and 2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from salun.diffusion.options import GROUPS
 from salun.errors import ConfigError, SalunError
 
 from . import stages
-from .access import Access, Refused, headers_of
+from .access import Access, Rejected, headers_of
 from .body import LARGEST, json_object, read_body
 from .controls import FIELDS, help_of
 from .job_queue import QueueFull
@@ -35,9 +35,9 @@ from .messages import from_fields, render
 from .service import Service
 
 PREFIX = "/salun/v1"
-POINTS = 200  # of a loss plot in a status
+POINTS = 200  # of a job's loss plot in a status
 PREVIEWS = 20  # names of the latest in a status
-RECENT = 50  # jobs in a status, besides those that are not over or can be resumed
+RECENT = 50  # jobs in a status, besides open and resumable ones
 SCRIPT = Path(__file__).with_name("page.js")
 STRICT = {
     "X-Content-Type-Options": "nosniff",
@@ -57,7 +57,7 @@ logger = logging.getLogger("salun")
 
 
 class JobId(BaseModel, extra="forbid"):
-    """Names a job."""
+    """The id of a job."""
 
     id: StrictStr
 
@@ -79,7 +79,7 @@ class Mask(BaseModel, extra="forbid"):
 
 
 class Stack(BaseModel, extra="forbid"):
-    """Write a checkpoint with deltas, which are named by their runs."""
+    """Write a checkpoint with deltas, given by the names of their runs."""
 
     kind: Literal["stack"]
     model: StrictStr
@@ -115,7 +115,7 @@ class Overlaps(BaseModel, extra="forbid"):
 
 
 class Inspect(BaseModel, extra="forbid"):
-    """Where a run's mask lies, alone or against another's."""
+    """Show which layers a run's mask selects, or how far the masks of two runs overlap."""
 
     kind: Literal["inspect"]
     run: StrictStr
@@ -130,7 +130,7 @@ STARTS: dict[str, type[BaseModel]] = {
 
 
 class Error(BaseModel):
-    """The answer to a request that fails."""
+    """The response to a failed request."""
 
     error: str
 
@@ -142,7 +142,7 @@ def add_routes(app: Any, service: Service, access: Access) -> None:
     """Add the API to a Starlette or FastAPI application."""
     api = FastAPI(
         title="salun", docs_url=None, redoc_url=None, openapi_url=None, servers=[{"url": PREFIX}],
-        default_response_class=_Json, responses={"4XX": {"model": Error, "description": "The request fails."}},
+        default_response_class=_Json, responses={"4XX": {"model": Error, "description": "The request failed."}},
     )  # fmt: skip
     api.state.service, api.state.access = service, access
     api.router.route_class = _GuardedRoute
@@ -173,7 +173,7 @@ class _CheckedRequest(Request):
 
 
 class _GuardedRoute(APIRoute):
-    """A route that asks who calls, reads bounded bodies, and answers errors in one line."""
+    """A route that checks access, bounds bodies, and turns errors into JSON."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -190,13 +190,13 @@ class _GuardedRoute(APIRoute):
 
 
 async def _admitted(request: Request) -> Request:
-    """A request that may be served, its body checked. Raises Refused."""
+    """The request, if access allows it, with its checked body. Raises Rejected."""
     headers = headers_of(request.scope["headers"])
     request.app.state.access.check(headers)
     if request.method != "POST":
         return request
     if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "send JSON, with Content-Type: application/json")
+        raise Rejected(415, "the request is not JSON: send JSON with Content-Type: application/json")
     checked = _CheckedRequest(request.scope, request.receive)
     checked.checked = json_object(await read_body(request.receive, headers, LARGEST))
     return checked
@@ -204,7 +204,7 @@ async def _admitted(request: Request) -> Request:
 
 def _error_response(error: Exception, request: Request) -> Response:
     headers = {}
-    if isinstance(error, Refused):
+    if isinstance(error, Rejected):
         status, text = error.status, error.text
         headers = {"WWW-Authenticate": 'Basic realm="salun"'} if error.challenge else {}
     elif isinstance(error, SalunError):
@@ -236,8 +236,8 @@ async def _script(request: Request) -> Response:
 
 
 def _service(request: Request) -> Service:
-    found: Service = request.app.state.service
-    return found
+    service: Service = request.app.state.service
+    return service
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def start(request: Request, body: dict[str, Any]) -> Any:
 
 
 def status(request: Request, id: str | None = None) -> Any:
-    """A job, or all of them; without `id` jobs that are over come without their losses."""
+    """One job, or all jobs; in the list, finished jobs come without their losses."""
     service = _service(request)
     if id:
         return job_to_json(service.queue.get(id), service)
@@ -266,7 +266,7 @@ def status(request: Request, id: str | None = None) -> Any:
 
 
 def cancel(request: Request, body: JobId) -> Any:
-    """Stop a job, or take it out of the queue."""
+    """Stop a job, or remove it from the queue."""
     return job_to_json(_service(request).queue.cancel(body.id), _service(request))
 
 
@@ -276,33 +276,33 @@ def resume(request: Request, body: JobId) -> Any:
 
 
 def remove(request: Request, body: JobId) -> Any:
-    """Take an ended job off the list, and delete what it keeps to be resumed."""
+    """Remove an ended job from the list, and delete its training state."""
     _service(request).remove(body.id)
     return {"removed": body.id}
 
 
 def use(request: Request, body: JobId) -> Any:
-    """Have the WebUI generate with the checkpoint that a job wrote."""
+    """Make the WebUI use the checkpoint that a job wrote."""
     return {"message": _service(request).use_result(body.id)}
 
 
 def undo(request: Request, body: JobId) -> Any:
-    """Have the WebUI generate with the base of an erasure again, or write the base anew."""
+    """Make the WebUI use the base of an erasure again, or write the base again."""
     return {"message": _service(request).undo_result(body.id)}
 
 
 def runs(request: Request) -> Any:
-    """Every run, the latest first."""
+    """All runs, the latest first."""
     return {"runs": _service(request).history()}
 
 
 def models(request: Request) -> Any:
-    """The models that can be chosen."""
+    """The available models."""
     return {"models": [{"title": title} for title in _service(request).models.all()]}
 
 
 def concepts(request: Request, model: str | None = None) -> Any:
-    """Concepts that a model knows, and their anchors."""
+    """The concepts of a model, and their anchors."""
     return {"concepts": _service(request).models.concepts(model)}
 
 

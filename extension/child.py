@@ -1,7 +1,7 @@
 """The child process of a job: `python extension FOLDER` runs FOLDER/request.json and reports events as JSON lines.
 
 It runs in whatever interpreter has the packages, so it imports nothing of the host. `job_events` lists the events, one
-JSON object a line on stdout. A line on stdin, or its end, asks the process to stop at the next step: so no child
+JSON object a line on stdout. A line on stdin, or its end, asks the process to stop at the next step, so that no child
 outlives the program that started it. Exit codes are those of the command line: 0 done, 1 error, 2 wrong usage, 130
 stopped.
 """
@@ -171,14 +171,14 @@ class Previews:
 
     def _send(self, step: int) -> None:
         from salun.files import write_bytes
-        from salun.report import picture
+        from salun.report import image_grid
 
         after, n = self._images(), len(self.prompts) - 1
         texts = [p.text for p in self.prompts]
-        forget = picture.grid(self.before[:n], after[:n], texts[:n], blur=self.blur)
-        retain = picture.grid(self.before[n:], after[n:], texts[n:])
+        forget = image_grid.grid(self.before[:n], after[:n], texts[:n], blur=self.blur)
+        retain = image_grid.grid(self.before[n:], after[n:], texts[n:])
         name = f"preview-{step:06d}.png"
-        write_bytes(self.folder / name, picture.png_bytes(picture.stack(forget, retain)))
+        write_bytes(self.folder / name, image_grid.png_bytes(image_grid.stack(forget, retain)))
         self.pipe.send("preview", file=name, step=step)
 
 
@@ -193,13 +193,13 @@ def mask(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, A
     model = _model(request["model"], options)
     costs = make_plan(model.settings, model.name, concepts, options).stages()
     costs = [cost for cost in costs if cost.stage in (Stage.SAMPLING, Stage.SALIENCY)]
-    found = make_mask(model, concepts, options, pipe_progress(pipe, stages.ProgressEstimator(costs)))
-    found.mask.save(Path(request["output"]))
-    return {**found.summary(), "output": request["output"]}
+    result = make_mask(model, concepts, options, pipe_progress(pipe, stages.ProgressEstimator(costs)))
+    result.mask.save(Path(request["output"]))
+    return {**result.summary(), "output": request["output"]}
 
 
 def stack(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
-    """As `salun delta stack`, which `salun delta apply` is for a single delta."""
+    """As `salun delta stack`, also for a single delta."""
     from salun.delta import commands as deltas
 
     progress = pipe_progress(pipe, stages.ProgressEstimator(WRITING_COSTS))
@@ -274,8 +274,8 @@ def _as_salun_error(error: Exception) -> SalunError | None:
     if isinstance(error, SalunError):
         return error
     if isinstance(error, ImportError):
-        missing = f"this Python lacks a package ({error})"
-        return SalunError(missing, advice="Press Set up where there is one, else install the package with pip")
+        missing = f"a Python package is missing ({error})"
+        return SalunError(missing, advice="Press Set up if the tab has it; otherwise install the package with pip")
     if isinstance(error, OSError):
         return SalunError(f"{error.filename or 'a file'}: {error.strerror or error}")
     from salun.compute.device import is_out_of_memory  # which needs torch
@@ -287,7 +287,9 @@ def _as_salun_error(error: Exception) -> SalunError | None:
 
 
 def main() -> None:
-    """Keep stdout for events alone: what libraries print goes to stderr, which the parent keeps as the job's log."""
+    """Run the job. stdout carries only events; output of libraries goes to stderr, which the parent writes to the job's
+    log.
+    """
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
     os.dup2(2, 1)
     sys.stdout = sys.stderr

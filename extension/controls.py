@@ -1,4 +1,4 @@
-"""Controls made from the core's option dataclasses, and values read back from them, so that neither can differ."""
+"""The page's controls, made from the core's option dataclasses, and the options read back from them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ ADVANCED = {
     for title, names in GROUPS.items()
 }
 AUTO = "auto"
-MAX_DIGITS = 30  # characters
-PAGE_HELP = {  # where the command line takes a path: no path is taken here
+MAX_DIGITS = 30  # characters of a number
+PAGE_HELP = {  # options that take a path on the command line, but only a name here
     "components": "Single files: alias or hub id (owner/name) with the parts that the file lacks "
                   "(VAE, text encoder, configs).",
     "forget_images": "Folder of images of the concept, used instead of samples: a folder in `pictures` of the data "
                      "folder (several concepts: a subfolder for each).",
-    "retain_images": "Folder of images to keep, used in addition to samples: a folder in `pictures` of the data "
+    "retain_images": "Folder of images to retain, used in addition to samples: a folder in `pictures` of the data "
                      "folder; x.txt is the prompt of x.png.",
     "mask": "saliency, shuffled, random, full (the controls), or the mask of an earlier run or job.",
 }  # fmt: skip
 
 
 def help_of(name: str) -> str:
-    """An option's help: the command line's, except where that takes a path."""
+    """An option's help: that of the command line, except for options that take a path there."""
     of_recipe = {field.name for field in dataclasses.fields(Recipe)}
     shown = PAGE_HELP.get(name, str(FIELDS[name].metadata["help"]))
     return shown + (" (auto: the model's recipe)" if name in of_recipe else "")

@@ -1,7 +1,7 @@
-"""Which Python the jobs run in: the host's where its packages suffice, else an environment that Set up makes.
+"""The Python that jobs run in: the host's if its packages suffice, else an environment that Set up makes.
 
-The environment sees the host's packages (torch above all) through a .pth file, after its own: so pip adds only what is
-missing or too old, and the host's packages are not changed. Each set-up makes a new folder, and the file `current`
+The environment also finds the host's packages, such as torch, through a .pth file. pip only adds packages that are
+missing or too old, and does not change the host's. Each set-up makes a new folder, and the file `current`
 names the one to use once it has been tried: the previous one is used until then, and if the set-up fails.
 """
 
@@ -37,13 +37,13 @@ MEGABYTES = 170
 ASK = """
 import json, sys
 from importlib import metadata
-found = {}
+versions = {}
 for name in sys.argv[1:]:
     try:
-        found[name] = metadata.version(name)
+        versions[name] = metadata.version(name)
     except metadata.PackageNotFoundError:
         pass
-print(json.dumps(found))
+print(json.dumps(versions))
 """
 TRIAL = "import filelock, jinja2, yaml; from diffusers import AutoencoderKL, UNet2DConditionModel; " + (
     "from transformers import CLIPTextModel, CLIPTokenizer"
@@ -55,18 +55,18 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Missing:
-    """A package that is missing or too old. found: its version, None for a missing one."""
+    """A package that is missing or too old. installed: its version, None if it is missing."""
 
     name: str
     lowest: str
-    found: str | None
+    installed: str | None
 
     def __str__(self) -> str:
-        return f"{self.name} {self.lowest} (has {self.found})" if self.found else f"{self.name} (none)"
+        return f"{self.name} {self.lowest} ({f'has {self.installed}' if self.installed else 'missing'})"
 
 
 def folder(host: Host) -> Path:
-    """Where environments are, or will be."""
+    """The folder of environments."""
     return host.data / "environment"
 
 
@@ -76,13 +76,13 @@ def _made(place: Path) -> Path | None:
         name = (place / "current").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
-    found = _executable(place / name)
-    return found if found.is_file() else None
+    python = _executable(place / name)
+    return python if python.is_file() else None
 
 
 @cache
 def missing() -> tuple[Missing, ...]:
-    """What this interpreter lacks in a fresh process: the present one may see more than a child will."""
+    """The packages that this interpreter lacks in a new process, which may find fewer than this process."""
     return _missing_in(sys.executable)
 
 
@@ -100,15 +100,15 @@ def _listed(packages: tuple[Missing, ...]) -> str:
 
 
 def _obstacle() -> str | None:
-    """Why Set up would be of no use, as text for people."""
+    """Why Set up cannot help, as a message; None if it can."""
     held = tuple(package for package in missing() if package.name in HELD)
     if not held:
         return None
-    return f"Jobs need {_listed(held)} in this program, which Set up does not change. Update the program first."
+    return f"Jobs need {_listed(held)}, which Set up takes from this program. Update the program first."
 
 
 def python(host: Host) -> str:
-    """The interpreter for jobs. Raises ConfigError where none has what is needed."""
+    """The interpreter for jobs. Raises ConfigError if none has the packages."""
     if not missing():
         return sys.executable
     if (why := _obstacle()) is not None:
@@ -120,7 +120,7 @@ def python(host: Host) -> str:
 
 
 def state(host: Host) -> tuple[bool, str]:
-    """Whether jobs can run, and a line for people."""
+    """Whether jobs can run, and a message."""
     place = folder(host)
     if not missing():
         return True, f"Ready: this program's Python ({sys.version.split()[0]}) has all packages that jobs need."
@@ -140,9 +140,9 @@ def state(host: Host) -> tuple[bool, str]:
 
 
 def set_up(host: Host, wait: bool = False) -> str:
-    """Make the environment, in the background unless `wait`. Returns a line for people.
+    """Make the environment, in the background unless `wait`. Returns a message.
 
-    Raises ConfigError where that would be of no use.
+    Raises ConfigError if Set up cannot help.
     """
     if not missing():
         return "There is nothing to set up."
@@ -162,12 +162,12 @@ def set_up(host: Host, wait: bool = False) -> str:
 
 
 def _make(place: Path) -> None:
-    """Make a new environment in `place`, and have jobs use it if it works."""
+    """Make a new environment in `place`; jobs use it if it works."""
     before = _made(place)
     new = place / time.strftime("%Y%m%d-%H%M%S")
     try:
         if place.is_dir():
-            for old in place.iterdir():  # of set-ups that failed or were followed by another: no job runs there
+            for old in place.iterdir():  # of failed or replaced set-ups, which no job uses
                 if old.is_dir() and (before is None or old not in before.parents):
                     shutil.rmtree(old, ignore_errors=True)
         _install(new)
@@ -181,7 +181,7 @@ def _make(place: Path) -> None:
 
 
 def _install(new: Path) -> None:
-    """Make an environment with all that jobs need. Raises RuntimeError where that fails."""
+    """Make an environment with all packages that jobs need. Raises RuntimeError if that fails."""
     _run([sys.executable, "-m", "venv", str(new)])
     python = str(_executable(new))
     packages = _run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
@@ -194,12 +194,12 @@ def _install(new: Path) -> None:
     _run([*pip, *PACKAGES, *(f"{name}>={LOWEST[name]}" for name in SMALL)])
     _run([python, "-c", TRIAL])
     if lacking := _missing_in(python):
-        raise RuntimeError(f"after the installation it still lacks {_listed(lacking)}")
+        raise RuntimeError(f"packages are still missing after the installation: {_listed(lacking)}")
 
 
 def _run(command: list[str]) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    environment |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}  # not what the system's language has it write
+    environment |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}  # independent of the system's locale
     done = subprocess.run(command, capture_output=True, text=True, env=environment, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -212,10 +212,10 @@ def _executable(place: Path) -> Path:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    found = []
+    numbers = []
     for part in version.split("+")[0].split("."):
         digits = "".join(c for c in part if c.isdigit())
         if not part[:1].isdigit():
             break
-        found.append(int(digits))
-    return tuple(found)
+        numbers.append(int(digits))
+    return tuple(numbers)

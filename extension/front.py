@@ -7,14 +7,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .access import OTHER_SITE, SIGNED_OUT, Access, Refused, check_address, check_origin, headers_of
+from .access import OTHER_SITE, SIGNED_OUT, Access, Rejected, check_address, check_origin, headers_of
 from .body import LARGEST, SECONDS, read_body
 from .limits import MAX_CONNECTIONS
 
-BEFORE_LOGIN = 16_000  # bytes of a body by somebody who is not signed in
-SECONDS_BEFORE_LOGIN = 3.0  # until such a body must be there
-PUBLIC = ("/salun/v1/", "/assets/", "/static/", "/svelte/", "/_app/")  # the API asks by itself; the rest are files
-OPENING = ("/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon")  # what a login page is of
+BEFORE_LOGIN = 16_000  # bytes of a body before the login
+SECONDS_BEFORE_LOGIN = 3.0  # until such a body must have arrived
+PUBLIC = ("/salun/v1/", "/assets/", "/static/", "/svelte/", "/_app/")  # the API checks access itself; others are files
+OPENING = ("/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon")  # files of the login page
 OWN_HEADERS = {
     b"x-frame-options": b"DENY",
     b"x-content-type-options": b"nosniff",
@@ -24,13 +24,13 @@ OWN_HEADERS = {
 NO_FRAMES = (
     b"content-security-policy",
     b"frame-ancestors 'none'",
-)  # in addition to a policy that an answer has already
+)  # in addition to a policy that the response already has
 
 
 class Front:
-    """An ASGI application around another, which gets the requests of this origin alone, their bodies whole.
+    """An ASGI application that passes only requests of this origin, with complete bodies, to another application.
 
-    Where the page is guarded, nothing but the login page reaches it before the login.
+    On a guarded page, only the login page is served before the login.
     """
 
     def __init__(self, app: Any, access: Access) -> None:
@@ -48,14 +48,14 @@ class Front:
             if scope["type"] == "http":
                 read = self._read_before_login if limit == BEFORE_LOGIN else _read
                 receive = _after(await read(receive, headers), receive)
-        except Refused as error:
-            await _refuse(scope["type"], error, answer)
+        except Rejected as error:
+            await _reject(scope["type"], error, answer)
             return
         await self.app(scope, receive, answer)
 
     async def _read_before_login(self, receive: Any, headers: Mapping[str, str]) -> bytes:
-        """A body by somebody who is not signed in. At most a quarter of the connections wait for one: a further request
-        ends the wait of the oldest, so that half-sent bodies keep nobody from signing in. Raises Refused."""
+        """A body before the login. At most a quarter of the connections wait for one: a further request ends the oldest
+        wait, so that incomplete bodies cannot prevent a login. Raises Rejected."""
         while len(self._reading) >= MAX_CONNECTIONS // 4:
             oldest = next(iter(self._reading))
             del self._reading[oldest]
@@ -67,15 +67,17 @@ class Front:
         except asyncio.CancelledError:
             if reading in self._reading:  # this request itself was cancelled
                 raise
-            raise Refused(408, "the request's body was not there before too many others came: send it again") from None
+            raise Rejected(
+                408, "the request's body did not arrive in time, and others are waiting: send it again"
+            ) from None
         finally:
             self._reading.pop(reading, None)
 
     def _admit(self, scope: Mapping[str, Any], headers: Mapping[str, str]) -> int:
-        """How many bytes of body a request may have. Raises Refused for one that is not let in."""
+        """The maximum size of a request's body in bytes. Raises Rejected for a request that is not allowed."""
         check_origin(headers)
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not _is_link(scope, headers):
-            raise Refused(403, OTHER_SITE)
+            raise Rejected(403, OTHER_SITE)
         if not self.access.guarded:
             check_address(headers)
             return LARGEST
@@ -88,7 +90,7 @@ class Front:
             return BEFORE_LOGIN
         if method == "POST" and path.rstrip("/") == "/login":
             return BEFORE_LOGIN
-        raise Refused(401, SIGNED_OUT)
+        raise Rejected(401, SIGNED_OUT)
 
 
 async def _read(receive: Any, headers: Mapping[str, str]) -> bytes:
@@ -96,14 +98,14 @@ async def _read(receive: Any, headers: Mapping[str, str]) -> bytes:
 
 
 def _is_link(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
-    """Whether a request follows a link on another site to the page: it shows the page and starts nothing."""
+    """Whether a request follows another site's link to the page, which only shows the page."""
     opened = headers.get("sec-fetch-mode", "navigate") == "navigate"
     document = headers.get("sec-fetch-dest", "document") == "document"  # no frame
     return scope.get("method") in ("GET", "HEAD") and scope["path"] == "/" and opened and document
 
 
 def _after(body: bytes, receive: Any) -> Any:
-    """A `receive` that gives the body that was read already, then what comes after it."""
+    """A `receive` that returns the body that was already read, then later messages."""
     given = False
 
     async def again() -> Any:
@@ -117,31 +119,31 @@ def _after(body: bytes, receive: Any) -> Any:
 
 
 def _with_own_headers(send: Any, secure: bool) -> Any:
-    """A `send` whose answers no other origin may read, and no other site may frame."""
+    """A `send` with headers that forbid other origins to read and other sites to frame the responses."""
 
     async def answer(message: Any) -> None:
         if message["type"] == "http.response.start":
-            kept = [
+            headers = [
                 (name, _strict(value, secure) if name.lower() == b"set-cookie" else value)
                 for name, value in message.get("headers", [])
                 if not name.lower().startswith(b"access-control-") and name.lower() not in OWN_HEADERS
             ]
-            message = {**message, "headers": [*kept, *OWN_HEADERS.items(), NO_FRAMES]}
+            message = {**message, "headers": [*headers, *OWN_HEADERS.items(), NO_FRAMES]}
         await send(message)
 
     return answer
 
 
 def _strict(cookie: bytes, secure: bool) -> bytes:
-    """A Set-Cookie header's value for requests of this site alone; gradio's own says `SameSite=none`."""
+    """A Set-Cookie header's value with `SameSite=Strict`; gradio sets `SameSite=none`."""
     parts = [part.strip() for part in cookie.split(b";")]
-    kept = [part for part in parts if not part.lower().startswith(b"samesite")]
-    if secure and b"secure" not in [part.lower() for part in kept]:
-        kept.append(b"Secure")
-    return b"; ".join([*kept, b"SameSite=Strict"])
+    attributes = [part for part in parts if not part.lower().startswith(b"samesite")]
+    if secure and b"secure" not in [part.lower() for part in attributes]:
+        attributes.append(b"Secure")
+    return b"; ".join([*attributes, b"SameSite=Strict"])
 
 
-async def _refuse(kind: str, error: Refused, send: Any) -> None:
+async def _reject(kind: str, error: Rejected, send: Any) -> None:
     if kind == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return

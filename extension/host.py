@@ -1,4 +1,4 @@
-"""What the page needs of its host, the program it runs in, and a stand-in for `salun ui`, which has no host."""
+"""The interface of a host, the program that the page runs in, and a stand-in for `salun ui`, which has none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Host(Protocol):
     """A program that keeps checkpoints and may use the GPU itself.
 
     Attributes:
-        name: For people.
+        name: Shown on the page.
         data: The folder of jobs, runs and images.
         sets_up: Whether its jobs may run in an environment made by Set up.
     """
@@ -34,10 +34,10 @@ class Host(Protocol):
         """Title → what `salun --model` takes, in the order in which to show them."""
 
     def loaded(self) -> str | None:
-        """The title of the model that it generates with now; None where that is not among `models`."""
+        """The title of the model that is loaded now; None if it is not among `models`."""
 
-    def left_out(self) -> int:
-        """How many of its checkpoints are not among `models`, as only .safetensors are."""
+    def skipped_checkpoints(self) -> int:
+        """The number of its checkpoints that are not among `models`, which only has .safetensors files."""
 
     def checkpoints(self) -> Path | None:
         """Where new checkpoints go; None for the run's folder."""
@@ -46,25 +46,25 @@ class Host(Protocol):
         """Where new LoRA files go; None for the run's folder."""
 
     def python(self) -> str:
-        """The interpreter for children. Raises ConfigError where none has the packages."""
+        """The interpreter for child processes. Raises ConfigError if none has the packages."""
 
     def environment(self) -> dict[str, str]:
-        """Environment variables that children get as well."""
+        """Additional environment variables of child processes."""
 
     def gpu_lease(self, job: Job) -> AbstractContextManager[object]:
         """Around a running job: the host's lock held, its models freed before and restored after."""
 
     def changed(self, job: Job) -> None:
-        """A job ended and may have written files, which the host's lists are to show."""
+        """Called when a job has ended; the host's lists are to show the files that it wrote."""
 
     def use(self, path: Path) -> str:
-        """Generate with this checkpoint from now on; a line for people. Raises ConfigError if that cannot be."""
+        """Use this checkpoint from now on. Returns a message. Raises ConfigError if that is impossible."""
 
 
 class StandaloneHost:
-    """No host: models are the aliases, what was made here and the checkpoints of folders.
+    """The host of `salun ui`: models are the aliases, erased models and the checkpoints in folders.
 
-    Files go into the run folders; checkpoints that are given a name go into the data folder's `models`.
+    Files go into the run folders; checkpoints with a given name go into the data folder's `models`.
     """
 
     name = "salun ui"
@@ -76,29 +76,31 @@ class StandaloneHost:
     def models(self) -> dict[str, str]:
         from salun.checkpoints.locate import FILES, aliases, checkpoint_folders
 
-        found = {name: name for name in aliases()["models"]}
-        found |= {title: place for title, place in self._made().items() if title not in found}
+        models = {name: name for name in aliases()["models"]}
+        models |= {title: place for title, place in self._made().items() if title not in models}
         for folder in checkpoint_folders(self._dirs):
             for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILES and p.is_file()):
-                found.setdefault(path.relative_to(folder).as_posix(), str(path.absolute()))
-        return {title: place for title, place in found.items() if is_unicode(title + place)}
+                models.setdefault(path.relative_to(folder).as_posix(), str(path.absolute()))
+        return {title: place for title, place in models.items() if is_unicode(title + place)}
 
     def _made(self) -> dict[str, str]:
-        """Checkpoints by their names, then what runs erased by the runs' names, the latest first."""
+        """Name → checkpoint: named ones, then erased models by the names of their runs, the latest first."""
         named = sorted(self.data.glob("models/*"))
         erased = [run / name for run in sorted(self.data.glob("runs/*"), reverse=True) for name in ERASED]
         home = self.data.resolve()
-        found: dict[str, str] = {}
+        checkpoints: dict[str, str] = {}
         for place in [*named, *erased]:
             model = (place / "model_index.json").is_file() or (place.suffix == ".safetensors" and place.is_file())
             if model and not place.name.startswith(".") and place.resolve().is_relative_to(home):
-                found.setdefault(place.parent.name if place.parent.parent.name == "runs" else place.name, str(place))
-        return found
+                checkpoints.setdefault(
+                    place.parent.name if place.parent.parent.name == "runs" else place.name, str(place)
+                )
+        return checkpoints
 
     def loaded(self) -> str | None:
         return None
 
-    def left_out(self) -> int:
+    def skipped_checkpoints(self) -> int:
         return 0
 
     def checkpoints(self) -> Path | None:
@@ -120,4 +122,4 @@ class StandaloneHost:
         return None
 
     def use(self, path: Path) -> str:
-        raise ConfigError(f"there is no WebUI here to load {os.path.basename(path)}; the file is {path}")
+        raise ConfigError(f"there is no WebUI to load {os.path.basename(path)}; the file is {path}")

@@ -18,13 +18,13 @@ from .limits import check_lengths
 from .paths import confined, confined_file, displayable, safe_name
 from .runs import Runs
 
-NOT_OFFERED = ("models_dir", "output", "run_dir", "allow_pickle")  # a form says neither where to read nor to write
+NOT_OFFERED = ("models_dir", "output", "run_dir", "allow_pickle")  # a form can name no file to read or write
 ERASE_FIELDS = tuple(item.name for item in dataclasses.fields(EraseJob) if item.name not in NOT_OFFERED)
 IMAGE_FOLDERS = ("forget_images", "retain_images")
 
 
 class Inputs:
-    """What an erasure can be given by name: masks, and folders of the user's images."""
+    """The inputs of an erasure that are given by name: masks, and folders of the user's images."""
 
     def __init__(self, data: Path, runs: Runs) -> None:
         self.runs = runs
@@ -33,8 +33,9 @@ class Inputs:
             folder.mkdir(parents=True, exist_ok=True)
 
     def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that are given, with paths for names. Raises ConfigError for a name that leads out of its folder,
-        and for an option that cannot be set here."""
+        """The given options, with names replaced by paths. Raises ConfigError for a name that leads out of its folder,
+        and for an option that cannot be set here.
+        """
         unknown = [key for key in options if key not in ERASE_FIELDS]
         if unknown:
             raise ConfigError(f"{', '.join(map(repr, unknown))[:200]} cannot be set here")
@@ -64,7 +65,7 @@ class Inputs:
             return False
 
     def mask_names(self) -> list[str]:
-        """Names of masks that can be chosen as well as the controls."""
+        """Names of masks that can be chosen besides the controls."""
         made = sorted(p.stem for p in self.masks.glob("*.safetensors"))
         of_runs = sorted((p.parent.name for p in self.runs.folder.glob("*/mask.safetensors")), reverse=True)
         return list(filter(displayable, made + of_runs))
@@ -80,7 +81,7 @@ class Inputs:
         return str(confined_file("mask.safetensors", self.runs.get(name)))
 
     def options_of(self, run: str, titles: Mapping[str, str]) -> dict[str, Any]:
-        """The options of a run, as a form shows them: to load them again. titles: of models, by what salun takes."""
+        """The options of a run as a form shows them, to be loaded again. titles: model path → title."""
         options = {key: value for key, value in self.runs.options(run).items() if key in ERASE_FIELDS}
         from_mapping(EraseJob, options, f"the options of {run}")  # run.json is untrusted input
         options["model"] = titles.get(str(options.get("model")), options.get("model"))

@@ -1,4 +1,4 @@
-"""What a job's process reports, one JSON object a line, and how each event changes its job.
+"""The events of a job's process, one JSON object per line, and how each changes the job.
 
 - {"event": "stage", "stage", "step", "total", "fraction", "left", "metrics"}
 - {"event": "message", "text"}
@@ -23,9 +23,9 @@ MAX_NOTES = 100  # messages of a job
 
 
 def apply_event(job: Job, line: str) -> None:
-    """Update a job by a line of its process; a line that holds no event is ignored.
+    """Update a job by a line of its process; a line without an event is ignored.
 
-    Raises KeyError, TypeError or ValueError for an event without its parts.
+    Raises KeyError, TypeError or ValueError for an incomplete event.
     """
     try:
         event = json.loads(line, parse_constant=reject_nan)
@@ -53,4 +53,4 @@ def apply_event(job: Job, line: str) -> None:
 
 
 def reject_nan(text: str) -> None:
-    """None for NaN and the infinities, which JSON does not have but Python's writes."""
+    """Returns None for NaN and the infinities, which JSON lacks but Python writes."""

@@ -1,4 +1,4 @@
-"""The child process of a job: how it is started, asked to stop, ended, and cleared up after."""
+"""The child process of a job: starting, stopping and ending it, and removing its partial files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from salun.runs.folder import FILES
 from .jobs import Job
 
 CHILD = Path(__file__).resolve().parent
-GRACE = 1.0  # seconds after a cancel until a child that has not answered is ended
-MAX_STEP = 30.0  # seconds for a step of training to end, twice as long as the last one at most
-FINISHING = 120.0  # seconds for a child that has answered, or is writing its files, to end
+GRACE = 1.0  # seconds after a cancel until an unresponsive child is killed
+MAX_STEP = 30.0  # maximum seconds to wait for a training step to end
+FINISHING = 120.0  # seconds to wait for a child that is stopping or writing files
 WRITING = (Stage.STOPPING, Stage.SAVING, Stage.WRITING, Stage.EXPORTING)
 CREATE_NO_WINDOW = 0x08000000
 logger = logging.getLogger("salun")
 
 
 def start(python: str, folder: Path, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """The process for the request in `folder`. Raises OSError."""
+    """Start the process for the request in `folder`. Raises OSError."""
     variables = {**os.environ, **environment, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
-    variables.pop("PYTHONPATH", None)  # the host's folders are not the child's
+    variables.pop("PYTHONPATH", None)  # the host's modules are not the child's
     apart: dict[str, Any] = (
         {"creationflags": CREATE_NO_WINDOW} if sys.platform == "win32" else {"start_new_session": True}
     )
@@ -42,7 +42,7 @@ def start(python: str, folder: Path, log: IO[bytes], environment: Mapping[str, s
 
 
 def ask_to_stop(child: subprocess.Popen[str]) -> None:
-    """Have a child stop at its next step."""
+    """Ask a child to stop at its next step."""
     assert child.stdin is not None
     with suppress(OSError, ValueError):  # it has ended already
         child.stdin.write("stop\n")
@@ -50,16 +50,16 @@ def ask_to_stop(child: subprocess.Popen[str]) -> None:
 
 
 def patience(stage: str, pace: float) -> float:
-    """Seconds that a child asked to stop in this stage gets. pace: seconds that its last training step took."""
+    """Seconds to wait for a child that was asked to stop. stage: its stage. pace: seconds of its last training step."""
     if stage in WRITING:
         return FINISHING
-    if stage == Stage.TRAINING:  # at the end of its step it hears, and saves what it has
+    if stage == Stage.TRAINING:  # it stops at the end of the step, and saves its state
         return max(GRACE, min(2 * pace, MAX_STEP))
     return GRACE
 
 
 def end_soon(child: subprocess.Popen[str], patience: Callable[[], float]) -> bool:
-    """End a child that was asked to stop and does not within its patience, in seconds. Returns whether it was ended."""
+    """Kill a child that does not stop within `patience()` seconds. Returns whether it was killed."""
     began = time.monotonic()
     while child.poll() is None and time.monotonic() - began <= patience():
         time.sleep(0.05)
@@ -70,7 +70,7 @@ def end_soon(child: subprocess.Popen[str], patience: Callable[[], float]) -> boo
 
 
 def end(child: subprocess.Popen[str]) -> None:
-    """Make sure that a child runs no more, and close its pipes."""
+    """Kill a child that still runs, and close its pipes."""
     if child.poll() is None:
         child.kill()
         child.wait()
@@ -81,7 +81,7 @@ def end(child: subprocess.Popen[str]) -> None:
 
 
 def remove_partial_files(job: Job) -> None:
-    """Remove the unfinished files of a child that was ended."""
+    """Remove the partial files of a child that was killed."""
     try:
         for path in job.outputs:
             recover_interrupted_write(Path(path))
@@ -93,7 +93,7 @@ def remove_partial_files(job: Job) -> None:
 
 
 def failure_text(log: Path, code: int) -> str:
-    """An error message for a child that ended without one."""
+    """The error message for a child that ended without one, from its log."""
     try:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     except OSError:

@@ -1,7 +1,7 @@
 """The queue of jobs: one at a time, each in a child process, independent of any browser.
 
-The queue's thread holds the host's GPU while a job works. Jobs that had not begun when the program ended start at its
-next start; one that was running is cancelled, and can be resumed.
+The queue's thread holds the host's GPU lock while a job runs. Jobs that had not started when the program ended start
+when it runs again; the running job is cancelled and can be resumed.
 """
 
 from __future__ import annotations
@@ -28,27 +28,29 @@ from .limits import truncated
 from .messages import to_fields
 
 SAVE_EVERY = 5.0  # seconds between two writings of the state of a running job
-MAX_OPEN = 100  # jobs that are not over
-FOREIGN = SalunError("the job is of another folder, or asks for more than this page can", advice="Start a new one")
-CLOSED = SalunError("the program was closed before the job was over")
+MAX_OPEN = 100  # jobs that have not ended
+FOREIGN = SalunError(
+    "the job belongs to another folder, or has options that this page does not allow", advice="Start a new one"
+)
+CLOSED = SalunError("the program ended before the job did")
 logger = logging.getLogger("salun")
 
 Lease = Callable[[Job], AbstractContextManager[object]]
 
 
 class QueueFull(ConfigError):
-    """More jobs are in the queue than it holds."""
+    """The queue has its maximum number of jobs."""
 
 
 class Queue:
     """The jobs of one folder.
 
     Args:
-        python: Gives the interpreter of the children, when one is started.
+        python: Returns the interpreter for a child process.
         gpu_lease: Entered before a child starts and left after it ended: the host's lock held, its memory freed.
         after: Called with every job that ended.
-        environment: Variables that children get as well.
-        allowed: Whether a job of an earlier start, which the folder holds, may run: its file is untrusted input.
+        environment: Additional environment variables of child processes.
+        allowed: Whether a stored job of an earlier start may run: its file is untrusted input.
 
     Raises ConfigError if another program works with the folder.
     """
@@ -79,7 +81,7 @@ class Queue:
     def submit(self, kind: str, title: str, request: Mapping[str, Any], run: str | None = None) -> Job:
         """Put a job into the queue; an open job with the same request is returned instead (a double click is one job).
 
-        Raises ConfigError if it cannot be written, and QueueFull where too many jobs are open.
+        Raises ConfigError if it cannot be written, QueueFull if too many jobs are open.
         """
         title = truncated(title, MAX_TITLE)
         with self._change:
@@ -97,7 +99,7 @@ class Queue:
             return job
 
     def cancel(self, job_id: str) -> Job:
-        """Stop a job, or take it out of the queue. It is over at once where it had not begun."""
+        """Stop a job, or remove it from the queue if it has not started."""
         with self._change:
             job = self.get(job_id)
             if not job.open:
@@ -116,7 +118,7 @@ class Queue:
         return job
 
     def resume(self, job_id: str) -> Job:
-        """A new job that resumes the run of a stopped one. Raises ConfigError where that cannot be."""
+        """A new job that resumes the run of a stopped one. Raises ConfigError if it is not resumable."""
         with self._change:
             old = self.get(job_id)
             if old.open or not old.resumable:
@@ -127,35 +129,35 @@ class Queue:
             return job
 
     def get(self, job_id: str) -> Job:
-        """Raises ConfigError for an id that no job has."""
+        """The job of an id. Raises ConfigError for an unknown id."""
         with self._change:
             if job_id not in self._jobs:
                 raise ConfigError(f"there is no job {job_id[:80]!r}", code="not-found")
             return self._jobs[job_id]
 
     def all(self) -> list[Job]:
-        """Every job, the latest first."""
+        """All jobs, the latest first."""
         with self._change:
             return sorted(self._jobs.values(), key=lambda job: job.created, reverse=True)
 
     def remove(self, job_id: str) -> None:
-        """Take an ended job off the list. Its run folder stays."""
+        """Remove an ended job from the list. Its run folder stays."""
         with self._change:
             job = self.get(job_id)
             if job.open:
-                raise ConfigError(f"“{job.title}” is not over", advice="Cancel it first")
+                raise ConfigError(f"“{job.title}” has not ended", advice="Cancel it first")
             del self._jobs[job_id]
             self._store.remove(job_id)
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
-        """The job once it is over, or as it is after `timeout` seconds."""
+        """Wait until a job has ended, or for `timeout` seconds. Returns the job."""
         with self._change:
             job = self.get(job_id)
             self._change.wait_for(lambda: not job.open, timeout)
             return job
 
     def close(self) -> None:
-        """Stop the running job and release the folder. Jobs that had not begun stay queued for the next start."""
+        """Stop the running job and release the folder. Queued jobs stay queued for the next start of the program."""
         with self._change:
             self._closed = True
             running = [job.id for job in self._jobs.values() if job.state in ("running", "stopping")]

@@ -1,4 +1,4 @@
-"""The folder of a queue: one folder a job with `request.json`, `job.json` (its state), its log and its previews."""
+"""The folder of a queue: for each job a folder with `request.json`, `job.json` (its state), a log and previews."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("salun")
 
 
 class JobStore:
-    """Jobs on disk. Raises ConfigError if another program works with the folder; it is free again after `close`."""
+    """Jobs on disk. The folder is locked until `close`. Raises ConfigError if another program has locked it."""
 
     def __init__(self, folder: Path) -> None:
         import filelock
@@ -36,21 +36,21 @@ class JobStore:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise ConfigError(
-                f"another program works with the jobs in {folder}", advice="Close it, or choose another folder"
+                f"another program uses the jobs in {folder}", advice="Close it, or choose another folder"
             ) from error
 
     def close(self) -> None:
-        """Let another program have the folder."""
+        """Unlock the folder."""
         self._lock.release()
 
     def add(self, job: Job) -> None:
-        """Write a new job. Raises ConfigError if that fails; there is no folder of it then."""
+        """Write a new job. Raises ConfigError if that fails, without leaving a folder."""
         place = self.folder / job.id
         try:
             place.mkdir()
             _write_json(place / "request.json", {**job.request, "kind": job.kind})
             _write_json(place / "job.json", asdict(job))
-        except Exception as error:  # a full disk, values that JSON does not have, …
+        except Exception as error:  # a full disk, values that JSON lacks, …
             shutil.rmtree(place, ignore_errors=True)
             raise ConfigError(f"the job cannot be written to disk: {error}") from error
 
@@ -66,7 +66,7 @@ class JobStore:
         shutil.rmtree(self.folder / job_id, ignore_errors=True)
 
     def can_start(self, job_id: str) -> bool:
-        """Whether a job's request is there."""
+        """Whether a job's request exists."""
         return (self.folder / job_id / "request.json").is_file()
 
     def read(self) -> Iterator[Job]:
@@ -75,7 +75,7 @@ class JobStore:
             try:
                 job = Job(**read_json(file))
                 if job.id != file.parent.name or not is_valid(job):
-                    raise ValueError("its fields are of the wrong types")
+                    raise ValueError("its fields have wrong types")
             except (OSError, ValueError, TypeError) as error:
                 logger.warning("%s is not a valid job and is skipped: %s", ascii(str(file)), error)
                 continue
@@ -83,7 +83,7 @@ class JobStore:
             yield job
 
     def new_id(self, title: str) -> str:
-        """An id that no folder has, made of the time and a title."""
+        """A new id, made of the time and a title."""
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(title, 'job')}"
         name, n = stem, 1
         while (self.folder / name).exists():

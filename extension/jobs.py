@@ -1,4 +1,4 @@
-"""A job: one task that runs in a child process, and what is known of it."""
+"""A job: one task that runs in a child process, and its state."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ OPEN = ("queued", "waiting", "running", "stopping")
 
 @dataclass
 class Job:
-    """What is known of a job.
+    """The request and state of a job.
 
     Args:
-        request: What the child process is asked to do: its options, files and names.
+        request: The input of the child process: options, files and names.
         state: queued → waiting (for the GPU) → running → done | failed | cancelled; stopping in between.
-        fraction: How much is done, 0 to 1; it never falls.
-        left: Seconds left, None where that is not known.
+        fraction: Progress from 0 to 1; it never decreases.
+        left: Estimated seconds left, None if unknown.
         losses: Rows of [step, forget loss, retain loss].
         previews: Names of image files in the job's folder.
         error: Fields of an error, as `messages.to_fields` makes them.
@@ -55,22 +55,22 @@ class Job:
     @property
     def options(self) -> dict[str, Any]:
         """The options of its request; empty for a job without any."""
-        found: dict[str, Any] = self.request.get("options", {})
-        return found
+        options: dict[str, Any] = self.request.get("options", {})
+        return options
 
     @property
     def outputs(self) -> list[str]:
-        """Paths of the files and folders that it writes, its run folder apart."""
+        """Paths of the files and folders that it writes, except for the run folder."""
         return [path for path in [*(self.options.get("output") or []), self.request.get("output")] if path]
 
     @property
     def model(self) -> str | None:
-        """The model it works on, as salun takes it."""
+        """The job's model: alias, path or hub id."""
         return self.options.get("model") or self.request.get("model")
 
 
 def is_same_request(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two requests ask for the same, wherever they would write it. Resuming is asked for one run."""
+    """Whether two requests differ only in their outputs. Requests to resume are equal only for the same run."""
 
     def compared(request: Mapping[str, Any]) -> Any:
         options = {k: v for k, v in request.get("options", {}).items() if k not in ("run_dir", "output")}
@@ -81,7 +81,7 @@ def is_same_request(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
 
 
 def is_valid(job: Job) -> bool:
-    """Whether what was read from a file, which may be untrusted input, is of the types that this code counts on."""
+    """Whether the fields of a job, read from a file that may be untrusted input, have the expected types."""
     request = job.request if isinstance(job.request, dict) else {"options": None}
     options = request.get("options", {})
     if not isinstance(options, dict):

@@ -1,4 +1,4 @@
-"""How long texts may be that come in, and how long those are that are shown: both may be untrusted input."""
+"""The maximum lengths of incoming and displayed texts, both of which may be untrusted input."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def check_lengths(options: Mapping[str, Any]) -> None:
 
 
 def truncated(text: str, longest: int = MAX_TEXT) -> str:
-    """A text as it may be shown: of a longer one its beginning and its end."""
+    """A text for display; a longer one is reduced to its beginning and end."""
     return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 + 3 :]}"

@@ -41,7 +41,7 @@ def image(path: Path, alt: str) -> str:
 
 
 def safe(answer: Callable[..., str]) -> Callable[..., str]:
-    """An event's function whose errors become a line on the page: a host may show an error of another task."""
+    """An event handler whose errors are shown on the page, where a host might show the error of another task."""
 
     def call(*given: Any) -> str:
         try:
@@ -56,5 +56,5 @@ def safe(answer: Callable[..., str]) -> Callable[..., str]:
 
 
 def queued(start: Callable[..., Job]) -> Callable[..., str]:
-    """An event's function that queues a job."""
+    """An event handler that queues a job."""
     return safe(lambda *given: good(f"Queued: “{start(*given).title}”. It keeps running if you close this page."))

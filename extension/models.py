@@ -1,4 +1,4 @@
-"""The models that can be chosen, by title."""
+"""The available models, by title."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .runs import Runs
 
 
 class Models:
-    """The models of a host, and those that its runs erased."""
+    """The models of a host, and the erased models of its runs."""
 
     def __init__(self, host: Host, runs: Runs) -> None:
         self.host, self.runs = host, runs
 
     def all(self) -> dict[str, str]:
-        """Title → what salun takes for it."""
+        """Title → alias, path or hub id."""
         return {title: place for title, place in self.host.models().items() if displayable(title)}
 
     def first(self) -> str | None:
-        """What a list shows before anything is chosen: what the host generates with, else the first."""
+        """The initial choice of a list: the model that the host has loaded, else the first."""
         return self.host.loaded() or next(iter(self.all()), None)
 
     def concepts(self, title: str | None) -> dict[str, str]:
-        """Word → its anchor: of the model's own vocabulary where it has one, else the presets."""
+        """Concept → anchor: of the model's vocabulary if it has one, else of the presets."""
         from salun.checkpoints.locate import ASSETS, aliases
         from salun.diffusion.model.loading import describe
         from salun.diffusion.prompts.concepts import presets
 
-        # only embedded models are looked into here: others may be large, or on the hub
+        # only embedded models are read: others may be large, or on the hub
         default = aliases()["default"] if self.host.checkpoints() is None else None
         entry = aliases()["models"].get(title or default, {})
         if "path" in entry and (ASSETS / entry["path"]).is_dir():
@@ -45,7 +45,7 @@ class Models:
         return {name: str(entry["anchors"][0]) for name, entry in presets().items()}
 
     def named(self, title: Any) -> str:
-        """What salun takes for a title, or for a run's erased model. Raises ConfigError for any other value."""
+        """The alias, path or hub id of a title, or a run's erased model. Raises ConfigError for any other value."""
         if not isinstance(title, str):  # JSON holds lists and objects as well
             raise ConfigError(f"is {repr(title)[:80]}, but must be a text", option="model")
         models = self.all()
@@ -59,16 +59,16 @@ class Models:
         raise ConfigError(f"there is no model {title[:80]!r}", code="not-found")
 
     def source(self, title: Any) -> str | None:
-        """The same; None for no title, where that means the embedded model: never on a host with checkpoints, as the
-        result would be put among them.
+        """As `named`. No title gives None, the embedded model; it is an error on a host with checkpoints, where the
+        result would be stored among these.
         """
         if title is None and self.host.checkpoints() is not None:
-            listed = "Choose one" if self.all() else f"{self.host.name} lists none yet that ends in .safetensors"
+            listed = "Choose one" if self.all() else f"{self.host.name} has no .safetensors checkpoint yet"
             raise ConfigError("no checkpoint is chosen", advice=listed)
         return self.named(title) if title is not None else None
 
     def base_of(self, run: str, otherwise: str) -> str:
-        """What a run was made with, if it is one of the models or another run's; else the model `otherwise`."""
+        """The model of a run, if it is an available model or another run's; else the model `otherwise`."""
         from salun.checkpoints.locate import aliases
 
         model = self.runs.options(run).get("model") or aliases()["default"]
@@ -82,12 +82,12 @@ class Models:
         if otherwise:
             return self.named(otherwise)
         raise ConfigError(
-            f"the base of {run} is not among the checkpoints any more",
+            f"the base of {run} is no longer among the checkpoints",
             advice="Under Deltas, choose it as Checkpoint and the run as Delta 1, and save it there",
         )
 
 
 def stem_of(title: Any) -> str:
-    """A file name's stem made of a model's title."""
+    """The stem of a file name, made of a model's title."""
     last = str(title or "shapes").split("/")[-1]
     return safe_name(re.sub(r"\.(safetensors|ckpt)|(?<!\s)\s*\[[0-9a-f]+\]$", "", last), "model")

@@ -1,4 +1,4 @@
-// The live part of the page: the state of the jobs, polled from the API every second. Texts are inserted as text.
+// The live part of the page: the state of the jobs, polled from the API every second. Texts are inserted as text nodes.
 (() => {
   "use strict";
   if (window.salunLive) return;
@@ -11,9 +11,9 @@
     queued: "queued", waiting: "waiting for the GPU", running: "running", stopping: "stopping",
     done: "done", failed: "failed", cancelled: "cancelled",
   };
-  const ENDED = 8; // jobs shown that are over, besides those that can be resumed
+  const ENDED = 8; // ended jobs that are shown, besides resumable ones
   const known = new Map(); // job id → its card
-  const wasOpen = new Map(); // job id → whether it was open at the last poll, to notice an end
+  const wasOpen = new Map(); // job id → whether it was open at the last poll, to detect its end
   let timer = null;
   let polling = false;
 
@@ -36,12 +36,12 @@
       options.body = JSON.stringify(body);
       headers["Content-Type"] = "application/json";
     }
-    const answer = await fetch(new URL(path, base), options);
-    if (raw && answer.ok) return answer;
-    const content = await answer.json().catch(() => ({}));
-    if (answer.ok) return content;
-    const failure = new Error(content.error || `the server answered ${answer.status}`);
-    failure.status = answer.status; // it did answer
+    const response = await fetch(new URL(path, base), options);
+    if (raw && response.ok) return response;
+    const content = await response.json().catch(() => ({}));
+    if (response.ok) return content;
+    const failure = new Error(content.error || `the server responded with status ${response.status}`);
+    failure.status = response.status; // set only if the server responded
     throw failure;
   }
 
@@ -94,7 +94,7 @@
     soon();
   }
 
-  const missing = new Set(); // images that do not exist by the server
+  const missing = new Set(); // images that do not exist on the server
 
   async function image(target, path, otherwise = null) {
     if (missing.has(path)) path = otherwise;
@@ -201,8 +201,8 @@
       [job.offers.includes("delta"), "Save the delta", () => show(save(job.run, "delta.salun.safetensors"))],
       [job.offers.includes("undo"), "Undo", () => show(call("undo", { id: job.id }).finally(refreshLists))],
       [!job.open, "Remove", () => {
-        const question = `“${job.title}” can be resumed now, but not after it is removed: its training state ` +
-          `(${size(job.kept_bytes)}) is deleted. Remove it?`;
+        const question = `“${job.title}” can be resumed. Removing it deletes its training state ` +
+          `(${size(job.kept_bytes)}), so that it can no longer be resumed. Remove it?`;
         if (!job.resumable || window.confirm(question)) act("remove", job.id, parts.error);
       }],
     ];
@@ -210,12 +210,12 @@
   }
 
   function results(job) {
-    const found = job.result;
-    if (!found) return [];
+    const result = job.result;
+    if (!result) return [];
     const lines = [];
     const number = (value) => (typeof value === "number" ? value.toFixed(1) : "?");
     const percent = (e) => `${number(e.value)} % (${number(e.low)}–${number(e.high)}, n = ${e.n})`;
-    const metrics = found.metrics;
+    const metrics = result.metrics;
     if (metrics && metrics.ua) {
       lines.push(`forgotten (UA): ${percent(metrics.ua)}, before ${number(metrics.ua_before.value)} %`);
       if (metrics.ra_after) {
@@ -224,20 +224,20 @@
     } else if (metrics) {
       lines.push(`unlearning accuracy (UA) unknown: ${metrics.reason}`);
     }
-    (found.outputs || []).forEach((file) => lines.push(`${file.kind}: ${file.path}`));
-    if (found.output) lines.push(`written: ${found.output}`);
-    (found.notes || []).forEach((note) => lines.push(note));
-    if (typeof found.selected === "number") lines.push(`${found.selected} of ${found.total} weights selected`);
-    if (found.kept) lines.push(`keeps ${(100 * found.kept.kept).toFixed(1)} % of the difference's energy`);
-    if (typeof found.jaccard === "number") {
-      lines.push(`overlap (Jaccard): ${found.jaccard.toFixed(3)}, by chance ${found.by_chance.toFixed(3)}`);
+    (result.outputs || []).forEach((file) => lines.push(`${file.kind}: ${file.path}`));
+    if (result.output) lines.push(`written: ${result.output}`);
+    (result.notes || []).forEach((note) => lines.push(note));
+    if (typeof result.selected === "number") lines.push(`${result.selected} of ${result.total} weights selected`);
+    if (result.kept) lines.push(`keeps ${(100 * result.kept.kept).toFixed(1)} % of the difference's energy`);
+    if (typeof result.jaccard === "number") {
+      lines.push(`overlap (Jaccard): ${result.jaccard.toFixed(3)}, by chance ${result.by_chance.toFixed(3)}`);
     }
-    (Array.isArray(found.overlaps) ? found.overlaps : []).forEach((pair) => {
+    (Array.isArray(result.overlaps) ? result.overlaps : []).forEach((pair) => {
       if (pair.names) lines.push(`${pair.names.join(" and ")}: ${pair.entries} weights in both`);
     });
     const parts = [make("ul", {}, ...lines.map((text) => make("li", {}, text)))];
-    if (found.blocks) {
-      parts.push(make("table", {}, ...Object.entries(found.blocks).map(([block, [selected, total]]) => {
+    if (result.blocks) {
+      parts.push(make("table", {}, ...Object.entries(result.blocks).map(([block, [selected, total]]) => {
         const fraction = total ? selected / total : 0;
         return make("tr", {}, make("th", { scope: "row" }, block),
           make("td", {}, make("meter", { min: "0", max: "1", value: String(fraction) })),
@@ -260,17 +260,17 @@
   }
 
   let polled = false; // at least once
-  let stale = false; // the lists, of our page and of the host's
+  let stale = false; // whether the lists of this page and of the host have to be refreshed
 
   function press(id) {
-    const found = root().querySelector(`#${id}`);
-    if (found) (found.tagName === "BUTTON" ? found : found.querySelector("button") || found).click();
+    const element = root().querySelector(`#${id}`);
+    if (element) (element.tagName === "BUTTON" ? element : element.querySelector("button") || element).click();
   }
 
   function refreshLists() {
     stale = true;
     const open = [...root().querySelectorAll('[data-testid="dropdown-option"], [role="listbox"] [role="option"]')];
-    if (open.some((option) => option.getClientRects().length)) return; // a list that is open stays as it is
+    if (open.some((option) => option.getClientRects().length)) return; // an open list is not changed
     stale = false;
     ["salun_refresh", "salun_host_checkpoints"].forEach(press);
   }
@@ -282,7 +282,7 @@
   const nothing = make("p", {}, "No job yet. Jobs keep running if you close this page.");
 
   async function poll() {
-    if (polling) return; // the poll in flight schedules the next
+    if (polling) return; // the poll in progress schedules the next
     polling = true;
     const live = panel();
     let wait = 1000;
@@ -292,7 +292,7 @@
         let ended = false;
         let loras = false;
         for (const job of jobs) {
-          const before = wasOpen.get(job.id); // undefined for a job since the last poll, which may have ended too
+          const before = wasOpen.get(job.id); // undefined for a job that is newer than the last poll; it may have ended already
           const over = (before ?? polled) && !job.open;
           if (over) ended = true;
           if (job.kind === "export" && job.state === "done" && (over || !polled)) loras = true;
@@ -300,7 +300,7 @@
           if (!known.has(job.id)) known.set(job.id, card(job));
           fill(known.get(job.id), job);
         }
-        if (loras) setTimeout(refreshLoras, polled ? 500 : 3000); // a new page gets the host's own first
+        if (loras) setTimeout(refreshLoras, polled ? 500 : 3000); // a new page first gets the host's own update
         polled = true;
         const past = jobs.filter((j) => !j.open);
         const others = new Set(past.filter((j) => !j.resumable).slice(ENDED));
@@ -313,7 +313,7 @@
         if (ended || stale) refreshLists();
         if (!jobs.some((job) => job.open)) wait = 2000;
       } catch (error) {
-        const why = error.status ? error.message : `The program does not answer (${error.message}).`;
+        const why = error.status ? error.message : `The program does not respond (${error.message}).`;
         live.replaceChildren(make("p", { class: "salun-error", role: "alert" }, why));
         wait = 3000;
       }
@@ -329,8 +329,8 @@
   }
 
   root().addEventListener("click", (event) => {
-    const asked = event.target.closest && event.target.closest("[data-salun-report]");
-    if (asked) report(asked.dataset.salunReport).catch((error) => window.alert(error.message));
+    const button = event.target.closest && event.target.closest("[data-salun-report]");
+    if (button) report(button.dataset.salunReport).catch((error) => window.alert(error.message));
   });
   document.head.append(make("style", {}, `
     .salun-live { color: var(--body-text-color, inherit); }

@@ -1,6 +1,6 @@
-"""The page, for gradio 3.41 and later: controls for what to ask, and a panel that a script keeps up to date.
+"""The page, for gradio 3.41 and later: forms, and a panel of jobs that a script updates.
 
-Names and texts are escaped where they are shown; input is checked by `service`.
+Names and texts are escaped where they are shown; `service` checks input.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         shown = [*models, *runs, *deltas.chosen, form.advanced["mask"], *folders, state]
 
         def lists(opened: bool = False) -> list[Any]:
-            """Updates of `shown`. opened: of a page that is opened anew, where nothing is chosen yet."""
+            """Updates of `shown`. opened: of a page that was just opened and has no choice yet."""
             chosen = {"value": service.models.first()} if opened else {}
             names = [str(run["run"]) for run in service.history()]
             return [
@@ -70,8 +70,8 @@ def build(gr: Any, service: Service, access: Access) -> Any:
         def safely(make: Callable[[], list[Any]]) -> list[Any]:
             try:
                 return make()
-            except Exception as error:  # such as a folder that was deleted: the lists stay as they are
-                logger.exception("the lists")
+            except Exception as error:  # such as a deleted folder: the lists are not changed
+                logger.exception("the lists cannot be updated")
                 return [*(gr.update() for _ in shown[:-1]), bad(str(error))]
 
         refresh.click(lambda: safely(lists), [], shown, queue=False)
@@ -81,7 +81,7 @@ def build(gr: Any, service: Service, access: Access) -> Any:
 
 
 def _setup(gr: Any, service: Service) -> Any:
-    """The section that makes an environment, where the host has one; its status line."""
+    """Add the section Set up, if the host has one. Returns its status line."""
     if not service.host.sets_up:
         return gr.HTML("", elem_id="salun_setup_text")
     with gr.Accordion("Set up", open=False, elem_id="salun_setup"):

@@ -1,4 +1,4 @@
-"""The page's deltas: write them into a checkpoint, take them out, export them."""
+"""The page's section of deltas: apply them to a checkpoint, remove them, export them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .markup import queued
 from .requests import MAX_STRENGTH, MIN_STRENGTH
 from .service import Service
 
-ROWS = 3  # deltas at once
+ROWS = 3  # maximum number of deltas at once
 INTRODUCTION = (
-    "A delta holds what an erasure changed: it applies to its base at any strength, and can be removed bit-exactly. "
-    "**Whoever has the delta can undo the erasure.**"
+    "A delta holds the weights that an erasure changed. It applies to its base at any strength, and can be removed "
+    "bit-exactly. **Anyone with the delta can undo the erasure.**"
 )
 
 
@@ -62,7 +62,7 @@ class Deltas:
 
 
 def rows(gr: Any, names: list[str], prefix: str, **more: Any) -> tuple[list[Any], list[Any]]:
-    """Dropdowns of deltas and sliders of their strengths, side by side. more: for the dropdowns."""
+    """Dropdowns of deltas with sliders of their strengths. more: arguments of the dropdowns."""
     chosen, strengths = [], []
     for row in range(1, ROWS + 1):
         with gr.Row():

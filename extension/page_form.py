@@ -1,4 +1,4 @@
-"""The page's form: what to erase, with every option of an erasure."""
+"""The page's form of an erasure, with all options."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Form:
 
     def __init__(self, gr: Any, service: Service) -> None:
         first = service.models.first()
-        hidden = service.host.left_out()
+        skipped = service.host.skipped_checkpoints()
         self.gr = gr
         self.model = gr.Dropdown(
             choices=list(service.models.all()), value=first, label="Checkpoint", elem_id="salun_model",
-            info=f"{hidden} not shown: only .safetensors are, as a .ckpt can run code" if hidden else None,
+            info=f"{skipped} not shown: only .safetensors files are, as a .ckpt can run code" if skipped else None,
         )  # fmt: skip
         self.preset = gr.Dropdown(
             choices=list(service.models.concepts(first)), value=None, label="Concept to erase", elem_id="salun_preset",
-            info="A preset, or a word that the model knows.",
+            info="A preset, or a concept of the model's vocabulary.",
         )  # fmt: skip
-        self.words = gr.Textbox(
-            label="… or in your own words", lines=2, placeholder="one per line", elem_id="salun_words",
+        self.concepts = gr.Textbox(
+            label="… or concepts in your own words", lines=2, placeholder="one per line", elem_id="salun_words",
             info="Added to the preset above, if one is chosen.",
         )  # fmt: skip
         self.anchor = gr.Textbox(
@@ -46,7 +46,7 @@ class Form:
         self.status = gr.HTML("", elem_id="salun_said")
         with gr.Accordion("Advanced", open=False, elem_id="salun_advanced"):
             self._advanced(gr, service)
-        self.values = [self.model, self.words, self.anchor, self.retain, *self.advanced.values()]
+        self.values = [self.model, self.concepts, self.anchor, self.retain, *self.advanced.values()]
 
     def _advanced(self, gr: Any, service: Service) -> None:
         self.name = gr.Textbox(
@@ -83,9 +83,9 @@ class Form:
 
     def options(self, preset: Any, values: tuple[Any, ...]) -> dict[str, Any]:
         """The options of an erasure from what the controls hold."""
-        model, words, anchor, retain = values[:4]
+        model, texts, anchor, retain = values[:4]
         options = {name: value_of(name, shown) for name, shown in zip(self.advanced, values[4:], strict=True)}
-        concepts = value_of("concept", words)
+        concepts = value_of("concept", texts)
         options["model"] = str(model) if model else None
         options["concept"] = [*([str(preset)] if preset and str(preset) not in concepts else []), *concepts]
         options["anchor"] = value_of("anchor", anchor)

@@ -25,7 +25,7 @@ class History:
             with gr.Row():
                 self.run = gr.Dropdown(choices=names, value=None, label="Run", elem_id="salun_runs")
                 self.other = gr.Dropdown(choices=names, value=None, label="Compare with", elem_id="salun_other",
-                                         info="A second run, to see how far the masks agree.")  # fmt: skip
+                                         info="A second run, to compare the masks.")  # fmt: skip
             with gr.Row():
                 self.load = gr.Button("Load these options", elem_id="salun_again")
                 self.resume = gr.Button("Resume", elem_id="salun_resume")
@@ -60,11 +60,9 @@ def loaded_options(gr: Any, service: Service, form: Form, run: Any) -> list[Any]
     status = good(f"The options of {run} are loaded.")
     choices = {"model": list(service.models.all()), "mask": [*MASKS, *service.inputs.mask_names()]}
     choices |= {name: service.inputs.image_folders() for name in IMAGE_FOLDERS if options.get(name)}
-    for name, among in choices.items():
-        if options.get(name) not in among:
-            status += bad(
-                f"Its {label(name)} {str(options.get(name))[:200]!r} does not exist any more: choose another."
-            )
+    for name, available in choices.items():
+        if options.get(name) not in available:
+            status += bad(f"Its {label(name)} {str(options.get(name))[:200]!r} no longer exists: choose another.")
             shown.pop(name, None)
     shown = {"concept": "", "anchor": "", "retain_prompts": "", **shown}
     updates = [gr.update(value=shown[name]) if name in shown else gr.update() for name in names]
@@ -75,20 +73,20 @@ def details(service: Service, run: Any) -> str:
     """A run's result, images and options as HTML."""
     if not run:
         return ""
-    found = next((each for each in service.history() if each["run"] == run), None)
-    if found is None:
+    entry = next((each for each in service.history() if each["run"] == run), None)
+    if entry is None:
         raise ConfigError(f"there is no run {str(run)[:80]!r}", code="not-found")
-    parts = [f"<p><strong>{escape(str(run))}</strong>: {escape(str(found['status']))}</p>"]
-    parts += [f"<p>{escape(str(line))}</p>" for line in found["headline"]]
-    if found["error"]:
-        parts.append(bad(str(found["error"])))
-    if found["status"] == "unreadable":
+    parts = [f"<p><strong>{escape(str(run))}</strong>: {escape(str(entry['status']))}</p>"]
+    parts += [f"<p>{escape(str(line))}</p>" for line in entry["headline"]]
+    if entry["error"]:
+        parts.append(bad(str(entry["error"])))
+    if entry["status"] == "unreadable":
         return "".join(parts)
-    if found["figures"]:
-        parts.append(table(found["figures"], ("", "before", "after", "")))
-    if "before_after.png" in found["files"]:
+    if entry["figures"]:
+        parts.append(table(entry["figures"], ("", "before", "after", "")))
+    if "before_after.png" in entry["files"]:
         parts.append(image(service.runs.file(str(run), "before_after.png")[0], "before and after"))
-    if "report.html" in found["files"]:
+    if "report.html" in entry["files"]:
         parts.append(f'<button type="button" data-salun-report="{escape(str(run))}">Open the report</button>')
     options = [(label(name), value) for name, value in service.options_of(str(run)).items()]
     rows = [

@@ -1,4 +1,4 @@
-"""File names from forms and requests, confined to the folders meant for them; texts without paths of this machine."""
+"""File names from forms and requests, confined to their folders; texts without paths of this machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from salun.errors import ConfigError
 
 MAX_NAME = 60  # characters of a file's name, without its ending
 MAX_READ = 1_000  # characters of a text from which a name is made
-MIN_MODEL_NAME = 12  # of a model's name in that of what was made of it
+MIN_MODEL_NAME = 12  # characters of the model's name in such a name
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # Windows'
 
 
 def confined(name: str, root: Path) -> Path:
     """The existing file or folder of this name below `root`; parts of the name are separated by "/".
 
-    Raises ConfigError for an absolute name; for one with `..`, a drive, a backslash or control characters (also as what
-    Unicode holds to be the same letters); for one that does not exist, or that a link leads out of `root`.
+    Raises ConfigError for a name that is absolute, has `..`, a drive, a backslash or control characters (also as
+    equivalent Unicode characters), does not exist, or is a link out of `root`.
     """
     base = root.resolve()
     place = base.joinpath(*_parts(name))
@@ -29,15 +29,15 @@ def confined(name: str, root: Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"there is no {name!r} here", code="not-found") from error
     if resolved == base or not resolved.is_relative_to(base):
-        raise ConfigError(f"{name!r} leads out of the folder it should be in")
+        raise ConfigError(f"{name!r} is outside the folder that it must be in")
     return resolved
 
 
 def confined_file(name: str, root: Path) -> Path:
-    """The same of a regular file: reading a named pipe or a device would never end. Raises ConfigError."""
+    """As `confined`, for a regular file: reading a named pipe or a device might never end."""
     place = confined(name, root)
     if not place.is_file():
-        raise ConfigError(f"there is no {name!r} here: what has this name is not a regular file", code="not-found")
+        raise ConfigError(f"there is no {name!r} here: it is not a regular file", code="not-found")
     return place
 
 
@@ -55,13 +55,13 @@ def _parts(name: str) -> list[str]:
 
 
 def safe_name(text: str, otherwise: str = "erased") -> str:
-    """A file name, without ending, that every system allows, made of a text and cut where it is too long."""
+    """A file name without ending that every system allows, made of a text and truncated."""
     cut = _plain(text)[:MAX_NAME].strip("-_")
     return otherwise if not cut or cut.casefold() in _RESERVED else cut
 
 
 def given_name(text: str) -> str:
-    """The same of a name that a person gave, which is never cut. Raises ConfigError for one that cannot be used."""
+    """As `safe_name`, for a name that a user gave, which is not truncated. Raises ConfigError if it is unusable."""
     if len(text) > MAX_READ:
         raise ConfigError(f"the name has {len(text):,} characters; the limit is {MAX_NAME}", advice="Shorten it")
     plain = _plain(text)
@@ -74,20 +74,20 @@ def given_name(text: str) -> str:
 
 
 def made_name(model: str, change: str, stamp: str = "") -> str:
-    """A file name of a model's name, what was done to it, and a stamp. Where that is too long the model's is cut."""
+    """A file name made of a model's name, a change and a time stamp; the model's name is truncated if necessary."""
     end = safe_name(change)[: MAX_NAME - len(stamp) - MIN_MODEL_NAME - 1].rstrip("-_")
     return f"{safe_name(model)[: MAX_NAME - len(stamp) - len(end) - 1].rstrip('-_')}-{end}{stamp}"
 
 
 def _plain(text: str) -> str:
-    text = text[:MAX_READ]  # normalizing can take the square of its length
+    text = text[:MAX_READ]  # normalizing can take quadratic time
     return re.sub(r"[^A-Za-z0-9_-]+", "-", unicodedata.normalize("NFKD", text)).strip("-_")
 
 
 def new_file(folder: Path, stem: str, ending: str, reserved: Iterable[str] = ()) -> Path:
-    """A file's path in `folder` that nothing has yet: a host would go on using the old content of one that has.
+    """A new file's path in `folder`: a host would keep using the old content of an existing one.
 
-    reserved: paths that others will write.
+    reserved: paths that other jobs will write.
     """
     taken = {p.name.casefold() for p in folder.iterdir()} if folder.is_dir() else set()
     taken |= {Path(path).name.casefold() for path in reserved}
@@ -106,7 +106,7 @@ def _counted(stem: str) -> Iterator[str]:
 
 
 def without_folders(text: str, folders: Iterable[Path]) -> str:
-    """A text without the paths of these folders: files in them are named from there on, the folders by their names."""
+    """A text with paths in these folders made relative, and the folders replaced by their names."""
     spellings = {path for folder in folders for path in (folder, Path(os.path.realpath(folder)))}
     for folder in sorted((path for path in spellings if path.name), key=lambda path: len(str(path)), reverse=True):
         for separator in (os.sep, os.sep + os.sep):  # the second on Windows, as repr does
@@ -122,5 +122,5 @@ def displayable(name: str) -> bool:
 
 
 def displayed(name: str) -> str:
-    """A file's name as a page can show it: bytes that are not UTF-8 become escapes, which name no file."""
+    """A file's name as a page can show it; bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Puts jobs into the queue: what a form or request asks for is checked, and every new file gets a new name."""
+"""Puts jobs into the queue: checks the input of forms and requests, and gives every new file a new name."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ MIN_STRENGTH, MAX_STRENGTH = -0.5, 1.5
 
 
 class Requests:
-    """One method for each kind of job. All raise ConfigError for what cannot be done."""
+    """One method for each kind of job. All raise ConfigError for invalid input."""
 
     def __init__(self, host: Host, queue: Queue, runs: Runs, models: Models, inputs: Inputs) -> None:
         self.host, self.queue, self.runs, self.models, self.inputs = host, queue, runs, models, inputs
-        self._naming = threading.Lock()  # from the choice of a new name until a job has it
+        self._naming = threading.Lock()  # held from the choice of a new name until a job has it
 
     def erase(self, options: Mapping[str, Any], preview_every: int = 0, name: str = "") -> Job:
         """Queue an erasure.
 
         Args:
-            options: Fields of `EraseJob` that are in ERASE_FIELDS; `model` is a title.
-            preview_every: Steps between two previews, 0 for none.
-            name: Of the new checkpoint; it goes where the host keeps them, else into the data folder's `models`.
+            options: Fields of `EraseJob` that are in ERASE_FIELDS; `model` is a title. preview_every: Steps between two
+            previews, 0 for none. name: Of the new checkpoint; it goes into the host's folder of checkpoints, else into
+            the data folder's `models`.
         """
         values = self.inputs.check(options)
         title = values.pop("model", None)
@@ -58,7 +58,7 @@ class Requests:
             return self.queue.submit("erase", f"forget {', '.join(concepts)}", request, folder.name)
 
     def mask(self, options: Mapping[str, Any]) -> Job:
-        """Queue the making of a mask alone, to be chosen by its name later. options: as for `erase`."""
+        """Queue a mask without an erasure, to be chosen by its name later. options: as for `erase`."""
         values = self.inputs.check(options)
         title = values.pop("model", None)
         concepts = _concepts(from_mapping(EraseJob, {"concept": values.pop("concept", [])}, ""))
@@ -77,7 +77,9 @@ class Requests:
         if not deltas:
             raise ConfigError("no delta is chosen")
         if len(deltas) != len(strengths):
-            raise ConfigError(f"there are {len(deltas)} deltas, but {len(strengths)} strengths", advice="Give one each")
+            raise ConfigError(
+                f"there are {len(deltas)} deltas, but {len(strengths)} strengths", advice="Give one for each delta"
+            )
         for value in strengths:
             if not MIN_STRENGTH <= value <= MAX_STRENGTH:
                 raise ConfigError(f"strength is {value!r}, but must be from {MIN_STRENGTH} to {MAX_STRENGTH}")
@@ -92,7 +94,7 @@ class Requests:
         return self._rewritten("undo", f"{model} without {delta}", model, request, name, "undone")
 
     def _rewritten(self, kind: str, title: str, model: str, request: dict[str, Any], name: str, suffix: str) -> Job:
-        """A job that writes a copy of a model, under a given name or under the model's with a suffix."""
+        """Queue a copy of a model, under a given name or the model's name with a suffix."""
         source = self.models.named(model)
         request |= {"model": source, "name": name}
         self.host.python()
@@ -106,7 +108,7 @@ class Requests:
     ) -> Job:
         """Queue the writing of a LoRA ("lora", low rank) or of the full difference ("diff").
 
-        model: the delta's base; by default the one that the run was made with, and `otherwise` where that is gone.
+        model: the delta's base; by default the model of the run, or `otherwise` if that is missing.
         """
         if form not in ("lora", "diff"):
             raise ConfigError(f"form is {form[:80]!r}, but must be lora or diff")
@@ -125,14 +127,14 @@ class Requests:
         """Queue the counting of weights that deltas both change."""
         if len(deltas) < 2:
             raise ConfigError(
-                f"{len(deltas)} delta is chosen", advice="Choose at least two to see how far they overlap"
+                f"the number of deltas is {len(deltas)}, but must be at least 2", advice="Choose two or more"
             )
         self.host.python()
         files = [str(self.runs.delta(run)) for run in deltas]
         return self.queue.submit("overlaps", f"overlap of {', '.join(deltas)}", {"deltas": files})
 
     def inspect(self, run: str, against: str | None = None) -> Job:
-        """Queue a look at a run's mask, or at how far the masks of two runs agree."""
+        """Queue a summary of a run's mask, or the overlap of two runs' masks."""
         path = str(self.runs.get(run))
         other = str(self.runs.get(against)) if against else None
         self.host.python()
@@ -140,16 +142,16 @@ class Requests:
         return self.queue.submit("inspect", title, {"path": path, "against": other})
 
     def _outputs(self, folder: Path, name: str | None, parts: tuple[str, str], source: str | None) -> list[str]:
-        """What an erasure writes. name: of the checkpoint, if one is given; parts: of what it is made otherwise."""
+        """The outputs of an erasure. name: of the checkpoint, if given; parts: of its name otherwise."""
         checkpoints = self.host.checkpoints()
-        if checkpoints is None:  # the run's folder, unless it is to have a name
+        if checkpoints is None:  # the run's folder, unless a name is given
             return [self._copy_of(source or "", name), str(folder / DELTA)] if name else []
         stamp = "-" + "-".join(folder.name.split("-")[:2])
         target = new_file(checkpoints, name or made_name(*parts, stamp), ".safetensors", self._reserved_outputs())
         return [str(target), str(folder / DELTA)]
 
     def _copy_of(self, source: str, name: str) -> str:
-        """Where a copy of a model goes, in the model's layout."""
+        """The path of a copy of a model, in the model's layout."""
         folder = self.runs.checkpoint_home()
         folder.mkdir(parents=True, exist_ok=True)
         single = Path(source).suffix.lower() in (".safetensors", ".ckpt")
@@ -157,7 +159,7 @@ class Requests:
         return f"{new_file(folder, name, ending, self._reserved_outputs())}{'' if single else '/'}"
 
     def _reserved_outputs(self) -> list[str]:
-        """What jobs that are not over, or may be resumed, will write."""
+        """The outputs of open and resumable jobs."""
         jobs = [job for job in self.queue.all() if job.open or job.resumable]
         return [path.rstrip("/") for job in jobs for path in job.outputs]
 

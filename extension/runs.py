@@ -28,7 +28,7 @@ DOWNLOADABLE_FILES = {  # files of a run that the API serves, and their types
 UNREADABLE: dict[str, Any] = {
     "status": "unreadable", "concept": None, "model": "", "error": None, "headline": [], "figures": [], "files": [],
 }  # fmt: skip
-DERIVED = (".salun.safetensors", ".lora.safetensors", ".diff.safetensors")  # endings of outputs that are no checkpoint
+DERIVED = (".salun.safetensors", ".lora.safetensors", ".diff.safetensors")  # endings of files that are not checkpoints
 
 
 class Runs:
@@ -47,7 +47,7 @@ class Runs:
         return place
 
     def new(self, name: str, taken: set[str | None]) -> Path:
-        """A run folder that nothing has yet; taken: names of runs that jobs will make."""
+        """A new run folder. taken: names of runs that queued jobs will create."""
         folder = new_run_folder(name, self.folder)
         n, stem = 1, folder.name
         while folder.name in taken or folder.exists():
@@ -58,10 +58,10 @@ class Runs:
     def options(self, name: str) -> dict[str, Any]:
         """The options in a run's record, which may be untrusted input. Raises ConfigError for an unreadable one."""
         try:
-            found: dict[str, Any] = read_run(self.get(name))["options"]
+            options: dict[str, Any] = read_run(self.get(name))["options"]
         except DataError as error:
             raise ConfigError(error.message, advice=error.advice, code=error.code) from error
-        return found
+        return options
 
     def file(self, run: str, name: str) -> tuple[Path, str]:
         """A file of a run that may be served, and its type."""
@@ -86,16 +86,16 @@ class Runs:
             within = any(home in place.parents for home in homes)
             if within and not place.name.endswith(DERIVED) and os.path.exists(place):
                 return place
-        raise ConfigError(f"the erased model of {run} does not exist any more")
+        raise ConfigError(f"the erased model of {run} no longer exists")
 
     def checkpoint_home(self) -> Path:
-        """Where new checkpoints with a name go."""
+        """The folder of new checkpoints with a given name."""
         return self.host.checkpoints() or self.host.data / "models"
 
     def summaries(self, open_runs: set[str | None]) -> list[dict[str, Any]]:
-        """Every run's summary, the latest first. One that cannot be read has the status "unreadable" and an error.
+        """All runs' summaries, the latest first. An unreadable run has the status "unreadable" and an error.
 
-        open_runs: names of runs that a job works on; others that are "running" by their record have stopped.
+        open_runs: names of runs with an open job; other runs that are "running" by their record have stopped.
         """
         names = [file.parent.name for file in self.folder.glob("*/run.json")]
         return [self._summary(name, open_runs) for name in sorted(names, reverse=True)]
@@ -107,17 +107,17 @@ class Runs:
             record = read_run(confined(name, self.folder))
         except (ConfigError, DataError) as error:
             return {"run": displayed(name), **UNREADABLE, "error": self.without_paths(render(error))}
-        found = summary(record, self.folder / name)
+        entry = summary(record, self.folder / name)
         if record["status"] == "running" and name not in open_runs:
-            found["status"] = "stopped"
-        if found["error"]:
-            found["error"] = self.without_paths(str(found["error"]), record["options"].get("model"))
-        return {"run": name, **found}
+            entry["status"] = "stopped"
+        if entry["error"]:
+            entry["error"] = self.without_paths(str(entry["error"]), record["options"].get("model"))
+        return {"run": name, **entry}
 
     def without_paths(self, text: str, model: Any = None) -> str:
-        """A text without absolute paths of this machine: files in the host's folders are named from there on.
+        """A text without absolute paths of this machine: paths in the host's folders are made relative.
 
-        model: what the text may be about; it may lie anywhere.
+        model: a model that the text may name, in any folder.
         """
         folders = {self.host.data, self.host.checkpoints(), self.host.loras()}
         if isinstance(model, str) and Path(model).is_absolute():
@@ -126,11 +126,11 @@ class Runs:
 
 
 def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a list shows of a record."""
+    """A run's entry in a list, from its record."""
     from salun.report.metrics import headline, metric_rows
 
     concepts = record["options"].get("concept")
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         **UNREADABLE,
         "status": record["status"],
         "concept": [truncated(text) for text in concepts][:MAX_ENTRIES] if concepts is not None else None,
@@ -142,8 +142,8 @@ def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if record["status"] == "done":
             rows = metric_rows(record["metrics"])[:MAX_ENTRIES]
             lines = headline(record["concepts"], record["metrics"])[:MAX_ENTRIES]
-            found["headline"] = [truncated(line) for line in lines]
-            found["figures"] = [[truncated(str(cell)) for cell in row] for row in rows]
+            entry["headline"] = [truncated(line) for line in lines]
+            entry["figures"] = [[truncated(str(cell)) for cell in row] for row in rows]
     except Exception:  # metrics may be untrusted input: the other runs are listed all the same
-        found["error"] = "its run.json is of another version"
-    return found
+        entry["error"] = "its run.json is from another version of salun"
+    return entry

@@ -1,4 +1,4 @@
-"""What the page and the HTTP API can ask for. Their input is untrusted: it is checked and confined here."""
+"""The operations of the page and the HTTP API, whose input is untrusted: it is checked and confined here."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ logger = logging.getLogger("salun")
 class Service:
     """The jobs, runs and models of one host.
 
-    Its parts: `requests` starts jobs, which `queue` holds; `runs`, `models` and `inputs` (masks and images) are what
-    can be chosen. Its own methods are what can be done with a job or run afterwards.
+    `requests` starts jobs, which `queue` holds; `runs`, `models` and `inputs` (masks and images) can be chosen in
+    forms. The methods are operations on existing jobs and runs.
     """
 
     def __init__(self, host: Host) -> None:
@@ -42,7 +42,7 @@ class Service:
         self.requests = Requests(host, self.queue, self.runs, self.models, self.inputs)
 
     def _may_run(self, job: Job) -> bool:
-        """Whether a job that was read from a file writes within our folders, and asks for no more than a form can."""
+        """Whether a job that was read from a file writes only in the host's folders, with options of a form."""
         homes = [home for home in (self.host.data, self.host.checkpoints(), self.host.loras()) if home is not None]
         real = [Path(os.path.realpath(home)) for home in homes]
         targets = [*job.outputs, job.options.get("run_dir")]
@@ -51,11 +51,11 @@ class Service:
         return within and not job.options.get("allow_pickle") and not job.options.get("models_dir")
 
     def history(self) -> list[dict[str, Any]]:
-        """Every run's summary, the latest first."""
+        """All runs' summaries, the latest first."""
         return self.runs.summaries({job.run for job in self.queue.all() if job.open})
 
     def options_of(self, run: str) -> dict[str, Any]:
-        """The options of a run, as a form shows them: to load them again."""
+        """The options of a run as a form shows them, to be loaded again."""
         return self.inputs.options_of(run, {place: title for title, place in self.models.all().items()})
 
     def preview(self, job: str, name: str) -> Path:
@@ -67,9 +67,9 @@ class Service:
     # stopped and finished jobs
 
     def remove(self, job_id: str) -> None:
-        """Take an ended job off the list, and delete what its run keeps to be resumed: nothing else would.
+        """Remove an ended job from the list, and delete its run's training state, which nothing else would delete.
 
-        Raises ConfigError for a job that is not over, and while another process works in its folder.
+        Raises ConfigError for an open job, and while another process uses its run folder.
         """
         job = self.queue.get(job_id)
         state = self._state(job)
@@ -84,11 +84,11 @@ class Service:
                 logger.warning("%s could not be removed", state)
 
     def kept_bytes(self, job: Job) -> int:
-        """Bytes on disk that a stopped job keeps so that it can be resumed."""
+        """Size in bytes of a stopped job's training state."""
         state = self._state(job)
         try:
             return sum(file.stat().st_size for file in state.iterdir()) if state is not None else 0
-        except OSError:  # its process is still coming to its end
+        except OSError:  # its process is still ending
             return 0
 
     def _state(self, job: Job) -> Path | None:
@@ -102,18 +102,18 @@ class Service:
         return place if place.is_dir() and not place.is_symlink() else None
 
     def resume(self, run: str) -> Job:
-        """Resume a run that stopped. Raises ConfigError where no job of the list can."""
+        """Resume a stopped run. Raises ConfigError if it has no resumable job in the list."""
         self.runs.get(run)
         job = next((job for job in self.queue.all() if job.run == run and job.resumable), None)
         if job is None:
-            raise ConfigError(f"{run} cannot be resumed: it is done, or its job was removed from the list")
+            raise ConfigError(f"{run} cannot be resumed: it is finished, or its job was removed from the list")
         return self.queue.resume(job.id)
 
     def offers(self, job: Job) -> list[str]:
-        """What can be done with the result of a job: "use", "undo", "lora", "diff", "delta"."""
+        """The operations on the result of a job: "use", "undo", "lora", "diff", "delta"."""
         if job.state != "done":
             return []
-        loads = ["use"] if self.host.checkpoints() is not None else []  # where there is none, nothing generates
+        loads = ["use"] if self.host.checkpoints() is not None else []  # `salun ui` does not generate images
         if job.kind in ("stack", "undo"):
             return loads
         if job.kind == "erase" and job.run and (self.runs.folder / job.run / DELTA).is_file():
@@ -121,23 +121,23 @@ class Service:
         return []
 
     def use(self, run: str) -> str:
-        """Have the host generate with the erased checkpoint of a run from now on. Returns a line for people."""
+        """Make the host use the erased checkpoint of a run. Returns a message."""
         return self._use(self.runs.checkpoint(run))
 
     def use_result(self, job_id: str) -> str:
-        """The same with the checkpoint that a job wrote."""
+        """Make the host use the checkpoint that a job wrote. Returns a message."""
         job = self.queue.get(job_id)
         if "use" not in self.offers(job):
-            raise ConfigError(f"“{job.title}” wrote no checkpoint that could be used")
+            raise ConfigError(f"“{job.title}” wrote no checkpoint")
         return self.use(str(job.run)) if job.kind == "erase" else self._use(Path(job.request["output"]))
 
     def undo_result(self, job_id: str) -> str:
-        """Return to the state before an erasure: the host generates with the base again. Where it has the base no more,
-        or there is no host, the base is written again: the erased checkpoint without the delta, byte-identical.
+        """Return to the base of an erasure: make the host use it. If the base is missing, or there is no host, queue a
+        job that writes it again, byte-identical, from the erased checkpoint and the delta. Returns a message.
         """
         job = self.queue.get(job_id)
         if "undo" not in self.offers(job):
-            raise ConfigError(f"“{job.title}” changed nothing that could be undone")
+            raise ConfigError(f"“{job.title}” has nothing to undo")
         run = str(job.run)
         base = Path(str(self.runs.options(run).get("model")))
         if self.host.checkpoints() is not None and str(base) in self.models.all().values():
@@ -149,14 +149,12 @@ class Service:
         return self.host.use(path)
 
     def set_up(self) -> str:
-        """Make an environment for the jobs, in the background. Returns a line for people."""
+        """Make an environment for the jobs, in the background. Returns a message."""
         self._require_finished()
         return environment.set_up(self.host)
 
     def _require_finished(self) -> None:
-        """Raises ConfigError while a job is not over. One that only waits for the GPU counts: what is asked for now
-        would wait behind it, for as long as it takes.
-        """
+        """Raises ConfigError while a job is open, also one that waits for the GPU: the operation would wait for it."""
         job = next((job for job in self.queue.all() if job.open), None)
         if job is not None:
-            raise ConfigError(f"“{job.title}” is not over yet", advice="Wait until it is, or cancel it")
+            raise ConfigError(f"“{job.title}” has not ended", advice="Wait for it, or cancel it")

@@ -1,4 +1,4 @@
-"""How much of a job is done, and how long it still takes, from the costs of its stages."""
+"""A job's progress and time left, estimated from the costs of its stages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from salun.progress import Stage, StageCost
 
-SAVING = 0.05  # of a whole erasure, for the files it writes
+SAVING = 0.05  # fraction of an erasure that writing its files takes
 BACKWARD = 3  # a forward and backward pass costs as much as three forward ones
-MIN_FRACTION = 0.03  # before that no time left is estimated
-CORRECTED = 1.5  # a time left that turns out this many times too short is corrected; less than that only counts down
+MIN_FRACTION = 0.03  # below it, no time left is estimated
+CORRECTED = 1.5  # a time left is corrected upward if it is too short by this factor; otherwise it only counts down
 LABELS = {
     Stage.PLANNING: "planning",
     Stage.LOADING: "loading the model",
@@ -39,9 +39,9 @@ def with_saving(costs: Sequence[StageCost]) -> list[StageCost]:
 
 
 class ProgressEstimator:
-    """The position of a job: `at` takes a stage's step and gives (fraction done, seconds left or None).
+    """Estimates progress: `at` takes a stage's step and returns (fraction done, seconds left or None).
 
-    The fraction never falls. The time left is (1 − fraction) × the seconds that the whole takes at the present pace.
+    The fraction never decreases. The time left is (1 − fraction) × the seconds of the entire job at the present pace.
 
     Args:
         costs: The stages of the job, in order.
@@ -57,11 +57,11 @@ class ProgressEstimator:
             self._spans[cost.stage] = (sum(passes[:i]) / sum(passes), passes[i] / sum(passes))
         self._stage = ""
         self._began = (0.0, 0.0)  # when and at which fraction the stage began
-        self._rate: float | None = None  # seconds for the whole job at the present pace
+        self._rate: float | None = None  # seconds of the entire job at the present pace
         self._last: tuple[float, float] | None = None  # when `left` was computed last, and its value
 
     def at(self, stage: str, step: int, total: int) -> tuple[float, float | None]:
-        """Take note of a step. A stage without a cost does not move the position."""
+        """Record a step. A stage without a cost does not change the fraction."""
         now = self._now()
         if stage in self._spans and total:
             start, length = self._spans[stage]
@@ -88,5 +88,5 @@ class ProgressEstimator:
 
 
 def label(stage: str) -> str:
-    """A stage as the page shows it; "" before the first is “starting”."""
+    """A stage's label on the page; “starting” for "", before the first stage."""
     return next((text for known, text in LABELS.items() if known == stage), stage) or "starting"

@@ -1,4 +1,4 @@
-"""The page by itself, as `salun ui` opens it: its own small server, with the API beside it."""
+"""The server of `salun ui`: the page and the API without a WebUI."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def serve(
         )
         logging.getLogger("uvicorn.error").addFilter(OncePerMinute())
         server = uvicorn.Server(config)
-        say(f"{where} (Ctrl-C ends it; runs are in {service.runs.folder})")
+        say(f"{where} (Ctrl-C stops it; runs are in {service.runs.folder})")
         if browser:
             import webbrowser
 
@@ -77,7 +77,7 @@ def _listen(address: str, port: int) -> socket.socket:
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((address, port))
-        made.listen(128)  # who reads the address may call at once
+        made.listen(128)  # the printed address accepts connections at once
     except OSError as error:
         made.close()
         problem = f"cannot listen on {address}, port {port}: {error.strerror or error}"

@@ -1,6 +1,6 @@
-"""The tab in A1111, Forge and reForge: wiring, no computation.
+"""The tab in A1111, Forge and reForge: the connection to the host, without computation.
 
-Everything of `modules` and `backend` is imported where it is used: they are the host's, and differ among hosts.
+`modules` and `backend` belong to the host and differ among hosts, so they are imported where they are used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _state: dict[str, Any] = {}  # survives "Reload UI", as this module does
 
 
 def register() -> None:
-    """Ask the host to show the tab and serve the API. Called whenever it runs our script, so after each reload too."""
+    """Ask the host to show the tab and serve the API. The host calls this when it runs the script, also after each
+    reload.
+    """
     from modules import script_callbacks
 
     script_callbacks.on_ui_tabs(_tab)
@@ -45,18 +47,18 @@ def register() -> None:
 
 
 def service() -> Service:
-    """The service of this process, made once. Raises ConfigError if another program works with its folder, or if the
-    flags that say who may call cannot be read.
+    """The service of this process, made once. Raises ConfigError if another program uses its folder, or if the flags of
+    access cannot be read.
     """
     access()
     if "service" not in _state:
         _state["service"] = Service(WebUI())
-    found: Service = _state["service"]
-    return found
+    current: Service = _state["service"]
+    return current
 
 
 def trouble() -> str | None:
-    """Why there is no service, as text for people."""
+    """The message that explains why there is no service; None if there is one."""
     try:
         service()
     except SalunError as error:
@@ -65,9 +67,9 @@ def trouble() -> str | None:
 
 
 def access() -> Access:
-    """By the host's flags: --api opens the API, --api-auth or --gradio-auth asks for name and password.
+    """The rules of access from the host's flags: --api opens the API, --api-auth or --gradio-auth require a login.
 
-    Raises ConfigError for flags that cannot be read: the API is never open where a password was meant.
+    Raises ConfigError for flags that cannot be read, so that the API is never open where a password was intended.
     """
     if "access" not in _state:
         from modules import shared
@@ -77,24 +79,28 @@ def access() -> Access:
         page_flags = [getattr(flags, name, None) for name in ("gradio_auth", "gradio_auth_path")]
         try:
             pairs = list(get_gradio_auth_creds())
-        except (OSError, ValueError) as error:  # no such file, or no text
-            raise ConfigError(f"--gradio-auth-path cannot be read, so nobody is let in: {error}") from error
+        except (OSError, ValueError) as error:  # no such file, or not a text file
+            raise ConfigError(f"--gradio-auth-path cannot be read, so nobody has access: {error}") from error
         guards = _users("--gradio-auth or its file", pairs)
         if not guards and any(flag is not None for flag in page_flags):
-            raise ConfigError("--gradio-auth or its file names nobody, so nobody is let in. Give NAME:PASSWORD")
+            raise ConfigError(
+                "--gradio-auth or its file names no user, so nobody has access", advice="Give NAME:PASSWORD"
+            )
         given = flags.api_auth
         pairs = [pair.split(":", 1) for pair in given.split(",")] if given is not None else []
         users = _users("--api-auth", pairs) or guards
         closed = "start the WebUI with --api to use salun's API"
         _state["access"] = Access(users, bool(shared.cmd_opts.api), closed, guarded=bool(guards))
-    found: Access = _state["access"]
-    return found
+    current: Access = _state["access"]
+    return current
 
 
 def _users(flag: str, pairs: Sequence[Sequence[str]]) -> dict[str, str]:
     """Name → password."""
     if not all(len(pair) == 2 and all(part.strip() for part in pair) for pair in pairs):
-        raise ConfigError(f"{flag} cannot be read, so nobody is let in. Give NAME:PASSWORD, several with commas")
+        raise ConfigError(
+            f"{flag} cannot be read, so nobody has access", advice="Give NAME:PASSWORD, separated by commas"
+        )
     return {pair[0]: pair[1] for pair in pairs}
 
 
@@ -120,11 +126,11 @@ def _started(demo: Any, app: Any) -> None:
 
 
 def _add_update_buttons(component: Any, **kwargs: Any) -> None:
-    """Add a hidden button next to the host's list of checkpoints and its cards of LoRAs that updates them; the page's
-    script presses it.
+    """Add hidden buttons next to the host's list of checkpoints and its LoRA cards that update them; the page's script
+    presses them.
 
-    The host's own buttons are not pressed for that: they empty its list of checkpoints first, which a running
-    generation may need.
+    The host's buttons are not used because they empty the list of checkpoints first, which a running generation may
+    need.
     """
     import gradio as gr
     from gradio.context import Context
@@ -183,10 +189,10 @@ class WebUI:
     def models(self) -> dict[str, str]:
         from modules import sd_models
 
-        found = {info.name: str(Path(info.filename).absolute()) for info in sd_models.checkpoints_list.values()}
-        return {name: path for name, path in found.items() if Path(path).suffix.lower() == ".safetensors"}
+        paths = {info.name: str(Path(info.filename).absolute()) for info in sd_models.checkpoints_list.values()}
+        return {name: path for name, path in paths.items() if Path(path).suffix.lower() == ".safetensors"}
 
-    def left_out(self) -> int:
+    def skipped_checkpoints(self) -> int:
         from modules import sd_models
 
         return len({info.name for info in sd_models.checkpoints_list.values()} - set(self.models()))
@@ -221,9 +227,9 @@ class WebUI:
             return
         from modules.call_queue import queue_lock
 
-        STARTED.wait()  # jobs of an earlier start may be waiting while the host is still loading
+        STARTED.wait()  # stored jobs may be waiting while the host is still starting
         with queue_lock:
-            if not job.open:  # cancelled while an image was generated: nothing of the host's is touched
+            if not job.open:  # cancelled during a generation: the host is not changed
                 yield
                 return
             model = self._loaded_model()
@@ -234,17 +240,17 @@ class WebUI:
                 self._restore(model)
 
     def _loaded_model(self) -> Any:
-        """A1111's model, to be restored; None on Forge and reForge, which load theirs again."""
+        """A1111's model, to be restored; None on Forge and reForge, which load their models again."""
         from modules import sd_models
 
         if self.forge or self.reforge:
             return None
         lock = getattr(sd_models.model_data, "lock", None) or nullcontext()
-        with lock:  # held while the host loads its first; reading shared.sd_model would load one
+        with lock:  # held while the host loads its first model; shared.sd_model would load one
             return sd_models.model_data.sd_model
 
     def _free(self, model: Any) -> None:
-        """Take the host's models off the device."""
+        """Remove the host's models from the device."""
         from modules import devices, sd_models
 
         if self.forge:
@@ -276,7 +282,7 @@ class WebUI:
         from modules import sd_models
 
         networks = sys.modules.get("networks")  # of the built-in LoRA extension
-        for path in map(Path, job.outputs):  # one by one: the host's own listings empty their lists first
+        for path in map(Path, job.outputs):  # one by one: the host's functions empty their lists first
             if path.is_file() and path.parent == self.checkpoints():
                 sd_models.CheckpointInfo(str(path)).register()
             if job.kind == "export" and networks is not None:
@@ -296,11 +302,11 @@ class WebUI:
 
                 checkpoint_change(info.name)  # as its list has it
             else:
-                shared.opts.set("sd_model_checkpoint", info.title)  # which loads it, in its turn
+                shared.opts.set("sd_model_checkpoint", info.title)  # which loads it later
                 shared.opts.save(shared.config_filename)
         except AssertionError as error:  # --freeze-settings and the like
             raise ConfigError(f"the WebUI does not change its checkpoint: {error}") from error
         now = sd_models.get_closet_checkpoint_match(shared.opts.sd_model_checkpoint or "")  # its title may have changed
-        if now is None or now.filename != info.filename:  # the host catches what loading raises
+        if now is None or now.filename != info.filename:  # the host catches errors of loading
             raise ConfigError(f"the WebUI could not load {info.name}", advice="See its log")
-        return f"{info.name} is the checkpoint now."
+        return f"{info.name} is now the checkpoint of the WebUI."

@@ -4,10 +4,10 @@ The changed tensors replace the checkpoint's, as `salun delta stack` would write
 gives exactly the erased checkpoint's weights; LoRAs are added to them. The host's LoRA code applies and removes them:
 
 Forge   a patch of type "set" on a clone of the UNet's patcher, first in its order. Forge merges patches when their
-        names change, and puts its untouched originals back before it does.
-reForge the same in the patcher's lists of patches, one for each tensor, which it merges anew whenever they change.
+        names change, and restores the original weights before that.
+reForge the same in the patcher's lists of patches, one per tensor, which it merges again whenever they change.
 A1111   a network among the LoRA extension's, first in its order, whose layers return new − old in double precision.
-        That extension keeps a copy of each layer it changes, and copies it back.
+        The extension keeps a copy of each layer that it changes, and restores it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .webui import service, trouble
 
 PREFIX = "salun:"
 logger = logging.getLogger("salun")
-_last: dict[str, Any] = {}  # the last choice: the next image need not read its files again
+_last: dict[str, Any] = {}  # the last choice, so that the next image need not read its files again
 
 
 class ErasedDelta(scripts.Script):  # type: ignore[misc]
@@ -55,7 +55,7 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
         return controls
 
     def process_before_every_sampling(self, p: Any, on: bool = False, *rest: Any, **kwargs: Any) -> None:
-        """Called before the first pass and before hires fix. Where it fails, the generation is stopped."""
+        """Apply the deltas before the first pass and before hires fix. An error stops the generation."""
         try:
             self._apply(p, on, *rest)
         except Exception as error:  # the host would report any error and generate without the delta
@@ -83,7 +83,7 @@ class ErasedDelta(scripts.Script):  # type: ignore[misc]
 
 
 def _stacked(checkpoint: Path, pairs: Sequence[tuple[str, float]]) -> tuple[str, Mapping[str, Any]]:
-    """A name that no other choice has, and the changed tensors by their names in the checkpoint's UNet (LDM's).
+    """A unique name of the choice, and the changed tensors by their names in the checkpoint's UNet (LDM layout).
 
     Raises SalunError for a delta of another base.
     """
@@ -106,7 +106,7 @@ def _stacked(checkpoint: Path, pairs: Sequence[tuple[str, float]]) -> tuple[str,
 
 
 class _Tensors(Mapping[str, Any]):
-    """The changed tensors by their names in the checkpoint's UNet, each made when it is asked for."""
+    """The changed tensors by their names in the checkpoint's UNet, each computed on access."""
 
     def __init__(self, made: Mapping[str, Any], names: Mapping[str, str]) -> None:
         self._made, self._names = made, names
@@ -179,8 +179,8 @@ class _Layer:
 
 
 def _networks() -> Any:
-    """A1111's built-in LoRA extension. Raises RuntimeError where it is disabled."""
-    found = sys.modules.get("networks")
-    if found is None:
-        raise RuntimeError("Erased delta needs the built-in extension Lora; enable it")
-    return found
+    """A1111's built-in LoRA extension. Raises RuntimeError if it is disabled."""
+    networks = sys.modules.get("networks")
+    if networks is None:
+        raise RuntimeError("Erased delta needs the built-in extension Lora, which is disabled: enable it")
+    return networks

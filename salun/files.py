@@ -91,13 +91,13 @@ def aside_of(temporary: Path) -> Path:
 
 def remove_leftovers(path: Path) -> None:
     """Remove temporary files that killed processes left next to `path`."""
-    for leftover in _beside(path, TEMPORARY):
+    for leftover in _siblings(path, TEMPORARY):
         remove_abandoned(leftover)
 
 
 def moved_aside(path: Path) -> list[Path]:
     """What killed processes have moved aside to give `path` another content."""
-    return [each for each in _beside(path, ASIDE) if not os.path.lexists(each.with_suffix(TEMPORARY))]
+    return [each for each in _siblings(path, ASIDE) if not os.path.lexists(each.with_suffix(TEMPORARY))]
 
 
 def abandoned(temporary: Path) -> bool:
@@ -158,7 +158,7 @@ def _lock(handle: int, temporary: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: `_unchanged` tells there
+    except OSError:  # a file system without locks: `_unchanged` decides there
         pass
     return temporary.exists()
 
@@ -168,7 +168,7 @@ def is_temporary(path: Path, ending: str = TEMPORARY) -> bool:
     return re.search(rf"^\..+\.[0-9a-f]{{16}}{re.escape(ending)}$", path.name) is not None
 
 
-def _beside(path: Path, ending: str) -> list[Path]:
+def _siblings(path: Path, ending: str) -> list[Path]:
     return [p for p in path.parent.glob(f".{glob.escape(path.name)}.*{ending}") if is_temporary(p, ending)]
 
 
@@ -203,10 +203,10 @@ def sha256_file(path: Path) -> str:
 
 
 def _digest(file: IO[bytes]) -> str:  # Python 3.10 has no hashlib.file_digest
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     while block := file.read(_CHUNK):
-        found.update(block)
-    return found.hexdigest()
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def recover_interrupted_write(target: Path) -> None:
@@ -223,7 +223,7 @@ def recover_interrupted_write(target: Path) -> None:
 def placed(target: Path, force: bool = False, again: bool = False) -> Iterator[Path]:
     """Context manager: a path to write to, which becomes `target` at the end, without `force` only if that is free.
 
-    (Something may appear there while the work goes on.)
+    (Another process may create `target` in the meantime.)
 
     Args:
         again: Accept a target with the same bytes, of a run that stopped after writing it.
@@ -236,10 +236,10 @@ def placed(target: Path, force: bool = False, again: bool = False) -> Iterator[P
         return
     recover_interrupted_write(target)
     try:
-        with temporary_folder(target) as beside:
-            yield beside / target.name
-            if not (again and target.exists() and _contents(beside / target.name) == _contents(target)):
-                _place(beside / target.name, target)
+        with temporary_folder(target) as folder:
+            yield folder / target.name
+            if not (again and target.exists() and _contents(folder / target.name) == _contents(target)):
+                _place(folder / target.name, target)
     except FileExistsError as error:
         raise ConfigError(f"{target} already exists", advice=EXISTS, code="exists") from error
     except OSError as error:
@@ -314,8 +314,8 @@ def check_disk_space(needed: Mapping[Path, int]) -> None:
     """
     disks: dict[int, list[tuple[Path, int]]] = {}
     for place, size in needed.items():
-        whole = place.absolute()
-        above = [whole, *whole.parents] if whole.is_dir() else list(whole.parents)
+        absolute = place.absolute()
+        above = [absolute, *absolute.parents] if absolute.is_dir() else list(absolute.parents)
         folder = next(p for p in above if p.exists())
         if not folder.is_dir():
             raise ConfigError(f"{place} cannot be created: {folder} is not a folder")

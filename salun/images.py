@@ -34,7 +34,7 @@ FORMATS = (
 HEIF_SUFFIXES = {".heic", ".heif"}  # of telephones; Pillow reads them with the package pillow-heif only
 ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")  # an MPO's or HEIF's further images are other views of the first
 SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
-MOST_PIXELS = 2**26  # 8192 × 8192; reading takes up to 8 bytes for each
+MOST_PIXELS = 2**26  # 8192 × 8192; an image in memory has up to 8 bytes per pixel
 MOST_BYTES = 2**30  # of a file
 TOO_LARGE = f"too large (the limit is {MOST_PIXELS:,} pixels)"
 WHITES = (255, 1023, 4095, 65535)
@@ -78,7 +78,7 @@ def list_images(folder: Path, deep: bool = True) -> Listing:
     deep: whether the folders in it are entered; hidden ones count as skipped either way.
     Raises DataError if the folder cannot be read.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     skipped: dict[str, list[str]] = {}
 
     def skip(reason: str, path: Path) -> None:
@@ -108,10 +108,10 @@ def list_images(folder: Path, deep: bool = True) -> Listing:
         for name in names:
             reason = _why_not(here / name)
             if reason is None:
-                found.append(here / name)
+                files.append(here / name)
             else:
                 skip(reason, here / name)
-    return Listing(sorted(found), {reason: sorted(names) for reason, names in sorted(skipped.items())})
+    return Listing(sorted(files), {reason: sorted(names) for reason, names in sorted(skipped.items())})
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -174,7 +174,7 @@ def read_image(source: Source, white: Callable[[], int]) -> tuple[Image, list[st
 
 
 def white_level(sources: Iterable[Source]) -> int:
-    """The value that is white in the gray images of 16 bits among these; 65535 if there are none."""
+    """The value that is white in the gray images of 16 bits among these; 65535 without such images."""
     highest = 0
     for source in sources:
         with suppress(DataError), _opened(source) as image:
@@ -222,7 +222,7 @@ def _deep(image: Image) -> np.ndarray:
     """uint16 (h, w)."""
     values = np.asarray(image)
     if values.dtype.itemsize > 2 and (values.min(initial=0) < 0 or values.max(initial=0) > WHITES[-1]):
-        raise DataError("of 32 bits a pixel (save it with 8 or 16)")
+        raise DataError("of 32 bits per pixel (save it with 8 or 16)")
     return values.astype(np.uint16)
 
 

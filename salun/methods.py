@@ -82,9 +82,9 @@ class Method:
 
     def resolved(self, options: Any, split: Any) -> dict[str, Any]:
         """Its own options by name, resolved for a split."""
-        own = self.options_of(options)
-        own = load(self.resolve)(own, options, split) if self.resolve else own
-        return {item.name: getattr(own, item.name) for item in fields(own)}
+        resolved = self.options_of(options)
+        resolved = load(self.resolve)(resolved, options, split) if self.resolve else resolved
+        return {item.name: getattr(resolved, item.name) for item in fields(resolved)}
 
 
 def load(path: str) -> Any:
@@ -109,8 +109,8 @@ METHODS: dict[TaskName, dict[str, Method]] = {
         Method("retrain", "Retrain", "training without the forget set", _C, f"{_IN}.retaining:retrain", tunes=None),
         Method("ft", "FT", f"{_GOLATKAR}; Warnecke et al. 2021, arXiv:2108.11577", _C, f"{_IN}.retaining:fine_tune",
                "full", defaults={"epochs": 10, "lr": 0.02}),
-        Method("rl", "RL", _GOLATKAR, _C, f"{_IN}.relabelling:random_labels",
-               "full", f"{_IN}.relabelling:RelabellingOptions", defaults={"epochs": 10, "lr": 0.006}),
+        Method("rl", "RL", _GOLATKAR, _C, f"{_IN}.relabeling:random_labels",
+               "full", f"{_IN}.relabeling:RelabelingOptions", defaults={"epochs": 10, "lr": 0.006}),
         Method("ga", "GA", "Graves et al. 2021, arXiv:2010.10981; Thudi et al. 2022, arXiv:2109.13398", _C,
                f"{_IN}.retaining:gradient_ascent", "full", defaults={"epochs": 5, "lr": 0.00125}),
         Method("ff", "FF", _GOLATKAR, _C, f"{_IN}.fisher:fisher_forgetting",
@@ -123,10 +123,10 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                "full", f"{_IN}.boundary:BoundaryShrinkOptions", defaults={"epochs": 10, "lr": 2.5e-5}),
         Method("l1-sparse", "ℓ1-sparse", "Jia et al. 2023, arXiv:2304.04934", _C, f"{_IN}.retaining:l1_sparse",
                "full", f"{_IN}.retaining:SparseOptions", defaults={"epochs": 10, "lr": 0.02}),
-        Method("salun", "SalUn", _SALUN, _C, f"{_IN}.relabelling:salun",
-               "saliency", f"{_IN}.relabelling:RelabellingOptions", defaults={"epochs": 10, "lr": 0.012}),
-        Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _C, f"{_IN}.relabelling:salun_soft",
-               "learned", f"{_IN}.relabelling:RelabellingOptions", defaults={"epochs": 10, "lr": 0.012}),
+        Method("salun", "SalUn", _SALUN, _C, f"{_IN}.relabeling:salun",
+               "saliency", f"{_IN}.relabeling:RelabelingOptions", defaults={"epochs": 10, "lr": 0.012}),
+        Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _C, f"{_IN}.relabeling:salun_soft",
+               "learned", f"{_IN}.relabeling:RelabelingOptions", defaults={"epochs": 10, "lr": 0.012}),
         Method("scrub", "SCRUB", "Kurmanji et al. 2023, arXiv:2302.09880", _C, f"{_IN}.scrub:scrub",
                "full", f"{_IN}.scrub:ScrubOptions", f"{_IN}.scrub:resolve", {"epochs": 10, "lr": 0.01}),
         Method("ssd", "SSD", "Foster et al. 2024, arXiv:2308.07707", _C, f"{_IN}.fisher:ssd",
@@ -154,8 +154,8 @@ def with_method_options(task: TaskName) -> Callable[[Class], Class]:
     """A class decorator: adds every method's own options to a frozen dataclass of options."""
 
     def compose(kind: Class) -> Class:
-        own = dict.fromkeys(method.options for method in METHODS[task].values() if method.options is not NoOptions)
+        bases = dict.fromkeys(method.options for method in METHODS[task].values() if method.options is not NoOptions)
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        return dataclass(frozen=True)(type(kind.__name__, (kind, *own), names))  # type: ignore[return-value]
+        return dataclass(frozen=True)(type(kind.__name__, (kind, *bases), names))  # type: ignore[return-value]
 
     return compose

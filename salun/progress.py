@@ -1,4 +1,4 @@
-"""How the core tells a host what it is doing, and how a host tells it to stop.
+"""How the core reports progress to a host, and how a host stops a run.
 
 A host implements one method. It raises `Cancelled` from it to stop the run at the next step; the run then leaves what
 it promised (no half file; a state to resume from where one is kept).
@@ -68,7 +68,7 @@ class Event:
 
     stage: what is being done.
     step, total: 1-based position; total 0 where it is not known.
-    metrics: figures known at this step, such as losses.
+    metrics: metrics known at this step, such as losses.
     image: uint8 (h, w, 3), a preview, where there is one.
     message: a line for people, where there is one.
     """

@@ -85,7 +85,7 @@ def parse_json(text: str | bytes) -> Any:
     except UnicodeDecodeError:
         raise
     except ValueError as error:  # Python converts no more than 4,300 digits
-        raise ValueError("it holds a whole number beyond 64 bits") from error
+        raise ValueError("it holds an integer beyond 64 bits") from error
     check_values(values)
     return values
 
@@ -93,7 +93,7 @@ def parse_json(text: str | bytes) -> Any:
 def parse_yaml(text: str) -> Any:
     """The values of a YAML text; `1e-4` is a number. None for an empty text.
 
-    Raises ValueError in one line for a text that is no YAML, uses aliases (a few lines of them can expand to
+    Raises ValueError in one line for a text that is not YAML, uses aliases (a few lines of them can expand to
     gigabytes), gives a name at the top twice, or that `check_values` rejects.
     """
     import yaml
@@ -176,6 +176,6 @@ def _check_scalar(value: Any) -> None:
     elif isinstance(value, bool | float) or value is None:
         return
     elif not isinstance(value, int):
-        raise ValueError(f"it holds a {type(value).__name__}; texts, numbers, lists and names with values are known")
+        raise ValueError(f"it holds a {type(value).__name__}; only texts, numbers, lists and mappings are allowed")
     elif not -_LARGEST <= value < _LARGEST:
-        raise ValueError("it holds a whole number beyond 64 bits")
+        raise ValueError("it holds an integer beyond 64 bits")

@@ -100,7 +100,7 @@ def test_a_full_disk_costs_the_state_not_the_run(
     run = salun.erase(
         shapes, "circle", run_dir=tmp_path, save_every=0, progress=lambda e: told.append(e.message), **SHORT
     )
-    assert any("the state is not saved" in line for line in told)
+    assert any("the training state could not be saved" in line for line in told)
     assert run.record.status == "done"
 
 

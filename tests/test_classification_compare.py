@@ -116,7 +116,7 @@ def test_a_comparison_writes_one_table_and_a_page(made: Path) -> None:
     )
     html = (made / "report.html").read_text(encoding="utf-8")
     for heading in (
-        "In figures",
+        "Metrics",
         "paired by seed",
         "density of the mask",
         "layer by layer",
@@ -334,7 +334,10 @@ def test_a_method_that_cannot_be_done_is_a_row_that_says_so_and_ends_nothing(tmp
     [
         ({"methods": ["ft", "scrub"], "epochs": 1}, "epochs is 1, but SCRUB begins to forget in its second epoch"),
         ({"methods": ["ft", "ssd"], "ssd_alpha": 5000.0}, "no weight can be more than"),
-        ({"methods": ["ft"], "validation_share": 0.0, "search": True}, "needs validation images, and there are none"),
+        (
+            {"methods": ["ft"], "validation_share": 0.0, "search": True},
+            "needs validation images, but the split has none",
+        ),
         ({"methods": ["ft"], "validation_share": 0.002, "search": True}, "search needs 4 validation images"),
     ],
 )
@@ -380,18 +383,20 @@ def test_a_method_that_did_nothing_has_no_place() -> None:
     assert "Not ranked, since the search found no effect: The ft." in lines
     text = verdict("x", table)
     assert (
-        "SalUn (2.00) is number 1 of 2. Nearest: The salun 2.00, The rl 3.00. Did nothing, by the search: The ft"
-        in text
+        "SalUn (2.00) ranks 1 of 2. Nearest: The salun 2.00, The rl 3.00. Not ranked, since the search "
+        "found no effect: The ft" in text
     )
-    assert "of 1 comparisons, uncorrected, surely nearer than SalUn: none; surely farther: The rl." in text
+    assert (
+        "of 1 comparisons, uncorrected, significantly nearer than SalUn: none; significantly farther: The rl." in text
+    )
     table = ranked({"salun": (1.0, True), "rl": (3.0, False)})
-    assert "SalUn did nothing, by the search" in verdict("x", table)
-    assert "surely" not in verdict("x", table)
+    assert "SalUn is not ranked: at its best value" in verdict("x", table)
+    assert "significantly" not in verdict("x", table)
 
 
 def test_the_benchmark_tries_the_values_that_its_results_were_made_with() -> None:
     """Whatever the methods' defaults have become since."""
-    from benchmarks.classify import CENTRES, folder_of, grids_of_the_runs, settings
+    from benchmarks.classify import CENTERS, folder_of, grids_of_the_runs, settings
 
     done = 0
     for name, options in settings().items():
@@ -402,7 +407,7 @@ def test_the_benchmark_tries_the_values_that_its_results_were_made_with() -> Non
         with grids_of_the_runs():
             jobs = [job for job in jobs_of(options, variants_of(options))["unlearn"] if job.options.seed == 0]
             for job in jobs:
-                if job.options.method in CENTRES:
+                if job.options.method in CENTERS:
                     first = next(rounds(setup_of(job.options).options))
                     tried = [trial["value"] for trial in rows[job.variant]["search"]["tried"]]
                     assert all(any(value == pytest.approx(one) for one in tried) for value in first), (name, job.name)

@@ -40,7 +40,7 @@ def test_the_digits_are_real_pictures_of_all_classes(digits: ImageData) -> None:
     assert digits.images.shape == (1797, 1, 8, 8)
     assert digits.images.dtype == torch.uint8
     assert set(digits.labels.tolist()) == set(range(10))
-    x = digits.pictures(torch.arange(1797))
+    x = digits.images_of(torch.arange(1797))
     assert abs(float(x.mean())) < 0.001  # the mean and deviation in datasets.yaml were counted on them
     assert float(x.std()) == pytest.approx(1, abs=0.001)
 
@@ -110,7 +110,7 @@ WRONG_FORGET = {
     "random:1": "above 0 and below 1",
     "random:nan": "above 0 and below 1",
     "random:tenth": "is not a number",
-    "random:0.0001": "training images is none",
+    "random:0.0001": "selects none of the",
     "class:eleven": "does not exist",
     "class:10": "does not exist",
     "class:-1": "does not exist",
@@ -199,7 +199,7 @@ def test_folders_that_cannot_serve_are_refused(tmp_path: Path) -> None:
         load_data(str(root))
     Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(root / "b" / "x.tif")
     (root / "b" / "x.png").unlink()
-    with pytest.raises(DataError, match="of 32 bits a pixel"):
+    with pytest.raises(DataError, match="of 32 bits per pixel"):
         load_data(str(root))
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(root / "b" / "x.tif")
     with pytest.raises(DataError, match="of floats, whose range is not known"):
@@ -280,7 +280,7 @@ def test_pictures_that_come_along_have_one_size() -> None:
 def test_one_class_alone_is_refused() -> None:
     """As a Hugging Face data set may have it; a folder's is refused where it is read."""
     data = ImageData("one", torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.zeros(20).long(), ("x",))
-    with pytest.raises(DataError, match=r"one has one class only \(x\): a classifier needs two or more"):
+    with pytest.raises(DataError, match=r"one has only one class \(x\), but a classifier needs two or more"):
         make_split(data, 0.2, 0.1, 0)
 
 

@@ -246,8 +246,8 @@ def test_images_of_several_parts_are_counted(tmp_path: Path) -> None:
     data = load_data(str(tmp_path / "set"))
     notes = repeated(data, with_forget(make_split(data, 0.2, 0.0, 0), data, "class:a", 0))
     assert notes == [
-        "set: 1 images of the forget set are in the retain set as well (same pixels)",
-        "set: 2 images of the forget set are in the test set as well (same pixels)",
+        "set: 1 images of the forget set are also in the retain set (same pixels)",
+        "set: 2 images of the forget set are also in the test set (same pixels)",
     ]
 
 
@@ -410,7 +410,7 @@ def test_a_clone_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.M
     assert (values_of(data), data.own_test) == ([1, 2, 3, 4], None)
     notes = "\n".join(data.notes)
     assert "skipped 2 of 2 images of the part test: no label (−1)" in notes
-    assert "1 classes without an image left out (unused); 3 are numbered anew" in notes
+    assert "skipped 1 classes without an image (unused); the other 3 are renumbered" in notes
     (folder / "train-00000-of-00001.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(DataError, match="is a Git LFS pointer"):
         load_data(str(tmp_path / "clone"))

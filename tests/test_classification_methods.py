@@ -19,7 +19,7 @@ from salun.classification.curvature import gradient_sum, inverse_fisher_product,
 from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
 from salun.classification.methods.boundary import nearest_labels
-from salun.classification.methods.relabelling import draw_labels, relabelled
+from salun.classification.methods.relabeling import draw_labels, relabeled
 from salun.classification.predictions import SplitPredictions
 from salun.classification.splits import Split
 from salun.classification.task import Batch, Task, batches_of, minimize, retain_batches
@@ -71,7 +71,7 @@ def problem(method: str = "salun", normalised: bool = False, train: bool = True,
 def loss_on(task: Task, rows: Tensor, model: nn.Module | None = None) -> float:
     (model or task.model).eval()
     with torch.no_grad():
-        return float(F.cross_entropy(task.logits(task.data.pictures(rows), model), task.labels(rows)))
+        return float(F.cross_entropy(task.logits(task.data.images_of(rows), model), task.labels(rows)))
 
 
 def weights(task: Task) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def test_methods_that_train_leave_the_model_fit_for_the_rest(name: str) -> None:
     run(name, task)
     rows = task.split.retain
     with torch.no_grad():
-        right = task.logits(task.data.pictures(rows)).argmax(1) == task.labels(rows)
+        right = task.logits(task.data.images_of(rows)).argmax(1) == task.labels(rows)
     assert right.float().mean() > 0.95
 
 
@@ -252,7 +252,7 @@ def test_labels_are_drawn_afresh_each_epoch_and_retain_rows_keep_theirs() -> Non
     drawn = []
     for epoch in range(2):
         batches = list(
-            relabelled(task, METHODS["rl"].options_of(task.options))(epoch, torch.Generator().manual_seed(epoch))
+            relabeled(task, METHODS["rl"].options_of(task.options))(epoch, torch.Generator().manual_seed(epoch))
         )
         parts = [b.part for b in batches]
         assert parts == sorted(parts)  # the forget set first
@@ -266,7 +266,7 @@ def test_labels_are_drawn_afresh_each_epoch_and_retain_rows_keep_theirs() -> Non
 
 def test_mixed_order_puts_both_sets_into_one_batch() -> None:
     task = problem("rl", order="mixed")
-    batches = list(relabelled(task, METHODS["rl"].options_of(task.options))(0, torch.Generator().manual_seed(0)))
+    batches = list(relabeled(task, METHODS["rl"].options_of(task.options))(0, torch.Generator().manual_seed(0)))
     assert {b.part for b in batches} == {"both"}
     assert any(bool((b.rows < 12).any() and (b.rows >= 12).any()) for b in batches)
 
@@ -363,7 +363,7 @@ def test_boundary_shrink_moves_the_forget_set_next_door() -> None:
     wanted = nearest_labels(task, 0.1)
     run("bs", task)
     with torch.no_grad():
-        found = task.logits(task.data.pictures(task.split.forget)).argmax(1)
+        found = task.logits(task.data.images_of(task.split.forget)).argmax(1)
     assert (found == wanted).float().mean() > 0.9
 
 
@@ -385,7 +385,7 @@ def test_the_fisher_information_is_the_closed_form_of_a_linear_model() -> None:
     torch.manual_seed(2)
     task.model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     rows = task.split.retain
-    x = task.data.pictures(rows).flatten(1)
+    x = task.data.images_of(rows).flatten(1)
     p = task.model(x).softmax(1).detach()
     found = squared_gradients(task, rows, "model")
     torch.testing.assert_close(found["1.weight"], ((p - p**2)[:, :, None] * x[:, None] ** 2).mean(0))
@@ -508,7 +508,7 @@ def test_scrub_leaves_the_teacher_on_the_forget_set_and_keeps_to_it_elsewhere() 
     run("scrub", task)
 
     def divergence(rows: Tensor) -> float:
-        x = task.data.pictures(rows)
+        x = task.data.images_of(rows)
         with torch.no_grad():
             return float(
                 F.kl_div(

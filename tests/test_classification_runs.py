@@ -146,7 +146,7 @@ def test_an_original_whose_file_does_not_tell_all_of_its_training_has_no_retrain
     save_model(tmp_path / "less.safetensors", model, replace(facts, training=less))
     told: dict[str, Any] = {"original": str(tmp_path / "less.safetensors"), "epochs": 1, "device": "cpu"}
     assert made.split.base == facts.base
-    assert "how the original was trained is not known" in unlearn(**told).metrics["reason"]
+    assert "the original's training options are not known" in unlearn(**told).metrics["reason"]
     with pytest.raises(ConfigError, match="cannot be trained again"):
         unlearn(retrain="yes", **told)
 
@@ -195,7 +195,7 @@ def test_what_a_given_original_names_is_opened_for_retrain_only_when_the_user_na
 def test_a_training_has_a_page(tmp_path: Path) -> None:
     train(run_dir=tmp_path / "original", train_epochs=2, device="cpu")
     html = (tmp_path / "original" / "report.html").read_text(encoding="utf-8")
-    for text in ("An original for digits", "test images", "Class by class", "mean loss"):
+    for text in ("Original model for digits", "test images", "Class by class", "mean loss"):
         assert text in html
     found = evaluate(tmp_path / "original", device="cpu")
     assert sum(map(sum, found["confusion"]["test"])) == found["test"]["n"] == 359
@@ -234,7 +234,7 @@ def test_a_run_is_judged_again_on_its_own_split_alone(run: Path, tmp_path: Path)
         ({"test": told["train"]}, "is not the split that"),
         ({"test": [*told["test"], 1797]}, "row 1797 is out of range, the data has rows 0 to 1796"),
         ({"test": [-1]}, "row -1 is out of range"),
-        ({"test": [[1]]}, "a part is no list of rows"),
+        ({"test": [[1]]}, "a part is not a list of rows"),
     ):
         (copy / "split.json").write_text(json.dumps({**told, **changes}), encoding="utf-8")
         with pytest.raises(DataError, match=message):
@@ -250,7 +250,7 @@ def test_a_class_can_be_forgotten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"method": "retrain"}, "this is Retrain itself"), ({"retrain": "no"}, "only trained with retrain: yes")],
+    [({"method": "retrain"}, "this is Retrain itself"), ({"retrain": "no"}, "unless the option retrain is yes")],
 )
 def test_an_unknown_gap_is_null_with_its_reason(changes: dict[str, Any], reason: str) -> None:
     done = unlearn(train_epochs=1, device="cpu", **changes)
@@ -277,11 +277,11 @@ def test_a_folder_of_pictures_and_a_transformers_model_go_all_the_way(tmp_path: 
     assert trained.metrics["gap_mean"] is not None
     given = unlearn(run_dir=tmp_path / "b", original=str(tmp_path / "vit"), **common)
     assert given.metrics["gap"] is None
-    assert "how the original was trained is not known" in given.metrics["reason"]
+    assert "the original's training options are not known" in given.metrics["reason"]
     assert "is not known" in given.record.notes[0]
     with pytest.raises(ConfigError, match="cannot be trained again"):
         unlearn(original=str(tmp_path / "vit"), **{**common, "retrain": "yes"})
-    with pytest.raises(ModelError, match=r"knows 10 classes, but \w+ has 9"):
+    with pytest.raises(ModelError, match=r"has 10 classes, but \w+ has 9"):
         (tmp_path / "set" / "3").rename(tmp_path / "elsewhere")
         unlearn(original=str(tmp_path / "vit"), **common)
 
@@ -301,7 +301,7 @@ WRONG = [
         {"method": "ssd", "ssd_alpha": 50.0},
         "ssd_alpha is 50, but for 129 of 1295 samples no weight can",
     ),
-    ({"search": True, "validation_share": 0.0}, "search needs validation images, and there are none"),
+    ({"search": True, "validation_share": 0.0}, "search needs validation images, but the split has none"),
     ({"search": True, "method": "retrain"}, "search is set, but the method Retrain has no option"),
     ({"forget": "random:0"}, "above 0 and below 1"),
     ({"forget": "class:ten"}, "does not exist"),

@@ -118,7 +118,7 @@ def test_the_search_looks_neither_at_retrain_nor_at_the_test_set() -> None:
         ((3.0, 4.0, 5.0), 0.5),
         ((5.0, 3.0, 4.0), None),
         ((3.0, 3.0, 3.0), None),  # nothing is gained by going on
-        ((4.0, 3.0, None), None),  # beyond, training comes apart
+        ((4.0, 3.0, None), None),  # training diverges at the next value
         ((None, None, None), 0.5),  # a smaller one may not
     ],
 )
@@ -179,7 +179,7 @@ def test_a_value_at_which_training_comes_apart_is_told_and_not_taken() -> None:
     assert apart and all("lr" in trial["reason"] for trial in apart)
     assert told["chosen"] is not None and told["chosen"] not in [trial["value"] for trial in apart]
     setting = setup_of(UnlearnOptions(lr=2.5, **ways))  # apart at every value
-    with pytest.raises(TrainingError, match="every lr diverges"):
+    with pytest.raises(TrainingError, match="diverges at every lr"):
         search(setting.task(setting.original(silent), silent))
 
 
@@ -214,9 +214,9 @@ def test_searches_of_several_seeds_are_one_by_the_mean() -> None:
         ({1.0: 5.0, 2.0: 3.0, 4.0: 4.0}, 9.0, None),
         ({1.0: 2.0, 2.0: 3.0, 4.0: 4.0}, 9.0, "the lowest tried"),
         ({1.0: 5.0, 2.0: 3.0, 4.0: 2.0}, 9.0, "the highest tried"),
-        ({1.0: 5.0, 2.0: 3.0, 4.0: None}, 9.0, "comes apart next to it"),
-        ({1.0: 5.0, 2.0: 3.0, 4.0: 4.0}, 3.0, "no nearer than the untouched model"),
-        ({1.0: None, 2.0: None}, 9.0, "no value gives a model"),
+        ({1.0: 5.0, 2.0: 3.0, 4.0: None}, 9.0, "a neighboring value diverges"),
+        ({1.0: 5.0, 2.0: 3.0, 4.0: 4.0}, 3.0, "no nearer than the original model"),
+        ({1.0: None, 2.0: None}, 9.0, "every value diverges"),
     ],
 )
 def test_what_is_to_be_held_against_a_value_is_told(
@@ -268,7 +268,7 @@ def test_the_clutter_is_the_same_each_time_and_partly_mislabelled() -> None:
     assert data.classes == clutter.CLASSES
     wrong = (data.labels != torch.arange(2000) % 10).float().mean()
     assert float(wrong) == pytest.approx(0.08, abs=0.02)  # 3.3 deviations of 2,000 draws
-    x = data.pictures(torch.arange(2000))
+    x = data.images_of(torch.arange(2000))
     assert abs(float(x.mean())) < 0.01  # the mean and deviation in datasets.yaml were counted on them
     assert float(x.std()) == pytest.approx(1, abs=0.01)
 

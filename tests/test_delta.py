@@ -267,7 +267,7 @@ def test_a_fine_tune_gets_new_minus_old_and_keeps_its_other_entries(
 def test_a_fine_tune_of_other_names_or_shapes_is_rejected_by_name() -> None:
     base = {"w": torch.zeros(3), "v": torch.zeros(2)}
     delta = Delta.between(base, {**base, "w": torch.ones(3)})
-    with pytest.raises(ModelError, match="u, v only on one side"):
+    with pytest.raises(ModelError, match="only one of them has u, v"):
         stack({"w": torch.ones(3), "u": torch.zeros(2)}, [(delta, 1.0)], fine_tune_of_base=base)
     with pytest.raises(ModelError, match="w are missing or have other shapes"):
         stack({"w": torch.ones(4), "v": torch.zeros(2)}, [(delta, 1.0)], fine_tune_of_base=base)

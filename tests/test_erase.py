@@ -205,7 +205,7 @@ def test_outputs_are_checked_before_hours_of_work(shapes: Model, tmp_path: Path)
         (["run/state/x.safetensors"], "needs itself"),
         (["a/x.safetensors", "a/"], "another output"),
         (["x.safetensors", "./x.safetensors"], "another output"),
-        (["parts/"], "which is read"),
+        (["parts/"], "which is an input"),
     ],
 )
 def test_outputs_never_take_the_place_of_each_other_or_of_what_is_read(

@@ -213,7 +213,7 @@ def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_pa
     (queue.folder / "older" / "fifo").replace(queue.folder / "older" / "job.json")
     found = make().all()
     assert [(one.id, one.state, error_of(one)) for one in found] == [
-        (job.id, "cancelled", "the program was closed before the job was over")
+        (job.id, "cancelled", "the program ended before the job did")
     ]
 
 
@@ -587,7 +587,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_job_costs_nothing(
         queue.wait(job.id, 120)
         assert job.state == "failed"
         assert "No space left" in error_of(job)
-        assert error_of(job).endswith("What was trained is kept: remedy that, then press Resume")
+        assert error_of(job).endswith("The training is saved: correct the cause, then press Resume")
         assert [path.name for path in small.iterdir()] == ["filler"]
         (small / "filler").unlink()
         again = queue.wait(queue.resume(job.id).id, 120)

@@ -61,7 +61,7 @@ def test_a_models_own_code_does_not_run_whatever_standard_input_says(vit: Path) 
     done = CliRunner().invoke(app, command, input="y\n" * 20)
     assert done.exit_code != 0 and not proof.exists()
     for load in (lambda: stock_model(str(vit)), lambda: new_model(str(vit), 3, 10, 0)):
-        with pytest.raises(ModelError, match=r"its auto_map is .* which a file may not say"):
+        with pytest.raises(ModelError, match=r"its auto_map is .* which is not allowed in a file"):
             load()
 
 
@@ -81,7 +81,7 @@ def test_a_models_own_code_does_not_run_whatever_standard_input_says(vit: Path) 
 )
 def test_stock_model_rejects_configs_that_lead_elsewhere(values: dict[str, Any], vit: Path) -> None:
     change(vit, **values)
-    with pytest.raises(ModelError, match="which a file may not say"):
+    with pytest.raises(ModelError, match="which is not allowed in a file"):
         stock_model(str(vit))
 
 

@@ -19,7 +19,7 @@ from salun.evaluation.estimate import Estimate, Unknown
 from salun.evaluation.metric import EvaluationPair, ExpectedConcept, Metric, ModelEvaluation, Predictions
 from salun.evaluation.metrics.frechet import frechet_distance
 from salun.evaluation.registry import METRICS, measure
-from salun.report import charts, page, picture
+from salun.report import charts, image_grid, page
 from salun.report.density import block_of
 from salun.report.metrics import headline, metric_lines, metric_rows
 from salun.report.render import loss_series
@@ -246,16 +246,16 @@ def test_loss_series_takes_any_names() -> None:
 
 def test_blurred_images_have_no_detail() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
-    sharp, soft = (picture.grid(noise, noise, ["x"], blur=blur)[8:136, 56:184] for blur in (False, True))
+    sharp, soft = (image_grid.grid(noise, noise, ["x"], blur=blur)[8:136, 56:184] for blur in (False, True))
     assert np.abs(np.diff(sharp.astype(int), axis=0)).max() > 100
     assert np.abs(np.diff(soft.astype(int), axis=0)).max() <= 8
 
 
 def test_long_captions_are_cut() -> None:
     tiles = np.zeros((2, 64, 64, 3), np.uint8)
-    plain = picture.grid(tiles, tiles, ["a", "b"])
-    assert picture.grid(tiles, tiles, ["word " * 200, "x" * 500]).shape == plain.shape
-    assert picture.sheet(tiles, 1, ["y" * 500, ""]).shape[2] == 3
+    plain = image_grid.grid(tiles, tiles, ["a", "b"])
+    assert image_grid.grid(tiles, tiles, ["word " * 200, "x" * 500]).shape == plain.shape
+    assert image_grid.sheet(tiles, 1, ["y" * 500, ""]).shape[2] == 3
 
 
 def test_report_of_a_run_is_small_and_complete(short_run: Run) -> None:
@@ -294,7 +294,7 @@ def test_captions_are_drawn_by_an_old_pillow(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(ImageFont, "load_default", load_default)
     images = np.zeros((2, 16, 16, 3), np.uint8)
-    plain = picture.grid(images, images, ["", ""])
-    captioned = picture.grid(images, images, ["ein Kreis " * 20, "круг 円"])
+    plain = image_grid.grid(images, images, ["", ""])
+    captioned = image_grid.grid(images, images, ["ein Kreis " * 20, "круг 円"])
     assert captioned.shape == plain.shape
     assert (captioned != plain).any()

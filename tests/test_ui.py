@@ -109,10 +109,10 @@ HOSTS_THAT_ARE_NONE = [
 
 @pytest.mark.parametrize("host", HOSTS_THAT_ARE_NONE, ids=ascii)
 def test_a_host_header_that_is_no_address_is_refused(host: str) -> None:
-    from extension.access import Refused, check_address, check_origin
+    from extension.access import Rejected, check_address, check_origin
 
     headers = {"host": host, "origin": f"http://{host}"}
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Rejected) as refused:
         check_origin(headers)
         check_address(headers)
     assert refused.value.status in (400, 403)
@@ -193,13 +193,13 @@ def test_a_body_is_bounded_before_anybody_reads_it(page: Callable[..., Any]) -> 
 
 
 def test_a_body_that_is_not_sent_is_not_waited_for() -> None:
-    from extension.access import Refused
+    from extension.access import Rejected
     from extension.body import read_body
 
     async def silent() -> Any:
         await asyncio.sleep(60)
 
-    with pytest.raises(Refused, match=r"was not there after 0\.05 s") as refused:
+    with pytest.raises(Rejected, match=r"did not arrive within 0\.05 s") as refused:
         asyncio.run(read_body(silent, {"content-length": "5"}, 10, seconds=0.05))
     assert refused.value.status == 408
 

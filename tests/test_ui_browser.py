@@ -141,12 +141,12 @@ def test_lines_are_made_where_the_form_says_one_a_line(beside: Any) -> None:
 
 def test_a_refusal_is_shown_as_it_is_told(beside: Any) -> None:
     """As under a name, where the program answers but not to this page."""
-    refusal = {"status": 403, "json": {"error": "Open it by its address"}}
+    refusal = {"status": 403, "json": {"error": "Open the page by its address"}}
     beside.route("**/salun/v1/status", lambda route: route.fulfill(**refusal))
-    beside.get_by_text("Open it by its address", exact=True).wait_for()
+    beside.get_by_text("Open the page by its address", exact=True).wait_for()
     beside.unroute("**/salun/v1/status")
     beside.route("**/salun/v1/status", lambda route: route.abort())
-    beside.get_by_text("The program does not answer").wait_for()
+    beside.get_by_text("The program does not respond").wait_for()
     beside.unroute("**/salun/v1/status")
     newest(beside).wait_for()
 
@@ -191,7 +191,7 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     asked: list[str] = []
     page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
     stopped.get_by_role("button", name="Remove").click()  # beside Resume, and then there is none
-    assert re.search(r"not after it is removed: its training state \(\d+ MB\) is deleted", asked[0]), asked
+    assert re.search(r"deletes its training state \(\d+ MB\), so that it can no longer be resumed", asked[0]), asked
     unfold(page, "history")  # it goes on from there as well
     choose(page, "runs", max(path.name for path in (server[1] / "runs").iterdir()))
     page.locator("#salun_resume").click()

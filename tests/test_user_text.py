@@ -115,7 +115,7 @@ def test_concepts_are_compared_in_one_form() -> None:
     assert decomposed == composed and prompts_of([decomposed], None).digest == prompts_of([composed], None).digest
     keep = Concept("dog", retain=(f"a {NFD} at night", "a street")).retain
     assert mentions(keep[0], composed.name) and not mentions(keep[1], composed.name)
-    with pytest.raises(ConfigError, match="and so is the concept"):
+    with pytest.raises(ConfigError, match="which is the concept itself"):
         Concept(NFD, anchor=NFC)
 
 

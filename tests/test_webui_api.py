@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from extension.access import Access, Refused
+from extension.access import Access, Rejected
 from extension.api import LARGEST, PREFIX, RECENT, add_routes, schema
 from extension.host import StandaloneHost
 from extension.jobs import Job
@@ -502,7 +502,7 @@ def test_a_new_file_never_has_an_old_name(tmp_path: Path) -> None:
 def test_without_a_password_no_name_that_another_site_owns_leads_here(host: str) -> None:
     """A domain can be made to lead to this machine after its page has loaded (DNS rebinding)."""
     told = {"host": host, "origin": f"http://{host}"}
-    with pytest.raises(Refused, match="by its address"):
+    with pytest.raises(Rejected, match="by its address"):
         Access().check(told)
     Access({"ann": "secret"}).check({**told, "authorization": "Basic YW5uOnNlY3JldA=="})
     for own in ("127.0.0.1:7870", "localhost:7870", "[::1]:7870", "192.168.0.5:7860"):

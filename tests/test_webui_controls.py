@@ -173,7 +173,7 @@ class Keeping(StandaloneHost):
 
     def use(self, path: Path) -> str:
         self.used = path
-        return f"{path.name} is the checkpoint now."
+        return f"{path.name} is now the checkpoint of the WebUI."
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_where_the_host_has_checkpoints_none_chosen_never_means_the_embedded_mod
         with pytest.raises(ConfigError, match=r"^no checkpoint is chosen"):
             begin({"concept": ["circle"]})
     monkeypatch.setattr(held.host, "models", lambda: {})  # as at a first start
-    with pytest.raises(ConfigError, match=r"no checkpoint is chosen. .* none yet that ends in \.safetensors"):
+    with pytest.raises(ConfigError, match=r"no checkpoint is chosen. .* has no \.safetensors checkpoint yet"):
         held.requests.erase({"concept": ["circle"], "model": None})
     assert held.queue.all() == []
 
@@ -328,12 +328,12 @@ def test_a_strangers_run_json_names_no_file_outside_our_folders(held: Service, t
     ):
         run = write_run(held, f"planted-{n}", output=[str(path)], model=str(path))
         for reads in (held.runs.checkpoint, held.use, held.models.named):
-            with pytest.raises(ConfigError, match=r"not exist any more|no model"):
+            with pytest.raises(ConfigError, match=r"no longer exists|no model"):
                 reads(run.name)
         with pytest.raises(ConfigError, match="is not among the checkpoints"):
             held.requests.export(run.name)
     (held.runs.folder / "planted-0" / "model").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(ConfigError, match="does not exist any more"):
+    with pytest.raises(ConfigError, match="no longer exists"):
         held.runs.checkpoint("planted-0")
     assert held.runs.checkpoint(write_run(held, "own", output=[str(ours)]).name) == ours
 
@@ -351,7 +351,7 @@ def test_a_strangers_run_json_spoils_no_list(service: Service, wrong: dict[str, 
     (bad / "run.json").write_text(json.dumps(record), encoding="utf-8")
     first, second = service.history()
     assert first["run"] == bad.name
-    assert re.search("is of another version|is not a valid record of a run: (metrics|concepts) is", first["error"])
+    assert re.search("is from another version|is not a valid record of a run: (metrics|concepts) is", first["error"])
     assert (second["run"], second["concept"]) == (good.name, ["good"])
 
 
@@ -429,7 +429,7 @@ def test_a_job_in_a_folder_that_somebody_has_sent_is_not_run(tmp_path: Path, sta
     try:
         (found,) = second.queue.all()
         assert (found.state, found.resumable) == ("failed", False)
-        assert "is of another folder" in str(found.error)
+        assert "belongs to another folder" in str(found.error)
         with pytest.raises(ConfigError):
             second.queue.resume(job.id)
     finally:
@@ -447,7 +447,7 @@ def test_options_of_a_wrong_type_are_not_loaded_again(service: Service) -> None:
         service.options_of(write_run(service, "odd", forget_images=5).name)
     path = "/" + "x" * 5000
     run = write_run(service, "long", model=path, output=[path])
-    with pytest.raises(ConfigError, match="does not exist any more"):
+    with pytest.raises(ConfigError, match="no longer exists"):
         service.runs.checkpoint(run.name)
     assert len(service.history()) == 2
 
@@ -522,8 +522,8 @@ def test_after_a_job_its_checkpoint_is_used_and_the_base_again(held: Service, tm
     held.host._dirs.append(str(base.parent))  # type: ignore[attr-defined]
     job = finished(held, write_run(held, model=str(base), output=[str(erased)]))
     assert held.offers(job) == ["use", "undo", "lora", "diff", "delta"]
-    assert held.use_result(job.id) == "erased.safetensors is the checkpoint now."
-    assert "base.safetensors is the checkpoint now." in held.undo_result(job.id)
+    assert held.use_result(job.id) == "erased.safetensors is now the checkpoint of the WebUI."
+    assert "base.safetensors is now the checkpoint of the WebUI." in held.undo_result(job.id)
     assert held.host.used == base  # type: ignore[attr-defined]
     base.unlink()
     assert "without" in held.undo_result(job.id)  # the base is gone: it is written again
@@ -534,7 +534,7 @@ def test_after_a_job_its_checkpoint_is_used_and_the_base_again(held: Service, tm
     other = held.requests.erase({"concept": ["square"], "model": "shapes"})
     for state in ("queued", "waiting", "running", "stopping"):  # its turn may come before that of what is asked now
         other.state = state
-        with pytest.raises(ConfigError, match="“forget square” is not over yet"):
+        with pytest.raises(ConfigError, match="“forget square” has not ended"):
             held.use_result(job.id)
     other.state = "queued"
 

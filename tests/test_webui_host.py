@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from extension import environment, webui
-from extension.access import Access, Refused, gradio_login
+from extension.access import Access, Rejected, gradio_login
 from extension.environment import Missing
 from extension.host import StandaloneHost
 from extension.job_queue import Queue
@@ -136,20 +136,23 @@ def test_checkpoints_that_are_not_offered_are_told_of(
     gradio = pytest.importorskip("gradio", reason="gradio is not installed (the extra `ui`)")
     listed = modules.sd_models.checkpoints_list
     listed["a.ckpt"] = SimpleNamespace(name="a.ckpt", filename="/checkpoints/a.ckpt")
-    assert (list(webui.WebUI().models()), webui.WebUI().left_out()) == (["old.safetensors", "new.safetensors"], 1)
+    assert (list(webui.WebUI().models()), webui.WebUI().skipped_checkpoints()) == (
+        ["old.safetensors", "new.safetensors"],
+        1,
+    )
 
     class Some(StandaloneHost):
-        def left_out(self) -> int:
+        def skipped_checkpoints(self) -> int:
             return 1
 
     service = Service(Some(tmp_path / "some"))
-    assert "1 not shown: only .safetensors are" in str(build(gradio, service, Access()).get_config_file())
+    assert "1 not shown: only .safetensors files are" in str(build(gradio, service, Access()).get_config_file())
     service.queue.close()
 
 
 def test_a_checkpoint_is_the_hosts_now_only_if_the_host_took_it(options: SimpleNamespace) -> None:
     new = Path("/checkpoints/new.safetensors")
-    assert webui.WebUI().use(new) == "new.safetensors is the checkpoint now."
+    assert webui.WebUI().use(new) == "new.safetensors is now the checkpoint of the WebUI."
     options.sd_model_checkpoint, options.fails = "old.safetensors", True
     with pytest.raises(ConfigError, match=r"could not load new\.safetensors. See its log"):
         webui.WebUI().use(new)
@@ -208,18 +211,18 @@ def test_the_pages_token_leads_in_under_a_name_only_where_the_page_asks_for_a_pa
     access = webui.access()
     headers = {"host": "evil.example", "origin": "http://evil.example", "x-salun-token": access.token}
     if login:
-        with pytest.raises(Refused, match="nobody is signed in"):
+        with pytest.raises(Rejected, match="nobody is signed in"):
             access.check(headers)  # who has read the token has not signed in yet, or not any more
         page = SimpleNamespace(tokens={"t": "ann"})
         access.signed_in = gradio_login(page)
         headers["cookie"] = "theme=dark; access-token-unsecure=t"
         access.check(headers)
         del page.tokens["t"]  # a logout
-        with pytest.raises(Refused, match="nobody is signed in"):
+        with pytest.raises(Rejected, match="nobody is signed in"):
             access.check(headers)
         page.tokens["t"] = "ann"
     else:
-        with pytest.raises(Refused, match="by its address"):
+        with pytest.raises(Rejected, match="by its address"):
             access.check(headers)
     access.check({**headers, "host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860"})
     basic = {"authorization": "Basic " + base64.b64encode(b"api:other").decode()}
@@ -235,8 +238,8 @@ def test_the_pages_token_leads_in_under_a_name_only_where_the_page_asks_for_a_pa
         ({"api_auth": "ann: "}, "", "--api-auth cannot be read"),
         ({"api_auth": ""}, "", "--api-auth cannot be read"),
         ({"api_auth": ","}, "ann:secret", "--api-auth cannot be read"),
-        ({"gradio_auth": ""}, "", "--gradio-auth or its file names nobody"),
-        ({"gradio_auth_path": "empty.txt"}, "", "--gradio-auth or its file names nobody"),
+        ({"gradio_auth": ""}, "", "--gradio-auth or its file names no user"),
+        ({"gradio_auth_path": "empty.txt"}, "", "--gradio-auth or its file names no user"),
         ({}, "ann", "--gradio-auth or its file cannot be read"),
         ({"api_auth": "ann:secret"}, "ann:", "--gradio-auth or its file cannot be read"),
         ({}, None, "--gradio-auth-path cannot be read"),
@@ -332,7 +335,7 @@ def test_what_a_set_up_cannot_change_is_said_and_nothing_is_made(
     monkeypatch.setattr(
         environment, "missing", lambda: (Missing("torch", "2.1", "2.0.1"), Missing("diffusers", "0.31", None))
     )
-    said = r"need torch 2\.1 \(has 2\.0\.1\) in this program, which Set up does not change"
+    said = r"need torch 2\.1 \(has 2\.0\.1\), which Set up takes from this program"
     for ask in (lacking.python, lambda: environment.set_up(lacking, wait=True)):
         with pytest.raises(ConfigError, match=said):
             ask()
@@ -364,7 +367,7 @@ def test_while_a_job_is_at_work_its_environment_is_not_made_anew(lacking: webui.
     service = Service(lacking)
     job = Job("id", "erase", "forget circle", {}, state="running")
     service.queue._jobs["id"] = job
-    with pytest.raises(ConfigError, match="“forget circle” is not over yet"):
+    with pytest.raises(ConfigError, match="“forget circle” has not ended"):
         service.set_up()
     job.state = "done"
     service.queue.close()

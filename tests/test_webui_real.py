@@ -442,7 +442,7 @@ def test_3_used_now_and_undone_by_clicking(server: Server, plain: bytes, erased:
             ("Undo", "base.safetensors", plain),
         ):
             card.get_by_role("button", name=button).click()
-            card.locator(".salun-status").get_by_text(f"{name} is the checkpoint now").wait_for()
+            card.locator(".salun-status").get_by_text(f"{name} is now the checkpoint").wait_for()
             listed = f"document.querySelector({json.dumps(HOSTS_LIST)}).value"
             page.wait_for_function(f"{listed}.startsWith({json.dumps(name)})")
             print(button, shown.input_value())

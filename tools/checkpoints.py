@@ -39,7 +39,7 @@ class Architecture:
 
 
 def _blocks(*attended: bool) -> dict[str, tuple[str, ...]]:
-    """Which levels of a UNet, counted from the picture, have cross-attention."""
+    """Which levels of a UNet, counted from the image, have cross-attention."""
     return {
         "down_block_types": tuple("CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attended),
         "up_block_types": tuple("CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attended)),
@@ -187,36 +187,38 @@ def make(
     unet: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a checkpoint, and give its path.
+    """Write a checkpoint and return its path.
 
     family: "sd1" | "sd2" | "sdxl". size: "small" (10 to 30 MB), "true", or "host" (ComfyUI loads it, while A1111
     takes the true size alone). dtype: "fp32" | "fp16" | "bf16", or "mixed": the UNet's matrices in fp16 and its
     vectors in fp32, the VAE in fp32, the text encoders in bf16. prediction: "epsilon" | "v_prediction", marked as in
     files of the family: SD 2's by one bias that is spread wider, others' by a `v_pred` mark. ema: a second copy of
-    the UNet, as LDM's LitEma keeps it. buffers: what real files hold beside weights. marks: names of empty tensors
-    ("ztsnr"). unet: changes to its config.
+    the UNet, as LDM's LitEma keeps it. buffers: what published files hold apart from weights. marks: names of empty
+    tensors ("ztsnr"). unet: changes to its config.
     """
     architecture = ARCHITECTURES[family, size]
-    found = dict(_unet(architecture, unet or {}, dtype, prediction, seed))
+    tensors = dict(_unet(architecture, unet or {}, dtype, prediction, seed))
     if ema:
-        copies = {_ema_name(name): one._replace(make=_scaled(one.make, 0.99)) for name, one in found.items()}
-        found |= {
+        copies = {
+            _ema_name(name): planned._replace(make=_scaled(planned.make, 0.99)) for name, planned in tensors.items()
+        }
+        tensors |= {
             **copies,
             f"{keymap.EMA}decay": _constant(torch.tensor(0.9999)),
             f"{keymap.EMA}num_updates": _constant(torch.tensor(1000, dtype=torch.int32)),
         }
     if vae:
-        found |= dict(_autoencoder(architecture, dtype, seed))
+        tensors |= dict(_autoencoder(architecture, dtype, seed))
     if text:
         for index in range(len(architecture.text)):
-            found |= dict(_text_encoder(family, architecture, index, dtype, seed))
+            tensors |= dict(_text_encoder(family, architecture, index, dtype, seed))
     if buffers:
-        found |= {name: _constant(tensor) for name, tensor in extra_buffers(family, text).items()}
+        tensors |= {name: _constant(tensor) for name, tensor in extra_buffers(family, text).items()}
     if prediction == "v_prediction" and family != "sd2":
         marks = ("v_pred", *marks)
-    found |= {name: _constant(torch.empty(0)) for name in marks}
-    found = dict(sorted(found.items()))  # as safetensors' own writer has it
-    PlannedTensors(found).write(Path(path), metadata)
+    tensors |= {name: _constant(torch.empty(0)) for name in marks}
+    tensors = dict(sorted(tensors.items()))  # as safetensors' own writer has it
+    PlannedTensors(tensors).write(Path(path), metadata)
     return Path(path)
 
 
@@ -279,16 +281,16 @@ def _text_encoder(
 
 
 def extra_buffers(family: str, text: bool = True) -> dict[str, Tensor]:
-    """What the families' files hold beside weights: the noise schedule, positions, OpenCLIP's logit scale."""
-    found = {}
+    """What the files of a family hold apart from weights: the noise schedule, positions, OpenCLIP's logit scale."""
+    tensors = {}
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     product = torch.cumprod(1 - betas, 0)
     before = torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])
     variance = betas * (1 - before) / (1 - product)
     if family == "sdxl":
-        found["denoiser.sigmas"] = ((1 - product) / product).sqrt()
+        tensors["denoiser.sigmas"] = ((1 - product) / product).sqrt()
     else:
-        found |= {
+        tensors |= {
             "betas": betas,
             "alphas_cumprod": product,
             "alphas_cumprod_prev": before,
@@ -302,13 +304,13 @@ def extra_buffers(family: str, text: bool = True) -> dict[str, Tensor]:
             "posterior_mean_coef1": betas * before.sqrt() / (1 - product),
             "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - product),
         }
-    found = {name: tensor.float() for name, tensor in found.items()}
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     for layout in (encoder.layouts[0] for encoder in FAMILIES[family].text) if text else ():
         if layout.open_clip:
-            found[f"{layout.prefix}logit_scale"] = torch.tensor(math.log(100))
+            tensors[f"{layout.prefix}logit_scale"] = torch.tensor(math.log(100))
         else:
-            found[f"{layout.prefix}text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    return found
+            tensors[f"{layout.prefix}text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    return tensors
 
 
 def _ema_name(name: str) -> str:

@@ -48,13 +48,13 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="JSON file of this working tree's hashes")
     parser.add_argument("--against", metavar="REVISION", help="a revision to compare with")
     given = parser.parse_args()
-    found = results()
-    given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    hashes = results()
+    given.output.write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
     if given.against is None:
-        print(f"{given.output}: {sum(map(len, found.values()))} files of {len(found)} cases")
+        print(f"{given.output}: {sum(map(len, hashes.values()))} files of {len(hashes)} cases")
         return
-    differences = list(compare(results_of(given.against), found))
-    print("\n".join(differences) or f"all {sum(map(len, found.values()))} files are equal")
+    differences = list(compare(results_of(given.against), hashes))
+    print("\n".join(differences) or f"all {sum(map(len, hashes.values()))} files are equal")
     sys.exit(any("TENSORS" in line or "missing" in line for line in differences))
 
 
@@ -67,8 +67,8 @@ def results_of(revision: str) -> dict[str, dict[str, list[str]]]:
             output = Path(folder) / "golden.json"
             command = [sys.executable, str(tree / "tools" / "golden.py"), str(output)]
             subprocess.run(command, cwd=tree, check=True)
-            found: dict[str, dict[str, list[str]]] = json.loads(output.read_text(encoding="utf-8"))
-            return found
+            hashes: dict[str, dict[str, list[str]]] = json.loads(output.read_text(encoding="utf-8"))
+            return hashes
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
 
@@ -91,11 +91,11 @@ def results() -> dict[str, dict[str, list[str]]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["SALUN_CACHE"] = str(folder / "cache")
-        found = {}
+        cases = {}
         for case, hashes in chain(_erasures(folder), _deltas(folder), _classifications(folder), _node(folder)):
             print(f"{case}: {len(hashes)} files", flush=True)
-            found[case] = hashes
-    return found
+            cases[case] = hashes
+    return cases
 
 
 def _erasures(folder: Path) -> Iterator[tuple[str, dict[str, list[str]]]]:
@@ -172,12 +172,12 @@ def _salun(*arguments: str) -> None:
 
 def _hashes(folder: Path) -> dict[str, list[str]]:
     """Relative path → (sha256 of the file, sha256 of its tensors) of every safetensors file; then the folder goes."""
-    found = {}
+    hashes = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        whole = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[path.relative_to(folder).as_posix()] = [whole, _tensors(path)]
+        file_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashes[path.relative_to(folder).as_posix()] = [file_hash, _tensors(path)]
     shutil.rmtree(folder)
-    return found
+    return hashes
 
 
 def _tensors(path: Path) -> str:

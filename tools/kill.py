@@ -2,7 +2,7 @@
 
     python tools/kill.py -n 50 --seed 0
 
-A short erasure is started in a process of its own and killed (SIGKILL) after a random share of the time that a whole
+A short erasure is started in a process of its own and killed (SIGKILL) after a random fraction of the time that a whole
 run takes. What it left must hold no half file, and the same command with --resume must end with the very bytes of the
 whole run. One line per kill; exit code 1 if any outcome is wrong.
 """
@@ -47,19 +47,19 @@ def contents(run: Path) -> dict[str, str]:
 
 def half_files(folder: Path) -> list[str]:
     """Files under final names that are not whole."""
-    found = []
+    names = []
     for path in folder.rglob("*"):
         if path.suffix == ".safetensors" and ".tmp" not in str(path):
             try:
                 read_header(path)
             except SalunError:
-                found.append(path.name)
+                names.append(path.name)
         elif path.name == "run.json":
             try:
                 json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
-                found.append(path.name)
-    return found
+                names.append(path.name)
+    return names
 
 
 def state_of(run: Path) -> str:
@@ -81,11 +81,11 @@ def is_finished(run: Path) -> bool:
 def main(n: int, seed: int, folder: Path) -> int:
     """Kill n times; returns how many outcomes were wrong."""
     began = time.monotonic()
-    whole = folder / "whole"
-    if start(whole).wait():
-        sys.exit((whole / "said.txt").read_text(encoding="utf-8"))
+    complete = folder / "whole"
+    if start(complete).wait():
+        sys.exit((complete / "said.txt").read_text(encoding="utf-8"))
     length = time.monotonic() - began
-    expected = contents(whole / "run")
+    expected = contents(complete / "run")
     chance, wrong = random.Random(seed), 0
     for i in range(n):
         place = folder / f"kill-{i}"

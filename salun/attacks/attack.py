@@ -1,4 +1,4 @@
-"""What an attack on an unlearned model is, and which ones there are."""
+"""The interface of attacks on unlearned models, and their registry."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Attack(Generic[TargetT, OptionsT]):
 
     Args:
         title: As in tables.
-        paper: Where it is from.
+        paper: Its source.
         against: What it attacks.
         options: Dataclass of its options.
-        settings: A run's options → the attack's, or None where the run does not ask for it.
-        run: Attack a target. Returns what `run.json` holds of it, by key.
+        settings: A run's options → the attack's, or None if the run does not include it.
+        run: Attack a target. Returns entries of the metrics in `run.json`.
     """
 
     name: str
@@ -45,6 +45,6 @@ def attack(name: str) -> Attack[Any, Any]:
 
 
 def requested(against: str, options: Any) -> list[str]:
-    """The names of the attacks that a run's options ask for. against: what the run unlearns."""
+    """The names of the attacks that a run's options include. against: what the run unlearns."""
     made = {name: attack(name) for name in ATTACKS}
     return [name for name, of in made.items() if of.against == against and of.settings(options) is not None]

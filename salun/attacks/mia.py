@@ -1,4 +1,4 @@
-"""Membership inference: does an attack take the forget set for images that were never trained on?"""
+"""Membership inference: does an attack classify the forget set as images that were never trained on?"""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FEATURES = ("confidence", "entropy", "modified_entropy", "correctness", "probabi
 
 @dataclass(frozen=True)
 class MiaOptions:
-    """seed: of the draw of members. feature: what the reported attack is made from, of `FEATURES`."""
+    """seed: of the draw of members. feature: the one of `FEATURES` that the reported attack uses."""
 
     seed: int
     feature: str = "confidence"
 
 
 def settings(options: TaskOptions) -> MiaOptions:
-    """Every run asks for it."""
+    """The options of the attack, which belongs to every run."""
     return MiaOptions(options.seed)
 
 
 def features(predicted: Predicted) -> dict[str, np.ndarray]:
-    """The features that an attack is made from, each (n, d).
+    """The features of predictions that an attack can use, each (n, d).
 
     confidence: p_y. entropy: −Σ p log p. modified_entropy: −(1 − p_y) log p_y − Σ_{i≠y} p_i log(1 − p_i) (Song & Mittal
     2021), 0 for a certain and correct prediction and infinite for a certain and wrong one. correctness: 1 or 0.
@@ -74,8 +74,8 @@ def called_non_member(members: np.ndarray, others: np.ndarray, forgotten: np.nda
 def infer_membership(target: SplitPredictions, options: MiaOptions) -> dict[str, Any]:
     """The percentage of D_f called non-member by an attack on one feature, and on each of the others.
 
-    The attack is made from the test rows and as many rows of D_r (all, if there are fewer), drawn by the seed. The
-    authors take the first ones of D_r; where a data set is stored class by class, those are of a few classes only.
+    The attack is fitted to the test rows and as many rows of D_r (all, if there are fewer), drawn by the seed. The
+    authors take the first rows of D_r, which are of few classes if a data set is stored class by class.
 
     Returns:
         {"MIA": the reported attack's value, "mia_features": feature → value}, as JSON.

@@ -16,7 +16,7 @@ from salun.masking.mask import Mask
 from salun.progress import Event, Stage, silent
 
 KNOWN = 99.0  # percent of the forget set
-RATE = 0.1  # of the learning rate that the original was trained at
+RATE = 0.1  # fraction of the original's learning rate
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RelearningOptions:
 
 
 def settings(options: TaskOptions) -> RelearningOptions | None:
-    """By `relearn`, at a tenth of the original's learning rate."""
+    """The options of the attack if the option `relearn` is set: a tenth of the original's learning rate."""
     if not options.relearn:
         return None
     assert options.train_lr is not None
@@ -44,8 +44,8 @@ def relearn(target: SplitPredictions, options: RelearningOptions) -> dict[str, A
     model's curve with Retrain's, which learns D_f for the first time.
 
     Returns:
-        {"relearning": {"curve": [[step, accuracy in percent], …], "steps": how many it took, None where it never did,
-        "reason": why it never did}}.
+        {"relearning": {"curve": [[step, accuracy in percent], …], "steps": steps until 99 %, None if not reached,
+        "reason": why not}}.
     """
     original = target.task
     data = replace(original.data, preset={**original.data.preset, "augment": "none"})

@@ -19,7 +19,7 @@ from salun.untrusted import read_json_object
 
 STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # how diffusers and, for text encoders, transformers name files
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-_READ = (".json", ".safetensors", ".bin", ".yaml")  # beside merges.txt, the endings of what is read of a model
+_READ = (".json", ".safetensors", ".bin", ".yaml")  # endings of the files that loading a model reads, and merges.txt
 _PARTS = (*NETWORK_PARTS, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
@@ -43,30 +43,30 @@ def stem_of(part: str) -> str:
 def weights_of(part: Path) -> Weights:
     """The files to take a part's weights from: those of no variant, else `fp16`, else the first by name.
 
-    part: the part's folder, such as `…/unet`. Raises ModelError if there are none in safetensors, or an index names a
+    part: the part's folder, such as `…/unet`. Raises ModelError without safetensors weights, or if an index names a
     shard that is missing or lies elsewhere.
     """
-    stem, found = stem_of(part.name), {}
+    stem, variants = stem_of(part.name), {}
     if not part.is_dir():
         raise ModelError(f"{part.parent} is incomplete: it has no folder {part.name}")
     for path in sorted(part.glob(f"{stem}*.safetensors")):
         middle = path.name[len(stem) : -len(".safetensors")]
         if (not middle or middle.startswith(".")) and not _SHARD.search(middle):
             variant = middle.removeprefix(".") or None
-            found[variant] = Weights((path,), variant)
+            variants[variant] = Weights((path,), variant)
     for path in sorted(part.glob(f"{stem}*.safetensors.index*.json")):
         variant = _variant_of_index(path.name, stem)
-        if variant in found:  # libraries disagree on which of them to take
+        if variant in variants:  # libraries disagree on which of them to take
             raise ModelError(
                 f"{part} holds the same weights in one file and in shards ({path.name})", advice="Remove one of the two"
             )
-        found[variant] = Weights(_shards(path), variant, path)
-    if not found:
+        variants[variant] = Weights(_shards(path), variant, path)
+    if not variants:
         raise ModelError(
             f"{part.parent} has no safetensors weights in {part}, and pickled weights are not read",
             advice="Convert them to safetensors",
         )
-    return found[min(found, key=lambda name: (name is not None, name != "fp16", name or ""))]
+    return variants[min(variants, key=lambda name: (name is not None, name != "fp16", name or ""))]
 
 
 def _variant_of_index(name: str, stem: str) -> str | None:
@@ -93,8 +93,8 @@ def _shards(index: Path) -> tuple[Path, ...]:
 def open_component(part: Path) -> Stored:
     """The tensors of a part, such as the VAE, under the names that its files have. Raises ModelError."""
     headers = {file: safetensors_io.read_header(file) for file in weights_of(part).files}
-    places = {name: (file, name) for file, header in headers.items() for name in header.names}
-    return Stored(part, places, headers)
+    locations = {name: (file, name) for file, header in headers.items() for name in header.names}
+    return Stored(part, locations, headers)
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -154,24 +154,24 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Of linked folders only the first is entered, so that no chain of links leads round in circles.
     """
-    found: list[Path] = []
-    out: list[Path] = []
+    files: list[Path] = []
+    external: list[Path] = []
     roots, waiting = _roots(folder), [(folder, False)]
     while waiting:
-        place, linked = waiting.pop()
-        home = Path(os.path.realpath(place))
+        current, linked = waiting.pop()
+        home = Path(os.path.realpath(current))
         try:
-            names = os.listdir(place)
+            names = os.listdir(current)
         except OSError:
             continue
         for name in names:
-            path, real = place / name, Path(os.path.realpath(place / name))
+            path, real = current / name, Path(os.path.realpath(current / name))
             if not any(real.is_relative_to(root) for root in roots):
-                out.append(path)
+                external.append(path)
             elif path.is_file():
-                found.append(path)
+                files.append(path)
             elif path.is_dir():
                 link = real != home / name
                 if not link or not (linked or home.is_relative_to(real)):
                     waiting.append((path, linked or link))
-    return sorted(found), sorted(out)
+    return sorted(files), sorted(external)

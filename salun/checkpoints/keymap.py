@@ -281,20 +281,20 @@ def text_to_ldm(names: Iterable[str], layout: TextLayout) -> dict[str, tuple[str
     part: "" for the tensor as it is, "q", "k" or "v" for a third of a fused one (rows in this order), "T" for one that
     is transposed (the text projection). Buffers that both sides make themselves (position_ids) are skipped.
     """
-    found = {}
+    mapping = {}
     for name in names:
         bare = name.removeprefix("text_model.")
         if bare.endswith("position_ids"):
             continue
         if not layout.open_clip:
             inner = bare if layout.short or bare.startswith("text_projection") else f"text_model.{bare}"
-            found[name] = (layout.prefix + inner, "")
+            mapping[name] = (layout.prefix + inner, "")
             continue
         ldm_name, part = _open_clip_name(bare)
         if part == "T" and not layout.turned:
             ldm_name, part = bare, ""
-        found[name] = (layout.prefix + ldm_name, part)
-    return found
+        mapping[name] = (layout.prefix + ldm_name, part)
+    return mapping
 
 
 def _open_clip_name(bare: str) -> tuple[str, str]:

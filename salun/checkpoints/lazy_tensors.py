@@ -87,7 +87,7 @@ class Stored(LazyTensors):
 
     Args:
         path: The single file or the diffusers folder.
-        places: diffusers name → (file, the tensor's name in it).
+        locations: diffusers name → (file, the tensor's name in it).
         headers: Of every file that holds some of them, as first read; a file that changes after that is an error.
     """
 

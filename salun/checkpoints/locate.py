@@ -63,9 +63,9 @@ def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tup
         if there:
             return given, entry
         folders = list(checkpoint_folders(models_dir))
-        found = _named(name, folders)
-        if found is not None:
-            return found, entry
+        checkpoint = _named(name, folders)
+        if checkpoint is not None:
+            return checkpoint, entry
         if name.endswith(FILES) or name.startswith((".", "/", "~")):
             where = f" and is in none of {', '.join(map(str, folders))}" if folders else ""
             raise ModelNotFound(f"{given} does not exist{where}", name, "" if folders else MODELS_DIR)
@@ -86,13 +86,13 @@ def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tup
 def checkpoint_folders(models_dir: Sequence[str] = ()) -> Iterator[Path]:
     """The folders with checkpoints under those given and those of SALUN_MODELS_DIR (separated as in PATH).
 
-    Each may be a folder of checkpoints, or the root of ComfyUI or of a WebUI; ComfyUI's own `extra_model_paths.yaml`
+    Each may be a folder of checkpoints, or the root of ComfyUI or of a WebUI; ComfyUI's `extra_model_paths.yaml`
     in it is followed. Raises ConfigError for a folder that is not there, or a file that cannot be read; a folder that
     the file names and that cannot be read is skipped, with a warning.
     """
-    own = [place for place in os.environ.get("SALUN_MODELS_DIR", "").split(os.pathsep) if place]
+    from_environment = [place for place in os.environ.get("SALUN_MODELS_DIR", "").split(os.pathsep) if place]
     seen = set()
-    for place in [*models_dir, *own]:
+    for place in [*models_dir, *from_environment]:
         root = as_spelled(Path(unquoted(place)).expanduser())
         if not os.path.isdir(root):
             raise ConfigError(
@@ -115,14 +115,14 @@ def _extra_paths(file: Path) -> list[Path]:
         table = read_yaml(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    found = []
+    paths = []
     for section in table.values() if isinstance(table, Mapping) else ():
         listed = section.get("checkpoints") if isinstance(section, Mapping) else None
         if not isinstance(listed, str):
             continue
         base = file.parent / os.path.expanduser(os.path.expandvars(str(section.get("base_path") or "").strip()))
-        found += [base / line.strip() for line in listed.splitlines() if line.strip()]
-    return [folder for folder in found if _readable(folder, file)]
+        paths += [base / line.strip() for line in listed.splitlines() if line.strip()]
+    return [folder for folder in paths if _readable(folder, file)]
 
 
 def _readable(folder: Path, file: Path) -> bool:
@@ -144,20 +144,20 @@ def _named(name: str, folders: Sequence[Path]) -> Path | None:
     Raises ModelError if several have it.
     """
     wanted = composed(name.replace("\\", "/")).casefold()
-    found: dict[str, Path] = {}
+    matches: dict[str, Path] = {}
     for folder in folders:
         for path in (p for p in files_under(folder) if p.suffix.lower() in FILES):
             below = composed(path.relative_to(folder).as_posix()).casefold()
             last = below.rsplit("/", 1)[-1]
             names = {below, below.rsplit(".", 1)[0], last, last.rsplit(".", 1)[0]}
             if wanted in names:
-                found.setdefault(os.path.realpath(path), path)
-    if len(found) > 1:
-        listed = ", ".join(map(str, found.values()))
+                matches.setdefault(os.path.realpath(path), path)
+    if len(matches) > 1:
+        listed = ", ".join(map(str, matches.values()))
         raise ModelError(
-            f"{name!r} is the name of {len(found)} checkpoints: {listed}", advice="Give the path of one of them"
+            f"{name!r} is the name of {len(matches)} checkpoints: {listed}", advice="Give the path of one of them"
         )
-    return next(iter(found.values()), None)
+    return next(iter(matches.values()), None)
 
 
 def _download(repo: str, variant: str | None, unet: bool) -> Path:

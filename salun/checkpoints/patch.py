@@ -51,11 +51,11 @@ def excluded_weights(stored: Stored) -> list[str]:
     if stored.single:
         return [name for name in stored.headers[stored.path].names if name.startswith(keymap.EMA)]
     index = weights_of(stored.path / stored.part).index
-    kept = {os.path.realpath(file) for file in (*stored.files, *([index] if index else []))}
+    retained = {os.path.realpath(file) for file in (*stored.files, *([index] if index else []))}
     return [
         path.relative_to(stored.path).as_posix()
         for path in model_files(stored.path)
-        if os.path.realpath(path) not in kept
+        if os.path.realpath(path) not in retained
         and _is_other_copy(path, path.relative_to(stored.path).parts[:-1], stored.part)
     ]
 
@@ -94,10 +94,14 @@ def _write_folder(stored: Stored, target: Path, changed: Mapping[str, Tensor], m
         for source in (path for path in model_files(stored.path) if path not in unwanted):
             copy = temporary / source.relative_to(stored.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            own = replaced.get(os.path.realpath(source))
-            if own is not None:
+            weight_file = replaced.get(os.path.realpath(source))
+            if weight_file is not None:
                 safetensors_io.rewrite(
-                    source, copy, _changed_in(stored, own, changed), metadata, stamp=stored.headers[own].stamp
+                    source,
+                    copy,
+                    _changed_in(stored, weight_file, changed),
+                    metadata,
+                    stamp=stored.headers[weight_file].stamp,
                 )
             else:
                 shutil.copyfile(source, copy)

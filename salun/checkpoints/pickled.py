@@ -25,7 +25,7 @@ from salun.runs.cache import Cache
 ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 SAFE = (2, 6)  # the first torch whose weights_only runs no code (CVE-2025-32434)
 SOUND = (2, 10)  # the first one without memory corruption by hostile opcodes (CVE-2026-24747)
-HARMLESS = (  # what trainers leave in a checkpoint beside its weights: their own state, options, paths, numpy's numbers
+HARMLESS = (  # what trainers store in a checkpoint with its weights: their state, options, paths, NumPy scalars
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.dtype",
@@ -41,7 +41,7 @@ HARMLESS = (  # what trainers leave in a checkpoint beside its weights: their ow
     "pathlib.PureWindowsPath",
 )
 LARGEST = 2  # bytes of tensors that one byte of a checkpoint may become: more than one where names share their weights
-DIGEST = ".sha256"  # ending of the file beside a converted one that records its digest
+DIGEST = ".sha256"  # ending of the file that records the digest of a converted one
 logger = logging.getLogger("salun")
 
 
@@ -62,8 +62,8 @@ def check_torch() -> None:
         )
     if release < SOUND:
         logger.warning(
-            "torch %s can be made to corrupt memory by a pickle, even with weights_only (CVE-2026-24747): update to %s "
-            "or later before you open one that you do not trust",
+            "with torch %s a pickle can corrupt memory even under weights_only (CVE-2026-24747): update to %s or later "
+            "before you open an untrusted one",
             version.public,
             ".".join(map(str, SOUND)),
         )
@@ -111,7 +111,7 @@ def _is_recorded(target: Path) -> bool:
             return True
     except OSError:
         pass
-    logger.warning("%s in the cache is not as it was written and will be converted again", target.name)
+    logger.warning("%s in the cache is damaged and will be converted again", target.name)
     return False
 
 
@@ -120,12 +120,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     _check_archive(path)
     try:
         with _allow_harmless_globals():
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
     except (
         Exception
     ) as error:  # torch and pickle raise many kinds; each means that this checkpoint is not to be trusted
         raise ModelError(f"{path} cannot be read as a checkpoint: {_why(error)}") from error
-    state = found.get("state_dict", found) if isinstance(found, dict) else {}
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors: dict[str, Tensor] = {}
     for name, value in state.items() if isinstance(state, Mapping) else ():
         if isinstance(value, Tensor):

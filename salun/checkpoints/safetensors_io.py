@@ -54,7 +54,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class FileStamp:
-    """By what a file that somebody wrote to in the meantime is recognised: bytes, nanoseconds, and which file it is."""
+    """Identifies a file's state, to notice later writes: bytes, modification time in nanoseconds, device and inode."""
 
     size: int
     changed: int
@@ -106,7 +106,7 @@ def read_header(path: Path) -> Header:
                 kind = kind_of(path)
                 if kind == PICKLE:
                     raise ModelError(
-                        f"{path} is a pickle, whatever its name says", advice="Use the model's .safetensors file"
+                        f"{path} is a pickle, despite its name", advice="Use the model's .safetensors file"
                     )
                 if kind not in (SAFETENSORS, UNKNOWN):
                     raise ModelError(f"{path} is not a valid safetensors file: it is {kind}", advice=advice(kind))
@@ -142,10 +142,10 @@ def read_header(path: Path) -> Header:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name occurs twice")
-    return found
+    return entries
 
 
 def _entry(name: str, item: Any, data_start: int, fault: Any) -> Entry:
@@ -309,8 +309,8 @@ def _rewritten_header(header: Header, metadata: Mapping[str, str], dropped: set[
         if name in offsets
     }
     merged = {**header.metadata, **dict(sorted(metadata.items()))}
-    kept = {key: text for key, text in merged.items() if text or key not in metadata}
-    return _header_bytes(described, kept), position
+    retained = {key: text for key, text in merged.items() if text or key not in metadata}
+    return _header_bytes(described, retained), position
 
 
 def _copy_bytes(source: IO[bytes], target: IO[bytes], entry: Entry, path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The data set `clutter`: small pictures of ten shapes among lines and dots, drawn by code, some of them mislabelled.
+"""The data set `clutter`: small images of ten shapes among lines and dots, drawn by code, some of them mislabeled.
 
-The digits are too easy to compare methods on: a model that never saw a digit knows it all the same. Here it is wrong
-about every fifth picture that it was not trained on, as on CIFAR-100, while it learns every one that it was.
+The digits are too easy for a comparison of methods: a model recognizes nearly every digit that it was not trained on.
+Here it misclassifies about a fifth of the images that it was not trained on, as on CIFAR-100, and none of the others.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from math import cos, pi, sin
 
 import numpy as np
 
-PICTURES, SIZE, FINE = 2000, 12, 4  # drawn at FINE times the size, and averaged down
-MISLABELLED = 0.08
-NOISE = 14.0  # standard deviation, of 255 grey levels
+IMAGES, SIZE, FINE = 2000, 12, 4  # drawn at FINE times the size, and averaged down
+MISLABELED = 0.08
+NOISE = 14.0  # standard deviation, of 255 gray levels
 
 _ROUND = [(cos(2 * pi * i / 24), sin(2 * pi * i / 24)) for i in range(25)]
 _BOX = [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8), (-0.8, -0.8)]
@@ -32,22 +32,22 @@ CLASSES = (*FILLED, *STROKES)
 
 @cache
 def draw() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (2000, 12, 12) and int64 (2000,): the same at every call, 200 pictures drawn of each class.
+    """The images, uint8 (2000, 12, 12), and labels, int64 (2000,), the same at every call; 200 images show each class.
 
-    A share of MISLABELLED is labelled as any other class, whatever it shows.
+    A fraction MISLABELED of them has the label of another class, drawn at random.
     """
     random = np.random.RandomState(0)  # its numbers are the same in every version of numpy
-    shown = np.arange(PICTURES) % len(CLASSES)
-    fine = np.stack([_picture(CLASSES[label], random) for label in shown])
-    small = fine.reshape(PICTURES, SIZE, FINE, SIZE, FINE).mean((2, 4))
+    shown = np.arange(IMAGES) % len(CLASSES)
+    fine = np.stack([_image(CLASSES[label], random) for label in shown])
+    small = fine.reshape(IMAGES, SIZE, FINE, SIZE, FINE).mean((2, 4))
     images = (small + _normal(random, small.shape) * NOISE).round().clip(0, 255).astype(np.uint8)
-    wrong = random.random_sample(PICTURES) < MISLABELLED
-    other = (shown + 1 + (random.random_sample(PICTURES) * (len(CLASSES) - 1)).astype(np.int64)) % len(CLASSES)
+    wrong = random.random_sample(IMAGES) < MISLABELED
+    other = (shown + 1 + (random.random_sample(IMAGES) * (len(CLASSES) - 1)).astype(np.int64)) % len(CLASSES)
     return images, np.where(wrong, other, shown)
 
 
-def _picture(name: str, random: np.random.RandomState) -> np.ndarray:
-    """One shape on a ground with clutter, in front of some of it and behind the rest: float (48, 48)."""
+def _image(name: str, random: np.random.RandomState) -> np.ndarray:
+    """One shape on a background, in front of some lines and dots and behind others: float (48, 48)."""
     from PIL import Image, ImageDraw
 
     side = SIZE * FINE
@@ -75,7 +75,7 @@ def _picture(name: str, random: np.random.RandomState) -> np.ndarray:
 
 
 def _clutter(brush, side: int, ink: int, random: np.random.RandomState) -> None:  # type: ignore[no-untyped-def]
-    """A short line or a dot, anywhere."""
+    """Draw a short line or a dot at a random position."""
     u = random.random_sample
     x, y, length, angle = side * u(), side * u(), side * (0.15 + 0.25 * u()), 2 * pi * u()
     if u() < 0.6:

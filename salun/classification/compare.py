@@ -1,7 +1,7 @@
-"""Methods × seeds beside Retrain, and the table that comes of them: the story of a comparison.
+"""A comparison: several methods with several seeds, each compared with Retrain, and the table of the results.
 
 A job's result is a small file in the run folder's `jobs/` (see `jobs.py`), so that a comparison that was stopped at any
-moment goes on with the jobs that are left. Originals and Retrains come from the cache.
+moment resumes with the jobs that are left. Original models and Retrain models come from the cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from salun.runs.record import RunRecord
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: a method, and a mask or density other than its own (None: its own)."""
+    """One row of the table: a method, and a mask or density other than its default (None: the default)."""
 
     name: str
     method: str
@@ -52,42 +52,42 @@ class Comparison:
 
 def variant_of(text: str) -> Variant:
     """METHOD[/MASK][@DENSITY]. Raises ConfigError for anything else, or a mask for a method that has none."""
-    found = re.fullmatch(r"([a-z0-9-]+)(?:/([a-z]+))?(?:@([0-9.e-]+))?", text.strip().lower())
-    if found is None or found[1] not in METHODS["classification"] or found[1] == "retrain":
+    match = re.fullmatch(r"([a-z0-9-]+)(?:/([a-z]+))?(?:@([0-9.e-]+))?", text.strip().lower())
+    if match is None or match[1] not in METHODS["classification"] or match[1] == "retrain":
         known = ", ".join(name for name in METHODS["classification"] if name != "retrain")
         raise ConfigError(
             f"has {text!r}, but must have METHOD, METHOD/MASK or METHOD@DENSITY with METHOD one of {known}",
             option="methods",
         )
-    method, mask = METHODS["classification"][found[1]], found[2]
+    method, mask = METHODS["classification"][match[1]], match[2]
     if mask is not None and (not method.takes_mask or mask not in MASKS):
         why = f"must be one of {', '.join(MASKS)}" if method.takes_mask else f"the method {method.title} has none"
         raise ConfigError(f"has {text!r} with the mask {mask}, but {why}", option="methods")
     try:
-        density = None if found[3] is None else float(found[3])
+        density = None if match[3] is None else float(match[3])
     except ValueError as error:
-        raise ConfigError(f"has {text!r}, but {found[3]} is not a number", option="methods") from error
+        raise ConfigError(f"has {text!r}, but {match[3]} is not a number", option="methods") from error
     if density is not None and (not 0 < density <= 1 or (mask or method.mask) == "full"):
         raise ConfigError(
             f"has {text!r}, but a density must be above 0, at most 1, and of a mask that is not full", option="methods"
         )
-    return Variant(found[0], found[1], mask, density)
+    return Variant(match[0], match[1], mask, density)
 
 
 def variants_of(options: CompareOptions) -> list[Variant]:
-    """The rows of the table, in order. Raises ConfigError for a variant that is none, or is named twice."""
+    """The rows of the table, in order. Raises ConfigError for an invalid or repeated variant."""
     others = [name for name in METHODS["classification"] if name not in ("retrain", "salun")]
-    found = [variant_of(text) for text in options.methods or ["salun", *others]]
-    names = [variant.name for variant in found]
+    variants = [variant_of(text) for text in options.methods or ["salun", *others]]
+    names = [variant.name for variant in variants]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"has {twice} twice", option="methods")
-    return found
+    return variants
 
 
 def jobs_of(options: CompareOptions, variants: Sequence[Variant]) -> dict[Kind, list[Job]]:
-    """All jobs but for the values that the search is to find, and its later rounds: one Retrain a seed (and another of
-    another seed, for the noise floor), the first round of searches, unlearnings.
+    """All jobs by kind, except for later rounds of the search: a Retrain for each seed (and one of another seed, for
+    the noise floor), the first round of each search, and each unlearning, whose searched value is filled in later.
     """
     base = {item.name: getattr(options, item.name) for item in fields(UnlearnOptions)}
     base |= dict.fromkeys(("mask", "lr")) | {"retrain": "no", "search": False}
@@ -116,13 +116,13 @@ def jobs_of(options: CompareOptions, variants: Sequence[Variant]) -> dict[Kind, 
 def settings_of(
     options: CompareOptions, jobs: Mapping[Kind, Sequence[Job]], cache: Cache, data: ImageData
 ) -> dict[str, ExperimentSetup]:
-    """variant → its setting at the first seed. Raises ConfigError for what cannot be done, before anything is."""
-    found = {
+    """variant → its setting at the first seed. Raises ConfigError before any job runs if options cannot work."""
+    settings = {
         job.variant: setup_of(job.options, cache, data) for job in jobs["unlearn"] if job.options.seed == options.seed
     }
-    for setting in found.values() if options.search else ():
+    for setting in settings.values() if options.search else ():
         check_search(setting.options, setting.data, setting.split)
-    return found
+    return settings
 
 
 def with_class_named(options: CompareOptions, data: ImageData) -> CompareOptions:
@@ -131,7 +131,7 @@ def with_class_named(options: CompareOptions, data: ImageData) -> CompareOptions
     return replace(options, forget=with_forget(split, data, options.forget, options.seed).forgetting)
 
 
-_NO_SEARCH = {"chosen": 0}  # of a method whose option is not searched
+_NO_SEARCH = {"chosen": 0}  # for a method whose option is not searched
 
 
 def compare(
@@ -149,8 +149,8 @@ def compare(
     given: fields of `CompareOptions`, over `options`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume:
     continue the unfinished comparison in run_dir. With several workers, a Python script that calls this needs the usual
     `if __name__ == "__main__":`, as its processes are spawned. A method that diverges at some seeds is reported with
-    the others; one that fails at all, or for which the search finds no value, is a row that says so.
-    Raises SalunError, `Cancelled` if `progress` does.
+    the remaining seeds. One that fails at every seed, or for which the search finds no value, gets a row with the
+    reason. Raises SalunError, `Cancelled` if `progress` does.
     """
     options = CompareOptions(**{**asdict(options or CompareOptions()), **given})
     variants, cache = variants_of(options), cache or Cache.of_user()
@@ -198,12 +198,12 @@ def compare(
 def _searched(
     runner: JobRunner, first: Sequence[Job], settings: Mapping[str, ExperimentSetup]
 ) -> dict[str, dict[str, Any]]:
-    """variant → what was found of its option. All variants search side by side, a round at a time; of a variant, every
-    round tries the same values at all of its seeds.
+    """variant → the result of its search. All variants search at the same time, round by round; a round of a variant
+    tries the same values at all of its seeds.
     """
     searching = {name: rounds(settings[name].options) for name in dict.fromkeys(job.variant for job in first)}
     values = {name: next(steps) for name, steps in searching.items()}
-    found: dict[str, dict[str, Any]] = {}
+    searches: dict[str, dict[str, Any]] = {}
     round_number = 0
     while values:
         jobs = [
@@ -215,11 +215,13 @@ def _searched(
         results = runner.done(jobs)
         for name in values:
             group = [results[job.name] for job in jobs if job.variant == name]
-            found[name] = merged(group, found.get(name))
-        next_rounds = {name: next_round(searching[name], found[name]) for name in values if "error" not in found[name]}
+            searches[name] = merged(group, searches.get(name))
+        next_rounds = {
+            name: next_round(searching[name], searches[name]) for name in values if "error" not in searches[name]
+        }
         values = {name: group for name, group in next_rounds.items() if group}
         round_number += 1
-    return found
+    return searches
 
 
 def _by_seed(
@@ -229,7 +231,7 @@ def _by_seed(
 
 
 def _fresh_weights(setting: ExperimentSetup) -> str:
-    """A hash of the model before training: of a pretrained body the options tell no more than the name."""
+    """A hash of the model before training, because the options give only the name of a pretrained model."""
     options = setting.options
     model = new_model(
         options.model or "", setting.data.channels, len(setting.data.classes), options.seed, options.allow_pickle
@@ -238,14 +240,14 @@ def _fresh_weights(setting: ExperimentSetup) -> str:
 
 
 def title_of(variant: Variant) -> str:
-    """How the table calls a variant."""
+    """A variant's name in the table."""
     parts = [variant.mask or "", f"density {variant.density:g}" if variant.density is not None else ""]
     details = ", ".join(part for part in parts if part)
     return METHODS["classification"][variant.method].title + (f" ({details})" if details else "")
 
 
 def workers_of(options: CompareOptions) -> int:
-    """How many processes: what is asked for, else one a core that this process may use, one on a GPU."""
+    """The number of processes: `workers`, else one per core that this process may use; one on a GPU."""
     if options.workers is not None:
         return options.workers
     if pick_device(options.device).type != "cpu":
@@ -254,7 +256,7 @@ def workers_of(options: CompareOptions) -> int:
 
 
 def _resolved(setting: ExperimentSetup) -> dict[str, Any]:
-    """What the page says of a variant."""
+    """What the report shows of a variant."""
     method = METHODS["classification"][setting.options.method]
     return {"method": method.title, "mask": setting.options.mask, "density": setting.options.density}
 

@@ -88,7 +88,7 @@ def sample_gradients(task: Task, rows: Tensor, targets: Literal["labels", "model
     times = task.classes if targets == "model" else 1
     chunk = max(_ENTRIES // (sum(p.numel() for p in held.values()) * times), 1)
     for i, part in enumerate(rows.split(chunk)):
-        x, y, weights = task.data.pictures(part), task.labels(part), None
+        x, y, weights = task.data.images_of(part), task.labels(part), None
         if targets == "model":
             with torch.no_grad():
                 weights = model(x).float().softmax(1).flatten().sqrt()
@@ -106,7 +106,7 @@ def gradient_sum(task: Task, rows: Tensor) -> dict[str, Tensor]:
     task.model.eval()
     sums = {name: torch.zeros_like(p) for name, p in task.parameters.items()}
     for batch in rows.split(256):
-        loss = F.cross_entropy(task.logits(task.data.pictures(batch)), task.labels(batch), reduction="sum")
+        loss = F.cross_entropy(task.logits(task.data.images_of(batch)), task.labels(batch), reduction="sum")
         for total, gradient in zip(
             sums.values(), torch.autograd.grad(loss, list(task.parameters.values())), strict=True
         ):

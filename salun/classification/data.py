@@ -1,4 +1,4 @@
-"""The data set of a name: digits, clutter, a folder of images, any Hugging Face image data set."""
+"""Data sets by name: digits, clutter, a folder of images, any Hugging Face image data set."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["EMBEDDED", "ImageData", "load_data", "presets"]
 
 @cache
 def presets() -> dict[str, Any]:
-    """The data sets known by name, and under "others" what serves all else."""
+    """The data sets known by name, and under "others" the settings of all other data."""
     path = Path(__file__).resolve().parents[1] / "assets" / "datasets.yaml"
-    found: dict[str, Any] = read_yaml(path)
-    return found
+    entries: dict[str, Any] = read_yaml(path)
+    return entries
 
 
 def load_data(
@@ -37,9 +37,9 @@ def load_data(
 ) -> ImageData:
     """The data set of a name: `digits`, `clutter`, a preset, a folder (see `_from_folder`), or a hub id.
 
-    image_size: pixels a side to which images are resized. image_column, label_column: of a table or a Hugging Face data
-    set that is no preset. Raises DataError if it does not exist or cannot be used, ConfigError for a size of `digits`
-    or `clutter`.
+    image_size: pixels a side to which images are resized. image_column, label_column: of a table, or of a Hugging Face
+    data set without a preset. Raises DataError if it does not exist or cannot be used, ConfigError for a size of
+    `digits` or `clutter`.
     """
     known, others = presets()["datasets"], presets()["others"]
     if name in EMBEDDED:
@@ -69,10 +69,10 @@ def _from_folder(name: str, path: Path, preset: dict[str, Any], image_size: int 
         tables = tables_in(path)
         unused: tuple[str, ...] = ()
         if tables:
-            found = from_tables(path, tables, image_size, preset, preset.get("image"), preset.get("label"))
-            if isinstance(found, ImageData):
-                return found
-            unused = (found,)
+            result = from_tables(path, tables, image_size, preset, preset.get("image"), preset.get("label"))
+            if isinstance(result, ImageData):
+                return result
+            unused = (result,)
         if parquet_files(path) and not list_images(path).files:
             data = from_hub(name, preset | {"repo": str(path)}, image_size)
         else:
@@ -85,7 +85,7 @@ def _from_folder(name: str, path: Path, preset: dict[str, Any], image_size: int 
 def _from_class_folders(
     path: Path, image_size: int | None, preset: dict[str, Any], unused: tuple[str, ...]
 ) -> ImageData:
-    """As `from_folder`; its errors also tell of the table that is not used."""
+    """As `from_folder`; its errors also name the table that is not used."""
     try:
         return from_folder(path, image_size, preset)
     except DataError as error:
@@ -93,18 +93,18 @@ def _from_class_folders(
 
 
 def _digits() -> ImageData:
-    """1,797 pictures (1, 8, 8): pixels of 0 to 16, times 15."""
+    """1,797 images (1, 8, 8): pixels of 0 to 16, times 15."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("the digits need scikit-learn: pip install salun[classification]") from error
-    found = load_digits()
-    images = torch.from_numpy((found.images * 15).astype(np.uint8)).unsqueeze(1)
-    return ImageData("digits", images, torch.from_numpy(found.target).long(), tuple("0123456789"))
+        raise DataError("the data set digits needs scikit-learn", advice="pip install salun[classification]") from error
+    digits = load_digits()
+    images = torch.from_numpy((digits.images * 15).astype(np.uint8)).unsqueeze(1)
+    return ImageData("digits", images, torch.from_numpy(digits.target).long(), tuple("0123456789"))
 
 
 def _clutter() -> ImageData:
-    """2,000 pictures (1, 12, 12), see `clutter.py`."""
+    """2,000 images (1, 12, 12), see `clutter.py`."""
     images, labels = clutter.draw()
     return ImageData("clutter", torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels), clutter.CLASSES)
 

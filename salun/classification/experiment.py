@@ -1,4 +1,4 @@
-"""The story of an unlearning: data and split, the original, the mask, the method, Retrain beside it, the figures."""
+"""A classifier's runs: training an original, unlearning and its comparison with Retrain, and repeated evaluation."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ from salun.user_text import as_spelled
 
 
 class OutOfMemory(TrainingError):
-    """Memory did not suffice this time; another time it may."""
+    """Memory did not suffice this time; a later attempt may succeed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """A finished run: the model, the split it was judged on, its figures, and the record of all else."""
+    """A finished run: the model, the split it was evaluated on, its metrics, and its record."""
 
     model: nn.Module
     split: Split
@@ -68,9 +68,9 @@ class Outcome:
 class ExperimentSetup:
     """All that is known before a run begins.
 
-    options: settled. recipe: the same, but for how the original was trained where its file tells: Retrain is trained by
-    it. data: on the device. given: the original that `--original` names. no_retrain: why Retrain is not put beside the
-    run, None if it is.
+    options: resolved. recipe: the same options with those that the original was trained with, where its file records
+    them; Retrain is trained with them. data: on the device. given: the original that `--original` names. no_retrain:
+    why the run is not compared with Retrain, None if it is.
     """
 
     options: UnlearnOptions
@@ -83,7 +83,7 @@ class ExperimentSetup:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of the data and the split."""
+        """What a user should know about the data and the split."""
         return [*self.data.notes, *repeated(self.data, self.split)]
 
     def original(self, progress: Progress) -> Original:
@@ -103,7 +103,7 @@ class ExperimentSetup:
 
 
 def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageData | None = None) -> ExperimentSetup:
-    """Load the data, if it is not given, draw the split and settle the options. Raises as `train`."""
+    """Load the data, if it is not given, draw the split and resolve the options. Raises as `train`."""
     data = data or load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     split = with_forget(split, data, options.forget, options.seed)
@@ -118,7 +118,7 @@ def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageDat
         if not is_builtin(began):  # the file may be untrusted input
             raise ConfigError(
                 f"{options.original} states that its training began with {began}, a folder or a model of the hub, "
-                "which Retrain would load",
+                "and Retrain would load it",
                 advice=f"If you trust it, set {{model}} to {literal(began)}; otherwise set {{retrain}} to no",
             )
     recipe = replace(options, **training) if training is not None and known_recipe(training) else options
@@ -146,7 +146,7 @@ def train(
     command: str = "salun.classification.train",
     **given: Any,
 ) -> Outcome:
-    """Train an original, the model that is later to forget, and say how good it is.
+    """Train an original, the model that is to be unlearned later, and measure its accuracy.
 
     given: fields of `TrainOptions`, over `options`. progress: as of
     `salun.erase`. run_dir: gets `model.safetensors`, `split.json`, `run.json` and
@@ -154,9 +154,9 @@ def train(
     resume: begin anew the unfinished run of these options in run_dir. cache: of trained models, the user's by default.
     Raises SalunError (ConfigError, DataError, ModelError, TrainingError), `Cancelled` if `progress` does.
     """
-    own = TrainOptions(**{**asdict(options or TrainOptions()), **given})
-    full, data, split = training_of(own)
-    recorded, cache = {name: getattr(full, name) for name in asdict(own)}, cache or Cache.of_user()
+    train_options = TrainOptions(**{**asdict(options or TrainOptions()), **given})
+    full, data, split = training_of(train_options)
+    recorded, cache = {name: getattr(full, name) for name in asdict(train_options)}, cache or Cache.of_user()
     record = _record(run_dir, command, recorded, facts_of(full, data, split), data.images.device, resume)
     with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
@@ -172,7 +172,7 @@ def train(
 
 
 def training_of(options: TrainOptions) -> tuple[UnlearnOptions, ImageData, Split]:
-    """The settled options of a training, its data on the device, and its split. Raises as `train`."""
+    """The resolved options of a training, its data on the device, and its split. Raises as `train`."""
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
     full = resolve_options(UnlearnOptions(**asdict(options)), data, split)
@@ -189,7 +189,7 @@ def unlearn(
     command: str = "salun.classification.unlearn",
     **given: Any,
 ) -> Outcome:
-    """Make a classifier forget some of its training pictures, and say how near to retraining that came.
+    """Make a classifier forget some of its training images, and measure the gap to retraining without them.
 
     given: fields of `UnlearnOptions`, over `options`. progress: as of
     `salun.erase`. run_dir: gets `model.safetensors`, `mask.safetensors`,
@@ -217,7 +217,7 @@ def unlearn(
         _keep_model(record, task.model, replace(original.facts, role="unlearned", split=split.digest))
         with record.stage(Stage.EVALUATING):
             metrics = {**metrics_of(task), "RTE": _seconds(seconds), "original": before}
-        if options.search:  # told apart: it is paid once for a setting, however many times that is used
+        if options.search:  # a separate value: a search is made once for a setting, however often that is used
             metrics["RTE"]["search"] = record.more["search"]["seconds"]
         metrics |= {"retrain": None, "gap": None, "gap_mean": None, "ToW": None, "reason": setting.no_retrain}
         if setting.no_retrain is None:
@@ -234,11 +234,11 @@ def unlearn(
 def evaluate(
     run: Path | str, *, data: str | None = None, device: str = "auto", progress: Progress = silent
 ) -> dict[str, Any]:
-    """Judge a finished run's model again, on the split it was made with; also written to its `eval.json`.
+    """Evaluate a finished run's model again, on its own split; the metrics are also written to its `eval.json`.
 
-    data: where the run's data is now; by default where it was.
-    UA, RA, TA and MIA for an unlearning, accuracies for an original. Raises ConfigError if the folder holds no such
-    run, DataError if the data or the split is not what the model was made with.
+    data: where the run's data is now; by default where it was. Returns UA, RA, TA and MIA for an unlearning, accuracies
+    for an original. Raises ConfigError if the folder holds no such run, DataError if the data or the split has changed
+    since the run.
     """
     folder = Path(run)
     try:
@@ -254,7 +254,7 @@ def evaluate(
     images = load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = Split.load(folder / "split.json")
     if split.data != images.digest:
-        raise DataError(f"the data set {options.data} is not what it was when {folder} was made")
+        raise DataError(f"the data set {options.data} has changed since {folder} was made")
     split.check_rows(len(images.labels), folder / "split.json")
     model, facts = load_model(folder / "model.safetensors")
     if (facts.base, facts.split) != (split.base, split.digest):
@@ -270,7 +270,7 @@ def evaluate(
 
 
 def forget(task: Task, record: RunRecord) -> float:
-    """Find the mask and run the method; returns the seconds that both took (RTE)."""
+    """Compute the mask and run the method. Returns the seconds that both took (RTE)."""
     method = METHODS["classification"][task.options.method]
     before = {name: p.detach().clone() for name, p in task.parameters.items()}
     began = time.perf_counter()
@@ -309,13 +309,12 @@ def _task(
 
 
 def _prepared(data: ImageData, options: UnlearnOptions, device: torch.device) -> ImageData:
-    """The data on the device, varied in training as the options say."""
+    """The data on the device, with the options' augmentation."""
     return replace(data.to(device), preset={**data.preset, "augment": options.augment})
 
 
 def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Original | None = None) -> dict[str, str]:
-    """What a run's result depends on beside its options. One named as an option is what that option's path leads to.
-
+    """What a run's result depends on besides its options. A fact named as an option describes that option's file.
     given: the original that `--original` names.
     """
     facts = {"data": data.digest, "split": split.digest}
@@ -355,14 +354,14 @@ def _tell(record: RunRecord, notes: Sequence[str], progress: Progress, stage: St
 
 @contextmanager
 def _computing(options: UnlearnOptions) -> Iterator[None]:
-    """Within, kernels give the same bits each time where asked. Raises TrainingError where memory does not suffice."""
+    """Within, kernels are deterministic if the options require it. Raises TrainingError if memory does not suffice."""
     with deterministic_kernels(options.deterministic), enough_memory():
         yield
 
 
 @contextmanager
 def enough_memory() -> Iterator[None]:
-    """Within, memory that does not suffice is an OutOfMemory, which says what to do."""
+    """Within, an error for want of memory becomes an OutOfMemory with advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -379,7 +378,7 @@ def _keep_split(record: RunRecord, split: Split) -> None:
 
 
 def _keep_report(record: RunRecord, mask: Mask | None, classes: Sequence[str]) -> None:
-    """The page; made while the run is not yet done, for a run that is done has one."""
+    """Write the report, before the record is marked done: a run that is done has a report."""
     if record.folder is not None:
         run_page({**record.as_json(), "status": "done"}, layers_of(mask) if mask else {}, classes).save(
             record.folder / "report.html"

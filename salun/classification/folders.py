@@ -1,4 +1,4 @@
-"""A folder of images as a data set: which of its sub-folders are classes, and which are parts to train and test on."""
+"""A folder of images as a data set: which sub-folders are classes, and which are parts such as train and test."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Layout:
 def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) -> ImageData:
     """Images in a sub-folder for each class; the classes are sorted, numbers as numbers.
 
-    Folders named as splits (see `role_of`) hold the classes' folders or are in them. Images beside the classes' folders
-    are skipped and counted. Raises DataError where there is no class folder, for a class without images, parts of
-    different classes, folders that can be read in two ways, and what `assembled` raises.
+    Folders named as splits (see `role_of`) hold the classes' folders or are in them. Images outside the classes'
+    folders are skipped and counted. Raises DataError where there is no class folder, for a class without images, parts
+    of different classes, folders with two possible readings, and what `assembled` raises.
     """
     layout = layout_of(folder)
     first = layout.parts["train"]
@@ -35,7 +35,7 @@ def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) ->
         raise DataError(f"{folder} has no labels: put the images of each class into a sub-folder named after it")
     classes = sorted(first, key=by_number)
     parts: dict[str, list[Sample]] = {}
-    skipped = _beside(folder, [path for folders in layout.parts.values() for path in folders.values()])
+    skipped = _outside(folder, [path for folders in layout.parts.values() for path in folders.values()])
     for role, folders in layout.parts.items():
         if set(folders) != set(classes):
             other = sorted({*classes} ^ {*folders})
@@ -43,12 +43,12 @@ def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) ->
         _check_classes(folder, folders)
         parts[role] = []
         for label, name in enumerate(classes):
-            found = list_images(folders[name])
-            if not found.files:
-                held = "".join(f"; skipped: {line}" for line in counted(found.skipped))
+            listing = list_images(folders[name])
+            if not listing.files:
+                held = "".join(f"; skipped: {line}" for line in counted(listing.skipped))
                 raise DataError(f"the class {name!r} is empty: {folders[name]} holds no image{held}")
-            parts[role] += [Sample(path, str(path), label) for path in found.files]
-            for reason, names in found.skipped.items():
+            parts[role] += [Sample(path, str(path), label) for path in listing.files]
+            for reason, names in listing.skipped.items():
                 skipped.setdefault(reason, []).extend(f"{folders[name].relative_to(folder)}/{file}" for file in names)
     name = folder.resolve().name
     notes = [*layout.notes, *(f"{name}: skipped {line}" for line in counted(skipped))]
@@ -56,12 +56,12 @@ def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) ->
 
 
 def layout_of(folder: Path) -> Layout:
-    """The parts and classes of a folder, which may lie in folders of their own inside it."""
+    """The parts and classes of a folder, which may be nested in further folders inside it."""
     root = folder
     for _ in range(_DEEPEST):
-        found = _parts_of_classes(root) or _classes_of_parts(root)
-        if found is not None:
-            return found
+        layout = _parts_of_classes(root) or _classes_of_parts(root)
+        if layout is not None:
+            return layout
         names = visible_folders(root)
         if len(names) != 1:
             break
@@ -103,17 +103,20 @@ def _classes_of_parts(root: Path) -> Layout | None:
         names.setdefault(part.casefold(), part)
     if len({role_of(part) for part in names}) < 2 or not any(role_of(part) == "train" for part in names):
         return None
-    whole = [name for name in inner if name not in split and list_images(root / name).files]
-    if whole:
+    undivided = [name for name in inner if name not in split and list_images(root / name).files]
+    if undivided:
         raise DataError(
-            f"{root}: the class {split[0]!r} has the parts {some(inner[split[0]])}, but {whole[0]!r} has none: give "
-            "every class the same"
+            f"{root}: the class {split[0]!r} has the parts {some(inner[split[0]])}, but {undivided[0]!r} has none: "
+            "give every class the same parts"
         )
     roles, notes = roles_of(list(names.values()), root.name)
     parts: dict[str, dict[str, Path]] = {}
     for role, part in roles.items():
         parts[role] = {
-            name: root / name / own for name in split for own in inner[name] if own.casefold() == part.casefold()
+            name: root / name / inside
+            for name in split
+            for inside in inner[name]
+            if inside.casefold() == part.casefold()
         }
     return Layout(parts, notes)
 
@@ -136,7 +139,7 @@ def _classes_in(part: Path) -> dict[str, Path]:
 
 
 def _check_classes(folder: Path, classes: dict[str, Path]) -> None:
-    """Raises DataError if all that hold folders hold two of the same name: they may be parts of the data instead."""
+    """Raises DataError if all classes with sub-folders have two in common: these may be parts of the data instead."""
     inner = {name: names for name, path in classes.items() if (names := visible_folders(path))}
     same = set.intersection(*map(set, inner.values())) if len(inner) > 1 else set()
     if len(same) > 1:
@@ -147,13 +150,13 @@ def _check_classes(folder: Path, classes: dict[str, Path]) -> None:
         )
 
 
-def _beside(folder: Path, classes: list[Path]) -> dict[str, list[str]]:
-    """reason → the files that lie in the folders around the classes' folders, and in hidden folders there."""
+def _outside(folder: Path, classes: list[Path]) -> dict[str, list[str]]:
+    """reason → the skipped files in the folders that contain the classes' folders, and in hidden folders there."""
     skipped: dict[str, list[str]] = {}
     around = {above for path in classes for above in path.parents if above == folder or folder in above.parents}
     for place in sorted(around):
-        found = list_images(place, deep=False)
+        listing = list_images(place, deep=False)
         way = "" if place == folder else f"{place.relative_to(folder).as_posix()}/"
-        for reason, names in {_OUTSIDE: [path.name for path in found.files], **found.skipped}.items():
+        for reason, names in {_OUTSIDE: [path.name for path in listing.files], **listing.skipped}.items():
             skipped.setdefault(reason, []).extend(way + name for name in names)
     return skipped

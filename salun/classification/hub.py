@@ -20,8 +20,8 @@ def is_saved(folder: Path) -> bool:
 
 def parquet_files(folder: Path) -> list[Path]:
     """The parquet files in a folder and the folders in it, sorted."""
-    found = (path for path in folder.rglob("*.parquet") if path.is_file())
-    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
+    paths = (path for path in folder.rglob("*.parquet") if path.is_file())
+    return sorted(path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
 def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -> ImageData:
@@ -34,12 +34,15 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
         image_size: pixels a side to which images are resized.
 
     Raises:
-        DataError: `datasets` is not installed, the data cannot be had, has no images or no labels, or as `assembled`.
+        DataError: `datasets` is not installed, the data is not available, or has no images or labels; or as
+        `assembled`.
     """
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"the data set {name!r} needs the package datasets: pip install salun[datasets]") from error
+        raise DataError(
+            f"the data set {name!r} needs the package datasets", advice="pip install salun[datasets]"
+        ) from error
     splits = _splits(name, preset)
     if "train" not in {role_of(split) for split in splits}:
         raise DataError(f"the data set {name!r} has no part named train, only {', '.join(map(str, splits))}")
@@ -47,7 +50,7 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
     image = _column(name, "image", preset.get("image"), first.features, datasets.Image)
     label = _column(name, "label", preset.get("label"), first.features, datasets.ClassLabel)
     if not len(first):
-        raise DataError(f"the data set {name!r} is empty: its part train has no picture")
+        raise DataError(f"the data set {name!r} is empty: its part train has no image")
     used, notes, parts = {}, [], {}
     for split, part in splits.items():
         if image not in part.features or label not in part.features:
@@ -64,7 +67,7 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
     roles, more = roles_of(list(used), name)
     for role in (role for role in ROLES if role in roles):
         part, labels = used[roles[role]]
-        if isinstance(part.features[image], datasets.Image):  # its own decoder has no limits, and no formats to choose
+        if isinstance(part.features[image], datasets.Image):  # the library's decoder has no limits on size or format
             part = part.cast_column(image, datasets.Image(decode=False))
         parts[role] = [
             Sample(_source(value, where := f"{name}, {roles[role]}, row {i}", image), where, labels[i])
@@ -83,20 +86,20 @@ def _splits(name: str, preset: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(repo)
     try:
         if not folder.is_dir():
-            found = datasets.load_dataset(repo, preset.get("config"))
+            parts = datasets.load_dataset(repo, preset.get("config"))
         elif is_saved(folder):
-            found = datasets.load_from_disk(repo)
+            parts = datasets.load_from_disk(repo)
         else:  # by the format's name: a folder's own script is never run
-            found = datasets.load_dataset("parquet", data_files=_parts_of_files(folder))
+            parts = datasets.load_dataset("parquet", data_files=_parts_of_files(folder))
     except DataError:
         raise
-    except Exception as error:  # the library raises what its many back ends raise
+    except Exception as error:  # the library passes on the errors of its many back ends
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if folder.is_dir() and _without_pictures(folder):
-            raise DataError(f"the data set {name!r} is empty: its part train has no picture") from error
+        if folder.is_dir() and _without_images(folder):
+            raise DataError(f"the data set {name!r} is empty: its part train has no image") from error
         way = "read" if folder.is_dir() else "fetched"
         raise DataError(f"the data set {name!r} could not be {way}: {reason}") from error
-    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    return dict(parts) if isinstance(parts, datasets.DatasetDict) else {"train": parts}
 
 
 def _parts_of_files(folder: Path) -> dict[str, list[str]]:
@@ -126,10 +129,10 @@ def _parts_of_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _renumbered(name: str, parts: dict[str, list[Sample]], names: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """The classes that have images, and lines of what was changed; the samples get labels without gaps."""
+    """The classes that have images, and notes on what was changed; the samples get labels without gaps."""
     present = sorted({sample.label for samples in parts.values() for sample in samples})
     if names is not None and present[-1] >= len(names):
-        raise DataError(f"{name} has the label {present[-1]}, but names {len(names)} classes only")
+        raise DataError(f"{name} has the label {present[-1]}, but only {len(names)} class names")
     classes = [str(label) if names is None else names[label] for label in present]
     if present == list(range(len(present if names is None else names))):
         return classes, []
@@ -140,12 +143,13 @@ def _renumbered(name: str, parts: dict[str, list[Sample]], names: Sequence[str] 
         listed = some(classes, 10)
         return classes, [f"{name}: the labels are not 0 to {len(classes) - 1}; they name the classes: {listed}"]
     unused = [names[label] for label in sorted({*range(len(names))} - {*present})]
-    line = f"{name}: {len(unused)} classes without an image left out ({some(unused)}); {len(classes)} are numbered anew"
+    skipped = f"skipped {len(unused)} classes without an image ({some(unused)})"
+    line = f"{name}: {skipped}; the other {len(classes)} are renumbered"
     return classes, [line]
 
 
-def _without_pictures(folder: Path) -> bool:
-    """Whether a saved data set, or its part train, lists no file of rows: the library does not read such a one."""
+def _without_images(folder: Path) -> bool:
+    """Whether a saved data set, or its part train, lists no file of rows, which the library cannot read."""
     for state in (folder / "state.json", folder / "train" / "state.json"):
         try:
             return not read_json(state)["_data_files"]
@@ -155,7 +159,7 @@ def _without_pictures(folder: Path) -> bool:
 
 
 def _source(value: Any, where: str, column: str) -> Source:
-    """An image's file or its content. Raises DataError for what is neither, such as a number or nothing."""
+    """An image's file or its content. Raises DataError for anything else, such as a number or null."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return bytes(value["bytes"])
     if isinstance(value, dict) and isinstance(value.get("path"), str):
@@ -168,7 +172,7 @@ def _source(value: Any, where: str, column: str) -> Source:
 
 
 def _label(value: Any, where: str, column: str) -> int:
-    """A label as a number. Raises DataError for what is none, such as a name or nothing."""
+    """A label as an integer. Raises DataError for anything else, such as a name or null."""
     if isinstance(value, int):
         return int(value)
     raise DataError(
@@ -178,7 +182,7 @@ def _label(value: Any, where: str, column: str) -> int:
 
 
 def _column(name: str, what: str, wish: str | None, features: Any, kind: type) -> str:
-    """The column of pictures or of labels: the one asked for, else the only one of its type."""
+    """The column of images or of labels: the requested one, else the only one of its type."""
     fitting = [column for column, feature in features.items() if isinstance(feature, kind)]
     if wish is not None and wish not in features:
         raise DataError(f"the data set {name!r} has no column {wish!r}, only {', '.join(features)}")

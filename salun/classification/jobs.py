@@ -1,6 +1,6 @@
-"""A comparison's jobs: what one is, how they are done by processes side by side, and the small files that keep results.
+"""The jobs of a comparison, the worker processes that run them, and the small files that store their results.
 
-A result is written whole or not at all. A job that fails is a result, too: it says why, and ends nothing but itself.
+A result is written atomically. A job that fails has a result, too, with the reason; the other jobs continue.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ANOTHER = 1_000_000  # between a seed and that of its other Retrain
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work. options: as for `unlearn`. name: of its file. values: those that a search is to try."""
+    """One unit of work. options: as for `unlearn`. name: of its result's file. values: to try in a search."""
 
     name: str
     kind: Kind
@@ -63,9 +63,9 @@ class Job:
 
 @dataclass(frozen=True)
 class ResultStore:
-    """The results there are, by job, in a folder, which may be untrusted input; None keeps none.
+    """Results by job in a folder, which may be untrusted input; without a folder nothing is stored.
 
-    classes: how many the data set has. notes: of files that are not valid results, one line each.
+    classes: of the data set, a count. notes: one line for each file that is not a valid result.
     """
 
     folder: Path | None
@@ -84,9 +84,9 @@ class ResultStore:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        """A job's result, None if there is none of these very options, or memory did not suffice for it.
+        """A job's stored result; None if none has exactly these options, or it failed for want of memory.
 
-        None, with a note, for a file that is not valid: its job is run again.
+        None, with a note, for an invalid file, whose job is run again.
         """
         if self.folder is None:
             return None
@@ -109,15 +109,15 @@ class ResultStore:
         return result
 
     def put(self, job: Job, result: Mapping[str, Any]) -> None:
-        """Keep it."""
+        """Store a job's result."""
         if self.folder is not None:
             text = json.dumps({"key": self.key(job), "options": asdict(job.options), "result": result})
             write_bytes(self.folder / f"{job.name}.json", (text + "\n").encode())
 
 
 class JobRunner:
-    """Gets jobs done, by several processes or here, and counts them for the progress. A context manager: at its end the
-    processes stop at their next step, and are waited for.
+    """Runs jobs, in worker processes or in this one, and counts them for the progress. A context manager: at its end
+    the processes stop after their current step and are joined.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class JobRunner:
             self._pool.shutdown(cancel_futures=True)
 
     def done(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
-        """job name → result, of all of them."""
+        """Run the jobs that have no result yet. Returns job name → result."""
         results = {}
         for job in jobs:
             result = self.store.get(job)
@@ -146,7 +146,7 @@ class JobRunner:
                 results[job.name] = result
         self.count += len(results)
         todo = [job for job in jobs if job.name not in results]
-        for job, result in self._in_turn(todo) if self._pool is None else self._side_by_side(self._pool, todo):
+        for job, result in self._in_turn(todo) if self._pool is None else self._in_workers(self._pool, todo):
             self.store.put(job, result)
             results[job.name] = result
             self.count += 1
@@ -157,9 +157,9 @@ class JobRunner:
         for job in jobs:
             yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event(Stage.COMPARING)))
 
-    def _side_by_side(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        """As they end."""
-        with _unheard_by_children():
+    def _in_workers(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Jobs with their results, as they finish."""
+        with _sigint_blocked_in_children():
             running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
         left = set(running)
         try:
@@ -186,8 +186,8 @@ def _line(job: Job, result: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _unheard_by_children() -> Iterator[None]:
-    """Processes that are started within inherit that SIGINT is blocked: until `_begin` it would end their imports."""
+def _sigint_blocked_in_children() -> Iterator[None]:
+    """Within, started processes inherit a blocked SIGINT: it would interrupt their imports before `_begin`."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -202,36 +202,36 @@ _stop: Any = None
 
 
 def _begin(stop: Any) -> None:
-    """Of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and gone when the first one is."""
+    """Set up a worker process: it ignores Ctrl-C, which its parent handles, and exits when its parent does."""
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         if parent is not None:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _in_worker(job: Job, cache: Cache) -> dict[str, Any]:
-    def heard(event: Event, /) -> None:
+    def check_stop(event: Event, /) -> None:
         if _stop.is_set():
             raise Cancelled("stopped")
 
     options = job.options
     data = _loaded(options.data, options.image_size, options.image_column, options.label_column)
-    return run_job(job, cache, data, heard)
+    return run_job(job, cache, data, check_stop)
 
 
 _loaded = lru_cache(maxsize=1)(load_data)  # of a worker process, which lives as long as one comparison
 
 
 def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict[str, Any]:
-    """One job's result; {"error": why} for one that cannot be done, with "retry" where another time it may be. On a CPU
-    by one thread, so that the bits do not depend on the number of workers.
+    """A job's result; {"error": reason} if it fails, with "retry" if a later attempt may succeed. On a CPU it uses one
+    thread, so that results are byte-identical for any number of workers.
     """
     threads = torch.get_num_threads()
     try:

@@ -27,11 +27,11 @@ _FILLERS = {"set", "data", "dataset", "split", "images", "imgs", "folder", "seg"
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Labelled pictures; a picture's row is its number everywhere.
+    """Labeled images. A row is an image's index, the same in every part of the program.
 
     images: uint8 (n, c, h, w). labels: int64 (n,). classes: names by label. own_test, own_validation: rows of the data
     set's own test and validation part, None where it has none. preset: mean, std, augment, model and train, from
-    `datasets.yaml`. notes: what a user should know of how it was read.
+    `datasets.yaml`. notes: what a user should know about how the data was read.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ImageData:
 
     @property
     def channels(self) -> int:
-        """1 for grey pictures, 3 for colour."""
+        """1 for gray images, 3 for color."""
         return int(self.images.shape[1])
 
     @property
@@ -55,30 +55,30 @@ class ImageData:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of pixels, labels and class names: two data sets with the same one are the same."""
-        found = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
+        """A hash of pixels, labels and class names."""
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
         for tensor in (self.images, self.labels):
-            found.update(tensor.cpu().contiguous().numpy().data)
-        return found.hexdigest()
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def to(self, device: torch.device) -> ImageData:
-        """The same on a device; rows are given on any."""
+        """The same data on a device. Rows may be given on any device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def pictures(self, rows: Tensor) -> Tensor:
-        """The pictures of these rows, normalised: float32 (b, c, h, w)."""
-        return self.normalised(self.images[rows.to(self.images.device)])
+    def images_of(self, rows: Tensor) -> Tensor:
+        """The images of these rows, normalized: float32 (b, c, h, w)."""
+        return self.normalize(self.images[rows.to(self.images.device)])
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """(pixels/255 − mean) / std of uint8 pictures."""
+    def normalize(self, images: Tensor) -> Tensor:
+        """(pixels/255 − mean) / std of uint8 images."""
         mean, std = (torch.tensor(self.preset[key], device=images.device).view(-1, 1, 1) for key in ("mean", "std"))
         return (images.float() / 255 - mean) / std
 
     def augmented(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """As `pictures`, each shifted by up to an eighth of its size over black and, for crop-flip, half mirrored."""
+        """As `images_of`, each shifted by up to an eighth of its size, padded black; with crop-flip half mirrored."""
         kind = self.preset["augment"]
         if kind == "none":
-            return self.pictures(rows)
+            return self.images_of(rows)
         images = self.images[rows.to(self.images.device)]
         (b, _, h, w), pad = images.shape, self.size // 8
         shift = torch.randint(0, 2 * pad + 1, (b, 2), generator=generator).to(images.device)
@@ -88,7 +88,7 @@ class ImageData:
         across = torch.where(flip[:, None], across.flip(1), across)
         padded = F.pad(images, (pad, pad, pad, pad))
         each = torch.arange(b, device=images.device)[:, None, None]
-        return self.normalised(padded[each, :, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2))
+        return self.normalize(padded[each, :, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def assembled(
     for role in ROLES:
         rows[role] = torch.arange(start, start + len(parts.get(role, ())))
         start += len(rows[role])
-    own = {f"own_{role}": rows[role] if len(rows[role]) else None for role in ROLES[1:]}
+    given_parts = {f"own_{role}": rows[role] if len(rows[role]) else None for role in ROLES[1:]}
     labels = torch.tensor([sample.label for sample in samples])
     lines = (*notes, *(f"{name}: {line}" for line in traits))
-    return ImageData(name, _stacked(images), labels, tuple(classes), **own, preset=preset, notes=lines)
+    return ImageData(name, _stacked(images), labels, tuple(classes), **given_parts, preset=preset, notes=lines)
 
 
 def _stacked(images: Sequence[np.ndarray]) -> Tensor:
@@ -144,13 +144,13 @@ def _stacked(images: Sequence[np.ndarray]) -> Tensor:
 
 
 def role_of(name: str) -> str | None:
-    """What a part of this name (`train`, `Test`, `training_set`) is for: one of ROLES; None for a name of no split."""
-    words = [word for word in re.split(r"[\W_]+", name.casefold()) if word and word not in _FILLERS]
-    return _SPLIT_NAMES.get(words[0]) if len(words) == 1 else None
+    """The role of a part named `train`, `Test` or `training_set`: one of ROLES; None for any other name."""
+    terms = [term for term in re.split(r"[\W_]+", name.casefold()) if term and term not in _FILLERS]
+    return _SPLIT_NAMES.get(terms[0]) if len(terms) == 1 else None
 
 
 def roles_of(names: Sequence[str], where: str) -> tuple[dict[str, str], list[str]]:
-    """Which part of a data set is used for what: role → name, and the lines that say so.
+    """role → name of the part with that role, and notes that report this.
 
     A validation part without a test part is the test part, as such data sets are published. Raises DataError without a
     training part, or with two parts for one role.

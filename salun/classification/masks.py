@@ -1,4 +1,4 @@
-"""The mask of a run, from the saliency of the forget set, or a control."""
+"""The mask of a run: from the saliency of the forget set, or a control such as a random mask."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:
         yield scores_from_losses(parameters, saliency_losses(task), task.progress, batches)
 
     seed = seed_of(options.seed, "mask")
-    found = find.find_mask(parameters, options.mask or "soft", options.density, seed, scores, metadata)
-    return found.mask, found.summary()
+    result = find.find_mask(parameters, options.mask or "soft", options.density, seed, scores, metadata)
+    return result.mask, result.summary()
 
 
 def layers_of(mask: Mask) -> dict[str, list[int]]:
@@ -42,4 +42,4 @@ def saliency_losses(task: Task) -> Iterator[tuple[Tensor, int]]:
     """−CE of the forget set by the original in eval mode, a batch at a time with its size (SalUn, eq. 4)."""
     task.model.eval()
     for rows in task.split.forget.split(256):
-        yield -F.cross_entropy(task.logits(task.data.pictures(rows)), task.labels(rows)), len(rows)
+        yield -F.cross_entropy(task.logits(task.data.images_of(rows)), task.labels(rows)), len(rows)

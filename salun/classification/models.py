@@ -31,7 +31,7 @@ SIDE = 4096  # pixels, of what a model is given
 
 
 class SmallCNN(nn.Module):
-    """Three convolutions with BatchNorm, pooled to 2×2: 28,000 weights, for pictures as small as the digits."""
+    """Three convolutions with BatchNorm, pooled to 2×2: 28,000 weights, for images as small as the digits."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class SmallCNN(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions and the way around them (He et al. 2015, section 3)."""
+    """Two 3×3 convolutions and a skip connection (He et al. 2015, section 3)."""
 
     def __init__(self, inside: int, out: int, stride: int) -> None:
         super().__init__()
@@ -95,14 +95,14 @@ class ResNet18(nn.Module):
 class VGG16(nn.Module):
     """VGG-16 with BatchNorm (Simonyan & Zisserman 2014, configuration D) and one linear layer, as for CIFAR."""
 
-    PLAN = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0 halves the picture
+    PLAN = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0 halves the image
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for width in self.PLAN:
             if not width:
-                layers.append(nn.MaxPool2d(2, ceil_mode=True))  # so that pictures under 32 pixels do not vanish
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))  # so that images under 32 pixels do not vanish
                 continue
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
@@ -120,8 +120,8 @@ class VGG16(nn.Module):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a pretrained model wants its pictures. mean, std: of pixels from 0 to 1, one or one a channel; None: nobody
-    knows. size: (h, w) to resize to, or of the shorter side alone, (n,). crop: (h, w) of the middle that is kept.
+    """How a pretrained model's images are preprocessed. mean, std: of pixels from 0 to 1, one value or one per channel;
+    None: unknown. size: (h, w) to resize to, or (n,) of the shorter side. crop: (h, w) of the center crop.
     """
 
     mean: tuple[float, ...] | None = None
@@ -131,7 +131,7 @@ class Preprocessing:
     mode: str = "bilinear"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that no images can be made with."""
+        """Raises ValueError for numbers that no image can be preprocessed with."""
         numbers = (*(self.mean or ()), *(self.std or ()))
         if not all(isfinite(number) for number in numbers) or any(number <= 0 for number in self.std or ()):
             raise ValueError(f"mean {self.mean} and std {self.std} must be finite, and std above 0")
@@ -142,24 +142,24 @@ class Preprocessing:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Preprocessing:
-        """What an image processor's `preprocessor_config.json` says, as transformers' processors follow it."""
+        """From an image processor's `preprocessor_config.json`, read as transformers' processors do."""
         mean, std = config.get("image_mean"), config.get("image_std")
         if config.get("do_normalize") is False:
             mean, std = [0.0], [1.0]
-        if mean is not None and std is not None:  # what is not scaled to 1 first has other units
+        if mean is not None and std is not None:  # in other units if the pixels are not scaled to 1 first
             unit = 255 * (config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1)
             mean, std = tuple(float(m) / unit for m in mean), tuple(float(s) / unit for s in std)
         size = _sides(config.get("size")) if config.get("do_resize", True) else None
         crop = _sides(config.get("crop_size")) if config.get("do_center_crop") else None
-        if size and config.get("crop_pct") and len(size) == 1:  # ConvNeXt's way to say it
+        if size and config.get("crop_pct") and len(size) == 1:  # as ConvNeXt's processor
             large = size[0] >= 384
             size, crop = (size * 2, None) if large else ((int(size[0] / config["crop_pct"]),), size * 2)
         mode = "bicubic" if config.get("resample", 2) == 3 else "bilinear"
         return cls(mean, std, size, crop * 2 if crop and len(crop) == 1 else crop, mode)
 
     @classmethod
-    def kept(cls, config: dict[str, Any]) -> Preprocessing:
-        """From a file of weights, untrusted. Raises KeyError, ValueError or TypeError for what is none."""
+    def from_file(cls, config: dict[str, Any]) -> Preprocessing:
+        """From a file of weights, untrusted input. Raises KeyError, ValueError or TypeError if it is invalid."""
         mean, std = (tuple(map(float, config[key])) if config[key] is not None else None for key in ("mean", "std"))
         size, crop = (tuple(map(int, config[key])) if config[key] is not None else None for key in ("size", "crop"))
         if config["mode"] not in ("bilinear", "bicubic"):
@@ -176,9 +176,9 @@ def _sides(config: Any) -> tuple[int, ...] | None:
 
 
 class Pretrained(nn.Module):
-    """A transformers image classifier that takes our pictures: made colour, resized and cropped as it wants them.
+    """A transformers image classifier whose input is converted to its color, size and crop.
 
-    They come normalized as it needs (`normalize_for`), where its files tell how.
+    Its input is normalized already (`normalize_for`), where its files state how.
     """
 
     def __init__(self, model: nn.Module, pixels: Preprocessing) -> None:
@@ -207,7 +207,7 @@ class Pretrained(nn.Module):
 
 
 def normalize_for(model: nn.Module, data: ImageData) -> ImageData:
-    """The data, normalised as the model was trained to see it: by a transformers model's own mean and deviation."""
+    """The data with the mean and standard deviation that a transformers model was trained with, if stated."""
     if not isinstance(model, Pretrained) or model.pixels.mean is None or model.pixels.std is None:
         return data
     return replace(data, preset={**data.preset, "mean": list(model.pixels.mean), "std": list(model.pixels.std)})
@@ -217,16 +217,15 @@ ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {"small": SmallCNN, 
 
 
 def is_builtin(name: str) -> bool:
-    """Whether a model's name leads to code alone: to no hub id and no folder."""
+    """Whether a model's name stands for an architecture alone, not for a hub id or a folder."""
     return name in ARCHITECTURES or re.fullmatch(rf"timm:{PLAIN}", name) is not None
 
 
 def new_model(name: str, channels: int, classes: int, seed: int, allow_pickle: bool = False) -> nn.Module:
-    """A classifier before any training here: fresh weights, or a pretrained body; what is drawn comes from the seed.
-
+    """A classifier before any training here, with fresh weights or a pretrained body. seed: of random weights.
     name: one of ARCHITECTURES, `timm:NAME` (an extra; fresh), or a transformers folder or hub id (its body, with a new
     head: its own may know the forget set). allow_pickle: read a transformers model's `pytorch_model.bin`. Raises
-    ModelError if it cannot be had.
+    ModelError if it does not exist or cannot be loaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "weights"))
@@ -245,11 +244,13 @@ def _timm(name: str, channels: int, classes: int) -> nn.Module:
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # a torchvision made for another torch raises the latter
-        raise ModelError(f"the model timm:{name} needs the package timm: pip install salun[timm] ({error})") from error
+        raise ModelError(
+            f"the model timm:{name} needs the package timm ({error})", advice="pip install salun[timm]"
+        ) from error
     try:
         made: nn.Module = timm.create_model(name, pretrained=False, in_chans=channels, num_classes=classes)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ModelError(f"timm cannot make {name!r}: {error}") from error
+        raise ModelError(f"timm cannot build {name!r}: {error}") from error
     return made
 
 
@@ -268,25 +269,25 @@ def stock_model(name: str, allow_pickle: bool = False) -> tuple[nn.Module, tuple
     return Pretrained(made, _pixels(name, allow_pickle)), tuple(labels[i] for i in sorted(labels))
 
 
-def first_label_mismatch(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, str] | None:
-    """The first pair of names, a model's and the data's of the same number, that do not name one class; None if all do.
+def first_label_mismatch(model_classes: Sequence[str], data_classes: Sequence[str]) -> tuple[str, str] | None:
+    """The first pair of names, the model's and the data's at the same index, of different classes; None if all agree.
 
-    Case, and blanks, dashes or underscores, do not count; of several names, as ImageNet's classes have, one suffices.
+    Ignores case, and treats blanks, dashes and underscores alike. Of several names, as in ImageNet, one must agree.
     """
 
     def names(text: str) -> set[str]:
         return {re.sub(r"[\s_-]+", " ", part).strip().casefold() for part in (text, *text.split(","))}
 
-    return next(((a, b) for a, b in zip(theirs, ours, strict=True) if not names(a) & names(b)), None)
+    return next(((a, b) for a, b in zip(model_classes, data_classes, strict=True) if not names(a) & names(b)), None)
 
 
 def has_default_labels(classes: Sequence[str]) -> bool:
-    """Whether these are the names that transformers gives where nobody gave any."""
+    """Whether these are transformers' default names, LABEL_0 and so on."""
     return all(re.fullmatch(r"LABEL_\d+", name) for name in classes)
 
 
 def _pixels(name: str, allow_pickle: bool) -> Preprocessing:
-    """What the model's image processor says; nothing where it has none. Raises ModelError for one that is damaged."""
+    """The preprocessing of the model's image processor, if it has one. Raises ModelError if its file is damaged."""
     try:
         return Preprocessing.of(pretrained.image_processor(name, allow_pickle))
     except (KeyError, ValueError, TypeError, ArithmeticError) as error:
@@ -295,11 +296,11 @@ def _pixels(name: str, allow_pickle: bool) -> Preprocessing:
 
 @dataclass(frozen=True)
 class WeightFileInfo:
-    """What a file of weights says of itself.
+    """The metadata of a file of weights.
 
-    architecture: as in `new_model`. channels: of the pictures. classes: names by label. role: original, unlearned or
+    architecture: as in `new_model`. channels: of the images. classes: names by label. role: original, unlearned or
     retrain. base, split: hashes of what it was trained on (`Split.base`, and of the forget set too where there is one).
-    training: the options it was trained by (`plan.RECIPE`), fewer where nobody knows.
+    training: the options it was trained with (`plan.RECIPE`), only those that are known.
     """
 
     architecture: str
@@ -312,7 +313,7 @@ class WeightFileInfo:
 
 
 def save_model(path: Path, model: nn.Module, facts: WeightFileInfo) -> None:
-    """Write weights and buffers as safetensors; equal content gives equal bytes."""
+    """Write weights and buffers as safetensors; equal content gives byte-identical files."""
     metadata = {
         "format": FORMAT,
         "architecture": facts.architecture,
@@ -332,14 +333,14 @@ def save_model(path: Path, model: nn.Module, facts: WeightFileInfo) -> None:
 
 
 def load_model(path: Path) -> tuple[nn.Module, WeightFileInfo]:
-    """A classifier from a file that `save_model` wrote, untrusted: what it says of its model opens no folder and
-    fetches nothing. Raises ModelError if it is none, does not fit, or names a model that is neither ours, timm's nor
-    described by its own configuration.
+    """A classifier from a file that `save_model` wrote, untrusted input: its metadata opens no folder and
+    fetches nothing. Raises ModelError if it is invalid, or names a model that is neither built in, timm's nor described
+    by the file's own configuration.
     """
     header = safetensors_io.read_header(path)
     metadata = header.metadata
     if metadata.get("format") != FORMAT:
-        raise ModelError(f"{path} holds no classifier of salun's: make one with `salun classify-train`")
+        raise ModelError(f"{path} holds no classifier of salun", advice="Make one with `salun classify-train`")
     try:
         classes = tuple(str(name) for name in parse_json(metadata["classes"]))
         facts = WeightFileInfo(
@@ -347,9 +348,9 @@ def load_model(path: Path) -> tuple[nn.Module, WeightFileInfo]:
             metadata["base"], metadata["split"], dict(parse_json(metadata["training"])),
         )  # fmt: skip
         config = parse_json(metadata["config"]) if "config" in metadata else None
-        pixels = Preprocessing.kept(parse_json(metadata["pixels"])) if config is not None else Preprocessing()
+        pixels = Preprocessing.from_file(parse_json(metadata["pixels"])) if config is not None else Preprocessing()
     except (KeyError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} is damaged: its header lacks or garbles {error}") from error
+        raise ModelError(f"{path} is damaged: an entry of its header is missing or invalid ({error})") from error
     if config is not None:
         from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -361,13 +362,13 @@ def load_model(path: Path) -> tuple[nn.Module, WeightFileInfo]:
             model: nn.Module = Pretrained(build(), pixels)
         except Exception as error:  # the library raises many kinds for a config that it cannot use
             raise ModelError(
-                f"{path} is damaged: its configuration makes no classifier ({first_line(error)})"
+                f"{path} is damaged: no classifier can be built from its configuration ({first_line(error)})"
             ) from error
     elif is_builtin(facts.architecture):
         model = new_model(facts.architecture, facts.channels, len(facts.classes), seed=0)
     else:
         raise ModelError(
-            f"{path} names the model {facts.architecture!r}, which a file may not: it must be "
+            f"{path} names the model {facts.architecture!r}, but a file may only name "
             f"{', '.join(ARCHITECTURES)}, timm:NAME, or a transformers model whose configuration the file holds"
         )
     try:
@@ -385,7 +386,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def head_of(model: nn.Module, classes: int) -> nn.Linear:
     """The last linear layer, which gives the logits. Raises ModelError if there is none."""
-    found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    if not found:
-        raise ModelError(f"the model ends in no linear layer of {classes} classes: this method cannot widen it")
-    return found[-1]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    if not layers:
+        raise ModelError(f"the model has no linear layer of {classes} classes, which this method needs")
+    return layers[-1]

@@ -1,6 +1,6 @@
 """The options that all tasks of classifiers share: name, default, help, range.
 
-`None` stands for `auto`: the number comes from the data set's entry in `datasets.yaml`, or from the method.
+`None` stands for `auto`: the value comes from the data set's entry in `datasets.yaml`, or from the method.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class TrainOptions(DeviceOptions):
         None, "Side length in pixels that images are resized to (default: no resizing)", minimum=4, maximum=1024
     )
     test_share: float = option(
-        0.2, "Fraction of all images that test, where the data has no test part", above=0, maximum=0.9
+        0.2, "Fraction of all images in the test set, if the data has no test part", above=0, maximum=0.9
     )
     validation_share: float = option(
-        0.1, "Fraction of the images that are not test images that validate", minimum=0, maximum=0.9
+        0.1, "Fraction of the non-test images in the validation set", minimum=0, maximum=0.9
     )
     split_seed: int = option(0, "Seed of the split into train, validation and test", minimum=0, maximum=2**63 - 1)
     model: str | None = option(
@@ -63,7 +63,7 @@ class TrainOptions(DeviceOptions):
     )
     momentum: float = option(0.9, "Momentum of SGD", minimum=0, maximum=0.999)
     weight_decay: float = option(5e-4, "Weight decay of SGD", minimum=0, maximum=1)
-    deterministic: bool = option(True, "Use only kernels that give the same bits each time, where there are any")
+    deterministic: bool = option(True, "Use deterministic kernels where there are any, so that results are bit-exact")
     seed: int = option(0, "Seed of everything random except the split", minimum=0, maximum=2**63 - 1)
 
 
@@ -80,12 +80,12 @@ class TaskOptions(TrainOptions):
     original: str | None = option(
         None,
         "Model to unlearn from: a run folder or .safetensors of `salun classify-train`, or a transformers folder or "
-        "hub id (default: trained, and kept in the cache)",
+        "hub id (default: trained and cached)",
         path=True,
     )
     retrain: str = option(
         "auto",
-        "Whether to train without the forget set as well, for comparison; auto: on digits and clutter",
+        "Whether to train Retrain, a model without the forget set, for comparison; auto: only on digits and clutter",
         choices=("auto", "yes", "no"),
     )
     mask: str | None = option(

@@ -1,4 +1,4 @@
-"""The model that is to forget: given, or trained here and kept in the cache. Retrain comes about the same way."""
+"""The original, the model to unlearn from: given, or trained and cached. Retrain is trained by the same function."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from salun.user_text import as_spelled
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A trained model and what its file says of it.
+    """A trained model and the metadata of its file.
 
-    seconds: its training took, None where nobody knows. history: as `Task.history`. notes: what a user should know.
+    seconds: of its training, None if unknown. history: as `Task.history`. notes: what a user should know.
     """
 
     model: nn.Module
@@ -52,10 +52,10 @@ class Original:
 def trained(
     options: TaskOptions, data: ImageData, split: Split, cache: Cache, progress: Progress, stage: Stage
 ) -> Original:
-    """A model trained from scratch on the split's retain rows by settled options; from the cache if it was before.
+    """A model trained from scratch on the split's retain rows by resolved options; from the cache if it is there.
 
-    An original has a split in which nothing is forgotten yet, so that retain is all of train; Retrain one with a forget
-    set. Both begin at the same weights. stage: what the random numbers of its batches depend on beside the seed.
+    The split of an original has an empty forget set; Retrain's has one. Both begin with the same weights. stage: what
+    the random numbers of its batches depend on besides the seed.
     """
     device = data.images.device
     assert options.model is not None
@@ -89,11 +89,11 @@ def trained(
 
 
 def key_of_training(options: TaskOptions, data: ImageData, split: Split, fresh: nn.Module, stage: Stage) -> str:
-    """The cache's key of a model trained so: a hash of all that its bits depend on.
+    """The cache key of a trained model: a hash of all that its weights depend on.
 
-    fresh: the model before training, whose weights count, for a pretrained body is known by no more than its name. The
-    versions of the libraries count, and on a CPU the number of threads and the instructions it has: sums are taken in
-    another order by others. stage: what its batches are drawn by.
+    fresh: the model before training; its weights are hashed because the options only name a pretrained model. The key
+    includes the versions of the libraries and, on a CPU, the number of threads and the instruction set, which change
+    the order of sums. stage: what its batches are drawn by.
     """
     device = data.images.device
     if device.type == "cuda":
@@ -102,15 +102,16 @@ def key_of_training(options: TaskOptions, data: ImageData, split: Split, fresh: 
         where = [device.type, torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
     return key_of(
         kind="classifier-4", options=recipe_of(options, device), data=split.data, rows=split.retain.tolist(),
-        normalised=[data.preset[k] for k in ("mean", "std")], weights=digest_of(*fresh.state_dict().values()),
+        normalised=[data.preset[k] for k in ("mean", "std")],  # codespell:ignore normalised
+        weights=digest_of(*fresh.state_dict().values()),
         where=where, versions={k: v for k, v in versions().items() if k != "platform"}, stage=stage,
     )  # fmt: skip
 
 
 def given_original(name: str, data: ImageData, split: Split, allow_pickle: bool = False) -> Original:
-    """The original that is given: a run folder, a .safetensors file, or a transformers folder or hub id.
+    """A given original: a run folder, a .safetensors file, or a transformers folder or hub id.
 
-    Raises ModelError if it is none, its classes or channels are not the data's, or it has been made to forget already;
+    Raises ModelError if it is invalid, its classes or channels are not the data's, or it is not an original;
     DataError if it was trained on another split.
     """
     path = as_spelled(Path(name).expanduser())
@@ -124,12 +125,12 @@ def given_original(name: str, data: ImageData, split: Split, allow_pickle: bool 
         _checked(facts, name, data)
         return Original(model, facts, notes=tuple(_unverified_claims(name, model, classes, data)))
     _checked(facts, str(path), data)
-    strange = sorted({*facts.training} - {*RECIPE})
-    if strange:
-        raise ModelError(f"{path} is damaged: it names {', '.join(strange)}, which training has no options for")
+    unknown = sorted({*facts.training} - {*RECIPE})
+    if unknown:
+        raise ModelError(f"{path} is damaged: its training options include {', '.join(unknown)}, which do not exist")
     from_mapping(TrainOptions, facts.training, str(path))
     if facts.channels != data.channels:
-        raise ModelError(f"{path} takes pictures of {facts.channels} channels, {data.name} has {data.channels}")
+        raise ModelError(f"{path} takes images of {facts.channels} channels, but {data.name} has {data.channels}")
     if facts.role != "original":
         raise ModelError(
             f"{path} is an {facts.role} model, but must be an original", advice="Use one made by `salun classify-train`"
@@ -144,19 +145,20 @@ def given_original(name: str, data: ImageData, split: Split, allow_pickle: bool 
 
 def _checked(facts: WeightFileInfo, where: str, data: ImageData) -> None:
     if len(facts.classes) != len(data.classes):
-        raise ModelError(f"{where} knows {len(facts.classes)} classes, but {data.name} has {len(data.classes)}")
+        raise ModelError(f"{where} has {len(facts.classes)} classes, but {data.name} has {len(data.classes)}")
     other = None if has_default_labels(facts.classes) else first_label_mismatch(facts.classes, data.classes)
     if other is not None:
         raise ModelError(
-            f"{where} has a class {other[0]!r} where {data.name} has {other[1]!r}: they must have the same classes in "
-            "the same order (name the data's folders as the model does, or mend id2label in the model's config.json)"
+            f"{where} has a class {other[0]!r} where {data.name} has {other[1]!r}, but both must have the same classes "
+            "in the same order",
+            advice="Name the data's folders as the model does, or correct id2label in the model's config.json",
         )
 
 
 def _unverified_claims(name: str, model: nn.Module, classes: Sequence[str], data: ImageData) -> Iterator[str]:
-    """What nobody can check of a model that others trained."""
-    yield f"what {name} was trained on is not known: it may never have seen the forget set, or have seen the test"
+    """Notes on what cannot be verified about a model that was not trained here."""
+    yield f"the training data of {name} is unknown: it may not include the forget set, or include test images"
     if has_default_labels(classes):
-        yield f"{name} does not name its classes: that they come in the order of {data.name}'s is taken on trust"
+        yield f"{name} does not name its classes: they are assumed to be in the order of {data.name}'s"
     if normalize_for(model, data) is data:
-        yield f"{name} has no image processor that tells the mean and deviation of its pixels: it gets {data.name}'s"
+        yield f"{name} has no image processor that states the mean and std of its pixels: those of {data.name} are used"

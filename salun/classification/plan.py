@@ -1,4 +1,4 @@
-"""What a run will do: `None` made a number, from the data set, the original's own training, or the method."""
+"""Resolves options: replaces `None` by a value of the data set, of the original's own training, or of the method."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from salun.errors import ConfigError
 from salun.methods import METHODS
 
 TRAINING = ("model", "train_epochs", "train_lr", "train_batch_size", "augment")
-RECIPE = (*TRAINING, "momentum", "weight_decay", "dtype", "deterministic", "seed")  # all that an original depends on
+RECIPE = (*TRAINING, "momentum", "weight_decay", "dtype", "deterministic", "seed")  # what an original depends on
 
 
 def recipe_of(options: TaskOptions, device: torch.device) -> dict[str, Any]:
-    """How a model is trained by settled options, for its file; the dtype as it is on this device."""
+    """The options that a model is trained with, for its file; the dtype as resolved on this device."""
     dtype = next(name for name, kind in DTYPES.items() if kind == pick_dtype(options.dtype, device))
     return {**{name: getattr(options, name) for name in RECIPE}, "dtype": dtype}
 
 
 def known_recipe(training: Mapping[str, Any] | None) -> bool:
-    """Whether a file tells all of how its model was trained, so that Retrain can be trained likewise."""
+    """Whether a file holds all options that its model was trained with, which Retrain needs."""
     return training is not None and all(name in training for name in RECIPE)
 
 
@@ -45,7 +45,7 @@ def resolve_options(
 
     Raises:
         ConfigError: A `train_…` option, model or augmentation contradicts `training`, the method cannot follow an
-            option, or a search has nothing to go by.
+            option, or a search is impossible.
     """
     preset, method = data.preset, METHODS["classification"][options.method]
     known = {"model": preset["model"], "augment": preset["augment"]}
@@ -84,13 +84,13 @@ def why_no_retrain(options: UnlearnOptions, training: dict[str, Any] | None) -> 
     if training is not None and not known_recipe(training):
         if options.retrain == "yes" or options.method == "retrain":
             raise ConfigError(
-                f"how {options.original} was trained is not known, so it cannot be trained again without the forget "
-                "set",
+                f"the training options of {options.original} are not known, so it cannot be trained again without the "
+                "forget set",
                 advice="Train an original by `salun classify-train`",
             )
-        return "how the original was trained is not known"
+        return "the original's training options are not known"
     if options.method == "retrain":
         return "this is Retrain itself"
     if options.retrain == "no" or (options.retrain == "auto" and options.data not in EMBEDDED):
-        return "Retrain is only trained with retrain: yes"
+        return "Retrain is not trained unless the option retrain is yes"
     return None

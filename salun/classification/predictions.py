@@ -15,7 +15,7 @@ from salun.randomness import generator_of
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """A model's predictions of some rows. p: float64 (n, classes), probabilities. y: int64 (n,), the true labels."""
+    """A model's predictions for some rows. p: float64 (n, classes), probabilities. y: int64 (n,), the true labels."""
 
     p: np.ndarray
     y: np.ndarray
@@ -33,9 +33,9 @@ class Predicted:
 
 
 def members(of: int, n: int, seed: int) -> Tensor:
-    """n of so many rows, from which an attack is made (all, if there are fewer), int64: first of a seeded permutation.
+    """The indices of n members that an attack is fitted to, int64: the first n of a seeded permutation of `of` rows.
 
-    As stored, rows may be in the order of classes.
+    All of them if there are fewer. The permutation matters because rows may be stored in the order of classes.
     """
     return torch.randperm(of, generator=generator_of(seed, "members"))[:n]
 
@@ -44,19 +44,19 @@ def members(of: int, n: int, seed: int) -> Tensor:
 def predict(task: Task, rows: Tensor) -> Predicted:
     """Predictions of the task's model in eval mode. Raises TrainingError if they are not finite."""
     task.model.eval()
-    parts = [task.logits(task.data.pictures(part)).double().softmax(1).cpu() for part in rows.split(512)]
+    parts = [task.logits(task.data.images_of(part)).double().softmax(1).cpu() for part in rows.split(512)]
     p = torch.cat(parts) if parts else torch.zeros(0, task.classes, dtype=torch.float64)
     if not torch.isfinite(p).all():
         raise TrainingError(
             "the model diverged: its predictions are not finite",
-            advice="use a smaller {lr} (FF: {noise}, IU: {influence})",
+            advice="Use a smaller {lr} (FF: {noise}, IU: {influence})",
         )
     return Predicted(p.numpy(), task.labels(rows).cpu().numpy())
 
 
 @dataclass(frozen=True, eq=False)
 class SplitPredictions:
-    """Predictions of a task's model on D_f, on D_r and on the test rows of classes that D_r still has."""
+    """Predictions of a task's model on D_f, on D_r and on the test rows of retained classes."""
 
     task: Task
     forget: Predicted
@@ -65,7 +65,7 @@ class SplitPredictions:
 
     @classmethod
     def of(cls, task: Task) -> SplitPredictions:
-        """Those of the model as it is. Raises DataError if there are no rows to forget or to test."""
+        """The predictions of the task's model. Raises DataError if the forget set or the test set is empty."""
         split, tested = task.split, task.split.retained_test_rows(task.data.labels)
         for name, rows in (("forget set", split.forget), ("test set", tested)):
             if not len(rows):

@@ -1,4 +1,4 @@
-"""transformers' image classifiers, untrusted input: checked before the library builds or runs anything of them."""
+"""transformers' image classifiers as untrusted input: checked before the library builds or runs any part of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from salun.errors import ModelError
 from salun.untrusted import read_json_object
 from salun.user_text import as_spelled
 
-PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # a timm model's name that is no hub id and no folder
-LARGEST = 1_000_000  # of a config's whole numbers
+PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # a timm model's name that is neither a hub id nor a folder
+LARGEST = 1_000_000  # of a config's integers
 ATTENTION = (None, "eager", "sdpa")  # other names lead to a loader of kernels from the hub
 FORBIDDEN = (  # lead to code, weights or kernels from elsewhere
     "auto_map", "backbone", "use_pretrained_backbone", "custom_pipelines", "quantization_config", "kernel_config",
@@ -66,7 +66,7 @@ def load(name: str, allow_pickle: bool, **changes: Any) -> Any:
 
 
 def _held(safetensors: list[Path], pickles: list[Path]) -> int:
-    """Entries of the tensors in the weight files; of pickles, which are not opened for that, at most."""
+    """Number of tensor entries in the weight files; for pickles, which are not opened for this, an upper bound."""
     if not safetensors:
         return sum(path.stat().st_size for path in pickles)
     headers = [safetensors_io.read_header(path) for path in safetensors]
@@ -74,7 +74,7 @@ def _held(safetensors: list[Path], pickles: list[Path]) -> int:
 
 
 def folder_of(name: str, allow_pickle: bool) -> Path:
-    """The model's folder, fetched from the hub if need be. Raises ModelError for one that may not be opened."""
+    """The model's folder, fetched from the hub if need be. Raises ModelError if it may not be opened."""
     folder = as_spelled(Path(name).expanduser())
     if not folder.is_dir():
         folder = _fetched(name, allow_pickle)
@@ -89,22 +89,22 @@ def _fetched(name: str, allow_pickle: bool) -> Path:
 
     patterns = [*FILES, *SAFETENSORS, *(PICKLES if allow_pickle else ())]
     try:
-        kept = Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
-        if (kept / "config.json").is_file() and any(kept.glob("*model*.*")):
-            return kept
+        cached = Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
+        if (cached / "config.json").is_file() and any(cached.glob("*model*.*")):
+            return cached
     except (OSError, ValueError):  # not in the local cache
         pass
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds; each means that the model is not here
         raise ModelError(
-            f"the image classifier {name!r} cannot be loaded: it is no folder, and could not be fetched "
+            f"the image classifier {name!r} cannot be loaded: it is not a folder and could not be fetched "
             f"({type(error).__name__})"
         ) from error
 
 
 def image_processor(name: str, allow_pickle: bool) -> dict[str, Any]:
-    """What the model's image processor says; empty where it has none. Raises ModelError for one that is damaged."""
+    """The config of the model's image processor; empty if it has none. Raises ModelError if the file is damaged."""
     folder = folder_of(name, allow_pickle)
     if (folder / "preprocessor_config.json").is_file():
         return _object(folder / "preprocessor_config.json", name)
@@ -124,7 +124,7 @@ def _object(path: Path, name: str) -> dict[str, Any]:
 
 
 def check_config(node: Any) -> None:
-    """Raises ValueError for a config that would fetch or open what it names, or run its code, or is out of bounds."""
+    """Raises ValueError for a config that would fetch or open files, run code, or holds a number out of range."""
     if isinstance(node, list):
         for value in node:
             check_config(value)
@@ -139,7 +139,7 @@ def check_config(node: Any) -> None:
             else:
                 allowed = not value or key not in FORBIDDEN
             if not allowed:
-                raise ValueError(f"its {truncated(key)} is {truncated(repr(value))}, which a file may not say")
+                raise ValueError(f"its {truncated(key)} is {truncated(repr(value))}, which is not allowed in a file")
             check_config(value)
     elif isinstance(node, int) and abs(node) > LARGEST:
         raise ValueError(f"it holds the number {node}; the limit is {LARGEST:,}")

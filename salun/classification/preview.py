@@ -1,4 +1,4 @@
-"""What a command would do, and about how long it would take: nothing is written."""
+"""Previews: what a command would do, and about how long it would take. Nothing is written."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
 
-READ = 3  # passes over the pictures that a method without training takes, about
+READ = 3  # passes over the images that a method without training takes, about
 LATER = FURTHER + 2  # values that a search may try after its first round
 
 
 def preview_training(
     options: TrainOptions, *, run_dir: Path | None = None, cache: Cache | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
-    """What `train` would do. seconds: counted from one epoch on 512 pictures at most. Raises as it."""
+    """What `train` would do. seconds: counted from one epoch on 512 images at most. Raises as `train`."""
     full, data, split = training_of(options)
     pace = _seconds_per_image(full, data, split, progress)
     cached, seconds = _training(full, data, split, cache or Cache.of_user(), Stage.TRAINING, pace)
@@ -41,7 +41,7 @@ def preview_training(
 def preview_unlearning(
     options: UnlearnOptions, *, run_dir: Path | None = None, cache: Cache | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
-    """What `unlearn` would do. cached: whether the original and Retrain, where they are to be trained, are there.
+    """What `unlearn` would do. cached: whether the original and Retrain are in the cache, if they would be trained.
 
     no_retrain: why there is no Retrain, None if there is. seconds: as in `preview_training`. Raises as `unlearn`.
     """
@@ -76,7 +76,7 @@ def preview_unlearning(
 def preview_comparison(
     options: CompareOptions, *, run_dir: Path | None = None, cache: Cache | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
-    """What `compare` would do. seconds: as in `preview_training`, and as if nothing were in the cache. Raises as it."""
+    """What `compare` would do. seconds: as in `preview_training`, if nothing is cached. Raises as `compare`."""
     variants, cache = variants_of(options), cache or Cache.of_user()
     jobs = jobs_of(options, variants)
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
@@ -119,7 +119,7 @@ def _summary(options: TaskOptions, data: ImageData, split: Split) -> dict[str, A
 
 
 def _passes(options: TaskOptions, split: Split) -> int:
-    """Pictures that one unlearning trains on, or reads, about."""
+    """About how many images one unlearning trains on or reads."""
     if options.method == "retrain":
         assert options.train_epochs is not None
         return options.train_epochs * len(split.retain)
@@ -129,7 +129,7 @@ def _passes(options: TaskOptions, split: Split) -> int:
 def _training(
     options: TaskOptions, data: ImageData, split: Split, cache: Cache, stage: Stage, pace: float
 ) -> tuple[bool, float]:
-    """Whether the cache has a model trained so, and the seconds that training takes if not."""
+    """Whether the trained model is cached, and the seconds that its training takes if not."""
     assert options.model is not None and options.train_epochs is not None
     fresh = new_model(options.model, data.channels, len(data.classes), options.seed, options.allow_pickle)
     there = cache.get(key_of_training(options, normalize_for(fresh, data), split, fresh, stage)) is not None
@@ -137,7 +137,7 @@ def _training(
 
 
 def _seconds_per_image(options: TaskOptions, data: ImageData, split: Split, progress: Progress) -> float:
-    """Seconds that one picture takes in training, on this machine now."""
+    """Seconds per image in training, measured on this machine now."""
     fresh = partial(
         new_model, options.model or "", data.channels, len(data.classes), options.seed, options.allow_pickle
     )

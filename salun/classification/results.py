@@ -1,4 +1,4 @@
-"""What the result of a job must hold: a kept one may be untrusted input, since it lies in a run folder."""
+"""Checks of a job's stored result, which may be untrusted input, since it lies in a run folder."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from salun.attacks.mia import FEATURES
 from salun.classification.metrics import COMPARED
 
-LARGEST = 1e15  # of a number; sums and squares of such stay finite
+LARGEST = 1e15  # of a number: its sums and squares stay finite
 
 
 def check_result(kind: str, result: Any, classes: int, option: str | None, values: Sequence[float]) -> None:
-    """Raises ValueError in one line for a result that a table or a report cannot be made of.
+    """Raises ValueError for a result that no table or report can be made from.
 
-    kind: of the job. classes: how many the data set has. option, values: what a search was to try.
+    kind: of the job. classes: of the data set, a count. option, values: what a search had to try.
     """
     result = _object("the result", result)
     if "error" in result:
@@ -66,7 +66,7 @@ def _check_search(result: Mapping[str, Any], option: str | None, values: Sequenc
         trial = _object("a trial", trial)
         _number("the value of a trial", trial.get("value"))
         if trial["value"] != value:
-            raise ValueError(f"it tried {trial['value']:g}, but was to try {value:g}")
+            raise ValueError(f"it tried {trial['value']:g}, but had to try {value:g}")
         if trial.get("reason", "") is not None and not isinstance(trial.get("reason"), str):
             raise ValueError("the reason of a trial must be a text or null")
         if trial.get("score", "") is not None:

@@ -1,4 +1,4 @@
-"""Which rows train, validate and test, and which of the training rows are to be forgotten. Told in `split.json`."""
+"""Which rows train, validate and test, and which of the training rows are to be forgotten. Stored in `split.json`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARTS = ("train", "validation", "test", "forget", "retain")
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Rows, int64 and rising. train, validation and test share none; train = forget ∪ retain.
+    """Rows, int64 and ascending. train, validation and test are disjoint; train = forget ∪ retain.
 
     data: the digest of the data set whose rows these are. forgetting: the option `forget`, "" before it applies.
     """
@@ -42,67 +42,67 @@ class Split:
 
     @property
     def base(self) -> str:
-        """A hash of the data and of what trains, validates and tests: an original and its unlearned models share it."""
+        """A hash of the data, train, validation and test: an original and its unlearned models have the same."""
         return self._hash(PARTS[:3])
 
     @property
     def digest(self) -> str:
-        """A hash of all parts: an unlearned model and its Retrain share it."""
+        """A hash of the data and of all parts: the same for an unlearned model and its Retrain."""
         return self._hash(PARTS)
 
     def _hash(self, parts: tuple[str, ...]) -> str:
-        told = json.dumps([self.data, *(getattr(self, part).tolist() for part in parts)])
-        return hashlib.sha256(told.encode()).hexdigest()
+        text = json.dumps([self.data, *(getattr(self, part).tolist() for part in parts)])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def without_forget_set(self) -> Split:
         """The same with nothing to forget: all of train is retained."""
         return replace(self, forget=self.train[:0], retain=self.train, forgetting="")
 
     def retained_test_rows(self, labels: Tensor) -> Tensor:
-        """The test rows of classes that the retain set still has: a forgotten class is no part of the test accuracy."""
+        """The test rows of retained classes; completely forgotten classes do not count in the test accuracy."""
         return self.test[torch.isin(labels.cpu()[self.test], labels.cpu()[self.retain])]
 
     def check_rows(self, n: int, where: Path) -> None:
-        """Raises DataError if a row is none of the n that the data has."""
+        """Raises DataError if a row is not one of the data's n rows."""
         rows = torch.cat([getattr(self, part) for part in PARTS])
         outside = rows[(rows < 0) | (rows >= n)]
         if len(outside):
             raise DataError(f"{where}: row {int(outside[0])} is out of range, the data has rows 0 to {n - 1}")
 
     def save(self, path: Path) -> None:
-        """Write `split.json`, whole or not at all."""
-        told: dict[str, Any] = {"format": FORMAT, "data": self.data, "forgetting": self.forgetting}
-        told.update({part: getattr(self, part).tolist() for part in PARTS})
-        write_bytes(path, (json.dumps(told) + "\n").encode())
+        """Write `split.json` atomically."""
+        record: dict[str, Any] = {"format": FORMAT, "data": self.data, "forgetting": self.forgetting}
+        record.update({part: getattr(self, part).tolist() for part in PARTS})
+        write_bytes(path, (json.dumps(record) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Split:
-        """Read a `split.json`. Raises DataError if it is none."""
+        """Read a `split.json`. Raises DataError if it is invalid."""
         try:
-            told = read_json(path)
-            if told["format"] != FORMAT:
-                raise ValueError(f"its format is {told['format']!r}")
-            rows = {part: torch.tensor(told[part], dtype=torch.int64) for part in PARTS}
-            if any(some.dim() != 1 for some in rows.values()):
-                raise ValueError("a part is no list of rows")
-            return cls(**rows, data=str(told["data"]), forgetting=str(told["forgetting"]))
+            record = read_json(path)
+            if record["format"] != FORMAT:
+                raise ValueError(f"its format is {record['format']!r}")
+            rows = {part: torch.tensor(record[part], dtype=torch.int64) for part in PARTS}
+            if any(values.dim() != 1 for values in rows.values()):
+                raise ValueError("a part is not a list of rows")
+            return cls(**rows, data=str(record["data"]), forgetting=str(record["forgetting"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is no split that can be read: {error}") from error
+            raise DataError(f"{path} cannot be read as a split: {error}") from error
 
 
 def make_split(data: ImageData, test_share: float, validation_share: float, seed: int) -> Split:
     """Train, validation and test by a seeded permutation; nothing is forgotten yet.
 
-    The data set's own test and validation parts are these; else test_share is of all rows and validation_share of the
-    rows that are not test. Raises DataError if a part or a class of the training part is empty, or there is one class
-    alone.
+    The data set's own test and validation parts are used if it has them. Otherwise test_share is a fraction of all rows
+    and validation_share one of the rows that are not test rows. Raises DataError if the test part or a class of the
+    training part is empty, or there is only one class.
     """
     if len(data.classes) < 2:
-        raise DataError(f"{data.name} has one class only ({', '.join(data.classes)}): a classifier needs two or more")
+        raise DataError(f"{data.name} has only one class ({''.join(data.classes)}), but a classifier needs two or more")
     n, generator = len(data.labels), generator_of(seed, "split")
-    own = [rows for rows in (data.own_test, data.own_validation) if rows is not None]
+    given_parts = [rows for rows in (data.own_test, data.own_validation) if rows is not None]
     others = torch.ones(n, dtype=torch.bool)
-    others[torch.cat([torch.empty(0, dtype=torch.int64), *own])] = False
+    others[torch.cat([torch.empty(0, dtype=torch.int64), *given_parts])] = False
     rows = others.nonzero().view(-1)
     rest = rows[torch.randperm(len(rows), generator=generator)]
     test, validation = data.own_test, data.own_validation
@@ -126,9 +126,9 @@ def make_split(data: ImageData, test_share: float, validation_share: float, seed
 def with_forget(split: Split, data: ImageData, wish: str, seed: int) -> Split:
     """The split with the rows to forget: random:0.1, class:NAME, or a JSON list of rows.
 
-    A class may be given by its number where no class is named by one; `forgetting` has its name.
+    A class may be given by its index if no class has a number as its name; `forgetting` has its name.
 
-    Raises ConfigError for a fraction outside (0, 1) or of no image, a class that does not exist, or another text;
+    Raises ConfigError for a fraction outside (0, 1) or of no image, an unknown class, or any other text;
     DataError for rows out of range, repeated, or not trained on.
     """
     kind, _, value = wish.partition(":")
@@ -151,28 +151,28 @@ def with_forget(split: Split, data: ImageData, wish: str, seed: int) -> Split:
 
 def _random(train: Tensor, value: str, seed: int) -> Tensor:
     try:
-        share = Decimal(value)
+        fraction = Decimal(value)
     except InvalidOperation as error:
         raise ConfigError(
             f"is random:{value}, which is not a number", option="forget", advice="Use random:0.1 for a tenth"
         ) from error
-    if not share.is_finite() or not 0 < share < 1:
+    if not fraction.is_finite() or not 0 < fraction < 1:
         raise ConfigError(
             f"is random:{value}, but the fraction of the training images must be above 0 and below 1", option="forget"
         )
-    count = int(share * len(train))
+    count = int(fraction * len(train))
     if not count:
         raise ConfigError(
-            f"is random:{value}, which of {len(train)} training images is none",
+            f"is random:{value}, which selects none of the {len(train)} training images",
             option="forget",
-            advice="Use a larger one",
+            advice="Use a larger fraction",
         )
     drawn = torch.randperm(len(train), generator=generator_of(seed, "forget"))
     return train[drawn[:count]].sort().values
 
 
 def _class(data: ImageData, value: str) -> int:
-    """The label of a class given by its name, or by its number where no class has a number for a name."""
+    """The label of a class given by its name, or by its index if no class has a number as its name."""
     if value in data.classes:
         return data.classes.index(value)
     names = [composed(name) for name in data.classes]
@@ -206,34 +206,34 @@ def _equals(name: str, number: int) -> bool:
 
 
 def repeated(data: ImageData, split: Split) -> list[str]:
-    """A line for each pair of parts that share images: how many of the one have the same pixels as one of the other."""
+    """A note for each pair of parts with common images: how many images of one have the pixels of one of the other."""
     images = data.images.cpu().contiguous().numpy()
     held = {
         part: {row: hashlib.sha256(images[row]).digest() for row in getattr(split, part).tolist()}
         for part in ("forget", "retain", "validation", "test")
     }
     lines = []
-    for one, other in combinations(held, 2):
-        both = {*held[one].values()} & {*held[other].values()}
-        count = sum(digest in both for digest in held[one].values())
+    for first, second in combinations(held, 2):
+        both = {*held[first].values()} & {*held[second].values()}
+        count = sum(digest in both for digest in held[first].values())
         if count:
-            lines.append(f"{data.name}: {count:,} images of the {one} set are in the {other} set as well (same pixels)")
+            lines.append(f"{data.name}: {count:,} images of the {first} set are also in the {second} set (same pixels)")
     return lines
 
 
 def _listed(path: Path, split: Split, n: int) -> Tensor:
     try:
-        found = read_json(path)
+        rows_listed = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"is {path}, which cannot be read as JSON: {error}", option="forget") from error
-    if not isinstance(found, list) or not found or not all(type(v) is int for v in found):
+    if not isinstance(rows_listed, list) or not rows_listed or not all(type(v) is int for v in rows_listed):
         raise DataError(f"is {path}, which must hold a list of row numbers, such as [3, 14, 15]", option="forget")
-    outside = next((v for v in found if not 0 <= v < n), None)
+    outside = next((v for v in rows_listed if not 0 <= v < n), None)
     if outside is not None:
         raise DataError(
             f"is {path}, but its row {outside} is out of range: the data has rows 0 to {n - 1}", option="forget"
         )
-    rows = torch.tensor(found).sort().values
+    rows = torch.tensor(rows_listed).sort().values
     twice = rows[1:][rows[1:] == rows[:-1]]
     if len(twice):
         raise DataError(f"is {path}, but its row {int(twice[0])} is repeated", option="forget")

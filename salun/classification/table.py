@@ -1,4 +1,4 @@
-"""The table of a comparison: every figure beside Retrain, paired by seed, as numbers and as text."""
+"""The table of a comparison with Retrain, paired by seed, as numbers and as text."""
 
 from __future__ import annotations
 
@@ -23,41 +23,42 @@ def table_of(
     titles: Mapping[str, str],
     again: Results | None = None,
 ) -> dict[str, Any]:
-    """What `run.json` says of a comparison.
+    """The metrics of a comparison, for `run.json`.
 
-    retrain: UA, RA, TA, MIA, RTE, each {mean, std, n, values}. original, again (Retrain of another seed, None where
-    there is none) and each of methods: the same, with `gap` to Retrain's mean over the same seeds in each of the four
-    (the paper's number in parentheses); gap_paper: the mean of those (its "avg. gap"); gap_mean: the mean over the four
-    of each seed's own gaps, over seeds; ToW; search; idle (see `did_nothing`); failed: seeds without a result, and
-    `why` the first of them has none. Gaps of means let errors of different seeds cancel; gap_mean does not, and is what
-    is compared. The gap of
-    `again` is chance, for both are exact.
-    differences: gap_mean of each variant minus the first one's, paired by seed, see `interval`.
+    retrain: UA, RA, TA, MIA, RTE, each {mean, std, n, values}. original, again (Retrain of another seed, or None) and
+    each of methods: the same, and
+        gap: of each of the four means to Retrain's mean over the same seeds (in parentheses in the paper).
+        gap_paper: the mean of those ("avg. gap" in the paper). Errors of different seeds cancel in it.
+        gap_mean: over seeds, the mean of a seed's four gaps, in which nothing cancels; methods are compared by it. That
+            of `again` is chance, since both models are exact.
+        ToW, search; idle: see `is_no_better_than_original`.
+        failed, why: the seeds without a result, and the reason of the first.
+    differences: gap_mean of each variant minus that of the first, paired by seed, see `interval`.
     """
     exact = _good(retrain)
     table: dict[str, Any] = {
         "original": _row({seed: result["original"] for seed, result in exact.items()}, exact),
-        "retrain": _figures(list(exact.values())),
+        "retrain": _metrics(list(exact.values())),
         "again": _row(_good(again), exact) if again else None,
         "methods": {},
     }
     gaps: dict[str, dict[int, float]] = {}
-    for name, some in results.items():
-        good = _good(some)
+    for name, by_seed in results.items():
+        good = _good(by_seed)
         gaps[name] = {s: float(gap_to_retrain(r, exact[s])["gap_mean"]) for s, r in good.items() if s in exact}
-        failed = sorted(seed for seed in some if seed not in good)
+        failed = sorted(seed for seed in by_seed if seed not in good)
         table["methods"][name] = {
             "title": titles[name],
             **_row(good, exact),
             "search": searched.get(name),
             "idle": is_no_better_than_original(searched.get(name)),
             "failed": failed,
-            "why": some[failed[0]]["error"] if failed else None,
+            "why": by_seed[failed[0]]["error"] if failed else None,
         }
     first = next(iter(results))
     pairs = {
-        name: [mine[s] - gaps[first][s] for s in mine if s in gaps[first]]
-        for name, mine in gaps.items()
+        name: [by_seed[s] - gaps[first][s] for s in by_seed if s in gaps[first]]
+        for name, by_seed in gaps.items()
         if name != first
     }
     table["differences"] = {"to": first, "of": {name: interval(values) for name, values in pairs.items()}}
@@ -68,16 +69,16 @@ def _good(results: Results) -> dict[int, Mapping[str, Any]]:
     return {seed: result for seed, result in results.items() if "error" not in result}
 
 
-def _row(some: Results, exact: Results) -> dict[str, Any]:
-    """Figures of all seeds, and gaps of those that have a Retrain, to the very same Retrains."""
-    paired = [seed for seed in some if seed in exact]
-    row = _figures(list(some.values()))
-    ours, theirs = (_figures([side[seed] for seed in paired]) for side in (some, exact))
-    row["gap"] = {name: abs(ours[name]["mean"] - theirs[name]["mean"]) if paired else None for name in COMPARED}
+def _row(results: Results, exact: Results) -> dict[str, Any]:
+    """Metrics of all seeds, and gaps of those that have a Retrain to these Retrains."""
+    paired = [seed for seed in results if seed in exact]
+    row = _metrics(list(results.values()))
+    unlearned, retrained = (_metrics([side[seed] for seed in paired]) for side in (results, exact))
+    row["gap"] = {name: abs(unlearned[name]["mean"] - retrained[name]["mean"]) if paired else None for name in COMPARED}
     row["gap_paper"] = sum(row["gap"].values()) / len(COMPARED) if paired else None
-    beside = [gap_to_retrain(some[seed], exact[seed]) for seed in paired]
-    row["gap_mean"] = spread([float(found["gap_mean"]) for found in beside])
-    row["ToW"] = spread([float(found["ToW"]) for found in beside])
+    gaps = [gap_to_retrain(results[seed], exact[seed]) for seed in paired]
+    row["gap_mean"] = spread([float(gap["gap_mean"]) for gap in gaps])
+    row["ToW"] = spread([float(gap["ToW"]) for gap in gaps])
     return row
 
 
@@ -95,39 +96,39 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def interval(values: Sequence[float]) -> dict[str, Any]:
     """The mean of differences, its 95 % interval by Student's t (low, high) and by the bootstrap, and their median.
 
-    bootstrap: percentiles of the means of 10,000 draws of n with replacement, seeded: where a few seeds lie far out, t
-    takes for symmetric what is not. All intervals are None of fewer than two differences.
+    bootstrap: percentiles of the means of 10,000 seeded draws of n with replacement; unlike t it does not assume
+    symmetry, which outliers break. All intervals are None for fewer than two differences.
     """
     n = len(values)
-    told = {"mean": mean(values) if values else None, "median": median(values) if values else None, "n": n}
+    summary = {"mean": mean(values) if values else None, "median": median(values) if values else None, "n": n}
     if n < 2:
-        return {**told, "low": None, "high": None, "bootstrap": None}
+        return {**summary, "low": None, "high": None, "bootstrap": None}
     from scipy.stats import t
 
     half = float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5
     drawn = np.random.default_rng(0).integers(0, n, (DRAWS, n))
     means = np.asarray(values)[drawn].mean(1)
     bootstrap = [float(end) for end in np.percentile(means, (2.5, 97.5))]
-    return {**told, "low": mean(values) - half, "high": mean(values) + half, "bootstrap": bootstrap}
+    return {**summary, "low": mean(values) - half, "high": mean(values) + half, "bootstrap": bootstrap}
 
 
-def _figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found = {name: spread([float(result[name]["value"]) for result in results]) for name in COMPARED}
-    found["mia_features"] = {
+def _metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    metrics = {name: spread([float(result[name]["value"]) for result in results]) for name in COMPARED}
+    metrics["mia_features"] = {
         name: spread([float(result["mia_features"][name]["value"]) for result in results]) for name in FEATURES
     }
     seconds = [result["RTE"]["value"] for result in results]
-    found["RTE"] = spread([float(value) for value in seconds if value is not None])
+    metrics["RTE"] = spread([float(value) for value in seconds if value is not None])
     curves = [result["relearning"]["steps"] for result in results if "relearning" in result]
     if curves:
-        found["relearning"] = {**spread([float(steps) for steps in curves if steps is not None]), "of": len(curves)}
-    return found
+        metrics["relearning"] = {**spread([float(steps) for steps in curves if steps is not None]), "of": len(curves)}
+    return metrics
 
 
 def tables_of(table: Mapping[str, Any]) -> dict[str, list[list[str]]]:
-    """title → rows of text, the heading first: the figures, the differences, the attacks, what the search found."""
+    """title → rows of text, the heading first: metrics, differences, attacks, searches."""
     return {
-        "In figures": lines_of(table),
+        "Metrics": lines_of(table),
         "Differences, paired by seed": difference_lines(table),
         "The attack, feature by feature": _attack_lines(table),
         "Relearning, steps": _relearning_lines(table),
@@ -138,9 +139,9 @@ def tables_of(table: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 def lines_of(table: Mapping[str, Any]) -> list[list[str]]:
     """The table's cells as text, its heading first, as in the paper: mean ± std (gap to Retrain).
 
-    Of seconds the median: one run on a machine that stood still would decide the mean.
+    Seconds are medians: a single run on a suspended machine would dominate the mean.
     """
-    heading = ["method", *(f"{name} %" for name in COMPARED), "avg. gap", "gap by seed", "its median", "ToW"]
+    heading = ["method", *(f"{name} %" for name in COMPARED), "avg. gap", "gap by seed", "median gap", "ToW"]
     rows = [[*heading, "RTE s, median", "search s"]]
     retrain = table["retrain"]
     for title, row in _sides(table).items():
@@ -159,25 +160,25 @@ def difference_lines(table: Mapping[str, Any]) -> list[list[str]]:
     """The paired differences as text, the heading first."""
     first = table["methods"][table["differences"]["to"]]["title"]
     rows = [["method", f"gap by seed minus that of {first}", "95 % by t", "95 % by bootstrap", "median", "seeds"]]
-    for name, found in table["differences"]["of"].items():
-        mean_of, median_of = (_signed(found[key]) for key in ("mean", "median"))
-        ends = [_between((found["low"], found["high"])), _between(found["bootstrap"])]
-        rows.append([table["methods"][name]["title"], mean_of, *ends, median_of, str(found["n"])])
+    for name, difference in table["differences"]["of"].items():
+        mean_of, median_of = (_signed(difference[key]) for key in ("mean", "median"))
+        ends = [_between((difference["low"], difference["high"])), _between(difference["bootstrap"])]
+        rows.append([table["methods"][name]["title"], mean_of, *ends, median_of, str(difference["n"])])
     return rows
 
 
 def search_lines(table: Mapping[str, Any]) -> list[list[str]]:
-    """What the search found of each method as text, the heading first."""
-    heading = ["method", "option", "value", "off by, points", "untouched: off by", "to be held against it"]
+    """The result of each method's search as text, the heading first."""
+    heading = ["method", "option", "value", "distance, points", "original's distance", "remark"]
     rows = [[*heading, "runs", "seconds"]]
     for row in table["methods"].values():
-        told = row["search"]
-        if not told:
+        result = row["search"]
+        if not result:
             continue
-        score = next((trial["score"] for trial in told["tried"] if trial["value"] == told["chosen"]), None)
-        value = "none" if told["chosen"] is None else f"{told['chosen']:.3g}"
-        cells = [row["title"], told["option"] or "", value, _number(score), _number(told["untouched"])]
-        rows.append([*cells, told["remark"] or "", str(told["runs"]), f"{told['seconds']:.1f}"])
+        score = next((trial["score"] for trial in result["tried"] if trial["value"] == result["chosen"]), None)
+        value = "none" if result["chosen"] is None else f"{result['chosen']:.3g}"
+        cells = [row["title"], result["option"] or "", value, _number(score), _number(result["untouched"])]
+        rows.append([*cells, result["remark"] or "", str(result["runs"]), f"{result['seconds']:.1f}"])
     return rows
 
 
@@ -189,21 +190,21 @@ def _attack_lines(table: Mapping[str, Any]) -> list[list[str]]:
 def _relearning_lines(table: Mapping[str, Any]) -> list[list[str]]:
     known = {title: row["relearning"] for title, row in _sides(table).items() if "relearning" in row}
     rows = [["model", "steps until 99 % of the forget set is known", "within the limit, of seeds"]]
-    return rows + [[title, _cell(told), f"{told['n']} of {told['of']}"] for title, told in known.items()]
+    return rows + [[title, _cell(steps), f"{steps['n']} of {steps['of']}"] for title, steps in known.items()]
 
 
 def _sides(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """title → row, in the order of the table."""
-    found = {"original": table["original"], "Retrain": table["retrain"]}
+    rows = {"original": table["original"], "Retrain": table["retrain"]}
     if table["again"] is not None:
-        found["Retrain, another seed"] = table["again"]
-    return {**found, **{row["title"]: row for row in table["methods"].values()}}
+        rows["Retrain, another seed"] = table["again"]
+    return {**rows, **{row["title"]: row for row in table["methods"].values()}}
 
 
-def _cell(side: Mapping[str, Any], places: int = 2) -> str:
-    if side["mean"] is None:
+def _cell(values: Mapping[str, Any], digits: int = 2) -> str:
+    if values["mean"] is None:
         return "–"
-    return f"{side['mean']:.{places}f}" + (f" ± {side['std']:.{places}f}" if side["std"] is not None else "")
+    return f"{values['mean']:.{digits}f}" + (f" ± {values['std']:.{digits}f}" if values["std"] is not None else "")
 
 
 def _number(value: float | None) -> str:

@@ -26,8 +26,8 @@ Row = dict[str, Any]
 def tables_in(folder: Path) -> list[Path]:
     """The tables of a folder of images, sorted."""
     patterns = ["/".join(["*"] * depth + [name]) for depth in range(_DEEPEST) for name in NAMES]
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
 def from_tables(
@@ -38,10 +38,9 @@ def from_tables(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> ImageData | str:
-    """A data set by its tables. If one names no image files or no labels, and no columns are asked for: a line on it.
-
-    A row's part is its column `split`, or a folder on its file's way named as one. Raises DataError for a table that
-    cannot be read, rows that name no file inside the folder, and what `assembled` raises.
+    """A data set from its tables; a note on one without a column of image files or labels, if none is requested.
+    A row's part is its column `split`, or a folder in its file's path with a part's name. Raises DataError for a table
+    that cannot be read, a row with a file outside the folder, and what `assembled` raises.
     """
     name, rows = folder.resolve().name, []
     for table in tables:
@@ -66,15 +65,15 @@ def from_tables(
     if all(label.isdigit() for label in classes) and classes != [str(i) for i in range(len(classes))]:
         notes.append(f"{name}: the labels are not 0 to {len(classes) - 1}; they name the classes: {some(classes, 10)}")
     listed = {path.resolve() for _, path, _ in rows}
-    found = list_images(folder)
-    others = [path for path in found.files if path.resolve() not in listed]
+    listing = list_images(folder)
+    others = [path for path in listing.files if path.resolve() not in listed]
     if others:
         notes.append(f"{name}: skipped {len(others)} images that no table names")
     read_here = {shown(path, folder) for path in (*tables, *(path for _, path, _ in rows))}
-    skipped = {why: [file for file in files if file not in read_here] for why, files in found.skipped.items()}
+    skipped = {why: [file for file in files if file not in read_here] for why, files in listing.skipped.items()}
     notes += [f"{name}: skipped {line}" for line in counted(skipped)]
     parts = {
-        role: [Sample(path, str(path), classes.index(label)) for own, path, label in known if own == part]
+        role: [Sample(path, str(path), classes.index(label)) for of_part, path, label in known if of_part == part]
         for role, part in roles.items()
     }
     return assembled(name, parts, classes, image_size, notes, preset)
@@ -124,6 +123,6 @@ def _part(folder: Path, table: Path, row: Row, column: str, divided: bool) -> st
 
 
 def _filled(value: Any) -> str:
-    """A cell as text, empty for the ways in which tables write that there is nothing."""
+    """A cell as text; empty for the spellings of a missing value."""
     text = str(value).strip()
     return "" if text.casefold() in UNLABELED else text

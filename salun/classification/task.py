@@ -1,4 +1,4 @@
-"""What a method is given, and the one loop that all of them train by: masked SGD over batches of rows."""
+"""The task that a method gets, and the training loop of all methods: masked SGD over batches of rows."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ Part = Literal["forget", "retain", "both"]
 
 @dataclass
 class Task:
-    """One model that is to forget some rows.
+    """A model that is to forget some rows.
 
     model: θ_o at first; a method changes it in place. fresh: makes the model before any training, for Retrain.
-    options: resolved, no `None` but in those of other tasks. mask: what may move; None for methods that do not train.
+    options: resolved; only options of other tasks are None. mask: the weights that train; None for methods that do not
+    train.
     history: {"epoch": 1, …} with the mean loss on each part that the epoch had ("forget", "retain", "both"). recipe:
-    how the original was trained, and so Retrain is; None: by `options`. memo: what a method has computed of θ_o; the
-    trials of a search share it. notes: what a user should know of that.
+    the training options of the original and of Retrain; None: `options`. memo: values that a method has computed from
+    θ_o, shared by the trials of a search. notes: what a user should know about these.
     """
 
     model: nn.Module
@@ -50,12 +51,12 @@ class Task:
     notes: list[str] = field(default_factory=list)
 
     def labels(self, rows: Tensor) -> Tensor:
-        """The own labels of these rows, int64 (b,), on the data's device."""
+        """The true labels of these rows, int64 (b,), on the data's device."""
         return self.data.labels[rows.to(self.data.labels.device)]
 
     @property
     def device(self) -> torch.device:
-        """Where the data, and so the model, lies."""
+        """The device of the data and the model."""
         return self.data.images.device
 
     @property
@@ -66,7 +67,7 @@ class Task:
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """Number of classes."""
         return len(self.data.classes)
 
     @property
@@ -75,7 +76,7 @@ class Task:
         return dict(self.model.named_parameters())
 
     def logits(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
-        """float32 (b, classes) of normalised pictures (b, c, h, w), by θ or another model."""
+        """float32 (b, classes) of normalized images (b, c, h, w), by θ or another model."""
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out: Tensor = (model or self.model)(x)
         return out.float()
@@ -83,7 +84,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to train on in one step, the labels to train them to, and which set they are of."""
+    """Rows of one training step, their target labels, and the set that they are from."""
 
     rows: Tensor
     labels: Tensor
@@ -113,7 +114,7 @@ def cross_entropy(task: Task) -> Loss:
 
 
 def training_mode(model: nn.Module, batchnorm: str) -> None:
-    """Train mode, with BatchNorm's statistics in use and left alone if `frozen`, measured and kept if `updated`."""
+    """Train mode, with BatchNorm's running statistics used if `frozen`, updated if `updated`."""
     model.train()
     if batchnorm == "frozen":
         for module in model.modules():
@@ -143,8 +144,8 @@ def minimize(
         epochs, lr, batchnorm: By default the task's options.
         cosine: Whether the rate falls to 0 along a half cosine.
         soft_density: SalUn-soft's target density; its threshold follows every step.
-        extra: Parameters of the loss itself, trained without a mask and not kept.
-        stage: What progress is reported as, and what random numbers depend on besides the seed.
+        extra: Parameters of the loss itself, trained without a mask and discarded.
+        stage: The stage of the progress; random numbers depend on it and the seed.
         stop: Called with the number of steps taken after each; True ends the training early.
 
     Raises:
@@ -169,11 +170,11 @@ def minimize(
     samples, current = _samples(task, batches, epochs, stage), dict[int, tuple[Batch, Tensor]]()
 
     def losses(step: int) -> dict[str, Tensor]:
-        if step not in current:  # one that is taken again has the same batch
+        if step not in current:  # a repeated step has the same batch
             current.clear()
             current[step] = next(samples)
         batch, x = current[step]
-        alone = len(batch.rows) == 1  # BatchNorm cannot measure the statistics of one image: it uses those it has
+        alone = len(batch.rows) == 1  # BatchNorm has no batch statistics of one image
         training_mode(task.model, "frozen" if alone else batchnorm or options.batchnorm)
         return {batch.part: loss(x, batch, epoch_of[step])}
 
@@ -206,10 +207,10 @@ def _epoch_means(history: list[LossRow], epoch_of: list[int]) -> list[LossRow]:
 
 
 def train_from_scratch(task: Task, stage: Stage) -> None:
-    """Train the model from its first weights on D_r, as the original was trained, or is to be.
+    """Train the model from its first weights on D_r, with the original's training options.
 
-    SGD by the recipe's `train_…` numbers, momentum, weight decay, dtype and seed, with a rate that falls along a
-    cosine. Every weight trains. stage: what progress is reported as.
+    SGD with the recipe's `train_…` options, momentum, weight decay, dtype and seed, and a cosine schedule of the
+    learning rate. Every weight trains. stage: of the progress.
     """
     recipe = task.recipe or task.options
     task.model.load_state_dict(task.fresh().state_dict())
@@ -228,19 +229,19 @@ def train_from_scratch(task: Task, stage: Stage) -> None:
 
 
 def forget_batches(task: Task, labels: Tensor | None = None) -> Batches:
-    """Each epoch D_f, with its own labels or those given, int64 (|D_f|,)."""
+    """Each epoch D_f, with its true labels or the given ones, int64 (|D_f|,)."""
     rows = task.split.forget
     given = task.labels(rows) if labels is None else labels
     return lambda epoch, generator: batches_of(rows, given, task.size, "forget", generator)
 
 
 def retain_batches(task: Task, size: int | None = None) -> Batches:
-    """Each epoch D_r with its own labels, in batches of the options' size or this one."""
+    """Each epoch D_r with its true labels, in batches of `size` or the options' batch size."""
     rows = task.split.retain
     return lambda epoch, generator: batches_of(rows, task.labels(rows), size or task.size, "retain", generator)
 
 
 def forget_then_retain(task: Task, labels: Tensor | None = None) -> Batches:
-    """Each epoch D_f (with its own labels or those given), then D_r."""
+    """Each epoch D_f (with its true labels or the given ones), then D_r."""
     first, then = forget_batches(task, labels), retain_batches(task)
     return lambda epoch, generator: chain(first(epoch, generator), then(epoch, generator))

@@ -1,4 +1,4 @@
-"""The options of the classify commands: those that tasks share, and those of every method in the registry."""
+"""The options of the classify commands: shared options, and those of every method in the registry."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CompareOptions(UnlearnOptions):
 
     methods: list[str] = option(
         [],
-        "What to compare, the first with each of the others: METHOD, METHOD/MASK, METHOD@DENSITY or "
+        "Methods to compare, the first with each of the others: METHOD, METHOD/MASK, METHOD@DENSITY or "
         "METHOD/MASK@DENSITY, such as salun, rl/random or salun@0.1; repeat for several (default: SalUn, then every "
         "other method)",
     )
@@ -41,7 +41,7 @@ class CompareOptions(UnlearnOptions):
     )
     search: bool = option(True, f"Search each method's {TUNED} on a small grid around its default, without Retrain")
     noise_floor: bool = option(
-        True, "Retrain with another seed as well: the gap between both is chance, which no method can be below"
+        True, "Retrain with a second seed as well; the gap between the two is chance, the noise floor of all gaps"
     )
     search_seeds: int = option(2, "Number of seeds that search; the others use the result", minimum=1)
     workers: int | None = option(

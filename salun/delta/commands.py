@@ -176,16 +176,16 @@ def stack(
 def _stack_notes(
     stored: Stored, made: AppliedDeltas, overlaps: Mapping[tuple[str, str], int], keep_ema: bool
 ) -> list[str]:
-    """What is not exact in the output, and what it leaves out."""
+    """Notes on what is not exact in the output, and on what is not in it."""
     notes = [made.note] if made.note else []
     notes += [
         f"{one} and {other} both change {n:,} weights: these get the sum of both, and neither can be undone alone"
         for (one, other), n in overlaps.items()
     ]
     if links := external_links(stored):
-        notes.append(f"skipped, as links out of the model's folder: {some(links)}")
+        notes.append(f"skipped, since they are links out of the model's folder: {some(links)}")
     if not (keep_ema and stored.single) and (excluded := excluded_weights(stored)):
-        notes.append(f"skipped, since other copies of the weights still hold what was erased: {some(excluded)}")
+        notes.append(f"skipped, since these copies of the weights still contain the concept: {some(excluded)}")
     return notes
 
 

@@ -42,7 +42,7 @@ class Delta:
 
     changes: name → what changed, sorted by name. base_hash, result_hash: of the whole UNet before and after (see
     `base_hash`). dtypes: those of the unchanged tensors, "" standing for all that are not named. metadata: strings
-    saved beside.
+    saved with them.
     """
 
     changes: dict[str, Change]
@@ -66,7 +66,7 @@ class Delta:
         """
         lone = sorted(set(base) ^ set(new))
         if lone:
-            raise ModelError(f"the two models do not hold the same tensors: {some(lone)} only in one of them")
+            raise ModelError(f"the two models do not have the same tensors: only one of them has {some(lone)}")
         return cls.of_changed(base, new, metadata, progress)
 
     @classmethod
@@ -158,7 +158,7 @@ class Delta:
         for name, change in self.changes.items():
             items[f"{name}.where"] = torch.from_numpy(change.indices)
             items[f"{name}.xor"] = torch.from_numpy(change.planes).view(-1)
-        own = {
+        metadata = {
             "format": FORMAT,
             "base_hash": self.base_hash,
             "base_hash_fp16": self.base_hash_fp16,
@@ -169,7 +169,7 @@ class Delta:
                 {n: [safetensors_io.NAMES[c.dtype], list(c.shape), c.kind] for n, c in self.changes.items()}
             ),
         }
-        safetensors_io.write(Path(path), items, {**self.metadata, **own})
+        safetensors_io.write(Path(path), items, {**self.metadata, **metadata})
 
     @classmethod
     def load(cls, path: Path | str) -> Delta:

@@ -168,12 +168,12 @@ class AppliedDeltas(LazyTensors):
     def incompatible_names(self) -> list[str]:
         """Names of tensors that the deltas change and that do not fit or are not in the model."""
         names, there = {name for delta, _ in self.layers for name in delta.changes}, set(self.model)
-        found = []
+        incompatible = []
         for name in sorted(names):
             tensor = self.model[name] if name in there else None
             if tensor is None or not self.is_compatible(name, tensor, self.base_of(name, tensor)):
-                found.append(name)
-        return found
+                incompatible.append(name)
+        return incompatible
 
 
 def check_strengths(strengths: Iterable[float]) -> None:
@@ -197,7 +197,7 @@ def stack(
     which gives the base when cast to its dtypes, gets the differences where the dtypes differ, and so does any model of
     the same names and shapes with the deltas' base as `fine_tune_of_base`; `note` says so. known_hash: the model's base
     hash, where it is known; no hash is computed then. Raises ConfigError for a strength outside −0.5…1.5 or a delta
-    that comes twice; ModelError for deltas of several bases, for another model than theirs, telling both hashes, and
+    that comes twice; ModelError for deltas of several bases, for another model than their base, with both hashes, and
     for a result whose hash is not the delta's.
     """
     layers = tuple(sorted(layers, key=lambda layer: layer[0].id))
@@ -214,31 +214,31 @@ def stack(
             )
     stacked = AppliedDeltas(model, layers)
     if known_hash == first.base_hash:
-        found = Hashes(known_hash, known_hash, "")
+        hashes = Hashes(known_hash, known_hash, "")
     else:
         if fine_tune_of_base is not None:
             stacked = replace(stacked, source=_of_the_same_names(model, fine_tune_of_base), note=OTHER_MODEL)
-        found = stacked.hashes(progress)
-        if fine_tune_of_base is not None and found.before == first.base_hash:  # no fine-tune, but the base itself
+        hashes = stacked.hashes(progress)
+        if fine_tune_of_base is not None and hashes.before == first.base_hash:  # no fine-tune, but the base itself
             stacked = AppliedDeltas(model, layers)
-            found = stacked.hashes(progress)
-    if found.start != first.base_hash:
-        raise _other_base(first, found, model, fine_tune_of_base is not None, progress)
-    if found.start != found.before and not stacked.note:
+            hashes = stacked.hashes(progress)
+    if hashes.start != first.base_hash:
+        raise _other_base(first, hashes, model, fine_tune_of_base is not None, progress)
+    if hashes.start != hashes.before and not stacked.note:
         stacked = replace(stacked, note=OTHER_DTYPE)
-    wrong = [] if found.after else stacked.incompatible_names()
+    wrong = [] if hashes.after else stacked.incompatible_names()
     if wrong:
         raise ModelError(f"the model's {some(wrong)} are missing or have other shapes than in the delta")
-    if not stacked.note and [s for _, s in layers] == [1.0] and found.after not in ("", first.result_hash):
+    if not stacked.note and [s for _, s in layers] == [1.0] and hashes.after not in ("", first.result_hash):
         raise damaged("its result is not its erased model")
-    return replace(stacked, base_hash=found.before, result_hash=found.after)
+    return replace(stacked, base_hash=hashes.before, result_hash=hashes.after)
 
 
 def _of_the_same_names(model: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The base. Raises ModelError if the model holds other tensors."""
     lone = sorted(set(base) ^ set(model))
     if lone:
-        raise ModelError(f"the model and the base do not hold the same tensors: {some(lone)} only on one side")
+        raise ModelError(f"the model and the base do not have the same tensors: only one of them has {some(lone)}")
     return base
 
 

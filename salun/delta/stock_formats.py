@@ -1,7 +1,7 @@
 """LoRA files: what an erasure changed, for ComfyUI, A1111 and Forge without salun.
 
 `full_difference` writes every difference (`.diff`, `.diff_b`); `low_rank` keeps the best approximation of each matrix
-by one of low rank (LoRA), and tells what that loses. The names are those that all three hosts match to a module for
+by one of low rank (LoRA), and reports what that loses. The names are those that all three hosts match to a module for
 each family of models; docs/formats.md says what was tried. Anyone with such a file can undo the erasure.
 """
 
@@ -35,7 +35,7 @@ _KINDS = {  # a part of a parameter's name → its kind; the first that is there
     "resnets": "resnet",
 }
 _HARDLY_SMALLER = 0.8  # of the full difference's bytes
-_NOISE = 1e-13  # squared singular values below this share of the largest are float64's rounding, not the difference
+_NOISE = 1e-13  # squared singular values below this fraction of the largest are float64's rounding, not the difference
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -103,10 +103,10 @@ def full_difference(
 
 @dataclass(frozen=True)
 class EnergyKept:
-    """What a low-rank file holds of some difference.
+    """How much of a difference a low-rank file holds.
 
-    energy: the squared Frobenius norm of the difference. held: of that, what the file holds. ranks: of the layers that
-    it holds; empty for a norm or a bias, which low rank cannot hold.
+    energy: the squared Frobenius norm of the difference. held: the part of it that the file holds. ranks: of the layers
+    that it holds; empty for a norm or a bias, which low rank cannot hold.
     """
 
     energy: float
@@ -114,13 +114,13 @@ class EnergyKept:
     ranks: tuple[int, ...]
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """held ÷ energy, from 0 to 1."""
         return self.held / self.energy
 
     @classmethod
     def of(cls, parts: Iterable[EnergyKept]) -> EnergyKept:
-        """Several together."""
+        """The sum of several."""
         parts = list(parts)
         ranks = tuple(rank for part in parts for rank in part.ranks)
         return cls(sum(part.energy for part in parts), sum(part.held for part in parts), ranks)
@@ -128,10 +128,10 @@ class EnergyKept:
 
 @dataclass(frozen=True)
 class LowRankReport:
-    """What a low-rank file holds of each parameter that changed.
+    """How much of each changed parameter a low-rank file holds.
 
     layers: diffusers name → EnergyKept, in the network's order. size: bytes of its tensors;
-    full_size: of what the full difference would take.
+    full_size: bytes of the full difference.
     """
 
     layers: dict[str, EnergyKept]
@@ -148,7 +148,7 @@ class LowRankReport:
 
     @property
     def total(self) -> EnergyKept:
-        """The same in all."""
+        """The same over all layers."""
         return EnergyKept.of(self.layers.values())
 
     @property
@@ -158,22 +158,22 @@ class LowRankReport:
 
     @property
     def warning(self) -> str:
-        """That the file is hardly smaller than the exact one; "" if it is."""
+        """A warning if the file is hardly smaller than the full difference, else ""."""
         if self.size < _HARDLY_SMALLER * self.full_size:
             return ""
         return (
-            f"it takes {self.size / self.full_size:.0%} of the room of the full difference (x.diff.safetensors), which "
-            "loses nothing: a fixed rank, such as 16, makes it small"
+            f"the file has {self.size / self.full_size:.0%} of the size of the full difference (x.diff.safetensors), "
+            "which loses nothing: use a fixed rank, such as 16, for a small file"
         )
 
     def as_json(self) -> dict[str, Any]:
-        """`kept` in all, per `groups` and per `layers`, with the lowest and highest rank; `left_out`: names.
+        """`kept` (a fraction) in total, per `groups` and per `layers`, with the lowest and highest rank.
 
-        `bytes` and `bytes_in_full`: of its tensors, and of the full difference's.
+        `left_out`: names. `bytes` and `bytes_in_full`: of its tensors, and of the full difference's.
         """
 
         def row(kept: EnergyKept) -> dict[str, Any]:
-            return {"kept": kept.share, "ranks": [min(kept.ranks), max(kept.ranks)] if kept.ranks else None}
+            return {"kept": kept.fraction, "ranks": [min(kept.ranks), max(kept.ranks)] if kept.ranks else None}
 
         return {
             **row(self.total),
@@ -197,13 +197,13 @@ def low_rank(
 
     Each changed linear or convolution (out, in[, kh, kw]), as a matrix (out, in·kh·kw), becomes `.lora_up.weight`
     (out, r[, 1, 1]), `.lora_down.weight` (r, in[, kh, kw]) and `.alpha` = r: the nearest matrix of rank r (Eckart and
-    Young). r is `rank`, or the layer's own if that is less; or the least that holds the share `energy` of the layer's
-    squared norm. base, changed, and ModelError as in `full_difference`; also if only norms and biases changed.
-    Raises ConfigError unless there is one of rank (≥ 1) and energy (in (0, 1]).
+    Young). r is `rank`, or the layer's if that is less; or the least that holds the fraction `energy` of the squared
+    norm. base, changed, and ModelError as in `full_difference`; also if only norms and biases changed.
+    Raises ConfigError unless exactly one of rank (≥ 1) and energy (in (0, 1]) is given.
     """
     check_rank(rank, energy)
     keys = module_keys(base)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     layers: dict[str, EnergyKept] = {}
     full_size = 0
     for name, difference in _differences(base, changed):
@@ -213,20 +213,20 @@ def low_rank(
             continue
         up, down, layers[name] = _truncated_svd(difference.flatten(1), rank, energy)
         r, ones = up.shape[1], (1,) * (difference.dim() - 2)
-        found[f"{keys[name]}.lora_up.weight"] = _cast(up.reshape(-1, r, *ones), dtype, name)
-        found[f"{keys[name]}.lora_down.weight"] = _cast(down.reshape(r, *difference.shape[1:]), dtype, name)
-        found[f"{keys[name]}.alpha"] = torch.tensor(float(r))
+        tensors[f"{keys[name]}.lora_up.weight"] = _cast(up.reshape(-1, r, *ones), dtype, name)
+        tensors[f"{keys[name]}.lora_down.weight"] = _cast(down.reshape(r, *difference.shape[1:]), dtype, name)
+        tensors[f"{keys[name]}.alpha"] = torch.tensor(float(r))
     if not layers:
         raise _nothing_changed()
-    if not found:
+    if not tensors:
         raise ModelError(
             "only norms and biases changed, which low rank cannot hold", advice="Write the full difference"
         )
-    return found, LowRankReport(layers, sum(t.numel() * t.element_size() for t in found.values()), full_size)
+    return tensors, LowRankReport(layers, sum(t.numel() * t.element_size() for t in tensors.values()), full_size)
 
 
 def check_rank(rank: int | None, energy: float | None) -> None:
-    """Raises ConfigError unless there is one of the two, in its range."""
+    """Raises ConfigError unless exactly one of the two is given, in its range."""
     if (rank is None) == (energy is None):
         raise ConfigError("a low-rank file needs either a rank or an energy", advice="Give one of {rank} and {energy}")
     if rank is not None and rank < 1:
@@ -318,8 +318,8 @@ ENERGY = 0.9  # of a low-rank file where nothing else is asked for
 
 def stock_notes(delta: Delta) -> dict[str, str]:
     """Metadata of a stock loader's file: what the delta says of itself, and which it is."""
-    own = {"salun.delta": delta.id, BASE_HASH: delta.base_hash, RESULT_HASH: delta.result_hash}
-    return {**joined([notes_in(delta.metadata)]), **own}
+    identity = {"salun.delta": delta.id, BASE_HASH: delta.base_hash, RESULT_HASH: delta.result_hash}
+    return {**joined([notes_in(delta.metadata)]), **identity}
 
 
 def write_stock(
@@ -343,7 +343,7 @@ def write_stock(
         return None
     compared = reporting(changed, Stage.COMPARING, progress)
     tensors, account = low_rank(base, compared, rank=rank, energy=ENERGY if rank is energy is None else energy)
-    safetensors_io.write(path, tensors, {**held, "salun.energy_kept": f"{account.total.share:.6f}"})
+    safetensors_io.write(path, tensors, {**held, "salun.energy_kept": f"{account.total.fraction:.6f}"})
     if account.warning:
         progress(Event(Stage.WRITING, message=f"{path.name}: {account.warning}"))
     return account

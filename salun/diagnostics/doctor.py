@@ -52,13 +52,13 @@ def examine(network: bool = True) -> list[Finding]:
         lambda: _hub(network),
         _erasing,
     ]
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for check in checks:
         try:
-            found += check()
+            findings += check()
         except Exception as error:  # one failing check must not hide the others
-            found.append(Finding("check", f"{type(error).__name__}: {error}", "fails", "unexpected: report it"))
-    return found
+            findings.append(Finding("check", f"{type(error).__name__}: {error}", "fails", "unexpected: report it"))
+    return findings
 
 
 def _versions() -> Iterator[Finding]:
@@ -106,7 +106,7 @@ def _devices() -> Iterator[Finding]:
         advice = ""
         if shutil.which("nvidia-smi"):
             advice = f"there is an NVIDIA driver, but torch {torch.__version__} does not use it: install its CUDA build"
-        yield Finding("GPU", "none that torch can use; the CPU works, slowly", "note", advice)
+        yield Finding("GPU", "none that torch can use; the CPU works, but slowly", "note", advice)
     yield Finding("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     memory = _memory()
     if memory is not None:
@@ -155,7 +155,7 @@ def _folder(what: str, folder: Path) -> Finding:
     if not os.access(place, os.W_OK):
         return Finding(what, text, "fails", f"{place} cannot be written: use another folder, or fix its permissions")
     low = free < 10 * GIB
-    return Finding(what, text, "note" if low else "ok", "an erased SD 1.5 takes about 10 GiB on the way" if low else "")
+    return Finding(what, text, "note" if low else "ok", "an erasure from SD 1.5 needs about 10 GiB" if low else "")
 
 
 def _models() -> Iterator[Finding]:

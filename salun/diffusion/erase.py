@@ -81,10 +81,10 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
     with context.stage(Stage.EVALUATING):
         before = evaluate_model(model, prompts, context.progress, Stage.IMAGES_BEFORE, context.cache)
     with context.stage(Stage.SALIENCY):
-        found = mask_of_run(context, data, mask)
-        record.mask = found.summary()
+        mask_result = mask_of_run(context, data, mask)
+        record.mask = mask_result.summary()
     with context.stage(Stage.TRAINING):
-        unlearned = plan.method.call(ErasureTask.of(context, data, found.mask), plan.options)
+        unlearned = plan.method.call(ErasureTask.of(context, data, mask_result.mask), plan.options)
         record.mask |= {"selected": unlearned.mask.selected, "density": unlearned.mask.density}
     original = model.original()
     erased, record.rounding = erased_tensors(original, unlearned.mask, unlearned.weights)

@@ -117,8 +117,8 @@ def _sampling(plan: Plan) -> str:
 
 
 def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable[[int], float], int]:
-    """Seconds of a forward pass and of a forward and backward pass over n samples, and bytes kept per sample."""
-    said = model.encode([plan.prompts.concepts[0].forget[0].text])
+    """Seconds of a forward and of a forward and backward pass over n samples, and bytes of activations per sample."""
+    prompt = model.encode([plan.prompts.concepts[0].forget[0].text])
     parameters = parameters_in_scope(model, plan.options.scope)
 
     def run(n: int, graph: bool) -> tuple[float, Tensor]:
@@ -128,7 +128,7 @@ def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable
             parameter.requires_grad_(graph)
         began = time.perf_counter()
         with torch.set_grad_enabled(graph):
-            out = model.predict(x, t, said.expand(n))
+            out = model.predict(x, t, prompt.expand(n))
             if graph:
                 out.square().mean().backward()
         if model.device.type == "cuda":
@@ -154,7 +154,7 @@ def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable
     held = {p.untyped_storage().data_ptr() for p in model.parameters().values()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run(1, True)
-    kept = sum(size for place, size in seen.items() if place not in held)
+    activations = sum(size for place, size in seen.items() if place not in held)
     known: dict[tuple[int, bool], float] = {}
 
     def of(graph: bool) -> Callable[[int], float]:
@@ -165,7 +165,7 @@ def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable
 
         return cost
 
-    return of(False), of(True), kept
+    return of(False), of(True), activations
 
 
 def _seconds(

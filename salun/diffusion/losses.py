@@ -66,8 +66,8 @@ class Draw:
     prompts: Conditioning
     targets: Conditioning
 
-    def share(self, rank: int, count: int) -> Draw:
-        """The rows of one of several processes: every count-th forget sample and every count-th retain sample."""
+    def shard(self, rank: int, count: int) -> Draw:
+        """The rows of one of several processes: every count-th forget and retain sample, from sample `rank` on."""
         if count == 1:
             return self
         half = len(self.x_0) // 2
@@ -121,8 +121,10 @@ def draw(denoiser: Denoiser, data: ErasureData, batch_size: int, anchor_share: f
     forget_x = torch.where(from_anchor.view(-1, 1, 1, 1), data.anchor_latents[pick], data.forget_latents[pick])
     x_0 = torch.cat([forget_x, data.retain_latents[keep]])
     t, noise = _noise(denoiser, x_0, generator)
-    kept = Conditioning.cat([data.retain, data.empty])[torch.where(emptied, len(data.retain), keep)]
-    return Draw(x_0, noise, t, Conditioning.cat([data.forget[pick], kept]), Conditioning.cat([data.anchor[pick], kept]))
+    retain = Conditioning.cat([data.retain, data.empty])[torch.where(emptied, len(data.retain), keep)]
+    return Draw(
+        x_0, noise, t, Conditioning.cat([data.forget[pick], retain]), Conditioning.cat([data.anchor[pick], retain])
+    )
 
 
 def training_losses(

@@ -26,9 +26,9 @@ def check_given_mask(mask: Mask, model: DiffusionModel, plan: Plan) -> None:
     """
     if plan.method.mask != "saliency":
         raise ConfigError(
-            f"{plan.method.name} uses no mask that is made before training",
+            f"is {plan.method.name}, which does not use a given mask",
             option="method",
-            advice="Give it none, or choose {method} salun",
+            advice="Give no mask, or choose {method} salun",
         )
     check_mask(mask, model, plan, "given")
 

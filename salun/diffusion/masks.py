@@ -34,7 +34,7 @@ FP16_LOSS_SCALE = 1024.0  # of the saliency loss: small gradients would be 0 in 
 
 
 def mask_of_run(context: RunContext, data: ErasureData | None, given: Mask | None = None) -> FoundMask:
-    """The run's mask: given by a host, saved by the run that is resumed, or found now and saved."""
+    """The run's mask: given by a host, saved by the run that is resumed, or computed now and saved."""
     if given is not None:
         return FoundMask(given, given.metadata.get("method", "file"))
     record = context.record
@@ -44,14 +44,14 @@ def mask_of_run(context: RunContext, data: ErasureData | None, given: Mask | Non
     if saved is not None:
         check_mask(saved.mask, context.model, context.plan, str(path))
         return saved
-    found = find_mask(context.model, data, context.plan, context.progress, context.mask_file)
+    result = find_mask(context.model, data, context.plan, context.progress, context.mask_file)
     if path is not None:
-        extra = {"summary": json.dumps(found.summary()), "fingerprint": record.fingerprint}
+        extra = {"summary": json.dumps(result.summary()), "fingerprint": record.fingerprint}
         try:
-            Mask(found.mask.bits, found.mask.shapes, {**found.mask.metadata, **extra}).save(path)
+            Mask(result.mask.bits, result.mask.shapes, {**result.mask.metadata, **extra}).save(path)
         except ModelError as error:  # a full disk costs the means to resume, not the run
-            context.progress(Event(Stage.SALIENCY, message=f"the mask is not saved for a resumption: {error}"))
-    return found
+            context.progress(Event(Stage.SALIENCY, message=f"the mask could not be saved to resume from: {error}"))
+    return result
 
 
 def _saved_mask(path: Path, fingerprint: str) -> FoundMask | None:

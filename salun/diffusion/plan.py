@@ -73,15 +73,15 @@ class Plan:
 
         Args:
             data: The training set, where it is there already; nothing is sampled then.
-            images: Forget images of the user's own for each concept, in place of samples; 0 for none, or where their
-                number is not known yet (`options.forget_images`).
+            images: The user's forget images per concept, in place of samples; 0 for none, or where their number is not
+                known yet (`options.forget_images`).
             masked: The mask is there already.
         """
         concepts, recipe = len(self.concepts), self.recipe
-        own = bool(images or self.options.forget_images)
+        has_images = bool(images or self.options.forget_images)
         forget = len(data.forget_latents) if data is not None else (images or recipe.forget_latents) * concepts
         anchors = min(images or recipe.forget_latents, recipe.forget_latents) * concepts if recipe.anchor_share else 0
-        sampled = (0 if own else forget) + anchors + recipe.retain_latents
+        sampled = (0 if has_images else forget) + anchors + recipe.retain_latents
         if data is not None or self.method.data == "prompts":
             sampled = 0
         shown = recipe.eval_images * (concepts + 1)
@@ -160,12 +160,12 @@ def _notes_on_texts(concepts: Sequence[Concept], sampling: Sampling) -> list[str
     return syntax_note([*texts, sampling.negative_prompt])
 
 
-def _repeatable(asked: list[Concept], concepts: list[Concept], options: EraseOptions) -> list[str]:
+def _repeatable(given: list[Concept], concepts: list[Concept], options: EraseOptions) -> list[str]:
     """The anchors to note, such that the same names and options give the same prompts again.
 
     A preset has an anchor for each of its phrases, which one `--anchor` would replace: so none is noted for it.
     """
-    if options.anchor or all(concept.anchor is None for concept in asked):
+    if options.anchor or all(concept.anchor is None for concept in given):
         return options.anchor
     return [concept.anchor or "" for concept in concepts]
 
@@ -187,13 +187,13 @@ def _resolved(
         )
     filled, notes = [], []
     for concept, anchor in itertools.zip_longest(concepts, options.anchor):
-        asked = concept if anchor is None else replace(concept, anchor=anchor)
-        done, told = resolve(asked, settings.vocabulary, model, options.prompt_style)
-        filled.append(done)
-        notes += told
-    parted, told = part(filled, settings.vocabulary)
+        given = concept if anchor is None else replace(concept, anchor=anchor)
+        resolved, added = resolve(given, settings.vocabulary, model, options.prompt_style)
+        filled.append(resolved)
+        notes += added
+    parted, added = part(filled, settings.vocabulary)
     parted[0] = replace(parted[0], retain=(*parted[0].retain, *options.retain_prompts))
-    return parted, notes + told
+    return parted, notes + added
 
 
 def _paper_recipe(settings: ModelSettings, model: str, kind: str) -> Recipe:

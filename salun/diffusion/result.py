@@ -29,35 +29,35 @@ from salun.files import write_bytes
 from salun.masking.mask import Mask
 from salun.masking.training_state import LossRow
 from salun.progress import Event, Stage
-from salun.report import picture
+from salun.report import image_grid
 from salun.report.page import run_page
 from salun.report.render import Report
 from salun.runs.record import RunRecord
 
-GRID = 8  # prompts of a row in the before/after picture
+GRID = 8  # prompts per row of the before/after image
 
 
 def grids(
-    plan: Plan, asked: EvalPrompts, before: Evaluation, after: Evaluation
+    plan: Plan, prompts: EvalPrompts, before: Evaluation, after: Evaluation
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Before/after pictures of forget prompts, a grid for each concept, and of retain prompts; None without pictures.
+    """Before/after images of forget prompts, a grid per concept, and of retain prompts; None without images.
 
     Those of a sensitive concept are blurred, unless the options ask for them.
     """
-    k = min(GRID, asked.each)
+    k = min(GRID, prompts.each)
     if not k:
         return None, None
-    made = []
+    rows_of_concepts = []
     for i, blur in enumerate(blurred(plan)):
-        rows = slice(i * asked.each, i * asked.each + k)
-        texts = [p.text for p in asked.forget[rows]]
-        made.append(picture.grid(before.forget[rows], after.forget[rows], texts, blur=blur))
-    texts = [p.text for p in asked.retain[:k]]
-    return picture.stack(*made), picture.grid(before.retain[:k], after.retain[:k], texts)
+        rows = slice(i * prompts.each, i * prompts.each + k)
+        texts = [p.text for p in prompts.forget[rows]]
+        rows_of_concepts.append(image_grid.grid(before.forget[rows], after.forget[rows], texts, blur=blur))
+    texts = [p.text for p in prompts.retain[:k]]
+    return image_grid.stack(*rows_of_concepts), image_grid.grid(before.retain[:k], after.retain[:k], texts)
 
 
 def blurred(plan: Plan) -> list[bool]:
-    """For each concept, whether its pictures are blurred."""
+    """For each concept, whether its images are blurred."""
     return [concept.sensitive and not plan.options.show_sensitive for concept in plan.concepts]
 
 
@@ -102,14 +102,14 @@ class Run:
         options = {**record["options"], "model": display_name(self.model.name)}
         return run_page(
             {**record, "options": options, "status": "done", "peak_memory": peak_memory()},
-            picture.png_bytes(forget) if forget is not None else None,
-            picture.png_bytes(retain) if retain is not None else None,
+            image_grid.png_bytes(forget) if forget is not None else None,
+            image_grid.png_bytes(retain) if retain is not None else None,
             layers,
             blurred=any(blurred(self.plan)),
         )
 
     def grids(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """The `grids` of the run's pictures."""
+        """The `grids` of the run's images."""
         return grids(self.plan, self.asked, self.before, self.after)
 
     def save(self, target: str | Path, force: bool = False) -> None:
@@ -170,8 +170,8 @@ def write_run(run: Run, context: RunContext) -> None:
             record.add_output("mask", folder / "mask.safetensors", "mask.safetensors")
             forget, retain = run.grids()
             if forget is not None and retain is not None:
-                joined = picture.stack(forget, retain)
-                write_bytes(folder / "before_after.png", picture.png_bytes(joined))
+                joined = image_grid.stack(forget, retain)
+                write_bytes(folder / "before_after.png", image_grid.png_bytes(joined))
     if folder is not None:
         run.report.save(folder / "report.html")
 
@@ -191,8 +191,8 @@ def _write_target(run: Run, target: str, shown: str, context: RunContext) -> Non
         raise kind_of_error(
             f"{error.message}. {fill(error.advice, str)}" if error.advice else error.message,
             option=error.option,
-            advice=f"What was trained is saved: the same command with {{resume}} {{run_dir}} {literal(folder)} and "
-            "another {output} writes it",
+            advice=f"The trained weights are saved: repeat the command with {{resume}} {{run_dir}} {literal(folder)} and "
+            "another {output}",
             code="resume-to-write",
         ) from error
     if kind == "lora":
@@ -207,7 +207,7 @@ def _write_target(run: Run, target: str, shown: str, context: RunContext) -> Non
 
 
 def _note_exclusions(run: Run, targets: list[str], context: RunContext) -> None:
-    """Note what the erased model does not copy: links that lead out of it, and weights that still hold the concept."""
+    """Note what is not copied: links out of the model's folder, and weights that still contain the concept."""
     model, stored = run.file_model, run.file_model.stored
     layouts = [output_layout(target) for target in targets]
     same_layout = ("file" if stored.single else "folder") in layouts
@@ -215,11 +215,11 @@ def _note_exclusions(run: Run, targets: list[str], context: RunContext) -> None:
     if model.components is not None and context.outputs and "folder" in layouts:
         links += diffusers_folder.external_links(model.components)
     if links:
-        run.record.notes.append(f"skipped, as links that lead out of the model: {some(links)}")
+        run.record.notes.append(f"skipped, since they are links out of the model's folder: {some(links)}")
     excluded = [] if stored.single and run.plan.options.keep_ema else excluded_weights(stored)
     if excluded and same_layout:
         what = f"{len(excluded)} EMA tensors (keep_ema keeps them)" if stored.single else ", ".join(excluded)
-        context.note(Stage.SAVING, f"not in the erased model, since they hold the concept: {what}")
+        context.note(Stage.SAVING, f"not in the erased model, since they still contain the concept: {what}")
 
 
 def _energy_note(file: Path, shown: str) -> str:
@@ -227,7 +227,7 @@ def _energy_note(file: Path, shown: str) -> str:
     energy = float(safetensors_io.read_header(file).metadata["salun.energy_kept"])
     return (
         f"{Path(shown).name} holds {energy:.1%} of the difference's energy (squared norm); `salun delta export` can "
-        "hold more or less"
+        "write other ranks"
     )
 
 

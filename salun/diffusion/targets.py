@@ -39,7 +39,7 @@ def check_output_paths(model: Model, targets: list[str], run_dir: Path | None, r
     """Raises ConfigError for paths that an erasure must not change or replace.
 
     That is an output or run folder inside the model's own folder, an output that holds the model, the run or another
-    input, two outputs at one path, and an output under a name that the run folder needs itself.
+    input, two outputs at one path, and an output under a name that is reserved in the run folder.
 
     Args:
         read: Files and folders that the run reads besides the model.
@@ -54,7 +54,7 @@ def check_output_paths(model: Model, targets: list[str], run_dir: Path | None, r
             raise _elsewhere(f"{target} {what}", option)
     inputs = [Path(name).expanduser() for name in read if name]
     held = [("the model itself", source), ("the run folder", run)]
-    held += [(f"{path}, which is read", _real(path)) for path in inputs if path.exists()]
+    held += [(f"{path}, which is an input", _real(path)) for path in inputs if path.exists()]
     for target, path in paths.items():
         if path.is_file() and any(os.path.samefile(path, file) for file in model.stored.files):
             raise _elsewhere(f"{target} is the model's own file")
@@ -67,7 +67,7 @@ def check_output_paths(model: Model, targets: list[str], run_dir: Path | None, r
             )
         if run is not None and run in path.parents and path.relative_to(run).parts[0] in RUN_FILES:
             raise ConfigError(
-                f"{target} has a name that the run folder needs itself", option="output", advice="Choose another name"
+                f"{target} has a name that is reserved in the run folder", option="output", advice="Choose another name"
             )
 
 

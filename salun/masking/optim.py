@@ -217,13 +217,13 @@ class MaskedOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Masters and moments as flat tensors: "name/master", "name/exp_avg", …"""
-        found = {}
+        tensors = {}
         for name, packed in self.packed.items():
-            found[f"{name}/master"] = packed.master.detach()
+            tensors[f"{name}/master"] = packed.master.detach()
             for key, value in self._optimizers[name].state[packed.master].items():
                 if value is not None:
-                    found[f"{name}/{key}"] = torch.as_tensor(value)
-        return found
+                    tensors[f"{name}/{key}"] = torch.as_tensor(value)
+        return tensors
 
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Continue from a `state` that was saved after this many steps: masters, moments, weights.
@@ -254,16 +254,18 @@ class MaskedOptimizer:
 
         A parameter has all the moments that the optimizer makes in a step, or, where it never had a gradient, none.
         """
-        found: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self.packed}
+        by_parameter: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self.packed}
         for key, facts in described.items():
             name, _, entry = key.rpartition("/")
-            if name not in found:
-                raise TrainingError(f"the saved state holds {name!r}, which this run does not train: start afresh")
-            found[name][entry] = facts
+            if name not in by_parameter:
+                raise TrainingError(f"the saved state holds {name!r}, which this run does not train: start a new run")
+            by_parameter[name][entry] = facts
         for name, packed in self.packed.items():
             master = {"master": (packed.master.dtype, tuple(packed.master.shape))}
-            if found[name] != master and found[name] != {**master, **self._moments_of(packed)}:
-                raise TrainingError(f"the saved state does not fit {name!r}: it belongs to another run; start afresh")
+            if by_parameter[name] != master and by_parameter[name] != {**master, **self._moments_of(packed)}:
+                raise TrainingError(
+                    f"the saved state does not fit {name!r}: it belongs to another run; start a new run"
+                )
 
     def _moments_of(self, packed: PackedParameter) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Names, dtypes and shapes of the moments that the optimizer makes in a step, here on a vector of zeros."""
@@ -279,13 +281,13 @@ def _check_values(key: str, value: Tensor, steps: int) -> None:
     """Raises TrainingError for a tensor of a saved state whose values no training leaves behind."""
     entry = key.rpartition("/")[2]
     if value.is_floating_point() and value.numel() and not _all_finite(value):
-        raise TrainingError(f"the saved state holds NaN or infinity in {key!r}: start afresh")
+        raise TrainingError(f"the saved state holds NaN or infinity in {key!r}: start a new run")
     if entry == "step" and not (1 <= float(value) <= steps and float(value).is_integer()):
         raise TrainingError(
-            f"the saved state counts {float(value):g} steps in {key!r}, but has taken {steps}: start afresh"
+            f"the saved state counts {float(value):g} steps in {key!r}, but {steps} were taken: start a new run"
         )
     if entry == "exp_avg_sq" and value.numel() and float(value.min()) < 0:
-        raise TrainingError(f"the saved state holds a negative mean of squares in {key!r}: start afresh")
+        raise TrainingError(f"the saved state holds a negative mean of squares in {key!r}: start a new run")
 
 
 def _all_finite(values: Tensor) -> bool:

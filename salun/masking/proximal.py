@@ -34,6 +34,6 @@ class SoftThreshold:
             packed.scatter(packed.indices())
 
     def final_density(self) -> float:
-        """Share of the entries that differ from θ₀ now."""
+        """Fraction of the weights that differ from θ₀ now."""
         moved = sum(int((self.optimizer.masters[n] != start).sum()) for n, start in self.originals.items())
         return moved / self.total

@@ -81,7 +81,7 @@ class Checkpointer:
         try:
             self._file.save(self._optimizer, history, scale)
         except ModelError as error:
-            failure = f"the state is not saved: {error}"
+            failure = f"the training state could not be saved: {error}"
         self._saved = time.monotonic()
         self._wait = max(self._file.save_every, 10 * (self._saved - now)) if self._file.save_every else 0.0
         return failure
@@ -91,7 +91,7 @@ class Checkpointer:
         try:
             self._file.save(self._optimizer, history, scale)
         except ModelError as error:
-            logger.warning("the state to resume from is not saved: %s", error)
+            logger.warning("the training state could not be saved: %s", error)
 
 
 def read_saved_history(path: Path, fingerprint: str, most: int | None = None) -> list[LossRow]:
@@ -114,7 +114,8 @@ def read_saved_history(path: Path, fingerprint: str, most: int | None = None) ->
         raise TrainingError(f"the saved state {path} cannot be read ({error})", advice=AGAIN) from error
     if metadata.get("fingerprint") != fingerprint:
         raise TrainingError(
-            f"the saved state {path} belongs to other options or another model", advice="Repeat those, or delete it"
+            f"the saved state {path} is of a run with other options or another model",
+            advice="Repeat the run with those, or delete the state",
         )
     if most is not None and len(history) > most:
         raise TrainingError(

@@ -17,7 +17,8 @@ MEANING = (
     "trained again without the forget set."
 )
 CHANCE = (
-    "“Retrain, another seed” is as exact as Retrain, so its gap is chance: methods within it cannot be told from exact."
+    "“Retrain, another seed” is exact unlearning too, so its gap is chance: a method with a smaller gap cannot be "
+    "distinguished from exact unlearning."
 )
 MATRIX = "Rows are true classes, columns predicted ones; correct predictions lie on the diagonal."
 
@@ -72,7 +73,7 @@ def train_page(run: Mapping[str, Any], classes: Sequence[str]) -> Report:
         Section("Class by class", MATRIX, charts=matrices),
     ]
     headline = [f"Accuracy on images that were not trained on: {metrics['test']['value']:.1f} %."]
-    return page(f"An original for {run['options']['data']}", _subtitle(run), sections, headline, run["notes"], run)
+    return page(f"Original model for {run['options']['data']}", _subtitle(run), sections, headline, run["notes"], run)
 
 
 def comparison_page(
@@ -163,9 +164,9 @@ def _comparison_headline(table: Mapping[str, Any]) -> list[str]:
         lines.append(f"Not ranked, since the search found no effect: {titles}.")
     away = [side["gap_mean"]["mean"] if side is not None else None for side in (table["original"], table["again"])]
     if away[0] is not None:
-        lines.append(f"The gap of the original, which forgot nothing, is {away[0]:.2f} points.")
+        lines.append(f"The gap of the original, which forgot nothing, is {away[0]:.2f} percentage points.")
     if away[1] is not None:
-        lines.append(f"The gap of Retrain with another seed is {away[1]:.2f} points, which is chance.")
+        lines.append(f"The gap of Retrain with another seed is {away[1]:.2f} percentage points, which is chance.")
     failed = [row["title"] for row in table["methods"].values() if row["gap_mean"]["n"] == 0]
     return [*lines, f"Without a result: {', '.join(failed)}."] if failed else lines
 
@@ -180,11 +181,11 @@ def _search_section(search: Mapping[str, Any]) -> Section:
         if trial["score"] is None:
             rows.append([f"{trial['value']:.3g}", trial["reason"], *empty])
         else:
-            cells = [f"{trial['figures'][name]:.2f}" for name in COMPARED]
+            cells = [f"{trial['figures'][name]:.2f}" for name in COMPARED]  # codespell:ignore figures
             rows.append([f"{trial['value']:.3g}{mark}", f"{trial['score']:.2f}", *cells])
     text = (
         f"{len(search['tried'])} values in {search['seconds']:.1f} s, scored on validation images by the distance to "
-        "what the original lets expect of Retrain; Retrain itself is not used."
+        "the metrics of Retrain that the original predicts; Retrain itself is not used."
     )
     if search["remark"] is not None:
         text += f" Caution with the chosen value: {search['remark']}."

@@ -59,10 +59,10 @@ class Cache:
 
         def read(path: Path) -> dict[str, Tensor]:
             metadata = safetensors_io.read_header(path).metadata
-            found = dict(safetensors_io.tensors(path))
-            if metadata.get("format") != FORMAT or metadata.get("digest") != _digest(found):
-                raise ModelError("its digest is not that of its content")
-            return found
+            tensors = dict(safetensors_io.tensors(path))
+            if metadata.get("format") != FORMAT or metadata.get("digest") != _digest(tensors):
+                raise ModelError("its content does not match its digest")
+            return tensors
 
         return self.load(key, read)
 
@@ -85,7 +85,7 @@ class Cache:
         if not self.limit or not path.is_file():
             return None
         try:
-            found = read(path)
+            value = read(path)
         except (SalunError, OSError) as error:
             logger.warning("the cache entry %s is invalid and will be computed again: %s", path.name, error)
             with suppress(OSError):
@@ -93,7 +93,7 @@ class Cache:
             return None
         with suppress(OSError):  # a cache that may only be read, or an entry that has just gone
             os.utime(path)  # most recently used
-        return found
+        return value
 
     def save(self, key: str, size: int, write: Callable[[Path], None]) -> None:
         """Store an entry of about `size` bytes that `write` writes atomically. Errors as in `put`."""
@@ -108,18 +108,18 @@ class Cache:
             write(self._path(key))
             self._make_room()
         except (ModelError, OSError) as error:
-            logger.warning("the entry is not stored in the cache %s: %s", self.folder, error)
+            logger.warning("the entry could not be stored in the cache %s: %s", self.folder, error)
 
     def entries(self) -> list[tuple[Path, int, float]]:
         """(file, bytes, when last used) of every entry, least recently used first."""
-        found = []
+        entries = []
         for path in self.folder.glob("??/*.safetensors") if self.folder.is_dir() else ():
             try:
                 facts = path.stat()
             except OSError:  # another process has just removed it
                 continue
-            found.append((path, facts.st_size, facts.st_mtime))
-        return sorted(found, key=lambda entry: (entry[2], entry[0]))
+            entries.append((path, facts.st_size, facts.st_mtime))
+        return sorted(entries, key=lambda entry: (entry[2], entry[0]))
 
     def converted_files(self) -> list[tuple[Path, int]]:
         """(file, bytes) of every converted pickle."""
@@ -136,9 +136,9 @@ class Cache:
 
     def _make_room(self) -> None:
         self._remove_leftovers()
-        found = self.entries()
-        used = sum(size for _, size, _ in found)
-        for path, size, _ in found:
+        entries = self.entries()
+        used = sum(size for _, size, _ in entries)
+        for path, size, _ in entries:
             if used <= self.limit:
                 return
             path.unlink(missing_ok=True)
@@ -177,9 +177,9 @@ def size_of(text: str) -> int:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        found.update(safetensors_io.raw_bytes(tensor).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(safetensors_io.raw_bytes(tensor).numpy().data)
+    return digest.hexdigest()

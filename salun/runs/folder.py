@@ -43,10 +43,10 @@ def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
     if not os.path.lexists(folder / "run.json"):
         return None
     try:
-        found = read_run(folder)
+        record = read_run(folder)
     except DataError as error:
         raise ConfigError(f"cannot be used: {error}", option="run_dir") from error
-    status = found["status"]
+    status = record["status"]
     if status == "done":
         raise ConfigError(
             f"{folder} holds a finished run",
@@ -61,7 +61,7 @@ def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
             advice="Add {resume} to continue it, or choose another folder",
             code="unfinished",
         )
-    return found
+    return record
 
 
 def check_links(folder: Path) -> None:

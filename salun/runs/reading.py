@@ -45,9 +45,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The record in a run folder, which may be untrusted input.
 
     Returns:
-        Every part of a record: a part that the file lacks has the value of a run that has done nothing. Numbers that
-        are NaN or infinite are None. The values of `options` but for `model`, `concept` and `output`, and the contents
-        of `mask`, `metrics`, `concepts` and `losses` are as in the file.
+        Every part of a record: a part that the file lacks has the value of a run that has done nothing; a number
+        that is NaN or infinite becomes None. The values of `options` (except `model`, `concept` and `output`) and the
+        contents of `mask`, `metrics`, `concepts` and `losses` are not checked.
 
     Raises:
         DataError: run.json is missing, is not a regular file, is too large or too deeply nested, is not JSON, or holds
@@ -55,29 +55,29 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     file = folder / "run.json"
     try:
-        found = read_json(file)
-        _check_record(found)
+        record = read_json(file)
+        _check_record(record)
     except OSError as error:
         reason = "there is no run.json in it" if isinstance(error, FileNotFoundError) else f"run.json: {error.strerror}"
         raise DataError(f"{folder} is not a run folder ({reason}). Choose a folder that a run has made") from error
     except ValueError as error:
         raise DataError(f"{file} is not a valid record of a run: {error}. Choose another run") from error
-    return {**blank_record(), "error": None, **found}
+    return {**blank_record(), "error": None, **record}
 
 
 def read_json(file: Path) -> Any:
-    """The value in a JSON file, which may be untrusted input; numbers that are NaN or infinite are None.
+    """The value in a JSON file, which may be untrusted input; a number that is NaN or infinite becomes None.
 
     Raises OSError, or ValueError for what `read_run` calls invalid.
     """
     try:
-        found = json.loads(
+        value = json.loads(
             read_text(file, MAX_BYTES), parse_constant=_no_number, parse_float=_finite, parse_int=_integer
         )
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from error
-    _check_values(found)
-    return found
+    _check_values(value)
+    return value
 
 
 def _no_number(text: str) -> None:
@@ -110,17 +110,17 @@ def _check_values(value: Any, depth: int = 1) -> None:
         raise ValueError("it holds text with NUL or an unpaired surrogate")
 
 
-def _check_record(found: Any) -> None:
+def _check_record(record: Any) -> None:
     """Raises ValueError for a part of a wrong type."""
-    if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object, got {type(found).__name__}")
-    found = {**blank_record(), "error": None, **found}
-    if found["schema"] != SCHEMA or found["status"] not in STATUSES:
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+    record = {**blank_record(), "error": None, **record}
+    if record["schema"] != SCHEMA or record["status"] not in STATUSES:
         raise ValueError(
-            f"schema is {_shown(found['schema'])} and status {_shown(found['status'])}, "
+            f"schema is {_shown(record['schema'])} and status {_shown(record['status'])}, "
             f"but must be {SCHEMA} and one of {', '.join(STATUSES)}"
         )
-    options = found["options"] if isinstance(found["options"], dict) else {}
+    options = record["options"] if isinstance(record["options"], dict) else {}
     kinds = {
         "an object": ("options", "facts", "versions", "timings", "peak_memory", "metrics"),
         "an object or null": ("mask", "rounding"),
@@ -131,12 +131,12 @@ def _check_record(found: Any) -> None:
         "a text or null": ("error",),
         "an integer": ("resumed", "seed"),
     }
-    values = [(name, kind, found[name]) for kind, names in kinds.items() for name in names]
+    values = [(name, kind, record[name]) for kind, names in kinds.items() for name in names]
     values += [(f"options.{name}", "a list of texts", options.get(name, [])) for name in ("concept", "output")]
     values.append(("options.model", "a text or null", options.get("model")))
-    values += [(f"{part}.{name}", "a text", v) for part in ("facts", "versions") for name, v in _items(found[part])]
-    values += [(f"timings.{name}", "a number", v) for name, v in _items(found["timings"])]
-    files = [file for part in ("inputs", "outputs") for file in _listed(found[part])]
+    values += [(f"{part}.{name}", "a text", v) for part in ("facts", "versions") for name, v in _items(record[part])]
+    values += [(f"timings.{name}", "a number", v) for name, v in _items(record["timings"])]
+    files = [file for part in ("inputs", "outputs") for file in _listed(record[part])]
     values += [(f"a file's {name}", "a text", file.get(name)) for file in files for name in ("kind", "path")]
     for name, kind, value in values:
         if not _is(kind, value):

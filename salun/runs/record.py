@@ -83,7 +83,7 @@ class RunRecord:
     def running(self) -> Iterator[None]:
         """Within, the run is on; at the end its status, log and peak memory are written, whatever happened.
 
-        Raises ConfigError if the folder is another run's: one at work, a finished one, or one of other options.
+        Raises ConfigError if the folder is used by another run, or holds a finished run or one with other options.
         """
         if self.folder is None:
             yield from self._run()
@@ -110,7 +110,7 @@ class RunRecord:
         differing = _differences(previous, self.as_json())
         if differing:
             raise ConfigError(
-                f"{self.folder} holds a run that cannot be resumed like this: {'; '.join(differing[:4])}",
+                f"{self.folder} holds a run that cannot be resumed with these options: {'; '.join(differing[:4])}",
                 option="run_dir",
                 advice="Repeat its options, or choose another folder",
                 code="other-options",
@@ -184,7 +184,7 @@ class RunRecord:
         except ModelError as error:
             if raised is None and not self.best_effort:
                 raise
-            logger.warning("run.json is as it was: %s", error)
+            logger.warning("run.json could not be updated: %s", error)
 
 
 def _file_entry(kind: str, path: Path, shown: str) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _file_entry(kind: str, path: Path, shown: str) -> dict[str, Any]:
 
 
 def _fingerprint_inputs(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a record, what the outputs' bytes depend on: not the paths of inputs whose content is identified by a fact."""
+    """What the outputs' bytes depend on in a record; inputs count by the hash in the facts, not by path."""
     paths = [name for name in INPUTS if data["facts"].get(name)]
     options = {name: value for name, value in data["options"].items() if name not in (*NOT_IN_FINGERPRINT, *paths)}
     versions = {name: value for name, value in data["versions"].items() if name in (*PACKAGES, "python")}
@@ -200,23 +200,23 @@ def _fingerprint_inputs(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _differences(previous: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """What the outputs' bytes depend on and is not the same in two records, for people."""
+    """The differences of two records in what the outputs' bytes depend on, one line each."""
     was, now = _fingerprint_inputs(previous), _fingerprint_inputs(present)
     lines = []
     for part in now:
         for name in sorted({*was[part], *now[part]}):
             old, new = was[part].get(name), now[part].get(name)
             if old == new or (part == "facts" and name == "parts" and was[part].get("model") != now[part].get("model")):
-                continue  # of another model, its other parts need no word of their own
+                continue  # implied by the difference of the model
             if part == "facts" and old and new and name in INPUTS:
                 path, had = (data["options"].get(name) for data in (present, previous))
-                lines.append(f"{name} {path!r} has other content ({new[:12]}…) than {had!r} had ({old[:12]}…)")
+                lines.append(f"{name} {path!r} has the content {new[:12]}…, but {had!r} had {old[:12]}…")
             else:
                 lines.append(f"{name} was {_short(old)} and is {_short(new)}")
     return [line[:300] for line in lines]  # values may be untrusted input
 
 
 def _short(value: Any) -> str:
-    """A value as a message shows it: of a hash, its first 12 digits."""
+    """A value for a message; a hash is shortened to 12 digits."""
     is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
     return f"{value[:12]}…" if is_hash else repr(value)

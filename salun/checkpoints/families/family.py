@@ -38,7 +38,7 @@ class Network(Protocol):
 
     @property
     def size_features(self) -> int:
-        """Features of the image sizes that it takes beside pooled text."""
+        """Features of the image sizes that it takes with the pooled text."""
 
     def to_single(self, names: Iterable[str]) -> dict[str, str]:
         """diffusers name → name in single files, of all the network's tensors. Raises KeyError naming a foreign one."""
@@ -148,7 +148,7 @@ class Family:
 
     @property
     def label_width(self) -> int:
-        """Features of the pooled text and the sizes that the network takes beside the text; 0 if it takes none."""
+        """Features of the pooled text and the sizes that the network takes with the text; 0 if it takes none."""
         return sum(encoder.width + self.network.size_features for encoder in self.text if encoder.pooled)
 
     def resolution(self, prediction_type: str) -> int:

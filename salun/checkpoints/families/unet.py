@@ -23,7 +23,7 @@ def context_widths(shapes: Shapes) -> set[int]:
 
 
 def has_labels(shapes: Shapes) -> bool:
-    """Whether the UNet takes a vector beside the text, as SDXL's pooled text and sizes."""
+    """Whether the UNet takes a vector with the text, such as SDXL's pooled text and sizes."""
     return any(name.startswith("add_embedding.") for name in shapes)
 
 
@@ -39,7 +39,7 @@ def reads_sd2_text(config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class UNet:
-    """diffusers' UNet2DConditionModel with the names of CompVis's (LDM) in single files. Fulfils `Network`.
+    """diffusers' UNet2DConditionModel with the names of CompVis's (LDM) in single files. Implements `Network`.
 
     Args:
         sample_size: Height and width of latents in training; sample_size_v: likewise of v-prediction models.
@@ -90,8 +90,8 @@ class UNet:
             return ""
         what = _RELATIVES.get(channels, "a model with further inputs")
         return (
-            f"is {what}: its UNet takes {channels} channels and returns {out}; salun supports UNets that take as many "
-            "as they return"
+            f"is {what}: its UNet has {channels} input and {out} output channels; salun supports UNets with as many "
+            "output as input channels"
         )
 
     def is_conditioned(self, shapes: Shapes) -> bool:

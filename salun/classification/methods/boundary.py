@@ -1,4 +1,4 @@
-"""Boundary unlearning: forget samples are relabelled to the nearest class, or to an extra class that is pruned."""
+"""Boundary unlearning: forget samples are relabeled to the nearest class, or to an extra class that is pruned."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def nearest_labels(task: Task, epsilon: float) -> Tensor:
     nearest = []
     for rows in task.split.forget.split(256):
         y = task.labels(rows)
-        x = task.data.pictures(rows).requires_grad_(True)
+        x = task.data.images_of(rows).requires_grad_(True)
         (gradient,) = torch.autograd.grad(F.cross_entropy(task.logits(x), y, reduction="sum"), x)
         with torch.no_grad():
             moved = x + epsilon / std * gradient.sign()

@@ -41,17 +41,17 @@ class EncodedImages:
 
 
 def image_files(folder: Path) -> Listing:
-    """The image files in a folder and the folders in it. Raises DataError if there are none."""
+    """The image files in a folder and its subfolders. Raises DataError for a folder without images."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: choose a folder of images")
-    found = list_images(folder)
-    captions = {shown(path.with_suffix(".txt"), folder) for path in found.files}
-    skipped = {**found.skipped}
+    listing = list_images(folder)
+    captions = {shown(path.with_suffix(".txt"), folder) for path in listing.files}
+    skipped = {**listing.skipped}
     skipped[NOT_AN_IMAGE] = [name for name in skipped.get(NOT_AN_IMAGE, []) if name not in captions]
-    if not found.files:
+    if not listing.files:
         others = "".join(f"; skipped: {line}" for line in counted(skipped))
         raise DataError(f"{folder} has no images: choose a folder of PNG, JPEG, WebP or other image files{others}")
-    return Listing(found.files, skipped)
+    return Listing(listing.files, skipped)
 
 
 def folder_digest(folder: Path) -> str:

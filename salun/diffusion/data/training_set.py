@@ -78,7 +78,8 @@ def build_training_set(
     user = given or _read_images(model, plan, progress, forget_only, cache)
     if user.forget is not None and len(user.forget) != len(plan.concepts):
         raise ConfigError(
-            f"images of {len(user.forget)} concepts are given for {len(plan.concepts)}: give some for each"
+            f"images of {len(user.forget)} concepts are given, but there are {len(plan.concepts)} concepts",
+            advice="Give images of each concept",
         )
     prompts = _prompts_of(plan, user, forget_only)
     sampled = _sample(model, plan, prompts, user, progress, cache)
@@ -92,7 +93,7 @@ def build_training_set(
     retain_prompts = [*prompts.retain, *prompts.sampled_anchor, *captions]
     if not retain_prompts and not forget_only:
         raise ConfigError(
-            "there is nothing to retain",
+            "the retain set is empty",
             advice="Set {retain_latents} above 0, or give {retain_images}",
             code="no-retain-set",
         )

@@ -19,9 +19,9 @@ GUIDANCE, SAMPLING_STEPS = 3.0, 50  # of x_t, which the model in training sample
 
 @dataclass(frozen=True)
 class EsdOptions(Checked):
-    """ESD's own numbers."""
+    """The options of ESD."""
 
-    negative_guidance: float = option(1.0, "ESD: negative guidance strength η (default: 1).", minimum=0, maximum=100)
+    negative_guidance: float = option(1.0, "ESD: negative guidance strength η", minimum=0, maximum=100)
 
 
 def esd(task: ErasureTask, options: EsdOptions) -> Unlearned:

@@ -53,4 +53,4 @@ class _Losses:
         batch = draw(
             task.model, task.training_set, recipe.batch_size, recipe.anchor_share, task.plan.options.seed, step
         )
-        return batch.share(task.processes.rank, task.processes.count)
+        return batch.shard(task.processes.rank, task.processes.count)

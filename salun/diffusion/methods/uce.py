@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UceOptions(Checked):
-    """UCE's own numbers."""
+    """The options of UCE."""
 
-    uce_erase: float = option(1.0, "UCE: weight e of the concept's tokens (default: 1).", minimum=0, maximum=1e6)
-    uce_preserve: float = option(
-        1.0, "UCE: weight p of the retain prompts' tokens (default: 1).", minimum=0, maximum=1e6
-    )
-    uce_lambda: float = option(0.5, "UCE: weight λ of the original projection (default: 0.5).", above=0, maximum=1e6)
+    uce_erase: float = option(1.0, "UCE: weight e of the concept's tokens", minimum=0, maximum=1e6)
+    uce_preserve: float = option(1.0, "UCE: weight p of the retain prompts' tokens", minimum=0, maximum=1e6)
+    uce_lambda: float = option(0.5, "UCE: weight λ of the original projection", above=0, maximum=1e6)
 
 
 def uce(task: ErasureTask, options: UceOptions) -> Unlearned:
@@ -59,9 +57,9 @@ def edit_of(c: Tensor, g: Tensor, r: Tensor, options: UceOptions) -> Tensor:
     import torch
 
     c, g, r = (tensor.detach().double().cpu() for tensor in (c, g, r))
-    kept = options.uce_lambda * torch.eye(c.shape[1], dtype=torch.float64) + options.uce_preserve * r.T @ r
+    preserved = options.uce_lambda * torch.eye(c.shape[1], dtype=torch.float64) + options.uce_preserve * r.T @ r
     edit: Tensor = torch.linalg.solve(
-        kept + options.uce_erase * c.T @ c, kept + options.uce_erase * g.T @ c, left=False
+        preserved + options.uce_erase * c.T @ c, preserved + options.uce_erase * g.T @ c, left=False
     )
     return edit
 

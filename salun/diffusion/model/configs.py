@@ -168,7 +168,7 @@ def load_tokenizer(folder: Path) -> Any:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the Rust library's panics are no Exceptions
+    except BaseException as error:  # panics of the Rust library do not derive from Exception
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
 

@@ -32,8 +32,8 @@ class FewSteps:
             f"{steps} {self.sampling_steps} {guidance} {self.sampling_guidance:g} {spell('sampler')} {self.sampler}"
         )
         return (
-            f"{self.source} contains {self.sign!r}: few-step models give burnt images at the usual steps and guidance. "
-            f"If this is one, use {options}"
+            f"{self.source} contains {self.sign!r}: few-step models give overexposed images at the usual steps and "
+            f"guidance. If this is one, use {options}"
         )
 
     @property
@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[int, str]] = {  # kind → steps and sampler of its autho
     "few steps": (4, "euler"),
 }
 UNMISTAKABLE = {"turbo": "Turbo", "lightning": "Lightning"}  # also within a longer word
-WORDS = {"lcm": "LCM", "hyper": "Hyper", "hypersdxl": "Hyper", "dmd": "DMD2", "tcd": "TCD"}
+NAMES = {"lcm": "LCM", "hyper": "Hyper", "hypersdxl": "Hyper", "dmd": "DMD2", "tcd": "TCD"}
 METADATA = ("modelspec.title", "modelspec.description", "ss_output_name", "sd_merge_recipe", "sd_merge_models")
 SCHEDULERS = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -70,7 +70,7 @@ def find_few_steps(
 ) -> FewSteps | None:
     """The first sign that a model is for few steps: in its names, its file's metadata or its scheduler config.
 
-    names: source, as a message says it → name.
+    names: source, as messages name it → name.
     """
     texts = [*names.items(), *((f"the metadata {key}", metadata[key]) for key in METADATA if key in metadata)]
     for source, text in texts:
@@ -90,19 +90,22 @@ def _suggested(kind: str, sign: str, source: str, steps: int | None) -> FewSteps
 
 
 def _kinds(text: str) -> Iterator[tuple[str, str]]:
-    """(kind, word) of each sign in a text. Words end where capitals begin, as in `RealVisLightning`."""
-    words = [word.lower() for word in _WORD.findall(text)]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    """(kind, sign) of each few-step name in a text. Capitals separate names, as in `RealVisLightning`."""
+    tokens = [word.lower() for word in _WORD.findall(text)]
+    for word, next_token in zip(tokens, [*tokens[1:], ""], strict=True):
         for part, kind in UNMISTAKABLE.items():
             if part in word:
                 yield kind, part
-        if word in WORDS and not following.startswith("real"):  # "hyper realistic" is no Hyper-SD
-            yield WORDS[word], word
+        if word in NAMES and not next_token.startswith("real"):  # "hyper realistic" does not name Hyper-SD
+            yield NAMES[word], word
 
 
 def _of_scheduler(config: Mapping[str, Any]) -> tuple[str, str]:
-    """(kind, class name), empty if the config tells none. Turbo's own is an Euler sampler that begins at the last step;
-    models whose schedule ends in pure noise begin there too, and are no few-step models."""
+    """(kind, class name) of a few-step scheduler, else empty.
+
+    Turbo's scheduler is Euler with trailing timesteps. Models whose schedule ends in pure noise (rescaled betas) use
+    trailing timesteps too, but are not few-step models.
+    """
     name = str(config.get("_class_name"))
     if name in SCHEDULERS:
         return SCHEDULERS[name], name
@@ -113,7 +116,7 @@ def _of_scheduler(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def hint(
-    found: FewSteps | None, own: Sampling, steps: int | None, guidance: float | None, sampler: str | None
+    sign: FewSteps | None, sampling: Sampling, steps: int | None, guidance: float | None, sampler: str | None
 ) -> FewSteps | None:
-    """The hint, unless one of the three is chosen, or the model's own settings need no guidance."""
-    return found if own.guided and steps is None and guidance is None and sampler is None else None
+    """The hint, unless one of the three options is given, or the model's sampling settings use no guidance."""
+    return sign if sampling.guided and steps is None and guidance is None and sampler is None else None

@@ -152,13 +152,13 @@ def load(name: str, device: str = "auto", dtype: str = "auto", **given: Any) -> 
 
 
 def load_with(name: str, options: ModelOptions) -> Model:
-    """`load`, from options of which those of `ModelOptions` count."""
-    own = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
-    spec = describe(name, own)
+    """`load`, with the options of `ModelOptions` taken from `options`."""
+    model_options = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
+    spec = describe(name, model_options)
     schedule_of(spec.scheduler_config, name)  # before minutes of loading
     _check_detector(spec.settings, name)
-    where = pick_device(own.device)
-    precision = pick_dtype(own.dtype, where)
+    where = pick_device(model_options.device)
+    precision = pick_dtype(model_options.dtype, where)
     _quiet()
     if spec.contents is None:
         parts = _load_folder(spec, precision)
@@ -250,7 +250,7 @@ def _load_folder(spec: ModelSpec, precision: torch.dtype) -> Parts:
 
 
 def check_folder(spec: ModelSpec) -> None:
-    """Whether a folder has its parts, and its UNet the tensors that its config tells, without reading any value.
+    """Check that a folder has its parts, and its UNet the tensors of its config, without reading any value.
 
     Raises ModelError naming what is missing, too much, misshapen or not readable.
     """

@@ -143,7 +143,7 @@ class DiffusionModel(Denoiser, Protocol):
     def chunks(self, prompt: str) -> int:
         """Chunks that a prompt takes. Raises DataError for a prompt that is too long."""
 
-    def encode_images(self, pictures: np.ndarray) -> Tensor:
+    def encode_images(self, images: np.ndarray) -> Tensor:
         """uint8 images (n, H, W, 3) → latents (n, c, h, w), scaled."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -162,4 +162,4 @@ class DiffusionModel(Denoiser, Protocol):
         samplers add at each step."""
 
     def sampler_facts(self) -> dict[str, Any]:
-        """What latents from `denoise` depend on beside weights, prompts, noise and settings: JSON values."""
+        """What latents from `denoise` depend on besides weights, prompts, noise and settings: JSON values."""

@@ -27,10 +27,10 @@ SAMPLING = {  # option → field of Sampling
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is known of a model beyond its weights, from `salun.yaml` beside it or from its family.
+    """What is known of a model beyond its weights, from the `salun.yaml` in its folder or from its family.
 
     recipe: the numbers behind `auto`. paper_recipes: the authors', by kind of concept; empty where they ran nothing
-    alike. detector: folder of the classifier that reads its pictures. few_steps: a sign that it is meant for few steps.
+    alike. detector: folder of the classifier of its images. few_steps: a sign that it is meant for few steps.
     """
 
     sampling: Sampling
@@ -47,7 +47,7 @@ def display_name(name: str) -> str:
 
 
 def settings_for(settings: ModelSettings, options: EraseOptions, name: str, multiple: int) -> ModelSettings:
-    """The settings with what the options say of sampling. Raises ConfigError for a resolution that is no multiple."""
+    """The settings with the sampling options applied. Raises ConfigError unless `multiple` divides the resolution."""
     if options.resolution is not None and options.resolution % multiple:
         raise ConfigError(
             f"is {options.resolution}, but must be a multiple of {multiple} for {name}", option="resolution"
@@ -69,17 +69,17 @@ def read_settings(
 ) -> ModelSettings:
     """Settings of a model: `salun.yaml` in its folder over the alias entry over the native one over the family."""
     path = (folder or Path()) / SETTINGS
-    own = _own_settings(path) if folder is not None and os.path.lexists(path) else {}
+    in_folder = _own_settings(path) if folder is not None and os.path.lexists(path) else {}
     shared = aliases()["families"].get(entry.get("family", family), {})
 
     native = {"sampling": {"resolution": resolution}} if resolution else {}
 
     def merged(key: str) -> dict[str, Any]:
-        return {**shared.get(key, {}), **native.get(key, {}), **entry.get(key, {}), **own.get(key, {})}
+        return {**shared.get(key, {}), **native.get(key, {}), **entry.get(key, {}), **in_folder.get(key, {})}
 
-    # a model with a recipe of its own is not one the authors ran
-    papers = own.get("recipes_paper", {} if "recipe" in own else shared.get("recipes_paper", {}))
-    detector = own.get("detector")
+    # a model with its own recipe is not a model that the authors ran
+    papers = in_folder.get("recipes_paper", {} if "recipe" in in_folder else shared.get("recipes_paper", {}))
+    detector = in_folder.get("detector")
     if folder is not None and detector is not None and not _is_inside(folder, detector):
         raise ModelError(f"{path}: detector must be a folder inside the model's folder")
     return ModelSettings(
@@ -88,7 +88,7 @@ def read_settings(
         paper_recipes={
             kind: from_mapping(Recipe, {**merged("recipe"), **paper}, str(path)) for kind, paper in papers.items()
         },
-        vocabulary=Vocabulary.from_mapping(own["vocabulary"], str(path)) if "vocabulary" in own else None,
+        vocabulary=Vocabulary.from_mapping(in_folder["vocabulary"], str(path)) if "vocabulary" in in_folder else None,
         detector=folder / detector if folder is not None and detector else None,
     )
 
@@ -96,15 +96,15 @@ def read_settings(
 def _own_settings(path: Path) -> dict[str, Any]:
     """What a model's `salun.yaml` holds. Raises ModelError."""
     try:
-        own = read_yaml(path)
+        content = read_yaml(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
-    sections = [own, *(own.get(key, {}) for key in SECTIONS)] if isinstance(own, dict) else [own]
+    sections = [content, *(content.get(key, {}) for key in SECTIONS)] if isinstance(content, dict) else [content]
     if all(isinstance(section, dict) for section in sections):
-        sections += own.get("recipes_paper", {}).values()
+        sections += content.get("recipes_paper", {}).values()
     if not all(isinstance(section, dict) for section in sections):
         raise ModelError(f"{path} cannot be read: expected a mapping of names to values, as in that of `shapes`")
-    return dict(own)
+    return dict(content)
 
 
 def _is_inside(folder: Path, name: Any) -> bool:

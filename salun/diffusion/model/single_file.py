@@ -55,7 +55,7 @@ def load_parts(
 
 
 def _config_reader(family: Family, components: Path | None) -> Callable[[str], dict[str, Any] | None]:
-    """Part → its config in `components`; None where there are none."""
+    """Part → its config in `components`; None without `components`."""
 
     def read(part: str) -> dict[str, Any] | None:
         if components is None:
@@ -176,13 +176,13 @@ def empty_text_encoder(
     kind = library_class(contents.family.text[index].class_name)
     layout, entries = contents.layouts[index], contents.header.entries
     assert layout is not None
-    own = {n.removeprefix(layout.prefix): e.shape for n, e in entries.items() if n.startswith(layout.prefix)}
-    known = config or text_config(own, contents.family.text[index])
+    in_file = {n.removeprefix(layout.prefix): e.shape for n, e in entries.items() if n.startswith(layout.prefix)}
+    known = config or text_config(in_file, contents.family.text[index])
     encoder = empty_module(lambda: kind(CLIPTextConfig.from_dict(known)), contents, config)
     tensors, inner = text_tensors(contents, encoder.state_dict(), index)
     _only_weights(contents, inner.values())
-    places = keymap.text_to_ldm(encoder.state_dict(), layout)
-    shapes = {name: _shape_in(entries[ldm_name].shape, part) for name, (ldm_name, part) in places.items()}
+    ldm_names = keymap.text_to_ldm(encoder.state_dict(), layout)
+    shapes = {name: _shape_in(entries[ldm_name].shape, part) for name, (ldm_name, part) in ldm_names.items()}
     check_state_dict(
         {n: tuple(p.shape) for n, p in encoder.named_parameters()}, shapes, contents.path, inner.__getitem__
     )
@@ -206,7 +206,7 @@ def _shape_in(shape: tuple[int, ...], part: str) -> tuple[int, ...]:
 def _from_components(
     kind: Any, contents: CheckpointContents, components: Path | None, part: str, **keywords: Any
 ) -> Any:
-    """A part that the file lacks, from `components`. Raises ModelError if there are none."""
+    """A part that the file lacks, from `components`. Raises ModelError without `components`."""
     if components is not None:
         return load_strict(kind, components / part, **keywords)
     tiny = part == "vae" and any("taesd" in name for name in contents.others + contents.header.names)
@@ -255,22 +255,22 @@ def text_tensors(contents: CheckpointContents, names: Iterable[str], index: int)
     """
     layout = contents.layouts[index]
     assert layout is not None
-    places = keymap.text_to_ldm(names, layout)
-    missing = [ldm_name for ldm_name, _ in places.values() if ldm_name not in contents.header.entries]
+    ldm_names = keymap.text_to_ldm(names, layout)
+    missing = [ldm_name for ldm_name, _ in ldm_names.values() if ldm_name not in contents.header.entries]
     if missing:
         raise ModelError(f"{contents.path} is incomplete: its text encoder lacks {some(missing)}")
 
     def maker(ldm_name: str, part: str) -> Callable[[], Tensor]:
         def make() -> Tensor:
-            whole = _read(contents, ldm_name)
+            stored = _read(contents, ldm_name)
             if part == "T":
-                return whole.T.contiguous()
-            return whole.chunk(3)["qkv".index(part)].clone() if part else whole
+                return stored.T.contiguous()
+            return stored.chunk(3)["qkv".index(part)].clone() if part else stored
 
         return make
 
-    return {name: maker(*place) for name, place in places.items()}, {
-        name: ldm_name for name, (ldm_name, _) in places.items()
+    return {name: maker(*place) for name, place in ldm_names.items()}, {
+        name: ldm_name for name, (ldm_name, _) in ldm_names.items()
     }
 
 

@@ -32,7 +32,7 @@ CHUNKS = 4  # of a long prompt, at most
 
 @dataclass(eq=False)
 class Model:
-    """A loaded model. Fulfils `Denoiser`.
+    """A loaded model. Implements `Denoiser`.
 
     name: as the user gave it. stored: where it lies on disk. The live UNet may be
     changed by an erasure; `original` is what the files hold.
@@ -80,9 +80,9 @@ class Model:
         with self.on_device(*self.text_encoders):
             for count, members in groups.items():
                 for start in range(0, len(members), 64):
-                    some = members[start : start + 64]
-                    encoded = self._encode([prompts[i] for i in some], count)
-                    for row, i in enumerate(some):
+                    batch = members[start : start + 64]
+                    encoded = self._encode([prompts[i] for i in batch], count)
+                    for row, i in enumerate(batch):
                         rows[i] = encoded[row : row + 1]
         return Conditioning.cat([row for row in rows if row is not None])
 
@@ -109,8 +109,8 @@ class Model:
             for prompt in prompts:
                 ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
                 for start in range(0, chunks * size, size):
-                    own = [tokenizer.bos_token_id, *ids[start : start + size], tokenizer.eos_token_id]
-                    rows.append(own + [tokenizer.pad_token_id] * (size + 2 - len(own)))
+                    chunk = [tokenizer.bos_token_id, *ids[start : start + size], tokenizer.eos_token_id]
+                    rows.append(chunk + [tokenizer.pad_token_id] * (size + 2 - len(chunk)))
             output = encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
             layer = self._layer(encoder, output)
             hidden.append(layer.reshape(len(prompts), chunks * (size + 2), -1))
@@ -170,9 +170,9 @@ class Model:
         return self.latent_channels, side, side
 
     @torch.no_grad()
-    def encode_images(self, pictures: np.ndarray) -> Tensor:
+    def encode_images(self, images: np.ndarray) -> Tensor:
         """uint8 images (n, H, W, 3) → latents (n, c, h, w), scaled: the mean of the VAE's posterior."""
-        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         with self.on_device(self.vae):
             z = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
@@ -185,8 +185,8 @@ class Model:
         z = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
         with self.on_device(self.vae):
             x = self.vae.decode(z.to(self.device, self.vae.dtype)).sample.float()
-        pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        array: np.ndarray = pictures.cpu().numpy()
+        images = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        array: np.ndarray = images.cpu().numpy()
         return array
 
     # -- weights --------------------------------------------------------------------------------------------------

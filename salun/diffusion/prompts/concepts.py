@@ -54,7 +54,9 @@ class Concept:
         if not self.name.strip():
             raise ConfigError("is empty", option="concept", advice="Name what the model should forget, such as circle")
         if self.anchor is not None and self.anchor.strip() == self.name.strip():
-            raise ConfigError(f"is {self.name!r}, and so is the concept", option="anchor", advice="Name another anchor")
+            raise ConfigError(
+                f"is {self.name!r}, which is the concept itself", option="anchor", advice="Name another anchor"
+            )
 
 
 _FIELD_OPTIONS = {
@@ -223,7 +225,7 @@ def part(concepts: Sequence[Concept], vocabulary: Vocabulary | None) -> tuple[li
                 raise ConfigError(
                     f"of {concept.name!r} is {first!r}, which is to be erased as well",
                     option="anchor",
-                    advice="Name an {anchor} that stays",
+                    advice="Choose an {anchor} that is not erased",
                 )
             anchor = left[0]
         if anchor != first:

@@ -24,6 +24,7 @@ from salun.files import sha256_file
 from salun.untrusted import read_json
 
 DESCRIPTION, WEIGHTS = "detector.json", "detector.safetensors"
+VALIDITY = "picture"  # name of the validity head in weights files  # codespell:ignore picture
 
 
 class AttributeClassifier(nn.Module):
@@ -40,7 +41,7 @@ class AttributeClassifier(nn.Module):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.heads = nn.ModuleDict({name: nn.Linear(2 * channels[-1], len(of)) for name, of in labels.items()})
-        self.picture = nn.Linear(2 * channels[-1], 2)
+        self.add_module(VALIDITY, nn.Linear(2 * channels[-1], 2))
 
     def pooled(self, images: Tensor) -> Tensor:
         """images: float (n, 3, h, w) in −1…1 → features (n, 2·channels[-1])."""
@@ -50,11 +51,13 @@ class AttributeClassifier(nn.Module):
         return torch.cat([h.mean((2, 3)), h.amax((2, 3))], dim=1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits per attribute and, under "picture", of (invalid, valid)."""
+        """Logits per attribute and, under `VALIDITY`, of (invalid, valid)."""
         return self._logits(self.pooled(images))
 
     def _logits(self, features: Tensor) -> dict[str, Tensor]:
-        return {name: head(features) for name, head in self.heads.items()} | {"picture": self.picture(features)}
+        return {name: head(features) for name, head in self.heads.items()} | {
+            VALIDITY: self.get_submodule(VALIDITY)(features)
+        }
 
     def covers(self, attribute: str | None, label: str) -> bool:
         """Whether the attribute has this label."""
@@ -63,14 +66,14 @@ class AttributeClassifier(nn.Module):
     @torch.no_grad()
     def detect(self, images: np.ndarray, batch_size: int = 256) -> Detection:
         """Detect in uint8 images (n, h, w, 3): of each attribute the likeliest label, in valid images."""
-        device = self.picture.weight.device
+        device = next(self.parameters()).device
         scores: dict[str, list[Tensor]] = {name: [] for name in self.labels}
         valid, features = [], []
         for start in range(0, len(images), batch_size):
             x = torch.from_numpy(images[start : start + batch_size]).to(device)
             pooled = self.pooled(x.permute(0, 3, 1, 2).float() / 127.5 - 1)
             logits = self._logits(pooled)
-            valid.append(logits["picture"].argmax(1) != 0)
+            valid.append(logits[VALIDITY].argmax(1) != 0)
             for name in self.labels:
                 scores[name].append(_margins(logits[name]).masked_fill(~valid[-1][:, None], -torch.inf).cpu())
             features.append(pooled.cpu())
@@ -132,7 +135,7 @@ def _checked(described: Any) -> tuple[dict[str, list[str]], int, tuple[int, ...]
     labels, resolution, channels = (values.get(key) for key in ("attributes", "resolution", "channels"))
     if not isinstance(labels, dict) or not all(
         name.isidentifier()
-        and name != "picture"
+        and name != VALIDITY
         and isinstance(of, list)
         and 1 <= len(of) <= 1000
         and all(isinstance(v, str) for v in of)

@@ -33,7 +33,7 @@ def _ratio(above: Tensor, below: Tensor) -> Value:
     """‖above‖² / ‖below‖² of (n, …), with the interval of a ratio of sums over n."""
     total = below.square().sum()
     if not total > 0:
-        return Unknown("the original's predictions that it is relative to do not differ")
+        return Unknown("the original model's predictions, to which it is relative, do not differ")
     value, n = float(above.square().sum() / total), len(below)
     a, b = (tensor.double().square().flatten(1).sum(1) for tensor in (above, below))
     error = float((a - value * b).square().sum() * n / max(n - 1, 1)) ** 0.5 / float(b.sum())

@@ -1,4 +1,4 @@
-"""Are there images that are no valid images any more: destroyed rather than forgotten?"""
+"""Are there images that the detector no longer recognizes as valid: destroyed rather than forgotten?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def unclassified(pair: EvaluationPair) -> Value:
 
 
 def _finding(before: Estimate, after: Estimate, concept: Mapping[str, Any]) -> str:
-    return f"Warning: {after.value:.0f} % of them are no valid images any more." if after.value > 5 else ""
+    return f"Warning: {after.value:.0f} % of the images are no longer valid." if after.value > 5 else ""
 
 
 UNCLASSIFIED = Metric("unclassified", "Unclassified", "lower", "%", unclassified, per_concept=True, finding=_finding)

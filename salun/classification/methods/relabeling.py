@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RelabellingOptions(Checked):
+class RelabelingOptions(Checked):
     """Options of RL, SalUn and SalUn-soft."""
 
     labels: str = option(
@@ -32,17 +32,17 @@ class RelabellingOptions(Checked):
     )
 
 
-def random_labels(task: Task, options: RelabellingOptions) -> None:
+def random_labels(task: Task, options: RelabelingOptions) -> None:
     """RL (Golatkar et al. 2020): min_θ CE(D_f with random labels) + CE(D_r), over the task's mask.
 
     Each epoch draws the labels anew and takes D_f first, then D_r, or both mixed.
     """
     from salun.classification.task import cross_entropy, minimize
 
-    minimize(task, relabelled(task, options), cross_entropy(task))
+    minimize(task, relabeled(task, options), cross_entropy(task))
 
 
-def salun(task: Task, options: RelabellingOptions) -> None:
+def salun(task: Task, options: RelabelingOptions) -> None:
     """SalUn (Fan et al. 2024, eqs. 3–5): RL, in which only salient weights move.
 
     θ_u = m ⊙ (θ_o + Δθ) + (1 − m) ⊙ θ_o with m = 1[|∇_θ CE(D_f)| ≥ γ]; the task carries m. Weights outside are never
@@ -51,17 +51,17 @@ def salun(task: Task, options: RelabellingOptions) -> None:
     random_labels(task, options)
 
 
-def salun_soft(task: Task, options: RelabellingOptions) -> None:
+def salun_soft(task: Task, options: RelabelingOptions) -> None:
     """SalUn-soft (Fan et al. 2024, appendix B): RL with a proximal ℓ1 step on θ − θ_o in place of the mask.
 
     After each step the change is soft-thresholded so that a fraction of it becomes 0; the fraction falls to none.
     """
     from salun.classification.task import cross_entropy, minimize
 
-    minimize(task, relabelled(task, options), cross_entropy(task), soft_density=task.options.density)
+    minimize(task, relabeled(task, options), cross_entropy(task), soft_density=task.options.density)
 
 
-def relabelled(task: Task, options: RelabellingOptions) -> Batches:
+def relabeled(task: Task, options: RelabelingOptions) -> Batches:
     """Each epoch D_f with labels drawn afresh, and D_r with its true labels, in the options' order."""
     import torch
 

@@ -17,7 +17,7 @@ TILE, GAP, INK, PAPER = 128, 8, (40, 40, 46), (250, 250, 250)
 def grid(before: np.ndarray, after: np.ndarray, captions: Sequence[str], blur: bool = False) -> np.ndarray:
     """One column per prompt: the image before over the image after, the prompt below.
 
-    before, after: uint8 (n, h, w, 3), n > 0. Returns uint8 (H, W, 3). blur: make what is shown unrecognisable.
+    before, after: uint8 (n, h, w, 3), n > 0. Returns uint8 (H, W, 3). blur: make the scene unrecognizable.
     """
     rows = [("before", before), ("after", after)]
     left, lines = 56, 3
@@ -54,7 +54,7 @@ def sheet(images: np.ndarray, columns: int, captions: Sequence[str]) -> np.ndarr
 
 
 def stack(*images: np.ndarray) -> np.ndarray:
-    """Pictures one below the other, on paper as wide as the widest."""
+    """Images one below the other, on a background as wide as the widest."""
     width = max(p.shape[1] for p in images)
     padded = [
         np.concatenate([p, np.full((p.shape[0], width - p.shape[1], 3), PAPER, np.uint8)], axis=1) for p in images
@@ -89,7 +89,7 @@ def densities(counts: Mapping[str, tuple[int, int]]) -> np.ndarray:
 
 
 def blurred(image: Image.Image, side: int = TILE) -> Image.Image:
-    """A square of which nothing of the scene is left to recognise, or to recover from the file: to 8×8 and back."""
+    """A square image, reduced to 8×8 pixels and enlarged: the scene can neither be recognized nor be recovered."""
     return (
         image.resize((8, 8), Image.Resampling.BOX)
         .resize((side, side), Image.Resampling.BICUBIC)
@@ -105,11 +105,11 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 
 def _tile(image: np.ndarray, blur: bool, side: int = TILE) -> Image.Image:
-    picture = Image.fromarray(image)
+    tile = Image.fromarray(image)
     if blur:
-        return blurred(picture, side)
+        return blurred(tile, side)
     small = image.shape[0] < side
-    return picture.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    return tile.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
