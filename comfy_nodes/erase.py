@@ -153,7 +153,7 @@ def _cached(key: str, run: Run) -> Result:
     for side, evaluation in zip(SIDES, (run.before, run.after), strict=True):
         tensors |= {f"{side} {part}": torch.from_numpy(getattr(evaluation, part)) for part in ("forget", "retain")}
     cache().put(key, tensors)
-    return run.delta, _before_after(run.plan, run.asked, run.before, run.after), metrics
+    return run.delta, _before_after(run.plan, run.prompts, run.before, run.after), metrics
 
 
 def _load_cached(key: str, graph: GraphModel, plan: Plan) -> Result | None:

@@ -76,12 +76,12 @@ def results_of(revision: str) -> dict[str, dict[str, list[str]]]:
 def compare(old: dict[str, dict[str, list[str]]], new: dict[str, dict[str, list[str]]]) -> Iterator[str]:
     """A line for each file that differs, and how."""
     for case, files in old.items():
-        for name, (whole, tensors) in files.items():
+        for name, (file_hash, tensors) in files.items():
             if name not in new.get(case, {}):
                 yield f"{case}: {name} is missing"
             elif new[case][name][1] != tensors:
                 yield f"{case}: {name}: TENSORS differ"
-            elif new[case][name][0] != whole:
+            elif new[case][name][0] != file_hash:
                 yield f"{case}: {name}: equal tensors, other metadata"
 
 
@@ -114,13 +114,13 @@ def _erasures(folder: Path) -> Iterator[tuple[str, dict[str, list[str]]]]:
 
 def _deltas(folder: Path) -> Iterator[tuple[str, dict[str, list[str]]]]:
     for family in FAMILIES:
-        base, one, two = (_checkpoint(folder, family, seed) for seed in range(3))
+        base, first_erased, second_erased = (_checkpoint(folder, family, seed) for seed in range(3))
         out = folder / f"delta {family}"
         out.mkdir()
         first, second = (str(out / f"{n}.salun.safetensors") for n in ("first", "second"))
         erased = str(out / "erased.safetensors")
-        _salun("delta", "extract", str(base), str(one), "--output", first)
-        _salun("delta", "extract", str(base), str(two), "--output", second)
+        _salun("delta", "extract", str(base), str(first_erased), "--output", first)
+        _salun("delta", "extract", str(base), str(second_erased), "--output", second)
         _salun("delta", "apply", str(base), first, "--output", erased)
         _salun("delta", "apply", str(base), first, "--strength", "0.5", "--output", str(out / "half.safetensors"))
         _salun("delta", "undo", erased, first, "--output", str(out / "undone.safetensors"))

@@ -31,16 +31,16 @@ TIMES = {"run.json", "report.html", "log.txt", ".lock"}  # they hold times, or n
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
-    """The job, begun or gone on with in `folder`/run, its output in `folder`/said.txt."""
+    """Start or resume the job in `folder`/run, with its output in `folder`/output.txt."""
     command = [sys.executable, "-m", "salun", "erase", *JOB.split(), "--run-dir", "run", "--resume"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SALUN_CACHE": str(folder / "cache")}
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "said.txt").open("ab") as said:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
+    with (folder / "output.txt").open("ab") as output:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Hash of every file of a run folder whose bytes do not tell the time."""
+    """Hash of every file of a run folder, except those that contain times."""
     files = [p for p in run.rglob("*") if p.is_file() and p.name not in TIMES]
     return {p.relative_to(run).as_posix(): sha256_file(p) for p in files}
 
@@ -83,7 +83,7 @@ def main(n: int, seed: int, folder: Path) -> int:
     began = time.monotonic()
     complete = folder / "whole"
     if start(complete).wait():
-        sys.exit((complete / "said.txt").read_text(encoding="utf-8"))
+        sys.exit((complete / "output.txt").read_text(encoding="utf-8"))
     length = time.monotonic() - began
     expected = contents(complete / "run")
     chance, wrong = random.Random(seed), 0

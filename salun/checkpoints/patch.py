@@ -39,7 +39,7 @@ def write_patched(
 
 def _changed_in(stored: Stored, file: Path, changed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The changed tensors of one file, by their names in it."""
-    return renamed(changed, {stored.name_in_file(name): name for name in changed if stored.places[name][0] == file})
+    return renamed(changed, {stored.name_in_file(name): name for name in changed if stored.locations[name][0] == file})
 
 
 def excluded_weights(stored: Stored) -> list[str]:

@@ -42,7 +42,7 @@ def open_folder(folder: Path) -> Stored:
     if part.is_dir():
         check_links(folder)
     unet = open_component(part)
-    return Stored(folder, unet.places, unet.headers)
+    return Stored(folder, unet.locations, unet.headers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,12 +127,12 @@ class Cache:
 
     def clear(self) -> int:
         """Remove every entry and every converted pickle; returns their number."""
-        found, pickles = self.entries(), self.converted_files()
-        for path, *_ in found:
+        entries, pickles = self.entries(), self.converted_files()
+        for path, *_ in entries:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.converted, ignore_errors=True)
         self._remove_leftovers()
-        return len(found) + len(pickles)
+        return len(entries) + len(pickles)
 
     def _make_room(self) -> None:
         self._remove_leftovers()

@@ -145,11 +145,11 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
         else:
             _copy(model.components, "vae", temporary)
         for index, (encoder, tokenizer) in enumerate(zip(model.text_encoders, model.tokenizers, strict=True)):
-            name, words = numbered("text_encoder", index), numbered("tokenizer", index)
+            name, tokenizer_part = numbered("text_encoder", index), numbered("tokenizer", index)
             if model.components is not None:
-                _copy(model.components, words, temporary)
+                _copy(model.components, tokenizer_part, temporary)
             else:
-                write_clip_tokenizer(temporary / words, tokenizer.pad_token)
+                write_clip_tokenizer(temporary / tokenizer_part, tokenizer.pad_token)
             if not contents.text[index]:
                 _copy(model.components, name, temporary)
                 continue
