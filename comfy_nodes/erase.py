@@ -116,7 +116,7 @@ class SalUnErase(Node):
 
 @contextmanager
 def resumable(record: RunRecord, graph: GraphModel, plan: Plan) -> Iterator[None]:
-    """Within, the erasure runs. If it is interrupted, its mask and training state stay for the next run."""
+    """Context manager: run the erasure inside. If it is interrupted, its mask and training state are retained."""
     total = sum(prod(graph.weights.shape(name)) for name in graph.weights)
     trained = trained_entries(total, plan)
     record.folder, record.resume = state_folder(record.fingerprint, total // 8 + 2 * STATE_BYTES * trained), True

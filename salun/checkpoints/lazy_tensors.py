@@ -1,4 +1,4 @@
-"""Tensors that are read or made only when they are asked for, one at a time."""
+"""Tensors that are read or made on access, one at a time."""
 
 from __future__ import annotations
 

@@ -126,9 +126,9 @@ def stack(
 ) -> dict[str, Any]:
     """Write a copy of a model with several deltas of it applied, in whatever order: see `salun.delta.stacking.stack`.
 
-    deltas: files, or deltas in memory. strengths: one for each delta; none stands for 1 throughout. keep_ema: keep a
+    deltas: files, or deltas in memory. strengths: one for each delta; 1 by default. keep_ema: keep a
     single file's second copy of the weights, in which nothing is erased. The output's metadata list what was applied.
-    Returns facts, `notes` among them: lines on what is not exact, overlaps, and what was left out. Raises ConfigError
+    Returns facts, `notes` among them: lines on what is not exact, on overlaps, and on skipped files. Raises ConfigError
     for an output that must not be written or options that contradict; ModelError for a model that is not the deltas'
     base.
     """

@@ -73,7 +73,7 @@ class Hashes(NamedTuple):
 
 @dataclass(eq=False)
 class AppliedDeltas(LazyTensors):
-    """The tensors that deltas change, each made from the model's when it is asked for.
+    """The tensors that deltas change, each made from the model's on access.
 
     model: the whole UNet before. layers: (delta, strength), in the order of the deltas' ids. source: where the old
     values that the deltas start from are known, if not in the model. base_hash, result_hash: of the model before and

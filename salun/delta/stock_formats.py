@@ -71,7 +71,7 @@ def full_difference(
 ) -> PlannedTensors:
     """Key in LoRA files → new − old, in the tensor's shape: `.diff` for weights, `.diff_b` for biases, of norms too.
 
-    Each is made when it is asked for: together they take as much memory as the network. Where a bias changed alone, its
+    Each is made on access: together they take as much memory as the network. Where a bias changed alone, its
     weight gets a `.diff` of zeros: A1111 rejects a file that has a `.diff_b` without.
 
     Args:
@@ -313,7 +313,7 @@ def _nothing_changed() -> ModelError:
     return ModelError("the two models are equal: there is no difference to write")
 
 
-ENERGY = 0.9  # of a low-rank file where nothing else is asked for
+ENERGY = 0.9  # default of a low-rank file
 
 
 def stock_notes(delta: Delta) -> dict[str, str]:

@@ -31,7 +31,7 @@ from salun.user_text import checked
 def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
     """Kind and contents of a model, mask, delta or run folder. Raises ModelError for anything else.
 
-    Masks, deltas and runs tell `blocks` and `layers` too: block or parameter of the UNet → [entries selected or
+    Masks, deltas and runs also have `blocks` and `layers`: block or parameter of the UNet → [entries selected or
     changed, entries in all].
     """
     place = Path(path).expanduser()
@@ -95,7 +95,7 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _verdict(spec: ModelSpec, not_finite: list[str]) -> str:
-    """Whether it can be erased from, as far as names, shapes and the UNet's values tell, or what is in the way."""
+    """Whether salun can erase from a model, by its names, shapes and UNet values, or what prevents it."""
     from salun.diffusion.model.loading import check_folder
     from salun.diffusion.model.single_file import check_parts
 

@@ -139,7 +139,7 @@ def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable
         return taken, out
 
     def timed(n: int, graph: bool) -> float:
-        run(1, graph)  # the first pass pays for what later ones find ready
+        run(1, graph)  # warm-up
         first, _ = run(1, graph)
         return first * n if first > _QUICK else run(n, graph)[0]
 

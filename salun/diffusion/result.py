@@ -1,4 +1,4 @@
-"""What an erasure leaves: the `Run` in memory, and its folder on disk."""
+"""The result of an erasure: the `Run` in memory, and its folder on disk."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unlearned:
-    """What a method leaves.
+    """The result of a method.
 
     Args:
         mask: The weights that it changed, or could change.

@@ -41,7 +41,7 @@ class Cache:
 
     @staticmethod
     def of_user() -> Cache:
-        """The one that all runs of the user share. Raises ConfigError for a SALUN_CACHE_SIZE that cannot be read."""
+        """The cache that all runs of the user share. Raises ConfigError for a SALUN_CACHE_SIZE that cannot be read."""
         folder = os.environ.get("SALUN_CACHE")
         if not folder:
             import platformdirs  # a WebUI has none, and names its own folder
@@ -67,7 +67,7 @@ class Cache:
         return self.load(key, read)
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store an entry. A full or read-only disk costs the entry, not the run."""
+        """Store an entry. A full or read-only disk does not stop the run."""
         size = sum(t.numel() * t.element_size() for t in tensors.values())
 
         def write(path: Path) -> None:
