@@ -1,6 +1,6 @@
 """Put the trained parts together as a diffusers folder, measure it, write its card: python -m tools.shapes.package.
 
-Measuring takes minutes (it samples over a thousand pictures) and is kept in `build/shapes/measured.json`; `--measure`
+Measuring takes minutes (it samples over a thousand images) and is kept in `build/shapes/measured.json`; `--measure`
 does it again.
 """
 
@@ -97,7 +97,7 @@ def measure(built: Path, n: int) -> dict[str, Any]:
 
 
 def card(measured: dict[str, Any]) -> str:
-    """The model card, its figures from `measured`."""
+    """The model card, its metrics from `measured`."""
     per_class = ", ".join(f"{name} {value}" for name, value in measured["per_class"].items())
     lines = [f"| {name} | {value} |" for name, value in measured["oracle"].items()]
     return CARD.read_text(encoding="utf-8").format(

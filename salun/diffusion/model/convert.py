@@ -100,8 +100,8 @@ def _add_last_layer(items: dict[str, Planned], prefix: str, folder: Path, used: 
     """The layer that diffusers leaves out, since no output of it is used, as one that changes nothing.
 
     Hosts build it all the same, and would otherwise leave its weights as whatever was in memory. Raises ModelError if
-    the folder's text encoder has this layer and uses it, as no host does. (No published model has fewer layers, and no host builds
-    one.)
+    the folder's text encoder has this layer and uses it, as no host does. (No published model has
+    fewer layers, and no host builds one.)
     """
     rows = [name for name in items if name.startswith(f"{prefix}transformer.resblocks.")]
     layers = len({name.split("resblocks.")[1].split(".")[0] for name in rows})
