@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 class Plan:
     """A fully resolved erasure.
 
-    options: with every number set, so that they reproduce the erasure. recipe: those that depend on
-    the model, from the options or the model's recipe. sampling: likewise.
-    few_steps: a sign that the model is meant for few steps, where the options do not say how to sample. notes: lines
-    for the user.
+    options: with every number set, so that they reproduce the erasure. recipe: the numbers that depend on the model,
+    from the options or the model's recipe. sampling: likewise. few_steps: a sign that the model is meant for few steps,
+    where the options do not say how to sample. notes: lines for the user.
     """
 
     concepts: list[Concept]
@@ -200,11 +199,13 @@ def _paper_recipe(settings: ModelSettings, model: str, kind: str) -> Recipe:
     papers = settings.paper_recipes
     if not papers:
         raise ConfigError(
-            f"paper: the paper has no recipe for a model like {model}", option="recipe", advice="Use {recipe} default"
+            f"is paper, but the paper has no recipe for a model like {model}",
+            option="recipe",
+            advice="Use {recipe} default",
         )
     if kind not in papers:
         raise ConfigError(
-            f"paper: the authors erased concepts of the kinds {' and '.join(papers)}, none of the kind {kind}",
+            f"is paper, but the paper has recipes for the kinds {' and '.join(papers)} only, not for {kind}",
             option="recipe",
             advice="Use {recipe} default",
         )
