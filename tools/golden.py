@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def results_of(revision: str) -> dict[str, dict[str, list[str]]]:
-    """The results of another revision, from a worktree of its own."""
+    """The results of another revision, from a temporary worktree."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         subprocess.run(["git", "worktree", "add", "--detach", "-q", str(tree), revision], cwd=ROOT, check=True)
@@ -103,7 +103,7 @@ def _erasures(folder: Path) -> Iterator[tuple[str, dict[str, list[str]]]]:
         run = folder / case
         _salun("erase", "--model", "shapes", *options, *SHORT, "--run-dir", str(run))
         yield f"erase, {case}", _hashes(run)
-    for family in FAMILIES:  # a whole checkpoint, written in its own layout and as a diffusers folder
+    for family in FAMILIES:  # a complete checkpoint, written in its own layout and as a diffusers folder
         run, source = folder / f"erase {family}", _checkpoint(folder, family, seed=0)
         outputs = ["--output", str(run / "x.safetensors"), "--output", f"{run / 'x'}/"]
         small = ["--concept", "cat", "--anchor", "dog", "--resolution", "64", "--lr", "1e-3"]

@@ -1,10 +1,10 @@
-"""Kill a run at random moments, resume it, and compare with the run that nothing stopped.
+"""Kill a run at random moments, resume it, and compare it with an uninterrupted run.
 
     python tools/kill.py -n 50 --seed 0
 
-A short erasure is started in a process of its own and killed (SIGKILL) after a random fraction of the time that a whole
-run takes. What it left must hold no half file, and the same command with --resume must end with the very bytes of the
-whole run. One line per kill; exit code 1 if any outcome is wrong.
+A short erasure is started in its own process and killed (SIGKILL) after a random fraction of the time that a complete run
+takes. It must leave no incomplete file, and the same command with --resume must give files that are byte-identical to
+those of the complete run. One line per kill; exit code 1 if any outcome is wrong.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def half_files(folder: Path) -> list[str]:
-    """Files under final names that are not whole."""
+    """Incomplete files under final names."""
     names = []
     for path in folder.rglob("*"):
         if path.suffix == ".safetensors" and ".tmp" not in str(path):
@@ -73,7 +73,7 @@ def state_of(run: Path) -> str:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run says that it is done and its report is whole."""
+    """Whether the run's status is done and its report complete."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return record["status"] == "done" and (run / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
@@ -100,7 +100,7 @@ def main(n: int, seed: int, folder: Path) -> int:
         code = 0 if finished else start(place).wait()
         good = not half and code == 0 and contents(place / "run") == expected and is_finished(place / "run")
         wrong += not good
-        verdict = "equal bytes" if good else f"WRONG (half files: {half}, exit code {code}): {place}"
+        verdict = "byte-identical" if good else f"WRONG (incomplete files: {half}, exit code {code}): {place}"
         print(f"{i + 1:3} killed at {moment:5.1f} of {length:.1f} s ({left}): {verdict}", flush=True)
         if good:
             shutil.rmtree(place)

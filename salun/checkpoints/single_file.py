@@ -72,7 +72,7 @@ class CheckpointContents:
         if kind is not None:
             raise ModelError(f"{path} is {kind}; salun supports complete models of {TITLES}")
         network = network_of(names)
-        assert network is not None  # or `describe_unsupported` had said what it is
+        assert network is not None  # `describe_unsupported` covers all other files
         try:
             diffusers_names = network.from_single(names)
         except (KeyError, ZeroDivisionError) as error:  # the latter for absurd numbers in a name

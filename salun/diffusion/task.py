@@ -71,7 +71,7 @@ class ErasureTask:
 
     @property
     def training_set(self) -> ErasureData:
-        """The training set, which a method that asked for one has."""
+        """The training set, for a method that needs one."""
         assert self.data is not None
         return self.data
 

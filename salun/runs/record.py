@@ -31,7 +31,7 @@ logger = logging.getLogger("salun")
 
 
 class RunRecord:
-    """What a run did: one attribute for each part of `run.json`, kept in `folder/run.json` where a folder is given.
+    """The record of a run: one attribute for each part of `run.json`, written to the folder if there is one.
 
     Args:
         folder: The run folder; None for a run without files, as on all processes but the first.
