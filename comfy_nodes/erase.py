@@ -52,13 +52,14 @@ class SalUnErase(Node):
     OUTPUT_TOOLTIPS = (
         "The erased model, ready for a KSampler.",
         "The changes, for Save Delta, Save Erased Checkpoint, Save as LoRA and Apply Delta.",
-        "Images before and after, of the concept and of what is retained.",
+        "Images of forget and retain prompts, before and after.",
         "Metrics, losses and options as JSON.",
     )
     DESCRIPTION = (
-        "Erases a concept from a model by SalUn: the weights that matter most to it are found and trained, all others "
-        "stay as they are. A LoRA before this node is part of the model that is erased. The same inputs never train "
-        "twice, even after a restart. Other eval_images train again; SalUn Evaluate shows more images without training."
+        "Erases a concept from a model by SalUn: the weights that the concept depends on most are trained, and all others "
+        "stay bit-identical. A LoRA before this node is part of the model that is erased. Results are cached: the same "
+        "inputs never train twice, even after a restart. A change of eval_images trains again; to see more images without "
+        "training, use SalUn Evaluate."
     )
 
     @classmethod
