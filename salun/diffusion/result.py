@@ -191,8 +191,8 @@ def _write_target(run: Run, target: str, shown: str, context: RunContext) -> Non
         raise kind_of_error(
             f"{error.message}. {fill(error.advice, str)}" if error.advice else error.message,
             option=error.option,
-            advice=f"The trained weights are saved: repeat the command with {{resume}} {{run_dir}} {literal(folder)} and "
-            "another {output}",
+            advice=f"The trained weights are saved: repeat the command with {{resume}} {{run_dir}} {literal(folder)} "
+            "and another {output}",
             code="resume-to-write",
         ) from error
     if kind == "lora":
