@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from salun.progress import Stage, StageCost
 
 SAVING = 0.05  # fraction of an erasure that writing its files takes
-BACKWARD = 3  # a forward and backward pass costs as much as three forward ones
 MIN_FRACTION = 0.03  # below it, no time left is estimated
 CORRECTED = 1.5  # a time left is corrected upward if it is too short by this factor; otherwise it only counts down
 LABELS = {
@@ -34,7 +33,7 @@ LABELS = {
 
 def with_saving(costs: Sequence[StageCost]) -> list[StageCost]:
     """The stages of an erasure, with the writing of its files at the end."""
-    total = sum(cost.forward + BACKWARD * cost.backward for cost in costs)
+    total = sum(cost.passes for cost in costs)
     return [*costs, StageCost(Stage.SAVING, 1, forward=max(1, round(total * SAVING / (1 - SAVING))))]
 
 
@@ -52,7 +51,7 @@ class ProgressEstimator:
         self._now = now
         self.fraction = 0.0
         self._spans: dict[str, tuple[float, float]] = {}  # stage → where it begins, its length
-        passes = [cost.forward + BACKWARD * cost.backward for cost in costs]
+        passes = [cost.passes for cost in costs]
         for i, cost in enumerate(costs):
             self._spans[cost.stage] = (sum(passes[:i]) / sum(passes), passes[i] / sum(passes))
         self._stage = ""

@@ -61,6 +61,11 @@ class StageCost:
     forward: int = 0
     backward: int = 0
 
+    @property
+    def passes(self) -> int:
+        """In passes without gradients: a forward and backward pass costs as much as three of them."""
+        return self.forward + 3 * self.backward
+
 
 @dataclass(frozen=True)
 class Event:

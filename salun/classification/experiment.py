@@ -35,9 +35,9 @@ from salun.classification.search import search
 from salun.classification.splits import Split, make_split, repeated, with_forget
 from salun.classification.task import Task
 from salun.classification.unlearn_options import UnlearnOptions
-from salun.compute.device import deterministic_kernels, is_out_of_memory, pick_device, pick_dtype
+from salun.compute.device import deterministic_kernels, explained_memory_errors, pick_device, pick_dtype
 from salun.display import shown
-from salun.errors import ConfigError, DataError, TrainingError, literal
+from salun.errors import ConfigError, DataError, literal
 from salun.files import write_bytes
 from salun.masking.mask import Mask
 from salun.methods import METHODS
@@ -48,10 +48,6 @@ from salun.runs.cache import Cache, digest_of
 from salun.runs.reading import read_run
 from salun.runs.record import RunRecord
 from salun.user_text import as_spelled
-
-
-class OutOfMemory(TrainingError):
-    """Memory did not suffice this time; a later attempt may succeed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,21 +351,13 @@ def _tell(record: RunRecord, notes: Sequence[str], progress: Progress, stage: St
 @contextmanager
 def _computing(options: UnlearnOptions) -> Iterator[None]:
     """Within, kernels are deterministic if the options require it. Raises TrainingError if memory does not suffice."""
-    with deterministic_kernels(options.deterministic), enough_memory():
+    with deterministic_kernels(options.deterministic), memory_errors():
         yield
 
 
-@contextmanager
-def enough_memory() -> Iterator[None]:
-    """Within, an error for want of memory becomes an OutOfMemory with advice."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            "out of memory", advice="Use a smaller {batch_size} and {train_batch_size}", code="out-of-memory"
-        ) from error
+def memory_errors() -> AbstractContextManager[None]:
+    """Context manager: running out of memory says which options to try."""
+    return explained_memory_errors("out of memory", "Use a smaller {batch_size} and {train_batch_size}")
 
 
 def _keep_split(record: RunRecord, split: Split) -> None:

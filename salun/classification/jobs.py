@@ -25,9 +25,8 @@ import torch
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import (
     ExperimentSetup,
-    OutOfMemory,
-    enough_memory,
     forget,
+    memory_errors,
     metrics_of,
     open_record,
     setup_of,
@@ -238,13 +237,13 @@ def run_job(job: Job, cache: Cache, data: ImageData, progress: Progress) -> dict
         setting = setup_of(job.options, cache, data)
         if setting.data.images.device.type == "cpu":
             torch.set_num_threads(1)
-        with deterministic_kernels(setting.options.deterministic), enough_memory():
+        with deterministic_kernels(setting.options.deterministic), memory_errors():
             return WORK[job.kind](job, setting, progress)
     except Cancelled:
         raise
-    except OutOfMemory as error:
-        return {"error": f"{error}, or fewer workers", "retry": True}
     except SalunError as error:
+        if error.code == "out-of-memory":
+            return {"error": f"{error}, or fewer workers", "retry": True}
         return {"error": str(error)}
     finally:
         torch.set_num_threads(threads)

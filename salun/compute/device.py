@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from salun.errors import ConfigError
+from salun.errors import ConfigError, TrainingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,6 +43,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or any(
         text in str(error) for text in ("not enough memory", "can't allocate memory", "out of memory")
     )
+
+
+@contextmanager
+def explained_memory_errors(message: str, advice: str) -> Iterator[None]:
+    """Context manager: running out of memory becomes a TrainingError of the code "out-of-memory" with advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(message, advice=advice, code="out-of-memory") from error
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from salun.checkpoints.outputs import check_output
-from salun.compute.device import deterministic_kernels, is_out_of_memory
+from salun.compute.device import deterministic_kernels, explained_memory_errors
 from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.images import folder_digest
 from salun.diffusion.mask_files import load_mask_file
@@ -22,7 +22,7 @@ from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.display import shown
-from salun.errors import ConfigError, TrainingError
+from salun.errors import ConfigError
 from salun.files import check_disk_space, sha256_file
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
@@ -127,27 +127,18 @@ def training_session(model: DiffusionModel, plan: Plan) -> Iterator[None]:
         model.temporarily_trainable(),
         model.configured(plan.options),
         deterministic_kernels(plan.options.deterministic),
-        _explained_memory_errors(plan),
+        _memory_errors(plan),
     ):
         yield
 
 
-@contextmanager
-def _explained_memory_errors(plan: Plan) -> Iterator[None]:
-    """Context manager: an out-of-memory error becomes a TrainingError that says what to try."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        batch = plan.recipe.batch_size
-        smaller = f"{{batch_size}} {batch // 2}, " if batch > 1 else ""
-        low_vram = "" if plan.options.low_vram else "{low_vram}, "
-        raise TrainingError(
-            f"out of memory at batch_size {batch}",
-            advice=f"Try {smaller}{low_vram}{{dtype}} bf16, or a smaller {{resolution}}",
-            code="out-of-memory",
-        ) from error
+def _memory_errors(plan: Plan) -> AbstractContextManager[None]:
+    """Context manager: running out of memory says which options to try."""
+    batch = plan.recipe.batch_size
+    smaller = f"{{batch_size}} {batch // 2}, " if batch > 1 else ""
+    low_vram = "" if plan.options.low_vram else "{low_vram}, "
+    advice = f"Try {smaller}{low_vram}{{dtype}} bf16, or a smaller {{resolution}}"
+    return explained_memory_errors(f"out of memory at batch_size {batch}", advice)
 
 
 def _fingerprint_facts(model: Model, plan: Plan) -> dict[str, str]:
