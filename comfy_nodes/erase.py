@@ -57,9 +57,9 @@ class SalUnErase(Node):
     )
     DESCRIPTION = (
         "Erases a concept from a model by SalUn: the weights that the concept depends on most are trained, and all "
-        "others stay bit-identical. A LoRA before this node is part of the model that is erased. Results are cached: the "
-        "same inputs never train twice, even after a restart. A change of eval_images trains again; to see more images "
-        "without training, use SalUn Evaluate."
+        "others stay bit-identical. A LoRA before this node is part of the model that is erased. Results are cached: "
+        "the same inputs never train twice, even after a restart. A change of eval_images trains again; to see more "
+        "images without training, use SalUn Evaluate."
     )
 
     @classmethod
