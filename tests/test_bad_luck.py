@@ -182,7 +182,7 @@ def test_nothing_is_written_into_the_models_own_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"output .* inside the model's own folder"):
         salun.erase(str(folder), "circle", outputs=[str(folder / "unet" / "erased.safetensors")], **SHORT)
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(ConfigError, match=r"--run-dir .* inside the model's own folder"):
+    with pytest.raises(ConfigError, match=r"run_dir .* inside the model's own folder"):
         salun.erase(str(folder), "circle", run_dir=tmp_path / "link" / "runs" / "x", **SHORT)
     assert sorted(p for p in folder.rglob("*")) == before
 

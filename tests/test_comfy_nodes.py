@@ -946,7 +946,7 @@ def test_mask_that_does_not_fit_is_rejected_before_sampling(host: Host) -> None:
     (empty, _) = call("SalUnCombineMasks", first=mask, second=mask, operation="first without second")
     host.bar.clear()
     for words, given in (
-        ("salun-soft uses no mask", {"method": "salun-soft"}),
+        ("salun-soft, which does not use a given mask", {"method": "salun-soft"}),
         ("was made with", {"scope": "xattn"}),
         ("Make one with SalUn Saliency Mask", {"model": shifted()}),
         ("selects no weight", {"given_mask": empty}),

@@ -118,10 +118,10 @@ def test_what_was_skipped_and_why_is_reported(mixed: Path, shapes: Model) -> Non
 def test_folders_without_a_usable_image_say_so(tmp_path: Path, shapes: Model) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         encode_folder(shapes, tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="has no images"):
         encode_folder(shapes, tmp_path)
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"0 of 1 pictures used; 1 unreadable, skipped: x\.png"):
+    with pytest.raises(DataError, match=r"0 of 1 images used; 1 unreadable, skipped: x\.png"):
         encode_folder(shapes, tmp_path)
 
 
@@ -167,9 +167,9 @@ def test_a_run_on_own_images(mixed: Path, shapes: Model, tmp_path: Path) -> None
     assert any("4 of 7 images used" in line for line in told)
     assert run.history[-1]["step"] == SHORT["steps"]
     assert run.mask != salun.erase(shapes, "circle", **{**SHORT, "steps": 1, "eval_images": 0}).mask
-    assert any("1 pictures to keep left out" in line for line in told)  # a.txt says "a red circle"
+    assert any("1 retain images skipped" in line for line in told)  # a.txt says "a red circle"
     assert run.record.facts["forget_images"] == folder_digest(mixed)
-    with pytest.raises(DataError, match="several concepts need one each"):
+    with pytest.raises(DataError, match="Several concepts need one each"):
         salun.erase(shapes, ["circle", "red"], forget_images=str(mixed), **SHORT)
 
 

@@ -103,7 +103,7 @@ def test_a_folder_belongs_to_one_run(shapes: Model, whole: Path, tmp_path: Path)
         salun.erase(shapes, "circle", run_dir=tmp_path, **SHORT)
     with pytest.raises(ConfigError, match="steps was 4 and is 5"):
         salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, **{**SHORT, "steps": 5})
-    with pytest.raises(ConfigError, match="--run-dir"):
+    with pytest.raises(ConfigError, match="run_dir"):
         salun.erase(shapes, "circle", resume=True, **SHORT)
 
 

@@ -230,7 +230,7 @@ class Recipe(Checked):
     retain_weight: float = option(1.0, "", minimum=0, maximum=1000)
     guidance: float = option(7.5, "", minimum=0, maximum=100)
     forget_latents: int = option(128, "", minimum=1, maximum=1_000_000)
-    retain_latents: int = option(256, "", minimum=1, maximum=1_000_000)
+    retain_latents: int = option(256, "", minimum=0, maximum=1_000_000)
     saliency_timesteps: int = option(4, "", minimum=1, maximum=1000)
     eval_images: int = option(16, "", minimum=0, maximum=1_000_000)
     lr_decay: float = option(0.5, "", minimum=0, maximum=1)
