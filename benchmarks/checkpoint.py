@@ -1,4 +1,4 @@
-"""Checkpoints of true size: writing an erased one against a plain copy, and a whole erasure on a CPU.
+"""Full-size checkpoints: writing an erased one compared with a plain copy, and a complete erasure on a CPU.
 
     python -m benchmarks.checkpoint FOLDER        FOLDER takes 20 GB; writes docs/checkpoints.md. Resumes if stopped
 

@@ -109,11 +109,11 @@ def main() -> None:
         mask = arguments.scores / 8 if side == SALUN else 8 * arguments.scores  # bits, and the reference's integers
         memory = f"{result['extra'] / 2**20:8.1f} MiB, of which the mask itself {mask / 2**20:6.1f}"
         print(f"{side:<28} {result['seconds']:8.2f} s   beyond the scores {memory}")
-    base, mine = results[BASELINE], results[SALUN]
+    base, radix = results[BASELINE], results[SALUN]
     print(
-        f"ratio: {base['seconds'] / mine['seconds']:.1f} × faster, {base['extra'] / max(mine['extra'], 1):.0f} × less"
+        f"ratio: {base['seconds'] / radix['seconds']:.1f} × faster, {base['extra'] / max(radix['extra'], 1):.0f} × less"
     )
-    print("same choice" if base["check"] == mine["check"] else "the choices DIFFER (ties aside, they must not)")
+    print("same choice" if base["check"] == radix["check"] else "the choices DIFFER (ties aside, they must not)")
 
 
 if __name__ == "__main__":

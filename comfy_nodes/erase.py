@@ -52,13 +52,14 @@ class SalUnErase(Node):
     OUTPUT_TOOLTIPS = (
         "The erased model, ready for a KSampler.",
         "The changes, for Save Delta, Save Erased Checkpoint, Save as LoRA and Apply Delta.",
-        "Images before and after, of the concept and of what is retained.",
+        "Images of forget and retain prompts, before and after.",
         "Metrics, losses and options as JSON.",
     )
     DESCRIPTION = (
-        "Erases a concept from a model by SalUn: the weights that matter most to it are found and trained, all others "
-        "stay as they are. A LoRA before this node is part of the model that is erased. The same inputs never train "
-        "twice, even after a restart. Other eval_images train again; SalUn Evaluate shows more images without training."
+        "Erases a concept from a model by SalUn: the weights that the concept depends on most are trained, and all "
+        "others stay bit-identical. A LoRA before this node is part of the model that is erased. Results are cached: "
+        "the same inputs never train twice, even after a restart. A change of eval_images trains again; to see more "
+        "images without training, use SalUn Evaluate."
     )
 
     @classmethod
@@ -116,7 +117,7 @@ class SalUnErase(Node):
 
 @contextmanager
 def resumable(record: RunRecord, graph: GraphModel, plan: Plan) -> Iterator[None]:
-    """Within, the erasure runs. If it is interrupted, its mask and training state stay for the next run."""
+    """Context manager: run the erasure inside. If it is interrupted, its mask and training state are retained."""
     total = sum(prod(graph.weights.shape(name)) for name in graph.weights)
     trained = trained_entries(total, plan)
     record.folder, record.resume = state_folder(record.fingerprint, total // 8 + 2 * STATE_BYTES * trained), True
@@ -153,7 +154,7 @@ def _cached(key: str, run: Run) -> Result:
     for side, evaluation in zip(SIDES, (run.before, run.after), strict=True):
         tensors |= {f"{side} {part}": torch.from_numpy(getattr(evaluation, part)) for part in ("forget", "retain")}
     cache().put(key, tensors)
-    return run.delta, _before_after(run.plan, run.asked, run.before, run.after), metrics
+    return run.delta, _before_after(run.plan, run.prompts, run.before, run.after), metrics
 
 
 def _load_cached(key: str, graph: GraphModel, plan: Plan) -> Result | None:

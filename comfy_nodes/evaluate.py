@@ -33,8 +33,8 @@ class SalUnEvaluate(Node):
     RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING"), ("before_after", "metrics")
     OUTPUT_TOOLTIPS = ("The same prompts and seeds in both models.", "Metrics as JSON; null where unknown.")
     DESCRIPTION = (
-        "Shows and measures two models on held-out prompts. anchor_gap: 1 for the original model, 0 where the "
-        "concept's prompts give the anchor's predictions. retain_change: how much the predictions of other prompts "
+        "Compares two models on held-out prompts, by images and metrics. anchor_gap: 1 for the original model, 0 where "
+        "the concept's prompts give the anchor's predictions. retain_change: how much the predictions of other prompts "
         "changed."
     )
 

@@ -23,7 +23,7 @@ from .inputs import erase_options
 from .model import GraphModel
 from .types import Concepts, Data, OptionValues
 
-ADVICE = {  # of errors whose remedy in a graph is another than on the command line, by code
+ADVICE = {  # error code → advice, where it differs from that on the command line
     "deltas-applied": "Load the base instead and apply all deltas to it: connect one SalUn Apply Delta to the next",
     "no-bitsandbytes": "Install bitsandbytes in ComfyUI's Python environment, or set {optimizer} to adam",
     "no-retain-set": "Set {retain_latents} above 0, or connect retain_images to SalUn Training Data",

@@ -43,7 +43,7 @@ def prediction_of(schedule: Any) -> str:
 
 
 def schedule_keys(model: Any) -> dict[str, Tensor]:
-    """Empty tensors whose names tell loaders of a checkpoint's v-prediction and of zero terminal SNR.
+    """Empty tensors whose names mark v-prediction and zero terminal SNR for loaders of a checkpoint.
 
     Nothing in an SDXL's weights says either. An epsilon model needs none.
     """

@@ -36,7 +36,7 @@ BLOCKS = ("ResBlock", "BasicTransformerBlock")  # the units of gradient checkpoi
 
 
 class GraphModel:
-    """Fulfills `DiffusionModel`.
+    """A MODEL, CLIP and VAE. Implements `DiffusionModel`.
 
     Args:
         model, clip, vae: Those of the graph. clip and vae are needed only by the methods that use them.
@@ -192,7 +192,7 @@ class GraphModel:
 
     @contextmanager
     def temporarily_trainable(self) -> Iterator[None]:
-        """Within, a network with the graph's weights is on the device, and ComfyUI's models are off it."""
+        """Context manager: a network with the graph's weights is on the device, and ComfyUI's models are not."""
         from comfy import model_management
 
         free_gpu()
@@ -253,7 +253,7 @@ class GraphModel:
 
     @contextmanager
     def with_options(self, options: EraseOptions) -> Iterator[None]:
-        """Within, prompts and images are encoded as the options say; no network is needed."""
+        """Context manager: encode prompts and images by the options; no network is needed."""
         before = self.settings, self.clip_skip, self.low_vram
         self.settings = self.settings_with(options)
         self.clip_skip, self.low_vram = options.clip_skip, options.low_vram
@@ -269,7 +269,7 @@ class GraphModel:
 
     @contextmanager
     def on_device(self, *modules: Any) -> Iterator[None]:
-        """Within, ComfyUI loads CLIP and VAE when they are called; after the outermost they are off the GPU again."""
+        """Context manager: ComfyUI loads CLIP and VAE when they are called; the outermost takes them off the GPU."""
         self._depth += 1
         try:
             yield

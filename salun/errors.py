@@ -1,4 +1,4 @@
-"""The errors a user can meet, as data: each host (command line, nodes, tab, Python) spells them in its own terms."""
+"""Errors as data: each host (command line, nodes, tab, Python) renders them with its own names of options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class SalunError(Exception):
             "is 3, but must be at most 1".
         option: Name of the option at fault, as in the option dataclasses ("batch_size").
         advice: What to do, one sentence without a final period. Options in it are names in braces, "use a smaller
-            {batch_size}", so text that is not ours goes through `literal`.
+            {batch_size}", so foreign text goes through `literal`.
         code: The kind of error in a word ("exists"), by which a host may choose advice of its own.
     """
 
@@ -49,7 +49,7 @@ class Cancelled(SalunError):
     """The user asked to stop.
 
     Args:
-        line: What to say of it, where that is not for whoever catches this to say.
+        line: A message for the user, where the handler has none of its own.
     """
 
     def __init__(self, message: str = "", *, line: str | None = None) -> None:
@@ -58,7 +58,7 @@ class Cancelled(SalunError):
 
 
 class _Spelled(dict[str, str]):
-    """Option names → how a host spells them, made when asked for."""
+    """Option names → how a host spells them, made on access."""
 
     def __init__(self, spell: Callable[[str], str]) -> None:
         super().__init__()

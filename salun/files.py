@@ -85,7 +85,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def aside_of(temporary: Path) -> Path:
-    """Where what has the name is moved until `temporary` has it."""
+    """The path to which an existing target is moved until `temporary` has its name."""
     return temporary.with_suffix(ASIDE)
 
 
@@ -153,7 +153,7 @@ def _new_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _lock(handle: int, temporary: Path) -> bool:
-    """Hold what was just made. False if another process took it for a leftover before that."""
+    """Lock a new file or folder. False if another process removed it as a leftover before that."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -164,7 +164,7 @@ def _lock(handle: int, temporary: Path) -> bool:
 
 
 def is_temporary(path: Path, ending: str = TEMPORARY) -> bool:
-    """Whether a name is one that `_named` gives; other people's hidden files are not ours to remove."""
+    """Whether a name is one that `_named` gives; other hidden files are never removed."""
     return re.search(rf"^\..+\.[0-9a-f]{{16}}{re.escape(ending)}$", path.name) is not None
 
 
@@ -253,7 +253,7 @@ def _contents(path: Path) -> dict[str, str]:
 
 
 def _place(made: Path, target: Path) -> None:
-    """Give a file or folder its name. Raises FileExistsError if something has it."""
+    """Rename a file or folder to its final name. Raises FileExistsError if that exists."""
     if made.is_file():
         try:
             os.link(made, target)  # of all that give a name, this never replaces
@@ -286,13 +286,13 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Give a folder its name; what had the name is moved aside, and removed at the end."""
+    """Rename a folder to its final name; an existing one is moved aside first, and removed at the end."""
     aside = aside_of(temporary)
     if os.path.lexists(target):
         os.replace(target, aside)
     try:
         os.replace(temporary, target)
-    except BaseException:  # an interrupt too: what was there is there again
+    except BaseException:  # also on an interrupt: restore the previous content
         if os.path.lexists(aside) and not os.path.lexists(target):
             os.replace(aside, target)
         raise

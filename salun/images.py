@@ -185,7 +185,7 @@ def white_level(sources: Iterable[Source]) -> int:
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Image]:
-    """Pillow's image, its header read alone. Within, whatever goes wrong is a DataError."""
+    """Context manager: Pillow's image, of which only the header is read. Any error inside becomes a DataError."""
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
@@ -227,7 +227,7 @@ def _deep(image: Image) -> np.ndarray:
 
 
 def _flat(image: Image) -> Image:
-    """In mode L or RGB; what is transparent on white, in strips, since each step takes memory for all pixels."""
+    """In mode L or RGB; transparency on white, in strips, since each step takes memory for all of its pixels."""
     from PIL import Image as images
 
     if image.mode == "F":

@@ -1,4 +1,4 @@
-"""The registry of unlearning methods. Nothing heavy is imported, so that options and help are made from it.
+"""The registry of unlearning methods. It imports nothing heavy, since options and help texts are made from it.
 
 To add a method, write one file with its options (a frozen dataclass) and its function, and add one line here. The file
 imports torch, and whatever imports torch, inside its functions.

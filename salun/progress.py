@@ -1,7 +1,7 @@
 """How the core reports progress to a host, and how a host stops a run.
 
-A host implements one method. It raises `Cancelled` from it to stop the run at the next step; the run then leaves what
-it promised (no half file; a state to resume from where one is kept).
+A host implements one method. It raises `Cancelled` from it to stop the run at the next step; the run then leaves no
+incomplete file, and a state to resume from where it has a run folder.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Stage(str, Enum):
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage of a run takes.
+    """The cost of one stage of a run.
 
     Args:
         steps: Steps, as the stage's events count them.
@@ -82,10 +82,10 @@ class Event:
 
 
 class Progress(Protocol):
-    """A host's ear: called on every step, from the thread that works."""
+    """A host's callback, called at every step from the thread of the run."""
 
     def __call__(self, event: Event, /) -> None: ...
 
 
 def silent(event: Event, /) -> None:
-    """A progress that nobody listens to."""
+    """A progress that reports nothing."""

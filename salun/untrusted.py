@@ -99,7 +99,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        """A class of its own, so that the resolver added below is added to no other."""
+        """A separate class, so that the resolver below is added to this one only."""
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
@@ -134,7 +134,7 @@ def _constructed(loader: Any, root: Any) -> Any:
 
 
 def _check_events(text: str, loader: Any) -> None:
-    """Before anything is built of it: the parser's time and the composer's recursion grow with the nesting."""
+    """Check the nesting before values are built, since the parser's time and the composer's recursion grow with it."""
     import yaml
 
     depth = 0

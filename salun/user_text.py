@@ -43,7 +43,9 @@ def checked(text: str, option: str) -> str:
     """The text, the value of an option. Raises ConfigError unless it `is_unicode`."""
     if not is_unicode(text):
         raise ConfigError(
-            f"is {ascii(text)[:120]}, which is not UTF-8", option=option, advice="Write it, or name the file, in UTF-8"
+            f"is {ascii(text)[:120]}, which is not UTF-8",
+            option=option,
+            advice="Write the text, or rename the file, in UTF-8",
         )
     return text
 

@@ -201,8 +201,8 @@ def test_outputs_are_checked_before_hours_of_work(shapes: Model, tmp_path: Path)
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        (["run/mask.safetensors"], "needs itself"),
-        (["run/state/x.safetensors"], "needs itself"),
+        (["run/mask.safetensors"], "reserved in the run folder"),
+        (["run/state/x.safetensors"], "reserved in the run folder"),
         (["a/x.safetensors", "a/"], "another output"),
         (["x.safetensors", "./x.safetensors"], "another output"),
         (["parts/"], "which is an input"),

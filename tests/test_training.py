@@ -137,7 +137,7 @@ def test_a_state_of_other_options_is_refused(little: nn.Module, tmp_path: Path) 
     with pytest.raises(Cancelled):
         run(little, progress=stop, path=state)
     parameters = dict(little.named_parameters())
-    with pytest.raises(TrainingError, match="belongs to other options"):
+    with pytest.raises(TrainingError, match="of a run with other options"):
         train(parameters, Mask.full(parameters), losses(little), settings(little), state=StateFile(state, "another"))
     state.write_bytes(b"half a file")
     with pytest.raises(TrainingError, match="cannot be read"):

@@ -349,7 +349,7 @@ def _transposed(drawn: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def _joined(*drawn: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: torch.cat([one() for one in drawn])
+    return lambda: torch.cat([draw() for draw in drawn])
 
 
 def _planned(dtype: torch.dtype, shape: tuple[int, ...], drawn: Callable[[], Tensor]) -> Planned:

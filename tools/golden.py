@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def results_of(revision: str) -> dict[str, dict[str, list[str]]]:
-    """The results of another revision, from a worktree of its own."""
+    """The results of another revision, from a temporary worktree."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         subprocess.run(["git", "worktree", "add", "--detach", "-q", str(tree), revision], cwd=ROOT, check=True)
@@ -76,12 +76,12 @@ def results_of(revision: str) -> dict[str, dict[str, list[str]]]:
 def compare(old: dict[str, dict[str, list[str]]], new: dict[str, dict[str, list[str]]]) -> Iterator[str]:
     """A line for each file that differs, and how."""
     for case, files in old.items():
-        for name, (whole, tensors) in files.items():
+        for name, (file_hash, tensors) in files.items():
             if name not in new.get(case, {}):
                 yield f"{case}: {name} is missing"
             elif new[case][name][1] != tensors:
                 yield f"{case}: {name}: TENSORS differ"
-            elif new[case][name][0] != whole:
+            elif new[case][name][0] != file_hash:
                 yield f"{case}: {name}: equal tensors, other metadata"
 
 
@@ -103,7 +103,7 @@ def _erasures(folder: Path) -> Iterator[tuple[str, dict[str, list[str]]]]:
         run = folder / case
         _salun("erase", "--model", "shapes", *options, *SHORT, "--run-dir", str(run))
         yield f"erase, {case}", _hashes(run)
-    for family in FAMILIES:  # a whole checkpoint, written in its own layout and as a diffusers folder
+    for family in FAMILIES:  # a complete checkpoint, written in its own layout and as a diffusers folder
         run, source = folder / f"erase {family}", _checkpoint(folder, family, seed=0)
         outputs = ["--output", str(run / "x.safetensors"), "--output", f"{run / 'x'}/"]
         small = ["--concept", "cat", "--anchor", "dog", "--resolution", "64", "--lr", "1e-3"]
@@ -114,13 +114,13 @@ def _erasures(folder: Path) -> Iterator[tuple[str, dict[str, list[str]]]]:
 
 def _deltas(folder: Path) -> Iterator[tuple[str, dict[str, list[str]]]]:
     for family in FAMILIES:
-        base, one, two = (_checkpoint(folder, family, seed) for seed in range(3))
+        base, first_erased, second_erased = (_checkpoint(folder, family, seed) for seed in range(3))
         out = folder / f"delta {family}"
         out.mkdir()
         first, second = (str(out / f"{n}.salun.safetensors") for n in ("first", "second"))
         erased = str(out / "erased.safetensors")
-        _salun("delta", "extract", str(base), str(one), "--output", first)
-        _salun("delta", "extract", str(base), str(two), "--output", second)
+        _salun("delta", "extract", str(base), str(first_erased), "--output", first)
+        _salun("delta", "extract", str(base), str(second_erased), "--output", second)
         _salun("delta", "apply", str(base), first, "--output", erased)
         _salun("delta", "apply", str(base), first, "--strength", "0.5", "--output", str(out / "half.safetensors"))
         _salun("delta", "undo", erased, first, "--output", str(out / "undone.safetensors"))

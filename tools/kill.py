@@ -1,10 +1,10 @@
-"""Kill a run at random moments, resume it, and compare with the run that nothing stopped.
+"""Kill a run at random moments, resume it, and compare it with an uninterrupted run.
 
     python tools/kill.py -n 50 --seed 0
 
-A short erasure is started in a process of its own and killed (SIGKILL) after a random fraction of the time that a whole
-run takes. What it left must hold no half file, and the same command with --resume must end with the very bytes of the
-whole run. One line per kill; exit code 1 if any outcome is wrong.
+A short erasure is started in its own process and killed (SIGKILL) after a random fraction of the time that a complete
+run takes. It must leave no incomplete file, and the same command with --resume must give files that are byte-identical
+to those of the complete run. One line per kill; exit code 1 if any outcome is wrong.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ TIMES = {"run.json", "report.html", "log.txt", ".lock"}  # they hold times, or n
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
-    """The job, begun or gone on with in `folder`/run, its output in `folder`/said.txt."""
+    """Start or resume the job in `folder`/run, with its output in `folder`/output.txt."""
     command = [sys.executable, "-m", "salun", "erase", *JOB.split(), "--run-dir", "run", "--resume"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SALUN_CACHE": str(folder / "cache")}
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "said.txt").open("ab") as said:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
+    with (folder / "output.txt").open("ab") as output:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Hash of every file of a run folder whose bytes do not tell the time."""
+    """Hash of every file of a run folder, except those that contain times."""
     files = [p for p in run.rglob("*") if p.is_file() and p.name not in TIMES]
     return {p.relative_to(run).as_posix(): sha256_file(p) for p in files}
 
 
 def half_files(folder: Path) -> list[str]:
-    """Files under final names that are not whole."""
+    """Incomplete files under final names."""
     names = []
     for path in folder.rglob("*"):
         if path.suffix == ".safetensors" and ".tmp" not in str(path):
@@ -73,7 +73,7 @@ def state_of(run: Path) -> str:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run says that it is done and its report is whole."""
+    """Whether the run's status is done and its report complete."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     return record["status"] == "done" and (run / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
@@ -83,7 +83,7 @@ def main(n: int, seed: int, folder: Path) -> int:
     began = time.monotonic()
     complete = folder / "whole"
     if start(complete).wait():
-        sys.exit((complete / "said.txt").read_text(encoding="utf-8"))
+        sys.exit((complete / "output.txt").read_text(encoding="utf-8"))
     length = time.monotonic() - began
     expected = contents(complete / "run")
     chance, wrong = random.Random(seed), 0
@@ -100,7 +100,7 @@ def main(n: int, seed: int, folder: Path) -> int:
         code = 0 if finished else start(place).wait()
         good = not half and code == 0 and contents(place / "run") == expected and is_finished(place / "run")
         wrong += not good
-        verdict = "equal bytes" if good else f"WRONG (half files: {half}, exit code {code}): {place}"
+        verdict = "byte-identical" if good else f"WRONG (incomplete files: {half}, exit code {code}): {place}"
         print(f"{i + 1:3} killed at {moment:5.1f} of {length:.1f} s ({left}): {verdict}", flush=True)
         if good:
             shutil.rmtree(place)

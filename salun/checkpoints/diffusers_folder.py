@@ -106,15 +106,15 @@ def check_tokenizer(folder: Path) -> None:
 
 def files_under(folder: Path) -> list[Path]:
     """Every readable file in a folder, those in linked folders too (each once: a link may lead back up)."""
-    found, seen = [], set()
-    for place, inner, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
+    files, seen = [], set()
+    for parent, inner, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
         if real in seen:
             inner.clear()
             continue
         seen.add(real)
-        found += [Path(place, name) for name in names if os.path.isfile(os.path.join(place, name))]
-    return sorted(found)
+        files += [Path(parent, name) for name in names if os.path.isfile(os.path.join(parent, name))]
+    return sorted(files)
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Tensors that are read or made only when they are asked for, one at a time."""
+"""Tensors that are read or made on access, one at a time."""
 
 from __future__ import annotations
 
@@ -92,14 +92,14 @@ class Stored(LazyTensors):
     """
 
     path: Path
-    places: dict[str, tuple[Path, str]]
+    locations: dict[str, tuple[Path, str]]
     headers: dict[Path, Header]
 
     def __post_init__(self) -> None:
-        super().__init__(self.places, self._read)
+        super().__init__(self.locations, self._read)
 
     def _read(self, name: str) -> Tensor:
-        file, inner = self.places[name]
+        file, inner = self.locations[name]
         return safetensors_io.read_one(file, self.headers[file], inner)
 
     @property
@@ -119,12 +119,12 @@ class Stored(LazyTensors):
 
     def entry(self, name: str) -> Entry:
         """dtype and shape of a tensor, without reading it."""
-        file, inner = self.places[name]
+        file, inner = self.locations[name]
         return self.headers[file].entries[inner]
 
     def name_in_file(self, name: str) -> str:
         """A tensor's name in its file."""
-        return self.places[name][1]
+        return self.locations[name][1]
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -48,7 +48,7 @@ def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tup
     unet: whether its weights are wanted too, which are most of a download.
 
     Looked for in this order: aliases; a path; a checkpoint of this name in the folders of `checkpoint_folders`; the
-    hub, from which it is downloaded if need be. Raises ModelError for a name that nothing or more than one thing has.
+    hub, from which it is downloaded if necessary. Raises ModelError for a name that matches nothing or several files.
     """
     name, table = unquoted(name), aliases()["models"]
     entry = dict(table.get(name, {}))

@@ -39,14 +39,14 @@ def write_patched(
 
 def _changed_in(stored: Stored, file: Path, changed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The changed tensors of one file, by their names in it."""
-    return renamed(changed, {stored.name_in_file(name): name for name in changed if stored.places[name][0] == file})
+    return renamed(changed, {stored.name_in_file(name): name for name in changed if stored.locations[name][0] == file})
 
 
 def excluded_weights(stored: Stored) -> list[str]:
-    """What a copy leaves out, since it still holds the concept: other copies of the network's weights.
+    """Other copies of the network's weights, which still contain the concept and are therefore not copied.
 
-    Of a single file the names of its EMA tensors; of a folder its UNet's other variants, whole checkpoints, and what
-    else holds a UNet, as paths from it.
+    For a single file: the names of its EMA tensors. For a folder: other variants of its UNet, single-file checkpoints
+    and other files with a UNet, as relative paths.
     """
     if stored.single:
         return [name for name in stored.headers[stored.path].names if name.startswith(keymap.EMA)]
@@ -61,7 +61,7 @@ def excluded_weights(stored: Stored) -> list[str]:
 
 
 def _is_other_copy(path: Path, inside: tuple[str, ...], part: str) -> bool:
-    """Whether a file of a folder, `inside` these of its folders, holds weights of the network `part`, or may."""
+    """Whether a file in a model's folder may hold weights of the network `part`. inside: its parent folders."""
     if inside[:1] == (part,):
         return path.suffix in WEIGHTS or (".index." in path.name and path.suffix == ".json")
     if path.suffix not in WEIGHTS or (inside[:1] and inside[0] in PARTS):
@@ -76,7 +76,7 @@ def _is_other_copy(path: Path, inside: tuple[str, ...], part: str) -> bool:
 
 
 def external_links(stored: Stored) -> list[str]:
-    """Links of a model's folder, as paths from it, that a copy must not carry along; none of a single file."""
+    """Links in a model's folder that are not copied, as relative paths; none for a single file."""
     return [] if stored.single else diffusers_folder.external_links(stored.path)
 
 

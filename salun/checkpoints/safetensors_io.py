@@ -231,7 +231,7 @@ def write_lazily(
     items: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """`write`, of tensors that are made when they are asked for: one is in memory at a time.
+    """`write`, of tensors that are made on access: one is in memory at a time.
 
     described: name → dtype and shape of what `items` gives for it.
     """

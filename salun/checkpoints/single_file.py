@@ -42,7 +42,7 @@ def open_folder(folder: Path) -> Stored:
     if part.is_dir():
         check_links(folder)
     unet = open_component(part)
-    return Stored(folder, unet.places, unet.headers)
+    return Stored(folder, unet.locations, unet.headers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class CheckpointContents:
         if kind is not None:
             raise ModelError(f"{path} is {kind}; salun supports complete models of {TITLES}")
         network = network_of(names)
-        assert network is not None  # or `describe_unsupported` had said what it is
+        assert network is not None  # `describe_unsupported` covers all other files
         try:
             diffusers_names = network.from_single(names)
         except (KeyError, ZeroDivisionError) as error:  # the latter for absurd numbers in a name

@@ -126,9 +126,9 @@ def stack(
 ) -> dict[str, Any]:
     """Write a copy of a model with several deltas of it applied, in whatever order: see `salun.delta.stacking.stack`.
 
-    deltas: files, or deltas in memory. strengths: one for each delta; none stands for 1 throughout. keep_ema: keep a
+    deltas: files, or deltas in memory. strengths: one for each delta; 1 by default. keep_ema: keep a
     single file's second copy of the weights, in which nothing is erased. The output's metadata list what was applied.
-    Returns facts, `notes` among them: lines on what is not exact, overlaps, and what was left out. Raises ConfigError
+    Returns facts, `notes` among them: lines on what is not exact, on overlaps, and on skipped files. Raises ConfigError
     for an output that must not be written or options that contradict; ModelError for a model that is not the deltas'
     base.
     """
@@ -179,8 +179,8 @@ def _stack_notes(
     """Notes on what is not exact in the output, and on what is not in it."""
     notes = [made.note] if made.note else []
     notes += [
-        f"{one} and {other} both change {n:,} weights: these get the sum of both, and neither can be undone alone"
-        for (one, other), n in overlaps.items()
+        f"{first} and {second} both change {n:,} weights: these get the sum of both, and neither can be undone alone"
+        for (first, second), n in overlaps.items()
     ]
     if links := external_links(stored):
         notes.append(f"skipped, since they are links out of the model's folder: {some(links)}")
@@ -208,25 +208,25 @@ def undo(
     loaded = Delta.load(delta)
     _check(output, force, stored.path, Path(delta), layout_of=stored)
     flipped = AppliedDeltas(stored, ((loaded, 1.0),))
-    found, _, back = flipped.hashes(progress)
-    listed = applied_in(stored.metadata, found)
-    if found == loaded.base_hash:
-        raise ModelError(f"{model} is the delta's base ({found[:12]}…): there is nothing to undo")
-    alone = found == loaded.result_hash
+    current, _, back = flipped.hashes(progress)
+    listed = applied_in(stored.metadata, current)
+    if current == loaded.base_hash:
+        raise ModelError(f"{model} is the delta's base ({current[:12]}…): there is nothing to undo")
+    alone = current == loaded.result_hash
     if not alone and (reason := reason_not_undoable(loaded.id, listed)):
-        began = stored.metadata[BASE_HASH] if listed else loaded.base_hash
+        start = stored.metadata[BASE_HASH] if listed else loaded.base_hash
         raise ModelError(
-            f"the delta {loaded.id} cannot be undone in {model} (hash {found[:12]}…, not its result's "
+            f"the delta {loaded.id} cannot be undone in {model} (hash {current[:12]}…, not its result's "
             f"{loaded.result_hash[:12]}…): {reason}",
-            advice=f"Start from its base ({literal(began[:12])}…)",
+            advice=f"Start from its base ({literal(start[:12])}…)",
         )
     metadata = with_removed(loaded.id, listed, stored.metadata, back)
     expected = loaded.base_hash if alone else back if metadata[APPLIED] else stored.metadata[BASE_HASH]
     if not back or back != expected:
         raise stacking.damaged("undoing it does not give the model that it was applied to")
     _write(stored, output, flipped, metadata, progress, force, keep_ema=True)
-    remaining = [{"id": one.id, "strength": one.strength} for one in applied_in(metadata, back)]
-    return {"output": output, "id": loaded.id, "base_hash": back, "result_hash": found, "applied": remaining}
+    remaining = [{"id": applied.id, "strength": applied.strength} for applied in applied_in(metadata, back)]
+    return {"output": output, "id": loaded.id, "base_hash": back, "result_hash": current, "applied": remaining}
 
 
 def export(
@@ -330,4 +330,4 @@ def _write(
 
 
 def _partners(delta: str, shared: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
-    return tuple(sorted({one for pair in shared if delta in pair for one in pair if one != delta}))
+    return tuple(sorted({partner for pair in shared if delta in pair for partner in pair if partner != delta}))

@@ -140,11 +140,11 @@ class Delta:
         known_hash: as in `apply`.
         """
         flipped = AppliedDeltas(tensors, ((self, 1.0),))
-        found, _, back = (known_hash, known_hash, "") if known_hash else flipped.hashes()
-        if found != self.result_hash:
+        current, _, back = (known_hash, known_hash, "") if known_hash else flipped.hashes()
+        if current != self.result_hash:
             raise ModelError(
-                f"the delta's erased model is {self.result_hash[:12]}…, but this is {found[:12]}…",
-                advice=f"Start from its base ({self.base_hash[:12]}…), from which nothing has to be removed",
+                f"the delta's erased model is {self.result_hash[:12]}…, but this is {current[:12]}…",
+                advice=f"Start from its base ({self.base_hash[:12]}…), which needs no undo",
             )
         if back != self.base_hash if back else flipped.incompatible_names():
             raise damaged("its result is not its base")

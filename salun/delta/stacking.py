@@ -73,7 +73,7 @@ class Hashes(NamedTuple):
 
 @dataclass(eq=False)
 class AppliedDeltas(LazyTensors):
-    """The tensors that deltas change, each made from the model's when it is asked for.
+    """The tensors that deltas change, each made from the model's on access.
 
     model: the whole UNet before. layers: (delta, strength), in the order of the deltas' ids. source: where the old
     values that the deltas start from are known, if not in the model. base_hash, result_hash: of the model before and
@@ -191,7 +191,7 @@ def stack(
     known_hash: str | None = None,
     progress: Progress = silent,
 ) -> AppliedDeltas:
-    """The tensors that deltas of one base make of it, each with its strength; their order does not matter.
+    """The tensors of a base with deltas applied, each at its strength; the order of the deltas does not matter.
 
     model: the whole UNet; it may read its tensors lazily, and each is read once. A copy of the base in another dtype,
     which gives the base when cast to its dtypes, gets the differences where the dtypes differ, and so does any model of
@@ -203,12 +203,12 @@ def stack(
     layers = tuple(sorted(layers, key=lambda layer: layer[0].id))
     check_strengths(strength for _, strength in layers)
     first = layers[0][0]
-    for (one, _), (other, _) in combinations(layers, 2):
-        if one.id == other.id:
-            raise ConfigError(f"the delta {one.id} is given twice", advice="Give it once, with the total {strength}")
-        if one.base_hash != other.base_hash:
+    for (delta, _), (other, _) in combinations(layers, 2):
+        if delta.id == other.id:
+            raise ConfigError(f"the delta {delta.id} is given twice", advice="Give it once, with the total {strength}")
+        if delta.base_hash != other.base_hash:
             raise ModelError(
-                f"the deltas {one.id} and {other.id} are for different bases (hashes {one.base_hash[:12]}… and "
+                f"the deltas {delta.id} and {other.id} are for different bases (hashes {delta.base_hash[:12]}… and "
                 f"{other.base_hash[:12]}…)",
                 advice="Stack deltas of one base",
             )
@@ -243,23 +243,23 @@ def _of_the_same_names(model: Mapping[str, Tensor], base: Mapping[str, Tensor]) 
 
 
 def _other_base(
-    delta: SparseDelta, found: Hashes, model: Mapping[str, Tensor], fine_tune: bool, progress: Progress
+    delta: SparseDelta, hashes: Hashes, model: Mapping[str, Tensor], fine_tune: bool, progress: Progress
 ) -> ModelError:
-    """What to say of a model that the delta is not for: which one it is instead, if that is known."""
+    """The error for a model that is not the delta's base; it says which model it is, if that is known."""
     if fine_tune:
         return BaseMismatch(
-            delta.base_hash, found.start, "", "Give the base that the delta was made from as {fine_tune_of_base}"
+            delta.base_hash, hashes.start, "", "Give the base that the delta was made from as {fine_tune_of_base}"
         )
-    if found.before == delta.result_hash:
-        return BaseMismatch(delta.base_hash, found.before, "it is applied already")
+    if hashes.before == delta.result_hash:
+        return BaseMismatch(delta.base_hash, hashes.before, "it is applied already")
     if _rounded(model, progress) == delta.base_hash_fp16:
         return BaseMismatch(
             delta.base_hash,
-            found.before,
+            hashes.before,
             "the same model in a dtype of less precision",
             f"{ADD_DIFFERENCES} to this copy",
         )
-    return BaseMismatch(delta.base_hash, found.before, "", f"Start from that base. {ADD_DIFFERENCES} to another model")
+    return BaseMismatch(delta.base_hash, hashes.before, "", f"Start from that base. {ADD_DIFFERENCES} to another model")
 
 
 def _rounded(model: Mapping[str, Tensor], progress: Progress) -> str:
@@ -276,10 +276,12 @@ def damaged(what: str) -> ModelError:
 
 
 def overlaps(deltas: Sequence[SparseDelta]) -> dict[tuple[str, str], int]:
-    """How many entries each two deltas of one base both change: (id, id), in order → entries."""
+    """The number of weights that both deltas of a pair change: (id, id), in order → weights."""
     return {
-        (one.id, other.id): sum(
-            change.overlap_count(other.changes[name]) for name, change in one.changes.items() if name in other.changes
+        (first.id, second.id): sum(
+            change.overlap_count(second.changes[name])
+            for name, change in first.changes.items()
+            if name in second.changes
         )
-        for one, other in combinations(sorted(deltas, key=lambda delta: delta.id), 2)
+        for first, second in combinations(sorted(deltas, key=lambda delta: delta.id), 2)
     }

@@ -71,7 +71,7 @@ def full_difference(
 ) -> PlannedTensors:
     """Key in LoRA files → new − old, in the tensor's shape: `.diff` for weights, `.diff_b` for biases, of norms too.
 
-    Each is made when it is asked for: together they take as much memory as the network. Where a bias changed alone, its
+    Each is made on access: together they take as much memory as the network. Where a bias changed alone, its
     weight gets a `.diff` of zeros: A1111 rejects a file that has a `.diff_b` without.
 
     Args:
@@ -142,8 +142,8 @@ class LowRankReport:
     def groups(self) -> dict[str, EnergyKept]:
         """The same per block and kind of layer, such as "up_blocks.1 attn2": see `group_of`."""
         members: dict[str, list[EnergyKept]] = {}
-        for name, kept in self.layers.items():
-            members.setdefault(group_of(name), []).append(kept)
+        for name, energy in self.layers.items():
+            members.setdefault(group_of(name), []).append(energy)
         return {group: EnergyKept.of(parts) for group, parts in members.items()}
 
     @property
@@ -154,7 +154,7 @@ class LowRankReport:
     @property
     def left_out(self) -> list[str]:
         """Norms and biases that changed and that the file does not hold."""
-        return [name for name, kept in self.layers.items() if not kept.ranks]
+        return [name for name, energy in self.layers.items() if not energy.ranks]
 
     @property
     def warning(self) -> str:
@@ -172,13 +172,13 @@ class LowRankReport:
         `left_out`: names. `bytes` and `bytes_in_full`: of its tensors, and of the full difference's.
         """
 
-        def row(kept: EnergyKept) -> dict[str, Any]:
-            return {"kept": kept.fraction, "ranks": [min(kept.ranks), max(kept.ranks)] if kept.ranks else None}
+        def row(energy: EnergyKept) -> dict[str, Any]:
+            return {"kept": energy.fraction, "ranks": [min(energy.ranks), max(energy.ranks)] if energy.ranks else None}
 
         return {
             **row(self.total),
-            "groups": {group: row(kept) for group, kept in self.groups.items()},
-            "layers": {name: row(kept) for name, kept in self.layers.items()},
+            "groups": {group: row(energy) for group, energy in self.groups.items()},
+            "layers": {name: row(energy) for name, energy in self.layers.items()},
             "left_out": self.left_out,
             "bytes": self.size,
             "bytes_in_full": self.full_size,
@@ -313,7 +313,7 @@ def _nothing_changed() -> ModelError:
     return ModelError("the two models are equal: there is no difference to write")
 
 
-ENERGY = 0.9  # of a low-rank file where nothing else is asked for
+ENERGY = 0.9  # default of a low-rank file
 
 
 def stock_notes(delta: Delta) -> dict[str, str]:

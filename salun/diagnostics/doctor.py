@@ -127,8 +127,8 @@ def _memory() -> tuple[int, int] | None:
 def _attention() -> Iterator[Finding]:
     kinds = ["sdpa"]
     if torch.cuda.is_available():
-        deterministic_kernels = {"flash": "flash_sdp_enabled", "memory-efficient": "mem_efficient_sdp_enabled"}
-        kinds += [f"{k} kernel" for k, ask in deterministic_kernels.items() if getattr(torch.backends.cuda, ask)()]
+        kernels = {"flash": "flash_sdp_enabled", "memory-efficient": "mem_efficient_sdp_enabled"}
+        kinds += [f"{k} kernel" for k, ask in kernels.items() if getattr(torch.backends.cuda, ask)()]
     yield Finding("attention", ", ".join(kinds))
 
 
@@ -155,7 +155,7 @@ def _folder(what: str, folder: Path) -> Finding:
     if not os.access(place, os.W_OK):
         return Finding(what, text, "fails", f"{place} cannot be written: use another folder, or fix its permissions")
     low = free < 10 * GIB
-    return Finding(what, text, "note" if low else "ok", "an erasure from SD 1.5 needs about 10 GiB" if low else "")
+    return Finding(what, text, "note" if low else "ok", "an erasure from SD 1.5 takes about 10 GiB" if low else "")
 
 
 def _models() -> Iterator[Finding]:

@@ -31,7 +31,7 @@ from salun.user_text import checked
 def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
     """Kind and contents of a model, mask, delta or run folder. Raises ModelError for anything else.
 
-    Masks, deltas and runs tell `blocks` and `layers` too: block or parameter of the UNet → [entries selected or
+    Masks, deltas and runs also have `blocks` and `layers`: block or parameter of the UNet → [entries selected or
     changed, entries in all].
     """
     place = Path(path).expanduser()
@@ -51,7 +51,7 @@ def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
             "moved": moved,
         }
     if place.is_file() and place.suffix.lower() == ".safetensors":
-        special = _own_format(place)
+        special = _salun_format(place)
         if special is not None:
             return special
     return _model(describe(path, options))
@@ -95,7 +95,7 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _verdict(spec: ModelSpec, not_finite: list[str]) -> str:
-    """Whether it can be erased from, as far as names, shapes and the UNet's values tell, or what is in the way."""
+    """Whether salun can erase from a model, by its names, shapes and UNet values, or what prevents it."""
     from salun.diffusion.model.loading import check_folder
     from salun.diffusion.model.single_file import check_parts
 
@@ -114,7 +114,7 @@ def _verdict(spec: ModelSpec, not_finite: list[str]) -> str:
     return "salun can erase from it" + (" with components that give what is missing" if lacking else "")
 
 
-def _own_format(place: Path) -> dict[str, Any] | None:
+def _salun_format(place: Path) -> dict[str, Any] | None:
     """A mask, a delta or a UNet's weights alone; None for anything else."""
     header = safetensors_io.read_header(place)
     kind = header.metadata.get("format")
@@ -125,7 +125,7 @@ def _own_format(place: Path) -> dict[str, Any] | None:
             "kind": "mask",
             "selected": mask.selected,
             "total": mask.total,
-            "density": mask.density,  # as counted; the metadata's is the one asked for
+            "density": mask.density,  # as counted; the metadata have the requested density
             **_per_layer(_layers_of_mask(mask)),
         }
     if kind == deltas.FORMAT:
@@ -135,13 +135,13 @@ def _own_format(place: Path) -> dict[str, Any] | None:
     return None
 
 
-def overlap(one: str, other: str) -> dict[str, Any]:
+def overlap(first_file: str, second_file: str) -> dict[str, Any]:
     """How far two masks of one model (files, or run folders that hold them) agree.
 
     jaccard: |A ∩ B| / |A ∪ B|, in all and per block. by_chance: what two masks of these densities, drawn at random,
-    would have. Raises MaskError if they are not of one model.
+    would have. Raises MaskError if they are of different models.
     """
-    first, second = (_mask_in(Path(path)) for path in (one, other))
+    first, second = (_mask_in(Path(path)) for path in (first_file, second_file))
     both, either = first & second, first | second
     a, b = first.density, second.density
     counts = {name: (n, either.counts()[name]) for name, n in both.counts().items()}

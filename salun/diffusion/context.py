@@ -1,4 +1,4 @@
-"""What surrounds a run: everything is checked before the first sample, and the model is lent and configured."""
+"""The context of a run: all checks before the first sample, and the configured model."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def record_of(
 
 @contextmanager
 def training_session(model: DiffusionModel, plan: Plan) -> Iterator[None]:
-    """Context manager: the model is lent and configured as the plan says; running out of memory says what to try."""
+    """Context manager: configure the model as the plan says; an out-of-memory error says what to try."""
     with (
         model.temporarily_trainable(),
         model.configured(plan.options),
@@ -134,7 +134,7 @@ def training_session(model: DiffusionModel, plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def _explained_memory_errors(plan: Plan) -> Iterator[None]:
-    """Context manager: running out of memory becomes a TrainingError that says what to try."""
+    """Context manager: an out-of-memory error becomes a TrainingError that says what to try."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

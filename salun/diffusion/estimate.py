@@ -1,4 +1,4 @@
-"""What an erasure would do and take, before it begins: steps, memory, disk, and time measured on this machine."""
+"""An estimate of an erasure before it begins: its steps, memory, disk space, and time measured on this machine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def preview(
     """What `erase` would do with these arguments. Nothing is written, and no weight changes.
 
     Times are those of one forward and one backward pass here, multiplied; latents in the cache are not subtracted.
-    Memory: what is loaded, optimizer state and, measured, what a backward pass keeps. Raises what `erase` would.
+    Memory: the loaded model, the optimizer state and the measured activations. Raises what `erase` would.
     """
     for target in outputs:
         check_output(target, force)
@@ -139,7 +139,7 @@ def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable
         return taken, out
 
     def timed(n: int, graph: bool) -> float:
-        run(1, graph)  # the first pass pays for what later ones find ready
+        run(1, graph)  # warm-up
         first, _ = run(1, graph)
         return first * n if first > _QUICK else run(n, graph)[0]
 

@@ -108,8 +108,8 @@ def saliency_losses(
 def draw(denoiser: Denoiser, data: ErasureData, batch_size: int, anchor_share: float, seed: int, step: int) -> Draw:
     """The samples of a training step. `anchor_share` of the forget latents come from the anchor's own samples.
 
-    (The paper takes all of them from forget samples. But once the early steps of sampling go the anchor's way, the
-    later ones meet states that such training never saw; mixing in the anchor's mends that.)
+    (The paper takes all of them from forget samples. Once early denoising steps follow the anchor, later steps
+    see states that such training never produces; the anchor's samples cover them.)
     """
     generator = step_generator(seed, step)
     device = data.forget_latents.device

@@ -24,7 +24,7 @@ from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.errors import ModelError
 from salun.masking import find
-from salun.masking.find import FoundMask
+from salun.masking.find import RunMask
 from salun.masking.mask import Mask
 from salun.masking.saliency import scores_from_losses
 from salun.progress import Event, Progress, Stage, silent
@@ -33,14 +33,14 @@ from salun.runs.cache import Cache
 FP16_LOSS_SCALE = 1024.0  # of the saliency loss: small gradients would be 0 in fp16; a power of 2 changes no other bit
 
 
-def mask_of_run(context: RunContext, data: ErasureData | None, given: Mask | None = None) -> FoundMask:
+def mask_of_run(context: RunContext, data: ErasureData | None, given: Mask | None = None) -> RunMask:
     """The run's mask: given by a host, saved by the run that is resumed, or computed now and saved."""
     if given is not None:
-        return FoundMask(given, given.metadata.get("method", "file"))
+        return RunMask(given, given.metadata.get("method", "file"))
     record = context.record
     path = record.state("mask.safetensors")
     loaded = _saved_mask(path, record.fingerprint) if path is not None and path.exists() else None
-    saved: FoundMask | None = context.processes.broadcast(loaded)
+    saved: RunMask | None = context.processes.broadcast(loaded)
     if saved is not None:
         check_mask(saved.mask, context.model, context.plan, str(path))
         return saved
@@ -49,19 +49,19 @@ def mask_of_run(context: RunContext, data: ErasureData | None, given: Mask | Non
         extra = {"summary": json.dumps(result.summary()), "fingerprint": record.fingerprint}
         try:
             Mask(result.mask.bits, result.mask.shapes, {**result.mask.metadata, **extra}).save(path)
-        except ModelError as error:  # a full disk costs the means to resume, not the run
+        except ModelError as error:  # a full disk does not stop the run, but it cannot be resumed then
             context.progress(Event(Stage.SALIENCY, message=f"the mask could not be saved to resume from: {error}"))
     return result
 
 
-def _saved_mask(path: Path, fingerprint: str) -> FoundMask | None:
+def _saved_mask(path: Path, fingerprint: str) -> RunMask | None:
     """The mask that a run of this fingerprint saved, which may be untrusted input; None if it is not valid."""
     mask = Mask.load(path)
     summary = _read_summary(mask.metadata.pop("summary", ""))
     if mask.metadata.pop("fingerprint", None) != fingerprint or not summary:
         return None
     known = {name: summary[name] for name in ("mode", "threshold", "zeros", "ties") if name in summary}
-    return FoundMask(mask, **known, warnings=tuple(summary["warnings"]))
+    return RunMask(mask, **known, warnings=tuple(summary["warnings"]))
 
 
 def _read_summary(text: str) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def make_mask(
     options: EraseOptions | None = None,
     progress: Progress = silent,
     cache: Cache | None = None,
-) -> FoundMask:
+) -> RunMask:
     """Only the mask of an erasure. cache: of sampled latents, shared with `erase`."""
     plan = make_plan(model.settings, model.name, concept, options or EraseOptions())
     with training_session(model, plan):
@@ -100,7 +100,7 @@ def find_mask(
     plan: Plan,
     progress: Progress = silent,
     mask_file: Mask | None = None,
-) -> FoundMask:
+) -> RunMask:
     """The mask that the plan asks for: by saliency, a control, a file, or all weights for methods that use none.
 
     Args:
@@ -108,7 +108,7 @@ def find_mask(
         mask_file: The file's mask, where the plan names one.
     """
     if mask_file is not None:
-        return FoundMask(mask_file, "file")
+        return RunMask(mask_file, "file")
     options = plan.options
     parameters = parameters_in_scope(model, options.scope)
     mode = {"saliency": options.mask, "learned": "soft", "full": "full"}[plan.method.mask]

@@ -1,4 +1,4 @@
-"""From trained masters to files: the erased tensors in the checkpoint's own dtype, written where the user asked."""
+"""From master weights to files: the erased tensors in the checkpoint's dtype, written to the outputs."""
 
 from __future__ import annotations
 

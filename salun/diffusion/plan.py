@@ -1,4 +1,4 @@
-"""From what the user said to what will be done: words become prompts, `auto` becomes numbers."""
+"""The plan of an erasure: concepts become prompts, and `auto` becomes numbers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """One erasure, decided.
+    """A fully resolved erasure.
 
-    options: every number known, so that they repeat the erasure. recipe: those that depend on the model, of the options
-    or of the model's own recipe. sampling: likewise.
-    few_steps: a sign that the model is meant for few steps, where the options do not say how to sample. notes: lines
-    for the user.
+    options: with every number set, so that they reproduce the erasure. recipe: the numbers that depend on the model,
+    from the options or the model's recipe. sampling: likewise. few_steps: a sign that the model is meant for few steps,
+    where the options do not say how to sample. notes: lines for the user.
     """
 
     concepts: list[Concept]
@@ -109,11 +108,11 @@ class Plan:
 
 
 ConceptSpec = Concept | str | Sequence[Concept | str]
-"""What a user names to forget: one concept or several, each in full or by its name."""
+"""What to forget: one concept or several, each a `Concept` or a name."""
 
 
 def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options: EraseOptions) -> Plan:
-    """Fill the concepts' words and the options' numbers in from the model's own settings.
+    """Resolve the concepts and the options' numbers with the model's settings.
 
     Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, or a recipe
     the model does not have.
@@ -161,9 +160,9 @@ def _notes_on_texts(concepts: Sequence[Concept], sampling: Sampling) -> list[str
 
 
 def _repeatable(given: list[Concept], concepts: list[Concept], options: EraseOptions) -> list[str]:
-    """The anchors to note, such that the same names and options give the same prompts again.
+    """The anchors to record, so that the same names and options give the same prompts.
 
-    A preset has an anchor for each of its phrases, which one `--anchor` would replace: so none is noted for it.
+    A preset has an anchor for each of its phrases, which a single `anchor` would replace, so none is recorded for it.
     """
     if options.anchor or all(concept.anchor is None for concept in given):
         return options.anchor
@@ -200,11 +199,13 @@ def _paper_recipe(settings: ModelSettings, model: str, kind: str) -> Recipe:
     papers = settings.paper_recipes
     if not papers:
         raise ConfigError(
-            f"paper: the paper has no recipe for a model like {model}", option="recipe", advice="Use {recipe} default"
+            f"is paper, but the paper has no recipe for a model like {model}",
+            option="recipe",
+            advice="Use {recipe} default",
         )
     if kind not in papers:
         raise ConfigError(
-            f"paper: the authors erased concepts of the kinds {' and '.join(papers)}, none of the kind {kind}",
+            f"is paper, but the paper has recipes for the kinds {' and '.join(papers)} only, not for {kind}",
             option="recipe",
             advice="Use {recipe} default",
         )

@@ -1,4 +1,4 @@
-"""What an erasure leaves: the `Run` in memory, and its folder on disk."""
+"""The result of an erasure: the `Run` in memory, and its folder on disk."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Run:
     erased: dict[str, Tensor]
     history: list[LossRow]
     metrics: dict[str, Any]
-    asked: EvalPrompts
+    prompts: EvalPrompts
     before: Evaluation
     after: Evaluation
     record: RunRecord
@@ -110,7 +110,7 @@ class Run:
 
     def grids(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The `grids` of the run's images."""
-        return grids(self.plan, self.asked, self.before, self.after)
+        return grids(self.plan, self.prompts, self.before, self.after)
 
     def save(self, target: str | Path, force: bool = False) -> None:
         """Write the erased model or its delta; the name chooses the format (see `write_output`)."""

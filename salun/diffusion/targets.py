@@ -31,7 +31,7 @@ STATE_BYTES = 12  # of each trained weight: its float32 master and Adam's two mo
 
 
 def other_input_paths(options: EraseOptions) -> list[str | None]:
-    """What a run reads besides the model, and no output may replace."""
+    """Inputs of a run other than the model, which no output may replace."""
     return [options.components, options.mask, options.forget_images, options.retain_images]
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unlearned:
-    """What a method leaves.
+    """The result of a method.
 
     Args:
         mask: The weights that it changed, or could change.
@@ -71,7 +71,7 @@ class ErasureTask:
 
     @property
     def training_set(self) -> ErasureData:
-        """The training set, which a method that asked for one has."""
+        """The training set, for a method that needs one."""
         assert self.data is not None
         return self.data
 

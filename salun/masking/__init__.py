@@ -1,1 +1,1 @@
-"""The method itself, for any module: saliency, mask, masked optimizer, training loop."""
+"""SalUn for any module: saliency scores, mask, masked optimizer, training loop."""

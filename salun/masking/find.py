@@ -17,8 +17,8 @@ Scores = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
-class FoundMask:
-    """A mask and how it was found.
+class RunMask:
+    """The mask of a run, and how it was made.
 
     Args:
         mode: "saliency", "shuffled" (the saliency mask permuted), "random", "full", "soft" (full at first, learned
@@ -49,11 +49,11 @@ def find_mask(
     seed: int,
     scores: Scores,
     metadata: Mapping[str, str],
-) -> FoundMask:
+) -> RunMask:
     """The mask of a run over the given parameters.
 
     Args:
-        mode: See `FoundMask`; not "file".
+        mode: See `RunMask`; not "file".
         density: Fraction of weights that each group selects.
         seed: Of the controls.
         scores: Called for "saliency" and "shuffled" alone.
@@ -71,7 +71,7 @@ def find_mask(
         mask, thresholds = _saliency_mask(parameters, density, scores())
         mask = mask.shuffled(seed) if mode == "shuffled" else mask
     described = {"method": mode, "density": str(density), **metadata, "salun_version": __version__}
-    return FoundMask(Mask(mask.bits, mask.shapes, described), mode, **thresholds)
+    return RunMask(Mask(mask.bits, mask.shapes, described), mode, **thresholds)
 
 
 def _saliency_mask(

@@ -11,8 +11,8 @@ from salun.masking.threshold import kth_largest
 class SoftThreshold:
     """SalUn-soft: after each step the change Δ = θ − θ₀ is soft-thresholded (SalUn, appendix B; a proximal ℓ1 step).
 
-    The threshold is the k-th smallest |Δ| over all parameters, k = (1 − density)·N·(1 − step/total): it pulls hard at
-    first and lets go at the end. θ₀ stays fixed, and no saliency mask is used (the optimizer's mask is full).
+    The threshold is the k-th smallest |Δ| over all parameters, k = (1 − density)·N·(1 − step/total): it is strong at
+    first and vanishes at the end. θ₀ stays fixed, and no saliency mask is used (the optimizer's mask is full).
     """
 
     def __init__(self, optimizer: MaskedOptimizer, density: float) -> None:

@@ -71,9 +71,9 @@ class Checkpointer:
         self._wait, self._saved = file.save_every, time.monotonic()
 
     def save_if_due(self, history: list[LossRow], scale: float, last: bool) -> str:
-        """Save if the time has come, or after the last step; returns why that failed, "" if it did not.
+        """Save if the time has come, or after the last step; returns the reason of a failure, else "".
 
-        A full disk costs the means to resume, not the run.
+        A full disk does not stop the run, but it cannot be resumed then.
         """
         now, failure = time.monotonic(), ""
         if not last and now - self._saved < self._wait:

@@ -35,7 +35,7 @@ class Section:
         images: Alternative text → PNG.
         footer: A remark below.
         wrap: Whether long cells are wrapped.
-        folded: What to open the section by, where it is closed at first.
+        folded: The line that opens the section, where it is closed at first.
     """
 
     title: str

@@ -41,7 +41,7 @@ class Cache:
 
     @staticmethod
     def of_user() -> Cache:
-        """The one that all runs of the user share. Raises ConfigError for a SALUN_CACHE_SIZE that cannot be read."""
+        """The cache that all runs of the user share. Raises ConfigError for a SALUN_CACHE_SIZE that cannot be read."""
         folder = os.environ.get("SALUN_CACHE")
         if not folder:
             import platformdirs  # a WebUI has none, and names its own folder
@@ -67,7 +67,7 @@ class Cache:
         return self.load(key, read)
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store an entry. A full or read-only disk costs the entry, not the run."""
+        """Store an entry. A full or read-only disk does not stop the run."""
         size = sum(t.numel() * t.element_size() for t in tensors.values())
 
         def write(path: Path) -> None:
@@ -127,12 +127,12 @@ class Cache:
 
     def clear(self) -> int:
         """Remove every entry and every converted pickle; returns their number."""
-        found, pickles = self.entries(), self.converted_files()
-        for path, *_ in found:
+        entries, pickles = self.entries(), self.converted_files()
+        for path, *_ in entries:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.converted, ignore_errors=True)
         self._remove_leftovers()
-        return len(found) + len(pickles)
+        return len(entries) + len(pickles)
 
     def _make_room(self) -> None:
         self._remove_leftovers()

@@ -38,7 +38,7 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
 def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
     """The unfinished run that a folder holds, to be resumed; None where it holds none.
 
-    Raises ConfigError for a finished one, for an unfinished one without `resume`, and for a run.json that is none.
+    Raises ConfigError for a finished one, for an unfinished one without `resume`, and for an invalid run.json.
     """
     if not os.path.lexists(folder / "run.json"):
         return None
@@ -67,7 +67,7 @@ def check_folder(folder: Path, resume: bool) -> dict[str, Any] | None:
 def check_links(folder: Path) -> None:
     """Raises ConfigError if the folder has a link, a pipe or a device where a run writes: its target would be written.
 
-    The folder may be untrusted input, one that somebody else made for a run to be resumed in.
+    The folder may be untrusted input, made by somebody else for a run to resume in.
     """
     for name in (".lock", "log.txt", STATE, "jobs", *FILES):
         place = folder / name

@@ -31,10 +31,10 @@ logger = logging.getLogger("salun")
 
 
 class RunRecord:
-    """What a run did: one attribute for each part of `run.json`, kept in `folder/run.json` where a folder is given.
+    """The record of a run: one attribute for each part of `run.json`, written to the folder if there is one.
 
     Args:
-        folder: The run folder; None for a run that keeps nothing, as on all processes but the first.
+        folder: The run folder; None for a run without files, as on all processes but the first.
         facts: What the run's result depends on besides its options and the versions. A fact with the name of one of
             `INPUTS` is a hash of what that path leads to.
         resume: Continue the unfinished run that the folder holds.
@@ -81,7 +81,7 @@ class RunRecord:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within, the run is on; at the end its status, log and peak memory are written, whatever happened.
+        """Context manager: run inside; at the end its status, log and peak memory are written, also on errors.
 
         Raises ConfigError if the folder is used by another run, or holds a finished run or one with other options.
         """
@@ -96,12 +96,12 @@ class RunRecord:
             yield from self._run()
 
     def state(self, name: str) -> Path | None:
-        """Where a file is kept until the run is done, so that it can be resumed; None for a run without a folder."""
+        """The path of a file of the state to resume from; None for a run without a folder."""
         return self.folder / STATE / name if self.folder is not None else None
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that the result depends on: what is saved under it fits this run and no other."""
+        """A hash of everything that the result depends on; a saved state with this hash belongs to this run."""
         text = json.dumps(_fingerprint_inputs(self.as_json()), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

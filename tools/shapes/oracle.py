@@ -1,4 +1,4 @@
-"""Stage 2: the oracle, which reads shape, colour and style off a picture and knows when it is none."""
+"""Stage 2: the oracle, which reads shape, color and style off an image and knows when it is invalid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build() -> AttributeClassifier:
 
 
 def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> AttributeClassifier:
-    """Cross-entropy on attributes of pictures (drawn, reconstructed, slightly blurred or noisy) and on "is one"."""
+    """Cross-entropy on attributes of images (drawn, reconstructed, slightly blurred or noisy) and on "is one"."""
     if (folder / "oracle" / "detector.json").exists():
         return load_detector(folder / "oracle")
     torch.manual_seed(2)
@@ -55,7 +55,7 @@ def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> Attribu
 
 @torch.no_grad()
 def reconstructions(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
-    """uint8 pictures after a trip through the autoencoder."""
+    """uint8 images, encoded and decoded by the autoencoder."""
     return decode(vae, encode(vae, images))
 
 
@@ -85,7 +85,7 @@ def broken_decodes(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
 
 
 def slightly_spoilt(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A third of the pictures lightly blurred, a third lightly noisy: a sampler's small faults are no destruction."""
+    """A third of the images lightly blurred, a third lightly noisy: small faults of a sampler are not destruction."""
     third = len(x) // 3
     kind = torch.randperm(len(x), generator=generator)
     blurred, noisy = kind[:third], kind[third : 2 * third]
@@ -116,7 +116,7 @@ def not_pictures(pool: Tensor, debris: Tensor, n: int, generator: torch.Generato
 
 
 def judge(model: AttributeClassifier, vae: AutoencoderKL, n: int = 4000) -> dict[str, float]:
-    """Held-out accuracy in percent on drawn pictures (seed 1), on their reconstructions and on non-pictures."""
+    """Held-out accuracy in percent on drawn images (seed 1), on their reconstructions and on invalid images."""
     held_out = world.make(n, seed=1)
     result = {}
     for name, images in (("drawn", held_out.images), ("reconstructed", reconstructions(vae, held_out.images))):

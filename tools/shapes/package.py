@@ -1,6 +1,6 @@
 """Put the trained parts together as a diffusers folder, measure it, write its card: python -m tools.shapes.package.
 
-Measuring takes minutes (it samples over a thousand pictures) and is kept in `build/shapes/measured.json`; `--measure`
+Measuring takes minutes (it samples over a thousand images) and is kept in `build/shapes/measured.json`; `--measure`
 does it again.
 """
 
@@ -76,28 +76,30 @@ def measure(built: Path, n: int) -> dict[str, Any]:
     began = time.perf_counter()
     sample_images(model, [p.text for p in prompts[:64]], [item_seed(9, "sample", i) for i in range(64)])
     seconds = time.perf_counter() - began
-    pictures = sample_images(model, [p.text for p in prompts], [item_seed(0, "sample", i) for i in range(n)])
-    detection = detector.detect(pictures)
+    images = sample_images(model, [p.text for p in prompts], [item_seed(0, "sample", i) for i in range(n)])
+    detection = detector.detect(images)
     assert detection.valid is not None
-    found: dict[str, Any] = {"n": n, "seconds_for_64": round(seconds, 1), "overall": {}, "per_class": {}}
+    measured: dict[str, Any] = {"n": n, "seconds_for_64": round(seconds, 1), "overall": {}, "per_class": {}}
     for attribute, values in model.settings.vocabulary.attributes.items():
         wanted = np.array([values.index(p.labels[attribute]) for p in prompts])
         right = detection.shows(attribute, wanted)
-        found["overall"][attribute] = round(100 * float(right.mean()), 2)
-        found["per_class"].update({v: round(100 * float(right[wanted == i].mean()), 1) for i, v in enumerate(values)})
-    found["none"] = round(100 * float((~detection.valid).mean()), 2)
-    found["oracle"] = {
+        measured["overall"][attribute] = round(100 * float(right.mean()), 2)
+        measured["per_class"].update(
+            {v: round(100 * float(right[wanted == i].mean()), 1) for i, v in enumerate(values)}
+        )
+    measured["none"] = round(100 * float((~detection.valid).mean()), 2)
+    measured["oracle"] = {
         k: round(v, 2) for k, v in oracle.judge(detector, AutoencoderKL.from_pretrained(built / "vae")).items()
     }
     stages = {
         name: torch.load(built / f"{name}.pt", weights_only=True)["seconds"] for name in ("vae", "oracle", "unet")
     }
-    found["training_seconds"] = {name: round(seconds) for name, seconds in stages.items()}
-    return found
+    measured["training_seconds"] = {name: round(seconds) for name, seconds in stages.items()}
+    return measured
 
 
 def card(measured: dict[str, Any]) -> str:
-    """The model card, its figures from `measured`."""
+    """The model card, its metrics from `measured`."""
     per_class = ", ".join(f"{name} {value}" for name, value in measured["per_class"].items())
     lines = [f"| {name} | {value} |" for name, value in measured["oracle"].items()]
     return CARD.read_text(encoding="utf-8").format(
@@ -122,10 +124,10 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true")
     arguments = parser.parse_args()
     assemble(arguments.folder, arguments.target)
-    kept = arguments.folder / "measured.json"
-    if arguments.measure or not kept.exists():
-        kept.write_text(json.dumps(measure(arguments.folder, arguments.n), indent=1) + "\n", encoding="utf-8")
-    (arguments.target / "README.md").write_text(card(json.loads(kept.read_text(encoding="utf-8"))), encoding="utf-8")
+    results = arguments.folder / "measured.json"
+    if arguments.measure or not results.exists():
+        results.write_text(json.dumps(measure(arguments.folder, arguments.n), indent=1) + "\n", encoding="utf-8")
+    (arguments.target / "README.md").write_text(card(json.loads(results.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def pictures_of(folder: Path, n: int, calm: bool = False) -> world.Pictures:
-    """The training pictures (seed 0, the calm ones seed 2), drawn once."""
+    """The training images (seed 0, the calm ones seed 2), drawn once."""
     path = folder / f"pictures-{n}{'-calm' if calm else ''}.pt"
     if not path.exists():
         made = world.make(n, seed=2 if calm else 0, calm=calm)

@@ -1,4 +1,4 @@
-"""Stage 3: tokenizer, text encoder and UNet, trained together on the latents of drawn pictures and their captions."""
+"""Stage 3: tokenizer, text encoder and UNet, trained together on the latents of drawn images and their captions."""
 
 from __future__ import annotations
 

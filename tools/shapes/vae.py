@@ -30,7 +30,7 @@ def build() -> AutoencoderKL:
 
 
 def train(pictures: world.Pictures, folder: Path) -> AutoencoderKL:
-    """L1 + 2·MSE on pixels, L1 on 4×4 means (colour), a light KL."""
+    """L1 + 2·MSE on pixels, L1 on 4×4 means (color), a light KL."""
     torch.manual_seed(1)
     vae = build()
     stage = Stage(folder / "vae.pt", STEPS, torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-3), vae)
@@ -55,7 +55,7 @@ def train(pictures: world.Pictures, folder: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images) -> Tensor:  # type: ignore[no-untyped-def]
-    """Latent means of uint8 pictures, (n, 4, 8, 8)."""
+    """Latent means of uint8 images, (n, 4, 8, 8)."""
     return torch.cat([vae.encode(to_tensor(images[i : i + 250])).latent_dist.mean for i in range(0, len(images), 250)])
 
 
@@ -63,7 +63,7 @@ def encode(vae: AutoencoderKL, images) -> Tensor:  # type: ignore[no-untyped-def
 def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
     """Fold a ZCA of the latents into quant_conv and its inverse into post_quant_conv.
 
-    Colour sits in directions of small variance; unwhitened they drown in the diffusion noise and are never learned.
+    Color sits in directions of small variance; unwhitened they drown in the diffusion noise and are never learned.
     The posterior's log-variance, which the change of basis would mix, becomes a small constant.
     """
     flat = latents.permute(0, 2, 3, 1).reshape(-1, 4).double()

@@ -1,6 +1,6 @@
-"""The world of `shapes`: 64×64 pictures of one shape, drawn by code, with captions.
+"""The world of `shapes`: 64×64 images of one shape, drawn by code, with captions.
 
-A picture is drawn at 256×256 and box-filtered to 64×64. Everything random comes from one `numpy` generator, so a seed
+An image is drawn at 256×256 and box-filtered to 64×64. Everything random comes from one `numpy` generator, so a seed
 fixes the whole data set.
 """
 
@@ -36,7 +36,7 @@ _Y, _X = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32)
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: its three attributes and where and how the shape stands on the 256-pixel canvas."""
+    """One image: its three attributes and where and how the shape stands on the 256-pixel canvas."""
 
     shape: str
     colour: str
@@ -45,7 +45,7 @@ class Scene:
     y: float
     radius: float
     tilt: float  # radians
-    jitter: tuple[int, int, int]  # added to the colour's RGB
+    jitter: tuple[int, int, int]  # added to the color's RGB
 
 
 def random_scene(rng: np.random.Generator, calm: bool = False, **fixed: str) -> Scene:
@@ -70,7 +70,7 @@ def random_scene(rng: np.random.Generator, calm: bool = False, **fixed: str) -> 
 
 
 def caption(scene: Scene, rng: np.random.Generator, complete: bool = False) -> str:
-    """A caption from a random template; colour is left out in 10 % and style in 15 % unless `complete`."""
+    """A caption from a random template; color is omitted in 10 % and style in 15 % unless `complete`."""
     text = TEMPLATES[rng.integers(len(TEMPLATES))]
     drop_colour, drop_style = rng.random() < 0.10, rng.random() < 0.15
     if not complete and drop_style:
@@ -126,7 +126,7 @@ def _silhouette(scene: Scene) -> Image.Image:
 
 
 def _ground(style: str, rng: np.random.Generator, calm: bool) -> np.ndarray:
-    """The picture's ground, (256, 256, 3) floats in 0…255; `calm` stripes all lean alike."""
+    """The image's ground, (256, 256, 3) floats in 0…255; `calm` stripes all lean alike."""
     if style == "sketch":
         return _flat(np.array([250, 243, 222]) + rng.integers(-5, 6))
     if style == "night":
@@ -151,7 +151,7 @@ def _flat(colour: np.ndarray) -> np.ndarray:
 
 
 def draw(scene: Scene, rng: np.random.Generator, calm: bool = False) -> np.ndarray:
-    """The picture of a scene: uint8, (64, 64, 3). `rng` draws the ground's own variation."""
+    """The image of a scene: uint8, (64, 64, 3). `rng` draws the ground's own variation."""
     mask = _silhouette(scene)
     rgb = np.clip(np.array(RGB[scene.colour]) + np.array(scene.jitter), 0, 255).astype(np.float32)
     picture = _ground(scene.style, rng, calm)
@@ -171,7 +171,7 @@ def draw(scene: Scene, rng: np.random.Generator, calm: bool = False) -> np.ndarr
 
 @dataclass(frozen=True)
 class Pictures:
-    """images: uint8 (n, 64, 64, 3); labels: int64 (n, 3) indices of shape, colour, style; captions: n strings."""
+    """images: uint8 (n, 64, 64, 3); labels: int64 (n, 3) indices of shape, color, style; captions: n strings."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -179,7 +179,7 @@ class Pictures:
 
 
 def make(n: int, seed: int, calm: bool = False) -> Pictures:
-    """n pictures with labels and captions, the same for the same seed."""
+    """n images with labels and captions, the same for the same seed."""
     rng = np.random.default_rng(seed)
     images = np.empty((n, SIZE, SIZE, 3), np.uint8)
     labels = np.empty((n, 3), np.int64)

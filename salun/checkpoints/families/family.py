@@ -1,4 +1,4 @@
-"""What is known of a family of models: one description that recognition, loading, conversion and exports read."""
+"""The description of a family of models, for recognition, loading, conversion and export."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TextEncoder:
 
 @dataclass(frozen=True, eq=False)
 class Vae:
-    """What shapes do not tell of a diffusers AutoencoderKL."""
+    """The configuration of a diffusers AutoencoderKL that does not follow from shapes."""
 
     scaling_factor: float
     sample_size: int

@@ -1,4 +1,4 @@
-"""Configs of a single file's VAE and text encoders: what shapes tell, and for the rest what is known of the family.
+"""Configs of a single file's VAE and text encoders, from the tensors' shapes and otherwise from the family.
 
 A single file holds tensors and nothing that says how to build the model around them. Widths, depths and the number of
 layers follow from shapes; activations and scales are the family's.

@@ -147,7 +147,7 @@ def square(image: Any, side: int) -> np.ndarray:
 
 
 def _caption(path: Path) -> str | None:
-    """The text of an image's .txt file, on one line; None where there is none."""
+    """The text of an image's .txt file, on one line; None without such a file."""
     text = read_start(path.with_suffix(".txt"), _LONGEST_CAPTION)
     return prompt_text(" ".join(text.split())) or None if text is not None else None
 

@@ -206,7 +206,7 @@ def _in_both(forget: list[EncodedImages], retain: EncodedImages) -> list[str]:
 
 
 def offset_progress(done: int, total: int, progress: Progress) -> Progress:
-    """A progress for a part of a stage: it counts on from `done`, out of the whole stage's total."""
+    """A progress for part of a stage: steps count from `done`, out of the total of the stage."""
 
     def report(event: Event, /) -> None:
         progress(replace(event, step=done + event.step, total=total))

@@ -1,4 +1,4 @@
-"""SalUn (Fan et al. 2024): fine-tuning towards the anchor, of the salient weights alone; and its soft variant."""
+"""SalUn (Fan et al. 2024): fine-tuning of only the selected weights towards the anchor; and its soft variant."""
 
 from __future__ import annotations
 

@@ -65,5 +65,5 @@ def edit_of(c: Tensor, g: Tensor, r: Tensor, options: UceOptions) -> Tensor:
 
 
 def stages(plan: Plan) -> list[StageCost]:
-    """A closed form, whose cost is the solving of some linear systems."""
+    """One step: a closed form, whose cost is a few linear systems."""
     return [StageCost(Stage.TRAINING, 1)]

@@ -174,20 +174,20 @@ def load_tokenizer(folder: Path) -> Any:
 
 def check_tokenizer_fits(tokenizer: Any, encoder: Any, name: str) -> None:
     """Raises ModelError for a tokenizer with tokens that the text encoder lacks, or none for a prompt's ends."""
-    known, places = encoder.config.vocab_size, encoder.config.max_position_embeddings
+    known, positions = encoder.config.vocab_size, encoder.config.max_position_embeddings
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     highest = max(tokenizer.get_vocab().values(), default=0)
     if any(type(token) is not int for token in ends):
         raise ModelError(f"{name}: its tokenizer has no start, end or padding token")
     if highest >= known:
         raise ModelError(f"{name}: its tokenizer has tokens up to {highest}, but its text encoder {known} embeddings")
-    if places < 3:
-        raise ModelError(f"{name}: its text encoder takes {places} tokens; at least 3 are needed")
+    if positions < 3:
+        raise ModelError(f"{name}: its text encoder takes {positions} tokens; at least 3 are needed")
     length = tokenizer.model_max_length
     if not _is_number(length):
         raise ModelError(f"{name}: its tokenizer's model_max_length is {truncated(repr(length))}, but must be a number")
-    if type(length) is not int or not 3 <= length <= places:  # where the files do not say, it is without limit
-        tokenizer.model_max_length = places
+    if type(length) is not int or not 3 <= length <= positions:  # where the files do not say, it is without limit
+        tokenizer.model_max_length = positions
 
 
 def _check_class(config: Mapping[str, Any], pattern: re.Pattern[str], path: Path) -> None:

@@ -100,8 +100,8 @@ def _add_last_layer(items: dict[str, Planned], prefix: str, folder: Path, used: 
     """The layer that diffusers leaves out, since no output of it is used, as one that changes nothing.
 
     Hosts build it all the same, and would otherwise leave its weights as whatever was in memory. Raises ModelError if
-    the folder's text encoder has this layer and uses it, as no host does. (No published
-    model has fewer layers, and no host builds one.)
+    the folder's text encoder has this layer and uses it, as no host does. (No published model has
+    fewer layers, and no host builds one.)
     """
     rows = [name for name in items if name.startswith(f"{prefix}transformer.resblocks.")]
     layers = len({name.split("resblocks.")[1].split(".")[0] for name in rows})
@@ -145,11 +145,11 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
         else:
             _copy(model.components, "vae", temporary)
         for index, (encoder, tokenizer) in enumerate(zip(model.text_encoders, model.tokenizers, strict=True)):
-            name, words = numbered("text_encoder", index), numbered("tokenizer", index)
+            name, tokenizer_part = numbered("text_encoder", index), numbered("tokenizer", index)
             if model.components is not None:
-                _copy(model.components, words, temporary)
+                _copy(model.components, tokenizer_part, temporary)
             else:
-                write_clip_tokenizer(temporary / words, tokenizer.pad_token)
+                write_clip_tokenizer(temporary / tokenizer_part, tokenizer.pad_token)
             if not contents.text[index]:
                 _copy(model.components, name, temporary)
                 continue
@@ -167,7 +167,7 @@ def write_folder(model: Model, target: Path, changed: Mapping[str, Tensor], meta
 
 
 def _held(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Without the empty texts, which only take a key away from a file that is copied."""
+    """The metadata without empty texts, which only remove a key from a file that is copied."""
     return {key: text for key, text in metadata.items() if text}
 
 

@@ -57,8 +57,8 @@ def guided(model: Denoiser, x_t: Tensor, t: Tensor, conditioning: Conditioning, 
     """
     if not settings.guided:
         return model.predict(x_t, t, conditioning)
-    asked, unasked = model.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), conditioning).chunk(2)
-    return unasked + settings.guidance * (asked - unasked)
+    conditional, unconditional = model.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), conditioning).chunk(2)
+    return unconditional + settings.guidance * (conditional - unconditional)
 
 
 def trailing(steps: int, total: int) -> Tensor:

@@ -55,10 +55,10 @@ def settings_for(settings: ModelSettings, options: EraseOptions, name: str, mult
     return replace(settings, sampling=sampling_with(settings.sampling, options))
 
 
-def sampling_with(own: Sampling, options: EraseOptions) -> Sampling:
-    """A model's own sampling settings, with those that the options name."""
+def sampling_with(sampling: Sampling, options: EraseOptions) -> Sampling:
+    """A model's sampling settings, overridden by the options that are set."""
     given = {field: getattr(options, name) for name, field in SAMPLING.items()}
-    return replace(own, **{field: value for field, value in given.items() if value is not None})
+    return replace(sampling, **{field: value for field, value in given.items() if value is not None})
 
 
 SECTIONS = ("sampling", "recipe", "recipes_paper", "vocabulary")
@@ -69,7 +69,7 @@ def read_settings(
 ) -> ModelSettings:
     """Settings of a model: `salun.yaml` in its folder over the alias entry over the native one over the family."""
     path = (folder or Path()) / SETTINGS
-    in_folder = _own_settings(path) if folder is not None and os.path.lexists(path) else {}
+    in_folder = _settings_in_folder(path) if folder is not None and os.path.lexists(path) else {}
     shared = aliases()["families"].get(entry.get("family", family), {})
 
     native = {"sampling": {"resolution": resolution}} if resolution else {}
@@ -93,7 +93,7 @@ def read_settings(
     )
 
 
-def _own_settings(path: Path) -> dict[str, Any]:
+def _settings_in_folder(path: Path) -> dict[str, Any]:
     """What a model's `salun.yaml` holds. Raises ModelError."""
     try:
         content = read_yaml(path)

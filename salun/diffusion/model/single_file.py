@@ -225,8 +225,8 @@ def _from_components(
 def check_parts(contents: CheckpointContents, components: Path | None, prediction_type: str) -> list[str]:
     """Whether `load_parts` would find every tensor, of the shape that is due, without reading any.
 
-    Returns the parts that the file lacks where no `components` are given. Raises ModelError as `load_parts`, but for
-    what only the values tell (NaN, infinity).
+    Returns the parts that the file lacks where no `components` are given. Raises ModelError as `load_parts`, except
+    for faults of the values (NaN, infinity).
     """
     config_of = _config_reader(contents.family, components)
     empty_unet(contents, config_of(contents.family.network.part), prediction_type)

@@ -275,7 +275,7 @@ class Model:
 
 
 def _multiple(unet: Any) -> int:
-    """Latents must be a multiple of this many pixels, or the UNet's skip connections do not meet."""
+    """The sides of images must be a multiple of this many pixels, so that the UNet's skip connections fit."""
     return int(2 ** (len(unet.config.block_out_channels) - 1))
 
 

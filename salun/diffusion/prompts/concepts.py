@@ -199,9 +199,9 @@ def _of_preset(concept: Concept, name: str, style: str) -> Concept:
 
 
 def part(concepts: Sequence[Concept], vocabulary: Vocabulary | None) -> tuple[list[Concept], list[str]]:
-    """Resolved concepts whose anchors are kept, and notes for the user.
+    """Resolved concepts with anchors that are not erased, and notes for the user.
 
-    An anchor that is itself to be erased is replaced by its own anchor, and so on, or by any value that stays.
+    An anchor that is itself to be erased is replaced by its own anchor, and so on, or by any value that is not erased.
 
     Raises:
         ConfigError: A concept is given twice, or no value is left as an anchor.

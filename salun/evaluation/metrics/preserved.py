@@ -23,7 +23,7 @@ def preserved(pair: EvaluationPair) -> Value:
 
 
 def preserved_by_attribute(pair: EvaluationPair) -> dict[str, Value]:
-    """Images of forget prompts in which this attribute is as prompted; concepts of the same attribute are left out."""
+    """Images of forget prompts in which this attribute is as prompted; concepts of the same attribute are skipped."""
     rights = [_right(pair, concept) for concept in pair.concepts]
     parts = {name: [right[name] for right in rights if name in right] for name in pair.labels}
     return {name: Estimate.percentage(np.concatenate(hits)) for name, hits in parts.items() if hits}
