@@ -443,7 +443,7 @@ def test_a_number_of_many_digits_is_refused_in_words() -> None:
 
 
 def test_options_of_a_wrong_type_are_not_loaded_again(service: Service) -> None:
-    with pytest.raises(ConfigError, match="the options of odd: forget_images is 5, but must be str"):
+    with pytest.raises(ConfigError, match="the options of odd: forget_images is 5, but must be a text"):
         service.options_of(write_run(service, "odd", forget_images=5).name)
     path = "/" + "x" * 5000
     run = write_run(service, "long", model=path, output=[path])
