@@ -45,7 +45,7 @@ class Inputs:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"is {value}, but must be a finite number", option=key)
             if key in (*IMAGE_FOLDERS, "components") and not isinstance(value, str):
-                raise ConfigError(f"is {repr(value)[:80]}, but must be str", option=key)
+                raise ConfigError(f"is {repr(value)[:80]}, but must be a text", option=key)
         values["mask"] = self.mask(values.get("mask", "saliency"))
         for key in IMAGE_FOLDERS:
             if key in values:

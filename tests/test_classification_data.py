@@ -75,7 +75,7 @@ def test_a_split_outlives_its_file(digits: ImageData, tmp_path: Path) -> None:
     assert again.digest == split.digest
     assert again.forgetting == "class:3"
     (tmp_path / "split.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(DataError, match="no split"):
+    with pytest.raises(DataError, match="cannot be read as a split"):
         Split.load(tmp_path / "split.json")
 
 

@@ -181,7 +181,7 @@ def test_a_transformers_classifier_takes_our_pictures(
     with torch.no_grad():
         logits = found.model.eval()(x)
     assert logits.shape == (3, 10)
-    assert ["is not known" in found.notes[0], "does not name" in found.notes[1], len(found.notes)] == [True, True, 3]
+    assert ["is unknown" in found.notes[0], "does not name" in found.notes[1], len(found.notes)] == [True, True, 3]
     save_model(tmp_path / "x.safetensors", found.model, found.facts)
     again, _ = load_model(tmp_path / "x.safetensors")  # needs the folder no more
     with torch.no_grad():

@@ -187,7 +187,7 @@ def test_the_state_is_on_disk_and_another_program_is_kept_out(make: Make, tmp_pa
     with lock:
         job = queue.submit("inspect", "x", {"path": "<b>"}, "some-run")
         until(lambda: job.state == "waiting")
-        with pytest.raises(ConfigError, match="another program works with the jobs"):
+        with pytest.raises(ConfigError, match="another program uses the jobs"):
             Queue(tmp_path / "jobs")
         kept = json.loads((queue.folder / job.id / "job.json").read_text(encoding="utf-8"))
         assert (kept["state"], kept["run"]) == ("waiting", "some-run")

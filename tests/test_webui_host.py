@@ -94,11 +94,11 @@ def test_a_second_webui_on_one_data_folder_says_so_in_the_tab(modules: Modules, 
     webui._state["access"] = Access()
     first = Queue(tmp_path / "salun" / "jobs")
     try:
-        assert "another program works with the jobs" in str(webui.trouble())
+        assert "another program uses the jobs" in str(webui.trouble())
         ((page, title, _),) = webui._tab()
         assert title == "Erase concept"
         (said,) = page.blocks.values()
-        assert "another program works with the jobs" in said.value
+        assert "another program uses the jobs" in said.value
         webui._started(None, None)  # adds no routes to the application, and raises nothing
     finally:
         first.close()
@@ -300,7 +300,7 @@ def test_a_set_up_that_fails_leaves_the_environment_that_worked(
     assert "No module named 'no_such_package'" in said
     with monkeypatch.context() as old:
         old.setitem(environment.LOWEST, "diffusers", "999")  # what was installed does not suffice
-        assert "still lacks diffusers 999" in environment.set_up(lacking, wait=True)
+        assert "still missing after the installation: diffusers 999" in environment.set_up(lacking, wait=True)
     assert "The previous environment stays in use" in said
     assert lacking.python() == python
     assert [path.name for path in (lacking.data / "environment").iterdir() if path.is_dir()] == [Path(python).parts[-3]]

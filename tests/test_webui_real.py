@@ -739,7 +739,7 @@ def test_a_second_webui_on_the_same_data_folder_says_so(server: Server) -> None:
         page.goto(second.address)
         page.locator("#txt2img_generate").wait_for(timeout=60_000)
         open_tab(page, "Erase concept")
-        page.get_by_text("another program works with the jobs").first.wait_for(timeout=20_000)
+        page.get_by_text("another program uses the jobs").first.wait_for(timeout=20_000)
         assert "Traceback" not in second.log.read_text(errors="replace")
 
 
