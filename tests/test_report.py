@@ -176,7 +176,7 @@ def test_the_headline_says_success_and_failure() -> None:
     assert "5 of 10 weights (50.0%)" in text
     text = text_of(html_of(run_data(FAILED)))
     assert "did not forget “circle”" in text
-    assert "Warning: 25 % of them are no valid images" in text
+    assert "Warning: 25 % of the images are no longer valid" in text
     assert "Accuracy on other prompts dropped: 100.0 % before, 75.0 % after." in text
 
 

@@ -267,7 +267,7 @@ def test_a_rank_gives_the_nearest_matrix_of_that_rank(seed: int, rank: int) -> N
         kept = account.layers[name]
         assert kept.ranks == (min(rank, len(s)),) == (file[f"{key}.alpha"].item(),)
         assert kept.energy == pytest.approx(float(s.square().sum()), rel=1e-12)
-        assert kept.share == pytest.approx(float(s[:rank].square().sum() / s.square().sum()), rel=1e-12)
+        assert kept.fraction == pytest.approx(float(s[:rank].square().sum() / s.square().sum()), rel=1e-12)
 
 
 @given(seed=st.integers(0, 10_000), energy=st.floats(0.001, 1.0))
@@ -291,7 +291,7 @@ def test_a_difference_of_low_rank_takes_no_more_than_that() -> None:
         file, account = stock_formats.low_rank(base, new, **asked)
         assert account.total.ranks == (2,)
         assert file["lora_unet_conv_in.lora_down.weight"].shape == (2, 30)
-        assert account.total.share == pytest.approx(1.0)
+        assert account.total.fraction == pytest.approx(1.0)
 
 
 def test_norms_and_biases_count_as_lost_and_are_reported() -> None:
@@ -309,9 +309,9 @@ def test_norms_and_biases_count_as_lost_and_are_reported() -> None:
     assert len(file) == 3
     assert account.left_out == ["mid_block.resnets.0.conv1.bias", "conv_norm_out.weight"]
     assert account.total.energy == pytest.approx(110)
-    assert account.total.share == pytest.approx(72 / 110)
+    assert account.total.fraction == pytest.approx(72 / 110)
     groups = account.groups
-    assert groups["mid_block resnet"].share == pytest.approx(72 / 108)
+    assert groups["mid_block resnet"].fraction == pytest.approx(72 / 108)
     assert groups["outside norm"] == stock_formats.EnergyKept(2.0, 0.0, ())
     told = account.as_json()
     assert told["ranks"] == [1, 1] and told["groups"]["outside norm"] == {"kept": 0.0, "ranks": None}
