@@ -158,7 +158,11 @@ def test_an_original_that_does_not_fit_the_data_is_refused(digits: ImageData, sp
         ({"role": "unlearned"}, ModelError, "is an unlearned model, but must be an original"),
         ({"base": "other"}, DataError, "was trained on another split"),
         ({"training": {"lr": 1.0}}, ModelError, "training options include lr, which do not exist"),
-        ({"training": {**TRAINING, "train_epochs": "many"}}, ConfigError, "train_epochs is 'many', but must be an integer"),
+        (
+            {"training": {**TRAINING, "train_epochs": "many"}},
+            ConfigError,
+            "train_epochs is 'many', but must be an integer",
+        ),
         ({"training": {**TRAINING, "train_epochs": -1}}, ConfigError, "train-epochs is -1, but must be at least 1"),
     ):
         told = facts(split, **changes)  # type: ignore[arg-type]
