@@ -83,7 +83,7 @@ def line(results: list[dict[str, Any]]) -> str:
     cells = [str(first["k"]), first["combine"], str(first["steps"]), str(len(results))]
     cells += [over(lambda r: 100 * r["density"]), each("ua"), each("anchor")]
     cells += [
-        over(lambda r: r["metrics"]["none"]["value"]),
+        over(lambda r: r["metrics"]["unclassified"]["value"]),
         over(lambda r: r["metrics"]["ra_before"]["value"]),
         over(lambda r: r["metrics"]["ra_before"]["value"] - r["metrics"]["ra_after"]["value"]),
         over(lambda r: r["timings"]["training"]),

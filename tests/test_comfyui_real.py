@@ -38,7 +38,7 @@ from salun import Delta, Mask
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.keymap import UNET
 from salun.checkpoints.single_file import open_unet
-from salun.diffusion.context import training_session
+from salun.diffusion.context import RunContext, training_session
 from salun.diffusion.data.training_set import UserLatents, build_training_set
 from salun.diffusion.erase import unlearn
 from salun.diffusion.options import EraseOptions
@@ -750,7 +750,7 @@ def test_the_node_does_what_the_command_line_does(server: Server, checkpoint: Pa
     with record.running(), training_session(model, plan):
         own = UserLatents([forget], retain, tuple(captions.splitlines()))
         data = build_training_set(model, plan, silent, cache=Cache(Path("unused"), 0), given=own)
-        run = unlearn(model, plan, record, silent, None, data)
+        run = unlearn(RunContext(model, plan, record), data)
     jaccard = nodes_mask.jaccard(run.mask)
     old, worst, far, total = model.original(), 0.0, 0, 0
     for name in run.erased:
