@@ -34,6 +34,7 @@ FORMATS = (
 HEIF_SUFFIXES = {".heic", ".heif"}  # of telephones; Pillow reads them with the package pillow-heif only
 ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")  # an MPO's or HEIF's further images are other views of the first
 SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+ORIENTATION = 0x0112  # of EXIF
 MOST_PIXELS = 2**26  # 8192 × 8192; an image in memory has up to 8 bytes per pixel
 MOST_BYTES = 2**30  # of a file
 TOO_LARGE = f"too large (the limit is {MOST_PIXELS:,} pixels)"
@@ -163,14 +164,15 @@ def read_image(source: Source, white: Callable[[], int]) -> tuple[Image, list[st
         elif image.format == "TIFF" and getattr(image, "is_animated", False):
             traits.append("of several pages, first page taken")
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            values, top = _deep(image), white()
+        turned = image.getexif().get(ORIENTATION, 1) != 1  # without `in_place`, which A1111's and Forge's Pillow lacks
+        upright = ImageOps.exif_transpose(image) if turned else image
+        if upright.mode.startswith("I"):
+            values, top = _deep(upright), white()
             if top < WHITES[-1]:
                 traits.append(f"of 16 bits, scaled from 0 to {top}")
             scale = (np.arange(2**16) * 255 // top).clip(0, 255).astype(np.uint8)
             return Image.fromarray(scale[values]), traits
-        return _flat(image), traits
+        return _flat(upright), traits
 
 
 def white_level(sources: Iterable[Source]) -> int:

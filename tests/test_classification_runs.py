@@ -278,7 +278,7 @@ def test_a_folder_of_pictures_and_a_transformers_model_go_all_the_way(tmp_path: 
     given = unlearn(run_dir=tmp_path / "b", original=str(tmp_path / "vit"), **common)
     assert given.metrics["gap"] is None
     assert "the original's training options are not known" in given.metrics["reason"]
-    assert "is not known" in given.record.notes[0]
+    assert "is unknown" in given.record.notes[0]
     with pytest.raises(ConfigError, match="cannot be trained again"):
         unlearn(original=str(tmp_path / "vit"), **{**common, "retrain": "yes"})
     with pytest.raises(ModelError, match=r"has 10 classes, but \w+ has 9"):
@@ -376,7 +376,7 @@ def test_training_tells_json_alone(tmp_path: Path) -> None:
             [
                 "data: digits",
                 "model: small",
-                "forget: random:0.1, 129 of them by SSD",
+                "forget: random:0.1, 129 training images, by SSD",
                 "original: to be trained",
                 "Retrain: to be",
                 "time:",

@@ -304,7 +304,7 @@ def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
 
 def test_saving_takes_its_part_of_an_erasure(shapes: Model) -> None:
     costs = stages.with_saving(make_plan(shapes.settings, "shapes", "circle", salun.EraseOptions(**SHORT)).stages())
-    passes = [cost.forward + stages.BACKWARD * cost.backward for cost in costs]
+    passes = [cost.passes for cost in costs]
     assert (costs[-1].stage, passes[-1]) == (Stage.SAVING, pytest.approx(0.05 * sum(passes), rel=0.01))
     assert {cost.stage for cost in costs} <= set(stages.LABELS)
 

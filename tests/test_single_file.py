@@ -299,7 +299,7 @@ def test_a_strangers_components_carry_no_file_of_the_users_along(file: Callable[
     names = {path.name for path in (tmp_path / "out").rglob("*")}
     assert "config.json" in names and not names & {"LICENSE.key", "id_rsa"}
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
-    assert any("lead out" in note and "id_rsa" in note for note in run.record.notes)
+    assert any("links out of" in note and "id_rsa" in note for note in run.record.notes)
     (parts / "vae" / "config.json").rename(tmp_path / "private")
     (parts / "vae" / "config.json").symlink_to(tmp_path / "private")
     with pytest.raises(ModelError, match="is a link out of"):
