@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import salun
 from salun.diffusion.data.latents import sample_until
+from salun.diffusion.estimate import preview
 from salun.diffusion.methods.esd import GUIDANCE, SAMPLING_STEPS
 from salun.diffusion.methods.uce import UceOptions, edit_of
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
+from salun.errors import ConfigError
 from salun.methods import METHODS, Method, load
 from salun.randomness import step_generator
 
@@ -59,6 +63,21 @@ def test_uce_edits_keys_and_values_of_cross_attention_alone(shapes: Model) -> No
     assert run.erased and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in run.erased)
     assert run.history == [] and run.delta.changed > 0
     assert run.metrics["anchor_gap"]["value"] < 0.5, "the forget prompts are answered more like the anchor's"
+
+
+@pytest.mark.parametrize("scope", ["selfattn", "noxattn"])
+def test_uce_without_cross_attention_in_scope_is_rejected(scope: str, shapes: Model) -> None:
+    with pytest.raises(ConfigError, match=f"scope is {scope}, which has no cross-attention"):
+        salun.erase(shapes, "circle", method="uce", scope=scope, **{**SHORT, "eval_images": 0})
+
+
+def test_dry_run_describes_what_each_method_does(tmp_path: Path) -> None:
+    def steps(method: str) -> str:
+        return "\n".join(preview("shapes", "circle", EraseOptions(**SHORT, method=method), [], tmp_path / "r")["steps"])
+
+    assert "4 steps of 4 forget and 4 retain samples" in steps("salun")
+    assert "4 steps of 4 samples" in steps("esd") and "retain" not in steps("esd")
+    assert "UCE, in closed form" in steps("uce") and "steps of" not in steps("uce")
 
 
 def test_esd_loss_is_the_distance_to_the_negatively_guided_prediction(shapes: Model) -> None:

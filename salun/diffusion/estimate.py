@@ -104,10 +104,18 @@ def _describe_steps(plan: Plan) -> list[str]:
     if plan.method.mask == "saliency":
         combined = f", {options.combine} for {concepts} concepts" if concepts > 1 else ""
         lines.append(f"select {options.density:.3g} of the weights ({options.mask}){combined}")
-    batch = f"{recipe.batch_size} forget and {recipe.batch_size} retain samples"
-    lines.append(f"unlearn by {plan.method.title}" + (f": {recipe.steps} steps of {batch}" if recipe.steps else ""))
+    lines.append(f"unlearn by {plan.method.title}{_steps(plan)}")
     lines.append(f"compare {recipe.eval_images * (concepts + 1)} images before with as many after")
     return lines
+
+
+def _steps(plan: Plan) -> str:
+    """What the steps of the method take; a method whose training takes no backward pass solves a closed form."""
+    steps, batch = plan.recipe.steps, plan.recipe.batch_size
+    if not any(cost.backward for cost in plan.stages() if cost.stage is Stage.TRAINING):
+        return ", in closed form" if plan.method.data == "prompts" else ""
+    samples = f"{batch} forget and {batch} retain samples" if plan.method.data == "latents" else f"{batch} samples"
+    return f": {steps} steps of {samples}"
 
 
 def _sampling(plan: Plan) -> str:
@@ -194,7 +202,8 @@ def _memory(model: Model, plan: Plan, activations: int) -> int:
     working = max(saliency, training) + samples * activations
     if model.device.type != "cpu":
         return working + weights
-    frozen = 4 * plan.recipe.steps * samples * prod(model.latent_shape) if plan.needs_frozen else 0
+    targets = sum(cost.steps for cost in plan.stages() if cost.stage is Stage.FROZEN_TARGETS)
+    frozen = 4 * targets * samples * prod(model.latent_shape)
     return working + frozen + (_resident() or weights)
 
 

@@ -19,9 +19,7 @@ def salun(task: ErasureTask, options: NoOptions) -> Unlearned:
 
 def salun_soft(task: ErasureTask, options: NoOptions) -> Unlearned:
     """SalUn-soft, appendix B: no mask; Δ = θ − θ₀ is soft-thresholded after each step, down to `density`."""
-    trained = task.train(
-        _Losses(task), {"retain": task.plan.recipe.retain_weight}, soft_density=task.plan.options.density
-    )
+    trained = task.train(_Losses(task), _weights(task), soft_density=task.plan.options.density)
     original = task.model.original()
     mask = mask_of_changed({name: original[name] for name in task.parameters}, trained.masters)
     return Unlearned(mask, changed_entries(trained.masters, mask), trained.history)
@@ -32,7 +30,7 @@ def _weights(task: ErasureTask) -> dict[str, float]:
 
 
 class _Losses:
-    """Step → (forget, retain) losses. Frozen targets are computed for all steps first: no second network is held."""
+    """Step → forget and retain losses. Frozen targets are computed for all steps first: no second network is held."""
 
     def __init__(self, task: ErasureTask) -> None:
         self._task, self._targets = task, dict[int, Tensor]()

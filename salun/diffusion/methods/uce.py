@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from salun.errors import ConfigError
 from salun.options import Checked, option
 from salun.progress import Event, Stage, StageCost
 
@@ -29,6 +30,9 @@ def uce(task: ErasureTask, options: UceOptions) -> Unlearned:
 
     c, g, r: text embeddings of the forget, anchor and retain prompts, every token position alike (the paper: the last
     token of the subject).
+
+    Raises:
+        ConfigError: The scope has no cross-attention.
     """
     from salun.diffusion.model.protocol import Conditioning
     from salun.diffusion.output import changed_entries, mask_of_changed
@@ -39,6 +43,12 @@ def uce(task: ErasureTask, options: UceOptions) -> Unlearned:
     edit = edit_of(c, g, task.encode("retain").hidden.flatten(0, 1), options)
     original = task.model.original()
     names = [name for name in task.parameters if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
+    if not names:
+        raise ConfigError(
+            f"is {task.plan.options.scope}, which has no cross-attention for UCE to edit",
+            option="scope",
+            advice="Use {scope} full or xattn",
+        )
     edited = {}
     for i, name in enumerate(names, 1):
         edited[name] = (original[name].double() @ edit).float().flatten()
