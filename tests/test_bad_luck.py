@@ -96,11 +96,11 @@ def test_a_full_disk_costs_the_state_not_the_run(
 
     write = safetensors_io.write
     monkeypatch.setattr(safetensors_io, "write", full)
-    told: list[str] = []
+    messages: list[str] = []
     run = salun.erase(
-        shapes, "circle", run_dir=tmp_path, save_every=0, progress=lambda e: told.append(e.message), **SHORT
+        shapes, "circle", run_dir=tmp_path, save_every=0, progress=lambda e: messages.append(e.message), **SHORT
     )
-    assert any("the training state could not be saved" in line for line in told)
+    assert any("the training state could not be saved" in line for line in messages)
     assert run.record.status == "done"
 
 

@@ -107,15 +107,15 @@ def test_a_file_without_its_second_encoder_is_recognised(made: Maker, tmp_path: 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "stated"),
     [("v", "v_prediction"), ("V_Prediction", "v_prediction"), ("epsilon", "epsilon"), ("eps", "epsilon")],
 )
-def test_metadata_declare_the_prediction_type(family: str, word: str, told: str, made: Maker, tmp_path: Path) -> None:
+def test_metadata_declare_the_prediction_type(family: str, word: str, stated: str, made: Maker, tmp_path: Path) -> None:
     """Before all marks and guesses."""
-    other = "epsilon" if told == "v_prediction" else "v_prediction"
+    other = "epsilon" if stated == "v_prediction" else "v_prediction"
     path = tmp_path / "x.safetensors"
     safetensors_io.rewrite(made(family, prediction=other), path, {}, {"modelspec.prediction_type": word})
-    assert CheckpointContents.of(path).prediction == (told, "its metadata")
+    assert CheckpointContents.of(path).prediction == (stated, "its metadata")
 
 
 def test_marks_show_the_prediction_type_and_the_schedule(made: Maker) -> None:
@@ -355,7 +355,7 @@ def test_a_part_is_read_from_its_files_of_no_variant_or_of_one(
 
 
 @pytest.mark.parametrize(
-    ("there", "told"),
+    ("there", "message"),
     [
         (
             ["model.safetensors", "model-00001-of-00001.safetensors", "model.safetensors.index.json"],
@@ -366,12 +366,12 @@ def test_a_part_is_read_from_its_files_of_no_variant_or_of_one(
         (["pytorch_model.bin"], "pickled weights are not read"),
     ],
 )
-def test_a_part_whose_weights_are_not_clear_is_rejected(there: list[str], told: str, tmp_path: Path) -> None:
+def test_a_part_whose_weights_are_not_clear_is_rejected(there: list[str], message: str, tmp_path: Path) -> None:
     part = tmp_path / "text_encoder"
     part.mkdir()
     for name in there:
         (part / name).write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         weights_of(part)
 
 

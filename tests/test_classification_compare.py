@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(folder: Path) -> dict[str, Any]:
+def record_in(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return found
 
@@ -104,7 +104,7 @@ def test_the_jobs_are_every_method_with_every_seed_and_one_retrain_each() -> Non
 
 
 def test_a_comparison_writes_one_table_and_a_page(made: Path) -> None:
-    metrics = told(made)["metrics"]
+    metrics = record_in(made)["metrics"]
     assert list(metrics["methods"]) == ["salun", "ft", "ff", "salun@0.1"]
     row = metrics["methods"]["ft"]
     assert row["UA"]["n"] == row["gap_mean"]["n"] == 2
@@ -134,7 +134,7 @@ def test_a_retrain_of_another_seed_shows_what_gap_is_chance(made: Path) -> None:
     }
     assert jobs["again-0"]["UA"]["n"] == jobs["retrain-0"]["UA"]["n"]
     assert jobs["again-0"]["confusion"] != jobs["retrain-0"]["confusion"]
-    metrics = told(made)["metrics"]
+    metrics = record_in(made)["metrics"]
     gaps = [abs(jobs["again-0"][k]["value"] - jobs["retrain-0"][k]["value"]) for k in ("UA", "RA", "TA", "MIA")]
     assert metrics["again"]["gap_mean"]["values"][0] == pytest.approx(sum(gaps) / 4)
     assert [row[0] for row in lines_of(metrics)[1:4]] == ["original", "Retrain", "Retrain, another seed"]
@@ -160,8 +160,8 @@ def test_the_table_is_counted_as_it_is_defined() -> None:
     assert a["gap_mean"]["values"] == [1, 1, 0]  # though the seeds do not
     assert b["failed"] == [2]
     assert (b["gap_mean"]["mean"], b["gap_mean"]["n"]) == (2, 2)
-    told = {"mean": 1, "median": 1, "low": 1, "high": 1, "bootstrap": [1, 1], "n": 2}
-    assert found["differences"]["of"]["b"] == told
+    expected = {"mean": 1, "median": 1, "low": 1, "high": 1, "bootstrap": [1, 1], "n": 2}
+    assert found["differences"]["of"]["b"] == expected
     assert found["original"]["gap_mean"]["mean"] == 2.5
     assert "10.00 ± 4.00 (0.00)" in lines_of(found)[3]
     assert difference_lines(found)[1][1] == "+1.00"
@@ -212,7 +212,7 @@ def test_several_processes_find_the_very_same(made: Path, tmp_path: Path) -> Non
         run_dir=tmp_path / "two", cache=Cache(tmp_path / "cache"), methods=methods, seeds=2, relearn=3,
         **{**QUICK, "workers": 2},
     )  # fmt: skip
-    assert without_times(found.metrics) == without_times(told(made)["metrics"])
+    assert without_times(found.metrics) == without_times(record_in(made)["metrics"])
 
 
 def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp
     common: dict[str, Any] = {"methods": ["salun", "ft", "ff", "salun@0.1"], "seeds": 2, "relearn": 3}
     with pytest.raises(Cancelled):
         compare(run_dir=tmp_path / "run", progress=stop, **common, **QUICK)
-    assert told(tmp_path / "run")["status"] == "cancelled"
+    assert record_in(tmp_path / "run")["status"] == "cancelled"
     with pytest.raises(ConfigError, match="holds an unfinished run"):
         compare(run_dir=tmp_path / "run", **common, **QUICK)
     with pytest.raises(ConfigError, match="seeds was 2 and is 3"):
@@ -245,7 +245,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp
     else:
         (jobs / "again-1.json").write_text('{"key": "", "result": 1}', encoding="utf-8")
     found = compare(run_dir=tmp_path / "run", resume=True, progress=listen, **common, **QUICK)
-    assert without_times(found.metrics) == without_times(told(made)["metrics"])
+    assert without_times(found.metrics) == without_times(record_in(made)["metrics"])
     assert len([message for message in done if message]) == 12
     notes = [note for note in found.record.notes if "was not a valid result" in note]
     names = ["retrain-0", "retrain-1", "again-0", "again-1", last.stem]
@@ -316,8 +316,8 @@ def test_a_list_of_rows_that_was_changed_is_noticed_on_resume(tmp_path: Path) ->
 
 def test_a_method_that_cannot_be_done_is_a_row_that_says_so_and_ends_nothing(tmp_path: Path) -> None:
     """IU divides by a damping that is 0 in float32, at whatever value of the search."""
-    told = {**QUICK, "search": True, "search_seeds": 2, "damping": 1e-50, "gradients": 8}
-    found = compare(methods=["ft", "iu"], seeds=2, run_dir=tmp_path / "run", **told)
+    settings = {**QUICK, "search": True, "search_seeds": 2, "damping": 1e-50, "gradients": 8}
+    found = compare(methods=["ft", "iu"], seeds=2, run_dir=tmp_path / "run", **settings)
     rows = found.metrics["methods"]
     assert rows["ft"]["gap_mean"]["n"] == 2
     assert rows["iu"]["failed"] == [0, 1]
@@ -351,7 +351,7 @@ def test_what_no_seed_could_do_is_refused_before_anything_is_trained(changes: di
             way(options, progress=never)
 
 
-def ranked(told: dict[str, tuple[float, bool]]) -> dict[str, Any]:
+def ranked(outcomes: dict[str, tuple[float, bool]]) -> dict[str, Any]:
     """A table of methods with a gap each, three seeds alike, and whether their search found them to do nothing."""
 
     def figures(gap: float) -> dict[str, Any]:
@@ -360,7 +360,7 @@ def ranked(told: dict[str, tuple[float, bool]]) -> dict[str, Any]:
         return {**found, "mia_features": {name: {"value": 1.0} for name in FEATURES}, "RTE": {"value": 1.0}}
 
     exact = {seed: {**figures(0), "original": figures(9)} for seed in range(3)}
-    results = {name: {seed: figures(gap) for seed in range(3)} for name, (gap, _) in told.items()}
+    results = {name: {seed: figures(gap) for seed in range(3)} for name, (gap, _) in outcomes.items()}
     searched = {
         name: {
             "chosen": 1.0,
@@ -368,9 +368,9 @@ def ranked(told: dict[str, tuple[float, bool]]) -> dict[str, Any]:
             "tried": [{"value": 1.0, "score": 5.0 if idle else 2.0}],
             "seconds": 1.0,
         }
-        for name, (_, idle) in told.items()
+        for name, (_, idle) in outcomes.items()
     }
-    return table_of(results, exact, searched, {name: f"The {name}" for name in told}, exact)
+    return table_of(results, exact, searched, {name: f"The {name}" for name in outcomes}, exact)
 
 
 def test_a_method_that_did_nothing_has_no_place() -> None:
@@ -428,38 +428,38 @@ def test_want_of_memory_fails_one_job_and_resuming_does_it_again(
         if event.message and event.message.startswith("ft"):
             raise Cancelled("stopped")
 
-    told = {**QUICK, "methods": ["iu", "ft"], "seeds": 1, "gradients": 8}
+    settings = {**QUICK, "methods": ["iu", "ft"], "seeds": 1, "gradients": 8}
     with monkeypatch.context() as patch:
         patch.setattr(curvature, "influence", full)
-        found = compare(**told)
+        found = compare(**settings)
         assert "out of memory" in found.metrics["methods"]["iu"]["why"]
         assert found.metrics["methods"]["ft"]["gap_mean"]["n"] == 1
         with pytest.raises(Cancelled):
-            compare(run_dir=tmp_path / "run", progress=stop, **told)
-    found = compare(run_dir=tmp_path / "run", resume=True, **told)
+            compare(run_dir=tmp_path / "run", progress=stop, **settings)
+    found = compare(run_dir=tmp_path / "run", resume=True, **settings)
     assert found.metrics["methods"]["iu"]["failed"] == []
 
 
 def test_every_seed_of_a_search_tries_the_same_values_and_its_end_is_told(tmp_path: Path) -> None:
     found = compare(methods=["ft"], seeds=3, search_seeds=2, run_dir=tmp_path / "run", **{**QUICK, "search": True})
-    told = found.metrics["methods"]["ft"]["search"]
+    summary = found.metrics["methods"]["ft"]["search"]
     jobs = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "jobs").glob("search-*.json"))]
     values = {(job["options"]["seed"]): [] for job in jobs}
     for job in jobs:
         values[job["options"]["seed"]] += [trial["value"] for trial in job["result"]["tried"]]
         tried = [trial["value"] for trial in job["result"]["tried"]]
-        check_result("search", job["result"], 0, told["option"], tried)
+        check_result("search", job["result"], 0, summary["option"], tried)
     assert sorted(values) == [0, 1]
-    assert sorted(values[0]) == sorted(values[1]) == [trial["value"] for trial in told["tried"]]
-    assert told["runs"] == 2 * len(told["tried"]) > 2 * 5
-    assert told["chosen"] in [trial["value"] for trial in told["tried"] if trial["score"] is not None]
+    assert sorted(values[0]) == sorted(values[1]) == [trial["value"] for trial in summary["tried"]]
+    assert summary["runs"] == 2 * len(summary["tried"]) > 2 * 5
+    assert summary["chosen"] in [trial["value"] for trial in summary["tried"] if trial["score"] is not None]
     row = tables_of(found.metrics)["The search"][1]
-    assert row[5] == (told["remark"] or "")
+    assert row[5] == (summary["remark"] or "")
 
 
 @pytest.mark.slow
 def test_a_small_comparison_finds_rates_by_itself() -> None:
-    """The search is told and counted apart; after it the methods are near Retrain, and nearer than the original."""
+    """The search is reported and counted apart; after it the methods are near Retrain, and nearer than the original."""
     found = compare(
         methods=["salun", "rl", "ft"], seeds=2, search_seeds=1, device="cpu", workers=1, forget="class:3", epochs=3
     )
@@ -498,8 +498,8 @@ def evil(value: Any) -> Any:
 
 
 def test_a_page_escapes_everything_and_fetches_nothing(made: Path, tmp_path: Path) -> None:
-    data = evil(told(made))
-    names = list(told(made)["metrics"]["methods"])
+    data = evil(record_in(made))
+    names = list(record_in(made)["metrics"]["methods"])
     data["metrics"]["methods"] = {EVIL + str(i): row for i, row in enumerate(data["metrics"]["methods"].values())}
     data["notes"], data["facts"][EVIL] = [EVIL], EVIL
     jobs = {path.stem: json.loads(path.read_text())["result"] for path in (made / "jobs").iterdir()}

@@ -178,11 +178,11 @@ def test_numeric_class_names_sort_as_numbers_and_win_over_numbers(tmp_path: Path
 
 def test_record_report_and_terminal_name_the_class(tmp_path: Path) -> None:
     root = small_set(tmp_path / "set")
-    told = {"data": str(root), "forget": "class:1", "method": "ft", "epochs": 1, **QUICK}
-    run = unlearn(run_dir=tmp_path / "run", **told)
+    settings = {"data": str(root), "forget": "class:1", "method": "ft", "epochs": 1, **QUICK}
+    run = unlearn(run_dir=tmp_path / "run", **settings)
     assert run.record.options["forget"] == run.split.forgetting == "class:dog"
     assert "class:dog" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert preview_unlearning(UnlearnOptions(**told))["forget"] == "class:dog"
+    assert preview_unlearning(UnlearnOptions(**settings))["forget"] == "class:dog"
     made = compare(
         data=str(root), forget="class:1", methods=["ft"], seeds=1, noise_floor=False, search=False, epochs=1,
         workers=1, **QUICK,
@@ -228,13 +228,13 @@ def test_hidden_and_system_files_are_skipped_and_counted(tmp_path: Path) -> None
 def test_skipped_files_and_repeated_images_are_in_record_and_report(tmp_path: Path) -> None:
     root = small_set(tmp_path / "set")
     (root / "cat" / "notes.doc").write_text("text", encoding="utf-8")
-    told: list[str] = []
+    messages: list[str] = []
     run = train(
-        data=str(root), run_dir=tmp_path / "run", progress=lambda event: told.append(event.message), **QUICK
+        data=str(root), run_dir=tmp_path / "run", progress=lambda event: messages.append(event.message), **QUICK
     )  # fmt: skip
     line = "set: skipped 1 not an image: cat/notes.doc"
     assert line in run.record.notes
-    assert line in told
+    assert line in messages
     assert line in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
@@ -451,8 +451,8 @@ def test_a_run_is_resumed_with_the_same_data_and_original_elsewhere(
     monkeypatch.chdir(tmp_path)
     small_set(tmp_path / "set")
     train(data="set", run_dir="original", **QUICK)
-    told: dict[str, Any] = {"method": "ft", "epochs": 1, "device": "cpu", "retrain": "no", "train_batch_size": None}
-    common = {**told, "forget": "class:dog"}
+    settings: dict[str, Any] = {"method": "ft", "epochs": 1, "device": "cpu", "retrain": "no", "train_batch_size": None}
+    common = {**settings, "forget": "class:dog"}
     with pytest.raises(Cancelled):
         unlearn(data="set", original="original", run_dir="run", progress=stop, **common)
     shutil.move("set", "moved")
@@ -471,14 +471,14 @@ def test_a_run_is_resumed_with_the_same_data_and_original_elsewhere(
 def test_a_comparison_is_resumed_with_the_same_data_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small_set(tmp_path / "set")
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "forget": "class:dog", "methods": ["ft"], "seeds": 1, "noise_floor": False, "search": False, "epochs": 1,
         "workers": 1, **QUICK,
     }  # fmt: skip
     with pytest.raises(Cancelled):
-        compare(data="set", run_dir="run", progress=stop, **told)
+        compare(data="set", run_dir="run", progress=stop, **settings)
     kept = {path.name: path.read_bytes() for path in Path("run/jobs").glob("*.json")}
     assert kept
     shutil.move("set", "moved")
-    compare(data=str(tmp_path / "moved"), run_dir="run", resume=True, **told)
+    compare(data=str(tmp_path / "moved"), run_dir="run", resume=True, **settings)
     assert {name: (Path("run/jobs") / name).read_bytes() for name in kept} == kept  # not done again

@@ -54,8 +54,8 @@ def problem(method: str = "salun", normalised: bool = False, train: bool = True,
         norm = [nn.BatchNorm1d(24)] if normalised else []
         return nn.Sequential(nn.Flatten(), nn.Linear(16, 24), *norm, nn.ReLU(), nn.Linear(24, 3))
 
-    told = {"epochs": 5, "lr": 0.05, "batch_size": 16, "train_epochs": 20, "train_lr": 0.1, "train_batch_size": 16}
-    task = Task(fresh(), data, split, UnlearnOptions(method=method, **{**told, **options}), fresh)  # type: ignore[arg-type]
+    settings = {"epochs": 5, "lr": 0.05, "batch_size": 16, "train_epochs": 20, "train_lr": 0.1, "train_batch_size": 16}
+    task = Task(fresh(), data, split, UnlearnOptions(method=method, **{**settings, **options}), fresh)  # type: ignore[arg-type]
     if train:
         learnt = replace(task, split=split.without_forget_set())
         run("retrain", learnt)

@@ -83,16 +83,16 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torchs_alone() -> None:
 
 
 def facts(split: Split, **changes: object) -> WeightFileInfo:
-    told = {"architecture": "small", "channels": 1, "classes": tuple("0123456789"), "role": "original"}
-    return WeightFileInfo(**{**told, "base": split.base, "training": TRAINING, **changes})  # type: ignore[arg-type]
+    known = {"architecture": "small", "channels": 1, "classes": tuple("0123456789"), "role": "original"}
+    return WeightFileInfo(**{**known, "base": split.base, "training": TRAINING, **changes})  # type: ignore[arg-type]
 
 
 def test_a_model_outlives_its_file_and_equal_models_are_equal_bytes(split: Split, tmp_path: Path) -> None:
     model = new_model("small", 1, 10, seed=3)
     for name in ("a", "b"):
         save_model(tmp_path / f"{name}.safetensors", model, facts(split))
-    again, told = load_model(tmp_path / "a.safetensors")
-    assert told == facts(split)
+    again, stored = load_model(tmp_path / "a.safetensors")
+    assert stored == facts(split)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
@@ -139,11 +139,11 @@ def test_a_file_can_name_no_model_that_would_be_fetched_or_opened(
 def test_a_configuration_in_a_file_can_fetch_nothing(config: dict[str, Any], split: Split, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_model(path, new_model("small", 1, 10, seed=0), facts(split))
-    told = safetensors_io.read_header(path).metadata | {
+    stored = safetensors_io.read_header(path).metadata | {
         "config": json.dumps(config),
         "pixels": json.dumps(asdict(Preprocessing())),
     }
-    safetensors_io.write(path, {"w": torch.zeros(2)}, told)
+    safetensors_io.write(path, {"w": torch.zeros(2)}, stored)
     with pytest.raises(ModelError, match="which is not allowed in a file"):
         load_model(path)
 
@@ -165,8 +165,8 @@ def test_an_original_that_does_not_fit_the_data_is_refused(digits: ImageData, sp
         ),
         ({"training": {**TRAINING, "train_epochs": -1}}, ConfigError, "train_epochs is -1, but must be at least 1"),
     ):
-        told = facts(split, **changes)  # type: ignore[arg-type]
-        save_model(path, new_model("small", told.channels, len(told.classes), seed=0), told)
+        info = facts(split, **changes)  # type: ignore[arg-type]
+        save_model(path, new_model("small", info.channels, len(info.classes), seed=0), info)
         with pytest.raises(kind, match=message):
             given_original(str(path), digits, split)
     save_model(path, new_model("small", 1, 10, seed=0), facts(split))
@@ -188,10 +188,10 @@ def test_a_transformers_classifier_takes_our_pictures(
         assert torch.equal(again.eval()(x), logits)
 
 
-def processed(folder: Path, to: Path, **told: Any) -> Path:
+def processed(folder: Path, to: Path, **config: Any) -> Path:
     """A copy of a model with an image processor."""
     shutil.copytree(folder, to)
-    (to / "preprocessor_config.json").write_text(json.dumps(told), encoding="utf-8")
+    (to / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
     return to
 
 
@@ -239,8 +239,8 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_what_an_image_processor_says_is_understood(name: str) -> None:
-    told, wanted = PROCESSORS[name]
-    assert Preprocessing.of(told) == wanted
+    config, wanted = PROCESSORS[name]
+    assert Preprocessing.of(config) == wanted
 
 
 def test_a_model_of_other_classes_or_of_the_same_in_another_order_is_refused(

@@ -47,9 +47,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_writes_its_figures_beside_retrains(run: Path) -> None:
-    told = record_of(run)
-    metrics = told["metrics"]
-    assert told["status"] == "done"
+    record = record_of(run)
+    metrics = record["metrics"]
+    assert record["status"] == "done"
     for side in (metrics, metrics["original"], metrics["retrain"]):
         for name in ("UA", "RA", "TA", "MIA"):
             assert side[name]["low"] <= side[name]["value"] <= side[name]["high"]
@@ -58,7 +58,7 @@ def test_a_run_writes_its_figures_beside_retrains(run: Path) -> None:
     assert metrics["gap_mean"] == pytest.approx(sum(metrics["gap"].values()) / 4)
     assert 0 < metrics["ToW"] <= 1
     assert metrics["reason"] is None
-    assert [row["epoch"] for row in told["losses"]] == [1, 2]
+    assert [row["epoch"] for row in record["losses"]] == [1, 2]
 
 
 def test_a_runs_options_have_no_number_left_open(run: Path) -> None:
@@ -70,10 +70,10 @@ def test_a_runs_options_have_no_number_left_open(run: Path) -> None:
 
 
 def test_a_run_moves_the_mask_alone(run: Path) -> None:
-    mask, told = Mask.load(run / "mask.safetensors"), record_of(run)
-    assert told["mask"]["selected"] == mask.selected == int(0.5 * mask.total)
+    mask, record = Mask.load(run / "mask.safetensors"), record_of(run)
+    assert record["mask"]["selected"] == mask.selected == int(0.5 * mask.total)
     assert mask.metadata["split"] == Split.load(run / "split.json").digest
-    assert 0.45 < told["moved"] <= 0.5
+    assert 0.45 < record["moved"] <= 0.5
     original = train(train_epochs=2, device="cpu")  # from the cache
     unlearned, _ = load_model(run / "model.safetensors")
     for name, parameter in unlearned.named_parameters():
@@ -125,8 +125,8 @@ def test_retrain_is_trained_as_the_original_was_whatever_unlearning_is_told(tmp_
     assert {name: facts.training[name] for name in recipe if name != "device"} == {
         name: value for name, value in recipe.items() if name != "device"
     }
-    told: dict[str, Any] = {"original": str(tmp_path / "original"), "device": "cpu", "seed": 1}
-    exact = unlearn(method="retrain", **told)
+    settings: dict[str, Any] = {"original": str(tmp_path / "original"), "device": "cpu", "seed": 1}
+    exact = unlearn(method="retrain", **settings)
     data, split = load_data("digits"), exact.split
     options = resolve_options(UnlearnOptions(**recipe), data, split)
     fresh = new_model("small", 1, 10, seed=7).to(memory_format=torch.channels_last)  # as all are trained
@@ -134,7 +134,7 @@ def test_retrain_is_trained_as_the_original_was_whatever_unlearning_is_told(tmp_
     train_from_scratch(task, Stage.RETRAINING)
     for name, value in fresh.state_dict().items():
         assert torch.equal(value, exact.model.state_dict()[name]), name
-    beside = unlearn(method="ft", epochs=1, retrain="yes", **told)
+    beside = unlearn(method="ft", epochs=1, retrain="yes", **settings)
     assert beside.metrics["retrain"]["UA"] == exact.metrics["UA"]
     assert beside.metrics["retrain"]["MIA"] == exact.metrics["MIA"]
 
@@ -144,11 +144,11 @@ def test_an_original_whose_file_does_not_tell_all_of_its_training_has_no_retrain
     model, facts = load_model(tmp_path / "original" / "model.safetensors")
     less = {name: value for name, value in facts.training.items() if name != "momentum"}
     save_model(tmp_path / "less.safetensors", model, replace(facts, training=less))
-    told: dict[str, Any] = {"original": str(tmp_path / "less.safetensors"), "epochs": 1, "device": "cpu"}
+    settings: dict[str, Any] = {"original": str(tmp_path / "less.safetensors"), "epochs": 1, "device": "cpu"}
     assert made.split.base == facts.base
-    assert "the original's training options are not known" in unlearn(**told).metrics["reason"]
+    assert "the original's training options are not known" in unlearn(**settings).metrics["reason"]
     with pytest.raises(ConfigError, match="cannot be trained again"):
-        unlearn(retrain="yes", **told)
+        unlearn(retrain="yes", **settings)
 
 
 def test_the_cache_knows_a_trained_original_by_its_first_weights_and_its_threads(tmp_path: Path) -> None:
@@ -185,11 +185,11 @@ def test_what_a_given_original_names_is_opened_for_retrain_only_when_the_user_na
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     train(run_dir=tmp_path / "original", model=str(tmp_path / "vit"), train_epochs=1, device="cpu")
-    told: dict[str, Any] = {"original": str(tmp_path / "original"), "method": "ft", "epochs": 1, "device": "cpu"}
+    settings: dict[str, Any] = {"original": str(tmp_path / "original"), "method": "ft", "epochs": 1, "device": "cpu"}
     with pytest.raises(ConfigError, match="If you trust it, set model to"):
-        unlearn(**told)
-    assert unlearn(retrain="no", **told).metrics["gap"] is None
-    assert unlearn(model=str(tmp_path / "vit"), **told).metrics["gap_mean"] is not None
+        unlearn(**settings)
+    assert unlearn(retrain="no", **settings).metrics["gap"] is None
+    assert unlearn(model=str(tmp_path / "vit"), **settings).metrics["gap_mean"] is not None
 
 
 def test_a_training_has_a_page(tmp_path: Path) -> None:
@@ -218,9 +218,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(run: Path, tmp_path: P
 
 
 def test_a_run_judged_again_gives_the_same_figures(run: Path, tmp_path: Path) -> None:
-    found, told = evaluate(run, device="cpu"), record_of(run)["metrics"]
-    assert found["UA"] == told["UA"]
-    assert found["mia_features"] == told["mia_features"]
+    found, recorded = evaluate(run, device="cpu"), record_of(run)["metrics"]
+    assert found["UA"] == recorded["UA"]
+    assert found["mia_features"] == recorded["mia_features"]
     assert json.loads((run / "eval.json").read_text(encoding="utf-8")) == found
     with pytest.raises(ConfigError, match="is not a finished run"):
         evaluate(tmp_path)
@@ -228,15 +228,15 @@ def test_a_run_judged_again_gives_the_same_figures(run: Path, tmp_path: Path) ->
 
 def test_a_run_is_judged_again_on_its_own_split_alone(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
-    told = json.loads((copy / "split.json").read_text(encoding="utf-8"))
+    stored = json.loads((copy / "split.json").read_text(encoding="utf-8"))
     for changes, message in (
-        ({"forget": told["retain"], "retain": told["forget"]}, "is not the split that"),
-        ({"test": told["train"]}, "is not the split that"),
-        ({"test": [*told["test"], 1797]}, "row 1797 is out of range, the data has rows 0 to 1796"),
+        ({"forget": stored["retain"], "retain": stored["forget"]}, "is not the split that"),
+        ({"test": stored["train"]}, "is not the split that"),
+        ({"test": [*stored["test"], 1797]}, "row 1797 is out of range, the data has rows 0 to 1796"),
         ({"test": [-1]}, "row -1 is out of range"),
         ({"test": [[1]]}, "a part is not a list of rows"),
     ):
-        (copy / "split.json").write_text(json.dumps({**told, **changes}), encoding="utf-8")
+        (copy / "split.json").write_text(json.dumps({**stored, **changes}), encoding="utf-8")
         with pytest.raises(DataError, match=message):
             evaluate(copy, device="cpu")
 
@@ -389,9 +389,9 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(
 ) -> None:
     done = salun(*arguments, "--train-epochs", "2", "--seed", "77", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()
-    assert len(told) == len(lines)
-    assert all(line.startswith(start) for line, start in zip(told, lines, strict=True)), told
+    printed = done.stdout.splitlines()
+    assert len(printed) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(printed, lines, strict=True)), printed
     assert not list(tmp_path.iterdir())
     found = json.loads(
         salun(*arguments, "--train-epochs", "2", "--seed", "77", "--dry-run", "--json", cwd=tmp_path).stdout
@@ -460,6 +460,6 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
         last = process.communicate(timeout=60)[1].splitlines()[-1]
     assert process.returncode == 130
     assert last == "salun: interrupted; resume with: salun classify-unlearn --resume --run-dir run"
-    told = record_of(tmp_path / "run")
-    assert (told["status"], told["options"]["train_epochs"]) == ("cancelled", 200)
+    record = record_of(tmp_path / "run")
+    assert (record["status"], record["options"]["train_epochs"]) == ("cancelled", 200)
     assert read_config(tmp_path / "run" / "run.json", UnlearnOptions)["retrain"] == "no"  # what --resume reads

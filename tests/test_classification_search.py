@@ -41,7 +41,7 @@ class Recites(nn.Module):
 
 
 def recited(rows: dict[str, list[tuple[int, int, int]]]) -> Task:
-    """A model that answers as told. rows: part → (label, answer, sureness) of each of its pictures."""
+    """A model that gives the answers listed. rows: part → (label, answer, sureness) of each of its pictures."""
     flat = [row for part in rows.values() for row in part]
     images = torch.tensor([[a, s] for _, a, s in flat], dtype=torch.uint8).view(-1, 1, 1, 2)
     preset = {"mean": [0.0], "std": [1 / 255], "augment": "none"}  # so that pixels come through as they are
@@ -79,16 +79,16 @@ def test_the_search_takes_the_value_nearest_to_what_is_foretold_and_tells_all() 
     setting = setup_of(UnlearnOptions(search=True, retrain="no", **QUICK))
     task = setting.task(setting.original(silent), silent)
     before = {name: p.detach().clone() for name, p in task.parameters.items()}
-    options, told = search(task)
+    options, summary = search(task)
     assert all(torch.equal(before[name], p) for name, p in task.parameters.items())
-    assert told["option"] == "lr"
-    scores = {trial["value"]: trial["score"] for trial in told["tried"]}
+    assert summary["option"] == "lr"
+    scores = {trial["value"]: trial["score"] for trial in summary["tried"]}
     assert len(scores) > len(METHODS["classification"]["salun"].factors)
-    assert told["runs"] == len(told["tried"])
-    assert told["chosen"] == options.lr == min(scores, key=lambda value: (scores[value], value))
-    assert {"UA", "RA", "TA", "MIA"} == set(told["foretold"])
-    for trial in told["tried"]:
-        gaps = [abs(trial["figures"][k] - told["foretold"][k]) for k in told["foretold"]]
+    assert summary["runs"] == len(summary["tried"])
+    assert summary["chosen"] == options.lr == min(scores, key=lambda value: (scores[value], value))
+    assert {"UA", "RA", "TA", "MIA"} == set(summary["foretold"])
+    for trial in summary["tried"]:
+        gaps = [abs(trial["figures"][k] - summary["foretold"][k]) for k in summary["foretold"]]
         assert trial["score"] == pytest.approx(sum(gaps) / 4)
 
 
@@ -143,12 +143,12 @@ def test_the_last_round_lies_between_the_best_value_and_its_neighbours(
 
 def test_a_search_goes_down_where_no_value_gives_a_model_and_ends_after_three_more() -> None:
     searching = rounds(UnlearnOptions(method="ga", lr=1.0))
-    told: dict[str, Any] = {"tried": []}
+    summary: dict[str, Any] = {"tried": []}
     values, seen = next(searching), []
     while values:
         seen.append(values)
-        told["tried"] += [{"value": value, "score": None} for value in values]
-        values = next_round(searching, told)
+        summary["tried"] += [{"value": value, "score": None} for value in values]
+        values = next_round(searching, summary)
     assert seen == [[1 / 16, 1 / 4, 1, 4, 16], [1 / 64], [1 / 256], [1 / 1024]]
 
 
@@ -174,16 +174,16 @@ def test_every_method_has_a_strength_to_find(method: str, option: str) -> None:
 def test_a_value_at_which_training_comes_apart_is_told_and_not_taken() -> None:
     ways = {"method": "ga", "search": True, "retrain": "no", **QUICK, "epochs": 20}
     setting = setup_of(UnlearnOptions(lr=0.02, **ways))
-    _, told = search(setting.task(setting.original(silent), silent))
-    apart = [trial for trial in told["tried"] if trial["score"] is None]
+    _, summary = search(setting.task(setting.original(silent), silent))
+    apart = [trial for trial in summary["tried"] if trial["score"] is None]
     assert apart and all("lr" in trial["reason"] for trial in apart)
-    assert told["chosen"] is not None and told["chosen"] not in [trial["value"] for trial in apart]
+    assert summary["chosen"] is not None and summary["chosen"] not in [trial["value"] for trial in apart]
     setting = setup_of(UnlearnOptions(lr=2.5, **ways))  # apart at every value
     with pytest.raises(TrainingError, match="diverges at every lr"):
         search(setting.task(setting.original(silent), silent))
 
 
-def told(scores: dict[float, float | None], untouched: float = 9.0) -> dict[str, Any]:
+def summary_of(scores: dict[float, float | None], untouched: float = 9.0) -> dict[str, Any]:
     """Trials of one seed."""
     figures = dict.fromkeys(("UA", "RA", "TA", "MIA"), 50.0)
     tried = [
@@ -199,11 +199,11 @@ def told(scores: dict[float, float | None], untouched: float = 9.0) -> dict[str,
 
 
 def test_searches_of_several_seeds_are_one_by_the_mean() -> None:
-    found = merged([told({1.0: 5.0, 2.0: 4.0, 4.0: 0.0}), told({1.0: 1.0, 2.0: 4.0, 4.0: None})])
+    found = merged([summary_of({1.0: 5.0, 2.0: 4.0, 4.0: 0.0}), summary_of({1.0: 1.0, 2.0: 4.0, 4.0: None})])
     assert (found["chosen"], found["runs"], found["seconds"]) == (1.0, 6, 4.0)
     assert [trial["score"] for trial in found["tried"]] == [3.0, 4.0, None]  # apart at one seed is apart
     assert found["tried"][2]["reason"] == "nan"
-    further = merged([told({0.5: 2.0}), told({0.5: 1.0})], found)
+    further = merged([summary_of({0.5: 2.0}), summary_of({0.5: 1.0})], found)
     assert (further["chosen"], further["runs"], further["seconds"]) == (0.5, 8, 8.0)
     assert [trial["value"] for trial in further["tried"]] == [0.5, 1.0, 2.0, 4.0]
 
@@ -222,11 +222,11 @@ def test_searches_of_several_seeds_are_one_by_the_mean() -> None:
 def test_what_is_to_be_held_against_a_value_is_told(
     scores: dict[float, float | None], untouched: float, remark: str | None
 ) -> None:
-    assert merged([told(scores, untouched)])["remark"] == remark
+    assert merged([summary_of(scores, untouched)])["remark"] == remark
 
 
 def test_a_search_that_failed_at_one_seed_has_no_value_and_says_why() -> None:
-    found = merged([told({1.0: 5.0}), {"error": "out of memory"}])
+    found = merged([summary_of({1.0: 5.0}), {"error": "out of memory"}])
     assert (found["chosen"], found["remark"], found["error"]) == (None, "none: out of memory", "out of memory")
 
 
@@ -249,13 +249,13 @@ def test_a_search_can_be_stopped() -> None:
 def test_relearning_tells_how_many_steps_it_takes() -> None:
     done = unlearn(relearn=60, train_epochs=8, epochs=4, lr=0.02, device="cpu")
     for side in (done.metrics, done.metrics["retrain"]):
-        told = side["relearning"]
-        assert told["curve"][0] == [0, pytest.approx(100 - side["UA"]["value"])]
-        steps = [step for step, _ in told["curve"]]
+        relearned = side["relearning"]
+        assert relearned["curve"][0] == [0, pytest.approx(100 - side["UA"]["value"])]
+        steps = [step for step, _ in relearned["curve"]]
         assert steps == list(range(len(steps)))
-        known = [accuracy >= 99 for _, accuracy in told["curve"]]
-        assert told["steps"] == (known.index(True) if True in known else None)
-        assert (told["reason"] is None) == (True in known)
+        known = [accuracy >= 99 for _, accuracy in relearned["curve"]]
+        assert relearned["steps"] == (known.index(True) if True in known else None)
+        assert (relearned["reason"] is None) == (True in known)
     assert "relearning" not in unlearn(train_epochs=2, epochs=1, device="cpu").metrics
 
 

@@ -235,9 +235,9 @@ def test_ctrl_c_ends_with_130_and_one_line_at_any_moment(seconds: float, times: 
         for i in range(times):
             time.sleep(seconds if not i else 0.05)
             process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
-    assert (process.returncode, len(told.splitlines())) == (130, 1), told
-    assert told.startswith("salun: interrupted")
+        _, printed = process.communicate(timeout=60)
+    assert (process.returncode, len(printed.splitlines())) == (130, 1), printed
+    assert printed.startswith("salun: interrupted")
 
 
 RESUMABLE = """
@@ -415,9 +415,9 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(tmp_path: Path) -
     done = salun("erase", "--config", "job.yaml", "--batch-size", "3", "--dry-run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    told = {name: found["options"][name] for name in ("steps", "batch_size", "lr", "density", "anchor")}
-    assert told == {"steps": 7, "batch_size": 3, "lr": 3e-4, "density": 0.5, "anchor": []}
-    where = {name: found["sources"][name] for name in told}
+    chosen = {name: found["options"][name] for name in ("steps", "batch_size", "lr", "density", "anchor")}
+    assert chosen == {"steps": 7, "batch_size": 3, "lr": 3e-4, "density": 0.5, "anchor": []}
+    where = {name: found["sources"][name] for name in chosen}
     assert where == {
         "steps": "job.yaml",
         "batch_size": "command line",

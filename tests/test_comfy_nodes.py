@@ -266,34 +266,34 @@ def calculate_weight(patches: Any, weight: Tensor, key: str) -> Tensor:
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
-    told = Host(tmp_path)
+    stand_in = Host(tmp_path)
     samplers = ("dpmpp_2m", "euler", "euler_ancestral", "lcm")
     modules: dict[str, dict[str, Any]] = {
         "comfy": {},
         "comfy.model_management": {
-            "throw_exception_if_processing_interrupted": told.check_interrupt,
+            "throw_exception_if_processing_interrupted": stand_in.check_interrupt,
             "soft_empty_cache": lambda: None,
             "get_torch_device": lambda: torch.device("cpu"),
             "in_training": False,
             "InterruptProcessingException": Interrupt,
             "vram_state": types.SimpleNamespace(name="NORMAL_VRAM"),
         },
-        "comfy.utils": {"ProgressBar": lambda total: types.SimpleNamespace(update_absolute=told.update_bar)},
+        "comfy.utils": {"ProgressBar": lambda total: types.SimpleNamespace(update_absolute=stand_in.update_bar)},
         "comfy.lora": {"calculate_weight": calculate_weight},
         "comfy.weight_adapter": {"WeightAdapterBase": WeightAdapterBase},
         "comfy.ops": {"disable_weight_init": None},
-        "comfy.sd": {"save_checkpoint": told.save_checkpoint},
+        "comfy.sd": {"save_checkpoint": stand_in.save_checkpoint},
         "comfy.k_diffusion": {},
-        "comfy.k_diffusion.sampling": {f"sample_{n}": functools.partial(told.sample, n) for n in samplers},
+        "comfy.k_diffusion.sampling": {f"sample_{n}": functools.partial(stand_in.sample, n) for n in samplers},
         "folder_paths": {
             **{f"get_{n}_directory": lambda n=n: str(tmp_path / n) for n in ("output", "input", "user")},
             "get_filename_list": lambda kind: [],
-            "get_full_path": told.full_path,
+            "get_full_path": stand_in.full_path,
             "get_save_image_path": lambda p, root: (str(Path(root) / Path(p).parent), Path(p).name, 1, "", p),
         },
         "latent_preview": {
             "get_previewer": lambda device, kind: None,
-            "Latent2RGBPreviewer": lambda *_: types.SimpleNamespace(decode_latent_to_preview=told.decode_preview),
+            "Latent2RGBPreviewer": lambda *_: types.SimpleNamespace(decode_latent_to_preview=stand_in.decode_preview),
         },
     }
     for name, content in modules.items():
@@ -305,7 +305,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
             setattr(sys.modules[outer], inner, module)
     for name in ("SALUN_CACHE", "SALUN_CACHE_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    return told
+    return stand_in
 
 
 def call(kind: str, /, **inputs: Any) -> Any:

@@ -46,8 +46,8 @@ def test_load_rejects_configs_out_of_bounds_at_once(
     name: str, values: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
-    told = json.loads((folder / name).read_text(encoding="utf-8"))
-    (folder / name).write_text(json.dumps({**told, **values}), encoding="utf-8")
+    stored = json.loads((folder / name).read_text(encoding="utf-8"))
+    (folder / name).write_text(json.dumps({**stored, **values}), encoding="utf-8")
     began = time.monotonic()
     with pytest.raises((ModelError, ConfigError), match=message) as caught:
         salun.load(str(folder), device="cpu")
@@ -58,9 +58,9 @@ def test_load_takes_a_tokenizer_without_a_length(tmp_path: Path) -> None:
     """Where its files name none, the library has it without limit; the text encoder has 77 positions."""
     folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
     path = folder / "tokenizer" / "tokenizer_config.json"
-    told = json.loads(path.read_text(encoding="utf-8"))
-    told.pop("model_max_length", None)
-    path.write_text(json.dumps(told), encoding="utf-8")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored.pop("model_max_length", None)
+    path.write_text(json.dumps(stored), encoding="utf-8")
     model = salun.load(str(folder), device="cpu")
     places = model.text_encoders[0].config.max_position_embeddings
     assert model.encode(["a"]).hidden.shape[1] == places
@@ -69,8 +69,8 @@ def test_load_takes_a_tokenizer_without_a_length(tmp_path: Path) -> None:
 def test_load_rejects_a_tokenizers_length_that_is_no_number(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
     path = folder / "tokenizer" / "tokenizer_config.json"
-    told = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**told, "model_max_length": "x"}), encoding="utf-8")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**stored, "model_max_length": "x"}), encoding="utf-8")
     with pytest.raises(ModelError, match="model_max_length is 'x', but must be a number"):
         salun.load(str(folder), device="cpu")
 
@@ -78,8 +78,8 @@ def test_load_rejects_a_tokenizers_length_that_is_no_number(tmp_path: Path) -> N
 def test_inspect_says_what_is_wrong_with_the_text_encoders_config(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", "StableDiffusionPipeline", "epsilon", torch.float32)
     path = folder / "text_encoder" / "config.json"
-    told = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**told, "vocab_size": 900_000}), encoding="utf-8")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**stored, "vocab_size": 900_000}), encoding="utf-8")
     assert "do not belong together" in inspect(str(folder))["verdict"]
 
 

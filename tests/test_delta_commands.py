@@ -126,19 +126,19 @@ def metadata_of(path: str) -> dict[str, str]:
     return safetensors_io.read_header(Path(path) / UNET if Path(path).is_dir() else Path(path)).metadata
 
 
-def done(told: ReportingMapping) -> dict[str, Any]:
+def done(result: ReportingMapping) -> dict[str, Any]:
     """The JSON of a command that must have worked."""
-    assert told.code == 0, told.err
-    found: dict[str, Any] = json.loads(told.out)
+    assert result.code == 0, result.err
+    found: dict[str, Any] = json.loads(result.out)
     return found
 
 
-def refused(told: ReportingMapping, code: int, *parts: str) -> None:
+def refused(result: ReportingMapping, code: int, *parts: str) -> None:
     """The command failed with one line that has these parts, and no file was left half-written."""
-    assert told.code == code, (told.out, told.err)
-    assert not told.out
-    lines = [line for line in told.err.splitlines() if line.startswith("salun: ")]
-    assert len(lines) == 1, told.err
+    assert result.code == code, (result.out, result.err)
+    assert not result.out
+    lines = [line for line in result.err.splitlines() if line.startswith("salun: ")]
+    assert len(lines) == 1, result.err
     for part in parts:
         assert part in lines[0]
     assert not list(Path().glob(".*tmp*"))
@@ -229,10 +229,10 @@ def test_other_strengths_go_part_of_the_way(strength: float, salun: Command) -> 
     base, new = weights(), moved(weights(), 1)
     model = folder("base", base)
     Delta.between(base, new).save("x.salun.safetensors")
-    told = salun(
+    result = salun(
         "delta", "apply", model, "x.salun.safetensors", "--strength", str(strength), "--output", "part/", "--json"
     )
-    assert done(told)["exact"] is (strength == 0.0)
+    assert done(result)["exact"] is (strength == 0.0)
     for name, tensor in unet_of("part/").items():
         old = base[name].float()
         expected = (old + strength * (new[name].float() - old)).half()
@@ -243,18 +243,18 @@ def test_other_strengths_go_part_of_the_way(strength: float, salun: Command) -> 
 
 def test_people_are_reported_in_sentences(salun: Command) -> None:
     base, erased = single("base.safetensors", weights()), single("erased.safetensors", moved(weights(), 1))
-    told = salun("delta", "extract", base, erased, "--output", "x.salun.safetensors")
-    assert "weights (" in told.out
-    assert "comparing 13/13" in told.err
-    told = salun("delta", "apply", base, "x.salun.safetensors", "--output", "again.safetensors")
-    assert "at strength 1, bit-exact (hash " in told.out
-    assert "checking 13/13" in told.err
-    assert "writing 13/13" in told.err
-    told = salun("delta", "undo", "again.safetensors", "x.salun.safetensors", "--output", "back.safetensors")
-    assert "is undone, bit-exact" in told.out
-    told = salun("delta", "inspect", "x.salun.safetensors")
-    assert f"base_hash: {base_hash(weights())}" in told.out
-    assert "down_blocks.0" in told.out
+    result = salun("delta", "extract", base, erased, "--output", "x.salun.safetensors")
+    assert "weights (" in result.out
+    assert "comparing 13/13" in result.err
+    result = salun("delta", "apply", base, "x.salun.safetensors", "--output", "again.safetensors")
+    assert "at strength 1, bit-exact (hash " in result.out
+    assert "checking 13/13" in result.err
+    assert "writing 13/13" in result.err
+    result = salun("delta", "undo", "again.safetensors", "x.salun.safetensors", "--output", "back.safetensors")
+    assert "is undone, bit-exact" in result.out
+    result = salun("delta", "inspect", "x.salun.safetensors")
+    assert f"base_hash: {base_hash(weights())}" in result.out
+    assert "down_blocks.0" in result.out
     one, other = (done(salun(*way, "x.salun.safetensors", "--json")) for way in (("inspect",), ("delta", "inspect")))
     assert one == other
     assert one["id"] == Delta.load("x.salun.safetensors").id
@@ -289,7 +289,7 @@ def test_models_are_found_and_pickles_read_as_by_erase(salun: Command, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "result"),
     [
         (
             ("export", "x.salun.safetensors", "--base", "none", "--output", "x.lora.safetensors", "--energy", "2"),
@@ -302,8 +302,8 @@ def test_models_are_found_and_pickles_read_as_by_erase(salun: Command, monkeypat
         (("apply", "none", "x.salun.safetensors", "--output", "y.safetensors", "--strength", "7"), "strength is 7"),
     ],
 )
-def test_wrong_option_is_reported_before_reading(arguments: tuple[str, ...], told: str, salun: Command) -> None:
-    refused(salun("delta", *arguments), 2, told)
+def test_wrong_option_is_reported_before_reading(arguments: tuple[str, ...], result: str, salun: Command) -> None:
+    refused(salun("delta", *arguments), 2, result)
 
 
 class Counted(dict[str, torch.Tensor]):
@@ -432,8 +432,8 @@ def test_a_second_delta_of_the_same_base_says_how_both_are_applied(salun: Comman
     for number in (1, 2):
         Delta.between(base, moved(base, number)).save(f"{number}.salun.safetensors")
     done(salun("delta", "apply", "base.safetensors", "1.salun.safetensors", "--output", "one.safetensors", "--json"))
-    told = salun("delta", "apply", "one.safetensors", "2.salun.safetensors", "--output", "both.safetensors")
-    refused(told, 1, "already has", "`salun delta stack`", base_hash(base)[:12])
+    result = salun("delta", "apply", "one.safetensors", "2.salun.safetensors", "--output", "both.safetensors")
+    refused(result, 1, "already has", "`salun delta stack`", base_hash(base)[:12])
 
 
 def test_a_copy_of_a_folder_has_no_hidden_copies_of_the_weights_and_no_file_of_the_users(salun: Command) -> None:
@@ -460,8 +460,8 @@ def test_a_copy_of_a_folder_has_no_hidden_copies_of_the_weights_and_no_file_of_t
     assert any("LICENSE.key" in note and "links out" in note for note in found["notes"])
     assert any("old/pytorch.bin" in note for note in found["notes"])
     Path("base", "text_encoder").symlink_to(Path("shared").resolve())
-    told = salun("delta", "apply", model, "x.salun.safetensors", "--output", "third/")
-    refused(told, 1, "base/text_encoder is a link out of the model's folder")
+    result = salun("delta", "apply", model, "x.salun.safetensors", "--output", "third/")
+    refused(result, 1, "base/text_encoder is a link out of the model's folder")
 
 
 def test_second_copies_of_the_weights_are_kept_only_when_asked_to(salun: Command) -> None:
@@ -495,9 +495,9 @@ def test_an_fp32_copy_of_the_fp16_base_gets_differences_and_this_is_said(salun: 
     for name, tensor in unet_of("again.safetensors").items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, base[name].float() + (new[name].float() - base[name].float()))
-    told = salun("delta", "undo", "again.safetensors", "x.salun.safetensors", "--output", "back.safetensors")
+    result = salun("delta", "undo", "again.safetensors", "x.salun.safetensors", "--output", "back.safetensors")
     its_own = base_hash(weights_as(base, torch.float32))
-    refused(told, 1, "at strength 1 as differences", "Start from its base", its_own[:12])
+    refused(result, 1, "at strength 1 as differences", "Start from its base", its_own[:12])
 
 
 def test_an_fp16_copy_of_the_fp32_base_is_rejected_with_the_way_out(salun: Command) -> None:
@@ -532,8 +532,8 @@ def test_another_base_is_rejected_with_both_hashes_and_a_fine_tune_gets_differen
 def test_a_delta_that_is_applied_already_is_not_applied_again(salun: Command) -> None:
     base, new = weights(), moved(weights(), 1)
     Delta.between(base, new).save("x.salun.safetensors")
-    told = salun("delta", "apply", folder("erased", new), "x.salun.safetensors", "--output", "again/")
-    refused(told, 1, "it is applied already", base_hash(base)[:12], base_hash(new)[:12])
+    result = salun("delta", "apply", folder("erased", new), "x.salun.safetensors", "--output", "again/")
+    refused(result, 1, "it is applied already", base_hash(base)[:12], base_hash(new)[:12])
 
 
 def test_models_that_do_not_pair_up_are_rejected(salun: Command) -> None:
@@ -597,8 +597,8 @@ def test_an_overlap_is_reported_and_neither_of_the_two_comes_out_alone(salun: Co
     assert pair["entries"] == sum(int((changed[0][n] & changed[1][n]).sum()) for n in base)
     assert sorted(pair["deltas"]) == sorted([one.id, other.id])
     assert "get the sum of both" in found["notes"][0]
-    told = salun("delta", "undo", "both/", "one.salun.safetensors", "--output", "back/")
-    refused(told, 1, other.id, "changed some of the same weights", "Start from its base", base_hash(base)[:12])
+    result = salun("delta", "undo", "both/", "one.salun.safetensors", "--output", "back/")
+    refused(result, 1, other.id, "changed some of the same weights", "Start from its base", base_hash(base)[:12])
 
 
 def unet_at(base: Weights, delta: Delta) -> Weights:
@@ -613,8 +613,8 @@ def test_strengths_of_a_stack_go_in_the_order_of_its_deltas(
     done(salun(*stack, "--strength", "0.5", "--strength", "1", "--json"))
     expected = {**base, **one.apply(base, 0.5), **other.apply(base)}
     assert same(unet_of("both.safetensors"), expected)
-    told = salun("delta", "undo", "both.safetensors", "one.salun.safetensors", "--output", "back.safetensors")
-    refused(told, 1, "at strength 0.5", "Start from its base")
+    result = salun("delta", "undo", "both.safetensors", "one.salun.safetensors", "--output", "back.safetensors")
+    refused(result, 1, "at strength 0.5", "Start from its base")
     done(salun("delta", "undo", "both.safetensors", "two.salun.safetensors", "--output", "back.safetensors", "--json"))
     assert same(unet_of("back.safetensors"), {**base, **one.apply(base, 0.5)})
 
@@ -648,8 +648,8 @@ def test_a_delta_at_another_strength_is_not_undone(salun: Command) -> None:
             "delta", "apply", model, "x.salun.safetensors", "--strength", "0.5", "--output", "p.safetensors", "--json"
         )
     )
-    told = salun("delta", "undo", "p.safetensors", "x.salun.safetensors", "--output", "back.safetensors")
-    refused(told, 1, f"{delta.id} at strength 0.5", "Start from its base", base_hash(base)[:12])
+    result = salun("delta", "undo", "p.safetensors", "x.salun.safetensors", "--output", "back.safetensors")
+    refused(result, 1, f"{delta.id} at strength 0.5", "Start from its base", base_hash(base)[:12])
     assert not Path("back.safetensors").exists()
 
 
@@ -657,11 +657,11 @@ def test_a_delta_is_not_undone_from_a_model_that_never_had_it(salun: Command) ->
     base = weights()
     Delta.between(base, moved(base, 1)).save("x.salun.safetensors")
     model = single("base.safetensors", base)
-    told = salun("delta", "undo", model, "x.salun.safetensors", "--output", "back.safetensors")
-    refused(told, 1, "is the delta's base", "nothing to undo", base_hash(base)[:12])
+    result = salun("delta", "undo", model, "x.salun.safetensors", "--output", "back.safetensors")
+    refused(result, 1, "is the delta's base", "nothing to undo", base_hash(base)[:12])
     never = single("never.safetensors", moved(base, 2))
-    told = salun("delta", "undo", never, "x.salun.safetensors", "--output", "back.safetensors")
-    refused(told, 1, "list no applied delta", base_hash(base)[:12])
+    result = salun("delta", "undo", never, "x.salun.safetensors", "--output", "back.safetensors")
+    refused(result, 1, "list no applied delta", base_hash(base)[:12])
 
 
 def test_another_name_of_the_base_is_no_output_either(salun: Command) -> None:
@@ -669,8 +669,8 @@ def test_another_name_of_the_base_is_no_output_either(salun: Command) -> None:
     Delta.between(base, moved(base, 1)).save("x.salun.safetensors")
     model = single("base.safetensors", base)
     Path("hard.safetensors").hardlink_to(model)
-    told = salun("delta", "apply", model, "x.salun.safetensors", "--output", "hard.safetensors", "--force")
-    refused(told, 2, "the input", "Write somewhere else")
+    result = salun("delta", "apply", model, "x.salun.safetensors", "--output", "hard.safetensors", "--force")
+    refused(result, 2, "the input", "Write somewhere else")
 
 
 def test_a_low_rank_file_as_large_as_the_exact_one_is_reported(salun: Command) -> None:
@@ -694,8 +694,8 @@ def test_a_list_that_was_copied_to_other_weights_counts_for_nothing(salun: Comma
     delta = Delta.between(base, new)
     delta.save("x.salun.safetensors")
     other = single("other.safetensors", moved(new, 3), metadata=applied_metadata(delta))
-    told = salun("delta", "undo", other, "x.salun.safetensors", "--output", "back.safetensors")
-    refused(told, 1, "list no applied delta")
+    result = salun("delta", "undo", other, "x.salun.safetensors", "--output", "back.safetensors")
+    refused(result, 1, "list no applied delta")
 
 
 def test_a_model_erased_twice_is_undone_last_first(salun: Command) -> None:
@@ -712,8 +712,8 @@ def test_a_model_erased_twice_is_undone_last_first(salun: Command) -> None:
     )
     assert same(unet_of("twice.safetensors"), twice)
     assert metadata_of("twice.safetensors")["salun.base_hash"] == base_hash(base)
-    told = salun("delta", "undo", "twice.safetensors", "one.salun.safetensors", "--output", "back.safetensors")
-    refused(told, 1, other.id, "came on top of it")
+    result = salun("delta", "undo", "twice.safetensors", "one.salun.safetensors", "--output", "back.safetensors")
+    refused(result, 1, other.id, "came on top of it")
     undo = ("delta", "undo", "twice.safetensors", "two.salun.safetensors", "--output", "again.safetensors", "--json")
     assert done(salun(*undo))["applied"] == [{"id": one.id, "strength": 1.0}]
     undo = ("delta", "undo", "again.safetensors", "one.salun.safetensors", "--output", "back.safetensors", "--json")
@@ -728,8 +728,8 @@ def test_a_damaged_delta_is_reported_as_one(salun: Command) -> None:
     content[-5] ^= 1
     Path("x.salun.safetensors").write_bytes(content)
     model = single("base.safetensors", base)
-    told = salun("delta", "apply", model, "x.salun.safetensors", "--output", "again.safetensors")
-    refused(told, 1, "x.salun.safetensors is damaged", "Download")
+    result = salun("delta", "apply", model, "x.salun.safetensors", "--output", "again.safetensors")
+    refused(result, 1, "x.salun.safetensors is damaged", "Download")
     assert not Path("again.safetensors").exists()
 
 
@@ -818,11 +818,11 @@ def test_a_low_rank_file_reports_what_it_keeps(salun: Command) -> None:
     low = done(salun(*export, "low.lora.safetensors", "--rank", "1", "--json"))
     assert low["kept"]["kept"] < found["kept"]["kept"]
     assert low["bytes"] < found["bytes"]
-    told = salun(*export, "again.lora.safetensors", "--energy", "0.5")
-    assert "of the difference's energy" in told.out
-    assert "down_blocks.0 attn2" in told.out
+    result = salun(*export, "again.lora.safetensors", "--energy", "0.5")
+    assert "of the difference's energy" in result.out
+    assert "down_blocks.0 attn2" in result.out
     refused(salun(*export, "z.lora.safetensors", "--energy", "0.5", "--rank", "2"), 2, "either a rank or an energy")
     refused(salun(*export, "z.lora.safetensors", "--energy", "1.5"), 2, "energy is 1.5")
     wrong = single("wrong.safetensors", moved(base, 5))
-    told = salun("delta", "export", "x.salun.safetensors", "--base", wrong, "--output", "z.lora.safetensors")
-    refused(told, 1, "was made for the base")
+    result = salun("delta", "export", "x.salun.safetensors", "--base", wrong, "--output", "z.lora.safetensors")
+    refused(result, 1, "was made for the base")

@@ -46,9 +46,9 @@ def test_progress_in_a_notebook_without_widgets_is_lines(
     with shown(None) as progress:
         for step in range(1, 101):
             progress(Event(Stage.TRAINING, step, 100, {"forget": 0.5}))
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "training 1/100  forget 0.5"
-    assert 10 <= len(told) <= 12
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "training 1/100  forget 0.5"
+    assert 10 <= len(printed) <= 12
 
 
 def test_a_progress_that_is_given_is_used_as_it_is() -> None:

@@ -143,9 +143,9 @@ def test_noise_schedule_is_that_of_the_named_scheduler(scheduler: str, config: d
     from salun.diffusion.model.sampler import _scheduler
 
     theirs = getattr(diffusers, scheduler)(**config).alphas_cumprod
-    told = {"_class_name": scheduler, **config}
-    torch.testing.assert_close(alphas_cumprod(told, "a model"), theirs, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(_scheduler(told, None).alphas_cumprod, theirs, atol=1e-6, rtol=1e-4)
+    config_of = {"_class_name": scheduler, **config}
+    torch.testing.assert_close(alphas_cumprod(config_of, "a model"), theirs, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(_scheduler(config_of, None).alphas_cumprod, theirs, atol=1e-6, rtol=1e-4)
 
 
 UNKNOWN_SCHEDULES: list[tuple[dict[str, object], str]] = [
@@ -171,16 +171,16 @@ UNKNOWN_SCHEDULES: list[tuple[dict[str, object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("config", "told"), UNKNOWN_SCHEDULES)
-def test_unknown_noise_schedule_is_rejected(config: dict[str, object], told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "message"), UNKNOWN_SCHEDULES)
+def test_unknown_noise_schedule_is_rejected(config: dict[str, object], message: str, tmp_path: Path) -> None:
     """By inspect too, which must not say that such a model can be erased from."""
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         schedule_of({"_class_name": "DDIMScheduler", **config}, "a model")
     shutil.copytree(ASSETS / "shapes", tmp_path / "model")
     place = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     place.write_text(json.dumps({"_class_name": "DDIMScheduler", **config}), encoding="utf-8")
-    assert told in inspect(str(tmp_path / "model"))["verdict"]
-    with pytest.raises(ModelError, match=told):
+    assert message in inspect(str(tmp_path / "model"))["verdict"]
+    with pytest.raises(ModelError, match=message):
         salun.load(str(tmp_path / "model"), device="cpu")
 
 
@@ -189,9 +189,9 @@ def test_sampler_facts_hold_nothing_that_varies_between_processes() -> None:
     from salun.diffusion.model.sampler import facts
     from salun.diffusion.options import Sampling
 
-    told = facts({"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}, Sampling())["sampler"]
-    assert told["beta_schedule"] == "'scaled_linear'"
-    assert not [name for name in told if name.startswith("_")]
+    stated = facts({"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}, Sampling())["sampler"]
+    assert stated["beta_schedule"] == "'scaled_linear'"
+    assert not [name for name in stated if name.startswith("_")]
 
 
 @pytest.mark.parametrize(

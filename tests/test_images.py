@@ -103,7 +103,7 @@ def test_what_was_skipped_and_why_is_reported(mixed: Path, shapes: Model) -> Non
     found = encode_folder(shapes, mixed)
     assert found.latents.shape == (4, *shapes.latent_shape)
     assert found.captions == ["a red circle, plain style", None, None, None]
-    told = "\n".join(found.notes)
+    notes = "\n".join(found.notes)
     for line in (
         "phone: 4 of 7 images used",
         "1 unreadable, skipped: torn.png",
@@ -112,7 +112,7 @@ def test_what_was_skipped_and_why_is_reported(mixed: Path, shapes: Model) -> Non
         "1 enlarged to 64 pixels: small.png",
         "1 animated, first frame taken: moving.gif",
     ):
-        assert line in told
+        assert line in notes
 
 
 def test_folders_without_a_usable_image_say_so(tmp_path: Path, shapes: Model) -> None:
@@ -154,20 +154,20 @@ def test_a_folder_that_changed_is_another(mixed: Path) -> None:
 
 
 def test_a_run_on_own_images(mixed: Path, shapes: Model, tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     run = salun.erase(
         shapes,
         "circle",
         forget_images=str(mixed),
         retain_images=str(mixed),
-        progress=lambda event: told.append(event.message),
+        progress=lambda event: messages.append(event.message),
         run_dir=tmp_path / "run",
         **SHORT,
     )
-    assert any("4 of 7 images used" in line for line in told)
+    assert any("4 of 7 images used" in line for line in messages)
     assert run.history[-1]["step"] == SHORT["steps"]
     assert run.mask != salun.erase(shapes, "circle", **{**SHORT, "steps": 1, "eval_images": 0}).mask
-    assert any("1 retain images skipped" in line for line in told)  # a.txt says "a red circle"
+    assert any("1 retain images skipped" in line for line in messages)  # a.txt says "a red circle"
     assert run.record.facts["forget_images"] == folder_digest(mixed)
     with pytest.raises(DataError, match="Several concepts need one each"):
         salun.erase(shapes, ["circle", "red"], forget_images=str(mixed), **SHORT)
@@ -275,12 +275,12 @@ def test_file_names_that_are_no_text_are_shown(tmp_path: Path, shapes: Model) ->
 
 
 def test_images_to_forget_and_to_keep_alike_are_counted(mixed: Path, shapes: Model, tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     run = salun.erase(
         shapes, "circle", forget_images=str(mixed), retain_images=str(mixed), run_dir=tmp_path / "run",
-        progress=lambda event: told.append(event.message), **{**SHORT, "steps": 1, "eval_images": 0},
+        progress=lambda event: messages.append(event.message), **{**SHORT, "steps": 1, "eval_images": 0},
     )  # fmt: skip
     line = "4 images of retain_images are in forget_images as well (same pixels)"
-    assert line in told
+    assert line in messages
     assert line in run.record.notes
     assert "1 not an image, skipped: notes.doc" in "\n".join(run.record.notes)

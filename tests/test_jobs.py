@@ -274,12 +274,12 @@ def test_the_clock_goes_forward_and_counts_the_present_pace() -> None:
     now = 0.0
     costs = [StageCost(Stage.SAMPLING, 10, forward=50), StageCost(Stage.TRAINING, 4, forward=10, backward=10)]
     clock = ProgressEstimator([*costs, StageCost(Stage.SAVING, 2, forward=10)], lambda: now)
-    told = [clock.at("sampling", 0, 10)]
+    estimates = [clock.at("sampling", 0, 10)]
     for step in range(1, 11):
         now += 1
-        told.append(clock.at("sampling", step, 10))
-    assert told[0] == (0.0, None)
-    assert told[10] == (0.5, pytest.approx(10))  # ten seconds for the first half
+        estimates.append(clock.at("sampling", step, 10))
+    assert estimates[0] == (0.0, None)
+    assert estimates[10] == (0.5, pytest.approx(10))  # ten seconds for the first half
     assert clock.at("an unknown stage", 5, 5)[0] == 0.5
     assert clock.at("sampling", 3, 10)[0] == 0.5
     now += 100

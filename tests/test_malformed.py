@@ -133,7 +133,7 @@ def length(of: int) -> Damage:
     return lambda content: of.to_bytes(8, "little") + content[8:]
 
 
-def told(change: Callable[[dict[str, Any]], object]) -> Damage:
+def with_header(change: Callable[[dict[str, Any]], object]) -> Damage:
     """The header says something else; the body stays."""
 
     def damage(content: bytes) -> bytes:
@@ -155,7 +155,7 @@ def shift(by: int, side: slice) -> Damage:
         entry = first(header)
         entry["data_offsets"][side] = [end + by for end in entry["data_offsets"][side]]
 
-    return told(change)
+    return with_header(change)
 
 
 def twice(content: bytes) -> bytes:
@@ -165,7 +165,7 @@ def twice(content: bytes) -> bytes:
 
 
 def entry(**changes: Any) -> Damage:
-    return told(lambda header: first(header).update(changes))
+    return with_header(lambda header: first(header).update(changes))
 
 
 ONE = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
@@ -183,10 +183,10 @@ UNSOUND: dict[str, tuple[Damage, str]] = {
     "with overlapping offsets": (shift(-8, slice(0, 2)), "begins at byte"),
     "with a gap": (shift(8, slice(0, 2)), "begins at byte"),
     "with an offset too far": (shift(8, slice(1, 2)), "but its shape"),
-    "with offsets backwards": (told(lambda h: first(h)["data_offsets"].reverse()), "but its shape"),
+    "with offsets backwards": (with_header(lambda h: first(h)["data_offsets"].reverse()), "but its shape"),
     "with a name twice": (twice, "a name occurs twice"),
-    "without offsets": (told(lambda h: first(h).pop("data_offsets")), "lacks dtype, shape or offsets"),
-    "without a shape": (told(lambda h: first(h).pop("shape")), "lacks dtype, shape or offsets"),
+    "without offsets": (with_header(lambda h: first(h).pop("data_offsets")), "lacks dtype, shape or offsets"),
+    "without a shape": (with_header(lambda h: first(h).pop("shape")), "lacks dtype, shape or offsets"),
     "with a shape too large for its bytes": (entry(shape=[10**9, 10**9]), "but its shape"),
     "with a shape too large for anything": (entry(shape=[10**4000] * 16), "an invalid shape"),
     "with a shape of nothing, but far too large": (
@@ -208,8 +208,8 @@ UNSOUND: dict[str, tuple[Damage, str]] = {
         lambda content: packed(b'{"\\ud800":' + json.dumps(ONE).encode() + b"}", b"\0"),
         "Unicode",
     ),
-    "with numbers as metadata": (told(lambda h: h.update(__metadata__={"a": 1})), "metadata are not strings"),
-    "with a list as metadata": (told(lambda h: h.update(__metadata__=[])), "metadata are not strings"),
+    "with numbers as metadata": (with_header(lambda h: h.update(__metadata__={"a": 1})), "metadata are not strings"),
+    "with a list as metadata": (with_header(lambda h: h.update(__metadata__=[])), "metadata are not strings"),
     "with a name that a terminal obeys": (
         lambda content: packed({"\x1b[31m\r\n\u202e": {**ONE, "dtype": "X"}}, b"\0"),
         "\\x1b[31m \\u202e has the unknown dtype",

@@ -289,7 +289,7 @@ def test_vae_attention_under_the_names_of_diffusers_is_read(
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("mid.attn_1.strange.weight", "unexpected tensors: first_stage_model.decoder.mid.attn_1.strange.weight"),
         ("mid.attn_1.to_q.weight", "two tensors for one parameter"),
@@ -298,11 +298,11 @@ def test_vae_attention_under_the_names_of_diffusers_is_read(
     ],
 )
 def test_vae_tensor_without_a_place_is_rejected_in_one_line(
-    name: str, told: str, file: Callable[..., Path], written: Callable[[Tensors], Path]
+    name: str, message: str, file: Callable[..., Path], written: Callable[[Tensors], Path]
 ) -> None:
     path = written(load_file(file("sd1")) | {f"first_stage_model.decoder.{name}": torch.ones(32, 32)})
-    assert told in verdict(path)
-    with pytest.raises(ModelError, match=told):
+    assert message in verdict(path)
+    with pytest.raises(ModelError, match=message):
         load(path)
 
 
@@ -326,11 +326,11 @@ def test_absurd_numbers_in_names_are_rejected_at_once(
 ) -> None:
     path = written(load_file(file("sd1")) | {name.format(number): torch.ones(64, 64)})
     try:
-        told = verdict(path)
+        message = verdict(path)
     except ModelError as error:
-        told = str(error)
-    assert told != "salun can erase from it" or ("text_model" in name and len(number) > 4)  # such a tensor is unused
-    assert len(told) < 600
+        message = str(error)
+    assert message != "salun can erase from it" or ("text_model" in name and len(number) > 4)  # such a tensor is unused
+    assert len(message) < 600
 
 
 def test_tensors_without_entries_are_rejected(file: Callable[..., Path], written: Callable[[Tensors], Path]) -> None:

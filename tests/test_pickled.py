@@ -69,9 +69,9 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("allowed", [False, True])
 def test_ckpt_that_is_not_a_pickle_is_named(kind: str, allowed: bool, path: Path) -> None:
     """Nor is --allow-pickle advised, which would not help."""
-    make, told = OTHERS[kind]
+    make, message = OTHERS[kind]
     make(path)
-    with pytest.raises(ModelError, match=told) as refused:
+    with pytest.raises(ModelError, match=message) as refused:
         convert_pickle(path, allowed)
     assert "allow_pickle" not in str(refused.value)
 
@@ -176,9 +176,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_tensors_are_rejected_before_they_take_memory(what: str, path: Path, cache: Path) -> None:
-    make, told = HOSTILE[what]
+    make, message = HOSTILE[what]
     make(path)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         convert_pickle(path, allowed=True)
     assert not list(cache.rglob("*.safetensors"))
 

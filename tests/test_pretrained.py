@@ -161,7 +161,7 @@ def test_pickles_need_a_torch_whose_safe_unpickler_is_safe(
 
 
 @pytest.mark.parametrize(
-    "told",
+    "config",
     [
         {"size": {"height": 10**9, "width": 1}}, {"size": 0}, {"image_mean": [float("nan")] * 3, "image_std": [1] * 3},
         {"image_mean": [0.5] * 3, "image_std": [0, 1, 1]}, {"image_mean": [0.5] * 7, "image_std": [1] * 7},
@@ -169,6 +169,6 @@ def test_pickles_need_a_torch_whose_safe_unpickler_is_safe(
     ],
     ids=str,
 )  # fmt: skip
-def test_an_image_processor_out_of_bounds_is_rejected(told: dict[str, Any]) -> None:
+def test_an_image_processor_out_of_bounds_is_rejected(config: dict[str, Any]) -> None:
     with pytest.raises((ValueError, ArithmeticError)):
-        Preprocessing.of(told)
+        Preprocessing.of(config)

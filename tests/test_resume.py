@@ -29,8 +29,10 @@ SHORT = {**conftest.SHORT, "eval_images": 2}
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run folder but those that hold times."""
-    told = {"run.json", "report.html", "log.txt", ".lock"}
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in told}
+    changing = {"run.json", "report.html", "log.txt", ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in changing
+    }
 
 
 def stopping_at(stage: str, step: int) -> Any:
@@ -153,12 +155,12 @@ def test_a_run_is_not_written_through_a_link_in_its_folder(name: str, shapes: Mo
     assert not list(other.iterdir()) if name == "state" else other.read_text(encoding="utf-8") == "{}"
 
 
-@pytest.mark.parametrize("told", ["", "7", "{}", '{"warnings": 1, "mode": "saliency"}', "[" * 5_000])
-def test_a_saved_mask_with_other_notes_is_found_anew(told: str, shapes: Model, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("summary", ["", "7", "{}", '{"warnings": 1, "mode": "saliency"}', "[" * 5_000])
+def test_a_saved_mask_with_other_notes_is_found_anew(summary: str, shapes: Model, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         salun.erase(shapes, "circle", run_dir=tmp_path, progress=stopping_at("frozen targets", 1), **SHORT)
     saved = Mask.load(tmp_path / "state" / "mask.safetensors")
-    Mask(saved.bits, saved.shapes, {**saved.metadata, "summary": told}).save(tmp_path / "state" / "mask.safetensors")
+    Mask(saved.bits, saved.shapes, {**saved.metadata, "summary": summary}).save(tmp_path / "state" / "mask.safetensors")
     salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, **SHORT)
     assert contents(tmp_path) == contents(whole)
 

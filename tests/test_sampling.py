@@ -145,10 +145,10 @@ def test_plan_resolves_steps_and_guidance(shapes: Model) -> None:
 
 
 def test_dry_run_counts_the_chosen_steps(shapes: Model, tmp_path: Path) -> None:
-    def told(**options: Any) -> dict[str, Any]:
+    def previewed(**options: Any) -> dict[str, Any]:
         return preview("shapes", "circle", EraseOptions(**SHORT, **options), [], tmp_path / "run")
 
-    few, many = told(sampling_steps=1, sampling_guidance=1.0), told(sampling_steps=1000)
+    few, many = previewed(sampling_steps=1, sampling_guidance=1.0), previewed(sampling_steps=1000)
     assert many["seconds"]["sampling"] > 100 * few["seconds"]["sampling"]  # 1,000 steps of twice the rows
     assert many["seconds"]["images before"] > 100 * few["seconds"]["images before"]
     assert any("1 steps" in line and "no guidance" in line for line in few["steps"])
@@ -250,10 +250,10 @@ def lightning(tmp_path: Path) -> Iterator[str]:
 
 def test_hint_is_data_in_dry_run_and_record(lightning: str, tmp_path: Path) -> None:
     short = {**SHORT, "steps": 1, "eval_images": 0}
-    told = preview(lightning, "circle", EraseOptions(**short), [], tmp_path / "run")
-    (hint,) = told["hints"]
+    shown = preview(lightning, "circle", EraseOptions(**short), [], tmp_path / "run")
+    (hint,) = shown["hints"]
     assert (hint["kind"], hint["sampling_steps"], hint["sampler"]) == ("Lightning", 4, "euler")
-    assert hint["text"] in told["notes"]
+    assert hint["text"] in shown["notes"]
     run = salun.erase(lightning, "circle", run_dir=tmp_path / "run", **short)
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert record["hints"] == [hint] and hint["text"] in record["notes"]
@@ -269,12 +269,12 @@ def test_no_hint_where_sampling_is_chosen(lightning: str, chosen: dict[str, Any]
 def test_sample_and_inspect_give_the_hint_too(lightning: str, tmp_path: Path) -> None:
     from cli.main import app
 
-    def told(*more: str) -> str:
+    def printed(*more: str) -> str:
         arguments = ["--model", lightning, "--prompt", "one red circle", "-n", "1", "--output", str(tmp_path / "x.png")]
         done = CliRunner().invoke(app, ["sample", *arguments, "--force", *more])
         assert done.exit_code == 0, done.output
         return done.output
 
-    assert "--steps 4 --guidance 1 --sampler euler" in told()
-    assert "says 'lightning'" not in told("--guidance", "1") + told("--steps", "2", "--sampler", "euler")
+    assert "--steps 4 --guidance 1 --sampler euler" in printed()
+    assert "says 'lightning'" not in printed("--guidance", "1") + printed("--steps", "2", "--sampler", "euler")
     assert "sampling_steps 4" in CliRunner().invoke(app, ["inspect", lightning]).output

@@ -232,10 +232,10 @@ def test_an_erasure_that_the_files_format_cannot_hold_is_reported_loudly(
     monkeypatch.setattr(sys, "argv", ["salun", "erase", "--concept", "golf ball", *where, *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
-    told = capsys.readouterr()
-    assert stop.value.code in (0, None), told.err
-    assert told.out.startswith("warning: ")
-    assert f"checkpoint: {target}\n" in told.out  # where it is, as asked for
+    printed = capsys.readouterr()
+    assert stop.value.code in (0, None), printed.err
+    assert printed.out.startswith("warning: ")
+    assert f"checkpoint: {target}\n" in printed.out  # where it is, as asked for
 
 
 def test_inspect_says_whether_a_model_can_be_erased_from(file: Callable[..., Path], tmp_path: Path) -> None:
@@ -263,13 +263,14 @@ def test_inspect_says_whether_a_model_can_be_erased_from(file: Callable[..., Pat
 
 
 @pytest.mark.parametrize(
-    ("steps", "told"), [([0.0, 0.0], "changed no weight"), ([1e-7, 1e-7], "so nothing is erased"), ([1e-7, 1e-2], None)]
+    ("steps", "message"),
+    [([0.0, 0.0], "changed no weight"), ([1e-7, 1e-7], "so nothing is erased"), ([1e-7, 1e-2], None)],
 )
-def test_how_much_of_an_erasure_the_rounding_leaves_is_judged(steps: list[float], told: str | None) -> None:
+def test_how_much_of_an_erasure_the_rounding_leaves_is_judged(steps: list[float], message: str | None) -> None:
     original = {"w": torch.full((2,), 0.1, dtype=torch.float16)}
     mask = Mask.from_dense({"w": torch.ones(2, dtype=torch.bool)})
     _, found = erased_tensors(original, mask, {"w": original["w"].float() + torch.tensor(steps)})
-    assert told in found["warning"] if told else found["warning"] is None
+    assert message in found["warning"] if message else found["warning"] is None
 
 
 @pytest.mark.parametrize("missing", ["vae", "text"])
@@ -419,9 +420,9 @@ def test_a_low_rank_output_says_what_it_holds_and_no_file_says_where_the_model_l
     run = salun.erase(str(file("sd1")), "golf ball", outputs=outputs, run_dir=tmp_path / "run", **QUICK)
     assert any("x.lora.safetensors holds" in note and "energy" in note for note in run.record.notes)
     for output in outputs:
-        told = safetensors_io.read_header(Path(output)).metadata
-        assert told["salun.model"] == file("sd1").name
-        assert str(file("sd1").parent) not in str(told)
+        metadata = safetensors_io.read_header(Path(output)).metadata
+        assert metadata["salun.model"] == file("sd1").name
+        assert str(file("sd1").parent) not in str(metadata)
     assert str(file("sd1").parent) not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 

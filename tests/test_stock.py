@@ -313,8 +313,8 @@ def test_norms_and_biases_count_as_lost_and_are_reported() -> None:
     groups = account.groups
     assert groups["mid_block resnet"].fraction == pytest.approx(72 / 108)
     assert groups["outside norm"] == stock_formats.EnergyKept(2.0, 0.0, ())
-    told = account.as_json()
-    assert told["ranks"] == [1, 1] and told["groups"]["outside norm"] == {"kept": 0.0, "ranks": None}
+    record = account.as_json()
+    assert record["ranks"] == [1, 1] and record["groups"]["outside norm"] == {"kept": 0.0, "ranks": None}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The loop: it minimises, stops where told, and a resumed run is the uninterrupted one."""
+"""The loop: it minimises, stops where asked to, and a resumed run is the uninterrupted one."""
 
 from __future__ import annotations
 

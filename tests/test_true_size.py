@@ -57,11 +57,11 @@ def test_a_checkpoint_of_true_size_is_patched_and_undone_in_little_memory(tmp_pa
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    measured = json.loads(done.stdout)
     # beyond the interpreter and the tensors that the caller holds; a whole copy would be 2.1 GB
-    assert told["wrote"] - told["begun"] - told["held"] < 500_000_000
-    assert told["peak"] - told["begun"] < 1_200_000_000
-    assert told["changed"] > 30_000_000
+    assert measured["wrote"] - measured["begun"] - measured["held"] < 500_000_000
+    assert measured["peak"] - measured["begun"] < 1_200_000_000
+    assert measured["changed"] > 30_000_000
     digests = {name: files.sha256_file(tmp_path / f"{name}.safetensors") for name in ("base", "undone")}
     assert digests["base"] == digests["undone"]
     erased, applied = (tmp_path / f"{name}.safetensors" for name in ("erased", "applied"))

@@ -155,8 +155,8 @@ def test_a_job_that_can_be_resumed_is_shown_however_many_have_ended_since(beside
     """Jobs of a stand-in: each look at a mask is one, and so is each LoRA."""
     (done,) = beside.request.get(beside.url + "salun/v1/status").json()["jobs"]
     later = [{**done, "id": f"later-{n}"} for n in range(12)]
-    told = {"jobs": [*later, {**done, "id": "stopped", "state": "cancelled", "resumable": True}]}
-    beside.route("**/salun/v1/status", lambda route: route.fulfill(json=told))
+    answered = {"jobs": [*later, {**done, "id": "stopped", "state": "cancelled", "resumable": True}]}
+    beside.route("**/salun/v1/status", lambda route: route.fulfill(json=answered))
     beside.locator('[data-job="stopped"]').get_by_role("button", name="Resume").wait_for()
     assert beside.locator(".salun-job").count() == 9
     beside.unroute("**/salun/v1/status")

@@ -90,8 +90,10 @@ def test_quotes_go_from_paths_of_commands(tmp_path: Path) -> None:
     run("mask", "--concept", "circle", "--mask", "random", "--output", f'"{mask}"')
     assert json.loads(run("inspect", f"'{mask}'", "--against", f'"{mask}"', "--json"))["jaccard"] == 1
     (tmp_path / "c.yaml").write_text("concept: circle\nmask: random\neval_images: 0\n", encoding="utf-8")
-    told = run("erase", "--config", f'"{tmp_path / "c.yaml"}"', "--dry-run", "--json", "--run-dir", f'"{tmp_path}/r"')
-    assert json.loads(told)["run_dir"] == f"{tmp_path}/r"
+    printed = run(
+        "erase", "--config", f'"{tmp_path / "c.yaml"}"', "--dry-run", "--json", "--run-dir", f'"{tmp_path}/r"'
+    )
+    assert json.loads(printed)["run_dir"] == f"{tmp_path}/r"
 
 
 # -- Unicode's forms --------------------------------------------------------------------------------------------------

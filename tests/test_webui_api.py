@@ -106,11 +106,11 @@ def test_the_page_calls_by_its_token_under_any_flags(service: Service) -> None:
 
 
 def test_the_schema_tells_every_option_with_the_cores_default() -> None:
-    told = schema()["options"]
+    answered = schema()["options"]
     job = EraseJob()
-    assert {name: one["default"] for name, one in told.items()} == {name: getattr(job, name) for name in told}
-    assert told["density"]["maximum"] == 1
-    assert told["method"]["choices"] == ["salun", "salun-soft", "esd", "uce"]
+    assert {name: one["default"] for name, one in answered.items()} == {name: getattr(job, name) for name in answered}
+    assert answered["density"]["maximum"] == 1
+    assert answered["method"]["choices"] == ["salun", "salun-soft", "esd", "uce"]
     assert json.loads(json.dumps(schema())) == schema()
 
 
@@ -232,11 +232,11 @@ def test_no_place_of_this_machine_is_told(service: Service, tmp_path: Path) -> N
     record = {"status": "failed", "options": {}, "error": f"{run} cannot be written (full)"}
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     calling = client(service)
-    told = calling.get(f"{PREFIX}/status").json()["jobs"][0]
-    assert told["error"] == "base.safetensors is truncated"
-    assert told["notes"] == [f"writing {os.path.join('runs', 'x', 'delta.salun.safetensors')}", "data is full",
+    answered = calling.get(f"{PREFIX}/status").json()["jobs"][0]
+    assert answered["error"] == "base.safetensors is truncated"
+    assert answered["notes"] == [f"writing {os.path.join('runs', 'x', 'delta.salun.safetensors')}", "data is full",
                              f"{service.host.data}-2/x"]  # fmt: skip
-    assert told["result"] == {"notes": ["left out: a"], "output": "m.safetensors"}
+    assert answered["result"] == {"notes": ["left out: a"], "output": "m.safetensors"}
     (listed,) = calling.get(f"{PREFIX}/runs").json()["runs"]
     assert listed["error"].startswith(f"{os.path.join('runs', run.name)} cannot be written")
 
@@ -305,8 +305,8 @@ def test_a_runs_files_come_with_no_script_rights(service: Service) -> None:
     assert found.headers["content-security-policy"] == "sandbox; frame-ancestors 'none'"
     assert found.headers["x-frame-options"] == "DENY"
     assert found.headers["x-content-type-options"] == "nosniff"
-    (told,) = calling.get(f"{PREFIX}/runs").json()["runs"]
-    assert (told["run"], told["status"], told["concept"]) == (run, "done", ["circle"])
+    (answered,) = calling.get(f"{PREFIX}/runs").json()["runs"]
+    assert (answered["run"], answered["status"], answered["concept"]) == (run, "done", ["circle"])
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -348,8 +348,12 @@ def test_a_number_that_json_has_not_is_told_as_none(service: Service) -> None:
     job.notes = ["cannot read \udcff.png"]  # nor has UTF-8 half a character
     (listed,) = client(service).get(f"{PREFIX}/status").json()["jobs"]
     assert (listed["losses"], listed["notes"]) == ([], ["cannot read ?.png"])  # over: its plot is not sent each second
-    told = client(service).get(f"{PREFIX}/status", params={"id": job.id}).json()
-    assert (told["losses"], told["fraction"], told["result"]) == ([[1, None, 1.0]], None, {"metrics": {"ua": None}})
+    answered = client(service).get(f"{PREFIX}/status", params={"id": job.id}).json()
+    assert (answered["losses"], answered["fraction"], answered["result"]) == (
+        [[1, None, 1.0]],
+        None,
+        {"metrics": {"ua": None}},
+    )
     run = write_run(service)
     (run / "run.json").write_text('{"status": "done", "options": {"concept": [NaN]}}', encoding="utf-8")
     (listed,) = client(service).get(f"{PREFIX}/runs").json()["runs"]
@@ -370,9 +374,9 @@ def test_a_job_that_is_not_over_or_may_go_on_is_told_however_many_came_after_it(
         first = service.queue.submit("inspect", "first", {"path": "a"})
         for n in range(RECENT + 5):
             service.queue.cancel(service.queue.submit("inspect", f"{n}", {"path": f"{n}"}).id)
-        told = client(service).get(f"{PREFIX}/status").json()["jobs"]
-        assert len(told) == RECENT + 2
-        assert {first.id, may_go_on.id} <= {job["id"] for job in told}
+        answered = client(service).get(f"{PREFIX}/status").json()["jobs"]
+        assert len(answered) == RECENT + 2
+        assert {first.id, may_go_on.id} <= {job["id"] for job in answered}
         service.queue.cancel(first.id)
 
 
@@ -415,8 +419,12 @@ def test_a_status_is_short_whatever_a_job_holds(service: Service) -> None:
     answer = client(service).get(f"{PREFIX}/status")
     assert time.monotonic() - began < 2
     assert len(answer.content) < 100_000
-    (told,) = answer.json()["jobs"]
-    assert (told["title"][:9], told["previews"][-1], len(told["previews"])) == ("mask of 0", job.previews[-1], 20)
+    (answered,) = answer.json()["jobs"]
+    assert (answered["title"][:9], answered["previews"][-1], len(answered["previews"])) == (
+        "mask of 0",
+        job.previews[-1],
+        20,
+    )
 
 
 def test_what_a_job_offers_is_told_and_nothing_else_is_done(service: Service) -> None:
@@ -504,9 +512,9 @@ def test_a_new_file_never_has_an_old_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["evil.example:7870", "127.0.0.1.evil.example", "localhost.evil.example:80"])
 def test_without_a_password_no_name_that_another_site_owns_leads_here(host: str) -> None:
     """A domain can be made to lead to this machine after its page has loaded (DNS rebinding)."""
-    told = {"host": host, "origin": f"http://{host}"}
+    answered = {"host": host, "origin": f"http://{host}"}
     with pytest.raises(Rejected, match="by its address"):
-        Access().check(told)
-    Access({"ann": "secret"}).check({**told, "authorization": "Basic YW5uOnNlY3JldA=="})
+        Access().check(answered)
+    Access({"ann": "secret"}).check({**answered, "authorization": "Basic YW5uOnNlY3JldA=="})
     for own in ("127.0.0.1:7870", "localhost:7870", "[::1]:7870", "192.168.0.5:7860"):
         Access().check({"host": own, "origin": f"http://{own}"})

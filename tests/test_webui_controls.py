@@ -160,7 +160,7 @@ def test_jobs_of_one_second_write_to_different_places_and_a_repeated_one_is_the_
 
 
 class Keeping(StandaloneHost):
-    """A host that has a folder of checkpoints, and says what it was told to use."""
+    """A host that has a folder of checkpoints, and says what it was asked to use."""
 
     used: Path | None = None
     now: str | None = None

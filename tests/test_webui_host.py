@@ -25,22 +25,22 @@ from salun.errors import ConfigError
 
 
 class Modules:
-    """A1111's modules as far as a job's turn meets them. told: what was done to its model, in order."""
+    """A1111's modules as far as a job's turn meets them. calls: what was done to its model, in order."""
 
     def __init__(self, data: Path) -> None:
-        self.told: list[str] = []
+        self.calls: list[str] = []
         self.lock, self.fails = threading.Lock(), False
         self.sd_models = SimpleNamespace(
             model_data=SimpleNamespace(lock=threading.Lock(), sd_model="the model"),
             unload_model_weights=self._unload,
-            send_model_to_device=lambda model: self.told.append(f"{model} is back"),
+            send_model_to_device=lambda model: self.calls.append(f"{model} is back"),
         )
         self.devices = SimpleNamespace(torch_gc=lambda: None)
         self.call_queue = SimpleNamespace(queue_lock=self.lock)
         self.paths_internal = SimpleNamespace(data_path=str(data))
 
     def _unload(self, model: str) -> None:
-        self.told.append(f"{model} is freed")
+        self.calls.append(f"{model} is freed")
         if self.fails:
             raise RuntimeError("the device is lost")
 
@@ -62,14 +62,14 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modules
 def test_a_model_that_could_not_be_freed_as_a_whole_is_given_back_all_the_same(modules: Modules) -> None:
     host = webui.WebUI()
     with host.gpu_lease(Job("id", "erase", "x", {})):
-        assert modules.told == ["the model is freed"]
+        assert modules.calls == ["the model is freed"]
         assert modules.lock.locked()
-    assert modules.told[1:] == ["the model is back"]
-    modules.told.clear()
+    assert modules.calls[1:] == ["the model is back"]
+    modules.calls.clear()
     modules.fails = True
     with pytest.raises(RuntimeError, match="the device is lost"), host.gpu_lease(Job("id", "erase", "x", {})):
         pytest.fail("it was not freed")
-    assert modules.told == ["the model is freed", "the model is back"]
+    assert modules.calls == ["the model is freed", "the model is back"]
     assert not modules.lock.locked()
 
 

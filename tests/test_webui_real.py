@@ -148,9 +148,9 @@ def webui(data: Path, *flags: str, route: str | None = None) -> Iterator[Server]
         try:
             end = time.monotonic() + 240
             while True:
-                told = log.read_text(errors="replace")
-                assert process.poll() is None and time.monotonic() < end, told[-3000:]
-                if "Startup time" not in told:  # A1111 ends at once if it is called while it starts
+                logged = log.read_text(errors="replace")
+                assert process.poll() is None and time.monotonic() < end, logged[-3000:]
+                if "Startup time" not in logged:  # A1111 ends at once if it is called while it starts
                     time.sleep(0.5)
                     continue
                 try:
@@ -397,8 +397,8 @@ def test_1_without_the_hosts_own_lora_extension_pictures_are_made_as_ever(
         with pytest.raises(urllib.error.HTTPError):
             running.call("/sdapi/v1/loras")
         assert running.picture() == running.picture()
-        told = running.log.read_text(errors="replace")
-        assert not NOT_OFFERED_FAILED.search(told), told[-3000:]
+        logged = running.log.read_text(errors="replace")
+        assert not NOT_OFFERED_FAILED.search(logged), logged[-3000:]
     (data / "models" / "Stable-diffusion" / "base.safetensors").unlink()
 
 
@@ -642,9 +642,9 @@ def test_10_an_exported_file_works_in_a_prompt_and_leaves_nothing(
         card.wait_for(state="attached")  # the host's own is as old as the first page that was opened
     said = len(server.log.read_text(errors="replace"))
     with_it = server.picture(prompt=f"a teapot <lora:{name}:1>")
-    told = server.log.read_text(errors="replace")
-    assert (f"{name}.safetensors for KModel-UNet with" if FORGE else "DEBUG") in told  # it tells of keys at all
-    assert not re.search("unmatched keys|didn't match keys|[Mm]ismatch", told[said:])
+    logged = server.log.read_text(errors="replace")
+    assert (f"{name}.safetensors for KModel-UNet with" if FORGE else "DEBUG") in logged  # it tells of keys at all
+    assert not re.search("unmatched keys|didn't match keys|[Mm]ismatch", logged[said:])
     assert with_it != plain
     assert server.picture() == plain
     if form == "diff":  # the same as the checkpoint but for fp16 rounding of the differences
