@@ -42,7 +42,7 @@ def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
         remove_leftovers(path)
         free = shutil.disk_usage(path.parent).free
         if free < size:
-            raise ModelError(f"{path} needs {size:,} bytes, but its disk has {free:,} free", advice=MAKE_ROOM)
+            raise ModelError(f"{final(path)} needs {size:,} bytes, but its disk has {free:,} free", advice=MAKE_ROOM)
         with _new_file(path) as file:
             temporary = Path(file.name)
             yield file
@@ -55,7 +55,7 @@ def atomic(path: Path, size: int) -> Iterator[IO[bytes]]:
     except OSError as error:
         if error.filename not in (None, str(temporary), str(path), str(path.parent)):
             raise  # of what is done inside, such as reading another file
-        raise ModelError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise ModelError(f"{final(path)} cannot be written: {error.strerror or error}") from error
     finally:
         if temporary != path:
             with suppress(OSError):
@@ -166,6 +166,15 @@ def _lock(handle: int, temporary: Path) -> bool:
 def is_temporary(path: Path, ending: str = TEMPORARY) -> bool:
     """Whether a name is one that `_named` gives; other hidden files are never removed."""
     return re.search(rf"^\..+\.[0-9a-f]{{16}}{re.escape(ending)}$", path.name) is not None
+
+
+def final(path: Path) -> Path:
+    """The path that a file in a temporary folder will have, for people."""
+    for folder in path.parents:
+        if is_temporary(folder, TEMPORARY):
+            inner, target = path.relative_to(folder), folder.with_name(folder.name[1:].rsplit(".", 2)[0])
+            return target if inner == Path(target.name) else target / inner
+    return path
 
 
 def _siblings(path: Path, ending: str) -> list[Path]:

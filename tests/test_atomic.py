@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -188,3 +191,14 @@ def test_clearing_the_cache_leaves_what_is_being_written(tmp_path: Path) -> None
         other.wait()
     cache.put("ab" + "0" * 62, {"x": torch.ones(2)})
     assert not temporaries(tmp_path / "ab")
+
+
+def test_errors_in_a_temporary_folder_name_the_final_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: namedtuple("usage", "total used free")(9, 8, 1))
+    with temporary_folder(tmp_path / "model") as folder, temporary_folder(tmp_path / "x.bin") as single:
+        for inside, shown in ((folder / "unet" / "x.bin", "model/unet/x.bin"), (single / "x.bin", "x.bin")):
+            with (
+                pytest.raises(ModelError, match=f"^{re.escape(str(tmp_path / shown))} needs 5 bytes"),
+                atomic(inside, 5),
+            ):
+                pass
