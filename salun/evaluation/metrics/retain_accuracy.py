@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from salun.evaluation.estimate import Estimate, Value
+from salun.evaluation.estimate import Estimate, Unknown, Value
 from salun.evaluation.metric import EvaluationPair, Metric
 
 
 def _right(pair: EvaluationPair) -> dict[str, np.ndarray]:
     """Attribute → whether each retain image shows the expected label, bool (n,)."""
-    return {name: pair.after.retain.shows(name, pair.expected_retain[name]) for name in pair.labels}
+    return {name: pair.after.retain.shows(name, expected) for name, expected in pair.expected_retain.items()}
 
 
-def retain_accuracy(pair: EvaluationPair) -> Estimate:
-    """Attributes that images of other prompts show as prompted; an invalid image shows none."""
-    return Estimate.percentage(np.concatenate(list(_right(pair).values())))
+def retain_accuracy(pair: EvaluationPair) -> Value:
+    """What images of other prompts show as prompted; an invalid image shows nothing."""
+    right = list(_right(pair).values())
+    return Estimate.percentage(np.concatenate(right)) if right else Unknown("the detector knows no other prompts")
 
 
 def by_attribute(pair: EvaluationPair) -> dict[str, Value]:
@@ -31,8 +32,8 @@ def by_class(pair: EvaluationPair) -> dict[str, Value]:
     right, expected = _right(pair), pair.expected_retain
     return {
         f"{name}: {label}": Estimate.percentage(right[name][expected[name] == i])
-        for name, labels in pair.labels.items()
-        for i, label in enumerate(labels)
+        for name in right
+        for i, label in enumerate(pair.labels[name])
         if np.any(expected[name] == i)
     }
 
