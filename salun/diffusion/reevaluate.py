@@ -53,7 +53,8 @@ def evaluate_run(
         before = evaluate_model(model, prompts, progress, Stage.IMAGES_BEFORE, Cache.of_user())
         model.load(Delta.load(delta).apply(model.original()))
         after = evaluate_model(model, prompts, progress, Stage.IMAGES_AFTER)
-        metrics = compare(model, plan, prompts, before, after)
+        model.load(model.original())
+        metrics = compare(model, plan, prompts, before, after, progress)
     text = json.dumps({"n": n, "seed": seed, **metrics}, indent=1) + "\n"
     write_bytes(folder / "eval.json", text.encode("utf-8"))
     return metrics

@@ -1,4 +1,4 @@
-"""What a detector is, which ones there are, and the choice of one that covers the concepts of a run."""
+"""What a detector is, what it looks at and gives; `salun.detectors.DETECTORS` lists those there are."""
 
 from __future__ import annotations
 
@@ -10,38 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from salun.detectors import DETECTORS
 from salun.errors import ConfigError
 from salun.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class DetectorEntry:
-    """An entry of `DETECTORS`.
-
-    Args:
-        title: What it looks at, and by what; a noun phrase.
-        loads: The function of `DetectorInputs` that loads it, "module:name", imported when it is called. It returns
-            None where what it needs is not there, such as a model's own classifier.
-        argument: What may follow the name after a colon, as in "images:FOLDER"; "" for nothing.
-    """
-
-    title: str
-    loads: str
-    argument: str = ""
-
-
-DETECTORS = {
-    "attribute": DetectorEntry(
-        "classifier in the model's own folder", "salun.evaluation.detectors.attribute:load"
-    ),
-    "self": DetectorEntry(
-        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -71,11 +46,13 @@ class Samples:
         images: uint8 (n, H, W, 3).
         latents: float32 (n, c, h, w), scaled by the VAE's factor.
         prompts: (n,), the prompts that they were sampled from.
+        compare_prompts: Whether to decide if each image shows what its prompt says (`Detector.prompt_match`).
     """
 
     images: np.ndarray
     latents: Tensor
     prompts: Sequence[str]
+    compare_prompts: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -128,6 +105,8 @@ class Detector(Protocol):
         sha256: Of its weights.
         labels: Attribute → its labels.
         threshold, unit: From which score on a label counts as detected, and what a score is.
+        prompt_match: The attribute whose only label says that an image shows what its prompt says; None where the
+            detector cannot tell.
     """
 
     name: str
@@ -136,6 +115,7 @@ class Detector(Protocol):
     labels: Mapping[str, Sequence[str]]
     threshold: float
     unit: str
+    prompt_match: str | None
 
     def target(self, subject: Subject) -> Target | None:
         """Where its scores show a concept; None for a concept that it does not know."""
@@ -171,11 +151,6 @@ def facts_of(detector: Detector) -> dict[str, str | float]:
     return {name: getattr(detector, name) for name in ("name", "version", "sha256", "threshold", "unit")}
 
 
-def default_detector(folder: Path | None) -> str:
-    """The name of the detector of a model, by whether it has a classifier in its folder."""
-    return "attribute" if folder is not None else "self"
-
-
 def load_detector(name: str, inputs: DetectorInputs) -> Detector:
     """The detector of this name, with its argument after a colon if it takes one.
 
@@ -188,7 +163,9 @@ def load_detector(name: str, inputs: DetectorInputs) -> Detector:
     if entry is None:
         raise ConfigError(f"is {name!r}, but must be one of {', '.join(DETECTORS)}", option="detector")
     if argument and not entry.argument:
-        raise ConfigError(f"is {name!r}, but {key} takes no argument", option="detector", advice=f"Use {{detector}} {key}")
+        raise ConfigError(
+            f"is {name!r}, but {key} takes no argument", option="detector", advice=f"Use {{detector}} {key}"
+        )
     load: Callable[[DetectorInputs], Detector | None] = resolve_name(entry.loads)
     detector = load(replace(inputs, argument=argument))
     missed = [each.name for each in inputs.subjects if detector is None or detector.target(each) is None]

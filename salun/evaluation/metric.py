@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -59,7 +59,7 @@ class ExpectedConcept:
     label: int
     anchor: int | None
     rows: slice
-    anchor_rows: slice = slice(0)
+    anchor_rows: slice = field(default_factory=lambda: slice(0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,7 +111,11 @@ def sample_images(
     cache: Cache | None = None,
 ) -> np.ndarray:
     """One uint8 image per prompt, (n, H, W, 3); arguments as `sample_latents`."""
-    latents = sample_latents(model, prompts, seeds, progress, stage, cache)
+    return decode_images(model, sample_latents(model, prompts, seeds, progress, stage, cache))
+
+
+def decode_images(model: DiffusionModel, latents: Tensor) -> np.ndarray:
+    """uint8 images (n, H, W, 3) of latents (n, c, h, w), a batch at a time."""
     side = model.settings.sampling.resolution
     with model.on_device(model.vae):
         parts = [model.decode(part) for part in latents.split(batch_size_of(model))] if len(latents) else []

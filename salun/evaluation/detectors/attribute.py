@@ -33,6 +33,7 @@ class AttributeClassifier(nn.Module):
 
     name, version = "attribute", "1"
     threshold, unit = 0.0, "logit minus the largest other logit of the attribute"
+    prompt_match = None
 
     def __init__(self, labels: dict[str, list[str]], resolution: int, channels: tuple[int, ...]) -> None:
         super().__init__()

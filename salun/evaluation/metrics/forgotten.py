@@ -47,6 +47,4 @@ def _finding(before: Estimate, after: Estimate, concept: Mapping[str, Any]) -> s
 
 
 UA = Metric("ua", "Forgotten (UA)", "higher", "%", unlearning_accuracy, per_concept=True, finding=_finding)
-UA_CORRECTED = Metric(
-    "ua_corrected", "Forgotten, corrected (UA)", "higher", "%", corrected, per_concept=True
-)
+UA_CORRECTED = Metric("ua_corrected", "Forgotten, corrected (UA)", "higher", "%", corrected, per_concept=True)

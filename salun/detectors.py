@@ -1,0 +1,43 @@
+"""The detectors by name: what decides whether images show a concept. Each is a file in `salun.evaluation.detectors`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DetectorEntry:
+    """An entry of `DETECTORS`.
+
+    Args:
+        title: What it looks at, and by what; a noun phrase.
+        loads: The function of `DetectorInputs` that loads it, "module:name", imported when it is called. It returns
+            None where what it needs is not there, such as a model's own classifier.
+        argument: What may follow the name after a colon, as in "images:FOLDER"; "" for nothing.
+        passes: Of the original network for each image, at most.
+    """
+
+    title: str
+    loads: str
+    argument: str = ""
+    passes: int = 0
+
+
+DETECTORS = {
+    "attribute": DetectorEntry("classifier in the model's own folder", "salun.evaluation.detectors.attribute:load"),
+    "self": DetectorEntry(
+        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=20
+    ),
+}
+
+
+def default_detector(folder: Path | None) -> str:
+    """The name of the detector of a model, by whether it has a classifier in its folder."""
+    return "attribute" if folder is not None else "self"
+
+
+def passes_of(name: str) -> int:
+    """Passes of the original network for each image, at most; 0 for an unknown detector."""
+    entry = DETECTORS.get(name.partition(":")[0])
+    return entry.passes if entry is not None else 0
