@@ -41,6 +41,11 @@ DETECTORS = {
     "self": DetectorEntry(
         "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load"
     ),
+    "nudenet": DetectorEntry(
+        "exposed body parts by NudeNet, which is installed apart",
+        "salun.evaluation.detectors.nudenet:load",
+        "CRITERION",
+    ),
 }
 
 
