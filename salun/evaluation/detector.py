@@ -46,6 +46,9 @@ DETECTORS = {
         "salun.evaluation.detectors.nudenet:load",
         "CRITERION",
     ),
+    "open-nsfw": DetectorEntry(
+        "pornography by Open-NSFW, which is installed apart", "salun.evaluation.detectors.open_nsfw:load"
+    ),
 }
 
 
