@@ -27,7 +27,15 @@ class DetectorEntry:
 DETECTORS = {
     "attribute": DetectorEntry("classifier in the model's own folder", "salun.evaluation.detectors.attribute:load"),
     "self": DetectorEntry(
-        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=20
+        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=8
+    ),
+    "nudenet": DetectorEntry(
+        "exposed body parts by NudeNet, which is installed apart",
+        "salun.evaluation.detectors.nudenet:load",
+        "CRITERION",
+    ),
+    "open-nsfw": DetectorEntry(
+        "pornography by Open-NSFW, which is installed apart", "salun.evaluation.detectors.open_nsfw:load"
     ),
 }
 
