@@ -35,11 +35,23 @@ class DetectorEntry:
 
 
 DETECTORS = {
-    "attribute": DetectorEntry(
-        "classifier in the model's own folder", "salun.evaluation.detectors.attribute:load"
-    ),
+    "attribute": DetectorEntry("classifier in the model's own folder", "salun.evaluation.detectors.attribute:load"),
     "self": DetectorEntry(
         "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load"
+    ),
+    "clip": DetectorEntry("CLIP, without training, for any concept", "salun.evaluation.detectors.clip:load", "MODEL"),
+    "images": DetectorEntry(
+        "classifier on CLIP's features, trained on examples", "salun.evaluation.detectors.images:load", "FOLDER"
+    ),
+    "imagenet": DetectorEntry(
+        "image classifier of transformers, for concepts among its labels",
+        "salun.evaluation.detectors.imagenet:load",
+        "MODEL",
+    ),
+    "safety-checker": DetectorEntry(
+        "safety checker of Stable Diffusion 1.x, for nudity",
+        "salun.evaluation.detectors.safety_checker:load",
+        "FOLDER",
     ),
 }
 
@@ -167,8 +179,9 @@ class DetectorInputs:
 
 
 def facts_of(detector: Detector) -> dict[str, str | float]:
-    """A detector's facts, as in `run.json`."""
-    return {name: getattr(detector, name) for name in ("name", "version", "sha256", "threshold", "unit")}
+    """A detector's facts, as in `run.json`, with those in its attribute `facts` if it has that."""
+    facts = {name: getattr(detector, name) for name in ("name", "version", "sha256", "threshold", "unit")}
+    return {**facts, **getattr(detector, "facts", {})}
 
 
 def default_detector(folder: Path | None) -> str:
@@ -188,7 +201,9 @@ def load_detector(name: str, inputs: DetectorInputs) -> Detector:
     if entry is None:
         raise ConfigError(f"is {name!r}, but must be one of {', '.join(DETECTORS)}", option="detector")
     if argument and not entry.argument:
-        raise ConfigError(f"is {name!r}, but {key} takes no argument", option="detector", advice=f"Use {{detector}} {key}")
+        raise ConfigError(
+            f"is {name!r}, but {key} takes no argument", option="detector", advice=f"Use {{detector}} {key}"
+        )
     load: Callable[[DetectorInputs], Detector | None] = resolve_name(entry.loads)
     detector = load(replace(inputs, argument=argument))
     missed = [each.name for each in inputs.subjects if detector is None or detector.target(each) is None]
