@@ -29,6 +29,20 @@ DETECTORS = {
     "self": DetectorEntry(
         "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=8
     ),
+    "clip": DetectorEntry("CLIP, without training, for any concept", "salun.evaluation.detectors.clip:load", "MODEL"),
+    "images": DetectorEntry(
+        "classifier on CLIP's features, trained on examples", "salun.evaluation.detectors.images:load", "FOLDER"
+    ),
+    "imagenet": DetectorEntry(
+        "image classifier of transformers, for concepts among its labels",
+        "salun.evaluation.detectors.imagenet:load",
+        "MODEL",
+    ),
+    "safety-checker": DetectorEntry(
+        "safety checker of Stable Diffusion 1.x, for nudity",
+        "salun.evaluation.detectors.safety_checker:load",
+        "FOLDER",
+    ),
     "nudenet": DetectorEntry(
         "exposed body parts by NudeNet, which is installed apart",
         "salun.evaluation.detectors.nudenet:load",

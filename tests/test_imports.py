@@ -29,7 +29,7 @@ LAYERS = [
     {"salun.delta", "salun.diagnostics"},
 ]
 HEAVY = {"diffusers", "transformers", "accelerate", "typer", "rich", "gradio", "comfy", "huggingface_hub", "jinja2"}
-HEAVY |= {"sklearn", "scipy", "datasets", "timm", "onnxruntime"}
+HEAVY |= {"sklearn", "scipy", "datasets", "timm", "onnxruntime", "torch_fidelity", "torchvision"}
 
 
 def module_of(path: Path) -> str:

@@ -147,8 +147,9 @@ class DetectorInputs:
 
 
 def facts_of(detector: Detector) -> dict[str, str | float]:
-    """A detector's facts, as in `run.json`."""
-    return {name: getattr(detector, name) for name in ("name", "version", "sha256", "threshold", "unit")}
+    """A detector's facts, as in `run.json`, with those in its attribute `facts` if it has that."""
+    facts = {name: getattr(detector, name) for name in ("name", "version", "sha256", "threshold", "unit")}
+    return {**facts, **getattr(detector, "facts", {})}
 
 
 def load_detector(name: str, inputs: DetectorInputs) -> Detector:

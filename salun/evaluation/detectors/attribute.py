@@ -86,7 +86,7 @@ class AttributeClassifier(nn.Module):
             logits = self._logits(pooled)
             valid.append(logits[VALIDITY].argmax(1) != 0)
             for name in self.labels:
-                scores[name].append(_margins(logits[name]).masked_fill(~valid[-1][:, None], -torch.inf).cpu())
+                scores[name].append(margins(logits[name]).masked_fill(~valid[-1][:, None], -torch.inf).cpu())
             features.append(pooled.cpu())
         return Detection(
             {name: torch.cat(parts).numpy() for name, parts in scores.items()},
@@ -108,7 +108,7 @@ class AttributeClassifier(nn.Module):
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
 
 
-def _margins(logits: Tensor) -> Tensor:
+def margins(logits: Tensor) -> Tensor:
     """Each logit (n, labels) minus the largest other one of its row; infinite where there is no other."""
     first, best = logits.max(1, keepdim=True)
     second = logits.scatter(1, best, -torch.inf).amax(1, keepdim=True)
