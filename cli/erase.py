@@ -23,6 +23,7 @@ from .output import (
     ModelName,
     default_model_named,
     duration,
+    flag,
     model_or_default,
     new_file,
     print_result,
@@ -276,14 +277,14 @@ def evaluate(
 
     with terminal_progress(as_json) as progress:
         metrics = evaluate_run(run, n, seed, device, progress, allow_pickle)
-    print_result(metrics, as_json, metric_lines(metrics))
+    print_result(metrics, as_json, metric_lines(metrics, flag))
 
 
 def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:
     from salun.report.metrics import metric_lines
 
     lines = [f"warning: {text}" for text in (run.record.mask or {})["warnings"]]
-    lines += metric_lines(run.metrics)
+    lines += metric_lines(run.metrics, flag)
     rounding = run.record.rounding
     if rounding["warning"]:
         lines.insert(0, f"warning: {rounding['warning']}")

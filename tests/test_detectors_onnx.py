@@ -191,8 +191,8 @@ def test_nudenet_detect_gives_the_network_each_image_and_reports_progress() -> N
     assert detection.scores["content"].dtype == np.float32
     assert detection.scores["content"].ravel() == pytest.approx([0.1, 0.9])
     assert [(event.stage, event.step, event.total) for event in events] == [
-        (Stage.EVALUATING, 1, 2),
-        (Stage.EVALUATING, 2, 2),
+        (Stage.DETECTING, 1, 2),
+        (Stage.DETECTING, 2, 2),
     ]
 
 

@@ -58,7 +58,7 @@ class Samples:
         return len(self.images)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Target:
     """Where a detector's scores show a concept.
 

@@ -14,7 +14,7 @@ ERASED, MOSTLY = 95.0, 50.0  # percent of images without the concept
 SURE = 80.0  # the interval of "erased" begins here or above
 DAMAGE = 5.0  # percentage points of retain accuracy
 DRIFT = 0.5  # image drift, where retain accuracy is unknown; 1 is that of unrelated images
-UNMOVED = 0.9  # distance to the anchor; 1 is the original's
+UNMOVED = (0.9, 1.1)  # distance to the anchor of a network that hardly moved; 1 is the original's
 FEWEST = 8  # images of a concept
 
 
@@ -66,7 +66,7 @@ def verdict_on(metrics: Mapping[str, Any]) -> Verdict:
         return _verdict(Outcome.DAMAGED, others, gone)
     if forgotten is not None and forgotten.n >= FEWEST:
         return _verdict(_outcome(forgotten), gone, others)
-    if moved is not None and moved.value >= UNMOVED:
+    if moved is not None and UNMOVED[0] <= moved.value <= UNMOVED[1]:
         distance = max(100 * (1 - moved.value), 0)
         text = f"the network's predictions for {name} went {distance:.0f} % of the way to the anchor's"
         return _verdict(Outcome.BARELY, text, others)
@@ -92,9 +92,10 @@ def _least_erased(metrics: Mapping[str, Any]) -> tuple[str, Estimate | None, str
     least: tuple[str, Estimate | None, str] | None = None
     for name, values in by_concept.items():
         shown = f"“{name}”" if name else "the concept"
-        forgotten = _known(values, "ua_corrected")
+        key = "ua_corrected" if "ua_corrected" in values else "ua"
+        forgotten = _known(values, key)
         if forgotten is None:
-            reason = (values.get("reasons") or {}).get("ua_corrected") or metrics.get("reason") or "it was not measured"
+            reason = (values.get("reasons") or {}).get(key) or metrics.get("reason") or "it was not measured"
             return shown, None, reason
         if least is None or least[1] is None or forgotten.value < least[1].value:
             least = shown, forgotten, ""

@@ -97,7 +97,7 @@ class SelfClassifier:
         n, parts = len(samples), []
         asked = self._questions(samples)
         texts = list(dict.fromkeys(text for columns in asked.values() for column in columns for text in column))
-        encoded, row_of = self.model.encode(texts), {text: i for i, text in enumerate(texts)}
+        encoded, row_of = self.model.encode(texts or [""]), {text: i for i, text in enumerate(texts)}
         rows = {
             name: torch.tensor([[row_of[text] for text in column] for column in of]).T for name, of in asked.items()
         }

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from salun.evaluation.estimate import Estimate, Unknown, Value
@@ -38,12 +35,6 @@ def by_class(pair: EvaluationPair) -> dict[str, Value]:
     }
 
 
-def _finding(before: Estimate, after: Estimate, concept: Mapping[str, Any]) -> str:
-    drop = before.value - after.value
-    verdict = "is unchanged" if drop <= 1 else "dropped slightly" if drop <= 3 else "dropped"
-    return f"Accuracy on other prompts {verdict}: {before.value:.1f} % before, {after.value:.1f} % after."
-
-
-RA = Metric("ra_after", "Retain accuracy (RA)", "higher", "%", retain_accuracy, finding=_finding)
+RA = Metric("ra_after", "Retain accuracy (RA)", "higher", "%", retain_accuracy)
 RA_BY_ATTRIBUTE = Metric("ra_by_attribute", "Retain accuracy by attribute", "higher", "%", by_attribute, breakdown=True)
 RA_BY_CLASS = Metric("per_class", "Retain accuracy by class", "higher", "%", by_class, breakdown=True)
