@@ -95,12 +95,18 @@ def evaluate_model(
     progress: Progress = silent,
     stage: Stage = Stage.IMAGES_AFTER,
     cache: Cache | None = None,
+    weights: str | None = None,
 ) -> Evaluation:
-    """Sample the model as it is now, and predict. stage: IMAGES_BEFORE for the original, which samples anchors too."""
+    """Sample the model as it is now, and predict.
+
+    Args:
+        stage: `IMAGES_BEFORE` for the original, which samples anchors too.
+        cache, weights: As in `sample_latents`.
+    """
     anchors = prompts.anchors if stage is Stage.IMAGES_BEFORE else ([], [])
     texts = [*(p.text for p in prompts.forget), *(p.text for p in prompts.retain), *(p.text for p in anchors[0])]
     seeds = [*prompts.forget_seeds, *prompts.retain_seeds, *anchors[1]]
-    latents = sample_latents(model, texts, seeds, progress, stage, cache)
+    latents = sample_latents(model, texts, seeds, progress, stage, cache, weights)
     images = decode_images(model, latents)
     n, m = len(prompts.forget), len(prompts.forget) + len(prompts.retain)
     forget, retain, anchor = (
@@ -153,9 +159,21 @@ def compare(
         return _with_verdict(measure(EvaluationPair([], {}, {}, {}, none, none, unknown)))
     inputs = DetectorInputs(plan.subjects, model.settings.detector, model, model.device)
     detector = load_detector(plan.detector, inputs)
+    return metrics_of(detector, evaluated_pair(detector, plan, prompts, before, after, progress))
+
+
+def evaluated_pair(
+    detector: Detector,
+    plan: Plan,
+    prompts: EvalPrompts,
+    before: Evaluation,
+    after: Evaluation,
+    progress: Progress = silent,
+) -> EvaluationPair:
+    """What a detector sees in two evaluations of at least one image each."""
     parts = _parts(before)
     seen = list(_detections(detector, [*parts, *_parts(after)], progress))
-    pair = EvaluationPair(
+    return EvaluationPair(
         _expected_concepts(detector, plan.subjects, prompts),
         detector.labels,
         _expected_labels(detector, prompts.anchor),
@@ -164,6 +182,10 @@ def compare(
         _evaluated(after, seen[len(parts) :]),
         {},
     )
+
+
+def metrics_of(detector: Detector, pair: EvaluationPair) -> dict[str, Any]:
+    """The metrics of a pair, as in `run.json`."""
     return _with_verdict({**measure(pair), "detector": facts_of(detector)})
 
 
@@ -203,7 +225,7 @@ def _expected_labels(detector: Detector, prompts: Sequence[Prompt]) -> dict[str,
 
 
 def _expected_retain(detector: Detector, prompts: EvalPrompts) -> dict[str, np.ndarray]:
-    """Those of retain prompts; where they name no label, that each image is as its prompt says, if it can be told."""
+    """Those of retain prompts; where they name no label, that each image is as its prompt says, if the detector can tell."""
     expected = _expected_labels(detector, prompts.retain)
     if not expected and detector.prompt_match is not None:
         return {detector.prompt_match: np.zeros(len(prompts.retain), np.int64)}

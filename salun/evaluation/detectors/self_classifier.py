@@ -95,11 +95,11 @@ class SelfClassifier:
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """In the latents of n samples; the images are not looked at."""
         n, parts = len(samples), []
-        asked = self._questions(samples)
-        texts = list(dict.fromkeys(text for columns in asked.values() for column in columns for text in column))
+        compared = self._questions(samples)
+        texts = list(dict.fromkeys(text for columns in compared.values() for column in columns for text in column))
         encoded, row_of = self.model.encode(texts or [""]), {text: i for i, text in enumerate(texts)}
         rows = {
-            name: torch.tensor([[row_of[text] for text in column] for column in of]).T for name, of in asked.items()
+            name: torch.tensor([[row_of[text] for text in column] for column in of]).T for name, of in compared.items()
         }
         size = batch_size_of(self.model)
         for start in range(0, n, size):
@@ -110,7 +110,7 @@ class SelfClassifier:
         return Detection(
             {
                 name: torch.cat([part[name] for part in parts])[:, : len(labels)].numpy()
-                if name in asked and parts
+                if name in compared and parts
                 else np.full((n, len(labels)), -np.inf, np.float32)
                 for name, labels in self.labels.items()
             },
@@ -120,13 +120,13 @@ class SelfClassifier:
     def _questions(self, samples: Samples) -> dict[str, list[list[str]]]:
         """Attribute → the prompts to compare for each sample, in columns: those of its labels, then others."""
         n, prompts = len(samples), samples.prompts
-        asked = {}
+        compared = {}
         for each in self.subjects:
             phrases = [each.phrase, *([each.anchor_phrase] if each.anchor else []), ""]
-            asked[each.name] = [[phrase] * n for phrase in phrases]
+            compared[each.name] = [[phrase] * n for phrase in phrases]
         if samples.compare_prompts:
-            asked[PROMPT] = [list(prompts), [foil_of(i, prompts) for i in range(n)], [""] * n]
-        return asked
+            compared[PROMPT] = [list(prompts), [foil_of(i, prompts) for i in range(n)], [""] * n]
+        return compared
 
     def _decide(self, latents: Tensor, encoded: Conditioning, questions: Collection[_Question]) -> None:
         """Add errors to the questions until each is decided for each sample, or the timesteps are used up."""
