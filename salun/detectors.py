@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from salun.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,15 @@ def passes_of(name: str) -> int:
     """Passes of the original network for each image, at most; 0 for an unknown detector."""
     entry = DETECTORS.get(name.partition(":")[0])
     return entry.passes if entry is not None else 0
+
+
+def without_path(name: str) -> str:
+    """The name of a detector whose argument is no path: a hub id or a plain word. For hosts that others may use.
+
+    Raises:
+        ConfigError: The argument could be a path.
+    """
+    key, _, argument = name.partition(":")
+    if key == "images" or (argument and not re.fullmatch(r"[a-z]+|[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", argument)):
+        raise ConfigError(f"is {name[:80]!r}, but can name no folder here", option="detector")
+    return name

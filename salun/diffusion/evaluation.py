@@ -225,7 +225,7 @@ def _expected_labels(detector: Detector, prompts: Sequence[Prompt]) -> dict[str,
 
 
 def _expected_retain(detector: Detector, prompts: EvalPrompts) -> dict[str, np.ndarray]:
-    """Those of retain prompts; where they name no label, that each image is as its prompt says, if the detector can tell."""
+    """Those of retain prompts. Where they name no label: that each image is as its prompt says, if that is decided."""
     expected = _expected_labels(detector, prompts.retain)
     if not expected and detector.prompt_match is not None:
         return {detector.prompt_match: np.zeros(len(prompts.retain), np.int64)}

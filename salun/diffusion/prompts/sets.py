@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from salun.diffusion.prompts.concepts import Concept, Prompts, library, mentions
+from salun.diffusion.prompts.concepts import Concept, Prompts, library, mentions, without_article
 from salun.diffusion.prompts.prompt_file import PromptRow
 from salun.errors import ConfigError, some
 
@@ -103,22 +103,11 @@ def _languages(concept: Concept, given: Sequence[str], similar: Similar | None) 
 
 def _neighbors(concept: Concept, given: Sequence[str], similar: Similar | None) -> list[str]:
     """What is near the concept and must stay, proposed by the text encoder."""
-    nouns = [
-        noun
-        for noun in itertools.chain.from_iterable(_texts()["nouns"])
-        if not any(mentions(noun, each) for each in _names(concept))
-    ]
+    phrases = [without_article(each) for each in (concept.name, *concept.synonyms, *concept.anchors) if each]
+    every = itertools.chain.from_iterable(_texts()["nouns"])
+    nouns = [noun for noun in every if not any(mentions(noun, each) or mentions(each, noun) for each in phrases)]
     near = similar(concept.synonyms[0], nouns)[:NEIGHBORS] if similar is not None else []
     return [template.replace("{}", noun) for noun in near for template in library()["kinds"]["object"]["eval"][:2]]
-
-
-def _names(concept: Concept) -> list[str]:
-    return [
-        concept.name,
-        *concept.synonyms,
-        *([concept.anchor] if concept.anchor else []),
-        *filter(None, concept.anchors),
-    ]
 
 
 SETS: dict[str, Callable[[Concept, Sequence[str], Similar | None], list[str]]] = {
