@@ -23,6 +23,7 @@ import torch
 import salun
 from salun.checkpoints.hashing import base_hash
 from salun.diffusion.context import RunContext, training_session
+from salun.diffusion.data.latents import decode_images
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.erase import unlearn
 from salun.diffusion.evaluation import EvalPrompts, Evaluation, compare, eval_prompts, evaluate_model
@@ -30,10 +31,14 @@ from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan, make_plan
+from salun.evaluation.detector import Samples
+from salun.evaluation.metric import Predictions
+from salun.progress import Stage
 from salun.runs.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, SAMPLED, TABLE = ROOT / "benchmarks" / "results", ROOT / "build" / "benchmarks", ROOT / "docs" / "results.md"
+PARTS = ("forget", "retain", "anchor")  # of an evaluation
 CONCEPTS = ("circle", "red", "night")  # a shape, a color, a style
 SEEDS = (0, 1, 2)
 EVAL_SEED = 101
@@ -131,12 +136,18 @@ class Bench:
         """The original model's evaluation for a concept, sampled once."""
         path = SAMPLED / f"base-{plan.name}-{self.n}-{self.hash[:10]}.pt"
         if not path.exists():
-            seen = evaluate_model(self.model, prompts)
-            tensors = {k: torch.from_numpy(v) if k in ("forget", "retain") else v for k, v in vars(seen).items()}
-            torch.save(tensors, path.with_suffix(".tmp"))
+            seen = evaluate_model(self.model, prompts, stage=Stage.IMAGES_BEFORE)
+            parts = {name: samples.latents for name in PARTS if (samples := getattr(seen, name)) is not None}
+            torch.save({**parts, "predictions": vars(seen.predictions)}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
-        tensors = torch.load(path, weights_only=True)
-        return Evaluation(**{k: v.numpy() if k in ("forget", "retain") else v for k, v in tensors.items()})
+        stored = torch.load(path, weights_only=True)
+        texts = {"forget": prompts.forget, "retain": prompts.retain, "anchor": prompts.anchors[0]}
+        samples = {
+            name: Samples(decode_images(self.model, stored[name]), stored[name], [p.text for p in texts[name]])
+            for name in PARTS
+            if name in stored
+        }
+        return Evaluation(**samples, predictions=Predictions(**stored["predictions"]))
 
     def run(self, job: Job) -> None:
         """Do a job, unless it is done."""
@@ -158,7 +169,9 @@ class Bench:
         record = RunRecord(None, "benchmark", {}, job.seed, "cpu")
         with training_session(self.model, plan):
             run = unlearn(RunContext(self.model, plan, record), self.data[key])
-            metrics = compare(self.model, plan, prompts, before, evaluate_model(self.model, prompts))
+            after = evaluate_model(self.model, prompts)
+            self.model.load(self.model.original())
+            metrics = compare(self.model, plan, prompts, before, after)
         seconds = record.timings["saliency"] + record.timings["training"]
         result = {
             "concept": job.concept,

@@ -20,6 +20,7 @@ import salun
 from salun.checkpoints import safetensors_io
 from salun.delta.stock_formats import module_keys, write_stock
 from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
+from salun.progress import Stage
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "lora.md"
 IMAGES = 400
@@ -58,7 +59,7 @@ def main() -> None:
     run = salun.erase(model, "circle", seed=0, eval_images=0)
     original = model.original()
     prompts = eval_prompts(run.plan, IMAGES, 101)
-    before = evaluate_model(model, prompts)
+    before = evaluate_model(model, prompts, stage=Stage.IMAGES_BEFORE)
     rows = []
 
     def row(name: str, tensors: Mapping[str, Tensor], energy: str, ranks: str, size: int) -> None:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from salun.diffusion.eval_options import GROUPS as EVAL_GROUPS
+from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import SAMPLERS, EraseJob, EraseOptions, ModelOptions, Sampling
 from salun.errors import ConfigError
 from salun.progress import Event, Stage
@@ -23,6 +25,7 @@ from .output import (
     ModelName,
     default_model_named,
     duration,
+    flag,
     model_or_default,
     new_file,
     print_result,
@@ -260,30 +263,43 @@ def sample(
 
 
 @app.command("eval")
+@with_options(EvalOptions, groups=EVAL_GROUPS)
 def evaluate(
-    run: Annotated[Path, typer.Argument(callback=unquoted_path, help="Run folder of `salun erase`")],
-    n: Annotated[int, typer.Option("-n", help="Images per set (forget, retain)", min=2, max=1_000_000)] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the images", min=0)] = 1,
-    device: Annotated[str, typer.Option(help="Compute device: auto, cpu, cuda, cuda:1, mps")] = "auto",
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Allow the run's model to be a .ckpt (pickle) file")
-    ] = False,
+    options: EvalOptions,
+    target: Annotated[
+        str, typer.Argument(callback=unquoted_path, help="Run folder of `salun erase`, or any model (with --against)")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(callback=unquoted_path, help="Folder of the results (default: the run folder, or evals/<time>-…)"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a finished run: original and erased model on n images of held-out prompts each."""
-    from salun.diffusion.reevaluate import evaluate_run
+    """Evaluate an erasure: a finished run, or any model against its original. Repeat the command to continue it."""
+    from salun.diffusion.eval_output import set_rows, write_evaluation
+    from salun.diffusion.evaluate import evaluate as run_evaluation
     from salun.report.metrics import metric_lines
+    from salun.runs.folder import new_run_folder
 
+    is_run = (Path(target).expanduser() / "run.json").is_file()
+    named = Path(target).expanduser() if is_run else new_run_folder("-".join(options.concept), Path("evals"))
+    folder = output or named
     with terminal_progress(as_json) as progress:
-        metrics = evaluate_run(run, n, seed, device, progress, allow_pickle)
-    print_result(metrics, as_json, metric_lines(metrics))
+        result = run_evaluation(target, options, progress)
+    files = write_evaluation(result, folder)
+    data = result.as_json()
+    lines = [*result.notes]
+    for name, metrics in result.metrics.items():
+        lines += [f"{name}:"] * (len(result.metrics) > 1) + metric_lines(metrics, flag)
+    lines += [" · ".join(filter(None, row)) for row in set_rows(data["sets"])]
+    print_result(data, as_json, [*lines, f"report: {files[-1]}"])
 
 
 def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:
     from salun.report.metrics import metric_lines
 
     lines = [f"warning: {text}" for text in (run.record.mask or {})["warnings"]]
-    lines += metric_lines(run.metrics)
+    lines += metric_lines(run.metrics, flag)
     rounding = run.record.rounding
     if rounding["warning"]:
         lines.insert(0, f"warning: {rounding['warning']}")

@@ -19,6 +19,7 @@ from . import erase, interrupt, look  # noqa: F401  (their commands join the app
 # isort: split
 from . import classify, delta, methods, ui  # noqa: F401
 from .app import app
+from .output import flag
 
 app.add_typer(delta.app, name="delta")
 
@@ -53,11 +54,6 @@ def main() -> None:
         if text:  # empty where the help was printed instead
             _complain(text)
     sys.exit(code or 0)
-
-
-def flag(name: str) -> str:
-    """The name of an option as the command line spells it."""
-    return "--" + name.replace("_", "-")
 
 
 def _message(error: Exception) -> tuple[str | None, int]:

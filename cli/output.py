@@ -35,6 +35,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print a single JSON object t
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files")]
 
 
+def flag(name: str) -> str:
+    """The name of an option as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
 def model_or_default(name: str | None) -> str:
     """The name of a model, by default that of the bundled one."""
     if name is not None:

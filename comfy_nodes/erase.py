@@ -23,6 +23,8 @@ from salun.diffusion.mask_files import check_given_mask
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
 from salun.diffusion.targets import STATE_BYTES, trained_entries
+from salun.evaluation.detector import Samples
+from salun.evaluation.metric import Predictions
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
 from salun.report.image_grid import stack
@@ -152,7 +154,8 @@ def _cached(key: str, run: Run) -> Result:
     cache().save(key_of(delta_of=key), size, run.delta.save)
     tensors = {"metrics": torch.from_numpy(np.frombuffer(metrics.encode(), np.uint8).copy())}
     for side, evaluation in zip(SIDES, (run.before, run.after), strict=True):
-        tensors |= {f"{side} {part}": torch.from_numpy(getattr(evaluation, part)) for part in ("forget", "retain")}
+        shown = {"forget": evaluation.forget, "retain": evaluation.retain}
+        tensors |= {f"{side} {part}": torch.from_numpy(samples.images) for part, samples in shown.items()}
     cache().put(key, tensors)
     return run.delta, _before_after(run.plan, run.prompts, run.before, run.after), metrics
 
@@ -163,11 +166,14 @@ def _load_cached(key: str, graph: GraphModel, plan: Plan) -> Result | None:
     delta = cache().load(key_of(delta_of=key), Delta.load) if tensors is not None else None
     if tensors is None or delta is None or delta.base_hash != graph.base_hash:
         return None
-    none = torch.empty(0)
-    before, after = (
-        Evaluation(tensors[f"{side} forget"].numpy(), tensors[f"{side} retain"].numpy(), none, none, none)
-        for side in SIDES
-    )
+    before, after = (_shown(tensors[f"{side} forget"], tensors[f"{side} retain"]) for side in SIDES)
     prompts = eval_prompts(plan, plan.recipe.eval_images, plan.options.seed)
     image = _before_after(plan, prompts, before, after)
     return delta, image, tensors["metrics"].numpy().tobytes().decode()
+
+
+def _shown(forget: Tensor, retain: Tensor) -> Evaluation:
+    """An evaluation of which only the images are known, uint8 (n, H, W, 3) each."""
+    none = torch.empty(0)
+    samples = [Samples(images.numpy(), none, ()) for images in (forget, retain)]
+    return Evaluation(samples[0], samples[1], Predictions(none, none, none))

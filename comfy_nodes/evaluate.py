@@ -23,7 +23,7 @@ from .progress import ComfyProgress
 from .storage import cache
 from .types import Concepts, Node, OptionValues
 
-STAGES = (Stage.IMAGES_BEFORE, Stage.IMAGES_AFTER)
+STAGES = (Stage.IMAGES_BEFORE, Stage.IMAGES_AFTER, Stage.DETECTING)
 
 
 class SalUnEvaluate(Node):
@@ -69,12 +69,12 @@ class SalUnEvaluate(Node):
         prompts = eval_prompts(plan, plan.recipe.eval_images, plan.options.seed)
         bar = ComfyProgress([cost for cost in plan.stages() if cost.stage in STAGES])
         seen = []
-        for graph, stage in zip(graphs, STAGES, strict=True):
+        for graph, stage in zip(graphs, STAGES, strict=False):
             bar.preview = SamplePreview(graph, plan)
             with training_session(graph, plan):
                 seen.append(evaluate_model(graph, prompts, bar, stage, cache()))
-                if graph is graphs[-1]:
-                    metrics = compare(graph, plan, prompts, *seen)
+        with training_session(graphs[0], plan):
+            metrics = compare(graphs[0], plan, prompts, seen[0], seen[1], bar)
         forget, retain = grids(plan, prompts, *seen)
         image = (
             to_image(stack(forget, retain))

@@ -10,6 +10,7 @@ import dataclasses
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from salun.detectors import without_path
 from salun.diffusion.options import GROUPS, EraseOptions
 from salun.options import MASKS
 
@@ -71,7 +72,10 @@ def explicit(values: OptionValues) -> dict[str, Any]:
 
 def erase_options(values: OptionValues, shared: OptionValues | None = None) -> EraseOptions:
     """The core's options from a node's inputs and those of SalUn Options. Raises ConfigError for invalid ones."""
-    return EraseOptions(**{**(shared or {}), **explicit(values)})
+    options = EraseOptions(**{**(shared or {}), **explicit(values)})
+    if options.detector is not None:
+        without_path(options.detector)
+    return options
 
 
 WIRES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -27,6 +27,8 @@ PAGE_HELP = {  # options that take a path on the command line, but only a name h
                      "folder (several concepts: a subfolder for each).",
     "retain_images": "Folder of images to retain, used in addition to samples: a folder in `pictures` of the data "
                      "folder; x.txt is the prompt of x.png.",
+    "detector": "Decides whether images show the concept: attribute, self, clip, imagenet, safety-checker, nudenet, "
+                "open-nsfw, or images:NAME for a folder in `pictures` with the folders concept and other.",
     "mask": "saliency, shuffled, random, full (the controls), or the mask of an earlier run or job.",
 }  # fmt: skip
 

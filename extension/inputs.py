@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from salun.detectors import without_path
 from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError
 from salun.options import MASKS, from_mapping
@@ -44,7 +45,7 @@ class Inputs:
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"is {value}, but must be a finite number", option=key)
-            if key in (*IMAGE_FOLDERS, "components") and not isinstance(value, str):
+            if key in (*IMAGE_FOLDERS, "components", "detector") and not isinstance(value, str):
                 raise ConfigError(f"is {repr(value)[:80]}, but must be a text", option=key)
         values["mask"] = self.mask(values.get("mask", "saliency"))
         for key in IMAGE_FOLDERS:
@@ -52,7 +53,15 @@ class Inputs:
                 values[key] = str(confined(unquoted(values[key]), self.images))
         if "components" in values:
             values["components"] = _components(unquoted(values["components"]))
+        if "detector" in values:
+            values["detector"] = self._detector(unquoted(values["detector"]))
         return values
+
+    def _detector(self, name: str) -> str:
+        """A detector with its argument, where that is a folder of images, a hub id or a plain word."""
+        if name.startswith("images:"):
+            return f"images:{confined(name.partition(':')[2], self.images)}"
+        return without_path(name)
 
     def image_folders(self) -> list[str]:
         """Names of the folders of the user's images; links that lead out are skipped."""
@@ -88,6 +97,8 @@ class Inputs:
         for key in IMAGE_FOLDERS:
             if options.get(key):
                 options[key] = Path(options[key]).name
+        if str(options.get("detector")).startswith("images:"):
+            options["detector"] = f"images:{Path(options['detector'].partition(':')[2]).name}"
         if options.get("mask") not in MASKS:
             file = Path(str(options.get("mask")))  # named as `mask_names` does
             of_a_run = file.parent.parent.resolve() == self.runs.folder.resolve()

@@ -13,7 +13,7 @@ from salun.runs.reading import read_run
 
 from .host import Host
 from .limits import MAX_ENTRIES, truncated
-from .messages import render
+from .messages import label, render
 from .paths import confined, confined_file, displayable, displayed, without_folders
 
 DELTA = "delta.salun.safetensors"
@@ -141,7 +141,7 @@ def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         if record["status"] == "done":
             rows = metric_rows(record["metrics"])[:MAX_ENTRIES]
-            lines = headline(record["concepts"], record["metrics"])[:MAX_ENTRIES]
+            lines = headline(record["concepts"], record["metrics"], label)[:MAX_ENTRIES]
             entry["headline"] = [truncated(line) for line in lines]
             entry["figures"] = [[truncated(str(cell)) for cell in row] for row in rows]
     except Exception:  # metrics may be untrusted input: the other runs are listed all the same

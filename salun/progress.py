@@ -28,6 +28,7 @@ class Stage(str, Enum):
     IMAGES_BEFORE = "images before"
     IMAGES_AFTER = "images after"
     PROBING = "probing"
+    DETECTING = "detecting"
     EVALUATING = "evaluating"
     SALIENCY = "saliency"
     FROZEN_TARGETS = "frozen targets"

@@ -101,7 +101,8 @@ def place_record(rng: random.Random, folder: Path) -> None:
 
 def evaluate(folder: Path) -> None:
     """`salun eval`, as far as it reads the folder."""
-    from salun.diffusion import reevaluate as module
+    from salun.diffusion import evaluate as module
+    from salun.diffusion.eval_options import EvalOptions
 
     def reached(*_: object) -> None:
         raise Cancelled("the model would be loaded now")
@@ -109,7 +110,7 @@ def evaluate(folder: Path) -> None:
     before, module.load_with = module.load_with, reached  # type: ignore[assignment]
     try:
         with suppress(Cancelled):
-            module.evaluate_run(folder, 2, 0)
+            module.evaluate(str(folder), EvalOptions(n=2))
     finally:
         module.load_with = before
 

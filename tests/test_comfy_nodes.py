@@ -850,7 +850,7 @@ def test_fingerprint_covers_all_that_a_result_depends_on(host: Host) -> None:
         **{"resolution": 128, "forget_latents": 3, "retain_latents": 3, "combine": "union", "scope": "xattn"},
         **{"method": "salun-soft", "guidance": 3.0, "lr_decay": 0.1, "target": "online", "retain_target": "noise"},
         **{"anchor_share": 0.25, "optimizer": "adam8bit", "dtype": "bf16", "low_vram": True, "show_sensitive": True},
-        **{"gradient_checkpointing": True, "deterministic": False},
+        **{"detector": "self", "gradient_checkpointing": True, "deterministic": False},
         **{"sampling_steps": 3, "sampling_guidance": 1.0, "sampler": "lcm"},
         **{"negative_guidance": 2.0, "uce_erase": 2.0, "uce_preserve": 2.0, "uce_lambda": 0.1},
     }

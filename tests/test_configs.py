@@ -15,7 +15,7 @@ from salun.diagnostics.inspect import inspect
 from salun.diffusion.options import Recipe
 from salun.diffusion.prompts.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
-from salun.evaluation.detectors.attribute import load_detector
+from salun.evaluation.detectors.attribute import load_classifier
 from salun.options import from_mapping
 
 from .test_families import make
@@ -132,12 +132,12 @@ def test_from_mapping_names_the_file_of_a_value_out_of_range() -> None:
     ],
     ids=str,
 )
-def test_load_detector_rejects_descriptions_out_of_bounds(values: dict[str, Any], tmp_path: Path) -> None:
+def test_load_classifier_rejects_descriptions_out_of_bounds(values: dict[str, Any], tmp_path: Path) -> None:
     from salun.evaluation.detectors.attribute import AttributeClassifier
 
     AttributeClassifier({"shape": ["circle", "square"]}, 32, (8, 8)).save(tmp_path)
-    load_detector(tmp_path)
+    load_classifier(tmp_path)
     path = tmp_path / "detector.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
     with pytest.raises(DataError, match="cannot be used"):
-        load_detector(tmp_path)
+        load_classifier(tmp_path)

@@ -102,7 +102,8 @@ def test_the_record_says_what_was_done(run_folder: Path) -> None:
     unset = {name for name, value in record["options"].items() if value is None}
     # nothing to resolve: no pictures, and what the model's files tell
     assert unset == {
-        "forget_images", "retain_images", "clip_skip", "components", "prediction_type", "negative_prompt", "sampler"
+        "forget_images", "retain_images", "detector", "clip_skip", "components", "prediction_type", "negative_prompt",
+        "sampler",
     }  # fmt: skip
     assert [row["step"] for row in record["losses"]] == [1, 2, 3, 4]
     assert record["mask"]["selected"] == record["mask"]["total"] // 2
@@ -247,17 +248,17 @@ def test_a_folder_is_a_model_like_any_other(copy_of_shapes: Path) -> None:
     assert run.metrics["ua"] is not None
 
 
-def test_without_a_detector_the_figures_are_not_known(copy_of_shapes: Path) -> None:
+def test_detector_that_cannot_tell_gives_no_number(copy_of_shapes: Path) -> None:
     (copy_of_shapes / "salun.yaml").unlink()
     settings = {"sampling": {"resolution": 64, "steps": 4, "guidance": 3.0}}
     (copy_of_shapes / "salun.yaml").write_text(json.dumps(settings), encoding="utf-8")
     run = salun.erase(
         str(copy_of_shapes), salun.Concept("golden retriever", anchor="cat"), **{**SHORT, "eval_images": 2}
     )
-    assert run.metrics["ua"] is None
-    assert "no detector" in run.metrics["reason"]
+    assert run.metrics["detector"]["name"] == "self"  # and the model knows no dogs
+    assert run.metrics["ua"] is None and "cannot tell" in run.metrics["reasons"]["ua"]
     assert run.metrics["anchor_gap"]["value"] > 0
-    assert "is unknown" in run.report.html
+    assert "cannot tell" in run.report.html
 
 
 def test_a_sensitive_concept_is_blurred(copy_of_shapes: Path) -> None:

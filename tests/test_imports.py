@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"salun.errors", "salun.version", "salun.progress", "salun.display", "salun.untrusted"},
     {"salun.user_text", "salun.options", "salun.images", "salun.files", "salun.compute", "salun.masking.threshold"},
-    {"salun.methods", "salun.diffusion.options"},
+    {"salun.methods", "salun.detectors", "salun.diffusion.options", "salun.diffusion.eval_options"},
     {"salun.randomness"},
     {"salun.config", "salun.checkpoints.signature", "salun.checkpoints.safetensors_io", "salun.checkpoints.keymap"},
     {"salun.masking.mask", "salun.runs"},
@@ -25,11 +25,11 @@ LAYERS = [
     {"salun.delta.delta", "salun.delta.stock_formats"},
     {"salun.evaluation", "salun.report"},
     {"salun.diffusion.prompts", "salun.diffusion.model"},
-    {"salun.diffusion", "salun.classification", "salun.attacks"},
+    {"salun.diffusion", "salun.classification", "salun.attacks", "salun.evaluation.detectors.self_classifier"},
     {"salun.delta", "salun.diagnostics"},
 ]
 HEAVY = {"diffusers", "transformers", "accelerate", "typer", "rich", "gradio", "comfy", "huggingface_hub", "jinja2"}
-HEAVY |= {"sklearn", "scipy", "datasets", "timm"}
+HEAVY |= {"sklearn", "scipy", "datasets", "timm", "onnxruntime", "torch_fidelity", "torchvision"}
 
 
 def module_of(path: Path) -> str:

@@ -127,11 +127,13 @@ def test_what_cannot_be_measured_is_null_with_its_reason() -> None:
     concept = ExpectedConcept("circle", "shape", 0, None, slice(0, 8))
     plain = Detection({"shape": np.zeros((8, 3))}, 0.0)
     side = ModelEvaluation(plain, plain, predictions(1.0))
-    found = measure(
-        pair([1] * 8, [1] * 8, concepts=[concept], labels={"shape": LABELS["shape"]}, before=side, after=side)
-    )
-    assert {key for key in found["reasons"] if found[key] is None} == {"anchor", "preserved", "unclassified", "frechet"}
-    assert found["ua"]["value"] == 0 and found["preserved_by_attribute"] == {}
+    expected = {"shape": np.ones(8, int)}
+    sides = {"before": side, "after": side, "expected_forget": expected, "expected_retain": expected}
+    found = measure(pair([1] * 8, [1] * 8, concepts=[concept], labels={"shape": LABELS["shape"]}, **sides))
+    without = {"anchor", "preserved", "unclassified", "frechet", "image_drift"}
+    assert {key for key in found["reasons"] if found[key] is None} == {*without, "ua", "ua_corrected"}
+    assert "cannot tell: on the original model it sees the concept in 100 % of the images" in found["reasons"]["ua"]
+    assert found["preserved_by_attribute"] == {}
     found = unknown("no detector covers 'cat'")
     assert (found["ua"], found["ra_before"], found["per_class"]) == (None, None, None)
     assert found["reason"] == found["reasons"]["ua"] == "no detector covers 'cat'"
@@ -163,7 +165,9 @@ def test_registries_import_no_torch() -> None:
 
 def test_lines_name_each_concept_and_unknown_metrics() -> None:
     lines = metric_lines({**FAILED, "per_concept": {"a": FAILED["per_concept"]["circle"], "b": {}}})
-    assert lines[0].startswith("Forgotten (UA):") and lines[0].endswith("37.5 % (13.7–69.4, n = 8), before 0.0")
+    assert lines[0].startswith("Damaged: Images of other prompts are as prompted in 75.0 %")
+    assert lines[1] == "Next: Lower lr or steps, or raise retain_weight."
+    assert lines[2].startswith("Forgotten (UA):") and lines[2].endswith("37.5 % (13.7–69.4, n = 8), before 0.0")
     assert "a:" in lines and "b:" in lines
     assert any(re.match(r"Unknown: Forgotten \(UA\), .* \(why\)", line) for line in metric_lines(unknown("why")))
     json.dumps(FAILED, allow_nan=False)
@@ -171,21 +175,23 @@ def test_lines_name_each_concept_and_unknown_metrics() -> None:
 
 def test_the_headline_says_success_and_failure() -> None:
     text = text_of(html_of(run_data(WORKED)))
-    assert "The model forgot “circle”: none of 8 images of its prompts show it (before: 8)." in text
-    assert "Accuracy on other prompts is unchanged: 100.0 % before, 100.0 % after." in text
+    assert "Mostly erased: “circle” is gone from 100.0 %" in text
+    assert "None of 8 images of prompts of “circle” show it (before: 8)." in text
     assert "5 of 10 weights (50.0%)" in text
     text = text_of(html_of(run_data(FAILED)))
-    assert "did not forget “circle”" in text
+    assert "Damaged: Images of other prompts are as prompted in 75.0 %" in text
+    assert "5 of 8 images of prompts of “circle” show it (before: 8)." in text
     assert "Warning: 25 % of the images are no longer valid" in text
-    assert "Accuracy on other prompts dropped: 100.0 % before, 75.0 % after." in text
 
 
 def test_unknown_metrics_are_reported_as_unknown() -> None:
-    text = text_of(html_of(run_data(unknown("no detector covers 'cat'")))).replace("&#39;", "'")
-    assert "Whether it did is unknown: no detector covers 'cat'." in text
+    metrics = {**unknown("no detector covers 'cat'"), "anchor_gap": None}
+    text = text_of(html_of(run_data(metrics))).replace("&#39;", "'")
+    assert "Can't tell: Whether the concept is gone is unknown: no detector covers 'cat'." in text
     assert "Unknown: Forgotten (UA)" in text and "Retain accuracy by class" not in text
     assert headline([{"name": "cat"}], {}) == [
-        "The model was trained to forget “cat”. Whether it did is unknown: it was not measured."
+        "Can't tell: Whether the concept is gone is unknown: it was not measured.",
+        "Next: Look at the images.",
     ]
 
 

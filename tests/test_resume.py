@@ -53,7 +53,7 @@ def whole(shapes: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("stage", "step"),
-    [("sampling", 8), ("images before", 4), ("saliency", 2), ("frozen targets", 3), ("training", 3), ("saving", 2)],
+    [("sampling", 8), ("images before", 6), ("saliency", 2), ("frozen targets", 3), ("training", 3), ("saving", 2)],
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     stage: str, step: int, shapes: Model, whole: Path, tmp_path: Path

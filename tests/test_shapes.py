@@ -10,16 +10,15 @@ from salun.checkpoints.locate import ASSETS
 from salun.diffusion.data.latents import item_seed, sample_images, sample_latents
 from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import ConfigError, DataError
-from salun.evaluation.detector import choose_detector
-from salun.evaluation.detectors.attribute import AttributeClassifier, load_detector
-from salun.evaluation.estimate import Unknown
+from salun.evaluation.detector import DetectorInputs, Subject, Target, load_detector
+from salun.evaluation.detectors.attribute import AttributeClassifier, load_classifier
 
 ORACLE = ASSETS / "shapes" / "oracle"
 
 
 @pytest.fixture(scope="module")
 def oracle() -> AttributeClassifier:
-    return load_detector(ORACLE)
+    return load_classifier(ORACLE)
 
 
 def test_all_its_weights_take_at_most_16_megabytes() -> None:
@@ -47,7 +46,7 @@ def test_it_draws_what_it_is_asked(shapes: Model, oracle: AttributeClassifier) -
     assert shapes.settings.vocabulary is not None
     prompts = list(shapes.settings.vocabulary.prompts(shapes.settings.vocabulary.eval))[::4]
     images = sample_images(shapes, [p.text for p in prompts], [item_seed(5, "sample", i) for i in range(len(prompts))])
-    detection = oracle.detect(images)
+    detection = oracle.detect_images(images)
     for attribute, labels in oracle.labels.items():
         expected = np.array([labels.index(p.labels[attribute]) for p in prompts])
         assert detection.shows(attribute, expected).mean() >= 0.9, attribute
@@ -59,7 +58,7 @@ def test_detect_finds_the_largest_logit_of_each_attribute_in_valid_images(oracle
     with torch.no_grad():
         logits = oracle(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
     valid = logits["picture"].argmax(1).numpy() == 1
-    detection = oracle.detect(images, batch_size=16)
+    detection = oracle.detect_images(images, batch_size=16)
     assert detection.valid is not None and np.array_equal(detection.valid, valid)
     for attribute, labels in oracle.labels.items():
         shown = np.stack([detection.shows(attribute, i) for i in range(len(labels))], axis=1)
@@ -68,14 +67,18 @@ def test_detect_finds_the_largest_logit_of_each_attribute_in_valid_images(oracle
     assert not detection.shows("shape", -1).any()
 
 
-def test_choose_detector_takes_one_that_covers_every_concept() -> None:
-    chosen = choose_detector([("shape", "circle"), ("style", "night")], ORACLE)
-    assert not isinstance(chosen, Unknown) and chosen.name == "attribute" and len(chosen.sha256) == 64
-    for concepts, folder in (([("shape", "dog")], ORACLE), ([(None, "circle")], ORACLE), ([("shape", "circle")], None)):
-        found = choose_detector(concepts, folder)
-        assert isinstance(found, Unknown) and "no detector covers" in found.reason
-    with pytest.raises(ConfigError, match="detector is 'x', but must be one of attribute"):
-        choose_detector([("shape", "circle")], ORACLE, name="x")
+def test_load_detector_gives_one_that_covers_every_concept() -> None:
+    night, circle = Subject("night", "plain", "style"), Subject("circle", "square", "shape")
+    chosen = load_detector("attribute", DetectorInputs([circle, night], ORACLE))
+    assert chosen.name == "attribute" and len(chosen.sha256) == 64
+    assert chosen.target(circle) == Target("shape", 0, 1)
+    for subject, folder in ((Subject("dog", None, "shape"), ORACLE), (Subject("circle"), ORACLE), (circle, None)):
+        with pytest.raises(ConfigError, match=r"cannot detect '(dog|circle)' in images of this model"):
+            load_detector("attribute", DetectorInputs([subject], folder))
+    with pytest.raises(ConfigError, match="detector is 'x', but must be one of attribute, self"):
+        load_detector("x", DetectorInputs([circle], ORACLE))
+    with pytest.raises(ConfigError, match="detector is 'self:x', but self takes no argument"):
+        load_detector("self:x", DetectorInputs([circle], ORACLE))
 
 
 def test_a_sample_does_not_depend_on_its_batch(shapes: Model) -> None:
@@ -85,7 +88,7 @@ def test_a_sample_does_not_depend_on_its_batch(shapes: Model) -> None:
     torch.testing.assert_close(together[1:2], alone, atol=1e-3, rtol=1e-3)  # 12 guided steps of float32 rounding
 
 
-def test_load_detector_rejects_files_that_do_not_fit(tmp_path: object) -> None:
+def test_load_classifier_rejects_files_that_do_not_fit(tmp_path: object) -> None:
     from pathlib import Path
     from shutil import copytree
 
@@ -93,6 +96,6 @@ def test_load_detector_rejects_files_that_do_not_fit(tmp_path: object) -> None:
     text = (folder / "detector.json").read_text(encoding="utf-8")
     (folder / "detector.json").write_text(text.replace('"circle",', ""), encoding="utf-8")
     with pytest.raises(DataError, match="detector"):
-        load_detector(folder)
+        load_classifier(folder)
     with pytest.raises(DataError, match="nowhere"):
-        load_detector(folder / "nowhere")
+        load_classifier(folder / "nowhere")

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.sizes import check_size, first_line
+from salun.checkpoints.transformers_folder import PLAIN, check_config
 from salun.classification import pretrained
 from salun.classification.data import ImageData
-from salun.classification.pretrained import PLAIN, check_config
 from salun.errors import ModelError
 from salun.randomness import seed_of
 from salun.runs.cache import digest_of

@@ -20,11 +20,11 @@ from salun.delta import delta as deltas
 from salun.diffusion.model.loading import ModelSpec, describe
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.options import ModelOptions
-from salun.diffusion.reevaluate import file_of, read_finished
 from salun.errors import ConfigError, ModelError
 from salun.masking.mask import FORMAT as MASK_FORMAT
 from salun.masking.mask import Mask
 from salun.report.density import per_block
+from salun.runs.reading import file_of, read_finished
 from salun.user_text import checked
 
 

@@ -91,5 +91,6 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
     model.load(erased)
     with context.stage(Stage.EVALUATING):
         after = evaluate_model(model, prompts, context.progress, Stage.IMAGES_AFTER)
-        metrics = compare(model, plan, prompts, before, after)
+        model.load({name: original[name] for name in erased})
+        metrics = compare(model, plan, prompts, before, after, context.progress)
     return Run(model, plan, unlearned.mask, erased, unlearned.history, metrics, prompts, before, after, record)

@@ -2,52 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from salun.diffusion.data.latents import item_seed, sample_images
+from salun.diffusion.data.latents import decode_images, item_seed, sample_latents
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, spread
-from salun.diffusion.prompts.concepts import Concept, ConceptPrompts
 from salun.diffusion.prompts.vocabulary import Prompt
-from salun.evaluation.detector import Detection, Detector, choose_detector, facts_of
-from salun.evaluation.estimate import Unknown
+from salun.evaluation.detector import (
+    Detection,
+    Detector,
+    DetectorInputs,
+    Samples,
+    Subject,
+    facts_of,
+    load_detector,
+)
 from salun.evaluation.metric import EvaluationPair, ExpectedConcept, ModelEvaluation, Predictions, Source
 from salun.evaluation.registry import measure
+from salun.evaluation.verdict import verdict_on
 from salun.progress import Event, Progress, Stage, silent
 from salun.randomness import step_generator
 from salun.runs.cache import Cache
 
 NUM_DRIFT_SAMPLES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change
 NOTHING = Detection({}, 0.0)
-NO_IMAGES = Unknown("no evaluation images were requested")
+NO_IMAGES = "no evaluation images were requested"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """A model on the evaluation prompts.
 
     Args:
-        forget, retain: Images, uint8 (n, H, W, 3).
-        forget_prediction, anchor_prediction, retain_prediction: float32 (NUM_DRIFT_SAMPLES, c, h, w), predictions on
-            the same noisy latents under prompts of each kind.
+        forget, retain: Samples of both kinds of prompts.
+        predictions: (`NUM_DRIFT_SAMPLES`, c, h, w) each, on the same noisy latents under prompts of each kind.
+        anchor: Samples of the anchors' prompts, of the original model only.
     """
 
-    forget: np.ndarray
-    retain: np.ndarray
-    forget_prediction: Tensor
-    anchor_prediction: Tensor
-    retain_prediction: Tensor
-
-    @property
-    def predictions(self) -> Predictions:
-        """The predictions, as metrics take them."""
-        return Predictions(self.forget_prediction, self.anchor_prediction, self.retain_prediction)
+    forget: Samples
+    retain: Samples
+    predictions: Predictions
+    anchor: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ class EvalPrompts:
     retain: list[Prompt]
     forget_seeds: list[int]
     retain_seeds: list[int]
+
+    @property
+    def anchors(self) -> tuple[list[Prompt], list[int]]:
+        """The anchors' prompts that are not empty, and their seeds, which are those of the forget images."""
+        rows = [i for i, prompt in enumerate(self.anchor) if prompt.text]
+        return [self.anchor[i] for i in rows], [self.forget_seeds[i] for i in rows]
 
 
 def eval_prompts(plan: Plan, n: int, seed: int) -> EvalPrompts:
@@ -86,14 +93,29 @@ def evaluate_model(
     model: DiffusionModel,
     prompts: EvalPrompts,
     progress: Progress = silent,
-    stage: Stage = Stage.EVALUATING,
+    stage: Stage = Stage.IMAGES_AFTER,
     cache: Cache | None = None,
+    weights: str | None = None,
 ) -> Evaluation:
-    """Sample the model as it is now, and predict. cache: only for a model with its original weights."""
-    texts = [p.text for p in prompts.forget] + [p.text for p in prompts.retain]
-    images = sample_images(model, texts, prompts.forget_seeds + prompts.retain_seeds, progress, stage, cache)
-    n, kinds = len(prompts.forget), (prompts.forget, prompts.anchor, prompts.retain)
-    return Evaluation(images[:n], images[n:], *(_predict(model, [p.text for p in of], progress) for of in kinds))
+    """Sample the model as it is now, and predict.
+
+    Args:
+        stage: `IMAGES_BEFORE` for the original, which samples anchors too.
+        cache, weights: As in `sample_latents`.
+    """
+    anchors = prompts.anchors if stage is Stage.IMAGES_BEFORE else ([], [])
+    texts = [*(p.text for p in prompts.forget), *(p.text for p in prompts.retain), *(p.text for p in anchors[0])]
+    seeds = [*prompts.forget_seeds, *prompts.retain_seeds, *anchors[1]]
+    latents = sample_latents(model, texts, seeds, progress, stage, cache, weights)
+    images = decode_images(model, latents)
+    n, m = len(prompts.forget), len(prompts.forget) + len(prompts.retain)
+    forget, retain, anchor = (
+        Samples(images[rows], latents[rows].cpu(), texts[rows], compare_prompts=rows.start == n)
+        for rows in (slice(n), slice(n, m), slice(m, None))
+    )
+    kinds = (prompts.forget, prompts.anchor, prompts.retain)
+    predictions = Predictions(*(_predict(model, [p.text for p in of], progress) for of in kinds))
+    return Evaluation(forget, retain, predictions, anchor if anchors[0] else None)
 
 
 @torch.no_grad()
@@ -120,41 +142,77 @@ def compare(
     prompts: EvalPrompts,
     before: Evaluation,
     after: Evaluation,
-    *,
-    detector: str | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """The metrics of a run, as in `run.json`.
 
     Args:
+        model: With its original weights.
         prompts: The evaluation prompts of both evaluations.
-        detector: Name of the detector; by default the first one that covers the concepts.
+
+    Raises:
+        ConfigError: The plan's detector is not at hand, or cannot detect a concept.
     """
-    names = [(of.attribute, concept.name) for concept, of in _paired(plan)]
-    chosen = choose_detector(names, model.settings.detector, model.device, detector) if prompts.forget else NO_IMAGES
-    if isinstance(chosen, Unknown):
-        sources: tuple[Source, ...] = ("detections",) if prompts.forget else ("detections", "predictions")
-        unknown = dict.fromkeys(sources, chosen.reason)
-        return measure(EvaluationPair([], {}, {}, {}, _evaluated(before), _evaluated(after), unknown))
-    pair = EvaluationPair(
-        _expected_concepts(chosen, plan, prompts),
-        chosen.labels,
-        _expected_labels(chosen, prompts.anchor),
-        _expected_labels(chosen, prompts.retain),
-        _evaluated(before, chosen),
-        _evaluated(after, chosen),
+    if not prompts.forget:
+        unknown: dict[Source, str] = dict.fromkeys(("detections", "predictions", "latents"), NO_IMAGES)
+        none = ModelEvaluation(NOTHING, NOTHING, before.predictions)
+        return _with_verdict(measure(EvaluationPair([], {}, {}, {}, none, none, unknown)))
+    inputs = DetectorInputs(plan.subjects, model.settings.detector, model, model.device)
+    detector = load_detector(plan.detector, inputs)
+    return metrics_of(detector, evaluated_pair(detector, plan, prompts, before, after, progress))
+
+
+def evaluated_pair(
+    detector: Detector,
+    plan: Plan,
+    prompts: EvalPrompts,
+    before: Evaluation,
+    after: Evaluation,
+    progress: Progress = silent,
+) -> EvaluationPair:
+    """What a detector sees in two evaluations of at least one image each."""
+    parts = _parts(before)
+    seen = list(_detections(detector, [*parts, *_parts(after)], progress))
+    return EvaluationPair(
+        _expected_concepts(detector, plan.subjects, prompts),
+        detector.labels,
+        _expected_labels(detector, prompts.anchor),
+        _expected_retain(detector, prompts),
+        _evaluated(before, seen[: len(parts)]),
+        _evaluated(after, seen[len(parts) :]),
         {},
     )
-    return {**measure(pair), "detector": facts_of(chosen)}
 
 
-def _paired(plan: Plan) -> list[tuple[Concept, ConceptPrompts]]:
-    return list(zip(plan.concepts, plan.prompts.concepts, strict=True))
+def metrics_of(detector: Detector, pair: EvaluationPair) -> dict[str, Any]:
+    """The metrics of a pair, as in `run.json`."""
+    return _with_verdict({**measure(pair), "detector": facts_of(detector)})
 
 
-def _evaluated(side: Evaluation, detector: Detector | None = None) -> ModelEvaluation:
-    if detector is None:
-        return ModelEvaluation(NOTHING, NOTHING, side.predictions)
-    return ModelEvaluation(detector.detect(side.forget), detector.detect(side.retain), side.predictions)
+def _with_verdict(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {**metrics, "verdict": verdict_on(metrics).as_json()}
+
+
+def _parts(side: Evaluation) -> list[Samples]:
+    return [side.forget, side.retain, *([side.anchor] if side.anchor is not None else [])]
+
+
+def _evaluated(side: Evaluation, seen: Sequence[Detection]) -> ModelEvaluation:
+    """seen: in each of its `_parts`."""
+    anchor = seen[2] if len(seen) > 2 else None
+    return ModelEvaluation(seen[0], seen[1], side.predictions, anchor, side.retain.latents)
+
+
+def _detections(detector: Detector, parts: Sequence[Samples], progress: Progress) -> Iterator[Detection]:
+    """Of each part; the progress counts all of them."""
+    done, total = 0, sum(map(len, parts))
+
+    def counted(event: Event) -> None:
+        progress(replace(event, step=done + event.step, total=total))
+
+    for part in parts:
+        yield detector.detect(part, counted)
+        done += len(part)
 
 
 def _expected_labels(detector: Detector, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
@@ -162,16 +220,26 @@ def _expected_labels(detector: Detector, prompts: Sequence[Prompt]) -> dict[str,
     return {
         name: np.array([labels.index(p.labels[name]) if name in p.labels else -1 for p in prompts], np.int64)
         for name, labels in detector.labels.items()
+        if any(name in p.labels for p in prompts)
     }
 
 
-def _expected_concepts(detector: Detector, plan: Plan, prompts: EvalPrompts) -> list[ExpectedConcept]:
+def _expected_retain(detector: Detector, prompts: EvalPrompts) -> dict[str, np.ndarray]:
+    """Those of retain prompts. Where they name no label: that each image is as its prompt says, if that is decided."""
+    expected = _expected_labels(detector, prompts.retain)
+    if not expected and detector.prompt_match is not None:
+        return {detector.prompt_match: np.zeros(len(prompts.retain), np.int64)}
+    return expected
+
+
+def _expected_concepts(detector: Detector, subjects: Sequence[Subject], prompts: EvalPrompts) -> list[ExpectedConcept]:
     """The concepts in the detector's terms."""
-    concepts = []
-    for i, (concept, of) in enumerate(_paired(plan)):
-        assert of.attribute is not None and of.value is not None
-        labels = detector.labels[of.attribute]
-        anchor = labels.index(of.anchor_value) if of.anchor_value is not None else None
+    concepts, anchors = [], 0
+    for i, subject in enumerate(subjects):
+        target = detector.target(subject)
+        assert target is not None
         rows = slice(i * prompts.each, (i + 1) * prompts.each)
-        concepts.append(ExpectedConcept(concept.name, of.attribute, labels.index(of.value), anchor, rows))
+        count = sum(bool(prompt.text) for prompt in prompts.anchor[rows])
+        anchor_rows, anchors = slice(anchors, anchors + count), anchors + count
+        concepts.append(ExpectedConcept(subject.name, target.attribute, target.label, target.anchor, rows, anchor_rows))
     return concepts

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from salun.detectors import DETECTORS
 from salun.errors import ConfigError
 from salun.methods import METHODS, option_names, with_method_options
 from salun.options import MASKS, Checked, DeviceOptions, FileOptions, option
@@ -88,6 +89,12 @@ class EraseOptions(ModelOptions):
         "Images per set (forget, retain) of the evaluation before and after; 0 disables it",
         minimum=0,
         maximum=1_000_000,
+    )
+    detector: str | None = option(
+        None,
+        f"Detector that decides whether images show the concept ({', '.join(DETECTORS)}), with an argument after a "
+        "colon where it takes one",
+        auto="the classifier in the model's folder, else self: the original model as classifier",
     )
     forget_images: str | None = option(
         None,
@@ -207,7 +214,7 @@ GROUPS = {  # title → options, in the order in which hosts show them
         "optimizer", "recipe",
     ),
     "Other methods": option_names("diffusion"),
-    "Evaluation": ("eval_images", "show_sensitive"),
+    "Evaluation": ("eval_images", "detector", "show_sensitive"),
     "Computing": (
         "device", "dtype", "low_vram", "gradient_checkpointing", "attention", "seed", "deterministic", "save_every",
     ),

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from salun.detectors import default_detector, passes_of
 from salun.diffusion.model.few_steps import FewSteps, hint
 from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.options import EraseOptions, Recipe, Sampling
-from salun.diffusion.prompts.concepts import Concept, Prompts, part, prompts_of, resolve
+from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, part, prompts_of, resolve
 from salun.errors import ConfigError
+from salun.evaluation.detector import Subject
 from salun.methods import METHODS, Method, load
 from salun.options import MASKS
 from salun.progress import Stage, StageCost
@@ -31,7 +33,8 @@ class Plan:
 
     options: with every number set, so that they reproduce the erasure. recipe: the numbers that depend on the model,
     from the options or the model's recipe. sampling: likewise. few_steps: a sign that the model is meant for few steps,
-    where the options do not say how to sample. notes: lines for the user.
+    where the options do not say how to sample. notes: lines for the user. detector: of the concepts in images, with its
+    argument after a colon.
     """
 
     concepts: list[Concept]
@@ -41,6 +44,13 @@ class Plan:
     sampling: Sampling
     notes: list[str]
     few_steps: FewSteps | None = None
+    detector: str = "self"
+
+    @property
+    def subjects(self) -> list[Subject]:
+        """The concepts, as detectors need to know them."""
+        pairs = zip(self.concepts, self.prompts.concepts, strict=True)
+        return [subject_of(concept, prompts) for concept, prompts in pairs]
 
     @property
     def name(self) -> str:
@@ -84,16 +94,19 @@ class Plan:
         if data is not None or self.method.data == "prompts":
             sampled = 0
         shown = recipe.eval_images * (concepts + 1)
+        anchored = recipe.eval_images * sum(bool(concept.anchor) for concept in self.concepts)
+        judged = 2 * shown + anchored if (passes_each := passes_of(self.detector)) else 0
         parts = concepts if self.options.combine == "union" else 1
         scored = self.by_saliency and not masked
         batches = parts * recipe.saliency_timesteps * math.ceil(forget // parts / recipe.batch_size) if scored else 0
         passes = self.sampling.passes
         stages = [
             StageCost(Stage.SAMPLING, sampled, forward=sampled * passes),
-            StageCost(Stage.IMAGES_BEFORE, shown, forward=shown * passes),
+            StageCost(Stage.IMAGES_BEFORE, shown + anchored, forward=(shown + anchored) * passes),
             StageCost(Stage.SALIENCY, batches, backward=forget * recipe.saliency_timesteps * 2 if scored else 0),
             *self._training_stages(),
             StageCost(Stage.IMAGES_AFTER, shown, forward=shown * passes),
+            StageCost(Stage.DETECTING, judged, forward=judged * passes_each),
         ]
         return [stage for stage in stages if stage.steps]
 
@@ -142,6 +155,19 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
         sampling=sampling,
         notes=[*notes, *_notes_on_texts(concepts, sampling), *_notes_on(sampling, few_steps)],
         few_steps=few_steps,
+        detector=options.detector or default_detector(settings.detector),
+    )
+
+
+def subject_of(concept: Concept, prompts: ConceptPrompts) -> Subject:
+    """A resolved concept, as a detector needs to know it."""
+    return Subject(
+        concept.name,
+        concept.anchor or None,
+        prompts.attribute,
+        concept.preset,
+        concept.synonyms[0] if concept.synonyms else concept.name,
+        concept.anchors[0] if concept.anchors else concept.anchor or "",
     )
 
 

@@ -51,9 +51,13 @@ def grids(
     for i, blur in enumerate(blurred(plan)):
         rows = slice(i * prompts.each, i * prompts.each + k)
         texts = [p.text for p in prompts.forget[rows]]
-        rows_of_concepts.append(image_grid.grid(before.forget[rows], after.forget[rows], texts, blur=blur))
+        rows_of_concepts.append(
+            image_grid.grid(before.forget.images[rows], after.forget.images[rows], texts, blur=blur)
+        )
     texts = [p.text for p in prompts.retain[:k]]
-    return image_grid.stack(*rows_of_concepts), image_grid.grid(before.retain[:k], after.retain[:k], texts)
+    return image_grid.stack(*rows_of_concepts), image_grid.grid(
+        before.retain.images[:k], after.retain.images[:k], texts
+    )
 
 
 def blurred(plan: Plan) -> list[bool]:

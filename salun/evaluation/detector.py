@@ -1,24 +1,75 @@
-"""What a detector is, which ones there are, and the choice of one that covers the concepts of a run."""
+"""What a detector is, what it looks at and gives; `salun.detectors.DETECTORS` lists those there are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from salun.detectors import DETECTORS
 from salun.errors import ConfigError
-from salun.evaluation.estimate import Unknown
+from salun.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-DETECTORS = {  # name → the function that loads it, imported when it is called; in the order of preference
-    "attribute": "salun.evaluation.detectors.attribute:load",
-}
+
+@dataclass(frozen=True)
+class Subject:
+    """A concept, as a detector needs to know it.
+
+    Args:
+        name, anchor: The concept and what is shown in its place; an anchor of None is the empty prompt.
+        attribute: Of the model's vocabulary; None for a model without one.
+        preset: Name of the concept's preset, None for free text.
+        phrase, anchor_phrase: Prompts that say nothing but the concept and the anchor ("" for the empty prompt).
+    """
+
+    name: str
+    anchor: str | None = None
+    attribute: str | None = None
+    preset: str | None = None
+    phrase: str = ""
+    anchor_phrase: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images that a detector is to look at, and what they were made from.
+
+    Args:
+        images: uint8 (n, H, W, 3).
+        latents: float32 (n, c, h, w), scaled by the VAE's factor.
+        prompts: (n,), the prompts that they were sampled from.
+        compare_prompts: Whether to decide if each image shows what its prompt says (`Detector.prompt_match`).
+    """
+
+    images: np.ndarray
+    latents: Tensor
+    prompts: Sequence[str]
+    compare_prompts: bool = False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a detector's scores show a concept.
+
+    Args:
+        attribute: Key of `Detection.scores`.
+        label, anchor: Columns there; None for an anchor that cannot be detected.
+    """
+
+    attribute: str
+    label: int
+    anchor: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +105,8 @@ class Detector(Protocol):
         sha256: Of its weights.
         labels: Attribute → its labels.
         threshold, unit: From which score on a label counts as detected, and what a score is.
+        prompt_match: The attribute whose only label says that an image shows what its prompt says; None where the
+            detector cannot tell.
     """
 
     name: str
@@ -62,43 +115,65 @@ class Detector(Protocol):
     labels: Mapping[str, Sequence[str]]
     threshold: float
     unit: str
+    prompt_match: str | None
 
-    def covers(self, attribute: str | None, label: str) -> bool:
-        """Whether it can detect a label. attribute: of the model's vocabulary; None for a model without one."""
+    def target(self, subject: Subject) -> Target | None:
+        """Where its scores show a concept; None for a concept that it does not know."""
         ...
 
-    def detect(self, images: np.ndarray) -> Detection:
-        """Detect in uint8 images (n, h, w, 3)."""
+    def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
+        """Detect in n images."""
         ...
+
+
+@dataclass(frozen=True)
+class DetectorInputs:
+    """What detectors are made from.
+
+    Args:
+        subjects: The concepts.
+        folder: The model's own detector, if it has one.
+        original: The model with its original weights (`salun.diffusion.model.protocol.DiffusionModel`); None where
+            there are only images.
+        device: Where to compute.
+        argument: What follows the detector's name after a colon, "" for nothing.
+    """
+
+    subjects: Sequence[Subject]
+    folder: Path | None = None
+    original: Any = None
+    device: torch.device | str = "cpu"
+    argument: str = ""
 
 
 def facts_of(detector: Detector) -> dict[str, str | float]:
-    """A detector's facts, as in `run.json`."""
-    return {name: getattr(detector, name) for name in ("name", "version", "sha256", "threshold", "unit")}
+    """A detector's facts, as in `run.json`, with those in its attribute `facts` if it has that."""
+    facts = {name: getattr(detector, name) for name in ("name", "version", "sha256", "threshold", "unit")}
+    return {**facts, **getattr(detector, "facts", {})}
 
 
-def choose_detector(
-    concepts: Sequence[tuple[str | None, str]],
-    folder: Path | None,
-    device: torch.device | str = "cpu",
-    name: str | None = None,
-) -> Detector | Unknown:
-    """The detector of this name, or the first one that covers all concepts; Unknown if there is none.
-
-    Args:
-        concepts: Attribute (None for a model without a vocabulary) and label of each concept.
-        folder: The model's own detector, if it has one.
+def load_detector(name: str, inputs: DetectorInputs) -> Detector:
+    """The detector of this name, with its argument after a colon if it takes one.
 
     Raises:
-        ConfigError: No detector has that name.
+        ConfigError: No detector has that name, it is not at hand, or it cannot detect a concept.
         DataError: The detector's files cannot be used.
     """
-    if name is not None and name not in DETECTORS:
+    key, _, argument = name.partition(":")
+    entry = DETECTORS.get(key)
+    if entry is None:
         raise ConfigError(f"is {name!r}, but must be one of {', '.join(DETECTORS)}", option="detector")
-    for key in DETECTORS if name is None else (name,):
-        load: Callable[[Path | None, torch.device | str], Detector | None] = resolve_name(DETECTORS[key])
-        detector = load(folder, device)
-        if detector is not None and all(detector.covers(*concept) for concept in concepts):
-            return detector
-    labels = ", ".join(repr(label) for _, label in concepts)
-    return Unknown(f"no detector covers {labels}: look at the images")
+    if argument and not entry.argument:
+        raise ConfigError(
+            f"is {name!r}, but {key} takes no argument", option="detector", advice=f"Use {{detector}} {key}"
+        )
+    load: Callable[[DetectorInputs], Detector | None] = resolve_name(entry.loads)
+    detector = load(replace(inputs, argument=argument))
+    missed = [each.name for each in inputs.subjects if detector is None or detector.target(each) is None]
+    if detector is None or missed:
+        raise ConfigError(
+            f"is {name}, which cannot detect {', '.join(map(repr, missed))} in images of this model",
+            option="detector",
+            advice="Omit {detector}, or use {detector} self",
+        )
+    return detector

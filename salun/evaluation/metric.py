@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from salun.evaluation.calibration import Calibration
 from salun.evaluation.detector import Detection
-from salun.evaluation.estimate import Estimate, Value
+from salun.evaluation.estimate import Estimate, Unknown, Value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Source = Literal["detections", "predictions"]
+Source = Literal["detections", "predictions", "latents"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +29,19 @@ class Predictions:
 
 @dataclass(frozen=True, eq=False)
 class ModelEvaluation:
-    """What was measured on one model: detections in forget and retain images, and predictions."""
+    """What was measured on one model.
+
+    Args:
+        forget, retain, anchor: Detections in images of the concepts' prompts, of other prompts and, of the original
+            only, of the anchors' prompts.
+        retain_latents: float32 (n, c, h, w), the samples behind the retain images.
+    """
 
     forget: Detection
     retain: Detection
     predictions: Predictions
+    anchor: Detection | None = None
+    retain_latents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class ExpectedConcept:
     Args:
         label, anchor: Indices among the labels of `attribute`; an anchor of None is the empty prompt.
         rows: Its forget images.
+        anchor_rows: Its anchor images, of the original.
     """
 
     name: str
@@ -49,6 +59,7 @@ class ExpectedConcept:
     label: int
     anchor: int | None
     rows: slice
+    anchor_rows: slice = field(default_factory=lambda: slice(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +69,7 @@ class EvaluationPair:
     Args:
         labels: Attribute → the detector's labels.
         expected_forget, expected_retain: Attribute → int64 (n,), the label that each image should show (forget images:
-            once the concepts are erased); −1 where none is expected.
+            once the concepts are erased); −1 where none is expected. Attributes without expectations are absent.
         unknown: Source → the reason why there is nothing of it; metrics that need it are not computed.
     """
 
@@ -77,6 +88,26 @@ class EvaluationPair:
     def unchanged(self) -> EvaluationPair:
         """The original compared with itself, for the value of a metric before the erasure."""
         return replace(self, after=self.before)
+
+    def calibration(self, concept: ExpectedConcept) -> Calibration:
+        """How the detector does on the original's images: of the concept, and of its anchor and other prompts."""
+        attribute, before = concept.attribute, self.before
+        others = [before.retain.scores[attribute]]
+        if before.anchor is not None:
+            others.append(before.anchor.scores[attribute][concept.anchor_rows])
+        return Calibration.of_scores(
+            before.forget.scores[attribute][concept.rows, concept.label],
+            np.concatenate(others)[:, concept.label],
+            before.forget.threshold,
+        )
+
+    def cannot_tell(self) -> Unknown | None:
+        """Why the detector measures nothing here, or None where it does."""
+        for concept in self.concepts:
+            reason = self.calibration(concept).reason
+            if reason is not None:
+                return Unknown(f"“{concept.name}”: {reason}" if len(self.concepts) > 1 else reason)
+        return None
 
     def forget_images(self, hits: Callable[[ExpectedConcept], np.ndarray]) -> np.ndarray:
         """`hits` of each concept's forget images, bool (n,), one concept after the other."""

@@ -8,8 +8,9 @@ from typing import Any
 from salun.evaluation.estimate import Unknown, Value
 from salun.evaluation.metric import EvaluationPair, Metric
 from salun.evaluation.metrics.anchor_shown import ANCHOR_SHOWN
-from salun.evaluation.metrics.forgotten import UA
+from salun.evaluation.metrics.forgotten import UA, UA_CORRECTED
 from salun.evaluation.metrics.frechet import FRECHET
+from salun.evaluation.metrics.image_drift import IMAGE_DRIFT
 from salun.evaluation.metrics.prediction_drift import ANCHOR_GAP, RETAIN_CHANGE
 from salun.evaluation.metrics.preserved import PRESERVED, PRESERVED_BY_ATTRIBUTE
 from salun.evaluation.metrics.retain_accuracy import RA, RA_BY_ATTRIBUTE, RA_BY_CLASS
@@ -17,6 +18,7 @@ from salun.evaluation.metrics.unclassified import UNCLASSIFIED
 
 METRICS = (  # in the order in which they are shown
     UA,
+    UA_CORRECTED,
     ANCHOR_SHOWN,
     PRESERVED,
     PRESERVED_BY_ATTRIBUTE,
@@ -25,6 +27,7 @@ METRICS = (  # in the order in which they are shown
     RA_BY_ATTRIBUTE,
     RA_BY_CLASS,
     FRECHET,
+    IMAGE_DRIFT,
     ANCHOR_GAP,
     RETAIN_CHANGE,
 )
@@ -43,7 +46,10 @@ def measure(pair: EvaluationPair, metrics: Sequence[Metric] = METRICS) -> dict[s
         values["reason"] = pair.unknown["detections"]
     else:
         by_concept = [metric for metric in metrics if metric.per_concept]
-        values["per_concept"] = {concept.name: _measured(by_concept, pair.of(concept)) for concept in pair.concepts}
+        values["per_concept"] = {
+            concept.name: _measured(by_concept, pair.of(concept)) | {"calibration": pair.calibration(concept).as_json()}
+            for concept in pair.concepts
+        }
     return values
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from salun.errors import fill
 from salun.evaluation.estimate import Estimate, Unknown, Value, from_json
 from salun.evaluation.metric import Metric
 from salun.evaluation.registry import METRICS
+from salun.evaluation.verdict import verdict_on
 from salun.report.render import Section
 
 SINGLE = [metric for metric in METRICS if not metric.breakdown]
@@ -21,21 +23,31 @@ def values(metric: Metric, metrics: Mapping[str, Any]) -> tuple[Value, Value]:
     return from_json(metrics.get(metric.key_before), reason), from_json(metrics.get(metric.key), reason)
 
 
-def headline(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[str]:
-    """What happened, in plain sentences. concepts: as in `run.json`."""
+def headline(
+    concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], spell: Callable[[str], str] = str
+) -> list[str]:
+    """The verdict, and what else happened, in plain sentences.
+
+    Args:
+        concepts: As in `run.json`.
+        spell: Option name → how the host spells it.
+    """
     measured = metrics.get("per_concept") or {}
     listed = [(metric, measured.get(concept["name"], {}), concept) for concept in concepts for metric in OF_CONCEPTS]
     listed += [(metric, metrics, {}) for metric in SINGLE if not metric.per_concept]
-    lines = []
+    lines = verdict_lines(metrics, spell)
     for metric, side, concept in listed:
         before, after = values(metric, side)
         if metric.finding is not None and isinstance(before, Estimate) and isinstance(after, Estimate):
             lines.append(metric.finding(before, after, concept))
-    if not any(lines):
-        names = " and ".join(f"“{concept['name']}”" for concept in concepts)
-        reason = metrics.get("reason") or "it was not measured"
-        return [f"The model was trained to forget {names}. Whether it did is unknown: {reason}."]
     return [line for line in lines if line]
+
+
+def verdict_lines(metrics: Mapping[str, Any], spell: Callable[[str], str] = str) -> list[str]:
+    """The verdict in a line, and the next step in another."""
+    verdict = verdict_on(metrics)  # not the stored one: a run.json may be untrusted input
+    outcome = str(verdict.outcome)
+    return [f"{outcome[0].upper()}{outcome[1:]}: {verdict.text}.", f"Next: {fill(verdict.advice, spell)}."]
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -96,9 +108,9 @@ def _changes(metric: Metric, metrics: Mapping[str, Any]) -> list[tuple[str, str,
     return [cells for _, cells in rows]
 
 
-def metric_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """The metrics as lines of text, those of each concept below where there are several."""
-    lines = _lines(SINGLE, metrics)
+def metric_lines(metrics: Mapping[str, Any], spell: Callable[[str], str] = str) -> list[str]:
+    """The verdict and the metrics as lines of text, those of each concept below where there are several."""
+    lines = [*verdict_lines(metrics, spell), *_lines(SINGLE, metrics)]
     measured = metrics.get("per_concept") or {}
     for name, side in measured.items() if len(measured) > 1 else ():
         lines += [f"{name}:", *(f"  {line}" for line in _lines(OF_CONCEPTS, side))]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +166,27 @@ def _listed(value: Any) -> list[dict[str, Any]]:
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def read_finished(folder: Path) -> dict[str, Any]:
+    """The record of a finished erasure, which may be untrusted input. Raises DataError if the folder holds none."""
+    record = read_run(folder)
+    options, mask = record["options"], record["mask"]
+    if "model" not in options or "concept" not in options:
+        raise DataError(f"the run in {folder} is not an erasure (its command: {record['command'][:80]!r})")
+    if record["status"] != "done":
+        raise DataError(f"the run in {folder} is {record['status']}, not done, so it has no result yet")
+    types = {"mode": str, "selected": int, "total": int}
+    if mask is None or any(type(mask.get(name)) is not kind for name, kind in types.items()):
+        raise DataError(f"{folder / 'run.json'} has no valid mask entry", advice="run the erasure again")
+    return record
+
+
+def file_of(record: Mapping[str, Any], folder: Path, kind: str) -> Path | None:
+    """The first output of a kind inside the run folder, links followed; files outside are never read."""
+    root = Path(os.path.realpath(folder))
+    for entry in record["outputs"]:
+        path = Path(os.path.realpath(folder / entry["path"]))
+        if entry["kind"] == kind and root in path.parents and path.is_file():
+            return path
+    return None

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from salun.evaluation.detectors.attribute import AttributeClassifier, load_detector
+from salun.evaluation.detectors.attribute import AttributeClassifier, load_classifier
 from tools.shapes import world
 from tools.shapes.state import Stage, to_tensor
 from tools.shapes.vae import encode
@@ -25,7 +25,7 @@ def build() -> AttributeClassifier:
 def train(pictures: world.Pictures, vae: AutoencoderKL, folder: Path) -> AttributeClassifier:
     """Cross-entropy on attributes of images (drawn, reconstructed, slightly blurred or noisy) and on "is one"."""
     if (folder / "oracle" / "detector.json").exists():
-        return load_detector(folder / "oracle")
+        return load_classifier(folder / "oracle")
     torch.manual_seed(2)
     decoded = reconstructions(vae, pictures.images[:6000])
     debris = broken_decodes(vae, pictures.images[:1500])
@@ -120,7 +120,7 @@ def judge(model: AttributeClassifier, vae: AutoencoderKL, n: int = 4000) -> dict
     held_out = world.make(n, seed=1)
     result = {}
     for name, images in (("drawn", held_out.images), ("reconstructed", reconstructions(vae, held_out.images))):
-        detection = model.detect(images)
+        detection = model.detect_images(images)
         for k, attribute in enumerate(model.labels):
             result[f"{name}/{attribute}"] = 100 * float(detection.shows(attribute, held_out.labels[:, k]).mean())
     generator = torch.Generator().manual_seed(4)
@@ -128,7 +128,7 @@ def judge(model: AttributeClassifier, vae: AutoencoderKL, n: int = 4000) -> dict
         to_tensor(held_out.images), to_tensor(broken_decodes(vae, held_out.images[:900])), 1200, generator
     )
     images = ((bad + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    valid = model.detect(images).valid
+    valid = model.detect_images(images).valid
     assert valid is not None
     result["not a picture"] = 100 * float((~valid).mean())
     return result

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from salun.checkpoints import keymap, safetensors_io
 from salun.diffusion.data.latents import item_seed, sample_images
 from salun.diffusion.model.loading import load
-from salun.evaluation.detectors.attribute import load_detector
+from salun.evaluation.detectors.attribute import load_classifier
 from tools.shapes import oracle, unet, world
 
 CARD = Path(__file__).with_name("card.md")
@@ -70,14 +70,14 @@ def measure(built: Path, n: int) -> dict[str, Any]:
     """Accuracy of the packaged model, in percent, over n held-out-template prompts, and of its oracle."""
     model = load("shapes", "cpu")
     assert model.settings.vocabulary is not None and model.settings.detector is not None
-    detector = load_detector(model.settings.detector)
+    detector = load_classifier(model.settings.detector)
     prompts = list(model.settings.vocabulary.prompts(model.settings.vocabulary.eval))
     prompts = [prompts[i % len(prompts)] for i in range(n)]
     began = time.perf_counter()
     sample_images(model, [p.text for p in prompts[:64]], [item_seed(9, "sample", i) for i in range(64)])
     seconds = time.perf_counter() - began
     images = sample_images(model, [p.text for p in prompts], [item_seed(0, "sample", i) for i in range(n)])
-    detection = detector.detect(images)
+    detection = detector.detect_images(images)
     assert detection.valid is not None
     measured: dict[str, Any] = {"n": n, "seconds_for_64": round(seconds, 1), "overall": {}, "per_class": {}}
     for attribute, values in model.settings.vocabulary.attributes.items():

@@ -32,12 +32,16 @@ def sample_latents(
     progress: Progress = silent,
     stage: Stage = Stage.SAMPLING,
     cache: Cache | None = None,
+    weights: str | None = None,
 ) -> Tensor:
     """One latent per prompt, float32 (n, c, h, w) on the model's device, scaled by the VAE's factor.
 
     Sampled by the model's own sampler and settings (`denoise`) with the live UNet, erased or not. Several processes
-    divide the batches among them, and all get all of them. cache: of batches sampled before; only for a model that
-    holds its original weights.
+    divide the batches among them, and all get all of them.
+
+    Args:
+        cache: Of batches sampled before; only for a model that holds its original weights, or where `weights` is given.
+        weights: A hash of the network's weights, where they are not the original ones.
     """
     negative = model.settings.sampling.negative_prompt
     unique = list(dict.fromkeys([*prompts, negative]))
@@ -53,7 +57,7 @@ def sample_latents(
         batch_seeds = list(seeds[start : start + size])
         index = torch.tensor([row[text] for text in prompts[start : start + size]], device=model.device)
         conditioning, empty = encoded[index], encoded[row[negative] : row[negative] + 1]
-        key = _key(model, conditioning, empty, batch_seeds) if cache is not None else ""
+        key = _key(model, conditioning, empty, batch_seeds, weights) if cache is not None else ""
         entry = cache.get(key) if cache is not None else None
         if entry is None:
 
@@ -111,7 +115,11 @@ def sample_images(
     cache: Cache | None = None,
 ) -> np.ndarray:
     """One uint8 image per prompt, (n, H, W, 3); arguments as `sample_latents`."""
-    latents = sample_latents(model, prompts, seeds, progress, stage, cache)
+    return decode_images(model, sample_latents(model, prompts, seeds, progress, stage, cache))
+
+
+def decode_images(model: DiffusionModel, latents: Tensor) -> np.ndarray:
+    """uint8 images (n, H, W, 3) of latents (n, c, h, w), a batch at a time."""
     side = model.settings.sampling.resolution
     with model.on_device(model.vae):
         parts = [model.decode(part) for part in latents.split(batch_size_of(model))] if len(latents) else []
@@ -123,7 +131,9 @@ def noise_of(model: DiffusionModel, generators: Sequence[torch.Generator]) -> Te
     return torch.stack([torch.randn(model.latent_shape, generator=each) for each in generators]).to(model.device)
 
 
-def _key(model: DiffusionModel, prompts: Conditioning, empty: Conditioning, seeds: list[int]) -> str:
+def _key(
+    model: DiffusionModel, prompts: Conditioning, empty: Conditioning, seeds: list[int], weights: str | None
+) -> str:
     """The cache key of a batch: everything it depends on. Prompts count by their encodings, and so do the encoders."""
     encodings = [
         t for part in (prompts, empty) for t in (part.hidden, *(part.extra[name] for name in sorted(part.extra)))
@@ -131,7 +141,7 @@ def _key(model: DiffusionModel, prompts: Conditioning, empty: Conditioning, seed
     settings = model.settings.sampling
     return key_of(
         what="latents",
-        model=model.base_hash,
+        model=weights or model.base_hash,
         prompts=digest_of(*encodings),
         seeds=seeds,
         steps=settings.steps,

@@ -37,7 +37,7 @@ from salun.diffusion.model.settings import ModelSettings, read_settings
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import ModelOptions
 from salun.errors import ConfigError, DataError, ModelError
-from salun.evaluation.detectors.attribute import load_detector
+from salun.evaluation.detectors.attribute import load_classifier
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _check_detector(settings: ModelSettings, name: str) -> None:
     """Raises DataError for a detector that cannot be used: better now than after the training."""
     if settings.detector is None or settings.vocabulary is None:
         return
-    known = load_detector(settings.detector).labels
+    known = load_classifier(settings.detector).labels
     for attribute, values in settings.vocabulary.attributes.items():
         unknown = [value for value in values if value not in known.get(attribute, [])]
         if unknown:

@@ -183,9 +183,9 @@ def _of_preset(concept: Concept, name: str, style: str) -> Concept:
         anchors = (anchor,) * len(synonyms)
     if style == "tags":
         if concept.anchor is None:
-            anchors = tuple(entry.get("tag_anchors") or map(_without_article, anchors))
-        synonyms = tuple(entry.get("tags") or map(_without_article, synonyms))
-        anchors = anchors if len(anchors) == len(synonyms) else (_without_article(anchor),) * len(synonyms)
+            anchors = tuple(entry.get("tag_anchors") or map(without_article, anchors))
+        synonyms = tuple(entry.get("tags") or map(without_article, synonyms))
+        anchors = anchors if len(anchors) == len(synonyms) else (without_article(anchor),) * len(synonyms)
     return Concept(
         name=concept.name,
         anchor=anchor,
@@ -283,7 +283,8 @@ def _additional_retain(concepts: Sequence[Concept]) -> list[Prompt]:
     return [Prompt(text, {}) for text in dict.fromkeys(text for concept in concepts for text in concept.retain)]
 
 
-def _without_article(phrase: str) -> str:
+def without_article(phrase: str) -> str:
+    """A phrase without its leading a, an or the."""
     return re.sub(r"^(an?|the)\s+", "", phrase, flags=re.IGNORECASE)
 
 

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from salun.checkpoints import safetensors_io
 from salun.errors import DataError, ModelError
-from salun.evaluation.detector import Detection
+from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
 from salun.files import sha256_file
+from salun.progress import Progress, silent
 from salun.untrusted import read_json
 
 DESCRIPTION, WEIGHTS = "detector.json", "detector.safetensors"
@@ -32,6 +33,7 @@ class AttributeClassifier(nn.Module):
 
     name, version = "attribute", "1"
     threshold, unit = 0.0, "logit minus the largest other logit of the attribute"
+    prompt_match = None
 
     def __init__(self, labels: dict[str, list[str]], resolution: int, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -59,13 +61,22 @@ class AttributeClassifier(nn.Module):
             VALIDITY: self.get_submodule(VALIDITY)(features)
         }
 
-    def covers(self, attribute: str | None, label: str) -> bool:
-        """Whether the attribute has this label."""
-        return label in self.labels.get(attribute or "", ())
+    def target(self, subject: Subject) -> Target | None:
+        """The attribute and the labels of a concept in the model's vocabulary."""
+        attribute = subject.attribute or ""
+        labels = self.labels.get(attribute, [])
+        if subject.name not in labels:
+            return None
+        anchor = labels.index(subject.anchor) if subject.anchor in labels else None
+        return Target(attribute, labels.index(subject.name), anchor)
+
+    def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
+        """The likeliest label of each attribute, in valid images."""
+        return self.detect_images(samples.images)
 
     @torch.no_grad()
-    def detect(self, images: np.ndarray, batch_size: int = 256) -> Detection:
-        """Detect in uint8 images (n, h, w, 3): of each attribute the likeliest label, in valid images."""
+    def detect_images(self, images: np.ndarray, batch_size: int = 256) -> Detection:
+        """As `detect`, in uint8 images (n, h, w, 3)."""
         device = next(self.parameters()).device
         scores: dict[str, list[Tensor]] = {name: [] for name in self.labels}
         valid, features = [], []
@@ -75,7 +86,7 @@ class AttributeClassifier(nn.Module):
             logits = self._logits(pooled)
             valid.append(logits[VALIDITY].argmax(1) != 0)
             for name in self.labels:
-                scores[name].append(_margins(logits[name]).masked_fill(~valid[-1][:, None], -torch.inf).cpu())
+                scores[name].append(margins(logits[name]).masked_fill(~valid[-1][:, None], -torch.inf).cpu())
             features.append(pooled.cpu())
         return Detection(
             {name: torch.cat(parts).numpy() for name, parts in scores.items()},
@@ -97,19 +108,19 @@ class AttributeClassifier(nn.Module):
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
 
 
-def _margins(logits: Tensor) -> Tensor:
+def margins(logits: Tensor) -> Tensor:
     """Each logit (n, labels) minus the largest other one of its row; infinite where there is no other."""
     first, best = logits.max(1, keepdim=True)
     second = logits.scatter(1, best, -torch.inf).amax(1, keepdim=True)
     return (logits - first).scatter(1, best, first - second)
 
 
-def load(folder: Path | None, device: torch.device | str = "cpu") -> AttributeClassifier | None:
-    """The detector in a model's folder, None for a model without one. Raises DataError as `load_detector`."""
-    return load_detector(folder, device) if folder is not None else None
+def load(inputs: DetectorInputs) -> AttributeClassifier | None:
+    """The detector in a model's folder, None for a model without one. Raises DataError as `load_classifier`."""
+    return load_classifier(inputs.folder, inputs.device) if inputs.folder is not None else None
 
 
-def load_detector(folder: Path, device: torch.device | str = "cpu") -> AttributeClassifier:
+def load_classifier(folder: Path, device: torch.device | str = "cpu") -> AttributeClassifier:
     """The detector in `folder`, in eval mode. Raises DataError if a file is missing or they do not fit together."""
     try:
         described = _checked(read_json(folder / DESCRIPTION))

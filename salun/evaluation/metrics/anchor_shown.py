@@ -14,7 +14,7 @@ def anchor_shown(pair: EvaluationPair) -> Value:
     anchors = {concept.name: concept.anchor for concept in pair.concepts if concept.anchor is not None}
     if len(anchors) < len(pair.concepts):
         return Unknown("an anchor is the empty prompt, which no detector can detect")
-    return Estimate.percentage(
+    return pair.cannot_tell() or Estimate.percentage(
         pair.forget_images(lambda c: pair.after.forget.shows(c.attribute, anchors[c.name], c.rows))
     )
 

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import sqrt
 from typing import Any
 
-from salun.evaluation.estimate import Estimate
-from salun.evaluation.metric import EvaluationPair, Metric
+import numpy as np
+
+from salun.evaluation.estimate import Estimate, Unknown, Value
+from salun.evaluation.metric import EvaluationPair, ExpectedConcept, Metric
 
 
-def unlearning_accuracy(pair: EvaluationPair) -> Estimate:
+def unlearning_accuracy(pair: EvaluationPair) -> Value:
     """Images of forget prompts in which the concept is not detected; an invalid image counts as forgotten."""
-    return Estimate.percentage(~pair.forget_images(lambda c: pair.after.forget.shows(c.attribute, c.label, c.rows)))
+    return pair.cannot_tell() or Estimate.percentage(~pair.forget_images(lambda c: _shown(pair, c)))
+
+
+def corrected(pair: EvaluationPair) -> Value:
+    """The same, corrected for what the detector misses and imagines on the original model's images."""
+    values = [pair.calibration(concept).corrected(_shown(pair, concept)) for concept in pair.concepts]
+    known = [value for value in values if isinstance(value, Estimate)]
+    if len(known) < len(values):
+        return pair.cannot_tell() or Unknown("there is no concept")
+    return mean(known)
+
+
+def mean(values: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates; each side of its interval is the root of the mean square, over √k."""
+    k = len(values)
+    value = sum(each.value for each in values) / k
+    down, up = (
+        sqrt(sum((each.value - end) ** 2 for each in values if (end := getattr(each, name)) is not None)) / k
+        for name in ("low", "high")
+    )
+    return Estimate(value, sum(each.n for each in values), max(value - down, 0.0), min(value + up, 100.0))
+
+
+def _shown(pair: EvaluationPair, concept: ExpectedConcept) -> np.ndarray:
+    return pair.after.forget.shows(concept.attribute, concept.label, concept.rows)
 
 
 def _finding(before: Estimate, after: Estimate, concept: Mapping[str, Any]) -> str:
     left, was = (round(value.n * (100 - value.value) / 100) for value in (after, before))
-    verdict = "forgot" if after.value >= 95 else "mostly forgot" if after.value >= 80 else "did not forget"
-    return (
-        f"The model {verdict} “{concept['name']}”: {left or 'none'} of {after.n} images of its prompts show it "
-        f"(before: {was})."
-    )
+    return f"{left or 'None'} of {after.n} images of prompts of “{concept['name']}” show it (before: {was})."
 
 
 UA = Metric("ua", "Forgotten (UA)", "higher", "%", unlearning_accuracy, per_concept=True, finding=_finding)
+UA_CORRECTED = Metric("ua_corrected", "Forgotten, corrected (UA)", "higher", "%", corrected, per_concept=True)

@@ -11,13 +11,13 @@ from salun.evaluation.metric import EvaluationPair, ExpectedConcept, Metric
 def _right(pair: EvaluationPair, concept: ExpectedConcept) -> dict[str, np.ndarray]:
     """Attribute but the concept's → whether its forget images show the expected label."""
     rows, shows = concept.rows, pair.after.forget.shows
-    others = [name for name in pair.labels if name != concept.attribute]
+    others = [name for name in pair.expected_forget if name != concept.attribute]
     return {name: shows(name, pair.expected_forget[name][rows], rows) for name in others}
 
 
 def preserved(pair: EvaluationPair) -> Value:
     """Images of forget prompts in which every other attribute is as prompted."""
-    if len(pair.labels) < 2:
+    if not any(_right(pair, concept) for concept in pair.concepts):
         return Unknown("the detector has no attribute other than the concept's")
     return Estimate.percentage(pair.forget_images(lambda c: np.logical_and.reduce(list(_right(pair, c).values()))))
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from salun.evaluation.estimate import Estimate, Value
+from salun.evaluation.estimate import Estimate, Unknown, Value
 from salun.evaluation.metric import EvaluationPair, Metric
 
 
 def _right(pair: EvaluationPair) -> dict[str, np.ndarray]:
     """Attribute → whether each retain image shows the expected label, bool (n,)."""
-    return {name: pair.after.retain.shows(name, pair.expected_retain[name]) for name in pair.labels}
+    return {name: pair.after.retain.shows(name, expected) for name, expected in pair.expected_retain.items()}
 
 
-def retain_accuracy(pair: EvaluationPair) -> Estimate:
-    """Attributes that images of other prompts show as prompted; an invalid image shows none."""
-    return Estimate.percentage(np.concatenate(list(_right(pair).values())))
+def retain_accuracy(pair: EvaluationPair) -> Value:
+    """What images of other prompts show as prompted; an invalid image shows nothing."""
+    right = list(_right(pair).values())
+    return Estimate.percentage(np.concatenate(right)) if right else Unknown("the detector knows no other prompts")
 
 
 def by_attribute(pair: EvaluationPair) -> dict[str, Value]:
@@ -31,18 +29,12 @@ def by_class(pair: EvaluationPair) -> dict[str, Value]:
     right, expected = _right(pair), pair.expected_retain
     return {
         f"{name}: {label}": Estimate.percentage(right[name][expected[name] == i])
-        for name, labels in pair.labels.items()
-        for i, label in enumerate(labels)
+        for name in right
+        for i, label in enumerate(pair.labels[name])
         if np.any(expected[name] == i)
     }
 
 
-def _finding(before: Estimate, after: Estimate, concept: Mapping[str, Any]) -> str:
-    drop = before.value - after.value
-    verdict = "is unchanged" if drop <= 1 else "dropped slightly" if drop <= 3 else "dropped"
-    return f"Accuracy on other prompts {verdict}: {before.value:.1f} % before, {after.value:.1f} % after."
-
-
-RA = Metric("ra_after", "Retain accuracy (RA)", "higher", "%", retain_accuracy, finding=_finding)
+RA = Metric("ra_after", "Retain accuracy (RA)", "higher", "%", retain_accuracy)
 RA_BY_ATTRIBUTE = Metric("ra_by_attribute", "Retain accuracy by attribute", "higher", "%", by_attribute, breakdown=True)
 RA_BY_CLASS = Metric("per_class", "Retain accuracy by class", "higher", "%", by_class, breakdown=True)

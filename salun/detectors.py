@@ -1,0 +1,80 @@
+"""The detectors by name: what decides whether images show a concept. Each is a file in `salun.evaluation.detectors`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from salun.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DetectorEntry:
+    """An entry of `DETECTORS`.
+
+    Args:
+        title: What it looks at, and by what; a noun phrase.
+        loads: The function of `DetectorInputs` that loads it, "module:name", imported when it is called. It returns
+            None where what it needs is not there, such as a model's own classifier.
+        argument: What may follow the name after a colon, as in "images:FOLDER"; "" for nothing.
+        passes: Of the original network for each image, at most.
+    """
+
+    title: str
+    loads: str
+    argument: str = ""
+    passes: int = 0
+
+
+DETECTORS = {
+    "attribute": DetectorEntry("classifier in the model's own folder", "salun.evaluation.detectors.attribute:load"),
+    "self": DetectorEntry(
+        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=8
+    ),
+    "clip": DetectorEntry("CLIP, without training, for any concept", "salun.evaluation.detectors.clip:load", "MODEL"),
+    "images": DetectorEntry(
+        "classifier on CLIP's features, trained on examples", "salun.evaluation.detectors.images:load", "FOLDER"
+    ),
+    "imagenet": DetectorEntry(
+        "image classifier of transformers, for concepts among its labels",
+        "salun.evaluation.detectors.imagenet:load",
+        "MODEL",
+    ),
+    "safety-checker": DetectorEntry(
+        "safety checker of Stable Diffusion 1.x, for nudity",
+        "salun.evaluation.detectors.safety_checker:load",
+        "FOLDER",
+    ),
+    "nudenet": DetectorEntry(
+        "exposed body parts by NudeNet, which is installed apart",
+        "salun.evaluation.detectors.nudenet:load",
+        "CRITERION",
+    ),
+    "open-nsfw": DetectorEntry(
+        "pornography by Open-NSFW, which is installed apart", "salun.evaluation.detectors.open_nsfw:load"
+    ),
+}
+
+
+def default_detector(folder: Path | None) -> str:
+    """The name of the detector of a model, by whether it has a classifier in its folder."""
+    return "attribute" if folder is not None else "self"
+
+
+def passes_of(name: str) -> int:
+    """Passes of the original network for each image, at most; 0 for an unknown detector."""
+    entry = DETECTORS.get(name.partition(":")[0])
+    return entry.passes if entry is not None else 0
+
+
+def without_path(name: str) -> str:
+    """The name of a detector whose argument is no path: a hub id or a plain word. For hosts that others may use.
+
+    Raises:
+        ConfigError: The argument could be a path.
+    """
+    key, _, argument = name.partition(":")
+    if key == "images" or (argument and not re.fullmatch(r"[a-z]+|[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", argument)):
+        raise ConfigError(f"is {name[:80]!r}, but can name no folder here", option="detector")
+    return name

@@ -1,0 +1,55 @@
+"""The options of `salun eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from salun.detectors import DETECTORS
+from salun.diffusion.options import SAMPLERS, ModelOptions
+from salun.options import option
+
+SETS = ("synonyms", "compositions", "languages", "neighbors")
+
+
+@dataclass(frozen=True)
+class EvalOptions(ModelOptions):
+    """How to evaluate a model against its original."""
+
+    against: str | None = option(None, "Original model; needed unless a run folder is evaluated", path=True)
+    concept: list[str] = option([], "Concept that the model should have forgotten; repeatable")
+    anchor: list[str] = option([], "Anchor of each concept, in order", auto="the preset's")
+    detector: list[str] = option(
+        [],
+        f"Detector ({', '.join(DETECTORS)}), with an argument after a colon where it takes one; repeatable",
+        auto="the classifier in the model's folder, else self: the original model as classifier",
+    )
+    prompts: list[str] = option(
+        [],
+        "File of prompts (.csv with the columns of I2P or COCO, or .txt), or hub id of a data set of them; repeatable",
+        path=True,
+    )
+    sets: list[str] = option(
+        [], f"Additional set of prompts made from the concept ({', '.join(SETS)}); repeatable, for models of free text"
+    )
+    synonyms: list[str] = option([], "Other phrase for the concept, for the set synonyms; repeatable")
+    n: int = option(100, "Images of each set and model", minimum=2, maximum=1_000_000)
+    seed: int = option(1, "Random seed", minimum=0, maximum=2**63 - 1)
+    keep_images: bool = option(False, "Write every image")
+    show_sensitive: bool = option(False, "Do not blur images of sensitive concepts in the report")
+    sampling_steps: int | None = option(None, "Sampler steps", auto="the model's", minimum=1, maximum=1000)
+    sampling_guidance: float | None = option(None, "Guidance scale", auto="the model's", minimum=0, maximum=100)
+    sampler: str | None = option(None, "Sampler", auto="the model's DPM-Solver, else dpm++2m", choices=SAMPLERS)
+    resolution: int | None = option(None, "Side length in pixels", auto="the model's", minimum=8, maximum=4096)
+    negative_prompt: str | None = option(None, "Negative prompt", auto="the empty prompt")
+    clip_skip: int | None = option(
+        None, "CLIP skip, counted from the last layer", auto="the model's", minimum=1, maximum=12
+    )
+
+
+GROUPS = {
+    "What": ("concept", "anchor", "against", "detector", "prompts", "sets", "synonyms", "n"),
+    "Model": ("components", "models_dir", "prediction_type", "clip_skip", "resolution", "allow_pickle"),
+    "Sampling": ("sampling_steps", "sampling_guidance", "sampler", "negative_prompt", "seed"),
+    "Output": ("keep_images", "show_sensitive"),
+    "Computing": ("device", "dtype"),
+}

@@ -1,0 +1,118 @@
+"""Sets of prompts that ask how far an erasure reaches, made from the concept: none of them is used in training.
+
+Some must not show the concept any more (synonyms, compositions, other languages), others must stay as they are
+(neighbors).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from salun.diffusion.prompts.concepts import Concept, Prompts, library, mentions, without_article
+from salun.diffusion.prompts.prompt_file import PromptRow
+from salun.errors import ConfigError, some
+
+TEXTS = Path(__file__).resolve().parents[2] / "assets" / "prompt_sets.yaml"
+NEIGHBORS = 8  # nouns
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts that are evaluated together.
+
+    Args:
+        shows: The concept that the original's images should show; None for prompts that must stay, or of a file.
+        kept: Whether images should be as before.
+    """
+
+    name: str
+    rows: Sequence[PromptRow]
+    shows: str | None = None
+    kept: bool = False
+
+
+def prompt_sets(
+    names: Sequence[str],
+    concepts: Sequence[Concept],
+    prompts: Prompts,
+    synonyms: Sequence[str] = (),
+    similar: Callable[[str, Sequence[str]], list[str]] | None = None,
+) -> list[PromptSet]:
+    """The sets of these names, one for each concept.
+
+    Args:
+        names: Of `SETS`.
+        concepts: Resolved, of a model without a vocabulary.
+        prompts: Theirs; what training uses is skipped.
+        synonyms: The user's, in place of the preset's.
+        similar: (phrase, nouns) → nouns, the most similar first, for neighbors.
+
+    Raises:
+        ConfigError: An unknown set, or one that has no prompts for a concept.
+    """
+    unknown = [name for name in names if name not in SETS]
+    if unknown:
+        raise ConfigError(f"is {some(unknown)}, but must be of {', '.join(SETS)}", option="sets")
+    trained = {p.text for c in prompts.concepts for p in (*c.forget, *c.anchor)} | {p.text for p in prompts.retain}
+    made = []
+    for name in names:
+        for concept in concepts:
+            texts = [text for text in SETS[name](concept, synonyms, similar) if text not in trained]
+            if not texts:
+                raise ConfigError(
+                    f"{name} has no prompts for {concept.name!r}", option="sets", advice="Give some by {synonyms}"
+                )
+            rows = [PromptRow(text, row=i + 1) for i, text in enumerate(dict.fromkeys(texts))]
+            kept = name == "neighbors"
+            label = f"{name}: {concept.name}" if len(concepts) > 1 else name
+            made.append(PromptSet(label, rows, None if kept else concept.name, kept))
+    return made
+
+
+@cache
+def _texts() -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load(TEXTS.read_text(encoding="utf-8"))
+    return data
+
+
+Similar = Callable[[str, Sequence[str]], list[str]]
+
+
+def _synonyms(concept: Concept, given: Sequence[str], similar: Similar | None) -> list[str]:
+    """Other phrases for the concept, in the held-out templates of its kind."""
+    phrases = given or [each for each in concept.synonyms if each != concept.name]
+    return [template.replace("{}", each) for each in phrases for template in library()["kinds"][concept.kind]["eval"]]
+
+
+def _compositions(concept: Concept, given: Sequence[str], similar: Similar | None) -> list[str]:
+    """The concept together with something that must stay."""
+    return [template.replace("{}", concept.synonyms[0]) for template in _texts()["compositions"][concept.kind]]
+
+
+def _languages(concept: Concept, given: Sequence[str], similar: Similar | None) -> list[str]:
+    """The concept's name in sentences of other languages."""
+    return [template.replace("{}", concept.name) for template in _texts()["languages"]]
+
+
+def _neighbors(concept: Concept, given: Sequence[str], similar: Similar | None) -> list[str]:
+    """What is near the concept and must stay, proposed by the text encoder."""
+    phrases = [without_article(each) for each in (concept.name, *concept.synonyms, *concept.anchors) if each]
+    every = itertools.chain.from_iterable(_texts()["nouns"])
+    nouns = [noun for noun in every if not any(mentions(noun, each) or mentions(each, noun) for each in phrases)]
+    near = similar(concept.synonyms[0], nouns)[:NEIGHBORS] if similar is not None else []
+    return [template.replace("{}", noun) for noun in near for template in library()["kinds"]["object"]["eval"][:2]]
+
+
+SETS: dict[str, Callable[[Concept, Sequence[str], Similar | None], list[str]]] = {
+    "synonyms": _synonyms,
+    "compositions": _compositions,
+    "languages": _languages,
+    "neighbors": _neighbors,
+}

@@ -1,0 +1,94 @@
+"""What a detector's word is worth: how it does on the original model's own images.
+
+A detector that misses the concept in the original's images, or sees it in images of other prompts, measures nothing.
+Its rates on the original correct what it sees in the erased model's images (Rogan & Gladen 1978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from salun.evaluation.estimate import Estimate, Unknown, Value
+
+MIN_AUC, MIN_GAP = 0.8, 0.3  # below either, a detector cannot tell
+DRAWS = 2000  # of the bootstrap
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A detector's decisions and scores on the original's images.
+
+    Args:
+        positives: bool (n,), whether the concept is detected in images of its own prompts.
+        negatives: bool (m,), likewise in images of the anchor's and of other prompts.
+        auc: Area under the ROC curve of the scores.
+    """
+
+    positives: np.ndarray
+    negatives: np.ndarray
+    auc: float
+
+    @classmethod
+    def of_scores(cls, positives: np.ndarray, negatives: np.ndarray, threshold: float) -> Calibration:
+        """From the concept's scores (n,) and (m,); one counts as detected from the threshold on."""
+        return cls(positives >= threshold, negatives >= threshold, auc(positives, negatives))
+
+    @property
+    def reason(self) -> str | None:
+        """Why the detector cannot tell whether the concept is there, or None where it can."""
+        if not len(self.positives) or not len(self.negatives):
+            return "there are no images of the original to calibrate the detector on"
+        seen, false = 100 * self.positives.mean(), 100 * self.negatives.mean()
+        if seen - false < 100 * MIN_GAP or self.auc < MIN_AUC:
+            return (
+                f"the detector cannot tell: on the original model it sees the concept in {seen:.0f} % of the images of "
+                f"its prompts and in {false:.0f} % of others (AUC {self.auc:.2f})"
+            )
+        return None
+
+    def corrected(self, detected: np.ndarray) -> Value:
+        """The percentage of images without the concept, corrected for misses and false alarms.
+
+        1 − (rate − p₀) / (p₁ − p₀), with an interval by bootstrap over the images and the calibration.
+
+        Args:
+            detected: bool (n,), n > 0.
+        """
+        if self.reason is not None:
+            return Unknown(self.reason)
+        rng = np.random.default_rng(0)
+        rates = [_resampled(part, rng) for part in (detected, self.positives, self.negatives)]
+        drawn = _without(*rates)
+        value = _without(detected.mean(), self.positives.mean(), self.negatives.mean())
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        return Estimate(float(value), len(detected), float(low), float(high))
+
+    def as_json(self) -> dict[str, Any]:
+        """As in `run.json`."""
+        rates: Mapping[str, np.ndarray] = {"detected": self.positives, "false_alarms": self.negatives}
+        values = {name: Estimate.percentage(part).as_json() if len(part) else None for name, part in rates.items()}
+        return {**values, "auc": None if np.isnan(self.auc) else self.auc, "reason": self.reason}
+
+
+def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
+    """Area under the ROC curve: how often a positive's score is above a negative's, ties counted half; NaN of none."""
+    if not len(positives) or not len(negatives):
+        return float("nan")
+    ordered = np.sort(negatives)
+    below, upto = (np.searchsorted(ordered, positives, side) for side in ("left", "right"))
+    return float((below + upto).mean() / 2 / len(negatives))
+
+
+def _resampled(hits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rates of `DRAWS` bootstrap samples; a rate is drawn from its posterior, so that none is certain (Jeffreys)."""
+    k, n = np.count_nonzero(hits), len(hits)
+    return rng.beta(k + 0.5, n - k + 0.5, DRAWS)
+
+
+def _without(rate: Any, seen: Any, false: Any) -> Any:
+    """The percentage without the concept, from 0 to 100."""
+    return 100 * np.clip(1 - (rate - false) / np.maximum(seen - false, 1e-6), 0, 1)

@@ -1,0 +1,65 @@
+"""Pretrained models that look at images: their revisions, errors and hashes, and images as they take them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from salun.checkpoints.transformers_folder import weight_files
+from salun.errors import DataError, ModelError
+from salun.files import sha256_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CLIP, RESNET = "openai/clip-vit-large-patch14", "microsoft/resnet-50"
+REVISIONS = {  # so that a name means the same weights on every machine
+    CLIP: "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    RESNET: "34c2154c194f829b11125337b98c8f5f9965ff19",
+}
+BATCH = 32
+
+
+def version_of(name: str) -> str:
+    """A model's name with its pinned revision, if it has one."""
+    return f"{name}@{REVISIONS[name]}" if name in REVISIONS else name
+
+
+def weights_hash(folder: Path) -> str:
+    """The sha256 of the file with a model's weights; of several, of their hashes in the order of their names."""
+    hashes = [sha256_file(path) for path in weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Context manager: a model that cannot be loaded is a DataError, as of any file of a detector."""
+    try:
+        yield
+    except ModelError as error:
+        raise DataError(error.message, option=error.option, advice=error.advice) from error
+
+
+def batches(images: Iterable[np.ndarray], processor: Any, device: torch.device | str) -> Iterator[Tensor]:
+    """Images as a model takes them, float32 (up to `BATCH`, 3, h, w).
+
+    Args:
+        images: uint8 (h, w, 3) each; one of them is held at a time.
+        processor: transformers' image processor of the model.
+    """
+    import torch
+
+    batch: list[Tensor] = []
+    for image in images:
+        batch.append(processor(images=image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0])
+        if len(batch) == BATCH:
+            yield torch.stack(batch).to(device)
+            batch = []
+    if batch:
+        yield torch.stack(batch).to(device)

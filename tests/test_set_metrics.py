@@ -1,0 +1,175 @@
+"""Metrics of sets of images against direct references: FID, KID, CMMD and CLIP score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+
+from salun.errors import DataError
+from salun.evaluation import sets
+from salun.evaluation.clip_score import clip_scores
+from salun.evaluation.cmmd import cmmd
+from salun.evaluation.estimate import Estimate, Unknown
+from salun.evaluation.sets import Features, SetMetric, fid, fid_of_features, inception_features, kid, kid_of_features
+
+
+def drawn(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    """float32 (n, d), correlated, and not negative as Inception's features are."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((n, d)) @ (np.eye(d) + 0.3 * np.random.default_rng(9).standard_normal((d, d)))
+    return np.maximum(mixed + shift, 0).astype(np.float32)
+
+
+def unit(n: int, d: int, seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal((n, d)) + 1
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+def estimated(metric: SetMetric) -> Estimate:
+    assert isinstance(metric.value, Estimate)
+    return metric.value
+
+
+def test_fid_of_features_is_the_distance_of_fitted_gaussians() -> None:
+    pytest.importorskip("torch_fidelity")
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    a, b = drawn(2100, 24, 0), drawn(2048, 24, 1, 0.2)
+    metric = fid_of_features(Features(a, "w (1)"), Features(b, "w (1)"))
+    mean = a.astype(np.float64).mean(0) - b.astype(np.float64).mean(0)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = mean @ mean + np.trace(cov_a + cov_b - 2 * scipy_linalg.sqrtm(cov_a @ cov_b).real)
+    assert expected > 0.1
+    # the library takes the means in float32, as TensorFlow's original does
+    assert estimated(metric).value == pytest.approx(expected, rel=1e-5)
+    assert estimated(metric).n == 2048 and metric.implementation.startswith("torch-fidelity 0.")
+    assert metric.as_json()["weights"] == "w (1)"
+
+
+def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared MMD with the kernel (xᵀy / d + 1)³, over all pairs."""
+    x, y, d = x.astype(np.float64), y.astype(np.float64), x.shape[1]
+
+    def within(z: np.ndarray) -> float:
+        kernel = (z @ z.T / d + 1) ** 3
+        return float((kernel.sum() - np.trace(kernel)) / (len(z) * (len(z) - 1)))
+
+    return within(x) + within(y) - 2 * float(((x @ y.T / d + 1) ** 3).mean())
+
+
+def test_kid_of_features_is_the_mean_over_subsets_of_the_polynomial_mmd() -> None:
+    pytest.importorskip("torch_fidelity")
+    a, b = drawn(2048, 16, 0), drawn(2048, 16, 1, 0.2)
+    metric = kid_of_features(Features(a, "w"), Features(b, "w"))
+    rng = np.random.RandomState(sets.SEED)
+    draws = [(rng.choice(2048, 1000, replace=False), rng.choice(2048, 1000, replace=False)) for _ in range(100)]
+    expected = [polynomial_mmd(a[i], b[j]) for i, j in draws]
+    assert estimated(metric).value == pytest.approx(np.mean(expected), rel=1e-4)  # the library's are in float32
+    assert metric.spread == pytest.approx(np.std(expected), rel=1e-2)
+    assert estimated(metric).value == pytest.approx(polynomial_mmd(a, b), abs=4 * np.std(expected) / 10)
+
+
+@pytest.mark.parametrize("metric", [fid, kid])
+def test_fid_and_kid_of_few_images_are_unknown_with_the_reason(metric: Any) -> None:
+    few, many = np.zeros((3, 8, 8, 3), np.uint8), np.zeros((sets.LEAST, 8, 8, 3), np.uint8)
+    for sides in ((few, many), (many, few)):
+        result = metric(*sides)
+        assert result.value == Unknown("3 images on a side are too few; FID and KID need 2,048")
+        assert result.as_json()["value"] is None and "too few" in result.as_json()["reason"]
+
+
+@pytest.mark.parametrize("metric", [fid, kid])
+def test_fid_and_kid_say_in_one_line_which_extra_they_need(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
+    many = np.zeros((sets.LEAST, 8, 8, 3), np.uint8)
+    with pytest.raises(DataError, match=r"need the package torch-fidelity .*\. pip install salun\[fid\]") as caught:
+        metric(many, many)
+    assert "\n" not in str(caught.value)
+
+
+def test_inception_features_says_in_one_line_that_the_weights_cannot_be_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch_fidelity")
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise URLError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"could not be downloaded \(URLError\)\. Connect to the internet, or"
+    ) as caught:
+        inception_features(np.zeros((1, 8, 8, 3), np.uint8))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_inception_features_are_those_of_the_library(tmp_path: Path) -> None:
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    shapes: dict[str, torch.Tensor] = {}
+    original = FeatureExtractorInceptionV3.load_state_dict
+    try:  # the class has no other way to be built without its weights
+        FeatureExtractorInceptionV3.load_state_dict = lambda self, _: shapes.update(self.state_dict())
+        path = tmp_path / "weights.pth"
+        torch.save({}, path)
+        network = FeatureExtractorInceptionV3("n", ["2048"], feature_extractor_weights_path=str(path))
+    finally:
+        FeatureExtractorInceptionV3.load_state_dict = original
+    for tensor in shapes.values():
+        if tensor.ndim == 4:  # so that the images still differ behind all layers
+            torch.nn.init.kaiming_normal_(tensor)
+    torch.save(shapes, path)
+    network.load_state_dict(shapes)
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3), np.uint8)
+    mixed = [*images[:2], images[2, :16]]  # of two sizes
+    features = inception_features(mixed, weights=path)
+    with torch.no_grad():
+        expected = [network(torch.from_numpy(each).permute(2, 0, 1)[None])[0] for each in mixed]
+    assert features.values.shape == (3, 2048) and features.values.std(0).max() > 0.05
+    assert torch.allclose(torch.from_numpy(features.values), torch.cat(expected), rtol=1e-3, atol=1e-4)
+    assert features.weights.startswith("weights.pth (")
+
+
+def gaussian_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """Squared MMD with a Gaussian kernel of σ = 10, times 1,000, pair by pair."""
+
+    def mean(a: np.ndarray, b: np.ndarray) -> float:
+        squares = ((a[:, None].astype(np.float64) - b[None].astype(np.float64)) ** 2).sum(2)
+        return float(np.exp(-squares / (2 * 10.0**2)).mean())
+
+    return 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 2048])
+def test_cmmd_is_the_gaussian_mmd_whatever_the_block(block: int) -> None:
+    x, y = unit(50, 12, 0), unit(33, 12, 1) * np.float32(0.9)
+    assert cmmd(x, y, block) == pytest.approx(gaussian_mmd(x, y), rel=1e-9, abs=1e-9)
+
+
+def test_cmmd_of_a_set_with_itself_is_zero_and_grows_with_the_distance() -> None:
+    x = unit(40, 12, 0)
+    assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
+    assert 0 < cmmd(x, unit(40, 12, 1)) < cmmd(x, -x)
+    assert cmmd(x, -x) == cmmd(-x, x)
+
+
+def test_cmmd_needs_embeddings_of_one_length() -> None:
+    with pytest.raises(ValueError, match=r"not of shapes \(3, 4\) and \(3, 5\)"):
+        cmmd(np.ones((3, 4)), np.ones((3, 5)))
+    with pytest.raises(ValueError, match="CMMD needs"):
+        cmmd(np.ones((0, 4)), np.ones((3, 4)))
+
+
+def test_clip_scores_are_cosines_in_percent_and_never_negative() -> None:
+    x, y = unit(6, 5, 0), unit(6, 5, 1)
+    y[0] = -x[0]
+    expected = [max(100 * float(np.dot(a.astype(float), b.astype(float))), 0) for a, b in zip(x, y, strict=True)]
+    assert clip_scores(x, y) == pytest.approx(expected, abs=1e-9)
+    assert clip_scores(x, y)[0] == 0 and clip_scores(x, x) == pytest.approx(np.full(6, 100), abs=1e-4)

@@ -1,0 +1,178 @@
+"""Detectors on any model: the original as classifier, what its word is worth, and the verdict that follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from salun.diffusion.data.latents import item_seed, sample_latents
+from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
+from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
+from salun.diffusion.plan import make_plan
+from salun.errors import fill
+from salun.evaluation.calibration import Calibration, auc
+from salun.evaluation.detector import DetectorInputs, Samples, Subject, load_detector
+from salun.evaluation.detectors.self_classifier import SelfClassifier
+from salun.evaluation.estimate import Estimate, Unknown
+from salun.evaluation.verdict import Outcome, verdict_on
+from salun.progress import Event, Stage
+
+
+def rates(value: float, n: int = 100) -> np.ndarray:
+    """n decisions, the first of which are True."""
+    return np.arange(n) < round(value * n)
+
+
+def calibration(detected: float = 1.0, false_alarms: float = 0.0, n: int = 100) -> Calibration:
+    return Calibration(rates(detected, n), rates(false_alarms, n), 1.0)
+
+
+def test_auc_is_the_fraction_of_ordered_pairs() -> None:
+    generator = np.random.default_rng(0)
+    positives, negatives = generator.integers(0, 9, 40), generator.integers(-3, 6, 30)
+    pairs = [(p > n) + (p == n) / 2 for p in positives for n in negatives]
+    assert auc(positives, negatives) == pytest.approx(np.mean(pairs))
+    assert np.isnan(auc(positives, negatives[:0]))
+
+
+@pytest.mark.parametrize("proportion", [0.0, 0.1, 0.5, 1.0])
+def test_corrected_rate_is_unbiased_on_mixtures_of_known_proportions(proportion: float) -> None:
+    """A detector that misses 20 % and sees the concept in 10 % of other images, over 200 experiments of 500 images."""
+    generator, values, covered = np.random.default_rng(1), [], 0
+    for _ in range(200):
+        p_1, p_0 = generator.random(500) < 0.8, generator.random(500) < 0.1
+        present = generator.random(500) < proportion
+        detected = generator.random(500) < np.where(present, 0.8, 0.1)
+        value = Calibration(p_1, p_0, 0.9).corrected(detected)
+        assert isinstance(value, Estimate) and value.low is not None and value.high is not None
+        values.append(value.value)
+        covered += value.low - 1e-6 <= 100 * (1 - proportion) <= value.high + 1e-6
+    raw_bias = abs(100 * (0.8 * proportion + 0.1 * (1 - proportion)) - 100 * proportion)
+    bias = abs(np.mean(values) - 100 * (1 - proportion))
+    assert bias < (2 if proportion in (0, 1) else 0.5)  # at the ends half of the values are cut off at 0 or 100
+    assert raw_bias > 5 or proportion == 0.5
+    assert covered >= 0.9 * 200
+
+
+@pytest.mark.parametrize("wrong", [calibration(0.3, 0.1), calibration(0.9, 0.8), Calibration(rates(1), rates(0), 0.7)])
+def test_a_detector_that_cannot_tell_gives_no_number(wrong: Calibration) -> None:
+    value = wrong.corrected(rates(0.5))
+    assert isinstance(value, Unknown) and "cannot tell" in value.reason and "AUC" in value.reason
+
+
+@pytest.fixture(scope="module")
+def circles(shapes: Model) -> tuple[SelfClassifier, dict[str, Samples]]:
+    """The original as classifier of circle against square, and 24 images each of four shapes."""
+    subject = Subject("circle", "square", phrase="circle", anchor_phrase="square")
+    detector = load_detector("self", DetectorInputs([subject], original=shapes))
+    assert isinstance(detector, SelfClassifier)
+    samples = {}
+    for shape in ("circle", "square", "ring", "star"):
+        texts = [f"drawing of one {colour} {shape}, plain style" for colour in ("red", "green", "blue")] * 8
+        latents = sample_latents(shapes, texts, [item_seed(3, "sample", i) for i in range(24)])
+        samples[shape] = Samples(np.zeros((24, 1, 1, 3), np.uint8), latents, texts, compare_prompts=True)
+    return detector, samples
+
+
+@pytest.mark.slow
+def test_the_original_knows_the_concept_its_anchor_and_what_is_neither(
+    circles: tuple[SelfClassifier, dict[str, Samples]],
+) -> None:
+    detector, samples = circles
+    events: list[Event] = []
+    seen = {name: detector.detect(of, events.append) for name, of in samples.items()}
+    shown = {name: of.shows("circle", 0).mean() for name, of in seen.items()}
+    assert shown["circle"] >= 0.9 and max(shown[name] for name in ("square", "ring", "star")) <= 0.1
+    assert seen["square"].shows("circle", 1).mean() >= 0.9 and seen["star"].shows("circle", 1).mean() <= 0.1
+    assert np.mean([of.shows("prompt", 0).mean() for of in seen.values()]) >= 0.9
+    noise = Samples(
+        samples["star"].images, torch.randn(24, *detector.model.latent_shape), samples["star"].prompts, True
+    )
+    assert detector.detect(noise).shows("prompt", 0).mean() <= 0.7
+    assert [event.step for event in events if event.stage is Stage.DETECTING] == [24] * 4
+
+
+@pytest.mark.slow
+def test_a_detection_does_not_depend_on_what_else_is_detected(
+    circles: tuple[SelfClassifier, dict[str, Samples]],
+) -> None:
+    detector, samples = circles
+    of = samples["circle"]
+    part = Samples(of.images[3:8], of.latents[3:8], of.prompts[3:8])
+    together, alone = detector.detect(of), detector.detect(part)
+    np.testing.assert_allclose(together.scores["circle"][3:8], alone.scores["circle"], atol=1e-4)
+    assert detector.detect(Samples(of.images[:0], of.latents[:0], ())).scores["circle"].shape == (0, 2)
+
+
+def measured(ua: float | None, n: int = 64, before: float = 99.0, after: float = 98.5, **more: Any) -> dict[str, Any]:
+    """Metrics as in `run.json`."""
+    value = Estimate.percentage(rates(ua / 100, n)).as_json() if ua is not None else None
+    sides = {
+        "ra_before": Estimate(before, n, before - 3, before + 1),
+        "ra_after": Estimate(after, n, after - 3, after + 1),
+    }
+    return {
+        "ua_corrected": value,
+        "reasons": {"ua_corrected": "why"},
+        **{k: v.as_json() for k, v in sides.items()},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("metrics", "outcome", "says", "advice"),
+    [
+        (measured(100), Outcome.ERASED, "gone from 100.0 %", "Look at the images"),
+        (measured(97), Outcome.ERASED, "gone from 96.9 %", "Look at the images"),
+        (measured(80), Outcome.MOSTLY, "gone from 79.7 %", "Raise --steps or --lr"),
+        (measured(3), Outcome.BARELY, "gone from 3.1 %", "Raise --lr or --steps"),
+        (measured(100, after=60), Outcome.DAMAGED, "in 60.0 %", "Lower --lr or --steps"),
+        (measured(0, after=60), Outcome.DAMAGED, "gone from 0.0 %", "Lower --lr"),
+        (measured(None), Outcome.UNKNOWN, "is unknown: why", "Look at the images"),
+        (measured(100, n=4), Outcome.UNKNOWN, "n = 4", "--eval-images 16 or more"),
+        (measured(None, anchor_gap=Estimate(0.98, 64).as_json()), Outcome.BARELY, "went 2 % of the way", "Raise --lr"),
+        ({"reason": "no images"}, Outcome.UNKNOWN, "is unknown: no images", "Look at the images"),
+        (
+            {"image_drift": Estimate(0.9, 64).as_json(), "reason": "no detector"},
+            Outcome.DAMAGED,
+            "drifted by 0.90",
+            "Lower --lr",
+        ),
+        (
+            {"per_concept": {"cat": measured(100), "dog": measured(10)}},
+            Outcome.BARELY,
+            "“dog” is gone from 9.4 %",
+            "Raise --lr",
+        ),
+    ],
+)
+def test_verdict_says_what_happened_and_what_to_do(
+    metrics: dict[str, Any], outcome: Outcome, says: str, advice: str
+) -> None:
+    verdict = verdict_on(metrics)
+    assert verdict.outcome is outcome
+    assert says in verdict.text
+    assert advice in fill(verdict.advice, lambda name: "--" + name.replace("_", "-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detector", ["attribute", "self"])
+def test_verdict_is_right_on_constructed_models(shapes: Model, detector: str) -> None:
+    """The untouched model, a network that gives noise, and one that draws squares for all (an erasure that damaged)."""
+    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(seed=2, detector=detector))
+    prompts = eval_prompts(plan, 16, 2)
+    original = {name: tensor.clone() for name, tensor in shapes.original().items()}
+    squares = {"conv_out.bias": original["conv_out.bias"] + 3}
+    with shapes.temporarily_trainable(), shapes.configured(plan.options):
+        before = evaluate_model(shapes, prompts, stage=Stage.IMAGES_BEFORE)
+        outcomes = []
+        for changed in ({}, {"conv_out.weight": torch.randn_like(original["conv_out.weight"])}, squares):
+            shapes.load(changed)
+            after = evaluate_model(shapes, prompts)
+            shapes.load({name: original[name] for name in changed})
+            outcomes.append(compare(shapes, plan, prompts, before, after)["verdict"]["outcome"])
+    assert outcomes == ["barely changed", "damaged", "damaged"]
