@@ -69,7 +69,7 @@ def passes_of(name: str) -> int:
 
 
 def without_path(name: str) -> str:
-    """The name of a detector whose argument is no path: a hub id or a plain word. For hosts that others may use.
+    """Accept a detector name whose argument cannot be a path, for hosts with remote users: a hub id or a plain word.
 
     Raises:
         ConfigError: The argument could be a path.

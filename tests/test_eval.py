@@ -112,7 +112,7 @@ def test_sets_of_prompts_are_disjoint_from_training_and_say_what_they_should() -
     }
     for each in made.values():
         assert each.rows and not trained & {row.text for row in each.rows}
-        assert each.kept == (each.name == "neighbors") and (each.shows is None) == each.kept
+        assert each.preserve == (each.name == "neighbors") and (each.shows is None) == each.preserve
     assert all("a yellow labrador" in row.text for row in made["synonyms"].rows)
     assert all("a golden retriever" in row.text for row in (*made["languages"].rows, *made["compositions"].rows))
     assert not any(mentions(row.text, word) for row in made["neighbors"].rows for word in ("golden retriever", "cat"))

@@ -102,7 +102,7 @@ def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
             for what, sides in rates.items():
                 values = [from_json(sides[side]).text() for side in ("before", "after")]
                 rows.append((name, str(of["n"]), detector, what, *values))
-        if of["kept"] and of["image_drift"] is not None:
+        if of["preserve"] and of["image_drift"] is not None:
             rows.append((name, str(of["n"]), "", "drift of images", "", from_json(of["image_drift"]).text("", 3)))
     return rows
 

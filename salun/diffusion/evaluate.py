@@ -1,6 +1,6 @@
-"""`salun eval`: any model beside its original, on held-out prompts, on sets of prompts and on prompt files.
+"""`salun eval`: any model compared with its original, on held-out prompts, on sets of prompts and on prompt files.
 
-What is sampled lies in the user's cache, so that an interrupted evaluation goes on where it was, and other detectors
+Samples are kept in the cache, so that an interrupted evaluation continues where it was, and other detectors
 need no new images.
 """
 
@@ -272,7 +272,7 @@ def _sampled(
         model.settings = settings
     assert latents is not None
     images = decode_images(model, latents)
-    return Samples(images, latents, [row.text for row in of.rows], compare_prompts=of.kept)
+    return Samples(images, latents, [row.text for row in of.rows], compare_prompts=of.preserve)
 
 
 def _seed(row: PromptRow, seed: int, index: int) -> int:
@@ -289,14 +289,14 @@ def set_metrics(result: SetResult, of: EvalResult) -> dict[str, Any]:
             assert target is not None
             sides = [side.shows(target.attribute, target.label) for side in (before, after)]
             rates.setdefault(name, {})[subject.name] = _both(*sides)
-        if result.prompts.kept and detector.prompt_match is not None:
+        if result.prompts.preserve and detector.prompt_match is not None:
             sides = [side.shows(detector.prompt_match, 0) for side in (before, after)]
             rates[name]["as prompted"] = _both(*sides)
     drift = drift_of(result.before.latents, result.after.latents)
     return {
         "n": len(result.prompts.rows),
         "shows": result.prompts.shows,
-        "kept": result.prompts.kept,
+        "preserve": result.prompts.preserve,
         "detected": rates,
         "image_drift": drift.as_json(),
     }

@@ -29,13 +29,13 @@ class PromptSet:
 
     Args:
         shows: The concept that the original's images should show; None for prompts that must stay, or of a file.
-        kept: Whether images should be as before.
+        preserve: Whether images should be as before.
     """
 
     name: str
     rows: Sequence[PromptRow]
     shows: str | None = None
-    kept: bool = False
+    preserve: bool = False
 
 
 def prompt_sets(
@@ -70,9 +70,9 @@ def prompt_sets(
                     f"{name} has no prompts for {concept.name!r}", option="sets", advice="Give some by {synonyms}"
                 )
             rows = [PromptRow(text, row=i + 1) for i, text in enumerate(dict.fromkeys(texts))]
-            kept = name == "neighbors"
+            preserve = name == "neighbors"
             label = f"{name}: {concept.name}" if len(concepts) > 1 else name
-            made.append(PromptSet(label, rows, None if kept else concept.name, kept))
+            made.append(PromptSet(label, rows, None if preserve else concept.name, preserve))
     return made
 
 
