@@ -83,4 +83,5 @@ def _annotation(item: dataclasses.Field[Any], kind: type, optional: bool, groups
     if optional:
         annotation = annotation | None
     shown = _default(item) not in (None, [])
-    return Annotated[annotation, typer.Option(help=text, show_default=shown, rich_help_panel=panel)]
+    names = [f"-{item.name}"] if len(item.name) == 1 else []
+    return Annotated[annotation, typer.Option(*names, help=text, show_default=shown, rich_help_panel=panel)]
