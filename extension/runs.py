@@ -127,7 +127,7 @@ class Runs:
 
 def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A run's entry in a list, from its record."""
-    from salun.report.metrics import headline, metric_rows
+    from salun.report.metrics import headline, metric_rows, verdict_lines
 
     concepts = record["options"].get("concept")
     entry: dict[str, Any] = {
@@ -141,8 +141,8 @@ def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         if record["status"] == "done":
             rows = metric_rows(record["metrics"])[:MAX_ENTRIES]
-            lines = headline(record["concepts"], record["metrics"], label)[:MAX_ENTRIES]
-            entry["headline"] = [truncated(line) for line in lines]
+            lines = verdict_lines(record["metrics"], label) + headline(record["concepts"], record["metrics"])
+            entry["headline"] = [truncated(line) for line in lines[:MAX_ENTRIES]]
             entry["figures"] = [[truncated(str(cell)) for cell in row] for row in rows]
     except Exception:  # metrics may be untrusted input: the other runs are listed all the same
         entry["error"] = "its run.json is from another version of salun"

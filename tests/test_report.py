@@ -21,8 +21,8 @@ from salun.evaluation.metrics.frechet import frechet_distance
 from salun.evaluation.registry import METRICS, measure
 from salun.report import charts, image_grid, page
 from salun.report.density import block_of
-from salun.report.metrics import headline, metric_lines, metric_rows
-from salun.report.render import loss_series
+from salun.report.metrics import headline, metric_lines, metric_rows, verdict_lines
+from salun.report.render import ImagePair, loss_series
 
 LABELS = {"shape": ["circle", "square", "star"], "colour": ["red", "blue"]}
 EVIL = '<script>alert("1")</script>'
@@ -101,7 +101,8 @@ FAILED = measure(pair([0, 0, 0, 0, 0, 1, -1, -1], [1, 1, 1, 1, 1, 1, 1, 1]))
 
 
 def html_of(run: dict[str, Any], layers: dict[str, tuple[int, int]] | None = None, image: bytes | None = None) -> str:
-    return page.run_page(run, image, image, layers or LAYERS).html
+    pairs = [ImagePair(EVIL, {"before": image, "after": image})] if image is not None else []
+    return page.run_page(run, pairs, pairs, layers or LAYERS).html
 
 
 def test_metrics_are_counted_as_defined() -> None:
@@ -175,11 +176,11 @@ def test_lines_name_each_concept_and_unknown_metrics() -> None:
 
 def test_the_headline_says_success_and_failure() -> None:
     text = text_of(html_of(run_data(WORKED)))
-    assert "Mostly erased: “circle” is gone from 100.0 %" in text
+    assert "Mostly erased “circle” is gone from 100.0 %" in text and "Next: Raise steps or lr." in text
     assert "None of 8 images of prompts of “circle” show it (before: 8)." in text
     assert "5 of 10 weights (50.0%)" in text
     text = text_of(html_of(run_data(FAILED)))
-    assert "Damaged: Images of other prompts are as prompted in 75.0 %" in text
+    assert "Damaged Images of other prompts are as prompted in 75.0 %" in text
     assert "5 of 8 images of prompts of “circle” show it (before: 8)." in text
     assert "Warning: 25 % of the images are no longer valid" in text
 
@@ -187,9 +188,10 @@ def test_the_headline_says_success_and_failure() -> None:
 def test_unknown_metrics_are_reported_as_unknown() -> None:
     metrics = {**unknown("no detector covers 'cat'"), "anchor_gap": None}
     text = text_of(html_of(run_data(metrics))).replace("&#39;", "'")
-    assert "Can't tell: Whether the concept is gone is unknown: no detector covers 'cat'." in text
+    assert "Can't tell Whether the concept is gone is unknown: no detector covers 'cat'." in text
     assert "Unknown: Forgotten (UA)" in text and "Retain accuracy by class" not in text
-    assert headline([{"name": "cat"}], {}) == [
+    assert headline([{"name": "cat"}], {}) == []
+    assert verdict_lines({}) == [
         "Can't tell: Whether the concept is gone is unknown: it was not measured.",
         "Next: Look at the images.",
     ]
@@ -267,7 +269,7 @@ def test_long_captions_are_cut() -> None:
 def test_report_of_a_run_is_small_and_complete(short_run: Run) -> None:
     html = short_run.report.html
     assert len(html) < 1_500_000
-    assert html.count("data:image/png;base64,") == 2
+    assert html.count("data:image/jpeg;base64,") == 4 * min(8, short_run.prompts.each)
     assert "one" in text_of(html)
 
 

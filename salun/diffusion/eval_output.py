@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from salun.diffusion.evaluate import EvalResult, SetResult
+from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.model.settings import display_name
-from salun.diffusion.result import blurred, grids
+from salun.diffusion.result import blurred, image_pairs, pair_of
 from salun.evaluation.detector import Detection, Samples
 from salun.evaluation.estimate import from_json
 from salun.files import write_bytes
 from salun.report import image_grid
-from salun.report.metrics import headline, metric_sections, verdict_lines
+from salun.report.metrics import banner, calibration_sections, headline, metric_sections, verdict_lines
+from salun.report.page import image_sections
 from salun.report.render import Report, Section, page
 
 SHOWN = 8  # images of each set on the page
@@ -44,8 +45,8 @@ def write_evaluation(result: EvalResult, folder: Path) -> list[Path]:
 
 def _parts(result: EvalResult) -> Iterator[Part]:
     prompts, before, after = result.prompts, result.before, result.after
-    for side, of, pairs in (("before", before, "before"), ("after", after, "after")):
-        seen = {name: getattr(pair, pairs) for name, pair in result.pairs.items()}
+    for side, of in (("before", before), ("after", after)):
+        seen = {name: getattr(pair, side) for name, pair in result.pairs.items()}
         yield "concept", side, of.forget, prompts.forget_seeds, {name: each.forget for name, each in seen.items()}
         yield "other prompts", side, of.retain, prompts.retain_seeds, {n: each.retain for n, each in seen.items()}
         if of.anchor is not None:
@@ -87,11 +88,11 @@ def report(result: EvalResult, data: Mapping[str, Any]) -> Report:
     for name, metrics in result.metrics.items():
         lines = " ".join(verdict_lines(metrics)) if len(result.metrics) > 1 else ""
         sections.append(Section(f"By the detector {name}" if len(result.metrics) > 1 else "", lines))
-        sections += metric_sections(concepts, metrics)
+        sections += [*metric_sections(concepts, metrics), *calibration_sections(metrics)]
     if result.sets:
         rows = [("set", "n", "detector", "", "before", "after"), *set_rows(data["sets"])]
         sections.append(Section("Sets of prompts", "Images in which the concept is detected, in %:", rows, wrap=True))
-    return page(title, subtitle, sections, headline(concepts, data), data["notes"])
+    return page(title, subtitle, sections, headline(concepts, data), data["notes"], banner=banner(data))
 
 
 def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -108,19 +109,11 @@ def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _images(result: EvalResult) -> list[Section]:
-    forget, retain = grids(result.plan, result.prompts, result.before, result.after)
     blur = any(blurred(result.plan)) and not result.options.show_sensitive
-    sections = []
-    if forget is not None and retain is not None:
-        shown = {"before and after": image_grid.png_bytes(forget)}
-        sections.append(Section("Before and after", "Prompts of the concept, with the same seeds:", images=shown))
-        sections.append(Section("", "Other prompts:", images={"other prompts": image_grid.png_bytes(retain)}))
+    shown = image_pairs(result.plan, result.prompts, result.before, result.after)
+    sections = image_sections(*shown, blur)
     for each in result.sets:
-        sections.append(Section("", f"{each.prompts.name}:", images={each.prompts.name: _grid(each, blur)}))
+        count = min(SHOWN, len(each.prompts.rows))
+        of_set = [pair_of(each.before, each.after, row, blur) for row in range(count)]
+        sections.append(Section("", f"{each.prompts.name}:", pairs=of_set))
     return sections
-
-
-def _grid(of: SetResult, blur: bool) -> bytes:
-    rows = slice(SHOWN)
-    texts = [row.text for row in of.prompts.rows[rows]]
-    return image_grid.png_bytes(image_grid.grid(of.before.images[rows], of.after.images[rows], texts, blur=blur))

@@ -25,13 +25,14 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.output import write_new, write_output
 from salun.diffusion.plan import Plan
 from salun.errors import ConfigError, ModelError, fill, literal, some
+from salun.evaluation.detector import Samples
 from salun.files import write_bytes
 from salun.masking.mask import Mask
 from salun.masking.training_state import LossRow
 from salun.progress import Event, Stage
 from salun.report import image_grid
 from salun.report.page import run_page
-from salun.report.render import Report
+from salun.report.render import ImagePair, Report
 from salun.runs.record import RunRecord
 
 GRID = 8  # prompts per row of the before/after image
@@ -58,6 +59,26 @@ def grids(
     return image_grid.stack(*rows_of_concepts), image_grid.grid(
         before.retain.images[:k], after.retain.images[:k], texts
     )
+
+
+def image_pairs(
+    plan: Plan, prompts: EvalPrompts, before: Evaluation, after: Evaluation
+) -> tuple[list[ImagePair], list[ImagePair]]:
+    """Before/after images of forget prompts, the first few of each concept, and of retain prompts, for a page."""
+    k = min(GRID, prompts.each)
+    forget = [
+        pair_of(before.forget, after.forget, row, blur)
+        for i, blur in enumerate(blurred(plan))
+        for row in range(i * prompts.each, i * prompts.each + k)
+    ]
+    return forget, [pair_of(before.retain, after.retain, row) for row in range(k)]
+
+
+def pair_of(before: Samples, after: Samples, row: int, blur: bool = False) -> ImagePair:
+    """One image before and after, with its prompt."""
+    sides = {"before": before, "after": after}
+    images = {name: image_grid.thumbnail(side.images[row], blur) for name, side in sides.items()}
+    return ImagePair(before.prompts[row], images)
 
 
 def blurred(plan: Plan) -> list[bool]:
@@ -101,15 +122,15 @@ class Run:
         """The report as one self-contained HTML page."""
         counts = self.mask.counts()
         layers = {name: (counts[name], int(np.prod(shape, dtype=np.int64))) for name, shape in self.mask.shapes.items()}
-        forget, retain = self.grids()
-        record = self.record.as_json()
+        record, folder = self.record.as_json(), self.record.folder
         options = {**record["options"], "model": display_name(self.model.name)}
+        paths = [entry["path"] for entry in record["outputs"]]
         return run_page(
             {**record, "options": options, "status": "done", "peak_memory": peak_memory()},
-            image_grid.png_bytes(forget) if forget is not None else None,
-            image_grid.png_bytes(retain) if retain is not None else None,
+            *image_pairs(self.plan, self.prompts, self.before, self.after),
             layers,
             blurred=any(blurred(self.plan)),
+            inside=[path for path in paths if folder is not None and (folder / path).exists()],
         )
 
     def grids(self) -> tuple[np.ndarray | None, np.ndarray | None]:

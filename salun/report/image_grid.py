@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from salun.delta.stock_formats import group_of
 from salun.report.density import summed
 
+SHOWN = 320  # pixels of an image on a page
 TILE, GAP, INK, PAPER = 128, 8, (40, 40, 46), (250, 250, 250)
 
 
@@ -95,6 +96,21 @@ def blurred(image: Image.Image, side: int = TILE) -> Image.Image:
         .resize((side, side), Image.Resampling.BICUBIC)
         .filter(ImageFilter.GaussianBlur(8))
     )
+
+
+def thumbnail(image: np.ndarray, blur: bool = False, side: int = SHOWN) -> bytes:
+    """A uint8 image (h, w, 3) as JPEG, of at most `side` pixels a side."""
+    small = Image.fromarray(image)
+    if blur:
+        small = blurred(small, side)
+    elif max(small.size) > side:
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    elif min(small.size) < side // 2:
+        factor = side // max(small.size)
+        small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
 
 
 def png_bytes(image: np.ndarray) -> bytes:

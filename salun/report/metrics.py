@@ -10,7 +10,7 @@ from salun.evaluation.estimate import Estimate, Unknown, Value, from_json
 from salun.evaluation.metric import Metric
 from salun.evaluation.registry import METRICS
 from salun.evaluation.verdict import verdict_on
-from salun.report.render import Section
+from salun.report.render import Banner, Section
 
 SINGLE = [metric for metric in METRICS if not metric.breakdown]
 OF_CONCEPTS = [metric for metric in SINGLE if metric.per_concept]
@@ -23,19 +23,12 @@ def values(metric: Metric, metrics: Mapping[str, Any]) -> tuple[Value, Value]:
     return from_json(metrics.get(metric.key_before), reason), from_json(metrics.get(metric.key), reason)
 
 
-def headline(
-    concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], spell: Callable[[str], str] = str
-) -> list[str]:
-    """The verdict, and what else happened, in plain sentences.
-
-    Args:
-        concepts: As in `run.json`.
-        spell: Option name → how the host spells it.
-    """
+def headline(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[str]:
+    """What happened besides the verdict, in plain sentences. concepts: as in `run.json`."""
     measured = metrics.get("per_concept") or {}
     listed = [(metric, measured.get(concept["name"], {}), concept) for concept in concepts for metric in OF_CONCEPTS]
     listed += [(metric, metrics, {}) for metric in SINGLE if not metric.per_concept]
-    lines = verdict_lines(metrics, spell)
+    lines = []
     for metric, side, concept in listed:
         before, after = values(metric, side)
         if metric.finding is not None and isinstance(before, Estimate) and isinstance(after, Estimate):
@@ -43,11 +36,32 @@ def headline(
     return [line for line in lines if line]
 
 
-def verdict_lines(metrics: Mapping[str, Any], spell: Callable[[str], str] = str) -> list[str]:
-    """The verdict in a line, and the next step in another."""
+def banner(metrics: Mapping[str, Any], spell: Callable[[str], str] = str) -> Banner:
+    """The verdict, as the first thing on a page. spell: option name → how the host spells it."""
     verdict = verdict_on(metrics)  # not the stored one: a run.json may be untrusted input
     outcome = str(verdict.outcome)
-    return [f"{outcome[0].upper()}{outcome[1:]}: {verdict.text}.", f"Next: {fill(verdict.advice, spell)}."]
+    return Banner(outcome[0].upper() + outcome[1:], f"{verdict.text}.", f"Next: {fill(verdict.advice, spell)}.")
+
+
+def verdict_lines(metrics: Mapping[str, Any], spell: Callable[[str], str] = str) -> list[str]:
+    """The verdict in a line, and the next step in another."""
+    shown = banner(metrics, spell)
+    return [f"{shown.outcome}: {shown.text}", shown.next]
+
+
+def calibration_sections(metrics: Mapping[str, Any]) -> list[Section]:
+    """How the detector does on the original's own images, for each concept; none where nothing was detected."""
+    rows = [("concept", "detected in images of its prompts", "false alarms in others", "AUC", "")]
+    for name, of in (metrics.get("per_concept") or {}).items():
+        if calibration := of.get("calibration"):
+            sides = [from_json(calibration[key]).text() for key in ("detected", "false_alarms")]
+            auc = calibration["auc"]
+            rows.append((name, *sides, "" if auc is None else f"{100 * auc:.1f} %", calibration["reason"] or ""))
+    text = (
+        "A detector's word is worth what it is on the original model, before the erasure. The corrected UA takes its "
+        "misses and false alarms into account."
+    )
+    return [Section("Calibration of the detector", text, rows, wrap=True)] if len(rows) > 1 else []
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

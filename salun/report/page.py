@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from salun.report import charts
 from salun.report.density import per_block
-from salun.report.metrics import headline, metric_sections
-from salun.report.render import Report, Section, loss_series, page, size
+from salun.report.metrics import banner, calibration_sections, headline, metric_sections
+from salun.report.render import ImagePair, Report, Section, loss_series, page, size
 
+USAGE = {  # kind of an output → how to use it
+    "checkpoint": "a complete checkpoint. Copy it to models/checkpoints of ComfyUI or models/Stable-diffusion of a "
+    "WebUI, and choose it like any other.",
+    "folder": "a diffusers folder: DiffusionPipeline.from_pretrained.",
+    "delta": "the sparse difference, which can be applied at any strength and undone: salun delta apply and "
+    "undo, the ComfyUI node SalUn Load Delta, or “Erased delta” in a WebUI. Whoever has it can undo the erasure.",
+    "lora": "a low-rank approximation for any LoRA loader, at strength 1.",
+    "diff": "the full difference for any LoRA loader, at strength 1.",
+    "mask": "the trained weights: salun inspect, or --mask of another run.",
+}
 LOSSES = {
     "forget": "MSE to the anchor's prediction",
     "retain": "MSE to the original model's prediction",
@@ -18,18 +28,20 @@ LOSSES = {
 
 def run_page(
     run: Mapping[str, Any],
-    forget_image: bytes | None,
-    retain_image: bytes | None,
+    forget: Sequence[ImagePair],
+    retain: Sequence[ImagePair],
     layers: Mapping[str, tuple[int, int]],
     blurred: bool = False,
+    inside: Collection[str] = (),
 ) -> Report:
     """The page of an erasure.
 
     Args:
         run: As in `run.json`.
-        forget_image, retain_image: Images before and after, PNG.
+        forget, retain: Images before and after.
         layers: Parameter → (selected, total) of the mask.
         blurred: Whether forget images are blurred.
+        inside: Paths of outputs that lie in the page's folder.
     """
     concepts, metrics = run["concepts"], run["metrics"]
     names = ", ".join(f"“{concept['name']}”" for concept in concepts)
@@ -39,13 +51,17 @@ def run_page(
         f"{seconds:.0f} s on {run['device']}"
     )
     sections = [
-        *_images(forget_image, retain_image, blurred),
+        *image_sections(forget, retain, blurred),
         *metric_sections(concepts, metrics),
+        *calibration_sections(metrics),
+        _usage(run, inside),
         _changes(run, layers),
         _training(run),
         _files(run),
+        GLOSSARY,
     ]
-    return page(f"Forgetting {names}", subtitle, sections, headline(concepts, metrics), _notes(run), run)
+    lines = headline(concepts, metrics)
+    return page(f"Forgetting {names}", subtitle, sections, lines, _notes(run), run, banner(metrics))
 
 
 def _notes(run: Mapping[str, Any]) -> list[str]:
@@ -60,22 +76,35 @@ def _notes(run: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _images(forget: bytes | None, retain: bytes | None, blurred: bool) -> list[Section]:
-    if forget is None or retain is None:
+def image_sections(forget: Sequence[ImagePair], retain: Sequence[ImagePair], blurred: bool) -> list[Section]:
+    """The images before and after, of prompts of the concept and of others."""
+    if not forget and not retain:
         return [Section("Before and after", "No images were made in this run (eval_images: 0).")]
     footer = (
         "Blurred, because a concept is marked as sensitive. To see the images, set show_sensitive, or sample the model."
     )
-    text = "Prompts of the concept, with the same seeds before and after:"
+    text = "Prompts of the concept that were not used in training, with the same seed before and after:"
     return [
-        Section(
-            "Before and after",
-            text,
-            images={"forget images before and after": forget},
-            footer=footer if blurred else "",
-        ),
-        Section("", "Other prompts:", images={"retain images before and after": retain}),
+        Section("Before and after", text, pairs=forget, footer=footer if blurred else ""),
+        Section("", "Other prompts, which should stay as they are:", pairs=retain),
     ]
+
+
+def _usage(run: Mapping[str, Any], inside: Collection[str]) -> Section:
+    """How to use each output, with a link where it is in its folder."""
+    links, folders = [], set()
+    for entry in run["outputs"]:
+        path, how = str(entry["path"]), USAGE.get(entry["kind"])
+        if entry["kind"] == "folder":
+            path = path.split("/")[0] + "/"
+        if how is None or path in folders:
+            continue
+        folders.add(path)
+        within = entry["path"] in inside
+        links.append((path if within else "", path, how))
+    if not links:
+        return Section("How to use the result", "This run wrote no files: `Run.save` writes them.")
+    return Section("How to use the result", links=links)
 
 
 def _changes(run: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -> Section:
@@ -108,6 +137,28 @@ def _files(run: Mapping[str, Any]) -> Section:
         "Anyone with the delta can undo the erasure: publish the model without it where the concept must not return."
     )
     return Section("Files", rows=rows, footer=footer, wrap=True)
+
+
+GLOSSARY = Section(
+    "",
+    rows=(
+        ("term", "meaning"),
+        ("concept, anchor", "what is erased, and what the model shows in its place"),
+        ("UA (unlearning accuracy)", "images of the concept's prompts that do not show it"),
+        ("RA (retain accuracy)", "images of other prompts that show what was prompted"),
+        (
+            "detector, calibration",
+            "decides whether an image shows the concept; how it does on the original's images",
+        ),
+        ("95 % interval, n", "where the true value probably lies, given n images"),
+        ("AUC", "how well a detector's scores separate two kinds of images: 100 % is perfect, 50 % is chance"),
+        ("drift", "how far images or predictions moved at the same prompt and seed"),
+        ("saliency, mask, density", "how much a weight matters for the concept; the weights trained; their fraction"),
+        ("delta, strength", "the difference to the original model, and how much of it is applied"),
+    ),
+    folded="Terms",
+    wrap=True,
+)
 
 
 def layers_page(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from salun.files import write_bytes
 
@@ -25,6 +26,32 @@ class Report:
 
 
 @dataclass(frozen=True)
+class ImagePair:
+    """Images that belong together, such as before and after, under one caption.
+
+    Args:
+        images: Label → JPEG or PNG.
+    """
+
+    caption: str
+    images: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Banner:
+    """The first thing on a page: what came of it.
+
+    Args:
+        outcome: In a word or two; the words before the first space choose the color.
+        text: A sentence. next: What to do, another one.
+    """
+
+    outcome: str
+    text: str
+    next: str
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a page.
 
@@ -33,6 +60,8 @@ class Section:
         rows: A table, its heading first.
         charts: SVG, in which names are escaped.
         images: Alternative text → PNG.
+        pairs: Shown side by side, as many as fit.
+        links: (path relative to the page or "", what it is, how to use it).
         footer: A remark below.
         wrap: Whether long cells are wrapped.
         folded: The line that opens the section, where it is closed at first.
@@ -43,6 +72,8 @@ class Section:
     rows: Sequence[Sequence[str]] = ()
     charts: Sequence[str] = ()
     images: Mapping[str, bytes] | None = None
+    pairs: Sequence[ImagePair] = ()
+    links: Sequence[tuple[str, str, str]] = ()
     footer: str = ""
     wrap: bool = False
     folded: str = ""
@@ -55,17 +86,22 @@ def page(
     headline: Sequence[str] = (),
     notes: Sequence[str] = (),
     run: Mapping[str, Any] | None = None,
+    banner: Banner | None = None,
 ) -> Report:
     """A page. run: as in `run.json`, for the section on how to reproduce it."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": size, "svg": Markup, "data_url": _data_url}  # charts escape the names they draw
+    environment.filters |= {
+        "size": size,
+        "svg": Markup,
+        "data_url": _data_url,
+        "href": quote,
+    }  # charts escape the names they draw
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return Report(
-        template.render(title=title, subtitle=subtitle, sections=sections, headline=headline, notes=notes, run=run)
-    )
+    parts = {"sections": sections, "headline": headline, "notes": notes, "run": run, "banner": banner}
+    return Report(template.render(title=title, subtitle=subtitle, **parts))
 
 
 def loss_series(rows: Iterable[Any]) -> dict[str, list[tuple[float, float]]]:
@@ -95,5 +131,6 @@ def size(n: float) -> str:
     return f"{n:.1f} GB"
 
 
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def _data_url(image: bytes) -> str:
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(image).decode("ascii")

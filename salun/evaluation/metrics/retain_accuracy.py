@@ -21,7 +21,8 @@ def retain_accuracy(pair: EvaluationPair) -> Value:
 
 def by_attribute(pair: EvaluationPair) -> dict[str, Value]:
     """Images of other prompts that show this attribute as prompted."""
-    return {name: Estimate.percentage(right) for name, right in _right(pair).items()}
+    right = _right(pair)
+    return {name: Estimate.percentage(hits) for name, hits in right.items()} if len(right) > 1 else {}
 
 
 def by_class(pair: EvaluationPair) -> dict[str, Value]:
