@@ -28,6 +28,7 @@ from salun.evaluation.metric import Predictions
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
 from salun.report.image_grid import stack
+from salun.report.metrics import verdict_lines
 from salun.runs.cache import key_of
 from salun.runs.record import RunRecord
 
@@ -50,12 +51,14 @@ class SalUnErase(Node):
     """Erases a concept from the MODEL in the graph."""
 
     TITLE = "SalUn Erase"
-    RETURN_TYPES, RETURN_NAMES = ("MODEL", DELTA, "IMAGE", "STRING"), ("model", "delta", "before_after", "metrics")
+    RETURN_TYPES = ("MODEL", DELTA, "IMAGE", "STRING", "STRING")
+    RETURN_NAMES = ("model", "delta", "before_after", "metrics", "verdict")
     OUTPUT_TOOLTIPS = (
         "The erased model, ready for a KSampler.",
         "The changes, for Save Delta, Save Erased Checkpoint, Save as LoRA and Apply Delta.",
         "Images of forget and retain prompts, before and after.",
         "Metrics, losses and options as JSON.",
+        "Whether it worked, and what to do next.",
     )
     DESCRIPTION = (
         "Erases a concept from a model by SalUn: the weights that the concept depends on most are trained, and all "
@@ -93,7 +96,7 @@ class SalUnErase(Node):
         given_data: Data | None = None,
         options: OptionValues | None = None,
         **values: Any,
-    ) -> tuple[Any, Delta, Tensor, str]:
+    ) -> tuple[Any, Delta, Tensor, str, str]:
         graph, plan = graph_and_plan(model, clip, vae, concept, values, options)
         check_optimizer(plan.options.optimizer)
         check_data(given_data, graph, plan)
@@ -114,7 +117,8 @@ class SalUnErase(Node):
                     run = unlearn(RunContext(graph, plan, record, bar, cache()), data, given_mask)
                 result = _cached(record.fingerprint, run)  # the state is removed only once the result is cached
         delta, image, metrics = result
-        return apply_delta_patch(model, delta, graph.original()), delta, image, metrics
+        verdict = "\n".join(verdict_lines(json.loads(metrics)["metrics"]))
+        return apply_delta_patch(model, delta, graph.original()), delta, image, metrics, verdict
 
 
 @contextmanager

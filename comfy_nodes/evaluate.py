@@ -13,6 +13,7 @@ from salun.diffusion.result import grids
 from salun.errors import ConfigError
 from salun.progress import Stage
 from salun.report.image_grid import stack
+from salun.report.metrics import verdict_lines
 
 from .execution import computes, graph_and_plan
 from .families import family_of
@@ -30,12 +31,17 @@ class SalUnEvaluate(Node):
     """Measures what changed between two models."""
 
     TITLE = "SalUn Evaluate"
-    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING"), ("before_after", "metrics")
-    OUTPUT_TOOLTIPS = ("The same prompts and seeds in both models.", "Metrics as JSON; null where unknown.")
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING", "STRING"), ("before_after", "metrics", "verdict")
+    OUTPUT_TOOLTIPS = (
+        "The same prompts and seeds in both models.",
+        "Metrics as JSON; null where unknown.",
+        "Whether the erasure worked, and what to do next.",
+    )
     DESCRIPTION = (
-        "Compares two models on held-out prompts, by images and metrics. anchor_gap: 1 for the original model, 0 where "
-        "the concept's prompts give the anchor's predictions. retain_change: how much the predictions of other prompts "
-        "changed."
+        "Compares two models on held-out prompts: whether the concept is gone, and whether the rest stayed. Detector: "
+        "the original model itself, unless SalUn Options names another. anchor_gap: 1 for the original model, 0 "
+        "where the concept's prompts give the anchor's predictions. retain_change: how much the predictions of other "
+        "prompts changed."
     )
 
     @classmethod
@@ -60,7 +66,7 @@ class SalUnEvaluate(Node):
         concept: Concepts,
         options: OptionValues | None = None,
         **values: Any,
-    ) -> tuple[Tensor, str]:
+    ) -> tuple[Tensor, str, str]:
         families = family_of(before).name, family_of(after).name
         if families[0] != families[1]:
             raise ConfigError(f"before is a MODEL of the family {families[0]}, but after is of {families[1]}")
@@ -82,4 +88,5 @@ class SalUnEvaluate(Node):
             else text_image("eval_images is 0")
         )
         facts = {"concepts": [c.name for c in plan.concepts], "images": len(prompts.forget) + len(prompts.retain)}
-        return image, json.dumps({**facts, "seed": plan.options.seed, **metrics}, indent=1)
+        summary = json.dumps({**facts, "seed": plan.options.seed, **metrics}, indent=1)
+        return image, summary, "\n".join(verdict_lines(metrics))

@@ -348,8 +348,9 @@ def erased(model: Any, family: str = "sd1", **changes: Any) -> tuple[Any, Delta,
     """SalUn Erase and, for changes of options that are not its inputs, SalUn Options."""
     shared = {name: changes.pop(name) for name in list(changes) if name in SHARED}
     inputs = parts(model=model, clip=Clip(family), options=options(**shared), **TINY)
-    result: tuple[Any, Delta, Tensor, str] = call("SalUnErase", **{**inputs, **changes})
-    return result
+    *result, verdict = call("SalUnErase", **{**inputs, **changes})
+    assert verdict.splitlines()[1].startswith("Next: ")
+    return tuple(result)
 
 
 @functools.cache
