@@ -3,9 +3,9 @@
     python benchmarks/detectors.py [--n 500] [--concepts circle star ...]
 
 For each concept: n images each of its prompts, of other prompts and of the erased model, and n drawings of known
-content, encoded by the VAE. Prints and writes `docs/detectors.md`: misses and false alarms with 95 % intervals, the
-agreement of both detectors, the time of a detection relative to sampling the same images, and how the AUC falls with
-fewer timesteps. Each concept's row is kept in `benchmarks/results/detectors`, so an interrupted run goes on.
+content, encoded by the VAE. Prints, and writes `docs/detectors.md` after each concept: misses and false alarms with
+95 % intervals, the agreement of both detectors, the time of a detection relative to sampling the same images, and how
+the AUC falls with fewer timesteps. Results are kept in `benchmarks/results/detectors`, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import salun
 from salun.diffusion.data.latents import decode_images, item_seed, sample_latents
@@ -59,8 +60,6 @@ def drawn(model: Model, n: int) -> tuple[Samples, list[world.Scene]]:
     scenes = [world.random_scene(rng, calm=True) for _ in range(n)]
     images = np.stack([world.draw(scene, rng, calm=True) for scene in scenes])
     latents = np.concatenate([model.encode_images(images[i : i + 64]).numpy() for i in range(0, n, 64)])
-    import torch
-
     return Samples(images, torch.from_numpy(latents), [""] * n), scenes
 
 
@@ -182,7 +181,7 @@ def main() -> None:
             path.write_text(json.dumps(row(model, concept, given.n), indent=1) + "\n", encoding="utf-8")
         rows.append(json.loads(path.read_text(encoding="utf-8")))
         print(json.dumps(rows[-1]), flush=True)
-    TABLE.write_text(table(rows), encoding="utf-8")
+        TABLE.write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
