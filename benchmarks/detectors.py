@@ -39,7 +39,8 @@ HEAD = """# The original model as detector
 
 Written by `benchmarks/detectors.py` on the embedded model: {n} images of each kind, on a CPU. `self` compares the
 original network's denoising errors under the prompts “concept”, “anchor” and the empty one, at 2 timesteps, and at 4
-where these disagree. Intervals are 95 %.
+where these disagree. Detections are those at the detectors' own fixed thresholds; an erasure lets `self` choose another
+one on the original's images, which helps where the AUC is high. Intervals are 95 %.
 
 - Misses: images of the concept's prompts by the original model in which the detector does not see the concept.
 - False alarms: likewise in images of other prompts.

@@ -58,6 +58,16 @@ def test_corrected_rate_is_unbiased_on_mixtures_of_known_proportions(proportion:
     assert covered >= 0.9 * 200
 
 
+def test_adjusted_threshold_is_taken_where_it_separates_clearly_better() -> None:
+    positives, negatives = np.linspace(-0.3, 0.1, 50), np.linspace(-2, -0.4, 80)
+    given = Calibration.of_scores(positives, negatives, 0.0)
+    chosen = Calibration.of_scores(positives, negatives, 0.0, adjustable=True)
+    assert given.positives.mean() == 0.26 and given.auc == chosen.auc == 1
+    assert chosen.positives.all() and not chosen.negatives.any() and -0.4 < chosen.threshold < -0.3
+    assert Calibration.of_scores(positives + 0.3, negatives, 0.0, adjustable=True).threshold == 0
+    assert Calibration.of_scores(positives[:0], negatives, 0.0, adjustable=True).threshold == 0
+
+
 @pytest.mark.parametrize("wrong", [calibration(0.3, 0.1), calibration(0.9, 0.8), Calibration(rates(1), rates(0), 0.7)])
 def test_a_detector_that_cannot_tell_gives_no_number(wrong: Calibration) -> None:
     value = wrong.corrected(rates(0.5))

@@ -287,7 +287,10 @@ def set_metrics(result: SetResult, of: EvalResult) -> dict[str, Any]:
         for subject in of.plan.subjects:
             target = detector.target(subject)
             assert target is not None
-            sides = [side.shows(target.attribute, target.label) for side in (before, after)]
+            threshold = next(
+                of.pairs[name].calibration(c).threshold for c in of.pairs[name].concepts if c.name == subject.name
+            )
+            sides = [side.scores[target.attribute][:, target.label] >= threshold for side in (before, after)]
             rates.setdefault(name, {})[subject.name] = _both(*sides)
         if result.prompts.preserve and detector.prompt_match is not None:
             sides = [side.shows(detector.prompt_match, 0) for side in (before, after)]

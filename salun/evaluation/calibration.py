@@ -15,6 +15,7 @@ import numpy as np
 from salun.evaluation.estimate import Estimate, Unknown, Value
 
 MIN_AUC, MIN_GAP = 0.8, 0.3  # below either, a detector cannot tell
+CLEARLY = 0.05  # by which another threshold must be better
 DRAWS = 2000  # of the bootstrap
 
 
@@ -26,16 +27,26 @@ class Calibration:
         positives: bool (n,), whether the concept is detected in images of its own prompts.
         negatives: bool (m,), likewise in images of the anchor's and of other prompts.
         auc: Area under the ROC curve of the scores.
+        threshold: Of the scores, by which the decisions were made.
     """
 
     positives: np.ndarray
     negatives: np.ndarray
     auc: float
+    threshold: float = 0.0
 
     @classmethod
-    def of_scores(cls, positives: np.ndarray, negatives: np.ndarray, threshold: float) -> Calibration:
-        """From the concept's scores (n,) and (m,); one counts as detected from the threshold on."""
-        return cls(positives >= threshold, negatives >= threshold, auc(positives, negatives))
+    def of_scores(
+        cls, positives: np.ndarray, negatives: np.ndarray, threshold: float, adjustable: bool = False
+    ) -> Calibration:
+        """From the concept's scores (n,) and (m,); one counts as detected from the threshold on.
+
+        Args:
+            adjustable: Whether to choose another threshold where that separates the two clearly better.
+        """
+        if adjustable and len(positives) and len(negatives):
+            threshold = adjusted(positives, negatives, threshold)
+        return cls(positives >= threshold, negatives >= threshold, auc(positives, negatives), threshold)
 
     @property
     def reason(self) -> str | None:
@@ -71,7 +82,8 @@ class Calibration:
         """As in `run.json`."""
         rates: Mapping[str, np.ndarray] = {"detected": self.positives, "false_alarms": self.negatives}
         values = {name: Estimate.percentage(part).as_json() if len(part) else None for name, part in rates.items()}
-        return {**values, "auc": None if np.isnan(self.auc) else self.auc, "reason": self.reason}
+        known = None if np.isnan(self.auc) else self.auc
+        return {**values, "auc": known, "threshold": self.threshold, "reason": self.reason}
 
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
@@ -81,6 +93,24 @@ def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
     ordered = np.sort(negatives)
     below, upto = (np.searchsorted(ordered, positives, side) for side in ("left", "right"))
     return float((below + upto).mean() / 2 / len(negatives))
+
+
+def adjusted(positives: np.ndarray, negatives: np.ndarray, threshold: float) -> float:
+    """The threshold with the greatest difference between detections and false alarms (Youden 1950).
+
+    The given one, unless another is better by `CLEARLY`: the best of many on few images is partly chance.
+
+    Args:
+        positives, negatives: Scores (n,) and (m,), n, m > 0.
+    """
+    scores = np.unique(np.concatenate([positives, negatives]))
+    scores = scores[np.isfinite(scores)]
+    between = np.append((scores[1:] + scores[:-1]) / 2, threshold)
+    ordered = np.sort(positives), np.sort(negatives)
+    above = [1 - np.searchsorted(each, between) / len(each) for each in ordered]
+    gaps = above[0] - above[1]
+    best = int(np.argmax(gaps))
+    return float(between[best]) if gaps[best] >= gaps[-1] + CLEARLY else threshold
 
 
 def _resampled(hits: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -82,12 +82,14 @@ class Detection:
         valid: bool (n,), whether each image is of the kind that the detector knows; None where it cannot say. Nothing
             is detected in an invalid image.
         features: float32 (n, d), for Fréchet distances; None where the detector has none.
+        adjustable: Whether a concept's threshold may be chosen anew on the original's images.
     """
 
     scores: Mapping[str, np.ndarray]
     threshold: float
     valid: np.ndarray | None = None
     features: np.ndarray | None = None
+    adjustable: bool = False
 
     def shows(self, attribute: str, label: int | np.ndarray, rows: slice = slice(None)) -> np.ndarray:
         """Whether a label of the attribute, or each image's label (n,), is detected, bool (n,); −1 never is."""

@@ -99,7 +99,14 @@ class EvaluationPair:
             before.forget.scores[attribute][concept.rows, concept.label],
             np.concatenate(others)[:, concept.label],
             before.forget.threshold,
+            before.forget.adjustable,
         )
+
+    def shown(self, concept: ExpectedConcept) -> np.ndarray:
+        """Whether each of its forget images shows the concept after the erasure, bool (n,), by the calibration."""
+        scores = self.after.forget.scores[concept.attribute][concept.rows, concept.label]
+        shown: np.ndarray = scores >= self.calibration(concept).threshold
+        return shown
 
     def cannot_tell(self) -> Unknown | None:
         """Why the detector measures nothing here, or None where it does."""

@@ -115,6 +115,7 @@ class SelfClassifier:
                 for name, labels in self.labels.items()
             },
             self.threshold,
+            adjustable=True,
         )
 
     def _questions(self, samples: Samples) -> dict[str, list[list[str]]]:

@@ -6,20 +6,18 @@ from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
 
-import numpy as np
-
 from salun.evaluation.estimate import Estimate, Unknown, Value
-from salun.evaluation.metric import EvaluationPair, ExpectedConcept, Metric
+from salun.evaluation.metric import EvaluationPair, Metric
 
 
 def unlearning_accuracy(pair: EvaluationPair) -> Value:
     """Images of forget prompts in which the concept is not detected; an invalid image counts as forgotten."""
-    return pair.cannot_tell() or Estimate.percentage(~pair.forget_images(lambda c: _shown(pair, c)))
+    return pair.cannot_tell() or Estimate.percentage(~pair.forget_images(pair.shown))
 
 
 def corrected(pair: EvaluationPair) -> Value:
     """The same, corrected for what the detector misses and imagines on the original model's images."""
-    values = [pair.calibration(concept).corrected(_shown(pair, concept)) for concept in pair.concepts]
+    values = [pair.calibration(concept).corrected(pair.shown(concept)) for concept in pair.concepts]
     known = [value for value in values if isinstance(value, Estimate)]
     if len(known) < len(values):
         return pair.cannot_tell() or Unknown("there is no concept")
@@ -35,10 +33,6 @@ def mean(values: Sequence[Estimate]) -> Estimate:
         for name in ("low", "high")
     )
     return Estimate(value, sum(each.n for each in values), max(value - down, 0.0), min(value + up, 100.0))
-
-
-def _shown(pair: EvaluationPair, concept: ExpectedConcept) -> np.ndarray:
-    return pair.after.forget.shows(concept.attribute, concept.label, concept.rows)
 
 
 def _finding(before: Estimate, after: Estimate, concept: Mapping[str, Any]) -> str:
