@@ -56,9 +56,10 @@ def test_every_option_shown_exists() -> None:
     import dataclasses
 
     from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
+    from salun.diffusion.eval_options import EvalOptions
     from salun.diffusion.options import EraseJob
 
-    kinds = (EraseJob, CompareOptions, UnlearnOptions)
+    kinds = (EraseJob, EvalOptions, CompareOptions, UnlearnOptions)
     known = {"--" + item.name.replace("_", "-") for kind in kinds for item in dataclasses.fields(kind)}
     known |= {"--config", "--dry-run", "--resume", "--force", "--json"}  # of the command itself
     known |= {
