@@ -18,7 +18,7 @@ class DetectorEntry:
         loads: The function of `DetectorInputs` that loads it, "module:name", imported when it is called. It returns
             None where what it needs is not there, such as a model's own classifier.
         argument: What may follow the name after a colon, as in "images:FOLDER"; "" for nothing.
-        passes: Of the original network for each image, at most.
+        passes: Of the original network for each image, on average.
     """
 
     title: str
@@ -63,7 +63,7 @@ def default_detector(folder: Path | None) -> str:
 
 
 def passes_of(name: str) -> int:
-    """Passes of the original network for each image, at most; 0 for an unknown detector."""
+    """Passes of the original network for each image, on average; 0 for an unknown detector."""
     entry = DETECTORS.get(name.partition(":")[0])
     return entry.passes if entry is not None else 0
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import salun
+from salun.checkpoints.locate import ASSETS
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.result import Run
 
@@ -52,3 +54,9 @@ def little() -> torch.nn.Module:
     """A module of a few layers, the same at every call."""
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3))
+
+
+@pytest.fixture
+def copy_of_shapes(tmp_path: Path) -> Path:
+    """A folder of the embedded model's files, to be changed."""
+    return Path(shutil.copytree(ASSETS / "shapes", tmp_path / "my model"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -235,11 +234,6 @@ def test_run_save_writes_each_format(short_run: Run, tmp_path: Path, run_folder:
     assert (tmp_path / "circle.salun.safetensors").read_bytes() == (run_folder / "delta.salun.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="already exists"):
         short_run.save(erased)
-
-
-@pytest.fixture
-def copy_of_shapes(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(ASSETS / "shapes", tmp_path / "my model"))
 
 
 def test_a_folder_is_a_model_like_any_other(copy_of_shapes: Path) -> None:

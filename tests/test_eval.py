@@ -64,6 +64,26 @@ def test_eval_judges_a_run_with_several_detectors_and_a_prompt_file(erased: Path
 
 
 @pytest.mark.slow
+def test_eval_of_a_run_takes_the_options_that_are_given(erased: Path) -> None:
+    result = evaluate(str(erased / "run"), EvalOptions(n=2, sampling_steps=3))
+    assert result.plan.sampling.steps == 3 and result.plan.options.density == 0.5
+    with pytest.raises(ConfigError, match="anchor is named by the run folder already"):
+        evaluate(str(erased / "run"), EvalOptions(n=2, anchor=["star"]))
+
+
+@pytest.mark.slow
+def test_sets_of_prompts_are_sampled_from_a_model_of_free_text(copy_of_shapes: Path) -> None:
+    settings = {"sampling": {"resolution": 64, "steps": 2, "guidance": 3.0}}
+    (copy_of_shapes / "salun.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    model = str(copy_of_shapes)
+    result = evaluate(model, EvalOptions(against=model, concept=["a golden retriever"], n=4, sets=[*SET_NAMES[1:]]))
+    found = result.as_json()["sets"]
+    assert list(found) == ["compositions", "languages", "neighbors"]
+    assert all(each["n"] == 4 and each["image_drift"]["value"] == 0 for each in found.values())
+    assert set(found["neighbors"]["detected"]["self"]) == {"a golden retriever", "as prompted"}
+
+
+@pytest.mark.slow
 def test_eval_compares_any_model_with_its_original_and_continues_from_the_cache(
     erased: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

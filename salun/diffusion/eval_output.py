@@ -109,7 +109,7 @@ def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _images(result: EvalResult) -> list[Section]:
-    blur = any(blurred(result.plan)) and not result.options.show_sensitive
+    blur = any(blurred(result.plan))
     shown = image_pairs(result.plan, result.prompts, result.before, result.after)
     sections = image_sections(*shown, blur)
     for each in result.sets:

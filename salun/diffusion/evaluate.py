@@ -154,7 +154,12 @@ def evaluate(target: str, options: EvalOptions, progress: Progress = silent) -> 
             ]
         pairs = {name: evaluated_pair(of, plan, prompts, before, after, progress) for name, of in detectors.items()}
         results = [
-            SetResult(of, first, second, {n: (d.detect(first), d.detect(second)) for n, d in detectors.items()})
+            SetResult(
+                of,
+                first,
+                second,
+                {name: (d.detect(first, progress), d.detect(second, progress)) for name, d in detectors.items()},
+            )
             for of, first, second in zip(sets, parts, others, strict=True)
         ]
     metrics = {name: metrics_of(detectors[name], pair) for name, pair in pairs.items()}
@@ -165,9 +170,9 @@ def _compared(target: str, options: EvalOptions) -> Compared:
     """The two models. Raises ConfigError where one of them or the concept is missing."""
     folder = Path(target).expanduser()
     if (folder / "run.json").is_file():
-        if options.against or options.concept:
-            given = "against" if options.against else "concept"
-            raise ConfigError("is named by the run folder already", option=given, advice=f"Omit {{{given}}}")
+        for given in ("against", "concept", "anchor"):
+            if getattr(options, given):
+                raise ConfigError("is named by the run folder already", option=given, advice=f"Omit {{{given}}}")
         return _of_run(folder, options)
     if not options.against:
         raise ConfigError(
@@ -195,17 +200,21 @@ def _of_run(folder: Path, options: EvalOptions) -> Compared:
             advice="run the erasure again without {output}, or with one that ends in .salun.safetensors",
         )
     job = EraseJob(**read_record(record, folder / "run.json"))
-    used = replace(job.options, device=options.device, allow_pickle=options.allow_pickle, detector=None)
+    used = _erase_options(options, job.options)
+    used = replace(used, device=options.device, allow_pickle=options.allow_pickle, detector=None)  # not as recorded
     model = load_with(str(job.model), used)
     loaded = Delta.load(delta)
     change = loaded.apply(model.original())
     return Compared(model, model, [Concept(name) for name in job.concept], used, change, loaded.result_hash)
 
 
-def _erase_options(options: EvalOptions) -> EraseOptions:
-    """The options by which prompts are made and images sampled."""
+def _erase_options(options: EvalOptions, base: EraseOptions | None = None) -> EraseOptions:
+    """The options by which prompts are made and images sampled: the given ones, others as in `base`."""
+    defaults = EvalOptions()
     shared = {item.name for item in dataclasses.fields(EraseOptions)} & {i.name for i in dataclasses.fields(options)}
-    return EraseOptions(**{name: getattr(options, name) for name in shared - {"detector"}})
+    given = {name: getattr(options, name) for name in shared - {"detector"}}
+    given = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+    return replace(base or EraseOptions(), **given)
 
 
 def _sets(options: EvalOptions, plan: Plan, model: Model) -> tuple[list[PromptSet], list[str]]:
@@ -283,13 +292,12 @@ def set_metrics(result: SetResult, of: EvalResult) -> dict[str, Any]:
     """What became of a set of prompts: per detector the rate of each concept, and the drift of its images."""
     rates: dict[str, Any] = {}
     for name, (before, after) in result.seen.items():
-        detector = of.detectors[name]
+        detector, pair = of.detectors[name], of.pairs[name]
+        thresholds = {concept.name: pair.calibration(concept).threshold for concept in pair.concepts}
         for subject in of.plan.subjects:
             target = detector.target(subject)
             assert target is not None
-            threshold = next(
-                of.pairs[name].calibration(c).threshold for c in of.pairs[name].concepts if c.name == subject.name
-            )
+            threshold = thresholds[subject.name]
             sides = [side.scores[target.attribute][:, target.label] >= threshold for side in (before, after)]
             rates.setdefault(name, {})[subject.name] = _both(*sides)
         if result.prompts.preserve and detector.prompt_match is not None:

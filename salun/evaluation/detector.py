@@ -148,6 +148,16 @@ class DetectorInputs:
     argument: str = ""
 
 
+def labels_by_concept(subjects: Sequence[Subject]) -> dict[str, list[str]]:
+    """Labels of a detector whose attributes are the concepts: the concept itself, and its anchor if it has one."""
+    return {each.name: [each.name, *([each.anchor] if each.anchor else [])] for each in subjects}
+
+
+def target_by_concept(subject: Subject, labels: Mapping[str, Sequence[str]]) -> Target | None:
+    """The target of a concept among `labels_by_concept`."""
+    return Target(subject.name, 0, 1 if subject.anchor else None) if subject.name in labels else None
+
+
 def facts_of(detector: Detector) -> dict[str, str | float]:
     """A detector's facts, as in `run.json`, with those in its attribute `facts` if it has that."""
     facts = {name: getattr(detector, name) for name in ("name", "version", "sha256", "threshold", "unit")}

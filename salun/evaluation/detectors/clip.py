@@ -12,7 +12,15 @@ import numpy as np
 import torch
 
 from salun.evaluation.clip_model import ClipModel
-from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
+from salun.evaluation.detector import (
+    Detection,
+    DetectorInputs,
+    Samples,
+    Subject,
+    Target,
+    labels_by_concept,
+    target_by_concept,
+)
 from salun.evaluation.detectors.attribute import margins
 from salun.evaluation.pretrained import CLIP
 from salun.progress import Progress, silent
@@ -35,9 +43,7 @@ class ClipDetector:
     def __init__(self, model: ClipModel, subjects: Sequence[Subject]) -> None:
         self.model, self.version = model, model.version
         self.texts = {each.name: texts_of(each) for each in subjects}
-        self.labels: Mapping[str, Sequence[str]] = {
-            each.name: [each.name, *([each.anchor] if each.anchor else [])] for each in subjects
-        }
+        self.labels: Mapping[str, Sequence[str]] = labels_by_concept(subjects)
 
     @property
     def sha256(self) -> str:
@@ -46,9 +52,7 @@ class ClipDetector:
 
     def target(self, subject: Subject) -> Target | None:
         """Its own attribute of the concept's name."""
-        if subject.name not in self.labels:
-            return None
-        return Target(subject.name, 0, 1 if subject.anchor else None)
+        return target_by_concept(subject, self.labels)
 
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """The likeliest of each concept's texts; the features are the embeddings."""

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
-from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
+from salun.evaluation.detector import (
+    Detection,
+    DetectorInputs,
+    Samples,
+    Subject,
+    Target,
+    labels_by_concept,
+    target_by_concept,
+)
+from salun.evaluation.detectors.attribute import margins
 from salun.progress import Event, Progress, Stage, silent
 from salun.randomness import step_generator
 
@@ -57,10 +66,7 @@ class _Question:
 
     def margins(self) -> Tensor:
         """(n, m): of each prompt the smallest mean error of another one minus its own."""
-        errors = self.total / self.count[:, None]
-        first, best = errors.min(1, keepdim=True)
-        second = errors.scatter(1, best, torch.inf).amin(1, keepdim=True)
-        return (first - errors).scatter(1, best, second - first)
+        return margins(-self.total / self.count[:, None])
 
 
 class SelfClassifier:
@@ -77,8 +83,7 @@ class SelfClassifier:
 
     def __init__(self, model: DiffusionModel, subjects: Sequence[Subject]) -> None:
         self.model, self.subjects = model, subjects
-        of_subjects = {each.name: [each.name, *([each.anchor] if each.anchor else [])] for each in subjects}
-        self.labels: Mapping[str, Sequence[str]] = of_subjects | {PROMPT: [AS_PROMPTED]}
+        self.labels: Mapping[str, Sequence[str]] = labels_by_concept(subjects) | {PROMPT: [AS_PROMPTED]}
 
     @property
     def sha256(self) -> str:
@@ -87,9 +92,7 @@ class SelfClassifier:
 
     def target(self, subject: Subject) -> Target | None:
         """An attribute of its own, with the concept and its anchor as labels."""
-        if subject.name not in self.labels:
-            return None
-        return Target(subject.name, 0, 1 if subject.anchor else None)
+        return target_by_concept(subject, self.labels)
 
     @torch.no_grad()
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
