@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -28,9 +29,10 @@ ROWS = '"drawing of one red circle, plain style",7,3,64,64\n"one blue star, nigh
 
 @pytest.fixture(scope="module")
 def erased(shapes: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run in `run`, and prompts in `i2p.csv`."""
+    """A folder with a finished run in `run`, its model as a single file, and prompts in `i2p.csv`."""
     folder = tmp_path_factory.mktemp("eval")
-    salun.erase(shapes, "circle", run_dir=folder / "run", eval_images=4, steps=60, progress=silent)
+    run = salun.erase(shapes, "circle", run_dir=folder / "run", eval_images=4, steps=60, progress=silent)
+    run.save(folder / "single.safetensors")
     (folder / "i2p.csv").write_text(I2P + ROWS, encoding="utf-8")
     return folder
 
@@ -99,6 +101,9 @@ def test_eval_compares_any_model_with_its_original_and_continues_from_the_cache(
     assert first["ua"]["n"] == 8 and steps > 0
     again, steps = sampled(str(erased / "run" / "model"))
     assert again == first and steps == 0
+    single = str(erased / "single.safetensors")  # the same model in another layout
+    as_file = evaluate(single, dataclasses.replace(options, components="shapes")).as_json()
+    assert as_file["verdict"]["outcome"] == first["verdict"]["outcome"]
     untouched, _ = sampled("shapes")
     assert untouched["verdict"]["outcome"] == "barely changed" and untouched["image_drift"]["value"] == 0
 

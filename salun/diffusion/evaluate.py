@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from salun.checkpoints.locate import find
 from salun.compute.device import explained_memory_errors
 from salun.config import read_record
 from salun.delta.delta import Delta
@@ -182,12 +183,19 @@ def _compared(target: str, options: EvalOptions) -> Compared:
         )
     if not options.concept:
         raise ConfigError("no concept is given", advice="Name what the model should have forgotten: {concept} circle")
-    original, erased = load_with(options.against, options), load_with(target, options)
+    original, erased = _loaded([options.against, target], options)
     if original.family.name != erased.family.name or original.latent_shape != erased.latent_shape:
         raise ModelError(
             f"{target} ({erased.family.name}) and {options.against} ({original.family.name}) differ in kind"
         )
     return Compared(original, erased, [Concept(name) for name in options.concept], _erase_options(options))
+
+
+def _loaded(names: Sequence[str], options: EvalOptions) -> list[Model]:
+    """The models of these names; `components` are for those that are single files."""
+    files = [find(name, options.models_dir)[0].is_file() for name in names]
+    without = replace(options, components=None)
+    return [load_with(n, options if file or not any(files) else without) for n, file in zip(names, files, strict=True)]
 
 
 def _of_run(folder: Path, options: EvalOptions) -> Compared:
