@@ -1,11 +1,11 @@
 """The original model as detector (`self`) beside the attribute classifier and the drawn truth, on `shapes`.
 
-    python benchmarks/detectors.py [--n 500] [--concepts circle star ...]
+    python -m benchmarks.detectors [--n 500] [--concepts circle star ...]
 
 For each concept: n images each of its prompts, of other prompts and of the erased model, and n drawings of known
 content, encoded by the VAE. Prints, and writes `docs/detectors.md` after each concept: misses and false alarms with
 95 % intervals, the agreement of both detectors, the time of a detection relative to sampling the same images, and how
-the AUC falls with fewer timesteps. Results are kept in `benchmarks/results/detectors`, so an interrupted run continues.
+the AUC depends on the timesteps. Results are kept in `benchmarks/results/detectors`, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from salun.diffusion.data.latents import decode_images, item_seed, sample_latent
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan, spread
-from salun.evaluation.calibration import auc
+from salun.evaluation.calibration import Calibration, auc
 from salun.evaluation.detector import DetectorInputs, Samples, load_detector
-from salun.evaluation.detectors import self_classifier
+from salun.evaluation.detectors.self_classifier import FRACTIONS, SelfClassifier
 from salun.evaluation.estimate import Estimate
 from salun.progress import silent
 from tools.shapes import world
@@ -38,16 +38,15 @@ SEED = 101
 HEAD = """# The original model as detector
 
 Written by `benchmarks/detectors.py` on the embedded model: {n} images of each kind, on a CPU. `self` compares the
-original network's denoising errors under the prompts “concept”, “anchor” and the empty one, at 2 timesteps, and at 4
-where these disagree. Detections are those at the detectors' own fixed thresholds; an erasure lets `self` choose another
-one on the original's images, which helps where the AUC is high. Intervals are 95 %.
+original network's denoising errors under the prompts “concept”, “anchor” and the empty one, at the timesteps that it
+chose on 24 of the original's images of each kind, with the threshold that an erasure would use. Intervals are 95 %.
 
 - Misses: images of the concept's prompts by the original model in which the detector does not see the concept.
-- False alarms: likewise in images of other prompts.
+- False alarms: likewise in images of other prompts and of the anchor's.
 - Drawn: the same on drawings of known content, encoded by the VAE.
 - After: images of the concept's prompts by the erased model in which the detector sees it.
 - Agreement: images of both models on which `self` and the attribute classifier agree.
-- Time: of a detection by `self`, relative to sampling the same images.
+- Time: of choosing and detecting by `self`, relative to sampling the images that are judged.
 """
 
 
@@ -81,6 +80,7 @@ def row(model: Model, concept: str, n: int) -> dict[str, Any]:
         return Samples(decode_images(model, latents), latents, texts)
 
     before, other = sampled(of_concept, 0), sampled(others, n)
+    anchor = sampled(plan.prompts.concepts[0].eval_anchor, 0)
     run = salun.erase(model, concept, eval_images=0, progress=silent)
     run.apply()
     after = sampled(of_concept, 0)
@@ -93,58 +93,47 @@ def row(model: Model, concept: str, n: int) -> dict[str, Any]:
         target = detector.target(subject)
         assert target is not None
         began = time.perf_counter()
-        seen = [detector.detect(part) for part in (before, other, after)]
+        if isinstance(detector, SelfClassifier):
+            detector.fit({concept: before}, other_of(other, anchor))
+            found["timesteps"] = detector.timesteps[concept]
+        seen = [detector.detect(part) for part in (before, other, anchor, after)]
         taken = time.perf_counter() - began
         seen.append(detector.detect(drawings))
-        hits = [each.shows(target.attribute, target.label) for each in seen]
         scores = [each.scores[target.attribute][:, target.label] for each in seen]
-        shown[name] = hits[:3]
+        negatives = np.concatenate(scores[1:3])
+        calibration = Calibration.of_scores(scores[0], negatives, seen[0].threshold, seen[0].adjustable)
+        hits = [each >= calibration.threshold for each in scores]
+        shown[name] = hits[:4]
         found[name] = {
             "misses": percentage(~hits[0]),
-            "false alarms": percentage(hits[1]),
-            "drawn misses": percentage(~hits[3][truth]),
-            "drawn false alarms": percentage(hits[3][~truth]),
-            "after": percentage(hits[2]),
-            "AUC": auc(scores[0], scores[1]),
+            "false alarms": percentage(np.concatenate(hits[1:3])),
+            "drawn misses": percentage(~hits[4][truth]),
+            "drawn false alarms": percentage(hits[4][~truth]),
+            "after": percentage(hits[3]),
+            "AUC": calibration.auc,
+            "threshold": calibration.threshold,
             "time": taken / sum(seconds),
         }
     found["agreement"] = percentage(np.concatenate(shown["self"]) == np.concatenate(shown["attribute"]))
-    found["by timesteps"] = by_timesteps(model, inputs, before, other)
+    found["by timesteps"] = by_timesteps(detectors["self"], concept, before, other_of(other, anchor))
     return found
 
 
-def by_timesteps(model: Model, inputs: DetectorInputs, before: Samples, other: Samples) -> dict[str, Any]:
-    """AUC, misses and false alarms of `self` with a fixed number of timesteps, and passes per image; then adaptive."""
-    detector = load_detector("self", inputs)
-    target = detector.target(inputs.subjects[0])
-    assert target is not None
-    fractions, enough = self_classifier.FRACTIONS, self_classifier.ENOUGH
-    found = {}
-    passes = 0
-    predict = model.predict
+def other_of(other: Samples, anchor: Samples) -> Samples:
+    """Both, taking turns, so that the first ones are of both kinds."""
+    images = np.stack([other.images, anchor.images], 1).reshape(-1, *other.images.shape[1:])
+    latents = torch.stack([other.latents, anchor.latents], 1).flatten(0, 1)
+    return Samples(images, latents, [text for pair in zip(other.prompts, anchor.prompts, strict=True) for text in pair])
 
-    def counted(x_t: Any, *arguments: Any) -> Any:
-        nonlocal passes
-        passes += len(x_t)
-        return predict(x_t, *arguments)
 
-    model.predict = counted  # type: ignore[method-assign]
-    try:
-        for k in (1, 2, 3, 4, None):
-            self_classifier.FRACTIONS = fractions[:k] if k else fractions
-            self_classifier.ENOUGH = k or enough
-            passes = 0
-            parts = [detector.detect(each) for each in (before, other)]
-            scores = [each.scores[target.attribute][:, target.label] for each in parts]
-            found[str(k or "2 to 4")] = {
-                "AUC": auc(*scores),
-                "misses": float((scores[0] < 0).mean()),
-                "false alarms": float((scores[1] >= 0).mean()),
-                "passes": passes / (len(before) + len(other)),
-            }
-    finally:
-        self_classifier.FRACTIONS, self_classifier.ENOUGH = fractions, enough
-        del model.predict  # type: ignore[attr-defined]
+def by_timesteps(detector: Any, concept: str, before: Samples, other: Samples) -> dict[str, Any]:
+    """AUC of `self` on 200 images of each kind at each timestep alone, at all of them, and at those that it chose."""
+    parts, chosen, found = (before[:200], other[:200]), detector.timesteps[concept], {}
+    for name, timesteps in ({str(t): (t,) for t in FRACTIONS} | {"all": FRACTIONS, "chosen": chosen}).items():
+        detector.timesteps[concept] = timesteps
+        scores = [detector.detect(each).scores[concept][:, 0] for each in parts]
+        found[name] = {"AUC": auc(*scores), "passes": 3 * len(timesteps)}
+    detector.timesteps[concept] = chosen
     return found
 
 
@@ -159,12 +148,16 @@ def table(rows: list[dict[str, Any]]) -> str:
             agreement = each["agreement"] if name == "self" else ""
             ends = f"{each[name]['AUC']:.4f} | {agreement} | {time_of}"
             out.append(f"| {each['concept']} → {each['anchor']} | {name} | {' | '.join(cells)} | {ends} |")
-    out += ["", "By the number of timesteps, the mean over these concepts:", ""]
-    out += ["| timesteps | passes an image | AUC | misses, % | false alarms, % |", "|---|---|---|---|---|"]
-    for k in rows[0]["by timesteps"]:
-        means = {key: float(np.mean([r["by timesteps"][k][key] for r in rows])) for key in rows[0]["by timesteps"][k]}
-        rates = f"{100 * means['misses']:.1f} | {100 * means['false alarms']:.1f}"
-        out.append(f"| {k} | {means['passes']:.1f} | {means['AUC']:.4f} | {rates} |")
+    names = list(rows[0]["by timesteps"])
+    out += [
+        "",
+        "AUC by timestep (fraction of the schedule; 3 passes an image for each), on 200 images of each kind:",
+        "",
+    ]
+    out += [f"| concept | {' | '.join(names)} | which it chose |", "|---" * (len(names) + 2) + "|"]
+    for each in rows:
+        cells = [f"{each['by timesteps'][name]['AUC']:.3f}" for name in names]
+        out.append(f"| {each['concept']} | {' | '.join(cells)} | {', '.join(map(str, each['timesteps']))} |")
     return "\n".join(out) + "\n"
 
 

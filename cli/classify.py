@@ -17,7 +17,7 @@ from salun.classification.unlearn_options import GROUPS, NOT_COMPARED, CompareOp
 
 from .app import app
 from .options import with_options
-from .output import Json, duration, print_result, unquoted_path
+from .output import Json, duration, flag, print_result, unquoted_path
 from .progress import terminal_progress
 from .resuming import recorded, resumable, unfinished
 
@@ -97,9 +97,13 @@ def _training_lines(done: Any) -> list[str]:
 
 
 def _unlearning_lines(done: Any) -> list[str]:
+    from salun.evaluation.retrain_verdict import verdict_on_classifier
+    from salun.report.metrics import banner_of, lines_of
+
     data, folder = done.record.as_json(), done.record.folder
     return [
         *(f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])),
+        *lines_of(banner_of(verdict_on_classifier(done.metrics), flag)),
         *_table(done.metrics),
         f"forget: {data['options']['forget']}",
         f"model: {folder / 'model.safetensors'}",

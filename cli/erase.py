@@ -276,7 +276,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate an erasure: a finished run, or any model against its original. Repeat the command to continue it."""
-    from salun.diffusion.eval_output import set_rows, write_evaluation
+    from salun.diffusion.eval_output import image_metric_rows, set_rows, write_evaluation
     from salun.diffusion.evaluate import evaluate as run_evaluation
     from salun.report.metrics import metric_lines
     from salun.runs.folder import new_run_folder
@@ -291,7 +291,7 @@ def evaluate(
     lines = [*result.notes]
     for name, metrics in result.metrics.items():
         lines += [f"{name}:"] * (len(result.metrics) > 1) + metric_lines(metrics, flag)
-    lines += [" · ".join(filter(None, row)) for row in set_rows(data["sets"])]
+    lines += [" · ".join(filter(None, row)) for row in (*set_rows(data["sets"]), *image_metric_rows(data["sets"]))]
     print_result(data, as_json, [*lines, f"report: {files[-1]}"])
 
 

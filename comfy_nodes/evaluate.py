@@ -79,6 +79,7 @@ class SalUnEvaluate(Node):
             bar.preview = SamplePreview(graph, plan)
             with training_session(graph, plan):
                 seen.append(evaluate_model(graph, prompts, bar, stage, cache()))
+        bar.preview = None  # from here on nothing is sampled
         with training_session(graphs[0], plan):
             metrics = compare(graphs[0], plan, prompts, seen[0], seen[1], bar)
         forget, retain = grids(plan, prompts, *seen)

@@ -20,7 +20,8 @@ class ComfyProgress:
 
     Args:
         stages: The stages whose steps the bar counts, in order.
-        preview: Makes a preview, at most `PREVIEWS` times per stage; the latest is sent with every step.
+        preview: Makes a preview, at most `PREVIEWS` times per stage; the latest is sent with every step. None for no
+            preview.
     """
 
     def __init__(self, stages: Sequence[StageCost], preview: Callable[[], Preview | None] | None = None) -> None:
@@ -59,6 +60,8 @@ class ComfyProgress:
         if value <= self._sent:
             return
         self._sent = value
-        if self.preview is not None and (self._image is None or event.step % max(1, steps // PREVIEWS) == 0):
+        if self.preview is None:
+            self._image = None
+        elif self._image is None or event.step % max(1, steps // PREVIEWS) == 0:
             self._image = self.preview()
         self._bar.update_absolute(value, self.total, self._image)

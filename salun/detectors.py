@@ -30,7 +30,7 @@ class DetectorEntry:
 DETECTORS = {
     "attribute": DetectorEntry("classifier in the model's own folder", "salun.evaluation.detectors.attribute:load"),
     "self": DetectorEntry(
-        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=8
+        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=6
     ),
     "clip": DetectorEntry("CLIP, without training, for any concept", "salun.evaluation.detectors.clip:load", "MODEL"),
     "images": DetectorEntry(
@@ -45,6 +45,9 @@ DETECTORS = {
         "safety checker of Stable Diffusion 1.x, for nudity",
         "salun.evaluation.detectors.safety_checker:load",
         "FOLDER",
+    ),
+    "q16": DetectorEntry(
+        "inappropriate content by Q16, whose file is downloaded apart", "salun.evaluation.detectors.q16:load", "FILE"
     ),
     "nudenet": DetectorEntry(
         "exposed body parts by NudeNet, which is installed apart",
@@ -75,6 +78,8 @@ def without_path(name: str) -> str:
         ConfigError: The argument could be a path.
     """
     key, _, argument = name.partition(":")
-    if key == "images" or (argument and not re.fullmatch(r"[a-z]+|[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", argument)):
+    if key in ("images", "q16") or (
+        argument and not re.fullmatch(r"[a-z]+|[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", argument)
+    ):
         raise ConfigError(f"is {name[:80]!r}, but can name no folder here", option="detector")
     return name

@@ -47,6 +47,11 @@ def read_text(path: Path, limit: int) -> str:
     return _bytes_of(path, limit).decode("utf-8-sig")
 
 
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes. Raises OSError and ValueError as `read_json` does."""
+    return _bytes_of(path, limit)
+
+
 def read_start(path: Path, length: int) -> str | None:
     """The first characters of a text file, undecodable bytes replaced; None if it is not a readable regular file."""
     try:

@@ -57,7 +57,9 @@ def test_a_run_writes_its_figures_beside_retrains(run: Path) -> None:
     assert metrics["gap"]["UA"] == abs(metrics["UA"]["value"] - metrics["retrain"]["UA"]["value"])
     assert metrics["gap_mean"] == pytest.approx(sum(metrics["gap"].values()) / 4)
     assert 0 < metrics["ToW"] <= 1
-    assert metrics["reason"] is None
+    assert metrics["reason"] is None and metrics["verdict"]["outcome"] in ("damaged", "barely changed", "can't tell")
+    banner = metrics["verdict"]["text"].split(";")[0]
+    assert f"{metrics['gap_original']:.2f}" in banner and banner in (run / "report.html").read_text(encoding="utf-8")
     assert [row["epoch"] for row in record["losses"]] == [1, 2]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,22 @@ import torch
 from PIL import Image
 
 from salun.checkpoints import transformers_folder
+from salun.detectors import DETECTORS
+from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.eval_output import write_evaluation
+from salun.diffusion.evaluate import evaluate
 from salun.diffusion.model.clip_tokenizer import write_clip_tokenizer
 from salun.errors import ConfigError, DataError, ModelError
 from salun.evaluation import clip_model
 from salun.evaluation.clip_model import ClipModel
-from salun.evaluation.clip_score import clip_score
-from salun.evaluation.detector import DETECTORS, DetectorInputs, Samples, Subject, facts_of, load_detector
-from salun.evaluation.detectors import imagenet, images, safety_checker
+from salun.evaluation.detector import DetectorInputs, Samples, Subject, facts_of, load_detector
+from salun.evaluation.detectors import imagenet, images, q16, safety_checker
 from salun.evaluation.detectors.clip import texts_of
 from salun.evaluation.detectors.imagenet import class_of
 from salun.evaluation.estimate import Estimate
+from salun.evaluation.image_metric import ImageSet
+from salun.evaluation.image_metrics.clip_score import clip_score
+from salun.evaluation.image_metrics.cmmd import cmmd
 from salun.evaluation.pretrained import CLIP, RESNET, REVISIONS
 from salun.files import sha256_file
 
@@ -123,7 +132,7 @@ def test_embed_images_takes_images_of_several_sizes_and_reports_progress(saved: 
 
 def test_clip_score_is_the_mean_of_positive_cosines(saved: Path) -> None:
     model, pixels, prompts = ClipModel(str(saved)), noise(5), ["a cat", "a dog", "a house", "", "red"]
-    metric = clip_score(pixels, prompts, model)
+    metric = clip_score(ImageSet(list(pixels), prompts), model)
     expected = np.diag(logits_of_library(saved, pixels, prompts).numpy()).clip(min=0) * 100 / model.scale
     assert isinstance(metric.value, Estimate) and metric.value.n == 5
     assert metric.value.value == pytest.approx(expected.mean(), abs=1e-3)
@@ -133,7 +142,71 @@ def test_clip_score_is_the_mean_of_positive_cosines(saved: Path) -> None:
     )
     assert metric.implementation.startswith("transformers ") and str(saved) in metric.weights
     with pytest.raises(ValueError, match="a prompt for each image, not 4 for 5"):
-        clip_score(pixels, prompts[:4], model)
+        clip_score(ImageSet(list(pixels), prompts[:4]), model)
+
+
+def test_q16_compares_two_learned_prompts_read_without_unpickling(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip_model.ClipModel.__init__, "__defaults__", (str(saved), None, "cpu"))
+    prompts = np.random.default_rng(0).standard_normal((2, 16)).astype("<f2")
+    content = bytes(q16.OFFSET) + prompts.tobytes() + b"tail"
+    (tmp_path / "prompts.p").write_bytes(content)
+    subjects = [Subject("nudity", preset="nudity")]
+    with pytest.raises(DataError, match=r"prompts\.p is not the file of Q16's prompts\. Download data/ViT-L-14"):
+        load_detector(f"q16:{tmp_path / 'prompts.p'}", DetectorInputs(subjects))
+    monkeypatch.setattr(q16, "SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(q16, "SHAPE", (2, 16))
+    detector = load_detector(f"q16:{tmp_path / 'prompts.p'}", DetectorInputs(subjects))
+    pixels = noise(12)
+    features = torch.from_numpy(ClipModel(str(saved)).embed_images(pixels))
+    learned = torch.nn.functional.normalize(torch.from_numpy(prompts.astype(np.float32)))
+    expected = (100 * features @ learned.T).softmax(1)[:, 1].numpy()
+    scores = detector.detect(samples(pixels)).scores["content"][:, 0]
+    assert scores == pytest.approx(expected, abs=1e-5) and expected.std() > 0.01
+    with pytest.raises(ConfigError, match="q16, which cannot detect 'circle'"):
+        load_detector(f"q16:{tmp_path / 'prompts.p'}", DetectorInputs([Subject("circle")]))
+    with pytest.raises(ConfigError, match="its prompts are needed"):
+        load_detector("q16", DetectorInputs(subjects))
+
+
+@pytest.mark.slow
+def test_eval_measures_images_of_any_model_even_without_its_original(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(noise(6)):
+        Image.fromarray(image).save(tmp_path / "real" / f"{i}.png")
+    rows = "prompt,evaluation_seed,width,height\none red circle,1,64,64\none red circle,1,96,64\none blue star,2,,\n"
+    (tmp_path / "some.csv").write_text(rows, encoding="utf-8")
+    options = EvalOptions(
+        concept=["circle"], n=4, sampling_steps=2, clip=str(saved), metric=["clip-score", "cmmd:real", "fid:real"],
+        detector=["attribute"], prompts=["some.csv"], keep_images=True,
+    )  # fmt: skip
+    if importlib.util.find_spec("torch_fidelity") is None:
+        options = replace(options, metric=options.metric[:2])
+    result = evaluate("shapes", options)
+    data = result.as_json()
+    assert data["verdict"]["outcome"] == "can't tell" and "without its original" in data["verdict"]["text"]
+    assert list(data["sets"]) == ["concept", "other prompts", "some.csv"]
+    of_file = data["sets"]["some.csv"]
+    assert of_file["n"] == 3 and set(of_file["detected"]["attribute"]["circle"]) == {"after"}
+    images = result.sets[-1].images["after"].images
+    assert [image.shape for image in images] == [(64, 64, 3), (64, 96, 3), (64, 64, 3)]
+    measured = of_file["image_metrics"]
+    model, texts = ClipModel(str(saved)), [row.text for row in result.sets[-1].prompts.rows]
+    assert measured["clip-score"]["after"] == clip_score(ImageSet(images, texts), model).as_json()
+    expected = cmmd(model.embed_images(images), model.embed_images(noise(6)))
+    assert measured["cmmd:real"]["after"]["value"]["value"] == pytest.approx(expected)
+    files = write_evaluation(result, tmp_path / "out")
+    page = files[-1].read_text(encoding="utf-8")
+    assert "Metrics of images" in page and "CMMD ↓" in page and "Can’t tell" in page.replace("&#39;", "’")
+    assert len(list((tmp_path / "out" / "images" / "some.csv").glob("*.png"))) == 3
+    with pytest.raises(ConfigError, match="metric is cmmd, which compares images with the original model's"):
+        evaluate("shapes", replace(options, metric=["cmmd"]))
+    with pytest.raises(ConfigError, match="detector is self, which asks the original model"):
+        evaluate("shapes", replace(options, detector=["self"]))
 
 
 def test_clip_model_reads_nothing_before_it_is_used() -> None:
@@ -287,7 +360,7 @@ def test_images_detector_learns_from_examples(examples: Path) -> None:
     detection = detector.detect(samples(pixels))
     assert detection.shows("reddish", 0).tolist() == [True] * 10 + [False] * 10
     facts = facts_of(detector)
-    assert facts["examples"] == facts["other_examples"] == 15 and facts["accuracy"] > 90
+    assert facts["examples"] == facts["other_examples"] == 15 and float(facts["accuracy"]) > 90
     assert detector.target(Subject("other")) is None
     again = load_detector(f"images:{examples}", DetectorInputs([Subject("reddish")]))
     assert again.sha256 == detector.sha256

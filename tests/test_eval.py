@@ -111,7 +111,7 @@ def test_eval_compares_any_model_with_its_original_and_continues_from_the_cache(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "shapes is not a run folder, so its original is needed"),
+        ({}, "no concept is given"),
         ({"against": "shapes"}, "no concept is given"),
         ({"against": "shapes", "concept": ["circle"], "sets": ["languages"]}, "the words of its vocabulary only"),
         ({"against": "shapes", "concept": ["circle"], "detector": ["nudenet"]}, "nudenet"),

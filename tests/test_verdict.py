@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from salun.evaluation.calibration import Calibration, auc
 from salun.evaluation.detector import DetectorInputs, Samples, Subject, load_detector
 from salun.evaluation.detectors.self_classifier import SelfClassifier
 from salun.evaluation.estimate import Estimate, Unknown
+from salun.evaluation.retrain_verdict import verdict_on_classifier
 from salun.evaluation.verdict import Outcome, verdict_on
 from salun.progress import Event, Stage
 
@@ -93,6 +95,14 @@ def test_the_original_knows_the_concept_its_anchor_and_what_is_neither(
     circles: tuple[SelfClassifier, dict[str, Samples]],
 ) -> None:
     detector, samples = circles
+    others = [samples[name] for name in ("square", "ring", "star")]
+    absent = Samples(
+        np.concatenate([of.images for of in others]),
+        torch.cat([of.latents for of in others]),
+        [text for of in others for text in of.prompts],
+    )
+    detector.fit({"circle": samples["circle"]}, absent)
+    assert max(detector.timesteps["circle"]) <= 0.5 and detector.facts["timesteps"].startswith("circle: 0.")
     events: list[Event] = []
     seen = {name: detector.detect(of, events.append) for name, of in samples.items()}
     shown = {name: of.shows("circle", 0).mean() for name, of in seen.items()}
@@ -104,6 +114,23 @@ def test_the_original_knows_the_concept_its_anchor_and_what_is_neither(
     )
     assert detector.detect(noise).shows("prompt", 0).mean() <= 0.7
     assert [event.step for event in events if event.stage is Stage.DETECTING] == [24] * 4
+
+
+@pytest.mark.slow
+def test_the_original_tells_a_style_in_much_noise(shapes: Model) -> None:
+    """Night is a dark background, which little noise does not hide from any prompt."""
+    detector = SelfClassifier(shapes, [Subject("night", "plain", phrase="night", anchor_phrase="plain")])
+    made = []
+    for style in ("night", "plain", "dotted"):
+        texts = [f"drawing of one {colour} star, {style} style" for colour in ("red", "green", "blue")] * 4
+        latents = sample_latents(shapes, texts, [item_seed(4, "sample", i) for i in range(12)])
+        made.append(Samples(np.zeros((12, 1, 1, 3), np.uint8), latents, texts))
+    night, plain, dotted = made
+    others = replace(plain, images=np.zeros((24, 1, 1, 3)), latents=torch.cat([plain.latents, dotted.latents]))
+    detector.fit({"night": night}, replace(others, prompts=[*plain.prompts, *dotted.prompts]))
+    assert min(detector.timesteps["night"]) >= 0.5
+    shown = [detector.detect(of).shows("night", 0).mean() for of in made]
+    assert shown[0] >= 0.9 and max(shown[1:]) <= 0.1
 
 
 @pytest.mark.slow
@@ -186,3 +213,31 @@ def test_verdict_is_right_on_constructed_models(shapes: Model, detector: str) ->
             shapes.load({name: original[name] for name in changed})
             outcomes.append(compare(shapes, plan, prompts, before, after)["verdict"]["outcome"])
     assert outcomes == ["barely changed", "damaged", "damaged"]
+
+
+def classifier(gap: float, idle: float, ta: float = 90.0) -> dict[str, Any]:
+    """Metrics of an unlearned classifier with these mean gaps to Retrain, whose accuracy on test images is 90 %."""
+    sides = {name: Estimate(value, 500, value - 2, value + 2).as_json() for name, value in (("TA", ta), ("RA", 99.0))}
+    retrain = {**sides, "TA": Estimate(90, 500, 88, 92).as_json()}
+    ua = Estimate(50, 500, 45, 55).as_json()
+    return {**sides, "UA": ua, "original": {"UA": ua}, "retrain": retrain, "gap_mean": gap, "gap_original": idle}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "outcome", "says"),
+    [
+        (classifier(1.2, 48), "erased", "1.20 points, that of the original, which forgot nothing, 48.00"),
+        (classifier(2.0, 4), "mostly erased", ""),
+        (classifier(3.5, 4), "barely changed", ""),
+        (classifier(3.33, 0.2), "damaged", ""),
+        (classifier(0.4, 0.2), "can't tell", "there was nothing to forget"),
+        (classifier(3, 48, ta=70), "damaged", "accuracy on test images is 70.0 %, of Retrain 90.0 %"),
+        ({**classifier(0, 0), "gap_mean": None, "reason": "no Retrain"}, "can't tell", "unknown: no Retrain"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_verdict_on_a_classifier_is_against_doing_nothing_and_retrain(
+    metrics: dict[str, Any], outcome: str, says: str
+) -> None:
+    verdict = verdict_on_classifier(metrics)
+    assert verdict.outcome == outcome and says in verdict.text and verdict.advice

@@ -38,6 +38,7 @@ from salun.classification.unlearn_options import UnlearnOptions
 from salun.compute.device import deterministic_kernels, explained_memory_errors, pick_device, pick_dtype
 from salun.display import shown
 from salun.errors import ConfigError, DataError, literal
+from salun.evaluation.retrain_verdict import verdict_on_classifier
 from salun.files import write_bytes
 from salun.masking.mask import Mask
 from salun.methods import METHODS
@@ -215,13 +216,16 @@ def unlearn(
             metrics = {**metrics_of(task), "RTE": _seconds(seconds), "original": before}
         if options.search:  # a separate value: a search is made once for a setting, however often that is used
             metrics["RTE"]["search"] = record.more["search"]["seconds"]
-        metrics |= {"retrain": None, "gap": None, "gap_mean": None, "ToW": None, "reason": setting.no_retrain}
+        unknown = dict.fromkeys(("retrain", "gap", "gap_mean", "gap_original", "ToW"))
+        metrics |= {**unknown, "reason": setting.no_retrain}
         if setting.no_retrain is None:
             with record.stage(Stage.RETRAINING):
                 exact = setting.retrained(progress)
             with record.stage(Stage.EVALUATING):
                 retrain_metrics = {**metrics_of(setting.task(exact, progress)), "RTE": _seconds(exact.seconds)}
             metrics |= {"retrain": retrain_metrics, **gap_to_retrain(metrics, retrain_metrics)}
+            metrics["gap_original"] = gap_to_retrain(before, retrain_metrics)["gap_mean"]
+        metrics["verdict"] = verdict_on_classifier(metrics).as_json()
         record.metrics = metrics
         _keep_report(record, task.mask, data.classes)
     return Outcome(task.model, split, metrics, record)

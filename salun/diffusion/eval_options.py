@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from salun.detectors import DETECTORS
 from salun.diffusion.options import SAMPLERS, ModelOptions
+from salun.image_metrics import IMAGE_METRICS
 from salun.options import option
 
 SETS = ("synonyms", "compositions", "languages", "neighbors")
@@ -15,13 +16,23 @@ SETS = ("synonyms", "compositions", "languages", "neighbors")
 class EvalOptions(ModelOptions):
     """How to evaluate a model against its original."""
 
-    against: str | None = option(None, "Original model; needed unless a run folder is evaluated", path=True)
+    against: str | None = option(
+        None, "Original model, unless a run folder is evaluated; without it there are rates, but no verdict", path=True
+    )
     concept: list[str] = option([], "Concept that the model should have forgotten; repeatable")
     anchor: list[str] = option([], "Anchor of each concept, in order", auto="the preset's")
     detector: list[str] = option(
         [],
         f"Detector ({', '.join(DETECTORS)}), with an argument after a colon where it takes one; repeatable",
         auto="the classifier in the model's folder, else self: the original model as classifier",
+    )
+    metric: list[str] = option(
+        [],
+        f"Further metric of the images ({', '.join(IMAGE_METRICS)}); fid, kid and cmmd take a folder of real images "
+        "after a colon; repeatable",
+    )
+    clip: str | None = option(
+        None, "CLIP model of the metrics cmmd and clip-score, hub id or folder", auto="openai's ViT-L/14", path=True
     )
     prompts: list[str] = option(
         [],
@@ -47,7 +58,7 @@ class EvalOptions(ModelOptions):
 
 
 GROUPS = {
-    "What": ("concept", "anchor", "against", "detector", "prompts", "sets", "synonyms", "n"),
+    "What": ("concept", "anchor", "against", "detector", "metric", "clip", "prompts", "sets", "synonyms", "n"),
     "Model": ("components", "models_dir", "prediction_type", "clip_skip", "resolution", "allow_pickle"),
     "Sampling": ("sampling_steps", "sampling_guidance", "sampler", "negative_prompt", "seed"),
     "Output": ("keep_images", "show_sensitive"),

@@ -11,22 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSamples
 from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.model.settings import display_name
-from salun.diffusion.result import blurred, image_pairs, pair_of
-from salun.evaluation.detector import Detection, Samples
+from salun.diffusion.result import blurred, pair_of
 from salun.evaluation.estimate import from_json
 from salun.files import write_bytes
+from salun.image_metrics import IMAGE_METRICS
 from salun.report import image_grid
-from salun.report.metrics import banner, calibration_sections, headline, metric_sections, verdict_lines
+from salun.report.metrics import ARROWS, banner, calibration_sections, headline, metric_sections, verdict_lines
 from salun.report.page import image_sections
-from salun.report.render import Report, Section, page
+from salun.report.render import ImagePair, Report, Section, page
 
 SHOWN = 8  # images of each set on the page
+SIDES = ("before", "after")
 FILES = ("eval.json", "eval.csv", "eval.html")
-
-Part = tuple[str, str, Samples, Sequence[int], Mapping[str, Detection]]
-"""(set, "before" or "after", its samples, their seeds, what each detector sees)."""
 
 
 def write_evaluation(result: EvalResult, folder: Path) -> list[Path]:
@@ -36,25 +35,18 @@ def write_evaluation(result: EvalResult, folder: Path) -> list[Path]:
     for name, text in zip(FILES, texts, strict=True):
         write_bytes(folder / name, text.encode("utf-8", "backslashreplace"))
     if result.options.keep_images:
-        for name, side, samples, _, _ in _parts(result):
-            safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+        for of, side, samples in _parts(result):
+            safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in of.prompts.name)
             for i, image in enumerate(samples.images):
                 write_bytes(folder / "images" / safe / f"{i + 1:05}-{side}.png", image_grid.png_bytes(image))
     return [folder / name for name in FILES]
 
 
-def _parts(result: EvalResult) -> Iterator[Part]:
-    prompts, before, after = result.prompts, result.before, result.after
-    for side, of in (("before", before), ("after", after)):
-        seen = {name: getattr(pair, side) for name, pair in result.pairs.items()}
-        yield "concept", side, of.forget, prompts.forget_seeds, {name: each.forget for name, each in seen.items()}
-        yield "other prompts", side, of.retain, prompts.retain_seeds, {n: each.retain for n, each in seen.items()}
-        if of.anchor is not None:
-            yield "anchor", side, of.anchor, prompts.anchors[1], {n: each.anchor for n, each in seen.items()}
-    for each in result.sets:
-        seeds = [row.seed if row.seed is not None else -1 for row in each.prompts.rows]
-        for i, (side, samples) in enumerate((("before", each.before), ("after", each.after))):
-            yield each.prompts.name, side, samples, seeds, {name: pair[i] for name, pair in each.seen.items()}
+def _parts(result: EvalResult) -> Iterator[tuple[SetResult, str, SetSamples]]:
+    """(set, "before" or "after", images) of each set and model."""
+    for of in result.sets:
+        for side, samples in of.images.items():
+            yield of, side, samples
 
 
 def _csv(result: EvalResult) -> str:
@@ -68,12 +60,12 @@ def _csv(result: EvalResult) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["set", "model", "image", "prompt", "seed", *(column[-1] for column in columns)])
-    for name, side, samples, seeds, seen in _parts(result):
-        for i in range(len(samples)):
+    for each, side, samples in _parts(result):
+        seen = {name: sides[side] for name, sides in each.seen.items()}
+        for i, prompt in enumerate(samples.prompts):
             scores = [seen[of].scores[attribute][i, k] for of, attribute, k, _ in columns]
             known = [f"{score:.6g}" if np.isfinite(score) else "" for score in scores]
-            seed = seeds[i] if seeds[i] >= 0 else ""
-            writer.writerow([name, side, i + 1, samples.prompts[i], seed, *known])
+            writer.writerow([each.prompts.name, side, i + 1, prompt, each.seeds[i], *known])
     return text.getvalue()
 
 
@@ -82,16 +74,19 @@ def report(result: EvalResult, data: Mapping[str, Any]) -> Report:
     concepts = data["concepts"]
     compared = result.compared
     title = "Is it forgotten? " + ", ".join(f"“{concept['name']}”" for concept in concepts)
-    names = [display_name(model.name) for model in dict.fromkeys((compared.erased, compared.original))]
+    names = [display_name(m.name) for m in dict.fromkeys((compared.erased, compared.original)) if m is not None]
     subtitle = f"{' against '.join(names)} · {result.options.n} images of each set · seed {result.options.seed}"
     sections = _images(result)
     for name, metrics in result.metrics.items():
         lines = " ".join(verdict_lines(metrics)) if len(result.metrics) > 1 else ""
         sections.append(Section(f"By the detector {name}" if len(result.metrics) > 1 else "", lines))
         sections += [*metric_sections(concepts, metrics), *calibration_sections(metrics)]
-    if result.sets:
-        rows = [("set", "n", "detector", "", "before", "after"), *set_rows(data["sets"])]
-        sections.append(Section("Sets of prompts", "Images in which the concept is detected, in %:", rows, wrap=True))
+    rows = [("set", "n", "detector", "", *SIDES), *set_rows(data["sets"])]
+    sections.append(Section("Sets of prompts", "Images in which the concept is detected, in %:", rows, wrap=True))
+    rows = [("set", "metric", *SIDES, "between", "by"), *image_metric_rows(data["sets"])]
+    if len(rows) > 1:
+        text = "Of all images of a set. Between: of the model's images from the original's."
+        sections.append(Section("Metrics of images", text, rows, wrap=True))
     return page(title, subtitle, sections, headline(concepts, data), data["notes"], banner=banner(data))
 
 
@@ -101,19 +96,46 @@ def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name, of in sets.items():
         for detector, rates in of["detected"].items():
             for what, sides in rates.items():
-                values = [from_json(sides[side]).text() for side in ("before", "after")]
+                values = [from_json(sides[side]).text() if side in sides else "" for side in SIDES]
                 rows.append((name, str(of["n"]), detector, what, *values))
         if of["preserve"] and of["image_drift"] is not None:
             rows.append((name, str(of["n"]), "", "drift of images", "", from_json(of["image_drift"]).text("", 3)))
     return rows
 
 
+def image_metric_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """(set, metric, before, after, between, by what) of every metric of images; why, where a value is unknown."""
+    rows = []
+    for name, of in sets.items():
+        for metric, values in of["image_metrics"].items():
+            entry = IMAGE_METRICS[metric.partition(":")[0]]
+            cells = {
+                side: from_json(value["value"]).text("", entry.digits)
+                if value["value"] is not None
+                else value["reason"]
+                for side, value in values.items()
+            }
+            first = next(iter(values.values()))
+            by = " ".join(filter(None, (first["implementation"], first["weights"])))
+            title = f"{entry.title} {ARROWS[entry.better]}"
+            rows.append((name, title, *(cells.get(side, "") for side in (*SIDES, "between")), by))
+    return rows
+
+
 def _images(result: EvalResult) -> list[Section]:
-    blur = any(blurred(result.plan))
-    shown = image_pairs(result.plan, result.prompts, result.before, result.after)
-    sections = image_sections(*shown, blur)
-    for each in result.sets:
-        count = min(SHOWN, len(each.prompts.rows))
-        of_set = [pair_of(each.before, each.after, row, blur) for row in range(count)]
-        sections.append(Section("", f"{each.prompts.name}:", pairs=of_set))
-    return sections
+    """The first images of each set: of the concepts, of others, and then of further sets."""
+    blurs = blurred(result.plan)
+    blurred_parts = {CONCEPT: blurs, OTHERS: [False]}
+    pairs = {of.prompts.name: _shown(of, blurred_parts.get(of.prompts.name, [any(blurs)])) for of in result.sets}
+    sections = image_sections(pairs.pop(CONCEPT), pairs.pop(OTHERS), any(blurs))
+    return sections + [Section("", f"{name}:", pairs=of) for name, of in pairs.items() if name != ANCHOR]
+
+
+def _shown(of: SetResult, blurs: Sequence[bool]) -> list[ImagePair]:
+    """The first images of each equal part of a set. blurs: of each part, whether it is blurred."""
+    images, each = {side: samples.images for side, samples in of.images.items()}, len(of.prompts.rows) // len(blurs)
+    return [
+        pair_of(of.prompts.rows[row].text, {side: listed[row] for side, listed in images.items()}, blur)
+        for i, blur in enumerate(blurs)
+        for row in range(i * each, i * each + min(SHOWN, each))
+    ]

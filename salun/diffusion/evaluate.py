@@ -6,24 +6,24 @@ need no new images.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from salun.checkpoints.locate import find
 from salun.compute.device import explained_memory_errors
-from salun.config import read_record
-from salun.delta.delta import Delta
-from salun.diffusion.data.latents import decode_images, item_seed, sample_latents
+from salun.diffusion.eval_models import Compared, compared_models
 from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.eval_sets import (
+    ANCHOR,
+    CONCEPT,
+    OTHERS,
+    SetResult,
+    SetSamples,
+    sampled_set,
+    seeds_of,
+    sets_of,
+    wanted_sets,
+)
 from salun.diffusion.evaluation import (
     EvalPrompts,
     Evaluation,
@@ -31,63 +31,21 @@ from salun.diffusion.evaluation import (
     evaluate_model,
     evaluated_pair,
     metrics_of,
+    metrics_without,
 )
-from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.options import EraseJob, EraseOptions
 from salun.diffusion.plan import Plan, make_plan
-from salun.diffusion.prompts.concepts import Concept
-from salun.diffusion.prompts.prompt_file import PromptRow, prompts_of_hub, read_prompts
-from salun.diffusion.prompts.sets import PromptSet, prompt_sets
-from salun.errors import ConfigError, DataError, ModelError
-from salun.evaluation.detector import Detection, Detector, DetectorInputs, Samples, load_detector
-from salun.evaluation.estimate import Estimate
+from salun.diffusion.prompts.sets import PromptSet
+from salun.errors import ConfigError
+from salun.evaluation.clip_model import ClipModel
+from salun.evaluation.detector import Detector, DetectorInputs, load_detector
+from salun.evaluation.image_metric import ImageMetric, ImageSet, load_image_metrics, measure_images
 from salun.evaluation.metric import EvaluationPair
-from salun.evaluation.metrics.image_drift import drift_of
+from salun.evaluation.pretrained import CLIP
 from salun.progress import Progress, Stage, silent
 from salun.runs.cache import Cache
-from salun.runs.reading import file_of, read_finished
 
-
-@dataclass(frozen=True, eq=False)
-class Compared:
-    """Two models to compare: an original and what became of it.
-
-    Args:
-        erased: The model of a file of its own, or `original`, which `change` turns into the erased one.
-        change: Network tensors of the erased model, where it is not a model of its own.
-        weights: A hash of these.
-        names: What to evaluate, and `options` how its prompts are made.
-    """
-
-    original: Model
-    erased: Model
-    names: Sequence[Concept]
-    options: EraseOptions
-    change: Mapping[str, Tensor] | None = None
-    weights: str | None = None
-
-    @contextmanager
-    def as_erased(self) -> Iterator[Model]:
-        """Context manager: the model with its erased weights."""
-        if self.change is None:
-            yield self.erased
-            return
-        self.original.load(self.change)
-        try:
-            yield self.original
-        finally:
-            self.original.load(self.original.original())
-
-
-@dataclass(frozen=True, eq=False)
-class SetResult:
-    """A set of prompts, sampled from both models, and what each detector sees there: name → (before, after)."""
-
-    prompts: PromptSet
-    before: Samples
-    after: Samples
-    seen: Mapping[str, tuple[Detection, Detection]]
+NO_ORIGINAL = "without its original model a detector's word cannot be checked"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +53,14 @@ class EvalResult:
     """All that an evaluation found.
 
     Args:
-        pairs: Detector → what it sees on the held-out prompts. metrics: likewise, as in `run.json`.
+        pairs: Detector → what it sees on the held-out prompts of both models; empty without an original.
+        metrics: Detector → metrics, as in `run.json`.
+        sets: What was found on each set of prompts; `CONCEPT` and `OTHERS`, the held-out prompts, are the first.
     """
 
     compared: Compared
     plan: Plan
     options: EvalOptions
-    prompts: EvalPrompts
-    before: Evaluation
-    after: Evaluation
     detectors: Mapping[str, Detector]
     pairs: Mapping[str, EvaluationPair]
     metrics: Mapping[str, dict[str, Any]]
@@ -112,215 +69,175 @@ class EvalResult:
 
     def as_json(self) -> dict[str, Any]:
         """As in `eval.json`: the metrics of the first detector, and under `detectors` those of all."""
-        first = next(iter(self.metrics.values()))
         return {
             "n": self.options.n,
             "seed": self.options.seed,
             "concepts": [{"name": c.name, "anchor": c.anchor} for c in self.plan.concepts],
             "notes": list(self.notes),
-            **first,
+            **next(iter(self.metrics.values())),
             "detectors": dict(self.metrics),
-            "sets": {each.prompts.name: set_metrics(each, self) for each in self.sets},
+            "sets": {each.prompts.name: self._of_set(each) for each in self.sets if each.prompts.name != ANCHOR},
+        }
+
+    def _of_set(self, of: SetResult) -> dict[str, Any]:
+        """What became of a set of prompts."""
+        thresholds = {
+            name: {concept.name: pair.calibration(concept).threshold for concept in pair.concepts}
+            for name, pair in self.pairs.items()
+        }
+        return {
+            "n": len(of.prompts.rows),
+            "shows": of.prompts.shows,
+            "preserve": of.prompts.preserve,
+            "detected": {
+                name: of.rates(name, detector, self.plan, thresholds.get(name, {}))
+                for name, detector in self.detectors.items()
+            },
+            "image_drift": of.drift.as_json(),
+            "image_metrics": dict(of.measured),
         }
 
 
 def evaluate(target: str, options: EvalOptions, progress: Progress = silent) -> EvalResult:
-    """Compare a model with its original.
+    """Compare a model with its original, or without one tell how often each concept is detected in its images.
 
     Args:
-        target: A run folder, or a model; then the options name the original and the concept.
+        target: A run folder, or a model; then the options name the concept and the original.
 
     Raises:
-        ConfigError: The original or the concept is missing, or a detector, set or option is wrong.
-        DataError: A prompt file or a run's delta cannot be used.
+        ConfigError: The concept is missing, or a detector, metric, set or option is wrong.
+        DataError: A prompt file, a run's delta or what a detector or metric needs cannot be used.
         ModelError: A model cannot be loaded, or is not the run's.
     """
-    compared = _compared(target, options)
-    original, cache = compared.original, Cache.of_user()
-    plan = make_plan(original.settings, original.name, list(compared.names), compared.options)
-    names = options.detector or [plan.detector]
-    inputs = DetectorInputs(plan.subjects, original.settings.detector, original, original.device)
+    compared = compared_models(target, options)
+    plan = make_plan(compared.known.settings, compared.known.name, list(compared.names), compared.options)
     advice = "Try {dtype} bf16 or a smaller {resolution}"
-    with original.configured(plan.options), explained_memory_errors("out of memory", advice):
-        detectors = {name: load_detector(name, inputs) for name in dict.fromkeys(names)}
-        sets, notes = _sets(options, plan, original)
+    with compared.known.configured(plan.options), explained_memory_errors("out of memory", advice):
+        detectors, measures = _detectors(compared, plan, options), _image_metrics(compared, options)
+        wanted, notes = wanted_sets(options, plan, compared.known)
         prompts = eval_prompts(plan, options.n, options.seed)
-        before = evaluate_model(original, prompts, progress, Stage.IMAGES_BEFORE, cache)
-        parts = [_sampled(original, each, options.seed, progress, Stage.IMAGES_BEFORE, cache) for each in sets]
-        with compared.as_erased() as erased, erased.configured(plan.options):
-            after = evaluate_model(erased, prompts, progress, Stage.IMAGES_AFTER, cache, compared.weights)
-            others = [
-                _sampled(erased, each, options.seed, progress, Stage.IMAGES_AFTER, cache, compared.weights)
-                for each in sets
-            ]
-        pairs = {name: evaluated_pair(of, plan, prompts, before, after, progress) for name, of in detectors.items()}
-        results = [
-            SetResult(
-                of,
-                first,
-                second,
-                {name: (d.detect(first, progress), d.detect(second, progress)) for name, d in detectors.items()},
-            )
-            for of, first, second in zip(sets, parts, others, strict=True)
+        sides = _sampled(compared, plan, prompts, wanted, options.seed, progress)
+        pairs = {}
+        if "before" in sides:
+            held_out = sides["before"].held_out, sides["after"].held_out
+            pairs = {name: evaluated_pair(of, plan, prompts, *held_out, progress) for name, of in detectors.items()}
+        sets = [
+            *_held_out(sides, prompts, detectors, pairs, measures, progress),
+            *_further(sides, wanted, options.seed, detectors, measures, progress),
         ]
-    metrics = {name: metrics_of(detectors[name], pair) for name, pair in pairs.items()}
-    return EvalResult(compared, plan, options, prompts, before, after, detectors, pairs, metrics, results, notes)
+    metrics = {
+        name: metrics_of(of, pairs[name]) if name in pairs else metrics_without(of, NO_ORIGINAL)
+        for name, of in detectors.items()
+    }
+    return EvalResult(compared, plan, options, detectors, pairs, metrics, sets, notes)
 
 
-def _compared(target: str, options: EvalOptions) -> Compared:
-    """The two models. Raises ConfigError where one of them or the concept is missing."""
-    folder = Path(target).expanduser()
-    if (folder / "run.json").is_file():
-        for given in ("against", "concept", "anchor"):
-            if getattr(options, given):
-                raise ConfigError("is named by the run folder already", option=given, advice=f"Omit {{{given}}}")
-        return _of_run(folder, options)
-    if not options.against:
+def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
+    """The wanted detectors. Raises ConfigError for one that needs the original, where there is none."""
+    names = options.detector or [plan.detector]
+    if compared.original is None and "self" in names:
         raise ConfigError(
-            f"{target} is not a run folder, so its original is needed: what a detector sees in the original's images "
-            "says what its word is worth",
-            advice="Name the original model by {against}",
+            "is self, which asks the original model",
+            option="detector",
+            advice="Name the original by {against}, or use another {detector}",
         )
-    if not options.concept:
-        raise ConfigError("no concept is given", advice="Name what the model should have forgotten: {concept} circle")
-    original, erased = _loaded([options.against, target], options)
-    if original.family.name != erased.family.name or original.latent_shape != erased.latent_shape:
-        raise ModelError(
-            f"{target} ({erased.family.name}) and {options.against} ({original.family.name}) differ in kind"
-        )
-    return Compared(original, erased, [Concept(name) for name in options.concept], _erase_options(options))
+    model = compared.known
+    inputs = DetectorInputs(plan.subjects, model.settings.detector, compared.original, model.device)
+    return {name: load_detector(name, inputs) for name in dict.fromkeys(names)}
 
 
-def _loaded(names: Sequence[str], options: EvalOptions) -> list[Model]:
-    """The models of these names; `components` are for those that are single files."""
-    files = [find(name, options.models_dir)[0].is_file() for name in names]
-    without = replace(options, components=None)
-    return [load_with(n, options if file or not any(files) else without) for n, file in zip(names, files, strict=True)]
-
-
-def _of_run(folder: Path, options: EvalOptions) -> Compared:
-    """The models of a finished run, from its folder alone, which is untrusted input."""
-    record = read_finished(folder)
-    delta = file_of(record, folder, "delta")
-    if delta is None:
-        raise DataError(
-            f"{folder} holds no delta",
-            advice="run the erasure again without {output}, or with one that ends in .salun.safetensors",
-        )
-    job = EraseJob(**read_record(record, folder / "run.json"))
-    used = _erase_options(options, job.options)
-    used = replace(used, device=options.device, allow_pickle=options.allow_pickle, detector=None)  # not as recorded
-    model = load_with(str(job.model), used)
-    loaded = Delta.load(delta)
-    change = loaded.apply(model.original())
-    return Compared(model, model, [Concept(name) for name in job.concept], used, change, loaded.result_hash)
-
-
-def _erase_options(options: EvalOptions, base: EraseOptions | None = None) -> EraseOptions:
-    """The options by which prompts are made and images sampled: the given ones, others as in `base`."""
-    defaults = EvalOptions()
-    shared = {item.name for item in dataclasses.fields(EraseOptions)} & {i.name for i in dataclasses.fields(options)}
-    given = {name: getattr(options, name) for name in shared - {"detector"}}
-    given = {name: value for name, value in given.items() if value != getattr(defaults, name)}
-    return replace(base or EraseOptions(), **given)
-
-
-def _sets(options: EvalOptions, plan: Plan, model: Model) -> tuple[list[PromptSet], list[str]]:
-    """The wanted sets of prompts, of n prompts at most, and notes for the user."""
-    vocabulary = model.settings.vocabulary
-    if options.sets and vocabulary is not None:
+def _image_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
+    """The wanted metrics of images. Raises ConfigError for one that compares models, where there is one alone."""
+    device = compared.known.device
+    loaded = load_image_metrics(options.metric, ClipModel(options.clip or CLIP, device=device), device)
+    alone = [name for name, of in loaded.items() if of.needs_original and compared.original is None]
+    if alone:
         raise ConfigError(
-            f"are prompts in free text, but {model.name} knows the words of its vocabulary only", option="sets"
+            f"is {alone[0]}, which compares images with the original model's",
+            option="metric",
+            advice="Name the original by {against}, or real images, as in {metric} fid:FOLDER",
         )
-    made = prompt_sets(options.sets, plan.concepts, plan.prompts, options.synonyms, _similarity(model))
-    notes = []
-    for source in options.prompts:
-        path = Path(source).expanduser()
-        rows = read_prompts(path, skip_empty=True) if path.suffix or path.exists() else prompts_of_hub(source)
-        made.append(PromptSet(path.name, rows))
-        side = model.settings.sampling.resolution
-        other = sum((row.width or side, row.height or side) != (side, side) for row in rows[: options.n])
-        if other:
-            notes.append(f"{path.name}: {other} prompts ask for another size; all are sampled at {side}×{side}")
-    for i, each in enumerate(made):
-        if len(each.rows) > options.n:
-            notes.append(f"{each.name}: the first {options.n:,} of {len(each.rows):,} prompts (-n)")
-            made[i] = replace(each, rows=each.rows[: options.n])
-    return made, notes
+    return loaded
 
 
-def _similarity(model: Model) -> Callable[[str, Sequence[str]], list[str]]:
-    """A function of (phrase, nouns): the nouns, the nearest to the phrase first, by the model's own text encoder."""
+@dataclass(frozen=True, eq=False)
+class Side:
+    """A model's images: of the held-out prompts, and of each further set."""
 
-    @torch.no_grad()
-    def similar(phrase: str, nouns: Sequence[str]) -> list[str]:
-        encoded = model.encode([phrase, *nouns]).hidden.float().mean(1)
-        centered = F.normalize(encoded - encoded[1:].mean(0), dim=1)  # all encodings share a large common part
-        order = (centered[1:] @ centered[0]).argsort(descending=True)
-        return [nouns[int(i)] for i in order]
-
-    return similar
+    held_out: Evaluation
+    sets: Sequence[SetSamples]
 
 
 def _sampled(
-    model: Model,
-    of: PromptSet,
-    seed: int,
+    compared: Compared, plan: Plan, prompts: EvalPrompts, wanted: Sequence[PromptSet], seed: int, progress: Progress
+) -> dict[str, Side]:
+    """The images of the original ("before"), if there is one, and of the model ("after")."""
+    cache, sides = Cache.of_user(), {}
+
+    def sampled(model: Model, stage: Stage, weights: str | None) -> Side:
+        held_out = evaluate_model(model, prompts, progress, stage, cache, weights)
+        sets = [sampled_set(model, of, seeds_of(of, seed), progress, stage, cache, weights) for of in wanted]
+        return Side(held_out, sets)
+
+    if compared.original is not None:
+        sides["before"] = sampled(compared.original, Stage.IMAGES_BEFORE, None)
+    with compared.as_erased() as erased, erased.configured(plan.options):
+        sides["after"] = sampled(erased, Stage.IMAGES_AFTER, compared.weights)
+    return sides
+
+
+def _held_out(
+    sides: Mapping[str, Side],
+    prompts: EvalPrompts,
+    detectors: Mapping[str, Detector],
+    pairs: Mapping[str, EvaluationPair],
+    measures: Mapping[str, ImageMetric],
     progress: Progress,
-    stage: Stage,
-    cache: Cache,
-    weights: str | None = None,
-) -> Samples:
-    """The set's images, each by its row's seed and guidance, or else by its number and the model's own."""
-    settings = model.settings
-    latents: Tensor | None = None
-    groups: dict[float | None, list[int]] = {}
-    for i, row in enumerate(of.rows):
-        groups.setdefault(row.guidance, []).append(i)
-    try:
-        for guidance, rows in groups.items():
-            sampling = settings.sampling if guidance is None else replace(settings.sampling, guidance=guidance)
-            model.settings = replace(settings, sampling=sampling)
-            seeds = [_seed(of.rows[i], seed, i) for i in rows]
-            made = sample_latents(model, [of.rows[i].text for i in rows], seeds, progress, stage, cache, weights).cpu()
-            latents = torch.empty(len(of.rows), *made.shape[1:]) if latents is None else latents
-            latents[rows] = made
-    finally:
-        model.settings = settings
-    assert latents is not None
-    images = decode_images(model, latents)
-    return Samples(images, latents, [row.text for row in of.rows], compare_prompts=of.preserve)
+) -> list[SetResult]:
+    """What was found on the held-out prompts; what a pair has seen already is not looked at again."""
+    kinds = {CONCEPT: "forget", OTHERS: "retain", ANCHOR: "anchor"}
+    results = []
+    for name, of in sets_of(prompts).items():
+        kind = kinds[name]
+        parts = {side: getattr(each.held_out, kind) for side, each in sides.items()}
+        images = {side: SetSamples.of(part) for side, part in parts.items() if part is not None}
+        if not images:
+            continue
+        seen = {
+            detector: {side: getattr(getattr(pairs[detector], side), kind) for side in images}
+            if detector in pairs
+            else {side: part.detected(detectors[detector], progress) for side, part in images.items()}
+            for detector in detectors
+        }
+        measured = _measured(measures, images, progress) if name != ANCHOR else {}
+        results.append(SetResult(of, seeds_of(of, 0), images, seen, measured))
+    return results
 
 
-def _seed(row: PromptRow, seed: int, index: int) -> int:
-    return row.seed if row.seed is not None else item_seed(seed, "eval", index)
+def _further(
+    sides: Mapping[str, Side],
+    wanted: Sequence[PromptSet],
+    seed: int,
+    detectors: Mapping[str, Detector],
+    measures: Mapping[str, ImageMetric],
+    progress: Progress,
+) -> list[SetResult]:
+    """What was found on each further set."""
+    results = []
+    for i, of in enumerate(wanted):
+        images = {side: each.sets[i] for side, each in sides.items()}
+        seen = {
+            name: {side: part.detected(detector, progress) for side, part in images.items()}
+            for name, detector in detectors.items()
+        }
+        results.append(SetResult(of, seeds_of(of, seed), images, seen, _measured(measures, images, progress)))
+    return results
 
 
-def set_metrics(result: SetResult, of: EvalResult) -> dict[str, Any]:
-    """What became of a set of prompts: per detector the rate of each concept, and the drift of its images."""
-    rates: dict[str, Any] = {}
-    for name, (before, after) in result.seen.items():
-        detector, pair = of.detectors[name], of.pairs[name]
-        thresholds = {concept.name: pair.calibration(concept).threshold for concept in pair.concepts}
-        for subject in of.plan.subjects:
-            target = detector.target(subject)
-            assert target is not None
-            threshold = thresholds[subject.name]
-            sides = [side.scores[target.attribute][:, target.label] >= threshold for side in (before, after)]
-            rates.setdefault(name, {})[subject.name] = _both(*sides)
-        if result.prompts.preserve and detector.prompt_match is not None:
-            sides = [side.shows(detector.prompt_match, 0) for side in (before, after)]
-            rates[name]["as prompted"] = _both(*sides)
-    drift = drift_of(result.before.latents, result.after.latents)
-    return {
-        "n": len(result.prompts.rows),
-        "shows": result.prompts.shows,
-        "preserve": result.prompts.preserve,
-        "detected": rates,
-        "image_drift": drift.as_json(),
-    }
-
-
-def _both(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    sides = {"before": before, "after": after}
-    return {name: Estimate.percentage(hits).as_json() for name, hits in sides.items()}
+def _measured(
+    measures: Mapping[str, ImageMetric], images: Mapping[str, SetSamples], progress: Progress
+) -> dict[str, Any]:
+    if not measures:
+        return {}
+    sets = {side: ImageSet(of.images, of.prompts) for side, of in images.items()}
+    return measure_images(measures, sets.get("before"), sets["after"], progress)

@@ -18,6 +18,7 @@ from salun.evaluation.detector import (
     Detection,
     Detector,
     DetectorInputs,
+    Fitted,
     Samples,
     Subject,
     facts_of,
@@ -66,6 +67,10 @@ class EvalPrompts:
     retain: list[Prompt]
     forget_seeds: list[int]
     retain_seeds: list[int]
+
+    def rows_of(self, concept: int) -> slice:
+        """The forget prompts of a concept, by its number."""
+        return slice(concept * self.each, (concept + 1) * self.each)
 
     @property
     def anchors(self) -> tuple[list[Prompt], list[int]]:
@@ -172,6 +177,9 @@ def evaluated_pair(
 ) -> EvaluationPair:
     """What a detector sees in two evaluations of at least one image each."""
     parts = _parts(before)
+    if isinstance(detector, Fitted):
+        rows = {subject.name: prompts.rows_of(i) for i, subject in enumerate(plan.subjects)}
+        detector.fit({name: before.forget[of] for name, of in rows.items()}, _others(before), progress)
     seen = list(_detections(detector, [*parts, *_parts(after)], progress))
     return EvaluationPair(
         _expected_concepts(detector, plan.subjects, prompts),
@@ -184,9 +192,23 @@ def evaluated_pair(
     )
 
 
+def _others(side: Evaluation) -> Samples:
+    """Images of other prompts and of the anchors'."""
+    if side.anchor is None:
+        return side.retain
+    a, b = side.retain, side.anchor
+    images, latents = np.concatenate([a.images, b.images]), torch.cat([a.latents, b.latents])
+    return Samples(images, latents, [*a.prompts, *b.prompts], compare_prompts=True)
+
+
 def metrics_of(detector: Detector, pair: EvaluationPair) -> dict[str, Any]:
     """The metrics of a pair, as in `run.json`."""
     return _with_verdict({**measure(pair), "detector": facts_of(detector)})
+
+
+def metrics_without(detector: Detector, reason: str) -> dict[str, Any]:
+    """The metrics where nothing could be measured, for this reason."""
+    return _with_verdict({"reason": reason, "reasons": {}, "detector": facts_of(detector)})
 
 
 def _with_verdict(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +260,7 @@ def _expected_concepts(detector: Detector, subjects: Sequence[Subject], prompts:
     for i, subject in enumerate(subjects):
         target = detector.target(subject)
         assert target is not None
-        rows = slice(i * prompts.each, (i + 1) * prompts.each)
+        rows = prompts.rows_of(i)
         count = sum(bool(prompt.text) for prompt in prompts.anchor[rows])
         anchor_rows, anchors = slice(anchors, anchors + count), anchors + count
         concepts.append(ExpectedConcept(subject.name, target.attribute, target.label, target.anchor, rows, anchor_rows))

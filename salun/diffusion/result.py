@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,18 +68,20 @@ def image_pairs(
     """Before/after images of forget prompts, the first few of each concept, and of retain prompts, for a page."""
     k = min(GRID, prompts.each)
     forget = [
-        pair_of(before.forget, after.forget, row, blur)
+        _pair(before.forget, after.forget, row, blur)
         for i, blur in enumerate(blurred(plan))
         for row in range(i * prompts.each, i * prompts.each + k)
     ]
-    return forget, [pair_of(before.retain, after.retain, row) for row in range(k)]
+    return forget, [_pair(before.retain, after.retain, row) for row in range(k)]
 
 
-def pair_of(before: Samples, after: Samples, row: int, blur: bool = False) -> ImagePair:
-    """One image before and after, with its prompt."""
-    sides = {"before": before, "after": after}
-    images = {name: image_grid.thumbnail(side.images[row], blur) for name, side in sides.items()}
-    return ImagePair(before.prompts[row], images)
+def _pair(before: Samples, after: Samples, row: int, blur: bool = False) -> ImagePair:
+    return pair_of(before.prompts[row], {"before": before.images[row], "after": after.images[row]}, blur)
+
+
+def pair_of(prompt: str, images: Mapping[str, np.ndarray], blur: bool = False) -> ImagePair:
+    """Images of one prompt, by label."""
+    return ImagePair(prompt, {name: image_grid.thumbnail(image, blur) for name, image in images.items()})
 
 
 def blurred(plan: Plan) -> list[bool]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -56,6 +56,13 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> Samples:
+        """Those of some rows."""
+        index = list(range(len(self)))[rows] if isinstance(rows, slice) else list(rows)
+        return replace(
+            self, images=self.images[index], latents=self.latents[index], prompts=[self.prompts[i] for i in index]
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,15 @@ class Detector(Protocol):
 
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """Detect in n images."""
+        ...
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A detector that is fitted on images of the original, of which it is known what they show, before it detects."""
+
+    def fit(self, shows: Mapping[str, Samples], others: Samples, progress: Progress = silent) -> None:
+        """shows: concept → images of its prompts. others: images of other prompts."""
         ...
 
 

@@ -31,6 +31,11 @@ class Estimate:
         middle, half = (p + Z * Z / (2 * n)) / d, Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / d
         return cls(100 * p, n, 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0))
 
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval, 0 where there is none."""
+        return 0.0 if self.low is None or self.high is None else (self.high - self.low) / 2
+
     def as_json(self) -> dict[str, float | int | None]:
         """As in `run.json`."""
         return asdict(self)

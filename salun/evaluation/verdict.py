@@ -115,16 +115,11 @@ def _others(metrics: Mapping[str, Any]) -> tuple[str, bool]:
     if before is not None and after is not None:
         drop = before.value - after.value
         text = f"images of other prompts are as prompted in {after.text()} of cases (before: {before.value:.1f} %)"
-        return text, drop >= DAMAGE and drop > hypot(_half(before), _half(after))
+        return text, drop >= DAMAGE and drop > hypot(before.half_width, after.half_width)
     drift = _known(metrics, "image_drift")
     if drift is not None:
         return f"images of other prompts drifted by {drift.value:.2f} (1: unrelated images)", drift.value >= DRIFT
     return "", False
-
-
-def _half(value: Estimate) -> float:
-    """Half the width of its interval."""
-    return 0.0 if value.low is None or value.high is None else (value.high - value.low) / 2
 
 
 def _known(values: Mapping[str, Any], key: str) -> Estimate | None:

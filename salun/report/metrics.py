@@ -9,7 +9,7 @@ from salun.errors import fill
 from salun.evaluation.estimate import Estimate, Unknown, Value, from_json
 from salun.evaluation.metric import Metric
 from salun.evaluation.registry import METRICS
-from salun.evaluation.verdict import verdict_on
+from salun.evaluation.verdict import Verdict, verdict_on
 from salun.report.render import Banner, Section
 
 SINGLE = [metric for metric in METRICS if not metric.breakdown]
@@ -38,14 +38,22 @@ def headline(concepts: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) 
 
 def banner(metrics: Mapping[str, Any], spell: Callable[[str], str] = str) -> Banner:
     """The verdict, as the first thing on a page. spell: option name → how the host spells it."""
-    verdict = verdict_on(metrics)  # not the stored one: a run.json may be untrusted input
+    return banner_of(verdict_on(metrics), spell)  # not the stored one: a run.json may be untrusted input
+
+
+def banner_of(verdict: Verdict, spell: Callable[[str], str] = str) -> Banner:
+    """A verdict as the first thing on a page, likewise."""
     outcome = str(verdict.outcome)
     return Banner(outcome[0].upper() + outcome[1:], f"{verdict.text}.", f"Next: {fill(verdict.advice, spell)}.")
 
 
 def verdict_lines(metrics: Mapping[str, Any], spell: Callable[[str], str] = str) -> list[str]:
     """The verdict in a line, and the next step in another."""
-    shown = banner(metrics, spell)
+    return lines_of(banner(metrics, spell))
+
+
+def lines_of(shown: Banner) -> list[str]:
+    """What a banner says, in two lines."""
     return [f"{shown.outcome}: {shown.text}", shown.next]
 
 

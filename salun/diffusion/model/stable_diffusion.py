@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from salun.diffusion.model import sampler
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, settings_for
-from salun.diffusion.options import EraseOptions
+from salun.diffusion.options import EraseOptions, Sampling
 from salun.errors import ConfigError, DataError
 
 CHUNKS = 4  # of a long prompt, at most
@@ -60,6 +60,7 @@ class Model:
         self.schedule = schedule_of(self.scheduler_config, self.name)
         self.zero_snr = bool(self.scheduler_config.get("rescale_betas_zero_snr"))
         self.latent_channels = int(self.unet.config.in_channels)
+        self._size: tuple[int, int] | None = None
         self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     # -- Denoiser -------------------------------------------------------------------------------------------------
@@ -119,8 +120,8 @@ class Model:
         joined = torch.cat(hidden, dim=-1).to(self.dtype)
         if pooled is None:
             return Conditioning(joined)
-        side = self.settings.sampling.resolution
-        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.dtype, device=self.device)
+        height, width = self.image_size
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype, device=self.device)
         extra = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes.expand(len(prompts), -1)}
         return Conditioning(joined, extra)
 
@@ -166,8 +167,29 @@ class Model:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of a latent at the sampling resolution."""
-        side = self.settings.sampling.resolution // self.vae_scale
-        return self.latent_channels, side, side
+        height, width = self.image_size
+        return self.latent_channels, height // self.vae_scale, width // self.vae_scale
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of sampled images: squares, but within `sampling_as`."""
+        side = self.settings.sampling.resolution
+        return self._size or (side, side)
+
+    @property
+    def multiple(self) -> int:
+        """What divides every side of its images."""
+        return int(self.vae_scale * _multiple(self.unet))
+
+    @contextmanager
+    def sampling_as(self, sampling: Sampling, size: tuple[int, int]) -> Iterator[None]:
+        """Context manager: sample with these settings, images of this height and width, multiples of `multiple`."""
+        before = self.settings, self._size
+        self.settings, self._size = replace(self.settings, sampling=sampling), size
+        try:
+            yield
+        finally:
+            self.settings, self._size = before
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> Tensor:
@@ -231,7 +253,7 @@ class Model:
     def configured(self, options: EraseOptions) -> Iterator[None]:
         """Context manager: encode, sample and train as the options say."""
         before = self.settings, self.clip_skip, self.low_vram, self.attention
-        self.settings = settings_for(self.settings, options, self.name, self.vae_scale * _multiple(self.unet))
+        self.settings = settings_for(self.settings, options, self.name, self.multiple)
         self.clip_skip, self.low_vram, self.attention = options.clip_skip, options.low_vram, options.attention
         if options.attention == "xformers":
             _use_xformers(self.unet, self.device)

@@ -1,1 +1,1 @@
-"""Detectors, one module each; `salun.evaluation.detector.DETECTORS` lists them."""
+"""Detectors, one module each; `salun.detectors.DETECTORS` lists them."""

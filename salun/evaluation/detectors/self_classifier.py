@@ -4,11 +4,14 @@ A diffusion model denoises a sample best under the prompt that describes it (Li 
 secretly a zero-shot classifier"). For a latent x₀ the original network's error ‖target − output(x_t, t, c)‖² is
 compared between the concept's prompt, the anchor's and the empty one, on the same (t, ε). The empty prompt is needed:
 with concept and anchor alone, whatever is neither is taken for one of them.
+
+Which t tells a concept from others depends on the concept: shapes and colors show in little noise, styles in much. So
+the timesteps are chosen on the original's own images (`fit`), where it is known what they show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
+from salun.evaluation.calibration import auc
 from salun.evaluation.detector import (
     Detection,
     DetectorInputs,
@@ -29,61 +33,30 @@ from salun.evaluation.detectors.attribute import margins
 from salun.progress import Event, Progress, Stage, silent
 from salun.randomness import step_generator
 
-FRACTIONS = (0.15, 0.4, 0.25, 0.5)  # of the schedule: the timesteps t, in the order in which they are tried
-ENOUGH = 2  # timesteps that must agree; where they do not, the others decide too
+FRACTIONS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)  # of the schedule: the timesteps t to choose from
+UNFITTED = (0.2, 0.5, 0.8)  # those that are used without a choice
+MOST, BETTER = 3, 0.005  # timesteps at most; by how much another one must raise the AUC
+FEWEST, FITTED = 8, 24  # images of each kind that a choice needs, and uses
 SEED = 17  # of ε, which all samples share
 PROMPT, AS_PROMPTED = "prompt", "as prompted"
-
-
-class _Question:
-    """Which of several prompts describes each sample best, decided as far as the errors so far decide it.
-
-    Args:
-        candidates: int64 (n, m), a prompt's row among the encoded ones, for each sample.
-    """
-
-    def __init__(self, candidates: Tensor) -> None:
-        n, m = candidates.shape
-        self.candidates, self.total, self.count = candidates, torch.zeros(n, m), torch.zeros(n)
-        self.best = torch.full((n,), -1)
-        self.undecided = torch.ones(n, dtype=torch.bool)
-
-    def pairs(self) -> Tensor:
-        """int64 (k, 2): (sample, prompt) whose errors are to be found, m for each undecided sample."""
-        rows = self.undecided.nonzero()[:, 0]
-        return torch.stack([rows[:, None].expand(-1, self.candidates.shape[1]), self.candidates[rows]], 2).flatten(0, 1)
-
-    def add(self, errors: Tensor) -> None:
-        """errors: (k,), of `pairs` at one more timestep. A sample is decided where `ENOUGH` timesteps agree."""
-        rows = self.undecided.nonzero()[:, 0]
-        errors = errors.view(len(rows), self.candidates.shape[1])
-        self.total[rows] += errors / errors.mean(1, keepdim=True)
-        best, first = errors.argmin(1), self.count[rows] == 0
-        agree = first | (self.best[rows] == best)
-        self.best[rows] = torch.where(first, best, torch.where(agree, best, -2))
-        self.count[rows] += 1
-        self.undecided[rows] = ~agree | (self.count[rows] < ENOUGH)
-
-    def margins(self) -> Tensor:
-        """(n, m): of each prompt the smallest mean error of another one minus its own."""
-        return margins(-self.total / self.count[:, None])
 
 
 class SelfClassifier:
     """Compares the original network's errors under several prompts.
 
     Args:
-        model: With its original weights whenever `detect` runs.
+        model: With its original weights whenever `fit` or `detect` runs.
         subjects: The concepts.
     """
 
-    name, version = "self", "1"
+    name, version = "self", "2"
     threshold, unit = 0.0, "error of the best other prompt minus the label's, relative to their mean"
     prompt_match = PROMPT
 
     def __init__(self, model: DiffusionModel, subjects: Sequence[Subject]) -> None:
         self.model, self.subjects = model, subjects
         self.labels: Mapping[str, Sequence[str]] = labels_by_concept(subjects) | {PROMPT: [AS_PROMPTED]}
+        self.timesteps: dict[str, tuple[float, ...]] = dict.fromkeys(self.labels, UNFITTED)
 
     @property
     def sha256(self) -> str:
@@ -94,27 +67,44 @@ class SelfClassifier:
         """An attribute of its own, with the concept and its anchor as labels."""
         return target_by_concept(subject, self.labels)
 
-    @torch.no_grad()
+    @property
+    def facts(self) -> dict[str, str]:
+        """The timesteps by which each question is decided, as fractions of the schedule."""
+        return {"timesteps": "; ".join(f"{name}: {', '.join(map(str, t))}" for name, t in self.timesteps.items())}
+
+    def fit(self, shows: Mapping[str, Samples], others: Samples, progress: Progress = silent) -> None:
+        """Choose the timesteps that tell most on images of the original, some of each kind.
+
+        Args:
+            shows: Concept → images of it.
+            others: Images of other prompts.
+        """
+        negatives = some_of(others)
+        if len(negatives) < FEWEST:
+            return
+        for each in self.subjects:
+            positives = some_of(shows[each.name])
+            if len(positives) >= FEWEST:
+                shown, absent = (self._errors(part, each.name, progress) for part in (positives, negatives))
+                self.timesteps[each.name] = best_timesteps(shown, absent, (0, 0))
+        if negatives.compare_prompts:
+            errors = self._errors(negatives, PROMPT, progress)
+            self.timesteps[PROMPT] = best_timesteps(errors, errors, (0, 1))  # an image does not show the foil
+
+    def _errors(self, samples: Samples, name: str, progress: Progress) -> Tensor:
+        """Errors (n, prompts, timesteps) for one question at all timesteps."""
+        compared = self._questions(samples)[name]
+        return self._measured(samples, {name: compared}, {name: FRACTIONS}, Stage.PROBING, progress)[name]
+
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """In the latents of n samples; the images are not looked at."""
-        n, parts = len(samples), []
         compared = self._questions(samples)
-        texts = list(dict.fromkeys(text for columns in compared.values() for column in columns for text in column))
-        encoded, row_of = self.model.encode(texts or [""]), {text: i for i, text in enumerate(texts)}
-        rows = {
-            name: torch.tensor([[row_of[text] for text in column] for column in of]).T for name, of in compared.items()
-        }
-        size = batch_size_of(self.model)
-        for start in range(0, n, size):
-            questions = {name: _Question(candidates[start : start + size]) for name, candidates in rows.items()}
-            self._decide(samples.latents[start : start + size].to(self.model.device), encoded, questions.values())
-            parts.append({name: question.margins() for name, question in questions.items()})
-            progress(Event(Stage.DETECTING, min(start + size, n), n))
+        errors = self._measured(samples, compared, self.timesteps, Stage.DETECTING, progress)
         return Detection(
             {
-                name: torch.cat([part[name] for part in parts])[:, : len(labels)].numpy()
-                if name in compared and parts
-                else np.full((n, len(labels)), -np.inf, np.float32)
+                name: scores_of(errors[name])[:, : len(labels)].numpy()
+                if name in errors
+                else np.full((len(samples), len(labels)), -np.inf, np.float32)
                 for name, labels in self.labels.items()
             },
             self.threshold,
@@ -132,21 +122,42 @@ class SelfClassifier:
             compared[PROMPT] = [list(prompts), [foil_of(i, prompts) for i in range(n)], [""] * n]
         return compared
 
-    def _decide(self, latents: Tensor, encoded: Conditioning, questions: Collection[_Question]) -> None:
-        """Add errors to the questions until each is decided for each sample, or the timesteps are used up."""
-        for k, fraction in enumerate(FRACTIONS):
-            noise = torch.randn(self.model.latent_shape, generator=step_generator(SEED, k))
-            wanted = [question.pairs() for question in questions]
-            pairs, inverse = torch.unique(torch.cat(wanted), dim=0, return_inverse=True)
-            if not len(pairs):
-                break
-            errors = self._errors(latents, encoded, pairs, fraction, noise)[inverse]
-            for question, part in zip(questions, errors.split([len(each) for each in wanted]), strict=True):
-                question.add(part)
+    @torch.no_grad()
+    def _measured(
+        self,
+        samples: Samples,
+        compared: Mapping[str, list[list[str]]],
+        timesteps: Mapping[str, Sequence[float]],
+        stage: Stage,
+        progress: Progress,
+    ) -> dict[str, Tensor]:
+        """Attribute → errors (n, prompts, timesteps), the prompts of `compared` at its `timesteps`."""
+        n, size = len(samples), batch_size_of(self.model)
+        texts = list(dict.fromkeys(text for columns in compared.values() for column in columns for text in column))
+        encoded, row_of = self.model.encode(texts or [""]), {text: i for i, text in enumerate(texts)}
+        rows = {
+            name: torch.tensor([[row_of[text] for text in column] for column in of]).T for name, of in compared.items()
+        }
+        errors = {name: torch.zeros(n, len(of), len(timesteps[name])) for name, of in compared.items()}
+        for start in range(0, n, size):
+            batch = slice(start, start + size)
+            latents = samples.latents[batch].to(self.model.device)
+            for fraction in FRACTIONS:
+                names = [name for name in compared if fraction in timesteps[name]]
+                pairs = [_pairs(rows[name][batch]) for name in names]
+                if not pairs:
+                    continue
+                unique, inverse = torch.unique(torch.cat(pairs), dim=0, return_inverse=True)
+                found = self._at(latents, encoded, unique, fraction)[inverse]
+                for name, part in zip(names, found.split([len(each) for each in pairs]), strict=True):
+                    errors[name][batch, :, list(timesteps[name]).index(fraction)] = part.view(len(latents), -1)
+            progress(Event(stage, min(start + size, n), n))
+        return errors
 
-    def _errors(self, latents: Tensor, encoded: Conditioning, pairs: Tensor, fraction: float, noise: Tensor) -> Tensor:
+    def _at(self, latents: Tensor, encoded: Conditioning, pairs: Tensor, fraction: float) -> Tensor:
         """Mean squared errors (k,) of (sample, prompt) pairs (k, 2) at one timestep, with one noise (c, h, w)."""
         model, parts = self.model, []
+        noise = torch.randn(latents.shape[1:], generator=step_generator(SEED, FRACTIONS.index(fraction)))
         for part in pairs.to(latents.device).split(2 * len(latents)):
             x_0 = latents[part[:, 0]]
             t = torch.full((len(part),), model.schedule.t_at(fraction), device=latents.device)
@@ -154,6 +165,51 @@ class SelfClassifier:
             output = model.predict(model.schedule.add_noise(x_0, noises, t), t, encoded[part[:, 1]])
             parts.append((output - model.schedule.target(x_0, noises, t)).square().flatten(1).mean(1).cpu())
         return torch.cat(parts)
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    """int64 (b · m, 2): (sample, prompt) of a batch. rows: int64 (b, m), each sample's prompts."""
+    return torch.stack([torch.arange(len(rows))[:, None].expand_as(rows), rows], 2).flatten(0, 1)
+
+
+def some_of(samples: Samples) -> Samples:
+    """At most `FITTED` of them, spread evenly."""
+    return samples[np.unique(np.linspace(0, len(samples) - 1, FITTED).round().astype(int)) if len(samples) else []]
+
+
+def scores_of(errors: Tensor) -> Tensor:
+    """(n, prompts): of each prompt the smallest error of another one minus its own, relative to their mean.
+
+    Args:
+        errors: (n, prompts, timesteps); each timestep counts the same, however large its errors are.
+    """
+    return margins(-(errors / errors.mean(1, keepdim=True)).mean(2))
+
+
+def best_timesteps(positives: Tensor, negatives: Tensor, labels: tuple[int, int]) -> tuple[float, ...]:
+    """The timesteps of `FRACTIONS` whose scores separate two kinds of images best: one, or more where that is better.
+
+    Args:
+        positives, negatives: Errors (n, prompts, timesteps) of images of either kind.
+        labels: The prompt whose score is to be high in the positives, and that whose score is to be low in the others.
+    """
+
+    def quality(chosen: Sequence[int]) -> tuple[float, float]:
+        """AUC, and the distance of the means in units of their spread, which tells among equals."""
+        sides = [
+            scores_of(errors[:, :, list(chosen)])[:, label]
+            for errors, label in zip((positives, negatives), labels, strict=True)
+        ]
+        apart = (sides[0].mean() - sides[1].mean()) / (sides[0].var() + sides[1].var() + 1e-12).sqrt()
+        return auc(sides[0].numpy(), sides[1].numpy()), float(apart)
+
+    chosen = [max(range(len(FRACTIONS)), key=lambda k: quality([k]))]
+    while len(chosen) < MOST:
+        more = max((k for k in range(len(FRACTIONS)) if k not in chosen), key=lambda k: quality([*chosen, k]))
+        if quality([*chosen, more])[0] < quality(chosen)[0] + BETTER:
+            break
+        chosen.append(more)
+    return tuple(FRACTIONS[k] for k in sorted(chosen))
 
 
 def foil_of(i: int, prompts: Sequence[str]) -> str:

@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from salun.errors import DataError
-from salun.evaluation import sets
-from salun.evaluation.clip_score import clip_scores
-from salun.evaluation.cmmd import cmmd
+from salun.errors import ConfigError, DataError
+from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.estimate import Estimate, Unknown
-from salun.evaluation.sets import Features, SetMetric, fid, fid_of_features, inception_features, kid, kid_of_features
+from salun.evaluation.image_metric import ImageSet, ImageValue, load_image_metrics
+from salun.evaluation.image_metrics import inception
+from salun.evaluation.image_metrics.clip_score import clip_scores
+from salun.evaluation.image_metrics.cmmd import cmmd
+from salun.evaluation.image_metrics.inception import (
+    Features,
+    fid,
+    fid_of_features,
+    inception_features,
+    kid,
+    kid_of_features,
+)
 
 
 def drawn(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -30,7 +39,11 @@ def unit(n: int, d: int, seed: int) -> np.ndarray:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
-def estimated(metric: SetMetric) -> Estimate:
+def black(n: int) -> ImageSet:
+    return ImageSet(list(np.zeros((n, 8, 8, 3), np.uint8)))
+
+
+def estimated(metric: ImageValue) -> Estimate:
     assert isinstance(metric.value, Estimate)
     return metric.value
 
@@ -65,7 +78,7 @@ def test_kid_of_features_is_the_mean_over_subsets_of_the_polynomial_mmd() -> Non
     pytest.importorskip("torch_fidelity")
     a, b = drawn(2048, 16, 0), drawn(2048, 16, 1, 0.2)
     metric = kid_of_features(Features(a, "w"), Features(b, "w"))
-    rng = np.random.RandomState(sets.SEED)
+    rng = np.random.RandomState(inception.SEED)
     draws = [(rng.choice(2048, 1000, replace=False), rng.choice(2048, 1000, replace=False)) for _ in range(100)]
     expected = [polynomial_mmd(a[i], b[j]) for i, j in draws]
     assert estimated(metric).value == pytest.approx(np.mean(expected), rel=1e-4)  # the library's are in float32
@@ -75,7 +88,7 @@ def test_kid_of_features_is_the_mean_over_subsets_of_the_polynomial_mmd() -> Non
 
 @pytest.mark.parametrize("metric", [fid, kid])
 def test_fid_and_kid_of_few_images_are_unknown_with_the_reason(metric: Any) -> None:
-    few, many = np.zeros((3, 8, 8, 3), np.uint8), np.zeros((sets.LEAST, 8, 8, 3), np.uint8)
+    few, many = black(3), black(inception.LEAST)
     for sides in ((few, many), (many, few)):
         result = metric(*sides)
         assert result.value == Unknown("3 images on a side are too few; FID and KID need 2,048")
@@ -85,13 +98,13 @@ def test_fid_and_kid_of_few_images_are_unknown_with_the_reason(metric: Any) -> N
 @pytest.mark.parametrize("metric", [fid, kid])
 def test_fid_and_kid_say_in_one_line_which_extra_they_need(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
-    many = np.zeros((sets.LEAST, 8, 8, 3), np.uint8)
+    many = black(inception.LEAST)
     with pytest.raises(DataError, match=r"need the package torch-fidelity .*\. pip install salun\[fid\]") as caught:
         metric(many, many)
     assert "\n" not in str(caught.value)
 
 
-def test_inception_features_says_in_one_line_that_the_weights_cannot_be_downloaded(
+def test_inception_features_say_in_one_line_that_the_weights_cannot_be_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch_fidelity")
@@ -173,3 +186,36 @@ def test_clip_scores_are_cosines_in_percent_and_never_negative() -> None:
     expected = [max(100 * float(np.dot(a.astype(float), b.astype(float))), 0) for a, b in zip(x, y, strict=True)]
     assert clip_scores(x, y) == pytest.approx(expected, abs=1e-9)
     assert clip_scores(x, y)[0] == 0 and clip_scores(x, x) == pytest.approx(np.full(6, 100), abs=1e-4)
+
+
+def test_lpips_is_that_of_the_package_at_images_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    lpips = pytest.importorskip("lpips")
+    from salun.evaluation.image_metric import ImageMetricInputs
+    from salun.evaluation.image_metrics import lpips as ours
+
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()  # the true one is a download
+    monkeypatch.setattr(lpips, "LPIPS", lambda **_: network)
+    rng = np.random.default_rng(0)
+    before, after = (rng.integers(0, 256, (4, 64, 48, 3), np.uint8) for _ in range(2))
+    metric = ours.load(ImageMetricInputs("", ClipModel()))
+    value = metric.measure(ImageSet(list(before)), ImageSet(list(after)))["between"]
+    tensors = [torch.from_numpy(each).permute(0, 3, 1, 2).float() / 127.5 - 1 for each in (before, after)]
+    with torch.no_grad():
+        expected = network(*tensors).flatten().numpy()
+    assert expected.std() > 0 and estimated(value).value == pytest.approx(expected.mean(), rel=1e-4)
+    assert value.implementation.startswith("lpips 0.1") and estimated(value).n == 4
+    tiny = metric.measure(ImageSet(list(before[:, :8, :8])), ImageSet(list(before[:, :8, :8])))["between"]
+    assert estimated(tiny).value == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["ssim"], "metric is 'ssim', but must be one of fid, kid, cmmd, clip-score, lpips"),
+        (["lpips:folder"], "lpips takes no argument. Use .* lpips"),
+    ],
+)
+def test_metrics_of_images_are_named_by_the_registry(names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_image_metrics(names, ClipModel())

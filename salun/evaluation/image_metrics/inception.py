@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from salun.errors import DataError, literal
-from salun.evaluation.estimate import Estimate, Unknown, Value
+from salun.evaluation.estimate import Estimate, Unknown
+from salun.evaluation.image_metric import Distance, ImageMetricInputs, ImageSet, ImageValue
 from salun.files import sha256_file
 from salun.progress import Event, Progress, Stage, silent
 
@@ -25,31 +26,6 @@ DIGEST = "6726825d"  # of the weights, at the end of their file's name
 BATCH = 32
 
 
-@dataclass(frozen=True)
-class SetMetric:
-    """A value measured on sets of images, and what it was measured with.
-
-    Args:
-        implementation: Library and version.
-        weights: Of the network behind the features: name and sha256; "" where none was needed.
-        spread: Standard deviation over subsets, of KID.
-    """
-
-    value: Value
-    implementation: str
-    weights: str
-    spread: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """As in `run.json`."""
-        reason = {"reason": self.value.reason} if isinstance(self.value, Unknown) else {}
-        spread = {"spread": self.spread} if self.spread is not None else {}
-        return {
-            "value": self.value.as_json(), **spread, **reason, "implementation": self.implementation,
-            "weights": self.weights,
-        }  # fmt: skip
-
-
 @dataclass(frozen=True, eq=False)
 class Features:
     """Features of a set of images, float32 (n, d), and the network behind them: name and sha256."""
@@ -61,14 +37,8 @@ class Features:
         return len(self.values)
 
 
-def fid(
-    images_a: Sequence[np.ndarray], images_b: Sequence[np.ndarray], device: torch.device | str = "cpu",
-    progress: Progress = silent,
-) -> SetMetric:  # fmt: skip
+def fid(a: ImageSet, b: ImageSet, device: torch.device | str = "cpu", progress: Progress = silent) -> ImageValue:
     """Fréchet Inception distance of two sets of images (Heusel et al. 2017).
-
-    Args:
-        images_a, images_b: uint8 (h, w, 3) each.
 
     Returns:
         Unknown for fewer than `LEAST` images on a side.
@@ -76,23 +46,38 @@ def fid(
     Raises:
         DataError: torch-fidelity is not installed, or its weights are not here and cannot be downloaded.
     """
-    short = _too_few(images_a, images_b)
-    return short or fid_of_features(*_both(images_a, images_b, device, progress))
+    return _too_few(a, b) or fid_of_features(*(_features(each, device, progress) for each in (a, b)))
 
 
-def kid(
-    images_a: Sequence[np.ndarray], images_b: Sequence[np.ndarray], device: torch.device | str = "cpu",
-    progress: Progress = silent,
-) -> SetMetric:  # fmt: skip
+def kid(a: ImageSet, b: ImageSet, device: torch.device | str = "cpu", progress: Progress = silent) -> ImageValue:
     """Kernel Inception distance of two sets of images (Bińkowski et al. 2018).
 
     Args, Returns, Raises: As `fid`. The value is the mean over subsets; it is unbiased, and can be below zero.
     """
-    short = _too_few(images_a, images_b)
-    return short or kid_of_features(*_both(images_a, images_b, device, progress))
+    return _too_few(a, b) or kid_of_features(*(_features(each, device, progress) for each in (a, b)))
 
 
-def fid_of_features(a: Features, b: Features) -> SetMetric:
+def load_fid(inputs: ImageMetricInputs) -> Distance:
+    """FID of each model from the images in the folder of the argument, or else between the models. As `fid`."""
+    return _distance(fid, inputs)
+
+
+def load_kid(inputs: ImageMetricInputs) -> Distance:
+    """KID, likewise."""
+    return _distance(kid, inputs)
+
+
+def _distance(metric: Callable[..., ImageValue], inputs: ImageMetricInputs) -> Distance:
+    _library()  # now, not after hours of sampling
+    return Distance(lambda a, b, progress: metric(a, b, inputs.device, progress), inputs.real)
+
+
+def _features(images: ImageSet, device: torch.device | str, progress: Progress) -> Features:
+    features: Features = images.features("inception", lambda of: inception_features(of, device, progress))
+    return features
+
+
+def fid_of_features(a: Features, b: Features) -> ImageValue:
     """As `fid`, of features."""
     short = _too_few(a, b)
     if short:
@@ -104,10 +89,10 @@ def fid_of_features(a: Features, b: Features) -> SetMetric:
 
     statistics = [fid_features_to_statistics(from_numpy(each.values)) for each in (a, b)]
     value = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
-    return SetMetric(Estimate(value, min(len(a), len(b))), _named(library), a.weights)
+    return ImageValue(Estimate(value, min(len(a), len(b))), _named(library), a.weights)
 
 
-def kid_of_features(a: Features, b: Features) -> SetMetric:
+def kid_of_features(a: Features, b: Features) -> ImageValue:
     """As `kid`, of features."""
     short = _too_few(a, b)
     if short:
@@ -122,7 +107,7 @@ def kid_of_features(a: Features, b: Features) -> SetMetric:
         verbose=False,
     )  # fmt: skip
     estimate = Estimate(values[KEY_METRIC_KID_MEAN], min(len(a), len(b)))
-    return SetMetric(estimate, _named(library), a.weights, values[KEY_METRIC_KID_STD])
+    return ImageValue(estimate, _named(library), a.weights, values[KEY_METRIC_KID_STD])
 
 
 def inception_features(
@@ -171,26 +156,23 @@ def _named(library: Any) -> str:
     return f"torch-fidelity {library.__version__}"
 
 
-def _too_few(a: Sequence[Any] | Features, b: Sequence[Any] | Features) -> SetMetric | None:
+def _too_few(a: ImageSet | Features, b: ImageSet | Features) -> ImageValue | None:
     n = min(len(a), len(b))
     if n >= LEAST:
         return None
-    return SetMetric(Unknown(f"{n:,} images on a side are too few; FID and KID need {LEAST:,}"), "torch-fidelity", "")
+    return ImageValue(Unknown(f"{n:,} images on a side are too few; FID and KID need {LEAST:,}"), "torch-fidelity", "")
 
 
-def _both(
-    images_a: Sequence[np.ndarray], images_b: Sequence[np.ndarray], device: torch.device | str, progress: Progress
-) -> tuple[Features, Features]:
-    return inception_features(images_a, device, progress), inception_features(images_b, device, progress)
-
-
-def _batches(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """Stacks of up to `BATCH` images of the same size, in order."""
-    start = 0
-    for i in range(1, len(images) + 1):
-        if i == len(images) or i - start == BATCH or images[i].shape != images[start].shape:
-            yield np.stack(images[start:i])
-            start = i
+def _batches(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Stacks of up to `BATCH` images of the same size, in order; each image is taken once."""
+    batch: list[np.ndarray] = []
+    for image in images:
+        if batch and (len(batch) == BATCH or image.shape != batch[0].shape):
+            yield np.stack(batch)
+            batch = []
+        batch.append(image)
+    if batch:
+        yield np.stack(batch)
 
 
 def _inception_weights() -> Path:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from salun.evaluation.estimate import Estimate
+from salun.evaluation.image_metric import Distance, ImageMetricInputs, ImageSet, ImageValue
+from salun.progress import Progress
+
 SIGMA, SCALE = 10.0, 1000.0  # of the paper, section 4
 BLOCK = 2048  # rows of each side whose kernel is computed at once
 
@@ -39,3 +43,19 @@ def _kernel(x: np.ndarray, y: np.ndarray, block: int) -> float:
             squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * (a @ b.T)
             total += float(np.exp(-squares.clip(min=0) / (2 * SIGMA**2)).sum())
     return total / (len(x) * len(y))
+
+
+def load(inputs: ImageMetricInputs) -> Distance:
+    """CMMD of each model from the images in the folder of the argument, or else between the models.
+
+    Raises:
+        DataError: The CLIP model cannot be loaded, or the folder has no images.
+    """
+    model = inputs.clip
+    model.load()
+
+    def compare(a: ImageSet, b: ImageSet, progress: Progress) -> ImageValue:
+        value = cmmd(model.embeddings(a, progress), model.embeddings(b, progress))
+        return ImageValue(Estimate(value, min(len(a), len(b))), f"salun, {model.implementation}", model.weights)
+
+    return Distance(compare, inputs.real)

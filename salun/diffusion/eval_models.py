@@ -1,0 +1,119 @@
+"""The two models that an evaluation compares: of a run folder, or of names; or one without its original."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from salun.checkpoints.locate import find
+from salun.config import read_record
+from salun.delta.delta import Delta
+from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.model.loading import load_with
+from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseJob, EraseOptions
+from salun.diffusion.prompts.concepts import Concept
+from salun.errors import ConfigError, DataError, ModelError
+from salun.runs.reading import file_of, read_finished
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """A model, and the original that it came from, if that is known.
+
+    Args:
+        erased: The model of a file of its own, or `original`, which `change` turns into the erased one.
+        change: Network tensors of the erased model, where it is not a model of its own.
+        weights: A hash of these.
+        names: What to evaluate, and `options` how its prompts are made.
+    """
+
+    erased: Model
+    original: Model | None
+    names: Sequence[Concept]
+    options: EraseOptions
+    change: Mapping[str, Tensor] | None = None
+    weights: str | None = None
+
+    @property
+    def known(self) -> Model:
+        """The original, or else the model itself: the one that says how images are sampled."""
+        return self.original or self.erased
+
+    @contextmanager
+    def as_erased(self) -> Iterator[Model]:
+        """Context manager: the model with its erased weights."""
+        if self.change is None:
+            yield self.erased
+            return
+        self.erased.load(self.change)
+        try:
+            yield self.erased
+        finally:
+            self.erased.load(self.erased.original())
+
+
+def compared_models(target: str, options: EvalOptions) -> Compared:
+    """The models of a run folder, or of the names in the options.
+
+    Raises:
+        ConfigError: The concept is missing, or something is named that the run folder has already.
+        DataError: The run's delta cannot be used.
+        ModelError: A model cannot be loaded, or is not of its original's kind.
+    """
+    folder = Path(target).expanduser()
+    if (folder / "run.json").is_file():
+        for given in ("against", "concept", "anchor"):
+            if getattr(options, given):
+                raise ConfigError("is named by the run folder already", option=given, advice=f"Omit {{{given}}}")
+        return _of_run(folder, options)
+    if not options.concept:
+        raise ConfigError("no concept is given", advice="Name what the model should have forgotten: {concept} circle")
+    names = [Concept(name) for name in options.concept]
+    if not options.against:
+        return Compared(load_with(target, options), None, names, _erase_options(options))
+    original, erased = _loaded([options.against, target], options)
+    if original.family.name != erased.family.name or original.latent_shape != erased.latent_shape:
+        raise ModelError(
+            f"{target} ({erased.family.name}) and {options.against} ({original.family.name}) differ in kind"
+        )
+    return Compared(erased, original, names, _erase_options(options))
+
+
+def _loaded(names: Sequence[str], options: EvalOptions) -> list[Model]:
+    """The models of these names; `components` are for those that are single files."""
+    files = [find(name, options.models_dir)[0].is_file() for name in names]
+    without = replace(options, components=None)
+    return [load_with(n, options if file or not any(files) else without) for n, file in zip(names, files, strict=True)]
+
+
+def _of_run(folder: Path, options: EvalOptions) -> Compared:
+    """The models of a finished run, from its folder alone, which is untrusted input."""
+    record = read_finished(folder)
+    delta = file_of(record, folder, "delta")
+    if delta is None:
+        raise DataError(
+            f"{folder} holds no delta",
+            advice="run the erasure again without {output}, or with one that ends in .salun.safetensors",
+        )
+    job = EraseJob(**read_record(record, folder / "run.json"))
+    used = _erase_options(options, job.options)
+    used = replace(used, device=options.device, allow_pickle=options.allow_pickle, detector=None)  # not as recorded
+    model = load_with(str(job.model), used)
+    loaded = Delta.load(delta)
+    change = loaded.apply(model.original())
+    return Compared(model, model, [Concept(name) for name in job.concept], used, change, loaded.result_hash)
+
+
+def _erase_options(options: EvalOptions, base: EraseOptions | None = None) -> EraseOptions:
+    """The options by which prompts are made and images sampled: the given ones, others as in `base`."""
+    defaults = EvalOptions()
+    shared = {item.name for item in dataclasses.fields(EraseOptions)} & {i.name for i in dataclasses.fields(options)}
+    given = {name: getattr(options, name) for name in shared - {"detector"}}
+    given = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+    return replace(base or EraseOptions(), **given)

@@ -1,0 +1,79 @@
+"""LPIPS: how different two images look, by the features of AlexNet."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from salun.checkpoints.hashing import base_hash
+from salun.errors import DataError
+from salun.evaluation.estimate import Estimate, Z
+from salun.evaluation.image_metric import ImageMetricInputs, ImageSet, ImageValue
+from salun.progress import Event, Progress, Stage, silent
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_SIDE = 32  # pixels, which AlexNet's layers need; smaller images are enlarged
+
+
+class Lpips:
+    """The mean distance of each image of one model from the other's at the same prompt and seed.
+
+    Args:
+        network: The package's LPIPS.
+
+    Source: Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric".
+    """
+
+    needs_original = True
+
+    def __init__(self, network: Any, device: torch.device | str = "cpu") -> None:
+        self.network, self.device = network, device
+        self.weights = f"AlexNet and lpips 0.1 ({base_hash(network.state_dict())})"
+
+    def measure(self, before: ImageSet | None, after: ImageSet, progress: Progress = silent) -> dict[str, ImageValue]:
+        """As in `ImageMetric`."""
+        assert before is not None
+        values = []
+        for i, (a, b) in enumerate(zip(before.images, after.images, strict=True)):
+            values.append(self._distance(a, b))
+            progress(Event(Stage.EVALUATING, i + 1, len(after)))
+        mean, n = float(np.mean(values)), len(values)
+        half = Z * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
+        interval = (mean - half, mean + half) if half is not None else (None, None)
+        return {"between": ImageValue(Estimate(mean, n, *interval), f"lpips {version('lpips')}", self.weights)}
+
+    def _distance(self, a: np.ndarray, b: np.ndarray) -> float:
+        """Of two images of the same size, uint8 (h, w, 3)."""
+        import torch
+
+        pixels = [torch.from_numpy(each).permute(2, 0, 1)[None].float() / 127.5 - 1 for each in (a, b)]
+        if min(a.shape[:2]) < LEAST_SIDE:
+            scale = LEAST_SIDE / min(a.shape[:2])
+            pixels = [torch.nn.functional.interpolate(each, scale_factor=scale, mode="bilinear") for each in pixels]
+        with torch.no_grad():
+            return float(self.network(*(each.to(self.device) for each in pixels)))
+
+
+def load(inputs: ImageMetricInputs) -> Lpips:
+    """LPIPS with AlexNet.
+
+    Raises:
+        DataError: lpips is not installed, or AlexNet's weights are not here and cannot be downloaded.
+    """
+    try:
+        import lpips
+    except (ImportError, RuntimeError) as error:  # a torchvision made for another torch raises the latter
+        reason = str(error).splitlines()[0]
+        raise DataError(f"LPIPS needs the package lpips ({reason})", advice="pip install salun[lpips]") from error
+    try:
+        network = lpips.LPIPS(net="alex", verbose=False)
+    except OSError as error:  # of the network or the disk
+        raise DataError(
+            f"the weights of AlexNet are not on this machine and could not be downloaded ({type(error).__name__})",
+            advice="Connect to the internet",
+        ) from error
+    return Lpips(network.to(inputs.device).eval(), inputs.device)
