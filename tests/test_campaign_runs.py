@@ -101,8 +101,9 @@ def place_record(rng: random.Random, folder: Path) -> None:
 
 def evaluate(folder: Path) -> None:
     """`salun eval`, as far as it reads the folder."""
-    from salun.diffusion import evaluate as module
+    from salun.diffusion import eval_models as module
     from salun.diffusion.eval_options import EvalOptions
+    from salun.diffusion.evaluate import evaluate as run_evaluation
 
     def reached(*_: object) -> None:
         raise Cancelled("the model would be loaded now")
@@ -110,7 +111,7 @@ def evaluate(folder: Path) -> None:
     before, module.load_with = module.load_with, reached  # type: ignore[assignment]
     try:
         with suppress(Cancelled):
-            module.evaluate(str(folder), EvalOptions(n=2))
+            run_evaluation(str(folder), EvalOptions(n=2))
     finally:
         module.load_with = before
 

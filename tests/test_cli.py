@@ -81,8 +81,8 @@ WRONG = [
     (["delta", "apply", "shapes", "gone.salun.safetensors", "--output", "x"], 1, "gone.salun.safetensors"),
     (["erase", "--config", "nowhere.yaml"], 2, "nowhere.yaml cannot be read"),
     (["mask", "--concept", "circle", "--output", "mask.png"], 2, "--output is mask.png, but must end in .safetensors"),
-    (["eval", "nowhere"], 2, "nowhere is not a run folder, so its original is needed"),
-    (["eval", "nowhere", "--against", "shapes"], 2, "no concept is given"),
+    (["eval", "nowhere"], 2, "nowhere is not a run folder, so a concept is needed"),
+    (["eval", "nowhere", "--concept", "nudity"], 1, "nowhere"),
     (["inspect", "nowhere.safetensors"], 1, "nowhere.safetensors does not exist"),
 ]
 

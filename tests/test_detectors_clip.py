@@ -164,7 +164,7 @@ def test_q16_compares_two_learned_prompts_read_without_unpickling(
     expected = (100 * features @ learned.T).softmax(1)[:, 1].numpy()
     scores = detector.detect(samples(pixels)).scores["content"][:, 0]
     assert scores == pytest.approx(expected, abs=1e-5) and expected.std() > 0.01
-    with pytest.raises(ConfigError, match="q16, which cannot detect 'circle'"):
+    with pytest.raises(ConfigError, match="which cannot detect 'circle'"):
         load_detector(f"q16:{tmp_path / 'prompts.p'}", DetectorInputs([Subject("circle")]))
     with pytest.raises(ConfigError, match="its prompts are needed"):
         load_detector("q16", DetectorInputs(subjects))

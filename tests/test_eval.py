@@ -80,7 +80,7 @@ def test_sets_of_prompts_are_sampled_from_a_model_of_free_text(copy_of_shapes: P
     model = str(copy_of_shapes)
     result = evaluate(model, EvalOptions(against=model, concept=["a golden retriever"], n=4, sets=[*SET_NAMES[1:]]))
     found = result.as_json()["sets"]
-    assert list(found) == ["compositions", "languages", "neighbors"]
+    assert list(found) == ["concept", "other prompts", "compositions", "languages", "neighbors"]
     assert all(each["n"] == 4 and each["image_drift"]["value"] == 0 for each in found.values())
     assert set(found["neighbors"]["detected"]["self"]) == {"a golden retriever", "as prompted"}
 
@@ -111,8 +111,7 @@ def test_eval_compares_any_model_with_its_original_and_continues_from_the_cache(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "no concept is given"),
-        ({"against": "shapes"}, "no concept is given"),
+        ({}, "shapes is not a run folder, so a concept is needed"),
         ({"against": "shapes", "concept": ["circle"], "sets": ["languages"]}, "the words of its vocabulary only"),
         ({"against": "shapes", "concept": ["circle"], "detector": ["nudenet"]}, "nudenet"),
         ({"against": "shapes", "concept": ["circle"], "prompts": ["gone.csv"]}, "gone.csv cannot be read"),

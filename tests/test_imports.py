@@ -15,7 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"salun.errors", "salun.version", "salun.progress", "salun.display", "salun.untrusted"},
     {"salun.user_text", "salun.options", "salun.images", "salun.files", "salun.compute", "salun.masking.threshold"},
-    {"salun.methods", "salun.detectors", "salun.diffusion.options", "salun.diffusion.eval_options"},
+    {
+        "salun.methods",
+        "salun.detectors",
+        "salun.image_metrics",
+        "salun.diffusion.goal",
+        "salun.diffusion.options",
+        "salun.diffusion.eval_options",
+    },
     {"salun.randomness"},
     {"salun.config", "salun.checkpoints.signature", "salun.checkpoints.safetensors_io", "salun.checkpoints.keymap"},
     {"salun.masking.mask", "salun.runs"},

@@ -73,7 +73,10 @@ def compared_models(target: str, options: EvalOptions) -> Compared:
                 raise ConfigError("is named by the run folder already", option=given, advice=f"Omit {{{given}}}")
         return _of_run(folder, options)
     if not options.concept:
-        raise ConfigError("no concept is given", advice="Name what the model should have forgotten: {concept} circle")
+        raise ConfigError(
+            f"{target} is not a run folder, so a concept is needed",
+            advice="Name what the model should have forgotten: {concept} circle",
+        )
     names = [Concept(name) for name in options.concept]
     if not options.against:
         return Compared(load_with(target, options), None, names, _erase_options(options))

@@ -209,10 +209,10 @@ def sampled_set(
         stage, cache, weights: As in `sample_latents`.
     """
     by_size: dict[tuple[int, int], dict[float, list[int]]] = {}
-    own = model.settings.sampling
+    usual = model.settings.sampling
     for i, row in enumerate(prompts.rows):
-        size = (row.height or own.resolution, row.width or own.resolution)
-        guidance = own.guidance if row.guidance is None else row.guidance
+        size = (row.height or usual.resolution, row.width or usual.resolution)
+        guidance = usual.guidance if row.guidance is None else row.guidance
         by_size.setdefault(size, {}).setdefault(guidance, []).append(i)
     parts, placed = [], []
     for size, by_guidance in by_size.items():
@@ -220,10 +220,10 @@ def sampled_set(
         rows = [i for of in by_guidance.values() for i in of]
         for guidance, of in by_guidance.items():
             texts, theirs = [prompts.rows[i].text for i in of], [seeds[i] for i in of]
-            with model.sampling_as(replace(own, guidance=guidance), size):
+            with model.sampling_as(replace(usual, guidance=guidance), size):
                 latents.append(sample_latents(model, texts, theirs, progress, stage, cache, weights).cpu())
         joined = torch.cat(latents)
-        with model.sampling_as(own, size):
+        with model.sampling_as(usual, size):
             images = decode_images(model, joined)
         texts = [prompts.rows[i].text for i in rows]
         parts.append(Samples(images, joined, texts, compare_prompts=prompts.preserve))

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from salun.evaluation.image_metric import ImageSet
-
 FILES = ModelFiles("CLIP model", (*PROCESSORS, *TOKENIZER), (PROCESSORS[0], "tokenizer_config.json"))
 TEXTS = 256  # in a batch
 
@@ -122,12 +120,6 @@ class ClipModel:
                 done += len(pixels)
                 progress(Event(Stage.DETECTING, done, total))
         return np.concatenate(parts) if parts else np.empty((0, model.config.projection_dim), np.float32)
-
-    def embeddings(self, images: ImageSet, progress: Progress = silent) -> np.ndarray:
-        """As `embed_images`, computed once for a set of images."""
-        key = f"clip {self.version}"
-        known: np.ndarray = images.features(key, lambda of: self.embed_images(of, progress, len(of)))
-        return known
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, float32 (n, d), each of length 1; what exceeds CLIP's 77 tokens is cut off."""

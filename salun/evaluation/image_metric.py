@@ -72,11 +72,18 @@ class ImageSet:
         return self._known[name]
 
 
+def clip_embeddings(images: ImageSet, model: ClipModel, progress: Progress = silent) -> np.ndarray:
+    """CLIP's embeddings of the images, float32 (n, d), computed once."""
+    name = f"clip {model.version}"
+    embedded: np.ndarray = images.features(name, lambda of: model.embed_images(of, progress, len(of)))
+    return embedded
+
+
 class ImageFiles(Sequence[np.ndarray]):
     """The images of a folder, uint8 (h, w, 3), each read when it is asked for.
 
     Raises:
-        DataError: The folder cannot be read or has no images; later, that a file is no image.
+        DataError: The folder cannot be read or has no images; later, that a file is not an image.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Did a classifier forget? Its distance from Retrain beside that of the original, which forgot nothing."""
+"""Did a classifier forget? Its distance from Retrain compared with that of the original, which forgot nothing."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ secretly a zero-shot classifier"). For a latent x₀ the original network's erro
 compared between the concept's prompt, the anchor's and the empty one, on the same (t, ε). The empty prompt is needed:
 with concept and anchor alone, whatever is neither is taken for one of them.
 
-Which t tells a concept from others depends on the concept: shapes and colors show in little noise, styles in much. So
-the timesteps are chosen on the original's own images (`fit`), where it is known what they show.
+Which t separates a concept from others depends on the concept: shapes and colors show in little noise, styles in much.
+So the timesteps are chosen on the original's own images (`fit`), where it is known what they show.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class SelfClassifier:
                 if not pairs:
                     continue
                 unique, inverse = torch.unique(torch.cat(pairs), dim=0, return_inverse=True)
-                found = self._at(latents, encoded, unique, fraction)[inverse]
-                for name, part in zip(names, found.split([len(each) for each in pairs]), strict=True):
+                at_t = self._at(latents, encoded, unique, fraction)[inverse]
+                for name, part in zip(names, at_t.split([len(each) for each in pairs]), strict=True):
                     errors[name][batch, :, list(timesteps[name]).index(fraction)] = part.view(len(latents), -1)
             progress(Event(stage, min(start + size, n), n))
         return errors
@@ -195,7 +195,7 @@ def best_timesteps(positives: Tensor, negatives: Tensor, labels: tuple[int, int]
     """
 
     def quality(chosen: Sequence[int]) -> tuple[float, float]:
-        """AUC, and the distance of the means in units of their spread, which tells among equals."""
+        """AUC, and the distance of the means in units of their spread, which decides among equals."""
         sides = [
             scores_of(errors[:, :, list(chosen)])[:, label]
             for errors, label in zip((positives, negatives), labels, strict=True)

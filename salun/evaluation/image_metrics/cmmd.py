@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from salun.evaluation.estimate import Estimate
-from salun.evaluation.image_metric import Distance, ImageMetricInputs, ImageSet, ImageValue
+from salun.evaluation.image_metric import Distance, ImageMetricInputs, ImageSet, ImageValue, clip_embeddings
 from salun.progress import Progress
 
 SIGMA, SCALE = 10.0, 1000.0  # of the paper, section 4
@@ -55,7 +55,7 @@ def load(inputs: ImageMetricInputs) -> Distance:
     model.load()
 
     def compare(a: ImageSet, b: ImageSet, progress: Progress) -> ImageValue:
-        value = cmmd(model.embeddings(a, progress), model.embeddings(b, progress))
+        value = cmmd(clip_embeddings(a, model, progress), clip_embeddings(b, model, progress))
         return ImageValue(Estimate(value, min(len(a), len(b))), f"salun, {model.implementation}", model.weights)
 
     return Distance(compare, inputs.real)
