@@ -122,9 +122,21 @@ class Inspect(BaseModel, extra="forbid"):
     against: StrictStr | None = None
 
 
+class Evaluate(BaseModel, extra="forbid"):
+    """Judge a run, by its name, or a model, by its title and that of its original."""
+
+    kind: Literal["evaluate"]
+    model: StrictStr
+    against: StrictStr | None = None
+    concept: list[StrictStr] = []
+    detector: list[StrictStr] = []
+    n: StrictInt = 100
+    seed: StrictInt = 1
+
+
 STARTS: dict[str, type[BaseModel]] = {
     "erase": Erase, "mask": Mask, "stack": Stack, "undo": Undo, "export": Export, "overlaps": Overlaps,
-    "inspect": Inspect,
+    "inspect": Inspect, "evaluate": Evaluate,
 }  # fmt: skip
 """Kind of job → its arguments, which are those of the method of `Requests` with that name."""
 
@@ -317,6 +329,11 @@ def preview(request: Request, id: str, name: str) -> Any:
     return FileResponse(_service(request).preview(id, name), media_type="image/png")
 
 
+def evaluation(request: Request, id: str) -> Any:
+    """The page of an evaluation, by its job."""
+    return FileResponse(_service(request).evaluation(id), media_type="text/html; charset=utf-8")
+
+
 def schema() -> dict[str, Any]:
     """Every option of an erasure, with type, default, range and help."""
     options = {}
@@ -349,7 +366,10 @@ _START_BODY = {"schema": {"oneOf": [_schema_of(model) for model in STARTS.values
 _ROUTES: dict[str, tuple[str, Callable[..., Any], dict[str, Any] | None]] = {
     "start": ("POST", start, {"requestBody": {"content": {"application/json": _START_BODY}}}),
     **{answer.__name__: ("POST", answer, None) for answer in (cancel, resume, remove, use, undo)},
-    **{answer.__name__: ("GET", answer, None) for answer in (status, runs, models, concepts, schema, file, preview)},
+    **{
+        answer.__name__: ("GET", answer, None)
+        for answer in (status, runs, models, concepts, schema, file, preview, evaluation)
+    },
     "openapi.json": ("GET", openapi, None),
 }
 

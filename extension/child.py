@@ -23,9 +23,10 @@ from salun.options import from_mapping
 from salun.progress import Event, Progress, Stage, StageCost
 
 from . import stages
-from .messages import to_fields
+from .messages import label, to_fields
 
 if TYPE_CHECKING:
+    from salun.diffusion.eval_options import EvalOptions
     from salun.diffusion.model.stable_diffusion import Model
     from salun.diffusion.plan import Plan
 
@@ -225,6 +226,36 @@ def export(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str,
     )  # fmt: skip
 
 
+def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
+    """As `salun eval`; the page goes into the job's folder, and of a run into its folder as well."""
+    from salun.diffusion.eval_options import EvalOptions
+    from salun.diffusion.eval_output import set_rows, write_evaluation
+    from salun.diffusion.evaluate import evaluate as run_evaluation
+    from salun.report.metrics import verdict_lines
+
+    options: EvalOptions = from_mapping(EvalOptions, request["options"], "")
+    target = Path(request["target"])
+    pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
+    result = run_evaluation(
+        str(target), options, pipe_progress(pipe, stages.ProgressEstimator(evaluation_costs(options)))
+    )
+    homes = [folder, *([target] if (target / "run.json").is_file() else [])]
+    for home in homes:
+        write_evaluation(result, home)
+    data, lines = result.as_json(), []
+    for name, metrics in result.metrics.items():
+        lines += [f"{name}: {line}" if len(result.metrics) > 1 else line for line in verdict_lines(metrics, label)]
+    lines += [" · ".join(filter(None, row)) for row in set_rows(data["sets"])]
+    return {"notes": [*result.notes, *lines], "verdict": data["verdict"]}
+
+
+def evaluation_costs(options: EvalOptions) -> list[StageCost]:
+    """What an evaluation does, for its progress; a sample is taken for as many passes as detecting it is for one."""
+    before, after = 3 * options.n if options.against else 2 * options.n, 2 * options.n
+    costs = [(Stage.IMAGES_BEFORE, before, 40), (Stage.IMAGES_AFTER, after, 40), (Stage.DETECTING, before + after, 4)]
+    return [StageCost(stage, n, forward=n * passes) for stage, n, passes in costs]
+
+
 def inspect(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
     """As `salun inspect`, of a file or folder, or of two masks."""
     from salun.diagnostics.inspect import inspect as describe
@@ -249,7 +280,7 @@ def overlaps(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
 
 KINDS = {
     "erase": erase, "mask": mask, "stack": stack, "undo": undo, "export": export, "inspect": inspect,
-    "overlaps": overlaps,
+    "overlaps": overlaps, "evaluate": evaluate,
 }  # fmt: skip
 
 

@@ -54,10 +54,10 @@ class Inputs:
         if "components" in values:
             values["components"] = _components(unquoted(values["components"]))
         if "detector" in values:
-            values["detector"] = self._detector(unquoted(values["detector"]))
+            values["detector"] = self.detector(unquoted(values["detector"]))
         return values
 
-    def _detector(self, name: str) -> str:
+    def detector(self, name: str) -> str:
         """A detector with its argument, where that is a folder of images, a hub id or a plain word."""
         if name.startswith("images:"):
             return f"images:{confined(name.partition(':')[2], self.images)}"

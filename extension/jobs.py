@@ -87,7 +87,8 @@ def is_valid(job: Job) -> bool:
     if not isinstance(options, dict):
         return False
     optional_texts = (
-        options.get("run_dir"), options.get("model"), request.get("output"), request.get("model"), job.run,
+        options.get("run_dir"), options.get("model"), request.get("output"), request.get("model"),
+        request.get("target"), job.run,
     )  # fmt: skip
     return (
         all(isinstance(text, str) for text in (job.id, job.kind, job.title, job.state, job.stage))

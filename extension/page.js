@@ -112,9 +112,13 @@
     }
   }
 
-  async function report(run) {
-    const answer = await call(`file?run=${encodeURIComponent(run)}&name=report.html`, undefined, true);
-    const frame = make("iframe", { sandbox: "", title: `report of ${run}` });
+  function report(run) {
+    return show(`file?run=${encodeURIComponent(run)}&name=report.html`, `report of ${run}`);
+  }
+
+  async function show(path, title) {
+    const answer = await call(path, undefined, true);
+    const frame = make("iframe", { sandbox: "", title });
     frame.srcdoc = await answer.text();
     const box = make("dialog", { class: "salun-report", "aria-label": "report" },
       make("button", { type: "button", click: () => box.close() }, "Close"), frame);
@@ -186,20 +190,23 @@
   }
 
   function buttons(parts, job) {
-    const openReport = () => report(job.run).catch((error) => set(parts.error, error.message));
-    const show = (promise) => promise.then((answer) => set(parts.status, answer.message || ""))
+    const failed = (error) => set(parts.error, error.message);
+    const openReport = () => report(job.run).catch(failed);
+    const openEvaluation = () => show(`evaluation?id=${encodeURIComponent(job.id)}`, job.title).catch(failed);
+    const answered = (promise) => promise.then((answer) => set(parts.status, answer.message || ""))
       .catch((error) => set(parts.error, error.message)).finally(soon);
-    const exportAs = (form) => () => show(call("start", { kind: "export", delta: job.run, form })
+    const exportAs = (form) => () => answered(call("start", { kind: "export", delta: job.run, form })
       .then((started) => ({ message: `Queued: “${started.title}”.` })));
     const choices = [
       [job.open && job.state !== "stopping", "Cancel", () => act("cancel", job.id, parts.error)],
       [job.resumable, "Resume", () => act("resume", job.id, parts.error)],
       [job.state === "done" && job.run, "Report", openReport],
-      [job.offers.includes("use"), "Use this checkpoint", () => show(call("use", { id: job.id }).finally(refreshLists))],
+      [job.offers.includes("evaluation"), "Report", openEvaluation],
+      [job.offers.includes("use"), "Use this checkpoint", () => answered(call("use", { id: job.id }).finally(refreshLists))],
       [job.offers.includes("lora"), "Save as LoRA", exportAs("lora")],
       [job.offers.includes("diff"), "Save as full difference", exportAs("diff")],
-      [job.offers.includes("delta"), "Save the delta", () => show(save(job.run, "delta.salun.safetensors"))],
-      [job.offers.includes("undo"), "Undo", () => show(call("undo", { id: job.id }).finally(refreshLists))],
+      [job.offers.includes("delta"), "Save the delta", () => answered(save(job.run, "delta.salun.safetensors"))],
+      [job.offers.includes("undo"), "Undo", () => answered(call("undo", { id: job.id }).finally(refreshLists))],
       [!job.open, "Remove", () => {
         const question = `“${job.title}” can be resumed. Removing it deletes its training state ` +
           `(${size(job.kept_bytes)}), so that it can no longer be resumed. Remove it?`;

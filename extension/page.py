@@ -17,6 +17,7 @@ from .access import Access
 from .inputs import IMAGE_FOLDERS
 from .markup import bad, good, safe
 from .page_deltas import Deltas
+from .page_evaluate import Evaluation
 from .page_form import Form
 from .page_history import History
 from .service import Service
@@ -43,16 +44,19 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                 gr.HTML(f'<div class="salun-live" data-token="{escape(access.token)}"></div>')
                 refresh = gr.Button("Refresh the lists", elem_id="salun_refresh")
         history = History(gr, service)
+        evaluation = Evaluation(gr, service)
         deltas = Deltas(gr, service)
         state = _setup(gr, service)
         form.connect(service)
         history.connect(gr, service, form)
+        evaluation.connect(service)
         deltas.connect(service)
 
         models = [form.model, deltas.base]
         runs = [history.run, history.other]
+        judged = [evaluation.model, evaluation.against]
         folders = [form.advanced[name] for name in IMAGE_FOLDERS]
-        shown = [*models, *runs, *deltas.chosen, form.advanced["mask"], *folders, state]
+        shown = [*models, *runs, *judged, *deltas.chosen, form.advanced["mask"], *folders, state]
 
         def lists(opened: bool = False) -> list[Any]:
             """Updates of `shown`. opened: of a page that was just opened and has no choice yet."""
@@ -61,6 +65,8 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             return [
                 *(gr.update(choices=list(service.models.all()), **chosen) for _ in models),
                 *(gr.update(choices=names) for _ in runs),
+                gr.update(choices=[*names, *service.models.all()]),
+                gr.update(choices=["", *service.models.all()]),
                 *(gr.update(choices=["", *service.runs.deltas()]) for _ in deltas.chosen),
                 gr.update(choices=[*MASKS, *service.inputs.mask_names()]),
                 *(gr.update(choices=["", *service.inputs.image_folders()]) for _ in folders),

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob, EraseOptions
 from salun.errors import ConfigError
 from salun.options import from_mapping
+from salun.user_text import unquoted
 
 from .host import Host
 from .inputs import Inputs
@@ -123,6 +125,32 @@ class Requests:
             target = new_file(folder, f"no-{delta}", f".{form}.safetensors", self._reserved_outputs())
             return self.queue.submit("export", f"{delta} as {form}", {**request, "output": str(target)})
 
+    def evaluate(
+        self,
+        model: str,
+        against: str | None = None,
+        concept: Sequence[str] = (),
+        detector: Sequence[str] = (),
+        n: int = 100,
+        seed: int = 1,
+    ) -> Job:
+        """Queue an evaluation.
+
+        Args:
+            model: A run's name, or a model's title. against: Title of its original, which a run knows itself.
+            concept: What it should have forgotten, which a run knows itself.
+        """
+        detectors = [self.inputs.detector(unquoted(name)) for name in detector]
+        options: dict[str, Any] = {"detector": detectors, "n": n, "seed": seed}
+        is_run = against is None and self.runs.has(model)
+        target = str(self.runs.get(model)) if is_run else self.models.named(model)
+        if not is_run:
+            options |= {"concept": _named(concept), "against": self.models.named(against) if against else None}
+        options = dataclasses.asdict(from_mapping(EvalOptions, options, ""))
+        self.host.python()
+        title = f"evaluate {model}" + (f" against {against}" if against else "")
+        return self.queue.submit("evaluate", title, {"target": target, "options": options})
+
     def overlaps(self, deltas: Sequence[str]) -> Job:
         """Queue the counting of weights that deltas both change."""
         if len(deltas) < 2:
@@ -165,7 +193,12 @@ class Requests:
 
 
 def _concepts(job: EraseJob) -> list[str]:
-    concepts = [text.strip() for text in job.concept if text.strip()]
+    return _named(job.concept)
+
+
+def _named(texts: Sequence[str]) -> list[str]:
+    """Concepts without spaces around them. Raises ConfigError where there is no concept."""
+    concepts = [text.strip() for text in texts if text.strip()]
     if not concepts:
         raise ConfigError("no concept is given", advice="Choose a preset, or enter a concept")
     return concepts

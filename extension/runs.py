@@ -46,6 +46,14 @@ class Runs:
             raise ConfigError(f"there is no run {name[:80]!r}", code="not-found")
         return place
 
+    def has(self, name: str) -> bool:
+        """Whether there is a run of this name."""
+        try:
+            self.get(name)
+        except ConfigError:
+            return False
+        return True
+
     def new(self, name: str, taken: set[str | None]) -> Path:
         """A new run folder. taken: names of runs that queued jobs will create."""
         folder = new_run_folder(name, self.folder)

@@ -46,6 +46,8 @@ class Service:
         homes = [home for home in (self.host.data, self.host.checkpoints(), self.host.loras()) if home is not None]
         real = [Path(os.path.realpath(home)) for home in homes]
         targets = [*job.outputs, job.options.get("run_dir")]
+        if (Path(job.request.get("target") or "") / "run.json").is_file():  # of an evaluation, which writes there
+            targets.append(job.request["target"])
         paths = [Path(os.path.realpath(path)) for path in targets if path]
         within = all(any(home in path.parents for home in real) for path in paths)
         return within and not job.options.get("allow_pickle") and not job.options.get("models_dir")
@@ -63,6 +65,12 @@ class Service:
         if name not in self.queue.get(job).previews:
             raise ConfigError(f"there is no preview {name[:80]!r}", code="not-found")
         return confined_file(name, self.queue.folder / job)
+
+    def evaluation(self, job: str) -> Path:
+        """The page of an evaluation."""
+        if "evaluation" not in self.offers(self.queue.get(job)):
+            raise ConfigError(f"there is no evaluation {job[:80]!r}", code="not-found")
+        return confined_file("eval.html", self.queue.folder / job)
 
     # stopped and finished jobs
 
@@ -110,12 +118,14 @@ class Service:
         return self.queue.resume(job.id)
 
     def offers(self, job: Job) -> list[str]:
-        """The operations on the result of a job: "use", "undo", "lora", "diff", "delta"."""
+        """The operations on the result of a job: "use", "undo", "lora", "diff", "delta", "evaluation"."""
         if job.state != "done":
             return []
         loads = ["use"] if self.host.checkpoints() is not None else []  # `salun ui` does not generate images
         if job.kind in ("stack", "undo"):
             return loads
+        if job.kind == "evaluate":
+            return ["evaluation"] if (self.queue.folder / job.id / "eval.html").is_file() else []
         if job.kind == "erase" and job.run and (self.runs.folder / job.run / DELTA).is_file():
             return [*loads, "undo", "lora", "diff", "delta"]
         return []

@@ -23,6 +23,8 @@ LABELS = {
     Stage.TRAINING: "training",
     Stage.IMAGES_AFTER: "generating “after” images",
     Stage.EVALUATING: "evaluating",
+    Stage.PROBING: "comparing predictions",
+    Stage.DETECTING: "detecting the concept",
     Stage.SAVING: "saving",
     Stage.WRITING: "writing the checkpoint",
     Stage.EXPORTING: "exporting",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from extension.service import Service
 
 CASES = 1_500
-GETS = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview"]
+GETS = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview", "evaluation"]
 POSTS = ["start", "cancel", "resume", "remove", "use", "undo"]
 ROUTES = {**dict.fromkeys(POSTS, "POST"), **dict.fromkeys(GETS, "GET")}
 TEXTS = [

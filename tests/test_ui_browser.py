@@ -394,3 +394,18 @@ def test_a_page_at_another_port_reads_nothing_starts_nothing_and_frames_nothing(
         finally:
             context.close()
             elsewhere.shutdown()
+
+
+def test_a_run_is_evaluated_by_clicking(page: Any, server: tuple[str, Path]) -> None:
+    run = min((server[1] / "runs").iterdir()).name
+    page.locator("#salun_refresh").click()
+    unfold(page, "evaluate")
+    choose(page, "judged", run)
+    fill(page, "images", "8")
+    page.locator("#salun_start_evaluation").click()
+    page.locator("#salun_evaluation").get_by_text(f"Queued: “evaluate {run}”").wait_for()
+    job = page.locator(".salun-job").filter(has_text=f"evaluate {run}")
+    job.get_by_role("button", name="Report").click(timeout=120_000)
+    page.frame_locator(".salun-report iframe").get_by_text("Is it forgotten?").first.wait_for()
+    page.get_by_role("button", name="Close").click()
+    assert (server[1] / "runs" / run / "eval.html").is_file() and not page.problems

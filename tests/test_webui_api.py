@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -35,7 +36,7 @@ from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError, ModelError, SalunError
 from salun.runs.folder import exclusive_lock
 
-ROUTES = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview"]
+ROUTES = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview", "evaluation"]
 LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "save_every": %s}}'
 POSTS = ["start", "cancel", "resume", "remove", "use", "undo"]
 
@@ -151,6 +152,14 @@ def test_openapi_describes_every_call(service: Service) -> None:
         ({"kind": "undo", "model": "shapes", "delta": "gone"}, 404, "there is no 'gone' here"),
         ({"kind": "export", "delta": "gone", "form": "exe"}, 400, "form is 'exe', but must be lora or diff"),
         ({"kind": "inspect", "run": "/etc"}, 400, "cannot be a name here"),
+        ({"kind": "evaluate", "model": "/etc"}, 404, "there is no model '/etc'"),
+        ({"kind": "evaluate", "model": "shapes"}, 400, "no concept is given"),
+        (
+            {"kind": "evaluate", "model": "shapes", "concept": ["a"], "detector": ["q16:/etc"]},
+            400,
+            "can name no folder",
+        ),
+        ({"kind": "evaluate", "model": "shapes", "concept": ["a"], "n": 1}, 400, "n is 1"),
     ],
     ids=str,
 )
@@ -518,3 +527,23 @@ def test_without_a_password_no_name_that_another_site_owns_leads_here(host: str)
     Access({"ann": "secret"}).check({**answered, "authorization": "Basic YW5uOnNlY3JldA=="})
     for own in ("127.0.0.1:7870", "localhost:7870", "[::1]:7870", "192.168.0.5:7860"):
         Access().check({"host": own, "origin": f"http://{own}"})
+
+
+OUTCOMES = ("Can't tell", "Damaged", "Barely changed", "Mostly erased", "Erased")
+
+
+@pytest.mark.slow
+def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service, run_folder: Path) -> None:
+    shutil.copytree(run_folder, service.runs.folder / "mine")
+    asks = client(service)
+    bodies = ({"model": "mine", "n": 2}, {"model": "shapes", "against": "shapes", "concept": ["circle"], "n": 2})
+    for body in bodies:
+        id = asks.post(f"{PREFIX}/start", json={"kind": "evaluate", **body}).json()["id"]
+        job = service.queue.wait(id, 120)
+        assert (job.state, job.error) == ("done", None)
+        told = asks.get(f"{PREFIX}/status?id={id}").json()
+        assert told["offers"] == ["evaluation"] and told["result"]["notes"][0].split(": ")[0] in OUTCOMES
+        page = asks.get(f"{PREFIX}/evaluation?id={id}")
+        assert page.headers["content-type"].startswith("text/html") and "Is it forgotten?" in page.text
+    assert (service.runs.folder / "mine" / "eval.json").is_file()
+    assert asks.get(f"{PREFIX}/evaluation?id=nothing").status_code == 404
