@@ -67,6 +67,7 @@ def body_of(rng: random.Random, options: list[str], starts: dict[str, Any]) -> b
     sound: dict[str, Any] = {
         "options": {"concept": ["circle"], "model": "shapes"}, "model": "shapes", "deltas": ["run"], "strengths": [1.0],
         "delta": "run", "run": "run", "form": "lora", "rank": 4, "against": "run", "name": "x", "preview_every": 3,
+        "concept": ["circle"], "detector": ["self"], "n": 8, "seed": 1,
     }  # fmt: skip
     body = {"kind": kind, **{name: sound[name] for name in starts[kind].__annotations__ if name != "kind"}}
     if rng.random() < 0.3:
