@@ -458,7 +458,7 @@ def test_6_nodes_that_sample_show_what_they_sample(server: Server) -> None:
         events.until(lambda: events.progress[-1:] == [events.most])
     assert server.image(done, "see").std() > 0
     assert events.shown["data"] == 3, "one for each batch: forget, anchor and retain"
-    assert events.shown["judge"] == 3, "one for each batch: two of the original, with its anchor, and one"
+    assert events.shown["judge"] == 2, "one for each model"
     assert events.shown["mask"] == 0, "with data given nothing is sampled, so there is no preview"
 
 
