@@ -25,10 +25,17 @@ CONCEPTS = ("circle", "red", "night")
 IMAGES = 128
 HEAD = """# The default recipe on other models
 
-Written by `benchmarks/defaults.py`, on a CPU. The recipe was tuned on `shapes`. The others are variants of it that no
-recipe was tuned on, made by `tools/shapes/variants.py`: `v` predicts v, `zero-snr` also has a last step of pure noise,
-`narrow` has fewer weights and was trained from nothing. {images} images of each kind, one seed; intervals are 95 %.
+Written by `benchmarks/defaults.py`, on a CPU. The recipe was tuned on `shapes`. The models below are variants that
+no recipe was tuned on, made by `tools/shapes/variants.py`. {images} images of each kind, one seed; intervals are 95 %.
+
+{models}
 """
+WHAT = {
+    "shapes": "the embedded model itself",
+    "v": "predicts v",
+    "zero-snr": "predicts v, and the last step of its schedule is pure noise",
+    "narrow": "has fewer weights and was trained from nothing",
+}
 
 
 def row(name: str, concept: str) -> dict[str, Any]:
@@ -41,8 +48,9 @@ def row(name: str, concept: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    models = "\n".join(f"- `{name}`: {WHAT[name]}." for name in dict.fromkeys(each["model"] for each in rows))
     out = [
-        HEAD.format(images=IMAGES),
+        HEAD.format(images=IMAGES, models=models),
         "| model | concept | corrected UA, % | other images right, before | after | verdict |",
     ]
     out.append("|---" * 6 + "|")
