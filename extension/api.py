@@ -2,7 +2,7 @@
 
 JSON in, JSON out; `openapi.json` describes the calls, `schema` the options of an erasure. Errors are {"error": text}:
 400 for an invalid request, 401 and 403 from `access`, 404 for a missing object, 408, 413 and 415 from `body`, 429 for a
-full queue. The request models work with pydantic 1.10, which A1111 has, and 2.
+full queue.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import logging
 import math
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, StrictFloat, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
@@ -26,6 +26,7 @@ from salun.errors import ConfigError, SalunError
 
 from . import stages
 from .access import Access, Rejected, headers_of
+from .bodies import STARTS, JobId
 from .body import LARGEST, json_object, read_body
 from .controls import FIELDS, help_of
 from .job_queue import QueueFull
@@ -51,94 +52,6 @@ JOB_FIELDS = (
     "run", "resumable",
 )  # fmt: skip
 logger = logging.getLogger("salun")
-
-
-# -- requests ---------------------------------------------------------------------------------------------------------
-
-
-class JobId(BaseModel, extra="forbid"):
-    """The id of a job."""
-
-    id: StrictStr
-
-
-class Erase(BaseModel, extra="forbid"):
-    """Erase concepts; `options` as in `schema`."""
-
-    kind: Literal["erase"] = "erase"
-    options: dict[str, Any]
-    preview_every: StrictInt = 0
-    name: StrictStr = ""
-
-
-class Mask(BaseModel, extra="forbid"):
-    """Only make the mask."""
-
-    kind: Literal["mask"]
-    options: dict[str, Any]
-
-
-class Stack(BaseModel, extra="forbid"):
-    """Write a checkpoint with deltas, given by the names of their runs."""
-
-    kind: Literal["stack"]
-    model: StrictStr
-    deltas: list[StrictStr]
-    strengths: list[StrictInt | StrictFloat]
-    name: StrictStr = ""
-
-
-class Undo(BaseModel, extra="forbid"):
-    """Write a checkpoint without a delta."""
-
-    kind: Literal["undo"]
-    model: StrictStr
-    delta: StrictStr
-    name: StrictStr = ""
-
-
-class Export(BaseModel, extra="forbid"):
-    """Write a delta as LoRA or as full difference."""
-
-    kind: Literal["export"]
-    delta: StrictStr
-    form: StrictStr = "lora"
-    rank: StrictInt | None = None
-    model: StrictStr | None = None
-
-
-class Overlaps(BaseModel, extra="forbid"):
-    """Count the weights that deltas both change."""
-
-    kind: Literal["overlaps"]
-    deltas: list[StrictStr]
-
-
-class Inspect(BaseModel, extra="forbid"):
-    """Show which layers a run's mask selects, or how far the masks of two runs overlap."""
-
-    kind: Literal["inspect"]
-    run: StrictStr
-    against: StrictStr | None = None
-
-
-class Evaluate(BaseModel, extra="forbid"):
-    """Judge a run, by its name, or a model, by its title and that of its original."""
-
-    kind: Literal["evaluate"]
-    model: StrictStr
-    against: StrictStr | None = None
-    concept: list[StrictStr] = []
-    detector: list[StrictStr] = []
-    n: StrictInt = 100
-    seed: StrictInt = 1
-
-
-STARTS: dict[str, type[BaseModel]] = {
-    "erase": Erase, "mask": Mask, "stack": Stack, "undo": Undo, "export": Export, "overlaps": Overlaps,
-    "inspect": Inspect, "evaluate": Evaluate,
-}  # fmt: skip
-"""Kind of job → its arguments, which are those of the method of `Requests` with that name."""
 
 
 class Error(BaseModel):

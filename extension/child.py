@@ -26,11 +26,11 @@ from . import stages
 from .messages import label, to_fields
 
 if TYPE_CHECKING:
-    from salun.diffusion.eval_options import EvalOptions
     from salun.diffusion.model.stable_diffusion import Model
     from salun.diffusion.plan import Plan
 
 EVERY = 0.2  # seconds between two events on the steps of one stage
+PASSES = 40  # of a sample, for the progress of an evaluation; detecting in it takes about a tenth
 PREVIEWS = 3  # forget prompts of a preview; one retain prompt is shown with them
 WRITING_COSTS = [StageCost(Stage.CHECKING, 1, forward=2), StageCost(Stage.WRITING, 1, forward=3)]
 EXPORT_COSTS = [StageCost(Stage.CHECKING, 1, forward=3), StageCost(Stage.EXPORTING, 1, forward=7)]
@@ -235,12 +235,11 @@ def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
 
     options: EvalOptions = from_mapping(EvalOptions, request["options"], "")
     target = Path(request["target"])
+    is_run = (target / "run.json").is_file()
     pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
-    result = run_evaluation(
-        str(target), options, pipe_progress(pipe, stages.ProgressEstimator(evaluation_costs(options)))
-    )
-    homes = [folder, *([target] if (target / "run.json").is_file() else [])]
-    for home in homes:
+    costs = evaluation_costs(options.n, compared=is_run or options.against is not None)
+    result = run_evaluation(str(target), options, pipe_progress(pipe, stages.ProgressEstimator(costs)))
+    for home in (folder, target) if is_run else (folder,):
         write_evaluation(result, home)
     data, lines = result.as_json(), []
     for name, metrics in result.metrics.items():
@@ -249,11 +248,16 @@ def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
     return {"notes": [*result.notes, *lines], "verdict": data["verdict"]}
 
 
-def evaluation_costs(options: EvalOptions) -> list[StageCost]:
-    """What an evaluation does, for its progress; a sample is taken for as many passes as detecting it is for one."""
-    before, after = 3 * options.n if options.against else 2 * options.n, 2 * options.n
-    costs = [(Stage.IMAGES_BEFORE, before, 40), (Stage.IMAGES_AFTER, after, 40), (Stage.DETECTING, before + after, 4)]
-    return [StageCost(stage, n, forward=n * passes) for stage, n, passes in costs]
+def evaluation_costs(n: int, compared: bool) -> list[StageCost]:
+    """What an evaluation does, for its progress; roughly, since the model that says how to sample is not loaded yet.
+
+    Args:
+        n: Images of each set. compared: Whether there is an original, which draws the anchor too.
+    """
+    before, after = 3 * n if compared else 0, 2 * n
+    images = [(Stage.IMAGES_BEFORE, before), (Stage.IMAGES_AFTER, after)]
+    costs = [StageCost(stage, count, forward=count * PASSES) for stage, count in images if count]
+    return [*costs, StageCost(Stage.DETECTING, before + after, forward=(before + after) * PASSES // 10)]
 
 
 def inspect(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def value_of(name: str, shown: Any) -> Any:
         return bool(shown)
     text = str(shown if shown is not None else "").strip()
     if kind.startswith("list"):
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        return lines_of(text)
     if text in ("", AUTO) and ("None" in kind or text == ""):
         return None
     if len(text) > MAX_DIGITS and kind.startswith(("int", "float")):
@@ -89,6 +89,11 @@ def value_of(name: str, shown: Any) -> Any:
         return float(text) if kind.startswith("float") else text
     except ValueError:
         raise ConfigError(f"is {text[:40]!r}, but must be a number", option=name) from None
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that are not blank."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def shown_of(name: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from salun.detectors import DETECTORS
 
+from .controls import lines_of
 from .jobs import Job
 from .markup import queued
 from .service import Service
@@ -52,12 +53,12 @@ class Evaluation:
 
         def evaluate(model: Any, against: Any, concepts: Any, detectors: Any, images: Any) -> Job:
             return service.requests.evaluate(
-                str(model or ""), str(against) if against else None, _lines(concepts), _lines(detectors), int(images)
+                str(model or ""),
+                str(against) if against else None,
+                lines_of(str(concepts or "")),
+                lines_of(str(detectors or "")),
+                int(images),
             )
 
         given = [self.model, self.against, self.concepts, self.detectors, self.images]
         self.start.click(queued(evaluate), given, [self.status], queue=False)
-
-
-def _lines(text: Any) -> list[str]:
-    return [line.strip() for line in str(text or "").splitlines() if line.strip()]

@@ -143,6 +143,8 @@ class Requests:
         detectors = [self.inputs.detector(unquoted(name)) for name in detector]
         options: dict[str, Any] = {"detector": detectors, "n": n, "seed": seed}
         is_run = against is None and self.runs.has(model)
+        if is_run and any(text.strip() for text in concept):
+            raise ConfigError("is named by the run already", option="concept", advice="Leave it empty")
         target = str(self.runs.get(model)) if is_run else self.models.named(model)
         if not is_run:
             options |= {"concept": _named(concept), "against": self.models.named(against) if against else None}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from salun.errors import ConfigError
 from salun.user_text import checked, unquoted
@@ -48,6 +49,32 @@ def option(
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=rules)
     return field(default=default, metadata=rules)
+
+
+class TakesArgument(Protocol):
+    """An entry of a registry whose names may be followed by an argument; argument: what it is, "" for nothing."""
+
+    @property
+    def argument(self) -> str:
+        """Such as "FOLDER"."""
+
+
+Entry = TypeVar("Entry", bound=TakesArgument)
+
+
+def entry_of(name: str, entries: Mapping[str, Entry], option: str) -> tuple[Entry, str]:
+    """The entry that "name" or "name:argument" names, and the argument.
+
+    Raises:
+        ConfigError: There is no such entry, or it takes no argument; option: the one to blame.
+    """
+    key, _, argument = name.partition(":")
+    entry = entries.get(key)
+    if entry is None:
+        raise ConfigError(f"is {name!r}, but must be one of {', '.join(entries)}", option=option)
+    if argument and not entry.argument:
+        raise ConfigError(f"is {name!r}, but {key} takes no argument", option=option, advice=f"Use {{{option}}} {key}")
+    return entry, argument
 
 
 @cache

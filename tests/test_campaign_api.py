@@ -185,7 +185,8 @@ def front_of(app: Any, access: Access) -> Any:
 
 def attack(folder: Path, numbers: range) -> Findings:
     """One mutated request a case; every hundredth, all jobs are cancelled and the status is asked for."""
-    from extension.api import PREFIX, STARTS
+    from extension.api import PREFIX
+    from extension.bodies import STARTS
     from extension.inputs import ERASE_FIELDS
 
     findings = Findings(folder)

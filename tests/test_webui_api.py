@@ -541,9 +541,11 @@ def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service
         id = asks.post(f"{PREFIX}/start", json={"kind": "evaluate", **body}).json()["id"]
         job = service.queue.wait(id, 120)
         assert (job.state, job.error) == ("done", None)
-        told = asks.get(f"{PREFIX}/status?id={id}").json()
-        assert told["offers"] == ["evaluation"] and told["result"]["notes"][0].split(": ")[0] in OUTCOMES
+        status = asks.get(f"{PREFIX}/status?id={id}").json()
+        assert status["offers"] == ["evaluation"] and status["result"]["notes"][0].split(": ")[0] in OUTCOMES
         page = asks.get(f"{PREFIX}/evaluation?id={id}")
         assert page.headers["content-type"].startswith("text/html") and "Is it forgotten?" in page.text
     assert (service.runs.folder / "mine" / "eval.json").is_file()
+    twice = asks.post(f"{PREFIX}/start", json={"kind": "evaluate", "model": "mine", "concept": ["star"]})
+    assert twice.status_code == 400 and "concept is named by the run already" in twice.json()["error"]
     assert asks.get(f"{PREFIX}/evaluation?id=nothing").status_code == 404

@@ -12,6 +12,7 @@ import numpy as np
 
 from salun.detectors import DETECTORS
 from salun.errors import ConfigError
+from salun.options import entry_of
 from salun.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -187,14 +188,7 @@ def load_detector(name: str, inputs: DetectorInputs) -> Detector:
         ConfigError: No detector has that name, it is not at hand, or it cannot detect a concept.
         DataError: The detector's files cannot be used.
     """
-    key, _, argument = name.partition(":")
-    entry = DETECTORS.get(key)
-    if entry is None:
-        raise ConfigError(f"is {name!r}, but must be one of {', '.join(DETECTORS)}", option="detector")
-    if argument and not entry.argument:
-        raise ConfigError(
-            f"is {name!r}, but {key} takes no argument", option="detector", advice=f"Use {{detector}} {key}"
-        )
+    entry, argument = entry_of(name, DETECTORS, "detector")
     load: Callable[[DetectorInputs], Detector | None] = resolve_name(entry.loads)
     detector = load(replace(inputs, argument=argument))
     missed = [each.name for each in inputs.subjects if detector is None or detector.target(each) is None]

@@ -31,6 +31,18 @@ class Estimate:
         middle, half = (p + Z * Z / (2 * n)) / d, Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / d
         return cls(100 * p, n, 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0))
 
+    @classmethod
+    def mean(cls, values: np.ndarray) -> Estimate:
+        """The mean of numbers (n,), n > 0, with its normal interval; a single number has none."""
+        n = len(values)
+        if not n:
+            raise ValueError("a mean needs at least one sample")
+        middle = float(np.mean(values))
+        if n == 1:
+            return cls(middle, n)
+        half = Z * float(np.std(values, ddof=1)) / sqrt(n)
+        return cls(middle, n, middle - half, middle + half)
+
     @property
     def half_width(self) -> float:
         """Half the width of the interval, 0 where there is none."""

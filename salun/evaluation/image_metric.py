@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from salun.errors import ConfigError, DataError
+from salun.errors import DataError
 from salun.evaluation.estimate import Unknown, Value
 from salun.image_metrics import IMAGE_METRICS
 from salun.images import list_images, read_image, white_level
+from salun.options import entry_of
 from salun.progress import Progress, silent
 from salun.user_text import as_spelled, unquoted
 
@@ -116,9 +117,7 @@ class ImageMetric(Protocol):
 
     needs_original: bool
 
-    def measure(
-        self, before: ImageSet | None, after: ImageSet, progress: Progress = silent
-    ) -> dict[str, ImageValue]:  # fmt: skip
+    def measure(self, before: ImageSet | None, after: ImageSet, progress: Progress = silent) -> dict[str, ImageValue]:
         """The values of each model, "before" and "after", or one "between" both.
 
         Args:
@@ -163,7 +162,7 @@ class ImageMetricInputs:
 
     @property
     def real(self) -> ImageSet | None:
-        """The images of the folder that the argument names. Raises DataError where there are none."""
+        """The images of the folder that the argument names. Raises DataError where it has no images."""
         if not self.argument:
             return None
         return ImageSet(ImageFiles(as_spelled(Path(unquoted(self.argument)).expanduser())))
@@ -180,14 +179,7 @@ def load_image_metrics(
     """
     loaded: dict[str, ImageMetric] = {}
     for name in dict.fromkeys(names):
-        key, _, argument = name.partition(":")
-        entry = IMAGE_METRICS.get(key)
-        if entry is None:
-            raise ConfigError(f"is {name!r}, but must be one of {', '.join(IMAGE_METRICS)}", option="metric")
-        if argument and not entry.argument:
-            raise ConfigError(
-                f"is {name!r}, but {key} takes no argument", option="metric", advice=f"Use {{metric}} {key}"
-            )
+        entry, argument = entry_of(name, IMAGE_METRICS, "metric")
         loaded[name] = resolve_name(entry.loads)(ImageMetricInputs(argument, clip, device))
     return loaded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from salun.evaluation.clip_model import ClipModel
-from salun.evaluation.estimate import Estimate, Z
+from salun.evaluation.estimate import Estimate
 from salun.evaluation.image_metric import ImageMetricInputs, ImageSet, ImageValue, clip_embeddings
 from salun.progress import Progress, silent
 
@@ -32,10 +32,7 @@ def clip_score(images: ImageSet, model: ClipModel, progress: Progress = silent) 
     if not len(images) or len(images) != len(images.prompts):
         raise ValueError(f"a CLIP score needs a prompt for each image, not {len(images.prompts)} for {len(images)}")
     scores = clip_scores(clip_embeddings(images, model, progress), model.embed_texts(images.prompts))
-    mean, n = float(scores.mean()), len(scores)
-    half = Z * float(scores.std(ddof=1)) / n**0.5 if n > 1 else None
-    interval = (mean - half, mean + half) if half is not None else (None, None)
-    return ImageValue(Estimate(mean, n, *interval), model.implementation, model.weights)
+    return ImageValue(Estimate.mean(scores), model.implementation, model.weights)
 
 
 class ClipScore:

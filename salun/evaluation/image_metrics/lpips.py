@@ -9,7 +9,7 @@ import numpy as np
 
 from salun.checkpoints.hashing import base_hash
 from salun.errors import DataError
-from salun.evaluation.estimate import Estimate, Z
+from salun.evaluation.estimate import Estimate
 from salun.evaluation.image_metric import ImageMetricInputs, ImageSet, ImageValue
 from salun.progress import Event, Progress, Stage, silent
 
@@ -41,10 +41,7 @@ class Lpips:
         for i, (a, b) in enumerate(zip(before.images, after.images, strict=True)):
             values.append(self._distance(a, b))
             progress(Event(Stage.EVALUATING, i + 1, len(after)))
-        mean, n = float(np.mean(values)), len(values)
-        half = Z * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
-        interval = (mean - half, mean + half) if half is not None else (None, None)
-        return {"between": ImageValue(Estimate(mean, n, *interval), f"lpips {version('lpips')}", self.weights)}
+        return {"between": ImageValue(Estimate.mean(np.array(values)), f"lpips {version('lpips')}", self.weights)}
 
     def _distance(self, a: np.ndarray, b: np.ndarray) -> float:
         """Of two images of the same size, uint8 (h, w, 3)."""

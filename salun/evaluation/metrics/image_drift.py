@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from salun.evaluation.estimate import Estimate, Unknown, Value, Z
+from salun.evaluation.estimate import Estimate, Unknown, Value
 from salun.evaluation.metric import EvaluationPair, Metric
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def drift_of(before: Tensor, after: Tensor) -> Value:
     if not apart > 0:
         return Unknown("the original model's images do not differ")
     ratios = moved / apart
-    value, half = float(ratios.mean()), Z * float(ratios.std()) / len(ratios) ** 0.5
-    return Estimate(value, len(ratios), max(value - half, 0.0), value + half)
+    mean = Estimate.mean(ratios.numpy())
+    return replace(mean, low=max(mean.low or 0.0, 0.0))
 
 
 IMAGE_DRIFT = Metric("image_drift", "Drift of other images", "lower", "", image_drift, needs="latents")
