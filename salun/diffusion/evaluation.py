@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salun.diffusion.data.latents import decode_images, item_seed, sample_latents
+from salun.diffusion.data.latents import decode_images, item_seed, lazy_images, sample_latents
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
@@ -101,21 +101,28 @@ def evaluate_model(
     stage: Stage = Stage.IMAGES_AFTER,
     cache: Cache | None = None,
     weights: str | None = None,
+    hold_images: bool = True,
 ) -> Evaluation:
     """Sample the model as it is now, and predict.
 
     Args:
         stage: `IMAGES_BEFORE` for the original, which samples anchors too.
         cache, weights: As in `sample_latents`.
+        hold_images: Whether all images are decoded now and held; otherwise each when it is read (`lazy_images`).
     """
     anchors = prompts.anchors if stage is Stage.IMAGES_BEFORE else ([], [])
     texts = [*(p.text for p in prompts.forget), *(p.text for p in prompts.retain), *(p.text for p in anchors[0])]
     seeds = [*prompts.forget_seeds, *prompts.retain_seeds, *anchors[1]]
     latents = sample_latents(model, texts, seeds, progress, stage, cache, weights)
-    images = decode_images(model, latents)
+    held, images = latents.cpu(), decode_images(model, latents) if hold_images else None
     n, m = len(prompts.forget), len(prompts.forget) + len(prompts.retain)
     forget, retain, anchor = (
-        Samples(images[rows], latents[rows].cpu(), texts[rows], compare_prompts=rows.start == n)
+        Samples(
+            images[rows] if images is not None else lazy_images(model, held[rows]),
+            held[rows],
+            texts[rows],
+            compare_prompts=rows.start == n,
+        )
         for rows in (slice(n), slice(n, m), slice(m, None))
     )
     kinds = (prompts.forget, prompts.anchor, prompts.retain)
@@ -196,9 +203,7 @@ def _others(side: Evaluation) -> Samples:
     """Images of other prompts and of the anchors'."""
     if side.anchor is None:
         return side.retain
-    a, b = side.retain, side.anchor
-    images, latents = np.concatenate([a.images, b.images]), torch.cat([a.latents, b.latents])
-    return Samples(images, latents, [*a.prompts, *b.prompts], compare_prompts=True)
+    return Samples.cat([side.retain, side.anchor], compare_prompts=True)
 
 
 def metrics_of(detector: Detector, pair: EvaluationPair) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from salun.detectors import DETECTORS
 from salun.errors import ConfigError
+from salun.evaluation.lazy_images import LazyImages, joined
 from salun.options import entry_of
 from salun.progress import Progress, silent
 
@@ -44,13 +45,13 @@ class Samples:
     """Images that a detector is to look at, and what they were made from.
 
     Args:
-        images: uint8 (n, H, W, 3).
+        images: uint8 (n, H, W, 3); or `LazyImages` of one size, from which a slice gives such an array.
         latents: float32 (n, c, h, w), scaled by the VAE's factor.
         prompts: (n,), the prompts that they were sampled from.
         compare_prompts: Whether to decide if each image shows what its prompt says (`Detector.prompt_match`).
     """
 
-    images: np.ndarray
+    images: Any
     latents: Tensor
     prompts: Sequence[str]
     compare_prompts: bool = False
@@ -61,9 +62,17 @@ class Samples:
     def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> Samples:
         """Those of some rows."""
         index = list(range(len(self)))[rows] if isinstance(rows, slice) else list(rows)
-        return replace(
-            self, images=self.images[index], latents=self.latents[index], prompts=[self.prompts[i] for i in index]
-        )
+        images = self.images.rows(index) if isinstance(self.images, LazyImages) else self.images[index]
+        return replace(self, images=images, latents=self.latents[index], prompts=[self.prompts[i] for i in index])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Samples], compare_prompts: bool = False) -> Samples:
+        """All of them, of at least one part; no image is copied."""
+        import torch
+
+        latents = torch.cat([part.latents for part in parts])
+        prompts = [prompt for part in parts for prompt in part.prompts]
+        return cls(joined([part.images for part in parts]), latents, prompts, compare_prompts)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from salun.compute.processes import current_processes
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
+from salun.evaluation.lazy_images import LazyImages
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache, digest_of, key_of
 
@@ -124,6 +126,21 @@ def decode_images(model: DiffusionModel, latents: Tensor) -> np.ndarray:
     with model.on_device(model.vae):
         parts = [model.decode(part) for part in latents.split(batch_size_of(model))] if len(latents) else []
     return np.concatenate(parts) if parts else np.empty((0, side, side, 3), np.uint8)
+
+
+def lazy_images(model: DiffusionModel, latents: Tensor) -> LazyImages:
+    """Images of latents (n, c, h, w), the same as `decode_images` gives.
+
+    A batch is decoded when an image of it is read, and held until another one is; so whoever reads them in order
+    decodes each batch once.
+    """
+    size = batch_size_of(model)
+
+    @lru_cache(maxsize=1)
+    def batch(number: int) -> np.ndarray:
+        return model.decode(latents[number * size : (number + 1) * size])
+
+    return LazyImages(len(latents), lambda i: batch(i // size)[i % size])
 
 
 def noise_of(model: DiffusionModel, generators: Sequence[torch.Generator]) -> Tensor:
