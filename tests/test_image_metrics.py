@@ -9,11 +9,19 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from salun.errors import ConfigError, DataError
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.estimate import Estimate, Unknown
-from salun.evaluation.image_metric import ImageSet, ImageValue, load_image_metrics
+from salun.evaluation.image_metric import (
+    Distance,
+    ImageMetricInputs,
+    ImageSet,
+    ImageValue,
+    load_image_metrics,
+    measure_images,
+)
 from salun.evaluation.image_metrics import inception
 from salun.evaluation.image_metrics.clip_score import clip_scores
 from salun.evaluation.image_metrics.cmmd import cmmd
@@ -25,6 +33,7 @@ from salun.evaluation.image_metrics.inception import (
     kid,
     kid_of_features,
 )
+from salun.progress import Progress
 
 
 def drawn(n: int, d: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -190,7 +199,6 @@ def test_clip_scores_are_cosines_in_percent_and_never_negative() -> None:
 
 def test_lpips_is_that_of_the_package_at_images_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     lpips = pytest.importorskip("lpips")
-    from salun.evaluation.image_metric import ImageMetricInputs
     from salun.evaluation.image_metrics import lpips as ours
 
     torch.manual_seed(0)
@@ -207,6 +215,54 @@ def test_lpips_is_that_of_the_package_at_images_of_any_size(monkeypatch: pytest.
     assert value.implementation.startswith("lpips 0.1") and estimated(value).n == 4
     tiny = metric.measure(ImageSet(list(before[:, :8, :8])), ImageSet(list(before[:, :8, :8])))["between"]
     assert estimated(tiny).value == 0
+
+
+def test_a_distance_reads_the_real_images_before_it_measures(tmp_path: Path) -> None:
+    for i, image in enumerate(drawn(3, 8 * 8 * 3, 0).reshape(3, 8, 8, 3)):
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"{i}.png")
+    read: list[int] = []
+
+    def embed(of: ImageSet, _: Progress) -> None:
+        of.features("count", lambda images: read.append(sum(1 for _ in images)))
+
+    def distance(least: int) -> Distance:
+        real = ImageMetricInputs(str(tmp_path), ClipModel()).real
+        return Distance(lambda *_: pytest.fail("nothing is measured yet"), embed, real, least)
+
+    ready = distance(1)
+    ready.prepare(2)
+    ready.prepare(2)
+    assert read == [3]
+    (tmp_path / "2.png").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"2\.png cannot be read as an image: unreadable\. Fix or remove it"):
+        distance(1).prepare(2)
+    distance(4).prepare(9)  # three images are too few for any value, so none is read
+
+
+@pytest.mark.parametrize("load", [inception.load_fid, inception.load_kid])
+def test_fid_and_kid_fetch_their_weights_before_there_are_images(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any) -> None:
+        raise DataError("the weights could not be downloaded")
+
+    monkeypatch.setattr(inception, "_library", lambda: None)
+    monkeypatch.setattr(inception, "inception_features", offline)
+    metric = load(ImageMetricInputs("", ClipModel()))
+    metric.prepare(inception.LEAST - 1)  # too few for a value
+    with pytest.raises(DataError, match="could not be downloaded"):
+        metric.prepare(inception.LEAST)
+
+
+def test_measure_images_says_why_a_metric_is_unknown_and_measures_the_others() -> None:
+    def broken(*_: Any) -> ImageValue:
+        raise DataError("the disk is gone", advice="Mount it")
+
+    def sound(a: ImageSet, b: ImageSet, _: Progress) -> ImageValue:
+        return ImageValue(Estimate(1.0, len(a)), "here", "")
+
+    metrics = {"a": Distance(broken, broken, None), "b": Distance(sound, sound, None)}
+    measured = measure_images(metrics, black(2), black(2))
+    unknown = {"value": None, "reason": "the disk is gone. Mount it", "implementation": "", "weights": ""}
+    assert measured["a"] == {"between": unknown} and measured["b"]["between"]["value"]["value"] == 1.0
 
 
 @pytest.mark.parametrize(

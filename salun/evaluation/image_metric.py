@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from salun.evaluation.clip_model import ClipModel
+
+
+BLANK = np.zeros((64, 64, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class ImageSet:
     """Images, and what several metrics compute from them once.
 
     Args:
-        images: uint8 (h, w, 3) each, of any sizes.
+        images: uint8 (h, w, 3) each, of any sizes; read in order, and best held nowhere (`LazyImages`, `ImageFiles`).
         prompts: Of each image; none of real images.
     """
 
@@ -126,16 +129,46 @@ class ImageMetric(Protocol):
         ...
 
 
+@runtime_checkable
+class Prepared(Protocol):
+    """A metric that can fail for other reasons than the images it measures, which is to be known before they are."""
+
+    def prepare(self, n: int, progress: Progress = silent) -> None:
+        """Load and read all that measuring needs.
+
+        Args:
+            n: Images of the largest set.
+
+        Raises:
+            DataError: Weights are not here, or a real image cannot be read.
+        """
+        ...
+
+
 class Distance:
     """How far apart sets of images are: each model's from real ones, or else the two models' from each other.
 
     Args:
         compare: The value of two sets.
+        embed: Compute what `compare` needs of a set, which keeps it.
         real: Images to compare with; None for none.
+        least: Images on a side with which `compare` computes anything.
     """
 
-    def __init__(self, compare: Callable[[ImageSet, ImageSet, Progress], ImageValue], real: ImageSet | None) -> None:
-        self.compare, self.real, self.needs_original = compare, real, real is None
+    def __init__(
+        self,
+        compare: Callable[[ImageSet, ImageSet, Progress], ImageValue],
+        embed: Callable[[ImageSet, Progress], Any],
+        real: ImageSet | None,
+        least: int = 1,
+    ) -> None:
+        self.compare, self.embed, self.least = compare, embed, least
+        self.real, self.needs_original = real, real is None
+
+    def prepare(self, n: int, progress: Progress = silent) -> None:
+        """As in `Prepared`: the real images are embedded, or else a blank one."""
+        if min(n, n if self.real is None else len(self.real)) >= self.least:
+            self.embed(self.real if self.real is not None else ImageSet([BLANK]), progress)
 
     def measure(self, before: ImageSet | None, after: ImageSet, progress: Progress = silent) -> dict[str, ImageValue]:
         """As in `ImageMetric`."""
@@ -187,8 +220,15 @@ def load_image_metrics(
 def measure_images(
     metrics: Mapping[str, ImageMetric], before: ImageSet | None, after: ImageSet, progress: Progress = silent
 ) -> dict[str, dict[str, Any]]:
-    """The values of all metrics as JSON: name → "before", "after" or "between" → `ImageValue.as_json`."""
-    return {
-        name: {side: value.as_json() for side, value in metric.measure(before, after, progress).items()}
-        for name, metric in metrics.items()
-    }
+    """The values of all metrics as JSON: name → "before", "after" or "between" → `ImageValue.as_json`.
+
+    What cannot be measured is unknown, and why: the images took hours.
+    """
+    measured = {}
+    for name, metric in metrics.items():
+        try:
+            values = metric.measure(before, after, progress)
+        except DataError as error:
+            values = {"between" if metric.needs_original else "after": ImageValue(Unknown(str(error)), "", "")}
+        measured[name] = {side: value.as_json() for side, value in values.items()}
+    return measured

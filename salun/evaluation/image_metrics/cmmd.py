@@ -58,4 +58,4 @@ def load(inputs: ImageMetricInputs) -> Distance:
         value = cmmd(clip_embeddings(a, model, progress), clip_embeddings(b, model, progress))
         return ImageValue(Estimate(value, min(len(a), len(b))), f"salun, {model.implementation}", model.weights)
 
-    return Distance(compare, inputs.real)
+    return Distance(compare, lambda of, progress: clip_embeddings(of, model, progress), inputs.real)

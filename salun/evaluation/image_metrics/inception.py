@@ -68,8 +68,13 @@ def load_kid(inputs: ImageMetricInputs) -> Distance:
 
 
 def _distance(metric: Callable[..., ImageValue], inputs: ImageMetricInputs) -> Distance:
-    _library()  # now, not after hours of sampling
-    return Distance(lambda a, b, progress: metric(a, b, inputs.device, progress), inputs.real)
+    _library()
+    return Distance(
+        lambda a, b, progress: metric(a, b, inputs.device, progress),
+        lambda of, progress: _features(of, inputs.device, progress),
+        inputs.real,
+        LEAST,
+    )
 
 
 def _features(images: ImageSet, device: torch.device | str, progress: Progress) -> Features:
