@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from salun.diffusion.eval_options import GROUPS as EVAL_GROUPS
-from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.eval_options import EvalOptions, option_name
 from salun.diffusion.options import SAMPLERS, EraseJob, EraseOptions, ModelOptions, Sampling
 from salun.errors import ConfigError
 from salun.progress import Event, Stage
@@ -276,7 +276,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate an erasure: a finished run, or any model against its original. Repeat the command to continue it."""
-    from salun.diffusion.eval_output import image_metric_rows, set_rows, write_evaluation
+    from salun.diffusion.eval_output import check_output_folder, image_metric_rows, set_rows, write_evaluation
     from salun.diffusion.evaluate import evaluate as run_evaluation
     from salun.report.metrics import metric_lines
     from salun.runs.folder import new_run_folder
@@ -284,13 +284,15 @@ def evaluate(
     is_run = (Path(target).expanduser() / "run.json").is_file()
     named = Path(target).expanduser() if is_run else new_run_folder("-".join(options.concept), Path("evals"))
     folder = output or named
+    check_output_folder(folder, options)
     with terminal_progress(as_json) as progress:
-        result = run_evaluation(target, options, progress)
-    files = write_evaluation(result, folder)
+        result = run_evaluation(target, options, progress, shlex.join(["salun", *sys.argv[1:]]))
+        files = write_evaluation(result, folder, progress)
     data = result.as_json()
     lines = [*result.notes]
     for name, metrics in result.metrics.items():
-        lines += [f"{name}:"] * (len(result.metrics) > 1) + metric_lines(metrics, flag)
+        lines += [f"{name}:"] * (len(result.metrics) > 1)
+        lines += metric_lines(metrics, lambda option: flag(option_name(option)))
     lines += [" · ".join(filter(None, row)) for row in (*set_rows(data["sets"]), *image_metric_rows(data["sets"]))]
     print_result(data, as_json, [*lines, f"report: {files[-1]}"])
 

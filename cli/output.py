@@ -37,7 +37,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files")
 
 def flag(name: str) -> str:
     """The name of an option as the command line spells it."""
-    return "--" + name.replace("_", "-")
+    return f"-{name}" if len(name) == 1 else "--" + name.replace("_", "-")
 
 
 def model_or_default(name: str | None) -> str:

@@ -35,6 +35,7 @@ from salun.evaluation.image_metrics.clip_score import clip_score
 from salun.evaluation.image_metrics.cmmd import cmmd
 from salun.evaluation.pretrained import CLIP, RESNET, REVISIONS
 from salun.files import sha256_file
+from salun.progress import Event, Stage
 
 CAT = Subject("cat", "dog", phrase="a cat", anchor_phrase="a dog")
 TOWER = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -203,6 +204,11 @@ def test_eval_measures_images_of_any_model_even_without_its_original(
     page = files[-1].read_text(encoding="utf-8")
     assert "Metrics of images" in page and "CMMD ↓" in page and "Can’t tell" in page.replace("&#39;", "’")
     assert len(list((tmp_path / "out" / "images" / "some.csv").glob("*.png"))) == 3
+    (tmp_path / "real" / "0.png").write_bytes(b"nothing")
+    events: list[Event] = []
+    with pytest.raises(DataError, match=r"0\.png cannot be read as an image"):
+        evaluate("shapes", options, events.append)
+    assert not any(event.stage is Stage.IMAGES_AFTER for event in events)
     with pytest.raises(ConfigError, match="metric is cmmd, which compares images with the original model's"):
         evaluate("shapes", replace(options, metric=["cmmd"]))
     with pytest.raises(ConfigError, match="detector is self, which asks the original model"):

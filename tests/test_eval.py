@@ -6,21 +6,34 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import salun
+from cli.output import flag
+from salun.delta.delta import Delta
+from salun.diffusion import eval_sets
+from salun.diffusion.data import latents as latents_module
 from salun.diffusion.eval_options import SETS as SET_NAMES
-from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.eval_options import EvalOptions, option_name
+from salun.diffusion.eval_output import check_output_folder, write_evaluation
+from salun.diffusion.eval_sets import sampled_set
 from salun.diffusion.evaluate import evaluate
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
 from salun.diffusion.prompts.concepts import Concept, mentions, prompts_of, resolve
-from salun.diffusion.prompts.sets import SETS, prompt_sets
+from salun.diffusion.prompts.prompt_file import PromptRow
+from salun.diffusion.prompts.sets import SETS, PromptSet, prompt_sets
 from salun.errors import ConfigError, DataError
+from salun.evaluation.detectors.attribute import AttributeClassifier
+from salun.files import sha256_file
 from salun.progress import Event, Stage, silent
 
 I2P = "prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\n"
@@ -64,6 +77,89 @@ def test_eval_judges_a_run_with_several_detectors_and_a_prompt_file(erased: Path
     assert len(list((erased / "run" / "images" / "i2p.csv").glob("*.png"))) == 4
     page = (erased / "run" / "eval.html").read_text(encoding="utf-8")
     assert "By the detector self" in page and "Sets of prompts" in page and "http" not in page.split("</style>")[1]
+    line = "salun eval run --detector attribute --detector self --prompts i2p.csv --keep-images -n 8"
+    assert data["command"] == line and line in page and "UA (unlearning accuracy)" in page
+    assert all(f'href="{name}"' in page for name in ("eval.json", "eval.csv", "images/"))
+
+
+@pytest.mark.slow
+def test_eval_result_says_what_was_evaluated_and_how(erased: Path, shapes: Model) -> None:
+    prompts = erased / "few.csv"
+    prompts.write_text('prompt\none red circle\n""\none blue star\none red ring\n', encoding="utf-8")
+    options = EvalOptions(n=2, sampling_steps=3, prompts=[str(prompts)], max_prompts=2, detector=["attribute"])
+    data = evaluate(str(erased / "run"), options, command="salun eval run").as_json()
+    delta = Delta.load(erased / "run" / "delta.salun.safetensors")
+    assert data["models"] == {
+        "model": {"name": "run", "weights": delta.result_hash, "parts": shapes.parts_hash},
+        "original": {"name": "shapes", "weights": shapes.base_hash, "parts": shapes.parts_hash},
+    }
+    assert data["sampling"] == {
+        **{"steps": 3, "guidance": 3.0, "resolution": 64, "negative_prompt": "", "sampler": None},
+        "scheduler": "DPMSolverMultistepScheduler",
+    }
+    (listed,) = data["inputs"]
+    assert listed["path"] == "few.csv" and listed["sha256"] == sha256_file(prompts)
+    assert data["sets"]["few.csv"]["n"] == 2
+    assert data["notes"] == [
+        "few.csv: skipped rows with an empty prompt: 1", "few.csv: the first 2 of 3 prompts (max_prompts)",
+    ]  # fmt: skip
+    used = data["options"]
+    assert data["concepts"] == [{"name": "circle", "anchor": "square"}]
+    assert used["concept"] == ["circle"] and used["detector"] == ["attribute"]
+    assert used["sampling_steps"] == 3 and used["resolution"] == 64 and used["dtype"] == "fp32" and used["n"] == 2
+    assert data["command"] == "salun eval run" and data["versions"]["salun"]
+
+
+@pytest.mark.slow
+def test_eval_holds_few_images_at_once(
+    shapes: Model, erased: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents_module, "batch_size_of", lambda _: 2)
+    monkeypatch.setattr(AttributeClassifier.detect_images, "__defaults__", (4,))
+    sizes: list[int] = []
+    alive: list[int] = []
+    decode = Model.decode
+
+    def counted(model: Model, part: Any) -> Any:
+        batch = decode(model, part).copy()
+        sizes.append(len(batch))
+        alive.append(len(batch))
+        weakref.finalize(batch, alive.append, -len(batch))
+        assert sum(alive) <= 5 * 2 + 2  # a batch of each of five sets, and the next one, however many images they have
+        return batch
+
+    monkeypatch.setattr(Model, "decode", counted)
+    options = EvalOptions(n=6, sampling_steps=1, detector=["attribute"], keep_images=True, sets=[])
+    result = evaluate(str(erased / "run"), options)
+    write_evaluation(result, tmp_path)
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 6 * 5 and max(sizes) == 2
+
+
+def test_a_long_list_of_prompts_is_encoded_in_parts(shapes: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [PromptRow(f"one red {shape}") for shape in ("circle", "square", "ring", "star", "circle")]
+    encoded: list[int] = []
+    encode, steps = shapes.encode, list[Event]()
+    with shapes.configured(EraseOptions(sampling_steps=1)):
+        whole = sampled_set(shapes, PromptSet("list", rows), [*range(5)])
+        monkeypatch.setattr(eval_sets, "ENCODED", 2)
+        monkeypatch.setattr(shapes, "encode", lambda prompts: encoded.append(len(prompts)) or encode(prompts))
+        parts = sampled_set(shapes, PromptSet("list", rows), [*range(5)], steps.append)
+    assert torch.allclose(parts.parts[0].latents, whole.parts[0].latents, atol=1e-4)
+    assert max(encoded) == 2 + 1 and [event.step for event in steps if event.step][-1] == 5
+    assert {event.total for event in steps} == {5}
+
+
+@pytest.mark.slow
+def test_eval_uses_the_detector_of_the_run(erased: Path) -> None:
+    run = Path(shutil.copytree(erased / "run", erased / "by self"))
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record["options"]["detector"] = "self"
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    options = EvalOptions(n=2, sampling_steps=1)
+    result = evaluate(str(run), options)
+    assert list(result.metrics) == ["self"] and result.notes == ["the detector is self, as in the run"]
+    result = evaluate(str(run), dataclasses.replace(options, detector=["attribute"]))
+    assert list(result.metrics) == ["attribute"] and not result.notes
 
 
 @pytest.mark.slow
@@ -79,10 +175,13 @@ def test_sets_of_prompts_are_sampled_from_a_model_of_free_text(copy_of_shapes: P
     settings = {"sampling": {"resolution": 64, "steps": 2, "guidance": 3.0}}
     (copy_of_shapes / "salun.yaml").write_text(json.dumps(settings), encoding="utf-8")
     model = str(copy_of_shapes)
-    result = evaluate(model, EvalOptions(against=model, concept=["a golden retriever"], n=4, sets=[*SET_NAMES[1:]]))
-    found = result.as_json()["sets"]
-    assert list(found) == ["concept", "other prompts", "compositions", "languages", "neighbors"]
-    assert all(each["n"] == 4 and each["image_drift"]["value"] == 0 for each in found.values())
+    options = EvalOptions(
+        against=model, concept=["a golden retriever"], n=4, sets=["compositions", "neighbors"], synonyms=["a labrador"]
+    )
+    found = evaluate(model, options).as_json()["sets"]
+    assert list(found) == ["concept", "other prompts", "compositions", "neighbors", "synonyms"]
+    assert [each["n"] for each in found.values()][:4] == [4, 4, 6, 16]  # -n is of the held-out sets alone
+    assert all(each["image_drift"]["value"] == 0 for each in found.values())
     assert set(found["neighbors"]["detected"]["self"]) == {"a golden retriever", "as prompted"}
 
 
@@ -116,12 +215,38 @@ def test_eval_compares_any_model_with_its_original_and_continues_from_the_cache(
         ({"against": "shapes", "concept": ["circle"], "sets": ["languages"]}, "the words of its vocabulary only"),
         ({"against": "shapes", "concept": ["circle"], "detector": ["nudenet"]}, "nudenet"),
         ({"against": "shapes", "concept": ["circle"], "prompts": ["gone.csv"]}, "gone.csv cannot be read"),
+        ({"concept": ["circle"], "synonyms": ["disk"]}, "synonyms are prompts in free text"),
+        ({"concept": ["circle"], "prompts": ["a/i2p.csv", "b/I2P.csv"]}, "name the sets 'i2p.csv' and 'I2P.csv'"),
+        ({"concept": ["circle"], "prompts": ["long.txt"]}, "tokens; the limit is"),
     ],
     ids=str,
 )
-def test_eval_says_what_is_missing(changes: dict[str, Any], message: str) -> None:
+def test_eval_says_what_is_missing_before_it_samples(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/i2p.csv", "b/I2P.csv"):
+        Path(name).parent.mkdir()
+        Path(name).write_text("prompt\none red circle\n", encoding="utf-8")
+    Path("long.txt").write_text("red " * 400, encoding="utf-8")
+    events: list[Event] = []
     with pytest.raises((ConfigError, DataError), match=message):
-        evaluate("shapes", EvalOptions(n=2, **changes))
+        evaluate("shapes", EvalOptions(n=2, **changes), events.append)
+    assert not events
+
+
+def test_eval_checks_its_output_before_it_samples(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for output in ("file", "file/below"):
+        done = command("eval", "shapes", "--concept", "circle", "--output", output, cwd=tmp_path)
+        assert done.returncode == 2 and "not a folder" in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "used" / "eval.csv").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"in which eval\.csv is a folder\. Name another"):
+        check_output_folder(tmp_path / "used", EvalOptions())
+
+
+def test_eval_advice_names_options_of_eval() -> None:
+    assert flag(option_name("eval_images")) == "-n" and flag(option_name("retain_weight")) == "--retain-weight"
 
 
 def test_sets_of_prompts_are_disjoint_from_training_and_say_what_they_should() -> None:

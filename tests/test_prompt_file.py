@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from salun.diffusion.prompts import prompt_file
-from salun.diffusion.prompts.prompt_file import PromptRow, prompts_of_hub, read_prompts
+from salun.diffusion.prompts.prompt_file import PromptList, PromptRow, prompts_of_hub, read_prompts
 from salun.errors import DataError
 
 I2P = (
@@ -58,7 +58,7 @@ HEADERS = {  # of public files, by repository, each with a row like theirs
 @pytest.mark.parametrize("name", HEADERS)
 def test_read_prompts_finds_the_columns_of_public_files(name: str, tmp_path: Path) -> None:
     header, row = HEADERS[name]
-    (prompt,) = read_prompts(written(tmp_path, f"{header}\r\n{row}\r\n"))
+    (prompt,) = read_prompts(written(tmp_path, f"{header}\r\n{row}\r\n")).rows
     columns = dict(zip(next(csv.reader([header])), next(csv.reader([row])), strict=True))
     assert prompt.text == ("a cat, asleep" if "sd_model" in columns else "a cat")
     seed = columns.get("evaluation_seed") or columns.get("sd_seed") or columns.get("seed")
@@ -78,18 +78,18 @@ def test_read_prompts_finds_the_columns_of_public_files(name: str, tmp_path: Pat
 def test_read_prompts_takes_any_separator_and_a_byte_order_mark(mark: str, bom: str, tmp_path: Path) -> None:
     rows = [["Prompt ", "SEED"], [f"a {mark} cat", "5"], ['of "two"\nlines', ""]]
     content = "\r\n".join(mark.join('"' + each.replace('"', '""') + '"' for each in row) for row in rows)
-    prompts = read_prompts(written(tmp_path, bom + content + "\r\n\r\n"))
+    prompts = read_prompts(written(tmp_path, bom + content + "\r\n\r\n")).rows
     assert prompts == [PromptRow(f"a {mark} cat", 5, row=2), PromptRow('of "two"\nlines', row=3)]
 
 
 def test_read_prompts_takes_a_text_file_of_one_prompt_per_line(tmp_path: Path) -> None:
     path = written(tmp_path, "\ufeffa cat, asleep\r\n\r\nеще\n", "prompts.txt")
-    assert read_prompts(path) == [PromptRow("a cat, asleep", row=1), PromptRow("еще", row=3)]
+    assert read_prompts(path) == PromptList([PromptRow("a cat, asleep", row=1), PromptRow("еще", row=3)])
 
 
 def test_read_prompts_takes_integers_as_pandas_writes_them(tmp_path: Path) -> None:
     path = written(tmp_path, "prompt,seed,width\na,7.0,512.0\nb,,\n")
-    assert [(each.seed, each.width) for each in read_prompts(path)] == [(7, 512), (None, None)]
+    assert [(each.seed, each.width) for each in read_prompts(path).rows] == [(7, 512), (None, None)]
 
 
 LONG = "x" * (prompt_file.TEXT + 1)
@@ -107,8 +107,7 @@ LONG = "x" * (prompt_file.TEXT + 1)
             r"no column of prompts; its columns: 'nudity', 'people', 'seed'. Name the column",
         ),
         ("prompt,seed\n", r"prompts.csv has no prompt. Give"),
-        ("prompt,seed\na,1\n ,2\n", r"row 3 has an empty prompt. Remove this row"),
-        ("prompt,seed\n,1\n,2\n", r"rows 2, 3 have an empty prompt. Remove these rows"),
+        ("prompt,seed\n,1\n ,2\n", r"prompts.csv has no prompt. Give"),
         ("prompt,Prompt\na,b\n", r"has two columns 'prompt'"),
         (
             "prompt,sd_seed\na,1\nb,one\n",
@@ -151,9 +150,9 @@ def test_read_prompts_says_what_is_wrong_in_one_line(content: str | bytes, messa
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
-def test_read_prompts_skips_empty_prompts_when_asked_to(tmp_path: Path) -> None:
-    path = written(tmp_path, "prompt,seed\na,1\n,2\nb,3\n")
-    assert [each.row for each in read_prompts(path, skip_empty=True)] == [2, 4]
+def test_read_prompts_skips_and_counts_empty_prompts(tmp_path: Path) -> None:
+    prompts = read_prompts(written(tmp_path, "prompt,seed\na,1\n,2\n ,4\nb,3\n"))
+    assert [each.row for each in prompts.rows] == [2, 5] and prompts.empty == 2
 
 
 def test_read_prompts_bounds_the_file_and_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,25 +174,42 @@ def test_read_prompts_says_why_a_path_cannot_be_read(tmp_path: Path) -> None:
         read_prompts(tmp_path / "prompts.xlsx")
 
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
 class FakeDataset(list[dict[str, object]]):
     column_names = ("prompt", "sd_seed", "categories", "sd_guidance_scale")
+    info = types.SimpleNamespace(download_checksums={f"hf://datasets/someone/prompts@{COMMIT}/data.csv": {}})
 
 
-def test_prompts_of_hub_reads_the_same_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [
+def test_prompts_of_hub_reads_the_same_columns_and_tells_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, object]] = [
         {"prompt": "a cat", "sd_seed": 5, "categories": ["hate", "shocking"], "sd_guidance_scale": 7.5},
+        {"prompt": None, "sd_seed": 6, "categories": "hate", "sd_guidance_scale": 7.5},
         {"prompt": "a dog", "sd_seed": None, "categories": "hate", "sd_guidance_scale": float("nan")},
     ]
-    module = types.SimpleNamespace(load_dataset=lambda repo, split: FakeDataset(rows))
+    module = types.SimpleNamespace(load_dataset=lambda repo, split, revision: FakeDataset(rows))
     monkeypatch.setitem(sys.modules, "datasets", module)
-    assert prompts_of_hub("someone/prompts") == [
+    prompts = [
         PromptRow("a cat", 5, 7.5, labels={"categories": "hate, shocking"}, row=2),
-        PromptRow("a dog", labels={"categories": "hate"}, row=3),
+        PromptRow("a dog", labels={"categories": "hate"}, row=4),
     ]
+    assert prompts_of_hub("someone/prompts") == PromptList(prompts, empty=1, revision=COMMIT)
+
+
+def test_prompts_of_hub_are_those_of_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(repo: str, split: str, revision: str | None) -> FakeDataset:
+        assert (repo, revision) == ("someone/prompts", "v2")
+        data = FakeDataset([{"prompt": "a cat", "sd_seed": 5, "categories": "", "sd_guidance_scale": 7.5}])
+        data.info = types.SimpleNamespace(download_checksums=None)  # a library that does not tell
+        return data
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=loaded))
+    assert prompts_of_hub("someone/prompts", "v2").revision == "v2"
 
 
 def test_prompts_of_hub_says_in_one_line_that_it_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(repo: str, split: str) -> None:
+    def offline(repo: str, split: str, revision: str | None) -> None:
         raise ConnectionError(f"Couldn't reach {repo!r} on the Hub (OfflineModeIsEnabled)\nand more")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=offline))

@@ -15,6 +15,7 @@ from salun.config import read_record
 from salun.delta.delta import Delta
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.model.loading import load_with
+from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseJob, EraseOptions
 from salun.diffusion.prompts.concepts import Concept
@@ -27,12 +28,14 @@ class Compared:
     """A model, and the original that it came from, if that is known.
 
     Args:
+        name: What is evaluated, for people.
         erased: The model of a file of its own, or `original`, which `change` turns into the erased one.
         change: Network tensors of the erased model, where it is not a model of its own.
         weights: A hash of these.
         names: What to evaluate, and `options` how its prompts are made.
     """
 
+    name: str
     erased: Model
     original: Model | None
     names: Sequence[Concept]
@@ -45,6 +48,15 @@ class Compared:
         """The original, or else the model itself: the one that says how images are sampled."""
         return self.original or self.erased
 
+    @property
+    def facts(self) -> dict[str, dict[str, str] | None]:
+        """Both models as in `eval.json`: name, and hashes of the network's weights and of all other parts."""
+        original = self.original
+        return {
+            "model": _facts(self.name, self.erased, self.weights),
+            "original": _facts(display_name(original.name), original) if original is not None else None,
+        }
+
     @contextmanager
     def as_erased(self) -> Iterator[Model]:
         """Context manager: the model with its erased weights."""
@@ -56,6 +68,10 @@ class Compared:
             yield self.erased
         finally:
             self.erased.load(self.erased.original())
+
+
+def _facts(name: str, model: Model, weights: str | None = None) -> dict[str, str]:
+    return {"name": name, "weights": weights or model.base_hash, "parts": model.parts_hash}
 
 
 def compared_models(target: str, options: EvalOptions) -> Compared:
@@ -79,13 +95,13 @@ def compared_models(target: str, options: EvalOptions) -> Compared:
         )
     names = [Concept(name) for name in options.concept]
     if not options.against:
-        return Compared(load_with(target, options), None, names, _erase_options(options))
+        return Compared(display_name(target), load_with(target, options), None, names, _erase_options(options))
     original, erased = _loaded([options.against, target], options)
     if original.family.name != erased.family.name or original.latent_shape != erased.latent_shape:
         raise ModelError(
             f"{target} ({erased.family.name}) and {options.against} ({original.family.name}) differ in kind"
         )
-    return Compared(erased, original, names, _erase_options(options))
+    return Compared(display_name(target), erased, original, names, _erase_options(options))
 
 
 def _loaded(names: Sequence[str], options: EvalOptions) -> list[Model]:
@@ -106,15 +122,19 @@ def _of_run(folder: Path, options: EvalOptions) -> Compared:
         )
     job = EraseJob(**read_record(record, folder / "run.json"))
     used = _erase_options(options, job.options)
-    used = replace(used, device=options.device, allow_pickle=options.allow_pickle, detector=None)  # not as recorded
+    used = replace(used, device=options.device, allow_pickle=options.allow_pickle)  # not as recorded
     model = load_with(str(job.model), used)
     loaded = Delta.load(delta)
     change = loaded.apply(model.original())
-    return Compared(model, model, [Concept(name) for name in job.concept], used, change, loaded.result_hash)
+    names = [Concept(name) for name in job.concept]
+    return Compared(folder.resolve().name, model, model, names, used, change, loaded.result_hash)
 
 
 def _erase_options(options: EvalOptions, base: EraseOptions | None = None) -> EraseOptions:
-    """The options by which prompts are made and images sampled: the given ones, others as in `base`."""
+    """The options by which prompts are made and images sampled: the given ones, others as in `base`.
+
+    The detector is that of `base`, which the given ones replace in the evaluation alone.
+    """
     defaults = EvalOptions()
     shared = {item.name for item in dataclasses.fields(EraseOptions)} & {i.name for i in dataclasses.fields(options)}
     given = {name: getattr(options, name) for name in shared - {"detector"}}

@@ -24,7 +24,7 @@ class EvalOptions(ModelOptions):
     detector: list[str] = option(
         [],
         f"Detector ({', '.join(DETECTORS)}), with an argument after a colon where it takes one; repeatable",
-        auto="the classifier in the model's folder, else self: the original model as classifier",
+        auto="the run's; else the classifier in the model's folder, else self: the original model as classifier",
     )
     metric: list[str] = option(
         [],
@@ -36,14 +36,23 @@ class EvalOptions(ModelOptions):
     )
     prompts: list[str] = option(
         [],
-        "File of prompts (.csv with the columns of I2P or COCO, or .txt), or hub id of a data set of them; repeatable",
+        "File of prompts (.csv with the columns of I2P or COCO, or .txt), or hub id of a data set of them, with a "
+        "revision as in ID@REVISION; repeatable",
         path=True,
+    )
+    max_prompts: int | None = option(
+        None, "Prompts of each file or data set, from its beginning", auto="all", minimum=1, maximum=1_000_000
     )
     sets: list[str] = option(
         [], f"Additional set of prompts made from the concept ({', '.join(SETS)}); repeatable, for models of free text"
     )
-    synonyms: list[str] = option([], "Other phrase for the concept, for the set synonyms; repeatable")
-    n: int = option(100, "Images of each set and model", minimum=2, maximum=1_000_000)
+    synonyms: list[str] = option([], "Other phrase for the concept; adds the set synonyms; repeatable")
+    n: int = option(
+        100,
+        "Images of each model on held-out prompts of each concept, on others and on the anchor's",
+        minimum=2,
+        maximum=1_000_000,
+    )
     seed: int = option(1, "Random seed", minimum=0, maximum=2**63 - 1)
     keep_images: bool = option(False, "Write every image")
     show_sensitive: bool = option(False, "Do not blur images of sensitive concepts in the report")
@@ -58,9 +67,16 @@ class EvalOptions(ModelOptions):
 
 
 GROUPS = {
-    "What": ("concept", "anchor", "against", "detector", "metric", "clip", "prompts", "sets", "synonyms", "n"),
+    "What": ("concept", "anchor", "against", "detector", "metric", "clip", "n"),
+    "Further prompts": ("prompts", "max_prompts", "sets", "synonyms"),
     "Model": ("components", "models_dir", "prediction_type", "clip_skip", "resolution", "allow_pickle"),
     "Sampling": ("sampling_steps", "sampling_guidance", "sampler", "negative_prompt", "seed"),
     "Output": ("keep_images", "show_sensitive"),
     "Computing": ("device", "dtype"),
 }
+NAMES = {"eval_images": "n"}  # options of an erasure that an evaluation has by another name
+
+
+def option_name(name: str) -> str:
+    """The name of an option as an evaluation has it: advice is written for erasures."""
+    return NAMES.get(name, name)

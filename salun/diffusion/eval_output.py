@@ -11,34 +11,58 @@ from typing import Any
 
 import numpy as np
 
-from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSamples
+from salun.diffusion.eval_options import EvalOptions, option_name
+from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSamples, folder_name
 from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
+from salun.errors import ConfigError
 from salun.evaluation.estimate import from_json
-from salun.files import write_bytes
+from salun.files import check_disk_space, write_bytes
 from salun.image_metrics import IMAGE_METRICS
+from salun.progress import Event, Progress, Stage, silent
 from salun.report import image_grid
 from salun.report.metrics import ARROWS, banner, calibration_sections, headline, metric_sections, verdict_lines
-from salun.report.page import image_sections
+from salun.report.page import GLOSSARY, image_sections
 from salun.report.render import ImagePair, Report, Section, page
 
 SHOWN = 8  # images of each set on the page
 SIDES = ("before", "after")
 FILES = ("eval.json", "eval.csv", "eval.html")
+IMAGES = "images"
 
 
-def write_evaluation(result: EvalResult, folder: Path) -> list[Path]:
-    """Write all files, those of the same names are replaced; returns their paths."""
+def check_output_folder(folder: Path, options: EvalOptions) -> None:
+    """Check that `write_evaluation` can write into a folder, before hours of sampling.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    paths = [folder / name for name in (*FILES, *([f"{IMAGES}/x.png"] if options.keep_images else []))]
+    taken = [path for path in paths if path.is_dir()]
+    if (folder.exists() and not folder.is_dir()) or taken:
+        raise ConfigError(
+            f"is {folder}, " + (f"in which {taken[0].name} is a folder" if taken else "which is not a folder"),
+            option="output",
+            advice="Name another folder, which need not exist",
+        )
+    check_disk_space(dict.fromkeys(paths, 0))
+
+
+def write_evaluation(result: EvalResult, folder: Path, progress: Progress = silent) -> list[Path]:
+    """Write all files, those of the same names are replaced; returns their paths. Images are written one by one."""
     data = result.as_json()
     texts = (json.dumps(data, indent=1) + "\n", _csv(result), report(result, data).html)
     for name, text in zip(FILES, texts, strict=True):
         write_bytes(folder / name, text.encode("utf-8", "backslashreplace"))
     if result.options.keep_images:
+        done, total = 0, sum(len(samples) for _, _, samples in _parts(result))
         for of, side, samples in _parts(result):
-            safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in of.prompts.name)
-            for i, image in enumerate(samples.images):
-                write_bytes(folder / "images" / safe / f"{i + 1:05}-{side}.png", image_grid.png_bytes(image))
+            place = folder / IMAGES / folder_name(of.prompts.name)
+            for i, image in enumerate(samples.images, 1):
+                write_bytes(place / f"{i:05}-{side}.png", image_grid.png_bytes(image))
+                progress(Event(Stage.SAVING, done + i, total))
+            done += len(samples)
     return [folder / name for name in FILES]
 
 
@@ -70,15 +94,16 @@ def _csv(result: EvalResult) -> str:
 
 
 def report(result: EvalResult, data: Mapping[str, Any]) -> Report:
-    """The page: verdict, images, metrics of each detector, and what became of each set."""
+    """The page: verdict, images, metrics of each detector, what became of each set, and how to reproduce it."""
     concepts = data["concepts"]
-    compared = result.compared
     title = "Is it forgotten? " + ", ".join(f"“{concept['name']}”" for concept in concepts)
-    names = [display_name(m.name) for m in dict.fromkeys((compared.erased, compared.original)) if m is not None]
-    subtitle = f"{' against '.join(names)} · {result.options.n} images of each set · seed {result.options.seed}"
+    names = [of["name"] for of in data["models"].values() if of is not None]
+    subtitle = (
+        f"{' against '.join(names)} · {result.options.n} images of each held-out set · seed {result.options.seed}"
+    )
     sections = _images(result)
     for name, metrics in result.metrics.items():
-        lines = " ".join(verdict_lines(metrics)) if len(result.metrics) > 1 else ""
+        lines = " ".join(verdict_lines(metrics, option_name)) if len(result.metrics) > 1 else ""
         sections.append(Section(f"By the detector {name}" if len(result.metrics) > 1 else "", lines))
         sections += [*metric_sections(concepts, metrics), *calibration_sections(metrics)]
     rows = [("set", "n", "detector", "", *SIDES), *set_rows(data["sets"])]
@@ -87,7 +112,38 @@ def report(result: EvalResult, data: Mapping[str, Any]) -> Report:
     if len(rows) > 1:
         text = "Of all images of a set. Between: of the model's images from the original's."
         sections.append(Section("Metrics of images", text, rows, wrap=True))
-    return page(title, subtitle, sections, headline(concepts, data), data["notes"], banner=banner(data))
+    sections += [_files(result), *_inputs(data["inputs"]), GLOSSARY]
+    verdict = banner(data, option_name)
+    return page(title, subtitle, sections, headline(concepts, data), data["notes"], _reproduction(result), verdict)
+
+
+def _files(result: EvalResult) -> Section:
+    """Links to the files in the folder of the page."""
+    links = [
+        ("eval.json", "eval.json", "everything on this page and more, as data"),
+        ("eval.csv", "eval.csv", "a row for each image, with each detector's scores"),
+    ]
+    if result.options.keep_images:
+        links.append((f"{IMAGES}/", f"{IMAGES}/", "every image, by set"))
+    return Section("Files", links=links)
+
+
+def _inputs(inputs: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """The lists of prompts, and by what their content is known."""
+    rows = [
+        (of["path"], f"revision {of['revision']}" if "revision" in of else f"sha256 {of['sha256']}") for of in inputs
+    ]
+    return [Section("", "Lists of prompts:", [("file or data set", "content"), *rows], wrap=True)] if rows else []
+
+
+def _reproduction(result: EvalResult) -> dict[str, Any]:
+    """The record as the page shows it: of both models' paths only the last part, but the hashes of their weights."""
+    record = result.record.as_json()
+    named = {name: display_name(path) for name in ("target", "against") if (path := record["options"][name])}
+    models = {side: of for side, of in result.compared.facts.items() if of is not None}
+    parts = {"weights": "weights", "parts": "other parts"}
+    hashes = {f"{what} of the {side}": of[part] for side, of in models.items() for part, what in parts.items()}
+    return {**record, "options": record["options"] | named, "facts": record["facts"] | hashes}
 
 
 def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:

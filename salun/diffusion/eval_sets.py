@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from salun.diffusion.data.latents import decode_images, item_seed, sample_latents
+from salun.diffusion.data.latents import item_seed, lazy_images, sample_latents
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.evaluation import EvalPrompts
 from salun.diffusion.model.stable_diffusion import Model
@@ -22,10 +23,13 @@ from salun.diffusion.prompts.vocabulary import Prompt
 from salun.errors import ConfigError, DataError
 from salun.evaluation.detector import Detection, Detector, Samples
 from salun.evaluation.estimate import Estimate, Unknown, Value
+from salun.evaluation.lazy_images import LazyImages, picked
 from salun.evaluation.metrics.image_drift import drift_of
-from salun.progress import Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
+from salun.runs.record import RunRecord
 
+ENCODED = 512  # prompts; a multiple of every batch size, so that batches in the cache are the same for any list
 CONCEPT, OTHERS, ANCHOR = "concept", "other prompts", "anchor"  # the sets that every evaluation has
 
 
@@ -50,9 +54,9 @@ class SetSamples:
         return sum(map(len, self.parts))
 
     @property
-    def images(self) -> list[np.ndarray]:
-        """uint8 (h, w, 3) each, in the order of the set."""
-        return _in_order(self.rows, [list(part.images) for part in self.parts])
+    def images(self) -> LazyImages:
+        """uint8 (h, w, 3) each, in the order of the set; decoded when they are read."""
+        return picked(_in_order(self.rows, [[(part.images, i) for i in range(len(part))] for part in self.parts]))
 
     @property
     def prompts(self) -> list[str]:
@@ -128,29 +132,63 @@ class SetResult:
         return rates
 
 
-def wanted_sets(options: EvalOptions, plan: Plan, model: Model) -> tuple[list[PromptSet], list[str]]:
-    """The sets that the options ask for, of n prompts at most, and notes for the user.
+def wanted_sets(options: EvalOptions, plan: Plan, model: Model, record: RunRecord) -> list[PromptSet]:
+    """The sets that the options ask for besides the held-out prompts, each in full unless the options bound it.
+
+    Args:
+        record: Gets the files as inputs, and what the user should know of them as notes.
 
     Raises:
-        ConfigError: A set does not exist, or has no prompts for a concept.
+        ConfigError: A set does not exist, has no prompts for a concept, or has the name of another.
         DataError: A file of prompts cannot be used.
     """
-    if options.sets and model.settings.vocabulary is not None:
+    names = list(dict.fromkeys([*options.sets, *(["synonyms"] if options.synonyms else [])]))
+    if names and model.settings.vocabulary is not None:
         raise ConfigError(
-            f"are prompts in free text, but {model.name} knows the words of its vocabulary only", option="sets"
+            f"are prompts in free text, but {model.name} knows the words of its vocabulary only",
+            option="sets" if options.sets else "synonyms",
         )
-    made = prompt_sets(options.sets, plan.concepts, plan.prompts, options.synonyms, _similarity(model))
-    for source in options.prompts:
-        path = Path(source).expanduser()
-        rows = read_prompts(path, skip_empty=True) if path.suffix or path.exists() else prompts_of_hub(source)
-        _check_sizes(rows, model, path.name)
-        made.append(PromptSet(path.name, rows))
-    notes = []
-    for i, each in enumerate(made):
-        if len(each.rows) > options.n:
-            notes.append(f"{each.name}: the first {options.n:,} of {len(each.rows):,} prompts (-n)")
-            made[i] = replace(each, rows=each.rows[: options.n])
-    return made, notes
+    made = prompt_sets(names, plan.concepts, plan.prompts, options.synonyms, _similarity(model))
+    made += [_listed(source, options.max_prompts, model, record) for source in options.prompts]
+    _check_names([CONCEPT, OTHERS, ANCHOR, *(each.name for each in made)])
+    return made
+
+
+def folder_name(name: str) -> str:
+    """The name of a set as that of the folder of its images."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise ConfigError for sets whose results would have the same name, on file systems that ignore case too."""
+    by_folder: dict[str, str] = {}
+    for name in names:
+        folder = folder_name(name).casefold()
+        if folder in by_folder:
+            raise ConfigError(
+                f"name the sets {by_folder[folder]!r} and {name!r}, whose results would replace each other",
+                option="prompts",
+                advice="Rename a file, or evaluate it apart, with another {output}",
+            )
+        by_folder[folder] = name
+
+
+def _listed(source: str, most: int | None, model: Model, record: RunRecord) -> PromptSet:
+    """The prompts of a file, or of a data set of the hub as ID or ID@REVISION; at most the first `most`."""
+    path, (repo, _, revision) = Path(source).expanduser(), source.partition("@")
+    if path.exists() or Path(repo).suffix:
+        name, listed = path.name, read_prompts(path)
+        record.add_input("prompts", path, name)
+    else:
+        name, listed = repo, prompts_of_hub(repo, revision or None)
+        record.inputs.append({"kind": "prompts", "path": repo, "revision": listed.revision or "unknown"})
+    rows = listed.rows[:most]
+    _check_rows(rows, model, name)
+    if listed.empty:
+        record.notes.append(f"{name}: skipped rows with an empty prompt: {listed.empty:,}")
+    if len(rows) < len(listed.rows):
+        record.notes.append(f"{name}: the first {len(rows):,} of {len(listed.rows):,} prompts (max_prompts)")
+    return PromptSet(name, rows)
 
 
 def sets_of(prompts: EvalPrompts) -> dict[str, PromptSet]:
@@ -166,9 +204,10 @@ def sets_of(prompts: EvalPrompts) -> dict[str, PromptSet]:
     }
 
 
-def _check_sizes(rows: Sequence[PromptRow], model: Model, where: str) -> None:
-    """Raise DataError for a row of a size that the model cannot draw."""
+def _check_rows(rows: Sequence[PromptRow], model: Model, where: str) -> None:
+    """Raise DataError for a row that the model cannot draw: its size, or the length of its prompt."""
     for row in rows:
+        model.chunks(row.text)
         for side in (row.width, row.height):
             if side is not None and side % model.multiple:
                 raise DataError(
@@ -205,6 +244,8 @@ def sampled_set(
 ) -> SetSamples:
     """The set's images, each of its row's guidance and size, or else the model's own.
 
+    Its latents are held; images are decoded when they are read (`lazy_images`).
+
     Args:
         stage, cache, weights: As in `sample_latents`.
     """
@@ -221,11 +262,33 @@ def sampled_set(
         for guidance, of in by_guidance.items():
             texts, theirs = [prompts.rows[i].text for i in of], [seeds[i] for i in of]
             with model.sampling_as(replace(usual, guidance=guidance), size):
-                latents.append(sample_latents(model, texts, theirs, progress, stage, cache, weights).cpu())
-        joined = torch.cat(latents)
+                latents.append(_sampled(model, texts, theirs, progress, stage, cache, weights))
+        ordered = torch.cat(latents)[np.argsort(rows)]  # so that those who read the set decode each batch once
+        rows.sort()
         with model.sampling_as(usual, size):
-            images = decode_images(model, joined)
+            images = lazy_images(model, ordered)
         texts = [prompts.rows[i].text for i in rows]
-        parts.append(Samples(images, joined, texts, compare_prompts=prompts.preserve))
+        parts.append(Samples(images, ordered, texts, compare_prompts=prompts.preserve))
         placed.append(rows)
     return SetSamples(parts, placed)
+
+
+def _sampled(
+    model: Model,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    progress: Progress,
+    stage: Stage,
+    cache: Cache | None,
+    weights: str | None,
+) -> Tensor:
+    """As `sample_latents`, on the CPU, with the encodings of `ENCODED` prompts at once: a list may have 30,000."""
+
+    def counted(event: Event) -> None:
+        progress(replace(event, step=len(done) + event.step, total=len(texts)))
+
+    done: list[Tensor] = []
+    while len(done) < len(texts):
+        part = slice(len(done), len(done) + ENCODED)
+        done += sample_latents(model, texts[part], seeds[part], counted, stage, cache, weights).cpu()
+    return torch.stack(done)

@@ -1,16 +1,16 @@
 """`salun eval`: any model compared with its original, on held-out prompts, on sets of prompts and on prompt files.
 
 Samples are kept in the cache, so that an interrupted evaluation continues where it was, and other detectors
-need no new images.
+need no new images. Latents are held, images are not: each is decoded when a detector, a metric or a file needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from salun.compute.device import explained_memory_errors
+from salun.compute.device import DTYPES, explained_memory_errors
 from salun.diffusion.eval_models import Compared, compared_models
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.eval_sets import (
@@ -33,19 +33,24 @@ from salun.diffusion.evaluation import (
     metrics_of,
     metrics_without,
 )
+from salun.diffusion.model.settings import SAMPLING
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.prompts.sets import PromptSet
 from salun.errors import ConfigError
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.detector import Detector, DetectorInputs, load_detector
-from salun.evaluation.image_metric import ImageMetric, ImageSet, load_image_metrics, measure_images
+from salun.evaluation.image_metric import ImageMetric, ImageSet, Prepared, load_image_metrics, measure_images
 from salun.evaluation.metric import EvaluationPair
 from salun.evaluation.pretrained import CLIP
 from salun.progress import Progress, Stage, silent
 from salun.runs.cache import Cache
+from salun.runs.record import RunRecord
 
 NO_ORIGINAL = "without its original model a detector's word cannot be checked"
+
+
+RECORDED = ("command", "options", "device", "versions", "inputs", "notes")  # parts of the record in `eval.json`
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +58,7 @@ class EvalResult:
     """All that an evaluation found.
 
     Args:
+        record: What was evaluated how, as of any run: command, options, versions, files of prompts.
         pairs: Detector → what it sees on the held-out prompts of both models; empty without an original.
         metrics: Detector → metrics, as in `run.json`.
         sets: What was found on each set of prompts; `CONCEPT` and `OTHERS`, the held-out prompts, are the first.
@@ -65,18 +71,26 @@ class EvalResult:
     pairs: Mapping[str, EvaluationPair]
     metrics: Mapping[str, dict[str, Any]]
     sets: Sequence[SetResult]
-    notes: Sequence[str]
+    record: RunRecord
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines for the user."""
+        return self.record.notes
 
     def as_json(self) -> dict[str, Any]:
         """As in `eval.json`: the metrics of the first detector, and under `detectors` those of all."""
+        recorded = self.record.as_json()
         return {
             "n": self.options.n,
             "seed": self.options.seed,
             "concepts": [{"name": c.name, "anchor": c.anchor} for c in self.plan.concepts],
-            "notes": list(self.notes),
             **next(iter(self.metrics.values())),
             "detectors": dict(self.metrics),
             "sets": {each.prompts.name: self._of_set(each) for each in self.sets if each.prompts.name != ANCHOR},
+            "models": self.compared.facts,
+            "sampling": {**asdict(self.plan.sampling), **self.record.facts},
+            **{name: recorded[name] for name in RECORDED},
         }
 
     def _of_set(self, of: SetResult) -> dict[str, Any]:
@@ -98,11 +112,14 @@ class EvalResult:
         }
 
 
-def evaluate(target: str, options: EvalOptions, progress: Progress = silent) -> EvalResult:
+def evaluate(
+    target: str, options: EvalOptions, progress: Progress = silent, command: str = "salun.diffusion.evaluate.evaluate"
+) -> EvalResult:
     """Compare a model with its original, or without one tell how often each concept is detected in its images.
 
     Args:
         target: A run folder, or a model; then the options name the concept and the original.
+        command: As it is recorded, to reproduce the evaluation.
 
     Raises:
         ConfigError: The concept is missing, or a detector, metric, set or option is wrong.
@@ -113,9 +130,11 @@ def evaluate(target: str, options: EvalOptions, progress: Progress = silent) -> 
     plan = make_plan(compared.known.settings, compared.known.name, list(compared.names), compared.options)
     advice = "Try {dtype} bf16 or a smaller {resolution}"
     with compared.known.configured(plan.options), explained_memory_errors("out of memory", advice):
-        detectors, measures = _detectors(compared, plan, options), _image_metrics(compared, options)
-        wanted, notes = wanted_sets(options, plan, compared.known)
+        record = _record(target, options, compared, plan, command)
+        wanted = wanted_sets(options, plan, compared.known, record)
         prompts = eval_prompts(plan, options.n, options.seed)
+        detectors, measures = _detectors(compared, plan, options), _image_metrics(compared, options)
+        _prepare(measures, prompts, wanted, progress)
         sides = _sampled(compared, plan, prompts, wanted, options.seed, progress)
         pairs = {}
         if "before" in sides:
@@ -129,12 +148,34 @@ def evaluate(target: str, options: EvalOptions, progress: Progress = silent) -> 
         name: metrics_of(of, pairs[name]) if name in pairs else metrics_without(of, NO_ORIGINAL)
         for name, of in detectors.items()
     }
-    return EvalResult(compared, plan, options, detectors, pairs, metrics, sets, notes)
+    return EvalResult(compared, plan, options, detectors, pairs, metrics, sets, record)
+
+
+def _record(target: str, options: EvalOptions, compared: Compared, plan: Plan, command: str) -> RunRecord:
+    """The record of an evaluation, with every option resolved that the model or the run decides."""
+    model = compared.known
+    resolved = {
+        "concept": [concept.name for concept in plan.concepts],
+        "detector": _detector_names(options, plan),
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == model.dtype),
+        **{name: getattr(plan.options, name) for name in ("anchor", "prediction_type", "clip_skip", "components")},
+        **{name: getattr(plan.sampling, field) for name, field in SAMPLING.items()},
+    }
+    facts = {"scheduler": str(model.sampler_facts()["scheduler"])}
+    used = {"target": target, **asdict(options), **resolved}
+    record = RunRecord(None, command, used, options.seed, str(model.device), facts)
+    if plan.options.detector and not options.detector:
+        record.notes.append(f"the detector is {plan.detector}, as in the run")
+    return record
+
+
+def _detector_names(options: EvalOptions, plan: Plan) -> list[str]:
+    return list(dict.fromkeys(options.detector or [plan.detector]))
 
 
 def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
     """The wanted detectors. Raises ConfigError for one that needs the original, where there is none."""
-    names = options.detector or [plan.detector]
+    names = _detector_names(options, plan)
     if compared.original is None and "self" in names:
         raise ConfigError(
             "is self, which asks the original model",
@@ -143,7 +184,7 @@ def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str
         )
     model = compared.known
     inputs = DetectorInputs(plan.subjects, model.settings.detector, compared.original, model.device)
-    return {name: load_detector(name, inputs) for name in dict.fromkeys(names)}
+    return {name: load_detector(name, inputs) for name in names}
 
 
 def _image_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
@@ -158,6 +199,16 @@ def _image_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageM
             advice="Name the original by {against}, or real images, as in {metric} fid:FOLDER",
         )
     return loaded
+
+
+def _prepare(
+    measures: Mapping[str, ImageMetric], prompts: EvalPrompts, wanted: Sequence[PromptSet], progress: Progress
+) -> None:
+    """Have metrics read what they need before anything is sampled. Raises DataError as `Prepared.prepare`."""
+    largest = max(len(prompts.forget), len(prompts.retain), *(len(of.rows) for of in wanted))
+    for metric in measures.values():
+        if isinstance(metric, Prepared):
+            metric.prepare(largest, progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +226,7 @@ def _sampled(
     cache, sides = Cache.of_user(), {}
 
     def sampled(model: Model, stage: Stage, weights: str | None) -> Side:
-        held_out = evaluate_model(model, prompts, progress, stage, cache, weights)
+        held_out = evaluate_model(model, prompts, progress, stage, cache, weights, hold_images=False)
         sets = [sampled_set(model, of, seeds_of(of, seed), progress, stage, cache, weights) for of in wanted]
         return Side(held_out, sets)
 

@@ -10,7 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,13 +65,26 @@ class PromptRow:
     id: str | None = None
 
 
-def read_prompts(path: Path | str, skip_empty: bool = False) -> list[PromptRow]:
+@dataclass(frozen=True)
+class PromptList:
+    """The prompts of a file or a data set.
+
+    Args:
+        empty: How many rows are skipped because their prompt is empty, as one is in common copies of I2P.
+        revision: Commit of a data set of the hub; None where it is not known, and of a file.
+    """
+
+    rows: list[PromptRow]
+    empty: int = 0
+    revision: str | None = None
+
+
+def read_prompts(path: Path | str) -> PromptList:
     """The prompts of a CSV file, whose columns are found by their names, or of a text file with one on each line.
 
     Args:
-        path: `.csv` or `.tsv`, separated by commas, semicolons or tabs; or `.txt`, whose blank lines are skipped. In
+        path: `.csv` or `.tsv`, separated by commas, semicolons or tabs; or `.txt`, whose blank lines do not count. In
             UTF-8, untrusted.
-        skip_empty: Skip the rows with an empty prompt, of which common copies of I2P have one.
 
     Raises:
         DataError: It cannot be read, has no prompt or no column of them, or a row that is invalid; says which row and
@@ -89,16 +102,16 @@ def read_prompts(path: Path | str, skip_empty: bool = False) -> list[PromptRow]:
         lines = enumerate(content.split("\n"), 1)
         return _prompts(((i, {"": text.removesuffix("\r")}) for i, text in lines if text.strip()), {"text": ""}, path)
     mark, header = _separated(content)
-    return _prompts(_rows(content, mark, header, path), _columns(header, path), path, skip_empty)
+    return _prompts(_rows(content, mark, header, path), _columns(header, path), path)
 
 
-def prompts_of_hub(repo: str, split: str = "train", skip_empty: bool = False) -> list[PromptRow]:
+def prompts_of_hub(repo: str, revision: str | None = None, split: str = "train") -> PromptList:
     """The prompts of a data set of the Hugging Face hub, by the same names of columns.
 
     Args:
         repo: Its id there, such as "AIML-TUDA/i2p".
+        revision: Branch, tag or commit; None for the newest.
         split: The part of it to read.
-        skip_empty: As in `read_prompts`.
 
     Raises:
         DataError: `datasets` is not installed, the data set cannot be fetched, or as `read_prompts`.
@@ -110,7 +123,7 @@ def prompts_of_hub(repo: str, split: str = "train", skip_empty: bool = False) ->
             f"the prompts {repo!r} need the package datasets", advice="pip install salun[datasets]"
         ) from error
     try:
-        data = datasets.load_dataset(repo, split=split)
+        data = datasets.load_dataset(repo, split=split, revision=revision)
     except Exception as error:  # the library passes on the errors of its many back ends
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -119,7 +132,14 @@ def prompts_of_hub(repo: str, split: str = "train", skip_empty: bool = False) ->
         ) from error
     columns = _columns(data.column_names, repo)
     texts = ({name: _as_text(values[name]) for name in columns.values()} for values in data)
-    return _prompts(enumerate(texts, 2), columns, repo, skip_empty)
+    return replace(_prompts(enumerate(texts, 2), columns, repo), revision=_commit(data) or revision)
+
+
+def _commit(data: Any) -> str | None:
+    """The commit that a data set was fetched from, by the addresses of its files; None where they do not tell."""
+    addresses = getattr(getattr(data, "info", None), "download_checksums", None) or {}
+    commits = {match[1] for address in addresses if (match := re.search("@([0-9a-f]{40})/", str(address)))}
+    return commits.pop() if len(commits) == 1 else None
 
 
 def _content(path: Path) -> str:
@@ -195,25 +215,19 @@ def _columns(header: Sequence[str], where: Path | str) -> dict[str, str]:
     return columns | {label: present[label] for label in LABELS if label in present}
 
 
-def _prompts(
-    rows: Iterable[_Row], columns: Mapping[str, str], where: Path | str, skip_empty: bool = False
-) -> list[PromptRow]:
-    """The rows with their numbers. Raises DataError."""
-    prompts, empty = [], []
+def _prompts(rows: Iterable[_Row], columns: Mapping[str, str], where: Path | str) -> PromptList:
+    """The rows with their numbers, those with an empty prompt skipped. Raises DataError."""
+    prompts, empty = [], 0
     for count, (row, values) in enumerate(rows):
         if count == ROWS:
             raise DataError(f"{where} has more than {ROWS:,} rows, which is the limit", advice="Split it")
         if values[columns["text"]].strip():
             prompts.append(_prompt(values, columns, row, f"{where}: row {row:,} has"))
         else:
-            empty.append(f"{row:,}")
-    if empty and not skip_empty:
-        several = len(empty) > 1
-        which = f"rows {some(empty, 5)} have" if several else f"row {empty[0]} has"
-        raise DataError(f"{where}: {which} an empty prompt", advice=f"Remove {'these rows' if several else 'this row'}")
+            empty += 1
     if not prompts:
         raise DataError(f"{where} has no prompt", advice="Give a file with at least one")
-    return prompts
+    return PromptList(prompts, empty)
 
 
 def _prompt(values: Mapping[str, str], columns: Mapping[str, str], row: int, has: str) -> PromptRow:
