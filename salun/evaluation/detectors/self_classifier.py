@@ -19,7 +19,7 @@ from torch import Tensor
 
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
-from salun.evaluation.calibration import auc
+from salun.evaluation.calibration import FEWEST, FITTED, auc
 from salun.evaluation.detector import (
     Detection,
     DetectorInputs,
@@ -36,7 +36,6 @@ from salun.randomness import step_generator
 FRACTIONS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)  # of the schedule: the timesteps t to choose from
 UNFITTED = (0.2, 0.5, 0.8)  # those that are used without a choice
 MOST, BETTER = 3, 0.005  # timesteps at most; by how much another one must raise the AUC
-FEWEST, FITTED = 8, 24  # images of each kind that a choice needs, and uses
 SEED = 17  # of ε, which all samples share
 PROMPT, AS_PROMPTED = "prompt", "as prompted"
 
