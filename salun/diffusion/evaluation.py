@@ -195,6 +195,7 @@ def evaluated_pair(
         _evaluated(before, seen[: len(parts)]),
         _evaluated(after, seen[len(parts) :]),
         {},
+        before.forget.prompts,
         fitted,
     )
 

@@ -84,6 +84,7 @@ class EvaluationPair:
         expected_forget, expected_retain: Attribute → int64 (n,), the label that each image should show (forget images:
             once the concepts are erased); −1 where none is expected. Attributes without expectations are absent.
         unknown: Source → the reason why there is nothing of it; metrics that need it are not computed.
+        forget_prompts: Of each forget image.
         fitted: Left out of the calibration; None for a detector that is not fitted.
     """
 
@@ -94,6 +95,7 @@ class EvaluationPair:
     before: ModelEvaluation
     after: ModelEvaluation
     unknown: Mapping[Source, str]
+    forget_prompts: Sequence[str] = ()
     fitted: FittedOn | None = None
 
     def of(self, concept: ExpectedConcept) -> EvaluationPair:
