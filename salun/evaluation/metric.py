@@ -111,12 +111,13 @@ class EvaluationPair:
         attribute, before, rows, label = concept.attribute, self.before, concept.rows, concept.label
         positives = before.forget.scores[attribute][rows, label]
         others = before.retain.scores[attribute][:, label]
-        anchors = before.anchor.scores[attribute][concept.anchor_rows, label] if before.anchor is not None else []
+        anchors = np.empty(0, others.dtype)
+        if before.anchor is not None:
+            anchors = before.anchor.scores[attribute][concept.anchor_rows, label]
         if self.fitted is not None:
-            positives = positives[~self.fitted.forget[rows]]
-            fitted_anchors = self.fitted.others[len(others) :][concept.anchor_rows]
-            others = others[~self.fitted.others[: len(others)]]
-            anchors = anchors[~fitted_anchors] if before.anchor is not None else []
+            of_retain, of_anchors = np.split(self.fitted.others, [len(others)])
+            positives, others = positives[~self.fitted.forget[rows]], others[~of_retain]
+            anchors = anchors[~of_anchors[concept.anchor_rows]]
         negatives = np.concatenate([others, anchors])
         return Calibration.of_scores(positives, negatives, before.forget.threshold, before.forget.adjustable)
 

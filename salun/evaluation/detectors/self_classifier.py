@@ -154,7 +154,7 @@ class SelfClassifier:
         return errors
 
     def _at(self, latents: Tensor, encoded: Conditioning, pairs: Tensor, fraction: float) -> Tensor:
-        """Mean squared errors (k,) of (sample, prompt) pairs (k, 2) at one timestep, for a noise (c, h, w) and its negative.
+        """Mean squared errors (k,) of (sample, prompt) pairs (k, 2) at one timestep, for a noise and its negative.
 
         Such an antithetic pair takes out what is linear in the noise: it separates better than two independent ones.
         """

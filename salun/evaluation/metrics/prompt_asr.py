@@ -9,15 +9,15 @@ from salun.evaluation.metric import EvaluationPair, Metric
 
 
 def prompt_success(pair: EvaluationPair) -> Value:
-    """Forget prompts of which at least one image still shows the concept; more images a prompt find more."""
+    """Forget prompts of which at least one image still shows the concept; more images of a prompt find more."""
     unknown = pair.cannot_tell()
     if unknown is not None:
         return unknown
-    found = []
+    shows = []
     for concept in pair.concepts:
         prompts, shown = np.asarray(pair.forget_prompts)[concept.rows], pair.shown(concept)
-        found += [bool(shown[prompts == prompt].any()) for prompt in np.unique(prompts)]
-    return Estimate.percentage(np.array(found))
+        shows += [bool(shown[prompts == prompt].any()) for prompt in np.unique(prompts)]
+    return Estimate.percentage(np.array(shows))
 
 
 PROMPT_ASR = Metric("prompt_asr", "Prompts that show it (ASR)", "lower", "%", prompt_success, per_concept=True)
