@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from salun.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ class Samples:
     latents: Tensor
     prompts: Sequence[str]
     compare_prompts: bool = False
+    _computed: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def computed(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What several detectors make of the images alike, computed once for each key."""
+        if key not in self._computed:
+            self._computed[key] = compute()
+        value: T = self._computed[key]
+        return value
 
     def __len__(self) -> int:
         return len(self.images)
