@@ -33,7 +33,7 @@ from salun.evaluation.estimate import Estimate
 from salun.evaluation.image_metric import ImageSet
 from salun.evaluation.image_metrics.clip_score import clip_score
 from salun.evaluation.image_metrics.cmmd import cmmd
-from salun.evaluation.pretrained import CLIP, RESNET, REVISIONS
+from salun.evaluation.pretrained import CLIP, RESNET, REVISIONS, version_of
 from salun.files import sha256_file
 
 CAT = Subject("cat", "dog", phrase="a cat", anchor_phrase="a dog")
@@ -140,7 +140,8 @@ def test_clip_score_is_the_mean_of_positive_cosines(saved: Path) -> None:
     assert (metric.value.low, metric.value.high) == pytest.approx(
         (expected.mean() - half, expected.mean() + half), abs=1e-3
     )
-    assert metric.implementation.startswith("transformers ") and str(saved) in metric.weights
+    assert metric.implementation.startswith("transformers ")
+    assert metric.weights == f"{saved.name} ({sha256_file(saved / 'model.safetensors')})"
     with pytest.raises(ValueError, match="a prompt for each image, not 4 for 5"):
         clip_score(ImageSet(list(pixels), prompts[:4]), model)
 
@@ -213,6 +214,25 @@ def test_clip_model_reads_nothing_before_it_is_used() -> None:
     model = ClipModel()
     assert model.name == CLIP and model.version == f"{CLIP}@{REVISIONS[CLIP]}"
     assert ClipModel("someone/clip").version == "someone/clip"
+
+
+@pytest.mark.parametrize("name", ["models/clip", "./models/clip/", "models/../models/clip", "{absolute}"])
+def test_version_of_a_folder_is_its_name_so_that_results_hold_no_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/clip").mkdir(parents=True)
+    assert version_of(name.format(absolute=tmp_path / "models/clip")) == "clip"
+
+
+def test_version_of_a_folder_that_is_named_like_a_hub_id_claims_no_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / RESNET).mkdir(parents=True)
+    assert version_of(RESNET) == "resnet-50"
+    monkeypatch.chdir("/")
+    assert version_of(RESNET) == f"{RESNET}@{REVISIONS[RESNET]}"
 
 
 @pytest.fixture
@@ -334,7 +354,7 @@ def test_clip_detector_scores_are_margins_of_the_librarys_probabilities(saved: P
     target = detector.target(CAT)
     assert target is not None and (target.attribute, target.label, target.anchor) == ("cat", 0, 1)
     facts = facts_of(detector)
-    assert facts["sha256"] == sha256_file(saved / "model.safetensors") and facts["version"] == str(saved)
+    assert facts["sha256"] == sha256_file(saved / "model.safetensors") and facts["version"] == saved.name
 
 
 @pytest.fixture

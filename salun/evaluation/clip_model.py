@@ -19,7 +19,7 @@ from salun.checkpoints.transformers_folder import (
     load_model,
 )
 from salun.errors import ModelError
-from salun.evaluation.pretrained import CLIP, REVISIONS, batches, loading, weights_hash
+from salun.evaluation.pretrained import CLIP, REVISIONS, batches, loading, version_of, weights_hash
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class ClipModel:
 
     @property
     def version(self) -> str:
-        """The name and, where it is known, the revision."""
-        return f"{self.name}@{self.revision}" if self.revision else self.name
+        """The name for results, see `version_of`."""
+        return version_of(self.name, self.revision)
 
     @property
     def weights(self) -> str:

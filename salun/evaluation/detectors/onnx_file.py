@@ -1,7 +1,7 @@
 """An ONNX file of a package: located where users installed it or say that it is, hashed, and opened by onnxruntime.
 
 The package itself is never imported. Only one release of a package can be installed, so the file of another one may lie
-anywhere; its sha256 tells whether it is the right one.
+anywhere.
 """
 
 from __future__ import annotations
