@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from salun.evaluation.clip_model import ClipModel
+
 T = TypeVar("T")
 
 
@@ -74,6 +76,15 @@ class Samples:
         return replace(
             self, images=self.images[index], latents=self.latents[index], prompts=[self.prompts[i] for i in index]
         )
+
+
+def clip_embeddings(samples: Samples, model: ClipModel, progress: Progress = silent) -> np.ndarray:
+    """CLIP's embeddings of the images, float32 (n, d), computed once for all detectors by the same model."""
+
+    def embed() -> np.ndarray:
+        return model.embed_images(samples.images, progress, len(samples))
+
+    return samples.computed(f"clip {model.sha256}", embed)
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,7 @@ class DetectorInputs:
             there are only images.
         device: Where to compute.
         argument: What follows the detector's name after a colon, "" for nothing.
+        clip: The CLIP model of detectors that name none themselves; None for the default one.
     """
 
     subjects: Sequence[Subject]
@@ -173,6 +185,7 @@ class DetectorInputs:
     original: Any = None
     device: torch.device | str = "cpu"
     argument: str = ""
+    clip: ClipModel | None = None
 
 
 def labels_by_concept(subjects: Sequence[Subject]) -> dict[str, list[str]]:
