@@ -52,7 +52,7 @@ DETECTORS = {
     "nudenet": DetectorEntry(
         "exposed body parts by NudeNet, which is installed apart",
         "salun.evaluation.detectors.nudenet:load",
-        "CRITERION",
+        "CRITERION[:FILE]",
     ),
     "open-nsfw": DetectorEntry(
         "pornography by Open-NSFW, which is installed apart", "salun.evaluation.detectors.open_nsfw:load"
