@@ -30,7 +30,7 @@ class DetectorEntry:
 DETECTORS = {
     "attribute": DetectorEntry("classifier in the model's own folder", "salun.evaluation.detectors.attribute:load"),
     "self": DetectorEntry(
-        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=6
+        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=12
     ),
     "clip": DetectorEntry("CLIP, without training, for any concept", "salun.evaluation.detectors.clip:load", "MODEL"),
     "images": DetectorEntry(
@@ -52,7 +52,7 @@ DETECTORS = {
     "nudenet": DetectorEntry(
         "exposed body parts by NudeNet, which is installed apart",
         "salun.evaluation.detectors.nudenet:load",
-        "CRITERION",
+        "CRITERION[:FILE]",
     ),
     "open-nsfw": DetectorEntry(
         "pornography by Open-NSFW, which is installed apart", "salun.evaluation.detectors.open_nsfw:load"

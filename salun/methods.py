@@ -40,6 +40,7 @@ class Method:
             default.
         tunes: The option that a search tries values of; None for none.
         factors: What the search multiplies it by in its first round, rising.
+        stronger, weaker: What to try, options in braces, where a diffusion method erased too little, or did damage.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Method:
     stages: str = ""
     tunes: str | None = "lr"
     factors: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4, 16)
+    stronger: str = "Raise {steps} or {lr}"
+    weaker: str = "Lower {lr} or {steps}, or raise {retain_weight}"
 
     @property
     def options(self) -> type[Any]:
@@ -137,9 +140,13 @@ METHODS: dict[TaskName, dict[str, Method]] = {
         Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency"),
         Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned"),
         Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
-               "full", f"{_ERASE}.esd:EsdOptions", data="prompts", stages=f"{_ERASE}.esd:stages"),
+               "full", f"{_ERASE}.esd:EsdOptions", data="prompts", stages=f"{_ERASE}.esd:stages",
+               stronger="Raise {steps}, {lr} or {negative_guidance}",
+               weaker="Lower {lr}, {steps} or {negative_guidance}"),
         Method("uce", "UCE", "Gandikota et al. 2024, arXiv:2308.14761", _D, f"{_ERASE}.uce:uce",
-               "full", f"{_ERASE}.uce:UceOptions", data="prompts", stages=f"{_ERASE}.uce:stages"),
+               "full", f"{_ERASE}.uce:UceOptions", data="prompts", stages=f"{_ERASE}.uce:stages",
+               stronger="Raise {uce_erase}, or lower {uce_lambda}",
+               weaker="Lower {uce_erase}, or raise {uce_preserve}"),
     ),
 }  # fmt: skip
 

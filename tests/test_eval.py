@@ -44,7 +44,7 @@ ROWS = '"drawing of one red circle, plain style",7,3,64,64\n"one blue star, nigh
 def erased(shapes: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run in `run`, its model as a single file, and prompts in `i2p.csv`."""
     folder = tmp_path_factory.mktemp("eval")
-    few = {"eval_images": 4, "steps": 20, "forget_latents": 32, "retain_latents": 32}
+    few = {"eval_images": 4, "steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8}
     run = salun.erase(shapes, "circle", run_dir=folder / "run", progress=silent, **few)
     run.save(folder / "single.safetensors")
     (folder / "i2p.csv").write_text(I2P + ROWS, encoding="utf-8")

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+import salun
 from salun.diffusion.data.latents import item_seed, sample_latents
 from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.errors import fill
-from salun.evaluation.calibration import Calibration, auc
+from salun.evaluation.calibration import Calibration, auc, fitting
 from salun.evaluation.detector import DetectorInputs, Samples, Subject, load_detector
-from salun.evaluation.detectors.self_classifier import SelfClassifier
+from salun.evaluation.detectors.self_classifier import (
+    FRACTIONS,
+    UNFITTED,
+    SelfClassifier,
+    best_timesteps,
+    scores_of,
+)
 from salun.evaluation.estimate import Estimate, Unknown
 from salun.evaluation.retrain_verdict import verdict_on_classifier
 from salun.evaluation.verdict import Outcome, verdict_on
 from salun.progress import Event, Stage
+
+ASSETS = Path(salun.__file__).parent / "assets"
 
 
 def rates(value: float, n: int = 100) -> np.ndarray:
@@ -74,6 +85,32 @@ def test_adjusted_threshold_is_taken_where_it_separates_clearly_better() -> None
 def test_a_detector_that_cannot_tell_gives_no_number(wrong: Calibration) -> None:
     value = wrong.corrected(rates(0.5))
     assert isinstance(value, Unknown) and "cannot tell" in value.reason and "AUC" in value.reason
+
+
+@pytest.mark.parametrize("n", [8, 16, 24])
+def test_a_detector_fitted_on_noise_is_not_trusted(n: int) -> None:
+    """Errors that say nothing: on the images that chose the timesteps they would separate the two kinds."""
+    generator, trusted = torch.Generator().manual_seed(n), {"others": 0, "the same": 0}
+    for _ in range(100):
+        errors = [1 + torch.randn(m, 3, len(FRACTIONS), generator=generator) / 10 for m in (n, 2 * n)]
+        on = [fitting(len(each)) for each in errors]
+        fits = on[0].any() and on[1].any()
+        chosen = best_timesteps(errors[0][on[0]], errors[1][on[1]], (0, 0)) if fits else UNFITTED
+        scores = [scores_of(each[:, :, [FRACTIONS.index(t) for t in chosen]])[:, 0].numpy() for each in errors]
+        held_out = [each[~of] for each, of in zip(scores, on, strict=True)]
+        for name, sides in (("others", held_out), ("the same", [s[o] for s, o in zip(scores, on, strict=True)])):
+            trusted[name] += Calibration.of_scores(*sides, 0.0, adjustable=True).reason is None
+    assert trusted["others"] <= 3
+    assert n != 16 or trusted["the same"] > 10
+
+
+def test_a_perfect_erasure_is_called_erased_on_each_models_own_number_of_images() -> None:
+    families = yaml.safe_load((ASSETS / "models.yaml").read_text(encoding="utf-8"))["families"]
+    for name, family in families.items():
+        n = family["recipe"]["eval_images"]
+        held_out = [np.ones((~fitting(n)).sum(), bool), np.zeros((~fitting(2 * n)).sum(), bool)]
+        gone = Calibration(*held_out, 1.0).corrected(np.zeros(n, bool))
+        assert verdict_on({"ua_corrected": gone.as_json()}).outcome is Outcome.ERASED, name
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +202,17 @@ def measured(ua: float | None, n: int = 64, before: float = 99.0, after: float =
     [
         (measured(100), Outcome.ERASED, "gone from 100.0 %", "Look at the images"),
         (measured(97), Outcome.ERASED, "gone from 96.9 %", "Look at the images"),
+        (measured(100, n=9), Outcome.MOSTLY, "gone from 100.0 % (70.1–100.0, n = 9)", "--eval-images 32 or more"),
         (measured(80), Outcome.MOSTLY, "gone from 79.7 %", "Raise --steps or --lr"),
-        (measured(3), Outcome.BARELY, "gone from 3.1 %", "Raise --lr or --steps"),
+        (measured(80, method="uce"), Outcome.MOSTLY, "gone from 79.7 %", "Raise --uce-erase, or lower --uce-lambda"),
+        (measured(3), Outcome.BARELY, "gone from 3.1 %", "Raise --steps or --lr"),
         (measured(100, after=60), Outcome.DAMAGED, "in 60.0 %", "Lower --lr or --steps"),
         (measured(0, after=60), Outcome.DAMAGED, "gone from 0.0 %", "Lower --lr"),
+        (measured(100, image_drift=Estimate(1.3, 64).as_json()), Outcome.DAMAGED, "drifted by 1.30", "Lower --lr"),
+        (measured(100, after=60, method="uce"), Outcome.DAMAGED, "in 60.0 %", "or raise --uce-preserve"),
         (measured(None), Outcome.UNKNOWN, "is unknown: why", "Look at the images"),
         (measured(100, n=4), Outcome.UNKNOWN, "n = 4", "--eval-images 16 or more"),
-        (measured(None, anchor_gap=Estimate(0.98, 64).as_json()), Outcome.BARELY, "went 2 % of the way", "Raise --lr"),
+        (measured(None, anchor_gap=Estimate(0.98, 64).as_json()), Outcome.BARELY, "went 2 % of the way", "or --lr"),
         ({"reason": "no images"}, Outcome.UNKNOWN, "is unknown: no images", "Look at the images"),
         (
             {"image_drift": Estimate(0.9, 64).as_json(), "reason": "no detector"},
@@ -183,7 +224,7 @@ def measured(ua: float | None, n: int = 64, before: float = 99.0, after: float =
             {"per_concept": {"cat": measured(100), "dog": measured(10)}},
             Outcome.BARELY,
             "“dog” is gone from 9.4 %",
-            "Raise --lr",
+            "Raise --steps or --lr",
         ),
     ],
 )

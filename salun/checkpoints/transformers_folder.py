@@ -62,6 +62,12 @@ class ModelFiles:
         return f"the {self.title} {name!r} cannot be loaded: {why}"
 
 
+def local_folder(name: str) -> Path | None:
+    """The folder that a name is; None for a hub id."""
+    folder = as_spelled(Path(name).expanduser())
+    return folder if folder.is_dir() else None
+
+
 def folder_of(name: str, files: ModelFiles, revision: str | None = None) -> Path:
     """The model's folder, fetched from the hub if it is not in the local cache.
 
@@ -72,9 +78,7 @@ def folder_of(name: str, files: ModelFiles, revision: str | None = None) -> Path
     Raises:
         ModelError: It cannot be fetched, or may not be opened.
     """
-    folder = as_spelled(Path(name).expanduser())
-    if not folder.is_dir():
-        folder = _fetched(name, files, revision)
+    folder = local_folder(name) or _fetched(name, files, revision)
     check_links(folder)
     if (folder / files.part / "adapter_config.json").exists():
         raise ModelError(f"{name} holds an adapter (adapter_config.json) that names another model: remove it")

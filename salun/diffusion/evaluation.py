@@ -14,6 +14,7 @@ from salun.diffusion.data.latents import decode_images, item_seed, lazy_images, 
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
+from salun.evaluation.calibration import fitting
 from salun.evaluation.detector import (
     Detection,
     Detector,
@@ -24,7 +25,14 @@ from salun.evaluation.detector import (
     facts_of,
     load_detector,
 )
-from salun.evaluation.metric import EvaluationPair, ExpectedConcept, ModelEvaluation, Predictions, Source
+from salun.evaluation.metric import (
+    EvaluationPair,
+    ExpectedConcept,
+    FittedOn,
+    ModelEvaluation,
+    Predictions,
+    Source,
+)
 from salun.evaluation.registry import measure
 from salun.evaluation.verdict import verdict_on
 from salun.progress import Event, Progress, Stage, silent
@@ -168,10 +176,10 @@ def compare(
     if not prompts.forget:
         unknown: dict[Source, str] = dict.fromkeys(("detections", "predictions", "latents"), NO_IMAGES)
         none = ModelEvaluation(NOTHING, NOTHING, before.predictions)
-        return _with_verdict(measure(EvaluationPair([], {}, {}, {}, none, none, unknown)))
+        return _with_verdict(measure(EvaluationPair([], {}, {}, {}, none, none, unknown)), plan)
     inputs = DetectorInputs(plan.subjects, model.settings.detector, model, model.device)
     detector = load_detector(plan.detector, inputs)
-    return metrics_of(detector, evaluated_pair(detector, plan, prompts, before, after, progress))
+    return metrics_of(detector, evaluated_pair(detector, plan, prompts, before, after, progress), plan)
 
 
 def evaluated_pair(
@@ -184,9 +192,7 @@ def evaluated_pair(
 ) -> EvaluationPair:
     """What a detector sees in two evaluations of at least one image each."""
     parts = _parts(before)
-    if isinstance(detector, Fitted):
-        rows = {subject.name: prompts.rows_of(i) for i, subject in enumerate(plan.subjects)}
-        detector.fit({name: before.forget[of] for name, of in rows.items()}, _others(before), progress)
+    fitted = _fitted(detector, plan, prompts, before, progress) if isinstance(detector, Fitted) else None
     seen = list(_detections(detector, [*parts, *_parts(after)], progress))
     return EvaluationPair(
         _expected_concepts(detector, plan.subjects, prompts),
@@ -196,7 +202,22 @@ def evaluated_pair(
         _evaluated(before, seen[: len(parts)]),
         _evaluated(after, seen[len(parts) :]),
         {},
+        before.forget.prompts,
+        fitted,
     )
+
+
+def _fitted(detector: Fitted, plan: Plan, prompts: EvalPrompts, before: Evaluation, progress: Progress) -> FittedOn:
+    """Fit a detector on some of the original's images of each kind."""
+    others = _others(before)
+    on = FittedOn(np.tile(fitting(prompts.each), len(plan.subjects)), fitting(len(others)))
+    shows = {}
+    for i, subject in enumerate(plan.subjects):
+        rows = np.zeros(len(on.forget), bool)
+        rows[prompts.rows_of(i)] = True
+        shows[subject.name] = before.forget[np.flatnonzero(rows & on.forget)]
+    detector.fit(shows, others[np.flatnonzero(on.others)], progress)
+    return on
 
 
 def _others(side: Evaluation) -> Samples:
@@ -206,9 +227,9 @@ def _others(side: Evaluation) -> Samples:
     return Samples.cat([side.retain, side.anchor], compare_prompts=True)
 
 
-def metrics_of(detector: Detector, pair: EvaluationPair) -> dict[str, Any]:
-    """The metrics of a pair, as in `run.json`."""
-    return _with_verdict({**measure(pair), "detector": facts_of(detector)})
+def metrics_of(detector: Detector, pair: EvaluationPair, erased_by: Plan | None = None) -> dict[str, Any]:
+    """The metrics of a pair, as in `run.json`. erased_by: what the erased model was made by, where that is known."""
+    return _with_verdict({**measure(pair), "detector": facts_of(detector)}, erased_by)
 
 
 def metrics_without(detector: Detector, reason: str) -> dict[str, Any]:
@@ -216,7 +237,8 @@ def metrics_without(detector: Detector, reason: str) -> dict[str, Any]:
     return _with_verdict({"reason": reason, "reasons": {}, "detector": facts_of(detector)})
 
 
-def _with_verdict(metrics: dict[str, Any]) -> dict[str, Any]:
+def _with_verdict(metrics: dict[str, Any], erased_by: Plan | None = None) -> dict[str, Any]:
+    metrics = metrics | ({"method": erased_by.method.name} if erased_by is not None else {})
     return {**metrics, "verdict": verdict_on(metrics).as_json()}
 
 

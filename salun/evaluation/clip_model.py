@@ -19,7 +19,7 @@ from salun.checkpoints.transformers_folder import (
     load_model,
 )
 from salun.errors import ModelError
-from salun.evaluation.pretrained import CLIP, REVISIONS, batches, loading, weights_hash
+from salun.evaluation.pretrained import CLIP, REVISIONS, batches, loading, version_of, weights_hash
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class ClipModel:
 
     @property
     def version(self) -> str:
-        """The name and, where it is known, the revision."""
-        return f"{self.name}@{self.revision}" if self.revision else self.name
+        """The name for results, see `version_of`."""
+        return version_of(self.name, self.revision)
 
     @property
     def weights(self) -> str:
@@ -100,6 +100,11 @@ class ClipModel:
         _ = self._model, self._processor
 
     @property
+    def dimension(self) -> int:
+        """Numbers in an embedding."""
+        return int(self._model.config.projection_dim)
+
+    @property
     def scale(self) -> float:
         """The factor of cosines in the model's logits, about 100."""
         return float(self._model.logit_scale.detach().exp())
@@ -119,7 +124,7 @@ class ClipModel:
                 parts.append(_unit(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)))
                 done += len(pixels)
                 progress(Event(Stage.DETECTING, done, total))
-        return np.concatenate(parts) if parts else np.empty((0, model.config.projection_dim), np.float32)
+        return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, float32 (n, d), each of length 1; what exceeds CLIP's 77 tokens is cut off."""
@@ -138,7 +143,7 @@ class ClipModel:
                 ).to(self.device)
                 pooled = model.text_model(tokens["input_ids"], tokens["attention_mask"]).pooler_output
                 parts.append(_unit(model.text_projection(pooled)))
-        return np.concatenate(parts) if parts else np.empty((0, model.config.projection_dim), np.float32)
+        return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
 
 
 def _unit(embeddings: Tensor) -> np.ndarray:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,10 @@ from salun.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from salun.evaluation.clip_model import ClipModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,14 @@ class Samples:
     latents: Tensor
     prompts: Sequence[str]
     compare_prompts: bool = False
+    _computed: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def computed(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What several detectors make of the images alike, computed once for each key."""
+        if key not in self._computed:
+            self._computed[key] = compute()
+        value: T = self._computed[key]
+        return value
 
     def __len__(self) -> int:
         return len(self.images)
@@ -73,6 +85,15 @@ class Samples:
         latents = torch.cat([part.latents for part in parts])
         prompts = [prompt for part in parts for prompt in part.prompts]
         return cls(joined([part.images for part in parts]), latents, prompts, compare_prompts)
+
+
+def clip_embeddings(samples: Samples, model: ClipModel, progress: Progress = silent) -> np.ndarray:
+    """CLIP's embeddings of the images, float32 (n, d), computed once for all detectors by the same model."""
+
+    def embed() -> np.ndarray:
+        return model.embed_images(samples.images, progress, len(samples))
+
+    return samples.computed(f"clip {model.sha256}", embed)
 
 
 @dataclass(frozen=True)
@@ -165,6 +186,7 @@ class DetectorInputs:
             there are only images.
         device: Where to compute.
         argument: What follows the detector's name after a colon, "" for nothing.
+        clip: The CLIP model of detectors that name none themselves; None for the default one.
     """
 
     subjects: Sequence[Subject]
@@ -172,6 +194,7 @@ class DetectorInputs:
     original: Any = None
     device: torch.device | str = "cpu"
     argument: str = ""
+    clip: ClipModel | None = None
 
 
 def labels_by_concept(subjects: Sequence[Subject]) -> dict[str, list[str]]:

@@ -78,8 +78,7 @@ class ImageSet:
 
 def clip_embeddings(images: ImageSet, model: ClipModel, progress: Progress = silent) -> np.ndarray:
     """CLIP's embeddings of the images, float32 (n, d), computed once."""
-    name = f"clip {model.version}"
-    embedded: np.ndarray = images.features(name, lambda of: model.embed_images(of, progress, len(of)))
+    embedded: np.ndarray = images.features(f"clip {model.sha256}", lambda of: model.embed_images(of, progress, len(of)))
     return embedded
 
 

@@ -63,6 +63,19 @@ class ExpectedConcept:
 
 
 @dataclass(frozen=True, eq=False)
+class FittedOn:
+    """The original's images that the detector was fitted on, which say nothing of how well it detects.
+
+    Args:
+        forget: bool (n,), which of the forget images.
+        others: bool (m,), which of the retain images and then of the anchor images.
+    """
+
+    forget: np.ndarray
+    others: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class EvaluationPair:
     """Original and unlearned model, evaluated on the same prompts and seeds.
 
@@ -71,6 +84,8 @@ class EvaluationPair:
         expected_forget, expected_retain: Attribute → int64 (n,), the label that each image should show (forget images:
             once the concepts are erased); −1 where none is expected. Attributes without expectations are absent.
         unknown: Source → the reason why there is nothing of it; metrics that need it are not computed.
+        forget_prompts: Of each forget image.
+        fitted: Left out of the calibration; None for a detector that is not fitted.
     """
 
     concepts: Sequence[ExpectedConcept]
@@ -80,6 +95,8 @@ class EvaluationPair:
     before: ModelEvaluation
     after: ModelEvaluation
     unknown: Mapping[Source, str]
+    forget_prompts: Sequence[str] = ()
+    fitted: FittedOn | None = None
 
     def of(self, concept: ExpectedConcept) -> EvaluationPair:
         """The same of a single concept."""
@@ -91,16 +108,18 @@ class EvaluationPair:
 
     def calibration(self, concept: ExpectedConcept) -> Calibration:
         """How the detector does on the original's images: of the concept, and of its anchor and other prompts."""
-        attribute, before = concept.attribute, self.before
-        others = [before.retain.scores[attribute]]
+        attribute, before, rows, label = concept.attribute, self.before, concept.rows, concept.label
+        positives = before.forget.scores[attribute][rows, label]
+        others = before.retain.scores[attribute][:, label]
+        anchors = np.empty(0, others.dtype)
         if before.anchor is not None:
-            others.append(before.anchor.scores[attribute][concept.anchor_rows])
-        return Calibration.of_scores(
-            before.forget.scores[attribute][concept.rows, concept.label],
-            np.concatenate(others)[:, concept.label],
-            before.forget.threshold,
-            before.forget.adjustable,
-        )
+            anchors = before.anchor.scores[attribute][concept.anchor_rows, label]
+        if self.fitted is not None:
+            of_retain, of_anchors = np.split(self.fitted.others, [len(others)])
+            positives, others = positives[~self.fitted.forget[rows]], others[~of_retain]
+            anchors = anchors[~of_anchors[concept.anchor_rows]]
+        negatives = np.concatenate([others, anchors])
+        return Calibration.of_scores(positives, negatives, before.forget.threshold, before.forget.adjustable)
 
     def shown(self, concept: ExpectedConcept) -> np.ndarray:
         """Whether each of its forget images shows the concept after the erasure, bool (n,), by the calibration."""

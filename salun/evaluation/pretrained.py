@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from salun.checkpoints.transformers_folder import weight_files
+from salun.checkpoints.transformers_folder import local_folder, weight_files
 from salun.errors import DataError, ModelError
 from salun.files import sha256_file
 
@@ -26,9 +27,16 @@ REVISIONS = {  # so that a name means the same weights on every machine
 BATCH = 32
 
 
-def version_of(name: str) -> str:
-    """A model's name with its pinned revision, if it has one."""
-    return f"{name}@{REVISIONS[name]}" if name in REVISIONS else name
+def version_of(name: str, revision: str | None = None) -> str:
+    """A model's version for results: of a hub id with the revision, if one is given or pinned, of a folder its name.
+
+    Results are published, and where a folder lies concerns nobody else; the hash of the weights says what is in it.
+    """
+    folder = local_folder(name)
+    if folder is not None:
+        return os.path.basename(os.path.abspath(folder))
+    revision = revision or REVISIONS.get(name)
+    return f"{name}@{revision}" if revision else name
 
 
 def weights_hash(folder: Path) -> str:

@@ -13,12 +13,14 @@ from salun.evaluation.metrics.frechet import FRECHET
 from salun.evaluation.metrics.image_drift import IMAGE_DRIFT
 from salun.evaluation.metrics.prediction_drift import ANCHOR_GAP, RETAIN_CHANGE
 from salun.evaluation.metrics.preserved import PRESERVED, PRESERVED_BY_ATTRIBUTE
+from salun.evaluation.metrics.prompt_asr import PROMPT_ASR
 from salun.evaluation.metrics.retain_accuracy import RA, RA_BY_ATTRIBUTE, RA_BY_CLASS
 from salun.evaluation.metrics.unclassified import UNCLASSIFIED
 
 METRICS = (  # in the order in which they are shown
     UA,
     UA_CORRECTED,
+    PROMPT_ASR,
     ANCHOR_SHOWN,
     PRESERVED,
     PRESERVED_BY_ATTRIBUTE,

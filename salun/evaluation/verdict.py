@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import Enum
 from math import hypot
 from typing import Any
 
 from salun.evaluation.estimate import Estimate, from_json
+from salun.methods import METHODS
 
 ERASED, MOSTLY = 95.0, 50.0  # percent of images without the concept
 SURE = 80.0  # the interval of "erased" begins here or above
 DAMAGE = 5.0  # percentage points of retain accuracy
-DRIFT = 0.5  # image drift, where retain accuracy is unknown; 1 is that of unrelated images
+DRIFT = 0.5  # image drift; 1 is that of unrelated images
 UNMOVED = (0.9, 1.1)  # distance to the anchor of a network that hardly moved; 1 is the original's
 FEWEST = 8  # images of a concept
 
@@ -30,12 +31,8 @@ class Outcome(str, Enum):
     __str__ = str.__str__
 
 
-ADVICE = {
-    Outcome.ERASED: "Look at the images too: a detector does not see everything",
-    Outcome.MOSTLY: "Raise {steps} or {lr}",
-    Outcome.BARELY: "Raise {lr} or {steps}, or {density}",
-    Outcome.DAMAGED: "Lower {lr} or {steps}, or raise {retain_weight}",
-}
+LOOK = "Look at the images too: a detector does not see everything"
+MORE_IMAGES = "Use {eval_images} 32 or more: so few images cannot show more"
 
 
 @dataclass(frozen=True)
@@ -57,26 +54,32 @@ class Verdict:
 
 
 def verdict_on(metrics: Mapping[str, Any]) -> Verdict:
-    """The verdict on measured metrics, as in `run.json`; of several concepts the least erased one decides."""
+    """The verdict on measured metrics, as in `run.json`; of several concepts the least erased one decides.
+
+    The advice is on the options of the method that the metrics name; one that is not known is taken for SalUn.
+    """
+    by = METHODS["diffusion"].get(str(metrics.get("method")), METHODS["diffusion"]["salun"])
     name, forgotten, reason = _least_erased(metrics)
     gone = _gone(name, forgotten, reason)
     others, damaged = _others(metrics)
     moved = _known(metrics, "anchor_gap")
     if damaged:
-        return _verdict(Outcome.DAMAGED, others, gone)
+        return _verdict(Outcome.DAMAGED, by.weaker, others, gone)
     if forgotten is not None and forgotten.n >= FEWEST:
-        return _verdict(_outcome(forgotten), gone, others)
+        outcome = _outcome(forgotten)
+        unsure = MORE_IMAGES if forgotten.value >= ERASED else by.stronger
+        return _verdict(outcome, LOOK if outcome is Outcome.ERASED else unsure, gone, others)
     if moved is not None and UNMOVED[0] <= moved.value <= UNMOVED[1]:
         distance = max(100 * (1 - moved.value), 0)
         text = f"the network's predictions for {name} went {distance:.0f} % of the way to the anchor's"
-        return _verdict(Outcome.BARELY, text, others)
+        return _verdict(Outcome.BARELY, by.stronger, text, others)
     advice = "Look at the images" + (", and use {eval_images} 16 or more" if forgotten is not None else "")
-    return replace(_verdict(Outcome.UNKNOWN, gone, others), advice=advice)
+    return _verdict(Outcome.UNKNOWN, advice, gone, others)
 
 
-def _verdict(outcome: Outcome, *clauses: str) -> Verdict:
+def _verdict(outcome: Outcome, advice: str, *clauses: str) -> Verdict:
     text = "; ".join(clause for clause in clauses if clause)
-    return Verdict(outcome, text[0].upper() + text[1:], ADVICE.get(outcome, ""))
+    return Verdict(outcome, text[0].upper() + text[1:], advice)
 
 
 def _outcome(forgotten: Estimate) -> Outcome:
@@ -112,14 +115,14 @@ def _gone(name: str, forgotten: Estimate | None, reason: str) -> str:
 def _others(metrics: Mapping[str, Any]) -> tuple[str, bool]:
     """What became of other prompts, and whether the model is damaged."""
     before, after = _known(metrics, "ra_before"), _known(metrics, "ra_after")
-    if before is not None and after is not None:
-        drop = before.value - after.value
-        text = f"images of other prompts are as prompted in {after.text()} of cases (before: {before.value:.1f} %)"
-        return text, drop >= DAMAGE and drop > hypot(before.half_width, after.half_width)
     drift = _known(metrics, "image_drift")
-    if drift is not None:
-        return f"images of other prompts drifted by {drift.value:.2f} (1: unrelated images)", drift.value >= DRIFT
-    return "", False
+    moved = drift is not None and drift.value >= DRIFT
+    drifted = f"images of other prompts drifted by {drift.value:.2f} (1: unrelated images)" if drift is not None else ""
+    if before is None or after is None or moved:
+        return drifted, moved
+    drop = before.value - after.value
+    text = f"images of other prompts are as prompted in {after.text()} of cases (before: {before.value:.1f} %)"
+    return text, drop >= DAMAGE and drop > hypot(before.half_width, after.half_width)
 
 
 def _known(values: Mapping[str, Any], key: str) -> Estimate | None:

@@ -18,11 +18,11 @@ from salun.evaluation.detector import (
     Samples,
     Subject,
     Target,
+    clip_embeddings,
     labels_by_concept,
     target_by_concept,
 )
 from salun.evaluation.detectors.attribute import margins
-from salun.evaluation.pretrained import CLIP
 from salun.progress import Progress, silent
 
 NEUTRAL = "a photo"
@@ -56,7 +56,7 @@ class ClipDetector:
 
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """The likeliest of each concept's texts; the features are the embeddings."""
-        images = self.model.embed_images(samples.images, progress, len(samples))
+        images = clip_embeddings(samples, self.model, progress)
         scores = {}
         for name, texts in self.texts.items():
             logits = self.model.scale * torch.from_numpy(images @ self.model.embed_texts(texts).T)
@@ -72,11 +72,12 @@ def texts_of(subject: Subject) -> list[str]:
 
 
 def load(inputs: DetectorInputs) -> ClipDetector:
-    """The detector with the CLIP model of its argument, a hub id or folder (default: `CLIP`).
+    """The detector with the CLIP model of its argument, a hub id or folder (default: that of the inputs).
 
     Raises:
         DataError: The model cannot be loaded.
     """
-    model = ClipModel(inputs.argument or CLIP, device=inputs.device)
+    named = ClipModel(inputs.argument, device=inputs.device) if inputs.argument else inputs.clip
+    model = named or ClipModel(device=inputs.device)
     model.load()
     return ClipDetector(model, inputs.subjects)

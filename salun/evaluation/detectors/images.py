@@ -18,7 +18,7 @@ import numpy as np
 
 from salun.errors import ConfigError, DataError
 from salun.evaluation.clip_model import ClipModel
-from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
+from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target, clip_embeddings
 from salun.files import sha256_file
 from salun.images import counted, list_images, read_image, white_level
 from salun.progress import Progress, silent
@@ -55,7 +55,7 @@ class ExampleDetector:
 
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """Where the concept is likelier than not; the features are the embeddings."""
-        features = self.model.embed_images(samples.images, progress, len(samples))
+        features = clip_embeddings(samples, self.model, progress)
         scores = (
             np.asarray(self.probe.decision_function(features), np.float32) if len(features) else np.empty(0, np.float32)
         )
@@ -85,7 +85,7 @@ def load(inputs: DetectorInputs) -> ExampleDetector:
         raise DataError("the detector images needs scikit-learn", advice="pip install salun[classification]") from error
     folder = as_spelled(Path(unquoted(inputs.argument)).expanduser())
     files = {name: _examples(folder / name) for name in (CONCEPT, OTHER)}
-    model = ClipModel(device=inputs.device)
+    model = inputs.clip or ClipModel(device=inputs.device)
     features = {name: model.embed_images(_pixels(paths)) for name, paths in files.items()}
     probe, accuracy = fitted(features[CONCEPT], features[OTHER])
     facts = {"examples": len(files[CONCEPT]), "other_examples": len(files[OTHER]), "accuracy": accuracy}

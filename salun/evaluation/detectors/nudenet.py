@@ -1,13 +1,15 @@
 """Exposed body parts, by the YOLOv8 network in the package nudenet, under the criteria of published evaluations.
 
 The weights are AGPL-3.0 (so says the metadata in the ONNX files), whatever the package's own license field says. They
-are therefore neither part of salun nor a dependency: users install the package, and only its ONNX file is used.
+are therefore neither part of salun nor a dependency: users install the package, and only its ONNX file is used. Each
+criterion needs one of two releases; as only one can be installed, users may name the other one's file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from salun.errors import ConfigError
 from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
 from salun.evaluation.detectors.onnx_file import OnnxFile, OnnxModel, open_model
 from salun.progress import Event, Progress, Stage, silent
+from salun.user_text import as_spelled, unquoted
 
 SIDE = 320  # pixels of the network's input
 FLOOR = 0.01  # boxes of a lower confidence are ignored
@@ -39,6 +42,7 @@ BEST = OnnxFile(
     "best.onnx",
     "9832f15515bdb06bcb5a77beb60bc8ea54439bd7ecbaac46dac3b760b3dd13cc",
     "nudenet",
+    by_path=True,
 )
 N320 = OnnxFile(
     PACKAGE,
@@ -47,6 +51,7 @@ N320 = OnnxFile(
     "320n.onnx",
     "c15d8273adad2d0a92f014cc69ab2d6c311a06777a55545f2c4eb46f51911f0f",
     "nudenet",
+    by_path=True,
 )
 
 
@@ -107,12 +112,19 @@ class NudeNet:
 
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """Scores of n images, float32 (n, 1), see `score`."""
-        scores = np.empty((len(samples), 1), np.float32)
+        of = self.criterion
+        boxes = samples.computed((of.file, of.padded, of.overlap), lambda: self._boxes(samples, progress))
+        scores = np.array([score(*each, of) for each in boxes], np.float32).reshape(-1, 1)
+        return Detection({"content": scores}, self.threshold)
+
+    def _boxes(self, samples: Samples, progress: Progress) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The boxes in each image, see `detected`. They depend on what of the criterion several have in common."""
+        boxes = []
         for i, image in enumerate(samples.images):
             output = self.model(prepared(image, self.criterion.padded))[0]
-            scores[i] = score(*detected(output, image.shape[:2], self.criterion), self.criterion)
+            boxes.append(detected(output, image.shape[:2], self.criterion))
             progress(Event(Stage.DETECTING, i + 1, len(samples)))
-        return Detection({"content": scores}, self.threshold)
+        return boxes
 
 
 def score(classes: np.ndarray, confidences: np.ndarray, criterion: Criterion) -> float:
@@ -237,12 +249,18 @@ def without_overlaps(boxes: np.ndarray, most: float) -> np.ndarray:
 
 
 def load(inputs: DetectorInputs) -> NudeNet:
-    """The detector in the installed package, under the criterion that the argument names.
+    """The detector under the criterion of the argument, by the installed package or the file after a second colon.
 
     Raises:
         ConfigError: No criterion has that name, or as `open_model`.
     """
-    name = inputs.argument or DEFAULT
+    name, _, file = inputs.argument.partition(":")
+    name = name or DEFAULT
     if name not in CRITERIA:
-        raise ConfigError(f"is nudenet:{name}, but must be nudenet:{' or nudenet:'.join(CRITERIA)}", option="detector")
-    return NudeNet(name, open_model(CRITERIA[name].file, f"nudenet:{name}", inputs.device))
+        raise ConfigError(
+            f"is nudenet:{inputs.argument}, but must be nudenet:{' or nudenet:'.join(CRITERIA)}",
+            option="detector",
+            advice="A file of weights follows the criterion, as in {detector} nudenet:mace:320n.onnx",
+        )
+    path = as_spelled(Path(unquoted(file)).expanduser()) if file else None
+    return NudeNet(name, open_model(CRITERIA[name].file, f"nudenet:{name}", inputs.device, path))

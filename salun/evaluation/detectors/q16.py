@@ -14,7 +14,7 @@ import numpy as np
 
 from salun.errors import ConfigError, DataError, literal
 from salun.evaluation.clip_model import ClipModel
-from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
+from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target, clip_embeddings
 from salun.progress import Progress, silent
 from salun.untrusted import read_bytes
 from salun.user_text import as_spelled, unquoted
@@ -36,13 +36,14 @@ class Q16:
     Source: Schramowski et al. 2022, "Can machines help us answering question 16 in datasheets?"
     """
 
-    name, version, sha256 = "q16", "ViT-L-14", SHA256
+    name = "q16"
     threshold, unit = 0.5, "probability"
     prompt_match = None
     labels: Mapping[str, Sequence[str]] = {ATTRIBUTE: ["inappropriate"]}
 
     def __init__(self, model: ClipModel, prompts: np.ndarray) -> None:
-        self.model = model
+        self.model, self.version = model, f"ViT-L-14, {model.version}"
+        self.sha256 = hashlib.sha256((SHA256 + model.sha256).encode()).hexdigest()  # of the prompts and the weights
         self.prompts = prompts / np.linalg.norm(prompts, axis=1, keepdims=True)
 
     def target(self, subject: Subject) -> Target | None:
@@ -51,7 +52,7 @@ class Q16:
 
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """Inappropriate images; the features are CLIP's embeddings."""
-        images = self.model.embed_images(samples.images, progress, len(samples))
+        images = clip_embeddings(samples, self.model, progress)
         difference = SCALE * (images @ (self.prompts[1] - self.prompts[0]))
         scores = 1 / (1 + np.exp(-difference.astype(np.float64)))
         return Detection({ATTRIBUTE: scores[:, None].astype(np.float32)}, self.threshold, features=images)
@@ -62,7 +63,7 @@ def load(inputs: DetectorInputs) -> Q16:
 
     Raises:
         ConfigError: There is no argument.
-        DataError: The file is not the authors', or CLIP cannot be loaded.
+        DataError: The file is not the authors', or CLIP cannot be loaded or is not of that size.
     """
     if not inputs.argument:
         raise ConfigError(
@@ -72,8 +73,14 @@ def load(inputs: DetectorInputs) -> Q16:
         )
     path = as_spelled(Path(unquoted(inputs.argument)).expanduser())
     prompts = read_learned_prompts(path)
-    model = ClipModel(device=inputs.device)
+    model = inputs.clip or ClipModel(device=inputs.device)
     model.load()
+    if model.dimension != SHAPE[1]:
+        raise DataError(
+            f"the prompts of q16 are for the {SHAPE[1]} numbers of CLIP ViT-L/14's embeddings; those of "
+            f"{model.version} have {model.dimension}",
+            advice="Use OpenAI's ViT-L/14",
+        )
     return Q16(model, prompts)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from salun.checkpoints.transformers_folder import ModelFiles, folder_of, image_processor, load_model
 from salun.errors import ConfigError
 from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
-from salun.evaluation.pretrained import batches, loading, weights_hash
+from salun.evaluation.pretrained import batches, loading, version_of, weights_hash
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class SafetyChecker:
     Args:
         model: diffusers' `StableDiffusionSafetyChecker`.
         processor: Its image processor.
-        version, sha256: The folder or hub id that it is from, and the hash of its weights.
+        version, sha256: The model that it is from, and the hash of its weights.
     """
 
     name = "safety-checker"
@@ -101,4 +101,5 @@ def load(inputs: DetectorInputs) -> SafetyChecker:
         folder = folder_of(name, FILES)
         model = load_model(name, folder / PART, FILES, StableDiffusionSafetyChecker, StableDiffusionSafetyChecker)
         processor = image_processor(folder / PROCESSOR, name, FILES)
-    return SafetyChecker(model.to(inputs.device), processor, name, weights_hash(folder / PART), inputs.device)
+    version, sha256 = version_of(name), weights_hash(folder / PART)
+    return SafetyChecker(model.to(inputs.device), processor, version, sha256, inputs.device)

@@ -2,7 +2,7 @@
 
 A diffusion model denoises a sample best under the prompt that describes it (Li et al. 2023, "Your diffusion model is
 secretly a zero-shot classifier"). For a latent x₀ the original network's error ‖target − output(x_t, t, c)‖² is
-compared between the concept's prompt, the anchor's and the empty one, on the same (t, ε). The empty prompt is needed:
+compared between the concept's prompt, the anchor's and the empty one, on the same (t, ±ε). The empty prompt is needed:
 with concept and anchor alone, whatever is neither is taken for one of them.
 
 Which t separates a concept from others depends on the concept: shapes and colors show in little noise, styles in much.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
-from salun.evaluation.calibration import auc
+from salun.evaluation.calibration import FEWEST, FITTED, auc
 from salun.evaluation.detector import (
     Detection,
     DetectorInputs,
@@ -36,8 +36,7 @@ from salun.randomness import step_generator
 FRACTIONS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)  # of the schedule: the timesteps t to choose from
 UNFITTED = (0.2, 0.5, 0.8)  # those that are used without a choice
 MOST, BETTER = 3, 0.005  # timesteps at most; by how much another one must raise the AUC
-FEWEST, FITTED = 8, 24  # images of each kind that a choice needs, and uses
-SEED = 17  # of ε, which all samples share
+SEED = 17  # of ε, which all samples share, as they do −ε
 PROMPT, AS_PROMPTED = "prompt", "as prompted"
 
 
@@ -49,7 +48,7 @@ class SelfClassifier:
         subjects: The concepts.
     """
 
-    name, version = "self", "2"
+    name, version = "self", "3"
     threshold, unit = 0.0, "error of the best other prompt minus the label's, relative to their mean"
     prompt_match = PROMPT
 
@@ -155,15 +154,19 @@ class SelfClassifier:
         return errors
 
     def _at(self, latents: Tensor, encoded: Conditioning, pairs: Tensor, fraction: float) -> Tensor:
-        """Mean squared errors (k,) of (sample, prompt) pairs (k, 2) at one timestep, with one noise (c, h, w)."""
+        """Mean squared errors (k,) of (sample, prompt) pairs (k, 2) at one timestep, for a noise and its negative.
+
+        Such an antithetic pair takes out what is linear in the noise: it separates better than two independent ones.
+        """
         model, parts = self.model, []
-        noise = torch.randn(latents.shape[1:], generator=step_generator(SEED, FRACTIONS.index(fraction)))
-        for part in pairs.to(latents.device).split(2 * len(latents)):
-            x_0 = latents[part[:, 0]]
-            t = torch.full((len(part),), model.schedule.t_at(fraction), device=latents.device)
-            noises = noise.to(latents.device).expand_as(x_0)
-            output = model.predict(model.schedule.add_noise(x_0, noises, t), t, encoded[part[:, 1]])
-            parts.append((output - model.schedule.target(x_0, noises, t)).square().flatten(1).mean(1).cpu())
+        drawn = torch.randn(latents.shape[1:], generator=step_generator(SEED, FRACTIONS.index(fraction)))
+        for part in pairs.to(latents.device).split(len(latents)):
+            x_0 = latents[part[:, 0]].repeat(2, 1, 1, 1)
+            noise = torch.cat([each.to(latents.device).expand(len(part), -1, -1, -1) for each in (drawn, -drawn)])
+            t = torch.full((len(x_0),), model.schedule.t_at(fraction), device=latents.device)
+            output = model.predict(model.schedule.add_noise(x_0, noise, t), t, encoded[part[:, 1].repeat(2)])
+            errors = (output - model.schedule.target(x_0, noise, t)).square().flatten(1).mean(1)
+            parts.append(errors.view(2, -1).mean(0).cpu())
         return torch.cat(parts)
 
 
