@@ -130,19 +130,19 @@ def evaluate(
     plan = make_plan(compared.known.settings, compared.known.name, list(compared.names), compared.options)
     advice = "Try {dtype} bf16 or a smaller {resolution}"
     with compared.known.configured(plan.options), explained_memory_errors("out of memory", advice):
-        record = _record(target, options, compared, plan, command)
+        record = record_of(target, options, compared, plan, command)
         wanted = wanted_sets(options, plan, compared.known, record)
         prompts = eval_prompts(plan, options.n, options.seed)
-        detectors, measures = _detectors(compared, plan, options), _image_metrics(compared, options)
-        _prepare(measures, prompts, wanted, progress)
+        detectors, measures = wanted_detectors(compared, plan, options), wanted_metrics(compared, options)
+        prepare_metrics(measures, prompts, wanted, progress)
         sides = _sampled(compared, plan, prompts, wanted, options.seed, progress)
         pairs = {}
         if "before" in sides:
             held_out = sides["before"].held_out, sides["after"].held_out
             pairs = {name: evaluated_pair(of, plan, prompts, *held_out, progress) for name, of in detectors.items()}
         sets = [
-            *_held_out(sides, prompts, detectors, pairs, measures, progress),
-            *_further(sides, wanted, options.seed, detectors, measures, progress),
+            *held_out_results(sides, prompts, detectors, pairs, measures, progress),
+            *further_results(sides, wanted, options.seed, detectors, measures, progress),
         ]
     metrics = {
         name: metrics_of(of, pairs[name]) if name in pairs else metrics_without(of, NO_ORIGINAL)
@@ -151,7 +151,7 @@ def evaluate(
     return EvalResult(compared, plan, options, detectors, pairs, metrics, sets, record)
 
 
-def _record(target: str, options: EvalOptions, compared: Compared, plan: Plan, command: str) -> RunRecord:
+def record_of(target: str, options: EvalOptions, compared: Compared, plan: Plan, command: str) -> RunRecord:
     """The record of an evaluation, with every option resolved that the model or the run decides."""
     model = compared.known
     resolved = {
@@ -161,7 +161,8 @@ def _record(target: str, options: EvalOptions, compared: Compared, plan: Plan, c
         **{name: getattr(plan.options, name) for name in ("anchor", "prediction_type", "clip_skip", "components")},
         **{name: getattr(plan.sampling, field) for name, field in SAMPLING.items()},
     }
-    facts = {"scheduler": str(model.sampler_facts()["scheduler"])}
+    sampler = model.sampler_facts()
+    facts = {name: str(sampler[name]) for name in ("scheduler", "sampler") if name in sampler}
     used = {"target": target, **asdict(options), **resolved}
     record = RunRecord(None, command, used, options.seed, str(model.device), facts)
     if plan.options.detector and not options.detector:
@@ -173,7 +174,7 @@ def _detector_names(options: EvalOptions, plan: Plan) -> list[str]:
     return list(dict.fromkeys(options.detector or [plan.detector]))
 
 
-def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
+def wanted_detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
     """The wanted detectors. Raises ConfigError for one that needs the original, where there is none."""
     names = _detector_names(options, plan)
     if compared.original is None and "self" in names:
@@ -187,7 +188,7 @@ def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str
     return {name: load_detector(name, inputs) for name in names}
 
 
-def _image_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
+def wanted_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
     """The wanted metrics of images. Raises ConfigError for one that compares models, where there is one alone."""
     device = compared.known.device
     loaded = load_image_metrics(options.metric, ClipModel(options.clip or CLIP, device=device), device)
@@ -201,7 +202,7 @@ def _image_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageM
     return loaded
 
 
-def _prepare(
+def prepare_metrics(
     measures: Mapping[str, ImageMetric], prompts: EvalPrompts, wanted: Sequence[PromptSet], progress: Progress
 ) -> None:
     """Have metrics read what they need before anything is sampled. Raises DataError as `Prepared.prepare`."""
@@ -237,7 +238,7 @@ def _sampled(
     return sides
 
 
-def _held_out(
+def held_out_results(
     sides: Mapping[str, Side],
     prompts: EvalPrompts,
     detectors: Mapping[str, Detector],
@@ -265,7 +266,7 @@ def _held_out(
     return results
 
 
-def _further(
+def further_results(
     sides: Mapping[str, Side],
     wanted: Sequence[PromptSet],
     seed: int,
