@@ -122,7 +122,14 @@ class SalUnEvaluate(Node):
             for name, metrics in result.metrics.items()
             for line in verdict_lines(metrics)
         ]
-        return to_image(stack(forget, retain)), json.dumps(data, indent=1), "\n".join(lines)
+        return to_image(stack(forget, retain)), _with_names(json.dumps(data, indent=1), named), "\n".join(lines)
+
+
+def _with_names(text: str, named: Mapping[str, str]) -> str:
+    """JSON with the names of files and folders as they were given: a graph's output should hold no path of its host."""
+    for path in sorted(named, key=len, reverse=True):
+        text = text.replace(json.dumps(path)[1:-1], json.dumps(named[path])[1:-1])
+    return text
 
 
 def evaluated(

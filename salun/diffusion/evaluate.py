@@ -161,8 +161,7 @@ def record_of(target: str, options: EvalOptions, compared: Compared, plan: Plan,
         **{name: getattr(plan.options, name) for name in ("anchor", "prediction_type", "clip_skip", "components")},
         **{name: getattr(plan.sampling, field) for name, field in SAMPLING.items()},
     }
-    sampler = model.sampler_facts()
-    facts = {name: str(sampler[name]) for name in ("scheduler", "sampler") if name in sampler}
+    facts = {name: str(value) for name, value in model.sampler_facts().items() if name in ("scheduler", "sampler")}
     used = {"target": target, **asdict(options), **resolved}
     record = RunRecord(None, command, used, options.seed, str(model.device), facts)
     if plan.options.detector and not options.detector:
