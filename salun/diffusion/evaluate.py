@@ -133,7 +133,8 @@ def evaluate(
         record = _record(target, options, compared, plan, command)
         wanted = wanted_sets(options, plan, compared.known, record)
         prompts = eval_prompts(plan, options.n, options.seed)
-        detectors, measures = _detectors(compared, plan, options), _image_metrics(compared, options)
+        clip = ClipModel(options.clip or CLIP, device=compared.known.device)
+        detectors, measures = _detectors(compared, plan, options, clip), _image_metrics(compared, options, clip)
         _prepare(measures, prompts, wanted, progress)
         sides = _sampled(compared, plan, prompts, wanted, options.seed, progress)
         pairs = {}
@@ -144,8 +145,9 @@ def evaluate(
             *_held_out(sides, prompts, detectors, pairs, measures, progress),
             *_further(sides, wanted, options.seed, detectors, measures, progress),
         ]
+    erased_by = plan if compared.change is not None else None
     metrics = {
-        name: metrics_of(of, pairs[name]) if name in pairs else metrics_without(of, NO_ORIGINAL)
+        name: metrics_of(of, pairs[name], erased_by) if name in pairs else metrics_without(of, NO_ORIGINAL)
         for name, of in detectors.items()
     }
     return EvalResult(compared, plan, options, detectors, pairs, metrics, sets, record)
@@ -173,7 +175,7 @@ def _detector_names(options: EvalOptions, plan: Plan) -> list[str]:
     return list(dict.fromkeys(options.detector or [plan.detector]))
 
 
-def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
+def _detectors(compared: Compared, plan: Plan, options: EvalOptions, clip: ClipModel) -> dict[str, Detector]:
     """The wanted detectors. Raises ConfigError for one that needs the original, where there is none."""
     names = _detector_names(options, plan)
     if compared.original is None and "self" in names:
@@ -183,14 +185,13 @@ def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str
             advice="Name the original by {against}, or use another {detector}",
         )
     model = compared.known
-    inputs = DetectorInputs(plan.subjects, model.settings.detector, compared.original, model.device)
+    inputs = DetectorInputs(plan.subjects, model.settings.detector, compared.original, model.device, clip=clip)
     return {name: load_detector(name, inputs) for name in names}
 
 
-def _image_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
+def _image_metrics(compared: Compared, options: EvalOptions, clip: ClipModel) -> dict[str, ImageMetric]:
     """The wanted metrics of images. Raises ConfigError for one that compares models, where there is one alone."""
-    device = compared.known.device
-    loaded = load_image_metrics(options.metric, ClipModel(options.clip or CLIP, device=device), device)
+    loaded = load_image_metrics(options.metric, clip, compared.known.device)
     alone = [name for name, of in loaded.items() if of.needs_original and compared.original is None]
     if alone:
         raise ConfigError(
