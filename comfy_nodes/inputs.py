@@ -7,45 +7,56 @@ choice named "auto".
 from __future__ import annotations
 
 import dataclasses
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from functools import cache
+from typing import Any
 
-from salun.detectors import without_path
+from salun.detectors import WITHOUT_PATH, without_path
 from salun.diffusion.options import GROUPS, EraseOptions
-from salun.options import MASKS
+from salun.options import MASKS, option_types
 
 from .types import CONCEPT, DELTA, MASK, OPTIONS, OptionValues
 
 AUTO = "auto"
-_FIELDS = {item.name: item for item in dataclasses.fields(EraseOptions)}
-_TYPES = get_type_hints(EraseOptions)
+DETECTORS = ", ".join(name for name in WITHOUT_PATH if name != "attribute")  # a MODEL has no folder with a classifier
 _CHOICES = {"mask": MASKS}
-_TOOLTIPS = {"mask": f"{', '.join(MASKS)} (the controls); for a file: SalUn Load Mask"}  # where the help does not fit
+_TOOLTIPS = {  # where the help does not fit
+    "mask": f"{', '.join(MASKS)} (the controls); for a file: SalUn Load Mask",
+    "detector": f"Detector that decides whether images show the concept ({DETECTORS}) (default: self: the "
+    "original model as classifier)",
+}
 
 
-def option_inputs(*names: str) -> dict[str, Any]:
-    """INPUT_TYPES entries of these options."""
-    return {name: option_input(name) for name in names}
+@cache
+def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {item.name: item for item in dataclasses.fields(kind)}
 
 
-def option_input(name: str) -> tuple[Any, dict[str, Any]]:
+def option_inputs(*names: str, kind: Any = EraseOptions) -> dict[str, Any]:
+    """INPUT_TYPES entries of these options, of the dataclass `kind`."""
+    return {name: option_input(name, kind) for name in names}
+
+
+def option_input(name: str, kind: Any = EraseOptions) -> tuple[Any, dict[str, Any]]:
     """(type, settings) of the input for an option."""
-    rules, default = _FIELDS[name].metadata, _FIELDS[name].default
+    rules, default = _fields(kind)[name].metadata, _fields(kind)[name].default
     auto = default is None
     settings: dict[str, Any] = {"tooltip": _TOOLTIPS.get(name, rules["help"])}
     choices = _CHOICES.get(name) or rules["choices"]
     if choices:
         return [*([AUTO] if auto else []), *choices], {**settings, "default": AUTO if auto else default}
-    (kind,) = {*(get_args(_TYPES[name]) or (_TYPES[name],))} - {NoneType}
-    if kind is bool:
+    of, _ = option_types(kind)[name]
+    if of is bool:
         return "BOOLEAN", {**settings, "default": default}
-    if kind is str:
+    if of is str:
         return "STRING", {**settings, "default": default or "", "multiline": False}
-    low = automatic(name) if auto else 0.0001 if rules["minimum"] is None else rules["minimum"]
+    if of is list:
+        help = rules["help"].replace("repeatable", "one per line")
+        return "STRING", {"tooltip": help, "default": "", "multiline": True}
+    low = automatic(name, kind) if auto else 0.0001 if rules["minimum"] is None else rules["minimum"]
     if auto:
         settings["tooltip"] += f" ({low:g}: automatic)"
     numbers = {"default": low if auto else default, "min": low, "max": rules["maximum"]}
-    if kind is int:
+    if of is int:
         if name == "seed":  # ComfyUI would draw a new seed, and so train, at every queue
             settings["control_after_generate"] = False
         return "INT", {**settings, **{key: min(int(number), 2**53) for key, number in numbers.items()}}
@@ -53,21 +64,26 @@ def option_input(name: str) -> tuple[Any, dict[str, Any]]:
     return "FLOAT", {**settings, **{key: float(value) for key, value in numbers.items()}, "step": step, "round": False}
 
 
-def automatic(name: str) -> float:
+def automatic(name: str, kind: Any = EraseOptions) -> float:
     """The number that stands for automatic: just below the option's range."""
-    low = _FIELDS[name].metadata["minimum"]
+    low = _fields(kind)[name].metadata["minimum"]
     return 0 if low is None or low >= 1 else -1
 
 
-def explicit(values: OptionValues) -> dict[str, Any]:
-    """A node's option inputs without those that are left at automatic."""
+def explicit(values: OptionValues, kind: Any = EraseOptions) -> dict[str, Any]:
+    """A node's option inputs without those that are left at automatic; lists from their lines."""
 
     def is_automatic(name: str, value: Any) -> bool:
-        if _FIELDS[name].default is not None:
+        if _fields(kind)[name].default is not None:
             return False
-        return value in (AUTO, "") if isinstance(value, str) else bool(value == automatic(name))
+        return value in (AUTO, "") if isinstance(value, str) else bool(value == automatic(name, kind))
 
-    return {name: value for name, value in values.items() if not is_automatic(name, value)}
+    def read(name: str, value: Any) -> Any:
+        if option_types(kind)[name][0] is not list:
+            return value
+        return [line.strip() for line in value.splitlines() if line.strip()]
+
+    return {name: read(name, value) for name, value in values.items() if not is_automatic(name, value)}
 
 
 def erase_options(values: OptionValues, shared: OptionValues | None = None) -> EraseOptions:
@@ -118,5 +134,5 @@ SHARED = tuple(
     name
     for names in GROUPS.values()
     for name in names
-    if name in _FIELDS and name not in NODE_OPTIONS and name not in GRAPH_OPTIONS
+    if name in _fields(EraseOptions) and name not in NODE_OPTIONS and name not in GRAPH_OPTIONS
 )

@@ -11,6 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,7 +26,7 @@ from salun.compute.device import pick_dtype
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.schedule import DISCRETE
 from salun.diffusion.model.settings import ModelSettings, read_settings, settings_for
-from salun.diffusion.options import EraseOptions
+from salun.diffusion.options import EraseOptions, Sampling
 from salun.errors import Cancelled, ConfigError, ModelError
 
 from .families import family_of, prediction_of
@@ -64,6 +65,7 @@ class GraphModel:
         self.settings: ModelSettings = read_settings(None, self.family.name, {}, side)
         self.sampled: Tensor | None = None  # the first latent (1, c, h, w) of the batch sampled last
         self._depth = 0
+        self._size: tuple[int, int] | None = None
         self._encoded: dict[tuple[Any, ...], Conditioning] = {}  # every stage of a run encodes the same prompts
         self._live: Any = None
 
@@ -82,7 +84,7 @@ class GraphModel:
             clip.clip_layer(-self.clip_skip)
 
         def key(prompt: str) -> tuple[Any, ...]:
-            return prompt, self.clip_skip, self.settings.sampling.resolution
+            return prompt, self.clip_skip, self.image_size
 
         new = [prompt for prompt in dict.fromkeys(prompts) if key(prompt) not in self._encoded]
         with torch.inference_mode(), self.on_device() if new else nullcontext():
@@ -98,9 +100,9 @@ class GraphModel:
         hidden = hidden.to(self.device, torch.float32)
         if not self.family.label_width:
             return Conditioning(hidden)
-        side = self.settings.sampling.resolution
+        height, width = self.image_size
         y = self.model.model.encode_adm(
-            pooled_output=pooled.to(self.device), width=side, height=side, device=self.device
+            pooled_output=pooled.to(self.device), width=width, height=height, device=self.device
         )
         return Conditioning(hidden, {"y": y.to(self.device, torch.float32)})
 
@@ -127,8 +129,29 @@ class GraphModel:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.settings.sampling.resolution // 8
-        return int(self._config["in_channels"]), side, side
+        height, width = self.image_size
+        return int(self._config["in_channels"]), height // 8, width // 8
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of sampled images: squares, but within `sampling_as`."""
+        side = self.settings.sampling.resolution
+        return self._size or (side, side)
+
+    @property
+    def multiple(self) -> int:
+        """What divides every side of its images."""
+        return int(8 * 2 ** (len(self._config["channel_mult"]) - 1))
+
+    @contextmanager
+    def sampling_as(self, sampling: Sampling, size: tuple[int, int]) -> Iterator[None]:
+        """Context manager: sample with these settings, images of this height and width, multiples of `multiple`."""
+        before = self.settings, self._size
+        self.settings, self._size = replace(self.settings, sampling=sampling), size
+        try:
+            yield
+        finally:
+            self.settings, self._size = before
 
     def encode_images(self, images: np.ndarray) -> Tensor:
         with torch.inference_mode(), self.on_device():
@@ -189,6 +212,11 @@ class GraphModel:
             _vae_hashes[network] = base_hash(network.state_dict())
         scale = type(self.latent_format).__name__, getattr(self.latent_format, "scale_factor", None)
         return f"{_vae_hashes[network]} {scale}"
+
+    @property
+    def parts_hash(self) -> str:
+        """Of the VAE; of encoders a graph shows only what they give."""
+        return self.vae_hash
 
     @contextmanager
     def temporarily_trainable(self) -> Iterator[None]:
@@ -264,8 +292,7 @@ class GraphModel:
 
     def settings_with(self, options: EraseOptions) -> ModelSettings:
         """The model's settings, changed by the options."""
-        levels = len(self._config["channel_mult"])
-        return settings_for(self.settings, options, self.name, 8 * 2 ** (levels - 1))
+        return settings_for(self.settings, options, self.name, self.multiple)
 
     @contextmanager
     def on_device(self, *modules: Any) -> Iterator[None]:

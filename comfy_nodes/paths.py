@@ -120,6 +120,17 @@ def saved_path(name: str, endings: tuple[str, ...]) -> Path:
     return path
 
 
+def input_folder(name: str, option: str) -> Path:
+    """A folder in ComfyUI's `input`, which may be a link. Raises ConfigError for one that is missing or elsewhere."""
+    import folder_paths
+
+    plain = name.replace("\\", "/")
+    path = Path(folder_paths.get_input_directory()) / plain
+    if not plain or plain.startswith("/") or ":" in plain or ".." in Path(plain).parts or not path.is_dir():
+        raise ConfigError(f"names {name[:80]!r}, which is not a folder in input", option=option)
+    return path
+
+
 def file_state(name: str, endings: tuple[str, ...]) -> str:
     """A text that changes with the file behind a name of `saved_names`, for ComfyUI's cache."""
     try:

@@ -1,6 +1,6 @@
 """The HTTP API `/salun/v1/…`: start, status, cancel, resume, remove, use, undo, runs, models, concepts, files of runs.
 
-JSON in, JSON out; `openapi.json` describes the calls, `schema` the options of an erasure. Errors are {"error": text}:
+JSON in, JSON out; `openapi.json` describes the calls, `schema` the options. Errors are {"error": text}:
 400 for an invalid request, 401 and 403 from `access`, 404 for a missing object, 408, 413 and 415 from `body`, 429 for a
 full queue.
 """
@@ -21,14 +21,13 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from salun.diffusion.options import GROUPS
 from salun.errors import ConfigError, SalunError
 
 from . import stages
 from .access import Access, Rejected, headers_of
 from .bodies import STARTS, JobId
 from .body import LARGEST, json_object, read_body
-from .controls import FIELDS, help_of
+from .controls import ERASURE, EVALUATION, Controls
 from .job_queue import QueueFull
 from .jobs import Job
 from .limits import truncated
@@ -248,21 +247,30 @@ def evaluation(request: Request, id: str) -> Any:
 
 
 def schema() -> dict[str, Any]:
-    """Every option of an erasure, with type, default, range and help."""
+    """Every option of an erasure, and under `evaluation` of an evaluation, with type, default, range and help."""
+    return {
+        "version": 1,
+        "prefix": PREFIX,
+        "options": _options_to_json(ERASURE),
+        "evaluation": _options_to_json(EVALUATION),
+    }
+
+
+def _options_to_json(controls: Controls) -> dict[str, Any]:
     options = {}
-    for title, names in GROUPS.items():
-        for name in (name for name in names if name in FIELDS):
-            item = FIELDS[name]
+    for title, names in controls.groups.items():
+        for name in (name for name in names if name in controls.fields):
+            item = controls.fields[name]
             rules = {key: item.metadata[key] for key in ("minimum", "maximum", "above")}
             rules["choices"] = list(item.metadata["choices"]) or None
             options[name] = {
                 "group": title,
                 "type": str(item.type),
                 "default": item.default if item.default is not dataclasses.MISSING else [],
-                "help": help_of(name),
+                "help": controls.help_of(name),
                 **{key: rule for key, rule in rules.items() if rule is not None},
             }
-    return {"version": 1, "prefix": PREFIX, "options": options}
+    return options
 
 
 def openapi(request: Request) -> Any:

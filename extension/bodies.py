@@ -74,15 +74,11 @@ class Inspect(BaseModel, extra="forbid"):
 
 
 class Evaluate(BaseModel, extra="forbid"):
-    """Judge a run, by its name, or a model, by its title and that of its original."""
+    """Evaluate a run, by its name, or a model, by its title; `options` as under `evaluation` in `schema`."""
 
     kind: Literal["evaluate"]
     model: StrictStr
-    against: StrictStr | None = None
-    concept: list[StrictStr] = []
-    detector: list[StrictStr] = []
-    n: StrictInt = 100
-    seed: StrictInt = 1
+    options: dict[str, Any] = {}
 
 
 STARTS: dict[str, type[BaseModel]] = {

@@ -17,10 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob, EraseOptions, ModelOptions
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.options import from_mapping
 from salun.progress import Event, Progress, Stage, StageCost
+from salun.user_text import is_data_set_id
 
 from . import stages
 from .messages import label, to_fields
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 EVERY = 0.2  # seconds between two events on the steps of one stage
 PASSES = 40  # of a sample, for the progress of an evaluation; detecting in it takes about a tenth
+SET_PROMPTS = 10  # of a set that is made from a concept, for the progress of an evaluation
 PREVIEWS = 3  # forget prompts of a preview; one retain prompt is shown with them
 WRITING_COSTS = [StageCost(Stage.CHECKING, 1, forward=2), StageCost(Stage.WRITING, 1, forward=3)]
 EXPORT_COSTS = [StageCost(Stage.CHECKING, 1, forward=3), StageCost(Stage.EXPORTING, 1, forward=7)]
@@ -228,8 +231,7 @@ def export(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str,
 
 def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
     """As `salun eval`; the page goes into the job's folder, and of a run into its folder as well."""
-    from salun.diffusion.eval_options import EvalOptions
-    from salun.diffusion.eval_output import set_rows, write_evaluation
+    from salun.diffusion.eval_output import image_metric_rows, set_rows, write_evaluation
     from salun.diffusion.evaluate import evaluate as run_evaluation
     from salun.report.metrics import verdict_lines
 
@@ -237,27 +239,39 @@ def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
     target = Path(request["target"])
     is_run = (target / "run.json").is_file()
     pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
-    costs = evaluation_costs(options.n, compared=is_run or options.against is not None)
-    result = run_evaluation(str(target), options, pipe_progress(pipe, stages.ProgressEstimator(costs)))
+    costs = evaluation_costs(options, compared=is_run or options.against is not None)
+    progress = stages.continued(pipe_progress(pipe, stages.ProgressEstimator(costs)), costs)
+    result = run_evaluation(str(target), options, progress)
     for home in (folder, target) if is_run else (folder,):
         write_evaluation(result, home)
     data, lines = result.as_json(), []
     for name, metrics in result.metrics.items():
         lines += [f"{name}: {line}" if len(result.metrics) > 1 else line for line in verdict_lines(metrics, label)]
-    lines += [" · ".join(filter(None, row)) for row in set_rows(data["sets"])]
+    rows = [*set_rows(data["sets"]), *image_metric_rows(data["sets"])]
+    lines += [" · ".join(filter(None, row)) for row in rows]
     return {"notes": [*result.notes, *lines], "verdict": data["verdict"]}
 
 
-def evaluation_costs(n: int, compared: bool) -> list[StageCost]:
+def evaluation_costs(options: EvalOptions, compared: bool) -> list[StageCost]:
     """What an evaluation does, for its progress; roughly, since the model that says how to sample is not loaded yet.
 
     Args:
-        n: Images of each set. compared: Whether there is an original, which draws the anchor too.
+        compared: Whether there is an original, which draws the anchor too.
     """
-    before, after = 3 * n if compared else 0, 2 * n
+    concepts = max(1, len(options.concept))  # a run's are not known yet
+    files = [Path(source) for source in options.prompts if not is_data_set_id(source)]
+    further = SET_PROMPTS * concepts * len(options.sets) + sum(map(_lines, files))
+    after = options.n * (concepts + 1) + further
+    before = after + options.n * concepts if compared else 0
     images = [(Stage.IMAGES_BEFORE, before), (Stage.IMAGES_AFTER, after)]
     costs = [StageCost(stage, count, forward=count * PASSES) for stage, count in images if count]
-    return [*costs, StageCost(Stage.DETECTING, before + after, forward=(before + after) * PASSES // 10)]
+    detected = (before + after) * max(1, len(options.detector))
+    return [*costs, StageCost(Stage.DETECTING, detected, forward=detected * PASSES // 10)]
+
+
+def _lines(file: Path) -> int:
+    with file.open("rb") as content:
+        return sum(1 for _ in content)
 
 
 def inspect(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:

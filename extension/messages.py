@@ -25,7 +25,8 @@ PAGE_ADVICE = {  # code of an error → advice on the page
 }
 LABELS = {"lr": "learning rate", "clip_skip": "CLIP skip", "low_vram": "low VRAM", "retain_weight": "retain weight (α)",
           "lr_decay": "learning rate decay", "keep_ema": "keep EMA", "run_dir": "run folder",
-          "output": "new file"}  # fmt: skip
+          "output": "new file", "n": "images of each set", "against": "its original", "clip": "CLIP model",
+          "metric": "metric of images", "prompts": "files of prompts", "sets": "sets of prompts"}  # fmt: skip
 
 
 def label(option: str) -> str:

@@ -10,11 +10,8 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from salun.options import MASKS
-
 from . import environment
 from .access import Access
-from .inputs import IMAGE_FOLDERS
 from .markup import bad, good, safe
 from .page_deltas import Deltas
 from .page_evaluate import Evaluation
@@ -54,22 +51,21 @@ def build(gr: Any, service: Service, access: Access) -> Any:
 
         models = [form.model, deltas.base]
         runs = [history.run, history.other]
-        judged = [evaluation.model, evaluation.against]
-        folders = [form.advanced[name] for name in IMAGE_FOLDERS]
-        shown = [*models, *runs, *judged, *deltas.chosen, form.advanced["mask"], *folders, state]
+        options = [*form.advanced.items(), *evaluation.options.items()]
+        named = service.choices()
+        listed = {name: control for name, control in options if name in named}
+        shown = [*models, *runs, evaluation.model, *deltas.chosen, *listed.values(), state]
 
         def lists(opened: bool = False) -> list[Any]:
             """Updates of `shown`. opened: of a page that was just opened and has no choice yet."""
             chosen = {"value": service.models.first()} if opened else {}
-            names = [str(run["run"]) for run in service.history()]
+            names, choices = [str(run["run"]) for run in service.history()], service.choices()
             return [
-                *(gr.update(choices=list(service.models.all()), **chosen) for _ in models),
+                *(gr.update(choices=choices["model"], **chosen) for _ in models),
                 *(gr.update(choices=names) for _ in runs),
-                gr.update(choices=[*names, *service.models.all()]),
-                gr.update(choices=["", *service.models.all()]),
+                gr.update(choices=[*names, *choices["model"]]),
                 *(gr.update(choices=["", *service.runs.deltas()]) for _ in deltas.chosen),
-                gr.update(choices=[*MASKS, *service.inputs.mask_names()]),
-                *(gr.update(choices=["", *service.inputs.image_folders()]) for _ in folders),
+                *(gr.update(choices=choices[name]) for name in listed),
                 _setup_text(service),
             ]
 

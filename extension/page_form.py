@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .controls import ADVANCED, MAIN_CONTROLS, control, value_of
+from .controls import ERASURE
 from .jobs import Job
 from .markup import queued
 from .service import Service
@@ -56,12 +56,12 @@ class Form:
             0, 500, value=0, step=1, label="Preview interval (steps)", elem_id="salun_preview",
             info="Before/after images at fixed seeds during training; they take time (default: 0, none).",
         )  # fmt: skip
-        masks, folders = service.inputs.mask_names(), service.inputs.image_folders()
+        listed = service.choices()
         self.advanced: dict[str, Any] = {}
-        for title, names in ADVANCED.items():
+        for title, names in ERASURE.folded.items():
             if names:
                 gr.Markdown(f"**{title}**")
-                self.advanced.update({name: control(gr, name, masks, folders) for name in names})
+                self.advanced.update({name: ERASURE.control(gr, name, listed) for name in names})
         self.only_mask = gr.Button("Only make the mask", elem_id="salun_only_mask")
 
     def connect(self, service: Service) -> None:
@@ -84,11 +84,12 @@ class Form:
     def options(self, preset: Any, values: tuple[Any, ...]) -> dict[str, Any]:
         """The options of an erasure from what the controls hold."""
         model, texts, anchor, retain = values[:4]
-        options = {name: value_of(name, shown) for name, shown in zip(self.advanced, values[4:], strict=True)}
-        concepts = value_of("concept", texts)
+        folded = zip(self.advanced, values[4:], strict=True)
+        options = {name: ERASURE.value_of(name, shown) for name, shown in folded}
+        concepts = ERASURE.value_of("concept", texts)
         options["model"] = str(model) if model else None
         options["concept"] = [*([str(preset)] if preset and str(preset) not in concepts else []), *concepts]
-        options["anchor"] = value_of("anchor", anchor)
-        options["retain_prompts"] = value_of("retain_prompts", retain)
-        assert set(MAIN_CONTROLS) <= set(options)
+        options["anchor"] = ERASURE.value_of("anchor", anchor)
+        options["retain_prompts"] = ERASURE.value_of("retain_prompts", retain)
+        assert set(ERASURE.main) <= set(options)
         return options

@@ -6,9 +6,8 @@ from html import escape
 from typing import Any
 
 from salun.errors import ConfigError, SalunError
-from salun.options import MASKS
 
-from .controls import shown_of
+from .controls import ERASURE
 from .inputs import IMAGE_FOLDERS
 from .markup import bad, good, image, queued, safe, table
 from .messages import label, render
@@ -53,15 +52,14 @@ def loaded_options(gr: Any, service: Service, form: Form, run: Any) -> list[Any]
     names = ["model", "concept", "anchor", "retain_prompts", *form.advanced]
     try:
         options = service.options_of(str(run or ""))
-        shown = {name: shown_of(name, value) for name, value in options.items()}
-    except (SalunError, TypeError, ValueError) as error:
+        shown = {name: ERASURE.shown_of(name, value) for name, value in options.items()}
+        listed = service.choices()
+    except (SalunError, OSError, TypeError, ValueError) as error:
         text = render(error) if isinstance(error, SalunError) else str(error)
         return [*(gr.update() for _ in ("preset", *names)), bad(text if run else "Choose a run first.")]
     status = good(f"The options of {run} are loaded.")
-    choices = {"model": list(service.models.all()), "mask": [*MASKS, *service.inputs.mask_names()]}
-    choices |= {name: service.inputs.image_folders() for name in IMAGE_FOLDERS if options.get(name)}
-    for name, available in choices.items():
-        if options.get(name) not in available:
+    for name in ("model", "mask", *(name for name in IMAGE_FOLDERS if options.get(name))):
+        if options.get(name) not in listed[name]:
             status += bad(f"Its {label(name)} {str(options.get(name))[:200]!r} no longer exists: choose another.")
             shown.pop(name, None)
     shown = {"concept": "", "anchor": "", "retain_prompts": "", **shown}

@@ -12,7 +12,6 @@ from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob, EraseOptions
 from salun.errors import ConfigError
 from salun.options import from_mapping
-from salun.user_text import unquoted
 
 from .host import Host
 from .inputs import Inputs
@@ -125,33 +124,25 @@ class Requests:
             target = new_file(folder, f"no-{delta}", f".{form}.safetensors", self._reserved_outputs())
             return self.queue.submit("export", f"{delta} as {form}", {**request, "output": str(target)})
 
-    def evaluate(
-        self,
-        model: str,
-        against: str | None = None,
-        concept: Sequence[str] = (),
-        detector: Sequence[str] = (),
-        n: int = 100,
-        seed: int = 1,
-    ) -> Job:
+    def evaluate(self, model: str, options: Mapping[str, Any] | None = None) -> Job:
         """Queue an evaluation.
 
         Args:
-            model: A run's name, or a model's title. against: Title of its original, which a run knows itself.
-            concept: What it should have forgotten, which a run knows itself.
+            model: A run's name, or a model's title. options: Fields of `EvalOptions` that are in EVAL_FIELDS; `against`
+            is a title. A run names its original, its concept and its anchor itself.
         """
-        detectors = [self.inputs.detector(unquoted(name)) for name in detector]
-        options: dict[str, Any] = {"detector": detectors, "n": n, "seed": seed}
-        is_run = against is None and self.runs.has(model)
-        if is_run and any(text.strip() for text in concept):
-            raise ConfigError("is named by the run already", option="concept", advice="Leave it empty")
-        target = str(self.runs.get(model)) if is_run else self.models.named(model)
-        if not is_run:
-            options |= {"concept": _named(concept), "against": self.models.named(against) if against else None}
-        options = dataclasses.asdict(from_mapping(EvalOptions, options, ""))
+        given: EvalOptions = from_mapping(EvalOptions, self.inputs.check(options or {}, EvalOptions), "")
+        if not given.against and self.runs.has(model):
+            for name in ("concept", "anchor"):
+                if any(text.strip() for text in getattr(given, name)):
+                    raise ConfigError("is named by the run already", option=name, advice="Leave it empty")
+            target, named = str(self.runs.get(model)), dataclasses.replace(given, against=None, concept=[], anchor=[])
+        else:
+            target, against = self.models.named(model), self.models.named(given.against) if given.against else None
+            named = dataclasses.replace(given, against=against, concept=_named(given.concept))
         self.host.python()
-        title = f"evaluate {model}" + (f" against {against}" if against else "")
-        return self.queue.submit("evaluate", title, {"target": target, "options": options})
+        title = f"evaluate {model}" + (f" against {given.against}" if given.against else "")
+        return self.queue.submit("evaluate", title, {"target": target, "options": dataclasses.asdict(named)})
 
     def overlaps(self, deltas: Sequence[str]) -> Job:
         """Queue the counting of weights that deltas both change."""

@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from salun.diffusion.eval_options import SETS
 from salun.errors import ConfigError
+from salun.options import MASKS
 from salun.runs.folder import STATE, exclusive_lock
 
 from . import environment
 from .host import Host
-from .inputs import Inputs
+from .inputs import IMAGE_FOLDERS, Inputs
 from .job_queue import Queue
 from .jobs import Job
 from .models import Models
@@ -55,6 +57,18 @@ class Service:
     def history(self) -> list[dict[str, Any]]:
         """All runs' summaries, the latest first."""
         return self.runs.summaries({job.run for job in self.queue.all() if job.open})
+
+    def choices(self) -> dict[str, list[str]]:
+        """Option → the names that a form offers for it; "" for none."""
+        models, folders = list(self.models.all()), self.inputs.image_folders()
+        return {
+            "model": models,
+            "against": ["", *models],
+            "mask": [*MASKS, *self.inputs.mask_names()],
+            **{name: ["", *folders] for name in IMAGE_FOLDERS},
+            "prompts": self.inputs.prompt_files(),
+            "sets": list(SETS),
+        }
 
     def options_of(self, run: str) -> dict[str, Any]:
         """The options of a run as a form shows them, to be loaded again."""

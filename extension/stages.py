@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from salun.progress import Stage, StageCost
+from salun.progress import Event, Progress, Stage, StageCost
 
 SAVING = 0.05  # fraction of an erasure that writing its files takes
 MIN_FRACTION = 0.03  # below it, no time left is estimated
@@ -37,6 +38,28 @@ def with_saving(costs: Sequence[StageCost]) -> list[StageCost]:
     """The stages of an erasure, with the writing of its files at the end."""
     total = sum(cost.passes for cost in costs)
     return [*costs, StageCost(Stage.SAVING, 1, forward=max(1, round(total * SAVING / (1 - SAVING))))]
+
+
+def continued(progress: Progress, costs: Sequence[StageCost]) -> Progress:
+    """A progress that counts on where a stage begins again, as sampling does with each set of prompts.
+
+    Args:
+        costs: With the steps of all parts of a stage.
+    """
+    steps = {cost.stage: cost.steps for cost in costs}
+    passed: dict[Stage, tuple[int, int]] = {}  # stage → steps of its earlier parts, and of the present one
+
+    def counted(event: Event, /) -> None:
+        if event.stage in steps and event.total:
+            earlier, last = passed.get(event.stage, (0, 0))
+            if event.step < last:
+                earlier += last
+            passed[event.stage] = earlier, event.step
+            total = max(steps[event.stage], earlier + event.total)
+            event = replace(event, step=earlier + event.step, total=total)
+        progress(event)
+
+    return counted
 
 
 class ProgressEstimator:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salun.errors import ConfigError
+from salun.options import entry_of
+from salun.user_text import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class DetectorEntry:
         title: What it looks at, and by what; a noun phrase.
         loads: The function of `DetectorInputs` that loads it, "module:name", imported when it is called. It returns
             None where what it needs is not there, such as a model's own classifier.
-        argument: What may follow the name after a colon, as in "images:FOLDER"; "" for nothing.
+        argument: What may follow the name after a colon, as in "images:FOLDER"; "" for nothing. MODEL is a folder or a
+            hub id; without a FOLDER or FILE the detector cannot be used.
         passes: Of the original network for each image, on average.
     """
 
@@ -44,7 +47,7 @@ DETECTORS = {
     "safety-checker": DetectorEntry(
         "safety checker of Stable Diffusion 1.x, for nudity",
         "salun.evaluation.detectors.safety_checker:load",
-        "FOLDER",
+        "MODEL",
     ),
     "q16": DetectorEntry(
         "inappropriate content by Q16, whose file is downloaded apart", "salun.evaluation.detectors.q16:load", "FILE"
@@ -71,15 +74,18 @@ def passes_of(name: str) -> int:
     return entry.passes if entry is not None else 0
 
 
+WITHOUT_PATH = tuple(name for name, entry in DETECTORS.items() if entry.argument not in ("FOLDER", "FILE"))
+"""The detectors that need no path, for hosts with remote users."""
+
+
 def without_path(name: str) -> str:
     """Accept a detector name whose argument cannot be a path, for hosts with remote users: a hub id or a plain word.
 
     Raises:
-        ConfigError: The argument could be a path.
+        ConfigError: The argument could be a path, or there is no such detector.
     """
+    entry_of(name, DETECTORS, "detector")
     key, _, argument = name.partition(":")
-    if key in ("images", "q16") or (
-        argument and not re.fullmatch(r"[a-z]+|[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", argument)
-    ):
+    if key not in WITHOUT_PATH or (argument and not (is_hub_id(argument) or re.fullmatch("[a-z]+", argument))):
         raise ConfigError(f"is {name[:80]!r}, but can name no folder here", option="detector")
     return name

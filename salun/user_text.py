@@ -30,6 +30,20 @@ def unquoted(path: str) -> str:
     return path
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of an id of the Hugging Face hub (owner/name), which leads out of no folder."""
+    return re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", name) is not None
+
+
+def is_data_set_id(name: str) -> bool:
+    """Whether a list of prompts is named by its id at the hub, as owner/name or owner/name@revision, and not as a file.
+
+    A name with a dot would be taken for a file's.
+    """
+    repo, at, revision = name.partition("@")
+    return is_hub_id(repo) and "." not in repo and (not at or re.fullmatch(r"[\w.-]+", revision) is not None)
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be encoded as UTF-8: a file name on Linux may contain other bytes."""
     try:

@@ -59,15 +59,19 @@ def mutated(rng: random.Random, depth: int = 0) -> Any:
     return inner if rng.random() < 0.5 else {rng.choice(["id", "model", "concept", "a" * 500]): one for one in inner}
 
 
-def body_of(rng: random.Random, options: list[str], starts: dict[str, Any]) -> bytes:
-    """A body of `start` or of a call that takes an id, most of it right and some of it not."""
+def body_of(rng: random.Random, fields: tuple[list[str], list[str]], starts: dict[str, Any]) -> bytes:
+    """A body of `start` or of a call that takes an id, most of it right and some of it not.
+
+    fields: the options of an erasure, and of an evaluation.
+    """
     if rng.random() < 0.1:
         return rng.choice(BODIES)
     kind = rng.choice(list(starts))
+    options = fields[kind == "evaluate"]
+    named = {"against": "shapes"} if kind == "evaluate" else {"model": "shapes"}
     sound: dict[str, Any] = {
-        "options": {"concept": ["circle"], "model": "shapes"}, "model": "shapes", "deltas": ["run"], "strengths": [1.0],
+        "options": {"concept": ["circle"], **named}, "model": "shapes", "deltas": ["run"], "strengths": [1.0],
         "delta": "run", "run": "run", "form": "lora", "rank": 4, "against": "run", "name": "x", "preview_every": 3,
-        "concept": ["circle"], "detector": ["self"], "n": 8, "seed": 1,
     }  # fmt: skip
     body = {"kind": kind, **{name: sound[name] for name in starts[kind].__annotations__ if name != "kind"}}
     if rng.random() < 0.3:
@@ -77,7 +81,7 @@ def body_of(rng: random.Random, options: list[str], starts: dict[str, Any]) -> b
         name = rng.choice(names or ["id"])
         body[name] = rng.choice(TEXTS)
     if "options" in body and rng.random() < 0.2:  # one option that is wrong, among sound ones
-        body["options"][rng.choice(["model", *options])] = rng.choice(VALUES)
+        body["options"][rng.choice([*named, *options])] = rng.choice(VALUES)
     for _ in range(rng.randrange(3)):
         inside = body.get("options") if rng.random() < 0.6 else body
         if isinstance(inside, dict):
@@ -187,7 +191,7 @@ def attack(folder: Path, numbers: range) -> Findings:
     """One mutated request a case; every hundredth, all jobs are cancelled and the status is asked for."""
     from extension.api import PREFIX
     from extension.bodies import STARTS
-    from extension.inputs import ERASE_FIELDS
+    from extension.inputs import ERASE_FIELDS, EVAL_FIELDS
 
     findings = Findings(folder)
     with served(folder) as (app, service, access):
@@ -197,7 +201,7 @@ def attack(folder: Path, numbers: range) -> Findings:
             route, method = rng.choice(["start"] * 8 + list(ROUTES)), ""
             method = ROUTES[route] if rng.random() < 0.95 else rng.choice(["PUT", "OPTIONS", "HEAD", "\xff"])
             path = f"{PREFIX}/{route}" if rng.random() < 0.95 else rng.choice(["/", "/login", "/config", "//", "/\0"])
-            body = body_of(rng, list(ERASE_FIELDS), STARTS) if method != "GET" else b""
+            body = body_of(rng, (list(ERASE_FIELDS), list(EVAL_FIELDS)), STARTS) if method != "GET" else b""
             call = sending(app, method, path, query_of(rng), headers_of(rng, access.token), body)
             findings.attempt(number, route, call)
             if number % 100 == 99:
@@ -226,20 +230,25 @@ def test_options_of_wrong_types_are_answered(tmp_path: Path) -> None:
     """Every option with every value, the others sound: `request` raises for an answer of 500 and above."""
     pytest.importorskip("fastapi", reason="fastapi is not installed (the extra `ui`)")
     from extension.api import PREFIX
-    from extension.inputs import ERASE_FIELDS
+    from extension.inputs import ERASE_FIELDS, EVAL_FIELDS
 
+    sound = {
+        "erase": (ERASE_FIELDS, {"options": {"concept": ["circle"], "model": "shapes"}}),
+        "evaluate": (EVAL_FIELDS, {"model": "shapes", "options": {"concept": ["circle"], "against": "shapes"}}),
+    }
     statuses: set[int] = set()
     headers = [(b"host", b"127.0.0.1:7870"), (b"authorization", b"Basic YW5uOnNlY3JldA==")]
     headers.append((b"content-type", b"application/json"))
     with served(tmp_path) as (app, service, _):
-        for option in ERASE_FIELDS:
+        for kind, option in [(kind, option) for kind, (fields, _) in sound.items() for option in fields]:
             for value in VALUES:
-                options = {"concept": ["circle"], "model": "shapes", option: value}
-                body = json.dumps({"options": options}).encode("ascii")
+                _, given = sound[kind]
+                wrong = {**given, "kind": kind, "options": {**given["options"], option: value}}
+                body = json.dumps(wrong).encode("ascii")
                 try:
                     statuses.add(request(app, "POST", f"{PREFIX}/start", b"", headers, body))
                 except SalunError as error:
                     statuses.add(int(str(error)))
             for job in service.queue.all():
                 service.queue.cancel(job.id)
-    assert statuses == {200, 400}
+    assert statuses == {200, 400, 404}

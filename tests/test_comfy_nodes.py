@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from comfy_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, storage
 from comfy_nodes import erase as erase_node
+from comfy_nodes.eval_inputs import eval_options
 from comfy_nodes.execution import graph_and_plan, run_record
 from comfy_nodes.families import schedule_keys
 from comfy_nodes.inputs import GRAPH_OPTIONS, NODE_OPTIONS, SHARED, automatic, erase_options
@@ -43,9 +44,11 @@ from salun import Delta, Mask, SalunError
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.keymap import unet_from_ldm, unet_to_ldm
 from salun.delta.stock_formats import stock_notes
+from salun.detectors import DETECTORS
 from salun.diffusion import evaluation
 from salun.diffusion.context import training_session
 from salun.diffusion.data.latents import sample_latents
+from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseOptions
 from salun.options import MASKS
 from salun.runs.folder import exclusive_lock
@@ -414,12 +417,12 @@ def test_option_inputs_have_the_cores_default_range_and_help() -> None:
         for name, (what, settings) in [i for part in node.INPUT_TYPES().values() for i in part.items()]:
             assert settings["tooltip"], f"{kind}.{name}"
             is_wire = isinstance(what, str) and what not in ("INT", "FLOAT", "STRING", "BOOLEAN")
-            if name not in fields or is_wire or kind == "SalUnConcept":
+            if name not in fields or is_wire or kind in ("SalUnConcept", "SalUnEvaluate"):
                 continue
             seen.setdefault(name, set()).add(kind)
             rules = fields[name].metadata
             assert "mask file" not in settings["tooltip"], "a file is not a choice of this node"
-            assert name == "mask" or settings["tooltip"].startswith(rules["help"])
+            assert name in ("mask", "detector") or settings["tooltip"].startswith(rules["help"])
             assert erase_options({name: settings["default"]}) == EraseOptions()
             choices = MASKS if name == "mask" else rules["choices"]
             assert not choices or list(what)[-len(choices) :] == list(choices)
@@ -429,6 +432,29 @@ def test_option_inputs_have_the_cores_default_range_and_help() -> None:
     for name, nodes in seen.items():
         assert nodes == {"SalUnOptions"} or (name in NODE_OPTIONS and "SalUnOptions" not in nodes), "set at two nodes"
     assert sum("SalUnErase" in nodes for nodes in seen.values()) == 7
+
+
+@pytest.mark.usefixtures("host")
+def test_every_option_of_an_evaluation_is_an_input_or_decided_elsewhere() -> None:
+    fields = {item.name: item for item in dataclasses.fields(EvalOptions)}
+    declared = NODE_CLASS_MAPPINGS["SalUnEvaluate"].INPUT_TYPES()
+    widgets = {
+        name: settings for part in declared.values() for name, (_, settings) in part.items() if "default" in settings
+    }
+    options = {{"clip_model": "clip"}.get(name, name) for name in widgets}
+    assert options | set(GRAPH_OPTIONS) | set(SHARED) | {"concept", "against"} >= set(fields)
+    assert options - {"detector"} <= set(fields) - set(GRAPH_OPTIONS) - set(SHARED)
+    assert eval_options({name: settings["default"] for name, settings in widgets.items()})[0] == EvalOptions()
+    in_view = {name for name, settings in widgets.items() if not settings.get("advanced")}
+    assert in_view == {"detector", "n", "seed"}
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("kind", ["SalUnOptions", "SalUnEvaluate"])
+def test_the_tooltip_names_no_detector_that_cannot_be_used_here(kind: str) -> None:
+    declared = NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
+    (text,) = [part["detector"][1]["tooltip"] for part in declared.values() if "detector" in part]
+    assert "nudenet" in text and "q16" not in text and "attribute" not in text
 
 
 @pytest.mark.parametrize("name", ["steps", "lr", "retain_weight", "resolution"])
@@ -640,7 +666,7 @@ def test_previews_are_blurred_for_sensitive_concepts(host: Host, kind: str, name
     model, after = Patcher(), Patcher(prediction="v_prediction")
     for each in (model, after):
         each.model.latent_format.latent_rgb_factors = [[0.0] * 3] * 4
-    inputs = parts(model=model, before=model, after=after, concept=preset(name), **{**TINY, "eval_images": 1})
+    inputs = parts(model=model, before=model, after=after, concept=preset(name), n=2, **{**TINY, "eval_images": 1})
     inputs["options"] = options(show_sensitive=show)
     if kind == "SalUnErase":
         inputs["eval_images"] = 0
@@ -989,8 +1015,85 @@ def test_errors_name_inputs_and_nodes(host: Host) -> None:
 def test_models_of_two_families_are_not_compared(host: Host) -> None:
     inputs = {name: value for name, value in parts().items() if name != "model"}
     with pytest.raises(SalunError, match="before is a MODEL of the family sd1, but after is of sd2"):
-        call("SalUnEvaluate", before=Patcher(), after=Patcher("sd2"), **inputs, eval_images=1)
+        call("SalUnEvaluate", before=Patcher(), after=Patcher("sd2"), **inputs, n=2)
     assert not host.bar
+
+
+# -- evaluations ------------------------------------------------------------------------------------------------------
+
+
+def evaluated(**given: Any) -> tuple[Tensor, dict[str, Any], str]:
+    """SalUn Evaluate on a MODEL and one of slightly other weights."""
+    inputs = {name: value for name, value in parts().items() if name != "model"}
+    image, metrics, verdict = call("SalUnEvaluate", before=Patcher(), after=shifted(), **{**inputs, "n": 2, **given})
+    return image, json.loads(metrics), verdict
+
+
+def test_an_evaluation_has_further_prompts_and_several_detectors(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The detector of a folder is a stand-in that needs none: `self`."""
+    monkeypatch.setitem(DETECTORS, "images", replace(DETECTORS["self"], argument="FOLDER"))
+    (host.root / "input/cats").mkdir(parents=True)
+    rows = "prompt,seed,width,height,guidance\na cat,1,64,72,2\na dog,2,,,\n"
+    (host.root / "input/rows.csv").write_text(rows, encoding="utf-8")
+    given = {"detector": "self\n images:cats\n", "prompts": "rows.csv", "sets": "languages"}
+    image, metrics, verdict = evaluated(**given, keep_images=True)
+    assert image.ndim == 4 and str(host.root) not in json.dumps(metrics)
+    assert set(metrics["detectors"]) == {"self", "images:cats"} and metrics["seed"] == 1
+    assert {line.split(": ")[0] for line in verdict.splitlines()} == {"self", "images:cats"}
+    found = metrics["sets"]["rows.csv"]
+    assert found["n"] == 2 and set(found["detected"]["self"]["a cat"]) == {"before", "after"}
+    assert {"concept", "other prompts", "languages"} <= set(metrics["sets"])
+    folder = host.root / metrics["folder"]
+    assert folder == host.root / "output/salun/evaluation_00001_" and (folder / "eval.html").is_file()
+    sizes = {path.name: Image.open(path).size for path in (folder / "images/rows.csv").iterdir()}
+    assert sizes == {
+        f"{row}-{side}.png": size for row, size in (("00001", (64, 72)), ("00002", (64, 64)))
+        for side in ("before", "after")
+    }  # fmt: skip
+    assert host.bar[-1][0] <= host.bar[-1][1]
+    sampled = len(host.samplers)
+    evaluated(**given)
+    assert len(host.samplers) == sampled, "all samples are cached"
+    assert sorted((host.root / "output/salun").iterdir()) == [folder], "images are kept on request only"
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"detector": "q16:/etc"}, "can name no folder here"),
+        ({"detector": "self\nclip:/etc"}, "can name no folder here"),
+        ({"detector": "images:../output"}, "names '../output', which is not a folder in input"),
+        ({"detector": "images:/etc"}, "not a folder in input"),
+        ({"detector": "images:"}, "not a folder in input"),
+        ({"detector": "eye"}, "is 'eye', but must be one of"),
+        ({"metric": "fid:/etc"}, "not a folder in input"),
+        ({"metric": "fid:C:\\pictures"}, "not a folder in input"),
+        ({"metric": "fd"}, "is 'fd', but must be one of"),
+        ({"prompts": "../secret.txt"}, "not in output/salun or input"),
+        ({"prompts": "/etc/passwd.txt"}, "not in output/salun or input"),
+        ({"prompts": "gone.csv"}, "not in output/salun or input"),
+        ({"clip_model": "/models/clip"}, "must be a hub id"),
+    ],
+    ids=str,
+)
+def test_names_of_an_evaluation_are_checked_before_anything_runs(given: dict[str, str], message: str) -> None:
+    made: Any = NODE_CLASS_MAPPINGS["SalUnEvaluate"]
+    assert message in made.VALIDATE_INPUTS(**given)
+    assert made.VALIDATE_INPUTS(detector="self\nnudenet:mace", metric="lpips", prompts=None) is True
+    with pytest.raises(SalunError, match=message.split("'")[-1]):  # a text from another node is checked when it runs
+        evaluated(**given)
+
+
+def test_an_evaluation_runs_again_where_its_prompts_changed(host: Host) -> None:
+    made: Any = NODE_CLASS_MAPPINGS["SalUnEvaluate"]
+    file = host.root / "input/mine.txt"
+    file.parent.mkdir()
+    file.write_text("a cat\n", encoding="utf-8")
+    before = made.IS_CHANGED(prompts="mine.txt\nAIML-TUDA/i2p", n=2, before=None)
+    os.utime(file, (1, 1))
+    assert made.IS_CHANGED(prompts="mine.txt\nAIML-TUDA/i2p", n=2, before=None) != before
+    assert made.IS_CHANGED(n=2) == made.IS_CHANGED(prompts="") == ""
 
 
 # -- deltas -----------------------------------------------------------------------------------------------------------

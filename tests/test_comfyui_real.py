@@ -320,7 +320,7 @@ SMALLER = {
     "SalUnErase": TRAIN,
     "SalUnOptions": TINY,
     "SalUnSaliencyMask": {"batch_size": 1},
-    "SalUnEvaluate": {"eval_images": 1},
+    "SalUnEvaluate": {"n": 2},
     "SalUnSaveErasedCheckpoint": {"ckpt_name": SOURCE},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
@@ -448,7 +448,7 @@ def test_6_nodes_that_sample_show_what_they_sample(server: Server) -> None:
     prompt = {**erasing(), "data": data, "mask": masking(data=["data", 0], seed=22)}
     del prompt["erase"]
     prompt |= {"keep": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="shown")}
-    judged = {"before": ["load", 0], "after": ["lora", 0], "vae": ["load", 2], "eval_images": 1, "seed": 22}
+    judged = {"before": ["load", 0], "after": ["lora", 0], "vae": ["load", 2], "n": 2, "seed": 22}
     judged |= {name: PARTS[name] for name in ("clip", "concept", "options")}
     prompt["lora"] = node("LoraLoaderModelOnly", model=["load", 0], lora_name=_small_lora(server), strength_model=0.7)
     prompt |= {"judge": node("SalUnEvaluate", **judged), "see": node("PreviewImage", images=["judge", 0])}

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from hypothesis import strategies as st
 
 import salun
 from extension import job_process, stages
+from extension.child import evaluation_costs
 from extension.job_events import apply_event
 from extension.job_process import CHILD
 from extension.job_queue import Queue
 from extension.jobs import Job
 from extension.messages import from_fields, render, to_fields
 from extension.stages import ProgressEstimator
+from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
 from salun.errors import ConfigError, SalunError
-from salun.progress import Stage, StageCost
+from salun.progress import Event, Stage, StageCost
 
 from .conftest import SHORT
 
@@ -300,6 +303,29 @@ def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
     now = 101.0
     _, second = clock.at("training", 1, 10)
     assert second == pytest.approx(900)
+
+
+def test_a_stage_that_begins_again_counts_on() -> None:
+    """As sampling does with each set of prompts, of which a later one may be larger than expected."""
+    seen: list[tuple[int, int]] = []
+    cost = StageCost(Stage.IMAGES_AFTER, 6, forward=6)
+    progress = stages.continued(lambda event: seen.append((event.step, event.total)), [cost])
+    for step, total in ((0, 4), (2, 4), (4, 4), (0, 3), (3, 3)):
+        progress(Event(Stage.IMAGES_AFTER, step, total))
+    progress(Event(Stage.PROBING, 1, 8))
+    assert seen == [(0, 6), (2, 6), (4, 6), (4, 7), (7, 7), (1, 8)]
+
+
+def test_an_evaluation_counts_the_images_of_all_its_prompts(tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a cat\na dog\na bird\n", encoding="utf-8")
+    options = EvalOptions(concept=["cat"], n=10, prompts=[str(prompts), "AIML-TUDA/i2p"], detector=["self", "clip"])
+    steps = {cost.stage: cost.steps for cost in evaluation_costs(options, compared=True)}
+    assert steps == {Stage.IMAGES_BEFORE: 33, Stage.IMAGES_AFTER: 23, Stage.DETECTING: 2 * (33 + 23)}
+    alone = {cost.stage for cost in evaluation_costs(options, compared=False)}
+    assert alone == {Stage.IMAGES_AFTER, Stage.DETECTING}
+    more = evaluation_costs(replace(options, sets=["synonyms"]), compared=True)
+    assert sum(cost.steps for cost in more) > sum(steps.values())
 
 
 def test_saving_takes_its_part_of_an_erasure(shapes: Model) -> None:

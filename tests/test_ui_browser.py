@@ -400,8 +400,11 @@ def test_a_run_is_evaluated_by_clicking(page: Any, server: tuple[str, Path]) -> 
     run = min((server[1] / "runs").iterdir()).name
     page.locator("#salun_refresh").click()
     unfold(page, "evaluate")
-    choose(page, "judged", run)
-    fill(page, "images", "8")
+    choose(page, "eval_model", run)
+    fill(page, "eval_n", "8")
+    fill(page, "eval_detector", "attribute\nself")
+    unfold(page, "eval_more")
+    page.locator("#salun_eval_keep_images").get_by_role("checkbox").check()
     page.locator("#salun_start_evaluation").click()
     page.locator("#salun_evaluation").get_by_text(f"Queued: “evaluate {run}”").wait_for()
     job = page.locator(".salun-job").filter(has_text=f"evaluate {run}")
@@ -409,3 +412,4 @@ def test_a_run_is_evaluated_by_clicking(page: Any, server: tuple[str, Path]) -> 
     page.frame_locator(".salun-report iframe").get_by_text("Is it forgotten?").first.wait_for()
     page.get_by_role("button", name="Close").click()
     assert (server[1] / "runs" / run / "eval.html").is_file() and not page.problems
+    assert list((server[1] / "runs" / run / "images").glob("*/*.png"))

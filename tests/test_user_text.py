@@ -29,7 +29,7 @@ from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept, mentions, prompts_of, resolve
 from salun.errors import ConfigError
 from salun.runs.cache import size_of
-from salun.user_text import prompt_text, syntax_note, unquoted
+from salun.user_text import is_data_set_id, prompt_text, syntax_note, unquoted
 
 from .conftest import SHORT
 
@@ -257,3 +257,15 @@ def test_folders_of_extra_model_paths_that_cannot_be_read_are_skipped(
     assert [*checkpoint_folders([str(tmp_path)])] == [good]
     assert "closed" in caplog.text and "Permission denied" in caplog.text
     assert "missing" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("AIML-TUDA/i2p", True), ("AIML-TUDA/i2p@main", True), ("owner/name@v1.0", True), ("i2p.csv", False),
+        ("owner/name.csv", False), ("../i2p", False), ("/etc/passwd", False), ("owner/name/more", False),
+        ("owner/name@../x", False), ("owner/name@", False), ("C:/name", False), ("owner/name\n", False),
+    ],
+)  # fmt: skip
+def test_ids_of_data_sets_are_told_from_files(name: str, is_id: bool) -> None:
+    assert is_data_set_id(name) is is_id

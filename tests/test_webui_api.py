@@ -32,6 +32,7 @@ from extension.messages import to_fields
 from extension.paths import confined, new_file, safe_name
 from extension.runs import DELTA
 from extension.service import Service
+from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError, ModelError, SalunError
 from salun.runs.folder import exclusive_lock
@@ -107,9 +108,10 @@ def test_the_page_calls_by_its_token_under_any_flags(service: Service) -> None:
 
 
 def test_the_schema_tells_every_option_with_the_cores_default() -> None:
+    for key, core in (("options", EraseJob()), ("evaluation", EvalOptions())):
+        answered = schema()[key]
+        assert {name: of["default"] for name, of in answered.items()} == {n: getattr(core, n) for n in answered}
     answered = schema()["options"]
-    job = EraseJob()
-    assert {name: one["default"] for name, one in answered.items()} == {name: getattr(job, name) for name in answered}
     assert answered["density"]["maximum"] == 1
     assert answered["method"]["choices"] == ["salun", "salun-soft", "esd", "uce"]
     assert json.loads(json.dumps(schema())) == schema()
@@ -155,11 +157,14 @@ def test_openapi_describes_every_call(service: Service) -> None:
         ({"kind": "evaluate", "model": "/etc"}, 404, "there is no model '/etc'"),
         ({"kind": "evaluate", "model": "shapes"}, 400, "no concept is given"),
         (
-            {"kind": "evaluate", "model": "shapes", "concept": ["a"], "detector": ["q16:/etc"]},
+            {"kind": "evaluate", "model": "shapes", "options": {"concept": ["a"], "detector": ["q16:/etc"]}},
             400,
             "can name no folder",
         ),
-        ({"kind": "evaluate", "model": "shapes", "concept": ["a"], "n": 1}, 400, "n is 1"),
+        ({"kind": "evaluate", "model": "shapes", "options": {"concept": ["a"], "n": 1}}, 400, "n is 1"),
+        ({"kind": "evaluate", "model": "shapes", "options": {"concept": ["a"], "against": [1]}}, 400, "against is [1]"),
+        ({"kind": "evaluate", "model": "shapes", "options": {"prompts": ["/etc/x.csv"]}}, 400, "cannot be a name here"),
+        ({"kind": "evaluate", "model": "shapes", "concept": ["a"]}, 400, "concept: "),
     ],
     ids=str,
 )
@@ -536,16 +541,25 @@ OUTCOMES = ("Can't tell", "Damaged", "Barely changed", "Mostly erased", "Erased"
 def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service, run_folder: Path) -> None:
     shutil.copytree(run_folder, service.runs.folder / "mine")
     asks = client(service)
-    bodies = ({"model": "mine", "n": 2}, {"model": "shapes", "against": "shapes", "concept": ["circle"], "n": 2})
+    (service.inputs.prompts / "two.txt").write_text("one red circle\none blue star\n", encoding="utf-8")
+    several = {"n": 2, "detector": ["attribute", "self"], "prompts": ["two.txt"], "keep_images": True}
+    bodies = (
+        {"model": "mine", "options": several},
+        {"model": "shapes", "options": {"against": "shapes", "concept": ["circle"], "n": 2}},
+    )
     for body in bodies:
         id = asks.post(f"{PREFIX}/start", json={"kind": "evaluate", **body}).json()["id"]
         job = service.queue.wait(id, 120)
         assert (job.state, job.error) == ("done", None)
         status = asks.get(f"{PREFIX}/status?id={id}").json()
-        assert status["offers"] == ["evaluation"] and status["result"]["notes"][0].split(": ")[0] in OUTCOMES
+        notes = status["result"]["notes"]
+        assert status["offers"] == ["evaluation"] and any(outcome in notes[0] for outcome in OUTCOMES)
         page = asks.get(f"{PREFIX}/evaluation?id={id}")
         assert page.headers["content-type"].startswith("text/html") and "Is it forgotten?" in page.text
-    assert (service.runs.folder / "mine" / "eval.json").is_file()
-    twice = asks.post(f"{PREFIX}/start", json={"kind": "evaluate", "model": "mine", "concept": ["star"]})
+    found = json.loads((service.runs.folder / "mine" / "eval.json").read_text(encoding="utf-8"))
+    assert set(found["detectors"]) == {"attribute", "self"} and found["sets"]["two.txt"]["n"] == 2
+    assert len(list((service.runs.folder / "mine" / "images" / "two.txt").iterdir())) == 4
+    given = {"kind": "evaluate", "model": "mine", "options": {"concept": ["star"]}}
+    twice = asks.post(f"{PREFIX}/start", json=given)
     assert twice.status_code == 400 and "concept is named by the run already" in twice.json()["error"]
     assert asks.get(f"{PREFIX}/evaluation?id=nothing").status_code == 404

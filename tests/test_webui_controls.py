@@ -22,52 +22,66 @@ import pytest
 import salun
 from extension import paths
 from extension.access import Access
-from extension.controls import ADVANCED, FIELDS, MAIN_CONTROLS, control, default_of, help_of, shown_of, value_of
+from extension.controls import ERASURE, EVALUATION, Controls
 from extension.host import StandaloneHost
-from extension.inputs import NOT_OFFERED
+from extension.inputs import NAMES, NOT_OFFERED, TITLES
 from extension.jobs import Job
 from extension.messages import PAGE_ADVICE, from_fields, render, to_fields
 from extension.page import build
 from extension.page_history import details
 from extension.service import Service
+from salun.detectors import DETECTORS
+from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError
 from salun.options import MASKS, from_mapping
 
-ALL = [item.name for item in dataclasses.fields(EraseJob)]
+BOTH = pytest.mark.parametrize("controls", [ERASURE, EVALUATION], ids=["erasure", "evaluation"])
 OTHERS = {  # a value beside the default, as a run.json holds it
     "bool": True, "str": "text", "int": 7, "float": 0.25, "list": ["one", "two"],
 }  # fmt: skip
 
 
-def test_every_option_of_an_erasure_has_one_control_but_for_places() -> None:
-    shown = [*MAIN_CONTROLS, *(name for group in ADVANCED.values() for name in group)]
-    assert sorted([*shown, *NOT_OFFERED]) == sorted(ALL)
-    assert all(help_of(name) for name in shown)
+@BOTH
+def test_every_option_has_one_control_but_for_places(controls: Controls) -> None:
+    shown = [*controls.main, *(name for group in controls.folded.values() for name in group)]
+    every = [item.name for item in dataclasses.fields(controls.kind)]
+    assert sorted([*shown, *(name for name in NOT_OFFERED if name in every)]) == sorted(every)
+    assert all(controls.help_of(name) for name in shown)
 
 
-def test_untouched_controls_give_the_cores_defaults() -> None:
-    values = {name: value_of(name, default_of(name)) for name in FIELDS}
+@BOTH
+def test_an_option_that_names_a_path_is_looked_up_by_name(controls: Controls) -> None:
+    paths = {name for name, item in controls.fields.items() if item.metadata["path"]}
+    assert paths <= {*TITLES, *NAMES}
+
+
+@BOTH
+def test_untouched_controls_give_the_cores_defaults(controls: Controls) -> None:
+    values = {name: controls.value_of(name, controls.default_of(name)) for name in controls.fields}
     given = {name: value for name, value in values.items() if value is not None}
-    assert from_mapping(EraseJob, given, "the controls") == EraseJob()
+    assert from_mapping(controls.kind, given, "the controls") == controls.kind()
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_a_value_shown_is_read_back(name: str) -> None:
-    item = FIELDS[name]
+@pytest.mark.parametrize(
+    ("controls", "name"), [(each, name) for each in (ERASURE, EVALUATION) for name in each.fields], ids=str
+)
+def test_a_value_shown_is_read_back(controls: Controls, name: str) -> None:
+    item = controls.fields[name]
     choices = item.metadata["choices"] or (MASKS if name == "mask" else ())
     kind = str(item.type).removesuffix(" | None")
     other = choices[-1] if choices else OTHERS[kind.split("[")[0]]
     for value in (other, item.default if item.default is not dataclasses.MISSING else []):
-        assert value_of(name, shown_of(name, value)) == value
+        assert controls.value_of(name, controls.shown_of(name, value)) == value
 
 
 def test_what_is_no_number_is_said_by_its_name() -> None:
     with pytest.raises(ConfigError, match="lr is 'fast', but must be a number"):
-        value_of("lr", "fast")
-    assert value_of("lr", " 1e-5 ") == 1e-5
-    assert value_of("steps", "") is None
-    assert value_of("retain_prompts", "a dog\n\n a cat ") == ["a dog", "a cat"]
+        ERASURE.value_of("lr", "fast")
+    assert ERASURE.value_of("lr", " 1e-5 ") == 1e-5
+    assert ERASURE.value_of("steps", "") is None
+    assert ERASURE.value_of("retain_prompts", "a dog\n\n a cat ") == ["a dog", "a cat"]
+    assert EVALUATION.value_of("sets", ["synonyms"]) == ["synonyms"]  # of a list with several choices
 
 
 def test_render_names_options_by_their_labels_and_advises_what_the_page_offers() -> None:
@@ -439,7 +453,7 @@ def test_a_job_in_a_folder_that_somebody_has_sent_is_not_run(tmp_path: Path, sta
 def test_a_number_of_many_digits_is_refused_in_words() -> None:
     for text in ("9" * 400, "9" * 5_000):
         with pytest.raises(ConfigError, match=rf"steps has {len(text)} digits; the limit is 30"):
-            value_of("steps", text)
+            ERASURE.value_of("steps", text)
 
 
 def test_options_of_a_wrong_type_are_not_loaded_again(service: Service) -> None:
@@ -501,11 +515,102 @@ def test_what_can_be_chosen_of_files_is_listed_and_the_help_names_no_other(servi
     assert service.inputs.image_folders() == ["my cat"]
     made = SimpleNamespace(Dropdown=lambda **shown: shown)
     for name in ("forget_images", "retain_images"):
-        shown = control(made, name, [], service.inputs.image_folders())
+        shown = ERASURE.control(made, name, service.choices())
         assert (shown["choices"], shown["value"]) == (["", "my cat"], "")
         assert "a folder in `pictures`" in shown["info"]
-    assert "diffusers folder" not in help_of("components")
-    assert "file" not in help_of("mask")
+    assert "diffusers folder" not in ERASURE.help_of("components")
+    assert "file" not in ERASURE.help_of("mask")
+
+
+def test_files_of_prompts_are_listed_and_chosen_by_name(service: Service, tmp_path: Path) -> None:
+    for name in ("i2p.csv", "mine.txt", "notes.md"):
+        (service.inputs.prompts / name).write_text("a cat\n", encoding="utf-8")
+    (tmp_path / "secret.txt").write_text("x", encoding="utf-8")
+    (service.inputs.prompts / "linked.txt").symlink_to(tmp_path / "secret.txt")
+    (service.inputs.prompts / "folder.csv").mkdir()
+    made = SimpleNamespace(Dropdown=lambda **shown: shown)
+    shown = EVALUATION.control(made, "prompts", service.choices())
+    assert (shown["choices"], shown["value"], shown["multiselect"]) == (["i2p.csv", "mine.txt"], [], True)
+
+
+@BOTH
+def test_the_help_names_no_detector_that_cannot_be_used_here(controls: Controls, service: Service) -> None:
+    text = controls.help_of("detector")
+    assert "q16" in DETECTORS and "q16" not in text
+    for name in DETECTORS:
+        if name in text and name != "images":
+            assert service.inputs.detector(name) == name
+
+
+# -- evaluations ------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluations_request_is_what_the_command_line_would_run(held: Service) -> None:
+    (held.inputs.images / "real").mkdir()
+    (held.inputs.prompts / "i2p.csv").write_text("prompt\na cat\n", encoding="utf-8")
+    given = {
+        "against": "shapes", "concept": ["circle", " "], "anchor": ["square"], "detector": ["self", "images:real"],
+        "metric": ["clip-score", "fid:real"], "clip": "openai/clip-vit-base-patch32", "n": 8, "seed": 3,
+        "prompts": ["i2p.csv", "AIML-TUDA/i2p"], "sets": ["synonyms"], "synonyms": ["a disc"], "keep_images": True,
+    }  # fmt: skip
+    job = held.requests.evaluate("shapes", given)
+    real, prompts = held.inputs.images / "real", held.inputs.prompts / "i2p.csv"
+    expected = EvalOptions(**{
+        **given, "concept": ["circle"], "detector": ["self", f"images:{real}"],
+        "metric": ["clip-score", f"fid:{real}"], "prompts": [str(prompts), "AIML-TUDA/i2p"],
+    })  # fmt: skip
+    assert job.request["options"] == dataclasses.asdict(expected)
+    assert job.request["target"] == "shapes"
+
+
+def test_a_run_names_its_own_concept_anchor_and_original(held: Service) -> None:
+    run = write_run(held)
+    job = held.requests.evaluate(run.name, {"against": "", "concept": [], "anchor": [""], "n": 8})
+    assert job.request == {"target": str(run), "options": dataclasses.asdict(EvalOptions(n=8))}
+    for name in ("concept", "anchor"):
+        with pytest.raises(ConfigError, match="is named by the run already"):
+            held.requests.evaluate(run.name, {name: ["star"]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models_dir": ["/"]}, "'models_dir' cannot be set here"),
+        ({"allow_pickle": True}, "'allow_pickle' cannot be set here"),
+        ({"against": "/etc/model.safetensors"}, "there is no model '/etc/model.safetensors'"),
+        ({"prompts": ["/etc/passwd.txt"]}, "cannot be a name here"),
+        ({"prompts": ["../jobs/x.csv"]}, "cannot be a name here"),
+        ({"prompts": ["owner/name.csv"]}, "there is no 'owner/name.csv' here"),
+        ({"prompts": ["linked.txt"]}, "is outside the folder"),
+        ({"prompts": [["x.csv"]]}, "but must be a text"),
+        ({"metric": ["fid:/etc"]}, "cannot be a name here"),
+        ({"metric": ["fid:../masks"]}, "cannot be a name here"),
+        ({"metric": ["lpips:x"]}, "lpips takes no argument"),
+        ({"metric": ["fd"]}, "is 'fd', but must be one of fid, "),
+        ({"detector": ["images:/etc"]}, "cannot be a name here"),
+        ({"detector": ["clip:/etc/model"]}, "can name no folder here"),
+        ({"detector": ["q16"]}, "can name no folder here"),
+        ({"detector": ["eye"]}, "is 'eye', but must be one of attribute, "),
+        ({"detector": "self"}, "must be a list of texts"),
+        ({"clip": "/models/clip"}, "must be a hub id"),
+        ({"clip": ["owner/name"]}, "clip is .*must be a text"),
+        ({"components": "../x"}, "must be an alias or a hub id"),
+        ({"synonyms": ["a" * 2_001]}, "synonyms has a text of 2,001 characters"),
+        ({"sampling_guidance": float("inf")}, "must be a finite number"),
+        ({"n": 1}, "n is 1, but must be at least 2"),
+        ({"concept": [" "]}, "no concept is given"),
+        ({"steps": 3}, "'steps' cannot be set here"),
+    ],
+    ids=str,
+)
+def test_what_an_evaluation_must_not_name_is_refused_before_anything_begins(
+    service: Service, options: dict[str, Any], message: str
+) -> None:
+    (service.host.data / "secret.txt").write_text("x", encoding="utf-8")
+    (service.inputs.prompts / "linked.txt").symlink_to(service.host.data / "secret.txt")
+    with pytest.raises(ConfigError, match=message):
+        service.requests.evaluate("shapes", {"concept": ["circle"], **options})
+    assert service.queue.all() == []
 
 
 def finished(service: Service, run: Path) -> Job:

@@ -127,6 +127,7 @@ WORKFLOWS: dict[str, Graph] = {
                 "clip": ("@load", 1),
                 "vae": ("@load", 2),
                 **WHAT,
+                "n": 16,
             },
         ),
         "show images": ("PreviewImage", (1820, 0), {"images": ("@evaluate", 0)}),

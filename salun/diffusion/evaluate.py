@@ -130,20 +130,19 @@ def evaluate(
     plan = make_plan(compared.known.settings, compared.known.name, list(compared.names), compared.options)
     advice = "Try {dtype} bf16 or a smaller {resolution}"
     with compared.known.configured(plan.options), explained_memory_errors("out of memory", advice):
-        record = _record(target, options, compared, plan, command)
+        record = record_of(target, options, compared, plan, command)
         wanted = wanted_sets(options, plan, compared.known, record)
         prompts = eval_prompts(plan, options.n, options.seed)
-        clip = ClipModel(options.clip or CLIP, device=compared.known.device)
-        detectors, measures = _detectors(compared, plan, options, clip), _image_metrics(compared, options, clip)
-        _prepare(measures, prompts, wanted, progress)
+        detectors, measures = wanted_detectors(compared, plan, options), wanted_metrics(compared, options)
+        prepare_metrics(measures, prompts, wanted, progress)
         sides = _sampled(compared, plan, prompts, wanted, options.seed, progress)
         pairs = {}
         if "before" in sides:
             held_out = sides["before"].held_out, sides["after"].held_out
             pairs = {name: evaluated_pair(of, plan, prompts, *held_out, progress) for name, of in detectors.items()}
         sets = [
-            *_held_out(sides, prompts, detectors, pairs, measures, progress),
-            *_further(sides, wanted, options.seed, detectors, measures, progress),
+            *held_out_results(sides, prompts, detectors, pairs, measures, progress),
+            *further_results(sides, wanted, options.seed, detectors, measures, progress),
         ]
     erased_by = plan if compared.change is not None else None
     metrics = {
@@ -153,7 +152,7 @@ def evaluate(
     return EvalResult(compared, plan, options, detectors, pairs, metrics, sets, record)
 
 
-def _record(target: str, options: EvalOptions, compared: Compared, plan: Plan, command: str) -> RunRecord:
+def record_of(target: str, options: EvalOptions, compared: Compared, plan: Plan, command: str) -> RunRecord:
     """The record of an evaluation, with every option resolved that the model or the run decides."""
     model = compared.known
     resolved = {
@@ -163,7 +162,8 @@ def _record(target: str, options: EvalOptions, compared: Compared, plan: Plan, c
         **{name: getattr(plan.options, name) for name in ("anchor", "prediction_type", "clip_skip", "components")},
         **{name: getattr(plan.sampling, field) for name, field in SAMPLING.items()},
     }
-    facts = {"scheduler": str(model.sampler_facts()["scheduler"])}
+    sampler = model.sampler_facts()
+    facts = {name: value for name in ("scheduler", "sampler") if isinstance(value := sampler.get(name), str)}
     used = {"target": target, **asdict(options), **resolved}
     record = RunRecord(None, command, used, options.seed, str(model.device), facts)
     if plan.options.detector and not options.detector:
@@ -175,7 +175,7 @@ def _detector_names(options: EvalOptions, plan: Plan) -> list[str]:
     return list(dict.fromkeys(options.detector or [plan.detector]))
 
 
-def _detectors(compared: Compared, plan: Plan, options: EvalOptions, clip: ClipModel) -> dict[str, Detector]:
+def wanted_detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
     """The wanted detectors. Raises ConfigError for one that needs the original, where there is none."""
     names = _detector_names(options, plan)
     if compared.original is None and "self" in names:
@@ -185,13 +185,15 @@ def _detectors(compared: Compared, plan: Plan, options: EvalOptions, clip: ClipM
             advice="Name the original by {against}, or use another {detector}",
         )
     model = compared.known
-    inputs = DetectorInputs(plan.subjects, model.settings.detector, compared.original, model.device, clip=clip)
+    inputs = DetectorInputs(
+        plan.subjects, model.settings.detector, compared.original, model.device, clip=_clip(compared, options)
+    )
     return {name: load_detector(name, inputs) for name in names}
 
 
-def _image_metrics(compared: Compared, options: EvalOptions, clip: ClipModel) -> dict[str, ImageMetric]:
+def wanted_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
     """The wanted metrics of images. Raises ConfigError for one that compares models, where there is one alone."""
-    loaded = load_image_metrics(options.metric, clip, compared.known.device)
+    loaded = load_image_metrics(options.metric, _clip(compared, options), compared.known.device)
     alone = [name for name, of in loaded.items() if of.needs_original and compared.original is None]
     if alone:
         raise ConfigError(
@@ -202,7 +204,12 @@ def _image_metrics(compared: Compared, options: EvalOptions, clip: ClipModel) ->
     return loaded
 
 
-def _prepare(
+def _clip(compared: Compared, options: EvalOptions) -> ClipModel:
+    """The CLIP model of whatever names none itself; nothing is loaded before it is used."""
+    return ClipModel(options.clip or CLIP, device=compared.known.device)
+
+
+def prepare_metrics(
     measures: Mapping[str, ImageMetric], prompts: EvalPrompts, wanted: Sequence[PromptSet], progress: Progress
 ) -> None:
     """Have metrics read what they need before anything is sampled. Raises DataError as `Prepared.prepare`."""
@@ -238,7 +245,7 @@ def _sampled(
     return sides
 
 
-def _held_out(
+def held_out_results(
     sides: Mapping[str, Side],
     prompts: EvalPrompts,
     detectors: Mapping[str, Detector],
@@ -266,7 +273,7 @@ def _held_out(
     return results
 
 
-def _further(
+def further_results(
     sides: Mapping[str, Side],
     wanted: Sequence[PromptSet],
     seed: int,
