@@ -32,7 +32,10 @@ class EvalOptions(ModelOptions):
         "after a colon; repeatable",
     )
     clip: str | None = option(
-        None, "CLIP model of the metrics cmmd and clip-score, hub id or folder", auto="openai's ViT-L/14", path=True
+        None,
+        "CLIP model of detectors and metrics by CLIP that name none, hub id or folder",
+        auto="openai's ViT-L/14",
+        path=True,
     )
     prompts: list[str] = option(
         [],

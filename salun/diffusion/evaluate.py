@@ -144,8 +144,9 @@ def evaluate(
             *held_out_results(sides, prompts, detectors, pairs, measures, progress),
             *further_results(sides, wanted, options.seed, detectors, measures, progress),
         ]
+    erased_by = plan if compared.change is not None else None
     metrics = {
-        name: metrics_of(of, pairs[name]) if name in pairs else metrics_without(of, NO_ORIGINAL)
+        name: metrics_of(of, pairs[name], erased_by) if name in pairs else metrics_without(of, NO_ORIGINAL)
         for name, of in detectors.items()
     }
     return EvalResult(compared, plan, options, detectors, pairs, metrics, sets, record)
@@ -183,14 +184,15 @@ def wanted_detectors(compared: Compared, plan: Plan, options: EvalOptions) -> di
             advice="Name the original by {against}, or use another {detector}",
         )
     model = compared.known
-    inputs = DetectorInputs(plan.subjects, model.settings.detector, compared.original, model.device)
+    inputs = DetectorInputs(
+        plan.subjects, model.settings.detector, compared.original, model.device, clip=_clip(compared, options)
+    )
     return {name: load_detector(name, inputs) for name in names}
 
 
 def wanted_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
     """The wanted metrics of images. Raises ConfigError for one that compares models, where there is one alone."""
-    device = compared.known.device
-    loaded = load_image_metrics(options.metric, ClipModel(options.clip or CLIP, device=device), device)
+    loaded = load_image_metrics(options.metric, _clip(compared, options), compared.known.device)
     alone = [name for name, of in loaded.items() if of.needs_original and compared.original is None]
     if alone:
         raise ConfigError(
@@ -199,6 +201,11 @@ def wanted_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageM
             advice="Name the original by {against}, or real images, as in {metric} fid:FOLDER",
         )
     return loaded
+
+
+def _clip(compared: Compared, options: EvalOptions) -> ClipModel:
+    """The CLIP model of whatever names none itself; nothing is loaded before it is used."""
+    return ClipModel(options.clip or CLIP, device=compared.known.device)
 
 
 def prepare_metrics(
