@@ -162,7 +162,8 @@ def record_of(target: str, options: EvalOptions, compared: Compared, plan: Plan,
         **{name: getattr(plan.options, name) for name in ("anchor", "prediction_type", "clip_skip", "components")},
         **{name: getattr(plan.sampling, field) for name, field in SAMPLING.items()},
     }
-    facts = {name: str(value) for name, value in model.sampler_facts().items() if name in ("scheduler", "sampler")}
+    sampler = model.sampler_facts()  # of which only names are for people, no config
+    facts = {name: value for name in ("scheduler", "sampler") if isinstance(value := sampler.get(name), str)}
     used = {"target": target, **asdict(options), **resolved}
     record = RunRecord(None, command, used, options.seed, str(model.device), facts)
     if plan.options.detector and not options.detector:
