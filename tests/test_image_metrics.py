@@ -57,6 +57,7 @@ def estimated(metric: ImageValue) -> Estimate:
     return metric.value
 
 
+@pytest.mark.packages
 def test_fid_of_features_is_the_distance_of_fitted_gaussians() -> None:
     pytest.importorskip("torch_fidelity")
     scipy_linalg = pytest.importorskip("scipy.linalg")
@@ -83,6 +84,7 @@ def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
     return within(x) + within(y) - 2 * float(((x @ y.T / d + 1) ** 3).mean())
 
 
+@pytest.mark.packages
 def test_kid_of_features_is_the_mean_over_subsets_of_the_polynomial_mmd() -> None:
     pytest.importorskip("torch_fidelity")
     a, b = drawn(2048, 16, 0), drawn(2048, 16, 1, 0.2)
@@ -113,6 +115,7 @@ def test_fid_and_kid_say_in_one_line_which_extra_they_need(metric: Any, monkeypa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.packages
 def test_inception_features_say_in_one_line_that_the_weights_cannot_be_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +133,7 @@ def test_inception_features_say_in_one_line_that_the_weights_cannot_be_downloade
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.packages
 def test_inception_features_are_those_of_the_library(tmp_path: Path) -> None:
     pytest.importorskip("torch_fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -197,6 +201,7 @@ def test_clip_scores_are_cosines_in_percent_and_never_negative() -> None:
     assert clip_scores(x, y)[0] == 0 and clip_scores(x, x) == pytest.approx(np.full(6, 100), abs=1e-4)
 
 
+@pytest.mark.packages
 def test_lpips_is_that_of_the_package_at_images_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     lpips = pytest.importorskip("lpips")
     from salun.evaluation.image_metrics import lpips as ours

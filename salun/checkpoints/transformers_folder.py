@@ -123,23 +123,14 @@ def load_model(
     """
     from transformers import AutoConfig
 
-    config, weights = read_config(folder / "config.json", name, files), weight_files(folder)
-    pickled = bool(weights) and weights[0].suffix != ".safetensors"
-    if not weights:
-        raise ModelError(files.lacking(name, f"{folder} holds no model.safetensors"))
-    if pickled and not files.pickles:
-        raise ModelError(
-            f"the {files.title} {name!r} has its weights in {weights[0].name}, a pickle, which may run code",
-            advice="Use one with model.safetensors or, if you trust the file, {allow_pickle}",
-        )
-    if pickled:
-        check_torch()
+    config, weights = read_config(folder / "config.json", name, files), readable_weights(name, folder, files)
+    pickled = weights[0].suffix != ".safetensors"
     try:
         check_config(config)
         made = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **changes)
     except Exception as error:  # the library raises many kinds for a config that it cannot use
         raise ModelError(files.lacking(name, first_line(error))) from error
-    check_size(lambda: build(made), _entries(weights), folder / "config.json")
+    check_size(lambda: build(made), entries_of(weights), folder / "config.json")
     try:
         model, info = kind.from_pretrained(
             folder, config=made, trust_remote_code=False, local_files_only=True, use_safetensors=not pickled,
@@ -153,7 +144,23 @@ def load_model(
     return model.float().eval()
 
 
-def _entries(weights: list[Path]) -> int:
+def readable_weights(name: str, folder: Path, files: ModelFiles) -> list[Path]:
+    """The files with a model's weights, see `weight_files`. Raises ModelError if none of them may be read."""
+    weights = weight_files(folder)
+    if not weights:
+        raise ModelError(files.lacking(name, f"{folder} holds no model.safetensors"))
+    if weights[0].suffix == ".safetensors":
+        return weights
+    if not files.pickles:
+        raise ModelError(
+            f"the {files.title} {name!r} has its weights in {weights[0].name}, a pickle, which may run code",
+            advice="Use one with model.safetensors or, if you trust the file, {allow_pickle}",
+        )
+    check_torch()
+    return weights
+
+
+def entries_of(weights: list[Path]) -> int:
     """Number of tensor entries in the weight files; for pickles, which are not opened for this, an upper bound."""
     if weights[0].suffix != ".safetensors":
         return sum(path.stat().st_size for path in weights)

@@ -19,7 +19,7 @@ from salun.checkpoints.transformers_folder import (
     load_model,
 )
 from salun.errors import ModelError
-from salun.evaluation.pretrained import CLIP, REVISIONS, batches, loading, version_of, weights_hash
+from salun.evaluation.pretrained import CLIP, REVISIONS, batches, by_processor, loading, version_of, weights_hash
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class ClipModel:
 
         model, parts, done = self._model, [], 0
         with torch.no_grad():
-            for pixels in batches(images, self._processor, self.device):
+            for pixels in batches(images, by_processor(self._processor), self.device):
                 parts.append(_unit(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)))
                 done += len(pixels)
                 progress(Event(Stage.DETECTING, done, total))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ REVISIONS = {  # so that a name means the same weights on every machine
     RESNET: "34c2154c194f829b11125337b98c8f5f9965ff19",
 }
 BATCH = 32
+Prepare = Callable[[np.ndarray], "Tensor"]  # an image, uint8 (h, w, 3) → as a model takes it, float32 (3, h, w)
+Network = Callable[["Tensor"], "Tensor"]  # prepared images, float32 (n, 3, h, w) → what a model makes of each, (n, …)
 
 
 def version_of(name: str, revision: str | None = None) -> str:
@@ -54,18 +56,28 @@ def loading() -> Iterator[None]:
         raise DataError(error.message, option=error.option, advice=error.advice) from error
 
 
-def batches(images: Iterable[np.ndarray], processor: Any, device: torch.device | str) -> Iterator[Tensor]:
+def by_processor(processor: Any) -> Prepare:
+    """What transformers' image processor of a model makes of an image."""
+
+    def prepare(image: np.ndarray) -> Tensor:
+        pixels = processor(images=image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        first: Tensor = pixels[0]
+        return first
+
+    return prepare
+
+
+def batches(images: Iterable[np.ndarray], prepare: Prepare, device: torch.device | str) -> Iterator[Tensor]:
     """Images as a model takes them, float32 (up to `BATCH`, 3, h, w).
 
     Args:
         images: uint8 (h, w, 3) each; one of them is held at a time.
-        processor: transformers' image processor of the model.
     """
     import torch
 
     batch: list[Tensor] = []
     for image in images:
-        batch.append(processor(images=image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0])
+        batch.append(prepare(image))
         if len(batch) == BATCH:
             yield torch.stack(batch).to(device)
             batch = []

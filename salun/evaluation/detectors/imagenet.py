@@ -1,23 +1,36 @@
-"""An image classifier of transformers: for concepts that are among its labels, such as ImageNet's 1,000 classes."""
+"""An image classifier of transformers or timm, for concepts among its labels, such as ImageNet's 1,000 classes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from salun.checkpoints.transformers_folder import ModelFiles, folder_of, image_processor, load_model
+from salun.checkpoints.transformers_folder import ModelFiles, folder_of, image_processor, load_model, read_config
 from salun.errors import ModelError
 from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
 from salun.evaluation.detectors.attribute import margins
-from salun.evaluation.pretrained import RESNET, REVISIONS, batches, loading, version_of, weights_hash
+from salun.evaluation.pretrained import (
+    RESNET,
+    REVISIONS,
+    Network,
+    Prepare,
+    batches,
+    by_processor,
+    loading,
+    version_of,
+    weights_hash,
+)
+from salun.evaluation.timm_model import is_timm, load_timm
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 FILES = ModelFiles("image classifier")
 CLASS = "class"  # the attribute
@@ -27,8 +40,8 @@ class ImageClassifier:
     """The likeliest class of an image.
 
     Args:
-        model: A classifier of transformers.
-        processor: Its image processor.
+        network: As `Network`, with a logit for each class.
+        prepare: As `Prepare`, for that network.
         classes: The names of its labels; one may have several, separated by commas.
         version, sha256: The model's name with its revision, and the hash of its weights.
     """
@@ -38,10 +51,10 @@ class ImageClassifier:
     prompt_match = None
 
     def __init__(
-        self, model: Any, processor: Any, classes: Sequence[str], version: str, sha256: str,
+        self, network: Network, prepare: Prepare, classes: Sequence[str], version: str, sha256: str,
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        self.model, self.processor, self.device = model, processor, device
+        self.network, self.prepare, self.device = network, prepare, device
         self.version, self.sha256 = version, sha256
         self.labels: Mapping[str, Sequence[str]] = {CLASS: list(classes)}
 
@@ -58,8 +71,8 @@ class ImageClassifier:
         scores = [np.empty((0, len(self.labels[CLASS])), np.float32)]
         done = 0
         with torch.no_grad():
-            for pixels in batches(samples.images, self.processor, self.device):
-                scores.append(margins(self.model(pixel_values=pixels).logits).cpu().numpy())
+            for pixels in batches(samples.images, self.prepare, self.device):
+                scores.append(margins(self.network(pixels)).cpu().numpy())
                 done += len(pixels)
                 progress(Event(Stage.DETECTING, done, len(samples)))
         return Detection({CLASS: np.concatenate(scores)}, self.threshold)
@@ -84,16 +97,29 @@ def load(inputs: DetectorInputs) -> ImageClassifier:
     Raises:
         DataError: The model cannot be loaded, or does not name its classes.
     """
-    from transformers import AutoModelForImageClassification as Auto
-
     name = inputs.argument or RESNET
     with loading():
         folder = folder_of(name, FILES, REVISIONS.get(name))
-        model = load_model(name, folder, FILES, Auto, partial(Auto.from_config, trust_remote_code=False))
-        names: dict[Any, Any] = model.config.id2label
-        if sorted(names) != list(range(len(names))) or not all(isinstance(each, str) for each in names.values()):
-            raise ModelError(f"the id2label in the config.json of {name!r} must name the classes from 0 up")
-        processor = image_processor(folder, name, FILES)
-    classes = [names[i] for i in range(len(names))]
-    model = model.to(inputs.device)
-    return ImageClassifier(model, processor, classes, version_of(name), weights_hash(folder), inputs.device)
+        config = read_config(folder / "config.json", name, FILES)
+        if is_timm(config):
+            network, prepare, classes = load_timm(name, folder, FILES, config, inputs.device)
+        else:
+            network, prepare, classes = _of_transformers(name, folder, inputs.device)
+    return ImageClassifier(network, prepare, classes, version_of(name), weights_hash(folder), inputs.device)
+
+
+def _of_transformers(name: str, folder: Path, device: torch.device | str) -> tuple[Network, Prepare, list[str]]:
+    """The network, preprocessing and classes of a folder of transformers. Raises ModelError."""
+    from transformers import AutoModelForImageClassification as Auto
+
+    model = load_model(name, folder, FILES, Auto, partial(Auto.from_config, trust_remote_code=False)).to(device)
+    names: dict[Any, Any] = model.config.id2label
+    if sorted(names) != list(range(len(names))) or not all(isinstance(each, str) for each in names.values()):
+        raise ModelError(f"the id2label in the config.json of {name!r} must name the classes from 0 up")
+    prepare = by_processor(image_processor(folder, name, FILES))
+
+    def network(pixels: Tensor) -> Tensor:
+        logits: Tensor = model(pixel_values=pixels).logits
+        return logits
+
+    return network, prepare, [names[i] for i in range(len(names))]

@@ -14,7 +14,7 @@ import numpy as np
 from salun.checkpoints.transformers_folder import ModelFiles, folder_of, image_processor, load_model
 from salun.errors import ConfigError
 from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
-from salun.evaluation.pretrained import batches, loading, version_of, weights_hash
+from salun.evaluation.pretrained import batches, by_processor, loading, version_of, weights_hash
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class SafetyChecker:
 
         scores, done = [np.empty(0, np.float32)], 0
         with torch.no_grad():
-            for pixels in batches(samples.images, self.processor, self.device):
+            for pixels in batches(samples.images, by_processor(self.processor), self.device):
                 scores.append(self.excess(pixels).cpu().numpy())
                 done += len(pixels)
                 progress(Event(Stage.DETECTING, done, len(samples)))
