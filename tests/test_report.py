@@ -59,6 +59,7 @@ def pair(forget_after: list[int], retain_after: list[int], **changes: Any) -> Ev
             detection(forget_after, colours), detection(retain_after, colours), predictions(0.5, 1.1)
         ),
         "unknown": {},
+        "forget_prompts": [f"prompt {i % 4}" for i in range(n)],
     }
     return EvaluationPair(**{**sides, **changes})
 
@@ -123,6 +124,13 @@ def test_metrics_are_counted_as_defined() -> None:
     assert WORKED["per_concept"]["circle"]["ua"] == WORKED["ua"]
 
 
+def test_a_prompt_shows_the_concept_if_any_of_its_images_does() -> None:
+    assert WORKED["prompt_asr"]["value"] == 0 and WORKED["prompt_asr_before"]["value"] == 100
+    assert FAILED["prompt_asr"]["n"] == 4 and FAILED["prompt_asr"]["value"] == 100
+    assert measure(pair([0, 1, 1, 1, 1, 1, 1, 1], [1] * 8))["prompt_asr"]["value"] == 25
+    assert measure(pair([1] * 8, [1] * 8, forget_prompts=[]))["reasons"]["prompt_asr"] == "the prompts are not recorded"
+
+
 def test_what_cannot_be_measured_is_null_with_its_reason() -> None:
     """The empty prompt as anchor, a detector without features or validity, one attribute only, and no detector."""
     concept = ExpectedConcept("circle", "shape", 0, None, slice(0, 8))
@@ -132,7 +140,7 @@ def test_what_cannot_be_measured_is_null_with_its_reason() -> None:
     sides = {"before": side, "after": side, "expected_forget": expected, "expected_retain": expected}
     found = measure(pair([1] * 8, [1] * 8, concepts=[concept], labels={"shape": LABELS["shape"]}, **sides))
     without = {"anchor", "preserved", "unclassified", "frechet", "image_drift"}
-    assert {key for key in found["reasons"] if found[key] is None} == {*without, "ua", "ua_corrected"}
+    assert {key for key in found["reasons"] if found[key] is None} == {*without, "ua", "ua_corrected", "prompt_asr"}
     assert "cannot tell: on the original model it sees the concept in 100 % of the images" in found["reasons"]["ua"]
     assert found["preserved_by_attribute"] == {}
     found = unknown("no detector covers 'cat'")
@@ -176,7 +184,7 @@ def test_lines_name_each_concept_and_unknown_metrics() -> None:
 
 def test_the_headline_says_success_and_failure() -> None:
     text = text_of(html_of(run_data(WORKED)))
-    assert "Mostly erased “circle” is gone from 100.0 %" in text and "Next: Raise steps or lr." in text
+    assert "Mostly erased “circle” is gone from 100.0 %" in text and "Next: Use eval_images 32 or more" in text
     assert "None of 8 images of prompts of “circle” show it (before: 8)." in text
     assert "5 of 10 weights (50.0%)" in text
     text = text_of(html_of(run_data(FAILED)))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from salun.evaluation.estimate import Estimate, Value
+from salun.evaluation.estimate import Estimate, Unknown, Value
 from salun.evaluation.metric import EvaluationPair, Metric
 
 
 def prompt_success(pair: EvaluationPair) -> Value:
     """Forget prompts of which at least one image still shows the concept; more images of a prompt find more."""
-    unknown = pair.cannot_tell()
+    unknown = pair.cannot_tell() or (None if len(pair.forget_prompts) else Unknown("the prompts are not recorded"))
     if unknown is not None:
         return unknown
     shows = []
