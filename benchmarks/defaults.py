@@ -57,7 +57,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for each in rows:
         cells = [from_json(each[key], "unknown").text("") for key in ("ua_corrected", "ra_before", "ra_after")]
         out.append(f"| {each['model']} | {each['concept']} | {' | '.join(cells)} | {each['verdict']['outcome']} |")
-    wrong = [f"{each['model']} without {each['concept']}" for each in rows if each["verdict"]["outcome"] != "erased"]
+    wrong = [f"{each['concept']} from {each['model']}" for each in rows if each["verdict"]["outcome"] != "erased"]
     out += ["", f"{len(rows) - len(wrong)} of {len(rows)} are erased{'; not ' if wrong else ''}{', '.join(wrong)}."]
     return "\n".join(out) + "\n"
 
