@@ -10,11 +10,12 @@ what `run.json` says: UA, retain accuracy before and after, the verdict. Results
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 from pathlib import Path
 from typing import Any
 
 import salun
+from benchmarks.stored import stored
 from salun.evaluation.estimate import from_json
 from salun.progress import silent
 
@@ -67,16 +68,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--concepts", nargs="*", default=list(CONCEPTS))
     given = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name in given.models:
-        for concept in given.concepts:
-            path = RESULTS / f"{name}-{concept}.json"
-            if not path.exists():
-                path.write_text(json.dumps(row(name, concept), indent=1) + "\n", encoding="utf-8")
-            rows.append(json.loads(path.read_text(encoding="utf-8")))
-            print(json.dumps(rows[-1]), flush=True)
-            TABLE.write_text(table(rows), encoding="utf-8")
+    for name, concept in itertools.product(given.models, given.concepts):
+        rows.append(stored(RESULTS / f"{name}-{concept}.json", lambda of=(name, concept): row(*of)))
+        TABLE.write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

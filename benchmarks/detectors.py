@@ -11,7 +11,6 @@ the AUC depends on the timesteps. Results are kept in `benchmarks/results/detect
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 import salun
+from benchmarks.stored import stored
 from salun.diffusion.data.latents import decode_images, item_seed, sample_latents
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
@@ -250,22 +250,12 @@ def main() -> None:
     parser.add_argument("--choices", nargs="*", default=list(CONCEPTS), help="concepts of the second part")
     given = parser.parse_args()
     model = salun.load("shapes", device="cpu")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, made = [], []
     for concept in given.concepts:
-        path = RESULTS / f"{concept}-{given.n}.json"
-        if not path.exists():
-            path.write_text(json.dumps(row(model, concept, given.n), indent=1) + "\n", encoding="utf-8")
-        rows.append(json.loads(path.read_text(encoding="utf-8")))
-        print(json.dumps(rows[-1]), flush=True)
+        rows.append(stored(RESULTS / f"{concept}-{given.n}.json", lambda of=concept: row(model, of, given.n)))
         TABLE.write_text(table(rows), encoding="utf-8")
-    made = []
     for concept in given.choices:
-        path = RESULTS / f"{concept}-choices.json"
-        if not path.exists():
-            path.write_text(json.dumps(choices(model, concept), indent=1) + "\n", encoding="utf-8")
-        made.append(json.loads(path.read_text(encoding="utf-8")))
-        print(json.dumps(made[-1]), flush=True)
+        made.append(stored(RESULTS / f"{concept}-choices.json", lambda of=concept: choices(model, of)))
         TABLE.write_text(table(rows) + choices_table(made), encoding="utf-8")
 
 

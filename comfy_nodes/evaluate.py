@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from salun.diffusion.context import training_session
 from salun.diffusion.eval_models import Compared
-from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.eval_output import write_evaluation
-from salun.diffusion.eval_sets import sampled_set, seeds_of, wanted_sets
-from salun.diffusion.evaluate import (
-    EvalResult,
-    Side,
-    further_results,
-    held_out_results,
-    prepare_metrics,
-    record_of,
-    wanted_detectors,
-    wanted_metrics,
-)
-from salun.diffusion.evaluation import EvalPrompts, eval_prompts, evaluate_model, evaluated_pair, metrics_of
-from salun.diffusion.plan import Plan
-from salun.diffusion.prompts.sets import PromptSet
+from salun.diffusion.evaluate import EvalResult, Side, Wanted, result_of
 from salun.diffusion.result import grids
 from salun.errors import ConfigError
 from salun.progress import Stage, StageCost
@@ -108,13 +95,16 @@ class SalUnEvaluate(Node):
         graphs = graph, GraphModel(after, clip, vae, plan.options.dtype)
         for of, side in zip(graphs, SIDES, strict=True):
             of.name = f"the MODEL {side}"
-        result, sides = evaluated(graphs, plan, chosen, named)
+        with graph.with_options(plan.options):
+            compared = Compared(graphs[1].name, graphs[1], graph, plan.concepts, plan.options)
+            wanted = Wanted.of(graphs[1].name, compared, plan, chosen, "ComfyUI")
+        result, sides = evaluated(graphs, with_names(wanted, named))
         data = result.as_json()
         if chosen.keep_images:
             folder, name = output_path("evaluation", "salun", "")
             write_evaluation(result, folder)
             data["folder"] = f"output/salun/{name}"
-        forget, retain = grids(plan, eval_prompts(plan, chosen.n, chosen.seed), *(of.held_out for of in sides.values()))
+        forget, retain = grids(plan, wanted.prompts, *(of.held_out for of in sides.values()))
         assert forget is not None and retain is not None  # n is at least 2
         several = len(result.metrics) > 1
         lines = [
@@ -132,47 +122,35 @@ def _with_names(text: str, named: Mapping[str, str]) -> str:
     return text
 
 
-def evaluated(
-    graphs: Any, plan: Plan, options: EvalOptions, named: Mapping[str, str]
-) -> tuple[EvalResult, dict[str, Side]]:
-    """All that an evaluation finds, and the images of both models. Only one network is in memory at a time.
+def with_names(wanted: Wanted, named: Mapping[str, str]) -> Wanted:
+    """The same with the names of detectors and metrics as they were given, and the plan's notes first."""
+    wanted.record.notes[:0] = wanted.plan.notes
+    detectors = {named.get(name, name): of for name, of in wanted.detectors.items()}
+    return replace(wanted, detectors=detectors, measures={named.get(n, n): of for n, of in wanted.measures.items()})
+
+
+def evaluated(graphs: Sequence[GraphModel], wanted: Wanted) -> tuple[EvalResult, dict[str, Side]]:
+    """All that an evaluation finds, and the samples of both models. Only one network is in memory at a time.
 
     Args:
-        graphs: `GraphModel` of the original and of the erased model, which have what the core uses of a `Model`.
-        named: Detector or metric → its name in the result.
+        graphs: The original and the erased model, which have what the core uses of a `Model`.
     """
-    original, erased = graphs
-    compared = Compared(erased.name, erased, original, plan.concepts, plan.options)
-    record = record_of(erased.name, options, compared, plan, "ComfyUI")
-    detectors = {named.get(name, name): of for name, of in wanted_detectors(compared, plan, options).items()}
-    measures = {named.get(name, name): of for name, of in wanted_metrics(compared, options).items()}
-    prompts = eval_prompts(plan, options.n, options.seed)
-    with original.with_options(plan.options):
-        wanted = wanted_sets(options, plan, original, record)
-    bar, sides = ComfyProgress(stages(prompts, wanted, len(detectors))), {}
-    prepare_metrics(measures, prompts, wanted, bar)
+    bar, sides = ComfyProgress(stages(wanted)), {}
+    wanted.prepare(bar)
     for side, graph, stage in zip(SIDES, graphs, STAGES, strict=True):
-        bar.preview = SamplePreview(graph, plan)
-        with training_session(graph, plan):
-            held_out = evaluate_model(graph, prompts, bar, stage, cache())
-            sets = [sampled_set(graph, of, seeds_of(of, options.seed), bar, stage, cache()) for of in wanted]
-        sides[side] = Side(held_out, sets)
+        bar.preview = SamplePreview(graph, wanted.plan)
+        with training_session(graph, wanted.plan):
+            sides[side] = wanted.sampled(graph, stage, bar, cache())
     bar.preview = None  # from here on nothing is sampled
-    with training_session(original, plan):
-        seen = sides["before"].held_out, sides["after"].held_out
-        pairs = {name: evaluated_pair(of, plan, prompts, *seen, bar) for name, of in detectors.items()}
-        results = [
-            *held_out_results(sides, prompts, detectors, pairs, measures, bar),
-            *further_results(sides, wanted, options.seed, detectors, measures, bar),
-        ]
-    metrics = {name: metrics_of(of, pairs[name]) for name, of in detectors.items()}
-    record.notes[:0] = plan.notes
-    return EvalResult(compared, plan, options, detectors, pairs, metrics, results, record), sides
+    with training_session(graphs[0], wanted.plan):
+        return result_of(wanted, sides, bar), sides
 
 
-def stages(prompts: EvalPrompts, wanted: Sequence[PromptSet], detectors: int) -> list[StageCost]:
-    """What the progress bar counts. detectors: how many there are."""
-    after = len(prompts.forget) + len(prompts.retain) + sum(len(of.rows) for of in wanted)
+def stages(wanted: Wanted) -> list[StageCost]:
+    """What the progress bar counts."""
+    prompts, sets = wanted.prompts, wanted.sets
+    after = len(prompts.forget) + len(prompts.retain) + sum(len(of.rows) for of in sets)
     before = after + len(prompts.anchors[0])
-    steps = {Stage.IMAGES_BEFORE: before, Stage.IMAGES_AFTER: after, Stage.DETECTING: (before + after) * detectors}
+    looked_at = (before + after) * len(wanted.detectors)
+    steps = {Stage.IMAGES_BEFORE: before, Stage.IMAGES_AFTER: after, Stage.DETECTING: looked_at}
     return [StageCost(stage, count) for stage, count in steps.items()]

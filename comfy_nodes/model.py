@@ -11,7 +11,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,7 +25,8 @@ from salun.compute.device import pick_dtype
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.schedule import DISCRETE
 from salun.diffusion.model.settings import ModelSettings, read_settings, settings_for
-from salun.diffusion.options import EraseOptions, Sampling
+from salun.diffusion.model.sizes import SampledSizes
+from salun.diffusion.options import EraseOptions
 from salun.errors import Cancelled, ConfigError, ModelError
 
 from .families import family_of, prediction_of
@@ -36,7 +36,7 @@ from .weights import Weights
 BLOCKS = ("ResBlock", "BasicTransformerBlock")  # the units of gradient checkpointing
 
 
-class GraphModel:
+class GraphModel(SampledSizes):
     """A MODEL, CLIP and VAE. Implements `DiffusionModel`.
 
     Args:
@@ -65,7 +65,6 @@ class GraphModel:
         self.settings: ModelSettings = read_settings(None, self.family.name, {}, side)
         self.sampled: Tensor | None = None  # the first latent (1, c, h, w) of the batch sampled last
         self._depth = 0
-        self._size: tuple[int, int] | None = None
         self._encoded: dict[tuple[Any, ...], Conditioning] = {}  # every stage of a run encodes the same prompts
         self._live: Any = None
 
@@ -133,25 +132,9 @@ class GraphModel:
         return int(self._config["in_channels"]), height // 8, width // 8
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of sampled images: squares, but within `sampling_as`."""
-        side = self.settings.sampling.resolution
-        return self._size or (side, side)
-
-    @property
     def multiple(self) -> int:
         """What divides every side of its images."""
         return int(8 * 2 ** (len(self._config["channel_mult"]) - 1))
-
-    @contextmanager
-    def sampling_as(self, sampling: Sampling, size: tuple[int, int]) -> Iterator[None]:
-        """Context manager: sample with these settings, images of this height and width, multiples of `multiple`."""
-        before = self.settings, self._size
-        self.settings, self._size = replace(self.settings, sampling=sampling), size
-        try:
-            yield
-        finally:
-            self.settings, self._size = before
 
     def encode_images(self, images: np.ndarray) -> Tensor:
         with torch.inference_mode(), self.on_device():

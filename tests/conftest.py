@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,3 +62,9 @@ def little() -> torch.nn.Module:
 def copy_of_shapes(tmp_path: Path) -> Path:
     """A folder of the embedded model's files, to be changed."""
     return Path(shutil.copytree(ASSETS / "shapes", tmp_path / "my model"))
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    """Set values in the config.json of a model's folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **values}), encoding="utf-8")

@@ -20,6 +20,8 @@ from salun.evaluation.detector import DetectorInputs, Samples, Subject, load_det
 from salun.evaluation.detectors.imagenet import CLASS
 from salun.files import sha256_file
 
+from .conftest import change_config
+
 SEEN = Subject("tench", "english springer")
 NAMES = ["n01440764", "n02102040", "n03000684"]
 TEXTS = {"n01440764": "tench, Tinca tinca", "n02102040": "English springer", "n03000684": "chain saw, chainsaw"}
@@ -67,11 +69,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(saved: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return Path(shutil.copytree(saved, tmp_path / "tiny"))
-
-
-def change(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, **values}), encoding="utf-8")
 
 
 @pytest.mark.packages
@@ -156,7 +153,7 @@ def test_imagenet_by_timm_leaves_random_numbers_as_they_were(saved: Path) -> Non
 def test_imagenet_by_timm_rejects_a_config_that_leads_elsewhere_or_fits_no_weights(
     changes: dict[str, Any], message: str, folder: Path
 ) -> None:
-    change(folder, **changes)
+    change_config(folder, **changes)
     with pytest.raises(DataError, match=message) as caught:
         load_detector(f"imagenet:{folder}", DetectorInputs([SEEN]))
     assert "\n" not in str(caught.value)

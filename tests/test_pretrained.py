@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typer.testing import CliRunner
 from salun.checkpoints import pickled
 from salun.classification.models import Preprocessing, new_model, stock_model
 from salun.errors import ModelError
+
+from .conftest import change_config
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,6 @@ def vit(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "vit"))
 
 
-def change(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, **values}), encoding="utf-8")
-
-
 def with_code(folder: Path) -> Path:
     """A model whose config names code of its own; returns the file that this code would write."""
     proof = folder.parent / "ran"
@@ -49,7 +45,7 @@ def with_code(folder: Path) -> Path:
     )
     (folder / "evil.py").write_text(code, encoding="utf-8")
     names = {"AutoConfig": "evil.C", "AutoModelForImageClassification": "evil.M"}
-    change(folder, model_type="evil", auto_map=names)
+    change_config(folder, model_type="evil", auto_map=names)
     return proof
 
 
@@ -80,7 +76,7 @@ def test_a_models_own_code_does_not_run_whatever_standard_input_says(vit: Path) 
     ids=str,
 )
 def test_stock_model_rejects_configs_that_lead_elsewhere(values: dict[str, Any], vit: Path) -> None:
-    change(vit, **values)
+    change_config(vit, **values)
     with pytest.raises(ModelError, match="which is not allowed in a file"):
         stock_model(str(vit))
 
@@ -97,7 +93,7 @@ def test_stock_model_rejects_adapters_of_other_models(vit: Path) -> None:
     ids=str,
 )
 def test_stock_model_builds_nothing_larger_than_its_files(values: dict[str, Any], vit: Path) -> None:
-    change(vit, **values)
+    change_config(vit, **values)
     with pytest.raises(ModelError, match=r"modules and parameters|do not belong together|the limit is"):
         stock_model(str(vit))
 

@@ -15,6 +15,7 @@ from salun.config import read_record
 from salun.delta.delta import Delta
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.model.loading import load_with
+from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseJob, EraseOptions
@@ -36,15 +37,15 @@ class Compared:
     """
 
     name: str
-    erased: Model
-    original: Model | None
+    erased: DiffusionModel
+    original: DiffusionModel | None
     names: Sequence[Concept]
     options: EraseOptions
     change: Mapping[str, Tensor] | None = None
     weights: str | None = None
 
     @property
-    def known(self) -> Model:
+    def known(self) -> DiffusionModel:
         """The original, or else the model itself: the one that says how images are sampled."""
         return self.original or self.erased
 
@@ -58,7 +59,7 @@ class Compared:
         }
 
     @contextmanager
-    def as_erased(self) -> Iterator[Model]:
+    def as_erased(self) -> Iterator[DiffusionModel]:
         """Context manager: the model with its erased weights."""
         if self.change is None:
             yield self.erased
@@ -70,7 +71,7 @@ class Compared:
             self.erased.load(self.erased.original())
 
 
-def _facts(name: str, model: Model, weights: str | None = None) -> dict[str, str]:
+def _facts(name: str, model: DiffusionModel, weights: str | None = None) -> dict[str, str]:
     return {"name": name, "weights": weights or model.base_hash, "parts": model.parts_hash}
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from salun.diffusion.data.latents import item_seed, lazy_images, sample_latents
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.evaluation import EvalPrompts
-from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan
 from salun.diffusion.prompts.prompt_file import PromptRow, prompts_of_hub, read_prompts
 from salun.diffusion.prompts.sets import PromptSet, prompt_sets
@@ -132,7 +132,7 @@ class SetResult:
         return rates
 
 
-def wanted_sets(options: EvalOptions, plan: Plan, model: Model, record: RunRecord) -> list[PromptSet]:
+def wanted_sets(options: EvalOptions, plan: Plan, model: DiffusionModel, record: RunRecord) -> list[PromptSet]:
     """The sets that the options ask for besides the held-out prompts, each in full unless the options bound it.
 
     Args:
@@ -173,7 +173,7 @@ def _check_names(names: Sequence[str]) -> None:
         by_folder[folder] = name
 
 
-def _listed(source: str, most: int | None, model: Model, record: RunRecord) -> PromptSet:
+def _listed(source: str, most: int | None, model: DiffusionModel, record: RunRecord) -> PromptSet:
     """The prompts of a file, or of a data set of the hub as ID or ID@REVISION; at most the first `most`."""
     path, (repo, _, revision) = Path(source).expanduser(), source.partition("@")
     if path.exists() or Path(repo).suffix:
@@ -204,7 +204,7 @@ def sets_of(prompts: EvalPrompts) -> dict[str, PromptSet]:
     }
 
 
-def _check_rows(rows: Sequence[PromptRow], model: Model, where: str) -> None:
+def _check_rows(rows: Sequence[PromptRow], model: DiffusionModel, where: str) -> None:
     """Raise DataError for a row that the model cannot draw: its size, or the length of its prompt."""
     for row in rows:
         model.chunks(row.text)
@@ -215,7 +215,7 @@ def _check_rows(rows: Sequence[PromptRow], model: Model, where: str) -> None:
                 )
 
 
-def _similarity(model: Model) -> Callable[[str, Sequence[str]], list[str]]:
+def _similarity(model: DiffusionModel) -> Callable[[str, Sequence[str]], list[str]]:
     """A function of (phrase, nouns): the nouns, the nearest to the phrase first, by the model's own text encoder."""
 
     @torch.no_grad()
@@ -234,7 +234,7 @@ def seeds_of(prompts: PromptSet, seed: int) -> list[int]:
 
 
 def sampled_set(
-    model: Model,
+    model: DiffusionModel,
     prompts: PromptSet,
     seeds: Sequence[int],
     progress: Progress = silent,
@@ -274,7 +274,7 @@ def sampled_set(
 
 
 def _sampled(
-    model: Model,
+    model: DiffusionModel,
     texts: Sequence[str],
     seeds: Sequence[int],
     progress: Progress,

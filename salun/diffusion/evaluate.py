@@ -33,8 +33,8 @@ from salun.diffusion.evaluation import (
     metrics_of,
     metrics_without,
 )
+from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.settings import SAMPLING
-from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.prompts.sets import PromptSet
 from salun.errors import ConfigError
@@ -130,29 +130,78 @@ def evaluate(
     plan = make_plan(compared.known.settings, compared.known.name, list(compared.names), compared.options)
     advice = "Try {dtype} bf16 or a smaller {resolution}"
     with compared.known.configured(plan.options), explained_memory_errors("out of memory", advice):
-        record = record_of(target, options, compared, plan, command)
-        wanted = wanted_sets(options, plan, compared.known, record)
+        wanted = Wanted.of(target, compared, plan, options, command)
+        wanted.prepare(progress)
+        return result_of(wanted, _sampled(wanted, progress), progress)
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What an evaluation is to find out: of which models, on which prompts, and who looks at the images.
+
+    Args:
+        record: Of what is evaluated how, with every option resolved.
+        prompts: The held-out prompts.
+        sets: Further prompts.
+        detectors, measures: By their names in the result.
+    """
+
+    compared: Compared
+    plan: Plan
+    options: EvalOptions
+    record: RunRecord
+    prompts: EvalPrompts
+    sets: Sequence[PromptSet]
+    detectors: Mapping[str, Detector]
+    measures: Mapping[str, ImageMetric]
+
+    @classmethod
+    def of(cls, target: str, compared: Compared, plan: Plan, options: EvalOptions, command: str) -> Wanted:
+        """That of the options; the known model must be configured as the plan says. Raises as `evaluate`."""
+        record = _record_of(target, options, compared, plan, command)
+        sets = wanted_sets(options, plan, compared.known, record)
         prompts = eval_prompts(plan, options.n, options.seed)
-        detectors, measures = wanted_detectors(compared, plan, options), wanted_metrics(compared, options)
-        prepare_metrics(measures, prompts, wanted, progress)
-        sides = _sampled(compared, plan, prompts, wanted, options.seed, progress)
-        pairs = {}
-        if "before" in sides:
-            held_out = sides["before"].held_out, sides["after"].held_out
-            pairs = {name: evaluated_pair(of, plan, prompts, *held_out, progress) for name, of in detectors.items()}
-        sets = [
-            *held_out_results(sides, prompts, detectors, pairs, measures, progress),
-            *further_results(sides, wanted, options.seed, detectors, measures, progress),
-        ]
-    erased_by = plan if compared.change is not None else None
+        detectors, measures = _detectors(compared, plan, options), _measures(compared, options)
+        return cls(compared, plan, options, record, prompts, sets, detectors, measures)
+
+    def prepare(self, progress: Progress) -> None:
+        """Have metrics read what they need before anything is sampled. Raises DataError as `Prepared.prepare`."""
+        largest = max(len(self.prompts.forget), len(self.prompts.retain), *(len(of.rows) for of in self.sets))
+        for metric in self.measures.values():
+            if isinstance(metric, Prepared):
+                metric.prepare(largest, progress)
+
+    def sampled(
+        self, model: DiffusionModel, stage: Stage, progress: Progress, cache: Cache | None, weights: str | None = None
+    ) -> Side:
+        """A model's latents on all prompts; arguments as `evaluate_model`."""
+        held_out = evaluate_model(model, self.prompts, progress, stage, cache, weights, hold_images=False)
+        seed = self.options.seed
+        sets = [sampled_set(model, of, seeds_of(of, seed), progress, stage, cache, weights) for of in self.sets]
+        return Side(held_out, sets)
+
+
+def result_of(wanted: Wanted, sides: Mapping[str, Side], progress: Progress) -> EvalResult:
+    """What detectors and metrics find in the images.
+
+    Args:
+        sides: "after", the evaluated model, and "before", the original, where there is one. The network holds the
+            original's weights.
+    """
+    plan, detectors, pairs = wanted.plan, wanted.detectors, {}
+    if "before" in sides:
+        seen = sides["before"].held_out, sides["after"].held_out
+        pairs = {name: evaluated_pair(of, plan, wanted.prompts, *seen, progress) for name, of in detectors.items()}
+    sets = [*_held_out(wanted, sides, pairs, progress), *_further(wanted, sides, progress)]
+    erased_by = plan if wanted.compared.change is not None else None
     metrics = {
         name: metrics_of(of, pairs[name], erased_by) if name in pairs else metrics_without(of, NO_ORIGINAL)
         for name, of in detectors.items()
     }
-    return EvalResult(compared, plan, options, detectors, pairs, metrics, sets, record)
+    return EvalResult(wanted.compared, plan, wanted.options, detectors, pairs, metrics, sets, wanted.record)
 
 
-def record_of(target: str, options: EvalOptions, compared: Compared, plan: Plan, command: str) -> RunRecord:
+def _record_of(target: str, options: EvalOptions, compared: Compared, plan: Plan, command: str) -> RunRecord:
     """The record of an evaluation, with every option resolved that the model or the run decides."""
     model = compared.known
     resolved = {
@@ -175,7 +224,7 @@ def _detector_names(options: EvalOptions, plan: Plan) -> list[str]:
     return list(dict.fromkeys(options.detector or [plan.detector]))
 
 
-def wanted_detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
+def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
     """The wanted detectors. Raises ConfigError for one that needs the original, where there is none."""
     names = _detector_names(options, plan)
     if compared.original is None and "self" in names:
@@ -191,7 +240,7 @@ def wanted_detectors(compared: Compared, plan: Plan, options: EvalOptions) -> di
     return {name: load_detector(name, inputs) for name in names}
 
 
-def wanted_metrics(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
+def _measures(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
     """The wanted metrics of images. Raises ConfigError for one that compares models, where there is one alone."""
     loaded = load_image_metrics(options.metric, _clip(compared, options), compared.known.device)
     alone = [name for name, of in loaded.items() if of.needs_original and compared.original is None]
@@ -209,16 +258,6 @@ def _clip(compared: Compared, options: EvalOptions) -> ClipModel:
     return ClipModel(options.clip or CLIP, device=compared.known.device)
 
 
-def prepare_metrics(
-    measures: Mapping[str, ImageMetric], prompts: EvalPrompts, wanted: Sequence[PromptSet], progress: Progress
-) -> None:
-    """Have metrics read what they need before anything is sampled. Raises DataError as `Prepared.prepare`."""
-    largest = max(len(prompts.forget), len(prompts.retain), *(len(of.rows) for of in wanted))
-    for metric in measures.values():
-        if isinstance(metric, Prepared):
-            metric.prepare(largest, progress)
-
-
 @dataclass(frozen=True, eq=False)
 class Side:
     """A model's images: of the held-out prompts, and of each further set."""
@@ -227,36 +266,23 @@ class Side:
     sets: Sequence[SetSamples]
 
 
-def _sampled(
-    compared: Compared, plan: Plan, prompts: EvalPrompts, wanted: Sequence[PromptSet], seed: int, progress: Progress
-) -> dict[str, Side]:
-    """The images of the original ("before"), if there is one, and of the model ("after")."""
-    cache, sides = Cache.of_user(), {}
-
-    def sampled(model: Model, stage: Stage, weights: str | None) -> Side:
-        held_out = evaluate_model(model, prompts, progress, stage, cache, weights, hold_images=False)
-        sets = [sampled_set(model, of, seeds_of(of, seed), progress, stage, cache, weights) for of in wanted]
-        return Side(held_out, sets)
-
+def _sampled(wanted: Wanted, progress: Progress) -> dict[str, Side]:
+    """The latents of the original ("before"), if there is one, and of the model ("after")."""
+    compared, cache, sides = wanted.compared, Cache.of_user(), {}
     if compared.original is not None:
-        sides["before"] = sampled(compared.original, Stage.IMAGES_BEFORE, None)
-    with compared.as_erased() as erased, erased.configured(plan.options):
-        sides["after"] = sampled(erased, Stage.IMAGES_AFTER, compared.weights)
+        sides["before"] = wanted.sampled(compared.original, Stage.IMAGES_BEFORE, progress, cache)
+    with compared.as_erased() as erased, erased.configured(wanted.plan.options):
+        sides["after"] = wanted.sampled(erased, Stage.IMAGES_AFTER, progress, cache, compared.weights)
     return sides
 
 
-def held_out_results(
-    sides: Mapping[str, Side],
-    prompts: EvalPrompts,
-    detectors: Mapping[str, Detector],
-    pairs: Mapping[str, EvaluationPair],
-    measures: Mapping[str, ImageMetric],
-    progress: Progress,
+def _held_out(
+    wanted: Wanted, sides: Mapping[str, Side], pairs: Mapping[str, EvaluationPair], progress: Progress
 ) -> list[SetResult]:
     """What was found on the held-out prompts; what a pair has seen already is not looked at again."""
     kinds = {CONCEPT: "forget", OTHERS: "retain", ANCHOR: "anchor"}
     results = []
-    for name, of in sets_of(prompts).items():
+    for name, of in sets_of(wanted.prompts).items():
         kind = kinds[name]
         parts = {side: getattr(each.held_out, kind) for side, each in sides.items()}
         images = {side: SetSamples.of(part) for side, part in parts.items() if part is not None}
@@ -265,31 +291,25 @@ def held_out_results(
         seen = {
             detector: {side: getattr(getattr(pairs[detector], side), kind) for side in images}
             if detector in pairs
-            else {side: part.detected(detectors[detector], progress) for side, part in images.items()}
-            for detector in detectors
+            else {side: part.detected(looks, progress) for side, part in images.items()}
+            for detector, looks in wanted.detectors.items()
         }
-        measured = _measured(measures, images, progress) if name != ANCHOR else {}
+        measured = _measured(wanted.measures, images, progress) if name != ANCHOR else {}
         results.append(SetResult(of, seeds_of(of, 0), images, seen, measured))
     return results
 
 
-def further_results(
-    sides: Mapping[str, Side],
-    wanted: Sequence[PromptSet],
-    seed: int,
-    detectors: Mapping[str, Detector],
-    measures: Mapping[str, ImageMetric],
-    progress: Progress,
-) -> list[SetResult]:
+def _further(wanted: Wanted, sides: Mapping[str, Side], progress: Progress) -> list[SetResult]:
     """What was found on each further set."""
     results = []
-    for i, of in enumerate(wanted):
+    for i, of in enumerate(wanted.sets):
         images = {side: each.sets[i] for side, each in sides.items()}
         seen = {
             name: {side: part.detected(detector, progress) for side, part in images.items()}
-            for name, detector in detectors.items()
+            for name, detector in wanted.detectors.items()
         }
-        results.append(SetResult(of, seeds_of(of, seed), images, seen, _measured(measures, images, progress)))
+        measured = _measured(wanted.measures, images, progress)
+        results.append(SetResult(of, seeds_of(of, wanted.options.seed), images, seen, measured))
     return results
 
 

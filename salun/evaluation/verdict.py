@@ -32,7 +32,7 @@ class Outcome(str, Enum):
 
 
 LOOK = "Look at the images too: a detector does not see everything"
-MORE_IMAGES = "Use {eval_images} 32 or more: so few images cannot show more"
+ENOUGH = 32  # images, which show a complete erasure to be one
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def verdict_on(metrics: Mapping[str, Any]) -> Verdict:
         return _verdict(Outcome.DAMAGED, by.weaker, others, gone)
     if forgotten is not None and forgotten.n >= FEWEST:
         outcome = _outcome(forgotten)
-        unsure = MORE_IMAGES if forgotten.value >= ERASED else by.stronger
+        more = f"Use {{eval_images}} {max(ENOUGH, 2 * forgotten.n)} or more: so few images cannot show more"
+        unsure = more if forgotten.value >= ERASED else by.stronger
         return _verdict(outcome, LOOK if outcome is Outcome.ERASED else unsure, gone, others)
     if moved is not None and UNMOVED[0] <= moved.value <= UNMOVED[1]:
         distance = max(100 * (1 - moved.value), 0)

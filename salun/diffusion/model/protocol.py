@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from salun.checkpoints.families.family import Family
     from salun.diffusion.model.settings import ModelSettings
-    from salun.diffusion.options import EraseOptions
+    from salun.diffusion.options import EraseOptions, Sampling
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,19 @@ class DiffusionModel(Denoiser, Protocol):
         """(channels, height, width) of a latent at the sampling resolution."""
 
     @property
+    def multiple(self) -> int:
+        """What divides every side of its images."""
+
+    def sampling_as(self, sampling: Sampling, size: tuple[int, int]) -> AbstractContextManager[None]:
+        """Context manager: sample with these settings, images of this height and width, multiples of `multiple`."""
+
+    @property
     def base_hash(self) -> str:
         """The base hash of `original`."""
+
+    @property
+    def parts_hash(self) -> str:
+        """A hash of all other parts, as far as they are known."""
 
     @property
     def vae_hash(self) -> str:

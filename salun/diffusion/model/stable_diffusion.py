@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from salun.diffusion.model import sampler
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, settings_for
-from salun.diffusion.options import EraseOptions, Sampling
+from salun.diffusion.model.sizes import SampledSizes
+from salun.diffusion.options import EraseOptions
 from salun.errors import ConfigError, DataError
 
 CHUNKS = 4  # of a long prompt, at most
 
 
 @dataclass(eq=False)
-class Model:
+class Model(SampledSizes):
     """A loaded model. Implements `Denoiser`.
 
     name: as the user gave it. stored: where it lies on disk. The live UNet may be
@@ -60,7 +61,6 @@ class Model:
         self.schedule = schedule_of(self.scheduler_config, self.name)
         self.zero_snr = bool(self.scheduler_config.get("rescale_betas_zero_snr"))
         self.latent_channels = int(self.unet.config.in_channels)
-        self._size: tuple[int, int] | None = None
         self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     # -- Denoiser -------------------------------------------------------------------------------------------------
@@ -171,25 +171,9 @@ class Model:
         return self.latent_channels, height // self.vae_scale, width // self.vae_scale
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of sampled images: squares, but within `sampling_as`."""
-        side = self.settings.sampling.resolution
-        return self._size or (side, side)
-
-    @property
     def multiple(self) -> int:
         """What divides every side of its images."""
         return int(self.vae_scale * _multiple(self.unet))
-
-    @contextmanager
-    def sampling_as(self, sampling: Sampling, size: tuple[int, int]) -> Iterator[None]:
-        """Context manager: sample with these settings, images of this height and width, multiples of `multiple`."""
-        before = self.settings, self._size
-        self.settings, self._size = replace(self.settings, sampling=sampling), size
-        try:
-            yield
-        finally:
-            self.settings, self._size = before
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> Tensor:
