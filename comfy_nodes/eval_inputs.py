@@ -30,7 +30,7 @@ _TOOLTIPS = {  # where the command line takes a path
     "the original model as classifier)",
     "metric": f"Further metrics of the images, one per line ({', '.join(IMAGE_METRICS)}); fid, kid and cmmd compare "
     "the two models, or each with real images, as in fid:NAME for a folder in input",
-    "clip": "Hub id (owner/name) of the CLIP model of the metrics cmmd and clip-score (default: openai's ViT-L/14)",
+    "clip": "Hub id (owner/name) of the CLIP model of detectors and metrics by CLIP (default: openai's ViT-L/14)",
     "prompts": "Further prompts, one file per line: in input or output/salun (.csv with the columns of I2P or COCO, "
     "or .txt), or hub id of a data set",
     "keep_images": "Write every image, and eval.json, eval.csv and eval.html, into output/salun",
