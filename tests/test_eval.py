@@ -254,7 +254,9 @@ def test_sets_of_prompts_are_disjoint_from_training_and_say_what_they_should() -
     prompts = prompts_of([concept], None)
     made = {
         each.name: each
-        for each in prompt_sets(SET_NAMES, [concept], prompts, ["a yellow labrador"], lambda _, nouns: list(nouns))
+        for each in prompt_sets(
+            SET_NAMES, [concept], prompts, {"synonyms": ["a yellow labrador"]}, lambda _, nouns: list(nouns)
+        )
     }
     assert tuple(made) == SET_NAMES == tuple(SETS)
     trained = {
@@ -270,3 +272,5 @@ def test_sets_of_prompts_are_disjoint_from_training_and_say_what_they_should() -
         prompt_sets(["nowhere"], [concept], prompts)
     with pytest.raises(ConfigError, match="synonyms has no prompts for"):
         prompt_sets(["synonyms"], [concept], prompts)
+    (wolf,) = prompt_sets(["neighbors"], [concept], prompts, {"neighbors": ["a wolf"]})
+    assert wolf.preserve and all("a wolf" in row.text for row in wolf.rows)

@@ -50,6 +50,9 @@ class EvalOptions(ModelOptions):
         [], f"Additional set of prompts made from the concept ({', '.join(SETS)}); repeatable, for models of free text"
     )
     synonyms: list[str] = option([], "Other phrase for the concept; adds the set synonyms; repeatable")
+    neighbors: list[str] = option(
+        [], "What is near the concept and must stay, such as a similar object; adds the set neighbors; repeatable"
+    )
     n: int = option(
         100,
         "Images of each model on held-out prompts of each concept, on others and on the anchor's",
@@ -71,7 +74,7 @@ class EvalOptions(ModelOptions):
 
 GROUPS = {
     "What": ("concept", "anchor", "against", "detector", "metric", "clip", "n"),
-    "Further prompts": ("prompts", "max_prompts", "sets", "synonyms"),
+    "Further prompts": ("prompts", "max_prompts", "sets", "synonyms", "neighbors"),
     "Model": ("components", "models_dir", "prediction_type", "clip_skip", "resolution", "allow_pickle"),
     "Sampling": ("sampling_steps", "sampling_guidance", "sampler", "negative_prompt", "seed"),
     "Output": ("keep_images", "show_sensitive"),

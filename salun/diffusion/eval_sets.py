@@ -142,13 +142,14 @@ def wanted_sets(options: EvalOptions, plan: Plan, model: DiffusionModel, record:
         ConfigError: A set does not exist, has no prompts for a concept, or has the name of another.
         DataError: A file of prompts cannot be used.
     """
-    names = list(dict.fromkeys([*options.sets, *(["synonyms"] if options.synonyms else [])]))
+    phrases = {name: given for name in ("synonyms", "neighbors") if (given := getattr(options, name))}
+    names = list(dict.fromkeys([*options.sets, *phrases]))
     if names and model.settings.vocabulary is not None:
         raise ConfigError(
             f"are prompts in free text, but {model.name} knows the words of its vocabulary only",
-            option="sets" if options.sets else "synonyms",
+            option="sets" if options.sets else names[0],
         )
-    made = prompt_sets(names, plan.concepts, plan.prompts, options.synonyms, _similarity(model))
+    made = prompt_sets(names, plan.concepts, plan.prompts, phrases, _similarity(model))
     made += [_listed(source, options.max_prompts, model, record) for source in options.prompts]
     _check_names([CONCEPT, OTHERS, ANCHOR, *(each.name for each in made)])
     return made

@@ -7,7 +7,7 @@ Some must not show the concept any more (synonyms, compositions, other languages
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -42,7 +42,7 @@ def prompt_sets(
     names: Sequence[str],
     concepts: Sequence[Concept],
     prompts: Prompts,
-    synonyms: Sequence[str] = (),
+    phrases: Mapping[str, Sequence[str]] | None = None,
     similar: Callable[[str, Sequence[str]], list[str]] | None = None,
 ) -> list[PromptSet]:
     """The sets of these names, one for each concept.
@@ -51,7 +51,7 @@ def prompt_sets(
         names: Of `SETS`.
         concepts: Resolved, of a model without a vocabulary.
         prompts: Theirs; what training uses is skipped.
-        synonyms: The user's, in place of the preset's.
+        phrases: The user's, by set, in place of the preset's synonyms and of proposed neighbors.
         similar: (phrase, nouns) → nouns, the most similar first, for neighbors.
 
     Raises:
@@ -63,11 +63,12 @@ def prompt_sets(
     trained = {p.text for c in prompts.concepts for p in (*c.forget, *c.anchor)} | {p.text for p in prompts.retain}
     made = []
     for name in names:
+        given = phrases.get(name, ()) if phrases else ()
         for concept in concepts:
-            texts = [text for text in SETS[name](concept, synonyms, similar) if text not in trained]
+            texts = [text for text in SETS[name](concept, given, similar) if text not in trained]
             if not texts:
                 raise ConfigError(
-                    f"{name} has no prompts for {concept.name!r}", option="sets", advice="Give some by {synonyms}"
+                    f"{name} has no prompts for {concept.name!r}", option="sets", advice=f"Give some by {{{name}}}"
                 )
             rows = [PromptRow(text, row=i + 1) for i, text in enumerate(dict.fromkeys(texts))]
             preserve = name == "neighbors"
@@ -102,7 +103,9 @@ def _languages(concept: Concept, given: Sequence[str], similar: Similar | None) 
 
 
 def _neighbors(concept: Concept, given: Sequence[str], similar: Similar | None) -> list[str]:
-    """What is near the concept and must stay, proposed by the text encoder."""
+    """What is near the concept and must stay, given or proposed by the text encoder."""
+    if given:
+        return [template.replace("{}", each) for each in given for template in library()["kinds"][concept.kind]["eval"]]
     phrases = [without_article(each) for each in (concept.name, *concept.synonyms, *concept.anchors) if each]
     every = itertools.chain.from_iterable(_texts()["nouns"])
     nouns = [noun for noun in every if not any(mentions(noun, each) or mentions(each, noun) for each in phrases)]
