@@ -1,8 +1,9 @@
-"""The default recipe on models that it was not tuned on: variants of `shapes` (`python -m tools.shapes.variants`).
+"""The recipe, with its fixed number of steps, on models that it was not tuned on (`python -m tools.shapes.variants`).
 
     python -m benchmarks.defaults [--models v zero-snr narrow] [--concepts circle red night]
 
-Erases each concept from each model by `salun.erase` without any option, and prints, and writes to `docs/defaults.md`,
+Erases each concept from each model by `salun.erase` with the steps of the recipe (not to a goal, see
+`benchmarks/until.py`), and prints, and writes to `docs/defaults.md`,
 what `run.json` says: UA, retain accuracy before and after, the verdict. Results are kept in
 `benchmarks/results/defaults`, so an interrupted run continues.
 """
@@ -24,10 +25,11 @@ RESULTS, TABLE = ROOT / "benchmarks" / "results" / "defaults", ROOT / "docs" / "
 MODELS = ("shapes", "v", "zero-snr", "narrow")
 CONCEPTS = ("circle", "red", "night")
 IMAGES = 128
-HEAD = """# The default recipe on other models
+HEAD = """# The recipe on other models
 
-Written by `benchmarks/defaults.py`, on a CPU. The recipe was tuned on `shapes`. The models below are variants that
-no recipe was tuned on, made by `tools/shapes/variants.py`. {images} images of each kind, one seed; intervals are 95 %.
+Written by `benchmarks/defaults.py`, on a CPU. The recipe, with its fixed number of steps, was tuned on `shapes`.
+The models below are variants that no recipe was tuned on, made by `tools/shapes/variants.py`. {images} images of each
+kind, one seed; intervals are 95 %.
 
 {models}
 """
@@ -40,10 +42,11 @@ WHAT = {
 
 
 def row(name: str, concept: str) -> dict[str, Any]:
-    """What the default recipe achieves."""
+    """What the recipe achieves."""
     folder = ROOT / "build" / "variants" / name
     model = salun.load("shapes" if name == "shapes" else str(folder), device="cpu")
-    run = salun.erase(model, concept, eval_images=IMAGES, progress=silent)
+    steps = model.settings.recipe.steps
+    run = salun.erase(model, concept, steps=steps, eval_images=IMAGES, progress=silent)
     kept = ("ua", "ua_corrected", "ra_before", "ra_after", "anchor", "image_drift", "anchor_gap", "verdict")
     return {"model": name, "concept": concept} | {key: run.metrics.get(key) for key in kept}
 

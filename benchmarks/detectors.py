@@ -84,7 +84,7 @@ def row(model: Model, concept: str, n: int) -> dict[str, Any]:
 
     before, other = sampled(of_concept, 0), sampled(others, n)
     anchor = sampled(plan.prompts.concepts[0].eval_anchor, 0)
-    run = salun.erase(model, concept, eval_images=0, progress=silent)
+    run = salun.erase(model, concept, steps=model.settings.recipe.steps, eval_images=0, progress=silent)
     run.apply()
     after = sampled(of_concept, 0)
     run.undo()

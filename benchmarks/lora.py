@@ -56,7 +56,7 @@ def put_in(base: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 def main() -> None:
     model = salun.load("shapes", device="cpu")
-    run = salun.erase(model, "circle", seed=0, eval_images=0)
+    run = salun.erase(model, "circle", steps=model.settings.recipe.steps, seed=0, eval_images=0)
     original = model.original()
     prompts = eval_prompts(run.plan, IMAGES, 101)
     before = evaluate_model(model, prompts, stage=Stage.IMAGES_BEFORE)

@@ -35,7 +35,8 @@ from .progress import terminal_progress
 from .resuming import recorded, recorded_model, resumable, unfinished
 
 TRAINING_ONLY = (
-    "steps", "lr", "lr_decay", "retain_weight", "target", "retain_target", "retain_latents", "save_every"
+    "until", "steps", "lr", "lr_decay", "retain_weight", "target", "target_guidance", "retain_target", "retain_latents",
+    "save_every",
 )  # fmt: skip
 
 Steps = Annotated[

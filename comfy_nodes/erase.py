@@ -73,7 +73,9 @@ class SalUnErase(Node):
             "required": {
                 "model": ("MODEL", {"tooltip": "SD 1.x, SD 2.x or SDXL, with its patches in the graph."}),
                 **wires("clip", "vae", "concept"),
-                **option_inputs("steps", "batch_size", "lr", "retain_weight", "density", "eval_images", "seed"),
+                **option_inputs(
+                    "steps", "batch_size", "lr", "retain_weight", "density", "eval_images", "seed", "until"
+                ),
             },
             "optional": {
                 "given_mask": (

@@ -115,7 +115,7 @@ def filename_prefix(default: str) -> dict[str, Any]:
 
 
 # where an option is set: these on the nodes that use them, all others on SalUn Options
-NODE_OPTIONS = ("steps", "batch_size", "lr", "retain_weight", "density", "mask", "eval_images", "seed")
+NODE_OPTIONS = ("until", "steps", "batch_size", "lr", "retain_weight", "density", "mask", "eval_images", "seed")
 GRAPH_OPTIONS = {  # options without an input, and what decides them in ComfyUI instead
     "device": "ComfyUI's choice",
     "components": "the loader's CLIP and VAE",

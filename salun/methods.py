@@ -41,6 +41,7 @@ class Method:
         tunes: The option that a search tries values of; None for none.
         factors: What the search multiplies it by in its first round, rising.
         stronger, weaker: What to try, options in braces, where a diffusion method erased too little, or did damage.
+        goal: Whether a diffusion method may be trained towards a goal, of `until`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Method:
     factors: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4, 16)
     stronger: str = "Raise {steps} or {lr}"
     weaker: str = "Lower {lr} or {steps}, or raise {retain_weight}"
+    goal: bool = False
 
     @property
     def options(self) -> type[Any]:
@@ -137,7 +139,7 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                resolve=f"{_IN}.fisher:resolve_ssd", tunes="ssd_alpha", factors=(0.3, 0.5, 0.7, 1, 1.4, 1.9)),
     ),
     "diffusion": _registry(
-        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency"),
+        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal=True),
         Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned"),
         Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
                "full", f"{_ERASE}.esd:EsdOptions", data="prompts", stages=f"{_ERASE}.esd:stages",

@@ -431,7 +431,7 @@ def test_option_inputs_have_the_cores_default_range_and_help() -> None:
     assert set(seen) | set(GRAPH_OPTIONS) == set(fields), "an option of no node, and without a reason in GRAPH_OPTIONS"
     for name, nodes in seen.items():
         assert nodes == {"SalUnOptions"} or (name in NODE_OPTIONS and "SalUnOptions" not in nodes), "set at two nodes"
-    assert sum("SalUnErase" in nodes for nodes in seen.values()) == 7
+    assert sum("SalUnErase" in nodes for nodes in seen.values()) == 8
 
 
 @pytest.mark.usefixtures("host")
@@ -891,7 +891,7 @@ def test_fingerprint_covers_all_that_a_result_depends_on(host: Host) -> None:
         **{"method": "salun-soft", "guidance": 3.0, "lr_decay": 0.1, "target": "online", "retain_target": "noise"},
         **{"anchor_share": 0.25, "optimizer": "adam8bit", "dtype": "bf16", "low_vram": True, "show_sensitive": True},
         **{"detector": "self", "gradient_checkpointing": True, "deterministic": False},
-        **{"sampling_steps": 3, "sampling_guidance": 1.0, "sampler": "lcm"},
+        **{"sampling_steps": 3, "sampling_guidance": 1.0, "sampler": "lcm", "until": "ua>=0.9", "target_guidance": 0.5},
         **{"negative_guidance": 2.0, "uce_erase": 2.0, "uce_preserve": 2.0, "uce_lambda": 0.1},
     }
     assert set(changed) | {"recipe"} == {*SHARED, *NODE_OPTIONS}, "a recipe counts by its numbers"

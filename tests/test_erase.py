@@ -102,7 +102,7 @@ def test_the_record_says_what_was_done(run_folder: Path) -> None:
     # nothing to resolve: no pictures, and what the model's files tell
     assert unset == {
         "forget_images", "retain_images", "detector", "clip_skip", "components", "prediction_type", "negative_prompt",
-        "sampler",
+        "sampler", "until",
     }  # fmt: skip
     assert [row["step"] for row in record["losses"]] == [1, 2, 3, 4]
     assert record["mask"]["selected"] == record["mask"]["total"] // 2

@@ -101,6 +101,15 @@ def test_the_anchors_prediction_is_the_target_on_the_same_latents(data: ErasureD
     torch.testing.assert_close(retain, F.mse_loss(1.5 * x_t[4:] + c[4:], 0.5 * x_t[4:] + c[4:]))
 
 
+def test_a_guided_target_leads_past_the_anchor_for_forget_samples_only(data: ErasureData) -> None:
+    toy = Toy()
+    sample = draw(toy, data, batch_size=4, anchor_share=0.5, seed=0, step=3)
+    plain, guided = frozen_predictions(toy, sample), frozen_predictions(toy, sample, guidance=0.5)
+    c, wanted = (k.hidden.view(-1, 1, 1, 1) for k in (sample.prompts, sample.targets))
+    torch.testing.assert_close(guided[:4], plain[:4] - 0.5 * (c - wanted)[:4].expand_as(plain[:4]))
+    assert torch.equal(guided[4:], plain[4:])
+
+
 def test_an_online_target_carries_no_gradient(data: ErasureData) -> None:
     """On the same latents the weights cancel, so a target with a graph would leave no gradient at all."""
     toy = Toy()

@@ -16,8 +16,10 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.output import erased_tensors
 from salun.diffusion.plan import ConceptSpec
+from salun.diffusion.probe import until_of
 from salun.diffusion.result import Run, write_run
 from salun.diffusion.task import ErasureTask
+from salun.diffusion.until import losses_of
 from salun.masking.mask import Mask
 from salun.progress import Progress, Stage
 from salun.runs.cache import Cache
@@ -74,6 +76,7 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
     context.note(Stage.PLANNING, *plan.notes)
     prompts = eval_prompts(plan, plan.recipe.eval_images, plan.options.seed)
 
+    given = data is not None
     with context.stage(Stage.SAMPLING):
         if data is None and plan.method.data == "latents":
             data = build_training_set(model, plan, context.progress, cache=context.cache)
@@ -84,7 +87,12 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
         mask_result = mask_of_run(context, data, mask)
         record.mask = mask_result.summary()
     with context.stage(Stage.TRAINING):
-        unlearned = plan.method.call(ErasureTask.of(context, data, mask_result.mask), plan.options)
+        task = ErasureTask.of(context, data, mask_result.mask)
+        task.until = until_of(task, context, grow=not given)
+        unlearned = plan.method.call(task, plan.options)
+        if task.until is not None:
+            record.more["until"] = task.until.as_json(unlearned.history)
+            context.note(Stage.TRAINING, task.until.summary(unlearned.history))
         record.mask |= {"selected": unlearned.mask.selected, "density": unlearned.mask.density}
     original = model.original()
     erased, record.rounding = erased_tensors(original, unlearned.mask, unlearned.weights)
@@ -93,4 +101,6 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
         after = evaluate_model(model, prompts, context.progress, Stage.IMAGES_AFTER)
         model.load({name: original[name] for name in erased})
         metrics = compare(model, plan, prompts, before, after, context.progress)
-    return Run(model, plan, unlearned.mask, erased, unlearned.history, metrics, prompts, before, after, record)
+    return Run(
+        model, plan, unlearned.mask, erased, losses_of(unlearned.history), metrics, prompts, before, after, record
+    )

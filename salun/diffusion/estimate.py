@@ -115,7 +115,10 @@ def _steps(plan: Plan) -> str:
     if not any(cost.backward for cost in plan.stages() if cost.stage is Stage.TRAINING):
         return ", in closed form" if plan.method.data == "prompts" else ""
     samples = f"{batch} forget and {batch} retain samples" if plan.method.data == "latents" else f"{batch} samples"
-    return f": {steps} steps of {samples}"
+    if plan.goal is None:
+        return f": {steps} steps of {samples}"
+    most = f"at most {plan.budget} steps of {samples}"
+    return f" until {plan.goal}: {most}, with a probe of held-out prompts every {plan.probe_every}"
 
 
 def _sampling(plan: Plan) -> str:

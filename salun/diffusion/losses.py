@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,17 +105,37 @@ def saliency_losses(
         yield -F.mse_loss(guided, denoiser.schedule.target(x_0, noise, t)), k
 
 
-def draw(denoiser: Denoiser, data: ErasureData, batch_size: int, anchor_share: float, seed: int, step: int) -> Draw:
+def draw(
+    denoiser: Denoiser,
+    data: ErasureData,
+    batch_size: int,
+    anchor_share: float,
+    seed: int,
+    step: int,
+    frequencies: Sequence[float] | None = None,
+    retain_frequencies: Sequence[float] | None = None,
+) -> Draw:
     """The samples of a training step. `anchor_share` of the forget latents come from the anchor's own samples.
 
     (The paper takes all of them from forget samples. Once early denoising steps follow the anchor, later steps
     see states that such training never produces; the anchor's samples cover them.)
+
+    Args:
+        frequencies: How often the samples of each concept are drawn, relative to each other; None for equally often.
+        retain_frequencies: Likewise each retain sample.
     """
     generator = step_generator(seed, step)
     device = data.forget_latents.device
-    pick = torch.randint(len(data.forget), (batch_size,), generator=generator)
+    if frequencies is None:
+        pick = torch.randint(len(data.forget), (batch_size,), generator=generator)
+    else:
+        weights = torch.tensor(frequencies).repeat_interleave(len(data.forget) // len(frequencies))
+        pick = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
     from_anchor = torch.rand(batch_size, generator=generator) < anchor_share
-    keep = torch.randint(len(data.retain), (batch_size,), generator=generator)
+    if retain_frequencies is None:
+        keep = torch.randint(len(data.retain), (batch_size,), generator=generator)
+    else:
+        keep = torch.multinomial(torch.tensor(retain_frequencies), batch_size, replacement=True, generator=generator)
     emptied = torch.rand(batch_size, generator=generator) < EMPTY_PROMPT_FRACTION
     pick, from_anchor, keep, emptied = (v.to(device) for v in (pick, from_anchor, keep, emptied))
     forget_x = torch.where(from_anchor.view(-1, 1, 1, 1), data.anchor_latents[pick], data.forget_latents[pick])
@@ -154,9 +174,19 @@ def training_losses(
 
 
 @torch.no_grad()
-def frozen_predictions(denoiser: Denoiser, sample: Draw) -> Tensor:
-    """The original model's predictions on a draw, under the target prompts; call before training changes it."""
-    return denoiser.predict(denoiser.schedule.add_noise(sample.x_0, sample.noise, sample.t), sample.t, sample.targets)
+def frozen_predictions(denoiser: Denoiser, sample: Draw, guidance: float = 0.0) -> Tensor:
+    """The original model's predictions on a draw, under the target prompts; call before training changes it.
+
+    guidance: η of the forget samples' target ε*(c_a) − η·(ε*(c_f) − ε*(c_a)), which leads past the anchor, away from
+    the concept (as negative guidance does in ESD).
+    """
+    x_t = denoiser.schedule.add_noise(sample.x_0, sample.noise, sample.t)
+    wanted = denoiser.predict(x_t, sample.t, sample.targets)
+    if guidance:
+        half = slice(0, len(x_t) // 2)
+        of_concept = denoiser.predict(x_t[half], sample.t[half], sample.prompts[half])
+        wanted[half] += guidance * (wanted[half] - of_concept)
+    return wanted
 
 
 def _noise(denoiser: Denoiser, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

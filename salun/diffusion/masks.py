@@ -22,6 +22,7 @@ from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
+from salun.diffusion.task import FP16_LOSS_SCALE
 from salun.errors import ModelError
 from salun.masking import find
 from salun.masking.find import RunMask
@@ -29,8 +30,6 @@ from salun.masking.mask import Mask
 from salun.masking.saliency import scores_from_losses
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
-
-FP16_LOSS_SCALE = 1024.0  # of the saliency loss: small gradients would be 0 in fp16; a power of 2 changes no other bit
 
 
 def mask_of_run(context: RunContext, data: ErasureData | None, given: Mask | None = None) -> RunMask:

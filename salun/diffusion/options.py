@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from salun.detectors import DETECTORS
+from salun.diffusion.goal import Goal
 from salun.errors import ConfigError
 from salun.methods import METHODS, option_names, with_method_options
 from salun.options import MASKS, Checked, DeviceOptions, FileOptions, option
@@ -51,7 +52,13 @@ class EraseOptions(ModelOptions):
     scope: str = option(
         "full", "Layers that the mask may select, named as in ESD", choices=("full", "xattn", "selfattn", "noxattn")
     )
-    steps: int | None = option(None, "Training steps", minimum=1, maximum=1_000_000)
+    until: str | None = option(
+        None,
+        "Goal to train towards; probes of held-out prompts on the way decide on steps and learning rate. With `steps` "
+        "too, those are the most that it takes",
+        auto='"ua>=0.98, retain_drift<=0.02" for salun without `steps`, else a fixed number of steps',
+    )
+    steps: int | None = option(None, "Training steps, in place of a goal", minimum=1, maximum=1_000_000)
     batch_size: int | None = option(
         None, "Forget samples per step; as many retain samples are added", minimum=1, maximum=4096
     )
@@ -71,6 +78,14 @@ class EraseOptions(ModelOptions):
         None,
         "Forget target: the anchor prediction of the frozen original model, or of the model in training",
         choices=("frozen", "online"),
+        expert=True,
+    )
+    target_guidance: float = option(
+        0.0,
+        "Guidance η of the frozen forget target, which leads past the anchor, away from the concept: "
+        "ε(anchor) − η·(ε(concept) − ε(anchor))",
+        minimum=0,
+        maximum=100,
         expert=True,
     )
     retain_target: str | None = option(
@@ -167,6 +182,8 @@ class EraseOptions(ModelOptions):
             raise ConfigError(
                 f"is {self.mask!r}, but must be one of {', '.join(MASKS)}, or a .safetensors file", option="mask"
             )
+        if self.until is not None:
+            Goal.parse(self.until)
         if any(not prompt.strip() for prompt in self.retain_prompts):
             raise ConfigError("contains an empty prompt", option="retain_prompts")
 
@@ -210,8 +227,8 @@ GROUPS = {  # title → options, in the order in which hosts show them
     "Sampling": ("sampling_steps", "sampling_guidance", "sampler"),
     "Mask": ("mask", "density", "combine", "scope", "method", "guidance"),
     "Training": (
-        "steps", "batch_size", "lr", "lr_decay", "retain_weight", "target", "retain_target", "anchor_share",
-        "optimizer", "recipe",
+        "until", "steps", "batch_size", "lr", "lr_decay", "retain_weight", "target", "target_guidance",
+        "retain_target", "anchor_share", "optimizer", "recipe",
     ),
     "Other methods": option_names("diffusion"),
     "Evaluation": ("eval_images", "detector", "show_sensitive"),

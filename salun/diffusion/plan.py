@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from salun.detectors import default_detector, passes_of
+from salun.diffusion.goal import Goal
 from salun.diffusion.model.few_steps import FewSteps, hint
 from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.options import EraseOptions, Recipe, Sampling
@@ -26,6 +27,11 @@ from salun.user_text import syntax_note
 if TYPE_CHECKING:
     from salun.diffusion.losses import ErasureData
 
+BUDGET, PROBES = 3, 10  # with a goal: times the recipe's steps at most, and probes in the recipe's steps
+BY_GOAL = ("steps", "lr", "lr_decay")  # numbers that a goal decides, where the options do not
+PROBED = 150  # images of each concept and of others that the probes of a run take, about
+PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, but not fewer than these
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -34,7 +40,9 @@ class Plan:
     options: with every number set, so that they reproduce the erasure. recipe: the numbers that depend on the model,
     from the options or the model's recipe. sampling: likewise. few_steps: a sign that the model is meant for few steps,
     where the options do not say how to sample. notes: lines for the user. detector: of the concepts in images, with its
-    argument after a colon.
+    argument after a colon. goal: what to train towards; None for a fixed number of steps, those of the recipe.
+    lr_given: whether the options name the learning rate; with a goal it is measured otherwise.
+    all_latents: forget latents of a fixed number of steps, where a goal takes fewer.
     """
 
     concepts: list[Concept]
@@ -45,6 +53,9 @@ class Plan:
     notes: list[str]
     few_steps: FewSteps | None = None
     detector: str = "self"
+    goal: Goal | None = None
+    lr_given: bool = False
+    all_latents: int | None = None
 
     @property
     def subjects(self) -> list[Subject]:
@@ -66,6 +77,22 @@ class Plan:
     def needs_frozen(self) -> bool:
         """Whether any loss needs the original model's predictions."""
         return "frozen" in (self.recipe.target, self.recipe.retain_target)
+
+    @property
+    def probe_every(self) -> int:
+        """Steps between two probes of a training towards a goal."""
+        return max(1, self.recipe.steps // PROBES)
+
+    @property
+    def budget(self) -> int:
+        """Steps at most."""
+        capped = self.goal is None or self.options.steps is not None
+        return self.recipe.steps if capped else BUDGET * self.recipe.steps
+
+    def fixed(self) -> Plan:
+        """The same with a fixed number of steps in place of the goal."""
+        latents = self.recipe.forget_latents if self.all_latents is None else self.all_latents
+        return replace(self, goal=None, recipe=replace(self.recipe, forget_latents=latents))
 
     @property
     def by_saliency(self) -> bool:
@@ -116,7 +143,11 @@ class Plan:
             made: list[StageCost] = load(self.method.stages)(self)
             return made
         steps, samples = self.recipe.steps, self.recipe.steps * self.recipe.batch_size * 2
-        frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=samples)] if self.needs_frozen else []
+        ahead = samples * 3 // 2 if self.options.target_guidance else samples if self.needs_frozen else 0
+        if self.goal is not None:  # the recipe's steps are as good a guess as any; frozen targets are made on the way
+            probing = PROBED * len(self.concepts) * self.sampling.passes // 2
+            return [StageCost(Stage.TRAINING, steps, forward=ahead + probing, backward=samples)]
+        frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=ahead)] if ahead else []
         return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples)]
 
 
@@ -131,15 +162,20 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     the model does not have.
     """
     concepts, notes = _resolved(settings, model, _listed(wanted), options)
-    recipe = settings.recipe
+    recipe, goal, all_latents = settings.recipe, _goal(options), None
     if options.recipe == "paper":
         recipe = _paper_recipe(settings, model, concepts[0].kind)
     recipe = replace(recipe, steps=recipe.steps * len(concepts))
+    if goal is not None:
+        few = max(recipe.forget_latents // PART, min(FEWEST, recipe.forget_latents))
+        all_latents, recipe = recipe.forget_latents, replace(recipe, forget_latents=few)
     sampling = sampling_with(settings.sampling, options)
     chosen = (options.sampling_steps, options.sampling_guidance, options.sampler)
     few_steps = hint(settings.few_steps, settings.sampling, *chosen)
     names = [item.name for item in dataclasses.fields(Recipe) if hasattr(options, item.name)]
     recipe = replace(recipe, **{n: getattr(options, n) for n in names if getattr(options, n) is not None})
+    if options.target_guidance and recipe.target != "frozen":
+        raise ConfigError("needs the frozen target", option="target_guidance", advice="Use {target} frozen")
     return Plan(
         concepts=concepts,
         prompts=prompts_of(concepts, settings.vocabulary, options.prompt_style),
@@ -149,14 +185,32 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
             resolution=sampling.resolution,
             sampling_steps=sampling.steps,
             sampling_guidance=sampling.guidance,
-            **{name: getattr(recipe, name) for name in names},
+            **{name: getattr(recipe, name) for name in names if goal is None or name not in BY_GOAL},
         ),
         recipe=recipe,
         sampling=sampling,
         notes=[*notes, *_notes_on_texts(concepts, sampling), *_notes_on(sampling, few_steps)],
         few_steps=few_steps,
         detector=options.detector or default_detector(settings.detector),
+        goal=goal,
+        lr_given=options.lr is not None,
+        all_latents=all_latents if options.forget_latents is None else None,
     )
+
+
+def _goal(options: EraseOptions) -> Goal | None:
+    """What to train towards. Raises ConfigError for a method that cannot."""
+    able = METHODS["diffusion"][options.method].goal
+    if options.until is not None:
+        if not able:
+            raise ConfigError(
+                f"does not work with the method {options.method}, which takes its steps or solves a closed form",
+                option="until",
+                advice="Omit {until}",
+            )
+        return Goal.parse(options.until)
+    fixed = options.steps is not None or options.lr_decay is not None or options.recipe != "default"
+    return Goal() if able and not fixed else None
 
 
 def subject_of(concept: Concept, prompts: ConceptPrompts) -> Subject:

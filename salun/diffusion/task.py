@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,14 +17,20 @@ from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.plan import Plan
+from salun.diffusion.until import Until, blended
 from salun.masking.mask import Mask
 from salun.masking.optimizers import adam
+from salun.masking.rate import first_order_rate
 from salun.masking.training import Trained, TrainingSettings, linear_decay, train
 from salun.masking.training_state import LossRow, StateFile, read_saved_history
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
     from salun.diffusion.context import RunContext
+
+FORGETTING = ("forget_latents", "anchor_latents", "forget", "anchor")  # of a training set
+RATE_BATCHES = 4  # behind a measured learning rate
+FP16_LOSS_SCALE = 1024.0  # in which small gradients would be 0; a power of 2 changes no other bit
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class ErasureTask:
         model: In a `training_session`; a method changes its live weights.
         data: The training set; None for methods that need prompts alone.
         mask: What may be trained. For methods without one, all weights in scope.
+        until: The goal of the training, and what was found on the way to it; None to take all steps.
+        more: Samples a larger training set, from the original weights; None where there is none.
         state: Where training is saved, and resumed from if this run (by `fingerprint`) stopped before.
     """
 
@@ -61,6 +69,8 @@ class ErasureTask:
     state: Path | None = None
     fingerprint: str = ""
     processes: Processes = ALONE
+    until: Until | None = None
+    more: Callable[[], ErasureData] | None = None
 
     @classmethod
     def of(cls, context: RunContext, data: ErasureData | None, mask: Mask) -> ErasureTask:
@@ -95,10 +105,10 @@ class ErasureTask:
     @cached_property
     def steps_done(self) -> int:
         """Steps that an unfinished run of this fingerprint has taken already."""
-        saved = read_saved_history(self.state, self.fingerprint, self.plan.recipe.steps) if self.state else []
+        saved = read_saved_history(self.state, self.fingerprint, self.plan.budget) if self.state else []
         done: int = self.processes.broadcast(len(saved))
         if done:
-            self.progress(Event(Stage.TRAINING, done, self.plan.recipe.steps, message=f"resuming after step {done}"))
+            self.progress(Event(Stage.TRAINING, done, self.plan.budget, message=f"resuming after step {done}"))
         return done
 
     def train(
@@ -116,7 +126,7 @@ class ErasureTask:
         """
         options, recipe = self.plan.options, self.plan.recipe
         settings = TrainingSettings(
-            recipe.steps,
+            self.plan.budget,
             linear_decay(recipe.lr, recipe.steps, recipe.lr_decay),
             adam(options.optimizer, recipe.lr, self.parameters, options.low_vram),
             weights or {},
@@ -124,7 +134,9 @@ class ErasureTask:
             cpu_offload=options.low_vram,
         )
         state = StateFile(self.state, self.fingerprint, options.save_every) if self.state is not None else None
-        return train(
+        if self.until is not None and self.until.lr is None:
+            self.until.lr = self._measured_rate(losses)
+        trained = train(
             self.parameters,
             self.mask,
             losses,
@@ -133,16 +145,47 @@ class ErasureTask:
             sources=self.model.original(),
             state=state,
             processes=self.processes,
+            watch=self.until,
         )
+        return trained if self.until is None else self._smallest(trained, self.until)
+
+    def _measured_rate(self, losses: Callable[[int], Mapping[str, Tensor]]) -> float:
+        """The learning rate to begin with: of the first loss, by which the model forgets, at the original weights."""
+        batches = (next(iter(losses(step).values())) for step in range(RATE_BATCHES))
+        scale = FP16_LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
+        return float(self.processes.broadcast(first_order_rate(self.parameters, self.mask, batches, scale)))
+
+    def _smallest(self, trained: Trained, until: Until) -> Trained:
+        """The smallest change that reaches the goal, on the way from the original weights to the trained ones."""
+        strength = until.choose_strength(trained.history)
+        if strength == 1:
+            return trained
+        original = self.model.original()
+        packed = {name: original[name].cpu().float()[self.mask.dense(name)] for name in trained.masters}
+        return replace(trained, masters=blended(packed, trained.masters, strength))
+
+    def grow(self) -> None:
+        """Take the forget and anchor samples of the larger training set; the retain samples stay."""
+        if self.more is None:
+            return
+        with self.original_weights():
+            more, self.more = self.more(), None
+        self.data = replace(self.training_set, **{name: getattr(more, name) for name in FORGETTING})
+
+    def original_weights(self) -> AbstractContextManager[None]:
+        """Context manager: the live network computes with the original weights; afterwards as it was."""
+        return self.at_strength(0.0)
 
     @contextmanager
-    def original_weights(self) -> Iterator[None]:
-        """Context manager: the live network computes with the original weights; afterwards as it was."""
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Context manager: the live network has the weights θ₀ + s·(θ − θ₀); afterwards as it was."""
         original = self.model.original()
         current = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(original[name])
+                if strength:
+                    parameter.lerp_(current[name], strength)
         try:
             yield
         finally:

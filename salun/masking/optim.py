@@ -160,6 +160,15 @@ class MaskedOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
+    @torch.no_grad()
+    def reset(self, sources: Mapping[str, Tensor]) -> None:
+        """Begin again: masters as in the sources, no moments, and the weights as they were."""
+        for name, packed in self.packed.items():
+            indices = packed.indices()
+            packed.master.copy_(packed.gather(sources[name].to(packed.parameter.device), indices).float())
+            self._optimizers[name].state.pop(packed.master, None)
+            packed.scatter(indices)
+
     def backward(self, loss: Tensor, scale: float = 1.0) -> None:
         """Backward through `scale · loss`; gradients are divided by the scale in float32. Mode "step" updates here.
 

@@ -53,7 +53,7 @@ def scores_from_losses(
     def add(name: str, gradient: Tensor) -> None:
         sums[name].add_(gradient.to(sums[name].device), alpha=weight / scale)
 
-    with _each_gradient(parameters, add):
+    with each_gradient(parameters, add):
         for step, (loss, n) in enumerate(losses, 1):
             if not torch.isfinite(loss):
                 raise MaskError(f"the saliency loss of batch {step} is {loss.item()}: weights or data are not finite")
@@ -75,7 +75,7 @@ def scores_from_losses(
 
 
 @contextmanager
-def _each_gradient(parameters: Mapping[str, nn.Parameter], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
+def each_gradient(parameters: Mapping[str, nn.Parameter], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Context manager: every gradient goes to `consume` inside the backward pass and is freed at once."""
     required = {name: p.requires_grad for name, p in parameters.items()}
 

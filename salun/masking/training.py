@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import cos, pi
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,28 @@ class TrainingSettings:
     cpu_offload: bool = False
 
 
+class Watch(Protocol):
+    """Follows a training: sets its rate, adds measurements to its history, begins it again, and ends it.
+
+    All of it depends on the history alone, so that a resumed training goes the same way.
+    """
+
+    def before(self, history: list[LossRow]) -> float:
+        """Called before each step: its learning rate."""
+
+    def restarts(self, history: list[LossRow]) -> bool:
+        """Whether the next step begins from the original weights."""
+
+    def expected(self, history: list[LossRow]) -> int:
+        """The step at which the training may end, for the progress."""
+
+    def after(self, history: list[LossRow]) -> None:
+        """Called after each step; may add values to the last row."""
+
+    def stops(self, history: list[LossRow]) -> bool:
+        """Whether to end the training here."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """The result of a training.
@@ -94,6 +117,7 @@ def train(
     progress: Progress = silent,
     *,
     stop: Callable[[int], bool] | None = None,
+    watch: Watch | None = None,
     sources: Mapping[str, Tensor] | None = None,
     state: StateFile | None = None,
     processes: Processes = ALONE,
@@ -103,7 +127,8 @@ def train(
     Args:
         parameters: Every parameter in the mask's scope, by name.
         stop: Called with the number of steps taken after each; True ends the training early.
-        sources: The checkpoint's tensors before any cast, from which master weights are gathered.
+        watch: Takes the place of the settings' learning rate, and may end the training early.
+        sources: The checkpoint's tensors before any cast, from which master weights are gathered; a watch needs them.
         state: Where masters, moments and losses are saved while running; a state that is there is resumed. The caller
             removes it once the result is written.
         processes: Each gives the losses of its part of the batch. Packed gradients are averaged, so that all hold the
@@ -126,17 +151,25 @@ def train(
         checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
             for step in range(len(history), settings.steps):
-                optimizer.set_lr(settings.lr(step))
+                if watch is not None and watch.stops(history):
+                    break
+                if watch is not None and watch.restarts(history):
+                    optimizer.reset(sources or {})
+                optimizer.set_lr(settings.lr(step) if watch is None else watch.before(history))
                 named, scale = _step(optimizer, losses, step, settings.weights, scale, processes)
                 done = step + 1
                 if threshold is not None:
                     threshold(done, settings.steps)
                 history.append({"step": done, **_values(named, processes)})
+                if watch is not None:
+                    watch.after(history)
                 if checkpointer is not None:
-                    failure = checkpointer.save_if_due(history, scale, last=done == settings.steps)
+                    last = done == settings.steps or (watch is not None and watch.stops(history))
+                    failure = checkpointer.save_if_due(history, scale, last)
                     if failure:
                         progress(Event(settings.stage, done, settings.steps, message=failure))
-                progress(Event(settings.stage, done, settings.steps, {name: history[-1][name] for name in named}))
+                total = settings.steps if watch is None else watch.expected(history)
+                progress(Event(settings.stage, done, total, {name: history[-1][name] for name in named}))
                 if stop is not None and stop(done):
                     break
         except Cancelled:  # raised between steps, so masters, moments and history belong together

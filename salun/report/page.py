@@ -46,10 +46,8 @@ def run_page(
     concepts, metrics = run["concepts"], run["metrics"]
     names = ", ".join(f"“{concept['name']}”" for concept in concepts)
     seconds = sum(run["timings"].values())
-    subtitle = (
-        f"{run['options']['model']} · seed {run['seed']} · {run['options']['steps']} steps · "
-        f"{seconds:.0f} s on {run['device']}"
-    )
+    steps = run["until"]["steps"] if run.get("until") else run["options"]["steps"]
+    subtitle = f"{run['options']['model']} · seed {run['seed']} · {steps} steps · {seconds:.0f} s on {run['device']}"
     sections = [
         *image_sections(forget, retain, blurred),
         *metric_sections(concepts, metrics),
@@ -57,6 +55,7 @@ def run_page(
         _usage(run, inside),
         _changes(run, layers),
         _training(run),
+        *_towards(run),
         _files(run),
         GLOSSARY,
     ]
@@ -126,6 +125,33 @@ def _training(run: Mapping[str, Any]) -> Section:
     known = [f"{name}: {LOSSES[name]}." for name in series if name in LOSSES]
     text = " ".join(["Losses by step (faint) and their running mean.", *known])
     return Section("Training", text, charts=[charts.curves(series, "step", "loss", log=True)])
+
+
+def _towards(run: Mapping[str, Any]) -> list[Section]:
+    """The probes of a training towards a goal; none for a fixed number of steps."""
+    until = run.get("until")
+    if until is None:
+        return []
+    probes = until["probes"]
+    rows = [("step", "strength", "UA", "confidence", "images", "drift of others")]
+    for p in probes:
+        drift = "" if p["drift"] is None else f"{p['drift']:.4f}"
+        cells = (f"{p['strength']:g}", f"{100 * p['ua']:.1f} %", f"{p['confidence']:.2f}", f"{p['n']:.0f}", drift)
+        rows.append((f"{p['step']}", *cells))
+    full = [p for p in probes if p["strength"] == 1]
+    series = {
+        name: [(float(p["step"]), float(p[key])) for p in full if p[key] is not None]
+        for name, key in (("UA", "ua"), ("drift", "drift"))
+    }
+    came = "reached" if until["reached"] else "not reached"
+    text = (
+        f"The goal {until['goal']} was {came} after {until['steps']} of at most {until['budget']} steps, at a learning "
+        f"rate of {until['lr'] * until['lr_factor']:.2g}. η of the target rose by {until['target_guidance']:g}. "
+        f"{100 * until['strength']:.0f} % of the change are kept. "
+        "Probes are of held-out prompts. UA: images without the concept. Confidence: the probability that it is what "
+        "the goal wants. Drift: how far images of other prompts moved at equal seeds; 1 is as far as unrelated images."
+    )
+    return [Section("On the way to the goal", text, rows, [charts.curves(series, "step", "fraction")])]
 
 
 def _files(run: Mapping[str, Any]) -> Section:

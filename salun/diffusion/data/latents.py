@@ -22,7 +22,7 @@ from salun.runs.cache import Cache, digest_of, key_of
 
 def item_seed(seed: int, role: str, index: int) -> int:
     """The seed of one sample: runs with the same seed and role share samples, whatever their number."""
-    salt = {"forget": 1, "anchor": 2, "retain": 3, "eval": 4, "sample": 5}[role]
+    salt = {"forget": 1, "anchor": 2, "retain": 3, "eval": 4, "sample": 5, "probe": 6}[role]
     return (seed * 1_000_003 + salt * 100_000_007 + index) % (1 << 63)
 
 

@@ -30,25 +30,41 @@ def _weights(task: ErasureTask) -> dict[str, float]:
 
 
 class _Losses:
-    """Step → forget and retain losses. Frozen targets are computed for all steps first: no second network is held."""
+    """Step → forget and retain losses. Frozen targets are computed ahead, so that no second network is held: for all
+    steps, or with a goal, which may be reached early, for those to the next probe.
+    """
 
     def __init__(self, task: ErasureTask) -> None:
         self._task, self._targets = task, dict[int, Tensor]()
-        steps = task.plan.recipe.steps
-        for step in range(task.steps_done, steps if task.plan.needs_frozen else task.steps_done):
-            self._targets[step] = frozen_predictions(task.model, self._batch(step)).cpu()
-            task.progress(Event(Stage.FROZEN_TARGETS, step + 1, steps))
+        if task.until is None:
+            self._look_ahead(task.steps_done, task.plan.budget)
+
+    def _look_ahead(self, start: int, end: int) -> None:
+        """Compute the frozen targets of these steps; the live network must hold the original weights."""
+        task = self._task
+        self._targets.clear()
+        guidance = task.plan.options.target_guidance + (task.until.now.guidance if task.until is not None else 0.0)
+        for step in range(start, end if task.plan.needs_frozen else start):
+            self._targets[step] = frozen_predictions(task.model, self._batch(step), guidance).cpu()
+            if task.until is None:
+                task.progress(Event(Stage.FROZEN_TARGETS, step + 1, task.plan.budget))
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         task, recipe = self._task, self._task.plan.recipe
+        if task.until is not None and task.until.now.grown:
+            task.grow()
+        if task.until is not None and task.plan.needs_frozen and step not in self._targets:
+            with task.original_weights():
+                self._look_ahead(step, task.until.unchanged_until(step))
         targets = self._targets[step].to(task.model.device) if self._targets else None
-        self._targets.pop(step - 1, None)  # this step's stay, in case it is repeated with another loss scale
+        if task.until is None:
+            self._targets.pop(step - 1, None)  # this step's stay, in case it is repeated with another loss scale
         forget, retain = training_losses(task.model, self._batch(step), targets, recipe.target, recipe.retain_target)
         return {"forget": forget, "retain": retain}
 
     def _batch(self, step: int) -> Draw:
         task, recipe = self._task, self._task.plan.recipe
-        batch = draw(
-            task.model, task.training_set, recipe.batch_size, recipe.anchor_share, task.plan.options.seed, step
-        )
+        frequencies = (task.until.frequencies, task.until.retain_frequencies) if task.until is not None else ()
+        seed = task.plan.options.seed
+        batch = draw(task.model, task.training_set, recipe.batch_size, recipe.anchor_share, seed, step, *frequencies)
         return batch.shard(task.processes.rank, task.processes.count)

@@ -1,0 +1,231 @@
+"""A cheap look at a model in training: is the concept gone from held-out prompts, and what else moved?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from salun.detectors import passes_of
+from salun.diffusion.context import RunContext
+from salun.diffusion.data.latents import decode_images, item_seed, sample_latents
+from salun.diffusion.data.training_set import build_training_set
+from salun.diffusion.goal import PLAUSIBLE, SURE, Goal, Probed, Seen
+from salun.diffusion.losses import ErasureData
+from salun.diffusion.options import Sampling
+from salun.diffusion.plan import spread
+from salun.diffusion.task import ErasureTask
+from salun.diffusion.until import Until
+from salun.errors import ConfigError
+from salun.evaluation.calibration import Calibration
+from salun.evaluation.detector import Detector, DetectorInputs, Fitted, Samples, load_detector
+from salun.evaluation.estimate import Estimate
+from salun.evaluation.metrics.image_drift import drift_of
+from salun.progress import Event, Stage, silent
+from salun.randomness import step_generator
+
+BATCH, FEW, MANY = 8, 24, 128  # images of each concept: at a time; at most on the way; at most at the end
+HOPELESS = 0.05  # confidence at which no more images are needed
+OTHERS = 32  # images of other prompts, for the drift at the end; half as many on the way
+KNOWN = 48  # images of each kind, at most, on which the detector is calibrated
+FEWEST_STEPS = 8  # of the sampler; a probe takes half of the plan's, but not fewer than these
+
+
+def until_of(task: ErasureTask, context: RunContext, grow: bool) -> Until | None:
+    """The way to the plan's goal; None for a fixed number of steps.
+
+    Where nobody asked for the goal, and no detector can tell the concept, the task gets a fixed number of steps.
+
+    Args:
+        grow: Whether more may be sampled.
+
+    Raises:
+        ConfigError: The detector cannot tell a concept, and the options name a goal.
+    """
+    plan = task.plan
+    if plan.goal is None:
+        return None
+    try:
+        probe = ModelProbe(task, plan.goal)
+    except ConfigError as error:
+        if plan.options.until is not None:
+            raise
+        task.plan = plan.fixed()
+        context.note(Stage.TRAINING, f"trains for {plan.recipe.steps} steps: a goal {error.message}")
+        if grow:
+            task.data = build_training_set(task.model, task.plan, task.progress, cache=context.cache)
+        return None
+    if grow and plan.all_latents is not None and not plan.options.forget_images:
+        task.more = partial(build_training_set, task.model, plan.fixed(), task.progress, cache=context.cache)
+    lr = plan.recipe.lr if plan.lr_given else None
+    return Until(plan.goal, plan.probe_every, plan.budget, probe, task.at_strength, len(plan.concepts), lr)
+
+
+class ModelProbe:
+    """Looks at the live network of a task.
+
+    Args:
+        task: Whose network holds the original weights now; its training set calibrates the detector.
+        goal: For which confidences are computed.
+
+    Raises:
+        ConfigError: The detector cannot detect a concept, or cannot tell it from others on the training set.
+    """
+
+    def __init__(self, task: ErasureTask, goal: Goal) -> None:
+        self.task, self.goal = task, goal
+        model, plan = task.model, task.plan
+        inputs = DetectorInputs(plan.subjects, model.settings.detector, model, model.device)
+        self.detector: Detector = load_detector(plan.detector, inputs)
+        self.looks = not passes_of(plan.detector)  # at images
+        self.adjustable = False
+        self._looking()
+        self.calibrations = self._calibrated(task.training_set)
+        self.original = self._others(OTHERS)
+        self.predictions = self._predictions()
+        self._looking(len(self.original))
+
+    def __call__(self, step: int, strength: float = 1.0, *, thorough: bool, drift: bool) -> Probed:
+        """Sample held-out prompts until it is clear enough whether the goal holds; see `until.Probe`."""
+        self._looking()
+        shown = [np.empty(0, bool) for _ in self.task.plan.subjects]
+        least, most = (MANY // 2, MANY) if thorough else (BATCH, FEW)
+        while len(shown[0]) < most:
+            shown = [np.append(old, new) for old, new in zip(shown, self._shown(len(shown[0])), strict=True)]
+            confidence = min(self._seen(i, each).confidence for i, each in enumerate(shown))
+            self._looking(len(shown[0]))
+            if len(shown[0]) >= least and (confidence <= HOPELESS or confidence >= SURE):
+                break
+        concepts = tuple(self._seen(i, each) for i, each in enumerate(shown))
+        look = drift or min(each.confidence for each in concepts) >= PLAUSIBLE
+        probed = Probed(step, concepts, None, strength)
+        if look:
+            probed = replace(probed, drift=self._drift(OTHERS if thorough else OTHERS // 2))
+        self._looking(len(shown[0]), f"after step {step}: {probed}")
+        return probed
+
+    def _looking(self, images: int = 0, message: str = "") -> None:
+        """Report that the training is interrupted by a look at images."""
+        self.task.progress(Event(Stage.TRAINING, metrics={"probing": images} if images else {}, message=message))
+
+    def _seen(self, concept: int, shown: np.ndarray) -> Seen:
+        """UA, and the probability that it reaches the goal, by Jeffreys' posterior of the rate of detections."""
+        of = self.calibrations[concept]
+        seen, false = float(of.positives.mean()), float(of.negatives.mean())
+        allowed = false + (1 - self.goal.ua) * (seen - false)
+        k, n = int(shown.sum()), len(shown)
+        ua = float(np.clip(1 - (k / n - false) / (seen - false), 0, 1))
+        return Seen(n, ua, probability_below(allowed, k, n))
+
+    def _shown(self, start: int) -> list[np.ndarray]:
+        """Whether each concept is detected in its next images, bool (`BATCH`,) each."""
+        seed, prompts = self.task.plan.options.seed, self.task.plan.prompts.concepts
+        texts, seeds = [], []
+        for i, of in enumerate(prompts):
+            rows = spread(MANY, len(of.eval_forget), seed)[start : start + BATCH]
+            texts += [of.eval_forget[row].text for row in rows]
+            seeds += [item_seed(seed, "probe", i * MANY + start + k) for k in range(BATCH)]
+        seen = self._detect(self._sampled(texts, seeds), texts)
+        return [
+            seen[i][i * BATCH : (i + 1) * BATCH] >= calibration.threshold
+            for i, calibration in enumerate(self.calibrations)
+        ]
+
+    def _sampled(self, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Latents, in fewer of the sampler's steps."""
+        model, sampling = self.task.model, self.task.plan.sampling
+        with model.sampling_as(_fewer_steps(sampling), (sampling.resolution, sampling.resolution)):
+            return sample_latents(model, texts, seeds, silent)
+
+    def _detect(self, latents: Tensor, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each concept's scores, float32 (n,), in all of the latents."""
+        images = decode_images(self.task.model, latents) if self.looks else np.zeros((len(latents), 1, 1, 3), np.uint8)
+        with self.task.original_weights():
+            seen = self.detector.detect(Samples(images, latents.cpu(), texts))
+        self.adjustable = seen.adjustable
+        targets = [self.detector.target(subject) for subject in self.task.plan.subjects]
+        return [seen.scores[of.attribute][:, of.label] for of in targets if of is not None]
+
+    def _calibrated(self, data: ErasureData) -> list[Calibration]:
+        """How the detector does on the training set, which the original drew."""
+        plan = self.task.plan
+        each = len(data.forget_latents) // len(plan.concepts)
+        parts = [_some(data.forget_latents[i * each : (i + 1) * each]) for i in range(len(plan.concepts))]
+        others = _some(data.retain_latents)
+        if isinstance(self.detector, Fitted):
+            known = {s.name: _samples(part) for s, part in zip(plan.subjects, parts, strict=True)}
+            self.detector.fit(known, _samples(others))
+        negatives = self._detect(others, [""] * len(others))
+        calibrations = []
+        for i, (subject, part) in enumerate(zip(plan.subjects, parts, strict=True)):
+            positives = self._detect(part, [""] * len(part))[i]
+            calibration = Calibration.of_scores(positives, negatives[i], self.detector.threshold, self.adjustable)
+            if calibration.reason is not None:
+                raise ConfigError(
+                    f"needs a detector that can tell {subject.name!r}: {calibration.reason}",
+                    option="until",
+                    advice="Use another {detector}, or {steps} instead of {until}",
+                )
+            calibrations.append(calibration)
+        return calibrations
+
+    def _others(self, n: int) -> Tensor:
+        """Latents of held-out retain prompts."""
+        prompts, seed = self.task.plan.prompts.eval_retain, self.task.plan.options.seed
+        texts = [prompts[row].text for row in spread(OTHERS, len(prompts), seed)][:n]
+        return self._sampled(texts, [item_seed(seed, "probe", -1 - i) for i in range(n)]).cpu()
+
+    @torch.no_grad()
+    def _predictions(self) -> Tensor:
+        """On every retain sample, noised to the middle of the schedule, under its prompt: (m, c, h, w)."""
+        model, data, seed = self.task.model, self.task.training_set, self.task.plan.options.seed
+        made = []
+        for rows in torch.arange(len(data.retain_latents)).split(self.task.plan.recipe.batch_size):
+            x_0 = data.retain_latents[rows.to(data.retain_latents.device)]
+            noise = torch.stack([torch.randn(x_0.shape[1:], generator=step_generator(seed, int(i))) for i in rows])
+            t = torch.full((len(rows),), model.schedule.t_at(0.5), device=x_0.device)
+            x_t = model.schedule.add_noise(x_0, noise.to(x_0.device), t)
+            made.append(model.predict(x_t, t, data.retain[rows.to(x_0.device)]).float().cpu())
+        return torch.cat(made)
+
+    def moved(self) -> list[float]:
+        """See `until.Probe`."""
+        self._looking()
+        distances = (self._predictions() - self.predictions).square().flatten(1).mean(1)
+        self._looking(len(distances))
+        relative: list[float] = (distances / distances.mean().clamp(min=1e-12)).tolist()
+        return relative
+
+    def _drift(self, n: int) -> float:
+        drift = drift_of(self.original[:n], self._others(n))
+        return drift.value if isinstance(drift, Estimate) else 0.0
+
+
+def _fewer_steps(sampling: Sampling) -> Sampling:
+    """Half of the sampler's steps, but not fewer than `FEWEST_STEPS`: enough to see what images show."""
+    return replace(sampling, steps=min(sampling.steps, max(FEWEST_STEPS, sampling.steps // 2)))
+
+
+def probability_below(limit: float, k: int, n: int) -> float:
+    """P(rate ≤ limit) after k of n, by Jeffreys' posterior Beta(k + ½, n − k + ½), integrated over θ, rate = sin²θ."""
+    theta = np.linspace(0, np.pi / 2, 20_001)
+    with np.errstate(divide="ignore"):
+        logs = 2 * k * np.log(np.sin(theta)) if k else np.zeros_like(theta)
+        logs = logs + (2 * (n - k) * np.log(np.cos(theta)) if n > k else 0.0)
+    density = np.exp(logs - logs.max())
+    below = theta <= np.arcsin(np.sqrt(np.clip(limit, 0.0, 1.0)))
+    return float(density[below].sum() / density.sum())
+
+
+def _some(latents: Tensor) -> Tensor:
+    """At most `KNOWN` of them, spread evenly."""
+    rows = torch.linspace(0, len(latents) - 1, min(KNOWN, len(latents))).round().long()
+    return latents[rows.to(latents.device)]
+
+
+def _samples(latents: Tensor) -> Samples:
+    return Samples(np.zeros((len(latents), 1, 1, 3), np.uint8), latents.cpu(), [""] * len(latents))

@@ -1,0 +1,215 @@
+"""Erasing towards a goal: what is decided from probes, and that a run stops, resumes and tells of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import salun
+from salun.diffusion.goal import Decision, Goal, Phase, Probed, Seen, decide
+from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.probe import probability_below
+from salun.diffusion.until import Until, losses_of, probes_of
+from salun.errors import Cancelled, ConfigError, TrainingError
+from salun.masking.mask import Mask
+from salun.masking.rate import TIMES, first_order_rate
+from salun.progress import Event, Stage, silent
+
+GOAL = Goal(ua=0.9, retain_drift=0.02)
+EVERY, BUDGET = 10, 300
+C, S, R, G = Phase.CONTINUE, Phase.SETTLE, Phase.REACHED, Phase.GIVE_UP
+
+
+def seen(ua: float) -> Seen:
+    """The goal for UA is sure where it is exceeded, and plausible where it is nearly reached."""
+    return Seen(48, ua, 0.9 if ua > 0.9 else 0.5 if ua > 0.8 else 0.0)
+
+
+class Fake:
+    """A probe of known results, at every step and strength."""
+
+    def __init__(self, at: Callable[[int, float], Probed]) -> None:
+        self.at = at
+
+    def __call__(self, step: int, strength: float = 1.0, *, thorough: bool, drift: bool) -> Probed:
+        return self.at(step, strength)
+
+    def moved(self) -> list[float]:
+        return [0.0, 3.0, 0.0]
+
+
+def after(*found: tuple[float, float | None]) -> Decision:
+    """The decision after probes of these UA and drifts, each taken when the last decision says."""
+    probes: list[Probed] = []
+    for ua, drift in found:
+        now = decide(GOAL, probes, EVERY, BUDGET)
+        probes.append(Probed(now.start + now.length, (seen(ua),), drift))
+    return decide(GOAL, probes, EVERY, BUDGET)
+
+
+def test_a_goal_is_read_and_written() -> None:
+    assert Goal.parse("ua >= 0.9") == Goal(0.9, Goal().retain_drift)
+    assert Goal.parse(str(GOAL)) == GOAL and Goal.parse("") == Goal()
+    for wrong in ("ua<=0.9", "ua>=90", "speed>=1", "ua>=nan", "ua>=0.9 retain_drift<=1"):
+        with pytest.raises(ConfigError, match=r"until has .* but takes ua>=FRACTION and retain_drift<=FRACTION"):
+            Goal.parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("found", "phase", "start", "length", "factor"),
+    [
+        ([], C, 0, 10, 1),
+        ([(0.2, None), (0.5, 0.1)], C, 20, 10, 1),
+        ([(0.85, 0.1)], S, 10, 30, 1),
+        ([(k / 10, None) for k in range(8)] + [(0.85, 0.1)], S, 90, 45, 1),
+        ([(0.95, 0.1), (0.95, 0.02)], R, 40, 30, 1),
+        ([(0.95, 0.1), (0.7, 0.02)], C, 40, 10, 1),
+        ([(0.95, 0.1), (0.95, 0.04)], S, 40, 30, 1 / 2),
+        ([(0.95, 0.1), (0.95, 0.04), (0.95, 0.02)], R, 70, 30, 1 / 2),
+        ([(0.95, 0.1), (0.95, 0.04), (0.95, 0.039)], G, 70, 30, 1 / 4),
+        ([(0.0, None), (0.0, 0.0)], C, 20, 10, 3),
+        ([(0.0, None), (0.0, 0.0), (0.0, None), (0.1, 0.0)], C, 40, 10, 9),
+        ([(0.4, None), (0.5, 0.1), (0.5, None), (0.4, 0.1)], C, 40, 10, 1),
+        ([(0.9, 0.7)], C, 10, 10, 1 / 4),
+        ([(0.9, 0.7)] * 4, G, 40, 0, 1 / 64),
+    ],
+    ids=str,
+)
+def test_probes_decide_what_comes_next(
+    found: list[tuple[float, float | None]], phase: Phase, start: int, length: int, factor: float
+) -> None:
+    decision = after(*found)
+    assert (decision.phase, decision.start, decision.factor) == (phase, start, factor)
+    assert phase in (R, G) or decision.length == length
+    assert decision.restart is (found[-1:] == [(0.9, 0.7)] and phase is C)
+    guided = found in ([(0.95, 0.1), (0.7, 0.02)], [(0.4, None), (0.5, 0.1), (0.5, None), (0.4, 0.1)])
+    assert (decision.guidance > 0) is guided is decision.grown
+
+
+def test_the_budget_is_kept_and_ends_with_a_falling_rate() -> None:
+    decision = after(*[(0.5, None)] * 20)
+    assert decision.phase is Phase.SETTLE and decision.start + decision.length == BUDGET
+    assert after(*[(0.5, None)] * 20, (0.6, 0.0)).phase is Phase.GIVE_UP
+
+
+def test_of_several_concepts_the_worst_decides_and_the_others_are_drawn_less() -> None:
+    until = Until(
+        GOAL, EVERY, BUDGET, Fake(lambda *_: Probed(10, (seen(0.95), seen(0.3)))), nullcontext, concepts=2, lr=1e-3
+    )
+    history: list[dict[str, float]] = [{"step": i, "forget": 0.5} for i in range(1, 11)]
+    assert until.before(history[:9]) == 1e-3 and until.frequencies is None
+    until.after(history)
+    until.before(history)
+    assert until.now.phase is Phase.CONTINUE and until.now.unfinished == (1,)
+    frequencies = until.frequencies
+    assert frequencies is not None and frequencies[0] < frequencies[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("last", "at", "kept", "reached"),
+    [
+        ((0.95, 0.01), {0.85: (0.95, None), 0.7: (0.95, None), 0.55: (0.7, None)}, 0.85, True),
+        ((0.95, 0.01), {0.85: (0.8, None)}, 1.0, True),
+        ((0.95, 0.03), {}, 1.0, False),
+        ((0.4, 0.01), {}, 1.0, False),
+        ((0.95, 0.8), {0.5: (0.95, 0.3), 0.25: (0.6, 0.02)}, 0.25, False),
+    ],
+    ids=str,
+)
+def test_the_smallest_change_that_reaches_the_goal_is_kept_with_a_step_of_margin(
+    last: tuple[float, float], at: dict[float, tuple[float, float | None]], kept: float, reached: bool
+) -> None:
+    probe = Fake(lambda step, strength: Probed(step, (seen(at[strength][0]),), at[strength][1], strength))
+    until = Until(GOAL, EVERY, BUDGET, probe, nullcontext, lr=1e-3)
+    history: list[dict[str, float]] = [{"step": i, "forget": 0.5} for i in range(1, 11)]
+    history[-1] |= Probed(10, (seen(last[0]),), last[1]).as_row()
+    assert until.choose_strength(history) == kept
+    assert until.reached is reached
+    data = json.loads(json.dumps(until.as_json(history)))
+    assert data["strength"] == kept and data["probes"][0]["ua"] == last[0]
+    assert ("was reached" in until.summary(history)) is reached
+
+
+def test_the_rate_falls_to_zero_before_the_last_probe_and_what_moves_is_drawn_more_often() -> None:
+    until = Until(GOAL, EVERY, BUDGET, Fake(lambda step, _: Probed(step, (seen(0.95),), 0.01)), nullcontext, lr=1e-3)
+    history: list[dict[str, float]] = []
+    rates, drawn = [], []
+    while not until.stops(history):
+        rates.append(until.before(history))
+        drawn.append(until.retain_frequencies)
+        history.append({"step": len(history) + 1, "forget": 0.5})
+        until.after(history)
+    assert rates == pytest.approx([1e-3] * 10 + [1e-3 * k / 30 for k in range(30, 0, -1)])
+    assert drawn[:20] == [None] * 20  # measured after every second interval
+    assert all(each is not None and each[1] > 10 * each[0] == 10 * each[2] for each in drawn[20:])
+    assert all(set(row) == {"step", "forget"} for row in losses_of(history))
+
+
+def test_a_change_that_drifts_too_far_is_scaled_down_before_it_is_trained_again() -> None:
+    drifts = {1.0: 0.05, 0.85: 0.03, 0.7: 0.015, 0.55: 0.01}
+    probe = Fake(lambda step, strength: Probed(step, (seen(0.95),), drifts[strength], strength))
+    until = Until(GOAL, EVERY, BUDGET, probe, nullcontext, lr=1e-3)
+    history: list[dict[str, float]] = []
+    while not until.stops(history):
+        until.before(history)
+        history.append({"step": len(history) + 1, "forget": 0.5})
+        until.after(history)
+    assert len(history) == 40 and probes_of(history)[-1].strength == 0.7
+    assert until.choose_strength(history) == 0.7 and until.reached
+
+
+def test_confidence_is_the_posterior_of_the_rate() -> None:
+    draws = torch.distributions.Beta(1.5, 8.5).sample((200_000,))  # type: ignore[no-untyped-call]
+    assert probability_below(0.2, 1, 9) == pytest.approx(float((draws <= 0.2).float().mean()), abs=5e-3)
+    assert probability_below(1.0, 0, 9) == 1 and probability_below(0.02, 5, 5) < 1e-6
+
+
+def test_the_rate_is_the_sign_step_that_removes_the_loss_to_first_order() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 4), torch.randn(32, 6)
+    named = dict(layer.named_parameters())
+    mask = Mask.random(named, 0.5, 0)
+    loss = F.mse_loss(layer(x), torch.zeros(32, 4))
+    gradients = torch.autograd.grad(loss, list(named.values()))
+    norm = sum(float((g.abs() * mask.dense(n)).sum()) for n, g in zip(named, gradients, strict=True))
+    made = (F.mse_loss(layer(x), torch.zeros(32, 4)) for _ in range(2))
+    assert first_order_rate(named, mask, made) == pytest.approx(TIMES * float(loss) / norm, rel=1e-5)
+    with pytest.raises(TrainingError, match="gives no learning rate"):
+        first_order_rate(named, mask, [0 * F.mse_loss(layer(x), x[:, :4])])
+
+
+SMALL: dict[str, Any] = {
+    "until": "ua>=0.5, retain_drift<=0.9", "sampling_steps": 4, "steps": 60, "forget_latents": 16,
+    "retain_latents": 16, "eval_images": 0, "device": "cpu", "batch_size": 8,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_towards_a_goal_stops_early_and_resumes_to_the_same_bytes(shapes: Model, tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = salun.erase(shapes, "circle", progress=events.append, run_dir=tmp_path / "whole", **SMALL)
+    until = run.record.more["until"]
+    assert until["reached"] and until["steps"] < 60 and len(run.history) == until["steps"]
+    assert set(run.history[-1]) == {"step", "forget", "retain"}
+    assert any("probing" in event.metrics for event in events)
+    assert any("held-out images" in event.message for event in events)
+    page = (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
+    assert "On the way to the goal" in page and "was reached after" in page
+
+    def stop(event: Event) -> None:
+        if event.stage is Stage.TRAINING and event.step == until["steps"] - 2:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        salun.erase(shapes, "circle", progress=stop, run_dir=tmp_path / "again", **SMALL)
+    resumed = salun.erase(shapes, "circle", progress=silent, run_dir=tmp_path / "again", resume=True, **SMALL)
+    assert resumed.record.more["until"] == until
+    assert all(torch.equal(resumed.erased[name], tensor) for name, tensor in run.erased.items())
