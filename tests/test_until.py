@@ -21,6 +21,8 @@ from salun.diffusion.until import Until, losses_of, probes_of
 from salun.errors import Cancelled, ConfigError, TrainingError
 from salun.masking.mask import Mask
 from salun.masking.rate import TIMES, first_order_rate
+from salun.masking.training import Trained, TrainingSettings, train
+from salun.masking.training_state import StateFile
 from salun.progress import Event, Stage, silent
 
 GOAL = Goal(ua=0.9, retain_drift=0.02)
@@ -164,6 +166,41 @@ def test_a_change_that_drifts_too_far_is_scaled_down_before_it_is_trained_again(
         until.after(history)
     assert len(history) == 40 and probes_of(history)[-1].strength == 0.7
     assert until.choose_strength(history) == 0.7 and until.reached
+
+
+def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    """Until a probe is recorded, nothing is decided: the resumed training takes it first."""
+    cancelled: list[int] = []
+
+    def at(step: int, strength: float) -> Probed:
+        if step in stops and step not in cancelled:
+            cancelled.append(step)
+            raise Cancelled("stopped")
+        return Probed(step, (seen(0.95),), 0.01)
+
+    def trained(state: Path) -> Trained:
+        torch.manual_seed(0)
+        layer, x = nn.Linear(6, 4), torch.randn(32, 6)
+        named = dict(layer.named_parameters())
+        sources = {name: p.detach().clone() for name, p in named.items()}
+        settings = TrainingSettings(BUDGET, lambda _: 0.0, lambda p: torch.optim.Adam(p, lr=1e-3))
+        until = Until(GOAL, EVERY, BUDGET, Fake(at), nullcontext, lr=1e-3)
+        losses = {"forget": lambda: layer(x).square().mean()}
+        return train(
+            named, Mask.full(named), lambda _: {name: of() for name, of in losses.items()}, settings,
+            sources=sources, watch=until, state=StateFile(state, "run", 0.0),
+        )  # fmt: skip
+
+    stops: tuple[int, ...] = ()
+    whole = trained(tmp_path / "whole.safetensors")
+    stops = (10, 40)
+    for _ in stops:
+        with pytest.raises(Cancelled):
+            trained(tmp_path / "part.safetensors")
+    resumed = trained(tmp_path / "part.safetensors")
+    assert cancelled == [10, 40] and len(whole.history) == 40
+    assert resumed.history == whole.history
+    assert all(torch.equal(resumed.masters[name], master) for name, master in whole.masters.items())
 
 
 def test_confidence_is_the_posterior_of_the_rate() -> None:

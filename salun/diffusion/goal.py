@@ -16,8 +16,8 @@ from salun.errors import ConfigError
 SURE, PLAUSIBLE = 0.8, 0.15  # probabilities that UA is what the goal wants: to call it reached, and to settle
 WRECKED = 0.5  # a drift from which on training begins again: half of that of unrelated images
 FASTER, MOST = 3.0, 27.0  # by which the rate rises while UA does not move, and at most in all
-GUIDED, FARTHEST = 0.25, 0.75  # by which the target's guidance η rises where the anchor is not enough; at most in all
 SLOWER, BACK = 0.5, 0.25  # by which it falls where other images drift too far, and where the model is wrecked
+GUIDED, FARTHEST = 0.25, 0.75  # by which the target's guidance η rises where the anchor is not enough; at most in all
 PAIR, STUCK, MOVED = 2, 4, 0.05  # probes that are compared; those without progress; what progress is, a fraction
 UNMOVED = 0.1  # UA up to which the rate is too low, rather than the anchor not enough
 SETTLING = 3  # probe intervals, at least, over which the rate falls to 0
@@ -140,13 +140,13 @@ class Probed:
     @classmethod
     def of_row(cls, row: Mapping[str, float]) -> Probed | None:
         """The probe in a row of the history, None where none was taken."""
+        if f"{PREFIX}strength" not in row:
+            return None
         concepts = tuple(
             Seen(int(row[f"{PREFIX}n {i}"]), row[f"{PREFIX}ua {i}"], row[f"{PREFIX}confidence {i}"])
             for i in range(sum(name.startswith(f"{PREFIX}ua") for name in row))
         )
-        return (
-            cls(int(row["step"]), concepts, row.get(f"{PREFIX}drift"), row[f"{PREFIX}strength"]) if concepts else None
-        )
+        return cls(int(row["step"]), concepts, row.get(f"{PREFIX}drift"), row[f"{PREFIX}strength"])
 
     def as_json(self) -> dict[str, Any]:
         """As in `run.json`."""
@@ -200,10 +200,9 @@ def decide(goal: Goal, probes: Sequence[Probed], every: int, budget: int) -> Dec
 
     Train at a constant rate, with a probe every so many steps, until UA is plausible. Then let the rate fall to 0, over
     half as many steps again, and look closely: if the goal holds, it is reached; if UA was lost, train on, towards a
-    target further from the concept; if other images drift too far (and so they do where the change is scaled down until
-    UA is not sure any more), train on at half the rate, falling again. While UA
-    stands still, the rate rises, or, where the concept is gone from some images, the target moves. A wrecked model
-    begins again from the original weights, at a quarter of the rate.
+    target further from the concept; if other images drift too far, and no smaller change helps, train on at half the
+    rate, falling again. While UA stands still, the rate rises, or, where the concept is gone from some images, the
+    target moves. A wrecked model begins again from the original weights, at a quarter of the rate.
 
     Args:
         every: Steps between probes.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from salun.diffusion.losses import ErasureData
 
 BUDGET, PROBES = 3, 10  # with a goal: times the recipe's steps at most, and probes in the recipe's steps
-BY_GOAL = ("steps", "lr", "lr_decay")  # numbers that a goal decides, where the options do not
+BY_GOAL = ("steps", "lr", "lr_decay", "forget_latents")  # numbers that a goal decides, where the options do not
 PROBED = 150  # images of each concept and of others that the probes of a run take, about
 PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, but not fewer than these
 

@@ -23,7 +23,7 @@ from salun.diffusion.until import Until
 from salun.errors import ConfigError
 from salun.evaluation.calibration import Calibration
 from salun.evaluation.detector import Detector, DetectorInputs, Fitted, Samples, load_detector
-from salun.evaluation.estimate import Estimate
+from salun.evaluation.estimate import Unknown, Value
 from salun.evaluation.metrics.image_drift import drift_of
 from salun.progress import Event, Stage, silent
 from salun.randomness import step_generator
@@ -86,6 +86,7 @@ class ModelProbe:
         self._looking()
         self.calibrations = self._calibrated(task.training_set)
         self.original = self._others(OTHERS)
+        _known(drift_of(self.original, self.original))
         self.predictions = self._predictions()
         self._looking(len(self.original))
 
@@ -201,13 +202,21 @@ class ModelProbe:
         return relative
 
     def _drift(self, n: int) -> float:
-        drift = drift_of(self.original[:n], self._others(n))
-        return drift.value if isinstance(drift, Estimate) else 0.0
+        return _known(drift_of(self.original[:n], self._others(n)))
 
 
 def _fewer_steps(sampling: Sampling) -> Sampling:
     """Half of the sampler's steps, but not fewer than `FEWEST_STEPS`: enough to see what images show."""
     return replace(sampling, steps=min(sampling.steps, max(FEWEST_STEPS, sampling.steps // 2)))
+
+
+def _known(drift: Value) -> float:
+    """Its number. Raises ConfigError if there is none."""
+    if isinstance(drift, Unknown):
+        raise ConfigError(
+            f"needs the drift of other images: {drift.reason}", option="until", advice="Use {steps} instead of {until}"
+        )
+    return float(drift.value)
 
 
 def probability_below(limit: float, k: int, n: int) -> float:

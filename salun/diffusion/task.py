@@ -17,7 +17,7 @@ from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.plan import Plan
-from salun.diffusion.until import Until, blended
+from salun.diffusion.until import Until
 from salun.masking.mask import Mask
 from salun.masking.optimizers import adam
 from salun.masking.rate import first_order_rate
@@ -161,8 +161,11 @@ class ErasureTask:
         if strength == 1:
             return trained
         original = self.model.original()
-        packed = {name: original[name].cpu().float()[self.mask.dense(name)] for name in trained.masters}
-        return replace(trained, masters=blended(packed, trained.masters, strength))
+        masters = {
+            name: torch.lerp(original[name].cpu().float()[self.mask.dense(name)], master, strength)
+            for name, master in trained.masters.items()
+        }
+        return replace(trained, masters=masters)
 
     def grow(self) -> None:
         """Take the forget and anchor samples of the larger training set; the retain samples stay."""

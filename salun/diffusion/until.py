@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-from torch import Tensor
 
 from salun.diffusion.goal import PAIR, PREFIX, SETTLING, Decision, Goal, Phase, Probed, decide
 from salun.masking.training_state import LossRow
@@ -82,8 +80,9 @@ class Until:
 
     def after(self, history: list[LossRow]) -> None:
         """Add to the last row of the history, where it is time for that, what moved, and a probe."""
-        step, now = len(history), self.now
-        if step == self.unchanged_until(step - 1) and step // self.every % PAIR == 0:
+        step, now = len(history), self.decision(history)
+        due = step // self.every % PAIR == 0 and f"{MOVED}0" not in history[-1]
+        if due and step == _unchanged_until(now, self.every, step - 1):
             history[-1] |= {f"{MOVED}{i}": each for i, each in enumerate(self.probe.moved())}
         if step == now.start + now.length:
             settled = now.phase is Phase.SETTLE
@@ -109,8 +108,7 @@ class Until:
 
     def unchanged_until(self, step: int) -> int:
         """The step up to which nothing that the batches depend on changes, from this one on."""
-        start, length = self.now.start, self.now.length
-        return start + min(length, (step - start) // self.every * self.every + self.every)
+        return _unchanged_until(self.now, self.every, step)
 
     def stops(self, history: list[LossRow]) -> bool:
         """Whether to stop here."""
@@ -177,6 +175,10 @@ class Until:
         }
 
 
+def _unchanged_until(now: Decision, every: int, step: int) -> int:
+    return now.start + min(now.length, (step - now.start) // every * every + every)
+
+
 def probes_of(history: list[LossRow]) -> list[Probed]:
     """The probes that a training's history holds."""
     return [probe for row in history if (probe := Probed.of_row(row)) is not None]
@@ -191,8 +193,3 @@ def _frequencies(history: list[LossRow]) -> list[float] | None:
 def losses_of(history: list[LossRow]) -> list[LossRow]:
     """The history without its probes."""
     return [{name: value for name, value in row.items() if not name.startswith(PREFIX)} for row in history]
-
-
-def blended(original: Mapping[str, Tensor], trained: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
-    """θ₀ + s·(θ − θ₀) of packed float32 vectors, by name."""
-    return {name: original[name] + strength * (value - original[name]) for name, value in trained.items()}

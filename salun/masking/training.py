@@ -72,7 +72,7 @@ class Watch(Protocol):
         """The step at which the training may end, for the progress."""
 
     def after(self, history: list[LossRow]) -> None:
-        """Called after each step; may add values to the last row."""
+        """Called after each step; adds what the last row lacks, so that a call that was interrupted is repeated."""
 
     def stops(self, history: list[LossRow]) -> bool:
         """Whether to end the training here."""
@@ -140,44 +140,61 @@ def train(
         Cancelled: From `progress`; the state is saved before.
     """
     half = any(p.dtype == torch.float16 for p in parameters.values())
-    pack = settings.soft_density is not None or half or processes.count > 1
-    mode: Mode = "pack" if pack else settings.mode
-    scale = 2.0**16 if half else 1.0  # of the loss, so that small gradients do not vanish in fp16
+    mode: Mode = "pack" if settings.soft_density is not None or half or processes.count > 1 else settings.mode
     history: list[LossRow] = []
+    scale = 2.0**16 if half else 1.0  # of the loss, so that small gradients do not vanish in fp16
     with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload) as optimizer:
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
         if state is not None and processes.broadcast(state.path.exists()):
             history, scale = state.load(optimizer, settings.steps, scale)
         checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
+            _ = (
+                _measured(watch, history, processes) if watch is not None and history else 0
+            )  # what a cancel interrupted
             for step in range(len(history), settings.steps):
                 if watch is not None and watch.stops(history):
                     break
-                if watch is not None and watch.restarts(history):
-                    optimizer.reset(sources or {})
-                optimizer.set_lr(settings.lr(step) if watch is None else watch.before(history))
+                optimizer.set_lr(_rate(step, settings, watch, history, optimizer, sources))
                 named, scale = _step(optimizer, losses, step, settings.weights, scale, processes)
-                done = step + 1
+                history.append({"step": (done := step + 1), **_values(named, processes)})
                 if threshold is not None:
                     threshold(done, settings.steps)
-                history.append({"step": done, **_values(named, processes)})
-                if watch is not None:
-                    watch.after(history)
-                if checkpointer is not None:
-                    last = done == settings.steps or (watch is not None and watch.stops(history))
-                    failure = checkpointer.save_if_due(history, scale, last)
-                    if failure:
-                        progress(Event(settings.stage, done, settings.steps, message=failure))
-                total = settings.steps if watch is None else watch.expected(history)
-                progress(Event(settings.stage, done, total, {name: history[-1][name] for name in named}))
+                total = settings.steps if watch is None else _measured(watch, history, processes)
+                failure = checkpointer.save_if_due(history, scale, done == total) if checkpointer is not None else ""
+                progress(Event(settings.stage, done, total, {name: history[-1][name] for name in named}, None, failure))
                 if stop is not None and stop(done):
                     break
         except Cancelled:  # raised between steps, so masters, moments and history belong together
             if checkpointer is not None:
                 checkpointer.save_on_cancel(history, scale)
             raise
-        masters = {name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()}
-        return Trained(masters, history, threshold.final_density() if threshold is not None else None)
+        density = threshold.final_density() if threshold is not None else None
+        return Trained({name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()}, history, density)
+
+
+def _rate(
+    step: int,
+    settings: TrainingSettings,
+    watch: Watch | None,
+    history: list[LossRow],
+    optimizer: MaskedOptimizer,
+    sources: Mapping[str, Tensor] | None,
+) -> float:
+    """The learning rate of a step, which a watch may let begin from the original weights."""
+    if watch is None:
+        return settings.lr(step)
+    if watch.restarts(history):
+        assert sources is not None
+        optimizer.reset(sources)
+    return watch.before(history)
+
+
+def _measured(watch: Watch, history: list[LossRow], processes: Processes) -> int:
+    """Let it add its measurements, the first process's for all; returns the step at which the training may end."""
+    watch.after(history)
+    history[-1] = processes.broadcast(history[-1])
+    return len(history) if watch.stops(history) else watch.expected(history)
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
