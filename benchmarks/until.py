@@ -43,8 +43,8 @@ HEAD = """# Erasing to a goal
 
 Written by `benchmarks/until.py` on the embedded model and its variants, on a CPU; {n} images of each kind. Each case is
 erased without options, towards “{goal}”, and with the fixed number of steps of the recipe. RA:
-images of other prompts that are as prompted. Seconds are those of the run without the final evaluation, the cache of samples being empty; in
-parentheses, the share that the probes take.
+images of other prompts that are as prompted. Seconds are those of the run without the
+final evaluation, the cache of samples being empty; in parentheses, the share that the probes take.
 
 | case | seed | how | steps | strength | UA | RA drop | anchor shown | drift | seconds | verdict |
 |---|---|---|---|---|---|---|---|---|---|---|

@@ -141,17 +141,13 @@ def train(
     """
     half = any(p.dtype == torch.float16 for p in parameters.values())
     mode: Mode = "pack" if settings.soft_density is not None or half or processes.count > 1 else settings.mode
-    history: list[LossRow] = []
-    scale = 2.0**16 if half else 1.0  # of the loss, so that small gradients do not vanish in fp16
     with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload) as optimizer:
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
-        if state is not None and processes.broadcast(state.path.exists()):
-            history, scale = state.load(optimizer, settings.steps, scale)
+        history, scale = _resumed(state, optimizer, settings.steps, 2.0**16 if half else 1.0, processes)
         checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
-            _ = (
-                _measured(watch, history, processes) if watch is not None and history else 0
-            )  # what a cancel interrupted
+            if watch is not None and history:
+                _measured(watch, history, processes)  # what a cancel interrupted
             for step in range(len(history), settings.steps):
                 if watch is not None and watch.stops(history):
                     break
@@ -171,6 +167,15 @@ def train(
             raise
         density = threshold.final_density() if threshold is not None else None
         return Trained({name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()}, history, density)
+
+
+def _resumed(
+    state: StateFile | None, optimizer: MaskedOptimizer, steps: int, scale: float, processes: Processes
+) -> tuple[list[LossRow], float]:
+    """The history so far, and the scale of the loss, so that small gradients do not vanish in fp16."""
+    if state is None or not processes.broadcast(state.path.exists()):
+        return [], scale
+    return state.load(optimizer, steps, scale)
 
 
 def _rate(
