@@ -99,7 +99,7 @@ class ModelProbe:
             shown = [np.append(old, new) for old, new in zip(shown, self._shown(len(shown[0])), strict=True)]
             confidence = min(self._seen(i, each).confidence for i, each in enumerate(shown))
             self._looking(len(shown[0]))
-            if len(shown[0]) >= least and (confidence <= HOPELESS or confidence >= SURE):
+            if confidence <= HOPELESS or (len(shown[0]) >= least and confidence >= SURE):
                 break
         concepts = tuple(self._seen(i, each) for i, each in enumerate(shown))
         look = drift or min(each.confidence for each in concepts) >= PLAUSIBLE

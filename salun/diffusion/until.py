@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 from salun.diffusion.goal import PAIR, PREFIX, SETTLING, Decision, Goal, Phase, Probed, decide
 from salun.masking.training_state import LossRow
 
-STRENGTHS = (0.85, 0.7, 0.55)  # tried one after the other at the end, as long as UA stays sure
+STRENGTHS = (0.85, 0.7, 0.55)  # of a smaller change
+DRIFT_POWER = 1.5  # drift grows about as s^1.5 with the strength s: 0.79 at 0.85, 0.59 at 0.7 on the embedded model
 WEAKER = (0.5, 0.25, 0.1)  # tried where the model is wrecked
 BASE, OFTEN = 0.2, 50.0  # how often a retain sample is drawn: at least, and at most by how far it moved, squared
 MOVED = f"{PREFIX}moved "
@@ -94,8 +96,9 @@ class Until:
 
     def _within_drift(self, last: Probed) -> Probed:
         """The probe, or that of the largest strength that reaches the goal where drift is too far at this one."""
-        weaker = last
-        for strength in STRENGTHS:
+        assert last.drift is not None
+        weaker, limit = last, self.goal.retain_drift
+        for strength in (each for each in STRENGTHS if last.drift * each**DRIFT_POWER <= limit):
             if weaker.reaches(self.goal) or not weaker.sure:
                 break
             weaker = self._at(strength, last.step, drift=True)
@@ -133,13 +136,12 @@ class Until:
         last = probes_of(history)[-1]
         step, self.ends, self.strength = len(history), [last], last.strength
         if last.reaches(self.goal):
-            held = [last.strength]
-            for strength in (each for each in STRENGTHS if each < last.strength):
-                self.ends.append(self._at(strength, step, drift=False))
+            smaller = [each for each in STRENGTHS if each < last.strength]
+            for kept, tried in pairwise(smaller):  # one step of margin, so that the first needs no look of its own
+                self.ends.append(self._at(tried, step, drift=False))
                 if not self.ends[-1].sure:
                     break
-                held.append(strength)
-            self.strength = held[-2] if len(held) > 1 else held[0]
+                self.strength = kept
         elif last.wrecked:
             for self.strength in WEAKER:
                 self.ends.append(self._at(self.strength, step, drift=True))
@@ -154,10 +156,12 @@ class Until:
 
     def summary(self, history: list[LossRow]) -> str:
         """What came of it, in a sentence."""
-        chosen = [probe for probe in self.ends if probe.strength == self.strength][-1]
+        chosen = next((probe for probe in self.ends if probe.strength == self.strength), None)
         came = "reached" if self.reached else "not reached"
         text = f"the goal {self.goal} was {came} after {len(history)} of at most {self.budget} steps"
-        return f"{text}: {chosen}"
+        if chosen is not None:
+            return f"{text}: {chosen}"
+        return f"{text}: {self.ends[0]}; {100 * self.strength:.0f} % of the change are kept, as a smaller one suffices"
 
     def as_json(self, history: list[LossRow]) -> dict[str, Any]:
         """As in `run.json`."""
