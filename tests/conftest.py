@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,14 @@ def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shapes() -> Model:
-    """The embedded model. Tests must leave its weights as they are."""
-    return salun.load("shapes", device="cpu")
+def shapes() -> Iterator[Model]:
+    """The embedded model. Whatever a test does with it, and however that ends, it is as before afterwards."""
+    model = salun.load("shapes", device="cpu")
+    before = model.settings, model.clip_skip, model.low_vram, model.attention
+    yield model
+    assert (model.settings, model.clip_skip, model.low_vram, model.attention) == before
+    assert not model.unet.training
+    assert all(torch.equal(p, model.original()[name]) for name, p in model.parameters().items())
 
 
 @pytest.fixture(scope="session")

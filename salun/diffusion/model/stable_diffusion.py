@@ -239,13 +239,13 @@ class Model(SampledSizes):
         before = self.settings, self.clip_skip, self.low_vram, self.attention
         self.settings = settings_for(self.settings, options, self.name, self.multiple)
         self.clip_skip, self.low_vram, self.attention = options.clip_skip, options.low_vram, options.attention
-        if options.attention == "xformers":
-            _use_xformers(self.unet, self.device)
         checkpoint = options.gradient_checkpointing or options.low_vram
-        if checkpoint:
-            self.unet.enable_gradient_checkpointing()
-            self.unet.train()  # older diffusers checkpoint only then; these UNets have no dropout
         try:
+            if options.attention == "xformers":
+                _use_xformers(self.unet, self.device)
+            if checkpoint:
+                self.unet.enable_gradient_checkpointing()
+                self.unet.train()  # older diffusers checkpoint only then; these UNets have no dropout
             yield
         finally:
             self.settings, self.clip_skip, self.low_vram, self.attention = before
