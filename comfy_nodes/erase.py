@@ -112,8 +112,9 @@ class SalUnErase(Node):
                     if given_mask is not None:
                         check_given_mask(given_mask, graph, plan)
                     data = data_on(content, graph.device) if content is not None else None
-                    if data is None and plan.method.data == "latents":
-                        data = build_training_set(graph, plan, bar, cache=cache())
+                    needed = plan.samples(masked=given_mask is not None)
+                    if data is None and needed != "none":
+                        data = build_training_set(graph, plan, bar, needed == "forget", cache())
                     if data is not None:
                         bar.preview = TrainingPreview(graph, plan, data)
                     run = unlearn(RunContext(graph, plan, record, bar, cache()), data, given_mask)

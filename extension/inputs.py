@@ -128,7 +128,7 @@ class Inputs:
                 options[key] = Path(options[key]).name
         if str(options.get("detector")).startswith("images:"):
             options["detector"] = f"images:{Path(options['detector'].partition(':')[2]).name}"
-        if options.get("mask") not in MASKS:
+        if options.get("mask") not in (None, *MASKS):
             file = Path(str(options.get("mask")))  # named as `mask_names` does
             of_a_run = file.parent.parent.resolve() == self.runs.folder.resolve()
             options["mask"] = file.parent.name if of_a_run else file.stem

@@ -41,7 +41,8 @@ class Method:
         tunes: The option that a search tries values of; None for none.
         factors: What the search multiplies it by in its first round, rising.
         stronger, weaker: What to try, options in braces, where a diffusion method erased too little, or did damage.
-        goal: Whether a diffusion method may be trained towards a goal, of `until`.
+        goal: Whether a diffusion method can be trained towards a goal, of `until`, and does by default.
+        paper_recipe: Numbers of a diffusion method's paper, for `recipe` paper; empty where it has none for SD.
     """
 
     name: str
@@ -59,7 +60,8 @@ class Method:
     factors: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4, 16)
     stronger: str = "Raise {steps} or {lr}"
     weaker: str = "Lower {lr} or {steps}, or raise {retain_weight}"
-    goal: bool = False
+    goal: Literal["default", "able", "none"] = "none"
+    paper_recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> type[Any]:
@@ -108,6 +110,15 @@ _D: TaskName = "diffusion"
 _GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
 _BOUNDARY = "Chen et al. 2023, arXiv:2303.11570"
 _SALUN = "Fan et al. 2024, arXiv:2310.12508"
+_GUIDED: dict[str, Any] = {
+    "stronger": "Raise {steps}, {lr} or {negative_guidance}",
+    "weaker": "Lower {lr}, {steps} or {negative_guidance}",
+}
+_CLOSED: dict[str, Any] = {
+    "defaults": {"scope": "xattn-strict"},
+    "data": "prompts",
+    "stages": "salun.diffusion.closed_form:stages",
+}
 METHODS: dict[TaskName, dict[str, Method]] = {
     # rates: what the search found on the clutter, random 10 %, at seeds 0 and 1; another model needs its own
     "classification": _registry(
@@ -139,16 +150,50 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                resolve=f"{_IN}.fisher:resolve_ssd", tunes="ssd_alpha", factors=(0.3, 0.5, 0.7, 1, 1.4, 1.9)),
     ),
     "diffusion": _registry(
-        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal=True),
+        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default"),
         Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned"),
+        Method("finetune", "Fine-tuning", "SalUn's loss without a mask", _D, f"{_ERASE}.salun:salun", "full",
+               goal="able"),
         Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
-               "full", f"{_ERASE}.esd:EsdOptions", data="prompts", stages=f"{_ERASE}.esd:stages",
-               stronger="Raise {steps}, {lr} or {negative_guidance}",
-               weaker="Lower {lr}, {steps} or {negative_guidance}"),
+               "full", f"{_ERASE}.esd:EsdOptions", defaults={"scope": "xattn"}, data="prompts",
+               stages=f"{_ERASE}.esd:stages", goal="able",
+               paper_recipe={"steps": 1000, "lr": 1e-5, "lr_decay": 0.0, "batch_size": 1}, **_GUIDED),
+        Method("ca", "CA", "Kumari et al. 2023, arXiv:2303.13516", _D, f"{_ERASE}.ca:ca",
+               "full", f"{_ERASE}.ca:CaOptions", defaults={"scope": "xattn-strict", "anchor_share": 1.0},
+               stages=f"{_ERASE}.ca:stages", goal="able",
+               weaker="Lower {lr} or {steps}, or raise {ca_regularization}"),
+        Method("leco", "LECO", "p1atdev 2023, github.com/p1atdev/LECO", _D, f"{_ERASE}.leco:leco",
+               options_from=f"{_ERASE}.leco:LecoOptions", defaults={"scope": "attn"}, data="prompts",
+               stages=f"{_ERASE}.leco:stages",
+               paper_recipe={"steps": 500, "lr": 1e-4, "lr_decay": 0.0, "batch_size": 1}, **_GUIDED),
+        Method("ileco", "iLECO", "p1atdev 2023, github.com/p1atdev/LECO, towards the anchor", _D,
+               f"{_ERASE}.leco:ileco", options_from=f"{_ERASE}.leco:LecoOptions", defaults={"scope": "attn"},
+               data="prompts", stages=f"{_ERASE}.leco:stages", weaker="Lower {lr} or {steps}"),
+        Method("spm", "SPM", "Lyu et al. 2024, arXiv:2312.16145", _D, f"{_ERASE}.spm:spm",
+               options_from=f"{_ERASE}.spm:SpmOptions", data="prompts", stages=f"{_ERASE}.spm:stages",
+               paper_recipe={"steps": 3000, "lr": 1e-4, "lr_decay": 0.0, "batch_size": 1},
+               stronger="Raise {steps}, {lr} or {negative_guidance}, or lower {spm_anchoring}",
+               weaker="Lower {lr} or {negative_guidance}, or raise {spm_anchoring}"),
+        Method("erasediff", "EraseDiff", "Wu et al. 2024, arXiv:2401.05779", _D, f"{_ERASE}.erasediff:erasediff",
+               "full", f"{_ERASE}.erasediff:EraseDiffOptions",
+               defaults={"scope": "noxattn", "anchor_share": 0.0, "target": "online", "retain_target": "noise"},
+               stages=f"{_ERASE}.erasediff:stages", goal="able",
+               stronger="Raise {steps}, {lr} or {erasediff_lambda}",
+               weaker="Lower {lr}, {steps} or {erasediff_lambda}"),
+        Method("ant", "ANT", "Li et al. 2025, arXiv:2504.12782", _D, f"{_ERASE}.ant:ant",
+               "saliency", f"{_ERASE}.ant:AntOptions", data="prompts", stages=f"{_ERASE}.ant:stages", goal="able",
+               paper_recipe={"steps": 250, "lr": 5e-4, "lr_decay": 0.0, "batch_size": 1}, **_GUIDED),
         Method("uce", "UCE", "Gandikota et al. 2024, arXiv:2308.14761", _D, f"{_ERASE}.uce:uce",
-               "full", f"{_ERASE}.uce:UceOptions", data="prompts", stages=f"{_ERASE}.uce:stages",
+               options_from=f"{_ERASE}.uce:UceOptions", tunes="uce_erase",
                stronger="Raise {uce_erase}, or lower {uce_lambda}",
-               weaker="Lower {uce_erase}, or raise {uce_preserve}"),
+               weaker="Lower {uce_erase}, or raise {uce_preserve}", **_CLOSED),
+        Method("rece", "RECE", "Gong et al. 2024, arXiv:2407.12383", _D, f"{_ERASE}.rece:rece",
+               options_from=f"{_ERASE}.rece:RECEOptions", tunes="rece_erase",
+               stronger="Raise {rece_rounds} or {rece_erase}, or lower {rece_lambda}",
+               weaker="Lower {rece_rounds} or {rece_erase}, or raise {rece_preserve}", **_CLOSED),
+        Method("speed", "SPEED", "Li et al. 2025, arXiv:2503.07392", _D, f"{_ERASE}.speed:speed",
+               options_from=f"{_ERASE}.speed:SpeedOptions", tunes="speed_threshold", stronger="Raise {speed_threshold}",
+               weaker="Lower {speed_threshold}", **_CLOSED),
     ),
 }  # fmt: skip
 

@@ -21,7 +21,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads woul
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
-SHORT = {"steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 8}
+SHORT = {
+    "steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 8, "sampling_steps": 4,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

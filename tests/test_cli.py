@@ -20,6 +20,7 @@ from salun.masking.mask import Mask
 from salun.runs.cache import Cache
 
 SHORT = ["--steps", "3", "--batch-size", "4", "--forget-latents", "8", "--retain-latents", "8", "--eval-images", "4"]
+SHORT += ["--sampling-steps", "4"]
 
 
 def salun(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -65,7 +66,7 @@ WRONG = [
     (["erase", "--concept", "circle", "--steps", "0"], 2, "--steps is 0, but must be at least 1"),
     (["erase", "--concept", "circle", "--mask", "best"], 2, "saliency, shuffled, random, full"),
     (["erase", "--concept", "circle", "--mask", "gone.safetensors"], 1, "gone.safetensors cannot be read"),
-    (["erase", "--concept", "circle", "--scope", "all"], 2, "full, xattn, selfattn, noxattn"),
+    (["erase", "--concept", "circle", "--scope", "all"], 2, "full, xattn, xattn-strict, selfattn, attn, noxattn"),
     (["erase", "--concept", "circle", "--retain-prompts", " "], 2, "empty prompt"),
     (["erase", "--concept", "circle", "--device", "tpu9"], 2, "--device is tpu9, which is not available"),
     (["erase", "--concept", "circle", "--recipe", "paper"], 2, "the paper has no recipe"),

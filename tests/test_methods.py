@@ -5,19 +5,27 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import salun
+from salun.diffusion import probe
 from salun.diffusion.data.latents import sample_until
+from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.estimate import preview
-from salun.diffusion.methods.esd import GUIDANCE, SAMPLING_STEPS
-from salun.diffusion.methods.uce import UceOptions, edit_of
+from salun.diffusion.losses import draw
+from salun.diffusion.methods import rece, speed, spm, uce
+from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.negative_guidance import GUIDANCE, SAMPLING_STEPS
 from salun.diffusion.options import EraseOptions
+from salun.diffusion.result import Run
 from salun.errors import ConfigError
+from salun.masking.low_rank import LowRank
 from salun.methods import METHODS, Method, load
 from salun.randomness import step_generator
 
@@ -39,11 +47,15 @@ def test_the_registry_and_options_of_methods_import_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
 
 
-def test_uce_edit_minimizes_its_objective() -> None:
+def embeddings(*counts: int) -> list[torch.Tensor]:
+    """Random embeddings of width 6, float64."""
     generator = torch.Generator().manual_seed(0)
-    weight, c, g, r = (torch.randn(n, 6, dtype=torch.float64, generator=generator) for n in (4, 3, 3, 8))
-    options = UceOptions(uce_erase=2.0, uce_preserve=0.7, uce_lambda=0.3)
-    edited = (weight @ edit_of(c, g, r, options)).requires_grad_()
+    return [torch.randn(n, 6, dtype=torch.float64, generator=generator) for n in counts]
+
+
+def test_uce_edit_minimizes_its_objective() -> None:
+    weight, c, g, r = embeddings(4, 3, 3, 8)
+    edited = (weight @ uce.edit_of(c, g, r, 2.0, 0.7, 0.3)).requires_grad_()
     loss = (
         2.0 * (c @ edited.T - g @ weight.T).square().sum()
         + 0.7 * (r @ edited.T - r @ weight.T).square().sum()
@@ -54,8 +66,57 @@ def test_uce_edit_minimizes_its_objective() -> None:
 
 
 def test_uce_edit_of_a_concept_to_itself_changes_nothing() -> None:
-    c = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(edit_of(c, c, c, UceOptions()), torch.eye(6, dtype=torch.float64))
+    (c,) = embeddings(3)
+    torch.testing.assert_close(uce.edit_of(c, c, c, 1.0, 1.0, 0.5), torch.eye(6, dtype=torch.float64))
+
+
+def test_rece_finds_the_embeddings_that_bring_the_concept_back() -> None:
+    """Eq. 6 of its paper, over two projections; no weight on length finds the very preimage."""
+    first, second, c, g, r = embeddings(4, 5, 3, 3, 8)
+    edit = uce.edit_of(c, g, r, 1.0, 0.1, 0.1)
+    gram = first.T @ first + second.T @ second
+    found = rece.adversarial(c, edit, gram, 0.2).requires_grad_()
+    loss = 0.2 * found.square().sum()
+    for weight in (first, second):
+        loss = loss + (found @ (weight @ edit).T - c @ weight.T).square().sum()
+    loss.backward()
+    assert found.grad is not None and found.grad.abs().max() < 1e-9
+    torch.testing.assert_close(rece.adversarial(c, edit, gram, 1e-12) @ edit.T, c, rtol=1e-4, atol=1e-6)
+
+
+def test_speed_edit_is_the_least_change_that_keeps_the_retained_and_the_invariant() -> None:
+    c, g, r, k = embeddings(2, 2, 2, 1)
+    projection = speed.null_space(r, 1e-9)
+    change = speed.edit_of(c, g, projection, k) - torch.eye(6, dtype=torch.float64)
+    for kept in (r, k):
+        assert (kept @ change.T).abs().max() < 1e-5
+    gradient = (change @ c.T - (g - c).T) @ c + change  # of half the objective; it may point along P·k alone
+    free = projection - torch.outer(p := projection @ k[0], p) / p.dot(p)
+    assert (gradient @ projection @ free).abs().max() < 1e-5
+    assert change.abs().max() > 0.01
+
+
+def test_low_rank_change_has_the_gradient_of_the_weights_led_on() -> None:
+    """Against autograd through W₀ + s·BA itself."""
+    layer, x = torch.nn.Linear(5, 4), torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    original = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    with LowRank(dict(layer.named_parameters()), original, 2, 0.5, seed=3, loss_scale=1024.0) as change:
+        assert set(change.factors) == {"weight.A", "weight.B"}
+        change.write()
+        assert torch.equal(layer.weight, original["weight"]), "nothing is changed at first"
+        with torch.no_grad():
+            change.factors["weight.B"].fill_(0.3)
+        change.write()
+        loss = change.lead(layer(x).square().mean())
+        loss.backward()
+    a, b = (change.factors[f"weight.{name}"] for name in "AB")
+    again_a, again_b = (factor.detach().clone().requires_grad_() for factor in (a, b))
+    expected = torch.nn.functional.linear(x, original["weight"] + 0.5 * again_b @ again_a, original["bias"])
+    expected.square().mean().backward()
+    assert loss.item() == pytest.approx(float(expected.square().mean()))
+    for ours, theirs in ((a, again_a), (b, again_b)):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(change.weights()["weight"].view(4, 5), layer.weight.detach())
 
 
 def test_uce_edits_keys_and_values_of_cross_attention_alone(shapes: Model) -> None:
@@ -80,19 +141,118 @@ def test_dry_run_describes_what_each_method_does(tmp_path: Path) -> None:
     assert "UCE, in closed form" in steps("uce") and "steps of" not in steps("uce")
 
 
-def test_esd_loss_is_the_distance_to_the_negatively_guided_prediction(shapes: Model) -> None:
-    few = {**SHORT, "steps": 1, "batch_size": 2}
-    run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method="esd", seed=5, **few)
-    generator = step_generator(5, 0)
-    prompts = [prompt.text for prompt in run.plan.prompts.concepts[0].forget]
-    rows = torch.randint(len(prompts), (2,), generator=generator)
-    step = int(torch.randint(SAMPLING_STEPS, (1,), generator=generator))
-    c, empty = shapes.encode([prompts[i] for i in rows]), shapes.encode([""]).expand(2)
-    x_t, t = sample_until(shapes, c, empty, step, SAMPLING_STEPS, GUIDANCE, generator)
+def one_step(shapes: Model, method: str, **options: Any) -> tuple[Run, torch.Generator, Conditioning, Conditioning]:
+    """A run of one step of two samples, its random numbers, and its forget prompts and their anchors."""
+    few = {**SHORT, "steps": 1, "batch_size": 2, "eval_images": 0, **options}
+    run = salun.erase(shapes, salun.Concept("circle", anchor="square"), method=method, seed=5, **few)
+    prompts = run.plan.prompts.concepts[0]
+    c, g = (shapes.encode([prompt.text for prompt in each]) for each in (prompts.forget, prompts.anchor))
+    return run, step_generator(5, 0), c, g
+
+
+@torch.no_grad()
+def denoised(
+    shapes: Model, c: Conditioning, generator: torch.Generator, first: int = 0, end: int = SAMPLING_STEPS
+) -> tuple[torch.Tensor, Callable[[Conditioning], torch.Tensor]]:
+    """Which prompts were sampled down to a random step, and the original's prediction there under others."""
+    rows = torch.randint(len(c), (2,), generator=generator)
+    step = int(torch.randint(first, end, (1,), generator=generator))
+    empty = shapes.encode([""]).expand(2)
+    x_t, t = sample_until(shapes, c[rows], empty, step, SAMPLING_STEPS, GUIDANCE, generator)
+    return rows, torch.no_grad()(lambda prompts: shapes.predict(x_t, t, prompts))
+
+
+def mse(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).square().mean())
+
+
+@pytest.mark.parametrize(("method", "first"), [("esd", 0), ("leco", 1)])
+def test_esd_and_leco_lead_away_from_the_concept(method: str, first: int, shapes: Model) -> None:
+    """ESD, eq. 6; the change of LECO's first step is 0."""
+    run, generator, c, _ = one_step(shapes, method, negative_guidance=1.5)
+    rows, predict = denoised(shapes, c, generator, first)
+    of_c, of_empty = predict(c[rows]), predict(shapes.encode([""]).expand(2))
+    expected = mse(of_c, of_empty - 1.5 * (of_c - of_empty))
+    assert run.history[0]["erase"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_esd_of_2025_samples_by_the_original(shapes: Model) -> None:
+    """Which the model in training is no longer in its second step."""
+    trained, original = (
+        one_step(shapes, "esd", steps=2, lr=1e-2, esd_samples=model)[0].history for model in ("training", "original")
+    )
+    assert trained[0] == original[0] and trained[1] != original[1]
+
+
+def test_ileco_leads_to_the_anchor_and_spm_holds_other_prompts(shapes: Model) -> None:
+    run, generator, c, g = one_step(shapes, "ileco")
+    rows, predict = denoised(shapes, c, generator, 1)
+    assert run.history[0]["erase"] == pytest.approx(mse(predict(c[rows]), predict(g[rows])), rel=1e-4)
+    run, generator, c, _ = one_step(shapes, "spm", steps=2, lr=1e-2)
+    rows, predict = denoised(shapes, c, generator, 1)
+    of_c, of_empty = predict(c[rows]), predict(shapes.encode([""]).expand(2))
+    assert run.history[0]["erase"] == pytest.approx(mse(of_c, 2 * of_empty - of_c), rel=1e-4)
+    assert run.history[0]["anchoring"] < 1e-9 < run.history[1]["anchoring"], "nothing has moved at first"
+    retain = shapes.encode(["a circle", "a night sky"])
+    near, far = spm.distances(retain, shapes.encode(["a circle"])).tolist()
+    assert near < 1e-4 < far
+
+
+def test_ant_leads_away_in_late_steps_alone(shapes: Model) -> None:
+    run, generator, c, _ = one_step(shapes, "ant", mask="full", negative_guidance=2.0)
+    expected = {}
+    for name, first, end, sign in (("late", 7, 50, 1), ("early", 0, 7, -1)):
+        rows, predict = denoised(shapes, c, generator, first, end)
+        of_c, of_empty = predict(c[rows]), predict(shapes.encode([""]).expand(2))
+        expected[name] = mse(of_c, of_empty - sign * 2.0 * (of_c - of_empty))
+    assert {name: run.history[0][name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert run.history[0]["empty"] < 1e-9
+
+
+def test_ca_and_erasediff_follow_the_anchor_of_the_model_in_training(shapes: Model) -> None:
+    """CA on images of the anchor, EraseDiff of the concept; both hold on to the noise."""
+    run, generator, *_ = one_step(shapes, "ca", forget_latents=2, sampling_steps=2)
+    with shapes.configured(run.plan.options):
+        data = build_training_set(shapes, run.plan)
+    rows = torch.randint(2, (2,), generator=generator)
+    t = shapes.schedule.sample_t(2, generator)
+    noise = torch.randn(2, *shapes.latent_shape, generator=generator)
+    x_t = shapes.schedule.add_noise(data.anchor_latents[rows], noise, t)
     with torch.no_grad():
-        of_c, of_empty = shapes.predict(x_t, t, c), shapes.predict(x_t, t, empty)
-    expected = (of_c - (of_empty - 1.0 * (of_c - of_empty))).square().mean()
-    assert run.history[0]["erase"] == pytest.approx(float(expected), rel=1e-4)
+        of_c, of_g = shapes.predict(x_t, t, data.forget[rows]), shapes.predict(x_t, t, data.anchor[rows])
+    assert run.history[0]["erase"] == pytest.approx(mse(of_c, of_g), rel=1e-4)
+    target = shapes.schedule.target(data.anchor_latents[rows], noise, t)
+    assert run.history[0]["anchor"] == pytest.approx(mse(of_g, target), rel=1e-4)
+    run, *_ = one_step(shapes, "erasediff", forget_latents=2, sampling_steps=2)
+    with shapes.configured(run.plan.options):
+        batch = draw(shapes, build_training_set(shapes, run.plan), 2, 0.0, 5, 0)
+    x_t = shapes.schedule.add_noise(batch.x_0, batch.noise, batch.t)
+    with torch.no_grad():
+        ours, anchors = (shapes.predict(x_t, batch.t, prompts) for prompts in (batch.prompts, batch.targets))
+    target = shapes.schedule.target(batch.x_0, batch.noise, batch.t)
+    assert run.history[0]["forget"] == pytest.approx(mse(ours[:2], anchors[:2]), rel=1e-4)
+    assert run.history[0]["retain"] == pytest.approx(mse(ours[2:], target[2:]), rel=1e-4)
+
+
+def test_a_mask_is_taken_by_any_method_that_trains_weights(shapes: Model) -> None:
+    run, *_ = one_step(shapes, "esd", mask="saliency", density=0.1, sampling_steps=2)
+    assert run.record.mask["mode"] == "saliency" and run.mask.density == pytest.approx(0.1, abs=1e-3)
+    assert run.plan.options.scope == "xattn" and run.delta.changed <= run.mask.selected
+    with pytest.raises(ConfigError, match="mask is saliency, but the method uce takes none"):
+        one_step(shapes, "uce", mask="saliency")
+
+
+def test_the_goal_of_a_method_that_needs_prompts_alone_is_probed_on_samples(
+    shapes: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samples calibrate the detector."""
+    monkeypatch.setattr(probe, "MANY", 16)
+    monkeypatch.setattr(probe, "OTHERS", 8)
+    goal = {"until": "ua>=0.01, retain_drift<=0.9", "steps": 4, "sampling_steps": 4, "forget_latents": 16}
+    run, *_ = one_step(shapes, "esd", **goal)
+    assert run.record.more["until"]["steps"] == len(run.history) == 4
+    with pytest.raises(ConfigError, match="until does not work with the method leco"):
+        one_step(shapes, "leco", **goal)
 
 
 def test_esd_scope_says_which_layers_train(shapes: Model) -> None:

@@ -120,6 +120,6 @@ def test_the_wheel_runs_in_an_empty_environment_from_an_empty_folder(wheel: Path
     assert "circle" in salun("concepts", "--model", "shapes", start=(str(python), "-m", "salun"))
     output = salun(
         "erase", "--concept", "circle", "--steps", "2", "--batch-size", "4", "--forget-latents", "4",
-        "--retain-latents", "4", "--eval-images", "2",
+        "--retain-latents", "4", "--eval-images", "2", "--sampling-steps", "4",
     )  # fmt: skip
     assert (empty / output.strip().splitlines()[-1].removeprefix("report: ")).is_file()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import salun
+from salun.diffusion import probe
 from salun.diffusion.goal import Decision, Goal, Phase, Probed, Seen, decide
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.probe import probability_below
@@ -230,7 +231,11 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.mark.slow
-def test_a_run_towards_a_goal_stops_early_and_resumes_to_the_same_bytes(shapes: Model, tmp_path: Path) -> None:
+def test_a_run_towards_a_goal_stops_early_and_resumes_to_the_same_bytes(
+    shapes: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "MANY", 32)
+    monkeypatch.setattr(probe, "OTHERS", 16)
     events: list[Event] = []
     run = salun.erase(shapes, "circle", progress=events.append, run_dir=tmp_path / "whole", **SMALL)
     until = run.record.more["until"]

@@ -35,6 +35,7 @@ from extension.service import Service
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError, ModelError, SalunError
+from salun.methods import METHODS
 from salun.runs.folder import exclusive_lock
 
 ROUTES = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview", "evaluation"]
@@ -113,7 +114,7 @@ def test_the_schema_tells_every_option_with_the_cores_default() -> None:
         assert {name: of["default"] for name, of in answered.items()} == {n: getattr(core, n) for n in answered}
     answered = schema()["options"]
     assert answered["density"]["maximum"] == 1
-    assert answered["method"]["choices"] == ["salun", "salun-soft", "esd", "uce"]
+    assert answered["method"]["choices"] == list(METHODS["diffusion"])
     assert json.loads(json.dumps(schema())) == schema()
 
 

@@ -158,5 +158,6 @@ def _fingerprint_facts(model: Model, plan: Plan) -> dict[str, str]:
     if plan.options.components is not None:
         facts["components"] = model.parts_hash
     if plan.mask_is_file:
+        assert plan.options.mask is not None
         facts["mask"] = sha256_file(as_spelled(Path(plan.options.mask).expanduser()))
     return facts

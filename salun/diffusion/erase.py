@@ -78,8 +78,9 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
 
     given = data is not None
     with context.stage(Stage.SAMPLING):
-        if data is None and plan.method.data == "latents":
-            data = build_training_set(model, plan, context.progress, cache=context.cache)
+        needed = plan.samples(masked=mask is not None)
+        if data is None and needed != "none":
+            data = build_training_set(model, plan, context.progress, needed == "forget", context.cache)
         record.notes += data.notes if data is not None else ()
     with context.stage(Stage.EVALUATING):
         before = evaluate_model(model, prompts, context.progress, Stage.IMAGES_BEFORE, context.cache)

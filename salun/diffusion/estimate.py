@@ -94,14 +94,16 @@ def _describe_steps(plan: Plan) -> list[str]:
         lines.append(f"encode {options.forget_images} as the forget set")
     if options.retain_images:
         lines.append(f"encode {options.retain_images} and add it to the retain set")
-    if plan.method.data == "latents":
+    if plan.samples() == "forget":
+        lines.append(f"sample {recipe.forget_latents * concepts} forget latents for the mask, with {_sampling(plan)}")
+    if plan.samples() == "all":
         forget = recipe.forget_latents * concepts
         lines.append(
             f"sample {0 if options.forget_images else forget} forget, {forget if recipe.anchor_share else 0} anchor "
             f"and {recipe.retain_latents} retain latents from {sum(len(c.forget) for c in plan.prompts.concepts)} "
             f"and {len(plan.prompts.retain)} prompts, with {_sampling(plan)}"
         )
-    if plan.method.mask == "saliency":
+    if plan.method.takes_mask and options.mask != "full":
         combined = f", {options.combine} for {concepts} concepts" if concepts > 1 else ""
         lines.append(f"select {options.density:.3g} of the weights ({options.mask}){combined}")
     lines.append(f"unlearn by {plan.method.title}{_steps(plan)}")
@@ -130,7 +132,7 @@ def _sampling(plan: Plan) -> str:
 def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable[[int], float], int]:
     """Seconds of a forward and of a forward and backward pass over n samples, and bytes of activations per sample."""
     prompt = model.encode([plan.prompts.concepts[0].forget[0].text])
-    parameters = parameters_in_scope(model, plan.options.scope)
+    parameters = parameters_in_scope(model, plan.scope)
 
     def run(n: int, graph: bool) -> tuple[float, Tensor]:
         x = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -198,7 +200,7 @@ def _memory(model: Model, plan: Plan, activations: int) -> int:
     """Bytes that a run needs at most, on the GPU where there is one. activations: of one sample's backward pass."""
     modules = [model.unet, model.vae, *model.text_encoders]
     weights: int = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    total = sum(p.numel() for p in parameters_in_scope(model, plan.options.scope).values())
+    total = sum(p.numel() for p in parameters_in_scope(model, plan.scope).values())
     offloaded = plan.options.low_vram and model.device.type != "cpu"
     saliency, training = (0, 0) if offloaded else (4 * total, STATE_BYTES * trained_entries(total, plan))
     samples = 2 * plan.recipe.batch_size

@@ -14,6 +14,7 @@ from salun.user_text import as_spelled
 
 def load_mask_file(model: DiffusionModel, plan: Plan) -> Mask:
     """The mask file that the options name. Raises as `check_mask`, ModelError if it cannot be read."""
+    assert plan.options.mask is not None
     mask = Mask.load(as_spelled(Path(plan.options.mask).expanduser()))
     check_mask(mask, model, plan, plan.options.mask)
     return mask
@@ -24,7 +25,7 @@ def check_given_mask(mask: Mask, model: DiffusionModel, plan: Plan) -> None:
 
     To be called before hours of sampling, on a model in a `training_session`.
     """
-    if plan.method.mask != "saliency":
+    if not plan.method.takes_mask:
         raise ConfigError(
             f"is {plan.method.name}, which does not use a given mask",
             option="method",
@@ -36,11 +37,11 @@ def check_given_mask(mask: Mask, model: DiffusionModel, plan: Plan) -> None:
 def check_mask(mask: Mask, model: DiffusionModel, plan: Plan, what: str) -> None:
     """Raises MaskError for a mask of another scope, of other parameters, of another model, or that selects nothing."""
     scope, base_hash = mask.metadata.get("scope", "full"), model.base_hash
-    if scope != plan.options.scope:
+    if scope != plan.scope:
         raise MaskError(
             f"the mask {what} was made with scope {scope}", advice=f"Use {{scope}} {literal(scope)}, or make another"
         )
-    mask.validate(parameters_in_scope(model, plan.options.scope), model.name)
+    mask.validate(parameters_in_scope(model, plan.scope), model.name)
     if mask.metadata.get("base_hash", base_hash) != base_hash:
         raise MaskError(
             f"the mask {what} was made from another model (its hash {mask.metadata['base_hash'][:12]}…, "

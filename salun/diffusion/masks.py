@@ -109,15 +109,15 @@ def find_mask(
     if mask_file is not None:
         return RunMask(mask_file, "file")
     options = plan.options
-    parameters = parameters_in_scope(model, options.scope)
-    mode = {"saliency": options.mask, "learned": "soft", "full": "full"}[plan.method.mask]
+    parameters = parameters_in_scope(model, plan.scope)
+    mode = options.mask or ("soft" if plan.method.mask == "learned" else "full")
 
     def scores() -> Iterator[Mapping[str, Tensor]]:
         assert data is not None
         return _saliency_scores(model, data, plan, parameters, progress)
 
     metadata = {
-        "scope": options.scope,
+        "scope": plan.scope,
         "base_hash": model.base_hash,
         "concept": plan.name,
         "combine": options.combine,

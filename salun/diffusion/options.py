@@ -15,6 +15,7 @@ from salun.methods import METHODS, option_names, with_method_options
 from salun.options import MASKS, Checked, DeviceOptions, FileOptions, option
 from salun.user_text import prompt_text
 
+SCOPES = ("full", "xattn", "xattn-strict", "selfattn", "attn", "noxattn")
 SAMPLERS = ("dpm++2m", "ddim", "euler", "euler_a", "lcm")
 
 
@@ -41,16 +42,28 @@ class EraseOptions(ModelOptions):
         [], "Anchor that replaces the concept, one per concept in order; '' is the empty prompt", auto="the preset's"
     )
     retain_prompts: list[str] = option([], "Additional retain prompt; repeatable")
-    mask: str = option("saliency", "Mask: saliency, a control (shuffled, random, full), or a mask file", path=True)
+    mask: str | None = option(
+        None,
+        "Mask: saliency, a control (shuffled, random, full), or a mask file",
+        auto="the method's: saliency for salun and ant, full for others",
+        path=True,
+    )
     density: float = option(0.5, "Mask density: the fraction of the weights to train", above=0, maximum=1)
     combine: str = option(
         "joint",
         "Mask of several concepts: one joint mask, or the union of one mask per concept",
         choices=("joint", "union"),
     )
-    method: str = option("salun", "Unlearning method; salun-soft has no hard mask", choices=tuple(METHODS["diffusion"]))
-    scope: str = option(
-        "full", "Layers that the mask may select, named as in ESD", choices=("full", "xattn", "selfattn", "noxattn")
+    method: str = option(
+        "salun",
+        "Unlearning method (`salun methods`); uce, rece and speed take seconds",
+        choices=tuple(METHODS["diffusion"]),
+    )
+    scope: str | None = option(
+        None,
+        "Layers that the mask may select, named as in ESD",
+        auto="the method's; full for salun",
+        choices=SCOPES,
     )
     until: str | None = option(
         None,
@@ -178,7 +191,7 @@ class EraseOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mask not in MASKS and not self.mask.endswith(".safetensors"):
+        if self.mask not in (None, *MASKS) and not str(self.mask).endswith(".safetensors"):
             raise ConfigError(
                 f"is {self.mask!r}, but must be one of {', '.join(MASKS)}, or a .safetensors file", option="mask"
             )

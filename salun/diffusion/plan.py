@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -74,6 +74,12 @@ class Plan:
         return METHODS["diffusion"][self.options.method]
 
     @property
+    def scope(self) -> str:
+        """The layers that the mask may select."""
+        assert self.options.scope is not None
+        return self.options.scope
+
+    @property
     def needs_frozen(self) -> bool:
         """Whether any loss needs the original model's predictions."""
         return "frozen" in (self.recipe.target, self.recipe.retain_target)
@@ -96,13 +102,24 @@ class Plan:
 
     @property
     def by_saliency(self) -> bool:
-        """Whether the mask is found by gradients, which needs training data."""
-        return self.method.mask == "saliency" and self.options.mask in ("saliency", "shuffled")
+        """Whether the mask is found by gradients, which needs forget latents."""
+        return self.method.takes_mask and self.options.mask in ("saliency", "shuffled")
 
     @property
     def mask_is_file(self) -> bool:
         """Whether the options name a mask file."""
-        return self.method.mask == "saliency" and self.options.mask not in MASKS
+        return self.method.takes_mask and self.options.mask not in MASKS
+
+    def on_training_prompts(self) -> Plan:
+        """The same, evaluated on training prompts, for searches that must not see those of the evaluation."""
+        concepts = [replace(of, eval_forget=of.forget, eval_anchor=of.anchor) for of in self.prompts.concepts]
+        return replace(self, prompts=replace(self.prompts, concepts=concepts, eval_retain=self.prompts.retain))
+
+    def samples(self, masked: bool = False) -> Literal["all", "forget", "none"]:
+        """Which latents it needs: for training and probes, for a mask that is not there yet, or none."""
+        if self.method.data == "latents" or self.goal is not None:
+            return "all"
+        return "forget" if self.by_saliency and not masked else "none"
 
     def stages(self, data: ErasureData | None = None, images: int = 0, masked: bool = False) -> list[StageCost]:
         """What an erasure does, in order, and what it costs: behind progress, time left, dry runs, tab and nodes.
@@ -117,9 +134,9 @@ class Plan:
         has_images = bool(images or self.options.forget_images)
         forget = len(data.forget_latents) if data is not None else (images or recipe.forget_latents) * concepts
         anchors = min(images or recipe.forget_latents, recipe.forget_latents) * concepts if recipe.anchor_share else 0
-        sampled = (0 if has_images else forget) + anchors + recipe.retain_latents
-        if data is not None or self.method.data == "prompts":
-            sampled = 0
+        needed = self.samples(masked) if data is None else "none"
+        others = anchors + recipe.retain_latents if needed == "all" else 0
+        sampled = (0 if has_images else forget) + others if needed != "none" else 0
         shown = recipe.eval_images * (concepts + 1)
         anchored = recipe.eval_images * sum(bool(concept.anchor) for concept in self.concepts)
         judged = 2 * shown + anchored if (passes_each := passes_of(self.detector)) else 0
@@ -161,10 +178,11 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, or a recipe
     the model does not have.
     """
+    options = _of_method(options)
     concepts, notes = _resolved(settings, model, _listed(wanted), options)
     recipe, goal, all_latents = settings.recipe, _goal(options), None
     if options.recipe == "paper":
-        recipe = _paper_recipe(settings, model, concepts[0].kind)
+        recipe = _paper_recipe(settings, model, concepts[0].kind, METHODS["diffusion"][options.method])
     recipe = replace(recipe, steps=recipe.steps * len(concepts))
     if goal is not None:
         few = max(recipe.forget_latents // PART, min(FEWEST, recipe.forget_latents))
@@ -198,11 +216,22 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     )
 
 
+def _of_method(options: EraseOptions) -> EraseOptions:
+    """With the method's own values where the options name none. Raises ConfigError for a mask that it cannot take."""
+    method = METHODS["diffusion"][options.method]
+    if options.mask is not None and not method.takes_mask:
+        raise ConfigError(
+            f"is {options.mask}, but the method {method.name} takes none", option="mask", advice="Omit {mask}"
+        )
+    known = {"scope": "full", **method.defaults, **({"mask": method.mask} if method.takes_mask else {})}
+    return replace(options, **{name: value for name, value in known.items() if getattr(options, name) is None})
+
+
 def _goal(options: EraseOptions) -> Goal | None:
     """What to train towards. Raises ConfigError for a method that cannot."""
-    able = METHODS["diffusion"][options.method].goal
+    method = METHODS["diffusion"][options.method]
     if options.until is not None:
-        if not able:
+        if method.goal == "none":
             raise ConfigError(
                 f"does not work with the method {options.method}, which takes its steps or solves a closed form",
                 option="until",
@@ -210,7 +239,7 @@ def _goal(options: EraseOptions) -> Goal | None:
             )
         return Goal.parse(options.until)
     fixed = options.steps is not None or options.lr_decay is not None or options.recipe != "default"
-    return Goal() if able and not fixed else None
+    return Goal() if method.goal == "default" and not fixed else None
 
 
 def subject_of(concept: Concept, prompts: ConceptPrompts) -> Subject:
@@ -275,8 +304,17 @@ def _resolved(
     return parted, notes + added
 
 
-def _paper_recipe(settings: ModelSettings, model: str, kind: str) -> Recipe:
+def _paper_recipe(settings: ModelSettings, model: str, kind: str, method: Method) -> Recipe:
     papers = settings.paper_recipes
+    of_salun = method.mask == "saliency" and not method.paper_recipe
+    if papers and not of_salun:
+        if not method.paper_recipe:
+            raise ConfigError(
+                f"is paper, but {method.title} has no numbers of a paper here",
+                option="recipe",
+                advice="Use {recipe} default",
+            )
+        return replace(settings.recipe, **method.paper_recipe)
     if not papers:
         raise ConfigError(
             f"is paper, but the paper has no recipe for a model like {model}",

@@ -82,7 +82,7 @@ def _real(path: Path | str) -> Path:
 
 def trained_entries(total: int, plan: Plan) -> int:
     """How many of the weights in scope training may change."""
-    masked = plan.method.mask == "saliency" and plan.options.mask != "full"
+    masked = plan.method.takes_mask and plan.options.mask != "full"
     return entries(total, plan.options.density) if masked else total
 
 
@@ -94,7 +94,7 @@ def disk_needed(model: Model, plan: Plan, outputs: list[str], run_dir: Path | No
     """
     network = sum(entry.end - entry.start for entry in map(model.stored.entry, model.stored))
     checkpoint = size_of(model.stored)
-    total = sum(p.numel() for p in parameters_in_scope(model, plan.options.scope).values())
+    total = sum(p.numel() for p in parameters_in_scope(model, plan.scope).values())
     delta = total // 8 + network  # at most: a bit for each entry and every changed one
     difference = 4 * total  # bytes: two for each entry of a full difference; twice that for a LoRA of full rank
     needed = {

@@ -88,7 +88,7 @@ class ErasureTask:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters in scope."""
-        return parameters_in_scope(self.model, self.plan.options.scope)
+        return parameters_in_scope(self.model, self.plan.scope)
 
     @cached_property
     def empty(self) -> Conditioning:
@@ -116,6 +116,7 @@ class ErasureTask:
         losses: Callable[[int], Mapping[str, Tensor]],
         weights: Mapping[str, float] | None = None,
         soft_density: float | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
     ) -> Trained:
         """Minimize losses over the mask with Adam, by the plan's numbers.
 
@@ -123,12 +124,13 @@ class ErasureTask:
             losses: Step (0-based) → the named losses of that step, each a scalar with a graph.
             weights: Factor of a loss in their sum; 1 for those not named.
             soft_density: SalUn-soft's target.
+            parameters: What to train whole in place of the model's masked weights.
         """
         options, recipe = self.plan.options, self.plan.recipe
         settings = TrainingSettings(
             self.plan.budget,
             linear_decay(recipe.lr, recipe.steps, recipe.lr_decay),
-            adam(options.optimizer, recipe.lr, self.parameters, options.low_vram),
+            adam(options.optimizer, recipe.lr, parameters or self.parameters, options.low_vram),
             weights or {},
             soft_density,
             cpu_offload=options.low_vram,
@@ -137,12 +139,12 @@ class ErasureTask:
         if self.until is not None and self.until.lr is None:
             self.until.lr = self._measured_rate(losses)
         trained = train(
-            self.parameters,
-            self.mask,
+            parameters or self.parameters,
+            Mask.full(parameters) if parameters else self.mask,
             losses,
             settings,
             self.progress,
-            sources=self.model.original(),
+            sources=None if parameters else self.model.original(),
             state=state,
             processes=self.processes,
             watch=self.until,

@@ -137,11 +137,13 @@ class Until:
         step, self.ends, self.strength = len(history), [last], last.strength
         if last.reaches(self.goal):
             smaller = [each for each in STRENGTHS if each < last.strength]
-            for kept, tried in pairwise(smaller):  # one step of margin, so that the first needs no look of its own
+            for next_smaller, tried in pairwise(
+                smaller
+            ):  # one step of margin, so that the first needs no look of its own
                 self.ends.append(self._at(tried, step, drift=False))
                 if not self.ends[-1].sure:
                     break
-                self.strength = kept
+                self.strength = next_smaller
         elif last.wrecked:
             for self.strength in WEAKER:
                 self.ends.append(self._at(self.strength, step, drift=True))

@@ -79,6 +79,37 @@ def curves(series: Mapping[str, Points], x_label: str, y_label: str, log: bool =
     return "".join([*parts, "</svg>"])
 
 
+def scatter(points: Mapping[str, tuple[float, float, float]], x_label: str, y_label: str) -> str:
+    """A named disk at each (x, y), its area by the third number, which is not negative. Empty if there is none."""
+    if not points:
+        return ""
+    width, height, left, bottom, right = 640, 340, 56, 34, 110
+    xs, ys, sizes = zip(*points.values(), strict=True)
+    (x0, x1), (y0, y1), largest = _widened(min(xs), max(xs)), _widened(min(ys), max(ys)), max(sizes) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return left + 14 + (width - left - right - 14) * across, 18 + (height - bottom - 32) * (1 - up)
+
+    label = escape(f"{y_label} against {x_label}")
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
+    for value in _ticks(y0, y1):
+        _, y = at(x0, value)
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in _ticks(x0, x1):
+        x, _ = at(value, y0)
+        parts.append(f'<text x="{x:.1f}" y="{height - 19}" text-anchor="middle">{value:g}</text>')
+    parts.append(f'<text x="{width / 2:.1f}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text x="4" y="12">{escape(y_label)}</text>')
+    for name, (x, y, size) in points.items():
+        px, py = at(x, y)
+        radius = 3 + 9 * math.sqrt(size / largest)
+        parts.append(f'<circle class="s0" cx="{px:.1f}" cy="{py:.1f}" r="{radius:.1f}" fill-opacity="0.4"/>')
+        parts.append(f'<text x="{px + radius + 3:.1f}" y="{py + 4:.1f}">{escape(name)}</text>')
+    return "".join([*parts, "</svg>"])
+
+
 def _polyline(points: Points, kind: str) -> str:
     return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
 

@@ -63,7 +63,9 @@ class UNet:
     scopes: ClassVar[Mapping[str, Callable[[str], bool]]] = {
         "full": lambda name: True,
         "xattn": lambda name: ".attn2." in name,
+        "xattn-strict": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
         "selfattn": lambda name: ".attn1." in name,
+        "attn": lambda name: ".attn1." in name or ".attn2." in name,
         "noxattn": lambda name: (  # ESD leaves out the time embedding and the output layers too
             ".attn2." not in name and not name.startswith(("time_embedding.", "conv_norm_out.", "conv_out."))
         ),

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from salun.options import Checked, option
+from salun.diffusion.negative_guidance import (
+    NegativeGuidance,
+    forward_passes,
+    negatively_guided,
+    original_predictions,
+    partly_denoised,
+)
+from salun.options import option
 from salun.progress import Stage, StageCost
 
 if TYPE_CHECKING:
@@ -14,48 +21,42 @@ if TYPE_CHECKING:
     from salun.diffusion.plan import Plan
     from salun.diffusion.task import ErasureTask, Unlearned
 
-GUIDANCE, SAMPLING_STEPS = 3.0, 50  # of x_t, which the model in training samples by DDIM; the paper's numbers
-
 
 @dataclass(frozen=True)
-class EsdOptions(Checked):
+class EsdOptions(NegativeGuidance):
     """The options of ESD."""
 
-    negative_guidance: float = option(1.0, "ESD: negative guidance strength η", minimum=0, maximum=100)
+    esd_samples: str = option(
+        "training",
+        "ESD: which model samples x_t, the one in training (the paper's, 2023) or the original (the authors' of 2025)",
+        choices=("training", "original"),
+    )
 
 
 def esd(task: ErasureTask, options: EsdOptions) -> Unlearned:
     """ESD, eq. 6: ε_θ(x_t, c) ← ε_θ₀(x_t, ∅) − η·(ε_θ₀(x_t, c) − ε_θ₀(x_t, ∅)).
 
-    x_t comes from the model in training, sampled under c down to a random step. `scope` says what trains: xattn is the
-    paper's ESD-x, noxattn its ESD-u.
+    x_t is sampled under c down to a random step. `scope` says what trains: xattn is the paper's ESD-x, xattn-strict its
+    keys and values alone, noxattn ESD-u.
     """
-    import torch
     from torch.nn import functional as F
 
-    from salun.diffusion.data.latents import sample_until
     from salun.diffusion.task import Unlearned
     from salun.randomness import step_generator
 
-    model, seed = task.model, task.plan.options.seed
-    batch, forget = task.plan.recipe.batch_size // task.processes.count, task.encode("forget")
+    model, forget = task.model, task.encode("forget")
 
     def losses(step: int) -> dict[str, Tensor]:
-        generator = step_generator(seed, step * task.processes.count + task.processes.rank)
-        prompts = forget[torch.randint(len(forget), (batch,), generator=generator).to(model.device)]
-        empty = task.empty.expand(batch)
-        step_of = int(torch.randint(SAMPLING_STEPS, (1,), generator=generator))
-        x_t, t = sample_until(model, prompts, empty, step_of, SAMPLING_STEPS, GUIDANCE, generator)
-        with torch.no_grad(), task.original_weights():
-            of_concept, of_empty = model.predict(x_t, t, prompts), model.predict(x_t, t, empty)
-        target = of_empty - options.negative_guidance * (of_concept - of_empty)
-        return {"erase": F.mse_loss(model.predict(x_t, t, prompts), target)}
+        generator = step_generator(task.plan.options.seed, step * task.processes.count + task.processes.rank)
+        sample = partly_denoised(task, forget, generator, by_original=options.esd_samples == "original")
+        target = negatively_guided(*original_predictions(task, sample), options.negative_guidance)
+        return {"erase": F.mse_loss(model.predict(sample.x_t, sample.t, sample.prompts), target)}
 
     trained = task.train(losses)
     return Unlearned(task.mask, trained.masters, trained.history)
 
 
 def stages(plan: Plan) -> list[StageCost]:
-    """Half of the sampling steps on average, two passes each, and two frozen predictions, for each sample."""
+    """A sampling and two frozen predictions for each sample."""
     samples = plan.recipe.steps * plan.recipe.batch_size
-    return [StageCost(Stage.TRAINING, plan.recipe.steps, forward=samples * (SAMPLING_STEPS + 2), backward=samples)]
+    return [StageCost(Stage.TRAINING, plan.recipe.steps, forward=forward_passes(plan, 2), backward=samples)]

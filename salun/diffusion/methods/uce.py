@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from salun.errors import ConfigError
+from salun.diffusion.closed_form import edited, embeddings, projections
 from salun.options import Checked, option
-from salun.progress import Event, Stage, StageCost
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from salun.diffusion.plan import Plan
     from salun.diffusion.task import ErasureTask, Unlearned
 
 
@@ -28,52 +26,26 @@ class UceOptions(Checked):
 def uce(task: ErasureTask, options: UceOptions) -> Unlearned:
     """UCE, eq. 7: W = (λW₀ + eΣ W₀g cᵀ + pΣ W₀r rᵀ)(λI + eΣ ccᵀ + pΣ rrᵀ)⁻¹ for every key and value projection.
 
-    c, g, r: text embeddings of the forget, anchor and retain prompts, every token position alike (the paper: the last
-    token of the subject).
+    c, g, r: see `embeddings`.
 
     Raises:
         ConfigError: The scope has no cross-attention.
     """
-    from salun.diffusion.model.protocol import Conditioning
-    from salun.diffusion.output import changed_entries, mask_of_changed
-    from salun.diffusion.task import Unlearned
-
-    pairs = Conditioning.cat([task.encode("forget"), task.encode("anchor")])  # of equal length
-    c, g = (part.flatten(0, 1) for part in pairs.hidden.chunk(2))
-    edit = edit_of(c, g, task.encode("retain").hidden.flatten(0, 1), options)
-    original = task.model.original()
-    names = [name for name in task.parameters if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
-    if not names:
-        raise ConfigError(
-            f"is {task.plan.options.scope}, which has no cross-attention for UCE to edit",
-            option="scope",
-            advice="Use {scope} full or xattn",
-        )
-    edited = {}
-    for i, name in enumerate(names, 1):
-        edited[name] = (original[name].double() @ edit).float().flatten()
-        task.progress(Event(Stage.TRAINING, i, len(names)))
-    mask = mask_of_changed({name: original[name] for name in task.parameters}, edited)
-    return Unlearned(mask, changed_entries(edited, mask))
+    names = projections(task)
+    edit = edit_of(*embeddings(task), options.uce_erase, options.uce_preserve, options.uce_lambda)
+    return edited(task, names, lambda name: edit)
 
 
-def edit_of(c: Tensor, g: Tensor, r: Tensor, options: UceOptions) -> Tensor:
+def edit_of(c: Tensor, g: Tensor, r: Tensor, erase: float, preserve: float, original: float) -> Tensor:
     """T with W = W₀T for every projection, float64 (in, in): eq. 7 is linear in W₀.
 
     Args:
-        c, g: Embeddings to move and what each becomes, float (n, in).
-        r: Embeddings to preserve, float (m, in).
+        c, g: Embeddings to move and what each becomes, float64 (n, in).
+        r: Embeddings to preserve, float64 (m, in).
+        erase, preserve, original: The weights e, p and λ.
     """
     import torch
 
-    c, g, r = (tensor.detach().double().cpu() for tensor in (c, g, r))
-    preserved = options.uce_lambda * torch.eye(c.shape[1], dtype=torch.float64) + options.uce_preserve * r.T @ r
-    edit: Tensor = torch.linalg.solve(
-        preserved + options.uce_erase * c.T @ c, preserved + options.uce_erase * g.T @ c, left=False
-    )
+    fixed = original * torch.eye(c.shape[1], dtype=torch.float64) + preserve * r.T @ r
+    edit: Tensor = torch.linalg.solve(fixed + erase * c.T @ c, fixed + erase * g.T @ c, left=False)
     return edit
-
-
-def stages(plan: Plan) -> list[StageCost]:
-    """One step: a closed form, whose cost is a few linear systems."""
-    return [StageCost(Stage.TRAINING, 1)]

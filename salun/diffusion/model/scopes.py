@@ -9,7 +9,10 @@ from salun.errors import ConfigError
 
 
 def parameters_in_scope(model: DiffusionModel, scope: str) -> dict[str, nn.Parameter]:
-    """The parameters of a scope: full, xattn (cross-attention), selfattn, noxattn (all but cross-attention).
+    """The parameters of a scope.
+
+    full; xattn (cross-attention), xattn-strict (its keys and values), selfattn, attn (both), noxattn (all but
+    cross-attention, the time embedding and the output layers).
 
     Raises:
         ConfigError: The model has none.

@@ -1,0 +1,51 @@
+"""`salun compare`: unlearning methods side by side."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from salun.diffusion.compare_options import GROUPS, NOT_COMPARED, CompareOptions
+
+from .app import app
+from .options import with_options
+from .output import Json, default_model_named, print_result
+from .progress import terminal_progress
+
+
+@app.command()
+@with_options(CompareOptions, skip=NOT_COMPARED, groups=GROUPS)
+def compare(
+    options: CompareOptions,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the unfinished comparison in --run-dir")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare unlearning methods: each erases each concept with each seed, on equal terms; one table."""
+    from salun.runs.folder import check_folder, new_run_folder
+
+    folder = Path(options.run_dir) if options.run_dir else new_run_folder("compare")
+    check_folder(folder, resume)
+    from salun.diffusion.compare import compare as run_compare
+
+    command = shlex.join(["salun", *sys.argv[1:]])
+    with terminal_progress(as_json) as progress, default_model_named(options.model):
+        comparison = run_compare(options, progress=progress, run_dir=folder, resume=resume, command=command)
+    print_result(comparison.record.as_json(), as_json, [*_lines(comparison.table), f"report: {folder / 'report.html'}"])
+
+
+def _lines(table: dict[str, Any]) -> list[str]:
+    """The table in columns, without standard deviations."""
+    from salun.diffusion.compare_table import COLUMNS
+
+    names = ("score", "ua", "ra", "neighbors", "image_drift", "seconds", "delta_mb")
+    columns = [column for column in COLUMNS if column.name in names]
+    rows = [["", *(column.title for column in columns)]]
+    for row in sorted(table.values(), key=lambda row: -(row["score"] or {"mean": -1.0})["mean"]):
+        values = [(row[column.name], column.digits) for column in columns]
+        rows.append([row["title"], *(f"{of['mean']:.{digits}f}" if of else "–" for of, digits in values)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

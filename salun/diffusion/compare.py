@@ -1,0 +1,243 @@
+"""A comparison: methods × concepts × seeds on one model, with the same samples and originals, as one table.
+
+Each erasure is a run folder of its own in `jobs/`, so that a comparison that was stopped resumes with what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from salun.diffusion.compare_options import CompareOptions, Variant
+from salun.diffusion.compare_table import Result, score_of, table_of
+from salun.diffusion.context import open_run
+from salun.diffusion.erase import erase, unlearn
+from salun.diffusion.model.loading import load_with
+from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
+from salun.diffusion.plan import make_plan
+from salun.display import shown
+from salun.errors import Cancelled, ConfigError, SalunError
+from salun.files import write_bytes
+from salun.methods import METHODS
+from salun.progress import Event, Progress, Stage
+from salun.report.methods import comparison_page
+from salun.runs.cache import Cache
+from salun.runs.record import RunRecord
+
+FACTOR, TRIALS = 3.0, 5  # of a search: from one value to the next, and values at most
+
+
+@dataclass(frozen=True)
+class Job:
+    """One erasure of a comparison.
+
+    Args:
+        name: Of its folder.
+        concept: Its name. anchor: None for the preset's.
+    """
+
+    name: str
+    variant: Variant
+    concept: str
+    anchor: str | None
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A finished comparison. table: see `table_of`."""
+
+    table: dict[str, Any]
+    record: RunRecord
+
+
+def compare(
+    options: CompareOptions,
+    *,
+    model: Model | None = None,
+    progress: Progress | None = None,
+    run_dir: Path | str,
+    resume: bool = False,
+    cache: Cache | None = None,
+    command: str = "salun.diffusion.compare",
+) -> Comparison:
+    """Erase each concept by each method with each seed, and put the results side by side.
+
+    Args:
+        options: `concept` names concepts that are erased one at a time.
+        model: Loaded; by default the one that the options name.
+        run_dir: Gets `jobs/`, `compare.csv`, `report.html` and `run.json`.
+        resume: Continue the unfinished comparison in run_dir.
+
+    Raises:
+        ConfigError: An option cannot work; checked for every method before the first erasure.
+        Cancelled: From `progress`.
+    """
+    if not options.concept:
+        raise ConfigError("no concept is given", advice="Name what to erase: {concept} circle")
+    model, folder, cache = (
+        model or load_with(options.model or "shapes", options),
+        Path(run_dir),
+        cache or Cache.of_user(),
+    )
+    variants, jobs = options.variants, jobs_of(options)
+    for job in jobs:
+        make_plan(model.settings, model.name, job.concept, _job_options(model, options, job, {}))
+    recorded = {item.name: getattr(options, item.name) for item in fields(options) if item.name != "run_dir"}
+    facts = {"model": model.base_hash, "parts": model.parts_hash}
+    record = RunRecord(folder, command, recorded, options.seed, str(model.device), facts, resume)
+    with shown(progress) as progress, record.running():
+        tuned = _searched(model, options, variants, folder, progress, cache) if options.budget == "tuned" else {}
+        results = []
+        for i, job in enumerate(jobs, 1):
+            progress(Event(Stage.COMPARING, i - 1, len(jobs), message=f"{i} of {len(jobs)}: {job.name}"))
+            results.append(_done(model, options, job, tuned.get(job.variant.name, {}), folder, progress, cache))
+        record.metrics = table_of(variants, results)
+        record.notes += [f"{result.job}: {result.error}" for result in results if result.error]
+        record.more["searched"] = tuned
+        write_bytes(folder / "compare.csv", _csv(results).encode())
+        page = comparison_page({**record.as_json(), "status": "done"}, results, folder / "jobs")
+        page.save(folder / "report.html")
+    return Comparison(record.metrics, record)
+
+
+def jobs_of(options: CompareOptions) -> list[Job]:
+    """All erasures: seed by seed, each concept by each method."""
+    jobs: dict[str, Job] = {}
+    for seed in range(options.seed, options.seed + options.seeds):
+        for i, concept in enumerate(options.concept):
+            for variant in options.variants:
+                name = re.sub(r"[^a-z0-9._=-]+", "-", f"{concept}-{variant.name}-{seed}".lower())
+                name = name if name not in jobs else f"{name}-{len(jobs)}"
+                jobs[name] = Job(name, variant, concept, options.anchor[i] if options.anchor else None, seed)
+    return list(jobs.values())
+
+
+def _job_options(model: Model, options: CompareOptions, job: Job, tuned: Mapping[str, Any]) -> EraseOptions:
+    """The options of one erasure. tuned: values of a search."""
+    method = METHODS["diffusion"][job.variant.method]
+    common = replace(options.options, seed=job.seed, anchor=[] if job.anchor is None else [job.anchor])
+    chosen = replace(common, **{**job.variant.options, **tuned})
+    if options.budget == "paper" and method.paper_recipe and "recipe" not in job.variant.options:
+        return replace(chosen, recipe="paper")
+    if chosen.until is not None or "steps" in job.variant.options:
+        return chosen
+    steps = options.steps or model.settings.recipe.steps
+    if method.data == "prompts" and "batch_size" not in job.variant.options and options.batch_size is None:
+        chosen = replace(
+            chosen, batch_size=1
+        )  # each sample is denoised first, so these methods' papers take one a step
+    salun = _training_passes(model, job.concept, replace(common, method="salun", steps=steps))
+    of_a_step = _training_passes(model, job.concept, replace(chosen, steps=1))
+    return replace(chosen, steps=max(1, round(salun / of_a_step)) if of_a_step else steps)
+
+
+def _training_passes(model: Model, concept: str, options: EraseOptions) -> int:
+    """What a training costs, in passes without gradients."""
+    plan = make_plan(model.settings, model.name, concept, options)
+    return sum(cost.passes for cost in plan.stages() if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING))
+
+
+def _done(
+    model: Model,
+    options: CompareOptions,
+    job: Job,
+    tuned: Mapping[str, Any],
+    folder: Path,
+    progress: Progress,
+    cache: Cache,
+) -> Result:
+    """The result of one erasure, which is made unless it is there already."""
+    place = folder / "jobs" / job.name
+    record = _read(place / "run.json")
+    if record.get("status") != "done":
+        place.parent.mkdir(parents=True, exist_ok=True)
+        chosen = _job_options(model, options, job, tuned)
+        delta = f"{place}.salun.safetensors"
+        try:
+            erase(
+                model, job.concept, chosen, progress=progress, run_dir=place, outputs=[delta], resume=True, cache=cache,
+            )  # fmt: skip
+        except Cancelled:
+            raise
+        except SalunError as error:
+            return Result(job.name, job.variant.name, job.concept, job.seed, error=str(error))
+        record = _read(place / "run.json")
+    plan = make_plan(model.settings, model.name, job.concept, _job_options(model, options, job, tuned))
+    return Result.of(job.name, job.variant.name, job.concept, job.seed, record, plan.subjects[0].attribute)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A run.json; empty if there is none."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _searched(
+    model: Model,
+    options: CompareOptions,
+    variants: Sequence[Variant],
+    folder: Path,
+    progress: Progress,
+    cache: Cache,
+) -> dict[str, dict[str, Any]]:
+    """variant → the value that does best on the training prompts of the first concept at the first seed."""
+    path = folder / "search.json"
+    tuned = _read(path)
+    for variant in variants:
+        option = METHODS["diffusion"][variant.method].tunes
+        if variant.name in tuned or option is None or option in variant.options:
+            continue
+        job = Job("search", variant, options.concept[0], options.anchor[0] if options.anchor else None, options.seed)
+        center = getattr(_job_options(model, options, job, {}), option) or getattr(model.settings.recipe, option)
+        tried: dict[float, float] = {}
+        while (value := next_value(tried, center)) is not None:
+            chosen = _job_options(model, options, job, {option: value})
+            progress(Event(Stage.SEARCHING, message=f"{variant.name}: {option} {value:.3g}"))
+            tried[value] = _score(model, job.concept, chosen, progress, cache)
+        tuned[variant.name] = {option: max(tried, key=lambda each: tried[each])}
+        write_bytes(path, json.dumps(tuned, indent=1).encode())
+    return tuned
+
+
+def next_value(tried: Mapping[float, float], center: float) -> float | None:
+    """The next value of a search: the center, both sides of it, and on beyond the best while that is at an end.
+
+    Args:
+        tried: Value → its score, in the order of trials; more is better.
+
+    Returns:
+        None at the end of the search.
+    """
+    for value in (center, center / FACTOR, center * FACTOR):
+        if value not in tried:
+            return value
+    best = max(tried, key=lambda value: tried[value])
+    if len(tried) >= TRIALS or best not in (min(tried), max(tried)):
+        return None
+    return best * FACTOR if best == max(tried) else best / FACTOR
+
+
+def _score(model: Model, concept: str, options: EraseOptions, progress: Progress, cache: Cache) -> float:
+    """How well an erasure does on images of its training prompts; of one that fails, nothing."""
+    try:
+        with open_run(model, concept, options, progress=progress, cache=cache, command="search") as context:
+            return score_of(unlearn(replace(context, plan=context.plan.on_training_prompts())).metrics) or 0.0
+    except Cancelled:
+        raise
+    except SalunError:
+        return 0.0
+
+
+def _csv(results: Sequence[Result]) -> str:
+    """A row for each erasure."""
+    names = list(dict.fromkeys(name for result in results for name in result.values))
+    rows = [["method", "concept", "seed", *names, "error"]]
+    for result in results:
+        values = ["" if result.values.get(name) is None else str(result.values[name]) for name in names]
+        rows.append([result.variant, result.concept, str(result.seed), *values, result.error])
+    return "".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) + "\n" for row in rows)

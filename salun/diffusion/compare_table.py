@@ -1,0 +1,160 @@
+"""The table of a comparison of methods: means over concepts and seeds, and differences in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from salun.diffusion.compare_options import Variant
+from salun.evaluation.estimate import Estimate
+from salun.methods import METHODS
+
+TRAINED = ("sampling", "saliency", "training")  # stages of a run that make the model, not its evaluation
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Args:
+        name: Key of a result's values.
+        title: For people. digits: Decimals shown.
+    """
+
+    name: str
+    title: str
+    digits: int = 1
+
+
+COLUMNS = (
+    Column("score", "UA × RA, %"),
+    Column("ua", "UA, %"),
+    Column("ra", "RA, %"),
+    Column("ra_drop", "RA drop, points"),
+    Column("neighbors", "RA of the concept's attribute, %"),
+    Column("anchor", "anchor shown, %"),
+    Column("image_drift", "image drift", 3),
+    Column("seconds", "seconds", 0),
+    Column("changed", "weights changed, %"),
+    Column("delta_mb", "delta, MB", 2),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one erasure.
+
+    Args:
+        job: Its name.
+        values: By `COLUMNS`' names; None for what could not be measured.
+        outcome: The verdict's.
+        error: Why there is nothing.
+    """
+
+    job: str
+    variant: str
+    concept: str
+    seed: int
+    values: Mapping[str, float | None] = field(default_factory=dict)
+    outcome: str = ""
+    error: str = ""
+
+    @classmethod
+    def of(
+        cls, job: str, variant: str, concept: str, seed: int, record: Mapping[str, Any], attribute: str | None
+    ) -> Result:
+        """The result in a finished run's `run.json`. attribute: That the concept is a value of, such as "shape"."""
+        metrics = record["metrics"]
+        ua, ra, before = (_value(metrics, name) for name in ("ua", "ra_after", "ra_before"))
+        deltas = [entry["bytes"] for entry in record["outputs"] if entry["kind"] == "delta"]
+        drop = before - ra if before is not None and ra is not None else None
+        values = {
+            "score": score_of(metrics),
+            "ua": ua,
+            "ra": ra,
+            "ra_drop": drop,
+            "neighbors": _neighbors(metrics, attribute),
+            "anchor": _value(metrics, "anchor"),
+            "image_drift": _value(metrics, "image_drift"),
+            "seconds": sum(record["timings"].get(stage, 0.0) for stage in TRAINED),
+            "changed": 100 * record["rounding"]["changed"] / record["mask"]["total"],
+            "delta_mb": deltas[0] / 1e6 if deltas else None,
+        }
+        return cls(job, variant, concept, seed, values, metrics["verdict"]["outcome"])
+
+
+def score_of(metrics: Mapping[str, Any]) -> float | None:
+    """UA × RA, both as percentages; where RA is unknown, UA × (1 − image drift). None without either."""
+    ua, ra, drift = (_value(metrics, name) for name in ("ua", "ra_after", "image_drift"))
+    if ua is None or (ra is None and drift is None):
+        return None
+    return ua * (ra / 100 if ra is not None else 1 - min(drift or 0.0, 1.0))
+
+
+def _value(metrics: Mapping[str, Any], name: str) -> float | None:
+    measured = metrics.get(name)
+    return None if measured is None else float(measured["value"])
+
+
+def _neighbors(metrics: Mapping[str, Any], attribute: str | None) -> float | None:
+    """RA of an attribute, such as of other shapes."""
+    measured = (metrics.get("ra_by_attribute") or {}).get(attribute)
+    return None if measured is None else float(measured["after"]["value"])
+
+
+def table_of(variants: Sequence[Variant], results: Sequence[Result]) -> dict[str, Any]:
+    """variant → its row: of each column mean and standard deviation, runs, verdicts, and the difference in score.
+
+    The difference is to the first variant, on the same concepts and seeds, with its 95 % interval.
+    """
+    rows: dict[str, Any] = {}
+    first = {(each.concept, each.seed): each for each in results if each.variant == variants[0].name}
+    for variant in variants:
+        mine = [each for each in results if each.variant == variant.name and not each.error]
+        row: dict[str, Any] = {"title": title_of(variant), "runs": len(mine)}
+        for column in COLUMNS:
+            row[column.name] = _spread([each.values.get(column.name) for each in mine])
+        row["outcomes"] = {
+            name: sum(each.outcome == name for each in mine) for name in sorted({e.outcome for e in mine})
+        }
+        pairs = [(each.values["score"], first[each.concept, each.seed].values.get("score")) for each in mine]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        known = bool(differences) and variant.name != variants[0].name
+        row["difference"] = Estimate.mean(np.array(differences)).as_json() if known else None
+        rows[variant.name] = row
+    return rows
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | int] | None:
+    known = np.array([value for value in values if value is not None])
+    if not len(known):
+        return None
+    return {"mean": float(known.mean()), "std": float(known.std(ddof=1)) if len(known) > 1 else 0.0, "n": len(known)}
+
+
+def title_of(variant: Variant) -> str:
+    """A variant's name in the table."""
+    others = ", ".join(f"{name} {value}" for name, value in variant.options.items() if name != "method")
+    return METHODS["diffusion"][variant.method].title + (f" ({others})" if others else "")
+
+
+def cells_of(table: Mapping[str, Any]) -> list[list[str]]:
+    """The table as text, its heading first; the best score first."""
+    head = ["method", *(column.title for column in COLUMNS), "difference in UA × RA", "verdicts"]
+    ranked = sorted(table.values(), key=lambda row: -(row["score"] or {"mean": -1.0})["mean"])
+    return [head, *(_cells(row) for row in ranked)]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    cells = [row["title"]]
+    for column in COLUMNS:
+        spread = row[column.name]
+        deviation = f" ± {spread['std']:.{column.digits}f}" if spread and spread["n"] > 1 else ""
+        cells.append(f"{spread['mean']:.{column.digits}f}{deviation}" if spread else "–")
+    of = row["difference"]
+    ends = f" ({of['low']:+.1f} to {of['high']:+.1f})" if of and of["low"] is not None else ""
+    cells.append(f"{of['value']:+.1f}{ends}" if of else "–")
+    return [*cells, ", ".join(f"{count} {name}" for name, count in row["outcomes"].items()) or "failed"]

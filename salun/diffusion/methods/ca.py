@@ -1,0 +1,67 @@
+"""Concept Ablation (Kumari et al. 2023): on images of the anchor, the concept's prediction becomes the anchor's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from salun.errors import ConfigError
+from salun.options import Checked, option
+from salun.progress import Stage, StageCost
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from salun.diffusion.plan import Plan
+    from salun.diffusion.task import ErasureTask, Unlearned
+
+
+@dataclass(frozen=True)
+class CaOptions(Checked):
+    """The options of Concept Ablation."""
+
+    ca_regularization: float = option(
+        1.0, "CA: weight λ of the diffusion loss on the anchor's images", minimum=0, maximum=1e6
+    )
+
+
+def ca(task: ErasureTask, options: CaOptions) -> Unlearned:
+    """CA, model-based, eq. 4: MSE(ε_θ(x_t, c_f), sg ε_θ(x_t, c_a)) + λ·MSE(ε_θ(x_t, c_a), ε), x_t of anchor images.
+
+    sg: without a gradient; of the model in training, not of a frozen copy. Trains the keys and values of
+    cross-attention, as the paper does for styles and objects.
+
+    Raises:
+        ConfigError: The options leave out anchor samples.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from salun.diffusion.task import Unlearned
+    from salun.randomness import step_generator
+
+    model, data = task.model, task.training_set
+    if not task.plan.recipe.anchor_share:
+        raise ConfigError("is 0, but CA trains on the anchor's samples", option="anchor_share", advice="Raise it")
+    n = task.plan.recipe.batch_size // task.processes.count
+
+    def losses(step: int) -> dict[str, Tensor]:
+        generator = step_generator(task.plan.options.seed, step * task.processes.count + task.processes.rank)
+        rows = torch.randint(len(data.forget), (n,), generator=generator).to(model.device)
+        x_0 = data.anchor_latents[rows]
+        t = model.schedule.sample_t(n, generator).to(model.device)
+        noise = torch.randn(x_0.shape, generator=generator).to(model.device)
+        x_t, anchor = model.schedule.add_noise(x_0, noise, t), data.anchor[rows]
+        of_anchor = model.predict(x_t, t, anchor)
+        return {
+            "erase": F.mse_loss(model.predict(x_t, t, data.forget[rows]), of_anchor.detach()),
+            "anchor": F.mse_loss(of_anchor, model.schedule.target(x_0, noise, t)),
+        }
+
+    trained = task.train(losses, {"anchor": options.ca_regularization})
+    return Unlearned(task.mask, trained.masters, trained.history)
+
+
+def stages(plan: Plan) -> list[StageCost]:
+    """Two trained predictions for each sample."""
+    return [StageCost(Stage.TRAINING, plan.recipe.steps, backward=2 * plan.recipe.steps * plan.recipe.batch_size)]

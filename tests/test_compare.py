@@ -1,0 +1,134 @@
+"""`salun compare`: methods side by side, on equal terms."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from salun.diffusion.compare import compare, jobs_of, next_value
+from salun.diffusion.compare_options import CompareOptions, variant_of
+from salun.diffusion.compare_table import Result, cells_of, table_of
+from salun.diffusion.model.stable_diffusion import Model
+from salun.errors import Cancelled, ConfigError
+from salun.progress import Event, Stage, silent
+
+from .conftest import SHORT
+
+FEW: dict[str, Any] = {**SHORT, "sampling_steps": 2, "eval_images": 2, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sa", "begins with none of salun"),
+        ("esd+mask", "must have OPTION=VALUE"),
+        ("esd+colour=red", "unknown option"),
+        ("esd+steps=many", "steps"),
+        ("esd+steps=0", "steps"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        variant_of(text)
+
+
+def test_a_variant_is_a_method_with_its_own_options() -> None:
+    assert variant_of(" esd+mask=saliency+negative-guidance=2 ").options == {
+        "method": "esd", "mask": "saliency", "negative_guidance": 2,
+    }  # fmt: skip
+    options = CompareOptions(concept=["circle", "red"], anchor=["square", "orange"], methods=["uce", "esd"], seeds=2)
+    assert [job.name for job in jobs_of(options)][:5] == [
+        "circle-uce-0", "circle-esd-0", "red-uce-0", "red-esd-0", "circle-uce-1",
+    ]  # fmt: skip
+    for wrong in ({"methods": ["uce", "uce"]}, {"mask": "random"}, {"anchor": ["square"]}):
+        with pytest.raises(ConfigError):
+            _ = CompareOptions(**{"concept": ["circle", "red"], **wrong}).variants
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (1.0, [1, 1 / 3, 3]),
+        (3.0, [1, 1 / 3, 3, 9]),
+        (9.0, [1, 1 / 3, 3, 9, 27]),
+        (1 / 27, [1, 1 / 3, 3, 1 / 9, 1 / 27]),
+    ],
+)
+def test_a_search_goes_on_beyond_the_best_value_while_it_is_at_an_end(best: float, tried: list[float]) -> None:
+    scores: dict[float, float] = {}
+    while (value := next_value(scores, 1.0)) is not None:
+        scores[value] = -abs(value - best)
+    assert list(scores) == pytest.approx(tried)
+
+
+def test_the_table_has_means_and_differences_on_equal_concepts_and_seeds() -> None:
+    def result(variant: str, concept: str, seed: int, score: float) -> Result:
+        return Result("", variant, concept, seed, {"score": score, "ua": score}, "erased")
+
+    results = [result("salun", "circle", s, 90 + s) for s in range(3)] + [result("salun", "red", 0, 50)]
+    results += [result("uce", "circle", s, 80 + s) for s in range(3)]
+    results += [Result("", "uce", "red", 0, error="does not fit")]
+    table = table_of([variant_of("salun"), variant_of("uce")], results)
+    assert table["uce"]["difference"] == pytest.approx({"value": -10, "n": 3, "low": -10, "high": -10})
+    assert table["uce"]["ua"] == {"mean": 81, "std": 1, "n": 3} and table["uce"]["runs"] == 3
+    assert table["salun"]["difference"] is None and table["salun"]["ra"] is None
+    head, first, second = cells_of(table)
+    assert (head[0], first[0], second[0]) == ("method", "UCE", "SalUn"), "the best mean is first"
+    assert first[1] == "81.0 ± 1.0" and first[-1] == "3 erased" and first[-2] == "-10.0 (-10.0 to -10.0)"
+
+
+@pytest.mark.slow
+def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(shapes: Model, tmp_path: Path) -> None:
+    methods = ["salun", "esd+batch_size=1", "uce", "speed+speed_threshold=0.9", "salun+density=1e-9"]
+    options = CompareOptions(concept=["circle"], anchor=["square"], methods=methods, seeds=1, **FEW)
+
+    def stop(event: Event) -> None:
+        if event.stage is Stage.COMPARING and event.step == 2:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        compare(options, model=shapes, progress=stop, run_dir=tmp_path / "c")
+    before = (tmp_path / "c" / "jobs" / "circle-salun-0" / "run.json").stat().st_mtime_ns
+    done = compare(options, model=shapes, progress=silent, run_dir=tmp_path / "c", resume=True)
+    assert (tmp_path / "c" / "jobs" / "circle-salun-0" / "run.json").stat().st_mtime_ns == before
+    steps = {
+        name: len(json.loads((tmp_path / "c" / "jobs" / f"circle-{name}-0" / "run.json").read_bytes())["losses"])
+        for name in ("salun", "esd-batch_size=1", "uce")
+    }
+    # a step of SalUn: 8 samples forward, 8 forward and back; of ESD: 52 passes forward, one forward and back
+    assert steps == {"salun": 4, "esd-batch_size=1": round(4 * (8 + 8 * 3) / (52 + 3)), "uce": 0}
+    assert done.table["uce"]["ua"]["n"] == 1 and done.table["uce"]["difference"]["n"] == 1
+    assert done.table["salun+density=1e-9"]["runs"] == 0 and "selects nothing" in done.record.notes[0]
+    page = (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
+    assert "Trade-off" in page and "SPEED (speed_threshold 0.9)" in page
+    rows = list(csv.DictReader((tmp_path / "c" / "compare.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["method"] for row in rows] == methods and rows[2]["seed"] == "0" and float(rows[2]["ua"]) >= 0
+
+
+@pytest.mark.slow
+def test_a_search_sees_training_prompts_alone(shapes: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each trial is an erasure with another value, evaluated on prompts that it was trained with."""
+    seen: list[tuple[float, set[str]]] = []
+    from salun.diffusion import compare as module
+
+    def unlearn(context: Any) -> Any:
+        seen.append((context.plan.options.uce_erase, {p.text for p in context.plan.prompts.concepts[0].eval_forget}))
+        return original(context)
+
+    original = module.unlearn
+    monkeypatch.setattr(module, "unlearn", unlearn)
+    options = CompareOptions(concept=["circle"], methods=["uce"], seeds=1, budget="tuned", **FEW)
+    done = compare(options, model=shapes, progress=silent, run_dir=tmp_path / "c")
+    values = [value for value, _ in seen]
+    assert len(values) >= 3 and values[:3] == pytest.approx([1, 1 / 3, 3])
+    job = json.loads((tmp_path / "c" / "jobs" / "circle-uce-0" / "run.json").read_bytes())
+    assert job["options"]["uce_erase"] == done.record.more["searched"]["uce"]["uce_erase"] in values
+    from salun.diffusion.plan import make_plan
+
+    prompts = make_plan(shapes.settings, shapes.name, "circle", options.options).prompts.concepts[0]
+    assert all(texts == {p.text for p in prompts.forget} for _, texts in seen)
+    assert not seen[0][1] & {p.text for p in prompts.eval_forget}
