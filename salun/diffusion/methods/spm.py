@@ -72,8 +72,8 @@ def distances(retain: Conditioning, forget: Conditioning) -> Tensor:
     """1 − |cos| of each retain prompt and the mean forget prompt, float32 (m,) on the CPU; not all of them 0."""
     from torch.nn import functional as F
 
-    ours = retain.hidden.float().mean(1)
-    return 1e-6 + 1 - F.cosine_similarity(ours, forget.hidden.float().mean((0, 1))[None]).abs().clamp(max=1).cpu()
+    means = retain.hidden.float().mean(1)
+    return 1e-6 + 1 - F.cosine_similarity(means, forget.hidden.float().mean((0, 1))[None]).abs().clamp(max=1).cpu()
 
 
 def stages(plan: Plan) -> list[StageCost]:
