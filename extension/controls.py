@@ -33,7 +33,8 @@ PAGE_HELP = {  # options that take a path on the command line, but only a name h
     "retain_images": "Folder of images to retain, used in addition to samples: a folder in `pictures` of the data "
                      "folder; x.txt is the prompt of x.png.",
     "detector": f"Decides whether images show the concept: {DETECTORS}.",
-    "mask": "saliency, shuffled, random, full (the controls), or the mask of an earlier run or job.",
+    "mask": "saliency, shuffled, random, full (the controls), or the mask of an earlier run or job (empty: the "
+    "method's own).",
 }  # fmt: skip
 EVALUATION_HELP = {
     **PAGE_HELP,

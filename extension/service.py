@@ -64,7 +64,7 @@ class Service:
         return {
             "model": models,
             "against": ["", *models],
-            "mask": [*MASKS, *self.inputs.mask_names()],
+            "mask": ["", *MASKS, *self.inputs.mask_names()],
             **{name: ["", *folders] for name in IMAGE_FOLDERS},
             "prompts": self.inputs.prompt_files(),
             "sets": list(SETS),

@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads woul
     torch.set_num_threads(1)
 
 SHORT = {
-    "steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 8, "sampling_steps": 4,
+    "steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 8, "sampling_steps": 6,
 }  # fmt: skip
 
 

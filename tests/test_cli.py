@@ -20,7 +20,7 @@ from salun.masking.mask import Mask
 from salun.runs.cache import Cache
 
 SHORT = ["--steps", "3", "--batch-size", "4", "--forget-latents", "8", "--retain-latents", "8", "--eval-images", "4"]
-SHORT += ["--sampling-steps", "4"]
+SHORT += ["--sampling-steps", "6"]
 
 
 def salun(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from salun.progress import Event, Stage, silent
 
 from .conftest import SHORT
 
-FEW: dict[str, Any] = {**SHORT, "sampling_steps": 2, "eval_images": 2, "device": "cpu"}
+FEW: dict[str, Any] = {**SHORT, "eval_images": 2, "device": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(sh
     # a step of SalUn: 8 samples forward, 8 forward and back; of ESD: 52 passes forward, one forward and back
     assert steps == {"salun": 4, "esd-batch_size=1": round(4 * (8 + 8 * 3) / (52 + 3)), "uce": 0}
     assert done.table["uce"]["ua"]["n"] == 1 and done.table["uce"]["difference"]["n"] == 1
-    assert done.table["salun+density=1e-9"]["runs"] == 0 and "selects nothing" in done.record.notes[0]
+    assert done.table["salun+density=1e-9"]["runs"] == 0 and "selects none" in done.record.notes[0]
     page = (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
     assert "Trade-off" in page and "SPEED (speed_threshold 0.9)" in page
     rows = list(csv.DictReader((tmp_path / "c" / "compare.csv").read_text(encoding="utf-8").splitlines()))

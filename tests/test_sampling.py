@@ -29,9 +29,10 @@ from salun.errors import ConfigError
 from salun.progress import Stage
 from salun.runs.cache import Cache
 
-from .conftest import SHORT
+from . import conftest
 
 PROMPTS, SEEDS = ["one red circle, plain style", "one blue star, night style"], [1, 2]
+SHORT = {name: value for name, value in conftest.SHORT.items() if name != "sampling_steps"}
 FEW = {"sampling_steps": 2, "sampling_guidance": 1.0, "sampler": "lcm"}
 
 
@@ -146,7 +147,7 @@ def test_plan_resolves_steps_and_guidance(shapes: Model) -> None:
 
 def test_dry_run_counts_the_chosen_steps(shapes: Model, tmp_path: Path) -> None:
     def previewed(**options: Any) -> dict[str, Any]:
-        return preview("shapes", "circle", EraseOptions(**SHORT, **options), [], tmp_path / "run")
+        return preview("shapes", "circle", EraseOptions(**{**SHORT, **options}), [], tmp_path / "run")
 
     few, many = previewed(sampling_steps=1, sampling_guidance=1.0), previewed(sampling_steps=1000)
     assert many["seconds"]["sampling"] > 100 * few["seconds"]["sampling"]  # 1,000 steps of twice the rows
@@ -156,7 +157,7 @@ def test_dry_run_counts_the_chosen_steps(shapes: Model, tmp_path: Path) -> None:
 
 def test_progress_counts_the_chosen_passes(shapes: Model) -> None:
     def share(**options: Any) -> float:
-        plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(**SHORT, **options))
+        plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(**{**SHORT, **options}))
         costs = {cost.stage: cost for cost in plan.stages()}
         return costs[Stage.SAMPLING].forward / costs[Stage.TRAINING].backward
 

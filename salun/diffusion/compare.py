@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from salun.diffusion.compare_options import CompareOptions, Variant
-from salun.diffusion.compare_table import Result, score_of, table_of
+from salun.diffusion.compare_table import Result, cells_of, score_of, table_of
 from salun.diffusion.context import open_run
 from salun.diffusion.erase import erase, unlearn
 from salun.diffusion.model.loading import load_with
@@ -101,7 +101,8 @@ def compare(
         record.notes += [f"{result.job}: {result.error}" for result in results if result.error]
         record.more["searched"] = tuned
         write_bytes(folder / "compare.csv", _csv(results).encode())
-        page = comparison_page({**record.as_json(), "status": "done"}, results, folder / "jobs")
+        images = {concept: _images(record, results, folder / "jobs", concept) for concept in options.concept}
+        page = comparison_page({**record.as_json(), "status": "done"}, cells_of(record.metrics), images)
         page.save(folder / "report.html")
     return Comparison(record.metrics, record)
 
@@ -231,6 +232,16 @@ def _score(model: Model, concept: str, options: EraseOptions, progress: Progress
         raise
     except SalunError:
         return 0.0
+
+
+def _images(record: RunRecord, results: Sequence[Result], jobs: Path, concept: str) -> dict[str, bytes]:
+    """Title of a method → PNG of its images of a concept at the first seed."""
+    paths = {
+        f"{record.metrics[each.variant]['title']}: {each.outcome}": jobs / each.job / "before_after.png"
+        for each in results
+        if each.concept == concept and each.seed == record.seed and not each.error
+    }
+    return {title: path.read_bytes() for title, path in paths.items() if path.is_file()}
 
 
 def _csv(results: Sequence[Result]) -> str:
