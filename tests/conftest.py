@@ -26,6 +26,16 @@ SHORT = {
 }  # fmt: skip
 
 
+# files whose tests take long; the others follow
+LONG = ("readme", "cli", "resume", "ui_browser", "verdict", "true_size", "processes", "until", "fuzz", "packaging")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first, so that no process is left alone with one at the end."""
+    order = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tests keep nothing in the user's cache and find nothing there."""

@@ -15,7 +15,7 @@ from salun.errors import ConfigError
 
 from . import conftest
 
-SHORT = {**conftest.SHORT, "eval_images": 0}
+SHORT = {**conftest.SHORT, "eval_images": 0, "sampling_steps": 4}
 
 
 @pytest.fixture(scope="module")
