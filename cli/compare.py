@@ -39,12 +39,12 @@ def compare(
 
 def _lines(table: dict[str, Any]) -> list[str]:
     """The table in columns, without standard deviations."""
-    from salun.diffusion.compare_table import COLUMNS
+    from salun.diffusion.compare_table import COLUMNS, ranked
 
     names = ("score", "ua", "ra", "neighbors", "image_drift", "seconds", "delta_mb")
     columns = [column for column in COLUMNS if column.name in names]
     rows = [["", *(column.title for column in columns)]]
-    for row in sorted(table.values(), key=lambda row: -(row["score"] or {"mean": -1.0})["mean"]):
+    for row in ranked(table):
         values = [(row[column.name], column.digits) for column in columns]
         rows.append([row["title"], *(f"{of['mean']:.{digits}f}" if of else "–" for of, digits in values)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -188,7 +188,7 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                stronger="Raise {uce_erase}, or lower {uce_lambda}",
                weaker="Lower {uce_erase}, or raise {uce_preserve}", **_CLOSED),
         Method("rece", "RECE", "Gong et al. 2024, arXiv:2407.12383", _D, f"{_ERASE}.rece:rece",
-               options_from=f"{_ERASE}.rece:RECEOptions", tunes="rece_erase",
+               options_from=f"{_ERASE}.rece:ReceOptions", tunes="rece_erase",
                stronger="Raise {rece_rounds} or {rece_erase}, or lower {rece_lambda}",
                weaker="Lower {rece_rounds} or {rece_erase}, or raise {rece_preserve}", **_CLOSED),
         Method("speed", "SPEED", "Li et al. 2025, arXiv:2503.07392", _D, f"{_ERASE}.speed:speed",

@@ -99,14 +99,22 @@ def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(sh
         name: len(json.loads((tmp_path / "c" / "jobs" / f"circle-{name}-0" / "run.json").read_bytes())["losses"])
         for name in ("salun", "esd-batch_size=1", "uce")
     }
-    # a step of SalUn: 8 samples forward, 8 forward and back; of ESD: 52 passes forward, one forward and back
-    assert steps == {"salun": 4, "esd-batch_size=1": round(4 * (8 + 8 * 3) / (52 + 3)), "uce": 0}
+    # a step of SalUn: 8 samples forward, 8 forward and back; of ESD: 51 passes forward, one forward and back
+    assert steps == {"salun": 4, "esd-batch_size=1": round(4 * (8 + 8 * 3) / (51 + 3)), "uce": 0}
     assert done.table["uce"]["ua"]["n"] == 1 and done.table["uce"]["difference"]["n"] == 1
     assert done.table["salun+density=1e-9"]["runs"] == 0 and "selects none" in done.record.notes[0]
     page = (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
     assert "Trade-off" in page and "SPEED (speed_threshold 0.9)" in page
     rows = list(csv.DictReader((tmp_path / "c" / "compare.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["method"] for row in rows] == methods and rows[2]["seed"] == "0" and float(rows[2]["ua"]) >= 0
+
+
+@pytest.mark.parametrize("content", ["[", "[1]", '{"uce": 5}', '{"uce": {"lr": "x"}}', '{"uce": {"no": 1}}'])
+def test_a_search_that_no_comparison_wrote_is_rejected(content: str, shapes: Model, tmp_path: Path) -> None:
+    (tmp_path / "search.json").write_text(content, encoding="utf-8")
+    options = CompareOptions(concept=["circle"], methods=["uce"], seeds=1, budget="tuned", **FEW)
+    with pytest.raises(ConfigError, match=r"search\.json"):
+        compare(options, model=shapes, progress=silent, run_dir=tmp_path)
 
 
 @pytest.mark.slow

@@ -38,8 +38,8 @@ from salun.masking.mask import Mask
 from tools import checkpoints
 
 SEED = 0
-CASES = 7_000
-DELTA_CASES = 700
+CASES = 10_000
+DELTA_CASES = 1_000
 SECONDS = 5.0  # of CPU time, for one file
 MEMORY = 1_000_000_000  # bytes, of which diffusers and torch take half before anything is read
 

@@ -24,7 +24,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.negative_guidance import GUIDANCE, SAMPLING_STEPS
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.result import Run
-from salun.errors import ConfigError
+from salun.errors import Cancelled, ConfigError
 from salun.masking.low_rank import LowRank
 from salun.methods import METHODS, Method, load
 from salun.randomness import step_generator
@@ -71,7 +71,7 @@ def test_uce_edit_of_a_concept_to_itself_changes_nothing() -> None:
 
 
 def test_rece_finds_the_embeddings_that_bring_the_concept_back() -> None:
-    """Eq. 6 of its paper, over two projections; no weight on length finds the very preimage."""
+    """Over two projections; no weight on length finds the very preimage."""
     first, second, c, g, r = embeddings(4, 5, 3, 3, 8)
     edit = uce.edit_of(c, g, r, 1.0, 0.1, 0.1)
     gram = first.T @ first + second.T @ second
@@ -232,6 +232,28 @@ def test_ca_and_erasediff_follow_the_anchor_of_the_model_in_training(shapes: Mod
     target = shapes.schedule.target(batch.x_0, batch.noise, batch.t)
     assert run.history[0]["forget"] == pytest.approx(mse(ours[:2], anchors[:2]), rel=1e-4)
     assert run.history[0]["retain"] == pytest.approx(mse(ours[2:], target[2:]), rel=1e-4)
+
+
+def test_a_low_rank_training_that_was_stopped_resumes_to_the_same_weights(shapes: Model, tmp_path: Path) -> None:
+    def stop(event: salun.Event, /) -> None:
+        if event.stage == "training" and event.step == 2:
+            raise Cancelled("stopped")
+
+    few: dict[str, Any] = {"steps": 3, "lr": 1e-2}
+    whole, *_ = one_step(shapes, "leco", **few)
+    common = {**SHORT, "batch_size": 2, "eval_images": 0, **few, "method": "leco", "seed": 5, "run_dir": tmp_path / "r"}
+    with pytest.raises(Cancelled):
+        salun.erase(shapes, salun.Concept("circle", anchor="square"), progress=stop, **common)
+    steps: list[int] = []
+
+    def note(event: salun.Event, /) -> None:
+        if event.stage == "training" and event.step:
+            steps.append(event.step)
+
+    resumed = salun.erase(shapes, salun.Concept("circle", anchor="square"), progress=note, resume=True, **common)
+    assert steps == [3], "the first two steps were not taken again"
+    assert resumed.erased.keys() == whole.erased.keys()
+    assert all(torch.equal(resumed.erased[name], tensor) for name, tensor in whole.erased.items())
 
 
 def test_a_mask_is_taken_by_any_method_that_trains_weights(shapes: Model) -> None:

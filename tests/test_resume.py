@@ -233,7 +233,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert spec is not None and spec.loader is not None
     kill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kill)
-    assert kill.main(2, seed=1, folder=tmp_path) == 0
+    assert kill.main(3, seed=1, folder=tmp_path) == 0
 
 
 def test_an_output_written_before_the_stop_is_recognised_and_another_is_not(shapes: Model, tmp_path: Path) -> None:

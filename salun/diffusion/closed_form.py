@@ -33,7 +33,7 @@ def embeddings(task: ErasureTask) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def projections(task: ErasureTask, kinds: Sequence[str] = (KEYS, VALUES)) -> list[str]:
-    """The projections in scope. Raises ConfigError if there are none."""
+    """The projections in scope. Raises ConfigError if it has no projection."""
     names = [name for name in task.parameters if name.endswith(tuple(kinds))]
     if not names:
         raise ConfigError(

@@ -5,6 +5,8 @@ Each erasure is a run folder of its own in `jobs/`, so that a comparison that wa
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 
 from salun.diffusion.compare_options import CompareOptions, Variant
 from salun.diffusion.compare_table import Result, cells_of, score_of, table_of
-from salun.diffusion.context import open_run
+from salun.diffusion.context import open_run, record_of
 from salun.diffusion.erase import erase, unlearn
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.stable_diffusion import Model
@@ -24,10 +26,12 @@ from salun.display import shown
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.files import write_bytes
 from salun.methods import METHODS
+from salun.options import from_mapping
 from salun.progress import Event, Progress, Stage
 from salun.report.methods import comparison_page
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
+from salun.untrusted import read_json_object
 
 FACTOR, TRIALS = 3.0, 5  # of a search: from one value to the next, and values at most
 
@@ -86,10 +90,9 @@ def compare(
         cache or Cache.of_user(),
     )
     variants, jobs = options.variants, jobs_of(options)
-    for job in jobs:
-        make_plan(model.settings, model.name, job.concept, _job_options(model, options, job, {}))
+    plans = [make_plan(model.settings, model.name, job.concept, _job_options(model, options, job, {})) for job in jobs]
     recorded = {item.name: getattr(options, item.name) for item in fields(options) if item.name != "run_dir"}
-    facts = {"model": model.base_hash, "parts": model.parts_hash}
+    facts = record_of(model, plans[0], [], None).facts  # with the content of the user's images
     record = RunRecord(folder, command, recorded, options.seed, str(model.device), facts, resume)
     with shown(progress) as progress, record.running():
         tuned = _searched(model, options, variants, folder, progress, cache) if options.budget == "tuned" else {}
@@ -110,9 +113,10 @@ def compare(
 def jobs_of(options: CompareOptions) -> list[Job]:
     """All erasures: seed by seed, each concept by each method."""
     jobs: dict[str, Job] = {}
+    variants = options.variants
     for seed in range(options.seed, options.seed + options.seeds):
         for i, concept in enumerate(options.concept):
-            for variant in options.variants:
+            for variant in variants:
                 name = re.sub(r"[^a-z0-9._=-]+", "-", f"{concept}-{variant.name}-{seed}".lower())
                 name = name if name not in jobs else f"{name}-{len(jobs)}"
                 jobs[name] = Job(name, variant, concept, options.anchor[i] if options.anchor else None, seed)
@@ -155,10 +159,10 @@ def _done(
 ) -> Result:
     """The result of one erasure, which is made unless it is there already."""
     place = folder / "jobs" / job.name
+    chosen = _job_options(model, options, job, tuned)
     record = _read(place / "run.json")
     if record.get("status") != "done":
         place.parent.mkdir(parents=True, exist_ok=True)
-        chosen = _job_options(model, options, job, tuned)
         delta = f"{place}.salun.safetensors"
         try:
             erase(
@@ -169,13 +173,27 @@ def _done(
         except SalunError as error:
             return Result(job.name, job.variant.name, job.concept, job.seed, error=str(error))
         record = _read(place / "run.json")
-    plan = make_plan(model.settings, model.name, job.concept, _job_options(model, options, job, tuned))
-    return Result.of(job.name, job.variant.name, job.concept, job.seed, record, plan.subjects[0].attribute)
+    attribute = make_plan(model.settings, model.name, job.concept, chosen).subjects[0].attribute
+    try:
+        return Result.of(job.name, job.variant.name, job.concept, job.seed, record, attribute)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _foreign(place) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A run.json; empty if there is none."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    """A JSON object of this comparison's folder, which may be untrusted input; empty if there is none.
+
+    Raises ConfigError for anything else.
+    """
+    try:
+        return read_json_object(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise _foreign(path) from error
+
+
+def _foreign(path: Path) -> ConfigError:
+    what = f"holds {path.name[:60]}, which no comparison wrote"
+    return ConfigError(what, option="run_dir", advice="Choose another folder")
 
 
 def _searched(
@@ -189,6 +207,8 @@ def _searched(
     """variant → the value that does best on the training prompts of the first concept at the first seed."""
     path = folder / "search.json"
     tuned = _read(path)
+    for values in tuned.values():
+        from_mapping(EraseOptions, values, str(path))  # untrusted input
     for variant in variants:
         option = METHODS["diffusion"][variant.method].tunes
         if variant.name in tuned or option is None or option in variant.options:
@@ -247,8 +267,9 @@ def _images(record: RunRecord, results: Sequence[Result], jobs: Path, concept: s
 def _csv(results: Sequence[Result]) -> str:
     """A row for each erasure."""
     names = list(dict.fromkeys(name for result in results for name in result.values))
-    rows = [["method", "concept", "seed", *names, "error"]]
-    for result in results:
-        values = ["" if result.values.get(name) is None else str(result.values[name]) for name in names]
-        rows.append([result.variant, result.concept, str(result.seed), *values, result.error])
-    return "".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) + "\n" for row in rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "concept", "seed", *names, "error"])
+    for each in results:
+        writer.writerow([each.variant, each.concept, each.seed, *map(each.values.get, names), each.error])
+    return text.getvalue()

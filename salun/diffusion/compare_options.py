@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -57,7 +56,7 @@ class CompareOptions(EraseJob):
     def __post_init__(self) -> None:
         super().__post_init__()
         for item in fields(self):
-            if item.name in NOT_COMPARED and getattr(self, item.name) not in (None, [], False, _default(item)):
+            if item.name in NOT_COMPARED and getattr(self, item.name) not in (item.default, []):
                 raise ConfigError(
                     "cannot be set for all methods of a comparison", option=item.name, advice="Use {methods} instead"
                 )
@@ -73,10 +72,6 @@ class CompareOptions(EraseJob):
         if twice is not None:
             raise ConfigError(f"has {twice} twice", option="methods")
         return variants
-
-
-def _default(item: dataclasses.Field[Any]) -> Any:
-    return item.default if item.default is not dataclasses.MISSING else []
 
 
 def variant_of(text: str) -> Variant:

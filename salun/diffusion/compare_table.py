@@ -144,8 +144,12 @@ def title_of(variant: Variant) -> str:
 def cells_of(table: Mapping[str, Any]) -> list[list[str]]:
     """The table as text, its heading first; the best score first."""
     head = ["method", *(column.title for column in COLUMNS), "difference in UA × RA", "verdicts"]
-    ranked = sorted(table.values(), key=lambda row: -(row["score"] or {"mean": -1.0})["mean"])
-    return [head, *(_cells(row) for row in ranked)]
+    return [head, *(_cells(row) for row in ranked(table))]
+
+
+def ranked(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a table, the best score first."""
+    return sorted(table.values(), key=lambda row: -(row["score"] or {"mean": -1.0})["mean"])
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -5,11 +5,13 @@ It imports torch inside its functions, since options are made from it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from salun.options import Checked, option
+from salun.progress import Stage, StageCost
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +89,13 @@ def negatively_guided(of_concept: Tensor, of_empty: Tensor, strength: float) -> 
     return of_empty - strength * (of_concept - of_empty)
 
 
-def forward_passes(plan: Plan, predictions: int, samplings: int = 1) -> int:
-    """Passes of a whole training without gradient: to half of the sampling steps on average, two a step."""
-    return plan.recipe.steps * plan.recipe.batch_size * (samplings * SAMPLING_STEPS + predictions)
+def training_cost(plan: Plan, ranges: Sequence[tuple[int, int]], predictions: int, trained: int = 1) -> list[StageCost]:
+    """The one stage of a training.
+
+    Args:
+        ranges: `steps` of each sampling of `partly_denoised` in a training step, in which all are equally likely.
+        predictions, trained: Passes forward alone, and forward and backward, of each sample.
+    """
+    denoising = sum(first + end - 1 for first, end in ranges)  # two passes a step, (first + end - 1) / 2 on average
+    samples = plan.recipe.steps * plan.recipe.batch_size
+    return [StageCost(Stage.TRAINING, plan.recipe.steps, samples * (denoising + predictions), samples * trained)]

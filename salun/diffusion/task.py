@@ -24,6 +24,7 @@ from salun.masking.rate import first_order_rate
 from salun.masking.training import Trained, TrainingSettings, linear_decay, train
 from salun.masking.training_state import LossRow, StateFile, read_saved_history
 from salun.progress import Event, Progress, Stage, silent
+from salun.randomness import step_generator
 
 if TYPE_CHECKING:
     from salun.diffusion.context import RunContext
@@ -94,6 +95,10 @@ class ErasureTask:
     def empty(self) -> Conditioning:
         """The empty prompt, (1,)."""
         return self.model.encode([""])
+
+    def generator(self, step: int) -> torch.Generator:
+        """The random numbers of a step (0-based), different ones in each process."""
+        return step_generator(self.plan.options.seed, step * self.processes.count + self.processes.rank)
 
     def encode(self, role: str) -> Conditioning:
         """All prompts of a role: "forget", "anchor" (one for each forget prompt) or "retain"."""

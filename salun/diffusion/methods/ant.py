@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from salun.diffusion.negative_guidance import (
     SAMPLING_STEPS,
     NegativeGuidance,
-    forward_passes,
     negatively_guided,
     original_predictions,
     partly_denoised,
+    training_cost,
 )
 from salun.options import option
-from salun.progress import Stage, StageCost
+from salun.progress import StageCost
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,12 +43,11 @@ def ant(task: ErasureTask, options: AntOptions) -> Unlearned:
     from torch.nn import functional as F
 
     from salun.diffusion.task import Unlearned
-    from salun.randomness import step_generator
 
     model, forget = task.model, task.encode("forget")
 
     def losses(step: int) -> dict[str, Tensor]:
-        generator = step_generator(task.plan.options.seed, step * task.processes.count + task.processes.rank)
+        generator = task.generator(step)
         late = partly_denoised(task, forget, generator, (TURN, SAMPLING_STEPS))
         early = partly_denoised(task, forget, generator, (0, TURN))
         known = [original_predictions(task, sample) for sample in (late, early)]  # before any pass that is trained
@@ -68,6 +67,5 @@ def ant(task: ErasureTask, options: AntOptions) -> Unlearned:
 
 
 def stages(plan: Plan) -> list[StageCost]:
-    """An early and a late sampling for each sample (the early one short), two frozen predictions and two trained."""
-    samples = plan.recipe.steps * plan.recipe.batch_size
-    return [StageCost(Stage.TRAINING, plan.recipe.steps, forward=forward_passes(plan, 4), backward=4 * samples)]
+    """A late and an early sampling, each with two frozen predictions and two trained ones, for each sample."""
+    return training_cost(plan, [(TURN, SAMPLING_STEPS), (0, TURN)], 4, trained=4)

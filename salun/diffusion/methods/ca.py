@@ -26,7 +26,7 @@ class CaOptions(Checked):
 
 
 def ca(task: ErasureTask, options: CaOptions) -> Unlearned:
-    """CA, model-based, eq. 4: MSE(ε_θ(x_t, c_f), sg ε_θ(x_t, c_a)) + λ·MSE(ε_θ(x_t, c_a), ε), x_t of anchor images.
+    """CA, model-based: MSE(ε_θ(x_t, c_f), sg ε_θ(x_t, c_a)) + λ·MSE(ε_θ(x_t, c_a), ε), x_t of anchor images.
 
     sg: without a gradient; of the model in training, not of a frozen copy. Trains the keys and values of
     cross-attention, as the paper does for styles and objects.
@@ -38,7 +38,6 @@ def ca(task: ErasureTask, options: CaOptions) -> Unlearned:
     from torch.nn import functional as F
 
     from salun.diffusion.task import Unlearned
-    from salun.randomness import step_generator
 
     model, data = task.model, task.training_set
     if not task.plan.recipe.anchor_share:
@@ -46,7 +45,7 @@ def ca(task: ErasureTask, options: CaOptions) -> Unlearned:
     n = task.plan.recipe.batch_size // task.processes.count
 
     def losses(step: int) -> dict[str, Tensor]:
-        generator = step_generator(task.plan.options.seed, step * task.processes.count + task.processes.rank)
+        generator = task.generator(step)
         rows = torch.randint(len(data.forget), (n,), generator=generator).to(model.device)
         x_0 = data.anchor_latents[rows]
         t = model.schedule.sample_t(n, generator).to(model.device)

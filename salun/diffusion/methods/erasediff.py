@@ -27,8 +27,8 @@ class EraseDiffOptions(Checked):
 def erasediff(task: ErasureTask, options: EraseDiffOptions) -> Unlearned:
     """EraseDiff: min MSE(ε_θ(x_t, c_r), ε) + λ·(F(θ) − F(φ_K)), F = MSE(ε_θ(x_t, c_f), sg ε_θ(x_t, c_a)).
 
-    φ_K is θ after K steps on F, the lower level. Its F(φ_K) is a constant to the gradient, in the paper's first-order
-    method as in the authors' code, so it changes no step and is not computed: what remains is SalUn's loss with the
+    φ_K is θ after K steps on F, the lower level. In the authors' code F(φ_K) is a constant to the gradient, so it
+    changes no step and is not computed: what remains is SalUn's loss with the
     noise as retain target, the anchor's prediction of the model in training as forget target, and the weight on
     forgetting. Trains all but cross-attention, as the authors do.
     """

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from salun.diffusion.negative_guidance import (
+    SAMPLING_STEPS,
     NegativeGuidance,
-    forward_passes,
     negatively_guided,
     original_predictions,
     partly_denoised,
+    training_cost,
 )
 from salun.options import option
-from salun.progress import Stage, StageCost
+from salun.progress import StageCost
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,12 +43,11 @@ def esd(task: ErasureTask, options: EsdOptions) -> Unlearned:
     from torch.nn import functional as F
 
     from salun.diffusion.task import Unlearned
-    from salun.randomness import step_generator
 
     model, forget = task.model, task.encode("forget")
 
     def losses(step: int) -> dict[str, Tensor]:
-        generator = step_generator(task.plan.options.seed, step * task.processes.count + task.processes.rank)
+        generator = task.generator(step)
         sample = partly_denoised(task, forget, generator, by_original=options.esd_samples == "original")
         target = negatively_guided(*original_predictions(task, sample), options.negative_guidance)
         return {"erase": F.mse_loss(model.predict(sample.x_t, sample.t, sample.prompts), target)}
@@ -58,5 +58,4 @@ def esd(task: ErasureTask, options: EsdOptions) -> Unlearned:
 
 def stages(plan: Plan) -> list[StageCost]:
     """A sampling and two frozen predictions for each sample."""
-    samples = plan.recipe.steps * plan.recipe.batch_size
-    return [StageCost(Stage.TRAINING, plan.recipe.steps, forward=forward_passes(plan, 2), backward=samples)]
+    return training_cost(plan, [(0, SAMPLING_STEPS)], 2)

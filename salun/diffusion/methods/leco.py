@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from salun.diffusion.negative_guidance import (
     SAMPLING_STEPS,
     NegativeGuidance,
-    forward_passes,
     negatively_guided,
     original_predictions,
     partly_denoised,
+    training_cost,
 )
 from salun.options import option
-from salun.progress import Stage, StageCost
+from salun.progress import StageCost
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +39,12 @@ def leco(task: ErasureTask, options: LecoOptions) -> Unlearned:
     """
     from torch.nn import functional as F
 
-    from salun.randomness import step_generator
-
     model, forget = task.model, task.encode("forget")
     change = low_rank(task, options.leco_rank, 1 / options.leco_rank)
 
     def losses(step: int) -> dict[str, Tensor]:
         change.write()
-        generator = step_generator(task.plan.options.seed, step * task.processes.count + task.processes.rank)
+        generator = task.generator(step)
         sample = partly_denoised(task, forget, generator, (1, SAMPLING_STEPS))
         target = negatively_guided(*original_predictions(task, sample), options.negative_guidance)
         return {"erase": change.lead(F.mse_loss(model.predict(sample.x_t, sample.t, sample.prompts), target))}
@@ -59,14 +57,12 @@ def ileco(task: ErasureTask, options: LecoOptions) -> Unlearned:
     import torch
     from torch.nn import functional as F
 
-    from salun.randomness import step_generator
-
     model, forget, anchor = task.model, task.encode("forget"), task.encode("anchor")
     change = low_rank(task, options.leco_rank, 1 / options.leco_rank)
 
     def losses(step: int) -> dict[str, Tensor]:
         change.write()
-        generator = step_generator(task.plan.options.seed, step * task.processes.count + task.processes.rank)
+        generator = task.generator(step)
         sample = partly_denoised(task, forget, generator, (1, SAMPLING_STEPS))
         with torch.no_grad(), task.original_weights():
             target = model.predict(sample.x_t, sample.t, anchor[sample.rows])
@@ -105,5 +101,4 @@ def trained_low_rank(
 
 def stages(plan: Plan) -> list[StageCost]:
     """A sampling and at most two frozen predictions for each sample."""
-    samples = plan.recipe.steps * plan.recipe.batch_size
-    return [StageCost(Stage.TRAINING, plan.recipe.steps, forward=forward_passes(plan, 2), backward=samples)]
+    return training_cost(plan, [(1, SAMPLING_STEPS)], 2)

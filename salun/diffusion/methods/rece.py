@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RECEOptions(Checked):
+class ReceOptions(Checked):
     """The options of RECE."""
 
     rece_rounds: int = option(2, "RECE: rounds after UCE", minimum=1, maximum=100)
@@ -30,7 +30,7 @@ class RECEOptions(Checked):
     )
 
 
-def rece(task: ErasureTask, options: RECEOptions) -> Unlearned:
+def rece(task: ErasureTask, options: ReceOptions) -> Unlearned:
     """RECE: UCE's edit T, then in each round T ← T·T′, T′ UCE's edit of the embeddings c′ that T leaves open.
 
     See `adversarial`. Everything is computed once for all projections, by T with W = W₀T.
@@ -49,7 +49,7 @@ def rece(task: ErasureTask, options: RECEOptions) -> Unlearned:
 
 
 def adversarial(c: Tensor, edit: Tensor, gram: Tensor, length: float) -> Tensor:
-    """RECE, eq. 6: c′ = argmin Σ_W ‖WTc′ − Wc‖² + λ‖c′‖² = (TᵀGT + λI)⁻¹TᵀGc, G = Σ WᵀW over the projections W.
+    """RECE: c′ = argmin Σ_W ‖WTc′ − Wc‖² + λ‖c′‖² = (TᵀGT + λI)⁻¹TᵀGc, G = Σ WᵀW over the projections W.
 
     Args:
         c: The concept's embeddings, float64 (n, in).

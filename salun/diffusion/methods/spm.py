@@ -9,13 +9,13 @@ from salun.diffusion.methods.leco import low_rank, trained_low_rank
 from salun.diffusion.negative_guidance import (
     SAMPLING_STEPS,
     NegativeGuidance,
-    forward_passes,
     negatively_guided,
     original_predictions,
     partly_denoised,
+    training_cost,
 )
 from salun.options import option
-from salun.progress import Stage, StageCost
+from salun.progress import StageCost
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,15 +44,13 @@ def spm(task: ErasureTask, options: SpmOptions) -> Unlearned:
     import torch
     from torch.nn import functional as F
 
-    from salun.randomness import step_generator
-
     model, forget, retain = task.model, task.encode("forget"), task.encode("retain")
     chances = distances(retain, forget)
     change = low_rank(task, 1, 1.0)
 
     def losses(step: int) -> dict[str, Tensor]:
         change.write()
-        generator = step_generator(task.plan.options.seed, step * task.processes.count + task.processes.rank)
+        generator = task.generator(step)
         sample = partly_denoised(task, forget, generator, (1, SAMPLING_STEPS))
         picked = torch.multinomial(chances, len(sample.x_t), replacement=True, generator=generator)
         held = retain[picked.to(model.device)]
@@ -78,5 +76,4 @@ def distances(retain: Conditioning, forget: Conditioning) -> Tensor:
 
 def stages(plan: Plan) -> list[StageCost]:
     """A sampling, three frozen predictions and two trained ones for each sample."""
-    samples = plan.recipe.steps * plan.recipe.batch_size
-    return [StageCost(Stage.TRAINING, plan.recipe.steps, forward=forward_passes(plan, 3), backward=2 * samples)]
+    return training_cost(plan, [(1, SAMPLING_STEPS)], 3, trained=2)
