@@ -39,6 +39,7 @@ class Stage(str, Enum):
     RELEARNING = "relearning"
     CURVATURE = "curvature"
     SEARCHING = "searching"
+    ATTACKING = "attacking"
     SAVING = "saving"
     WRITING = "writing"
     EXPORTING = "exporting"

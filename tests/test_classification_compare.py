@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from salun.attacks.mia import FEATURES
+from salun.classification.attacks.mia import FEATURES
 from salun.classification.compare import compare, jobs_of, variant_of, variants_of
 from salun.classification.experiment import setup_of
 from salun.classification.metrics import COMPARED

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from salun.attacks.relearning import RELEARNING
+from salun.classification.attacks.relearning import relearn, settings
 from salun.classification.curvature import gradient_sum, inverse_fisher_product, squared_gradients
 from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
@@ -548,9 +548,9 @@ def test_dropout_draws_the_same_whatever_was_drawn_before() -> None:
         again = replace(task, model=task.fresh(), options=replace(task.options, train_lr=2.0, relearn=30))
         again.model = nn.Sequential(*again.model.children(), nn.Dropout(0.5))  # type: ignore[arg-type]
         torch.manual_seed(noise)
-        settings = RELEARNING.settings(again.options)
-        assert settings is not None
-        curves.append(RELEARNING.run(SplitPredictions.of(again), settings)["relearning"]["curve"])
+        wanted = settings(again.options)
+        assert wanted is not None
+        curves.append(relearn(SplitPredictions.of(again), wanted)["relearning"]["curve"])
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
     assert curves[0] == curves[1]
     assert len({accuracy for _, accuracy in curves[0]}) > 2  # it learns, so that other draws would show

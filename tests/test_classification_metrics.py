@@ -10,8 +10,8 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from salun.attacks.attack import ATTACKS, attack, requested
-from salun.attacks.mia import called_non_member, features
+from salun.attacks import ATTACKS, requested
+from salun.classification.attacks.mia import called_non_member, features
 from salun.classification.data import ImageData
 from salun.classification.metrics import confusion, evaluate_classifier, gap_to_retrain
 from salun.classification.predictions import Predicted
@@ -140,13 +140,11 @@ def test_gaps_are_absolute_and_averaged_over_four() -> None:
 
 
 def test_requested_attacks_are_those_the_options_ask_for() -> None:
-    assert requested("classifier", UnlearnOptions()) == ["mia"]
+    assert requested(UnlearnOptions()) == ["mia"]
     options = UnlearnOptions(relearn=5, train_lr=0.1)
-    assert requested("classifier", options) == ["mia", "relearning"]
-    assert requested("diffusion", options) == []
-    for name in ATTACKS:
-        made = attack(name)
-        assert made.name == name and isinstance(made.settings(options), made.options)
+    assert requested(options) == ["mia", "relearning"]
+    for attack in ATTACKS["classification"].values():
+        assert isinstance(attack.settings_of(options), attack.options)
 
 
 def test_a_confusion_counts_true_by_predicted() -> None:

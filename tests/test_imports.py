@@ -16,11 +16,13 @@ LAYERS = [
     {"salun.errors", "salun.version", "salun.progress", "salun.display", "salun.untrusted"},
     {"salun.user_text", "salun.options", "salun.images", "salun.files", "salun.compute", "salun.masking.threshold"},
     {
+        "salun.attacks",
         "salun.methods",
         "salun.detectors",
         "salun.image_metrics",
         "salun.diffusion.goal",
         "salun.diffusion.options",
+        "salun.diffusion.attack_options",
         "salun.diffusion.eval_options",
     },
     {"salun.randomness"},
@@ -32,7 +34,7 @@ LAYERS = [
     {"salun.delta.delta", "salun.delta.stock_formats"},
     {"salun.evaluation", "salun.report"},
     {"salun.diffusion.prompts", "salun.diffusion.model"},
-    {"salun.diffusion", "salun.classification", "salun.attacks", "salun.evaluation.detectors.self_classifier"},
+    {"salun.diffusion", "salun.classification", "salun.evaluation.detectors.self_classifier"},
     {"salun.delta", "salun.diagnostics"},
 ]
 HEAVY = {"diffusers", "transformers", "accelerate", "typer", "rich", "gradio", "comfy", "huggingface_hub", "jinja2"}

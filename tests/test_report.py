@@ -166,7 +166,7 @@ def test_a_new_metric_is_measured_and_shown_without_other_changes(monkeypatch: p
 
 
 def test_registries_import_no_torch() -> None:
-    program = "import sys, salun.evaluation.registry, salun.evaluation.detector, salun.attacks.attack"
+    program = "import sys, salun.evaluation.registry, salun.evaluation.detector, salun.attacks"
     subprocess.run(
         [sys.executable, "-c", f"{program}, salun.report.metrics; assert 'torch' not in sys.modules"], check=True
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from salun.attacks.attack import requested
+from salun.attacks import requested
 from salun.classification.data import ImageData, load_data
 from salun.classification.masks import find_mask, layers_of
 from salun.classification.metrics import accuracies, evaluate_classifier, gap_to_retrain
@@ -130,7 +130,7 @@ def open_record(setting: ExperimentSetup) -> RunRecord:
 
 def metrics_of(task: Task) -> dict[str, Any]:
     """The metrics and the attacks that the task's options ask for."""
-    return evaluate_classifier(task, requested("classifier", task.options))
+    return evaluate_classifier(task, requested(task.options))
 
 
 def train(

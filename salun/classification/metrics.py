@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from salun.attacks.attack import attack
+from salun.attacks import ATTACKS
 from salun.classification.predictions import Predicted, SplitPredictions, predict
 from salun.classification.task import Task
 from salun.evaluation.estimate import Estimate
@@ -29,8 +29,8 @@ def evaluate_classifier(task: Task, attacks: Sequence[str] = ("mia",)) -> dict[s
         "TA": Estimate.percentage(target.test.correct).as_json(),
         "confusion": {"forget": confusion(target.forget), "test": confusion(target.test)},
     }
-    for made in map(attack, attacks):
-        metrics |= made.run(target, made.settings(task.options))
+    for attack in (ATTACKS["classification"][name] for name in attacks):
+        metrics |= attack.call(target, attack.settings_of(task.options))
     return metrics
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salun.attacks.mia import FEATURES
+from salun.classification.attacks.mia import FEATURES
 from salun.classification.metrics import COMPARED
 
 LARGEST = 1e15  # of a number: its sums and squares stay finite

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from salun.attacks.mia import called_non_member, features
+from salun.classification.attacks.mia import called_non_member, features
 from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
 from salun.classification.metrics import COMPARED

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from salun.attacks.mia import FEATURES
+from salun.classification.attacks.mia import FEATURES
 from salun.classification.metrics import COMPARED, gap_to_retrain
 from salun.classification.search import is_no_better_than_original
 

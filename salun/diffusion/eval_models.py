@@ -13,7 +13,7 @@ from torch import Tensor
 from salun.checkpoints.locate import find
 from salun.config import read_record
 from salun.delta.delta import Delta
-from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.eval_options import ComparedOptions
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.settings import display_name
@@ -75,7 +75,7 @@ def _facts(name: str, model: DiffusionModel, weights: str | None = None) -> dict
     return {"name": name, "weights": weights or model.base_hash, "parts": model.parts_hash}
 
 
-def compared_models(target: str, options: EvalOptions) -> Compared:
+def compared_models(target: str, options: ComparedOptions) -> Compared:
     """The models of a run folder, or of the names in the options.
 
     Raises:
@@ -105,14 +105,14 @@ def compared_models(target: str, options: EvalOptions) -> Compared:
     return Compared(display_name(target), erased, original, names, _erase_options(options))
 
 
-def _loaded(names: Sequence[str], options: EvalOptions) -> list[Model]:
+def _loaded(names: Sequence[str], options: ComparedOptions) -> list[Model]:
     """The models of these names; `components` are for those that are single files."""
     files = [find(name, options.models_dir)[0].is_file() for name in names]
     without = replace(options, components=None)
     return [load_with(n, options if file or not any(files) else without) for n, file in zip(names, files, strict=True)]
 
 
-def _of_run(folder: Path, options: EvalOptions) -> Compared:
+def _of_run(folder: Path, options: ComparedOptions) -> Compared:
     """The models of a finished run, from its folder alone, which is untrusted input."""
     record = read_finished(folder)
     delta = file_of(record, folder, "delta")
@@ -131,12 +131,12 @@ def _of_run(folder: Path, options: EvalOptions) -> Compared:
     return Compared(folder.resolve().name, model, model, names, used, change, loaded.result_hash)
 
 
-def _erase_options(options: EvalOptions, base: EraseOptions | None = None) -> EraseOptions:
+def _erase_options(options: ComparedOptions, base: EraseOptions | None = None) -> EraseOptions:
     """The options by which prompts are made and images sampled: the given ones, others as in `base`.
 
     The detector is that of `base`, which the given ones replace in the evaluation alone.
     """
-    defaults = EvalOptions()
+    defaults = type(options)()
     shared = {item.name for item in dataclasses.fields(EraseOptions)} & {i.name for i in dataclasses.fields(options)}
     given = {name: getattr(options, name) for name in shared - {"detector"}}
     given = {name: value for name, value in given.items() if value != getattr(defaults, name)}

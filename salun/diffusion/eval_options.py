@@ -13,14 +13,36 @@ SETS = ("synonyms", "compositions", "languages", "neighbors")
 
 
 @dataclass(frozen=True)
-class EvalOptions(ModelOptions):
-    """How to evaluate a model against its original."""
+class ComparedOptions(ModelOptions):
+    """Which model to look at, for which concept, and how its images are sampled."""
 
     against: str | None = option(
         None, "Original model, unless a run folder is evaluated; without it there are rates, but no verdict", path=True
     )
     concept: list[str] = option([], "Concept that the model should have forgotten; repeatable")
     anchor: list[str] = option([], "Anchor of each concept, in order", auto="the preset's")
+    clip: str | None = option(
+        None,
+        "CLIP model of detectors and metrics by CLIP that name none, hub id or folder",
+        auto="openai's ViT-L/14",
+        path=True,
+    )
+    seed: int = option(1, "Random seed", minimum=0, maximum=2**63 - 1)
+    show_sensitive: bool = option(False, "Do not blur images of sensitive concepts in the report")
+    sampling_steps: int | None = option(None, "Sampler steps", auto="the model's", minimum=1, maximum=1000)
+    sampling_guidance: float | None = option(None, "Guidance scale", auto="the model's", minimum=0, maximum=100)
+    sampler: str | None = option(None, "Sampler", auto="the model's DPM-Solver, else dpm++2m", choices=SAMPLERS)
+    resolution: int | None = option(None, "Side length in pixels", auto="the model's", minimum=8, maximum=4096)
+    negative_prompt: str | None = option(None, "Negative prompt", auto="the empty prompt")
+    clip_skip: int | None = option(
+        None, "CLIP skip, counted from the last layer", auto="the model's", minimum=1, maximum=12
+    )
+
+
+@dataclass(frozen=True)
+class EvalOptions(ComparedOptions):
+    """How to evaluate a model against its original."""
+
     detector: list[str] = option(
         [],
         f"Detector ({', '.join(DETECTORS)}), with an argument after a colon where it takes one; repeatable",
@@ -30,12 +52,6 @@ class EvalOptions(ModelOptions):
         [],
         f"Further metric of the images ({', '.join(IMAGE_METRICS)}); fid, kid and cmmd take a folder of real images "
         "after a colon; repeatable",
-    )
-    clip: str | None = option(
-        None,
-        "CLIP model of detectors and metrics by CLIP that name none, hub id or folder",
-        auto="openai's ViT-L/14",
-        path=True,
     )
     prompts: list[str] = option(
         [],
@@ -59,17 +75,7 @@ class EvalOptions(ModelOptions):
         minimum=2,
         maximum=1_000_000,
     )
-    seed: int = option(1, "Random seed", minimum=0, maximum=2**63 - 1)
     keep_images: bool = option(False, "Write every image")
-    show_sensitive: bool = option(False, "Do not blur images of sensitive concepts in the report")
-    sampling_steps: int | None = option(None, "Sampler steps", auto="the model's", minimum=1, maximum=1000)
-    sampling_guidance: float | None = option(None, "Guidance scale", auto="the model's", minimum=0, maximum=100)
-    sampler: str | None = option(None, "Sampler", auto="the model's DPM-Solver, else dpm++2m", choices=SAMPLERS)
-    resolution: int | None = option(None, "Side length in pixels", auto="the model's", minimum=8, maximum=4096)
-    negative_prompt: str | None = option(None, "Negative prompt", auto="the empty prompt")
-    clip_skip: int | None = option(
-        None, "CLIP skip, counted from the last layer", auto="the model's", minimum=1, maximum=12
-    )
 
 
 GROUPS = {

@@ -58,6 +58,7 @@ class Draw:
         t: int64 (2b,).
         prompts: Conditionings of the trained model, (2b,).
         targets: Conditionings of the frozen model, (2b,): the anchor for forget samples, else the same prompt.
+        picked: Which of the forget samples, int64 (b,), on the CPU.
     """
 
     x_0: Tensor
@@ -65,6 +66,7 @@ class Draw:
     t: Tensor
     prompts: Conditioning
     targets: Conditioning
+    picked: Tensor
 
     def shard(self, rank: int, count: int) -> Draw:
         """The rows of one of several processes: every count-th forget and retain sample, from sample `rank` on."""
@@ -72,7 +74,8 @@ class Draw:
             return self
         half = len(self.x_0) // 2
         rows = torch.cat([torch.arange(rank, half, count), half + torch.arange(rank, half, count)]).to(self.x_0.device)
-        return Draw(self.x_0[rows], self.noise[rows], self.t[rows], self.prompts[rows], self.targets[rows])
+        picked = self.picked[torch.arange(rank, half, count)]
+        return Draw(self.x_0[rows], self.noise[rows], self.t[rows], self.prompts[rows], self.targets[rows], picked)
 
 
 def saliency_losses(
@@ -137,14 +140,14 @@ def draw(
     else:
         keep = torch.multinomial(torch.tensor(retain_frequencies), batch_size, replacement=True, generator=generator)
     emptied = torch.rand(batch_size, generator=generator) < EMPTY_PROMPT_FRACTION
+    picked = pick
     pick, from_anchor, keep, emptied = (v.to(device) for v in (pick, from_anchor, keep, emptied))
     forget_x = torch.where(from_anchor.view(-1, 1, 1, 1), data.anchor_latents[pick], data.forget_latents[pick])
     x_0 = torch.cat([forget_x, data.retain_latents[keep]])
     t, noise = _noise(denoiser, x_0, generator)
     retain = Conditioning.cat([data.retain, data.empty])[torch.where(emptied, len(data.retain), keep)]
-    return Draw(
-        x_0, noise, t, Conditioning.cat([data.forget[pick], retain]), Conditioning.cat([data.anchor[pick], retain])
-    )
+    prompts, targets = (Conditioning.cat([of[pick], retain]) for of in (data.forget, data.anchor))
+    return Draw(x_0, noise, t, prompts, targets, picked)
 
 
 def training_losses(

@@ -101,6 +101,16 @@ class EraseOptions(ModelOptions):
         maximum=100,
         expert=True,
     )
+    harden: int = option(
+        0,
+        "Adversarial embeddings of each concept that are learned against the model in training, so that none brings the "
+        "concept back (0: none; 8 takes about twice the time)",
+        minimum=0,
+        maximum=1024,
+    )
+    harden_weight: float = option(
+        0.3, "Weight of the loss on adversarial embeddings", minimum=0, maximum=1000, expert=True
+    )
     retain_target: str | None = option(
         None,
         "Retain target: the prediction of the frozen original model, or the noise",
@@ -241,6 +251,7 @@ GROUPS = {  # title → options, in the order in which hosts show them
     "Mask": ("mask", "density", "combine", "scope", "method", "guidance"),
     "Training": (
         "until", "steps", "batch_size", "lr", "lr_decay", "retain_weight", "target", "target_guidance",
+        "harden", "harden_weight",
         "retain_target", "anchor_share", "optimizer", "recipe",
     ),
     "Other methods": option_names("diffusion"),

@@ -161,11 +161,12 @@ class Plan:
             return made
         steps, samples = self.recipe.steps, self.recipe.steps * self.recipe.batch_size * 2
         ahead = samples * 3 // 2 if self.options.target_guidance else samples if self.needs_frozen else 0
+        pool = self.recipe.steps * self.recipe.batch_size * 2 if self.options.harden else 0
         if self.goal is not None:  # the recipe's steps are as good a guess as any; frozen targets are made on the way
             probing = PROBED * len(self.concepts) * self.sampling.passes // 2
-            return [StageCost(Stage.TRAINING, steps, forward=ahead + probing, backward=samples)]
+            return [StageCost(Stage.TRAINING, steps, forward=ahead + probing, backward=samples + pool)]
         frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=ahead)] if ahead else []
-        return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples)]
+        return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples + pool)]
 
 
 ConceptSpec = Concept | str | Sequence[Concept | str]
@@ -192,6 +193,8 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     few_steps = hint(settings.few_steps, settings.sampling, *chosen)
     names = [item.name for item in dataclasses.fields(Recipe) if hasattr(options, item.name)]
     recipe = replace(recipe, **{n: getattr(options, n) for n in names if getattr(options, n) is not None})
+    if options.harden and recipe.target != "frozen":
+        raise ConfigError("needs the frozen target", option="harden", advice="Use {target} frozen")
     if options.target_guidance and recipe.target != "frozen":
         raise ConfigError("needs the frozen target", option="target_guidance", advice="Use {target} frozen")
     return Plan(

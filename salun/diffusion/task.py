@@ -22,7 +22,7 @@ from salun.masking.mask import Mask
 from salun.masking.optimizers import adam
 from salun.masking.rate import first_order_rate
 from salun.masking.training import Trained, TrainingSettings, linear_decay, train
-from salun.masking.training_state import LossRow, StateFile, read_saved_history
+from salun.masking.training_state import Alongside, LossRow, StateFile, read_saved_history
 from salun.progress import Event, Progress, Stage, silent
 from salun.randomness import step_generator
 
@@ -122,6 +122,7 @@ class ErasureTask:
         weights: Mapping[str, float] | None = None,
         soft_density: float | None = None,
         parameters: Mapping[str, nn.Parameter] | None = None,
+        alongside: Alongside | None = None,
     ) -> Trained:
         """Minimize losses over the mask with Adam, by the plan's numbers.
 
@@ -130,6 +131,7 @@ class ErasureTask:
             weights: Factor of a loss in their sum; 1 for those not named.
             soft_density: SalUn-soft's target.
             parameters: What to train whole in place of the model's masked weights.
+            alongside: What the losses change besides, to be saved and resumed with the weights.
         """
         options, recipe = self.plan.options, self.plan.recipe
         settings = TrainingSettings(
@@ -140,7 +142,9 @@ class ErasureTask:
             soft_density,
             cpu_offload=options.low_vram,
         )
-        state = StateFile(self.state, self.fingerprint, options.save_every) if self.state is not None else None
+        state = (
+            StateFile(self.state, self.fingerprint, options.save_every, alongside) if self.state is not None else None
+        )
         if self.until is not None and self.until.lr is None:
             self.until.lr = self._measured_rate(losses)
         trained = train(

@@ -6,9 +6,12 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from salun.checkpoints import safetensors_io
 from salun.errors import ModelError, TrainingError
@@ -18,6 +21,17 @@ logger = logging.getLogger("salun")
 LossRow = dict[str, float]
 """{"step": 1, "forget": 0.5, …}: the position of a row (a step or an epoch, from 1) and its losses by name."""
 AGAIN = "Delete it to start from the first step"
+ALONGSIDE = "alongside: "  # before names of tensors that are not the optimizer's
+
+
+class Alongside(Protocol):
+    """Something that the losses change at each step, and that a resumed training needs as it was."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from them; they may be untrusted input. Raises TrainingError for those of something else."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +43,13 @@ class StateFile:
         fingerprint: What a saved state must carry to be resumed.
         save_every: Seconds between saves; more where saving itself takes long, so that it costs at most a tenth of the
             time. 0 saves after every step.
+        alongside: What is saved and resumed with the weights; None for nothing.
     """
 
     path: Path
     fingerprint: str = ""
     save_every: float = 60.0
+    alongside: Alongside | None = None
 
     def load(self, optimizer: MaskedOptimizer, steps: int, largest_scale: float) -> tuple[list[LossRow], float]:
         """Hand the saved tensors to the optimizer; returns the history and the loss scale.
@@ -53,14 +69,23 @@ class StateFile:
                 f"the saved state {self.path} has a loss scale that is not a power of 2 from 1 to {largest_scale:g}",
                 advice=AGAIN,
             )
-        optimizer.check_state({name: (safetensors_io.DTYPES[e.dtype], e.shape) for name, e in header.entries.items()})
-        optimizer.load_state(dict(safetensors_io.tensors(self.path)), len(history))
+        others = [name for name in header.entries if name.startswith(ALONGSIDE)]
+        if bool(others) != (self.alongside is not None):
+            raise TrainingError(f"the saved state {self.path} is of another kind of training", advice=AGAIN)
+        mine = {name: entry for name, entry in header.entries.items() if name not in others}
+        optimizer.check_state({name: (safetensors_io.DTYPES[e.dtype], e.shape) for name, e in mine.items()})
+        optimizer.load_state(dict(safetensors_io.tensors(self.path, mine)), len(history))
+        if self.alongside is not None:
+            tensors = dict(safetensors_io.tensors(self.path, others))
+            self.alongside.load_state({name.removeprefix(ALONGSIDE): tensor for name, tensor in tensors.items()})
         return history, scale
 
     def save(self, optimizer: MaskedOptimizer, history: list[LossRow], scale: float) -> None:
         """Write the state. Raises ModelError if the disk is full."""
         metadata = {"history": json.dumps(history), "scale": str(scale), "fingerprint": self.fingerprint}
-        safetensors_io.write(self.path, {name: t.detach().cpu() for name, t in optimizer.state().items()}, metadata)
+        more = self.alongside.state() if self.alongside is not None else {}
+        tensors = {**optimizer.state(), **{f"{ALONGSIDE}{name}": tensor for name, tensor in more.items()}}
+        safetensors_io.write(self.path, {name: t.detach().cpu() for name, t in tensors.items()}, metadata)
 
 
 class Checkpointer:

@@ -22,7 +22,7 @@ from salun.runs.cache import Cache, digest_of, key_of
 
 def item_seed(seed: int, role: str, index: int) -> int:
     """The seed of one sample: runs with the same seed and role share samples, whatever their number."""
-    salt = {"forget": 1, "anchor": 2, "retain": 3, "eval": 4, "sample": 5, "probe": 6}[role]
+    salt = {"forget": 1, "anchor": 2, "retain": 3, "eval": 4, "sample": 5, "probe": 6, "attack": 7}[role]
     return (seed * 1_000_003 + salt * 100_000_007 + index) % (1 << 63)
 
 
@@ -75,6 +75,28 @@ def sample_latents(
         progress(Event(stage, min(start + size, len(prompts)), len(prompts)))
     shapes = [(min(size, len(prompts) - start), *model.latent_shape) for start in starts]
     parts = processes.gather(done, shapes, model.device)
+    return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
+
+
+@torch.no_grad()
+def sample_conditionings(
+    model: DiffusionModel,
+    conditioning: Conditioning,
+    seeds: Sequence[int],
+    progress: Progress = silent,
+    stage: Stage = Stage.SAMPLING,
+) -> Tensor:
+    """As `sample_latents`, of conditionings (n,), which need not come from prompts."""
+    empty = model.encode([model.settings.sampling.negative_prompt])
+    size, parts = batch_size_of(model), []
+    for start in range(0, len(seeds), size):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + size]]
+        batch = conditioning[slice(start, start + size)]
+
+        def on_step(start: int = start) -> None:
+            progress(Event(stage, start, len(seeds)))
+
+        parts.append(model.denoise(noise_of(model, generators), batch, empty, on_step, generators))
     return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from salun.diffusion.harden import Pool
 from salun.diffusion.losses import Draw, draw, frozen_predictions, training_losses
 from salun.diffusion.output import changed_entries, mask_of_changed
 from salun.diffusion.task import ErasureTask, Unlearned
@@ -13,20 +14,23 @@ from salun.progress import Event, Stage
 
 def salun(task: ErasureTask, options: NoOptions) -> Unlearned:
     """SalUn, eq. 5: min over m⊙θ of MSE(ε_θ(x_t, c_f), ε_θ₀(x_t, c_a)) + α·L_r, m the saliency mask of eq. 3 and 4."""
-    trained = task.train(_Losses(task), _weights(task))
+    losses = _Losses(task)
+    trained = task.train(losses, _weights(task), alongside=losses.pool)
     return Unlearned(task.mask, trained.masters, trained.history)
 
 
 def salun_soft(task: ErasureTask, options: NoOptions) -> Unlearned:
     """SalUn-soft, appendix B: no mask; Δ = θ − θ₀ is soft-thresholded after each step, down to `density`."""
-    trained = task.train(_Losses(task), _weights(task), soft_density=task.plan.options.density)
+    losses = _Losses(task)
+    density = task.plan.options.density
+    trained = task.train(losses, _weights(task), soft_density=density, alongside=losses.pool)
     original = task.model.original()
     mask = mask_of_changed({name: original[name] for name in task.parameters}, trained.masters)
     return Unlearned(mask, changed_entries(trained.masters, mask), trained.history)
 
 
 def _weights(task: ErasureTask) -> dict[str, float]:
-    return {"retain": task.plan.recipe.retain_weight}
+    return {"retain": task.plan.recipe.retain_weight, "adversarial": task.plan.options.harden_weight}
 
 
 class _Losses:
@@ -36,6 +40,7 @@ class _Losses:
 
     def __init__(self, task: ErasureTask) -> None:
         self._task, self._targets = task, dict[int, Tensor]()
+        self.pool = Pool(task, task.plan.options.harden) if task.plan.options.harden else None
         if task.until is None:
             self._look_ahead(task.steps_done, task.plan.budget)
 
@@ -59,8 +64,13 @@ class _Losses:
         targets = self._targets[step].to(task.model.device) if self._targets else None
         if task.until is None:
             self._targets.pop(step - 1, None)  # this step's stay, in case it is repeated with another loss scale
-        forget, retain = training_losses(task.model, self._batch(step), targets, recipe.target, recipe.retain_target)
-        return {"forget": forget, "retain": retain}
+        batch = self._batch(step)
+        losses = {}
+        if self.pool is not None:  # first, since it takes a gradient of its own
+            assert targets is not None
+            losses["adversarial"] = self.pool.loss(step, batch, targets[: len(batch.picked)])
+        forget, retain = training_losses(task.model, batch, targets, recipe.target, recipe.retain_target)
+        return {"forget": forget, "retain": retain, **losses}
 
     def _batch(self, step: int) -> Draw:
         task, recipe = self._task, self._task.plan.recipe

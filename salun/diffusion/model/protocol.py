@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -97,6 +97,36 @@ class Denoiser(Protocol):
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output, float32 like x_t (n, c, h, w); t: int64 (n,)."""
+
+
+@runtime_checkable
+class TokenEncoder(Protocol):
+    """What a model has whose prompts can be given as tokens, and as vectors in place of tokens."""
+
+    @property
+    def token_embeddings(self) -> list[Tensor]:
+        """The embedding of every token in each text encoder, (V, d) each."""
+
+    @property
+    def searchable_tokens(self) -> list[int]:
+        """All tokens that a text can have."""
+
+    def tokens(self, prompt: str) -> list[int]:
+        """A prompt's tokens, without the marks at both ends."""
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens."""
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """Context manager: faster, for many calls of `encode_tokens`."""
+
+    def encode_tokens(self, rows: Sequence[Sequence[int]], vectors: Sequence[Tensor] = ()) -> Conditioning:
+        """Encode prompts (n,) given as tokens, which are cut at the encoder's length.
+
+        Args:
+            rows: The tokens of each prompt; −1 − j is the vector of index j.
+            vectors: Of each text encoder, float (m, d). The result has a graph to them.
+        """
 
 
 class DiffusionModel(Denoiser, Protocol):

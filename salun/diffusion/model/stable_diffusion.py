@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,18 +103,29 @@ class Model(SampledSizes):
 
     def _encode(self, prompts: list[str], chunks: int) -> Conditioning:
         """Prompts of as many chunks each: the chunks' encodings one after the other, pooled text of the first."""
-        hidden, pooled = [], None
-        for known, tokenizer, encoder in zip(self.family.text, self.tokenizers, self.text_encoders, strict=True):
+        plain = {"add_special_tokens": False, "truncation": False, "verbose": False}
+        ids = [[tokenizer(prompt, **plain).input_ids for prompt in prompts] for tokenizer in self.tokenizers]
+        return self._encode_ids(ids, chunks)
+
+    def _encode_ids(
+        self, ids: Sequence[Sequence[Sequence[int]]], chunks: int, vectors: Sequence[Tensor] = ()
+    ) -> Conditioning:
+        """As `_encode`, of the tokens of each prompt in each tokenizer; see `encode_tokens` for `vectors`."""
+        hidden, pooled, n = [], None, len(ids[0])
+        for i, (known, tokenizer, encoder) in enumerate(
+            zip(self.family.text, self.tokenizers, self.text_encoders, strict=True)
+        ):
             size = tokenizer.model_max_length - 2
             rows = []
-            for prompt in prompts:
-                ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+            for prompt in ids[i]:
                 for start in range(0, chunks * size, size):
-                    chunk = [tokenizer.bos_token_id, *ids[start : start + size], tokenizer.eos_token_id]
+                    chunk = [tokenizer.bos_token_id, *prompt[start : start + size], tokenizer.eos_token_id]
                     rows.append(chunk + [tokenizer.pad_token_id] * (size + 2 - len(chunk)))
-            output = encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
+            tokens = torch.tensor(rows, device=self.device)
+            with vectors_at(encoder, tokens, vectors[i]) if vectors else nullcontext():
+                output = encoder(tokens.clamp(min=0), output_hidden_states=True)
             layer = self._layer(encoder, output)
-            hidden.append(layer.reshape(len(prompts), chunks * (size + 2), -1))
+            hidden.append(layer.reshape(n, chunks * (size + 2), -1))
             if known.pooled:
                 pooled = output[0][::chunks]
         joined = torch.cat(hidden, dim=-1).to(self.dtype)
@@ -122,8 +133,41 @@ class Model(SampledSizes):
             return Conditioning(joined)
         height, width = self.image_size
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype, device=self.device)
-        extra = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes.expand(len(prompts), -1)}
+        extra = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes.expand(n, -1)}
         return Conditioning(joined, extra)
+
+    # -- TokenEncoder ----------------------------------------------------------------------------------------------
+
+    @property
+    def token_embeddings(self) -> list[Tensor]:
+        """The embedding of every token in each text encoder, (V, d) each."""
+        return [encoder.get_input_embeddings().weight.detach() for encoder in self.text_encoders]
+
+    def tokens(self, prompt: str) -> list[int]:
+        """A prompt's tokens, without the marks at both ends."""
+        ids = self.tokenizers[0](prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return list(ids)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, as people read it."""
+        return str(self.tokenizers[0].decode(list(tokens))).strip()
+
+    @property
+    def searchable_tokens(self) -> list[int]:
+        """All tokens that a text can have: those without the marks of ends and padding."""
+        marks = {id for tokenizer in self.tokenizers for id in tokenizer.all_special_ids}
+        return [id for id in range(len(self.token_embeddings[0])) if id not in marks]
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """Context manager: the text encoders stay on the device."""
+        return self.on_device(*self.text_encoders)
+
+    def encode_tokens(self, rows: Sequence[Sequence[int]], vectors: Sequence[Tensor] = ()) -> Conditioning:
+        """Encode prompts given as tokens, with a graph to `vectors`; see `TokenEncoder`."""
+        longest = min(tokenizer.model_max_length for tokenizer in self.tokenizers) - 2
+        cut = [list(row)[:longest] for row in rows]
+        with self.on_device(*self.text_encoders):
+            return self._encode_ids([cut] * len(self.tokenizers), 1, vectors)
 
     def _layer(self, encoder: Any, output: Any) -> Tensor:
         """The encoder layer that conditions the UNet."""
@@ -278,6 +322,21 @@ class Model(SampledSizes):
         for name in tensors:
             named[name].copy_(tensors[name])
         self.altered = tensors is not self.stored
+
+
+@contextmanager
+def vectors_at(encoder: Any, tokens: Tensor, vectors: Tensor) -> Iterator[None]:
+    """Context manager: the encoder takes `vectors[j]` (m, d) as the embedding of a token −1 − j in `tokens` (n, k)."""
+
+    def put(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        given = vectors.to(output.device, output.dtype)[(-1 - tokens).clamp(min=0)]
+        return torch.where(tokens[..., None] < 0, given, output)
+
+    handle = encoder.get_input_embeddings().register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _multiple(unet: Any) -> int:

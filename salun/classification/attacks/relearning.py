@@ -7,7 +7,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from salun.attacks.attack import Attack
 from salun.classification.options import TaskOptions
 from salun.classification.predictions import SplitPredictions, predict
 from salun.classification.task import cross_entropy, forget_batches, minimize
@@ -84,6 +83,3 @@ def relearn(target: SplitPredictions, options: RelearningOptions) -> dict[str, A
     if curve[-1][1] < KNOWN:
         return result(None, f"not within {options.steps} steps")
     return result(curve[-1][0], None)
-
-
-RELEARNING = Attack("relearning", "Relearning", "arXiv:1911.04933", "classifier", RelearningOptions, settings, relearn)

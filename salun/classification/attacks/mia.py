@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from salun.attacks.attack import Attack
 from salun.classification.options import TaskOptions
 from salun.classification.predictions import Predicted, SplitPredictions
 from salun.errors import DataError
@@ -87,8 +86,3 @@ def infer_membership(target: SplitPredictions, options: MiaOptions) -> dict[str,
         for name in FEATURES
     }
     return {"MIA": values[options.feature], "mia_features": values}
-
-
-MIA = Attack(
-    "mia", "Membership inference (MIA)", "arXiv:2003.10595", "classifier", MiaOptions, settings, infer_membership
-)

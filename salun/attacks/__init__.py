@@ -1,1 +1,0 @@
-"""Attempts to bring back what was unlearned, one module each; `salun.attacks.attack.ATTACKS` lists them."""

@@ -1,0 +1,1 @@
+"""Attempts to bring an erased concept back, one module each; `salun.attacks.ATTACKS` lists them."""

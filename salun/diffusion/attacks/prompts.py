@@ -1,0 +1,61 @@
+"""Prompts of a file: those that an attack made on this or another model, or any list of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from salun.options import NoOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.model.protocol import Conditioning
+
+
+def prompts(task: AttackTask, options: NoOptions) -> AttackResult:
+    """Sample each prompt of the file once, with its own seed if it has one; `facts` has the rate of each attack."""
+    from salun.diffusion.attacks.task import AttackResult
+
+    path = Path(task.argument).expanduser()
+    if path.suffix.lower() == ".safetensors":
+        conditioning, seeds, labels = _made(task, path)
+    else:
+        conditioning, seeds, labels = _listed(task, path)
+    latents, shown = task.attempt(conditioning, seeds)
+    task.report(1, 1)
+    facts = {"asr_by_attack": _rates(labels, shown)} if any(labels) else {}
+    return AttackResult(shown, latents, 1, task.passes, facts=facts)
+
+
+def _made(task: AttackTask, path: Path) -> tuple[Conditioning, list[int], list[str]]:
+    """(conditionings, seeds, the attack that made each) of a file that `salun attack` wrote."""
+    from salun.diffusion.attacks.adversarial import encoded, read_adversarial
+    from salun.diffusion.model.protocol import Conditioning
+
+    parts, seeds, labels = [], list[int](), list[str]()
+    for name, made in read_adversarial(path):
+        parts.append(encoded(task, made, path))
+        seeds += made.seeds
+        labels += [name] * len(made.seeds)
+    return Conditioning.cat(parts), seeds, labels
+
+
+def _listed(task: AttackTask, path: Path) -> tuple[Conditioning, list[int], list[str]]:
+    """Likewise of a list of prompts."""
+    from salun.diffusion.data.latents import item_seed
+    from salun.diffusion.prompts.prompt_file import read_prompts
+
+    rows = read_prompts(path).rows
+    seeds = [item_seed(task.seed, "attack", i) if row.seed is None else row.seed for i, row in enumerate(rows)]
+    return task.encode([row.text for row in rows]), seeds, [""] * len(rows)
+
+
+def _rates(labels: list[str], shown: np.ndarray) -> dict[str, float]:
+    """Attack → percentage of its prompts that brought the concept back."""
+    return {
+        name: 100 * sum(bool(hit) for label, hit in zip(labels, shown, strict=True) if label == name)
+        / labels.count(name)
+        for name in dict.fromkeys(labels)
+    }  # fmt: skip
