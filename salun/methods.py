@@ -42,6 +42,7 @@ class Method:
         factors: What the search multiplies it by in its first round, rising.
         stronger, weaker: What to try, options in braces, where a diffusion method erased too little, or did damage.
         goal: Whether a diffusion method can be trained towards a goal, of `until`, and does by default.
+        hardens: Whether a diffusion method's training takes adversarial embeddings, of the option `harden`.
         paper_recipe: Numbers of a diffusion method's paper, for `recipe` paper; empty where it has none for SD.
     """
 
@@ -61,6 +62,7 @@ class Method:
     stronger: str = "Raise {steps} or {lr}"
     weaker: str = "Lower {lr} or {steps}, or raise {retain_weight}"
     goal: Literal["default", "able", "none"] = "none"
+    hardens: bool = False
     paper_recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -150,10 +152,11 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                resolve=f"{_IN}.fisher:resolve_ssd", tunes="ssd_alpha", factors=(0.3, 0.5, 0.7, 1, 1.4, 1.9)),
     ),
     "diffusion": _registry(
-        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default"),
-        Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned"),
+        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default", hardens=True),
+        Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned",
+               hardens=True),
         Method("finetune", "Fine-tuning", "SalUn's loss without a mask", _D, f"{_ERASE}.salun:salun", "full",
-               goal="able"),
+               goal="able", hardens=True),
         Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
                "full", f"{_ERASE}.esd:EsdOptions", defaults={"scope": "xattn"}, data="prompts",
                stages=f"{_ERASE}.esd:stages", goal="able",

@@ -62,7 +62,9 @@ def test_a_goal_is_read_and_written() -> None:
     assert Goal.parse("ua >= 0.9") == Goal(0.9, Goal().retain_drift)
     assert Goal.parse(str(GOAL)) == GOAL and Goal.parse("") == Goal()
     for wrong in ("ua<=0.9", "ua>=90", "speed>=1", "ua>=nan", "ua>=0.9 retain_drift<=1"):
-        with pytest.raises(ConfigError, match=r"until has .* but takes ua>=FRACTION and retain_drift<=FRACTION"):
+        with pytest.raises(
+            ConfigError, match=r"until has .* but takes ua>=FRACTION, retain_drift<=FRACTION and asr<=FRACTION"
+        ):
             Goal.parse(wrong)
 
 

@@ -81,7 +81,7 @@ class AttackOptions(ComparedOptions):
 
 def attack_of(text: str, budget: str = "small") -> ChosenAttack:
     """The attack that ATTACK[:ARGUMENT][+OPTION=VALUE+…] names. Raises ConfigError for anything else."""
-    named, *parts = re.split(r"\+(?=[a-z_-]+=)", text.strip())
+    named, *parts = re.split(rf"\+(?={_names(text)}=)", text.strip())
     attack, argument = entry_of(named, ATTACKS["diffusion"], "attack")
     if not attack.default and not argument:
         raise ConfigError(
@@ -99,6 +99,14 @@ def attack_of(text: str, budget: str = "small") -> ChosenAttack:
     if values and attack.options is NoOptions:
         raise ConfigError(f"has {text[:60]!r}, but {attack.name} has no options", option="attack")
     return ChosenAttack(text.strip(), attack, argument, from_mapping(attack.options, values, f"attack {text[:60]}"))
+
+
+def _names(text: str) -> str:
+    """A regular expression of the options that an attack may be followed by: after an argument, only those it has."""
+    attack = ATTACKS["diffusion"].get(text.strip().partition(":")[0])
+    if attack is None or not attack.argument:
+        return "[a-z_-]+"
+    return "(?:" + "|".join(item.name.replace("_", "[_-]") for item in fields(attack.options)) + ")"
 
 
 GROUPS = {

@@ -1,4 +1,4 @@
-"""The files of an attack: `attack.json`, `attack.html`, and `adversarial.safetensors`, to be replayed on other models."""
+"""The files of an attack: `attack.json`, `attack.html`, and `adversarial.safetensors` to replay on other models."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def attack_page(report: AttackReport, data: Mapping[str, Any]) -> Report:
 
 def _files(data: Mapping[str, Any]) -> Section:
     links = [("attack.json", "attack.json", "everything on this page, as data")]
-    how = "the prompts and embeddings that attacks made: salun attack OTHER-MODEL --attack prompts:adversarial.safetensors"
+    how = "prompts and embeddings that attacks made, for other models: --attack prompts:adversarial.safetensors"
     links.append(("adversarial.safetensors", "adversarial.safetensors", how))
     return Section("Files", links=links)
 

@@ -18,6 +18,7 @@ WRECKED = 0.5  # a drift from which on training begins again: half of that of un
 FASTER, MOST = 3.0, 27.0  # by which the rate rises while UA does not move, and at most in all
 SLOWER, BACK = 0.5, 0.25  # by which it falls where other images drift too far, and where the model is wrecked
 GUIDED, FARTHEST = 0.25, 0.75  # by which the target's guidance η rises where the anchor is not enough; at most in all
+HARDEST, UNSETTLED = 1.5, 2.0  # at most, where attacks succeed; drift at a constant rate, in times of that at the end
 PAIR, STUCK, MOVED = 2, 4, 0.05  # probes that are compared; those without progress; what progress is, a fraction
 UNMOVED = 0.1  # UA up to which the rate is too low, rather than the anchor not enough
 SETTLING = 3  # probe intervals, at least, over which the rate falls to 0
@@ -32,21 +33,23 @@ class Goal:
     Args:
         ua: Fraction of images of the concept's prompts without the concept, at least.
         retain_drift: See `Probed`, at most.
+        asr: Likewise, at most; None where the training is not hardened against attacks.
     """
 
     ua: float = 0.98
     retain_drift: float = 0.02
+    asr: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> Goal:
         """The goal that a text names; what it does not name has its default. Raises ConfigError."""
         values: dict[str, float] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
-            match = re.fullmatch(r"(ua)\s*>=\s*(\S+)|(retain_drift)\s*<=\s*(\S+)", part)
+            match = re.fullmatch(r"(ua)\s*>=\s*(\S+)|(retain_drift|asr)\s*<=\s*(\S+)", part)
             number = _fraction(match[2] or match[4]) if match is not None else None
             if match is None or number is None:
                 raise ConfigError(
-                    f"has {part[:60]!r}, but takes ua>=FRACTION and retain_drift<=FRACTION, from 0 to 1",
+                    f"has {part[:60]!r}, but takes ua>=FRACTION, retain_drift<=FRACTION and asr<=FRACTION, from 0 to 1",
                     option="until",
                     advice=f'Use {{until}} "{cls()}"',
                 )
@@ -54,7 +57,8 @@ class Goal:
         return cls(**values)
 
     def __str__(self) -> str:
-        return f"ua>={self.ua:g}, retain_drift<={self.retain_drift:g}"
+        attacked = f", asr<={self.asr:g}" if self.asr is not None else ""
+        return f"ua>={self.ua:g}, retain_drift<={self.retain_drift:g}{attacked}"
 
 
 def _fraction(text: str) -> float | None:
@@ -90,17 +94,21 @@ class Probed:
         drift: Of images of held-out retain prompts at equal seeds, as the metric `image_drift`: 1 is that of unrelated
             images. None where it was not measured.
         strength: s of the weights θ₀ + s·(θ − θ₀) that it looked at.
+        asr: Fraction of images with adversarial embeddings of the training in place of the concept that show it,
+            corrected like UA. None where that was not measured.
     """
 
     step: int
     concepts: tuple[Seen, ...]
     drift: float | None = None
     strength: float = 1.0
+    asr: float | None = None
 
     def __str__(self) -> str:
         strength = f" at {100 * self.strength:.0f} % of the change" if self.strength < 1 else ""
         drift = f", drift {self.drift:.4f}" if self.drift is not None else ""
-        return f"UA {100 * self.ua:.1f} % on {self.n} held-out images{drift}{strength}"
+        attacked = f", under attack {100 * self.asr:.1f} % show the concept" if self.asr is not None else ""
+        return f"UA {100 * self.ua:.1f} % on {self.n} held-out images{attacked}{drift}{strength}"
 
     @property
     def ua(self) -> float:
@@ -127,15 +135,24 @@ class Probed:
         """Whether little is left of other images."""
         return self.drift is not None and self.drift >= WRECKED
 
+    def withstands(self, goal: Goal) -> bool:
+        """Whether attacks fail as often as the goal wants."""
+        return goal.asr is None or (self.asr is not None and self.asr <= goal.asr)
+
+    def erased(self, goal: Goal) -> bool:
+        """Whether the concept is gone as the goal wants, whatever became of other images."""
+        return self.sure and self.withstands(goal)
+
     def reaches(self, goal: Goal) -> bool:
         """Whether it meets the goal."""
-        return self.sure and self.drift is not None and self.drift <= goal.retain_drift
+        return self.erased(goal) and self.drift is not None and self.drift <= goal.retain_drift
 
     def as_row(self) -> dict[str, float]:
         """As part of a row of the training's history."""
         row = {f"{PREFIX}{key} {i}": float(getattr(c, key)) for i, c in enumerate(self.concepts) for key in KEPT}
         row[f"{PREFIX}strength"] = self.strength
-        return row if self.drift is None else {**row, f"{PREFIX}drift": self.drift}
+        known = {"drift": self.drift, "asr": self.asr}
+        return row | {f"{PREFIX}{name}": value for name, value in known.items() if value is not None}
 
     @classmethod
     def of_row(cls, row: Mapping[str, float]) -> Probed | None:
@@ -146,11 +163,12 @@ class Probed:
             Seen(int(row[f"{PREFIX}n {i}"]), row[f"{PREFIX}ua {i}"], row[f"{PREFIX}confidence {i}"])
             for i in range(sum(name.startswith(f"{PREFIX}ua") for name in row))
         )
-        return cls(int(row["step"]), concepts, row.get(f"{PREFIX}drift"), row[f"{PREFIX}strength"])
+        drift, asr = (row.get(f"{PREFIX}{name}") for name in ("drift", "asr"))
+        return cls(int(row["step"]), concepts, drift, row[f"{PREFIX}strength"], asr)
 
     def as_json(self) -> dict[str, Any]:
         """As in `run.json`."""
-        names = ("step", "strength", "n", "ua", "confidence", "drift")
+        names = ("step", "strength", "n", "ua", "confidence", "drift", "asr")
         return {name: getattr(self, name) for name in names} | {"concepts": [each.ua for each in self.concepts]}
 
 
@@ -202,7 +220,8 @@ def decide(goal: Goal, probes: Sequence[Probed], every: int, budget: int) -> Dec
     half as many steps again, and look closely: if the goal holds, it is reached; if UA was lost, train on, towards a
     target further from the concept; if other images drift too far, and no smaller change helps, train on at half the
     rate, falling again. While UA stands still, the rate rises, or, where the concept is gone from some images, the
-    target moves. A wrecked model begins again from the original weights, at a quarter of the rate.
+    target moves; and so it does while attacks succeed and other images stay. A wrecked model begins again from the
+    original weights, at a quarter of the rate.
 
     Args:
         every: Steps between probes.
@@ -229,6 +248,8 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
             restarts, constant, idle = restarts + 1, 0, i
         elif end or probe.wrecked:
             phase = Phase.GIVE_UP
+        elif _attacked(goal, probe, now.guidance, settled) and probe.confidence >= (SURE if settled else PLAUSIBLE):
+            phase, guidance, idle = Phase.CONTINUE, min(guidance + GUIDED, HARDEST), i
         elif settled and probe.sure:
             assert probe.drift is not None
             phase = Phase.SETTLE if tries < TRIES and probe.drift < BETTER * drift else Phase.GIVE_UP
@@ -251,6 +272,12 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
         unfinished = tuple(k for k, each in enumerate(probe.concepts) if each.confidence < PLAUSIBLE)
         now = Decision(phase, probe.step, length, factor, guidance, restart, unfinished)
         yield now
+
+
+def _attacked(goal: Goal, probe: Probed, guidance: float, settled: bool) -> bool:
+    """Whether attacks succeed, and the target may yet move further from the concept."""
+    kept = probe.drift is None or probe.drift <= goal.retain_drift * (1.0 if settled else UNSETTLED)
+    return probe.asr is not None and not probe.withstands(goal) and kept and guidance < HARDEST
 
 
 def _stands_still(since: Sequence[Probed]) -> bool:

@@ -45,12 +45,13 @@ class Pool:
             )
         self.task, self.size, self.tokens = task, size, task.model
         self.rows: list[list[list[int]]] = []  # of each concept, its prompts' tokens; −1 stands for a member
+        self.phrases: list[list[list[int]]] = []  # tokens of the words that a member stands for
         members: list[list[Tensor]] = [[] for _ in self.tokens.token_embeddings]
         for i, each in enumerate(task.plan.prompts.concepts):
             subject, concept = task.plan.subjects[i], task.plan.concepts[i]
             texts = dict.fromkeys((concept.name, subject.phrase, *concept.synonyms))
-            phrases = [self.tokens.tokens(text) for text in texts if text]
-            self.rows.append([replaced(self.tokens.tokens(prompt.text), phrases, [-1]) for prompt in each.forget])
+            self.phrases.append([self.tokens.tokens(text) for text in texts if text])
+            self.rows.append([replaced(self.tokens.tokens(p.text), self.phrases[i], [-1]) for p in each.forget])
             for encoder, vectors in enumerate(self._starts(i)):
                 members[encoder].append(vectors)
         self.vectors = [torch.cat(parts) for parts in members]  # (concepts · size, d) of each text encoder
@@ -85,6 +86,15 @@ class Pool:
         model = self.task.model
         x_t = model.schedule.add_noise(batch.x_0[rows], batch.noise[rows], batch.t[rows])
         return F.mse_loss(model.predict(x_t, batch.t[rows], conditioning), wanted[rows])
+
+    def attacking(self, concept: int, prompts: Sequence[str]) -> Conditioning:
+        """Prompts (n,) of a concept with its members in turn in place of its words."""
+        first = concept * self.size
+        rows = [
+            replaced(self.tokens.tokens(prompt), self.phrases[concept], [-1 - first - i % self.size])
+            for i, prompt in enumerate(prompts)
+        ]
+        return self.tokens.encode_tokens(rows, self.vectors)
 
     def _conditioning(
         self, concept: int, member: int, samples: Sequence[int], vectors: Sequence[Tensor] | None = None

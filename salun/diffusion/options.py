@@ -103,8 +103,8 @@ class EraseOptions(ModelOptions):
     )
     harden: int = option(
         0,
-        "Adversarial embeddings of each concept that are learned against the model in training, so that none brings the "
-        "concept back (0: none; 8 takes about twice the time)",
+        "Adversarial embeddings of each concept, learned against the model in training, so that none brings the "
+        "concept back (0: none; with 8 a step takes twice the time)",
         minimum=0,
         maximum=1024,
     )

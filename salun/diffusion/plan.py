@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 BUDGET, PROBES = 3, 10  # with a goal: times the recipe's steps at most, and probes in the recipe's steps
 BY_GOAL = ("steps", "lr", "lr_decay", "forget_latents")  # numbers that a goal decides, where the options do not
+POOL = 8  # adversarial embeddings of each concept in a hardened training
+HARDENED = Goal(retain_drift=0.05, asr=0.05)  # its goal, where none is named
+HARDENED_RETAIN = 3.0  # factor of the retain weight there
 PROBED = 150  # images of each concept and of others that the probes of a run take, about
 PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, but not fewer than these
 
@@ -179,7 +182,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, or a recipe
     the model does not have.
     """
-    options = _of_method(options)
+    options = _hardened(_of_method(options))
     concepts, notes = _resolved(settings, model, _listed(wanted), options)
     recipe, goal, all_latents = settings.recipe, _goal(options), None
     if options.recipe == "paper":
@@ -188,6 +191,8 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     if goal is not None:
         few = max(recipe.forget_latents // PART, min(FEWEST, recipe.forget_latents))
         all_latents, recipe = recipe.forget_latents, replace(recipe, forget_latents=few)
+    if options.harden:
+        recipe = replace(recipe, retain_weight=HARDENED_RETAIN * recipe.retain_weight)
     sampling = sampling_with(settings.sampling, options)
     chosen = (options.sampling_steps, options.sampling_guidance, options.sampler)
     few_steps = hint(settings.few_steps, settings.sampling, *chosen)
@@ -230,6 +235,19 @@ def _of_method(options: EraseOptions) -> EraseOptions:
     return replace(options, **{name: value for name, value in known.items() if getattr(options, name) is None})
 
 
+def _hardened(options: EraseOptions) -> EraseOptions:
+    """With adversarial embeddings where the goal needs them. Raises ConfigError for a method that takes none."""
+    wanted = options.until is not None and Goal.parse(options.until).asr is not None
+    options = replace(options, harden=options.harden or POOL) if wanted else options
+    if options.harden and not METHODS["diffusion"][options.method].hardens:
+        raise ConfigError(
+            f"does not work with the method {options.method}, whose target is not an anchor",
+            option="harden",
+            advice="Use {method} salun or finetune",
+        )
+    return options
+
+
 def _goal(options: EraseOptions) -> Goal | None:
     """What to train towards. Raises ConfigError for a method that cannot."""
     method = METHODS["diffusion"][options.method]
@@ -242,7 +260,9 @@ def _goal(options: EraseOptions) -> Goal | None:
             )
         return Goal.parse(options.until)
     fixed = options.steps is not None or options.lr_decay is not None or options.recipe != "default"
-    return Goal() if method.goal == "default" and not fixed else None
+    if method.goal != "default" or fixed:
+        return None
+    return HARDENED if options.harden else Goal()
 
 
 def subject_of(concept: Concept, prompts: ConceptPrompts) -> Subject:

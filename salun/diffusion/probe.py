@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salun.detectors import passes_of
 from salun.diffusion.context import RunContext
-from salun.diffusion.data.latents import decode_images, item_seed, sample_latents
+from salun.diffusion.data.latents import decode_images, item_seed, sample_conditionings, sample_latents
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.goal import PLAUSIBLE, SURE, Goal, Probed, Seen
 from salun.diffusion.losses import ErasureData
@@ -31,6 +31,7 @@ from salun.randomness import step_generator
 BATCH, FEW, MANY = 8, 24, 128  # images of each concept: at a time; at most on the way; at most at the end
 HOPELESS = 0.05  # confidence at which no more images are needed
 OTHERS = 32  # images of other prompts, for the drift at the end; half as many on the way
+ATTACKED = 64  # images under attack at the end; half as many on the way
 KNOWN = 48  # images of each kind, at most, on which the detector is calibrated
 FEWEST_STEPS = 8  # of the sampler; a probe takes half of the plan's, but not fewer than these
 
@@ -106,6 +107,8 @@ class ModelProbe:
         probed = Probed(step, concepts, None, strength)
         if look:
             probed = replace(probed, drift=self._drift(OTHERS if thorough else OTHERS // 2))
+        if self.goal.asr is not None and probed.confidence >= PLAUSIBLE:
+            probed = replace(probed, asr=self._asr(ATTACKED if thorough else ATTACKED // 2))
         self._looking(len(shown[0]), f"after step {step}: {probed}")
         return probed
 
@@ -200,6 +203,22 @@ class ModelProbe:
         self._looking(len(distances))
         relative: list[float] = (distances / distances.mean().clamp(min=1e-12)).tolist()
         return relative
+
+    def _asr(self, n: int) -> float:
+        """How often adversarial embeddings of the training bring a concept back, at most; n: images of each concept."""
+        pool, model, worst = self.task.pool, self.task.model, 0.0
+        assert pool is not None
+        sampling, seed = self.task.plan.sampling, self.task.plan.options.seed
+        for i, (of, known) in enumerate(zip(self.task.plan.prompts.concepts, self.calibrations, strict=True)):
+            texts = [of.eval_forget[row].text for row in spread(n, len(of.eval_forget), seed)]
+            seeds = [item_seed(seed, "attack", i * MANY + k) for k in range(n)]
+            with torch.no_grad(), model.sampling_as(_fewer_steps(sampling), (sampling.resolution, sampling.resolution)):
+                latents = sample_conditionings(model, pool.attacking(i, texts), seeds)
+            shown = self._detect(latents, texts)[i] >= known.threshold
+            p1, p0 = float(known.positives.mean()), float(known.negatives.mean())
+            worst = max(worst, float(np.clip((shown.mean() - p0) / (p1 - p0), 0, 1)))
+            self._looking(n)
+        return worst
 
     def _drift(self, n: int) -> float:
         return _known(drift_of(self.original[:n], self._others(n)))

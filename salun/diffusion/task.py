@@ -28,6 +28,7 @@ from salun.randomness import step_generator
 
 if TYPE_CHECKING:
     from salun.diffusion.context import RunContext
+    from salun.diffusion.harden import Pool
 
 FORGETTING = ("forget_latents", "anchor_latents", "forget", "anchor")  # of a training set
 RATE_BATCHES = 4  # behind a measured learning rate
@@ -59,6 +60,7 @@ class ErasureTask:
         mask: What may be trained. For methods without one, all weights in scope.
         until: The goal of the training, and what was found on the way to it; None to take all steps.
         more: Samples a larger training set, from the original weights; None where there is none.
+        pool: Adversarial embeddings of a hardened training; None for another one.
         state: Where training is saved, and resumed from if this run (by `fingerprint`) stopped before.
     """
 
@@ -72,6 +74,7 @@ class ErasureTask:
     processes: Processes = ALONE
     until: Until | None = None
     more: Callable[[], ErasureData] | None = None
+    pool: Pool | None = None
 
     @classmethod
     def of(cls, context: RunContext, data: ErasureData | None, mask: Mask) -> ErasureTask:

@@ -90,7 +90,7 @@ class Until:
             settled = now.phase is Phase.SETTLE
             often = len(probes_of(history)) % PAIR == PAIR - 1
             probed = self.probe(step, thorough=settled, drift=settled or often)
-            if settled and probed.sure:
+            if settled and probed.erased(self.goal):
                 probed = self._within_drift(probed)
             history[-1] |= probed.as_row()
 
@@ -99,7 +99,7 @@ class Until:
         assert last.drift is not None
         weaker, limit = last, self.goal.retain_drift
         for strength in (each for each in STRENGTHS if last.drift * each**DRIFT_POWER <= limit):
-            if weaker.reaches(self.goal) or not weaker.sure:
+            if weaker.reaches(self.goal) or not weaker.erased(self.goal):
                 break
             weaker = self._at(strength, last.step, drift=True)
         return weaker if weaker.reaches(self.goal) else last
@@ -141,7 +141,7 @@ class Until:
                 smaller
             ):  # one step of margin, so that the first needs no look of its own
                 self.ends.append(self._at(tried, step, drift=False))
-                if not self.ends[-1].sure:
+                if not self.ends[-1].erased(self.goal):
                     break
                 self.strength = next_smaller
         elif last.wrecked:

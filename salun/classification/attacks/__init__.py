@@ -1,1 +1,1 @@
-"""Attempts to bring back or to detect what a classifier has unlearned, one module each; `salun.attacks.ATTACKS` lists them."""
+"""Attempts to bring back, or detect, what a classifier has unlearned; `salun.attacks.ATTACKS` lists them."""

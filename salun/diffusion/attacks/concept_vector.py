@@ -1,4 +1,4 @@
-"""Ring-A-Bell's concept vector without its search: what sets the concept apart in the text encoder's output is added."""
+"""Ring-A-Bell's concept vector without its search: what sets the concept apart in the encodings is added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""P4D (Chin et al. 2024): tokens under which the attacked network predicts what the original predicts for the prompt."""
+"""P4D (Chin et al. 2024): tokens under which the attacked network predicts what the original does for the prompt."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def fp8(weight: Tensor) -> Tensor:
     import torch
 
     scale = weight.abs().amax().clamp(min=1e-12) / FP8
-    return (weight / scale).to(torch.float8_e4m3fn).float() * scale
+    values: Tensor = (weight / scale).to(torch.float8_e4m3fn).float() * scale
+    return values
 
 
 def int8(weight: Tensor) -> Tensor:
@@ -63,7 +64,8 @@ def nf4_levels() -> Tensor:
     import torch
 
     def quantiles(n: int) -> Tensor:
-        return torch.special.ndtri(torch.linspace(NF4_OFFSET, 0.5, n, dtype=torch.float64)[:-1])
+        values: Tensor = torch.special.ndtri(torch.linspace(NF4_OFFSET, 0.5, n, dtype=torch.float64)[:-1])
+        return values
 
     levels = torch.cat([-quantiles(8), torch.zeros(1, dtype=torch.float64), quantiles(9)]).sort().values
     return (levels / levels.abs().max()).float()

@@ -40,7 +40,7 @@ class _Losses:
 
     def __init__(self, task: ErasureTask) -> None:
         self._task, self._targets = task, dict[int, Tensor]()
-        self.pool = Pool(task, task.plan.options.harden) if task.plan.options.harden else None
+        self.pool = task.pool = Pool(task, task.plan.options.harden) if task.plan.options.harden else None
         if task.until is None:
             self._look_ahead(task.steps_done, task.plan.budget)
 

@@ -109,7 +109,7 @@ class TokenEncoder(Protocol):
 
     @property
     def searchable_tokens(self) -> list[int]:
-        """All tokens that a text can have."""
+        """Tokens that a search may choose from: each is the only one of its text."""
 
     def tokens(self, prompt: str) -> list[int]:
         """A prompt's tokens, without the marks at both ends."""

@@ -152,11 +152,14 @@ class Model(SampledSizes):
         """The text of tokens, as people read it."""
         return str(self.tokenizers[0].decode(list(tokens))).strip()
 
-    @property
+    @cached_property
     def searchable_tokens(self) -> list[int]:
-        """All tokens that a text can have: those without the marks of ends and padding."""
-        marks = {id for tokenizer in self.tokenizers for id in tokenizer.all_special_ids}
-        return [id for id in range(len(self.token_embeddings[0])) if id not in marks]
+        """The tokens that are the only one of their text: no part of a character, no mark of ends and padding."""
+        tokenizer, count = self.tokenizers[0], len(self.token_embeddings[0])
+        texts = tokenizer.batch_decode([[id] for id in range(count)])
+        again = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        marks = {id for each in self.tokenizers for id in each.all_special_ids}
+        return [id for id in range(count) if list(again[id]) == [id] and id not in marks]
 
     def encoding(self) -> AbstractContextManager[None]:
         """Context manager: the text encoders stay on the device."""
