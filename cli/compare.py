@@ -41,7 +41,7 @@ def _lines(table: dict[str, Any]) -> list[str]:
     """The table in columns, without standard deviations."""
     from salun.diffusion.compare_table import COLUMNS, ranked
 
-    names = ("score", "ua", "ra", "neighbors", "image_drift", "seconds", "delta_mb")
+    names = ("score", "ua", "ra", "neighbors", "asr", "image_drift", "seconds", "delta_mb")
     columns = [column for column in COLUMNS if column.name in names]
     rows = [["", *(column.title for column in columns)]]
     for row in ranked(table):

@@ -1,6 +1,8 @@
-"""`salun methods`: lists the unlearning methods."""
+"""`salun methods`: lists the unlearning methods and the attacks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from .app import app
 from .output import Json, print_result
@@ -8,12 +10,13 @@ from .output import Json, print_result
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the unlearning methods of `erase` and `classify-unlearn`."""
+    """List the unlearning methods of `erase` and `classify-unlearn`, and the attacks of `attack`."""
     from dataclasses import fields
 
+    from salun.attacks import ATTACKS
     from salun.methods import METHODS
 
-    listed = {
+    listed: dict[str, Any] = {
         task: [
             {
                 "name": method.name,
@@ -30,4 +33,19 @@ def methods(as_json: Json = False) -> None:
     for task, registry in METHODS.items():
         width = max(map(len, registry))
         lines += [f"{task}:", *(f"  {m.name:<{width}}  {m.title} ({m.paper})" for m in registry.values())]
+    attacks = ATTACKS["diffusion"].values()
+    listed["attacks"] = [
+        {
+            "name": attack.name,
+            "title": attack.title,
+            "paper": attack.paper,
+            "options": {item.name: item.default for item in fields(attack.options)},
+        }
+        for attack in attacks
+    ]
+    lines.append("attacks, with their options and defaults:")
+    width = max(len(attack.name) for attack in attacks)
+    for attack in attacks:
+        numbers = ", ".join(f"{item.name} {item.default}" for item in fields(attack.options))
+        lines.append(f"  {attack.name:<{width}}  {attack.title} ({attack.paper})" + (f": {numbers}" if numbers else ""))
     print_result(listed, as_json, lines)

@@ -140,3 +140,19 @@ def test_a_search_sees_training_prompts_alone(shapes: Model, tmp_path: Path, mon
     prompts = make_plan(shapes.settings, shapes.name, "circle", options.options).prompts.concepts[0]
     assert all(texts == {p.text for p in prompts.forget} for _, texts in seen)
     assert not seen[0][1] & {p.text for p in prompts.eval_forget}
+
+
+def test_attacks_are_a_column_of_the_table(shapes: Model, tmp_path: Path) -> None:
+    """UCE erases this concept well, and doing nearly nothing does not; the same attack is made on both."""
+    few = {"eval_images": 2, "attack": ["merge+fraction=1", "quantize"], "attacked": 8, "device": "cpu"}
+    options = CompareOptions(
+        concept=["circle"], methods=["uce", "uce+uce-erase=0.0001"], seeds=1, sampling_steps=8, **few
+    )
+    comparison = compare(options, model=shapes, progress=silent, run_dir=tmp_path / "c")
+    erased, unchanged = comparison.table["uce"], comparison.table["uce+uce-erase=0.0001"]
+    assert erased["asr"]["mean"] == unchanged["asr"]["mean"] > 50, "a merge that is all of the original"
+    (row, other) = csv.DictReader((tmp_path / "c" / "compare.csv").read_text(encoding="utf-8").splitlines())
+    assert float(row["ASR merge+fraction=1"]) > 50 > float(row["ASR quantize"])
+    assert float(other["ASR quantize"]) > 50
+    with pytest.raises(ConfigError, match="must be one of"):
+        CompareOptions(concept=["circle"], attack=["none"])

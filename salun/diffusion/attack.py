@@ -144,9 +144,15 @@ def attack(
             wrong.
         DataError, ModelError: A model or file cannot be used.
     """
-    chosen = options.attacks
-    compared = compared_models(target, options)
-    original = compared.original
+    _ = options.attacks  # checked before a model is loaded
+    return attack_compared(target, compared_models(target, options), options, progress, command)
+
+
+def attack_compared(
+    target: str, compared: Compared, options: AttackOptions, progress: Progress = silent, command: str = ""
+) -> AttackReport:
+    """As `attack`, of models that are loaded. target: as it is recorded."""
+    chosen, original = options.attacks, compared.original
     if original is None:
         raise ConfigError(
             f"{target} is attacked without its original, which images of the concept and the detector come from",
@@ -255,9 +261,9 @@ def _run(task: AttackTask, side: str, chosen: ChosenAttack, cache: Cache, progre
     task = replace(task, argument=chosen.argument, progress=progress, passes=0)
     false_alarms = float(task.calibration.negatives.mean())
     key = _key(task, chosen)
-    kept = _kept(cache, key) if key is not None else None
-    if kept is not None:
-        result, seconds = kept
+    stored = _stored(cache, key) if key is not None else None
+    if stored is not None:
+        result, seconds = stored
     else:
         began = time.perf_counter()
         try:
@@ -273,7 +279,7 @@ def _run(task: AttackTask, side: str, chosen: ChosenAttack, cache: Cache, progre
     return Attacked(chosen, concept, side, result, chance, seconds)
 
 
-def _kept(cache: Cache, key: str) -> tuple[AttackResult, float] | None:
+def _stored(cache: Cache, key: str) -> tuple[AttackResult, float] | None:
     """A result of the cache and the seconds that it took; None if there is none."""
     entry = cache.get(key)
     if entry is None:
@@ -283,7 +289,7 @@ def _kept(cache: Cache, key: str) -> tuple[AttackResult, float] | None:
 
 
 def _key(task: AttackTask, chosen: ChosenAttack) -> str | None:
-    """The cache key of a result: everything that it depends on. None for an argument that is no file."""
+    """The cache key of a result: everything that it depends on. None for an argument that names a model."""
     path = as_spelled(Path(chosen.argument).expanduser())
     if chosen.argument and not path.is_file():
         return None

@@ -14,14 +14,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from salun.delta.delta import Delta
+from salun.diffusion.attack import attack_compared
+from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.compare_options import CompareOptions, Variant
 from salun.diffusion.compare_table import Result, cells_of, score_of, table_of
 from salun.diffusion.context import open_run, record_of
 from salun.diffusion.erase import erase, unlearn
+from salun.diffusion.eval_models import Compared
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
+from salun.diffusion.prompts.concepts import Concept
 from salun.display import shown
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.files import write_bytes
@@ -173,11 +178,27 @@ def _done(
         except SalunError as error:
             return Result(job.name, job.variant.name, job.concept, job.seed, error=str(error))
         record = _read(place / "run.json")
-    attribute = make_plan(model.settings, model.name, job.concept, chosen).subjects[0].attribute
+    plan = make_plan(model.settings, model.name, job.concept, chosen)
+    attacks = _attacked(model, options, job, plan.options, f"{place}.salun.safetensors", progress)
     try:
-        return Result.of(job.name, job.variant.name, job.concept, job.seed, record, attribute)
+        attribute = plan.subjects[0].attribute
+        return Result.of(job.name, job.variant.name, job.concept, job.seed, record, attribute, attacks)
     except (KeyError, TypeError, ValueError) as error:
         raise _foreign(place) from error
+
+
+def _attacked(
+    model: Model, options: CompareOptions, job: Job, used: EraseOptions, delta: str, progress: Progress
+) -> dict[str, float]:
+    """Attack → its ASR in percent, on the model of a finished job; attacks that fail are left out."""
+    if not options.attack:
+        return {}
+    loaded = Delta.load(Path(delta))
+    change = loaded.apply(model.original())
+    compared = Compared(job.name, model, model, [Concept(job.concept)], used, change, loaded.result_hash)
+    chosen = AttackOptions(attack=options.attack, n=options.attacked, seed=job.seed + 1)
+    made = attack_compared(job.name, compared, chosen, progress).attacked
+    return {each.chosen.text: 100 * float(each.result.shown.mean()) for each in made if each.result is not None}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from salun.diffusion.attack_options import attack_of
 from salun.diffusion.options import GROUPS as ERASE_GROUPS
 from salun.diffusion.options import EraseJob, EraseOptions
 from salun.errors import ConfigError
@@ -53,8 +54,18 @@ class CompareOptions(EraseJob):
         choices=BUDGETS,
     )
 
+    attack: list[str] = option(
+        [],
+        "Attack that is made on each erased model, as in `salun attack`; repeatable. The table shows the one that "
+        "brings the concept back most often",
+        auto="none",
+    )
+    attacked: int = option(32, "Prompts of each concept that are attacked", minimum=2, maximum=100_000)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.attack:
+            attack_of(name)
         for item in fields(self):
             if item.name in NOT_COMPARED and getattr(self, item.name) not in (item.default, []):
                 raise ConfigError(
@@ -93,4 +104,4 @@ def variant_of(text: str) -> Variant:
     return Variant(text.strip(), values)
 
 
-GROUPS = {"Comparison": ("methods", "seeds", "budget"), **ERASE_GROUPS}
+GROUPS = {"Comparison": ("methods", "seeds", "budget", "attack", "attacked"), **ERASE_GROUPS}

@@ -36,6 +36,7 @@ COLUMNS = (
     Column("ra_drop", "RA drop, points"),
     Column("neighbors", "RA of the concept's attribute, %"),
     Column("anchor", "anchor shown, %"),
+    Column("asr", "ASR of the best attack, %"),
     Column("image_drift", "image drift", 3),
     Column("seconds", "seconds", 0),
     Column("changed", "weights changed, %"),
@@ -49,7 +50,7 @@ class Result:
 
     Args:
         job: Its name.
-        values: By `COLUMNS`' names; None for what could not be measured.
+        values: By `COLUMNS`' names, and ASRs by attack; None for what could not be measured.
         outcome: The verdict's.
         error: Why there is nothing.
     """
@@ -64,9 +65,21 @@ class Result:
 
     @classmethod
     def of(
-        cls, job: str, variant: str, concept: str, seed: int, record: Mapping[str, Any], attribute: str | None
+        cls,
+        job: str,
+        variant: str,
+        concept: str,
+        seed: int,
+        record: Mapping[str, Any],
+        attribute: str | None,
+        attacks: Mapping[str, float],
     ) -> Result:
-        """The result in a finished run's `run.json`. attribute: That the concept is a value of, such as "shape"."""
+        """The result in a finished run's `run.json`.
+
+        Args:
+            attribute: That the concept is a value of, such as "shape".
+            attacks: Attack → its ASR in percent.
+        """
         metrics = record["metrics"]
         ua, ra, before = (_value(metrics, name) for name in ("ua", "ra_after", "ra_before"))
         deltas = [entry["bytes"] for entry in record["outputs"] if entry["kind"] == "delta"]
@@ -78,10 +91,12 @@ class Result:
             "ra_drop": drop,
             "neighbors": _neighbors(metrics, attribute),
             "anchor": _value(metrics, "anchor"),
+            "asr": max(attacks.values()) if attacks else None,
             "image_drift": _value(metrics, "image_drift"),
             "seconds": sum(record["timings"].get(stage, 0.0) for stage in TRAINED),
             "changed": 100 * record["rounding"]["changed"] / record["mask"]["total"],
             "delta_mb": deltas[0] / 1e6 if deltas else None,
+            **{f"ASR {name}": rate for name, rate in attacks.items()},
         }
         return cls(job, variant, concept, seed, values, metrics["verdict"]["outcome"])
 

@@ -39,7 +39,7 @@ from salun.progress import Event, Progress, Stage, silent
 from salun.randomness import step_generator
 from salun.runs.cache import Cache
 
-NUM_DRIFT_SAMPLES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change
+NUM_DRIFT_SAMPLES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change, at most: two for each image
 NOTHING = Detection({}, 0.0)
 NO_IMAGES = "no evaluation images were requested"
 
@@ -50,7 +50,7 @@ class Evaluation:
 
     Args:
         forget, retain: Samples of both kinds of prompts.
-        predictions: (`NUM_DRIFT_SAMPLES`, c, h, w) each, on the same noisy latents under prompts of each kind.
+        predictions: (k, c, h, w) each, on the same noisy latents under prompts of each kind.
         anchor: Samples of the anchors' prompts, of the original model only.
     """
 
@@ -134,15 +134,16 @@ def evaluate_model(
         for rows in (slice(n), slice(n, m), slice(m, None))
     )
     kinds = (prompts.forget, prompts.anchor, prompts.retain)
-    predictions = Predictions(*(_predict(model, [p.text for p in of], progress) for of in kinds))
+    count = min(NUM_DRIFT_SAMPLES, 2 * len(prompts.forget))
+    predictions = Predictions(*(_predict(model, [p.text for p in of], count, progress) for of in kinds))
     return Evaluation(forget, retain, predictions, anchor if anchors[0] else None)
 
 
 @torch.no_grad()
-def _predict(model: DiffusionModel, texts: list[str], progress: Progress = silent) -> Tensor:
-    """Predictions on noise latents at t spread over the upper half of the schedule, where a prompt decides most."""
-    timesteps = model.schedule.noisier_half(NUM_DRIFT_SAMPLES)
-    texts = [texts[i % len(texts)] for i in range(NUM_DRIFT_SAMPLES)] if texts else []
+def _predict(model: DiffusionModel, texts: list[str], count: int, progress: Progress = silent) -> Tensor:
+    """`count` predictions on noise, at t spread over the upper half of the schedule, where a prompt decides most."""
+    timesteps = model.schedule.noisier_half(count)
+    texts = [texts[i % len(texts)] for i in range(count)] if texts else []
     conditioning = model.encode(texts) if texts else None
     predictions = []
     for start in range(0, len(texts), 8):

@@ -276,8 +276,8 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
 
 def _attacked(goal: Goal, probe: Probed, guidance: float, settled: bool) -> bool:
     """Whether attacks succeed, and the target may yet move further from the concept."""
-    kept = probe.drift is None or probe.drift <= goal.retain_drift * (1.0 if settled else UNSETTLED)
-    return probe.asr is not None and not probe.withstands(goal) and kept and guidance < HARDEST
+    retained = probe.drift is None or probe.drift <= goal.retain_drift * (1.0 if settled else UNSETTLED)
+    return probe.asr is not None and not probe.withstands(goal) and retained and guidance < HARDEST
 
 
 def _stands_still(since: Sequence[Probed]) -> bool:

@@ -28,7 +28,7 @@ class CompletionOptions(Checked):
 
 
 def completion(task: AttackTask, options: CompletionOptions) -> AttackResult:
-    """Sample the original for 1, 2, … `first` DDIM steps, and go on with the attacked model under the same prompt."""
+    """Sample the original for 1, 2, … `first` DDIM steps, and then the attacked model under the same prompt."""
     from salun.diffusion.attacks.task import AttackResult, Best
     from salun.diffusion.attacks.trajectory import starting_noise, trajectory_of
 

@@ -64,7 +64,7 @@ def learn(
     Args:
         conditioning: Rows of the known images (b,) → their prompts' conditionings, with a graph to the vectors.
         steps: Numbers of the steps to take, which fix the draws.
-        optimizer: Of an earlier call, to go on with.
+        optimizer: Of an earlier call, which this one continues.
 
     Returns:
         The optimizer.

@@ -69,9 +69,9 @@ class Trajectory:
         noise = (x - a * x_0) / b
         room = (b_next / b) * (1 - (a / a_next).square()).clamp(min=0).sqrt()
         sigma = self.eta * room
-        kept = (b_next.square() - sigma.square()).clamp(min=0).sqrt()
+        remaining = (b_next.square() - sigma.square()).clamp(min=0).sqrt()
         added = torch.randn(x.shape, generator=generator).to(x.device) if self.eta else 0.0
-        return a_next * x_0 + kept * noise + self.scale * sigma * added
+        return a_next * x_0 + remaining * noise + self.scale * sigma * added
 
     def _t(self, step: int, n: int, like: Tensor) -> Tensor:
         """The timestep of a step, (n,)."""
