@@ -892,6 +892,7 @@ def test_fingerprint_covers_all_that_a_result_depends_on(host: Host) -> None:
         **{"anchor_share": 0.25, "optimizer": "adam8bit", "dtype": "bf16", "low_vram": True, "show_sensitive": True},
         **{"detector": "self", "gradient_checkpointing": True, "deterministic": False},
         **{"sampling_steps": 3, "sampling_guidance": 1.0, "sampler": "lcm", "until": "ua>=0.9", "target_guidance": 0.5},
+        **{"harden": 2, "harden_weight": 0.5},
         **{"negative_guidance": 2.0, "uce_erase": 2.0, "uce_preserve": 2.0, "uce_lambda": 0.1},
         **{"esd_samples": "original", "ant_early": 2.0, "ant_empty": 2.0, "ca_regularization": 2.0, "leco_rank": 2},
         **{"spm_anchoring": 2.0, "erasediff_lambda": 2.0, "rece_rounds": 1, "rece_erase": 2.0, "rece_preserve": 2.0},

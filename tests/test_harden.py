@@ -11,6 +11,7 @@ from torch import Tensor
 
 import salun
 from salun.diffusion import harden
+from salun.diffusion.context import training_session
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.goal import FARTHEST, GUIDED, Goal, Phase, Probed, Seen, decide
 from salun.diffusion.harden import RATE, Pool
@@ -177,3 +178,10 @@ def test_a_probe_of_a_hardened_training_is_attacked(shapes: Model, monkeypatch: 
     until = run.record.more["until"]
     assert until["goal"] == "ua>=0.01, retain_drift<=0.9, asr<=1"
     assert until["probes"][-1]["asr"] is not None
+
+
+def test_a_host_whose_model_shows_no_tokens_is_told_before_anything_is_sampled(shapes: Model) -> None:
+    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(harden=4))
+    bare: Any = object()
+    with pytest.raises(ConfigError, match="harden needs the tokens"), training_session(bare, plan):
+        pass

@@ -16,7 +16,7 @@ from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.images import folder_digest
 from salun.diffusion.mask_files import load_mask_file
 from salun.diffusion.model.loading import load_with
-from salun.diffusion.model.protocol import DiffusionModel
+from salun.diffusion.model.protocol import DiffusionModel, TokenEncoder
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
@@ -122,7 +122,16 @@ def record_of(
 
 @contextmanager
 def training_session(model: DiffusionModel, plan: Plan) -> Iterator[None]:
-    """Context manager: configure the model as the plan says; an out-of-memory error says what to try."""
+    """Context manager: configure the model as the plan says; an out-of-memory error says what to try.
+
+    Raises ConfigError for a hardened training of a model that does not show the tokens of its text encoder.
+    """
+    if plan.options.harden and not isinstance(model, TokenEncoder):
+        raise ConfigError(
+            "needs the tokens of the text encoder, which this model does not show",
+            option="harden",
+            advice="Use the command line for it, or set {harden} to 0",
+        )
     with (
         model.temporarily_trainable(),
         model.configured(plan.options),

@@ -18,7 +18,7 @@ from salun.diffusion.attacks.task import gradients
 from salun.diffusion.losses import Draw
 from salun.diffusion.model.protocol import Conditioning, TokenEncoder
 from salun.diffusion.task import ErasureTask
-from salun.errors import ConfigError, TrainingError
+from salun.errors import TrainingError
 from salun.randomness import step_generator
 
 RATE, BETAS, EPSILON = 0.02, (0.9, 0.999), 1e-8  # of Adam on the embeddings
@@ -31,18 +31,10 @@ class Pool:
     Args:
         task: Its network is attacked as it is at each step; all processes improve the same pool.
         size: Members of each concept.
-
-    Raises:
-        ConfigError: The model does not show the tokens of its text encoder.
     """
 
     def __init__(self, task: ErasureTask, size: int) -> None:
-        if not isinstance(task.model, TokenEncoder):
-            raise ConfigError(
-                "needs the tokens of the text encoder, which this model does not show",
-                option="harden",
-                advice="Use the command line for it, or omit {harden}",
-            )
+        assert isinstance(task.model, TokenEncoder)  # checked when the run began
         self.task, self.size, self.tokens = task, size, task.model
         self.rows: list[list[list[int]]] = []  # of each concept, its prompts' tokens; −1 stands for a member
         self.phrases: list[list[list[int]]] = []  # tokens of the words that a member stands for

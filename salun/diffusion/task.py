@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,17 @@ from salun.randomness import step_generator
 
 if TYPE_CHECKING:
     from salun.diffusion.context import RunContext
-    from salun.diffusion.harden import Pool
 
 FORGETTING = ("forget_latents", "anchor_latents", "forget", "anchor")  # of a training set
 RATE_BATCHES = 4  # behind a measured learning rate
 FP16_LOSS_SCALE = 1024.0  # in which small gradients would be 0; a power of 2 changes no other bit
+
+
+class AdversarialPool(Protocol):
+    """Embeddings that bring a concept back, or try to."""
+
+    def attacking(self, concept: int, prompts: Sequence[str]) -> Conditioning:
+        """Prompts (n,) of a concept, by its number, with adversarial embeddings in place of its words."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class ErasureTask:
     processes: Processes = ALONE
     until: Until | None = None
     more: Callable[[], ErasureData] | None = None
-    pool: Pool | None = None
+    pool: AdversarialPool | None = None
 
     @classmethod
     def of(cls, context: RunContext, data: ErasureData | None, mask: Mask) -> ErasureTask:
