@@ -96,7 +96,10 @@ def attack_sections(data: Mapping[str, Any]) -> list[Section]:
     sections = [Section("Attacks", MEANING, attack_rows(data), wrap=True)]
     for concept in data["plain"]:
         curves = _curves([each for each in data["attacks"] if _is(each, concept, "erased")])
-        shown = [charts.curves({title: points}, x, "prompts that succeed, %") for title, x, points in curves]
+        shown = [
+            charts.curves({title: points}, x, "prompts that succeed, %", y_range=(0.0, 100.0))
+            for title, x, points in curves
+        ]
         if shown:
             sections.append(Section(f"“{concept}”: success against budget", charts=shown))
     papers = {ATTACKS["diffusion"][name].title: ATTACKS["diffusion"][name].paper for name in _names(data)}
@@ -110,10 +113,10 @@ def _names(data: Mapping[str, Any]) -> list[str]:
 
 
 def _curves(attacks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[tuple[float, float]]]]:
-    """(title, what is counted, points in percent) of the attacks whose budget is a number."""
+    """(attack, what is counted, points in percent) of the attacks whose budget is a number."""
     made = []
     for each in attacks:
         numbers = [(float(x), 100 * float(y)) for x, y in each["curve"] if isinstance(x, int | float)]
         if len(numbers) > 1:
-            made.append((each["title"], each["x"], numbers))
+            made.append((each["attack"][:20], each["x"], numbers))
     return made

@@ -30,12 +30,19 @@ def _short(n: int) -> str:
     return f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.1f} k" if n >= 1e3 else str(n)
 
 
-def curves(series: Mapping[str, Points], x_label: str, y_label: str, log: bool = False) -> str:
+def curves(
+    series: Mapping[str, Points],
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+    y_range: tuple[float, float] | None = None,
+) -> str:
     """A line for each name, through its (x, y) points. Empty if there is no point.
 
     Args:
         log: Whether the y axis is logarithmic and lines are running means, with the values faint behind them. Values
             of 0 or less are drawn at the lowest positive one; without any positive value the chart is empty.
+        y_range: Ends of the y axis; None for the least and the largest value.
     """
     values = [y for line in series.values() for _, y in line if y > 0 or not log]
     if not values:
@@ -47,7 +54,7 @@ def curves(series: Mapping[str, Points], x_label: str, y_label: str, log: bool =
 
     width, height, left, bottom, room = 640, 240, 56, 34, 150
     xs = [x for line in series.values() for x, _ in line]
-    (x0, x1), (y0, y1) = _widened(min(xs), max(xs)), _widened(scaled(lowest), scaled(max(values)))
+    (x0, x1), (y0, y1) = _widened(min(xs), max(xs)), y_range or _widened(scaled(lowest), scaled(max(values)))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across, up = (x - x0) / (x1 - x0), (scaled(y) - y0) / (y1 - y0)
