@@ -27,7 +27,7 @@ RESULTS, TABLE = ROOT / "benchmarks" / "results" / "attacks", ROOT / "docs" / "a
 METHODS: dict[str, dict[str, Any]] = {  # name → options of `erase`
     "SalUn": {"steps": 120},
     "SalUn, hardened": {"harden": 8},
-    "ESD": {"method": "esd", "steps": 120, "lr": 1e-4, "batch_size": 4},
+    "ESD": {"method": "esd", "steps": 120, "lr": 3e-4, "batch_size": 4},
     "UCE": {"method": "uce"},
 }
 ATTACKED = (
