@@ -68,7 +68,6 @@ def row(concept: str, seed: int, name: str, attacks: list[str], n: int, images: 
     value = {key: (record["metrics"].get(key) or {}).get("value") for key in ("ua", "ra_before", "ra_after", "anchor")}
     return {
         **value,
-        "seconds": sum(record["timings"].get(stage, 0.0) for stage in ("sampling", "saliency", "training")),
         "attacks": {each["attack"]: each for each in made["attacks"]},
     }
 
@@ -90,7 +89,6 @@ def table(
         ("UA", lambda r: f"{r['ua']:.1f}"),
         ("RA drop", lambda r: f"{r['ra_before'] - r['ra_after']:+.1f}"),
         ("anchor shown", lambda r: "–" if r["anchor"] is None else f"{r['anchor']:.1f}"),
-        ("seconds to erase", lambda r: f"{r['seconds']:.0f}"),
     ):
         lines.append(f"| *{title}* | {' | '.join(_mean([shown(r) for r in rows[name]]) for name in names)} | |")
     for each in attacks:
