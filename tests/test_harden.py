@@ -112,6 +112,17 @@ def test_each_concept_has_members_of_its_own(shapes: Model) -> None:
     assert same == [True, False], "the first starts as the concept's own word, the second as the anchor's"
 
 
+def test_a_members_prompt_says_what_else_its_image_shows(shapes: Model) -> None:
+    """The concept's word alone is replaced: with that word as member, each sample's encoding is its prompt's."""
+    pool = pool_of(shapes, 1, ["circle", "star"])
+    data = pool.task.training_set
+    for concept, word in enumerate(("circle", "star")):
+        pool.vectors[0][concept] = shapes.token_embeddings[0][shapes.tokens(word)[0]]
+        with torch.no_grad():
+            mine = pool._conditioning(concept, concept, range(8)).hidden
+        assert torch.allclose(mine, data.forget.hidden[8 * concept : 8 * concept + 8], atol=1e-5)
+
+
 def test_a_state_of_another_pool_is_an_error(shapes: Model) -> None:
     pool = pool_of(shapes, 2)
     state = {name: tensor.clone() for name, tensor in pool.state().items()}

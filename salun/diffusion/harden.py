@@ -93,8 +93,10 @@ class Pool:
     ) -> Conditioning:
         """Of forget samples of a concept, with a member in place of its words."""
         prompts = self.rows[concept]
+        data = self.task.training_set
+        order = data.forget_rows[concept * len(data.forget) // len(self.rows) :]
         used = vectors or [matrix[member : member + 1] for matrix in self.vectors]
-        return self.tokens.encode_tokens([prompts[i % len(prompts)] for i in samples], used)
+        return self.tokens.encode_tokens([prompts[order[i]] for i in samples], used)
 
     def _improve(self, step: int, concept: int, member: int, each: int) -> None:
         """One step of Adam on MSE(target, output(x_t, t, prompt with the member)), x_0 images of the concept."""

@@ -27,6 +27,8 @@ class ErasureData:
         forget, anchor, retain: Their conditionings, (n,), (n,) and (m,).
         empty: The empty prompt, (1,).
         notes: What a user should know of the images that it was made from.
+        forget_rows: Of each forget sample the number of its prompt among its concept's; empty where a host does not
+            tell.
     """
 
     forget_latents: Tensor
@@ -37,6 +39,7 @@ class ErasureData:
     retain: Conditioning
     empty: Conditioning
     notes: tuple[str, ...] = ()
+    forget_rows: tuple[int, ...] = ()
 
     def forgetting(self, rows: slice) -> ErasureData:
         """The same with these rows of the forget samples only, such as those of one concept of several."""
@@ -46,6 +49,7 @@ class ErasureData:
             anchor_latents=self.anchor_latents[rows],
             forget=self.forget[rows],
             anchor=self.anchor[rows],
+            forget_rows=self.forget_rows[rows],
         )
 
 

@@ -29,7 +29,7 @@ from salun.randomness import step_generator
 if TYPE_CHECKING:
     from salun.diffusion.context import RunContext
 
-FORGETTING = ("forget_latents", "anchor_latents", "forget", "anchor")  # of a training set
+FORGETTING = ("forget_latents", "anchor_latents", "forget", "anchor", "forget_rows")  # of a training set
 RATE_BATCHES = 4  # behind a measured learning rate
 FP16_LOSS_SCALE = 1024.0  # in which small gradients would be 0; a power of 2 changes no other bit
 

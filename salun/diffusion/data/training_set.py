@@ -41,12 +41,14 @@ class _Prompts:
     """Prompts of the forget samples and of the anchor in their place, (concepts · each,), one concept after the other.
 
     Args:
+        rows: Of each forget prompt its number among its concept's.
         sampled_anchor: Anchor prompts to sample, `few` for each concept: with more images than that they repeat.
     """
 
     each: int
     few: int
     forget: list[str]
+    rows: tuple[int, ...]
     anchor: list[str]
     sampled_anchor: list[str]
     retain: list[str]
@@ -107,6 +109,7 @@ def build_training_set(
         anchor_latents=_tile(anchor, prompts.few, prompts.each) if len(anchor) else forget,
         retain_latents=torch.cat(retain),
         forget=model.encode(prompts.forget),
+        forget_rows=prompts.rows,
         anchor=model.encode(prompts.anchor),
         retain=model.encode(retain_prompts or [""]),
         empty=model.encode([""]),
@@ -154,6 +157,7 @@ def _prompts_of(plan: Plan, user: UserLatents, forget_only: bool) -> _Prompts:
         each,
         few,
         forget=[concept.forget[i].text for concept, i in rows],
+        rows=tuple(i for _, i in rows),
         anchor=anchor,
         sampled_anchor=sampled_anchor if recipe.anchor_share and not forget_only else [],
         retain=[] if forget_only else [prompts.retain[i].text for i in retain],
