@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -314,6 +314,19 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file, suppress(OSError):
                 os.fsync(file.fileno())
+
+
+def check_result_folder(folder: Path, names: Sequence[str]) -> None:
+    """Check that files of these names can be written into a folder. Raises ConfigError if they cannot."""
+    paths = [folder / name for name in names]
+    taken = [path for path in paths if path.is_dir()]
+    if (folder.exists() and not folder.is_dir()) or taken:
+        raise ConfigError(
+            f"is {folder}, " + (f"in which {taken[0].name} is a folder" if taken else "which is not a folder"),
+            option="output",
+            advice="Name another folder, which need not exist",
+        )
+    check_disk_space(dict.fromkeys(paths, 0))
 
 
 def check_disk_space(needed: Mapping[Path, int]) -> None:

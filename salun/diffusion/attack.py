@@ -42,7 +42,6 @@ from salun.user_text import as_spelled
 
 SIDES = ("erased", "original")  # what is attacked
 RECORDED = ("command", "options", "device", "versions", "notes")
-WORKS = 95.0  # percent of prompts in which an attack must succeed on the original
 
 
 @dataclass(frozen=True, eq=False)

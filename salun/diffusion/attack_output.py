@@ -12,8 +12,8 @@ from salun.diffusion.attacks.adversarial import write_adversarial
 from salun.diffusion.data.latents import decode_images
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
-from salun.errors import ConfigError, fill
-from salun.files import check_disk_space, write_bytes
+from salun.errors import fill
+from salun.files import check_result_folder, write_bytes
 from salun.report.attacks import attack_banner, attack_sections
 from salun.report.metrics import calibration_sections
 from salun.report.page import GLOSSARY
@@ -25,15 +25,7 @@ FILES = ("attack.json", "attack.html", "adversarial.safetensors")
 
 def check_attack_folder(folder: Path) -> None:
     """Check that `write_attack` can write into a folder, before hours of work. Raises ConfigError if it cannot."""
-    paths = [folder / name for name in FILES]
-    taken = [path for path in paths if path.is_dir()]
-    if (folder.exists() and not folder.is_dir()) or taken:
-        raise ConfigError(
-            f"is {folder}, " + (f"in which {taken[0].name} is a folder" if taken else "which is not a folder"),
-            option="output",
-            advice="Name another folder, which need not exist",
-        )
-    check_disk_space(dict.fromkeys(paths, 0))
+    check_result_folder(folder, FILES)
 
 
 def write_attack(report: AttackReport, folder: Path) -> list[Path]:

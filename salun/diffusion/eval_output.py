@@ -16,9 +16,8 @@ from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSam
 from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
-from salun.errors import ConfigError
 from salun.evaluation.estimate import from_json
-from salun.files import check_disk_space, write_bytes
+from salun.files import check_result_folder, write_bytes
 from salun.image_metrics import IMAGE_METRICS
 from salun.progress import Event, Progress, Stage, silent
 from salun.report import image_grid
@@ -38,15 +37,7 @@ def check_output_folder(folder: Path, options: EvalOptions) -> None:
     Raises:
         ConfigError: It cannot.
     """
-    paths = [folder / name for name in (*FILES, *([f"{IMAGES}/x.png"] if options.keep_images else []))]
-    taken = [path for path in paths if path.is_dir()]
-    if (folder.exists() and not folder.is_dir()) or taken:
-        raise ConfigError(
-            f"is {folder}, " + (f"in which {taken[0].name} is a folder" if taken else "which is not a folder"),
-            option="output",
-            advice="Name another folder, which need not exist",
-        )
-    check_disk_space(dict.fromkeys(paths, 0))
+    check_result_folder(folder, (*FILES, *([f"{IMAGES}/x.png"] if options.keep_images else [])))
 
 
 def write_evaluation(result: EvalResult, folder: Path, progress: Progress = silent) -> list[Path]:

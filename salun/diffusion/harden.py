@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from salun.diffusion.attacks.soft_tokens import replaced
+from salun.diffusion.attacks.soft_tokens import phrases_of, replaced
 from salun.diffusion.attacks.task import gradients
 from salun.diffusion.losses import Draw
 from salun.diffusion.model.protocol import Conditioning, TokenEncoder
@@ -40,9 +40,7 @@ class Pool:
         self.phrases: list[list[list[int]]] = []  # tokens of the words that a member stands for
         members: list[list[Tensor]] = [[] for _ in self.tokens.token_embeddings]
         for i, each in enumerate(task.plan.prompts.concepts):
-            subject, concept = task.plan.subjects[i], task.plan.concepts[i]
-            texts = dict.fromkeys((concept.name, subject.phrase, *concept.synonyms))
-            self.phrases.append([self.tokens.tokens(text) for text in texts if text])
+            self.phrases.append(phrases_of(task.plan, i, self.tokens))
             self.rows.append([replaced(self.tokens.tokens(p.text), self.phrases[i], [-1]) for p in each.forget])
             for encoder, vectors in enumerate(self._starts(i)):
                 members[encoder].append(vectors)

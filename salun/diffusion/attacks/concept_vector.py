@@ -20,7 +20,7 @@ class ConceptVectorOptions(Checked):
 
 
 def concept_vector(task: AttackTask, options: ConceptVectorOptions) -> AttackResult:
-    """Condition on enc(prompt) + η·v, where v = mean of enc(with the concept) − enc(with the anchor) (eq. 1 there).
+    """Condition on enc(prompt) + η·v, where v = mean of enc(with the concept) − enc(with the anchor).
 
     The prompt is the anchor's, so that nothing of it names the concept.
     """

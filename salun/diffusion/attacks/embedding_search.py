@@ -27,7 +27,7 @@ class EmbeddingSearchOptions(Checked):
 
 
 def embedding_search(task: AttackTask, options: EmbeddingSearchOptions) -> AttackResult:
-    """min over embeddings e of MSE(ε_θ₀(x_t, t, prompt), ε_θ(x_t, t, proj(e))), proj the nearest tokens (eq. 3 there).
+    """min over embeddings e of MSE(ε_θ₀(x_t, t, prompt), ε_θ(x_t, t, proj(e))), proj the nearest tokens.
 
     The gradient at proj(e) moves e. A prompt ends with its first success.
     """

@@ -55,7 +55,7 @@ def _rows(task: AttackTask, prompts: Sequence[str], length: int) -> list[list[in
     """Each prompt's tokens, with slots in place of the concept."""
     from salun.diffusion.attacks.soft_tokens import phrases_of, replaced
 
-    phrases, slots = phrases_of(task), [-1 - j for j in range(length)]
+    phrases, slots = phrases_of(task.plan, task.concept, task.tokens), [-1 - j for j in range(length)]
     return [replaced(task.tokens.tokens(prompt), phrases, slots) for prompt in prompts]
 
 

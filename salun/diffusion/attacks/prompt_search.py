@@ -28,7 +28,7 @@ class PromptSearchOptions(Checked):
 
 
 def prompt_search(task: AttackTask, options: PromptSearchOptions) -> AttackResult:
-    """min over tokens of MSE(ε, ε_θ(x_t, t, tokens + prompt)), x_0 an image of the concept (eq. 6 there).
+    """min over tokens of MSE(ε, ε_θ(x_t, t, tokens + prompt)), x_0 an image of the concept.
 
     Each token is a distribution over the vocabulary; a draw from it is used with a straight-through gradient, Adam
     takes a step, and the result is projected on the simplex. t rises, and images are looked at after each; a prompt

@@ -34,7 +34,7 @@ class RingABellOptions(Checked):
 
 
 def ring_a_bell(task: AttackTask, options: RingABellOptions) -> AttackResult:
-    """Search tokens that minimize ‖enc(tokens) − (enc(prompt) + η·v)‖², by a genetic algorithm (algorithm 1 there)."""
+    """Search tokens that minimize ‖enc(tokens) − (enc(prompt) + η·v)‖², by a genetic algorithm."""
     from salun.diffusion.attacks.concept_vector import moved, vector
     from salun.diffusion.attacks.task import AdversarialPrompts, AttackResult
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.attacks.task import AttackTask, gradients
-from salun.diffusion.model.protocol import Conditioning, DiffusionModel
+from salun.diffusion.model.protocol import Conditioning, DiffusionModel, TokenEncoder
+from salun.diffusion.plan import Plan
 
 
 def replaced(prompt: Sequence[int], phrases: Sequence[Sequence[int]], slots: Sequence[int]) -> list[int]:
@@ -26,12 +27,11 @@ def replaced(prompt: Sequence[int], phrases: Sequence[Sequence[int]], slots: Seq
     return row if any(token < 0 for token in row) else [*slots, *row]
 
 
-def phrases_of(task: AttackTask) -> list[list[int]]:
-    """Tokens of the texts that name the concept."""
-    concept = task.plan.concepts[task.concept]
-    subject = task.plan.subjects[task.concept]
-    texts = dict.fromkeys((concept.name, subject.phrase, *concept.synonyms))
-    return [task.tokens.tokens(text) for text in texts if text]
+def phrases_of(plan: Plan, concept: int, tokens: TokenEncoder) -> list[list[int]]:
+    """Tokens of the texts that name a concept, by its number."""
+    of = plan.concepts[concept]
+    texts = dict.fromkeys((of.name, plan.subjects[concept].phrase, *of.synonyms))
+    return [tokens.tokens(text) for text in texts if text]
 
 
 def vectors_of(task: AttackTask, phrase: str, count: int) -> list[Tensor]:
