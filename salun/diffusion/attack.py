@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from salun.compute.device import DTYPES, explained_memory_errors
+from salun.compute.device import explained_memory_errors
 from salun.diffusion.attack_options import AttackOptions, ChosenAttack
 from salun.diffusion.attacks.task import AttackResult, AttackTask, Known
 from salun.diffusion.data.latents import item_seed, sample_latents
-from salun.diffusion.eval_models import Compared, compared_models
+from salun.diffusion.eval_models import Compared, compared_models, record_of
 from salun.diffusion.evaluation import (
     EvalPrompts,
     Evaluation,
@@ -25,7 +25,6 @@ from salun.diffusion.evaluation import (
     metrics_of,
 )
 from salun.diffusion.model.loading import load_with
-from salun.diffusion.model.settings import SAMPLING
 from salun.diffusion.plan import Plan, make_plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
 from salun.errors import Cancelled, ConfigError, SalunError
@@ -196,7 +195,9 @@ def _attacked(
             option="detector",
             advice="Use another {detector}, or a concept that the original shows",
         )
-    record = _record_of(target, options, compared, plan, command)
+    resolved = {"detector": plan.detector, "attack": [each.text for each in chosen]}
+    record = record_of(target, options, compared, plan, command, resolved)
+    record.notes += plan.notes
     tasks = _tasks(compared, plan, options, prompts, before, pair, detector, progress, cache)
     results = [_run(task, side, each, cache, progress) for side, task in tasks for each in chosen]
     metrics = metrics_of(detector, pair)
@@ -310,20 +311,3 @@ def _key(task: AttackTask, chosen: ChosenAttack) -> str | None:
         device=attacked.device.type,
         torch=torch.__version__,
     )
-
-
-def _record_of(target: str, options: AttackOptions, compared: Compared, plan: Plan, command: str) -> RunRecord:
-    """The record of what is attacked how, with every option resolved that the model or the run decides."""
-    model = compared.known
-    resolved = {
-        "concept": [concept.name for concept in plan.concepts],
-        "detector": plan.detector,
-        "attack": [each.text for each in options.attacks],
-        "dtype": next(name for name, dtype in DTYPES.items() if dtype == model.dtype),
-        **{name: getattr(plan.options, name) for name in ("anchor", "prediction_type", "clip_skip", "components")},
-        **{name: getattr(plan.sampling, field) for name, field in SAMPLING.items()},
-    }
-    record = RunRecord(None, command, {"target": target, **asdict(options), **resolved}, options.seed,
-                       str(model.device))  # fmt: skip
-    record.notes += plan.notes
-    return record

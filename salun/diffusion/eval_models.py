@@ -7,21 +7,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from salun.checkpoints.locate import find
+from salun.compute.device import DTYPES
 from salun.config import read_record
 from salun.delta.delta import Delta
 from salun.diffusion.eval_options import ComparedOptions
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.protocol import DiffusionModel
-from salun.diffusion.model.settings import display_name
+from salun.diffusion.model.settings import SAMPLING, display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseJob, EraseOptions
+from salun.diffusion.plan import Plan
 from salun.diffusion.prompts.concepts import Concept
 from salun.errors import ConfigError, DataError, ModelError
 from salun.runs.reading import file_of, read_finished
+from salun.runs.record import RunRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,3 +145,30 @@ def _erase_options(options: ComparedOptions, base: EraseOptions | None = None) -
     given = {name: getattr(options, name) for name in shared - {"detector"}}
     given = {name: value for name, value in given.items() if value != getattr(defaults, name)}
     return replace(base or EraseOptions(), **given)
+
+
+def record_of(
+    target: str,
+    options: ComparedOptions,
+    compared: Compared,
+    plan: Plan,
+    command: str,
+    resolved: Mapping[str, Any],
+) -> RunRecord:
+    """The record of how models are looked at, with every option resolved that the model or the run decides.
+
+    Args:
+        resolved: Further options that were resolved, by name.
+    """
+    model = compared.known
+    known = {
+        "concept": [concept.name for concept in plan.concepts],
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == model.dtype),
+        **{name: getattr(plan.options, name) for name in ("anchor", "prediction_type", "clip_skip", "components")},
+        **{name: getattr(plan.sampling, field) for name, field in SAMPLING.items()},
+        **resolved,
+    }
+    sampler = model.sampler_facts()  # of which only names are for people, no config
+    facts = {name: value for name in ("scheduler", "sampler") if isinstance(value := sampler.get(name), str)}
+    used = {"target": target, **dataclasses.asdict(options), **known}
+    return RunRecord(None, command, used, options.seed, str(model.device), facts)

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from salun.compute.device import DTYPES, explained_memory_errors
-from salun.diffusion.eval_models import Compared, compared_models
+from salun.compute.device import explained_memory_errors
+from salun.diffusion.eval_models import Compared, compared_models, record_of
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.eval_sets import (
     ANCHOR,
@@ -34,7 +34,6 @@ from salun.diffusion.evaluation import (
     metrics_without,
 )
 from salun.diffusion.model.protocol import DiffusionModel
-from salun.diffusion.model.settings import SAMPLING
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.prompts.sets import PromptSet
 from salun.errors import ConfigError
@@ -203,18 +202,7 @@ def result_of(wanted: Wanted, sides: Mapping[str, Side], progress: Progress) -> 
 
 def _record_of(target: str, options: EvalOptions, compared: Compared, plan: Plan, command: str) -> RunRecord:
     """The record of an evaluation, with every option resolved that the model or the run decides."""
-    model = compared.known
-    resolved = {
-        "concept": [concept.name for concept in plan.concepts],
-        "detector": _detector_names(options, plan),
-        "dtype": next(name for name, dtype in DTYPES.items() if dtype == model.dtype),
-        **{name: getattr(plan.options, name) for name in ("anchor", "prediction_type", "clip_skip", "components")},
-        **{name: getattr(plan.sampling, field) for name, field in SAMPLING.items()},
-    }
-    sampler = model.sampler_facts()  # of which only names are for people, no config
-    facts = {name: value for name in ("scheduler", "sampler") if isinstance(value := sampler.get(name), str)}
-    used = {"target": target, **asdict(options), **resolved}
-    record = RunRecord(None, command, used, options.seed, str(model.device), facts)
+    record = record_of(target, options, compared, plan, command, {"detector": _detector_names(options, plan)})
     if plan.options.detector and not options.detector:
         record.notes.append(f"the detector is {plan.detector}, as in the run")
     return record
