@@ -75,7 +75,7 @@ def test_a_members_steps_are_adams(shapes: Model, monkeypatch: pytest.MonkeyPatc
 def test_a_member_learns_to_denoise_the_concept_and_its_loss_is_on_the_forget_targets(shapes: Model) -> None:
     pool = pool_of(shapes, 1)
     pool.vectors[0][0] = shapes.token_embeddings[0][shapes.tokens("crescent")[0]]
-    task, data = pool.task, pool.task.training_set
+    data = pool.task.training_set
     t, noise = torch.full((8,), 700), torch.randn(8, *shapes.latent_shape, generator=torch.Generator().manual_seed(0))
     x_t = shapes.schedule.add_noise(data.forget_latents, noise, t)
 
@@ -95,7 +95,6 @@ def test_a_member_learns_to_denoise_the_concept_and_its_loss_is_on_the_forget_ta
         noisy = shapes.schedule.add_noise(batch.x_0[half], batch.noise[half], batch.t[half])
         output = shapes.predict(noisy, batch.t[half], pool._conditioning(0, 0, (batch.picked % 8).tolist()))
     assert float(loss) == pytest.approx(float(output.square().mean()), rel=1e-4)
-    assert len(task.plan.prompts.concepts) == 1
 
 
 def test_each_concept_has_members_of_its_own(shapes: Model) -> None:
@@ -156,7 +155,7 @@ def test_the_target_moves_away_while_attacks_succeed_and_others_stay() -> None:
     assert (more.phase, more.guidance) == (Phase.CONTINUE, GUIDED)
     many = [probed(10 * i, 0.95, 0.9, 0.01, 0.4) for i in range(1, 12)]
     assert decide(goal, many, 10, 300).guidance > FARTHEST
-    assert not end.reaches(Goal(0.9, 0.02, asr=0.0)) or end.asr == 0.0
+    assert end.reaches(goal)
     assert not again.reaches(goal) and again.reaches(Goal(0.9, 0.02))
 
 

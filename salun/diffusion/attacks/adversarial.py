@@ -34,9 +34,9 @@ def write_adversarial(path: Path, made: Sequence[tuple[str, AdversarialPrompts]]
 
 
 def read_adversarial(path: Path) -> list[tuple[str, AdversarialPrompts]]:
-    """What `write_adversarial` wrote. Raises DataError for anything else."""
+    """What `write_adversarial` wrote. Raises DataError for anything else, and ModelError for a damaged file."""
     if not path.is_file():
-        raise DataError(f"there is no file {path}", advice="Name the adversarial.safetensors of an attack")
+        raise DataError(f"{path} does not exist", advice="Name the adversarial.safetensors of an attack")
     header = safetensors_io.read_header(path)
     if header.metadata.get("format") != FORMAT:
         raise DataError(f"{path} holds no adversarial prompts", advice="Name the adversarial.safetensors of an attack")

@@ -29,7 +29,7 @@ class EmbeddingSearchOptions(Checked):
 def embedding_search(task: AttackTask, options: EmbeddingSearchOptions) -> AttackResult:
     """min over embeddings e of MSE(ε_θ₀(x_t, t, prompt), ε_θ(x_t, t, proj(e))), proj the nearest tokens.
 
-    The gradient at proj(e) moves e. A prompt ends with its first success.
+    The gradient at proj(e) moves e. After a prompt's first success its images are looked at no more.
     """
     from salun.diffusion.attacks.task import AdversarialPrompts, AttackResult, Best
     from salun.diffusion.data.latents import batch_size_of

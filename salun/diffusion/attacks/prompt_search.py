@@ -31,8 +31,8 @@ def prompt_search(task: AttackTask, options: PromptSearchOptions) -> AttackResul
     """min over tokens of MSE(ε, ε_θ(x_t, t, tokens + prompt)), x_0 an image of the concept.
 
     Each token is a distribution over the vocabulary; a draw from it is used with a straight-through gradient, Adam
-    takes a step, and the result is projected on the simplex. t rises, and images are looked at after each; a prompt
-    ends with its first success.
+    takes a step, and the result is projected on the simplex. t rises, and images are looked at after each, of a
+    prompt until its first success.
     """
     from salun.diffusion.attacks.task import AdversarialPrompts, AttackResult, Best
     from salun.diffusion.data.latents import batch_size_of
