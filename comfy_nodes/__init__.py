@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attack import SalUnAttack
 from .concept import SalUnConcept
 from .data import SalUnTrainingData
 from .delta import SalUnApplyDelta
@@ -29,6 +30,7 @@ NODES: tuple[type[Node], ...] = (
     SalUnSaveErasedCheckpoint,
     SalUnSaveAsLora,
     SalUnEvaluate,
+    SalUnAttack,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: node.TITLE for node in NODES}

@@ -19,11 +19,11 @@ from salun.progress import Stage, StageCost
 from salun.report.image_grid import stack
 from salun.report.metrics import verdict_lines
 
-from .eval_inputs import eval_inputs, eval_options, prompts_state
 from .execution import computes, graph_and_plan
 from .families import family_of
 from .images import SamplePreview, to_image
 from .inputs import wires
+from .look_inputs import EVALUATION, prompts_state
 from .model import GraphModel
 from .paths import output_path, validation
 from .progress import ComfyProgress
@@ -56,9 +56,9 @@ class SalUnEvaluate(Node):
                 "before": ("MODEL", {"tooltip": "The original model."}),
                 "after": ("MODEL", {"tooltip": "The erased model."}),
                 **wires("clip", "vae", "concept"),
-                **eval_inputs(main=True),
+                **EVALUATION.entries(main=True),
             },
-            "optional": {**wires("options"), **eval_inputs(main=False)},
+            "optional": {**wires("options"), **EVALUATION.entries(main=False)},
         }
 
     @classmethod
@@ -74,7 +74,7 @@ class SalUnEvaluate(Node):
         clip_model: str | None = None,
     ) -> bool | str:
         given = {"detector": detector, "metric": metric, "prompts": prompts, "clip_model": clip_model}
-        return validation(None, "", lambda: eval_options({k: v for k, v in given.items() if v is not None}))
+        return validation(None, "", lambda: EVALUATION.options({k: v for k, v in given.items() if v is not None}))
 
     @computes
     def run(
@@ -90,7 +90,7 @@ class SalUnEvaluate(Node):
         families = family_of(before).name, family_of(after).name
         if families[0] != families[1]:
             raise ConfigError(f"before is a MODEL of the family {families[0]}, but after is of {families[1]}")
-        chosen, named = eval_options(values)
+        chosen, named = EVALUATION.options(values)
         graph, plan = graph_and_plan(before, clip, vae, concept, {}, options)
         graphs = graph, GraphModel(after, clip, vae, plan.options.dtype)
         for of, side in zip(graphs, SIDES, strict=True):
@@ -112,10 +112,10 @@ class SalUnEvaluate(Node):
             for name, metrics in result.metrics.items()
             for line in verdict_lines(metrics)
         ]
-        return to_image(stack(forget, retain)), _with_names(json.dumps(data, indent=1), named), "\n".join(lines)
+        return to_image(stack(forget, retain)), with_given_names(json.dumps(data, indent=1), named), "\n".join(lines)
 
 
-def _with_names(text: str, named: Mapping[str, str]) -> str:
+def with_given_names(text: str, named: Mapping[str, str]) -> str:
     """JSON with the names of files and folders as they were given: a graph's output should hold no path of its host."""
     for path in sorted(named, key=len, reverse=True):
         text = text.replace(json.dumps(path)[1:-1], json.dumps(named[path])[1:-1])

@@ -27,7 +27,7 @@ from . import stages
 from .access import Access, Rejected, headers_of
 from .bodies import STARTS, JobId
 from .body import LARGEST, json_object, read_body
-from .controls import ERASURE, EVALUATION, Controls
+from .controls import ATTACK, ERASURE, EVALUATION, Controls
 from .job_queue import QueueFull
 from .jobs import Job
 from .limits import truncated
@@ -242,17 +242,18 @@ def preview(request: Request, id: str, name: str) -> Any:
 
 
 def evaluation(request: Request, id: str) -> Any:
-    """The page of an evaluation, by its job."""
+    """The page of an evaluation or of attacks, by its job."""
     return FileResponse(_service(request).evaluation(id), media_type="text/html; charset=utf-8")
 
 
 def schema() -> dict[str, Any]:
-    """Every option of an erasure, and under `evaluation` of an evaluation, with type, default, range and help."""
+    """Every option of an erasure, and under `evaluation` and `attack` of these, with type, default, range and help."""
     return {
         "version": 1,
         "prefix": PREFIX,
         "options": _options_to_json(ERASURE),
         "evaluation": _options_to_json(EVALUATION),
+        "attack": _options_to_json(ATTACK),
     }
 
 

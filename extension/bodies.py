@@ -81,8 +81,16 @@ class Evaluate(BaseModel, extra="forbid"):
     options: dict[str, Any] = {}
 
 
+class Attack(BaseModel, extra="forbid"):
+    """Attack a run, by its name, or a model, by its title; `options` as under `attack` in `schema`."""
+
+    kind: Literal["attack"]
+    model: StrictStr
+    options: dict[str, Any] = {}
+
+
 STARTS: dict[str, type[BaseModel]] = {
     "erase": Erase, "mask": Mask, "stack": Stack, "undo": Undo, "export": Export, "overlaps": Overlaps,
-    "inspect": Inspect, "evaluate": Evaluate,
+    "inspect": Inspect, "evaluate": Evaluate, "attack": Attack,
 }  # fmt: skip
 """Kind of job → its arguments, which are those of the method of `Requests` with that name."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob, EraseOptions, ModelOptions
 from salun.errors import Cancelled, ConfigError, SalunError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 EVERY = 0.2  # seconds between two events on the steps of one stage
 PASSES = 40  # of a sample, for the progress of an evaluation; detecting in it takes about a tenth
+ATTACK_PASSES = 10  # of an attack, relative to the sampling of its images, for its progress
 SET_PROMPTS = 10  # of a set that is made from a concept, for the progress of an evaluation
 PREVIEWS = 3  # forget prompts of a preview; one retain prompt is shown with them
 WRITING_COSTS = [StageCost(Stage.CHECKING, 1, forward=2), StageCost(Stage.WRITING, 1, forward=3)]
@@ -252,6 +254,30 @@ def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
     return {"notes": [*result.notes, *lines], "verdict": data["verdict"]}
 
 
+def attack(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
+    """As `salun attack`; the files go into the job's folder, and of a run into its folder as well."""
+    from salun.diffusion.attack import attack as run_attacks
+    from salun.diffusion.attack_output import write_attack
+    from salun.errors import fill
+    from salun.report.attacks import attack_banner, attack_lines
+    from salun.report.metrics import lines_of
+
+    options: AttackOptions = from_mapping(AttackOptions, request["options"], "")
+    target = Path(request["target"])
+    pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
+    images = options.n * (max(1, len(options.concept)) + 1)
+    costs = [StageCost(stage, images, forward=images) for stage in (Stage.IMAGES_BEFORE, Stage.IMAGES_AFTER)]
+    made = images * ATTACK_PASSES * len(options.attacks) * (2 if options.control else 1)
+    costs.append(StageCost(Stage.ATTACKING, made, forward=made))
+    progress = stages.continued(pipe_progress(pipe, stages.ProgressEstimator(costs)), costs[:2])
+    report = run_attacks(str(target), options, progress)
+    for home in (folder, target) if (target / "run.json").is_file() else (folder,):
+        write_attack(report, home)
+    data = report.as_json()
+    lines = [fill(line, label) for line in lines_of(attack_banner(data))]
+    return {"notes": [*report.record.notes, *lines, *attack_lines(data)]}
+
+
 def evaluation_costs(options: EvalOptions, compared: bool) -> list[StageCost]:
     """What an evaluation does, for its progress; roughly, since the model that says how to sample is not loaded yet.
 
@@ -298,7 +324,7 @@ def overlaps(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
 
 KINDS = {
     "erase": erase, "mask": mask, "stack": stack, "undo": undo, "export": export, "inspect": inspect,
-    "overlaps": overlaps, "evaluate": evaluate,
+    "overlaps": overlaps, "evaluate": evaluate, "attack": attack,
 }  # fmt: skip
 
 

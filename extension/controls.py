@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from salun.attacks import ATTACKS
 from salun.detectors import WITHOUT_PATH
-from salun.diffusion import eval_options
+from salun.diffusion import attack_options, eval_options
+from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import GROUPS, EraseJob, Recipe
 from salun.errors import ConfigError
@@ -51,6 +53,15 @@ EVALUATION_HELP = {
                ".txt).",
     "sets": "Further prompts made from the concept, for models of free text.",
     "keep_images": "Write every image, into `images` of the job's folder and of the run.",
+}  # fmt: skip
+ATTACK_HELP = {
+    **EVALUATION_HELP,
+    "against": "For a checkpoint: images of the concept come from it. A run knows its own.",
+    "attack": f"{', '.join(name for name, of in ATTACKS['diffusion'].items() if of.default)}, with numbers as in "
+              "inversion+steps=400, or prompts:NAME for a file in `prompts` of the data folder or for the prompts that "
+              "attacks on a run made; one per line (default: all of them).",
+    "detector": f"Decides about success: {DETECTORS} (default: the run's, else the classifier in the model's folder, "
+                "else self: the original model as classifier).",
 }  # fmt: skip
 
 
@@ -157,4 +168,11 @@ EVALUATION = Controls(
     ("against", "concept", "anchor", "detector", "n"),
     "salun_eval_",
     EVALUATION_HELP,
+)
+ATTACK = Controls(
+    AttackOptions,
+    attack_options.GROUPS,
+    ("against", "concept", "anchor", "attack", "n", "budget"),
+    "salun_attack_",
+    ATTACK_HELP,
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from salun.detectors import without_path
+from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob
 from salun.diffusion.prompts.prompt_file import LINES, TABLES
@@ -24,7 +25,8 @@ from .runs import Runs
 NOT_OFFERED = ("models_dir", "output", "run_dir", "allow_pickle")  # a form can name no file to read or write
 IMAGE_FOLDERS = ("forget_images", "retain_images")
 TITLES = ("model", "against")  # options that `Models` looks up
-NAMES = (*IMAGE_FOLDERS, "mask", "prompts", "components", "clip")  # of paths, replaced by `Inputs.check`
+ADVERSARIAL = "adversarial.safetensors"  # in a run folder: what its attacks made
+NAMES = (*IMAGE_FOLDERS, "mask", "prompts", "components", "clip", "attack")  # of paths, replaced by `Inputs.check`
 
 
 def offered(kind: Any) -> tuple[str, ...]:
@@ -37,7 +39,7 @@ def offered(kind: Any) -> tuple[str, ...]:
     )
 
 
-ERASE_FIELDS, EVAL_FIELDS = offered(EraseJob), offered(EvalOptions)
+ERASE_FIELDS, EVAL_FIELDS, ATTACK_FIELDS = offered(EraseJob), offered(EvalOptions), offered(AttackOptions)
 
 
 class Inputs:
@@ -75,6 +77,7 @@ class Inputs:
             "clip": _clip,
             "detector": self.detector,
             "metric": self.metric,
+            "attack": self.attack,
         }
         return looked_up.get(option)
 
@@ -92,6 +95,24 @@ class Inputs:
     def prompt_file(self, name: str) -> str:
         """A file of prompts, or the hub id of a data set."""
         return name if is_data_set_id(name) else str(confined_file(name, self.prompts))
+
+    def attack(self, text: str) -> str:
+        """An attack with its numbers. What may follow its name is a file of prompts, or a run whose attacks made some.
+
+        Raises ConfigError for any other argument.
+        """
+        name, _, argument = text.strip().partition(":")
+        if not argument:
+            return text
+        if name != "prompts":
+            raise ConfigError(
+                f"is {text[:80]!r}, but {name[:40]} can name no file or model here",
+                option="attack",
+                advice="Use the command line for it",
+            )
+        if self.runs.has(argument):
+            return f"prompts:{confined_file(ADVERSARIAL, self.runs.get(argument))}"
+        return f"prompts:{confined_file(argument, self.prompts)}"
 
     def prompt_files(self) -> list[str]:
         """Names of the files of prompts; links that lead out are skipped."""

@@ -14,9 +14,9 @@ from . import environment
 from .access import Access
 from .markup import bad, good, safe
 from .page_deltas import Deltas
-from .page_evaluate import Evaluation
 from .page_form import Form
 from .page_history import History
+from .page_look import LOOKS, LookSection
 from .service import Service
 
 LOADER = """() => {
@@ -41,20 +41,21 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                 gr.HTML(f'<div class="salun-live" data-token="{escape(access.token)}"></div>')
                 refresh = gr.Button("Refresh the lists", elem_id="salun_refresh")
         history = History(gr, service)
-        evaluation = Evaluation(gr, service)
+        looks = [LookSection(gr, service, look) for look in LOOKS.values()]
         deltas = Deltas(gr, service)
         state = _setup(gr, service)
         form.connect(service)
         history.connect(gr, service, form)
-        evaluation.connect(service)
+        for look in looks:
+            look.connect(service)
         deltas.connect(service)
 
         models = [form.model, deltas.base]
         runs = [history.run, history.other]
-        options = [*form.advanced.items(), *evaluation.options.items()]
+        options = [*form.advanced.items(), *(item for look in looks for item in look.options.items())]
         named = service.choices()
-        listed = {name: control for name, control in options if name in named}
-        shown = [*models, *runs, evaluation.model, *deltas.chosen, *listed.values(), state]
+        listed = [(name, control) for name, control in options if name in named]
+        shown = [*models, *runs, *(look.model for look in looks), *deltas.chosen, *(of for _, of in listed), state]
 
         def lists(opened: bool = False) -> list[Any]:
             """Updates of `shown`. opened: of a page that was just opened and has no choice yet."""
@@ -63,9 +64,9 @@ def build(gr: Any, service: Service, access: Access) -> Any:
             return [
                 *(gr.update(choices=choices["model"], **chosen) for _ in models),
                 *(gr.update(choices=names) for _ in runs),
-                gr.update(choices=[*names, *choices["model"]]),
+                *(gr.update(choices=[*names, *choices["model"]]) for _ in looks),
                 *(gr.update(choices=["", *service.runs.deltas()]) for _ in deltas.chosen),
-                *(gr.update(choices=choices[name]) for name in listed),
+                *(gr.update(choices=choices[name]) for name, _ in listed),
                 _setup_text(service),
             ]
 

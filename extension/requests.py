@@ -6,9 +6,10 @@ import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.attack_options import AttackOptions
+from salun.diffusion.eval_options import ComparedOptions, EvalOptions
 from salun.diffusion.options import EraseJob, EraseOptions
 from salun.errors import ConfigError
 from salun.options import from_mapping
@@ -21,6 +22,7 @@ from .models import Models, stem_of
 from .paths import given_name, made_name, new_file
 from .runs import DELTA, Runs
 
+Looked = TypeVar("Looked", bound=ComparedOptions)
 MAX_PREVIEW_EVERY = 1_000_000  # steps
 MAX_RANK = 4096
 MIN_STRENGTH, MAX_STRENGTH = -0.5, 1.5
@@ -131,7 +133,22 @@ class Requests:
             model: A run's name, or a model's title. options: Fields of `EvalOptions` that are in EVAL_FIELDS; `against`
             is a title. A run names its original, its concept and its anchor itself.
         """
-        given: EvalOptions = from_mapping(EvalOptions, self.inputs.check(options or {}, EvalOptions), "")
+        return self._looked_at("evaluate", model, self._options(EvalOptions, options))
+
+    def attack(self, model: str, options: Mapping[str, Any] | None = None) -> Job:
+        """Queue attacks on a model. model: as for `evaluate`. options: fields of `AttackOptions` in ATTACK_FIELDS."""
+        given = self._options(AttackOptions, options)
+        _ = given.attacks  # checked before it waits in the queue
+        if not given.against and not self.runs.has(model):
+            raise ConfigError("is needed to attack a checkpoint: images of the concept come from it", option="against")
+        return self._looked_at("attack", model, given)
+
+    def _options(self, kind: type[Looked], options: Mapping[str, Any] | None) -> Looked:
+        made: Looked = from_mapping(kind, self.inputs.check(options or {}, kind), "")
+        return made
+
+    def _looked_at(self, kind: str, model: str, given: ComparedOptions) -> Job:
+        """Queue a job that looks at a run or a model."""
         if not given.against and self.runs.has(model):
             for name in ("concept", "anchor"):
                 if any(text.strip() for text in getattr(given, name)):
@@ -141,8 +158,8 @@ class Requests:
             target, against = self.models.named(model), self.models.named(given.against) if given.against else None
             named = dataclasses.replace(given, against=against, concept=_named(given.concept))
         self.host.python()
-        title = f"evaluate {model}" + (f" against {given.against}" if given.against else "")
-        return self.queue.submit("evaluate", title, {"target": target, "options": dataclasses.asdict(named)})
+        title = f"{kind} {model}" + (f" against {given.against}" if given.against else "")
+        return self.queue.submit(kind, title, {"target": target, "options": dataclasses.asdict(named)})
 
     def overlaps(self, deltas: Sequence[str]) -> Job:
         """Queue the counting of weights that deltas both change."""

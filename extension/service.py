@@ -23,6 +23,7 @@ from .paths import confined_file
 from .requests import Requests
 from .runs import DELTA, Runs
 
+PAGES = {"evaluate": "eval.html", "attack": "attack.html"}  # kind of job → its page
 logger = logging.getLogger("salun")
 
 
@@ -48,7 +49,7 @@ class Service:
         homes = [home for home in (self.host.data, self.host.checkpoints(), self.host.loras()) if home is not None]
         real = [Path(os.path.realpath(home)) for home in homes]
         targets = [*job.outputs, job.options.get("run_dir")]
-        if (Path(job.request.get("target") or "") / "run.json").is_file():  # of an evaluation, which writes there
+        if (Path(job.request.get("target") or "") / "run.json").is_file():  # of PAGES, which write there
             targets.append(job.request["target"])
         paths = [Path(os.path.realpath(path)) for path in targets if path]
         within = all(any(home in path.parents for home in real) for path in paths)
@@ -81,10 +82,11 @@ class Service:
         return confined_file(name, self.queue.folder / job)
 
     def evaluation(self, job: str) -> Path:
-        """The page of an evaluation."""
-        if "evaluation" not in self.offers(self.queue.get(job)):
+        """The page of an evaluation or of attacks."""
+        found = self.queue.get(job)
+        if "evaluation" not in self.offers(found):
             raise ConfigError(f"there is no evaluation {job[:80]!r}", code="not-found")
-        return confined_file("eval.html", self.queue.folder / job)
+        return confined_file(PAGES[found.kind], self.queue.folder / job)
 
     # stopped and finished jobs
 
@@ -138,8 +140,8 @@ class Service:
         loads = ["use"] if self.host.checkpoints() is not None else []  # `salun ui` does not generate images
         if job.kind in ("stack", "undo"):
             return loads
-        if job.kind == "evaluate":
-            return ["evaluation"] if (self.queue.folder / job.id / "eval.html").is_file() else []
+        if job.kind in PAGES:
+            return ["evaluation"] if (self.queue.folder / job.id / PAGES[job.kind]).is_file() else []
         if job.kind == "erase" and job.run and (self.runs.folder / job.run / DELTA).is_file():
             return [*loads, "undo", "lora", "diff", "delta"]
         return []

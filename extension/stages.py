@@ -26,6 +26,7 @@ LABELS = {
     Stage.EVALUATING: "evaluating",
     Stage.PROBING: "comparing predictions",
     Stage.DETECTING: "detecting the concept",
+    Stage.ATTACKING: "attacking",
     Stage.SAVING: "saving",
     Stage.WRITING: "writing the checkpoint",
     Stage.EXPORTING: "exporting",

@@ -30,7 +30,12 @@ from .service import Service
 
 TAB = "Erase concept"
 STARTED = threading.Event()  # set once the host answers
-DEVICE_JOBS = ("erase", "mask", "evaluate")  # these compute on the host's device; the others read and write files
+DEVICE_JOBS = (
+    "erase",
+    "mask",
+    "evaluate",
+    "attack",
+)  # these compute on the host's device; the others read and write files
 logger = logging.getLogger("salun")
 _state: dict[str, Any] = {}  # survives "Reload UI", as this module does
 

@@ -19,7 +19,7 @@ from salun.checkpoints import safetensors_io
 from salun.delta.stock_formats import low_rank
 from salun.diffusion.attack import attack
 from salun.diffusion.attack_options import AttackOptions, attack_of
-from salun.diffusion.attack_output import check_attack_folder, write_attack
+from salun.diffusion.attack_output import attack_grid, check_attack_folder, write_attack
 from salun.diffusion.attacks.adversarial import read_adversarial, write_adversarial
 from salun.diffusion.attacks.inversion import InversionOptions
 from salun.diffusion.attacks.lora import lora_changes
@@ -310,13 +310,22 @@ def test_an_attack_on_a_run_writes_a_page_and_prompts_to_replay(erased: Path, tm
     files = write_attack(report, tmp_path / "out")
     assert [path.name for path in files] == ["attack.json", "attack.html", "adversarial.safetensors"]
     page = files[1].read_text(encoding="utf-8")
+    grid = attack_grid(report)
+    assert grid.ndim == 3 and len(np.unique(grid)) > 50
+    before = (erased / "run" / "report.html").read_text(encoding="utf-8")
+    again = [write_attack(report, erased / "run") for _ in range(2)]
+    whole = (erased / "run" / "report.html").read_text(encoding="utf-8")
+    assert again[0][-1].name == "report.html" and "Does it come back?" not in before
+    assert whole.count("Does it come back?") == 1 and len(whole) > len(before), "a chapter, however often it is written"
+    start, end = before.split("<!--chapter--><!--/chapter-->")
+    assert whole.startswith(start) and whole.endswith(end)
     assert "Does it come back?" in page and "Concept vector" in page and "success against budget" in page
     assert json.loads(files[0].read_text(encoding="utf-8")) == json.loads(json.dumps(data))
     rows = attack_rows(data)
     assert rows[1][:2] == ("circle", "none: the plain prompts") and len(rows) == 6
     replay = AttackOptions(attack=[f"prompts:{files[2]}"], **QUICK)
-    again = attack(str(erased / "run"), replay).attacked[0].result
-    assert again is not None and len(again.shown) == 8
+    replayed = attack(str(erased / "run"), replay).attacked[0].result
+    assert replayed is not None and len(replayed.shown) == 8
 
 
 def test_a_models_own_files_are_attacked_as_its_run_is(erased: Path) -> None:
@@ -345,7 +354,7 @@ def test_a_repeated_attack_takes_finished_ones_from_the_cache(
     steps = [0]
 
     def count(event: Event, /) -> None:
-        steps[0] += event.stage is Stage.ATTACKING and event.total == 1
+        steps[0] += event.stage is Stage.ATTACKING and event.step == 100  # the first ends, the second begins
 
     first = attack(str(erased / "run"), options, count)
     again = attack(str(erased / "run"), options)

@@ -59,16 +59,16 @@ def mutated(rng: random.Random, depth: int = 0) -> Any:
     return inner if rng.random() < 0.5 else {rng.choice(["id", "model", "concept", "a" * 500]): one for one in inner}
 
 
-def body_of(rng: random.Random, fields: tuple[list[str], list[str]], starts: dict[str, Any]) -> bytes:
+def body_of(rng: random.Random, fields: dict[str, tuple[str, ...]], starts: dict[str, Any]) -> bytes:
     """A body of `start` or of a call that takes an id, most of it right and some of it not.
 
-    fields: the options of an erasure, and of an evaluation.
+    fields: kind → its options; those of an erasure otherwise.
     """
     if rng.random() < 0.1:
         return rng.choice(BODIES)
     kind = rng.choice(list(starts))
-    options = fields[kind == "evaluate"]
-    named = {"against": "shapes"} if kind == "evaluate" else {"model": "shapes"}
+    options = list(fields.get(kind, fields["erase"]))
+    named = {"against": "shapes"} if kind in ("evaluate", "attack") else {"model": "shapes"}
     sound: dict[str, Any] = {
         "options": {"concept": ["circle"], **named}, "model": "shapes", "deltas": ["run"], "strengths": [1.0],
         "delta": "run", "run": "run", "form": "lora", "rank": 4, "against": "run", "name": "x", "preview_every": 3,
@@ -191,9 +191,10 @@ def attack(folder: Path, numbers: range) -> Findings:
     """One mutated request a case; every hundredth, all jobs are cancelled and the status is asked for."""
     from extension.api import PREFIX
     from extension.bodies import STARTS
-    from extension.inputs import ERASE_FIELDS, EVAL_FIELDS
+    from extension.inputs import ATTACK_FIELDS, ERASE_FIELDS, EVAL_FIELDS
 
     findings = Findings(folder)
+    fields = {"erase": ERASE_FIELDS, "evaluate": EVAL_FIELDS, "attack": ATTACK_FIELDS}
     with served(folder) as (app, service, access):
         service.models.concepts(None)  # imports torch once, which takes seconds on a busy machine
         for number in numbers:
@@ -201,7 +202,7 @@ def attack(folder: Path, numbers: range) -> Findings:
             route, method = rng.choice(["start"] * 8 + list(ROUTES)), ""
             method = ROUTES[route] if rng.random() < 0.95 else rng.choice(["PUT", "OPTIONS", "HEAD", "\xff"])
             path = f"{PREFIX}/{route}" if rng.random() < 0.95 else rng.choice(["/", "/login", "/config", "//", "/\0"])
-            body = body_of(rng, (list(ERASE_FIELDS), list(EVAL_FIELDS)), STARTS) if method != "GET" else b""
+            body = body_of(rng, fields, STARTS) if method != "GET" else b""
             call = sending(app, method, path, query_of(rng), headers_of(rng, access.token), body)
             findings.attempt(number, route, call)
             if number % 100 == 99:
@@ -230,11 +231,12 @@ def test_options_of_wrong_types_are_answered(tmp_path: Path) -> None:
     """Every option with every value, the others sound: `request` raises for an answer of 500 and above."""
     pytest.importorskip("fastapi", reason="fastapi is not installed (the extra `ui`)")
     from extension.api import PREFIX
-    from extension.inputs import ERASE_FIELDS, EVAL_FIELDS
+    from extension.inputs import ATTACK_FIELDS, ERASE_FIELDS, EVAL_FIELDS
 
     sound = {
         "erase": (ERASE_FIELDS, {"options": {"concept": ["circle"], "model": "shapes"}}),
         "evaluate": (EVAL_FIELDS, {"model": "shapes", "options": {"concept": ["circle"], "against": "shapes"}}),
+        "attack": (ATTACK_FIELDS, {"model": "shapes", "options": {"concept": ["circle"], "against": "shapes"}}),
     }
     statuses: set[int] = set()
     headers = [(b"host", b"127.0.0.1:7870"), (b"authorization", b"Basic YW5uOnNlY3JldA==")]

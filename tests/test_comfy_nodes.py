@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from comfy_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, storage
 from comfy_nodes import erase as erase_node
-from comfy_nodes.eval_inputs import eval_options
 from comfy_nodes.execution import graph_and_plan, run_record
 from comfy_nodes.families import schedule_keys
 from comfy_nodes.inputs import GRAPH_OPTIONS, NODE_OPTIONS, SHARED, automatic, erase_options
+from comfy_nodes.look_inputs import ATTACK, EVALUATION, LookInputs
 from comfy_nodes.model import GraphModel
 from comfy_nodes.storage import cache
 from comfy_nodes.weights import Weights, module_order
@@ -48,8 +48,8 @@ from salun.detectors import DETECTORS
 from salun.diffusion import evaluation
 from salun.diffusion.context import training_session
 from salun.diffusion.data.latents import sample_latents
-from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseOptions
+from salun.evaluation.calibration import Calibration
 from salun.options import MASKS
 from salun.runs.folder import exclusive_lock
 from salun.runs.record import NOT_IN_FINGERPRINT
@@ -417,7 +417,7 @@ def test_option_inputs_have_the_cores_default_range_and_help() -> None:
         for name, (what, settings) in [i for part in node.INPUT_TYPES().values() for i in part.items()]:
             assert settings["tooltip"], f"{kind}.{name}"
             is_wire = isinstance(what, str) and what not in ("INT", "FLOAT", "STRING", "BOOLEAN")
-            if name not in fields or is_wire or kind in ("SalUnConcept", "SalUnEvaluate"):
+            if name not in fields or is_wire or kind in ("SalUnConcept", "SalUnEvaluate", "SalUnAttack"):
                 continue
             seen.setdefault(name, set()).add(kind)
             rules = fields[name].metadata
@@ -435,18 +435,28 @@ def test_option_inputs_have_the_cores_default_range_and_help() -> None:
 
 
 @pytest.mark.usefixtures("host")
-def test_every_option_of_an_evaluation_is_an_input_or_decided_elsewhere() -> None:
-    fields = {item.name: item for item in dataclasses.fields(EvalOptions)}
-    declared = NODE_CLASS_MAPPINGS["SalUnEvaluate"].INPUT_TYPES()
+@pytest.mark.parametrize(
+    ("kind", "inputs", "main"),
+    [
+        ("SalUnEvaluate", EVALUATION, {"detector", "n", "seed"}),
+        ("SalUnAttack", ATTACK, {"attack", "budget", "n", "control", "seed"}),
+    ],
+    ids=["evaluation", "attack"],
+)
+def test_every_option_of_a_look_is_an_input_or_decided_elsewhere(
+    kind: str, inputs: LookInputs[Any], main: set[str]
+) -> None:
+    fields = {item.name: item for item in dataclasses.fields(inputs.kind)}
+    declared = NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
     widgets = {
         name: settings for part in declared.values() for name, (_, settings) in part.items() if "default" in settings
     }
     options = {{"clip_model": "clip"}.get(name, name) for name in widgets}
     assert options | set(GRAPH_OPTIONS) | set(SHARED) | {"concept", "against"} >= set(fields)
     assert options - {"detector"} <= set(fields) - set(GRAPH_OPTIONS) - set(SHARED)
-    assert eval_options({name: settings["default"] for name, settings in widgets.items()})[0] == EvalOptions()
+    assert inputs.options({name: of["default"] for name, of in widgets.items()})[0] == inputs.kind()
     in_view = {name for name, settings in widgets.items() if not settings.get("advanced")}
-    assert in_view == {"detector", "n", "seed"}
+    assert in_view == main
 
 
 @pytest.mark.usefixtures("host")
@@ -1098,6 +1108,48 @@ def test_an_evaluation_runs_again_where_its_prompts_changed(host: Host) -> None:
     os.utime(file, (1, 1))
     assert made.IS_CHANGED(prompts="mine.txt\nAIML-TUDA/i2p", n=2, before=None) != before
     assert made.IS_CHANGED(n=2) == made.IS_CHANGED(prompts="") == ""
+
+
+# -- attacks ----------------------------------------------------------------------------------------------------------
+
+
+def test_attacks_that_need_no_tokens_are_made_on_a_graphs_models(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The detector is a stand-in that can tell: nothing of the tiny network shows a concept."""
+    monkeypatch.setattr(Calibration, "of_scores", classmethod(lambda cls, p, n, threshold, adjustable: sure(p, n)))
+    inputs = {name: value for name, value in parts().items() if name != "model"}
+    given = {"attack": "seeds+tries=1\ncompletion+steps=4+first=2\nrelearn+steps=2\nquantize\nmerge\ninversion"}
+    image, text, verdict = call(
+        "SalUnAttack", before=Patcher(), after=shifted(), **inputs, **given, n=2, images=2, control=True
+    )
+    data = json.loads(text)
+    assert image.ndim == 4 and str(host.root) not in text
+    made = {(each["attack"], each["side"]): each for each in data["attacks"]}
+    assert len(made) == 12
+    assert all(each["error"] == "" for (name, _), each in made.items() if name != "inversion")
+    assert "tokens of the text encoder" in made["inversion", "erased"]["error"]
+    assert "Quantization" in verdict and host.bar[-1][0] <= host.bar[-1][1]
+    assert (host.root / data["folder"] / "attack.html").is_file()
+
+
+def sure(positives: Any, negatives: Any) -> Calibration:
+    return Calibration(np.ones(len(positives), bool), np.zeros(len(negatives), bool), 1.0)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attack": "sneaky"}, "must be one of seeds, noise"),
+        ({"attack": "seeds\nlora:/etc/x"}, "lora can name no file or model here"),
+        ({"attack": "prompts:../x.txt"}, "not in output/salun or input"),
+        ({"clip_model": "/models/clip"}, "must be a hub id"),
+    ],
+    ids=str,
+)
+def test_names_of_an_attack_are_checked_before_anything_runs(given: dict[str, str], message: str) -> None:
+    made: Any = NODE_CLASS_MAPPINGS["SalUnAttack"]
+    assert message in made.VALIDATE_INPUTS(**given)
+    assert made.VALIDATE_INPUTS(attack="seeds\nrelearn+steps=5") is True
 
 
 # -- deltas -----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_a_members_steps_are_adams(shapes: Model, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(harden, "gradients", given)
     for taken in range(4):
-        pool._improve(taken, 0, 1, 8)
+        pool._improve(taken, 0, 1)
         expected.grad = drawn[taken]
         adam.step()
     assert torch.allclose(pool.vectors[0][[1]], expected, atol=1e-6) and torch.equal(pool.vectors[0][0], other)
@@ -86,7 +86,7 @@ def test_a_member_learns_to_denoise_the_concept_and_its_loss_is_on_the_forget_ta
 
     before = error()
     for step in range(15):
-        pool._improve(step, 0, 0, 8)
+        pool._improve(step, 0, 0)
     assert error() < before
     batch = draw(shapes, data, 4, 0.5, 0, 0)
     loss = pool.loss(20, batch, torch.zeros(4, *shapes.latent_shape))
@@ -106,7 +106,7 @@ def test_each_concept_has_members_of_its_own(shapes: Model) -> None:
     texts = ["one red circle, plain style"] * 2
     known = shapes.encode_tokens([shapes.tokens(text) for text in texts])
     with torch.no_grad():
-        attacking = pool.attacking(1, texts)
+        attacking = pool.attacking(1, texts, range(2))
     same = [torch.allclose(mine, plain) for mine, plain in zip(attacking.hidden, known.hidden, strict=True)]
     assert same == [True, False], "the first starts as the concept's own word, the second as the anchor's"
 
@@ -120,6 +120,30 @@ def test_a_members_prompt_says_what_else_its_image_shows(shapes: Model) -> None:
         with torch.no_grad():
             mine = pool._conditioning(concept, concept, range(8)).hidden
         assert torch.allclose(mine, data.forget.hidden[8 * concept : 8 * concept + 8], atol=1e-5)
+
+
+def test_a_member_that_is_learned_anew_attacks_better_than_one_that_was_not(shapes: Model) -> None:
+    """By the inversion loss on images of the concept, against the network as it is."""
+    pool = pool_of(shapes, 2)
+    pool.vectors[0][1] = 7.0  # of an earlier time, which must not matter
+    with shapes.temporarily_trainable():
+        before = _inversion_loss(pool, pool._starts(0)[0][1:2])
+        assert pool.renew(3, 0) == 1
+        first = pool.vectors[0][1].clone()
+        assert _inversion_loss(pool, first[None]) < before
+        pool.renew(3, 0)
+    assert torch.equal(pool.vectors[0][1], first), "the same step gives the same embedding"
+
+
+def _inversion_loss(pool: Pool, vector: torch.Tensor) -> float:
+    model, data = pool.task.model, pool.task.training_set
+    x_0, generator = data.forget_latents, torch.Generator().manual_seed(0)
+    noise = torch.randn(x_0.shape, generator=generator)
+    t = model.schedule.sample_t(len(x_0), generator)
+    with torch.no_grad():
+        conditioning = pool._conditioning(0, 0, range(len(x_0)), [vector])
+        output = model.predict(model.schedule.add_noise(x_0, noise, t), t, conditioning)
+    return float(torch.nn.functional.mse_loss(output, model.schedule.target(x_0, noise, t)))
 
 
 def test_a_state_of_another_pool_is_an_error(shapes: Model) -> None:

@@ -406,7 +406,7 @@ def test_a_run_is_evaluated_by_clicking(page: Any, server: tuple[str, Path]) -> 
     unfold(page, "eval_more")
     page.locator("#salun_eval_keep_images").get_by_role("checkbox").check()
     page.locator("#salun_start_evaluation").click()
-    page.locator("#salun_evaluation").get_by_text(f"Queued: “evaluate {run}”").wait_for()
+    page.locator("#salun_evaluate_status").get_by_text(f"Queued: “evaluate {run}”").wait_for()
     job = page.locator(".salun-job").filter(has_text=f"evaluate {run}")
     job.get_by_role("button", name="Report").click(timeout=120_000)
     page.frame_locator(".salun-report iframe").get_by_text("Is it forgotten?").first.wait_for()

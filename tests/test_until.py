@@ -143,6 +143,15 @@ def test_the_smallest_change_that_reaches_the_goal_is_kept_with_a_step_of_margin
     assert ("was reached" in until.summary(history)) is reached
 
 
+def test_a_goal_for_attacks_keeps_the_whole_change() -> None:
+    """A smaller one erases as well, but withstands less."""
+    until = Until(
+        Goal(0.9, 0.02, asr=0.05), EVERY, BUDGET, Fake(lambda *_: pytest.fail("looked")), nullcontext, lr=1e-3
+    )
+    history = [{"step": 10, "forget": 0.5} | Probed(10, (seen(0.95),), 0.01, 1.0, 0.0).as_row()]
+    assert until.choose_strength(history) == 1.0 and until.reached
+
+
 def test_the_rate_falls_to_zero_before_the_last_probe_and_what_moves_is_drawn_more_often() -> None:
     until = Until(GOAL, EVERY, BUDGET, Fake(lambda step, _: Probed(step, (seen(0.95),), 0.01)), nullcontext, lr=1e-3)
     history: list[dict[str, float]] = []

@@ -32,6 +32,7 @@ from extension.messages import to_fields
 from extension.paths import confined, new_file, safe_name
 from extension.runs import DELTA
 from extension.service import Service
+from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError, ModelError, SalunError
@@ -109,7 +110,7 @@ def test_the_page_calls_by_its_token_under_any_flags(service: Service) -> None:
 
 
 def test_the_schema_tells_every_option_with_the_cores_default() -> None:
-    for key, core in (("options", EraseJob()), ("evaluation", EvalOptions())):
+    for key, core in (("options", EraseJob()), ("evaluation", EvalOptions()), ("attack", AttackOptions())):
         answered = schema()[key]
         assert {name: of["default"] for name, of in answered.items()} == {n: getattr(core, n) for n in answered}
     answered = schema()["options"]
@@ -560,6 +561,14 @@ def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service
     found = json.loads((service.runs.folder / "mine" / "eval.json").read_text(encoding="utf-8"))
     assert set(found["detectors"]) == {"attribute", "self"} and found["sets"]["two.txt"]["n"] == 2
     assert len(list((service.runs.folder / "mine" / "images" / "two.txt").iterdir())) == 4
+    tested = {"n": 8, "images": 2, "attack": ["seeds+tries=1", "quantize"]}
+    id = asks.post(f"{PREFIX}/start", json={"kind": "attack", "model": "mine", "options": tested}).json()["id"]
+    job = service.queue.wait(id, 120)
+    assert (job.error, job.state) == (None, "done")
+    status = asks.get(f"{PREFIX}/status?id={id}").json()
+    assert status["offers"] == ["evaluation"] and any("Quantization: " in note for note in status["result"]["notes"])
+    assert "Does it come back?" in asks.get(f"{PREFIX}/evaluation?id={id}").text
+    assert "Does it come back?" in asks.get(f"{PREFIX}/file?run=mine&name=report.html").text
     given = {"kind": "evaluate", "model": "mine", "options": {"concept": ["star"]}}
     twice = asks.post(f"{PREFIX}/start", json=given)
     assert twice.status_code == 400 and "concept is named by the run already" in twice.json()["error"]

@@ -22,7 +22,7 @@ import pytest
 import salun
 from extension import paths
 from extension.access import Access
-from extension.controls import ERASURE, EVALUATION, Controls
+from extension.controls import ATTACK, ERASURE, EVALUATION, Controls
 from extension.host import StandaloneHost
 from extension.inputs import NAMES, NOT_OFFERED, TITLES
 from extension.jobs import Job
@@ -31,12 +31,13 @@ from extension.page import build
 from extension.page_history import details
 from extension.service import Service
 from salun.detectors import DETECTORS
+from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError
 from salun.options import MASKS, from_mapping
 
-BOTH = pytest.mark.parametrize("controls", [ERASURE, EVALUATION], ids=["erasure", "evaluation"])
+BOTH = pytest.mark.parametrize("controls", [ERASURE, EVALUATION, ATTACK], ids=["erasure", "evaluation", "attack"])
 OTHERS = {  # a value beside the default, as a run.json holds it
     "bool": True, "str": "text", "int": 7, "float": 0.25, "list": ["one", "two"],
 }  # fmt: skip
@@ -64,7 +65,7 @@ def test_untouched_controls_give_the_cores_defaults(controls: Controls) -> None:
 
 
 @pytest.mark.parametrize(
-    ("controls", "name"), [(each, name) for each in (ERASURE, EVALUATION) for name in each.fields], ids=str
+    ("controls", "name"), [(each, name) for each in (ERASURE, EVALUATION, ATTACK) for name in each.fields], ids=str
 )
 def test_a_value_shown_is_read_back(controls: Controls, name: str) -> None:
     item = controls.fields[name]
@@ -610,6 +611,41 @@ def test_what_an_evaluation_must_not_name_is_refused_before_anything_begins(
     (service.inputs.prompts / "linked.txt").symlink_to(service.host.data / "secret.txt")
     with pytest.raises(ConfigError, match=message):
         service.requests.evaluate("shapes", {"concept": ["circle"], **options})
+    assert service.queue.all() == []
+
+
+def test_an_attacks_request_is_what_the_command_line_would_run(held: Service) -> None:
+    run = write_run(held)
+    (run / "adversarial.safetensors").write_bytes(b"")
+    (held.inputs.prompts / "mine.txt").write_text("a cat\n", encoding="utf-8")
+    given = ["inversion+steps=40", f"prompts:{run.name}", "prompts:mine.txt"]
+    job = held.requests.attack(run.name, {"against": "", "attack": given, "n": 8, "control": True})
+    expected = [given[0], f"prompts:{run / 'adversarial.safetensors'}", f"prompts:{held.inputs.prompts / 'mine.txt'}"]
+    options = dataclasses.asdict(AttackOptions(attack=expected, n=8, control=True))
+    assert job.request == {"target": str(run), "options": options}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attack": ["sneaky"]}, "must be one of seeds, noise"),
+        ({"attack": ["seeds+tries=0"]}, "must be at least 1"),
+        ({"attack": ["merge:/etc"]}, "merge can name no file or model here"),
+        ({"attack": ["lora:x.safetensors"]}, "lora can name no file or model here"),
+        ({"attack": ["prompts:/etc/passwd"]}, "cannot be a name here"),
+        ({"attack": ["prompts:gone.csv"]}, "there is no 'gone.csv' here"),
+        ({"attack": ["prompts"]}, "needs a file"),
+        ({"detector": "images:/etc"}, "cannot be a name here"),
+        ({"against": None}, "against is needed to attack a checkpoint"),
+        ({"n": 1}, "n is 1, but must be at least 2"),
+    ],
+    ids=str,
+)
+def test_what_an_attack_must_not_name_is_refused_before_anything_begins(
+    service: Service, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        service.requests.attack("shapes", {"concept": ["circle"], "against": "shapes", **options})
     assert service.queue.all() == []
 
 

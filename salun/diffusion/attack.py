@@ -199,7 +199,11 @@ def _attacked(
     record = record_of(target, options, compared, plan, command, resolved)
     record.notes += plan.notes
     tasks = _tasks(compared, plan, options, prompts, before, pair, detector, progress, cache)
-    results = [_run(task, side, each, cache, progress) for side, task in tasks for each in chosen]
+    parts = [(side, task, each) for side, task in tasks for each in chosen]
+    results = [
+        _run(replace(task, part=(i, len(parts)), progress=progress, passes=0), side, each, cache)
+        for i, (side, task, each) in enumerate(parts)
+    ]
     metrics = metrics_of(detector, pair)
     return AttackReport(compared, plan, options, prompts, before, after, metrics, results, record)
 
@@ -253,12 +257,13 @@ def _tasks(
     return tasks
 
 
-def _run(task: AttackTask, side: str, chosen: ChosenAttack, cache: Cache, progress: Progress) -> Attacked:
+def _run(task: AttackTask, side: str, chosen: ChosenAttack, cache: Cache) -> Attacked:
     """One attack, unless its result is in the cache."""
     concept = task.plan.concepts[task.concept].name
     title = f"{chosen.title} on the {side} model" if side == "original" else chosen.title
-    progress(Event(Stage.ATTACKING, message=f"{title}: “{concept}”"))
-    task = replace(task, argument=chosen.argument, progress=progress, passes=0)
+    task.progress(Event(Stage.ATTACKING, message=f"{title}: “{concept}”"))
+    task.report(0, 1)
+    task = replace(task, argument=chosen.argument)
     false_alarms = float(task.calibration.negatives.mean())
     key = _key(task, chosen)
     stored = _stored(cache, key) if key is not None else None

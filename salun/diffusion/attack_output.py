@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from salun.diffusion.attack import AttackReport
 from salun.diffusion.attacks.adversarial import write_adversarial
 from salun.diffusion.data.latents import decode_images
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
-from salun.errors import fill
+from salun.errors import ConfigError, fill
 from salun.files import check_result_folder, write_bytes
 from salun.report.attacks import attack_banner, attack_sections
+from salun.report.image_grid import sheet
 from salun.report.metrics import calibration_sections
 from salun.report.page import GLOSSARY
-from salun.report.render import Banner, ImagePair, Report, Section, page
+from salun.report.render import Banner, ImagePair, Report, Section, page, with_chapter
 
 SHOWN = 8  # images of each attack on the page
+REPORT = "report.html"  # of a run, which is given a chapter
 FILES = ("attack.json", "attack.html", "adversarial.safetensors")
 
 
@@ -29,7 +34,10 @@ def check_attack_folder(folder: Path) -> None:
 
 
 def write_attack(report: AttackReport, folder: Path) -> list[Path]:
-    """Write all files, those of the same names are replaced; returns their paths."""
+    """Write all files, those of the same names are replaced; returns their paths.
+
+    The report of a run in the same folder gets the attacks as a chapter, in place of earlier ones.
+    """
     data = report.as_json()
     made = [
         (f"{each.chosen.text} {each.concept}", each.result.prompts)
@@ -39,10 +47,30 @@ def write_attack(report: AttackReport, folder: Path) -> list[Path]:
     texts = (json.dumps(data, indent=1) + "\n", attack_page(report, data).html)
     for name, text in zip(FILES, texts, strict=False):
         write_bytes(folder / name, text.encode("utf-8", "backslashreplace"))
-    if not made:
-        return [folder / name for name in FILES[:2]]
-    write_adversarial(folder / FILES[2], made)
-    return [folder / name for name in FILES]
+    written = list(FILES if made else FILES[:2])
+    if made:
+        write_adversarial(folder / FILES[2], made)
+    if (folder / REPORT).is_file() and not (folder / REPORT).is_symlink():
+        whole = with_chapter((folder / REPORT).read_text(encoding="utf-8"), _chapter(report, data))
+        if whole is not None:
+            whole.save(folder / REPORT)
+            written.append(REPORT)
+    return [folder / name for name in written]
+
+
+def _chapter(report: AttackReport, data: Mapping[str, Any]) -> list[Section]:
+    """Of a run's report: what came of the attacks, the table and images."""
+    banner, table = attack_banner(data), attack_sections(data)[0]
+    first = Section(
+        "Does it come back?",
+        f"{banner.outcome}. {fill(banner.text, str)} {fill(banner.next, str)}",
+        table.rows,
+        footer=table.text,
+        wrap=True,
+    )
+    more = Section("", links=[(FILES[1], FILES[1], "curves, sources, and how to reproduce it")])
+    images = [replace(section, title="") for section in _images(report)]
+    return [first, *images, more]
 
 
 def attack_page(report: AttackReport, data: Mapping[str, Any]) -> Report:
@@ -57,6 +85,23 @@ def attack_page(report: AttackReport, data: Mapping[str, Any]) -> Report:
     paths = {name: display_name(path) for name in ("target", "against") if (path := record["options"][name])}
     run = {**record, "options": record["options"] | paths}
     return page(f"Does it come back? {names}", subtitle, sections, notes=data["notes"], run=run, banner=spelled)
+
+
+def attack_grid(report: AttackReport, columns: int = SHOWN) -> np.ndarray:
+    """A row for each attack on the erased model, images that show the concept first, uint8 (H, W, 3)."""
+    blurs = dict(zip((c.name for c in report.plan.concepts), blurred(report.plan), strict=True))
+    original, rows, captions, hidden = report.compared.original, [], [], []
+    assert original is not None
+    for each in report.attacked:
+        if each.side == "erased" and each.result is not None:
+            order = sorted(range(len(each.result.shown)), key=lambda i: not each.result.shown[i])[:columns]  # type: ignore[union-attr]
+            rows.append(decode_images(original, each.result.latents[order]))
+            hidden.append(blurs[each.concept])
+            captions.append(f"{each.chosen.title}: {100 * each.result.shown.mean():.0f} % “{each.concept}”")
+    if not rows:
+        why = next((each.error for each in report.attacked if each.error), "")
+        raise ConfigError(f"could not be made: {why}", option="attack")
+    return sheet(np.concatenate(rows), len(rows[0]), captions, hidden)
 
 
 def _files(data: Mapping[str, Any]) -> Section:

@@ -2,7 +2,8 @@
 
 Each member of the pool stands for the concept's words in its prompts, as in concept inversion. At each step one member
 takes one step on the inversion loss against the network in training, and then its prompts are led to the anchor too
-(the inner attack of AdvUnlearn, Zhang et al. 2024, arXiv:2405.15234, here on the UNet and kept over all steps).
+(the inner attack of AdvUnlearn, Zhang et al. 2024, arXiv:2405.15234, here on the UNet and kept over all steps). Before
+it is decided whether attacks fail, one member is learned anew, for longer, and then stays in the pool.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from salun.errors import TrainingError
 from salun.randomness import step_generator
 
 RATE, BETAS, EPSILON = 0.02, (0.9, 0.999), 1e-8  # of Adam on the embeddings
-SALT = 1 << 40  # so that the pool's random numbers are not those of the training
+SALT, AGAIN = 1 << 40, 1 << 41  # so that the pool's random numbers are not those of the training
+ROUND, RENEWED = 100, 1  # steps in which a member is learned anew, and which one: that of the anchor
 
 
 class Pool:
@@ -68,7 +70,7 @@ class Pool:
         each = len(self.task.training_set.forget) // len(self.rows)  # forget samples of a concept
         concept = int(batch.picked[0]) // each
         member = concept * self.size + step % self.size
-        self._improve(step, concept, member, each)
+        self._improve(SALT + step, concept, member)
         chosen = (batch.picked // each == concept).nonzero().flatten()
         with torch.no_grad():
             conditioning = self._conditioning(concept, member, (batch.picked[chosen] % each).tolist())
@@ -77,12 +79,26 @@ class Pool:
         x_t = model.schedule.add_noise(batch.x_0[rows], batch.noise[rows], batch.t[rows])
         return F.mse_loss(model.predict(x_t, batch.t[rows], conditioning), wanted[rows])
 
-    def attacking(self, concept: int, prompts: Sequence[str]) -> Conditioning:
-        """Prompts (n,) of a concept with its members in turn in place of its words."""
-        first = concept * self.size
+    def renew(self, step: int, concept: int) -> int:
+        """Learn a concept's member of the anchor anew against the network after a step; its number."""
+        number = min(RENEWED, self.size - 1)
+        member = concept * self.size + number
+        for i, start in enumerate(self._starts(concept)):
+            self.vectors[i][member] = start[number]
+            for moment in self.moments:
+                moment[i][member] = 0
+        self.counts[member] = 0
+        for k in range(ROUND):
+            self._improve(AGAIN + step * ROUND + k, concept, member)
+        return number
+
+    def attacking(self, concept: int, prompts: Sequence[str], members: Sequence[int]) -> Conditioning:
+        """Prompts (n,) of a concept with some of its members in turn in place of its words."""
         rows = [
-            replaced(self.tokens.tokens(prompt), self.phrases[concept], [-1 - first - i % self.size])
-            for i, prompt in enumerate(prompts)
+            replaced(
+                self.tokens.tokens(p), self.phrases[concept], [-1 - concept * self.size - members[i % len(members)]]
+            )
+            for i, p in enumerate(prompts)
         ]
         return self.tokens.encode_tokens(rows, self.vectors)
 
@@ -96,10 +112,11 @@ class Pool:
         used = vectors or [matrix[member : member + 1] for matrix in self.vectors]
         return self.tokens.encode_tokens([prompts[order[i]] for i in samples], used)
 
-    def _improve(self, step: int, concept: int, member: int, each: int) -> None:
+    def _improve(self, salt: int, concept: int, member: int) -> None:
         """One step of Adam on MSE(target, output(x_t, t, prompt with the member)), x_0 images of the concept."""
         task, model = self.task, self.task.model
-        generator = step_generator(task.plan.options.seed, SALT + step)
+        each = len(task.training_set.forget) // len(self.rows)
+        generator = step_generator(task.plan.options.seed, salt)
         samples = torch.randint(each, (task.plan.recipe.batch_size,), generator=generator)
         x_0 = task.training_set.forget_latents[(concept * each + samples).to(model.device)]
         t = model.schedule.sample_t(len(samples), generator).to(model.device)

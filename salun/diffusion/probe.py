@@ -108,7 +108,9 @@ class ModelProbe:
         if look:
             probed = replace(probed, drift=self._drift(OTHERS if thorough else OTHERS // 2))
         if self.goal.asr is not None and probed.confidence >= PLAUSIBLE:
-            probed = replace(probed, asr=self._asr(ATTACKED if thorough else ATTACKED // 2))
+            probed = replace(
+                probed, asr=self._asr(step, ATTACKED if thorough else ATTACKED // 2, thorough)
+            )
         self._looking(len(shown[0]), f"after step {step}: {probed}")
         return probed
 
@@ -204,21 +206,34 @@ class ModelProbe:
         relative: list[float] = (distances / distances.mean().clamp(min=1e-12)).tolist()
         return relative
 
-    def _asr(self, n: int) -> float:
-        """How often adversarial embeddings of the training bring a concept back, at most; n: images of each concept."""
-        pool, model, worst = self.task.pool, self.task.model, 0.0
+    def _asr(self, step: int, n: int, anew: bool) -> float:
+        """How often adversarial embeddings of the training bring a concept back, at most.
+
+        Args:
+            n: Images of each concept.
+            anew: Learn an embedding against the network as it is, and look at that too.
+        """
+        pool, worst = self.task.pool, 0.0
         assert pool is not None
-        sampling, seed = self.task.plan.sampling, self.task.plan.options.seed
-        for i, (of, known) in enumerate(zip(self.task.plan.prompts.concepts, self.calibrations, strict=True)):
-            texts = [of.eval_forget[row].text for row in spread(n, len(of.eval_forget), seed)]
-            seeds = [item_seed(seed, "attack", i * MANY + k) for k in range(n)]
-            with torch.no_grad(), model.sampling_as(_fewer_steps(sampling), (sampling.resolution, sampling.resolution)):
-                latents = sample_conditionings(model, pool.attacking(i, texts), seeds)
-            shown = self._detect(latents, texts)[i] >= known.threshold
-            p1, p0 = float(known.positives.mean()), float(known.negatives.mean())
-            worst = max(worst, float(np.clip((shown.mean() - p0) / (p1 - p0), 0, 1)))
+        for i in range(len(self.calibrations)):
+            worst = max(worst, self._rate_under(i, range(pool.size), n))
+            if anew:
+                worst = max(worst, self._rate_under(i, [pool.renew(step, i)], n))
             self._looking(n)
         return worst
+
+    def _rate_under(self, concept: int, members: Sequence[int], n: int) -> float:
+        """Fraction of a concept's images that show it with members of the pool in place of its words, corrected."""
+        pool, model, plan = self.task.pool, self.task.model, self.task.plan
+        assert pool is not None
+        of, known, sampling = plan.prompts.concepts[concept], self.calibrations[concept], plan.sampling
+        texts = [of.eval_forget[row].text for row in spread(n, len(of.eval_forget), plan.options.seed)]
+        seeds = [item_seed(plan.options.seed, "attack", concept * MANY + k) for k in range(n)]
+        with torch.no_grad(), model.sampling_as(_fewer_steps(sampling), (sampling.resolution, sampling.resolution)):
+            latents = sample_conditionings(model, pool.attacking(concept, texts, members), seeds)
+        shown = self._detect(latents, texts)[concept] >= known.threshold
+        p1, p0 = float(known.positives.mean()), float(known.negatives.mean())
+        return float(np.clip((shown.mean() - p0) / (p1 - p0), 0, 1))
 
     def _drift(self, n: int) -> float:
         return _known(drift_of(self.original[:n], self._others(n)))

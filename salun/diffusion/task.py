@@ -35,10 +35,15 @@ FP16_LOSS_SCALE = 1024.0  # in which small gradients would be 0; a power of 2 ch
 
 
 class AdversarialPool(Protocol):
-    """Embeddings that bring a concept back, or try to."""
+    """Embeddings that bring a concept back, or try to. size: how many each concept has."""
 
-    def attacking(self, concept: int, prompts: Sequence[str]) -> Conditioning:
-        """Prompts (n,) of a concept, by its number, with adversarial embeddings in place of its words."""
+    size: int
+
+    def renew(self, step: int, concept: int) -> int:
+        """Learn one of a concept, by its number, anew against the network after a step; which one."""
+
+    def attacking(self, concept: int, prompts: Sequence[str], members: Sequence[int]) -> Conditioning:
+        """Prompts (n,) of a concept with some of its embeddings, in turn, in place of its words."""
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,13 @@ class Until:
         return [1.0 if i in unfinished else RARER for i in range(self.concepts)]
 
     def choose_strength(self, history: list[LossRow]) -> float:
-        """The smallest change that reaches the goal, with a step of margin; of a wrecked model one that is not."""
+        """The smallest change that reaches the goal, with a step of margin; of a wrecked model one that is not.
+
+        A goal for attacks keeps the whole change.
+        """
         last = probes_of(history)[-1]
         step, self.ends, self.strength = len(history), [last], last.strength
-        if last.reaches(self.goal):
+        if last.reaches(self.goal) and self.goal.asr is None:  # a smaller change withstands less
             smaller = [each for each in STRENGTHS if each < last.strength]
             for next_smaller, tried in pairwise(
                 smaller

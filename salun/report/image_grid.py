@@ -38,8 +38,12 @@ def grid(before: np.ndarray, after: np.ndarray, captions: Sequence[str], blur: b
     return np.asarray(sheet)
 
 
-def sheet(images: np.ndarray, columns: int, captions: Sequence[str]) -> np.ndarray:
-    """Rows of `columns` images, each row under its caption. images: uint8 (rows·columns, h, w, 3)."""
+def sheet(images: np.ndarray, columns: int, captions: Sequence[str], blur: Sequence[bool] = ()) -> np.ndarray:
+    """Rows of `columns` images, each row under its caption.
+
+    images: uint8 (rows·columns, h, w, 3). blur: of each row, whether to make its images unrecognizable; none by
+    default.
+    """
     rows = -(-len(images) // columns)
     side = max(TILE, images.shape[1])
     page = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP + 18) + GAP), PAPER)
@@ -50,7 +54,7 @@ def sheet(images: np.ndarray, columns: int, captions: Sequence[str]) -> np.ndarr
         if column == 0 and row < len(captions):
             line = _wrap(draw, font, captions[row], page.width - 2 * GAP, 1)
             draw.text((GAP, top), line[0] if line else "", INK, font)
-        page.paste(_tile(image, False, side), (GAP + column * (side + GAP), top + 18))
+        page.paste(_tile(image, bool(blur) and blur[row], side), (GAP + column * (side + GAP), top + 18))
     return np.asarray(page)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from urllib.parse import quote
 
 from salun.files import write_bytes
 
-TEMPLATE = Path(__file__).with_name("page.html.j2")
+TEMPLATES = Path(__file__).parent
+CHAPTER = re.compile("<!--chapter-->.*?<!--/chapter-->", re.DOTALL)  # of a page, for what is found out later
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,32 @@ def page(
     banner: Banner | None = None,
 ) -> Report:
     """A page. run: as in `run.json`, for the section on how to reproduce it."""
-    from jinja2 import Environment, StrictUndefined
+    parts = {"sections": sections, "headline": headline, "notes": notes, "run": run, "banner": banner}
+    return Report(_rendered("page.html.j2", title=title, subtitle=subtitle, **parts))
+
+
+def with_chapter(html: str, sections: Sequence[Section]) -> Report | None:
+    """A page with these sections as its chapter, in place of the one that it has; None for one without a place."""
+    chapter = f"<!--chapter-->{_rendered('sections.html.j2', sections=sections)}<!--/chapter-->"
+    whole, places = CHAPTER.subn(lambda _: chapter, html, count=1)
+    return Report(whole) if places else None
+
+
+def _rendered(template: str, **values: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= {
         "size": size,
         "svg": Markup,
         "data_url": _data_url,
         "href": quote,
     }  # charts escape the names they draw
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    parts = {"sections": sections, "headline": headline, "notes": notes, "run": run, "banner": banner}
-    return Report(template.render(title=title, subtitle=subtitle, **parts))
+    return environment.get_template(template).render(**values)
 
 
 def loss_series(rows: Iterable[Any]) -> dict[str, list[tuple[float, float]]]:

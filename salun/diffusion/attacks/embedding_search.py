@@ -38,9 +38,8 @@ def embedding_search(task: AttackTask, options: EmbeddingSearchOptions) -> Attac
     size = max(batch_size_of(task.attacked), task.batch_size)
     starts = range(0, len(task), size)
     looks = -(-options.steps // options.every)
-    for number, start in enumerate(starts):
+    for start in starts:
         _search(task, options, list(range(start, min(start + size, len(task)))), rows, best)
-        task.report(number + 1, len(starts))
     prompts = AdversarialPrompts(rows, list(task.seeds), texts=[task.tokens.text_of(row) for row in rows])
     return AttackResult(best.shown, best.latents, looks, task.passes, best.curve, "steps", prompts)
 
@@ -73,7 +72,7 @@ def _search(
             best.add(latents, shown, [part[k] for k in left])
         if n == len(task):
             best.mark(steps[-1] + 1)
-        task.report(steps[-1] + 1, options.steps)
+        task.report(part[0] * options.steps + n * (steps[-1] + 1), len(task) * options.steps)
 
 
 def _noisy(task: AttackTask, model: DiffusionModel, part: list[int], step: int) -> tuple[Tensor, Tensor]:

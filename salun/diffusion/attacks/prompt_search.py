@@ -40,10 +40,9 @@ def prompt_search(task: AttackTask, options: PromptSearchOptions) -> AttackResul
     best, rows = Best(len(task)), [task.tokens.tokens(prompt) for prompt in task.prompts]
     size = max(batch_size_of(task.attacked), task.batch_size)
     starts = range(0, len(task), size)
-    for number, start in enumerate(starts):
+    for start in starts:
         part = list(range(start, min(start + size, len(task))))
         _search(task, options, part, rows, best)
-        task.report(number + 1, len(starts))
     texts = [task.tokens.text_of(row) for row in rows]
     exact = all(task.tokens.tokens(text) == row for text, row in zip(texts, rows, strict=True))
     prompts = AdversarialPrompts(rows, list(task.seeds), texts=texts, exact=exact)
@@ -75,7 +74,8 @@ def _search(task: AttackTask, options: PromptSearchOptions, part: list[int], row
             best.add(latents, shown, [part[k] for k in left])
         if len(part) == len(task):
             best.mark(look + 1)
-        task.report(look + 1, options.timesteps)
+        done = part[0] * options.timesteps + len(part) * (look + 1)
+        task.report(done, len(task) * options.timesteps)
 
 
 def _step(

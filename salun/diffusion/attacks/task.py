@@ -23,6 +23,7 @@ from salun.progress import Event, Progress, Stage, silent
 from salun.randomness import step_generator
 
 BACKWARD = 2  # what a backward pass costs, in passes forward
+PART = 100  # steps of the progress that each attack counts as
 LOSS_SCALE = 1024.0  # in fp16, in which small gradients would be 0
 
 
@@ -123,6 +124,7 @@ class AttackTask:
         argument: Of the attack.
         load: Loads another model by its name.
         weights_hash: Of the attacked network.
+        part: (the attack's number, how many there are), for the progress.
     """
 
     original: DiffusionModel
@@ -145,6 +147,7 @@ class AttackTask:
     argument: str = ""
     progress: Progress = silent
     passes: int = 0
+    part: tuple[int, int] = (0, 1)
     _holds_attacked: bool = False
 
     def __len__(self) -> int:
@@ -171,8 +174,10 @@ class AttackTask:
         return step_generator(self.seed, step)
 
     def report(self, step: int, total: int) -> None:
-        """Tell how far the attack is; this is where it can be cancelled."""
-        self.progress(Event(Stage.ATTACKING, step, total))
+        """Tell how far the attack is, unless total is 0; this is where it can be cancelled."""
+        number, count = self.part
+        at = (PART * number + PART * step // total, PART * count) if total else (0, 0)
+        self.progress(Event(Stage.ATTACKING, *at))
 
     # -- weights --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,98 @@
+"""SalUn Attack: tests an erased model by attacks that try to bring the concept back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from salun.diffusion.attack import attack_compared
+from salun.diffusion.attack_output import attack_grid, write_attack
+from salun.diffusion.attacks.task import PART
+from salun.diffusion.eval_models import Compared
+from salun.errors import ConfigError, fill
+from salun.progress import Stage, StageCost
+from salun.report.attacks import attack_banner, attack_lines
+from salun.report.metrics import lines_of
+
+from .evaluate import with_given_names
+from .execution import computes, graph_and_plan
+from .families import family_of
+from .images import to_image
+from .inputs import wires
+from .look_inputs import ATTACK, WITHOUT_TOKENS
+from .model import GraphModel
+from .paths import output_path, validation
+from .progress import ComfyProgress
+from .types import Concepts, Node, OptionValues
+
+
+class SalUnAttack(Node):
+    """Tests whether the concept comes back."""
+
+    TITLE = "SalUn Attack"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING", "STRING"), ("images", "results", "verdict")
+    OUTPUT_TOOLTIPS = (
+        "A row for each attack: images that show the concept come first.",
+        "Results as JSON.",
+        "Whether the concept comes back, and by which attack.",
+    )
+    DESCRIPTION = (
+        "Tests an erased model by attacks that try to bring the concept back: other seeds, completion of the "
+        "original's images, relearning, quantization, merging and others. Writes attack.json and attack.html into "
+        "output/salun. Detector, sampling and resolution: SalUn Options."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "before": ("MODEL", {"tooltip": "The original model."}),
+                "after": ("MODEL", {"tooltip": "The erased model."}),
+                **wires("clip", "vae", "concept"),
+                **ATTACK.entries(main=True),
+            },
+            "optional": {**wires("options"), **ATTACK.entries(main=False)},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, attack: str | None = None, clip_model: str | None = None) -> bool | str:
+        given = {"attack": attack, "clip_model": clip_model}
+        return validation(
+            None, "", lambda: ATTACK.options({k: v for k, v in given.items() if v is not None})[0].attacks
+        )
+
+    @computes
+    def run(
+        self,
+        before: Any,
+        after: Any,
+        clip: Any,
+        vae: Any,
+        concept: Concepts,
+        options: OptionValues | None = None,
+        **values: Any,
+    ) -> tuple[Tensor, str, str]:
+        families = family_of(before).name, family_of(after).name
+        if families[0] != families[1]:
+            raise ConfigError(f"before is a MODEL of the family {families[0]}, but after is of {families[1]}")
+        chosen, named = ATTACK.options(values)
+        chosen = replace(chosen, attack=chosen.attack or WITHOUT_TOKENS)
+        graph, plan = graph_and_plan(before, clip, vae, concept, {}, options)
+        erased = GraphModel(after, clip, vae, plan.options.dtype)
+        compared = Compared(
+            "the MODEL after", graph, graph, plan.concepts, plan.options, erased.original(), erased.base_hash
+        )
+        images, parts = chosen.n * (len(concept) + 1), len(chosen.attack) * len(concept) * (2 if chosen.control else 1)
+        counted = {Stage.IMAGES_BEFORE: images, Stage.IMAGES_AFTER: images, Stage.ATTACKING: PART * parts}
+        bar = ComfyProgress([StageCost(stage, steps) for stage, steps in counted.items()])
+        report = attack_compared(compared.name, compared, chosen, bar, "ComfyUI")
+        folder, name = output_path("attack", "salun", "")
+        write_attack(report, folder)
+        data: Mapping[str, Any] = {**report.as_json(), "folder": f"output/salun/{name}"}
+        lines = [fill(line, str) for line in lines_of(attack_banner(data))]
+        text = with_given_names(json.dumps(data, indent=1), named)
+        return to_image(attack_grid(report)), text, "\n".join([*lines, *attack_lines(data)])
