@@ -17,7 +17,7 @@ from salun.errors import Cancelled, ConfigError, SalunError, describe
 from . import erase, interrupt, look  # noqa: F401  (their commands join the app, and its help shows them in this order)
 
 # isort: split
-from . import attack, classify, compare, delta, methods, ui  # noqa: F401
+from . import attack, classify, compare, delta, methods, train, ui  # noqa: F401
 from .app import app
 from .output import flag
 

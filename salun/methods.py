@@ -42,6 +42,7 @@ class Method:
         factors: What the search multiplies it by in its first round, rising.
         stronger, weaker: What to try, options in braces, where a diffusion method erased too little, or did damage.
         goal: Whether a diffusion method can be trained towards a goal, of `until`, and does by default.
+        text: Whether a diffusion method edits how text enters the network, which a class-conditional model lacks.
         hardens: Whether a diffusion method's training takes adversarial embeddings, of the option `harden`.
         paper_recipe: Numbers of a diffusion method's paper, for `recipe` paper; empty where it has none for SD.
     """
@@ -63,6 +64,7 @@ class Method:
     weaker: str = "Lower {lr} or {steps}, or raise {retain_weight}"
     goal: Literal["default", "able", "none"] = "none"
     hardens: bool = False
+    text: bool = False
     paper_recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -117,6 +119,7 @@ _GUIDED: dict[str, Any] = {
     "weaker": "Lower {lr}, {steps} or {negative_guidance}",
 }
 _CLOSED: dict[str, Any] = {
+    "text": True,
     "defaults": {"scope": "xattn-strict"},
     "data": "prompts",
     "stages": "salun.diffusion.closed_form:stages",

@@ -193,7 +193,7 @@ def test_a_goal_for_attacks_hardens_and_hardening_has_a_goal(shapes: Model) -> N
     fixed = make_plan(shapes.settings, "shapes", "circle", EraseOptions(harden=4, steps=5))
     assert fixed.goal is None and fixed.recipe.retain_weight > plain.recipe.retain_weight
     passes = [sum(cost.passes for cost in each.stages() if cost.stage == "training") for each in (plain, fixed)]
-    assert passes[1] == 2 * passes[0], "a step takes twice the time, and the dry run says so"
+    assert passes[1] == 3.5 * passes[0], "a step takes longer, and the dry run says so"
     with pytest.raises(ConfigError, match="harden does not work with the method esd"):
         make_plan(shapes.settings, "shapes", "circle", EraseOptions(harden=4, method="esd"))
     with pytest.raises(ConfigError, match="harden needs the frozen target"):

@@ -24,6 +24,7 @@ LAYERS = [
         "salun.diffusion.options",
         "salun.diffusion.attack_options",
         "salun.diffusion.eval_options",
+        "salun.diffusion.train_options",
     },
     {"salun.randomness"},
     {"salun.config", "salun.checkpoints.signature", "salun.checkpoints.safetensors_io", "salun.checkpoints.keymap"},

@@ -198,7 +198,7 @@ def _seconds(
 
 def _memory(model: Model, plan: Plan, activations: int) -> int:
     """Bytes that a run needs at most, on the GPU where there is one. activations: of one sample's backward pass."""
-    modules = [model.unet, model.vae, *model.text_encoders]
+    modules = [part for part in (model.unet, model.vae, *model.text_encoders) if part is not None]
     weights: int = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     total = sum(p.numel() for p in parameters_in_scope(model, plan.scope).values())
     offloaded = plan.options.low_vram and model.device.type != "cpu"

@@ -2,8 +2,9 @@
 
 Each member of the pool stands for the concept's words in its prompts, as in concept inversion. At each step one member
 takes one step on the inversion loss against the network in training, and then its prompts are led to the anchor too
-(the inner attack of AdvUnlearn, Zhang et al. 2024, arXiv:2405.15234, here on the UNet and kept over all steps). Before
-it is decided whether attacks fail, one member is learned anew, for longer, and then stays in the pool.
+(the inner attack of AdvUnlearn, Zhang et al. 2024, arXiv:2405.15234, here on the UNet and kept over all steps). A pool
+that is only kept is soon fooled where it stands, while embeddings that are learned anew still succeed; so in rounds
+members are learned anew, and so is one before it is decided whether attacks fail.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from salun.errors import TrainingError
 from salun.randomness import step_generator
 
 RATE, BETAS, EPSILON = 0.02, (0.9, 0.999), 1e-8  # of Adam on the embeddings
-SALT, AGAIN = 1 << 40, 1 << 41  # so that the pool's random numbers are not those of the training
-ROUND, RENEWED = 100, 1  # steps in which a member is learned anew, and which one: that of the anchor
+SALT, AGAIN, JUDGING = 1 << 40, 1 << 41, 1 << 42  # so that random numbers are not those of the training
+EVERY, ROUND = 8, 40  # steps of the training after which the next member is learned anew, and steps of that
+LONGER = 100  # steps of that before it is decided whether attacks fail
 
 
 class Pool:
@@ -70,6 +72,8 @@ class Pool:
         each = len(self.task.training_set.forget) // len(self.rows)  # forget samples of a concept
         concept = int(batch.picked[0]) // each
         member = concept * self.size + step % self.size
+        if step % EVERY == 0:
+            self._renew(concept, step // EVERY % self.size, AGAIN + step * ROUND, ROUND)
         self._improve(SALT + step, concept, member)
         chosen = (batch.picked // each == concept).nonzero().flatten()
         with torch.no_grad():
@@ -80,17 +84,21 @@ class Pool:
         return F.mse_loss(model.predict(x_t, batch.t[rows], conditioning), wanted[rows])
 
     def renew(self, step: int, concept: int) -> int:
-        """Learn a concept's member of the anchor anew against the network after a step; its number."""
-        number = min(RENEWED, self.size - 1)
+        """Learn a member of a concept anew, from the anchor, against the network after a step; its number."""
+        number = min(1, self.size - 1)
+        self._renew(concept, number, JUDGING + step * LONGER, LONGER)
+        return number
+
+    def _renew(self, concept: int, number: int, salt: int, steps: int) -> None:
+        """Learn a member anew, those of even number from the concept, the others from the anchor."""
         member = concept * self.size + number
         for i, start in enumerate(self._starts(concept)):
-            self.vectors[i][member] = start[number]
+            self.vectors[i][member] = start[min(number % 2, len(start) - 1)]
             for moment in self.moments:
                 moment[i][member] = 0
         self.counts[member] = 0
-        for k in range(ROUND):
-            self._improve(AGAIN + step * ROUND + k, concept, member)
-        return number
+        for k in range(steps):
+            self._improve(salt + k, concept, member)
 
     def attacking(self, concept: int, prompts: Sequence[str], members: Sequence[int]) -> Conditioning:
         """Prompts (n,) of a concept with some of its members in turn in place of its words."""

@@ -31,6 +31,7 @@ BUDGET, PROBES = 3, 10  # with a goal: times the recipe's steps at most, and pro
 BY_GOAL = ("steps", "lr", "lr_decay", "forget_latents")  # numbers that a goal decides, where the options do not
 POOL = 8  # adversarial embeddings of each concept in a hardened training
 HARDENED = Goal(retain_drift=0.05, asr=0.05)  # its goal, where none is named
+HARDENING = 5  # what the pool adds to a step, in passes of a batch forward and backward, as measured
 HARDENED_RETAIN = 3.0  # factor of the retain weight there
 PROBED = 150  # images of each concept and of others that the probes of a run take, about
 PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, but not fewer than these
@@ -164,7 +165,7 @@ class Plan:
             return made
         steps, samples = self.recipe.steps, self.recipe.steps * self.recipe.batch_size * 2
         ahead = samples * 3 // 2 if self.options.target_guidance else samples if self.needs_frozen else 0
-        pool = self.recipe.steps * self.recipe.batch_size * 2 if self.options.harden else 0
+        pool = self.recipe.steps * self.recipe.batch_size * HARDENING if self.options.harden else 0
         if self.goal is not None:  # the recipe's steps are as good a guess as any; frozen targets are made on the way
             probing = PROBED * len(self.concepts) * self.sampling.passes // 2
             return [StageCost(Stage.TRAINING, steps, forward=ahead + probing, backward=samples + pool)]
@@ -182,7 +183,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     Raises ConfigError for a concept the model does not know, anchors that do not pair with the concepts, or a recipe
     the model does not have.
     """
-    options = _hardened(_of_method(options))
+    options = _hardened(_of_method(options, settings, model))
     concepts, notes = _resolved(settings, model, _listed(wanted), options)
     recipe, goal, all_latents = settings.recipe, _goal(options), None
     if options.recipe == "paper":
@@ -224,14 +225,25 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     )
 
 
-def _of_method(options: EraseOptions) -> EraseOptions:
-    """With the method's own values where the options name none. Raises ConfigError for a mask that it cannot take."""
+def _of_method(options: EraseOptions, settings: ModelSettings, model: str) -> EraseOptions:
+    """With the method's own values where the options name none; of a class-conditional model all weights are in scope.
+
+    Raises ConfigError for a mask that it cannot take, or a model that it cannot erase from.
+    """
     method = METHODS["diffusion"][options.method]
+    if settings.labels and method.text:
+        raise ConfigError(
+            f"is {method.name}, which edits cross-attention; {model} takes class labels and has none",
+            option="method",
+            advice="Use {method} salun or esd",
+        )
     if options.mask is not None and not method.takes_mask:
         raise ConfigError(
             f"is {options.mask}, but the method {method.name} takes none", option="mask", advice="Omit {mask}"
         )
     known = {"scope": "full", **method.defaults, **({"mask": method.mask} if method.takes_mask else {})}
+    if settings.labels and method.trains:
+        known["scope"] = "full"
     return replace(options, **{name: value for name, value in known.items() if getattr(options, name) is None})
 
 

@@ -108,9 +108,7 @@ class ModelProbe:
         if look:
             probed = replace(probed, drift=self._drift(OTHERS if thorough else OTHERS // 2))
         if self.goal.asr is not None and probed.confidence >= PLAUSIBLE:
-            probed = replace(
-                probed, asr=self._asr(step, ATTACKED if thorough else ATTACKED // 2, thorough)
-            )
+            probed = replace(probed, asr=self._asr(step, ATTACKED if thorough else ATTACKED // 2, thorough))
         self._looking(len(shown[0]), f"after step {step}: {probed}")
         return probed
 

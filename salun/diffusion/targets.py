@@ -39,11 +39,19 @@ def check_output_paths(model: Model, targets: list[str], run_dir: Path | None, r
     """Raises ConfigError for paths that an erasure must not change or replace.
 
     That is an output or run folder inside the model's own folder, an output that holds the model, the run or another
-    input, two outputs at one path, and an output under a name that is reserved in the run folder.
+    input, two outputs at one path, an output under a name that is reserved in the run folder, and one in a format that
+    the family does not have.
 
     Args:
         read: Files and folders that the run reads besides the model.
     """
+    foreign = [t for t in targets if not model.family.text and not t.endswith(("/", os.sep, DELTA))]
+    if foreign:
+        raise ConfigError(
+            f"is {foreign[0]}, but class-conditional models are diffusers folders",
+            option="output",
+            advice=f"End it in / (diffusers folder) or {DELTA} (delta)",
+        )
     source = _real(model.stored.path)
     run = _real(run_dir) if run_dir is not None else None
     paths = {target: _real(target) for target in targets}

@@ -110,7 +110,8 @@ class Family:
         matches: Whether a network with tensors of these shapes is of the family.
         matches_config: Whether a network with this config is, in a folder of the family's pipeline.
         relative: What a network that `matches` is, if it is of an unsupported relative of the family; else "".
-        text: The text encoders, whose features are joined.
+        text: The text encoders, whose features are joined; none of a class-conditional family.
+        vae: None where the network works on pixels.
         clip_skip: The encoders' layer that conditions the network, counted from the last (1).
         final_norm: Whether that layer passes through the encoder's final norm.
         lora_metadata: By which A1111 and Forge know the family of a LoRA file.
@@ -127,7 +128,7 @@ class Family:
     matches: Callable[[Shapes], bool]
     network: Network
     text: tuple[TextEncoder, ...]
-    vae: Vae
+    vae: Vae | None
     lora_metadata: Mapping[str, str]
     matches_config: Callable[[Mapping[str, Any]], bool] = lambda config: True
     relative: Callable[[Shapes], str] = lambda shapes: ""

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from salun.checkpoints.families import sd1, sd2, sdxl
+from salun.checkpoints.families import classes, sd1, sd2, sdxl
 from salun.checkpoints.families.family import Family, Network, Shapes
 from salun.errors import ModelError
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (sd1.FAMILY, sd2.FAMILY, sdxl.FAMILY)}
-NETWORK_PARTS = tuple(dict.fromkeys(family.network.part for family in FAMILIES.values()))
+"""Families of text-to-image models, whose single files are recognized."""
+FOLDER_FAMILIES: dict[str, Family] = {**FAMILIES, **{family.name: family for family in (classes.PIXELS, classes.DIT)}}
+"""All families that a diffusers folder may be of."""
+NETWORK_PARTS = tuple(dict.fromkeys(family.network.part for family in FOLDER_FAMILIES.values()))
 TITLES = ", ".join(family.title for family in FAMILIES.values())
 
 
@@ -45,7 +48,7 @@ def recognize(shapes: Shapes) -> Family:
 
 def families_of(pipeline: str) -> list[Family]:
     """The families of a diffusers pipeline class."""
-    return [family for family in FAMILIES.values() if family.pipeline == pipeline]
+    return [family for family in FOLDER_FAMILIES.values() if family.pipeline == pipeline]
 
 
 def family_for_hosts(tensors: Mapping[str, Tensor]) -> Family:

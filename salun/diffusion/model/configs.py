@@ -26,6 +26,10 @@ LONGEST_LIST = 10_000
 TOKENIZER_BYTES = 20_000_000
 FORBIDDEN = ("auto_map", "quantization_config", "custom_pipelines")  # lead to code or kernels from elsewhere
 CONDITIONS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")
+CLASS_CONDITIONAL: dict[str, dict[str, str]] = {  # the classes of such networks, and what they must have
+    "UNet2DModel": {"time_embedding_type": "positional"},
+    "DiTTransformer2DModel": {"norm_type": "ada_norm_zero"},
+}
 TEXT = {  # the fields of a CLIP text encoder's config; no others reach the library
     "vocab_size": int, "hidden_size": int, "intermediate_size": int, "projection_dim": int, "num_hidden_layers": int,
     "num_attention_heads": int, "max_position_embeddings": int, "bos_token_id": int, "eos_token_id": int,
@@ -81,12 +85,16 @@ def check_config(config: Mapping[str, Any], kind: Any, path: Path) -> dict[str, 
         return _text(config, path)
     _check_class(config, re.compile(kind.__name__), path)
     _check_types(config, kind, path)
+    if kind.__name__ in CLASS_CONDITIONAL:
+        _check_class_conditional(config, path)
+    if kind.__name__ == "DiTTransformer2DModel":
+        return dict(config)
     widths = config.get("block_out_channels")
     if not isinstance(widths, list) or not 1 <= len(widths) <= 16 or not all(_is_size(width) for width in widths):
         raise _wrong(path, "block_out_channels", widths, "a list of 1 to 16 widths")
     if kind.__name__ == "UNet2DConditionModel":
         _check_unet(config, path)
-    else:
+    elif kind.__name__ == "AutoencoderKL":
         _check_vae(config, path)
     return dict(config)
 
@@ -99,6 +107,23 @@ def _check_unet(config: Mapping[str, Any], path: Path) -> None:
             )
     if config.get("downsample_padding", 1) not in (0, 1):
         raise _wrong(path, "downsample_padding", config["downsample_padding"], "0 or 1")
+
+
+def _check_class_conditional(config: Mapping[str, Any], path: Path) -> None:
+    channels, out = config.get("in_channels", 4), config.get("out_channels") or config.get("in_channels", 4)
+    if out not in (channels, 2 * channels):
+        raise ModelError(
+            f"{path} has {channels} input and {out} output channels; salun supports as many, and twice as many of a "
+            "network that learned the variance too"
+        )
+    if config.get("_class_name") == "UNet2DModel" and channels not in (1, 3):
+        raise ModelError(f"{path} has {channels} channels; salun supports pixels of 1 or 3")
+    if config.get("class_embed_type") is not None:
+        kind = truncated(repr(config["class_embed_type"]))
+        raise ModelError(f"{path} has class_embed_type {kind}; salun supports embeddings of labels (num_class_embeds)")
+    for key, known in CLASS_CONDITIONAL[str(config["_class_name"])].items():
+        if config.get(key, known) != known:
+            raise ModelError(f"{path} has {key} {truncated(repr(config[key]))}; salun supports {known}")
 
 
 def _check_vae(config: Mapping[str, Any], path: Path) -> None:

@@ -14,13 +14,14 @@ import torch
 
 from salun.checkpoints.diffusers_folder import check_links, check_tokenizer, open_component
 from salun.checkpoints.families.family import Family, numbered
-from salun.checkpoints.families.registry import FAMILIES, families_of
+from salun.checkpoints.families.registry import FOLDER_FAMILIES, families_of
 from salun.checkpoints.lazy_tensors import Stored
-from salun.checkpoints.locate import find
+from salun.checkpoints.locate import SETTINGS, find
 from salun.checkpoints.pickled import as_safetensors
 from salun.checkpoints.safetensors_io import truncated
 from salun.checkpoints.single_file import UNCONDITIONED, CheckpointContents, open_folder, shapes_of
 from salun.compute.device import pick_device, pick_dtype
+from salun.diffusion.model.class_conditional import ClassModel
 from salun.diffusion.model.configs import (
     check_config,
     check_part,
@@ -31,11 +32,13 @@ from salun.diffusion.model.configs import (
     read_scheduler,
 )
 from salun.diffusion.model.few_steps import find_few_steps
+from salun.diffusion.model.labels import read_labels, vocabulary_of
 from salun.diffusion.model.parts import load_strict
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, read_settings
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import ModelOptions
+from salun.diffusion.prompts.vocabulary import Vocabulary
 from salun.errors import ConfigError, DataError, ModelError
 from salun.evaluation.detectors.attribute import load_classifier
 
@@ -107,11 +110,11 @@ def _family_of_folder(name: str, folder: Path) -> Family:
     pipeline = str(read_object(folder / "model_index.json", name).get("_class_name"))
     families = families_of(pipeline)
     if not families:
-        pipelines = dict.fromkeys(family.pipeline for family in FAMILIES.values())
+        pipelines = dict.fromkeys(family.pipeline for family in FOLDER_FAMILIES.values())
         raise ModelError(f"{name} is a {truncated(pipeline)}; salun supports {' and '.join(pipelines)}")
     config = _network_config(folder, families[0], name)
     channels, out = config.get("in_channels", 4), config.get("out_channels", 4)
-    if channels != out:
+    if channels != out and families[0].text:
         raise ModelError(f"{name} has a UNet with {channels} input channels (inpainting?), which is not supported")
     return next(family for family in families if family.matches_config(config))
 
@@ -128,14 +131,24 @@ def _described_folder(name: str, folder: Path, entry: Mapping[str, Any], options
         scheduler, source = {**scheduler, "prediction_type": options.prediction_type}, "prediction_type"
     stored = open_folder(folder)
     settings = read_settings(folder, family.name, entry, _resolution(folder, family, name))
+    if not family.text:
+        settings = replace(settings, vocabulary=_labels(settings, folder, family, name), labels=True)
     names = {"the model name": Path(name).name, "the folder name": folder.name}
     settings = replace(settings, few_steps=find_few_steps(names, stored.metadata, scheduler))
     return ModelSpec(name, stored, family, settings, scheduler, source, None, folder)
 
 
+def _labels(settings: ModelSettings, folder: Path, family: Family, name: str) -> Vocabulary:
+    """The labels of a class-conditional model. Raises ModelError if its settings name another vocabulary."""
+    if settings.vocabulary is not None:
+        raise ModelError(f"{name} has a vocabulary in its {SETTINGS}, but a class-conditional model has labels alone")
+    return vocabulary_of(read_labels(folder, _network_config(folder, family, name)))
+
+
 def _resolution(folder: Path, family: Family, name: str) -> int | None:
     """Pixels a side that a model was trained at, where its configs say so (SD 2.1 is 768, its base 512)."""
-    network, vae = (read_object(folder / part / "config.json", name) for part in (family.network.part, "vae"))
+    network = read_object(folder / family.network.part / "config.json", name)
+    vae = read_object(folder / "vae" / "config.json", name) if family.vae is not None else {"block_out_channels": [1]}
     latent, levels = network.get("sample_size"), vae.get("block_out_channels")
     if isinstance(latent, int) and isinstance(levels, list) and 1 <= len(levels) <= 16:
         return int(latent * 2 ** (len(levels) - 1))
@@ -169,14 +182,16 @@ def load_with(name: str, options: ModelOptions) -> Model:
     unet, vae, encoders, tokenizers = parts
     _check_fit(spec, *parts)
     for module in (unet, vae, *encoders):
-        module.eval().requires_grad_(False)
+        if module is not None:
+            module.eval().requires_grad_(False)
     unet.to(where)  # the others come when they are needed
     bad = next((n for n, p in unet.named_parameters() if not torch.isfinite(p).all()), None)
     if bad is not None:
         raise ModelError(f"{name}: the weight {bad} is not finite (NaN or infinity)")
     if not spec.family.network.is_conditioned(shapes_of(spec.stored)):
         raise ModelError(f"{name} {UNCONDITIONED}")
-    return Model(
+    kind = Model if spec.family.text else ClassModel
+    return kind(
         name=name,
         stored=spec.stored,
         family=spec.family,
@@ -197,11 +212,13 @@ def _check_fit(spec: ModelSpec, unet: Any, vae: Any, encoders: list[Any], tokeni
     """Raises ModelError for parts that do not belong together."""
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
         check_tokenizer_fits(tokenizer, encoder, spec.name)
-    if vae.config.latent_channels != unet.config.in_channels:
+    if vae is not None and vae.config.latent_channels != unet.config.in_channels:
         raise ModelError(
             f"{spec.name}: its VAE has {vae.config.latent_channels} latent channels, but its UNet takes "
             f"{unet.config.in_channels}"
         )
+    if not spec.family.text:
+        return
     width = sum(encoder.config.hidden_size for encoder in encoders)
     if unet.config.cross_attention_dim != width:
         raise ModelError(
@@ -239,12 +256,15 @@ def _load_folder(spec: ModelSpec, precision: torch.dtype) -> Parts:
     folder, family = spec.stored.path, spec.family
     encoders = {numbered("text_encoder", i): encoder.class_name for i, encoder in enumerate(family.text)}
     tokenizers = [folder / numbered("tokenizer", i) for i in range(len(encoders))]
-    for part in ("vae", *encoders):
+    parts = (*(("vae",) if family.vae is not None else ()), *encoders)
+    for part in parts:
         open_component(folder / part)  # a file that is cut short is reported before minutes of loading
     for tokenizer in tokenizers:
         check_tokenizer(tokenizer)
     network = load_strict(library_class(family.network.class_name), folder / family.network.part, torch_dtype=precision)
-    vae = load_strict(library_class(family.class_name("vae")), folder / "vae", torch_dtype=torch.float32)
+    vae = None
+    if family.vae is not None:
+        vae = load_strict(library_class(family.class_name("vae")), folder / "vae", torch_dtype=torch.float32)
     text = [load_strict(library_class(kind), folder / part).to(precision) for part, kind in encoders.items()]
     return network, vae, text, [load_tokenizer(tokenizer) for tokenizer in tokenizers]
 
@@ -267,7 +287,8 @@ def check_folder(spec: ModelSpec) -> None:
     check_state_dict(
         {n: tuple(p.shape) for n, p in network.named_parameters()}, shapes_of(stored), place, stored.name_in_file
     )
-    for part in ("vae", *(numbered("text_encoder", i) for i in range(len(family.text)))):
+    parts = ("vae",) if family.vae is not None else ()
+    for part in (*parts, *(numbered("text_encoder", i) for i in range(len(family.text)))):
         check_part(library_class(family.class_name(part)), folder / part, spec.name)
     for i in range(len(family.text)):
         check_tokenizer(folder / numbered("tokenizer", i))

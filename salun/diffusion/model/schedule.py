@@ -51,6 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # schedulers that define ᾱ by betas, 
     "TCDScheduler": _SCALED,
     "UniPCMultistepScheduler": {},
 }
+COSINE = "squaredcos_cap_v2"
 MOST_TIMESTEPS = 100_000
 
 
@@ -83,8 +84,12 @@ def alphas_cumprod(config: Mapping[str, Any], name: str) -> Tensor:
     trained, kind = fields.get("trained_betas"), fields["beta_schedule"]
     if trained is not None:  # whatever the other fields say, as in diffusers
         betas = _trained(trained, steps, name)
+    elif kind == COSINE:  # Nichol & Dhariwal 2021, eq. 17
+        s = torch.arange(steps + 1, dtype=torch.float64) / steps
+        bars = torch.cos((s + 0.008) / 1.008 * torch.pi / 2) ** 2
+        betas = (1 - bars[1:] / bars[:-1]).clamp(max=0.999).float()
     elif kind not in ("linear", "scaled_linear"):
-        known = "linear, scaled_linear and trained_betas"
+        known = f"linear, scaled_linear, {COSINE} and trained_betas"
         raise ModelError(f"{name} has the noise schedule {truncated(str(kind))!r}; salun supports {known}")
     else:
         start, end = (_beta(fields[key], key, name) for key in ("beta_start", "beta_end"))

@@ -17,8 +17,10 @@ def parameters_in_scope(model: DiffusionModel, scope: str) -> dict[str, nn.Param
     Raises:
         ConfigError: The model has none.
     """
-    selects = model.family.network.scopes[scope]
-    chosen = {name: parameter for name, parameter in model.parameters().items() if selects(name)}
+    selects = model.family.network.scopes.get(scope)
+    chosen = {name: p for name, p in model.parameters().items() if selects is not None and selects(name)}
     if not chosen:
-        raise ConfigError(f"is {scope!r}, which selects no parameter of this model", option="scope")
+        raise ConfigError(
+            f"is {scope!r}, which selects no parameter of this model", option="scope", advice="Use {scope} full"
+        )
     return chosen

@@ -30,7 +30,8 @@ class ModelSettings:
     """What is known of a model beyond its weights, from the `salun.yaml` in its folder or from its family.
 
     recipe: the numbers behind `auto`. paper_recipes: the authors', by kind of concept; empty where they ran nothing
-    alike. detector: folder of the classifier of its images. few_steps: a sign that it is meant for few steps.
+    alike. detector: folder of the classifier of its images. few_steps: a sign that it is meant for few steps. labels:
+    whether it takes class labels, which are its vocabulary, instead of text.
     """
 
     sampling: Sampling
@@ -39,6 +40,7 @@ class ModelSettings:
     vocabulary: Vocabulary | None
     detector: Path | None
     few_steps: FewSteps | None = None
+    labels: bool = False
 
 
 def display_name(name: str) -> str:

@@ -114,6 +114,7 @@ def empty_vae(contents: CheckpointContents, config: dict[str, Any] | None) -> tu
 
     tensors, shapes, inner = vae_tensors(contents)
     _only_weights(contents, inner.values())
+    assert contents.family.vae is not None  # no family with single files is without
     known = config or vae_config(shapes, contents.family.vae)
     vae = empty_module(lambda: AutoencoderKL.from_config(known), contents, config)
     check_state_dict({n: tuple(p.shape) for n, p in vae.named_parameters()}, shapes, contents.path, inner.__getitem__)

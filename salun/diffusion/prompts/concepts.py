@@ -157,8 +157,10 @@ def _of_vocabulary(concept: Concept, vocabulary: Vocabulary, model: str, style: 
         raise ConfigError(
             f"is {style}, but {model} has its own prompts", option="prompt_style", advice="Omit {prompt_style}"
         )
+    concept = replace(concept, name=vocabulary.value_of(concept.name))
     attribute = vocabulary.require(concept.name, model)
     anchor = concept.anchor if concept.anchor is not None else vocabulary.anchors.get(concept.name, "")
+    anchor = vocabulary.value_of(anchor)
     if anchor and vocabulary.require(anchor, model) != attribute:
         others = ", ".join(value for value in vocabulary.attributes[attribute] if value != concept.name)
         raise ConfigError(

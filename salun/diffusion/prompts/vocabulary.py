@@ -73,6 +73,17 @@ class Vocabulary:
         """The attribute that has this value, or None."""
         return next((name for name, values in self.attributes.items() if value in values), None)
 
+    def value_of(self, text: str) -> str:
+        """The value that a text names as it is, as ATTRIBUTE:VALUE or as ATTRIBUTE:NUMBER from 0; else the text."""
+        attribute, _, value = (part.strip() for part in text.partition(":"))
+        values = self.attributes.get(attribute, [])
+        if self.attribute_of(text) is not None or not values:
+            return text
+        if value in values:
+            return value
+        number = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else len(values)
+        return values[number] if number < len(values) else text
+
     def require(self, value: str, model: str) -> str:
         """The attribute of a value. Raises UnknownConcept, which lists the vocabulary, for an unknown value."""
         attribute = self.attribute_of(value)

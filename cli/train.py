@@ -1,0 +1,48 @@
+"""`salun train`: a class-conditional diffusion model from scratch."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from salun.diffusion.train_options import GROUPS, ClassTrainOptions
+
+from .app import app
+from .options import with_options
+from .output import Json, print_result, unquoted_path
+from .progress import terminal_progress
+from .resuming import resumable
+
+
+@app.command()
+@with_options(ClassTrainOptions, groups=GROUPS)
+def train(
+    options: ClassTrainOptions,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(callback=unquoted_path, help="Folder of the run (default: runs/<time>-train-<data>)"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the unfinished training of --run-dir")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a class-conditional diffusion model on labeled images, to erase classes from; or without a class."""
+    from salun.diffusion.train import train_class_model
+    from salun.runs.folder import new_run_folder
+
+    path = run_dir or new_run_folder(
+        "-".join(["train", Path(options.data).name, *(f"no-{c}" for c in options.without)])
+    )
+    line = shlex.join(["salun", *sys.argv[1:]])
+    with terminal_progress(as_json) as progress, resumable("train", path):
+        done = train_class_model(options, path, resume, progress, line)
+    lines = [
+        *done.record.notes,
+        f"model: {done.folder}",
+        f"samples: {path / 'samples.png'}",
+        f"Try it: salun erase --model {shlex.quote(str(done.folder))} --concept class:0",
+    ]
+    print_result(done.record.as_json(), as_json, lines)

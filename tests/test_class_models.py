@@ -1,0 +1,322 @@
+"""Class-conditional models: labels in place of prompts, in pixel space and with a VAE, and their training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import salun
+from cli.main import app
+from salun.diffusion.model.class_conditional import ClassModel
+from salun.diffusion.options import EraseOptions
+from salun.diffusion.plan import make_plan
+from salun.diffusion.train import Average, network_of, scheduler_config, train_class_model, training_images
+from salun.diffusion.train_options import ClassTrainOptions
+from salun.errors import Cancelled, ConfigError, ModelError, SalunError
+from salun.masking.training_state import StateFile
+
+UNET: dict[str, Any] = {
+    "sample_size": 16, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8, "num_class_embeds": 11,
+}  # fmt: skip
+FEW: dict[str, Any] = {
+    "steps": 2, "forget_latents": 4, "retain_latents": 8, "eval_images": 2, "sampling_steps": 2, "batch_size": 2,
+}  # fmt: skip
+TINY: dict[str, Any] = {
+    "steps": 3, "batch_size": 8, "width": 8, "widths": "1,2", "attention": "1", "samples_every": 0, "seed": 4,
+}  # fmt: skip
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """A UNet2DModel of ten classes with random weights, as a diffusers folder."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    UNet2DModel(**{**UNET, **changes}).save_pretrained(folder / "unet")
+    DDPMScheduler().save_pretrained(folder / "scheduler")
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("pixels"))
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of DiT-XL-2-256, smaller."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dit")
+    network = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=8,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8,
+    )  # fmt: skip
+    DiTPipeline(network, vae, DDIMScheduler()).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["id2label"] = {str(i): f"kind {i}, kind number {i}" for i in range(10)}  # as the published folder has
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def diffusers_network(folder: Path) -> Any:
+    from diffusers import DiTTransformer2DModel, UNet2DModel
+
+    part = "unet" if (folder / "unet").is_dir() else "transformer"
+    return {"unet": UNet2DModel, "transformer": DiTTransformer2DModel}[part].from_pretrained(folder / part)
+
+
+# -- labels as prompts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pixels", "dit"])
+def test_a_label_gives_what_diffusers_gives_for_it_and_the_empty_prompt_is_the_null_label(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    """A network that learned the variance too gives twice as many channels, of which the first half counts."""
+    folder: Path = request.getfixturevalue(kind)
+    model = salun.load(str(folder), device="cpu")
+    assert isinstance(model, ClassModel)
+    x_t, t = (
+        torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([5, 500, 900]),
+    )
+    with torch.no_grad():
+        mine = model.predict(x_t, t, model.encode([model.labels[3], model.labels[7], ""]))
+        theirs = diffusers_network(folder)(x_t, t, class_labels=torch.tensor([3, 7, 10])).sample
+    assert torch.equal(mine, theirs[:, : model.latent_channels])
+
+
+def test_a_vector_in_place_of_a_label_has_a_gradient_and_the_tables_row_gives_the_label(dit: Path) -> None:
+    model = salun.load(str(dit), device="cpu")
+    assert isinstance(model, ClassModel) and len(model.tables) == 2
+    rows = [table[[3]].clone().requires_grad_(True) for table in model.token_embeddings]
+    x_t, t = torch.randn(2, *model.latent_shape), torch.tensor([100, 800])
+    label = model.predict(x_t, t, model.encode([model.labels[3]] * 2))
+    vector = model.predict(x_t, t, model.encode_tokens([[-1], [3]], rows))
+    assert torch.allclose(vector, label, atol=1e-6)
+    with model.configured(EraseOptions(gradient_checkpointing=True)):
+        again = model.predict(x_t, t, model.encode_tokens([[-1], [-1]], rows))
+        model.predict(x_t, t, model.encode(["", ""]))  # between the pass and its recomputation
+        gradients = torch.autograd.grad(again.square().sum(), rows)
+    assert torch.allclose(again, label, atol=1e-6)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    with pytest.raises(ConfigError, match="takes one label"):
+        model.encode_tokens([[1, 2]])
+
+
+def test_gray_pixels_are_shown_as_three_equal_channels_and_read_back(pixels: Path) -> None:
+    model = salun.load(str(pixels), device="cpu")
+    x_0 = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)
+    images = model.decode(x_0)
+    assert images.shape == (1, 16, 16, 3) and (images[..., 0] == images[..., 2]).all()
+    assert torch.allclose(model.encode_images(images).cpu(), x_0, atol=1 / 127)
+
+
+@pytest.mark.parametrize("name", ["2", "class:2", "class: 2"])
+def test_a_class_is_named_by_its_label_or_number_and_its_anchor_is_the_next_one(pixels: Path, name: str) -> None:
+    model = salun.load(str(pixels), device="cpu")
+    plan = make_plan(model.settings, model.name, name, EraseOptions(anchor=["class:9"] if ":" in name else []))
+    assert [(c.name, c.anchor) for c in plan.concepts] == [("2", "9" if ":" in name else "3")]
+    assert {p.text for p in plan.prompts.concepts[0].forget} == {"2"}
+    assert {p.text for p in plan.prompts.retain} == set("013456789")
+    assert plan.options.scope == "full"
+
+
+def test_labels_have_the_names_of_a_file_or_of_dits_index(pixels: Path, dit: Path, tmp_path: Path) -> None:
+    assert salun.load(str(dit), device="cpu").labels == [f"kind {i}" for i in range(10)]  # type: ignore[attr-defined]
+    folder = Path(shutil.copytree(pixels, tmp_path / "named"))
+    (folder / "labels.txt").write_text("".join(f"animal {i}\n" for i in range(10)), encoding="utf-8")
+    model = salun.load(str(folder), device="cpu")
+    plan = make_plan(model.settings, model.name, "class:3", EraseOptions())
+    assert plan.concepts[0].name == "animal 3"
+
+
+# -- erasing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pixels", "dit"])
+def test_an_erased_folder_is_the_model_that_diffusers_loads_and_its_delta_gives_it_too(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    run = salun.erase(str(folder), "class:3", run_dir=tmp_path / "run", progress=salun.silent, **FEW)
+    assert run.mask.selected > 0 and run.record.metrics["retain_change"]["value"] > 0
+    erased = tmp_path / "run" / "model"
+    before, after = diffusers_network(folder).state_dict(), diffusers_network(erased).state_dict()
+    for name, tensor in before.items():
+        changed = (tensor != after[name]).view(-1)
+        assert not (changed & ~run.mask.dense(name).view(-1)).any(), f"{name} changed outside the mask"
+    model = salun.load(str(folder), device="cpu")
+    made = salun.Delta.load(tmp_path / "run" / "delta.salun.safetensors").apply(model.original())
+    assert all(torch.equal(made[name], after[name]) for name in made)
+    if kind == "dit":
+        from diffusers import DiTPipeline
+
+        pipeline = DiTPipeline.from_pretrained(erased)
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline([3], 1.0, generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np")
+        assert images.images.shape == (1, 16, 16, 3) and np.isfinite(images.images).all()
+
+
+def test_other_methods_attacks_and_evaluation_work_on_labels(pixels: Path, tmp_path: Path) -> None:
+    for method in ("esd", "erasediff", "finetune"):
+        run = salun.erase(str(pixels), "3", run_dir=tmp_path / method, progress=salun.silent, method=method, **FEW)
+        assert run.record.status == "done"
+    hardened = salun.erase(str(pixels), "3", progress=salun.silent, harden=2, **FEW)
+    assert {"adversarial", "forget", "retain"} <= set(hardened.history[0])
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def _config(change: dict[str, Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "unet" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+
+    return apply
+
+
+def _labels(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "labels.txt").write_text(text, encoding="utf-8") and None  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (None, {"concept": "class:10"}, r"'class:10' is not in the vocabulary .*class: 0, 1"),
+        (None, {"concept": "3", "anchor": ["cat"]}, "'cat' is not in the vocabulary"),
+        (None, {"concept": "3", "method": "uce"}, "uce, which edits cross-attention"),
+        (None, {"concept": "3", "scope": "xattn"}, "scope is 'xattn', which selects no parameter"),
+        (None, {"concept": "3", "outputs": ["x.safetensors"]}, "class-conditional models are diffusers folders"),
+        (None, {"concept": "3", "outputs": ["x.lora.safetensors"]}, "class-conditional models are diffusers folders"),
+        (None, {"concept": "3", "negative_prompt": "blurry"}, "negative_prompt does not apply"),
+        (_labels("a\nb\n"), {"concept": "3"}, "names 2 classes, but its network takes 10"),
+        (_labels("a\n" * 10), {"concept": "3"}, "the label 'a', which is there twice"),
+        (_config({"num_class_embeds": None}), {"concept": "3"}, "without class embeddings"),
+        (_config({"class_embed_type": "timestep"}), {"concept": "3"}, "class_embed_type 'timestep'"),
+        (
+            _config({"in_channels": 4, "out_channels": 4}),
+            {"concept": "3"},
+            "4 channels; salun supports pixels of 1 or 3",
+        ),
+        (_config({"out_channels": 5}), {"concept": "3"}, "1 input and 5 output channels"),
+        (_config({"time_embedding_type": "fourier"}), {"concept": "3"}, "time_embedding_type 'fourier'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_told_in_one_line(
+    damage: Callable[[Path], None] | None, options: dict[str, Any], message: str, pixels: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pixels, tmp_path / "model"))
+    if damage is not None:
+        damage(folder)
+    concept = options.pop("concept")
+    outputs = [str(tmp_path / name) for name in options.pop("outputs", [])] or None
+    with pytest.raises(SalunError, match=message):
+        salun.erase(str(folder), concept, outputs=outputs, progress=salun.silent, **{**FEW, **options})
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ClassTrainOptions(**TINY)
+    whole = train_class_model(options, tmp_path / "whole", progress=salun.silent)
+    assert [row["step"] for row in whole.history] == [1, 2, 3]
+    monkeypatch.setattr(StateFile, "save_every", 0.0)
+
+    def stop(event: salun.Event, /) -> None:
+        if event.stage == "training" and event.step == 2:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        train_class_model(options, tmp_path / "parts", progress=stop)
+    parts = train_class_model(options, tmp_path / "parts", resume=True, progress=salun.silent)
+    assert parts.history == whole.history
+    assert whole.folder is not None and parts.folder is not None
+    file = "unet/diffusion_pytorch_model.safetensors"
+    assert (whole.folder / file).read_bytes() == (parts.folder / file).read_bytes()
+    assert (tmp_path / "whole" / "samples.png").stat().st_size > 1000
+    model = salun.load(str(whole.folder), device="cpu")
+    assert model.settings.sampling.resolution == 16 and model.settings.recipe.steps == 150
+
+
+def test_the_average_follows_the_weights_and_is_taken_once_a_step() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    average, expected = Average(network, 0.9), network.weight.detach().clone()
+    for step in range(1, 5):
+        with torch.no_grad():
+            network.weight.fill_(float(step))
+        average.take(step)
+        average.take(step)  # as when a step is taken again
+        expected += (1 - min(0.9, (1 + step) / (10 + step))) * (step - expected)
+    assert torch.allclose(average.weights["weight"], expected)
+
+
+def test_a_class_that_is_left_out_is_in_no_batch_and_keeps_its_label() -> None:
+    images, _ = training_images(ClassTrainOptions(without=["class:3"]).resolved()[0])
+    every, _ = training_images(ClassTrainOptions().resolved()[0])
+    assert set(images.labels.tolist()) == {*range(10)} - {3} and set(every.labels.tolist()) == {*range(10)}
+    assert images.images.shape[1:] == (1, 16, 16) and images.classes == tuple("0123456789")
+    assert len(every.labels) - len(images.labels) == int((every.labels == 3).sum())
+    for without, message in ((["x"], "is 'x', but the classes are 0, 1"), ([*"012345678"], "fewer than two classes")):
+        with pytest.raises(ConfigError, match=message):
+            training_images(ClassTrainOptions(without=without).resolved()[0])
+
+
+def test_the_cosine_schedule_is_that_of_its_paper() -> None:
+    """ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s)·π/2): half of the signal's power is left in the middle."""
+    from salun.diffusion.model.schedule import schedule_of
+
+    options = ClassTrainOptions().resolved()[0]
+    bars = schedule_of(scheduler_config(options), "x").alphas_cumprod  # type: ignore[attr-defined]
+    t = np.array([0, 250, 500, 750, 990])
+    f = np.cos(((t + 1) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    assert bars[torch.from_numpy(t)].numpy() == pytest.approx(f, abs=2e-3)
+    network = network_of(options, 3, 10)
+    assert network.config.num_class_embeds == 11 and network.config.in_channels == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widths": "1,x"}, "widths is '1,x', but must be whole numbers"),
+        ({"widths": "0,1"}, "widths is 0,1, but must be 1 to 8 numbers"),
+        ({"width": 20}, "width is 20, but must be a multiple of 8"),
+        ({"attention": "5"}, "attention is 5, but there are 3 levels"),
+        ({"image_size": 18}, "image_size is 18, but 3 levels need a multiple of 4"),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_network_that_cannot_be_are_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ClassTrainOptions(**options).resolved()
+
+
+@pytest.mark.slow
+def test_train_and_erase_from_the_command_line(tmp_path: Path) -> None:
+    numbers = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    shown = CliRunner().invoke(app, ["train", "--run-dir", str(tmp_path / "t"), "--without", "3", *numbers])
+    assert shown.exit_code == 0, shown.output
+    assert "salun erase --model" in shown.output
+    with pytest.raises(ModelError):
+        salun.load(str(tmp_path / "t"))
+    assert salun.load(str(tmp_path / "t" / "model")).family.name == "class"
