@@ -128,6 +128,7 @@ BETAS = [0.001 + 0.03 * i / 999 for i in range(1000)]
     [
         ("DDIMScheduler", {"trained_betas": BETAS}),
         ("DPMSolverMultistepScheduler", {"trained_betas": BETAS, "beta_schedule": "squaredcos_cap_v2"}),
+        ("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
         ("EulerDiscreteScheduler", {"trained_betas": BETAS[:500], "num_train_timesteps": 500}),
         ("LCMScheduler", {}),  # these three have defaults of their own
         ("TCDScheduler", {"num_train_timesteps": 100}),
@@ -149,7 +150,7 @@ def test_noise_schedule_is_that_of_the_named_scheduler(scheduler: str, config: d
 
 
 UNKNOWN_SCHEDULES: list[tuple[dict[str, object], str]] = [
-    ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
+    ({"beta_schedule": "laplace"}, "laplace"),
     ({"beta_schedule": ["linear"]}, "noise schedule"),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
     ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0}, "EDMDPMSolverMultistepScheduler"),

@@ -21,6 +21,7 @@ from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.model.class_conditional import VALUES, ClassModel
 from salun.diffusion.model.labels import ATTRIBUTE, FILE, vocabulary_of
+from salun.diffusion.model.loading import quiet_libraries
 from salun.diffusion.model.schedule import COSINE, schedule_of
 from salun.diffusion.model.settings import ModelSettings
 from salun.diffusion.options import Recipe, Sampling
@@ -214,6 +215,7 @@ def train_class_model(
         DataError: The data set cannot be used.
     """
     options, preset = options.resolved()
+    quiet_libraries()
     if run_dir is not None:
         check_folder(run_dir, resume)
     data, notes = training_images(options)

@@ -70,7 +70,9 @@ class ClassTrainOptions(DeviceOptions):
     )  # fmt: skip
     noise: str | None = option(None, "Noise schedule", auto="the data set's", choices=NOISES)
     flip: bool | None = option(None, "Mirror half of the images", auto="the data set's")
-    prediction_type: str = option("epsilon", "What the network predicts", choices=("epsilon", "v_prediction"))
+    prediction_type: str | None = option(
+        None, "What the network predicts", auto="the data set's", choices=("epsilon", "v_prediction")
+    )
     channels_last: bool = option(False, "Keep images and weights with the channels last in memory")
     samples_every: int = option(1000, "Steps between two pictures of samples, 0 for none", minimum=0, maximum=2**31)
     save_every: float = option(60.0, "Seconds between saves of the state to resume from", minimum=0, maximum=1e9)

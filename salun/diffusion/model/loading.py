@@ -172,7 +172,7 @@ def load_with(name: str, options: ModelOptions) -> Model:
     _check_detector(spec.settings, name)
     where = pick_device(model_options.device)
     precision = pick_dtype(model_options.dtype, where)
-    _quiet()
+    quiet_libraries()
     if spec.contents is None:
         parts = _load_folder(spec, precision)
     else:
@@ -238,7 +238,8 @@ def _check_detector(settings: ModelSettings, name: str) -> None:
             raise DataError(f"{name}: its detector does not know the {attribute} {unknown[0]!r} of its vocabulary")
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
+    """No bars and remarks of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

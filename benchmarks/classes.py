@@ -1,0 +1,176 @@
+"""Forgetting a class of a class-conditional model, by method, beside a model that was retrained without it.
+
+    python -m benchmarks.classes [--classes 3 …] [--seeds 0] [--methods …] [--n 500] [--retrain 3 …]
+
+Each method forgets each class of `digits`. Figures are by the detector in the model's folder, on samples of each class:
+how often the forgotten class still shows (UA is the rest), how often the others are right, and how far the samples are
+from those of Retrain: by the classes that are seen under the forgotten label, and by the detector's features of all.
+Prints, and writes to `docs/classes.md` after each run; results are kept in `benchmarks/results/classes`, runs and
+retrained models in `build/classes`, so an interrupted benchmark continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import salun
+from benchmarks.stored import stored
+from salun.diffusion.data.latents import item_seed, sample_images
+from salun.diffusion.train import train_class_model
+from salun.diffusion.train_options import ClassTrainOptions
+from salun.evaluation.detectors.attribute import load_classifier
+from salun.evaluation.estimate import Estimate
+from salun.evaluation.metrics.frechet import frechet_distance
+from salun.progress import silent
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, TABLE, BUILT = ROOT / "benchmarks/results/classes", ROOT / "docs/classes.md", ROOT / "build/classes"
+MODEL = ROOT / "salun" / "assets" / "digits"
+METHODS: dict[str, dict[str, Any]] = {  # name → options of `erase`; each trains as many steps
+    "SalUn": {},
+    "SalUn, random mask": {"mask": "random"},
+    "SalUn-soft": {"method": "salun-soft"},
+    "finetune": {"method": "finetune"},
+    "ESD": {"method": "esd"},
+    "EraseDiff": {"method": "erasediff"},
+    "SalUn, the authors' losses": {"target": "online", "retain_target": "noise", "anchor_share": 0.0},
+}
+HEAD = """# Forgetting classes
+
+Written by `benchmarks/classes.py` on the embedded class-conditional model `digits` ([card](../salun/assets/digits)), on
+a CPU: {n} samples of each class, seeds {seeds}, classes {classes}. Each method takes the steps of the model's recipe,
+at the same learning rate; the anchor is the next digit.
+
+UA: samples under the forgotten label that do not show the class. Others: samples of the other classes that show theirs;
+“worst”: of the class where that fell most. Fréchet distances are of the detector's features, of samples of the other
+classes: to those of the original model, and of all classes to those of Retrain, a model that was trained without the
+class (for the classes for which there is one). “Labels to Retrain”: total variation between the classes that are seen
+under the forgotten label and those that Retrain shows there.
+
+"""
+
+
+def images_of(folder: Path, n: int, seed: int) -> np.ndarray:
+    """Samples (10 · n, h, w, 3), n of each label."""
+    model = salun.load(str(folder), device="cpu")
+    prompts = [label for label in model.labels for _ in range(n)]  # type: ignore[attr-defined]
+    return sample_images(model, prompts, [item_seed(seed, "classes", i) for i in range(len(prompts))])
+
+
+def seen_in(images: np.ndarray) -> dict[str, np.ndarray]:
+    """What the detector sees: the label (−1 for none) and the features of each image."""
+    seen = load_classifier(MODEL / "oracle").detect_images(images)
+    assert seen.valid is not None and seen.features is not None
+    return {"labels": np.where(seen.valid, seen.scores["class"].argmax(1), -1), "features": seen.features}
+
+
+def kept(path: Path, folder: Path, n: int, seed: int) -> dict[str, np.ndarray]:
+    """`seen_in` of a model's samples, kept in a file."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **seen_in(images_of(folder, n, seed)))  # type: ignore[arg-type]
+    with np.load(path) as loaded:
+        return {name: loaded[name] for name in ("labels", "features")}
+
+
+def retrained(label: int) -> Path:
+    """The model without a class, trained unless it is there."""
+    run = BUILT / f"retrain-{label}"
+    if not (run / "model").is_dir():
+        options = ClassTrainOptions(without=[f"class:{label}"], samples_every=0)
+        train_class_model(options, run, (run / "run.json").is_file(), silent)
+    return run / "model"
+
+
+def row(label: int, seed: int, name: str, n: int, gold: bool) -> dict[str, Any]:
+    """What a method achieves."""
+    run = BUILT / f"{label}-{seed}-{name}".replace(" ", "-").replace(",", "").replace("'", "")
+    if not (run / "run.json").is_file() or json.loads((run / "run.json").read_text())["status"] != "done":
+        steps = salun.load(str(MODEL), device="cpu").settings.recipe.steps
+        options = {"steps": steps, "seed": seed, "eval_images": 16, **METHODS[name]}
+        salun.erase(str(MODEL), f"class:{label}", run_dir=run, resume=True, progress=silent, **options)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    before = kept(BUILT / f"original-{n}.npz", MODEL, n, 0)
+    after = kept(run / f"seen-{n}.npz", run / "model", n, 0)
+    truth = np.repeat(np.arange(10), n)
+    others = truth != label
+    right = {side: of["labels"] == truth for side, of in (("before", before), ("after", after))}
+    by_class = {k: 100 * float(right["after"][truth == k].mean() - right["before"][truth == k].mean())
+                for k in range(10) if k != label}  # fmt: skip
+    found = {
+        "ua": Estimate.percentage(after["labels"][~others] != label).as_json(),
+        "others_before": Estimate.percentage(right["before"][others]).as_json(),
+        "others": Estimate.percentage(right["after"][others]).as_json(),
+        "worst": min(by_class.items(), key=lambda each: each[1]),
+        "frechet": frechet_distance(before["features"][others], after["features"][others]),
+        "seconds": sum(record["timings"].values()), "training": record["timings"]["training"],
+        "selected": record["mask"]["selected"] / record["mask"]["total"],
+    }  # fmt: skip
+    if gold:
+        best = kept(BUILT / f"retrain-{label}" / f"seen-{n}.npz", retrained(label), n, 0)
+        histograms = [np.bincount(of["labels"][~others] + 1, minlength=11) / n for of in (after, best, before)]
+        found |= {
+            "labels_to_retrain": 0.5 * float(np.abs(histograms[0] - histograms[1]).sum()),
+            "frechet_to_retrain": frechet_distance(best["features"], after["features"]),
+            "frechet_of_original_to_retrain": frechet_distance(best["features"], before["features"]),
+            "retrain_others": 100 * float((best["labels"] == truth)[others].mean()),
+        }
+    return found
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """A method a line, means over classes and seeds."""
+    lines = [
+        "| method | UA, % | the others right, % (before) | worst class | Fréchet to the original | labels to Retrain | "
+        "Fréchet to Retrain (original) | mask, % | seconds |",
+        "|---" * 9 + "|",
+    ]
+    for name, found in rows.items():
+        if not found:
+            continue
+        mean = {key: np.mean([each[key]["value"] for each in found]) for key in ("ua", "others", "others_before")}
+        worst = min((each["worst"] for each in found), key=lambda each: each[1])
+        gold = [each for each in found if "frechet_to_retrain" in each]
+        far = "–" if not gold else f"{np.mean([each['labels_to_retrain'] for each in gold]):.2f}"
+        near = "–"
+        if gold:
+            of = [np.mean([each[k] for each in gold]) for k in ("frechet_to_retrain", "frechet_of_original_to_retrain")]
+            near = f"{of[0]:.2f} ({of[1]:.2f})"
+        spread = np.std([each["ua"]["value"] for each in found])
+        lines.append(
+            f"| {name} | {mean['ua']:.1f} ± {spread:.1f} | {mean['others']:.1f} ({mean['others_before']:.1f}) | "
+            f"{worst[0]}: {worst[1]:+.1f} | {np.mean([each['frechet'] for each in found]):.2f} | {far} | {near} | "
+            f"{100 * np.mean([each['selected'] for each in found]):.0f} | "
+            f"{np.mean([each['seconds'] for each in found]):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--classes", type=int, nargs="*", default=list(range(10)))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--retrain", type=int, nargs="*", default=[], help="classes with a retrained model")
+    parser.add_argument("--n", type=int, default=500)
+    given = parser.parse_args()
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in given.methods}
+    for seed in given.seeds:
+        for label in given.classes:
+            for name in given.methods:
+                gold = label in given.retrain
+                file = f"{label}-{seed}-{name}-{given.n}{'-retrain' if gold else ''}.json"
+                path = RESULTS / file.replace(" ", "-").replace(",", "").replace("'", "")
+                rows[name].append(stored(path, lambda of=(label, seed, name, given.n, gold): row(*of)))
+                head = HEAD.format(n=given.n, seeds=", ".join(map(str, given.seeds)),
+                                   classes=", ".join(map(str, given.classes)))  # fmt: skip
+                TABLE.write_text(head + table(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
