@@ -59,7 +59,7 @@ def images_of(folder: Path, n: int, seed: int) -> np.ndarray:
     """Samples (10 · n, h, w, 3), n of each label."""
     model = salun.load(str(folder), device="cpu")
     prompts = [label for label in model.labels for _ in range(n)]  # type: ignore[attr-defined]
-    return sample_images(model, prompts, [item_seed(seed, "classes", i) for i in range(len(prompts))])
+    return sample_images(model, prompts, [item_seed(seed, "sample", i) for i in range(len(prompts))])
 
 
 def seen_in(images: np.ndarray) -> dict[str, np.ndarray]:

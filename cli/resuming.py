@@ -26,6 +26,7 @@ COMMAND_OF_OPTION = {  # checked in order: an option that the commands after it 
     "concept": "erase",
     "methods": "classify-compare",
     "forget": "classify-unlearn",
+    "label_dropout": "train",
     "data": "classify-train",
 }
 

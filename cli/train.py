@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -15,30 +16,40 @@ from .app import app
 from .options import with_options
 from .output import Json, print_result, unquoted_path
 from .progress import terminal_progress
-from .resuming import resumable
+from .resuming import recorded, resumable, unfinished
 
 
 @app.command()
 @with_options(ClassTrainOptions, groups=GROUPS)
 def train(
     options: ClassTrainOptions,
+    given: set[str],
     run_dir: Annotated[
         Path | None,
         typer.Option(callback=unquoted_path, help="Folder of the run (default: runs/<time>-train-<data>)"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the unfinished training of --run-dir")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume the unfinished run in --run-dir, or start one if there is none")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a class-conditional diffusion model on labeled images, to erase classes from; or without a class."""
+    wanted = {name: getattr(options, name) for name in given}
+    record = unfinished(run_dir, resume, ClassTrainOptions, wanted, as_json)
+    if record is not None and run_dir is not None:
+        options = dataclasses.replace(options, **recorded(record, run_dir, ClassTrainOptions, given))
+    from salun.compute.processes import current_processes
     from salun.diffusion.train import train_class_model
     from salun.runs.folder import new_run_folder
 
-    path = run_dir or new_run_folder(
-        "-".join(["train", Path(options.data).name, *(f"no-{c}" for c in options.without)])
-    )
+    who = current_processes()
+    name = "-".join(["train", Path(options.data).name, *(f"no-{each}" for each in options.without)])
+    path = who.broadcast(run_dir or new_run_folder(name))
     line = shlex.join(["salun", *sys.argv[1:]])
-    with terminal_progress(as_json) as progress, resumable("train", path):
+    with terminal_progress(as_json or who.rank > 0) as progress, resumable("train", path):
         done = train_class_model(options, path, resume, progress, line)
+    if who.rank:
+        return
     lines = [
         *done.record.notes,
         f"model: {done.folder}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from typer.testing import CliRunner
 
 import salun
 from cli.main import app
+from salun.diffusion.attack import attack
+from salun.diffusion.attack_options import AttackOptions
+from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.evaluate import evaluate
 from salun.diffusion.model.class_conditional import ClassModel
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.train import Average, network_of, scheduler_config, train_class_model, training_images
 from salun.diffusion.train_options import ClassTrainOptions
-from salun.errors import Cancelled, ConfigError, ModelError, SalunError
-from salun.masking.training_state import StateFile
+from salun.errors import Cancelled, ConfigError, DataError, ModelError, SalunError
 
 UNET: dict[str, Any] = {
     "sample_size": 16, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
@@ -71,7 +75,11 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DiTPipeline(network, vae, DDIMScheduler()).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["id2label"] = {str(i): f"kind {i}, kind number {i}" for i in range(10)}  # as the published folder has
+    index["id2label"]["9"] = "kind 8, another kind 8"  # so do ImageNet's two cranes
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    config = folder / "transformer" / "config.json"
+    old = json.loads(config.read_text(encoding="utf-8")) | {"_class_name": "Transformer2DModel"}
+    config.write_text(json.dumps(old), encoding="utf-8")
     return folder
 
 
@@ -140,7 +148,8 @@ def test_a_class_is_named_by_its_label_or_number_and_its_anchor_is_the_next_one(
 
 
 def test_labels_have_the_names_of_a_file_or_of_dits_index(pixels: Path, dit: Path, tmp_path: Path) -> None:
-    assert salun.load(str(dit), device="cpu").labels == [f"kind {i}" for i in range(10)]  # type: ignore[attr-defined]
+    names = [*(f"kind {i}" for i in range(8)), "kind 8 (8)", "kind 8 (9)"]
+    assert salun.load(str(dit), device="cpu").labels == names  # type: ignore[attr-defined]
     folder = Path(shutil.copytree(pixels, tmp_path / "named"))
     (folder / "labels.txt").write_text("".join(f"animal {i}\n" for i in range(10)), encoding="utf-8")
     model = salun.load(str(folder), device="cpu")
@@ -176,9 +185,14 @@ def test_an_erased_folder_is_the_model_that_diffusers_loads_and_its_delta_gives_
 
 
 def test_other_methods_attacks_and_evaluation_work_on_labels(pixels: Path, tmp_path: Path) -> None:
-    for method in ("esd", "erasediff", "finetune"):
+    """Of a network with random weights nothing is detected; of `digits` another test has attacks."""
+    for method in ("esd", "erasediff", "leco"):
         run = salun.erase(str(pixels), "3", run_dir=tmp_path / method, progress=salun.silent, method=method, **FEW)
-        assert run.record.status == "done"
+        assert run.plan.options.scope == "full" and run.mask.selected > 0
+    found = evaluate(str(tmp_path / "esd"), EvalOptions(n=2, sampling_steps=2)).as_json()
+    assert found["sets"]["concept"]["n"] == 2
+    with pytest.raises(DataError, match="'a cat' is not a label"):
+        salun.load(str(pixels), device="cpu").encode(["a cat"])
     hardened = salun.erase(str(pixels), "3", progress=salun.silent, harden=2, **FEW)
     assert {"adversarial", "forget", "retain"} <= set(hardened.history[0])
 
@@ -209,8 +223,10 @@ def _labels(text: str) -> Callable[[Path], None]:
         (None, {"concept": "3", "outputs": ["x.lora.safetensors"]}, "class-conditional models are diffusers folders"),
         (None, {"concept": "3", "negative_prompt": "blurry"}, "negative_prompt does not apply"),
         (_labels("a\nb\n"), {"concept": "3"}, "names 2 classes, but its network takes 10"),
-        (_labels("a\n" * 10), {"concept": "3"}, "the label 'a', which is there twice"),
+        (_labels("a\n" * 10), {"concept": "3"}, "the class 'a', which is there twice"),
         (_config({"num_class_embeds": None}), {"concept": "3"}, "without class embeddings"),
+        (_config({"num_class_embeds": "11"}), {"concept": "3"}, "has '11' class embeddings"),
+        (_config({"sample_size": None}), {"concept": "3"}, "has no sample_size"),
         (_config({"class_embed_type": "timestep"}), {"concept": "3"}, "class_embed_type 'timestep'"),
         (
             _config({"in_channels": 4, "out_channels": 4}),
@@ -237,11 +253,10 @@ def test_what_cannot_be_is_told_in_one_line(
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_training_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ClassTrainOptions(**TINY)
+def test_a_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    options = ClassTrainOptions(**TINY, save_every=0)
     whole = train_class_model(options, tmp_path / "whole", progress=salun.silent)
     assert [row["step"] for row in whole.history] == [1, 2, 3]
-    monkeypatch.setattr(StateFile, "save_every", 0.0)
 
     def stop(event: salun.Event, /) -> None:
         if event.stage == "training" and event.step == 2:
@@ -311,12 +326,47 @@ def test_numbers_of_a_network_that_cannot_be_are_told(options: dict[str, Any], m
         ClassTrainOptions(**options).resolved()
 
 
+def test_a_training_in_bf16_averages_and_writes_float32(tmp_path: Path) -> None:
+    done = train_class_model(ClassTrainOptions(**TINY, dtype="bf16"), tmp_path / "run", progress=salun.silent)
+    assert done.folder is not None
+    weights = diffusers_network(done.folder).state_dict()
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values()), "rounded to bf16"
+
+
+def test_classes_that_no_model_could_have_are_told_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from salun.classification import data
+
+    odd = data.EMBEDDED["digits"]()
+    monkeypatch.setitem(data.EMBEDDED, "digits", lambda: replace(odd, classes=("crane",) * 10))
+    with pytest.raises(ConfigError, match="the class 'crane', which is there twice"):
+        train_class_model(ClassTrainOptions(**TINY), progress=salun.silent)
+
+
+@pytest.mark.slow
+def test_the_embedded_digits_forget_one_and_attacks_and_evaluation_judge_it(tmp_path: Path) -> None:
+    few = {"steps": 60, "batch_size": 16, "forget_latents": 48, "retain_latents": 96, "eval_images": 24}
+    run = salun.erase("digits", "class:3", run_dir=tmp_path / "run", progress=salun.silent, **few)
+    metrics = run.record.metrics
+    assert metrics["ua"]["value"] > 80 and metrics["ra_after"]["value"] > 90
+    assert metrics["ua_before"]["value"] < 5 and metrics["ra_before"]["value"] > 95
+    names = ["quantize", "inversion+steps=20+start=anchor", "prompt-search+timesteps=1+iterations=1"]
+    made = attack(str(tmp_path / "run"), AttackOptions(attack=names, n=8, images=8, control=True)).as_json()
+    results = {(each["attack"], each["side"]): each for each in made["attacks"]}
+    assert results[names[0], "original"]["asr"]["value"] > 90 and results[names[1], "erased"]["asr"] is not None
+    assert "takes one label" in results[names[2], "erased"]["error"]
+
+
 @pytest.mark.slow
 def test_train_and_erase_from_the_command_line(tmp_path: Path) -> None:
     numbers = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     shown = CliRunner().invoke(app, ["train", "--run-dir", str(tmp_path / "t"), "--without", "3", *numbers])
     assert shown.exit_code == 0, shown.output
     assert "salun erase --model" in shown.output
+    again = CliRunner().invoke(app, ["train", "--resume", "--run-dir", str(tmp_path / "t")])
+    assert again.exit_code == 0 and "is finished" in again.output
+    other = CliRunner().invoke(app, ["train", "--resume", "--run-dir", str(tmp_path / "t"), "--steps", "9"])
+    assert other.exit_code != 0 and "steps 3, not 9" in str(other.exception)
     with pytest.raises(ModelError):
         salun.load(str(tmp_path / "t"))
     assert salun.load(str(tmp_path / "t" / "model")).family.name == "class"

@@ -19,7 +19,7 @@ from salun.untrusted import read_json_object
 
 STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # how diffusers and, for text encoders, transformers name files
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-_READ = (".json", ".safetensors", ".bin", ".yaml")  # endings of the files that loading a model reads, and merges.txt
+_READ = (".json", ".safetensors", ".bin", ".yaml")  # endings of the files that loading a model reads
 _PARTS = (*NETWORK_PARTS, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
@@ -135,7 +135,7 @@ def check_links(folder: Path) -> None:
     """Raises ModelError if a file or part that a model needs is a link that leads out of the model's folder."""
     for name in external_links(folder):
         path = Path(name)
-        if path.name == "merges.txt" or path.suffix in _READ or name in _PARTS:
+        if path.name in ("merges.txt", "labels.txt") or path.suffix in _READ or name in _PARTS:
             raise ModelError(
                 f"{folder / name} is a link out of the model's folder and is not followed",
                 advice="Copy the file or folder that it leads to into the model's folder",

@@ -19,7 +19,7 @@ from salun.untrusted import read_json_object, read_yaml
 from salun.user_text import as_spelled, composed, unquoted
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-SETTINGS = "salun.yaml"
+SETTINGS, LABELS = "salun.yaml", "labels.txt"
 FILES = (".safetensors", ".ckpt")
 HOST_FOLDERS = ("models/checkpoints", "models/Stable-diffusion", "checkpoints", "Stable-diffusion")
 EXTRA_PATHS = "extra_model_paths.yaml"
@@ -166,7 +166,7 @@ def _download(repo: str, variant: str | None, unet: bool) -> Path:
     parts = [*(NETWORK_PARTS if unet else ()), "vae", "text_encoder", "text_encoder_2"]
     names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else ["*.safetensors"]
     weights = [f"{part}/{name}" for part in parts for name in names]
-    patterns = ["model_index.json", SETTINGS, "*/*.json", "*/merges.txt", *weights]
+    patterns = ["model_index.json", SETTINGS, LABELS, "*/*.json", "*/merges.txt", *weights]
     try:
         cached = Path(snapshot_download(repo, local_files_only=True, allow_patterns=patterns))
         _check_parts(cached, parts)

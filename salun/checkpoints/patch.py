@@ -72,7 +72,7 @@ def _is_other_copy(path: Path, inside: tuple[str, ...], part: str) -> bool:
         names = safetensors_io.read_header(path).names
     except ModelError:
         return True
-    return any(name.startswith((keymap.UNET, "down_blocks.", "input_blocks.")) for name in names)
+    return any(name.startswith((keymap.UNET, "down_blocks.", "input_blocks.", "transformer_blocks.")) for name in names)
 
 
 def external_links(stored: Stored) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from salun.checkpoints import safetensors_io
+from salun.checkpoints.families.classes import DIT, PIXELS
 from salun.checkpoints.families.registry import family_for_hosts, recognize
 from salun.checkpoints.lazy_tensors import Planned, PlannedTensors, reporting
 from salun.checkpoints.outputs import DIFF
@@ -47,6 +48,9 @@ def module_keys(names: Iterable[str]) -> dict[str, str]:
     names: of all the network's tensors. Raises KeyError naming a tensor that no network of its family has.
     """
     names = list(names)
+    labeled = next((of.network for of in (PIXELS, DIT) if of.network.is_conditioned(dict.fromkeys(names, ()))), None)
+    if labeled is not None:
+        return labeled.lora_modules(names)
     return recognize(dict.fromkeys(names, ())).network.lora_modules(names)
 
 

@@ -95,13 +95,15 @@ def attack_grid(report: AttackReport, columns: int = SHOWN) -> np.ndarray:
     for each in report.attacked:
         if each.side == "erased" and each.result is not None:
             order = sorted(range(len(each.result.shown)), key=lambda i: not each.result.shown[i])[:columns]  # type: ignore[union-attr]
-            rows.append(decode_images(original, each.result.latents[order]))
+            images = decode_images(original, each.result.latents[order])
+            missing = [(0, columns - len(images)), *[(0, 0)] * 3]
+            rows.append(np.pad(images, missing, constant_values=255))
             hidden.append(blurs[each.concept])
             captions.append(f"{each.chosen.title}: {100 * each.result.shown.mean():.0f} % “{each.concept}”")
     if not rows:
         why = next((each.error for each in report.attacked if each.error), "")
         raise ConfigError(f"could not be made: {why}", option="attack")
-    return sheet(np.concatenate(rows), len(rows[0]), captions, hidden)
+    return sheet(np.concatenate(rows), columns, captions, hidden)
 
 
 def _files(data: Mapping[str, Any]) -> Section:

@@ -83,14 +83,21 @@ class Pool:
         x_t = model.schedule.add_noise(batch.x_0[rows], batch.noise[rows], batch.t[rows])
         return F.mse_loss(model.predict(x_t, batch.t[rows], conditioning), wanted[rows])
 
-    def renew(self, step: int, concept: int) -> int:
-        """Learn a member of a concept anew, from the anchor, against the network after a step; its number."""
+    def judge(self, step: int, concept: int) -> list[Tensor]:
+        """An embedding of a concept for each text encoder, (1, d), learned for longer against the network after a step.
+
+        It is no member, so that the look that it is for can be repeated.
+        """
+        kept = {name: tensor.clone() for name, tensor in self.state().items()}
         number = min(1, self.size - 1)
         self._renew(concept, number, JUDGING + step * LONGER, LONGER)
-        return number
+        member = concept * self.size + number
+        learned = [matrix[member : member + 1].clone() for matrix in self.vectors]
+        self.load_state(kept)
+        return learned
 
     def _renew(self, concept: int, number: int, salt: int, steps: int) -> None:
-        """Learn a member anew, those of even number from the concept, the others from the anchor."""
+        """Learn a member anew, those of even number from the concept, the others from the anchor, if there is one."""
         member = concept * self.size + number
         for i, start in enumerate(self._starts(concept)):
             self.vectors[i][member] = start[min(number % 2, len(start) - 1)]
@@ -100,15 +107,14 @@ class Pool:
         for k in range(steps):
             self._improve(salt + k, concept, member)
 
-    def attacking(self, concept: int, prompts: Sequence[str], members: Sequence[int]) -> Conditioning:
-        """Prompts (n,) of a concept with some of its members in turn in place of its words."""
+    def attacking(self, concept: int, prompts: Sequence[str], vectors: Sequence[Tensor] = ()) -> Conditioning:
+        """Prompts (n,) of a concept with its members in turn, or another embedding, in place of its words."""
+        count, first = (1, 0) if vectors else (self.size, concept * self.size)
         rows = [
-            replaced(
-                self.tokens.tokens(p), self.phrases[concept], [-1 - concept * self.size - members[i % len(members)]]
-            )
-            for i, p in enumerate(prompts)
+            replaced(self.tokens.tokens(prompt), self.phrases[concept], [-1 - first - i % count])
+            for i, prompt in enumerate(prompts)
         ]
-        return self.tokens.encode_tokens(rows, self.vectors)
+        return self.tokens.encode_tokens(rows, vectors or self.vectors)
 
     def _conditioning(
         self, concept: int, member: int, samples: Sequence[int], vectors: Sequence[Tensor] | None = None

@@ -104,7 +104,7 @@ class EraseOptions(ModelOptions):
     harden: int = option(
         0,
         "Adversarial embeddings of each concept, learned against the model in training, so that none brings the "
-        "concept back (0: none; with 8 a step takes twice the time)",
+        "concept back (0: none; a step takes about three times the time)",
         minimum=0,
         maximum=1024,
     )

@@ -242,7 +242,7 @@ def _of_method(options: EraseOptions, settings: ModelSettings, model: str) -> Er
             f"is {options.mask}, but the method {method.name} takes none", option="mask", advice="Omit {mask}"
         )
     known = {"scope": "full", **method.defaults, **({"mask": method.mask} if method.takes_mask else {})}
-    if settings.labels and method.trains:
+    if settings.labels:
         known["scope"] = "full"
     return replace(options, **{name: value for name, value in known.items() if getattr(options, name) is None})
 
@@ -340,7 +340,7 @@ def _resolved(
 
 
 def _paper_recipe(settings: ModelSettings, model: str, kind: str, method: Method) -> Recipe:
-    papers = settings.paper_recipes
+    papers = settings.paper_recipes if not settings.labels or method.mask == "saliency" else {}
     of_salun = method.mask == "saliency" and not method.paper_recipe
     if papers and not of_salun:
         if not method.paper_recipe:

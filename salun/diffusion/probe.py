@@ -214,21 +214,21 @@ class ModelProbe:
         pool, worst = self.task.pool, 0.0
         assert pool is not None
         for i in range(len(self.calibrations)):
-            worst = max(worst, self._rate_under(i, range(pool.size), n))
+            worst = max(worst, self._rate_under(i, [], n))
             if anew:
-                worst = max(worst, self._rate_under(i, [pool.renew(step, i)], n))
+                worst = max(worst, self._rate_under(i, pool.judge(step, i), n))
             self._looking(n)
         return worst
 
-    def _rate_under(self, concept: int, members: Sequence[int], n: int) -> float:
-        """Fraction of a concept's images that show it with members of the pool in place of its words, corrected."""
+    def _rate_under(self, concept: int, vectors: Sequence[Tensor], n: int) -> float:
+        """Fraction of a concept's images that show it with embeddings of the pool, or others, as its words."""
         pool, model, plan = self.task.pool, self.task.model, self.task.plan
         assert pool is not None
         of, known, sampling = plan.prompts.concepts[concept], self.calibrations[concept], plan.sampling
         texts = [of.eval_forget[row].text for row in spread(n, len(of.eval_forget), plan.options.seed)]
         seeds = [item_seed(plan.options.seed, "attack", concept * MANY + k) for k in range(n)]
         with torch.no_grad(), model.sampling_as(_fewer_steps(sampling), (sampling.resolution, sampling.resolution)):
-            latents = sample_conditionings(model, pool.attacking(concept, texts, members), seeds)
+            latents = sample_conditionings(model, pool.attacking(concept, texts, vectors), seeds)
         shown = self._detect(latents, texts)[concept] >= known.threshold
         p1, p0 = float(known.positives.mean()), float(known.negatives.mean())
         return float(np.clip((shown.mean() - p0) / (p1 - p0), 0, 1))

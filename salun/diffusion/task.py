@@ -35,15 +35,13 @@ FP16_LOSS_SCALE = 1024.0  # in which small gradients would be 0; a power of 2 ch
 
 
 class AdversarialPool(Protocol):
-    """Embeddings that bring a concept back, or try to. size: how many each concept has."""
+    """Embeddings that bring a concept back, or try to."""
 
-    size: int
+    def judge(self, step: int, concept: int) -> list[Tensor]:
+        """One of a concept, by its number, learned for longer against the network after a step."""
 
-    def renew(self, step: int, concept: int) -> int:
-        """Learn one of a concept, by its number, anew against the network after a step; which one."""
-
-    def attacking(self, concept: int, prompts: Sequence[str], members: Sequence[int]) -> Conditioning:
-        """Prompts (n,) of a concept with some of its embeddings, in turn, in place of its words."""
+    def attacking(self, concept: int, prompts: Sequence[str], vectors: Sequence[Tensor] = ()) -> Conditioning:
+        """Prompts (n,) of a concept with its embeddings, in turn, or a given one, in place of its words."""
 
 
 @dataclass(frozen=True)

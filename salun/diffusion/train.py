@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from salun.checkpoints.families.classes import PIXELS
 from salun.checkpoints.locate import SETTINGS
-from salun.compute.device import explained_memory_errors, pick_device, pick_dtype
+from salun.compute.device import deterministic_kernels, explained_memory_errors, pick_device, pick_dtype
 from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.model.class_conditional import VALUES, ClassModel
-from salun.diffusion.model.labels import ATTRIBUTE, FILE, vocabulary_of
+from salun.diffusion.model.labels import FILE, check_labels, vocabulary_of
 from salun.diffusion.model.loading import quiet_libraries
 from salun.diffusion.model.schedule import COSINE, schedule_of
 from salun.diffusion.model.settings import ModelSettings
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from salun.classification.labeled import ImageData
 
 TIMESTEPS = 1000
-SHOWN = 8  # samples of each class in the picture
+SHOWN = 8  # samples of each class in the image of them
 MOST_SHOWN = 20  # classes in it
-MODEL, PICTURE = "model", "samples.png"
+MODEL, SAMPLES = "model", "samples.png"
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +147,7 @@ def network_of(options: ClassTrainOptions, channels: int, classes: int) -> Any:
             in_channels=channels,
             out_channels=channels,
             layers_per_block=options.layers,
+            dropout=options.dropout,
             block_out_channels=tuple(levels),
             down_block_types=tuple(_block("Down", i in attended) for i in range(len(levels))),
             up_block_types=tuple(_block("Up", i in attended) for i in reversed(range(len(levels)))),
@@ -169,7 +170,7 @@ class Average:
 
     def __init__(self, network: Any, decay: float) -> None:
         self.network, self.decay = network, decay
-        self.weights = {name: p.detach().float().cpu().clone() for name, p in network.named_parameters()}
+        self.weights = {name: p.detach().float().clone() for name, p in network.named_parameters()}
         self.taken = torch.zeros(1, dtype=torch.int64)
 
     @torch.no_grad()
@@ -179,7 +180,7 @@ class Average:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in self.network.named_parameters():
-            self.weights[name].lerp_(p.detach().float().cpu(), 1 - decay)
+            self.weights[name].lerp_(p.detach().float(), 1 - decay)
         self.taken.fill_(step)
 
     def state(self) -> dict[str, Tensor]:
@@ -207,7 +208,7 @@ def train_class_model(
     Minimizes MSE(target, output(x_t, t, c)) with c the label, or the null label for a fraction of the images.
 
     Args:
-        run_dir: For the model, its record, a picture of samples and the state to resume from.
+        run_dir: For the model, its record, an image of samples and the state to resume from.
         resume: Continue the unfinished training of the folder.
 
     Raises:
@@ -216,10 +217,11 @@ def train_class_model(
     """
     options, preset = options.resolved()
     quiet_libraries()
-    if run_dir is not None:
+    processes = current_processes()
+    if run_dir is not None and not processes.rank:
         check_folder(run_dir, resume)
     data, notes = training_images(options)
-    processes = current_processes()
+    check_labels(data.classes, options.data)
     assert options.batch_size is not None
     if options.batch_size % processes.count:
         raise ConfigError(
@@ -236,6 +238,7 @@ def train_class_model(
         shown(progress, quiet=processes.rank > 0) as progress,
         record.running(),
         explained_memory_errors("out of memory", advice),
+        deterministic_kernels(True),
     ):
         return _trained(options, preset, data, record, device, progress, processes)
 
@@ -250,23 +253,26 @@ def _trained(
     processes: Processes,
 ) -> TrainedClassModel:
     """The training, and its files."""
-    assert options.steps is not None and options.lr is not None and options.ema is not None
+    assert options.steps is not None and options.lr is not None
+    assert options.lr_decay is not None and options.ema is not None
     dtype = pick_dtype(options.dtype, device)
-    network = network_of(options, data.images.shape[1], len(data.classes)).to(device, dtype).train()
-    model = _model_of(options, preset, data, copy.deepcopy(network).eval().requires_grad_(False), device, dtype)
+    network = network_of(options, data.images.shape[1], len(data.classes)).to(device).train()
+    model = _model_of(options, preset, data, copy.deepcopy(network).eval().requires_grad_(False), device)
+    network = network.to(dtype)
     if options.channels_last:
         network = network.to(memory_format=torch.channels_last)
     average = Average(network, options.ema)
     parameters = dict(network.named_parameters())
-    path = record.state("training.safetensors")
-    state = StateFile(path, record.fingerprint, options.save_every, average) if path is not None else None
-    settings = TrainingSettings(options.steps, linear_decay(options.lr, options.steps, 0.5),
+    path = processes.broadcast(record.state("training.safetensors"))
+    fingerprint = processes.broadcast(record.fingerprint)
+    state = StateFile(path, fingerprint, options.save_every, average) if path is not None else None
+    settings = TrainingSettings(options.steps, linear_decay(options.lr, options.steps, options.lr_decay),
                                 adam("adam", options.lr, parameters))  # fmt: skip
 
     def looked_at(done: int) -> bool:
-        if options.samples_every and done % options.samples_every == 0 and not processes.rank:
+        if options.samples_every and done % options.samples_every == 0:  # by all processes, which share the samples
             model.load(average.weights)
-            progress(Event(Stage.TRAINING, done, options.steps or 0, image=_picture(model, record.folder)))
+            progress(Event(Stage.TRAINING, done, options.steps or 0, image=_samples(model, record.folder)))
         return False
 
     with record.stage(Stage.TRAINING):
@@ -284,7 +290,7 @@ def _trained(
             progress(Event(Stage.SAVING, 1, 1, message=f"{MODEL}/"))
             write_class_model(target, model, data.classes, preset)
             record.add_output("folder", target / "unet" / "diffusion_pytorch_model.safetensors", f"{MODEL}/unet")
-            _picture(model, record.folder)
+        _samples(model, record.folder)
     return TrainedClassModel(target, model, record, history)
 
 
@@ -313,7 +319,7 @@ class _Losses:
         labels = torch.where(dropped, len(data.classes), data.labels[rows])
         part, device = slice(self.processes.rank, None, self.processes.count), self.model.device
         x_0, noise, t, labels = (each[part].to(device) for each in (x_0, noise, t, labels))
-        x_t = schedule.add_noise(x_0, noise, t).to(self.model.dtype)
+        x_t = schedule.add_noise(x_0, noise, t).to(self.network.dtype)
         if options.channels_last:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
         output = self.network(x_t, t, class_labels=labels).sample.float()
@@ -326,9 +332,8 @@ def _model_of(
     data: ClassImages,
     network: Any,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> ClassModel:
-    """The model around a network, for sampling and for its folder."""
+    """The model around a network of float32 weights, for sampling and for its folder."""
     sampling = from_mapping(Sampling, {**preset["sampling"], "resolution": options.image_size}, "the preset")
     settings = ModelSettings(sampling, Recipe(), {}, vocabulary_of(data.classes), None)
     config = scheduler_config(options)
@@ -344,20 +349,20 @@ def _model_of(
         tokenizers=[],
         scheduler_config=config,
         device=device,
-        dtype=dtype,
+        dtype=torch.float32,
     )
 
 
-def _picture(model: ClassModel, folder: Path | None) -> np.ndarray:
+def _samples(model: ClassModel, folder: Path | None) -> np.ndarray:
     """A row of samples for each class, uint8 (H, W, 3); also written into the run folder."""
     labels = model.labels[:MOST_SHOWN]
     prompts = [label for label in labels for _ in range(SHOWN)]
     with torch.no_grad():
         images = model.decode(sample_latents(model, prompts, list(range(len(prompts))), silent))
-    picture = sheet(images, SHOWN, labels)
+    image = sheet(images, SHOWN, labels)
     if folder is not None:
-        write_bytes(folder / PICTURE, png_bytes(picture))
-    return picture
+        write_bytes(folder / SAMPLES, png_bytes(image))
+    return image
 
 
 def write_class_model(target: Path, model: ClassModel, classes: tuple[str, ...], preset: Mapping[str, Any]) -> None:
@@ -369,7 +374,7 @@ def write_class_model(target: Path, model: ClassModel, classes: tuple[str, ...],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }  # fmt: skip
     with new_folder(target) as temporary:
-        model.unet.to(torch.float32).save_pretrained(temporary / "unet")
+        model.unet.save_pretrained(temporary / "unet")
         (temporary / "scheduler").mkdir()
         for path, content in (
             (temporary / "scheduler" / "scheduler_config.json", model.scheduler_config),
@@ -379,6 +384,3 @@ def write_class_model(target: Path, model: ClassModel, classes: tuple[str, ...],
         (temporary / FILE).write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
         lines = json.dumps(settings, indent=2)  # which is YAML too
         (temporary / SETTINGS).write_text(lines + "\n", encoding="utf-8")
-
-
-__all__ = ["ATTRIBUTE", "ClassImages", "TrainedClassModel", "train_class_model", "training_images", "write_class_model"]

@@ -54,12 +54,17 @@ class ClassTrainOptions(DeviceOptions):
         None, "Channels of each level relative to the first, as in 1,2,2", auto="the data set's"
     )
     layers: int | None = option(None, "Residual layers of each level", auto="the data set's", minimum=1, maximum=8)
+    dropout: float | None = option(
+        None, "Dropout in the residual layers", auto="the data set's", minimum=0, maximum=0.9
+    )
     attention: str | None = option(None, "Levels with attention, counted from 0, as in 1,2", auto="the data set's")
     steps: int | None = option(None, "Training steps", auto="the data set's", minimum=1, maximum=100_000_000)
     batch_size: int | None = option(None, "Images of a step", auto="the data set's", minimum=1, maximum=100_000)
-    lr: float | None = option(
-        None, "Learning rate of Adam; it falls to 0 over the second half", auto="the data set's", above=0, maximum=1
-    )
+    lr: float | None = option(None, "Learning rate of Adam", auto="the data set's", above=0, maximum=1)
+    lr_decay: float | None = option(
+        None, "Fraction of the steps, at the end, over which the learning rate falls to 0", auto="the data set's",
+        minimum=0, maximum=1,
+    )  # fmt: skip
     ema: float | None = option(
         None, "Decay of the moving average of the weights, which is the model", auto="the data set's", minimum=0,
         maximum=0.999999,
@@ -74,7 +79,7 @@ class ClassTrainOptions(DeviceOptions):
         None, "What the network predicts", auto="the data set's", choices=("epsilon", "v_prediction")
     )
     channels_last: bool = option(False, "Keep images and weights with the channels last in memory")
-    samples_every: int = option(1000, "Steps between two pictures of samples, 0 for none", minimum=0, maximum=2**31)
+    samples_every: int = option(1000, "Steps between two images of samples, 0 for none", minimum=0, maximum=2**31)
     save_every: float = option(60.0, "Seconds between saves of the state to resume from", minimum=0, maximum=1e9)
     seed: int = option(0, "Random seed", minimum=0, maximum=2**63 - 1)
 
@@ -93,7 +98,7 @@ class ClassTrainOptions(DeviceOptions):
                 f"is {options.image_size}, but {len(levels)} levels need a multiple of {2 ** (len(levels) - 1)}",
                 option="image_size",
             )
-        return options, {key: preset[key] for key in ("sampling", "recipe")}
+        return options, {key: preset[key] for key in ("sampling", "recipe", "recipes_paper") if key in preset}
 
     @property
     def levels(self) -> list[int]:
@@ -121,8 +126,19 @@ def _numbers(text: str, name: str) -> list[int]:
 
 GROUPS = {
     "Data": ("data", "preset", "without", "image_size", "image_column", "label_column", "test_share", "split_seed"),
-    "Network": ("width", "widths", "layers", "attention", "prediction_type"),
-    "Training": ("steps", "batch_size", "lr", "ema", "label_dropout", "noise", "flip", "channels_last", "seed"),
+    "Network": ("width", "widths", "layers", "dropout", "attention", "prediction_type"),
+    "Training": (
+        "steps",
+        "batch_size",
+        "lr",
+        "lr_decay",
+        "ema",
+        "label_dropout",
+        "noise",
+        "flip",
+        "channels_last",
+        "seed",
+    ),
     "Output": ("samples_every", "save_every"),
     "Computing": ("device", "dtype"),
 }

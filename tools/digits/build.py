@@ -92,13 +92,15 @@ def no_digits(x: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 
 def assemble(trained: Path, detector: Path, target: Path) -> None:
-    """Copy the model, its weights in fp16, and the detector."""
+    """Copy the model, its weights in fp16, and the detector; the settings are the preset's."""
     target.mkdir(parents=True, exist_ok=True)
     for name in ("model_index.json", "labels.txt"):
         shutil.copyfile(trained / "model" / name, target / name)
     shutil.copytree(trained / "model" / "scheduler", target / "scheduler", dirs_exist_ok=True)
     shutil.copytree(detector, target / "oracle", dirs_exist_ok=True)
-    settings = read_yaml(trained / "model" / "salun.yaml") | {"detector": "oracle"}
+    options, preset = ClassTrainOptions().resolved()
+    settings = {"schema": 1, **preset, "detector": "oracle"}
+    settings["sampling"] = preset["sampling"] | {"resolution": options.image_size}
     (target / "salun.yaml").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     network = UNet2DModel.from_pretrained(trained / "model" / "unet")
     (target / "unet").mkdir(exist_ok=True)
@@ -112,16 +114,19 @@ def measured(target: Path, real: dict[str, tuple[np.ndarray, np.ndarray]], each:
     """The figures of the card."""
     model, detector = load(str(target), device="cpu"), load_classifier(target / "oracle")
     prompts = [label for label in model.labels for _ in range(each)]  # type: ignore[attr-defined]
-    images = sample_images(model, prompts, [item_seed(7, "card", i) for i in range(len(prompts))])
+    images = sample_images(model, prompts, [item_seed(7, "sample", i) for i in range(len(prompts))])
     samples, held_out = detector.detect_images(images), detector.detect_images(real["held out"][0])
     training = detector.detect_images(real["train"][0])
     labels = np.array([model.labels.index(prompt) for prompt in prompts])  # type: ignore[attr-defined]
+    assert samples.valid is not None and held_out.valid is not None
+    assert samples.features is not None and held_out.features is not None and training.features is not None
     right = (samples.scores["class"].argmax(1) == labels) & samples.valid
     found = (held_out.scores["class"].argmax(1) == real["held out"][1]) & held_out.valid
     by_class = [100 * right[labels == k].mean() for k in range(10)]
     return {
-        "held_out": len(found), "real": 100 * found.mean(), "valid": 100 * held_out.valid.mean(), "n": len(images),
-        "each": each, "sampled": 100 * right.mean(),
+        "held_out": len(found), "real": 100 * float(found.mean()), "valid": 100 * float(held_out.valid.mean()),
+        "n": len(images),
+        "each": each, "sampled": 100 * float(right.mean()),
         "by_class": ", ".join(f"{k}: {share:.1f}" for k, share in enumerate(by_class)),
         "frechet": frechet_distance(samples.features, held_out.features),
         "floor": frechet_distance(training.features, held_out.features),
@@ -132,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--built", type=Path, default=ROOT / "build" / "digits")
     parser.add_argument("--each", type=int, default=EACH)
+    parser.add_argument("--measure", action="store_true", help="measure again, which takes minutes")
     given = parser.parse_args()
     run = given.built / "run"
     options = ClassTrainOptions()
@@ -142,7 +148,10 @@ def main() -> None:
     real = real_images(used)
     train_detector(*real["train"], given.built / "oracle")
     assemble(run, given.built / "oracle", TARGET)
-    figures = measured(TARGET, real, given.each)
+    known = given.built / "measured.json"
+    if not known.exists() or given.measure:
+        known.write_text(json.dumps(measured(TARGET, real, given.each), indent=1) + "\n", encoding="utf-8")
+    figures = json.loads(known.read_text(encoding="utf-8"))
     network = UNet2DModel.from_pretrained(TARGET / "unet")
     settings = read_yaml(TARGET / "salun.yaml")["sampling"]
     text = CARD.read_text(encoding="utf-8").format(

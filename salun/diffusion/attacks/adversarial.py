@@ -18,7 +18,7 @@ from salun.errors import DataError
 from salun.untrusted import parse_json
 
 FORMAT = "salun-adversarial-1"
-MOST = 1_000_000  # prompts, and tokens of all of them
+MOST, MOST_ENCODERS = 1_000_000, 256  # prompts, and tokens of all of them; text encoders, or tables of labels
 
 
 def write_adversarial(path: Path, made: Sequence[tuple[str, AdversarialPrompts]]) -> None:
@@ -52,7 +52,7 @@ def _prompts(path: Path, header: Header, number: int, entry: Mapping[str, Any]) 
     rows = [[int(token) for token in row] for row in entry["rows"]]
     seeds, texts = [int(seed) for seed in entry["seeds"]], [str(text) for text in entry["texts"]]
     encoders = int(entry["encoders"])
-    if len(seeds) > MOST or sum(map(len, rows)) > MOST or encoders not in range(4):
+    if len(seeds) > MOST or sum(map(len, rows)) > MOST or encoders not in range(MOST_ENCODERS + 1):
         raise ValueError("too many")
     if len(rows or texts) != len(seeds) or any(not 0 <= seed < 2**63 for seed in seeds):
         raise ValueError("seeds that do not fit the prompts")

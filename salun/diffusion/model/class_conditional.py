@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.options import EraseOptions
-from salun.errors import ConfigError
+from salun.diffusion.options import EraseOptions, Sampling
+from salun.errors import ConfigError, DataError
 
 VALUES = 127.5  # of a uint8 pixel, for ±1
 
@@ -55,6 +55,7 @@ class ClassModel(Model):
         self.latent_channels = int(self.unet.config.in_channels)
         self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
         ((_, self.labels),) = self.settings.vocabulary.attributes.items()
+        self.numbers = {label: i for i, label in enumerate(self.labels)}
         ending = self.family.network.table.removesuffix(".weight")  # type: ignore[attr-defined]
         self.tables = [module for name, module in self.unet.named_modules() if name.endswith(ending)]
         for number, table in enumerate(self.tables):
@@ -66,12 +67,8 @@ class ClassModel(Model):
     # -- Denoiser -------------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The labels' weights. Raises ConfigError for a prompt that is neither a label nor empty."""
-        unknown = next((prompt for prompt in prompts if prompt and prompt not in self.labels), None)
-        if unknown is not None:
-            known = ", ".join(self.labels[:20]) + (", …" if len(self.labels) > 20 else "")
-            raise ConfigError(f"the prompt {unknown[:80]!r} is not a label of {self.name} ({known})")
-        numbers = [self.labels.index(prompt) if prompt else len(self.labels) for prompt in prompts]
+        """The labels' weights. Raises DataError for a prompt that is neither a label nor empty."""
+        numbers = [self._number(prompt) for prompt in prompts]
         return self._conditioning(F.one_hot(torch.tensor(numbers, dtype=torch.long), len(self.labels) + 1).float())
 
     def _conditioning(self, weights: Tensor, vectors: Sequence[Tensor] = ()) -> Conditioning:
@@ -80,7 +77,17 @@ class ClassModel(Model):
         joined = torch.cat([weights.to(self.device), *(each.to(self.device) for each in added)], dim=1)
         return Conditioning(joined[:, None].to(self.dtype))
 
+    def _number(self, prompt: str) -> int:
+        """A label's number, of the empty prompt that of the null label. Raises DataError for any other prompt."""
+        assert self.settings.vocabulary is not None
+        label = self.settings.vocabulary.value_of(prompt)
+        if label and label not in self.numbers:
+            known = ", ".join(self.labels[:20]) + (", …" if len(self.labels) > 20 else "")
+            raise DataError(f"the prompt {prompt[:80]!r} is not a label of {self.name} ({known})")
+        return self.numbers[label] if label else len(self.labels)
+
     def chunks(self, prompt: str) -> int:
+        self._number(prompt)
         return 1
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -102,7 +109,7 @@ class ClassModel(Model):
 
     def tokens(self, prompt: str) -> list[int]:
         """A label's number; none for the empty prompt."""
-        return [self.labels.index(prompt)] if prompt in self.labels else []
+        return [self.numbers[prompt]] if prompt in self.numbers else []
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The labels' names."""
@@ -134,9 +141,22 @@ class ClassModel(Model):
     @property
     def multiple(self) -> int:
         """What divides every side of its images: of DiT, whose positions are of one size, that size."""
-        if hasattr(self.unet.config, "num_embeds_ada_norm"):
+        if self._dit:
             return int(self.unet.config.sample_size * self.vae_scale)
         return super().multiple
+
+    @contextmanager
+    def sampling_as(self, sampling: Sampling, size: tuple[int, int]) -> Iterator[None]:
+        """As of a model with text. Raises ConfigError for another size than DiT's own."""
+        if self._dit and set(size) != {self.multiple}:
+            raise ConfigError(f"is {size[0]}×{size[1]}, but {self.name} draws {self.multiple}×{self.multiple} alone",
+                              option="resolution")  # fmt: skip
+        with super().sampling_as(sampling, size):
+            yield
+
+    @property
+    def _dit(self) -> bool:
+        return hasattr(self.unet.config, "num_embeds_ada_norm")
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> Tensor:

@@ -30,6 +30,7 @@ CLASS_CONDITIONAL: dict[str, dict[str, str]] = {  # the classes of such networks
     "UNet2DModel": {"time_embedding_type": "positional"},
     "DiTTransformer2DModel": {"norm_type": "ada_norm_zero"},
 }
+FORMER = {"DiTTransformer2DModel": "Transformer2DModel"}  # under which name published folders have it
 TEXT = {  # the fields of a CLIP text encoder's config; no others reach the library
     "vocab_size": int, "hidden_size": int, "intermediate_size": int, "projection_dim": int, "num_hidden_layers": int,
     "num_attention_heads": int, "max_position_embeddings": int, "bos_token_id": int, "eos_token_id": int,
@@ -83,10 +84,11 @@ def check_config(config: Mapping[str, Any], kind: Any, path: Path) -> dict[str, 
     """
     if kind.__name__.startswith("CLIPText"):
         return _text(config, path)
-    _check_class(config, re.compile(kind.__name__), path)
+    former = FORMER.get(kind.__name__)
+    _check_class(config, re.compile(f"{kind.__name__}|{former}" if former else kind.__name__), path)
     _check_types(config, kind, path)
     if kind.__name__ in CLASS_CONDITIONAL:
-        _check_class_conditional(config, path)
+        _check_class_conditional(config, kind.__name__, path)
     if kind.__name__ == "DiTTransformer2DModel":
         return dict(config)
     widths = config.get("block_out_channels")
@@ -109,19 +111,20 @@ def _check_unet(config: Mapping[str, Any], path: Path) -> None:
         raise _wrong(path, "downsample_padding", config["downsample_padding"], "0 or 1")
 
 
-def _check_class_conditional(config: Mapping[str, Any], path: Path) -> None:
-    channels, out = config.get("in_channels", 4), config.get("out_channels") or config.get("in_channels", 4)
+def _check_class_conditional(config: Mapping[str, Any], kind: str, path: Path) -> None:
+    channels = config.get("in_channels", 3 if kind == "UNet2DModel" else 4)
+    out = config.get("out_channels") or channels
     if out not in (channels, 2 * channels):
         raise ModelError(
             f"{path} has {channels} input and {out} output channels; salun supports as many, and twice as many of a "
             "network that learned the variance too"
         )
-    if config.get("_class_name") == "UNet2DModel" and channels not in (1, 3):
+    if kind == "UNet2DModel" and channels not in (1, 3):
         raise ModelError(f"{path} has {channels} channels; salun supports pixels of 1 or 3")
     if config.get("class_embed_type") is not None:
-        kind = truncated(repr(config["class_embed_type"]))
-        raise ModelError(f"{path} has class_embed_type {kind}; salun supports embeddings of labels (num_class_embeds)")
-    for key, known in CLASS_CONDITIONAL[str(config["_class_name"])].items():
+        other = truncated(repr(config["class_embed_type"]))
+        raise ModelError(f"{path} has class_embed_type {other}; salun supports embeddings of labels (num_class_embeds)")
+    for key, known in CLASS_CONDITIONAL[kind].items():
         if config.get(key, known) != known:
             raise ModelError(f"{path} has {key} {truncated(repr(config[key]))}; salun supports {known}")
 

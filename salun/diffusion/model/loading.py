@@ -142,7 +142,7 @@ def _labels(settings: ModelSettings, folder: Path, family: Family, name: str) ->
     """The labels of a class-conditional model. Raises ModelError if its settings name another vocabulary."""
     if settings.vocabulary is not None:
         raise ModelError(f"{name} has a vocabulary in its {SETTINGS}, but a class-conditional model has labels alone")
-    return vocabulary_of(read_labels(folder, _network_config(folder, family, name)))
+    return vocabulary_of(read_labels(folder, _network_config(folder, family, name), family.vae is not None))
 
 
 def _resolution(folder: Path, family: Family, name: str) -> int | None:
@@ -150,8 +150,12 @@ def _resolution(folder: Path, family: Family, name: str) -> int | None:
     network = read_object(folder / family.network.part / "config.json", name)
     vae = read_object(folder / "vae" / "config.json", name) if family.vae is not None else {"block_out_channels": [1]}
     latent, levels = network.get("sample_size"), vae.get("block_out_channels")
+    if isinstance(latent, list) and len(latent) == 2 and latent[0] == latent[1]:
+        latent = latent[0]
     if isinstance(latent, int) and isinstance(levels, list) and 1 <= len(levels) <= 16:
         return int(latent * 2 ** (len(levels) - 1))
+    if not family.text:
+        raise ModelError(f"the config of {name}'s network has no sample_size, one number or twice the same")
     return None
 
 

@@ -74,15 +74,19 @@ class Vocabulary:
         return next((name for name, values in self.attributes.items() if value in values), None)
 
     def value_of(self, text: str) -> str:
-        """The value that a text names as it is, as ATTRIBUTE:VALUE or as ATTRIBUTE:NUMBER from 0; else the text."""
+        """The value that a text names as it is or as ATTRIBUTE:VALUE; else the text.
+
+        ATTRIBUTE:NUMBER counts from 0, where no value of the attribute is a number itself.
+        """
         attribute, _, value = (part.strip() for part in text.partition(":"))
         values = self.attributes.get(attribute, [])
         if self.attribute_of(text) is not None or not values:
             return text
         if value in values:
             return value
-        number = int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else len(values)
-        return values[number] if number < len(values) else text
+        named = any(each.isascii() and each.isdigit() for each in values)
+        number = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else len(values)
+        return values[number] if number < len(values) and not named else text
 
     def require(self, value: str, model: str) -> str:
         """The attribute of a value. Raises UnknownConcept, which lists the vocabulary, for an unknown value."""
