@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -370,3 +373,20 @@ def test_train_and_erase_from_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         salun.load(str(tmp_path / "t"))
     assert salun.load(str(tmp_path / "t" / "model")).family.name == "class"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_on_the_same_batch(tmp_path: Path) -> None:
+    numbers = {**TINY, "samples_every": 2, "save_every": 0}
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in numbers.items()]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "salun", "train"]
+    command = [sys.executable, *launch, "--run-dir", str(tmp_path / "two"), *given]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.count("Try it") == 1, "each process printed the result"
+    one = train_class_model(ClassTrainOptions(**TINY), tmp_path / "one", progress=salun.silent)
+    two = json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))
+    assert two["facts"]["processes"] == "2" and (tmp_path / "two" / "model").is_dir()
+    for mine, theirs in zip(one.history, two["losses"], strict=True):
+        assert theirs["denoise"] == pytest.approx(mine["denoise"], rel=1e-2)
