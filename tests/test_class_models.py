@@ -274,7 +274,7 @@ def test_a_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert (whole.folder / file).read_bytes() == (parts.folder / file).read_bytes()
     assert (tmp_path / "whole" / "samples.png").stat().st_size > 1000
     model = salun.load(str(whole.folder), device="cpu")
-    assert model.settings.sampling.resolution == 16 and model.settings.recipe.steps == 150
+    assert model.settings.sampling.resolution == 16 and model.settings.recipe.steps == 120
 
 
 def test_the_average_follows_the_weights_and_is_taken_once_a_step() -> None:
