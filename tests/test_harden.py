@@ -122,8 +122,11 @@ def test_a_members_prompt_says_what_else_its_image_shows(shapes: Model) -> None:
         assert torch.allclose(mine, data.forget.hidden[8 * concept : 8 * concept + 8], atol=1e-5)
 
 
-def test_the_embedding_that_judges_attacks_better_than_the_anchor_and_leaves_the_pool_as_it_is(shapes: Model) -> None:
+def test_the_embedding_that_judges_attacks_better_than_the_anchor_and_leaves_the_pool_as_it_is(
+    shapes: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the inversion loss on images of the concept, against the network as it is."""
+    monkeypatch.setattr(harden, "LONGER", 25)
     pool = pool_of(shapes, 2)
     state = {name: tensor.clone() for name, tensor in pool.state().items()}
     with shapes.temporarily_trainable():
@@ -206,6 +209,8 @@ def test_a_probe_of_a_hardened_training_is_attacked(shapes: Model, monkeypatch: 
     monkeypatch.setattr(probe, "MANY", 24)
     monkeypatch.setattr(probe, "OTHERS", 8)
     monkeypatch.setattr(probe, "ATTACKED", 8)
+    monkeypatch.setattr(harden, "LONGER", 3)
+    monkeypatch.setattr(harden, "ROUND", 3)
     goal = {"until": "ua>=0.01, retain_drift<=0.9, asr<=1", "steps": 4, "forget_latents": 16}
     run = salun.erase(shapes, "circle", progress=salun.silent, **{**FEW, **goal})
     until = run.record.more["until"]
