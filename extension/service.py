@@ -83,10 +83,10 @@ class Service:
 
     def evaluation(self, job: str) -> Path:
         """The page of an evaluation or of attacks."""
-        found = self.queue.get(job)
-        if "evaluation" not in self.offers(found):
+        evaluated = self.queue.get(job)
+        if "evaluation" not in self.offers(evaluated):
             raise ConfigError(f"there is no evaluation {job[:80]!r}", code="not-found")
-        return confined_file(PAGES[found.kind], self.queue.folder / job)
+        return confined_file(PAGES[evaluated.kind], self.queue.folder / job)
 
     # stopped and finished jobs
 

@@ -51,9 +51,9 @@ def write_attack(report: AttackReport, folder: Path) -> list[Path]:
     if made:
         write_adversarial(folder / FILES[2], made)
     if (folder / REPORT).is_file() and not (folder / REPORT).is_symlink():
-        whole = with_chapter((folder / REPORT).read_text(encoding="utf-8"), _chapter(report, data))
-        if whole is not None:
-            whole.save(folder / REPORT)
+        changed = with_chapter((folder / REPORT).read_text(encoding="utf-8"), _chapter(report, data))
+        if changed is not None:
+            changed.save(folder / REPORT)
             written.append(REPORT)
     return [folder / name for name in written]
 

@@ -88,12 +88,12 @@ class Pool:
 
         It is no member, so that the look that it is for can be repeated.
         """
-        kept = {name: tensor.clone() for name, tensor in self.state().items()}
+        before = {name: tensor.clone() for name, tensor in self.state().items()}
         number = min(1, self.size - 1)
         self._renew(concept, number, JUDGING + step * LONGER, LONGER)
         member = concept * self.size + number
         learned = [matrix[member : member + 1].clone() for matrix in self.vectors]
-        self.load_state(kept)
+        self.load_state(before)
         return learned
 
     def _renew(self, concept: int, number: int, salt: int, steps: int) -> None:

@@ -111,7 +111,7 @@ def assemble(trained: Path, detector: Path, target: Path) -> None:
 
 
 def measured(target: Path, real: dict[str, tuple[np.ndarray, np.ndarray]], each: int) -> dict[str, Any]:
-    """The figures of the card."""
+    """The metrics of the card."""
     model, detector = load(str(target), device="cpu"), load_classifier(target / "oracle")
     prompts = [label for label in model.labels for _ in range(each)]  # type: ignore[attr-defined]
     images = sample_images(model, prompts, [item_seed(7, "sample", i) for i in range(len(prompts))])
@@ -121,10 +121,10 @@ def measured(target: Path, real: dict[str, tuple[np.ndarray, np.ndarray]], each:
     assert samples.valid is not None and held_out.valid is not None
     assert samples.features is not None and held_out.features is not None and training.features is not None
     right = (samples.scores["class"].argmax(1) == labels) & samples.valid
-    found = (held_out.scores["class"].argmax(1) == real["held out"][1]) & held_out.valid
+    correct = (held_out.scores["class"].argmax(1) == real["held out"][1]) & held_out.valid
     by_class = [100 * right[labels == k].mean() for k in range(10)]
     return {
-        "held_out": len(found), "real": 100 * float(found.mean()), "valid": 100 * float(held_out.valid.mean()),
+        "held_out": len(correct), "real": 100 * float(correct.mean()), "valid": 100 * float(held_out.valid.mean()),
         "n": len(images),
         "each": each, "sampled": 100 * float(right.mean()),
         "by_class": ", ".join(f"{k}: {share:.1f}" for k, share in enumerate(by_class)),
@@ -148,14 +148,14 @@ def main() -> None:
     real = real_images(used)
     train_detector(*real["train"], given.built / "oracle")
     assemble(run, given.built / "oracle", TARGET)
-    known = given.built / "measured.json"
-    if not known.exists() or given.measure:
-        known.write_text(json.dumps(measured(TARGET, real, given.each), indent=1) + "\n", encoding="utf-8")
-    figures = json.loads(known.read_text(encoding="utf-8"))
+    cached = given.built / "measured.json"
+    if not cached.exists() or given.measure:
+        cached.write_text(json.dumps(measured(TARGET, real, given.each), indent=1) + "\n", encoding="utf-8")
+    metrics = json.loads(cached.read_text(encoding="utf-8"))
     network = UNet2DModel.from_pretrained(TARGET / "unet")
     settings = read_yaml(TARGET / "salun.yaml")["sampling"]
     text = CARD.read_text(encoding="utf-8").format(
-        **figures, parameters=f"{sum(p.numel() for p in network.parameters()):,}", trained=len(real["train"][0]),
+        **metrics, parameters=f"{sum(p.numel() for p in network.parameters()):,}", trained=len(real["train"][0]),
         steps=used.steps, batch_size=used.batch_size, ema=used.ema, dropped=100 * (used.label_dropout or 0),
         minutes=record["timings"]["training"] / 60, sampling_steps=settings["steps"], guidance=settings["guidance"],
     )  # fmt: skip
