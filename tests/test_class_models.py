@@ -239,7 +239,7 @@ def _labels(text: str) -> Callable[[Path], None]:
         (_config({"out_channels": 5}), {"concept": "3"}, "1 input and 5 output channels"),
         (_config({"time_embedding_type": "fourier"}), {"concept": "3"}, "time_embedding_type 'fourier'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_be_is_told_in_one_line(
     damage: Callable[[Path], None] | None, options: dict[str, Any], message: str, pixels: Path, tmp_path: Path
