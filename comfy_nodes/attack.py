@@ -13,17 +13,15 @@ from salun.diffusion.attack import attack_compared
 from salun.diffusion.attack_output import attack_grid, write_attack
 from salun.diffusion.attacks.task import PART
 from salun.diffusion.eval_models import Compared
-from salun.errors import ConfigError, fill
+from salun.errors import fill
 from salun.progress import Stage, StageCost
 from salun.report.attacks import attack_banner, attack_lines
 from salun.report.metrics import lines_of
 
 from .evaluate import with_given_names
 from .execution import computes, graph_and_plan
-from .families import family_of
 from .images import to_image
-from .inputs import wires
-from .look_inputs import ATTACK, WITHOUT_TOKENS
+from .look_inputs import ATTACK, WITHOUT_TOKENS, check_families
 from .model import GraphModel
 from .paths import output_path, validation
 from .progress import ComfyProgress
@@ -48,15 +46,7 @@ class SalUnAttack(Node):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "before": ("MODEL", {"tooltip": "The original model."}),
-                "after": ("MODEL", {"tooltip": "The erased model."}),
-                **wires("clip", "vae", "concept"),
-                **ATTACK.entries(main=True),
-            },
-            "optional": {**wires("options"), **ATTACK.entries(main=False)},
-        }
+        return ATTACK.input_types()
 
     @classmethod
     def VALIDATE_INPUTS(cls, attack: str | None = None, clip_model: str | None = None) -> bool | str:
@@ -76,9 +66,7 @@ class SalUnAttack(Node):
         options: OptionValues | None = None,
         **values: Any,
     ) -> tuple[Tensor, str, str]:
-        families = family_of(before).name, family_of(after).name
-        if families[0] != families[1]:
-            raise ConfigError(f"before is a MODEL of the family {families[0]}, but after is of {families[1]}")
+        check_families(before, after)
         chosen, named = ATTACK.options(values)
         chosen = replace(chosen, attack=chosen.attack or WITHOUT_TOKENS)
         graph, plan = graph_and_plan(before, clip, vae, concept, {}, options)

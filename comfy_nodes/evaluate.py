@@ -14,16 +14,13 @@ from salun.diffusion.eval_models import Compared
 from salun.diffusion.eval_output import write_evaluation
 from salun.diffusion.evaluate import EvalResult, Side, Wanted, result_of
 from salun.diffusion.result import grids
-from salun.errors import ConfigError
 from salun.progress import Stage, StageCost
 from salun.report.image_grid import stack
 from salun.report.metrics import verdict_lines
 
 from .execution import computes, graph_and_plan
-from .families import family_of
 from .images import SamplePreview, to_image
-from .inputs import wires
-from .look_inputs import EVALUATION, prompts_state
+from .look_inputs import EVALUATION, check_families, prompts_state
 from .model import GraphModel
 from .paths import output_path, validation
 from .progress import ComfyProgress
@@ -51,15 +48,7 @@ class SalUnEvaluate(Node):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "before": ("MODEL", {"tooltip": "The original model."}),
-                "after": ("MODEL", {"tooltip": "The erased model."}),
-                **wires("clip", "vae", "concept"),
-                **EVALUATION.entries(main=True),
-            },
-            "optional": {**wires("options"), **EVALUATION.entries(main=False)},
-        }
+        return EVALUATION.input_types()
 
     @classmethod
     def IS_CHANGED(cls, prompts: str | None = None, **inputs: Any) -> str:
@@ -87,9 +76,7 @@ class SalUnEvaluate(Node):
         options: OptionValues | None = None,
         **values: Any,
     ) -> tuple[Tensor, str, str]:
-        families = family_of(before).name, family_of(after).name
-        if families[0] != families[1]:
-            raise ConfigError(f"before is a MODEL of the family {families[0]}, but after is of {families[1]}")
+        check_families(before, after)
         chosen, named = EVALUATION.options(values)
         graph, plan = graph_and_plan(before, clip, vae, concept, {}, options)
         graphs = graph, GraphModel(after, clip, vae, plan.options.dtype)

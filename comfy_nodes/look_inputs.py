@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from salun.attacks import ATTACKS
 from salun.detectors import without_path
 from salun.diffusion import attack_options, eval_options
-from salun.diffusion.attack_options import AttackOptions
+from salun.diffusion.attack_options import AttackOptions, with_prompts_only
 from salun.diffusion.eval_options import ComparedOptions, EvalOptions
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.prompts.prompt_file import LINES, TABLES
@@ -19,7 +19,8 @@ from salun.image_metrics import IMAGE_METRICS
 from salun.options import entry_of
 from salun.user_text import is_data_set_id, is_hub_id
 
-from .inputs import DETECTORS, explicit, option_input
+from .families import family_of
+from .inputs import DETECTORS, explicit, option_input, wires
 from .paths import SAFETENSORS, file_state, input_folder, saved_path
 from .types import OptionValues
 
@@ -55,6 +56,17 @@ class LookInputs(Generic[Looked]):
         names = [name for names in self.groups.values() for name in names]
         shown = [n for n in names if (n in self.main) == main and (n in self.main or n not in OTHERWISE)]
         return {INPUTS.get(name, name): self._input(name, {} if main else {"advanced": True}) for name in shown}
+
+    def input_types(self) -> dict[str, Any]:
+        """INPUT_TYPES of a node that looks at the original and the erased MODEL."""
+        models = {
+            "before": ("MODEL", {"tooltip": "The original model."}),
+            "after": ("MODEL", {"tooltip": "The erased model."}),
+        }
+        return {
+            "required": {**models, **wires("clip", "vae", "concept"), **self.entries(main=True)},
+            "optional": {**wires("options"), **self.entries(main=False)},
+        }
 
     def _input(self, name: str, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         what, settings = option_input(name, self.kind)
@@ -99,16 +111,7 @@ def _clip(name: str) -> str:
 
 
 def _attack(text: str) -> str:
-    name, _, argument = text.partition(":")
-    if not argument:
-        return text
-    if name != "prompts":
-        raise ConfigError(
-            f"is {text[:80]!r}, but {name[:40]} can name no file or model here",
-            option="attack",
-            advice="Use ComfyUI's own nodes to load it into the MODEL after, or the command line",
-        )
-    return f"{name}:{saved_path(argument, (*PROMPTS, SAFETENSORS))}"
+    return with_prompts_only(text, lambda name: saved_path(name, (*PROMPTS, SAFETENSORS)))
 
 
 EVALUATION = LookInputs(
@@ -146,3 +149,10 @@ def prompts_state(prompts: str) -> str:
     """A text that changes with the files of prompts, for ComfyUI's cache."""
     names = [line.strip() for line in prompts.splitlines()]
     return "\n".join(file_state(name, PROMPTS) for name in names if name and not is_data_set_id(name))
+
+
+def check_families(before: Any, after: Any) -> None:
+    """Raises ConfigError for two MODELs of different families."""
+    families = family_of(before).name, family_of(after).name
+    if families[0] != families[1]:
+        raise ConfigError(f"before is a MODEL of the family {families[0]}, but after is of {families[1]}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from salun.detectors import without_path
-from salun.diffusion.attack_options import AttackOptions
+from salun.diffusion.attack_options import AttackOptions, with_prompts_only
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob
 from salun.diffusion.prompts.prompt_file import LINES, TABLES
@@ -101,18 +101,11 @@ class Inputs:
 
         Raises ConfigError for any other argument.
         """
-        name, _, argument = text.strip().partition(":")
-        if not argument:
-            return text
-        if name != "prompts":
-            raise ConfigError(
-                f"is {text[:80]!r}, but {name[:40]} can name no file or model here",
-                option="attack",
-                advice="Use the command line for it",
-            )
-        if self.runs.has(argument):
-            return f"prompts:{confined_file(ADVERSARIAL, self.runs.get(argument))}"
-        return f"prompts:{confined_file(argument, self.prompts)}"
+        return with_prompts_only(text, self._adversarial)
+
+    def _adversarial(self, name: str) -> Path:
+        in_run = self.runs.has(name)
+        return confined_file(ADVERSARIAL, self.runs.get(name)) if in_run else confined_file(name, self.prompts)
 
     def prompt_files(self) -> list[str]:
         """Names of the files of prompts; links that lead out are skipped."""

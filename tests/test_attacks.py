@@ -319,6 +319,8 @@ def test_an_attack_on_a_run_writes_a_page_and_prompts_to_replay(erased: Path, tm
     assert whole.count("Does it come back?") == 1 and len(whole) > len(before), "a chapter, however often it is written"
     start, end = before.split("<!--chapter--><!--/chapter-->")
     assert whole.startswith(start) and whole.endswith(end)
+    (tmp_path / "out" / "report.html").write_bytes(b"\xff<!--chapter--><!--/chapter-->")
+    assert len(write_attack(report, tmp_path / "out")) == 3, "a report that cannot be read stays as it is"
     assert "Does it come back?" in page and "Concept vector" in page and "success against budget" in page
     assert json.loads(files[0].read_text(encoding="utf-8")) == json.loads(json.dumps(data))
     rows = attack_rows(data)

@@ -413,3 +413,19 @@ def test_a_run_is_evaluated_by_clicking(page: Any, server: tuple[str, Path]) -> 
     page.get_by_role("button", name="Close").click()
     assert (server[1] / "runs" / run / "eval.html").is_file() and not page.problems
     assert list((server[1] / "runs" / run / "images").glob("*/*.png"))
+
+
+def test_a_run_is_attacked_by_clicking(page: Any, server: tuple[str, Path]) -> None:
+    run = min((server[1] / "runs").iterdir()).name
+    page.locator("#salun_refresh").click()
+    unfold(page, "attack")
+    choose(page, "attack_model", run)
+    fill(page, "attack_n", "8")
+    fill(page, "attack_attack", "quantize")
+    page.locator("#salun_start_attack").click()
+    page.locator("#salun_attack_status").get_by_text(f"Queued: “attack {run}”").wait_for()
+    job = page.locator(".salun-job").filter(has_text=f"attack {run}")
+    job.get_by_role("button", name="Report").click(timeout=120_000)
+    page.frame_locator(".salun-report iframe").get_by_text("Does it come back?").first.wait_for()
+    page.get_by_role("button", name="Close").click()
+    assert (server[1] / "runs" / run / "attack.html").is_file() and not page.problems

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from salun.attacks import ATTACKS, Attack
@@ -99,6 +101,27 @@ def attack_of(text: str, budget: str = "small") -> ChosenAttack:
     if values and attack.options is NoOptions:
         raise ConfigError(f"has {text[:60]!r}, but {attack.name} has no options", option="attack")
     return ChosenAttack(text.strip(), attack, argument, from_mapping(attack.options, values, f"attack {text[:60]}"))
+
+
+def with_prompts_only(text: str, look_up: Callable[[str], str | Path]) -> str:
+    """Accept an attack whose argument, if it has one, is a file of prompts, for hosts with remote users.
+
+    Args:
+        look_up: Its name there → its path. Raises ConfigError for one that is not there.
+
+    Raises:
+        ConfigError: The attack would take another file, or a model.
+    """
+    name, _, argument = text.strip().partition(":")
+    if not argument:
+        return text
+    if name != "prompts":
+        raise ConfigError(
+            f"is {text[:80]!r}, but {name[:40]} can name no file or model here",
+            option="attack",
+            advice="Use the command line for it",
+        )
+    return f"{name}:{look_up(argument)}"
 
 
 def _names(text: str) -> str:

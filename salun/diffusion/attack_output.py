@@ -12,6 +12,7 @@ import numpy as np
 
 from salun.diffusion.attack import AttackReport
 from salun.diffusion.attacks.adversarial import write_adversarial
+from salun.diffusion.attacks.task import AttackResult
 from salun.diffusion.data.latents import decode_images
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
@@ -22,9 +23,10 @@ from salun.report.image_grid import sheet
 from salun.report.metrics import calibration_sections
 from salun.report.page import GLOSSARY
 from salun.report.render import Banner, ImagePair, Report, Section, page, with_chapter
+from salun.untrusted import read_text
 
 SHOWN = 8  # images of each attack on the page
-REPORT = "report.html"  # of a run, which is given a chapter
+REPORT, LONGEST = "report.html", 500_000_000  # of a run, which is given a chapter; bytes of it at most
 FILES = ("attack.json", "attack.html", "adversarial.safetensors")
 
 
@@ -44,21 +46,32 @@ def write_attack(report: AttackReport, folder: Path) -> list[Path]:
         for each in report.attacked
         if each.side == "erased" and each.result is not None and each.result.prompts is not None
     ]
-    texts = (json.dumps(data, indent=1) + "\n", attack_page(report, data).html)
+    images = _images(report)
+    texts = (json.dumps(data, indent=1) + "\n", attack_page(report, data, images).html)
     for name, text in zip(FILES, texts, strict=False):
         write_bytes(folder / name, text.encode("utf-8", "backslashreplace"))
     written = list(FILES if made else FILES[:2])
     if made:
         write_adversarial(folder / FILES[2], made)
-    if (folder / REPORT).is_file() and not (folder / REPORT).is_symlink():
-        changed = with_chapter((folder / REPORT).read_text(encoding="utf-8"), _chapter(report, data))
-        if changed is not None:
-            changed.save(folder / REPORT)
-            written.append(REPORT)
+    if _add_chapter(folder / REPORT, _chapter(data, images)):
+        written.append(REPORT)
     return [folder / name for name in written]
 
 
-def _chapter(report: AttackReport, data: Mapping[str, Any]) -> list[Section]:
+def _add_chapter(path: Path, chapter: Sequence[Section]) -> bool:
+    """Put a chapter into a run's report; whether there is one that can be read and has a place for it."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        changed = with_chapter(read_text(path, LONGEST), chapter)
+    except (OSError, ValueError):
+        return False
+    if changed is not None:
+        changed.save(path)
+    return changed is not None
+
+
+def _chapter(data: Mapping[str, Any], images: Sequence[Section]) -> list[Section]:
     """Of a run's report: what came of the attacks, the table and images."""
     banner, table = attack_banner(data), attack_sections(data)[0]
     first = Section(
@@ -69,16 +82,15 @@ def _chapter(report: AttackReport, data: Mapping[str, Any]) -> list[Section]:
         wrap=True,
     )
     more = Section("", links=[(FILES[1], FILES[1], "curves, sources, and how to reproduce it")])
-    images = [replace(section, title="") for section in _images(report)]
-    return [first, *images, more]
+    return [first, *(replace(section, title="") for section in images), more]
 
 
-def attack_page(report: AttackReport, data: Mapping[str, Any]) -> Report:
+def attack_page(report: AttackReport, data: Mapping[str, Any], images: Sequence[Section]) -> Report:
     """The page: what came of it, the table, images of each attack, and how to reproduce it."""
     names = ", ".join(f"“{concept['name']}”" for concept in data["concepts"])
     models = " against ".join(of["name"] for of in data["models"].values() if of is not None)
     subtitle = f"{models} · {report.options.n} prompts of each concept · seed {report.options.seed}"
-    sections = [*attack_sections(data), *_images(report), *calibration_sections(report.metrics), _files(data), GLOSSARY]
+    sections = [*attack_sections(data), *images, *calibration_sections(report.metrics), _files(data), GLOSSARY]
     banner = attack_banner(data)
     spelled = Banner(banner.outcome, fill(banner.text, str), fill(banner.next, str))
     record = report.record.as_json()
@@ -94,7 +106,7 @@ def attack_grid(report: AttackReport, columns: int = SHOWN) -> np.ndarray:
     assert original is not None
     for each in report.attacked:
         if each.side == "erased" and each.result is not None:
-            order = sorted(range(len(each.result.shown)), key=lambda i: not each.result.shown[i])[:columns]  # type: ignore[union-attr]
+            order = _successes_first(each.result)[:columns]
             images = decode_images(original, each.result.latents[order])
             missing = [(0, columns - len(images)), *[(0, 0)] * 3]
             rows.append(np.pad(images, missing, constant_values=255))
@@ -113,6 +125,11 @@ def _files(data: Mapping[str, Any]) -> Section:
     return Section("Files", links=links)
 
 
+def _successes_first(result: AttackResult) -> list[int]:
+    """The numbers of its prompts, those whose image shows the concept first."""
+    return sorted(range(len(result.shown)), key=lambda i: not result.shown[i])
+
+
 def _images(report: AttackReport) -> list[Section]:
     """The original's images, and below them those of each attack on the same prompts."""
     sections, blurs = [], dict(zip((c.name for c in report.plan.concepts), blurred(report.plan), strict=True))
@@ -121,7 +138,7 @@ def _images(report: AttackReport) -> list[Section]:
     for each in report.attacked:
         if each.side != "erased" or each.result is None:
             continue
-        order = sorted(range(len(each.result.shown)), key=lambda i: not each.result.shown[i])[:SHOWN]  # type: ignore[union-attr]
+        order = _successes_first(each.result)[:SHOWN]
         images = decode_images(original, each.result.latents[order])
         texts = _texts(report, each.concept, each.result.prompts.texts if each.result.prompts else (), order)
         pairs: Sequence[ImagePair] = [

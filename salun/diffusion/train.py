@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salun.checkpoints.families.classes import PIXELS
-from salun.checkpoints.locate import SETTINGS
+from salun.checkpoints.locate import LABELS, SETTINGS
 from salun.compute.device import deterministic_kernels, explained_memory_errors, pick_device, pick_dtype
 from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.model.class_conditional import VALUES, ClassModel
-from salun.diffusion.model.labels import FILE, check_labels, vocabulary_of
+from salun.diffusion.model.labels import check_labels, vocabulary_of
 from salun.diffusion.model.loading import quiet_libraries
-from salun.diffusion.model.schedule import COSINE, schedule_of
+from salun.diffusion.model.schedule import COSINE
 from salun.diffusion.model.settings import ModelSettings
 from salun.diffusion.options import Recipe, Sampling
 from salun.diffusion.train_options import ClassTrainOptions
@@ -336,8 +336,6 @@ def _model_of(
     """The model around a network of float32 weights, for sampling and for its folder."""
     sampling = from_mapping(Sampling, {**preset["sampling"], "resolution": options.image_size}, "the preset")
     settings = ModelSettings(sampling, Recipe(), {}, vocabulary_of(data.classes), None)
-    config = scheduler_config(options)
-    schedule_of(config, "the model")
     return ClassModel(
         name="the model",
         stored=None,  # type: ignore[arg-type]  # it is written by `write_class_model`
@@ -347,7 +345,7 @@ def _model_of(
         vae=None,
         text_encoders=[],
         tokenizers=[],
-        scheduler_config=config,
+        scheduler_config=scheduler_config(options),
         device=device,
         dtype=torch.float32,
     )
@@ -381,6 +379,6 @@ def write_class_model(target: Path, model: ClassModel, classes: tuple[str, ...],
             (temporary / "model_index.json", index),
         ):
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        (temporary / FILE).write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+        (temporary / LABELS).write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
         lines = json.dumps(settings, indent=2)  # which is YAML too
         (temporary / SETTINGS).write_text(lines + "\n", encoding="utf-8")

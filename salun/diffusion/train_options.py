@@ -27,7 +27,7 @@ class ClassTrainOptions(DeviceOptions):
 
     data: str = option(
         "digits",
-        "Data set: digits, cifar10, stl10 or another name of `classify-train`, a folder with a subfolder of images for "
+        "Data set: digits, cifar10 or another name of `classify-train`, a folder with a subfolder of images for "
         "each class, or a Hugging Face data set (hub id, saved or cloned)",
         path=True,
     )

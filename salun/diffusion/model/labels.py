@@ -14,7 +14,6 @@ from salun.errors import ConfigError, ModelError
 from salun.untrusted import read_json_object, read_text
 from salun.user_text import composed
 
-FILE = LABELS  # a name a line, in the order of the labels
 ATTRIBUTE = "class"
 MOST, BYTES = 10_000, 1_000_000
 
@@ -54,7 +53,7 @@ def read_labels(folder: Path, config: Mapping[str, Any], dit: bool) -> list[str]
 
 def _named(folder: Path) -> list[str] | None:
     """The names that the folder holds, None if it holds none. Raises ModelError for names that cannot be read."""
-    path = folder / FILE
+    path = folder / LABELS  # a name a line, in the order of the labels
     try:
         if path.is_file():
             return [composed(line.strip()) for line in read_text(path, BYTES).split("\n") if line.strip()]
