@@ -25,6 +25,7 @@ from .output import (
     ModelName,
     default_model_named,
     duration,
+    duration_range,
     flag,
     model_or_default,
     new_file,
@@ -155,6 +156,9 @@ def _repeated(job: EraseJob, force: bool) -> list[str]:
     return [*outputs, *["--allow-pickle"] * job.allow_pickle, *["--force"] * force]
 
 
+TOTALS = ("total", "least", "most")  # of the seconds of a dry run, beside its stages
+
+
 def _preview_lines(plan: dict[str, Any], sources: dict[str, str]) -> list[str]:
     lines = [f"{c['name']} → {c['anchor'] or 'the empty prompt'}" for c in plan["concepts"]]
     lines += [*plan["notes"], "", *(f"  {step}" for step in plan["steps"]), ""]
@@ -167,9 +171,10 @@ def _preview_lines(plan: dict[str, Any], sources: dict[str, str]) -> list[str]:
     gib = 2**30
     lines += [
         "",
-        f"time:   about {duration(plan['seconds']['total'])} on {plan['device']} ("
-        + ", ".join(f"{stage} {duration(v)}" for stage, v in plan["seconds"].items() if v and stage != "total")
-        + ")",
+        f"time:   {duration_range(plan['seconds']['least'], plan['seconds']['most'])} on {plan['device']} ("
+        + ", ".join(f"{stage} {duration(v)}" for stage, v in plan["seconds"].items() if v and stage not in TOTALS)
+        + ")"
+        + ("" if plan["measured"] else "; not measured, as the model does not fit into the free memory"),
         f"memory: about {plan['memory']['needed'] / gib:.2f} GiB, {_gib(plan['memory']['free'])} free",
         f"disk:   about {plan['disk']['needed'] / gib:.2f} GiB in {plan['run_dir']}, {_gib(plan['disk']['free'])} free",
     ]

@@ -100,6 +100,17 @@ def duration(seconds: float) -> str:
     return _counted(days, "day") + (f" {_counted(hours, 'hour')}" if hours else "")
 
 
+def duration_range(least: float, most: float) -> str:
+    """Two times as people say it: about 12 min, 3 to 12 min, 50 s to 3 min."""
+    ends = duration(least), duration(most)
+    if ends[0] == ends[1] or most < 1.2 * least:
+        return f"about {ends[1]}"
+    numbers = [end.split(" ") for end in ends]
+    if len(numbers[0]) == len(numbers[1]) == 2 and numbers[0][1] == numbers[1][1]:
+        return f"{numbers[0][0]} to {ends[1]}"
+    return f"{ends[0]} to {ends[1]}"
+
+
 def _counted(n: int, unit: str) -> str:
     return f"{n} {unit}" if n == 1 else f"{n} {unit}s"
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +188,7 @@ def make(
     metadata: Mapping[str, str] | None = None,
     unet: Mapping[str, Any] | None = None,
     seed: int = 0,
+    hollow: bool = False,
 ) -> Path:
     """Write a checkpoint and return its path.
 
@@ -194,7 +197,8 @@ def make(
     vectors in fp32, the VAE in fp32, the text encoders in bf16. prediction: "epsilon" | "v_prediction", marked as in
     files of the family: SD 2's by one bias that is spread wider, others' by a `v_pred` mark. ema: a second copy of
     the UNet, as LDM's LitEma keeps it. buffers: what published files hold apart from weights. marks: names of empty
-    tensors ("ztsnr"). unet: changes to its config.
+    tensors ("ztsnr"). unet: changes to its config. hollow: names and shapes alone; all weights are zeros that take no
+    space on disk.
     """
     architecture = ARCHITECTURES[family, size]
     tensors = dict(_unet(architecture, unet or {}, dtype, prediction, seed))
@@ -218,8 +222,26 @@ def make(
         marks = ("v_pred", *marks)
     tensors |= {name: _constant(torch.empty(0)) for name in marks}
     tensors = dict(sorted(tensors.items()))  # as safetensors' own writer has it
-    PlannedTensors(tensors).write(Path(path), metadata)
+    if hollow:
+        _write_hollow(Path(path), tensors)
+    else:
+        PlannedTensors(tensors).write(Path(path), metadata)
     return Path(path)
+
+
+def _write_hollow(path: Path, tensors: Mapping[str, Planned]) -> None:
+    """A header, and a hole of the size of the tensors."""
+    entries, position = {}, 0
+    for name, planned in sorted(tensors.items(), key=lambda pair: -pair[1].dtype.itemsize):
+        end = position + math.prod(planned.shape) * planned.dtype.itemsize
+        kind = safetensors_io.NAMES[planned.dtype]
+        entries[name] = {"dtype": kind, "shape": list(planned.shape), "data_offsets": [position, end]}
+        position = end
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(file.tell() + position)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -380,6 +402,7 @@ def main() -> None:
     parser.add_argument("--mark", dest="marks", action="append", default=[], help="add an empty tensor, such as ztsnr")
     parser.add_argument("--metadata", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hollow", action="store_true", help="names and shapes alone, all weights 0, no space on disk")
     chosen = vars(parser.parse_args())
     chosen["metadata"] = dict(pair.partition("=")[::2] for pair in chosen["metadata"])
     chosen["marks"] = tuple(chosen["marks"])

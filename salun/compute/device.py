@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from salun.errors import ConfigError, TrainingError
 
@@ -35,6 +36,19 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"is {name}, which is not available", option="device", advice="Use cpu or auto") from error
     return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. The host does not wait for the copy to a GPU: it comes from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def finish_copies(source: torch.device, target: torch.device) -> None:
+    """Wait for copies from a GPU to CPU memory, which `non_blocking` does not."""
+    if source.type == "cuda" and target.type == "cpu" and torch.cuda.is_available():
+        torch.cuda.current_stream(source).synchronize()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

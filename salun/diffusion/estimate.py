@@ -5,29 +5,40 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from math import prod
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from salun.checkpoints.outputs import check_output
+from salun.compute.device import pick_device, pick_dtype
 from salun.diffusion.context import record_of
-from salun.diffusion.data.latents import batch_size_of
-from salun.diffusion.model.loading import load_with
+from salun.diffusion.model.loading import describe, load_with
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.options import EraseOptions
+from salun.diffusion.options import EraseOptions, ModelOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
-from salun.diffusion.targets import STATE_BYTES, check_output_paths, disk_needed, other_input_paths, trained_entries
+from salun.diffusion.simulate import Needs, simulate
+from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.errors import ConfigError
 from salun.files import check_disk_space
 from salun.progress import Event, Progress, Stage, StageCost, silent
+from salun.runs.cache import Cache
 from salun.runs.folder import check_folder
 
-_QUICK = 0.5  # seconds; a pass that takes longer is measured with one sample and scaled
+QUICK = 0.5  # seconds; a pass that takes longer is measured once and with one sample, and scaled
+REPEATS = 3  # of a quicker one
+SPREAD = (0.8, 1.5)  # of times that follow from numbers of operations: a network's layers differ in speed
+SIDE = 1024  # of the matrices whose product is timed for that
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that a pass of n samples takes, at least and at most."""
+
+    forward: Callable[[int], tuple[float, float]]
+    backward: Callable[[int], tuple[float, float]]
 
 
 def preview(
@@ -39,39 +50,58 @@ def preview(
     progress: Progress = silent,
     force: bool = False,
     resume: bool = False,
+    cache: Cache | None = None,
 ) -> dict[str, Any]:
-    """What `erase` would do with these arguments. Nothing is written, and no weight changes.
+    """What `erase` would do with these arguments. Nothing is written but the cache, and no weight changes.
 
-    Times are those of one forward and one backward pass here, multiplied; latents in the cache are not subtracted.
-    Memory: the loaded model, the optimizer state and the measured activations. Raises what `erase` would.
+    Memory is simulated by the run's very steps (see `simulate`). Times are measured here with the loaded model, or,
+    where it does not fit into memory, follow from its operations and the speed of a matrix product; latents in the
+    cache are not subtracted. Raises what `erase` would.
     """
     for target in outputs:
         check_output(target, force)
-    loaded = load_with(model, options)
-    check_output_paths(loaded, outputs, run_dir, other_input_paths(options))
-    plan = make_plan(loaded.settings, loaded.name, concept, options)
+    given = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
+    spec = describe(model, given)
+    check_output_paths(spec, outputs, run_dir, other_input_paths(options))
+    plan = make_plan(spec.settings, spec.name, concept, options)
     previous = check_folder(run_dir, resume)
-    if previous is not None:
-        record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
-    progress(Event(Stage.MEASURING, message=f"measuring this machine with {loaded.name}"))
-    with loaded.temporarily_trainable(), loaded.configured(plan.options):
-        forward, backward, activations = _measure(loaded, plan)
-        seconds, memory = _seconds(loaded, plan, forward, backward), _memory(loaded, plan, activations)
-    needed = disk_needed(loaded, plan, outputs, run_dir)
-    free_memory = _free_memory(loaded.device)
+    device = pick_device(given.device)
+    dtype = pick_dtype(given.dtype, device)
+    progress(Event(Stage.MEASURING, message=f"measuring this machine for {spec.name}"))
+    needs = simulate(spec, plan, device, dtype, cache or Cache.of_user())
+    free = _free_memory(device)
+    resident = _resident() if device.type == "cpu" else 0
+    needed = needs.most + (resident or 0)
+    fits = free is None or needed < free
+    if fits or previous is not None:
+        loaded = load_with(model, options)
+        if previous is not None:
+            record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
+        with loaded.temporarily_trainable(), loaded.configured(plan.options):
+            pace = _measured(loaded, plan)
+    else:
+        pace = _computed(needs, device, dtype)
+    seconds = _seconds(needs, plan, pace)
+    disk = disk_needed(spec, plan, outputs, run_dir)
     return {
-        "model": loaded.name,
-        "device": str(loaded.device),
+        "model": spec.name,
+        "device": str(device),
         "run_dir": str(run_dir),
         "concepts": [{"name": c.name, "anchor": c.anchor} for c in plan.concepts],
         "notes": plan.notes,
         "hints": [plan.few_steps.as_data()] if plan.few_steps else [],
         "steps": _describe_steps(plan),
         "options": asdict(plan.options),
-        "seconds": {**seconds, "total": sum(seconds.values())},
-        "memory": {"needed": memory, "free": free_memory},
-        "disk": {"needed": sum(needed.values()), "free": shutil.disk_usage(_existing(run_dir)).free},
-        "warnings": _warnings(needed, memory, free_memory),
+        "seconds": seconds,
+        "measured": fits,
+        "memory": {
+            "needed": needed,
+            "free": free,
+            "stages": {str(stage): size for stage, size in needs.peak.items()},
+            "cpu": needs.cpu,
+        },
+        "disk": {"needed": sum(disk.values()), "free": shutil.disk_usage(_existing(run_dir)).free},
+        "warnings": _warnings(disk, needed, free),
     }
 
 
@@ -82,7 +112,7 @@ def _warnings(disk: dict[Path, int], memory: int, free_memory: int | None) -> li
     except ConfigError as error:
         warnings.append(str(error))
     if free_memory is not None and free_memory < memory:
-        warnings.append("memory may not suffice: use a smaller batch_size, low_vram or dtype bf16")
+        warnings.append("memory does not suffice: use a smaller batch_size, low_vram or dtype bf16")
     return warnings
 
 
@@ -129,12 +159,12 @@ def _sampling(plan: Plan) -> str:
     return f"{sampling.steps} steps of {sampling.sampler or 'the default sampler'} with {guidance}"
 
 
-def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable[[int], float], int]:
-    """Seconds of a forward and of a forward and backward pass over n samples, and bytes of activations per sample."""
+def _measured(model: Model, plan: Plan) -> Pace:
+    """By passes of the loaded model, the first of which does not count."""
     prompt = model.encode([plan.prompts.concepts[0].forget[0].text])
     parameters = parameters_in_scope(model, plan.scope)
 
-    def run(n: int, graph: bool) -> tuple[float, Tensor]:
+    def run(n: int, graph: bool) -> float:
         x = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
         t = torch.full((n,), model.schedule.t_at(0.5), device=model.device)
         for parameter in parameters.values():
@@ -149,67 +179,64 @@ def _measure(model: Model, plan: Plan) -> tuple[Callable[[int], float], Callable
         taken = time.perf_counter() - began
         for parameter in parameters.values():
             parameter.grad = None
-        return taken, out
+        return taken
 
-    def timed(n: int, graph: bool) -> float:
-        run(1, graph)  # warm-up
-        first, _ = run(1, graph)
-        return first * n if first > _QUICK else run(n, graph)[0]
+    known: dict[tuple[int, bool], tuple[float, float]] = {}
 
-    seen: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter):
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    held = {p.untyped_storage().data_ptr() for p in model.parameters().values()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run(1, True)
-    activations = sum(size for place, size in seen.items() if place not in held)
-    known: dict[tuple[int, bool], float] = {}
-
-    def of(graph: bool) -> Callable[[int], float]:
-        def cost(n: int) -> float:
+    def of(graph: bool) -> Callable[[int], tuple[float, float]]:
+        def cost(n: int) -> tuple[float, float]:
             if (n, graph) not in known:
-                known[n, graph] = timed(n, graph)
+                run(1, graph)  # warm-up
+                single = run(1, graph)
+                times = [single * n] if single > QUICK else [run(n, graph) for _ in range(REPEATS)]
+                known[n, graph] = (min(times), max(times))
             return known[n, graph]
 
         return cost
 
-    return of(False), of(True), activations
+    return Pace(of(False), of(True))
 
 
-def _seconds(
-    model: Model, plan: Plan, forward: Callable[[int], float], backward: Callable[[int], float]
-) -> dict[str, float]:
-    """Seconds of each stage, by the passes that the plan says it takes."""
-    sampled = batch_size_of(model) * (2 if plan.sampling.guided else 1)  # at once, when sampling
+def _computed(needs: Needs, device: torch.device, dtype: torch.dtype) -> Pace:
+    """From numbers of operations, and the speed of a matrix product here."""
+    matrix = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
+    times = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        times.append(time.perf_counter() - began)
+    speed = 2 * SIDE**3 / min(times[1:])
+
+    def of(operations: int) -> Callable[[int], tuple[float, float]]:
+        return lambda n: (n * operations / speed * SPREAD[0], n * operations / speed * SPREAD[1])
+
+    return Pace(of(needs.forward), of(needs.backward))
+
+
+def _seconds(needs: Needs, plan: Plan, pace: Pace) -> dict[str, Any]:
+    """Seconds of each stage in the middle, of all, and of all at least and at most, by the passes of the plan.
+
+    A goal may be reached after few steps, or not within its budget.
+    """
+    sampled = needs.sampled * (2 if plan.sampling.guided else 1)  # at once, when sampling
     trained = 2 * plan.recipe.batch_size  # at once, in training and saliency
 
-    def seconds(cost: StageCost) -> float:
+    def seconds(cost: StageCost) -> tuple[float, float]:
         at_once = trained if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING) else sampled
-        passes = cost.forward * forward(at_once) / at_once if cost.forward else 0.0
-        return passes + (cost.backward * backward(trained) / trained if cost.backward else 0.0)
+        ends = []
+        for end in (0, 1):
+            passes = cost.forward * pace.forward(at_once)[end] / at_once if cost.forward else 0.0
+            ends.append(passes + (cost.backward * pace.backward(trained)[end] / trained if cost.backward else 0.0))
+        return ends[0], ends[1]
 
-    return {str(cost.stage): seconds(cost) for cost in plan.stages()}
-
-
-def _memory(model: Model, plan: Plan, activations: int) -> int:
-    """Bytes that a run needs at most, on the GPU where there is one. activations: of one sample's backward pass."""
-    modules = [part for part in (model.unet, model.vae, *model.text_encoders) if part is not None]
-    weights: int = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    total = sum(p.numel() for p in parameters_in_scope(model, plan.scope).values())
-    offloaded = plan.options.low_vram and model.device.type != "cpu"
-    saliency, training = (0, 0) if offloaded else (4 * total, STATE_BYTES * trained_entries(total, plan))
-    samples = 2 * plan.recipe.batch_size
-    working = max(saliency, training) + samples * activations
-    if model.device.type != "cpu":
-        return working + weights
-    targets = sum(cost.steps for cost in plan.stages() if cost.stage is Stage.FROZEN_TARGETS)
-    frozen = 4 * targets * samples * prod(model.latent_shape)
-    return working + frozen + (_resident() or weights)
+    stages = {cost.stage: seconds(cost) for cost in plan.stages()}
+    low, high = (sum(ends[end] for ends in stages.values()) for end in (0, 1))
+    if plan.goal is not None and Stage.TRAINING in stages:
+        least, most = plan.probe_every / plan.recipe.steps, plan.budget / plan.recipe.steps
+        low -= (1 - least) * stages[Stage.TRAINING][0]
+        high += (most - 1) * stages[Stage.TRAINING][1]
+    middle = {str(stage): sum(ends) / 2 for stage, ends in stages.items()}
+    return {**middle, "total": sum(middle.values()), "least": low, "most": high}
 
 
 def _existing(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from salun.compute.device import to_device
 from salun.compute.processes import ALONE, Processes
 from salun.diffusion.model.protocol import Conditioning, Denoiser
 from salun.randomness import step_generator
@@ -77,7 +78,8 @@ class Draw:
         if count == 1:
             return self
         half = len(self.x_0) // 2
-        rows = torch.cat([torch.arange(rank, half, count), half + torch.arange(rank, half, count)]).to(self.x_0.device)
+        device = self.x_0.device
+        rows = torch.cat([torch.arange(start, start + half, count, device=device) for start in (rank, half + rank)])
         picked = self.picked[torch.arange(rank, half, count)]
         return Draw(self.x_0[rows], self.noise[rows], self.t[rows], self.prompts[rows], self.targets[rows], picked)
 
@@ -145,7 +147,7 @@ def draw(
         keep = torch.multinomial(torch.tensor(retain_frequencies), batch_size, replacement=True, generator=generator)
     emptied = torch.rand(batch_size, generator=generator) < EMPTY_PROMPT_FRACTION
     picked = pick
-    pick, from_anchor, keep, emptied = (v.to(device) for v in (pick, from_anchor, keep, emptied))
+    pick, from_anchor, keep, emptied = (to_device(v, device) for v in (pick, from_anchor, keep, emptied))
     forget_x = torch.where(from_anchor.view(-1, 1, 1, 1), data.anchor_latents[pick], data.forget_latents[pick])
     x_0 = torch.cat([forget_x, data.retain_latents[keep]])
     t, noise = _noise(denoiser, x_0, generator)
@@ -200,4 +202,4 @@ def _noise(denoiser: Denoiser, x_0: Tensor, generator: torch.Generator) -> tuple
     """t (n,) as training draws it, and ε like x_0."""
     t = denoiser.schedule.sample_t(len(x_0), generator)
     noise = torch.randn(x_0.shape, generator=generator)
-    return t.to(x_0.device), noise.to(x_0.device)
+    return to_device(t, x_0.device), to_device(noise, x_0.device)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 from salun.checkpoints.outputs import DELTA, DIFF, LORA
 from salun.checkpoints.patch import size_of
-from salun.diffusion.model.scopes import parameters_in_scope
+from salun.checkpoints.single_file import shapes_of
+from salun.diffusion.model.loading import ModelSpec
+from salun.diffusion.model.scopes import in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan
@@ -35,7 +38,9 @@ def other_input_paths(options: EraseOptions) -> list[str | None]:
     return [options.components, options.mask, options.forget_images, options.retain_images]
 
 
-def check_output_paths(model: Model, targets: list[str], run_dir: Path | None, read: Sequence[str | None] = ()) -> None:
+def check_output_paths(
+    model: Model | ModelSpec, targets: list[str], run_dir: Path | None, read: Sequence[str | None] = ()
+) -> None:
     """Raises ConfigError for paths that an erasure must not change or replace.
 
     That is an output or run folder inside the model's own folder, an output that holds the model, the run or another
@@ -94,7 +99,7 @@ def trained_entries(total: int, plan: Plan) -> int:
     return entries(total, plan.options.density) if masked else total
 
 
-def disk_needed(model: Model, plan: Plan, outputs: list[str], run_dir: Path | None) -> dict[Path, int]:
+def disk_needed(model: Model | ModelSpec, plan: Plan, outputs: list[str], run_dir: Path | None) -> dict[Path, int]:
     """Path → bytes that a run needs there at most.
 
     Each output at its own path; those of the run folder with mask and training state, which needs its room twice, as
@@ -102,7 +107,7 @@ def disk_needed(model: Model, plan: Plan, outputs: list[str], run_dir: Path | No
     """
     network = sum(entry.end - entry.start for entry in map(model.stored.entry, model.stored))
     checkpoint = size_of(model.stored)
-    total = sum(p.numel() for p in parameters_in_scope(model, plan.scope).values())
+    total = sum(prod(shape) for shape in in_scope(model.family, shapes_of(model.stored), plan.scope).values())
     delta = total // 8 + network  # at most: a bit for each entry and every changed one
     difference = 4 * total  # bytes: two for each entry of a full difference; twice that for a LoRA of full rank
     needed = {

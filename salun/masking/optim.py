@@ -17,26 +17,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from salun.compute.device import finish_copies
 from salun.errors import MaskError, TrainingError
 from salun.masking.mask import Mask
 
 Mode = Literal["step", "pack"]
 _MAX_CACHED = 1 << 18  # entries; the indices of parameters up to this size are cached on every device
+_GROUP = 1 << 23  # entries; gradients up to about as many are stepped by one kernel, 32 MiB of them
 
 
 class PackedParameter:
     """One parameter and its masked entries.
 
     master: float32 (count,), the entries' exact values; the parameter holds them rounded to its own dtype. Mask indices
-    take four bytes each: cached in CPU memory, recomputed from the packed bits on a GPU.
+    take four bytes each: in CPU memory they are cached, on a GPU recomputed from the packed bits (not `cached`).
     """
 
     def __init__(
-        self, parameter: nn.Parameter, bits: np.ndarray, count: int, source: Tensor, cpu_offload: bool = False
+        self,
+        parameter: nn.Parameter,
+        bits: np.ndarray,
+        count: int,
+        source: Tensor,
+        cpu_offload: bool = False,
+        cached: bool = True,
     ) -> None:
         self.parameter, self.count = parameter, count
         self.is_full = count == parameter.numel()
-        keep = parameter.device.type == "cpu" or parameter.numel() <= _MAX_CACHED
+        keep = cached or parameter.numel() <= _MAX_CACHED
         self._bits = torch.from_numpy(bits) if self.is_full or keep else torch.from_numpy(bits).to(parameter.device)
         self._indices = (
             self._indices_from_bits().to(torch.int32).to(parameter.device) if keep and not self.is_full else None
@@ -67,32 +75,39 @@ class PackedParameter:
             self.parameter.copy_(self.parameter.flatten().index_copy(0, indices.long(), values).view_as(self.parameter))
 
     def _indices_from_bits(self) -> Tensor:
-        """The indices from the packed bits. Each byte looks its eight entries up in a table."""
-        table = _unpack_table(self._bits.device)
-        dense = table.index_select(0, self._bits.int()).view(torch.bool)[: self.parameter.numel()]
+        """The indices from the packed bits: bit k of byte i is entry 8·i + k."""
+        shifts = torch.arange(8, dtype=torch.uint8, device=self._bits.device)
+        dense = (self._bits.unsqueeze(1) >> shifts).bitwise_and_(1).view(torch.bool).flatten()
+        return _nonzero(dense[: self.parameter.numel()], self.count)
+
+
+def _nonzero(dense: Tensor, count: int) -> Tensor:
+    """Where a boolean vector of `count` true entries is true: of known size, so that the host need not wait for it."""
+    try:
+        return torch.nonzero_static(dense, size=count).view(-1)
+    except NotImplementedError:  # on a GPU by an old torch
         return dense.nonzero().view(-1)
-
-
-def _unpack_table(device: torch.device) -> Tensor:
-    """int64 (256,): the eight bits of each byte as eight bytes of 0 or 1."""
-    rows = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    return torch.from_numpy(np.ascontiguousarray(rows).view(np.int64).reshape(-1)).to(device)
 
 
 class MaskedOptimizer:
     """Trains the masked entries of named parameters; a context manager that leaves no hook and no gradient behind.
 
-    A gradient that is not finite changes no weight: in mode "pack" the step is skipped, in "step" its tensor's.
+    A loss or gradient that is not finite changes no weight. Whether one was is decided on the device (`found_inf`), so
+    that the host queues step after step without waiting; optimizers that take no such flag are not called then, for
+    which the host has to wait.
 
     Args:
         parameters: Every parameter of the model in the mask's scope.
         mask: Must fit them (MaskError).
-        make: Packed vectors → an optimizer, e.g. `lambda p: torch.optim.Adam(p, lr=1e-5)`.
-        mode: "step" consumes each gradient inside the backward pass: its tensor is stepped and the gradient freed; one
+        make: Packed vectors → an optimizer, e.g. `lambda p: torch.optim.Adam(p, lr=1e-5, fused=True)`.
+        mode: "step" consumes gradients inside the backward pass, where they are stepped and freed group by group; one
             backward a step, no accumulation, no clipping. "pack" keeps packed float32 gradients until `step`, which
             allows accumulation, clipping, loss scaling and a reduction over processes.
         sources: Name → the checkpoint's tensor before any cast to the parameter's dtype; masters are gathered from it.
         cpu_offload: Masters and moments are held and stepped in CPU memory.
+        loss_scale: What losses are multiplied by in the backward pass, a power of 2; gradients are divided by it in
+            float32. It is halved after a step whose gradients are not finite, down to 1. Above 1 only in mode "pack".
+        cached: Whether the mask indices of large parameters are cached; by default in CPU memory only.
     """
 
     def __init__(
@@ -103,27 +118,32 @@ class MaskedOptimizer:
         mode: Mode = "step",
         sources: Mapping[str, Tensor] | None = None,
         cpu_offload: bool = False,
+        loss_scale: float = 1.0,
+        cached: bool | None = None,
     ) -> None:
         mask.validate(parameters)
         if not mask.selected:
             raise MaskError("the mask selects no weight: nothing would be trained")
         self.mode, self._make = mode, make
-        self.not_finite: list[str] = []
-        self._scale = 1.0
         counts = mask.counts()
         self._required = {name: p.requires_grad for name, p in parameters.items()}
         self._parameters = dict(parameters)
-        self.packed = {
-            name: PackedParameter(p, mask.bits[name], counts[name], (sources or parameters)[name], cpu_offload)
-            for name, p in parameters.items()
-            if counts.get(name)
-        }
-        masters = [packed.master for packed in self.packed.values()]
-        if mode == "step":
-            self._optimizers = {name: make([packed.master]) for name, packed in self.packed.items()}
-        else:
-            shared = make(masters)
-            self._optimizers = dict.fromkeys(self.packed, shared)
+        self.packed = {}
+        for name, p in parameters.items():
+            if counts.get(name):
+                keep = p.device.type == "cpu" if cached is None else cached
+                source = (sources or parameters)[name]
+                self.packed[name] = PackedParameter(p, mask.bits[name], counts[name], source, cpu_offload, keep)
+        self._optimizer = make([packed.master for packed in self.packed.values()])
+        self._takes_flag = bool(getattr(self._optimizer, "_step_supports_amp_scaling", False))
+        self._pending: dict[str, Tensor | None] = {}  # name → indices, of those whose gradients are to be stepped
+        self._waiting = 0  # entries of these
+        device = next(iter(self.packed.values())).master.device
+        self._device = next(iter(self.packed.values())).parameter.device
+        self.loss_scale = torch.tensor(loss_scale, device=device)
+        self.found_inf = torch.zeros((), device=device)
+        self.failed = torch.zeros((), device=device)
+        self._begun = False  # whether a backward pass of the current step was taken
         self._hooks = []
         for name, parameter in parameters.items():
             parameter.grad = None  # an older one would be added to the first step's
@@ -156,9 +176,8 @@ class MaskedOptimizer:
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every group."""
-        for optimizer in set(self._optimizers.values()):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
 
     @torch.no_grad()
     def reset(self, sources: Mapping[str, Tensor]) -> None:
@@ -166,70 +185,86 @@ class MaskedOptimizer:
         for name, packed in self.packed.items():
             indices = packed.indices()
             packed.master.copy_(packed.gather(sources[name].to(packed.parameter.device), indices).float())
-            self._optimizers[name].state.pop(packed.master, None)
+            self._optimizer.state.pop(packed.master, None)
             packed.scatter(indices)
 
-    def backward(self, loss: Tensor, scale: float = 1.0) -> None:
-        """Backward through `scale · loss`; gradients are divided by the scale in float32. Mode "step" updates here.
-
-        Raises TrainingError, before anything is computed, for a loss that is not finite.
-        """
-        if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {loss.item()}", advice="Use a smaller {lr}, or a wider {dtype}")
-        self._scale = scale
-        self.not_finite = [] if self.mode == "step" else self.not_finite
-        (loss * scale if scale != 1.0 else loss).backward()
+    def backward(self, loss: Tensor) -> None:
+        """Backward through the scaled loss. Mode "step" updates the weights here."""
+        with torch.no_grad():
+            if not self._begun:
+                self.found_inf.copy_(self.failed)
+                self._begun = True
+            finite = torch.isfinite(loss.detach()).to(self.found_inf.device, torch.float32)
+            torch.maximum(self.found_inf, 1 - finite, out=self.found_inf)
+        (loss * self.loss_scale.to(loss.device) if self.mode == "pack" else loss).backward()
+        if self.mode == "step":
+            self._update()
+            self._end()
 
     def _consume(self, name: str, parameter: Tensor) -> None:
         packed = self.packed[name]
         assert parameter.grad is not None
         indices = packed.indices()
-        gradient = packed.gather(parameter.grad, indices).to(packed.master.device).float()
+        gradient = packed.gather(parameter.grad, indices).to(packed.master.device, torch.float32, non_blocking=True)
         parameter.grad = None
-        if self._scale != 1.0:
-            gradient = gradient / self._scale
-        if self.mode == "pack":  # checked for finiteness in `step`, on all processes alike
-            packed.master.grad = gradient if packed.master.grad is None else packed.master.grad.add_(gradient)
-            return
-        if not _all_finite(gradient):
-            self.not_finite.append(name)
-            return
-        packed.master.grad = gradient
-        self._optimizers[name].step()
-        packed.master.grad = None
-        packed.scatter(indices)
+        packed.master.grad = gradient if packed.master.grad is None else packed.master.grad.add_(gradient)
+        if self.mode == "step":
+            self._pending[name] = indices
+            self._waiting += packed.count
+            if self._waiting >= _GROUP:
+                self._update()
 
-    def step(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> bool:
-        """Mode "pack": one optimizer step on the gradients since the last one. Returns False if it was skipped.
+    @torch.no_grad()
+    def step(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> None:
+        """Mode "pack": one optimizer step on the gradients since the last one.
 
         Args:
             max_norm: Clip the packed gradients' norm to it.
-            reduce: Sums or averages the gradients over processes in place.
+            reduce: Sums or averages tensors over processes in place: the gradients, and `found_inf`.
         """
         if self.mode != "pack":
             raise ValueError("mode 'step' updates inside backward and has no separate step")
-        masters = [packed.master for packed in self.packed.values()]
-        gradients = [m.grad for m in masters if m.grad is not None]
+        self._pending = dict.fromkeys(name for name, packed in self.packed.items() if packed.master.grad is not None)
+        self._update(max_norm, reduce)
+        self._end()
+
+    @torch.no_grad()
+    def _update(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> None:
+        """Step the pending parameters, unless a loss or gradient was not finite."""
+        masters = [self.packed[name].master for name in self._pending]
+        gradients = [master.grad for master in masters if master.grad is not None]
+        finish_copies(self._device, self.found_inf.device)
+        if gradients:
+            _check_and_unscale(gradients, self.found_inf, 1 / self.loss_scale)
         if reduce is not None:
-            reduce(gradients)
-        good = all(_all_finite(g) for g in gradients)
-        if good:
-            if max_norm is not None:
-                nn.utils.clip_grad_norm_(masters, max_norm)
-            next(iter(self._optimizers.values())).step()
-            for packed in self.packed.values():
-                packed.scatter(packed.indices())
-        for master in masters:
-            master.grad = None
-        self.not_finite = []
-        return good
+            reduce([*gradients, self.found_inf])
+            self.found_inf.copy_(self.found_inf > 0)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(masters, max_norm)
+        if self._takes_flag:
+            self._optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+        if self._takes_flag or not float(self.found_inf):
+            self._optimizer.step()
+        for name, indices in self._pending.items():
+            packed = self.packed[name]
+            packed.master.grad = None
+            packed.scatter(indices if self.mode == "step" else packed.indices())
+        self._pending.clear()
+        self._waiting = 0
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """Of a step: note whether it failed, which no smaller loss scale can mend, or halve the scale."""
+        self._begun = False
+        torch.maximum(self.failed, self.found_inf * (self.loss_scale <= 1), out=self.failed)
+        self.loss_scale.copy_(torch.where(self.found_inf > 0, self.loss_scale / 2, self.loss_scale).clamp(min=1.0))
 
     def state(self) -> dict[str, Tensor]:
         """Masters and moments as flat tensors: "name/master", "name/exp_avg", …"""
         tensors = {}
         for name, packed in self.packed.items():
             tensors[f"{name}/master"] = packed.master.detach()
-            for key, value in self._optimizers[name].state[packed.master].items():
+            for key, value in self._optimizer.state.get(packed.master, {}).items():
                 if value is not None:
                     tensors[f"{name}/{key}"] = torch.as_tensor(value)
         return tensors
@@ -250,9 +285,9 @@ class MaskedOptimizer:
         for name, packed in self.packed.items():
             packed.master.data.copy_(moments[name].pop("master"))
             device = packed.master.device
-            fused = bool(self._optimizers[name].param_groups[0].get("fused"))
+            fused = bool(self._optimizer.param_groups[0].get("fused"))
             counted_on = device if fused else torch.device("cpu")  # as torch's own load_state_dict has it
-            self._optimizers[name].state[packed.master] = {
+            self._optimizer.state[packed.master] = {
                 key: _count(value, counted_on) if key == "step" else value.to(device).clone()
                 for key, value in moments[name].items()
             }
@@ -284,6 +319,16 @@ class MaskedOptimizer:
         optimizer.step()
         moments = {key: torch.as_tensor(v) for key, v in optimizer.state[zeros].items() if v is not None}
         return {key: (value.dtype, tuple(value.shape)) for key, value in moments.items()}
+
+
+def _check_and_unscale(gradients: list[Tensor], found_inf: Tensor, inverse: Tensor) -> None:
+    """Multiply gradients in place, and set the flag to 1 if one is not finite."""
+    if found_inf.device.type in ("cpu", "cuda"):
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, inverse)
+        return
+    for gradient in gradients:  # where torch may have no such kernel
+        gradient.mul_(inverse)
+        torch.maximum(found_inf, 1 - torch.isfinite(gradient).all().float(), out=found_inf)
 
 
 def _check_values(key: str, value: Tensor, steps: int) -> None:

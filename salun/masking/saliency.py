@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
 from salun.compute.processes import ALONE, Processes
 from salun.errors import MaskError
+from salun.masking.late import LateValues
 from salun.masking.mask import Mask
 from salun.progress import Event, Progress, Stage, silent
 
@@ -48,30 +50,58 @@ def scores_from_losses(
         name: torch.zeros(p.shape, dtype=torch.float32, device="cpu" if cpu_offload else p.device)
         for name, p in parameters.items()
     }
-    weight, seen = 1.0, 0
+    seen, late = 0, LateValues[int]()
 
-    def add(name: str, gradient: Tensor) -> None:
-        sums[name].add_(gradient.to(sums[name].device), alpha=weight / scale)
+    def report(arrived: list[tuple[int, list[float]]]) -> None:
+        for step, (loss,) in arrived:
+            if not isfinite(loss):
+                raise MaskError(f"the saliency loss of batch {step} is {loss}: weights or data are not finite")
+            progress(Event(Stage.SALIENCY, step, total, {"loss": loss}))
 
-    with each_gradient(parameters, add):
+    with summed(parameters, sums, scale) as add:
         for step, (loss, n) in enumerate(losses, 1):
-            if not torch.isfinite(loss):
-                raise MaskError(f"the saliency loss of batch {step} is {loss.item()}: weights or data are not finite")
-            weight, seen = float(n), seen + n
-            (loss * scale if scale != 1.0 else loss).backward()
-            progress(Event(Stage.SALIENCY, step, total, {"loss": float(loss.detach())}))
+            add(loss, n)
+            seen += n
+            report(late.add(step, loss.detach().float().view(1)))
+        report(late.rest())
     counted = torch.tensor(float(seen), device=next(iter(sums.values())).device)
     processes.all_reduce_sum([*sums.values(), counted])
     seen = int(counted)
     if not seen:
         raise MaskError("there are no losses: saliency needs at least one batch of the forget set")
-    for name, total_gradient in sums.items():
+    for total_gradient in sums.values():
         total_gradient.abs_().div_(seen)
-        if not torch.isfinite(total_gradient).all():
+    finite = torch.stack([torch.isfinite(each).all() for each in sums.values()]).tolist()
+    for name, good in zip(sums, finite, strict=True):
+        if not good:
             raise MaskError(
                 f"the gradient of {name} is not finite, so no mask can be made", advice="Use {dtype} bf16 or fp32"
             )
     return sums
+
+
+@contextmanager
+def summed(
+    parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], scale: float = 1.0
+) -> Iterator[Callable[[Tensor, int], None]]:
+    """Context manager: a function that adds n·∇L of a batch's mean loss L to the sums, without waiting for the device.
+
+    Args:
+        sums: float32, of the parameters' names and shapes.
+        scale: Of the loss in the backward pass.
+    """
+    weight = 1.0
+
+    def add(name: str, gradient: Tensor) -> None:
+        sums[name].add_(gradient.to(sums[name].device), alpha=weight / scale)
+
+    def backward(loss: Tensor, n: int) -> None:
+        nonlocal weight
+        weight = float(n)
+        (loss * scale if scale != 1.0 else loss).backward()
+
+    with each_gradient(parameters, add):
+        yield backward
 
 
 @contextmanager

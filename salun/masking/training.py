@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import cos, pi
+from functools import partial
+from math import cos, isfinite, isnan, nan, pi
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from salun.compute.processes import ALONE, Processes
 from salun.errors import Cancelled, TrainingError
+from salun.masking.late import LateValues
 from salun.masking.mask import Mask
 from salun.masking.optim import MaskedOptimizer, Mode
 from salun.masking.proximal import SoftThreshold
@@ -23,11 +25,14 @@ from salun.masking.training_state import Checkpointer, LossRow, StateFile
 from salun.progress import Event, Progress, Stage, silent
 
 Losses = Callable[[int], Mapping[str, Tensor]]
-"""step (0-based) → the step's losses by name, each a scalar with a graph. A step may be taken again (fp16)."""
+"""step (0-based) → the step's losses by name, each a scalar with a graph. The first may be taken again (fp16)."""
 Schedule = Callable[[int], float]
 """step (0-based) → learning rate."""
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 """packed float32 vectors → their optimizer; its learning rate is set at every step."""
+
+
+LARGEST_SCALE = 2.0**16  # of the loss of fp16 weights, in whose gradients small values would vanish
 
 
 @dataclass(frozen=True)
@@ -140,42 +145,99 @@ def train(
         Cancelled: From `progress`; the state is saved before.
     """
     half = any(p.dtype == torch.float16 for p in parameters.values())
-    mode: Mode = "pack" if settings.soft_density is not None or half or processes.count > 1 else settings.mode
-    with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload) as optimizer:
+    packs = settings.soft_density is not None or half or processes.count > 1
+    mode: Mode = "pack" if packs else settings.mode
+    scale = LARGEST_SCALE if half else 1.0
+    with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload, scale) as optimizer:
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
-        history, scale = _resumed(state, optimizer, settings.steps, 2.0**16 if half else 1.0, processes)
+        history = _History(_resumed(state, optimizer, settings.steps, processes), optimizer, processes)
+        rows = history.rows
         checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
-            if watch is not None and history:
-                _measured(watch, history, processes)  # what a cancel interrupted
-            for step in range(len(history), settings.steps):
-                if watch is not None and watch.stops(history):
+            if watch is not None and rows:
+                _measured(watch, rows, processes)  # what a cancel interrupted
+            for step in range(len(rows), settings.steps):
+                if watch is not None and watch.stops(rows):
                     break
-                optimizer.set_lr(_rate(step, settings, watch, history, optimizer, sources))
-                named, scale = _step(optimizer, losses, step, settings.weights, scale, processes)
-                history.append({"step": (done := step + 1), **_values(named, processes)})
+                optimizer.set_lr(_rate(step, settings, watch, rows, optimizer, sources))
+                take = partial(take_step, optimizer, losses, step, settings.weights, processes)
+                history.add(step, *(_first(take, optimizer) if half and not step else take()))
+                done = step + 1
                 if threshold is not None:
                     threshold(done, settings.steps)
-                total = settings.steps if watch is None else _measured(watch, history, processes)
-                failure = checkpointer.save_if_due(history, scale, done == total) if checkpointer is not None else ""
-                progress(Event(settings.stage, done, total, {name: history[-1][name] for name in named}, None, failure))
+                total = settings.steps if watch is None else _measured(watch, rows, processes)
+                failure = ""
+                if checkpointer is not None and checkpointer.is_due(done == total):
+                    failure = checkpointer.save(history.settled(), history.scale)
+                progress(Event(settings.stage, done, total, history.latest(), None, failure))
                 if stop is not None and stop(done):
                     break
         except Cancelled:  # raised between steps, so masters, moments and history belong together
             if checkpointer is not None:
-                checkpointer.save_on_cancel(history, scale)
+                checkpointer.save_on_cancel(history.settled(), history.scale)
             raise
         density = threshold.final_density() if threshold is not None else None
-        return Trained({name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()}, history, density)
+        masters = {name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()}
+        return Trained(masters, history.settled(), density)
 
 
-def _resumed(
-    state: StateFile | None, optimizer: MaskedOptimizer, steps: int, scale: float, processes: Processes
-) -> tuple[list[LossRow], float]:
-    """The history so far, and the scale of the loss, so that small gradients do not vanish in fp16."""
+def _resumed(state: StateFile | None, optimizer: MaskedOptimizer, steps: int, processes: Processes) -> list[LossRow]:
+    """The history so far; the optimizer then has the saved masters, moments and loss scale."""
     if state is None or not processes.broadcast(state.path.exists()):
-        return [], scale
-    return state.load(optimizer, steps, scale)
+        return []
+    return state.load(optimizer, steps)
+
+
+def _first(
+    take: Callable[[], tuple[tuple[str, ...], Tensor]], optimizer: MaskedOptimizer
+) -> tuple[tuple[str, ...], Tensor]:
+    """Take the first step until its loss scale fits fp16; a later one that does not is skipped."""
+    taken = take()
+    while bool(optimizer.found_inf) and not bool(optimizer.failed):
+        taken = take()
+    return taken
+
+
+class _History:
+    """The losses of all steps, and the loss scale, as far as the device has computed them.
+
+    Those of a step that is not read yet are NaN in its row. Reading them raises TrainingError if the step's loss or
+    gradient was not finite; the steps since then changed no weight.
+    """
+
+    def __init__(self, rows: list[LossRow], optimizer: MaskedOptimizer, processes: Processes) -> None:
+        self.rows, self.scale, self._processes = rows, float(optimizer.loss_scale), processes
+        self._names: tuple[str, ...] = ()
+        self._late = LateValues[tuple[int, tuple[str, ...]]]()
+
+    def add(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
+        """Note a step (0-based) whose losses of these names are on their way; see `take_step`."""
+        self._names = names
+        self.rows.append({"step": step + 1, **dict.fromkeys(names, nan)})
+        self._processes.average([values])
+        self._fill(self._late.add((step, names), values))
+
+    def settled(self) -> list[LossRow]:
+        """All rows, complete."""
+        self._fill(self._late.rest())
+        return self.rows
+
+    def latest(self) -> LossRow:
+        """The last step's losses, or, where they are on their way, those of the last step with the same ones."""
+        read = (row for row in reversed(self.rows) if not isnan(row.get(self._names[0], nan)))
+        row = next(read, dict.fromkeys(self._names, nan))
+        return {name: row[name] for name in self._names if not isnan(row[name])}
+
+    def _fill(self, arrived: list[tuple[tuple[int, tuple[str, ...]], list[float]]]) -> None:
+        for (step, names), (*losses, total, failed, self.scale) in arrived:
+            if not isfinite(total):
+                raise TrainingError(
+                    f"the loss is {total} at step {step + 1}", advice="Use a smaller {lr}, or a wider {dtype}"
+                )
+            if failed:
+                what = f"a gradient is not finite at step {step + 1}"
+                raise TrainingError(what, advice="Lower the learning rate ({lr})")
+            self.rows[step].update(zip(names, losses, strict=True))
 
 
 def _rate(
@@ -209,42 +271,29 @@ def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> 
     return total
 
 
-def _step(
+def take_step(
     optimizer: MaskedOptimizer,
     losses: Losses,
     step: int,
     weights: Mapping[str, float],
-    scale: float,
-    processes: Processes,
-) -> tuple[Mapping[str, Tensor], float]:
-    """Take one step; returns its losses, and the loss scale, which is halved until every gradient fits fp16."""
-    while True:
-        named = losses(step)
-        total = weighted_sum(named, weights)
-        _check_finite(total, step, processes)
-        optimizer.backward(total, scale)
-        if optimizer.mode == "pack":
-            finite = optimizer.step(reduce=processes.average if processes.count > 1 else None)
-        else:
-            finite = not optimizer.not_finite
-        if finite:
-            return named, scale
-        if scale == 1.0:
-            raise TrainingError(f"a gradient is not finite at step {step + 1}", advice="Lower the learning rate ({lr})")
-        scale /= 2  # the step changed no weight, and is taken again
+    processes: Processes = ALONE,
+) -> tuple[tuple[str, ...], Tensor]:
+    """Take one step, without waiting for the device.
 
+    Args:
+        step: 0-based.
+        weights: As in `TrainingSettings`.
 
-def _check_finite(loss: Tensor, step: int, processes: Processes) -> None:
-    """Raises TrainingError on all processes if the loss of one is not finite, so that none waits for it."""
-    if processes.count > 1:
-        bad = (~torch.isfinite(loss.detach())).float().view(1)
-        processes.all_reduce_sum([bad])
-        if bad.item():
-            raise TrainingError(f"the loss is not finite at step {step + 1}", advice="Lower the learning rate ({lr})")
-
-
-def _values(named: Mapping[str, Tensor], processes: Processes) -> LossRow:
-    """The losses as numbers, averaged over the processes."""
-    values = torch.stack([loss.detach() for loss in named.values()]).float()
-    processes.average([values])
-    return dict(zip(named, values.tolist(), strict=True))
+    Returns:
+        The names of its n losses, and float32 (n + 3,): the losses, their weighted sum, 1 if it failed as no smaller
+        loss scale can mend, and the loss scale of the next step. A step that failed changed no weight.
+    """
+    named = losses(step)
+    total = weighted_sum(named, weights)
+    optimizer.backward(total)
+    if optimizer.mode == "pack":
+        optimizer.step(reduce=processes.average if processes.count > 1 else None)
+    device = total.device
+    ends = [each.to(device, non_blocking=True) for each in (optimizer.failed, optimizer.loss_scale)]
+    values = [loss.detach().float() for loss in (*named.values(), total)]
+    return tuple(named), torch.stack([*values, *ends])

@@ -51,18 +51,18 @@ class StateFile:
     save_every: float = 60.0
     alongside: Alongside | None = None
 
-    def load(self, optimizer: MaskedOptimizer, steps: int, largest_scale: float) -> tuple[list[LossRow], float]:
-        """Hand the saved tensors to the optimizer; returns the history and the loss scale.
+    def load(self, optimizer: MaskedOptimizer, steps: int) -> list[LossRow]:
+        """Hand the saved tensors and loss scale to the optimizer, which has that of a fresh run; returns the history.
 
         Args:
             steps: Steps of the run in all.
-            largest_scale: The loss scale that a fresh run begins with.
 
         Raises:
             TrainingError: The state cannot be read, belongs to another run, or is not one that this run could save.
         """
         history = read_saved_history(self.path, self.fingerprint, steps)
         header = safetensors_io.read_header(self.path)
+        largest_scale = float(optimizer.loss_scale)
         scale = _scale(header.metadata.get("scale", ""), largest_scale)
         if scale is None:
             raise TrainingError(
@@ -75,10 +75,11 @@ class StateFile:
         mine = {name: entry for name, entry in header.entries.items() if name not in others}
         optimizer.check_state({name: (safetensors_io.DTYPES[e.dtype], e.shape) for name, e in mine.items()})
         optimizer.load_state(dict(safetensors_io.tensors(self.path, mine)), len(history))
+        optimizer.loss_scale.fill_(scale)
         if self.alongside is not None:
             tensors = dict(safetensors_io.tensors(self.path, others))
             self.alongside.load_state({name.removeprefix(ALONGSIDE): tensor for name, tensor in tensors.items()})
-        return history, scale
+        return history
 
     def save(self, optimizer: MaskedOptimizer, history: list[LossRow], scale: float) -> None:
         """Write the state. Raises ModelError if the disk is full."""
@@ -95,14 +96,16 @@ class Checkpointer:
         self._file, self._optimizer = file, optimizer
         self._wait, self._saved = file.save_every, time.monotonic()
 
-    def save_if_due(self, history: list[LossRow], scale: float, last: bool) -> str:
-        """Save if the time has come, or after the last step; returns the reason of a failure, else "".
+    def is_due(self, last: bool) -> bool:
+        """Whether the time to save has come, as it has after the last step."""
+        return last or time.monotonic() - self._saved >= self._wait
+
+    def save(self, history: list[LossRow], scale: float) -> str:
+        """Save; returns the reason of a failure, else "".
 
         A full disk does not stop the run, but it cannot be resumed then.
         """
         now, failure = time.monotonic(), ""
-        if not last and now - self._saved < self._wait:
-            return failure
         try:
             self._file.save(self._optimizer, history, scale)
         except ModelError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from salun.compute.device import finish_copies, to_device
 from salun.diffusion.harden import Pool
 from salun.diffusion.losses import Draw, draw, frozen_predictions, training_losses
 from salun.diffusion.output import changed_entries, mask_of_changed
@@ -50,9 +52,11 @@ class _Losses:
         self._targets.clear()
         guidance = task.plan.options.target_guidance + (task.until.now.guidance if task.until is not None else 0.0)
         for step in range(start, end if task.plan.needs_frozen else start):
-            self._targets[step] = frozen_predictions(task.model, self._batch(step), guidance).cpu()
+            predicted = frozen_predictions(task.model, self._batch(step), guidance)
+            self._targets[step] = predicted.to("cpu", non_blocking=True)  # into pinned memory, where it is a GPU's
             if task.until is None:
                 task.progress(Event(Stage.FROZEN_TARGETS, step + 1, task.plan.budget))
+        finish_copies(task.model.device, torch.device("cpu"))
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         task, recipe = self._task, self._task.plan.recipe
@@ -61,7 +65,7 @@ class _Losses:
         if task.until is not None and task.plan.needs_frozen and step not in self._targets:
             with task.original_weights():
                 self._look_ahead(step, task.until.unchanged_until(step))
-        targets = self._targets[step].to(task.model.device) if self._targets else None
+        targets = to_device(self._targets[step], task.model.device) if self._targets else None
         if task.until is None:
             self._targets.pop(step - 1, None)  # this step's stay, in case it is repeated with another loss scale
         batch = self._batch(step)

@@ -8,7 +8,7 @@ samples by its own sampler, so what only a sampler reads (`timestep_spacing`, `s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -139,6 +139,7 @@ class _Discrete:
     """
 
     alphas_cumprod: Tensor
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)  # by device
 
     def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self.alphas_cumprod), (n,), generator=generator)
@@ -157,7 +158,9 @@ class _Discrete:
 
     def _at(self, t: Tensor, like: Tensor) -> Tensor:
         """ᾱ_t, (n, 1, 1, 1)."""
-        return self.alphas_cumprod.to(like.device)[t].view(-1, 1, 1, 1)
+        if like.device not in self._copies:
+            self._copies[like.device] = self.alphas_cumprod.to(like.device)
+        return self._copies[like.device][t].view(-1, 1, 1, 1)
 
 
 class DiscreteEpsilon(_Discrete):

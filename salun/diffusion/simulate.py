@@ -1,0 +1,312 @@
+"""What an erasure needs of a device: its very steps on fake tensors, which have shapes but no values.
+
+Peak memory is the most bytes of tensors that are alive at once; a GPU's allocator and libraries need some more. A step
+that runs on fake tensors reads no value, so on a GPU the host never waits in it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from salun.checkpoints.single_file import shapes_of
+from salun.diffusion.data.latents import batch_size_of
+from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
+from salun.diffusion.model.loading import ModelSpec
+from salun.diffusion.model.scopes import parameters_in_scope
+from salun.diffusion.model.sketch import sketched, text_encoder_parameters
+from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.plan import Plan
+from salun.diffusion.targets import STATE_BYTES, trained_entries
+from salun.masking.mask import Mask, entries
+from salun.masking.optim import MaskedOptimizer
+from salun.masking.optimizers import adam
+from salun.masking.saliency import summed
+from salun.masking.training import take_step
+from salun.progress import Stage
+from salun.runs.cache import Cache, key_of
+
+BLOCK = 512  # bytes; what an allocator rounds up to
+NUMBERS = ("forward", "backward", "cpu", "sampled")  # fields of `Needs`
+MOMENTS_8BIT = 6  # of them, what 8-bit moments save
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one erasure needs.
+
+    Args:
+        peak: Stage → bytes on the device at most, weights included.
+        forward: Floating-point operations of one sample's pass without gradients.
+        backward: Of one sample's pass forward and backward.
+        cpu: Bytes of CPU memory beside a GPU: moments and sums that are held there, frozen targets.
+        sampled: Samples that are sampled at once.
+    """
+
+    peak: dict[Stage, int]
+    forward: int
+    backward: int
+    cpu: int
+    sampled: int
+
+    @property
+    def most(self) -> int:
+        """Bytes on the device at most."""
+        return max(self.peak.values())
+
+
+def simulate(
+    spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype, cache: Cache | None = None
+) -> Needs:
+    """What the stages of a plan need on a device, which need not be there. No weight is read.
+
+    Args:
+        spec: The model's files.
+        plan: For this model.
+        device: Its type decides what is held where.
+        dtype: Of the network.
+        cache: Of results; a simulation takes seconds.
+
+    Raises:
+        ModelError: No model can be built from what the files say.
+    """
+    key = key_of(
+        what="needs",
+        shapes={name: list(shape) for name, shape in shapes_of(spec.stored).items()},
+        config=[str(spec.family), spec.scheduler_config, asdict(spec.settings.sampling)],
+        options=asdict(plan.options),
+        recipe=asdict(plan.recipe),
+        concepts=len(plan.concepts),
+        device=device.type,
+        dtype=str(dtype),
+        torch=torch.__version__,
+    )
+    found = cache.get(key) if cache is not None else None
+    if found is None:
+        found = _as_tensors(_simulated(spec, plan, device, dtype))
+        if cache is not None:
+            cache.put(key, found)
+    return _of_tensors(found)
+
+
+def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype) -> Needs:
+    options = replace(plan.options, attention="sdpa")  # xformers' kernels need as much
+    trains = any(cost.backward for cost in plan.stages() if cost.stage is not Stage.SALIENCY)
+    with sketched(spec, dtype) as model, model.configured(options):
+        memory = MemoryPeak(model.unet)
+        peak = {Stage.SAMPLING: _sampling(model, plan, memory), Stage.IMAGES_BEFORE: _decoding(model, memory)}
+        data = training_data(model, plan)
+        if plan.by_saliency:
+            peak[Stage.SALIENCY] = _saliency(model, plan, data, memory)
+        if trains:
+            peak[Stage.TRAINING] = _training(model, plan, data, memory, cached=device.type == "cpu")
+        total = sum(p.numel() for p in parameters_in_scope(model, plan.scope).values())
+        forward, backward = _operations(model, plan)
+        sampled = batch_size_of(model)
+    entries_trained, moments = trained_entries(total, plan), STATE_BYTES
+    if options.optimizer == "adam8bit" and trains:
+        moments -= MOMENTS_8BIT
+        peak[Stage.TRAINING] -= MOMENTS_8BIT * entries_trained
+    encoders = text_encoder_parameters(spec) * dtype.itemsize
+    vae = _bytes(model.vae)
+    samples = 2 * plan.recipe.batch_size
+    targets = sum(cost.steps for cost in plan.stages() if cost.stage is Stage.FROZEN_TARGETS)
+    held = 4 * targets * samples * prod(model.latent_shape)
+    if device.type == "cpu":  # where all parts lie in the same memory, from beginning to end
+        others = {Stage.IMAGES_BEFORE: encoders}
+        more = {stage: others.get(stage, encoders + vae) for stage in peak}
+        if trains:
+            more[Stage.TRAINING] += held
+        return Needs({stage: size + more[stage] for stage, size in peak.items()}, forward, backward, 0, sampled)
+    peak[Stage.LOADING] = _bytes(model.unet) + encoders
+    if options.low_vram and Stage.SALIENCY in peak:
+        peak[Stage.SALIENCY] -= 4 * total
+        held += 4 * total
+    if options.low_vram and trains:
+        peak[Stage.TRAINING] -= moments * entries_trained
+        held += moments * entries_trained
+    return Needs(peak, forward, backward, held, sampled)
+
+
+def _bytes(module: nn.Module | None) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters()) if module is not None else 0
+
+
+class MemoryPeak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and the operations that are dispatched.
+
+    Args:
+        module: Whose parameters are alive already.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = self.operations = 0
+        self._alive: set[int] = set()
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._note(tensor)
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), -(-storage.nbytes() // BLOCK) * BLOCK
+        if key not in self._alive:
+            self._alive.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._note(each)
+        return result
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Context manager: count anew, of what happens inside."""
+        self.peak, self.operations = self.live, 0
+        with self:
+            yield
+
+
+def _sampling(model: Model, plan: Plan, memory: MemoryPeak) -> int:
+    n = batch_size_of(model) * (2 if plan.sampling.guided else 1)
+    with memory.measured(), torch.no_grad():
+        model.predict(*_inputs(model, n))
+    return memory.peak
+
+
+def _inputs(model: Model, n: int) -> tuple[Tensor, Tensor, Any]:
+    """(x_t, t, conditioning) of n samples."""
+    return torch.empty(n, *model.latent_shape), torch.full((n,), model.schedule.t_at(0.5)), _prompts(model, n)
+
+
+def _prompts(model: Model, n: int) -> Any:
+    return model.encode([""]).expand(n)
+
+
+def _decoding(model: Model, memory: MemoryPeak) -> int:
+    """The VAE's decoder beside the network."""
+    if model.vae is None:
+        return memory.live
+    with memory.measured(), torch.no_grad():
+        latents = torch.empty(batch_size_of(model), *model.latent_shape, dtype=model.vae.dtype)
+        model.vae.decode(latents).sample.float()
+    return memory.peak + _bytes(model.vae)
+
+
+def training_data(model: Model, plan: Plan) -> ErasureData:
+    """A training set of the plan's sizes."""
+    recipe, n = plan.recipe, plan.recipe.forget_latents * len(plan.concepts)
+
+    def latents(count: int) -> Tensor:
+        return torch.empty(count, *model.latent_shape)
+
+    prompts = [_prompts(model, count) for count in (n, n, recipe.retain_latents, 1)]
+    return ErasureData(latents(n), latents(n), latents(recipe.retain_latents), *prompts)
+
+
+def _saliency(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak) -> int:
+    parameters, recipe = parameters_in_scope(model, plan.scope), plan.recipe
+    with memory.measured():
+        sums = {name: torch.zeros(p.shape, dtype=torch.float32) for name, p in parameters.items()}
+        losses = saliency_losses(model, data, recipe.guidance, recipe.batch_size, 1, 0)
+        with summed(parameters, sums) as add:
+            add(*next(losses))
+    return memory.peak
+
+
+def _training(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak, cached: bool) -> int:
+    """The second step of SalUn's training, when moments are there."""
+    with memory.measured():
+        optimizer = masked_optimizer(model, plan, cached)
+        with optimizer:
+            take_step(optimizer, lambda step: {"sum": _small(optimizer.packed.values())}, 0, {})
+            take_step(optimizer, lambda step: losses_of(model, plan, data, step), 1, {})
+    return memory.peak
+
+
+def _small(packed: Any) -> Tensor:
+    """A loss that reaches every parameter and needs little memory, by which an optimizer makes its moments."""
+    return torch.stack([each.parameter.view(-1)[:1].float().sum() for each in packed]).sum()
+
+
+def masked_optimizer(model: Model, plan: Plan, cached: bool) -> MaskedOptimizer:
+    """The optimizer of a plan's training, on a model without weights."""
+    parameters, options = parameters_in_scope(model, plan.scope), plan.options
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    masked = plan.method.takes_mask and options.mask != "full"
+    mask = _some_mask(shapes, options.density if masked else 1.0)
+    make = adam("adam", 1e-5, parameters)
+    packs = model.dtype == torch.float16 or options.method == "salun-soft"
+    return MaskedOptimizer(parameters, mask, make, "pack" if packs else "step", cached=cached)
+
+
+def _some_mask(shapes: Mapping[str, tuple[int, ...]], density: float | str) -> Mask:
+    """A mask of this density in each parameter: of its first entries."""
+    bits = {}
+    for name, shape in shapes.items():
+        n = prod(shape)
+        count = min(n, max(1, entries(n, density) if n * float(density) >= 1 else 0))
+        row = np.zeros((n + 7) // 8, np.uint8)
+        row[: count // 8] = 255
+        if count % 8:
+            row[count // 8] = (1 << count % 8) - 1
+        bits[name] = row
+    return Mask(bits, dict(shapes))
+
+
+def losses_of(model: Model, plan: Plan, data: ErasureData, step: int) -> dict[str, Tensor]:
+    """SalUn's losses of a step, with its draw and its frozen targets."""
+    recipe = plan.recipe
+    batch = draw(model, data, recipe.batch_size, recipe.anchor_share, 0, step)
+    targets = frozen_predictions(model, batch, plan.options.target_guidance) if plan.needs_frozen else None
+    forget, retain = training_losses(model, batch, targets, recipe.target, recipe.retain_target)
+    return {"forget": forget, "retain": retain}
+
+
+def _operations(model: Model, plan: Plan) -> tuple[int, int]:
+    """Floating-point operations of one sample: without gradients, and forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    parameters = parameters_in_scope(model, plan.scope)
+    for graph in (False, True):
+        for parameter in parameters.values():
+            parameter.requires_grad_(graph)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(graph):
+            output = model.predict(*_inputs(model, 1))
+            if graph:
+                output.square().mean().backward()
+        counts.append(int(counter.get_total_flops()))
+    for parameter in parameters.values():
+        parameter.requires_grad_(False).grad = None
+    return counts[0], counts[1]
+
+
+def _as_tensors(needs: Needs) -> dict[str, Tensor]:
+    numbers = {name: getattr(needs, name) for name in NUMBERS}
+    numbers |= {f"peak {stage}": size for stage, size in needs.peak.items()}
+    return {name: torch.tensor([number], dtype=torch.int64) for name, number in numbers.items()}
+
+
+def _of_tensors(tensors: Mapping[str, Tensor]) -> Needs:
+    numbers = {name: int(tensor) for name, tensor in tensors.items()}
+    peak = {Stage(name.removeprefix("peak ")): size for name, size in numbers.items() if name.startswith("peak ")}
+    return Needs(peak, **{name: numbers[name] for name in NUMBERS})
