@@ -65,7 +65,8 @@ def check(name: str, batch: int, resolution: int | None) -> None:
     """Print what torch allocates at most in training steps of a model on this CPU, and the simulation of that."""
     options = EraseOptions(batch_size=batch, resolution=resolution, device="cpu", dtype="fp32")
     spec = describe(name)
-    plan = make_plan(spec.settings, spec.name, "circle" if name == "shapes" else "nudity", options)
+    concept = {"shapes": "circle", "digits": "class:3"}.get(name, "nudity")
+    plan = make_plan(spec.settings, spec.name, concept, options)
     needs = simulate(spec, plan, torch.device("cpu"), torch.float32, Cache.of_user())
     model = load_with(name, options)
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
@@ -74,7 +75,7 @@ def check(name: str, batch: int, resolution: int | None) -> None:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    parts = (model.unet, model.vae, *model.text_encoders)
+    parts = [part for part in (model.unet, model.vae, *model.text_encoders) if part is not None]
     weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
     real = weights + max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
     simulated = needs.peak[Stage.TRAINING]

@@ -19,7 +19,7 @@ from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
-from salun.diffusion.simulate import Needs, simulate
+from salun.diffusion.simulate import Needs, operations, simulate
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.errors import ConfigError
 from salun.files import check_disk_space
@@ -80,7 +80,7 @@ def preview(
         with loaded.temporarily_trainable(), loaded.configured(plan.options):
             pace = _measured(loaded, plan)
     else:
-        pace = _computed(needs, device, dtype)
+        pace = _computed(operations(spec, plan, dtype), device, dtype)
     seconds = _seconds(needs, plan, pace)
     disk = disk_needed(spec, plan, outputs, run_dir)
     return {
@@ -197,8 +197,8 @@ def _measured(model: Model, plan: Plan) -> Pace:
     return Pace(of(False), of(True))
 
 
-def _computed(needs: Needs, device: torch.device, dtype: torch.dtype) -> Pace:
-    """From numbers of operations, and the speed of a matrix product here."""
+def _computed(counts: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Pace:
+    """From numbers of operations, forward and with backward, and the speed of a matrix product here."""
     matrix = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
     times = []
     for _ in range(REPEATS + 1):
@@ -207,10 +207,10 @@ def _computed(needs: Needs, device: torch.device, dtype: torch.dtype) -> Pace:
         times.append(time.perf_counter() - began)
     speed = 2 * SIDE**3 / min(times[1:])
 
-    def of(operations: int) -> Callable[[int], tuple[float, float]]:
-        return lambda n: (n * operations / speed * SPREAD[0], n * operations / speed * SPREAD[1])
+    def of(count: int) -> Callable[[int], tuple[float, float]]:
+        return lambda n: (n * count / speed * SPREAD[0], n * count / speed * SPREAD[1])
 
-    return Pace(of(needs.forward), of(needs.backward))
+    return Pace(of(counts[0]), of(counts[1]))
 
 
 def _seconds(needs: Needs, plan: Plan, pace: Pace) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from salun.progress import Stage
 from salun.runs.cache import Cache, key_of
 
 BLOCK = 512  # bytes; what an allocator rounds up to
-NUMBERS = ("forward", "backward", "cpu", "sampled")  # fields of `Needs`
+NUMBERS = ("cpu", "sampled")  # fields of `Needs`
 MOMENTS_8BIT = 6  # of them, what 8-bit moments save
 
 
@@ -47,15 +47,11 @@ class Needs:
 
     Args:
         peak: Stage → bytes on the device at most, weights included.
-        forward: Floating-point operations of one sample's pass without gradients.
-        backward: Of one sample's pass forward and backward.
         cpu: Bytes of CPU memory beside a GPU: moments and sums that are held there, frozen targets.
         sampled: Samples that are sampled at once.
     """
 
     peak: dict[Stage, int]
-    forward: int
-    backward: int
     cpu: int
     sampled: int
 
@@ -111,7 +107,6 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
         if trains:
             peak[Stage.TRAINING] = _training(model, plan, data, memory, cached=device.type == "cpu")
         total = sum(p.numel() for p in parameters_in_scope(model, plan.scope).values())
-        forward, backward = _operations(model, plan)
         sampled = batch_size_of(model)
     entries_trained, moments = trained_entries(total, plan), STATE_BYTES
     if options.optimizer == "adam8bit" and trains:
@@ -127,7 +122,7 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
         more = {stage: others.get(stage, encoders + vae) for stage in peak}
         if trains:
             more[Stage.TRAINING] += held
-        return Needs({stage: size + more[stage] for stage, size in peak.items()}, forward, backward, 0, sampled)
+        return Needs({stage: size + more[stage] for stage, size in peak.items()}, 0, sampled)
     peak[Stage.LOADING] = _bytes(model.unet) + encoders
     if options.low_vram and Stage.SALIENCY in peak:
         peak[Stage.SALIENCY] -= 4 * total
@@ -135,7 +130,7 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
     if options.low_vram and trains:
         peak[Stage.TRAINING] -= moments * entries_trained
         held += moments * entries_trained
-    return Needs(peak, forward, backward, held, sampled)
+    return Needs(peak, held, sampled)
 
 
 def _bytes(module: nn.Module | None) -> int:
@@ -281,22 +276,26 @@ def losses_of(model: Model, plan: Plan, data: ErasureData, step: int) -> dict[st
     return {"forget": forget, "retain": retain}
 
 
-def _operations(model: Model, plan: Plan) -> tuple[int, int]:
-    """Floating-point operations of one sample: without gradients, and forward and backward."""
+def operations(spec: ModelSpec, plan: Plan, dtype: torch.dtype) -> tuple[int, int]:
+    """Floating-point operations of one sample's pass without gradients, and of one forward and backward.
+
+    Args:
+        spec: The model's files; no weight is read.
+        plan: For this model.
+        dtype: Of the network.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = []
-    parameters = parameters_in_scope(model, plan.scope)
-    for graph in (False, True):
-        for parameter in parameters.values():
-            parameter.requires_grad_(graph)
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(graph):
-            output = model.predict(*_inputs(model, 1))
-            if graph:
-                output.square().mean().backward()
-        counts.append(int(counter.get_total_flops()))
-    for parameter in parameters.values():
-        parameter.requires_grad_(False).grad = None
+    with sketched(spec, dtype) as model, model.configured(replace(plan.options, attention="sdpa")):
+        for graph in (False, True):
+            for parameter in parameters_in_scope(model, plan.scope).values():
+                parameter.requires_grad_(graph)
+            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(graph):
+                output = model.predict(*_inputs(model, 1))
+                if graph:
+                    output.square().mean().backward()
+            counts.append(int(counter.get_total_flops()))
     return counts[0], counts[1]
 
 
