@@ -156,7 +156,7 @@ def _repeated(job: EraseJob, force: bool) -> list[str]:
     return [*outputs, *["--allow-pickle"] * job.allow_pickle, *["--force"] * force]
 
 
-TOTALS = ("total", "least", "most")  # of the seconds of a dry run, beside its stages
+TOTALS = ("total", "least", "most")  # of the seconds of a dry run, next to its stages
 
 
 def _preview_lines(plan: dict[str, Any], sources: dict[str, str]) -> list[str]:

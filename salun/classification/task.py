@@ -159,10 +159,11 @@ def minimize(
     mask = Mask({**task.mask.bits, **full.bits}, {**task.mask.shapes, **full.shapes}, task.mask.metadata)
     epoch_of = [epoch for epoch in range(epochs) for _ in batches(epoch, torch.Generator())]
     steps = len(epoch_of)
+    fused = True if task.device.type == "cuda" else None  # one kernel, which leaves out a step that is not finite
     settings = TrainingSettings(
         steps,
         cosine_decay(lr, steps) if cosine else constant(lr),
-        partial(torch.optim.SGD, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay),
+        partial(torch.optim.SGD, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused),
         soft_density=soft_density,
         mode="pack",
         stage=stage,

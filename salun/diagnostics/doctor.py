@@ -107,12 +107,23 @@ def _devices() -> Iterator[Finding]:
         if shutil.which("nvidia-smi"):
             advice = f"there is an NVIDIA driver, but torch {torch.__version__} does not use it: install its CUDA build"
         yield Finding("GPU", "none that torch can use; the CPU works, but slowly", "note", advice)
-    yield Finding("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    yield _processor()
     memory = _memory()
     if memory is not None:
         low = memory[0] < 8 * GIB
         text = f"{memory[0] / GIB:.1f} of {memory[1] / GIB:.1f} GiB free"
         yield Finding("memory", text, "note" if low else "ok", "SD 1.5 on the CPU needs about 10 GiB" if low else "")
+
+
+def _processor() -> Finding:
+    """Cores, threads, and whether other programs keep them busy, as waiting threads then slow torch down much."""
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    text = f"{cores} cores, torch uses {threads} threads"
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+    if threads == 1 or load < cores / 2:
+        return Finding("CPU", text)
+    advice = "other programs keep the cores busy: OMP_NUM_THREADS=1 makes a run faster then, by up to ten times"
+    return Finding("CPU", f"{text}, load {load:.1f}", "note", advice)
 
 
 def _memory() -> tuple[int, int] | None:

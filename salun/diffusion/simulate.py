@@ -47,7 +47,7 @@ class Needs:
 
     Args:
         peak: Stage → bytes on the device at most, weights included.
-        cpu: Bytes of CPU memory beside a GPU: moments and sums that are held there, frozen targets.
+        cpu: Bytes of CPU memory next to a GPU: moments and sums that are held there, frozen targets.
         sampled: Samples that are sampled at once.
     """
 
@@ -87,12 +87,12 @@ def simulate(
         dtype=str(dtype),
         torch=torch.__version__,
     )
-    found = cache.get(key) if cache is not None else None
-    if found is None:
-        found = _as_tensors(_simulated(spec, plan, device, dtype))
+    stored = cache.get(key) if cache is not None else None
+    if stored is None:
+        stored = _as_tensors(_simulated(spec, plan, device, dtype))
         if cache is not None:
-            cache.put(key, found)
-    return _of_tensors(found)
+            cache.put(key, stored)
+    return _of_tensors(stored)
 
 
 def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype) -> Needs:
@@ -197,7 +197,7 @@ def _prompts(model: Model, n: int) -> Any:
 
 
 def _decoding(model: Model, memory: MemoryPeak) -> int:
-    """The VAE's decoder beside the network."""
+    """The VAE's decoder next to the network."""
     if model.vae is None:
         return memory.live
     with memory.measured(), torch.no_grad():

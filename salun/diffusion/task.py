@@ -206,12 +206,13 @@ class ErasureTask:
     def at_strength(self, strength: float) -> Iterator[None]:
         """Context manager: the live network has the weights θ₀ + s·(θ − θ₀); afterwards as it was."""
         original = self.model.original()
-        current = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        place = "cpu" if self.plan.options.low_vram else self.model.device
+        current = {name: p.detach().to(place, copy=True) for name, p in self.parameters.items()}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(original[name])
                 if strength:
-                    parameter.lerp_(current[name], strength)
+                    parameter.lerp_(current[name].to(parameter.device), strength)
         try:
             yield
         finally:
