@@ -1,0 +1,104 @@
+"""Draws the images of the documentation from a real erasure of the embedded model.
+
+    python -m tools.pictures            erase, if build/pictures has no run yet, and write the images
+    python -m tools.pictures --again    erase again, with the code of today
+
+docs/strength.png: the same prompts and seeds at delta strengths 0, 0.5 and 1. docs/mask.png: where the selected weights
+are. The run folder stays in build/pictures/run, so that only the first call takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import salun
+from salun.diffusion.data.latents import item_seed, sample_images
+from salun.files import write_bytes
+from salun.report.image_grid import densities, png_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, RUN = ROOT / "docs", ROOT / "build" / "pictures" / "run"
+CONCEPT, ANCHOR = "circle", "square"
+STRENGTHS = (0.0, 0.5, 1.0)
+PROMPTS = (
+    "one red circle, plain style",
+    "one blue circle, dotted style",
+    "one green circle, night style",
+    "one red star, plain style",
+    "one yellow ring, dotted style",
+    "one pink heart, night style",
+)
+ERASED = 3  # the first prompts, which ask for the concept
+TILE, GAP, LEFT, TOP, BOTTOM = 120, 8, 92, 30, 40
+PAPER, INK, FAINT = (255, 255, 255), (31, 35, 40), (89, 99, 110)
+
+
+def run_folder(again: bool) -> Path:
+    """The folder of an erasure by the default recipe at seed 0, made if it is missing."""
+    if again and RUN.exists():
+        shutil.rmtree(RUN)
+    if not (RUN / "delta.salun.safetensors").exists():
+        salun.erase("shapes", salun.Concept(CONCEPT, anchor=ANCHOR), seed=0, run_dir=RUN)
+    return RUN
+
+
+def strengths(folder: Path) -> np.ndarray:
+    """A row for each strength, a column for each prompt, every column from one seed."""
+    model = salun.load("shapes", device="cpu")
+    delta = salun.Delta.load(folder / "delta.salun.safetensors")
+    seeds = [item_seed(0, "sample", i) for i in range(len(PROMPTS))]
+    rows = []
+    for strength in STRENGTHS:
+        model.load(delta.apply(model.original(), strength))
+        rows.append(sample_images(model, PROMPTS, seeds))
+    return _sheet(np.stack(rows))
+
+
+def _sheet(images: np.ndarray) -> np.ndarray:
+    """images: uint8 (strengths, prompts, h, w, 3)."""
+    rows, columns = images.shape[:2]
+    split = 2 * GAP  # between prompts of the concept and others
+
+    def x(column: int) -> int:
+        return LEFT + column * (TILE + GAP) + (split if column >= ERASED else 0)
+
+    page = Image.new("RGB", (x(columns) + GAP, TOP + rows * (TILE + GAP) + BOTTOM), PAPER)
+    draw, font, small = ImageDraw.Draw(page), ImageFont.load_default(size=15), ImageFont.load_default(size=12)
+    draw.text((x(0), 6), f"prompts with “{CONCEPT}”, erased towards “{ANCHOR}”", INK, font)
+    draw.text((x(ERASED), 6), "other prompts", INK, font)
+    for r, strength in enumerate(STRENGTHS):
+        top = TOP + r * (TILE + GAP)
+        draw.text((GAP, top + TILE // 2 - 18), "strength", FAINT, small)
+        draw.text((GAP, top + TILE // 2 - 3), f"{strength:g}", INK, ImageFont.load_default(size=22))
+        for c in range(columns):
+            tile = Image.fromarray(images[r, c]).resize((TILE, TILE), Image.Resampling.BICUBIC)
+            page.paste(tile, (x(c), top))
+    for c, prompt in enumerate(PROMPTS):
+        for k, line in enumerate(prompt.split(", ")):
+            draw.text((x(c), TOP + rows * (TILE + GAP) + 15 * k), line, FAINT, small)
+    return np.asarray(page)
+
+
+def mask_density(folder: Path) -> np.ndarray:
+    """The fraction of selected weights of each block and kind of layer."""
+    mask = salun.Mask.load(folder / "mask.safetensors")
+    counts = mask.counts()
+    return densities({name: (counts[name], int(np.prod(shape))) for name, shape in mask.shapes.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="erase again, though there is a run already")
+    folder = run_folder(parser.parse_args().again)
+    for name, image in (("strength", strengths(folder)), ("mask", mask_density(folder))):
+        write_bytes(DOCS / f"{name}.png", png_bytes(image))
+        print(DOCS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
