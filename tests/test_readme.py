@@ -1,4 +1,4 @@
-"""The README is true: its two commands are one line each, and its Python runs and erases."""
+"""README and docs are true: commands are one line each, Python runs and erases, links, options and pages exist."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.S | re.M)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub and MkDocs make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", title.strip().lower())) for title in titles}
 
 
 def test_the_first_two_shell_blocks_are_one_line_each() -> None:
@@ -23,9 +31,32 @@ def test_the_first_two_shell_blocks_are_one_line_each() -> None:
     assert tests.strip().endswith("pytest -q -n 2 --dist loadfile")
 
 
-def test_the_links_to_files_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+def test_links_of_readme_and_docs_lead_to_files_and_headings() -> None:
+    broken = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            name, _, heading = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            if not target.exists() or (heading and heading not in anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert broken == []
+
+
+def test_every_page_and_image_of_the_docs_can_be_reached() -> None:
+    import yaml
+
+    class Site(yaml.SafeLoader):
+        """Tags of MkDocs are of no interest here."""
+
+    Site.add_multi_constructor("!", lambda loader, suffix, node: None)
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Site)
+    listed = set(re.findall(r"[\w/.-]+\.md", repr(config["nav"])))
+    docs = ROOT / "docs"
+    pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")}
+    assert listed == pages, "nav of mkdocs.yml"
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [image.name for image in docs.glob("*.*g") if image.name not in text] == []
 
 
 @pytest.mark.slow
@@ -47,12 +78,13 @@ def test_the_python_example_runs_and_the_default_recipe_erases(tmp_path: Path, m
 def test_the_config_file_shown_is_one(tmp_path: Path) -> None:
     from salun.config import read_config
 
-    (tmp_path / "job.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    guide = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    (tmp_path / "job.yaml").write_text(blocks("yaml", guide)[0], encoding="utf-8")
     assert read_config(tmp_path / "job.yaml")["concept"] == ["nudity", "violence"]
 
 
 def test_every_option_shown_exists() -> None:
-    """Options in the README's text and commands that start with `salun erase` or stand by themselves."""
+    """Options in the README and in the guide to the command line."""
     import dataclasses
 
     from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
@@ -61,7 +93,7 @@ def test_every_option_shown_exists() -> None:
 
     kinds = (EraseJob, EvalOptions, CompareOptions, UnlearnOptions)
     known = {"--" + item.name.replace("_", "-") for kind in kinds for item in dataclasses.fields(kind)}
-    known |= {"--config", "--dry-run", "--resume", "--force", "--json"}  # of the command itself
+    known |= {"--config", "--dry-run", "--resume", "--force", "--json", "--debug", "--help"}
     known |= {
         "--delta",
         "--strength",
@@ -72,5 +104,6 @@ def test_every_option_shown_exists() -> None:
         "--energy",
         "--base",
     }  # of others
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXT))
+    text = TEXT + (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
     assert shown - known - {"--check"} == set()
