@@ -59,6 +59,15 @@ def test_every_page_and_image_of_the_docs_can_be_reached() -> None:
     assert [image.name for image in docs.glob("*.*g") if image.name not in text] == []
 
 
+def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    """Headings that quote a message: each part between “…” is in a text of the code."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    parts = [part.strip() for title in re.findall(r"^### ([^A-Z].*)$", page, re.M) for part in title.split("…")]
+    files = (file for folder in ("salun", "cli", "extension", "comfy_nodes") for file in ROOT.glob(f"{folder}/**/*.py"))
+    code = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert [part for part in parts if part and part not in code] == []
+
+
 @pytest.mark.slow
 def test_the_python_example_runs_and_the_default_recipe_erases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's ten lines, in an empty folder, at full length."""

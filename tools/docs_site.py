@@ -27,6 +27,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
             return match[0]
         if config.repo_url:
             return f"[{label}]({config.repo_url.rstrip('/')}/blob/HEAD/{path})"
-        return label if path in label else f"{label} (`{path}`)"
+        return label if path in label else f"{label} in `{path}`"
 
-    return MATH.sub(lambda match: f"<div>{convert(match[1].strip(), display='block')}</div>", LINK.sub(link, markdown))
+    return MATH.sub(_mathml, LINK.sub(link, markdown))
+
+
+def _mathml(match: re.Match[str]) -> str:
+    return f'<div style="overflow-x: auto">{convert(match[1].strip(), display="block")}</div>'
