@@ -1,10 +1,10 @@
 """Draws the images of the documentation from a real erasure of the embedded model.
 
-    python -m tools.pictures            erase, if build/pictures has no run yet, and write the images
-    python -m tools.pictures --again    erase again, with the code of today
+    python -m tools.doc_images            erase, if build/doc_images has no run yet, and write the images
+    python -m tools.doc_images --again    erase again, with the code of today
 
 docs/strength.png: the same prompts and seeds at delta strengths 0, 0.5 and 1. docs/mask.png: where the selected weights
-are. The run folder stays in build/pictures/run, so that only the first call takes minutes.
+are. The run folder stays in build/doc_images/run, so that only the first call takes minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from salun.files import write_bytes
 from salun.report.image_grid import densities, png_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS, RUN = ROOT / "docs", ROOT / "build" / "pictures" / "run"
+DOCS, RUN = ROOT / "docs", ROOT / "build" / "doc_images" / "run"
 CONCEPT, ANCHOR = "circle", "square"
 STRENGTHS = (0.0, 0.5, 1.0)
 PROMPTS = (
