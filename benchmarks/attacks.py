@@ -36,6 +36,13 @@ ATTACKED = (
 )  # fmt: skip
 HEAD = """# Attacks on erased models
 
+**What it shows.** **Erased concepts come back when somebody tries.** Fine-tuning on 16 images brings them back after
+SalUn, hardened or not, and UCE in 75 to 100 % of prompts. Learned tokens (concept inversion) succeed in 66 to 97 %
+after SalUn and in 94 to 100 % after UCE. `--harden` holds these at 16 % or less, but not fine-tuning, and for *red*
+neither the prompt search (47 %) nor a merge with the original (84 %); it costs quality: after the hardened *red* 55 %
+of the images show the anchor. ESD withstands more because it damages the model: accuracy on other prompts falls by 36
+and 41 percentage points. One seed and 32 prompts: small differences mean nothing.
+
 Written by `benchmarks/attacks.py` on the embedded model `shapes`, on a CPU: each method erases each concept with its
 preset anchor, and each attack of the small budget is made on the result ({n} prompts of each concept, seeds {seeds}).
 Numbers are percentages of prompts of which an image shows the concept after the attack (ASR), means over the seeds. UA,

@@ -163,6 +163,10 @@ def measure(scale: float, folder: Path) -> str:
     option, aside = ("", "") if scale == 1 else (f" --scale {scale:g}", ", not of Stable Diffusion 1.5's size")
     return f"""# Sizes of sparse deltas
 
+**What it shows.** A delta that changes half of the weights of SD 1.5's UNet takes 55 % of the UNet's file, one of a
+tenth 16 %, and one of a hundredth 3 %; compressed, a good half of that. So small deltas need a low density. Applying
+or undoing one takes 8 to 24 seconds on one core. Sizes are of simulated steps on random weights.
+
 Written by `benchmarks/delta.py{option}`: a UNet of {entries / 1e6:,.1f} M random fp16 weights{aside},
 {unet / 1e6:,.0f} MB.
 

@@ -59,7 +59,16 @@ DECISIVE = (
 )  # fmt: skip
 
 
+# its first paragraph is written by hand: revise it after a new run
 PREAMBLE = """\
+**What it shows.** At density 0.5 every variant erases: on average 95 % or more of the concept's images no longer show
+it, and the accuracy on other prompts falls by at most 1.6 percentage points. **The saliency mask does not help
+there**: half of the weights at random, all weights, or cross-attention alone give the same within the spread of three
+seeds, and on *red* cross-attention alone is the most even. The mask helps where few weights may change: at density
+0.01 UA is 35 % by saliency and 2 % at random, at 0.1 it is 97.5 and 94.0 %; from 0.3 on there is no difference.
+Cross-attention alone moves other images of *circle* a little further (Fréchet distance 14.9, not 13.5). SalUn-soft
+never found a sparse mask: its final density was 1 in every run.
+
 Written by `benchmarks/erase.py`: {n} images each of forget and retain prompts per row and seed, from prompts that
 training never used, at the same seeds before and after, on a CPU. Mean ± standard deviation over seeds; percent and
 percentage points.

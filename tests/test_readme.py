@@ -59,6 +59,15 @@ def test_every_page_and_image_of_the_docs_can_be_reached() -> None:
     assert [image.name for image in docs.glob("*.*g") if image.name not in text] == []
 
 
+def test_every_page_of_results_begins_with_what_it_shows() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8").split("## Results")[1]
+    pages = set(re.findall(r"\(([\w-]+\.md)\)", index)) - {"performance.md"}
+    assert len(pages) > 10
+    for page in pages:
+        title, first, *_ = (ROOT / "docs" / page).read_text(encoding="utf-8").split("\n\n")
+        assert title.startswith("# ") and first.startswith("**What it shows.** "), page
+
+
 def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
     """Headings that quote a message: each part between “…” is in a text of the code."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
