@@ -53,7 +53,7 @@ def test_every_page_and_image_of_the_docs_can_be_reached() -> None:
     config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Site)
     listed = set(re.findall(r"[\w/.-]+\.md", repr(config["nav"])))
     docs = ROOT / "docs"
-    pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")}
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md") if not page.match("decisions/0*")}
     assert listed == pages, "nav of mkdocs.yml"
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [image.name for image in docs.glob("*.*g") if image.name not in text] == []

@@ -2,15 +2,19 @@
 
     python -m tools.doc_images            erase, if build/doc_images has no run yet, and write the images
     python -m tools.doc_images --again    erase again, with the code of today
+    python -m tools.doc_images --page     also erase by clicking in `salun ui` (needs the extra `browser` and Chromium)
 
 docs/strength.png: the same prompts and seeds at delta strengths 0, 0.5 and 1. docs/mask.png: where the selected weights
-are. The run folder stays in build/doc_images/run, so that only the first call takes minutes.
+are. docs/webui-page.png: the page of `salun ui` when the job is done. The run folder stays in build/doc_images/run, so
+that only the first call takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +95,43 @@ def mask_density(folder: Path) -> np.ndarray:
     return densities({name: (counts[name], int(np.prod(shape))) for name, shape in mask.shapes.items()})
 
 
+def page() -> bytes:
+    """The page of `salun ui` after an erasure by clicking, as PNG; its data folder is new each time."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    data = RUN.parent / "ui"
+    shutil.rmtree(data, ignore_errors=True)
+    command = [sys.executable, "-m", "salun", "ui", "--port", "0", "--data", str(data)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server, sync_playwright() as started:
+        assert server.stdout is not None
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        shown = browser.new_page(viewport={"width": 1200, "height": 900})
+        shown.goto(server.stdout.readline().split(" ")[0])
+        shown.locator("#salun_preset input").first.click()
+        shown.get_by_role("option", name=CONCEPT, exact=True).first.click()
+        shown.locator("#salun_anchor").locator("input, textarea").first.fill(ANCHOR)
+        shown.locator("#salun_erase").click()
+        shown.locator(".salun-job[data-state=done]").first.wait_for(timeout=30 * 60_000)
+        shown.wait_for_timeout(3000)  # images and charts
+        shown.evaluate("window.scrollTo(0, 0)")
+        image = shown.screenshot()
+        browser.close()
+        server.terminate()
+    return image
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="store_true", help="erase again, though there is a run already")
-    folder = run_folder(parser.parse_args().again)
+    parser.add_argument("--page", action="store_true", help="also draw the page of `salun ui`")
+    arguments = parser.parse_args()
+    folder = run_folder(arguments.again)
     for name, image in (("strength", strengths(folder)), ("mask", mask_density(folder))):
         write_bytes(DOCS / f"{name}.png", png_bytes(image))
         print(DOCS / f"{name}.png")
+    if arguments.page:
+        write_bytes(DOCS / "webui-page.png", page())
 
 
 if __name__ == "__main__":
