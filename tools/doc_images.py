@@ -109,7 +109,7 @@ def page() -> bytes:
         shown = browser.new_page(viewport={"width": 1200, "height": 900})
         shown.goto(server.stdout.readline().split(" ")[0])
         shown.locator("#salun_preset input").first.click()
-        shown.get_by_role("option", name=CONCEPT, exact=True).first.click()
+        shown.get_by_role("listbox").get_by_role("option", name=CONCEPT, exact=True).first.click()
         shown.locator("#salun_anchor").locator("input, textarea").first.fill(ANCHOR)
         shown.locator("#salun_erase").click()
         shown.locator(".salun-job[data-state=done]").first.wait_for(timeout=30 * 60_000)
