@@ -116,12 +116,13 @@ def test_a_run_resumes_with_its_model_and_images_at_another_path(
     (tmp_path / "a").mkdir()
     shutil.copytree(Path(salun.__file__).parent / "assets" / "shapes", tmp_path / "a" / "shapes")
     options: dict[str, Any] = {**SHORT, "eval_images": 0, "cache": Cache(tmp_path / "cache")}
-    salun.erase(str(tmp_path / "a" / "shapes"), "circle", run_dir=tmp_path / "whole", **options)
-    with pytest.raises(Cancelled):
-        salun.erase(
-            str(tmp_path / "a" / "shapes"), "circle", run_dir=tmp_path / "run", progress=stopping_at("training", 3),
-            **options,
-        )  # fmt: skip
+    model = str(tmp_path / "a" / "shapes")
+
+    def copy_run(event: Event, /) -> None:
+        if (event.stage, event.step) == ("training", 3):
+            shutil.copytree(tmp_path / "whole", tmp_path / "run")
+
+    salun.erase(model, "circle", run_dir=tmp_path / "whole", save_every=0, progress=copy_run, **options)
     (tmp_path / "a").rename(tmp_path / "b")
     monkeypatch.chdir(tmp_path / "b")
     run = salun.erase("./shapes", "circle", run_dir=tmp_path / "run", resume=True, **options)
@@ -155,14 +156,27 @@ def test_a_run_is_not_written_through_a_link_in_its_folder(name: str, shapes: Mo
     assert not list(other.iterdir()) if name == "state" else other.read_text(encoding="utf-8") == "{}"
 
 
-@pytest.mark.parametrize("summary", ["", "7", "{}", '{"warnings": 1, "mode": "saliency"}', "[" * 5_000])
-def test_a_saved_mask_with_other_notes_is_found_anew(summary: str, shapes: Model, whole: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def with_mask(shapes: Model, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an erasure that was stopped once its mask was saved."""
+    folder = tmp_path_factory.mktemp("with_mask") / "run"
     with pytest.raises(Cancelled):
-        salun.erase(shapes, "circle", run_dir=tmp_path, progress=stopping_at("frozen targets", 1), **SHORT)
-    saved = Mask.load(tmp_path / "state" / "mask.safetensors")
-    Mask(saved.bits, saved.shapes, {**saved.metadata, "summary": summary}).save(tmp_path / "state" / "mask.safetensors")
-    salun.erase(shapes, "circle", run_dir=tmp_path, resume=True, **SHORT)
-    assert contents(tmp_path) == contents(whole)
+        salun.erase(shapes, "circle", run_dir=folder, progress=stopping_at("frozen targets", 1), **SHORT)
+    return folder
+
+
+@pytest.mark.parametrize("summary", ["", "7", "{}", '{"warnings": 1, "mode": "saliency"}', "[" * 5_000])
+def test_a_saved_mask_with_other_notes_is_found_anew(
+    summary: str, shapes: Model, with_mask: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(with_mask, tmp_path / "run")
+    path = run / "state" / "mask.safetensors"
+    expected = path.read_bytes()
+    saved = Mask.load(path)
+    Mask(saved.bits, saved.shapes, {**saved.metadata, "summary": summary}).save(path)
+    with pytest.raises(Cancelled):
+        salun.erase(shapes, "circle", run_dir=run, resume=True, progress=stopping_at("frozen targets", 1), **SHORT)
+    assert path.read_bytes() == expected
 
 
 def test_resume_with_another_model_is_told_in_short_also_by_a_dry_run(shapes: Model, tmp_path: Path) -> None:
@@ -228,12 +242,12 @@ def test_without_its_samples_a_run_samples_the_same_again(shapes: Model, whole: 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Two of the fifty that `tools/kill.py` is for."""
+    """Two of the fifty that `tools/kill.py` is for: one within the sampling, one within the training."""
     spec = importlib.util.spec_from_file_location("kill", Path(__file__).resolve().parents[1] / "tools" / "kill.py")
     assert spec is not None and spec.loader is not None
     kill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kill)
-    assert kill.main(3, seed=1, folder=tmp_path) == 0
+    assert kill.main(2, seed=189, folder=tmp_path) == 0
 
 
 def test_an_output_written_before_the_stop_is_recognised_and_another_is_not(shapes: Model, tmp_path: Path) -> None:
@@ -255,9 +269,10 @@ class TestCache:
     """Latents are sampled once for the same model, prompts, seeds and sampler."""
 
     def sampled(self, shapes: Model, cache: Cache, concept: str = "circle", **options: Any) -> int:
-        """Runs, and counts the batches that were not in the cache."""
+        """Runs until all is sampled, and counts the batches that were not in the cache."""
         before = len(cache.entries())
-        salun.erase(shapes, concept, cache=cache, **{**SHORT, "steps": 1, **options})
+        with pytest.raises(Cancelled):
+            salun.erase(shapes, concept, cache=cache, progress=stopping_at("saliency", 1), **{**SHORT, **options})
         return len(cache.entries()) - before
 
     def test_a_second_run_samples_nothing_anew(self, shapes: Model, tmp_path: Path) -> None:
@@ -270,13 +285,14 @@ class TestCache:
 
     def test_an_entry_cut_short_or_altered_is_made_again(self, shapes: Model, tmp_path: Path) -> None:
         cache = Cache(tmp_path)
-        first = salun.erase(shapes, "circle", cache=cache, **SHORT)
+        assert self.sampled(shapes, cache) == 4
+        sound = contents(tmp_path)
         for i, (path, _, _) in enumerate(cache.entries()):
             content = path.read_bytes()
             path.write_bytes(content[:-7] if i % 2 else content[:-1] + bytes([content[-1] ^ 1]))
-        second = salun.erase(shapes, "circle", cache=cache, **SHORT)
-        assert first.mask == second.mask
-        assert len(cache.entries()) == 4
+        assert all(content != sound[name] for name, content in contents(tmp_path).items())
+        assert self.sampled(shapes, cache) == 0
+        assert contents(tmp_path) == sound
 
     def test_the_limit_holds_and_the_longest_unused_go_first(self, tmp_path: Path) -> None:
         import os

@@ -26,7 +26,7 @@ from salun.files import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = "--concept circle --model shapes --device cpu --steps 6 --batch-size 4 --forget-latents 8 --retain-latents 8"
-JOB += " --eval-images 4 --save-every 0 --seed 0"
+JOB += " --eval-images 4 --sampling-steps 6 --save-every 0 --seed 0"
 TIMES = {"run.json", "report.html", "log.txt", ".lock"}  # they hold times, or nothing
 
 
