@@ -1,8 +1,10 @@
 """Strangers' files: whatever is in them, every reader ends in an answer or one error of ours, soon and with few bytes.
 
 A small checkpoint, a mask and a delta are damaged at random: some in their raw bytes, others with knowledge of what the
-bytes mean, so that the damage gets past the first checks. All of it follows from `SEED`. One case alone is read by
+bytes mean, so that the damage gets past the first checks. All of it follows from `SEED`. More cases, or one case alone,
+are read by
 
+    python -m tests.test_fuzz FOLDER --cases 100000
     python -m tests.test_fuzz FOLDER --case 1234
 
 and with `--deltas` given to what writes: apply, undo and export, of a damaged delta on its base, and of a sound one on
@@ -38,8 +40,8 @@ from salun.masking.mask import Mask
 from tools import checkpoints
 
 SEED = 0
-CASES = 10_000
-DELTA_CASES = 1_000
+CASES = 4_000
+DELTA_CASES = 400
 SECONDS = 5.0  # of CPU time, for one file
 MEMORY = 1_000_000_000  # bytes, of which diffusers and torch take half before anything is read
 
@@ -423,42 +425,45 @@ def test_no_damage_brings_a_command_down_or_leaves_a_file(tmp_path: Path) -> Non
         assert 0 < found["wrote"][command] < DELTA_CASES * 0.6, found["wrote"]
 
 
-DEEP = b"[" * 400 + b"]" * 400
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("item", [b'{"a":0}', b"[[]]", DEEP, b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'])
-def test_no_header_takes_a_gigabyte(item: bytes, tmp_path: Path) -> None:
+def test_no_header_takes_a_gigabyte(tmp_path: Path) -> None:
     """The longest header that is read at all, of what takes most memory when parsed."""
-    limit = 12 * 1024 * 1024
-    parts, size = [], 1
-    while size < limit - 2000:
-        parts.append(b'"%d":%b' % (len(parts), item))
-        size += len(parts[-1]) + 1
-    (tmp_path / "long.safetensors").write_bytes(joined((b"{" + b",".join(parts) + b"}").ljust(limit), b""))
-    found = child(tmp_path, "--read", "long.safetensors")
+    limit, deep = 12 * 1024 * 1024, b"[" * 400 + b"]" * 400
+    names = []
+    for item in (b'{"a":0}', b"[[]]", deep, b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'):
+        parts, size = [], 1
+        while size < limit - 2000:
+            parts.append(b'"%d":%b' % (len(parts), item))
+            size += len(parts[-1]) + 1
+        names.append(f"{len(names)}.safetensors")
+        (tmp_path / names[-1]).write_bytes(joined((b"{" + b",".join(parts) + b"}").ljust(limit), b""))
+    found = child(tmp_path, "--read", *names)
     assert found["memory"] < MEMORY
-    assert found["seconds"] < 4 * SECONDS
+    assert len(found["seconds"]) == 4 and max(found["seconds"]) < 2 * SECONDS
 
 
 def main() -> None:
-    """The child process: all cases, one case, or one file that is there."""
+    """The child process: all cases, one case, or files that are there."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--case", type=int)
     parser.add_argument("--deltas", action="store_true")
-    parser.add_argument("--read")
+    parser.add_argument("--cases", type=int)
+    parser.add_argument("--read", nargs="*", default=[])
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.read:
-        began = time.process_time()
-        try:
-            safetensors_io.read_header(given.folder / given.read)
-        except SalunError as error:
-            print(error, file=sys.stderr)
-        print(json.dumps({"memory": peak_memory(), "seconds": time.process_time() - began}))
+        seconds = []
+        for name in given.read:
+            began = time.process_time()
+            try:
+                safetensors_io.read_header(given.folder / name)
+            except SalunError as error:
+                print(error, file=sys.stderr)
+            seconds.append(time.process_time() - began)
+        print(json.dumps({"memory": peak_memory(), "seconds": seconds}))
         return
-    number, cases = given.case, DELTA_CASES if given.deltas else CASES
+    number, cases = given.case, given.cases or (DELTA_CASES if given.deltas else CASES)
     numbers = range(cases) if number is None else range(number, number + 1)
     print(json.dumps((attack_deltas if given.deltas else attack)(given.folder, numbers)))
 
