@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +84,31 @@ def little() -> torch.nn.Module:
 def copy_of_shapes(tmp_path: Path) -> Path:
     """A folder of the embedded model's files, to be changed."""
     return Path(shutil.copytree(ASSETS / "shapes", tmp_path / "my model"))
+
+
+def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command `salun` with these arguments in this process, which spares its start: exit code and output."""
+    from cli.main import main
+
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n") for name in ("stdout", "stderr")}
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["salun", *arguments])
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        for name, stream in streams.items():
+            patch.setattr(sys, name, stream)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    printed = []
+    for stream in streams.values():
+        stream.flush()
+        printed.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    code = ended.value.code
+    return subprocess.CompletedProcess(["salun", *arguments], code if isinstance(code, int) else 0, *printed)
 
 
 def change_config(folder: Path, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, exit codes, one-line errors, clean JSON."""
+"""The command line as a user meets it: exit codes, one-line errors, clean JSON, and what only a real process shows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ import torch
 from salun.masking.mask import Mask
 from salun.runs.cache import Cache
 
+from .conftest import run_command as salun
+
 SHORT = ["--steps", "3", "--batch-size", "4", "--forget-latents", "8", "--retain-latents", "8", "--eval-images", "4"]
 SHORT += ["--sampling-steps", "6"]
 
 
-def salun(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """As `salun`, but in a process of its own, into whose output libraries may write too."""
     command = [sys.executable, "-m", "salun", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -33,7 +36,9 @@ def salun(*arguments: str, cwd: Path, **options: object) -> subprocess.Completed
 def erased(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A folder in which `salun erase --json` ran."""
     folder = tmp_path_factory.mktemp("cli")
-    done = salun("erase", "--concept", "circle", "--model", "shapes", "--run-dir", "run", *SHORT, "--json", cwd=folder)
+    done = process(
+        "erase", "--concept", "circle", "--model", "shapes", "--run-dir", "run", *SHORT, "--json", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -46,7 +51,7 @@ def test_json_is_one_object_and_nothing_else(erased: tuple[Path, subprocess.Comp
 
 
 def test_a_run_says_where_its_report_is(tmp_path: Path) -> None:
-    done = salun("erase", "--concept", "night", *SHORT, "--output", "out.salun.safetensors", cwd=tmp_path)
+    done = process("erase", "--concept", "night", *SHORT, "--output", "out.salun.safetensors", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("report: runs")
@@ -98,6 +103,15 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], code: int
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [WRONG[0], WRONG[3], WRONG[22]])
+def test_libraries_print_nothing_beside_that_line(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    done = process(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (code, "", 1), done.stderr
+    assert message in done.stderr
 
 
 def test_an_unknown_option_is_wrong_usage(tmp_path: Path) -> None:
