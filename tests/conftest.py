@@ -88,7 +88,7 @@ def copy_of_shapes(tmp_path: Path) -> Path:
 
 def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command `salun` with these arguments in this process, which spares its start: exit code and output."""
-    from cli.main import main
+    from salun.__main__ import main
 
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n") for name in ("stdout", "stderr")}
     handler = signal.getsignal(signal.SIGINT)

@@ -30,6 +30,8 @@ from salun.masking.mask import Mask
 from salun.progress import Event, Stage
 from salun.runs.cache import Cache
 
+from .conftest import run_command as salun
+
 QUICK: dict[str, Any] = {"train_epochs": 2, "epochs": 2, "device": "cpu"}
 
 
@@ -336,12 +338,6 @@ def test_a_run_json_repeats_its_run(run: Path) -> None:
 
 
 # -- the commands --------------------------------------------------------------------------------------------------
-
-
-def salun(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "salun", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 def test_unlearning_on_the_digits_needs_no_more_than_a_method(tmp_path: Path) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,8 @@ from salun.evaluation.detectors.attribute import AttributeClassifier
 from salun.files import sha256_file
 from salun.progress import Event, Stage, silent
 
+from .conftest import run_command
+
 I2P = "prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\n"
 ROWS = '"drawing of one red circle, plain style",7,3,64,64\n"one blue star, night style",8,2,64,64\n'
 
@@ -45,22 +44,20 @@ def erased(shapes: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run in `run`, its model as a single file, and prompts in `i2p.csv`."""
     folder = tmp_path_factory.mktemp("eval")
     few = {"eval_images": 4, "steps": 4, "batch_size": 4, "forget_latents": 8, "retain_latents": 8}
+    few["sampling_steps"] = 6
     run = salun.erase(shapes, "circle", run_dir=folder / "run", progress=silent, **few)
     run.save(folder / "single.safetensors")
     (folder / "i2p.csv").write_text(I2P + ROWS, encoding="utf-8")
     return folder
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    settings = {**os.environ, "SALUN_CACHE": str(cwd / "cache")}
-    program = [sys.executable, "-m", "salun", *arguments]
-    return subprocess.run(program, cwd=cwd, env=settings, capture_output=True, text=True, encoding="utf-8")
-
-
 @pytest.mark.slow
-def test_eval_judges_a_run_with_several_detectors_and_a_prompt_file(erased: Path) -> None:
+def test_eval_judges_a_run_with_several_detectors_and_a_prompt_file(
+    erased: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SALUN_CACHE", str(erased / "cache"))
     options = ("--detector", "attribute", "--detector", "self", "--prompts", "i2p.csv", "--keep-images", "-n", "8")
-    done = command("eval", "run", *options, cwd=erased)
+    done = run_command("eval", "run", *options, cwd=erased)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "attribute:" and lines[1].split(":")[0] in ("Erased", "Mostly erased", "Barely changed")
@@ -190,7 +187,7 @@ def test_eval_compares_any_model_with_its_original_and_continues_from_the_cache(
     erased: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SALUN_CACHE", str(erased / "cache"))
-    options = EvalOptions(against="shapes", concept=["circle"], n=8, seed=5)
+    options = EvalOptions(against="shapes", concept=["circle"], n=8, seed=5, sampling_steps=6)
 
     def sampled(target: str) -> tuple[dict[str, Any], int]:
         steps: list[Event] = []
@@ -238,7 +235,7 @@ def test_eval_says_what_is_missing_before_it_samples(
 def test_eval_checks_its_output_before_it_samples(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     for output in ("file", "file/below"):
-        done = command("eval", "shapes", "--concept", "circle", "--output", output, cwd=tmp_path)
+        done = run_command("eval", "shapes", "--concept", "circle", "--output", output, cwd=tmp_path)
         assert done.returncode == 2 and "not a folder" in done.stderr and done.stderr.count("\n") == 1
     (tmp_path / "used" / "eval.csv").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"in which eval\.csv is a folder\. Name another"):

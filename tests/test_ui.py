@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from .conftest import run_command
+
 ROOT = Path(__file__).resolve().parents[1]
 NO_GRADIO = "import sys; sys.modules['gradio'] = None; sys.argv = ['salun', *sys.argv[1:]]\n"
 NO_GRADIO += "from salun.__main__ import main; main()"
@@ -48,7 +50,7 @@ def salun(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "salun")
     ids=str,
 )
 def test_an_open_door_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = salun(*arguments, cwd=tmp_path)
+    done = run_command("ui", *arguments, cwd=tmp_path)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert not list(tmp_path.iterdir())
 
