@@ -30,8 +30,12 @@ SHORT = {
 }  # fmt: skip
 
 
-# files whose tests take long; the others follow
-LONG = ("readme", "cli", "resume", "ui_browser", "verdict", "true_size", "processes", "until", "fuzz", "packaging")
+# files that take more than about half a minute, the longest first; the others follow
+LONG = (
+    "readme", "ui_browser", "resume", "classification_compare", "single_file", "jobs", "cli", "comfy_nodes", "verdict",
+    "attacks", "class_models", "eval", "true_size", "fuzz", "compare", "webui_api", "processes", "memory",
+    "classification_search", "until", "harden", "other_names", "packaging", "shapes",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -354,7 +354,7 @@ def test_the_embedded_digits_forget_one_and_attacks_and_evaluation_judge_it(tmp_
     assert metrics["ua"]["value"] > 80 and metrics["ra_after"]["value"] > 90
     assert metrics["ua_before"]["value"] < 5 and metrics["ra_before"]["value"] > 95
     names = ["quantize", "inversion+steps=4+start=anchor", "prompt-search+timesteps=1+iterations=1"]
-    made = attack(str(tmp_path / "run"), AttackOptions(attack=names, n=8, images=8, control=True)).as_json()
+    made = attack(str(tmp_path / "run"), AttackOptions(attack=names, n=4, images=4, control=True)).as_json()
     results = {(each["attack"], each["side"]): each for each in made["attacks"]}
     assert results[names[0], "original"]["asr"]["value"] > 90 and results[names[1], "erased"]["asr"] is not None
     assert "takes one label" in results[names[2], "erased"]["error"]

@@ -72,34 +72,13 @@ def until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_does_what_the_core_does_and_tells_it_forwards(
-    make: Make, tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_cancel_is_quick_and_a_resumed_job_does_what_the_core_does_and_tells_it_forwards(
+    make: Make, tmp_path: Path, run_folder: Path
 ) -> None:
     """To the same bytes as `salun.erase` with the same options, previews or not."""
     seen: list[tuple[float, str]] = []
     queue = make(after=lambda job: seen.append((job.fraction, "after")))
     job = queue.submit("erase", "forget circle", {**asked(tmp_path / "run"), "preview_every": 2}, "run")
-    while job.open:
-        seen.append((job.fraction, job.stage))
-        time.sleep(0.02)
-    assert (job.state, job.error) == ("done", None)
-    fractions, stages = [f for f, _ in seen], list(dict.fromkeys(stage for _, stage in seen))
-    assert fractions == sorted(fractions)
-    assert [s for s in stages if s in ("sampling", "training", "saving")] == ["sampling", "training", "saving"]
-    assert [row[0] for row in job.losses][-1] == SHORT["steps"]
-    assert job.previews == ["preview-000002.png"]
-    assert (queue.folder / job.id / job.previews[0]).read_bytes().startswith(b"\x89PNG")
-    for name in ("delta.salun.safetensors", "mask.safetensors", "model/unet/diffusion_pytorch_model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (run_folder / name).read_bytes(), name
-    until(lambda: seen[-1] == (1.0, "after"))
-
-
-@pytest.mark.slow
-def test_cancel_is_quick_and_resume_ends_as_if_it_had_never_stopped(
-    make: Make, tmp_path: Path, run_folder: Path
-) -> None:
-    queue = make()
-    job = queue.submit("erase", "forget circle", asked(tmp_path / "run"), "run")
     until(lambda: job.stage == "saliency" or not job.open)
     began = time.monotonic()
     queue.cancel(job.id)
@@ -107,11 +86,23 @@ def test_cancel_is_quick_and_resume_ends_as_if_it_had_never_stopped(
     assert time.monotonic() - began < 2  # what HOSTS asks for
     assert not (tmp_path / "run" / "delta.salun.safetensors").exists()
     assert job.resumable
-    again = queue.wait(queue.resume(job.id).id, 120)
+    until(lambda: bool(seen))
+    seen.clear()
+    again = queue.resume(job.id)
+    while again.open:
+        seen.append((again.fraction, again.stage))
+        time.sleep(0.02)
     assert (again.state, again.error) == ("done", None)
     assert not job.resumable  # its run has been taken on
-    name = "delta.salun.safetensors"
-    assert (tmp_path / "run" / name).read_bytes() == (run_folder / name).read_bytes()
+    fractions, stages = [f for f, _ in seen], list(dict.fromkeys(stage for _, stage in seen))
+    assert fractions == sorted(fractions)
+    assert [s for s in stages if s in ("saliency", "training", "saving")] == ["saliency", "training", "saving"]
+    assert [row[0] for row in again.losses][-1] == SHORT["steps"]
+    assert again.previews == ["preview-000002.png"]
+    assert (queue.folder / again.id / again.previews[0]).read_bytes().startswith(b"\x89PNG")
+    for name in ("delta.salun.safetensors", "mask.safetensors", "model/unet/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (run_folder / name).read_bytes(), name
+    until(lambda: seen[-1] == (1.0, "after"))
 
 
 def test_asked_twice_it_is_one_job_and_a_queued_one_is_cancelled_at_once(make: Make, tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_verdict_says_what_happened_and_what_to_do(
 @pytest.mark.parametrize("detector", ["attribute", "self"])
 def test_verdict_is_right_on_constructed_models(shapes: Model, detector: str) -> None:
     """The untouched model, a network that gives noise, and one that draws squares for all (an erasure that damaged)."""
-    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(seed=2, detector=detector))
+    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(seed=2, detector=detector, sampling_steps=6))
     prompts = eval_prompts(plan, 16, 2)
     original = {name: tensor.clone() for name, tensor in shapes.original().items()}
     squares = {"conv_out.bias": original["conv_out.bias"] + 3}
