@@ -154,10 +154,10 @@ def test_a_search_goes_down_where_no_value_gives_a_model_and_ends_after_three_mo
 
 def test_the_trials_of_a_search_share_what_they_count_and_nothing_after_it_does() -> None:
     """Two values tried together have the figures that each has alone; the task itself remembers nothing."""
-    setting = setup_of(UnlearnOptions(method="ff", retrain="no", **{**QUICK, "epochs": None}))
+    setting = setup_of(UnlearnOptions(method="iu", retrain="no", gradients=32, **{**QUICK, "epochs": None}))
     original = setting.original(silent)
-    apart = [trials(setting.task(original, silent), [value])["tried"][0] for value in (0.001, 0.01)]
-    assert trials(setting.task(original, silent), [0.001, 0.01])["tried"] == apart
+    apart = [trials(setting.task(original, silent), [value])["tried"][0] for value in (0.5, 2.0)]
+    assert trials(setting.task(original, silent), [0.5, 2.0])["tried"] == apart and apart[0] != apart[1]
     task = setting.task(original, silent)
     search(task)
     assert not task.memo
