@@ -32,10 +32,10 @@ class SalUnAttack(Node):
     """Tests whether the concept comes back."""
 
     TITLE = "SalUn Attack"
-    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING", "STRING"), ("images", "results", "verdict")
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING", "STRING"), ("images", "metrics", "verdict")
     OUTPUT_TOOLTIPS = (
-        "A row for each attack: images that show the concept come first.",
-        "Results as JSON.",
+        "Images of each attack, one row each; those that show the concept come first.",
+        "Success rate of each attack and other metrics, as JSON.",
         "Whether the concept comes back, and by which attack.",
     )
     DESCRIPTION = (

@@ -7,10 +7,10 @@ from typing import Any
 from salun.diffusion.prompts.concepts import Concept, presets
 from salun.errors import ConfigError
 
+from .inputs import AUTO
 from .types import CONCEPT, Concepts, Node
 
-TEXT = "(text)"
-EMPTY = '""'
+CUSTOM = "custom"
 
 
 class SalUnConcept(Node):
@@ -18,8 +18,11 @@ class SalUnConcept(Node):
 
     TITLE = "SalUn Concept"
     RETURN_TYPES, RETURN_NAMES = (CONCEPT,), ("concept",)
-    OUTPUT_TOOLTIPS = ("The concept, after those of the concept input.",)
-    DESCRIPTION = "The concept to erase (a preset or any text), its anchor, and prompts to retain."
+    OUTPUT_TOOLTIPS = ("The concept, after those of the input concept.",)
+    DESCRIPTION = (
+        "The concept to erase (a preset or any text), its anchor, which the erased model shows in its place, and "
+        "prompts to retain. To erase several concepts in one erasure, connect one SalUn Concept to the next."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -29,32 +32,32 @@ class SalUnConcept(Node):
         return {
             "required": {
                 "preset": (
-                    [TEXT, *presets()],
+                    [CUSTOM, *presets()],
                     {
-                        "default": TEXT,
-                        "tooltip": f"A preset has synonyms, anchors and retain prompts. {TEXT}: use the text below.",
+                        "default": CUSTOM,
+                        "tooltip": f"Concept with synonyms, anchors and retain prompts. {CUSTOM}: the text below.",
                     },
                 ),
-                "text": text(f"The concept to erase, where preset is {TEXT}."),
+                "text": text(f"Concept to erase, where preset is {CUSTOM}."),
                 "anchor": text(
-                    "What the erased model shows in place of the concept. Empty: the preset's anchors (for a text, the "
-                    f"empty prompt). Two quotation marks ({EMPTY}): the empty prompt."
+                    "What the erased model shows in place of the concept; an empty text is the empty prompt. "
+                    f"{AUTO}: the preset's anchors; for a text, the empty prompt.",
+                    default=AUTO,
                 ),
                 "retain_prompts": text("Prompts to retain, added to the default ones; one per line.", multiline=True),
             },
             "optional": {
-                "concept": (CONCEPT, {"tooltip": "Concepts to erase as well, in the same erasure."}),
+                "concept": (CONCEPT, {"tooltip": "Concepts to erase as well, from another SalUn Concept."}),
             },
         }
 
     def run(self, preset: str, text: str, anchor: str, retain_prompts: str, concept: Concepts = ()) -> tuple[Concepts]:
-        name = text.strip() if preset == TEXT else preset
+        name = text.strip() if preset == CUSTOM else preset
         if not name:
-            raise ConfigError(f"SalUn Concept has no concept: choose a preset, or enter a text (preset is {TEXT})")
-        if preset != TEXT and text.strip():
+            raise ConfigError(f"SalUn Concept has no concept: choose a preset, or enter a text (preset is {CUSTOM})")
+        if preset != CUSTOM and text.strip():
             raise ConfigError(
-                f"SalUn Concept has both the preset {preset!r} and a text: clear the text, or set preset to {TEXT}"
+                f"SalUn Concept has both the preset {preset!r} and a text: clear the text, or set preset to {CUSTOM}"
             )
-        anchor = anchor.strip()
         retain = tuple(line.strip() for line in retain_prompts.splitlines() if line.strip())
-        return ((*concept, Concept(name, None if not anchor else "" if anchor == EMPTY else anchor, retain)),)
+        return ((*concept, Concept(name, None if anchor.strip() == AUTO else anchor.strip(), retain)),)

@@ -31,7 +31,7 @@ class SalUnTrainingData(Node):
 
     TITLE = "SalUn Training Data"
     RETURN_TYPES, RETURN_NAMES = (DATA,), ("data",)
-    OUTPUT_TOOLTIPS = ("For SalUn Saliency Mask and SalUn Erase, which can share it.",)
+    OUTPUT_TOOLTIPS = ("Training set of SalUn Saliency Mask and SalUn Erase, which can share it.",)
     DESCRIPTION = (
         "Makes the training set of an erasure. By default all samples come from the model itself and are cached on "
         "disk. Images of the concept replace the forget samples; images to retain are added to the retain samples."
@@ -41,13 +41,13 @@ class SalUnTrainingData(Node):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model to erase from; it is sampled for training data."}),
+                "model": ("MODEL", {"tooltip": "Model to erase from; the training set is sampled from it."}),
                 **wires("clip", "concept"),
                 **option_inputs("seed"),
             },
             "optional": {
                 **wires("options"),
-                "vae": ("VAE", {"tooltip": "Encodes the images; only needed for IMAGE inputs."}),
+                "vae": ("VAE", {"tooltip": "Encoder of the images; needed with IMAGE inputs only."}),
                 "forget_images": ("IMAGE", {"tooltip": "Images of the concept, in place of samples (one concept)."}),
                 "forget_samples": ("LATENT", {"tooltip": "Latents of the concept, in place of samples (one concept)."}),
                 "retain_images": ("IMAGE", {"tooltip": "Images to retain, added to the samples."}),
@@ -57,7 +57,9 @@ class SalUnTrainingData(Node):
                     {
                         "default": "",
                         "multiline": True,
-                        "tooltip": "Captions of the images or latents to retain; one line each.",
+                        "advanced": True,
+                        "tooltip": "Prompts of the images or latents to retain, one line each; without them they are "
+                        "retained under the empty prompt.",
                     },
                 ),
             },

@@ -18,7 +18,7 @@ from .paths import checkpoint_names, checkpoint_path
 from .types import Node
 from .weights import Weights
 
-NO_BASE = "(the model itself)"
+NO_BASE = "none"
 STRENGTH = {"default": 1.0, "min": STRENGTHS[0], "max": STRENGTHS[1], "step": 0.05}
 
 
@@ -27,9 +27,9 @@ class SalUnApplyDelta(Node):
 
     TITLE = "SalUn Apply Delta"
     RETURN_TYPES, RETURN_NAMES = ("MODEL",), ("model",)
-    OUTPUT_TOOLTIPS = ("The model with the differences as patches; several can follow each other.",)
+    OUTPUT_TOOLTIPS = ("The model with the weight differences as patches; several deltas can follow each other.",)
     DESCRIPTION = (
-        "Applies an erasure to a model in the graph: 1 is the erased model, 0 the original, below 0 strengthens the "
+        "Applies a delta to a model at a strength: 1 is the erased model, 0 the original, below 0 strengthens the "
         "concept. Deltas of one checkpoint can follow each other in any order and at any strength, and so can LoRAs. A "
         "delta of a model with patches (a LoRA, an earlier erasure) needs the same patches before it."
     )
@@ -38,9 +38,9 @@ class SalUnApplyDelta(Node):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model that the delta was made from, or a copy in another dtype."}),
+                "model": ("MODEL", {"tooltip": "Base of the delta, or a copy of it in another dtype."}),
                 **wires("delta"),
-                "strength": ("FLOAT", {**STRENGTH, "tooltip": "Scale of the differences (default: 1)."}),
+                "strength": ("FLOAT", {**STRENGTH, "tooltip": "Scale of the weight differences."}),
             },
             "optional": {
                 "base_checkpoint": (
@@ -48,8 +48,8 @@ class SalUnApplyDelta(Node):
                     {
                         "default": NO_BASE,
                         "advanced": True,
-                        "tooltip": "The checkpoint that the delta was made from, if the model is a fine-tune of it or "
-                        "ComfyUI stores the model in fp8. The differences are then added to the model.",
+                        "tooltip": "Base of the delta, if the model is a fine-tune of it or ComfyUI stores it in "
+                        f"fp8: the differences are then added to the model. {NO_BASE}: the model is the base.",
                     },
                 )
             },

@@ -19,7 +19,7 @@ from salun.diffusion.context import RunContext, training_session
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.erase import unlearn
 from salun.diffusion.evaluation import EvalPrompts, Evaluation, eval_prompts
-from salun.diffusion.mask_files import check_given_mask
+from salun.diffusion.mask_files import check_mask
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
 from salun.diffusion.targets import STATE_BYTES, trained_entries
@@ -35,12 +35,12 @@ from salun.runs.record import RunRecord
 from .data import check_data
 from .execution import computes, graph_and_plan, run_record
 from .images import SamplePreview, TrainingPreview, text_image, to_image
-from .inputs import option_inputs, wires
+from .inputs import WIRES, option_inputs, options_validation, wires
 from .model import GraphModel
 from .patches import apply_delta_patch
 from .progress import ComfyProgress
 from .storage import cache, state_folder
-from .types import DATA, DELTA, MASK, Concepts, Data, Node, OptionValues, data_on
+from .types import DELTA, MASK, Concepts, Data, Node, OptionValues, data_on
 
 Result = tuple[Delta, Tensor, str]
 """(delta, before-and-after IMAGE, metrics as JSON)."""
@@ -54,11 +54,11 @@ class SalUnErase(Node):
     RETURN_TYPES = ("MODEL", DELTA, "IMAGE", "STRING", "STRING")
     RETURN_NAMES = ("model", "delta", "before_after", "metrics", "verdict")
     OUTPUT_TOOLTIPS = (
-        "The erased model, ready for a KSampler.",
-        "The changes, for Save Delta, Save Erased Checkpoint, Save as LoRA and Apply Delta.",
-        "Images of forget and retain prompts, before and after.",
+        "The erased model, for a KSampler or any other node that takes a MODEL.",
+        "The weight differences, for Save Delta, Save Erased Checkpoint, Save as LoRA and Apply Delta.",
+        "Images of forget and retain prompts, before and after, at equal seeds.",
         "Metrics, losses and options as JSON.",
-        "Whether it worked, and what to do next.",
+        "Whether the concept is erased and the rest intact, and what to do next.",
     )
     DESCRIPTION = (
         "Erases a concept from a model by SalUn: the weights that the concept depends on most are trained, and all "
@@ -71,21 +71,42 @@ class SalUnErase(Node):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "SD 1.x, SD 2.x or SDXL, with its patches in the graph."}),
+                "model": ("MODEL", {"tooltip": "Model to erase from: SD 1.x, SD 2.x or SDXL, with its patches."}),
                 **wires("clip", "vae", "concept"),
                 **option_inputs(
-                    "steps", "batch_size", "lr", "retain_weight", "density", "eval_images", "seed", "until"
+                    "density",
+                    "until",
+                    "steps",
+                    "lr",
+                    "batch_size",
+                    "retain_weight",
+                    "eval_images",
+                    "seed",
+                    advanced=("retain_weight",),
                 ),
             },
             "optional": {
-                "given_mask": (
+                "mask": (
                     MASK,
-                    {"tooltip": "From SalUn Saliency Mask or Load Mask, in place of density (default: computed here)."},
+                    {"tooltip": f"{WIRES['mask'][1]['tooltip']} Unconnected: computed here at the density."},
                 ),
-                "given_data": (DATA, {"tooltip": "From SalUn Training Data (default: sampled here)."}),
-                **wires("options"),
+                **wires("data", "options"),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        until: str | None = None,
+        steps: str | None = None,
+        lr: str | None = None,
+        batch_size: str | None = None,
+        retain_weight: str | None = None,
+        eval_images: str | None = None,
+    ) -> bool | str:
+        return options_validation(
+            until=until, steps=steps, lr=lr, batch_size=batch_size, retain_weight=retain_weight, eval_images=eval_images
+        )
 
     @computes
     def run(
@@ -94,30 +115,30 @@ class SalUnErase(Node):
         clip: Any,
         vae: Any,
         concept: Concepts,
-        given_mask: Mask | None = None,
-        given_data: Data | None = None,
+        mask: Mask | None = None,
+        data: Data | None = None,
         options: OptionValues | None = None,
         **values: Any,
     ) -> tuple[Any, Delta, Tensor, str, str]:
         graph, plan = graph_and_plan(model, clip, vae, concept, values, options)
         check_optimizer(plan.options.optimizer)
-        check_data(given_data, graph, plan)
-        record = run_record("erasure", graph, plan, given_data, given_mask)
+        check_data(data, graph, plan)
+        record = run_record("erasure", graph, plan, data, mask)
         result = _load_cached(record.fingerprint, graph, plan)
         if result is None:
-            content = given_data.content if given_data is not None else None
-            bar = ComfyProgress(plan.stages(content, masked=given_mask is not None), SamplePreview(graph, plan))
+            content = data.content if data is not None else None
+            bar = ComfyProgress(plan.stages(content, masked=mask is not None), SamplePreview(graph, plan))
             with resumable(record, graph, plan):
                 with training_session(graph, plan):
-                    if given_mask is not None:
-                        check_given_mask(given_mask, graph, plan)
-                    data = data_on(content, graph.device) if content is not None else None
-                    needed = plan.samples(masked=given_mask is not None)
-                    if data is None and needed != "none":
-                        data = build_training_set(graph, plan, bar, needed == "forget", cache())
-                    if data is not None:
-                        bar.preview = TrainingPreview(graph, plan, data)
-                    run = unlearn(RunContext(graph, plan, record, bar, cache()), data, given_mask)
+                    if mask is not None:
+                        check_mask(mask, graph, plan)
+                    content = data_on(content, graph.device) if content is not None else None
+                    needed = plan.samples(masked=mask is not None)
+                    if content is None and needed != "none":
+                        content = build_training_set(graph, plan, bar, needed == "forget", cache())
+                    if content is not None:
+                        bar.preview = TrainingPreview(graph, plan, content)
+                    run = unlearn(RunContext(graph, plan, record, bar, cache()), content, mask)
                 result = _cached(record.fingerprint, run)  # the state is removed only once the result is cached
         delta, image, metrics = result
         verdict = "\n".join(verdict_lines(json.loads(metrics)["metrics"]))

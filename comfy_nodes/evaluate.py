@@ -36,12 +36,12 @@ class SalUnEvaluate(Node):
     TITLE = "SalUn Evaluate"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING", "STRING"), ("before_after", "metrics", "verdict")
     OUTPUT_TOOLTIPS = (
-        "The same prompts and seeds in both models.",
+        "Images of the same prompts, before and after, at equal seeds.",
         "Metrics as JSON; null where unknown.",
-        "Whether the erasure worked, and what to do next.",
+        "Whether the concept is erased and the rest intact, and what to do next.",
     )
     DESCRIPTION = (
-        "Compares two models on held-out prompts: whether the concept is gone, and whether the rest stayed. "
+        "Compares two models on held-out prompts: whether the concept is erased, and whether the rest is intact. "
         "anchor_gap: 1 for the original model, 0 where the concept's prompts give the anchor's predictions. "
         "retain_change: how much the predictions of other prompts changed. Sampling and resolution: SalUn Options."
     )
@@ -61,8 +61,10 @@ class SalUnEvaluate(Node):
         metric: str | None = None,
         prompts: str | None = None,
         clip_model: str | None = None,
+        max_prompts: str | None = None,
     ) -> bool | str:
-        given = {"detector": detector, "metric": metric, "prompts": prompts, "clip_model": clip_model}
+        given = {"detector": detector, "metric": metric, "prompts": prompts, "clip_model": clip_model,
+                 "max_prompts": max_prompts}  # fmt: skip
         return validation(None, "", lambda: EVALUATION.options({k: v for k, v in given.items() if v is not None}))
 
     @computes

@@ -22,16 +22,18 @@ from salun.progress import Stage, StageCost
 from .delta import delta_on_model
 from .execution import computes
 from .families import family_of, schedule_keys
-from .inputs import filename_prefix, wires
+from .inputs import AUTO, filename_prefix, wires
 from .model import free_gpu
 from .patches import has_delta, has_only_delta
 from .paths import SAFETENSORS, checkpoint_names, checkpoint_path, output_path, validation
 from .progress import ComfyProgress
 from .types import Node
 
+LOW_RANK = "low rank"
+HIGHEST_RANK = 4096
 UNCONNECTED = "unconnected"  # default of an input in VALIDATE_INPUTS, where a connected one is None
 CONNECT = "Connect model, clip and vae, and ComfyUI's own saver writes them"
-PART = {"tooltip": "For graphs with other patches, or a checkpoint of another format."}
+PART = "For graphs with other patches, or a source that is not a .safetensors file."
 
 
 class SalUnSaveErasedCheckpoint(Node):
@@ -40,7 +42,7 @@ class SalUnSaveErasedCheckpoint(Node):
     OUTPUT_NODE = True
     TITLE = "SalUn Save Erased Checkpoint"
     RETURN_TYPES, RETURN_NAMES = ("STRING", "STRING"), ("ckpt_name", "summary")
-    OUTPUT_TOOLTIPS = ("Name of the file in ComfyUI's list of checkpoints.", "How the file was written.")
+    OUTPUT_TOOLTIPS = ("Name of the file in ComfyUI's list of checkpoints.", "How the file was written, and notes.")
     DESCRIPTION = (
         "Saves the erased checkpoint to output/checkpoints. The source file is copied and only the changed weights are "
         "replaced; all else stays byte-identical. For a graph with other patches (a LoRA, a second erasure) connect "
@@ -54,14 +56,14 @@ class SalUnSaveErasedCheckpoint(Node):
                 **wires("delta"),
                 "ckpt_name": (
                     checkpoint_names(),
-                    {"tooltip": "The checkpoint that was loaded, a .safetensors file. It is copied, never changed."},
+                    {"tooltip": "Source: the .safetensors file that was loaded. It is copied, never changed."},
                 ),
                 **filename_prefix("erased"),
             },
             "optional": {
-                "model": ("MODEL", {"tooltip": f"The erased model. {PART['tooltip']}"}),
-                "clip": ("CLIP", PART),
-                "vae": ("VAE", PART),
+                "model": ("MODEL", {"tooltip": f"The erased model. {PART}"}),
+                "clip": ("CLIP", {"tooltip": f"Its text encoder. {PART}"}),
+                "vae": ("VAE", {"tooltip": f"Its VAE. {PART}"}),
             },
         }
 
@@ -118,7 +120,10 @@ class SalUnSaveAsLora(Node):
     OUTPUT_NODE = True
     TITLE = "SalUn Save as LoRA"
     RETURN_TYPES, RETURN_NAMES = ("STRING", "STRING"), ("lora_name", "summary")
-    OUTPUT_TOOLTIPS = ("Name of the file in ComfyUI's list of LoRAs.", "How much of the erasure the file contains.")
+    OUTPUT_TOOLTIPS = (
+        "Name of the file in ComfyUI's list of LoRAs.",
+        "Fraction of the erasure that the file contains.",
+    )
     DESCRIPTION = (
         "Saves the erasure to output/loras for any LoRA loader (ComfyUI, A1111, Forge): as a low-rank approximation, "
         "or every difference. Anyone who has the file can undo the erasure."
@@ -126,38 +131,56 @@ class SalUnSaveAsLora(Node):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        energy = "Low rank: fraction of each layer's squared difference that is kept (default: 0.9)."
-        rank = "Low rank: rank of every layer (default: 0, chosen by energy)."
+        kind = (
+            "Content: a low-rank approximation, which is small and loses a part, or every difference, which is exact."
+        )
+        energy = "Fraction of each layer's squared difference that a low-rank file must contain."
+        rank = f"Rank of every layer of a low-rank file. {AUTO}: chosen by energy, layer by layer."
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The original model, before the erasure."}),
                 **wires("delta"),
-                "kind": (["low rank", "every difference"], {"tooltip": "A small approximation, or the exact file."}),
+                "kind": ([LOW_RANK, "every difference"], {"default": LOW_RANK, "tooltip": kind}),
                 "energy": ("FLOAT", {"default": 0.9, "min": 0.01, "max": 1.0, "step": 0.01, "tooltip": energy}),
-                "rank": ("INT", {"default": 0, "min": 0, "max": 4096, "tooltip": rank}),
+                "rank": ("STRING", {"default": AUTO, "tooltip": rank, "advanced": True}),
                 **filename_prefix("erased"),
             }
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
-        return validation(filename_prefix, "loras")
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None, rank: str | None = None) -> bool | str:
+        return validation(filename_prefix, "loras", lambda: _rank(AUTO if rank is None else rank))
 
     @computes
     def run(
-        self, model: Any, delta: Delta, kind: str, energy: float, rank: int, filename_prefix: str
+        self, model: Any, delta: Delta, kind: str, energy: float, rank: str, filename_prefix: str
     ) -> dict[str, Any]:
-        low_rank, n = kind == "low rank", len(delta.names)
+        low_rank, n, ranks = kind == LOW_RANK, len(delta.names), _rank(rank)
         path, name = output_path(filename_prefix, "loras", LORA if low_rank else DIFF)
         family_of(model)
         applied = delta_on_model(model, delta)
-        size = ({"rank": rank} if rank else {"energy": energy}) if low_rank else {}
+        size = ({"rank": ranks} if ranks else {"energy": energy}) if low_rank else {}
         bar = ComfyProgress([StageCost(Stage.COMPARING, n), StageCost(Stage.WRITING, 0 if low_rank else n)])
         base = applied.base_tensors
         report = write_stock(path, base, AppliedDeltas(base, applied.layers), stock_notes(delta), progress=bar, **size)
         content = f"{report.total.fraction:.1%} of the squared difference" if report else "every difference"
         summary = f"{name}: {content}"
         return {"ui": {"text": [summary]}, "result": (name, summary)}
+
+
+def _rank(text: str) -> int | None:
+    """The rank that a text names, None for `auto`. Raises ConfigError for any other text."""
+    if str(text).strip().lower() == AUTO:
+        return None
+    try:
+        rank = int(text)
+    except ValueError:
+        rank = 0
+    if not 1 <= rank <= HIGHEST_RANK:
+        raise ConfigError(
+            f"is {str(text)[:40]!r}, but must be auto or an integer from 1 to {HIGHEST_RANK}", option="rank"
+        )
+    return rank
 
 
 def _all_connected(connected: list[bool]) -> bool:

@@ -17,10 +17,11 @@ class LoadNode(Node):
     """Loads a file of `output/salun` or `input`."""
 
     ENDINGS: ClassVar[tuple[str, ...]]
+    TOOLTIP: ClassVar[str]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"file": (saved_names(cls.ENDINGS), {"tooltip": "Press R to refresh the list."})}}
+        return {"required": {"file": (saved_names(cls.ENDINGS), {"tooltip": cls.TOOLTIP})}}
 
     @classmethod
     def IS_CHANGED(cls, file: str) -> str:
@@ -31,7 +32,7 @@ class SaveNode(Node):
     """Saves its input `WIRE` to `output/salun`."""
 
     OUTPUT_NODE = True
-    RETURN_TYPES, RETURN_NAMES = ("STRING",), ("file",)
+    RETURN_TYPES, RETURN_NAMES = ("STRING",), ("filename",)
     OUTPUT_TOOLTIPS = ("Name of the file in output/salun.",)
     WIRE: ClassVar[str]
     PREFIX: ClassVar[str]
@@ -56,9 +57,10 @@ class SalUnLoadMask(LoadNode):
 
     TITLE = "SalUn Load Mask"
     RETURN_TYPES, RETURN_NAMES = (MASK,), ("mask",)
-    OUTPUT_TOOLTIPS = ("For SalUn Erase.",)
+    OUTPUT_TOOLTIPS = ("Mask of the weights to train, for SalUn Erase.",)
     DESCRIPTION = "Loads a mask file of SalUn Save Mask or the command line, from output/salun or input."
     ENDINGS = ("mask.safetensors", ".mask.safetensors")
+    TOOLTIP = "Mask file in output/salun or input, newest first. Press R to refresh the list."
 
     def run(self, file: str) -> tuple[Mask]:
         return (Mask.load(saved_path(file, self.ENDINGS)),)
@@ -77,11 +79,12 @@ class SalUnLoadDelta(LoadNode):
 
     TITLE = "SalUn Load Delta"
     RETURN_TYPES, RETURN_NAMES = (DELTA,), ("delta",)
-    OUTPUT_TOOLTIPS = ("For SalUn Apply Delta and the nodes that save it.",)
+    OUTPUT_TOOLTIPS = ("The weight differences, for SalUn Apply Delta and the nodes that save an erasure.",)
     DESCRIPTION = (
         "Loads a *.salun.safetensors file of SalUn Save Delta or the command line, from output/salun or input."
     )
     ENDINGS = (DELTA_ENDING,)
+    TOOLTIP = "Delta file in output/salun or input, newest first. Press R to refresh the list."
 
     def run(self, file: str) -> tuple[Delta]:
         return (Delta.load(saved_path(file, self.ENDINGS)),)

@@ -1,29 +1,49 @@
 """The core's options as inputs of nodes: type, default, range and tooltip come from the dataclass.
 
-An input has no empty state, so automatic (None in the core) is a number just outside the range, an empty text, or a
-choice named "auto".
+An input has no empty state, so an option that the core decides where it is unset (None) has the value `auto`, which its
+tooltip explains. A number with such a default is a text in ComfyUI, `auto` or a number.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from salun.checkpoints.locate import aliases
 from salun.detectors import WITHOUT_PATH, without_path
-from salun.diffusion.options import GROUPS, EraseOptions
+from salun.diffusion.options import GROUPS, EraseOptions, Recipe
+from salun.errors import ConfigError
 from salun.options import MASKS, option_types
 
-from .types import CONCEPT, DELTA, MASK, OPTIONS, OptionValues
+from .paths import validation
+from .types import CONCEPT, DATA, DELTA, MASK, OPTIONS, OptionValues
 
 AUTO = "auto"
 DETECTORS = ", ".join(name for name in WITHOUT_PATH if name != "attribute")  # a MODEL has no folder with a classifier
 _CHOICES = {"mask": MASKS}
 _TOOLTIPS = {  # where the help does not fit
-    "mask": f"{', '.join(MASKS)} (the controls); for a file: SalUn Load Mask",
-    "detector": f"Detector that decides whether images show the concept ({DETECTORS}) (default: self: the "
-    "original model as classifier)",
+    "mask": f"Weights to train: {', '.join(MASKS)}; the last three are controls. For a file: SalUn Load Mask",
+    "detector": f"Detector that decides whether images show the concept ({DETECTORS}), with an argument after a colon "
+    "where it takes one",
+    "method": "Unlearning method; uce, rece and speed take seconds",
+    "harden": "Adversarial embeddings of each concept, learned against the model in training, so that none brings the "
+    "concept back; with them a step takes about three times the time",
+    "optimizer": "Optimizer; adam8bit keeps its moments in 8 bits and needs the package bitsandbytes",
 }
+_AUTO = {  # what `auto` is, where the option's own text does not fit
+    "mask": "saliency for the methods salun and ant, full for others",
+    "detector": "self, the original model as classifier",
+    "steps": "as many as the goal needs; without a goal {} for each concept",
+    "lr": "measured, with a goal; without one {}",
+    "forget_latents": "{}; with a goal half as many",
+    "resolution": "512 for SD 1.x, 768 or 512 for SD 2.x, 1024 for SDXL",
+    "until": "ua>=0.98, retain_drift<=0.02 for the method salun without steps; else a fixed number of steps",
+}
+_SAME = ("eval_images",)  # options of recipes that have one value in all of them, which is their default here
+_PLAIN = ("negative_prompt",)  # optional texts of which the empty one is the default
+RECIPES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 
 
 @cache
@@ -31,59 +51,98 @@ def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
     return {item.name: item for item in dataclasses.fields(kind)}
 
 
-def option_inputs(*names: str, kind: Any = EraseOptions) -> dict[str, Any]:
-    """INPUT_TYPES entries of these options, of the dataclass `kind`."""
-    return {name: option_input(name, kind) for name in names}
+def option_inputs(*names: str, kind: Any = EraseOptions, advanced: Iterable[str] = ()) -> dict[str, Any]:
+    """INPUT_TYPES entries of these options, of the dataclass `kind`.
+
+    Args:
+        advanced: Those that the front end hides at first.
+    """
+    entries = {name: option_input(name, kind) for name in names}
+    for name in advanced:
+        entries[name][1]["advanced"] = True
+    return entries
 
 
 def option_input(name: str, kind: Any = EraseOptions) -> tuple[Any, dict[str, Any]]:
     """(type, settings) of the input for an option."""
     rules, default = _fields(kind)[name].metadata, _fields(kind)[name].default
-    auto = default is None
-    settings: dict[str, Any] = {"tooltip": _TOOLTIPS.get(name, rules["help"])}
+    default = getattr(Recipe(), name) if name in _SAME else default
+    auto, (of, _) = has_auto(name, kind), option_types(kind)[name]
+    tooltip = _TOOLTIPS.get(name, rules["text"]).replace("repeatable", "one per line").replace("`", "")
+    settings: dict[str, Any] = {"tooltip": f"{tooltip}. auto: {auto_means(name, kind)}." if auto else f"{tooltip}."}
     choices = _CHOICES.get(name) or rules["choices"]
     if choices:
         return [*([AUTO] if auto else []), *choices], {**settings, "default": AUTO if auto else default}
-    of, _ = option_types(kind)[name]
+    if of in (str, list) or auto:
+        default = AUTO if auto else default if isinstance(default, str) else ""
+        return "STRING", {**settings, "default": default, "multiline": of is list}
     if of is bool:
         return "BOOLEAN", {**settings, "default": default}
-    if of is str:
-        return "STRING", {**settings, "default": default or "", "multiline": False}
-    if of is list:
-        help = rules["help"].replace("repeatable", "one per line")
-        return "STRING", {"tooltip": help, "default": "", "multiline": True}
-    low = automatic(name, kind) if auto else 0.0001 if rules["minimum"] is None else rules["minimum"]
-    if auto:
-        settings["tooltip"] += f" ({low:g}: automatic)"
-    numbers = {"default": low if auto else default, "min": low, "max": rules["maximum"]}
+    low = 0.0001 if rules["minimum"] is None else rules["minimum"]
+    numbers = {"default": default, "min": low, "max": rules["maximum"]}
     if of is int:
         if name == "seed":  # ComfyUI would draw a new seed, and so train, at every queue
             settings["control_after_generate"] = False
         return "INT", {**settings, **{key: min(int(number), 2**53) for key, number in numbers.items()}}
-    step = 1e-6 if name == "lr" else 0.01
+    step = 0.01 if not 0 < default < 0.01 else float(default)  # ComfyUI shows as many digits as the step has
     return "FLOAT", {**settings, **{key: float(value) for key, value in numbers.items()}, "step": step, "round": False}
 
 
-def automatic(name: str, kind: Any = EraseOptions) -> float:
-    """The number that stands for automatic: just below the option's range."""
-    low = _fields(kind)[name].metadata["minimum"]
-    return 0 if low is None or low >= 1 else -1
+def has_auto(name: str, kind: Any = EraseOptions) -> bool:
+    """Whether the core decides about an option that is unset."""
+    item = _fields(kind)[name]
+    if option_types(kind)[name][0] is list:
+        return bool(item.metadata["auto"])
+    return item.default is None and name not in (*_PLAIN, *_SAME)
+
+
+def auto_means(name: str, kind: Any = EraseOptions) -> str:
+    """What `auto` stands for, as the end of a tooltip."""
+    text = _AUTO.get(name, _fields(kind)[name].metadata["auto"] or "{}")
+    return text.format(_of_recipe(name)) if "{}" in text else text
+
+
+@cache
+def _of_recipe(name: str) -> str:
+    """The value of an option in the models' recipes, and the families in which it is another."""
+    standard = getattr(Recipe(), name)
+    first, *others = (aliases()["families"][family].get("recipe", {}).get(name, standard) for family in RECIPES)
+    named = zip(list(RECIPES.values())[1:], others, strict=True)
+    return _shown(first) + "".join(f", {_shown(value)} for {family}" for family, value in named if value != first)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
 def explicit(values: OptionValues, kind: Any = EraseOptions) -> dict[str, Any]:
-    """A node's option inputs without those that are left at automatic; lists from their lines."""
+    """A node's option inputs without those that are `auto` or empty; numbers and lists read from their texts.
 
-    def is_automatic(name: str, value: Any) -> bool:
-        if _fields(kind)[name].default is not None:
-            return False
-        return value in (AUTO, "") if isinstance(value, str) else bool(value == automatic(name, kind))
+    Raises:
+        ConfigError: A text is neither `auto` nor a number of the option's type.
+    """
+    return {name: _read(name, value, kind) for name, value in values.items() if not _is_unset(name, value, kind)}
 
-    def read(name: str, value: Any) -> Any:
-        if option_types(kind)[name][0] is not list:
-            return value
+
+def _is_unset(name: str, value: Any, kind: Any) -> bool:
+    unset = has_auto(name, kind) or _fields(kind)[name].default is None
+    return unset and isinstance(value, str) and value.strip().lower() in (AUTO, "")
+
+
+def _read(name: str, value: Any, kind: Any) -> Any:
+    of = option_types(kind)[name][0]
+    if not isinstance(value, str) or of not in (int, float, list):
+        return value
+    if of is list:
         return [line.strip() for line in value.splitlines() if line.strip()]
-
-    return {name: read(name, value) for name, value in values.items() if not is_automatic(name, value)}
+    try:
+        number = float(value)
+        if of is int and not number.is_integer():
+            raise ValueError
+    except ValueError as error:
+        wanted = "an integer" if of is int else "a number"
+        raise ConfigError(f"is {value[:40]!r}, but must be auto or {wanted}", option=name) from error
+    return of(number)
 
 
 def erase_options(values: OptionValues, shared: OptionValues | None = None) -> EraseOptions:
@@ -94,13 +153,19 @@ def erase_options(values: OptionValues, shared: OptionValues | None = None) -> E
     return options
 
 
+def options_validation(**values: Any) -> bool | str:
+    """VALIDATE_INPUTS of a node with options: True, or what is wrong. None stands for a value from another node."""
+    return validation(None, "", lambda: erase_options({n: v for n, v in values.items() if v is not None}))
+
+
 WIRES: dict[str, tuple[str, dict[str, Any]]] = {
-    "clip": ("CLIP", {"tooltip": "Encodes the prompts."}),
-    "vae": ("VAE", {"tooltip": "Decodes the images before and after."}),
-    "concept": (CONCEPT, {"tooltip": "From SalUn Concept."}),
-    "options": (OPTIONS, {"tooltip": "From SalUn Options (default: the default of every option)."}),
-    "mask": (MASK, {"tooltip": "From SalUn Saliency Mask, Load Mask or Combine Masks."}),
-    "delta": (DELTA, {"tooltip": "From SalUn Erase or SalUn Load Delta."}),
+    "clip": ("CLIP", {"tooltip": "Text encoder of the prompts."}),
+    "vae": ("VAE", {"tooltip": "Decoder of the images before and after."}),
+    "concept": (CONCEPT, {"tooltip": "Concepts to erase, from SalUn Concept."}),
+    "options": (OPTIONS, {"tooltip": "Less common options, from SalUn Options. Unconnected: their defaults."}),
+    "mask": (MASK, {"tooltip": "Mask, from SalUn Saliency Mask, Load Mask or Combine Masks."}),
+    "data": (DATA, {"tooltip": "Training set, from SalUn Training Data. Unconnected: sampled here."}),
+    "delta": (DELTA, {"tooltip": "Delta, from SalUn Erase or SalUn Load Delta."}),
 }
 
 
@@ -111,7 +176,8 @@ def wires(*names: str) -> dict[str, Any]:
 
 def filename_prefix(default: str) -> dict[str, Any]:
     """The INPUT_TYPES entry of a file name's beginning."""
-    return {"filename_prefix": ("STRING", {"default": default, "tooltip": "Beginning of the file's name."})}
+    tooltip = "Beginning of the file's name, to which a number is added; it may begin with a folder."
+    return {"filename_prefix": ("STRING", {"default": default, "tooltip": tooltip})}
 
 
 # where an option is set: these on the nodes that use them, all others on SalUn Options
@@ -136,3 +202,7 @@ SHARED = tuple(
     for name in names
     if name in _fields(EraseOptions) and name not in NODE_OPTIONS and name not in GRAPH_OPTIONS
 )
+IN_VIEW = (  # of SalUn Options; the others are advanced inputs
+    "method", "resolution", "sampling_steps", "sampling_guidance", "sampler", "negative_prompt", "forget_latents",
+    "retain_latents", "detector", "show_sensitive", "low_vram",
+)  # fmt: skip

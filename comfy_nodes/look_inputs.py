@@ -60,8 +60,8 @@ class LookInputs(Generic[Looked]):
     def input_types(self) -> dict[str, Any]:
         """INPUT_TYPES of a node that looks at the original and the erased MODEL."""
         models = {
-            "before": ("MODEL", {"tooltip": "The original model."}),
-            "after": ("MODEL", {"tooltip": "The erased model."}),
+            "before": ("MODEL", {"tooltip": "Original model."}),
+            "after": ("MODEL", {"tooltip": "Erased model."}),
         }
         return {
             "required": {**models, **wires("clip", "vae", "concept"), **self.entries(main=True)},
@@ -114,20 +114,20 @@ def _attack(text: str) -> str:
     return with_prompts_only(text, lambda name: saved_path(name, (*PROMPTS, SAFETENSORS)))
 
 
+CLIP = "Hub id (owner/name) of the CLIP model of detectors{} by CLIP. auto: openai's ViT-L/14."
 EVALUATION = LookInputs(
     EvalOptions,
     eval_options.GROUPS,
     ("detector", "n", "seed"),
     {
-        "detector": f"Detectors that decide whether images show the concept, one per line ({DETECTORS}, or "
-        "images:NAME for a folder in input with the folders concept and other) (default: that of SalUn Options, else "
-        "self: the original model as classifier)",
-        "metric": f"Further metrics of the images, one per line ({', '.join(IMAGE_METRICS)}); fid, kid and cmmd "
-        "compare the two models, or each with real images, as in fid:NAME for a folder in input",
-        "clip": "Hub id (owner/name) of the CLIP model of detectors and metrics by CLIP (default: openai's ViT-L/14)",
+        "detector": f"Detectors that decide whether images show the concept, one per line: {DETECTORS}, or "
+        "images:NAME for a folder in input with the folders concept and other. auto: that of SalUn Options.",
+        "metric": f"Further metrics of the images, one per line: {', '.join(IMAGE_METRICS)}; fid, kid and cmmd "
+        "compare the two models, or each with real images, as in fid:NAME for a folder in input.",
+        "clip": CLIP.format(" and metrics"),
         "prompts": "Further prompts, one file per line: in input or output/salun (.csv with the columns of I2P or "
-        "COCO, or .txt), or hub id of a data set",
-        "keep_images": "Write every image, and eval.json, eval.csv and eval.html, into output/salun",
+        "COCO, or .txt), or hub id of a data set.",
+        "keep_images": "Write every image, and eval.json, eval.csv and eval.html, into output/salun.",
     },
     {"detector": _detector, "metric": _metric, "prompts": _prompts, "clip": _clip},
 )
@@ -137,9 +137,9 @@ ATTACK = LookInputs(
     ("attack", "budget", "n", "control", "seed"),
     {
         "attack": f"Attacks, one per line: {', '.join(WITHOUT_TOKENS)}, with numbers as in relearn+steps=50, or "
-        "prompts:NAME for a file in input or output/salun (default: all of them; those that learn tokens need the "
-        "command line)",
-        "clip": "Hub id (owner/name) of the CLIP model of detectors by CLIP (default: openai's ViT-L/14)",
+        "prompts:NAME for a file in input or output/salun. auto: all of them but files. Those that learn tokens need "
+        "the command line.",
+        "clip": CLIP.format(""),
     },
     {"attack": _attack, "clip": _clip},
 )

@@ -19,10 +19,10 @@ from salun.report.image_grid import densities
 from .data import check_data
 from .execution import computes, graph_and_plan, mask_digest, run_record
 from .images import SamplePreview, to_image
-from .inputs import option_inputs, wires
+from .inputs import option_inputs, options_validation, wires
 from .progress import ComfyProgress
 from .storage import cache
-from .types import DATA, MASK, Concepts, Data, Node, OptionValues, data_on
+from .types import MASK, Concepts, Data, Node, OptionValues, data_on
 
 DIGEST = "digest"  # metadata key of a cached mask
 
@@ -32,7 +32,7 @@ class SalUnSaliencyMask(Node):
 
     TITLE = "SalUn Saliency Mask"
     RETURN_TYPES, RETURN_NAMES = (MASK, "STRING"), ("mask", "summary")
-    OUTPUT_TOOLTIPS = ("For SalUn Erase.", "How many weights the mask selects, and warnings.")
+    OUTPUT_TOOLTIPS = ("Mask of the weights to train, for SalUn Erase.", "Number of selected weights, and warnings.")
     DESCRIPTION = (
         "Selects the weights that matter most to the concept: those with the largest sums of signed gradients of its "
         "loss, ranked over the whole network. The other choices of mask are controls."
@@ -42,15 +42,16 @@ class SalUnSaliencyMask(Node):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model to erase from, with its patches in the graph."}),
+                "model": ("MODEL", {"tooltip": "Model to erase from, with its patches in the graph."}),
                 **wires("clip", "concept"),
-                **option_inputs("density", "mask", "batch_size", "seed"),
+                **option_inputs("density", "seed", "mask", "batch_size", advanced=("mask", "batch_size")),
             },
-            "optional": {
-                "data": (DATA, {"tooltip": "From SalUn Training Data (default: forget samples are made here)."}),
-                **wires("options"),
-            },
+            "optional": wires("data", "options"),
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, batch_size: str | None = None) -> bool | str:
+        return options_validation(batch_size=batch_size)
 
     @computes
     def run(
@@ -98,7 +99,7 @@ class SalUnCombineMasks(Node):
 
     TITLE = "SalUn Combine Masks"
     RETURN_TYPES, RETURN_NAMES = (MASK, "STRING"), ("mask", "summary")
-    OUTPUT_TOOLTIPS = ("A mask of the same model.", "How many weights it selects, and the Jaccard index of the two.")
+    OUTPUT_TOOLTIPS = ("The combined mask.", "Number of selected weights, and the Jaccard index of the two masks.")
     DESCRIPTION = "Combines two masks of one model: the weights of either, of both, or of the first alone."
     OPERATIONS = ("union", "intersection", "first without second")
 
@@ -106,9 +107,15 @@ class SalUnCombineMasks(Node):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "first": (MASK, {"tooltip": "A mask."}),
-                "second": (MASK, {"tooltip": "Another mask of the same model."}),
-                "operation": (list(cls.OPERATIONS), {"tooltip": "Which weights the new mask selects."}),
+                "first": (MASK, {"tooltip": "First mask."}),
+                "second": (MASK, {"tooltip": "Second mask, of the same model."}),
+                "operation": (
+                    list(cls.OPERATIONS),
+                    {
+                        "default": cls.OPERATIONS[0],
+                        "tooltip": "Weights of the new mask: of either mask, of both, or of the first alone.",
+                    },
+                ),
             }
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .inputs import SHARED, explicit, option_inputs
+from .inputs import IN_VIEW, SHARED, erase_options, explicit, option_inputs
 from .types import OPTIONS, Node, OptionValues
 
 
@@ -13,15 +13,19 @@ class SalUnOptions(Node):
 
     TITLE = "SalUn Options"
     RETURN_TYPES, RETURN_NAMES = (OPTIONS,), ("options",)
-    OUTPUT_TOOLTIPS = ("For SalUn Training Data, Saliency Mask, Erase and Evaluate: connect it to all of them.",)
+    OUTPUT_TOOLTIPS = ("Options of SalUn Training Data, Saliency Mask, Erase, Evaluate and Attack.",)
     DESCRIPTION = (
-        "Less common options: samples, resolution, prompts, losses, memory. Without this node the defaults apply. "
-        "Connect it to every node of an erasure, so that their options agree."
+        "Less common options of an erasure: sampling, training set, method, detector, memory; the others are advanced "
+        "inputs. Without this node the defaults apply. Connect it to every SalUn node that takes options, so that "
+        "they agree."
     )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {}, "optional": option_inputs(*SHARED)}  # optional: a prompt need not name them all
+        advanced = [name for name in SHARED if name not in IN_VIEW]
+        inputs = option_inputs(*IN_VIEW, *advanced, advanced=advanced)
+        return {"required": {}, "optional": inputs}  # a prompt need not name them all
 
     def run(self, **values: Any) -> tuple[OptionValues]:
+        erase_options(values)  # an invalid option is rejected here, before anything is computed
         return (explicit(values),)

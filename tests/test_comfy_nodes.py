@@ -13,6 +13,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -35,7 +36,7 @@ from comfy_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, storage
 from comfy_nodes import erase as erase_node
 from comfy_nodes.execution import graph_and_plan, run_record
 from comfy_nodes.families import schedule_keys
-from comfy_nodes.inputs import GRAPH_OPTIONS, NODE_OPTIONS, SHARED, automatic, erase_options
+from comfy_nodes.inputs import GRAPH_OPTIONS, NODE_OPTIONS, SHARED, erase_options
 from comfy_nodes.look_inputs import ATTACK, EVALUATION, LookInputs
 from comfy_nodes.model import GraphModel
 from comfy_nodes.storage import cache
@@ -43,6 +44,7 @@ from comfy_nodes.weights import Weights, module_order
 from salun import Delta, Mask, SalunError
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.keymap import unet_from_ldm, unet_to_ldm
+from salun.checkpoints.locate import aliases
 from salun.delta.stock_formats import stock_notes
 from salun.detectors import DETECTORS
 from salun.diffusion import evaluation
@@ -409,29 +411,55 @@ def clear_cache(host: Host) -> None:
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
+SENTINEL = re.compile(r"automatic|-1\\b|\\b0: |\\b0 (is|means)\\b|\\bEmpty: |unset,|`")
+
+
+@pytest.mark.usefixtures("host")
+def test_every_input_and_output_says_what_it_is() -> None:
+    for kind, node in NODE_CLASS_MAPPINGS.items():
+        settings = [(name, of) for part in node.INPUT_TYPES().values() for name, (_, of) in part.items()]
+        outputs = zip(node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True)
+        for name, text in [("", node.DESCRIPTION), *((name, of["tooltip"]) for name, of in settings), *outputs]:
+            assert text.endswith(".") and len(text) > 10, f"{kind}.{name}"
+            assert not SENTINEL.search(text), f"{kind}.{name}: no number or empty text may stand for something else"
+        for name, of in settings:
+            assert ("auto: " in of["tooltip"] or name == "dtype") == (of.get("default") == "auto"), f"{kind}.{name}"
+
+
 @pytest.mark.usefixtures("host")
 def test_option_inputs_have_the_cores_default_range_and_help() -> None:
     fields = {item.name: item for item in dataclasses.fields(EraseOptions)}
     seen: dict[str, set[str]] = {}
     for kind, node in NODE_CLASS_MAPPINGS.items():
         for name, (what, settings) in [i for part in node.INPUT_TYPES().values() for i in part.items()]:
-            assert settings["tooltip"], f"{kind}.{name}"
             is_wire = isinstance(what, str) and what not in ("INT", "FLOAT", "STRING", "BOOLEAN")
             if name not in fields or is_wire or kind in ("SalUnConcept", "SalUnEvaluate", "SalUnAttack"):
                 continue
             seen.setdefault(name, set()).add(kind)
             rules = fields[name].metadata
             assert "mask file" not in settings["tooltip"], "a file is not a choice of this node"
-            assert name in ("mask", "detector") or settings["tooltip"].startswith(rules["help"])
-            assert erase_options({name: settings["default"]}) == EraseOptions()
+            own = ("mask", "detector", "method", "harden", "optimizer")
+            assert name in own or settings["tooltip"].startswith(rules["text"].replace("`", ""))
+            same = {name: 16} if name == "eval_images" else {}  # the number of every recipe
+            assert erase_options({name: settings["default"]}) == EraseOptions(**same)
             choices = MASKS if name == "mask" else rules["choices"]
             assert not choices or list(what)[-len(choices) :] == list(choices)
             if rules["maximum"] is not None and what in ("INT", "FLOAT"):
                 assert settings["max"] == min(rules["maximum"], 2**53)
+            if what == "FLOAT":
+                assert round(settings["default"], decimals(settings["step"])) == settings["default"]
     assert set(seen) | set(GRAPH_OPTIONS) == set(fields), "an option of no node, and without a reason in GRAPH_OPTIONS"
     for name, nodes in seen.items():
         assert nodes == {"SalUnOptions"} or (name in NODE_OPTIONS and "SalUnOptions" not in nodes), "set at two nodes"
     assert sum("SalUnErase" in nodes for nodes in seen.values()) == 8
+    families = aliases()["families"]
+    assert {families[name]["recipe"]["eval_images"] for name in ("sd1", "sd2", "sdxl")} == {16}
+    assert all("eval_images" not in paper for of in families.values() for paper in of.get("recipes_paper", {}).values())
+
+
+def decimals(step: float) -> int:
+    """Decimal places that ComfyUI's front end shows of a number with this step."""
+    return max(0, -int(np.floor(np.log10(step))))
 
 
 @pytest.mark.usefixtures("host")
@@ -467,11 +495,25 @@ def test_the_tooltip_names_no_detector_that_cannot_be_used_here(kind: str) -> No
     assert "nudenet" in text and "q16" not in text and "attribute" not in text
 
 
-@pytest.mark.parametrize("name", ["steps", "lr", "retain_weight", "resolution"])
-def test_number_for_automatic_is_outside_the_options_range(name: str) -> None:
-    assert getattr(erase_options({name: automatic(name)}), name) is None
-    with pytest.raises(SalunError):
-        EraseOptions(**{name: automatic(name)})
+@pytest.mark.usefixtures("host")
+def test_numbers_are_read_from_text_and_auto_is_the_cores() -> None:
+    """ComfyUI makes a text of a number that an API prompt has for such an input."""
+    values = {"steps": " 300 ", "lr": "1e-5", "batch_size": 4, "retain_weight": "0", "resolution": "Auto"}
+    assert erase_options(values) == EraseOptions(steps=300, lr=1e-5, batch_size=4, retain_weight=0.0)
+    assert call("SalUnOptions", resolution="512", sampling_guidance="auto", sampler="auto")[0] == {"resolution": 512}
+    node: Any = NODE_CLASS_MAPPINGS["SalUnErase"]
+    assert node.VALIDATE_INPUTS(steps="auto", lr=None, eval_images=0) is True
+    for given, message in (
+        ({"steps": "2.5"}, "steps is '2.5', but must be auto or an integer"),
+        ({"lr": "fast"}, "lr is 'fast', but must be auto or a number"),
+        ({"lr": "2"}, "lr is 2.0, but must be at most 1"),
+        ({"until": "better"}, "until"),
+    ):
+        assert message in node.VALIDATE_INPUTS(**given)
+    assert "batch_size is 0" in NODE_CLASS_MAPPINGS["SalUnSaliencyMask"].VALIDATE_INPUTS(batch_size="0")
+    assert "rank is '0'" in NODE_CLASS_MAPPINGS["SalUnSaveAsLora"].VALIDATE_INPUTS(rank="0")
+    with pytest.raises(SalunError, match="resolution is 4"):
+        call("SalUnOptions", resolution="4")
 
 
 @pytest.mark.usefixtures("host")
@@ -497,7 +539,8 @@ def test_concepts_chain_and_name_what_is_missing() -> None:
     assert [c.name for c in both] == ["a cat", "van gogh"]
     assert first[0].retain == ("a house", "a tree")
     assert both[1].anchor is None
-    assert call("SalUnConcept", text="a cat", anchor='""')[0][0].anchor == ""
+    assert call("SalUnConcept", text="a cat", anchor="")[0][0].anchor == ""
+    assert call("SalUnConcept", text="a cat")[0][0].anchor is None
     with pytest.raises(SalunError, match="choose a preset, or enter a text"):
         call("SalUnConcept")
     with pytest.raises(SalunError, match="both the preset"):
@@ -611,7 +654,7 @@ def test_erasure_changes_only_the_masks_weights_and_not_the_graphs_model(host: H
     before = [p.detach().clone() for p in model.parameters()]
     mask, summary = saliency_mask(model)
     assert summary.startswith(f"{mask.selected:,} of")
-    after, delta, image, metrics = erased(model, given_mask=mask, eval_images=1)
+    after, delta, image, metrics = erased(model, mask=mask, eval_images=1)
     new, old, exact = Weights(after), Weights(model), delta.apply(Weights(model))
     for name in old:
         outside = ~mask.dense(name)
@@ -966,16 +1009,16 @@ def test_progress_bars_reach_their_end(host: Host) -> None:
 def test_training_data_must_match_the_erasure(host: Host) -> None:
     model, of = Patcher(), concept()
     (data,) = call("SalUnTrainingData", **parts(model=model))
-    assert erased(model, given_data=data)[1].changed
+    assert erased(model, data=data)[1].changed
     mask_inputs = {name: value for name, value in parts(model=model).items() if name != "vae"}
     for run, words in (
-        (lambda: erased(model, given_data=data, concept=concept("a cow")), "the concept a cat, not a cow"),
-        (lambda: erased(model, given_data=data, concept=(replace(of[0], anchor="a cow"),)), "the anchors"),
-        (lambda: erased(Patcher("sd2"), "sd2", given_data=data), "family sd1, not sd2"),
-        (lambda: erased(model, given_data=data, resolution=128), "resolution 64, not 128"),
-        (lambda: erased(model, given_data=data, concept=concept(retain_prompts="a house")), "retain_prompts"),
-        (lambda: erased(model, given_data=data, prompt_style="tags"), "prompt_style"),
-        (lambda: erased(model, given_data=data, clip=Clip(weights="other")), "another CLIP"),
+        (lambda: erased(model, data=data, concept=concept("a cow")), "the concept a cat, not a cow"),
+        (lambda: erased(model, data=data, concept=(replace(of[0], anchor="a cow"),)), "the anchors"),
+        (lambda: erased(Patcher("sd2"), "sd2", data=data), "family sd1, not sd2"),
+        (lambda: erased(model, data=data, resolution=128), "resolution 64, not 128"),
+        (lambda: erased(model, data=data, concept=concept(retain_prompts="a house")), "retain_prompts"),
+        (lambda: erased(model, data=data, prompt_style="tags"), "prompt_style"),
+        (lambda: erased(model, data=data, clip=Clip(weights="other")), "another CLIP"),
         (
             lambda: call("SalUnSaliencyMask", **{**mask_inputs, "data": data, "options": options(resolution=128)}),
             "resolution 64",
@@ -1003,10 +1046,10 @@ def test_mask_that_does_not_fit_is_rejected_before_sampling(host: Host) -> None:
         ("salun-soft, which does not use a given mask", {"method": "salun-soft"}),
         ("was made with", {"scope": "xattn"}),
         ("Make one with SalUn Saliency Mask", {"model": shifted()}),
-        ("selects no weight", {"given_mask": empty}),
+        ("selects no weight", {"mask": empty}),
     ):
         with pytest.raises(SalunError) as caught:
-            erased(**{"model": model, "given_mask": mask, **given})
+            erased(**{"model": model, "mask": mask, **given})
         assert words in str(caught.value) and not host.bar, caught.value
 
 
@@ -1356,8 +1399,8 @@ def test_comfyuis_saver_writes_complete_erasures_only(host: Host, one_thread: No
     """The same weights with other values, or the erasure in part, must not be called erased."""
     model, mask = Patcher(), saliency_mask(Patcher())[0]
     file = checkpoint(host.root / "other.safetensors", model, 1e-3)
-    after, delta, _, _ = erased(model, given_mask=mask)
-    other, another, _, _ = erased(model, given_mask=mask, lr=5e-3)
+    after, delta, _, _ = erased(model, mask=mask)
+    other, another, _, _ = erased(model, mask=mask, lr=5e-3)
     for key, patches in other.patches.items():
         assert torch.equal(after.patches[key][0][1].weights[0], patches[0][1].weights[0])
     merged, reset = after.clone(), after.clone()

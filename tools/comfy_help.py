@@ -13,10 +13,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "comfy_nodes" / "web" / "docs"
+SHOWN = "Hidden at first: *Show advanced inputs* on the node, or *Show Advanced* in its menu."
 MORE = {  # text of a page beyond the node's description
-    "SalUnConcept": "To erase several concepts at once, connect one SalUn Concept to the next.",
-    "SalUnOptions": "A number just below an option's range (0 or −1, the default) is automatic: the value of the "
-    "model's recipe, or the model's own. low_vram is on if ComfyUI was started with --lowvram or --novram.",
+    "SalUnOptions": "auto: the value depends on the model and on the other options, as its row says; a number in its "
+    "place is used as it is. low_vram is on if ComfyUI was started with --lowvram or --novram.",
     "SalUnTrainingData": "Samples are cached in ComfyUI's user folder (`user/salun/cache`, or SALUN_CACHE; "
     "SALUN_CACHE_SIZE limits it), so that a run with the same model, prompts and seed reuses them.",
     "SalUnErase": "Interrupt stops the training within one step and leaves the graph unchanged; queued again with the "
@@ -35,15 +35,38 @@ def page(identity: str, title: str, node: Any) -> str:
     lines = [f"# {title}", "", node.DESCRIPTION, ""]
     if identity in MORE:
         lines += [MORE[identity], ""]
-    lines += ["## Inputs", "", "| input | type | default | meaning |", "|---|---|---|---|"]
-    for name, (what, *rest) in [item for part in node.INPUT_TYPES().values() for item in part.items()]:
-        kind = "choice" if isinstance(what, list) else what
-        default = rest[0].get("default", "")
-        lines.append(f"| `{name}` | {kind} | {default} | {rest[0]['tooltip']} |")
+    inputs = {name: entry for part in node.INPUT_TYPES().values() for name, entry in part.items()}
+    hidden = [name for name, (_, settings) in inputs.items() if settings.get("advanced")]
+    lines += ["## Inputs", "", *table(inputs, [name for name in inputs if name not in hidden])]
+    if hidden:
+        lines += ["", "## Advanced inputs", "", SHOWN, ""]
+        for title, names in grouped(hidden).items():
+            lines += [*([f"### {title}", ""] if len(grouped(hidden)) > 2 else []), *table(inputs, names), ""]
+        lines.pop()
     lines += ["", "## Outputs", "", "| output | type | meaning |", "|---|---|---|"]
     for name, kind, tooltip in zip(node.RETURN_NAMES, node.RETURN_TYPES, node.OUTPUT_TOOLTIPS, strict=True):
         lines.append(f"| `{name}` | {kind} | {tooltip} |")
     return "\n".join(lines) + "\n"
+
+
+def table(inputs: dict[str, Any], names: list[str]) -> list[str]:
+    """The rows of these inputs."""
+    rows = ["| input | type | default | meaning |", "|---|---|---|---|"]
+    for name in names:
+        what, settings = inputs[name]
+        kind = "choice" if isinstance(what, list) else what
+        default = str(settings.get("default", "")).replace("|", "\\|")
+        rows.append(f"| `{name}` | {kind} | {default} | {settings['tooltip']} |")
+    return rows
+
+
+def grouped(names: list[str]) -> dict[str, list[str]]:
+    """Title → inputs, in the groups of the core's options; "Others" for those that are none."""
+    from salun.diffusion.options import GROUPS
+
+    found = {title: [name for name in names if name in group] for title, group in GROUPS.items()}
+    found["Others"] = [name for name in names if not any(name in group for group in GROUPS.values())]
+    return {title: each for title, each in found.items() if each}
 
 
 def pages() -> dict[str, str]:
