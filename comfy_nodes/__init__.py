@@ -11,12 +11,13 @@ from .evaluate import SalUnEvaluate
 from .export import SalUnSaveAsLora, SalUnSaveErasedCheckpoint
 from .files import SalUnLoadDelta, SalUnLoadMask, SalUnSaveDelta, SalUnSaveMask
 from .mask import SalUnCombineMasks, SalUnMaskHeatmap, SalUnSaliencyMask
-from .options import SalUnOptions
+from .options import SalUnMethod, SalUnOptions
 from .types import Node
 
 NODES: tuple[type[Node], ...] = (
     SalUnConcept,
     SalUnOptions,
+    SalUnMethod,
     SalUnTrainingData,
     SalUnSaliencyMask,
     SalUnLoadMask,

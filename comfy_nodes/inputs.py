@@ -15,6 +15,7 @@ from salun.checkpoints.locate import aliases
 from salun.detectors import WITHOUT_PATH, without_path
 from salun.diffusion.options import GROUPS, EraseOptions, Recipe
 from salun.errors import ConfigError
+from salun.methods import option_names
 from salun.options import MASKS, option_types
 
 from .paths import validation
@@ -202,7 +203,8 @@ SHARED = tuple(
     for name in names
     if name in _fields(EraseOptions) and name not in NODE_OPTIONS and name not in GRAPH_OPTIONS
 )
+METHOD = ("method", *option_names("diffusion"))  # of SalUn Method; the others of `SHARED` are of SalUn Options
 IN_VIEW = (  # of SalUn Options; the others are advanced inputs
-    "method", "resolution", "sampling_steps", "sampling_guidance", "sampler", "negative_prompt", "forget_latents",
+    "resolution", "sampling_steps", "sampling_guidance", "sampler", "negative_prompt", "forget_latents",
     "retain_latents", "detector", "show_sensitive", "low_vram",
 )  # fmt: skip

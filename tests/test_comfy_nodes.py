@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from comfy_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, storage
 from comfy_nodes import erase as erase_node
 from comfy_nodes.execution import graph_and_plan, run_record
 from comfy_nodes.families import schedule_keys
-from comfy_nodes.inputs import GRAPH_OPTIONS, NODE_OPTIONS, SHARED, erase_options
+from comfy_nodes.inputs import GRAPH_OPTIONS, METHOD, NODE_OPTIONS, SHARED, erase_options
 from comfy_nodes.look_inputs import ATTACK, EVALUATION, LookInputs
 from comfy_nodes.model import GraphModel
 from comfy_nodes.storage import cache
@@ -450,7 +451,8 @@ def test_option_inputs_have_the_cores_default_range_and_help() -> None:
                 assert round(settings["default"], decimals(settings["step"])) == settings["default"]
     assert set(seen) | set(GRAPH_OPTIONS) == set(fields), "an option of no node, and without a reason in GRAPH_OPTIONS"
     for name, nodes in seen.items():
-        assert nodes == {"SalUnOptions"} or (name in NODE_OPTIONS and "SalUnOptions" not in nodes), "set at two nodes"
+        shared = "SalUnMethod" if name in METHOD else "SalUnOptions"
+        assert nodes == {shared} or (name in NODE_OPTIONS and shared not in nodes), "set at two nodes"
     assert sum("SalUnErase" in nodes for nodes in seen.values()) == 8
     families = aliases()["families"]
     assert {families[name]["recipe"]["eval_images"] for name in ("sd1", "sd2", "sdxl")} == {16}
@@ -514,6 +516,8 @@ def test_numbers_are_read_from_text_and_auto_is_the_cores() -> None:
     assert "rank is '0'" in NODE_CLASS_MAPPINGS["SalUnSaveAsLora"].VALIDATE_INPUTS(rank="0")
     with pytest.raises(SalunError, match="resolution is 4"):
         call("SalUnOptions", resolution="4")
+    chained = call("SalUnMethod", options={"resolution": 64}, method="uce", uce_erase=2.0)[0]
+    assert chained == {"resolution": 64, "method": "uce", "uce_erase": 2.0}
 
 
 @pytest.mark.usefixtures("host")
@@ -525,6 +529,36 @@ def test_names_titles_help_pages_and_workflows_are_up_to_date() -> None:
         saved = json.loads((comfy_workflows.TARGET / f"{name}.json").read_text(encoding="utf-8"))
         assert saved == comfy_workflows.saved(graph), "run tools/comfy_workflows.py"
         assert (comfy_workflows.TARGET / f"{name}.jpg").stat().st_size > 1000
+        kinds = [node["type"] for node in saved["nodes"]]
+        assert "MarkdownNote" in kinds and {"PreviewImage", "PreviewAny"} & set(kinds)
+    assert {path.stem for path in comfy_workflows.TARGET.iterdir()} == set(comfy_workflows.WORKFLOWS)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_every_node_input_and_output_is_translated(language: str) -> None:
+    folder = ROOT / "locales" / language
+    words = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert set(words) == set(NODE_CLASS_MAPPINGS)
+    for kind, node in NODE_CLASS_MAPPINGS.items():
+        of = words[kind]
+        assert of["display_name"].startswith("SalUn ") and of["description"]
+        assert list(of["inputs"]) == [name for part in node.INPUT_TYPES().values() for name in part], kind
+        assert list(of["outputs"]) == [str(i) for i in range(len(node.RETURN_NAMES))], kind
+        for name, entry in [*of["inputs"].items(), *of["outputs"].items()]:
+            assert entry["name"] and entry["tooltip"][-1] in "。）", f"{kind}.{name}"
+        for name, (_, settings) in [item for part in node.INPUT_TYPES().values() for item in part.items()]:
+            assert ("auto" in settings["tooltip"]) == ("auto" in of["inputs"][name]["tooltip"]), f"{kind}.{name}"
+    english = json.loads((ROOT / "locales/en/main.json").read_text(encoding="utf-8"))
+    assert json.loads((folder / "main.json").read_text(encoding="utf-8")).keys() == english.keys()
+
+
+def test_the_registrys_table_names_the_pack_its_icon_and_the_oldest_comfyui() -> None:
+    table = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.comfy]")[2].partition("\n[")[0]
+    values = dict(re.findall(r'^([\w-]+) = "([^"]*)"', table, re.MULTILINE))
+    assert values["DisplayName"] and values["requires-comfyui"].startswith(">=")
+    icon = ElementTree.parse(ROOT / values["Icon"]).getroot()
+    assert int(icon.attrib["width"]) <= 800 and int(icon.attrib["height"]) <= 400, "the registry's limits"
 
 
 def test_nodes_are_imported_without_comfyui_and_the_installer_names_what_they_need() -> None:

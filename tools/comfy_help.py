@@ -61,12 +61,12 @@ def table(inputs: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def grouped(names: list[str]) -> dict[str, list[str]]:
-    """Title → inputs, in the groups of the core's options; "Others" for those that are none."""
+    """Title → inputs, in the groups of the core's options; "Others" for those of no group."""
     from salun.diffusion.options import GROUPS
 
-    found = {title: [name for name in names if name in group] for title, group in GROUPS.items()}
-    found["Others"] = [name for name in names if not any(name in group for group in GROUPS.values())]
-    return {title: each for title, each in found.items() if each}
+    titled = {title: [name for name in names if name in group] for title, group in GROUPS.items()}
+    titled["Others"] = [name for name in names if not any(name in group for group in GROUPS.values())]
+    return {title: each for title, each in titled.items() if each}
 
 
 def pages() -> dict[str, str]:

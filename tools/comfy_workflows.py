@@ -2,12 +2,14 @@
 
     python tools/comfy_workflows.py
 
-Widgets' values follow the nodes' INPUT_TYPES, so a changed input needs no editing by hand.
+Widgets' values follow the nodes' INPUT_TYPES, so a changed input needs no editing by hand. Nodes stand in columns; the
+numbers in the notes are those of docs/performance.md.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import types
@@ -29,10 +31,14 @@ STOCK: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
     ),
     "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, [], ["IMAGE"]),
     "PreviewImage": ({"images": "IMAGE"}, [], []),
-    "SaveImage": ({"images": "IMAGE"}, ["filename_prefix"], []),
+    "PreviewAny": ({"source": "*"}, [], []),
+    "MarkdownNote": ({}, ["text"], []),
 }
-Graph = dict[str, tuple[str, tuple[int, int], dict[str, Any]]]
-"""name → (class, position, inputs): an input is a value, or ("@name", output) for a wire."""
+Graph = dict[str, tuple[str, int, dict[str, Any]]]
+"""name → (class, column, inputs): an input is a value, or ("@name", output) for a wire. A stock node shows its name."""
+WIDTHS = {"MarkdownNote": 440, "PreviewAny": 400, "PreviewImage": 400, "KSampler": 300, "CLIPTextEncode": 340}
+HEIGHTS = {"MarkdownNote": 640, "PreviewAny": 200, "PreviewImage": 320, "CLIPTextEncode": 140}
+WIDTH, TITLE, SLOT, WIDGET, TEXT, GAP = 340, 30, 20, 24, 70, 50  # pixels
 
 SAMPLER = {
     "seed": 1,
@@ -43,146 +49,243 @@ SAMPLER = {
     "scheduler": "karras",
     "denoise": 1.0,
 }
-LOADER: Graph = {"load": ("CheckpointLoaderSimple", (0, 0), {"ckpt_name": CHECKPOINT})}
+PROMPT = "a village street, Van Gogh"
 
 
-def sampled(text: str, models: dict[str, tuple[str, int]], x: int, y: int, save: bool = False) -> Graph:
+def measured() -> str:
+    """Time and memory of a training step, as docs/performance.md has them."""
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+    def row(label: str) -> tuple[str, str]:
+        match = re.search(rf"^\| {re.escape(label)} \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+        if match is None:
+            raise ValueError(f"docs/performance.md has no row {label!r}")
+        return match[1], match[2]
+
+    (slow, much), (fast, less) = row("salun, fp32"), row("salun, bf16, `--low-vram`")
+    return (
+        "### Time and VRAM\n\n"
+        "**Measured**, on two CPU cores (docs/performance.md): a training step of Stable Diffusion 1.5's UNet at 64×64 "
+        f"pixels and batch size 1 takes {slow} s and {much} GiB of CPU memory in fp32, {fast} s and {less} GiB with "
+        "`low_vram` and the dtype bf16.\n\n"
+        "**Computed**: the fp32 copies and Adam's moments of the selected weights take 12 bytes each, 5.2 GB for SD "
+        "1.5 at density 0.5: in VRAM, or with `low_vram` in CPU memory.\n\n"
+        "**Not measured**: time and VRAM on a GPU. docs/performance.md has the newest figures. The bar "
+        "of *SalUn Erase* counts the steps. If memory is short: "
+        "`low_vram` in *SalUn Options*, `batch_size` 1."
+    )
+
+
+def note(title: str, *steps: str, training: bool = True) -> tuple[str, int, dict[str, Any]]:
+    """The note of a template."""
+    lines = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
+    end = measured() if training else "### Time and VRAM\n\nThose of sampling, which is all that this template does."
+    return "MarkdownNote", 0, {"text": f"## {title}\n\n{lines}\n\n{end}"}
+
+
+def sampled(models: dict[str, tuple[str, int]], column: int) -> Graph:
     """One prompt in several models, with the same noise. models: name → the wire it comes by."""
     graph: Graph = {
-        "prompt": ("CLIPTextEncode", (x, y), {"clip": ("@load", 1), "text": text}),
-        "negative": ("CLIPTextEncode", (x, y + 220), {"clip": ("@load", 1), "text": ""}),
-        "latent": ("EmptyLatentImage", (x, y + 440), {"width": 512, "height": 512, "batch_size": 1}),
+        "prompt": ("CLIPTextEncode", column, {"clip": ("@load", 1), "text": PROMPT}),
+        "negative prompt": ("CLIPTextEncode", column, {"clip": ("@load", 1), "text": ""}),
+        "latent": ("EmptyLatentImage", column, {"width": 512, "height": 512, "batch_size": 1}),
     }
-    for i, (name, wire) in enumerate(models.items()):
-        position = y + 460 * i
+    for name, wire in models.items():
         wires = {
             "model": wire,
             "positive": ("@prompt", 0),
-            "negative": ("@negative", 0),
+            "negative": ("@negative prompt", 0),
             "latent_image": ("@latent", 0),
         }
-        graph[f"sample {name}"] = ("KSampler", (x + 460, position), {**wires, **SAMPLER})
-        graph[f"decode {name}"] = (
-            "VAEDecode",
-            (x + 820, position),
-            {"samples": (f"@sample {name}", 0), "vae": ("@load", 2)},
-        )
-        images = {"images": (f"@decode {name}", 0)}
-        if save:
-            shown: tuple[str, dict[str, Any]] = ("SaveImage", {**images, "filename_prefix": f"salun/{name}"})
-        else:
-            shown = ("PreviewImage", images)
-        graph[f"show {name}"] = (shown[0], (x + 1180, position), shown[1])
+        decode = {"samples": (f"@sample {name}", 0), "vae": ("@load", 2)}
+        graph[f"sample {name}"] = ("KSampler", column + 1, {**wires, **SAMPLER})
+        graph[f"decode {name}"] = ("VAEDecode", column + 1, decode)
+        graph[name] = ("PreviewImage", column + 2, {"images": (f"@decode {name}", 0)})
     return graph
 
 
-CONCEPT: Graph = {"concept": ("SalUnConcept", (0, 180), {"preset": "van gogh", "retain_prompts": ""})}
+LOADER: Graph = {"load": ("CheckpointLoaderSimple", 1, {"ckpt_name": CHECKPOINT})}
+CONCEPT: Graph = {"concept": ("SalUnConcept", 1, {"preset": "van gogh"})}
 PARTS = {"model": ("@load", 0), "clip": ("@load", 1)}
+BOTH = {"before": ("@load", 0), "clip": ("@load", 1), "vae": ("@load", 2)}
 WHAT = {"concept": ("@concept", 0), "options": ("@options", 0)}
+DELTA: Graph = {"delta": ("SalUnLoadDelta", 1, {"file": "erased_00001_.salun.safetensors"})}
 WORKFLOWS: dict[str, Graph] = {
     "erase_a_concept": {
+        "note": note(
+            "Erase a concept",
+            "Choose the checkpoint (SD 1.x, SD 2.x or SDXL) in *Load Checkpoint*, and the same file in *SalUn Save "
+            "Erased Checkpoint*.",
+            "Choose a preset in *SalUn Concept*, or `custom` and a text.",
+            "Run. The verdict says whether the concept is erased and the rest intact. The images of a prompt of your "
+            "own, before and after, are at the right.",
+            "The erased checkpoint is in `output/checkpoints`, the delta, which can be undone, in `output/salun`.",
+        ),
         **LOADER,
         **CONCEPT,
-        "erase": (
-            "SalUnErase",
-            (420, 0),
-            {**PARTS, "vae": ("@load", 2), "concept": ("@concept", 0), "eval_images": 4},
-        ),
-        "grid": ("PreviewImage", (900, 0), {"images": ("@erase", 2)}),
-        "save delta": ("SalUnSaveDelta", (900, 360), {"delta": ("@erase", 1), "filename_prefix": "erased"}),
-        "save checkpoint": (
-            "SalUnSaveErasedCheckpoint",
-            (900, 520),
-            {"delta": ("@erase", 1), "ckpt_name": CHECKPOINT, "filename_prefix": "erased"},
-        ),
-        **sampled("a village street, Van Gogh", {"before": ("@load", 0), "after": ("@erase", 0)}, 1360, 0),
+        "erase": ("SalUnErase", 2, {**PARTS, "vae": ("@load", 2), "concept": ("@concept", 0)}),
+        "save delta": ("SalUnSaveDelta", 2, {"delta": ("@erase", 1), "filename_prefix": "erased"}),
+        "save checkpoint": ("SalUnSaveErasedCheckpoint", 2, {"delta": ("@erase", 1), "ckpt_name": CHECKPOINT}),
+        "verdict": ("PreviewAny", 3, {"source": ("@erase", 4)}),
+        "before and after": ("PreviewImage", 3, {"images": ("@erase", 2)}),
+        "saved": ("PreviewAny", 3, {"source": ("@save checkpoint", 1)}),
+        **sampled({"before": ("@load", 0), "after": ("@erase", 0)}, 4),
     },
     "mask_and_data": {
+        "note": note(
+            "Mask and training set",
+            "Choose the checkpoint in *Load Checkpoint* and the concept in *SalUn Concept*.",
+            "*SalUn Options* is connected to every node, so that they agree.",
+            "*SalUn Training Data* samples the training set from the model; connect images to it to use your own.",
+            "*SalUn Saliency Mask* selects the weights that matter most to the concept; the heatmap shows in which "
+            "layers they are.",
+            "*SalUn Evaluate* compares the models on more images than *SalUn Erase* does.",
+            "A low-rank LoRA loses a part of the erasure; its summary says how much is left.",
+        ),
         **LOADER,
         **CONCEPT,
-        "options": ("SalUnOptions", (0, 420), {}),
-        "data": ("SalUnTrainingData", (420, 0), {**PARTS, **WHAT}),
-        "mask": ("SalUnSaliencyMask", (420, 360), {**PARTS, **WHAT, "data": ("@data", 0)}),
-        "heatmap": ("SalUnMaskHeatmap", (860, 460), {"mask": ("@mask", 0)}),
-        "show heatmap": ("PreviewImage", (1380, 660), {"images": ("@heatmap", 0)}),
-        "save mask": ("SalUnSaveMask", (860, 600), {"mask": ("@mask", 0), "filename_prefix": "mask"}),
+        "options": ("SalUnOptions", 1, {}),
+        "data": ("SalUnTrainingData", 2, {**PARTS, **WHAT}),
+        "mask": ("SalUnSaliencyMask", 2, {**PARTS, **WHAT, "data": ("@data", 0)}),
+        "save mask": ("SalUnSaveMask", 2, {"mask": ("@mask", 0), "filename_prefix": "mask"}),
+        "heatmap": ("SalUnMaskHeatmap", 2, {"mask": ("@mask", 0)}),
         "erase": (
             "SalUnErase",
-            (860, 0),
-            {
-                **PARTS,
-                **WHAT,
-                "vae": ("@load", 2),
-                "given_mask": ("@mask", 0),
-                "given_data": ("@data", 0),
-                "eval_images": 0,
-            },
+            3,
+            {**PARTS, **WHAT, "vae": ("@load", 2), "mask": ("@mask", 0), "data": ("@data", 0), "eval_images": 0},
         ),
-        "evaluate": (
-            "SalUnEvaluate",
-            (1380, 0),
-            {
-                "before": ("@load", 0),
-                "after": ("@erase", 0),
-                "clip": ("@load", 1),
-                "vae": ("@load", 2),
-                **WHAT,
-                "n": 16,
-            },
-        ),
-        "show images": ("PreviewImage", (1820, 0), {"images": ("@evaluate", 0)}),
-        "save lora": (
-            "SalUnSaveAsLora",
-            (1380, 360),
-            {"model": ("@load", 0), "delta": ("@erase", 1), "filename_prefix": "erased"},
-        ),
+        "mask summary": ("PreviewAny", 3, {"source": ("@mask", 1)}),
+        "mask heatmap": ("PreviewImage", 3, {"images": ("@heatmap", 0)}),
+        "evaluate": ("SalUnEvaluate", 4, {**BOTH, **WHAT, "after": ("@erase", 0), "n": 16}),
+        "save lora": ("SalUnSaveAsLora", 4, {"model": ("@load", 0), "delta": ("@erase", 1)}),
+        "verdict": ("PreviewAny", 5, {"source": ("@evaluate", 2)}),
+        "before and after": ("PreviewImage", 5, {"images": ("@evaluate", 0)}),
+        "lora summary": ("PreviewAny", 5, {"source": ("@save lora", 1)}),
     },
-    "dial_a_delta": {
+    "apply_a_delta": {
+        "note": note(
+            "Apply a delta",
+            "Choose the checkpoint that the delta was made from in *Load Checkpoint*, and the delta in *SalUn Load "
+            "Delta*.",
+            "Strength 0 is the original, 1 the erased model; below 0 the concept becomes stronger.",
+            "Several *SalUn Apply Delta* can follow each other, in any order; so can LoRAs.",
+            training=False,
+        ),
         **LOADER,
-        "delta": ("SalUnLoadDelta", (0, 180), {"file": "erased_00001_.salun.safetensors"}),
-        "apply": ("SalUnApplyDelta", (420, 0), {"model": ("@load", 0), "delta": ("@delta", 0), "strength": 0.5}),
-        **sampled("a village street, Van Gogh", {"without": ("@load", 0), "half": ("@apply", 0)}, 860, 0, save=True),
+        **DELTA,
+        **{
+            f"apply {strength}": (
+                "SalUnApplyDelta",
+                2,
+                {"model": ("@load", 0), "delta": ("@delta", 0), "strength": strength},
+            )
+            for strength in (0.5, 1.0)
+        },
+        **sampled({"original": ("@load", 0), "strength 0.5": ("@apply 0.5", 0), "strength 1": ("@apply 1.0", 0)}, 3),
+    },
+    "evaluate_and_attack": {
+        "note": note(
+            "Evaluate and attack",
+            "Choose the checkpoint that the delta was made from, the delta, and the concept that it erases.",
+            "*SalUn Evaluate* compares both models on held-out prompts at equal seeds.",
+            "*SalUn Attack* tries to bring the concept back, by the attacks that are named in it, one per line; `auto` "
+            "makes all of them, of which relearn trains. Its page is in `output/salun`.",
+            training=False,
+        ),
+        **LOADER,
+        **DELTA,
+        **CONCEPT,
+        "apply": ("SalUnApplyDelta", 1, {"model": ("@load", 0), "delta": ("@delta", 0), "strength": 1.0}),
+        "evaluate": ("SalUnEvaluate", 3, {**BOTH, "concept": ("@concept", 0), "after": ("@apply", 0)}),
+        "attack": (
+            "SalUnAttack",
+            2,
+            {
+                **{**BOTH, "concept": ("@concept", 0), "after": ("@apply", 0)},
+                "attack": "seeds\nnoise\ncompletion\nquantize",
+            },
+        ),
+        "verdict": ("PreviewAny", 4, {"source": ("@evaluate", 2)}),
+        "before and after": ("PreviewImage", 4, {"images": ("@evaluate", 0)}),
+        "verdict of attacks": ("PreviewAny", 4, {"source": ("@attack", 2)}),
+        "images of attacks": ("PreviewImage", 4, {"images": ("@attack", 0)}),
     },
 }
 
 
-def described(kind: str) -> tuple[dict[str, str], list[tuple[str, Any]], list[str]]:
-    """Of a node class: (inputs by wire, (widget, default) in order, outputs)."""
+def described(kind: str) -> tuple[dict[str, str], list[tuple[str, Any]], list[tuple[str, str]]]:
+    """Of a node class: (inputs by wire, (widget, default) in order, outputs as (name, type))."""
     if kind in STOCK:
         wires, widgets, outputs = STOCK[kind]
-        return wires, [(name, None) for name in widgets], outputs
+        return wires, [(name, None) for name in widgets], [(what, what) for what in outputs]
+    made = _node(kind)
+    wires, widgets = {}, []
+    for name, (what, settings) in _inputs(made).items():
+        if isinstance(what, list) or what in ("INT", "FLOAT", "STRING", "BOOLEAN"):
+            default = settings.get("default", what[0] if isinstance(what, list) and what else None)
+            widgets.append((name, default))
+        else:
+            wires[name] = what
+    return wires, widgets, list(zip(made.RETURN_NAMES, made.RETURN_TYPES, strict=True))
+
+
+def _node(kind: str) -> Any:
     from comfy_nodes import NODE_CLASS_MAPPINGS
 
-    made: Any = NODE_CLASS_MAPPINGS[kind]
-    wires, widgets = {}, []
-    for part in made.INPUT_TYPES().values():
-        for name, (what, *rest) in part.items():
-            if isinstance(what, list) or what in ("INT", "FLOAT", "STRING", "BOOLEAN"):
-                default = rest[0].get("default", what[0] if isinstance(what, list) and what else None)
-                widgets.append((name, default))
-            else:
-                wires[name] = what
-    return wires, widgets, list(made.RETURN_TYPES)
+    return NODE_CLASS_MAPPINGS[kind]
+
+
+def _inputs(made: Any) -> dict[str, Any]:
+    return {name: entry for part in made.INPUT_TYPES().values() for name, entry in part.items()}
+
+
+def size(kind: str) -> tuple[int, int]:
+    """Width and height of a node in pixels, without its title."""
+    wires, widgets, outputs = described(kind)
+    rows = SLOT * max(len(wires), len(outputs))
+    if kind in HEIGHTS:
+        return WIDTHS[kind], HEIGHTS[kind]
+    if kind in STOCK:
+        return WIDTHS.get(kind, 300), 10 + rows + WIDGET * len(widgets)
+    shown = [settings for name, (_, settings) in _inputs(_node(kind)).items() if name not in wires]
+    return WIDTH, 10 + rows + sum(TEXT if settings.get("multiline") else WIDGET for settings in shown)
+
+
+def placed(graph: Graph) -> dict[str, tuple[int, int]]:
+    """name → position: columns side by side, each filled from the top."""
+    columns = sorted({column for _, column, _ in graph.values()})
+    positions, x = {}, 0
+    for at in columns:
+        y, wide = 0, 0
+        for name, (kind, column, _) in graph.items():
+            if column == at:
+                positions[name] = (x, y)
+                y, wide = y + size(kind)[1] + TITLE + GAP // 2, max(wide, size(kind)[0])
+        x += wide + GAP
+    return positions
 
 
 def saved(graph: Graph) -> dict[str, Any]:
     """The graph as the front end saves it."""
     numbers = {name: i for i, name in enumerate(graph, 1)}
+    positions = placed(graph)
     nodes, links = {}, []
-    for name, (kind, position, _) in graph.items():
+    for name, (kind, _, _) in graph.items():
         wires, _, outputs = described(kind)
         nodes[name] = {
             "id": numbers[name],
             "type": kind,
-            "pos": list(position),
-            "size": [400, 120] if kind.startswith("SalUn") else [315, 120],
+            "pos": list(positions[name]),
+            "size": list(size(kind)),
             "flags": {},
             "order": numbers[name] - 1,
             "mode": 0,
             "inputs": [{"name": each, "type": what, "link": None} for each, what in wires.items()],
-            "outputs": [{"name": what, "type": what, "links": []} for what in outputs],
+            "outputs": [{"name": each, "type": what, "links": []} for each, what in outputs],
             "properties": {"Node name for S&R": kind},
         }
+        if kind in STOCK and name != "load":
+            nodes[name]["title"] = name[0].upper() + name[1:]
     for name, (kind, _, given) in graph.items():
         wires, widgets, _ = described(kind)
         for slot, each in enumerate(nodes[name]["inputs"]):
@@ -192,7 +295,8 @@ def saved(graph: Graph) -> dict[str, Any]:
             source = source.removeprefix("@")
             each["link"] = len(links) + 1
             nodes[source]["outputs"][output]["links"].append(each["link"])
-            links.append([each["link"], numbers[source], output, numbers[name], slot, each["type"]])
+            what = nodes[source]["outputs"][output]["type"]
+            links.append([each["link"], numbers[source], output, numbers[name], slot, what])
         nodes[name]["widgets_values"] = [given.get(each, default) for each, default in widgets]
     return {
         "last_node_id": len(nodes),
