@@ -331,7 +331,9 @@ SIZES = {"forget_latents": 2, "retain_latents": 2, "resolution": 64}
 
 
 def options(**changes: Any) -> Any:
-    return call("SalUnOptions", **{**SIZES, **changes})[0]
+    method = {name: changes.pop(name) for name in list(changes) if name in METHOD}
+    (made,) = call("SalUnOptions", **{**SIZES, **changes})
+    return call("SalUnMethod", options=made, **method)[0] if method else made
 
 
 def concept(*names: str, **given: Any) -> Any:
