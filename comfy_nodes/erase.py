@@ -19,7 +19,7 @@ from salun.diffusion.context import RunContext, training_session
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.erase import unlearn
 from salun.diffusion.evaluation import EvalPrompts, Evaluation, eval_prompts
-from salun.diffusion.mask_files import check_mask
+from salun.diffusion.mask_files import check_given_mask
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
 from salun.diffusion.targets import STATE_BYTES, trained_entries
@@ -131,7 +131,7 @@ class SalUnErase(Node):
             with resumable(record, graph, plan):
                 with training_session(graph, plan):
                     if mask is not None:
-                        check_mask(mask, graph, plan)
+                        check_given_mask(mask, graph, plan)
                     content = data_on(content, graph.device) if content is not None else None
                     needed = plan.samples(masked=mask is not None)
                     if content is None and needed != "none":

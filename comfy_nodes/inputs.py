@@ -66,8 +66,8 @@ def option_inputs(*names: str, kind: Any = EraseOptions, advanced: Iterable[str]
 
 def option_input(name: str, kind: Any = EraseOptions) -> tuple[Any, dict[str, Any]]:
     """(type, settings) of the input for an option."""
-    rules, default = _fields(kind)[name].metadata, _fields(kind)[name].default
-    default = getattr(Recipe(), name) if name in _SAME else default
+    rules = _fields(kind)[name].metadata
+    default: Any = getattr(Recipe(), name) if name in _SAME else _fields(kind)[name].default
     auto, (of, _) = has_auto(name, kind), option_types(kind)[name]
     tooltip = _TOOLTIPS.get(name, rules["text"]).replace("repeatable", "one per line").replace("`", "")
     settings: dict[str, Any] = {"tooltip": f"{tooltip}. auto: {auto_means(name, kind)}." if auto else f"{tooltip}."}
@@ -143,7 +143,7 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     except ValueError as error:
         wanted = "an integer" if of is int else "a number"
         raise ConfigError(f"is {value[:40]!r}, but must be auto or {wanted}", option=name) from error
-    return of(number)
+    return int(number) if of is int else number
 
 
 def erase_options(values: OptionValues, shared: OptionValues | None = None) -> EraseOptions:
