@@ -58,6 +58,7 @@ def erase(
     options = dataclasses.replace(options or EraseOptions(), **overrides)
     settings: dict[str, Any] = {"run_dir": run_dir, "outputs": outputs, "force": force, "resume": resume}
     with open_run(model, concept, options, **settings, progress=progress, cache=cache, command=command) as context:
+        context.announce()
         run = unlearn(context)
         if not context.processes.rank:
             write_run(run, context)

@@ -144,6 +144,7 @@ def train(
     with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload) as optimizer:
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
         history, scale = _resumed(state, optimizer, settings.steps, 2.0**16 if half else 1.0, processes)
+        resumed = len(history)
         checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
             if watch is not None and history:
@@ -158,7 +159,8 @@ def train(
                     threshold(done, settings.steps)
                 total = settings.steps if watch is None else _measured(watch, history, processes)
                 failure = checkpointer.save_if_due(history, scale, done == total) if checkpointer is not None else ""
-                progress(Event(settings.stage, done, total, {name: history[-1][name] for name in named}, None, failure))
+                shown = {name: history[-1][name] for name in named}
+                progress(Event(settings.stage, done, total, shown, None, failure, resumed))
                 if stop is not None and stop(done):
                     break
         except Cancelled:  # raised between steps, so masters, moments and history belong together

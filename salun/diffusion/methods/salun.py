@@ -52,7 +52,7 @@ class _Losses:
         for step in range(start, end if task.plan.needs_frozen else start):
             self._targets[step] = frozen_predictions(task.model, self._batch(step), guidance).cpu()
             if task.until is None:
-                task.progress(Event(Stage.FROZEN_TARGETS, step + 1, task.plan.budget))
+                task.progress(Event(Stage.FROZEN_TARGETS, step + 1, task.plan.budget, restored=start))
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         task, recipe = self._task, self._task.plan.recipe
