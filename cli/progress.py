@@ -9,7 +9,7 @@ from pathlib import Path
 
 from salun.display import bar, lines, shown
 from salun.errors import Cancelled
-from salun.progress import Event, Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 
 from . import interrupt
 
@@ -24,6 +24,8 @@ def terminal_progress(quiet: bool, folder: Path | None = None) -> Iterator[Progr
     with interrupt.working():
         try:
             with drawn as show:
+                if folder is not None:
+                    show(Event(Stage.LOADING))
 
                 def progress(event: Event, /) -> None:
                     if interrupt.step():

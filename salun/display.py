@@ -88,14 +88,18 @@ def bar() -> Iterator[Progress]:
     else:
         from tqdm import tqdm
     without_thread = type("Bar", (tqdm,), {"monitor_interval": 0})  # which would watch over the bar
-    with _Bar(without_thread, None if notebook else _columns()) as drawn:
+    with _Bar(without_thread, None if notebook else _bar_columns()) as drawn:
         yield drawn
 
 
-def _columns() -> int:
-    """Columns of the terminal, up to those of a bar with losses."""
-    columns = shutil.get_terminal_size((COLUMNS + 1, 24)).columns - 1
-    return WIDE if columns >= WIDE else min(columns, COLUMNS)
+def columns() -> int:
+    """Columns of text and bars: 79, or fewer on a narrow terminal."""
+    return min(shutil.get_terminal_size((COLUMNS + 1, 24)).columns - 1, COLUMNS)
+
+
+def _bar_columns() -> int:
+    """Columns of a bar, which has losses beside it on a wide terminal."""
+    return WIDE if shutil.get_terminal_size((COLUMNS + 1, 24)).columns > WIDE else columns()
 
 
 class _Bar:
@@ -121,7 +125,7 @@ class _Bar:
 
     def __call__(self, event: Event, /) -> None:
         position = self._time.at(event)
-        for line in _wrapped(event.message, self._columns or COLUMNS) if event.message else ():
+        for line in wrapped(event.message, columns()) if event.message else ():
             self._write(line)
         now = time.monotonic()
         due = now - self._drawn >= EVERY or event.stage != self._stage or (event.step == event.total > 0)
@@ -183,7 +187,7 @@ def _metrics(event: Event) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
 
 
-def _wrapped(text: str, columns: int) -> list[str]:
+def wrapped(text: str, columns: int) -> list[str]:
     """A text in lines of a terminal; a path is never broken."""
     return textwrap.wrap(printable(text), columns, break_long_words=False, break_on_hyphens=False) or [""]
 
