@@ -29,7 +29,8 @@ from .output import (
 )
 from .resuming import resume_line
 
-BLOCKS = {"blocks": "fraction of each block in the mask or delta", "moved": "fraction of each block that changed"}
+CHANGED = "fraction of each block that changed"
+BLOCKS = {"blocks": "fraction of each block in the mask", "moved": CHANGED}
 
 
 @app.command()
@@ -59,7 +60,8 @@ def inspect(
     from salun.diagnostics.inspect import overlap
 
     data = look(path, options) if against is None else overlap(path, against)
-    charts = {title: data[key] for key, title in BLOCKS.items() if data.get(key)}
+    titles = {**BLOCKS, "blocks": CHANGED} if data["kind"] == "delta" else BLOCKS
+    charts = {title: data[key] for key, title in titles.items() if data.get(key)}
     facts = {key: value for key, value in data.items() if key not in (*BLOCKS, "layers", "metrics")}
     lines = fact_lines(facts)
     for title, blocks in charts.items():

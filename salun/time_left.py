@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from salun.progress import Event, Stage, StageCost
 
 ENOUGH = 0.5  # seconds of work from which a speed follows
+UNFINISHED = 0.99  # fraction of an announced run at most: what follows its last stage takes time too
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 
 
@@ -60,6 +61,12 @@ class _Timed:
     def worked(self) -> int:
         """Steps that took time."""
         return max(self.done - self.restored, 0)
+
+    def end(self) -> None:
+        """A later stage has begun: what came after the last step was work too."""
+        if self.worked:
+            self.seconds += self.waited
+        self.over, self.waited = True, 0.0
 
     def steps_left(self) -> tuple[int, int]:
         """At least and at most."""
@@ -120,7 +127,7 @@ class TimeLeft:
         if event.stage is not self._present:
             order = list(self._stages)
             for earlier in order[: order.index(event.stage)]:  # also one that a resumed run skips
-                self._stages[earlier].over = True
+                self._stages[earlier].end()
             self._present = event.stage
         stage.waited += passed
         if event.step < stage.done - stage.earlier:  # it begins again, as saliency does for each concept
@@ -140,7 +147,8 @@ class TimeLeft:
         timed = list(self._stages.values())
         total = sum(stage.steps * stage.passes_each for stage in timed)
         done = sum((stage.steps if stage.over else stage.done) * stage.passes_each for stage in timed)
-        self._fraction = max(self._fraction, min(done / total, 1.0) if total else 0.0)
+        fraction = min(done / total, UNFINISHED if self._announced else 1.0) if total else 0.0
+        self._fraction = max(self._fraction, fraction)
         number = list(self._stages).index(self._present) + 1 if self._announced and self._present else 0
         return Position(number, len(timed) if self._announced else 0, self._fraction, self._left(timed))
 
@@ -166,9 +174,11 @@ class TimeLeft:
             return stage.seconds / stage.worked
         with_gradients = bool(stage.cost.backward)
         measured = [each for each in timed if each.worked and each.cost.passes]
-        alike = [each for each in measured if bool(each.cost.backward) is with_gradients] or measured
-        seconds, passes = sum(s.seconds for s in alike), sum(s.worked * s.passes_each for s in alike)
-        return stage.passes_each * seconds / passes if seconds >= ENOUGH and passes else None
+        for group in ([each for each in measured if bool(each.cost.backward) is with_gradients], measured):
+            seconds, passes = sum(s.seconds for s in group), sum(s.worked * s.passes_each for s in group)
+            if seconds >= ENOUGH and passes:
+                return stage.passes_each * seconds / passes
+        return None
 
 
 def in_words(left: tuple[float, float] | None) -> str:
