@@ -34,7 +34,7 @@ def compare(
     from salun.diffusion.compare import compare as run_compare
 
     command = shlex.join(["salun", *sys.argv[1:]])
-    with terminal_progress(as_json) as progress, default_model_named(options.model):
+    with terminal_progress(as_json, folder) as progress, default_model_named(options.model):
         comparison = run_compare(options, progress=progress, run_dir=folder, resume=resume, command=command)
     print_result(
         comparison.record.as_json(),

@@ -47,7 +47,7 @@ def train(
     path = who.broadcast(run_dir or new_run_folder(name))
     line = shlex.join(["salun", *sys.argv[1:]])
     note_new_run(path, resume, as_json or who.rank > 0)
-    with terminal_progress(as_json or who.rank > 0) as progress, resumable("train", path):
+    with terminal_progress(as_json or who.rank > 0, path) as progress, resumable("train", path):
         done = train_class_model(options, path, resume, progress, line)
     if who.rank:
         return

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TextIO
 
 from salun.progress import Event, Progress, Stage, silent
@@ -121,7 +121,8 @@ class _Bar:
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError, ValueError):  # the terminal is closed
+                self._bar.close()
 
     def __call__(self, event: Event, /) -> None:
         position = self._time.at(event)

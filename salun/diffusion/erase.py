@@ -48,7 +48,7 @@ def erase(
         run_dir: Folder of the run; without outputs it gets the model in its own layout and the sparse delta.
         outputs: Files to write, format by name (see `write_output`). force: Overwrite those that exist.
         resume: Continue the unfinished run of these options in run_dir, to the same bytes; start one if there is none.
-        progress: By default bars on a terminal and in a notebook; `salun.silent` for none.
+        progress: By default a bar on a terminal and in a notebook, lines elsewhere; `salun.silent` for none.
         cache: Of sampled latents; the user's by default.
 
     Raises:
