@@ -20,7 +20,7 @@ from . import erase, interrupt, look  # noqa: F401  (their commands join the app
 from . import attack, classify, compare, delta, methods, train, ui  # noqa: F401
 from .app import app
 from .help import complete_help
-from .output import flag
+from .output import flag, shortened
 
 app.add_typer(delta.app, name="delta")
 complete_help(app, delta.app)
@@ -105,7 +105,7 @@ def _extra_arguments(context: Any) -> list[str]:
 
 def _complain(text: str) -> None:
     with suppress(OSError, ValueError):  # stderr is closed
-        typer.echo("salun: " + printable(" ".join(text.split())), err=True)
+        typer.echo("salun: " + shortened(printable(" ".join(text.split()))), err=True)
 
 
 if __name__ == "__main__":

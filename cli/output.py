@@ -81,7 +81,7 @@ def print_result(data: Any, as_json: bool, lines: list[str]) -> None:
         typer.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
     else:
         for line in lines:
-            typer.echo(printable(line))
+            typer.echo(shortened(printable(line)))
 
 
 def sentences(lines: Sequence[str]) -> list[str]:
@@ -115,8 +115,8 @@ def _fact(name: str, value: Any) -> str:
 
 
 def shortened(text: str) -> str:
-    """A text with every hash in it cut to 12 characters."""
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}\b", r"\1…", text)
+    """A text with every SHA-256 in it cut to 12 characters, except in paths."""
+    return re.sub(r"(?<![\w/.-])([0-9a-f]{12})[0-9a-f]{52}(?![\w/-])", r"\1…", text)
 
 
 def duration(seconds: float) -> str:

@@ -380,6 +380,14 @@ def test_times_are_told_in_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_hashes_are_shortened_except_in_paths() -> None:
+    from cli.output import shortened
+
+    digest = "0123456789ab" + "c" * 52
+    path = f"/models/{digest}/unet"
+    assert shortened(f"needs {digest}, not {path}.") == f"needs 0123456789ab…, not {path}."
+
+
 def test_a_run_json_repeats_the_run(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = erased
     done = salun("erase", "--config", "run/run.json", "--run-dir", "again", cwd=folder)
