@@ -91,6 +91,12 @@ def sentences(lines: Sequence[str]) -> list[str]:
     return [part for line in lines for part in wrapped(line, columns())]
 
 
+def entry(name: str, text: str, width: int) -> list[str]:
+    """An entry of a list: its name, and beside it a text, which is wrapped where stdout is a terminal."""
+    parts = wrapped(text, columns() - width - 4) if sys.stdout.isatty() else [text]
+    return [f"  {label:<{width}}  {part}" for label, part in zip([name, *[""] * len(parts)], parts, strict=False)]
+
+
 def fact_lines(facts: Mapping[str, Any]) -> list[str]:
     """Facts in two columns: hashes shortened, numbers grouped, what is not known left out."""
     rows = {_title(name): _fact(name, value) for name, value in facts.items() if value not in (None, "")}
