@@ -48,6 +48,8 @@ def methods(as_json: Json = False) -> None:
     lines.append("attacks, with their options and defaults:")
     width = max(len(attack.name) for attack in attacks)
     for attack in attacks:
-        numbers = ", ".join(f"{item.name} {item.default}" for item in fields(attack.options))
+        numbers = ", ".join(
+            f"{item.name} {'auto' if item.default is None else item.default}" for item in fields(attack.options)
+        )
         lines += entry(attack.name, f"{attack.title} ({attack.paper})" + (f": {numbers}" if numbers else ""), width)
     print_result(listed, as_json, lines)
