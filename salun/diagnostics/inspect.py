@@ -56,7 +56,8 @@ def _run(folder: Path) -> dict[str, Any]:
     if "concept" in options:
         facts |= {"model": options.get("model"), "concept": ", ".join(options["concept"])}
     if record["status"] != "done" or "concept" not in options or record["mask"] is None:
-        return {**facts, "error": record["error"], "metrics": record["metrics"]}
+        error = record["error"] if record["status"] == "failed" else None
+        return {**facts, "error": error, "metrics": record["metrics"]}
     record = read_finished(folder)
     delta = file_of(record, folder, "delta")
     return {
