@@ -17,7 +17,7 @@ from salun.classification.unlearn_options import GROUPS, NOT_COMPARED, CompareOp
 
 from .app import app
 from .options import with_options
-from .output import Json, duration, flag, print_result, unquoted_path
+from .output import Json, duration, flag, print_result, sentences, unquoted_path
 from .progress import terminal_progress
 from .resuming import note_new_run, recorded, resumable, unfinished
 
@@ -105,7 +105,7 @@ def _unlearning_lines(done: Any) -> list[str]:
     data, folder = done.record.as_json(), done.record.folder
     return [
         *(f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])),
-        *lines_of(banner_of(verdict_on_classifier(done.metrics), flag)),
+        *sentences(lines_of(banner_of(verdict_on_classifier(done.metrics), flag))),
         *table_lines(done.metrics),
         f"forget: {data['options']['forget']}",
         f"model: {folder.absolute() / 'model.safetensors'}",

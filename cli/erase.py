@@ -323,7 +323,7 @@ def evaluate(
     lines = [*result.notes]
     for name, metrics in result.metrics.items():
         lines += [f"{name}:"] * (len(result.metrics) > 1)
-        lines += metric_lines(metrics, lambda option: flag(option_name(option)))
+        lines += sentences(metric_lines(metrics, lambda option: flag(option_name(option))))
     lines += [" · ".join(filter(None, row)) for row in (*set_rows(data["sets"]), *image_metric_rows(data["sets"]))]
     print_result(data, as_json, [*lines, f"report: {files[-1].absolute()}"])
 

@@ -130,7 +130,7 @@ class _Bar:
             self._write(line)
         now = time.monotonic()
         due = now - self._drawn >= EVERY or event.stage != self._stage or (event.step == event.total > 0)
-        if due and not event.stages:
+        if due and not event.stages and (event.total or not event.message):
             self._stage, self._drawn = event.stage, now
             self._draw(event, position)
 

@@ -103,6 +103,8 @@ class TimeLeft:
         passed, self._last = now - self._last, now
         if event.stages:
             self._announce(event.stages)
+        elif event.message and not event.total:  # a note on any stage begins none
+            self._last -= passed
         elif not self._announced:
             self._take(self._only(event), event, passed)
         elif event.stage in self._stages and not self._stages[event.stage].over:

@@ -108,7 +108,7 @@ WRONG = [
     (
         ["erase", "--concept", "circel", "--model", "shapes"],
         2,
-        "vocabulary of the model shapes; did you mean 'circle'?. `salun concepts --model shapes` lists all",
+        "vocabulary of the model shapes; did you mean 'circle'? `salun concepts --model shapes` lists all",
     ),
     (
         ["erase", "--concept", "circle", "--resume"],
@@ -119,7 +119,7 @@ WRONG = [
     (
         ["erase", "--concept", "circle", "--model", "shape"],
         1,
-        "did you mean 'shapes'?. Use a name that `salun models` lists",
+        "did you mean 'shapes'? Use a name that `salun models` lists",
     ),
     (["erase", "--concept", "circle", "--model", "nobody/nothing-here"], 1, "could not be downloaded"),
     (["erase", "--concept", "circle", "--density", "0"], 2, "--density is 0.0, but must be above 0"),

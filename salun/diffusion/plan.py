@@ -78,7 +78,7 @@ class Plan:
         if not any(cost.backward for cost in self.stages() if cost.stage is Stage.TRAINING):
             training = ", in closed form" if self.method.data == "prompts" else ""
         elif self.goal is None:
-            training = f", {self.recipe.steps} steps"
+            training = f", {self.recipe.steps} step{'s' * (self.recipe.steps != 1)}"
         else:
             training = f" until {self.goal}, at most {self.budget} steps"
         masked = self.method.takes_mask and self.options.mask != "full"
