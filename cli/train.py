@@ -51,10 +51,11 @@ def train(
         done = train_class_model(options, path, resume, progress, line)
     if who.rank:
         return
+    model = (done.folder or path).absolute()
     lines = [
         *done.record.notes,
-        f"model: {done.folder.absolute()}",
+        f"model: {model}",
         f"samples: {path.absolute() / 'samples.png'}",
-        f"Try it: salun erase --model {shlex.quote(str(done.folder.absolute()))} --concept class:0",
+        f"Try it: salun erase --model {shlex.quote(str(model))} --concept class:0",
     ]
     print_result(done.record.as_json(), as_json, lines)
