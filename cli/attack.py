@@ -49,4 +49,6 @@ def attack(
         files = write_attack(report, folder)
     data = report.as_json()
     lines = [fill(line, flag) for line in lines_of(attack_banner(data))]
-    print_result(data, as_json, [*report.record.notes, *lines, *attack_lines(data), *map(str, files)])
+    print_result(
+        data, as_json, [*report.record.notes, *lines, *attack_lines(data), *(str(file.absolute()) for file in files)]
+    )

@@ -17,9 +17,9 @@ from salun.classification.unlearn_options import GROUPS, NOT_COMPARED, CompareOp
 
 from .app import app
 from .options import with_options
-from .output import Json, duration, flag, print_result, unquoted_path
+from .output import Json, duration, flag, print_result, sentences, unquoted_path
 from .progress import terminal_progress
-from .resuming import recorded, resumable, unfinished
+from .resuming import note_new_run, recorded, resumable, unfinished
 
 Config = Annotated[
     Path | None,
@@ -79,7 +79,8 @@ def _add_command(
             print_result(data, as_json, preview_lines(data))
             return
         line = shlex.join(["salun", *sys.argv[1:]])
-        with terminal_progress(as_json) as progress, resumable(name, path):
+        note_new_run(path, resume, as_json)
+        with terminal_progress(as_json, path) as progress, resumable(name, path):
             done = _load(run)(options, progress=progress, run_dir=path, resume=resume, command=line)
         print_result(done.record.as_json(), as_json, lines(done))
 
@@ -92,6 +93,7 @@ def _load(path: str) -> Callable[..., Any]:
 
 def _training_lines(done: Any) -> list[str]:
     folder = done.record.folder
+    folder = folder.absolute()
     files = [f"model: {folder / 'model.safetensors'}", f"report: {folder / 'report.html'}"]
     return [*_accuracy_lines(done.metrics), *files]
 
@@ -103,11 +105,11 @@ def _unlearning_lines(done: Any) -> list[str]:
     data, folder = done.record.as_json(), done.record.folder
     return [
         *(f"warning: {text}" for text in (data["mask"] or {}).get("warnings", [])),
-        *lines_of(banner_of(verdict_on_classifier(done.metrics), flag)),
-        *_table(done.metrics),
+        *sentences(lines_of(banner_of(verdict_on_classifier(done.metrics), flag))),
+        *table_lines(done.metrics),
         f"forget: {data['options']['forget']}",
-        f"model: {folder / 'model.safetensors'}",
-        f"run folder: {folder}",
+        f"model: {folder.absolute() / 'model.safetensors'}",
+        f"run folder: {folder.absolute()}",
     ]
 
 
@@ -116,7 +118,7 @@ def _comparison_lines(done: Any) -> list[str]:
 
     lines = [*_columns(lines_of(done.metrics)), "", *_columns(difference_lines(done.metrics))]
     notes = [f"warning: {text}" for text in done.record.notes]
-    return [*notes, *lines, f"report: {done.record.folder / 'report.html'}"]
+    return [*notes, *lines, f"report: {done.record.folder.absolute() / 'report.html'}"]
 
 
 @app.command("classify-eval")
@@ -136,7 +138,7 @@ def classify_eval(
 
     with terminal_progress(as_json) as progress:
         metrics = evaluate(run, data=data, device=device, progress=progress)
-    print_result(metrics, as_json, _table(metrics) if "UA" in metrics else _accuracy_lines(metrics))
+    print_result(metrics, as_json, table_lines(metrics) if "UA" in metrics else _accuracy_lines(metrics))
 
 
 def _with_config(
@@ -217,7 +219,7 @@ def _accuracy_lines(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _table(metrics: Mapping[str, Any]) -> list[str]:
+def table_lines(metrics: Mapping[str, Any]) -> list[str]:
     """The metrics of the original, the unlearned model and Retrain, and the gaps."""
     names = ("UA", "RA", "TA", "MIA")
     rows = {"original": metrics.get("original"), "unlearned": metrics, "Retrain": metrics.get("retrain")}

@@ -15,6 +15,7 @@ from .app import app
 from .options import with_options
 from .output import Json, default_model_named, print_result
 from .progress import terminal_progress
+from .resuming import note_new_run
 
 
 @app.command()
@@ -29,12 +30,17 @@ def compare(
 
     folder = Path(options.run_dir) if options.run_dir else new_run_folder("compare")
     check_folder(folder, resume)
+    note_new_run(folder, resume, as_json)
     from salun.diffusion.compare import compare as run_compare
 
     command = shlex.join(["salun", *sys.argv[1:]])
-    with terminal_progress(as_json) as progress, default_model_named(options.model):
+    with terminal_progress(as_json, folder) as progress, default_model_named(options.model):
         comparison = run_compare(options, progress=progress, run_dir=folder, resume=resume, command=command)
-    print_result(comparison.record.as_json(), as_json, [*_lines(comparison.table), f"report: {folder / 'report.html'}"])
+    print_result(
+        comparison.record.as_json(),
+        as_json,
+        [*_lines(comparison.table), f"report: {folder.absolute() / 'report.html'}"],
+    )
 
 
 def _lines(table: dict[str, Any]) -> list[str]:

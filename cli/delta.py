@@ -12,7 +12,7 @@ from salun.errors import ModelError
 from salun.options import FileOptions
 
 from .options import with_options
-from .output import Force, Json, bars, print_result, unquoted_path
+from .output import Force, Json, bars, fact_lines, print_result, unquoted_path
 from .progress import terminal_progress
 
 app: typer.Typer = typer.Typer(
@@ -209,8 +209,8 @@ def inspect(delta: DeltaFile, as_json: Json = False) -> None:
     facts = look(delta)
     if facts["kind"] != "delta":
         raise ModelError(f"{delta} is not a delta but a {facts['kind']}", advice="See `salun inspect`")
-    lines = [f"{key}: {value}" for key, value in facts.items() if key not in ("blocks", "layers")]
-    print_result(facts, as_json, [*lines, "", "fraction of each block:", *bars(facts["blocks"])])
+    lines = fact_lines({key: value for key, value in facts.items() if key not in ("blocks", "layers")})
+    print_result(facts, as_json, [*lines, "", "Fraction of each block that changed:", *bars(facts["blocks"])])
 
 
 def _applied_lines(result: dict[str, Any]) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
+from salun.checkpoints.outputs import DELTA, DIFF, LORA
 from salun.diffusion.eval_options import GROUPS as EVAL_GROUPS
 from salun.diffusion.eval_options import EvalOptions, option_name
 from salun.diffusion.options import SAMPLERS, EraseJob, EraseOptions, ModelOptions, Sampling
+from salun.display import LABELS
 from salun.errors import ConfigError
+from salun.methods import METHODS
 from salun.progress import Event, Stage
 from salun.user_text import checked, prompt_text, syntax_note
 
@@ -30,10 +35,11 @@ from .output import (
     model_or_default,
     new_file,
     print_result,
+    sentences,
     unquoted_path,
 )
 from .progress import terminal_progress
-from .resuming import recorded, recorded_model, resumable, unfinished
+from .resuming import note_new_run, recorded, recorded_model, resumable, unfinished
 
 TRAINING_ONLY = (
     "until", "steps", "lr", "lr_decay", "retain_weight", "target", "target_guidance", "retain_target", "retain_latents",
@@ -90,10 +96,11 @@ def erase(
         with moved:
             _print_plan(job, sources, folder, force, resume, as_json)
         return
+    note_new_run(folder, resume, as_json or who.rank > 0)
     from salun.diffusion.erase import erase as run_erase
 
     with (
-        terminal_progress(as_json or who.rank > 0) as progress,
+        terminal_progress(as_json or who.rank > 0, folder) as progress,
         default_model_named(job.model),
         moved,
         resumable("erase", folder, _repeated(job, force)),
@@ -110,7 +117,7 @@ def erase(
             command=shlex.join(["salun", *sys.argv[1:]]),
         )
     if not who.rank:
-        print_result(run.record.as_json(), as_json, _erase_lines(run, folder, job.output))
+        print_result(run.record.as_json(), as_json, _erase_lines(run, folder, job))
 
 
 def _print_plan(job: EraseJob, sources: dict[str, str], folder: Path, force: bool, resume: bool, as_json: bool) -> None:
@@ -161,24 +168,39 @@ TOTALS = ("total", "least", "most")  # of the seconds of a dry run, next to its 
 
 def _preview_lines(plan: dict[str, Any], sources: dict[str, str]) -> list[str]:
     lines = [f"{c['name']} → {c['anchor'] or 'the empty prompt'}" for c in plan["concepts"]]
-    lines += [*plan["notes"], "", *(f"  {step}" for step in plan["steps"]), ""]
-    options = {name: value for name, value in plan["options"].items() if value not in (None, [])}
+    lines += [*sentences(plan["notes"]), "", *(f"  {part}" for part in sentences(plan["steps"])), ""]
+    foreign = _of_other_methods(plan["options"]["method"])
+    options = {name: v for name, v in plan["options"].items() if v not in (None, []) and name not in foreign}
     width = max(map(len, options))
     for name, value in options.items():
         text = ("yes" if value else "no") if isinstance(value, bool) else value
         text = ", ".join(value) if isinstance(value, list) else text
-        lines.append(f"  --{name.replace('_', '-'):<{width}}  {text!s:<20}  {sources.get(name, 'recipe')}")
-    gib = 2**30
+        lines.append(f"  {flag(name):<{width + 2}}  {text!s:<20}  {sources.get(name, 'recipe')}")
+    gib, seconds = 2**30, plan["seconds"]
     lines += [
         "",
-        f"time:   {duration_range(plan['seconds']['least'], plan['seconds']['most'])} on {plan['device']} ("
-        + ", ".join(f"{stage} {duration(v)}" for stage, v in plan["seconds"].items() if v and stage not in TOTALS)
-        + ")"
-        + ("" if plan["measured"] else "; not measured, as the model does not fit into the free memory"),
+        f"time:   {duration_range(seconds['least'], seconds['most'])} on {plan['device']}{_unmeasured(plan)}:",
+        *(f"          {LABELS[Stage(stage)].lower()}: {duration(v)}" for stage, v in _stages(seconds)),
         f"memory: about {plan['memory']['needed'] / gib:.2f} GiB, {_gib(plan['memory']['free'])} free",
-        f"disk:   about {plan['disk']['needed'] / gib:.2f} GiB in {plan['run_dir']}, {_gib(plan['disk']['free'])} free",
+        f"disk:   about {plan['disk']['needed'] / gib:.2f} GiB, {_gib(plan['disk']['free'])} free",
+        f"folder: {Path(plan['run_dir']).absolute()} (not written in a dry run)",
     ]
-    return [*lines, *(f"warning: {text}" for text in plan["warnings"])]
+    return [*lines, *sentences([f"warning: {text}" for text in plan["warnings"]])]
+
+
+def _stages(seconds: dict[str, float]) -> list[tuple[str, float]]:
+    return [(stage, each) for stage, each in seconds.items() if each and stage not in TOTALS]
+
+
+def _unmeasured(plan: dict[str, Any]) -> str:
+    return "" if plan["measured"] else " (computed: the model does not fit into the free memory)"
+
+
+def _of_other_methods(name: str) -> set[str]:
+    """The options that only methods other than this one have."""
+    methods = METHODS["diffusion"]
+    each = {method.name: {item.name for item in dataclasses.fields(method.options)} for method in methods.values()}
+    return set().union(*each.values()) - each[name]
 
 
 def _gib(size: int | None) -> str:
@@ -223,8 +245,12 @@ def sample(
     options: ModelOptions,
     prompt: Annotated[list[str], typer.Option(help="Prompt; repeatable")],
     output: Annotated[
-        Path, typer.Option(callback=unquoted_path, help="Image to write (.png), with one row per prompt")
-    ] = Path("sample.png"),
+        Path | None,
+        typer.Option(
+            callback=unquoted_path,
+            help="Image to write (.png), with one row per prompt (default: sample.png, or the next free number)",
+        ),
+    ] = None,
     model: ModelName = None,
     delta: Annotated[Path | None, typer.Option(callback=unquoted_path, help="Delta to apply before sampling")] = None,
     strength: Annotated[
@@ -239,6 +265,7 @@ def sample(
     force: Force = False,
 ) -> None:
     """Sample images from a model, with or without a delta."""
+    output = output or _free(Path("sample.png"))
     new_file(output, force, ".png")
     prompt = [prompt_text(checked(text, "prompt")) for text in prompt]
     from salun.diffusion.data.latents import item_seed, sample_images
@@ -265,7 +292,13 @@ def sample(
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         images = sample_images(loaded, texts, seeds, progress)
         write_bytes(output, image_grid.png_bytes(image_grid.sheet(images, n, prompt)))
-    print_result(None, False, [str(output)])
+    print_result(None, False, [str(output.absolute())])
+
+
+def _free(path: Path) -> Path:
+    """A path that nothing has yet: it, or it with the first free number from 2."""
+    numbered = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
+    return next(each for each in itertools.chain([path], numbered) if not os.path.lexists(each))
 
 
 @app.command("eval")
@@ -298,24 +331,71 @@ def evaluate(
     lines = [*result.notes]
     for name, metrics in result.metrics.items():
         lines += [f"{name}:"] * (len(result.metrics) > 1)
-        lines += metric_lines(metrics, lambda option: flag(option_name(option)))
+        lines += sentences(metric_lines(metrics, lambda option: flag(option_name(option))))
     lines += [" · ".join(filter(None, row)) for row in (*set_rows(data["sets"]), *image_metric_rows(data["sets"]))]
-    print_result(data, as_json, [*lines, f"report: {files[-1]}"])
+    print_result(data, as_json, [*lines, f"report: {files[-1].absolute()}"])
 
 
-def _erase_lines(run: Any, folder: Path, outputs: list[str]) -> list[str]:
-    from salun.report.metrics import metric_lines
+def _erase_lines(run: Any, folder: Path, job: EraseJob) -> list[str]:
+    """What was measured; then the verdict, where everything is, and a line to try it."""
+    from salun.report.metrics import measured_lines, verdict_lines
 
-    lines = [f"warning: {text}" for text in (run.record.mask or {})["warnings"]]
-    lines += metric_lines(run.metrics, flag)
-    rounding = run.record.rounding
+    rounding, notes = run.record.rounding, list((run.record.mask or {})["warnings"])
+    lines = measured_lines(run.metrics)
     if rounding["warning"]:
-        lines.insert(0, f"warning: {rounding['warning']}")
+        notes.insert(0, rounding["warning"])
     elif rounding["lost_to_rounding"]:
         fraction = rounding["lost_to_rounding"] / rounding["changed"]
-        lines.append(
-            f"{fraction:.1%} of the changed weights are unchanged in the file: its number format is too coarse"
-        )
-    paths = {Path(path).name: path for path in outputs}  # run.json has file names only
-    lines += [f"{entry['kind']}: {paths.get(entry['path'], entry['path'])}" for entry in run.record.outputs]
-    return [*lines, f"run folder: {folder}", f"report: {folder / 'report.html'}"]
+        lines.append(f"Lost to the file's number format: {fraction:.1%} of the changed weights")
+    outputs = [Path(path).expanduser() for path in job.output] or _outputs_in(folder, run.record.outputs)
+    files = {_kind(path): path for path in outputs} | {"Report": folder / "report.html", "Run folder": folder}
+    files = {title: path for title, path in files.items() if os.path.lexists(path)}
+    return [
+        *sentences([f"warning: {text}" for text in notes]),
+        *sentences(lines),
+        "",
+        *sentences(verdict_lines(run.metrics, flag)),
+        "",
+        *(f"{title + ':':<12}{path.absolute()}" for title, path in files.items()),
+        *_try_it(files, job, run.prompts.forget[0].text if run.prompts.forget else job.concept[0]),
+    ]
+
+
+def _outputs_in(folder: Path, outputs: list[dict[str, Any]]) -> list[Path]:
+    """The model and the delta that a run wrote into its own folder."""
+    return [folder / name for name in dict.fromkeys(entry["path"].split("/")[0] for entry in outputs)]
+
+
+def _kind(path: Path) -> str:
+    """What a file of a run is, by its name."""
+    names = {DELTA: "Delta", LORA: "LoRA", DIFF: "Difference", "mask.safetensors": "Mask"}
+    return next((kind for ending, kind in names.items() if path.name.endswith(ending)), "Model")
+
+
+def _try_it(files: dict[str, Path], job: EraseJob, prompt: str) -> list[str]:
+    """The command that samples the erased model, if there is a file to sample from."""
+    if "Model" in files:
+        model = ["--model", str(files["Model"].absolute())]
+    elif "Delta" in files:
+        name = model_or_default(job.model)
+        place = Path(name).expanduser()
+        model = [
+            "--model",
+            str(place.absolute()) if place.exists() else name,
+            "--delta",
+            str(files["Delta"].absolute()),
+        ]
+        model += [part for each in job.models_dir for part in ("--models-dir", str(Path(each).expanduser().absolute()))]
+        model += ["--allow-pickle"] * job.allow_pickle
+    else:
+        return []
+    names = {"prediction_type": "prediction_type", "device": "device", "dtype": "dtype"}
+    names |= {"sampling_steps": "steps", "sampling_guidance": "guidance", "sampler": "sampler"}
+    given = {option: getattr(job, name) for name, option in names.items()}
+    if job.components is not None:
+        place = Path(job.components).expanduser()
+        given["components"] = place.absolute() if place.exists() else job.components
+    options = [
+        part for name, value in given.items() if value not in (None, "auto") for part in (flag(name), str(value))
+    ]
+    return ["", f"Try it: {shlex.join(['salun', 'sample', *model, *options, '--prompt', prompt])}"]

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from salun.diffusion.options import ModelOptions
+from salun.errors import DataError
 
 from .app import app
+from .classify import table_lines
 from .options import with_options
-from .output import Force, Json, ModelName, bars, new_file, print_result, unquoted_path
+from .output import (
+    Force,
+    Json,
+    ModelName,
+    bars,
+    fact_lines,
+    flag,
+    new_file,
+    print_result,
+    sentences,
+    unquoted_path,
+)
+from .resuming import resume_line
 
-BLOCKS = {"blocks": "fraction of each block", "moved": "fraction of each block that changed"}
+CHANGED = "fraction of each block that changed"
+BLOCKS = {"blocks": "fraction of each block in the mask", "moved": CHANGED}
 
 
 @app.command()
@@ -44,18 +60,38 @@ def inspect(
     from salun.diagnostics.inspect import overlap
 
     data = look(path, options) if against is None else overlap(path, against)
-    charts = {title: data[key] for key, title in BLOCKS.items() if data.get(key)}
-    facts = {key: value for key, value in data.items() if key not in (*BLOCKS, "layers")}
-    lines = [f"{key}: {value}" for key, value in facts.items()]
+    titles = {**BLOCKS, "blocks": CHANGED} if data["kind"] == "delta" else BLOCKS
+    charts = {title: data[key] for key, title in titles.items() if data.get(key)}
+    facts = {key: value for key, value in data.items() if key not in (*BLOCKS, "layers", "metrics")}
+    lines = fact_lines(facts)
     for title, blocks in charts.items():
-        lines += ["", f"{title}:", *bars(blocks)]
+        lines += ["", f"{title[0].upper()}{title[1:]}:", *bars(blocks)]
+    if data.get("metrics"):
+        lines += ["", *_result_lines(data["metrics"], path)]
+    elif data["kind"] == "run" and data["status"] != "done":
+        lines += ["", f"Resume it: {resume_line(Path(path))}"]
     if html is not None:
         from salun.report.page import layers_page
 
         title = path if against is None else f"{path} and {against}"
         layers_page(title, facts, charts, data.get("layers", {})).save(html)
-        lines.append(f"page: {html}")
+        lines.append(f"page: {html.absolute()}")
     print_result(data, as_json, lines)
+
+
+def _result_lines(metrics: Mapping[str, Any], path: str) -> list[str]:
+    """The metrics of a run, and then its verdict. Raises DataError for metrics that no run has written."""
+    from salun.evaluation.retrain_verdict import verdict_on_classifier
+    from salun.report.metrics import banner_of, lines_of, measured_lines, verdict_lines
+
+    try:
+        if "UA" in metrics:
+            return [*table_lines(metrics), "", *sentences(lines_of(banner_of(verdict_on_classifier(metrics), flag)))]
+        if "ua" not in metrics:
+            return []
+        return [*sentences(measured_lines(metrics)), "", *sentences(verdict_lines(metrics, flag))]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: the metrics in run.json are invalid ({type(error).__name__})") from error
 
 
 @app.command()
@@ -65,11 +101,10 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
     from salun.diffusion.prompts.concepts import presets
 
     listed: dict[str, Any] = {}
-    if model is not None:
-        vocabulary = describe(model).settings.vocabulary
-        if vocabulary is not None:
-            for attribute, values in vocabulary.attributes.items():
-                listed.update({v: {"kind": attribute, "anchor": vocabulary.anchors.get(v, "")} for v in values})
+    vocabulary = describe(model).settings.vocabulary if model is not None else None
+    if vocabulary is not None:
+        for attribute, values in vocabulary.attributes.items():
+            listed.update({v: {"kind": attribute, "anchor": vocabulary.anchors.get(v, "")} for v in values})
     if not listed:
         listed = {
             name: {
@@ -85,7 +120,8 @@ def concepts(model: ModelName = None, as_json: Json = False) -> None:
         + ("  (sensitive)" if e.get("sensitive") else "")
         for name, e in listed.items()
     ]
-    lines.append("Other concepts: --concept TEXT --anchor TEXT (not for a model with a vocabulary)")
+    if vocabulary is None:
+        lines.append("Any other text works too: --concept TEXT --anchor TEXT")
     print_result(listed, as_json, lines)
 
 
@@ -120,7 +156,11 @@ def cache(
     shared = Cache.of_user()
     if clear:
         removed = shared.clear()
-        print_result({"folder": str(shared.folder), "removed": removed}, as_json, [f"{removed} entries removed"])
+        print_result(
+            {"folder": str(shared.folder), "removed": removed},
+            as_json,
+            [f"{removed} {'entry' if removed == 1 else 'entries'} removed"],
+        )
         return
     entries, pickles = shared.entries(), shared.converted_files()
     size, converted = sum(length for _, length, _ in entries), sum(length for _, length in pickles)
@@ -140,5 +180,8 @@ def models(as_json: Json = False) -> None:
     from salun.checkpoints.locate import aliases
 
     table = aliases()["models"]
-    lines = [f"{name:<8} {e.get('repo', 'bundled'):<48} {e.get('about', '')}" for name, e in table.items()]
+    lines = []
+    for name, entry in table.items():
+        lines += [f"{name:<8} {entry.get('repo', 'bundled')}", f"         {entry.get('about', '')}"]
+    lines += ["", "A checkpoint of your own: --model FILE.safetensors, or its name with --models-dir FOLDER"]
     print_result(table, as_json, lines)

@@ -12,16 +12,18 @@ from typing import Any
 import typer
 
 from salun.display import printable
-from salun.errors import Cancelled, ConfigError, SalunError, describe
+from salun.errors import Cancelled, ConfigError, SalunError, describe, literal
 
 from . import erase, interrupt, look  # noqa: F401  (their commands join the app, and its help shows them in this order)
 
 # isort: split
 from . import attack, classify, compare, delta, methods, train, ui  # noqa: F401
 from .app import app
-from .output import flag
+from .help import complete_help
+from .output import flag, shortened
 
 app.add_typer(delta.app, name="delta")
+complete_help(app, delta.app)
 
 NAMED = {"concept": "To name a concept", "prompt": "To give a prompt"}  # options that people forget to write
 ClickException: Any = typer.BadParameter.__mro__[2]  # Typer brings click under its own name or under click's
@@ -59,7 +61,7 @@ def main() -> None:
 def _message(error: Exception) -> tuple[str | None, int]:
     """The line that describes an error, None for an unexpected one, and the exit code."""
     if isinstance(error, SalunError):
-        return describe(error, flag), 2 if isinstance(error, ConfigError) else 1
+        return describe(error, flag, _advice(error)), 2 if isinstance(error, ConfigError) else 1
     if isinstance(error, ClickException):
         return _usage(error), 2
     if isinstance(error, OSError):
@@ -69,6 +71,16 @@ def _message(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
         return "out of memory. Try --dtype bf16, --low-vram, a smaller --resolution or --batch-size", 1
     return None, 1
+
+
+def _advice(error: SalunError) -> dict[str, str]:
+    """Code → advice of the command line's own: which command lists what there is."""
+    from salun.diffusion.prompts.vocabulary import UnknownConcept
+
+    if not isinstance(error, UnknownConcept):
+        return {}
+    command = literal(shlex.join(["salun", "concepts", "--model", error.model]))
+    return {error.code: f"`{command}` lists all" + (f". {error.advice}" if error.advice else "")}
 
 
 def _usage(error: Any) -> str:
@@ -93,7 +105,7 @@ def _extra_arguments(context: Any) -> list[str]:
 
 def _complain(text: str) -> None:
     with suppress(OSError, ValueError):  # stderr is closed
-        typer.echo("salun: " + printable(" ".join(text.split())), err=True)
+        typer.echo("salun: " + shortened(printable(" ".join(text.split()))), err=True)
 
 
 if __name__ == "__main__":

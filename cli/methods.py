@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .app import app
-from .output import Json, print_result
+from .output import Json, entry, print_result
 
 
 @app.command()
@@ -32,7 +32,9 @@ def methods(as_json: Json = False) -> None:
     lines = []
     for task, registry in METHODS.items():
         width = max(map(len, registry))
-        lines += [f"{task}:", *(f"  {m.name:<{width}}  {m.title} ({m.paper})" for m in registry.values())]
+        lines.append(f"{task}:")
+        for method in registry.values():
+            lines += entry(method.name, f"{method.title} ({method.paper})", width)
     attacks = ATTACKS["diffusion"].values()
     listed["attacks"] = [
         {
@@ -46,6 +48,8 @@ def methods(as_json: Json = False) -> None:
     lines.append("attacks, with their options and defaults:")
     width = max(len(attack.name) for attack in attacks)
     for attack in attacks:
-        numbers = ", ".join(f"{item.name} {item.default}" for item in fields(attack.options))
-        lines.append(f"  {attack.name:<{width}}  {attack.title} ({attack.paper})" + (f": {numbers}" if numbers else ""))
+        numbers = ", ".join(
+            f"{item.name} {'auto' if item.default is None else item.default}" for item in fields(attack.options)
+        )
+        lines += entry(attack.name, f"{attack.title} ({attack.paper})" + (f": {numbers}" if numbers else ""), width)
     print_result(listed, as_json, lines)

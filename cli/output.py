@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from salun.display import printable
+from salun.display import columns, printable, wrapped
 from salun.errors import ConfigError
 from salun.user_text import unquoted
 
@@ -57,13 +59,9 @@ def default_model_named(name: str | None) -> Iterator[None]:
     try:
         yield
     except UnknownConcept as error:
-        if name is not None:
-            raise
-        raise UnknownConcept(
-            error.message,
-            option=error.option,
-            advice="The bundled demo model is used because no {model} is given; name the model you want",
-        ) from error
+        if name is None:
+            error.advice = "The bundled demo model is used because no {model} is given; name the model you want"
+        raise
 
 
 def new_file(path: Path, force: bool, ending: str) -> None:
@@ -83,7 +81,48 @@ def print_result(data: Any, as_json: bool, lines: list[str]) -> None:
         typer.echo("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
     else:
         for line in lines:
-            typer.echo(printable(line))
+            typer.echo(shortened(printable(line)))
+
+
+def sentences(lines: Sequence[str]) -> list[str]:
+    """Lines of prose, wrapped where stdout is a terminal; elsewhere each is a line."""
+    if not sys.stdout.isatty():
+        return list(lines)
+    return [part for line in lines for part in wrapped(line, columns())]
+
+
+def entry(name: str, text: str, width: int) -> list[str]:
+    """An entry of a list: its name, and beside it a text, which is wrapped where stdout is a terminal."""
+    parts = wrapped(text, columns() - width - 4) if sys.stdout.isatty() else [text]
+    return [f"  {label:<{width}}  {part}" for label, part in zip([name, *[""] * len(parts)], parts, strict=False)]
+
+
+def fact_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Facts in two columns: hashes shortened, numbers grouped, what is not known left out."""
+    rows = {_title(name): _fact(name, value) for name, value in facts.items() if value not in (None, "")}
+    width = max(map(len, rows), default=0) + 1
+    return [f"{title + ':':<{width}} {text}" for title, text in rows.items()]
+
+
+def _title(name: str) -> str:
+    return name.removeprefix("salun.").replace("_", " ").replace("unet", "UNet")
+
+
+def _fact(name: str, value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and name != "seed":
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return shortened(str(value))
+
+
+def shortened(text: str) -> str:
+    """A text with every SHA-256 in it cut to 12 characters, except in paths."""
+    return re.sub(r"(?<![\w/.-])([0-9a-f]{12})[0-9a-f]{52}(?![\w/-])", r"\1…", text)
 
 
 def duration(seconds: float) -> str:
@@ -115,7 +154,7 @@ def _counted(n: int, unit: str) -> str:
     return f"{n} {unit}" if n == 1 else f"{n} {unit}s"
 
 
-def bars(blocks: dict[str, list[int]], width: int = 40) -> list[str]:
+def bars(blocks: dict[str, list[int]], width: int = 24) -> list[str]:
     """A line of text with a bar for each block."""
     widest = max(map(len, blocks))
     lines = []

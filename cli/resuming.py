@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,14 @@ def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[st
         as_json: Whether a finished run is printed as JSON.
 
     Raises:
-        ConfigError: The folder holds a run of another command, or a finished run with other options or without one of
-            the wanted outputs.
+        ConfigError: No folder is given to resume from; or the folder holds a run of another command, or a finished run
+            with other options or without one of the wanted outputs.
     """
     from salun.errors import DataError
     from salun.runs.reading import read_run
 
+    if resume and folder is None:
+        raise ConfigError("needs the folder of the run to resume", option="resume", advice=_folders_to_resume())
     if not resume or folder is None or not os.path.lexists(folder / "run.json"):
         return None
     try:
@@ -68,6 +70,33 @@ def unfinished(folder: Path | None, resume: bool, kind: type, wanted: Mapping[st
         print_result(dict(record), as_json, [line, f"report: {report}"] if report.is_file() else [line])
         raise typer.Exit(0)
     return record
+
+
+def _folders_to_resume() -> str:
+    """The advice that names the newest unfinished runs in the default place."""
+    from salun.errors import DataError, some
+    from salun.runs.reading import read_run
+
+    unfinished = []
+    for file in sorted(Path("runs").glob("*/run.json"), reverse=True)[:50]:
+        with suppress(DataError):
+            if read_run(file.parent)["status"] != "done":
+                unfinished.append(str(file.parent))
+    return "Give it by {run_dir}" + (literal(f". Unfinished: {some(unfinished)}") if unfinished else "")
+
+
+def resume_line(folder: Path) -> str:
+    """The command that resumes an unfinished run."""
+    from salun.runs.reading import read_run
+
+    command = _command_of(read_run(folder)["options"]) or "erase"
+    return shlex.join(["salun", command, "--resume", "--run-dir", str(folder)])
+
+
+def note_new_run(folder: Path, resume: bool, quiet: bool) -> None:
+    """Tell that a run begins where one to resume was expected."""
+    if resume and not quiet and not os.path.lexists(folder / "run.json"):
+        typer.echo(printable(f"{folder} holds no run to resume; a new one begins"), err=True)
 
 
 def recorded(record: Mapping[str, Any], folder: Path, kind: type, given: Container[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .app import app
 from .options import with_options
 from .output import Json, print_result, unquoted_path
 from .progress import terminal_progress
-from .resuming import recorded, resumable, unfinished
+from .resuming import note_new_run, recorded, resumable, unfinished
 
 
 @app.command()
@@ -46,14 +46,16 @@ def train(
     name = "-".join(["train", Path(options.data).name, *(f"no-{each}" for each in options.without)])
     path = who.broadcast(run_dir or new_run_folder(name))
     line = shlex.join(["salun", *sys.argv[1:]])
-    with terminal_progress(as_json or who.rank > 0) as progress, resumable("train", path):
+    note_new_run(path, resume, as_json or who.rank > 0)
+    with terminal_progress(as_json or who.rank > 0, path) as progress, resumable("train", path):
         done = train_class_model(options, path, resume, progress, line)
     if who.rank:
         return
+    model = (done.folder or path).absolute()
     lines = [
         *done.record.notes,
-        f"model: {done.folder}",
-        f"samples: {path / 'samples.png'}",
-        f"Try it: salun erase --model {shlex.quote(str(done.folder))} --concept class:0",
+        f"model: {model}",
+        f"samples: {path.absolute() / 'samples.png'}",
+        f"Try it: salun erase --model {shlex.quote(str(model))} --concept class:0",
     ]
     print_result(done.record.as_json(), as_json, lines)

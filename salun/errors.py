@@ -77,7 +77,8 @@ def describe(error: SalunError, spell: Callable[[str], str] = str, advice: Mappi
     """
     subject = f"{spell(error.option)} " if error.option else ""
     todo = (advice or {}).get(error.code, error.advice) if error.code else error.advice
-    return f"{subject}{error.message}" + (f". {fill(todo, spell)}" if todo else "")
+    end = "" if error.message.endswith("?") else "."
+    return f"{subject}{error.message}" + (f"{end} {fill(todo, spell)}" if todo else "")
 
 
 def fill(template: str, spell: Callable[[str], str]) -> str:

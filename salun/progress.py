@@ -6,7 +6,7 @@ incomplete file, and a state to resume from where it has a run folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -56,12 +56,15 @@ class StageCost:
         steps: Steps, as the stage's events count them.
         forward: Passes of one sample through the network without gradients.
         backward: Passes of one sample forward and backward.
+        most: Steps at most, where the run decides on their number; 0 where `steps` is exact. Passes are those of
+            `steps`.
     """
 
     stage: Stage
     steps: int
     forward: int = 0
     backward: int = 0
+    most: int = 0
 
     @property
     def passes(self) -> int:
@@ -78,6 +81,8 @@ class Event:
     metrics: metrics known at this step, such as losses.
     image: uint8 (h, w, 3), a preview, where there is one.
     message: a line for people, where there is one.
+    restored: how many of the steps took no time: from the cache, or taken before the run was resumed.
+    stages: what the run does, in order, in the event that announces it.
     """
 
     stage: Stage
@@ -86,6 +91,8 @@ class Event:
     metrics: Mapping[str, float] = field(default_factory=dict)
     image: np.ndarray | None = None
     message: str = ""
+    restored: int = 0
+    stages: Sequence[StageCost] = ()
 
 
 class Progress(Protocol):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,21 +51,81 @@ def test_json_is_one_object_and_nothing_else(erased: tuple[Path, subprocess.Comp
     assert record["command"].startswith("salun erase --concept circle")
 
 
-def test_a_run_says_where_its_report_is(tmp_path: Path) -> None:
+def test_erase_begins_with_its_plan_and_ends_with_the_verdict_the_files_and_a_line_to_try(tmp_path: Path) -> None:
     done = process("erase", "--concept", "night", *SHORT, "--output", "out.salun.safetensors", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("report: runs")
-    assert (tmp_path / last.removeprefix("report: ")).is_file()
-    assert (tmp_path / "out.salun.safetensors").is_file()
-    assert "Forgotten (UA)" in done.stdout
-    assert "training 3/3" in done.stderr
+    plan, folder, *steps = done.stderr.splitlines()
+    assert plan == "Erasing “night” (anchor: “plain”) from shapes by SalUn on 50 % of the weights, 3 steps"
+    assert folder.startswith(f"Run folder: {tmp_path / 'runs'}")
+    assert "5/7 Training: 3/3" in done.stderr and steps[0].startswith("1/7 Sampling: ")
+    measured, verdict, files, line = done.stdout.strip().split("\n\n")
+    assert "Forgotten (UA)" in measured and verdict.splitlines()[1].startswith("Next: ")
+    paths = dict(each.split(":", 1) for each in files.splitlines())
+    assert list(paths) == ["Delta", "Report", "Run folder"]
+    assert all(Path(path.strip()).is_absolute() and Path(path.strip()).exists() for path in paths.values())
+    command = shlex.split(line.removeprefix("Try it: "))
+    assert command[:2] == ["salun", "sample"]
+    for name in ("sample.png", "sample-2.png"):  # pasted twice
+        tried = salun(*command[1:], "-n", "1", cwd=tmp_path)
+        assert (tried.returncode, tried.stdout.strip()) == (0, str(tmp_path / name)), tried.stderr
+
+
+def commands() -> dict[str, Any]:
+    """Every command and group, by what follows `salun`."""
+    from typer.main import get_command
+
+    from cli.main import app
+
+    root: Any = get_command(app)
+    inner = {f"delta {name}": each for name, each in root.commands["delta"].commands.items()}
+    return {"": root, **root.commands, **inner}
+
+
+def test_every_help_has_examples_that_its_command_accepts() -> None:
+    from cli.help import EXAMPLES
+
+    listed = commands()
+    assert set(EXAMPLES) == set(listed)
+    for line in {line for of in EXAMPLES.values() for line in of}:
+        assert len(line) <= 78, "it fits a terminal of 80 columns, indented"
+        program, *arguments = shlex.split(line)
+        name = next(n for n in (" ".join(arguments[:2]), arguments[0]) if n in listed)
+        assert program == "salun"
+        listed[name].make_context(name, arguments[len(name.split()) :])  # raises for what it does not accept
+
+
+@pytest.mark.parametrize("name", ["", "erase", "delta apply"])
+def test_help_shows_examples_and_fits_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from cli.help import EXAMPLES
+    from cli.main import app
+
+    monkeypatch.setenv("COLUMNS", "80")
+    text = CliRunner().invoke(app, [*name.split(), "--help"], prog_name="salun").output
+    assert all(f"  {line}\n" in text for line in EXAMPLES[name])
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
 
 
 WRONG = [
-    (["erase", "--concept", "dragon", "--model", "shapes"], 2, "'dragon' is not in the vocabulary"),
+    (["erase", "--concept", "dragon"], 2, "shape: circle, square"),
+    (
+        ["erase", "--concept", "circel", "--model", "shapes"],
+        2,
+        "vocabulary of the model shapes; did you mean 'circle'? `salun concepts --model shapes` lists all",
+    ),
+    (
+        ["erase", "--concept", "circle", "--resume"],
+        2,
+        "--resume needs the folder of the run to resume. Give it by --run-dir",
+    ),
     (["erase", "--concept", ""], 2, "--concept is empty"),
-    (["erase", "--concept", "circle", "--model", "shape"], 1, "did you mean 'shapes'?"),
+    (
+        ["erase", "--concept", "circle", "--model", "shape"],
+        1,
+        "did you mean 'shapes'? Use a name that `salun models` lists",
+    ),
     (["erase", "--concept", "circle", "--model", "nobody/nothing-here"], 1, "could not be downloaded"),
     (["erase", "--concept", "circle", "--density", "0"], 2, "--density is 0.0, but must be above 0"),
     (["erase", "--concept", "circle", "--density", "2"], 2, "--density is 2.0, but must be at most 1"),
@@ -145,8 +206,10 @@ def test_the_single_steps_work(erased: tuple[Path, subprocess.CompletedProcess[s
 def test_inspect_draws_what_a_mask_and_a_run_touch(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = erased
     shown = salun("inspect", "run", "--html", "layers.html", cwd=folder).stdout
-    assert "fraction of each block:" in shown
-    assert "fraction of each block that changed:" in shown
+    assert "Fraction of each block in the mask:" in shown
+    assert "Fraction of each block that changed:" in shown
+    assert max(map(len, shown.split("\n\n")[1].splitlines())) <= 80
+    assert "\nForgotten (UA):" in shown and re.search(r"\nNext: .*\n", shown), "what erase said"
     assert re.search(r"mid_block.\w+ +█+ +\d+\.\d% of", shown)
     page = (folder / "layers.html").read_text(encoding="utf-8")
     found = json.loads(salun("inspect", "run", "--json", cwd=folder).stdout)
@@ -226,7 +289,7 @@ def test_ctrl_c_stops_within_a_step_with_130(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("sampling"):
+            if line.startswith("1/6 Sampling"):
                 break
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
@@ -329,6 +392,14 @@ def test_times_are_told_in_words(seconds: float, text: str) -> None:
     from cli.output import duration
 
     assert duration(seconds) == text
+
+
+def test_hashes_are_shortened_except_in_paths() -> None:
+    from cli.output import shortened
+
+    digest = "0123456789ab" + "c" * 52
+    path = f"/models/{digest}/unet"
+    assert shortened(f"needs {digest}, not {path}.") == f"needs 0123456789ab…, not {path}."
 
 
 def test_a_run_json_repeats_the_run(erased: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -455,7 +526,7 @@ def test_the_cache_is_shown_and_emptied(tmp_path: Path, monkeypatch: pytest.Monk
     shown = json.loads(salun("cache", "--json", cwd=tmp_path).stdout)
     assert (shown["entries"], shown["folder"]) == (1, str(tmp_path / "kept"))
     assert shown["bytes"] > 400
-    assert "1 entries removed" in salun("cache", "--clear", cwd=tmp_path).stdout
+    assert "1 entry removed" in salun("cache", "--clear", cwd=tmp_path).stdout
     assert json.loads(salun("cache", "--json", cwd=tmp_path).stdout)["entries"] == 0
 
 

@@ -61,7 +61,7 @@ def test_eval_judges_a_run_with_several_detectors_and_a_prompt_file(
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "attribute:" and lines[1].split(":")[0] in ("Erased", "Mostly erased", "Barely changed")
-    assert "self:" in lines and lines[-1] == "report: run/eval.html"
+    assert "self:" in lines and lines[-1] == f"report: {erased / 'run' / 'eval.html'}"
     data = json.loads((erased / "run" / "eval.json").read_text(encoding="utf-8"))
     assert (
         set(data["detectors"]) == {"attribute", "self"} and data["verdict"] == data["detectors"]["attribute"]["verdict"]

@@ -362,7 +362,7 @@ def test_odd_metadata_do_no_harm(metadata: dict[str, str], whole: Path, capsys: 
     safetensors_io.rewrite(whole, Path(FILE), {}, metadata)
     code, out, err = call(INSPECT, capsys)
     assert (code, err) == (0, "")
-    assert "verdict: salun can erase from it" in out
+    assert "verdict:         salun can erase from it" in out
     assert "\x1b" not in out
 
 

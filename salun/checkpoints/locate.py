@@ -70,15 +70,14 @@ def find(name: str, models_dir: Sequence[str] = (), *, unet: bool = True) -> tup
             where = f" and is in none of {', '.join(map(str, folders))}" if folders else ""
             raise ModelNotFound(f"{given} does not exist{where}", name, "" if folders else MODELS_DIR)
         if name.count("/") != 1:
-            near = difflib.get_close_matches(name, table, 1)
+            near = difflib.get_close_matches(name, table, 2)
             looked = f" (looked in {', '.join(map(str, folders))})" if folders else ""
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            known = ", ".join(table)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ModelNotFound(
                 f"{name!r} is not a known model{looked}{hint}",
                 name,
-                f"Use {known}, a .safetensors file, a diffusers folder, a hub id (owner/name), or the name of a "
-                "checkpoint in a folder of {models_dir}",
+                "Use a name that `salun models` lists, a .safetensors file, a diffusers folder, a hub id (owner/name), "
+                "or the name of a checkpoint in a folder of {models_dir}",
             )
     return _download(entry.get("repo", name), entry.get("variant"), unet), entry
 

@@ -24,37 +24,49 @@ from salun.errors import ConfigError, ModelError
 from salun.masking.mask import FORMAT as MASK_FORMAT
 from salun.masking.mask import Mask
 from salun.report.density import per_block
-from salun.runs.reading import file_of, read_finished
+from salun.runs.reading import file_of, read_finished, read_run
 from salun.user_text import checked
+
+COUNTED = ("kind", "selected", "total", "density")  # of a mask, whatever its metadata say
 
 
 def inspect(path: str, options: ModelOptions | None = None) -> dict[str, Any]:
     """Kind and contents of a model, mask, delta or run folder. Raises ModelError for anything else.
 
-    Masks, deltas and runs also have `blocks` and `layers`: block or parameter of the UNet → [entries selected or
-    changed, entries in all].
+    Masks, deltas and finished erasures also have `blocks` and `layers`: block or parameter of the UNet → [entries
+    selected or changed, entries in all]. Runs have their `metrics`, which may be untrusted input.
     """
     place = Path(path).expanduser()
     if path.endswith(DELTA) and not place.exists():
         raise ModelError(f"{path} does not exist")
     if os.path.lexists(place / "run.json"):
-        record = read_finished(place)
-        delta = file_of(record, place, "delta")
-        moved = _delta(delta)["blocks"] if delta is not None else None
-        return {
-            "kind": "run",
-            **{key: record[key] for key in ("status", "command", "seed")},
-            "model": record["options"]["model"],
-            "concept": ", ".join(record["options"]["concept"]),
-            "mask": f"{record['mask']['mode']}, {record['mask']['selected']:,} of {record['mask']['total']:,}",
-            **_per_layer(_layers_of_mask(Mask.load(place / "mask.safetensors"))),
-            "moved": moved,
-        }
+        return _run(place)
     if place.is_file() and place.suffix.lower() == ".safetensors":
         special = _salun_format(place)
         if special is not None:
             return special
     return _model(describe(path, options))
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """A run: what it was, its metrics, and what a finished erasure changed."""
+    record = read_run(folder)
+    options = record["options"]
+    facts = {"kind": "run", **{key: record[key] for key in ("status", "command", "seed")}}
+    if "concept" in options:
+        facts |= {"model": options.get("model"), "concept": ", ".join(options["concept"])}
+    if record["status"] != "done" or "concept" not in options or record["mask"] is None:
+        error = record["error"] if record["status"] == "failed" else None
+        return {**facts, "error": error, "metrics": record["metrics"]}
+    record = read_finished(folder)
+    delta = file_of(record, folder, "delta")
+    return {
+        **facts,
+        "mask": f"{record['mask']['mode']}, {record['mask']['selected']:,} of {record['mask']['total']:,}",
+        "metrics": record["metrics"],
+        **_per_layer(_layers_of_mask(Mask.load(folder / "mask.safetensors"))),
+        "moved": _delta(delta)["blocks"] if delta is not None else None,
+    }
 
 
 def _model(spec: ModelSpec) -> dict[str, Any]:
@@ -121,8 +133,8 @@ def _salun_format(place: Path) -> dict[str, Any] | None:
     if kind == MASK_FORMAT:
         mask = Mask.load(place)
         return {
-            **mask.metadata,
             "kind": "mask",
+            **{name: text for name, text in mask.metadata.items() if name not in COUNTED},
             "selected": mask.selected,
             "total": mask.total,
             "density": mask.density,  # as counted; the metadata have the requested density
@@ -163,8 +175,8 @@ def _delta(place: Path) -> dict[str, Any]:
     delta = deltas.Delta.load(place)
     layers = {name: (change.count, prod(change.shape)) for name, change in delta.changes.items()}
     return {
-        **delta.metadata,
         "kind": "delta",
+        **{name: text for name, text in delta.metadata.items() if name != "kind"},
         "id": delta.id,
         "changed": delta.changed,
         "tensors": len(delta.names),

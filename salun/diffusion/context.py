@@ -17,6 +17,7 @@ from salun.diffusion.data.images import folder_digest
 from salun.diffusion.mask_files import load_mask_file
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.protocol import DiffusionModel, TokenEncoder
+from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
@@ -26,7 +27,7 @@ from salun.errors import ConfigError
 from salun.files import check_disk_space, sha256_file
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, StageCost, silent
 from salun.runs.cache import Cache
 from salun.runs.folder import check_folder
 from salun.runs.record import RunRecord
@@ -55,6 +56,14 @@ class RunContext:
     def stage(self, stage: Stage) -> AbstractContextManager[None]:
         """Context manager: time a stage in the record."""
         return self.record.stage(stage)
+
+    def announce(self) -> None:
+        """Report what the run will do, and its stages."""
+        stages = self.plan.stages()
+        if self.outputs or self.record.folder is not None:
+            stages.append(StageCost(Stage.SAVING, max(1, len(self.outputs or [None, None]))))
+        summary = self.plan.summary(display_name(self.model.name))
+        self.progress(Event(Stage.PLANNING, message=summary, stages=stages))
 
     def note(self, stage: Stage, *lines: str) -> None:
         """Add lines to the record's notes, and report them."""

@@ -48,7 +48,7 @@ def erase(
         run_dir: Folder of the run; without outputs it gets the model in its own layout and the sparse delta.
         outputs: Files to write, format by name (see `write_output`). force: Overwrite those that exist.
         resume: Continue the unfinished run of these options in run_dir, to the same bytes; start one if there is none.
-        progress: By default bars on a terminal and in a notebook; `salun.silent` for none.
+        progress: By default a bar on a terminal and in a notebook, lines elsewhere; `salun.silent` for none.
         cache: Of sampled latents; the user's by default.
 
     Raises:
@@ -58,6 +58,7 @@ def erase(
     options = dataclasses.replace(options or EraseOptions(), **overrides)
     settings: dict[str, Any] = {"run_dir": run_dir, "outputs": outputs, "force": force, "resume": resume}
     with open_run(model, concept, options, **settings, progress=progress, cache=cache, command=command) as context:
+        context.announce()
         run = unlearn(context)
         if not context.processes.rank:
             write_run(run, context)

@@ -72,6 +72,19 @@ class Plan:
         """The concepts' names, for people."""
         return ", ".join(concept.name for concept in self.concepts)
 
+    def summary(self, model: str) -> str:
+        """What is erased from a model, and how, in a line. model: its name."""
+        pairs = [f"“{c.name}” (anchor: {f'“{c.anchor}”' if c.anchor else 'the empty prompt'})" for c in self.concepts]
+        if not any(cost.backward for cost in self.stages() if cost.stage is Stage.TRAINING):
+            training = ", in closed form" if self.method.data == "prompts" else ""
+        elif self.goal is None:
+            training = f", {self.recipe.steps} step{'s' * (self.recipe.steps != 1)}"
+        else:
+            training = f" until {self.goal}, at most {self.budget} steps"
+        masked = self.method.takes_mask and self.options.mask != "full"
+        weights = f" on {100 * self.options.density:.3g} % of the weights" if masked and not self.mask_is_file else ""
+        return f"Erasing {', '.join(pairs)} from {model} by {self.method.title}{weights}{training}"
+
     @property
     def method(self) -> Method:
         """How the model unlearns."""
@@ -168,7 +181,7 @@ class Plan:
         pool = self.recipe.steps * self.recipe.batch_size * HARDENING if self.options.harden else 0
         if self.goal is not None:  # the recipe's steps are as good a guess as any; frozen targets are made on the way
             probing = PROBED * len(self.concepts) * self.sampling.passes // 2
-            return [StageCost(Stage.TRAINING, steps, forward=ahead + probing, backward=samples + pool)]
+            return [StageCost(Stage.TRAINING, steps, ahead + probing, samples + pool, most=self.budget)]
         frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=ahead)] if ahead else []
         return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples + pool)]
 

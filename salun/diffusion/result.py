@@ -191,7 +191,7 @@ def write_run(run: Run, context: RunContext) -> None:
     _note_exclusions(run, list(targets), context)
     with record.stage(Stage.SAVING):
         for i, (target, shown) in enumerate(targets.items(), 1):
-            context.progress(Event(Stage.SAVING, i, len(targets), message=shown))
+            context.progress(Event(Stage.SAVING, i, len(targets)))
             _write_target(run, target, shown, context)
         if folder is not None:
             run.mask.save(folder / "mask.safetensors")

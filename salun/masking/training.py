@@ -152,6 +152,7 @@ def train(
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
         history = _History(_resumed(state, optimizer, settings.steps, processes), optimizer, processes)
         rows = history.rows
+        resumed = len(rows)
         checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
             if watch is not None and rows:
@@ -169,7 +170,7 @@ def train(
                 failure = ""
                 if checkpointer is not None and checkpointer.is_due(done == total):
                     failure = checkpointer.save(history.settled(), history.scale)
-                progress(Event(settings.stage, done, total, history.latest(), None, failure))
+                progress(Event(settings.stage, done, total, history.latest(), None, failure, resumed))
                 if stop is not None and stop(done):
                     break
         except Cancelled:  # raised between steps, so masters, moments and history belong together

@@ -131,8 +131,13 @@ def _changes(metric: Metric, metrics: Mapping[str, Any]) -> list[tuple[str, str,
 
 
 def metric_lines(metrics: Mapping[str, Any], spell: Callable[[str], str] = str) -> list[str]:
-    """The verdict and the metrics as lines of text, those of each concept below where there are several."""
-    lines = [*verdict_lines(metrics, spell), *_lines(SINGLE, metrics)]
+    """The verdict and the metrics as lines of text."""
+    return [*verdict_lines(metrics, spell), *measured_lines(metrics)]
+
+
+def measured_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """The metrics as lines of text, those of each concept below where there are several."""
+    lines = _lines(SINGLE, metrics)
     measured = metrics.get("per_concept") or {}
     for name, side in measured.items() if len(measured) > 1 else ():
         lines += [f"{name}:", *(f"  {line}" for line in _lines(OF_CONCEPTS, side))]

@@ -51,6 +51,7 @@ def sample_latents(
     row = {text: i for i, text in enumerate(unique)}
     size = batch_size_of(model)
     done: dict[int, Tensor] = {}
+    restored = 0
     processes = current_processes()
     starts = range(0, len(prompts), size)
     for number, start in enumerate(starts):
@@ -61,10 +62,13 @@ def sample_latents(
         conditioning, empty = encoded[index], encoded[row[negative] : row[negative] + 1]
         key = _key(model, conditioning, empty, batch_seeds, weights) if cache is not None else ""
         entry = cache.get(key) if cache is not None else None
-        if entry is None:
+        end = min(start + size, len(prompts))
+        if entry is not None:
+            restored += end - start
+        else:
 
-            def on_step(start: int = start) -> None:  # a batch can take minutes: a host may cancel between two steps
-                progress(Event(stage, start, len(prompts)))
+            def on_step(start: int = start, restored: int = restored) -> None:  # a host may cancel between two steps
+                progress(Event(stage, start, len(prompts), restored=restored))
 
             generators = [torch.Generator().manual_seed(seed) for seed in batch_seeds]
             noise = noise_of(model, generators)
@@ -72,7 +76,7 @@ def sample_latents(
             if cache is not None:
                 cache.put(key, entry)
         done[number] = entry["latents"].to(model.device)
-        progress(Event(stage, min(start + size, len(prompts)), len(prompts)))
+        progress(Event(stage, end, len(prompts), restored=restored))
     shapes = [(min(size, len(prompts) - start), *model.latent_shape) for start in starts]
     parts = processes.gather(done, shapes, model.device)
     return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)

@@ -55,7 +55,7 @@ class _Losses:
             predicted = frozen_predictions(task.model, self._batch(step), guidance)
             self._targets[step] = predicted.to("cpu", non_blocking=True)  # into pinned memory, where it is a GPU's
             if task.until is None:
-                task.progress(Event(Stage.FROZEN_TARGETS, step + 1, task.plan.budget))
+                task.progress(Event(Stage.FROZEN_TARGETS, step + 1, task.plan.budget, restored=start))
         finish_copies(task.model.device, torch.device("cpu"))
 
     def __call__(self, step: int) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ training and evaluation, follow from the concept's name alone.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import string
 from collections.abc import Iterator, Mapping
@@ -13,16 +14,21 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from salun.errors import ConfigError, DataError
+from salun.errors import ConfigError, DataError, some
 from salun.user_text import composed
 
 PROMPTS = 20_000  # limit of one vocabulary; that of `shapes` makes 1,920
 TEMPLATE, VALUE = 1_000, 100  # limits in characters
 SLOTS = 50  # limit of one template
+SHOWN = 8  # values of an attribute in a message
 
 
 class UnknownConcept(ConfigError):
-    """A concept that is not in the model's vocabulary."""
+    """A concept that is not in a model's vocabulary. model: the model's name."""
+
+    def __init__(self, message: str, model: str, *, advice: str = "") -> None:
+        super().__init__(message, advice=advice, code="unknown-concept")
+        self.model = model
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,13 @@ class Vocabulary:
         return values[number] if number < len(values) and not named else text
 
     def require(self, value: str, model: str) -> str:
-        """The attribute of a value. Raises UnknownConcept, which lists the vocabulary, for an unknown value."""
+        """The attribute of a value. Raises UnknownConcept with what is near for an unknown value."""
         attribute = self.attribute_of(value)
         if attribute is None:
-            known = "; ".join(f"{name}: {', '.join(values)}" for name, values in self.attributes.items())
-            raise UnknownConcept(f"{value!r} is not in the vocabulary of the model {model} ({known})")
+            near = difflib.get_close_matches(value, [each for of in self.attributes.values() for each in of], 3)
+            known = "; ".join(f"{name}: {some(values, SHOWN)}" for name, values in self.attributes.items())
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f" ({known})"
+            raise UnknownConcept(f"{value!r} is not in the vocabulary of the model {model}{hint}", model)
         return attribute
 
     def prompts(self, templates: list[str], **fixed: list[str]) -> Iterator[Prompt]:
