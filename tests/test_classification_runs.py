@@ -219,6 +219,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(run: Path, tmp_path: P
     assert record_of(tmp_path / "run")["resumed"] == 1
 
 
+def test_a_training_that_was_stopped_continues_within_its_epoch_to_the_same_bytes(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"train_epochs": 3, "augment": "crop-flip", "device": "cpu"}
+    kept, seen = [], []
+
+    def stop(event: Event) -> None:
+        seen.append(event.step)
+        if event.stage == "training" and event.step == 30:  # of 21 a epoch
+            raise Cancelled("stopped")
+
+    for name in ("whole", "halved"):
+        cache = Cache(tmp_path / name)
+        if name == "halved":
+            with pytest.raises(Cancelled):
+                train(progress=stop, cache=cache, **options)
+            seen.clear()
+        kept.append(train(progress=lambda event: seen.append(event.step), cache=cache, **options).model.state_dict())
+        assert len(cache.entries()) == 1  # the state is gone
+    assert 31 in seen and 30 not in seen
+    assert all(torch.equal(v, kept[1][k]) for k, v in kept[0].items())
+
+
 def test_a_run_judged_again_gives_the_same_figures(run: Path, tmp_path: Path) -> None:
     found, recorded = evaluate(run, device="cpu"), record_of(run)["metrics"]
     assert found["UA"] == recorded["UA"]

@@ -39,8 +39,8 @@ class TrainOptions(DeviceOptions):
     split_seed: int = option(0, "Seed of the split into train, validation and test", minimum=0, maximum=2**63 - 1)
     model: str | None = option(
         None,
-        "Architecture: small, resnet18, vgg16-bn, timm:NAME, or an image classifier of transformers (folder or hub id) "
-        "(default: the data set's)",
+        "Architecture: small, resnet18, resnet20, vgg16-bn, timm:NAME, or an image classifier of transformers (folder "
+        "or hub id) (default: the data set's)",
         path=True,
     )
     allow_pickle: bool = option(
