@@ -57,7 +57,8 @@ def test_a_run_writes_its_figures_beside_retrains(run: Path) -> None:
     assert metrics["gap"]["UA"] == abs(metrics["UA"]["value"] - metrics["retrain"]["UA"]["value"])
     assert metrics["gap_mean"] == pytest.approx(sum(metrics["gap"].values()) / 4)
     assert 0 < metrics["ToW"] <= 1
-    assert metrics["reason"] is None and metrics["verdict"]["outcome"] in ("damaged", "barely changed", "can't tell")
+    assert metrics["reason"] is None and metrics["verdict"]["outcome"] != "can't tell"
+    assert metrics["gap_original"] > 40  # by default there is something to forget
     banner = metrics["verdict"]["text"].split(";")[0]
     assert f"{metrics['gap_original']:.2f}" in banner and banner in (run / "report.html").read_text(encoding="utf-8")
     assert [row["epoch"] for row in record["losses"]] == [1, 2]
@@ -322,7 +323,7 @@ WRONG = [
     ({"method": "scrub", "epochs": 1}, "epochs is 1, but SCRUB begins to forget in its second epoch"),
     (
         {"method": "ssd", "ssd_alpha": 50.0},
-        "ssd_alpha is 50, but for 129 of 1295 samples no weight can",
+        "ssd_alpha is 50, but for 131 of 1295 samples no weight can",
     ),
     ({"search": True, "validation_share": 0.0}, "search needs validation images, but the split has none"),
     ({"search": True, "method": "retrain"}, "search is set, but the method Retrain has no option"),
@@ -400,7 +401,7 @@ def test_training_tells_json_alone(tmp_path: Path) -> None:
             [
                 "data: digits",
                 "model: small",
-                "forget: random:0.1, 129 training images, by SSD",
+                "forget: class:3, 131 training images, by SSD",
                 "original: to be trained",
                 "Retrain: to be",
                 "time:",

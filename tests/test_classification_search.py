@@ -76,7 +76,7 @@ def test_a_class_that_would_be_gone_is_foretold_to_be_unknown() -> None:
 
 
 def test_the_search_takes_the_value_nearest_to_what_is_foretold_and_tells_all() -> None:
-    setting = setup_of(UnlearnOptions(search=True, retrain="no", **QUICK))
+    setting = setup_of(UnlearnOptions(search=True, retrain="no", forget="random:0.1", **QUICK))
     task = setting.task(setting.original(silent), silent)
     before = {name: p.detach().clone() for name, p in task.parameters.items()}
     options, summary = search(task)

@@ -72,9 +72,10 @@ class TaskOptions(TrainOptions):
     """How a classifier unlearns, except for the options of single methods."""
 
     method: str = option("salun", "Unlearning method")
-    forget: str = option(
-        "random:0.1",
-        "Forget set: random:FRACTION of the training images, class:NAME, or a .json list of rows",
+    forget: str | None = option(
+        None,
+        "Forget set: random:FRACTION of the training images, class:NAME, or a .json list of rows (default: the data "
+        "set's: a class of digits, random:0.1 of any other)",
         path=True,
     )
     original: str | None = option(
