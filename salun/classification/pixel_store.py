@@ -83,13 +83,13 @@ def _last_change(sources: Sequence[Named]) -> float:
 
 
 def _decoders() -> list[str]:
-    found = []
+    versions = []
     for package in ("pillow", "pillow-heif", "pillow-avif-plugin"):
         try:
-            found.append(f"{package} {version(package)}")
+            versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _decoded(sources: Sequence[Named], where: str, size: int | None) -> tuple[Tensor, list[str]]:
