@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from salun.errors import TrainingError
 from salun.masking.training_state import AGAIN, StateFile, read_saved_history
 
-_RANDOM, _SECONDS = "random numbers", "seconds"  # beside the model's buffers
+_RANDOM, _SECONDS = "random numbers", "seconds"  # with the model's buffers
 
 
 class TrainingState:
