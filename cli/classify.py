@@ -114,11 +114,16 @@ def _unlearning_lines(done: Any) -> list[str]:
 
 
 def _comparison_lines(done: Any) -> list[str]:
-    from salun.classification.table import difference_lines, lines_of
+    from salun.classification.table import difference_lines
+    from salun.classification.table import lines_of as table_lines
+    from salun.evaluation.retrain_verdict import verdict_on_comparison
+    from salun.report.metrics import banner_of, lines_of
 
-    lines = [*_columns(lines_of(done.metrics)), "", *_columns(difference_lines(done.metrics))]
+    lines = [*_columns(table_lines(done.metrics)), "", *_columns(difference_lines(done.metrics))]
     notes = [f"warning: {text}" for text in done.record.notes]
-    return [*notes, *lines, f"report: {done.record.folder.absolute() / 'report.html'}"]
+    verdict = verdict_on_comparison(done.metrics)
+    banner = lines_of(banner_of(verdict, flag)) if verdict is not None else []
+    return [*notes, *banner, *lines, f"report: {done.record.folder.absolute() / 'report.html'}"]
 
 
 @app.command("classify-eval")
@@ -243,12 +248,13 @@ _add_command(
     "Train an image classifier as the original of later unlearning.",
 )  # fmt: skip
 _add_command(
-    "classify-unlearn", UnlearnOptions, lambda options: f"{options.method}-{options.forget}",
+    "classify-unlearn", UnlearnOptions, lambda options: f"{options.method}-{options.forget or options.data}",
     "experiment:unlearn", _unlearning_lines, "preview:preview_unlearning", _preview_lines,
     "Make an image classifier forget some of its training images, and compare it with one that never saw them.",
 )  # fmt: skip
 _add_command(
-    "classify-compare", CompareOptions, lambda options: f"compare-{options.data}-{options.forget}",
+    "classify-compare", CompareOptions,
+    lambda options: "-".join(filter(None, ("compare", options.data, options.forget))),
     "compare:compare", _comparison_lines, "preview:preview_comparison", _comparison_preview_lines,
     "Compare unlearning methods over several seeds with retraining: one table, as in the paper.", NOT_COMPARED,
 )  # fmt: skip

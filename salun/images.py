@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -106,12 +107,13 @@ def list_images(folder: Path, deep: bool = True) -> Listing:
                 visited.add(real)
                 entered.append(name)
         folders[:] = entered
-        for name in names:
-            reason = _why_not(here / name)
+        for name in sorted(names):  # so that sorting all of them below is quick
+            path = here / name
+            reason = _why_not(path, name)
             if reason is None:
-                files.append(here / name)
+                files.append(path)
             else:
-                skip(reason, here / name)
+                skip(reason, path)
     return Listing(sorted(files), {reason: sorted(names) for reason, names in sorted(skipped.items())})
 
 
@@ -120,15 +122,19 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(root) / name for name in names)
 
 
-def _why_not(path: Path) -> str | None:
+def _why_not(path: Path, name: str) -> str | None:
     """Why a file is not read as an image, None if it is."""
-    if is_hidden(path.name):
+    if is_hidden(name):
         return "hidden or system file"
-    if not path.is_file():
+    try:
+        facts = path.stat()
+    except (OSError, ValueError):
+        return "broken link, pipe or device"
+    if not stat.S_ISREG(facts.st_mode):
         return "broken link, pipe or device"
     if path.suffix.lower() not in suffixes():
         return NOT_AN_IMAGE
-    return f"larger than {MOST_BYTES // 2**20} MiB" if path.stat().st_size > MOST_BYTES else None
+    return f"larger than {MOST_BYTES // 2**20} MiB" if facts.st_size > MOST_BYTES else None
 
 
 def shown(path: Path, folder: Path) -> str:
@@ -247,16 +253,16 @@ def _flat(image: Image) -> Image:
 
 def read_images(
     sources: Sequence[tuple[Source, str]], where: str, size: int | None = None
-) -> tuple[list[np.ndarray], list[str]]:
-    """All of a data set's images: uint8 (h, w) for gray, (h, w, 3) for color.
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """A data set's images, one at a time.
 
     Args:
         sources: each with its name in messages.
         where: the data set, in messages.
         size: pixels a side to which they are resized.
 
-    Returns:
-        The pixels, and lines of what a user should know of some images.
+    Yields:
+        The pixels, uint8 (h, w) for gray, (h, w, 3) for color, and what a user should know of the image.
 
     Raises:
         DataError: an image cannot be read, or their sizes differ where none is given.
@@ -264,22 +270,20 @@ def read_images(
     from PIL import Image
 
     white = cache(lambda: white_level(source for source, _ in sources))
-    pixels: list[np.ndarray] = []
-    traits: dict[str, list[str]] = {}
+    shape: tuple[int, ...] | None = None
     for source, name in sources:
         try:
-            image, more = read_image(source, white)
+            image, traits = read_image(source, white)
         except DataError as error:
             raise DataError(f"{name} cannot be read as an image: {error}", advice="Fix or remove it") from error
-        for trait in more:
-            traits.setdefault(trait, []).append(name)
         if size is not None and image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BICUBIC)
-        pixels.append(np.array(image))
-        if pixels[-1].shape[:2] != pixels[0].shape[:2]:
-            (h, w), (high, wide) = pixels[0].shape[:2], pixels[-1].shape[:2]
+        pixels = np.asarray(image)
+        shape = shape or pixels.shape[:2]
+        if pixels.shape[:2] != shape:
+            (h, w), (high, wide) = shape, pixels.shape[:2]
             raise DataError(
                 f"{where} has images of different sizes ({w}×{h} and {wide}×{high}, width × height)",
                 advice="Choose one size by {image_size}",
             )
-    return pixels, counted(traits)
+        yield pixels, traits

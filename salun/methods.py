@@ -113,6 +113,7 @@ _C: TaskName = "classification"
 _D: TaskName = "diffusion"
 _GOLATKAR = "Golatkar et al. 2020, arXiv:1911.04933"
 _BOUNDARY = "Chen et al. 2023, arXiv:2303.11570"
+_UP_TO_TWICE = (0.3, 0.5, 0.7, 1, 1.4, 1.9)  # a threshold α, whose default is half of the largest possible
 _SALUN = "Fan et al. 2024, arXiv:2310.12508"
 _GUIDED: dict[str, Any] = {
     "stronger": "Raise {steps}, {lr} or {negative_guidance}",
@@ -125,7 +126,8 @@ _CLOSED: dict[str, Any] = {
     "stages": "salun.diffusion.closed_form:stages",
 }
 METHODS: dict[TaskName, dict[str, Method]] = {
-    # rates: what the search found on the clutter, random 10 %, at seeds 0 and 1; another model needs its own
+    # rates: what the search found on the clutter, random 10 %, at seeds 0 and 1; another model needs its own. Those of
+    # bad-teacher, jit and delete are guesses that the search has not seen.
     "classification": _registry(
         Method("retrain", "Retrain", "training without the forget set", _C, f"{_IN}.retaining:retrain", tunes=None),
         Method("ft", "FT", f"{_GOLATKAR}; Warnecke et al. 2021, arXiv:2108.11577", _C, f"{_IN}.retaining:fine_tune",
@@ -152,7 +154,17 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                "full", f"{_IN}.scrub:ScrubOptions", f"{_IN}.scrub:resolve", {"epochs": 10, "lr": 0.01}),
         Method("ssd", "SSD", "Foster et al. 2024, arXiv:2308.07707", _C, f"{_IN}.fisher:ssd",
                options_from=f"{_IN}.fisher:SsdOptions",
-               resolve=f"{_IN}.fisher:resolve_ssd", tunes="ssd_alpha", factors=(0.3, 0.5, 0.7, 1, 1.4, 1.9)),
+               resolve=f"{_IN}.fisher:resolve_ssd", tunes="ssd_alpha", factors=_UP_TO_TWICE),
+        Method("lfssd", "LFSSD", "Foster et al. 2024, arXiv:2402.19308", _C, f"{_IN}.lfssd:lfssd",
+               options_from=f"{_IN}.lfssd:LfssdOptions",
+               resolve=f"{_IN}.lfssd:resolve", tunes="lfssd_alpha", factors=_UP_TO_TWICE),
+        Method("bad-teacher", "Bad teacher", "Chundawat et al. 2023, arXiv:2205.08096", _C,
+               f"{_IN}.bad_teacher:bad_teacher", "full", f"{_IN}.bad_teacher:BadTeacherOptions",
+               defaults={"epochs": 5, "lr": 0.01}),
+        Method("jit", "JiT", "Foster et al. 2024, arXiv:2402.01401", _C, f"{_IN}.jit:jit",
+               "full", f"{_IN}.jit:JitOptions", defaults={"epochs": 1, "lr": 0.01}),
+        Method("delete", "DELETE", "Zhou et al. 2025, arXiv:2503.23751", _C, f"{_IN}.delete:delete",
+               "full", defaults={"epochs": 10, "lr": 0.001}),
     ),
     "diffusion": _registry(
         Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default", hardens=True),

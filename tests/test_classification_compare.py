@@ -557,8 +557,9 @@ def test_the_command_tells_the_table(tmp_path: Path) -> None:
     done = run_command("classify-compare", *quick, "--workers", "1", "--run-dir", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split()[:5] == ["method", "UA", "%", "RA", "%"]
-    assert [line.split()[0] for line in lines[1:6]] == ["original", "Retrain", "Retrain,", "FT", "GA"]
+    assert "comes nearest to Retrain: a mean gap of" in lines[0]  # the verdict
+    top = next(i for i, line in enumerate(lines) if line.split()[:5] == ["method", "UA", "%", "RA", "%"])
+    assert [line.split()[0] for line in lines[top + 1 : top + 6]] == ["original", "Retrain", "Retrain,", "FT", "GA"]
     assert (tmp_path / "run" / "report.html").is_file()
     (tmp_path / "wish.yaml").write_text("methods: [ft]\nseeds: 2\n", encoding="utf-8")
     dry = run_command("classify-compare", "--config", "wish.yaml", "--dry-run", "--json", cwd=tmp_path)

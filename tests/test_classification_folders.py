@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from salun.classification import pixel_store
 from salun.classification.compare import compare
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import evaluate, train, unlearn
@@ -26,6 +27,7 @@ from salun.classification.splits import make_split, repeated, with_forget
 from salun.classification.unlearn_options import UnlearnOptions
 from salun.errors import Cancelled, ConfigError, DataError
 from salun.progress import Event
+from salun.runs.cache import Cache
 
 QUICK: dict[str, Any] = {"model": "small", "train_epochs": 1, "train_batch_size": 8, "device": "cpu"}
 
@@ -202,6 +204,30 @@ def test_every_format_and_linked_folder_is_read(tmp_path: Path) -> None:
     data = load_data(str(root))
     assert int((data.labels == 0).sum()) == 1 + 6 + 1
     assert any("2 linked folder that is read already" in note for note in data.notes)
+
+
+def test_decoded_images_are_stored_and_mapped_until_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_store, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(pixel_store, "SETTLED", 0.0)
+    monkeypatch.setenv("SALUN_CACHE", str(tmp_path / "cache"))
+    root = small_set(tmp_path / "set", each=2)
+    image_of(9).convert("RGB").save(root / "dog" / "color.png")
+    first = load_data(str(root))
+    pixels = first.images.clone()
+    (entry, _, _) = Cache.of_user().entries()[0]
+    with monkeypatch.context() as context:
+        context.setattr(pixel_store, "read_images", None)  # not called
+        second = load_data(str(root))
+    assert torch.equal(pixels, second.images) and first.digest == second.digest and first.notes == second.notes
+    content = entry.read_bytes()
+    second.images.zero_()  # a private mapping: nothing is written to the file
+    entry.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert torch.equal(load_data(str(root)).images, pixels)  # a damaged entry is not used
+    image_of(77).save(root / "cat" / "000.png")
+    assert values_of(load_data(str(root))) == [77, 1, 2, 3, 9]
+    assert len(Cache.of_user().entries()) == 2
 
 
 def test_hidden_and_system_files_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from salun.classification.attacks.relearning import relearn, settings
-from salun.classification.curvature import gradient_sum, inverse_fisher_product, squared_gradients
+from salun.classification.curvature import absolute_gradients, gradient_sum, inverse_fisher_product, squared_gradients
 from salun.classification.data import ImageData
 from salun.classification.masks import find_mask
 from salun.classification.methods.boundary import nearest_labels
+from salun.classification.methods.delete import without_own_class
 from salun.classification.methods.relabeling import draw_labels, relabeled
 from salun.classification.predictions import SplitPredictions
 from salun.classification.splits import Split
@@ -102,7 +103,7 @@ def test_what_the_registry_names_exists(method: Method) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_moves_weights_and_gives_the_same_bits_for_the_same_seed(name: str) -> None:
-    first, second = problem(name, ssd_alpha=1.5), problem(name, ssd_alpha=1.5)
+    first, second = problem(name, ssd_alpha=1.5, lfssd_alpha=1.5), problem(name, ssd_alpha=1.5, lfssd_alpha=1.5)
     before = weights(first)
     for task in (first, second):
         run(name, task)
@@ -126,7 +127,7 @@ def test_weights_outside_the_mask_stay_bit_identical(name: str, mode: str) -> No
     assert task.mask.selected == int(0.3 * task.mask.total)
 
 
-@pytest.mark.parametrize("name", [n for n in TRAINS if n not in ("ga", "be", "bs")])
+@pytest.mark.parametrize("name", [n for n in TRAINS if n not in ("ga", "be", "bs", "jit")])
 def test_methods_that_train_leave_the_model_fit_for_the_rest(name: str) -> None:
     task = problem(name, lr=0.02)
     run(name, task)
@@ -248,7 +249,7 @@ def test_the_random_labels_are_every_class_but_the_own() -> None:
 
 
 def test_labels_are_drawn_afresh_each_epoch_and_retain_rows_keep_theirs() -> None:
-    task = problem("rl")
+    task = problem("rl", order="forget-first")
     drawn = []
     for epoch in range(2):
         batches = list(
@@ -564,3 +565,77 @@ def test_iu_says_when_fewer_gradients_fit_than_asked_for(monkeypatch: pytest.Mon
     task = problem("iu", gradients=40)
     run("iu", task)
     assert len(task.notes) == 1 and "IU took 10 of 40 gradients" in task.notes[0]
+
+
+# -- DELETE, bad teacher, JiT, LFSSD -------------------------------------------------------------------------------
+
+
+def test_deletes_target_has_no_own_class_and_the_originals_ratios() -> None:
+    target = without_own_class(torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 2.0]]), torch.tensor([0, 1]))
+    assert target[0, 0] == target[1, 1] == 0
+    torch.testing.assert_close(target[0, 1] / target[0, 2], torch.tensor(1.0).exp())
+    torch.testing.assert_close(target.sum(1), torch.ones(2))
+
+
+def test_delete_keeps_the_ratios_of_the_other_classes_where_relabeling_does_not() -> None:
+    drift = {}
+    for name in ("delete", "rl"):
+        task = problem(name, epochs=30, lr=0.05)
+        own, x = task.labels(task.split.forget), task.data.images_of(task.split.forget)
+        with torch.no_grad():
+            target = without_own_class(task.logits(x), own)
+        run(name, task)
+        with torch.no_grad():
+            others = without_own_class(task.logits(x), own)
+            probability = task.logits(x).softmax(1).gather(1, own[:, None])
+        drift[name] = float((others - target).abs().mean())
+        assert name == "rl" or probability.max() < 0.2
+    assert drift["delete"] < drift["rl"]
+
+
+def test_the_bad_teacher_is_imitated_on_the_forget_set_alone() -> None:
+    task = problem("bad-teacher", epochs=40, lr=0.05, bt_retain=1.0)
+    original, ignorant = deepcopy(task.model), task.fresh().eval()
+    run("bad-teacher", task)
+    with torch.no_grad():
+        for rows, near, far in ((task.split.forget, ignorant, original), (task.split.retain, original, ignorant)):
+            x = task.data.images_of(rows)
+            predicted, a, b = (task.logits(x, model).softmax(1) for model in (task.model, near, far))
+            assert (predicted - a).abs().mean() < 0.5 * (predicted - b).abs().mean()
+
+
+def test_jit_smooths_the_output_around_the_forget_set() -> None:
+    def slope(task: Task, rows: Tensor) -> float:
+        x = task.data.images_of(rows)
+        noise = 0.1 * torch.randn((50, *x.shape), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            change = torch.stack([task.logits(x + each) - task.logits(x) for each in noise]).norm(dim=2)
+        return float((change / noise.flatten(2).norm(dim=2)).mean())
+
+    task = problem("jit", epochs=30, lr=0.1)
+    before = slope(task, task.split.forget), loss_on(task, task.split.forget)
+    run("jit", task)
+    assert slope(task, task.split.forget) < 0.8 * before[0]
+    assert loss_on(task, task.split.forget) > before[1]
+
+
+def test_lfssds_importance_is_the_mean_change_of_the_squared_output_and_needs_no_labels() -> None:
+    task = problem("lfssd", lfssd_alpha=1.2, lfssd_lambda=0.5)
+    before, rows = weights(task), task.split.forget
+    expected = {name: torch.zeros_like(value) for name, value in before.items()}
+    for x in task.data.images_of(rows):
+        gradients = torch.autograd.grad(task.logits(x[None]).square().sum(), list(task.parameters.values()))
+        for name, gradient in zip(before, gradients, strict=True):
+            expected[name] += gradient.abs() / len(rows)
+    of_forget, of_all = absolute_gradients(task, rows), absolute_gradients(task, task.split.train)
+    for name, value in expected.items():
+        torch.testing.assert_close(of_forget[name], value)
+    task.data = replace(task.data, labels=torch.zeros_like(task.data.labels))
+    run("lfssd", task)
+    for name, value in weights(task).items():
+        selected = of_forget[name] > 1.2 * of_all[name]
+        assert torch.equal(value[~selected], before[name][~selected])
+        factor = (0.5 * of_all[name] / of_forget[name]).clamp(max=1)
+        torch.testing.assert_close(value[selected], (factor * before[name])[selected])
+    with pytest.raises(ConfigError, match="lfssd_alpha is 5, but for 12 of 60 samples"):
+        run("lfssd", problem("lfssd", lfssd_alpha=5.0))

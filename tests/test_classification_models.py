@@ -65,7 +65,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet18", 11_173_962), ("vgg16-bn", 14_728_266)])
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 11_173_962), ("resnet20", 269_722), ("vgg16-bn", 14_728_266)])
 def test_the_models_have_the_sizes_known_for_cifar_10(name: str, size: int) -> None:
     model = new_model(name, 3, 10, seed=0)
     assert size_of(model) == size
@@ -271,7 +271,7 @@ def test_a_pretrained_body_gets_a_new_head(vit: Path) -> None:
 
 
 def test_models_that_are_not_there_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="give small, resnet18, vgg16-bn"):
+    with pytest.raises(ModelError, match="give small, resnet18, resnet20, vgg16-bn"):
         new_model("resnet19", 3, 10, seed=0)
     with pytest.raises(ModelError, match="cannot be loaded"):
         stock_model(str(tmp_path))

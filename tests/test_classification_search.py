@@ -76,18 +76,18 @@ def test_a_class_that_would_be_gone_is_foretold_to_be_unknown() -> None:
 
 
 def test_the_search_takes_the_value_nearest_to_what_is_foretold_and_tells_all() -> None:
-    setting = setup_of(UnlearnOptions(search=True, retrain="no", **QUICK))
+    setting = setup_of(UnlearnOptions(search=True, retrain="no", forget="random:0.1", **QUICK))
     task = setting.task(setting.original(silent), silent)
     before = {name: p.detach().clone() for name, p in task.parameters.items()}
     options, summary = search(task)
     assert all(torch.equal(before[name], p) for name, p in task.parameters.items())
     assert summary["option"] == "lr"
-    scores = {trial["value"]: trial["score"] for trial in summary["tried"]}
-    assert len(scores) > len(METHODS["classification"]["salun"].factors)
-    assert summary["runs"] == len(summary["tried"])
+    usable = [trial for trial in summary["tried"] if trial["score"] is not None]  # training diverges at high rates
+    scores = {trial["value"]: trial["score"] for trial in usable}
+    assert summary["runs"] == len(summary["tried"]) > len(METHODS["classification"]["salun"].factors)
     assert summary["chosen"] == options.lr == min(scores, key=lambda value: (scores[value], value))
     assert {"UA", "RA", "TA", "MIA"} == set(summary["foretold"])
-    for trial in summary["tried"]:
+    for trial in usable:
         gaps = [abs(trial["figures"][k] - summary["foretold"][k]) for k in summary["foretold"]]
         assert trial["score"] == pytest.approx(sum(gaps) / 4)
 

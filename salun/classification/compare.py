@@ -17,6 +17,7 @@ from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import ExperimentSetup, facts_of, setup_of
 from salun.classification.jobs import Job, JobRunner, Kind, ResultStore
 from salun.classification.models import new_model, weights_digest
+from salun.classification.plan import forget_of
 from salun.classification.search import check_search, merged, next_round, rounds, with_value
 from salun.classification.splits import make_split, with_forget
 from salun.classification.table import table_of, tables_of
@@ -24,6 +25,7 @@ from salun.classification.unlearn_options import NOT_COMPARED, CompareOptions, U
 from salun.compute.device import pick_device
 from salun.display import shown
 from salun.errors import ConfigError
+from salun.evaluation.retrain_verdict import verdict_on_comparison
 from salun.methods import METHODS
 from salun.options import MASKS
 from salun.progress import Progress, Stage
@@ -126,9 +128,9 @@ def settings_of(
 
 
 def with_class_named(options: CompareOptions, data: ImageData) -> CompareOptions:
-    """The options with the name of the class to forget, where they give its number. Raises as `with_forget`."""
+    """The options with what to forget, a class by its name, where they give its number. Raises as `with_forget`."""
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
-    return replace(options, forget=with_forget(split, data, options.forget, options.seed).forgetting)
+    return replace(options, forget=with_forget(split, data, forget_of(options, data), options.seed).forgetting)
 
 
 _NO_SEARCH = {"chosen": 0}  # for a method whose option is not searched
@@ -186,6 +188,8 @@ def compare(
         exact_results, floor = _by_seed(jobs["retrain"], exact), _by_seed(jobs["again"], again)
         titles = {v.name: title_of(v) for v in variants}
         record.metrics = table_of(results, exact_results, searched, titles, floor)
+        verdict = verdict_on_comparison(record.metrics)
+        record.metrics["verdict"] = verdict.as_json() if verdict is not None else None
         failures = _failures({"Retrain": exact_results, "Retrain of another seed": floor, **results})
         record.notes = first.notes + store.notes + failures
         if folder is not None:

@@ -74,8 +74,22 @@ def squared_gradients(task: Task, rows: Tensor, targets: Literal["labels", "mode
     return {name: total / len(rows) for name, total in sums.items()}
 
 
-def sample_gradients(task: Task, rows: Tensor, targets: Literal["labels", "model"]) -> Iterator[dict[str, Tensor]]:
-    """√w_y · ∂ log p(y|x)/∂θ of single samples, (b, …) by name, a chunk at a time; every class for "model"."""
+def absolute_gradients(task: Task, rows: Tensor) -> dict[str, Tensor]:
+    """The mean over rows of |∂‖f_θ(x)‖₂²/∂θ|, f the logits, by name."""
+    sums = {name: torch.zeros_like(p) for name, p in task.parameters.items()}
+    for part in sample_gradients(task, rows, "output"):
+        for name, gradient in part.items():
+            sums[name] += gradient.abs().sum(0)
+    return {name: total / len(rows) for name, total in sums.items()}
+
+
+def sample_gradients(
+    task: Task, rows: Tensor, targets: Literal["labels", "model", "output"]
+) -> Iterator[dict[str, Tensor]]:
+    """√w_y · ∂ log p(y|x)/∂θ of single samples, (b, …) by name, a chunk at a time; every class for "model".
+
+    For "output" ∂‖f_θ(x)‖₂²/∂θ instead, f the logits.
+    """
     model, names = task.model.eval(), task.parameters
     held = {name: p.detach() for name, p in names.items()}
     buffers = dict(model.named_buffers())
@@ -84,7 +98,12 @@ def sample_gradients(task: Task, rows: Tensor, targets: Literal["labels", "model
         logits: Tensor = functional_call(model, {**weights, **buffers}, (x[None],))
         return logits.float().log_softmax(1)[0].gather(0, y[None])[0]
 
-    each: Callable[..., dict[str, Tensor]] = vmap(grad(likelihood), in_dims=(None, 0, 0))
+    def length(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits: Tensor = functional_call(model, {**weights, **buffers}, (x[None],))
+        return logits.float().square().sum()
+
+    measure = length if targets == "output" else likelihood
+    each: Callable[..., dict[str, Tensor]] = vmap(grad(measure), in_dims=(None, 0, 0))
     times = task.classes if targets == "model" else 1
     chunk = max(_ENTRIES // (sum(p.numel() for p in held.values()) * times), 1)
     for i, part in enumerate(rows.split(chunk)):

@@ -30,7 +30,7 @@ from salun.classification.models import (
 )
 from salun.classification.options import TrainOptions
 from salun.classification.originals import Original, given_original, trained
-from salun.classification.plan import known_recipe, resolve_options, why_no_retrain
+from salun.classification.plan import forget_of, known_recipe, resolve_options, why_no_retrain
 from salun.classification.search import search
 from salun.classification.splits import Split, make_split, repeated, with_forget
 from salun.classification.task import Task
@@ -103,7 +103,7 @@ def setup_of(options: UnlearnOptions, cache: Cache | None = None, data: ImageDat
     """Load the data, if it is not given, draw the split and resolve the options. Raises as `train`."""
     data = data or load_data(options.data, options.image_size, options.image_column, options.label_column)
     split = make_split(data, options.test_share, options.validation_share, options.split_seed)
-    split = with_forget(split, data, options.forget, options.seed)
+    split = with_forget(split, data, forget_of(options, data), options.seed)
     given = None
     if options.original is not None:
         given = given_original(options.original, data, split, options.allow_pickle)
@@ -323,7 +323,7 @@ def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Orig
     if options.model is not None and as_spelled(Path(options.model).expanduser()).is_dir():
         fresh = new_model(options.model, data.channels, len(data.classes), options.seed, options.allow_pickle)
         facts["model"] = weights_digest(fresh)
-    if options.forget.endswith(".json"):
+    if options.forget is not None and options.forget.endswith(".json"):
         facts["forget"] = digest_of(split.forget)
     for package in ("scikit-learn", "datasets", "timm"):
         with suppress(PackageNotFoundError):

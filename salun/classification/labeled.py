@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from salun.classification.pixel_store import pixels_of
 from salun.errors import DataError
-from salun.images import Source, read_images
+from salun.images import Source
+from salun.runs.cache import Cache
 
 ROLES = ("train", "validation", "test")
 _SPLIT_NAMES = {
@@ -108,7 +109,7 @@ def assembled(
     notes: Sequence[str],
     preset: dict[str, Any],
 ) -> ImageData:
-    """A data set of these images, part after part; gray if all are.
+    """A data set of these images, part after part; gray if all are. Decoded images are kept in the user's cache.
 
     Args:
         name: of the data set, in messages.
@@ -122,7 +123,8 @@ def assembled(
         DataError: an image cannot be read, or their sizes differ where none is given.
     """
     samples = [sample for role in ROLES for sample in parts.get(role, ())]
-    images, traits = read_images([(sample.source, sample.name) for sample in samples], name, image_size)
+    sources = [(sample.source, sample.name) for sample in samples]
+    images, traits = pixels_of(sources, name, image_size, Cache.of_user())
     rows, start = {}, 0
     for role in ROLES:
         rows[role] = torch.arange(start, start + len(parts.get(role, ())))
@@ -130,17 +132,7 @@ def assembled(
     given_parts = {f"own_{role}": rows[role] if len(rows[role]) else None for role in ROLES[1:]}
     labels = torch.tensor([sample.label for sample in samples])
     lines = (*notes, *(f"{name}: {line}" for line in traits))
-    return ImageData(name, _stacked(images), labels, tuple(classes), **given_parts, preset=preset, notes=lines)
-
-
-def _stacked(images: Sequence[np.ndarray]) -> Tensor:
-    """uint8 (n, c, h, w); color if any image is."""
-    color = any(image.ndim == 3 for image in images)
-    rows: Iterable[np.ndarray] = (
-        np.repeat(p[None], 3, 0) if color and p.ndim == 2 else p[None] if p.ndim == 2 else p.transpose(2, 0, 1)
-        for p in images
-    )
-    return torch.from_numpy(np.stack(list(rows)))
+    return ImageData(name, images, labels, tuple(classes), **given_parts, preset=preset, notes=lines)
 
 
 def role_of(name: str) -> str | None:

@@ -22,7 +22,7 @@ def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:
     Raises MaskError for a density that selects nothing, or gradients that are not finite.
     """
     options, parameters = task.options, task.parameters
-    metadata = {"forget": options.forget, "seed": str(options.seed), "split": task.split.digest}
+    metadata = {"forget": task.split.forgetting, "seed": str(options.seed), "split": task.split.digest}
 
     def scores() -> Iterator[dict[str, Tensor]]:
         batches = -(-len(task.split.forget) // 256)

@@ -1,4 +1,4 @@
-"""Image classifiers: a small one, ResNet-18, VGG-16-BN, transformers' and timm's; files of their weights."""
+"""Image classifiers: a small one, ResNet-18, ResNet-20, VGG-16-BN, transformers' and timm's; files of their weights."""
 
 from __future__ import annotations
 
@@ -88,6 +88,49 @@ class ResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        out: Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+class PaddedBlock(nn.Module):
+    """As `Block`; its skip connection has no weights: it takes every second pixel, and zeros as the new channels."""
+
+    def __init__(self, inside: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.stride, self.more = stride, out - inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = x
+        if self.more:
+            around = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
+        return F.relu(around + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for CIFAR: three stages of three blocks (He et al. 2016, section 4.2, n = 3, skips of option A)."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        stages, inside = [], 16
+        for width, stride in ((16, 1), (32, 2), (64, 2)):
+            blocks = [PaddedBlock(inside, width, stride), PaddedBlock(width, width, 1), PaddedBlock(width, width, 1)]
+            stages.append(nn.Sequential(*blocks))
+            inside = width
+        self.layer1, self.layer2, self.layer3 = stages
+        self.fc = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
         out: Tensor = self.fc(x.mean((2, 3)))
         return out
 
@@ -213,7 +256,9 @@ def normalize_for(model: nn.Module, data: ImageData) -> ImageData:
     return replace(data, preset={**data.preset, "mean": list(model.pixels.mean), "std": list(model.pixels.std)})
 
 
-ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {"small": SmallCNN, "resnet18": ResNet18, "vgg16-bn": VGG16}
+ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {
+    "small": SmallCNN, "resnet18": ResNet18, "resnet20": ResNet20, "vgg16-bn": VGG16,
+}  # fmt: skip
 
 
 def is_builtin(name: str) -> bool:

@@ -39,8 +39,8 @@ class TrainOptions(DeviceOptions):
     split_seed: int = option(0, "Seed of the split into train, validation and test", minimum=0, maximum=2**63 - 1)
     model: str | None = option(
         None,
-        "Architecture: small, resnet18, vgg16-bn, timm:NAME, or an image classifier of transformers (folder or hub id) "
-        "(default: the data set's)",
+        "Architecture: small, resnet18, resnet20, vgg16-bn, timm:NAME, or an image classifier of transformers (folder "
+        "or hub id) (default: the data set's)",
         path=True,
     )
     allow_pickle: bool = option(
@@ -72,9 +72,10 @@ class TaskOptions(TrainOptions):
     """How a classifier unlearns, except for the options of single methods."""
 
     method: str = option("salun", "Unlearning method")
-    forget: str = option(
-        "random:0.1",
-        "Forget set: random:FRACTION of the training images, class:NAME, or a .json list of rows",
+    forget: str | None = option(
+        None,
+        "Forget set: random:FRACTION of the training images, class:NAME, or a .json list of rows (default: the data "
+        "set's: a class of digits, random:0.1 of any other)",
         path=True,
     )
     original: str | None = option(

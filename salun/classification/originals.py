@@ -25,6 +25,7 @@ from salun.classification.options import TaskOptions, TrainOptions
 from salun.classification.plan import RECIPE, recipe_of
 from salun.classification.splits import Split
 from salun.classification.task import Task, train_from_scratch
+from salun.classification.training_state import TrainingState
 from salun.compute.device import deterministic_kernels, pick_dtype
 from salun.compute.environment import versions
 from salun.errors import DataError, ModelError
@@ -54,6 +55,7 @@ def trained(
 ) -> Original:
     """A model trained from scratch on the split's retain rows by resolved options; from the cache if it is there.
 
+    The cache also holds the state of a training that was interrupted, which continues to the same bytes.
     The split of an original has an empty forget set; Retrain's has one. Both begin with the same weights. stage: what
     the random numbers of its batches depend on besides the seed.
     """
@@ -77,14 +79,16 @@ def trained(
         return Original(model.eval(), facts, seconds, history)
     task = Task(model, data, split, options, fresh, progress, pick_dtype(options.dtype, device))
     began = time.perf_counter()
+    state = TrainingState(cache.file_of(key_of(state=key)), key)
     with deterministic_kernels(options.deterministic):
-        train_from_scratch(task, stage)
+        train_from_scratch(task, stage, state)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began + state.seconds_before
     losses = torch.tensor([(row["epoch"], row["retain"]) for row in task.history], dtype=torch.float64)
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
     cache.put(key, {**weights, "seconds": torch.tensor(seconds, dtype=torch.float64), "history": losses})
+    state.remove()
     return Original(model, facts, seconds, task.history)
 
 

@@ -27,6 +27,11 @@ def recipe_of(options: TaskOptions, device: torch.device) -> dict[str, Any]:
     return {**{name: getattr(options, name) for name in RECIPE}, "dtype": dtype}
 
 
+def forget_of(options: TaskOptions, data: ImageData) -> str:
+    """What to forget: the option, or the data set's own task, in which there is something to forget."""
+    return options.forget or str(data.preset.get("forget", "random:0.1"))
+
+
 def known_recipe(training: Mapping[str, Any] | None) -> bool:
     """Whether a file holds all options that its model was trained with, which Retrain needs."""
     return training is not None and all(name in training for name in RECIPE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from salun.classification.data import ImageData
 from salun.classification.options import TaskOptions
 from salun.classification.splits import Split
+from salun.classification.training_state import TrainingState
 from salun.compute.device import pick_dtype
 from salun.masking.mask import Mask
 from salun.masking.training import TrainingSettings, constant, cosine_decay, train
@@ -135,6 +136,7 @@ def minimize(
     extra: dict[str, nn.Parameter] | None = None,
     stage: Stage = Stage.UNLEARNING,
     stop: Callable[[int], bool] | None = None,
+    state: TrainingState | None = None,
 ) -> None:
     """SGD (momentum, weight decay) on `loss` over the task's masked weights; leaves the model in eval mode.
 
@@ -147,6 +149,7 @@ def minimize(
         extra: Parameters of the loss itself, trained without a mask and discarded.
         stage: The stage of the progress; random numbers depend on it and the seed.
         stop: Called with the number of steps taken after each; True ends the training early.
+        state: Where the training is saved from time to time; one that is there is resumed, to the same bytes.
 
     Raises:
         TrainingError: A loss or gradient is not finite.
@@ -168,10 +171,14 @@ def minimize(
         mode="pack",
         stage=stage,
     )
-    samples, current = _samples(task, batches, epochs, stage), dict[int, tuple[Batch, Tensor]]()
+    samples: Iterator[tuple[Batch, Tensor]] = iter(())
+    current = dict[int, tuple[Batch, Tensor]]()
 
     def losses(step: int) -> dict[str, Tensor]:
+        nonlocal samples
         if step not in current:  # a repeated step has the same batch
+            if not current:
+                samples = _samples(task, batches, epoch_of, stage, step, state)
             current.clear()
             current[step] = next(samples)
         batch, x = current[step]
@@ -179,19 +186,31 @@ def minimize(
         training_mode(task.model, "frozen" if alone else batchnorm or options.batchnorm)
         return {batch.part: loss(x, batch, epoch_of[step])}
 
+    saved = state.file(task.model) if state is not None else None
     with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
-        trained = train({**task.parameters, **extra}, mask, losses, settings, task.progress, stop=stop)
+        trained = train({**task.parameters, **extra}, mask, losses, settings, task.progress, stop=stop, state=saved)
     task.history += _epoch_means(trained.history, epoch_of)
     task.model.eval()
 
 
-def _samples(task: Task, batches: Batches, epochs: int, stage: Stage) -> Iterator[tuple[Batch, Tensor]]:
-    """Every epoch's batches in turn with their images (b, c, h, w), augmented and normalized."""
-    for epoch in range(epochs):
+def _samples(
+    task: Task, batches: Batches, epoch_of: Sequence[int], stage: Stage, start: int, state: TrainingState | None
+) -> Iterator[tuple[Batch, Tensor]]:
+    """The batches of all steps from `start` on with their images (b, c, h, w), augmented and normalized.
+
+    Of an epoch that begins before `start` the earlier batches draw their random numbers too.
+    """
+    first = epoch_of[start]
+    skipped = start - epoch_of.index(first)
+    for epoch in range(first, epoch_of[-1] + 1):
         generator = generator_of(task.options.seed, stage, epoch)
         torch.manual_seed(seed_of(task.options.seed, stage, epoch, "dropout"))  # for modules that draw by themselves
-        for batch in list(batches(epoch, generator)):
-            yield batch, task.data.augmented(batch.rows, generator)
+        for number, batch in enumerate(list(batches(epoch, generator))):
+            x = task.data.augmented(batch.rows, generator)
+            if epoch > first or number >= skipped:
+                if skipped and (epoch, number) == (first, skipped) and state is not None:
+                    state.restore_random_numbers()
+                yield batch, x
 
 
 def _epoch_means(history: list[LossRow], epoch_of: list[int]) -> list[LossRow]:
@@ -207,11 +226,11 @@ def _epoch_means(history: list[LossRow], epoch_of: list[int]) -> list[LossRow]:
     return means
 
 
-def train_from_scratch(task: Task, stage: Stage) -> None:
+def train_from_scratch(task: Task, stage: Stage, state: TrainingState | None = None) -> None:
     """Train the model from its first weights on D_r, with the original's training options.
 
     SGD with the recipe's `train_…` options, momentum, weight decay, dtype and seed, and a cosine schedule of the
-    learning rate. Every weight trains. stage: of the progress.
+    learning rate. Every weight trains. stage: of the progress. state: as of `minimize`.
     """
     recipe = task.recipe or task.options
     task.model.load_state_dict(task.fresh().state_dict())
@@ -226,6 +245,7 @@ def train_from_scratch(task: Task, stage: Stage) -> None:
         batchnorm="updated",
         cosine=True,
         stage=stage,
+        state=state,
     )
 
 

@@ -55,6 +55,26 @@ def gap_outcome(gap: float, idle: float, chance: float = CLOSE) -> Outcome:
     return Outcome.MOSTLY if gap <= MOSTLY * idle else Outcome.BARELY
 
 
+def verdict_on_comparison(table: Mapping[str, Any]) -> Verdict | None:
+    """What the method nearest to Retrain achieved, against doing nothing and against chance; None without a result.
+
+    table: as of `table_of` in `salun.classification.table`.
+    """
+    known = [(row["gap_mean"]["mean"], row["title"]) for row in table["methods"].values() if row["gap_mean"]["n"]]
+    idle = table["original"]["gap_mean"]["mean"]
+    if not known or idle is None:
+        return None
+    gap, title = min(known)
+    chance = table["again"]["gap_mean"]["mean"] if table["again"] is not None else None
+    text = f"{title} comes nearest to Retrain: a mean gap of {gap:.2f} points, of the original {idle:.2f}"
+    if chance is not None:
+        text += f", by chance {chance:.2f}"
+    if idle <= (chance or CLOSE):
+        return Verdict(Outcome.UNKNOWN, f"{text}: there was nothing to forget", NOTHING)
+    outcome = gap_outcome(gap, idle, CLOSE if chance is None else chance)
+    return Verdict(outcome, text, "Read the table below; a smaller gap is better")
+
+
 def _verdict(outcome: Outcome, text: str) -> Verdict:
     return Verdict(outcome, text, ADVICE[outcome])
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salun.evaluation.estimate import from_json
-from salun.evaluation.retrain_verdict import CLOSE, NOTHING, gap_outcome, verdict_on_classifier
-from salun.evaluation.verdict import Outcome, Verdict
+from salun.evaluation.retrain_verdict import verdict_on_classifier, verdict_on_comparison
 from salun.report import charts
 from salun.report.density import summed
 from salun.report.metrics import banner_of
-from salun.report.render import Banner, Report, Section, loss_series, page
+from salun.report.render import Report, Section, loss_series, page
 
 COMPARED = ("UA", "RA", "TA", "MIA")
 MEANING = (
@@ -115,7 +114,8 @@ def comparison_page(
         text = "Fine-tuning on the forget set, at the first seed: accuracy on it after each step."
         sections.append(Section("Relearning", text, charts=[charts.curves(curves, "step", "accuracy, %")]))
     title = f"Forgetting {options['forget']} of {options['data']}: {len(rows)} methods, {options['seeds']} seeds"
-    banner = _comparison_banner(table)
+    verdict = verdict_on_comparison(table)
+    banner = banner_of(verdict) if verdict is not None else None
     return page(title, f"on {run['device']}", sections, _comparison_headline(table), run["notes"], run, banner=banner)
 
 
@@ -148,23 +148,6 @@ def _run_headline(metrics: Mapping[str, Any]) -> list[str]:
         f"{after['UA']['value']:.1f} % for the unlearned model, {before['UA']['value']:.1f} % for the original."
     )
     return [*lines, f"Mean gap to Retrain over UA, RA, TA and MIA: {metrics['gap_mean']:.2f} percentage points."]
-
-
-def _comparison_banner(table: Mapping[str, Any]) -> Banner | None:
-    """What the method nearest to Retrain achieved; None where no method has a result."""
-    known = [(row["gap_mean"]["mean"], row["title"]) for row in table["methods"].values() if row["gap_mean"]["n"]]
-    idle = table["original"]["gap_mean"]["mean"]
-    if not known or idle is None:
-        return None
-    gap, title = min(known)
-    chance = table["again"]["gap_mean"]["mean"] if table["again"] is not None else None
-    text = f"{title} comes nearest to Retrain: a mean gap of {gap:.2f} points, of the original {idle:.2f}"
-    if chance is not None:
-        text += f", by chance {chance:.2f}"
-    if idle <= (chance or CLOSE):
-        return banner_of(Verdict(Outcome.UNKNOWN, f"{text}: there was nothing to forget", NOTHING))
-    outcome = gap_outcome(gap, idle, CLOSE if chance is None else chance)
-    return banner_of(Verdict(outcome, text, "Read the table below; a smaller gap is better"))
 
 
 def _comparison_headline(table: Mapping[str, Any]) -> list[str]:

@@ -110,6 +110,10 @@ class Cache:
         except (ModelError, OSError) as error:
             logger.warning("the entry could not be stored in the cache %s: %s", self.folder, error)
 
+    def file_of(self, key: str) -> Path | None:
+        """Where an entry is that its user reads and writes itself, such as a training's state; None without a cache."""
+        return self._path(key) if self.limit else None
+
     def entries(self) -> list[tuple[Path, int, float]]:
         """(file, bytes, when last used) of every entry, least recently used first."""
         entries = []

@@ -9,6 +9,10 @@ from salun.errors import ConfigError, TrainingError
 from salun.options import Checked, option
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
     from salun.classification.options import TaskOptions
     from salun.classification.splits import Split
     from salun.classification.task import Task
@@ -90,19 +94,24 @@ def resolve_ssd(options: SsdOptions, shared: TaskOptions, split: Split) -> SsdOp
     if not len(split.forget):
         return options
     if options.ssd_alpha is None:
-        options = replace(options, ssd_alpha=round(len(split.train) / len(split.forget) / 2, 4))
-    check_alpha(options, split)
+        options = replace(options, ssd_alpha=half_of_largest(split))
+    check_alpha(options.ssd_alpha, split)
     return options
 
 
-def check_alpha(options: SsdOptions, split: Split) -> None:
-    """Raises ConfigError for an α at which no weight is selected."""
+def half_of_largest(split: Split) -> float:
+    """α = |D|/|D_f|/2."""
+    return round(len(split.train) / len(split.forget) / 2, 4)
+
+
+def check_alpha(alpha: float | None, split: Split, option: str = "ssd_alpha") -> None:
+    """Raises ConfigError for an α at which no weight is selected. option: its name."""
     forget, train = len(split.forget), len(split.train)
-    if options.ssd_alpha is not None and options.ssd_alpha >= train / forget:
+    if alpha is not None and alpha >= train / forget:
         raise ConfigError(
-            f"is {options.ssd_alpha:g}, but for {forget} of {train} samples no weight can be more than "
+            f"is {alpha:g}, but for {forget} of {train} samples no weight can be more than "
             f"{train / forget:.2f} times as important, and nothing would be forgotten",
-            option="ssd_alpha",
+            option=option,
             advice="Use a smaller one",
         )
 
@@ -114,17 +123,24 @@ def ssd(task: Task, options: SsdOptions) -> None:
     α = 10 for forget sets smaller than a tenth; as I_D ≥ I_f·|D_f|/|D|, no weight is selected where α ≥ |D|/|D_f|,
     which raises ConfigError. Half of that is the default here.
     """
-    import torch
-
     from salun.classification.curvature import once, squared_gradients
 
-    alpha, lam = options.ssd_alpha, options.ssd_lambda
+    alpha = options.ssd_alpha
     assert alpha is not None
-    check_alpha(options, task.split)
+    check_alpha(alpha, task.split)
     of_forget = once(task, "of D_f", lambda: squared_gradients(task, task.split.forget, "labels"))
     of_all = once(task, "of D", lambda: squared_gradients(task, task.split.train, "labels"))
+    dampen(task, of_forget, of_all, alpha, options.ssd_lambda)
+
+
+def dampen(
+    task: Task, of_forget: Mapping[str, Tensor], of_all: Mapping[str, Tensor], alpha: float, strength: float
+) -> None:
+    """θ_i ← min(λ·I_D,i / I_f,i, 1)·θ_i where I_f,i > α·I_D,i. strength: λ."""
+    import torch
+
     with torch.no_grad():
         for name, parameter in task.parameters.items():
             selected = of_forget[name] > alpha * of_all[name]
-            factor = (lam * of_all[name] / of_forget[name]).clamp(max=1)  # 0/0 where nothing is selected
+            factor = (strength * of_all[name] / of_forget[name]).clamp(max=1)  # 0/0 where nothing is selected
             parameter.copy_(torch.where(selected, parameter * factor, parameter))

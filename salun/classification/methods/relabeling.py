@@ -26,8 +26,8 @@ class RelabelingOptions(Checked):
         choices=("other", "any"),
     )
     order: str = option(
-        "forget-first",
-        "RL, SalUn: order of an epoch's batches: the forget set's, then the retain set's; or mixed",
+        "mixed",
+        "RL, SalUn: order of an epoch's batches: mixed; or the forget set's, then the retain set's",
         choices=("forget-first", "mixed"),
     )
 
