@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,12 @@ from .service import Service
 PREFIX = "/salun/v1"
 POINTS = 200  # of a job's loss plot in a status
 PREVIEWS = 20  # names of the latest in a status
+OVERDUE = 10.0  # seconds after the estimated end until no time left is shown
 RECENT = 50  # jobs in a status, besides open and resumable ones
-SCRIPT = Path(__file__).with_name("page.js")
+SCRIPTS = {  # files of the page that are served to all: they are in the public repository
+    **dict.fromkeys(("page.js", "page_cards.js", "page_chart.js", "page_dom.js", "page_try.js"), "text/javascript"),
+    "page.css": "text/css",
+}
 STRICT = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -47,8 +52,8 @@ STRICT = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 JOB_FIELDS = (
-    "id", "kind", "title", "state", "open", "created", "began", "ended", "stage", "step", "total", "fraction", "left",
-    "run", "resumable",
+    "id", "kind", "title", "state", "open", "created", "began", "ended", "stage", "step", "total", "fraction", "run",
+    "resumable",
 )  # fmt: skip
 logger = logging.getLogger("salun")
 
@@ -73,7 +78,8 @@ def add_routes(app: Any, service: Service, access: Access) -> None:
     api.router.redirect_slashes = False
     for path, (method, answer, extra) in _ROUTES.items():
         api.add_api_route(f"/{path}", answer, methods=[method], response_model=None, openapi_extra=extra)
-    api.add_route("/page.js", _script, methods=["GET"])  # public: it is in the public repository
+    for name in SCRIPTS:
+        api.add_route(f"/{name}", _script, methods=["GET"])
     app.mount(PREFIX, api)
 
 
@@ -132,7 +138,7 @@ def _error_response(error: Exception, request: Request) -> Response:
         status, text = error.status, error.text
         headers = {"WWW-Authenticate": 'Basic realm="salun"'} if error.challenge else {}
     elif isinstance(error, SalunError):
-        missing = 404 if error.code == "not-found" else 400
+        missing = 404 if error.code in ("not-found", "no-model") else 400
         status = 429 if isinstance(error, QueueFull) else missing
         text = _service(request).runs.without_paths(render(error, spell=str))  # names as in JSON
     elif isinstance(error, RequestValidationError | ValidationError):
@@ -156,7 +162,8 @@ def _plain(value: Any) -> Any:
 
 
 async def _script(request: Request) -> Response:
-    return FileResponse(SCRIPT, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
+    name = request.url.path.rsplit("/", 1)[-1]
+    return FileResponse(Path(__file__).with_name(name), media_type=SCRIPTS[name], headers={"Cache-Control": "no-cache"})
 
 
 def _service(request: Request) -> Service:
@@ -308,6 +315,7 @@ def job_to_json(job: Job, service: Service) -> dict[str, Any]:
         result["output"] = Path(result["output"].rstrip("/")).name
     return {
         **{name: getattr(job, name) for name in JOB_FIELDS},
+        "left": _left(job),
         "stage_label": stages.label(job.stage),
         "losses": job.losses[::step],
         "previews": job.previews[-PREVIEWS:],
@@ -317,6 +325,14 @@ def job_to_json(job: Job, service: Service) -> dict[str, Any]:
         "offers": service.offers(job),
         "kept_bytes": service.kept_bytes(job),
     }
+
+
+def _left(job: Job) -> float | None:
+    """Estimated seconds left, counted down since the job's process reported; None once that is overdue."""
+    if job.left is None or job.heard is None:
+        return job.left
+    silence = time.time() - job.heard
+    return None if silence > job.left + OVERDUE else max(job.left - silence, 0.0)
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
