@@ -32,6 +32,7 @@ from .controls import ATTACK, ERASURE, EVALUATION, Controls
 from .job_queue import QueueFull
 from .jobs import Job
 from .limits import truncated
+from .markup import loss_chart
 from .messages import from_fields, render
 from .service import Service
 
@@ -40,8 +41,8 @@ POINTS = 200  # of a job's loss plot in a status
 PREVIEWS = 20  # names of the latest in a status
 OVERDUE = 10.0  # seconds after the estimated end until no time left is shown
 RECENT = 50  # jobs in a status, besides open and resumable ones
-SCRIPTS = {  # files of the page that are served to all: they are in the public repository
-    **dict.fromkeys(("page.js", "page_cards.js", "page_chart.js", "page_dom.js", "page_try.js"), "text/javascript"),
+SCRIPTS = {  # the page's files of the page that are served to all: they are in the public repository
+    **dict.fromkeys(("page.js", "page_cards.js", "page_dom.js", "page_try.js"), "text/javascript"),
     "page.css": "text/css",
 }
 STRICT = {
@@ -248,6 +249,14 @@ def preview(request: Request, id: str, name: str) -> Any:
     return FileResponse(_service(request).preview(id, name), media_type="image/png")
 
 
+def losses(request: Request, id: str) -> Any:
+    """The chart of a job's losses as SVG; empty before its first training step."""
+    chart = loss_chart(
+        {"step": row[0], "forget": row[1], "retain": row[2]} for row in _service(request).queue.get(id).losses
+    )
+    return Response(chart, media_type="image/svg+xml")
+
+
 def evaluation(request: Request, id: str) -> Any:
     """The page of an evaluation or of attacks, by its job."""
     return FileResponse(_service(request).evaluation(id), media_type="text/html; charset=utf-8")
@@ -297,7 +306,7 @@ _ROUTES: dict[str, tuple[str, Callable[..., Any], dict[str, Any] | None]] = {
     **{answer.__name__: ("POST", answer, None) for answer in (cancel, resume, remove, use, undo)},
     **{
         answer.__name__: ("GET", answer, None)
-        for answer in (status, runs, models, concepts, schema, file, preview, evaluation)
+        for answer in (status, runs, models, concepts, schema, file, preview, losses, evaluation)
     },
     "openapi.json": ("GET", openapi, None),
 }

@@ -53,6 +53,14 @@ def chosen(value: Any, what: str = "a run") -> str:
     return str(value)
 
 
+def loss_chart(rows: Iterable[Any]) -> str:
+    """The losses of a run as SVG, as in its report; empty where there is none. rows: as in `run.json`."""
+    from salun.report import charts
+    from salun.report.render import loss_series
+
+    return charts.curves(loss_series(rows), "step", "loss", log=True)
+
+
 def safe(answer: Callable[..., str]) -> Callable[..., str]:
     """An event handler whose errors are shown on the page, where a host might show the error of another task."""
 

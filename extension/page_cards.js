@@ -1,6 +1,5 @@
 // A job as a card: what came of it first, then progress, images, losses, and what can be done with it.
 import { button, call, duration, image, make, report, set, show, size } from "./page_dom.js";
-import { chart } from "./page_chart.js";
 
 const STATES = {
   queued: "queued", waiting: "waiting for the GPU", running: "running", stopping: "stopping",
@@ -101,21 +100,16 @@ function fillPair(parts, job) {
   parts.pair.append(reveal);
 }
 
-// Losses come with a running job; those of one that ended are asked for once.
+// The chart is the report's. That of a job that ended is asked for once.
 function fillLosses(parts, job) {
-  const draw = (losses) => {
-    if (String(losses.length) === parts.plot.dataset.n) return;
-    parts.plot.dataset.n = String(losses.length);
-    const drawn = chart(losses);
-    parts.plot.replaceChildren(...drawn);
-    parts.plot.hidden = !drawn.length;
-  };
-  if (job.kind !== "erase") return;
-  if (job.losses.length) draw(job.losses);
-  else if (!job.open && !parts.plot.dataset.asked) {
-    parts.plot.dataset.asked = "yes";
-    call(`status?id=${encodeURIComponent(job.id)}`).then((full) => draw(full.losses)).catch(() => {});
-  }
+  const shown = job.open ? String(job.step) : "ended";
+  const training = job.losses.length > 1 || !job.open;
+  if (job.kind !== "erase" || !training || parts.plot.dataset.shown === shown) return;
+  parts.plot.dataset.shown = shown;
+  call(`losses?id=${encodeURIComponent(job.id)}`, undefined, true).then((answer) => answer.text()).then((svg) => {
+    parts.plot.innerHTML = svg; // of numbers alone
+    parts.plot.hidden = !svg;
+  }).catch(() => { parts.plot.dataset.shown = ""; });
 }
 
 function fillVerdict(parts, banner) {

@@ -22,7 +22,7 @@ export function set(target, text) {
   if (target.textContent !== text) target.textContent = text;
 }
 
-// A call of the API. raw: return the response itself, where it is no JSON.
+// A call of the API. raw: return the response itself instead of its JSON.
 export async function call(path, body, raw) {
   const live = panel();
   const headers = { "X-Salun-Token": live ? live.dataset.token : "" };

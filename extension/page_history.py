@@ -88,6 +88,8 @@ def details(service: Service, run: Any) -> str:
         parts.append(table(entry["figures"], ("", "before", "after", "")))
     if "before_after.png" in entry["files"]:
         parts.append(image(service.runs.file(str(run), "before_after.png")[0], "before and after"))
+    if chart := service.runs.losses(str(run)):
+        parts.append(f'<div class="salun-plot">{chart}</div>')
     if "report.html" in entry["files"]:
         parts.append(f'<button type="button" data-salun-report="{escape(str(run))}">Open the report</button>')
     options = [(label(name), value) for name, value in service.options_of(str(run)).items()]

@@ -26,7 +26,7 @@ function build(soon) {
   parts.message = make("div", { class: "salun-status", role: "status" });
   parts.error = make("div", { class: "salun-error", role: "alert" });
   parts.results = make("div", { class: "salun-tries" });
-  const strength = field("Strength", parts.strength, "0 is the original, 1 the erased model");
+  const strength = field("Strength", parts.strength, "0 is the original, 1 the erased model; −0.5 to 1.5");
   strength.querySelector("label").append(" ", parts.value);
   const submit = (event) => {
     event.preventDefault();

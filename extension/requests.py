@@ -52,10 +52,10 @@ class Requests:
             raise ConfigError(f"preview_every is {preview_every!r}, but must be from 0 to {MAX_PREVIEW_EVERY:,}")
         job: EraseJob = from_mapping(EraseJob, values, "")
         concepts = _concepts(job)
-        self.models.check(title, dataclasses.replace(job, concept=concepts))
         self.host.python()
         request = {"preview_every": preview_every, "host": self.host.name, "name": name}
         file_name = given_name(name) if name.strip() else None
+        self.models.check(title, dataclasses.replace(job, concept=concepts))
         with self._naming:
             folder = self.runs.new("-".join(concepts), {job.run for job in self.queue.all()})
             outputs = self._outputs(folder, file_name, (stem_of(title), f"no-{'-'.join(concepts)}"), model)
@@ -177,7 +177,7 @@ class Requests:
         model = self.models.base_of(run, "")
         self.host.python()
         request = {"target": str(folder), "model": model, "prompt": prompt, "strength": float(strength), "seed": seed}
-        return self.queue.submit("sample", f"try “{prompt}” at strength {strength:g}", request, run)
+        return self.queue.submit("sample", f"try “{prompt}” at strength {strength:g}, seed {seed}", request, run)
 
     def overlaps(self, deltas: Sequence[str]) -> Job:
         """Queue the counting of weights that deltas both change."""

@@ -14,6 +14,7 @@ from salun.runs.reading import read_run
 
 from .host import Host
 from .limits import MAX_ENTRIES, truncated
+from .markup import loss_chart
 from .messages import label, render
 from .paths import confined, confined_file, displayable, displayed, without_folders
 
@@ -72,6 +73,10 @@ class Runs:
         except DataError as error:
             raise ConfigError(error.message, advice=error.advice, code=error.code) from error
         return options
+
+    def losses(self, name: str) -> str:
+        """The chart of a run's losses as SVG; empty where there is none."""
+        return loss_chart(read_run(self.get(name))["losses"])
 
     def file(self, run: str, name: str) -> tuple[Path, str]:
         """A file of a run that may be served, and its type."""

@@ -159,7 +159,7 @@ def test_a_finished_run_is_tried_on_a_prompt_before_and_after(page: Any, server:
     page.keyboard.press("Enter")
     tried = page.locator('.salun-tries .salun-job[data-state="done"]')
     tried.locator("figcaption").get_by_text("strength 0.5", exact=True).wait_for()
-    assert tried.locator("strong").inner_text() == "try “one <b>red</b> circle” at strength 0.5"
+    assert tried.locator("strong").inner_text() == "try “one <b>red</b> circle” at strength 0.5, seed 3"
     tried.locator("img:visible").nth(1).wait_for()
     shown = "images => images.filter((image) => image.naturalWidth === 64).map((image) => image.alt)"
     assert tried.locator(".salun-pair img").evaluate_all(shown) == [
@@ -249,10 +249,9 @@ def test_a_job_is_cancelled_and_resumed_and_a_reload_loses_nothing(page: Any, se
     job.get_by_text("training, step").wait_for()
     page.reload()  # F5 in the middle of it
     job.get_by_text("training, step").wait_for()
-    job.locator(".salun-legend").get_by_text("forget loss").wait_for()
-    colours = "['.salun-legend .salun-forget', '.salun-legend .salun-retain'].map("
-    colours += "(name) => getComputedStyle(document.querySelector(name)).borderTopColor)"
-    assert page.evaluate(colours) == ["rgb(214, 69, 42)", "rgb(42, 120, 214)"]  # as the lines
+    job.locator(".salun-plot text").get_by_text("forget", exact=True).wait_for()
+    colors = "lines => lines.map((line) => getComputedStyle(line).stroke)"
+    assert set(job.locator(".salun-plot polyline").evaluate_all(colors)) == {"rgb(214, 69, 42)", "rgb(42, 120, 214)"}
     began = time.monotonic()
     job.get_by_role("button", name="Cancel").click()
     stopped = page.locator('.salun-job[data-state="cancelled"]')
@@ -283,6 +282,7 @@ def test_history_loads_the_options_again_and_nothing_is_left_of_what_was_chosen(
     first = sorted(p.name for p in (server[1] / "runs").iterdir())[0]
     choose(page, "runs", first)
     page.locator("#salun_details").get_by_text("done").wait_for()
+    assert page.locator("#salun_details .salun-verdict, #salun_details .salun-plot svg").count() == 2
     page.get_by_text("Options", exact=True).click()
     page.locator("#salun_details tr").filter(has_text="steps").get_by_text("6", exact=True).wait_for()
     page.locator("#salun_again").click()

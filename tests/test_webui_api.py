@@ -434,7 +434,7 @@ def test_a_full_queue_refuses_more(service: Service, monkeypatch: pytest.MonkeyP
 def test_a_status_is_short_whatever_a_job_holds(service: Service) -> None:
     """It is asked for once a second."""
     words = [f"{n} " + "x" * 1990 for n in range(1000)]
-    job = service.requests.mask({"concept": words, "model": "shapes"})
+    job = service.queue.submit("mask", f"mask of {', '.join(words)}", {})
     service.queue.cancel(job.id)
     job.state, job.notes = "failed", ["n" * 100_000] * 100
     job.error = {**to_fields(SalunError()), "message": "cannot be resumed: " * 6_000}  # 120 kB
@@ -465,7 +465,11 @@ def test_what_a_job_offers_is_told_and_nothing_else_is_done(service: Service) ->
         assert calling.post(f"{PREFIX}/{path}", json={"id": "../x"}).status_code == 404
     job.state, job.kind, job.run = "done", "erase", write_run(service).name
     (service.runs.folder / job.run / DELTA).touch()
-    assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["offers"] == ["undo", "lora", "diff", "delta"]
+    assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["offers"] == ["undo", "lora", "diff", "delta", "sample"]
+    assert calling.get(f"{PREFIX}/losses?id={job.id}").text == ""
+    job.losses = [[step, 0.5 / step, 0.1] for step in range(1, 40)]
+    chart = calling.get(f"{PREFIX}/losses?id={job.id}")
+    assert chart.headers["content-type"] == "image/svg+xml" and chart.text.count("<polyline") == 4  # and their means
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
