@@ -1,9 +1,10 @@
 // The live part of the page: the state of the jobs, polled from the API every second. Texts are inserted as text nodes.
 import { call, make, panel, report, root } from "./page_dom.js";
-import { card, fill } from "./page_cards.js";
+import { card, fill, unfold } from "./page_cards.js";
 import { fillTries, listRuns, tryRun } from "./page_try.js";
 
 const ENDED = 8; // ended jobs that are shown, besides resumable ones
+const WRITING = ["export", "stack", "undo"]; // jobs with nothing to look at
 const known = new Map(); // job id → its card
 const wasOpen = new Map(); // job id → whether it was open at the last poll, to detect its end
 let timer = null;
@@ -60,6 +61,8 @@ function arrange(live, jobs) {
   const past = jobs.filter((j) => !j.open);
   const others = new Set(past.filter((j) => !j.resumable).slice(ENDED));
   const order = [...jobs.filter((j) => j.open).reverse(), ...past.filter((j) => !others.has(j))];
+  const latest = past.find((job) => !WRITING.includes(job.kind));
+  order.forEach((job) => unfold(known.get(job.id), job.open || job === latest));
   const boxes = order.map((job) => known.get(job.id).box);
   if (!boxes.length) boxes.push(nothing);
   if (boxes.some((box, i) => live.children[i] !== box) || live.children.length !== boxes.length) {

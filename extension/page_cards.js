@@ -11,6 +11,7 @@ export function card(job) {
   const parts = {
     title: make("strong", {}, job.title),
     state: make("span", { class: "salun-state", role: "status" }),
+    toggle: button("Details", () => unfold(parts, parts.box.classList.contains("salun-folded"), true)),
     verdict: make("div", { class: "salun-verdict", hidden: "" }),
     stage: make("div", { class: "salun-stage" }),
     bar: make("progress", { max: "1", value: "0", "aria-label": `progress of: ${job.title}` }),
@@ -25,16 +26,26 @@ export function card(job) {
     buttons: make("div", { class: "salun-buttons" }),
   };
   parts.box = make("section", { class: "salun-job", "data-job": job.id, "data-kind": job.kind, "aria-label": job.title },
-    make("div", { class: "salun-head" }, parts.title, parts.state), parts.verdict, parts.stage, parts.bar,
+    make("div", { class: "salun-head" }, parts.title, make("span", {}, parts.state, " ", parts.toggle)), parts.verdict, parts.stage, parts.bar,
     parts.metrics, parts.preview, parts.pair, parts.result, parts.plot, parts.notes, parts.status, parts.error,
     parts.buttons);
+  parts.toggle.hidden = true;
   return parts;
+}
+
+// Show or hide the details of a job that ended. byHand: the user decided, and it stays so.
+export function unfold(parts, open, byHand = false) {
+  if (parts.byHand && !byHand) return;
+  parts.byHand = byHand;
+  parts.box.classList.toggle("salun-folded", !open);
+  parts.toggle.setAttribute("aria-expanded", String(open));
 }
 
 // page: what the buttons call: soon(), refreshLists(), tryRun(run).
 export function fill(parts, job, page) {
   parts.box.dataset.state = job.state;
   set(parts.state, STATES[job.state] || job.state);
+  parts.toggle.hidden = job.open || job.kind === "sample";
   fillProgress(parts, job);
   fillImages(parts, job);
   fillLosses(parts, job);
@@ -80,16 +91,16 @@ function fillImages(parts, job) {
   }
 }
 
-// The original's image beside the erased one.
+// The original's image and the erased one, side by side.
 function fillPair(parts, job) {
   if (job.state !== "done" || job.previews.length !== 2 || parts.pair.childElementCount) return;
   const captions = ["original", `strength ${job.result.strength}`];
-  const figures = job.previews.map((name, i) => {
+  const pair = job.previews.map((name, i) => {
     const shown = make("img", { alt: `${captions[i]}: ${job.result.prompt}`, hidden: "" });
     image(shown, preview(job, name));
     return make("figure", {}, shown, make("figcaption", {}, captions[i]));
   });
-  parts.pair.replaceChildren(...figures);
+  parts.pair.replaceChildren(...pair);
   parts.pair.hidden = false;
   if (!job.result.sensitive) return;
   parts.pair.classList.add("salun-veiled");

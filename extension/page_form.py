@@ -10,6 +10,21 @@ from .markup import chosen, queued, safe
 from .service import Service
 
 
+SEEN = """(preset, ...rest) => {
+  const page = typeof gradioApp === 'function' ? gradioApp() : document;
+  const seen = (id, value) => {
+    const box = page.querySelector(`#${id} input`);
+    return box ? box.value || null : value;
+  };
+  const at = rest.length - %d;
+  rest[at] = seen('salun_model', rest[at]);
+  return [seen('salun_preset', preset), ...rest];
+}"""
+"""Before a job is queued: of both lists what the user sees is sent. A text that was pasted into a list may be shown
+without being its value. %d: the number of controls from the checkpoint on.
+"""
+
+
 class Form:
     """The controls of an erasure.
 
@@ -93,10 +108,11 @@ class Form:
             ]
 
         given = [self.preset, self.name, self.preview, *self.values]
-        self.erase.click(queued(erase), given, [self.status], queue=False)
+        as_seen = {"_js" if int(self.gr.__version__.split(".")[0]) < 4 else "js": SEEN % len(self.values)}
+        self.erase.click(queued(erase), given, [self.status], queue=False, **as_seen)
         self.only_mask.click(
             queued(lambda preset, *values: service.requests.mask(wanted(preset, values))),
-            [self.preset, *self.values], [self.status], queue=False,
+            [self.preset, *self.values], [self.status], queue=False, **as_seen,
         )  # fmt: skip
         shown = [self.status, self.preset, *(self.advanced[name] for name in numbers)]
         self.model.change(of_model, [self.model], shown, queue=False)

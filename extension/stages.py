@@ -69,14 +69,14 @@ class ProgressEstimator:
     """Estimates progress: `at` takes a stage's step and returns (fraction done, seconds left or None).
 
     The fraction never decreases. The time left is (1 − fraction) × the seconds of the entire job at the present pace:
-    that of the present stage, or else of the slowest stage so far, as what comes out of a cache tells nothing about
+    that of the present stage, or else of the slowest stage so far, as what comes out of a cache says nothing about
     what is computed. A step that takes longer than the rest of its
     stage should have taken slows the pace.
 
     Args:
         costs: The stages of the job, in order.
         now: The time in seconds.
-        resumed: Whether stages before the training are repeated from what is saved, so that their pace tells nothing.
+        resumed: Whether stages before the training are repeated from what is saved, so that their pace says nothing.
     """
 
     def __init__(

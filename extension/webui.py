@@ -187,7 +187,10 @@ class WebUI:
         self.data = Path(paths_internal.data_path).absolute() / "salun"
 
     def how_to_add(self) -> str:
-        return f"To add one, put a .safetensors file into {self.checkpoints().name}, then refresh the lists"
+        from modules import sd_models, shared
+
+        folder = Path(shared.cmd_opts.ckpt_dir or sd_models.model_path).name
+        return f"To add one, put a .safetensors file into the WebUI's folder {folder}, then refresh the lists"
 
     def models(self) -> dict[str, str]:
         from modules import sd_models

@@ -87,28 +87,40 @@ def test_a_button_without_a_choice_says_what_to_choose(page: Any) -> None:
     page.locator(".salun-try").get_by_text("Choose a run first.").wait_for()
 
 
-def test_an_unknown_checkpoint_or_concept_is_refused_before_a_job_is_queued(page: Any) -> None:
+def test_an_unknown_checkpoint_or_concept_is_refused_before_a_job_is_queued(
+    page: Any, server: tuple[str, Path]
+) -> None:
     """Not replaced by the embedded model without a word."""
-    said = page.locator("#salun_said")
-    fill(page, "model", "sd15")
-    page.keyboard.press("Tab")
+    opened = page.context.browser.new_page()
+    opened.set_default_timeout(20_000)
+    opened.goto(server[0])
+    opened.get_by_text("No job yet").wait_for()
+    said = opened.locator("#salun_said")
+
+    def enter(name: str, text: str) -> None:
+        box = opened.locator(f"#salun_{name} input").first
+        box.click()
+        box.press("Control+a")
+        box.press("Backspace")
+        box.press_sequentially(text)
+        box.press("Tab")
+
+    enter("model", "sd15")
     said.get_by_text("there is no model 'sd15'. To add one, put a .safetensors file into").wait_for()
-    assert page.locator("#salun_model input").first.input_value() == "sd15"
-    fill(page, "words", "circle")
-    page.locator("#salun_erase").click()
-    said.get_by_text("there is no model 'sd15'").wait_for()
-    fill(page, "model", "")
-    page.keyboard.press("Tab")
-    page.locator("#salun_erase").click()
+    assert opened.locator("#salun_model input").first.input_value() == "sd15"
+    fill(opened, "words", "circle")
+    opened.locator("#salun_model input").first.fill("sd16")  # as from the clipboard: it is what the user sees
+    opened.locator("#salun_erase").click()
+    said.get_by_text("there is no model 'sd16'").wait_for()
+    enter("model", "")
+    opened.locator("#salun_erase").click()
     said.get_by_text("Choose a checkpoint first", exact=True).wait_for()
-    fill(page, "model", "shapes")
-    page.keyboard.press("Enter")
-    page.keyboard.press("Tab")
-    fill(page, "words", "teapot")
-    page.locator("#salun_erase").click()
+    enter("model", "shapes")
+    fill(opened, "words", "teapot")
+    opened.locator("#salun_erase").click()
     said.get_by_text("'teapot' is not in the vocabulary of the model shapes").wait_for()
-    fill(page, "words", "")
-    page.get_by_text("No job yet").wait_for()
+    opened.get_by_text("No job yet").wait_for()
+    opened.close()
 
 
 def test_a_concept_is_erased_by_clicking(page: Any, server: tuple[str, Path]) -> None:
@@ -390,6 +402,22 @@ def test_a_narrow_dark_window_and_the_keyboard_do(page: Any, server: tuple[str, 
     page.keyboard.press("Enter")
     removed.wait_for(state="detached")
     assert page.problems == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(page: Any, server: tuple[str, Path], theme: str) -> None:
+    """Names of controls, contrast and the like, with jobs, an error and a section open."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    page.set_viewport_size({"width": 1100, "height": 900})
+    page.goto(f"{server[0]}?__theme={theme}")
+    newest(page).wait_for()
+    unfold(page, "advanced")
+    unfold(page, "history")
+    page.locator("#salun_resume").click()
+    page.get_by_text("Choose a run first", exact=True).wait_for()
+    found = axe.Axe().run(page).response["violations"]
+    serious = [each for each in found if each["impact"] in ("serious", "critical")]
+    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in serious] == []
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""One prompt at several strengths of an erasure, at one seed: the original beside the erased model."""
+"""One prompt at several strengths of an erasure, at one seed: from the original to the erased model."""
 
 from __future__ import annotations
 
