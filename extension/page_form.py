@@ -9,7 +9,6 @@ from .jobs import Job
 from .markup import chosen, queued, safe
 from .service import Service
 
-
 SEEN = """(preset, ...rest) => {
   const page = typeof gradioApp === 'function' ? gradioApp() : document;
   const seen = (id, value) => {
