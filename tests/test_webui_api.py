@@ -39,7 +39,7 @@ from salun.errors import ConfigError, ModelError, SalunError
 from salun.methods import METHODS
 from salun.runs.folder import exclusive_lock
 
-ROUTES = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview", "evaluation"]
+ROUTES = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview", "losses", "evaluation"]
 LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "save_every": %s}}'
 POSTS = ["start", "cancel", "resume", "remove", "use", "undo"]
 
