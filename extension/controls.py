@@ -18,6 +18,7 @@ from salun.errors import ConfigError
 from salun.image_metrics import IMAGE_METRICS
 
 from .inputs import NAMES, TITLES, offered
+from .markup import named_only
 from .messages import label
 
 AUTO = "auto"
@@ -143,7 +144,7 @@ class Controls:
             choices = list(listed[name])
             if several:
                 return gr.Dropdown(choices=choices, value=[], multiselect=True, **shown)
-            return gr.Dropdown(choices=choices, value=value, allow_custom_value=name in TITLES, **shown)
+            return gr.Dropdown(choices=choices, value=value, **(named_only(gr) if name in TITLES else {}), **shown)
         if item.metadata["choices"]:
             choices = list(item.metadata["choices"])
             return gr.Dropdown(choices=choices if item.default in choices else [AUTO, *choices], value=value, **shown)

@@ -27,6 +27,15 @@ def bad(text: str) -> str:
     return f'<p class="salun-bad" role="alert">{escape(text)}</p>'
 
 
+def named_only(gr: Any) -> dict[str, bool]:
+    """Arguments of a list whose choice must be the one that is seen: what a user types is taken, or cannot be typed.
+
+    Otherwise gradio returns to the previous choice without a word. That of version 5 and later does so in spite of
+    `allow_custom_value` where a text was pasted.
+    """
+    return {"filterable": False} if int(gr.__version__.split(".")[0]) > 4 else {"allow_custom_value": True}
+
+
 def verdict(outcome: str, text: str, next: str) -> str:
     """The first thing of a finished run, as `page_cards.js` shows it of a job."""
     attributes = f'class="salun-verdict" data-outcome="{escape(outcome.split(" ")[0].lower())}"'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .jobs import Job
-from .markup import chosen, queued
+from .markup import chosen, named_only, queued
 from .requests import MAX_STRENGTH, MIN_STRENGTH
 from .service import Service
 
@@ -23,7 +23,7 @@ class Deltas:
         with gr.Accordion("Deltas", open=False, elem_id="salun_deltas"):
             gr.Markdown(INTRODUCTION)
             self.base = gr.Dropdown(choices=list(service.models.all()), value=service.models.first(),
-                                    label="Checkpoint", elem_id="salun_base", allow_custom_value=True)  # fmt: skip
+                                    label="Checkpoint", elem_id="salun_base", **named_only(gr))  # fmt: skip
             self.chosen, self.strengths = rows(gr, service.runs.deltas(), "salun")
             self.name = gr.Textbox(
                 label="Name of the new file", placeholder="default: made from the names", elem_id="salun_new_name"

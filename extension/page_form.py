@@ -6,22 +6,8 @@ from typing import Any
 
 from .controls import ERASURE
 from .jobs import Job
-from .markup import chosen, queued, safe
+from .markup import chosen, named_only, queued, safe
 from .service import Service
-
-SEEN = """(preset, ...rest) => {
-  const page = typeof gradioApp === 'function' ? gradioApp() : document;
-  const seen = (id, value) => {
-    const box = page.querySelector(`#${id} input`);
-    return box ? box.value || null : value;
-  };
-  const at = rest.length - %d;
-  rest[at] = seen('salun_model', rest[at]);
-  return [seen('salun_preset', preset), ...rest];
-}"""
-"""Before a job is queued: of both lists what the user sees is sent. A text that was pasted into a list may be shown
-without being its value. %d: the number of controls from the checkpoint on.
-"""
 
 
 class Form:
@@ -40,14 +26,14 @@ class Form:
         self.gr = gr
         self.model = gr.Dropdown(
             choices=list(service.models.all()), value=first, label="Checkpoint", elem_id="salun_model",
-            info=f"{hidden}{service.host.how_to_add()}.", allow_custom_value=True,
+            info=f"{hidden}{service.host.how_to_add()}.", **named_only(gr),
         )  # fmt: skip
         self.preset = gr.Dropdown(
             choices=list(service.models.concepts(first)), value=None, label="Concept to erase", elem_id="salun_preset",
-            info="A preset, a concept of the model's vocabulary, or your own words.", allow_custom_value=True,
+            info="A preset, or a concept of the model's vocabulary.", **named_only(gr),
         )  # fmt: skip
         self.concepts = gr.Textbox(
-            label="More concepts", lines=2, placeholder="one per line", elem_id="salun_words",
+            label="… or concepts in your own words", lines=2, placeholder="one per line", elem_id="salun_words",
             info="Added to the preset above, if one is chosen.",
         )  # fmt: skip
         self.anchor = gr.Textbox(
@@ -107,11 +93,10 @@ class Form:
             ]
 
         given = [self.preset, self.name, self.preview, *self.values]
-        as_seen = {"_js" if int(self.gr.__version__.split(".")[0]) < 4 else "js": SEEN % len(self.values)}
-        self.erase.click(queued(erase), given, [self.status], queue=False, **as_seen)
+        self.erase.click(queued(erase), given, [self.status], queue=False)
         self.only_mask.click(
             queued(lambda preset, *values: service.requests.mask(wanted(preset, values))),
-            [self.preset, *self.values], [self.status], queue=False, **as_seen,
+            [self.preset, *self.values], [self.status], queue=False,
         )  # fmt: skip
         shown = [self.status, self.preset, *(self.advanced[name] for name in numbers)]
         self.model.change(of_model, [self.model], shown, queue=False)

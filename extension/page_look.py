@@ -8,7 +8,7 @@ from typing import Any
 
 from .controls import ATTACK, EVALUATION, Controls
 from .jobs import Job
-from .markup import chosen, queued
+from .markup import chosen, named_only, queued
 from .service import Service
 
 
@@ -67,7 +67,7 @@ class LookSection:
             with gr.Row():
                 self.model = gr.Dropdown(
                     choices=[*names, *listed["model"]], value=None, label="Run or checkpoint",
-                    elem_id=f"{controls.prefix}model", allow_custom_value=True,
+                    elem_id=f"{controls.prefix}model", **named_only(gr),
                 )  # fmt: skip
                 self.options = {"against": controls.control(gr, "against", listed)}
             for name in controls.main[1:]:
