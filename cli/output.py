@@ -92,7 +92,7 @@ def sentences(lines: Sequence[str]) -> list[str]:
 
 
 def entry(name: str, text: str, width: int) -> list[str]:
-    """An entry of a list: its name, and beside it a text, which is wrapped where stdout is a terminal."""
+    """An entry of a list: its name, and next to it a text, which is wrapped where stdout is a terminal."""
     parts = wrapped(text, columns() - width - 4) if sys.stdout.isatty() else [text]
     return [f"  {label:<{width}}  {part}" for label, part in zip([name, *[""] * len(parts)], parts, strict=False)]
 

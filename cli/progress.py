@@ -18,9 +18,9 @@ from . import interrupt
 def terminal_progress(quiet: bool, folder: Path | None = None) -> Iterator[Progress]:
     """A progress that draws on stderr (nothing if `quiet`), and raises `Cancelled` at the next step after Ctrl-C.
 
-    folder: The run folder, which is told at the first event, after the plan.
+    folder: The run folder, which is shown at the first event, after the plan.
     """
-    untold = [folder] if folder is not None else []
+    unshown = [folder] if folder is not None else []
     drawn = shown(silent) if quiet else bar() if sys.stderr.isatty() else lines(sys.stderr)
     with interrupt.working():
         try:
@@ -34,8 +34,8 @@ def terminal_progress(quiet: bool, folder: Path | None = None) -> Iterator[Progr
                         raise Cancelled("stopped")
                     with suppress(OSError, ValueError):  # the terminal is closed; the run continues
                         show(event)
-                        if untold:  # only now: no check before the first event has failed
-                            show(Event(event.stage, message=f"Run folder: {untold.pop().absolute()}"))
+                        if unshown:  # only now: no check before the first event has failed
+                            show(Event(event.stage, message=f"Run folder: {unshown.pop().absolute()}"))
 
                 yield progress
         except BaseException as error:  # an interrupted library may raise anything

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,19 @@ from .controls import ATTACK, ERASURE, EVALUATION, Controls
 from .job_queue import QueueFull
 from .jobs import Job
 from .limits import truncated
+from .markup import loss_chart
 from .messages import from_fields, render
 from .service import Service
 
 PREFIX = "/salun/v1"
 POINTS = 200  # of a job's loss plot in a status
 PREVIEWS = 20  # names of the latest in a status
+OVERDUE = 10.0  # seconds after the estimated end until no time left is shown
 RECENT = 50  # jobs in a status, besides open and resumable ones
-SCRIPT = Path(__file__).with_name("page.js")
+SCRIPTS = {  # the page's files of the page that are served to all: they are in the public repository
+    **dict.fromkeys(("page.js", "page_cards.js", "page_dom.js", "page_try.js"), "text/javascript"),
+    "page.css": "text/css",
+}
 STRICT = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -47,8 +53,8 @@ STRICT = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 JOB_FIELDS = (
-    "id", "kind", "title", "state", "open", "created", "began", "ended", "stage", "step", "total", "fraction", "left",
-    "run", "resumable",
+    "id", "kind", "title", "state", "open", "created", "began", "ended", "stage", "step", "total", "fraction", "run",
+    "resumable",
 )  # fmt: skip
 logger = logging.getLogger("salun")
 
@@ -73,7 +79,8 @@ def add_routes(app: Any, service: Service, access: Access) -> None:
     api.router.redirect_slashes = False
     for path, (method, answer, extra) in _ROUTES.items():
         api.add_api_route(f"/{path}", answer, methods=[method], response_model=None, openapi_extra=extra)
-    api.add_route("/page.js", _script, methods=["GET"])  # public: it is in the public repository
+    for name in SCRIPTS:
+        api.add_route(f"/{name}", _script, methods=["GET"])
     app.mount(PREFIX, api)
 
 
@@ -132,7 +139,7 @@ def _error_response(error: Exception, request: Request) -> Response:
         status, text = error.status, error.text
         headers = {"WWW-Authenticate": 'Basic realm="salun"'} if error.challenge else {}
     elif isinstance(error, SalunError):
-        missing = 404 if error.code == "not-found" else 400
+        missing = 404 if error.code in ("not-found", "no-model") else 400
         status = 429 if isinstance(error, QueueFull) else missing
         text = _service(request).runs.without_paths(render(error, spell=str))  # names as in JSON
     elif isinstance(error, RequestValidationError | ValidationError):
@@ -156,7 +163,8 @@ def _plain(value: Any) -> Any:
 
 
 async def _script(request: Request) -> Response:
-    return FileResponse(SCRIPT, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
+    name = request.url.path.rsplit("/", 1)[-1]
+    return FileResponse(Path(__file__).with_name(name), media_type=SCRIPTS[name], headers={"Cache-Control": "no-cache"})
 
 
 def _service(request: Request) -> Service:
@@ -241,6 +249,14 @@ def preview(request: Request, id: str, name: str) -> Any:
     return FileResponse(_service(request).preview(id, name), media_type="image/png")
 
 
+def losses(request: Request, id: str) -> Any:
+    """The chart of a job's losses as SVG; empty before its first training step."""
+    chart = loss_chart(
+        {"step": row[0], "forget": row[1], "retain": row[2]} for row in _service(request).queue.get(id).losses
+    )
+    return Response(chart, media_type="image/svg+xml")
+
+
 def evaluation(request: Request, id: str) -> Any:
     """The page of an evaluation or of attacks, by its job."""
     return FileResponse(_service(request).evaluation(id), media_type="text/html; charset=utf-8")
@@ -290,7 +306,7 @@ _ROUTES: dict[str, tuple[str, Callable[..., Any], dict[str, Any] | None]] = {
     **{answer.__name__: ("POST", answer, None) for answer in (cancel, resume, remove, use, undo)},
     **{
         answer.__name__: ("GET", answer, None)
-        for answer in (status, runs, models, concepts, schema, file, preview, evaluation)
+        for answer in (status, runs, models, concepts, schema, file, preview, losses, evaluation)
     },
     "openapi.json": ("GET", openapi, None),
 }
@@ -308,6 +324,7 @@ def job_to_json(job: Job, service: Service) -> dict[str, Any]:
         result["output"] = Path(result["output"].rstrip("/")).name
     return {
         **{name: getattr(job, name) for name in JOB_FIELDS},
+        "left": _left(job),
         "stage_label": stages.label(job.stage),
         "losses": job.losses[::step],
         "previews": job.previews[-PREVIEWS:],
@@ -317,6 +334,14 @@ def job_to_json(job: Job, service: Service) -> dict[str, Any]:
         "offers": service.offers(job),
         "kept_bytes": service.kept_bytes(job),
     }
+
+
+def _left(job: Job) -> float | None:
+    """Estimated seconds left, counted down since the job's process reported; None once that is overdue."""
+    if job.left is None or job.heard is None:
+        return job.left
+    silence = time.time() - job.heard
+    return None if silence > job.left + OVERDUE else max(job.left - silence, 0.0)
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:

@@ -89,8 +89,18 @@ class Attack(BaseModel, extra="forbid"):
     options: dict[str, Any] = {}
 
 
+class Sample(BaseModel, extra="forbid"):
+    """Sample a prompt with the original of a run and at a strength of its erasure, from the same noise."""
+
+    kind: Literal["sample"]
+    run: StrictStr
+    prompt: StrictStr
+    strength: StrictInt | StrictFloat = 1.0
+    seed: StrictInt = 0
+
+
 STARTS: dict[str, type[BaseModel]] = {
     "erase": Erase, "mask": Mask, "stack": Stack, "undo": Undo, "export": Export, "overlaps": Overlaps,
-    "inspect": Inspect, "evaluate": Evaluate, "attack": Attack,
+    "inspect": Inspect, "evaluate": Evaluate, "attack": Attack, "sample": Sample,
 }  # fmt: skip
 """Kind of job → its arguments, which are those of the method of `Requests` with that name."""

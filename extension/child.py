@@ -8,6 +8,7 @@ stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -36,6 +37,7 @@ EVERY = 0.2  # seconds between two events on the steps of one stage
 PASSES = 40  # of a sample, for the progress of an evaluation; detecting in it takes about a tenth
 ATTACK_PASSES = 10  # of an attack, relative to the sampling of its images, for its progress
 SET_PROMPTS = 10  # of a set that is made from a concept, for the progress of an evaluation
+PAIR = ("original.png", "erased.png")  # previews of a job that samples both
 PREVIEWS = 3  # forget prompts of a preview; one retain prompt is shown with them
 WRITING_COSTS = [StageCost(Stage.CHECKING, 1, forward=2), StageCost(Stage.WRITING, 1, forward=3)]
 EXPORT_COSTS = [StageCost(Stage.CHECKING, 1, forward=3), StageCost(Stage.EXPORTING, 1, forward=7)]
@@ -82,7 +84,7 @@ def pipe_progress(
         nonlocal last_stage, last_time
         pipe.check()
         each(event)
-        if event.message:
+        if event.message and not (event.stage == Stage.SAVING and event.total):  # the names of files are in the result
             pipe.send("message", text=event.message)
         fraction, left = estimator.at(event.stage, event.step, event.total)
         now = time.monotonic()
@@ -106,6 +108,7 @@ def erase(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, 
     from salun.diffusion.erase import erase as run_erase
     from salun.diffusion.plan import make_plan
     from salun.diffusion.prompts.concepts import Concept
+    from salun.report.metrics import banner
     from salun.runs.folder import check_folder
 
     job: EraseJob = from_mapping(EraseJob, request["options"], "")
@@ -120,7 +123,7 @@ def erase(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, 
     model = _model(job.model, job.options)
     pipe.check()
     plan = make_plan(model.settings, model.name, concepts, job.options)
-    estimator = stages.ProgressEstimator(stages.with_saving(plan.stages()))
+    estimator = stages.ProgressEstimator(stages.with_saving(plan.stages()), resumed=resume)
     previews = Previews(model, plan, int(request.get("preview_every") or 0), pipe, folder)
     run = run_erase(
         model,
@@ -132,7 +135,8 @@ def erase(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, 
         resume=resume,
         command=f"the tab ({request.get('host', 'salun ui')})",
     )
-    return {"run_dir": job.run_dir, "metrics": run.metrics, "outputs": run.record.outputs}
+    shown = dataclasses.asdict(banner(run.metrics, label))  # the first thing that the page shows of the job
+    return {"run_dir": job.run_dir, "metrics": run.metrics, "outputs": run.record.outputs, "banner": shown}
 
 
 def _model(name: str | None, options: EraseOptions) -> Model:
@@ -235,7 +239,7 @@ def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
     """As `salun eval`; the page goes into the job's folder, and of a run into its folder as well."""
     from salun.diffusion.eval_output import image_metric_rows, set_rows, write_evaluation
     from salun.diffusion.evaluate import evaluate as run_evaluation
-    from salun.report.metrics import verdict_lines
+    from salun.report.metrics import banner
 
     options: EvalOptions = from_mapping(EvalOptions, request["options"], "")
     target = Path(request["target"])
@@ -247,11 +251,14 @@ def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
     for home in (folder, target) if is_run else (folder,):
         write_evaluation(result, home)
     data, lines = result.as_json(), []
-    for name, metrics in result.metrics.items():
-        lines += [f"{name}: {line}" if len(result.metrics) > 1 else line for line in verdict_lines(metrics, label)]
+    banners = {name: banner(metrics, label) for name, metrics in result.metrics.items()}
+    if len(banners) > 1:
+        lines += [f"{name}: {shown.outcome}: {shown.text}" for name, shown in banners.items()]
     rows = [*set_rows(data["sets"]), *image_metric_rows(data["sets"])]
     lines += [" · ".join(filter(None, row)) for row in rows]
-    return {"notes": [*result.notes, *lines], "verdict": data["verdict"]}
+    first = next(iter(banners.values()), None)
+    shown = dataclasses.asdict(first) if first is not None else None
+    return {"notes": [*result.notes, *lines], "verdict": data["verdict"], "banner": shown}
 
 
 def attack(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
@@ -260,7 +267,6 @@ def attack(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str,
     from salun.diffusion.attack_output import write_attack
     from salun.errors import fill
     from salun.report.attacks import attack_banner, attack_lines
-    from salun.report.metrics import lines_of
 
     options: AttackOptions = from_mapping(AttackOptions, request["options"], "")
     target = Path(request["target"])
@@ -274,8 +280,31 @@ def attack(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str,
     for home in (folder, target) if (target / "run.json").is_file() else (folder,):
         write_attack(report, home)
     data = report.as_json()
-    lines = [fill(line, label) for line in lines_of(attack_banner(data))]
-    return {"notes": [*report.record.notes, *lines, *attack_lines(data)]}
+    shown = {part: fill(text, label) for part, text in dataclasses.asdict(attack_banner(data)).items()}
+    return {"notes": [*report.record.notes, *attack_lines(data)], "banner": shown}
+
+
+def sample(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
+    """A prompt with the original of a run and with its erasure at a strength, as previews of the job."""
+    from salun.diffusion.strengths import sample_run
+    from salun.files import write_bytes
+    from salun.report.image_grid import png_bytes
+    from salun.runs.cache import Cache
+    from salun.runs.reading import read_run
+
+    pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
+    progress = pipe_progress(pipe, stages.ProgressEstimator([StageCost(Stage.SAMPLING, 1, forward=1)]))
+    images = sample_run(
+        Path(request["target"]), request["prompt"], [0.0, request["strength"]], request["seed"],
+        model=request["model"], progress=progress, cache=Cache.of_user(),
+    )  # fmt: skip
+    for name, image in zip(PAIR, images, strict=True):
+        write_bytes(folder / name, png_bytes(image))
+        pipe.send("preview", file=name, step=0)
+    record = read_run(Path(request["target"]))
+    blurred = any(concept.get("sensitive") is True for concept in record["concepts"])
+    shown = {name: request[name] for name in ("prompt", "strength", "seed")}
+    return {**shown, "sensitive": blurred and not record["options"].get("show_sensitive")}
 
 
 def evaluation_costs(options: EvalOptions, compared: bool) -> list[StageCost]:
@@ -324,7 +353,7 @@ def overlaps(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
 
 KINDS = {
     "erase": erase, "mask": mask, "stack": stack, "undo": undo, "export": export, "inspect": inspect,
-    "overlaps": overlaps, "evaluate": evaluate, "attack": attack,
+    "overlaps": overlaps, "evaluate": evaluate, "attack": attack, "sample": sample,
 }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from salun.diffusion.options import GROUPS, EraseJob, Recipe
 from salun.errors import ConfigError
 from salun.image_metrics import IMAGE_METRICS
 
-from .inputs import offered
+from .inputs import NAMES, TITLES, offered
+from .markup import named_only
 from .messages import label
 
 AUTO = "auto"
@@ -116,8 +117,24 @@ class Controls:
             return "\n".join(map(str, value))
         return value if isinstance(value, bool | str) else _text(value)
 
-    def control(self, gr: Any, name: str, listed: Mapping[str, Sequence[str]]) -> Any:
-        """The gradio component of an option, at its default. listed: option → the names to choose from."""
+    def is_automatic(self, name: str) -> bool:
+        """Whether the control of an option is a text that is empty by default: for auto, or for several lines."""
+        item = self.fields[name]
+        is_text = str(item.type) != "bool" and not item.metadata["choices"] and name not in NAMES
+        return is_text and not str(item.type).startswith("list") and item.default is None
+
+    def placeholder(self, name: str, automatic: Mapping[str, Any]) -> str:
+        """What an empty control shows. automatic: option → the number that auto is."""
+        return f"{AUTO}: {self.shown_of(name, automatic[name])}" if name in automatic else AUTO
+
+    def control(
+        self, gr: Any, name: str, listed: Mapping[str, Sequence[str]], automatic: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The gradio component of an option, at its default.
+
+        Args:
+            listed: Option → the names to choose from. automatic: option → the number that auto is.
+        """
         item, value = self.fields[name], self.default_of(name)
         shown = {"label": label(name), "info": self.help_of(name), "elem_id": f"{self.prefix}{name}"}
         several = str(item.type).startswith("list")
@@ -127,13 +144,13 @@ class Controls:
             choices = list(listed[name])
             if several:
                 return gr.Dropdown(choices=choices, value=[], multiselect=True, **shown)
-            return gr.Dropdown(choices=choices, value=value, **shown)
+            return gr.Dropdown(choices=choices, value=value, **(named_only(gr) if name in TITLES else {}), **shown)
         if item.metadata["choices"]:
             choices = list(item.metadata["choices"])
             return gr.Dropdown(choices=choices if item.default in choices else [AUTO, *choices], value=value, **shown)
         if several:
             return gr.Textbox(value=value, lines=2, placeholder="one per line", **shown)
-        return gr.Textbox(value=value, max_lines=1, placeholder=AUTO, **shown)
+        return gr.Textbox(value=value, max_lines=1, placeholder=self.placeholder(name, automatic or {}), **shown)
 
     def value_of(self, name: str, shown: Any) -> Any:
         """An option's value from what its control holds; None for auto. Raises ConfigError for an invalid number."""

@@ -30,6 +30,9 @@ class Host(Protocol):
     data: Path
     sets_up: bool
 
+    def how_to_add(self) -> str:
+        """What a user does so that another checkpoint is among `models`, as a sentence."""
+
     def models(self) -> dict[str, str]:
         """Title → what `salun --model` takes, in the order in which to show them."""
 
@@ -72,6 +75,10 @@ class StandaloneHost:
 
     def __init__(self, data: Path, models_dirs: Sequence[str] = ()) -> None:
         self.data, self._dirs = data.absolute(), list(models_dirs)
+
+    def how_to_add(self) -> str:
+        place = f"put a .safetensors file into {self.data.name}/models, or start salun ui with --models-dir FOLDER"
+        return f"To add one, {place}; then refresh the lists"
 
     def models(self) -> dict[str, str]:
         from salun.checkpoints.locate import FILES, aliases, checkpoint_folders

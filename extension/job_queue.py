@@ -244,6 +244,7 @@ class Queue:
             with self._change:
                 if job.open:  # not ended without its answer
                     apply_event(job, line)
+                    job.heard = time.time()
                 if job.stage != Stage.TRAINING:
                     trained = None
                 elif trained is None or job.step > trained[0]:

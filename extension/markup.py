@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from salun.errors import SalunError
+from salun.errors import ConfigError, SalunError
 
 from .jobs import Job
 from .messages import render
@@ -27,6 +27,21 @@ def bad(text: str) -> str:
     return f'<p class="salun-bad" role="alert">{escape(text)}</p>'
 
 
+def named_only(gr: Any) -> dict[str, bool]:
+    """Arguments of a list whose choice must be the one that is seen: what a user types is taken, or cannot be typed.
+
+    Otherwise gradio returns to the previous choice without a word. That of version 5 and later does so in spite of
+    `allow_custom_value` where a text was pasted.
+    """
+    return {"filterable": False} if int(gr.__version__.split(".")[0]) > 4 else {"allow_custom_value": True}
+
+
+def verdict(outcome: str, text: str, next: str) -> str:
+    """The first thing of a finished run, as `page_cards.js` shows it of a job."""
+    attributes = f'class="salun-verdict" data-outcome="{escape(outcome.split(" ")[0].lower())}"'
+    return f"<div {attributes}><strong>{escape(outcome)}</strong><p>{escape(text)}</p><p>{escape(next)}</p></div>"
+
+
 def table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = ()) -> str:
     """A table of texts."""
     head = "<tr>" + "".join(f"<th>{escape(text)}</th>" for text in heads) + "</tr>" if heads else ""
@@ -38,6 +53,21 @@ def image(path: Path, alt: str) -> str:
     """A PNG image within the page."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/png;base64,{data}">'
+
+
+def chosen(value: Any, what: str = "a run") -> str:
+    """The name that is chosen in a list. Raises ConfigError if none is."""
+    if not value:
+        raise ConfigError(f"Choose {what} first")
+    return str(value)
+
+
+def loss_chart(rows: Iterable[Any]) -> str:
+    """The losses of a run as SVG, as in its report; empty where there is none. rows: as in `run.json`."""
+    from salun.report import charts
+    from salun.report.render import loss_series
+
+    return charts.curves(loss_series(rows), "step", "loss", log=True)
 
 
 def safe(answer: Callable[..., str]) -> Callable[..., str]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from salun.errors import ConfigError
+from salun.diffusion.options import EraseJob
+from salun.errors import ConfigError, SalunError, literal
 
 from .host import Host
 from .paths import displayable, safe_name
 from .runs import Runs
+
+if TYPE_CHECKING:
+    from salun.diffusion.model.settings import ModelSettings
 
 
 class Models:
@@ -30,19 +34,49 @@ class Models:
 
     def concepts(self, title: str | None) -> dict[str, str]:
         """Concept → anchor: of the model's vocabulary if it has one, else of the presets."""
-        from salun.checkpoints.locate import ASSETS, aliases
-        from salun.diffusion.model.loading import describe
         from salun.diffusion.prompts.concepts import presets
 
-        # only embedded models are read: others may be large, or on the hub
-        default = aliases()["default"] if self.host.checkpoints() is None else None
-        entry = aliases()["models"].get(title or default, {})
-        if "path" in entry and (ASSETS / entry["path"]).is_dir():
-            vocabulary = describe(str(ASSETS / entry["path"])).settings.vocabulary
-            if vocabulary is not None:
-                values = [value for group in vocabulary.attributes.values() for value in group]
-                return {value: vocabulary.anchors.get(value, "") for value in values}
+        settings = self.settings(title)
+        if settings is not None and settings.vocabulary is not None:
+            vocabulary = settings.vocabulary
+            values = [value for group in vocabulary.attributes.values() for value in group]
+            return {value: vocabulary.anchors.get(value, "") for value in values}
         return {name: str(entry["anchors"][0]) for name, entry in presets().items()}
+
+    def settings(self, title: str | None) -> ModelSettings | None:
+        """What the files of a model on this machine say of it, without its weights; None where they cannot be read."""
+        from salun.checkpoints.locate import ASSETS, aliases
+        from salun.diffusion.model.loading import describe
+
+        if title is None and self.host.checkpoints() is None:
+            title = str(aliases()["default"])
+        entry = aliases()["models"].get(title, {})
+        try:
+            place = str(ASSETS / entry["path"]) if "path" in entry else self.named(title)
+            return describe(place).settings if os.path.exists(place) else None
+        except (SalunError, OSError, ImportError):  # the job will say what is wrong with it
+            return None
+
+    def automatic(self, title: str | None) -> dict[str, Any]:
+        """Option → the number that it gets for a model where it is not set, of those that no goal decides."""
+        from salun.diffusion.model.settings import SAMPLING
+        from salun.diffusion.plan import BY_GOAL
+
+        settings = self.settings(title)
+        if settings is None:
+            return {}
+        sampling = {option: getattr(settings.sampling, field) for option, field in SAMPLING.items()}
+        recipe = {name: value for name, value in vars(settings.recipe).items() if name not in BY_GOAL}
+        return {name: value for name, value in (sampling | recipe).items() if value not in (None, "")}
+
+    def check(self, title: str | None, job: EraseJob) -> None:
+        """Raises ConfigError for concepts, anchors and options that a model does not take, as far as is known."""
+        from salun.diffusion.plan import make_plan
+        from salun.diffusion.prompts.concepts import Concept
+
+        settings = self.settings(title)
+        if settings is not None:
+            make_plan(settings, stem_of(title), [Concept(name) for name in job.concept], job.options)
 
     def named(self, title: Any) -> str:
         """The alias, path or hub id of a title, or a run's erased model. Raises ConfigError for any other value."""
@@ -56,15 +90,15 @@ class Models:
                 return str(self.runs.checkpoint(title))
             except ConfigError:
                 pass
-        raise ConfigError(f"there is no model {title[:80]!r}", code="not-found")
+        raise ConfigError(f"there is no model {title[:80]!r}", advice=literal(self.host.how_to_add()), code="no-model")
 
     def source(self, title: Any) -> str | None:
         """As `named`. No title gives None, the embedded model; it is an error on a host with checkpoints, where the
         result would be stored among these.
         """
         if title is None and self.host.checkpoints() is not None:
-            listed = "Choose one" if self.all() else f"{self.host.name} has no .safetensors checkpoint yet"
-            raise ConfigError("no checkpoint is chosen", advice=listed)
+            empty = f"{self.host.name} has no .safetensors checkpoint yet. {self.host.how_to_add()}"
+            raise ConfigError("no checkpoint is chosen", advice="Choose one" if self.all() else literal(empty))
         return self.named(title) if title is not None else None
 
     def base_of(self, run: str, otherwise: str) -> str:

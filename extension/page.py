@@ -21,29 +21,43 @@ from .service import Service
 
 LOADER = """() => {
   if (document.getElementById('salun-script')) return [];
-  const script = document.createElement('script');
-  script.id = 'salun-script';
-  script.src = new URL('salun/v1/page.js', document.baseURI.replace(/[^/]*([?#].*)?$/, '')).href;
-  document.head.append(script);
+  const base = new URL('salun/v1/', document.baseURI.replace(/[^/]*([?#].*)?$/, ''));
+  const script = document.createElement('script'), style = document.createElement('link');
+  Object.assign(script, {id: 'salun-script', type: 'module', src: new URL('page.js', base).href});
+  Object.assign(style, {rel: 'stylesheet', href: new URL('page.css', base).href});
+  document.head.append(style, script);
   return [];
 }"""
+ABOUT = (
+    "Makes a Stable Diffusion model forget a concept: an object, a style, a person, or nudity. The weights that matter "
+    "most to the concept are found and trained; all others stay bit-exact (SalUn, ICLR 2024). The result is a new "
+    "checkpoint. The original is not changed."
+)
 logger = logging.getLogger("salun")
 
 
 def build(gr: Any, service: Service, access: Access) -> Any:
     """The tab as gradio Blocks."""
     js = "_js" if int(gr.__version__.split(".")[0]) < 4 else "js"
-    with gr.Blocks(analytics_enabled=False, title="Erase concept") as page:
-        with gr.Row():
-            with gr.Column(scale=1, min_width=320):
-                form = Form(gr, service)
-            with gr.Column(scale=1, min_width=320):
-                gr.HTML(f'<div class="salun-live" data-token="{escape(access.token)}"></div>')
-                refresh = gr.Button("Refresh the lists", elem_id="salun_refresh")
-        history = History(gr, service)
-        looks = [LookSection(gr, service, look) for look in LOOKS.values()]
-        deltas = Deltas(gr, service)
-        state = _setup(gr, service)
+    alone = service.host.checkpoints() is None  # not a tab of another page
+    with gr.Blocks(analytics_enabled=False, title="Erase concepts: salun") as page:
+        with gr.Column(elem_classes=["salun-page", *(["salun-standalone"] if alone else [])]):
+            head = "h1" if alone else "h2"
+            with gr.Row(elem_classes=["salun-top"]):
+                gr.HTML(f'<header class="salun-header"><{head}>Erase concepts</{head}><p>{ABOUT}</p></header>')
+                refresh = gr.Button("Refresh the lists", elem_id="salun_refresh", size="sm", scale=0, min_width=140)
+            with gr.Row(elem_classes=["salun-columns"]):
+                with gr.Column(scale=1, min_width=320, elem_classes=["salun-left"]):
+                    form = Form(gr, service)
+                    history = History(gr, service)
+                    looks = [LookSection(gr, service, look) for look in LOOKS.values()]
+                    deltas = Deltas(gr, service)
+                    state = _setup(gr, service)
+                with gr.Column(scale=1, min_width=320, elem_classes=["salun-right"]):
+                    live = f'<div class="salun-live" data-token="{escape(access.token)}"></div>'
+                    gr.HTML(f'<h2 class="salun-heading">Jobs</h2>{live}')
+                    with gr.Accordion("Try it", open=True, elem_id="salun_try"):
+                        gr.HTML('<div class="salun-try"></div>')
         form.connect(service)
         history.connect(gr, service, form)
         for look in looks:

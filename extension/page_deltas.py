@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .jobs import Job
-from .markup import queued
+from .markup import chosen, named_only, queued
 from .requests import MAX_STRENGTH, MIN_STRENGTH
 from .service import Service
 
@@ -23,7 +23,7 @@ class Deltas:
         with gr.Accordion("Deltas", open=False, elem_id="salun_deltas"):
             gr.Markdown(INTRODUCTION)
             self.base = gr.Dropdown(choices=list(service.models.all()), value=service.models.first(),
-                                    label="Checkpoint", elem_id="salun_base")  # fmt: skip
+                                    label="Checkpoint", elem_id="salun_base", **named_only(gr))  # fmt: skip
             self.chosen, self.strengths = rows(gr, service.runs.deltas(), "salun")
             self.name = gr.Textbox(
                 label="Name of the new file", placeholder="default: made from the names", elem_id="salun_new_name"
@@ -42,16 +42,20 @@ class Deltas:
 
         def write(base: Any, name: Any, *rest: Any) -> Job:
             pairs = [(str(d), float(s)) for d, s in zip(rest[:ROWS], rest[ROWS:], strict=True) if d]
-            return requests.stack(str(base), [d for d, _ in pairs], [s for _, s in pairs], str(name or ""))
+            chosen(pairs, "a delta")
+            deltas, strengths = [delta for delta, _ in pairs], [strength for _, strength in pairs]
+            return requests.stack(chosen(base, "a checkpoint"), deltas, strengths, str(name or ""))
 
         def undo(base: Any, delta: Any, name: Any) -> Job:
-            return requests.undo(str(base), str(delta or ""), str(name or ""))
+            return requests.undo(chosen(base, "a checkpoint"), chosen(delta, "delta 1"), str(name or ""))
 
         def overlap(*deltas: Any) -> Job:
             return requests.overlaps([str(d) for d in deltas if d])
 
         def export(form: str) -> Any:
-            return queued(lambda delta, base: requests.export(str(delta or ""), form, otherwise=str(base or "")))
+            return queued(
+                lambda delta, base: requests.export(chosen(delta, "delta 1"), form, otherwise=str(base or ""))
+            )
 
         given = [self.base, self.name, *self.chosen, *self.strengths]
         self.apply.click(queued(write), given, [self.status], queue=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from .controls import ERASURE
 from .jobs import Job
-from .markup import queued
+from .markup import chosen, named_only, queued, safe
 from .service import Service
 
 
@@ -21,14 +21,16 @@ class Form:
     def __init__(self, gr: Any, service: Service) -> None:
         first = service.models.first()
         skipped = service.host.skipped_checkpoints()
+        hidden = f"{skipped} not shown: only .safetensors files are, as a .ckpt can run code. " if skipped else ""
+        self._automatic = service.models.automatic(first)
         self.gr = gr
         self.model = gr.Dropdown(
             choices=list(service.models.all()), value=first, label="Checkpoint", elem_id="salun_model",
-            info=f"{skipped} not shown: only .safetensors files are, as a .ckpt can run code" if skipped else None,
+            info=f"{hidden}{service.host.how_to_add()}.", **named_only(gr),
         )  # fmt: skip
         self.preset = gr.Dropdown(
             choices=list(service.models.concepts(first)), value=None, label="Concept to erase", elem_id="salun_preset",
-            info="A preset, or a concept of the model's vocabulary.",
+            info="A preset, or a concept of the model's vocabulary.", **named_only(gr),
         )  # fmt: skip
         self.concepts = gr.Textbox(
             label="… or concepts in your own words", lines=2, placeholder="one per line", elem_id="salun_words",
@@ -39,8 +41,8 @@ class Form:
             info="What the model shows instead; for several concepts one per line, in the same order.",
         )  # fmt: skip
         self.retain = gr.Textbox(
-            label="Prompts to retain", lines=2, elem_id="salun_keep",
-            placeholder="prompts whose images should stay as they are, one per line (added to the default ones)",
+            label="Prompts to retain", lines=2, elem_id="salun_keep", placeholder="one per line",
+            info="Prompts whose images should stay as they are, in addition to the default ones.",
         )  # fmt: skip
         self.erase = gr.Button("Erase concept", variant="primary", elem_id="salun_erase")
         self.status = gr.HTML("", elem_id="salun_said")
@@ -49,9 +51,7 @@ class Form:
         self.values = [self.model, self.concepts, self.anchor, self.retain, *self.advanced.values()]
 
     def _advanced(self, gr: Any, service: Service) -> None:
-        self.name = gr.Textbox(
-            label="Name of the new checkpoint", placeholder="default: made from model and concept", elem_id="salun_name"
-        )
+        self.name = gr.Textbox(label="Name of the new checkpoint", placeholder="model-no-concept", elem_id="salun_name")
         self.preview = gr.Slider(
             0, 500, value=0, step=1, label="Preview interval (steps)", elem_id="salun_preview",
             info="Before/after images at fixed seeds during training; they take time (default: 0, none).",
@@ -61,25 +61,45 @@ class Form:
         for title, names in ERASURE.folded.items():
             if names:
                 gr.Markdown(f"**{title}**")
-                self.advanced.update({name: ERASURE.control(gr, name, listed) for name in names})
+                for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
+                    with gr.Row():
+                        for name in pair:
+                            self.advanced[name] = ERASURE.control(gr, name, listed, self._automatic)
         self.only_mask = gr.Button("Only make the mask", elem_id="salun_only_mask")
 
     def connect(self, service: Service) -> None:
         """Connect the form's events."""
 
-        def erase(preset: Any, name: Any, preview: Any, *values: Any) -> Job:
-            return service.requests.erase(self.options(preset, values), int(preview or 0), str(name or ""))
+        def wanted(preset: Any, values: tuple[Any, ...]) -> dict[str, Any]:
+            options = self.options(preset, values)
+            if service.models.all():  # an empty field does not mean the embedded model
+                chosen(options["model"], "a checkpoint")
+            return options
 
-        def concepts(model: Any) -> Any:
-            return self.gr.update(choices=list(service.models.concepts(str(model) if model else None)), value=None)
+        def erase(preset: Any, name: Any, preview: Any, *values: Any) -> Job:
+            return service.requests.erase(wanted(preset, values), int(preview or 0), str(name or ""))
+
+        numbers = [name for name in self.advanced if ERASURE.is_automatic(name)]
+
+        def of_model(model: Any) -> list[Any]:
+            """The concepts and numbers of a model, and a line where there is no such model."""
+            title = str(model) if model else None
+            values = service.models.automatic(title)
+            concepts = self.gr.update(choices=list(service.models.concepts(title)), value=None)
+            return [
+                safe(lambda: service.models.named(title) and "" if title else "")(),
+                concepts,
+                *(self.gr.update(placeholder=ERASURE.placeholder(name, values)) for name in numbers),
+            ]
 
         given = [self.preset, self.name, self.preview, *self.values]
         self.erase.click(queued(erase), given, [self.status], queue=False)
         self.only_mask.click(
-            queued(lambda preset, *values: service.requests.mask(self.options(preset, values))),
+            queued(lambda preset, *values: service.requests.mask(wanted(preset, values))),
             [self.preset, *self.values], [self.status], queue=False,
         )  # fmt: skip
-        self.model.change(concepts, [self.model], [self.preset], queue=False)
+        shown = [self.status, self.preset, *(self.advanced[name] for name in numbers)]
+        self.model.change(of_model, [self.model], shown, queue=False)
 
     def options(self, preset: Any, values: tuple[Any, ...]) -> dict[str, Any]:
         """The options of an erasure from what the controls hold."""

@@ -9,7 +9,7 @@ from salun.errors import ConfigError, SalunError
 
 from .controls import ERASURE
 from .inputs import IMAGE_FOLDERS
-from .markup import bad, good, image, queued, safe, table
+from .markup import bad, chosen, good, image, queued, safe, table, verdict
 from .messages import label, render
 from .page_form import Form
 from .service import Service
@@ -39,11 +39,11 @@ class History:
             [self.run], [form.preset, *form.values, self.details], queue=False,
         )  # fmt: skip
         self.run.change(safe(lambda run: details(service, run)), [self.run], [self.details], queue=False)
-        resume = queued(lambda run: service.resume(str(run or "")))
+        resume = queued(lambda run: service.resume(chosen(run)))
         self.resume.click(resume, [self.run], [self.details], queue=False)
-        use = safe(lambda run: good(service.use(str(run or ""))))
+        use = safe(lambda run: good(service.use(chosen(run))))
         self.use.click(use, [self.run], [self.details], queue=False)
-        inspect = queued(lambda run, other: service.requests.inspect(str(run or ""), str(other) if other else None))
+        inspect = queued(lambda run, other: service.requests.inspect(chosen(run), str(other) if other else None))
         self.mask.click(inspect, [self.run, self.other], [self.details], queue=False)
 
 
@@ -51,12 +51,12 @@ def loaded_options(gr: Any, service: Service, form: Form, run: Any) -> list[Any]
     """Updates of a form's preset and values to the options of a run, and a status line."""
     names = ["model", "concept", "anchor", "retain_prompts", *form.advanced]
     try:
-        options = service.options_of(str(run or ""))
+        options = service.options_of(chosen(run))
         shown = {name: ERASURE.shown_of(name, value) for name, value in options.items()}
         listed = service.choices()
     except (SalunError, OSError, TypeError, ValueError) as error:
         text = render(error) if isinstance(error, SalunError) else str(error)
-        return [*(gr.update() for _ in ("preset", *names)), bad(text if run else "Choose a run first.")]
+        return [*(gr.update() for _ in ("preset", *names)), bad(text)]
     status = good(f"The options of {run} are loaded.")
     for name in ("model", "mask", *(name for name in IMAGE_FOLDERS if options.get(name))):
         if options.get(name) not in listed[name]:
@@ -75,7 +75,11 @@ def details(service: Service, run: Any) -> str:
     if entry is None:
         raise ConfigError(f"there is no run {str(run)[:80]!r}", code="not-found")
     parts = [f"<p><strong>{escape(str(run))}</strong>: {escape(str(entry['status']))}</p>"]
-    parts += [f"<p>{escape(str(line))}</p>" for line in entry["headline"]]
+    lines = entry["headline"]
+    if entry["banner"]:
+        parts.append(verdict(**entry["banner"]))
+        lines = lines[2:]  # the first two say the same
+    parts += [f"<p>{escape(str(line))}</p>" for line in lines]
     if entry["error"]:
         parts.append(bad(str(entry["error"])))
     if entry["status"] == "unreadable":
@@ -84,6 +88,8 @@ def details(service: Service, run: Any) -> str:
         parts.append(table(entry["figures"], ("", "before", "after", "")))
     if "before_after.png" in entry["files"]:
         parts.append(image(service.runs.file(str(run), "before_after.png")[0], "before and after"))
+    if chart := service.runs.losses(str(run)):
+        parts.append(f'<div class="salun-plot">{chart}</div>')
     if "report.html" in entry["files"]:
         parts.append(f'<button type="button" data-salun-report="{escape(str(run))}">Open the report</button>')
     options = [(label(name), value) for name, value in service.options_of(str(run)).items()]

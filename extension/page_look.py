@@ -8,7 +8,7 @@ from typing import Any
 
 from .controls import ATTACK, EVALUATION, Controls
 from .jobs import Job
-from .markup import queued
+from .markup import chosen, named_only, queued
 from .service import Service
 
 
@@ -67,7 +67,7 @@ class LookSection:
             with gr.Row():
                 self.model = gr.Dropdown(
                     choices=[*names, *listed["model"]], value=None, label="Run or checkpoint",
-                    elem_id=f"{controls.prefix}model",
+                    elem_id=f"{controls.prefix}model", **named_only(gr),
                 )  # fmt: skip
                 self.options = {"against": controls.control(gr, "against", listed)}
             for name in controls.main[1:]:
@@ -86,7 +86,8 @@ class LookSection:
         value_of = self.look.controls.value_of
 
         def begin(model: Any, *values: Any) -> Job:
-            shown = zip(self.options, values, strict=True)
-            return self.look.start(service, str(model or ""), {name: value_of(name, value) for name, value in shown})
+            target = chosen(model, "a run or a checkpoint")
+            options = {name: value_of(name, value) for name, value in zip(self.options, values, strict=True)}
+            return self.look.start(service, target, options)
 
         self.start.click(queued(begin), [self.model, *self.options.values()], [self.status], queue=False)

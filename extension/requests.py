@@ -18,6 +18,7 @@ from .host import Host
 from .inputs import Inputs
 from .job_queue import Queue
 from .jobs import Job
+from .limits import check_lengths
 from .models import Models, stem_of
 from .paths import given_name, made_name, new_file
 from .runs import DELTA, Runs
@@ -26,6 +27,7 @@ Looked = TypeVar("Looked", bound=ComparedOptions)
 MAX_PREVIEW_EVERY = 1_000_000  # steps
 MAX_RANK = 4096
 MIN_STRENGTH, MAX_STRENGTH = -0.5, 1.5
+MAX_SEED = 2**53 - 1  # a browser's largest exact integer
 
 
 class Requests:
@@ -53,12 +55,14 @@ class Requests:
         self.host.python()
         request = {"preview_every": preview_every, "host": self.host.name, "name": name}
         file_name = given_name(name) if name.strip() else None
+        self.models.check(title, dataclasses.replace(job, concept=concepts))
         with self._naming:
             folder = self.runs.new("-".join(concepts), {job.run for job in self.queue.all()})
             outputs = self._outputs(folder, file_name, (stem_of(title), f"no-{'-'.join(concepts)}"), model)
             job = dataclasses.replace(job, concept=concepts, model=model, run_dir=str(folder), output=outputs)
             request["options"] = dataclasses.asdict(job)
-            return self.queue.submit("erase", f"forget {', '.join(concepts)}", request, folder.name)
+            label = f"erase {', '.join(concepts)} from {stem_of(title)}"
+            return self.queue.submit("erase", label, request, folder.name)
 
     def mask(self, options: Mapping[str, Any]) -> Job:
         """Queue a mask without an erasure, to be chosen by its name later. options: as for `erase`."""
@@ -68,6 +72,7 @@ class Requests:
         names = {item.name for item in dataclasses.fields(EraseOptions)}
         checked: EraseOptions = from_mapping(EraseOptions, {k: v for k, v in values.items() if k in names}, "")
         source = self.models.source(title)
+        self.models.check(title, EraseJob(concept=concepts, **dataclasses.asdict(checked)))
         self.host.python()
         request = {"options": dataclasses.asdict(checked), "concept": concepts, "model": source}
         with self._naming:
@@ -84,8 +89,7 @@ class Requests:
                 f"there are {len(deltas)} deltas, but {len(strengths)} strengths", advice="Give one for each delta"
             )
         for value in strengths:
-            if not MIN_STRENGTH <= value <= MAX_STRENGTH:
-                raise ConfigError(f"strength is {value!r}, but must be from {MIN_STRENGTH} to {MAX_STRENGTH}")
+            _check_strength(value)
         files = [str(self.runs.delta(run)) for run in deltas]
         parts = ", ".join(f"{run} at {strength:g}" for run, strength in zip(deltas, strengths, strict=True))
         request = {"deltas": files, "strengths": [float(s) for s in strengths]}
@@ -161,6 +165,20 @@ class Requests:
         title = f"{kind} {model}" + (f" against {given.against}" if given.against else "")
         return self.queue.submit(kind, title, {"target": target, "options": dataclasses.asdict(named)})
 
+    def sample(self, run: str, prompt: str, strength: float = 1.0, seed: int = 0) -> Job:
+        """Queue an image of the original of a run and one at a strength of its erasure, from the same noise."""
+        folder, _ = self.runs.get(run), self.runs.delta(run)
+        check_lengths({"prompt": prompt})
+        if not prompt.strip():
+            raise ConfigError("no prompt is given", advice="Enter one")
+        _check_strength(strength)
+        if not 0 <= seed <= MAX_SEED:
+            raise ConfigError(f"is {seed}, but must be from 0 to {MAX_SEED}", option="seed")
+        model = self.models.base_of(run, "")
+        self.host.python()
+        request = {"target": str(folder), "model": model, "prompt": prompt, "strength": float(strength), "seed": seed}
+        return self.queue.submit("sample", f"try “{prompt}” at strength {strength:g}, seed {seed}", request, run)
+
     def overlaps(self, deltas: Sequence[str]) -> Job:
         """Queue the counting of weights that deltas both change."""
         if len(deltas) < 2:
@@ -182,8 +200,8 @@ class Requests:
     def _outputs(self, folder: Path, name: str | None, parts: tuple[str, str], source: str | None) -> list[str]:
         """The outputs of an erasure. name: of the checkpoint, if given; parts: of its name otherwise."""
         checkpoints = self.host.checkpoints()
-        if checkpoints is None:  # the run's folder, unless a name is given
-            return [self._copy_of(source or "", name), str(folder / DELTA)] if name else []
+        if checkpoints is None:
+            return [self._copy_of(source or "", name or made_name(*parts)), str(folder / DELTA)]
         stamp = "-" + "-".join(folder.name.split("-")[:2])
         target = new_file(checkpoints, name or made_name(*parts, stamp), ".safetensors", self._reserved_outputs())
         return [str(target), str(folder / DELTA)]
@@ -200,6 +218,11 @@ class Requests:
         """The outputs of open and resumable jobs."""
         jobs = [job for job in self.queue.all() if job.open or job.resumable]
         return [path.rstrip("/") for job in jobs for path in job.outputs]
+
+
+def _check_strength(value: float) -> None:
+    if not MIN_STRENGTH <= value <= MAX_STRENGTH:
+        raise ConfigError(f"strength is {value!r}, but must be from {MIN_STRENGTH} to {MAX_STRENGTH}")
 
 
 def _concepts(job: EraseJob) -> list[str]:

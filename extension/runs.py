@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from salun.runs.reading import read_run
 
 from .host import Host
 from .limits import MAX_ENTRIES, truncated
+from .markup import loss_chart
 from .messages import label, render
 from .paths import confined, confined_file, displayable, displayed, without_folders
 
@@ -26,7 +28,8 @@ DOWNLOADABLE_FILES = {  # files of a run that the API serves, and their types
     DELTA: "application/octet-stream",
 }
 UNREADABLE: dict[str, Any] = {
-    "status": "unreadable", "concept": None, "model": "", "error": None, "headline": [], "figures": [], "files": [],
+    "status": "unreadable", "concept": None, "model": "", "error": None, "banner": None, "headline": [], "figures": [],
+    "files": [],
 }  # fmt: skip
 DERIVED = (".salun.safetensors", ".lora.safetensors", ".diff.safetensors")  # endings of files that are not checkpoints
 
@@ -70,6 +73,10 @@ class Runs:
         except DataError as error:
             raise ConfigError(error.message, advice=error.advice, code=error.code) from error
         return options
+
+    def losses(self, name: str) -> str:
+        """The chart of a run's losses as SVG; empty where there is none."""
+        return loss_chart(read_run(self.get(name))["losses"])
 
     def file(self, run: str, name: str) -> tuple[Path, str]:
         """A file of a run that may be served, and its type."""
@@ -135,7 +142,7 @@ class Runs:
 
 def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A run's entry in a list, from its record."""
-    from salun.report.metrics import headline, metric_rows, verdict_lines
+    from salun.report.metrics import banner, headline, lines_of, metric_rows
 
     concepts = record["options"].get("concept")
     entry: dict[str, Any] = {
@@ -149,7 +156,9 @@ def summary(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         if record["status"] == "done":
             rows = metric_rows(record["metrics"])[:MAX_ENTRIES]
-            lines = verdict_lines(record["metrics"], label) + headline(record["concepts"], record["metrics"])
+            shown = banner(record["metrics"], label)
+            lines = lines_of(shown) + headline(record["concepts"], record["metrics"])
+            entry["banner"] = {part: truncated(text) for part, text in dataclasses.asdict(shown).items()}
             entry["headline"] = [truncated(line) for line in lines[:MAX_ENTRIES]]
             entry["figures"] = [[truncated(str(cell)) for cell in row] for row in rows]
     except Exception:  # metrics may be untrusted input: the other runs are listed all the same

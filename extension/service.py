@@ -134,7 +134,7 @@ class Service:
         return self.queue.resume(job.id)
 
     def offers(self, job: Job) -> list[str]:
-        """The operations on the result of a job: "use", "undo", "lora", "diff", "delta", "evaluation"."""
+        """The operations on the result of a job: "use", "undo", "lora", "diff", "delta", "sample", "evaluation"."""
         if job.state != "done":
             return []
         loads = ["use"] if self.host.checkpoints() is not None else []  # `salun ui` does not generate images
@@ -143,7 +143,7 @@ class Service:
         if job.kind in PAGES:
             return ["evaluation"] if (self.queue.folder / job.id / PAGES[job.kind]).is_file() else []
         if job.kind == "erase" and job.run and (self.runs.folder / job.run / DELTA).is_file():
-            return [*loads, "undo", "lora", "diff", "delta"]
+            return [*loads, "undo", "lora", "diff", "delta", "sample"]
         return []
 
     def use(self, run: str) -> str:

@@ -10,7 +10,9 @@ from salun.progress import Event, Progress, Stage, StageCost
 
 SAVING = 0.05  # fraction of an erasure that writing its files takes
 MIN_FRACTION = 0.03  # below it, no time left is estimated
+MEASURED = 0.5  # seconds of a stage after which its pace is known
 CORRECTED = 1.5  # a time left is corrected upward if it is too short by this factor; otherwise it only counts down
+REPEATED = (Stage.SAMPLING, Stage.ENCODING, Stage.IMAGES_BEFORE, Stage.SALIENCY, Stage.FROZEN_TARGETS)
 LABELS = {
     Stage.PLANNING: "planning",
     Stage.LOADING: "loading the model",
@@ -24,7 +26,7 @@ LABELS = {
     Stage.TRAINING: "training",
     Stage.IMAGES_AFTER: "generating “after” images",
     Stage.EVALUATING: "evaluating",
-    Stage.PROBING: "comparing predictions",
+    Stage.PROBING: "comparing predictions with the anchor's",
     Stage.DETECTING: "detecting the concept",
     Stage.ATTACKING: "attacking",
     Stage.SAVING: "saving",
@@ -66,15 +68,21 @@ def continued(progress: Progress, costs: Sequence[StageCost]) -> Progress:
 class ProgressEstimator:
     """Estimates progress: `at` takes a stage's step and returns (fraction done, seconds left or None).
 
-    The fraction never decreases. The time left is (1 − fraction) × the seconds of the entire job at the present pace.
+    The fraction never decreases. The time left is (1 − fraction) × the seconds of the entire job at the present pace:
+    that of the present stage, or else of the slowest stage so far, as what comes out of a cache says nothing about
+    what is computed. A step that takes longer than the rest of its
+    stage should have taken slows the pace.
 
     Args:
         costs: The stages of the job, in order.
         now: The time in seconds.
+        resumed: Whether stages before the training are repeated from what is saved, so that their pace says nothing.
     """
 
-    def __init__(self, costs: Sequence[StageCost], now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
+    def __init__(
+        self, costs: Sequence[StageCost], now: Callable[[], float] = time.monotonic, resumed: bool = False
+    ) -> None:
+        self._now, self._resumed = now, resumed
         self.fraction = 0.0
         self._spans: dict[str, tuple[float, float]] = {}  # stage → where it begins, its length
         passes = [cost.passes for cost in costs]
@@ -82,7 +90,9 @@ class ProgressEstimator:
             self._spans[cost.stage] = (sum(passes[:i]) / sum(passes), passes[i] / sum(passes))
         self._stage = ""
         self._began = (0.0, 0.0)  # when and at which fraction the stage began
-        self._rate: float | None = None  # seconds of the entire job at the present pace
+        self._reached = (0.0, 0.0)  # when and at which fraction its last step ended
+        self._rate: float | None = None  # seconds of the entire job at the pace of the present stage
+        self._slowest: float | None = None  # likewise, of the stages before it
         self._last: tuple[float, float] | None = None  # when `left` was computed last, and its value
 
     def at(self, stage: str, step: int, total: int) -> tuple[float, float | None]:
@@ -93,17 +103,36 @@ class ProgressEstimator:
             done = step - 1 if stage == Stage.SAVING else step  # reported before each file, not after
             reached = start + length * min(max(done, 0) / total, 1.0)
             if stage != self._stage:
-                self._stage, self._began = stage, (now, reached)
-            seconds, progress = now - self._began[0], reached - self._began[1]
-            if progress > 0 and seconds > 0.5:
-                self._rate = seconds / progress
+                self._enter(stage, now, reached)
+            self._measure(now, reached, start + length)
             self.fraction = max(self.fraction, reached)
         return self.fraction, self._left(now)
 
+    def _enter(self, stage: str, now: float, reached: float) -> None:
+        if self._rate is not None and not (self._resumed and self._stage in REPEATED):
+            self._slowest = max(self._slowest or 0.0, self._rate)
+        self._stage, self._rate = stage, None
+        self._began = self._reached = (now, reached)
+
+    def _measure(self, now: float, reached: float, end: float) -> None:
+        """Update the pace of the present stage. end: the fraction at which it ends."""
+        if reached > self._reached[1]:
+            self._reached = (now, reached)
+        seconds, progress = self._reached[0] - self._began[0], self._reached[1] - self._began[1]
+        if progress > 0 and seconds > MEASURED:
+            self._rate = seconds / progress
+        if end > self._began[1]:  # it is at least as slow as if it ended now
+            least = (now - self._began[0]) / (end - self._began[1])
+            if least > max(self._rate or 0.0, self._slowest or 0.0):
+                self._rate = least
+
     def _left(self, now: float) -> float | None:
-        if self._rate is None or self.fraction < MIN_FRACTION:
+        rate = self._rate if self._rate is not None else self._slowest
+        if self._resumed and self._stage in REPEATED:
             return None
-        left = (1 - self.fraction) * self._rate
+        if rate is None or self.fraction < MIN_FRACTION:
+            return None
+        left = (1 - self.fraction) * rate
         if self._last is not None:
             expected = max(0.0, self._last[1] - (now - self._last[0]))
             if expected < left <= CORRECTED * expected + 10:

@@ -30,12 +30,7 @@ from .service import Service
 
 TAB = "Erase concept"
 STARTED = threading.Event()  # set once the host answers
-DEVICE_JOBS = (
-    "erase",
-    "mask",
-    "evaluate",
-    "attack",
-)  # these compute on the host's device; the others read and write files
+DEVICE_JOBS = ("erase", "mask", "evaluate", "attack", "sample")  # these use the host's device; others only its files
 logger = logging.getLogger("salun")
 _state: dict[str, Any] = {}  # survives "Reload UI", as this module does
 
@@ -190,6 +185,12 @@ class WebUI:
         self.reforge = not self.forge and importlib.util.find_spec("ldm_patched") is not None
         self.name = "Forge" if self.forge else "reForge" if self.reforge else "WebUI"
         self.data = Path(paths_internal.data_path).absolute() / "salun"
+
+    def how_to_add(self) -> str:
+        from modules import sd_models, shared
+
+        folder = Path(shared.cmd_opts.ckpt_dir or sd_models.model_path).name
+        return f"To add one, put a .safetensors file into the WebUI's folder {folder}, then refresh the lists"
 
     def models(self) -> dict[str, str]:
         from modules import sd_models

@@ -1,4 +1,4 @@
-"""The default display of progress: one bar on terminals and in notebooks, lines elsewhere, nothing where told so."""
+"""The default display of progress: one bar on terminals and in notebooks, lines elsewhere, none by `salun.silent`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from salun.progress import Event, Progress, Stage, silent
 from salun.time_left import Position, TimeLeft, in_words
 
-COLUMNS, WIDE = 79, 110  # of a bar; of a terminal that has room for losses beside it
+COLUMNS, WIDE = 79, 110  # of a bar; of a terminal that has room for losses next to it
 LABEL, LEFT = 28, 24  # columns of the label and of the time left
 EVERY = 0.1  # seconds between two updates of a bar
 PARTS = 1000  # of a bar
@@ -98,7 +98,7 @@ def columns() -> int:
 
 
 def _bar_columns() -> int:
-    """Columns of a bar, which has losses beside it on a wide terminal."""
+    """Columns of a bar, which has losses next to it on a wide terminal."""
     return WIDE if shutil.get_terminal_size((COLUMNS + 1, 24)).columns > WIDE else columns()
 
 

@@ -171,7 +171,7 @@ class TimeLeft:
         return least, most
 
     def _seconds_each(self, stage: _Timed, timed: list[_Timed]) -> float | None:
-        """Seconds of a step of a stage; None while nothing tells."""
+        """Seconds of a step of a stage; None while nothing is known."""
         if stage.worked and stage.seconds >= ENOUGH:
             return stage.seconds / stage.worked
         with_gradients = bool(stage.cost.backward)

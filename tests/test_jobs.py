@@ -296,6 +296,31 @@ def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
     assert second == pytest.approx(900)
 
 
+def test_a_resumed_job_tells_no_time_left_by_what_it_reads_from_the_cache() -> None:
+    now = 0.0
+    costs = [StageCost(Stage.SAMPLING, 2, forward=50), StageCost(Stage.TRAINING, 100, backward=20)]
+    clock = ProgressEstimator(costs, lambda: now, resumed=True)
+    for step in range(3):
+        now += 1
+        assert clock.at("sampling", step, 2)[1] is None
+    for step in (50, 51):  # it goes on in the middle
+        now += 30
+        _, left = clock.at("training", step, 100)
+    assert left == pytest.approx(49 * 30)
+
+
+def test_a_step_that_takes_longer_than_those_before_corrects_the_time_left() -> None:
+    now = 0.0
+    clock = ProgressEstimator([StageCost(Stage.SAMPLING, 10, forward=10)], lambda: now)
+    for step in range(6):
+        _, left = clock.at("sampling", step, 10)
+        now += 1
+    assert left == pytest.approx(5)
+    now += 200
+    _, left = clock.at("sampling", 5, 10)  # a step of the sampler, which reports that it is still there
+    assert left > 100
+
+
 def test_a_stage_that_begins_again_counts_on() -> None:
     """As sampling does with each set of prompts, of which a later one may be larger than expected."""
     seen: list[tuple[int, int]] = []

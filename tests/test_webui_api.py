@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from extension.access import Access, Rejected
-from extension.api import LARGEST, PREFIX, RECENT, add_routes, schema
+from extension.api import LARGEST, PREFIX, RECENT, add_routes, job_to_json, schema
 from extension.host import StandaloneHost
 from extension.jobs import Job
 from extension.messages import to_fields
@@ -39,7 +39,7 @@ from salun.errors import ConfigError, ModelError, SalunError
 from salun.methods import METHODS
 from salun.runs.folder import exclusive_lock
 
-ROUTES = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview", "evaluation"]
+ROUTES = ["status", "runs", "models", "concepts", "schema", "openapi.json", "file", "preview", "losses", "evaluation"]
 LOOSE = b'{"options": {"concept": ["a"], "model": "shapes", "save_every": %s}}'
 POSTS = ["start", "cancel", "resume", "remove", "use", "undo"]
 
@@ -223,11 +223,19 @@ def test_only_json_of_a_sane_size_is_read(service: Service) -> None:
     assert calling.get(f"{PREFIX}/status?id=none").status_code == 404
 
 
+def test_a_time_left_counts_down_between_two_reports_and_is_not_told_once_it_is_over(service: Service) -> None:
+    job = service.requests.mask({"concept": ["circle"], "model": "shapes"})
+    service.queue.cancel(job.id)
+    for left, silence, shown in ((60.0, 20.0, 40.0), (5.0, 8.0, 0.0), (5.0, 360.0, None), (None, 1.0, None)):
+        job.left, job.heard = left, time.time() - silence
+        assert job_to_json(job, service)["left"] == (None if shown is None else pytest.approx(shown, abs=1))
+
+
 def test_a_job_is_begun_seen_cancelled_and_taken_off(service: Service) -> None:
     calling = client(service)
     job = calling.post(f"{PREFIX}/start", json={"options": {"concept": ["circle"], "model": "shapes"}}).json()
     assert job["state"] in ("queued", "waiting", "running")
-    assert calling.get(f"{PREFIX}/status", params={"id": job["id"]}).json()["title"] == "forget circle"
+    assert calling.get(f"{PREFIX}/status", params={"id": job["id"]}).json()["title"] == "erase circle from shapes"
     calling.post(f"{PREFIX}/cancel", json={"id": job["id"]})
     assert service.queue.wait(job["id"], 30).state == "cancelled"
     assert calling.post(f"{PREFIX}/remove", json={"id": job["id"]}).status_code == 200
@@ -426,7 +434,7 @@ def test_a_full_queue_refuses_more(service: Service, monkeypatch: pytest.MonkeyP
 def test_a_status_is_short_whatever_a_job_holds(service: Service) -> None:
     """It is asked for once a second."""
     words = [f"{n} " + "x" * 1990 for n in range(1000)]
-    job = service.requests.mask({"concept": words, "model": "shapes"})
+    job = service.queue.submit("mask", f"mask of {', '.join(words)}", {})
     service.queue.cancel(job.id)
     job.state, job.notes = "failed", ["n" * 100_000] * 100
     job.error = {**to_fields(SalunError()), "message": "cannot be resumed: " * 6_000}  # 120 kB
@@ -457,7 +465,11 @@ def test_what_a_job_offers_is_told_and_nothing_else_is_done(service: Service) ->
         assert calling.post(f"{PREFIX}/{path}", json={"id": "../x"}).status_code == 404
     job.state, job.kind, job.run = "done", "erase", write_run(service).name
     (service.runs.folder / job.run / DELTA).touch()
-    assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["offers"] == ["undo", "lora", "diff", "delta"]
+    assert calling.get(f"{PREFIX}/status").json()["jobs"][0]["offers"] == ["undo", "lora", "diff", "delta", "sample"]
+    assert calling.get(f"{PREFIX}/losses?id={job.id}").text == ""
+    job.losses = [[step, 0.5 / step, 0.1] for step in range(1, 40)]
+    chart = calling.get(f"{PREFIX}/losses?id={job.id}")
+    assert chart.headers["content-type"] == "image/svg+xml" and chart.text.count("<polyline") == 4  # and their means
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -554,8 +566,7 @@ def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service
         job = service.queue.wait(id, 120)
         assert (job.state, job.error) == ("done", None)
         status = asks.get(f"{PREFIX}/status?id={id}").json()
-        notes = status["result"]["notes"]
-        assert status["offers"] == ["evaluation"] and any(outcome in notes[0] for outcome in OUTCOMES)
+        assert status["offers"] == ["evaluation"] and status["result"]["banner"]["outcome"] in OUTCOMES
         page = asks.get(f"{PREFIX}/evaluation?id={id}")
         assert page.headers["content-type"].startswith("text/html") and "Is it forgotten?" in page.text
     found = json.loads((service.runs.folder / "mine" / "eval.json").read_text(encoding="utf-8"))
@@ -569,6 +580,12 @@ def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service
     assert status["offers"] == ["evaluation"] and any("Quantization: " in note for note in status["result"]["notes"])
     assert "Does it come back?" in asks.get(f"{PREFIX}/evaluation?id={id}").text
     assert "Does it come back?" in asks.get(f"{PREFIX}/file?run=mine&name=report.html").text
+    tried = {"kind": "sample", "run": "mine", "prompt": "one red circle", "strength": 0.5, "seed": 3}
+    id = asks.post(f"{PREFIX}/start", json=tried).json()["id"]
+    job = service.queue.wait(id, 120)
+    assert (job.error, job.state, job.previews) == (None, "done", ["original.png", "erased.png"])
+    pair = [asks.get(f"{PREFIX}/preview?id={id}&name={name}").content for name in job.previews]
+    assert pair[0] != pair[1] and all(image.startswith(b"\x89PNG") for image in pair)
     given = {"kind": "evaluate", "model": "mine", "options": {"concept": ["star"]}}
     twice = asks.post(f"{PREFIX}/start", json=given)
     assert twice.status_code == 400 and "concept is named by the run already" in twice.json()["error"]

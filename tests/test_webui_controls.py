@@ -120,13 +120,16 @@ def change_host(service: Service, host: StandaloneHost) -> None:
 
 
 def test_a_jobs_request_is_what_the_command_line_would_run(service: Service) -> None:
-    """Same dataclass, same defaults; only the run folder is ours."""
+    """Same dataclass, same defaults; only the places are ours, and the checkpoint's name says what was erased."""
     job = service.requests.erase({"concept": ["circle"], "model": "shapes", "steps": 3})
     service.queue.cancel(job.id)
     asked = job.request["options"]
     expected = EraseJob(concept=["circle"], model="shapes", steps=3, run_dir=asked["run_dir"])
-    assert asked == dataclasses.asdict(expected)
+    assert asked == dataclasses.asdict(dataclasses.replace(expected, output=asked["output"]))
     assert Path(asked["run_dir"]).parent == service.runs.folder
+    checkpoint, delta = asked["output"]
+    assert checkpoint == f"{service.host.data / 'models' / 'shapes-no-circle'}/"
+    assert Path(delta) == Path(asked["run_dir"]) / "delta.salun.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,9 @@ def test_a_jobs_request_is_what_the_command_line_would_run(service: Service) -> 
         ({"concept": ["a"], "components": "../x"}, "must be an alias or a hub id"),
         ({"concept": ["a"], "density": 2}, "density is 2, but must be at most 1"),
         ({"concept": [" "]}, "no concept is given"),
+        ({"concept": ["a dog"]}, "'a dog' is not in the vocabulary of the model shapes"),
+        ({"concept": ["circle"], "anchor": ["square", "star"]}, "anchor"),
+        ({"concept": ["circle"], "model": "x.ckpt"}, "To add one, put a .safetensors file into .*/models, or start"),
         ({"concept": ["a"], "stepz": 3}, "'stepz' cannot be set here"),
     ],
     ids=str,
@@ -662,7 +668,7 @@ def test_after_a_job_its_checkpoint_is_used_and_the_base_again(held: Service, tm
     erased.touch()
     held.host._dirs.append(str(base.parent))  # type: ignore[attr-defined]
     job = finished(held, write_run(held, model=str(base), output=[str(erased)]))
-    assert held.offers(job) == ["use", "undo", "lora", "diff", "delta"]
+    assert held.offers(job) == ["use", "undo", "lora", "diff", "delta", "sample"]
     assert held.use_result(job.id) == "erased.safetensors is now the checkpoint of the WebUI."
     assert "base.safetensors is now the checkpoint of the WebUI." in held.undo_result(job.id)
     assert held.host.used == base  # type: ignore[attr-defined]
@@ -675,9 +681,39 @@ def test_after_a_job_its_checkpoint_is_used_and_the_base_again(held: Service, tm
     other = held.requests.erase({"concept": ["square"], "model": "shapes"})
     for state in ("queued", "waiting", "running", "stopping"):  # its turn may come before that of what is asked now
         other.state = state
-        with pytest.raises(ConfigError, match="“forget square” has not ended"):
+        with pytest.raises(ConfigError, match="“erase square from shapes” has not ended"):
             held.use_result(job.id)
     other.state = "queued"
+
+
+def test_a_sample_names_a_run_with_its_delta_a_prompt_and_a_strength(held: Service) -> None:
+    run = write_run(held)
+    job = held.requests.sample(run.name, "a red circle", 0.5, 7)
+    assert (job.title, job.run) == ("try “a red circle” at strength 0.5, seed 7", run.name)
+    assert job.request == {
+        "target": str(run), "model": "shapes", "prompt": "a red circle", "strength": 0.5, "seed": 7,
+    }  # fmt: skip
+    for given, message in (
+        (("../x", "a", 1.0, 0), "cannot be a name here"),
+        ((run.name, " ", 1.0, 0), "no prompt is given"),
+        ((run.name, "a" * 2001, 1.0, 0), "prompt has a text of 2,001 characters"),
+        ((run.name, "a", 1.6, 0), r"strength is 1\.6, but must be from -0\.5 to 1\.5"),
+        ((run.name, "a", 1.0, -1), "seed is -1"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            held.requests.sample(*given)
+        assert re.search(message, render(refused.value))
+    (run / "delta.salun.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"there is no 'delta\.salun\.safetensors' here"):
+        held.requests.sample(run.name, "a")
+
+
+def test_an_empty_field_shows_the_number_that_the_model_gets(service: Service) -> None:
+    values = service.models.automatic("shapes")
+    assert ERASURE.placeholder("batch_size", values) == f"auto: {values['batch_size']}"
+    assert ERASURE.placeholder("resolution", values) == "auto: 64"
+    assert ERASURE.placeholder("lr", values) == "auto"  # a goal decides it
+    assert service.models.automatic("no such model") == {}
 
 
 # -- the page's lists -------------------------------------------------------------------------------------------------

@@ -337,6 +337,7 @@ def _clicked(server: Server) -> dict[str, Any]:
         assert page.locator(".salun-job").count() == 1  # of a double click
         assert not job.locator("progress").is_visible()
         page.get_by_role("button", name="Refresh the lists").first.wait_for()
+        page.wait_for_timeout(5000)  # an open list is filtered by its own text when its choices change
         listed = page.locator("#salun_base input").first
         page.locator("#salun_deltas").get_by_text("Deltas").first.click()
         listed.click()

@@ -62,15 +62,22 @@ def measured() -> str:
             raise ValueError(f"docs/performance.md has no row {label!r}")
         return match[1], match[2]
 
+    def simulated(model: str) -> str:
+        match = re.search(rf"^\| {re.escape(model)} \| `--low-vram` \| ([\d.]+) ", text, re.MULTILINE)
+        if match is None:
+            raise ValueError(f"docs/performance.md simulates no {model!r}")
+        return match[1]
+
     (slow, much), (fast, less) = row("salun, fp32"), row("salun, bf16, `--low-vram`")
     return (
         "### Time and VRAM\n\n"
         "**Measured**, on two CPU cores (docs/performance.md): a training step of Stable Diffusion 1.5's UNet at 64×64 "
         f"pixels and batch size 1 takes {slow} s and {much} GiB of CPU memory in fp32, {fast} s and {less} GiB with "
         "`low_vram` and the dtype bf16.\n\n"
-        "**Computed**: the fp32 copies and Adam's moments of the selected weights take 12 bytes each, 5.2 GB for SD "
-        "1.5 at density 0.5: in VRAM, or with `low_vram` in CPU memory.\n\n"
-        "**Not measured**: time and VRAM on a GPU. docs/performance.md has the newest figures. The bar "
+        f"**Simulated**, for the command line in bf16: {simulated('SD 1.5, 512²')} GiB of VRAM for SD 1.5, "
+        f"{simulated('SDXL, 1024²')} GiB for SDXL, both with `low_vram` and batch size 1. It holds the fp32 copies and "
+        "Adam's moments of the selected weights in CPU memory, 5.2 GB for SD 1.5.\n\n"
+        "**Not measured**: time and VRAM on a GPU. docs/performance.md has the newest measurements. The bar "
         "of *SalUn Erase* counts the steps. If memory is short: "
         "`low_vram` in *SalUn Options*, `batch_size` 1."
     )
