@@ -1,4 +1,4 @@
-"""Attacks on the embedded model: how often each brings a concept back, by method and concept.
+"""Attacks on the bundled model: how often each brings a concept back, by method and concept.
 
     python -m benchmarks.attacks [--n 32] [--seeds 0] [--concepts circle red night] [--methods ...] [--attacks ...]
 
@@ -43,7 +43,7 @@ neither the prompt search (47 %) nor a merge with the original (84 %); it costs 
 of the images show the anchor. ESD withstands more because it damages the model: accuracy on other prompts falls by 36
 and 41 percentage points. One seed and 32 prompts: small differences mean nothing.
 
-Written by `benchmarks/attacks.py` on the embedded model `shapes`, on a CPU: each method erases each concept with its
+Written by `benchmarks/attacks.py` on the bundled model `shapes`, on a CPU: each method erases each concept with its
 preset anchor, and each attack of the small budget is made on the result ({n} prompts of each concept, seeds {seeds}).
 Numbers are percentages of prompts of which an image shows the concept after the attack (ASR), means over the seeds. UA,
 RA and “anchor” are those of the erasure without an attack, on {images} images of each kind; RA drop in percentage

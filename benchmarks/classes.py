@@ -48,7 +48,7 @@ saliency. SalUn and fine-tuning leave the other digits nearly as they were (Fré
 ESD and the authors' losses move them (4.1 to 5.7). What they draw under the forgotten label differs from what Retrain
 draws there (total variation 0.98 of 1; ESD 0.53), since they are trained to draw the anchor.
 
-Written by `benchmarks/classes.py` on the embedded class-conditional model `digits` ([card](../salun/assets/digits)), on
+Written by `benchmarks/classes.py` on the bundled class-conditional model `digits` ([card](../salun/assets/digits)), on
 a CPU: {n} samples of each class, seeds {seeds}, classes {classes}. Each method takes the steps of the model's recipe,
 at the same learning rate; the anchor is the next digit.
 

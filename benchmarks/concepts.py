@@ -111,7 +111,7 @@ def table(model: Model) -> str:
         groups.setdefault(key, []).append(json.loads(path.read_text(encoding="utf-8")))
     columns = "concepts | masks | steps | seeds | density | UA (worst) | anchor (worst) | none | RA before | RA drop"
     head = f"| {columns} | training, s |"
-    out = ["# Several concepts at once, on the embedded model", ""]
+    out = ["# Several concepts at once, on the bundled model", ""]
     out += [PREAMBLE.format(names=", ".join(CONCEPTS), n=IMAGES)]
     out += [f"**Incomplete: {missing} of {len(JOBS)} runs are missing.**", ""] if missing else []
     out += [head, "|---" * head.count(" | ") + "|---|", *(line(groups[key]) for key in sorted(groups))]

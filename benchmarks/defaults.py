@@ -39,7 +39,7 @@ kind, one seed; intervals are 95 %.
 {models}
 """
 WHAT = {
-    "shapes": "the embedded model itself",
+    "shapes": "the bundled model itself",
     "v": "predicts v",
     "zero-snr": "predicts v, and the last step of its schedule is pure noise",
     "narrow": "has fewer weights and was trained from nothing",

@@ -44,7 +44,7 @@ images: it misses 0 to 7 % of the images of a concept and raises a false alarm i
 0.99 or more for all six concepts. Colors are its weak point (5 and 7 % missed, on drawings 12 and 18 %). It takes a
 quarter to a third of the time of sampling. More noises would hardly help; a calibrated threshold is needed.
 
-Written by `benchmarks/detectors.py` on the embedded model: {n} images of each kind, on a CPU. `self` compares the
+Written by `benchmarks/detectors.py` on the bundled model: {n} images of each kind, on a CPU. `self` compares the
 original network's denoising errors under the prompts “concept”, “anchor” and the empty one, for one noise ε and −ε, at
 the timesteps that it chose on 24 of the original's images of each kind, with the threshold that an erasure would use.
 Those 24 are among the 500. Intervals are 95 %.

@@ -1,4 +1,4 @@
-"""What erasing does on the embedded model, against controls: fills docs/results.md.
+"""What erasing does on the bundled model, against controls: fills docs/results.md.
 
     python benchmarks/erase.py                  run what is missing, then write the table
     python benchmarks/erase.py --only circle    some jobs only (a part of the job's name)
@@ -241,7 +241,7 @@ def table(bench: Bench, wanted: list[Job]) -> str:
         title = f"{job.concept} → {result['anchor']}" + (", other densities" if density else "")
         groups.setdefault(title, {}).setdefault(job.variant, []).append(result)
     out = [
-        "# Results on the embedded model",
+        "# Results on the bundled model",
         "",
         PREAMBLE.format(n=bench.n),
         "",

@@ -46,7 +46,7 @@ HEAD = """# Erasing to a goal
 and a half times as long in the median, since probes sample images. There are three cases and one seed; on *circle*
 and *red* of `shapes` both ways erase, and their metrics do not differ clearly.
 
-Written by `benchmarks/until.py` on the embedded model and its variants, on a CPU; {n} images of each kind. Each case is
+Written by `benchmarks/until.py` on the bundled model and its variants, on a CPU; {n} images of each kind. Each case is
 erased without options, towards “{goal}”, and with the fixed number of steps of the recipe. RA:
 images of other prompts that are as prompted. Seconds are those of the run without the
 final evaluation, the cache of samples being empty; in parentheses, the share that the probes take.

@@ -77,7 +77,7 @@ class StandaloneHost:
         self.data, self._dirs = data.absolute(), list(models_dirs)
 
     def how_to_add(self) -> str:
-        place = f"put a .safetensors file into {self.data.name}/models, or start salun ui with --models-dir FOLDER"
+        place = f"put a .safetensors file into {self.data / 'models'}, or start salun ui with --models-dir FOLDER"
         return f"To add one, {place}; then refresh the lists"
 
     def models(self) -> dict[str, str]:

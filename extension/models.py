@@ -93,7 +93,7 @@ class Models:
         raise ConfigError(f"there is no model {title[:80]!r}", advice=literal(self.host.how_to_add()), code="no-model")
 
     def source(self, title: Any) -> str | None:
-        """As `named`. No title gives None, the embedded model; it is an error on a host with checkpoints, where the
+        """As `named`. No title gives None, the bundled model; it is an error on a host with checkpoints, where the
         result would be stored among these.
         """
         if title is None and self.host.checkpoints() is not None:

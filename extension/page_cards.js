@@ -139,12 +139,12 @@ function results(job) {
   const percent = (e) => `${number(e.value)} % (${number(e.low)}–${number(e.high)}, n = ${e.n})`;
   const metrics = result.metrics;
   if (metrics && metrics.ua) {
-    lines.push(`forgotten (UA): ${percent(metrics.ua)}, before ${number(metrics.ua_before.value)} %`);
+    lines.push(`forgotten (UA), as detected: ${percent(metrics.ua)}, before ${number(metrics.ua_before.value)} %`);
     if (metrics.ra_after) {
       lines.push(`retained (RA): ${percent(metrics.ra_after)}, before ${number(metrics.ra_before.value)} %`);
     }
   } else if (metrics) {
-    lines.push(`unlearning accuracy (UA) unknown: ${metrics.reason}`);
+    lines.push(`forgotten (UA) unknown: ${metrics.reason}`);
   }
   if (result.output) lines.push(`written: ${result.output}`);
   (result.notes || []).forEach((note) => lines.push(note));

@@ -33,7 +33,7 @@ class Form:
             info="A preset, or a concept of the model's vocabulary.", **named_only(gr),
         )  # fmt: skip
         self.concepts = gr.Textbox(
-            label="… or concepts in your own words", lines=2, placeholder="one per line", elem_id="salun_words",
+            label="More concepts, in your own words", lines=2, placeholder="one per line", elem_id="salun_words",
             info="Added to the preset above, if one is chosen.",
         )  # fmt: skip
         self.anchor = gr.Textbox(
@@ -72,7 +72,7 @@ class Form:
 
         def wanted(preset: Any, values: tuple[Any, ...]) -> dict[str, Any]:
             options = self.options(preset, values)
-            if service.models.all():  # an empty field does not mean the embedded model
+            if service.models.all():  # an empty field does not mean the bundled model
                 chosen(options["model"], "a checkpoint")
             return options
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: the embedded model, loaded once, and one short erasure on it."""
+"""Shared fixtures: the bundled model, loaded once, and one short erasure on it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes() -> Iterator[Model]:
-    """The embedded model. Whatever a test does with it, and however that ends, it is as before afterwards."""
+    """The bundled model. Whatever a test does with it, and however that ends, it is as before afterwards."""
     model = salun.load("shapes", device="cpu")
     before = model.settings, model.clip_skip, model.low_vram, model.attention
     yield model
@@ -86,7 +86,7 @@ def little() -> torch.nn.Module:
 
 @pytest.fixture
 def copy_of_shapes(tmp_path: Path) -> Path:
-    """A folder of the embedded model's files, to be changed."""
+    """A folder of the bundled model's files, to be changed."""
     return Path(shutil.copytree(ASSETS / "shapes", tmp_path / "my model"))
 
 

@@ -157,12 +157,12 @@ def test_a_trajectory_goes_on_where_it_stopped_and_holds_what_is_known(shapes: M
     assert not torch.equal(first, again)
 
 
-# -- a task on the embedded model -------------------------------------------------------------------------------------
+# -- a task on the bundled model -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def task(shapes: Model) -> AttackTask:
-    """The embedded model itself as the attacked one."""
+    """The bundled model itself as the attacked one."""
     plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions())
     detector = load_detector("attribute", DetectorInputs(plan.subjects, shapes.settings.detector, shapes, "cpu"))
     target = detector.target(plan.subjects[0])

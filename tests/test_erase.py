@@ -1,4 +1,4 @@
-"""An erasure end to end on the embedded model, a short one: what it promises of files, weights and figures."""
+"""An erasure end to end on the bundled model, a short one: what it promises of files, weights and figures."""
 
 from __future__ import annotations
 

@@ -290,6 +290,16 @@ def test_percentage_has_wilsons_interval(k: int, n: int, low: float, high: float
     assert Unknown("why").as_json() is None
 
 
+def test_images_of_one_prompt_that_agree_count_as_one() -> None:
+    prompts = np.repeat(np.arange(20), 10)
+    of_prompts = Estimate.percentage(np.arange(20) < 8)
+    dependent = Estimate.percentage(np.repeat(np.arange(20) < 8, 10), prompts)
+    assert (dependent.value, dependent.n) == (40.0, 200)
+    assert dependent.half_width == pytest.approx(of_prompts.half_width, rel=0.03)
+    independent = np.tile(np.arange(10) < 4, 20)  # of each prompt as many as in all
+    assert Estimate.percentage(independent, prompts) == Estimate.percentage(independent)
+
+
 def test_frechet_distance_of_known_gaussians() -> None:
     """Same covariance, means apart by (3, 4): 25. Standard deviations 1 against 2, one dimension each: (2−1)² each."""
     rng = np.random.default_rng(0)

@@ -245,7 +245,7 @@ def test_metadata_and_scheduler_give_the_hint_too() -> None:
 
 @pytest.fixture
 def lightning(tmp_path: Path) -> Iterator[str]:
-    """The embedded model under the name of a few-step model."""
+    """The bundled model under the name of a few-step model."""
     yield str(shutil.copytree(ASSETS / "shapes", tmp_path / "shapes_lightning_4step"))
 
 

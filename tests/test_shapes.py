@@ -1,4 +1,4 @@
-"""The embedded model: small enough to ship, and good enough to evaluate an erasure on."""
+"""The bundled model: small enough to ship, and good enough to evaluate an erasure on."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from salun.diffusion.model.loading import describe
 from salun.diffusion.model.sketch import sketched
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
-from salun.diffusion.simulate import Needs, losses_of, masked_optimizer, simulate, training_data
+from salun.diffusion.simulate import Needs, advice_to_fit, losses_of, masked_optimizer, simulate, training_data
 from salun.errors import ConfigError
 from salun.masking.training import take_step
 from salun.progress import Stage
@@ -83,9 +84,18 @@ def test_what_saves_memory_is_simulated(hollow: Callable[[str], str], cache: Cac
     assert offloaded.cpu > plain.cpu == 0
 
 
+def test_advice_names_an_option_with_which_it_fits(hollow: Callable[[str], str], cache: Cache) -> None:
+    spec = describe(hollow("sd1"))
+    plan = make_plan(spec.settings, spec.name, "nudity", EraseOptions(resolution=64, batch_size=4))
+    needed = simulate(spec, plan, GPU, torch.bfloat16, cache).most
+    assert advice_to_fit(spec, plan, GPU, torch.bfloat16, needed, cache) == ""
+    advice = advice_to_fit(spec, plan, GPU, torch.bfloat16, needed - 1, cache)
+    assert re.search(r"gradient_checkpointing needs [\d.]+ GiB", advice)
+
+
 @pytest.mark.slow
 def test_simulated_memory_is_what_torch_allocates() -> None:
-    """The benchmark that compares them, on the embedded model: within 10 %."""
+    """The benchmark that compares them, on the bundled model: within 10 %."""
     command = [sys.executable, "benchmarks/memory.py", "--check", "digits", "--batch", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -102,7 +112,7 @@ def test_a_dry_run_loads_no_model_that_does_not_fit(
     monkeypatch.setattr(estimate, "_free_memory", lambda device: 1)
     options = EraseOptions(resolution=64, batch_size=1)
     plan = preview(hollow("sd1"), "nudity", options, [], tmp_path / "run", cache=Cache(tmp_path / "cache"))
-    assert not plan["measured"] and any("memory" in text for text in plan["warnings"])
+    assert not plan["measured"] and "still needs" in plan["warnings"][-1]
     assert 0 < plan["seconds"]["least"] < plan["seconds"]["total"] < plan["seconds"]["most"]
     with pytest.raises(ConfigError, match="resolution"):
         preview(hollow("sd1"), "nudity", EraseOptions(resolution=65), [], tmp_path / "run")

@@ -1,4 +1,4 @@
-"""`salun ui` in a real browser, with the embedded model: everything by clicking.
+"""`salun ui` in a real browser, with the bundled model: everything by clicking.
 
 Needs gradio, playwright and Chromium.
 """

@@ -206,6 +206,7 @@ def measured(ua: float | None, n: int = 64, before: float = 99.0, after: float =
         (measured(80), Outcome.MOSTLY, "gone from 79.7 %", "Raise --steps or --lr"),
         (measured(80, method="uce"), Outcome.MOSTLY, "gone from 79.7 %", "Raise --uce-erase, or lower --uce-lambda"),
         (measured(3), Outcome.BARELY, "gone from 3.1 %", "Raise --steps or --lr"),
+        (measured(3) | {"goal": "ua>=0.98"}, Outcome.BARELY, "gone from 3.1 %", "Use a stricter goal (--until)"),
         (measured(100, after=60), Outcome.DAMAGED, "in 60.0 %", "Lower --lr or --steps"),
         (measured(0, after=60), Outcome.DAMAGED, "gone from 0.0 %", "Lower --lr"),
         (measured(100, image_drift=Estimate(1.3, 64).as_json()), Outcome.DAMAGED, "drifted by 1.30", "Lower --lr"),

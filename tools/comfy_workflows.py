@@ -77,7 +77,8 @@ def measured() -> str:
         f"**Simulated**, for the command line in bf16: {simulated('SD 1.5, 512²')} GiB of VRAM for SD 1.5, "
         f"{simulated('SDXL, 1024²')} GiB for SDXL, both with `low_vram` and batch size 1. It holds the fp32 copies and "
         "Adam's moments of the selected weights in CPU memory, 5.2 GB for SD 1.5.\n\n"
-        "**Not measured**: time and VRAM on a GPU. docs/performance.md has the newest measurements. The bar "
+        "**Not measured**: time and VRAM on a GPU. The newest measurements are in docs/performance.md in "
+        "the folder of salun. The bar "
         "of *SalUn Erase* counts the steps. If memory is short: "
         "`low_vram` in *SalUn Options*, `batch_size` 1."
     )
@@ -86,7 +87,9 @@ def measured() -> str:
 def note(title: str, *steps: str, training: bool = True) -> tuple[str, int, dict[str, Any]]:
     """The note of a template."""
     lines = "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))
-    end = measured() if training else "### Time and VRAM\n\nThose of sampling, which is all that this template does."
+    relearns = "; the attack *relearn* also trains, with VRAM as for an erasure (see *Erase a concept*)."
+    sampling = "Those of sampling" + (relearns if "relearn" in lines else ", which is all that this template does.")
+    end = measured() if training else f"### Time and VRAM\n\n{sampling}"
     return "MarkdownNote", 0, {"text": f"## {title}\n\n{lines}\n\n{end}"}
 
 

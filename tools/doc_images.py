@@ -1,4 +1,4 @@
-"""Draws the images of the documentation from a real erasure of the embedded model.
+"""Draws the images of the documentation from a real erasure of the bundled model.
 
     python -m tools.doc_images            erase, if build/doc_images has no run yet, and write the images
     python -m tools.doc_images --again    erase again, with the code of today

@@ -110,9 +110,10 @@ def _devices() -> Iterator[Finding]:
     yield _processor()
     memory = _memory()
     if memory is not None:
-        low = memory[0] < 8 * GIB
+        low = memory[0] < 13 * GIB
         text = f"{memory[0] / GIB:.1f} of {memory[1] / GIB:.1f} GiB free"
-        yield Finding("memory", text, "note" if low else "ok", "SD 1.5 on the CPU needs about 10 GiB" if low else "")
+        advice = "SD 1.5 in fp32 on the CPU needs 13 GiB or more, 11 with low_vram in bf16"
+        yield Finding("memory", text, "note" if low else "ok", advice if low else "")
 
 
 def _processor() -> Finding:
@@ -207,4 +208,4 @@ def _erasing() -> Iterator[Finding]:
     except Exception as error:  # any error that a user would meet
         yield Finding("erasing", f"{type(error).__name__}: {error}", "fails", "try device cpu and dtype fp32")
         return
-    yield Finding("erasing", f"two steps on the embedded model worked on {run.model.device}")
+    yield Finding("erasing", f"two steps on the bundled model worked on {run.model.device}")

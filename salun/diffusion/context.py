@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -15,15 +15,16 @@ from salun.compute.device import deterministic_kernels, explained_memory_errors
 from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.images import folder_digest
 from salun.diffusion.mask_files import load_mask_file
-from salun.diffusion.model.loading import load_with
+from salun.diffusion.model.loading import describe, load_with
 from salun.diffusion.model.protocol import DiffusionModel, TokenEncoder
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.options import EraseOptions
+from salun.diffusion.options import EraseOptions, ModelOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
+from salun.diffusion.simulate import advice_to_fit
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.display import shown
-from salun.errors import ConfigError
+from salun.errors import ConfigError, SalunError
 from salun.files import check_disk_space, sha256_file
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
@@ -115,7 +116,19 @@ def open_run(
         training_session(model, plan),
     ):
         cache = cache or Cache.of_user()
+        if model.device.type == "cuda" and (advice := _memory_advice(model, plan, options, cache)):
+            progress(Event(Stage.PLANNING, message=f"memory may not suffice: {advice}"))
         yield RunContext(model, plan, record, progress, cache, outputs, force, mask_file, processes)
+
+
+def _memory_advice(model: Model, plan: Plan, options: EraseOptions, cache: Cache) -> str:
+    """What to do if the GPU's memory does not suffice; "" if it does, or if the model's files are not known."""
+    given = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
+    weights = sum(p.numel() * p.element_size() for p in model.parameters().values())  # they are there already
+    free = torch.cuda.mem_get_info(model.device)[0] + weights
+    with suppress(SalunError):
+        return advice_to_fit(describe(model.name, given), plan, model.device, model.dtype, free, cache)
+    return ""
 
 
 def record_of(

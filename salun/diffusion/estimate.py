@@ -19,7 +19,7 @@ from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
-from salun.diffusion.simulate import Needs, operations, simulate
+from salun.diffusion.simulate import Needs, advice_to_fit, operations, simulate
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.errors import ConfigError
 from salun.files import check_disk_space
@@ -72,7 +72,9 @@ def preview(
     free = _free_memory(device)
     resident = _resident() if device.type == "cpu" else 0
     needed = needs.most + (resident or 0)
-    fits = free is None or needed < free
+    room = None if free is None else free - (resident or 0)
+    advice = advice_to_fit(spec, plan, device, dtype, room, cache or Cache.of_user()) if room is not None else ""
+    fits = not advice
     if fits or previous is not None:
         loaded = load_with(model, options)
         if previous is not None:
@@ -101,19 +103,17 @@ def preview(
             "cpu": needs.cpu,
         },
         "disk": {"needed": sum(disk.values()), "free": shutil.disk_usage(_existing(run_dir)).free},
-        "warnings": _warnings(disk, needed, free),
+        "warnings": _warnings(disk, advice),
     }
 
 
-def _warnings(disk: dict[Path, int], memory: int, free_memory: int | None) -> list[str]:
+def _warnings(disk: dict[Path, int], memory: str) -> list[str]:
     warnings = []
     try:
         check_disk_space(disk)
     except ConfigError as error:
         warnings.append(str(error))
-    if free_memory is not None and free_memory < memory:
-        warnings.append("memory does not suffice: use a smaller batch_size, low_vram or dtype bf16")
-    return warnings
+    return [*warnings, *([memory] if memory else [])]
 
 
 def _describe_steps(plan: Plan) -> list[str]:

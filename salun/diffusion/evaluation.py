@@ -239,7 +239,9 @@ def metrics_without(detector: Detector, reason: str) -> dict[str, Any]:
 
 
 def _with_verdict(metrics: dict[str, Any], erased_by: Plan | None = None) -> dict[str, Any]:
-    metrics = metrics | ({"method": erased_by.method.name} if erased_by is not None else {})
+    if erased_by is not None:
+        metrics = metrics | {"method": erased_by.method.name}
+        metrics |= {"goal": str(erased_by.goal)} if erased_by.goal is not None else {}
     return {**metrics, "verdict": verdict_on(metrics).as_json()}
 
 

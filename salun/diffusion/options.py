@@ -180,8 +180,8 @@ class EraseOptions(ModelOptions):
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory")
     low_vram: bool = option(
         False,
-        "Keep saliency sums, fp32 master weights and optimizer moments in CPU memory; one sample at a time; gradient "
-        "checkpointing",
+        "Keep saliency sums, fp32 master weights and optimizer moments in CPU memory; sample one image at a time; "
+        "gradient checkpointing",
     )
     optimizer: str = option(
         "adam",

@@ -12,7 +12,7 @@ from salun.diffusion.goal import PAIR, PREFIX, SETTLING, Decision, Goal, Phase, 
 from salun.masking.training_state import LossRow
 
 STRENGTHS = (0.85, 0.7, 0.55)  # of a smaller change
-DRIFT_POWER = 1.5  # drift grows about as s^1.5 with the strength s: 0.79 at 0.85, 0.59 at 0.7 on the embedded model
+DRIFT_POWER = 1.5  # drift grows about as s^1.5 with the strength s: 0.79 at 0.85, 0.59 at 0.7 on the bundled model
 WEAKER = (0.5, 0.25, 0.1)  # tried where the model is wrecked
 BASE, OFTEN = 0.2, 50.0  # how often a retain sample is drawn: at least, and at most by how far it moved, squared
 MOVED = f"{PREFIX}moved "

@@ -22,13 +22,20 @@ class Estimate:
     high: float | None = None
 
     @classmethod
-    def percentage(cls, hits: np.ndarray) -> Estimate:
-        """The percentage of True in a boolean array (n,), n > 0, with Wilson's interval."""
+    def percentage(cls, hits: np.ndarray, groups: np.ndarray | None = None) -> Estimate:
+        """The percentage of True in a boolean array (n,), n > 0, with Wilson's interval.
+
+        Args:
+            groups: (n,), equal for samples that may depend on each other, such as images of one prompt; the interval
+                is then that of as many independent samples as give the variance between groups (Korn & Graubard 1998).
+                None where all are independent.
+        """
         n, k = len(hits), int(np.count_nonzero(hits))
         if not n:
             raise ValueError("a percentage needs at least one sample")
-        p, d = k / n, 1 + Z * Z / n
-        middle, half = (p + Z * Z / (2 * n)) / d, Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / d
+        p, m = k / n, float(n) if groups is None else _independent(hits, groups)
+        d = 1 + Z * Z / m
+        middle, half = (p + Z * Z / (2 * m)) / d, Z * sqrt(p * (1 - p) / m + Z * Z / (4 * m * m)) / d
         return cls(100 * p, n, 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0))
 
     @classmethod
@@ -57,6 +64,18 @@ class Estimate:
         unit = f" {unit}" if unit else ""
         ends = f"{self.low:.{digits}f}–{self.high:.{digits}f}, " if None not in (self.low, self.high) else ""
         return f"{self.value:.{digits}f}{unit} ({ends}n = {self.n:,})"
+
+
+def _independent(hits: np.ndarray, groups: np.ndarray) -> float:
+    """Independent samples whose proportion has the variance of these, from the number of groups to that of samples."""
+    n, p = len(hits), float(hits.mean())
+    _, group = np.unique(groups, return_inverse=True)
+    count = int(group.max()) + 1
+    if count in (1, n) or p in (0.0, 1.0):  # where all agree, nothing shows that they depend on each other
+        return float(n)
+    residuals = np.bincount(group.ravel(), weights=hits - p)
+    variance = count / (count - 1) * float(np.square(residuals).sum()) / n**2
+    return min(max(p * (1 - p) / variance, float(count)), float(n)) if variance else float(n)
 
 
 @dataclass(frozen=True)

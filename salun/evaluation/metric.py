@@ -139,6 +139,13 @@ class EvaluationPair:
         """`hits` of each concept's forget images, bool (n,), one concept after the other."""
         return np.concatenate([hits(concept) for concept in self.concepts])
 
+    def prompts_of_images(self) -> np.ndarray | None:
+        """The prompt of each of the `forget_images`, (n,); None where the prompts are not recorded."""
+        if not len(self.forget_prompts):
+            return None
+        prompts = np.asarray(self.forget_prompts)
+        return np.concatenate([prompts[concept.rows] for concept in self.concepts])
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -31,6 +31,7 @@ class Outcome(str, Enum):
     __str__ = str.__str__
 
 
+STRICTER = "Use a stricter goal ({until}), or {target_guidance} 0.25"  # for a run that trained to one
 LOOK = "Look at the images too: a detector does not see everything"
 ENOUGH = 32  # images, which show a complete erasure to be one
 
@@ -59,6 +60,7 @@ def verdict_on(metrics: Mapping[str, Any]) -> Verdict:
     The advice is on the options of the method that the metrics name; one that is not known is taken for SalUn.
     """
     by = METHODS["diffusion"].get(str(metrics.get("method")), METHODS["diffusion"]["salun"])
+    stronger = STRICTER if metrics.get("goal") else by.stronger
     name, forgotten, reason = _least_erased(metrics)
     gone = _gone(name, forgotten, reason)
     others, damaged = _others(metrics)
@@ -68,12 +70,12 @@ def verdict_on(metrics: Mapping[str, Any]) -> Verdict:
     if forgotten is not None and forgotten.n >= FEWEST:
         outcome = _outcome(forgotten)
         more = f"Use {{eval_images}} {max(ENOUGH, 2 * forgotten.n)} or more: so few images cannot show more"
-        unsure = more if forgotten.value >= ERASED else by.stronger
+        unsure = more if forgotten.value >= ERASED else stronger
         return _verdict(outcome, LOOK if outcome is Outcome.ERASED else unsure, gone, others)
     if moved is not None and UNMOVED[0] <= moved.value <= UNMOVED[1]:
         distance = max(100 * (1 - moved.value), 0)
         text = f"the network's predictions for {name} went {distance:.0f} % of the way to the anchor's"
-        return _verdict(Outcome.BARELY, by.stronger, text, others)
+        return _verdict(Outcome.BARELY, stronger, text, others)
     advice = "Look at the images" + (", and use {eval_images} 16 or more" if forgotten is not None else "")
     return _verdict(Outcome.UNKNOWN, advice, gone, others)
 

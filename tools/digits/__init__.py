@@ -1,1 +1,1 @@
-"""Makes the embedded model `digits`."""
+"""Makes the bundled model `digits`."""

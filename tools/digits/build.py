@@ -1,4 +1,4 @@
-"""Train and measure the embedded model `digits`, and write its folder: python -m tools.digits.build."""
+"""Train and measure the bundled model `digits`, and write its folder: python -m tools.digits.build."""
 
 from __future__ import annotations
 

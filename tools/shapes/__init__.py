@@ -1,1 +1,1 @@
-"""Training of the embedded model `shapes`: world, VAE, oracle, UNet, packaging. See README.md beside this file."""
+"""Training of the bundled model `shapes`: world, VAE, oracle, UNet, packaging. See README.md beside this file."""

@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing: python -m tools.shapes.train [--folder build/shapes]. Killed, it resumes."""
+"""Train the bundled model from nothing: python -m tools.shapes.train [--folder build/shapes]. Killed, it resumes."""
 
 from __future__ import annotations
 

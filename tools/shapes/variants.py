@@ -1,6 +1,6 @@
 """Models like `shapes` that no recipe was tuned on: python -m tools.shapes.variants v zero-snr narrow [--folder …].
 
-- v: predicts v, continued from the embedded model.
+- v: predicts v, continued from the bundled model.
 - zero-snr: v on a schedule whose last step is pure noise, continued likewise.
 - narrow: half as many weights, trained from nothing.
 

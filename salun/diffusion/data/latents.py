@@ -199,7 +199,7 @@ def _key(
 
 
 def batch_size_of(model: DiffusionModel) -> int:
-    """Samples at once: 64 of the embedded model's size, 2 of Stable Diffusion's at 512², 1 above and for low VRAM."""
+    """Samples at once: 64 of the bundled model's size, 2 of Stable Diffusion's at 512², 1 above and for low VRAM."""
     if model.low_vram:
         return 1
     _, height, width = model.latent_shape

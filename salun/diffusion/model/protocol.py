@@ -133,7 +133,7 @@ class DiffusionModel(Denoiser, Protocol):
     """Everything the pipeline needs from a model besides `predict`: sampling, VAE, weight access.
 
     name: for people. settings: defaults for sampling and training. dtype: of the computation. low_vram: whether to
-    compute one sample at a time. vae: for `awake`.
+    sample one image at a time. vae: for `awake`.
     """
 
     name: str

@@ -15,7 +15,8 @@ def anchor_shown(pair: EvaluationPair) -> Value:
     if len(anchors) < len(pair.concepts):
         return Unknown("an anchor is the empty prompt, which no detector can detect")
     return pair.cannot_tell() or Estimate.percentage(
-        pair.forget_images(lambda c: pair.after.forget.shows(c.attribute, anchors[c.name], c.rows))
+        pair.forget_images(lambda c: pair.after.forget.shows(c.attribute, anchors[c.name], c.rows)),
+        pair.prompts_of_images(),
     )
 
 

@@ -12,7 +12,7 @@ from salun.evaluation.metric import EvaluationPair, Metric
 
 def unlearning_accuracy(pair: EvaluationPair) -> Value:
     """Images of forget prompts in which the concept is not detected; an invalid image counts as forgotten."""
-    return pair.cannot_tell() or Estimate.percentage(~pair.forget_images(pair.shown))
+    return pair.cannot_tell() or Estimate.percentage(~pair.forget_images(pair.shown), pair.prompts_of_images())
 
 
 def corrected(pair: EvaluationPair) -> Value:

@@ -16,7 +16,10 @@ def _right(pair: EvaluationPair) -> dict[str, np.ndarray]:
 def retain_accuracy(pair: EvaluationPair) -> Value:
     """What images of other prompts show as prompted; an invalid image shows nothing."""
     right = list(_right(pair).values())
-    return Estimate.percentage(np.concatenate(right)) if right else Unknown("the detector knows no other prompts")
+    if not right:
+        return Unknown("the detector knows no other prompts")
+    images = np.concatenate([np.arange(len(hits)) for hits in right])  # one image counts once for each attribute
+    return Estimate.percentage(np.concatenate(right), images)
 
 
 def by_attribute(pair: EvaluationPair) -> dict[str, Value]:
