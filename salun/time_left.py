@@ -106,7 +106,9 @@ class TimeLeft:
         elif event.message and not event.total:  # a note on any stage begins none
             self._last -= passed
         elif not self._announced:
-            self._take(self._only(event), event, passed)
+            known = self._stages.get(event.stage)
+            stage = self._only(event)
+            self._take(stage, event, passed if stage is known else 0.0)
         elif event.stage in self._stages and not self._stages[event.stage].over:
             self._take(self._stages[event.stage], event, passed)
         elif self._present is not None:  # small work in between counts as the present stage's
@@ -118,11 +120,12 @@ class TimeLeft:
         self._announced, self._present, self._fraction = True, None, 0.0
 
     def _only(self, event: Event) -> _Timed:
-        """The stage of a run that announced none, each time it begins."""
+        """The stage of a run that announced none, each time it begins: what came before its first event is not its."""
         stage = self._stages.get(event.stage)
         if stage is None or event.step < stage.done:
             cost = StageCost(event.stage, event.total, forward=event.total)
-            self._stages, self._fraction = {event.stage: _Timed(cost, event.total)}, 0.0
+            begun = _Timed(cost, event.total, event.step, event.step)
+            self._stages, self._fraction = {event.stage: begun}, 0.0
         return self._stages[event.stage]
 
     def _take(self, stage: _Timed, event: Event, passed: float) -> None:

@@ -72,6 +72,7 @@ def body_of(rng: random.Random, fields: dict[str, tuple[str, ...]], starts: dict
     sound: dict[str, Any] = {
         "options": {"concept": ["circle"], **named}, "model": "shapes", "deltas": ["run"], "strengths": [1.0],
         "delta": "run", "run": "run", "form": "lora", "rank": 4, "against": "run", "name": "x", "preview_every": 3,
+        "prompt": "one red circle", "strength": 0.5, "seed": 1,
     }  # fmt: skip
     body = {"kind": kind, **{name: sound[name] for name in starts[kind].__annotations__ if name != "kind"}}
     if rng.random() < 0.3:

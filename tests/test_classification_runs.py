@@ -70,7 +70,7 @@ def test_a_runs_options_have_no_number_left_open(run: Path) -> None:
     options = record_of(run)["options"]
     assert set(options) == {item.name for item in fields(UnlearnOptions)}
     open_ones = {name for name, value in options.items() if value is None}
-    assert open_ones == {"original", "image_column", "label_column", "image_size", "ssd_alpha"}
+    assert open_ones == {"original", "image_column", "label_column", "image_size", "ssd_alpha", "lfssd_alpha"}
     assert (options["model"], options["mask"], options["batchnorm"]) == ("small", "saliency", "frozen")
 
 
@@ -475,7 +475,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
         [*command, "--run-dir", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stderr is not None
-        while not process.stderr.readline().startswith("training"):
+        while not process.stderr.readline().startswith("Training"):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         last = process.communicate(timeout=60)[1].splitlines()[-1]

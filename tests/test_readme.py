@@ -113,6 +113,7 @@ def test_every_option_shown_exists() -> None:
     known = {"--" + item.name.replace("_", "-") for kind in kinds for item in dataclasses.fields(kind)}
     known |= {"--config", "--dry-run", "--resume", "--force", "--json", "--debug", "--help"}
     known |= {
+        "--browser",
         "--delta",
         "--strength",
         "--prompt",
