@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                       on the first GPU; prints where the results are
     python benchmarks/gpu.py --table FILE          the results as Markdown, for docs/performance.md
+    python benchmarks/gpu.py --prepare             before: what needs no GPU
     python benchmarks/gpu.py --rehearse            all parts on the CPU at toy sizes: shows that the script works
 
 Each part runs in a process of its own and its results are written at once, so that a run which is cut off, or runs out
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +31,19 @@ from torch.nn import functional as F
 
 from benchmarks.step import reference_step
 from salun.classification.models import ResNet18
+from salun.compute.device import deterministic_kernels
 from salun.diffusion.model.loading import describe
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan, make_plan
-from salun.diffusion.simulate import losses_of, masked_optimizer, operations, simulate, training_data
+from salun.diffusion.simulate import Needs, losses_of, masked_optimizer, operations, simulate, training_data
 from salun.masking.mask import Mask
 from salun.masking.training import take_step
 from salun.progress import Event
+from salun.runs.cache import Cache, key_of
 from tools import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 540  # in all
+SECONDS, MOST = 540, 120  # in all, and for one part
 STEPS = 5  # that are timed, after two that are not
 BATCHES = (1, 4, 8)
 GIB = 2**30
@@ -58,6 +63,7 @@ class Bench:
         self.device, self.size, self.folder = torch.device(device), size, folder
         self.rehearsal = device == "cpu"
         self.dtype = "fp32" if self.rehearsal else "bf16"
+        self.session = ExitStack()  # of contexts that last as long as the process
 
     def wait(self) -> None:
         """Until the device has done all that was queued."""
@@ -94,14 +100,22 @@ def correctness(bench: Bench) -> dict[str, Any]:
     """The same small erasure on the CPU and on the device, in fp32; and host synchronizations in a training step."""
     import salun
 
-    few = {"steps": 6, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 0}
-    runs = [salun.erase("shapes", "circle", device=d, dtype="fp32", seed=0, **few) for d in ("cpu", str(bench.device))]
-    base = runs[0].model.original()
-    change = [{name: run.erased[name].float() - base[name].float() for name in run.erased} for run in runs]
-    both = change[0].keys() & change[1].keys()
-    largest = max(float(each.abs().max()) for each in change[0].values())
-    difference = max(float((change[0][name] - change[1][name]).abs().max()) for name in both)
-    return {"jaccard": runs[0].mask.jaccard(runs[1].mask), "difference": difference / largest}
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    few: dict[str, Any] = {"steps": 6, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 0}
+    here = salun.erase("shapes", "circle", device="cpu", dtype="fp32", seed=0, **few)
+    there = salun.erase("shapes", "circle", device=str(bench.device), dtype="fp32", seed=0, **few)
+    here.mask.save(bench.folder / "mask.safetensors")
+    few["mask"] = str(bench.folder / "mask.safetensors")
+    same = salun.erase("shapes", "circle", device=str(bench.device), dtype="fp32", seed=0, **few)
+    base = here.model.original()
+    change, other = (
+        torch.cat([(run.erased[name].float() - base[name].float()).flatten() for name in sorted(here.erased)])
+        for run in (here, same)
+    )
+    return {
+        "jaccard of the masks": here.mask.jaccard(there.mask),
+        "relative difference of the changes, same mask": float((change - other).norm() / change.norm()),
+    }
 
 
 def synchronizations(bench: Bench) -> dict[str, Any]:
@@ -117,8 +131,8 @@ def synchronizations(bench: Bench) -> dict[str, Any]:
         step()
     if bench.device.type == "cuda":
         torch.cuda.set_sync_debug_mode("default")
-    found = [str(each.message)[:200] for each in caught if "synchroniz" in str(each.message)]
-    return {"count": len(found), "messages": sorted(set(found))}
+    places = [f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
+    return {"count": len(places), "places": sorted(set(places))}
 
 
 def _salun_step(bench: Bench, family: str, batch: int, **options: Any) -> tuple[Callable[[], object], dict[str, Any]]:
@@ -130,19 +144,42 @@ def _salun_step(bench: Bench, family: str, batch: int, **options: Any) -> tuple[
     with torch.no_grad():
         for parameter in model.unet.parameters():
             parameter.normal_(0, 0.02)
-    needs = simulate(spec, plan, bench.device, model.dtype)
-    session = model.configured(plan.options)
-    session.__enter__()  # for as long as the process lives
+    needs, counts = simulated(spec, plan, bench)
+    bench.session.enter_context(model.configured(plan.options))
+    bench.session.enter_context(deterministic_kernels(plan.options.deterministic))
     model.unet.requires_grad_(False)
     data = training_data(model, plan)
-    optimizer = masked_optimizer(model, plan, cached=bench.device.type == "cpu")
+    cpu = bench.device.type == "cpu"
+    optimizer = masked_optimizer(model, plan, cached=cpu, cpu_offload=plan.options.low_vram)
     samples = 2 * plan.recipe.batch_size
     facts = {
         "simulated": max(size for stage, size in needs.peak.items() if stage == "training"),
-        "operations": samples * sum(operations(spec, plan, model.dtype)),
+        "operations": samples * sum(counts),
     }
     count = iter(range(10**6))
     return lambda: take_step(optimizer, lambda _: losses_of(model, plan, data, next(count)), 0, {}), facts
+
+
+def simulated(spec: Any, plan: Plan, bench: Bench) -> tuple[Needs, tuple[int, int]]:
+    """What a plan needs and its operations, from the results' folder where `--prepare` left them."""
+    cache = Cache(ROOT / "benchmarks" / "results" / "gpu" / "simulated") if not bench.rehearsal else Cache(bench.folder)
+    dtype = torch.float32 if bench.rehearsal else torch.bfloat16
+    needs = simulate(spec, plan, bench.device, dtype, cache)
+    key = key_of(what="operations", family=str(spec.family), size=bench.size, resolution=plan.sampling.resolution)
+    stored = cache.get(key)
+    if stored is None:
+        stored = {"counts": torch.tensor(operations(spec, plan, dtype))}
+        cache.put(key, stored)
+    forward, backward = stored["counts"].tolist()
+    return needs, (forward, backward)
+
+
+def prepare() -> None:
+    """Simulate all steps now, which needs no GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench("cuda", "true", Path(folder))
+        for family, batch, options in STEPS_OF.values():
+            simulated(*bench.plan(family, batch, **options), bench)
 
 
 def _step_part(family: str, batch: int, **options: Any) -> Part:
@@ -185,7 +222,7 @@ def erasure(bench: Bench) -> dict[str, Any]:
     import salun
 
     path = checkpoints.make(bench.folder / "random.safetensors", "sd1", size=bench.size)
-    few = {"steps": 20, "batch_size": 4, "forget_latents": 16, "retain_latents": 16, "eval_images": 8}
+    few = {"steps": 20, "batch_size": 4, "forget_latents": 8, "retain_latents": 8, "eval_images": 4}
     if bench.rehearsal:
         few = {
             "steps": 1,
@@ -267,26 +304,27 @@ def profile(bench: Bench) -> dict[str, Any]:
         step()
         bench.wait()
     averages = profiler.key_averages()
-    launches = sum(
-        each.count for each in averages if each.key in ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx")
-    )
+    launches = sum(each.count for each in averages if each.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     return {"launches": launches, "text": averages.table(sort_by=order, row_limit=25, max_name_column_width=60)}
 
 
+STEPS_OF: dict[str, tuple[str, int, dict[str, Any]]] = {
+    **{f"SD 1.5, batch {batch}": ("sd1", batch, {}) for batch in BATCHES},
+    "SD 1.5, batch 8, gradient checkpointing": ("sd1", 8, {"gradient_checkpointing": True}),
+    "SD 1.5, batch 8, low VRAM": ("sd1", 8, {"low_vram": True}),
+    **{f"SDXL, batch {batch}": ("sdxl", batch, {"gradient_checkpointing": True}) for batch in (1, 4)},
+    "SDXL, batch 1, low VRAM": ("sdxl", 1, {"low_vram": True}),
+}
 PARTS: dict[str, Part] = {
     "matrix product": matrix_product,
     "correctness": correctness,
     "synchronizations": synchronizations,
-    **{f"SD 1.5, batch {batch}": _step_part("sd1", batch) for batch in BATCHES},
-    "SD 1.5, batch 8, gradient checkpointing": _step_part("sd1", 8, gradient_checkpointing=True),
-    "SD 1.5, batch 8, low VRAM": _step_part("sd1", 8, low_vram=True),
     "SD 1.5, batch 8, the authors' loop": reference,
-    **{f"SDXL, batch {batch}": _step_part("sdxl", batch, gradient_checkpointing=True) for batch in (1, 4)},
-    "SDXL, batch 1, low VRAM": _step_part("sdxl", 1, low_vram=True),
-    "profile": profile,
     "classification": classification,
+    **{name: _step_part(family, batch, **options) for name, (family, batch, options) in STEPS_OF.items()},
     "erasure": erasure,
+    "profile": profile,
 }
 
 
@@ -303,6 +341,7 @@ def run_all(output: Path, device: str, limit: float, only: list[str]) -> None:
     results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"parts": {}}
     results["device"] = torch.cuda.get_device_name() if device == "cuda" else "CPU (a rehearsal at toy sizes)"
     results["torch"] = torch.__version__
+    environment = {**os.environ, "SALUN_CACHE_SIZE": "0"}  # samples from a cache would not be timed
     for name in only or PARTS:
         left = limit - (time.perf_counter() - began)
         if name in results["parts"] or left < 5:
@@ -310,12 +349,14 @@ def run_all(output: Path, device: str, limit: float, only: list[str]) -> None:
         command = [sys.executable, __file__, "--part", name, "--device", device]
         started = time.perf_counter()
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=min(left, MOST), check=False, env=environment
+            )
             lines = done.stdout.strip().splitlines()
             error = done.stderr.strip()[-2000:]
             found = json.loads(lines[-1]) if done.returncode == 0 and lines else {"error": error}
         except subprocess.TimeoutExpired:
-            found = {"error": f"not done after {left:.0f} s"}
+            found = {"error": f"not done after {min(left, MOST):.0f} s"}
         print(f"{time.perf_counter() - started:6.1f} s  {name}: {_line(found)}", flush=True)
         if "error" not in found:
             results["parts"][name] = found
@@ -358,12 +399,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit in all (default: 540)")
     parser.add_argument("--only", action="append", default=[], choices=PARTS, metavar="PART", help="repeatable")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument(
+        "--prepare", action="store_true", help="simulate all steps now, without a GPU, to save its time"
+    )
     parser.add_argument("--table", type=Path)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.table:
         table(args.table)
+    elif args.prepare:
+        prepare()
     elif args.part:
         run_part(args.part, args.device)
     else:

@@ -20,7 +20,7 @@ from salun.diffusion.model.loading import describe
 from salun.diffusion.model.sketch import sketched
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
-from salun.diffusion.simulate import Needs, advice_to_fit, losses_of, masked_optimizer, simulate, training_data
+from salun.diffusion.simulate import MARGIN, Needs, advice_to_fit, losses_of, masked_optimizer, simulate, training_data
 from salun.errors import ConfigError
 from salun.masking.training import take_step
 from salun.progress import Stage
@@ -81,15 +81,15 @@ def test_what_saves_memory_is_simulated(hollow: Callable[[str], str], cache: Cac
     plain = needs_of(hollow("sd1"), cache=cache, batch_size=4)
     offloaded = needs_of(hollow("sd1"), batch_size=4, low_vram=True)
     assert offloaded.most < plain.most
-    assert offloaded.cpu > plain.cpu == 0
+    assert offloaded.cpu > plain.cpu > 0  # a probe of a goal holds the trained weights there
 
 
 def test_advice_names_an_option_with_which_it_fits(hollow: Callable[[str], str], cache: Cache) -> None:
     spec = describe(hollow("sd1"))
     plan = make_plan(spec.settings, spec.name, "nudity", EraseOptions(resolution=64, batch_size=4))
     needed = simulate(spec, plan, GPU, torch.bfloat16, cache).most
-    assert advice_to_fit(spec, plan, GPU, torch.bfloat16, needed, cache) == ""
-    advice = advice_to_fit(spec, plan, GPU, torch.bfloat16, needed - 1, cache)
+    assert advice_to_fit(spec, plan, GPU, torch.bfloat16, needed + MARGIN, cache) == ""
+    advice = advice_to_fit(spec, plan, GPU, torch.bfloat16, needed + MARGIN - 1, cache)
     assert re.search(r"low_vram and batch_size 4 needs [\d.]+ GiB", advice)  # images are decoded one at a time then
 
 

@@ -81,6 +81,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
+def any_order() -> Iterator[None]:
+    """Context manager: kernels whose result does not depend on the order of their writes here, such as those that copy
+    to distinct indices, need not be deterministic ones, for which torch sorts the indices on a GPU."""
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
+@contextmanager
 def deterministic_kernels(deterministic: bool) -> Iterator[None]:
     """Context manager: torch uses deterministic kernels where available, and warns elsewhere."""
     if not deterministic:

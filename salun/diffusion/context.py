@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.diffusion.simulate import advice_to_fit
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.display import shown
-from salun.errors import ConfigError, SalunError
+from salun.errors import ConfigError
 from salun.files import check_disk_space, sha256_file
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
@@ -33,6 +34,8 @@ from salun.runs.cache import Cache
 from salun.runs.folder import check_folder
 from salun.runs.record import RunRecord
 from salun.user_text import as_spelled
+
+logger = logging.getLogger("salun")
 
 
 @dataclass
@@ -125,10 +128,13 @@ def _memory_advice(model: Model, plan: Plan, options: EraseOptions, cache: Cache
     """What to do if the GPU's memory does not suffice; "" if it does, or if the model's files are not known."""
     given = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
     weights = sum(p.numel() * p.element_size() for p in model.parameters().values())  # they are there already
-    free = torch.cuda.mem_get_info(model.device)[0] + weights
-    with suppress(SalunError):
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free = torch.cuda.mem_get_info(model.device)[0] + unused + weights
+    try:
         return advice_to_fit(describe(model.name, given), plan, model.device, model.dtype, free, cache)
-    return ""
+    except Exception:  # of a torch that cannot simulate a kernel, say: no reason to stop a run
+        logger.debug("the run's memory could not be simulated", exc_info=True)
+        return ""
 
 
 def record_of(

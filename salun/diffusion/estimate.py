@@ -23,6 +23,7 @@ from salun.diffusion.simulate import Needs, advice_to_fit, operations, simulate
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.errors import ConfigError
 from salun.files import check_disk_space
+from salun.masking.saliency import each_gradient
 from salun.progress import Event, Progress, Stage, StageCost, silent
 from salun.runs.cache import Cache
 from salun.runs.folder import check_folder
@@ -75,7 +76,7 @@ def preview(
     room = None if free is None else free - (resident or 0)
     advice = advice_to_fit(spec, plan, device, dtype, room, cache or Cache.of_user()) if room is not None else ""
     fits = not advice
-    if fits or previous is not None:
+    if fits:
         loaded = load_with(model, options)
         if previous is not None:
             record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
@@ -167,19 +168,14 @@ def _measured(model: Model, plan: Plan) -> Pace:
     def run(n: int, graph: bool) -> float:
         x = torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(0)).to(model.device)
         t = torch.full((n,), model.schedule.t_at(0.5), device=model.device)
-        for parameter in parameters.values():
-            parameter.requires_grad_(graph)
         began = time.perf_counter()
-        with torch.set_grad_enabled(graph):
+        with torch.set_grad_enabled(graph), each_gradient(parameters if graph else {}, lambda name, gradient: None):
             out = model.predict(x, t, prompt.expand(n))
             if graph:
                 out.square().mean().backward()
         if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        taken = time.perf_counter() - began
-        for parameter in parameters.values():
-            parameter.grad = None
-        return taken
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter() - began
 
     known: dict[tuple[int, bool], tuple[float, float]] = {}
 

@@ -72,9 +72,10 @@ class Pool:
         each = len(self.task.training_set.forget) // len(self.rows)  # forget samples of a concept
         concept = int(batch.picked[0]) // each
         member = concept * self.size + step % self.size
-        if step % EVERY == 0:
-            self._renew(concept, step // EVERY % self.size, AGAIN + step * ROUND, ROUND)
-        self._improve(SALT + step, concept, member)
+        with self.tokens.encoding():  # backward passes go through the encoders too
+            if step % EVERY == 0:
+                self._renew(concept, step // EVERY % self.size, AGAIN + step * ROUND, ROUND)
+            self._improve(SALT + step, concept, member)
         chosen = (batch.picked // each == concept).nonzero().flatten()
         with torch.no_grad():
             conditioning = self._conditioning(concept, member, (batch.picked[chosen] % each).tolist())
@@ -90,7 +91,8 @@ class Pool:
         """
         before = {name: tensor.clone() for name, tensor in self.state().items()}
         number = min(1, self.size - 1)
-        self._renew(concept, number, JUDGING + step * LONGER, LONGER)
+        with self.tokens.encoding():
+            self._renew(concept, number, JUDGING + step * LONGER, LONGER)
         member = concept * self.size + number
         learned = [matrix[member : member + 1].clone() for matrix in self.vectors]
         self.load_state(before)

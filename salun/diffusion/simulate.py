@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from salun.checkpoints.single_file import shapes_of
+from salun.detectors import passes_of
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
 from salun.diffusion.model.loading import ModelSpec
@@ -38,6 +39,18 @@ from salun.runs.cache import Cache, key_of
 
 BLOCK = 512  # bytes; what an allocator rounds up to
 NUMBERS = ("cpu", "sampled")  # fields of `Needs`
+DECISIVE = (  # options on which needs depend, apart from those of the recipe and of sampling
+    "mask",
+    "density",
+    "scope",
+    "method",
+    "optimizer",
+    "gradient_checkpointing",
+    "low_vram",
+    "target_guidance",
+    "forget_images",
+)
+MARGIN = 2**30  # bytes that a GPU's libraries and the gaps of its allocator take, about
 MOMENTS_8BIT = 6  # of them, what 8-bit moments save
 
 
@@ -79,9 +92,10 @@ def simulate(
     key = key_of(
         what="needs",
         shapes={name: list(shape) for name, shape in shapes_of(spec.stored).items()},
-        config=[str(spec.family), spec.scheduler_config, asdict(spec.settings.sampling)],
-        options=asdict(plan.options),
+        config=[str(spec.family), spec.scheduler_config, asdict(plan.sampling)],
+        options={name: getattr(plan.options, name) for name in DECISIVE},
         recipe=asdict(plan.recipe),
+        goal=plan.goal is not None,
         concepts=len(plan.concepts),
         device=device.type,
         dtype=str(dtype),
@@ -104,6 +118,7 @@ def advice_to_fit(
         spec, plan, device, dtype, cache: As in `simulate`.
         free: Bytes that are free on the device.
     """
+    free -= MARGIN if device.type == "cuda" else 0
     needed = simulate(spec, plan, device, dtype, cache).most
     if needed <= free:
         return ""
@@ -151,6 +166,9 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
         more = {stage: others.get(stage, encoders + vae) for stage in peak}
         if trains:
             more[Stage.TRAINING] += held
+        if trains and plan.goal is not None:  # with the trained weights, while a probe needs the original ones
+            peak[Stage.PROBING] = _probed(plan, peak) + (moments + dtype.itemsize) * total
+            more[Stage.PROBING] = encoders + vae
         return Needs({stage: size + more[stage] for stage, size in peak.items()}, 0, sampled)
     peak[Stage.LOADING] = _bytes(model.unet) + encoders
     if options.low_vram and Stage.SALIENCY in peak:
@@ -159,7 +177,16 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
     if options.low_vram and trains:
         peak[Stage.TRAINING] -= moments * entries_trained
         held += moments * entries_trained
+    elif trains and plan.goal is not None:
+        peak[Stage.PROBING] = _probed(plan, peak) + moments * entries_trained
+    if trains and plan.goal is not None:
+        held += total * dtype.itemsize  # the trained weights, while a probe needs the original ones
     return Needs(peak, held, sampled)
+
+
+def _probed(plan: Plan, peak: Mapping[Stage, int]) -> int:
+    """What sampling for a probe needs during training, and decoding, if the detector looks at images."""
+    return peak[Stage.SAMPLING] if passes_of(plan.detector) else max(peak[Stage.SAMPLING], peak[Stage.IMAGES_BEFORE])
 
 
 def _bytes(module: nn.Module | None) -> int:
@@ -218,7 +245,8 @@ def _sampling(model: Model, plan: Plan, memory: MemoryPeak) -> int:
 
 def _inputs(model: Model, n: int) -> tuple[Tensor, Tensor, Any]:
     """(x_t, t, conditioning) of n samples."""
-    return torch.empty(n, *model.latent_shape), torch.full((n,), model.schedule.t_at(0.5)), _prompts(model, n)
+    t = torch.full((n,), model.schedule.t_at(0.5), device=model.device)
+    return torch.zeros(n, *model.latent_shape, device=model.device), t, _prompts(model, n)
 
 
 def _prompts(model: Model, n: int) -> Any:
@@ -240,7 +268,7 @@ def training_data(model: Model, plan: Plan) -> ErasureData:
     recipe, n = plan.recipe, plan.recipe.forget_latents * len(plan.concepts)
 
     def latents(count: int) -> Tensor:
-        return torch.empty(count, *model.latent_shape)
+        return torch.zeros(count, *model.latent_shape, device=model.device)
 
     prompts = [_prompts(model, count) for count in (n, n, recipe.retain_latents, 1)]
     return ErasureData(latents(n), latents(n), latents(recipe.retain_latents), *prompts)
@@ -271,15 +299,19 @@ def _small(packed: Any) -> Tensor:
     return torch.stack([each.parameter.view(-1)[:1].float().sum() for each in packed]).sum()
 
 
-def masked_optimizer(model: Model, plan: Plan, cached: bool) -> MaskedOptimizer:
-    """The optimizer of a plan's training, on a model without weights."""
+def masked_optimizer(model: Model, plan: Plan, cached: bool, cpu_offload: bool = False) -> MaskedOptimizer:
+    """The optimizer of a plan's training with some mask.
+
+    Args:
+        cached, cpu_offload: As in `MaskedOptimizer`.
+    """
     parameters, options = parameters_in_scope(model, plan.scope), plan.options
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     masked = plan.method.takes_mask and options.mask != "full"
     mask = _some_mask(shapes, options.density if masked else 1.0)
-    make = adam("adam", 1e-5, parameters)
+    make = adam("adam", 1e-5, parameters, cpu_offload)
     packs = model.dtype == torch.float16 or options.method == "salun-soft"
-    return MaskedOptimizer(parameters, mask, make, "pack" if packs else "step", cached=cached)
+    return MaskedOptimizer(parameters, mask, make, "pack" if packs else "step", None, cpu_offload, cached=cached)
 
 
 def _some_mask(shapes: Mapping[str, tuple[int, ...]], density: float | str) -> Mask:
@@ -320,12 +352,33 @@ def operations(spec: ModelSpec, plan: Plan, dtype: torch.dtype) -> tuple[int, in
         for graph in (False, True):
             for parameter in parameters_in_scope(model, plan.scope).values():
                 parameter.requires_grad_(graph)
-            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(graph):
+            with (
+                FlopCounterMode(display=False, custom_mapping=_attention_operations()) as counter,
+                torch.set_grad_enabled(graph),
+            ):
                 output = model.predict(*_inputs(model, 1))
                 if graph:
                     output.square().mean().backward()
             counts.append(int(counter.get_total_flops()))
     return counts[0], counts[1]
+
+
+def _attention_operations() -> dict[Any, Any]:
+    """Formulas of the attention that runs on the CPU, for which torch's counter has none: as of a GPU's."""
+    from torch.utils.flop_counter import sdpa_backward_flop, sdpa_flop
+
+    def of_tensors(formula: Any) -> Any:
+        def count(*args: Any, **kwargs: Any) -> int:
+            return int(formula(*args, **kwargs))
+
+        count._get_raw = True  # type: ignore[attr-defined]  # torch's formulas take tensors already
+        return count
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: of_tensors(sdpa_flop),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: of_tensors(sdpa_backward_flop),
+    }
 
 
 def _as_tensors(needs: Needs) -> dict[str, Tensor]:

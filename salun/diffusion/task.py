@@ -206,8 +206,7 @@ class ErasureTask:
     def at_strength(self, strength: float) -> Iterator[None]:
         """Context manager: the live network has the weights θ₀ + s·(θ − θ₀); afterwards as it was."""
         original = self.model.original()
-        place = "cpu" if self.plan.options.low_vram else self.model.device
-        current = {name: p.detach().to(place, copy=True) for name, p in self.parameters.items()}
+        current = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(original[name])

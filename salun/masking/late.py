@@ -12,20 +12,25 @@ Key = TypeVar("Key")
 
 
 class LateValues(Generic[Key]):
-    """Small tensors on their way to the host: a GPU's arrive when the next ones are added, others at once."""
+    """Small tensors on their way to the host: a GPU's arrive when the next ones are added, others at once.
 
-    def __init__(self) -> None:
+    at_once: Wait for a GPU's too.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self._at_once = at_once
         self._queue: deque[tuple[Key, Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, key: Key, values: Tensor) -> list[tuple[Key, list[float]]]:
         """Send values (n,) on their way; returns those that have arrived by now, with their keys, in order."""
-        copied = values.detach().to("cpu", non_blocking=True)  # into pinned memory
+        late = values.device.type == "cuda" and not self._at_once
+        copied = values.detach().to("cpu", non_blocking=late)  # into pinned memory
         event = None
-        if values.device.type == "cuda":
+        if late:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(values.device))
         self._queue.append((key, copied, event))
-        return self._arrived(keep=0 if event is None else 1)
+        return self._arrived(keep=1 if late else 0)
 
     def rest(self) -> list[tuple[Key, list[float]]]:
         """Wait for all that are on their way."""

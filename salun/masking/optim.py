@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from salun.compute.device import finish_copies
+from salun.compute.device import any_order, finish_copies, to_device
 from salun.errors import MaskError, TrainingError
 from salun.masking.mask import Mask
 
@@ -66,11 +66,12 @@ class PackedParameter:
     @torch.no_grad()
     def scatter(self, indices: Tensor | None) -> None:
         """Write the master, rounded to nearest, into the parameter's masked entries."""
-        values = self.master.to(self.parameter.dtype).to(self.parameter.device)
+        values = to_device(self.master.to(self.parameter.dtype), self.parameter.device)
         if indices is None:
             self.parameter.copy_(values.view_as(self.parameter))
         elif self.parameter.is_contiguous():
-            self.parameter.data.view(-1).index_copy_(0, indices.long(), values)
+            with any_order():  # each entry is written once
+                self.parameter.data.view(-1).index_copy_(0, indices.long(), values)
         else:
             self.parameter.copy_(self.parameter.flatten().index_copy(0, indices.long(), values).view_as(self.parameter))
 
@@ -92,9 +93,10 @@ def _nonzero(dense: Tensor, count: int) -> Tensor:
 class MaskedOptimizer:
     """Trains the masked entries of named parameters; a context manager that leaves no hook and no gradient behind.
 
-    A loss or gradient that is not finite changes no weight. Whether one was is decided on the device (`found_inf`), so
-    that the host queues step after step without waiting; optimizers that take no such flag are not called then, for
-    which the host has to wait.
+    A loss that is not finite changes no weight, and after a gradient that is not, none changes any more: in mode "pack"
+    not in this step either, in mode "step" from the gradient's group on. Whether one was is decided on the device
+    (`found_inf`), so that the host queues step after step without waiting; optimizers that take no such flag are not
+    called then, for which the host has to wait.
 
     Args:
         parameters: Every parameter of the model in the mask's scope.
@@ -205,9 +207,13 @@ class MaskedOptimizer:
         packed = self.packed[name]
         assert parameter.grad is not None
         indices = packed.indices()
-        gradient = packed.gather(parameter.grad, indices).to(packed.master.device, torch.float32, non_blocking=True)
+        late = parameter.device.type == "cuda"  # other devices' copies cannot be waited for
+        gradient = packed.gather(parameter.grad, indices).to(packed.master.device, torch.float32, non_blocking=late)
         parameter.grad = None
-        packed.master.grad = gradient if packed.master.grad is None else packed.master.grad.add_(gradient)
+        if packed.master.grad is not None:
+            finish_copies(self._device, gradient.device)
+            gradient = packed.master.grad.add_(gradient)
+        packed.master.grad = gradient
         if self.mode == "step":
             self._pending[name] = indices
             self._waiting += packed.count

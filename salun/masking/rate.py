@@ -29,10 +29,10 @@ def first_order_rate(
     Raises:
         TrainingError: A loss or gradient is not finite, or there is nothing to learn.
     """
-    norms, total = [], 0.0
+    norms, total, counts = [], 0.0, mask.counts()
 
     def add(name: str, gradient: Tensor) -> None:
-        if mask.counts().get(name):
+        if counts.get(name):
             norms.append((gradient.float() * mask.dense(name).to(gradient.device)).abs().sum() / scale)
 
     with each_gradient(parameters, add):

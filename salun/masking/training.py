@@ -203,13 +203,14 @@ class _History:
     """The losses of all steps, and the loss scale, as far as the device has computed them.
 
     Those of a step that is not read yet are NaN in its row. Reading them raises TrainingError if the step's loss or
-    gradient was not finite; the steps since then changed no weight.
+    gradient was not finite; the steps since then changed no weight. Several processes read them at once, so that all
+    raise it at the same step.
     """
 
     def __init__(self, rows: list[LossRow], optimizer: MaskedOptimizer, processes: Processes) -> None:
         self.rows, self.scale, self._processes = rows, float(optimizer.loss_scale), processes
         self._names: tuple[str, ...] = ()
-        self._late = LateValues[tuple[int, tuple[str, ...]]]()
+        self._late = LateValues[tuple[int, tuple[str, ...]]](at_once=processes.count > 1)
 
     def add(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
         """Note a step (0-based) whose losses of these names are on their way; see `take_step`."""
@@ -287,7 +288,7 @@ def take_step(
 
     Returns:
         The names of its n losses, and float32 (n + 3,): the losses, their weighted sum, 1 if it failed as no smaller
-        loss scale can mend, and the loss scale of the next step. A step that failed changed no weight.
+        loss scale can mend, and the loss scale of the next step. After a step that failed no weight changes.
     """
     named = losses(step)
     total = weighted_sum(named, weights)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from salun.compute.device import finish_copies, to_device
+from salun.compute.device import to_device
 from salun.diffusion.harden import Pool
 from salun.diffusion.losses import Draw, draw, frozen_predictions, training_losses
 from salun.diffusion.output import changed_entries, mask_of_changed
@@ -52,11 +51,9 @@ class _Losses:
         self._targets.clear()
         guidance = task.plan.options.target_guidance + (task.until.now.guidance if task.until is not None else 0.0)
         for step in range(start, end if task.plan.needs_frozen else start):
-            predicted = frozen_predictions(task.model, self._batch(step), guidance)
-            self._targets[step] = predicted.to("cpu", non_blocking=True)  # into pinned memory, where it is a GPU's
+            self._targets[step] = frozen_predictions(task.model, self._batch(step), guidance).cpu()
             if task.until is None:
                 task.progress(Event(Stage.FROZEN_TARGETS, step + 1, task.plan.budget, restored=start))
-        finish_copies(task.model.device, torch.device("cpu"))
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         task, recipe = self._task, self._task.plan.recipe
