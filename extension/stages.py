@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from salun.display import LABELS
 from salun.progress import Event, Progress, Stage, StageCost
 
 SAVING = 0.05  # fraction of an erasure that writing its files takes
@@ -13,30 +14,6 @@ MIN_FRACTION = 0.03  # below it, no time left is estimated
 MEASURED = 0.5  # seconds of a stage after which its pace is known
 CORRECTED = 1.5  # a time left is corrected upward if it is too short by this factor; otherwise it only counts down
 REPEATED = (Stage.SAMPLING, Stage.ENCODING, Stage.IMAGES_BEFORE, Stage.SALIENCY, Stage.FROZEN_TARGETS)
-LABELS = {
-    Stage.PLANNING: "planning",
-    Stage.LOADING: "loading the model",
-    Stage.CHECKING: "checking the model",
-    Stage.COMPARING: "comparing",
-    Stage.SAMPLING: "sampling training data",
-    Stage.ENCODING: "encoding images",
-    Stage.IMAGES_BEFORE: "generating “before” images",
-    Stage.SALIENCY: "computing the saliency mask",
-    Stage.FROZEN_TARGETS: "computing targets with the original model",
-    Stage.TRAINING: "training",
-    Stage.IMAGES_AFTER: "generating “after” images",
-    Stage.EVALUATING: "evaluating",
-    Stage.PROBING: "comparing predictions with the anchor's",
-    Stage.DETECTING: "detecting the concept",
-    Stage.ATTACKING: "attacking",
-    Stage.SAVING: "saving",
-    Stage.WRITING: "writing the checkpoint",
-    Stage.EXPORTING: "exporting",
-    Stage.STOPPING: "stopping",
-}
-"""Stage → what the page shows; a stage without a label is shown by its name."""
-
-
 def with_saving(costs: Sequence[StageCost]) -> list[StageCost]:
     """The stages of an erasure, with the writing of its files at the end."""
     total = sum(cost.passes for cost in costs)
@@ -142,5 +119,5 @@ class ProgressEstimator:
 
 
 def label(stage: str) -> str:
-    """A stage's label on the page; “starting” for "", before the first stage."""
-    return next((text for known, text in LABELS.items() if known == stage), stage) or "starting"
+    """A stage's label on the page, that of the command line; “starting” for "", before the first stage."""
+    return next((text.lower() for known, text in LABELS.items() if known == stage), stage) or "starting"
