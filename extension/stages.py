@@ -14,6 +14,8 @@ MIN_FRACTION = 0.03  # below it, no time left is estimated
 MEASURED = 0.5  # seconds of a stage after which its pace is known
 CORRECTED = 1.5  # a time left is corrected upward if it is too short by this factor; otherwise it only counts down
 REPEATED = (Stage.SAMPLING, Stage.ENCODING, Stage.IMAGES_BEFORE, Stage.SALIENCY, Stage.FROZEN_TARGETS)
+
+
 def with_saving(costs: Sequence[StageCost]) -> list[StageCost]:
     """The stages of an erasure, with the writing of its files at the end."""
     total = sum(cost.passes for cost in costs)

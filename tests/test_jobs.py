@@ -32,6 +32,7 @@ from extension.stages import ProgressEstimator
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
+from salun.display import LABELS
 from salun.errors import ConfigError, SalunError
 from salun.progress import Event, Stage, StageCost
 
@@ -348,7 +349,7 @@ def test_saving_takes_its_part_of_an_erasure(shapes: Model) -> None:
     costs = stages.with_saving(make_plan(shapes.settings, "shapes", "circle", salun.EraseOptions(**SHORT)).stages())
     passes = [cost.passes for cost in costs]
     assert (costs[-1].stage, passes[-1]) == (Stage.SAVING, pytest.approx(0.05 * sum(passes), rel=0.01))
-    assert {cost.stage for cost in costs} <= set(stages.LABELS)
+    assert {cost.stage for cost in costs} <= set(LABELS)
 
 
 def test_what_had_not_begun_when_the_program_ended_goes_on_at_its_next_start_in_order(

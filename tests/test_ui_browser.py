@@ -121,7 +121,7 @@ def test_a_concept_is_erased_by_clicking(page: Any, server: tuple[str, Path]) ->
     assert percents == sorted(percents)
     assert len(set(percents)) > 3
     assert page.locator(".salun-job").count() == 1
-    assert re.search(r"forgotten \(UA\): \d+\.\d % \(", job.inner_text())
+    assert re.search(r"forgotten \(UA\), as detected: \d+\.\d % \(", job.inner_text())
     job.locator("img:visible").wait_for()  # before and after
     verdict = job.locator(".salun-verdict")
     assert re.match(
