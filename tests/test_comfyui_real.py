@@ -364,6 +364,12 @@ def test_2_every_example_workflow_runs_and_gives_all_its_outputs(server: Server)
         saved = sorted(p.name for p in server.file("salun").glob("*.salun.safetensors"))
         changes = {**SMALLER, "SalUnLoadDelta": {"file": saved[0] if saved else ""}}
         prompt = from_front_end(json.loads(path.read_text()), info, **changes)
+        if any(each["class_type"] == "SalUnAttack" for each in prompt.values()):
+            with pytest.raises(
+                AssertionError, match="no attack can be judged"
+            ):  # images of random weights show nothing
+                server.run(prompt)
+            continue
         outputs = server.run(prompt)
         wanted = {number for number, each in prompt.items() if info[each["class_type"]]["output_node"]}
         assert set(outputs) == wanted, path.name
