@@ -64,7 +64,16 @@ PACK = "another-name"  # without a space: ComfyUI serves no help from a folder t
 SOURCE = "host.safetensors"
 NODES = 17
 TINY = {"forget_latents": 2, "retain_latents": 2, "resolution": 64}
-TRAIN = {"steps": 3, "batch_size": 1, "lr": 1e-4, "retain_weight": "auto", "density": 0.5, "eval_images": 0, "seed": 0}
+TRAIN = {
+    "until": "auto",
+    "steps": 3,
+    "batch_size": 1,
+    "lr": 1e-4,
+    "retain_weight": "auto",
+    "density": 0.5,
+    "eval_images": 0,
+    "seed": 0,
+}
 AT_ONCE = {"target": "online", "retain_target": "noise"}  # no frozen targets to make before the training
 
 
