@@ -87,9 +87,10 @@ def test_what_saves_memory_is_simulated(hollow: Callable[[str], str], cache: Cac
 def test_advice_names_an_option_with_which_it_fits(hollow: Callable[[str], str], cache: Cache) -> None:
     spec = describe(hollow("sd1"))
     plan = make_plan(spec.settings, spec.name, "nudity", EraseOptions(resolution=64, batch_size=4))
-    needed = simulate(spec, plan, GPU, torch.bfloat16, cache).most
-    assert advice_to_fit(spec, plan, GPU, torch.bfloat16, needed + MARGIN, cache) == ""
-    advice = advice_to_fit(spec, plan, GPU, torch.bfloat16, needed + MARGIN - 1, cache)
+    where = spec, plan, GPU, torch.bfloat16, cache
+    needs = simulate(*where)
+    assert advice_to_fit(needs, needs.most + MARGIN, *where) == ""
+    advice = advice_to_fit(needs, needs.most + MARGIN - 1, *where)
     assert re.search(r"low_vram and batch_size 4 needs [\d.]+ GiB", advice)  # images are decoded one at a time then
 
 

@@ -52,87 +52,73 @@ class SmallCNN(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions and a skip connection (He et al. 2015, section 3)."""
+    """Two 3×3 convolutions and a skip connection (He et al. 2016, section 3).
 
-    def __init__(self, inside: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or inside != out:
-            self.downsample = nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+    Args:
+        projects: Whether a skip connection to another shape is a 1×1 convolution (option B). Otherwise it has no
+            weights: it takes every second pixel, and zeros as the new channels (option A).
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        around = x if self.downsample is None else self.downsample(x)
-        return F.relu(around + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 with the CIFAR stem (3×3, stride 1, no pooling). Parameters are named as torchvision's."""
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = nn.Sequential(Block(64, 64, 1), Block(64, 64, 1))
-        self.layer2 = nn.Sequential(Block(64, 128, 2), Block(128, 128, 1))
-        self.layer3 = nn.Sequential(Block(128, 256, 2), Block(256, 256, 1))
-        self.layer4 = nn.Sequential(Block(256, 512, 2), Block(512, 512, 1))
-        self.fc = nn.Linear(512, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        out: Tensor = self.fc(x.mean((2, 3)))
-        return out
-
-
-class PaddedBlock(nn.Module):
-    """As `Block`; its skip connection has no weights: it takes every second pixel, and zeros as the new channels."""
-
-    def __init__(self, inside: int, out: int, stride: int) -> None:
+    def __init__(self, inside: int, out: int, stride: int, projects: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
         self.stride, self.more = stride, out - inside
+        self.downsample: nn.Module | None = None
+        if projects and (stride != 1 or inside != out):
+            self.downsample = nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         around = x
-        if self.more:
+        if self.downsample is not None:
+            around = self.downsample(x)
+        elif self.more:
             around = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
         return F.relu(around + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
 
 
-class ResNet20(nn.Module):
-    """ResNet-20 for CIFAR: three stages of three blocks (He et al. 2016, section 4.2, n = 3, skips of option A)."""
+class ResNet(nn.Module):
+    """A residual network with the CIFAR stem (3×3, stride 1, no pooling). Parameters are named as torchvision's.
 
-    def __init__(self, channels: int, classes: int) -> None:
+    Args:
+        widths: Channels of each stage; from the second on, a stage halves height and width.
+        blocks: Blocks of a stage.
+        projects: As in `Block`.
+    """
+
+    def __init__(self, channels: int, classes: int, widths: Sequence[int], blocks: int, projects: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        stages, inside = [], 16
-        for width, stride in ((16, 1), (32, 2), (64, 2)):
-            blocks = [PaddedBlock(inside, width, stride), PaddedBlock(width, width, 1), PaddedBlock(width, width, 1)]
-            stages.append(nn.Sequential(*blocks))
+        inside, self.stages = widths[0], len(widths)
+        self.conv1 = nn.Conv2d(channels, inside, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inside)
+        for number, width in enumerate(widths, 1):
+            first = Block(inside, width, 1 if number == 1 else 2, projects)
+            others = [Block(width, width, 1, projects) for _ in range(blocks - 1)]
+            self.add_module(f"layer{number}", nn.Sequential(first, *others))
             inside = width
-        self.layer1, self.layer2, self.layer3 = stages
-        self.fc = nn.Linear(64, classes)
+        self.fc = nn.Linear(inside, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        for number in range(1, self.stages + 1):
+            x = self.get_submodule(f"layer{number}")(x)
         out: Tensor = self.fc(x.mean((2, 3)))
         return out
+
+
+def resnet18(channels: int, classes: int) -> ResNet:
+    """ResNet-18 (He et al. 2016, table 1)."""
+    return ResNet(channels, classes, (64, 128, 256, 512), 2, projects=True)
+
+
+def resnet20(channels: int, classes: int) -> ResNet:
+    """ResNet-20 for CIFAR (He et al. 2016, section 4.2, n = 3)."""
+    return ResNet(channels, classes, (16, 32, 64), 3, projects=False)
 
 
 class VGG16(nn.Module):
@@ -257,7 +243,7 @@ def normalize_for(model: nn.Module, data: ImageData) -> ImageData:
 
 
 ARCHITECTURES: dict[str, Callable[[int, int], nn.Module]] = {
-    "small": SmallCNN, "resnet18": ResNet18, "resnet20": ResNet20, "vgg16-bn": VGG16,
+    "small": SmallCNN, "resnet18": resnet18, "resnet20": resnet20, "vgg16-bn": VGG16,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from salun.classification.splits import Split
 from salun.classification.training_state import TrainingState
 from salun.compute.device import pick_dtype
 from salun.masking.mask import Mask
-from salun.masking.training import TrainingSettings, constant, cosine_decay, train
+from salun.masking.training import MakeOptimizer, TrainingSettings, constant, cosine_decay, train
 from salun.masking.training_state import LossRow
 from salun.progress import Progress, Stage, silent
 from salun.randomness import generator_of, seed_of
@@ -156,21 +156,11 @@ def minimize(
     """
     options = task.options
     epochs, lr = epochs or options.epochs, lr or options.lr
-    assert epochs is not None and lr is not None and task.mask is not None
+    assert epochs is not None and lr is not None
     extra = extra or {}
-    full = Mask.full(extra)
-    mask = Mask({**task.mask.bits, **full.bits}, {**task.mask.shapes, **full.shapes}, task.mask.metadata)
     epoch_of = [epoch for epoch in range(epochs) for _ in batches(epoch, torch.Generator())]
-    steps = len(epoch_of)
-    fused = True if task.device.type == "cuda" else None  # one kernel, which leaves out a step that is not finite
-    settings = TrainingSettings(
-        steps,
-        cosine_decay(lr, steps) if cosine else constant(lr),
-        partial(torch.optim.SGD, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused),
-        soft_density=soft_density,
-        mode="pack",
-        stage=stage,
-    )
+    rate = cosine_decay(lr, len(epoch_of)) if cosine else constant(lr)
+    settings = TrainingSettings(len(epoch_of), rate, _sgd(task, lr), {}, soft_density, mode="pack", stage=stage)
     samples: Iterator[tuple[Batch, Tensor]] = iter(())
     current = dict[int, tuple[Batch, Tensor]]()
 
@@ -188,9 +178,23 @@ def minimize(
 
     saved = state.file(task.model) if state is not None else None
     with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
-        trained = train({**task.parameters, **extra}, mask, losses, settings, task.progress, stop=stop, state=saved)
+        parameters, mask = {**task.parameters, **extra}, _mask_with(task, extra)
+        trained = train(parameters, mask, losses, settings, task.progress, stop=stop, state=saved)
     task.history += _epoch_means(trained.history, epoch_of)
     task.model.eval()
+
+
+def _sgd(task: Task, lr: float) -> MakeOptimizer:
+    """SGD by the task's options; on a GPU in one kernel, which leaves out a step that is not finite."""
+    options, fused = task.options, True if task.device.type == "cuda" else None
+    return partial(torch.optim.SGD, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=fused)
+
+
+def _mask_with(task: Task, extra: dict[str, nn.Parameter]) -> Mask:
+    """The task's mask, and all entries of further parameters."""
+    assert task.mask is not None
+    full = Mask.full(extra)
+    return Mask({**task.mask.bits, **full.bits}, {**task.mask.shapes, **full.shapes}, task.mask.metadata)
 
 
 def _samples(

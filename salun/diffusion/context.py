@@ -22,7 +22,7 @@ from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
-from salun.diffusion.simulate import advice_to_fit
+from salun.diffusion.simulate import advice_to_fit, simulate
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.display import shown
 from salun.errors import ConfigError
@@ -131,7 +131,8 @@ def _memory_advice(model: Model, plan: Plan, options: EraseOptions, cache: Cache
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free = torch.cuda.mem_get_info(model.device)[0] + unused + weights
     try:
-        return advice_to_fit(describe(model.name, given), plan, model.device, model.dtype, free, cache)
+        where = describe(model.name, given), plan, model.device, model.dtype, cache
+        return advice_to_fit(simulate(*where), free, *where)
     except Exception:  # of a torch that cannot simulate a kernel, say: no reason to stop a run
         logger.debug("the run's memory could not be simulated", exc_info=True)
         return ""

@@ -69,14 +69,11 @@ def preview(
     device = pick_device(given.device)
     dtype = pick_dtype(given.dtype, device)
     progress(Event(Stage.MEASURING, message=f"measuring this machine for {spec.name}"))
-    needs = simulate(spec, plan, device, dtype, cache or Cache.of_user())
-    free = _free_memory(device)
-    resident = _resident() if device.type == "cpu" else 0
-    needed = needs.most + (resident or 0)
-    room = None if free is None else free - (resident or 0)
-    advice = advice_to_fit(spec, plan, device, dtype, room, cache or Cache.of_user()) if room is not None else ""
-    fits = not advice
-    if fits:
+    where = spec, plan, device, dtype, cache or Cache.of_user()
+    needs, free = simulate(*where), _free_memory(device)
+    resident = (_resident() or 0) if device.type == "cpu" else 0
+    advice = advice_to_fit(needs, free - resident, *where) if free is not None else ""
+    if not advice:
         loaded = load_with(model, options)
         if previous is not None:
             record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
@@ -84,7 +81,6 @@ def preview(
             pace = _measured(loaded, plan)
     else:
         pace = _computed(operations(spec, plan, dtype), device, dtype)
-    seconds = _seconds(needs, plan, pace)
     disk = disk_needed(spec, plan, outputs, run_dir)
     return {
         "model": spec.name,
@@ -95,17 +91,17 @@ def preview(
         "hints": [plan.few_steps.as_data()] if plan.few_steps else [],
         "steps": _describe_steps(plan),
         "options": asdict(plan.options),
-        "seconds": seconds,
-        "measured": fits,
-        "memory": {
-            "needed": needed,
-            "free": free,
-            "stages": {str(stage): size for stage, size in needs.peak.items()},
-            "cpu": needs.cpu,
-        },
+        "seconds": _seconds(needs, plan, pace),
+        "measured": not advice,
+        "memory": _memory(needs, resident, free),
         "disk": {"needed": sum(disk.values()), "free": shutil.disk_usage(_existing(run_dir)).free},
         "warnings": _warnings(disk, advice),
     }
+
+
+def _memory(needs: Needs, resident: int, free: int | None) -> dict[str, Any]:
+    stages = {str(stage): size for stage, size in needs.peak.items()}
+    return {"needed": needs.most + resident, "free": free, "stages": stages, "cpu": needs.cpu}
 
 
 def _warnings(disk: dict[Path, int], memory: str) -> list[str]:

@@ -110,16 +110,22 @@ def simulate(
 
 
 def advice_to_fit(
-    spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype, free: int, cache: Cache | None = None
+    needs: Needs,
+    free: int,
+    spec: ModelSpec,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache: Cache | None = None,
 ) -> str:
     """What an erasure needs, and the first of some options with which it fits; "" if it fits as it is.
 
     Args:
-        spec, plan, device, dtype, cache: As in `simulate`.
+        needs: By `simulate`, with the other arguments.
         free: Bytes that are free on the device.
     """
     free -= MARGIN if device.type == "cuda" else 0
-    needed = simulate(spec, plan, device, dtype, cache).most
+    needed = needs.most
     if needed <= free:
         return ""
     batch, text = plan.recipe.batch_size, f"it needs about {_gib(needed)} of memory, and {_gib(free)} are free"

@@ -145,14 +145,12 @@ def train(
         Cancelled: From `progress`; the state is saved before.
     """
     half = any(p.dtype == torch.float16 for p in parameters.values())
-    packs = settings.soft_density is not None or half or processes.count > 1
-    mode: Mode = "pack" if packs else settings.mode
+    mode: Mode = "pack" if settings.soft_density is not None or half or processes.count > 1 else settings.mode
     scale = LARGEST_SCALE if half else 1.0
     with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload, scale) as optimizer:
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
         history = _History(_resumed(state, optimizer, settings.steps, processes), optimizer, processes)
-        rows = history.rows
-        resumed = len(rows)
+        rows, resumed = history.rows, len(history.rows)
         checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
             if watch is not None and rows:
@@ -163,23 +161,18 @@ def train(
                 optimizer.set_lr(_rate(step, settings, watch, rows, optimizer, sources))
                 take = partial(take_step, optimizer, losses, step, settings.weights, processes)
                 history.add(step, *(_first(take, optimizer) if half and not step else take()))
-                done = step + 1
                 if threshold is not None:
-                    threshold(done, settings.steps)
+                    threshold(step + 1, settings.steps)
                 total = settings.steps if watch is None else _measured(watch, rows, processes)
-                failure = ""
-                if checkpointer is not None and checkpointer.is_due(done == total):
-                    failure = checkpointer.save(history.settled(), history.scale)
-                progress(Event(settings.stage, done, total, history.latest(), None, failure, resumed))
-                if stop is not None and stop(done):
+                failure = _saved(checkpointer, history, step + 1 == total)
+                progress(Event(settings.stage, step + 1, total, history.latest(), None, failure, resumed))
+                if stop is not None and stop(step + 1):
                     break
         except Cancelled:  # raised between steps, so masters, moments and history belong together
             if checkpointer is not None:
                 checkpointer.save_on_cancel(history.settled(), history.scale)
             raise
-        density = threshold.final_density() if threshold is not None else None
-        masters = {name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()}
-        return Trained(masters, history.settled(), density)
+        return _trained(optimizer, history.settled(), threshold)
 
 
 def _resumed(state: StateFile | None, optimizer: MaskedOptimizer, steps: int, processes: Processes) -> list[LossRow]:
@@ -197,6 +190,17 @@ def _first(
     while bool(optimizer.found_inf) and not bool(optimizer.failed):
         taken = take()
     return taken
+
+
+def _trained(optimizer: MaskedOptimizer, rows: list[LossRow], threshold: SoftThreshold | None) -> Trained:
+    masters = {name: m.to("cpu", copy=True) for name, m in optimizer.masters.items()}
+    return Trained(masters, rows, threshold.final_density() if threshold is not None else None)
+
+
+def _saved(checkpointer: Checkpointer | None, history: _History, last: bool) -> str:
+    """Save the state if it is time to; the reason of a failure, else ""."""
+    due = checkpointer is not None and checkpointer.is_due(last)
+    return checkpointer.save(history.settled(), history.scale) if checkpointer is not None and due else ""
 
 
 class _History:
