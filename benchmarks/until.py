@@ -3,14 +3,18 @@
     python -m benchmarks.until [--n 1000] [--seeds 0 1 2] [--cases circle red night ...]
 
 Each case is erased without options, and with the fixed number of steps; the cache of samples is empty for both.
-Prints, and writes to `docs/until.md` after each run, what `run.json` says and the wall time without the final
-evaluation. Results are kept in `benchmarks/results/until`, so an interrupted run continues.
+Prints, and writes to `docs/until.md` after each run, what `run.json` says and the processor's time without the final
+evaluation, so that a busy machine counts little. Results are kept in `benchmarks/results/until`: an interrupted run
+continues, and the table has all that is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,14 @@ import numpy as np
 import salun
 from benchmarks.stored import stored
 from salun.diffusion.model.stable_diffusion import Model
+from salun.errors import SalunError
 from salun.evaluation.estimate import from_json
 from salun.progress import Event
 from salun.runs.cache import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
+BUNDLED, HOW = ("shapes", "digits"), ("goal", "fixed")
+EVALUATION = ("images before", "images after", "detecting", "evaluating")  # stages that time leaves out
 RESULTS, TABLE = ROOT / "benchmarks" / "results" / "until", ROOT / "docs" / "until.md"
 CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {  # name → model, concepts, options
     "circle": ("shapes", ["circle"], {}),
@@ -35,21 +42,20 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {  # name → model, c
     "v: red": ("v", ["red"], {}),
     "zero-snr: night": ("zero-snr", ["night"], {}),
     "narrow: red": ("narrow", ["red"], {}),
+    "digits: 8": ("digits", ["class:8"], {}),
     "lr 10 times": ("shapes", ["circle"], {"lr": 3e-3}),
     "lr a tenth": ("shapes", ["circle"], {"lr": 3e-5}),
 }
 KEPT = ("ua", "ua_corrected", "ra_before", "ra_after", "anchor", "image_drift", "verdict")
 HEAD = """# Erasing to a goal
 
-**What it shows.** A goal is reached where the fixed number of steps fails (*red* on `narrow`: UA 100 instead of 74
-%), and less is changed where less suffices (*circle*: 84 steps instead of 120, and 85 % of the change). It takes one
-and a half times as long in the median, since probes sample images. There are three cases and one seed; on *circle*
-and *red* of `shapes` both ways erase, and their metrics do not differ clearly.
+**What it shows.** {shows}
 
-Written by `benchmarks/until.py` on the bundled model and its variants, on a CPU; {n} images of each kind. Each case is
-erased without options, towards “{goal}”, and with the fixed number of steps of the recipe. RA:
-images of other prompts that are as prompted. Seconds are those of the run without the
-final evaluation, the cache of samples being empty; in parentheses, the share that the probes take.
+Written by `benchmarks/until.py` on the bundled models and variants of one, on a CPU; {n} images of each kind. Each case
+is erased without options, towards “{goal}”, and with the fixed number of steps of the recipe. RA:
+images of other prompts that are as prompted. Seconds are the processor's, without the final evaluation, the cache of
+samples being empty; in parentheses, the fraction that the probes take. Probes and the evaluation sample the same
+held-out prompts with other seeds.
 
 | case | seed | how | steps | strength | UA | RA drop | anchor shown | drift | seconds | verdict |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -57,32 +63,37 @@ final evaluation, the cache of samples being empty; in parentheses, the share th
 
 
 class Probing:
-    """A progress that adds up the seconds of the probes."""
+    """A progress that adds up the processor's seconds of each stage, and of the probes."""
 
     def __init__(self) -> None:
-        self.seconds, self._last = 0.0, time.perf_counter()
+        self.seconds, self.stages, self._last = 0.0, dict[str, float](), time.process_time()
 
     def __call__(self, event: Event) -> None:
-        now = time.perf_counter()
+        now = time.process_time()
+        stage = str(event.stage)
+        self.stages[stage] = self.stages.get(stage, 0.0) + now - self._last
         if "probing" in event.metrics:
             self.seconds += now - self._last
         self._last = now
 
 
 def row(model: Model, concepts: list[str], options: dict[str, Any], seed: int, n: int) -> dict[str, Any]:
-    """What a run achieves, and how long it took."""
+    """What a run achieves, and how long it took; the error of one that failed."""
     probing = Probing()
-    with tempfile.TemporaryDirectory() as folder:
-        run = salun.erase(
-            model, concepts, seed=seed, eval_images=n, progress=probing, cache=Cache(Path(folder)), **options
-        )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = salun.erase(
+                model, concepts, seed=seed, eval_images=n, progress=probing, cache=Cache(Path(folder)), **options
+            )
+    except SalunError as error:
+        return {"error": error.message}
     until = run.record.more.get("until")
-    seconds = {str(stage): taken for stage, taken in run.record.timings.items()}
     return {
         "steps": len(run.history),
         "strength": until["strength"] if until else 1.0,
         "until": until,
-        "seconds": sum(taken for stage, taken in seconds.items() if stage != "evaluating"),
+        "seconds": sum(taken for stage, taken in probing.stages.items() if stage not in EVALUATION),
+        "stages": probing.stages,
         "probing": probing.seconds,
         **{key: run.metrics.get(key) for key in KEPT},
     }
@@ -90,15 +101,46 @@ def row(model: Model, concepts: list[str], options: dict[str, Any], seed: int, n
 
 def line(case: str, seed: int, how: str, found: dict[str, Any]) -> str:
     """A row of the table."""
+    if "error" in found:
+        return f"| {case} | {seed} | {how} |{' |' * 7} {found['error']} |"
     values = {key: from_json(found[key], "unknown") for key in KEPT if key != "verdict"}
     before, after = (getattr(values[key], "value", float("nan")) for key in ("ra_before", "ra_after"))
-    share = f" ({100 * found['probing'] / found['seconds']:.0f} %)" if how == "goal" else ""
+    probes = f" ({100 * found['probing'] / found['seconds']:.0f} %)" if how == "goal" else ""
+    until = found["until"]
+    came = "" if until is None else ", goal reached" if until["reached"] else ", goal not reached"
     cells = [
         case, str(seed), how, str(found["steps"]), f"{found['strength']:g}", values["ua"].text(""),
         f"{before - after:.1f}", values["anchor"].text(""), values["image_drift"].text("", 4),
-        f"{found['seconds']:.0f}{share}", found["verdict"]["outcome"],
+        f"{found['seconds']:.0f}{probes}", found["verdict"]["outcome"] + came,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def path_of(case: str, seed: int, how: str, n: int) -> Path:
+    """Where a result is kept."""
+    return RESULTS / f"{case.replace(' ', '-').replace(':', '')}-{seed}-{how}-{n}.json"
+
+
+def table(n: int) -> str:
+    """All results of n images that are there, and what they show."""
+    lines, pairs, cases = [], [], set()
+    for case, seed in itertools.product(CASES, range(10)):
+        paths = {how: path_of(case, seed, how, n) for how in HOW}
+        found = {how: json.loads(path.read_text(encoding="utf-8")) for how, path in paths.items() if path.exists()}
+        lines += [line(case, seed, how, each) for how, each in found.items()]
+        if len(found) == len(HOW) and not any("error" in each for each in found.values()):
+            pairs.append(found)
+            cases.add(case)
+    erased = {how: sum(pair[how]["verdict"]["outcome"] == "erased" for pair in pairs) for how in HOW}
+    times = [pair["goal"]["seconds"] / pair["fixed"]["seconds"] for pair in pairs]
+    probes = [pair["goal"]["probing"] / pair["goal"]["seconds"] for pair in pairs]
+    goal = next(pair["goal"]["until"]["goal"] for pair in pairs if pair["goal"]["until"])
+    shows = (
+        f"Of {len(pairs)} erasures ({len(cases)} cases), {erased['goal']} end as “erased” with a goal, and "
+        f"{erased['fixed']} with a fixed number of steps. Relative to the latter a goal takes {np.median(times):.2f} "
+        f"times as long (median); probes take {100 * np.median(probes):.0f} % of it."
+    )
+    return HEAD.format(n=n, goal=goal, shows=textwrap.fill(shows, 120)) + "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -107,24 +149,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     given = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    lines, times, goal = [], [], ""
-    for seed in given.seeds:
-        for case in given.cases:
-            name, concepts, options = CASES[case]
-            model = salun.load("shapes" if name == "shapes" else str(ROOT / "build" / "variants" / name), device="cpu")
-            fixed = {"steps": model.settings.recipe.steps * len(concepts)}
-            both = {}
-            for how, more in (("goal", {}), ("fixed", fixed)):
-                path = RESULTS / f"{case.replace(' ', '-').replace(':', '')}-{seed}-{how}-{given.n}.json"
-                chosen = {**options, **more}
-                both[how] = stored(path, lambda of=(model, concepts, chosen, seed): row(*of, given.n))
-                lines.append(line(case, seed, how, both[how]))
-                print(lines[-1], flush=True)
-            goal = both["goal"]["until"]["goal"]
-            times.append(both["goal"]["seconds"] / both["fixed"]["seconds"])
-            end = f"\nTime relative to the fixed recipe: median {np.median(times):.2f} over {len(times)} pairs.\n"
-            TABLE.write_text(HEAD.format(n=given.n, goal=goal) + "\n".join(lines) + "\n" + end, encoding="utf-8")
+    for seed, case in itertools.product(given.seeds, given.cases):
+        name, concepts, options = CASES[case]
+        model = salun.load(name if name in BUNDLED else str(ROOT / "build" / "variants" / name), device="cpu")
+        fixed = {"steps": model.settings.recipe.steps * len(concepts)}
+        for how, more in (("goal", {}), ("fixed", fixed)):
+            chosen = {**options, **more}
+            stored(path_of(case, seed, how, given.n), lambda of=(model, concepts, chosen, seed): row(*of, given.n))
+        TABLE.write_text(table(given.n), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,14 @@ def test_free_text_concepts_are_not_among_the_retain_prompts() -> None:
     assert not [text for text in kept if mentions(text, "church") or mentions(text, "dog")]
 
 
+def test_given_retain_prompts_that_mention_a_concept_are_left_out_and_reported() -> None:
+    found = plan("circle", retain_prompts=["a blue circle", "a car", "two circles"])
+    kept = {p.text for p in found.prompts.retain}
+    assert "a car" in kept and not [text for text in kept if mentions(text, "circle")]
+    (note,) = [note for note in found.notes if "left out" in note]
+    assert "'a blue circle', 'two circles'" in note
+
+
 def test_words_are_found_as_words() -> None:
     assert mentions("two Churches at night", "church")
     assert not mentions("a doghouse", "dog")

@@ -18,7 +18,7 @@ from salun.diffusion import probe
 from salun.diffusion.goal import Decision, Goal, Phase, Probed, Seen, decide
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.probe import probability_below
-from salun.diffusion.until import Until, losses_of, probes_of
+from salun.diffusion.until import Probe, Until, kept_strength, losses_of
 from salun.errors import Cancelled, ConfigError, TrainingError
 from salun.masking.mask import Mask
 from salun.masking.rate import TIMES, first_order_rate
@@ -42,11 +42,25 @@ class Fake:
     def __init__(self, at: Callable[[int, float], Probed]) -> None:
         self.at = at
 
-    def __call__(self, step: int, strength: float = 1.0, *, thorough: bool, drift: bool) -> Probed:
+    def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
+        return self.at(step, 1.0)
+
+    def again(self, step: int, strength: float, *, drift: bool) -> Probed:
         return self.at(step, strength)
 
     def moved(self) -> list[float]:
         return [0.0, 3.0, 0.0]
+
+
+def trained_with(probe: Probe, goal: Goal = GOAL) -> tuple[Until, list[dict[str, float]]]:
+    """What a training with these probes comes to."""
+    until = Until(goal, EVERY, BUDGET, probe, nullcontext, lr=1e-3)
+    history: list[dict[str, float]] = []
+    while not until.stops(history):
+        until.before(history)
+        history.append({"step": len(history) + 1, "forget": 0.5})
+        until.after(history)
+    return until, history
 
 
 def after(*found: tuple[float, float | None]) -> Decision:
@@ -119,37 +133,34 @@ def test_of_several_concepts_the_worst_decides_and_the_others_are_drawn_less() -
 
 
 @pytest.mark.parametrize(
-    ("last", "at", "kept", "reached"),
+    ("whole", "at", "kept", "reached"),
     [
         ((0.95, 0.01), {0.7: (0.95, None), 0.55: (0.7, None)}, 0.85, True),
         ((0.95, 0.01), {0.7: (0.8, None)}, 1.0, True),
-        ((0.95, 0.03), {}, 1.0, False),
+        ((0.95, 0.03), {0.73: (0.8, 0.02), 0.7: (0.95, None), 0.55: (0.7, None)}, 0.85, False),
         ((0.4, 0.01), {}, 1.0, False),
         ((0.95, 0.8), {0.5: (0.95, 0.3), 0.25: (0.6, 0.02)}, 0.25, False),
+        ((0.95, float("nan")), {0.5: (0.95, 0.02)}, 0.5, False),
     ],
     ids=str,
 )
-def test_the_smallest_change_that_reaches_the_goal_is_kept_with_a_step_of_margin(
-    last: tuple[float, float], at: dict[float, tuple[float, float | None]], kept: float, reached: bool
+def test_the_smallest_change_that_erases_is_kept_with_a_step_of_margin_and_of_a_wrecked_model_a_small_one(
+    whole: tuple[float, float], at: dict[float, tuple[float, float | None]], kept: float, reached: bool
 ) -> None:
-    probe = Fake(lambda step, strength: Probed(step, (seen(at[strength][0]),), at[strength][1], strength))
-    until = Until(GOAL, EVERY, BUDGET, probe, nullcontext, lr=1e-3)
-    history: list[dict[str, float]] = [{"step": i, "forget": 0.5} for i in range(1, 11)]
-    history[-1] |= Probed(10, (seen(last[0]),), last[1]).as_row()
-    assert until.choose_strength(history) == kept
-    assert until.reached is reached
+    found = {1.0: whole, **at}
+    until, history = trained_with(Fake(lambda step, s: Probed(step, (seen(found[s][0]),), found[s][1], s)))
+    assert kept_strength(history) == kept and until.reached(history) is reached
     data = json.loads(json.dumps(until.as_json(history)))
-    assert data["strength"] == kept and data["probes"][0]["ua"] == last[0]
+    assert data["strength"] == kept and {look["strength"] for look in data["probes"]} == set(found)
     assert ("was reached" in until.summary(history)) is reached
 
 
 def test_a_goal_for_attacks_keeps_the_whole_change() -> None:
     """A smaller one erases as well, but withstands less."""
-    until = Until(
-        Goal(0.9, 0.02, asr=0.05), EVERY, BUDGET, Fake(lambda *_: pytest.fail("looked")), nullcontext, lr=1e-3
+    until, history = trained_with(
+        Fake(lambda step, s: Probed(step, (seen(0.95),), 0.01, s, 0.0)), Goal(0.9, 0.02, 0.05)
     )
-    history = [{"step": 10, "forget": 0.5} | Probed(10, (seen(0.95),), 0.01, 1.0, 0.0).as_row()]
-    assert until.choose_strength(history) == 1.0 and until.reached
+    assert kept_strength(history) == 1.0 and until.reached(history)
 
 
 def test_the_rate_falls_to_zero_before_the_last_probe_and_what_moves_is_drawn_more_often() -> None:
@@ -168,16 +179,12 @@ def test_the_rate_falls_to_zero_before_the_last_probe_and_what_moves_is_drawn_mo
 
 
 def test_a_change_that_drifts_too_far_is_scaled_down_before_it_is_trained_again() -> None:
-    drifts = {1.0: 0.03, 0.7: 0.015}  # at 0.85 it would still be too far, so nobody looks there
-    probe = Fake(lambda step, strength: Probed(step, (seen(0.95),), drifts[strength], strength))
-    until = Until(GOAL, EVERY, BUDGET, probe, nullcontext, lr=1e-3)
-    history: list[dict[str, float]] = []
-    while not until.stops(history):
-        until.before(history)
-        history.append({"step": len(history) + 1, "forget": 0.5})
-        until.after(history)
-    assert len(history) == 40 and probes_of(history)[-1].strength == 0.7
-    assert until.choose_strength(history) == 0.7 and until.reached
+    """By what the drift of each strength says about the next one; all looks are recorded, and one decides."""
+    drifts = {1.0: 0.03, 0.73: 0.021, 0.66: 0.019}
+    until, history = trained_with(Fake(lambda step, s: Probed(step, (seen(0.95 if s > 0.6 else 0.5),), drifts[s], s)))
+    assert len(history) == 40 and kept_strength(history) == 0.66 and until.reached(history)
+    last = [look for look in until.as_json(history)["probes"] if look["step"] == 40]
+    assert [(look["strength"], look["decides"]) for look in last] == [(0.66, True), (1.0, False), (0.73, False)]
 
 
 def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(tmp_path: Path) -> None:

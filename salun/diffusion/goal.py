@@ -23,6 +23,7 @@ PAIR, STUCK, MOVED = 2, 4, 0.05  # probes that are compared; those without progr
 UNMOVED = 0.1  # UA up to which the rate is too low, rather than the anchor not enough
 SETTLING = 3  # probe intervals, at least, over which the rate falls to 0
 TRIES, RESTARTS = 2, 3  # at lower rates against drift, and from the original weights
+PREFIX = "probe "  # of columns of a training's history
 BETTER = 0.9  # a try against drift that does not bring it below this times the last one is the last
 
 
@@ -133,7 +134,7 @@ class Probed:
     @property
     def wrecked(self) -> bool:
         """Whether little is left of other images."""
-        return self.drift is not None and self.drift >= WRECKED
+        return self.drift is not None and not self.drift < WRECKED  # nor is a drift that is not a number
 
     def withstands(self, goal: Goal) -> bool:
         """Whether attacks fail as often as the goal wants."""
@@ -147,24 +148,24 @@ class Probed:
         """Whether it meets the goal."""
         return self.erased(goal) and self.drift is not None and self.drift <= goal.retain_drift
 
-    def as_row(self) -> dict[str, float]:
+    def as_row(self, prefix: str = PREFIX) -> dict[str, float]:
         """As part of a row of the training's history."""
-        row = {f"{PREFIX}{key} {i}": float(getattr(c, key)) for i, c in enumerate(self.concepts) for key in KEPT}
-        row[f"{PREFIX}strength"] = self.strength
+        row = {f"{prefix}{key} {i}": float(getattr(c, key)) for i, c in enumerate(self.concepts) for key in OF_CONCEPT}
+        row[f"{prefix}strength"] = self.strength
         known = {"drift": self.drift, "asr": self.asr}
-        return row | {f"{PREFIX}{name}": value for name, value in known.items() if value is not None}
+        return row | {f"{prefix}{name}": value for name, value in known.items() if value is not None}
 
     @classmethod
-    def of_row(cls, row: Mapping[str, float]) -> Probed | None:
+    def of_row(cls, row: Mapping[str, float], prefix: str = PREFIX) -> Probed | None:
         """The probe in a row of the history, None where none was taken."""
-        if f"{PREFIX}strength" not in row:
+        if f"{prefix}strength" not in row:
             return None
         concepts = tuple(
-            Seen(int(row[f"{PREFIX}n {i}"]), row[f"{PREFIX}ua {i}"], row[f"{PREFIX}confidence {i}"])
-            for i in range(sum(name.startswith(f"{PREFIX}ua") for name in row))
+            Seen(int(row[f"{prefix}n {i}"]), row[f"{prefix}ua {i}"], row[f"{prefix}confidence {i}"])
+            for i in range(sum(name.startswith(f"{prefix}ua ") for name in row))
         )
-        drift, asr = (row.get(f"{PREFIX}{name}") for name in ("drift", "asr"))
-        return cls(int(row["step"]), concepts, drift, row[f"{PREFIX}strength"], asr)
+        drift, asr = (row.get(f"{prefix}{name}") for name in ("drift", "asr"))
+        return cls(int(row["step"]), concepts, drift, row[f"{prefix}strength"], asr)
 
     def as_json(self) -> dict[str, Any]:
         """As in `run.json`."""
@@ -172,7 +173,7 @@ class Probed:
         return {name: getattr(self, name) for name in names} | {"concepts": [each.ua for each in self.concepts]}
 
 
-PREFIX, KEPT = "probe ", ("n", "ua", "confidence")
+OF_CONCEPT = ("n", "ua", "confidence")
 
 
 class Phase(str, Enum):

@@ -16,7 +16,7 @@ from salun.diffusion.goal import Goal
 from salun.diffusion.model.few_steps import FewSteps, hint
 from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.options import EraseOptions, Recipe, Sampling
-from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, part, prompts_of, resolve
+from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, mentioning, part, prompts_of, resolve
 from salun.errors import ConfigError
 from salun.evaluation.detector import Subject
 from salun.methods import METHODS, Method, load
@@ -229,7 +229,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
         ),
         recipe=recipe,
         sampling=sampling,
-        notes=[*notes, *_notes_on_texts(concepts, sampling), *_notes_on(sampling, few_steps)],
+        notes=[*notes, *_notes_on_texts(concepts, sampling), *_left_out(concepts), *_notes_on(sampling, few_steps)],
         few_steps=few_steps,
         detector=options.detector or default_detector(settings.detector),
         goal=goal,
@@ -314,6 +314,15 @@ def _notes_on(sampling: Sampling, few_steps: FewSteps | None) -> list[str]:
 def _notes_on_texts(concepts: Sequence[Concept], sampling: Sampling) -> list[str]:
     texts = [text for each in concepts for text in (each.name, each.anchor or "", *each.synonyms, *each.retain)]
     return syntax_note([*texts, sampling.negative_prompt])
+
+
+def _left_out(concepts: Sequence[Concept]) -> list[str]:
+    """A note on retain prompts that mention what is to be erased."""
+    named = mentioning(concepts)
+    if not named:
+        return []
+    listed = ", ".join(repr(text[:60]) for text in named[:3]) + (", …" if len(named) > 3 else "")
+    return [f"retain prompts that mention what is to be erased are left out: {listed}"]
 
 
 def _repeatable(given: list[Concept], concepts: list[Concept], options: EraseOptions) -> list[str]:

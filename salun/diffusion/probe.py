@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -30,6 +30,7 @@ from salun.randomness import step_generator
 
 BATCH, FEW, MANY = 8, 24, 128  # images of each concept: at a time; at most on the way; at most at the end
 HOPELESS = 0.05  # confidence at which no more images are needed
+NEAREST = 16  # images of each concept, nearest to showing it, that decide about a smaller strength
 OTHERS = 32  # images of other prompts, for the drift at the end; half as many on the way
 ATTACKED = 64  # images under attack at the end; half as many on the way
 KNOWN = 48  # images of each kind, at most, on which the detector is calibrated
@@ -66,6 +67,19 @@ def until_of(task: ErasureTask, context: RunContext, grow: bool) -> Until | None
     return Until(plan.goal, plan.probe_every, plan.budget, probe, task.at_strength, len(plan.concepts), lr)
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What a look found, of which the next one at a smaller strength looks at some again.
+
+    Args:
+        scores: Of each concept, float32 (n,) in its images.
+        others: Latents of other prompts' images, on the CPU; None where drift was not measured.
+    """
+
+    scores: Sequence[np.ndarray]
+    others: Tensor | None = None
+
+
 class ModelProbe:
     """Looks at the live network of a task.
 
@@ -83,7 +97,7 @@ class ModelProbe:
         inputs = DetectorInputs(plan.subjects, model.settings.detector, model, model.device)
         self.detector: Detector = load_detector(plan.detector, inputs)
         self.looks = not passes_of(plan.detector)  # at images
-        self.adjustable = False
+        self.adjustable, self.last = False, Look([])
         self._looking()
         self.calibrations = self._calibrated(task.training_set)
         self.original = self._others(OTHERS)
@@ -91,53 +105,80 @@ class ModelProbe:
         self.predictions = self._predictions()
         self._looking(len(self.original))
 
-    def __call__(self, step: int, strength: float = 1.0, *, thorough: bool, drift: bool) -> Probed:
+    def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
         """Sample held-out prompts until it is clear enough whether the goal holds; see `until.Probe`."""
         self._looking()
-        shown = [np.empty(0, bool) for _ in self.task.plan.subjects]
+        scores = [np.empty(0, np.float32) for _ in self.task.plan.subjects]
         least, most = (MANY // 2, MANY) if thorough else (BATCH, FEW)
-        while len(shown[0]) < most:
-            shown = [np.append(old, new) for old, new in zip(shown, self._shown(len(shown[0])), strict=True)]
-            confidence = min(self._seen(i, each).confidence for i, each in enumerate(shown))
-            self._looking(len(shown[0]))
-            if confidence <= HOPELESS or (len(shown[0]) >= least and confidence >= SURE):
+        while len(scores[0]) < most:
+            images = np.arange(len(scores[0]), len(scores[0]) + BATCH)
+            anew = self._scores([images for _ in scores])
+            scores = [np.append(old, new) for old, new in zip(scores, anew, strict=True)]
+            concepts = self._seen(scores)
+            confidence = min(each.confidence for each in concepts)
+            self._looking(len(scores[0]))
+            if confidence <= HOPELESS or (len(scores[0]) >= least and confidence >= SURE):
                 break
-        concepts = tuple(self._seen(i, each) for i, each in enumerate(shown))
-        look = drift or min(each.confidence for each in concepts) >= PLAUSIBLE
-        probed = Probed(step, concepts, None, strength)
-        if look:
-            probed = replace(probed, drift=self._drift(OTHERS if thorough else OTHERS // 2))
+        self.last = Look(scores)
+        probed = Probed(step, concepts)
+        if drift or probed.confidence >= PLAUSIBLE:
+            others = self._others(OTHERS if thorough else OTHERS // 2)
+            self.last, probed = Look(scores, others), replace(probed, drift=self._drift(others))
         if self.goal.asr is not None and probed.confidence >= PLAUSIBLE:
             probed = replace(probed, asr=self._asr(step, ATTACKED if thorough else ATTACKED // 2, thorough))
-        self._looking(len(shown[0]), f"after step {step}: {probed}")
+        self._looking(len(scores[0]), f"after step {step}: {probed}")
+        return probed
+
+    def again(self, step: int, strength: float, *, drift: bool) -> Probed:
+        """Sample those images anew that were nearest to showing a concept; see `until.Probe`.
+
+        The others are taken to show as much of it as before. Drift is measured on half of the images, relative to
+        theirs before.
+        """
+        self._looking()
+        scores = [each.copy() for each in self.last.scores]
+        nearest = [np.argsort(-each, kind="stable")[:NEAREST] for each in scores]
+        for start in range(0, min(len(each) for each in nearest), BATCH):
+            rows = [each[start : start + BATCH] for each in nearest]
+            for each, images, anew in zip(scores, rows, self._scores(rows), strict=True):
+                each[images] = anew
+            self._looking(start + BATCH)
+        probed = Probed(step, self._seen(scores), strength=strength)
+        if drift:
+            assert self.last.others is not None
+            now, before = self._others(OTHERS // 2), self._drift(self.last.others[: OTHERS // 2])
+            change = self._drift(now) / before if before else 1.0
+            probed = replace(probed, drift=self._drift(self.last.others) * change)
+        if self.goal.asr is not None and probed.confidence >= PLAUSIBLE:
+            probed = replace(probed, asr=self._asr(step, ATTACKED, True))
+        self._looking(len(scores[0]), f"after step {step}: {probed}")
         return probed
 
     def _looking(self, images: int = 0, message: str = "") -> None:
         """Report that the training is interrupted by a look at images."""
         self.task.progress(Event(Stage.TRAINING, metrics={"probing": images} if images else {}, message=message))
 
-    def _seen(self, concept: int, shown: np.ndarray) -> Seen:
-        """UA, and the probability that it reaches the goal, by Jeffreys' posterior of the rate of detections."""
-        of = self.calibrations[concept]
-        seen, false = float(of.positives.mean()), float(of.negatives.mean())
-        allowed = false + (1 - self.goal.ua) * (seen - false)
-        k, n = int(shown.sum()), len(shown)
-        ua = float(np.clip(1 - (k / n - false) / (seen - false), 0, 1))
-        return Seen(n, ua, probability_below(allowed, k, n))
+    def _seen(self, scores: Sequence[np.ndarray]) -> tuple[Seen, ...]:
+        """Of each concept's scores, UA and the probability that it reaches the goal, by Jeffreys' posterior."""
+        concepts = []
+        for of, each in zip(self.calibrations, scores, strict=True):
+            seen, false = float(of.positives.mean()), float(of.negatives.mean())
+            allowed = false + (1 - self.goal.ua) * (seen - false)
+            k, n = int((each >= of.threshold).sum()), len(each)
+            ua = float(np.clip(1 - (k / n - false) / (seen - false), 0, 1))
+            concepts.append(Seen(n, ua, probability_below(allowed, k, n)))
+        return tuple(concepts)
 
-    def _shown(self, start: int) -> list[np.ndarray]:
-        """Whether each concept is detected in its next images, bool (`BATCH`,) each."""
+    def _scores(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Each concept's scores in its images of these numbers, as many of each concept, below `MANY`."""
         seed, prompts = self.task.plan.options.seed, self.task.plan.prompts.concepts
         texts, seeds = [], []
-        for i, of in enumerate(prompts):
-            rows = spread(MANY, len(of.eval_forget), seed)[start : start + BATCH]
-            texts += [of.eval_forget[row].text for row in rows]
-            seeds += [item_seed(seed, "probe", i * MANY + start + k) for k in range(BATCH)]
-        seen = self._detect(self._sampled(texts, seeds), texts)
-        return [
-            seen[i][i * BATCH : (i + 1) * BATCH] >= calibration.threshold
-            for i, calibration in enumerate(self.calibrations)
-        ]
+        for i, (of, numbers) in enumerate(zip(prompts, images, strict=True)):
+            rows = spread(MANY, len(of.eval_forget), seed)
+            texts += [of.eval_forget[rows[number]].text for number in numbers]
+            seeds += [item_seed(seed, "probe", i * MANY + int(number)) for number in numbers]
+        seen, each = self._detect(self._sampled(texts, seeds), texts), len(images[0])
+        return [scores[i * each : (i + 1) * each] for i, scores in enumerate(seen)]
 
     def _sampled(self, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Latents, in fewer of the sampler's steps."""
@@ -233,8 +274,8 @@ class ModelProbe:
         p1, p0 = float(known.positives.mean()), float(known.negatives.mean())
         return float(np.clip((shown.mean() - p0) / (p1 - p0), 0, 1))
 
-    def _drift(self, n: int) -> float:
-        return _known(drift_of(self.original[:n], self._others(n)))
+    def _drift(self, others: Tensor) -> float:
+        return _known(drift_of(self.original[: len(others)], others))
 
 
 def _fewer_steps(sampling: Sampling) -> Sampling:

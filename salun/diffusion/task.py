@@ -17,7 +17,7 @@ from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.plan import Plan
-from salun.diffusion.until import Until
+from salun.diffusion.until import Until, kept_strength
 from salun.masking.mask import Mask
 from salun.masking.optimizers import adam
 from salun.masking.rate import first_order_rate
@@ -170,7 +170,7 @@ class ErasureTask:
             processes=self.processes,
             watch=self.until,
         )
-        return trained if self.until is None else self._smallest(trained, self.until)
+        return trained if self.until is None else self._kept(trained)
 
     def _measured_rate(self, losses: Callable[[int], Mapping[str, Tensor]]) -> float:
         """The learning rate to begin with: of the first loss, by which the model forgets, at the original weights."""
@@ -178,9 +178,9 @@ class ErasureTask:
         scale = FP16_LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
         return float(self.processes.broadcast(first_order_rate(self.parameters, self.mask, batches, scale)))
 
-    def _smallest(self, trained: Trained, until: Until) -> Trained:
-        """The smallest change that reaches the goal, on the way from the original weights to the trained ones."""
-        strength = until.choose_strength(trained.history)
+    def _kept(self, trained: Trained) -> Trained:
+        """With the change of the strength that the goal chose, from the original weights to the trained ones."""
+        strength = kept_strength(trained.history)
         if strength == 1:
             return trained
         original = self.model.original()

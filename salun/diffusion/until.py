@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,17 +14,21 @@ from salun.masking.training_state import LossRow
 
 STRENGTHS = (0.85, 0.7, 0.55)  # of a smaller change
 DRIFT_POWER = 1.5  # drift grows about as s^1.5 with the strength s: 0.79 at 0.85, 0.59 at 0.7 on the bundled model
+SAFE, LOWEST, LOOKS = 0.95, 0.3, 3  # to get within the drift: of the limit, the least strength, and looks at most
 WEAKER = (0.5, 0.25, 0.1)  # tried where the model is wrecked
 BASE, OFTEN = 0.2, 50.0  # how often a retain sample is drawn: at least, and at most by how far it moved, squared
-MOVED = f"{PREFIX}moved "
+MOVED, TRIED, KEPT = f"{PREFIX}moved ", f"{PREFIX}tried ", f"{PREFIX}kept"  # columns of a history
 RARER = 0.25  # how often a concept that is gone is drawn, relative to one that shows
 
 
 class Probe(Protocol):
     """Looks at the live network's weights."""
 
-    def __call__(self, step: int, strength: float = 1.0, *, thorough: bool, drift: bool) -> Probed:
-        """Which are those of a strength after a step. thorough: for a decision at last. drift: measure it too."""
+    def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
+        """Which are those after a step. thorough: for a decision at last. drift: measure it too."""
+
+    def again(self, step: int, strength: float, *, drift: bool) -> Probed:
+        """Which are now those of a smaller strength: compares them with the last thorough look."""
 
     def moved(self) -> list[float]:
         """How far the prediction of each retain sample moved, relative to their mean."""
@@ -40,8 +45,6 @@ class Until:
         probe: Looks at the live network.
         at_strength: Context manager: the live network has the weights θ₀ + s·(θ − θ₀) of a strength s.
         concepts: How many.
-        ends: The probes at the end, of several strengths.
-        strength: s of θ₀ + s·(θ − θ₀), the weights that are kept.
         now: The last decision.
         retain_frequencies: How often each retain sample is drawn, relative to each other: those whose predictions
             moved, more often. None for equally often.
@@ -54,8 +57,6 @@ class Until:
     at_strength: Callable[[float], AbstractContextManager[None]]
     concepts: int = 1
     lr: float | None = None
-    ends: list[Probed] = field(default_factory=list)
-    strength: float = 1.0
     now: Decision = field(init=False)
     retain_frequencies: list[float] | None = None
 
@@ -89,25 +90,64 @@ class Until:
         if step == now.start + now.length:
             settled = now.phase is Phase.SETTLE
             often = len(probes_of(history)) % PAIR == PAIR - 1
-            probed = self.probe(step, thorough=settled, drift=settled or often)
-            if settled and probed.erased(self.goal):
-                probed = self._within_drift(probed)
-            history[-1] |= probed.as_row()
+            looks = [self.probe(step, thorough=settled, drift=settled or often)]
+            if settled:
+                looks += self._within_drift(looks[0])
+            decides = looks[-1] if looks[-1].reaches(self.goal) else looks[0]
+            row = history[-1] | decides.as_row()
+            phase = self.decision([*history[:-1], row]).phase
+            if phase in (Phase.REACHED, Phase.GIVE_UP):
+                row[KEPT], more = self._kept(decides)
+                looks += more
+            tried = [look for look in looks if look is not decides]
+            for i, look in enumerate(tried):
+                row |= look.as_row(f"{TRIED}{i} ")
+            history[-1] |= row  # all at once: a look that was interrupted is repeated
 
-    def _within_drift(self, last: Probed) -> Probed:
-        """The probe, or that of the largest strength that reaches the goal where drift is too far at this one."""
-        assert last.drift is not None
-        weaker, limit = last, self.goal.retain_drift
-        for strength in (each for each in STRENGTHS if last.drift * each**DRIFT_POWER <= limit):
-            if weaker.reaches(self.goal) or not weaker.erased(self.goal):
+    def _within_drift(self, last: Probed) -> list[Probed]:
+        """Looks at smaller strengths where images drift too far at this one: the last reaches the goal, or none does.
+
+        Each strength follows from the drift at the one before it.
+        """
+        now, power = last, DRIFT_POWER
+        looks: list[Probed] = []
+        while now.erased(self.goal) and not now.reaches(self.goal) and not last.wrecked and len(looks) < LOOKS:
+            assert now.drift is not None and last.drift is not None
+            strength = math.floor(100 * now.strength * (SAFE * self.goal.retain_drift / now.drift) ** (1 / power)) / 100
+            if strength < LOWEST:
                 break
-            weaker = self._at(strength, last.step, drift=True)
-        return weaker if weaker.reaches(self.goal) else last
+            now = self._at(strength, last.step, drift=True)
+            looks.append(now)
+            if now.drift:
+                power = min(max(math.log(now.drift / last.drift) / math.log(now.strength), 0.5), 3.0)
+        return looks
 
     def _at(self, strength: float, step: int, drift: bool) -> Probed:
-        """A close look at the weights of a strength."""
+        """A look at the weights of a smaller strength."""
         with self.at_strength(strength):
-            return self.probe(step, strength, thorough=True, drift=drift)
+            return self.probe.again(step, strength, drift=drift)
+
+    def _kept(self, last: Probed) -> tuple[float, list[Probed]]:
+        """The strength of the weights that are kept at the end of the training, and the looks that chose it.
+
+        Where the concept is gone, it is the smallest at which it stays so, with a step of margin; a goal for attacks
+        keeps the whole change, as a smaller one withstands less. Of a wrecked model it is one that is not.
+        """
+        strength = last.strength
+        looks: list[Probed] = []
+        if last.wrecked:
+            for strength in WEAKER:
+                looks.append(self._at(strength, last.step, drift=True))
+                if looks[-1].drift is not None and looks[-1].drift <= self.goal.retain_drift:
+                    break
+        elif last.erased(self.goal) and self.goal.asr is None:
+            smaller = [each for each in STRENGTHS if each < last.strength]
+            for larger, tried in pairwise(smaller):  # the margin, so that the first needs no look of its own
+                looks.append(self._at(tried, last.step, drift=False))
+                if not looks[-1].erased(self.goal):
+                    break
+                strength = larger
+        return strength, looks
 
     def unchanged_until(self, step: int) -> int:
         """The step up to which nothing that the batches depend on changes, from this one on."""
@@ -131,56 +171,37 @@ class Until:
             return None
         return [1.0 if i in unfinished else RARER for i in range(self.concepts)]
 
-    def choose_strength(self, history: list[LossRow]) -> float:
-        """The smallest change that reaches the goal, with a step of margin; of a wrecked model one that is not.
-
-        A goal for attacks keeps the whole change.
-        """
-        last = probes_of(history)[-1]
-        step, self.ends, self.strength = len(history), [last], last.strength
-        if last.reaches(self.goal) and self.goal.asr is None:  # a smaller change withstands less
-            smaller = [each for each in STRENGTHS if each < last.strength]
-            for next_smaller, tried in pairwise(
-                smaller
-            ):  # one step of margin, so that the first needs no look of its own
-                self.ends.append(self._at(tried, step, drift=False))
-                if not self.ends[-1].erased(self.goal):
-                    break
-                self.strength = next_smaller
-        elif last.wrecked:
-            for self.strength in WEAKER:
-                self.ends.append(self._at(self.strength, step, drift=True))
-                if (self.ends[-1].drift or 0.0) <= self.goal.retain_drift:
-                    break
-        return self.strength
-
-    @property
-    def reached(self) -> bool:
+    def reached(self, history: list[LossRow]) -> bool:
         """Whether the weights that are kept reach the goal."""
-        return self.ends[0].reaches(self.goal)
+        return probes_of(history)[-1].reaches(self.goal)
 
     def summary(self, history: list[LossRow]) -> str:
         """What came of it, in a sentence."""
-        chosen = next((probe for probe in self.ends if probe.strength == self.strength), None)
-        came = "reached" if self.reached else "not reached"
+        last, kept = probes_of(history)[-1], kept_strength(history)
+        chosen = next((look for look in (last, *tried_of(history[-1])) if look.strength == kept), None)
+        came = "reached" if self.reached(history) else "not reached"
         text = f"the goal {self.goal} was {came} after {len(history)} of at most {self.budget} steps"
         if chosen is not None:
             return f"{text}: {chosen}"
-        return f"{text}: {self.ends[0]}; {100 * self.strength:.0f} % of the change are kept, as a smaller one suffices"
+        return f"{text}: {last}; {100 * kept:.0f} % of the change are kept, as a smaller one suffices"
 
     def as_json(self, history: list[LossRow]) -> dict[str, Any]:
         """As in `run.json`."""
+        probes = []
+        for row in history:
+            decides = [look.as_json() | {"decides": True} for look in probes_of([row])]
+            probes += decides + [look.as_json() | {"decides": False} for look in tried_of(row)]
         return {
             "goal": str(self.goal),
-            "reached": self.reached,
+            "reached": self.reached(history),
             "steps": len(history),
             "budget": self.budget,
             "every": self.every,
-            "strength": self.strength,
+            "strength": kept_strength(history),
             "lr": self.lr,
             "lr_factor": self.decision(history).factor,
             "target_guidance": self.decision(history).guidance,
-            "probes": [probe.as_json() for probe in (*probes_of(history), *self.ends[1:])],
+            "probes": probes,
         }
 
 
@@ -189,8 +210,21 @@ def _unchanged_until(now: Decision, every: int, step: int) -> int:
 
 
 def probes_of(history: list[LossRow]) -> list[Probed]:
-    """The probes that a training's history holds."""
+    """The probes that a training's history holds, and that its decisions follow from."""
     return [probe for row in history if (probe := Probed.of_row(row)) is not None]
+
+
+def tried_of(row: LossRow) -> list[Probed]:
+    """The looks at other strengths in a row of the history."""
+    looks: list[Probed] = []
+    while (look := Probed.of_row(row, f"{TRIED}{len(looks)} ")) is not None:
+        looks.append(look)
+    return looks
+
+
+def kept_strength(history: list[LossRow]) -> float:
+    """s of θ₀ + s·(θ − θ₀), the weights that are kept at the end of a training."""
+    return history[-1].get(KEPT, probes_of(history)[-1].strength)
 
 
 def _frequencies(history: list[LossRow]) -> list[float] | None:

@@ -46,7 +46,7 @@ def run_page(
     concepts, metrics = run["concepts"], run["metrics"]
     names = ", ".join(f"“{concept['name']}”" for concept in concepts)
     seconds = sum(run["timings"].values())
-    steps = run["until"]["steps"] if run.get("until") else run["options"]["steps"]
+    steps = len(run["losses"]) or run["options"]["steps"]
     subtitle = f"{run['options']['model']} · seed {run['seed']} · {steps} steps · {seconds:.0f} s on {run['device']}"
     sections = [
         *image_sections(forget, retain, blurred),
@@ -132,17 +132,17 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
     until = run.get("until")
     if until is None:
         return []
-    probes = until["probes"]
-    rows = [("step", "strength", "UA", "confidence", "images", "drift of others")]
-    for p in probes:
+    kept, decided = until["strength"], [p for p in until["probes"] if p.get("decides", True)]
+    rows = [("step", "strength", "UA", "confidence", "images", "drift of others", "")]
+    for p in until["probes"]:
         drift = "" if p["drift"] is None else f"{p['drift']:.4f}"
         cells = (f"{p['strength']:g}", f"{100 * p['ua']:.1f} %", f"{p['confidence']:.2f}", f"{p['n']:.0f}", drift)
-        rows.append((f"{p['step']}", *cells))
-    full = [p for p in probes if p["strength"] == 1]
+        rows.append((f"{p['step']}", *cells, "kept" if p["step"] == until["steps"] and p["strength"] == kept else ""))
     series = {
-        name: [(float(p["step"]), float(p[key])) for p in full if p[key] is not None]
+        name: [(float(p["step"]), float(p[key])) for p in decided if p[key] is not None]
         for name, key in (("UA", "ua"), ("drift", "drift"))
     }
+    series[f"end, {100 * kept:.0f} %"] = [(float(decided[-1]["step"]), float(decided[-1]["ua"]))]
     came = "reached" if until["reached"] else "not reached"
     text = (
         f"The goal {until['goal']} was {came} after {until['steps']} of at most {until['budget']} steps, at a learning "

@@ -282,7 +282,17 @@ def _from_vocabulary(concepts: Sequence[Concept], vocabulary: Vocabulary) -> Pro
 
 
 def _additional_retain(concepts: Sequence[Concept]) -> list[Prompt]:
-    return [Prompt(text, {}) for text in dict.fromkeys(text for concept in concepts for text in concept.retain)]
+    """Given ones, but for those that mention a concept, which would keep it in the model."""
+    left_out = mentioning(concepts)
+    texts = dict.fromkeys(text for concept in concepts for text in concept.retain)
+    return [Prompt(text, {}) for text in texts if text not in left_out]
+
+
+def mentioning(concepts: Sequence[Concept]) -> list[str]:
+    """The given retain prompts that mention one of the concepts."""
+    phrases = [phrase for concept in concepts for phrase in (concept.name, *concept.synonyms)]
+    texts = dict.fromkeys(text for concept in concepts for text in concept.retain)
+    return [text for text in texts if any(mentions(text, phrase) for phrase in phrases)]
 
 
 def without_article(phrase: str) -> str:
