@@ -16,7 +16,10 @@ from torch.nn import functional as F
 import salun
 from salun.diffusion import probe
 from salun.diffusion.goal import Decision, Goal, Phase, Probed, Seen, decide
+from salun.diffusion.model.loading import describe
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
+from salun.diffusion.plan import make_plan
 from salun.diffusion.probe import probability_below
 from salun.diffusion.until import Probe, Until, kept_strength, losses_of
 from salun.errors import Cancelled, ConfigError, TrainingError
@@ -75,9 +78,13 @@ def after(*found: tuple[float, float | None]) -> Decision:
 def test_a_goal_is_read_and_written() -> None:
     assert Goal.parse("ua >= 0.9") == Goal(0.9, Goal().retain_drift)
     assert Goal.parse(str(GOAL)) == GOAL and Goal.parse("") == Goal()
-    for wrong in ("ua<=0.9", "ua>=90", "speed>=1", "ua>=nan", "ua>=0.9 retain_drift<=1"):
+    one = Goal.parse("ua>=0.9, ua[night sky] >= 0.5")
+    assert (one.of("night sky"), one.of("circle")) == (0.5, 0.9) and Goal.parse(str(one)) == one
+    with pytest.raises(ConfigError, match=r"until has ua\[red\], but erased is 'circle'"):
+        make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(until="ua[red]>=0.9"))
+    for wrong in ("ua<=0.9", "ua[]>=0.9", "ua>=90", "speed>=1", "ua>=nan", "ua>=0.9 retain_drift<=1"):
         with pytest.raises(
-            ConfigError, match=r"until has .* but takes ua>=FRACTION, retain_drift<=FRACTION and asr<=FRACTION"
+            ConfigError, match=r"until has .* but takes ua>=FRACTION, .* retain_drift<=FRACTION and asr<=FRACTION"
         ):
             Goal.parse(wrong)
 

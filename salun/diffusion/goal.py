@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -24,6 +24,9 @@ UNMOVED = 0.1  # UA up to which the rate is too low, rather than the anchor not 
 SETTLING = 3  # probe intervals, at least, over which the rate falls to 0
 TRIES, RESTARTS = 2, 3  # at lower rates against drift, and from the original weights
 PREFIX = "probe "  # of columns of a training's history
+PART = re.compile(
+    r"ua(?:\[(?P<concept>[^\]]+)\])?\s*>=\s*(?P<least>\S+)|(?P<name>retain_drift|asr)\s*<=\s*(?P<most>\S+)"
+)
 BETTER = 0.9  # a try against drift that does not bring it below this times the last one is the last
 
 
@@ -35,31 +38,43 @@ class Goal:
         ua: Fraction of images of the concept's prompts without the concept, at least.
         retain_drift: See `Probed`, at most.
         asr: Likewise, at most; None where the training is not hardened against attacks.
+        ua_of: Of single concepts, by name, in place of `ua`: `ua[red]>=0.95`.
     """
 
     ua: float = 0.98
     retain_drift: float = 0.02
     asr: float | None = None
+    ua_of: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Goal:
         """The goal that a text names; what it does not name has its default. Raises ConfigError."""
         values: dict[str, float] = {}
+        ua_of: dict[str, float] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
-            match = re.fullmatch(r"(ua)\s*>=\s*(\S+)|(retain_drift|asr)\s*<=\s*(\S+)", part)
-            number = _fraction(match[2] or match[4]) if match is not None else None
+            match = PART.fullmatch(part)
+            number = _fraction(match["least"] or match["most"]) if match is not None else None
             if match is None or number is None:
                 raise ConfigError(
-                    f"has {part[:60]!r}, but takes ua>=FRACTION, retain_drift<=FRACTION and asr<=FRACTION, from 0 to 1",
+                    f"has {part[:60]!r}, but takes ua>=FRACTION, ua[CONCEPT]>=FRACTION, retain_drift<=FRACTION and "
+                    "asr<=FRACTION, from 0 to 1",
                     option="until",
                     advice=f'Use {{until}} "{cls()}"',
                 )
-            values[match[1] or match[3]] = number
-        return cls(**values)
+            if match["concept"] is not None:
+                ua_of[match["concept"].strip()] = number
+            else:
+                values["ua" if match["least"] else match["name"]] = number
+        return cls(**values, ua_of=ua_of)
 
     def __str__(self) -> str:
+        single = "".join(f", ua[{name}]>={value:g}" for name, value in self.ua_of.items())
         attacked = f", asr<={self.asr:g}" if self.asr is not None else ""
-        return f"ua>={self.ua:g}, retain_drift<={self.retain_drift:g}{attacked}"
+        return f"ua>={self.ua:g}{single}, retain_drift<={self.retain_drift:g}{attacked}"
+
+    def of(self, concept: str) -> float:
+        """UA of a concept, at least."""
+        return self.ua_of.get(concept, self.ua)
 
 
 def _fraction(text: str) -> float | None:

@@ -33,6 +33,7 @@ POOL = 8  # adversarial embeddings of each concept in a hardened training
 HARDENED = Goal(retain_drift=0.05, asr=0.05)  # its goal, where none is named
 HARDENING = 5  # what the pool adds to a step, in passes of a batch forward and backward, as measured
 HARDENED_RETAIN = 3.0  # factor of the retain weight there
+FEWEST_BETWEEN = 4  # steps between two probes
 PROBED = 150  # images of each concept and of others that the probes of a run take, about
 PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, but not fewer than these
 
@@ -104,7 +105,7 @@ class Plan:
     @property
     def probe_every(self) -> int:
         """Steps between two probes of a training towards a goal."""
-        return max(1, self.recipe.steps // PROBES)
+        return max(FEWEST_BETWEEN, self.recipe.steps // PROBES)
 
     @property
     def budget(self) -> int:
@@ -198,7 +199,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     """
     options = _hardened(_of_method(options, settings, model))
     concepts, notes = _resolved(settings, model, _listed(wanted), options)
-    recipe, goal, all_latents = settings.recipe, _goal(options), None
+    recipe, goal, all_latents = settings.recipe, _goal(options, concepts), None
     if options.recipe == "paper":
         recipe = _paper_recipe(settings, model, concepts[0].kind, METHODS["diffusion"][options.method])
     recipe = replace(recipe, steps=recipe.steps * len(concepts))
@@ -273,8 +274,8 @@ def _hardened(options: EraseOptions) -> EraseOptions:
     return options
 
 
-def _goal(options: EraseOptions) -> Goal | None:
-    """What to train towards. Raises ConfigError for a method that cannot."""
+def _goal(options: EraseOptions, concepts: Sequence[Concept]) -> Goal | None:
+    """What to train towards. Raises ConfigError for a method that cannot, or a concept that is not erased."""
     method = METHODS["diffusion"][options.method]
     if options.until is not None:
         if method.goal == "none":
@@ -283,7 +284,14 @@ def _goal(options: EraseOptions) -> Goal | None:
                 option="until",
                 advice="Omit {until}",
             )
-        return Goal.parse(options.until)
+        goal, names = Goal.parse(options.until), [concept.name for concept in concepts]
+        if unknown := [name for name in goal.ua_of if name not in names]:
+            raise ConfigError(
+                f"has ua[{unknown[0][:60]}], but erased is {' and '.join(map(repr, names))}",
+                option="until",
+                advice=f'Use {{until}} "ua[{names[0]}]>=0.98"',
+            )
+        return goal
     fixed = options.steps is not None or options.lr_decay is not None or options.recipe != "default"
     if method.goal != "default" or fixed:
         return None

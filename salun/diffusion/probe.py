@@ -161,9 +161,9 @@ class ModelProbe:
     def _seen(self, scores: Sequence[np.ndarray]) -> tuple[Seen, ...]:
         """Of each concept's scores, UA and the probability that it reaches the goal, by Jeffreys' posterior."""
         concepts = []
-        for of, each in zip(self.calibrations, scores, strict=True):
+        for subject, of, each in zip(self.task.plan.subjects, self.calibrations, scores, strict=True):
             seen, false = float(of.positives.mean()), float(of.negatives.mean())
-            allowed = false + (1 - self.goal.ua) * (seen - false)
+            allowed = false + (1 - self.goal.of(subject.name)) * (seen - false)
             k, n = int((each >= of.threshold).sum()), len(each)
             ua = float(np.clip(1 - (k / n - false) / (seen - false), 0, 1))
             concepts.append(Seen(n, ua, probability_below(allowed, k, n)))

@@ -61,7 +61,7 @@ class _Losses:
             task.grow()
         if task.until is not None and task.plan.needs_frozen and step not in self._targets:
             with task.original_weights():
-                self._look_ahead(step, task.until.unchanged_until(step))
+                self._look_ahead(step, max(step + 1, task.until.unchanged_until(step)))
         targets = to_device(self._targets[step], task.model.device) if self._targets else None
         if task.until is None:
             self._targets.pop(step - 1, None)  # this step's stay, in case it is repeated with another loss scale
