@@ -13,7 +13,7 @@ from salun.diffusion.compare_options import GROUPS, NOT_COMPARED, CompareOptions
 
 from .app import app
 from .options import with_options
-from .output import Json, default_model_named, print_result
+from .output import Json, default_model_named, duration_range, print_result
 from .progress import terminal_progress
 from .resuming import note_new_run
 
@@ -23,6 +23,9 @@ from .resuming import note_new_run
 def compare(
     options: CompareOptions,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the unfinished comparison in --run-dir")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the erasures and their estimated time; write nothing")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare unlearning methods: each erases each concept with each seed, on equal terms; one table."""
@@ -30,6 +33,13 @@ def compare(
 
     folder = Path(options.run_dir) if options.run_dir else new_run_folder("compare")
     check_folder(folder, resume)
+    if dry_run:
+        from salun.diffusion.compare_estimate import preview_comparison
+
+        with terminal_progress(as_json) as progress, default_model_named(options.model):
+            planned = preview_comparison(options, folder, progress=progress)
+        print_result(planned, as_json, _planned_lines(planned))
+        return
     note_new_run(folder, resume, as_json)
     from salun.diffusion.compare import compare as run_compare
 
@@ -41,6 +51,19 @@ def compare(
         as_json,
         [*_lines(comparison.table), f"report: {folder.absolute() / 'report.html'}"],
     )
+
+
+def _planned_lines(planned: dict[str, Any]) -> list[str]:
+    """What a dry run found: each erasure that is left, and the time of all."""
+    left = [job for job in planned["jobs"] if not job["done"]]
+    lines = [f"model:  {planned['model']}", f"folder: {planned['run_dir']}"]
+    for job in left:
+        time = duration_range(job["least"], job["most"])
+        steps = f"{job['steps']} steps" if job["steps"] else "in closed form"
+        lines.append(f"        {job['method']}, {job['concept']}, seed {job['seed']}: {steps}, {time}")
+    done = len(planned["jobs"]) - len(left)
+    also = f" ({done} of {len(planned['jobs'])} are done)" if done else ""
+    return [*lines, f"time:   {duration_range(planned['least'], planned['most'])} on {planned['device']}{also}"]
 
 
 def _lines(table: dict[str, Any]) -> list[str]:

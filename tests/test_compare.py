@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from salun.diffusion.compare import compare, jobs_of, next_value
+from salun.diffusion.compare_estimate import preview_comparison
 from salun.diffusion.compare_options import CompareOptions, variant_of
 from salun.diffusion.compare_table import Result, cells_of, table_of
 from salun.diffusion.model.stable_diffusion import Model
@@ -93,6 +94,9 @@ def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(sh
     with pytest.raises(Cancelled):
         compare(options, model=shapes, progress=stop, run_dir=tmp_path / "c")
     before = (tmp_path / "c" / "jobs" / "circle-salun-0" / "run.json").stat().st_mtime_ns
+    planned = preview_comparison(options, tmp_path / "c", model=shapes)
+    assert [job["done"] for job in planned["jobs"]] == [True, True, False, False, False]
+    assert 0 < planned["least"] <= planned["most"] < sum(job["most"] for job in planned["jobs"])
     done = compare(options, model=shapes, progress=silent, run_dir=tmp_path / "c", resume=True)
     assert (tmp_path / "c" / "jobs" / "circle-salun-0" / "run.json").stat().st_mtime_ns == before
     steps = {
@@ -100,6 +104,7 @@ def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(sh
         for name in ("salun", "esd-batch_size=1", "uce")
     }
     # a step of SalUn: 8 samples forward, 8 forward and back; of ESD: 51 passes forward, one forward and back
+    assert [job["steps"] for job in planned["jobs"][:3]] == list(steps.values())
     assert steps == {"salun": 4, "esd-batch_size=1": round(4 * (8 + 8 * 3) / (51 + 3)), "uce": 0}
     assert done.table["uce"]["ua"]["n"] == 1 and done.table["uce"]["difference"]["n"] == 1
     assert done.table["salun+density=1e-9"]["runs"] == 0 and "selects none" in done.record.notes[0]

@@ -95,7 +95,7 @@ def compare(
         cache or Cache.of_user(),
     )
     variants, jobs = options.variants, jobs_of(options)
-    plans = [make_plan(model.settings, model.name, job.concept, _job_options(model, options, job, {})) for job in jobs]
+    plans = [make_plan(model.settings, model.name, job.concept, job_options(model, options, job, {})) for job in jobs]
     recorded = {item.name: getattr(options, item.name) for item in fields(options) if item.name != "run_dir"}
     facts = record_of(model, plans[0], [], None).facts  # with the content of the user's images
     record = RunRecord(folder, command, recorded, options.seed, str(model.device), facts, resume)
@@ -128,8 +128,12 @@ def jobs_of(options: CompareOptions) -> list[Job]:
     return list(jobs.values())
 
 
-def _job_options(model: Model, options: CompareOptions, job: Job, tuned: Mapping[str, Any]) -> EraseOptions:
-    """The options of one erasure. tuned: values of a search."""
+def job_options(model: Model, options: CompareOptions, job: Job, tuned: Mapping[str, Any]) -> EraseOptions:
+    """The options of one erasure: as many passes as SalUn's steps take, unless they say otherwise.
+
+    Args:
+        tuned: Values of a search.
+    """
     method = METHODS["diffusion"][job.variant.method]
     common = replace(options.options, seed=job.seed, anchor=[] if job.anchor is None else [job.anchor])
     chosen = replace(common, **{**job.variant.options, **tuned})
@@ -164,8 +168,8 @@ def _done(
 ) -> Result:
     """The result of one erasure, which is made unless it is there already."""
     place = folder / "jobs" / job.name
-    chosen = _job_options(model, options, job, tuned)
-    record = _read(place / "run.json")
+    chosen = job_options(model, options, job, tuned)
+    record = read_part(place / "run.json")
     if record.get("status") != "done":
         place.parent.mkdir(parents=True, exist_ok=True)
         delta = f"{place}.salun.safetensors"
@@ -177,7 +181,7 @@ def _done(
             raise
         except SalunError as error:
             return Result(job.name, job.variant.name, job.concept, job.seed, error=str(error))
-        record = _read(place / "run.json")
+        record = read_part(place / "run.json")
     plan = make_plan(model.settings, model.name, job.concept, chosen)
     attacks = _attacked(model, options, job, plan.options, f"{place}.salun.safetensors", progress)
     try:
@@ -201,7 +205,7 @@ def _attacked(
     return {each.chosen.text: 100 * float(each.result.shown.mean()) for each in made if each.result is not None}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_part(path: Path) -> dict[str, Any]:
     """A JSON object of this comparison's folder, which may be untrusted input; empty if there is none.
 
     Raises ConfigError for anything else.
@@ -227,7 +231,7 @@ def _searched(
 ) -> dict[str, dict[str, Any]]:
     """variant → the value that does best on the training prompts of the first concept at the first seed."""
     path = folder / "search.json"
-    tuned = _read(path)
+    tuned = read_part(path)
     for values in tuned.values():
         from_mapping(EraseOptions, values, str(path))  # untrusted input
     for variant in variants:
@@ -235,10 +239,10 @@ def _searched(
         if variant.name in tuned or option is None or option in variant.options:
             continue
         job = Job("search", variant, options.concept[0], options.anchor[0] if options.anchor else None, options.seed)
-        center = getattr(_job_options(model, options, job, {}), option) or getattr(model.settings.recipe, option)
+        center = getattr(job_options(model, options, job, {}), option) or getattr(model.settings.recipe, option)
         tried: dict[float, float] = {}
         while (value := next_value(tried, center)) is not None:
-            chosen = _job_options(model, options, job, {option: value})
+            chosen = job_options(model, options, job, {option: value})
             progress(Event(Stage.SEARCHING, message=f"{variant.name}: {option} {value:.3g}"))
             tried[value] = _score(model, job.concept, chosen, progress, cache)
         tuned[variant.name] = {option: max(tried, key=lambda each: tried[each])}

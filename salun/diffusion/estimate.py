@@ -78,7 +78,7 @@ def preview(
         if previous is not None:
             record_of(loaded, plan, outputs, run_dir).check_resumes(previous)
         with loaded.temporarily_trainable(), loaded.configured(plan.options):
-            pace = _measured(loaded, plan)
+            pace = measured_pace(loaded, plan)
     else:
         pace = _computed(operations(spec, plan, dtype), device, dtype)
     disk = disk_needed(spec, plan, outputs, run_dir)
@@ -91,7 +91,7 @@ def preview(
         "hints": [plan.few_steps.as_data()] if plan.few_steps else [],
         "steps": _describe_steps(plan),
         "options": asdict(plan.options),
-        "seconds": _seconds(needs, plan, pace),
+        "seconds": seconds_of(needs.sampled, plan, pace),
         "measured": not advice,
         "memory": _memory(needs, resident, free),
         "disk": {"needed": sum(disk.values()), "free": shutil.disk_usage(_existing(run_dir)).free},
@@ -156,7 +156,7 @@ def _sampling(plan: Plan) -> str:
     return f"{sampling.steps} steps of {sampling.sampler or 'the default sampler'} with {guidance}"
 
 
-def _measured(model: Model, plan: Plan) -> Pace:
+def measured_pace(model: Model, plan: Plan) -> Pace:
     """By passes of the loaded model, the first of which does not count."""
     prompt = model.encode([plan.prompts.concepts[0].forget[0].text])
     parameters = parameters_in_scope(model, plan.scope)
@@ -205,19 +205,22 @@ def _computed(counts: tuple[int, int], device: torch.device, dtype: torch.dtype)
     return Pace(of(counts[0]), of(counts[1]))
 
 
-def _seconds(needs: Needs, plan: Plan, pace: Pace) -> dict[str, Any]:
+def seconds_of(at_once: int, plan: Plan, pace: Pace) -> dict[str, Any]:
     """Seconds of each stage in the middle, of all, and of all at least and at most, by the passes of the plan.
 
     A goal may be reached after few steps, or not within its budget.
+
+    Args:
+        at_once: Images that are sampled together.
     """
-    sampled = needs.sampled * (2 if plan.sampling.guided else 1)  # at once, when sampling
+    sampled = at_once * (2 if plan.sampling.guided else 1)
     trained = 2 * plan.recipe.batch_size  # at once, in training and saliency
 
     def seconds(cost: StageCost) -> tuple[float, float]:
-        at_once = trained if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING) else sampled
+        samples = trained if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING) else sampled
         ends = []
         for end in (0, 1):
-            passes = cost.forward * pace.forward(at_once)[end] / at_once if cost.forward else 0.0
+            passes = cost.forward * pace.forward(samples)[end] / samples if cost.forward else 0.0
             ends.append(passes + (cost.backward * pace.backward(trained)[end] / trained if cost.backward else 0.0))
         return ends[0], ends[1]
 

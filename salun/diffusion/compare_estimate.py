@@ -1,0 +1,76 @@
+"""What a comparison would do, and how long that takes, before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from salun.diffusion.compare import job_options, jobs_of, read_part
+from salun.diffusion.compare_options import CompareOptions
+from salun.diffusion.data.latents import batch_size_of
+from salun.diffusion.estimate import measured_pace, seconds_of
+from salun.diffusion.model.loading import load_with
+from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.plan import Plan, make_plan
+from salun.errors import ConfigError
+from salun.methods import METHODS
+from salun.progress import Event, Progress, Stage, silent
+
+SHARED = (Stage.SAMPLING, Stage.IMAGES_BEFORE)  # stages whose results jobs of one concept and seed share
+
+
+def preview_comparison(
+    options: CompareOptions,
+    run_dir: Path,
+    *,
+    model: Model | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """The jobs that `compare` would do with these arguments, and their time by passes measured here.
+
+    Attacks, and the search of the budget `tuned`, are not in it. Nothing is written.
+
+    Args:
+        run_dir: Of the comparison; its finished jobs are not counted.
+        model: Loaded; by default the one that the options name.
+
+    Returns:
+        "jobs": name, method, concept, seed, steps (0: in closed form), whether it is done, and least and most seconds
+        of each; "least" and "most" of all that is left.
+
+    Raises what `compare` would before its first erasure.
+    """
+    if not options.concept:
+        raise ConfigError("no concept is given", advice="Name what to erase: {concept} circle")
+    model = model or load_with(options.model or "shapes", options)
+    progress(Event(Stage.MEASURING, message=f"measuring this machine for {model.name}"))
+    jobs: list[dict[str, Any]] = []
+    pace, shared = None, set[tuple[str, int, Stage]]()
+    for job in jobs_of(options):
+        chosen = job_options(model, options, job, {})
+        plan = make_plan(model.settings, model.name, job.concept, chosen)
+        if pace is None:
+            with model.temporarily_trainable(), model.configured(plan.options):
+                pace = measured_pace(model, plan)
+        seconds = seconds_of(batch_size_of(model), plan, pace)
+        done = read_part(run_dir / "jobs" / job.name / "run.json").get("status") == "done"
+        for stage in SHARED:
+            if (job.concept, job.seed, stage) in shared:
+                for end in ("least", "most"):
+                    seconds[end] -= seconds.get(str(stage), 0.0)
+            shared.add((job.concept, job.seed, stage))
+        jobs.append(
+            {"name": job.name, "method": METHODS["diffusion"][job.variant.method].title, "concept": job.concept}
+            | {"seed": job.seed, "steps": _steps(plan), "done": done}
+            | {end: max(seconds[end], 0.0) for end in ("least", "most")}
+        )
+    left = [job for job in jobs if not job["done"]]
+    return {
+        "model": model.name, "device": str(model.device), "run_dir": str(run_dir), "jobs": jobs,
+        "least": sum(job["least"] for job in left), "most": sum(job["most"] for job in left),
+    }  # fmt: skip
+
+
+def _steps(plan: Plan) -> int:
+    """Training steps; 0 for a closed form."""
+    return sum(cost.steps for cost in plan.stages() if cost.stage is Stage.TRAINING and cost.backward)
