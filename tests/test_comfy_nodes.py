@@ -1194,7 +1194,7 @@ def test_an_evaluation_runs_again_where_its_prompts_changed(host: Host) -> None:
 
 def test_attacks_that_need_no_tokens_are_made_on_a_graphs_models(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """The detector is a stand-in that can tell: nothing of the tiny network shows a concept."""
-    monkeypatch.setattr(Calibration, "of_scores", classmethod(lambda cls, p, n, threshold, adjustable: sure(p, n)))
+    monkeypatch.setattr(Calibration, "of_scores", classmethod(lambda cls, p, n, *_: sure(p, n)))
     inputs = {name: value for name, value in parts().items() if name != "model"}
     given = {"attack": "seeds+tries=1\ncompletion+steps=4+first=2\nrelearn+steps=2\nquantize\nmerge\ninversion"}
     image, text, verdict = call(

@@ -21,7 +21,7 @@ from salun.diffusion.plan import spread
 from salun.diffusion.task import ErasureTask
 from salun.diffusion.until import Until
 from salun.errors import ConfigError
-from salun.evaluation.calibration import Calibration
+from salun.evaluation.calibration import Calibration, fitting
 from salun.evaluation.detector import Detector, DetectorInputs, Fitted, Samples, load_detector
 from salun.evaluation.estimate import Unknown, Value
 from salun.evaluation.metrics.image_drift import drift_of
@@ -202,13 +202,14 @@ class ModelProbe:
         parts = [_some(data.forget_latents[i * each : (i + 1) * each]) for i in range(len(plan.concepts))]
         others = _some(data.retain_latents)
         if isinstance(self.detector, Fitted):
-            known = {s.name: _samples(part) for s, part in zip(plan.subjects, parts, strict=True)}
-            self.detector.fit(known, _samples(others))
+            known = {s.name: _samples(_fitting(part)) for s, part in zip(plan.subjects, parts, strict=True)}
+            self.detector.fit(known, _samples(_fitting(others)))
         negatives = self._detect(others, [""] * len(others))
         calibrations = []
         for i, (subject, part) in enumerate(zip(plan.subjects, parts, strict=True)):
             positives = self._detect(part, [""] * len(part))[i]
-            calibration = Calibration.of_scores(positives, negatives[i], self.detector.threshold, self.adjustable)
+            calibrated = Calibration.of_fitted if self.adjustable else Calibration.of_scores
+            calibration = calibrated(positives, negatives[i], self.detector.threshold)
             if calibration.reason is not None:
                 raise ConfigError(
                     f"needs a detector that can tell {subject.name!r}: {calibration.reason}",
@@ -307,6 +308,11 @@ def _some(latents: Tensor) -> Tensor:
     """At most `KNOWN` of them, spread evenly."""
     rows = torch.linspace(0, len(latents) - 1, min(KNOWN, len(latents))).round().long()
     return latents[rows.to(latents.device)]
+
+
+def _fitting(latents: Tensor) -> Tensor:
+    """Those that the detector is fitted on; the others calibrate it."""
+    return latents[torch.from_numpy(fitting(len(latents))).to(latents.device)]
 
 
 def _samples(latents: Tensor) -> Samples:

@@ -1,7 +1,8 @@
 """What a detector's word is worth: how it does on the original model's own images.
 
 A detector that misses the concept in the original's images, or sees it in images of other prompts, measures nothing.
-Its rates on the original correct what it sees in the erased model's images (Rogan & Gladen 1978).
+Its rates on the original correct what it sees in the erased model's images (Rogan & Gladen 1978). They are counted on
+images that chose nothing: where timesteps or a threshold were chosen, a detector looks better than it is.
 """
 
 from __future__ import annotations
@@ -38,16 +39,27 @@ class Calibration:
 
     @classmethod
     def of_scores(
-        cls, positives: np.ndarray, negatives: np.ndarray, threshold: float, adjustable: bool = False
+        cls,
+        positives: np.ndarray,
+        negatives: np.ndarray,
+        threshold: float,
+        chosen_on: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Calibration:
         """From the concept's scores (n,) and (m,); one counts as detected from the threshold on.
 
         Args:
-            adjustable: Whether to choose another threshold where that separates the two clearly better.
+            chosen_on: Scores of other images of both kinds, on which another threshold is chosen where that separates
+                the two clearly better; None to keep the given one.
         """
-        if adjustable and len(positives) and len(negatives):
-            threshold = adjusted(positives, negatives, threshold)
+        if chosen_on is not None:
+            threshold = adjusted(*chosen_on, threshold)
         return cls(positives >= threshold, negatives >= threshold, auc(positives, negatives), threshold)
+
+    @classmethod
+    def of_fitted(cls, positives: np.ndarray, negatives: np.ndarray, threshold: float) -> Calibration:
+        """As `of_scores`, of a detector that was fitted on those that `fitting` names; they choose the threshold."""
+        on = [fitting(len(each)) for each in (positives, negatives)]
+        return cls.of_scores(positives[~on[0]], negatives[~on[1]], threshold, (positives[on[0]], negatives[on[1]]))
 
     @property
     def reason(self) -> str | None:
@@ -65,7 +77,8 @@ class Calibration:
     def corrected(self, detected: np.ndarray) -> Value:
         """The percentage of images without the concept, corrected for misses and false alarms.
 
-        1 − (rate − p₀) / (p₁ − p₀), with an interval by bootstrap over the images and the calibration.
+        100 · (1 − (rate − p₀) / (p₁ − p₀)), with an interval by bootstrap over the images and the calibration.
+        Value and interval may lie below 0 or above 100: cut off there, the mean of many would be biased.
 
         Args:
             detected: bool (n,), n > 0.
@@ -113,8 +126,10 @@ def adjusted(positives: np.ndarray, negatives: np.ndarray, threshold: float) -> 
     The given one, unless another is better by `CLEARLY`: the best of many on few images is partly chance.
 
     Args:
-        positives, negatives: Scores (n,) and (m,), n, m > 0.
+        positives, negatives: Scores (n,) and (m,).
     """
+    if not len(positives) or not len(negatives):
+        return threshold
     scores = np.unique(np.concatenate([positives, negatives]))
     scores = scores[np.isfinite(scores)]
     between = np.append((scores[1:] + scores[:-1]) / 2, threshold)
@@ -132,5 +147,5 @@ def _resampled(hits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _without(rate: Any, seen: Any, false: Any) -> Any:
-    """The percentage without the concept, from 0 to 100."""
-    return 100 * np.clip(1 - (rate - false) / np.maximum(seen - false, 1e-6), 0, 1)
+    """The percentage without the concept."""
+    return 100 * (1 - (rate - false) / np.maximum(seen - false, 1e-6))

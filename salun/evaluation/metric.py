@@ -85,7 +85,7 @@ class EvaluationPair:
             once the concepts are erased); −1 where none is expected. Attributes without expectations are absent.
         unknown: Source → the reason why there is nothing of it; metrics that need it are not computed.
         forget_prompts: Of each forget image.
-        fitted: Left out of the calibration; None for a detector that is not fitted.
+        fitted: Not counted in the calibration; None for a detector that is not fitted.
     """
 
     concepts: Sequence[ExpectedConcept]
@@ -107,19 +107,23 @@ class EvaluationPair:
         return replace(self, after=self.before)
 
     def calibration(self, concept: ExpectedConcept) -> Calibration:
-        """How the detector does on the original's images: of the concept, and of its anchor and other prompts."""
+        """How the detector does on the original's images: of the concept, and of its anchor and other prompts.
+
+        Those that it was fitted on are not counted; an adjustable threshold is chosen on them.
+        """
         attribute, before, rows, label = concept.attribute, self.before, concept.rows, concept.label
-        positives = before.forget.scores[attribute][rows, label]
+        forget, threshold = before.forget.scores[attribute][rows, label], before.forget.threshold
         others = before.retain.scores[attribute][:, label]
-        anchors = np.empty(0, others.dtype)
-        if before.anchor is not None:
-            anchors = before.anchor.scores[attribute][concept.anchor_rows, label]
-        if self.fitted is not None:
-            of_retain, of_anchors = np.split(self.fitted.others, [len(others)])
-            positives, others = positives[~self.fitted.forget[rows]], others[~of_retain]
-            anchors = anchors[~of_anchors[concept.anchor_rows]]
-        negatives = np.concatenate([others, anchors])
-        return Calibration.of_scores(positives, negatives, before.forget.threshold, before.forget.adjustable)
+        anchors = np.empty(0, others.dtype) if before.anchor is None else before.anchor.scores[attribute][:, label]
+        if self.fitted is None:
+            return Calibration.of_scores(forget, np.concatenate([others, anchors[concept.anchor_rows]]), threshold)
+        on, of_others = self.fitted.forget[rows], self.fitted.others
+        of_retain, of_anchors = np.split(of_others, [len(others)])
+        own_anchors = anchors[concept.anchor_rows][~of_anchors[concept.anchor_rows]]
+        chosen_on = (forget[on], np.concatenate([others, anchors])[of_others]) if before.forget.adjustable else None
+        return Calibration.of_scores(
+            forget[~on], np.concatenate([others[~of_retain], own_anchors]), threshold, chosen_on
+        )
 
     def shown(self, concept: ExpectedConcept) -> np.ndarray:
         """Whether each of its forget images shows the concept after the erasure, bool (n,), by the calibration."""

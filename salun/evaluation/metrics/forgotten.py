@@ -16,7 +16,7 @@ def unlearning_accuracy(pair: EvaluationPair) -> Value:
 
 
 def corrected(pair: EvaluationPair) -> Value:
-    """The same, corrected for what the detector misses and imagines on the original model's images."""
+    """The same, corrected for what the detector misses and imagines on the original model's images; 0 to 100."""
     values = [pair.calibration(concept).corrected(pair.shown(concept)) for concept in pair.concepts]
     known = [value for value in values if isinstance(value, Estimate)]
     if len(known) < len(values):
@@ -25,14 +25,18 @@ def corrected(pair: EvaluationPair) -> Value:
 
 
 def mean(values: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates; each side of its interval is the root of the mean square, over √k."""
+    """The mean of independent percentages; each side of its interval is the root of the mean square, over √k.
+
+    Each may lie below 0 or above 100; their mean is cut off there.
+    """
     k = len(values)
     value = sum(each.value for each in values) / k
     down, up = (
         sqrt(sum((each.value - end) ** 2 for each in values if (end := getattr(each, name)) is not None)) / k
         for name in ("low", "high")
     )
-    return Estimate(value, sum(each.n for each in values), max(value - down, 0.0), min(value + up, 100.0))
+    value, low, high = (min(max(each, 0.0), 100.0) for each in (value, value - down, value + up))
+    return Estimate(value, sum(each.n for each in values), low, high)
 
 
 def _finding(before: Estimate, after: Estimate, concept: Mapping[str, Any]) -> str:
