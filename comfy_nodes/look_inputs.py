@@ -105,8 +105,10 @@ def _prompts(name: str) -> str:
 
 
 def _clip(name: str) -> str:
-    if not is_hub_id(name):
-        raise ConfigError(f"is {name[:80]!r}, but must be a hub id (owner/name)", option=INPUTS["clip"])
+    if not is_hub_id(name, revised=True):
+        raise ConfigError(
+            f"is {name[:80]!r}, but must be a hub id (owner/name or owner/name@revision)", option=INPUTS["clip"]
+        )
     return name
 
 
@@ -114,7 +116,7 @@ def _attack(text: str) -> str:
     return with_prompts_only(text, lambda name: saved_path(name, (*PROMPTS, SAFETENSORS)))
 
 
-CLIP = "Hub id (owner/name) of the CLIP model of detectors{} by CLIP. auto: openai's ViT-L/14."
+CLIP = "Hub id (owner/name or owner/name@revision) of the CLIP model of detectors{} by CLIP. auto: openai's ViT-L/14."
 EVALUATION = LookInputs(
     EvalOptions,
     eval_options.GROUPS,

@@ -49,7 +49,8 @@ EVALUATION_HELP = {
                 "model as classifier).",
     "metric": f"Further metrics of the images: {', '.join(IMAGE_METRICS)}; one per line. {OF_REAL_IMAGES} compare the "
               "two models, or each with real images, as in fid:NAME for a folder in `pictures` of the data folder.",
-    "clip": "Hub id (owner/name) of the CLIP model of detectors and metrics by CLIP (default: openai's ViT-L/14).",
+    "clip": "Hub id (owner/name or owner/name@revision) of the CLIP model of detectors and metrics by CLIP (default: "
+    "openai's ViT-L/14).",
     "prompts": "Further prompts: files in `prompts` of the data folder (.csv with the columns of I2P or COCO, or "
                ".txt).",
     "sets": "Further prompts made from the concept, for models of free text.",

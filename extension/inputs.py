@@ -179,6 +179,6 @@ def _components(name: str) -> str:
 
 def _clip(name: str) -> str:
     """Raises ConfigError unless it is a hub id, as `_components` does."""
-    if is_hub_id(name):
+    if is_hub_id(name, revised=True):
         return name
-    raise ConfigError(f"is {name[:80]!r}, but must be a hub id (owner/name)", option="clip")
+    raise ConfigError(f"is {name[:80]!r}, but must be a hub id (owner/name or owner/name@revision)", option="clip")

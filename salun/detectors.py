@@ -20,7 +20,7 @@ class DetectorEntry:
         loads: The function of `DetectorInputs` that loads it, "module:name", imported when it is called. It returns
             None where what it needs is not there, such as a model's own classifier.
         argument: What may follow the name after a colon, as in "images:FOLDER"; "" for nothing. MODEL is a folder or a
-            hub id; without a FOLDER or FILE the detector cannot be used.
+            hub id, with a revision as in ID@REVISION; without a FOLDER or FILE the detector cannot be used.
         passes: Of the original network for each image, on average.
     """
 
@@ -86,6 +86,7 @@ def without_path(name: str) -> str:
     """
     entry_of(name, DETECTORS, "detector")
     key, _, argument = name.partition(":")
-    if key not in WITHOUT_PATH or (argument and not (is_hub_id(argument) or re.fullmatch("[a-z]+", argument))):
+    harmless = not argument or is_hub_id(argument, revised=True) or re.fullmatch("[a-z]+", argument)
+    if key not in WITHOUT_PATH or not harmless:
         raise ConfigError(f"is {name[:80]!r}, but can name no folder here", option="detector")
     return name

@@ -30,9 +30,16 @@ def unquoted(path: str) -> str:
     return path
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of an id of the Hugging Face hub (owner/name), which leads out of no folder."""
-    return re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", name) is not None
+def is_hub_id(name: str, revised: bool = False) -> bool:
+    """Whether a name has the form of an id of the Hugging Face hub (owner/name), which leads out of no folder.
+
+    Args:
+        revised: Whether a revision may follow, as in owner/name@revision.
+    """
+    repo, at, revision = name.partition("@")
+    if at and not (revised and re.fullmatch(r"\w[\w.-]*", revision)):
+        return False
+    return re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", repo) is not None
 
 
 def is_data_set_id(name: str) -> bool:
@@ -40,8 +47,7 @@ def is_data_set_id(name: str) -> bool:
 
     A name with a dot would be taken for a file's.
     """
-    repo, at, revision = name.partition("@")
-    return is_hub_id(repo) and "." not in repo and (not at or re.fullmatch(r"[\w.-]+", revision) is not None)
+    return is_hub_id(name, revised=True) and "." not in name.partition("@")[0]
 
 
 def is_unicode(text: str) -> bool:

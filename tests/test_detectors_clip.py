@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from salun.checkpoints import transformers_folder
-from salun.detectors import DETECTORS
+from salun.detectors import DETECTORS, without_path
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.eval_output import write_evaluation
 from salun.diffusion.evaluate import evaluate
@@ -247,10 +247,37 @@ def test_eval_measures_images_of_any_model_even_without_its_original(
         evaluate("shapes", replace(options, detector=["self"]))
 
 
-def test_clip_model_reads_nothing_before_it_is_used() -> None:
-    model = ClipModel()
-    assert model.name == CLIP and model.version == f"{CLIP}@{REVISIONS[CLIP]}"
-    assert ClipModel("someone/clip").version == "someone/clip"
+def test_clip_model_reads_nothing_before_it_is_used(offline: list[dict[str, Any]]) -> None:
+    assert ClipModel().name == CLIP and ClipModel("someone/clip@main").name == "someone/clip@main" and not offline
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "version"),
+    [
+        (CLIP, (CLIP, REVISIONS[CLIP]), f"{CLIP}@{COMMIT}"),
+        ("someone/clip", ("someone/clip", None), f"someone/clip@{COMMIT}"),
+        ("someone/clip@v1.0", ("someone/clip", "v1.0"), f"someone/clip@{COMMIT}"),
+    ],
+)
+def test_version_of_a_hub_id_is_the_commit_that_was_used(
+    name: str, asked: tuple[str, str | None], version: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    snapshot, calls = tmp_path / "models--someone--clip/snapshots" / COMMIT, []
+    shutil.copytree(saved, snapshot)
+
+    def fetched(repo: str, revision: str | None = None, **_: Any) -> str:
+        calls.append((repo, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    detector = load_detector("clip", DetectorInputs([CAT], clip=ClipModel(name)))
+    assert detector.version == version and set(calls) == {asked}
+    assert without_path(f"clip:{name}") == f"clip:{name}"
 
 
 @pytest.mark.parametrize("name", ["models/clip", "./models/clip/", "models/../models/clip", "{absolute}"])
@@ -259,7 +286,8 @@ def test_version_of_a_folder_is_its_name_so_that_results_hold_no_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/clip").mkdir(parents=True)
-    assert version_of(name.format(absolute=tmp_path / "models/clip")) == "clip"
+    given = name.format(absolute=tmp_path / "models/clip")
+    assert version_of(given, Path(given)) == "clip"
 
 
 def test_version_of_a_folder_that_is_named_like_a_hub_id_claims_no_revision(
@@ -267,9 +295,7 @@ def test_version_of_a_folder_that_is_named_like_a_hub_id_claims_no_revision(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / RESNET).mkdir(parents=True)
-    assert version_of(RESNET) == "resnet-50"
-    monkeypatch.chdir("/")
-    assert version_of(RESNET) == f"{RESNET}@{REVISIONS[RESNET]}"
+    assert version_of(RESNET, Path(RESNET)) == "resnet-50"
 
 
 @pytest.fixture
@@ -292,6 +318,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[di
     [
         ("clip", CLIP, REVISIONS[CLIP]),
         ("clip:someone/clip", "someone/clip", None),
+        ("clip:someone/clip@v1.0", "someone/clip", "v1.0"),
         ("imagenet", RESNET, REVISIONS[RESNET]),
         ("imagenet:timm/resnet50.tv2_in1k", "timm/resnet50.tv2_in1k", None),
         ("safety-checker:someone/model", "someone/model", None),

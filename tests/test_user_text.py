@@ -29,7 +29,7 @@ from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept, mentions, prompts_of, resolve
 from salun.errors import ConfigError
 from salun.runs.cache import size_of
-from salun.user_text import is_data_set_id, prompt_text, syntax_note, unquoted
+from salun.user_text import is_data_set_id, is_hub_id, prompt_text, syntax_note, unquoted
 
 from .conftest import SHORT
 
@@ -269,3 +269,20 @@ def test_folders_of_extra_model_paths_that_cannot_be_read_are_skipped(
 )  # fmt: skip
 def test_ids_of_data_sets_are_told_from_files(name: str, is_id: bool) -> None:
     assert is_data_set_id(name) is is_id
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [
+        ("openai/clip-vit-large-patch14", True),
+        ("timm/resnet50.tv2_in1k@v1.0", True),
+        ("a/b@" + "0" * 40, True),
+        ("a/b@", False),
+        ("a/b@..", False),
+        ("a/b@refs/pr/1", False),
+        ("/models/clip@main", False),
+    ],
+)
+def test_is_hub_id_takes_a_revision_only_where_it_may_have_one(name: str, is_id: bool) -> None:
+    assert is_hub_id(name, revised=True) is is_id
+    assert is_hub_id(name) is (is_id and "@" not in name)

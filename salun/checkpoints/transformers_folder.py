@@ -72,17 +72,24 @@ def folder_of(name: str, files: ModelFiles, revision: str | None = None) -> Path
     """The model's folder, fetched from the hub if it is not in the local cache.
 
     Args:
-        name: A folder or hub id.
-        revision: Of a hub id; None for the newest.
+        name: A folder or hub id; the latter may have a revision, as in ID@REVISION.
+        revision: Of a hub id that has none; None for the newest.
 
     Raises:
         ModelError: It cannot be fetched, or may not be opened.
     """
-    folder = local_folder(name) or _fetched(name, files, revision)
+    repo, _, named = name.partition("@")
+    folder = local_folder(name) or _fetched(repo, files, named or revision)
     check_links(folder)
     if (folder / files.part / "adapter_config.json").exists():
         raise ModelError(f"{name} holds an adapter (adapter_config.json) that names another model: remove it")
     return folder
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a folder in the cache of the hub, which is named by it; None for another folder."""
+    is_commit = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) is not None
+    return folder.name if is_commit else None
 
 
 def _fetched(name: str, files: ModelFiles, revision: str | None) -> Path:

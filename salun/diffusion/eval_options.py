@@ -23,7 +23,7 @@ class ComparedOptions(ModelOptions):
     anchor: list[str] = option([], "Anchor of each concept, in order", auto="the preset's")
     clip: str | None = option(
         None,
-        "CLIP model of detectors and metrics by CLIP that name none, hub id or folder",
+        "CLIP model of detectors and metrics by CLIP that name none, hub id (or ID@REVISION) or folder",
         auto="openai's ViT-L/14",
         path=True,
     )

@@ -34,20 +34,20 @@ class ClipModel:
     """A CLIP model, which is loaded when it is first used.
 
     Args:
-        name: A folder, or an id of the hub.
-        revision: Of a hub id; by default the pinned one of `REVISIONS`, or the newest.
+        name: A folder, or an id of the hub, which may have a revision as in ID@REVISION; by default it is the pinned
+            one of `REVISIONS`, or else the newest.
         device: Where to compute, in float32.
 
     Every use raises DataError if the model cannot be loaded.
     """
 
-    def __init__(self, name: str = CLIP, revision: str | None = None, device: torch.device | str = "cpu") -> None:
-        self.name, self.revision, self.device = name, revision or REVISIONS.get(name), device
+    def __init__(self, name: str = CLIP, device: torch.device | str = "cpu") -> None:
+        self.name, self.device = name, device
 
     @property
     def version(self) -> str:
         """The name for results, see `version_of`."""
-        return version_of(self.name, self.revision)
+        return version_of(self.name, self.folder)
 
     @property
     def weights(self) -> str:
@@ -65,7 +65,7 @@ class ClipModel:
     def folder(self) -> Path:
         """Where its files are."""
         with loading():
-            return folder_of(self.name, FILES, self.revision)
+            return folder_of(self.name, FILES, REVISIONS.get(self.name))
 
     @cached_property
     def sha256(self) -> str:

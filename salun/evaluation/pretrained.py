@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from salun.checkpoints.transformers_folder import local_folder, weight_files
+from salun.checkpoints.transformers_folder import commit_of, local_folder, weight_files
 from salun.errors import DataError, ModelError
 from salun.files import sha256_file
 
@@ -29,16 +29,19 @@ Prepare = Callable[[np.ndarray], "Tensor"]  # an image, uint8 (h, w, 3) → as a
 Network = Callable[["Tensor"], "Tensor"]  # prepared images, float32 (n, 3, h, w) → what a model makes of each, (n, …)
 
 
-def version_of(name: str, revision: str | None = None) -> str:
-    """A model's version for results: of a hub id with the revision, if one is given or pinned, of a folder its name.
+def version_of(name: str, folder: Path) -> str:
+    """A model's version for results: of a hub id with the commit that was used, of the user's folder its name.
 
     Results are published, and where a folder lies concerns nobody else; the hash of the weights says what is in it.
+
+    Args:
+        name: As the user gave it.
+        folder: Where its files are.
     """
-    folder = local_folder(name)
-    if folder is not None:
+    if local_folder(name) is not None:
         return os.path.basename(os.path.abspath(folder))
-    revision = revision or REVISIONS.get(name)
-    return f"{name}@{revision}" if revision else name
+    commit = commit_of(folder)
+    return f"{name.partition('@')[0]}@{commit}" if commit else name
 
 
 def weights_hash(folder: Path) -> str:

@@ -105,7 +105,7 @@ def load(inputs: DetectorInputs) -> ImageClassifier:
             network, prepare, classes = load_timm(name, folder, FILES, config, inputs.device)
         else:
             network, prepare, classes = _of_transformers(name, folder, inputs.device)
-    return ImageClassifier(network, prepare, classes, version_of(name), weights_hash(folder), inputs.device)
+    return ImageClassifier(network, prepare, classes, version_of(name, folder), weights_hash(folder), inputs.device)
 
 
 def _of_transformers(name: str, folder: Path, device: torch.device | str) -> tuple[Network, Prepare, list[str]]:

@@ -101,5 +101,5 @@ def load(inputs: DetectorInputs) -> SafetyChecker:
         folder = folder_of(name, FILES)
         model = load_model(name, folder / PART, FILES, StableDiffusionSafetyChecker, StableDiffusionSafetyChecker)
         processor = image_processor(folder / PROCESSOR, name, FILES)
-    version, sha256 = version_of(name), weights_hash(folder / PART)
+    version, sha256 = version_of(name, folder), weights_hash(folder / PART)
     return SafetyChecker(model.to(inputs.device), processor, version, sha256, inputs.device)
