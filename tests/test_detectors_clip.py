@@ -27,7 +27,7 @@ from salun.evaluation import clip_model
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.detector import DetectorInputs, Samples, Subject, facts_of, load_detector
 from salun.evaluation.detectors import imagenet, images, q16, safety_checker
-from salun.evaluation.detectors.clip import texts_of
+from salun.evaluation.detectors.clip import neighbors_of, texts_of
 from salun.evaluation.detectors.imagenet import class_of
 from salun.evaluation.estimate import Estimate
 from salun.evaluation.image_metric import ImageSet
@@ -407,7 +407,7 @@ def test_clip_detector_scores_are_margins_of_the_librarys_probabilities(saved: P
     detector, pixels = load_detector(f"clip:{saved}", DetectorInputs([CAT, Subject("x")])), noise(40)
     detection = detector.detect(samples(pixels))
     assert texts_of(CAT) == ["a photo of a cat", "a photo of a dog", "a photo"]
-    assert texts_of(Subject("x")) == ["a photo of x", "a photo"]
+    assert texts_of(Subject("x"), ["a y"]) == ["a photo of x", "a photo of a y", "a photo"]
     p = logits_of_library(saved, pixels, texts_of(CAT)).softmax(1).numpy()
     expected = np.stack([p[:, 0] - p[:, 1:].max(1), p[:, 1] - np.maximum(p[:, 0], p[:, 2])], 1)
     assert detection.scores["cat"] == pytest.approx(expected, abs=1e-4)
@@ -420,6 +420,26 @@ def test_clip_detector_scores_are_margins_of_the_librarys_probabilities(saved: P
     assert target is not None and (target.attribute, target.label, target.anchor) == ("cat", 0, 1)
     facts = facts_of(detector)
     assert facts["sha256"] == sha256_file(saved / "model.safetensors") and facts["version"] == saved.name
+    assert facts["texts"] == "cat: a photo of a cat, a photo of a dog, a photo; x: a photo of x, a photo"
+
+
+def test_clip_detector_compares_with_named_neighbors_or_those_that_it_finds(saved: Path) -> None:
+    model, pixels = ClipModel(str(saved)), noise(40)
+    plain = load_detector("clip", DetectorInputs([CAT], clip=model)).detect(samples(pixels))
+    named = replace(CAT, neighbors=("a lion", "a fox"), nouns=("owl",))
+    detector = load_detector("clip", DetectorInputs([named], clip=model))
+    texts = ["a photo of a cat", "a photo of a dog", "a photo of a lion", "a photo of a fox", "a photo"]
+    assert facts_of(detector)["texts"] == f"cat: {', '.join(texts)}"
+    seen = detector.detect(samples(pixels))
+    p = logits_of_library(saved, pixels, texts).softmax(1).numpy()
+    assert seen.scores["cat"][:, 0] == pytest.approx(p[:, 0] - p[:, 1:].max(1), abs=1e-4)
+    assert seen.shows("cat", 0).sum() < plain.shows("cat", 0).sum()  # some images are nearer to a neighbor
+    nouns = ("lion", "fox", "owl", "car", "bus", "tree", "apple", "bread", "chair", "book", "moon", "cup")
+    embedded = model.embed_texts([f"a photo of {each}" for each in ("a cat", *nouns)])
+    centered = embedded - embedded[1:].mean(0)
+    centered /= np.linalg.norm(centered, axis=1, keepdims=True)
+    nearest = sorted(nouns, key=lambda noun: -float(centered[1 + nouns.index(noun)] @ centered[0]))
+    assert neighbors_of(replace(CAT, nouns=nouns), model) == nearest[:8]
 
 
 @pytest.fixture

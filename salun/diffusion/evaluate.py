@@ -7,7 +7,7 @@ need no new images. Latents are held, images are not: each is decoded when a det
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from salun.compute.device import explained_memory_errors
@@ -222,8 +222,9 @@ def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str
             advice="Name the original by {against}, or use another {detector}",
         )
     model = compared.known
+    subjects = [replace(each, neighbors=tuple(options.neighbors)) for each in plan.subjects]
     inputs = DetectorInputs(
-        plan.subjects, model.settings.detector, compared.original, model.device, clip=_clip(compared, options)
+        subjects, model.settings.detector, compared.original, model.device, clip=_clip(compared, options)
     )
     return {name: load_detector(name, inputs) for name in names}
 

@@ -17,6 +17,7 @@ from salun.diffusion.model.few_steps import FewSteps, hint
 from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.options import EraseOptions, Recipe, Sampling
 from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, mentioning, part, prompts_of, resolve
+from salun.diffusion.prompts.sets import other_nouns
 from salun.errors import ConfigError
 from salun.evaluation.detector import Subject
 from salun.methods import METHODS, Method, load
@@ -307,6 +308,7 @@ def subject_of(concept: Concept, prompts: ConceptPrompts) -> Subject:
         concept.preset,
         concept.synonyms[0] if concept.synonyms else concept.name,
         concept.anchors[0] if concept.anchors else concept.anchor or "",
+        nouns=other_nouns(concept) if prompts.attribute is None and concept.kind == "object" else (),
     )
 
 

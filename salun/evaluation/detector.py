@@ -34,6 +34,8 @@ class Subject:
         attribute: Of the model's vocabulary; None for a model without one.
         preset: Name of the concept's preset, None for free text.
         phrase, anchor_phrase: Prompts that say nothing but the concept and the anchor ("" for the empty prompt).
+        neighbors: Phrases for what is near the concept and is not it.
+        nouns: Other things, among which a detector may look for neighbors where none are named.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Subject:
     preset: str | None = None
     phrase: str = ""
     anchor_phrase: str = ""
+    neighbors: tuple[str, ...] = ()
+    nouns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

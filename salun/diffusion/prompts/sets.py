@@ -106,11 +106,16 @@ def _neighbors(concept: Concept, given: Sequence[str], similar: Similar | None) 
     """What is near the concept and must stay, given or proposed by the text encoder."""
     if given:
         return [template.replace("{}", each) for each in given for template in library()["kinds"][concept.kind]["eval"]]
+    near = similar(concept.synonyms[0], other_nouns(concept))[:NEIGHBORS] if similar is not None else []
+    return [template.replace("{}", noun) for noun in near for template in library()["kinds"]["object"]["eval"][:2]]
+
+
+@cache
+def other_nouns(concept: Concept) -> tuple[str, ...]:
+    """Nouns among which to look for what is near a concept: all that name neither it nor its anchor."""
     phrases = [without_article(each) for each in (concept.name, *concept.synonyms, *concept.anchors) if each]
     every = itertools.chain.from_iterable(_texts()["nouns"])
-    nouns = [noun for noun in every if not any(mentions(noun, each) or mentions(each, noun) for each in phrases)]
-    near = similar(concept.synonyms[0], nouns)[:NEIGHBORS] if similar is not None else []
-    return [template.replace("{}", noun) for noun in near for template in library()["kinds"]["object"]["eval"][:2]]
+    return tuple(noun for noun in every if not any(mentions(noun, each) or mentions(each, noun) for each in phrases))
 
 
 SETS: dict[str, Callable[[Concept, Sequence[str], Similar | None], list[str]]] = {
