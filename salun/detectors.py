@@ -33,7 +33,7 @@ class DetectorEntry:
 DETECTORS = {
     "attribute": DetectorEntry("classifier in the model's own folder", "salun.evaluation.detectors.attribute:load"),
     "self": DetectorEntry(
-        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=12
+        "the original model as classifier of latents", "salun.evaluation.detectors.self_classifier:load", passes=7
     ),
     "clip": DetectorEntry("CLIP, without training, for any concept", "salun.evaluation.detectors.clip:load", "MODEL"),
     "images": DetectorEntry(

@@ -49,8 +49,8 @@ def test_samples_with_lazy_images_are_divided_and_joined_as_those_with_arrays() 
         assert (
             values(some.images) == [2, 0] and some.prompts == ["c", "a"] and some.latents.flatten().tolist() == [2, 0]
         )
-        both = Samples.cat([samples[:1], samples[3:]], compare_prompts=True)
-        assert values(both.images) == [0, 3] and list(both.prompts) == ["a", "d"] and both.compare_prompts
+        both = Samples.cat([samples[:1], samples[3:]])
+        assert values(both.images) == [0, 3] and list(both.prompts) == ["a", "d"]
         assert both.latents.flatten().tolist() == [0, 3]
     assert isinstance(lazy[1:].images, LazyImages)
 

@@ -21,6 +21,7 @@ from salun.errors import fill
 from salun.evaluation.calibration import Calibration, adjusted, auc, fitting
 from salun.evaluation.detector import DetectorInputs, Samples, Subject, load_detector
 from salun.evaluation.detectors.self_classifier import (
+    ANY,
     FRACTIONS,
     UNFITTED,
     SelfClassifier,
@@ -28,6 +29,7 @@ from salun.evaluation.detectors.self_classifier import (
     scores_of,
 )
 from salun.evaluation.estimate import Estimate, Unknown
+from salun.evaluation.metrics.forgotten import mean
 from salun.evaluation.retrain_verdict import verdict_on_classifier
 from salun.evaluation.verdict import Outcome, verdict_on
 from salun.progress import Event, Stage
@@ -92,6 +94,13 @@ def test_corrected_rate_is_unbiased_where_the_threshold_is_chosen(proportion: fl
     assert 0.1 <= proportion <= 0.5 or abs(same_bias) > 0.8
 
 
+def test_corrected_ua_is_cut_off_only_where_it_is_reported() -> None:
+    beyond, within = Estimate(104, 50, 98, 110), Estimate(90, 50, 84, 95)
+    both, alone = mean([beyond, within]), mean([beyond])
+    assert both.value == 97 and (alone.value, alone.low, alone.high) == (100, 98, 100)
+    assert mean([Estimate(-3, 50, -9, 4)]).as_json()["low"] == 0
+
+
 def test_adjusted_threshold_is_taken_where_it_separates_clearly_better() -> None:
     positives, negatives = np.linspace(-0.3, 0.1, 50), np.linspace(-2, -0.4, 80)
     given = Calibration.of_scores(positives, negatives, 0.0)
@@ -115,7 +124,7 @@ def test_a_detector_fitted_on_noise_is_not_trusted(n: int) -> None:
         errors = [1 + torch.randn(m, 3, len(FRACTIONS), generator=generator) / 10 for m in (n, 2 * n)]
         on = [fitting(len(each)) for each in errors]
         fits = on[0].any() and on[1].any()
-        chosen = best_timesteps(errors[0][on[0]], errors[1][on[1]], (0, 0)) if fits else UNFITTED
+        chosen = best_timesteps(errors[0][on[0]], errors[1][on[1]], FRACTIONS) if fits else UNFITTED
         scores = [scores_of(each[:, :, [FRACTIONS.index(t) for t in chosen]])[:, 0].numpy() for each in errors]
         held_out = [each[~of] for each, of in zip(scores, on, strict=True)]
         for name, sides in (("others", held_out), ("the same", [s[o] for s, o in zip(scores, on, strict=True)])):
@@ -167,11 +176,34 @@ def test_the_original_knows_the_concept_its_anchor_and_what_is_neither(
     assert shown["circle"] >= 0.9 and max(shown[name] for name in ("square", "ring", "star")) <= 0.1
     assert seen["square"].shows("circle", 1).mean() >= 0.9 and seen["star"].shows("circle", 1).mean() <= 0.1
     assert np.mean([of.shows("prompt", 0).mean() for of in seen.values()]) >= 0.9
+    wrong = replace(samples["star"], prompts=samples["ring"].prompts)
+    assert detector.detect(wrong).shows("prompt", 0).mean() <= 0.2
     noise = Samples(
         samples["star"].images, torch.randn(24, *detector.model.latent_shape), samples["star"].prompts, True
     )
-    assert detector.detect(noise).shows("prompt", 0).mean() <= 0.7
-    assert [event.step for event in events if event.stage is Stage.DETECTING] == [24] * 4
+    assert detector.detect(noise).shows("prompt", 0).mean() <= 0.2
+    counted = [event.step for event in events if event.stage is Stage.DETECTING]
+    assert set(counted) == {24} and 4 <= len(counted) <= 8  # a second noise is no new image
+
+
+@pytest.mark.slow
+def test_a_second_noise_is_for_images_that_one_does_not_decide(
+    circles: tuple[SelfClassifier, dict[str, Samples]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a pass in the range of scores that −ε could change; the decisions are those of both noises for all."""
+    detector, samples = circles
+    detector.fit({"circle": samples["circle"]}, Samples.cat([samples[name] for name in ("square", "ring", "star")]))
+    passes: list[int] = []
+    predict = detector.model.predict
+    monkeypatch.setattr(detector.model, "predict", lambda x, *given: (passes.append(len(x)), predict(x, *given))[1])
+    of, (low, high) = replace(samples["ring"], compare_prompts=False), detector.open["circle"]
+    early = detector.detect(of).scores["circle"][:, 0]
+    saved = sum(passes)
+    monkeypatch.setitem(detector.open, "circle", ANY)
+    both = detector.detect(of).scores["circle"][:, 0]
+    assert saved < 1.5 * 3 * 24 < sum(passes) - saved == 2 * 3 * 24 * len(detector.timesteps["circle"])
+    middle = (low + high) / 2
+    assert ((early >= middle) == (both >= middle)).all() and (early != both).any()
 
 
 @pytest.mark.slow

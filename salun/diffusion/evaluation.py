@@ -225,7 +225,7 @@ def _others(side: Evaluation) -> Samples:
     """Images of other prompts and of the anchors'."""
     if side.anchor is None:
         return side.retain
-    return Samples.cat([side.retain, side.anchor], compare_prompts=True)
+    return Samples.cat([side.retain, side.anchor])
 
 
 def metrics_of(detector: Detector, pair: EvaluationPair, erased_by: Plan | None = None) -> dict[str, Any]:

@@ -82,13 +82,13 @@ class Samples:
         return replace(self, images=images, latents=self.latents[index], prompts=[self.prompts[i] for i in index])
 
     @classmethod
-    def cat(cls, parts: Sequence[Samples], compare_prompts: bool = False) -> Samples:
+    def cat(cls, parts: Sequence[Samples]) -> Samples:
         """All of them, of at least one part; no image is copied."""
         import torch
 
         latents = torch.cat([part.latents for part in parts])
         prompts = [prompt for part in parts for prompt in part.prompts]
-        return cls(joined([part.images for part in parts]), latents, prompts, compare_prompts)
+        return cls(joined([part.images for part in parts]), latents, prompts)
 
 
 def clip_embeddings(samples: Samples, model: ClipModel, progress: Progress = silent) -> np.ndarray:

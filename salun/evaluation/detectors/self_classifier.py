@@ -2,15 +2,17 @@
 
 A diffusion model denoises a sample best under the prompt that describes it (Li et al. 2023, "Your diffusion model is
 secretly a zero-shot classifier"). For a latent x₀ the original network's error ‖target − output(x_t, t, c)‖² is
-compared between the concept's prompt, the anchor's and the empty one, on the same (t, ±ε). The empty prompt is needed:
+compared between the concept's prompt, the anchor's and the empty one, on the same (t, ε). The empty prompt is needed:
 with concept and anchor alone, whatever is neither is taken for one of them.
 
 Which t separates a concept from others depends on the concept: shapes and colors show in little noise, styles in much.
-So the timesteps are chosen on the original's own images (`fit`), where it is known what they show.
+So the timesteps are chosen on the original's own images (`fit`), where it is known what they show. So is the range of
+scores in which a second noise, −ε, could change the decision: only images in that range get it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
-from salun.evaluation.calibration import FEWEST, FITTED, auc
+from salun.evaluation.calibration import FEWEST, FITTED, adjusted, auc
 from salun.evaluation.detector import (
     Detection,
     DetectorInputs,
@@ -35,9 +37,11 @@ from salun.randomness import step_generator
 
 FRACTIONS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)  # of the schedule: the timesteps t to choose from
 UNFITTED = (0.2, 0.5, 0.8)  # those that are used without a choice
-MOST, BETTER = 3, 0.005  # timesteps at most; by how much another one must raise the AUC
+MATCHED = (0.5,)  # those by which a whole prompt is compared with the empty one
+MOST, BETTER = 2, 0.005  # timesteps at most; by how much another one must raise the AUC
 SEED = 17  # of ε, which all samples share, as they do −ε
 PROMPT, AS_PROMPTED = "prompt", "as prompted"
+ANY = (-math.inf, math.inf)
 
 
 class SelfClassifier:
@@ -48,14 +52,15 @@ class SelfClassifier:
         subjects: The concepts.
     """
 
-    name, version = "self", "3"
+    name, version = "self", "4"
     threshold, unit = 0.0, "error of the best other prompt minus the label's, relative to their mean"
     prompt_match = PROMPT
 
     def __init__(self, model: DiffusionModel, subjects: Sequence[Subject]) -> None:
         self.model, self.subjects = model, subjects
         self.labels: Mapping[str, Sequence[str]] = labels_by_concept(subjects) | {PROMPT: [AS_PROMPTED]}
-        self.timesteps: dict[str, tuple[float, ...]] = dict.fromkeys(self.labels, UNFITTED)
+        self.timesteps: dict[str, tuple[float, ...]] = dict.fromkeys(self.labels, UNFITTED) | {PROMPT: MATCHED}
+        self.open = {each.name: ANY for each in subjects}  # the range of scores that need −ε too
 
     @property
     def sha256(self) -> str:
@@ -72,33 +77,54 @@ class SelfClassifier:
         return {"timesteps": "; ".join(f"{name}: {', '.join(map(str, t))}" for name, t in self.timesteps.items())}
 
     def fit(self, shows: Mapping[str, Samples], others: Samples, progress: Progress = silent) -> None:
-        """Choose the timesteps that tell most on images of the original, some of each kind.
+        """Choose for each concept the timesteps that tell most, and where a second noise is needed.
 
         Args:
-            shows: Concept → images of it.
+            shows: Concept → images of it by the original; some of them are used.
             others: Images of other prompts.
         """
         negatives = some_of(others)
-        if len(negatives) < FEWEST:
-            return
         for each in self.subjects:
             positives = some_of(shows[each.name])
-            if len(positives) >= FEWEST:
-                shown, absent = (self._errors(part, each.name, progress) for part in (positives, negatives))
-                self.timesteps[each.name] = best_timesteps(shown, absent, (0, 0))
-        if negatives.compare_prompts:
-            errors = self._errors(negatives, PROMPT, progress)
-            self.timesteps[PROMPT] = best_timesteps(errors, errors, (0, 1))  # an image does not show the foil
+            if min(len(positives), len(negatives)) >= FEWEST:
+                self._choose(each.name, (positives, negatives), progress)
 
-    def _errors(self, samples: Samples, name: str, progress: Progress) -> Tensor:
-        """Errors (n, prompts, timesteps) for one question at all timesteps."""
-        compared = self._questions(samples)[name]
-        return self._measured(samples, {name: compared}, {name: FRACTIONS}, Stage.PROBING, progress)[name]
+    def _choose(self, name: str, kinds: tuple[Samples, Samples], progress: Progress) -> None:
+        """By successive halving: all timesteps on few images of both kinds, then the likely ones on all.
+
+        Args:
+            kinds: Images that show the concept, and others.
+        """
+
+        def errors(fractions: Sequence[float], noise: int = 1, most: int = FITTED) -> list[Tensor]:
+            parts = [some_of(of, most) for of in kinds]
+            asked, at = [self._questions(part)[name] for part in parts], {name: fractions}
+            return [
+                self._measured(part.latents, {name: of}, at, noise, Stage.PROBING, progress)[name]
+                for part, of in zip(parts, asked, strict=True)
+            ]
+
+        likely = likely_timesteps(*errors(FRACTIONS, most=FEWEST))
+        first = errors(likely)
+        chosen = best_timesteps(*first, likely)
+        first, second = [each[:, :, [likely.index(t) for t in chosen]] for each in first], errors(chosen, -1)
+        both = [scores_of((one + other) / 2)[:, 0] for one, other in zip(first, second, strict=True)]
+        moved = [(scores_of(one)[:, 0] - of).abs().max() for one, of in zip(first, both, strict=True)]
+        threshold, width = adjusted(both[0].numpy(), both[1].numpy(), self.threshold), float(max(moved))
+        self.timesteps[name], self.open[name] = chosen, (threshold - width, threshold + width)
 
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """In the latents of n samples; the images are not looked at."""
-        compared = self._questions(samples)
-        errors = self._measured(samples, compared, self.timesteps, Stage.DETECTING, progress)
+        latents, asked, stage = samples.latents, self._questions(samples), Stage.DETECTING
+        errors = self._measured(latents, asked, self.timesteps, 1, stage, progress)
+        for name, (low, high) in self.open.items():
+            score = scores_of(errors[name])[:, 0]
+            rows = torch.nonzero((score >= low) & (score <= high)).flatten()
+            if not len(rows):
+                continue
+            again = {name: [[column[i] for i in rows.tolist()] for column in asked[name]]}
+            second = self._measured(latents[rows], again, self.timesteps, -1, stage, progress, len(samples))
+            errors[name][rows] = (errors[name][rows] + second[name]) / 2
         return Detection(
             {
                 name: scores_of(errors[name])[:, : len(labels)].numpy()
@@ -118,20 +144,27 @@ class SelfClassifier:
             phrases = [each.phrase, *([each.anchor_phrase] if each.anchor else []), ""]
             compared[each.name] = [[phrase] * n for phrase in phrases]
         if samples.compare_prompts:
-            compared[PROMPT] = [list(prompts), [foil_of(i, prompts) for i in range(n)], [""] * n]
+            compared[PROMPT] = [list(prompts), [""] * n]
         return compared
 
     @torch.no_grad()
     def _measured(
         self,
-        samples: Samples,
+        latents: Tensor,
         compared: Mapping[str, list[list[str]]],
         timesteps: Mapping[str, Sequence[float]],
+        noise: int,
         stage: Stage,
         progress: Progress,
+        total: int | None = None,
     ) -> dict[str, Tensor]:
-        """Attribute → errors (n, prompts, timesteps), the prompts of `compared` at its `timesteps`."""
-        n, size = len(samples), batch_size_of(self.model)
+        """Attribute → errors (n, prompts, timesteps) of n latents, the prompts of `compared` at its `timesteps`.
+
+        Args:
+            noise: 1 for ε, −1 for −ε.
+            total: Of the progress, where it is complete already: these were counted before.
+        """
+        n, size = len(latents), batch_size_of(self.model)
         texts = list(dict.fromkeys(text for columns in compared.values() for column in columns for text in column))
         encoded, row_of = self.model.encode(texts or [""]), {text: i for i, text in enumerate(texts)}
         rows = {
@@ -140,33 +173,32 @@ class SelfClassifier:
         errors = {name: torch.zeros(n, len(of), len(timesteps[name])) for name, of in compared.items()}
         for start in range(0, n, size):
             batch = slice(start, start + size)
-            latents = samples.latents[batch].to(self.model.device)
+            part = latents[batch].to(self.model.device)
             for fraction in FRACTIONS:
                 names = [name for name in compared if fraction in timesteps[name]]
                 pairs = [_pairs(rows[name][batch]) for name in names]
                 if not pairs:
                     continue
                 unique, inverse = torch.unique(torch.cat(pairs), dim=0, return_inverse=True)
-                at_t = self._at(latents, encoded, unique, fraction)[inverse]
-                for name, part in zip(names, at_t.split([len(each) for each in pairs]), strict=True):
-                    errors[name][batch, :, list(timesteps[name]).index(fraction)] = part.view(len(latents), -1)
-            progress(Event(stage, min(start + size, n), n))
+                at_t = self._at(part, encoded, unique, fraction, noise)[inverse]
+                for name, of in zip(names, at_t.split([len(each) for each in pairs]), strict=True):
+                    errors[name][batch, :, list(timesteps[name]).index(fraction)] = of.view(len(part), -1)
+            progress(Event(stage, total or min(start + size, n), total or n))
         return errors
 
-    def _at(self, latents: Tensor, encoded: Conditioning, pairs: Tensor, fraction: float) -> Tensor:
-        """Mean squared errors (k,) of (sample, prompt) pairs (k, 2) at one timestep, for a noise and its negative.
+    def _at(self, latents: Tensor, encoded: Conditioning, pairs: Tensor, fraction: float, sign: int) -> Tensor:
+        """Mean squared errors (k,) of (sample, prompt) pairs (k, 2) at one timestep, for ε or −ε.
 
-        Such an antithetic pair takes out what is linear in the noise: it separates better than two independent ones.
+        The mean over both takes out what is linear in the noise: it separates better than two independent ones.
         """
         model, parts = self.model, []
-        drawn = torch.randn(latents.shape[1:], generator=step_generator(SEED, FRACTIONS.index(fraction)))
-        for part in pairs.to(latents.device).split(len(latents)):
-            x_0 = latents[part[:, 0]].repeat(2, 1, 1, 1)
-            noise = torch.cat([each.to(latents.device).expand(len(part), -1, -1, -1) for each in (drawn, -drawn)])
+        drawn = sign * torch.randn(latents.shape[1:], generator=step_generator(SEED, FRACTIONS.index(fraction)))
+        for part in pairs.to(latents.device).split(2 * len(latents)):
+            x_0, noise = latents[part[:, 0]], drawn.to(latents.device).expand(len(part), -1, -1, -1)
             t = torch.full((len(x_0),), model.schedule.t_at(fraction), device=latents.device)
-            output = model.predict(model.schedule.add_noise(x_0, noise, t), t, encoded[part[:, 1].repeat(2)])
+            output = model.predict(model.schedule.add_noise(x_0, noise, t), t, encoded[part[:, 1]])
             errors = (output - model.schedule.target(x_0, noise, t)).square().flatten(1).mean(1)
-            parts.append(errors.view(2, -1).mean(0).cpu())
+            parts.append(errors.cpu())
         return torch.cat(parts)
 
 
@@ -175,9 +207,9 @@ def _pairs(rows: Tensor) -> Tensor:
     return torch.stack([torch.arange(len(rows))[:, None].expand_as(rows), rows], 2).flatten(0, 1)
 
 
-def some_of(samples: Samples) -> Samples:
-    """At most `FITTED` of them, spread evenly."""
-    return samples[np.unique(np.linspace(0, len(samples) - 1, FITTED).round().astype(int)) if len(samples) else []]
+def some_of(samples: Samples, most: int = FITTED) -> Samples:
+    """At most `most` of them, spread evenly."""
+    return samples[np.unique(np.linspace(0, len(samples) - 1, most).round().astype(int)) if len(samples) else []]
 
 
 def scores_of(errors: Tensor) -> Tensor:
@@ -189,36 +221,37 @@ def scores_of(errors: Tensor) -> Tensor:
     return margins(-(errors / errors.mean(1, keepdim=True)).mean(2))
 
 
-def best_timesteps(positives: Tensor, negatives: Tensor, labels: tuple[int, int]) -> tuple[float, ...]:
-    """The timesteps of `FRACTIONS` whose scores separate two kinds of images best: one, or more where that is better.
+def quality(positives: Tensor, negatives: Tensor, chosen: Sequence[int]) -> tuple[float, float]:
+    """How well the scores at some timesteps separate two kinds of images, of which the first show the first prompt.
 
     Args:
-        positives, negatives: Errors (n, prompts, timesteps) of images of either kind.
-        labels: The prompt whose score is to be high in the positives, and that whose score is to be low in the others.
+        positives, negatives: Errors (n, prompts, timesteps).
+        chosen: Numbers of timesteps.
+
+    Returns:
+        The AUC, and the distance of the means in units of their spread, which decides among equals.
     """
+    sides = [scores_of(errors[:, :, list(chosen)])[:, 0] for errors in (positives, negatives)]
+    apart = (sides[0].mean() - sides[1].mean()) / (sides[0].var() + sides[1].var() + 1e-12).sqrt()
+    return auc(sides[0].numpy(), sides[1].numpy()), float(apart)
 
-    def quality(chosen: Sequence[int]) -> tuple[float, float]:
-        """AUC, and the distance of the means in units of their spread, which decides among equals."""
-        sides = [
-            scores_of(errors[:, :, list(chosen)])[:, label]
-            for errors, label in zip((positives, negatives), labels, strict=True)
-        ]
-        apart = (sides[0].mean() - sides[1].mean()) / (sides[0].var() + sides[1].var() + 1e-12).sqrt()
-        return auc(sides[0].numpy(), sides[1].numpy()), float(apart)
 
-    chosen = [max(range(len(FRACTIONS)), key=lambda k: quality([k]))]
-    while len(chosen) < MOST:
-        more = max((k for k in range(len(FRACTIONS)) if k not in chosen), key=lambda k: quality([*chosen, k]))
-        if quality([*chosen, more])[0] < quality(chosen)[0] + BETTER:
+def likely_timesteps(positives: Tensor, negatives: Tensor) -> tuple[float, ...]:
+    """The `MOST` timesteps of `FRACTIONS` that are best alone; arguments as in `quality`."""
+    ranked = sorted(range(len(FRACTIONS)), key=lambda k: quality(positives, negatives, [k]), reverse=True)
+    return tuple(FRACTIONS[k] for k in sorted(ranked[:MOST]))
+
+
+def best_timesteps(positives: Tensor, negatives: Tensor, fractions: Sequence[float]) -> tuple[float, ...]:
+    """The best one of the timesteps `fractions` in `quality`, or more where that raises the AUC by `BETTER`."""
+    chosen: list[int] = []
+    for _ in fractions:
+        others = [k for k in range(len(fractions)) if k not in chosen]
+        more = [*chosen, max(others, key=lambda k: quality(positives, negatives, [*chosen, k]))]
+        if chosen and quality(positives, negatives, more)[0] < quality(positives, negatives, chosen)[0] + BETTER:
             break
-        chosen.append(more)
-    return tuple(FRACTIONS[k] for k in sorted(chosen))
-
-
-def foil_of(i: int, prompts: Sequence[str]) -> str:
-    """Another prompt than the i-th: the next one that differs, or the empty prompt where all are equal."""
-    n = len(prompts)
-    return next((prompts[(i + k) % n] for k in range(1, n) if prompts[(i + k) % n] != prompts[i]), "")
+        chosen = more
+    return tuple(fractions[k] for k in sorted(chosen))
 
 
 def load(inputs: DetectorInputs) -> SelfClassifier | None:
