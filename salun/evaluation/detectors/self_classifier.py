@@ -106,7 +106,7 @@ class SelfClassifier:
 
         likely = likely_timesteps(*errors(FRACTIONS, most=FEWEST))
         first = errors(likely)
-        chosen = best_timesteps(*first, likely)
+        chosen = best_timesteps(first[0], first[1], likely)
         first, second = [each[:, :, [likely.index(t) for t in chosen]] for each in first], errors(chosen, -1)
         both = [scores_of((one + other) / 2)[:, 0] for one, other in zip(first, second, strict=True)]
         moved = [(scores_of(one)[:, 0] - of).abs().max() for one, of in zip(first, both, strict=True)]
