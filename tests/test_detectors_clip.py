@@ -224,7 +224,8 @@ def test_eval_measures_images_of_any_model_even_without_its_original(
     assert data["verdict"]["outcome"] == "can't tell" and "without its original" in data["verdict"]["text"]
     assert list(data["sets"]) == ["concept", "other prompts", "some.csv"]
     of_file = data["sets"]["some.csv"]
-    assert of_file["n"] == 3 and set(of_file["detected"]["attribute"]["circle"]) == {"after"}
+    rate = of_file["detected"]["attribute"]["circle"]
+    assert of_file["n"] == 3 and rate["after"]["n"] == 3 and not rate["calibrated"] and "before" not in rate
     images = result.sets[-1].images["after"].images
     assert [image.shape for image in images] == [(64, 64, 3), (64, 96, 3), (64, 64, 3)]
     measured = of_file["image_metrics"]
@@ -234,6 +235,7 @@ def test_eval_measures_images_of_any_model_even_without_its_original(
     assert measured["cmmd:real"]["after"]["value"]["value"] == pytest.approx(expected)
     files = write_evaluation(result, tmp_path / "out")
     page = files[-1].read_text(encoding="utf-8")
+    assert "circle (raw, not calibrated)" in page
     assert "Metrics of images" in page and "CMMD ↓" in page and "Can’t tell" in page.replace("&#39;", "’")
     assert len(list((tmp_path / "out" / "images" / "some.csv").glob("*.png"))) == 3
     (tmp_path / "real" / "0.png").write_bytes(b"nothing")

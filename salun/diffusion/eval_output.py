@@ -29,6 +29,12 @@ SHOWN = 8  # images of each set on the page
 SIDES = ("before", "after")
 FILES = ("eval.json", "eval.csv", "eval.html")
 IMAGES = "images"
+UNCALIBRATED = "not calibrated"
+RATES = (
+    "Images in which the concept is detected, in %. Corrected: for the detector's misses and false alarms on the "
+    "original's images; where it cannot tell there, the rate is unknown. Raw: as it sees them; without an original "
+    "nothing says what that is worth."
+)
 
 
 def check_output_folder(folder: Path, options: EvalOptions) -> None:
@@ -98,7 +104,7 @@ def report(result: EvalResult, data: Mapping[str, Any]) -> Report:
         sections.append(Section(f"By the detector {name}" if len(result.metrics) > 1 else "", lines))
         sections += [*metric_sections(concepts, metrics), *calibration_sections(metrics)]
     rows = [("set", "n", "detector", "", *SIDES), *set_rows(data["sets"])]
-    sections.append(Section("Sets of prompts", "Images in which the concept is detected, in %:", rows, wrap=True))
+    sections.append(Section("Sets of prompts", RATES, rows, wrap=True))
     rows = [("set", "metric", *SIDES, "between", "by"), *image_metric_rows(data["sets"])]
     if len(rows) > 1:
         text = "Of all images of a set. Between: of the model's images from the original's."
@@ -139,15 +145,28 @@ def _reproduction(result: EvalResult) -> dict[str, Any]:
 
 def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """(set, n, detector, what, before, after) of every rate, and the drift of images that must stay."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, of in sets.items():
         for detector, rates in of["detected"].items():
-            for what, sides in rates.items():
-                values = [from_json(sides[side]).text() if side in sides else "" for side in SIDES]
-                rows.append((name, str(of["n"]), detector, what, *values))
+            for what, rate in rates.items():
+                rows += [(name, str(of["n"]), detector, *cells) for cells in _rate_cells(what, rate)]
         if of["preserve"] and of["image_drift"] is not None:
             rows.append((name, str(of["n"]), "", "drift of images", "", from_json(of["image_drift"]).text("", 3)))
     return rows
+
+
+def _rate_cells(what: str, rate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, before, after) of a rate: corrected and raw, raw alone without a calibration, or why it is unknown."""
+    if rate["reason"] is not None:
+        return [(what, "unknown", rate["reason"])]
+
+    def cells(sides: Mapping[str, Any]) -> tuple[str, str]:
+        before, after = (from_json(sides[side]).text() if side in sides else "" for side in SIDES)
+        return before, after
+
+    if not rate["calibrated"]:
+        return [(f"{what} (raw, {UNCALIBRATED})", *cells(rate))]
+    return [(f"{what} (corrected)", *cells(rate["corrected"])), (f"{what} (raw)", *cells(rate))]
 
 
 def image_metric_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -37,6 +37,7 @@ from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.prompts.sets import PromptSet
 from salun.errors import ConfigError
+from salun.evaluation.calibration import Calibration
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.detector import Detector, DetectorInputs, load_detector
 from salun.evaluation.image_metric import ImageMetric, ImageSet, Prepared, load_image_metrics, measure_images
@@ -80,30 +81,31 @@ class EvalResult:
     def as_json(self) -> dict[str, Any]:
         """As in `eval.json`: the metrics of the first detector, and under `detectors` those of all."""
         recorded = self.record.as_json()
+        calibrations = {
+            name: {concept.name: pair.calibration(concept) for concept in pair.concepts}
+            for name, pair in self.pairs.items()
+        }
+        sets = [each for each in self.sets if each.prompts.name != ANCHOR]
         return {
             "n": self.options.n,
             "seed": self.options.seed,
             "concepts": [{"name": c.name, "anchor": c.anchor} for c in self.plan.concepts],
             **next(iter(self.metrics.values())),
             "detectors": dict(self.metrics),
-            "sets": {each.prompts.name: self._of_set(each) for each in self.sets if each.prompts.name != ANCHOR},
+            "sets": {each.prompts.name: self._of_set(each, calibrations) for each in sets},
             "models": self.compared.facts,
             "sampling": {**asdict(self.plan.sampling), **self.record.facts},
             **{name: recorded[name] for name in RECORDED},
         }
 
-    def _of_set(self, of: SetResult) -> dict[str, Any]:
-        """What became of a set of prompts."""
-        thresholds = {
-            name: {concept.name: pair.calibration(concept).threshold for concept in pair.concepts}
-            for name, pair in self.pairs.items()
-        }
+    def _of_set(self, of: SetResult, calibrations: Mapping[str, Mapping[str, Calibration]]) -> dict[str, Any]:
+        """What became of a set of prompts. calibrations: detector → concept → its calibration on the original."""
         return {
             "n": len(of.prompts.rows),
             "shows": of.prompts.shows,
             "preserve": of.prompts.preserve,
             "detected": {
-                name: of.rates(name, detector, self.plan, thresholds.get(name, {}))
+                name: of.rates(name, detector, self.plan, calibrations.get(name, {}))
                 for name, detector in self.detectors.items()
             },
             "image_drift": of.drift.as_json(),
