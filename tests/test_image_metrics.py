@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.error import URLError
 
 import numpy as np
@@ -22,6 +22,8 @@ from salun.evaluation.image_metric import (
     load_image_metrics,
     measure_images,
 )
+from salun.evaluation.image_metrics import clip_score as clip_score_module
+from salun.evaluation.image_metrics import cmmd as cmmd_module
 from salun.evaluation.image_metrics import inception
 from salun.evaluation.image_metrics.clip_score import clip_scores
 from salun.evaluation.image_metrics.cmmd import cmmd
@@ -33,6 +35,7 @@ from salun.evaluation.image_metrics.inception import (
     kid,
     kid_of_features,
 )
+from salun.evaluation.image_metrics.lpips import Lpips
 from salun.progress import Progress
 
 
@@ -71,6 +74,35 @@ def test_fid_of_features_is_the_distance_of_fitted_gaussians() -> None:
     assert estimated(metric).value == pytest.approx(expected, rel=1e-5)
     assert estimated(metric).n == 2048 and metric.implementation.startswith("torch-fidelity 0.")
     assert metric.as_json()["weights"] == "w (1)"
+
+
+class NoPackage:
+    """A CLIP model that is not to be used."""
+
+    name, sha256, implementation, weights = "none", "0", "none 1.0", "none (0)"
+
+    def load(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "reason"),
+    [
+        ("cmmd", 255, "255 images on a side are too few; CMMD needs 256"),
+        ("cmmd", 0, "0 images on a side are too few; CMMD needs 256"),
+        ("clip-score", 7, "7 images are too few; the CLIP score needs 8"),
+        ("clip-score", 1, "1 image is too few; the CLIP score needs 8"),
+        ("lpips", 7, "7 images of each model are too few; LPIPS needs 8"),
+    ],
+)
+def test_metrics_of_too_few_images_are_unknown_with_the_reason(name: str, n: int, reason: str) -> None:
+    inputs = ImageMetricInputs("", cast(ClipModel, NoPackage()))
+    metric = {
+        "cmmd": lambda: cmmd_module.load(inputs), "clip-score": lambda: clip_score_module.load(inputs),
+        "lpips": lambda: Lpips(torch.nn.Linear(1, 1)),
+    }[name]()  # fmt: skip
+    sets = [ImageSet(list(np.zeros((k, 8, 8, 3), np.uint8)), ["a"] * k) for k in (n if name != "cmmd" else 300, n)]
+    for value in measure_images({name: metric}, *sets)[name].values():
+        assert (value["value"], value["reason"]) == (None, reason) and value["implementation"]
 
 
 def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -186,6 +218,17 @@ def test_cmmd_of_a_set_with_itself_is_zero_and_grows_with_the_distance() -> None
     assert cmmd(x, -x) == cmmd(-x, x)
 
 
+def test_cmmd_of_two_samples_of_one_distribution_is_its_bias_which_is_small_from_the_least_number_on() -> None:
+    rng, bias = np.random.default_rng(0), {}
+    for n in (8, cmmd_module.LEAST):
+        x = rng.standard_normal((2, n, 64)) + np.full(64, 1.0)  # a mean cosine of 0.5, as CLIP's embeddings of images
+        x /= np.linalg.norm(x, axis=2, keepdims=True)
+        squares = ((x[0][:, None] - x[1][None]) ** 2).sum(2)
+        bias[n] = 1000 * 2 / n * (1 - np.exp(-squares / 200).mean())
+        assert cmmd(x[0], x[1]) == pytest.approx(bias[n], rel=0.2)
+    assert bias[8] > 1.1 and bias[cmmd_module.LEAST] < 0.05
+
+
 def test_cmmd_needs_embeddings_of_one_length() -> None:
     with pytest.raises(ValueError, match=r"not of shapes \(3, 4\) and \(3, 5\)"):
         cmmd(np.ones((3, 4)), np.ones((3, 5)))
@@ -210,14 +253,14 @@ def test_lpips_is_that_of_the_package_at_images_of_any_size(monkeypatch: pytest.
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()  # the true one is a download
     monkeypatch.setattr(lpips, "LPIPS", lambda **_: network)
     rng = np.random.default_rng(0)
-    before, after = (rng.integers(0, 256, (4, 64, 48, 3), np.uint8) for _ in range(2))
+    before, after = (rng.integers(0, 256, (8, 64, 48, 3), np.uint8) for _ in range(2))
     metric = ours.load(ImageMetricInputs("", ClipModel()))
     value = metric.measure(ImageSet(list(before)), ImageSet(list(after)))["between"]
     tensors = [torch.from_numpy(each).permute(0, 3, 1, 2).float() / 127.5 - 1 for each in (before, after)]
     with torch.no_grad():
         expected = network(*tensors).flatten().numpy()
     assert expected.std() > 0 and estimated(value).value == pytest.approx(expected.mean(), rel=1e-4)
-    assert value.implementation.startswith("lpips 0.1") and estimated(value).n == 4
+    assert value.implementation.startswith("lpips 0.1") and estimated(value).n == 8
     tiny = metric.measure(ImageSet(list(before[:, :8, :8])), ImageSet(list(before[:, :8, :8])))["between"]
     assert estimated(tiny).value == 0
 
