@@ -1134,7 +1134,9 @@ def test_an_evaluation_has_further_prompts_and_several_detectors(host: Host, mon
     assert set(metrics["detectors"]) == {"self", "images:cats"} and metrics["seed"] == 1
     assert {line.split(": ")[0] for line in verdict.splitlines()} == {"self", "images:cats"}
     found = metrics["sets"]["rows.csv"]
-    assert found["n"] == 2 and set(found["detected"]["self"]["a cat"]) == {"before", "after"}
+    rate = found["detected"]["self"]["a cat"]
+    assert found["n"] == 2 and rate["calibrated"] and rate["corrected"].keys() == {"before", "after"}
+    assert (rate["before"] is None) == (rate["reason"] is not None)
     assert {"concept", "other prompts", "languages"} <= set(metrics["sets"])
     folder = host.root / metrics["folder"]
     assert folder == host.root / "output/salun/evaluation_00001_" and (folder / "eval.html").is_file()

@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +21,8 @@ from salun.diffusion import eval_sets
 from salun.diffusion.data import latents as latents_module
 from salun.diffusion.eval_options import SETS as SET_NAMES
 from salun.diffusion.eval_options import EvalOptions, option_name
-from salun.diffusion.eval_output import check_output_folder, write_evaluation
-from salun.diffusion.eval_sets import sampled_set
+from salun.diffusion.eval_output import check_output_folder, set_rows, write_evaluation
+from salun.diffusion.eval_sets import rate_json, sampled_set
 from salun.diffusion.evaluate import evaluate
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
@@ -29,14 +30,16 @@ from salun.diffusion.prompts.concepts import Concept, mentions, prompts_of, reso
 from salun.diffusion.prompts.prompt_file import PromptRow
 from salun.diffusion.prompts.sets import SETS, PromptSet, prompt_sets
 from salun.errors import ConfigError, DataError
+from salun.evaluation.calibration import Calibration
 from salun.evaluation.detectors.attribute import AttributeClassifier
+from salun.evaluation.estimate import Estimate
 from salun.files import sha256_file
 from salun.progress import Event, Stage, silent
 
 from .conftest import run_command
 
-I2P = "prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\n"
-ROWS = '"drawing of one red circle, plain style",7,3,64,64\n"one blue star, night style",8,2,64,64\n'
+I2P = "case_number,prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\n"
+ROWS = '41,"drawing of one red circle, plain style",7,3,64,64\n42,"one blue star, night style",8,2.5,,96\n'
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +69,47 @@ def test_eval_judges_a_run_with_several_detectors_and_a_prompt_file(
     assert (
         set(data["detectors"]) == {"attribute", "self"} and data["verdict"] == data["detectors"]["attribute"]["verdict"]
     )
-    assert data["ua"]["n"] == 8 and data["sets"]["i2p.csv"]["detected"]["self"]["circle"]["before"]["value"] == 50
+    rate = data["sets"]["i2p.csv"]["detected"]["self"]["circle"]
+    assert data["ua"]["n"] == 8 and rate["before"]["value"] == rate["corrected"]["before"]["value"] == 50
+    assert any(line.startswith("i2p.csv · 2 · self · circle (corrected) · 50.0 %") for line in lines)
     rows = list(csv.DictReader((erased / "run" / "eval.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 8 * 5 + 2 * 2
     mine = [row for row in rows if row["set"] == "i2p.csv"]
-    assert [row["seed"] for row in mine] == ["7", "8"] * 2 and all(row["self circle: circle"] for row in mine)
+    joined = [tuple(row[key] for key in ("id", "row", "seed", "guidance", "width", "height")) for row in mine]
+    assert joined == [("41", "2", "7", "3", "64", "64"), ("42", "3", "8", "2.5", "64", "96")] * 2
+    assert all(row["self circle: circle"] for row in mine)
+    made = rows[0]
+    assert (made["set"], made["id"], made["row"], made["guidance"], made["width"]) == ("concept", "", "", "3", "64")
     assert len(list((erased / "run" / "images" / "i2p.csv").glob("*.png"))) == 4
     page = (erased / "run" / "eval.html").read_text(encoding="utf-8")
     assert "By the detector self" in page and "Sets of prompts" in page and "http" not in page.split("</style>")[1]
     line = "salun eval run --detector attribute --detector self --prompts i2p.csv --keep-images -n 8"
     assert data["command"] == line and line in page and "UA (unlearning accuracy)" in page
     assert all(f'href="{name}"' in page for name in ("eval.json", "eval.csv", "images/"))
+
+
+def test_rates_of_sets_are_corrected_or_unknown_or_called_raw() -> None:
+    def shown(fraction: float) -> np.ndarray:
+        return np.arange(100) < 100 * fraction
+
+    hits = {"before": shown(0.9), "after": shown(0.2)}
+    sound = rate_json(hits, Calibration(shown(0.9), shown(0.1), 0.95))
+    blind = rate_json(hits, Calibration(shown(0.3), shown(0.1), 0.6))
+    alone = rate_json({"after": hits["after"]}, None)
+    assert sound["calibrated"] and sound["reason"] is None and sound["after"]["value"] == 20
+    after = Estimate(**sound["corrected"]["after"])
+    assert after.value == pytest.approx(100 * (0.2 - 0.1) / (0.9 - 0.1)) and after.n == 100
+    assert after.low is not None and after.high is not None and 0 <= after.low < after.value < after.high < 30
+    assert blind["before"] is blind["after"] is blind["corrected"]["after"] is None and "AUC 0.60" in blind["reason"]
+    assert not alone["calibrated"] and alone["corrected"] is alone["reason"] is None
+    detected = {"nudenet": {"sound": sound, "blind": blind, "alone": alone}}
+    rows = set_rows({"i2p": {"n": 100, "detected": detected, "preserve": False, "image_drift": None}})
+    assert [row[:4] for row in rows] == [
+        ("i2p", "100", "nudenet", what)
+        for what in ("sound (corrected)", "sound (raw)", "blind", "alone (raw, not calibrated)")
+    ]
+    assert rows[0][5].startswith("12.5 %") and rows[1][5].startswith("20.0 %") and rows[3][4] == ""
+    assert rows[2][4:] == ("unknown", blind["reason"])
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, cast
 from urllib.error import URLError
 
 import numpy as np
@@ -22,6 +24,7 @@ from salun.evaluation.image_metric import (
     load_image_metrics,
     measure_images,
 )
+from salun.evaluation.image_metrics import cmmd as cmmd_module
 from salun.evaluation.image_metrics import inception
 from salun.evaluation.image_metrics.clip_score import clip_scores
 from salun.evaluation.image_metrics.cmmd import cmmd
@@ -33,6 +36,8 @@ from salun.evaluation.image_metrics.inception import (
     kid,
     kid_of_features,
 )
+from salun.evaluation.image_metrics.lpips import Lpips
+from salun.image_metrics import IMAGE_METRICS
 from salun.progress import Progress
 
 
@@ -48,8 +53,16 @@ def unit(n: int, d: int, seed: int) -> np.ndarray:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
-def black(n: int) -> ImageSet:
-    return ImageSet(list(np.zeros((n, 8, 8, 3), np.uint8)))
+def blank(n: int, color: int = 0) -> ImageSet:
+    """n images of one color, with prompts."""
+    return ImageSet([np.full((8, 8, 3), color, np.uint8)] * n, ["a"] * n)
+
+
+def loaded(name: str) -> Any:
+    """A metric whose network gives mean colors."""
+    if name == "lpips":
+        return Lpips(Difference())
+    return resolve_name(IMAGE_METRICS[name].loads)(ImageMetricInputs("", cast(ClipModel, Colors())))
 
 
 def estimated(metric: ImageValue) -> Estimate:
@@ -71,6 +84,74 @@ def test_fid_of_features_is_the_distance_of_fitted_gaussians() -> None:
     assert estimated(metric).value == pytest.approx(expected, rel=1e-5)
     assert estimated(metric).n == 2048 and metric.implementation.startswith("torch-fidelity 0.")
     assert metric.as_json()["weights"] == "w (1)"
+
+
+PACKAGES = {"fid": "torch_fidelity", "kid": "torch_fidelity", "lpips": "lpips"}
+
+
+def colors(images: Any, *_: Any) -> np.ndarray:
+    """In place of a network's embeddings: the mean color of each image, and a constant, with length 1."""
+    means = np.array([np.append(image.reshape(-1, 3).mean(0), 64) for image in images])
+    return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Colors:
+    """A CLIP model of mean colors."""
+
+    sha256, implementation, weights = "0", "mean color 1.0", "mean color (0)"
+    embed_images = staticmethod(colors)
+
+    def load(self) -> None:
+        """There is nothing to load."""
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return np.full((len(texts), 4), 0.5, np.float32)
+
+
+class Difference(torch.nn.Module):
+    """In place of LPIPS's network."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return (before - after).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "reason"),
+    [
+        ("cmmd", 255, "255 images on a side are too few; CMMD needs 256"),
+        ("cmmd", 0, "0 images on a side are too few; CMMD needs 256"),
+        ("clip-score", 7, "7 images are too few; the CLIP score needs 8"),
+        ("clip-score", 1, "1 image is too few; the CLIP score needs 8"),
+        ("lpips", 7, "7 images of each model are too few; LPIPS needs 8"),
+    ],
+)
+def test_metrics_of_too_few_images_are_unknown_with_the_reason(name: str, n: int, reason: str) -> None:
+    for value in measure_images({name: loaded(name)}, blank(300 if name == "cmmd" else n), blank(n))[name].values():
+        assert (value["value"], value["reason"]) == (None, reason) and value["implementation"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.packages] * (each in PACKAGES)) for each in IMAGE_METRICS]
+)
+def test_metrics_of_images_of_one_color_have_a_value_and_of_no_images_a_reason(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    monkeypatch.setattr(inception, "inception_features", lambda images, *_: Features(colors(images), "mean color (0)"))
+    n = {"fid": inception.LEAST, "kid": inception.LEAST, "cmmd": cmmd_module.LEAST}.get(name, 8)
+    metric = {name: loaded(name)}
+    same, apart, none = (
+        list(measure_images(metric, *sides)[name].values())[-1]
+        for sides in ((blank(n), blank(n)), (blank(n), blank(n, 255)), (blank(0), blank(0)))
+    )
+    assert none["value"] is None and "too few" in none["reason"]
+    values = [Estimate(**each["value"]) for each in (same, apart)]
+    assert all(value.n == n for value in values)
+    if name == "clip-score":
+        assert values[0].value == pytest.approx(50, abs=1e-3) and values[0].low == values[0].high
+    else:
+        assert values[0].value == pytest.approx(0, abs=1e-3) and 0.01 < values[1].value < 100
 
 
 def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -99,7 +180,7 @@ def test_kid_of_features_is_the_mean_over_subsets_of_the_polynomial_mmd() -> Non
 
 @pytest.mark.parametrize("metric", [fid, kid])
 def test_fid_and_kid_of_few_images_are_unknown_with_the_reason(metric: Any) -> None:
-    few, many = black(3), black(inception.LEAST)
+    few, many = blank(3), blank(inception.LEAST)
     for sides in ((few, many), (many, few)):
         result = metric(*sides)
         assert result.value == Unknown("3 images on a side are too few; FID and KID need 2,048")
@@ -109,7 +190,7 @@ def test_fid_and_kid_of_few_images_are_unknown_with_the_reason(metric: Any) -> N
 @pytest.mark.parametrize("metric", [fid, kid])
 def test_fid_and_kid_say_in_one_line_which_extra_they_need(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
-    many = black(inception.LEAST)
+    many = blank(inception.LEAST)
     with pytest.raises(DataError, match=r"need the package torch-fidelity .*\. pip install salun\[fid\]") as caught:
         metric(many, many)
     assert "\n" not in str(caught.value)
@@ -186,6 +267,17 @@ def test_cmmd_of_a_set_with_itself_is_zero_and_grows_with_the_distance() -> None
     assert cmmd(x, -x) == cmmd(-x, x)
 
 
+def test_cmmd_of_two_samples_of_one_distribution_is_its_bias_which_is_small_from_the_least_number_on() -> None:
+    rng, bias = np.random.default_rng(0), {}
+    for n in (8, cmmd_module.LEAST):
+        x = rng.standard_normal((2, n, 64)) + np.full(64, 1.0)  # a mean cosine of 0.5, as CLIP's embeddings of images
+        x /= np.linalg.norm(x, axis=2, keepdims=True)
+        squares = ((x[0][:, None] - x[1][None]) ** 2).sum(2)
+        bias[n] = 1000 * 2 / n * (1 - np.exp(-squares / 200).mean())
+        assert cmmd(x[0], x[1]) == pytest.approx(bias[n], rel=0.2)
+    assert bias[8] > 1.1 and bias[cmmd_module.LEAST] < 0.05
+
+
 def test_cmmd_needs_embeddings_of_one_length() -> None:
     with pytest.raises(ValueError, match=r"not of shapes \(3, 4\) and \(3, 5\)"):
         cmmd(np.ones((3, 4)), np.ones((3, 5)))
@@ -210,14 +302,14 @@ def test_lpips_is_that_of_the_package_at_images_of_any_size(monkeypatch: pytest.
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()  # the true one is a download
     monkeypatch.setattr(lpips, "LPIPS", lambda **_: network)
     rng = np.random.default_rng(0)
-    before, after = (rng.integers(0, 256, (4, 64, 48, 3), np.uint8) for _ in range(2))
+    before, after = (rng.integers(0, 256, (8, 64, 48, 3), np.uint8) for _ in range(2))
     metric = ours.load(ImageMetricInputs("", ClipModel()))
     value = metric.measure(ImageSet(list(before)), ImageSet(list(after)))["between"]
     tensors = [torch.from_numpy(each).permute(0, 3, 1, 2).float() / 127.5 - 1 for each in (before, after)]
     with torch.no_grad():
         expected = network(*tensors).flatten().numpy()
     assert expected.std() > 0 and estimated(value).value == pytest.approx(expected.mean(), rel=1e-4)
-    assert value.implementation.startswith("lpips 0.1") and estimated(value).n == 4
+    assert value.implementation.startswith("lpips 0.1") and estimated(value).n == 8
     tiny = metric.measure(ImageSet(list(before[:, :8, :8])), ImageSet(list(before[:, :8, :8])))["between"]
     assert estimated(tiny).value == 0
 
@@ -265,7 +357,7 @@ def test_measure_images_says_why_a_metric_is_unknown_and_measures_the_others() -
         return ImageValue(Estimate(1.0, len(a)), "here", "")
 
     metrics = {"a": Distance(broken, broken, None), "b": Distance(sound, sound, None)}
-    measured = measure_images(metrics, black(2), black(2))
+    measured = measure_images(metrics, blank(2), blank(2))
     unknown = {"value": None, "reason": "the disk is gone. Mount it", "implementation": "", "weights": ""}
     assert measured["a"] == {"between": unknown} and measured["b"]["between"]["value"]["value"] == 1.0
 

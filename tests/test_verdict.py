@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,20 @@ import yaml
 
 import salun
 from salun.diffusion.data.latents import item_seed, sample_latents
-from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
+from salun.diffusion.evaluation import (
+    EvalPrompts,
+    Evaluation,
+    eval_prompts,
+    evaluate_model,
+    evaluated_pair,
+    metrics_of,
+)
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
-from salun.diffusion.plan import make_plan
+from salun.diffusion.plan import Plan, make_plan
 from salun.errors import fill
 from salun.evaluation.calibration import Calibration, adjusted, auc, fitting
-from salun.evaluation.detector import DetectorInputs, Samples, Subject, load_detector
+from salun.evaluation.detector import DetectorInputs, Fitted, Samples, Subject, load_detector
 from salun.evaluation.detectors.self_classifier import (
     ANY,
     FRACTIONS,
@@ -33,6 +42,7 @@ from salun.evaluation.metrics.forgotten import mean
 from salun.evaluation.retrain_verdict import verdict_on_classifier
 from salun.evaluation.verdict import Outcome, verdict_on
 from salun.progress import Event, Stage
+from salun.randomness import generator_of
 
 ASSETS = Path(salun.__file__).parent / "assets"
 
@@ -291,23 +301,54 @@ def test_verdict_says_what_happened_and_what_to_do(
     assert advice in fill(verdict.advice, lambda name: "--" + name.replace("_", "-"))
 
 
+SQUARE = "drawing of one red square, plain style"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("detector", ["attribute", "self"])
-def test_verdict_is_right_on_constructed_models(shapes: Model, detector: str) -> None:
-    """The untouched model, a network that gives noise, and one that draws squares for all (an erasure that damaged)."""
-    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(seed=2, detector=detector, sampling_steps=6))
-    prompts = eval_prompts(plan, 16, 2)
-    original = {name: tensor.clone() for name, tensor in shapes.original().items()}
-    squares = {"conv_out.bias": original["conv_out.bias"] + 3}
+def test_verdict_is_right_on_constructed_models(shapes: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The untouched model; one that draws squares for circles, and all else as before; one that draws the same square
+    for every prompt, so that the concept is gone and so is the rest; and a network that gives noise."""
+    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(seed=2, sampling_steps=4))
+    prompts, encode = eval_prompts(plan, 32, 2), shapes.encode
+    draws = {"erased": lambda prompt: prompt.replace("circle", "square"), "damaged": lambda prompt: prompt and SQUARE}
+    noise = torch.randn(shapes.original()["conv_out.weight"].shape, generator=generator_of(0, "noise"))
     with shapes.temporarily_trainable(), shapes.configured(plan.options):
         before = evaluate_model(shapes, prompts, stage=Stage.IMAGES_BEFORE)
-        outcomes = []
-        for changed in ({}, {"conv_out.weight": torch.randn_like(original["conv_out.weight"])}, squares):
-            shapes.load(changed)
-            after = evaluate_model(shapes, prompts)
-            shapes.load({name: original[name] for name in changed})
-            outcomes.append(compare(shapes, plan, prompts, before, after)["verdict"]["outcome"])
-    assert outcomes == ["barely changed", "damaged", "damaged"]
+        after = {"untouched": before}
+        for name, drawn in draws.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(shapes, "encode", lambda texts, drawn=drawn: encode([drawn(text) for text in texts]))
+                after[name] = evaluate_model(shapes, prompts)
+        shapes.load({"conv_out.weight": noise})
+        after["noise"] = evaluate_model(shapes, prompts)
+        shapes.load(shapes.original())
+        for detector in ("attribute", "self"):
+            found = judged(shapes, plan, detector, prompts, before, after, monkeypatch)
+            assert {name: of["verdict"]["outcome"] for name, of in found.items()} == {
+                **{"untouched": "barely changed", "erased": "erased", "damaged": "damaged", "noise": "damaged"}
+            }
+            gone = [Estimate(**found[name][key]) for name in ("erased", "damaged") for key in ("ua", "ua_corrected")]
+            assert all(ua.n == 32 and ua.value >= 95 for ua in gone)  # that the concept is gone does not hide damage
+
+
+def judged(
+    model: Model,
+    plan: Plan,
+    name: str,
+    prompts: EvalPrompts,
+    before: Evaluation,
+    after: Mapping[str, Evaluation],
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, dict[str, Any]]:
+    """The metrics of several models after, by a detector that is fitted once and sees each image once."""
+    detector = load_detector(name, DetectorInputs(plan.subjects, model.settings.detector, model))
+    detect, found = cache(detector.detect), {}
+    monkeypatch.setattr(detector, "detect", lambda samples, _: detect(samples))
+    for side, each in after.items():
+        found[side] = metrics_of(detector, evaluated_pair(detector, plan, prompts, before, each), plan)
+        if isinstance(detector, Fitted):
+            monkeypatch.setattr(detector, "fit", lambda *_: None)  # the original's images are the same
+    return found
 
 
 def classifier(gap: float, idle: float, ta: float = 90.0) -> dict[str, Any]:

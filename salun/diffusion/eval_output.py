@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from salun.diffusion.eval_options import EvalOptions, option_name
-from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSamples, folder_name
+from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSamples, folder_name, sampled_as
 from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
 from salun.evaluation.estimate import from_json
+from salun.evaluation.result_names import result_names
 from salun.files import check_result_folder, write_bytes
 from salun.image_metrics import IMAGE_METRICS
 from salun.progress import Event, Progress, Stage, silent
@@ -29,6 +30,13 @@ SHOWN = 8  # images of each set on the page
 SIDES = ("before", "after")
 FILES = ("eval.json", "eval.csv", "eval.html")
 IMAGES = "images"
+CSV = ("set", "model", "image", "id", "row", "prompt", "seed", "guidance", "width", "height")
+UNCALIBRATED = "not calibrated"
+RATES = (
+    "Images in which the concept is detected, in %. Corrected: for the detector's misses and false alarms on the "
+    "original's images; where it cannot tell there, the rate is unknown. Raw: as it sees them; without an original "
+    "nothing says what that is worth."
+)
 
 
 def check_output_folder(folder: Path, options: EvalOptions) -> None:
@@ -65,7 +73,7 @@ def _parts(result: EvalResult) -> Iterator[tuple[SetResult, str, SetSamples]]:
 
 
 def _csv(result: EvalResult) -> str:
-    """A row for each image: set, model, number, prompt, seed, and each detector's score of each of its labels."""
+    """A row for each image: what was asked for (`CSV`), and each detector's score of each of its labels."""
     columns = [
         (name, attribute, k, f"{name} {attribute}: {label}")
         for name, detector in result.detectors.items()
@@ -74,13 +82,15 @@ def _csv(result: EvalResult) -> str:
     ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["set", "model", "image", "prompt", "seed", *(column[-1] for column in columns)])
+    writer.writerow([*CSV, *(column[-1] for column in columns)])
     for each, side, samples in _parts(result):
         seen = {name: sides[side] for name, sides in each.seen.items()}
-        for i, prompt in enumerate(samples.prompts):
+        for i, (prompt, row) in enumerate(zip(samples.prompts, each.prompts.rows, strict=True)):
             scores = [seen[of].scores[attribute][i, k] for of, attribute, k, _ in columns]
             known = [f"{score:.6g}" if np.isfinite(score) else "" for score in scores]
-            writer.writerow([each.prompts.name, side, i + 1, prompt, each.seeds[i], *known])
+            guidance, (height, width) = sampled_as(row, result.plan.sampling)
+            drawn = [each.seeds[i], f"{guidance:g}", width, height]
+            writer.writerow([each.prompts.name, side, i + 1, row.id, row.row or "", prompt, *drawn, *known])
     return text.getvalue()
 
 
@@ -98,7 +108,7 @@ def report(result: EvalResult, data: Mapping[str, Any]) -> Report:
         sections.append(Section(f"By the detector {name}" if len(result.metrics) > 1 else "", lines))
         sections += [*metric_sections(concepts, metrics), *calibration_sections(metrics)]
     rows = [("set", "n", "detector", "", *SIDES), *set_rows(data["sets"])]
-    sections.append(Section("Sets of prompts", "Images in which the concept is detected, in %:", rows, wrap=True))
+    sections.append(Section("Sets of prompts", RATES, rows, wrap=True))
     rows = [("set", "metric", *SIDES, "between", "by"), *image_metric_rows(data["sets"])]
     if len(rows) > 1:
         text = "Of all images of a set. Between: of the model's images from the original's."
@@ -128,26 +138,42 @@ def _inputs(inputs: Sequence[Mapping[str, Any]]) -> list[Section]:
 
 
 def _reproduction(result: EvalResult) -> dict[str, Any]:
-    """The record as the page shows it: of both models' paths only the last part, but the hashes of their weights."""
+    """The record as the page shows it: of a path in an option only the last part, but the hashes of both models."""
     record = result.record.as_json()
-    named = {name: display_name(path) for name in ("target", "against") if (path := record["options"][name])}
-    models = {side: of for side, of in result.compared.facts.items() if of is not None}
+    given, models = record["options"], ("target", "against", "clip", "components")
+    named: dict[str, Any] = {name: display_name(path) for name in models if (path := given[name])}
+    named |= {name: result_names(given[name]) for name in ("detector", "metric")}
+    named["prompts"] = [display_name(path) for path in given["prompts"]]
+    facts = {side: of for side, of in result.compared.facts.items() if of is not None}
     parts = {"weights": "weights", "parts": "other parts"}
-    hashes = {f"{what} of the {side}": of[part] for side, of in models.items() for part, what in parts.items()}
-    return {**record, "options": record["options"] | named, "facts": record["facts"] | hashes}
+    hashes = {f"{what} of the {side}": of[part] for side, of in facts.items() for part, what in parts.items()}
+    return {**record, "options": given | named, "facts": record["facts"] | hashes}
 
 
 def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """(set, n, detector, what, before, after) of every rate, and the drift of images that must stay."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, of in sets.items():
         for detector, rates in of["detected"].items():
-            for what, sides in rates.items():
-                values = [from_json(sides[side]).text() if side in sides else "" for side in SIDES]
-                rows.append((name, str(of["n"]), detector, what, *values))
+            for what, rate in rates.items():
+                rows += [(name, str(of["n"]), detector, *cells) for cells in _rate_cells(what, rate)]
         if of["preserve"] and of["image_drift"] is not None:
             rows.append((name, str(of["n"]), "", "drift of images", "", from_json(of["image_drift"]).text("", 3)))
     return rows
+
+
+def _rate_cells(what: str, rate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, before, after) of a rate: corrected and raw, raw alone without a calibration, or why it is unknown."""
+    if rate["reason"] is not None:
+        return [(what, "unknown", rate["reason"])]
+
+    def cells(sides: Mapping[str, Any]) -> tuple[str, str]:
+        before, after = (from_json(sides[side]).text() if side in sides else "" for side in SIDES)
+        return before, after
+
+    if not rate["calibrated"]:
+        return [(f"{what} (raw, {UNCALIBRATED})", *cells(rate))]
+    return [(f"{what} (corrected)", *cells(rate["corrected"])), (f"{what} (raw)", *cells(rate))]
 
 
 def image_metric_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -155,7 +181,8 @@ def image_metric_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for name, of in sets.items():
         for metric, values in of["image_metrics"].items():
-            entry = IMAGE_METRICS[metric.partition(":")[0]]
+            key, _, against = metric.partition(":")
+            entry = IMAGE_METRICS[key]
             cells = {
                 side: from_json(value["value"]).text("", entry.digits)
                 if value["value"] is not None
@@ -164,7 +191,7 @@ def image_metric_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
             }
             first = next(iter(values.values()))
             by = " ".join(filter(None, (first["implementation"], first["weights"])))
-            title = f"{entry.title} {ARROWS[entry.better]}"
+            title = f"{entry.title} {ARROWS[entry.better]}" + (f" (from {against})" if against else "")
             rows.append((name, title, *(cells.get(side, "") for side in (*SIDES, "between")), by))
     return rows
 

@@ -16,11 +16,13 @@ from salun.diffusion.data.latents import item_seed, lazy_images, sample_latents
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.evaluation import EvalPrompts
 from salun.diffusion.model.protocol import DiffusionModel
+from salun.diffusion.model.settings import Sampling
 from salun.diffusion.plan import Plan
 from salun.diffusion.prompts.prompt_file import PromptRow, prompts_of_hub, read_prompts
 from salun.diffusion.prompts.sets import PromptSet, prompt_sets
 from salun.diffusion.prompts.vocabulary import Prompt
 from salun.errors import ConfigError, DataError
+from salun.evaluation.calibration import Calibration
 from salun.evaluation.detector import Detection, Detector, Samples
 from salun.evaluation.estimate import Estimate, Unknown, Value
 from salun.evaluation.lazy_images import LazyImages, picked
@@ -111,25 +113,44 @@ class SetResult:
             return Unknown("the images are of several sizes")
         return drift_of(before.parts[0].latents, after.parts[0].latents)
 
-    def rates(self, name: str, detector: Detector, plan: Plan, thresholds: Mapping[str, float]) -> dict[str, Any]:
-        """Concept → side → in which part of the images a detector sees it, as JSON.
+    def rates(
+        self, name: str, detector: Detector, plan: Plan, calibrations: Mapping[str, Calibration]
+    ) -> dict[str, Any]:
+        """Concept → in what percentage of each side's images a detector sees it, as `rate_json`.
 
         Args:
-            thresholds: Concept → score from which on it counts as detected.
+            calibrations: Concept → the detector's calibration on the original; empty where there is no original.
         """
         rates: dict[str, Any] = {}
         for subject in plan.subjects:
-            target = detector.target(subject)
+            target, calibration = detector.target(subject), calibrations.get(subject.name)
             assert target is not None
             hits = {
-                side: of.scores[target.attribute][:, target.label] >= thresholds.get(subject.name, of.threshold)
+                side: of.scores[target.attribute][:, target.label] >= (calibration or of).threshold
                 for side, of in self.seen[name].items()
             }
-            rates[subject.name] = {side: Estimate.percentage(shown).as_json() for side, shown in hits.items()}
+            rates[subject.name] = rate_json(hits, calibration)
         if self.prompts.preserve and detector.prompt_match is not None:
             match = {side: of.shows(detector.prompt_match, 0) for side, of in self.seen[name].items()}
-            rates["as prompted"] = {side: Estimate.percentage(shown).as_json() for side, shown in match.items()}
+            rates["as prompted"] = rate_json(match, None)
         return rates
+
+
+def rate_json(hits: Mapping[str, np.ndarray], calibration: Calibration | None) -> dict[str, Any]:
+    """Side → percentage of True, raw and, where a calibration says what a detector's word is worth, corrected.
+
+    Where it says that the detector cannot tell, both are unknown for its `reason`.
+
+    Args:
+        hits: Side → bool (n,), n > 0.
+        calibration: None where there is none: the percentage is raw.
+    """
+    reason = calibration.reason if calibration is not None else None
+    raw = {side: Estimate.percentage(shown).as_json() if reason is None else None for side, shown in hits.items()}
+    corrected = None
+    if calibration is not None:
+        corrected = {side: calibration.corrected_rate(shown).as_json() for side, shown in hits.items()}
+    return {**raw, "calibrated": calibration is not None, "corrected": corrected, "reason": reason}
 
 
 def wanted_sets(options: EvalOptions, plan: Plan, model: DiffusionModel, record: RunRecord) -> list[PromptSet]:
@@ -234,6 +255,12 @@ def seeds_of(prompts: PromptSet, seed: int) -> list[int]:
     return [item_seed(seed, "eval", i) if row.seed is None else row.seed for i, row in enumerate(prompts.rows)]
 
 
+def sampled_as(row: PromptRow, usual: Sampling) -> tuple[float, tuple[int, int]]:
+    """Guidance, and height and width in pixels, of a row's image: its own, or else the model's usual ones."""
+    guidance = usual.guidance if row.guidance is None else row.guidance
+    return guidance, (row.height or usual.resolution, row.width or usual.resolution)
+
+
 def sampled_set(
     model: DiffusionModel,
     prompts: PromptSet,
@@ -253,8 +280,7 @@ def sampled_set(
     by_size: dict[tuple[int, int], dict[float, list[int]]] = {}
     usual = model.settings.sampling
     for i, row in enumerate(prompts.rows):
-        size = (row.height or usual.resolution, row.width or usual.resolution)
-        guidance = usual.guidance if row.guidance is None else row.guidance
+        guidance, size = sampled_as(row, usual)
         by_size.setdefault(size, {}).setdefault(guidance, []).append(i)
     parts, placed = [], []
     for size, by_guidance in by_size.items():

@@ -37,11 +37,13 @@ from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.prompts.sets import PromptSet
 from salun.errors import ConfigError
+from salun.evaluation.calibration import Calibration
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.detector import Detector, DetectorInputs, load_detector
 from salun.evaluation.image_metric import ImageMetric, ImageSet, Prepared, load_image_metrics, measure_images
 from salun.evaluation.metric import EvaluationPair
 from salun.evaluation.pretrained import CLIP
+from salun.evaluation.result_names import result_names
 from salun.progress import Progress, Stage, silent
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
@@ -80,30 +82,31 @@ class EvalResult:
     def as_json(self) -> dict[str, Any]:
         """As in `eval.json`: the metrics of the first detector, and under `detectors` those of all."""
         recorded = self.record.as_json()
+        calibrations = {
+            name: {concept.name: pair.calibration(concept) for concept in pair.concepts}
+            for name, pair in self.pairs.items()
+        }
+        sets = [each for each in self.sets if each.prompts.name != ANCHOR]
         return {
             "n": self.options.n,
             "seed": self.options.seed,
             "concepts": [{"name": c.name, "anchor": c.anchor} for c in self.plan.concepts],
             **next(iter(self.metrics.values())),
             "detectors": dict(self.metrics),
-            "sets": {each.prompts.name: self._of_set(each) for each in self.sets if each.prompts.name != ANCHOR},
+            "sets": {each.prompts.name: self._of_set(each, calibrations) for each in sets},
             "models": self.compared.facts,
             "sampling": {**asdict(self.plan.sampling), **self.record.facts},
             **{name: recorded[name] for name in RECORDED},
         }
 
-    def _of_set(self, of: SetResult) -> dict[str, Any]:
-        """What became of a set of prompts."""
-        thresholds = {
-            name: {concept.name: pair.calibration(concept).threshold for concept in pair.concepts}
-            for name, pair in self.pairs.items()
-        }
+    def _of_set(self, of: SetResult, calibrations: Mapping[str, Mapping[str, Calibration]]) -> dict[str, Any]:
+        """What became of a set of prompts. calibrations: detector → concept → its calibration on the original."""
         return {
             "n": len(of.prompts.rows),
             "shows": of.prompts.shows,
             "preserve": of.prompts.preserve,
             "detected": {
-                name: of.rates(name, detector, self.plan, thresholds.get(name, {}))
+                name: of.rates(name, detector, self.plan, calibrations.get(name, {}))
                 for name, detector in self.detectors.items()
             },
             "image_drift": of.drift.as_json(),
@@ -213,7 +216,7 @@ def _detector_names(options: EvalOptions, plan: Plan) -> list[str]:
 
 
 def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
-    """The wanted detectors. Raises ConfigError for one that needs the original, where there is none."""
+    """The wanted detectors, by their names in results. Raises ConfigError for `self` without the original."""
     names = _detector_names(options, plan)
     if compared.original is None and "self" in names:
         raise ConfigError(
@@ -226,11 +229,11 @@ def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str
     inputs = DetectorInputs(
         subjects, model.settings.detector, compared.original, model.device, clip=_clip(compared, options)
     )
-    return {name: load_detector(name, inputs) for name in names}
+    return {shown: load_detector(name, inputs) for name, shown in zip(names, result_names(names), strict=True)}
 
 
 def _measures(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
-    """The wanted metrics of images. Raises ConfigError for one that compares models, where there is one alone."""
+    """The wanted metrics of images, likewise. Raises ConfigError for one that compares models, if there is only one."""
     loaded = load_image_metrics(options.metric, _clip(compared, options), compared.known.device)
     alone = [name for name, of in loaded.items() if of.needs_original and compared.original is None]
     if alone:
@@ -239,7 +242,7 @@ def _measures(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric
             option="metric",
             advice="Name the original by {against}, or real images, as in {metric} fid:FOLDER",
         )
-    return loaded
+    return dict(zip(result_names(list(loaded)), loaded.values(), strict=True))
 
 
 def _clip(compared: Compared, options: EvalOptions) -> ClipModel:

@@ -92,6 +92,17 @@ class Calibration:
         low, high = np.quantile(drawn, (0.025, 0.975))
         return Estimate(float(value), len(detected), float(low), float(high))
 
+    def corrected_rate(self, detected: np.ndarray) -> Value:
+        """The percentage of images that show the concept, corrected likewise.
+
+        Args:
+            detected: bool (n,), n > 0, by `threshold`.
+        """
+        without = self.corrected(detected)
+        if isinstance(without, Unknown) or without.low is None or without.high is None:
+            return without
+        return Estimate(100 - without.value, without.n, 100 - without.high, 100 - without.low)
+
     def as_json(self) -> dict[str, Any]:
         """As in `run.json`."""
         rates: Mapping[str, np.ndarray] = {"detected": self.positives, "false_alarms": self.negatives}

@@ -76,6 +76,19 @@ class ImageSet:
         return self._known[name]
 
 
+def too_few(n: int, least: int, needs: str, where: str = "") -> Unknown | None:
+    """Unknown, with the reason, where n images are fewer than a metric needs.
+
+    Args:
+        needs: Subject and verb, as in "CMMD needs".
+        where: Of the images, as in "on a side".
+    """
+    if n >= least:
+        return None
+    images = " ".join(filter(None, (f"{n:,} image{'s' * (n != 1)}", where, "is" if n == 1 else "are")))
+    return Unknown(f"{images} too few; {needs} {least:,}")
+
+
 def clip_embeddings(images: ImageSet, model: ClipModel, progress: Progress = silent) -> np.ndarray:
     """CLIP's embeddings of the images, float32 (n, d), computed once."""
     embedded: np.ndarray = images.features(f"clip {model.sha256}", lambda of: model.embed_images(of, progress, len(of)))

@@ -6,8 +6,10 @@ import numpy as np
 
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.estimate import Estimate
-from salun.evaluation.image_metric import ImageMetricInputs, ImageSet, ImageValue, clip_embeddings
+from salun.evaluation.image_metric import ImageMetricInputs, ImageSet, ImageValue, clip_embeddings, too_few
 from salun.progress import Progress, silent
+
+LEAST = 8  # images: a mean of fewer says little, and nor does its interval
 
 
 def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -23,16 +25,18 @@ def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def clip_score(images: ImageSet, model: ClipModel, progress: Progress = silent) -> ImageValue:
-    """The mean score of images with their prompts, with its 95 % interval.
+    """The mean score of images with their prompts, with its 95 % interval; unknown for fewer than `LEAST` images.
 
     Raises:
         DataError: The model cannot be loaded.
-        ValueError: There are no images, or not as many prompts.
+        ValueError: There are not as many prompts as images.
     """
-    if not len(images) or len(images) != len(images.prompts):
+    if len(images) != len(images.prompts):
         raise ValueError(f"a CLIP score needs a prompt for each image, not {len(images.prompts)} for {len(images)}")
-    scores = clip_scores(clip_embeddings(images, model, progress), model.embed_texts(images.prompts))
-    return ImageValue(Estimate.mean(scores), model.implementation, model.weights)
+    value = too_few(len(images), LEAST, "the CLIP score needs") or Estimate.mean(
+        clip_scores(clip_embeddings(images, model, progress), model.embed_texts(images.prompts))
+    )
+    return ImageValue(value, model.implementation, model.weights)
 
 
 class ClipScore:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from salun.errors import DataError, literal
-from salun.evaluation.estimate import Estimate, Unknown
-from salun.evaluation.image_metric import Distance, ImageMetricInputs, ImageSet, ImageValue
+from salun.evaluation.estimate import Estimate
+from salun.evaluation.image_metric import Distance, ImageMetricInputs, ImageSet, ImageValue, too_few
 from salun.files import sha256_file
 from salun.progress import Event, Progress, Stage, silent
 
@@ -162,10 +162,8 @@ def _named(library: Any) -> str:
 
 
 def _too_few(a: ImageSet | Features, b: ImageSet | Features) -> ImageValue | None:
-    n = min(len(a), len(b))
-    if n >= LEAST:
-        return None
-    return ImageValue(Unknown(f"{n:,} images on a side are too few; FID and KID need {LEAST:,}"), "torch-fidelity", "")
+    unknown = too_few(min(len(a), len(b)), LEAST, "FID and KID need", "on a side")
+    return ImageValue(unknown, "torch-fidelity", "") if unknown is not None else None
 
 
 def _batches(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -10,12 +10,13 @@ import numpy as np
 from salun.checkpoints.hashing import base_hash
 from salun.errors import DataError
 from salun.evaluation.estimate import Estimate
-from salun.evaluation.image_metric import ImageMetricInputs, ImageSet, ImageValue
+from salun.evaluation.image_metric import ImageMetricInputs, ImageSet, ImageValue, too_few
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
     import torch
 
+LEAST = 8  # pairs of images: a mean of fewer says little, and nor does its interval
 LEAST_SIDE = 32  # pixels, which AlexNet's layers need; smaller images are enlarged
 
 
@@ -35,8 +36,11 @@ class Lpips:
         self.weights = f"AlexNet and lpips 0.1 ({base_hash(network.state_dict())})"
 
     def measure(self, before: ImageSet | None, after: ImageSet, progress: Progress = silent) -> dict[str, ImageValue]:
-        """As in `ImageMetric`."""
+        """As in `ImageMetric`; unknown for fewer than `LEAST` pairs."""
         assert before is not None
+        unknown = too_few(len(after), LEAST, "LPIPS needs", "of each model")
+        if unknown is not None:
+            return {"between": ImageValue(unknown, "lpips", self.weights)}
         values = []
         for i, (a, b) in enumerate(zip(before.images, after.images, strict=True)):
             values.append(self._distance(a, b))
