@@ -38,8 +38,8 @@ from salun.progress import Event, Stage, silent
 
 from .conftest import run_command
 
-I2P = "prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\n"
-ROWS = '"drawing of one red circle, plain style",7,3,64,64\n"one blue star, night style",8,2,64,64\n'
+I2P = "case_number,prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\n"
+ROWS = '41,"drawing of one red circle, plain style",7,3,64,64\n42,"one blue star, night style",8,2.5,,96\n'
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,11 @@ def test_eval_judges_a_run_with_several_detectors_and_a_prompt_file(
     rows = list(csv.DictReader((erased / "run" / "eval.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 8 * 5 + 2 * 2
     mine = [row for row in rows if row["set"] == "i2p.csv"]
-    assert [row["seed"] for row in mine] == ["7", "8"] * 2 and all(row["self circle: circle"] for row in mine)
+    joined = [tuple(row[key] for key in ("id", "row", "seed", "guidance", "width", "height")) for row in mine]
+    assert joined == [("41", "2", "7", "3", "64", "64"), ("42", "3", "8", "2.5", "64", "96")] * 2
+    assert all(row["self circle: circle"] for row in mine)
+    made = rows[0]
+    assert (made["set"], made["id"], made["row"], made["guidance"], made["width"]) == ("concept", "", "", "3", "64")
     assert len(list((erased / "run" / "images" / "i2p.csv").glob("*.png"))) == 4
     page = (erased / "run" / "eval.html").read_text(encoding="utf-8")
     assert "By the detector self" in page and "Sets of prompts" in page and "http" not in page.split("</style>")[1]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from salun.diffusion.eval_options import EvalOptions, option_name
-from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSamples, folder_name
+from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSamples, folder_name, sampled_as
 from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
@@ -29,6 +29,7 @@ SHOWN = 8  # images of each set on the page
 SIDES = ("before", "after")
 FILES = ("eval.json", "eval.csv", "eval.html")
 IMAGES = "images"
+CSV = ("set", "model", "image", "id", "row", "prompt", "seed", "guidance", "width", "height")
 UNCALIBRATED = "not calibrated"
 RATES = (
     "Images in which the concept is detected, in %. Corrected: for the detector's misses and false alarms on the "
@@ -71,7 +72,7 @@ def _parts(result: EvalResult) -> Iterator[tuple[SetResult, str, SetSamples]]:
 
 
 def _csv(result: EvalResult) -> str:
-    """A row for each image: set, model, number, prompt, seed, and each detector's score of each of its labels."""
+    """A row for each image: what was asked for (`CSV`), and each detector's score of each of its labels."""
     columns = [
         (name, attribute, k, f"{name} {attribute}: {label}")
         for name, detector in result.detectors.items()
@@ -80,13 +81,15 @@ def _csv(result: EvalResult) -> str:
     ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["set", "model", "image", "prompt", "seed", *(column[-1] for column in columns)])
+    writer.writerow([*CSV, *(column[-1] for column in columns)])
     for each, side, samples in _parts(result):
         seen = {name: sides[side] for name, sides in each.seen.items()}
-        for i, prompt in enumerate(samples.prompts):
+        for i, (prompt, row) in enumerate(zip(samples.prompts, each.prompts.rows, strict=True)):
             scores = [seen[of].scores[attribute][i, k] for of, attribute, k, _ in columns]
             known = [f"{score:.6g}" if np.isfinite(score) else "" for score in scores]
-            writer.writerow([each.prompts.name, side, i + 1, prompt, each.seeds[i], *known])
+            guidance, (height, width) = sampled_as(row, result.plan.sampling)
+            drawn = [each.seeds[i], f"{guidance:g}", width, height]
+            writer.writerow([each.prompts.name, side, i + 1, row.id, row.row or "", prompt, *drawn, *known])
     return text.getvalue()
 
 

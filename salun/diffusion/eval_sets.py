@@ -16,6 +16,7 @@ from salun.diffusion.data.latents import item_seed, lazy_images, sample_latents
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.evaluation import EvalPrompts
 from salun.diffusion.model.protocol import DiffusionModel
+from salun.diffusion.options import Sampling
 from salun.diffusion.plan import Plan
 from salun.diffusion.prompts.prompt_file import PromptRow, prompts_of_hub, read_prompts
 from salun.diffusion.prompts.sets import PromptSet, prompt_sets
@@ -254,6 +255,12 @@ def seeds_of(prompts: PromptSet, seed: int) -> list[int]:
     return [item_seed(seed, "eval", i) if row.seed is None else row.seed for i, row in enumerate(prompts.rows)]
 
 
+def sampled_as(row: PromptRow, usual: Sampling) -> tuple[float, tuple[int, int]]:
+    """Guidance, and height and width in pixels, of a row's image: its own, or else the model's usual ones."""
+    guidance = usual.guidance if row.guidance is None else row.guidance
+    return guidance, (row.height or usual.resolution, row.width or usual.resolution)
+
+
 def sampled_set(
     model: DiffusionModel,
     prompts: PromptSet,
@@ -273,8 +280,7 @@ def sampled_set(
     by_size: dict[tuple[int, int], dict[float, list[int]]] = {}
     usual = model.settings.sampling
     for i, row in enumerate(prompts.rows):
-        size = (row.height or usual.resolution, row.width or usual.resolution)
-        guidance = usual.guidance if row.guidance is None else row.guidance
+        guidance, size = sampled_as(row, usual)
         by_size.setdefault(size, {}).setdefault(guidance, []).append(i)
     parts, placed = [], []
     for size, by_guidance in by_size.items():
