@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import ImageFont
 
+from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.eval_output import report as evaluation_page
+from salun.diffusion.eval_sets import CONCEPT, OTHERS, rate_json
+from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.result import Run
+from salun.evaluation.calibration import Calibration
 from salun.evaluation.detector import Detection
 from salun.evaluation.estimate import Estimate, Unknown
 from salun.evaluation.metric import EvaluationPair, ExpectedConcept, Metric, ModelEvaluation, Predictions
 from salun.evaluation.metrics.frechet import frechet_distance
 from salun.evaluation.registry import METRICS, measure
-from salun.report import charts, image_grid, page
+from salun.report import charts, classification, image_grid, page
 from salun.report.density import block_of
 from salun.report.metrics import headline, metric_lines, metric_rows, verdict_lines
 from salun.report.render import ImagePair, loss_series
@@ -27,6 +36,7 @@ from salun.report.render import ImagePair, loss_series
 LABELS = {"shape": ["circle", "square", "star"], "colour": ["red", "blue"]}
 EVIL = '<script>alert("1")</script>'
 NOTHING = Detection({}, 0.0)
+PIXEL = image_grid.png_bytes(np.zeros((8, 8, 3), np.uint8))
 
 
 def detection(shape: list[int], colour: list[int]) -> Detection:
@@ -237,6 +247,123 @@ def test_everything_shown_is_escaped_and_nothing_is_fetched() -> None:
     assert "<script" not in html
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html)
     assert "@import" not in html
+
+
+# -- pages on a phone -------------------------------------------------------------------------------------------------
+
+WORD = "unbreakable" * 14  # wider than a phone
+FOLDER = "/srv/models/" + WORD
+
+
+def long_report() -> str:
+    """The page of an erasure with long names, prompts, paths and notes."""
+    outputs = [
+        {"kind": kind, "path": f"{FOLDER}/{kind}", "bytes": 10, "sha256": "ab" * 32} for kind in ("checkpoint", "lora")
+    ]
+    detector = {"name": f"clip:{WORD}", "version": WORD, "sha256": "ab" * 32, "threshold": 0.5, "unit": WORD}
+    run = run_data(
+        {**WORKED, "detector": detector, "reasons": {"ua": WORD}},
+        concepts=[{"name": WORD, "anchor": WORD}],
+        notes=[WORD],
+        command=f"salun erase --model {FOLDER}",
+        device=WORD,
+        outputs=outputs,
+        facts={WORD: WORD},
+    )
+    run["options"] |= {"model": FOLDER, WORD: WORD}
+    run["inputs"][0]["path"] = FOLDER
+    pairs = [ImagePair(WORD, {"before": PIXEL, "after": PIXEL})]
+    return page.run_page(run, pairs, pairs, {f"{WORD}.weight": (1, 2)}, blurred=True, inside=[f"{FOLDER}/lora"]).html
+
+
+def long_evaluation() -> str:
+    """The page of `salun eval`, likewise, with two detectors."""
+    detectors = {f"images:{WORD}": WORKED, f"nudenet:mace:{WORD}.onnx": WORKED}
+    blind = Calibration(np.zeros(8, bool), np.zeros(8, bool), 0.5)
+    hits = {"before": np.ones(8, bool), "after": np.zeros(8, bool)}
+    metric = {"value": None, "reason": WORD, "implementation": WORD, "weights": WORD}
+    found = {
+        "n": 8,
+        "preserve": False,
+        "detected": {name: {WORD: rate_json(hits, of)} for name, of in zip(detectors, (None, blind), strict=True)},
+        "image_drift": None,
+        "image_metrics": {f"fid:{WORD}": {"between": metric}},
+    }
+    facts = {"model": {"name": WORD, "weights": "ab" * 32, "parts": "ab" * 32}}
+    data = {
+        **WORKED,
+        "concepts": [{"name": WORD, "anchor": WORD}],
+        "models": facts,
+        "sets": {f"{WORD}.csv": found},
+        "inputs": [{"path": FOLDER, "sha256": "ab" * 32}],
+        "notes": [WORD],
+    }
+    options = EvalOptions(concept=[WORD], prompts=[FOLDER], detector=list(detectors), metric=[f"fid:{FOLDER}"])
+    asked = {**asdict(options), "target": FOLDER, "against": FOLDER}
+    record = run_data({}, options=asked, command=f"salun eval {FOLDER}", facts={WORD: WORD})
+    image = SimpleNamespace(images=[np.zeros((8, 8, 3), np.uint8)])
+    sets = [
+        SimpleNamespace(
+            prompts=SimpleNamespace(name=name, rows=[SimpleNamespace(text=WORD)]),
+            images={"before": image, "after": image},
+        )
+        for name in (CONCEPT, OTHERS, f"{WORD}.csv")
+    ]
+    shown = [SimpleNamespace(sensitive=False)]
+    result = SimpleNamespace(
+        options=options,
+        metrics=detectors,
+        sets=sets,
+        plan=SimpleNamespace(concepts=shown, options=SimpleNamespace(show_sensitive=False)),
+        record=SimpleNamespace(as_json=lambda: record),
+        compared=SimpleNamespace(facts=facts),
+    )
+    return evaluation_page(cast(EvalResult, result), data).html
+
+
+def long_classification() -> str:
+    """The page of an unlearned classifier, likewise."""
+    value = Estimate.percentage(np.arange(100) < 90).as_json()
+    counts = [[90, 10], [0, 100]]
+    side: dict[str, Any] = {
+        **dict.fromkeys(("UA", "RA", "TA", "MIA"), value),
+        "mia_features": {WORD: value},
+        "RTE": {"value": 1.0},
+        "confusion": {"forget": counts, "test": counts},
+    }
+    gaps = {"gap": dict.fromkeys(("UA", "RA", "TA", "MIA"), 1.0), "gap_mean": 1.0, "gap_original": 40.0}
+    options = dict.fromkeys(("forget", "data", "method", "batchnorm"), WORD) | {"model": FOLDER}
+    run = run_data({**side, **gaps, "original": side, "retrain": side}, options=options, device=WORD, notes=[WORD])
+    run["losses"] = [{"epoch": i, WORD: 1.0} for i in (1, 2)]
+    return classification.run_page({**run, "command": f"salun {FOLDER}"}, {WORD: (1, 2)}, [WORD, "cat"]).html
+
+
+@pytest.mark.slow
+def test_no_page_is_wider_than_a_phone(tmp_path: Path) -> None:
+    """At 390 pixels; tables and commands may scroll within the page. Everything that is folded is opened."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium here (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for made in (long_report, long_evaluation, long_classification):
+            opened = browser.new_page(viewport={"width": 390, "height": 800})
+            opened.set_content(made())
+            assert opened.evaluate(WIDE) == [], made.__name__
+        browser.close()
+
+
+WIDE = """() => {
+    document.querySelectorAll('details').forEach((each) => { each.open = true; });
+    const overflows = (each, style) => each.clientWidth && each.scrollWidth > each.clientWidth + 1
+        && style.overflowX === 'visible' && style.display !== 'inline';
+    const outside = (each) => each.getBoundingClientRect().right > window.innerWidth + 1
+        || overflows(each, getComputedStyle(each));
+    return [...document.querySelectorAll('html, body, body *')]
+        .filter((each) => !each.parentElement?.closest('.scroll, pre, svg') && outside(each))
+        .map((each) => `${each.tagName} ${each.className}: ${each.textContent.trim().slice(0, 60)}`);
+}"""
 
 
 def test_charts_hold_with_awkward_numbers() -> None:
