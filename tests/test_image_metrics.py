@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, cast
 from urllib.error import URLError
 
@@ -22,7 +24,6 @@ from salun.evaluation.image_metric import (
     load_image_metrics,
     measure_images,
 )
-from salun.evaluation.image_metrics import clip_score as clip_score_module
 from salun.evaluation.image_metrics import cmmd as cmmd_module
 from salun.evaluation.image_metrics import inception
 from salun.evaluation.image_metrics.clip_score import clip_scores
@@ -36,6 +37,7 @@ from salun.evaluation.image_metrics.inception import (
     kid_of_features,
 )
 from salun.evaluation.image_metrics.lpips import Lpips
+from salun.image_metrics import IMAGE_METRICS
 from salun.progress import Progress
 
 
@@ -51,8 +53,16 @@ def unit(n: int, d: int, seed: int) -> np.ndarray:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
-def black(n: int) -> ImageSet:
-    return ImageSet(list(np.zeros((n, 8, 8, 3), np.uint8)))
+def blank(n: int, color: int = 0) -> ImageSet:
+    """n images of one color, with prompts."""
+    return ImageSet([np.full((8, 8, 3), color, np.uint8)] * n, ["a"] * n)
+
+
+def loaded(name: str) -> Any:
+    """A metric whose network gives mean colors."""
+    if name == "lpips":
+        return Lpips(Difference())
+    return resolve_name(IMAGE_METRICS[name].loads)(ImageMetricInputs("", cast(ClipModel, Colors())))
 
 
 def estimated(metric: ImageValue) -> Estimate:
@@ -76,12 +86,33 @@ def test_fid_of_features_is_the_distance_of_fitted_gaussians() -> None:
     assert metric.as_json()["weights"] == "w (1)"
 
 
-class NoPackage:
-    """A CLIP model that is not to be used."""
+PACKAGES = {"fid": "torch_fidelity", "kid": "torch_fidelity", "lpips": "lpips"}
 
-    name, sha256, implementation, weights = "none", "0", "none 1.0", "none (0)"
 
-    def load(self) -> None: ...
+def colors(images: Any, *_: Any) -> np.ndarray:
+    """In place of a network's embeddings: the mean color of each image, and a constant, with length 1."""
+    means = np.array([np.append(image.reshape(-1, 3).mean(0), 64) for image in images])
+    return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Colors:
+    """A CLIP model of mean colors."""
+
+    sha256, implementation, weights = "0", "mean color 1.0", "mean color (0)"
+    embed_images = staticmethod(colors)
+
+    def load(self) -> None:
+        """There is nothing to load."""
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return np.full((len(texts), 4), 0.5, np.float32)
+
+
+class Difference(torch.nn.Module):
+    """In place of LPIPS's network."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return (before - after).square().mean()
 
 
 @pytest.mark.parametrize(
@@ -95,14 +126,32 @@ class NoPackage:
     ],
 )
 def test_metrics_of_too_few_images_are_unknown_with_the_reason(name: str, n: int, reason: str) -> None:
-    inputs = ImageMetricInputs("", cast(ClipModel, NoPackage()))
-    metric = {
-        "cmmd": lambda: cmmd_module.load(inputs), "clip-score": lambda: clip_score_module.load(inputs),
-        "lpips": lambda: Lpips(torch.nn.Linear(1, 1)),
-    }[name]()  # fmt: skip
-    sets = [ImageSet(list(np.zeros((k, 8, 8, 3), np.uint8)), ["a"] * k) for k in (n if name != "cmmd" else 300, n)]
-    for value in measure_images({name: metric}, *sets)[name].values():
+    for value in measure_images({name: loaded(name)}, blank(300 if name == "cmmd" else n), blank(n))[name].values():
         assert (value["value"], value["reason"]) == (None, reason) and value["implementation"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.packages] * (each in PACKAGES)) for each in IMAGE_METRICS]
+)
+def test_metrics_of_images_of_one_color_have_a_value_and_of_no_images_a_reason(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    monkeypatch.setattr(inception, "inception_features", lambda images, *_: Features(colors(images), "mean color (0)"))
+    n = {"fid": inception.LEAST, "kid": inception.LEAST, "cmmd": cmmd_module.LEAST}.get(name, 8)
+    metric = {name: loaded(name)}
+    same, apart, none = (
+        list(measure_images(metric, *sides)[name].values())[-1]
+        for sides in ((blank(n), blank(n)), (blank(n), blank(n, 255)), (blank(0), blank(0)))
+    )
+    assert none["value"] is None and "too few" in none["reason"]
+    values = [Estimate(**each["value"]) for each in (same, apart)]
+    assert all(value.n == n for value in values)
+    if name == "clip-score":
+        assert values[0].value == pytest.approx(50, abs=1e-3) and values[0].low == values[0].high
+    else:
+        assert values[0].value == pytest.approx(0, abs=1e-3) and 0.01 < values[1].value < 100
 
 
 def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -131,7 +180,7 @@ def test_kid_of_features_is_the_mean_over_subsets_of_the_polynomial_mmd() -> Non
 
 @pytest.mark.parametrize("metric", [fid, kid])
 def test_fid_and_kid_of_few_images_are_unknown_with_the_reason(metric: Any) -> None:
-    few, many = black(3), black(inception.LEAST)
+    few, many = blank(3), blank(inception.LEAST)
     for sides in ((few, many), (many, few)):
         result = metric(*sides)
         assert result.value == Unknown("3 images on a side are too few; FID and KID need 2,048")
@@ -141,7 +190,7 @@ def test_fid_and_kid_of_few_images_are_unknown_with_the_reason(metric: Any) -> N
 @pytest.mark.parametrize("metric", [fid, kid])
 def test_fid_and_kid_say_in_one_line_which_extra_they_need(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
-    many = black(inception.LEAST)
+    many = blank(inception.LEAST)
     with pytest.raises(DataError, match=r"need the package torch-fidelity .*\. pip install salun\[fid\]") as caught:
         metric(many, many)
     assert "\n" not in str(caught.value)
@@ -308,7 +357,7 @@ def test_measure_images_says_why_a_metric_is_unknown_and_measures_the_others() -
         return ImageValue(Estimate(1.0, len(a)), "here", "")
 
     metrics = {"a": Distance(broken, broken, None), "b": Distance(sound, sound, None)}
-    measured = measure_images(metrics, black(2), black(2))
+    measured = measure_images(metrics, blank(2), blank(2))
     unknown = {"value": None, "reason": "the disk is gone. Mount it", "implementation": "", "weights": ""}
     assert measured["a"] == {"between": unknown} and measured["b"]["between"]["value"]["value"] == 1.0
 

@@ -77,6 +77,10 @@ class AttributeClassifier(nn.Module):
     @torch.no_grad()
     def detect_images(self, images: np.ndarray, batch_size: int = 256) -> Detection:
         """As `detect`, in uint8 images (n, h, w, 3)."""
+        if not len(images):
+            none = {name: np.empty((0, len(of)), np.float32) for name, of in self.labels.items()}
+            features_of_none = np.empty((0, 2 * self.channels[-1]), np.float32)
+            return Detection(none, self.threshold, np.empty(0, bool), features_of_none)
         device = next(self.parameters()).device
         scores: dict[str, list[Tensor]] = {name: [] for name in self.labels}
         valid, features = [], []
