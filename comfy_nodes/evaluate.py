@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -87,7 +86,8 @@ class SalUnEvaluate(Node):
         with graph.with_options(plan.options):
             compared = Compared(graphs[1].name, graphs[1], graph, plan.concepts, plan.options)
             wanted = Wanted.of(graphs[1].name, compared, plan, chosen, "ComfyUI")
-        result, sides = evaluated(graphs, with_names(wanted, named))
+        wanted.record.notes[:0] = plan.notes
+        result, sides = evaluated(graphs, wanted)
         data = result.as_json()
         if chosen.keep_images:
             folder, name = output_path("evaluation", "salun", "")
@@ -109,13 +109,6 @@ def with_given_names(text: str, named: Mapping[str, str]) -> str:
     for path in sorted(named, key=len, reverse=True):
         text = text.replace(json.dumps(path)[1:-1], json.dumps(named[path])[1:-1])
     return text
-
-
-def with_names(wanted: Wanted, named: Mapping[str, str]) -> Wanted:
-    """The same with the names of detectors and metrics as they were given, and the plan's notes first."""
-    wanted.record.notes[:0] = wanted.plan.notes
-    detectors = {named.get(name, name): of for name, of in wanted.detectors.items()}
-    return replace(wanted, detectors=detectors, measures={named.get(n, n): of for n, of in wanted.measures.items()})
 
 
 def evaluated(graphs: Sequence[GraphModel], wanted: Wanted) -> tuple[EvalResult, dict[str, Side]]:

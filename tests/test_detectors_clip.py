@@ -218,8 +218,8 @@ def test_eval_measures_images_of_any_model_even_without_its_original(
     rows = "prompt,evaluation_seed,width,height\none red circle,1,64,64\none red circle,1,96,64\none blue star,2,,\n"
     (tmp_path / "some.csv").write_text(rows, encoding="utf-8")
     options = EvalOptions(
-        concept=["circle"], n=4, sampling_steps=2, clip=str(saved), metric=["clip-score", "cmmd:real", "fid:real"],
-        detector=["attribute"], prompts=["some.csv"], keep_images=True,
+        concept=["circle"], n=4, sampling_steps=2, clip=str(saved), detector=["attribute"], prompts=["some.csv"],
+        metric=["clip-score", f"cmmd:{tmp_path / 'real'}", "fid:real"], keep_images=True,
     )  # fmt: skip
     if importlib.util.find_spec("torch_fidelity") is None:
         options = replace(options, metric=options.metric[:2])
@@ -239,8 +239,8 @@ def test_eval_measures_images_of_any_model_even_without_its_original(
     assert measured["cmmd:real"]["after"]["value"]["value"] == pytest.approx(expected)
     files = write_evaluation(result, tmp_path / "out")
     page = files[-1].read_text(encoding="utf-8")
-    assert "circle (raw, not calibrated)" in page
-    assert "Metrics of images" in page and "CMMD ↓" in page and "Can’t tell" in page.replace("&#39;", "’")
+    assert "circle (raw, not calibrated)" in page and str(tmp_path) not in page
+    assert "Metrics of images" in page and "CMMD ↓ (from real)" in page and "Can’t tell" in page.replace("&#39;", "’")
     assert len(list((tmp_path / "out" / "images" / "some.csv").glob("*.png"))) == 3
     (tmp_path / "real" / "0.png").write_bytes(b"nothing")
     events: list[Event] = []

@@ -17,6 +17,7 @@ from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
 from salun.evaluation.estimate import from_json
+from salun.evaluation.result_names import result_names
 from salun.files import check_result_folder, write_bytes
 from salun.image_metrics import IMAGE_METRICS
 from salun.progress import Event, Progress, Stage, silent
@@ -137,13 +138,16 @@ def _inputs(inputs: Sequence[Mapping[str, Any]]) -> list[Section]:
 
 
 def _reproduction(result: EvalResult) -> dict[str, Any]:
-    """The record as the page shows it: of both models' paths only the last part, but the hashes of their weights."""
+    """The record as the page shows it: of a path in an option only the last part, but the hashes of both models."""
     record = result.record.as_json()
-    named = {name: display_name(path) for name in ("target", "against") if (path := record["options"][name])}
-    models = {side: of for side, of in result.compared.facts.items() if of is not None}
+    given, models = record["options"], ("target", "against", "clip", "components")
+    named: dict[str, Any] = {name: display_name(path) for name in models if (path := given[name])}
+    named |= {name: result_names(given[name]) for name in ("detector", "metric")}
+    named["prompts"] = [display_name(path) for path in given["prompts"]]
+    facts = {side: of for side, of in result.compared.facts.items() if of is not None}
     parts = {"weights": "weights", "parts": "other parts"}
-    hashes = {f"{what} of the {side}": of[part] for side, of in models.items() for part, what in parts.items()}
-    return {**record, "options": record["options"] | named, "facts": record["facts"] | hashes}
+    hashes = {f"{what} of the {side}": of[part] for side, of in facts.items() for part, what in parts.items()}
+    return {**record, "options": given | named, "facts": record["facts"] | hashes}
 
 
 def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -177,7 +181,8 @@ def image_metric_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for name, of in sets.items():
         for metric, values in of["image_metrics"].items():
-            entry = IMAGE_METRICS[metric.partition(":")[0]]
+            key, _, against = metric.partition(":")
+            entry = IMAGE_METRICS[key]
             cells = {
                 side: from_json(value["value"]).text("", entry.digits)
                 if value["value"] is not None
@@ -186,7 +191,7 @@ def image_metric_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
             }
             first = next(iter(values.values()))
             by = " ".join(filter(None, (first["implementation"], first["weights"])))
-            title = f"{entry.title} {ARROWS[entry.better]}"
+            title = f"{entry.title} {ARROWS[entry.better]}" + (f" (from {against})" if against else "")
             rows.append((name, title, *(cells.get(side, "") for side in (*SIDES, "between")), by))
     return rows
 

@@ -43,6 +43,7 @@ from salun.evaluation.detector import Detector, DetectorInputs, load_detector
 from salun.evaluation.image_metric import ImageMetric, ImageSet, Prepared, load_image_metrics, measure_images
 from salun.evaluation.metric import EvaluationPair
 from salun.evaluation.pretrained import CLIP
+from salun.evaluation.result_names import result_names
 from salun.progress import Progress, Stage, silent
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
@@ -215,7 +216,7 @@ def _detector_names(options: EvalOptions, plan: Plan) -> list[str]:
 
 
 def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str, Detector]:
-    """The wanted detectors. Raises ConfigError for one that needs the original, where there is none."""
+    """The wanted detectors, by their names in results. Raises ConfigError for `self` without the original."""
     names = _detector_names(options, plan)
     if compared.original is None and "self" in names:
         raise ConfigError(
@@ -227,11 +228,11 @@ def _detectors(compared: Compared, plan: Plan, options: EvalOptions) -> dict[str
     inputs = DetectorInputs(
         plan.subjects, model.settings.detector, compared.original, model.device, clip=_clip(compared, options)
     )
-    return {name: load_detector(name, inputs) for name in names}
+    return {shown: load_detector(name, inputs) for name, shown in zip(names, result_names(names), strict=True)}
 
 
 def _measures(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric]:
-    """The wanted metrics of images. Raises ConfigError for one that compares models, where there is one alone."""
+    """The wanted metrics of images, likewise. Raises ConfigError for one that compares models, if there is only one."""
     loaded = load_image_metrics(options.metric, _clip(compared, options), compared.known.device)
     alone = [name for name, of in loaded.items() if of.needs_original and compared.original is None]
     if alone:
@@ -240,7 +241,7 @@ def _measures(compared: Compared, options: EvalOptions) -> dict[str, ImageMetric
             option="metric",
             advice="Name the original by {against}, or real images, as in {metric} fid:FOLDER",
         )
-    return loaded
+    return dict(zip(result_names(list(loaded)), loaded.values(), strict=True))
 
 
 def _clip(compared: Compared, options: EvalOptions) -> ClipModel:
