@@ -16,7 +16,7 @@ from salun.diffusion.data.latents import item_seed, lazy_images, sample_latents
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.evaluation import EvalPrompts
 from salun.diffusion.model.protocol import DiffusionModel
-from salun.diffusion.model.settings import Sampling
+from salun.diffusion.options import Sampling
 from salun.diffusion.plan import Plan
 from salun.diffusion.prompts.prompt_file import PromptRow, prompts_of_hub, read_prompts
 from salun.diffusion.prompts.sets import PromptSet, prompt_sets
