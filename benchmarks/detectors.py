@@ -51,8 +51,8 @@ GOAL = 30  # percent of the time of sampling
 NONE = (np.inf, -np.inf)  # the range of scores that get a second noise, where none does
 HEAD = """Written by `benchmarks/detectors.py` on the bundled model: {n} images of each kind, on a CPU. Everything is as
 in `salun eval`: `self` compares the original network's denoising errors under the prompts “concept”, “anchor”
-and the empty one, for one noise ε, at the timesteps that it chose on 24 of the original's images of each kind;
-where −ε could change the decision, it is added. The threshold is chosen on the same 24 images. They are not
+and the empty one, for one noise ε, at the timesteps that it chose on {fitted} of the original's images of each kind;
+where −ε could change the decision, it is added. The threshold is chosen on the same images. They are not
 counted here, so no choice was made on the images that give the misses and false alarms. Intervals are 95 %.
 
 - Misses: images of the concept's prompts by the original model in which the detector does not see the concept.
@@ -395,7 +395,7 @@ def table(originals: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
     """docs/detectors.md, of the concepts that were measured."""
     missing = [name for name in CONCEPTS if name not in [each["concept"] for each in pairs]]
     lines = ["# The original model as detector", "", *([summary(pairs), ""] if pairs else [])]
-    lines.append(HEAD.format(n=originals[0]["n"]))
+    lines.append(HEAD.format(n=originals[0]["n"], fitted=int(fitting(originals[0]["n"]).sum())))
     if missing:
         lines += [f"**The erased model has not been measured yet for {', '.join(missing)}.**", ""]
     if pairs:

@@ -18,7 +18,7 @@ from salun.evaluation.estimate import Estimate, Unknown, Value
 MIN_AUC, MIN_GAP = 0.8, 0.3  # below either, a detector cannot tell
 CLEARLY = 0.05  # by which another threshold must be better
 DRAWS = 2000  # of the bootstrap
-FEWEST, FITTED = 8, 24  # images of each kind on which a detector is fitted, at least and at most
+FEWEST, FITTED, MANY = 8, 24, 100  # images of each kind on which a detector is fitted: at least, usually, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +112,11 @@ class Calibration:
 
 
 def fitting(n: int) -> np.ndarray:
-    """Which of n images to fit a detector on, bool (n,): at most `FITTED`, spread evenly, and at most half; or none.
+    """Which of n images to fit a detector on, bool (n,): `FITTED`, of many a fifth up to `MANY`, at most half; or none.
 
     The others calibrate it: on the images that it was fitted on, even a detector that sees nothing looks good.
     """
-    chosen, count = np.zeros(n, bool), min(FITTED, n // 2)
+    chosen, count = np.zeros(n, bool), min(max(FITTED, n // 5), MANY, n // 2)
     if count >= FEWEST:
         chosen[np.linspace(0, n - 1, count).round().astype(int)] = True
     return chosen

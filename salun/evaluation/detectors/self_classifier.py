@@ -21,7 +21,7 @@ from torch import Tensor
 
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
-from salun.evaluation.calibration import FEWEST, FITTED, adjusted, auc
+from salun.evaluation.calibration import FEWEST, FITTED, MANY, adjusted, auc
 from salun.evaluation.detector import (
     Detection,
     DetectorInputs,
@@ -83,14 +83,14 @@ class SelfClassifier:
             shows: Concept → images of it by the original; some of them are used.
             others: Images of other prompts.
         """
-        negatives = some_of(others)
+        negatives = some_of(others, MANY)
         for each in self.subjects:
-            positives = some_of(shows[each.name])
+            positives = some_of(shows[each.name], MANY)
             if min(len(positives), len(negatives)) >= FEWEST:
                 self._choose(each.name, (positives, negatives), progress)
 
     def _choose(self, name: str, kinds: tuple[Samples, Samples], progress: Progress) -> None:
-        """By successive halving: all timesteps on few images of both kinds, then the likely ones on all.
+        """By successive halving: all timesteps on few images of both kinds, the likely ones on more, the best on all.
 
         Args:
             kinds: Images that show the concept, and others.
@@ -107,7 +107,11 @@ class SelfClassifier:
         likely = likely_timesteps(*errors(FRACTIONS, most=FEWEST))
         first = errors(likely)
         chosen = best_timesteps(first[0], first[1], likely)
-        first, second = [each[:, :, [likely.index(t) for t in chosen]] for each in first], errors(chosen, -1)
+        if max(map(len, kinds)) > FITTED:
+            first = errors(chosen, most=MANY)
+        else:
+            first = [each[:, :, [likely.index(t) for t in chosen]] for each in first]
+        second = errors(chosen, -1, MANY)
         both = [scores_of((one + other) / 2)[:, 0] for one, other in zip(first, second, strict=True)]
         moved = [(scores_of(one)[:, 0] - of).abs().max() for one, of in zip(first, both, strict=True)]
         threshold, width = adjusted(both[0].numpy(), both[1].numpy(), self.threshold), float(max(moved))
