@@ -307,7 +307,7 @@ def test_ctrl_c_stops_within_a_step_with_130(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("1/6 Sampling"):
+            if line.startswith("1/7 Sampling"):
                 break
         process.send_signal(signal.SIGINT)
         began = time.monotonic()

@@ -30,7 +30,7 @@ from salun.evaluation.detector import (
     target_by_concept,
 )
 from salun.evaluation.detectors.attribute import margins
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, in_parts, silent
 from salun.randomness import step_generator
 
 FRACTIONS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)  # of the schedule: the timesteps t to choose from
@@ -79,21 +79,23 @@ class SelfClassifier:
             others: Images of other prompts.
         """
         negatives = some_of(others)
+        positives = {each.name: some_of(shows[each.name]) for each in self.subjects}
+        positives = {name: of for name, of in positives.items() if len(of) >= FEWEST}
         if len(negatives) < FEWEST:
             return
-        for each in self.subjects:
-            positives = some_of(shows[each.name])
-            if len(positives) >= FEWEST:
-                shown, absent = (self._errors(part, each.name, progress) for part in (positives, negatives))
-                self.timesteps[each.name] = best_timesteps(shown, absent, (0, 0))
+        sizes = [n for of in positives.values() for n in (len(of), len(negatives))]
+        parts = in_parts(progress, [*sizes, *[len(negatives)] * negatives.compare_prompts])
+        for name, of in positives.items():
+            shown, absent = (self._errors(part, name, next(parts)) for part in (of, negatives))
+            self.timesteps[name] = best_timesteps(shown, absent, (0, 0))
         if negatives.compare_prompts:
-            errors = self._errors(negatives, PROMPT, progress)
+            errors = self._errors(negatives, PROMPT, next(parts))
             self.timesteps[PROMPT] = best_timesteps(errors, errors, (0, 1))  # an image does not show the foil
 
     def _errors(self, samples: Samples, name: str, progress: Progress) -> Tensor:
         """Errors (n, prompts, timesteps) for one question at all timesteps."""
         compared = self._questions(samples)[name]
-        return self._measured(samples, {name: compared}, {name: FRACTIONS}, Stage.PROBING, progress)[name]
+        return self._measured(samples, {name: compared}, {name: FRACTIONS}, Stage.CALIBRATING, progress)[name]
 
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """In the latents of n samples; the images are not looked at."""
