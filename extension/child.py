@@ -12,95 +12,23 @@ import dataclasses
 import json
 import os
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob, EraseOptions, ModelOptions
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.options import from_mapping
-from salun.progress import Event, Progress, Stage
-from salun.time_left import TimeLeft
 
-from .messages import label, to_fields
+from .messages import label
+from .parent_pipe import ParentPipe, pipe_progress
+from .previews import Previews
 
 if TYPE_CHECKING:
     from salun.diffusion.model.stable_diffusion import Model
-    from salun.diffusion.plan import Plan
 
-EVERY = 0.2  # seconds between two events on the steps of one stage
 PAIR = ("original.png", "erased.png")  # previews of a job that samples both
-PREVIEWS = 3  # forget prompts of a preview; one retain prompt is shown with them
-
-
-class ParentPipe:
-    """The connection to the parent: events go out by `send`, its request to stop comes in as `stopping`."""
-
-    def __init__(self, out: TextIO, inlet: TextIO) -> None:
-        self._out, self._lock = out, threading.Lock()
-        self.stopping = threading.Event()
-        threading.Thread(target=self._listen, args=(inlet,), daemon=True).start()
-
-    def _listen(self, inlet: TextIO) -> None:
-        inlet.readline()  # a line, or the end: both mean stop
-        self.stopping.set()
-
-    def send(self, event: str, **fields: Any) -> None:
-        text = json.dumps({"event": event, **fields}, ensure_ascii=True)
-        try:
-            with self._lock:
-                self._out.write(text + "\n")
-                self._out.flush()
-        except OSError:  # the parent is gone: training is saved, as when it asks to stop
-            self.stopping.set()
-
-    def send_loading(self) -> None:
-        """Tell that the model is being loaded, of which no step is known."""
-        self.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
-
-    def send_error(self, error: SalunError) -> None:
-        self.send("error", error=to_fields(error))
-
-    def check(self) -> None:
-        """Raises Cancelled once the parent wants to stop."""
-        if self.stopping.is_set():
-            self.send("stopping")
-            raise Cancelled("stopped")
-
-
-def pipe_progress(pipe: ParentPipe, each: Callable[[Event], None] = lambda event: None) -> Progress:
-    """A progress that reports to the parent. each: called on every event as well, before it is reported."""
-    timed, stage, sent = TimeLeft(), "", 0.0
-    step = total = 0
-
-    def progress(event: Event, /) -> None:
-        nonlocal stage, step, total, sent
-        pipe.check()
-        each(event)
-        position, now = timed.at(event), time.monotonic()
-        if event.message and not (event.stage == Stage.SAVING and event.total):  # the names of files are in the result
-            pipe.send("message", text=event.message)
-        if event.message and not event.total:  # a note begins no stage
-            return
-        if event.total or event.stage != stage:
-            step, total = event.step, event.total
-        if event.stage != stage or now - sent >= EVERY or event.step == event.total > 0:
-            stage, sent = event.stage, now
-            pipe.send(
-                "stage",
-                stage=stage,
-                step=step,
-                total=total,
-                fraction=round(position.fraction, 4),
-                left=None if position.left is None else [round(seconds, 1) for seconds in position.left],
-                metrics={name: float(value) for name, value in event.metrics.items()},
-            )
-
-    return progress
 
 
 def erase(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
@@ -143,52 +71,6 @@ def _model(name: str | None, options: EraseOptions) -> Model:
     from salun.diffusion.model.loading import load_with
 
     return load_with(name or str(aliases()["default"]), options)
-
-
-class Previews:
-    """Images of the same prompts and seeds before training and after every n steps of it (n = 0: none)."""
-
-    def __init__(self, model: Model, plan: Plan, every: int, pipe: ParentPipe, folder: Path) -> None:
-        from salun.diffusion.evaluation import eval_prompts
-
-        self.model, self.plan, self.every, self.pipe, self.folder = model, plan, every, pipe, folder
-        prompts = eval_prompts(plan, PREVIEWS, plan.options.seed)
-        self.prompts = [*prompts.forget[:PREVIEWS], *prompts.retain[:1]]
-        self.seeds = [*prompts.forget_seeds[:PREVIEWS], *prompts.retain_seeds[:1]]
-        self.blur = any(c.sensitive for c in plan.concepts) and not plan.options.show_sensitive
-        self.before: Any = None
-
-    def __call__(self, event: Event) -> None:
-        if not self.every or not event.total or not self.prompts:
-            return
-        if self.before is None and event.stage in (Stage.SALIENCY, Stage.FROZEN_TARGETS):  # still the original model
-            self.before = self._images()
-        due = event.step % self.every == 0 and event.step < event.total
-        if event.stage == Stage.TRAINING and due and not event.message and self.before is not None:
-            self._send(event.step)
-
-    def _images(self) -> Any:
-        import torch
-
-        from salun.diffusion.data.latents import sample_images
-
-        with torch.no_grad():
-            return sample_images(self.model, [p.text for p in self.prompts], self.seeds, self._check)
-
-    def _check(self, event: Event, /) -> None:
-        self.pipe.check()
-
-    def _send(self, step: int) -> None:
-        from salun.files import write_bytes
-        from salun.report import image_grid
-
-        after, n = self._images(), len(self.prompts) - 1
-        texts = [p.text for p in self.prompts]
-        forget = image_grid.grid(self.before[:n], after[:n], texts[:n], blur=self.blur)
-        retain = image_grid.grid(self.before[n:], after[n:], texts[n:])
-        name = f"preview-{step:06d}.png"
-        write_bytes(self.folder / name, image_grid.png_bytes(image_grid.stack(forget, retain)))
-        self.pipe.send("preview", file=name, step=step)
 
 
 def mask(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:

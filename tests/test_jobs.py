@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extension import child, job_process
+from extension import job_process, parent_pipe
 from extension.job_events import apply_event
 from extension.job_process import CHILD
 from extension.job_queue import Queue
@@ -275,9 +275,9 @@ class Sent:
 
 
 def test_a_job_reports_the_time_left_of_all_announced_stages_as_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "EVERY", 0.0)
+    monkeypatch.setattr(parent_pipe, "EVERY", 0.0)
     pipe = Sent()
-    progress = child.pipe_progress(pipe)  # type: ignore[arg-type]
+    progress = parent_pipe.pipe_progress(pipe)  # type: ignore[arg-type]
     stages = [StageCost(Stage.TRAINING, 10, backward=10, most=30), StageCost(Stage.IMAGES_AFTER, 10, forward=30)]
     progress(Event(Stage.PLANNING, message="a plan", stages=stages))
     time.sleep(0.6)
