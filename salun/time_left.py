@@ -112,7 +112,8 @@ class TimeLeft:
             stage = self._only(event)
             self._take(stage, event, passed if stage is known else 0.0)
         elif event.total and (number := self._number_of(event.stage)) is not None:
-            self._begin(number)
+            if not event.message:  # such as from which step a run is resumed
+                self._begin(number)
             self._take(self._stages[number], event, passed)
         elif self._present is not None:  # small work in between counts as the present stage's
             self._stages[self._present].waited += passed
