@@ -72,6 +72,7 @@ def _add_command(
 
         options = _with_config(options, given, config, resume, run_dir, as_json)
         path = run_dir or new_run_folder(folder(options))
+        note_new_run(path, resume, as_json)
         if dry_run:
             check_folder(path, resume)
             with terminal_progress(as_json) as progress:
@@ -79,7 +80,6 @@ def _add_command(
             print_result(data, as_json, preview_lines(data))
             return
         line = shlex.join(["salun", *sys.argv[1:]])
-        note_new_run(path, resume, as_json)
         with terminal_progress(as_json, path) as progress, resumable(name, path):
             done = _load(run)(options, progress=progress, run_dir=path, resume=resume, command=line)
         print_result(done.record.as_json(), as_json, lines(done))

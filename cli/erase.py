@@ -75,7 +75,7 @@ def erase(
     """Erase a concept from a model, and evaluate the result."""
     job, sources = _merge_config(job, given, config, resume, as_json)
     if not job.concept:
-        nothing = f"{job.run_dir} holds no run to resume, and " if resume and job.run_dir else ""
+        nothing = f"there is no run in {job.run_dir} to resume, and " if resume and job.run_dir else ""
         raise ConfigError(
             f"{nothing}no concept is given", advice="Name what the model should forget, for example {concept} circle"
         )
@@ -88,11 +88,11 @@ def erase(
     folder = who.broadcast(Path(job.run_dir) if job.run_dir else new_run_folder("-".join(job.concept)))
     if not who.rank:
         check_folder(folder, resume)
+    note_new_run(folder, resume, as_json or who.rank > 0)
     if dry_run:
         with moved:
             _print_plan(job, sources, folder, force, resume, as_json)
         return
-    note_new_run(folder, resume, as_json or who.rank > 0)
     from salun.diffusion.erase import erase as run_erase
 
     with (

@@ -94,9 +94,9 @@ def resume_line(folder: Path) -> str:
 
 
 def note_new_run(folder: Path, resume: bool, quiet: bool) -> None:
-    """Tell that a run begins where one to resume was expected."""
+    """Tell that a run starts where one to resume was expected."""
     if resume and not quiet and not os.path.lexists(folder / "run.json"):
-        typer.echo(printable(f"{folder} holds no run to resume; a new one begins"), err=True)
+        typer.echo(printable(f"There is no run in {folder} to resume; a new one starts"), err=True)
 
 
 def recorded(record: Mapping[str, Any], folder: Path, kind: type, given: Container[str]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from salun.diffusion.attack import attack_compared
 from salun.diffusion.attack_output import attack_grid, write_attack
-from salun.diffusion.attacks.task import PART
 from salun.diffusion.eval_models import Compared
+from salun.diffusion.stages import attack_stages
 from salun.errors import fill
-from salun.progress import Stage, StageCost
 from salun.report.attacks import attack_banner, attack_lines
 from salun.report.metrics import lines_of
 
@@ -74,9 +73,7 @@ class SalUnAttack(Node):
         compared = Compared(
             "the MODEL after", graph, graph, plan.concepts, plan.options, erased.original(), erased.base_hash
         )
-        images, parts = chosen.n * (len(concept) + 1), len(chosen.attack) * len(concept) * (2 if chosen.control else 1)
-        counted = {Stage.IMAGES_BEFORE: images, Stage.IMAGES_AFTER: images, Stage.ATTACKING: PART * parts}
-        bar = ComfyProgress([StageCost(stage, steps) for stage, steps in counted.items()])
+        bar = ComfyProgress(attack_stages(plan, chosen))
         report = attack_compared(compared.name, compared, chosen, bar, "ComfyUI")
         folder, name = output_path("attack", "salun", "")
         write_attack(report, folder)

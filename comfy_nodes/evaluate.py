@@ -13,7 +13,7 @@ from salun.diffusion.eval_models import Compared
 from salun.diffusion.eval_output import write_evaluation
 from salun.diffusion.evaluate import EvalResult, Side, Wanted, result_of
 from salun.diffusion.result import grids
-from salun.progress import Stage, StageCost
+from salun.progress import Stage
 from salun.report.image_grid import stack
 from salun.report.metrics import verdict_lines
 
@@ -117,7 +117,7 @@ def evaluated(graphs: Sequence[GraphModel], wanted: Wanted) -> tuple[EvalResult,
     Args:
         graphs: The original and the erased model, which have what the core uses of a `Model`.
     """
-    bar, sides = ComfyProgress(stages(wanted)), {}
+    bar, sides = ComfyProgress(wanted.stages), {}
     wanted.prepare(bar)
     for side, graph, stage in zip(SIDES, graphs, STAGES, strict=True):
         bar.preview = SamplePreview(graph, wanted.plan)
@@ -126,13 +126,3 @@ def evaluated(graphs: Sequence[GraphModel], wanted: Wanted) -> tuple[EvalResult,
     bar.preview = None  # from here on nothing is sampled
     with training_session(graphs[0], wanted.plan):
         return result_of(wanted, sides, bar), sides
-
-
-def stages(wanted: Wanted) -> list[StageCost]:
-    """What the progress bar counts."""
-    prompts, sets = wanted.prompts, wanted.sets
-    after = len(prompts.forget) + len(prompts.retain) + sum(len(of.rows) for of in sets)
-    before = after + len(prompts.anchors[0])
-    looked_at = (before + after) * len(wanted.detectors)
-    steps = {Stage.IMAGES_BEFORE: before, Stage.IMAGES_AFTER: after, Stage.DETECTING: looked_at}
-    return [StageCost(stage, count) for stage, count in steps.items()]

@@ -11,9 +11,9 @@ from torch import Tensor
 from salun.diffusion.context import training_session
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.masks import find_mask
+from salun.diffusion.stages import mask_stages
 from salun.errors import ConfigError, MaskError
 from salun.masking.mask import Mask
-from salun.progress import Stage, StageCost
 from salun.report.image_grid import densities
 
 from .data import check_data
@@ -70,8 +70,7 @@ class SalUnSaliencyMask(Node):
         if mask is None:
             samples = plan.recipe.forget_latents * len(plan.concepts) if data is None and plan.by_saliency else 0
             content = data.content if data is not None else None
-            saliency = [cost for cost in plan.stages(content) if cost.stage is Stage.SALIENCY]
-            bar = ComfyProgress([StageCost(Stage.SAMPLING, samples), *saliency], SamplePreview(graph, plan))
+            bar = ComfyProgress(mask_stages(plan, content), SamplePreview(graph, plan))
             with training_session(graph, plan):
                 if samples:
                     content = build_training_set(graph, plan, bar, True, cache())

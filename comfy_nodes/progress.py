@@ -27,14 +27,12 @@ class ComfyProgress:
     def __init__(self, stages: Sequence[StageCost], preview: Callable[[], Preview | None] | None = None) -> None:
         import comfy.utils
 
-        self._steps, self._start, self.total = {}, {}, 0
-        for cost in stages:
-            self._steps[cost.stage], self._start[cost.stage] = cost.steps, self.total
-            self.total += cost.steps
+        self._stages, self._present = list(stages), 0
+        self.total = sum(cost.steps for cost in stages)
         self.preview = preview
         self._sent = 0
         self._image: Preview | None = None
-        self._passed: dict[str, tuple[int, int]] = {}
+        self._passed = 0, 0  # steps of the present stage before it began again, and since then
         self._bar = comfy.utils.ProgressBar(max(self.total, 1))
 
     def __call__(self, event: Event, /) -> None:
@@ -49,14 +47,18 @@ class ComfyProgress:
             raise Cancelled("interrupted") from interrupt
 
     def _show(self, event: Event) -> None:
-        steps = self._steps.get(event.stage, 0)
-        if not steps or not event.step:
+        following = range(self._present, len(self._stages))
+        number = next((i for i in following if self._stages[i].stage is event.stage), None)
+        if number is None or not event.step:
             return
-        earlier, last = self._passed.get(event.stage, (0, 0))
+        if number != self._present:
+            self._present, self._passed = number, (0, 0)
+        earlier, last = self._passed
         if event.step < last:  # the stage begins again, as saliency does for each concept
             earlier += last
-        self._passed[event.stage] = earlier, event.step
-        value = self._start[event.stage] + min(earlier + event.step, steps)
+        self._passed = earlier, event.step
+        steps = self._stages[number].steps
+        value = sum(cost.steps for cost in self._stages[:number]) + min(earlier + event.step, steps)
         if value <= self._sent:
             return
         self._sent = value

@@ -23,8 +23,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from salun.errors import ConfigError, SalunError
+from salun.time_left import in_words
 
-from . import stages
 from .access import Access, Rejected, headers_of
 from .bodies import STARTS, JobId
 from .body import LARGEST, json_object, read_body
@@ -33,7 +33,7 @@ from .job_queue import QueueFull
 from .jobs import Job
 from .limits import truncated
 from .markup import loss_chart
-from .messages import from_fields, render
+from .messages import from_fields, render, stage_label
 from .service import Service
 
 PREFIX = "/salun/v1"
@@ -318,14 +318,15 @@ def job_to_json(job: Job, service: Service) -> dict[str, Any]:
     def shown(text: str) -> str:
         return truncated(service.runs.without_paths(truncated(text), job.model))
 
-    step = -(-len(job.losses) // POINTS) or 1
+    step, left = -(-len(job.losses) // POINTS) or 1, _left(job)
     result = {k: v for k, v in (job.result or {}).items() if k not in ("run_dir", "layers")}
     if isinstance(result.get("output"), str):
         result["output"] = Path(result["output"].rstrip("/")).name
     return {
         **{name: getattr(job, name) for name in JOB_FIELDS},
-        "left": _left(job),
-        "stage_label": stages.label(job.stage),
+        "left": left,
+        "time_left": in_words(left),
+        "stage_label": stage_label(job.stage),
         "losses": job.losses[::step],
         "previews": job.previews[-PREVIEWS:],
         "notes": [shown(note) for note in job.notes[-20:]],
@@ -336,12 +337,12 @@ def job_to_json(job: Job, service: Service) -> dict[str, Any]:
     }
 
 
-def _left(job: Job) -> float | None:
-    """Estimated seconds left, counted down since the job's process reported; None once that is overdue."""
+def _left(job: Job) -> tuple[float, float] | None:
+    """Estimated seconds left, at least and at most, counted down since the job's process reported; None if overdue."""
     if job.left is None or job.heard is None:
-        return job.left
-    silence = time.time() - job.heard
-    return None if silence > job.left + OVERDUE else max(job.left - silence, 0.0)
+        return None
+    silence, (low, high) = time.time() - job.heard, job.left
+    return None if silence > high + OVERDUE else (max(low - silence, 0.0), max(high - silence, 0.0))
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:

@@ -12,95 +12,23 @@ import dataclasses
 import json
 import os
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob, EraseOptions, ModelOptions
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.options import from_mapping
-from salun.progress import Event, Progress, Stage, StageCost
-from salun.user_text import is_data_set_id
 
-from . import stages
-from .messages import label, to_fields
+from .messages import label
+from .parent_pipe import ParentPipe, pipe_progress
+from .previews import Previews
 
 if TYPE_CHECKING:
     from salun.diffusion.model.stable_diffusion import Model
-    from salun.diffusion.plan import Plan
 
-EVERY = 0.2  # seconds between two events on the steps of one stage
-PASSES = 40  # of a sample, for the progress of an evaluation; detecting in it takes about a tenth
-ATTACK_PASSES = 10  # of an attack, relative to the sampling of its images, for its progress
-SET_PROMPTS = 10  # of a set that is made from a concept, for the progress of an evaluation
 PAIR = ("original.png", "erased.png")  # previews of a job that samples both
-PREVIEWS = 3  # forget prompts of a preview; one retain prompt is shown with them
-WRITING_COSTS = [StageCost(Stage.CHECKING, 1, forward=2), StageCost(Stage.WRITING, 1, forward=3)]
-EXPORT_COSTS = [StageCost(Stage.CHECKING, 1, forward=3), StageCost(Stage.EXPORTING, 1, forward=7)]
-
-
-class ParentPipe:
-    """The connection to the parent: events go out by `send`, its request to stop comes in as `stopping`."""
-
-    def __init__(self, out: TextIO, inlet: TextIO) -> None:
-        self._out, self._lock = out, threading.Lock()
-        self.stopping = threading.Event()
-        threading.Thread(target=self._listen, args=(inlet,), daemon=True).start()
-
-    def _listen(self, inlet: TextIO) -> None:
-        inlet.readline()  # a line, or the end: both mean stop
-        self.stopping.set()
-
-    def send(self, event: str, **fields: Any) -> None:
-        text = json.dumps({"event": event, **fields}, ensure_ascii=True)
-        try:
-            with self._lock:
-                self._out.write(text + "\n")
-                self._out.flush()
-        except OSError:  # the parent is gone: training is saved, as when it asks to stop
-            self.stopping.set()
-
-    def send_error(self, error: SalunError) -> None:
-        self.send("error", error=to_fields(error))
-
-    def check(self) -> None:
-        """Raises Cancelled once the parent wants to stop."""
-        if self.stopping.is_set():
-            self.send("stopping")
-            raise Cancelled("stopped")
-
-
-def pipe_progress(
-    pipe: ParentPipe, estimator: stages.ProgressEstimator, each: Callable[[Event], None] = lambda event: None
-) -> Progress:
-    """A progress that reports to the parent. each: called on every event as well, before it is reported."""
-    last_stage, last_time = "", 0.0
-
-    def progress(event: Event, /) -> None:
-        nonlocal last_stage, last_time
-        pipe.check()
-        each(event)
-        if event.message and not (event.stage == Stage.SAVING and event.total):  # the names of files are in the result
-            pipe.send("message", text=event.message)
-        fraction, left = estimator.at(event.stage, event.step, event.total)
-        now = time.monotonic()
-        if event.stage != last_stage or now - last_time >= EVERY or event.step == event.total:
-            last_stage, last_time = event.stage, now
-            pipe.send(
-                "stage",
-                stage=event.stage,
-                step=event.step,
-                total=event.total,
-                fraction=round(fraction, 4),
-                left=None if left is None else round(left, 1),
-                metrics={name: float(value) for name, value in event.metrics.items()},
-            )
-
-    return progress
 
 
 def erase(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
@@ -119,17 +47,16 @@ def erase(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, 
     concepts = [Concept(name) for name in job.concept]
     resume = bool(request.get("resume"))
     check_folder(Path(job.run_dir), resume)
-    pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
+    pipe.send_loading()
     model = _model(job.model, job.options)
     pipe.check()
     plan = make_plan(model.settings, model.name, concepts, job.options)
-    estimator = stages.ProgressEstimator(stages.with_saving(plan.stages()), resumed=resume)
     previews = Previews(model, plan, int(request.get("preview_every") or 0), pipe, folder)
     run = run_erase(
         model,
         concepts,
         job.options,
-        progress=pipe_progress(pipe, estimator, previews),
+        progress=pipe_progress(pipe, previews),
         run_dir=job.run_dir,
         outputs=job.output,
         resume=resume,
@@ -146,64 +73,15 @@ def _model(name: str | None, options: EraseOptions) -> Model:
     return load_with(name or str(aliases()["default"]), options)
 
 
-class Previews:
-    """Images of the same prompts and seeds before training and after every n steps of it (n = 0: none)."""
-
-    def __init__(self, model: Model, plan: Plan, every: int, pipe: ParentPipe, folder: Path) -> None:
-        from salun.diffusion.evaluation import eval_prompts
-
-        self.model, self.plan, self.every, self.pipe, self.folder = model, plan, every, pipe, folder
-        prompts = eval_prompts(plan, PREVIEWS, plan.options.seed)
-        self.prompts = [*prompts.forget[:PREVIEWS], *prompts.retain[:1]]
-        self.seeds = [*prompts.forget_seeds[:PREVIEWS], *prompts.retain_seeds[:1]]
-        self.blur = any(c.sensitive for c in plan.concepts) and not plan.options.show_sensitive
-        self.before: Any = None
-
-    def __call__(self, event: Event) -> None:
-        if not self.every or not event.total or not self.prompts:
-            return
-        if self.before is None and event.stage in (Stage.SALIENCY, Stage.FROZEN_TARGETS):  # still the original model
-            self.before = self._images()
-        due = event.step % self.every == 0 and event.step < event.total
-        if event.stage == Stage.TRAINING and due and not event.message and self.before is not None:
-            self._send(event.step)
-
-    def _images(self) -> Any:
-        import torch
-
-        from salun.diffusion.data.latents import sample_images
-
-        with torch.no_grad():
-            return sample_images(self.model, [p.text for p in self.prompts], self.seeds, self._check)
-
-    def _check(self, event: Event, /) -> None:
-        self.pipe.check()
-
-    def _send(self, step: int) -> None:
-        from salun.files import write_bytes
-        from salun.report import image_grid
-
-        after, n = self._images(), len(self.prompts) - 1
-        texts = [p.text for p in self.prompts]
-        forget = image_grid.grid(self.before[:n], after[:n], texts[:n], blur=self.blur)
-        retain = image_grid.grid(self.before[n:], after[n:], texts[n:])
-        name = f"preview-{step:06d}.png"
-        write_bytes(self.folder / name, image_grid.png_bytes(image_grid.stack(forget, retain)))
-        self.pipe.send("preview", file=name, step=step)
-
-
 def mask(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
     """As `salun mask`."""
     from salun.diffusion.masks import make_mask
-    from salun.diffusion.plan import make_plan
     from salun.diffusion.prompts.concepts import Concept
 
     options: EraseOptions = from_mapping(EraseOptions, request["options"], "")
     concepts = [Concept(name) for name in request["concept"]]
     model = _model(request["model"], options)
-    costs = make_plan(model.settings, model.name, concepts, options).stages()
-    costs = [cost for cost in costs if cost.stage in (Stage.SAMPLING, Stage.SALIENCY)]
-    result = make_mask(model, concepts, options, pipe_progress(pipe, stages.ProgressEstimator(costs)))
+    result = make_mask(model, concepts, options, pipe_progress(pipe))
     result.mask.save(Path(request["output"]))
     return {**result.summary(), "output": request["output"]}
 
@@ -212,26 +90,24 @@ def stack(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, 
     """As `salun delta stack`, also for a single delta."""
     from salun.delta import commands as deltas
 
-    progress = pipe_progress(pipe, stages.ProgressEstimator(WRITING_COSTS))
-    return deltas.stack(request["model"], request["deltas"], request["output"], request["strengths"], progress=progress)
+    paths, strengths = request["deltas"], request["strengths"]
+    return deltas.stack(request["model"], paths, request["output"], strengths, progress=pipe_progress(pipe))
 
 
 def undo(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
     """As `salun delta undo`."""
     from salun.delta import commands as deltas
 
-    progress = pipe_progress(pipe, stages.ProgressEstimator(WRITING_COSTS))
-    return deltas.undo(request["model"], request["delta"], request["output"], progress=progress)
+    return deltas.undo(request["model"], request["delta"], request["output"], progress=pipe_progress(pipe))
 
 
 def export(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:
     """As `salun delta export`."""
     from salun.delta import commands as deltas
 
-    progress = pipe_progress(pipe, stages.ProgressEstimator(EXPORT_COSTS))
     return deltas.export(
         request["delta"], request["model"], request["output"], rank=request.get("rank"), energy=request.get("energy"),
-        progress=progress,
+        progress=pipe_progress(pipe),
     )  # fmt: skip
 
 
@@ -244,10 +120,8 @@ def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
     options: EvalOptions = from_mapping(EvalOptions, request["options"], "")
     target = Path(request["target"])
     is_run = (target / "run.json").is_file()
-    pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
-    costs = evaluation_costs(options, compared=is_run or options.against is not None)
-    progress = stages.continued(pipe_progress(pipe, stages.ProgressEstimator(costs)), costs)
-    result = run_evaluation(str(target), options, progress)
+    pipe.send_loading()
+    result = run_evaluation(str(target), options, pipe_progress(pipe))
     for home in (folder, target) if is_run else (folder,):
         write_evaluation(result, home)
     data, lines = result.as_json(), []
@@ -270,13 +144,8 @@ def attack(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str,
 
     options: AttackOptions = from_mapping(AttackOptions, request["options"], "")
     target = Path(request["target"])
-    pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
-    images = options.n * (max(1, len(options.concept)) + 1)
-    costs = [StageCost(stage, images, forward=images) for stage in (Stage.IMAGES_BEFORE, Stage.IMAGES_AFTER)]
-    made = images * ATTACK_PASSES * len(options.attacks) * (2 if options.control else 1)
-    costs.append(StageCost(Stage.ATTACKING, made, forward=made))
-    progress = stages.continued(pipe_progress(pipe, stages.ProgressEstimator(costs)), costs[:2])
-    report = run_attacks(str(target), options, progress)
+    pipe.send_loading()
+    report = run_attacks(str(target), options, pipe_progress(pipe))
     for home in (folder, target) if (target / "run.json").is_file() else (folder,):
         write_attack(report, home)
     data = report.as_json()
@@ -292,11 +161,10 @@ def sample(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str,
     from salun.runs.cache import Cache
     from salun.runs.reading import read_run
 
-    pipe.send("stage", stage=Stage.LOADING, step=0, total=0, fraction=0.0, left=None, metrics={})
-    progress = pipe_progress(pipe, stages.ProgressEstimator([StageCost(Stage.SAMPLING, 1, forward=1)]))
+    pipe.send_loading()
     images = sample_run(
         Path(request["target"]), request["prompt"], [0.0, request["strength"]], request["seed"],
-        model=request["model"], progress=progress, cache=Cache.of_user(),
+        model=request["model"], progress=pipe_progress(pipe), cache=Cache.of_user(),
     )  # fmt: skip
     for name, image in zip(PAIR, images, strict=True):
         write_bytes(folder / name, png_bytes(image))
@@ -305,28 +173,6 @@ def sample(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str,
     blurred = any(concept.get("sensitive") is True for concept in record["concepts"])
     shown = {name: request[name] for name in ("prompt", "strength", "seed")}
     return {**shown, "sensitive": blurred and not record["options"].get("show_sensitive")}
-
-
-def evaluation_costs(options: EvalOptions, compared: bool) -> list[StageCost]:
-    """What an evaluation does, for its progress; roughly, since the model that says how to sample is not loaded yet.
-
-    Args:
-        compared: Whether there is an original, which draws the anchor too.
-    """
-    concepts = max(1, len(options.concept))  # a run's are not known yet
-    files = [Path(source) for source in options.prompts if not is_data_set_id(source)]
-    further = SET_PROMPTS * concepts * len(options.sets) + sum(map(_lines, files))
-    after = options.n * (concepts + 1) + further
-    before = after + options.n * concepts if compared else 0
-    images = [(Stage.IMAGES_BEFORE, before), (Stage.IMAGES_AFTER, after)]
-    costs = [StageCost(stage, count, forward=count * PASSES) for stage, count in images if count]
-    detected = (before + after) * max(1, len(options.detector))
-    return [*costs, StageCost(Stage.DETECTING, detected, forward=detected * PASSES // 10)]
-
-
-def _lines(file: Path) -> int:
-    with file.open("rb") as content:
-        return sum(1 for _ in content)
 
 
 def inspect(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[str, Any]:

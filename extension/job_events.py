@@ -1,6 +1,6 @@
 """The events of a job's process, one JSON object per line, and how each changes the job.
 
-- {"event": "stage", "stage", "step", "total", "fraction", "left", "metrics"}
+- {"event": "stage", "stage", "step", "total", "fraction", "left": [seconds at least, at most] or null, "metrics"}
 - {"event": "message", "text"}
 - {"event": "preview", "file", "step"}
 - {"event": "stopping"}

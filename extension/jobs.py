@@ -19,7 +19,7 @@ class Job:
         request: The input of the child process: options, files and names.
         state: queued → waiting (for the GPU) → running → done | failed | cancelled; stopping in between.
         fraction: Progress from 0 to 1; it never decreases.
-        left: Estimated seconds left, None if unknown. heard: When its process reported last.
+        left: Estimated seconds left, [at least, at most]; None if unknown. heard: When its process reported last.
         losses: Rows of [step, forget loss, retain loss].
         previews: Names of image files in the job's folder.
         error: Fields of an error, as `messages.to_fields` makes them.
@@ -39,7 +39,7 @@ class Job:
     step: int = 0
     total: int = 0
     fraction: float = 0.0
-    left: float | None = None
+    left: list[float] | None = None
     heard: float | None = None
     losses: list[list[float]] = field(default_factory=list)
     previews: list[str] = field(default_factory=list)
@@ -96,7 +96,8 @@ def is_valid(job: Job) -> bool:
         and all(isinstance(text or "", str) for text in optional_texts)
         and all(_are_texts(texts) for texts in (options.get("output") or [], job.previews, job.notes))
         and all(_is_number(value) for value in (job.created, job.step, job.total, job.fraction))
-        and all(value is None or _is_number(value) for value in (job.began, job.ended, job.left, job.heard))
+        and all(value is None or _is_number(value) for value in (job.began, job.ended, job.heard))
+        and (job.left is None or _is_range(job.left))
         and isinstance(job.losses, list)
         and isinstance(job.result or {}, dict)
         and isinstance(job.resumable, bool)
@@ -114,6 +115,10 @@ def _is_error(fields: Any) -> bool:
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
 def _is_number(value: Any) -> bool:

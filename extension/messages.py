@@ -6,6 +6,7 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from salun.display import LABELS as STAGES
 from salun.errors import SalunError, describe
 
 from .limits import truncated
@@ -32,6 +33,11 @@ LABELS = {"lr": "learning rate", "clip_skip": "CLIP skip", "low_vram": "low VRAM
 def label(option: str) -> str:
     """An option's name on the page."""
     return LABELS.get(option, option.replace("_", " "))
+
+
+def stage_label(stage: str) -> str:
+    """A stage's name on the page, that of the command line; “starting” for "", before the first stage."""
+    return next((text.lower() for known, text in STAGES.items() if known == stage), stage) or "starting"
 
 
 def to_fields(error: SalunError) -> dict[str, str | None]:

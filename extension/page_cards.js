@@ -1,5 +1,5 @@
 // A job as a card: what came of it first, then progress, images, losses, and what can be done with it.
-import { button, call, duration, image, make, report, set, show, size } from "./page_dom.js";
+import { button, call, image, make, report, set, show, size } from "./page_dom.js";
 
 const STATES = {
   queued: "queued", waiting: "waiting for the GPU", running: "running", stopping: "stopping",
@@ -66,7 +66,7 @@ function fillProgress(parts, job) {
   parts.bar.hidden = !running;
   parts.bar.value = job.fraction;
   const percent = `${Math.floor(100 * job.fraction)} %`;
-  const left = job.left === null ? "estimating the time left" : duration(job.left);
+  const left = job.time_left || "estimating the time left";
   const losses = job.losses.length ? job.losses[job.losses.length - 1] : null;
   const loss = losses ? `forget ${losses[1].toPrecision(3)}, retain ${losses[2].toPrecision(3)}` : "";
   set(parts.metrics, running ? [percent, left, loss].filter(Boolean).join(" · ") : "");

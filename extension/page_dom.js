@@ -41,13 +41,6 @@ export async function call(path, body, raw) {
   throw failure;
 }
 
-export function duration(seconds) {
-  if (seconds < 10) return "a few seconds left";
-  if (seconds < 90) return `about ${Math.ceil(seconds / 10) * 10} s left`;
-  if (seconds < 5400) return `about ${Math.ceil(seconds / 60)} min left`;
-  return `about ${(seconds / 3600).toFixed(1)} h left`;
-}
-
 export function size(bytes) {
   return bytes < 1e9 ? `${Math.ceil(bytes / 1e6)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
 }

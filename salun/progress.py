@@ -6,8 +6,8 @@ incomplete file, and a state to resume from where it has a run folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +27,7 @@ class Stage(str, Enum):
     ENCODING = "encoding"
     IMAGES_BEFORE = "images before"
     IMAGES_AFTER = "images after"
+    CALIBRATING = "calibrating"
     PROBING = "probing"
     DETECTING = "detecting"
     EVALUATING = "evaluating"
@@ -58,6 +59,7 @@ class StageCost:
         backward: Passes of one sample forward and backward.
         most: Steps at most, where the run decides on their number; 0 where `steps` is exact. Passes are those of
             `steps`.
+        guessed: Whether `steps` is a guess, which the first event of the stage replaces.
     """
 
     stage: Stage
@@ -65,6 +67,7 @@ class StageCost:
     forward: int = 0
     backward: int = 0
     most: int = 0
+    guessed: bool = False
 
     @property
     def passes(self) -> int:
@@ -77,12 +80,13 @@ class Event:
     """One step of one stage.
 
     stage: what is being done.
-    step, total: 1-based position; total 0 where it is not known.
+    step, total: 1-based position; total 0 in a note, or where a host can only stop the run.
     metrics: metrics known at this step, such as losses.
     image: uint8 (h, w, 3), a preview, where there is one.
     message: a line for people, where there is one.
     restored: how many of the steps took no time: from the cache, or taken before the run was resumed.
     stages: what the run does, in order, in the event that announces it.
+    resumed: in that event, whether the run was begun before.
     """
 
     stage: Stage
@@ -93,6 +97,7 @@ class Event:
     message: str = ""
     restored: int = 0
     stages: Sequence[StageCost] = ()
+    resumed: bool = False
 
 
 class Progress(Protocol):
@@ -103,3 +108,38 @@ class Progress(Protocol):
 
 def silent(event: Event, /) -> None:
     """A progress that reports nothing."""
+
+
+def in_parts(progress: Progress, sizes: Sequence[int]) -> Iterator[Progress]:
+    """A progress for each part of a stage. Each part counts its own steps; what is reported counts those of all.
+
+    Args:
+        sizes: Steps of the parts.
+    """
+    total = sum(sizes)
+    done = restored = 0
+    for size in sizes:
+        latest = 0
+
+        def report(event: Event, /, done: int = done, restored: int = restored) -> None:
+            nonlocal latest
+            if event.total:
+                latest = event.restored
+                event = replace(event, step=done + event.step, total=total, restored=restored + latest)
+            progress(event)
+
+        yield report
+        done, restored = done + size, restored + latest
+
+
+def merged(stages: Sequence[StageCost]) -> list[StageCost]:
+    """Those that have steps; two of the same kind after each other become one."""
+    listed: list[StageCost] = []
+    for cost in stages:
+        if listed and listed[-1].stage is cost.stage:
+            a, b = listed.pop(), cost
+            steps, forward, backward = a.steps + b.steps, a.forward + b.forward, a.backward + b.backward
+            cost = replace(a, steps=steps, forward=forward, backward=backward)
+        if cost.steps:
+            listed.append(cost)
+    return listed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from salun.progress import Event, Stage, StageCost
@@ -18,7 +18,7 @@ class Position:
     """Where a run is.
 
     Args:
-        number, count: The present stage's number from 1 and how many there are; 0 for a stage that was not announced.
+        number, count: The stage's number from 1, and how many there are; 0 for one that was not announced.
         fraction: Of the run that is done, 0 to 1; of the stage where none was announced.
         left: Seconds left, at least and at most; None while no speed is known.
     """
@@ -81,16 +81,18 @@ class TimeLeft:
     """Follows the events of a run.
 
     The time left is the sum over the stages: a stage with measured steps is taken to continue at their speed, one that
-    has not begun at that of stages of its kind (with gradients or without). Steps that took no time tell nothing.
+    has not begun at that of stages of its kind, or else of those with gradients, or without. Steps that took no time
+    tell nothing. After a resume, no time left is given until the training continues.
 
     Args:
         now: The time in seconds.
     """
 
     now: Callable[[], float] = time.monotonic
-    _stages: dict[Stage, _Timed] = field(default_factory=dict, init=False)
+    _stages: list[_Timed] = field(default_factory=list, init=False)
     _announced: bool = field(default=False, init=False)
-    _present: Stage | None = field(default=None, init=False)
+    _resumed: bool = field(default=False, init=False)
+    _present: int | None = field(default=None, init=False)
     _last: float = field(default=0.0, init=False)
     _fraction: float = field(default=0.0, init=False)
 
@@ -102,84 +104,103 @@ class TimeLeft:
         now = self.now()
         passed, self._last = now - self._last, now
         if event.stages:
-            self._announce(event.stages)
+            self._announce(event)
         elif event.message and not event.total:  # a note on any stage begins none
             self._last -= passed
-        elif not self._announced:
-            known = self._stages.get(event.stage)
+        elif event.total and not self._announced:
+            known = self._stages[0] if self._stages else None
             stage = self._only(event)
             self._take(stage, event, passed if stage is known else 0.0)
-        elif event.stage in self._stages and not self._stages[event.stage].over:
-            self._take(self._stages[event.stage], event, passed)
+        elif event.total and (number := self._number_of(event.stage)) is not None:
+            if not event.message:  # such as from which step a run is resumed
+                self._begin(number)
+            self._take(self._stages[number], event, passed)
         elif self._present is not None:  # small work in between counts as the present stage's
             self._stages[self._present].waited += passed
-        return self._position()
+        return self._position(event.stage)
 
-    def _announce(self, stages: Sequence[StageCost]) -> None:
-        self._stages = {cost.stage: _Timed(cost, cost.steps) for cost in stages}
-        self._announced, self._present, self._fraction = True, None, 0.0
+    def _announce(self, event: Event) -> None:
+        self._stages = [_Timed(cost, cost.steps) for cost in event.stages]
+        self._announced, self._resumed, self._present, self._fraction = True, event.resumed, None, 0.0
 
     def _only(self, event: Event) -> _Timed:
         """The stage of a run that announced none, each time it begins: what came before its first event is not its."""
-        stage = self._stages.get(event.stage)
-        if stage is None or event.step < stage.done:
+        stage = self._stages[0] if self._stages else None
+        if stage is None or stage.cost.stage is not event.stage or event.step < stage.done:
             cost = StageCost(event.stage, event.total, forward=event.total)
-            begun = _Timed(cost, event.total, event.step, event.step)
-            self._stages, self._fraction = {event.stage: begun}, 0.0
-        return self._stages[event.stage]
+            self._stages, self._present, self._fraction = [_Timed(cost, event.total, event.step, event.step)], 0, 0.0
+        return self._stages[0]
+
+    def _number_of(self, stage: Stage) -> int | None:
+        """Where a stage is among those announced: the present one, or the next of its kind; None for one that is over.
+
+        A run may do the same several times, as it detects the concept by one detector after the other.
+        """
+        following = range(self._present or 0, len(self._stages))
+        return next((number for number in following if self._stages[number].cost.stage is stage), None)
+
+    def _begin(self, number: int) -> None:
+        for earlier in self._stages[:number]:  # also one that a resumed run skips
+            earlier.end()
+        self._present = number
 
     def _take(self, stage: _Timed, event: Event, passed: float) -> None:
-        if event.stage is not self._present:
-            order = list(self._stages)
-            for earlier in order[: order.index(event.stage)]:  # also one that a resumed run skips
-                self._stages[earlier].end()
-            self._present = event.stage
         stage.waited += passed
         if event.step < stage.done - stage.earlier:  # it begins again, as saliency does for each concept
             stage.earlier, stage.earlier_restored = stage.done, stage.restored
         done, total = stage.earlier + event.step, stage.earlier + event.total
         restored = stage.earlier_restored + event.restored
-        if event.total:
-            exact = bool(stage.cost.most) or not self._announced
-            stage.steps = total if exact else max(total, stage.cost.steps)
+        exact = bool(stage.cost.most) or stage.cost.guessed or not self._announced
+        stage.steps = total if exact else max(total, stage.cost.steps)
         if done <= stage.done:
             return
         if done - stage.done > restored - stage.restored:
             stage.seconds += stage.waited
         stage.waited, stage.done, stage.restored = 0.0, done, max(stage.restored, restored)
 
-    def _position(self) -> Position:
-        timed = list(self._stages.values())
-        total = sum(stage.steps * stage.passes_each for stage in timed)
-        done = sum((stage.steps if stage.over else stage.done) * stage.passes_each for stage in timed)
+    def _position(self, stage: Stage) -> Position:
+        stages, present = self._stages, self._present
+        total = sum(stage.steps * stage.passes_each for stage in stages)
+        done = sum((stage.steps if stage.over else stage.done) * stage.passes_each for stage in stages)
         fraction = min(done / total, UNFINISHED if self._announced else 1.0) if total else 0.0
         self._fraction = max(self._fraction, fraction)
-        number = list(self._stages).index(self._present) + 1 if self._announced and self._present else 0
-        return Position(number, len(timed) if self._announced else 0, self._fraction, self._left(timed))
+        numbered = self._announced and present is not None and stages[present].cost.stage is stage
+        number, count = ((present or 0) + 1, len(stages)) if numbered else (0, 0)
+        return Position(number, count, self._fraction, self._left())
 
-    def _left(self, timed: list[_Timed]) -> tuple[float, float] | None:
+    @property
+    def _continues(self) -> bool:
+        """Whether a run that was resumed trains again, or is past its training."""
+        return any(stage.over or stage.worked for stage in self._stages if stage.cost.stage is Stage.TRAINING)
+
+    def _left(self) -> tuple[float, float] | None:
         least = most = 0.0
-        counted = [stage for stage in timed if stage.cost.passes]
-        if not counted:
+        counted = [stage for stage in self._stages if stage.cost.passes]
+        if not counted or (self._resumed and not self._continues):
             return None
         for stage in counted:
             low, high = stage.steps_left()
             if not high:
                 continue
-            each = self._seconds_each(stage, timed)
+            each = self._seconds_each(stage)
             if each is None:
                 return None
             least += max(low * each - stage.waited, 0.0)
             most += max(high * each - stage.waited, 0.0)
         return least, most
 
-    def _seconds_each(self, stage: _Timed, timed: list[_Timed]) -> float | None:
+    def _seconds_each(self, stage: _Timed) -> float | None:
         """Seconds of a step of a stage; None while nothing is known."""
         if stage.worked and stage.seconds >= ENOUGH:
             return stage.seconds / stage.worked
         with_gradients = bool(stage.cost.backward)
-        measured = [each for each in timed if each.worked and each.cost.passes]
-        for group in ([each for each in measured if bool(each.cost.backward) is with_gradients], measured):
+        measured = [each for each in self._stages if each.worked and each.cost.passes]
+        groups = (
+            [each for each in measured if each.cost.stage is stage.cost.stage],
+            [each for each in measured if bool(each.cost.backward) is with_gradients],
+            measured,
+        )
+        for group in groups:
             seconds, passes = sum(s.seconds for s in group), sum(s.worked * s.passes_each for s in group)
             if seconds >= ENOUGH and passes:
                 return stage.passes_each * seconds / passes

@@ -353,14 +353,10 @@ def test_a_repeated_attack_takes_finished_ones_from_the_cache(
     options = AttackOptions(attack=["seeds+tries=1", "concept-vector+strengths=1"], **QUICK)
     with pytest.raises(Cancelled):
         attack(str(erased / "run"), options, stop)
-    steps = [0]
-
-    def count(event: Event, /) -> None:
-        steps[0] += event.stage is Stage.ATTACKING and event.step == 100  # the first ends, the second begins
-
-    first = attack(str(erased / "run"), options, count)
+    events: list[Event] = []
+    first = attack(str(erased / "run"), options, events.append)
     again = attack(str(erased / "run"), options)
-    assert steps[0] == 1, "of the two attacks only the second was made"
+    assert (events[-1].step, events[-1].restored) == (200, 100), "of the two attacks only the second was made"
     for one, two in zip(first.attacked, again.attacked, strict=True):
         assert one.result is not None and two.result is not None
         assert torch.equal(one.result.latents, two.result.latents) and one.as_json() == two.as_json()

@@ -138,7 +138,7 @@ WRONG = [
     (["erase", "--concept", "circle", "--recipe", "paper"], 2, "the paper has no recipe"),
     (["erase", "--concept", "circle", "--output", "model.ckpt"], 2, "End it in .safetensors"),
     (["erase"], 2, "no concept is given"),
-    (["erase", "--resume", "--run-dir", "nowhere"], 2, "nowhere holds no run to resume, and no concept is given"),
+    (["erase", "--resume", "--run-dir", "nowhere"], 2, "there is no run in nowhere to resume, and no concept is given"),
     (["erase", "circle"], 2, "To name a concept: --concept circle"),
     (["erase", "red circle"], 2, "unexpected argument 'red circle'. To name a concept: --concept 'red circle'"),
     (["mask", "circle", "--scope", "full"], 2, "unexpected argument 'circle'. To name a concept: --concept circle"),
@@ -164,6 +164,24 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], code: int
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("erase", "--concept", "circle", "--model", "gone.safetensors"),
+        ("erase", "--concept", "circle", "--model", "gone.safetensors", "--dry-run"),
+        ("classify-train", "--data", "gone"),
+        ("train", "--data", "gone"),
+        ("compare", "--concept", "circle", "--model", "gone.safetensors"),
+    ],
+    ids=" ".join,
+)
+def test_resume_where_no_run_is_says_so(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    note = "There is no run in nowhere to resume; a new one starts"
+    resumed = salun(*arguments, "--resume", "--run-dir", "nowhere", cwd=tmp_path).stderr.splitlines()
+    assert resumed[0] == note and len(resumed) == 2, "what is missing comes after it"
+    assert note not in salun(*arguments, "--run-dir", "nowhere", cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [WRONG[0], WRONG[3], WRONG[22]])
@@ -289,7 +307,7 @@ def test_ctrl_c_stops_within_a_step_with_130(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("1/6 Sampling"):
+            if line.startswith("1/7 Sampling"):
                 break
         process.send_signal(signal.SIGINT)
         began = time.monotonic()

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import salun
-from extension import job_process, stages
-from extension.child import evaluation_costs
+from extension import job_process, parent_pipe
 from extension.job_events import apply_event
 from extension.job_process import CHILD
 from extension.job_queue import Queue
 from extension.jobs import Job
 from extension.messages import from_fields, render, to_fields
-from extension.stages import ProgressEstimator
-from salun.diffusion.eval_options import EvalOptions
-from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.plan import make_plan
-from salun.display import LABELS
 from salun.errors import ConfigError, SalunError
 from salun.progress import Event, Stage, StageCost
 
@@ -265,91 +257,38 @@ def test_lines_that_are_no_events_change_nothing(text: str) -> None:
     assert vars(job) == before
 
 
-def test_the_clock_goes_forward_and_counts_the_present_pace() -> None:
-    now = 0.0
-    costs = [StageCost(Stage.SAMPLING, 10, forward=50), StageCost(Stage.TRAINING, 4, forward=10, backward=10)]
-    clock = ProgressEstimator([*costs, StageCost(Stage.SAVING, 2, forward=10)], lambda: now)
-    estimates = [clock.at("sampling", 0, 10)]
-    for step in range(1, 11):
-        now += 1
-        estimates.append(clock.at("sampling", step, 10))
-    assert estimates[0] == (0.0, None)
-    assert estimates[10] == (0.5, pytest.approx(10))  # ten seconds for the first half
-    assert clock.at("an unknown stage", 5, 5)[0] == 0.5
-    assert clock.at("sampling", 3, 10)[0] == 0.5
-    now += 100
-    assert clock.at("training", 2, 4)[0] == pytest.approx(0.7)
-    assert clock.at("saving", 1, 2)[0] == pytest.approx(0.9)  # begun, not done
-    assert clock.at("saving", 2, 2)[0] == pytest.approx(0.95)
+class Sent:
+    """A pipe to the parent that holds what is sent."""
+
+    def __init__(self) -> None:
+        self.stages: list[dict[str, Any]] = []
+        self.texts: list[str] = []
+
+    def check(self) -> None:
+        pass
+
+    def send(self, event: str, **fields: Any) -> None:
+        if event == "stage":
+            self.stages.append(fields)
+        else:
+            self.texts.append(fields["text"])
 
 
-def test_a_first_guess_that_was_much_too_short_is_put_right() -> None:
-    now = 0.0
-    costs = [StageCost(Stage.SAMPLING, 1, forward=1), StageCost(Stage.TRAINING, 10, backward=3)]
-    clock = ProgressEstimator(costs, lambda: now)
-    clock.at("sampling", 0, 1)
-    now = 1.0
-    _, first = clock.at("sampling", 1, 1)
-    assert first == pytest.approx(9)
-    clock.at("training", 0, 10)
-    now = 101.0
-    _, second = clock.at("training", 1, 10)
-    assert second == pytest.approx(900)
-
-
-def test_a_resumed_job_tells_no_time_left_by_what_it_reads_from_the_cache() -> None:
-    now = 0.0
-    costs = [StageCost(Stage.SAMPLING, 2, forward=50), StageCost(Stage.TRAINING, 100, backward=20)]
-    clock = ProgressEstimator(costs, lambda: now, resumed=True)
-    for step in range(3):
-        now += 1
-        assert clock.at("sampling", step, 2)[1] is None
-    for step in (50, 51):  # it goes on in the middle
-        now += 30
-        _, left = clock.at("training", step, 100)
-    assert left == pytest.approx(49 * 30)
-
-
-def test_a_step_that_takes_longer_than_those_before_corrects_the_time_left() -> None:
-    now = 0.0
-    clock = ProgressEstimator([StageCost(Stage.SAMPLING, 10, forward=10)], lambda: now)
-    for step in range(6):
-        _, left = clock.at("sampling", step, 10)
-        now += 1
-    assert left == pytest.approx(5)
-    now += 200
-    _, left = clock.at("sampling", 5, 10)  # a step of the sampler, which reports that it is still there
-    assert left > 100
-
-
-def test_a_stage_that_begins_again_counts_on() -> None:
-    """As sampling does with each set of prompts, of which a later one may be larger than expected."""
-    seen: list[tuple[int, int]] = []
-    cost = StageCost(Stage.IMAGES_AFTER, 6, forward=6)
-    progress = stages.continued(lambda event: seen.append((event.step, event.total)), [cost])
-    for step, total in ((0, 4), (2, 4), (4, 4), (0, 3), (3, 3)):
-        progress(Event(Stage.IMAGES_AFTER, step, total))
-    progress(Event(Stage.PROBING, 1, 8))
-    assert seen == [(0, 6), (2, 6), (4, 6), (4, 7), (7, 7), (1, 8)]
-
-
-def test_an_evaluation_counts_the_images_of_all_its_prompts(tmp_path: Path) -> None:
-    prompts = tmp_path / "mine.txt"
-    prompts.write_text("a cat\na dog\na bird\n", encoding="utf-8")
-    options = EvalOptions(concept=["cat"], n=10, prompts=[str(prompts), "AIML-TUDA/i2p"], detector=["self", "clip"])
-    steps = {cost.stage: cost.steps for cost in evaluation_costs(options, compared=True)}
-    assert steps == {Stage.IMAGES_BEFORE: 33, Stage.IMAGES_AFTER: 23, Stage.DETECTING: 2 * (33 + 23)}
-    alone = {cost.stage for cost in evaluation_costs(options, compared=False)}
-    assert alone == {Stage.IMAGES_AFTER, Stage.DETECTING}
-    more = evaluation_costs(replace(options, sets=["synonyms"]), compared=True)
-    assert sum(cost.steps for cost in more) > sum(steps.values())
-
-
-def test_saving_takes_its_part_of_an_erasure(shapes: Model) -> None:
-    costs = stages.with_saving(make_plan(shapes.settings, "shapes", "circle", salun.EraseOptions(**SHORT)).stages())
-    passes = [cost.passes for cost in costs]
-    assert (costs[-1].stage, passes[-1]) == (Stage.SAVING, pytest.approx(0.05 * sum(passes), rel=0.01))
-    assert {cost.stage for cost in costs} <= set(LABELS)
+def test_a_job_reports_the_time_left_of_all_announced_stages_as_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent_pipe, "EVERY", 0.0)
+    pipe = Sent()
+    progress = parent_pipe.pipe_progress(pipe)  # type: ignore[arg-type]
+    stages = [StageCost(Stage.TRAINING, 10, backward=10, most=30), StageCost(Stage.IMAGES_AFTER, 10, forward=30)]
+    progress(Event(Stage.PLANNING, message="a plan", stages=stages))
+    time.sleep(0.6)
+    progress(Event(Stage.TRAINING, 5, 10, {"forget": 0.5, "retain": 0.1}))
+    progress(Event(Stage.TRAINING, metrics={"probing": 8}))
+    progress(Event(Stage.TRAINING, message="after step 5"))
+    first, probe = pipe.stages
+    assert pipe.texts == ["a plan", "after step 5"] and first["fraction"] == 0.25
+    low, high = first["left"]
+    assert 1.8 <= low < 3 * 1.8 and high == pytest.approx(low + 20 / 5 * low / 3, rel=0.01)
+    assert (probe["stage"], probe["step"], probe["total"]) == ("training", 5, 10), "a probe is no step"
 
 
 def test_what_had_not_begun_when_the_program_ended_goes_on_at_its_next_start_in_order(

@@ -226,9 +226,14 @@ def test_only_json_of_a_sane_size_is_read(service: Service) -> None:
 def test_a_time_left_counts_down_between_two_reports_and_is_not_told_once_it_is_over(service: Service) -> None:
     job = service.requests.mask({"concept": ["circle"], "model": "shapes"})
     service.queue.cancel(job.id)
-    for left, silence, shown in ((60.0, 20.0, 40.0), (5.0, 8.0, 0.0), (5.0, 360.0, None), (None, 1.0, None)):
+    cases = (
+        ([300.0, 600.0], 120.0, "3 to 8 minutes left"), ([5.0, 90.0], 8.0, "up to 1 minute left"),
+        ([1.0, 5.0], 8.0, "less than a minute left"), ([5.0, 5.0], 360.0, ""), (None, 1.0, ""),
+    )  # fmt: skip
+    for left, silence, shown in cases:
         job.left, job.heard = left, time.time() - silence
-        assert job_to_json(job, service)["left"] == (None if shown is None else pytest.approx(shown, abs=1))
+        answered = job_to_json(job, service)
+        assert (answered["time_left"], answered["left"] is None) == (shown, not shown)
 
 
 def test_a_job_is_begun_seen_cancelled_and_taken_off(service: Service) -> None:

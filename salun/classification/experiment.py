@@ -33,6 +33,7 @@ from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import forget_of, known_recipe, resolve_options, why_no_retrain
 from salun.classification.search import search
 from salun.classification.splits import Split, make_split, repeated, with_forget
+from salun.classification.stages import unlearning_stages
 from salun.classification.task import Task
 from salun.classification.unlearn_options import UnlearnOptions
 from salun.compute.device import deterministic_kernels, explained_memory_errors, pick_device, pick_dtype
@@ -199,6 +200,7 @@ def unlearn(
     record = _record(run_dir, command, asdict(options), facts, data.images.device, resume)
     with shown(progress) as progress, record.running(), _computing(options):
         _keep_split(record, split)
+        progress(Event(Stage.PLANNING, stages=unlearning_stages(setting)))
         _tell(record, setting.notes, progress, Stage.PLANNING)
         with record.stage(Stage.ORIGINAL):
             original = setting.original(progress)

@@ -15,6 +15,8 @@ from salun.masking.mask import Mask
 from salun.masking.saliency import scores_from_losses
 from salun.randomness import seed_of
 
+BATCH = 256  # images of the forget set at a time
+
 
 def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:
     """The mask that the options ask for over all of the model's parameters, and its summary for `run.json`.
@@ -25,7 +27,7 @@ def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:
     metadata = {"forget": task.split.forgetting, "seed": str(options.seed), "split": task.split.digest}
 
     def scores() -> Iterator[dict[str, Tensor]]:
-        batches = -(-len(task.split.forget) // 256)
+        batches = -(-len(task.split.forget) // BATCH)
         yield scores_from_losses(parameters, saliency_losses(task), task.progress, batches)
 
     seed = seed_of(options.seed, "mask")
@@ -41,5 +43,5 @@ def layers_of(mask: Mask) -> dict[str, list[int]]:
 def saliency_losses(task: Task) -> Iterator[tuple[Tensor, int]]:
     """−CE of the forget set by the original in eval mode, a batch at a time with its size (SalUn, eq. 4)."""
     task.model.eval()
-    for rows in task.split.forget.split(256):
+    for rows in task.split.forget.split(BATCH):
         yield -F.cross_entropy(task.logits(task.data.images_of(rows)), task.labels(rows)), len(rows)

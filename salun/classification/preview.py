@@ -14,17 +14,14 @@ from salun.classification.experiment import setup_of, training_of
 from salun.classification.models import new_model, normalize_for
 from salun.classification.options import TaskOptions, TrainOptions
 from salun.classification.originals import key_of_training
-from salun.classification.search import FURTHER
 from salun.classification.splits import Split, repeated
+from salun.classification.stages import LATER, READ
 from salun.classification.task import Task, cross_entropy, minimize, retain_batches
 from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
 from salun.masking.mask import Mask
 from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage, silent
 from salun.runs.cache import Cache
-
-READ = 3  # passes over the images that a method without training takes, about
-LATER = FURTHER + 2  # values that a search may try after its first round
 
 
 def preview_training(

@@ -44,7 +44,7 @@ from salun.classification.splits import Split
 from salun.classification.task import Task
 from salun.errors import ConfigError, TrainingError
 from salun.methods import METHODS, Method
-from salun.progress import Event, Stage
+from salun.progress import Event, Progress, Stage
 from salun.randomness import generator_of
 
 Options = TypeVar("Options", bound=TaskOptions)
@@ -136,7 +136,7 @@ def trials(task: Task, values: Sequence[float], before: int = 0) -> dict[str, An
     began = time.perf_counter()
     wanted = predicted_retrain(task)
     if method.trains and task.mask is None:
-        task = replace(task, mask=find_mask(task)[0])
+        task = replace(task, mask=find_mask(replace(task, progress=_only_cancel(task)))[0])
     tried = []
     for value in values:
         tried.append(_trial(task, method.tunes, value, wanted))
@@ -203,17 +203,23 @@ def with_value(options: Options, name: str, value: float) -> Options:
 
 
 def _trial(task: Task, option: str, value: float, wanted: dict[str, float]) -> Trial:
-    def check_cancelled(event: Event, /) -> None:
-        task.progress(Event(Stage.SEARCHING))  # without a step: it only lets the host cancel
-
     try:
         options = with_value(task.options, option, value)
-        tried = replace(task, model=deepcopy(task.model), options=options, progress=check_cancelled, history=[])
+        tried = replace(task, model=deepcopy(task.model), options=options, progress=_only_cancel(task), history=[])
         METHODS["classification"][options.method].call(tried, options)
         metrics = validation_metrics(tried)
     except (TrainingError, ConfigError) as error:
         return Trial(value, None, None, str(error))
     return Trial(value, _off_by(metrics, wanted), metrics)
+
+
+def _only_cancel(task: Task) -> Progress:
+    """A progress that only lets the host cancel."""
+
+    def check(event: Event, /) -> None:
+        task.progress(Event(Stage.SEARCHING))
+
+    return check
 
 
 def _off_by(metrics: Mapping[str, float], wanted: Mapping[str, float]) -> float:

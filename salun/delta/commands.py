@@ -39,7 +39,7 @@ from salun.delta.stock_formats import check_rank, stock_notes, write_stock
 from salun.errors import ConfigError, ModelError, literal, some
 from salun.files import check_disk_space, placed
 from salun.options import FileOptions
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, StageCost, silent
 
 FILE = ".safetensors"
 
@@ -146,6 +146,7 @@ def stack(
     loaded = [delta if isinstance(delta, Delta) else Delta.load(delta) for delta in deltas]
     _check(output, force, *(m.path for m in (stored, other) if m is not None), *files, layout_of=stored)
     layers = list(zip(loaded, strengths or [1.0] * len(deltas), strict=True))
+    _announce(progress, stored, loaded, {Stage.CHECKING: 2, Stage.WRITING: 3})
     try:
         made = stacking.stack(stored, layers, fine_tune_of_base=other, progress=progress)
     except BaseMismatch as error:
@@ -208,6 +209,7 @@ def undo(
     loaded = Delta.load(delta)
     _check(output, force, stored.path, Path(delta), layout_of=stored)
     flipped = AppliedDeltas(stored, ((loaded, 1.0),))
+    _announce(progress, stored, [loaded], {Stage.CHECKING: 2, Stage.WRITING: 3})
     current, _, back = flipped.hashes(progress)
     listed = applied_in(stored.metadata, current)
     if current == loaded.base_hash:
@@ -257,6 +259,8 @@ def export(
         check_rank(rank, energy)
     stored, loaded = open_model(base, options), Delta.load(delta)
     _check(output, force, stored.path, Path(delta), endings=(LORA, DIFF))
+    written = {Stage.WRITING: 4} if output.endswith(DIFF) else {}
+    _announce(progress, stored, [loaded], {Stage.CHECKING: 3, Stage.COMPARING: 7, **written})
     made = stacking.stack(stored, [(loaded, 1.0)], progress=progress)
     old = made.base_tensors
     new = AppliedDeltas(old, made.layers)
@@ -268,6 +272,14 @@ def export(
         facts["notes"] += [account.warning] if account.warning else []
     header = safetensors_io.read_header(Path(output))
     return {**facts, "bytes": Path(output).stat().st_size, "tensors": len(header.names)}
+
+
+def _announce(progress: Progress, stored: Stored, deltas: Sequence[Delta], takes: Mapping[Stage, int]) -> None:
+    """Report the stages. takes: stage → about how long it takes, relative to the others."""
+    changed = len({name for delta in deltas for name in delta.changes})
+    steps = {stage: len(stored) if stage is Stage.CHECKING else changed for stage in takes}
+    stages = [StageCost(stage, steps[stage], forward=len(stored) * each) for stage, each in takes.items()]
+    progress(Event(Stage.PLANNING, stages=stages))
 
 
 def _check_stackable(stored: Stored, layers: Sequence[tuple[Delta, float]], error: BaseMismatch) -> None:

@@ -27,6 +27,7 @@ from salun.diffusion.evaluation import (
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.plan import Plan, make_plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
+from salun.diffusion.stages import attack_stages
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.detector import Detector, DetectorInputs, facts_of, load_detector
@@ -34,7 +35,7 @@ from salun.evaluation.estimate import Estimate
 from salun.evaluation.metric import EvaluationPair
 from salun.evaluation.pretrained import CLIP
 from salun.files import sha256_file
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, in_parts, silent
 from salun.runs.cache import Cache, key_of
 from salun.runs.record import RunRecord
 from salun.user_text import as_spelled
@@ -49,8 +50,9 @@ class Attacked:
 
     Args:
         side: "erased", or "original" for the control.
-        seconds: 0 where the result was in the cache.
+        seconds: That it took, now or when it was computed.
         error: Why there is no result.
+        restored: Whether it came from the cache.
     """
 
     chosen: ChosenAttack
@@ -60,6 +62,7 @@ class Attacked:
     by_chance: float
     seconds: float = 0.0
     error: str = ""
+    restored: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """As in `attack.json`."""
@@ -181,6 +184,7 @@ def _attacked(
     original, cache = compared.original, Cache.of_user()
     assert original is not None
     prompts = eval_prompts(plan, options.n, options.seed)
+    progress(Event(Stage.PLANNING, stages=attack_stages(plan, options)))
     before = evaluate_model(original, prompts, progress, Stage.IMAGES_BEFORE, cache, hold_images=False)
     with compared.as_erased() as erased:
         after = evaluate_model(erased, prompts, progress, Stage.IMAGES_AFTER, cache, compared.weights, False)
@@ -200,10 +204,13 @@ def _attacked(
     record.notes += plan.notes
     tasks = _tasks(compared, plan, options, prompts, before, pair, detector, progress, cache)
     parts = [(side, task, each) for side, task in tasks for each in chosen]
-    results = [
-        _run(replace(task, part=(i, len(parts)), progress=progress, passes=0), side, each, cache)
-        for i, (side, task, each) in enumerate(parts)
-    ]
+    results: list[Attacked] = []
+    restored = 0
+    for i, (side, task, each) in enumerate(parts):
+        task = replace(task, part=(i, len(parts)), restored=restored, progress=progress, passes=0)
+        results.append(_run(task, side, each, cache))
+        restored += results[-1].restored
+        replace(task, restored=restored).report(1, 1)
     metrics = metrics_of(detector, pair)
     return AttackReport(compared, plan, options, prompts, before, after, metrics, results, record)
 
@@ -223,12 +230,14 @@ def _tasks(
     original, tasks = compared.original, []
     assert original is not None
 
-    def sampled(texts: Sequence[Prompt], role: str, n: int) -> Known:
+    def sampled(texts: Sequence[Prompt], role: str, n: int, progress: Progress = progress) -> Known:
         chosen = [texts[i].text for i in spread(n, len(texts), options.seed)]
         seeds = [item_seed(options.seed, role, i) for i in range(n)]
         return Known(chosen, sample_latents(original, chosen, seeds, progress, Stage.SAMPLING, cache).cpu())
 
-    for side in SIDES if options.control else SIDES[:1]:
+    sides = SIDES if options.control else SIDES[:1]
+    parts = in_parts(progress, [options.images] * len(pair.concepts) * len(sides))
+    for side in sides:
         for i, concept in enumerate(pair.concepts):
             rows = prompts.rows_of(i)
             erased = side == "erased"
@@ -247,7 +256,7 @@ def _tasks(
                 [prompt.text for prompt in prompts.anchor[rows]],
                 prompts.forget_seeds[rows],
                 before.forget.latents[list(range(len(before.forget)))[rows]],
-                sampled(plan.prompts.concepts[i].forget, "forget", options.images),
+                sampled(plan.prompts.concepts[i].forget, "forget", options.images, next(parts)),
                 lambda n: sampled(plan.prompts.retain, "retain", n),
                 lambda name: load_with(name, options),
                 (compared.weights or compared.erased.base_hash) if erased else original.base_hash,
@@ -281,7 +290,7 @@ def _run(task: AttackTask, side: str, chosen: ChosenAttack, cache: Cache) -> Att
         if key is not None:
             cache.put(key, result.as_tensors({"seconds": seconds}))
     chance = 100 * (1 - (1 - false_alarms) ** result.tries)
-    return Attacked(chosen, concept, side, result, chance, seconds)
+    return Attacked(chosen, concept, side, result, chance, seconds, restored=stored is not None)
 
 
 def _stored(cache: Cache, key: str) -> tuple[AttackResult, float] | None:

@@ -45,6 +45,7 @@ class RunContext:
     Args:
         outputs: Files and folders to write, format by name; None for the run folder's own.
         mask_file: The mask that the options name, loaded and checked; None where they name none.
+        resumed: Whether an unfinished run continues.
     """
 
     model: DiffusionModel
@@ -55,6 +56,7 @@ class RunContext:
     outputs: list[str] | None = None
     force: bool = False
     mask_file: Mask | None = None
+    resumed: bool = False
     processes: Processes = field(default_factory=current_processes)
 
     def stage(self, stage: Stage) -> AbstractContextManager[None]:
@@ -67,7 +69,7 @@ class RunContext:
         if self.outputs or self.record.folder is not None:
             stages.append(StageCost(Stage.SAVING, max(1, len(self.outputs or [None, None]))))
         summary = self.plan.summary(display_name(self.model.name))
-        self.progress(Event(Stage.PLANNING, message=summary, stages=stages))
+        self.progress(Event(Stage.PLANNING, message=summary, stages=stages, resumed=self.resumed))
 
     def note(self, stage: Stage, *lines: str) -> None:
         """Add lines to the record's notes, and report them."""
@@ -121,7 +123,7 @@ def open_run(
         cache = cache or Cache.of_user()
         if model.device.type == "cuda" and (advice := _memory_advice(model, plan, options, cache)):
             progress(Event(Stage.PLANNING, message=f"memory may not suffice: {advice}"))
-        yield RunContext(model, plan, record, progress, cache, outputs, force, mask_file, processes)
+        yield RunContext(model, plan, record, progress, cache, outputs, force, mask_file, resumed, processes)
 
 
 def _memory_advice(model: Model, plan: Plan, options: EraseOptions, cache: Cache) -> str:

@@ -224,7 +224,10 @@ def seconds_of(at_once: int, plan: Plan, pace: Pace) -> dict[str, Any]:
             ends.append(passes + (cost.backward * pace.backward(trained)[end] / trained if cost.backward else 0.0))
         return ends[0], ends[1]
 
-    stages = {cost.stage: seconds(cost) for cost in plan.stages()}
+    stages: dict[Stage, tuple[float, float]] = {}
+    for cost in plan.stages():
+        (least, most), (low, high) = stages.get(cost.stage, (0.0, 0.0)), seconds(cost)
+        stages[cost.stage] = least + low, most + high
     low, high = (sum(ends[end] for ends in stages.values()) for end in (0, 1))
     if plan.goal is not None and Stage.TRAINING in stages:
         least, most = plan.probe_every / plan.recipe.steps, plan.budget / plan.recipe.steps

@@ -27,7 +27,7 @@ from salun.evaluation.detector import Detection, Detector, Samples
 from salun.evaluation.estimate import Estimate, Unknown, Value
 from salun.evaluation.lazy_images import LazyImages, picked
 from salun.evaluation.metrics.image_drift import drift_of
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Progress, Stage, in_parts, silent
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
 
@@ -67,7 +67,8 @@ class SetSamples:
 
     def detected(self, detector: Detector, progress: Progress = silent) -> Detection:
         """What a detector sees, in the order of the set; without features."""
-        seen = [detector.detect(part, progress) for part in self.parts]
+        counted = in_parts(progress, [len(part) for part in self.parts])
+        seen = [detector.detect(part, of_part) for part, of_part in zip(self.parts, counted, strict=True)]
         if len(seen) == 1:
             return seen[0]
         order = np.argsort(np.concatenate([np.asarray(rows) for rows in self.rows]))
@@ -283,13 +284,14 @@ def sampled_set(
         guidance, size = sampled_as(row, usual)
         by_size.setdefault(size, {}).setdefault(guidance, []).append(i)
     parts, placed = [], []
+    counted = in_parts(progress, [len(of) for by_guidance in by_size.values() for of in by_guidance.values()])
     for size, by_guidance in by_size.items():
         latents = []
         rows = [i for of in by_guidance.values() for i in of]
         for guidance, of in by_guidance.items():
             texts, theirs = [prompts.rows[i].text for i in of], [seeds[i] for i in of]
             with model.sampling_as(replace(usual, guidance=guidance), size):
-                latents.append(_sampled(model, texts, theirs, progress, stage, cache, weights))
+                latents.append(_sampled(model, texts, theirs, next(counted), stage, cache, weights))
         ordered = torch.cat(latents)[np.argsort(rows)]  # so that those who read the set decode each batch once
         rows.sort()
         with model.sampling_as(usual, size):
@@ -310,12 +312,8 @@ def _sampled(
     weights: str | None,
 ) -> Tensor:
     """As `sample_latents`, on the CPU, with the encodings of `ENCODED` prompts at once: a list may have 30,000."""
-
-    def counted(event: Event) -> None:
-        progress(replace(event, step=len(done) + event.step, total=len(texts)))
-
+    chunks = [slice(start, start + ENCODED) for start in range(0, len(texts), ENCODED)]
     done: list[Tensor] = []
-    while len(done) < len(texts):
-        part = slice(len(done), len(done) + ENCODED)
-        done += sample_latents(model, texts[part], seeds[part], counted, stage, cache, weights).cpu()
+    for chunk, part in zip(chunks, in_parts(progress, [len(texts[chunk]) for chunk in chunks]), strict=True):
+        done += sample_latents(model, texts[chunk], seeds[chunk], part, stage, cache, weights).cpu()
     return torch.stack(done)

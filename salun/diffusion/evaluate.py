@@ -36,6 +36,7 @@ from salun.diffusion.evaluation import (
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.prompts.sets import PromptSet
+from salun.diffusion.stages import evaluation_stages
 from salun.errors import ConfigError
 from salun.evaluation.calibration import Calibration
 from salun.evaluation.clip_model import ClipModel
@@ -44,7 +45,7 @@ from salun.evaluation.image_metric import ImageMetric, ImageSet, Prepared, load_
 from salun.evaluation.metric import EvaluationPair
 from salun.evaluation.pretrained import CLIP
 from salun.evaluation.result_names import result_names
-from salun.progress import Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, StageCost, in_parts, silent
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
 
@@ -133,6 +134,7 @@ def evaluate(
     advice = "Try {dtype} bf16 or a smaller {resolution}"
     with compared.known.configured(plan.options), explained_memory_errors("out of memory", advice):
         wanted = Wanted.of(target, compared, plan, options, command)
+        progress(Event(Stage.PLANNING, stages=wanted.stages))
         wanted.prepare(progress)
         return result_of(wanted, _sampled(wanted, progress), progress)
 
@@ -166,6 +168,13 @@ class Wanted:
         detectors, measures = _detectors(compared, plan, options), _measures(compared, options)
         return cls(compared, plan, options, record, prompts, sets, detectors, measures)
 
+    @property
+    def stages(self) -> list[StageCost]:
+        """What the evaluation does, in order, and what it costs."""
+        anchors, further = len(self.prompts.anchors[0]), sum(len(of.rows) for of in self.sets)
+        compared = self.compared.original is not None
+        return evaluation_stages(self.plan, list(self.detectors), self.prompts.each, anchors, further, compared)
+
     def prepare(self, progress: Progress) -> None:
         """Have metrics read what they need before anything is sampled. Raises DataError as `Prepared.prepare`."""
         largest = max(len(self.prompts.forget), len(self.prompts.retain), *(len(of.rows) for of in self.sets))
@@ -177,9 +186,11 @@ class Wanted:
         self, model: DiffusionModel, stage: Stage, progress: Progress, cache: Cache | None, weights: str | None = None
     ) -> Side:
         """A model's latents on all prompts; arguments as `evaluate_model`."""
-        held_out = evaluate_model(model, self.prompts, progress, stage, cache, weights, hold_images=False)
-        seed = self.options.seed
-        sets = [sampled_set(model, of, seeds_of(of, seed), progress, stage, cache, weights) for of in self.sets]
+        anchors = len(self.prompts.anchors[0]) if stage is Stage.IMAGES_BEFORE else 0
+        images = [len(self.prompts.forget) + len(self.prompts.retain) + anchors, *(len(of.rows) for of in self.sets)]
+        parts, seed = in_parts(progress, images), self.options.seed
+        held_out = evaluate_model(model, self.prompts, next(parts), stage, cache, weights, hold_images=False)
+        sets = [sampled_set(model, of, seeds_of(of, seed), next(parts), stage, cache, weights) for of in self.sets]
         return Side(held_out, sets)
 
 
@@ -294,10 +305,12 @@ def _held_out(
 def _further(wanted: Wanted, sides: Mapping[str, Side], progress: Progress) -> list[SetResult]:
     """What was found on each further set."""
     results = []
+    sizes = [len(of.rows) for of in wanted.sets for _ in wanted.detectors for _ in sides]
+    counted = in_parts(progress, sizes)
     for i, of in enumerate(wanted.sets):
         images = {side: each.sets[i] for side, each in sides.items()}
         seen = {
-            name: {side: part.detected(detector, progress) for side, part in images.items()}
+            name: {side: part.detected(detector, next(counted)) for side, part in images.items()}
             for name, detector in wanted.detectors.items()
         }
         measured = _measured(wanted.measures, images, progress)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from salun.diffusion.data.latents import decode_images, item_seed, lazy_images, 
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, spread
 from salun.diffusion.prompts.vocabulary import Prompt
+from salun.diffusion.stages import PREDICTED
 from salun.evaluation.calibration import fitting
 from salun.evaluation.detector import (
     Detection,
@@ -35,11 +36,10 @@ from salun.evaluation.metric import (
 )
 from salun.evaluation.registry import measure
 from salun.evaluation.verdict import verdict_on
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, in_parts, silent
 from salun.randomness import step_generator
 from salun.runs.cache import Cache
 
-NUM_DRIFT_SAMPLES = 64  # (prompt, noise, t) triples behind anchor_gap and retain_change, at most: two for each image
 NOTHING = Detection({}, 0.0)
 NO_IMAGES = "no evaluation images were requested"
 
@@ -134,14 +134,22 @@ def evaluate_model(
         for rows in (slice(n), slice(n, m), slice(m, None))
     )
     kinds = (prompts.forget, prompts.anchor, prompts.retain)
-    count = min(NUM_DRIFT_SAMPLES, 2 * len(prompts.forget))
-    predictions = Predictions(*(_predict(model, [p.text for p in of], count, progress) for of in kinds))
+    count = min(PREDICTED, 2 * len(prompts.forget))  # (prompt, noise, t) triples
+
+    def go_on() -> None:  # a few passes, which count as part of the stage
+        progress(Event(stage))
+
+    predictions = Predictions(*(_predict(model, [p.text for p in of], count, go_on) for of in kinds))
     return Evaluation(forget, retain, predictions, anchor if anchors[0] else None)
 
 
 @torch.no_grad()
-def _predict(model: DiffusionModel, texts: list[str], count: int, progress: Progress = silent) -> Tensor:
-    """`count` predictions on noise, at t spread over the upper half of the schedule, where a prompt decides most."""
+def _predict(model: DiffusionModel, texts: list[str], count: int, go_on: Callable[[], None]) -> Tensor:
+    """`count` predictions on noise, at t spread over the upper half of the schedule, where a prompt decides most.
+
+    Args:
+        go_on: Called after each batch, where a host may cancel.
+    """
     timesteps = model.schedule.noisier_half(count)
     texts = [texts[i % len(texts)] for i in range(count)] if texts else []
     conditioning = model.encode(texts) if texts else None
@@ -153,7 +161,7 @@ def _predict(model: DiffusionModel, texts: list[str], count: int, progress: Prog
         t = timesteps[start : start + len(part)].to(model.device)
         x_t = model.schedule.add_noise(torch.zeros_like(noise), noise, t)
         predictions.append(model.predict(x_t, t, conditioning[start : start + len(part)]))
-        progress(Event(Stage.PROBING, start + len(part), len(texts)))
+        go_on()
     return torch.cat(predictions).cpu() if predictions else torch.empty(0)
 
 
@@ -257,14 +265,8 @@ def _evaluated(side: Evaluation, seen: Sequence[Detection]) -> ModelEvaluation:
 
 def _detections(detector: Detector, parts: Sequence[Samples], progress: Progress) -> Iterator[Detection]:
     """Of each part; the progress counts all of them."""
-    done, total = 0, sum(map(len, parts))
-
-    def counted(event: Event) -> None:
-        progress(replace(event, step=done + event.step, total=total))
-
-    for part in parts:
-        yield detector.detect(part, counted)
-        done += len(part)
+    for part, of_part in zip(parts, in_parts(progress, list(map(len, parts))), strict=True):
+        yield detector.detect(part, of_part)
 
 
 def _expected_labels(detector: Detector, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:

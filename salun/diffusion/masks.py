@@ -22,6 +22,7 @@ from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
+from salun.diffusion.stages import mask_stages
 from salun.diffusion.task import FP16_LOSS_SCALE
 from salun.errors import ModelError
 from salun.masking import find
@@ -86,6 +87,7 @@ def make_mask(
 ) -> RunMask:
     """Only the mask of an erasure. cache: of sampled latents, shared with `erase`."""
     plan = make_plan(model.settings, model.name, concept, options or EraseOptions())
+    progress(Event(Stage.PLANNING, stages=mask_stages(plan)))
     with training_session(model, plan):
         data = None
         if plan.by_saliency:

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from salun.detectors import default_detector, passes_of
+from salun.detectors import default_detector
 from salun.diffusion.goal import Goal
 from salun.diffusion.model.few_steps import FewSteps, hint
 from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.options import EraseOptions, Recipe, Sampling
 from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, mentioning, part, prompts_of, resolve
 from salun.diffusion.prompts.sets import other_nouns
+from salun.diffusion.stages import erasure_stages
 from salun.errors import ConfigError
 from salun.evaluation.detector import Subject
-from salun.methods import METHODS, Method, load
+from salun.methods import METHODS, Method
 from salun.options import MASKS
 from salun.progress import Stage, StageCost
 from salun.user_text import syntax_note
@@ -32,10 +33,8 @@ BUDGET, PROBES = 3, 10  # with a goal: times the recipe's steps at most, and pro
 BY_GOAL = ("steps", "lr", "lr_decay", "forget_latents")  # numbers that a goal decides, where the options do not
 POOL = 8  # adversarial embeddings of each concept in a hardened training
 HARDENED = Goal(retain_drift=0.05, asr=0.05)  # its goal, where none is named
-HARDENING = 5  # what the pool adds to a step, in passes of a batch forward and backward, as measured
 HARDENED_RETAIN = 3.0  # factor of the retain weight there
 FEWEST_BETWEEN = 4  # steps between two probes
-PROBED = 150  # images of each concept and of others that the probes of a run take, about
 PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, but not fewer than these
 
 
@@ -149,43 +148,7 @@ class Plan:
                 known yet (`options.forget_images`).
             masked: The mask is there already.
         """
-        concepts, recipe = len(self.concepts), self.recipe
-        has_images = bool(images or self.options.forget_images)
-        forget = len(data.forget_latents) if data is not None else (images or recipe.forget_latents) * concepts
-        anchors = min(images or recipe.forget_latents, recipe.forget_latents) * concepts if recipe.anchor_share else 0
-        needed = self.samples(masked) if data is None else "none"
-        others = anchors + recipe.retain_latents if needed == "all" else 0
-        sampled = (0 if has_images else forget) + others if needed != "none" else 0
-        shown = recipe.eval_images * (concepts + 1)
-        anchored = recipe.eval_images * sum(bool(concept.anchor) for concept in self.concepts)
-        judged = 2 * shown + anchored if (passes_each := passes_of(self.detector)) else 0
-        parts = concepts if self.options.combine == "union" else 1
-        scored = self.by_saliency and not masked
-        batches = parts * recipe.saliency_timesteps * math.ceil(forget // parts / recipe.batch_size) if scored else 0
-        passes = self.sampling.passes
-        stages = [
-            StageCost(Stage.SAMPLING, sampled, forward=sampled * passes),
-            StageCost(Stage.IMAGES_BEFORE, shown + anchored, forward=(shown + anchored) * passes),
-            StageCost(Stage.SALIENCY, batches, backward=forget * recipe.saliency_timesteps * 2 if scored else 0),
-            *self._training_stages(),
-            StageCost(Stage.IMAGES_AFTER, shown, forward=shown * passes),
-            StageCost(Stage.DETECTING, judged, forward=judged * passes_each),
-        ]
-        return [stage for stage in stages if stage.steps]
-
-    def _training_stages(self) -> list[StageCost]:
-        """Those of the method; by default its steps, and before them the frozen targets of as many."""
-        if self.method.stages:
-            made: list[StageCost] = load(self.method.stages)(self)
-            return made
-        steps, samples = self.recipe.steps, self.recipe.steps * self.recipe.batch_size * 2
-        ahead = samples * 3 // 2 if self.options.target_guidance else samples if self.needs_frozen else 0
-        pool = self.recipe.steps * self.recipe.batch_size * HARDENING if self.options.harden else 0
-        if self.goal is not None:  # the recipe's steps are as good a guess as any; frozen targets are made on the way
-            probing = PROBED * len(self.concepts) * self.sampling.passes // 2
-            return [StageCost(Stage.TRAINING, steps, ahead + probing, samples + pool, most=self.budget)]
-        frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=ahead)] if ahead else []
-        return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples + pool)]
+        return erasure_stages(self, data, images, masked)
 
 
 ConceptSpec = Concept | str | Sequence[Concept | str]

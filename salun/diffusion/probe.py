@@ -18,6 +18,7 @@ from salun.diffusion.goal import PLAUSIBLE, SURE, Goal, Probed, Seen
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.options import Sampling
 from salun.diffusion.plan import spread
+from salun.diffusion.stages import KNOWN, OTHERS
 from salun.diffusion.task import ErasureTask
 from salun.diffusion.until import Until
 from salun.errors import ConfigError
@@ -25,15 +26,13 @@ from salun.evaluation.calibration import Calibration, fitting
 from salun.evaluation.detector import Detector, DetectorInputs, Fitted, Samples, load_detector
 from salun.evaluation.estimate import Unknown, Value
 from salun.evaluation.metrics.image_drift import drift_of
-from salun.progress import Event, Stage, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.randomness import step_generator
 
 BATCH, FEW, MANY = 8, 24, 128  # images of each concept: at a time; at most on the way; at most at the end
 HOPELESS = 0.05  # confidence at which no more images are needed
 NEAREST = 16  # images of each concept, nearest to showing it, that decide about a smaller strength
-OTHERS = 32  # images of other prompts, for the drift at the end; half as many on the way
 ATTACKED = 64  # images under attack at the end; half as many on the way
-KNOWN = 48  # images of each kind, at most, on which the detector is calibrated
 FEWEST_STEPS = 8  # of the sampler; a probe takes half of the plan's, but not fewer than these
 
 
@@ -100,7 +99,7 @@ class ModelProbe:
         self.adjustable, self.last = False, Look([])
         self._looking()
         self.calibrations = self._calibrated(task.training_set)
-        self.original = self._others(OTHERS)
+        self.original = self._others(OTHERS, self._calibrating)
         _known(drift_of(self.original, self.original))
         self.predictions = self._predictions()
         self._looking(len(self.original))
@@ -158,6 +157,10 @@ class ModelProbe:
         """Report that the training is interrupted by a look at images."""
         self.task.progress(Event(Stage.TRAINING, metrics={"probing": images} if images else {}, message=message))
 
+    def _calibrating(self, event: Event, /) -> None:
+        """Report that the detector is calibrated, whatever that takes."""
+        self.task.progress(replace(event, stage=Stage.CALIBRATING))
+
     def _seen(self, scores: Sequence[np.ndarray]) -> tuple[Seen, ...]:
         """Of each concept's scores, UA and the probability that it reaches the goal, by Jeffreys' posterior."""
         concepts = []
@@ -180,17 +183,17 @@ class ModelProbe:
         seen, each = self._detect(self._sampled(texts, seeds), texts), len(images[0])
         return [scores[i * each : (i + 1) * each] for i, scores in enumerate(seen)]
 
-    def _sampled(self, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def _sampled(self, texts: Sequence[str], seeds: Sequence[int], progress: Progress = silent) -> Tensor:
         """Latents, in fewer of the sampler's steps."""
         model, sampling = self.task.model, self.task.plan.sampling
         with model.sampling_as(_fewer_steps(sampling), (sampling.resolution, sampling.resolution)):
-            return sample_latents(model, texts, seeds, silent)
+            return sample_latents(model, texts, seeds, progress)
 
-    def _detect(self, latents: Tensor, texts: Sequence[str]) -> list[np.ndarray]:
+    def _detect(self, latents: Tensor, texts: Sequence[str], progress: Progress = silent) -> list[np.ndarray]:
         """Each concept's scores, float32 (n,), in all of the latents."""
         images = decode_images(self.task.model, latents) if self.looks else np.zeros((len(latents), 1, 1, 3), np.uint8)
         with self.task.original_weights():
-            seen = self.detector.detect(Samples(images, latents.cpu(), texts))
+            seen = self.detector.detect(Samples(images, latents.cpu(), texts), progress)
         self.adjustable = seen.adjustable
         targets = [self.detector.target(subject) for subject in self.task.plan.subjects]
         return [seen.scores[of.attribute][:, of.label] for of in targets if of is not None]
@@ -203,11 +206,11 @@ class ModelProbe:
         others = _some(data.retain_latents)
         if isinstance(self.detector, Fitted):
             known = {s.name: _samples(_fitting(part)) for s, part in zip(plan.subjects, parts, strict=True)}
-            self.detector.fit(known, _samples(_fitting(others)))
-        negatives = self._detect(others, [""] * len(others))
+            self.detector.fit(known, _samples(_fitting(others)), self._calibrating)
+        negatives = self._detect(others, [""] * len(others), self._calibrating)
         calibrations = []
         for i, (subject, part) in enumerate(zip(plan.subjects, parts, strict=True)):
-            positives = self._detect(part, [""] * len(part))[i]
+            positives = self._detect(part, [""] * len(part), self._calibrating)[i]
             calibrated = Calibration.of_fitted if self.adjustable else Calibration.of_scores
             calibration = calibrated(positives, negatives[i], self.detector.threshold)
             if calibration.reason is not None:
@@ -219,11 +222,11 @@ class ModelProbe:
             calibrations.append(calibration)
         return calibrations
 
-    def _others(self, n: int) -> Tensor:
+    def _others(self, n: int, progress: Progress = silent) -> Tensor:
         """Latents of held-out retain prompts."""
         prompts, seed = self.task.plan.prompts.eval_retain, self.task.plan.options.seed
         texts = [prompts[row].text for row in spread(OTHERS, len(prompts), seed)][:n]
-        return self._sampled(texts, [item_seed(seed, "probe", -1 - i) for i in range(n)]).cpu()
+        return self._sampled(texts, [item_seed(seed, "probe", -1 - i) for i in range(n)], progress).cpu()
 
     @torch.no_grad()
     def _predictions(self) -> Tensor:

@@ -125,7 +125,8 @@ class ErasureTask:
         saved = read_saved_history(self.state, self.fingerprint, self.plan.budget) if self.state else []
         done: int = self.processes.broadcast(len(saved))
         if done:
-            self.progress(Event(Stage.TRAINING, done, self.plan.budget, message=f"resuming after step {done}"))
+            note = f"resuming after step {done}"
+            self.progress(Event(Stage.TRAINING, done, self.plan.budget, message=note, restored=done))
         return done
 
     def train(

@@ -122,6 +122,16 @@ def fitting(n: int) -> np.ndarray:
     return chosen
 
 
+def fitting_rounds(a: int, b: int) -> list[int]:
+    """Images that each round of a fit looks at: few of both kinds, more, and all, these twice.
+
+    Args:
+        a, b: Images of each kind.
+    """
+    again = [a, b] if max(a, b) > FITTED else []
+    return [min(a, FEWEST), min(b, FEWEST), min(a, FITTED), min(b, FITTED), *again, a, b]
+
+
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
     """Area under the ROC curve: how often a positive's score is above a negative's, ties counted half; NaN of none."""
     if not len(positives) or not len(negatives):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from salun.diffusion.data.latents import lazy_images, sample_conditionings
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel, TokenEncoder
 from salun.diffusion.plan import Plan
+from salun.diffusion.stages import PART
 from salun.errors import ConfigError
 from salun.evaluation.calibration import Calibration
 from salun.evaluation.detector import Detector, Samples, Target
@@ -23,7 +24,6 @@ from salun.progress import Event, Progress, Stage, silent
 from salun.randomness import step_generator
 
 BACKWARD = 2  # what a backward pass costs, in passes forward
-PART = 100  # steps of the progress that each attack counts as
 LOSS_SCALE = 1024.0  # in fp16, in which small gradients would be 0
 
 
@@ -125,6 +125,7 @@ class AttackTask:
         load: Loads another model by its name.
         weights_hash: Of the attacked network.
         part: (the attack's number, how many there are), for the progress.
+        restored: Attacks before this one whose results came from the cache.
     """
 
     original: DiffusionModel
@@ -148,6 +149,7 @@ class AttackTask:
     progress: Progress = silent
     passes: int = 0
     part: tuple[int, int] = (0, 1)
+    restored: int = 0
     _holds_attacked: bool = False
 
     def __len__(self) -> int:
@@ -177,7 +179,7 @@ class AttackTask:
         """Tell how far the attack is, unless total is 0; this is where it can be cancelled."""
         number, count = self.part
         at = (PART * number + PART * step // total, PART * count) if total else (0, 0)
-        self.progress(Event(Stage.ATTACKING, *at))
+        self.progress(Event(Stage.ATTACKING, *at, restored=PART * self.restored))
 
     # -- weights --------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.plan import Plan, spread
 from salun.diffusion.prompts.concepts import mentions
 from salun.errors import ConfigError
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, in_parts, silent
 from salun.runs.cache import Cache
 from salun.user_text import as_spelled
 
@@ -178,13 +178,11 @@ def _sample(
         "anchor": prompts.sampled_anchor,
         "retain": prompts.retain,
     }
-    total, done, latents = sum(map(len, roles.values())), 0, {}
-    for role, texts in roles.items():
+    latents = {}
+    parts = in_parts(progress, [len(texts) for texts in roles.values()])
+    for (role, texts), part in zip(roles.items(), parts, strict=True):
         seeds = [item_seed(plan.options.seed, role, i) for i in range(len(texts))]
-        latents[role] = sample_latents(
-            model, texts, seeds, offset_progress(done, total, progress), Stage.SAMPLING, cache
-        )
-        done += len(texts)
+        latents[role] = sample_latents(model, texts, seeds, part, Stage.SAMPLING, cache)
     return latents
 
 
@@ -207,12 +205,3 @@ def _in_both(forget: list[EncodedImages], retain: EncodedImages) -> list[str]:
     """A line if images are in the forget and in the retain set, by their pixels."""
     count = len(frozenset().union(*(images.digests for images in forget)) & retain.digests)
     return [f"{count} images of retain_images are in forget_images as well (same pixels)"] if count else []
-
-
-def offset_progress(done: int, total: int, progress: Progress) -> Progress:
-    """A progress for part of a stage: steps count from `done`, out of the total of the stage."""
-
-    def report(event: Event, /) -> None:
-        progress(replace(event, step=done + event.step, total=total))
-
-    return report

@@ -21,7 +21,7 @@ from salun.checkpoints import safetensors_io
 from salun.errors import DataError, ModelError
 from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target
 from salun.files import sha256_file
-from salun.progress import Progress, silent
+from salun.progress import Event, Progress, Stage, silent
 from salun.untrusted import read_json
 
 DESCRIPTION, WEIGHTS = "detector.json", "detector.safetensors"
@@ -72,7 +72,9 @@ class AttributeClassifier(nn.Module):
 
     def detect(self, samples: Samples, progress: Progress = silent) -> Detection:
         """The likeliest label of each attribute, in valid images."""
-        return self.detect_images(samples.images)
+        seen = self.detect_images(samples.images)
+        progress(Event(Stage.DETECTING, len(samples), len(samples)))
+        return seen
 
     @torch.no_grad()
     def detect_images(self, images: np.ndarray, batch_size: int = 256) -> Detection:

@@ -13,7 +13,7 @@ scores in which a second noise, −ε, could change the decision: only images in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
-from salun.evaluation.calibration import FEWEST, FITTED, MANY, adjusted, auc
+from salun.evaluation.calibration import FEWEST, FITTED, MANY, adjusted, auc, fitting_rounds
 from salun.evaluation.detector import (
     Detection,
     DetectorInputs,
@@ -32,7 +32,7 @@ from salun.evaluation.detector import (
     target_by_concept,
 )
 from salun.evaluation.detectors.attribute import margins
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage, in_parts, silent
 from salun.randomness import step_generator
 
 FRACTIONS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)  # of the schedule: the timesteps t to choose from
@@ -84,34 +84,37 @@ class SelfClassifier:
             others: Images of other prompts.
         """
         negatives = some_of(others, MANY)
-        for each in self.subjects:
-            positives = some_of(shows[each.name], MANY)
-            if min(len(positives), len(negatives)) >= FEWEST:
-                self._choose(each.name, (positives, negatives), progress)
+        positives = {each.name: some_of(shows[each.name], MANY) for each in self.subjects}
+        positives = {name: of for name, of in positives.items() if min(len(of), len(negatives)) >= FEWEST}
+        rounds = [size for of in positives.values() for size in fitting_rounds(len(of), len(negatives))]
+        parts = in_parts(progress, rounds)
+        for name, of in positives.items():
+            self._choose(name, (of, negatives), parts)
 
-    def _choose(self, name: str, kinds: tuple[Samples, Samples], progress: Progress) -> None:
+    def _choose(self, name: str, kinds: tuple[Samples, Samples], parts: Iterator[Progress]) -> None:
         """By successive halving: all timesteps on few images of both kinds, the likely ones on more, the best on all.
 
         Args:
             kinds: Images that show the concept, and others.
+            parts: A progress for each of the `fitting_rounds`.
         """
 
-        def errors(fractions: Sequence[float], noise: int = 1, most: int = FITTED) -> list[Tensor]:
-            parts = [some_of(of, most) for of in kinds]
-            asked, at = [self._questions(part)[name] for part in parts], {name: fractions}
-            return [
-                self._measured(part.latents, {name: of}, at, noise, Stage.PROBING, progress)[name]
-                for part, of in zip(parts, asked, strict=True)
-            ]
+        def errors(fractions: Sequence[float], most: int, noise: int = 1) -> list[Tensor]:
+            measured = []
+            for of in (some_of(of, most) for of in kinds):
+                asked, at = self._questions(of)[name], {name: fractions}
+                errors = self._measured(of.latents, {name: asked}, at, noise, Stage.CALIBRATING, next(parts))
+                measured.append(errors[name])
+            return measured
 
-        likely = likely_timesteps(*errors(FRACTIONS, most=FEWEST))
-        first = errors(likely)
+        likely = likely_timesteps(*errors(FRACTIONS, FEWEST))
+        first = errors(likely, FITTED)
         chosen = best_timesteps(first[0], first[1], likely)
         if max(map(len, kinds)) > FITTED:
-            first = errors(chosen, most=MANY)
+            first = errors(chosen, MANY)
         else:
             first = [each[:, :, [likely.index(t) for t in chosen]] for each in first]
-        second = errors(chosen, -1, MANY)
+        second = errors(chosen, MANY, -1)
         both = [scores_of((one + other) / 2)[:, 0] for one, other in zip(first, second, strict=True)]
         moved = [(scores_of(one)[:, 0] - of).abs().max() for one, of in zip(first, both, strict=True)]
         threshold, width = adjusted(both[0].numpy(), both[1].numpy(), self.threshold), float(max(moved))
@@ -211,7 +214,7 @@ def _pairs(rows: Tensor) -> Tensor:
     return torch.stack([torch.arange(len(rows))[:, None].expand_as(rows), rows], 2).flatten(0, 1)
 
 
-def some_of(samples: Samples, most: int = FITTED) -> Samples:
+def some_of(samples: Samples, most: int) -> Samples:
     """At most `most` of them, spread evenly."""
     return samples[np.unique(np.linspace(0, len(samples) - 1, most).round().astype(int)) if len(samples) else []]
 

@@ -1,0 +1,169 @@
+"""What erasures, masks, evaluations and attacks do, in order, and what it costs: behind progress and time left.
+
+Passes are of one sample through the network; a prediction for the text and one for the empty prompt are two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from salun.detectors import fitting_passes_of, passes_of
+from salun.evaluation.calibration import fitting, fitting_rounds
+from salun.methods import load
+from salun.progress import Stage, StageCost, merged
+
+if TYPE_CHECKING:
+    from salun.diffusion.attack_options import AttackOptions
+    from salun.diffusion.losses import ErasureData
+    from salun.diffusion.plan import Plan
+
+HARDENING = 5  # what the pool adds to a step, in passes of a batch forward and backward, as measured
+PROBED = 150  # images of each concept and of others that the probes of a training take, about
+KNOWN = 48  # images of each kind, at most, on which the detector of the probes is calibrated
+OTHERS = 32  # images of other prompts, for the drift at the end of a training; half as many on the way
+PREDICTED = 64  # predictions behind anchor_gap and retain_change, for each kind of prompt, at most: two for each image
+PART = 100  # steps that each attack counts as
+TRIED = 9  # what an attack takes, in times of the sampling of its images: the mean in benchmarks/results/attacks
+LOOKED = 4  # what a detector that looks at images takes for one, with decoding it, in passes, about
+
+
+def erasure_stages(plan: Plan, data: ErasureData | None, images: int, masked: bool) -> list[StageCost]:
+    """See `Plan.stages`."""
+    concepts, recipe = len(plan.concepts), plan.recipe
+    forget = _forget_latents(plan, data, images)
+    anchors = min(images or recipe.forget_latents, recipe.forget_latents) * concepts if recipe.anchor_share else 0
+    needed = plan.samples(masked) if data is None else "none"
+    others = anchors + recipe.retain_latents if needed == "all" else 0
+    sampled = (0 if images or plan.options.forget_images else forget) + others if needed != "none" else 0
+    anchored = recipe.eval_images * sum(bool(concept.anchor) for concept in plan.concepts)
+    return merged(
+        [
+            StageCost(Stage.SAMPLING, sampled, forward=sampled * plan.sampling.passes),
+            *_images(plan, Stage.IMAGES_BEFORE, recipe.eval_images, anchored),
+            *([] if masked else _saliency(plan, forget)),
+            *_training(plan),
+            *_images(plan, Stage.IMAGES_AFTER, recipe.eval_images),
+            *_detecting(plan.detector, concepts, recipe.eval_images, anchored),
+        ]
+    )
+
+
+def mask_stages(plan: Plan, data: ErasureData | None = None) -> list[StageCost]:
+    """What it takes to find the mask alone. data: The training set, where it is there already."""
+    forget = _forget_latents(plan, data, 0)
+    sampled = forget if plan.by_saliency and data is None and not plan.options.forget_images else 0
+    sampling = StageCost(Stage.SAMPLING, sampled, forward=sampled * plan.sampling.passes)
+    return merged([sampling, *_saliency(plan, forget)])
+
+
+def evaluation_stages(
+    plan: Plan, detectors: Sequence[str], n: int, anchors: int, further: int, compared: bool
+) -> list[StageCost]:
+    """What an evaluation does.
+
+    Args:
+        detectors: Their names.
+        n: Images of each concept, and of others.
+        anchors: Images of the anchors' prompts, which the original samples.
+        further: Images of further sets of prompts.
+        compared: Whether there is an original.
+    """
+    concepts, sides = len(plan.concepts), 2 if compared else 1
+    before = _images(plan, Stage.IMAGES_BEFORE, n, anchors + further) if compared else []
+    judged: list[StageCost] = []
+    for name in detectors:
+        if compared:
+            judged += _detecting(name, concepts, n, anchors, LOOKED)
+        else:
+            judged.append(_looks(name, n * (concepts + 1), LOOKED))
+    of_sets = [_looks(name, further * sides, LOOKED) for name in detectors]
+    return merged([*before, *_images(plan, Stage.IMAGES_AFTER, n, further), *judged, *of_sets])
+
+
+def attack_stages(plan: Plan, options: AttackOptions) -> list[StageCost]:
+    """What attacks on one model, or also on its original, do."""
+    concepts, passes, n = len(plan.concepts), plan.sampling.passes, options.n
+    attacked = concepts * (2 if options.control else 1)
+    known, parts = attacked * options.images, attacked * len(options.attacks)
+    anchors = n * sum(bool(concept.anchor) for concept in plan.concepts)
+    return merged(
+        [
+            *_images(plan, Stage.IMAGES_BEFORE, n, anchors),
+            *_images(plan, Stage.IMAGES_AFTER, n),
+            *_detecting(plan.detector, concepts, n, anchors, LOOKED),
+            StageCost(Stage.SAMPLING, known, forward=known * passes),
+            StageCost(Stage.ATTACKING, parts * PART, forward=parts * n * passes * TRIED),
+        ]
+    )
+
+
+def _forget_latents(plan: Plan, data: ErasureData | None, images: int) -> int:
+    return len(data.forget_latents) if data is not None else (images or plan.recipe.forget_latents) * len(plan.concepts)
+
+
+def _images(plan: Plan, stage: Stage, n: int, more: int = 0) -> list[StageCost]:
+    """Images and predictions of a model. n: of each concept, and of others. more: further images."""
+    images = n * (len(plan.concepts) + 1) + more
+    predictions = 3 * min(PREDICTED, 2 * n * len(plan.concepts))
+    return [StageCost(stage, images, forward=images * plan.sampling.passes + predictions)]
+
+
+def _saliency(plan: Plan, forget: int) -> list[StageCost]:
+    if not plan.by_saliency:
+        return []
+    recipe, parts = plan.recipe, len(plan.concepts) if plan.options.combine == "union" else 1
+    batches = parts * recipe.saliency_timesteps * math.ceil(forget // parts / recipe.batch_size)
+    return [StageCost(Stage.SALIENCY, batches, backward=forget * recipe.saliency_timesteps * 2)]
+
+
+def _training(plan: Plan) -> list[StageCost]:
+    """Those of the method; by default its steps, and before them the frozen targets of as many."""
+    if plan.method.stages:
+        made: list[StageCost] = load(plan.method.stages)(plan)
+        return made
+    steps, samples = plan.recipe.steps, plan.recipe.steps * plan.recipe.batch_size * 2
+    ahead = samples * 3 // 2 if plan.options.target_guidance else samples if plan.needs_frozen else 0
+    pool = plan.recipe.steps * plan.recipe.batch_size * HARDENING if plan.options.harden else 0
+    if plan.goal is not None:  # the recipe's steps are as good a guess as any; frozen targets are made on the way
+        probing = PROBED * len(plan.concepts) * (plan.sampling.passes // 2 + passes_of(plan.detector))
+        training = StageCost(Stage.TRAINING, steps, ahead + probing, samples + pool, most=plan.budget)
+        return [*_calibration(plan), training]
+    frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=ahead)] if ahead else []
+    return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples + pool)]
+
+
+def _calibration(plan: Plan) -> list[StageCost]:
+    """That of the detector of the probes, on the training set, and other images to compare with."""
+    concepts, recipe = len(plan.concepts), plan.recipe
+    forget, retain = min(KNOWN, recipe.forget_latents), min(KNOWN, recipe.retain_latents)
+    fitted = _fitted(plan.detector, concepts, forget, retain)
+    seen, others = concepts * forget + retain, OTHERS * plan.sampling.passes // 2
+    forward = fitted * fitting_passes_of(plan.detector) + seen * passes_of(plan.detector) + others
+    return [StageCost(Stage.CALIBRATING, fitted + seen + OTHERS, forward=forward)]
+
+
+def _detecting(name: str, concepts: int, n: int, anchors: int, looked: int = 0) -> list[StageCost]:
+    """What a detector takes for the images of both models, and before that to be fitted on some of the original's.
+
+    Args:
+        n: Images of each concept, and of others.
+        anchors: Images of the anchors' prompts, of the original alone.
+        looked: See `_looks`.
+    """
+    fitted = _fitted(name, concepts, n, n + anchors)
+    calibrating = StageCost(Stage.CALIBRATING, fitted, forward=fitted * fitting_passes_of(name))
+    return [calibrating, _looks(name, 2 * n * (concepts + 1) + anchors, looked)]
+
+
+def _fitted(name: str, concepts: int, n: int, others: int) -> int:
+    """Images that the rounds of a detector's fit look at, out of n of each concept and of others."""
+    a, b = (int(fitting(images).sum()) for images in (n, others))
+    return concepts * sum(fitting_rounds(a, b)) if a and b and fitting_passes_of(name) else 0
+
+
+def _looks(name: str, images: int, looked: int) -> StageCost:
+    """looked: Passes that a detector of images takes for one; 0 to leave it out."""
+    each = passes_of(name) or looked
+    return StageCost(Stage.DETECTING, images if each else 0, forward=images * each)

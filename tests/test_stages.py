@@ -1,0 +1,144 @@
+"""Every command announces its stages, with the steps that it then counts and the passes that they take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import salun
+from salun.classification.experiment import unlearn
+from salun.delta import commands as deltas
+from salun.diffusion.attack import attack
+from salun.diffusion.attack_options import AttackOptions
+from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.evaluate import evaluate
+from salun.diffusion.masks import make_mask
+from salun.diffusion.model.protocol import Conditioning
+from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.options import EraseOptions
+from salun.diffusion.plan import make_plan
+from salun.diffusion.stages import evaluation_stages
+from salun.progress import Event, Stage
+from salun.time_left import TimeLeft
+
+FEW: dict[str, Any] = {"steps": 2, "batch_size": 2, "forget_latents": 4, "retain_latents": 2, "sampling_steps": 2}
+
+
+def counted(events: Sequence[Event]) -> list[tuple[str, int, int]]:
+    """Of each announced stage its name, the steps that were announced, and those that were counted."""
+    announced = next(list(event.stages) for event in events if event.stages)
+    steps, last = Counter[int](), dict[int, int]()
+    follow = TimeLeft()
+    for event in events:
+        number = follow.at(event).number
+        if number and event.total:
+            before = last.get(number, 0)
+            steps[number] += event.step - (before if event.step >= before else 0)
+            last[number] = event.step
+    return [(cost.stage.value, cost.steps, steps[i]) for i, cost in enumerate(announced, 1)]
+
+
+def as_announced(events: Sequence[Event]) -> list[str]:
+    """The stages, all of whose steps were counted."""
+    stages = counted(events)
+    assert [made for _, _, made in stages] == [steps for _, steps, _ in stages], stages
+    return [stage for stage, _, _ in stages]
+
+
+def test_an_erasure_takes_the_passes_that_it_announces(shapes: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the calibration of the detector `self`."""
+    rows, passes, announced = [0], Counter[Stage](), list[salun.Event]()
+    predict = shapes.predict
+
+    def counting(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        rows[0] += len(x_t)
+        return predict(x_t, t, conditioning)
+
+    def progress(event: Event, /) -> None:
+        announced.append(event)
+        if not event.message:
+            passes[event.stage] += rows[0]
+            rows[0] = 0
+
+    monkeypatch.setattr(shapes, "predict", counting)
+    salun.erase(shapes, "circle", detector="self", eval_images=16, progress=progress, **FEW)
+    stages = as_announced(announced)
+    assert stages == ["sampling", "images before", "saliency", "frozen targets", "training", "images after",
+                      "calibrating", "detecting"]  # fmt: skip
+    planned = {cost.stage: cost.forward + cost.backward for cost in announced[0].stages}
+    chosen = {stage: planned.pop(stage) for stage in (Stage.CALIBRATING, Stage.DETECTING)}
+    assert {stage: passes[stage] for stage in planned} == planned
+    for stage, count in chosen.items():
+        assert count / 2 < passes[stage] < 2 * count, "it depends on the chosen timesteps"
+
+
+def test_an_erasure_to_a_goal_announces_its_probes(shapes: Model) -> None:
+    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(detector="self"))
+    stages = {cost.stage: cost for cost in plan.stages()}
+    names = [cost.stage for cost in plan.stages()]
+    assert names[names.index(Stage.CALIBRATING) :] == [
+        Stage.CALIBRATING, Stage.TRAINING, Stage.IMAGES_AFTER, Stage.CALIBRATING, Stage.DETECTING
+    ]  # fmt: skip
+    assert stages[Stage.TRAINING].most == plan.budget > stages[Stage.TRAINING].steps
+
+
+def test_an_evaluation_announces_each_detector_and_counts_all_its_prompts(shapes: Model, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(
+        "".join(f"drawing of one {x}, plain style\n" for x in ("red circle", "blue star", "green square")),
+        encoding="utf-8",
+    )
+    events: list[Event] = []
+    options = EvalOptions(
+        against="shapes", concept=["circle"], n=2, sampling_steps=1, sampling_guidance=1.0,
+        detector=["attribute", "self"], prompts=[str(tmp_path / "mine.txt")], device="cpu",
+    )  # fmt: skip
+    evaluate("shapes", options, events.append)
+    assert as_announced(events) == ["images before", "images after", "detecting"]
+    assert counted(events)[0][1:] == (9, 9) and counted(events)[2][1] == 2 * (9 + 7)
+    plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions())
+    twice = evaluation_stages(plan, ["clip", "self"], 16, 16, 100, compared=True)
+    assert [cost.stage.value for cost in twice[2:]] == ["detecting", "calibrating", "detecting"]
+    alone = evaluation_stages(plan, ["clip"], 16, 16, 0, compared=False)
+    assert [(cost.stage.value, cost.steps) for cost in alone] == [("images after", 32), ("detecting", 32)]
+
+
+@pytest.mark.slow
+def test_attacks_are_announced_and_finished_ones_take_no_time(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SALUN_CACHE", str(tmp_path))
+    options = AttackOptions(n=8, images=2, sampling_steps=8, attack=["quantize", "seeds+tries=2"], control=True)
+    for _ in range(2):
+        events: list[Event] = []
+        attack(str(run_folder), options, events.append)
+        assert as_announced(events)[-2:] == ["sampling", "attacking"]
+    assert events[-1].restored > 0
+
+
+def test_a_mask_announces_the_samples_that_it_takes(shapes: Model) -> None:
+    events: list[Event] = []
+    make_mask(shapes, "circle", EraseOptions(**FEW), events.append)
+    assert as_announced(events) == ["sampling", "saliency"]
+
+
+def test_unlearning_in_a_classifier_announces_its_trainings() -> None:
+    events: list[Event] = []
+    with torch.random.fork_rng():
+        unlearn(progress=events.append, train_epochs=1, epochs=1, relearn=2, device="cpu", retrain="yes", seed=71)
+    assert [stage for stage, _, made in counted(events) if made] == [
+        "training", "saliency", "unlearning", "relearning", "retraining", "relearning"
+    ]  # fmt: skip
+    assert all(steps == made for stage, steps, made in counted(events) if stage in ("training", "retraining"))
+
+
+def test_an_applied_delta_announces_that_it_is_checked_and_written(run_folder: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    delta = str(run_folder / "delta.salun.safetensors")
+    deltas.apply("shapes", delta, str(tmp_path / "model") + "/", progress=events.append)
+    assert as_announced(events) == ["checking", "writing"]
