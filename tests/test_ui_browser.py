@@ -155,7 +155,11 @@ def test_a_finished_run_is_tried_on_a_prompt_before_and_after(page: Any, server:
     ]  # fmt: skip
     (job,) = (server[1] / "jobs").glob("*/erased.png")
     assert job.read_bytes() != job.with_name("original.png").read_bytes()
-    assert page.locator(".salun-live .salun-job").count() == 1  # it is shown below its form, and nowhere else
+    assert page.locator(".salun-live .salun-job").count() == 1  # it is shown next to its form, and nowhere else
+    left, result = form.bounding_box(), tried.bounding_box()
+    assert result["x"] >= left["x"] + left["width"] and abs(result["y"] - left["y"]) < 20
+    jobs, section = (page.locator(place).bounding_box() for place in (".salun-live", "#salun_try"))
+    assert jobs["x"] + jobs["width"] == pytest.approx(section["x"] + section["width"], abs=1)
     tried.get_by_role("button", name="Remove").click()
     tried.wait_for(state="detached")
 
@@ -372,6 +376,8 @@ def test_a_narrow_dark_window_and_the_keyboard_do(page: Any, server: tuple[str, 
     page.goto(server[0] + "?__theme=dark")
     page.locator(".salun-job").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+    parts = [page.locator(place) for place in ("#salun_erase", ".salun-live", "#salun_try", "#salun_history")]
+    assert [part.bounding_box()["y"] for part in parts] == sorted(part.bounding_box()["y"] for part in parts)
     remove = newest(page).get_by_role("button", name="Remove")
     remove.focus()
     removed = page.locator(f'.salun-job[data-job="{newest(page).get_attribute("data-job")}"]')
