@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from salun.errors import Cancelled, ConfigError, SalunError
+from salun.extras import install_command
 
 from . import interrupt
 from .app import app
@@ -53,7 +54,7 @@ def ui(
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise SalunError("the page needs gradio", advice="Install it: pip install 'salun[ui]'") from error
+        raise SalunError("the page needs gradio", advice=f"Install it: {install_command('ui')}") from error
     page = _page()
     try:
         with interrupt.working(), interrupt.exit_message(lambda: STOPPED):

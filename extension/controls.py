@@ -153,6 +153,20 @@ class Controls:
             return gr.Textbox(value=value, lines=2, placeholder="one per line", **shown)
         return gr.Textbox(value=value, max_lines=1, placeholder=self.placeholder(name, automatic or {}), **shown)
 
+    def in_pairs(
+        self,
+        gr: Any,
+        names: Sequence[str],
+        listed: Mapping[str, Sequence[str]],
+        automatic: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The controls of several options, two in a row. listed, automatic: as in `control`."""
+        made = {}
+        for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
+            with gr.Row():
+                made.update({name: self.control(gr, name, listed, automatic) for name in pair})
+        return made
+
     def value_of(self, name: str, shown: Any) -> Any:
         """An option's value from what its control holds; None for auto. Raises ConfigError for an invalid number."""
         kind = str(self.fields[name].type)

@@ -35,7 +35,7 @@ const nothing = make("div", { class: "salun-nothing" },
   make("ol", {},
     make("li", {}, "Choose a checkpoint and what it should forget."),
     make("li", {}, "Press “Erase concept”. The job appears here, with its progress and images."),
-    make("li", {}, "Read the verdict, then try your own prompts below, before and after.")),
+    make("li", {}, "Read the verdict, then try your own prompts under “Try it”, before and after.")),
   make("p", {}, "Jobs keep running if you close this page. The original checkpoint is never changed."));
 
 const page = { soon, refreshLists, tryRun };

@@ -47,17 +47,17 @@ def build(gr: Any, service: Service, access: Access) -> Any:
                 gr.HTML(f'<header class="salun-header"><{head}>Erase concepts</{head}><p>{ABOUT}</p></header>')
                 refresh = gr.Button("Refresh the lists", elem_id="salun_refresh", size="sm", scale=0, min_width=140)
             with gr.Row(elem_classes=["salun-columns"]):
-                with gr.Column(scale=1, min_width=320, elem_classes=["salun-left"]):
+                with gr.Column(scale=1, min_width=320):
                     form = Form(gr, service)
-                    history = History(gr, service)
-                    looks = [LookSection(gr, service, look) for look in LOOKS.values()]
-                    deltas = Deltas(gr, service)
-                    state = _setup(gr, service)
-                with gr.Column(scale=1, min_width=320, elem_classes=["salun-right"]):
+                with gr.Column(scale=1, min_width=320):
                     live = f'<div class="salun-live" data-token="{escape(access.token)}"></div>'
                     gr.HTML(f'<h2 class="salun-heading">Jobs</h2>{live}')
-                    with gr.Accordion("Try it", open=True, elem_id="salun_try"):
-                        gr.HTML('<div class="salun-try"></div>')
+            with gr.Accordion("Try it", open=True, elem_id="salun_try"):
+                gr.HTML('<div class="salun-try"></div>')
+            history = History(gr, service)
+            looks = [LookSection(gr, service, look) for look in LOOKS.values()]
+            deltas = Deltas(gr, service)
+            state = _setup(gr, service)
         form.connect(service)
         history.connect(gr, service, form)
         for look in looks:

@@ -61,10 +61,7 @@ class Form:
         for title, names in ERASURE.folded.items():
             if names:
                 gr.Markdown(f"**{title}**")
-                for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
-                    with gr.Row():
-                        for name in pair:
-                            self.advanced[name] = ERASURE.control(gr, name, listed, self._automatic)
+                self.advanced.update(ERASURE.in_pairs(gr, names, listed, self._automatic))
         self.only_mask = gr.Button("Only make the mask", elem_id="salun_only_mask")
 
     def connect(self, service: Service) -> None:

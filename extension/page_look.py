@@ -70,8 +70,7 @@ class LookSection:
                     elem_id=f"{controls.prefix}model", **named_only(gr),
                 )  # fmt: skip
                 self.options = {"against": controls.control(gr, "against", listed)}
-            for name in controls.main[1:]:
-                self.options[name] = controls.control(gr, name, listed)
+            self.options.update(controls.in_pairs(gr, controls.main[1:], listed))
             text, button = look.button
             self.start = gr.Button(text, elem_id=button)
             self.status = gr.HTML("", elem_id=f"{look.id}_status")
@@ -79,7 +78,7 @@ class LookSection:
                 for title, folded in controls.folded.items():
                     if folded:
                         gr.Markdown(f"**{title}**")
-                        self.options.update({name: controls.control(gr, name, listed) for name in folded})
+                        self.options.update(controls.in_pairs(gr, folded, listed))
 
     def connect(self, service: Service) -> None:
         """Connect the section's events."""

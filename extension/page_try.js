@@ -26,6 +26,8 @@ function build(soon) {
   parts.message = make("div", { class: "salun-status", role: "status" });
   parts.error = make("div", { class: "salun-error", role: "alert" });
   parts.results = make("div", { class: "salun-tries" });
+  parts.hint = make("p", { class: "salun-nothing" }, "The images of the original and of the erased model appear here, " +
+    "side by side, from the same seed.");
   const strength = field("Strength", parts.strength, "0 is the original, 1 the erased model; −0.5 to 1.5");
   strength.querySelector("label").append(" ", parts.value);
   const submit = (event) => {
@@ -64,7 +66,7 @@ async function start() {
   }
 }
 
-// The form, wherever the page has its place, with the jobs' cards below.
+// The form, wherever the page has its place, with the jobs' cards next to it, or below where there is no room.
 export function fillTries(cards, soon) {
   const place = root().querySelector(".salun-try");
   if (!place) return;
@@ -73,10 +75,10 @@ export function fillTries(cards, soon) {
     parts.form = place.querySelector("form");
     listRuns();
   }
-  const boxes = cards.slice(0, SHOWN);
+  const boxes = cards.length ? cards.slice(0, SHOWN) : [parts.hint];
   if (boxes.some((box, i) => parts.results.children[i] !== box) || parts.results.children.length !== boxes.length) {
     parts.results.replaceChildren(...boxes);
-    if (boxes.length) set(parts.message, "");
+    if (cards.length) set(parts.message, "");
   }
 }
 

@@ -23,7 +23,7 @@ def main() -> None:
         sys.modules["salun_cli"] = module
         spec.loader.exec_module(module)
     elif importlib.util.find_spec("salun_cli") is None:
-        sys.exit("salun: the command line is not installed: run pip install salun")
+        sys.exit("salun: the command line is not installed: run pip install . in a clone of the repository")
     importlib.import_module("salun_cli.start").main()
 
 

@@ -220,10 +220,10 @@ def test_unknown_data_and_missing_libraries_say_what_to_do(monkeypatch: pytest.M
     with pytest.raises(DataError, match="give a folder, a hub id, or one of"):
         load_data("nothing-like-it")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install salun\[datasets\]"):
+    with pytest.raises(DataError, match=r'pip install "datasets>=2\.16,<5" \(the extra datasets\)'):
         load_data("cifar10")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"pip install salun\[classification\]"):
+    with pytest.raises(DataError, match=r'pip install "scikit-learn>=1\.3" \(the extra classification\)'):
         load_data("digits")
 
 

@@ -411,7 +411,7 @@ def test_a_clone_with_parquet_files_needs_the_extra(tmp_path: Path, monkeypatch:
     (tmp_path / "set" / "data").mkdir(parents=True)
     (tmp_path / "set" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install salun\[datasets\]"):
+    with pytest.raises(DataError, match=r'pip install "datasets>=2\.16,<5" \(the extra datasets\)'):
         load_data(str(tmp_path / "set"))
 
 

@@ -276,7 +276,7 @@ def test_models_that_are_not_there_say_what_to_do(tmp_path: Path, monkeypatch: p
     with pytest.raises(ModelError, match="cannot be loaded"):
         stock_model(str(tmp_path))
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ModelError, match=r"pip install salun\[timm\]"):
+    with pytest.raises(ModelError, match=r'pip install "timm>=0\.9\.12" \(the extra timm\)'):
         new_model("timm:resnet18", 3, 10, seed=0)
 
 

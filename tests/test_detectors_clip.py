@@ -492,7 +492,9 @@ def test_images_detector_says_what_is_wrong_with_the_examples(examples: Path, mo
     with pytest.raises(DataError, match=r"other cannot be read \(No such file"):
         load_detector(f"images:{examples}", inputs)
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
-    with pytest.raises(DataError, match=r"needs scikit-learn\. pip install salun\[classification\]"):
+    with pytest.raises(
+        DataError, match=r'needs scikit-learn\. pip install "scikit-learn>=1\.3" \(the extra classification\)'
+    ):
         load_detector(f"images:{examples}", inputs)
 
 

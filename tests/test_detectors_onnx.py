@@ -261,7 +261,7 @@ def test_open_nsfw_detect_takes_the_second_probability_in_batches() -> None:
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, bytes], OnnxFile]]:
     """Installs a package that cannot be imported, of a version and with a file; gives the file of version 1.0."""
     content = b"the network"
-    file = OnnxFile("salun-fake", "1.0", "salun_fake", "net.onnx", hashlib.sha256(content).hexdigest(), "fake")
+    file = OnnxFile("salun-fake", "1.0", "salun_fake", "net.onnx", hashlib.sha256(content).hexdigest(), "nudenet")
 
     def install(version: str, content: bytes = content) -> OnnxFile:
         (tmp_path / "salun_fake").mkdir()
@@ -281,7 +281,7 @@ def test_locate_gives_the_file_of_the_right_release(package: Callable[..., OnnxF
 
 
 def test_locate_names_the_command_that_installs_a_missing_package() -> None:
-    file = OnnxFile("salun-missing", "1.0", "salun_missing", "net.onnx", "", "fake")
+    file = OnnxFile("salun-missing", "1.0", "salun_missing", "net.onnx", "", "nudenet")
     with pytest.raises(ConfigError) as caught:
         onnx_file.locate(file, "fake:x")
     assert str(caught.value) == (
@@ -353,7 +353,7 @@ def test_open_model_names_the_extra_if_onnxruntime_is_missing(
 ) -> None:
     file = package("1.0")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"needs the package onnxruntime .*pip install 'salun\[fake\]'"):
+    with pytest.raises(ConfigError, match=r'onnxruntime .*pip install "onnxruntime>=1\.19" \(the extra nudenet\)'):
         onnx_file.open_model(file, "fake")
 
 

@@ -182,6 +182,8 @@ def test_imagenet_by_timm_does_not_cover_concepts_without_a_class(saved: Path) -
 def test_imagenet_by_timm_names_the_extra_if_timm_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50", "num_classes": 3}), encoding="utf-8")
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(DataError, match=r"it needs the package timm \(.*\)\. pip install salun\[timm\]") as caught:
+    with pytest.raises(
+        DataError, match=r'it needs the package timm \(.*\)\. pip install "timm>=0\.9\.12" \(the extra timm\)'
+    ) as caught:
         load_detector(f"imagenet:{tmp_path}", DetectorInputs([SEEN]))
     assert "\n" not in str(caught.value)

@@ -191,7 +191,9 @@ def test_fid_and_kid_of_few_images_are_unknown_with_the_reason(metric: Any) -> N
 def test_fid_and_kid_say_in_one_line_which_extra_they_need(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
     many = blank(inception.LEAST)
-    with pytest.raises(DataError, match=r"need the package torch-fidelity .*\. pip install salun\[fid\]") as caught:
+    with pytest.raises(
+        DataError, match=r'need the package torch-fidelity .*\. pip install "torch-fidelity>=0\.4" \(the extra fid\)'
+    ) as caught:
         metric(many, many)
     assert "\n" not in str(caught.value)
 

@@ -13,7 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # each layer may import itself and the layers before it
 LAYERS = [
-    {"salun.errors", "salun.version", "salun.progress", "salun.time_left", "salun.display", "salun.untrusted"},
+    {
+        "salun.errors",
+        "salun.extras",
+        "salun.version",
+        "salun.progress",
+        "salun.time_left",
+        "salun.display",
+        "salun.untrusted",
+    },
     {"salun.user_text", "salun.options", "salun.images", "salun.files", "salun.compute", "salun.masking.threshold"},
     {
         "salun.attacks",

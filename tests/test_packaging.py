@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -11,7 +12,38 @@ from pathlib import Path
 
 import pytest
 
+from salun.extras import PACKAGES, install_command
+
 ROOT = Path(__file__).resolve().parents[1]
+CODE = ("salun", "cli", "comfy_nodes", "extension", "scripts", "locales")
+OF_DEVELOPERS = {"docs", "browser", "dev"}  # no message names them
+
+
+def test_packages_of_the_extras_are_those_of_pyproject() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: tuple(packages) for name, packages in project["optional-dependencies"].items()}
+    assert {name: packages for name, packages in extras.items() if name not in OF_DEVELOPERS} == PACKAGES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (("fid",), 'pip install "torch-fidelity>=0.4" (the extra fid)'),
+        (("nudenet",), 'pip install "nudenet==3.0.8" "onnxruntime>=1.19" (the extra nudenet)'),
+        (("nudenet", "onnxruntime"), 'pip install "onnxruntime>=1.19" (the extra nudenet)'),
+    ],
+)
+def test_install_command_names_the_packages_and_the_extra(arguments: tuple[str, ...], command: str) -> None:
+    assert install_command(*arguments) == command
+
+
+def test_no_message_installs_salun_from_a_package_index() -> None:
+    """None has it, so that `pip install salun[ui]` would fail, or install what another person has put there."""
+    files = [file for folder in CODE for file in ROOT.glob(f"{folder}/**/*") if file.suffix in {".py", ".js", ".json"}]
+    assert len(files) > 300
+    wrong = re.compile(r"salun\[|pip install ['\"]?salun")
+    assert [file.name for file in files if wrong.search(file.read_text(encoding="utf-8"))] == []
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,23 @@ def test_the_first_two_shell_blocks_are_one_line_each() -> None:
     assert tests.strip().endswith("pytest -q -n 2 --dist loadfile")
 
 
+def test_places_that_wait_for_the_public_address_are_listed() -> None:
+    """CONTRIBUTING.md names each, and each says that there is no address yet."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The public address")[2]
+    section = guide.partition("\n## ")[0]
+    waiting = {
+        page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
+        for page in PAGES
+        if page.name != "CONTRIBUTING.md" and re.search(r"\bREPO\b", page.read_text(encoding="utf-8"))
+    }
+    assert set(re.findall(r"`([\w/-]+\.md)`", section)) == set(waiting)
+    assert [page for page, text in waiting.items() if not re.search(r"public\s+(address )?yet", text)] == []
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    empty = re.findall(r'^(\w+) = ""', project, re.M)
+    assert empty == ["PublisherId", "Icon"] and "\n[project.urls]" not in project
+    assert all(f"`{name}`" in section for name in [*empty, "[project.urls]"])
+
+
 def test_links_of_readme_and_docs_lead_to_files_and_headings() -> None:
     broken = []
     for page in PAGES:

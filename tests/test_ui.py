@@ -65,7 +65,7 @@ def test_an_empty_password_in_the_environment_is_refused(tmp_path: Path, monkeyp
 def test_without_gradio_the_extra_is_named(tmp_path: Path) -> None:
     done = salun(cwd=tmp_path, program=("-c", NO_GRADIO))
     assert done.returncode == 1
-    assert done.stderr.strip() == "salun: the page needs gradio. Install it: pip install 'salun[ui]'"
+    assert done.stderr.strip() == 'salun: the page needs gradio. Install it: pip install "gradio>=4.44" (the extra ui)'
 
 
 @pytest.fixture

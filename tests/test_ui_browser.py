@@ -155,7 +155,11 @@ def test_a_finished_run_is_tried_on_a_prompt_before_and_after(page: Any, server:
     ]  # fmt: skip
     (job,) = (server[1] / "jobs").glob("*/erased.png")
     assert job.read_bytes() != job.with_name("original.png").read_bytes()
-    assert page.locator(".salun-live .salun-job").count() == 1  # it is shown below its form, and nowhere else
+    assert page.locator(".salun-live .salun-job").count() == 1  # it is shown next to its form, and nowhere else
+    left, result = form.bounding_box(), tried.bounding_box()
+    assert result["x"] >= left["x"] + left["width"] and abs(result["y"] - left["y"]) < 20
+    jobs, section = (page.locator(place).bounding_box() for place in (".salun-live", "#salun_try"))
+    assert jobs["x"] + jobs["width"] == pytest.approx(section["x"] + section["width"], abs=1)
     tried.get_by_role("button", name="Remove").click()
     tried.wait_for(state="detached")
 
@@ -372,6 +376,8 @@ def test_a_narrow_dark_window_and_the_keyboard_do(page: Any, server: tuple[str, 
     page.goto(server[0] + "?__theme=dark")
     page.locator(".salun-job").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+    parts = [page.locator(place) for place in ("#salun_erase", ".salun-live", "#salun_try", "#salun_history")]
+    assert [part.bounding_box()["y"] for part in parts] == sorted(part.bounding_box()["y"] for part in parts)
     remove = newest(page).get_by_role("button", name="Remove")
     remove.focus()
     removed = page.locator(f'.salun-job[data-job="{newest(page).get_attribute("data-job")}"]')
@@ -380,20 +386,64 @@ def test_a_narrow_dark_window_and_the_keyboard_do(page: Any, server: tuple[str, 
     assert page.problems == []
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(page: Any, server: tuple[str, Path], theme: str) -> None:
-    """Names of controls, contrast and the like, with jobs, an error and a section open."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+SECTIONS = ("advanced", "history", "evaluate", "eval_more", "attack", "attack_more", "deltas")
+
+
+@pytest.fixture
+def everything(page: Any, server: tuple[str, Path]) -> Iterator[Any]:
+    """The page with every section open, and stand-ins of jobs in other states next to the real ones."""
+    jobs = page.request.get(f"{server[0]}salun/v1/status").json()["jobs"]
+    done = next(job for job in jobs if job["kind"] == "erase" and job["state"] == "done")
+    without = {**done, "result": None, "offers": []}
+    running = {**without, "state": "running", "open": True, "fraction": 0.4, "left": 100.0, "stage_label": "training"}
+    failed = {**without, "state": "failed", "error": "the loss is not finite at step 3. Use a smaller learning rate"}
+    images = {"kind": "sample", "previews": ["original.png", "erased.png"]}
+    tried = {**without, **images, "result": {"strength": 0.5, "prompt": "circle", "sensitive": True}}
+    named = {"running": running, "failed": failed, "tried": tried}
+    answer = {"jobs": [{**job, "id": name, "title": f"{name}: a circle"} for name, job in named.items()] + jobs}
+    page.route("**/salun/v1/status", lambda route: route.fulfill(json=answer))
+    page.route("**/salun/v1/preview?*", lambda route: route.fulfill(path=ROOT / "docs" / "mask.png"))
     page.set_viewport_size({"width": 1100, "height": 900})
-    page.goto(f"{server[0]}?__theme={theme}")
+    page.goto(f"{server[0]}?__theme=light")
+    page.locator('[data-job="tried"] img').nth(1).wait_for()
+    for name in SECTIONS:
+        unfold(page, name)
+    choose(page, "runs", done["run"])
+    page.locator("#salun_details .salun-verdict").wait_for()
+    for button in ("start_evaluation", "start_attack", "apply"):  # nothing is chosen: an error in each section
+        page.locator(f"#salun_{button}").click()
+    page.locator("#salun_delta_said .salun-bad").wait_for()
+    yield page
+    page.unroute("**/salun/v1/status")
+    page.unroute("**/salun/v1/preview?*")
+    page.goto(server[0])
     newest(page).wait_for()
-    unfold(page, "advanced")
-    unfold(page, "history")
-    page.locator("#salun_resume").click()
-    page.get_by_text("Choose a run first", exact=True).wait_for()
-    found = axe.Axe().run(page).response["violations"]
-    serious = [each for each in found if each["impact"] in ("serious", "critical")]
-    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in serious] == []
+
+
+def test_axe_finds_nothing_serious(everything: Any) -> None:
+    """Names of controls, contrast and the like: the whole page wide and light, narrow and dark, and a report."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+
+    def serious(part: str | None = None, *, dark: bool, width: int = 1100) -> list[Any]:
+        everything.evaluate("dark => document.body.classList.toggle('dark', dark)", dark)
+        everything.set_viewport_size({"width": width, "height": 900})
+        everything.wait_for_timeout(500)  # colors change gradually
+        found = axe.Axe().run(everything, part).response["violations"]
+        return [
+            (each["id"], [node["html"] for node in each["nodes"]])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ]
+
+    assert serious(dark=False) == []
+    assert serious(dark=True, width=380) == []
+    assert everything.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+    card = everything.locator('.salun-job[data-kind="erase"][data-state="done"]').first
+    card.get_by_role("button", name="Report").click()
+    everything.frame_locator(".salun-report iframe").locator("h1").wait_for()
+    assert serious(".salun-report", dark=True) == []
+    assert serious(".salun-report", dark=False) == []
+    assert everything.problems == []
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,20 @@
     python -m tools.doc_images --page     also erase by clicking in `salun ui` (needs the extra `browser` and Chromium)
 
 docs/strength.png: the same prompts and seeds at delta strengths 0, 0.5 and 1. docs/mask.png: where the selected weights
-are. docs/webui-page.png: the page of `salun ui` when the job is done. The run folder stays in build/doc_images/run, so
-that only the first call takes minutes.
+are. docs/webui-page.png: the page of `salun ui` when the job is done and a prompt was tried. The runs stay in
+build/doc_images/, so that only the first call takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -39,6 +42,14 @@ PROMPTS = (
 )
 ERASED = 3  # the first prompts, which ask for the concept
 TILE, GAP, LEFT, TOP, BOTTOM = 120, 8, 92, 30, 40
+RELATIVE = """folder => {
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const text = walker.currentNode.textContent;
+    if (text.includes(folder)) walker.currentNode.textContent = text.replaceAll(folder, "");
+  }
+}"""  # paths in the page, without the folder of this clone
+MINUTES = 60  # for the erasure, on a busy machine
 PAPER, INK, FAINT = (255, 255, 255), (31, 35, 40), (89, 99, 110)
 
 
@@ -95,30 +106,59 @@ def mask_density(folder: Path) -> np.ndarray:
     return densities({name: (counts[name], int(np.prod(shape))) for name, shape in mask.shapes.items()})
 
 
-def page() -> bytes:
-    """The page of `salun ui` after an erasure by clicking, as PNG; its data folder is new each time."""
+def page(again: bool) -> bytes:
+    """The page of `salun ui` after an erasure and a try by clicking, as PNG of 128 colors.
+
+    again: erase again, though an earlier call has.
+    """
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    data = RUN.parent / "ui"
-    shutil.rmtree(data, ignore_errors=True)
-    command = [sys.executable, "-m", "salun", "ui", "--port", "0", "--data", str(data)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server, sync_playwright() as started:
-        assert server.stdout is not None
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        shown = browser.new_page(viewport={"width": 1200, "height": 900})
-        shown.goto(server.stdout.readline().split(" ")[0])
+    home = RUN.parent / "page"
+    if again:
+        shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "salun", "ui", "--port", "0"]  # its data folder is home/salun-ui
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=home, env=environment)
+    try:
+        with sync_playwright() as started:
+            assert server.stdout is not None
+            browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            shown = browser.new_page(viewport={"width": 1280, "height": 900})
+            shown.set_default_timeout(MINUTES * 60_000)
+            shown.goto(server.stdout.readline().split(" ")[0])
+            shown.locator(".salun-live > *").first.wait_for()
+            _erase_and_try(shown)
+            shown.evaluate(RELATIVE, f"{home}{os.sep}")
+            shown.evaluate("window.scrollTo(0, 0)")
+            image = shown.screenshot(full_page=True)
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+    colors = Image.open(io.BytesIO(image)).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    colors.save(small := io.BytesIO(), "PNG", optimize=True)
+    return small.getvalue()
+
+
+def _erase_and_try(shown: Any) -> None:
+    """Erase by the default recipe and try a prompt, unless both were done. shown: the page in a browser."""
+    done = ".salun-job[data-state=done]"
+    if not shown.locator(f".salun-live {done}").count():
         shown.locator("#salun_preset input").first.click()
         shown.get_by_role("listbox").get_by_role("option", name=CONCEPT, exact=True).first.click()
         shown.locator("#salun_anchor").locator("input, textarea").first.fill(ANCHOR)
         shown.locator("#salun_erase").click()
-        shown.locator(".salun-job[data-state=done]").first.wait_for(timeout=30 * 60_000)
-        shown.wait_for_timeout(3000)  # images and charts
-        shown.evaluate("window.scrollTo(0, 0)")
-        image = shown.screenshot()
-        browser.close()
-        server.terminate()
-    return image
+        shown.locator(f".salun-live {done}").first.wait_for()
+    if not shown.locator(f".salun-tries {done}").count():
+        shown.locator(".salun-live").get_by_role("button", name="Try it").click()
+        shown.locator(".salun-try").get_by_label("Prompt").fill(PROMPTS[0])
+        shown.locator(".salun-try").get_by_role("button", name="Try it").click()
+        shown.locator(f".salun-tries {done}").first.wait_for()
+    shown.locator(".salun-plot svg").first.wait_for()
+    shown.locator(".salun-live img:visible").first.wait_for()
+    shown.locator(".salun-pair img:visible").nth(1).wait_for()
 
 
 def main() -> None:
@@ -131,7 +171,8 @@ def main() -> None:
         write_bytes(DOCS / f"{name}.png", png_bytes(image))
         print(DOCS / f"{name}.png")
     if arguments.page:
-        write_bytes(DOCS / "webui-page.png", page())
+        write_bytes(DOCS / "webui-page.png", page(arguments.again))
+        print(DOCS / "webui-page.png")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from salun.classification.hub import from_hub, is_saved, parquet_files
 from salun.classification.labeled import ImageData
 from salun.classification.tables import from_tables, tables_in
 from salun.errors import ConfigError, DataError
+from salun.extras import install_command
 from salun.images import list_images
 from salun.untrusted import read_yaml
 from salun.user_text import as_spelled
@@ -97,7 +98,7 @@ def _digits() -> ImageData:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("the data set digits needs scikit-learn", advice="pip install salun[classification]") from error
+        raise DataError("the data set digits needs scikit-learn", advice=install_command("classification")) from error
     digits = load_digits()
     images = torch.from_numpy((digits.images * 15).astype(np.uint8)).unsqueeze(1)
     return ImageData("digits", images, torch.from_numpy(digits.target).long(), tuple("0123456789"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from salun.classification.labeled import ROLES, ImageData, Sample, assembled, role_of, roles_of
 from salun.errors import DataError, some
+from salun.extras import install_command
 from salun.images import LFS, Source, is_hidden
 from salun.untrusted import read_json
 
@@ -41,7 +42,7 @@ def from_hub(name: str, preset: dict[str, Any], image_size: int | None = None) -
         import datasets
     except ImportError as error:
         raise DataError(
-            f"the data set {name!r} needs the package datasets", advice="pip install salun[datasets]"
+            f"the data set {name!r} needs the package datasets", advice=install_command("datasets")
         ) from error
     splits = _splits(name, preset)
     if "train" not in {role_of(split) for split in splits}:

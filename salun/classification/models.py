@@ -21,6 +21,7 @@ from salun.checkpoints.transformers_folder import PLAIN, check_config
 from salun.classification import pretrained
 from salun.classification.data import ImageData
 from salun.errors import ModelError
+from salun.extras import install_command
 from salun.randomness import seed_of
 from salun.runs.cache import digest_of
 from salun.untrusted import parse_json
@@ -276,7 +277,7 @@ def _timm(name: str, channels: int, classes: int) -> nn.Module:
         import timm
     except (ImportError, RuntimeError) as error:  # a torchvision made for another torch raises the latter
         raise ModelError(
-            f"the model timm:{name} needs the package timm ({error})", advice="pip install salun[timm]"
+            f"the model timm:{name} needs the package timm ({error})", advice=install_command("timm")
         ) from error
     try:
         made: nn.Module = timm.create_model(name, pretrained=False, in_chans=channels, num_classes=classes)

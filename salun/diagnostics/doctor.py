@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from salun.compute.device import pick_device, pick_dtype
 from salun.errors import SalunError
+from salun.extras import install_command, quoted
 from salun.runs.cache import Cache
 from salun.version import __version__
 
@@ -83,10 +84,11 @@ def _versions() -> Iterator[Finding]:
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Finding(name, "not installed", "fails", f"pip install '{line}'")
+            yield Finding(name, "not installed", "fails", f"pip install {quoted(line)}")
             continue
         low = not requirement.specifier.contains(version, prereleases=True)
-        advice = f"pip install '{line}'" if name != "torch" else "a newer torch: see pytorch.org for your GPU's build"
+        newer_torch = "a newer torch: see pytorch.org for your GPU's build"
+        advice = newer_torch if name == "torch" else f"pip install {quoted(line)}"
         yield Finding(name, version, "fails" if low else "ok", advice if low else "")
 
 
@@ -149,7 +151,7 @@ def _extras() -> Iterator[Finding]:
         try:
             yield Finding(name, f"{metadata.version(name)}, for {use}")
         except metadata.PackageNotFoundError:
-            yield Finding(name, f"not installed (only {use} needs it)", "note", f"pip install 'salun[{name}]'")
+            yield Finding(name, f"not installed (only {use} needs it)", "note", install_command(name))
 
 
 def _folders() -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from salun.checkpoints.sizes import check_size, first_line
 from salun.checkpoints.transformers_folder import SIDE, ModelFiles, check_config, entries_of, readable_weights
 from salun.errors import ModelError
 from salun.evaluation.pretrained import Network, Prepare
+from salun.extras import install_command
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def load_timm(
         import timm
     except (ImportError, RuntimeError) as error:  # a torchvision made for another torch raises the latter
         why = f"it needs the package timm ({first_line(error)})"
-        raise ModelError(files.lacking(name, why), advice="pip install salun[timm]") from error
+        raise ModelError(files.lacking(name, why), advice=install_command("timm")) from error
     try:
         arguments, described = _arguments(config), config.get("pretrained_cfg", config)  # older files have one level
         classes, prepare = _classes(config, described), _prepare(described)

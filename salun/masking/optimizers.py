@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from salun.errors import ConfigError
+from salun.extras import install_command
 from salun.masking.training import MakeOptimizer
 
 
@@ -19,7 +20,7 @@ def check_optimizer(name: str) -> None:
         raise ConfigError(
             "is adam8bit, but bitsandbytes is not installed",
             option="optimizer",
-            advice="`pip install salun[bitsandbytes]`, or use adam",
+            advice=f"Install it: {install_command('bitsandbytes')}, or use adam",
             code="no-bitsandbytes",
         )
 

@@ -11,6 +11,7 @@ from salun.classification.options import TaskOptions
 from salun.classification.predictions import Predicted, SplitPredictions
 from salun.errors import DataError
 from salun.evaluation.estimate import Estimate
+from salun.extras import install_command
 
 FEATURES = ("confidence", "entropy", "modified_entropy", "correctness", "probability")
 
@@ -63,7 +64,7 @@ def called_non_member(members: np.ndarray, others: np.ndarray, forgotten: np.nda
     try:
         from sklearn.svm import SVC
     except ImportError as error:
-        raise DataError("the MIA needs scikit-learn", advice="pip install salun[classification]") from error
+        raise DataError("the MIA needs scikit-learn", advice=install_command("classification")) from error
     attack = SVC(C=3, gamma="auto", kernel="rbf")
     attack.fit(np.concatenate([members, others]), np.r_[np.ones(len(members)), np.zeros(len(others))])
     non_members: np.ndarray = attack.predict(forgotten) == 0

@@ -27,6 +27,7 @@ from salun.diffusion.model.settings import ModelSettings, settings_for
 from salun.diffusion.model.sizes import SampledSizes
 from salun.diffusion.options import EraseOptions
 from salun.errors import ConfigError, DataError
+from salun.extras import install_command
 
 CHUNKS = 4  # of a long prompt, at most
 
@@ -352,7 +353,7 @@ def _use_xformers(unet: Any, device: torch.device) -> None:
         raise ConfigError(
             "is xformers, which is not installed",
             option="attention",
-            advice="Install it by `pip install salun[xformers]`, or use sdpa",
+            advice=f"Install it: {install_command('xformers')}, or use sdpa",
         )
     if device.type != "cuda":
         raise ConfigError(f"is xformers, which needs a CUDA GPU, not {device}", option="attention", advice="Use sdpa")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from salun.errors import DataError, some
+from salun.extras import install_command
 from salun.untrusted import read_text
 
 COLUMNS = {  # field of `PromptRow` → names of its column, in the order of preference
@@ -120,7 +121,7 @@ def prompts_of_hub(repo: str, revision: str | None = None, split: str = "train")
         import datasets
     except ImportError as error:
         raise DataError(
-            f"the prompts {repo!r} need the package datasets", advice="pip install salun[datasets]"
+            f"the prompts {repo!r} need the package datasets", advice=install_command("datasets")
         ) from error
     try:
         data = datasets.load_dataset(repo, split=split, revision=revision)

@@ -19,6 +19,7 @@ import numpy as np
 from salun.errors import ConfigError, DataError
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.detector import Detection, DetectorInputs, Samples, Subject, Target, clip_embeddings
+from salun.extras import install_command
 from salun.files import sha256_file
 from salun.images import counted, list_images, read_image, white_level
 from salun.progress import Progress, silent
@@ -82,7 +83,7 @@ def load(inputs: DetectorInputs) -> ExampleDetector:
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise DataError("the detector images needs scikit-learn", advice="pip install salun[classification]") from error
+        raise DataError("the detector images needs scikit-learn", advice=install_command("classification")) from error
     folder = as_spelled(Path(unquoted(inputs.argument)).expanduser())
     files = {name: _examples(folder / name) for name in (CONCEPT, OTHER)}
     model = inputs.clip or ClipModel(device=inputs.device)

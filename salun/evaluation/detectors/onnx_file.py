@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from salun.errors import ConfigError
+from salun.extras import install_command
 from salun.files import sha256_file
 
 OnnxModel = Callable[[np.ndarray], np.ndarray]  # a batch of inputs → its outputs, both float32
@@ -125,7 +126,7 @@ def open_model(
         import onnxruntime
     except ImportError as error:
         reason = f"needs the package onnxruntime ({error})"
-        raise _unusable(detector, reason, f"Install it: pip install 'salun[{file.extra}]'") from error
+        raise _unusable(detector, reason, f"Install it: {install_command(file.extra, 'onnxruntime')}") from error
     providers = providers_for(torch.device(device), onnxruntime.get_available_providers())
     session = onnxruntime.InferenceSession(str(checked), providers=providers)
     name = session.get_inputs()[0].name

@@ -13,6 +13,7 @@ import numpy as np
 from salun.errors import DataError, literal
 from salun.evaluation.estimate import Estimate
 from salun.evaluation.image_metric import Distance, ImageMetricInputs, ImageSet, ImageValue, too_few
+from salun.extras import install_command
 from salun.files import sha256_file
 from salun.progress import Event, Progress, Stage, silent
 
@@ -152,7 +153,7 @@ def _library() -> Any:
     except (ImportError, RuntimeError) as error:  # a torchvision made for another torch raises the latter
         reason = str(error).splitlines()[0]
         raise DataError(
-            f"FID and KID need the package torch-fidelity ({reason})", advice="pip install salun[fid]"
+            f"FID and KID need the package torch-fidelity ({reason})", advice=install_command("fid")
         ) from error
     return torch_fidelity
 

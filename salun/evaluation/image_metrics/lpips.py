@@ -11,6 +11,7 @@ from salun.checkpoints.hashing import base_hash
 from salun.errors import DataError
 from salun.evaluation.estimate import Estimate
 from salun.evaluation.image_metric import ImageMetricInputs, ImageSet, ImageValue, too_few
+from salun.extras import install_command
 from salun.progress import Event, Progress, Stage, silent
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def load(inputs: ImageMetricInputs) -> Lpips:
         import lpips
     except (ImportError, RuntimeError) as error:  # a torchvision made for another torch raises the latter
         reason = str(error).splitlines()[0]
-        raise DataError(f"LPIPS needs the package lpips ({reason})", advice="pip install salun[lpips]") from error
+        raise DataError(f"LPIPS needs the package lpips ({reason})", advice=install_command("lpips")) from error
     try:
         network = lpips.LPIPS(net="alex", verbose=False)
     except OSError as error:  # of the network or the disk
