@@ -28,22 +28,23 @@ from salun.evaluation.metric import Predictions
 from salun.masking.mask import Mask
 from salun.masking.optimizers import check_optimizer
 from salun.report.image_grid import stack
-from salun.report.metrics import verdict_lines
+from salun.report.metrics import measured_lines, verdict_lines
 from salun.runs.cache import key_of
 from salun.runs.record import RunRecord
 
 from .data import check_data
-from .execution import computes, graph_and_plan, run_record
+from .execution import computes, graph_and_plan, load_cached_mask, run_record, save_cached_mask
 from .images import SamplePreview, TrainingPreview, text_image, to_image
 from .inputs import WIRES, option_inputs, options_validation, wires
+from .mask import summary
 from .model import GraphModel
 from .patches import apply_delta_patch
 from .progress import ComfyProgress
 from .storage import cache, state_folder
 from .types import DELTA, MASK, Concepts, Data, Node, OptionValues, data_on
 
-Result = tuple[Delta, Tensor, str]
-"""(delta, before-and-after IMAGE, metrics as JSON)."""
+Result = tuple[Delta, Tensor, str, Mask]
+"""(delta, before-and-after IMAGE, metrics as JSON, mask)."""
 SIDES = ("before", "after")
 
 
@@ -51,14 +52,16 @@ class SalUnErase(Node):
     """Erases a concept from the MODEL in the graph."""
 
     TITLE = "SalUn Erase"
-    RETURN_TYPES = ("MODEL", DELTA, "IMAGE", "STRING", "STRING")
-    RETURN_NAMES = ("model", "delta", "before_after", "metrics", "verdict")
+    RETURN_TYPES = ("MODEL", DELTA, "IMAGE", "STRING", "STRING", MASK, "STRING")  # saved graphs count outputs
+    RETURN_NAMES = ("model", "delta", "before_after", "metrics", "verdict", "mask", "summary")
     OUTPUT_TOOLTIPS = (
         "The erased model, for a KSampler or any other node that takes a MODEL.",
         "The weight differences, for Save Delta, Save Erased Checkpoint, Save as LoRA and Apply Delta.",
         "Images of forget and retain prompts, before and after, at equal seeds.",
         "Metrics, losses and options as JSON.",
         "Whether the concept is erased and the rest intact, and what to do next.",
+        "Mask of the weights that were trained, for Save Mask, Mask Heatmap and other erasures of the same model.",
+        "Concept, selected weights, metrics and notes as lines of text.",
     )
     DESCRIPTION = (
         "Erases a concept from a model by SalUn: the weights that the concept depends on most are trained, and all "
@@ -119,7 +122,7 @@ class SalUnErase(Node):
         data: Data | None = None,
         options: OptionValues | None = None,
         **values: Any,
-    ) -> tuple[Any, Delta, Tensor, str, str]:
+    ) -> tuple[Any, Delta, Tensor, str, str, Mask, str]:
         graph, plan = graph_and_plan(model, clip, vae, concept, values, options)
         check_optimizer(plan.options.optimizer)
         check_data(data, graph, plan)
@@ -140,9 +143,11 @@ class SalUnErase(Node):
                         bar.preview = TrainingPreview(graph, plan, content)
                     run = unlearn(RunContext(graph, plan, record, bar, cache()), content, mask)
                 result = _cached(record.fingerprint, run)  # the state is removed only once the result is cached
-        delta, image, metrics = result
-        verdict = "\n".join(verdict_lines(json.loads(metrics)["metrics"]))
-        return apply_delta_patch(model, delta, graph.original()), delta, image, metrics, verdict
+        delta, image, metrics, trained = result
+        facts = json.loads(metrics)
+        verdict = "\n".join(verdict_lines(facts["metrics"]))
+        after = apply_delta_patch(model, delta, graph.original())
+        return after, delta, image, metrics, verdict, trained, _summary(facts, trained)
 
 
 @contextmanager
@@ -180,24 +185,33 @@ def _cached(key: str, run: Run) -> Result:
     metrics = json.dumps(facts, indent=1)
     size = sum(change.indices.nbytes + change.planes.nbytes for change in run.delta.changes.values())
     cache().save(key_of(delta_of=key), size, run.delta.save)
+    save_cached_mask(cache(), key_of(mask_of=key), run.mask)
     tensors = {"metrics": torch.from_numpy(np.frombuffer(metrics.encode(), np.uint8).copy())}
     for side, evaluation in zip(SIDES, (run.before, run.after), strict=True):
         shown = {"forget": evaluation.forget, "retain": evaluation.retain}
         tensors |= {f"{side} {part}": torch.from_numpy(samples.images) for part, samples in shown.items()}
     cache().put(key, tensors)
-    return run.delta, _before_after(run.plan, run.prompts, run.before, run.after), metrics
+    return run.delta, _before_after(run.plan, run.prompts, run.before, run.after), metrics, run.mask
 
 
 def _load_cached(key: str, graph: GraphModel, plan: Plan) -> Result | None:
     """The result of an earlier run with the same inputs. Its images are drawn again, since blurring may differ."""
     tensors = cache().get(key)
     delta = cache().load(key_of(delta_of=key), Delta.load) if tensors is not None else None
-    if tensors is None or delta is None or delta.base_hash != graph.base_hash:
+    mask = load_cached_mask(cache(), key_of(mask_of=key)) if delta is not None else None
+    if tensors is None or delta is None or mask is None or delta.base_hash != graph.base_hash:
         return None
     before, after = (_shown(tensors[f"{side} forget"], tensors[f"{side} retain"]) for side in SIDES)
     prompts = eval_prompts(plan, plan.recipe.eval_images, plan.options.seed)
     image = _before_after(plan, prompts, before, after)
-    return delta, image, tensors["metrics"].numpy().tobytes().decode()
+    return delta, image, tensors["metrics"].numpy().tobytes().decode(), mask
+
+
+def _summary(facts: dict[str, Any], mask: Mask) -> str:
+    """An erasure in lines of text. facts: those of `_cached`."""
+    concepts = [f"{each['name']} → {each['anchor'] or 'the empty prompt'}" for each in facts["concepts"]]
+    lines = ["Concept: " + ", ".join(concepts), f"Mask: {summary(mask)}", *measured_lines(facts["metrics"])]
+    return "\n".join([*lines, *(f"Note: {note}" for note in facts["notes"])])
 
 
 def _shown(forget: Tensor, retain: Tensor) -> Evaluation:

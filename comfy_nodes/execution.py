@@ -7,15 +7,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 
 from salun.compute.device import fix_cublas
 from salun.diffusion.plan import Plan, make_plan
-from salun.errors import Cancelled, SalunError
+from salun.errors import Cancelled, MaskError, SalunError
 from salun.masking.mask import Mask
-from salun.runs.cache import digest_of
+from salun.runs.cache import Cache, digest_of
 from salun.runs.record import RunRecord
 from salun.version import __version__
 
@@ -30,6 +31,7 @@ ADVICE = {  # error code → advice, where it differs from that on the command l
     "other-model-mask": "Make one with SalUn Saliency Mask",
 }
 EMBEDDING = "embedding:"  # ComfyUI's syntax for a textual inversion in a prompt
+DIGEST = "digest"  # metadata key of a cached mask
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 
@@ -126,3 +128,23 @@ def mask_digest(mask: Mask) -> str:
         digest.update(f"{name}\0".encode())
         digest.update(row.data)
     return digest.hexdigest()
+
+
+def save_cached_mask(cache: Cache, key: str, mask: Mask) -> None:
+    """Store a mask in the cache, with a digest of its content."""
+    stored = Mask(mask.bits, mask.shapes, {**mask.metadata, DIGEST: mask_digest(mask)})
+    cache.save(key, sum(row.nbytes for row in mask.bits.values()), stored.save)
+
+
+def load_cached_mask(cache: Cache, key: str) -> Mask | None:
+    """A mask of the cache, or None if there is no valid one."""
+
+    def read(path: Path) -> Mask:
+        stored = Mask.load(path)
+        metadata = {name: text for name, text in stored.metadata.items() if name != DIGEST}
+        mask = Mask(stored.bits, stored.shapes, metadata)
+        if stored.metadata.get(DIGEST) != mask_digest(mask):
+            raise MaskError(f"{path} is damaged: its content is not what was written")
+        return mask
+
+    return cache.load(key, read)

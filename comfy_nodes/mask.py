@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,19 +11,17 @@ from salun.diffusion.context import training_session
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.masks import find_mask
 from salun.diffusion.stages import mask_stages
-from salun.errors import ConfigError, MaskError
+from salun.errors import ConfigError
 from salun.masking.mask import Mask
 from salun.report.image_grid import densities
 
 from .data import check_data
-from .execution import computes, graph_and_plan, mask_digest, run_record
+from .execution import computes, graph_and_plan, load_cached_mask, run_record, save_cached_mask
 from .images import SamplePreview, to_image
 from .inputs import option_inputs, options_validation, wires
 from .progress import ComfyProgress
 from .storage import cache
 from .types import MASK, Concepts, Data, Node, OptionValues, data_on
-
-DIGEST = "digest"  # metadata key of a cached mask
 
 
 class SalUnSaliencyMask(Node):
@@ -66,7 +63,7 @@ class SalUnSaliencyMask(Node):
         graph, plan = graph_and_plan(model, clip, None, concept, values, options)
         check_data(data, graph, plan)
         key = run_record("mask", graph, plan, data).fingerprint
-        mask = cache().load(key, _load_cached)
+        mask = load_cached_mask(cache(), key)
         if mask is None:
             samples = plan.recipe.forget_latents * len(plan.concepts) if data is None and plan.by_saliency else 0
             content = data.content if data is not None else None
@@ -79,18 +76,8 @@ class SalUnSaliencyMask(Node):
                 result = find_mask(graph, content, plan, bar)
             mask = result.mask
             mask = Mask(mask.bits, mask.shapes, {**mask.metadata, "warnings": "; ".join(result.warnings)})
-            stored = Mask(mask.bits, mask.shapes, {**mask.metadata, DIGEST: mask_digest(mask)})
-            cache().save(key, sum(row.nbytes for row in mask.bits.values()), stored.save)
+            save_cached_mask(cache(), key, mask)
         return mask, summary(mask)
-
-
-def _load_cached(path: Path) -> Mask:
-    """A mask from the cache. Raises MaskError if its content is not what was written."""
-    stored = Mask.load(path)
-    mask = Mask(stored.bits, stored.shapes, {name: text for name, text in stored.metadata.items() if name != DIGEST})
-    if stored.metadata.get(DIGEST) != mask_digest(mask):
-        raise MaskError(f"{path} is damaged: its content is not what was written")
-    return mask
 
 
 class SalUnCombineMasks(Node):

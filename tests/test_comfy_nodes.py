@@ -365,9 +365,9 @@ def erased(model: Any, family: str = "sd1", **changes: Any) -> tuple[Any, Delta,
     """SalUn Erase and, for changes of options that are not its inputs, SalUn Options."""
     shared = {name: changes.pop(name) for name in list(changes) if name in SHARED}
     inputs = parts(model=model, clip=Clip(family), options=options(**shared), **TINY)
-    *result, verdict = call("SalUnErase", **{**inputs, **changes})
+    after, delta, image, metrics, verdict, *_ = call("SalUnErase", **{**inputs, **changes})
     assert verdict.splitlines()[1].startswith("Next: ")
-    return tuple(result)
+    return after, delta, image, metrics
 
 
 @functools.cache
@@ -726,6 +726,20 @@ def test_same_inputs_train_once_and_a_changed_option_trains(host: Host) -> None:
     assert erased(Patcher(), lr=2e-3)[1].result_hash != first.result_hash and host.bar
 
 
+def test_mask_and_summary_of_a_cached_erasure_are_those_of_its_training(host: Host) -> None:
+    inputs = parts(**{**TINY, "eval_images": 2})
+    names = NODE_CLASS_MAPPINGS["SalUnErase"].RETURN_NAMES
+    trained, cached = (dict(zip(names, call("SalUnErase", **inputs), strict=True)) for _ in range(2))
+    for result in (trained, cached):
+        mask, lines = result["mask"], result["summary"].splitlines()
+        assert mask.selected == json.loads(result["metrics"])["mask"]["selected"] >= result["delta"].changed
+        assert lines[:2] == ["Concept: a cat → a dog", f"Mask: {mask.selected:,} of {mask.total:,} weights (50.00%)"]
+        assert any(line.startswith("Drift of other images: ") for line in lines[2:])
+    assert trained["mask"] is not cached["mask"], "the second comes out of the cache"
+    assert trained["mask"] == cached["mask"] and trained["mask"].metadata == cached["mask"].metadata
+    assert trained["summary"] == cached["summary"]
+
+
 def test_metrics_of_salun_soft_have_the_mask_of_the_result(host: Host) -> None:
     _, delta, _, metrics = erased(Patcher(), method="salun-soft", density=0.1, steps=4)
     mask = json.loads(metrics)["mask"]
@@ -916,7 +930,7 @@ def test_cached_results_count_as_used_and_damaged_ones_are_made_again(host: Host
 
     assert same() and not host.bar
     used = [path for path, _, at in cache().entries() if at > 1]
-    assert len(used) == 3, "a mask, a delta, and its images and metrics"
+    assert len(used) == 4, "a mask, a delta, its mask, and its images and metrics"
     for path in used:
         content = bytearray(path.read_bytes())
         content[-3] ^= 1  # of the last tensor

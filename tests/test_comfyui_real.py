@@ -471,7 +471,7 @@ def test_6_nodes_that_sample_show_what_they_sample(server: Server) -> None:
     del prompt["erase"]
     prompt |= {"keep": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="shown")}
     judged = {"before": ["load", 0], "after": ["lora", 0], "vae": ["load", 2], "n": 2, "seed": 22}
-    judged |= {name: PARTS[name] for name in ("clip", "concept", "options")}
+    judged |= {name: PARTS[name] for name in ("clip", "concept", "options")} | {"detector": "auto"}
     prompt["lora"] = node("LoraLoaderModelOnly", model=["load", 0], lora_name=_small_lora(server), strength_model=0.7)
     prompt |= {"judge": node("SalUnEvaluate", **judged), "see": node("PreviewImage", images=["judge", 0])}
     with Events(server) as events:
@@ -485,7 +485,9 @@ def test_6_nodes_that_sample_show_what_they_sample(server: Server) -> None:
 
 
 def test_7_the_saved_files_through_stock_loaders_give_the_erased_model(server: Server, checkpoint: Path) -> None:
-    whole = node("SalUnSaveAsLora", model=["load", 0], delta=["erase", 1], filename_prefix="whole", energy=0.9, rank=0)
+    whole = node(
+        "SalUnSaveAsLora", model=["load", 0], delta=["erase", 1], filename_prefix="whole", energy=0.9, rank="auto"
+    )
     whole["inputs"]["kind"] = "every difference"
     prompt = {
         **erasing(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from salun.checkpoints.locate import ASSETS
 from salun.diffusion.data.latents import item_seed, sample_images, sample_latents
@@ -12,6 +13,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.errors import ConfigError, DataError
 from salun.evaluation.detector import DetectorInputs, Subject, Target, load_detector
 from salun.evaluation.detectors.attribute import AttributeClassifier, load_classifier
+from tools.shapes import comfyui as widening
 
 ORACLE = ASSETS / "shapes" / "oracle"
 
@@ -99,3 +101,28 @@ def test_load_classifier_rejects_files_that_do_not_fit(tmp_path: object) -> None
         load_classifier(folder)
     with pytest.raises(DataError, match="nowhere"):
         load_classifier(folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("layout", "groups", "differing"),
+    [
+        (widening.LOW, 16, 0),
+        (widening.HIGH, 16, 0),
+        (widening.joined(widening.HIGH, widening.HIGH), 16, 0),
+        (widening.joined(widening.LOW, widening.LOW), 16, 0),
+        (widening.joined(widening.HIGH, widening.LOW_IN_THREES), 16, 12),
+        (widening.INSIDE[64], 1, 0),
+        (widening.grouped(48, 512, [*range(8)] * 4), 8, 0),
+        (widening.grouped(64, 512, [*[None] * 16, *range(8), *range(8)]), 8, 0),
+    ],
+)
+def test_a_norm_of_a_widened_tensor_is_that_of_the_original(
+    layout: widening.Layout, groups: int, differing: int
+) -> None:
+    """The checkpoint for ComfyUI: its norms have 32 groups (a layer norm 1), with the original's statistics."""
+    channels = layout.write.shape[1]
+    x = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    wide = torch.einsum("Oo,boyx->bOyx", layout.write, x)
+    normed = torch.einsum("Oo,boyx->bOyx", layout.read, F.group_norm(wide, 1 if groups == 1 else 32))
+    apart = (normed - F.group_norm(x, groups)).abs().amax((0, 2, 3))
+    assert int((apart > 1e-9).sum()) == differing

@@ -2,8 +2,8 @@
 
     python tools/comfy_workflows.py
 
-Widgets' values follow the nodes' INPUT_TYPES, so a changed input needs no editing by hand. Nodes stand in columns; the
-numbers in the notes are those of docs/performance.md.
+Widgets' values follow the nodes' INPUT_TYPES, so a changed input needs no editing by hand. Nodes stand in the columns
+of two rows; the numbers in the notes are those of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ STOCK: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
     "MarkdownNote": ({}, ["text"], []),
 }
 Graph = dict[str, tuple[str, int, dict[str, Any]]]
-"""name → (class, column, inputs): an input is a value, or ("@name", output) for a wire. A stock node shows its name."""
-WIDTHS = {"MarkdownNote": 440, "PreviewAny": 400, "PreviewImage": 400, "KSampler": 300, "CLIPTextEncode": 340}
-HEIGHTS = {"MarkdownNote": 640, "PreviewAny": 200, "PreviewImage": 320, "CLIPTextEncode": 140}
-WIDTH, TITLE, SLOT, WIDGET, TEXT, GAP = 340, 30, 20, 24, 70, 50  # pixels
+"""name → (class, column, inputs): an input is a value, or ("@name", output) for a wire. A stock node shows its name.
+Columns from SECOND_ROW on stand below the others, except for the note's."""
+SECOND_ROW = 10
+WIDTHS = {"MarkdownNote": 400, "PreviewAny": 360, "PreviewImage": 360, "KSampler": 320, "CLIPTextEncode": 320}
+HEIGHTS = {"MarkdownNote": 520, "PreviewAny": 190, "PreviewImage": 320, "CLIPTextEncode": 120}
+WIDTH, TITLE, SLOT, WIDGET, TEXT, GAP = 320, 30, 20, 24, 70, 60  # pixels
 
 SAMPLER = {
     "seed": 1,
@@ -94,13 +96,16 @@ def note(title: str, *steps: str, training: bool = True) -> tuple[str, int, dict
 
 
 def sampled(models: dict[str, tuple[str, int]], column: int) -> Graph:
-    """One prompt in several models, with the same noise. models: name → the wire it comes by."""
+    """One prompt in several models, with the same noise, each in a column of its own after that of the prompt.
+
+    models: name → the wire it comes by.
+    """
     graph: Graph = {
         "prompt": ("CLIPTextEncode", column, {"clip": ("@load", 1), "text": PROMPT}),
         "negative prompt": ("CLIPTextEncode", column, {"clip": ("@load", 1), "text": ""}),
         "latent": ("EmptyLatentImage", column, {"width": 512, "height": 512, "batch_size": 1}),
     }
-    for name, wire in models.items():
+    for at, (name, wire) in enumerate(models.items(), column + 1):
         wires = {
             "model": wire,
             "positive": ("@prompt", 0),
@@ -108,9 +113,9 @@ def sampled(models: dict[str, tuple[str, int]], column: int) -> Graph:
             "latent_image": ("@latent", 0),
         }
         decode = {"samples": (f"@sample {name}", 0), "vae": ("@load", 2)}
-        graph[f"sample {name}"] = ("KSampler", column + 1, {**wires, **SAMPLER})
-        graph[f"decode {name}"] = ("VAEDecode", column + 1, decode)
-        graph[name] = ("PreviewImage", column + 2, {"images": (f"@decode {name}", 0)})
+        graph[f"sample {name}"] = ("KSampler", at, {**wires, **SAMPLER})
+        graph[f"decode {name}"] = ("VAEDecode", at, decode)
+        graph[name] = ("PreviewImage", at, {"images": (f"@decode {name}", 0)})
     return graph
 
 
@@ -119,7 +124,7 @@ CONCEPT: Graph = {"concept": ("SalUnConcept", 1, {"preset": "van gogh"})}
 PARTS = {"model": ("@load", 0), "clip": ("@load", 1)}
 BOTH = {"before": ("@load", 0), "clip": ("@load", 1), "vae": ("@load", 2)}
 WHAT = {"concept": ("@concept", 0), "options": ("@options", 0)}
-DELTA: Graph = {"delta": ("SalUnLoadDelta", 1, {"file": "erased_00001_.salun.safetensors"})}
+DELTA: Graph = {"delta": ("SalUnLoadDelta", 2, {"file": "erased_00001_.salun.safetensors"})}
 WORKFLOWS: dict[str, Graph] = {
     "erase_a_concept": {
         "note": note(
@@ -128,18 +133,18 @@ WORKFLOWS: dict[str, Graph] = {
             "Erased Checkpoint*.",
             "Choose a preset in *SalUn Concept*, or `custom` and a text.",
             "Run. The verdict says whether the concept is erased and the rest intact. The images of a prompt of your "
-            "own, before and after, are at the right.",
+            "own, before and after, are at the bottom.",
             "The erased checkpoint is in `output/checkpoints`, the delta, which can be undone, in `output/salun`.",
         ),
         **LOADER,
         **CONCEPT,
         "erase": ("SalUnErase", 2, {**PARTS, "vae": ("@load", 2), "concept": ("@concept", 0)}),
-        "save delta": ("SalUnSaveDelta", 2, {"delta": ("@erase", 1), "filename_prefix": "erased"}),
-        "save checkpoint": ("SalUnSaveErasedCheckpoint", 2, {"delta": ("@erase", 1), "ckpt_name": CHECKPOINT}),
         "verdict": ("PreviewAny", 3, {"source": ("@erase", 4)}),
         "before and after": ("PreviewImage", 3, {"images": ("@erase", 2)}),
-        "saved": ("PreviewAny", 3, {"source": ("@save checkpoint", 1)}),
-        **sampled({"before": ("@load", 0), "after": ("@erase", 0)}, 4),
+        "save delta": ("SalUnSaveDelta", 4, {"delta": ("@erase", 1), "filename_prefix": "erased"}),
+        "save checkpoint": ("SalUnSaveErasedCheckpoint", 4, {"delta": ("@erase", 1), "ckpt_name": CHECKPOINT}),
+        "saved": ("PreviewAny", 4, {"source": ("@save checkpoint", 1)}),
+        **sampled({"before": ("@load", 0), "after": ("@erase", 0)}, 11),
     },
     "mask_and_data": {
         "note": note(
@@ -154,23 +159,23 @@ WORKFLOWS: dict[str, Graph] = {
         ),
         **LOADER,
         **CONCEPT,
-        "options": ("SalUnOptions", 1, {}),
-        "data": ("SalUnTrainingData", 2, {**PARTS, **WHAT}),
-        "mask": ("SalUnSaliencyMask", 2, {**PARTS, **WHAT, "data": ("@data", 0)}),
-        "save mask": ("SalUnSaveMask", 2, {"mask": ("@mask", 0), "filename_prefix": "mask"}),
-        "heatmap": ("SalUnMaskHeatmap", 2, {"mask": ("@mask", 0)}),
+        "options": ("SalUnOptions", 2, {}),
+        "data": ("SalUnTrainingData", 3, {**PARTS, **WHAT}),
+        "mask": ("SalUnSaliencyMask", 3, {**PARTS, **WHAT, "data": ("@data", 0)}),
+        "save mask": ("SalUnSaveMask", 11, {"mask": ("@mask", 0), "filename_prefix": "mask"}),
+        "heatmap": ("SalUnMaskHeatmap", 11, {"mask": ("@mask", 0)}),
         "erase": (
             "SalUnErase",
-            3,
+            4,
             {**PARTS, **WHAT, "vae": ("@load", 2), "mask": ("@mask", 0), "data": ("@data", 0), "eval_images": 0},
         ),
-        "mask summary": ("PreviewAny", 3, {"source": ("@mask", 1)}),
-        "mask heatmap": ("PreviewImage", 3, {"images": ("@heatmap", 0)}),
-        "evaluate": ("SalUnEvaluate", 4, {**BOTH, **WHAT, "after": ("@erase", 0), "n": 16}),
-        "save lora": ("SalUnSaveAsLora", 4, {"model": ("@load", 0), "delta": ("@erase", 1)}),
-        "verdict": ("PreviewAny", 5, {"source": ("@evaluate", 2)}),
-        "before and after": ("PreviewImage", 5, {"images": ("@evaluate", 0)}),
-        "lora summary": ("PreviewAny", 5, {"source": ("@save lora", 1)}),
+        "mask summary": ("PreviewAny", 11, {"source": ("@mask", 1)}),
+        "mask heatmap": ("PreviewImage", 12, {"images": ("@heatmap", 0)}),
+        "evaluate": ("SalUnEvaluate", 13, {**BOTH, **WHAT, "after": ("@erase", 0), "n": 16}),
+        "save lora": ("SalUnSaveAsLora", 12, {"model": ("@load", 0), "delta": ("@erase", 1)}),
+        "verdict": ("PreviewAny", 14, {"source": ("@evaluate", 2)}),
+        "before and after": ("PreviewImage", 14, {"images": ("@evaluate", 0)}),
+        "lora summary": ("PreviewAny", 14, {"source": ("@save lora", 1)}),
     },
     "apply_a_delta": {
         "note": note(
@@ -179,6 +184,8 @@ WORKFLOWS: dict[str, Graph] = {
             "Delta*.",
             "Strength 0 is the original, 1 the erased model; below 0 the concept becomes stronger.",
             "Several *SalUn Apply Delta* can follow each other, in any order; so can LoRAs.",
+            "There is no verdict here, since three images of one prompt are too few for one. *Evaluate and attack* "
+            "gives that of a delta.",
             training=False,
         ),
         **LOADER,
@@ -186,12 +193,12 @@ WORKFLOWS: dict[str, Graph] = {
         **{
             f"apply {strength}": (
                 "SalUnApplyDelta",
-                2,
+                column,
                 {"model": ("@load", 0), "delta": ("@delta", 0), "strength": strength},
             )
-            for strength in (0.5, 1.0)
+            for column, strength in ((3, 0.5), (4, 1.0))
         },
-        **sampled({"original": ("@load", 0), "strength 0.5": ("@apply 0.5", 0), "strength 1": ("@apply 1.0", 0)}, 3),
+        **sampled({"original": ("@load", 0), "strength 0.5": ("@apply 0.5", 0), "strength 1": ("@apply 1.0", 0)}, 11),
     },
     "evaluate_and_attack": {
         "note": note(
@@ -205,11 +212,11 @@ WORKFLOWS: dict[str, Graph] = {
         **LOADER,
         **DELTA,
         **CONCEPT,
-        "apply": ("SalUnApplyDelta", 1, {"model": ("@load", 0), "delta": ("@delta", 0), "strength": 1.0}),
+        "apply": ("SalUnApplyDelta", 2, {"model": ("@load", 0), "delta": ("@delta", 0), "strength": 1.0}),
         "evaluate": ("SalUnEvaluate", 3, {**BOTH, "concept": ("@concept", 0), "after": ("@apply", 0)}),
         "attack": (
             "SalUnAttack",
-            2,
+            13,
             {
                 **{**BOTH, "concept": ("@concept", 0), "after": ("@apply", 0)},
                 "attack": "seeds\nnoise\ncompletion\nquantize",
@@ -217,8 +224,8 @@ WORKFLOWS: dict[str, Graph] = {
         ),
         "verdict": ("PreviewAny", 4, {"source": ("@evaluate", 2)}),
         "before and after": ("PreviewImage", 4, {"images": ("@evaluate", 0)}),
-        "verdict of attacks": ("PreviewAny", 4, {"source": ("@attack", 2)}),
-        "images of attacks": ("PreviewImage", 4, {"images": ("@attack", 0)}),
+        "verdict of attacks": ("PreviewAny", 14, {"source": ("@attack", 2)}),
+        "images of attacks": ("PreviewImage", 14, {"images": ("@attack", 0)}),
     },
 }
 
@@ -262,16 +269,20 @@ def size(kind: str) -> tuple[int, int]:
 
 
 def placed(graph: Graph) -> dict[str, tuple[int, int]]:
-    """name → position: columns side by side, each filled from the top."""
-    columns = sorted({column for _, column, _ in graph.values()})
-    positions, x = {}, 0
-    for at in columns:
-        y, wide = 0, 0
-        for name, (kind, column, _) in graph.items():
-            if column == at:
-                positions[name] = (x, y)
-                y, wide = y + size(kind)[1] + TITLE + GAP // 2, max(wide, size(kind)[0])
-        x += wide + GAP
+    """name → position: columns side by side, each filled from the top; the second row begins below the first."""
+    widths: dict[int, int] = {}
+    for kind, column, _ in graph.values():
+        at = column % SECOND_ROW
+        widths[at] = max(widths.get(at, 0), size(kind)[0])
+    left = {at: sum(width + GAP for other, width in widths.items() if other < at) for at in widths}
+    bottom: dict[int, int] = {}
+    positions = {}
+    for name, (kind, column, _) in sorted(graph.items(), key=lambda item: item[1][1] >= SECOND_ROW):
+        if column >= SECOND_ROW and column not in bottom:
+            bottom[column] = max(y for other, y in bottom.items() if 0 < other < SECOND_ROW) + GAP // 2
+        y = bottom.get(column, 0)
+        positions[name] = (left[column % SECOND_ROW], y)
+        bottom[column] = y + size(kind)[1] + TITLE + GAP // 2
     return positions
 
 
