@@ -186,6 +186,18 @@ def option(page: Any, text: str) -> Any:
     return page.locator('[data-testid="dropdown-option"]').filter(has_text=text).first
 
 
+def open_until(page: Any, dropdown: Any, text: str) -> Any:
+    """The choice with this text, of a dropdown that is opened until it has it: an update filters one that is open."""
+    end = time.monotonic() + 60
+    while True:
+        dropdown.click()
+        with suppress(playwright.TimeoutError):
+            option(page, text).wait_for(timeout=2000)
+            return option(page, text)
+        assert time.monotonic() < end, f"{text} is not offered"
+        dropdown.blur()
+
+
 def shoot(page: Any, name: str) -> None:
     """A screenshot, if WEBUI_SHOTS names a folder for them."""
     folder = os.environ.get("WEBUI_SHOTS")
@@ -336,17 +348,14 @@ def _clicked(server: Server) -> dict[str, Any]:
         assert job.get_attribute("data-state") == "done", job.inner_text()
         assert page.locator(".salun-job").count() == 1  # of a double click
         assert not job.locator("progress").is_visible()
-        page.get_by_role("button", name="Refresh the lists").first.wait_for()
-        page.wait_for_timeout(5000)  # an open list is filtered by its own text when its choices change
-        listed = page.locator("#salun_base input").first
         page.locator("#salun_deltas").get_by_text("Deltas").first.click()
-        listed.click()
-        option(page, "base-no-teapot").wait_for()  # without pressing refresh
-        page.keyboard.press("Escape")
-        page.locator("#salun_new_name").locator("input, textarea").first.click()
-        page.wait_for_timeout(1500)
-        page.locator(HOSTS_LIST).first.click()
-        option(page, "base-no-teapot").wait_for()  # nor there
+        lists = page.locator("#salun_base input").first, page.locator(HOSTS_LIST).first
+        for listed in lists:  # without pressing refresh
+            open_until(page, listed, "base-no-teapot")
+        server.call("/sdapi/v1/refresh-checkpoints", {})  # sorts them, so that the new one takes the old one's place
+        page.locator("#salun_refresh").click()
+        open_until(page, lists[0], "base-no-teapot").click()
+        playwright.expect(lists[0]).to_have_value(re.compile("^base-no-teapot"))
     percents = [percent for percent, _ in seen]
     assert percents == sorted(percents)
     assert any(stage.startswith("saving") for _, stage in seen)
