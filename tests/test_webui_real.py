@@ -100,7 +100,7 @@ class Server:
         found: dict[str, Any] = self.call(f"/salun/v1/status?id={job['id']}")
         return found
 
-    def wait(self, job: dict[str, Any], true: Callable[[dict[str, Any]], bool], seconds: float = 400) -> dict[str, Any]:
+    def wait(self, job: dict[str, Any], true: Callable[[dict[str, Any]], bool], seconds: float = 900) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while True:
             found = self.job(job)
@@ -146,7 +146,7 @@ def webui(data: Path, *flags: str, route: str | None = None) -> Iterator[Server]
     ):
         server = Server(f"http://127.0.0.1:{port}", data, log)
         try:
-            end = time.monotonic() + 240
+            end = time.monotonic() + 900
             while True:
                 logged = log.read_text(errors="replace")
                 assert process.poll() is None and time.monotonic() < end, logged[-3000:]
