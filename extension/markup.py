@@ -28,12 +28,13 @@ def bad(text: str) -> str:
 
 
 def named_only(gr: Any) -> dict[str, bool]:
-    """Arguments of a list whose choice must be the one that is seen: what a user types is taken, or cannot be typed.
+    """Arguments of a list whose choice must be the one that is seen: nothing can be typed, or it is taken (gradio 3).
 
-    Otherwise gradio returns to the previous choice without a word. That of version 5 and later does so in spite of
-    `allow_custom_value` where a text was pasted.
+    Otherwise gradio returns to the previous choice without a word. `allow_custom_value` prevents that in gradio 3 only:
+    5 and later do so where a text was pasted, and 4 remembers the choice by its position, so that after an update the
+    new checkpoint in the place of the old one could not be chosen.
     """
-    return {"filterable": False} if int(gr.__version__.split(".")[0]) > 4 else {"allow_custom_value": True}
+    return {"allow_custom_value": True} if int(gr.__version__.split(".")[0]) < 4 else {"filterable": False}
 
 
 def verdict(outcome: str, text: str, next: str) -> str:

@@ -100,7 +100,7 @@ class Server:
         found: dict[str, Any] = self.call(f"/salun/v1/status?id={job['id']}")
         return found
 
-    def wait(self, job: dict[str, Any], true: Callable[[dict[str, Any]], bool], seconds: float = 400) -> dict[str, Any]:
+    def wait(self, job: dict[str, Any], true: Callable[[dict[str, Any]], bool], seconds: float = 900) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while True:
             found = self.job(job)
@@ -146,7 +146,7 @@ def webui(data: Path, *flags: str, route: str | None = None) -> Iterator[Server]
     ):
         server = Server(f"http://127.0.0.1:{port}", data, log)
         try:
-            end = time.monotonic() + 240
+            end = time.monotonic() + 900
             while True:
                 logged = log.read_text(errors="replace")
                 assert process.poll() is None and time.monotonic() < end, logged[-3000:]
@@ -184,6 +184,18 @@ def open_tab(page: Any, name: str) -> None:
 def option(page: Any, text: str) -> Any:
     """Of the dropdown that is open."""
     return page.locator('[data-testid="dropdown-option"]').filter(has_text=text).first
+
+
+def open_until(page: Any, dropdown: Any, text: str) -> Any:
+    """The choice with this text, of a dropdown that is opened until it has it: an update filters one that is open."""
+    end = time.monotonic() + 60
+    while True:
+        dropdown.click()
+        with suppress(playwright.TimeoutError):
+            option(page, text).wait_for(timeout=2000)
+            return option(page, text)
+        assert time.monotonic() < end, f"{text} is not offered"
+        dropdown.blur()
 
 
 def shoot(page: Any, name: str) -> None:
@@ -336,17 +348,14 @@ def _clicked(server: Server) -> dict[str, Any]:
         assert job.get_attribute("data-state") == "done", job.inner_text()
         assert page.locator(".salun-job").count() == 1  # of a double click
         assert not job.locator("progress").is_visible()
-        page.get_by_role("button", name="Refresh the lists").first.wait_for()
-        page.wait_for_timeout(5000)  # an open list is filtered by its own text when its choices change
-        listed = page.locator("#salun_base input").first
         page.locator("#salun_deltas").get_by_text("Deltas").first.click()
-        listed.click()
-        option(page, "base-no-teapot").wait_for()  # without pressing refresh
-        page.keyboard.press("Escape")
-        page.locator("#salun_new_name").locator("input, textarea").first.click()
-        page.wait_for_timeout(1500)
-        page.locator(HOSTS_LIST).first.click()
-        option(page, "base-no-teapot").wait_for()  # nor there
+        lists = page.locator("#salun_base input").first, page.locator(HOSTS_LIST).first
+        for listed in lists:  # without pressing refresh
+            open_until(page, listed, "base-no-teapot")
+        server.call("/sdapi/v1/refresh-checkpoints", {})  # sorts them, so that the new one takes the old one's place
+        page.locator("#salun_refresh").click()
+        open_until(page, lists[0], "base-no-teapot").click()
+        playwright.expect(lists[0]).to_have_value(re.compile("^base-no-teapot"))
     percents = [percent for percent, _ in seen]
     assert percents == sorted(percents)
     assert any(stage.startswith("saving") for _, stage in seen)
