@@ -39,8 +39,8 @@ BUILD = ROOT / "build" / "comfyui_images"
 CHECKPOINT, DELTA = "shapes-sd1.safetensors", "erased_00001_.salun.safetensors"
 PROMPT = "one red circle, plain style"
 RETAINED = [
-    f"one {colour} {shape}, {style} style"
-    for colour, shape, style in zip(
+    f"one {color} {shape}, {style} style"
+    for color, shape, style in zip(
         ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink") * 2,
         ("square", "triangle", "star", "heart", "cross", "ring", "crescent") * 3,
         ("plain", "sketch", "night", "striped", "dotted") * 4,
@@ -184,7 +184,7 @@ def _get(address: str, path: str) -> Any:
         return json.loads(answer.read())
 
 
-def picture(page: Any, left: float | None = None) -> Image.Image:
+def screenshot(page: Any, left: float | None = None) -> Image.Image:
     """The graph that is open, WIDE pixels wide when shown. left: where it begins, in the graph's own units."""
     x0, y0, x1, y1 = page.evaluate(BOUNDS)
     x0 = (x0 if left is None else left) - MARGIN
@@ -212,12 +212,12 @@ def take(comfyui: Path, python: str, names: list[str]) -> None:
         for name in names:
             seconds = run(page, address, workflow(name))
             print(f"{name}: {seconds:.0f} s", flush=True)
-            image = picture(page)
+            image = screenshot(page)
             shown = image.resize((WIDE, round(image.height / SCALE)), Image.Resampling.LANCZOS)
             write_bytes(ROOT / "example_workflows" / f"{name}.jpg", _bytes(shown, "JPEG", quality=85, optimize=True))
             if name == "erase_a_concept":
-                beside_the_note = comfy_workflows.WIDTHS["MarkdownNote"] + comfy_workflows.GAP
-                image = picture(page, beside_the_note).quantize(128)
+                after_the_note = comfy_workflows.WIDTHS["MarkdownNote"] + comfy_workflows.GAP
+                image = screenshot(page, after_the_note).quantize(128)
                 write_bytes(ROOT / "docs" / "comfyui.png", _bytes(image, "PNG", optimize=True))
         browser.close()
 
