@@ -94,7 +94,7 @@ def test_corrected_rate_is_unbiased_where_the_threshold_is_chosen(proportion: fl
         judged = generator.normal(np.where(present, -1, -3.5), 1)
         made = Calibration.of_fitted(positives, negatives, 0.0)
         same = Calibration.of_scores(positives, negatives, 0.0, (positives, negatives))
-        assert len(made.positives) == 76 and len(made.negatives) == 176 and made.threshold < -1
+        assert len(made.positives) == 76 and len(made.negatives) == 160 and made.threshold < -1
         for name, of in (("other images", made), ("the same", same)):
             value = of.corrected(judged >= of.threshold)
             assert isinstance(value, Estimate)
