@@ -28,8 +28,10 @@ HOW = ("goal", "fixed")
 IMAGES, RECIPE = 128, 120  # of each kind; steps of the recipe
 HEAD = """# The defaults on other models
 
-**What it shows.** Without options, `erase` trains to a goal: {goal} of {goals} concepts are erased from models that no
-number was tuned on. With the recipe's fixed number of steps, which was tuned on `shapes`, it is {fixed} of {fixeds}.
+**What it shows.** Without options, `erase` trains to a goal. The concept is gone in all {goals} cases, from models most
+of which no number was tuned on; {goal} end as “erased”{goal_not}.
+With the recipe's fixed number of steps, which was tuned on `shapes`, it is {fixed} of {fixeds}{fixed_not}.
+A goal's drift is a mean over other prompts, which does not see a single neighbor that is harmed; the verdict does.
 These are variants of one small model; nothing here says how the defaults for Stable Diffusion do.
 
 Written by `benchmarks/defaults.py`, on a CPU; {images} images of each kind, one seed; intervals are 95 %. Models are
@@ -61,8 +63,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     counts = {
         how: [each["verdict"]["outcome"] == "erased" for each in rows if each.get("how", "fixed") == how] for how in HOW
     }
-    of = {"goal": sum(counts["goal"]), "goals": len(counts["goal"])}
-    of |= {"fixed": sum(counts["fixed"]), "fixeds": len(counts["fixed"])}
+    of = {how: sum(erased) for how, erased in counts.items()}
+    of |= {f"{how}s": len(erased) for how, erased in counts.items()}
+    of |= {f"{how}_not": _not_erased(rows, how) for how in HOW}
     out = [
         HEAD.format(images=IMAGES, models=models, **of),
         "| model | concept | how | steps | corrected UA, % | other images right, before | after | verdict |",
@@ -74,6 +77,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         named = f"{each['model']} | {each['concept']} | {how} | {until['steps'] if until else RECIPE}"
         out.append(f"| {named} | {' | '.join(cells)} | {each['verdict']['outcome']} |")
     return "\n".join(out) + "\n"
+
+
+def _not_erased(rows: list[dict[str, Any]], how: str) -> str:
+    """What does not end as erased, with the two numbers behind the verdict."""
+    wrong = []
+    for each in rows:
+        if each.get("how", "fixed") == how and each["verdict"]["outcome"] != "erased":
+            ua, before, after = (each[key]["value"] for key in ("ua_corrected", "ra_before", "ra_after"))
+            numbers = f"UA {ua:.1f} %, other images right {before:.1f} → {after:.1f} %"
+            wrong.append(f"*{each['concept']}* on `{each['model']}` as “{each['verdict']['outcome']}” ({numbers})")
+    return "; " + "; ".join(wrong) if wrong else ""
 
 
 def main() -> None:
