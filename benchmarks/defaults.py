@@ -28,7 +28,7 @@ HOW = ("goal", "fixed")
 IMAGES, RECIPE = 128, 120  # of each kind; steps of the recipe
 HEAD = """# The defaults on other models
 
-**What it shows.** Without options, `erase` trains to a goal. Corrected UA is {least:.1f} % or more in all {goals} cases,
+**What it shows.** By default, `erase` trains to a goal. Corrected UA is {least:.1f} % or more in all {goals} cases,
 on models most of which no number was tuned on; {goal} end as “erased”{goal_not}.
 With the recipe's fixed number of steps, which was tuned on `shapes`, it is {fixed} of {fixeds}{fixed_not}.
 A goal's drift is a mean over other prompts, which does not see a single neighbor that is harmed; the verdict does.
