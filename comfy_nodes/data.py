@@ -13,6 +13,7 @@ from salun.diffusion.context import training_session
 from salun.diffusion.data.images import square
 from salun.diffusion.data.training_set import UserLatents, build_training_set
 from salun.diffusion.plan import Plan
+from salun.diffusion.stages import erasure_stages
 from salun.errors import ConfigError, DataError
 from salun.progress import Stage
 from salun.user_text import prompt_text
@@ -98,7 +99,7 @@ class SalUnTrainingData(Node):
                     advice="Erase one concept at a time",
                 )
             user = UserLatents([forget] if forget is not None else None, retain, tuple(captions or [None] * n_retain))
-            sampling = [cost for cost in plan.stages(images=n_forget) if cost.stage is Stage.SAMPLING]
+            sampling = [cost for cost in erasure_stages(plan, images=n_forget) if cost.stage is Stage.SAMPLING]
             bar = ComfyProgress(sampling, SamplePreview(graph, plan))
             content = data_on(build_training_set(graph, plan, bar, cache=cache(), given=user), "cpu")
         names, anchors = tuple(c.name for c in plan.concepts), tuple(c.anchor for c in plan.concepts)

@@ -22,6 +22,7 @@ from salun.diffusion.evaluation import EvalPrompts, Evaluation, eval_prompts
 from salun.diffusion.mask_files import check_given_mask
 from salun.diffusion.plan import Plan
 from salun.diffusion.result import Run, grids
+from salun.diffusion.stages import erasure_stages
 from salun.diffusion.targets import STATE_BYTES, trained_entries
 from salun.evaluation.detector import Samples
 from salun.evaluation.metric import Predictions
@@ -130,7 +131,7 @@ class SalUnErase(Node):
         result = _load_cached(record.fingerprint, graph, plan)
         if result is None:
             content = data.content if data is not None else None
-            bar = ComfyProgress(plan.stages(content, masked=mask is not None), SamplePreview(graph, plan))
+            bar = ComfyProgress(erasure_stages(plan, content, masked=mask is not None), SamplePreview(graph, plan))
             with resumable(record, graph, plan):
                 with training_session(graph, plan):
                     if mask is not None:

@@ -25,6 +25,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import SAMPLERS, EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept
+from salun.diffusion.stages import erasure_stages
 from salun.errors import ConfigError
 from salun.progress import Stage
 from salun.runs.cache import Cache
@@ -158,7 +159,7 @@ def test_dry_run_counts_the_chosen_steps(shapes: Model, tmp_path: Path) -> None:
 def test_progress_counts_the_chosen_passes(shapes: Model) -> None:
     def share(**options: Any) -> float:
         plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(**{**SHORT, **options}))
-        costs = {cost.stage: cost for cost in plan.stages()}
+        costs = {cost.stage: cost for cost in erasure_stages(plan)}
         return costs[Stage.SAMPLING].forward / costs[Stage.TRAINING].backward
 
     assert share(sampling_steps=6) == pytest.approx(share() / 2)

@@ -23,7 +23,7 @@ from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
-from salun.diffusion.stages import evaluation_stages
+from salun.diffusion.stages import erasure_stages, evaluation_stages
 from salun.progress import Event, Stage
 from salun.time_left import TimeLeft
 
@@ -80,8 +80,8 @@ def test_an_erasure_takes_the_passes_that_it_announces(shapes: Model, monkeypatc
 
 def test_an_erasure_to_a_goal_announces_its_probes(shapes: Model) -> None:
     plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(detector="self"))
-    stages = {cost.stage: cost for cost in plan.stages()}
-    names = [cost.stage for cost in plan.stages()]
+    stages = {cost.stage: cost for cost in erasure_stages(plan)}
+    names = [cost.stage for cost in erasure_stages(plan)]
     assert names[names.index(Stage.CALIBRATING) :] == [
         Stage.CALIBRATING, Stage.TRAINING, Stage.IMAGES_AFTER, Stage.CALIBRATING, Stage.DETECTING
     ]  # fmt: skip

@@ -200,7 +200,9 @@ def unlearn(
     record = _record(run_dir, command, asdict(options), facts, data.images.device, resume)
     with shown(progress) as progress, record.running(), _computing(options):
         _keep_split(record, split)
-        progress(Event(Stage.PLANNING, stages=unlearning_stages(setting)))
+        trains, retrains = setting.given is None, setting.no_retrain is None
+        stages = unlearning_stages(setting.options, setting.recipe, setting.split, trains, retrains)
+        progress(Event(Stage.PLANNING, stages=stages))
         _tell(record, setting.notes, progress, Stage.PLANNING)
         with record.stage(Stage.ORIGINAL):
             original = setting.original(progress)

@@ -11,20 +11,27 @@ from salun.methods import METHODS
 from salun.progress import Stage, StageCost, merged
 
 if TYPE_CHECKING:
-    from salun.classification.experiment import ExperimentSetup
+    from salun.classification.splits import Split
     from salun.classification.unlearn_options import UnlearnOptions
 
 READ = 3  # passes over the images that a method without epochs takes, about
 LATER = FURTHER + 2  # values that a search may try after its first round
 
 
-def unlearning_stages(setting: ExperimentSetup) -> list[StageCost]:
-    """The stages of `unlearn`; that of a model which comes from the cache ends as the next one begins."""
-    options, recipe, split = setting.options, setting.recipe, setting.split
+def unlearning_stages(
+    options: UnlearnOptions, recipe: UnlearnOptions, split: Split, trains: bool, retrains: bool
+) -> list[StageCost]:
+    """The stages of `unlearn`; that of a model which comes from the cache ends as the next one begins.
+
+    Args:
+        options, recipe: As in `ExperimentSetup`.
+        trains: Whether the original is trained, rather than given.
+        retrains: Whether the run is compared with Retrain.
+    """
     method, train, forget = METHODS["classification"][options.method], len(split.train), len(split.forget)
     relearning = StageCost(Stage.RELEARNING, options.relearn, backward=options.relearn * _size(options.batch_size))
     stages = []
-    if setting.given is None:
+    if trains:
         stages.append(_training(Stage.TRAINING, recipe, train))
     if options.search:
         rounds, values = len(method.factors), len(method.factors) + LATER
@@ -33,7 +40,7 @@ def unlearning_stages(setting: ExperimentSetup) -> list[StageCost]:
     if method.trains and options.mask in ("saliency", "shuffled"):
         stages.append(StageCost(Stage.SALIENCY, math.ceil(forget / BATCH), backward=forget))
     stages += [_unlearning(options, train, len(split.retain)), relearning]
-    if setting.no_retrain is None:
+    if retrains:
         stages += [_training(Stage.RETRAINING, recipe, len(split.retain)), relearning]
     return merged(stages)
 

@@ -27,6 +27,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept
+from salun.diffusion.stages import erasure_stages
 from salun.display import shown
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.files import write_bytes
@@ -154,7 +155,7 @@ def job_options(model: Model, options: CompareOptions, job: Job, tuned: Mapping[
 def _training_passes(model: Model, concept: str, options: EraseOptions) -> int:
     """What a training costs, in passes without gradients."""
     plan = make_plan(model.settings, model.name, concept, options)
-    return sum(cost.passes for cost in plan.stages() if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING))
+    return sum(cost.passes for cost in erasure_stages(plan) if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING))
 
 
 def _done(

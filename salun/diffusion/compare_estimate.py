@@ -12,6 +12,7 @@ from salun.diffusion.estimate import measured_pace, seconds_of
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import Plan, make_plan
+from salun.diffusion.stages import erasure_stages
 from salun.errors import ConfigError
 from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage, silent
@@ -73,4 +74,4 @@ def preview_comparison(
 
 def _steps(plan: Plan) -> int:
     """Training steps; 0 for a closed form."""
-    return sum(cost.steps for cost in plan.stages() if cost.stage is Stage.TRAINING and cost.backward)
+    return sum(cost.steps for cost in erasure_stages(plan) if cost.stage is Stage.TRAINING and cost.backward)

@@ -23,6 +23,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.diffusion.simulate import advice_to_fit, simulate
+from salun.diffusion.stages import erasure_stages
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.display import shown
 from salun.errors import ConfigError
@@ -65,7 +66,7 @@ class RunContext:
 
     def announce(self) -> None:
         """Report what the run will do, and its stages."""
-        stages = self.plan.stages()
+        stages = erasure_stages(self.plan)
         if self.outputs or self.record.folder is not None:
             stages.append(StageCost(Stage.SAVING, max(1, len(self.outputs or [None, None]))))
         summary = self.plan.summary(display_name(self.model.name))

@@ -20,6 +20,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.diffusion.simulate import Needs, advice_to_fit, operations, simulate
+from salun.diffusion.stages import erasure_stages
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.errors import ConfigError
 from salun.files import check_disk_space
@@ -141,7 +142,7 @@ def _describe_steps(plan: Plan) -> list[str]:
 def _steps(plan: Plan) -> str:
     """What the steps of the method take; a method whose training takes no backward pass solves a closed form."""
     steps, batch = plan.recipe.steps, plan.recipe.batch_size
-    if not any(cost.backward for cost in plan.stages() if cost.stage is Stage.TRAINING):
+    if plan.closed_form:
         return ", in closed form" if plan.method.data == "prompts" else ""
     samples = f"{batch} forget and {batch} retain samples" if plan.method.data == "latents" else f"{batch} samples"
     if plan.goal is None:
@@ -225,7 +226,7 @@ def seconds_of(at_once: int, plan: Plan, pace: Pace) -> dict[str, Any]:
         return ends[0], ends[1]
 
     stages: dict[Stage, tuple[float, float]] = {}
-    for cost in plan.stages():
+    for cost in erasure_stages(plan):
         (least, most), (low, high) = stages.get(cost.stage, (0.0, 0.0)), seconds(cost)
         stages[cost.stage] = least + low, most + high
     low, high = (sum(ends[end] for ends in stages.values()) for end in (0, 1))

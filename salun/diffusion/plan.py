@@ -18,16 +18,15 @@ from salun.diffusion.model.settings import ModelSettings, sampling_with
 from salun.diffusion.options import EraseOptions, Recipe, Sampling
 from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, mentioning, part, prompts_of, resolve
 from salun.diffusion.prompts.sets import other_nouns
-from salun.diffusion.stages import erasure_stages
 from salun.errors import ConfigError
 from salun.evaluation.detector import Subject
-from salun.methods import METHODS, Method
+from salun.methods import METHODS, Method, load
 from salun.options import MASKS
-from salun.progress import Stage, StageCost
+from salun.progress import Stage
 from salun.user_text import syntax_note
 
 if TYPE_CHECKING:
-    from salun.diffusion.losses import ErasureData
+    pass
 
 BUDGET, PROBES = 3, 10  # with a goal: times the recipe's steps at most, and probes in the recipe's steps
 BY_GOAL = ("steps", "lr", "lr_decay", "forget_latents")  # numbers that a goal decides, where the options do not
@@ -76,7 +75,7 @@ class Plan:
     def summary(self, model: str) -> str:
         """What is erased from a model, and how, in a line. model: its name."""
         pairs = [f"“{c.name}” (anchor: {f'“{c.anchor}”' if c.anchor else 'the empty prompt'})" for c in self.concepts]
-        if not any(cost.backward for cost in self.stages() if cost.stage is Stage.TRAINING):
+        if self.closed_form:
             training = ", in closed form" if self.method.data == "prompts" else ""
         elif self.goal is None:
             training = f", {self.recipe.steps} step{'s' * (self.recipe.steps != 1)}"
@@ -139,16 +138,11 @@ class Plan:
             return "all"
         return "forget" if self.by_saliency and not masked else "none"
 
-    def stages(self, data: ErasureData | None = None, images: int = 0, masked: bool = False) -> list[StageCost]:
-        """What an erasure does, in order, and what it costs: behind progress, time left, dry runs, tab and nodes.
-
-        Args:
-            data: The training set, where it is there already; nothing is sampled then.
-            images: The user's forget images per concept, in place of samples; 0 for none, or where their number is not
-                known yet (`options.forget_images`).
-            masked: The mask is there already.
-        """
-        return erasure_stages(self, data, images, masked)
+    @property
+    def closed_form(self) -> bool:
+        """Whether the method takes no training step."""
+        stages = load(self.method.stages)(self) if self.method.stages else None
+        return stages is not None and not any(cost.backward for cost in stages if cost.stage is Stage.TRAINING)
 
 
 ConceptSpec = Concept | str | Sequence[Concept | str]

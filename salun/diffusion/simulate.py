@@ -28,6 +28,7 @@ from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.sketch import sketched, text_encoder_parameters
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import Plan
+from salun.diffusion.stages import erasure_stages
 from salun.diffusion.targets import STATE_BYTES, trained_entries
 from salun.masking.mask import Mask, entries
 from salun.masking.optim import MaskedOptimizer
@@ -147,7 +148,7 @@ def _gib(size: int) -> str:
 
 def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype) -> Needs:
     options = replace(plan.options, attention="sdpa")  # xformers' kernels need as much
-    trains = any(cost.backward for cost in plan.stages() if cost.stage is not Stage.SALIENCY)
+    trains = any(cost.backward for cost in erasure_stages(plan) if cost.stage is not Stage.SALIENCY)
     with sketched(spec, dtype) as model, model.configured(options):
         memory = MemoryPeak(model.unet)
         peak = {Stage.SAMPLING: _sampling(model, plan, memory), Stage.IMAGES_BEFORE: _decoding(model, memory)}
@@ -165,7 +166,7 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
     encoders = text_encoder_parameters(spec) * dtype.itemsize
     vae = _bytes(model.vae)
     samples = 2 * plan.recipe.batch_size
-    targets = sum(cost.steps for cost in plan.stages() if cost.stage is Stage.FROZEN_TARGETS)
+    targets = sum(cost.steps for cost in erasure_stages(plan) if cost.stage is Stage.FROZEN_TARGETS)
     held = 4 * targets * samples * prod(model.latent_shape)
     if device.type == "cpu":  # where all parts lie in the same memory, from beginning to end
         others = {Stage.IMAGES_BEFORE: encoders}

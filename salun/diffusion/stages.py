@@ -29,8 +29,17 @@ TRIED = 9  # what an attack takes, in times of the sampling of its images: the m
 LOOKED = 4  # what a detector that looks at images takes for one, with decoding it, in passes, about
 
 
-def erasure_stages(plan: Plan, data: ErasureData | None, images: int, masked: bool) -> list[StageCost]:
-    """See `Plan.stages`."""
+def erasure_stages(
+    plan: Plan, data: ErasureData | None = None, images: int = 0, masked: bool = False
+) -> list[StageCost]:
+    """What an erasure does.
+
+    Args:
+        data: The training set, where it is there already; nothing is sampled then.
+        images: The user's forget images per concept, in place of samples; 0 for none, or where their number is not
+            known yet (`options.forget_images`).
+        masked: The mask is there already.
+    """
     concepts, recipe = len(plan.concepts), plan.recipe
     forget = _forget_latents(plan, data, images)
     anchors = min(images or recipe.forget_latents, recipe.forget_latents) * concepts if recipe.anchor_share else 0
