@@ -30,7 +30,7 @@ from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan, make_plan
-from salun.evaluation.calibration import Calibration, adjusted, auc, fitting
+from salun.evaluation.calibration import Calibration, adjusted, auc, fitting, fitting_rounds
 from salun.evaluation.detector import Detector, DetectorInputs, Samples, Subject, load_detector
 from salun.evaluation.detectors.self_classifier import ANY, FRACTIONS, PROMPT, SelfClassifier
 from salun.evaluation.estimate import Estimate
@@ -296,8 +296,9 @@ def cost_table(rows: list[dict[str, Any]]) -> list[str]:
         f"The goal is at most {GOAL} % of the time of sampling the images that are judged, n of each of five kinds.",
         "Counted in passes of the network, with everything that `salun eval` asks of `self`: for images of other",
         "prompts that includes whether they are as prompted. A pass takes as long in sampling as in detecting.",
-        "Choosing costs the same for every n. Sampling takes 24 passes an image here (12 steps with guidance); with",
-        "50 steps the percentages are a quarter of these.",
+        f"It chooses on a fifth of the images, 24 to 100 of each kind, so that few images cost more each: n = {SMALL} is",
+        "computed. Sampling takes 24 passes an image here (12 steps with guidance); with 50 steps the percentages are a",
+        "quarter of these.",
         "",
         *header("concept", "passes of choosing", "passes an image", f"n = {n}", f"n = {SMALL}"),
     ]
@@ -368,9 +369,19 @@ def mixture_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def costs(each: Mapping[str, Any], n: int) -> tuple[float, float]:
     """Percent of the cost of sampling, of evaluations with n and with `SMALL` images of each kind."""
-    of = each["passes"]
-    whole, small = (100 * (of["choosing"] / part + of["detecting"]) / of["sampling"] for part in (1.0, SMALL / n))
+    of, chosen = each["passes"], len(each["timesteps"])
+    assert of["choosing"] == choosing(n, chosen)
+    whole, small = (
+        100 * (choosing(images, chosen) / (images / n) + of["detecting"]) / of["sampling"] for images in (n, SMALL)
+    )
     return whole, small
+
+
+def choosing(n: int, chosen: int) -> int:
+    """Passes of choosing, of n images of each kind: three prompts at all timesteps, at two, and at the chosen ones."""
+    rounds = fitting_rounds(int(fitting(n).sum()), int(fitting(2 * n).sum()))
+    at = [len(FRACTIONS)] * 2 + [2] * 2 + [chosen] * (len(rounds) - 4)
+    return sum(3 * images * timesteps for images, timesteps in zip(rounds, at, strict=True))
 
 
 def summary(pairs: list[dict[str, Any]]) -> str:
