@@ -296,9 +296,9 @@ def cost_table(rows: list[dict[str, Any]]) -> list[str]:
         f"The goal is at most {GOAL} % of the time of sampling the images that are judged, n of each of five kinds.",
         "Counted in passes of the network, with everything that `salun eval` asks of `self`: for images of other",
         "prompts that includes whether they are as prompted. A pass takes as long in sampling as in detecting.",
-        f"It chooses on a fifth of the images, 24 to 100 of each kind, so that few images cost more each: n = {SMALL} is",
-        "computed. Sampling takes 24 passes an image here (12 steps with guidance); with 50 steps the percentages are a",
-        "quarter of these.",
+        "It chooses on a fifth of the images, 24 to 100 of each kind, so that few images cost more each:",
+        f"n = {SMALL} is computed. Sampling takes 24 passes an image here (12 steps with guidance); with 50 steps",
+        "the percentages are a quarter of these.",
         "",
         *header("concept", "passes of choosing", "passes an image", f"n = {n}", f"n = {SMALL}"),
     ]
