@@ -35,7 +35,8 @@ A goal's drift is a mean over other prompts, which does not see a single neighbo
 These are variants of one small model; nothing here says how the defaults for Stable Diffusion do.
 
 Written by `benchmarks/defaults.py`, on a CPU; {images} images of each kind, one seed; intervals are 95 %. Models are
-made by `tools/shapes/variants.py`; those of the rows “goal” were trained anew. Of other sizes there is one.
+made by `tools/shapes/variants.py`, and judged by the classifier of `shapes`. Rows “fixed” are earlier measurements, on
+an earlier training of the variants, with intervals that take images of one prompt as independent: no paired comparison.
 
 {models}
 """

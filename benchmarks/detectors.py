@@ -42,7 +42,7 @@ from tools.shapes import world
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TABLE = ROOT / "benchmarks" / "results" / "detectors", ROOT / "docs" / "detectors.md"
 CONCEPTS = ("red", "circle", "night", "blue", "star", "sketch")  # two of each attribute
-SMALL = 100  # images of each kind of a small evaluation, whose cost is told too
+SMALL = (100, 16)  # images of each kind of smaller evaluations, whose cost is told too
 BY_TIMESTEP = 200  # images of each kind by which the timesteps are compared
 PROPORTIONS = (0.0, 0.1, 0.5, 1.0)  # of the concept, in mixtures of `JUDGED` images; `DRAWS` of each
 JUDGED, DRAWS = 100, 400
@@ -50,10 +50,11 @@ SEED = 101
 GOAL = 30  # percent of the time of sampling
 NONE = (np.inf, -np.inf)  # the range of scores that get a second noise, where none does
 HEAD = """Written by `benchmarks/detectors.py` on the bundled model: {n} images of each kind, on a CPU. Everything is as
-in `salun eval`: `self` compares the original network's denoising errors under the prompts “concept”, “anchor”
-and the empty one, for one noise ε, at the timesteps that it chose on {fitted} of the original's images of each kind;
-where −ε could change the decision, it is added. The threshold is chosen on the same images. They are not
-counted here, so no choice was made on the images that give the misses and false alarms. Intervals are 95 %.
+in `salun eval`: `self` compares the original network's denoising errors under the prompts “concept”, “anchor” and the
+empty one, for one noise ε, at timesteps that it chose on 24 of the original's images of each kind; where −ε could
+change the decision, it is added. Where that is, and the threshold, are chosen on {fitted} images, these among them.
+None of the {fitted} is counted here, so no choice was made on the images that give the misses and false alarms.
+Intervals are 95 %.
 
 - Misses: images of the concept's prompts by the original model in which the detector does not see the concept.
 - False alarms: likewise in images of other prompts and of the anchor's.
@@ -294,17 +295,16 @@ def cost_table(rows: list[dict[str, Any]]) -> list[str]:
         "## Cost",
         "",
         f"The goal is at most {GOAL} % of the time of sampling the images that are judged, n of each of five kinds.",
-        "Counted in passes of the network, with everything that `salun eval` asks of `self`: for images of other",
-        "prompts that includes whether they are as prompted. A pass takes as long in sampling as in detecting.",
-        "It chooses on a fifth of the images, 24 to 100 of each kind, so that few images cost more each:",
-        f"n = {SMALL} is computed. Sampling takes 24 passes an image here (12 steps with guidance); with 50 steps",
-        "the percentages are a quarter of these.",
+        "Counted in passes of the network, not timed, with everything that `salun eval` asks of `self`: for images of",
+        "other prompts that includes whether they are as prompted. It chooses on a fifth of the images, 24 to 100 of",
+        "each kind but at most half, so that few images cost more each; smaller n than the first are computed.",
+        "Sampling takes 24 passes an image here (12 steps with guidance); with 50 steps it is a quarter of these.",
         "",
-        *header("concept", "passes of choosing", "passes an image", f"n = {n}", f"n = {SMALL}"),
+        *header("concept", "passes of choosing", "passes an image", *(f"n = {images}" for images in (n, *SMALL))),
     ]
     for each in rows:
         passes = each["passes"]["choosing"], f"{each['passes']['detecting'] / (5 * n):.1f}"
-        out.append(cells(each["concept"], [*passes, *(f"{cost:.0f} %" for cost in costs(each, n))]))
+        out.append(cells(each["concept"], [*passes, *(f"{cost:.1f} %" for cost in costs(each, n))]))
     return out
 
 
@@ -346,35 +346,33 @@ def noise_table(rows: list[dict[str, Any]]) -> list[str]:
     return out
 
 
-def mixture_table(rows: list[dict[str, Any]]) -> list[str]:
+def mixtures_of(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Concept → `mixture` of each of `PROPORTIONS`."""
+    return {each["concept"]: [mixture(read(each["scores"]), of) for of in PROPORTIONS] for each in rows}
+
+
+def mixture_table(mixtures: Mapping[str, list[str]]) -> list[str]:
     out = [
         "",
         "## Mixtures of known proportion",
         "",
         f"Percent of {JUDGED} images that show the concept, as corrected by the calibration on other images, before it",
-        f"is cut off at 0 and 100 %: mean of {DRAWS} draws ± its standard error; the mean raw percentage; and in how",
-        "many percent of the draws the 95 % interval holds the true one. Threshold, rates and mixture are each of",
-        "images of their own.",
+        f"is cut off at 0 and 100 %: mean of {DRAWS} draws from the same images ± its standard error; the mean raw",
+        "percentage; and in how many percent of the draws the 95 % interval holds the true one. Threshold, rates and",
+        "mixture are each of images of their own.",
         "",
         *header("concept", *(f"{100 * proportion:.0f} %" for proportion in PROPORTIONS)),
     ]
-    return [
-        *out,
-        *(
-            cells(each["concept"], [mixture(read(each["scores"]), proportion) for proportion in PROPORTIONS])
-            for each in rows
-        ),
-    ]
+    return [*out, *(cells(concept, each) for concept, each in mixtures.items())]
 
 
-def costs(each: Mapping[str, Any], n: int) -> tuple[float, float]:
-    """Percent of the cost of sampling, of evaluations with n and with `SMALL` images of each kind."""
+def costs(each: Mapping[str, Any], n: int) -> list[float]:
+    """Percent of the cost of sampling, of evaluations with n and with each of `SMALL` images of each kind."""
     of, chosen = each["passes"], len(each["timesteps"])
     assert of["choosing"] == choosing(n, chosen)
-    whole, small = (
-        100 * (choosing(images, chosen) / (images / n) + of["detecting"]) / of["sampling"] for images in (n, SMALL)
-    )
-    return whole, small
+    return [
+        100 * (choosing(images, chosen) / (images / n) + of["detecting"]) / of["sampling"] for images in (n, *SMALL)
+    ]
 
 
 def choosing(n: int, chosen: int) -> int:
@@ -384,20 +382,28 @@ def choosing(n: int, chosen: int) -> int:
     return sum(3 * images * timesteps for images, timesteps in zip(rounds, at, strict=True))
 
 
-def summary(pairs: list[dict[str, Any]]) -> str:
+def summary(pairs: list[dict[str, Any]], mixtures: Mapping[str, list[str]]) -> str:
     """The first paragraph."""
+    off = max(
+        abs(float(mean.split()[0]) - 100 * of)
+        for each in mixtures.values()
+        for mean, of in zip(each, PROPORTIONS, strict=True)
+    )
     n = pairs[0]["n"]
     misses, false = ([float(each["self"][name].split()[0]) for each in pairs] for name in ("misses", "false alarms"))
-    made = [costs(each, n) for each in pairs]
-    dear = [f"*{each['concept']}* at n = {SMALL}" for each, of in zip(pairs, made, strict=True) if of[1] > GOAL]
-    dear += [f"*{each['concept']}* at n = {n}" for each, of in zip(pairs, made, strict=True) if of[0] > GOAL]
+    drawn = max(float(each["self"]["drawn misses"].split()[0]) for each in pairs)
+    made = list(zip(*(costs(each, n) for each in pairs), strict=True))
+    spent = [
+        f"{min(of):.0f} to {max(of):.0f} % with {images} images of each kind ({sum(each > GOAL for each in of)} of "
+        f"{len(of)} concepts miss the goal of {GOAL} %)"
+        for images, of in zip((n, *SMALL), made, strict=True)
+    ]
     text = (
         f"**What it shows.** The original model, as its own detector, misses {min(misses):.1f} to {max(misses):.1f} % "
-        f"of the images of a concept and raises a false alarm in at most {max(false):.1f} % of others; the AUC is "
-        f"{min(each['self']['AUC'] for each in pairs):.3f} or more. It takes {min(of[0] for of in made):.0f} to "
-        f"{max(of[0] for of in made):.0f} % of the cost of sampling with {n} images of each kind, "
-        f"{min(of[1] for of in made):.0f} to {max(of[1] for of in made):.0f} % with {SMALL}; the goal of {GOAL} % is "
-        f"{'missed by ' + ', '.join(dear) if dear else 'met'}."
+        f"of the images of a concept (of drawings up to {drawn:.1f} %) and raises a false alarm in at most "
+        f"{max(false):.1f} % of others; the AUC is {min(each['self']['AUC'] for each in pairs):.3f} or more. "
+        f"Percentages of mixtures, corrected by its calibration, are at most {off:.1f} points off on average. "
+        f"Of the cost of sampling it takes {'; '.join(spent)}."
     )
     return "\n".join(textwrap.wrap(text, 118, break_long_words=False))
 
@@ -405,13 +411,14 @@ def summary(pairs: list[dict[str, Any]]) -> str:
 def table(originals: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
     """docs/detectors.md, of the concepts that were measured."""
     missing = [name for name in CONCEPTS if name not in [each["concept"] for each in pairs]]
-    lines = ["# The original model as detector", "", *([summary(pairs), ""] if pairs else [])]
+    mixtures = mixtures_of(originals)
+    lines = ["# The original model as detector", "", *([summary(pairs, mixtures), ""] if pairs else [])]
     lines.append(HEAD.format(n=originals[0]["n"], fitted=int(fitting(originals[0]["n"]).sum())))
     if missing:
         lines += [f"**The erased model has not been measured yet for {', '.join(missing)}.**", ""]
     if pairs:
         lines += [*main_table(pairs), *cost_table(pairs), *timestep_table(pairs)]
-    return "\n".join([*lines, *noise_table(originals), *mixture_table(originals)]) + "\n"
+    return "\n".join([*lines, *noise_table(originals), *mixture_table(mixtures)]) + "\n"
 
 
 def main() -> None:

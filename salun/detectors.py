@@ -37,7 +37,7 @@ DETECTORS = {
     "self": DetectorEntry(
         "the original model as classifier of latents",
         "salun.evaluation.detectors.self_classifier:load",
-        passes=7,
+        passes=5,
         fitting_passes=7,
     ),
     "clip": DetectorEntry("CLIP, without training, for any concept", "salun.evaluation.detectors.clip:load", "MODEL"),

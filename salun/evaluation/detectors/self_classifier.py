@@ -52,7 +52,7 @@ class SelfClassifier:
         subjects: The concepts.
     """
 
-    name, version = "self", "4"
+    name, version = "self", "5"
     threshold, unit = 0.0, "error of the best other prompt minus the label's, relative to their mean"
     prompt_match = PROMPT
 
