@@ -341,7 +341,7 @@ def test_a_list_that_somebody_is_choosing_from_stays_as_it_is(page: Any) -> None
         "window.pressed = 0; document.querySelector('#salun_refresh').addEventListener('click', () => window.pressed++)"
     )
     page.locator("#salun_runs input").first.click()
-    page.get_by_role("option").first.wait_for()
+    page.locator('[role="option"]').first.wait_for()
     page.evaluate(
         """async () => {
             const token = document.querySelector('.salun-live').dataset.token;
