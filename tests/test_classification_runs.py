@@ -475,7 +475,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
         [*command, "--run-dir", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stderr is not None
-        while not process.stderr.readline().startswith("Training"):
+        while "Training" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         last = process.communicate(timeout=60)[1].splitlines()[-1]
