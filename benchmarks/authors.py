@@ -245,10 +245,34 @@ def nonzero(rows: dict[str, list[dict[str, Any]]], draws: int) -> str:
     return "; ".join(texts) or "none"
 
 
-def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int, draws: int) -> str:
+def table(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Metrics, times and how the evaluations differ, of both codes."""
+
     def cell(values: list[float]) -> str:
         return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
+    out = [
+        "| method | lr, epochs | code | UA % | RA % | TA % | MIA % | s per epoch, minimum | evaluations differ by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, seeds_of in rows.items():
+        _, lr, epochs = RUNS["SalUn" if name == SHARED else name]
+        for i, side in enumerate(("salun", "authors")):
+            if name == SHARED and side == "salun":
+                continue
+            cells = [cell([mean(d[k] for d in r[side]) for r in seeds_of]) for k in COMPARED]
+            seconds = f"{min(r['seconds'][i] for r in seeds_of):.3f}"
+            pairs = [pair for r in seeds_of for pair in zip(r["authors"], r["authors' evaluation"], strict=True)]
+            worst = max(abs(by_salun[k] - by_authors[k]) for by_salun, by_authors in pairs for k in COMPARED)
+            out.append(
+                f"| {name} | {lr:g}, {epochs} | {side} | "
+                + " | ".join([*cells, seconds, f"{worst:.2f}" if i else ""])
+                + " |"
+            )
+    return out
+
+
+def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int, draws: int) -> str:
     introduction = [  # its first paragraph is written by hand: revise it after a new run
         "**What it shows.** salun and the authors' code give the same results as far as ten seeds can show: with "
         "the same originals, rows and hyperparameters the metrics of four methods agree within chance, except for "
@@ -267,24 +291,7 @@ def page(rows: dict[str, list[dict[str, Any]]], commit: str, seeds: int, draws: 
     out = ["# Comparison with the authors' code", ""]
     for paragraph in introduction:
         out += [fill(paragraph, 118), ""]
-    out += [
-        "| method | lr, epochs | code | UA % | RA % | TA % | MIA % | s per epoch, minimum | evaluations differ by |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, seeds_of in rows.items():
-        _, lr, epochs = RUNS["SalUn" if name == SHARED else name]
-        for i, side in enumerate(("salun", "authors")):
-            if name == SHARED and side == "salun":
-                continue
-            cells = [cell([mean(d[k] for d in r[side]) for r in seeds_of]) for k in COMPARED]
-            seconds = f"{min(r['seconds'][i] for r in seeds_of):.3f}"
-            pairs = [pair for r in seeds_of for pair in zip(r["authors"], r["authors' evaluation"], strict=True)]
-            worst = max(abs(by_salun[k] - by_authors[k]) for by_salun, by_authors in pairs for k in COMPARED)
-            out.append(
-                f"| {name} | {lr:g}, {epochs} | {side} | "
-                + " | ".join([*cells, seconds, f"{worst:.2f}" if i else ""])
-                + " |"
-            )
+    out += table(rows)
     out += [
         "",
         "Salun minus authors, paired by seed, with the 95 % interval by Student's t, and the ratio of times:",

@@ -22,14 +22,15 @@ class DetectorEntry:
         argument: What may follow the name after a colon, as in "images:FOLDER"; "" for nothing. MODEL is a folder or a
             hub id, with a revision as in ID@REVISION; without a FOLDER or FILE the detector cannot be used.
         passes: Of the original network for each image, on average.
-        fitting_passes: Likewise for each image of a round of its fit; 0 for a detector that is not fitted.
+        fitting_passes: Likewise for each image in the rounds of its fit (`calibration.fitting_rounds`): the first, the
+            second, and each further one; empty for a detector that is not fitted.
     """
 
     title: str
     loads: str
     argument: str = ""
     passes: int = 0
-    fitting_passes: int = 0
+    fitting_passes: tuple[int, ...] = ()
 
 
 DETECTORS = {
@@ -38,7 +39,7 @@ DETECTORS = {
         "the original model as classifier of latents",
         "salun.evaluation.detectors.self_classifier:load",
         passes=5,
-        fitting_passes=7,
+        fitting_passes=(21, 6, 3),  # three prompts at seven timesteps, at two, and at one
     ),
     "clip": DetectorEntry("CLIP, without training, for any concept", "salun.evaluation.detectors.clip:load", "MODEL"),
     "images": DetectorEntry(
@@ -79,10 +80,10 @@ def passes_of(name: str) -> int:
     return entry.passes if entry is not None else 0
 
 
-def fitting_passes_of(name: str) -> int:
-    """Likewise for each image that the detector is fitted on; 0 for one that is not fitted."""
+def fitting_passes_of(name: str) -> tuple[int, ...]:
+    """Likewise for each image in the rounds of the detector's fit; empty for one that is not fitted."""
     entry = DETECTORS.get(name.partition(":")[0])
-    return entry.fitting_passes if entry is not None else 0
+    return entry.fitting_passes if entry is not None else ()
 
 
 WITHOUT_PATH = tuple(name for name, entry in DETECTORS.items() if entry.argument not in ("FOLDER", "FILE"))

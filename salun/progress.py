@@ -60,6 +60,7 @@ class StageCost:
         most: Steps at most, where the run decides on their number; 0 where `steps` is exact. Passes are those of
             `steps`.
         guessed: Whether `steps` is a guess, which the first event of the stage replaces.
+        closing: Passes without gradients after the last step, which are in neither of the others.
     """
 
     stage: Stage
@@ -68,10 +69,11 @@ class StageCost:
     backward: int = 0
     most: int = 0
     guessed: bool = False
+    closing: int = 0
 
     @property
     def passes(self) -> int:
-        """In passes without gradients: a forward and backward pass costs as much as three of them."""
+        """Of the steps, in passes without gradients: a forward and backward pass costs as much as three of them."""
         return self.forward + 3 * self.backward
 
 
@@ -139,7 +141,7 @@ def merged(stages: Sequence[StageCost]) -> list[StageCost]:
         if listed and listed[-1].stage is cost.stage:
             a, b = listed.pop(), cost
             steps, forward, backward = a.steps + b.steps, a.forward + b.forward, a.backward + b.backward
-            cost = replace(a, steps=steps, forward=forward, backward=backward)
+            cost = replace(a, steps=steps, forward=forward, backward=backward, closing=a.closing + b.closing)
         if cost.steps:
             listed.append(cost)
     return listed

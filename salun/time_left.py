@@ -160,8 +160,9 @@ class TimeLeft:
 
     def _position(self, stage: Stage) -> Position:
         stages, present = self._stages, self._present
-        total = sum(stage.steps * stage.passes_each for stage in stages)
+        total = sum(stage.steps * stage.passes_each + stage.cost.closing for stage in stages)
         done = sum((stage.steps if stage.over else stage.done) * stage.passes_each for stage in stages)
+        done += sum(stage.cost.closing for stage in stages if stage.over)
         fraction = min(done / total, UNFINISHED if self._announced else 1.0) if total else 0.0
         self._fraction = max(self._fraction, fraction)
         numbered = self._announced and present is not None and stages[present].cost.stage is stage
@@ -180,30 +181,35 @@ class TimeLeft:
             return None
         for stage in counted:
             low, high = stage.steps_left()
-            if not high:
+            closing = 0 if stage.over else stage.cost.closing
+            if not high and not closing:
                 continue
-            each = self._seconds_each(stage)
-            if each is None:
+            each, of_a_pass = self._seconds_each(stage), self._seconds_of_a_pass(backward=False) if closing else 0.0
+            if each is None or of_a_pass is None:
                 return None
-            least += max(low * each - stage.waited, 0.0)
-            most += max(high * each - stage.waited, 0.0)
+            least += max(low * each + closing * of_a_pass - stage.waited, 0.0)
+            most += max(high * each + closing * of_a_pass - stage.waited, 0.0)
         return least, most
 
     def _seconds_each(self, stage: _Timed) -> float | None:
         """Seconds of a step of a stage; None while nothing is known."""
         if stage.worked and stage.seconds >= ENOUGH:
             return stage.seconds / stage.worked
-        with_gradients = bool(stage.cost.backward)
+        of_a_pass = self._seconds_of_a_pass(bool(stage.cost.backward), stage.cost.stage)
+        return stage.passes_each * of_a_pass if of_a_pass is not None else None
+
+    def _seconds_of_a_pass(self, backward: bool, kind: Stage | None = None) -> float | None:
+        """As measured on stages of this kind, or else on those with or without gradients, or on any."""
         measured = [each for each in self._stages if each.worked and each.cost.passes]
         groups = (
-            [each for each in measured if each.cost.stage is stage.cost.stage],
-            [each for each in measured if bool(each.cost.backward) is with_gradients],
+            [each for each in measured if each.cost.stage is kind],
+            [each for each in measured if bool(each.cost.backward) is backward],
             measured,
         )
         for group in groups:
             seconds, passes = sum(s.seconds for s in group), sum(s.worked * s.passes_each for s in group)
             if seconds >= ENOUGH and passes:
-                return stage.passes_each * seconds / passes
+                return seconds / passes
         return None
 
 

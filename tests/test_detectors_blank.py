@@ -87,7 +87,7 @@ def test_no_images_and_images_of_one_color_have_defined_scores(
     for attribute, labels in detector.labels.items():
         scores = detection.scores[attribute]
         assert scores.shape == (n, len(labels)) and scores.dtype == np.float32 and not np.isnan(scores).any()
-        assert np.allclose(scores, scores[:1], rtol=1e-3, atol=1e-3)
+        assert np.allclose(scores, scores[:1], rtol=1e-4, atol=1e-5)
     target = detector.target(subject)
     assert target is not None
     scores = detection.scores[target.attribute][:, target.label]

@@ -66,7 +66,8 @@ def test_an_erasure_by_two_processes_is_that_of_one(tmp_path: Path) -> None:
     from salun.masking.mask import Mask
 
     root = str(Path(__file__).resolve().parents[1])
-    job = ["erase", "--concept", "circle", "--steps", "6", "--batch-size", "4", "--forget-latents", "8"]
+    job = ["erase", "--concept", "circle", "--until", "ua>=0.1", "--steps", "6"]
+    job += ["--batch-size", "4", "--forget-latents", "8"]
     job += ["--low-vram"]  # samples one at a time, so that there are many batches to share out
     job += ["--retain-latents", "8", "--eval-images", "4", "--sampling-steps", "4", "--device", "cpu", "--json"]
     said = {}

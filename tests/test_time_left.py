@@ -139,9 +139,9 @@ def test_time_left_of_a_recorded_run_is_about_right(name: str) -> None:
     whole = moments[0].true
     fractions = [moment.fraction for moment in moments]
     assert fractions == sorted(fractions)
-    told = [moment for moment in moments if moment.left is not None]
-    assert len(told) > len(moments) / 2
-    for moment in told:
+    known = [moment for moment in moments if moment.left is not None]
+    assert len(known) > len(moments) / 2
+    for moment in known:
         assert moment.left is not None
         low, high = moment.left
         assert low / 1.75 - whole / 20 <= moment.true <= 1.75 * high + whole / 20, moment

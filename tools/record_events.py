@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Recorder:
 
     def __call__(self, event: salun.Event, /) -> None:
         if event.stages:
-            self.stages = [[c.stage, c.steps, c.forward, c.backward, c.most] for c in event.stages]
+            self.stages = [list(astuple(cost)) for cost in event.stages]
             self.resumed, self._began = event.resumed, time.process_time()
         elif not event.message:
             shown = [str(event.stage), event.step, event.total, event.restored]

@@ -88,14 +88,9 @@ def compare(
         ConfigError: An option cannot work; checked for every method before the first erasure.
         Cancelled: From `progress`.
     """
-    if not options.concept:
-        raise ConfigError("no concept is given", advice="Name what to erase: {concept} circle")
-    model, folder, cache = (
-        model or load_with(options.model or "shapes", options),
-        Path(run_dir),
-        cache or Cache.of_user(),
-    )
     variants, jobs = options.variants, jobs_of(options)
+    model, folder = model or load_with(options.model or "shapes", options), Path(run_dir)
+    cache = cache or Cache.of_user()
     plans = [make_plan(model.settings, model.name, job.concept, job_options(model, options, job, {})) for job in jobs]
     recorded = {item.name: getattr(options, item.name) for item in fields(options) if item.name != "run_dir"}
     facts = record_of(model, plans[0], [], None).facts  # with the content of the user's images
@@ -117,7 +112,9 @@ def compare(
 
 
 def jobs_of(options: CompareOptions) -> list[Job]:
-    """All erasures: seed by seed, each concept by each method."""
+    """All erasures: seed by seed, each concept by each method. Raises ConfigError without a concept."""
+    if not options.concept:
+        raise ConfigError("no concept is given", advice="Name what to erase: {concept} circle")
     jobs: dict[str, Job] = {}
     variants = options.variants
     for seed in range(options.seed, options.seed + options.seeds):

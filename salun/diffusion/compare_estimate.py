@@ -13,7 +13,6 @@ from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import Plan, make_plan
 from salun.diffusion.stages import erasure_stages
-from salun.errors import ConfigError
 from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage, silent
 
@@ -41,13 +40,12 @@ def preview_comparison(
 
     Raises what `compare` would before its first erasure.
     """
-    if not options.concept:
-        raise ConfigError("no concept is given", advice="Name what to erase: {concept} circle")
+    listed = jobs_of(options)
     model = model or load_with(options.model or "shapes", options)
     progress(Event(Stage.MEASURING, message=f"measuring this machine for {model.name}"))
     jobs: list[dict[str, Any]] = []
     pace, shared = None, set[tuple[str, int, Stage]]()
-    for job in jobs_of(options):
+    for job in listed:
         chosen = job_options(model, options, job, {})
         plan = make_plan(model.settings, model.name, job.concept, chosen)
         if pace is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,8 @@ def seconds_of(at_once: int, plan: Plan, pace: Pace) -> dict[str, Any]:
         samples = trained if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING) else sampled
         ends = []
         for end in (0, 1):
-            passes = cost.forward * pace.forward(samples)[end] / samples if cost.forward else 0.0
+            forward = cost.forward + cost.closing
+            passes = forward * pace.forward(samples)[end] / samples if forward else 0.0
             ends.append(passes + (cost.backward * pace.backward(trained)[end] / trained if cost.backward else 0.0))
         return ends[0], ends[1]
 
@@ -230,10 +231,12 @@ def seconds_of(at_once: int, plan: Plan, pace: Pace) -> dict[str, Any]:
         (least, most), (low, high) = stages.get(cost.stage, (0.0, 0.0)), seconds(cost)
         stages[cost.stage] = least + low, most + high
     low, high = (sum(ends[end] for ends in stages.values()) for end in (0, 1))
-    if plan.goal is not None and Stage.TRAINING in stages:
-        least, most = plan.probe_every / plan.recipe.steps, plan.budget / plan.recipe.steps
-        low -= (1 - least) * stages[Stage.TRAINING][0]
-        high += (most - 1) * stages[Stage.TRAINING][1]
+    for cost in erasure_stages(plan):
+        if plan.goal is not None and cost.stage is Stage.TRAINING:
+            least, most = plan.probe_every / plan.recipe.steps, plan.budget / plan.recipe.steps
+            of_steps = seconds(replace(cost, closing=0))
+            low -= (1 - least) * of_steps[0]
+            high += (most - 1) * of_steps[1]
     middle = {str(stage): sum(ends) / 2 for stage, ends in stages.items()}
     return {**middle, "total": sum(middle.values()), "least": low, "most": high}
 

@@ -16,9 +16,8 @@ from salun.diffusion.data.latents import decode_images, item_seed, sample_condit
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.goal import PLAUSIBLE, SURE, Goal, Probed, Seen
 from salun.diffusion.losses import ErasureData
-from salun.diffusion.options import Sampling
 from salun.diffusion.plan import spread
-from salun.diffusion.stages import KNOWN, OTHERS
+from salun.diffusion.stages import KNOWN, OTHERS, of_probes
 from salun.diffusion.task import ErasureTask
 from salun.diffusion.until import Until
 from salun.errors import ConfigError
@@ -33,7 +32,6 @@ BATCH, FEW, MANY = 8, 24, 128  # images of each concept: at a time; at most on t
 HOPELESS = 0.05  # confidence at which no more images are needed
 NEAREST = 16  # images of each concept, nearest to showing it, that decide about a smaller strength
 ATTACKED = 64  # images under attack at the end; half as many on the way
-FEWEST_STEPS = 8  # of the sampler; a probe takes half of the plan's, but not fewer than these
 
 
 def until_of(task: ErasureTask, context: RunContext, grow: bool) -> Until | None:
@@ -186,7 +184,7 @@ class ModelProbe:
     def _sampled(self, texts: Sequence[str], seeds: Sequence[int], progress: Progress = silent) -> Tensor:
         """Latents, in fewer of the sampler's steps."""
         model, sampling = self.task.model, self.task.plan.sampling
-        with model.sampling_as(_fewer_steps(sampling), (sampling.resolution, sampling.resolution)):
+        with model.sampling_as(of_probes(sampling), (sampling.resolution, sampling.resolution)):
             return sample_latents(model, texts, seeds, progress)
 
     def _detect(self, latents: Tensor, texts: Sequence[str], progress: Progress = silent) -> list[np.ndarray]:
@@ -272,7 +270,7 @@ class ModelProbe:
         of, known, sampling = plan.prompts.concepts[concept], self.calibrations[concept], plan.sampling
         texts = [of.eval_forget[row].text for row in spread(n, len(of.eval_forget), plan.options.seed)]
         seeds = [item_seed(plan.options.seed, "attack", concept * MANY + k) for k in range(n)]
-        with torch.no_grad(), model.sampling_as(_fewer_steps(sampling), (sampling.resolution, sampling.resolution)):
+        with torch.no_grad(), model.sampling_as(of_probes(sampling), (sampling.resolution, sampling.resolution)):
             latents = sample_conditionings(model, pool.attacking(concept, texts, vectors), seeds)
         shown = self._detect(latents, texts)[concept] >= known.threshold
         p1, p0 = float(known.positives.mean()), float(known.negatives.mean())
@@ -280,11 +278,6 @@ class ModelProbe:
 
     def _drift(self, others: Tensor) -> float:
         return _known(drift_of(self.original[: len(others)], others))
-
-
-def _fewer_steps(sampling: Sampling) -> Sampling:
-    """Half of the sampler's steps, but not fewer than `FEWEST_STEPS`: enough to see what images show."""
-    return replace(sampling, steps=min(sampling.steps, max(FEWEST_STEPS, sampling.steps // 2)))
 
 
 def _known(drift: Value) -> float:

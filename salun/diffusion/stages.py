@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from salun.detectors import fitting_passes_of, passes_of
-from salun.evaluation.calibration import fitting, fitting_rounds
+from salun.evaluation.calibration import fitting, fitting_passes, fitting_rounds
 from salun.methods import load
 from salun.progress import Stage, StageCost, merged
 
 if TYPE_CHECKING:
     from salun.diffusion.attack_options import AttackOptions
     from salun.diffusion.losses import ErasureData
+    from salun.diffusion.options import Sampling
     from salun.diffusion.plan import Plan
 
 HARDENING = 5  # what the pool adds to a step, in passes of a batch forward and backward, as measured
-PROBED = 150  # images of each concept and of others that the probes of a training take, about
+PROBED, CLOSING = 146, 148  # images that probes of a training take for a concept, with others: on the way, at the end;
+# the means of the 12 runs to a goal in benchmarks/results/defaults
+FEWEST_STEPS = 8  # of the sampler; a probe takes half of the plan's, but not fewer than these
 KNOWN = 48  # images of each kind, at most, on which the detector of the probes is calibrated
 OTHERS = 32  # images of other prompts, for the drift at the end of a training; half as many on the way
 PREDICTED = 64  # predictions behind anchor_gap and retain_change, for each kind of prompt, at most: two for each image
@@ -57,6 +61,11 @@ def erasure_stages(
             *_detecting(plan.detector, concepts, recipe.eval_images, anchored),
         ]
     )
+
+
+def of_probes(sampling: Sampling) -> Sampling:
+    """With half of the sampler's steps, but not fewer than `FEWEST_STEPS`: enough to see what images show."""
+    return replace(sampling, steps=min(sampling.steps, max(FEWEST_STEPS, sampling.steps // 2)))
 
 
 def mask_stages(plan: Plan, data: ErasureData | None = None) -> list[StageCost]:
@@ -136,8 +145,9 @@ def _training(plan: Plan) -> list[StageCost]:
     ahead = samples * 3 // 2 if plan.options.target_guidance else samples if plan.needs_frozen else 0
     pool = plan.recipe.steps * plan.recipe.batch_size * HARDENING if plan.options.harden else 0
     if plan.goal is not None:  # the recipe's steps are as good a guess as any; frozen targets are made on the way
-        probing = PROBED * len(plan.concepts) * (plan.sampling.passes // 2 + passes_of(plan.detector))
-        training = StageCost(Stage.TRAINING, steps, ahead + probing, samples + pool, most=plan.budget)
+        of_image = len(plan.concepts) * (of_probes(plan.sampling).passes + passes_of(plan.detector))
+        forward, closing = ahead + PROBED * of_image, CLOSING * of_image
+        training = StageCost(Stage.TRAINING, steps, forward, samples + pool, most=plan.budget, closing=closing)
         return [*_calibration(plan), training]
     frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=ahead)] if ahead else []
     return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples + pool)]
@@ -147,10 +157,10 @@ def _calibration(plan: Plan) -> list[StageCost]:
     """That of the detector of the probes, on the training set, and other images to compare with."""
     concepts, recipe = len(plan.concepts), plan.recipe
     forget, retain = min(KNOWN, recipe.forget_latents), min(KNOWN, recipe.retain_latents)
-    fitted = _fitted(plan.detector, concepts, forget, retain)
-    seen, others = concepts * forget + retain, OTHERS * plan.sampling.passes // 2
-    forward = fitted * fitting_passes_of(plan.detector) + seen * passes_of(plan.detector) + others
-    return [StageCost(Stage.CALIBRATING, fitted + seen + OTHERS, forward=forward)]
+    fitting = _fitting(plan.detector, concepts, forget, retain)
+    seen, others = concepts * forget + retain, OTHERS * of_probes(plan.sampling).passes
+    forward = fitting.forward + seen * passes_of(plan.detector) + others
+    return [StageCost(Stage.CALIBRATING, fitting.steps + seen + OTHERS, forward=forward)]
 
 
 def _detecting(name: str, concepts: int, n: int, anchors: int, looked: int = 0) -> list[StageCost]:
@@ -161,15 +171,16 @@ def _detecting(name: str, concepts: int, n: int, anchors: int, looked: int = 0) 
         anchors: Images of the anchors' prompts, of the original alone.
         looked: See `_looks`.
     """
-    fitted = _fitted(name, concepts, n, n + anchors)
-    calibrating = StageCost(Stage.CALIBRATING, fitted, forward=fitted * fitting_passes_of(name))
-    return [calibrating, _looks(name, 2 * n * (concepts + 1) + anchors, looked)]
+    return [_fitting(name, concepts, n, n + anchors), _looks(name, 2 * n * (concepts + 1) + anchors, looked)]
 
 
-def _fitted(name: str, concepts: int, n: int, others: int) -> int:
-    """Images that the rounds of a detector's fit look at, out of n of each concept and of others."""
-    a, b = (int(fitting(images).sum()) for images in (n, others))
-    return concepts * sum(fitting_rounds(a, b)) if a and b and fitting_passes_of(name) else 0
+def _fitting(name: str, concepts: int, n: int, others: int) -> StageCost:
+    """The fit of a detector, on some of n images of each concept and of others; its steps are images of its rounds."""
+    a, b, each = int(fitting(n).sum()), int(fitting(others).sum()), fitting_passes_of(name)
+    if not (a and b and each):
+        return StageCost(Stage.CALIBRATING, 0)
+    steps, passes = concepts * sum(fitting_rounds(a, b)), concepts * fitting_passes(a, b, each)
+    return StageCost(Stage.CALIBRATING, steps, forward=passes)
 
 
 def _looks(name: str, images: int, looked: int) -> StageCost:

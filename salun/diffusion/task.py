@@ -177,7 +177,8 @@ class ErasureTask:
         """The learning rate to begin with: of the first loss, by which the model forgets, at the original weights."""
         batches = (next(iter(losses(step).values())) for step in range(RATE_BATCHES))
         scale = FP16_LOSS_SCALE if self.model.dtype == torch.float16 else 1.0
-        return float(self.processes.broadcast(first_order_rate(self.parameters, self.mask, batches, scale)))
+        rate = first_order_rate(self.parameters, self.mask, batches, scale, self.processes)
+        return float(self.processes.broadcast(rate))
 
     def _kept(self, trained: Trained) -> Trained:
         """With the change of the strength that the goal chose, from the original weights to the trained ones."""

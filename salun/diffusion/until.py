@@ -224,7 +224,7 @@ def tried_of(row: LossRow) -> list[Probed]:
 
 def kept_strength(history: list[LossRow]) -> float:
     """s of θ₀ + s·(θ − θ₀), the weights that are kept at the end of a training."""
-    return history[-1].get(KEPT, probes_of(history)[-1].strength)
+    return history[-1][KEPT]
 
 
 def _frequencies(history: list[LossRow]) -> list[float] | None:

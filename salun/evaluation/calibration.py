@@ -7,7 +7,7 @@ images that chose nothing: where timesteps or a threshold were chosen, a detecto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,17 @@ def fitting_rounds(a: int, b: int) -> list[int]:
     """
     again = [a, b] if max(a, b) > FITTED else []
     return [min(a, FEWEST), min(b, FEWEST), min(a, FITTED), min(b, FITTED), *again, a, b]
+
+
+def fitting_passes(a: int, b: int, each: Sequence[int]) -> int:
+    """Passes of the network in the `fitting_rounds` of a and b images.
+
+    Args:
+        each: Of an image in the first round, the second, and each further one.
+    """
+    first, second, further = each
+    of_rounds = [first] * 2 + [second] * 2 + [further] * len(fitting_rounds(a, b))
+    return sum(images * passes for images, passes in zip(fitting_rounds(a, b), of_rounds, strict=False))
 
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
