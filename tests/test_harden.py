@@ -187,9 +187,9 @@ def test_the_target_moves_away_while_attacks_succeed_and_others_stay() -> None:
 
 
 def test_a_goal_for_attacks_hardens_and_hardening_has_a_goal(shapes: Model) -> None:
-    assert str(Goal.parse("asr<=0.1")) == "ua>=0.98, retain_drift<=0.02, asr<=0.1"
+    assert str(Goal.parse("asr<=0.1")) == "ua>=0.98, retain_drift<=0.02, ra_drop<=0.02, asr<=0.1"
     plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(until="asr<=0.1"))
-    assert plan.options.harden == 8 and plan.goal == Goal(asr=0.1)
+    assert plan.options.harden == 8 and plan.goal == Goal(anchor=0.0, asr=0.1)
     plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(harden=4))
     assert plan.goal == HARDENED and plan.options.harden == 4
     plain = make_plan(shapes.settings, "shapes", "circle", EraseOptions(steps=5))
@@ -212,10 +212,10 @@ def test_a_probe_of_a_hardened_training_is_attacked(shapes: Model, monkeypatch: 
     monkeypatch.setattr(probe, "ATTACKED", 8)
     monkeypatch.setattr(harden, "LONGER", 3)
     monkeypatch.setattr(harden, "ROUND", 3)
-    goal = {"until": "ua>=0.01, retain_drift<=0.9, asr<=1", "steps": 4, "forget_latents": 16}
+    goal = {"until": "ua>=0.01, retain_drift<=0.9, ra_drop<=1, asr<=1", "steps": 4, "forget_latents": 16}
     run = salun.erase(shapes, "circle", progress=salun.silent, **{**FEW, **goal})
     until = run.record.more["until"]
-    assert until["goal"] == "ua>=0.01, retain_drift<=0.9, asr<=1"
+    assert until["goal"] == goal["until"]
     assert until["probes"][-1]["asr"] is not None
 
 

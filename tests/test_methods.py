@@ -271,7 +271,7 @@ def test_the_goal_of_a_method_that_needs_prompts_alone_is_probed_on_samples(
     """The samples calibrate the detector."""
     monkeypatch.setattr(probe, "MANY", 16)
     monkeypatch.setattr(probe, "OTHERS", 8)
-    goal = {"until": "ua>=0.01, retain_drift<=0.9", "steps": 4, "sampling_steps": 4, "forget_latents": 16}
+    goal = {"until": "ua>=0.01, retain_drift<=0.9, ra_drop<=1", "steps": 4, "sampling_steps": 4, "forget_latents": 16}
     run, *_ = one_step(shapes, "esd", **goal)
     assert run.record.more["until"]["steps"] == len(run.history) == 4
     with pytest.raises(ConfigError, match="until does not work with the method leco"):

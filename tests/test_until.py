@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import salun
 from salun.diffusion import probe
-from salun.diffusion.goal import Decision, Goal, Phase, Probed, Seen, decide
+from salun.diffusion.data.training_set import MORE
+from salun.diffusion.goal import HEAVIER, Decision, Goal, Phase, Probed, Seen, decide
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
@@ -84,7 +85,7 @@ def test_a_goal_is_read_and_written() -> None:
         make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(until="ua[red]>=0.9"))
     for wrong in ("ua<=0.9", "ua[]>=0.9", "ua>=90", "speed>=1", "ua>=nan", "ua>=0.9 retain_drift<=1"):
         with pytest.raises(
-            ConfigError, match=r"until has .* but takes ua>=FRACTION, .* retain_drift<=FRACTION and asr<=FRACTION"
+            ConfigError, match=r"until has .* but takes ua>=FRACTION, .* anchor>=FRACTION, .* and asr<=FRACTION"
         ):
             Goal.parse(wrong)
 
@@ -100,7 +101,9 @@ def test_a_goal_is_read_and_written() -> None:
         ([(0.95, 0.1), (0.7, 0.02)], C, 40, 10, 1),
         ([(0.95, 0.1), (0.95, 0.04)], S, 40, 30, 1 / 2),
         ([(0.95, 0.1), (0.95, 0.04), (0.95, 0.02)], R, 70, 30, 1 / 2),
-        ([(0.95, 0.1), (0.95, 0.04), (0.95, 0.039)], G, 70, 30, 1 / 4),
+        ([(0.95, 0.1), (0.95, 0.04), (0.95, 0.039)], S, 70, 30, 1 / 4),
+        ([(0.95, 0.1), (0.95, 0.04), (0.95, 0.039), (0.95, 0.038)], G, 100, 30, 1 / 8),
+        ([(0.95, 0.1), (0.95, 0.08), (0.95, 0.06), (0.95, 0.05), (0.95, 0.04), (0.95, 0.03)], G, 160, 30, 1 / 32),
         ([(0.0, None), (0.0, 0.0)], C, 20, 10, 3),
         ([(0.0, None), (0.0, 0.0), (0.0, None), (0.1, 0.0)], C, 40, 10, 9),
         ([(0.4, None), (0.5, 0.1), (0.5, None), (0.4, 0.1)], C, 40, 10, 1),
@@ -165,7 +168,7 @@ def test_the_smallest_change_that_erases_is_kept_with_a_step_of_margin_and_of_a_
 def test_a_goal_for_attacks_keeps_the_whole_change() -> None:
     """A smaller one erases as well, but withstands less."""
     until, history = trained_with(
-        Fake(lambda step, s: Probed(step, (seen(0.95),), 0.01, s, 0.0)), Goal(0.9, 0.02, 0.05)
+        Fake(lambda step, s: Probed(step, (seen(0.95),), 0.01, s, 0.0)), Goal(0.9, 0.02, asr=0.05)
     )
     assert kept_strength(history) == 1.0 and until.reached(history)
 
@@ -192,6 +195,43 @@ def test_a_change_that_drifts_too_far_is_scaled_down_before_it_is_trained_again(
     assert len(history) == 40 and kept_strength(history) == 0.66 and until.reached(history)
     last = [look for look in until.as_json(history)["probes"] if look["step"] == 40]
     assert [(look["strength"], look["decides"]) for look in last] == [(0.66, True), (1.0, False), (0.73, False)]
+
+
+def test_other_images_that_are_no_longer_as_prompted_count_as_drift_does() -> None:
+    """Training goes on with more retain samples, of more weight, until they are again, or it no longer helps."""
+    drops = {40: 0.06, 70: 0.03, 100: 0.02}
+    found = Fake(lambda step, s: Probed(step, (seen(0.95),), 0.01, s, ra_drop=drops.get(step)))
+    until, history = trained_with(found)
+    assert len(history) == 100 and until.reached(history)
+    probes = [Probed(10, (seen(0.95),), 0.01), Probed(40, (seen(0.95),), 0.01, ra_drop=0.06)]
+    now = decide(GOAL, probes, EVERY, BUDGET)
+    assert now.harmed and (now.phase, now.factor, now.retain) == (S, 0.5, HEAVIER)
+    until.now = now
+    assert until.weights({"retain": 2.0, "adversarial": 0.3}) == {"retain": 2.0 * HEAVIER, "adversarial": 0.3}
+    assert not probes[1].reaches(GOAL) and probes[1].reaches(Goal.parse("ua>=0.9, ra_drop<=0.06"))
+    assert not Probed(40, (seen(0.95),), 0.0, ra_drop=0.01).reaches(Goal.parse("ua>=0.9, ra_drop<=0"))
+    assert "drift 0.0100, RA -6.0 points" in str(probes[1])
+
+
+def lacks(step: int, anchor: float) -> Probed:
+    """The concept is gone, and the anchor shown in so many images."""
+    return Probed(step, (Seen(48, 0.95, 0.9, anchor, 0.9 if anchor >= 0.9 else 0.0),), 0.01)
+
+
+def test_an_anchor_that_is_not_shown_is_trained_on_without_moving_the_target_away() -> None:
+    now = decide(GOAL, [lacks(10, 0.2)], EVERY, BUDGET)
+    assert (now.phase, now.guidance, now.grown) == (C, 0.0, False)
+    still = [lacks(10 * i, 0.5) for i in range(1, 5)]
+    now = decide(GOAL, still, EVERY, BUDGET)
+    assert (now.phase, now.guidance, now.grown) == (C, 0.0, True), "it stands still: more forget samples"
+    now = decide(GOAL, [*still, *(lacks(40 + 10 * i, 0.5) for i in range(1, 5))], EVERY, BUDGET)
+    assert now.phase is S, "and still it stands"
+    rising = [lacks(10, 0.95), lacks(40, 0.5), lacks(50, 0.95), lacks(80, 0.7), lacks(90, 0.95)]
+    assert decide(GOAL, rising, EVERY, BUDGET).phase is S
+    assert decide(GOAL, [*rising, lacks(130, 0.95)], EVERY, BUDGET).phase is R
+    assert decide(GOAL, [*rising, lacks(130, 0.6)], EVERY, BUDGET).phase is G, "it does not get better"
+    assert "UA 95.0 %, anchor in 20.0 % on 48" in str(lacks(10, 0.2))
+    assert Probed.of_row(lacks(10, 0.2).as_row() | {"step": 10}) == lacks(10, 0.2)
 
 
 def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(tmp_path: Path) -> None:
@@ -250,8 +290,8 @@ def test_the_rate_is_the_sign_step_that_removes_the_loss_to_first_order() -> Non
 
 
 SMALL: dict[str, Any] = {
-    "until": "ua>=0.5, retain_drift<=0.9", "sampling_steps": 4, "steps": 60, "forget_latents": 16,
-    "retain_latents": 16, "eval_images": 0, "device": "cpu", "batch_size": 8,
+    "until": "ua>=0.5, anchor>=0.1, retain_drift<=0.9, ra_drop<=1", "sampling_steps": 4, "steps": 60,
+    "forget_latents": 16, "retain_latents": 16, "eval_images": 0, "device": "cpu", "batch_size": 8,
 }  # fmt: skip
 
 
@@ -271,12 +311,23 @@ def test_a_run_towards_a_goal_stops_early_and_resumes_to_the_same_bytes(
     page = (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
     assert "On the way to the goal" in page and "was reached after" in page
 
+    strict = SMALL | {"until": "ua>=0.1, anchor>=0, retain_drift<=0.001, ra_drop<=1"}
+    events.clear()
+    run = salun.erase(shapes, "circle", progress=events.append, **strict)
+    until = run.record.more["until"]
+    assert not until["reached"] and until["lr_factor"] < 1
+    assert any(look["ra_drop"] is not None for look in until["probes"])
+    assert all(look["anchor"] is None for look in until["probes"])
+    trained = [i for i, event in enumerate(events) if event.stage is Stage.TRAINING]
+    sampled = [event for event in events[trained[0] :] if event.stage is Stage.SAMPLING]
+    assert sampled[-1].step == sampled[-1].total == MORE * SMALL["retain_latents"], "other images were harmed"
+
     def stop(event: Event) -> None:
         if event.stage is Stage.TRAINING and event.step == until["steps"] - 2:
             raise Cancelled("stopped")
 
     with pytest.raises(Cancelled):
-        salun.erase(shapes, "circle", progress=stop, run_dir=tmp_path / "again", **SMALL)
-    resumed = salun.erase(shapes, "circle", progress=silent, run_dir=tmp_path / "again", resume=True, **SMALL)
+        salun.erase(shapes, "circle", progress=stop, run_dir=tmp_path / "again", **strict)
+    resumed = salun.erase(shapes, "circle", progress=silent, run_dir=tmp_path / "again", resume=True, **strict)
     assert resumed.record.more["until"] == until
     assert all(torch.equal(resumed.erased[name], tensor) for name, tensor in run.erased.items())

@@ -207,7 +207,7 @@ def evaluated_pair(
         _expected_concepts(detector, plan.subjects, prompts),
         detector.labels,
         _expected_labels(detector, prompts.anchor),
-        _expected_retain(detector, prompts),
+        expected_retain(detector, prompts.retain),
         _evaluated(before, seen[: len(parts)]),
         _evaluated(after, seen[len(parts) :]),
         {},
@@ -278,11 +278,14 @@ def _expected_labels(detector: Detector, prompts: Sequence[Prompt]) -> dict[str,
     }
 
 
-def _expected_retain(detector: Detector, prompts: EvalPrompts) -> dict[str, np.ndarray]:
-    """Those of retain prompts. Where they name no label: that each image is as its prompt says, if that is decided."""
-    expected = _expected_labels(detector, prompts.retain)
+def expected_retain(detector: Detector, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+    """Attribute → the label that each retain prompt's image should show, int64 (n,), −1 where it names none.
+
+    Where the prompts name no label: that each image is as its prompt says, if the detector can decide that.
+    """
+    expected = _expected_labels(detector, prompts)
     if not expected and detector.prompt_match is not None:
-        return {detector.prompt_match: np.zeros(len(prompts.retain), np.int64)}
+        return {detector.prompt_match: np.zeros(len(prompts), np.int64)}
     return expected
 
 

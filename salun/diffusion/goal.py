@@ -5,6 +5,7 @@ Decisions depend on the recorded probes alone, so that a resumed training takes 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,39 +17,47 @@ from salun.errors import ConfigError
 SURE, PLAUSIBLE = 0.8, 0.15  # probabilities that UA is what the goal wants: to call it reached, and to settle
 WRECKED = 0.5  # a drift from which on training begins again: half of that of unrelated images
 FASTER, MOST = 3.0, 27.0  # by which the rate rises while UA does not move, and at most in all
-SLOWER, BACK = 0.5, 0.25  # by which it falls where other images drift too far, and where the model is wrecked
+SLOWER, BACK = 0.5, 0.25  # by which it falls where other images are harmed, and where the model is wrecked
+HEAVIER = 3.0  # by which the retain loss's weight rises where other images are harmed
 GUIDED, FARTHEST = 0.25, 0.75  # by which the target's guidance η rises where the anchor is not enough; at most in all
 HARDEST, UNSETTLED = 1.5, 2.0  # at most, where attacks succeed; drift at a constant rate, in times of that at the end
 PAIR, STUCK, MOVED = 2, 4, 0.05  # probes that are compared; those without progress; what progress is, a fraction
 UNMOVED = 0.1  # UA up to which the rate is too low, rather than the anchor not enough
 SETTLING = 3  # probe intervals, at least, over which the rate falls to 0
-TRIES, RESTARTS = 2, 3  # at lower rates against drift, and from the original weights
+TRIES, RESTARTS = 4, 3  # at lower rates against harm to other images, and from the original weights
 PREFIX = "probe "  # of columns of a training's history
 PART = re.compile(
-    r"ua(?:\[(?P<concept>[^\]]+)\])?\s*>=\s*(?P<least>\S+)|(?P<name>retain_drift|asr)\s*<=\s*(?P<most>\S+)"
+    r"(?P<rate>ua(?:\[(?P<concept>[^\]]+)\])?|anchor)\s*>=\s*(?P<least>\S+)"
+    r"|(?P<name>retain_drift|ra_drop|asr)\s*<=\s*(?P<most>\S+)"
 )
-BETTER = 0.9  # a try against drift that does not bring it below this times the last one is the last
+BETTER, VAIN = 0.95, 2  # a try that does not bring harm below this times the last one is in vain; tries in vain at most
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal such as "ua>=0.98, retain_drift<=0.02".
+    """A goal such as "ua>=0.98, anchor>=0.9, retain_drift<=0.02, ra_drop<=0.02".
 
     Args:
         ua: Fraction of images of the concept's prompts without the concept, at least.
-        retain_drift: See `Probed`, at most.
+        retain_drift, ra_drop: See `Probed`, at most.
+        anchor: Fraction of those images with the anchor in its place, at least, where the detector can tell.
         asr: Likewise, at most; None where the training is not hardened against attacks.
         ua_of: Of single concepts, by name, in place of `ua`: `ua[red]>=0.95`.
     """
 
     ua: float = 0.98
     retain_drift: float = 0.02
+    ra_drop: float = 0.02
+    anchor: float = 0.9
     asr: float | None = None
     ua_of: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Goal:
-        """The goal that a text names; what it does not name has its default. Raises ConfigError."""
+        """The goal that a text names; what it does not name has its default. Raises ConfigError.
+
+        With `asr` the anchor need not be shown: what withstands attacks leads away from it.
+        """
         values: dict[str, float] = {}
         ua_of: dict[str, float] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
@@ -56,21 +65,26 @@ class Goal:
             number = _fraction(match["least"] or match["most"]) if match is not None else None
             if match is None or number is None:
                 raise ConfigError(
-                    f"has {part[:60]!r}, but takes ua>=FRACTION, ua[CONCEPT]>=FRACTION, retain_drift<=FRACTION and "
-                    "asr<=FRACTION, from 0 to 1",
+                    f"has {part[:60]!r}, but takes ua>=FRACTION, ua[CONCEPT]>=FRACTION, anchor>=FRACTION, "
+                    "retain_drift<=FRACTION, ra_drop<=FRACTION and asr<=FRACTION, from 0 to 1",
                     option="until",
                     advice=f'Use {{until}} "{cls()}"',
                 )
             if match["concept"] is not None:
                 ua_of[match["concept"].strip()] = number
             else:
-                values["ua" if match["least"] else match["name"]] = number
+                values[match["rate"] or match["name"]] = number
+        if "asr" in values:
+            values.setdefault("anchor", 0.0)
         return cls(**values, ua_of=ua_of)
 
     def __str__(self) -> str:
         single = "".join(f", ua[{name}]>={value:g}" for name, value in self.ua_of.items())
         attacked = f", asr<={self.asr:g}" if self.asr is not None else ""
-        return f"ua>={self.ua:g}{single}, retain_drift<={self.retain_drift:g}{attacked}"
+        shown = f", anchor>={self.anchor:g}" if self.anchor else ""
+        return (
+            f"ua>={self.ua:g}{single}{shown}, retain_drift<={self.retain_drift:g}, ra_drop<={self.ra_drop:g}{attacked}"
+        )
 
     def of(self, concept: str) -> float:
         """UA of a concept, at least."""
@@ -92,12 +106,27 @@ class Seen:
     Args:
         n: Images of its held-out prompts.
         ua: Fraction of them without the concept, corrected by the detector's calibration.
-        confidence: Probability that UA is what the goal wants.
+        gone: Probability that UA is what the goal wants.
+        anchor: Fraction of them with the anchor, corrected likewise; None where that does not matter, or the detector
+            cannot tell.
+        shown: Probability that this is what the goal wants, 1 where it does not matter.
     """
 
     n: int
     ua: float
-    confidence: float
+    gone: float
+    anchor: float | None = None
+    shown: float = 1.0
+
+    @property
+    def confidence(self) -> float:
+        """Probability that the goal holds, by what is less certain."""
+        return min(self.gone, self.shown)
+
+    @property
+    def progress(self) -> float:
+        """UA, or how often the anchor is shown where that is less."""
+        return self.ua if self.anchor is None else min(self.ua, self.anchor)
 
 
 @dataclass(frozen=True)
@@ -109,6 +138,8 @@ class Probed:
         concepts: Each of them.
         drift: Of images of held-out retain prompts at equal seeds, as the metric `image_drift`: 1 is that of unrelated
             images. None where it was not measured.
+        ra_drop: Fraction of these images that are as prompted by the original, and no longer, less those that only now
+            are. None where it was not measured, or the detector cannot tell.
         strength: s of the weights θ₀ + s·(θ − θ₀) that it looked at.
         asr: Fraction of images with adversarial embeddings of the training in place of the concept that show it,
             corrected like UA. None where that was not measured.
@@ -119,17 +150,35 @@ class Probed:
     drift: float | None = None
     strength: float = 1.0
     asr: float | None = None
+    ra_drop: float | None = None
 
     def __str__(self) -> str:
         strength = f" at {100 * self.strength:.0f} % of the change" if self.strength < 1 else ""
         drift = f", drift {self.drift:.4f}" if self.drift is not None else ""
+        drift += f", RA {-100 * self.ra_drop:+.1f} points" if self.ra_drop is not None else ""
         attacked = f", under attack {100 * self.asr:.1f} % show the concept" if self.asr is not None else ""
-        return f"UA {100 * self.ua:.1f} % on {self.n} held-out images{attacked}{drift}{strength}"
+        shown = f", anchor in {100 * self.anchor:.1f} %" if self.anchor is not None else ""
+        return f"UA {100 * self.ua:.1f} %{shown} on {self.n} held-out images{attacked}{drift}{strength}"
 
     @property
     def ua(self) -> float:
         """Of the least erased concept."""
         return min(each.ua for each in self.concepts)
+
+    @property
+    def anchor(self) -> float | None:
+        """Fraction of images with the anchor, of the concept that shows it least; None where none is known."""
+        return min((each.anchor for each in self.concepts if each.anchor is not None), default=None)
+
+    @property
+    def progress(self) -> float:
+        """Of the concept that has made the least."""
+        return min(each.progress for each in self.concepts)
+
+    @property
+    def gone(self) -> float:
+        """Probability that UA of every concept is what the goal wants, by the least certain one."""
+        return min(each.gone for each in self.concepts)
 
     @property
     def n(self) -> int:
@@ -138,12 +187,12 @@ class Probed:
 
     @property
     def confidence(self) -> float:
-        """Probability that UA of every concept is what the goal wants, by the least certain one."""
+        """Probability that every concept is erased as the goal wants, by the least certain one."""
         return min(each.confidence for each in self.concepts)
 
     @property
     def sure(self) -> bool:
-        """Whether UA is surely enough what the goal wants."""
+        """Whether concepts are surely enough erased as the goal wants."""
         return self.confidence >= SURE
 
     @property
@@ -159,15 +208,27 @@ class Probed:
         """Whether the concept is gone as the goal wants, whatever became of other images."""
         return self.sure and self.withstands(goal)
 
+    def harm(self, goal: Goal) -> float:
+        """To other images, in times of what the goal allows: of drift and RA drop the larger."""
+        assert self.drift is not None
+        pairs = [(self.drift, goal.retain_drift), (self.ra_drop, goal.ra_drop)]
+        harms = [value / most if most else value and math.inf for value, most in pairs if value is not None]
+        return math.nan if any(map(math.isnan, harms)) else max(0.0, *harms)
+
     def reaches(self, goal: Goal) -> bool:
         """Whether it meets the goal."""
-        return self.erased(goal) and self.drift is not None and self.drift <= goal.retain_drift
+        return self.erased(goal) and self.drift is not None and self.harm(goal) <= 1
 
     def as_row(self, prefix: str = PREFIX) -> dict[str, float]:
         """As part of a row of the training's history."""
-        row = {f"{prefix}{key} {i}": float(getattr(c, key)) for i, c in enumerate(self.concepts) for key in OF_CONCEPT}
+        row = {
+            f"{prefix}{key} {i}": float(value)
+            for i, of in enumerate(self.concepts)
+            for key in OF_CONCEPT
+            if (value := getattr(of, key)) is not None
+        }
         row[f"{prefix}strength"] = self.strength
-        known = {"drift": self.drift, "asr": self.asr}
+        known = {name: getattr(self, name) for name in MEASURED}
         return row | {f"{prefix}{name}": value for name, value in known.items() if value is not None}
 
     @classmethod
@@ -176,19 +237,19 @@ class Probed:
         if f"{prefix}strength" not in row:
             return None
         concepts = tuple(
-            Seen(int(row[f"{prefix}n {i}"]), row[f"{prefix}ua {i}"], row[f"{prefix}confidence {i}"])
+            Seen(int(row[f"{prefix}n {i}"]), *(row.get(f"{prefix}{key} {i}") for key in OF_CONCEPT[1:]))  # type: ignore[arg-type]
             for i in range(sum(name.startswith(f"{prefix}ua ") for name in row))
         )
-        drift, asr = (row.get(f"{prefix}{name}") for name in ("drift", "asr"))
-        return cls(int(row["step"]), concepts, drift, row[f"{prefix}strength"], asr)
+        known = {name: row.get(f"{prefix}{name}") for name in MEASURED}
+        return cls(int(row["step"]), concepts, strength=row[f"{prefix}strength"], **known)
 
     def as_json(self) -> dict[str, Any]:
         """As in `run.json`."""
-        names = ("step", "strength", "n", "ua", "confidence", "drift", "asr")
+        names = ("step", "strength", "n", "ua", "anchor", "confidence", *MEASURED)
         return {name: getattr(self, name) for name in names} | {"concepts": [each.ua for each in self.concepts]}
 
 
-OF_CONCEPT = ("n", "ua", "confidence")
+OF_CONCEPT, MEASURED = ("n", "ua", "gone", "anchor", "shown"), ("drift", "ra_drop", "asr")
 
 
 class Phase(str, Enum):
@@ -210,9 +271,11 @@ class Decision:
         start: The step after which it was taken.
         length: Steps to the next probe.
         factor: Of the learning rate.
+        retain: Of the retain loss's weight.
         guidance: η of the forget target, beyond that of the options (see `frozen_predictions`).
         restart: Whether to begin again from the original weights.
         unfinished: Concepts that still show, by number; empty before the first probe.
+        grown: Whether few forget latents do not suffice: UA, or the anchor, stands still or was lost.
     """
 
     phase: Phase
@@ -222,22 +285,26 @@ class Decision:
     guidance: float = 0.0
     restart: bool = False
     unfinished: tuple[int, ...] = ()
+    retain: float = 1.0
+    grown: bool = False
 
     @property
-    def grown(self) -> bool:
-        """Whether few forget latents do not suffice: UA stands still, or was lost."""
-        return self.guidance > 0
+    def harmed(self) -> bool:
+        """Whether other images were harmed, so that few retain samples do not suffice."""
+        return self.retain > 1
 
 
 def decide(goal: Goal, probes: Sequence[Probed], every: int, budget: int) -> Decision:
     """What to do after these probes of a training.
 
-    Train at a constant rate, with a probe every so many steps, until UA is plausible. Then let the rate fall to 0, over
-    half as many steps again, and look closely: if the goal holds, it is reached; if UA was lost, train on, towards a
-    target further from the concept; if other images drift too far, and no smaller change helps, train on at half the
-    rate, falling again. While UA stands still, the rate rises, or, where the concept is gone from some images, the
-    target moves; and so it does while attacks succeed and other images stay. A wrecked model begins again from the
-    original weights, at a quarter of the rate.
+    Train at a constant rate, with a probe every so many steps, until the concept is plausibly gone and the anchor
+    shown. Then let the rate fall to 0, over half as many steps again, and look closely: if the goal holds, it is
+    reached; if UA was lost, train on, towards a target further from the concept; if other images are harmed, and no
+    smaller change helps, train on at half the rate, falling again, with more retain samples and weight on them. While
+    UA stands still, the rate rises, or, where the concept is gone from some images, the target moves; and so it does
+    while attacks succeed and other images stay. Where the concept is gone and the anchor is not shown, training goes on
+    with more forget samples, and ends where that stands still. A wrecked model begins again from the original weights,
+    at a quarter of the rate.
 
     Args:
         every: Steps between probes.
@@ -251,10 +318,11 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
     """The first decision, and the one after each probe."""
     now = Decision(Phase.CONTINUE, 0, min(every, budget))
     yield now
-    constant, idle, tries, restarts = 0, -1, 0, 0  # constant: steps at a constant rate
-    drift = float("inf")  # when last settled
+    constant, idle, tries, vain, restarts = 0, -1, 0, 0, 0  # constant: steps at a constant rate
+    retain, harm, shown = 1.0, math.inf, -1.0  # harm, and how often the anchor is shown, when last settled
     for i, probe in enumerate(probes):
         settled, factor, guidance, restart = now.phase is Phase.SETTLE, now.factor, now.guidance, False
+        grown = now.grown
         constant += 0 if settled else now.length
         end = probe.step >= budget
         if settled and probe.reaches(goal):
@@ -265,41 +333,47 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
         elif end or probe.wrecked:
             phase = Phase.GIVE_UP
         elif _attacked(goal, probe, now.guidance, settled) and probe.confidence >= (SURE if settled else PLAUSIBLE):
-            phase, guidance, idle = Phase.CONTINUE, min(guidance + GUIDED, HARDEST), i
+            phase, guidance, idle, grown = Phase.CONTINUE, min(guidance + GUIDED, HARDEST), i, True
         elif settled and probe.sure:
-            assert probe.drift is not None
-            phase = Phase.SETTLE if tries < TRIES and probe.drift < BETTER * drift else Phase.GIVE_UP
-            tries, drift, factor = tries + 1, probe.drift, factor * SLOWER
+            vain += not probe.harm(goal) < BETTER * harm
+            phase = Phase.SETTLE if tries < TRIES and vain < VAIN else Phase.GIVE_UP
+            tries, harm, factor = tries + 1, probe.harm(goal), factor * SLOWER
+            retain, shown = HEAVIER, -1.0
         elif settled:
-            phase, idle = Phase.CONTINUE, i
-            guidance = guidance if probe.confidence >= PLAUSIBLE else min(guidance + GUIDED, FARTHEST)
+            lacking = probe.gone >= SURE and probe.progress < shown + MOVED
+            phase, idle, shown = Phase.GIVE_UP if lacking else Phase.CONTINUE, i, probe.progress
+            grown = grown or probe.confidence < PLAUSIBLE
+            guidance = guidance if probe.gone >= PLAUSIBLE else min(guidance + GUIDED, FARTHEST)
         else:
             phase = Phase.SETTLE if probe.confidence >= PLAUSIBLE else Phase.CONTINUE
             if phase is Phase.CONTINUE and _stands_still(probes[idle + 1 : i + 1]):
                 if probe.ua <= UNMOVED:
                     factor = min(factor * FASTER, MOST)
+                elif probe.gone < PLAUSIBLE:
+                    guidance, grown = min(guidance + GUIDED, FARTHEST), True
                 else:
-                    guidance = min(guidance + GUIDED, FARTHEST)
+                    phase, grown = Phase.SETTLE if grown else Phase.CONTINUE, True
                 idle = i
         length = max(SETTLING * every, constant // 2)
         if phase is Phase.CONTINUE and probe.step + every + length > budget and not restart:
             phase = Phase.SETTLE  # the last steps are always those that settle
         length = min(length if phase is Phase.SETTLE else every, budget - probe.step)
         unfinished = tuple(k for k, each in enumerate(probe.concepts) if each.confidence < PLAUSIBLE)
-        now = Decision(phase, probe.step, length, factor, guidance, restart, unfinished)
+        now = Decision(phase, probe.step, length, factor, guidance, restart, unfinished, retain, grown)
         yield now
 
 
 def _attacked(goal: Goal, probe: Probed, guidance: float, settled: bool) -> bool:
     """Whether attacks succeed, and the target may yet move further from the concept."""
-    retained = probe.drift is None or probe.drift <= goal.retain_drift * (1.0 if settled else UNSETTLED)
+    retained = probe.drift is None or probe.harm(goal) <= (1.0 if settled else UNSETTLED)
     return probe.asr is not None and not probe.withstands(goal) and retained and guidance < HARDEST
 
 
 def _stands_still(since: Sequence[Probed]) -> bool:
-    """Whether UA has not moved in the probes since the last change, and other images are there still."""
+    """Whether nothing has moved in the probes since the last change, and other images are there still."""
     if len(since) < PAIR or all(probe.drift is None for probe in since):
         return False
-    recent = sum(probe.ua for probe in since[-PAIR:]) / PAIR
-    earlier = sum(probe.ua for probe in since[-STUCK : -STUCK + PAIR]) / PAIR
-    return recent <= UNMOVED or (len(since) >= STUCK and recent - earlier < MOVED)
+    recent = sum(probe.progress for probe in since[-PAIR:]) / PAIR
+    earlier = sum(probe.progress for probe in since[-STUCK : -STUCK + PAIR]) / PAIR
+    unmoved = sum(probe.ua for probe in since[-PAIR:]) <= PAIR * UNMOVED
+    return unmoved or (len(since) >= STUCK and recent - earlier < MOVED)

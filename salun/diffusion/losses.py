@@ -131,7 +131,7 @@ def draw(
 
     Args:
         frequencies: How often the samples of each concept are drawn, relative to each other; None for equally often.
-        retain_frequencies: Likewise each retain sample.
+        retain_frequencies: Likewise the first retain samples; 1 for the others.
     """
     generator = step_generator(seed, step)
     device = data.forget_latents.device
@@ -144,7 +144,9 @@ def draw(
     if retain_frequencies is None:
         keep = torch.randint(len(data.retain), (batch_size,), generator=generator)
     else:
-        keep = torch.multinomial(torch.tensor(retain_frequencies), batch_size, replacement=True, generator=generator)
+        often = torch.ones(len(data.retain))
+        often[: len(retain_frequencies)] = torch.tensor(retain_frequencies)
+        keep = torch.multinomial(often, batch_size, replacement=True, generator=generator)
     emptied = torch.rand(batch_size, generator=generator) < EMPTY_PROMPT_FRACTION
     picked = pick
     pick, from_anchor, keep, emptied = (to_device(v, device) for v in (pick, from_anchor, keep, emptied))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BUDGET, PROBES = 3, 10  # with a goal: times the recipe's steps at most, and probes in the recipe's steps
 BY_GOAL = ("steps", "lr", "lr_decay", "forget_latents")  # numbers that a goal decides, where the options do not
 POOL = 8  # adversarial embeddings of each concept in a hardened training
-HARDENED = Goal(retain_drift=0.05, asr=0.05)  # its goal, where none is named
+HARDENED = Goal(retain_drift=0.05, ra_drop=0.05, anchor=0.0, asr=0.05)  # its goal, where none is named
 HARDENED_RETAIN = 3.0  # factor of the retain weight there
 FEWEST_BETWEEN = 4  # steps between two probes
 PART, FEWEST = 2, 16  # with a goal: this part of the recipe's forget latents, but not fewer than these

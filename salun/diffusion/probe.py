@@ -13,22 +13,25 @@ from torch import Tensor
 from salun.detectors import passes_of
 from salun.diffusion.context import RunContext
 from salun.diffusion.data.latents import decode_images, item_seed, sample_conditionings, sample_latents
-from salun.diffusion.data.training_set import build_training_set
+from salun.diffusion.data.training_set import build_training_set, further_retain
+from salun.diffusion.evaluation import expected_retain
 from salun.diffusion.goal import PLAUSIBLE, SURE, Goal, Probed, Seen
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.plan import spread
+from salun.diffusion.prompts.vocabulary import Prompt
 from salun.diffusion.stages import KNOWN, OTHERS, of_probes
 from salun.diffusion.task import ErasureTask
 from salun.diffusion.until import Until
 from salun.errors import ConfigError
 from salun.evaluation.calibration import Calibration, fitting
-from salun.evaluation.detector import Detector, DetectorInputs, Fitted, Samples, load_detector
+from salun.evaluation.detector import Detection, Detector, DetectorInputs, Fitted, Samples, load_detector
 from salun.evaluation.estimate import Unknown, Value
 from salun.evaluation.metrics.image_drift import drift_of
 from salun.progress import Event, Progress, Stage, silent
 from salun.randomness import step_generator
 
 BATCH, FEW, MANY = 8, 24, 128  # images of each concept: at a time; at most on the way; at most at the end
+MOST_OTHERS = 64  # images of other prompts, where the first ones are harmed
 HOPELESS = 0.05  # confidence at which no more images are needed
 NEAREST = 16  # images of each concept, nearest to showing it, that decide about a smaller strength
 ATTACKED = 64  # images under attack at the end; half as many on the way
@@ -60,6 +63,8 @@ def until_of(task: ErasureTask, context: RunContext, grow: bool) -> Until | None
         return None
     if grow and plan.all_latents is not None and not plan.options.forget_images:
         task.more = partial(build_training_set, task.model, plan.fixed(), task.progress, cache=context.cache)
+    if grow and plan.recipe.retain_latents:
+        task.more_retain = partial(further_retain, task.model, plan, task.progress, context.cache)
     lr = plan.recipe.lr if plan.lr_given else None
     return Until(plan.goal, plan.probe_every, plan.budget, probe, task.at_strength, len(plan.concepts), lr)
 
@@ -69,12 +74,12 @@ class Look:
     """What a look found, of which the next one at a smaller strength looks at some again.
 
     Args:
-        scores: Of each concept, float32 (n,) in its images.
-        others: Latents of other prompts' images, on the CPU; None where drift was not measured.
+        scores: Of each concept and its anchor in its images, float32 (n, 2).
+        others: How many images of other prompts it looked at; 0 for none.
     """
 
     scores: Sequence[np.ndarray]
-    others: Tensor | None = None
+    others: int = 0
 
 
 class ModelProbe:
@@ -96,8 +101,11 @@ class ModelProbe:
         self.looks = not passes_of(plan.detector)  # at images
         self.adjustable, self.last = False, Look([])
         self._looking()
+        self.anchors: list[Calibration | None] = []
         self.calibrations = self._calibrated(task.training_set)
-        self.original = self._others(OTHERS, self._calibrating)
+        self.expected = expected_retain(self.detector, self._other_prompts(MOST_OTHERS))
+        self.original, self.right = torch.empty(0), list[np.ndarray]()
+        self._sample_original(OTHERS, self._calibrating)
         _known(drift_of(self.original, self.original))
         self.predictions = self._predictions()
         self._looking(len(self.original))
@@ -105,12 +113,12 @@ class ModelProbe:
     def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
         """Sample held-out prompts until it is clear enough whether the goal holds; see `until.Probe`."""
         self._looking()
-        scores = [np.empty(0, np.float32) for _ in self.task.plan.subjects]
+        scores = [np.empty((0, 2), np.float32) for _ in self.task.plan.subjects]
         least, most = (MANY // 2, MANY) if thorough else (BATCH, FEW)
         while len(scores[0]) < most:
             images = np.arange(len(scores[0]), len(scores[0]) + BATCH)
             anew = self._scores([images for _ in scores])
-            scores = [np.append(old, new) for old, new in zip(scores, anew, strict=True)]
+            scores = [np.concatenate([old, new]) for old, new in zip(scores, anew, strict=True)]
             concepts = self._seen(scores)
             confidence = min(each.confidence for each in concepts)
             self._looking(len(scores[0]))
@@ -118,23 +126,24 @@ class ModelProbe:
                 break
         self.last = Look(scores)
         probed = Probed(step, concepts)
-        if drift or probed.confidence >= PLAUSIBLE:
-            others = self._others(OTHERS if thorough else OTHERS // 2)
-            self.last, probed = Look(scores, others), replace(probed, drift=self._drift(others))
+        if thorough and probed.confidence >= PLAUSIBLE:
+            others, probed = self._harmed(probed)
+            self.last = Look(scores, len(others))
+        elif drift or probed.confidence >= PLAUSIBLE:
+            probed = replace(probed, drift=self._drift(self._others(OTHERS // 2)))
         if self.goal.asr is not None and probed.confidence >= PLAUSIBLE:
             probed = replace(probed, asr=self._asr(step, ATTACKED if thorough else ATTACKED // 2, thorough))
         self._looking(len(scores[0]), f"after step {step}: {probed}")
         return probed
 
     def again(self, step: int, strength: float, *, drift: bool) -> Probed:
-        """Sample those images anew that were nearest to showing a concept; see `until.Probe`.
+        """Sample those images anew that were nearest to showing a concept, or not the anchor; see `until.Probe`.
 
-        The others are taken to show as much of it as before. Drift is measured on half of the images, relative to
-        theirs before.
+        The others are taken to show what they did before.
         """
         self._looking()
         scores = [each.copy() for each in self.last.scores]
-        nearest = [np.argsort(-each, kind="stable")[:NEAREST] for each in scores]
+        nearest = [self._nearest(i, each) for i, each in enumerate(scores)]
         for start in range(0, min(len(each) for each in nearest), BATCH):
             rows = [each[start : start + BATCH] for each in nearest]
             for each, images, anew in zip(scores, rows, self._scores(rows), strict=True):
@@ -142,10 +151,8 @@ class ModelProbe:
             self._looking(start + BATCH)
         probed = Probed(step, self._seen(scores), strength=strength)
         if drift:
-            assert self.last.others is not None
-            now, before = self._others(OTHERS // 2), self._drift(self.last.others[: OTHERS // 2])
-            change = self._drift(now) / before if before else 1.0
-            probed = replace(probed, drift=self._drift(self.last.others) * change)
+            others = self._others(self.last.others or OTHERS)
+            probed = replace(probed, drift=self._drift(others), ra_drop=self._ra_drop(others))
         if self.goal.asr is not None and probed.confidence >= PLAUSIBLE:
             probed = replace(probed, asr=self._asr(step, ATTACKED, True))
         self._looking(len(scores[0]), f"after step {step}: {probed}")
@@ -162,16 +169,31 @@ class ModelProbe:
     def _seen(self, scores: Sequence[np.ndarray]) -> tuple[Seen, ...]:
         """Of each concept's scores, UA and the probability that it reaches the goal, by Jeffreys' posterior."""
         concepts = []
-        for subject, of, each in zip(self.task.plan.subjects, self.calibrations, scores, strict=True):
-            seen, false = float(of.positives.mean()), float(of.negatives.mean())
-            allowed = false + (1 - self.goal.of(subject.name)) * (seen - false)
-            k, n = int((each >= of.threshold).sum()), len(each)
-            ua = float(np.clip(1 - (k / n - false) / (seen - false), 0, 1))
-            concepts.append(Seen(n, ua, probability_below(allowed, k, n)))
+        of_all = zip(self.task.plan.subjects, self.calibrations, self.anchors, scores, strict=True)
+        for subject, concept, anchor, each in of_all:
+            rate, gone = rate_below(concept, each[:, 0], 1 - self.goal.of(subject.name))
+            seen = Seen(len(each), 1 - rate, gone)
+            if anchor is not None:
+                rate, fewer = rate_below(anchor, each[:, 1], self.goal.anchor)
+                seen = replace(seen, anchor=rate, shown=1 - fewer)
+            concepts.append(seen)
         return tuple(concepts)
 
+    def _nearest(self, concept: int, scores: np.ndarray) -> np.ndarray:
+        """Numbers of the images nearest to showing a concept, and of as many again nearest to not showing its anchor.
+
+        Args:
+            scores: float32 (n, 2).
+        """
+        nearest, anchor = np.argsort(-scores[:, 0], kind="stable")[:NEAREST], self.anchors[concept]
+        if anchor is None:
+            return nearest
+        by_anchor = np.argsort(scores[:, 1], kind="stable")
+        shown = by_anchor[scores[by_anchor, 1] >= anchor.threshold]
+        return np.concatenate([nearest, shown[~np.isin(shown, nearest)], by_anchor])[: 2 * NEAREST]
+
     def _scores(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Each concept's scores in its images of these numbers, as many of each concept, below `MANY`."""
+        """Each concept's and anchor's scores in its images of these numbers, as many of each, below `MANY`."""
         seed, prompts = self.task.plan.options.seed, self.task.plan.prompts.concepts
         texts, seeds = [], []
         for i, (of, numbers) in enumerate(zip(prompts, images, strict=True)):
@@ -187,14 +209,25 @@ class ModelProbe:
         with model.sampling_as(of_probes(sampling), (sampling.resolution, sampling.resolution)):
             return sample_latents(model, texts, seeds, progress)
 
-    def _detect(self, latents: Tensor, texts: Sequence[str], progress: Progress = silent) -> list[np.ndarray]:
-        """Each concept's scores, float32 (n,), in all of the latents."""
+    def _detection(
+        self, latents: Tensor, texts: Sequence[str], progress: Progress = silent, compare_prompts: bool = False
+    ) -> Detection:
+        """What the detector sees in all of the latents."""
         images = decode_images(self.task.model, latents) if self.looks else np.zeros((len(latents), 1, 1, 3), np.uint8)
         with self.task.original_weights():
-            seen = self.detector.detect(Samples(images, latents.cpu(), texts), progress)
+            return self.detector.detect(Samples(images, latents.cpu(), texts, compare_prompts), progress)
+
+    def _detect(self, latents: Tensor, texts: Sequence[str], progress: Progress = silent) -> list[np.ndarray]:
+        """Each concept's and anchor's scores, float32 (n, 2); those of an anchor that cannot be detected are NaN."""
+        seen = self._detection(latents, texts, progress)
         self.adjustable = seen.adjustable
-        targets = [self.detector.target(subject) for subject in self.task.plan.subjects]
-        return [seen.scores[of.attribute][:, of.label] for of in targets if of is not None]
+        pairs = []
+        for of in map(self.detector.target, self.task.plan.subjects):
+            assert of is not None
+            scores = seen.scores[of.attribute]
+            shown = scores[:, of.anchor] if of.anchor is not None else np.full(len(scores), np.nan, np.float32)
+            pairs.append(np.stack([scores[:, of.label], shown], 1))
+        return pairs
 
     def _calibrated(self, data: ErasureData) -> list[Calibration]:
         """How the detector does on the training set, which the original drew."""
@@ -205,12 +238,14 @@ class ModelProbe:
         if isinstance(self.detector, Fitted):
             known = {s.name: _samples(_fitting(part)) for s, part in zip(plan.subjects, parts, strict=True)}
             self.detector.fit(known, _samples(_fitting(others)), self._calibrating)
-        negatives = self._detect(others, [""] * len(others), self._calibrating)
+        negatives = [each[:, 0] for each in self._detect(others, [""] * len(others), self._calibrating)]
         calibrations = []
         for i, (subject, part) in enumerate(zip(plan.subjects, parts, strict=True)):
-            positives = self._detect(part, [""] * len(part), self._calibrating)[i]
+            scores = self._detect(part, [""] * len(part), self._calibrating)[i]
             calibrated = Calibration.of_fitted if self.adjustable else Calibration.of_scores
-            calibration = calibrated(positives, negatives[i], self.detector.threshold)
+            calibration = calibrated(scores[:, 0], negatives[i], self.detector.threshold)
+            shown = _some(data.anchor_latents[i * each : (i + 1) * each])
+            self.anchors.append(self._anchor_of(i, shown, scores[:, 1]))
             if calibration.reason is not None:
                 raise ConfigError(
                     f"needs a detector that can tell {subject.name!r}: {calibration.reason}",
@@ -220,18 +255,68 @@ class ModelProbe:
             calibrations.append(calibration)
         return calibrations
 
-    def _others(self, n: int, progress: Progress = silent) -> Tensor:
-        """Latents of held-out retain prompts."""
+    def _anchor_of(self, concept: int, latents: Tensor, without: np.ndarray) -> Calibration | None:
+        """How the detector tells a concept's anchor; None where it cannot, or the goal does not ask.
+
+        Args:
+            latents: Of the anchor's prompts.
+            without: The anchor's scores in images of the concept.
+        """
+        if not self.goal.anchor or np.isnan(without).any() or not self.task.plan.recipe.anchor_share:
+            return None
+        scores = self._detect(latents, [""] * len(latents), self._calibrating)[concept][:, 1]
+        calibration = Calibration.of_scores(scores, without, self.detector.threshold)
+        return calibration if calibration.reason is None else None
+
+    def _other_prompts(self, n: int) -> list[Prompt]:
+        """n held-out retain prompts, at most `MOST_OTHERS`."""
         prompts, seed = self.task.plan.prompts.eval_retain, self.task.plan.options.seed
-        texts = [prompts[row].text for row in spread(OTHERS, len(prompts), seed)][:n]
-        return self._sampled(texts, [item_seed(seed, "probe", -1 - i) for i in range(n)], progress).cpu()
+        return [prompts[row] for row in spread(MOST_OTHERS, len(prompts), seed)][:n]
+
+    def _others(self, n: int, progress: Progress = silent, start: int = 0) -> Tensor:
+        """Latents of these prompts, from number `start` to n."""
+        texts = [prompt.text for prompt in self._other_prompts(n)[start:]]
+        seeds = [item_seed(self.task.plan.options.seed, "probe", -1 - i) for i in range(start, n)]
+        return self._sampled(texts, seeds, progress).cpu()
+
+    def _sample_original(self, n: int, progress: Progress = silent) -> None:
+        """Have latents of the original for n other prompts, and what is right in them."""
+        if n > len(self.original):
+            with self.task.original_weights():
+                more = self._others(n, progress, len(self.original))
+            self.original = torch.cat([self.original, more])
+            self.right = self._rightly(self.original)
+
+    def _rightly(self, others: Tensor) -> list[np.ndarray]:
+        """For each attribute, which of the other prompts' images show what they should, bool (n,)."""
+        prompts = [prompt.text for prompt in self._other_prompts(len(others))]
+        seen = self._detection(others, prompts, compare_prompts=True) if self.expected else None
+        return [seen.shows(name, labels[: len(others)]) for name, labels in self.expected.items() if seen is not None]
+
+    def _harmed(self, probed: Probed) -> tuple[Tensor, Probed]:
+        """Latents of other prompts, and the probe with the harm that they show; more of them where they show any."""
+        for n in (OTHERS, MOST_OTHERS):
+            self._sample_original(n)
+            others = self._others(n)
+            drop = self._ra_drop(others)
+            self._looking(n)
+            if drop is None or drop <= 0:
+                break
+        return others, replace(probed, drift=self._drift(others), ra_drop=drop)
+
+    def _ra_drop(self, others: Tensor) -> float | None:
+        """See `Probed`."""
+        if not self.expected:
+            return None
+        before = np.concatenate([right[: len(others)] for right in self.right])
+        return float(before.mean() - np.concatenate(self._rightly(others)).mean())
 
     @torch.no_grad()
-    def _predictions(self) -> Tensor:
-        """On every retain sample, noised to the middle of the schedule, under its prompt: (m, c, h, w)."""
+    def _predictions(self, start: int = 0) -> Tensor:
+        """On every retain sample from number `start`, noised to the middle of the schedule, under its prompt."""
         model, data, seed = self.task.model, self.task.training_set, self.task.plan.options.seed
         made = []
-        for rows in torch.arange(len(data.retain_latents)).split(self.task.plan.recipe.batch_size):
+        for rows in torch.arange(start, len(data.retain_latents)).split(self.task.plan.recipe.batch_size):
             x_0 = data.retain_latents[rows.to(data.retain_latents.device)]
             noise = torch.stack([torch.randn(x_0.shape[1:], generator=step_generator(seed, int(i))) for i in rows])
             t = torch.full((len(rows),), model.schedule.t_at(0.5), device=x_0.device)
@@ -242,6 +327,10 @@ class ModelProbe:
     def moved(self) -> list[float]:
         """See `until.Probe`."""
         self._looking()
+        known = len(self.predictions)
+        if known < len(self.task.training_set.retain_latents):
+            with self.task.original_weights():
+                self.predictions = torch.cat([self.predictions, self._predictions(known)])
         distances = (self._predictions() - self.predictions).square().flatten(1).mean(1)
         self._looking(len(distances))
         relative: list[float] = (distances / distances.mean().clamp(min=1e-12)).tolist()
@@ -272,7 +361,7 @@ class ModelProbe:
         seeds = [item_seed(plan.options.seed, "attack", concept * MANY + k) for k in range(n)]
         with torch.no_grad(), model.sampling_as(of_probes(sampling), (sampling.resolution, sampling.resolution)):
             latents = sample_conditionings(model, pool.attacking(concept, texts, vectors), seeds)
-        shown = self._detect(latents, texts)[concept] >= known.threshold
+        shown = self._detect(latents, texts)[concept][:, 0] >= known.threshold
         p1, p0 = float(known.positives.mean()), float(known.negatives.mean())
         return float(np.clip((shown.mean() - p0) / (p1 - p0), 0, 1))
 
@@ -287,6 +376,14 @@ def _known(drift: Value) -> float:
             f"needs the drift of other images: {drift.reason}", option="until", advice="Use {steps} instead of {until}"
         )
     return float(drift.value)
+
+
+def rate_below(of: Calibration, scores: np.ndarray, most: float) -> tuple[float, float]:
+    """(the rate of images that show something, corrected by its calibration; the probability that it is ≤ most)."""
+    seen, false = float(of.positives.mean()), float(of.negatives.mean())
+    k, n = int((scores >= of.threshold).sum()), len(scores)
+    rate = float(np.clip((k / n - false) / (seen - false), 0, 1))
+    return rate, probability_below(false + most * (seen - false), k, n)
 
 
 def probability_below(limit: float, k: int, n: int) -> float:

@@ -158,7 +158,8 @@ def _calibration(plan: Plan) -> list[StageCost]:
     concepts, recipe = len(plan.concepts), plan.recipe
     forget, retain = min(KNOWN, recipe.forget_latents), min(KNOWN, recipe.retain_latents)
     fitting = _fitting(plan.detector, concepts, forget, retain)
-    seen, others = concepts * forget + retain, OTHERS * of_probes(plan.sampling).passes
+    anchored = sum(bool(concept.anchor) for concept in plan.concepts) if plan.goal and plan.goal.anchor else 0
+    seen, others = (concepts + anchored) * forget + retain, OTHERS * of_probes(plan.sampling).passes
     forward = fitting.forward + seen * passes_of(plan.detector) + others
     return [StageCost(Stage.CALIBRATING, fitting.steps + seen + OTHERS, forward=forward)]
 

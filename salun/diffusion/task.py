@@ -69,6 +69,7 @@ class ErasureTask:
         mask: What may be trained. For methods without one, all weights in scope.
         until: The goal of the training, and what was found on the way to it; None to take all steps.
         more: Samples a larger training set, from the original weights; None where there is none.
+        more_retain: Samples further retain latents, likewise, and encodes their prompts.
         pool: Adversarial embeddings of a hardened training; None for another one.
         state: Where training is saved, and resumed from if this run (by `fingerprint`) stopped before.
     """
@@ -83,6 +84,7 @@ class ErasureTask:
     processes: Processes = ALONE
     until: Until | None = None
     more: Callable[[], ErasureData] | None = None
+    more_retain: Callable[[], tuple[Tensor, Conditioning]] | None = None
     pool: AdversarialPool | None = None
 
     @classmethod
@@ -199,6 +201,16 @@ class ErasureTask:
         with self.original_weights():
             more, self.more = self.more(), None
         self.data = replace(self.training_set, **{name: getattr(more, name) for name in FORGETTING})
+
+    def grow_retain(self) -> None:
+        """Add further retain samples."""
+        if self.more_retain is None:
+            return
+        with self.original_weights():
+            latents, prompts = self.more_retain()
+        data, self.more_retain = self.training_set, None
+        latents, retain = torch.cat([data.retain_latents, latents]), Conditioning.cat([data.retain, prompts])
+        self.data = replace(data, retain_latents=latents, retain=retain)
 
     def original_weights(self) -> AbstractContextManager[None]:
         """Context manager: the live network computes with the original weights; afterwards as it was."""

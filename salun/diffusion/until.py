@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,8 +13,8 @@ from salun.diffusion.goal import PAIR, PREFIX, SETTLING, Decision, Goal, Phase, 
 from salun.masking.training_state import LossRow
 
 STRENGTHS = (0.85, 0.7, 0.55)  # of a smaller change
-DRIFT_POWER = 1.5  # drift grows about as s^1.5 with the strength s: 0.79 at 0.85, 0.59 at 0.7 on the bundled model
-SAFE, LOWEST, LOOKS = 0.95, 0.3, 3  # to get within the drift: of the limit, the least strength, and looks at most
+HARM_POWER = 1.5  # drift grows about as s^1.5 with the strength s: 0.79 at 0.85, 0.59 at 0.7 on the bundled model
+SAFE, LOWEST, LOOKS = 0.95, 0.6, 3  # to harm as little as allowed: part of that, the least strength, and looks at most
 WEAKER = (0.5, 0.25, 0.1)  # tried where the model is wrecked
 BASE, OFTEN = 0.2, 50.0  # how often a retain sample is drawn: at least, and at most by how far it moved, squared
 MOVED, TRIED, KEPT = f"{PREFIX}moved ", f"{PREFIX}tried ", f"{PREFIX}kept"  # columns of a history
@@ -25,10 +25,13 @@ class Probe(Protocol):
     """Looks at the live network's weights."""
 
     def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
-        """Which are those after a step. thorough: for a decision at last. drift: measure it too."""
+        """Which are those after a step. thorough: for a decision at last. drift: measure it too.
+
+        A thorough look at a model without the concept measures the harm to other images.
+        """
 
     def again(self, step: int, strength: float, *, drift: bool) -> Probed:
-        """Which are now those of a smaller strength: compares them with the last thorough look."""
+        """Which are now those of a smaller strength: compares them with the last thorough look. drift: and harm."""
 
     def moved(self) -> list[float]:
         """How far the prediction of each retain sample moved, relative to their mean."""
@@ -76,6 +79,10 @@ class Until:
         falling = 1 - taken / self.now.length if self.now.phase is Phase.SETTLE else 1.0
         return self.lr * self.now.factor * falling
 
+    def weights(self, weights: Mapping[str, float]) -> Mapping[str, float]:
+        """With more weight on the retain loss where other images were harmed."""
+        return {**weights, "retain": weights.get("retain", 1.0) * self.now.retain}
+
     def restarts(self, history: list[LossRow]) -> bool:
         """Whether the next step begins from the original weights."""
         decision = self.decision(history)
@@ -92,7 +99,7 @@ class Until:
             often = len(probes_of(history)) % PAIR == PAIR - 1
             looks = [self.probe(step, thorough=settled, drift=settled or often)]
             if settled:
-                looks += self._within_drift(looks[0])
+                looks += self._unharmed(looks[0])
             decides = looks[-1] if looks[-1].reaches(self.goal) else looks[0]
             row = history[-1] | decides.as_row()
             phase = self.decision([*history[:-1], row]).phase
@@ -104,22 +111,21 @@ class Until:
                 row |= look.as_row(f"{TRIED}{i} ")
             history[-1] |= row  # all at once: a look that was interrupted is repeated
 
-    def _within_drift(self, last: Probed) -> list[Probed]:
-        """Looks at smaller strengths where images drift too far at this one: the last reaches the goal, or none does.
+    def _unharmed(self, last: Probed) -> list[Probed]:
+        """Looks at smaller strengths where images are harmed at this one: the last reaches the goal, or none does.
 
-        Each strength follows from the drift at the one before it.
+        Each strength follows from the harm at the one before it.
         """
-        now, power = last, DRIFT_POWER
+        now, power = last, HARM_POWER
         looks: list[Probed] = []
         while now.erased(self.goal) and not now.reaches(self.goal) and not last.wrecked and len(looks) < LOOKS:
-            assert now.drift is not None and last.drift is not None
-            strength = math.floor(100 * now.strength * (SAFE * self.goal.retain_drift / now.drift) ** (1 / power)) / 100
+            strength = math.floor(100 * now.strength * (SAFE / now.harm(self.goal)) ** (1 / power)) / 100
             if strength < LOWEST:
                 break
             now = self._at(strength, last.step, drift=True)
             looks.append(now)
-            if now.drift:
-                power = min(max(math.log(now.drift / last.drift) / math.log(now.strength), 0.5), 3.0)
+            if harm := now.harm(self.goal):
+                power = min(max(math.log(harm / last.harm(self.goal)) / math.log(now.strength), 0.5), 3.0)
         return looks
 
     def _at(self, strength: float, step: int, drift: bool) -> Probed:

@@ -62,13 +62,16 @@ class TrainingSettings:
 
 
 class Watch(Protocol):
-    """Follows a training: sets its rate, adds measurements to its history, begins it again, and ends it.
+    """Follows a training: sets its rate and weights, adds measurements to its history, begins it again, and ends it.
 
     All of it depends on the history alone, so that a resumed training goes the same way.
     """
 
     def before(self, history: list[LossRow]) -> float:
         """Called before each step: its learning rate."""
+
+    def weights(self, weights: Mapping[str, float]) -> Mapping[str, float]:
+        """Called after that: the factors of the losses in the step, from those of the settings."""
 
     def restarts(self, history: list[LossRow]) -> bool:
         """Whether the next step begins from the original weights."""
@@ -159,7 +162,8 @@ def train(
                 if watch is not None and watch.stops(rows):
                     break
                 optimizer.set_lr(_rate(step, settings, watch, rows, optimizer, sources))
-                take = partial(take_step, optimizer, losses, step, settings.weights, processes)
+                weights = settings.weights if watch is None else watch.weights(settings.weights)
+                take = partial(take_step, optimizer, losses, step, weights, processes)
                 history.add(step, *(_first(take, optimizer) if half and not step else take()))
                 if threshold is not None:
                     threshold(step + 1, settings.steps)

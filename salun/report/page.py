@@ -133,14 +133,23 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
     if until is None:
         return []
     kept, decided = until["strength"], [p for p in until["probes"] if p.get("decides", True)]
-    rows = [("step", "strength", "UA", "confidence", "images", "drift of others", "")]
+    rows = [("step", "strength", "UA", "anchor", "confidence", "images", "drift of others", "RA drop", "")]
     for p in until["probes"]:
         drift = "" if p["drift"] is None else f"{p['drift']:.4f}"
-        cells = (f"{p['strength']:g}", f"{100 * p['ua']:.1f} %", f"{p['confidence']:.2f}", f"{p['n']:.0f}", drift)
-        rows.append((f"{p['step']}", *cells, "kept" if p["step"] == until["steps"] and p["strength"] == kept else ""))
+        anchor, drop = ("" if p.get(key) is None else f"{100 * p[key]:.1f} %" for key in ("anchor", "ra_drop"))
+        cells = (f"{p['strength']:g}", f"{100 * p['ua']:.1f} %", anchor, f"{p['confidence']:.2f}", f"{p['n']:.0f}")
+        rows.append(
+            (
+                f"{p['step']}",
+                *cells,
+                drift,
+                drop,
+                "kept" if p["step"] == until["steps"] and p["strength"] == kept else "",
+            )
+        )
     series = {
-        name: [(float(p["step"]), float(p[key])) for p in decided if p[key] is not None]
-        for name, key in (("UA", "ua"), ("drift", "drift"))
+        name: [(float(p["step"]), float(p[key])) for p in decided if p.get(key) is not None]
+        for name, key in (("UA", "ua"), ("anchor", "anchor"), ("drift", "drift"))
     }
     series[f"end, {100 * kept:.0f} %"] = [(float(decided[-1]["step"]), float(decided[-1]["ua"]))]
     came = "reached" if until["reached"] else "not reached"
@@ -148,8 +157,9 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
         f"The goal {until['goal']} was {came} after {until['steps']} of at most {until['budget']} steps, at a learning "
         f"rate of {until['lr'] * until['lr_factor']:.2g}. η of the target rose by {until['target_guidance']:g}. "
         f"{100 * until['strength']:.0f} % of the change are kept. "
-        "Probes are of held-out prompts. UA: images without the concept. Confidence: the probability that it is what "
-        "the goal wants. Drift: how far images of other prompts moved at equal seeds; 1 is as far as unrelated images."
+        "Probes are of held-out prompts. UA: images without the concept. Anchor: images that show it in its place. "
+        "Confidence: the probability that both are what the goal wants. Drift: how far images of other prompts moved "
+        "at equal seeds; 1 is as far as unrelated images. RA drop: how many fewer of them are as prompted."
     )
     return [Section("On the way to the goal", text, rows, [charts.curves(series, "step", "fraction")])]
 

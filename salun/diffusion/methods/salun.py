@@ -59,6 +59,8 @@ class _Losses:
         task, recipe = self._task, self._task.plan.recipe
         if task.until is not None and task.until.now.grown:
             task.grow()
+        if task.until is not None and task.until.now.harmed:
+            task.grow_retain()
         if task.until is not None and task.plan.needs_frozen and step not in self._targets:
             with task.original_weights():
                 self._look_ahead(step, max(step + 1, task.until.unchanged_until(step)))
