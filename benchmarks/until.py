@@ -1,6 +1,6 @@
 """Erasing towards the default goal (`--until`), beside the fixed recipe, on cases that nobody tuned for.
 
-    python -m benchmarks.until [--n 1000] [--seeds 0 1 2] [--cases circle red night ...]
+    python -m benchmarks.until [--n 1000] [--seeds 0 1 2] [--cases circle red night ...] [--how goal fixed]
 
 Each case is erased without options, and with the fixed number of steps; the cache of samples is empty for both.
 Prints, and writes to `docs/until.md` after each run, what `run.json` says and the processor's time without the final
@@ -163,13 +163,14 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--how", nargs="*", default=list(HOW), choices=HOW)
     given = parser.parse_args()
     for seed, case in itertools.product(given.seeds, given.cases):
         name, concepts, options = CASES[case]
         model = salun.load(name if name in BUNDLED else str(ROOT / "build" / "variants" / name), device="cpu")
         fixed = {"steps": model.settings.recipe.steps * len(concepts)}
-        for how, more in (("goal", {}), ("fixed", fixed)):
-            chosen = {**options, **more}
+        for how in given.how:
+            chosen = {**options, **(fixed if how == "fixed" else {})}
             stored(path_of(case, seed, how, given.n), lambda of=(model, concepts, chosen, seed): row(*of, given.n))
         TABLE.write_text(table(given.n), encoding="utf-8")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from salun.checkpoints.locate import aliases
 from salun.detectors import WITHOUT_PATH, without_path
+from salun.diffusion.goal import Goal
 from salun.diffusion.options import GROUPS, EraseOptions, Recipe
 from salun.errors import ConfigError
 from salun.methods import option_names
@@ -40,8 +41,7 @@ _AUTO = {  # what `auto` is, where the option's own text does not fit
     "lr": "measured, with a goal; without one {}",
     "forget_latents": "{}; with a goal half as many",
     "resolution": "512 for SD 1.x, 768 or 512 for SD 2.x, 1024 for SDXL",
-    "until": "ua>=0.98, anchor>=0.9, retain_drift<=0.02, ra_drop<=0.02 for the method salun without steps; "
-    "else a fixed number of steps",
+    "until": f"{Goal()} for the method salun without steps; else a fixed number of steps",
 }
 _SAME = ("eval_images",)  # options of recipes that have one value in all of them, which is their default here
 _PLAIN = ("negative_prompt",)  # optional texts of which the empty one is the default

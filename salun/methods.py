@@ -43,6 +43,7 @@ class Method:
         stronger, weaker: What to try, options in braces, where a diffusion method erased too little, or did damage.
         goal: Whether a diffusion method can be trained towards a goal, of `until`, and does by default.
         text: Whether a diffusion method edits how text enters the network, which a class-conditional model lacks.
+        anchored: Whether a diffusion method trains towards the anchor.
         hardens: Whether a diffusion method's training takes adversarial embeddings, of the option `harden`.
         paper_recipe: Numbers of a diffusion method's paper, for `recipe` paper; empty where it has none for SD.
     """
@@ -63,6 +64,7 @@ class Method:
     stronger: str = "Raise {steps} or {lr}"
     weaker: str = "Lower {lr} or {steps}, or raise {retain_weight}"
     goal: Literal["default", "able", "none"] = "none"
+    anchored: bool = True
     hardens: bool = False
     text: bool = False
     paper_recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -116,6 +118,7 @@ _BOUNDARY = "Chen et al. 2023, arXiv:2303.11570"
 _UP_TO_TWICE = (0.3, 0.5, 0.7, 1, 1.4, 1.9)  # a threshold α, whose default is half of the largest possible
 _SALUN = "Fan et al. 2024, arXiv:2310.12508"
 _GUIDED: dict[str, Any] = {
+    "anchored": False,
     "stronger": "Raise {steps}, {lr} or {negative_guidance}",
     "weaker": "Lower {lr}, {steps} or {negative_guidance}",
 }

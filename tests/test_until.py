@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import salun
 from salun.diffusion import probe
-from salun.diffusion.data.training_set import MORE
 from salun.diffusion.goal import HEAVIER, Decision, Goal, Phase, Probed, Seen, decide
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.stable_diffusion import Model
@@ -49,10 +48,10 @@ class Fake:
     def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
         return self.at(step, 1.0)
 
-    def again(self, step: int, strength: float, *, drift: bool) -> Probed:
+    def again(self, step: int, strength: float, *, harm: bool) -> Probed:
         return self.at(step, strength)
 
-    def moved(self) -> list[float]:
+    def moved(self, *, harmed: bool) -> list[float]:
         return [0.0, 3.0, 0.0]
 
 
@@ -78,7 +77,11 @@ def after(*found: tuple[float, float | None]) -> Decision:
 
 def test_a_goal_is_read_and_written() -> None:
     assert Goal.parse("ua >= 0.9") == Goal(0.9, Goal().retain_drift)
-    assert Goal.parse(str(GOAL)) == GOAL and Goal.parse("") == Goal()
+    assert Goal.parse("") == Goal()
+    for goal in (GOAL, Goal(anchor=0.0), Goal(asr=0.1), Goal(anchor=0.0, asr=0.1)):
+        assert Goal.parse(str(goal)) == goal
+    esd = make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(until="ua>=0.9", method="esd")).goal
+    assert esd == Goal(0.9, anchor=0.0), "it does not train towards the anchor"
     one = Goal.parse("ua>=0.9, ua[night sky] >= 0.5")
     assert (one.of("night sky"), one.of("circle")) == (0.5, 0.9) and Goal.parse(str(one)) == one
     with pytest.raises(ConfigError, match=r"until has ua\[red\], but erased is 'circle'"):
@@ -209,7 +212,8 @@ def test_other_images_that_are_no_longer_as_prompted_count_as_drift_does() -> No
     until.now = now
     assert until.weights({"retain": 2.0, "adversarial": 0.3}) == {"retain": 2.0 * HEAVIER, "adversarial": 0.3}
     assert not probes[1].reaches(GOAL) and probes[1].reaches(Goal.parse("ua>=0.9, ra_drop<=0.06"))
-    assert not Probed(40, (seen(0.95),), 0.0, ra_drop=0.01).reaches(Goal.parse("ua>=0.9, ra_drop<=0"))
+    for drop, reached in ((0.01, False), (0.0, True), (-0.01, True)):
+        assert Probed(40, (seen(0.95),), 0.0, ra_drop=drop).reaches(Goal.parse("ua>=0.9, ra_drop<=0")) is reached
     assert "drift 0.0100, RA -6.0 points" in str(probes[1])
 
 
@@ -304,6 +308,7 @@ def test_a_run_towards_a_goal_stops_early_and_resumes_to_the_same_bytes(
     events: list[Event] = []
     run = salun.erase(shapes, "circle", progress=events.append, run_dir=tmp_path / "whole", **SMALL)
     until = run.record.more["until"]
+    assert all(0 <= look["anchor"] <= 1 for look in until["probes"])
     assert until["reached"] and until["steps"] < 60 and len(run.history) == until["steps"]
     assert set(run.history[-1]) == {"step", "forget", "retain"}
     assert any("probing" in event.metrics for event in events)
@@ -320,7 +325,7 @@ def test_a_run_towards_a_goal_stops_early_and_resumes_to_the_same_bytes(
     assert all(look["anchor"] is None for look in until["probes"])
     trained = [i for i, event in enumerate(events) if event.stage is Stage.TRAINING]
     sampled = [event for event in events[trained[0] :] if event.stage is Stage.SAMPLING]
-    assert sampled[-1].step == sampled[-1].total == MORE * SMALL["retain_latents"], "other images were harmed"
+    assert sampled[-1].step == sampled[-1].total == 2 * SMALL["retain_latents"], "other images were harmed"
 
     def stop(event: Event) -> None:
         if event.stage is Stage.TRAINING and event.step == until["steps"] - 2:

@@ -20,7 +20,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
 from salun.diffusion.simulate import Needs, advice_to_fit, operations, simulate
-from salun.diffusion.stages import erasure_stages
+from salun.diffusion.stages import erasure_stages, further_samples
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.errors import ConfigError
 from salun.files import check_disk_space
@@ -237,6 +237,8 @@ def seconds_of(at_once: int, plan: Plan, pace: Pace) -> dict[str, Any]:
             of_steps = seconds(replace(cost, closing=0))
             low -= (1 - least) * of_steps[0]
             high += (most - 1) * of_steps[1]
+            further = further_samples(plan) * plan.sampling.passes
+            high += seconds(StageCost(Stage.SAMPLING, 1, forward=further))[1]
     middle = {str(stage): sum(ends) / 2 for stage, ends in stages.items()}
     return {**middle, "total": sum(middle.values()), "least": low, "most": high}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from salun.errors import ConfigError
 
-SURE, PLAUSIBLE = 0.8, 0.15  # probabilities that UA is what the goal wants: to call it reached, and to settle
+SURE, PLAUSIBLE = 0.8, 0.15  # probabilities that the concept is gone as the goal wants: to call it so, and to settle
 WRECKED = 0.5  # a drift from which on training begins again: half of that of unrelated images
 FASTER, MOST = 3.0, 27.0  # by which the rate rises while UA does not move, and at most in all
 SLOWER, BACK = 0.5, 0.25  # by which it falls where other images are harmed, and where the model is wrecked
@@ -53,10 +53,12 @@ class Goal:
     ua_of: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, text: str) -> Goal:
+    def parse(cls, text: str, anchored: bool = True) -> Goal:
         """The goal that a text names; what it does not name has its default. Raises ConfigError.
 
-        With `asr` the anchor need not be shown: what withstands attacks leads away from it.
+        Args:
+            anchored: Whether to ask for the anchor where the text does not name it; never with `asr`, since what
+                withstands attacks leads away from it.
         """
         values: dict[str, float] = {}
         ua_of: dict[str, float] = {}
@@ -74,14 +76,14 @@ class Goal:
                 ua_of[match["concept"].strip()] = number
             else:
                 values[match["rate"] or match["name"]] = number
-        if "asr" in values:
+        if "asr" in values or not anchored:
             values.setdefault("anchor", 0.0)
         return cls(**values, ua_of=ua_of)
 
     def __str__(self) -> str:
         single = "".join(f", ua[{name}]>={value:g}" for name, value in self.ua_of.items())
         attacked = f", asr<={self.asr:g}" if self.asr is not None else ""
-        shown = f", anchor>={self.anchor:g}" if self.anchor else ""
+        shown = f", anchor>={self.anchor:g}" if self.anchor or self.asr is None else ""
         return (
             f"ua>={self.ua:g}{single}{shown}, retain_drift<={self.retain_drift:g}, ra_drop<={self.ra_drop:g}{attacked}"
         )
@@ -212,7 +214,7 @@ class Probed:
         """To other images, in times of what the goal allows: of drift and RA drop the larger."""
         assert self.drift is not None
         pairs = [(self.drift, goal.retain_drift), (self.ra_drop, goal.ra_drop)]
-        harms = [value / most if most else value and math.inf for value, most in pairs if value is not None]
+        harms = [value / (most or 1e-9) for value, most in pairs if value is not None]
         return math.nan if any(map(math.isnan, harms)) else max(0.0, *harms)
 
     def reaches(self, goal: Goal) -> bool:
@@ -246,7 +248,8 @@ class Probed:
     def as_json(self) -> dict[str, Any]:
         """As in `run.json`."""
         names = ("step", "strength", "n", "ua", "anchor", "confidence", *MEASURED)
-        return {name: getattr(self, name) for name in names} | {"concepts": [each.ua for each in self.concepts]}
+        of_each = {"concepts": [each.ua for each in self.concepts], "anchors": [each.anchor for each in self.concepts]}
+        return {name: getattr(self, name) for name in names} | of_each
 
 
 OF_CONCEPT, MEASURED = ("n", "ua", "gone", "anchor", "shown"), ("drift", "ra_drop", "asr")
@@ -274,7 +277,7 @@ class Decision:
         retain: Of the retain loss's weight.
         guidance: η of the forget target, beyond that of the options (see `frozen_predictions`).
         restart: Whether to begin again from the original weights.
-        unfinished: Concepts that still show, by number; empty before the first probe.
+        unfinished: Concepts that still show, or whose anchor does not, by number; empty before the first probe.
         grown: Whether few forget latents do not suffice: UA, or the anchor, stands still or was lost.
     """
 
@@ -302,9 +305,9 @@ def decide(goal: Goal, probes: Sequence[Probed], every: int, budget: int) -> Dec
     reached; if UA was lost, train on, towards a target further from the concept; if other images are harmed, and no
     smaller change helps, train on at half the rate, falling again, with more retain samples and weight on them. While
     UA stands still, the rate rises, or, where the concept is gone from some images, the target moves; and so it does
-    while attacks succeed and other images stay. Where the concept is gone and the anchor is not shown, training goes on
-    with more forget samples, and ends where that stands still. A wrecked model begins again from the original weights,
-    at a quarter of the rate.
+    while attacks succeed and other images stay. Where the concept is gone and the anchor is not shown, training
+    continues with more forget samples, and ends where that stands still. A wrecked model begins again from the original
+    weights, at a quarter of the rate.
 
     Args:
         every: Steps between probes.
@@ -319,7 +322,7 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
     now = Decision(Phase.CONTINUE, 0, min(every, budget))
     yield now
     constant, idle, tries, vain, restarts = 0, -1, 0, 0, 0  # constant: steps at a constant rate
-    retain, harm, shown = 1.0, math.inf, -1.0  # harm, and how often the anchor is shown, when last settled
+    retain, harm, settled_at = 1.0, math.inf, -1.0  # the least harm, and the last `progress`, of those that settled
     for i, probe in enumerate(probes):
         settled, factor, guidance, restart = now.phase is Phase.SETTLE, now.factor, now.guidance, False
         grown = now.grown
@@ -330,30 +333,33 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
         elif probe.wrecked and restarts < RESTARTS and not end:
             phase, factor, restart = Phase.CONTINUE, factor * BACK, True
             restarts, constant, idle = restarts + 1, 0, i
+            tries, vain, harm, settled_at = 0, 0, math.inf, -1.0
         elif end or probe.wrecked:
             phase = Phase.GIVE_UP
         elif _attacked(goal, probe, now.guidance, settled) and probe.confidence >= (SURE if settled else PLAUSIBLE):
             phase, guidance, idle, grown = Phase.CONTINUE, min(guidance + GUIDED, HARDEST), i, True
         elif settled and probe.sure:
             vain += not probe.harm(goal) < BETTER * harm
-            phase = Phase.SETTLE if tries < TRIES and vain < VAIN else Phase.GIVE_UP
-            tries, harm, factor = tries + 1, probe.harm(goal), factor * SLOWER
-            retain, shown = HEAVIER, -1.0
+            harmed = probe.harm(goal) > 1  # else attacks succeed, against which less harm does not help
+            phase = Phase.SETTLE if harmed and tries < TRIES and vain < VAIN else Phase.GIVE_UP
+            tries, harm, factor = tries + 1, min(harm, probe.harm(goal)), factor * SLOWER
+            retain, settled_at = HEAVIER, -1.0
         elif settled:
-            lacking = probe.gone >= SURE and probe.progress < shown + MOVED
-            phase, idle, shown = Phase.GIVE_UP if lacking else Phase.CONTINUE, i, probe.progress
+            lacking = probe.gone >= SURE and probe.progress < settled_at + MOVED
+            phase, idle, settled_at = Phase.GIVE_UP if lacking else Phase.CONTINUE, i, probe.progress
             grown = grown or probe.confidence < PLAUSIBLE
             guidance = guidance if probe.gone >= PLAUSIBLE else min(guidance + GUIDED, FARTHEST)
         else:
             phase = Phase.SETTLE if probe.confidence >= PLAUSIBLE else Phase.CONTINUE
-            if phase is Phase.CONTINUE and _stands_still(probes[idle + 1 : i + 1]):
+            since = probes[idle + 1 : i + 1]
+            if phase is Phase.CONTINUE and _stands_still(since, [each.ua for each in since]) and probe.gone < PLAUSIBLE:
                 if probe.ua <= UNMOVED:
                     factor = min(factor * FASTER, MOST)
-                elif probe.gone < PLAUSIBLE:
-                    guidance, grown = min(guidance + GUIDED, FARTHEST), True
                 else:
-                    phase, grown = Phase.SETTLE if grown else Phase.CONTINUE, True
+                    guidance, grown = min(guidance + GUIDED, FARTHEST), True
                 idle = i
+            elif phase is Phase.CONTINUE and probe.gone >= PLAUSIBLE and _stands_still(since, _progress(since)):
+                phase, grown, idle = Phase.SETTLE if grown else Phase.CONTINUE, True, i  # what lacks is the anchor
         length = max(SETTLING * every, constant // 2)
         if phase is Phase.CONTINUE and probe.step + every + length > budget and not restart:
             phase = Phase.SETTLE  # the last steps are always those that settle
@@ -369,11 +375,13 @@ def _attacked(goal: Goal, probe: Probed, guidance: float, settled: bool) -> bool
     return probe.asr is not None and not probe.withstands(goal) and retained and guidance < HARDEST
 
 
-def _stands_still(since: Sequence[Probed]) -> bool:
-    """Whether nothing has moved in the probes since the last change, and other images are there still."""
+def _progress(probes: Sequence[Probed]) -> list[float]:
+    return [probe.progress for probe in probes]
+
+
+def _stands_still(since: Sequence[Probed], values: Sequence[float]) -> bool:
+    """Whether values of the probes since the last change have not moved, and other images are there still."""
     if len(since) < PAIR or all(probe.drift is None for probe in since):
         return False
-    recent = sum(probe.progress for probe in since[-PAIR:]) / PAIR
-    earlier = sum(probe.progress for probe in since[-STUCK : -STUCK + PAIR]) / PAIR
-    unmoved = sum(probe.ua for probe in since[-PAIR:]) <= PAIR * UNMOVED
-    return unmoved or (len(since) >= STUCK and recent - earlier < MOVED)
+    recent, earlier = sum(values[-PAIR:]) / PAIR, sum(values[-STUCK : -STUCK + PAIR]) / PAIR
+    return recent <= UNMOVED or (len(since) >= STUCK and recent - earlier < MOVED)

@@ -69,8 +69,7 @@ class EraseOptions(ModelOptions):
         None,
         "Goal to train towards; probes of held-out prompts on the way decide on steps and learning rate. With `steps` "
         "too, those are the most that it takes",
-        auto='"ua>=0.98, anchor>=0.9, retain_drift<=0.02, ra_drop<=0.02" for salun without `steps`, '
-        "else a fixed number of steps",
+        auto=f'"{Goal()}" for salun without `steps`, else a fixed number of steps',
     )
     steps: int | None = option(None, "Training steps, in place of a goal", minimum=1, maximum=1_000_000)
     batch_size: int | None = option(

@@ -242,7 +242,8 @@ def _goal(options: EraseOptions, concepts: Sequence[Concept]) -> Goal | None:
                 option="until",
                 advice="Omit {until}",
             )
-        goal, names = Goal.parse(options.until), [concept.name for concept in concepts]
+        anchored = method.anchored and not options.harden
+        goal, names = Goal.parse(options.until, anchored), [concept.name for concept in concepts]
         if unknown := [name for name in goal.ua_of if name not in names]:
             raise ConfigError(
                 f"has ua[{unknown[0][:60]}], but erased is {' and '.join(map(repr, names))}",

@@ -65,6 +65,9 @@ def until_of(task: ErasureTask, context: RunContext, grow: bool) -> Until | None
         task.more = partial(build_training_set, task.model, plan.fixed(), task.progress, cache=context.cache)
     if grow and plan.recipe.retain_latents:
         task.more_retain = partial(further_retain, task.model, plan, task.progress, context.cache)
+    measured = {"anchor": any(probe.anchors) or not plan.goal.anchor, "ra_drop": bool(probe.expected)}
+    for name in (name for name, known in measured.items() if not known and name in (plan.options.until or "")):
+        context.note(Stage.TRAINING, f"{name} of the goal is not measured: the detector {plan.detector} cannot tell")
     lr = plan.recipe.lr if plan.lr_given else None
     return Until(plan.goal, plan.probe_every, plan.budget, probe, task.at_strength, len(plan.concepts), lr)
 
@@ -122,7 +125,9 @@ class ModelProbe:
             concepts = self._seen(scores)
             confidence = min(each.confidence for each in concepts)
             self._looking(len(scores[0]))
-            if confidence <= HOPELESS or (len(scores[0]) >= least and confidence >= SURE):
+            gone = min(each.gone for each in concepts)
+            hopeless = (gone if thorough else confidence) <= HOPELESS
+            if hopeless or (len(scores[0]) >= least and (confidence >= SURE or confidence <= HOPELESS)):
                 break
         self.last = Look(scores)
         probed = Probed(step, concepts)
@@ -136,21 +141,21 @@ class ModelProbe:
         self._looking(len(scores[0]), f"after step {step}: {probed}")
         return probed
 
-    def again(self, step: int, strength: float, *, drift: bool) -> Probed:
+    def again(self, step: int, strength: float, *, harm: bool) -> Probed:
         """Sample those images anew that were nearest to showing a concept, or not the anchor; see `until.Probe`.
 
         The others are taken to show what they did before.
         """
         self._looking()
         scores = [each.copy() for each in self.last.scores]
-        nearest = [self._nearest(i, each) for i, each in enumerate(scores)]
-        for start in range(0, min(len(each) for each in nearest), BATCH):
+        nearest = self._nearest(scores)
+        for start in range(0, len(nearest[0]), BATCH):
             rows = [each[start : start + BATCH] for each in nearest]
             for each, images, anew in zip(scores, rows, self._scores(rows), strict=True):
                 each[images] = anew
             self._looking(start + BATCH)
         probed = Probed(step, self._seen(scores), strength=strength)
-        if drift:
+        if harm:
             others = self._others(self.last.others or OTHERS)
             probed = replace(probed, drift=self._drift(others), ra_drop=self._ra_drop(others))
         if self.goal.asr is not None and probed.confidence >= PLAUSIBLE:
@@ -179,18 +184,22 @@ class ModelProbe:
             concepts.append(seen)
         return tuple(concepts)
 
-    def _nearest(self, concept: int, scores: np.ndarray) -> np.ndarray:
-        """Numbers of the images nearest to showing a concept, and of as many again nearest to not showing its anchor.
+    def _nearest(self, scores: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of each concept, numbers of the images nearest to showing it, and of those nearest to losing its anchor.
 
-        Args:
-            scores: float32 (n, 2).
+        As many of each concept, at most `NEAREST` of both kinds.
         """
-        nearest, anchor = np.argsort(-scores[:, 0], kind="stable")[:NEAREST], self.anchors[concept]
-        if anchor is None:
-            return nearest
-        by_anchor = np.argsort(scores[:, 1], kind="stable")
-        shown = by_anchor[scores[by_anchor, 1] >= anchor.threshold]
-        return np.concatenate([nearest, shown[~np.isin(shown, nearest)], by_anchor])[: 2 * NEAREST]
+        chosen = []
+        for each, anchor in zip(scores, self.anchors, strict=True):
+            nearest, losing = np.argsort(-each[:, 0], kind="stable"), np.empty(0, int)
+            if anchor is not None:
+                by_anchor = np.argsort(each[:, 1], kind="stable")
+                shown = by_anchor[each[by_anchor, 1] >= anchor.threshold]
+                losing = shown[~np.isin(shown, nearest[:NEAREST])][:NEAREST]
+            others = nearest[NEAREST:][~np.isin(nearest[NEAREST:], losing)]
+            chosen.append((NEAREST + len(losing), np.concatenate([nearest[:NEAREST], losing, others])))
+        most = max(count for count, _ in chosen)
+        return [order[:most] for _, order in chosen]
 
     def _scores(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Each concept's and anchor's scores in its images of these numbers, as many of each, below `MANY`."""
@@ -265,6 +274,8 @@ class ModelProbe:
         if not self.goal.anchor or np.isnan(without).any() or not self.task.plan.recipe.anchor_share:
             return None
         scores = self._detect(latents, [""] * len(latents), self._calibrating)[concept][:, 1]
+        if isinstance(self.detector, Fitted):
+            without = without[~fitting(len(without))]
         calibration = Calibration.of_scores(scores, without, self.detector.threshold)
         return calibration if calibration.reason is None else None
 
@@ -285,9 +296,9 @@ class ModelProbe:
             with self.task.original_weights():
                 more = self._others(n, progress, len(self.original))
             self.original = torch.cat([self.original, more])
-            self.right = self._rightly(self.original)
+            self.right = self._as_prompted(self.original)
 
-    def _rightly(self, others: Tensor) -> list[np.ndarray]:
+    def _as_prompted(self, others: Tensor) -> list[np.ndarray]:
         """For each attribute, which of the other prompts' images show what they should, bool (n,)."""
         prompts = [prompt.text for prompt in self._other_prompts(len(others))]
         seen = self._detection(others, prompts, compare_prompts=True) if self.expected else None
@@ -295,9 +306,10 @@ class ModelProbe:
 
     def _harmed(self, probed: Probed) -> tuple[Tensor, Probed]:
         """Latents of other prompts, and the probe with the harm that they show; more of them where they show any."""
+        others = torch.empty(0)
         for n in (OTHERS, MOST_OTHERS):
             self._sample_original(n)
-            others = self._others(n)
+            others = torch.cat([others, self._others(n, start=len(others))])
             drop = self._ra_drop(others)
             self._looking(n)
             if drop is None or drop <= 0:
@@ -309,7 +321,7 @@ class ModelProbe:
         if not self.expected:
             return None
         before = np.concatenate([right[: len(others)] for right in self.right])
-        return float(before.mean() - np.concatenate(self._rightly(others)).mean())
+        return float(before.mean() - np.concatenate(self._as_prompted(others)).mean())
 
     @torch.no_grad()
     def _predictions(self, start: int = 0) -> Tensor:
@@ -324,8 +336,10 @@ class ModelProbe:
             made.append(model.predict(x_t, t, data.retain[rows.to(x_0.device)]).float().cpu())
         return torch.cat(made)
 
-    def moved(self) -> list[float]:
+    def moved(self, *, harmed: bool) -> list[float]:
         """See `until.Probe`."""
+        if harmed:
+            self.task.grow_retain()
         self._looking()
         known = len(self.predictions)
         if known < len(self.task.training_set.retain_latents):
@@ -361,9 +375,7 @@ class ModelProbe:
         seeds = [item_seed(plan.options.seed, "attack", concept * MANY + k) for k in range(n)]
         with torch.no_grad(), model.sampling_as(of_probes(sampling), (sampling.resolution, sampling.resolution)):
             latents = sample_conditionings(model, pool.attacking(concept, texts, vectors), seeds)
-        shown = self._detect(latents, texts)[concept][:, 0] >= known.threshold
-        p1, p0 = float(known.positives.mean()), float(known.negatives.mean())
-        return float(np.clip((shown.mean() - p0) / (p1 - p0), 0, 1))
+        return rate_below(known, self._detect(latents, texts)[concept][:, 0], 0.0)[0]
 
     def _drift(self, others: Tensor) -> float:
         return _known(drift_of(self.original[: len(others)], others))

@@ -28,7 +28,7 @@ from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.sketch import sketched, text_encoder_parameters
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import Plan
-from salun.diffusion.stages import erasure_stages
+from salun.diffusion.stages import erasure_stages, retain_growth
 from salun.diffusion.targets import STATE_BYTES, trained_entries
 from salun.masking.mask import Mask, entries
 from salun.masking.optim import MaskedOptimizer
@@ -96,7 +96,7 @@ def simulate(
         config=[str(spec.family), spec.scheduler_config, asdict(plan.sampling)],
         options={name: getattr(plan.options, name) for name in DECISIVE},
         recipe=asdict(plan.recipe),
-        goal=plan.goal is not None,
+        goal=[plan.goal is not None, plan.all_latents],
         concepts=len(plan.concepts),
         device=device.type,
         dtype=str(dtype),
@@ -271,14 +271,15 @@ def _decoding(model: Model, memory: MemoryPeak) -> int:
 
 
 def training_data(model: Model, plan: Plan) -> ErasureData:
-    """A training set of the plan's sizes."""
-    recipe, n = plan.recipe, plan.recipe.forget_latents * len(plan.concepts)
+    """A training set of the plan's sizes, with all that a goal may add to it."""
+    n = (plan.all_latents or plan.recipe.forget_latents) * len(plan.concepts)
+    retain = plan.recipe.retain_latents + (retain_growth(plan.recipe.retain_latents) if plan.goal is not None else 0)
 
     def latents(count: int) -> Tensor:
         return torch.zeros(count, *model.latent_shape, device=model.device)
 
-    prompts = [_prompts(model, count) for count in (n, n, recipe.retain_latents, 1)]
-    return ErasureData(latents(n), latents(n), latents(recipe.retain_latents), *prompts)
+    prompts = [_prompts(model, count) for count in (n, n, retain, 1)]
+    return ErasureData(latents(n), latents(n), latents(retain), *prompts)
 
 
 def _saliency(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak) -> int:

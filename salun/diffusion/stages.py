@@ -26,7 +26,8 @@ PROBED, CLOSING = 146, 148  # images that probes of a training take for a concep
 # the means of the 12 runs to a goal in benchmarks/results/defaults
 FEWEST_STEPS = 8  # of the sampler; a probe takes half of the plan's, but not fewer than these
 KNOWN = 48  # images of each kind, at most, on which the detector of the probes is calibrated
-OTHERS = 32  # images of other prompts, for the drift at the end of a training; half as many on the way
+OTHERS = 32  # images of other prompts, for the harm at the end of a training; half as many, for the drift, on the way
+MORE, MOST_MORE = 2, 1024  # times the retain samples, where a goal needs more; at most
 PREDICTED = 64  # predictions behind anchor_gap and retain_change, for each kind of prompt, at most: two for each image
 PART = 100  # steps that each attack counts as
 TRIED = 9  # what an attack takes, in times of the sampling of its images: the mean in benchmarks/results/attacks
@@ -66,6 +67,18 @@ def erasure_stages(
 def of_probes(sampling: Sampling) -> Sampling:
     """With half of the sampler's steps, but not fewer than `FEWEST_STEPS`: enough to see what images show."""
     return replace(sampling, steps=min(sampling.steps, max(FEWEST_STEPS, sampling.steps // 2)))
+
+
+def further_samples(plan: Plan) -> int:
+    """Samples at most that a training to a goal adds to its training set, where those do not suffice."""
+    recipe = plan.recipe
+    forget = (plan.all_latents or recipe.forget_latents) - recipe.forget_latents
+    return retain_growth(recipe.retain_latents) + forget * len(plan.concepts) * (2 if recipe.anchor_share else 1)
+
+
+def retain_growth(count: int) -> int:
+    """Retain samples that are added to `count`, where other images were harmed."""
+    return min(MORE * count, MOST_MORE)
 
 
 def mask_stages(plan: Plan, data: ErasureData | None = None) -> list[StageCost]:
@@ -158,8 +171,10 @@ def _calibration(plan: Plan) -> list[StageCost]:
     concepts, recipe = len(plan.concepts), plan.recipe
     forget, retain = min(KNOWN, recipe.forget_latents), min(KNOWN, recipe.retain_latents)
     fitting = _fitting(plan.detector, concepts, forget, retain)
-    anchored = sum(bool(concept.anchor) for concept in plan.concepts) if plan.goal and plan.goal.anchor else 0
-    seen, others = (concepts + anchored) * forget + retain, OTHERS * of_probes(plan.sampling).passes
+    asked = plan.goal is not None and plan.goal.anchor and recipe.anchor_share
+    anchored = sum(bool(concept.anchor) for concept in plan.concepts) if asked else 0
+    seen = (concepts + anchored) * forget + retain
+    others = OTHERS * (of_probes(plan.sampling).passes + passes_of(plan.detector))
     forward = fitting.forward + seen * passes_of(plan.detector) + others
     return [StageCost(Stage.CALIBRATING, fitting.steps + seen + OTHERS, forward=forward)]
 

@@ -18,7 +18,7 @@ SAFE, LOWEST, LOOKS = 0.95, 0.6, 3  # to harm as little as allowed: part of that
 WEAKER = (0.5, 0.25, 0.1)  # tried where the model is wrecked
 BASE, OFTEN = 0.2, 50.0  # how often a retain sample is drawn: at least, and at most by how far it moved, squared
 MOVED, TRIED, KEPT = f"{PREFIX}moved ", f"{PREFIX}tried ", f"{PREFIX}kept"  # columns of a history
-RARER = 0.25  # how often a concept that is gone is drawn, relative to one that shows
+RARER = 0.25  # how often a concept that is gone, its anchor shown, is drawn, relative to another one
 
 
 class Probe(Protocol):
@@ -30,11 +30,15 @@ class Probe(Protocol):
         A thorough look at a model without the concept measures the harm to other images.
         """
 
-    def again(self, step: int, strength: float, *, drift: bool) -> Probed:
-        """Which are now those of a smaller strength: compares them with the last thorough look. drift: and harm."""
+    def again(self, step: int, strength: float, *, harm: bool) -> Probed:
+        """Which are now those of a smaller strength: compares them with the last thorough look. harm: measure it."""
 
-    def moved(self) -> list[float]:
-        """How far the prediction of each retain sample moved, relative to their mean."""
+    def moved(self, *, harmed: bool) -> list[float]:
+        """How far the prediction of each retain sample moved, relative to their mean.
+
+        Args:
+            harmed: Whether other images were harmed, for which further retain samples are taken.
+        """
 
 
 @dataclass
@@ -93,7 +97,7 @@ class Until:
         step, now = len(history), self.decision(history)
         due = step // self.every % PAIR == 0 and f"{MOVED}0" not in history[-1]
         if due and step == _unchanged_until(now, self.every, step - 1):
-            history[-1] |= {f"{MOVED}{i}": each for i, each in enumerate(self.probe.moved())}
+            history[-1] |= {f"{MOVED}{i}": each for i, each in enumerate(self.probe.moved(harmed=now.harmed))}
         if step == now.start + now.length:
             settled = now.phase is Phase.SETTLE
             often = len(probes_of(history)) % PAIR == PAIR - 1
@@ -122,16 +126,16 @@ class Until:
             strength = math.floor(100 * now.strength * (SAFE / now.harm(self.goal)) ** (1 / power)) / 100
             if strength < LOWEST:
                 break
-            now = self._at(strength, last.step, drift=True)
+            now = self._at(strength, last.step, harm=True)
             looks.append(now)
             if harm := now.harm(self.goal):
                 power = min(max(math.log(harm / last.harm(self.goal)) / math.log(now.strength), 0.5), 3.0)
         return looks
 
-    def _at(self, strength: float, step: int, drift: bool) -> Probed:
+    def _at(self, strength: float, step: int, harm: bool) -> Probed:
         """A look at the weights of a smaller strength."""
         with self.at_strength(strength):
-            return self.probe.again(step, strength, drift=drift)
+            return self.probe.again(step, strength, harm=harm)
 
     def _kept(self, last: Probed) -> tuple[float, list[Probed]]:
         """The strength of the weights that are kept at the end of the training, and the looks that chose it.
@@ -143,13 +147,13 @@ class Until:
         looks: list[Probed] = []
         if last.wrecked:
             for strength in WEAKER:
-                looks.append(self._at(strength, last.step, drift=True))
-                if looks[-1].drift is not None and looks[-1].drift <= self.goal.retain_drift:
+                looks.append(self._at(strength, last.step, harm=True))
+                if looks[-1].harm(self.goal) <= 1:
                     break
         elif last.erased(self.goal) and self.goal.asr is None:
             smaller = [each for each in STRENGTHS if each < last.strength]
             for larger, tried in pairwise(smaller):  # the margin, so that the first needs no look of its own
-                looks.append(self._at(tried, last.step, drift=False))
+                looks.append(self._at(tried, last.step, harm=False))
                 if not looks[-1].erased(self.goal):
                     break
                 strength = larger
@@ -207,6 +211,7 @@ class Until:
             "lr": self.lr,
             "lr_factor": self.decision(history).factor,
             "target_guidance": self.decision(history).guidance,
+            "retain_factor": self.decision(history).retain,
             "probes": probes,
         }
 

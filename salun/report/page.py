@@ -149,13 +149,14 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
         )
     series = {
         name: [(float(p["step"]), float(p[key])) for p in decided if p.get(key) is not None]
-        for name, key in (("UA", "ua"), ("anchor", "anchor"), ("drift", "drift"))
+        for name, key in (("UA", "ua"), ("anchor", "anchor"), ("drift", "drift"), ("RA drop", "ra_drop"))
     }
     series[f"end, {100 * kept:.0f} %"] = [(float(decided[-1]["step"]), float(decided[-1]["ua"]))]
     came = "reached" if until["reached"] else "not reached"
     text = (
         f"The goal {until['goal']} was {came} after {until['steps']} of at most {until['budget']} steps, at a learning "
-        f"rate of {until['lr'] * until['lr_factor']:.2g}. η of the target rose by {until['target_guidance']:g}. "
+        f"rate of {until['lr'] * until['lr_factor']:.2g}. η of the target rose by {until['target_guidance']:g}, "
+        f"and the retain loss's weight {until.get('retain_factor', 1):g} times. "
         f"{100 * until['strength']:.0f} % of the change are kept. "
         "Probes are of held-out prompts. UA: images without the concept. Anchor: images that show it in its place. "
         "Confidence: the probability that both are what the goal wants. Drift: how far images of other prompts moved "

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from salun.diffusion import stages
 from salun.diffusion.data.images import EncodedImages, concept_folders, encode_folder
 from salun.diffusion.data.latents import item_seed, sample_latents
 from salun.diffusion.losses import ErasureData
@@ -18,8 +19,6 @@ from salun.errors import ConfigError
 from salun.progress import Event, Progress, Stage, in_parts, silent
 from salun.runs.cache import Cache
 from salun.user_text import as_spelled
-
-MORE = 2  # times the retain samples, where a goal needs more
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,9 @@ def build_training_set(
 def further_retain(
     model: DiffusionModel, plan: Plan, progress: Progress = silent, cache: Cache | None = None
 ) -> tuple[Tensor, Conditioning]:
-    """(latents, prompts) of retain samples beyond those of the training set: `MORE` times as many."""
+    """(latents, prompts) of retain samples beyond those of the training set."""
     few = plan.recipe.retain_latents
-    rows = spread((1 + MORE) * few, len(plan.prompts.retain), plan.options.seed + 1)[few:]
+    rows = spread(few + stages.retain_growth(few), len(plan.prompts.retain), plan.options.seed + 1)[few:]
     prompts = [plan.prompts.retain[i].text for i in rows]
     seeds = [item_seed(plan.options.seed, "retain", few + i) for i in range(len(rows))]
     return sample_latents(model, prompts, seeds, progress, Stage.SAMPLING, cache), model.encode(prompts)
