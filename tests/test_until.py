@@ -20,7 +20,7 @@ from salun.diffusion.model.loading import describe
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
-from salun.diffusion.probe import probability_below
+from salun.diffusion.probe_detector import probability_below
 from salun.diffusion.until import Probe, Until, kept_strength, losses_of
 from salun.errors import Cancelled, ConfigError, TrainingError
 from salun.masking.mask import Mask

@@ -10,21 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salun.detectors import passes_of
 from salun.diffusion.context import RunContext
-from salun.diffusion.data.latents import decode_images, item_seed, sample_conditionings, sample_latents
+from salun.diffusion.data.latents import item_seed, sample_conditionings, sample_latents
 from salun.diffusion.data.training_set import build_training_set, further_retain
 from salun.diffusion.evaluation import expected_retain
-from salun.diffusion.goal import PLAUSIBLE, SURE, Goal, Probed, Seen
-from salun.diffusion.losses import ErasureData
+from salun.diffusion.goal import PLAUSIBLE, SURE, Goal, Probed
 from salun.diffusion.plan import spread
+from salun.diffusion.probe_detector import ConceptDetector, rate_below
 from salun.diffusion.prompts.vocabulary import Prompt
-from salun.diffusion.stages import KNOWN, OTHERS, of_probes
+from salun.diffusion.stages import OTHERS, of_probes
 from salun.diffusion.task import ErasureTask
 from salun.diffusion.until import Until
 from salun.errors import ConfigError
-from salun.evaluation.calibration import Calibration, fitting
-from salun.evaluation.detector import Detection, Detector, DetectorInputs, Fitted, Samples, load_detector
 from salun.evaluation.estimate import Unknown, Value
 from salun.evaluation.metrics.image_drift import drift_of
 from salun.progress import Event, Progress, Stage, silent
@@ -33,7 +30,6 @@ from salun.randomness import step_generator
 BATCH, FEW, MANY = 8, 24, 128  # images of each concept: at a time; at most on the way; at most at the end
 MOST_OTHERS = 64  # images of other prompts, where the first ones are harmed
 HOPELESS = 0.05  # confidence at which no more images are needed
-NEAREST = 16  # images of each concept, nearest to showing it, that decide about a smaller strength
 ATTACKED = 64  # images under attack at the end; half as many on the way
 
 
@@ -65,7 +61,7 @@ def until_of(task: ErasureTask, context: RunContext, grow: bool) -> Until | None
         task.more = partial(build_training_set, task.model, plan.fixed(), task.progress, cache=context.cache)
     if grow and plan.recipe.retain_latents:
         task.more_retain = partial(further_retain, task.model, plan, task.progress, context.cache)
-    measured = {"anchor": any(probe.anchors) or not plan.goal.anchor, "ra_drop": bool(probe.expected)}
+    measured = {"anchor": any(probe.detector.anchors) or not plan.goal.anchor, "ra_drop": bool(probe.expected)}
     for name in (name for name, known in measured.items() if not known and name in (plan.options.until or "")):
         context.note(Stage.TRAINING, f"{name} of the goal is not measured: the detector {plan.detector} cannot tell")
     lr = plan.recipe.lr if plan.lr_given else None
@@ -98,17 +94,12 @@ class ModelProbe:
 
     def __init__(self, task: ErasureTask, goal: Goal) -> None:
         self.task, self.goal = task, goal
-        model, plan = task.model, task.plan
-        inputs = DetectorInputs(plan.subjects, model.settings.detector, model, model.device)
-        self.detector: Detector = load_detector(plan.detector, inputs)
-        self.looks = not passes_of(plan.detector)  # at images
-        self.adjustable, self.last = False, Look([])
+        self.last = Look([])
         self._looking()
-        self.anchors: list[Calibration | None] = []
-        self.calibrations = self._calibrated(task.training_set)
-        self.expected = expected_retain(self.detector, self._other_prompts(MOST_OTHERS))
+        self.detector = ConceptDetector(task, goal)
+        self.expected = expected_retain(self.detector.detector, self._other_prompts(MOST_OTHERS))
         self.original, self.right = torch.empty(0), list[np.ndarray]()
-        self._sample_original(OTHERS, self._calibrating)
+        self._sample_original(OTHERS, self.detector.calibrating)
         _known(drift_of(self.original, self.original))
         self.predictions = self._predictions()
         self._looking(len(self.original))
@@ -122,7 +113,7 @@ class ModelProbe:
             images = np.arange(len(scores[0]), len(scores[0]) + BATCH)
             anew = self._scores([images for _ in scores])
             scores = [np.concatenate([old, new]) for old, new in zip(scores, anew, strict=True)]
-            concepts = self._seen(scores)
+            concepts = self.detector.seen(scores)
             confidence = min(each.confidence for each in concepts)
             self._looking(len(scores[0]))
             gone = min(each.gone for each in concepts)
@@ -148,13 +139,13 @@ class ModelProbe:
         """
         self._looking()
         scores = [each.copy() for each in self.last.scores]
-        nearest = self._nearest(scores)
+        nearest = self.detector.nearest(scores)
         for start in range(0, len(nearest[0]), BATCH):
             rows = [each[start : start + BATCH] for each in nearest]
             for each, images, anew in zip(scores, rows, self._scores(rows), strict=True):
                 each[images] = anew
             self._looking(start + BATCH)
-        probed = Probed(step, self._seen(scores), strength=strength)
+        probed = Probed(step, self.detector.seen(scores), strength=strength)
         if harm:
             others = self._others(self.last.others or OTHERS)
             probed = replace(probed, drift=self._drift(others), ra_drop=self._ra_drop(others))
@@ -167,40 +158,6 @@ class ModelProbe:
         """Report that the training is interrupted by a look at images."""
         self.task.progress(Event(Stage.TRAINING, metrics={"probing": images} if images else {}, message=message))
 
-    def _calibrating(self, event: Event, /) -> None:
-        """Report that the detector is calibrated, whatever that takes."""
-        self.task.progress(replace(event, stage=Stage.CALIBRATING))
-
-    def _seen(self, scores: Sequence[np.ndarray]) -> tuple[Seen, ...]:
-        """Of each concept's scores, UA and the probability that it reaches the goal, by Jeffreys' posterior."""
-        concepts = []
-        of_all = zip(self.task.plan.subjects, self.calibrations, self.anchors, scores, strict=True)
-        for subject, concept, anchor, each in of_all:
-            rate, gone = rate_below(concept, each[:, 0], 1 - self.goal.of(subject.name))
-            seen = Seen(len(each), 1 - rate, gone)
-            if anchor is not None:
-                rate, fewer = rate_below(anchor, each[:, 1], self.goal.anchor)
-                seen = replace(seen, anchor=rate, shown=1 - fewer)
-            concepts.append(seen)
-        return tuple(concepts)
-
-    def _nearest(self, scores: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Of each concept, numbers of the images nearest to showing it, and of those nearest to losing its anchor.
-
-        As many of each concept, at most `NEAREST` of both kinds.
-        """
-        chosen = []
-        for each, anchor in zip(scores, self.anchors, strict=True):
-            nearest, losing = np.argsort(-each[:, 0], kind="stable"), np.empty(0, int)
-            if anchor is not None:
-                by_anchor = np.argsort(each[:, 1], kind="stable")
-                shown = by_anchor[each[by_anchor, 1] >= anchor.threshold]
-                losing = shown[~np.isin(shown, nearest[:NEAREST])][:NEAREST]
-            others = nearest[NEAREST:][~np.isin(nearest[NEAREST:], losing)]
-            chosen.append((NEAREST + len(losing), np.concatenate([nearest[:NEAREST], losing, others])))
-        most = max(count for count, _ in chosen)
-        return [order[:most] for _, order in chosen]
-
     def _scores(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Each concept's and anchor's scores in its images of these numbers, as many of each, below `MANY`."""
         seed, prompts = self.task.plan.options.seed, self.task.plan.prompts.concepts
@@ -209,7 +166,7 @@ class ModelProbe:
             rows = spread(MANY, len(of.eval_forget), seed)
             texts += [of.eval_forget[rows[number]].text for number in numbers]
             seeds += [item_seed(seed, "probe", i * MANY + int(number)) for number in numbers]
-        seen, each = self._detect(self._sampled(texts, seeds), texts), len(images[0])
+        seen, each = self.detector.scores(self._sampled(texts, seeds), texts), len(images[0])
         return [scores[i * each : (i + 1) * each] for i, scores in enumerate(seen)]
 
     def _sampled(self, texts: Sequence[str], seeds: Sequence[int], progress: Progress = silent) -> Tensor:
@@ -217,67 +174,6 @@ class ModelProbe:
         model, sampling = self.task.model, self.task.plan.sampling
         with model.sampling_as(of_probes(sampling), (sampling.resolution, sampling.resolution)):
             return sample_latents(model, texts, seeds, progress)
-
-    def _detection(
-        self, latents: Tensor, texts: Sequence[str], progress: Progress = silent, compare_prompts: bool = False
-    ) -> Detection:
-        """What the detector sees in all of the latents."""
-        images = decode_images(self.task.model, latents) if self.looks else np.zeros((len(latents), 1, 1, 3), np.uint8)
-        with self.task.original_weights():
-            return self.detector.detect(Samples(images, latents.cpu(), texts, compare_prompts), progress)
-
-    def _detect(self, latents: Tensor, texts: Sequence[str], progress: Progress = silent) -> list[np.ndarray]:
-        """Each concept's and anchor's scores, float32 (n, 2); those of an anchor that cannot be detected are NaN."""
-        seen = self._detection(latents, texts, progress)
-        self.adjustable = seen.adjustable
-        pairs = []
-        for of in map(self.detector.target, self.task.plan.subjects):
-            assert of is not None
-            scores = seen.scores[of.attribute]
-            shown = scores[:, of.anchor] if of.anchor is not None else np.full(len(scores), np.nan, np.float32)
-            pairs.append(np.stack([scores[:, of.label], shown], 1))
-        return pairs
-
-    def _calibrated(self, data: ErasureData) -> list[Calibration]:
-        """How the detector does on the training set, which the original drew."""
-        plan = self.task.plan
-        each = len(data.forget_latents) // len(plan.concepts)
-        parts = [_some(data.forget_latents[i * each : (i + 1) * each]) for i in range(len(plan.concepts))]
-        others = _some(data.retain_latents)
-        if isinstance(self.detector, Fitted):
-            known = {s.name: _samples(_fitting(part)) for s, part in zip(plan.subjects, parts, strict=True)}
-            self.detector.fit(known, _samples(_fitting(others)), self._calibrating)
-        negatives = [each[:, 0] for each in self._detect(others, [""] * len(others), self._calibrating)]
-        calibrations = []
-        for i, (subject, part) in enumerate(zip(plan.subjects, parts, strict=True)):
-            scores = self._detect(part, [""] * len(part), self._calibrating)[i]
-            calibrated = Calibration.of_fitted if self.adjustable else Calibration.of_scores
-            calibration = calibrated(scores[:, 0], negatives[i], self.detector.threshold)
-            shown = _some(data.anchor_latents[i * each : (i + 1) * each])
-            self.anchors.append(self._anchor_of(i, shown, scores[:, 1]))
-            if calibration.reason is not None:
-                raise ConfigError(
-                    f"needs a detector that can tell {subject.name!r}: {calibration.reason}",
-                    option="until",
-                    advice="Use another {detector}, or {steps} instead of {until}",
-                )
-            calibrations.append(calibration)
-        return calibrations
-
-    def _anchor_of(self, concept: int, latents: Tensor, without: np.ndarray) -> Calibration | None:
-        """How the detector tells a concept's anchor; None where it cannot, or the goal does not ask.
-
-        Args:
-            latents: Of the anchor's prompts.
-            without: The anchor's scores in images of the concept.
-        """
-        if not self.goal.anchor or np.isnan(without).any() or not self.task.plan.recipe.anchor_share:
-            return None
-        scores = self._detect(latents, [""] * len(latents), self._calibrating)[concept][:, 1]
-        if isinstance(self.detector, Fitted):
-            without = without[~fitting(len(without))]
-        calibration = Calibration.of_scores(scores, without, self.detector.threshold)
-        return calibration if calibration.reason is None else None
 
     def _other_prompts(self, n: int) -> list[Prompt]:
         """n held-out retain prompts, at most `MOST_OTHERS`."""
@@ -301,7 +197,7 @@ class ModelProbe:
     def _as_prompted(self, others: Tensor) -> list[np.ndarray]:
         """For each attribute, which of the other prompts' images show what they should, bool (n,)."""
         prompts = [prompt.text for prompt in self._other_prompts(len(others))]
-        seen = self._detection(others, prompts, compare_prompts=True) if self.expected else None
+        seen = self.detector.detection(others, prompts, compare_prompts=True) if self.expected else None
         return [seen.shows(name, labels[: len(others)]) for name, labels in self.expected.items() if seen is not None]
 
     def _harmed(self, probed: Probed) -> tuple[Tensor, Probed]:
@@ -359,7 +255,7 @@ class ModelProbe:
         """
         pool, worst = self.task.pool, 0.0
         assert pool is not None
-        for i in range(len(self.calibrations)):
+        for i in range(len(self.detector.calibrations)):
             worst = max(worst, self._rate_under(i, [], n))
             if anew:
                 worst = max(worst, self._rate_under(i, pool.judge(step, i), n))
@@ -370,12 +266,12 @@ class ModelProbe:
         """Fraction of a concept's images that show it with embeddings of the pool, or others, as its words."""
         pool, model, plan = self.task.pool, self.task.model, self.task.plan
         assert pool is not None
-        of, known, sampling = plan.prompts.concepts[concept], self.calibrations[concept], plan.sampling
+        of, known, sampling = plan.prompts.concepts[concept], self.detector.calibrations[concept], plan.sampling
         texts = [of.eval_forget[row].text for row in spread(n, len(of.eval_forget), plan.options.seed)]
         seeds = [item_seed(plan.options.seed, "attack", concept * MANY + k) for k in range(n)]
         with torch.no_grad(), model.sampling_as(of_probes(sampling), (sampling.resolution, sampling.resolution)):
             latents = sample_conditionings(model, pool.attacking(concept, texts, vectors), seeds)
-        return rate_below(known, self._detect(latents, texts)[concept][:, 0], 0.0)[0]
+        return rate_below(known, self.detector.scores(latents, texts)[concept][:, 0], 0.0)[0]
 
     def _drift(self, others: Tensor) -> float:
         return _known(drift_of(self.original[: len(others)], others))
@@ -388,37 +284,3 @@ def _known(drift: Value) -> float:
             f"needs the drift of other images: {drift.reason}", option="until", advice="Use {steps} instead of {until}"
         )
     return float(drift.value)
-
-
-def rate_below(of: Calibration, scores: np.ndarray, most: float) -> tuple[float, float]:
-    """(the rate of images that show something, corrected by its calibration; the probability that it is ≤ most)."""
-    seen, false = float(of.positives.mean()), float(of.negatives.mean())
-    k, n = int((scores >= of.threshold).sum()), len(scores)
-    rate = float(np.clip((k / n - false) / (seen - false), 0, 1))
-    return rate, probability_below(false + most * (seen - false), k, n)
-
-
-def probability_below(limit: float, k: int, n: int) -> float:
-    """P(rate ≤ limit) after k of n, by Jeffreys' posterior Beta(k + ½, n − k + ½), integrated over θ, rate = sin²θ."""
-    theta = np.linspace(0, np.pi / 2, 20_001)
-    with np.errstate(divide="ignore"):
-        logs = 2 * k * np.log(np.sin(theta)) if k else np.zeros_like(theta)
-        logs = logs + (2 * (n - k) * np.log(np.cos(theta)) if n > k else 0.0)
-    density = np.exp(logs - logs.max())
-    below = theta <= np.arcsin(np.sqrt(np.clip(limit, 0.0, 1.0)))
-    return float(density[below].sum() / density.sum())
-
-
-def _some(latents: Tensor) -> Tensor:
-    """At most `KNOWN` of them, spread evenly."""
-    rows = torch.linspace(0, len(latents) - 1, min(KNOWN, len(latents))).round().long()
-    return latents[rows.to(latents.device)]
-
-
-def _fitting(latents: Tensor) -> Tensor:
-    """Those that the detector is fitted on; the others calibrate it."""
-    return latents[torch.from_numpy(fitting(len(latents))).to(latents.device)]
-
-
-def _samples(latents: Tensor) -> Samples:
-    return Samples(np.zeros((len(latents), 1, 1, 3), np.uint8), latents.cpu(), [""] * len(latents))
