@@ -50,6 +50,11 @@ DETECTORS = {
         "salun.evaluation.detectors.imagenet:load",
         "MODEL",
     ),
+    "class": DetectorEntry(
+        "classifier of `salun classify-train`, for concepts among its classes",
+        "salun.evaluation.detectors.class_classifier:load",
+        "FILE",
+    ),
     "safety-checker": DetectorEntry(
         "safety checker of Stable Diffusion 1.x, for nudity",
         "salun.evaluation.detectors.safety_checker:load",

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import salun
 from cli.main import app
+from salun.classification.experiment import train
 from salun.diffusion.attack import attack
 from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
@@ -358,6 +359,13 @@ def test_the_embedded_digits_forget_one_and_attacks_and_evaluation_judge_it(tmp_
     results = {(each["attack"], each["side"]): each for each in made["attacks"]}
     assert results[names[0], "original"]["asr"]["value"] > 90 and results[names[1], "erased"]["asr"] is not None
     assert "takes one label" in results[names[2], "erased"]["error"]
+    classifier = tmp_path / "classifier"
+    train(data="digits", epochs=10, run_dir=classifier, progress=salun.silent)
+    found = evaluate(str(tmp_path / "run"), EvalOptions(n=24, detector=["attribute", f"class:{classifier}"])).metrics
+    first, second = found.values()
+    assert (first["detector"]["name"], second["detector"]["name"]) == ("attribute", "class")
+    for metric in ("ua", "ra_before", "ra_after"):
+        assert first[metric]["value"] == pytest.approx(second[metric]["value"], abs=10), "two classifiers agree"
 
 
 @pytest.mark.slow

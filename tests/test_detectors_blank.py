@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from salun.classification.models import Preprocessing, WeightFileInfo, new_model, save_model
 from salun.detectors import DETECTORS
 from salun.evaluation.calibration import Calibration
 from salun.evaluation.clip_model import ClipModel
@@ -38,6 +39,14 @@ def by_q16(folder: Path, inputs: DetectorInputs, monkeypatch: pytest.MonkeyPatch
     return load_detector(f"q16:{folder / 'prompts.p'}", inputs)
 
 
+def of_class(folder: Path) -> Path:
+    """A classifier with random weights."""
+    pixels = Preprocessing((0.5,), (0.25,), (16, 16))
+    facts = WeightFileInfo("small", 1, ("tench", "goldfish"), "original", "of no data", pixels=pixels)
+    save_model(folder / "model.safetensors", new_model("small", 1, 2, seed=0), facts)
+    return folder
+
+
 @pytest.fixture
 def made(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Detector, Subject]:
     """The detector of the parameter, on tiny random weights where it has others, and a concept that it knows."""
@@ -59,6 +68,7 @@ def made(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         "clip": (CIRCLE, lambda: load_detector("clip", with_clip(CIRCLE))),
         "images": (CIRCLE, lambda: load_detector(f"images:{folder('examples')}", with_clip(CIRCLE))),
         "imagenet": (TENCH, lambda: load_detector(f"imagenet:{folder('classifier')}", DetectorInputs([TENCH]))),
+        "class": (TENCH, lambda: load_detector(f"class:{of_class(tmp_path)}", DetectorInputs([TENCH]))),
         "safety-checker": (
             NUDITY,
             lambda: load_detector(f"safety-checker:{folder('checker')}", DetectorInputs([NUDITY])),

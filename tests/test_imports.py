@@ -44,6 +44,7 @@ LAYERS = [
     {"salun.evaluation", "salun.report"},
     {"salun.diffusion.prompts", "salun.diffusion.model"},
     {"salun.diffusion", "salun.classification", "salun.evaluation.detectors.self_classifier"},
+    {"salun.evaluation.detectors.class_classifier"},
     {"salun.delta", "salun.diagnostics"},
 ]
 HEAVY = {"diffusers", "transformers", "accelerate", "typer", "rich", "gradio", "comfy", "huggingface_hub", "jinja2"}

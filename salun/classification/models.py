@@ -332,7 +332,8 @@ class WeightFileInfo:
 
     architecture: as in `new_model`. channels: of the images. classes: names by label. role: original, unlearned or
     retrain. base, split: hashes of what it was trained on (`Split.base`, and of the forget set too where there is one).
-    training: the options it was trained with (`plan.RECIPE`), only those that are known.
+    training: the options it was trained with (`plan.RECIPE`), only those that are known. pixels: how its images are
+    prepared, None where that is not known.
     """
 
     architecture: str
@@ -342,6 +343,7 @@ class WeightFileInfo:
     base: str
     split: str = ""
     training: dict[str, Any] = field(default_factory=dict)
+    pixels: Preprocessing | None = None
 
 
 def save_model(path: Path, model: nn.Module, facts: WeightFileInfo) -> None:
@@ -356,9 +358,11 @@ def save_model(path: Path, model: nn.Module, facts: WeightFileInfo) -> None:
         "split": facts.split,
         "training": json.dumps(facts.training, sort_keys=True),
     }
+    pixels = model.pixels if isinstance(model, Pretrained) else facts.pixels
+    if pixels is not None:
+        metadata["pixels"] = json.dumps(asdict(pixels), sort_keys=True)
     if isinstance(model, Pretrained):
         metadata["config"] = json.dumps(model.model.config.to_diff_dict(), sort_keys=True)  # type: ignore[union-attr,operator]
-        metadata["pixels"] = json.dumps(asdict(model.pixels), sort_keys=True)
     safetensors_io.write(
         path, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, metadata
     )
@@ -380,7 +384,9 @@ def load_model(path: Path) -> tuple[nn.Module, WeightFileInfo]:
             metadata["base"], metadata["split"], dict(parse_json(metadata["training"])),
         )  # fmt: skip
         config = parse_json(metadata["config"]) if "config" in metadata else None
-        pixels = Preprocessing.from_file(parse_json(metadata["pixels"])) if config is not None else Preprocessing()
+        known = "pixels" in metadata or config is not None
+        pixels = Preprocessing.from_file(parse_json(metadata["pixels"])) if known else None
+        facts = replace(facts, pixels=pixels)
     except (KeyError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged: an entry of its header is missing or invalid ({error})") from error
     if config is not None:
@@ -391,7 +397,7 @@ def load_model(path: Path) -> tuple[nn.Module, WeightFileInfo]:
             made = AutoConfig.for_model(**config)
             build = partial(AutoModelForImageClassification.from_config, made, trust_remote_code=False)
             check_size(build, sum(prod(entry.shape) for entry in header.entries.values()), path)
-            model: nn.Module = Pretrained(build(), pixels)
+            model: nn.Module = Pretrained(build(), pixels or Preprocessing())
         except Exception as error:  # the library raises many kinds for a config that it cannot use
             raise ModelError(
                 f"{path} is damaged: no classifier can be built from its configuration ({first_line(error)})"

@@ -13,6 +13,7 @@ from torch import nn
 
 from salun.classification.data import ImageData
 from salun.classification.models import (
+    Preprocessing,
     WeightFileInfo,
     first_label_mismatch,
     has_default_labels,
@@ -69,7 +70,8 @@ def trained(
     key = key_of_training(options, data, split, model, stage)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     recipe = recipe_of(options, device)
-    facts = WeightFileInfo(options.model, data.channels, data.classes, stage, split.base, split.digest, recipe)
+    pixels = Preprocessing(tuple(data.preset["mean"]), tuple(data.preset["std"]), (data.size, data.size))
+    facts = WeightFileInfo(options.model, data.channels, data.classes, stage, split.base, split.digest, recipe, pixels)
     cached = cache.get(key)
     if cached is not None:
         losses = cached.pop("history")
