@@ -60,7 +60,7 @@ class StageCost:
         most: Steps at most, where the run decides on their number; 0 where `steps` is exact. Passes are those of
             `steps`.
         guessed: Whether `steps` is a guess, which the first event of the stage replaces.
-        closing: Passes without gradients after the last step, which are in neither of the others.
+        closing: Passes without gradients with the last step, which are in neither of the others.
     """
 
     stage: Stage

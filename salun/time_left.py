@@ -62,6 +62,11 @@ class _Timed:
         """Steps that took time."""
         return max(self.done - self.restored, 0)
 
+    @property
+    def complete(self) -> bool:
+        """Whether its last step was taken: what closes it is reported with that step."""
+        return self.over or self.done >= self.steps > 0
+
     def end(self) -> None:
         """A later stage has begun: what came after the last step was work too."""
         if self.worked:
@@ -162,7 +167,7 @@ class TimeLeft:
         stages, present = self._stages, self._present
         total = sum(stage.steps * stage.passes_each + stage.cost.closing for stage in stages)
         done = sum((stage.steps if stage.over else stage.done) * stage.passes_each for stage in stages)
-        done += sum(stage.cost.closing for stage in stages if stage.over)
+        done += sum(stage.cost.closing for stage in stages if stage.complete)
         fraction = min(done / total, UNFINISHED if self._announced else 1.0) if total else 0.0
         self._fraction = max(self._fraction, fraction)
         numbered = self._announced and present is not None and stages[present].cost.stage is stage
@@ -181,7 +186,7 @@ class TimeLeft:
             return None
         for stage in counted:
             low, high = stage.steps_left()
-            closing = 0 if stage.over else stage.cost.closing
+            closing = 0 if stage.complete else stage.cost.closing
             if not high and not closing:
                 continue
             each, of_a_pass = self._seconds_each(stage), self._seconds_of_a_pass(backward=False) if closing else 0.0

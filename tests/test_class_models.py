@@ -360,7 +360,7 @@ def test_the_embedded_digits_forget_one_and_attacks_and_evaluation_judge_it(tmp_
     assert results[names[0], "original"]["asr"]["value"] > 90 and results[names[1], "erased"]["asr"] is not None
     assert "takes one label" in results[names[2], "erased"]["error"]
     classifier = tmp_path / "classifier"
-    train(data="digits", epochs=10, run_dir=classifier, progress=salun.silent)
+    train(data="digits", train_epochs=10, run_dir=classifier, progress=salun.silent)
     found = evaluate(str(tmp_path / "run"), EvalOptions(n=24, detector=["attribute", f"class:{classifier}"])).metrics
     first, second = found.values()
     assert (first["detector"]["name"], second["detector"]["name"]) == ("attribute", "class")

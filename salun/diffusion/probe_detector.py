@@ -125,7 +125,7 @@ class ConceptDetector:
         return calibrations
 
     def _anchor_of(self, concept: int, latents: Tensor, without: np.ndarray) -> Calibration | None:
-        """How the detector tells a concept's anchor; None where it cannot, or the goal does not ask.
+        """How the detector does on a concept's anchor; None where it cannot, or the goal does not ask.
 
         Args:
             latents: Of the anchor's prompts.

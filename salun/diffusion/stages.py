@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from salun.diffusion.plan import Plan
 
 HARDENING = 5  # what the pool adds to a step, in passes of a batch forward and backward, as measured
-PROBED, CLOSING = 146, 148  # images that probes of a training take for a concept, with others: on the way, at the end;
-# the means of the 12 runs to a goal in benchmarks/results/defaults
+PROBED, CLOSING = 144, 384  # images that probes of a training take for a concept, with others: on the way, at the end;
+# the medians of five runs to a goal in benchmarks/results/until (narrow: red, red → blue, zero-snr: night, circle, red)
 FEWEST_STEPS = 8  # of the sampler; a probe takes half of the plan's, but not fewer than these
 KNOWN = 48  # images of each kind, at most, on which the detector of the probes is calibrated
 OTHERS = 32  # images of other prompts, for the harm at the end of a training; half as many, for the drift, on the way
