@@ -24,6 +24,7 @@ import numpy as np
 import salun
 from benchmarks.stored import stored
 from salun.diffusion.evaluation import compare, eval_prompts, evaluate_model
+from salun.diffusion.goal import Goal
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.result import Run
 from salun.errors import SalunError
@@ -54,7 +55,7 @@ HEAD = """# Erasing to a goal
 **What it shows.** {shows}
 
 Written by `benchmarks/until.py` on the bundled models and variants of one, on a CPU; {n} images of each kind. Each case
-is erased without options, towards “{goal}”, and with the fixed number of steps of the recipe. RA:
+is erased by default, towards “{goal}”, and, where that is listed, with the fixed number of steps of the recipe. RA:
 images of other prompts that are as prompted. Seconds are the processor's, without the final evaluation, the cache of
 samples being empty; in parentheses, the fraction that the probes take. Probes and the evaluation sample the same
 held-out prompts with other seeds.
@@ -138,24 +139,37 @@ def path_of(case: str, seed: int, how: str, n: int) -> Path:
 
 def table(n: int) -> str:
     """All results of n images that are there, and what they show."""
-    lines, pairs, cases = [], [], set()
+    lines, pairs, all_found = [], [], []
     for case, seed in itertools.product(CASES, range(10)):
         paths = {how: path_of(case, seed, how, n) for how in HOW}
         found = {how: json.loads(path.read_text(encoding="utf-8")) for how, path in paths.items() if path.exists()}
         lines += [line(case, seed, how, each) for how, each in found.items()]
-        if len(found) == len(HOW) and not any("error" in each for each in found.values()):
-            pairs.append(found)
-            cases.add(case)
-    erased = {how: sum(pair[how]["verdict"]["outcome"] == "erased" for pair in pairs) for how in HOW}
-    times = [pair["goal"]["seconds"] / pair["fixed"]["seconds"] for pair in pairs]
-    probes = [pair["goal"]["probing"] / pair["goal"]["seconds"] for pair in pairs]
-    goal = next(pair["goal"]["until"]["goal"] for pair in pairs if pair["goal"]["until"])
-    shows = (
-        f"Of {len(pairs)} erasures ({len(cases)} cases), {erased['goal']} end as “erased” with a goal, and "
-        f"{erased['fixed']} with a fixed number of steps. Relative to the latter a goal takes {np.median(times):.2f} "
-        f"times as long (median); probes take {100 * np.median(probes):.0f} % of it."
+        measured = {how: each for how, each in found.items() if "error" not in each}
+        all_found.append(measured)
+        if len(measured) == len(HOW):
+            pairs.append(measured)
+    shows = " ".join(_came(how, [each[how] for each in all_found if how in each]) for how in HOW)
+    if pairs:
+        times = [pair["goal"]["seconds"] / pair["fixed"]["seconds"] for pair in pairs]
+        probes = [pair["goal"]["probing"] / pair["goal"]["seconds"] for pair in pairs]
+        shows += (
+            f" In the {len(pairs)} cases measured both ways, a goal takes {np.median(times):.2f} times as long (median); "
+            f"probes take {100 * np.median(probes):.0f} % of it."
+        )
+    goals = (each["goal"]["until"]["goal"] for each in all_found if "goal" in each)
+    head = HEAD.format(n=f"{n:,}", goal=next(goals, str(Goal())), shows=shows).split("\n\n")
+    wrapped = [textwrap.fill(part, 120, break_on_hyphens=False) if part[:1] not in "#|" else part for part in head]
+    return "\n\n".join(wrapped) + "\n".join(lines) + "\n"
+
+
+def _came(how: str, found: list[dict[str, Any]]) -> str:
+    """What came of all runs of a kind, in a sentence."""
+    erased = sum(each["verdict"]["outcome"] == "erased" for each in found)
+    text = (
+        f"With a {'goal' if how == 'goal' else 'fixed number of steps'}, {erased} of {len(found)} runs end as “erased”"
     )
-    return HEAD.format(n=n, goal=goal, shows=textwrap.fill(shows, 120)) + "\n".join(lines) + "\n"
+    reached = sum(bool(each["until"] and each["until"]["reached"]) for each in found)
+    return f"{text}; {reached} of them reach the goal." if how == "goal" else f"{text}."
 
 
 def main() -> None:

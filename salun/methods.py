@@ -44,6 +44,7 @@ class Method:
         goal: Whether a diffusion method can be trained towards a goal, of `until`, and does by default.
         text: Whether a diffusion method edits how text enters the network, which a class-conditional model lacks.
         anchored: Whether a diffusion method trains towards the anchor.
+        grows: Whether a diffusion method's training takes further samples, where a goal needs them.
         hardens: Whether a diffusion method's training takes adversarial embeddings, of the option `harden`.
         paper_recipe: Numbers of a diffusion method's paper, for `recipe` paper; empty where it has none for SD.
     """
@@ -65,6 +66,7 @@ class Method:
     weaker: str = "Lower {lr} or {steps}, or raise {retain_weight}"
     goal: Literal["default", "able", "none"] = "none"
     anchored: bool = True
+    grows: bool = False
     hardens: bool = False
     text: bool = False
     paper_recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -170,11 +172,12 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                "full", defaults={"epochs": 10, "lr": 0.001}),
     ),
     "diffusion": _registry(
-        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default", hardens=True),
+        Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default", grows=True,
+               hardens=True),
         Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned",
                hardens=True),
         Method("finetune", "Fine-tuning", "SalUn's loss without a mask", _D, f"{_ERASE}.salun:salun", "full",
-               goal="able", hardens=True),
+               goal="able", grows=True, hardens=True),
         Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
                "full", f"{_ERASE}.esd:EsdOptions", defaults={"scope": "xattn"}, data="prompts",
                stages=f"{_ERASE}.esd:stages", goal="able",

@@ -75,7 +75,7 @@ class _Timed:
 
     def steps_left(self) -> tuple[int, int]:
         """At least and at most."""
-        if self.over:
+        if self.over or (self.cost.most and self.complete):
             return 0, 0
         left = max(self.steps - self.done, 0)
         return left, max(self.cost.most - self.done, left)

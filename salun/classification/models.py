@@ -28,7 +28,7 @@ from salun.untrusted import parse_json
 from salun.user_text import as_spelled
 
 FORMAT = "salun-classifier-1"
-SIDE = 4096  # pixels, of what a model is given
+SIDE, MOST_CHANNELS = 4096, 4  # pixels and channels of what a model is given
 
 
 class SmallCNN(nn.Module):
@@ -387,7 +387,9 @@ def load_model(path: Path) -> tuple[nn.Module, WeightFileInfo]:
         known = "pixels" in metadata or config is not None
         pixels = Preprocessing.from_file(parse_json(metadata["pixels"])) if known else None
         facts = replace(facts, pixels=pixels)
-    except (KeyError, ValueError, TypeError) as error:
+        if not 1 <= facts.channels <= MOST_CHANNELS:
+            raise ValueError(f"{facts.channels} channels")
+    except (KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise ModelError(f"{path} is damaged: an entry of its header is missing or invalid ({error})") from error
     if config is not None:
         from transformers import AutoConfig, AutoModelForImageClassification

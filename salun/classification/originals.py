@@ -70,7 +70,8 @@ def trained(
     key = key_of_training(options, data, split, model, stage)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     recipe = recipe_of(options, device)
-    pixels = Preprocessing(tuple(data.preset["mean"]), tuple(data.preset["std"]), (data.size, data.size))
+    size = (int(data.images.shape[2]), int(data.images.shape[3]))
+    pixels = Preprocessing(tuple(data.preset["mean"]), tuple(data.preset["std"]), size)
     facts = WeightFileInfo(options.model, data.channels, data.classes, stage, split.base, split.digest, recipe, pixels)
     cached = cache.get(key)
     if cached is not None:

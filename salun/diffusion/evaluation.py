@@ -270,13 +270,14 @@ def _detections(detector: Detector, parts: Sequence[Samples], progress: Progress
 
 
 def _expected_labels(detector: Detector, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-    """Attribute → the label that each prompt's image should show, int64 (n,), −1 where it names none of them."""
+    """Attribute → the label that each prompt's image should show, int64 (n,), −1 where it names none.
+
+    Without attributes of which prompts name a label that the detector does not know.
+    """
     return {
-        name: np.array(
-            [labels.index(p.labels[name]) if p.labels.get(name) in labels else -1 for p in prompts], np.int64
-        )
+        name: np.array([labels.index(p.labels[name]) if name in p.labels else -1 for p in prompts], np.int64)
         for name, labels in detector.labels.items()
-        if any(p.labels.get(name) in labels for p in prompts)
+        if any(name in p.labels for p in prompts) and all(p.labels.get(name, labels[0]) in labels for p in prompts)
     }
 
 

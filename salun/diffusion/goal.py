@@ -30,7 +30,7 @@ PART = re.compile(
     r"(?P<rate>ua(?:\[(?P<concept>[^\]]+)\])?|anchor)\s*>=\s*(?P<least>\S+)"
     r"|(?P<name>retain_drift|ra_drop|asr)\s*<=\s*(?P<most>\S+)"
 )
-BETTER, VAIN = 0.95, 2  # a try that does not bring harm below this times the last one is in vain; tries in vain at most
+BETTER, VAIN = 0.95, 2  # a try that leaves more harm than this times the least so far is in vain; tries in vain at most
 
 
 @dataclass(frozen=True)
@@ -342,13 +342,13 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
             vain += not probe.harm(goal) < BETTER * harm
             harmed = probe.harm(goal) > 1  # else attacks succeed, against which less harm does not help
             phase = Phase.SETTLE if harmed and tries < TRIES and vain < VAIN else Phase.GIVE_UP
-            tries, harm, factor = tries + 1, min(harm, probe.harm(goal)), factor * SLOWER
-            retain, settled_at = HEAVIER, -1.0
+            tries, harm, settled_at = tries + 1, min(harm, probe.harm(goal)), -1.0
+            factor, retain = (factor * SLOWER, HEAVIER) if phase is Phase.SETTLE else (factor, retain)
         elif settled:
             lacking = probe.gone >= SURE and probe.progress < settled_at + MOVED
             phase, idle, settled_at = Phase.GIVE_UP if lacking else Phase.CONTINUE, i, probe.progress
             grown = grown or probe.confidence < PLAUSIBLE
-            guidance = guidance if probe.gone >= PLAUSIBLE else min(guidance + GUIDED, FARTHEST)
+            guidance = guidance if probe.gone >= PLAUSIBLE else _farther(guidance)
         else:
             phase = Phase.SETTLE if probe.confidence >= PLAUSIBLE else Phase.CONTINUE
             since = probes[idle + 1 : i + 1]
@@ -356,7 +356,7 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
                 if probe.ua <= UNMOVED:
                     factor = min(factor * FASTER, MOST)
                 else:
-                    guidance, grown = min(guidance + GUIDED, FARTHEST), True
+                    guidance, grown = _farther(guidance), True
                 idle = i
             elif phase is Phase.CONTINUE and probe.gone >= PLAUSIBLE and _stands_still(since, _progress(since)):
                 phase, grown, idle = Phase.SETTLE if grown else Phase.CONTINUE, True, i  # what lacks is the anchor
@@ -373,6 +373,11 @@ def _attacked(goal: Goal, probe: Probed, guidance: float, settled: bool) -> bool
     """Whether attacks succeed, and the target may yet move further from the concept."""
     retained = probe.drift is None or probe.harm(goal) <= (1.0 if settled else UNSETTLED)
     return probe.asr is not None and not probe.withstands(goal) and retained and guidance < HARDEST
+
+
+def _farther(guidance: float) -> float:
+    """η after a rise; one that attacks have raised beyond that stays."""
+    return max(guidance, min(guidance + GUIDED, FARTHEST))
 
 
 def _progress(probes: Sequence[Probed]) -> list[float]:

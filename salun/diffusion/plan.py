@@ -242,7 +242,7 @@ def _goal(options: EraseOptions, concepts: Sequence[Concept]) -> Goal | None:
                 option="until",
                 advice="Omit {until}",
             )
-        anchored = method.anchored and not options.harden
+        anchored = method.anchored and options.anchor_share != 0 and not options.harden
         goal, names = Goal.parse(options.until, anchored), [concept.name for concept in concepts]
         if unknown := [name for name in goal.ua_of if name not in names]:
             raise ConfigError(

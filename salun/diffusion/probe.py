@@ -57,6 +57,7 @@ def until_of(task: ErasureTask, context: RunContext, grow: bool) -> Until | None
         if grow:
             task.data = build_training_set(task.model, task.plan, task.progress, cache=context.cache)
         return None
+    grow = grow and plan.method.grows
     if grow and plan.all_latents is not None and not plan.options.forget_images:
         task.more = partial(build_training_set, task.model, plan.fixed(), task.progress, cache=context.cache)
     if grow and plan.recipe.retain_latents:

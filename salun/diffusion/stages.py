@@ -72,7 +72,9 @@ def of_probes(sampling: Sampling) -> Sampling:
 def further_samples(plan: Plan) -> int:
     """Samples at most that a training to a goal adds to its training set, where those do not suffice."""
     recipe = plan.recipe
-    forget = (plan.all_latents or recipe.forget_latents) - recipe.forget_latents
+    if not plan.method.grows:
+        return 0
+    forget = 0 if plan.options.forget_images else (plan.all_latents or recipe.forget_latents) - recipe.forget_latents
     return retain_growth(recipe.retain_latents) + forget * len(plan.concepts) * (2 if recipe.anchor_share else 1)
 
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from salun.classification.models import Preprocessing, Pretrained, load_model
+from salun.classification.models import Preprocessing, Pretrained, WeightFileInfo, load_model
 from salun.errors import ConfigError, DataError, ModelError
 from salun.evaluation.detector import DetectorInputs
 from salun.evaluation.detectors.imagenet import ImageClassifier
 from salun.evaluation.pretrained import Prepare
 from salun.files import sha256_file
-from salun.user_text import as_spelled
+from salun.user_text import as_spelled, unquoted
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 TRAIN = "Make one with `salun classify-train`, on the images that the model was trained on"
 
@@ -36,22 +36,37 @@ def load(inputs: DetectorInputs) -> ClassClassifier:
         DataError: The file cannot be used, or does not say how its images are prepared.
     """
     if not inputs.argument:
-        raise ConfigError("class needs a classifier: class:FILE", option="detector", advice=TRAIN)
-    path = as_spelled(Path(inputs.argument).expanduser())
+        raise ConfigError("is class, but names no classifier", option="detector", advice="Use {detector} class:FILE")
+    path = as_spelled(Path(unquoted(inputs.argument)).expanduser())
     file = path / "model.safetensors" if path.is_dir() else path
     try:
         model, facts = load_model(file)
         digest = sha256_file(file)
     except (ModelError, OSError) as error:
-        raise DataError(f"the classifier {inputs.argument} cannot be used: {error}", advice=TRAIN) from error
-    pixels, channels = facts.pixels, facts.channels
-    if pixels is None or any(len(values or ()) not in (1, channels) for values in (pixels.mean, pixels.std)):
-        raise DataError(f"the classifier {inputs.argument} does not say how its images are prepared", advice=TRAIN)
-    resized = replace(pixels, size=None) if isinstance(model, Pretrained) else pixels
-    network = model.to(inputs.device).eval()
-    return ClassClassifier(
-        network, prepared(resized, channels), facts.classes, facts.architecture, digest, inputs.device
-    )
+        reason = error.message if isinstance(error, ModelError) else str(error)
+        raise DataError(f"the classifier {inputs.argument} cannot be used: {reason}", advice=TRAIN) from error
+    if reason := unusable(model, facts):
+        raise DataError(f"the classifier {inputs.argument} cannot be used: {reason}", advice=TRAIN)
+    assert facts.pixels is not None
+    own = isinstance(model, Pretrained)  # such a model resizes its images itself
+    prepare = prepared(replace(facts.pixels, size=None) if own else facts.pixels, facts.channels)
+    version = "transformers" if own else facts.architecture
+    return ClassClassifier(model.to(inputs.device).eval(), prepare, facts.classes, version, digest, inputs.device)
+
+
+def unusable(model: nn.Module, facts: WeightFileInfo) -> str:
+    """Why a classifier cannot tell the classes of images; "" if it can."""
+    pixels = facts.pixels
+    if facts.role == "unlearned":
+        return "it has unlearned some of what it is to recognize"
+    if pixels is None or pixels.mean is None or pixels.std is None:
+        return "it does not say how its images are prepared"
+    if isinstance(model, Pretrained):
+        labels = getattr(model.model.config, "num_labels", None)
+        return "" if labels == len(facts.classes) else f"it has {labels} outputs and {len(facts.classes)} classes"
+    if pixels.size is None or len(pixels.size) != 2:
+        return "it does not say how large its images are"
+    return "" if facts.channels in (1, 3) else f"it takes images of {facts.channels} channels"
 
 
 def prepared(pixels: Preprocessing, channels: int) -> Prepare:
