@@ -153,7 +153,7 @@ def table(n: int) -> str:
         times = [pair["goal"]["seconds"] / pair["fixed"]["seconds"] for pair in pairs]
         probes = [pair["goal"]["probing"] / pair["goal"]["seconds"] for pair in pairs]
         shows += (
-            f" In the {len(pairs)} cases measured both ways, a goal takes {np.median(times):.2f} times as long (median); "
+            f" In the {len(pairs)} measured both ways, a goal takes {np.median(times):.2f} times as long (median); "
             f"probes take {100 * np.median(probes):.0f} % of it."
         )
     goals = (each["goal"]["until"]["goal"] for each in all_found if "goal" in each)
