@@ -48,9 +48,9 @@ def load(inputs: DetectorInputs) -> ClassClassifier:
     if reason := unusable(model, facts):
         raise DataError(f"the classifier {inputs.argument} cannot be used: {reason}", advice=TRAIN)
     assert facts.pixels is not None
-    own = isinstance(model, Pretrained)  # such a model resizes its images itself
-    prepare = prepared(replace(facts.pixels, size=None) if own else facts.pixels, facts.channels)
-    version = "transformers" if own else facts.architecture
+    resizes = isinstance(model, Pretrained)  # its images itself
+    prepare = prepared(replace(facts.pixels, size=None) if resizes else facts.pixels, facts.channels)
+    version = "transformers" if resizes else facts.architecture
     return ClassClassifier(model.to(inputs.device).eval(), prepare, facts.classes, version, digest, inputs.device)
 
 
