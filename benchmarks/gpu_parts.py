@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.step import reference_step
-from salun.classification.models import resnet18
+from salun.classification.networks import resnet18
 from salun.compute.device import deterministic_kernels
 from salun.diffusion.model.loading import describe
 from salun.diffusion.options import EraseOptions

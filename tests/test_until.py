@@ -201,7 +201,7 @@ def test_a_change_that_drifts_too_far_is_scaled_down_before_it_is_trained_again(
 
 
 def test_other_images_that_are_no_longer_as_prompted_count_as_drift_does() -> None:
-    """Training goes on with more retain samples, of more weight, until they are again, or it no longer helps."""
+    """Training continues with more retain samples, of more weight, until they are again, or it no longer helps."""
     drops = {40: 0.06, 70: 0.03, 100: 0.02}
     found = Fake(lambda step, s: Probed(step, (seen(0.95),), 0.01, s, ra_drop=drops.get(step)))
     until, history = trained_with(found)

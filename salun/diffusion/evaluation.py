@@ -274,10 +274,11 @@ def _expected_labels(detector: Detector, prompts: Sequence[Prompt]) -> dict[str,
 
     Without attributes of which prompts name a label that the detector does not know.
     """
+    named = {name: {p.labels[name] for p in prompts if name in p.labels} for name in detector.labels}
     return {
         name: np.array([labels.index(p.labels[name]) if name in p.labels else -1 for p in prompts], np.int64)
         for name, labels in detector.labels.items()
-        if any(name in p.labels for p in prompts) and all(p.labels.get(name, labels[0]) in labels for p in prompts)
+        if named[name] and named[name] <= set(labels)
     }
 
 

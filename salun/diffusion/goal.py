@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from salun.errors import ConfigError
 
@@ -352,13 +352,13 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
         else:
             phase = Phase.SETTLE if probe.confidence >= PLAUSIBLE else Phase.CONTINUE
             since = probes[idle + 1 : i + 1]
-            if phase is Phase.CONTINUE and _stands_still(since, [each.ua for each in since]) and probe.gone < PLAUSIBLE:
+            if phase is Phase.CONTINUE and probe.gone < PLAUSIBLE and _stands_still(since, "ua"):
                 if probe.ua <= UNMOVED:
                     factor = min(factor * FASTER, MOST)
                 else:
                     guidance, grown = _farther(guidance), True
                 idle = i
-            elif phase is Phase.CONTINUE and probe.gone >= PLAUSIBLE and _stands_still(since, _progress(since)):
+            elif phase is Phase.CONTINUE and probe.gone >= PLAUSIBLE and _stands_still(since, "progress"):
                 phase, grown, idle = Phase.SETTLE if grown else Phase.CONTINUE, True, i  # what lacks is the anchor
         length = max(SETTLING * every, constant // 2)
         if phase is Phase.CONTINUE and probe.step + every + length > budget and not restart:
@@ -380,13 +380,10 @@ def _farther(guidance: float) -> float:
     return max(guidance, min(guidance + GUIDED, FARTHEST))
 
 
-def _progress(probes: Sequence[Probed]) -> list[float]:
-    return [probe.progress for probe in probes]
-
-
-def _stands_still(since: Sequence[Probed], values: Sequence[float]) -> bool:
-    """Whether values of the probes since the last change have not moved, and other images are there still."""
+def _stands_still(since: Sequence[Probed], name: Literal["ua", "progress"]) -> bool:
+    """Whether a value of the probes since the last change has not moved, and other images are there still."""
     if len(since) < PAIR or all(probe.drift is None for probe in since):
         return False
+    values: list[float] = [getattr(probe, name) for probe in since]
     recent, earlier = sum(values[-PAIR:]) / PAIR, sum(values[-STUCK : -STUCK + PAIR]) / PAIR
     return recent <= UNMOVED or (len(since) >= STUCK and recent - earlier < MOVED)

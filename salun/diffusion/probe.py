@@ -18,7 +18,7 @@ from salun.diffusion.goal import PLAUSIBLE, SURE, Goal, Probed
 from salun.diffusion.plan import spread
 from salun.diffusion.probe_detector import ConceptDetector, rate_below
 from salun.diffusion.prompts.vocabulary import Prompt
-from salun.diffusion.stages import OTHERS, of_probes
+from salun.diffusion.stages import OTHERS, of_probes, retain_growth
 from salun.diffusion.task import ErasureTask
 from salun.diffusion.until import Until
 from salun.errors import ConfigError
@@ -60,7 +60,7 @@ def until_of(task: ErasureTask, context: RunContext, grow: bool) -> Until | None
     grow = grow and plan.method.grows
     if grow and plan.all_latents is not None and not plan.options.forget_images:
         task.more = partial(build_training_set, task.model, plan.fixed(), task.progress, cache=context.cache)
-    if grow and plan.recipe.retain_latents:
+    if grow and retain_growth(plan):
         task.more_retain = partial(further_retain, task.model, plan, task.progress, context.cache)
     measured = {"anchor": any(probe.detector.anchors) or not plan.goal.anchor, "ra_drop": bool(probe.expected)}
     for name in (name for name, known in measured.items() if not known and name in (plan.options.until or "")):

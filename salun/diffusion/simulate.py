@@ -6,9 +6,7 @@ that runs on fake tensors reads no value, so on a GPU the host never waits in it
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
@@ -16,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from salun.checkpoints.single_file import shapes_of
+from salun.compute.memory_peak import MemoryPeak
 from salun.detectors import passes_of
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
@@ -38,7 +35,6 @@ from salun.masking.training import take_step
 from salun.progress import Stage
 from salun.runs.cache import Cache, key_of
 
-BLOCK = 512  # bytes; what an allocator rounds up to
 NUMBERS = ("cpu", "sampled")  # fields of `Needs`
 DECISIVE = (  # options on which needs depend, apart from those of the recipe and of sampling
     "mask",
@@ -96,7 +92,7 @@ def simulate(
         config=[str(spec.family), spec.scheduler_config, asdict(plan.sampling)],
         options={name: getattr(plan.options, name) for name in DECISIVE},
         recipe=asdict(plan.recipe),
-        goal=[plan.goal is not None, plan.all_latents],
+        goal=[plan.goal is not None, plan.all_latents, retain_growth(plan)],
         concepts=len(plan.concepts),
         device=device.type,
         dtype=str(dtype),
@@ -200,49 +196,6 @@ def _bytes(module: nn.Module | None) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters()) if module is not None else 0
 
 
-class MemoryPeak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and the operations that are dispatched.
-
-    Args:
-        module: Whose parameters are alive already.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.operations = 0
-        self._alive: set[int] = set()
-        for tensor in (*module.parameters(), *module.buffers()):
-            self._note(tensor)
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = id(storage), -(-storage.nbytes() // BLOCK) * BLOCK
-        if key not in self._alive:
-            self._alive.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        result = func(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                self._note(each)
-        return result
-
-    @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Context manager: count anew, of what happens inside."""
-        self.peak, self.operations = self.live, 0
-        with self:
-            yield
-
-
 def _sampling(model: Model, plan: Plan, memory: MemoryPeak) -> int:
     n = batch_size_of(model) * (2 if plan.sampling.guided else 1)
     with memory.measured(), torch.no_grad():
@@ -273,7 +226,7 @@ def _decoding(model: Model, memory: MemoryPeak) -> int:
 def training_data(model: Model, plan: Plan) -> ErasureData:
     """A training set of the plan's sizes, with all that a goal may add to it."""
     n = (plan.all_latents or plan.recipe.forget_latents) * len(plan.concepts)
-    retain = plan.recipe.retain_latents + (retain_growth(plan.recipe.retain_latents) if plan.goal is not None else 0)
+    retain = plan.recipe.retain_latents + retain_growth(plan)
 
     def latents(count: int) -> Tensor:
         return torch.zeros(count, *model.latent_shape, device=model.device)

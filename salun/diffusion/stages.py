@@ -71,16 +71,16 @@ def of_probes(sampling: Sampling) -> Sampling:
 
 def further_samples(plan: Plan) -> int:
     """Samples at most that a training to a goal adds to its training set, where those do not suffice."""
-    recipe = plan.recipe
-    if not plan.method.grows:
-        return 0
-    forget = 0 if plan.options.forget_images else (plan.all_latents or recipe.forget_latents) - recipe.forget_latents
-    return retain_growth(recipe.retain_latents) + forget * len(plan.concepts) * (2 if recipe.anchor_share else 1)
+    recipe, forget = plan.recipe, 0
+    if plan.method.grows and plan.all_latents is not None and not plan.options.forget_images:
+        forget = (plan.all_latents - recipe.forget_latents) * len(plan.concepts)
+    return retain_growth(plan) + forget * (2 if recipe.anchor_share else 1)
 
 
-def retain_growth(count: int) -> int:
-    """Retain samples that are added to `count`, where other images were harmed."""
-    return min(MORE * count, MOST_MORE)
+def retain_growth(plan: Plan) -> int:
+    """Retain samples that a training to a goal adds, where other images were harmed."""
+    grows = plan.goal is not None and plan.method.grows
+    return min(MORE * plan.recipe.retain_latents, MOST_MORE) if grows else 0
 
 
 def mask_stages(plan: Plan, data: ErasureData | None = None) -> list[StageCost]:

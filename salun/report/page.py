@@ -138,15 +138,8 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
         drift = "" if p["drift"] is None else f"{p['drift']:.4f}"
         anchor, drop = ("" if p.get(key) is None else f"{100 * p[key]:.1f} %" for key in ("anchor", "ra_drop"))
         cells = (f"{p['strength']:g}", f"{100 * p['ua']:.1f} %", anchor, f"{p['confidence']:.2f}", f"{p['n']:.0f}")
-        rows.append(
-            (
-                f"{p['step']}",
-                *cells,
-                drift,
-                drop,
-                "kept" if p["step"] == until["steps"] and p["strength"] == kept else "",
-            )
-        )
+        mark = "kept" if p["step"] == until["steps"] and p["strength"] == kept else ""
+        rows.append((f"{p['step']}", *cells, drift, drop, mark))
     series = {
         name: [(float(p["step"]), float(p[key])) for p in decided if p.get(key) is not None]
         for name, key in (("UA", "ua"), ("anchor", "anchor"), ("drift", "drift"), ("RA drop", "ra_drop"))

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from salun.diffusion import stages
 from salun.diffusion.data.images import EncodedImages, concept_folders, encode_folder
 from salun.diffusion.data.latents import item_seed, sample_latents
 from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
 from salun.diffusion.plan import Plan, spread
 from salun.diffusion.prompts.concepts import mentions
+from salun.diffusion.stages import retain_growth
 from salun.errors import ConfigError
 from salun.progress import Event, Progress, Stage, in_parts, silent
 from salun.runs.cache import Cache
@@ -123,7 +123,7 @@ def further_retain(
 ) -> tuple[Tensor, Conditioning]:
     """(latents, prompts) of retain samples beyond those of the training set."""
     few = plan.recipe.retain_latents
-    rows = spread(few + stages.retain_growth(few), len(plan.prompts.retain), plan.options.seed + 1)[few:]
+    rows = spread(few + retain_growth(plan), len(plan.prompts.retain), plan.options.seed + 1)[few:]
     prompts = [plan.prompts.retain[i].text for i in rows]
     seeds = [item_seed(plan.options.seed, "retain", few + i) for i in range(len(rows))]
     return sample_latents(model, prompts, seeds, progress, Stage.SAMPLING, cache), model.encode(prompts)
