@@ -42,6 +42,8 @@ from tools.shapes import world
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TABLE = ROOT / "benchmarks" / "results" / "detectors", ROOT / "docs" / "detectors.md"
 SEED = 101
+ALTERED = 200  # images of other prompts, of which each is also judged by prompts with one word changed
+ATTRIBUTES = {"shape": world.SHAPES, "color": world.COLOURS, "style": world.STYLES}
 NONE = (np.inf, -np.inf)  # the range of scores that get a second noise, where none does
 
 
@@ -147,7 +149,23 @@ def of_both(model: Model, concept: str, n: int) -> dict[str, Any]:
         }
     found["agreement"] = percentage(shown["self"] == shown["attribute"])
     found["by timestep"] = by_timestep(counted, concept, before)
+    found["accepted"] = accepted(counted, before.retain[:ALTERED])
     return found
+
+
+def accepted(detector: SelfClassifier, others: Samples) -> dict[str, float]:
+    """Percent of the original's images that are "as prompted" by their own prompt, and with one word changed."""
+    rng, prompts = np.random.default_rng(SEED), {"none": list(others.prompts)}
+    for name, values in ATTRIBUTES.items():
+        prompts[name] = [altered(prompt, list(values), rng) for prompt in others.prompts]
+    seen = {name: detector.detect(replace(others, prompts=each)) for name, each in prompts.items()}
+    return {name: 100 * float(of.shows(PROMPT, 0).mean()) for name, of in seen.items()}
+
+
+def altered(prompt: str, values: Sequence[str], rng: np.random.Generator) -> str:
+    """The prompt with the one word of it that is among these values replaced by another of them."""
+    (word,) = set(values) & set(prompt.replace(",", " ").split())
+    return prompt.replace(word, rng.choice([each for each in values if each != word]))
 
 
 def scores_of(pair: EvaluationPair) -> dict[str, np.ndarray]:

@@ -30,7 +30,8 @@ Intervals are 95 %.
 - Drawn: the same on drawings of known content, encoded by the VAE.
 - After: images of the concept's prompts by the erased model in which the detector sees it.
 - As prompted: images of other prompts, by the original and by the erased model, that show what their prompt says:
-  `self` compares the prompt with the empty one, `attribute` wants shape, color and style to be right.
+  `self` wants the prompt to be better than the empty one at each of three timesteps, `attribute` wants shape, color and
+  style to be right.
 - Agreement: all images of both models on which `self` and the attribute classifier agree.
 """
 
@@ -127,6 +128,20 @@ def timestep_table(rows: list[dict[str, Any]]) -> list[str]:
     return out
 
 
+def prompt_table(rows: list[dict[str, Any]]) -> list[str]:
+    names = list(rows[0]["accepted"])
+    out = [
+        "",
+        "## One word of a prompt",
+        "",
+        "Percent of the original's images of other prompts that `self` takes to be as prompted: by their own prompt, and",
+        "by one in which a single word is another.",
+        "",
+        *header("evaluation of", *(f"word changed: {name}" for name in names)),
+    ]
+    return [*out, *(cells(each["concept"], [f"{each['accepted'][name]:.1f}" for name in names]) for each in rows)]
+
+
 def noise_table(rows: list[dict[str, Any]]) -> list[str]:
     names = [name for name, of in rows[0]["by noise"].items() if isinstance(of, dict)]
     out = [
@@ -218,5 +233,5 @@ def table(originals: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
     if missing:
         lines += [f"**The erased model has not been measured yet for {', '.join(missing)}.**", ""]
     if pairs:
-        lines += [*main_table(pairs), *cost_table(pairs), *timestep_table(pairs)]
+        lines += [*main_table(pairs), *cost_table(pairs), *timestep_table(pairs), *prompt_table(pairs)]
     return "\n".join([*lines, *noise_table(originals), *mixture_table(mixtures)]) + "\n"

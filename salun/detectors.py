@@ -38,7 +38,7 @@ DETECTORS = {
     "self": DetectorEntry(
         "the original model as classifier of latents",
         "salun.evaluation.detectors.self_classifier:load",
-        passes=5,
+        passes=6,
         fitting_passes=(21, 6, 3),  # three prompts at seven timesteps, at two, and at one
     ),
     "clip": DetectorEntry("CLIP, without training, for any concept", "salun.evaluation.detectors.clip:load", "MODEL"),

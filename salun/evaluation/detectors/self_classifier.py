@@ -8,6 +8,9 @@ with concept and anchor alone, whatever is neither is taken for one of them.
 Which t separates a concept from others depends on the concept: shapes and colors show in little noise, styles in much.
 So the timesteps are chosen on the original's own images (`fit`), where it is known what they show. So is the range of
 scores in which a second noise, −ε, could change the decision: only images in that range get it.
+
+Whether an image shows what its whole prompt says is decided against the empty prompt, at little, medium and much noise:
+the prompt must be the better one at each, as a wrong color shows in little noise alone and a wrong style in much.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from salun.randomness import step_generator
 
 FRACTIONS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)  # of the schedule: the timesteps t to choose from
 UNFITTED = (0.2, 0.5, 0.8)  # those that are used without a choice
-MATCHED = (0.5,)  # those by which a whole prompt is compared with the empty one
+MATCHED = UNFITTED  # at each of which a whole prompt must be better than the empty one
 MOST, BETTER = 2, 0.005  # timesteps at most; by how much another one must raise the AUC
 SEED = 17  # of ε, which all samples share, as they do −ε
 PROMPT, AS_PROMPTED = "prompt", "as prompted"
@@ -52,7 +55,7 @@ class SelfClassifier:
         subjects: The concepts.
     """
 
-    name, version = "self", "5"
+    name, version = "self", "6"
     threshold, unit = 0.0, "error of the best other prompt minus the label's, relative to their mean"
     prompt_match = PROMPT
 
@@ -132,16 +135,10 @@ class SelfClassifier:
             again = {name: [[column[i] for i in rows.tolist()] for column in asked[name]]}
             second = self._measured(latents[rows], again, self.timesteps, -1, stage, progress, len(samples))
             errors[name][rows] = (errors[name][rows] + second[name]) / 2
-        return Detection(
-            {
-                name: scores_of(errors[name])[:, : len(labels)].numpy()
-                if name in errors
-                else np.full((len(samples), len(labels)), -np.inf, np.float32)
-                for name, labels in self.labels.items()
-            },
-            self.threshold,
-            adjustable=True,
-        )
+        scores = {name: scores_of(of)[:, : len(self.labels[name])] for name, of in errors.items() if name != PROMPT}
+        unknown = torch.full((len(samples), 1), -torch.inf)
+        scores[PROMPT] = least_scores_of(errors[PROMPT])[:, :1] if PROMPT in errors else unknown
+        return Detection({name: of.numpy() for name, of in scores.items()}, self.threshold, adjustable=True)
 
     def _questions(self, samples: Samples) -> dict[str, list[list[str]]]:
         """Attribute → the prompts to compare for each sample, in columns: those of its labels, then others."""
@@ -226,6 +223,11 @@ def scores_of(errors: Tensor) -> Tensor:
         errors: (n, prompts, timesteps); each timestep counts the same, however large its errors are.
     """
     return margins(-(errors / errors.mean(1, keepdim=True)).mean(2))
+
+
+def least_scores_of(errors: Tensor) -> Tensor:
+    """(n, prompts): of each prompt the least of its scores at single timesteps; arguments as in `scores_of`."""
+    return torch.stack([scores_of(each) for each in errors.split(1, 2)]).amin(0)
 
 
 def quality(positives: Tensor, negatives: Tensor, chosen: Sequence[int]) -> tuple[float, float]:
