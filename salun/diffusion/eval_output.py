@@ -33,9 +33,10 @@ IMAGES = "images"
 CSV = ("set", "model", "image", "id", "row", "prompt", "seed", "guidance", "width", "height")
 UNCALIBRATED = "not calibrated"
 RATES = (
-    "Images in which the concept is detected, in %. Corrected: for the detector's misses and false alarms on the "
-    "original's images; where it cannot tell there, the rate is unknown. Raw: as it sees them; without an original "
-    "nothing says what that is worth."
+    "Images in which the concept is detected, in %. Corrected: relative to the original's images of the concept's own "
+    "prompts (100 %) and of other prompts (0 %), and so for the detector's misses and false alarms there; where it "
+    "cannot tell the two apart, the rate is unknown. Raw: as it sees them; without an original nothing says what that "
+    "is worth."
 )
 
 
@@ -157,7 +158,7 @@ def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for detector, rates in of["detected"].items():
             for what, rate in rates.items():
                 rows += [(name, str(of["n"]), detector, *cells) for cells in _rate_cells(what, rate)]
-        if of["preserve"] and of["image_drift"] is not None:
+        if of["image_drift"] is not None:
             rows.append((name, str(of["n"]), "", "drift of images", "", from_json(of["image_drift"]).text("", 3)))
     return rows
 

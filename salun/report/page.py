@@ -183,6 +183,7 @@ GLOSSARY = Section(
         ("95 % interval, n", "where the true value probably lies, given n images"),
         ("AUC", "how well a detector's scores separate two kinds of images: 100 % is perfect, 50 % is chance"),
         ("drift", "how far images or predictions moved at the same prompt and seed"),
+        ("diversity", "how much images of other prompts differ from each other, relative to the original's"),
         ("saliency, mask, density", "how much a weight matters for the concept; the weights trained; their fraction"),
         ("delta, strength", "the difference to the original model, and how much of it is applied"),
     ),
