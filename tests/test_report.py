@@ -151,7 +151,7 @@ def test_what_cannot_be_measured_is_null_with_its_reason() -> None:
     found = measure(pair([1] * 8, [1] * 8, concepts=[concept], labels={"shape": LABELS["shape"]}, **sides))
     without = {"anchor", "preserved", "unclassified", "frechet", "image_drift", "image_diversity"}
     assert {key for key in found["reasons"] if found[key] is None} == {*without, "ua", "ua_corrected", "prompt_asr"}
-    assert "on the original model, the concept is detected in 100 % of the images of its prompts" in found["reasons"]["ua"]
+    assert "the concept is detected in 100 % of the images of its prompts" in found["reasons"]["ua"]
     assert found["preserved_by_attribute"] == {}
     found = unknown("no detector covers 'cat'")
     assert (found["ua"], found["ra_before"], found["per_class"]) == (None, None, None)

@@ -104,7 +104,7 @@ def _by_held_out(metrics: Mapping[str, Any]) -> Verdict:
 
 
 def _next(metrics: Mapping[str, Any], forgotten: Estimate | None) -> str:
-    """What to do where nothing can be told, by its cause."""
+    """What to do where nothing is known, by its cause."""
     if forgotten is not None or metrics.get("cause") == "no images":
         return "Look at the images, and use {eval_images} 16 or more"
     if metrics.get("cause") == "no original":

@@ -24,9 +24,11 @@ def prompt_success(pair: EvaluationPair) -> Value:
         prompts, shown = np.asarray(pair.forget_prompts)[concept.rows], pair.shown(concept)
         shows += [bool(shown[prompts == prompt].any()) for prompt in np.unique(prompts)]
         chances += _chances(pair, concept, prompts)
-    found = float(np.mean(chances))
-    if found > BY_CHANCE:
-        return Unknown(f"with so many images of a prompt, false alarms alone would find {100 * found:.0f} % of them")
+    by_chance = float(np.mean(chances))
+    if by_chance > BY_CHANCE:
+        return Unknown(
+            f"with so many images of a prompt, false alarms alone would find {100 * by_chance:.0f} % of them"
+        )
     return Estimate.percentage(np.array(shows))
 
 

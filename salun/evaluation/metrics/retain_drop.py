@@ -15,15 +15,15 @@ def retain_drop(pair: EvaluationPair) -> Value:
     """
     if not pair.expected_retain:
         return Unknown("the detector knows no other prompts")
-    before, after = (_share_right(pair, side) for side in (pair.before, pair.after))
+    before, after = (_part_right(pair, side) for side in (pair.before, pair.after))
     return Estimate.mean(100 * (before - after))
 
 
-def _share_right(pair: EvaluationPair, side: ModelEvaluation) -> np.ndarray:
+def _part_right(pair: EvaluationPair, side: ModelEvaluation) -> np.ndarray:
     """Of each retain image, which part of the expected attributes it shows, float (n,)."""
     right = [side.retain.shows(name, expected) for name, expected in pair.expected_retain.items()]
-    share: np.ndarray = np.mean(right, axis=0)
-    return share
+    part: np.ndarray = np.mean(right, axis=0)
+    return part
 
 
 RA_DROP = Metric("ra_drop", "RA lost", "lower", "points", retain_drop)
