@@ -34,8 +34,8 @@ With the recipe's fixed number of steps, which was tuned on `shapes`, it is {fix
 These are variants of one small model; nothing here says how the defaults for Stable Diffusion do.
 
 Written by `benchmarks/defaults.py`, on a CPU; {images} images of each kind, one seed; intervals are 95 %. Models are
-made by `tools/shapes/variants.py`, and judged by the classifier of `shapes`. Intervals of corrected UA take images of one
-prompt as independent. Rows “fixed” are earlier measurements, on an earlier training of the variants, whose other
+made by `tools/shapes/variants.py`, and judged by the classifier of `shapes`. Intervals of corrected UA take images of
+one prompt as independent. Rows “fixed” are earlier measurements, on an earlier training of the variants, whose other
 intervals do so too: no paired comparison.
 
 {models}

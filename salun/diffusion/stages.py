@@ -155,17 +155,26 @@ def _training(plan: Plan) -> list[StageCost]:
     """Those of the method; by default its steps, and before them the frozen targets of as many."""
     if plan.method.stages:
         made: list[StageCost] = load(plan.method.stages)(plan)
-        return made
+        return made if plan.goal is None else _towards_goal(plan, made)
     steps, samples = plan.recipe.steps, plan.recipe.steps * plan.recipe.batch_size * 2
     ahead = samples * 3 // 2 if plan.options.target_guidance else samples if plan.needs_frozen else 0
     pool = plan.recipe.steps * plan.recipe.batch_size * HARDENING if plan.options.harden else 0
-    if plan.goal is not None:  # the recipe's steps are as good a guess as any; frozen targets are made on the way
-        of_image = len(plan.concepts) * (of_probes(plan.sampling).passes + passes_of(plan.detector))
-        forward, closing = ahead + PROBED * of_image, CLOSING * of_image
-        training = StageCost(Stage.TRAINING, steps, forward, samples + pool, most=plan.budget, closing=closing)
-        return [*_calibration(plan), training]
+    if plan.goal is not None:  # frozen targets are made on the way
+        return _towards_goal(plan, [StageCost(Stage.TRAINING, steps, ahead, samples + pool)])
     frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=ahead)] if ahead else []
     return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples + pool)]
+
+
+def _towards_goal(plan: Plan, stages: list[StageCost]) -> list[StageCost]:
+    """The stages of a training of the recipe's steps, which are as good a guess as any, with its probes."""
+    of_image = len(plan.concepts) * (of_probes(plan.sampling).passes + passes_of(plan.detector))
+    probes, closing = PROBED * of_image, CLOSING * of_image
+    return _calibration(plan) + [
+        replace(each, forward=each.forward + probes, most=plan.budget, closing=closing)
+        if each.stage is Stage.TRAINING
+        else each
+        for each in stages
+    ]
 
 
 def _calibration(plan: Plan) -> list[StageCost]:

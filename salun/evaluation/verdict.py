@@ -33,6 +33,7 @@ class Outcome(str, Enum):
     __str__ = str.__str__
 
 
+GENTLER = "Use a goal that allows less harm ({until}), or raise {retain_weight}"
 STRICTER = "Use a stricter goal ({until}), or {target_guidance} 0.25"  # for a run that trained to one
 LOOK = "Look at the images too: a detector does not see everything"
 ENOUGH = 32  # images, which show a complete erasure to be one
@@ -69,7 +70,7 @@ def verdict_on(metrics: Mapping[str, Any]) -> Verdict:
     if outcome is Outcome.ERASED and shown:
         outcome, advice = Outcome.MOSTLY, _stronger(metrics)
     elif outcome is Outcome.ERASED and suffers:
-        advice = _method(metrics).weaker
+        advice = _weaker(metrics)
     return Verdict(outcome, "; ".join(filter(None, (verdict.text, shown, suffers, *differ))), advice)
 
 
@@ -81,16 +82,20 @@ def _stronger(metrics: Mapping[str, Any]) -> str:
     return STRICTER if metrics.get("goal") else _method(metrics).stronger
 
 
+def _weaker(metrics: Mapping[str, Any]) -> str:
+    return GENTLER if metrics.get("goal") else _method(metrics).weaker
+
+
 def _by_held_out(metrics: Mapping[str, Any]) -> Verdict:
     """By images of held-out prompts of the concepts and of others."""
-    by, stronger = _method(metrics), _stronger(metrics)
+    stronger = _stronger(metrics)
     name, forgotten, reason = _least_erased(metrics)
     gone = _gone(name, forgotten, reason)
     others, harm = _others(metrics)
     moved = _known(metrics, "forget_change")
     way = f"the network's predictions moved {100 * sqrt(moved.value):.0f} % of the way to the anchor's" if moved else ""
     if harm is Harm.SURE:
-        return _verdict(Outcome.DAMAGED, by.weaker, others, gone)
+        return _verdict(Outcome.DAMAGED, _weaker(metrics), others, gone)
     if forgotten is not None and forgotten.n >= FEWEST:
         outcome = _outcome(forgotten)
         more = f"Use {{eval_images}} {max(ENOUGH, 2 * forgotten.n)} or more: so few images cannot show more"

@@ -26,9 +26,7 @@ def prompt_success(pair: EvaluationPair) -> Value:
         chances += _chances(pair, concept, prompts)
     by_chance = float(np.mean(chances))
     if by_chance > BY_CHANCE:
-        return Unknown(
-            f"with so many images a prompt, false alarms alone would find {100 * by_chance:.0f} % of them"
-        )
+        return Unknown(f"with so many images a prompt, false alarms alone would find {100 * by_chance:.0f} % of them")
     return Estimate.percentage(np.array(shows))
 
 
