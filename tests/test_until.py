@@ -45,7 +45,7 @@ class Fake:
     def __init__(self, at: Callable[[int, float], Probed]) -> None:
         self.at = at
 
-    def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
+    def __call__(self, step: int, *, thorough: bool, drift: bool, grown: bool) -> Probed:
         return self.at(step, 1.0)
 
     def again(self, step: int, strength: float, *, harm: bool) -> Probed:

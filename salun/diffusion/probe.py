@@ -126,9 +126,11 @@ class ModelProbe:
         self.predictions = self._predictions()
         self._looking(len(self.original))
 
-    def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
+    def __call__(self, step: int, *, thorough: bool, drift: bool, grown: bool) -> Probed:
         """Sample held-out prompts until it is clear enough whether the goal holds; see `until.Probe`."""
         self._looking()
+        if grown:  # as the step before had it, which a resumed training did not take
+            self.task.grow()
         scores = [np.empty((0, 2), np.float32) for _ in self.task.plan.subjects]
         least, most = (MANY // 2, MANY) if thorough else (BATCH, FEW)
         while len(scores[0]) < most:

@@ -29,8 +29,8 @@ RARER = 0.25  # how often a concept that is gone, its anchor shown, is drawn, re
 class Probe(Protocol):
     """Looks at the live network's weights."""
 
-    def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
-        """Which are those after a step. thorough: for a decision at last. drift: measure it too.
+    def __call__(self, step: int, *, thorough: bool, drift: bool, grown: bool) -> Probed:
+        """Which are those after a step. thorough: for a decision at last. drift: measure it too. grown: of `Decision`.
 
         A thorough look at a model without the concept measures the harm to other images.
         """
@@ -122,7 +122,7 @@ class Until:
         if step == now.start + now.length:
             settled = now.phase is Phase.SETTLE
             often = len(probes_of(history)) % PAIR == PAIR - 1
-            looks = [self.probe(step, thorough=settled, drift=settled or often)]
+            looks = [self.probe(step, thorough=settled, drift=settled or often, grown=now.grown)]
             if settled:
                 looks += self._unharmed(looks[0])
             decides = looks[-1] if looks[-1].reaches(self.goal) else looks[0]
