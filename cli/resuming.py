@@ -23,6 +23,7 @@ DEFAULT_OUTPUTS = ("model/", "model.safetensors", "delta.salun.safetensors")  # 
 
 ANOTHER = "Name another folder"
 COMMAND_OF_OPTION = {  # checked in order: an option that the commands after it do not have
+    "attacked": "compare",
     "concept": "erase",
     "methods": "classify-compare",
     "forget": "classify-unlearn",

@@ -120,6 +120,7 @@ WRONG = [
         2,
         "--resume needs the folder of the run to resume. Give it by --run-dir",
     ),
+    (["compare", "--resume"], 2, "--resume needs the folder of the run to resume. Give it by --run-dir"),
     (["erase", "--concept", ""], 2, "--concept is empty"),
     (
         ["erase", "--concept", "circle", "--model", "shape"],

@@ -16,6 +16,8 @@ from salun.classification.experiment import unlearn
 from salun.delta import commands as deltas
 from salun.diffusion.attack import attack
 from salun.diffusion.attack_options import AttackOptions
+from salun.diffusion.compare import compare
+from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.evaluate import evaluate
 from salun.diffusion.masks import make_mask
@@ -26,7 +28,8 @@ from salun.diffusion.plan import make_plan
 from salun.diffusion.stages import erasure_stages, evaluation_stages
 from salun.evaluation.calibration import fitting
 from salun.progress import Event, Stage
-from salun.time_left import TimeLeft
+from salun.runs.cache import Cache
+from salun.time_left import UNFINISHED, TimeLeft
 
 FEW: dict[str, Any] = {"steps": 2, "batch_size": 2, "forget_latents": 4, "retain_latents": 2, "sampling_steps": 2}
 
@@ -127,6 +130,22 @@ def test_a_mask_announces_the_samples_that_it_takes(shapes: Model) -> None:
     events: list[Event] = []
     make_mask(shapes, "circle", EraseOptions(**FEW), events.append)
     assert as_announced(events) == ["sampling", "saliency"]
+
+
+def test_a_comparison_announces_all_of_its_jobs_and_counts_them(shapes: Model, tmp_path: Path) -> None:
+    """Images of the original that a job takes from an earlier one cost it nothing."""
+    events: list[Event] = []
+    options = CompareOptions(concept=["circle"], methods=["salun", "esd"], seeds=1, eval_images=2, device="cpu", **FEW)
+    compare(options, model=shapes, progress=events.append, run_dir=tmp_path / "run", cache=Cache(tmp_path / "cache"))
+    (announced,) = (event.stages for event in events if event.stages)
+    made = {(event.job, event.stage): event.step for event in events if event.total}
+    assert {(cost.job, cost.stage): cost.steps for cost in announced}.items() <= made.items()
+    first, second = (cost.forward for cost in announced if cost.stage is Stage.IMAGES_BEFORE)
+    assert first > second == 0
+    follow = TimeLeft()
+    positions = [follow.at(event) for event in events]
+    assert [(p.number, p.count) for p in positions][1:] == [(event.job, 2) for event in events][1:]
+    assert positions[-1].fraction == UNFINISHED and positions[-1].left == (0, 0)
 
 
 def test_unlearning_in_a_classifier_announces_its_trainings() -> None:
