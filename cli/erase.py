@@ -223,6 +223,7 @@ def sample(
     from salun.diffusion.data.latents import item_seed, sample_images
     from salun.diffusion.model.few_steps import hint
     from salun.diffusion.model.loading import load_with
+    from salun.diffusion.stages import sample_stages
     from salun.files import write_bytes
     from salun.report import image_grid
 
@@ -241,9 +242,11 @@ def sample(
         for note in [*hints, *syntax_note([*prompt, chosen.negative_prompt])]:
             progress(Event(Stage.SAMPLING, message=note))
         texts = [text for text in prompt for _ in range(n)]
+        progress(Event(Stage.PLANNING, stages=sample_stages(chosen, len(texts))))
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         images = sample_images(loaded, texts, seeds, progress)
         write_bytes(output, image_grid.png_bytes(image_grid.sheet(images, n, prompt)))
+        progress(Event(Stage.SAVING, 1, 1))
     print_result(None, False, [str(output.absolute())])
 
 

@@ -218,6 +218,7 @@ def test_the_single_steps_work(erased: tuple[Path, subprocess.CompletedProcess[s
     ):
         done = salun("sample", "--prompt", "one red circle", "-n", "2", "--output", f"{name}.png", *options, cwd=folder)
         assert done.returncode == 0, done.stderr
+        assert "1/2 Sampling: 2/2\n2/2 Saving: 1/1\n" in done.stderr
     pictures = {name: (folder / f"{name}.png").read_bytes() for name in ("base", "erased", "none")}
     assert pictures["base"] == pictures["none"] != pictures["erased"]
 
