@@ -35,7 +35,7 @@ from .output import (
     unquoted_path,
 )
 from .progress import terminal_progress
-from .resuming import note_new_run, recorded, recorded_model, resumable, unfinished
+from .resuming import note_new_run, recorded, recorded_model, repeatable, resumable, unfinished
 
 TRAINING_ONLY = (
     "until", "steps", "lr", "lr_decay", "retain_weight", "target", "target_guidance", "retain_target", "retain_latents",
@@ -279,7 +279,7 @@ def evaluate(
     named = Path(target).expanduser() if is_run else new_run_folder("-".join(options.concept), Path("evals"))
     folder = output or named
     check_output_folder(folder, options)
-    with terminal_progress(as_json) as progress:
+    with terminal_progress(as_json) as progress, repeatable():
         result = run_evaluation(target, options, progress, shlex.join(["salun", *sys.argv[1:]]))
         files = write_evaluation(result, folder, progress)
     data = result.as_json()

@@ -171,7 +171,8 @@ def compare(
     record = RunRecord(folder, command, recorded, options.seed, str(first.data.images.device), facts, resume)
     with shown(progress) as progress, record.running():
         store = ResultStore(folder / "jobs" if folder is not None else None, record, len(data.classes))
-        progress(Event(Stage.PLANNING, stages=comparison_stages(options, list(checked.values()))))
+        stages = comparison_stages(options, [(setting.options, setting.split) for setting in checked.values()])
+        progress(Event(Stage.PLANNING, stages=stages))
         with JobRunner(store, cache, data, workers_of(options), progress) as runner:
             with record.stage(Stage.RETRAINING):
                 exact = runner.done(jobs["retrain"], Stage.RETRAINING)

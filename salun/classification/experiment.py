@@ -325,9 +325,11 @@ def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Orig
     facts = {"data": data.digest, "split": split.digest}
     if given is not None:
         facts["original"] = weights_digest(given.model)
-    if options.model is not None and as_spelled(Path(options.model).expanduser()).is_dir():
+    folder = options.model is not None and as_spelled(Path(options.model).expanduser()).is_dir()
+    if options.model is not None and (folder or given is None):  # one that cannot be loaded leaves no run folder
         fresh = new_model(options.model, data.channels, len(data.classes), options.seed, options.allow_pickle)
-        facts["model"] = weights_digest(fresh)
+        if folder:
+            facts["model"] = weights_digest(fresh)
     if options.forget is not None and options.forget.endswith(".json"):
         facts["forget"] = digest_of(split.forget)
     for package in ("scikit-learn", "datasets", "timm"):

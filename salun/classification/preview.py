@@ -80,7 +80,7 @@ def preview_comparison(
     settings = list(settings_of(options, jobs, cache, data).values())
     first = settings[0]
     pace = _seconds_per_image(first.options, first.data, first.split.without_forget_set(), progress)
-    costs = comparison_stages(options, settings)
+    costs = comparison_stages(options, [(setting.options, setting.split) for setting in settings])
     seconds = pace * sum(cost.backward * max(cost.most, cost.steps) / cost.steps for cost in costs)
     workers = workers_of(options)
     counts = {}

@@ -12,7 +12,6 @@ from salun.methods import METHODS
 from salun.progress import Stage, StageCost, merged
 
 if TYPE_CHECKING:
-    from salun.classification.experiment import ExperimentSetup
     from salun.classification.options import TaskOptions
     from salun.classification.splits import Split
     from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
@@ -53,23 +52,23 @@ def unlearning_stages(
     return merged(stages)
 
 
-def comparison_stages(options: CompareOptions, settings: Sequence[ExperimentSetup]) -> list[StageCost]:
+def comparison_stages(options: CompareOptions, rows: Sequence[tuple[UnlearnOptions, Split]]) -> list[StageCost]:
     """The stages of `compare`, whose steps are jobs, and in the search values that jobs try.
 
     Args:
-        settings: That of each row of the table, at one seed.
+        rows: The resolved options of each row of the table, and their split, at one seed.
     """
-    first, each = settings[0], [passes_of(setting.options, setting.split) for setting in settings]
-    epochs, train, retain = first.options.train_epochs or 1, len(first.split.train), len(first.split.retain)
+    (recipe, split), each = rows[0], [passes_of(*row) for row in rows]
+    epochs, train, retain = recipe.train_epochs or 1, len(split.train), len(split.retain)
     seeds, exact = options.seeds, 2 if options.noise_floor else 1
     stages = [StageCost(Stage.RETRAINING, seeds * exact, backward=seeds * epochs * (train + exact * retain))]
     if options.search:
         searching = min(seeds, options.search_seeds)
-        factors = [len(METHODS["classification"][setting.options.method].factors) for setting in settings]
+        factors = [len(METHODS["classification"][of.method].factors) for of, _ in rows]
         values, passes = sum(factors), sum(n * of for n, of in zip(factors, each, strict=True))
-        most = searching * (values + LATER * len(settings))
+        most = searching * (values + LATER * len(rows))
         stages.append(StageCost(Stage.SEARCHING, searching * values, backward=searching * passes, most=most))
-    return [*stages, StageCost(Stage.UNLEARNING, seeds * len(each), backward=seeds * sum(each), guessed=True)]
+    return [*stages, StageCost(Stage.UNLEARNING, seeds * len(rows), backward=seeds * sum(each), guessed=True)]
 
 
 def passes_of(options: TaskOptions, split: Split) -> int:
