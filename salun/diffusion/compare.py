@@ -8,16 +8,24 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from salun.delta.delta import Delta
 from salun.diffusion.attack import attack_compared
-from salun.diffusion.attack_options import AttackOptions
-from salun.diffusion.compare_options import CompareOptions, Variant
+from salun.diffusion.compare_jobs import (
+    Job,
+    attack_options,
+    job_options,
+    job_stages,
+    jobs_of,
+    plans_of,
+    search_jobs,
+    search_stages,
+)
+from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.compare_table import Result, cells_of, score_of, table_of
 from salun.diffusion.context import open_run, record_of
 from salun.diffusion.erase import erase, unlearn
@@ -27,35 +35,18 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept
-from salun.diffusion.stages import erasure_stages
 from salun.display import shown
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.files import write_bytes
 from salun.methods import METHODS
 from salun.options import from_mapping
-from salun.progress import Event, Progress, Stage
+from salun.progress import Event, Progress, Stage, in_jobs
 from salun.report.methods import comparison_page
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
 from salun.untrusted import read_json_object
 
 FACTOR, TRIALS = 3.0, 5  # of a search: from one value to the next, and values at most
-
-
-@dataclass(frozen=True)
-class Job:
-    """One erasure of a comparison.
-
-    Args:
-        name: Of its folder.
-        concept: Its name. anchor: None for the preset's.
-    """
-
-    name: str
-    variant: Variant
-    concept: str
-    anchor: str | None
-    seed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,19 +79,21 @@ def compare(
         ConfigError: An option cannot work; checked for every method before the first erasure.
         Cancelled: From `progress`.
     """
-    variants, jobs = options.variants, jobs_of(options)
+    variants, jobs, searches = options.variants, jobs_of(options), search_jobs(options)
     model, folder = model or load_with(options.model or "shapes", options), Path(run_dir)
     cache = cache or Cache.of_user()
-    plans = [make_plan(model.settings, model.name, job.concept, job_options(model, options, job, {})) for job in jobs]
+    plans = plans_of(model, options, jobs)
+    stages = [*search_stages(plans_of(model, options, searches)), *job_stages(options, plans)]
     recorded = {item.name: getattr(options, item.name) for item in fields(options) if item.name != "run_dir"}
     facts = record_of(model, plans[0], [], None).facts  # with the content of the user's images
     record = RunRecord(folder, command, recorded, options.seed, str(model.device), facts, resume)
     with shown(progress) as progress, record.running():
-        tuned = _searched(model, options, variants, folder, progress, cache) if options.budget == "tuned" else {}
+        parts = in_jobs(progress, stages, resumed=record.resumed > 0)
+        tuned = _searched(model, options, searches, folder, parts, cache)
         results = []
-        for i, job in enumerate(jobs, 1):
-            progress(Event(Stage.COMPARING, i - 1, len(jobs), message=f"{i} of {len(jobs)}: {job.name}"))
-            results.append(_done(model, options, job, tuned.get(job.variant.name, {}), folder, progress, cache))
+        for i, (job, part) in enumerate(zip(jobs, parts, strict=True), len(searches) + 1):
+            part(Event(Stage.COMPARING, message=f"{i} of {len(stages)}: {job.name}"))
+            results.append(_done(model, options, job, tuned.get(job.variant.name, {}), folder, part, cache))
         record.metrics = table_of(variants, results)
         record.notes += [f"{result.job}: {result.error}" for result in results if result.error]
         record.more["searched"] = tuned
@@ -109,50 +102,6 @@ def compare(
         page = comparison_page({**record.as_json(), "status": "done"}, cells_of(record.metrics), images)
         page.save(folder / "report.html")
     return Comparison(record.metrics, record)
-
-
-def jobs_of(options: CompareOptions) -> list[Job]:
-    """All erasures: seed by seed, each concept by each method. Raises ConfigError without a concept."""
-    if not options.concept:
-        raise ConfigError("no concept is given", advice="Name what to erase: {concept} circle")
-    jobs: dict[str, Job] = {}
-    variants = options.variants
-    for seed in range(options.seed, options.seed + options.seeds):
-        for i, concept in enumerate(options.concept):
-            for variant in variants:
-                name = re.sub(r"[^a-z0-9._=-]+", "-", f"{concept}-{variant.name}-{seed}".lower())
-                name = name if name not in jobs else f"{name}-{len(jobs)}"
-                jobs[name] = Job(name, variant, concept, options.anchor[i] if options.anchor else None, seed)
-    return list(jobs.values())
-
-
-def job_options(model: Model, options: CompareOptions, job: Job, tuned: Mapping[str, Any]) -> EraseOptions:
-    """The options of one erasure: as many passes as SalUn's steps take, unless they say otherwise.
-
-    Args:
-        tuned: Values of a search.
-    """
-    method = METHODS["diffusion"][job.variant.method]
-    common = replace(options.options, seed=job.seed, anchor=[] if job.anchor is None else [job.anchor])
-    chosen = replace(common, **{**job.variant.options, **tuned})
-    if options.budget == "paper" and method.paper_recipe and "recipe" not in job.variant.options:
-        return replace(chosen, recipe="paper")
-    if chosen.until is not None or "steps" in job.variant.options:
-        return chosen
-    steps = options.steps or model.settings.recipe.steps
-    if method.data == "prompts" and "batch_size" not in job.variant.options and options.batch_size is None:
-        chosen = replace(
-            chosen, batch_size=1
-        )  # each sample is denoised first, so these methods' papers take one a step
-    salun = _training_passes(model, job.concept, replace(common, method="salun", steps=steps))
-    of_a_step = _training_passes(model, job.concept, replace(chosen, steps=1))
-    return replace(chosen, steps=max(1, round(salun / of_a_step)) if of_a_step else steps)
-
-
-def _training_passes(model: Model, concept: str, options: EraseOptions) -> int:
-    """What a training costs, in passes without gradients."""
-    plan = make_plan(model.settings, model.name, concept, options)
-    return sum(cost.passes for cost in erasure_stages(plan) if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING))
 
 
 def _done(
@@ -198,8 +147,7 @@ def _attacked(
     loaded = Delta.load(Path(delta))
     change = loaded.apply(model.original())
     compared = Compared(job.name, model, model, [Concept(job.concept)], used, change, loaded.result_hash)
-    chosen = AttackOptions(attack=options.attack, n=options.attacked, seed=job.seed + 1)
-    made = attack_compared(job.name, compared, chosen, progress).attacked
+    made = attack_compared(job.name, compared, attack_options(options, job.seed), progress).attacked
     return {each.chosen.text: 100 * float(each.result.shown.mean()) for each in made if each.result is not None}
 
 
@@ -222,21 +170,27 @@ def _foreign(path: Path) -> ConfigError:
 def _searched(
     model: Model,
     options: CompareOptions,
-    variants: Sequence[Variant],
+    searches: Sequence[Job],
     folder: Path,
-    progress: Progress,
+    parts: Iterator[Progress],
     cache: Cache,
 ) -> dict[str, dict[str, Any]]:
-    """variant → the value that does best on the training prompts of the first concept at the first seed."""
+    """variant → the value that does best on the training prompts of the first concept at the first seed.
+
+    Args:
+        parts: Gives a progress for each search.
+    """
+    if not searches:
+        return {}
     path = folder / "search.json"
     tuned = read_part(path)
     for values in tuned.values():
         from_mapping(EraseOptions, values, str(path))  # untrusted input
-    for variant in variants:
+    for job, progress in zip(searches, parts, strict=False):
+        variant = job.variant
         option = METHODS["diffusion"][variant.method].tunes
-        if variant.name in tuned or option is None or option in variant.options:
+        if variant.name in tuned or option is None:
             continue
-        job = Job("search", variant, options.concept[0], options.anchor[0] if options.anchor else None, options.seed)
         center = getattr(job_options(model, options, job, {}), option) or getattr(model.settings.recipe, option)
         tried: dict[float, float] = {}
         while (value := next_value(tried, center)) is not None:

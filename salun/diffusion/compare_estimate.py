@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from salun.diffusion.compare import job_options, jobs_of, read_part
+from salun.diffusion.compare import read_part
+from salun.diffusion.compare_jobs import job_stages, jobs_of, plans_of
 from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.estimate import measured_pace, seconds_of
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.plan import Plan, make_plan
+from salun.diffusion.plan import Plan
 from salun.diffusion.stages import erasure_stages
 from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage, silent
-
-SHARED = (Stage.SAMPLING, Stage.IMAGES_BEFORE)  # stages whose results jobs of one concept and seed share
 
 
 def preview_comparison(
@@ -28,7 +27,7 @@ def preview_comparison(
 ) -> dict[str, Any]:
     """The jobs that `compare` would do with these arguments, and their time by passes measured here.
 
-    Attacks, and the search of the budget `tuned`, are not in it. Nothing is written.
+    The search of the budget `tuned` is not in it. Nothing is written.
 
     Args:
         run_dir: Of the comparison; its finished jobs are not counted.
@@ -42,26 +41,18 @@ def preview_comparison(
     """
     listed = jobs_of(options)
     model = model or load_with(options.model or "shapes", options)
+    plans = plans_of(model, options, listed)
     progress(Event(Stage.MEASURING, message=f"measuring this machine for {model.name}"))
     jobs: list[dict[str, Any]] = []
-    pace, shared = None, set[tuple[str, int, Stage]]()
-    for job in listed:
-        chosen = job_options(model, options, job, {})
-        plan = make_plan(model.settings, model.name, job.concept, chosen)
-        if pace is None:
-            with model.temporarily_trainable(), model.configured(plan.options):
-                pace = measured_pace(model, plan)
-        seconds = seconds_of(batch_size_of(model), plan, pace)
+    with model.temporarily_trainable(), model.configured(plans[0].options):
+        pace = measured_pace(model, plans[0])
+    for job, plan, stages in zip(listed, plans, job_stages(options, plans), strict=True):
+        seconds = seconds_of(batch_size_of(model), plan, stages, pace)
         done = read_part(run_dir / "jobs" / job.name / "run.json").get("status") == "done"
-        for stage in SHARED:
-            if (job.concept, job.seed, stage) in shared:
-                for end in ("least", "most"):
-                    seconds[end] -= seconds.get(str(stage), 0.0)
-            shared.add((job.concept, job.seed, stage))
         jobs.append(
             {"name": job.name, "method": METHODS["diffusion"][job.variant.method].title, "concept": job.concept}
             | {"seed": job.seed, "steps": _steps(plan), "done": done}
-            | {end: max(seconds[end], 0.0) for end in ("least", "most")}
+            | {end: seconds[end] for end in ("least", "most")}
         )
     left = [job for job in jobs if not job["done"]]
     return {

@@ -1,4 +1,4 @@
-"""What erasures, masks, evaluations and attacks do, in order, and what it costs: behind progress and time left.
+"""What each command on diffusion models does, in order, and what it costs: behind progress and time left.
 
 Passes are of one sample through the network; a prediction for the text and one for the empty prompt are two.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from salun.diffusion.losses import ErasureData
     from salun.diffusion.options import Sampling
     from salun.diffusion.plan import Plan
+    from salun.diffusion.train_options import ClassTrainOptions
 
 HARDENING = 5  # what the pool adds to a step, in passes of a batch forward and backward, as measured
 PROBED, CLOSING = 144, 384  # images that probes of a training take for a concept, with others: on the way, at the end;
@@ -128,6 +129,33 @@ def attack_stages(plan: Plan, options: AttackOptions) -> list[StageCost]:
             *_detecting(plan.detector, concepts, n, anchors, LOOKED),
             StageCost(Stage.SAMPLING, known, forward=known * passes),
             StageCost(Stage.ATTACKING, parts * PART, forward=parts * n * passes * TRIED),
+        ]
+    )
+
+
+def sample_stages(sampling: Sampling, images: int) -> list[StageCost]:
+    """What sampling images into a file does."""
+    return [StageCost(Stage.SAMPLING, images, forward=images * sampling.passes), StageCost(Stage.SAVING, 1)]
+
+
+def class_training_stages(
+    options: ClassTrainOptions, sampling: Sampling, shown: int, saved: bool = True
+) -> list[StageCost]:
+    """What the training of a class-conditional model does.
+
+    Args:
+        options: Resolved.
+        shown: Images that are sampled on the way, each time, and at the end.
+        saved: Whether the model is written.
+    """
+    steps, batch_size = options.steps or 0, options.batch_size or 0
+    of_samples = shown * sampling.passes
+    on_the_way = steps // options.samples_every * of_samples if options.samples_every else 0
+    return merged(
+        [
+            StageCost(Stage.TRAINING, steps, forward=on_the_way, backward=steps * batch_size),
+            StageCost(Stage.SAVING, int(saved)),
+            StageCost(Stage.SAMPLING, shown, forward=of_samples),
         ]
     )
 
