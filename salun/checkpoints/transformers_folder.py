@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -14,6 +12,7 @@ from typing import Any
 
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.diffusers_folder import check_links
+from salun.checkpoints.hub import PATIENCE, silent_client
 from salun.checkpoints.pickled import check_torch
 from salun.checkpoints.safetensors_io import truncated
 from salun.checkpoints.sizes import check_size, first_line
@@ -32,7 +31,6 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
-PATIENCE = 5.0  # seconds in which the hub must answer
 OFFLINE = "Connect to the internet, or give a folder with its files"
 
 
@@ -95,18 +93,6 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if is_commit else None
 
 
-@contextmanager
-def _silent_client() -> Iterator[None]:
-    """Context manager: the hub's client logs nothing; what goes wrong is in its errors."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _fetched(name: str, files: ModelFiles, revision: str | None) -> Path:
     from huggingface_hub import model_info, snapshot_download
 
@@ -118,7 +104,7 @@ def _fetched(name: str, files: ModelFiles, revision: str | None) -> Path:
     except (OSError, ValueError):  # not in the local cache
         pass
     try:
-        with _silent_client():
+        with silent_client():
             model_info(name, revision=revision, timeout=PATIENCE)  # one attempt: the download's own take half a minute
             return Path(snapshot_download(name, revision=revision, allow_patterns=files.patterns))
     except Exception as error:  # the hub's client raises many kinds; each means that the model is not here
