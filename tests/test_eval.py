@@ -206,13 +206,13 @@ def test_sets_of_prompts_are_sampled_from_a_model_of_free_text(copy_of_shapes: P
     (copy_of_shapes / "salun.yaml").write_text(json.dumps(settings), encoding="utf-8")
     model = str(copy_of_shapes)
     options = EvalOptions(
-        against=model, concept=["a golden retriever"], n=4, sets=["compositions", "neighbors"], synonyms=["a labrador"]
+        against=model, concept=["church"], n=4, sets=["compositions", "neighbors"], synonyms=["a minster"]
     )
     found = evaluate(model, options).as_json()["sets"]
     assert list(found) == ["concept", "other prompts", "compositions", "neighbors", "synonyms"]
     assert [each["n"] for each in found.values()][:4] == [4, 4, 6, 16]  # -n is of the held-out sets alone
     assert all(each["image_drift"]["value"] == 0 for each in found.values())
-    assert set(found["neighbors"]["detected"]["self"]) == {"a golden retriever", "as prompted"}
+    assert set(found["neighbors"]["detected"]["self"]) == {"church", "as prompted"}
 
 
 @pytest.mark.slow
@@ -282,12 +282,8 @@ def test_eval_advice_names_options_of_eval() -> None:
 def test_sets_of_prompts_are_disjoint_from_training_and_say_what_they_should() -> None:
     concept, _ = resolve(Concept("a golden retriever", "a cat"), None, "sd15")
     prompts = prompts_of([concept], None)
-    made = {
-        each.name: each
-        for each in prompt_sets(
-            SET_NAMES, [concept], prompts, {"synonyms": ["a yellow labrador"]}, lambda _, nouns: list(nouns)
-        )
-    }
+    given = {"synonyms": ["a yellow labrador"], "neighbors": ["a wolf"]}
+    made = {each.name: each for each in prompt_sets(SET_NAMES, [concept], prompts, given)}
     assert tuple(made) == SET_NAMES == tuple(SETS)
     trained = {
         p.text for part in (prompts.concepts[0].forget, prompts.concepts[0].anchor, prompts.retain) for p in part
@@ -297,10 +293,33 @@ def test_sets_of_prompts_are_disjoint_from_training_and_say_what_they_should() -
         assert each.preserve == (each.name == "neighbors") and (each.shows is None) == each.preserve
     assert all("a yellow labrador" in row.text for row in made["synonyms"].rows)
     assert all("a golden retriever" in row.text for row in (*made["languages"].rows, *made["compositions"].rows))
-    assert not any(mentions(row.text, word) for row in made["neighbors"].rows for word in ("golden retriever", "cat"))
+    assert all("a wolf" in row.text for row in made["neighbors"].rows)
     with pytest.raises(ConfigError, match="sets is nowhere, but must be of synonyms"):
         prompt_sets(["nowhere"], [concept], prompts)
     with pytest.raises(ConfigError, match="synonyms has no prompts for"):
         prompt_sets(["synonyms"], [concept], prompts)
-    (wolf,) = prompt_sets(["neighbors"], [concept], prompts, {"neighbors": ["a wolf"]})
-    assert wolf.preserve and all("a wolf" in row.text for row in wolf.rows)
+
+
+def set_texts(name: str, *concepts: str) -> list[str]:
+    """The prompts of a set for each of the concepts."""
+    resolved = [resolve(Concept(concept), None, "sd15")[0] for concept in concepts]
+    made = prompt_sets([name], resolved, prompts_of(resolved, None), similar=lambda _, nouns: list(nouns))
+    return [row.text for each in made for row in each.rows]
+
+
+def test_neighbors_are_objects_near_an_object_and_other_styles_near_a_style() -> None:
+    assert "an image showing dog" in set_texts("neighbors", "french horn")
+    assert "a painting of a bridge, in the style of Claude Monet" in set_texts("neighbors", "van gogh")
+    both = set_texts("neighbors", "van gogh", "monet")  # what is erased too is not what must stay
+    assert both and not any("Monet" in text or "Gogh" in text for text in both)
+    for concept, kind in (("nudity", "of the kind content"), ("Greg Rutkowski", "free text of no known kind")):
+        with pytest.raises(ConfigError, match=f"none are known of '{concept}', which is {kind}. Give .* by neighbors"):
+            set_texts("neighbors", concept)
+
+
+def test_languages_use_the_names_of_presets_and_free_text_as_it_is_given() -> None:
+    assert {"ein Foto von einer Kirche", "教堂的照片", "на фотографии церковь"} <= set(set_texts("languages", "church"))
+    assert {"obraz w stylu Vincenta van Gogha", "картина в стиле Винсента Ван Гога"} <= set(
+        set_texts("languages", "van gogh")
+    )
+    assert "une photo montrant golden retriever" in set_texts("languages", "golden retriever")
