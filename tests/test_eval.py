@@ -200,6 +200,24 @@ def test_eval_of_a_run_takes_the_options_that_are_given(erased: Path) -> None:
         evaluate(str(erased / "run"), EvalOptions(n=2, anchor=["star"]))
 
 
+@pytest.mark.parametrize(
+    ("output", "advice"),
+    [
+        ("my model.safetensors", "Name the model that it wrote instead: 'my model.safetensors' --against shapes "
+         "--concept circle"),
+        ("lora.lora.safetensors", "run the erasure again without --output"),
+    ],
+)  # fmt: skip
+def test_eval_of_a_run_without_a_delta_names_the_model_that_it_wrote(
+    output: str, advice: str, erased: Path, tmp_path: Path
+) -> None:
+    record = json.loads((erased / "run" / "run.json").read_text(encoding="utf-8"))
+    record["options"] |= {"output": [output], "model": "shapes"}
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    done = run_command("eval", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 1 and "holds no delta" in done.stderr and advice in done.stderr
+
+
 @pytest.mark.slow
 def test_sets_of_prompts_are_sampled_from_a_model_of_free_text(copy_of_shapes: Path) -> None:
     settings = {"sampling": {"resolution": 64, "steps": 2, "guidance": 3.0}}
