@@ -34,17 +34,14 @@ def cache_without_network(repo: str) -> Iterator[bool]:
         Whether the hub answers.
     """
     from huggingface_hub import constants, dataset_info
-    from huggingface_hub.utils import HfHubHTTPError
 
     before = constants.HF_HUB_OFFLINE
     with silent_client():
+        answers = True
         try:
             dataset_info(repo, timeout=PATIENCE)
-            answers = True
-        except HfHubHTTPError:  # which is an answer
-            answers = True
-        except Exception:  # of the network, or offline by the user's choice
-            answers = False
+        except Exception as error:  # with a response, such as that there is no such data set, or of the network
+            answers = getattr(error, "response", None) is not None
         constants.HF_HUB_OFFLINE = before or not answers
         try:
             yield answers
