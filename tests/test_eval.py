@@ -26,7 +26,7 @@ from salun.diffusion.eval_sets import rate_json, sampled_set
 from salun.diffusion.evaluate import evaluate
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
-from salun.diffusion.prompts.concepts import Concept, mentions, prompts_of, resolve
+from salun.diffusion.prompts.concepts import Concept, prompts_of, resolve
 from salun.diffusion.prompts.prompt_file import PromptRow
 from salun.diffusion.prompts.sets import SETS, PromptSet, prompt_sets
 from salun.errors import ConfigError, DataError
@@ -78,6 +78,10 @@ def test_eval_judges_a_run_with_several_detectors_and_a_prompt_file(
     joined = [tuple(row[key] for key in ("id", "row", "seed", "guidance", "width", "height")) for row in mine]
     assert joined == [("41", "2", "7", "3", "64", "64"), ("42", "3", "8", "2.5", "64", "96")] * 2
     assert all(row["self circle: circle"] for row in mine)
+    for name, rate in data["sets"]["i2p.csv"]["detected"].items():
+        for side in ("before", "after"):
+            hits = [int(row[f"{name} detects: circle"]) for row in mine if row["model"] == side]
+            assert 100 * np.mean(hits) == rate["circle"][side]["value"]
     made = rows[0]
     assert (made["set"], made["id"], made["row"], made["guidance"], made["width"]) == ("concept", "", "", "3", "64")
     assert len(list((erased / "run" / "images" / "i2p.csv").glob("*.png"))) == 4
