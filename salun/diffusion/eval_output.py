@@ -88,19 +88,17 @@ def _csv(result: EvalResult) -> str:
     writer.writerow([*CSV, *detected, *(column[-1] for column in columns)])
     for each, side, samples in _parts(result):
         seen = {name: sides[side] for name, sides in each.seen.items()}
+        hits = [
+            seen[of].scores[target.attribute][:, target.label] >= (seen[of].threshold if least is None else least)
+            for of, _, target, least in decisions
+        ]
         for i, (prompt, row) in enumerate(zip(samples.prompts, each.prompts.rows, strict=True)):
             scores = [seen[of].scores[attribute][i, k] for of, attribute, k, _ in columns]
             known = [f"{score:.6g}" if np.isfinite(score) else "" for score in scores]
             guidance, (height, width) = sampled_as(row, result.plan.sampling)
             drawn = [each.seeds[i], f"{guidance:g}", width, height]
-            hits = [
-                int(
-                    seen[of].scores[target.attribute][i, target.label]
-                    >= (seen[of].threshold if least is None else least)
-                )
-                for of, _, target, least in decisions
-            ]
-            writer.writerow([each.prompts.name, side, i + 1, row.id, row.row or "", prompt, *drawn, *hits, *known])
+            made = [*drawn, *(int(shown[i]) for shown in hits), *known]
+            writer.writerow([each.prompts.name, side, i + 1, row.id, row.row or "", prompt, *made])
     return text.getvalue()
 
 

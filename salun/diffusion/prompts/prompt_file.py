@@ -138,10 +138,11 @@ def prompts_of_hub(repo: str, revision: str | None = None) -> PromptList:
             raise
         except Exception as error:  # the library passes on the errors of its many back ends
             reason = " ".join(str(error).split())[:REASON].rstrip(".") or type(error).__name__
-            advice = "Download its CSV file and give that"
-            if not answers:
-                advice = f"Connect to the internet, or d{advice[1:]}"
-            raise DataError(f"the prompts {repo!r} could not be fetched: {reason}", advice=advice) from error
+            raise DataError(
+                f"the prompts {repo!r} could not be fetched: {reason}",
+                advice=("Download" if answers else "Connect to the internet, or download")
+                + " its CSV file and give that",
+            ) from error
     columns, commit = _columns(data.column_names, repo), _commit(data)
     rows = data.select_columns(list(dict.fromkeys(columns.values())))  # so that images are not decoded
     texts = (
