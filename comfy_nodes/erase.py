@@ -156,7 +156,7 @@ def resumable(record: RunRecord, graph: GraphModel, plan: Plan) -> Iterator[None
     """Context manager: run the erasure inside. If it is interrupted, its mask and training state are retained."""
     total = sum(prod(graph.weights.shape(name)) for name in graph.weights)
     trained = trained_entries(total, plan)
-    record.folder, record.resume = state_folder(record.fingerprint, total // 8 + 2 * STATE_BYTES * trained), True
+    record.folder, record.resume = state_folder(record.fingerprint, total // 8 + 2 * (STATE_BYTES + 4) * trained), True
     record.best_effort = True
     with record.running():
         yield

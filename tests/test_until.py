@@ -23,6 +23,7 @@ from salun.diffusion.plan import make_plan
 from salun.diffusion.probe_detector import probability_below
 from salun.diffusion.until import Probe, Until, kept_step, kept_strength, losses_of
 from salun.errors import Cancelled, ConfigError, TrainingError
+from salun.masking.earlier import EarlierWeights
 from salun.masking.mask import Mask
 from salun.masking.rate import TIMES, first_order_rate
 from salun.masking.training import Trained, TrainingSettings, train
@@ -60,7 +61,7 @@ def trained_with(probe: Probe, goal: Goal = GOAL, budget: int = BUDGET) -> tuple
     until = Until(goal, EVERY, budget, probe, nullcontext, lr=1e-3)
     history: list[dict[str, float]] = []
     kept: list[int] = []
-    until.write = lambda _: kept.append(len(history))
+    until.write = lambda _, step: kept.append(step)
     while not until.stops(history):
         until.before(history)
         history.append({"step": len(history) + 1, "forget": 0.5})
@@ -113,6 +114,28 @@ def test_a_training_that_gets_worse_ends_with_the_weights_that_came_nearest() ->
     assert (len(history), kept_step(history), kept_strength(history)) == (100, 40, 1.0)
     assert "of which those after step 40 came nearest to it: UA 95.0 %" in until.summary(history)
     assert not until.reached(history) and until.as_json(history)["step"] == 40
+
+
+def test_earlier_weights_are_those_of_their_training_and_step(tmp_path: Path) -> None:
+    weights = {"a": torch.randn(3), "b": torch.randn(2)}
+    file = tmp_path / "earlier.safetensors"
+    EarlierWeights(file, "this").write(weights, 10)
+    resumed = EarlierWeights(file, "this").read(weights, 10)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+    for wrong in (
+        lambda: EarlierWeights(file, "another").read(weights, 10),
+        lambda: EarlierWeights(file, "this").read(weights, 20),
+        lambda: EarlierWeights(file, "this").read({"a": weights["a"]}, 10),
+    ):
+        with pytest.raises(TrainingError, match="does not hold weights of this training"):
+            wrong()
+    EarlierWeights(file, "this").write({"a": torch.tensor([float("nan")])}, 10)
+    with pytest.raises(TrainingError, match="not finite"):
+        EarlierWeights(file, "this").read({"a": torch.zeros(1)}, 10)
+    alone = EarlierWeights(None)
+    alone.write(weights, 10)
+    weights["a"] += 1
+    assert not torch.equal(alone.read(weights, 10)["a"], weights["a"]), "a copy"
 
 
 def test_a_few_steps_are_all_taken_at_a_falling_rate() -> None:

@@ -178,8 +178,8 @@ class ErasureTask:
         )
         if self.until is None:
             return trained
-        if kept_step(trained.history) < len(trained.history):
-            trained = replace(trained, masters=earlier.read(trained.masters))
+        if (step := kept_step(trained.history)) < len(trained.history):
+            trained = replace(trained, masters=earlier.read(trained.masters, step))
         return self._kept(trained)
 
     def _earlier(self) -> EarlierWeights:

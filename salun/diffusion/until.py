@@ -59,7 +59,7 @@ class Until:
         concepts: How many.
         guided: Whether the method's target can move, as a goal wants it.
         redraws: Whether the method draws retain samples by how far they moved.
-        write: Keeps the trainable weights of now as the earlier ones that may be taken at the end.
+        write: Keeps the weights after a step, which may be taken at the end; None where that cannot be done.
         now: The last decision.
         retain_frequencies: How often each retain sample is drawn, relative to each other: those whose predictions
             moved, more often. None for equally often.
@@ -74,7 +74,7 @@ class Until:
     lr: float | None = None
     guided: bool = True
     redraws: bool = True
-    write: Callable[[Mapping[str, Tensor]], None] | None = None
+    write: Callable[[Mapping[str, Tensor], int], None] | None = None
     now: Decision = field(init=False)
     retain_frequencies: list[float] | None = None
 
@@ -93,7 +93,7 @@ class Until:
         """Keep the weights of now where they are the best so far and training continues."""
         best = self.best(history) if f"{PREFIX}strength" in history[-1] else None
         if self.write is not None and best is not None and best.step == len(history) and not self.stops(history):
-            self.write(masters)
+            self.write(masters, best.step)
 
     def before(self, history: list[LossRow]) -> float:
         """Take note of what was decided; the learning rate of the next step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from salun.checkpoints import safetensors_io
-from salun.errors import TrainingError
+from salun.errors import ModelError, TrainingError
 
+logger = logging.getLogger("salun")
 ADVICE = "Delete it and the training state next to it to start from the first step"
 
 
@@ -27,29 +29,40 @@ class EarlierWeights:
         self._path, self._fingerprint, self._writes = path, fingerprint, writes
         self._held: dict[str, Tensor] = {}
 
-    def write(self, masters: Mapping[str, Tensor]) -> None:
-        """Keep a copy of these, float32 by name. Raises ModelError if the disk is full."""
-        if self._path is None:
-            self._held = {name: tensor.detach().to("cpu", copy=True) for name, tensor in masters.items()}
-        elif self._writes:
-            tensors = {name: tensor.detach().cpu() for name, tensor in masters.items()}
-            safetensors_io.write(self._path, tensors, {"fingerprint": self._fingerprint})
+    def write(self, masters: Mapping[str, Tensor], step: int) -> None:
+        """Keep a copy of the weights after a step, float32 by name; in memory where the disk is full."""
+        self._held = {}
+        if self._path is not None and not self._writes:
+            return
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in masters.items()}
+        try:
+            if self._path is not None:
+                safetensors_io.write(self._path, tensors, self._facts(step))
+                return
+        except ModelError as error:
+            logger.warning("weights that a goal may come back to could not be saved: %s", error)
+        self._held = tensors
 
-    def read(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _facts(self, step: int) -> dict[str, str]:
+        return {"fingerprint": self._fingerprint, "step": str(step)}
+
+    def read(self, like: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """Those that were written last; the file may be untrusted input.
 
         Args:
             like: Tensors of the same names and shapes.
+            step: After which they were written.
 
         Raises:
             TrainingError: There are none, or they are not those of this training.
         """
-        if self._path is None:
+        if self._path is None or self._held:
             return self._held
         header = safetensors_io.read_header(self._path)
         shapes = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
         expected = {name: ("F32", tuple(tensor.shape)) for name, tensor in like.items()}
-        if header.metadata.get("fingerprint") != self._fingerprint or shapes != expected:
+        facts = {name: header.metadata.get(name) for name in ("fingerprint", "step")}
+        if facts != self._facts(step) or shapes != expected:
             raise TrainingError(f"{self._path} does not hold weights of this training", advice=ADVICE)
         read = dict(safetensors_io.tensors(self._path, list(expected)))
         if not all(torch.isfinite(tensor).all() for tensor in read.values()):
