@@ -296,15 +296,21 @@ def test_an_anchor_that_is_not_shown_is_trained_on_without_moving_the_target_awa
     assert Probed.of_row(lacks(10, 0.2).as_row() | {"step": 10}) == lacks(10, 0.2)
 
 
-def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    """Until a probe is recorded, nothing is decided: the resumed training takes it first."""
+@pytest.mark.parametrize(("harms", "steps", "kept"), [((0.01, 0.01), 40, 40), ((0.1, 0.04, 0.06, 0.08), 100, 40)])
+def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(
+    tmp_path: Path, harms: tuple[float, ...], steps: int, kept: int
+) -> None:
+    """Until a probe is recorded, nothing is decided: the resumed training takes it first. Of one that gets worse, the
+    weights that came nearest to the goal are those after step 40, resumed or not."""
     cancelled: list[int] = []
 
     def at(step: int, strength: float) -> Probed:
         if step in stops and step not in cancelled:
             cancelled.append(step)
             raise Cancelled("stopped")
-        return Probed(step, (seen(0.95),), 0.01)
+        return Probed(
+            step, (seen(0.95 if strength == 1 else 0.5),), dict(zip((10, 40, 70, 100), harms))[step], strength
+        )
 
     def trained(state: Path) -> Trained:
         torch.manual_seed(0)
@@ -313,6 +319,7 @@ def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(tmp_path: P
         sources = {name: p.detach().clone() for name, p in named.items()}
         settings = TrainingSettings(BUDGET, lambda _: 0.0, lambda p: torch.optim.Adam(p, lr=1e-3))
         until = Until(GOAL, EVERY, BUDGET, Fake(at), nullcontext, lr=1e-3)
+        until.write = EarlierWeights(state.with_suffix(".earlier"), "run").write
         losses = {"forget": lambda: layer(x).square().mean()}
         return train(
             named, Mask.full(named), lambda _: {name: of() for name, of in losses.items()}, settings,
@@ -321,14 +328,19 @@ def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(tmp_path: P
 
     stops: tuple[int, ...] = ()
     whole = trained(tmp_path / "whole.safetensors")
-    stops = (10, 40)
+    stops = (10, steps)
     for _ in stops:
         with pytest.raises(Cancelled):
             trained(tmp_path / "part.safetensors")
     resumed = trained(tmp_path / "part.safetensors")
-    assert cancelled == [10, 40] and len(whole.history) == 40
+    assert cancelled == [10, steps] and (len(whole.history), kept_step(whole.history)) == (steps, kept)
     assert resumed.history == whole.history
-    assert all(torch.equal(resumed.masters[name], master) for name, master in whole.masters.items())
+    ends = [resumed.masters, whole.masters]
+    if kept < steps:
+        files = (tmp_path / "part.earlier", tmp_path / "whole.earlier")
+        ends += [EarlierWeights(file, "run").read(whole.masters, kept) for file in files]
+        assert not torch.equal(ends[2]["weight"], ends[0]["weight"])
+    assert all(torch.equal(ends[i][name], ends[i + 1][name]) for i in range(0, len(ends), 2) for name in ends[0])
 
 
 def test_confidence_is_the_posterior_of_the_rate() -> None:
