@@ -173,6 +173,20 @@ def mse(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first - second).square().mean())
 
 
+@pytest.mark.parametrize("method", ["salun", "salun-soft", "finetune"])
+def test_salun_leads_to_the_anchor_of_the_original_and_holds_other_prompts(method: str, shapes: Model) -> None:
+    """SalUn, eq. 5, in the first two steps of a training; only then can other prompts have moved."""
+    few: dict[str, Any] = {"forget_latents": 2, "sampling_steps": 2, "lr": 1e-3, "steps": 2}
+    run, *_ = one_step(shapes, method, **few)
+    with shapes.configured(run.plan.options):
+        batch = draw(shapes, build_training_set(shapes, run.plan), 2, run.plan.recipe.anchor_share, 5, 0)
+    x_t = shapes.schedule.add_noise(batch.x_0, batch.noise, batch.t)
+    with torch.no_grad():
+        of_c, of_g = (shapes.predict(x_t, batch.t, prompts) for prompts in (batch.prompts, batch.targets))
+    assert run.history[0]["forget"] == pytest.approx(mse(of_c[:2], of_g[:2]), rel=1e-4)
+    assert run.history[0]["retain"] < 1e-9 < run.history[1]["retain"]
+
+
 @pytest.mark.parametrize(("method", "first"), [("esd", 0), ("leco", 1)])
 def test_esd_and_leco_lead_away_from_the_concept(method: str, first: int, shapes: Model) -> None:
     """ESD, eq. 6; the change of LECO's first step is 0."""
