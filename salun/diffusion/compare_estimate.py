@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from salun.diffusion.compare import job_options, jobs_of, read_part
+from salun.diffusion.compare_jobs import comparison_record, erasure_of, jobs_of
 from salun.diffusion.compare_options import CompareOptions
+from salun.diffusion.compare_search import stored_searches, tuned_by
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.estimate import measured_pace, seconds_of
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.plan import Plan, make_plan
+from salun.diffusion.plan import Plan
 from salun.diffusion.stages import erasure_stages
 from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage, silent
@@ -45,14 +46,17 @@ def preview_comparison(
     progress(Event(Stage.MEASURING, message=f"measuring this machine for {model.name}"))
     jobs: list[dict[str, Any]] = []
     pace, shared = None, set[tuple[str, int, Stage]]()
+    tuned: dict[str, dict[str, Any]] = {}
+    if options.budget == "tuned":
+        key = comparison_record(model, options, run_dir).fingerprint
+        tuned = tuned_by(stored_searches(model, options, run_dir, key))
     for job in listed:
-        chosen = job_options(model, options, job, {})
-        plan = make_plan(model.settings, model.name, job.concept, chosen)
+        erasure = erasure_of(model, options, job, tuned.get(job.variant.name, {}), run_dir)
+        plan = erasure.plan
         if pace is None:
             with model.temporarily_trainable(), model.configured(plan.options):
                 pace = measured_pace(model, plan)
         seconds = seconds_of(batch_size_of(model), plan, pace)
-        done = read_part(run_dir / "jobs" / job.name / "run.json").get("status") == "done"
         for stage in SHARED:
             if (job.concept, job.seed, stage) in shared:
                 for end in ("least", "most"):
@@ -60,7 +64,7 @@ def preview_comparison(
             shared.add((job.concept, job.seed, stage))
         jobs.append(
             {"name": job.name, "method": METHODS["diffusion"][job.variant.method].title, "concept": job.concept}
-            | {"seed": job.seed, "steps": _steps(plan), "done": done}
+            | {"seed": job.seed, "steps": _steps(plan), "done": erasure.done}
             | {end: max(seconds[end], 0.0) for end in ("least", "most")}
         )
     left = [job for job in jobs if not job["done"]]
