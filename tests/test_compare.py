@@ -295,7 +295,8 @@ def test_a_search_sees_training_prompts_alone_and_resumes_with_the_trial_that_wa
     folder = tmp_path / "c"
     with pytest.raises(Cancelled):
         compare(TUNED, model=shapes, progress=silent, run_dir=folder)
-    assert [job["done"] for job in preview_comparison(TUNED, folder, model=shapes)["jobs"]] == [False]
+    planned = preview_comparison(TUNED, folder, model=shapes)
+    assert [job["done"] for job in planned["jobs"]] == [False] and planned["not_counted"] == ["the search"]
     stop = False
     done = compare(TUNED, model=shapes, progress=silent, run_dir=folder, resume=True)
     values = [value for value, *_ in seen]

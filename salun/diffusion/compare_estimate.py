@@ -37,7 +37,7 @@ def preview_comparison(
 
     Returns:
         "jobs": name, method, concept, seed, steps (0: in closed form), whether it is done, and least and most seconds
-        of each; "least" and "most" of all that is left.
+        of each; "least" and "most" of all that is left; "not_counted": what takes further time.
 
     Raises what `compare` would before its first erasure.
     """
@@ -68,9 +68,11 @@ def preview_comparison(
             | {end: max(seconds[end], 0.0) for end in ("least", "most")}
         )
     left = [job for job in jobs if not job["done"]]
+    further = {"the search": options.budget == "tuned", "attacks": bool(options.attack)}
     return {
         "model": model.name, "device": str(model.device), "run_dir": str(run_dir), "jobs": jobs,
         "least": sum(job["least"] for job in left), "most": sum(job["most"] for job in left),
+        "not_counted": [name for name, there in further.items() if there],
     }  # fmt: skip
 
 
