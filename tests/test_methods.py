@@ -407,6 +407,18 @@ def test_fmn_lowers_the_attention(shapes: Model) -> None:
     assert run.mask.density == pytest.approx(0.3, abs=1e-3) and all(".attn2." in name for name in run.erased)
 
 
+def test_tokens_of_several_concepts_are_marked_each_in_its_own_prompts(shapes: Model) -> None:
+    few: dict[str, Any] = {"forget_latents": 3, "sampling_steps": 2, "steps": 1, "batch_size": 2, "eval_images": 0}
+    run = salun.erase(shapes, ["circle", "red"], method="fmn", mask="random", **{**SHORT, **few})
+    with shapes.configured(run.plan.options):
+        data = build_training_set(shapes, run.plan, forget_only=True)
+    marked = concept_tokens(ErasureTask(shapes, run.plan, data, run.mask))
+    for i, row in enumerate(marked):
+        text = run.plan.prompts.concepts[i // 3].forget[data.forget_rows[i]].text
+        (word,) = shapes.tokens(("circle", "red")[i // 3])
+        assert row.nonzero().flatten().tolist() == [1 + shapes.tokens(text).index(word)]
+
+
 def test_fmn_runs_on_other_families(layout: Model) -> None:
     run = salun.erase(layout, "circle", method="fmn", **{**SHORT, "steps": 2, "lr": 1e-3, "eval_images": 0})
     assert run.delta.changed and len(run.history) == 2
