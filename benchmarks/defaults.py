@@ -31,13 +31,12 @@ HEAD = """# The defaults on other models
 **What it shows.** By default, `erase` trains to a goal. Corrected UA is {least:.1f} % or more in all {goals} cases,
 on models most of which no number was tuned on; {goal} end as “erased”{goal_not}.
 With the recipe's fixed number of steps, which was tuned on `shapes`, it is {fixed} of {fixeds}{fixed_not}.
-Rows “goal” are of before a goal asked for the anchor and for other images to be as prompted: its drift is a mean that
-does not see single neighbors. For that, see [until.md](until.md), where *red* on `narrow` ends as “erased”.
 These are variants of one small model; nothing here says how the defaults for Stable Diffusion do.
 
 Written by `benchmarks/defaults.py`, on a CPU; {images} images of each kind, one seed; intervals are 95 %. Models are
-made by `tools/shapes/variants.py`, and judged by the classifier of `shapes`. Rows “fixed” are earlier measurements, on
-an earlier training of the variants, with intervals that take images of one prompt as independent: no paired comparison.
+made by `tools/shapes/variants.py`, and judged by the classifier of `shapes`. Intervals of corrected UA take images of
+one prompt as independent. Rows “fixed” are earlier measurements, on an earlier training of the variants, whose other
+intervals do so too: no paired comparison.
 
 {models}
 """

@@ -134,8 +134,8 @@ def prompt_table(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "## One word of a prompt",
         "",
-        "Percent of the original's images of other prompts that `self` takes to be as prompted: by their own prompt, and",
-        "by one in which a single word is another.",
+        "Percent of the original's images of other prompts that `self` takes to be as prompted: by their own prompt,",
+        "and by one in which a single word is another.",
         "",
         *header("evaluation of", *(f"word changed: {name}" for name in names)),
     ]

@@ -15,6 +15,7 @@ from .app import app
 from .options import with_options
 from .output import Json, flag, print_result, unquoted_path
 from .progress import terminal_progress
+from .resuming import repeatable
 
 
 @app.command()
@@ -44,7 +45,7 @@ def attack(
     named = Path(target).expanduser() if is_run else new_run_folder("-".join(options.concept), Path("attacks"))
     folder = output or named
     check_attack_folder(folder)
-    with terminal_progress(as_json) as progress:
+    with terminal_progress(as_json) as progress, repeatable():
         report = run_attack(target, options, progress, shlex.join(["salun", *sys.argv[1:]]))
         files = write_attack(report, folder)
     data = report.as_json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -15,13 +16,14 @@ from .app import app
 from .options import with_options
 from .output import Json, default_model_named, duration_range, print_result
 from .progress import terminal_progress
-from .resuming import note_new_run
+from .resuming import note_new_run, recorded, resumable, unfinished
 
 
 @app.command()
 @with_options(CompareOptions, skip=NOT_COMPARED, groups=GROUPS)
 def compare(
     options: CompareOptions,
+    given: set[str],
     resume: Annotated[bool, typer.Option("--resume", help="Resume the unfinished comparison in --run-dir")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the erasures and their estimated time; write nothing")
@@ -31,7 +33,12 @@ def compare(
     """Compare unlearning methods: each erases each concept with each seed, on equal terms; one table."""
     from salun.runs.folder import check_folder, new_run_folder
 
-    folder = Path(options.run_dir) if options.run_dir else new_run_folder("compare")
+    folder = Path(options.run_dir) if options.run_dir else None
+    wanted = {name: getattr(options, name) for name in given}
+    record = unfinished(folder, resume, CompareOptions, wanted, as_json)
+    if record is not None and folder is not None:
+        options = dataclasses.replace(options, **recorded(record, folder, CompareOptions, given))
+    folder = folder or new_run_folder("compare")
     check_folder(folder, resume)
     if dry_run:
         from salun.diffusion.compare_estimate import preview_comparison
@@ -43,8 +50,12 @@ def compare(
     note_new_run(folder, resume, as_json)
     from salun.diffusion.compare import compare as run_compare
 
-    command = shlex.join(["salun", *sys.argv[1:]])
-    with terminal_progress(as_json, folder) as progress, default_model_named(options.model):
+    with (
+        terminal_progress(as_json, folder) as progress,
+        default_model_named(options.model),
+        resumable("compare", folder, ["--allow-pickle"] * options.allow_pickle),
+    ):
+        command = shlex.join(["salun", *sys.argv[1:]])
         comparison = run_compare(options, progress=progress, run_dir=folder, resume=resume, command=command)
     print_result(
         comparison.record.as_json(),

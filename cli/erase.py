@@ -35,7 +35,7 @@ from .output import (
     unquoted_path,
 )
 from .progress import terminal_progress
-from .resuming import note_new_run, recorded, recorded_model, resumable, unfinished
+from .resuming import note_new_run, recorded, recorded_model, repeatable, resumable, unfinished
 
 TRAINING_ONLY = (
     "until", "steps", "lr", "lr_decay", "retain_weight", "target", "target_guidance", "retain_target", "retain_latents",
@@ -223,6 +223,7 @@ def sample(
     from salun.diffusion.data.latents import item_seed, sample_images
     from salun.diffusion.model.few_steps import hint
     from salun.diffusion.model.loading import load_with
+    from salun.diffusion.stages import sample_stages
     from salun.files import write_bytes
     from salun.report import image_grid
 
@@ -241,9 +242,11 @@ def sample(
         for note in [*hints, *syntax_note([*prompt, chosen.negative_prompt])]:
             progress(Event(Stage.SAMPLING, message=note))
         texts = [text for text in prompt for _ in range(n)]
+        progress(Event(Stage.PLANNING, stages=sample_stages(chosen, len(texts))))
         seeds = [item_seed(seed, "sample", i) for _ in prompt for i in range(n)]
         images = sample_images(loaded, texts, seeds, progress)
         write_bytes(output, image_grid.png_bytes(image_grid.sheet(images, n, prompt)))
+        progress(Event(Stage.SAVING, 1, 1))
     print_result(None, False, [str(output.absolute())])
 
 
@@ -276,7 +279,7 @@ def evaluate(
     named = Path(target).expanduser() if is_run else new_run_folder("-".join(options.concept), Path("evals"))
     folder = output or named
     check_output_folder(folder, options)
-    with terminal_progress(as_json) as progress:
+    with terminal_progress(as_json) as progress, repeatable():
         result = run_evaluation(target, options, progress, shlex.join(["salun", *sys.argv[1:]]))
         files = write_evaluation(result, folder, progress)
     data = result.as_json()

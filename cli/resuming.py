@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ DEFAULT_OUTPUTS = ("model/", "model.safetensors", "delta.salun.safetensors")  # 
 
 ANOTHER = "Name another folder"
 COMMAND_OF_OPTION = {  # checked in order: an option that the commands after it do not have
+    "attacked": "compare",
     "concept": "erase",
     "methods": "classify-compare",
     "forget": "classify-unlearn",
@@ -203,15 +204,29 @@ def resumable(command: str, folder: Path, extra: Sequence[str] = ()) -> Iterator
         extra: Arguments that are not read from a record and have to be repeated.
     """
     again = "interrupted; resume with: " + shlex.join(["salun", command, "--resume", "--run-dir", str(folder), *extra])
+    with _interrupted(again, lambda: (folder / "run.json").exists()):
+        yield
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Context manager: an interrupted command says that it continues, by the cache, when it is repeated."""
+    with _interrupted("interrupted. Run the command again to continue it", lambda: True):
+        yield
+
+
+@contextmanager
+def _interrupted(again: str, continues: Callable[[], bool]) -> Iterator[None]:
+    """Context manager: an interrupted command prints a line, if there is something to continue."""
 
     def line() -> str:
-        return printable(again) if (folder / "run.json").exists() else interrupt.ENDED
+        return printable(again) if continues() else interrupt.ENDED
 
     with interrupt.exit_message(line):
         try:
             yield
         except BaseException as error:
             stopped = isinstance(error, Cancelled | KeyboardInterrupt) or interrupt.stopping()
-            if not stopped or not (folder / "run.json").exists():
+            if not stopped or not continues():
                 raise
             raise Cancelled(again, line=again) from error

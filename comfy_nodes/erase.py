@@ -142,7 +142,7 @@ class SalUnErase(Node):
                         content = build_training_set(graph, plan, bar, needed == "forget", cache())
                     if content is not None:
                         bar.preview = TrainingPreview(graph, plan, content)
-                    run = unlearn(RunContext(graph, plan, record, bar, cache()), content, mask)
+                    run = unlearn(RunContext(graph, plan, record, bar, cache()), content, mask, grow=data is None)
                 result = _cached(record.fingerprint, run)  # the state is removed only once the result is cached
         delta, image, metrics, trained = result
         facts = json.loads(metrics)
@@ -181,7 +181,8 @@ def _cached(key: str, run: Run) -> Result:
         "losses": run.history,
         "timings": run.record.timings,
         "options": asdict(run.plan.options),
-        "notes": run.plan.notes,
+        "notes": run.record.notes,
+        "until": run.record.more.get("until"),
     }
     metrics = json.dumps(facts, indent=1)
     size = sum(change.indices.nbytes + change.planes.nbytes for change in run.delta.changes.values())

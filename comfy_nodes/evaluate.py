@@ -10,6 +10,7 @@ from torch import Tensor
 
 from salun.diffusion.context import training_session
 from salun.diffusion.eval_models import Compared
+from salun.diffusion.eval_options import option_name
 from salun.diffusion.eval_output import write_evaluation
 from salun.diffusion.evaluate import EvalResult, Side, Wanted, result_of
 from salun.diffusion.result import grids
@@ -42,7 +43,8 @@ class SalUnEvaluate(Node):
     DESCRIPTION = (
         "Compares two models on held-out prompts: whether the concept is erased, and whether the rest is intact. "
         "anchor_gap: 1 for the original model, 0 where the concept's prompts give the anchor's predictions. "
-        "retain_change: how much the predictions of other prompts changed. Sampling and resolution: SalUn Options."
+        "retain_change: how much the predictions of other prompts changed. eval.json, eval.csv and the page eval.html "
+        "are written into a new folder in output/salun. Sampling and resolution: SalUn Options."
     )
 
     @classmethod
@@ -89,17 +91,16 @@ class SalUnEvaluate(Node):
         wanted.record.notes[:0] = plan.notes
         result, sides = evaluated(graphs, wanted)
         data = result.as_json()
-        if chosen.keep_images:
-            folder, name = output_path("evaluation", "salun", "")
-            write_evaluation(result, folder)
-            data["folder"] = f"output/salun/{name}"
+        folder, name = output_path("evaluation", "salun", "")
+        write_evaluation(result, folder)
+        data["folder"] = f"output/salun/{name}"
         forget, retain = grids(plan, wanted.prompts, *(of.held_out for of in sides.values()))
         assert forget is not None and retain is not None  # n is at least 2
         several = len(result.metrics) > 1
         lines = [
             f"{name}: {line}" if several else line
             for name, metrics in result.metrics.items()
-            for line in verdict_lines(metrics)
+            for line in verdict_lines(metrics, option_name)
         ]
         return to_image(stack(forget, retain)), with_given_names(json.dumps(data, indent=1), named), "\n".join(lines)
 

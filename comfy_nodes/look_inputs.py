@@ -128,8 +128,8 @@ EVALUATION = LookInputs(
         "compare the two models, or each with real images, as in fid:NAME for a folder in input.",
         "clip": CLIP.format(" and metrics"),
         "prompts": "Further prompts, one file per line: in input or output/salun (.csv with the columns of I2P or "
-        "COCO, or .txt), or hub id of a data set.",
-        "keep_images": "Write every image, and eval.json, eval.csv and eval.html, into output/salun.",
+        "COCO, or .txt), or hub id of a data set, with a revision or a split as in owner/name@revision:split.",
+        "keep_images": "Write every image too, into the folder in output/salun.",
     },
     {"detector": _detector, "metric": _metric, "prompts": _prompts, "clip": _clip},
 )

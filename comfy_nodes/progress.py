@@ -57,8 +57,10 @@ class ComfyProgress:
         if event.step < last:  # the stage begins again, as saliency does for each concept
             earlier += last
         self._passed = earlier, event.step
-        steps = self._stages[number].steps
-        value = sum(cost.steps for cost in self._stages[:number]) + min(earlier + event.step, steps)
+        steps, done = self._stages[number].steps, earlier + event.step
+        if self._stages[number].most:  # a training towards a goal: by the step at which it may end, as it sees it now
+            done = steps * event.step // max(event.total, event.step)
+        value = sum(cost.steps for cost in self._stages[:number]) + min(done, steps)
         if value <= self._sent:
             return
         self._sent = value

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salun.diffusion.attack_options import AttackOptions
-from salun.diffusion.eval_options import EvalOptions
+from salun.diffusion.eval_options import EvalOptions, option_name
 from salun.diffusion.options import EraseJob, EraseOptions, ModelOptions
 from salun.errors import Cancelled, ConfigError, SalunError
 from salun.options import from_mapping
@@ -125,7 +125,9 @@ def evaluate(request: dict[str, Any], pipe: ParentPipe, folder: Path) -> dict[st
     for home in (folder, target) if is_run else (folder,):
         write_evaluation(result, home)
     data, lines = result.as_json(), []
-    banners = {name: banner(metrics, label) for name, metrics in result.metrics.items()}
+    banners = {
+        name: banner(metrics, lambda option: label(option_name(option))) for name, metrics in result.metrics.items()
+    }
     if len(banners) > 1:
         lines += [f"{name}: {shown.outcome}: {shown.text}" for name, shown in banners.items()]
     rows = [*set_rows(data["sets"]), *image_metric_rows(data["sets"])]

@@ -61,6 +61,7 @@ class StageCost:
             `steps`.
         guessed: Whether `steps` is a guess, which the first event of the stage replaces.
         closing: Passes without gradients with the last step, which are in neither of the others.
+        job: The number of its job, from 1, in a run of several jobs; 0 in others.
     """
 
     stage: Stage
@@ -70,6 +71,7 @@ class StageCost:
     most: int = 0
     guessed: bool = False
     closing: int = 0
+    job: int = 0
 
     @property
     def passes(self) -> int:
@@ -89,6 +91,7 @@ class Event:
     restored: how many of the steps took no time: from the cache, or taken before the run was resumed.
     stages: what the run does, in order, in the event that announces it.
     resumed: in that event, whether the run was begun before.
+    job: the number of its job, from 1, in a run of several jobs; 0 in others.
     """
 
     stage: Stage
@@ -100,6 +103,7 @@ class Event:
     restored: int = 0
     stages: Sequence[StageCost] = ()
     resumed: bool = False
+    job: int = 0
 
 
 class Progress(Protocol):
@@ -132,6 +136,23 @@ def in_parts(progress: Progress, sizes: Sequence[int]) -> Iterator[Progress]:
 
         yield report
         done, restored = done + size, restored + latest
+
+
+def in_jobs(progress: Progress, jobs: Sequence[Sequence[StageCost]], resumed: bool = False) -> Iterator[Progress]:
+    """Announce the stages of all jobs of a run. A progress for each job; what a job itself announces is not reported.
+
+    Args:
+        jobs: The stages of each.
+        resumed: Whether the run was begun before.
+    """
+    stages = [replace(cost, job=number) for number, costs in enumerate(jobs, 1) for cost in costs]
+    progress(Event(Stage.PLANNING, stages=stages, resumed=resumed))
+    for number in range(1, len(jobs) + 1):
+
+        def report(event: Event, /, number: int = number) -> None:
+            progress(replace(event, stages=(), job=number))
+
+        yield report
 
 
 def merged(stages: Sequence[StageCost]) -> list[StageCost]:

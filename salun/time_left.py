@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from salun.progress import Event, Stage, StageCost
 
 ENOUGH = 0.5  # seconds of work from which a speed follows
 UNFINISHED = 0.99  # fraction of an announced run at most: what follows its last stage takes time too
+ANY = "any"
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 
 
@@ -18,7 +19,8 @@ class Position:
     """Where a run is.
 
     Args:
-        number, count: The stage's number from 1, and how many there are; 0 for one that was not announced.
+        number, count: The stage's number from 1, and how many there are; in a run of several jobs those of the job. 0
+            for a stage that was not announced.
         fraction: Of the run that is done, 0 to 1; of the stage where none was announced.
         left: Seconds left, at least and at most; None while no speed is known.
     """
@@ -108,6 +110,8 @@ class TimeLeft:
         """Take in an event."""
         now = self.now()
         passed, self._last = now - self._last, now
+        if event.job:
+            self._begin_job(event.job)
         if event.stages:
             self._announce(event)
         elif event.message and not event.total:  # a note on any stage begins none
@@ -116,13 +120,13 @@ class TimeLeft:
             known = self._stages[0] if self._stages else None
             stage = self._only(event)
             self._take(stage, event, passed if stage is known else 0.0)
-        elif event.total and (number := self._number_of(event.stage)) is not None:
+        elif event.total and (number := self._number_of(event)) is not None:
             if not event.message:  # such as from which step a run is resumed
                 self._begin(number)
             self._take(self._stages[number], event, passed)
         elif self._present is not None:  # small work in between counts as the present stage's
             self._stages[self._present].waited += passed
-        return self._position(event.stage)
+        return self._position(event)
 
     def _announce(self, event: Event) -> None:
         self._stages = [_Timed(cost, cost.steps) for cost in event.stages]
@@ -136,13 +140,20 @@ class TimeLeft:
             self._stages, self._present, self._fraction = [_Timed(cost, event.total, event.step, event.step)], 0, 0.0
         return self._stages[0]
 
-    def _number_of(self, stage: Stage) -> int | None:
+    def _number_of(self, event: Event) -> int | None:
         """Where a stage is among those announced: the present one, or the next of its kind; None for one that is over.
 
         A run may do the same several times, as it detects the concept by one detector after the other.
         """
         following = range(self._present or 0, len(self._stages))
-        return next((number for number in following if self._stages[number].cost.stage is stage), None)
+        wanted = event.stage, event.job
+        return next((i for i in following if (self._stages[i].cost.stage, self._stages[i].cost.job) == wanted), None)
+
+    def _begin_job(self, job: int) -> None:
+        """Begin the first stage of a job, unless it has begun. Those of earlier jobs are over, as of finished ones."""
+        first = next((i for i, stage in enumerate(self._stages) if stage.cost.job == job), None)
+        if first is not None and (self._present is None or self._present < first):
+            self._begin(first)
 
     def _begin(self, number: int) -> None:
         for earlier in self._stages[:number]:  # also one that a resumed run skips
@@ -163,15 +174,18 @@ class TimeLeft:
             stage.seconds += stage.waited
         stage.waited, stage.done, stage.restored = 0.0, done, max(stage.restored, restored)
 
-    def _position(self, stage: Stage) -> Position:
+    def _position(self, event: Event) -> Position:
         stages, present = self._stages, self._present
         total = sum(stage.steps * stage.passes_each + stage.cost.closing for stage in stages)
         done = sum((stage.steps if stage.over else stage.done) * stage.passes_each for stage in stages)
         done += sum(stage.cost.closing for stage in stages if stage.complete)
         fraction = min(done / total, UNFINISHED if self._announced else 1.0) if total else 0.0
         self._fraction = max(self._fraction, fraction)
-        numbered = self._announced and present is not None and stages[present].cost.stage is stage
-        number, count = ((present or 0) + 1, len(stages)) if numbered else (0, 0)
+        number = count = 0
+        if event.job and stages:
+            number, count = event.job, stages[-1].cost.job
+        elif self._announced and present is not None and stages[present].cost.stage is event.stage:
+            number, count = present + 1, len(stages)
         return Position(number, count, self._fraction, self._left())
 
     @property
@@ -184,35 +198,48 @@ class TimeLeft:
         counted = [stage for stage in self._stages if stage.cost.passes]
         if not counted or (self._resumed and not self._continues):
             return None
+        speeds = _Speeds.of(counted)
         for stage in counted:
             low, high = stage.steps_left()
             closing = 0 if stage.complete else stage.cost.closing
             if not high and not closing:
                 continue
-            each, of_a_pass = self._seconds_each(stage), self._seconds_of_a_pass(backward=False) if closing else 0.0
+            each, of_a_pass = speeds.of_a_step(stage), speeds.of_a_pass(backward=False) if closing else 0.0
             if each is None or of_a_pass is None:
                 return None
             least += max(low * each + closing * of_a_pass - stage.waited, 0.0)
             most += max(high * each + closing * of_a_pass - stage.waited, 0.0)
         return least, most
 
-    def _seconds_each(self, stage: _Timed) -> float | None:
+
+@dataclass(frozen=True)
+class _Speeds:
+    """Seconds and passes that were measured: on each kind of stage, with and without gradients, and on all (`ANY`)."""
+
+    measured: Mapping[str | bool | None, tuple[float, float]]
+
+    @classmethod
+    def of(cls, stages: Sequence[_Timed]) -> _Speeds:
+        """Those of stages that have passes."""
+        sums: dict[str | bool | None, tuple[float, float]] = {}
+        for stage in stages:
+            if stage.worked:
+                for group in (stage.cost.stage, bool(stage.cost.backward), ANY):
+                    seconds, passes = sums.get(group, (0.0, 0.0))
+                    sums[group] = seconds + stage.seconds, passes + stage.worked * stage.passes_each
+        return cls(sums)
+
+    def of_a_step(self, stage: _Timed) -> float | None:
         """Seconds of a step of a stage; None while nothing is known."""
         if stage.worked and stage.seconds >= ENOUGH:
             return stage.seconds / stage.worked
-        of_a_pass = self._seconds_of_a_pass(bool(stage.cost.backward), stage.cost.stage)
+        of_a_pass = self.of_a_pass(bool(stage.cost.backward), stage.cost.stage)
         return stage.passes_each * of_a_pass if of_a_pass is not None else None
 
-    def _seconds_of_a_pass(self, backward: bool, kind: Stage | None = None) -> float | None:
+    def of_a_pass(self, backward: bool, kind: Stage | None = None) -> float | None:
         """As measured on stages of this kind, or else on those with or without gradients, or on any."""
-        measured = [each for each in self._stages if each.worked and each.cost.passes]
-        groups = (
-            [each for each in measured if each.cost.stage is kind],
-            [each for each in measured if bool(each.cost.backward) is backward],
-            measured,
-        )
-        for group in groups:
-            seconds, passes = sum(s.seconds for s in group), sum(s.worked * s.passes_each for s in group)
+        for group in (kind, backward, ANY):
+            seconds, passes = self.measured.get(group, (0.0, 0.0))
             if seconds >= ENOUGH and passes:
                 return seconds / passes
         return None

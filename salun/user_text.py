@@ -45,9 +45,12 @@ def is_hub_id(name: str, revised: bool = False) -> bool:
 def is_data_set_id(name: str) -> bool:
     """Whether a list of prompts is named by its id at the hub, as owner/name or owner/name@revision, and not as a file.
 
-    A name with a dot would be taken for a file's.
+    A split may follow after a colon. A name with a dot would be taken for a file's.
     """
-    return is_hub_id(name, revised=True) and "." not in name.partition("@")[0]
+    data_set, colon, split = name.partition(":")
+    if colon and re.fullmatch(r"\w[\w-]*", split) is None:
+        return False
+    return is_hub_id(data_set, revised=True) and "." not in data_set.partition("@")[0]
 
 
 def is_unicode(text: str) -> bool:

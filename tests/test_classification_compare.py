@@ -26,7 +26,7 @@ from salun.classification.table import difference_lines, interval, lines_of, tab
 from salun.classification.unlearn_options import CompareOptions
 from salun.config import read_config
 from salun.errors import Cancelled, ConfigError
-from salun.progress import Event
+from salun.progress import Event, Stage
 from salun.report import charts
 from salun.report.classification import _comparison_headline, comparison_page, run_page
 from salun.runs.cache import Cache
@@ -223,7 +223,7 @@ def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp
     done = []
 
     def stop(event: Event) -> None:
-        if event.step == 5:
+        if event.stage is Stage.UNLEARNING and event.step == 1:
             raise Cancelled("stopped")
 
     def listen(event: Event) -> None:

@@ -467,7 +467,7 @@ def test_a_saved_data_sets_validation_part_is_used(tmp_path: Path) -> None:
 
 
 def stop(event: Event) -> None:
-    if event.stage in ("retraining", "unlearning", "comparing") and event.step:
+    if event.stage in ("retraining", "unlearning") and event.step:
         raise Cancelled("stopped")
 
 

@@ -120,6 +120,8 @@ WRONG = [
         2,
         "--resume needs the folder of the run to resume. Give it by --run-dir",
     ),
+    (["classify-train", "--model", "nope", "--run-dir", "run"], 1, "there is no model 'nope'"),
+    (["compare", "--resume"], 2, "--resume needs the folder of the run to resume. Give it by --run-dir"),
     (["erase", "--concept", ""], 2, "--concept is empty"),
     (
         ["erase", "--concept", "circle", "--model", "shape"],
@@ -163,7 +165,7 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], code: int
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,7 @@ def test_the_single_steps_work(erased: tuple[Path, subprocess.CompletedProcess[s
     ):
         done = salun("sample", "--prompt", "one red circle", "-n", "2", "--output", f"{name}.png", *options, cwd=folder)
         assert done.returncode == 0, done.stderr
+        assert "1/2 Sampling: 2/2\n2/2 Saving: 1/1\n" in done.stderr
     pictures = {name: (folder / f"{name}.png").read_bytes() for name in ("base", "erased", "none")}
     assert pictures["base"] == pictures["none"] != pictures["erased"]
 
@@ -346,6 +349,9 @@ with interrupt.working(), resumable("erase", Path("run"), ["--force"]):
     except KeyboardInterrupt:
         signal.raise_signal(signal.SIGINT)
 """
+REPEATABLE = RESUMABLE.replace("import resumable", "import repeatable").replace(
+    'resumable("erase", Path("run"), ["--force"])', "repeatable()"
+)
 PAGE = """
 import signal
 from types import SimpleNamespace
@@ -363,6 +369,7 @@ main.main()
     [
         (RESUMABLE, True, "interrupted; resume with: salun erase --resume --run-dir run --force"),
         (RESUMABLE, False, "interrupted. Run the command again to restart"),
+        (REPEATABLE, False, "interrupted. Run the command again to continue it"),
         (PAGE, False, "stopped. Queued jobs start at the next start with the same --data; a job that was running can "
             "be resumed"),
     ],

@@ -53,6 +53,7 @@ from salun.diffusion.context import training_session
 from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.options import EraseOptions
 from salun.evaluation.calibration import Calibration
+from salun.evaluation.verdict import Outcome, Verdict
 from salun.options import MASKS
 from salun.runs.folder import exclusive_lock
 from salun.runs.record import NOT_IN_FINGERPRINT
@@ -1171,9 +1172,13 @@ def test_an_evaluation_has_further_prompts_and_several_detectors(host: Host, mon
     }  # fmt: skip
     assert host.bar[-1][0] <= host.bar[-1][1]
     sampled = len(host.samplers)
-    evaluated(**given)
+    advice = Verdict(Outcome.UNKNOWN, "Few images", "Use {eval_images} 16")
+    monkeypatch.setattr("salun.report.metrics.verdict_on", lambda _: advice)
+    verdict = evaluated(**given)[2]
     assert len(host.samplers) == sampled, "all samples are cached"
-    assert sorted((host.root / "output/salun").iterdir()) == [folder], "images are kept on request only"
+    second = host.root / "output/salun/evaluation_00002_"
+    assert {path.name for path in second.iterdir()} == {"eval.json", "eval.csv", "eval.html"}, "no images unless asked"
+    assert verdict.count("Use n 16") == 2, "the advice names the input of this node"
 
 
 @pytest.mark.usefixtures("host")

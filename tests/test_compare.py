@@ -14,16 +14,17 @@ import pytest
 from salun.diffusion import compare_search
 from salun.diffusion.compare import compare
 from salun.diffusion.compare_estimate import preview_comparison
-from salun.diffusion.compare_jobs import comparison_record, erasure_of, jobs_of
+from salun.diffusion.compare_folder import comparison_record, erasure_of
+from salun.diffusion.compare_jobs import jobs_of
 from salun.diffusion.compare_options import CompareOptions, variant_of
 from salun.diffusion.compare_search import next_value, stored_searches
 from salun.diffusion.compare_table import Result, cells_of, table_of
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.plan import make_plan
 from salun.errors import Cancelled, ConfigError
-from salun.progress import Event, Stage, silent
+from salun.progress import Event, silent
 
-from .conftest import SHORT
+from .conftest import SHORT, run_command
 
 FEW: dict[str, Any] = {**SHORT, "eval_images": 2, "device": "cpu"}
 
@@ -94,7 +95,7 @@ def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(sh
     options = CompareOptions(concept=["circle"], anchor=["square"], methods=methods, seeds=1, **FEW)
 
     def stop(event: Event) -> None:
-        if event.stage is Stage.COMPARING and event.step == 2:
+        if event.job == 3:
             raise Cancelled("stopped")
 
     with pytest.raises(Cancelled):
@@ -103,7 +104,8 @@ def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(sh
     planned = preview_comparison(options, tmp_path / "c", model=shapes)
     assert [job["done"] for job in planned["jobs"]] == [True, True, False, False, False]
     assert 0 < planned["least"] <= planned["most"] < sum(job["most"] for job in planned["jobs"])
-    done = compare(options, model=shapes, progress=silent, run_dir=tmp_path / "c", resume=True)
+    resumed = run_command("compare", "--resume", "--run-dir", "c", "--json", cwd=tmp_path)  # its options are recorded
+    done = json.loads(resumed.stdout)
     assert (tmp_path / "c" / "jobs" / "circle-salun-0" / "run.json").stat().st_mtime_ns == before
     steps = {
         name: len(json.loads((tmp_path / "c" / "jobs" / f"circle-{name}-0" / "run.json").read_bytes())["losses"])
@@ -112,8 +114,9 @@ def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(sh
     # a step of SalUn: 8 samples forward, 8 forward and back; of ESD: 51 passes forward, one forward and back
     assert [job["steps"] for job in planned["jobs"][:3]] == list(steps.values())
     assert steps == {"salun": 4, "esd-batch_size=1": round(4 * (8 + 8 * 3) / (51 + 3)), "uce": 0}
-    assert done.table["uce"]["ua"]["n"] == 1 and done.table["uce"]["difference"]["n"] == 1
-    assert done.table["salun+density=1e-9"]["runs"] == 0 and "selects none" in done.record.notes[0]
+    table = done["metrics"]
+    assert table["uce"]["ua"]["n"] == 1 and table["uce"]["difference"]["n"] == 1
+    assert table["salun+density=1e-9"]["runs"] == 0 and "selects none" in done["notes"][0]
     page = (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
     assert "Trade-off" in page and "SPEED (speed_threshold 0.9)" in page
     rows = list(csv.DictReader((tmp_path / "c" / "compare.csv").read_text(encoding="utf-8").splitlines()))

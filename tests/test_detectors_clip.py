@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -306,7 +310,7 @@ def test_version_of_a_folder_that_is_named_like_a_hub_id_claims_no_revision(
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[dict[str, Any]]]:
-    """No hub; the calls of `snapshot_download`."""
+    """No hub; the calls of its client."""
     import huggingface_hub
 
     calls: list[dict[str, Any]] = []
@@ -316,6 +320,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[di
         raise OSError("nothing here")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "model_info", refuse)
     yield calls
 
 
@@ -339,7 +344,31 @@ def test_detectors_look_in_the_cache_first_and_say_in_one_line_that_they_are_off
     assert "\n" not in str(caught.value) and repo in str(caught.value)
     assert [each.get("local_files_only", False) for each in offline] == [True, False]
     assert all(each["repo"] == repo and each["revision"] == revision for each in offline)
-    assert not any("bin" in pattern for each in offline for pattern in each["allow_patterns"])
+    assert not any("bin" in pattern for pattern in offline[0]["allow_patterns"])
+
+
+def test_without_network_each_detector_says_so_in_one_line_within_seconds(tmp_path: Path) -> None:
+    code = """if True:
+        import time
+        from salun.errors import DataError
+        from salun.evaluation.detector import DetectorInputs, Subject, load_detector
+        start = time.monotonic()
+        for name in ("clip", "imagenet"):
+            try:
+                load_detector(name, DetectorInputs([Subject("tench")]))
+            except DataError as error:
+                print(error)
+        print(time.monotonic() - start)
+    """
+    with socket.socket() as closed:  # bound, but not listening, so that connections are refused
+        closed.bind(("127.0.0.1", 0))
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **hub}, capture_output=True, text=True, timeout=120
+        )
+    *lines, seconds = done.stdout.splitlines()
+    assert not done.stderr and len(lines) == 2 and all("Connect to the internet, or" in line for line in lines)
+    assert float(seconds) < 20  # mostly imports; the client's own attempts would take 2 × 23
 
 
 def test_a_cached_copy_without_a_tokenizer_is_fetched_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,6 +381,7 @@ def test_a_cached_copy_without_a_tokenizer_is_fetched_again(folder: Path, monkey
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: None)
     assert ClipModel("someone/clip").folder == folder and calls == [True]
     (folder / "tokenizer_config.json").unlink()
     assert ClipModel("someone/clip").folder == folder and calls == [True, True, False]

@@ -26,7 +26,7 @@ from salun.diffusion.eval_sets import rate_json, sampled_set
 from salun.diffusion.evaluate import evaluate
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
-from salun.diffusion.prompts.concepts import Concept, mentions, prompts_of, resolve
+from salun.diffusion.prompts.concepts import Concept, prompts_of, resolve
 from salun.diffusion.prompts.prompt_file import PromptRow
 from salun.diffusion.prompts.sets import SETS, PromptSet, prompt_sets
 from salun.errors import ConfigError, DataError
@@ -78,6 +78,10 @@ def test_eval_judges_a_run_with_several_detectors_and_a_prompt_file(
     joined = [tuple(row[key] for key in ("id", "row", "seed", "guidance", "width", "height")) for row in mine]
     assert joined == [("41", "2", "7", "3", "64", "64"), ("42", "3", "8", "2.5", "64", "96")] * 2
     assert all(row["self circle: circle"] for row in mine)
+    for name, rate in data["sets"]["i2p.csv"]["detected"].items():
+        for side in ("before", "after"):
+            hits = [int(row[f"{name} detects: circle"]) for row in mine if row["model"] == side]
+            assert 100 * np.mean(hits) == rate["circle"][side]["value"]
     made = rows[0]
     assert (made["set"], made["id"], made["row"], made["guidance"], made["width"]) == ("concept", "", "", "3", "64")
     assert len(list((erased / "run" / "images" / "i2p.csv").glob("*.png"))) == 4
@@ -200,19 +204,37 @@ def test_eval_of_a_run_takes_the_options_that_are_given(erased: Path) -> None:
         evaluate(str(erased / "run"), EvalOptions(n=2, anchor=["star"]))
 
 
+@pytest.mark.parametrize(
+    ("output", "advice"),
+    [
+        ("my model.safetensors", "Name the model that it wrote instead: 'my model.safetensors' --against shapes "
+         "--concept circle"),
+        ("lora.lora.safetensors", "run the erasure again without --output"),
+    ],
+)  # fmt: skip
+def test_eval_of_a_run_without_a_delta_names_the_model_that_it_wrote(
+    output: str, advice: str, erased: Path, tmp_path: Path
+) -> None:
+    record = json.loads((erased / "run" / "run.json").read_text(encoding="utf-8"))
+    record["options"] |= {"output": [output], "model": "shapes"}
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    done = run_command("eval", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 1 and "holds no delta" in done.stderr and advice in done.stderr
+
+
 @pytest.mark.slow
 def test_sets_of_prompts_are_sampled_from_a_model_of_free_text(copy_of_shapes: Path) -> None:
     settings = {"sampling": {"resolution": 64, "steps": 2, "guidance": 3.0}}
     (copy_of_shapes / "salun.yaml").write_text(json.dumps(settings), encoding="utf-8")
     model = str(copy_of_shapes)
     options = EvalOptions(
-        against=model, concept=["a golden retriever"], n=4, sets=["compositions", "neighbors"], synonyms=["a labrador"]
+        against=model, concept=["church"], n=4, sets=["compositions", "neighbors"], synonyms=["a minster"]
     )
     found = evaluate(model, options).as_json()["sets"]
     assert list(found) == ["concept", "other prompts", "compositions", "neighbors", "synonyms"]
     assert [each["n"] for each in found.values()][:4] == [4, 4, 6, 16]  # -n is of the held-out sets alone
     assert all(each["image_drift"]["value"] == 0 for each in found.values())
-    assert set(found["neighbors"]["detected"]["self"]) == {"a golden retriever", "as prompted"}
+    assert set(found["neighbors"]["detected"]["self"]) == {"church", "as prompted"}
 
 
 @pytest.mark.slow
@@ -282,12 +304,8 @@ def test_eval_advice_names_options_of_eval() -> None:
 def test_sets_of_prompts_are_disjoint_from_training_and_say_what_they_should() -> None:
     concept, _ = resolve(Concept("a golden retriever", "a cat"), None, "sd15")
     prompts = prompts_of([concept], None)
-    made = {
-        each.name: each
-        for each in prompt_sets(
-            SET_NAMES, [concept], prompts, {"synonyms": ["a yellow labrador"]}, lambda _, nouns: list(nouns)
-        )
-    }
+    given = {"synonyms": ["a yellow labrador"], "neighbors": ["a wolf"]}
+    made = {each.name: each for each in prompt_sets(SET_NAMES, [concept], prompts, given)}
     assert tuple(made) == SET_NAMES == tuple(SETS)
     trained = {
         p.text for part in (prompts.concepts[0].forget, prompts.concepts[0].anchor, prompts.retain) for p in part
@@ -297,10 +315,33 @@ def test_sets_of_prompts_are_disjoint_from_training_and_say_what_they_should() -
         assert each.preserve == (each.name == "neighbors") and (each.shows is None) == each.preserve
     assert all("a yellow labrador" in row.text for row in made["synonyms"].rows)
     assert all("a golden retriever" in row.text for row in (*made["languages"].rows, *made["compositions"].rows))
-    assert not any(mentions(row.text, word) for row in made["neighbors"].rows for word in ("golden retriever", "cat"))
+    assert all("a wolf" in row.text for row in made["neighbors"].rows)
     with pytest.raises(ConfigError, match="sets is nowhere, but must be of synonyms"):
         prompt_sets(["nowhere"], [concept], prompts)
     with pytest.raises(ConfigError, match="synonyms has no prompts for"):
         prompt_sets(["synonyms"], [concept], prompts)
-    (wolf,) = prompt_sets(["neighbors"], [concept], prompts, {"neighbors": ["a wolf"]})
-    assert wolf.preserve and all("a wolf" in row.text for row in wolf.rows)
+
+
+def set_texts(name: str, *concepts: str) -> list[str]:
+    """The prompts of a set for each of the concepts."""
+    resolved = [resolve(Concept(concept), None, "sd15")[0] for concept in concepts]
+    made = prompt_sets([name], resolved, prompts_of(resolved, None), similar=lambda _, nouns: list(nouns))
+    return [row.text for each in made for row in each.rows]
+
+
+def test_neighbors_are_objects_near_an_object_and_other_styles_near_a_style() -> None:
+    assert "an image showing dog" in set_texts("neighbors", "french horn")
+    assert "a painting of a bridge, in the style of Claude Monet" in set_texts("neighbors", "van gogh")
+    both = set_texts("neighbors", "van gogh", "monet")  # what is erased too is not what must stay
+    assert both and not any("Monet" in text or "Gogh" in text for text in both)
+    for concept, kind in (("nudity", "of the kind content"), ("Greg Rutkowski", "free text of no known kind")):
+        with pytest.raises(ConfigError, match=f"none are known of '{concept}', which is {kind}. Give .* by neighbors"):
+            set_texts("neighbors", concept)
+
+
+def test_languages_use_the_names_of_presets_and_free_text_as_it_is_given() -> None:
+    assert {"ein Foto von einer Kirche", "教堂的照片", "на фотографии церковь"} <= set(set_texts("languages", "church"))
+    assert {"obraz w stylu Vincenta van Gogha", "картина в стиле Винсента Ван Гога"} <= set(
+        set_texts("languages", "van gogh")
+    )
+    assert "une photo montrant golden retriever" in set_texts("languages", "golden retriever")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any, cast
 from urllib.error import URLError
 
@@ -26,6 +28,7 @@ from salun.evaluation.image_metric import (
 )
 from salun.evaluation.image_metrics import cmmd as cmmd_module
 from salun.evaluation.image_metrics import inception
+from salun.evaluation.image_metrics import lpips as lpips_module
 from salun.evaluation.image_metrics.clip_score import clip_scores
 from salun.evaluation.image_metrics.cmmd import cmmd
 from salun.evaluation.image_metrics.inception import (
@@ -293,6 +296,32 @@ def test_clip_scores_are_cosines_in_percent_and_never_negative() -> None:
     expected = [max(100 * float(np.dot(a.astype(float), b.astype(float))), 0) for a, b in zip(x, y, strict=True)]
     assert clip_scores(x, y) == pytest.approx(expected, abs=1e-9)
     assert clip_scores(x, y)[0] == 0 and clip_scores(x, x) == pytest.approx(np.full(6, 100), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"<html>", b"PK\x03\x04"], ids=["missing", "empty", "text", "truncated"]
+)
+def test_lpips_says_in_one_line_which_weights_it_cannot_use(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network(**_: Any) -> Any:  # as torchvision and so the package do
+        return torch.hub.load_state_dict_from_url(f"{lpips_module.SOURCE}/{lpips_module.WEIGHTS}", check_hash=True)
+
+    def download(_: str, target: str, digest: str, **__: Any) -> None:
+        raise RuntimeError(f'invalid hash value (expected "{digest}", got "0")')
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=network))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub/checkpoints" / lpips_module.WEIGHTS
+    if content is not None:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_image_metrics(["lpips"], cast(ClipModel, Colors()), "cpu")
+    remove = f"AlexNet's weights in {path} cannot be read"
+    missing = "could not be downloaded (RuntimeError: invalid hash value"
+    assert (missing if content is None else remove) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.packages

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from salun.diffusion.model.loading import describe
 from salun.diffusion.prompts.concepts import Concept, library, presets, prompts_of, resolve
+from salun.diffusion.prompts.sets import TEXTS
 from salun.errors import ConfigError
 
 IMAGENETTE = [
@@ -36,6 +38,13 @@ def test_every_preset_pairs_each_synonym_with_an_anchor() -> None:
         assert len(entry["synonyms"]) == len(entry["anchors"]) >= 3, name
         assert entry["kind"] in library()["kinds"], name
         assert len(entry["retain"]) >= 10, name
+
+
+def test_presets_have_names_in_the_languages_that_evaluations_use() -> None:
+    sentences = yaml.safe_load(TEXTS.read_text(encoding="utf-8"))["languages"]
+    assert set(sentences) == set(library()["kinds"]) and all(len(of) == 12 for of in sentences.values())
+    for name, entry in presets().items():
+        assert set(entry.get("names", {})) <= set(sentences["object"]), name
 
 
 def test_aliases_name_one_preset_each() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,19 +179,49 @@ def test_read_prompts_says_why_a_path_cannot_be_read(tmp_path: Path) -> None:
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
-class FakeDataset(list[dict[str, object]]):
-    column_names = ("prompt", "sd_seed", "categories", "sd_guidance_scale")
+class Rows(list[dict[str, Any]]):
+    """A data set of the library."""
+
     info = types.SimpleNamespace(download_checksums={f"hf://datasets/someone/prompts@{COMMIT}/data.csv": {}})
 
+    @property
+    def column_names(self) -> list[str]:
+        return list(self[0])
 
-def test_prompts_of_hub_reads_the_same_columns_and_tells_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[dict[str, object]] = [
-        {"prompt": "a cat", "sd_seed": 5, "categories": ["hate", "shocking"], "sd_guidance_scale": 7.5},
-        {"prompt": None, "sd_seed": 6, "categories": "hate", "sd_guidance_scale": 7.5},
-        {"prompt": "a dog", "sd_seed": None, "categories": "hate", "sd_guidance_scale": float("nan")},
-    ]
-    module = types.SimpleNamespace(load_dataset=lambda repo, split, revision: FakeDataset(rows))
-    monkeypatch.setitem(sys.modules, "datasets", module)
+    def select_columns(self, names: list[str]) -> Rows:
+        return Rows({name: self[i][name] for name in names} for i in range(len(self)))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[str | None, str], Rows]]:
+    """A hub that answers, and (revision, split) → the rows of its data set `someone/prompts`."""
+    import huggingface_hub
+
+    stored: dict[tuple[str | None, str], Rows] = {}
+
+    def split_names(repo: str, revision: str | None) -> list[str]:
+        if repo != "someone/prompts":
+            raise ValueError("Config name is missing.\nPick one of ['a', 'b'].")
+        return [split for of, split in stored if of == revision]
+
+    def load(repo: str, split: str, revision: str | None) -> Rows:
+        return stored[revision, split]
+
+    library = types.SimpleNamespace(get_dataset_split_names=split_names, load_dataset=load)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: None)
+    return stored
+
+
+def test_prompts_of_hub_reads_the_same_columns_and_tells_the_commit(hub: Any) -> None:
+    hub[None, "train"] = Rows(
+        {"prompt": prompt, "sd_seed": seed, "categories": categories, "sd_guidance_scale": guidance}
+        for prompt, seed, categories, guidance in (
+            ("a cat", 5, ["hate", "shocking"], 7.5),
+            (None, 6, "hate", 7.5),
+            ("a dog", None, "hate", float("nan")),
+        )
+    )
     prompts = [
         PromptRow("a cat", 5, 7.5, labels={"categories": "hate, shocking"}, row=2),
         PromptRow("a dog", labels={"categories": "hate"}, row=4),
@@ -197,27 +229,49 @@ def test_prompts_of_hub_reads_the_same_columns_and_tells_the_commit(monkeypatch:
     assert prompts_of_hub("someone/prompts") == PromptList(prompts, empty=1, revision=COMMIT)
 
 
-def test_prompts_of_hub_are_those_of_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loaded(repo: str, split: str, revision: str | None) -> FakeDataset:
-        assert (repo, revision) == ("someone/prompts", "v2")
-        data = FakeDataset([{"prompt": "a cat", "sd_seed": 5, "categories": "", "sd_guidance_scale": 7.5}])
-        data.info = types.SimpleNamespace(download_checksums=None)  # a library that does not tell
-        return data
+def test_prompts_of_hub_are_first_captions_and_no_image_is_decoded(hub: Any) -> None:
+    class Coco(Rows):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            raise AssertionError("this decodes every image")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=loaded))
-    assert prompts_of_hub("someone/prompts", "v2").revision == "v2"
+    captions = ["a cat, asleep", "a pet"], []
+    hub[None, "validation"] = Coco({"image": b"", "captions": each, "image_id": i} for i, each in enumerate(captions))
+    assert prompts_of_hub("someone/prompts").rows == [PromptRow("a cat, asleep", row=2, id="0")]
 
 
-def test_prompts_of_hub_says_in_one_line_that_it_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(repo: str, split: str, revision: str | None) -> None:
+def test_prompts_of_hub_are_those_of_a_revision_and_a_split(hub: Any) -> None:
+    for revision in (None, "v2"):
+        for split in ("validation", "test"):
+            hub[revision, split] = Rows([{"prompt": f"{split} of {revision}"}])
+            hub[revision, split].info = types.SimpleNamespace(download_checksums=None)  # a library that does not tell
+    listed = prompts_of_hub("someone/prompts", "v2:test")
+    assert [row.text for row in listed.rows] == ["test of v2"] and listed.revision == "v2"
+    assert [row.text for row in prompts_of_hub("someone/prompts:test").rows] == ["test of None"]
+    for given, message in (("", "no split train"), (":all", "no split 'all'")):
+        with pytest.raises(DataError, match=f"have {message}, but validation, test. Name one .* someone/prompts:val"):
+            prompts_of_hub(f"someone/prompts{given}")
+
+
+def test_prompts_of_hub_says_in_one_line_why_they_cannot_be_fetched(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    with pytest.raises(DataError, match=r"is missing\. Pick one of \['a', 'b'\]\. Download its CSV file"):
+        prompts_of_hub("someone/several")
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    def cached(repo: str, revision: str | None) -> None:
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
         raise ConnectionError(f"Couldn't reach {repo!r} on the Hub (OfflineModeIsEnabled)\nand more")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=offline))
+    monkeypatch.setattr(huggingface_hub, "dataset_info", offline)
+    monkeypatch.setattr(sys.modules["datasets"], "get_dataset_split_names", cached)
     with pytest.raises(
         DataError, match=r"'someone/prompts' could not be fetched: Couldn't reach .*\. Connect"
     ) as caught:
         prompts_of_hub("someone/prompts")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_prompts_of_hub_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,9 +149,9 @@ def test_what_cannot_be_measured_is_null_with_its_reason() -> None:
     expected = {"shape": np.ones(8, int)}
     sides = {"before": side, "after": side, "expected_forget": expected, "expected_retain": expected}
     found = measure(pair([1] * 8, [1] * 8, concepts=[concept], labels={"shape": LABELS["shape"]}, **sides))
-    without = {"anchor", "preserved", "unclassified", "frechet", "image_drift"}
+    without = {"anchor", "preserved", "unclassified", "frechet", "image_drift", "image_diversity"}
     assert {key for key in found["reasons"] if found[key] is None} == {*without, "ua", "ua_corrected", "prompt_asr"}
-    assert "cannot tell: on the original model it sees the concept in 100 % of the images" in found["reasons"]["ua"]
+    assert "the concept is detected in 100 % of the images of its prompts" in found["reasons"]["ua"]
     assert found["preserved_by_attribute"] == {}
     found = unknown("no detector covers 'cat'")
     assert (found["ua"], found["ra_before"], found["per_class"]) == (None, None, None)
@@ -204,7 +204,7 @@ def test_the_headline_says_success_and_failure() -> None:
 
 
 def test_unknown_metrics_are_reported_as_unknown() -> None:
-    metrics = {**unknown("no detector covers 'cat'"), "anchor_gap": None}
+    metrics = {**unknown("no detector covers 'cat'"), "forget_change": None}
     text = text_of(html_of(run_data(metrics))).replace("&#39;", "'")
     assert "Can't tell Whether the concept is gone is unknown: no detector covers 'cat'." in text
     assert "Unknown: Forgotten (UA)" in text and "Retain accuracy by class" not in text

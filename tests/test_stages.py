@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 import salun
-from salun.classification.experiment import unlearn
+from salun.classification.compare import compare as compare_classifiers
+from salun.classification.experiment import train, unlearn
+from salun.classification.stages import LATER
 from salun.delta import commands as deltas
 from salun.diffusion.attack import attack
 from salun.diffusion.attack_options import AttackOptions
+from salun.diffusion.compare import compare
+from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.evaluate import evaluate
 from salun.diffusion.masks import make_mask
@@ -24,9 +28,14 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.stages import erasure_stages, evaluation_stages
+from salun.diffusion.train import train_class_model
+from salun.diffusion.train_options import ClassTrainOptions
+from salun.errors import Cancelled
 from salun.evaluation.calibration import fitting
+from salun.methods import METHODS
 from salun.progress import Event, Stage
-from salun.time_left import TimeLeft
+from salun.runs.cache import Cache
+from salun.time_left import UNFINISHED, TimeLeft
 
 FEW: dict[str, Any] = {"steps": 2, "batch_size": 2, "forget_latents": 4, "retain_latents": 2, "sampling_steps": 2}
 
@@ -129,6 +138,44 @@ def test_a_mask_announces_the_samples_that_it_takes(shapes: Model) -> None:
     assert as_announced(events) == ["sampling", "saliency"]
 
 
+def test_a_comparison_announces_all_of_its_jobs_and_counts_them(shapes: Model, tmp_path: Path) -> None:
+    """Images of the original that a job takes from an earlier one cost it nothing."""
+    events: list[Event] = []
+    options = CompareOptions(concept=["circle"], methods=["salun", "esd"], seeds=1, eval_images=2, device="cpu", **FEW)
+    compare(options, model=shapes, progress=events.append, run_dir=tmp_path / "run", cache=Cache(tmp_path / "cache"))
+    (announced,) = (event.stages for event in events if event.stages)
+    made = {(event.job, event.stage): event.step for event in events if event.total}
+    assert {(cost.job, cost.stage): cost.steps for cost in announced}.items() <= made.items()
+    first, second = (cost.forward for cost in announced if cost.stage is Stage.IMAGES_BEFORE)
+    assert first > second == 0
+    follow = TimeLeft()
+    positions = [follow.at(event) for event in events]
+    assert [(p.number, p.count) for p in positions][1:] == [(event.job, 2) for event in events][1:]
+    assert positions[-1].fraction == UNFINISHED and positions[-1].left == (0, 0)
+
+
+def test_a_training_of_a_class_conditional_model_announces_its_samples(tmp_path: Path) -> None:
+    """Those on the way are part of the training; a resumed training gives no time left before it continues."""
+    events: list[Event] = []
+    options = ClassTrainOptions(
+        steps=4, batch_size=8, width=8, widths="1,2", attention="1", samples_every=2, save_every=0
+    )
+
+    def stop_once(event: Event) -> None:
+        events.append(event)
+        if event.image is not None and not events[0].resumed:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        train_class_model(options, tmp_path, progress=stop_once)
+    events.clear()
+    model = train_class_model(options, tmp_path, resume=True, progress=stop_once).model
+    assert as_announced(events) == ["training", "saving", "sampling"] and events[0].resumed
+    training, _, sampling = events[0].stages
+    assert (sampling.steps, sampling.forward) == (10 * 8, 10 * 8 * model.settings.sampling.passes)
+    assert (training.backward, training.forward) == (4 * 8, 2 * sampling.forward)
+
+
 def test_unlearning_in_a_classifier_announces_its_trainings() -> None:
     events: list[Event] = []
     with torch.random.fork_rng():
@@ -137,6 +184,34 @@ def test_unlearning_in_a_classifier_announces_its_trainings() -> None:
         "training", "saliency", "unlearning", "relearning", "retraining", "relearning"
     ]  # fmt: skip
     assert all(steps == made for stage, steps, made in counted(events) if stage in ("training", "retraining"))
+
+
+def test_training_a_classifier_announces_that_it_is_evaluated(tmp_path: Path) -> None:
+    events: list[Event] = []
+    train(progress=events.append, train_epochs=1, device="cpu", cache=Cache(tmp_path))
+    assert as_announced(events) == ["training", "evaluating"]
+
+
+def test_a_comparison_of_classifiers_announces_its_jobs_and_the_values_of_its_search(tmp_path: Path) -> None:
+    """Results that are there already take no time."""
+    events: list[Event] = []
+    options: dict[str, Any] = {"methods": ["ft"], "seeds": 2, "search_seeds": 1, "train_epochs": 1, "epochs": 1}
+    options |= {"device": "cpu", "workers": 1, "cache": Cache(tmp_path / "cache"), "run_dir": tmp_path / "run"}
+
+    def stop(event: Event) -> None:
+        events.append(event)
+        if event.stage is Stage.UNLEARNING and event.step:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        compare_classifiers(progress=stop, **options)
+    (retraining, searching), tried = counted(events)[:2], max(e.step for e in events if e.stage is Stage.SEARCHING)
+    assert retraining == ("retraining", 4, 4), "two for each seed, one of them for the noise floor"
+    assert searching[1] == len(METHODS["classification"]["ft"].factors) <= tried <= searching[1] + LATER
+    events.clear()
+    compare_classifiers(progress=events.append, resume=True, **options)
+    restored = {event.stage: event.restored for event in events if event.total}
+    assert restored == {Stage.RETRAINING: 4, Stage.SEARCHING: tried, Stage.UNLEARNING: 1}
 
 
 def test_an_applied_delta_announces_that_it_is_checked_and_written(run_folder: Path, tmp_path: Path) -> None:

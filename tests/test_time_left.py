@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from salun.progress import Event, Stage, StageCost, in_parts
-from salun.time_left import TimeLeft, in_words
+from salun.progress import Event, Stage, StageCost, in_jobs, in_parts
+from salun.time_left import Position, TimeLeft, in_words
 
 RECORDED = Path(__file__).parent / "recorded_events.json"
 
@@ -89,6 +89,17 @@ def test_a_note_on_resumed_steps_begins_no_stage() -> None:
     note = (1, Event(Stage.TRAINING, 6, 10, message="resuming after step 6", restored=6))
     targets = [(2, Event(Stage.FROZEN_TARGETS, step, 10, restored=6)) for step in (7, 8)]
     assert times_left(stages, note, *targets)[1:] == [(14, 14), (12, 12)]
+
+
+def test_time_left_of_several_jobs_is_that_of_those_that_are_not_finished() -> None:
+    clock, positions = Clock(), list[Position]()
+    follow = TimeLeft(clock)
+    jobs = list(in_jobs(lambda event: positions.append(follow.at(event)), [STAGES[-1:]] * 3))
+    clock.now = 10
+    jobs[1](Event(Stage.TRAINING, 50, 100))  # so the first one was done before
+    assert positions[-1] == Position(2, 3, 0.5, (10 + 20, 10 + 20))
+    jobs[2](Event(Stage.PLANNING, message="what it does", stages=STAGES))  # the second failed
+    assert positions[-1] == Position(3, 3, pytest.approx(2 / 3), (20, 20))
 
 
 def test_a_guess_of_the_steps_is_replaced_by_the_first_event() -> None:

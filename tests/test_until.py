@@ -21,7 +21,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.probe_detector import probability_below
-from salun.diffusion.until import Probe, Until, kept_strength, losses_of
+from salun.diffusion.until import Probe, Until, kept_step, kept_strength, losses_of
 from salun.errors import Cancelled, ConfigError, TrainingError
 from salun.masking.mask import Mask
 from salun.masking.rate import TIMES, first_order_rate
@@ -45,7 +45,7 @@ class Fake:
     def __init__(self, at: Callable[[int, float], Probed]) -> None:
         self.at = at
 
-    def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
+    def __call__(self, step: int, *, thorough: bool, drift: bool, grown: bool) -> Probed:
         return self.at(step, 1.0)
 
     def again(self, step: int, strength: float, *, harm: bool) -> Probed:
@@ -55,14 +55,18 @@ class Fake:
         return [0.0, 3.0, 0.0]
 
 
-def trained_with(probe: Probe, goal: Goal = GOAL) -> tuple[Until, list[dict[str, float]]]:
+def trained_with(probe: Probe, goal: Goal = GOAL, budget: int = BUDGET) -> tuple[Until, list[dict[str, float]]]:
     """What a training with these probes comes to."""
-    until = Until(goal, EVERY, BUDGET, probe, nullcontext, lr=1e-3)
+    until = Until(goal, EVERY, budget, probe, nullcontext, lr=1e-3)
     history: list[dict[str, float]] = []
+    kept: list[int] = []
+    until.write = lambda _: kept.append(len(history))
     while not until.stops(history):
         until.before(history)
         history.append({"step": len(history) + 1, "forget": 0.5})
         until.after(history)
+        until.keep(history, {})
+    assert kept_step(history) in (len(history), *kept[-1:]), "what is taken at the end is what was kept last"
     return until, history
 
 
@@ -86,11 +90,41 @@ def test_a_goal_is_read_and_written() -> None:
     assert (one.of("night sky"), one.of("circle")) == (0.5, 0.9) and Goal.parse(str(one)) == one
     with pytest.raises(ConfigError, match=r"until has ua\[red\], but erased is 'circle'"):
         make_plan(describe("shapes").settings, "shapes", "circle", EraseOptions(until="ua[red]>=0.9"))
+    listed = Goal.parse("ua>=0.9, ua[a cat, a dog]>=0.5")
+    assert listed.of("a cat, a dog") == 0.5
+    for given, problem in (
+        ("ua>=0.9, ua>=0.1", "has ua twice"),
+        ("ua>=0.999", "has ua>=0.999, but the images of a probe can show 0.993 at most"),
+        ("retain_drift<=0", "every change of the model moves some image"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            Goal.parse(given)
     for wrong in ("ua<=0.9", "ua[]>=0.9", "ua>=90", "speed>=1", "ua>=nan", "ua>=0.9 retain_drift<=1"):
         with pytest.raises(
             ConfigError, match=r"until has .* but takes ua>=FRACTION, .* anchor>=FRACTION, .* and asr<=FRACTION"
         ):
             Goal.parse(wrong)
+
+
+def test_a_training_that_gets_worse_ends_with_the_weights_that_came_nearest() -> None:
+    """Harm of 2, 3 and 4 times what the goal allows after steps 40, 70 and 100: two tries in vain."""
+    harms = {10: 0.1, 40: 0.04, 70: 0.06, 100: 0.08}
+    until, history = trained_with(Fake(lambda step, s: Probed(step, (seen(0.95 if s == 1 else 0.5),), harms[step], s)))
+    assert (len(history), kept_step(history), kept_strength(history)) == (100, 40, 1.0)
+    assert "of which those after step 40 came nearest to it: UA 95.0 %" in until.summary(history)
+    assert not until.reached(history) and until.as_json(history)["step"] == 40
+
+
+def test_a_few_steps_are_all_taken_at_a_falling_rate() -> None:
+    until, history = trained_with(Fake(lambda step, s: Probed(step, (seen(0.7),), 0.01, s)), budget=12)
+    assert len(history) == 12 and not until.reached(history)
+
+
+def test_a_method_whose_target_cannot_move_gets_a_higher_rate_instead() -> None:
+    probes = [Probed(10 * i, (seen(0.5),), 0.0) for i in range(1, 6)]
+    moves, stays = (decide(GOAL, probes, EVERY, BUDGET, guided) for guided in (True, False))
+    assert (moves.factor, moves.guidance > 0) == (1, True)
+    assert (stays.factor, stays.guidance) == (3, 0)
 
 
 @pytest.mark.parametrize(
@@ -148,12 +182,13 @@ def test_of_several_concepts_the_worst_decides_and_the_others_are_drawn_less() -
 @pytest.mark.parametrize(
     ("whole", "at", "kept", "reached"),
     [
-        ((0.95, 0.01), {0.7: (0.95, None), 0.55: (0.7, None)}, 0.85, True),
+        ((0.95, 0.01), {0.85: (0.95, 0.01), 0.7: (0.95, None), 0.55: (0.7, None)}, 0.85, True),
+        ((0.95, 0.01), {0.85: (0.8, 0.01), 0.7: (0.95, None), 0.55: (0.7, None)}, 1.0, True),
         ((0.95, 0.01), {0.7: (0.8, None)}, 1.0, True),
-        ((0.95, 0.03), {0.73: (0.8, 0.02), 0.7: (0.95, None), 0.55: (0.7, None)}, 0.85, False),
+        ((0.95, 0.03), {0.73: (0.8, 0.02), 0.85: (0.95, 0.022), 0.7: (0.95, None), 0.55: (0.7, None)}, 0.85, False),
         ((0.4, 0.01), {}, 1.0, False),
         ((0.95, 0.8), {0.5: (0.95, 0.3), 0.25: (0.6, 0.02)}, 0.25, False),
-        ((0.95, float("nan")), {0.5: (0.95, 0.02)}, 0.5, False),
+        ((0.95, float("nan")), {0.5: (0.95, 0.02)}, 0.5, True),
     ],
     ids=str,
 )

@@ -264,6 +264,7 @@ def test_folders_of_extra_model_paths_that_cannot_be_read_are_skipped(
     [
         ("AIML-TUDA/i2p", True), ("AIML-TUDA/i2p@main", True), ("owner/name@v1.0", True), ("i2p.csv", False),
         ("owner/name.csv", False), ("../i2p", False), ("/etc/passwd", False), ("owner/name/more", False),
+        ("owner/name:test", True), ("owner/name@main:test", True), ("owner/name:../x", False), ("owner/name:", False),
         ("owner/name@../x", False), ("owner/name@", False), ("C:/name", False), ("owner/name\n", False),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan, make_plan
 from salun.errors import fill
 from salun.evaluation.calibration import Calibration, adjusted, auc, fitting
-from salun.evaluation.detector import DetectorInputs, Fitted, Samples, Subject, load_detector
+from salun.evaluation.detector import Detection, DetectorInputs, Fitted, Samples, Subject, load_detector
 from salun.evaluation.detectors.self_classifier import (
     ANY,
     FRACTIONS,
@@ -38,7 +38,9 @@ from salun.evaluation.detectors.self_classifier import (
     scores_of,
 )
 from salun.evaluation.estimate import Estimate, Unknown
+from salun.evaluation.metric import EvaluationPair, ExpectedConcept, ModelEvaluation, Predictions
 from salun.evaluation.metrics.forgotten import mean
+from salun.evaluation.metrics.prompt_asr import PROMPT_ASR
 from salun.evaluation.retrain_verdict import verdict_on_classifier
 from salun.evaluation.verdict import Outcome, verdict_on
 from salun.progress import Event, Stage
@@ -263,6 +265,15 @@ def measured(ua: float | None, n: int = 64, before: float = 99.0, after: float =
     }
 
 
+def lost(n: int, images: int) -> dict[str, Any]:
+    """Metrics of n images of other prompts, of which some are no longer as prompted."""
+    return {
+        "ra_before": Estimate.percentage(rates(1, n)).as_json(),
+        "ra_after": Estimate.percentage(rates(1 - images / n, n)).as_json(),
+        "ra_drop": Estimate.mean(100.0 * (np.arange(n) < images)).as_json(),
+    }
+
+
 @pytest.mark.parametrize(
     ("metrics", "outcome", "says", "advice"),
     [
@@ -279,8 +290,25 @@ def measured(ua: float | None, n: int = 64, before: float = 99.0, after: float =
         (measured(100, after=60, method="uce"), Outcome.DAMAGED, "in 60.0 %", "or raise --uce-preserve"),
         (measured(None), Outcome.UNKNOWN, "is unknown: why", "Look at the images"),
         (measured(100, n=4), Outcome.UNKNOWN, "n = 4", "--eval-images 16 or more"),
-        (measured(None, anchor_gap=Estimate(0.98, 64).as_json()), Outcome.BARELY, "went 2 % of the way", "or --lr"),
-        ({"reason": "no images"}, Outcome.UNKNOWN, "is unknown: no images", "Look at the images"),
+        (measured(None, forget_change=Estimate(0.0004, 64).as_json()), Outcome.BARELY, "moved 2 % of the", "or --lr"),
+        (measured(None, forget_change=Estimate(0.3, 64).as_json()), Outcome.UNKNOWN, "unknown: why", "Look at"),
+        (measured(3, forget_change=Estimate(0.0025, 64).as_json()), Outcome.BARELY, "moved 5 % of the way", "or --lr"),
+        (measured(100, **lost(16, 3)), Outcome.ERASED, "which may be chance", "--eval-images 128 or more"),
+        (measured(100, **lost(64, 12)), Outcome.DAMAGED, "in 81.2 %", "Lower --lr"),
+        (
+            measured(100, image_diversity=Estimate(0.1, 64).as_json()),
+            Outcome.DAMAGED,
+            "lost 90 % of their",
+            "Lower --lr",
+        ),
+        ({"reason": "no images", "cause": "no images"}, Outcome.UNKNOWN, "unknown: no images", "--eval-images 16"),
+        ({"reason": "alone", "cause": "no original"}, Outcome.UNKNOWN, "unknown: alone", "original model (--against)"),
+        (
+            {"per_concept": {"cat": {"reasons": {"ua": "blind"}, "calibration": {"reason": "blind"}}}},
+            Outcome.UNKNOWN,
+            "is unknown",
+            "use another --detector",
+        ),
         (
             {"image_drift": Estimate(0.9, 64).as_json(), "reason": "no detector"},
             Outcome.DAMAGED,
@@ -302,6 +330,60 @@ def test_verdict_says_what_happened_and_what_to_do(
     assert verdict.outcome is outcome
     assert says in verdict.text
     assert advice in fill(verdict.advice, lambda name: "--" + name.replace("_", "-"))
+
+
+def found_in(synonyms: float, neighbors: tuple[float, float]) -> dict[str, Any]:
+    """As in `eval.json`: a complete erasure by the held-out prompts, and what further sets show, in percent."""
+
+    def of(**shown: float) -> dict[str, Any]:
+        return {side: Estimate.percentage(rates(value / 100, 64)).as_json() for side, value in shown.items()}
+
+    rate = {**of(before=99, after=99), "calibrated": True, "corrected": of(before=100, after=synonyms)}
+    sets = {
+        "concept": {"shows": None, "preserve": False, "detected": {"self": {}}},
+        "synonyms": {"shows": "cat", "preserve": False, "detected": {"self": {"cat": rate}}},
+        "neighbors": {
+            "shows": None,
+            "preserve": True,
+            "detected": {"self": {"as prompted": of(before=neighbors[0], after=neighbors[1])}},
+        },
+    }
+    return {**measured(100), "sets": sets, "detectors": {"self": measured(100)}}
+
+
+def test_further_sets_and_detectors_can_only_lower_a_verdict() -> None:
+    fine = verdict_on(found_in(3, (98, 97)))
+    assert (fine.outcome, fine.text) == (Outcome.ERASED, verdict_on(measured(100)).text)
+    shown = verdict_on(found_in(90, (98, 97)))
+    assert shown.outcome is Outcome.MOSTLY and "it shows in 91 % of the images of synonyms" in shown.text
+    suffers = verdict_on(found_in(3, (98, 50)))
+    assert suffers.outcome is Outcome.ERASED and "images of neighbors are as prompted in 50.0 %" in suffers.text
+    assert "{lr}" in suffers.advice
+    both = found_in(3, (98, 97))
+    both["detectors"]["clip"] = measured(3)
+    assert verdict_on(both).text.endswith("by the detector clip: barely changed")
+
+
+def test_a_prompt_that_false_alarms_would_find_is_not_counted() -> None:
+    """Twenty images of a prompt and 3 % false alarms: 46 % of all prompts would be found in a perfect erasure."""
+    scores = {"cat": np.zeros((100, 1), np.float32)}
+    known = {"cat": np.concatenate([np.ones((97, 1)), np.zeros((3, 1))]).astype(np.float32)}
+    others = {"cat": 1 - known["cat"]}
+    predictions = Predictions(*[torch.zeros(1)] * 3)
+    sides = [ModelEvaluation(Detection(of, 0.5), Detection(others, 0.5), predictions) for of in (known, scores)]
+    concept = ExpectedConcept("cat", "cat", 0, None, slice(0, 100))
+    for each, value in ((20, Unknown), (1, Estimate)):
+        prompts = [f"a cat {i // each}" for i in range(100)]
+        pair = EvaluationPair([concept], {"cat": ["cat"]}, {}, {}, *sides, {}, prompts)
+        assert isinstance(PROMPT_ASR.compute(pair), value)
+
+
+def test_images_of_one_prompt_widen_the_interval() -> None:
+    """Five hits, all of one prompt of five: one independent draw in five, not five in a hundred."""
+    detected, known = rates(0.05), Calibration(rates(1), rates(0), 1.0)
+    alone, together = known.corrected(detected), known.corrected(detected, np.arange(100) // 20)
+    assert isinstance(alone, Estimate) and isinstance(together, Estimate) and alone.value == together.value
+    assert alone.low and together.low and alone.low > 85 and together.low < 80
 
 
 SQUARE = "drawing of one red square, plain style"
@@ -330,6 +412,9 @@ def test_verdict_is_right_on_constructed_models(shapes: Model, monkeypatch: pyte
             assert {name: of["verdict"]["outcome"] for name, of in found.items()} == {
                 **{"untouched": "barely changed", "erased": "erased", "damaged": "damaged", "noise": "damaged"}
             }
+            blind = {name: verdict_on({**of, "ra_before": None}).outcome for name, of in found.items()}
+            assert blind["erased"] is Outcome.ERASED, "by a detector that knows no other prompts"
+            assert blind["damaged"] is blind["noise"] is Outcome.DAMAGED
             gone = [Estimate(**found[name][key]) for name in ("erased", "damaged") for key in ("ua", "ua_corrected")]
             assert all(ua.n == 32 and ua.value >= 95 for ua in gone)  # that the concept is gone does not hide damage
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 
 import salun
-from extension import paths
+from extension import child, paths
 from extension.access import Access
 from extension.controls import ATTACK, ERASURE, EVALUATION, Controls
 from extension.host import StandaloneHost
@@ -29,12 +30,14 @@ from extension.jobs import Job
 from extension.messages import PAGE_ADVICE, from_fields, render, to_fields
 from extension.page import build
 from extension.page_history import details
+from extension.parent_pipe import ParentPipe
 from extension.service import Service
 from salun.detectors import DETECTORS
 from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import EraseJob
 from salun.errors import ConfigError
+from salun.evaluation.verdict import Outcome, Verdict
 from salun.options import MASKS, from_mapping
 
 BOTH = pytest.mark.parametrize("controls", [ERASURE, EVALUATION, ATTACK], ids=["erasure", "evaluation", "attack"])
@@ -743,3 +746,14 @@ def test_a_folder_that_is_gone_leaves_the_lists_as_they_are_and_is_said(service:
     assert all(update == gr.update() for update in lists)
     assert 'role="alert"' in said
     assert "pictures" in said
+
+
+def test_the_advice_of_an_evaluation_names_its_own_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = SimpleNamespace(metrics={"self": {}}, notes=[], as_json=lambda: {"sets": {}, "verdict": None})
+    monkeypatch.setattr("salun.diffusion.evaluate.evaluate", lambda *_: result)
+    monkeypatch.setattr("salun.diffusion.eval_output.write_evaluation", lambda *_: [])
+    advice = Verdict(Outcome.UNKNOWN, "Few images", "Use {eval_images} 16")
+    monkeypatch.setattr("salun.report.metrics.verdict_on", lambda _: advice)
+    request = {"target": str(tmp_path), "options": {}}
+    shown = child.evaluate(request, ParentPipe(io.StringIO(), io.StringIO()), tmp_path)
+    assert shown["banner"]["next"] == "Next: Use images of each set 16."

@@ -12,6 +12,7 @@ from typing import Any
 
 from salun.checkpoints import safetensors_io
 from salun.checkpoints.diffusers_folder import check_links
+from salun.checkpoints.hub import PATIENCE, silent_client
 from salun.checkpoints.pickled import check_torch
 from salun.checkpoints.safetensors_io import truncated
 from salun.checkpoints.sizes import check_size, first_line
@@ -93,7 +94,7 @@ def commit_of(folder: Path) -> str | None:
 
 
 def _fetched(name: str, files: ModelFiles, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import model_info, snapshot_download
 
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=files.patterns))
@@ -103,7 +104,9 @@ def _fetched(name: str, files: ModelFiles, revision: str | None) -> Path:
     except (OSError, ValueError):  # not in the local cache
         pass
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files.patterns))
+        with silent_client():
+            model_info(name, revision=revision, timeout=PATIENCE)  # one attempt: the download's own take half a minute
+            return Path(snapshot_download(name, revision=revision, allow_patterns=files.patterns))
     except Exception as error:  # the hub's client raises many kinds; each means that the model is not here
         why = f"it is not a folder and could not be fetched ({type(error).__name__})"
         raise ModelError(files.lacking(name, why), advice=OFFLINE) from error

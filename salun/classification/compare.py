@@ -20,6 +20,7 @@ from salun.classification.models import new_model, weights_digest
 from salun.classification.plan import forget_of
 from salun.classification.search import check_search, merged, next_round, rounds, with_value
 from salun.classification.splits import make_split, with_forget
+from salun.classification.stages import comparison_stages
 from salun.classification.table import table_of, tables_of
 from salun.classification.unlearn_options import NOT_COMPARED, CompareOptions, UnlearnOptions
 from salun.compute.device import pick_device
@@ -28,7 +29,7 @@ from salun.errors import ConfigError
 from salun.evaluation.retrain_verdict import verdict_on_comparison
 from salun.methods import METHODS
 from salun.options import MASKS
-from salun.progress import Progress, Stage
+from salun.progress import Event, Progress, Stage
 from salun.report.classification import comparison_page
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
@@ -170,28 +171,25 @@ def compare(
     record = RunRecord(folder, command, recorded, options.seed, str(first.data.images.device), facts, resume)
     with shown(progress) as progress, record.running():
         store = ResultStore(folder / "jobs" if folder is not None else None, record, len(data.classes))
-        total = sum(len(group) for group in jobs.values())
-        with JobRunner(store, cache, data, workers_of(options), progress, total) as runner:
+        stages = comparison_stages(options, [(setting.options, setting.split) for setting in checked.values()])
+        progress(Event(Stage.PLANNING, stages=stages))
+        with JobRunner(store, cache, data, workers_of(options), progress) as runner:
             with record.stage(Stage.RETRAINING):
-                exact, again = runner.done(jobs["retrain"]), runner.done(jobs["again"])
+                exact = runner.done(jobs["retrain"], Stage.RETRAINING)
+                again = runner.done(jobs["again"], Stage.RETRAINING)
             with record.stage(Stage.SEARCHING):
                 searched = _searched(runner, jobs["search"], checked)
             with record.stage(Stage.UNLEARNING):
                 todo = [job for job in jobs["unlearn"] if searched.get(job.variant, _NO_SEARCH)["chosen"] is not None]
-                runner.total -= len(jobs["unlearn"]) - len(todo)
-                done = runner.done([_with(job, searched.get(job.variant)) for job in todo])
-        unlearned = {
-            job.name: done.get(job.name) or {"error": f"the search found no value ({searched[job.variant]['remark']})"}
-            for job in jobs["unlearn"]
-        }
+                done = runner.done([_with(job, searched.get(job.variant)) for job in todo], Stage.UNLEARNING)
+        unlearned = _with_failed_searches(jobs["unlearn"], done, searched)
         results = {v.name: _by_seed(jobs["unlearn"], unlearned, v.name) for v in variants}
         exact_results, floor = _by_seed(jobs["retrain"], exact), _by_seed(jobs["again"], again)
-        titles = {v.name: title_of(v) for v in variants}
-        record.metrics = table_of(results, exact_results, searched, titles, floor)
+        record.metrics = table_of(results, exact_results, searched, {v.name: title_of(v) for v in variants}, floor)
         verdict = verdict_on_comparison(record.metrics)
         record.metrics["verdict"] = verdict.as_json() if verdict is not None else None
-        failures = _failures({"Retrain": exact_results, "Retrain of another seed": floor, **results})
-        record.notes = first.notes + store.notes + failures
+        record.notes = first.notes + store.notes
+        record.notes += _failures({"Retrain": exact_results, "Retrain of another seed": floor, **results})
         if folder is not None:
             rows = {name: _resolved(setting) for name, setting in checked.items()}
             page = {**record.as_json(), "status": "done"}, tables_of(record.metrics), rows, results, exact_results
@@ -215,8 +213,7 @@ def _searched(
             for job in first
             if job.variant in values
         ]
-        runner.total += len(jobs) if round_number else 0
-        results = runner.done(jobs)
+        results = runner.done(jobs, Stage.SEARCHING)
         for name in values:
             group = [results[job.name] for job in jobs if job.variant == name]
             searches[name] = merged(group, searches.get(name))
@@ -226,6 +223,16 @@ def _searched(
         values = {name: group for name, group in next_rounds.items() if group}
         round_number += 1
     return searches
+
+
+def _with_failed_searches(
+    jobs: Sequence[Job], done: Mapping[str, dict[str, Any]], searched: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The results of all jobs, those of variants for which the search found no value with that reason."""
+    return {
+        job.name: done.get(job.name) or {"error": f"the search found no value ({searched[job.variant]['remark']})"}
+        for job in jobs
+    }
 
 
 def _by_seed(

@@ -33,7 +33,7 @@ from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import forget_of, known_recipe, resolve_options, why_no_retrain
 from salun.classification.search import search
 from salun.classification.splits import Split, make_split, repeated, with_forget
-from salun.classification.stages import unlearning_stages
+from salun.classification.stages import training_stages, unlearning_stages
 from salun.classification.task import Task
 from salun.classification.unlearn_options import UnlearnOptions
 from salun.compute.device import deterministic_kernels, explained_memory_errors, pick_device, pick_dtype
@@ -158,6 +158,7 @@ def train(
     record = _record(run_dir, command, recorded, facts_of(full, data, split), data.images.device, resume)
     with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
+        progress(Event(Stage.PLANNING, stages=training_stages(full, split)))
         _tell(record, [*data.notes, *repeated(data, split)], progress, Stage.PLANNING)
         with record.stage(Stage.TRAINING):
             original = trained(full, data, split, cache, progress, Stage.TRAINING)
@@ -324,9 +325,11 @@ def facts_of(options: UnlearnOptions, data: ImageData, split: Split, given: Orig
     facts = {"data": data.digest, "split": split.digest}
     if given is not None:
         facts["original"] = weights_digest(given.model)
-    if options.model is not None and as_spelled(Path(options.model).expanduser()).is_dir():
+    folder = options.model is not None and as_spelled(Path(options.model).expanduser()).is_dir()
+    if options.model is not None and (folder or given is None):  # one that cannot be loaded leaves no run folder
         fresh = new_model(options.model, data.channels, len(data.classes), options.seed, options.allow_pickle)
-        facts["model"] = weights_digest(fresh)
+        if folder:
+            facts["model"] = weights_digest(fresh)
     if options.forget is not None and options.forget.endswith(".json"):
         facts["forget"] = digest_of(split.forget)
     for package in ("scikit-learn", "datasets", "timm"):

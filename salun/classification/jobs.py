@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -117,13 +118,14 @@ class ResultStore:
 class JobRunner:
     """Runs jobs, in worker processes or in this one, and counts them for the progress. A context manager: at its end
     the processes stop after their current step and are joined.
+
+    Args:
+        progress: Gets an event for each job; the steps of a stage are its jobs, and the values that they try.
     """
 
-    def __init__(
-        self, store: ResultStore, cache: Cache, data: ImageData, workers: int, progress: Progress, total: int
-    ) -> None:
+    def __init__(self, store: ResultStore, cache: Cache, data: ImageData, workers: int, progress: Progress) -> None:
         self.store, self.cache, self.data, self.workers, self.progress = store, cache, data, workers, progress
-        self.count, self.total = 0, total  # the total grows with the rounds of a search
+        self.stage, self.counts, self.restored = Stage.PLANNING, Counter[Stage](), Counter[Stage]()
         context = multiprocessing.get_context("spawn")
         self._stop = context.Event()
         self._pool = ProcessPoolExecutor(workers, context, _begin, (self._stop,)) if workers > 1 else None
@@ -136,25 +138,32 @@ class JobRunner:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def done(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    def done(self, jobs: Sequence[Job], stage: Stage) -> dict[str, dict[str, Any]]:
         """Run the jobs that have no result yet. Returns job name → result."""
-        results = {}
+        results, total = {}, self.counts[stage] + sum(map(_steps, jobs))
         for job in jobs:
             result = self.store.get(job)
             if result is not None:
                 results[job.name] = result
-        self.count += len(results)
+                self.restored[stage] += _steps(job)
+                self.counts[stage] += _steps(job)
+        self.stage = stage
+        self._report(total)
         todo = [job for job in jobs if job.name not in results]
         for job, result in self._in_turn(todo) if self._pool is None else self._in_workers(self._pool, todo):
             self.store.put(job, result)
             results[job.name] = result
-            self.count += 1
-            self.progress(Event(Stage.COMPARING, self.count, self.total, message=_line(job, result)))
+            self.counts[stage] += _steps(job)
+            self.progress(Event(stage, message=_line(job, result)))
+            self._report(total)
         return results
+
+    def _report(self, total: int) -> None:
+        self.progress(Event(self.stage, self.counts[self.stage], total, restored=self.restored[self.stage]))
 
     def _in_turn(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         for job in jobs:
-            yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event(Stage.COMPARING)))
+            yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event(self.stage)))
 
     def _in_workers(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Jobs with their results, as they finish."""
@@ -164,7 +173,7 @@ class JobRunner:
         try:
             while left:
                 ended, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
-                self.progress(Event(Stage.COMPARING))
+                self.progress(Event(self.stage))
                 for future in ended:
                     yield running[future], future.result()
         except BrokenProcessPool as error:
@@ -172,6 +181,11 @@ class JobRunner:
                 "a process of the comparison was killed, perhaps because memory ran out",
                 advice="Use {resume} with fewer {workers}",
             ) from error
+
+
+def _steps(job: Job) -> int:
+    """Of the progress: the values that a search tries, or 1."""
+    return len(job.values) or 1
 
 
 def _line(job: Job, result: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from salun.attacks import ATTACKS
 from salun.classification.predictions import Predicted, SplitPredictions, predict
 from salun.classification.task import Task
 from salun.evaluation.estimate import Estimate
+from salun.progress import Event, Stage
 
 COMPARED = ("UA", "RA", "TA", "MIA")
 
@@ -47,8 +48,11 @@ def gap_to_retrain(unlearned: Mapping[str, Any], retrain: Mapping[str, Any]) -> 
 def accuracies(task: Task) -> dict[str, Any]:
     """Accuracy on the training, validation and test rows, None where there are no rows, and each part's confusion."""
     parts = {"train": task.split.train, "validation": task.split.validation, "test": task.split.test}
-    predicted = {name: predict(task, rows) if len(rows) else None for name, rows in parts.items()}
-    known = {name: p for name, p in predicted.items() if p is not None}
+    known, done, total = dict[str, Predicted](), 0, sum(map(len, parts.values()))
+    for name, rows in parts.items():
+        if len(rows):
+            known[name], done = predict(task, rows), done + len(rows)
+            task.progress(Event(Stage.EVALUATING, done, total))
     values = {name: Estimate.percentage(p.correct).as_json() for name, p in known.items()}
     return {**dict.fromkeys(parts), **values, "confusion": {name: confusion(p) for name, p in known.items()}}
 

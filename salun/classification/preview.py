@@ -15,7 +15,7 @@ from salun.classification.models import new_model, normalize_for
 from salun.classification.options import TaskOptions, TrainOptions
 from salun.classification.originals import key_of_training
 from salun.classification.splits import Split, repeated
-from salun.classification.stages import LATER, READ
+from salun.classification.stages import LATER, comparison_stages, passes_of
 from salun.classification.task import Task, cross_entropy, minimize, retain_batches
 from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
 from salun.masking.mask import Mask
@@ -48,7 +48,7 @@ def preview_unlearning(
     cached = {}
     pace = _seconds_per_image(setting.recipe, data, split.without_forget_set(), progress)
     method = METHODS["classification"][resolved.method]
-    seconds = pace * _passes(resolved, split) * (1 + ((len(method.factors) + LATER) if resolved.search else 0))
+    seconds = pace * passes_of(resolved, split) * (1 + ((len(method.factors) + LATER) if resolved.search else 0))
     if setting.given is None:
         cached["original"], more = _training(
             setting.recipe, data, split.without_forget_set(), cache, Stage.TRAINING, pace
@@ -80,13 +80,8 @@ def preview_comparison(
     settings = list(settings_of(options, jobs, cache, data).values())
     first = settings[0]
     pace = _seconds_per_image(first.options, first.data, first.split.without_forget_set(), progress)
-    assert first.options.train_epochs is not None
-    retrains = len(first.split.retain) * (2 if options.noise_floor else 1)
-    seconds = pace * first.options.train_epochs * (len(first.split.train) + retrains) * options.seeds
-    searches = options.search_seeds if options.search else 0
-    for setting in settings:
-        tries = options.seeds + searches * (len(METHODS["classification"][setting.options.method].factors) + LATER)
-        seconds += pace * _passes(setting.options, setting.split) * tries
+    costs = comparison_stages(options, [(setting.options, setting.split) for setting in settings])
+    seconds = pace * sum(cost.backward * max(cost.most, cost.steps) / cost.steps for cost in costs)
     workers = workers_of(options)
     counts = {}
     for kind, group in jobs.items():
@@ -113,14 +108,6 @@ def _summary(options: TaskOptions, data: ImageData, split: Split) -> dict[str, A
     names = ("data", "model", "train_epochs", "train_lr", "train_batch_size", "seed")
     values = {name: getattr(options, name) for name in names}
     return {**values, "classes": len(data.classes), "rows": rows, "device": str(data.images.device)}
-
-
-def _passes(options: TaskOptions, split: Split) -> int:
-    """About how many images one unlearning trains on or reads."""
-    if options.method == "retrain":
-        assert options.train_epochs is not None
-        return options.train_epochs * len(split.retain)
-    return (options.epochs or READ) * len(split.train)
 
 
 def _training(

@@ -1,8 +1,9 @@
-"""What unlearning in a classifier does, in order, and what it costs: behind progress and time left."""
+"""What each command on classifiers does, in order, and what it costs: behind progress, time left and dry runs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from salun.classification.masks import BATCH
@@ -11,11 +12,18 @@ from salun.methods import METHODS
 from salun.progress import Stage, StageCost, merged
 
 if TYPE_CHECKING:
+    from salun.classification.options import TaskOptions
     from salun.classification.splits import Split
-    from salun.classification.unlearn_options import UnlearnOptions
+    from salun.classification.unlearn_options import CompareOptions, UnlearnOptions
 
 READ = 3  # passes over the images that a method without epochs takes, about
 LATER = FURTHER + 2  # values that a search may try after its first round
+
+
+def training_stages(recipe: UnlearnOptions, split: Split) -> list[StageCost]:
+    """The stages of `train`. recipe: its options, resolved."""
+    rows = sum(map(len, (split.train, split.validation, split.test)))
+    return [_training(Stage.TRAINING, recipe, len(split.train)), StageCost(Stage.EVALUATING, rows, forward=rows)]
 
 
 def unlearning_stages(
@@ -35,14 +43,39 @@ def unlearning_stages(
         stages.append(_training(Stage.TRAINING, recipe, train))
     if options.search:
         rounds, values = len(method.factors), len(method.factors) + LATER
-        of_all = rounds * (options.epochs or READ) * train
-        stages.append(StageCost(Stage.SEARCHING, rounds, backward=of_all, most=values))
+        stages.append(StageCost(Stage.SEARCHING, rounds, backward=rounds * passes_of(options, split), most=values))
     if method.trains and options.mask in ("saliency", "shuffled"):
         stages.append(StageCost(Stage.SALIENCY, math.ceil(forget / BATCH), backward=forget))
     stages += [_unlearning(options, train, len(split.retain)), relearning]
     if retrains:
         stages += [_training(Stage.RETRAINING, recipe, len(split.retain)), relearning]
     return merged(stages)
+
+
+def comparison_stages(options: CompareOptions, rows: Sequence[tuple[UnlearnOptions, Split]]) -> list[StageCost]:
+    """The stages of `compare`, whose steps are jobs, and in the search values that jobs try.
+
+    Args:
+        rows: The resolved options of each row of the table, and their split, at one seed.
+    """
+    (recipe, split), each = rows[0], [passes_of(*row) for row in rows]
+    epochs, train, retain = recipe.train_epochs or 1, len(split.train), len(split.retain)
+    seeds, exact = options.seeds, 2 if options.noise_floor else 1
+    stages = [StageCost(Stage.RETRAINING, seeds * exact, backward=seeds * epochs * (train + exact * retain))]
+    if options.search:
+        searching = min(seeds, options.search_seeds)
+        factors = [len(METHODS["classification"][of.method].factors) for of, _ in rows]
+        values, passes = sum(factors), sum(n * of for n, of in zip(factors, each, strict=True))
+        most = searching * (values + LATER * len(rows))
+        stages.append(StageCost(Stage.SEARCHING, searching * values, backward=searching * passes, most=most))
+    return [*stages, StageCost(Stage.UNLEARNING, seeds * len(rows), backward=seeds * sum(each), guessed=True)]
+
+
+def passes_of(options: TaskOptions, split: Split) -> int:
+    """About how many images one unlearning trains on or reads."""
+    if options.method == "retrain":
+        return (options.train_epochs or 1) * len(split.retain)
+    return (options.epochs or READ) * len(split.train)
 
 
 def _unlearning(options: UnlearnOptions, train: int, retain: int) -> StageCost:

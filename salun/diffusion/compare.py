@@ -14,8 +14,8 @@ from typing import Any
 
 from salun.delta.delta import Delta
 from salun.diffusion.attack import attack_compared
-from salun.diffusion.attack_options import AttackOptions
-from salun.diffusion.compare_jobs import Erasure, comparison_record, erasure_of, foreign, job_options, jobs_of
+from salun.diffusion.compare_folder import Erasure, comparison_record, erasure_of, foreign
+from salun.diffusion.compare_jobs import attack_options, job_stages, jobs_of, plans_of, search_jobs, search_stages
 from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.compare_search import searched, tuned_by
 from salun.diffusion.compare_table import Result, cells_of, table_of
@@ -23,12 +23,11 @@ from salun.diffusion.erase import erase
 from salun.diffusion.eval_models import Compared
 from salun.diffusion.model.loading import load_with
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.plan import make_plan
 from salun.diffusion.prompts.concepts import Concept
 from salun.display import shown
 from salun.errors import Cancelled, SalunError
 from salun.files import sha256_file, write_bytes
-from salun.progress import Event, Progress, Stage
+from salun.progress import Event, Progress, Stage, in_jobs
 from salun.report.methods import comparison_page
 from salun.runs.cache import Cache
 from salun.runs.reading import read_run
@@ -69,25 +68,25 @@ def compare(
             for every method before the first erasure.
         Cancelled: From `progress`.
     """
-    jobs = jobs_of(options)
+    jobs, searches = jobs_of(options), search_jobs(options)
     model, folder = model or load_with(options.model or "shapes", options), Path(run_dir)
     cache = cache or Cache.of_user()
-    for job in jobs:  # an option that cannot work ends the comparison here
-        make_plan(model.settings, model.name, job.concept, job_options(model, options, job, {}))
+    stages = search_stages(plans_of(model, options, searches)) + job_stages(options, plans_of(model, options, jobs))
     record = comparison_record(model, options, folder, command, resume)
     with shown(progress) as progress, record.running():
-        tuned: dict[str, dict[str, Any]] = {}
-        if options.budget == "tuned":
-            searches = searched(model, options, folder, record.fingerprint, progress, cache)
-            tuned = tuned_by(searches)
-            record.more["searched"] = tuned
-            record.more["tried"] = {of.job.variant.name: [list(pair) for pair in of.tried.items()] for of in searches}
+        parts = in_jobs(progress, stages, resumed=record.resumed > 0)
+        tried = searched(model, options, folder, record.fingerprint, parts, cache)
+        tuned = tuned_by(tried)
+        record.more["searched"] = tuned
+        if searches:
+            record.more["tried"] = {
+                each.job.variant.name: [list(pair) for pair in each.tried.items()] for each in tried
+            }
         erasures = [erasure_of(model, options, job, tuned.get(job.variant.name, {}), folder) for job in jobs]
         results = []
-        for i, erasure in enumerate(erasures, 1):
-            note = f"{i} of {len(jobs)}: {erasure.job.name}"
-            progress(Event(Stage.COMPARING, i - 1, len(jobs), message=note))
-            results.append(_done(model, options, erasure, progress, cache))
+        for i, (erasure, part) in enumerate(zip(erasures, parts, strict=True), len(searches) + 1):
+            part(Event(Stage.COMPARING, message=f"{i} of {len(stages)}: {erasure.job.name}"))
+            results.append(_done(model, options, erasure, part, cache))
         record.metrics = table_of(options.variants, results)
         record.notes += [f"{result.job}: {result.error}" for result in results if result.error]
         write_bytes(folder / "compare.csv", _csv(results).encode())
@@ -138,8 +137,7 @@ def _attacked(
     compared = Compared(
         job.name, model, model, [Concept(job.concept)], erasure.plan.options, change, loaded.result_hash
     )
-    chosen = AttackOptions(attack=options.attack, n=options.attacked, seed=job.seed + 1)
-    made = attack_compared(job.name, compared, chosen, progress).attacked
+    made = attack_compared(job.name, compared, attack_options(options, job.seed), progress).attacked
     return {each.chosen.text: 100 * float(each.result.shown.mean()) for each in made if each.result is not None}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from salun.diffusion.compare_jobs import comparison_record, erasure_of, jobs_of
+from salun.diffusion.compare_folder import comparison_record, erasure_of
+from salun.diffusion.compare_jobs import job_stages, jobs_of
 from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.compare_search import stored_searches, tuned_by
 from salun.diffusion.data.latents import batch_size_of
@@ -17,8 +18,6 @@ from salun.diffusion.stages import erasure_stages
 from salun.methods import METHODS
 from salun.progress import Event, Progress, Stage, silent
 
-SHARED = (Stage.SAMPLING, Stage.IMAGES_BEFORE)  # stages whose results jobs of one concept and seed share
-
 
 def preview_comparison(
     options: CompareOptions,
@@ -29,7 +28,7 @@ def preview_comparison(
 ) -> dict[str, Any]:
     """The jobs that `compare` would do with these arguments, and their time by passes measured here.
 
-    Attacks, and the search of the budget `tuned`, are not in it. Nothing is written.
+    The search of the budget `tuned` is not in it. Nothing is written.
 
     Args:
         run_dir: Of the comparison; its finished jobs are not counted.
@@ -43,36 +42,27 @@ def preview_comparison(
     """
     listed = jobs_of(options)
     model = model or load_with(options.model or "shapes", options)
+    key = comparison_record(model, options, run_dir).fingerprint
+    tuned = tuned_by(stored_searches(model, options, run_dir, key))
+    erasures = [erasure_of(model, options, job, tuned.get(job.variant.name, {}), run_dir) for job in listed]
+    plans = [erasure.plan for erasure in erasures]
     progress(Event(Stage.MEASURING, message=f"measuring this machine for {model.name}"))
     jobs: list[dict[str, Any]] = []
-    pace, shared = None, set[tuple[str, int, Stage]]()
-    tuned: dict[str, dict[str, Any]] = {}
-    if options.budget == "tuned":
-        key = comparison_record(model, options, run_dir).fingerprint
-        tuned = tuned_by(stored_searches(model, options, run_dir, key))
-    for job in listed:
-        erasure = erasure_of(model, options, job, tuned.get(job.variant.name, {}), run_dir)
-        plan = erasure.plan
-        if pace is None:
-            with model.temporarily_trainable(), model.configured(plan.options):
-                pace = measured_pace(model, plan)
-        seconds = seconds_of(batch_size_of(model), plan, pace)
-        for stage in SHARED:
-            if (job.concept, job.seed, stage) in shared:
-                for end in ("least", "most"):
-                    seconds[end] -= seconds.get(str(stage), 0.0)
-            shared.add((job.concept, job.seed, stage))
+    with model.temporarily_trainable(), model.configured(plans[0].options):
+        pace = measured_pace(model, plans[0])
+    for erasure, stages in zip(erasures, job_stages(options, plans), strict=True):
+        job, plan = erasure.job, erasure.plan
+        seconds = seconds_of(batch_size_of(model), plan, stages, pace)
         jobs.append(
             {"name": job.name, "method": METHODS["diffusion"][job.variant.method].title, "concept": job.concept}
             | {"seed": job.seed, "steps": _steps(plan), "done": erasure.done}
-            | {end: max(seconds[end], 0.0) for end in ("least", "most")}
+            | {end: seconds[end] for end in ("least", "most")}
         )
     left = [job for job in jobs if not job["done"]]
-    further = {"the search": options.budget == "tuned", "attacks": bool(options.attack)}
     return {
         "model": model.name, "device": str(model.device), "run_dir": str(run_dir), "jobs": jobs,
         "least": sum(job["least"] for job in left), "most": sum(job["most"] for job in left),
-        "not_counted": [name for name, there in further.items() if there],
+        "not_counted": ["the search"] if options.budget == "tuned" else [],
     }  # fmt: skip
 
 

@@ -1,30 +1,24 @@
-"""The erasures of a comparison: what each is, on equal terms, and what a run folder holds of it already.
-
-Each is a run folder of its own in `jobs/`. A comparison's folder may be untrusted input: what is read from it is
-checked, and what another run made is rejected, so that no table mixes them.
-"""
+"""The jobs of a comparison of methods: what each erases how, in which stages, and what these cost."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from salun.diffusion.attack_options import AttackOptions
 from salun.diffusion.compare_options import CompareOptions, Variant
-from salun.diffusion.context import record_of
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan, make_plan
-from salun.diffusion.stages import erasure_stages
-from salun.errors import ConfigError, DataError
+from salun.diffusion.stages import attack_stages, erasure_stages
+from salun.errors import ConfigError
 from salun.methods import METHODS
-from salun.progress import Stage
-from salun.runs.folder import check_links
-from salun.runs.reading import read_run
-from salun.runs.record import RunRecord
+from salun.progress import Stage, StageCost
+
+SHARED = (Stage.SAMPLING, Stage.IMAGES_BEFORE)  # stages whose results jobs of one concept and seed share
+USUAL_TRIALS = 4  # of a search, which has three to five
 
 
 @dataclass(frozen=True)
@@ -87,81 +81,56 @@ def _training_passes(model: Model, concept: str, options: EraseOptions) -> int:
     return sum(cost.passes for cost in erasure_stages(plan) if cost.stage in (Stage.FROZEN_TARGETS, Stage.TRAINING))
 
 
-def comparison_record(
-    model: Model, options: CompareOptions, folder: Path, command: str = "", resume: bool = False
-) -> RunRecord:
-    """The record of a comparison; nothing is written yet."""
-    recorded = {item.name: getattr(options, item.name) for item in fields(options) if item.name != "run_dir"}
-    job = jobs_of(options)[0]
-    plan = make_plan(model.settings, model.name, job.concept, job_options(model, options, job, {}))
-    facts = record_of(model, plan, [], None).facts  # with the content of the user's images
-    return RunRecord(folder, command, recorded, options.seed, str(model.device), facts, resume)
+def search_jobs(options: CompareOptions) -> list[Job]:
+    """The searches of the budget `tuned`, one for each variant: on the first concept at the first seed."""
+    if options.budget != "tuned":
+        return []
+    anchor = options.anchor[0] if options.anchor else None
+    return [
+        Job("search", variant, options.concept[0], anchor, options.seed)
+        for variant in options.variants
+        if METHODS["diffusion"][variant.method].tunes not in (None, *variant.options)
+    ]
 
 
-@dataclass(frozen=True)
-class Erasure:
-    """A job with its options, and what they resolve to.
+def plans_of(model: Model, options: CompareOptions, jobs: Sequence[Job]) -> list[Plan]:
+    """The plan of each job, by values that are not searched. Raises ConfigError for one that cannot work."""
+    return [make_plan(model.settings, model.name, job.concept, job_options(model, options, job, {})) for job in jobs]
+
+
+def attack_options(options: CompareOptions, seed: int) -> AttackOptions:
+    """How the model of a job with this seed is attacked."""
+    return AttackOptions(attack=options.attack, n=options.attacked, seed=seed + 1)
+
+
+def job_stages(options: CompareOptions, plans: Sequence[Plan]) -> list[list[StageCost]]:
+    """What each erasure does, with its attacks; the cache has what an earlier one of its concept and seed sampled."""
+    erased, attacked = dict[Any, int](), dict[Any, int]()
+    listed = []
+    for plan in plans:
+        attacks = attack_stages(plan, attack_options(options, plan.options.seed)) if options.attack else []
+        listed.append(_unshared(plan, erasure_stages(plan), erased) + _unshared(plan, attacks, attacked))
+    return listed
+
+
+def search_stages(plans: Sequence[Plan]) -> list[list[StageCost]]:
+    """What the search of each variant does: an erasure for each value."""
+    sampled = dict[Any, int]()
+    return [[cost for _ in range(USUAL_TRIALS) for cost in _unshared(p, erasure_stages(p), sampled)] for p in plans]
+
+
+def _unshared(plan: Plan, stages: Sequence[StageCost], sampled: dict[Any, int]) -> list[StageCost]:
+    """Stages without the passes for what an earlier job has sampled.
 
     Args:
-        stored: The record in its run folder, of an erasure with these options; None if there is none.
+        sampled: Samples by concept, seed and stage; those of these stages are added.
     """
-
-    job: Job
-    options: EraseOptions
-    plan: Plan
-    folder: Path
-    stored: Mapping[str, Any] | None
-
-    @property
-    def done(self) -> bool:
-        """Whether it needs not be made again."""
-        return self.stored is not None and self.stored["status"] == "done"
-
-    @property
-    def delta(self) -> Path:
-        """Where its delta is, or will be."""
-        return self.folder.with_name(f"{self.folder.name}.salun.safetensors")
-
-
-def erasure_of(model: Model, options: CompareOptions, job: Job, tuned: Mapping[str, Any], folder: Path) -> Erasure:
-    """A job with its options, and what is stored of it.
-
-    Args:
-        tuned: Values of a search.
-        folder: Of the comparison.
-
-    Raises:
-        ConfigError: The options cannot work, or the job's folder holds something else.
-    """
-    chosen = job_options(model, options, job, tuned)
-    plan = make_plan(model.settings, model.name, job.concept, chosen)
-    place = folder / "jobs" / job.name
-    return Erasure(job, chosen, plan, place, _stored(model, plan, place))
-
-
-def _stored(model: Model, plan: Plan, place: Path) -> dict[str, Any] | None:
-    """The record of an erasure in its folder; None if there is none."""
-    shown = f"jobs/{place.name}"
-    if place.is_symlink():
-        raise foreign(shown, "it is a link")
-    try:
-        check_links(place)
-        if not os.path.lexists(place / "run.json"):
-            return None
-        stored = read_run(place)
-        record_of(model, plan, [], place).check_resumes(stored)
-    except DataError as error:
-        raise foreign(f"{shown}/run.json", error.__cause__ or error) from error
-    except ConfigError as error:
-        raise foreign(shown, error.message) from error
-    return stored
-
-
-def foreign(name: str, why: object) -> ConfigError:
-    """The error for a part of a comparison's folder that this comparison did not write. name: within the folder."""
-    return ConfigError(
-        f"holds {name[:100]}, which this comparison did not write: {why}",
-        option="run_dir",
-        advice="Remove it, and it is made again; or choose another folder",
-        code="foreign-part",
-    )
+    left = []
+    for cost in stages:
+        if cost.stage in SHARED:
+            key = (plan.concepts[0].name, plan.options.seed, cost.stage)
+            known = min(sampled.get(key, 0), cost.steps)
+            sampled[key] = max(sampled.get(key, 0), cost.steps)
+            cost = replace(cost, forward=round(cost.forward * (1 - known / cost.steps)))
+        left.append(cost)
+    return left

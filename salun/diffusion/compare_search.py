@@ -6,13 +6,14 @@ Every trial is stored in `search.json` when it ends, so that a search that was s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from salun.diffusion.compare_jobs import Job, foreign, job_options
-from salun.diffusion.compare_options import CompareOptions, Variant
+from salun.diffusion.compare_folder import foreign
+from salun.diffusion.compare_jobs import Job, job_options, search_jobs
+from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.compare_table import score_of
 from salun.diffusion.context import open_run
 from salun.diffusion.erase import unlearn
@@ -50,19 +51,20 @@ class Search:
 
 
 def searched(
-    model: Model, options: CompareOptions, folder: Path, key: str, progress: Progress, cache: Cache
+    model: Model, options: CompareOptions, folder: Path, key: str, parts: Iterator[Progress], cache: Cache
 ) -> list[Search]:
-    """The searches of all variants, with the trials that are left made now.
+    """The searches of all variants, with the trials that are left made now; none without the budget `tuned`.
 
     Args:
         folder: Of the comparison.
         key: What its results depend on; trials stored with another one are not its own.
+        parts: Gives a progress for each search.
 
     Raises:
         ConfigError: `search.json` is not of this comparison.
     """
     searches = stored_searches(model, options, folder, key)
-    for search in searches:
+    for search, progress in zip(searches, parts, strict=False):
         while (value := next_value(search.tried, search.center)) is not None:
             name = search.job.variant.name
             progress(Event(Stage.SEARCHING, message=f"{name}: {search.option} {value:.3g}"))
@@ -79,8 +81,10 @@ def tuned_by(searches: Sequence[Search]) -> dict[str, dict[str, Any]]:
 
 def stored_searches(model: Model, options: CompareOptions, folder: Path, key: str) -> list[Search]:
     """The searches of all variants as far as they are stored. Raises ConfigError as `searched` does."""
-    searches = [search for variant in options.variants if (search := _search_of(model, options, variant)) is not None]
+    searches = [_search_of(model, options, job) for job in search_jobs(options)]
     path = folder / FILE
+    if not searches:
+        return []
     if not path.exists() and not path.is_symlink():
         return searches
     try:
@@ -113,12 +117,9 @@ def next_value(tried: Mapping[float, float], center: float) -> float | None:
     return best * FACTOR if best == max(tried) else best / FACTOR
 
 
-def _search_of(model: Model, options: CompareOptions, variant: Variant) -> Search | None:
-    """None for a variant that has its own value, or a method that has none to search."""
-    option = METHODS["diffusion"][variant.method].tunes
-    if option is None or option in variant.options:
-        return None
-    job = Job("search", variant, options.concept[0], options.anchor[0] if options.anchor else None, options.seed)
+def _search_of(model: Model, options: CompareOptions, job: Job) -> Search:
+    option = METHODS["diffusion"][job.variant.method].tunes
+    assert option is not None  # of a job that is searched
     center = getattr(job_options(model, options, job, {}), option)
     return Search(job, option, float(center if center is not None else getattr(model.settings.recipe, option)))
 

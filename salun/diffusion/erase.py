@@ -65,11 +65,14 @@ def erase(
     return run
 
 
-def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | None = None) -> Run:
+def unlearn(
+    context: RunContext, data: ErasureData | None = None, mask: Mask | None = None, *, grow: bool = True
+) -> Run:
     """Sample, find the mask, train, compare. Writes nothing but the state to resume from.
 
     Args:
         data, mask: Where a host has them already; a mask must fit the model (MaskError) and the method (ConfigError).
+        grow: Whether more training data may be sampled where a goal needs them.
     """
     model, plan, record = context.model, context.plan, context.record
     if mask is not None:
@@ -77,7 +80,6 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
     context.note(Stage.PLANNING, *plan.notes)
     prompts = eval_prompts(plan, plan.recipe.eval_images, plan.options.seed)
 
-    given = data is not None
     with context.stage(Stage.SAMPLING):
         needed = plan.samples(masked=mask is not None)
         if data is None and needed != "none":
@@ -90,7 +92,7 @@ def unlearn(context: RunContext, data: ErasureData | None = None, mask: Mask | N
         record.mask = mask_result.summary()
     with context.stage(Stage.TRAINING):
         task = ErasureTask.of(context, data, mask_result.mask)
-        task.until = until_of(task, context, grow=not given)
+        task.until = until_of(task, context, grow=grow)
         unlearned = plan.method.call(task, plan.options)
         if task.until is not None:
             record.more["until"] = task.until.as_json(unlearned.history)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def preview(
         "hints": [plan.few_steps.as_data()] if plan.few_steps else [],
         "steps": _describe_steps(plan),
         "options": asdict(plan.options),
-        "seconds": seconds_of(needs.sampled, plan, pace),
+        "seconds": seconds_of(needs.sampled, plan, erasure_stages(plan), pace),
         "measured": not advice,
         "memory": _memory(needs, resident, free),
         "disk": {"needed": sum(disk.values()), "free": shutil.disk_usage(_existing(run_dir)).free},
@@ -206,13 +206,14 @@ def _computed(counts: tuple[int, int], device: torch.device, dtype: torch.dtype)
     return Pace(of(counts[0]), of(counts[1]))
 
 
-def seconds_of(at_once: int, plan: Plan, pace: Pace) -> dict[str, Any]:
+def seconds_of(at_once: int, plan: Plan, costs: Sequence[StageCost], pace: Pace) -> dict[str, Any]:
     """Seconds of each stage in the middle, of all, and of all at least and at most, by the passes of the plan.
 
     A goal may be reached after few steps, or not within its budget.
 
     Args:
         at_once: Images that are sampled together.
+        costs: The stages of the plan.
     """
     sampled = at_once * (2 if plan.sampling.guided else 1)
     trained = 2 * plan.recipe.batch_size  # at once, in training and saliency
@@ -227,11 +228,11 @@ def seconds_of(at_once: int, plan: Plan, pace: Pace) -> dict[str, Any]:
         return ends[0], ends[1]
 
     stages: dict[Stage, tuple[float, float]] = {}
-    for cost in erasure_stages(plan):
+    for cost in costs:
         (least, most), (low, high) = stages.get(cost.stage, (0.0, 0.0)), seconds(cost)
         stages[cost.stage] = least + low, most + high
     low, high = (sum(ends[end] for ends in stages.values()) for end in (0, 1))
-    for cost in erasure_stages(plan):
+    for cost in costs:
         if plan.goal is not None and cost.stage is Stage.TRAINING:
             least, most = plan.probe_every / plan.recipe.steps, plan.budget / plan.recipe.steps
             of_steps = seconds(replace(cost, closing=0))

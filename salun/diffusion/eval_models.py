@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import Tensor
 
 from salun.checkpoints.locate import find
+from salun.checkpoints.outputs import output_layout
 from salun.compute.device import DTYPES
 from salun.config import read_record
 from salun.delta.delta import Delta
@@ -23,7 +25,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseJob, EraseOptions
 from salun.diffusion.plan import Plan
 from salun.diffusion.prompts.concepts import Concept
-from salun.errors import ConfigError, DataError, ModelError
+from salun.errors import ConfigError, DataError, ModelError, literal
 from salun.runs.reading import file_of, read_finished
 from salun.runs.record import RunRecord
 
@@ -121,10 +123,7 @@ def _of_run(folder: Path, options: ComparedOptions) -> Compared:
     record = read_finished(folder)
     delta = file_of(record, folder, "delta")
     if delta is None:
-        raise DataError(
-            f"{folder} holds no delta",
-            advice="run the erasure again without {output}, or with one that ends in .salun.safetensors",
-        )
+        raise DataError(f"{folder} holds no delta", advice=_without_delta(record, folder))
     job = EraseJob(**read_record(record, folder / "run.json"))
     used = _erase_options(options, job.options)
     used = replace(used, device=options.device, allow_pickle=options.allow_pickle)  # not as recorded
@@ -133,6 +132,21 @@ def _of_run(folder: Path, options: ComparedOptions) -> Compared:
     change = loaded.apply(model.original())
     names = [Concept(name) for name in job.concept]
     return Compared(folder.resolve().name, model, model, names, used, change, loaded.result_hash)
+
+
+def _without_delta(record: Mapping[str, Any], folder: Path) -> str:
+    """What to do with a run that has no delta: name the model that it wrote, or else erase again."""
+    given, model = record["options"], file_of(record, folder, "checkpoint")
+    if model is None and (network := file_of(record, folder, "folder")) is not None:
+        model = network.parents[1]
+    outside = [path for path in given.get("output", []) if output_layout(path) in ("file", "folder")]
+    written = [str(model)] if model is not None else outside
+    if not written:
+        return "run the erasure again without {output}, or with one that ends in .salun.safetensors"
+    texts = [written[0], given["model"] or "ORIGINAL", *given["concept"]]
+    erased, original, *concepts = (literal(quote(text)) if text.isprintable() else "…" for text in texts)
+    named = " ".join(f"{{concept}} {concept}" for concept in concepts)
+    return f"Name the model that it wrote instead: {erased} {{against}} {original} {named}"
 
 
 def _erase_options(options: ComparedOptions, base: EraseOptions | None = None) -> EraseOptions:

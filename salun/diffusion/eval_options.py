@@ -56,7 +56,7 @@ class EvalOptions(ComparedOptions):
     prompts: list[str] = option(
         [],
         "File of prompts (.csv with the columns of I2P or COCO, or .txt), or hub id of a data set of them, with a "
-        "revision as in ID@REVISION; repeatable",
+        "revision or a split as in ID@REVISION:SPLIT; repeatable",
         path=True,
     )
     max_prompts: int | None = option(

@@ -16,6 +16,7 @@ from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSam
 from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
+from salun.evaluation.detector import Target
 from salun.evaluation.estimate import from_json
 from salun.evaluation.result_names import result_names
 from salun.files import check_result_folder, write_bytes
@@ -33,9 +34,10 @@ IMAGES = "images"
 CSV = ("set", "model", "image", "id", "row", "prompt", "seed", "guidance", "width", "height")
 UNCALIBRATED = "not calibrated"
 RATES = (
-    "Images in which the concept is detected, in %. Corrected: for the detector's misses and false alarms on the "
-    "original's images; where it cannot tell there, the rate is unknown. Raw: as it sees them; without an original "
-    "nothing says what that is worth."
+    "Images in which the concept is detected, in %. Corrected: relative to the original's images of the concept's own "
+    "prompts (100 %) and of other prompts (0 %), and so for the detector's misses and false alarms there; where it "
+    "cannot tell the two apart, the rate is unknown. Raw: as it sees them; without an original nothing says what that "
+    "is worth."
 )
 
 
@@ -73,7 +75,8 @@ def _parts(result: EvalResult) -> Iterator[tuple[SetResult, str, SetSamples]]:
 
 
 def _csv(result: EvalResult) -> str:
-    """A row for each image: what was asked for (`CSV`), and each detector's score of each of its labels."""
+    """A row for each image: what was asked for (`CSV`), what each detector detects, and its score of each label."""
+    decisions = _decisions(result)
     columns = [
         (name, attribute, k, f"{name} {attribute}: {label}")
         for name, detector in result.detectors.items()
@@ -82,16 +85,37 @@ def _csv(result: EvalResult) -> str:
     ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*CSV, *(column[-1] for column in columns)])
+    detected = (f"{name} detects: {concept}" for name, concept, *_ in decisions)
+    writer.writerow([*CSV, *detected, *(column[-1] for column in columns)])
     for each, side, samples in _parts(result):
         seen = {name: sides[side] for name, sides in each.seen.items()}
+        hits = [
+            seen[of].scores[target.attribute][:, target.label] >= (seen[of].threshold if least is None else least)
+            for of, _, target, least in decisions
+        ]
         for i, (prompt, row) in enumerate(zip(samples.prompts, each.prompts.rows, strict=True)):
             scores = [seen[of].scores[attribute][i, k] for of, attribute, k, _ in columns]
             known = [f"{score:.6g}" if np.isfinite(score) else "" for score in scores]
             guidance, (height, width) = sampled_as(row, result.plan.sampling)
             drawn = [each.seeds[i], f"{guidance:g}", width, height]
-            writer.writerow([each.prompts.name, side, i + 1, row.id, row.row or "", prompt, *drawn, *known])
+            made = [*drawn, *(int(shown[i]) for shown in hits), *known]
+            writer.writerow([each.prompts.name, side, i + 1, row.id, row.row or "", prompt, *made])
     return text.getvalue()
+
+
+def _decisions(result: EvalResult) -> list[tuple[str, str, Target, float | None]]:
+    """(detector, concept, where its scores show it, its calibrated threshold or None) of all that rates are of."""
+    calibrated = {
+        (name, concept.name): pair.calibration(concept).threshold
+        for name, pair in result.pairs.items()
+        for concept in pair.concepts
+    }
+    return [
+        (name, subject.name, target, calibrated.get((name, subject.name)))
+        for name, detector in result.detectors.items()
+        for subject in result.plan.subjects
+        if (target := detector.target(subject)) is not None
+    ]
 
 
 def report(result: EvalResult, data: Mapping[str, Any]) -> Report:
@@ -122,7 +146,7 @@ def _files(result: EvalResult) -> Section:
     """Links to the files in the folder of the page."""
     links = [
         ("eval.json", "eval.json", "everything on this page and more, as data"),
-        ("eval.csv", "eval.csv", "a row for each image, with each detector's scores"),
+        ("eval.csv", "eval.csv", "a row for each image, with each detector's decisions and scores"),
     ]
     if result.options.keep_images:
         links.append((f"{IMAGES}/", f"{IMAGES}/", "every image, by set"))
@@ -157,7 +181,7 @@ def set_rows(sets: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for detector, rates in of["detected"].items():
             for what, rate in rates.items():
                 rows += [(name, str(of["n"]), detector, *cells) for cells in _rate_cells(what, rate)]
-        if of["preserve"] and of["image_drift"] is not None:
+        if of["image_drift"] is not None:
             rows.append((name, str(of["n"]), "", "drift of images", "", from_json(of["image_drift"]).text("", 3)))
     return rows
 

@@ -140,7 +140,8 @@ class SetResult:
 def rate_json(hits: Mapping[str, np.ndarray], calibration: Calibration | None) -> dict[str, Any]:
     """Side → percentage of True, raw and, where a calibration says what a detector's word is worth, corrected.
 
-    Where it says that the detector cannot tell, both are unknown for its `reason`.
+    Where it says that the detector cannot tell, both are unknown for its `reason`. A corrected one is cut off at 0 and
+    100 %.
 
     Args:
         hits: Side → bool (n,), n > 0.
@@ -150,8 +151,16 @@ def rate_json(hits: Mapping[str, np.ndarray], calibration: Calibration | None) -
     raw = {side: Estimate.percentage(shown).as_json() if reason is None else None for side, shown in hits.items()}
     corrected = None
     if calibration is not None:
-        corrected = {side: calibration.corrected_rate(shown).as_json() for side, shown in hits.items()}
+        corrected = {side: _cut_off(calibration.corrected_rate(shown)).as_json() for side, shown in hits.items()}
     return {**raw, "calibrated": calibration is not None, "corrected": corrected, "reason": reason}
+
+
+def _cut_off(value: Value) -> Value:
+    """A percentage within 0 and 100, and its interval."""
+    if isinstance(value, Unknown):
+        return value
+    ends = (None if end is None else min(max(end, 0.0), 100.0) for end in (value.low, value.high))
+    return Estimate(min(max(value.value, 0.0), 100.0), value.n, *ends)
 
 
 def wanted_sets(options: EvalOptions, plan: Plan, model: DiffusionModel, record: RunRecord) -> list[PromptSet]:

@@ -45,6 +45,7 @@ from salun.evaluation.image_metric import ImageMetric, ImageSet, Prepared, load_
 from salun.evaluation.metric import EvaluationPair
 from salun.evaluation.pretrained import CLIP
 from salun.evaluation.result_names import result_names
+from salun.evaluation.verdict import verdict_on
 from salun.progress import Event, Progress, Stage, StageCost, in_parts, silent
 from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
@@ -88,7 +89,7 @@ class EvalResult:
             for name, pair in self.pairs.items()
         }
         sets = [each for each in self.sets if each.prompts.name != ANCHOR]
-        return {
+        data = {
             "n": self.options.n,
             "seed": self.options.seed,
             "concepts": [{"name": c.name, "anchor": c.anchor} for c in self.plan.concepts],
@@ -99,6 +100,7 @@ class EvalResult:
             "sampling": {**asdict(self.plan.sampling), **self.record.facts},
             **{name: recorded[name] for name in RECORDED},
         }
+        return data | {"verdict": verdict_on(data).as_json()}
 
     def _of_set(self, of: SetResult, calibrations: Mapping[str, Mapping[str, Calibration]]) -> dict[str, Any]:
         """What became of a set of prompts. calibrations: detector → concept → its calibration on the original."""

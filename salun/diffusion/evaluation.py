@@ -185,7 +185,8 @@ def compare(
     if not prompts.forget:
         unknown: dict[Source, str] = dict.fromkeys(("detections", "predictions", "latents"), NO_IMAGES)
         none = ModelEvaluation(NOTHING, NOTHING, before.predictions)
-        return _with_verdict(measure(EvaluationPair([], {}, {}, {}, none, none, unknown)), plan)
+        measured = measure(EvaluationPair([], {}, {}, {}, none, none, unknown))
+        return _with_verdict({**measured, "cause": "no images"}, plan)
     inputs = DetectorInputs(plan.subjects, model.settings.detector, model, model.device)
     detector = load_detector(plan.detector, inputs)
     return metrics_of(detector, evaluated_pair(detector, plan, prompts, before, after, progress), plan)
@@ -242,8 +243,8 @@ def metrics_of(detector: Detector, pair: EvaluationPair, erased_by: Plan | None 
 
 
 def metrics_without(detector: Detector, reason: str) -> dict[str, Any]:
-    """The metrics where nothing could be measured, for this reason."""
-    return _with_verdict({"reason": reason, "reasons": {}, "detector": facts_of(detector)})
+    """The metrics where nothing could be measured for want of an original, in the words of `reason`."""
+    return _with_verdict({"reason": reason, "cause": "no original", "reasons": {}, "detector": facts_of(detector)})
 
 
 def _with_verdict(metrics: dict[str, Any], erased_by: Plan | None = None) -> dict[str, Any]:

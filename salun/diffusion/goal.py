@@ -30,6 +30,8 @@ PART = re.compile(
     r"(?P<rate>ua(?:\[(?P<concept>[^\]]+)\])?|anchor)\s*>=\s*(?P<least>\S+)"
     r"|(?P<name>retain_drift|ra_drop|asr)\s*<=\s*(?P<most>\S+)"
 )
+SEPARATOR = re.compile(r",(?![^\[]*\])")  # of parts; a concept in brackets may have commas
+HIGHEST = 0.993  # UA or anchor that all of 128 images can show with the probability `SURE`
 BETTER, VAIN = 0.95, 2  # a try that leaves more harm than this times the least so far is in vain; tries in vain at most
 
 
@@ -39,15 +41,16 @@ class Goal:
 
     Args:
         ua: Fraction of images of the concept's prompts without the concept, at least.
-        retain_drift, ra_drop: See `Probed`, at most.
-        anchor: Fraction of those images with the anchor in its place, at least, where the detector can tell.
+        retain_drift, ra_drop: See `Probed`, at most; an RA drop of None is not measured.
+        anchor: Fraction of those images with the anchor in its place, at least, where the detector can tell; 0 where it
+            does not matter.
         asr: Likewise, at most; None where the training is not hardened against attacks.
         ua_of: Of single concepts, by name, in place of `ua`: `ua[red]>=0.95`.
     """
 
     ua: float = 0.98
     retain_drift: float = 0.02
-    ra_drop: float = 0.02
+    ra_drop: float | None = 0.02
     anchor: float = 0.9
     asr: float | None = None
     ua_of: Mapping[str, float] = field(default_factory=dict)
@@ -61,36 +64,41 @@ class Goal:
                 withstands attacks leads away from it.
         """
         values: dict[str, float] = {}
-        ua_of: dict[str, float] = {}
-        for part in filter(None, (part.strip() for part in text.split(","))):
+        for part in filter(None, (part.strip() for part in SEPARATOR.split(text))):
             match = PART.fullmatch(part)
             number = _fraction(match["least"] or match["most"]) if match is not None else None
             if match is None or number is None:
-                raise ConfigError(
+                raise _unusable(
                     f"has {part[:60]!r}, but takes ua>=FRACTION, ua[CONCEPT]>=FRACTION, anchor>=FRACTION, "
-                    "retain_drift<=FRACTION, ra_drop<=FRACTION and asr<=FRACTION, from 0 to 1",
-                    option="until",
-                    advice=f'Use {{until}} "{cls()}"',
+                    "retain_drift<=FRACTION, ra_drop<=FRACTION and asr<=FRACTION, from 0 to 1"
                 )
-            if match["concept"] is not None:
-                ua_of[match["concept"].strip()] = number
-            else:
-                values[match["rate"] or match["name"]] = number
+            name = f"ua[{match['concept'].strip()}]" if match["concept"] is not None else match["rate"] or match["name"]
+            if name in values:
+                raise _unusable(f"has {name[:60]} twice")
+            if match["least"] and number > HIGHEST:
+                raise _unusable(f"has {name[:60]}>={number:g}, but the images of a probe can show {HIGHEST:g} at most")
+            if name == "retain_drift" and not number:
+                raise _unusable("has retain_drift<=0, but every change of the model moves some image")
+            values[name] = number
         if "asr" in values or not anchored:
             values.setdefault("anchor", 0.0)
-        return cls(**values, ua_of=ua_of)
+        single = [name for name in values if name.startswith("ua[")]
+        return cls(ua_of={name[3:-1]: values.pop(name) for name in single}, **values)
 
     def __str__(self) -> str:
         single = "".join(f", ua[{name}]>={value:g}" for name, value in self.ua_of.items())
-        attacked = f", asr<={self.asr:g}" if self.asr is not None else ""
         shown = f", anchor>={self.anchor:g}" if self.anchor or self.asr is None else ""
-        return (
-            f"ua>={self.ua:g}{single}{shown}, retain_drift<={self.retain_drift:g}, ra_drop<={self.ra_drop:g}{attacked}"
-        )
+        most = [(name, getattr(self, name)) for name in ("retain_drift", "ra_drop", "asr")]
+        limits = "".join(f", {name}<={value:g}" for name, value in most if value is not None)
+        return f"ua>={self.ua:g}{single}{shown}{limits}"
 
     def of(self, concept: str) -> float:
         """UA of a concept, at least."""
         return self.ua_of.get(concept, self.ua)
+
+
+def _unusable(problem: str) -> ConfigError:
+    return ConfigError(problem, option="until", advice=f'Use {{until}} "{Goal()}"')
 
 
 def _fraction(text: str) -> float | None:
@@ -214,12 +222,17 @@ class Probed:
         """To other images, in times of what the goal allows: of drift and RA drop the larger."""
         assert self.drift is not None
         pairs = [(self.drift, goal.retain_drift), (self.ra_drop, goal.ra_drop)]
-        harms = [value / (most or 1e-9) for value, most in pairs if value is not None]
+        harms = [value / (most or 1e-9) for value, most in pairs if value is not None and most is not None]
         return math.nan if any(map(math.isnan, harms)) else max(0.0, *harms)
 
     def reaches(self, goal: Goal) -> bool:
         """Whether it meets the goal."""
         return self.erased(goal) and self.drift is not None and self.harm(goal) <= 1
+
+    def nearness(self, goal: Goal) -> tuple[bool, float]:
+        """By which of several the one nearest to the goal is the largest: erased at little harm, or else progress."""
+        erased, harm = self.erased(goal), self.harm(goal)
+        return erased, -harm if erased else self.progress / max(harm, 1.0)
 
     def as_row(self, prefix: str = PREFIX) -> dict[str, float]:
         """As part of a row of the training's history."""
@@ -297,14 +310,14 @@ class Decision:
         return self.retain > 1
 
 
-def decide(goal: Goal, probes: Sequence[Probed], every: int, budget: int) -> Decision:
+def decide(goal: Goal, probes: Sequence[Probed], every: int, budget: int, guided: bool = True) -> Decision:
     """What to do after these probes of a training.
 
     Train at a constant rate, with a probe every so many steps, until the concept is plausibly gone and the anchor
     shown. Then let the rate fall to 0, over half as many steps again, and look closely: if the goal holds, it is
     reached; if UA was lost, train on, towards a target further from the concept; if other images are harmed, and no
     smaller change helps, train on at half the rate, falling again, with more retain samples and weight on them. While
-    UA stands still, the rate rises, or, where the concept is gone from some images, the target moves; and so it does
+    UA stands still, the rate rises, or, where the concept is gone from some images, the target moves, and so it does
     while attacks succeed and other images stay. Where the concept is gone and the anchor is not shown, training
     continues with more forget samples, and ends where that stands still. A wrecked model begins again from the original
     weights, at a quarter of the rate.
@@ -312,14 +325,29 @@ def decide(goal: Goal, probes: Sequence[Probed], every: int, budget: int) -> Dec
     Args:
         every: Steps between probes.
         budget: Steps at most.
+        guided: Whether the method's target can move; otherwise the rate rises in its place.
     """
-    *_, last = _decisions(goal, probes, every, budget)
+    *_, last = _decisions(goal, probes, every, budget, guided)
     return last
 
 
-def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) -> Iterator[Decision]:
+def best_of(goal: Goal, probes: Sequence[Probed], every: int, budget: int, guided: bool = True) -> Probed | None:
+    """The probe nearest to the goal of those after the rate fell to 0, the last of equals.
+
+    None where all of them found the model wrecked, and before the first of them. Arguments as of `decide`.
+    """
+    decisions = _decisions(goal, probes, every, budget, guided)
+    settled = [probe for probe, before in zip(probes, decisions, strict=False) if before.phase is Phase.SETTLE]
+    usable = [each for each in reversed(settled) if not each.wrecked]
+    return max(usable, key=lambda each: each.nearness(goal), default=None)
+
+
+def _decisions(
+    goal: Goal, probes: Sequence[Probed], every: int, budget: int, guided: bool = True
+) -> Iterator[Decision]:
     """The first decision, and the one after each probe."""
-    now = Decision(Phase.CONTINUE, 0, min(every, budget))
+    short = budget <= (SETTLING + 1) * every  # no more than those that settle
+    now = Decision(Phase.SETTLE, 0, budget) if short else Decision(Phase.CONTINUE, 0, every)
     yield now
     constant, idle, tries, vain, restarts = 0, -1, 0, 0, 0  # constant: steps at a constant rate
     retain, harm, settled_at = 1.0, math.inf, -1.0  # the least harm, and the last `progress`, of those that settled
@@ -330,7 +358,7 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
         end = probe.step >= budget
         if settled and probe.reaches(goal):
             phase = Phase.REACHED
-        elif probe.wrecked and restarts < RESTARTS and not end:
+        elif probe.wrecked and restarts < RESTARTS and probe.step + (SETTLING + 1) * every <= budget:
             phase, factor, restart = Phase.CONTINUE, factor * BACK, True
             restarts, constant, idle = restarts + 1, 0, i
             tries, vain, harm, settled_at = 0, 0, math.inf, -1.0
@@ -348,16 +376,14 @@ def _decisions(goal: Goal, probes: Sequence[Probed], every: int, budget: int) ->
             lacking = probe.gone >= SURE and probe.progress < settled_at + MOVED
             phase, idle, settled_at = Phase.GIVE_UP if lacking else Phase.CONTINUE, i, probe.progress
             grown = grown or probe.confidence < PLAUSIBLE
-            guidance = guidance if probe.gone >= PLAUSIBLE else _farther(guidance)
+            if probe.gone < PLAUSIBLE:
+                factor, guidance = _stronger(factor, guidance, guided)
         else:
             phase = Phase.SETTLE if probe.confidence >= PLAUSIBLE else Phase.CONTINUE
             since = probes[idle + 1 : i + 1]
             if phase is Phase.CONTINUE and probe.gone < PLAUSIBLE and _stands_still(since, "ua"):
-                if probe.ua <= UNMOVED:
-                    factor = min(factor * FASTER, MOST)
-                else:
-                    guidance, grown = _farther(guidance), True
-                idle = i
+                factor, guidance = _stronger(factor, guidance, guided and probe.ua > UNMOVED)
+                grown, idle = grown or probe.ua > UNMOVED, i
             elif phase is Phase.CONTINUE and probe.gone >= PLAUSIBLE and _stands_still(since, "progress"):
                 phase, grown, idle = Phase.SETTLE if grown else Phase.CONTINUE, True, i  # what lacks is the anchor
         length = max(SETTLING * every, constant // 2)
@@ -375,9 +401,14 @@ def _attacked(goal: Goal, probe: Probed, guidance: float, settled: bool) -> bool
     return probe.asr is not None and not probe.withstands(goal) and retained and guidance < HARDEST
 
 
-def _farther(guidance: float) -> float:
-    """η after a rise; one that attacks have raised beyond that stays."""
-    return max(guidance, min(guidance + GUIDED, FARTHEST))
+def _stronger(factor: float, guidance: float, guided: bool) -> tuple[float, float]:
+    """The learning rate's factor and η where the concept stays: one of them rises, up to its limit.
+
+    An η that attacks have raised beyond that stays.
+    """
+    if guided:
+        return factor, max(guidance, min(guidance + GUIDED, FARTHEST))
+    return min(factor * FASTER, MOST), guidance
 
 
 def _stands_still(since: Sequence[Probed], name: Literal["ua", "progress"]) -> bool:

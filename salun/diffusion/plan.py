@@ -46,7 +46,8 @@ class Plan:
     where the options do not say how to sample. notes: lines for the user. detector: of the concepts in images, with its
     argument after a colon. goal: what to train towards; None for a fixed number of steps, those of the recipe.
     lr_given: whether the options name the learning rate; with a goal it is measured otherwise.
-    all_latents: forget latents of a fixed number of steps, where a goal takes fewer.
+    all_latents: forget latents of a fixed number of steps, where a goal takes fewer. usual_steps: the model's, whatever
+    the options say; a goal's probes are by them.
     """
 
     concepts: list[Concept]
@@ -60,6 +61,7 @@ class Plan:
     goal: Goal | None = None
     lr_given: bool = False
     all_latents: int | None = None
+    usual_steps: int = 0
 
     @property
     def subjects(self) -> list[Subject]:
@@ -104,7 +106,7 @@ class Plan:
     @property
     def probe_every(self) -> int:
         """Steps between two probes of a training towards a goal."""
-        return max(FEWEST_BETWEEN, self.recipe.steps // PROBES)
+        return max(FEWEST_BETWEEN, (self.usual_steps or self.recipe.steps) // PROBES)
 
     @property
     def budget(self) -> int:
@@ -160,7 +162,8 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
     recipe, goal, all_latents = settings.recipe, _goal(options, concepts), None
     if options.recipe == "paper":
         recipe = _paper_recipe(settings, model, concepts[0].kind, METHODS["diffusion"][options.method])
-    recipe = replace(recipe, steps=recipe.steps * len(concepts))
+    usual = recipe.steps * len(concepts)
+    recipe = replace(recipe, steps=usual)
     if goal is not None:
         few = max(recipe.forget_latents // PART, min(FEWEST, recipe.forget_latents))
         all_latents, recipe = recipe.forget_latents, replace(recipe, forget_latents=few)
@@ -194,6 +197,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
         goal=goal,
         lr_given=options.lr is not None,
         all_latents=all_latents if options.forget_latents is None else None,
+        usual_steps=usual,
     )
 
 

@@ -24,12 +24,13 @@ from salun.diffusion.until import Until
 from salun.errors import ConfigError
 from salun.evaluation.estimate import Unknown, Value
 from salun.evaluation.metrics.image_drift import drift_of
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage
 from salun.randomness import step_generator
 
 BATCH, FEW, MANY = 8, 24, 128  # images of each concept: at a time; at most on the way; at most at the end
 MOST_OTHERS = 64  # images of other prompts, where the first ones are harmed
 HOPELESS = 0.05  # confidence at which no more images are needed
+INFINITE = 1e9  # drift of images that are not finite; JSON has no other numbers
 ATTACKED = 64  # images under attack at the end; half as many on the way
 
 
@@ -62,11 +63,31 @@ def until_of(task: ErasureTask, context: RunContext, grow: bool) -> Until | None
         task.more = partial(build_training_set, task.model, plan.fixed(), task.progress, cache=context.cache)
     if grow and retain_growth(plan):
         task.more_retain = partial(further_retain, task.model, plan, task.progress, context.cache)
-    measured = {"anchor": any(probe.detector.anchors) or not plan.goal.anchor, "ra_drop": bool(probe.expected)}
-    for name in (name for name, known in measured.items() if not known and name in (plan.options.until or "")):
-        context.note(Stage.TRAINING, f"{name} of the goal is not measured: the detector {plan.detector} cannot tell")
-    lr = plan.recipe.lr if plan.lr_given else None
-    return Until(plan.goal, plan.probe_every, plan.budget, probe, task.at_strength, len(plan.concepts), lr)
+    goal = _measurable(plan.goal, probe, context)
+    return Until(
+        goal,
+        plan.probe_every,
+        plan.budget,
+        probe,
+        task.at_strength,
+        len(plan.concepts),
+        plan.recipe.lr if plan.lr_given else None,
+        guided=plan.method.grows and plan.recipe.target == "frozen",
+        redraws=plan.method.grows,
+    )
+
+
+def _measurable(goal: Goal, probe: ModelProbe, context: RunContext) -> Goal:
+    """What of the goal the detector can tell; the rest is noted."""
+    plan = probe.task.plan
+    anchors = probe.detector.anchors
+    blind = [each.name for each, of in zip(plan.concepts, anchors, strict=True) if of is None and each.anchor]
+    missing = [f"the anchor of {' and '.join(map(repr, blind))}"] if goal.anchor and blind else []
+    missing += [] if probe.expected else ["whether other images are as prompted (ra_drop)"]
+    if missing:
+        context.note(Stage.TRAINING, f"the detector {plan.detector} cannot tell {', nor '.join(missing)}")
+    goal = goal if any(anchors) else replace(goal, anchor=0.0)
+    return goal if probe.expected else replace(goal, ra_drop=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +116,7 @@ class ModelProbe:
 
     def __init__(self, task: ErasureTask, goal: Goal) -> None:
         self.task, self.goal = task, goal
-        self.last = Look([])
+        self.last, self.images = Look([]), 0
         self._looking()
         self.detector = ConceptDetector(task, goal)
         self.expected = expected_retain(self.detector.detector, self._other_prompts(MOST_OTHERS))
@@ -105,9 +126,11 @@ class ModelProbe:
         self.predictions = self._predictions()
         self._looking(len(self.original))
 
-    def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
+    def __call__(self, step: int, *, thorough: bool, drift: bool, grown: bool) -> Probed:
         """Sample held-out prompts until it is clear enough whether the goal holds; see `until.Probe`."""
         self._looking()
+        if grown:  # as the step before had it, which a resumed training did not take
+            self.task.grow()
         scores = [np.empty((0, 2), np.float32) for _ in self.task.plan.subjects]
         least, most = (MANY // 2, MANY) if thorough else (BATCH, FEW)
         while len(scores[0]) < most:
@@ -119,8 +142,8 @@ class ModelProbe:
             self._looking(len(scores[0]))
             gone = min(each.gone for each in concepts)
             hopeless = (gone if thorough else confidence) <= HOPELESS
-            if hopeless or (len(scores[0]) >= least and (confidence >= SURE or confidence <= HOPELESS)):
-                break
+            if hopeless or (len(scores[0]) == least and (confidence >= SURE or confidence <= HOPELESS)):
+                break  # not asked in between: asked often enough, chance says yes
         self.last = Look(scores)
         probed = Probed(step, concepts)
         if thorough and probed.confidence >= PLAUSIBLE:
@@ -156,7 +179,8 @@ class ModelProbe:
         return probed
 
     def _looking(self, images: int = 0, message: str = "") -> None:
-        """Report that the training is interrupted by a look at images."""
+        """Report that the training is interrupted by a look, at so many images up to now."""
+        self.images = images
         self.task.progress(Event(Stage.TRAINING, metrics={"probing": images} if images else {}, message=message))
 
     def _scores(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -170,24 +194,28 @@ class ModelProbe:
         seen, each = self.detector.scores(self._sampled(texts, seeds), texts), len(images[0])
         return [scores[i * each : (i + 1) * each] for i, scores in enumerate(seen)]
 
-    def _sampled(self, texts: Sequence[str], seeds: Sequence[int], progress: Progress = silent) -> Tensor:
+    def _interrupted(self, event: Event) -> None:
+        """Report at each of the sampler's steps that a look is under way, so that a host can cancel."""
+        self._looking(self.images)
+
+    def _sampled(self, texts: Sequence[str], seeds: Sequence[int], progress: Progress | None = None) -> Tensor:
         """Latents, in fewer of the sampler's steps."""
         model, sampling = self.task.model, self.task.plan.sampling
         with model.sampling_as(of_probes(sampling), (sampling.resolution, sampling.resolution)):
-            return sample_latents(model, texts, seeds, progress)
+            return sample_latents(model, texts, seeds, progress or self._interrupted)
 
     def _other_prompts(self, n: int) -> list[Prompt]:
         """n held-out retain prompts, at most `MOST_OTHERS`."""
         prompts, seed = self.task.plan.prompts.eval_retain, self.task.plan.options.seed
         return [prompts[row] for row in spread(MOST_OTHERS, len(prompts), seed)][:n]
 
-    def _others(self, n: int, progress: Progress = silent, start: int = 0) -> Tensor:
+    def _others(self, n: int, progress: Progress | None = None, start: int = 0) -> Tensor:
         """Latents of these prompts, from number `start` to n."""
         texts = [prompt.text for prompt in self._other_prompts(n)[start:]]
         seeds = [item_seed(self.task.plan.options.seed, "probe", -1 - i) for i in range(start, n)]
         return self._sampled(texts, seeds, progress).cpu()
 
-    def _sample_original(self, n: int, progress: Progress = silent) -> None:
+    def _sample_original(self, n: int, progress: Progress | None = None) -> None:
         """Have latents of the original for n other prompts, and what is right in them."""
         if n > len(self.original):
             with self.task.original_weights():
@@ -279,9 +307,9 @@ class ModelProbe:
 
 
 def _known(drift: Value) -> float:
-    """Its number. Raises ConfigError if there is none."""
+    """Its number, a large one for images that are not finite. Raises ConfigError if there is none."""
     if isinstance(drift, Unknown):
         raise ConfigError(
             f"needs the drift of other images: {drift.reason}", option="until", advice="Use {steps} instead of {until}"
         )
-    return float(drift.value)
+    return float(drift.value) if np.isfinite(drift.value) else INFINITE

@@ -20,6 +20,7 @@ from salun.evaluation.calibration import Calibration, fitting
 from salun.evaluation.detector import Detection, Detector, DetectorInputs, Fitted, Samples, load_detector
 from salun.progress import Event, Progress, Stage, silent
 
+CERTAIN = 0.8  # probability
 NEAREST = 16  # images of each concept, nearest to showing it, or to losing its anchor, that decide about a strength
 
 
@@ -145,22 +146,33 @@ class ConceptDetector:
 
 
 def rate_below(of: Calibration, scores: np.ndarray, most: float) -> tuple[float, float]:
-    """(the rate of images that show something, corrected by its calibration; the probability that it is ≤ most)."""
+    """(the rate of images that show something, corrected by its calibration; the probability that it is ≤ most).
+
+    For the probability the detector raises no more false alarms than it does with certainty `CERTAIN`: of few images
+    that calibrate it, a single false alarm may be chance, and must not excuse what the trained model shows.
+    """
     seen, false = float(of.positives.mean()), float(of.negatives.mean())
     k, n = int((scores >= of.threshold).sum()), len(scores)
     rate = float(np.clip((k / n - false) / (seen - false), 0, 1))
-    return rate, probability_below(false + most * (seen - false), k, n)
+    theta, below = _posterior(int(of.negatives.sum()), len(of.negatives))
+    least = float(np.sin(np.interp(1 - CERTAIN, below, theta)) ** 2)
+    return rate, probability_below(least + most * (seen - least), k, n)
 
 
 def probability_below(limit: float, k: int, n: int) -> float:
-    """P(rate ≤ limit) after k of n, by Jeffreys' posterior Beta(k + ½, n − k + ½), integrated over θ, rate = sin²θ."""
+    """P(rate ≤ limit) after k of n."""
+    theta, below = _posterior(k, n)
+    return float(np.interp(np.arcsin(np.sqrt(np.clip(limit, 0.0, 1.0))), theta, below))
+
+
+def _posterior(k: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """θ and P(rate ≤ sin²θ) after k of n, by Jeffreys' posterior Beta(k + ½, n − k + ½), integrated over θ."""
     theta = np.linspace(0, np.pi / 2, 20_001)
     with np.errstate(divide="ignore"):
         logs = 2 * k * np.log(np.sin(theta)) if k else np.zeros_like(theta)
         logs = logs + (2 * (n - k) * np.log(np.cos(theta)) if n > k else 0.0)
-    density = np.exp(logs - logs.max())
-    below = theta <= np.arcsin(np.sqrt(np.clip(limit, 0.0, 1.0)))
-    return float(density[below].sum() / density.sum())
+    density = np.exp(logs - logs.max()).cumsum()
+    return theta, density / density[-1]
 
 
 def _some(latents: Tensor) -> Tensor:

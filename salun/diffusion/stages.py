@@ -1,4 +1,4 @@
-"""What erasures, masks, evaluations and attacks do, in order, and what it costs: behind progress and time left.
+"""What each command on diffusion models does, in order, and what it costs: behind progress and time left.
 
 Passes are of one sample through the network; a prediction for the text and one for the empty prompt are two.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from salun.diffusion.losses import ErasureData
     from salun.diffusion.options import Sampling
     from salun.diffusion.plan import Plan
+    from salun.diffusion.train_options import ClassTrainOptions
 
 HARDENING = 5  # what the pool adds to a step, in passes of a batch forward and backward, as measured
 PROBED, CLOSING = 144, 384  # images that probes of a training take for a concept, with others: on the way, at the end;
@@ -132,6 +133,33 @@ def attack_stages(plan: Plan, options: AttackOptions) -> list[StageCost]:
     )
 
 
+def sample_stages(sampling: Sampling, images: int) -> list[StageCost]:
+    """What sampling images into a file does."""
+    return [StageCost(Stage.SAMPLING, images, forward=images * sampling.passes), StageCost(Stage.SAVING, 1)]
+
+
+def class_training_stages(
+    options: ClassTrainOptions, sampling: Sampling, shown: int, saved: bool = True
+) -> list[StageCost]:
+    """What the training of a class-conditional model does.
+
+    Args:
+        options: Resolved.
+        shown: Images that are sampled on the way, each time, and at the end.
+        saved: Whether the model is written.
+    """
+    steps, batch_size = options.steps or 0, options.batch_size or 0
+    of_samples = shown * sampling.passes
+    on_the_way = steps // options.samples_every * of_samples if options.samples_every else 0
+    return merged(
+        [
+            StageCost(Stage.TRAINING, steps, forward=on_the_way, backward=steps * batch_size),
+            StageCost(Stage.SAVING, int(saved)),
+            StageCost(Stage.SAMPLING, shown, forward=of_samples),
+        ]
+    )
+
+
 def _forget_latents(plan: Plan, data: ErasureData | None, images: int) -> int:
     return len(data.forget_latents) if data is not None else (images or plan.recipe.forget_latents) * len(plan.concepts)
 
@@ -155,17 +183,26 @@ def _training(plan: Plan) -> list[StageCost]:
     """Those of the method; by default its steps, and before them the frozen targets of as many."""
     if plan.method.stages:
         made: list[StageCost] = load(plan.method.stages)(plan)
-        return made
+        return made if plan.goal is None else _towards_goal(plan, made)
     steps, samples = plan.recipe.steps, plan.recipe.steps * plan.recipe.batch_size * 2
     ahead = samples * 3 // 2 if plan.options.target_guidance else samples if plan.needs_frozen else 0
     pool = plan.recipe.steps * plan.recipe.batch_size * HARDENING if plan.options.harden else 0
-    if plan.goal is not None:  # the recipe's steps are as good a guess as any; frozen targets are made on the way
-        of_image = len(plan.concepts) * (of_probes(plan.sampling).passes + passes_of(plan.detector))
-        forward, closing = ahead + PROBED * of_image, CLOSING * of_image
-        training = StageCost(Stage.TRAINING, steps, forward, samples + pool, most=plan.budget, closing=closing)
-        return [*_calibration(plan), training]
+    if plan.goal is not None:  # frozen targets are made on the way
+        return _towards_goal(plan, [StageCost(Stage.TRAINING, steps, ahead, samples + pool)])
     frozen = [StageCost(Stage.FROZEN_TARGETS, steps, forward=ahead)] if ahead else []
     return [*frozen, StageCost(Stage.TRAINING, steps, backward=samples + pool)]
+
+
+def _towards_goal(plan: Plan, stages: list[StageCost]) -> list[StageCost]:
+    """The stages of a training of the recipe's steps, which are as good a guess as any, with its probes."""
+    of_image = len(plan.concepts) * (of_probes(plan.sampling).passes + passes_of(plan.detector))
+    probes, closing = PROBED * of_image, CLOSING * of_image
+    return _calibration(plan) + [
+        replace(each, forward=each.forward + probes, most=plan.budget, closing=closing)
+        if each.stage is Stage.TRAINING
+        else each
+        for each in stages
+    ]
 
 
 def _calibration(plan: Plan) -> list[StageCost]:

@@ -115,6 +115,7 @@ def disk_needed(model: Model | ModelSpec, plan: Plan, outputs: list[str], run_di
         for name in outputs
     }
     if run_dir is not None:
-        state = total // 8 + 2 * STATE_BYTES * trained_entries(total, plan)
+        earlier = 4 if plan.goal is not None else 0  # float32 weights that it may come back to
+        state = total // 8 + 2 * (STATE_BYTES + earlier) * trained_entries(total, plan)
         needed[run_dir] = state + (0 if outputs else checkpoint + delta)
     return needed

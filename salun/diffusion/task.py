@@ -17,7 +17,8 @@ from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.plan import Plan
-from salun.diffusion.until import Until, kept_strength
+from salun.diffusion.until import Until, kept_step, kept_strength
+from salun.masking.earlier import EarlierWeights
 from salun.masking.mask import Mask
 from salun.masking.optimizers import adam
 from salun.masking.rate import first_order_rate
@@ -160,8 +161,10 @@ class ErasureTask:
         state = (
             StateFile(self.state, self.fingerprint, options.save_every, alongside) if self.state is not None else None
         )
-        if self.until is not None and self.until.lr is None:
-            self.until.lr = self._measured_rate(losses)
+        earlier = self._earlier()
+        if self.until is not None:
+            self.until.write = earlier.write
+            self.until.lr = self._measured_rate(losses) if self.until.lr is None else self.until.lr
         trained = train(
             parameters or self.parameters,
             Mask.full(parameters) if parameters else self.mask,
@@ -173,7 +176,16 @@ class ErasureTask:
             processes=self.processes,
             watch=self.until,
         )
-        return trained if self.until is None else self._kept(trained)
+        if self.until is None:
+            return trained
+        if kept_step(trained.history) < len(trained.history):
+            trained = replace(trained, masters=earlier.read(trained.masters))
+        return self._kept(trained)
+
+    def _earlier(self) -> EarlierWeights:
+        """The weights of an earlier step, which a goal may come back to."""
+        path = self.state.with_name("earlier.safetensors") if self.state is not None else None
+        return EarlierWeights(path, self.fingerprint, self.processes.rank == 0)
 
     def _measured_rate(self, losses: Callable[[int], Mapping[str, Tensor]]) -> float:
         """The learning rate to begin with: of the first loss, by which the model forgets, at the original weights."""

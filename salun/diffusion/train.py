@@ -25,6 +25,7 @@ from salun.diffusion.model.loading import quiet_libraries
 from salun.diffusion.model.schedule import COSINE
 from salun.diffusion.model.settings import ModelSettings
 from salun.diffusion.options import Recipe, Sampling
+from salun.diffusion.stages import class_training_stages
 from salun.diffusion.train_options import ClassTrainOptions
 from salun.display import shown
 from salun.errors import ConfigError, TrainingError
@@ -34,7 +35,7 @@ from salun.masking.optimizers import adam
 from salun.masking.training import TrainingSettings, linear_decay, train
 from salun.masking.training_state import LossRow, StateFile
 from salun.options import from_mapping
-from salun.progress import Event, Progress, Stage, silent
+from salun.progress import Event, Progress, Stage
 from salun.randomness import step_generator
 from salun.report.image_grid import png_bytes, sheet
 from salun.runs.folder import check_folder
@@ -269,12 +270,17 @@ def _trained(
     settings = TrainingSettings(options.steps, linear_decay(options.lr, options.steps, options.lr_decay),
                                 adam("adam", options.lr, parameters))  # fmt: skip
 
+    def go_on(event: Event, /) -> None:  # sampling on the way is part of the training
+        progress(Event(Stage.TRAINING))
+
     def looked_at(done: int) -> bool:
         if options.samples_every and done % options.samples_every == 0:  # by all processes, which share the samples
             model.load(average.weights)
-            progress(Event(Stage.TRAINING, done, options.steps or 0, image=_samples(model, record.folder)))
+            progress(Event(Stage.TRAINING, done, options.steps or 0, image=_samples(model, record.folder, go_on)))
         return False
 
+    stages = class_training_stages(options, model.settings.sampling, len(_shown(model)), record.folder is not None)
+    progress(Event(Stage.PLANNING, stages=stages, resumed=record.resumed > 0))
     with record.stage(Stage.TRAINING):
         losses = _Losses(options, data, network, average, model, processes)
         history = train(
@@ -285,12 +291,13 @@ def _trained(
     model.load(average.weights)
     record.losses = history
     target = record.folder / MODEL if record.folder is not None else None
-    with record.stage(Stage.SAVING):
-        if target is not None:
-            progress(Event(Stage.SAVING, 1, 1, message=f"{MODEL}/"))
+    if target is not None:
+        with record.stage(Stage.SAVING):
             write_class_model(target, model, data.classes, preset)
             record.add_output("folder", target / "unet" / "diffusion_pytorch_model.safetensors", f"{MODEL}/unet")
-        _samples(model, record.folder)
+            progress(Event(Stage.SAVING, 1, 1))
+    with record.stage(Stage.SAMPLING):
+        _samples(model, record.folder, progress)
     return TrainedClassModel(target, model, record, history)
 
 
@@ -351,13 +358,17 @@ def _model_of(
     )
 
 
-def _samples(model: ClassModel, folder: Path | None) -> np.ndarray:
+def _shown(model: ClassModel) -> list[str]:
+    """The label of each image of `_samples`."""
+    return [label for label in model.labels[:MOST_SHOWN] for _ in range(SHOWN)]
+
+
+def _samples(model: ClassModel, folder: Path | None, progress: Progress) -> np.ndarray:
     """A row of samples for each class, uint8 (H, W, 3); also written into the run folder."""
-    labels = model.labels[:MOST_SHOWN]
-    prompts = [label for label in labels for _ in range(SHOWN)]
+    prompts = _shown(model)
     with torch.no_grad():
-        images = model.decode(sample_latents(model, prompts, list(range(len(prompts))), silent))
-    image = sheet(images, SHOWN, labels)
+        images = model.decode(sample_latents(model, prompts, list(range(len(prompts))), progress))
+    image = sheet(images, SHOWN, prompts[::SHOWN])
     if folder is not None:
         write_bytes(folder / SAMPLES, png_bytes(image))
     return image

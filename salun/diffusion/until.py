@@ -7,25 +7,30 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from salun.diffusion.goal import PAIR, PREFIX, SETTLING, Decision, Goal, Phase, Probed, decide
+from salun.diffusion.goal import PAIR, PREFIX, SETTLING, Decision, Goal, Phase, Probed, best_of, decide
 from salun.masking.training_state import LossRow
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STRENGTHS = (0.85, 0.7, 0.55)  # of a smaller change
 HARM_POWER = 1.5  # drift grows about as s^1.5 with the strength s: 0.79 at 0.85, 0.59 at 0.7 on the bundled model
 SAFE, LOWEST, LOOKS = 0.95, 0.6, 3  # to harm as little as allowed: part of that, the least strength, and looks at most
 WEAKER = (0.5, 0.25, 0.1)  # tried where the model is wrecked
+LESS = 0.8  # of the harm at the full strength is left at the first of the smaller ones
 BASE, OFTEN = 0.2, 50.0  # how often a retain sample is drawn: at least, and at most by how far it moved, squared
-MOVED, TRIED, KEPT = f"{PREFIX}moved ", f"{PREFIX}tried ", f"{PREFIX}kept"  # columns of a history
+MOVED, TRIED = f"{PREFIX}moved ", f"{PREFIX}tried "  # columns of a history
+KEPT, EARLIER = f"{PREFIX}kept", f"{PREFIX}earlier"
 RARER = 0.25  # how often a concept that is gone, its anchor shown, is drawn, relative to another one
 
 
 class Probe(Protocol):
     """Looks at the live network's weights."""
 
-    def __call__(self, step: int, *, thorough: bool, drift: bool) -> Probed:
-        """Which are those after a step. thorough: for a decision at last. drift: measure it too.
+    def __call__(self, step: int, *, thorough: bool, drift: bool, grown: bool) -> Probed:
+        """Which are those after a step. thorough: for a decision at last. drift: measure it too. grown: of `Decision`.
 
         A thorough look at a model without the concept measures the harm to other images.
         """
@@ -52,6 +57,9 @@ class Until:
         probe: Looks at the live network.
         at_strength: Context manager: the live network has the weights θ₀ + s·(θ − θ₀) of a strength s.
         concepts: How many.
+        guided: Whether the method's target can move, as a goal wants it.
+        redraws: Whether the method draws retain samples by how far they moved.
+        write: Keeps the trainable weights of now as the earlier ones that may be taken at the end.
         now: The last decision.
         retain_frequencies: How often each retain sample is drawn, relative to each other: those whose predictions
             moved, more often. None for equally often.
@@ -64,6 +72,9 @@ class Until:
     at_strength: Callable[[float], AbstractContextManager[None]]
     concepts: int = 1
     lr: float | None = None
+    guided: bool = True
+    redraws: bool = True
+    write: Callable[[Mapping[str, Tensor]], None] | None = None
     now: Decision = field(init=False)
     retain_frequencies: list[float] | None = None
 
@@ -72,7 +83,17 @@ class Until:
 
     def decision(self, history: list[LossRow]) -> Decision:
         """What follows from the probes in a history."""
-        return decide(self.goal, probes_of(history), self.every, self.budget)
+        return decide(self.goal, probes_of(history), self.every, self.budget, self.guided)
+
+    def best(self, history: list[LossRow]) -> Probed | None:
+        """The probe of the weights that are nearest to the goal so far; see `best_of`."""
+        return best_of(self.goal, probes_of(history), self.every, self.budget, self.guided)
+
+    def keep(self, history: list[LossRow], masters: Mapping[str, Tensor]) -> None:
+        """Keep the weights of now where they are the best so far and training continues."""
+        best = self.best(history) if f"{PREFIX}strength" in history[-1] else None
+        if self.write is not None and best is not None and best.step == len(history) and not self.stops(history):
+            self.write(masters)
 
     def before(self, history: list[LossRow]) -> float:
         """Take note of what was decided; the learning rate of the next step."""
@@ -95,25 +116,36 @@ class Until:
     def after(self, history: list[LossRow]) -> None:
         """Add to the last row of the history, where it is time for that, what moved, and a probe."""
         step, now = len(history), self.decision(history)
-        due = step // self.every % PAIR == 0 and f"{MOVED}0" not in history[-1]
+        due = self.redraws and step // self.every % PAIR == 0 and f"{MOVED}0" not in history[-1]
         if due and step == _unchanged_until(now, self.every, step - 1):
             history[-1] |= {f"{MOVED}{i}": each for i, each in enumerate(self.probe.moved(harmed=now.harmed))}
         if step == now.start + now.length:
             settled = now.phase is Phase.SETTLE
             often = len(probes_of(history)) % PAIR == PAIR - 1
-            looks = [self.probe(step, thorough=settled, drift=settled or often)]
+            looks = [self.probe(step, thorough=settled, drift=settled or often, grown=now.grown)]
             if settled:
                 looks += self._unharmed(looks[0])
             decides = looks[-1] if looks[-1].reaches(self.goal) else looks[0]
             row = history[-1] | decides.as_row()
-            phase = self.decision([*history[:-1], row]).phase
-            if phase in (Phase.REACHED, Phase.GIVE_UP):
+            ahead = [*history[:-1], row]
+            phase, best = self.decision(ahead).phase, self.best(ahead)
+            if phase is Phase.GIVE_UP and best is not None and self._better(best, decides):
+                row |= {KEPT: best.strength, EARLIER: float(best.step)}
+            elif phase in (Phase.REACHED, Phase.GIVE_UP):
                 row[KEPT], more = self._kept(decides)
                 looks += more
             tried = [look for look in looks if look is not decides]
             for i, look in enumerate(tried):
                 row |= look.as_row(f"{TRIED}{i} ")
             history[-1] |= row  # all at once: a look that was interrupted is repeated
+
+    def _better(self, earlier: Probed, last: Probed) -> bool:
+        """Whether earlier weights are nearer to the goal than the last ones, even at a strength of less harm."""
+        if self.write is None or earlier.step == last.step:
+            return False
+        if last.wrecked or not last.erased(self.goal):
+            return last.wrecked or earlier.nearness(self.goal) > last.nearness(self.goal)
+        return earlier.erased(self.goal) and earlier.harm(self.goal) < LESS * last.harm(self.goal)
 
     def _unharmed(self, last: Probed) -> list[Probed]:
         """Looks at smaller strengths where images are harmed at this one: the last reaches the goal, or none does.
@@ -140,8 +172,9 @@ class Until:
     def _kept(self, last: Probed) -> tuple[float, list[Probed]]:
         """The strength of the weights that are kept at the end of the training, and the looks that chose it.
 
-        Where the concept is gone, it is the smallest at which it stays so, with a step of margin; a goal for attacks
-        keeps the whole change, as a smaller one withstands less. Of a wrecked model it is one that is not.
+        Where the concept is gone, it is the smallest at which it stays so, with a step of margin, if a last look finds
+        that this reaches the goal where the larger one does; a goal for attacks keeps the whole change, as a smaller
+        one withstands less. Of a wrecked model it is one that is not.
         """
         strength = last.strength
         looks: list[Probed] = []
@@ -157,6 +190,10 @@ class Until:
                 if not looks[-1].erased(self.goal):
                     break
                 strength = larger
+            if strength < last.strength:
+                looks.append(self._at(strength, last.step, harm=True))
+                if last.reaches(self.goal) and not looks[-1].reaches(self.goal):
+                    strength = last.strength
         return strength, looks
 
     def unchanged_until(self, step: int) -> int:
@@ -183,17 +220,21 @@ class Until:
 
     def reached(self, history: list[LossRow]) -> bool:
         """Whether the weights that are kept reach the goal."""
-        return probes_of(history)[-1].reaches(self.goal)
+        return self.chosen(history).reaches(self.goal)
+
+    def chosen(self, history: list[LossRow]) -> Probed:
+        """The last look at the weights that are kept."""
+        step, strength = kept_step(history), kept_strength(history)
+        row = history[step - 1]
+        looks = [look for look in (*probes_of([row]), *tried_of(row)) if look.strength == strength]
+        return looks[-1]
 
     def summary(self, history: list[LossRow]) -> str:
         """What came of it, in a sentence."""
-        last, kept = probes_of(history)[-1], kept_strength(history)
-        chosen = next((look for look in (last, *tried_of(history[-1])) if look.strength == kept), None)
-        came = "reached" if self.reached(history) else "not reached"
+        step, came = kept_step(history), "reached" if self.reached(history) else "not reached"
         text = f"the goal {self.goal} was {came} after {len(history)} of at most {self.budget} steps"
-        if chosen is not None:
-            return f"{text}: {chosen}"
-        return f"{text}: {last}; {100 * kept:.0f} % of the change are kept, as a smaller one suffices"
+        earlier = f", of which those after step {step} came nearest to it" if step < len(history) else ""
+        return f"{text}{earlier}: {self.chosen(history)}"
 
     def as_json(self, history: list[LossRow]) -> dict[str, Any]:
         """As in `run.json`."""
@@ -208,10 +249,11 @@ class Until:
             "budget": self.budget,
             "every": self.every,
             "strength": kept_strength(history),
+            "step": kept_step(history),
             "lr": self.lr,
             "lr_factor": self.decision(history).factor,
             "target_guidance": self.decision(history).guidance,
-            "retain_factor": self.decision(history).retain,
+            "retain_factor": self.decision(history).retain if "retain" in history[-1] else 1.0,
             "probes": probes,
         }
 
@@ -236,6 +278,11 @@ def tried_of(row: LossRow) -> list[Probed]:
 def kept_strength(history: list[LossRow]) -> float:
     """s of θ₀ + s·(θ − θ₀), the weights that are kept at the end of a training."""
     return history[-1][KEPT]
+
+
+def kept_step(history: list[LossRow]) -> int:
+    """The step after which the network had the weights that are kept, at that strength."""
+    return int(history[-1].get(EARLIER, len(history)))
 
 
 def _frequencies(history: list[LossRow]) -> list[float] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from salun.evaluation.estimate import Estimate, Unknown, Value
+from salun.evaluation.estimate import Estimate, Unknown, Value, independent
 
 MIN_AUC, MIN_GAP = 0.8, 0.3  # below either, a detector cannot tell
 CLEARLY = 0.05  # by which another threshold must be better
@@ -30,12 +30,14 @@ class Calibration:
         negatives: bool (m,), likewise in images of the anchor's and of other prompts.
         auc: Area under the ROC curve of the scores.
         threshold: Of the scores, by which the decisions were made.
+        prompts: (n,), of the positives; None where every image counts as independent.
     """
 
     positives: np.ndarray
     negatives: np.ndarray
     auc: float
     threshold: float = 0.0
+    prompts: np.ndarray | None = None
 
     @classmethod
     def of_scores(
@@ -44,16 +46,18 @@ class Calibration:
         negatives: np.ndarray,
         threshold: float,
         chosen_on: tuple[np.ndarray, np.ndarray] | None = None,
+        prompts: np.ndarray | None = None,
     ) -> Calibration:
         """From the concept's scores (n,) and (m,); one counts as detected from the threshold on.
 
         Args:
+            prompts: As in the class.
             chosen_on: Scores of other images of both kinds, on which another threshold is chosen where that separates
                 the two clearly better; None to keep the given one.
         """
         if chosen_on is not None:
             threshold = adjusted(*chosen_on, threshold)
-        return cls(positives >= threshold, negatives >= threshold, auc(positives, negatives), threshold)
+        return cls(positives >= threshold, negatives >= threshold, auc(positives, negatives), threshold, prompts)
 
     @classmethod
     def of_fitted(cls, positives: np.ndarray, negatives: np.ndarray, threshold: float) -> Calibration:
@@ -69,12 +73,13 @@ class Calibration:
         seen, false = 100 * self.positives.mean(), 100 * self.negatives.mean()
         if seen - false < 100 * MIN_GAP or self.auc < MIN_AUC:
             return (
-                f"the detector cannot tell: on the original model it sees the concept in {seen:.0f} % of the images of "
-                f"its prompts and in {false:.0f} % of others (AUC {self.auc:.2f})"
+                f"the detector cannot tell, or the original rarely draws it: on the original model, the concept is "
+                f"detected in {seen:.0f} % of the images of its prompts and in {false:.0f} % of others (AUC "
+                f"{self.auc:.2f})"
             )
         return None
 
-    def corrected(self, detected: np.ndarray) -> Value:
+    def corrected(self, detected: np.ndarray, prompts: np.ndarray | None = None) -> Value:
         """The percentage of images without the concept, corrected for misses and false alarms.
 
         100 · (1 − (rate − p₀) / (p₁ − p₀)), with an interval by bootstrap over the images and the calibration.
@@ -82,11 +87,13 @@ class Calibration:
 
         Args:
             detected: bool (n,), n > 0.
+            prompts: (n,), whose images depend on each other; None where all are independent.
         """
         if self.reason is not None:
             return Unknown(self.reason)
         rng = np.random.default_rng(0)
-        rates = [_resampled(part, rng) for part in (detected, self.positives, self.negatives)]
+        parts = (detected, prompts), (self.positives, self.prompts), (self.negatives, None)
+        rates = [_resampled(*part, rng) for part in parts]
         drawn = _without(*rates)
         value = _without(detected.mean(), self.positives.mean(), self.negatives.mean())
         low, high = np.quantile(drawn, (0.025, 0.975))
@@ -172,9 +179,10 @@ def adjusted(positives: np.ndarray, negatives: np.ndarray, threshold: float) -> 
     return float(between[best]) if gaps[best] >= gaps[-1] + CLEARLY else threshold
 
 
-def _resampled(hits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _resampled(hits: np.ndarray, groups: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
     """Rates of `DRAWS` bootstrap samples; a rate is drawn from its posterior, so that none is certain (Jeffreys)."""
-    k, n = np.count_nonzero(hits), len(hits)
+    n = len(hits) if groups is None else independent(hits, groups)
+    k = n * np.count_nonzero(hits) / len(hits)
     return rng.beta(k + 0.5, n - k + 0.5, DRAWS)
 
 

@@ -33,7 +33,7 @@ class Estimate:
         n, k = len(hits), int(np.count_nonzero(hits))
         if not n:
             raise ValueError("a percentage needs at least one sample")
-        p, m = k / n, float(n) if groups is None else _independent(hits, groups)
+        p, m = k / n, float(n) if groups is None else independent(hits, groups)
         d = 1 + Z * Z / m
         middle, half = (p + Z * Z / (2 * m)) / d, Z * sqrt(p * (1 - p) / m + Z * Z / (4 * m * m)) / d
         return cls(100 * p, n, 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0))
@@ -66,7 +66,7 @@ class Estimate:
         return f"{self.value:.{digits}f}{unit} ({ends}n = {self.n:,})"
 
 
-def _independent(hits: np.ndarray, groups: np.ndarray) -> float:
+def independent(hits: np.ndarray, groups: np.ndarray) -> float:
     """Independent samples whose proportion has the variance of these, from the number of groups to that of samples."""
     n, p = len(hits), float(hits.mean())
     _, group = np.unique(groups, return_inverse=True)

@@ -115,15 +115,21 @@ class EvaluationPair:
         forget, threshold = before.forget.scores[attribute][rows, label], before.forget.threshold
         others = before.retain.scores[attribute][:, label]
         anchors = np.empty(0, others.dtype) if before.anchor is None else before.anchor.scores[attribute][:, label]
+        prompts = self.prompts_of(concept)
         if self.fitted is None:
-            return Calibration.of_scores(forget, np.concatenate([others, anchors[concept.anchor_rows]]), threshold)
+            negatives = np.concatenate([others, anchors[concept.anchor_rows]])
+            return Calibration.of_scores(forget, negatives, threshold, prompts=prompts)
         on, of_others = self.fitted.forget[rows], self.fitted.others
         of_retain, of_anchors = np.split(of_others, [len(others)])
         own_anchors = anchors[concept.anchor_rows][~of_anchors[concept.anchor_rows]]
         chosen_on = (forget[on], np.concatenate([others, anchors])[of_others]) if before.forget.adjustable else None
-        return Calibration.of_scores(
-            forget[~on], np.concatenate([others[~of_retain], own_anchors]), threshold, chosen_on
-        )
+        negatives = np.concatenate([others[~of_retain], own_anchors])
+        of_known = prompts[~on] if prompts is not None else None
+        return Calibration.of_scores(forget[~on], negatives, threshold, chosen_on, of_known)
+
+    def prompts_of(self, concept: ExpectedConcept) -> np.ndarray | None:
+        """The prompt of each of its forget images, (n,); None where the prompts are not recorded."""
+        return np.asarray(self.forget_prompts)[concept.rows] if len(self.forget_prompts) else None
 
     def shown(self, concept: ExpectedConcept) -> np.ndarray:
         """Whether each of its forget images shows the concept after the erasure, bool (n,), by the calibration."""
@@ -145,10 +151,8 @@ class EvaluationPair:
 
     def prompts_of_images(self) -> np.ndarray | None:
         """The prompt of each of the `forget_images`, (n,); None where the prompts are not recorded."""
-        if not len(self.forget_prompts):
-            return None
-        prompts = np.asarray(self.forget_prompts)
-        return np.concatenate([prompts[concept.rows] for concept in self.concepts])
+        prompts = [of for concept in self.concepts if (of := self.prompts_of(concept)) is not None]
+        return np.concatenate(prompts) if prompts else None
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from salun.evaluation.metric import EvaluationPair, Metric
 from salun.evaluation.metrics.anchor_shown import ANCHOR_SHOWN
 from salun.evaluation.metrics.forgotten import UA, UA_CORRECTED
 from salun.evaluation.metrics.frechet import FRECHET
+from salun.evaluation.metrics.image_diversity import IMAGE_DIVERSITY
 from salun.evaluation.metrics.image_drift import IMAGE_DRIFT
-from salun.evaluation.metrics.prediction_drift import ANCHOR_GAP, RETAIN_CHANGE
+from salun.evaluation.metrics.prediction_drift import ANCHOR_GAP, FORGET_CHANGE, RETAIN_CHANGE
 from salun.evaluation.metrics.preserved import PRESERVED, PRESERVED_BY_ATTRIBUTE
 from salun.evaluation.metrics.prompt_asr import PROMPT_ASR
 from salun.evaluation.metrics.retain_accuracy import RA, RA_BY_ATTRIBUTE, RA_BY_CLASS
+from salun.evaluation.metrics.retain_drop import RA_DROP
 from salun.evaluation.metrics.unclassified import UNCLASSIFIED
 
 METRICS = (  # in the order in which they are shown
@@ -26,11 +28,14 @@ METRICS = (  # in the order in which they are shown
     PRESERVED_BY_ATTRIBUTE,
     UNCLASSIFIED,
     RA,
+    RA_DROP,
     RA_BY_ATTRIBUTE,
     RA_BY_CLASS,
     FRECHET,
     IMAGE_DRIFT,
+    IMAGE_DIVERSITY,
     ANCHOR_GAP,
+    FORGET_CHANGE,
     RETAIN_CHANGE,
 )
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
-from math import hypot
+from math import hypot, sqrt
 from typing import Any
 
 from salun.evaluation.estimate import Estimate, from_json
-from salun.methods import METHODS
+from salun.evaluation.further_sets import harmed, still_shown
+from salun.methods import METHODS, Method
 
 ERASED, MOSTLY = 95.0, 50.0  # percent of images without the concept
 SURE = 80.0  # the interval of "erased" begins here or above
 DAMAGE = 5.0  # percentage points of retain accuracy
 DRIFT = 0.5  # image drift; 1 is that of unrelated images
-UNMOVED = (0.9, 1.1)  # distance to the anchor of a network that hardly moved; 1 is the original's
+DIVERSITY = 0.5  # of images of other prompts, relative to the original's
+UNMOVED = 0.01  # squared change of the concept's predictions; 1 is as far as the anchor's
 FEWEST = 8  # images of a concept
 
 
@@ -31,6 +33,7 @@ class Outcome(str, Enum):
     __str__ = str.__str__
 
 
+GENTLER = "Use a goal that allows less harm ({until}), or raise {retain_weight}"
 STRICTER = "Use a stricter goal ({until}), or {target_guidance} 0.25"  # for a run that trained to one
 LOOK = "Look at the images too: a detector does not see everything"
 ENOUGH = 32  # images, which show a complete erasure to be one
@@ -55,29 +58,65 @@ class Verdict:
 
 
 def verdict_on(metrics: Mapping[str, Any]) -> Verdict:
-    """The verdict on measured metrics, as in `run.json`; of several concepts the least erased one decides.
+    """The verdict on metrics, as in `run.json` or `eval.json`; of several concepts the least erased one decides.
 
-    The advice is on the options of the method that the metrics name; one that is not known is taken for SalUn.
+    The advice is on the options of the method that the metrics name; one that is not known is taken for SalUn. Further
+    sets of prompts can only lower the verdict, and other detectors are named where they say something else.
     """
-    by = METHODS["diffusion"].get(str(metrics.get("method")), METHODS["diffusion"]["salun"])
-    stronger = STRICTER if metrics.get("goal") else by.stronger
+    verdict, shown, suffers = _by_held_out(metrics), still_shown(metrics), harmed(metrics)
+    others = {name: _by_held_out(of).outcome for name, of in (metrics.get("detectors") or {}).items()}
+    differ = [f"by the detector {name}: {of}" for name, of in others.items() if of is not verdict.outcome]
+    outcome, advice = verdict.outcome, verdict.advice
+    if outcome is Outcome.ERASED and shown:
+        outcome, advice = Outcome.MOSTLY, _stronger(metrics)
+    elif outcome is Outcome.ERASED and suffers:
+        advice = _weaker(metrics)
+    return Verdict(outcome, "; ".join(filter(None, (verdict.text, shown, suffers, *differ))), advice)
+
+
+def _method(metrics: Mapping[str, Any]) -> Method:
+    return METHODS["diffusion"].get(str(metrics.get("method")), METHODS["diffusion"]["salun"])
+
+
+def _stronger(metrics: Mapping[str, Any]) -> str:
+    return STRICTER if metrics.get("goal") else _method(metrics).stronger
+
+
+def _weaker(metrics: Mapping[str, Any]) -> str:
+    return GENTLER if metrics.get("goal") else _method(metrics).weaker
+
+
+def _by_held_out(metrics: Mapping[str, Any]) -> Verdict:
+    """By images of held-out prompts of the concepts and of others."""
+    stronger = _stronger(metrics)
     name, forgotten, reason = _least_erased(metrics)
     gone = _gone(name, forgotten, reason)
-    others, damaged = _others(metrics)
-    moved = _known(metrics, "anchor_gap")
-    if damaged:
-        return _verdict(Outcome.DAMAGED, by.weaker, others, gone)
+    others, harm = _others(metrics)
+    moved = _known(metrics, "forget_change")
+    way = f"the network's predictions moved {100 * sqrt(moved.value):.0f} % of the way to the anchor's" if moved else ""
+    if harm is Harm.SURE:
+        return _verdict(Outcome.DAMAGED, _weaker(metrics), others, gone)
     if forgotten is not None and forgotten.n >= FEWEST:
         outcome = _outcome(forgotten)
         more = f"Use {{eval_images}} {max(ENOUGH, 2 * forgotten.n)} or more: so few images cannot show more"
-        unsure = more if forgotten.value >= ERASED else stronger
-        return _verdict(outcome, LOOK if outcome is Outcome.ERASED else unsure, gone, others)
-    if moved is not None and UNMOVED[0] <= moved.value <= UNMOVED[1]:
-        distance = max(100 * (1 - moved.value), 0)
-        text = f"the network's predictions for {name} went {distance:.0f} % of the way to the anchor's"
-        return _verdict(Outcome.BARELY, stronger, text, others)
-    advice = "Look at the images" + (", and use {eval_images} 16 or more" if forgotten is not None else "")
-    return _verdict(Outcome.UNKNOWN, advice, gone, others)
+        if outcome is Outcome.ERASED:
+            return _verdict(outcome, more if harm is Harm.LIKELY else LOOK, gone, others)
+        advice = more if forgotten.value >= ERASED else stronger
+        return _verdict(outcome, advice, gone, way if outcome is Outcome.BARELY else "", others)
+    if moved is not None and moved.value <= UNMOVED:
+        return _verdict(Outcome.BARELY, stronger, way, others)
+    return _verdict(Outcome.UNKNOWN, _next(metrics, forgotten), gone, others)
+
+
+def _next(metrics: Mapping[str, Any], forgotten: Estimate | None) -> str:
+    """What to do where nothing is known, by its cause."""
+    if forgotten is not None or metrics.get("cause") == "no images":
+        return "Look at the images, and use {eval_images} 16 or more"
+    if metrics.get("cause") == "no original":
+        return "Name the original model ({against}) to compare with"
+    calibrated = [of.get("calibration") or {} for of in (metrics.get("per_concept") or {}).values()]
+    blind = any(each.get("reason") for each in calibrated)
+    return "Look at the images, or use another {detector}" if blind else "Look at the images"
 
 
 def _verdict(outcome: Outcome, advice: str, *clauses: str) -> Verdict:
@@ -115,17 +154,34 @@ def _gone(name: str, forgotten: Estimate | None, reason: str) -> str:
     return f"{name} is gone from {forgotten.text()} of the images of its prompts"
 
 
-def _others(metrics: Mapping[str, Any]) -> tuple[str, bool]:
-    """What became of other prompts, and whether the model is damaged."""
+class Harm(Enum):
+    """Whether images of other prompts suffer."""
+
+    NONE = 0
+    LIKELY = 1  # by a difference that chance may make
+    SURE = 2
+
+
+def _others(metrics: Mapping[str, Any]) -> tuple[str, Harm]:
+    """What became of other prompts, and whether they suffer."""
     before, after = _known(metrics, "ra_before"), _known(metrics, "ra_after")
-    drift = _known(metrics, "image_drift")
+    drift, diversity = _known(metrics, "image_drift"), _known(metrics, "image_diversity")
+    if diversity is not None and diversity.value < DIVERSITY:
+        return f"images of other prompts have lost {100 * (1 - diversity.value):.0f} % of their diversity", Harm.SURE
     moved = drift is not None and drift.value >= DRIFT
     drifted = f"images of other prompts drifted by {drift.value:.2f} (1: unrelated images)" if drift is not None else ""
     if before is None or after is None or moved:
-        return drifted, moved
-    drop = before.value - after.value
+        return drifted, Harm.SURE if moved else Harm.NONE
     text = f"images of other prompts are as prompted in {after.text()} of cases (before: {before.value:.1f} %)"
-    return text, drop >= DAMAGE and drop > hypot(before.half_width, after.half_width)
+    drop = _known(metrics, "ra_drop")
+    if drop is not None:
+        lost, least = drop.value, drop.low if drop.low is not None else 0.0
+    else:  # of a run before images were compared one by one
+        lost = before.value - after.value
+        least = lost - hypot(before.half_width, after.half_width)
+    if lost < DAMAGE:
+        return text, Harm.NONE
+    return (text, Harm.SURE) if least > 0 else (f"{text}, which may be chance", Harm.LIKELY)
 
 
 def _known(values: Mapping[str, Any], key: str) -> Estimate | None:

@@ -82,6 +82,9 @@ class Watch(Protocol):
     def after(self, history: list[LossRow]) -> None:
         """Called after each step; adds what the last row lacks, so that a call that was interrupted is repeated."""
 
+    def keep(self, history: list[LossRow], masters: Mapping[str, Tensor]) -> None:
+        """Called after that: keeps a copy of the weights, float32 by name, if they may be taken at the end."""
+
     def stops(self, history: list[LossRow]) -> bool:
         """Whether to end the training here."""
 
@@ -157,7 +160,7 @@ def train(
         checkpointer = Checkpointer(state, optimizer) if state is not None and processes.rank == 0 else None
         try:
             if watch is not None and rows:
-                _measured(watch, rows, processes)  # what a cancel interrupted
+                _measured(watch, rows, optimizer, processes)  # what a cancel interrupted
             for step in range(len(rows), settings.steps):
                 if watch is not None and watch.stops(rows):
                     break
@@ -167,7 +170,7 @@ def train(
                 history.add(step, *(_first(take, optimizer) if half and not step else take()))
                 if threshold is not None:
                     threshold(step + 1, settings.steps)
-                total = settings.steps if watch is None else _measured(watch, rows, processes)
+                total = settings.steps if watch is None else _measured(watch, rows, optimizer, processes)
                 failure = _saved(checkpointer, history, step + 1 == total)
                 progress(Event(settings.stage, step + 1, total, history.latest(), None, failure, resumed))
                 if stop is not None and stop(step + 1):
@@ -267,10 +270,11 @@ def _rate(
     return watch.before(history)
 
 
-def _measured(watch: Watch, history: list[LossRow], processes: Processes) -> int:
+def _measured(watch: Watch, history: list[LossRow], optimizer: MaskedOptimizer, processes: Processes) -> int:
     """Let it add its measurements, the first process's for all; returns the step at which the training may end."""
     watch.after(history)
     history[-1] = processes.broadcast(history[-1])
+    watch.keep(history, optimizer.masters)
     return len(history) if watch.stops(history) else watch.expected(history)
 
 

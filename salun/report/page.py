@@ -132,19 +132,17 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
     until = run.get("until")
     if until is None:
         return []
-    kept, decided = until["strength"], [p for p in until["probes"] if p.get("decides", True)]
+    kept, step = until["strength"], until.get("step", until["steps"])
+    decided = [p for p in until["probes"] if p.get("decides", True)]
+    looks = [p for p in until["probes"] if (p["step"], p["strength"]) == (step, kept)]
+    chosen = looks[-1] if looks else None  # what was found of the weights that are kept
     rows = [("step", "strength", "UA", "anchor", "confidence", "images", "drift of others", "RA drop", "")]
     for p in until["probes"]:
         drift = "" if p["drift"] is None else f"{p['drift']:.4f}"
         anchor, drop = ("" if p.get(key) is None else f"{100 * p[key]:.1f} %" for key in ("anchor", "ra_drop"))
         cells = (f"{p['strength']:g}", f"{100 * p['ua']:.1f} %", anchor, f"{p['confidence']:.2f}", f"{p['n']:.0f}")
-        mark = "kept" if p["step"] == until["steps"] and p["strength"] == kept else ""
-        rows.append((f"{p['step']}", *cells, drift, drop, mark))
-    series = {
-        name: [(float(p["step"]), float(p[key])) for p in decided if p.get(key) is not None]
-        for name, key in (("UA", "ua"), ("anchor", "anchor"), ("drift", "drift"), ("RA drop", "ra_drop"))
-    }
-    series[f"end, {100 * kept:.0f} %"] = [(float(decided[-1]["step"]), float(decided[-1]["ua"]))]
+        rows.append((f"{p['step']}", *cells, drift, drop, "kept" if p is chosen else ""))
+    curves = [_series(decided, chosen, kept, keys) for keys in (("ua", "anchor"), ("drift", "ra_drop"))]
     came = "reached" if until["reached"] else "not reached"
     text = (
         f"The goal {until['goal']} was {came} after {until['steps']} of at most {until['budget']} steps, at a learning "
@@ -155,7 +153,21 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
         "Confidence: the probability that both are what the goal wants. Drift: how far images of other prompts moved "
         "at equal seeds; 1 is as far as unrelated images. RA drop: how many fewer of them are as prompted."
     )
-    return [Section("On the way to the goal", text, rows, [charts.curves(series, "step", "fraction")])]
+    shown = [charts.curves(series, "step", "fraction") for series in curves if series]
+    return [Section("On the way to the goal", text, rows, shown)]
+
+
+def _series(
+    decided: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None, kept: float, keys: Sequence[str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Curves of probes by step, and the point of the weights that are kept."""
+    names = {"ua": "UA", "anchor": "anchor", "drift": "drift", "ra_drop": "RA drop"}
+    series = {
+        names[key]: [(float(p["step"]), float(p[key])) for p in decided if p.get(key) is not None] for key in keys
+    }
+    if chosen is not None and chosen.get(keys[0]) is not None:
+        series[f"kept, {100 * kept:.0f} %"] = [(float(chosen["step"]), float(chosen[keys[0]]))]
+    return {name: points for name, points in series.items() if points}
 
 
 def _files(run: Mapping[str, Any]) -> Section:
@@ -183,6 +195,7 @@ GLOSSARY = Section(
         ("95 % interval, n", "where the true value probably lies, given n images"),
         ("AUC", "how well a detector's scores separate two kinds of images: 100 % is perfect, 50 % is chance"),
         ("drift", "how far images or predictions moved at the same prompt and seed"),
+        ("diversity", "how much images of other prompts differ from each other, relative to the original's"),
         ("saliency, mask, density", "how much a weight matters for the concept; the weights trained; their fraction"),
         ("delta, strength", "the difference to the original model, and how much of it is applied"),
     ),

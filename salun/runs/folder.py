@@ -20,7 +20,7 @@ STATE = "state"
 FILES = (
     "run.json", "mask.safetensors", "before_after.png", "report.html", "delta.salun.safetensors", "model",
     "model.safetensors", "split.json",
-    "state/mask.safetensors", "state/training.safetensors",
+    "state/mask.safetensors", "state/training.safetensors", "state/earlier.safetensors",
 )  # fmt: skip
 
 

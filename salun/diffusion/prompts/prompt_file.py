@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from salun.errors import DataError, some
+from salun.checkpoints.hub import cache_without_network
+from salun.errors import DataError, literal, some
 from salun.extras import install_command
 from salun.untrusted import read_text
 
 COLUMNS = {  # field of `PromptRow` → names of its column, in the order of preference
-    "text": ("prompt", "adv_prompt", "text", "caption", "sanitized_adv_prompt", "target_prompt"),
+    "text": ("prompt", "adv_prompt", "text", "caption", "captions", "sanitized_adv_prompt", "target_prompt"),
     "seed": ("evaluation_seed", "sd_seed", "seed"),
     "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance", "cfg_scale"),
     "width": ("sd_image_width", "image_width", "width"),
@@ -37,6 +38,7 @@ TABLES, LINES = (".csv", ".tsv"), ".txt"
 FILE_BYTES = 20_000_000  # COCO's 30,000 captions take 2.5 million
 ROWS, WIDE = 200_000, 200  # limits of rows and columns
 TEXT, FIELD = 5_000, 20_000  # limits in characters, of a prompt and of any other field
+REASON = 300  # characters of another library's error
 SEEDS, GUIDANCE, SIDES = (0, 2**63 - 1), (0, 1000), (8, 8192)  # from, to
 
 Number = TypeVar("Number", int, float)
@@ -106,16 +108,19 @@ def read_prompts(path: Path | str) -> PromptList:
     return _prompts(_rows(content, mark, header, path), _columns(header, path), path)
 
 
-def prompts_of_hub(repo: str, revision: str | None = None, split: str = "train") -> PromptList:
+def prompts_of_hub(repo: str, revision: str | None = None) -> PromptList:
     """The prompts of a data set of the Hugging Face hub, by the same names of columns.
 
+    Of several texts in a row, such as the captions of an image of COCO, the first is its prompt.
+
     Args:
-        repo: Its id there, such as "AIML-TUDA/i2p".
+        repo: Its id there, such as "AIML-TUDA/i2p". The split to read may follow it, or the revision, after a colon;
+            by default it is train, or else the only one.
         revision: Branch, tag or commit; None for the newest.
-        split: The part of it to read.
 
     Raises:
-        DataError: `datasets` is not installed, the data set cannot be fetched, or as `read_prompts`.
+        DataError: `datasets` is not installed, the data set cannot be fetched or its split is not clear, or as
+            `read_prompts`.
     """
     try:
         import datasets
@@ -123,17 +128,39 @@ def prompts_of_hub(repo: str, revision: str | None = None, split: str = "train")
         raise DataError(
             f"the prompts {repo!r} need the package datasets", advice=install_command("datasets")
         ) from error
-    try:
-        data = datasets.load_dataset(repo, split=split, revision=revision)
-    except Exception as error:  # the library passes on the errors of its many back ends
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"the prompts {repo!r} could not be fetched: {reason}",
-            advice="Connect to the internet, or download its CSV file and give that",
-        ) from error
-    columns = _columns(data.column_names, repo)
-    texts = ({name: _as_text(values[name]) for name in columns.values()} for values in data)
-    return replace(_prompts(enumerate(texts, 2), columns, repo), revision=_commit(data) or revision)
+    (repo, _, split), (revision, _, other) = repo.partition(":"), (revision or "").partition(":")
+    of = {"revision": revision or None}
+    with cache_without_network(repo) as answers:
+        try:
+            names = datasets.get_dataset_split_names(repo, **of)
+            data = datasets.load_dataset(repo, split=_split(split or other, names, repo), **of)
+        except DataError:
+            raise
+        except Exception as error:  # the library passes on the errors of its many back ends
+            reason = " ".join(str(error).split())[:REASON].rstrip(".") or type(error).__name__
+            raise DataError(
+                f"the prompts {repo!r} could not be fetched: {reason}",
+                advice=("Download" if answers else "Connect to the internet, or download")
+                + " its CSV file and give that",
+            ) from error
+    columns, commit = _columns(data.column_names, repo), _commit(data)
+    rows = data.select_columns(list(dict.fromkeys(columns.values())))  # so that images are not decoded
+    texts = (
+        {name: _as_text(_first(value) if name == columns["text"] else value) for name, value in values.items()}
+        for values in rows
+    )
+    return replace(_prompts(enumerate(texts, 2), columns, repo), revision=commit or of["revision"])
+
+
+def _split(given: str, names: Sequence[str], repo: str) -> str:
+    """The split of a data set to read: the given one, train, or the only one. Raises DataError."""
+    for split in (given or "train", *(names if len(names) == 1 and not given else ())):
+        if split in names:
+            return split
+    raise DataError(
+        f"the prompts {repo!r} have {f'no split {given!r}' if given else 'no split train'}, but {some(names, 10)}",
+        advice=literal(f"Name one after a colon, as in {repo}:{names[0]}") if names else "",
+    )
 
 
 def _commit(data: Any) -> str | None:
@@ -275,6 +302,11 @@ def _decimal(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def _first(value: Any) -> Any:
+    """The first of several texts; any other value as it is."""
+    return next(iter(value), None) if isinstance(value, list | tuple) else value
 
 
 def _as_text(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from salun.diffusion.prompts.concepts import Concept, Prompts, library, mentions, without_article
+from salun.diffusion.prompts.concepts import Concept, Prompts, library, mentions, presets, without_article
 from salun.diffusion.prompts.prompt_file import PromptRow
 from salun.errors import ConfigError, some
 
@@ -52,20 +52,24 @@ def prompt_sets(
         concepts: Resolved, of a model without a vocabulary.
         prompts: Theirs; what training uses is skipped.
         phrases: The user's, by set, in place of the preset's synonyms and of proposed neighbors.
-        similar: (phrase, nouns) → nouns, the most similar first, for neighbors.
+        similar: (phrase, nouns) → nouns, the most similar first, for neighbors of objects.
 
     Raises:
-        ConfigError: An unknown set, or one that has no prompts for a concept.
+        ConfigError: An unknown set, or one that has no prompts for a concept; neighbors of a concept of which no
+            preset says what kind it is.
     """
     unknown = [name for name in names if name not in SETS]
     if unknown:
         raise ConfigError(f"is {some(unknown)}, but must be of {', '.join(SETS)}", option="sets")
     trained = {p.text for c in prompts.concepts for p in (*c.forget, *c.anchor)} | {p.text for p in prompts.retain}
+    erased = [phrase for concept in concepts for phrase in (concept.name, *concept.synonyms)]
     made = []
     for name in names:
         given = phrases.get(name, ()) if phrases else ()
         for concept in concepts:
             texts = [text for text in SETS[name](concept, given, similar) if text not in trained]
+            if name == "neighbors" and not given:  # of a concept, another one that is erased may be near
+                texts = [text for text in texts if not any(mentions(text, without_article(each)) for each in erased)]
             if not texts:
                 raise ConfigError(
                     f"{name} has no prompts for {concept.name!r}", option="sets", advice=f"Give some by {{{name}}}"
@@ -98,16 +102,34 @@ def _compositions(concept: Concept, given: Sequence[str], similar: Similar | Non
 
 
 def _languages(concept: Concept, given: Sequence[str], similar: Similar | None) -> list[str]:
-    """The concept's name in sentences of other languages."""
-    return [template.replace("{}", concept.name) for template in _texts()["languages"]]
+    """Sentences of other languages, with the preset's name there; other concepts keep their name as it is given."""
+    names = presets()[concept.preset].get("names", {}) if concept.preset is not None else {}
+    templates: dict[str, str] = _texts()["languages"][concept.kind]
+    return [text.replace("{}", names.get(language, concept.name)) for language, text in templates.items()]
 
 
 def _neighbors(concept: Concept, given: Sequence[str], similar: Similar | None) -> list[str]:
-    """What is near the concept and must stay, given or proposed by the text encoder."""
+    """What is near the concept and must stay: given, or of a preset nouns near its object, or the other styles.
+
+    Raises:
+        ConfigError: None are given for a concept of another kind, or without a preset, whose kind is not known.
+    """
+    templates = library()["kinds"][concept.kind]["eval"]
     if given:
-        return [template.replace("{}", each) for each in given for template in library()["kinds"][concept.kind]["eval"]]
-    near = similar(concept.synonyms[0], other_nouns(concept))[:NEIGHBORS] if similar is not None else []
-    return [template.replace("{}", noun) for noun in near for template in library()["kinds"]["object"]["eval"][:2]]
+        return [template.replace("{}", each) for each in given for template in templates]
+    if concept.preset is None or concept.kind not in ("object", "style"):
+        kind = "free text of no known kind" if concept.preset is None else f"of the kind {concept.kind}"
+        raise ConfigError(
+            f"is neighbors, but none are known of {concept.name!r}, which is {kind}",
+            option="sets",
+            advice="Give what is near it and must stay by {neighbors}",
+        )
+    if concept.kind == "style":
+        others = [each for name, each in presets().items() if name != concept.preset]
+        near = [each["synonyms"][0] for each in others if each["kind"] == concept.kind]
+    else:
+        near = similar(concept.synonyms[0], other_nouns(concept))[:NEIGHBORS] if similar is not None else []
+    return [template.replace("{}", each) for each in near for template in templates[:2]]
 
 
 @cache

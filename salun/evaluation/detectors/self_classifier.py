@@ -39,7 +39,7 @@ from salun.progress import Event, Progress, Stage, in_parts, silent
 from salun.randomness import step_generator
 
 FRACTIONS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)  # of the schedule: the timesteps t to choose from
-UNFITTED = (0.2, 0.5, 0.8)  # those that are used without a choice
+UNFITTED: tuple[float, ...] = (0.2, 0.5, 0.8)  # those that are used without a choice
 MATCHED = UNFITTED  # at each of which a whole prompt must be better than the empty one
 MOST, BETTER = 2, 0.005  # timesteps at most; by how much another one must raise the AUC
 SEED = 17  # of ε, which all samples share, as they do −ε

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from salun.checkpoints.hashing import base_hash
-from salun.errors import DataError
+from salun.checkpoints.sizes import first_line
+from salun.errors import DataError, literal
 from salun.evaluation.estimate import Estimate
 from salun.evaluation.image_metric import ImageMetricInputs, ImageSet, ImageValue, too_few
 from salun.extras import install_command
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 LEAST = 8  # pairs of images: a mean of fewer says little, and nor does its interval
+WEIGHTS, SOURCE = "alexnet-owt-7be5be79.pth", "https://download.pytorch.org/models"  # torchvision's
 LEAST_SIDE = 32  # pixels, which AlexNet's layers need; smaller images are enlarged
 
 
@@ -64,7 +67,7 @@ def load(inputs: ImageMetricInputs) -> Lpips:
     """LPIPS with AlexNet.
 
     Raises:
-        DataError: lpips is not installed, or AlexNet's weights are not here and cannot be downloaded.
+        DataError: lpips is not installed, or AlexNet's weights are invalid, or not here and cannot be downloaded.
     """
     try:
         import lpips
@@ -73,9 +76,19 @@ def load(inputs: ImageMetricInputs) -> Lpips:
         raise DataError(f"LPIPS needs the package lpips ({reason})", advice=install_command("lpips")) from error
     try:
         network = lpips.LPIPS(net="alex", verbose=False)
-    except OSError as error:  # of the network or the disk
-        raise DataError(
-            f"the weights of AlexNet are not on this machine and could not be downloaded ({type(error).__name__})",
-            advice="Connect to the internet",
-        ) from error
+    except Exception as error:  # of the network, the disk or the unpickler
+        raise _without_weights(error) from error
     return Lpips(network.to(inputs.device).eval(), inputs.device)
+
+
+def _without_weights(error: Exception) -> DataError:
+    """The error that AlexNet's weights cannot be used, by what the library raised."""
+    from torch import hub
+
+    path, reason = Path(hub.get_dir()) / "checkpoints" / WEIGHTS, f"({type(error).__name__}: {first_line(error)})"
+    if path.is_file():
+        return DataError(f"AlexNet's weights in {path} cannot be read {reason}", advice="Remove the file")
+    return DataError(
+        f"the weights of AlexNet are not on this machine and could not be downloaded {reason}",
+        advice=literal(f"Connect to the internet, or copy {WEIGHTS} from {SOURCE} to {path.parent}"),
+    )

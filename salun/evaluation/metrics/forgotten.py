@@ -17,7 +17,9 @@ def unlearning_accuracy(pair: EvaluationPair) -> Value:
 
 def corrected(pair: EvaluationPair) -> Value:
     """The same, corrected for what the detector misses and imagines on the original model's images; 0 to 100."""
-    values = [pair.calibration(concept).corrected(pair.shown(concept)) for concept in pair.concepts]
+    values = [
+        pair.calibration(concept).corrected(pair.shown(concept), pair.prompts_of(concept)) for concept in pair.concepts
+    ]
     known = [value for value in values if isinstance(value, Estimate)]
     if len(known) < len(values):
         return pair.cannot_tell() or Unknown("there is no concept")

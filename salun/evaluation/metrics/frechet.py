@@ -33,9 +33,9 @@ def frechet(pair: EvaluationPair) -> Value:
     before, after = pair.before.retain.features, pair.after.retain.features
     if before is None or after is None:
         return Unknown("the detector has no features")
-    half = len(before) // 2
-    if half < 2:
-        return Unknown("too few images for a Fréchet distance")
+    half, width = len(before) // 2, before.shape[1]
+    if half <= width:
+        return Unknown(f"a Fréchet distance of {width:,} features needs more than {2 * width:,} images")
     return Estimate(frechet_distance(before[:half], after[half:]), half)
 
 

@@ -20,6 +20,15 @@ def anchor_gap(pair: EvaluationPair) -> Value:
     return _ratio(after.forget - before.anchor, before.forget - before.anchor)
 
 
+def forget_change(pair: EvaluationPair) -> Value:
+    """Squared change of predictions for forget prompts; 1 is as far as the anchor's are from them.
+
+    ‖ε_u(c_f) − ε_o(c_f)‖² / ‖ε_o(c_f) − ε_o(c_a)‖²
+    """
+    before, after = pair.before.predictions, pair.after.predictions
+    return _ratio(after.forget - before.forget, before.forget - before.anchor)
+
+
 def retain_change(pair: EvaluationPair) -> Value:
     """Squared change of predictions for retain prompts, relative to their squared norm.
 
@@ -41,4 +50,7 @@ def _ratio(above: Tensor, below: Tensor) -> Value:
 
 
 ANCHOR_GAP = Metric("anchor_gap", "Distance to the anchor", "lower", "", anchor_gap, needs="predictions")
+FORGET_CHANGE = Metric(
+    "forget_change", "Change of the concept's predictions", "higher", "", forget_change, needs="predictions"
+)
 RETAIN_CHANGE = Metric("retain_change", "Change of other predictions", "lower", "", retain_change, needs="predictions")
