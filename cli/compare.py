@@ -74,7 +74,9 @@ def _planned_lines(planned: dict[str, Any]) -> list[str]:
         lines.append(f"        {job['method']}, {job['concept']}, seed {job['seed']}: {steps}, {time}")
     done = len(planned["jobs"]) - len(left)
     also = f" ({done} of {len(planned['jobs'])} are done)" if done else ""
-    return [*lines, f"time:   {duration_range(planned['least'], planned['most'])} on {planned['device']}{also}"]
+    more = f", not counting {' and '.join(planned['not_counted'])}" if planned["not_counted"] else ""
+    total = duration_range(planned["least"], planned["most"])
+    return [*lines, f"time:   {total} on {planned['device']}{more}{also}"]
 
 
 def _lines(table: dict[str, Any]) -> list[str]:

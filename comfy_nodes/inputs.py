@@ -16,7 +16,7 @@ from salun.detectors import WITHOUT_PATH, without_path
 from salun.diffusion.goal import Goal
 from salun.diffusion.options import GROUPS, EraseOptions, Recipe
 from salun.errors import ConfigError
-from salun.methods import option_names
+from salun.methods import METHODS, option_names
 from salun.options import MASKS, option_types
 
 from .paths import validation
@@ -24,7 +24,10 @@ from .types import CONCEPT, DATA, DELTA, MASK, OPTIONS, OptionValues
 
 AUTO = "auto"
 DETECTORS = ", ".join(name for name in WITHOUT_PATH if name != "attribute")  # a MODEL has no folder with a classifier
-_CHOICES = {"mask": MASKS}
+_CHOICES = {
+    "mask": MASKS,
+    "method": tuple(name for name, method in METHODS["diffusion"].items() if not method.attention),  # see `GraphModel`
+}
 _TOOLTIPS = {  # where the help does not fit
     "mask": f"Weights to train: {', '.join(MASKS)}; the last three are controls. For a file: SalUn Load Mask",
     "detector": f"Detector that decides whether images show the concept ({DETECTORS}), with an argument after a colon "

@@ -35,7 +35,8 @@ class Method:
         resolve: "module:function": (options, shared options, split) → options without None. Raises ConfigError for
             options that the method cannot follow.
         defaults: Values of shared options where the user gives none.
-        data: "latents": a diffusion method that needs a training set; "prompts": one that needs prompts alone.
+        data: What a diffusion method needs: "latents": a training set; "forget": the forget samples of one alone;
+            "prompts": prompts alone.
         stages: "module:function": (plan) → list of `StageCost`, what a diffusion method's training takes; "" for the
             default.
         tunes: The option that a search tries values of; None for none.
@@ -43,6 +44,7 @@ class Method:
         stronger, weaker: What to try, options in braces, where a diffusion method erased too little, or did damage.
         goal: Whether a diffusion method can be trained towards a goal, of `until`, and does by default.
         text: Whether a diffusion method edits how text enters the network, which a class-conditional model lacks.
+        attention: Whether a diffusion method trains on the attention to the tokens that name a concept.
         anchored: Whether a diffusion method trains towards the anchor.
         grows: Whether a diffusion method's training takes further samples, where a goal needs them.
         hardens: Whether a diffusion method's training takes adversarial embeddings, of the option `harden`.
@@ -58,7 +60,7 @@ class Method:
     options_from: str = "salun.options:NoOptions"
     resolve: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    data: Literal["latents", "prompts"] = "latents"
+    data: Literal["latents", "forget", "prompts"] = "latents"
     stages: str = ""
     tunes: str | None = "lr"
     factors: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4, 16)
@@ -69,6 +71,7 @@ class Method:
     grows: bool = False
     hardens: bool = False
     text: bool = False
+    attention: bool = False
     paper_recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -207,6 +210,10 @@ METHODS: dict[TaskName, dict[str, Method]] = {
         Method("ant", "ANT", "Li et al. 2025, arXiv:2504.12782", _D, f"{_ERASE}.ant:ant",
                "saliency", f"{_ERASE}.ant:AntOptions", data="prompts", stages=f"{_ERASE}.ant:stages", goal="able",
                paper_recipe={"steps": 250, "lr": 5e-4, "lr_decay": 0.0, "batch_size": 1}, **_GUIDED),
+        Method("fmn", "FMN", "Zhang et al. 2023, arXiv:2303.17591", _D, f"{_ERASE}.fmn:fmn",
+               "full", defaults={"scope": "xattn"}, data="forget", stages=f"{_ERASE}.fmn:stages", goal="able",
+               anchored=False, text=True, attention=True,
+               paper_recipe={"steps": 35, "lr": 2e-6, "lr_decay": 0.0, "batch_size": 1}),
         Method("uce", "UCE", "Gandikota et al. 2024, arXiv:2308.14761", _D, f"{_ERASE}.uce:uce",
                options_from=f"{_ERASE}.uce:UceOptions", tunes="uce_erase",
                stronger="Raise {uce_erase}, or lower {uce_lambda}",

@@ -222,6 +222,7 @@ def _labels(text: str) -> Callable[[Path], None]:
         (None, {"concept": "class:10"}, r"'class:10' is not in the vocabulary .*class: 0, 1"),
         (None, {"concept": "3", "anchor": ["cat"]}, "'cat' is not in the vocabulary"),
         (None, {"concept": "3", "method": "uce"}, "uce, which edits cross-attention"),
+        (None, {"concept": "3", "method": "fmn"}, "fmn, which edits cross-attention"),
         (None, {"concept": "3", "scope": "xattn"}, "scope is 'xattn', which selects no parameter"),
         (None, {"concept": "3", "outputs": ["x.safetensors"]}, "class-conditional models are diffusers folders"),
         (None, {"concept": "3", "outputs": ["x.lora.safetensors"]}, "class-conditional models are diffusers folders"),

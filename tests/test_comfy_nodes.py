@@ -446,7 +446,9 @@ def test_option_inputs_have_the_cores_default_range_and_help() -> None:
             assert name in own or settings["tooltip"].startswith(rules["text"].replace("`", ""))
             same = {name: 16} if name == "eval_images" else {}  # the number of every recipe
             assert erase_options({name: settings["default"]}) == EraseOptions(**same)
-            choices = MASKS if name == "mask" else rules["choices"]
+            choices = {"mask": MASKS, "method": [each for each in rules["choices"] if each != "fmn"]}.get(
+                name, rules["choices"]
+            )
             assert not choices or list(what)[-len(choices) :] == list(choices)
             if rules["maximum"] is not None and what in ("INT", "FLOAT"):
                 assert settings["max"] == min(rules["maximum"], 2**53)
@@ -704,6 +706,13 @@ def test_erasure_changes_only_the_masks_weights_and_not_the_graphs_model(host: H
     assert len(json.loads(metrics)["losses"]) == 2
     for p, same in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, same) and p.grad is None
+
+
+@pytest.mark.usefixtures("host")
+def test_a_method_that_needs_attention_maps_is_rejected_before_anything_is_computed() -> None:
+    """SalUn Method does not offer it; the options of a prompt may still name it."""
+    with pytest.raises(SalunError, match="method is fmn, which needs tokens and attention maps, and this model does"):
+        erased(Patcher(), method="fmn")
 
 
 def test_golden_delta_of_the_erase_node(host: Host) -> None:

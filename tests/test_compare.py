@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from salun.diffusion.compare import compare, next_value
+from salun.diffusion import compare_search
+from salun.diffusion.compare import compare
 from salun.diffusion.compare_estimate import preview_comparison
+from salun.diffusion.compare_folder import comparison_record, erasure_of
 from salun.diffusion.compare_jobs import jobs_of
 from salun.diffusion.compare_options import CompareOptions, variant_of
+from salun.diffusion.compare_search import next_value, stored_searches
 from salun.diffusion.compare_table import Result, cells_of, table_of
 from salun.diffusion.model.stable_diffusion import Model
+from salun.diffusion.plan import make_plan
 from salun.errors import Cancelled, ConfigError
 from salun.progress import Event, silent
 
@@ -117,37 +123,206 @@ def test_methods_are_compared_on_equal_terms_and_a_stopped_comparison_resumes(sh
     assert [row["method"] for row in rows] == methods and rows[2]["seed"] == "0" and float(rows[2]["ua"]) >= 0
 
 
-@pytest.mark.parametrize("content", ["[", "[1]", '{"uce": 5}', '{"uce": {"lr": "x"}}', '{"uce": {"no": 1}}'])
-def test_a_search_that_no_comparison_wrote_is_rejected(content: str, shapes: Model, tmp_path: Path) -> None:
+# -- a folder that holds something else ----------------------------------------------------------------------------
+
+
+UCE: dict[str, Any] = {"concept": ["circle"], "anchor": ["square"], "methods": ["uce"], "seeds": 1, **FEW}
+
+
+@pytest.fixture(scope="module")
+def finished(shapes: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison of one erasure."""
+    folder = tmp_path_factory.mktemp("finished") / "c"
+    compare(CompareOptions(**UCE), model=shapes, progress=silent, run_dir=folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(finished: Path, tmp_path: Path) -> Path:
+    """The same, stopped when its erasure was done."""
+    folder = Path(shutil.copytree(finished, tmp_path / "c"))
+    edit(folder / "run.json", status="cancelled")
+    return folder
+
+
+def edit(path: Path, **parts: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | parts), encoding="utf-8")
+
+
+def job(folder: Path) -> Path:
+    return folder / "jobs" / "circle-uce-0"
+
+
+def metric(name: str, value: Any) -> Callable[[Path], None]:
+    """An edit of a metric of the erasure."""
+
+    def change(folder: Path) -> None:
+        path = job(folder) / "run.json"
+        edit(path, metrics={**json.loads(path.read_bytes())["metrics"], name: value})
+
+    return change
+
+
+def option(**values: Any) -> Callable[[Path], None]:
+    """An edit of an option of the erasure."""
+
+    def change(folder: Path) -> None:
+        path = job(folder) / "run.json"
+        edit(path, options={**json.loads(path.read_bytes())["options"], **values})
+
+    return change
+
+
+def another_model(folder: Path) -> None:
+    path = job(folder) / "run.json"
+    edit(path, facts={**json.loads(path.read_bytes())["facts"], "model": 64 * "0"})
+
+
+def truncated(folder: Path) -> None:
+    path = job(folder) / "run.json"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def linked_folder(folder: Path) -> None:
+    job(folder).rename(folder.parent / "elsewhere")
+    job(folder).symlink_to(folder.parent / "elsewhere")
+
+
+def linked_images(folder: Path) -> None:
+    (job(folder) / "before_after.png").unlink()
+    (job(folder) / "before_after.png").symlink_to(folder / "run.json")
+
+
+def linked_table(folder: Path) -> None:
+    (folder / "compare.csv").unlink()
+    (folder / "compare.csv").symlink_to(folder / "run.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "circle-uce-0/run.json, which this comparison did not write: "),
+        (lambda folder: edit(job(folder) / "run.json", status="over"), "circle-uce-0/run.json, which this .*status"),
+        (another_model, "circle-uce-0, which this .*model 'shapes' has the content .*, but 'shapes' had 0000"),
+        (option(seed=5), "circle-uce-0, which this .*seed was 5 and is 0"),
+        (option(concept=["red"]), "circle-uce-0, which this .*concept was"),
+        (option(uce_erase=9.0), "circle-uce-0, which this .*uce_erase was 9.0 and is 1.0"),
+        (lambda folder: edit(job(folder) / "run.json", metrics={}), "run.json, which this .*it has no verdict"),
+        (lambda folder: edit(job(folder) / "run.json", mask=None), "run.json, which this comparison did not write"),
+        (lambda folder: edit(job(folder) / "run.json", mask={"total": 0}), "total is 0, but must be from 1"),
+        (metric("ua", {"value": "99"}), "ua is '99', which is not a number"),
+        (metric("ua", {"value": True}), "ua is 'True', which is not a number"),
+        (metric("ua", {"value": 1e9}), r"ua is 1e\+09, but must be from -1000 to 1000"),
+        (metric("ua", [99]), "run.json, which this comparison did not write"),
+        (metric("ra_by_attribute", [1]), "ra_by_attribute is not an object"),
+        (metric("ra_by_attribute", {"shape": "100"}), "run.json, which this comparison did not write"),
+        (metric("verdict", {"outcome": ["erased"]}), "verdict is not a text"),
+        (linked_folder, "circle-uce-0, which this comparison did not write: it is a link"),
+        (linked_images, "circle-uce-0, which this .*before_after.png in it is a link"),
+        (linked_table, "compare.csv in it is a link"),
+        (lambda folder: (folder / "run.json").write_text("{", encoding="utf-8"), "run.json is not a valid record"),
+        (lambda folder: edit(folder / "run.json", seed="first"), "seed is"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_or_foreign_part_of_a_comparison_is_rejected_in_one_line(
+    damage: Callable[[Path], None], message: str, shapes: Model, stopped: Path
+) -> None:
+    damage(stopped)
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file() and path.name != "log.txt"}
+    table = stopped / "report.html", stopped / "compare.csv"
+    with pytest.raises(ConfigError, match=message) as error:
+        compare(CompareOptions(**UCE), model=shapes, progress=silent, run_dir=stopped, resume=True)
+    assert "\n" not in str(error.value)
+    assert all(path.read_bytes() == before[path] for path in table if path in before), "no table is written"
+
+
+def test_a_job_that_was_removed_is_made_again(shapes: Model, stopped: Path) -> None:
+    shutil.rmtree(job(stopped))
+    compare(CompareOptions(**UCE), model=shapes, progress=silent, run_dir=stopped, resume=True)
+    assert json.loads((job(stopped) / "run.json").read_bytes())["status"] == "done"
+
+
+# -- the search ----------------------------------------------------------------------------------------------------
+
+
+TUNED = CompareOptions(**{**UCE, "budget": "tuned"})
+
+
+@pytest.mark.parametrize(
+    "tried",
+    [
+        5,
+        {"esd": []},
+        {"uce": 5},
+        {"uce": [[1.0]]},
+        {"uce": [["1", 50.0]]},
+        {"uce": [[1.0, True]]},
+        {"uce": [[1.0, -5]]},
+        {"uce": [[1.0, 1e300]]},
+        {"uce": [[2.0, 50.0]]},
+        {"uce": [[1.0, 90.0], [1 / 3, 80.0], [3.0, 80.0], [9.0, 70.0]]},
+    ],
+)
+def test_a_search_that_no_comparison_made_is_rejected(tried: Any, shapes: Model, tmp_path: Path) -> None:
+    """The last one goes on after its end."""
+    key = comparison_record(shapes, TUNED, tmp_path).fingerprint
+    (tmp_path / "search.json").write_text(json.dumps({"comparison": key, "tried": tried}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"search\.json, which this comparison did not write"):
+        compare(TUNED, model=shapes, progress=silent, run_dir=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[", "[1]", "{}", '{"comparison": "0", "tried": {}}', '{"tried": NaN}'])
+def test_a_search_of_another_comparison_is_rejected(content: str, shapes: Model, tmp_path: Path) -> None:
     (tmp_path / "search.json").write_text(content, encoding="utf-8")
-    options = CompareOptions(concept=["circle"], methods=["uce"], seeds=1, budget="tuned", **FEW)
-    with pytest.raises(ConfigError, match=r"search\.json"):
-        compare(options, model=shapes, progress=silent, run_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"search\.json, which this comparison did not write"):
+        compare(TUNED, model=shapes, progress=silent, run_dir=tmp_path)
 
 
-@pytest.mark.slow
-def test_a_search_sees_training_prompts_alone(shapes: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_sees_training_prompts_alone_and_resumes_with_the_trial_that_was_stopped(
+    shapes: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each trial is an erasure with another value, evaluated on prompts that it was trained with."""
-    seen: list[tuple[float, set[str]]] = []
-    from salun.diffusion import compare as module
+    seen: list[tuple[float, set[str], set[str]]] = []
+    original, stop = compare_search.unlearn, True
 
     def unlearn(context: Any) -> Any:
-        seen.append((context.plan.options.uce_erase, {p.text for p in context.plan.prompts.concepts[0].eval_forget}))
+        if stop and len(seen) == 2:
+            raise Cancelled("stopped")
+        prompts = context.plan.prompts
+        texts = [p.text for p in (*prompts.concepts[0].eval_forget, *prompts.concepts[0].eval_anchor)]
+        seen.append((context.plan.options.uce_erase, set(texts), {p.text for p in prompts.eval_retain}))
         return original(context)
 
-    original = module.unlearn
-    monkeypatch.setattr(module, "unlearn", unlearn)
-    options = CompareOptions(concept=["circle"], methods=["uce"], seeds=1, budget="tuned", **FEW)
-    done = compare(options, model=shapes, progress=silent, run_dir=tmp_path / "c")
-    values = [value for value, _ in seen]
-    assert len(values) >= 3 and values[:3] == pytest.approx([1, 1 / 3, 3])
-    job = json.loads((tmp_path / "c" / "jobs" / "circle-uce-0" / "run.json").read_bytes())
-    assert job["options"]["uce_erase"] == done.record.more["searched"]["uce"]["uce_erase"] in values
-    from salun.diffusion.plan import make_plan
+    monkeypatch.setattr(compare_search, "unlearn", unlearn)
+    folder = tmp_path / "c"
+    with pytest.raises(Cancelled):
+        compare(TUNED, model=shapes, progress=silent, run_dir=folder)
+    planned = preview_comparison(TUNED, folder, model=shapes)
+    assert [job["done"] for job in planned["jobs"]] == [False] and planned["not_counted"] == ["the search"]
+    stop = False
+    done = compare(TUNED, model=shapes, progress=silent, run_dir=folder, resume=True)
+    values = [value for value, *_ in seen]
+    assert values[:3] == pytest.approx([1, 1 / 3, 3]) and len(set(values)) == len(values), "none is tried twice"
+    assert [value for value, _ in done.record.more["tried"]["uce"]] == values
+    best = max(done.record.more["tried"]["uce"], key=lambda trial: trial[1])[0]
+    used = json.loads((job(folder) / "run.json").read_bytes())["options"]
+    assert used["uce_erase"] == done.record.more["searched"]["uce"]["uce_erase"] == best
+    prompts = make_plan(shapes.settings, shapes.name, "circle", TUNED.options).prompts
+    of = prompts.concepts[0]
+    trained = {p.text for p in (*of.forget, *of.anchor)}
+    assert all(texts == trained and others == {p.text for p in prompts.retain} for _, texts, others in seen)
+    tested = {p.text for p in (*of.eval_forget, *of.eval_anchor, *prompts.eval_retain)}
+    assert not tested & (seen[0][1] | seen[0][2])
+    key = comparison_record(shapes, TUNED, folder).fingerprint
+    assert stored_searches(shapes, TUNED, folder, key)[0].best == best
+    assert erasure_of(shapes, TUNED, jobs_of(TUNED)[0], {"uce_erase": best}, folder).done
 
-    prompts = make_plan(shapes.settings, shapes.name, "circle", options.options).prompts.concepts[0]
-    assert all(texts == {p.text for p in prompts.forget} for _, texts in seen)
-    assert not seen[0][1] & {p.text for p in prompts.eval_forget}
+
+def test_a_value_out_of_range_scores_nothing(shapes: Model, tmp_path: Path) -> None:
+    options = CompareOptions(**{**UCE, "methods": ["speed"], "budget": "tuned", "speed_threshold": 0.9})
+    done = compare(options, model=shapes, progress=silent, run_dir=tmp_path)
+    assert [score for value, score in done.record.more["tried"]["speed"] if value > 1] == [0.0]
 
 
 def test_attacks_are_a_column_of_the_table(shapes: Model, tmp_path: Path) -> None:
@@ -164,3 +339,8 @@ def test_attacks_are_a_column_of_the_table(shapes: Model, tmp_path: Path) -> Non
     assert float(other["ASR quantize"]) > 50
     with pytest.raises(ConfigError, match="must be one of"):
         CompareOptions(concept=["circle"], attack=["none"])
+    edit(tmp_path / "c" / "run.json", status="failed")
+    with open(tmp_path / "c" / "jobs" / "circle-uce-0.salun.safetensors", "ab") as file:
+        file.write(b"0")
+    with pytest.raises(ConfigError, match="it is not the delta that its run"):
+        compare(options, model=shapes, progress=silent, run_dir=tmp_path / "c", resume=True)

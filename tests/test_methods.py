@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,27 @@ import torch
 
 import salun
 from salun.diffusion import probe
+from salun.diffusion.attacks.soft_tokens import occurrences
 from salun.diffusion.data.latents import sample_until
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.estimate import preview
 from salun.diffusion.losses import draw
 from salun.diffusion.methods import rece, speed, spm, uce
+from salun.diffusion.methods.fmn import concept_tokens
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.negative_guidance import GUIDANCE, SAMPLING_STEPS
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.result import Run
 from salun.diffusion.stages import erasure_stages
+from salun.diffusion.task import ErasureTask
 from salun.errors import Cancelled, ConfigError
 from salun.masking.low_rank import LowRank
 from salun.methods import METHODS, Method, load
 from salun.randomness import step_generator
 
 from .conftest import SHORT
+from .test_families import make
 
 ALL = [method for registry in METHODS.values() for method in registry.values()]
 
@@ -139,6 +144,7 @@ def test_dry_run_describes_what_each_method_does(tmp_path: Path) -> None:
 
     assert "4 steps of 4 forget and 4 retain samples" in steps("salun")
     assert "4 steps of 4 samples" in steps("esd") and "retain" not in steps("esd")
+    assert "4 steps of 4 samples" in steps("fmn") and "retain" not in steps("fmn")
     assert "UCE, in closed form" in steps("uce") and "steps of" not in steps("uce")
 
 
@@ -165,6 +171,20 @@ def denoised(
 
 def mse(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first - second).square().mean())
+
+
+@pytest.mark.parametrize("method", ["salun", "salun-soft", "finetune"])
+def test_salun_leads_to_the_anchor_of_the_original_and_holds_other_prompts(method: str, shapes: Model) -> None:
+    """SalUn, eq. 5, in the first two steps of a training; only then can other prompts have moved."""
+    few: dict[str, Any] = {"forget_latents": 2, "sampling_steps": 2, "lr": 1e-3, "steps": 2}
+    run, *_ = one_step(shapes, method, **few)
+    with shapes.configured(run.plan.options):
+        batch = draw(shapes, build_training_set(shapes, run.plan), 2, run.plan.recipe.anchor_share, 5, 0)
+    x_t = shapes.schedule.add_noise(batch.x_0, batch.noise, batch.t)
+    with torch.no_grad():
+        of_c, of_g = (shapes.predict(x_t, batch.t, prompts) for prompts in (batch.prompts, batch.targets))
+    assert run.history[0]["forget"] == pytest.approx(mse(of_c[:2], of_g[:2]), rel=1e-4)
+    assert run.history[0]["retain"] < 1e-9 < run.history[1]["retain"]
 
 
 @pytest.mark.parametrize(("method", "first"), [("esd", 0), ("leco", 1)])
@@ -265,14 +285,15 @@ def test_a_mask_is_taken_by_any_method_that_trains_weights(shapes: Model) -> Non
         one_step(shapes, "uce", mask="saliency")
 
 
-def test_the_goal_of_a_method_that_needs_prompts_alone_is_probed_on_samples(
-    shapes: Model, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", ["esd", "fmn"])
+def test_the_goal_of_a_method_that_needs_less_than_a_training_set_is_probed_on_samples(
+    method: str, shapes: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The samples calibrate the detector."""
     monkeypatch.setattr(probe, "MANY", 16)
     monkeypatch.setattr(probe, "OTHERS", 8)
     goal = {"until": "ua>=0.01, retain_drift<=0.9, ra_drop<=1", "steps": 4, "sampling_steps": 4, "forget_latents": 16}
-    run, *_ = one_step(shapes, "esd", **goal)
+    run, *_ = one_step(shapes, method, **goal)
     assert run.record.more["until"]["steps"] == len(run.history) == 4
     with pytest.raises(ConfigError, match="until does not work with the method leco"):
         one_step(shapes, "leco", **goal)
@@ -300,3 +321,127 @@ def test_stages_of_the_plan_are_the_steps_that_progress_reports(name: str, shape
         assert measured == {stage: {count} for stage, count in planned.items()}
     else:  # a closed form counts layers, which a plan does not know
         assert set(measured) == set(planned)
+
+
+@pytest.fixture(scope="module", params=["sd2", "sdxl"])
+def layout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Small random models of other families, whose prompts have two encoders in SDXL."""
+    pipeline = {"sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[request.param]
+    folder = make(tmp_path_factory.mktemp(request.param), pipeline, "epsilon", torch.float32)
+    return salun.load(str(folder), device="cpu")
+
+
+@contextmanager
+def diffusers_attention(model: Model) -> Iterator[list[torch.Tensor]]:
+    """Context manager: the cross-attention maps of a pass, (n · heads, positions, tokens), by diffusers' own code."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    before, maps = model.unet.attn_processors, []
+    model.unet.set_attn_processor(AttnProcessor())
+    for name, module in model.unet.named_modules():
+        if name.endswith(".attn2"):
+
+            def scores(*args: Any, of: Any = module.get_attention_scores) -> torch.Tensor:
+                maps.append(of(*args))
+                return maps[-1]
+
+            module.get_attention_scores = scores
+    try:
+        yield maps
+    finally:
+        model.unet.set_attn_processor(before)
+        for module in model.unet.modules():
+            vars(module).pop("get_attention_scores", None)
+
+
+def noisy(model: Model, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, *model.latent_shape, generator=generator), torch.linspace(10, 900, n).long()
+
+
+def check_maps(model: Model) -> None:
+    x_t, t = noisy(model, 2)
+    prompts = model.encode(["one circle", "a photo"])
+    with torch.no_grad(), diffusers_attention(model) as expected:
+        mine = model.attention_maps(x_t, t, prompts)
+    assert len(mine) == len(expected) > 1
+    for ours, theirs in zip(mine, expected, strict=True):
+        torch.testing.assert_close(ours.flatten(0, 1), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_maps_are_those_that_diffusers_computes(shapes: Model) -> None:
+    check_maps(shapes)
+
+
+def test_attention_maps_of_other_families_are_those_that_diffusers_computes(layout: Model) -> None:
+    check_maps(layout)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fmn_takes_the_attention_from_the_tokens_of_the_concept(checkpointing: bool, shapes: Model) -> None:
+    """FMN, eq. 3, by the probabilities of diffusers' own attention."""
+    few: dict[str, Any] = {"forget_latents": 4, "sampling_steps": 2, "lr": 1e-3, "steps": 3}
+    run, generator, *_ = one_step(shapes, "fmn", gradient_checkpointing=checkpointing, **few)
+    with shapes.configured(run.plan.options):
+        data = build_training_set(shapes, run.plan, forget_only=True)
+    rows = torch.randint(4, (2,), generator=generator)
+    t = shapes.schedule.sample_t(2, generator)
+    noise = torch.randn(2, *shapes.latent_shape, generator=generator)
+    x_t = shapes.schedule.add_noise(data.forget_latents[rows], noise, t)
+    texts = [run.plan.prompts.concepts[0].forget[data.forget_rows[row]].text for row in rows.tolist()]
+    (circle,) = shapes.tokens("circle")
+    at = [1 + shapes.tokens(text).index(circle) for text in texts]  # after the mark of the beginning
+    with torch.no_grad(), diffusers_attention(shapes) as maps:
+        shapes.predict(x_t, t, data.forget[rows])
+    of_samples = [each.unflatten(0, (2, -1)) for each in maps]
+    norms = [of[i, :, :, token].square().sum() for of in of_samples for i, token in enumerate(at)]
+    assert run.history[0]["attention"] == pytest.approx(float(sum(norms)) / 2, rel=1e-4)
+    assert run.history[-1]["attention"] != run.history[0]["attention"]
+    assert any(".attn2.to_q." in name for name in run.erased)
+
+
+def test_fmn_lowers_the_attention(shapes: Model) -> None:
+    few: dict[str, Any] = {"forget_latents": 4, "sampling_steps": 2, "lr": 3e-3, "steps": 8, "batch_size": 8}
+    run, *_ = one_step(shapes, "fmn", mask="saliency", density=0.3, **few)
+    assert run.history[-1]["attention"] < run.history[0]["attention"] / 2
+    assert run.mask.density == pytest.approx(0.3, abs=1e-3) and all(".attn2." in name for name in run.erased)
+
+
+def test_tokens_of_several_concepts_are_marked_each_in_its_own_prompts(shapes: Model) -> None:
+    few: dict[str, Any] = {"forget_latents": 3, "sampling_steps": 2, "steps": 1, "batch_size": 2, "eval_images": 0}
+    run = salun.erase(shapes, ["circle", "red"], method="fmn", mask="random", **{**SHORT, **few})
+    with shapes.configured(run.plan.options):
+        data = build_training_set(shapes, run.plan, forget_only=True)
+    marked = concept_tokens(ErasureTask(shapes, run.plan, data, run.mask))
+    for i, row in enumerate(marked):
+        text = run.plan.prompts.concepts[i // 3].forget[data.forget_rows[i]].text
+        (word,) = shapes.tokens(("circle", "red")[i // 3])
+        assert row.nonzero().flatten().tolist() == [1 + shapes.tokens(text).index(word)]
+
+
+def test_fmn_runs_on_other_families(layout: Model) -> None:
+    run = salun.erase(layout, "circle", method="fmn", **{**SHORT, "steps": 2, "lr": 1e-3, "eval_images": 0})
+    assert run.delta.changed and len(run.history) == 2
+
+
+def test_tokens_of_a_concept_are_marked_in_long_and_in_repeated_prompts(shapes: Model) -> None:
+    """A prompt of one chunk is repeated beside one of two, which halves the attention to each copy of its tokens."""
+    word = shapes.tokens("circle")
+    long = " ".join(["square"] * 80 + ["circle"])
+    positions, length = shapes.positions(long)
+    assert length == 2 * 77 and positions[74:76] == [75, 77 + 1] and len(positions) == 81
+    assert occurrences(shapes.tokens(long), [word]) == [(80, 81)]
+    assert occurrences([5, 1, 2, 1, 2, 3], [[1, 2], [1, 2, 3], []]) == [(1, 3), (3, 6)]
+    run, *_ = one_step(shapes, "fmn", forget_latents=2, sampling_steps=2)
+    with shapes.configured(run.plan.options):
+        data = build_training_set(shapes, run.plan, forget_only=True)
+    twice = dataclasses.replace(data, forget=Conditioning(data.forget.hidden.repeat(1, 2, 1)))
+    once, both = (concept_tokens(ErasureTask(shapes, run.plan, each, run.mask)) for each in (data, twice))
+    assert torch.equal(once.sum(1), torch.ones(2)) and torch.equal(both, 2 * once.repeat(1, 2))
+    x_t, t = noisy(shapes, 2)
+    with torch.no_grad():
+        sums = [
+            sum(float((each.square().sum((1, 2)) * tokens).sum()) for each in shapes.attention_maps(x_t, t, of.forget))
+            for tokens, of in ((once, data), (both, twice))
+        ]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-4)

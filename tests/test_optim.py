@@ -267,6 +267,23 @@ def test_soft_thresholding_returns_the_smallest_changes_to_zero(little: nn.Modul
         assert soft.final_density() == 1 - unmoved / total
 
 
+def test_a_soft_threshold_is_the_proximal_step_of_salun_soft(little: nn.Module) -> None:
+    """Δ ← sign(Δ)·max(|Δ| − τ, 0), τ the k-th smallest |Δ|, k = (1 − density)·N·(1 − step/total)."""
+    parameters = dict(little.named_parameters())
+    start = torch.cat([p.detach().flatten() for p in parameters.values()])
+    with MaskedOptimizer(parameters, Mask.full(parameters), MAKERS["adam"], "pack") as optimizer:
+        soft = SoftThreshold(optimizer, density=0.3)
+        for step in (1, 2):
+            optimizer.backward(loss_of(little, step))
+            optimizer.step()
+        change = torch.cat(list(optimizer.masters.values())) - start
+        k = int(0.7 * len(change) * (1 - 2 / 8))
+        tau = change.abs().sort().values[k - 1]
+        soft(2, 8)
+        after = torch.cat(list(optimizer.masters.values())) - start
+    torch.testing.assert_close(after, change.sign() * (change.abs() - tau).clamp(min=0), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("density", [0.5, 1.0])
 def test_state_in_host_memory_changes_no_result(density: float) -> None:
     """On a GPU only the place differs; here the same path runs with both on the CPU."""

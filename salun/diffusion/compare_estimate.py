@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from salun.diffusion.compare import read_part
-from salun.diffusion.compare_jobs import job_stages, jobs_of, plans_of
+from salun.diffusion.compare_folder import comparison_record, erasure_of
+from salun.diffusion.compare_jobs import job_stages, jobs_of
 from salun.diffusion.compare_options import CompareOptions
+from salun.diffusion.compare_search import stored_searches, tuned_by
 from salun.diffusion.data.latents import batch_size_of
 from salun.diffusion.estimate import measured_pace, seconds_of
 from salun.diffusion.model.loading import load_with
@@ -35,29 +36,33 @@ def preview_comparison(
 
     Returns:
         "jobs": name, method, concept, seed, steps (0: in closed form), whether it is done, and least and most seconds
-        of each; "least" and "most" of all that is left.
+        of each; "least" and "most" of all that is left; "not_counted": what takes further time.
 
     Raises what `compare` would before its first erasure.
     """
     listed = jobs_of(options)
     model = model or load_with(options.model or "shapes", options)
-    plans = plans_of(model, options, listed)
+    key = comparison_record(model, options, run_dir).fingerprint
+    tuned = tuned_by(stored_searches(model, options, run_dir, key))
+    erasures = [erasure_of(model, options, job, tuned.get(job.variant.name, {}), run_dir) for job in listed]
+    plans = [erasure.plan for erasure in erasures]
     progress(Event(Stage.MEASURING, message=f"measuring this machine for {model.name}"))
     jobs: list[dict[str, Any]] = []
     with model.temporarily_trainable(), model.configured(plans[0].options):
         pace = measured_pace(model, plans[0])
-    for job, plan, stages in zip(listed, plans, job_stages(options, plans), strict=True):
+    for erasure, stages in zip(erasures, job_stages(options, plans), strict=True):
+        job, plan = erasure.job, erasure.plan
         seconds = seconds_of(batch_size_of(model), plan, stages, pace)
-        done = read_part(run_dir / "jobs" / job.name / "run.json").get("status") == "done"
         jobs.append(
             {"name": job.name, "method": METHODS["diffusion"][job.variant.method].title, "concept": job.concept}
-            | {"seed": job.seed, "steps": _steps(plan), "done": done}
+            | {"seed": job.seed, "steps": _steps(plan), "done": erasure.done}
             | {end: seconds[end] for end in ("least", "most")}
         )
     left = [job for job in jobs if not job["done"]]
     return {
         "model": model.name, "device": str(model.device), "run_dir": str(run_dir), "jobs": jobs,
         "least": sum(job["least"] for job in left), "most": sum(job["most"] for job in left),
+        "not_counted": ["the search"] if options.budget == "tuned" else [],
     }  # fmt: skip
 
 

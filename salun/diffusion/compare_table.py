@@ -12,6 +12,7 @@ from salun.diffusion.compare_options import Variant
 from salun.evaluation.estimate import Estimate
 from salun.methods import METHODS
 
+PERCENT = 1000.0  # of a percentage, which a detector's correction may take beyond 100
 TRAINED = ("sampling", "saliency", "training")  # stages of a run that make the model, not its evaluation
 
 
@@ -79,10 +80,15 @@ class Result:
         Args:
             attribute: That the concept is a value of, such as "shape".
             attacks: Attack → its ASR in percent.
+
+        Raises:
+            KeyError, TypeError, ValueError: The record, which may be untrusted input, lacks a part or has another in
+                its place.
         """
         metrics = record["metrics"]
         ua, ra, before = (_value(metrics, name) for name in ("ua", "ra_after", "ra_before"))
-        deltas = [entry["bytes"] for entry in record["outputs"] if entry["kind"] == "delta"]
+        deltas = [_number("bytes", entry["bytes"]) for entry in record["outputs"] if entry["kind"] == "delta"]
+        total = _number("total", record["mask"]["total"], least=1)
         drop = before - ra if before is not None and ra is not None else None
         values = {
             "score": score_of(metrics),
@@ -93,12 +99,15 @@ class Result:
             "anchor": _value(metrics, "anchor"),
             "asr": max(attacks.values()) if attacks else None,
             "image_drift": _value(metrics, "image_drift"),
-            "seconds": sum(record["timings"].get(stage, 0.0) for stage in TRAINED),
-            "changed": 100 * record["rounding"]["changed"] / record["mask"]["total"],
+            "seconds": sum(_number(stage, record["timings"].get(stage, 0.0)) for stage in TRAINED),
+            "changed": 100 * _number("changed", record["rounding"]["changed"]) / total,
             "delta_mb": deltas[0] / 1e6 if deltas else None,
             **{f"ASR {name}": rate for name, rate in attacks.items()},
         }
-        return cls(job, variant, concept, seed, values, metrics["verdict"]["outcome"])
+        outcome = metrics["verdict"]["outcome"]
+        if not isinstance(outcome, str):
+            raise TypeError("verdict is not a text")
+        return cls(job, variant, concept, seed, values, outcome)
 
 
 def score_of(metrics: Mapping[str, Any]) -> float | None:
@@ -111,13 +120,25 @@ def score_of(metrics: Mapping[str, Any]) -> float | None:
 
 def _value(metrics: Mapping[str, Any], name: str) -> float | None:
     measured = metrics.get(name)
-    return None if measured is None else float(measured["value"])
+    return None if measured is None else _number(name, measured["value"], -PERCENT, PERCENT)
 
 
 def _neighbors(metrics: Mapping[str, Any], attribute: str | None) -> float | None:
     """RA of an attribute, such as of other shapes."""
-    measured = (metrics.get("ra_by_attribute") or {}).get(attribute)
-    return None if measured is None else float(measured["after"]["value"])
+    of_all = metrics.get("ra_by_attribute") or {}
+    if not isinstance(of_all, dict):
+        raise TypeError("ra_by_attribute is not an object")
+    measured = of_all.get(attribute)
+    return None if measured is None else _number("ra_by_attribute", measured["after"]["value"], -PERCENT, PERCENT)
+
+
+def _number(name: str, value: Any, least: float = 0.0, most: float = 1e15) -> float:
+    """A number of a record. Raises TypeError or ValueError for anything else, and for one that no run can have."""
+    if type(value) not in (int, float):
+        raise TypeError(f"{name} is {str(value)[:40]!r}, which is not a number")
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value:g}, but must be from {least:g} to {most:g}")
+    return float(value)
 
 
 def table_of(variants: Sequence[Variant], results: Sequence[Result]) -> dict[str, Any]:

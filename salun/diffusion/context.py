@@ -17,7 +17,7 @@ from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.images import folder_digest
 from salun.diffusion.mask_files import load_mask_file
 from salun.diffusion.model.loading import describe, load_with
-from salun.diffusion.model.protocol import DiffusionModel, TokenEncoder
+from salun.diffusion.model.protocol import DiffusionModel, TextAttention, TokenEncoder
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
@@ -156,8 +156,15 @@ def record_of(
 def training_session(model: DiffusionModel, plan: Plan) -> Iterator[None]:
     """Context manager: configure the model as the plan says; an out-of-memory error says what to try.
 
-    Raises ConfigError for a hardened training of a model that does not show the tokens of its text encoder.
+    Raises ConfigError for a hardened training of a model that does not show the tokens of its text encoder, and for a
+    method that needs attention maps of a model that does not show them.
     """
+    if plan.method.attention and not isinstance(model, TextAttention):
+        raise ConfigError(
+            f"is {plan.method.name}, which needs tokens and attention maps, and this model does not show them",
+            option="method",
+            advice="Use the command line for it, or {method} esd",
+        )
     if plan.options.harden and not isinstance(model, TokenEncoder):
         raise ConfigError(
             "needs the tokens of the text encoder, which this model does not show",

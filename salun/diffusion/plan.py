@@ -138,7 +138,7 @@ class Plan:
         """Which latents it needs: for training and probes, for a mask that is not there yet, or none."""
         if self.method.data == "latents" or self.goal is not None:
             return "all"
-        return "forget" if self.by_saliency and not masked else "none"
+        return "forget" if self.method.data == "forget" or (self.by_saliency and not masked) else "none"
 
     @property
     def closed_form(self) -> bool:

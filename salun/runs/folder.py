@@ -69,7 +69,7 @@ def check_links(folder: Path) -> None:
 
     The folder may be untrusted input, made by somebody else for a run to resume in.
     """
-    for name in (".lock", "log.txt", STATE, "jobs", *FILES):
+    for name in (".lock", "log.txt", STATE, "jobs", "compare.csv", "search.json", *FILES):
         place = folder / name
         mode = place.lstat().st_mode if os.path.lexists(place) else stat.S_IFREG
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):

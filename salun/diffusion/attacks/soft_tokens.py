@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from salun.diffusion.attacks.task import AttackTask, gradients
-from salun.diffusion.model.protocol import Conditioning, DiffusionModel, TokenEncoder
+from salun.diffusion.model.protocol import Conditioning, DiffusionModel, TextAttention, TokenEncoder
 from salun.diffusion.plan import Plan
 
 
@@ -19,15 +19,31 @@ def replaced(prompt: Sequence[int], phrases: Sequence[Sequence[int]], slots: Seq
         phrases: Tokens of what is to be replaced; the longest that fits counts.
     """
     row: list[int] = []
-    i, ordered = 0, sorted((list(phrase) for phrase in phrases if phrase), key=len, reverse=True)
-    while i < len(prompt):
-        phrase = next((each for each in ordered if list(prompt[i : i + len(each)]) == each), None)
-        row += slots if phrase is not None else [prompt[i]]
-        i += len(phrase) if phrase is not None else 1
+    done = 0
+    for start, end in occurrences(prompt, phrases):
+        row += [*prompt[done:start], *slots]
+        done = end
+    row += prompt[done:]
     return row if any(token < 0 for token in row) else [*slots, *row]
 
 
-def phrases_of(plan: Plan, concept: int, tokens: TokenEncoder) -> list[list[int]]:
+def occurrences(prompt: Sequence[int], phrases: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(start, end) of each occurrence of a phrase in a prompt, in order; of those at one start the longest counts.
+
+    Args:
+        prompt: Its tokens. phrases: Tokens of each.
+    """
+    ends: list[tuple[int, int]] = []
+    i, ordered = 0, sorted((list(phrase) for phrase in phrases if phrase), key=len, reverse=True)
+    while i < len(prompt):
+        phrase = next((each for each in ordered if list(prompt[i : i + len(each)]) == each), None)
+        if phrase is not None:
+            ends.append((i, i + len(phrase)))
+        i = ends[-1][1] if phrase is not None else i + 1
+    return ends
+
+
+def phrases_of(plan: Plan, concept: int, tokens: TokenEncoder | TextAttention) -> list[list[int]]:
     """Tokens of the texts that name a concept, by its number."""
     of = plan.concepts[concept]
     texts = dict.fromkeys((of.name, plan.subjects[concept].phrase, *of.synonyms))

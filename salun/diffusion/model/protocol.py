@@ -129,6 +129,27 @@ class TokenEncoder(Protocol):
         """
 
 
+@runtime_checkable
+class TextAttention(Protocol):
+    """What a model has whose attention to the tokens of its prompts can be seen."""
+
+    def tokens(self, prompt: str) -> list[int]:
+        """A prompt's tokens, without the marks at both ends."""
+
+    def positions(self, prompt: str) -> tuple[list[int], int]:
+        """Where each of a prompt's `tokens` lies in its conditioning, and the length of that."""
+
+    def attention_maps(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        """Attention probabilities of every cross-attention layer in a pass, with a graph.
+
+        Args:
+            x_t, t, conditioning: As in `predict`.
+
+        Returns:
+            float32 (n, heads, positions of the latent, tokens) each.
+        """
+
+
 class DiffusionModel(Denoiser, Protocol):
     """Everything the pipeline needs from a model besides `predict`: sampling, VAE, weight access.
 

@@ -21,6 +21,7 @@ from salun.checkpoints.hashing import base_hash
 from salun.checkpoints.lazy_tensors import Stored
 from salun.checkpoints.single_file import CheckpointContents
 from salun.diffusion.model import sampler
+from salun.diffusion.model.attention import attention_map, cross_attention_inputs
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.schedule import schedule_of
 from salun.diffusion.model.settings import ModelSettings, settings_for
@@ -209,6 +210,20 @@ class Model(SampledSizes):
     def sampler_facts(self) -> dict[str, Any]:
         settings = self.settings.sampling
         return {**sampler.facts(self.scheduler_config, settings), "attention": self.attention}
+
+    # -- TextAttention -------------------------------------------------------------------------------------------
+
+    def positions(self, prompt: str) -> tuple[list[int], int]:
+        """Where each of a prompt's tokens lies in its conditioning, of chunks with both ends, and its length."""
+        size = self.tokenizers[0].model_max_length - 2
+        count = len(self.tokens(prompt))
+        return [i // size * (size + 2) + 1 + i % size for i in range(count)], self.chunks(prompt) * (size + 2)
+
+    def attention_maps(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        """Attention probabilities of every cross-attention layer, float32 (n, heads, positions, tokens) each."""
+        with cross_attention_inputs(self.unet) as inputs:
+            self.predict(x_t, t, conditioning)
+        return [attention_map(*each) for each in inputs]
 
     # -- images -------------------------------------------------------------------------------------------------
 
