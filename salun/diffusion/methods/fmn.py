@@ -21,7 +21,7 @@ def fmn(task: ErasureTask, options: NoOptions) -> Unlearned:
     samples of the concept; nothing holds other prompts in place. The authors train either cross-attention or the whole
     UNet (`scope` full, which their published settings name, and which soon ruins a small model). The paper may first
     learn the tokens by textual inversion, and the authors may add the token that ends the prompt; here the tokens are
-    those that name the concept.
+    those that name the concept. The equation is from descriptions of the paper, not from its text.
 
     Raises:
         ConfigError: No prompt of a concept contains it.
