@@ -103,6 +103,7 @@ def test_the_jobs_are_every_method_with_every_seed_and_one_retrain_each() -> Non
         variants_of(CompareOptions(methods=["ft", "ft"]))
     assert variants_of(CompareOptions())[0].name == "salun"
     assert len(variants_of(CompareOptions())) == 16
+    assert [v.name for v in variants_of(CompareOptions(forget="class:3"))][16:] == ["unsir"]  # of whole classes only
 
 
 def test_a_comparison_writes_one_table_and_a_page(made: Path) -> None:

@@ -77,8 +77,16 @@ def variant_of(text: str) -> Variant:
 
 
 def variants_of(options: CompareOptions) -> list[Variant]:
-    """The rows of the table, in order. Raises ConfigError for an invalid or repeated variant."""
-    others = [name for name in METHODS["classification"] if name not in ("retrain", "salun")]
+    """The rows of the table, in order; by default of all methods that fit the forget set.
+
+    options: as of `with_class_named`. Raises ConfigError for an invalid or repeated variant.
+    """
+    of_class = (options.forget or "").startswith("class:")
+    others = [
+        name
+        for name, method in METHODS["classification"].items()
+        if name not in ("retrain", "salun") and (of_class or not method.whole_classes)
+    ]
     variants = [variant_of(text) for text in options.methods or ["salun", *others]]
     names = [variant.name for variant in variants]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -155,11 +163,12 @@ def compare(
     reason. Raises SalunError, `Cancelled` if `progress` does.
     """
     options = CompareOptions(**{**asdict(options or CompareOptions()), **given})
-    variants, cache = variants_of(options), cache or Cache.of_user()
+    cache = cache or Cache.of_user()
     if resume and run_dir is None:
         raise ConfigError("needs the run folder of the comparison", option="resume", advice="Set {run_dir}")
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
     options = with_class_named(options, data)
+    variants = variants_of(options)
     jobs = jobs_of(options, variants)
     checked = settings_of(options, jobs, cache, data)
     first = next(iter(checked.values()))
