@@ -237,13 +237,14 @@ def test_unknown_data_and_missing_libraries_say_what_to_do(monkeypatch: pytest.M
     with pytest.raises(DataError, match="give a folder, a hub id, or one of"):
         load_data("nothing-like-it")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r'pip install "datasets>=2\.16,<5" \(the extra datasets\)'):
+    with pytest.raises(DataError, match=r'pip install "datasets>=2\.16" \(the extra datasets\)'):
         load_data("cifar10")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r'pip install "scikit-learn>=1\.3" \(the extra classification\)'):
         load_data("digits")
 
 
+@pytest.mark.packages
 def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"])})
@@ -262,6 +263,7 @@ def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
         load_data(str(tmp_path / "bare"))
 
 
+@pytest.mark.packages
 def test_pictures_that_are_none_and_an_empty_set_are_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
@@ -301,6 +303,7 @@ def test_one_class_alone_is_refused() -> None:
         make_split(data, 0.2, 0.1, 0)
 
 
+@pytest.mark.packages
 def test_labels_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     for values, kind in ((["cat", "dog"], "string"), ([0, None], "int64"), ([0.5, 1.0], "float32")):
