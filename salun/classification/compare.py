@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,17 @@ def compare(
     resume: bool = False,
     cache: Cache | None = None,
     command: str = "salun.classification.compare",
+    executor: Executor | None = None,
     **given: Any,
 ) -> Comparison:
     """Unlearn by several methods with several seeds, and compare each with Retrain.
 
     given: fields of `CompareOptions`, over `options`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume:
-    continue the unfinished comparison in run_dir. With several workers, a Python script that calls this needs the usual
-    `if __name__ == "__main__":`, as its processes are spawned. A method that diverges at some seeds is reported with
-    the remaining seeds. One that fails at every seed, or for which the search finds no value, gets a row with the
-    reason. Raises SalunError, `Cancelled` if `progress` does.
+    continue the unfinished comparison in run_dir. executor: runs the jobs in place of `workers` processes, see
+    `JobRunner`, such as dask's `Client(…).get_executor(pure=False)` on several machines. With several workers, a Python
+    script that calls this needs the usual `if __name__ == "__main__":`, as its processes are spawned. A method that
+    diverges at some seeds is reported with the remaining seeds. One that fails at every seed, or for which the search
+    finds no value, gets a row with the reason. Raises SalunError, `Cancelled` if `progress` does.
     """
     options = CompareOptions(**{**asdict(options or CompareOptions()), **given})
     cache = cache or Cache.of_user()
@@ -180,7 +183,7 @@ def compare(
     with shown(progress) as progress, record.running():
         store = ResultStore(folder / "jobs" if folder is not None else None, record, len(data.classes))
         total = sum(len(group) for group in jobs.values())
-        with JobRunner(store, cache, data, workers_of(options), progress, total) as runner:
+        with JobRunner(store, cache, data, workers_of(options), progress, total, executor) as runner:
             with record.stage(Stage.RETRAINING):
                 exact, again = runner.done(jobs["retrain"]), runner.done(jobs["again"])
             with record.stage(Stage.SEARCHING):

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -117,23 +117,36 @@ class ResultStore:
 class JobRunner:
     """Runs jobs, in worker processes or in this one, and counts them for the progress. A context manager: at its end
     the processes stop after their current step and are joined.
+
+    executor: Runs the jobs in place of processes of this runner's own, and stays open: at the end jobs that wait are
+    cancelled, and those that run are not stopped. Its workers need salun, the data's folder and the cache by the same
+    paths, and one thread each.
     """
 
     def __init__(
-        self, store: ResultStore, cache: Cache, data: ImageData, workers: int, progress: Progress, total: int
+        self,
+        store: ResultStore,
+        cache: Cache,
+        data: ImageData,
+        workers: int,
+        progress: Progress,
+        total: int,
+        executor: Executor | None = None,
     ) -> None:
         self.store, self.cache, self.data, self.workers, self.progress = store, cache, data, workers, progress
         self.count, self.total = 0, total  # the total grows with the rounds of a search
         context = multiprocessing.get_context("spawn")
         self._stop = context.Event()
-        self._pool = ProcessPoolExecutor(workers, context, _begin, (self._stop,)) if workers > 1 else None
+        self._given, self._pool = executor is not None, executor
+        if executor is None and workers > 1:
+            self._pool = ProcessPoolExecutor(workers, context, _begin, (self._stop,))
 
     def __enter__(self) -> JobRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self._pool is not None:
+        if self._pool is not None and not self._given:
             self._pool.shutdown(cancel_futures=True)
 
     def done(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
@@ -156,7 +169,7 @@ class JobRunner:
         for job in jobs:
             yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event(Stage.COMPARING)))
 
-    def _in_workers(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    def _in_workers(self, pool: Executor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Jobs with their results, as they finish."""
         with _sigint_blocked_in_children():
             running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
@@ -165,13 +178,26 @@ class JobRunner:
             while left:
                 ended, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
                 self.progress(Event(Stage.COMPARING))
-                for future in ended:
+                for future in sorted(ended, key=lambda future: future.exception() is not None):  # failures last
                     yield running[future], future.result()
         except BrokenProcessPool as error:
             raise TrainingError(
                 "a process of the comparison was killed, perhaps because memory ran out",
                 advice="Use {resume} with fewer {workers}",
             ) from error
+        except (SalunError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # an executor's own, such as of a worker that is lost
+            if not self._given:
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            raise TrainingError(
+                f"a worker of the executor failed ({type(error).__name__}: {reason})",
+                advice="Use {resume}: finished jobs are not repeated",
+            ) from error
+        finally:
+            for future in left:
+                future.cancel()
 
 
 def _line(job: Job, result: Mapping[str, Any]) -> str:
@@ -217,7 +243,7 @@ def _begin(stop: Any) -> None:
 
 def _in_worker(job: Job, cache: Cache) -> dict[str, Any]:
     def check_stop(event: Event, /) -> None:
-        if _stop.is_set():
+        if _stop is not None and _stop.is_set():
             raise Cancelled("stopped")
 
     options = job.options
