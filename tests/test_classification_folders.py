@@ -297,6 +297,19 @@ def test_an_image_above_the_limit_of_pixels_is_refused_by_name(side: int, read: 
             load_data(str(root), image_size=8)
 
 
+def test_more_images_than_memory_holds_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = small_set(tmp_path / "set", each=5)
+    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 639)
+    with pytest.raises(
+        DataError, match=r"set has 10 images of 8×8 pixels, which take 6\.4e-07 GB in memory; 6\.39e-07 GB"
+    ):
+        load_data(str(root))
+    monkeypatch.setattr(pixel_store, "_free_memory", lambda: 640)
+    assert len(load_data(str(root)).images) == 10
+
+
 def test_decoded_images_are_stored_and_mapped_until_a_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
