@@ -211,22 +211,13 @@ def _equals(name: str, number: int) -> bool:
 
 
 def remarks(data: ImageData, split: Split) -> list[str]:
-    """What a user should know of a split: images in two of its parts, classes without an image in one of them."""
-    return [*repeated(data, split), *_absent(data, split)]
-
-
-def _absent(data: ImageData, split: Split) -> list[str]:
-    """A note on classes without test images, whose accuracy TA does not show, and one on those without validation
-    images.
+    """What a user should know of a split: images in two of its parts, and classes that TA does not show, as the test
+    set has none of their images.
     """
-    lines = []
-    for part in ("test", "validation"):
-        rows = getattr(split, part)
-        counts = torch.bincount(data.labels.cpu()[rows], minlength=len(data.classes))
-        names = [data.classes[i] for i in (counts == 0).nonzero().view(-1).tolist()]
-        if len(rows) and names:
-            lines.append(f"{data.name}: the {part} set has no image of {len(names)} classes: {some(names)}")
-    return lines
+    counts = torch.bincount(data.labels.cpu()[split.test], minlength=len(data.classes))
+    names = [data.classes[i] for i in (counts == 0).nonzero().view(-1).tolist()]
+    absent = [f"{data.name}: the test set has no image of {len(names)} classes: {some(names)}"] if names else []
+    return [*repeated(data, split), *absent]
 
 
 def repeated(data: ImageData, split: Split) -> list[str]:
