@@ -203,6 +203,7 @@ def _opened(source: Source) -> Iterator[Image]:
         raise DataError("not a file")
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # such as of damaged EXIF data, without the file's name
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=known) as image:
                 if image.width * image.height > MOST_PIXELS:

@@ -39,6 +39,7 @@ class Method:
             "prompts": prompts alone.
         stages: "module:function": (plan) → list of `StageCost`, what a diffusion method's training takes; "" for the
             default.
+        whole_classes: Whether a classification method forgets whole classes only.
         tunes: The option that a search tries values of; None for none.
         factors: What the search multiplies it by in its first round, rising.
         stronger, weaker: What to try, options in braces, where a diffusion method erased too little, or did damage.
@@ -62,6 +63,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     data: Literal["latents", "forget", "prompts"] = "latents"
     stages: str = ""
+    whole_classes: bool = False
     tunes: str | None = "lr"
     factors: tuple[float, ...] = (1 / 16, 1 / 4, 1, 4, 16)
     stronger: str = "Raise {steps} or {lr}"
@@ -135,7 +137,7 @@ _CLOSED: dict[str, Any] = {
 }
 METHODS: dict[TaskName, dict[str, Method]] = {
     # rates: what the search found on the clutter, random 10 %, at seeds 0 and 1; another model needs its own. Those of
-    # bad-teacher, jit and delete are guesses that the search has not seen.
+    # bad-teacher, jit, delete and unsir are guesses that the search has not seen.
     "classification": _registry(
         Method("retrain", "Retrain", "training without the forget set", _C, f"{_IN}.retaining:retrain", tunes=None),
         Method("ft", "FT", f"{_GOLATKAR}; Warnecke et al. 2021, arXiv:2108.11577", _C, f"{_IN}.retaining:fine_tune",
@@ -173,6 +175,9 @@ METHODS: dict[TaskName, dict[str, Method]] = {
                "full", f"{_IN}.jit:JitOptions", defaults={"epochs": 1, "lr": 0.01}),
         Method("delete", "DELETE", "Zhou et al. 2025, arXiv:2503.23751", _C, f"{_IN}.delete:delete",
                "full", defaults={"epochs": 10, "lr": 0.001}),
+        Method("unsir", "UNSIR", "Tarun et al. 2021, arXiv:2111.08947", _C, f"{_IN}.unsir:unsir",
+               "full", f"{_IN}.unsir:UnsirOptions", f"{_IN}.unsir:resolve", {"epochs": 10, "lr": 0.02},
+               whole_classes=True),
     ),
     "diffusion": _registry(
         Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default", grows=True,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from salun.classification.search import rounds
 from salun.classification.table import difference_lines, interval, lines_of, table_of, tables_of
 from salun.classification.unlearn_options import CompareOptions
 from salun.config import read_config
-from salun.errors import Cancelled, ConfigError
+from salun.errors import Cancelled, ConfigError, TrainingError
 from salun.progress import Event, Stage
 from salun.report import charts
 from salun.report.classification import _comparison_headline, comparison_page, run_page
@@ -103,6 +104,7 @@ def test_the_jobs_are_every_method_with_every_seed_and_one_retrain_each() -> Non
         variants_of(CompareOptions(methods=["ft", "ft"]))
     assert variants_of(CompareOptions())[0].name == "salun"
     assert len(variants_of(CompareOptions())) == 16
+    assert [v.name for v in variants_of(CompareOptions(forget="class:3"))][16:] == ["unsir"]  # of whole classes only
 
 
 def test_a_comparison_writes_one_table_and_a_page(made: Path) -> None:
@@ -214,6 +216,51 @@ def test_several_processes_find_the_very_same(made: Path, tmp_path: Path) -> Non
         run_dir=tmp_path / "two", cache=Cache(tmp_path / "cache"), methods=["ff", "salun@0.1"], seeds=2, relearn=3,
         noise_floor=False, **{**QUICK, "workers": 2},
     )  # fmt: skip
+    expected = without_times(record_in(made)["metrics"])
+    rows = {name: expected["methods"][name] for name in ("ff", "salun@0.1")}
+    assert without_times(found.metrics) == {**expected, "methods": rows}
+
+
+class Losing(Executor):
+    """Runs jobs here, except for one that it loses, as an executor does whose worker died."""
+
+    def __init__(self, lost: int | None = None) -> None:
+        self.lost, self.count = lost, 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.count += 1
+        if self.count == self.lost:
+            future.set_exception(RuntimeError("the worker was lost\nat 127.0.0.1"))
+        else:
+            future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_an_executor_of_the_caller_finds_the_very_same_and_its_loss_of_a_worker_costs_one_job(
+    made: Path, tmp_path: Path
+) -> None:
+    expected = without_times(record_in(made)["metrics"])
+    common: dict[str, Any] = {**QUICK, "methods": ["ff", "salun@0.1"], "seeds": 2, "relearn": 3, "noise_floor": False}
+    with pytest.raises(TrainingError, match=r"a worker of the executor failed \(RuntimeError: the worker was lost\)"):
+        compare(run_dir=tmp_path / "run", executor=Losing(4), **common)
+    assert len(results_in(tmp_path)) == 5  # of 6
+    second = Losing()
+    found = compare(run_dir=tmp_path / "run", resume=True, executor=second, **common)
+    assert second.count == 1
+    rows = {name: expected["methods"][name] for name in ("ff", "salun@0.1")}
+    assert without_times(found.metrics) == {**expected, "methods": rows}
+
+
+@pytest.mark.slow
+def test_two_workers_of_dask_find_the_very_same(made: Path, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    common: dict[str, Any] = {**QUICK, "methods": ["ff", "salun@0.1"], "seeds": 2, "relearn": 3, "noise_floor": False}
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        found = compare(cache=Cache(tmp_path / "cache"), executor=client.get_executor(pure=False), **common)
     expected = without_times(record_in(made)["metrics"])
     rows = {name: expected["methods"][name] for name in ("ff", "salun@0.1")}
     assert without_times(found.metrics) == {**expected, "methods": rows}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from salun.classification.data import ImageData, load_data, presets
 from salun.classification.hub import _label, _source
-from salun.classification.splits import Split, make_split, with_forget
+from salun.classification.splits import Split, make_split, remarks, with_forget
 from salun.errors import ConfigError, DataError, SalunError
 from salun.randomness import generator_of, seed_of
 
@@ -210,8 +210,23 @@ def test_a_class_without_a_training_picture_is_refused(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": [grey(i) for i in range(40)], "b": [grey(1)]})
     data = load_data(str(root))
     seeds = [s for s in range(40) if 40 in torch.randperm(41, generator=generator_of(s, "split"))[:20]]
-    with pytest.raises(DataError, match="the class 'b' has no training images"):
+    with pytest.raises(DataError, match=r"the class 'b' has no training images \(of 1 in all\)\. Add images"):
         make_split(data, 0.5, 0.0, seeds[0])
+
+
+@pytest.mark.parametrize("of_b", [1, 2, 5])
+def test_tiny_classes_are_split_and_those_without_test_images_reported(of_b: int, tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", {"a": [grey(i) for i in range(40)], "b": [grey(100 + i) for i in range(of_b)]})
+    data = load_data(str(root))
+    for seed in range(5):
+        try:
+            split = with_forget(make_split(data, 0.2, 0.1, seed), data, "class:b", 0)
+        except DataError as error:  # all of them were drawn for other parts
+            assert f"the class 'b' has no training images (of {of_b} in all)" in str(error)
+            continue
+        assert data.labels[split.forget].tolist() == [1] * len(split.forget) != []
+        absent = 1 not in data.labels[split.test]
+        assert remarks(data, split) == ["set: the test set has no image of 1 classes: b"] * absent
 
 
 def test_unknown_data_and_missing_libraries_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,13 +235,14 @@ def test_unknown_data_and_missing_libraries_say_what_to_do(monkeypatch: pytest.M
     with pytest.raises(DataError, match="give a folder, a hub id, or one of"):
         load_data("nothing-like-it")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r'pip install "datasets>=2\.16,<5" \(the extra datasets\)'):
+    with pytest.raises(DataError, match=r'pip install "datasets>=2\.16" \(the extra datasets\)'):
         load_data("cifar10")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r'pip install "scikit-learn>=1\.3" \(the extra classification\)'):
         load_data("digits")
 
 
+@pytest.mark.packages
 def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"])})
@@ -245,6 +261,7 @@ def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
         load_data(str(tmp_path / "bare"))
 
 
+@pytest.mark.packages
 def test_pictures_that_are_none_and_an_empty_set_are_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
@@ -284,6 +301,7 @@ def test_one_class_alone_is_refused() -> None:
         make_split(data, 0.2, 0.1, 0)
 
 
+@pytest.mark.packages
 def test_labels_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     for values, kind in ((["cat", "dog"], "string"), ([0, None], "int64"), ([0.5, 1.0], "float32")):

@@ -21,6 +21,7 @@ from salun.classification.masks import find_mask
 from salun.classification.methods.boundary import nearest_labels
 from salun.classification.methods.delete import without_own_class
 from salun.classification.methods.relabeling import draw_labels, relabeled
+from salun.classification.methods.unsir import error_maximizing_noise
 from salun.classification.predictions import SplitPredictions
 from salun.classification.splits import Split
 from salun.classification.task import Batch, Task, batches_of, minimize, retain_batches
@@ -40,7 +41,9 @@ def run(name: str, task: Task) -> None:
 
 
 def problem(method: str = "salun", normalised: bool = False, train: bool = True, **options: object) -> Task:
-    """90 pictures of 1×4×4 in three classes that overlap, rows 0 to 11 to be forgotten, and a model that knows them."""
+    """90 pictures of 1×4×4 in three classes that overlap, rows 0 to 11 to be forgotten (all 20 of class a by methods of
+    whole classes), and a model that knows them.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3
     centres = torch.randint(90, 166, (3, 1, 4, 4), generator=generator)
@@ -48,7 +51,8 @@ def problem(method: str = "salun", normalised: bool = False, train: bool = True,
     preset = {"mean": [0.5], "std": [0.25], "augment": "none"}
     data = ImageData("three", images.to(torch.uint8), labels, ("a", "b", "c"), preset=preset)
     rows = torch.arange(90)
-    split = Split(rows[:60], rows[60:65], rows[65:], rows[:12], rows[12:60], data.digest, "rows")
+    forgotten = labels[:60] == 0 if METHODS[method].whole_classes else rows[:60] < 12
+    split = Split(rows[:60], rows[60:65], rows[65:], rows[:60][forgotten], rows[:60][~forgotten], data.digest, "rows")
 
     def fresh() -> nn.Module:
         torch.manual_seed(1)
@@ -639,3 +643,79 @@ def test_lfssds_importance_is_the_mean_change_of_the_squared_output_and_needs_no
         torch.testing.assert_close(value[selected], (factor * before[name])[selected])
     with pytest.raises(ConfigError, match="lfssd_alpha is 5, but for 12 of 60 samples"):
         run("lfssd", problem("lfssd", lfssd_alpha=5.0))
+
+
+# -- UNSIR ---------------------------------------------------------------------------------------------------------
+
+
+def test_unsirs_noise_is_what_the_model_errs_on_most_and_its_norm_is_held() -> None:
+    """On a linear model z = Wx the slope of −CE + λ‖N‖ in N is −Wᵀ(p − e_y) + λN/‖N‖, along which Adam moves."""
+    task = problem("unsir", train=False)
+    torch.manual_seed(2)
+    task.model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False))
+    weight = next(task.model.parameters()).detach()
+    labels = torch.tensor([0, 0, 1])
+    start, once = (error_maximizing_noise(task, labels, 2.0, steps) for steps in (0, 1))
+    n = start.flatten(1)
+    slope = 2.0 * n / n.norm(dim=1, keepdim=True) - ((n @ weight.T).softmax(1) - F.one_hot(labels, 3)) @ weight
+    torch.testing.assert_close(once.flatten(1), n - 0.1 * slope.sign(), rtol=1e-4, atol=1e-4)  # Adam's first step
+    assert abs(float(start.std()) - 1) < 0.3
+
+    def error(weight: float) -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(task.model(error_noise(weight)), labels))
+
+    def error_noise(weight: float) -> Tensor:
+        with torch.enable_grad():
+            return error_maximizing_noise(task, labels, weight, 60)
+
+    assert error(0.0) > error(10.0)
+    assert error(0.0) > 3 * float(F.cross_entropy(task.model(start).detach(), labels))
+    assert error_noise(10.0).norm() < 0.5 * error_noise(0.0).norm()
+    assert all(parameter.grad is None for parameter in task.model.parameters())
+
+
+def test_unsir_impairs_with_noise_at_the_full_rate_and_repairs_without_at_a_lower_one() -> None:
+    """θ ← θ − η∇CE(D_r,sub ∪ N), then θ ← θ − η/4 ∇CE(D_r,sub), a batch each."""
+    options = {"epochs": 2, "lr": 0.5, "batch_size": 40, "momentum": 0.0, "weight_decay": 0.0}
+    task = problem("unsir", **options, unsir_retain=1.0, unsir_repair=0.25)
+    expected, rows = deepcopy(task.model), task.split.retain
+    wrong = torch.zeros(20, dtype=torch.int64)  # 40 retained images of two classes
+    noise = error_maximizing_noise(task, wrong, 0.1, 40)
+    x, y = task.data.images_of(rows), task.labels(rows)
+    for rate, images, labels in ((0.5, torch.cat([x, noise]), torch.cat([y, wrong])), (0.125, x, y)):
+        parameters = list(expected.parameters())
+        gradients = torch.autograd.grad(F.cross_entropy(task.logits(images, expected), labels), parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= rate * gradient
+    run("unsir", task)
+    for name, value in expected.named_parameters():
+        torch.testing.assert_close(weights(task)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_unsir_forgets_a_class_without_its_images() -> None:
+    """With other images in the forget rows it gives the very same bits."""
+    tasks = [problem("unsir", epochs=6, lr=0.1, unsir_retain=1.0) for _ in range(2)]
+    images = tasks[1].data.images.clone()
+    images[tasks[1].split.forget] = 0
+    before = loss_on(tasks[0], tasks[0].split.forget)
+    other = replace(tasks[1], data=replace(tasks[1].data, images=images))
+    for task in (tasks[0], other):
+        run("unsir", task)
+    assert all(torch.equal(v, weights(other)[k]) for k, v in weights(tasks[0]).items())
+    assert loss_on(tasks[0], tasks[0].split.forget) > before + 1
+    x, y = (f(tasks[0].split.retain) for f in (tasks[0].data.images_of, tasks[0].labels))
+    assert (tasks[0].logits(x).argmax(1) == y).float().mean() > 0.9
+
+
+def test_unsir_refuses_what_is_not_a_class() -> None:
+    task = problem("unsir")
+    task.split = replace(task.split, forget=task.split.forget[:5], retain=task.split.train[1:], forgetting="rows.json")
+    with pytest.raises(ConfigError, match=r"forget is rows\.json, and other images of its classes are retained, but"):
+        run("unsir", task)
+    split = replace(problem("unsir").split, forgetting="random:0.1")
+    with pytest.raises(ConfigError, match=r"is random:0\.1, but UNSIR forgets whole classes only\. Use class:NAME"):
+        METHODS["unsir"].resolved(UnlearnOptions(method="unsir"), split)
+    with pytest.raises(ConfigError, match="epochs is 1, but UNSIR impairs in its first epoch"):
+        run("unsir", problem("unsir", epochs=1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,16 @@ def variant_of(text: str) -> Variant:
 
 
 def variants_of(options: CompareOptions) -> list[Variant]:
-    """The rows of the table, in order. Raises ConfigError for an invalid or repeated variant."""
-    others = [name for name in METHODS["classification"] if name not in ("retrain", "salun")]
+    """The rows of the table, in order; by default of all methods that fit the forget set.
+
+    options: as of `with_class_named`. Raises ConfigError for an invalid or repeated variant.
+    """
+    of_class = (options.forget or "").startswith("class:")
+    others = [
+        name
+        for name, method in METHODS["classification"].items()
+        if name not in ("retrain", "salun") and (of_class or not method.whole_classes)
+    ]
     variants = [variant_of(text) for text in options.methods or ["salun", *others]]
     names = [variant.name for variant in variants]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -145,22 +154,25 @@ def compare(
     resume: bool = False,
     cache: Cache | None = None,
     command: str = "salun.classification.compare",
+    executor: Executor | None = None,
     **given: Any,
 ) -> Comparison:
     """Unlearn by several methods with several seeds, and compare each with Retrain.
 
     given: fields of `CompareOptions`, over `options`. run_dir: gets `jobs/`, `report.html` and `run.json`. resume:
-    continue the unfinished comparison in run_dir. With several workers, a Python script that calls this needs the usual
-    `if __name__ == "__main__":`, as its processes are spawned. A method that diverges at some seeds is reported with
-    the remaining seeds. One that fails at every seed, or for which the search finds no value, gets a row with the
-    reason. Raises SalunError, `Cancelled` if `progress` does.
+    continue the unfinished comparison in run_dir. executor: runs the jobs in place of `workers` processes, see
+    `JobRunner`, such as dask's `Client(…).get_executor(pure=False)` on several machines. With several workers, a Python
+    script that calls this needs the usual `if __name__ == "__main__":`, as its processes are spawned. A method that
+    diverges at some seeds is reported with the remaining seeds. One that fails at every seed, or for which the search
+    finds no value, gets a row with the reason. Raises SalunError, `Cancelled` if `progress` does.
     """
     options = CompareOptions(**{**asdict(options or CompareOptions()), **given})
-    variants, cache = variants_of(options), cache or Cache.of_user()
+    cache = cache or Cache.of_user()
     if resume and run_dir is None:
         raise ConfigError("needs the run folder of the comparison", option="resume", advice="Set {run_dir}")
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
     options = with_class_named(options, data)
+    variants = variants_of(options)
     jobs = jobs_of(options, variants)
     checked = settings_of(options, jobs, cache, data)
     first = next(iter(checked.values()))
@@ -173,7 +185,7 @@ def compare(
         store = ResultStore(folder / "jobs" if folder is not None else None, record, len(data.classes))
         stages = comparison_stages(options, [(setting.options, setting.split) for setting in checked.values()])
         progress(Event(Stage.PLANNING, stages=stages))
-        with JobRunner(store, cache, data, workers_of(options), progress) as runner:
+        with JobRunner(store, cache, data, workers_of(options), progress, executor) as runner:
             with record.stage(Stage.RETRAINING):
                 exact = runner.done(jobs["retrain"], Stage.RETRAINING)
                 again = runner.done(jobs["again"], Stage.RETRAINING)

@@ -32,7 +32,7 @@ from salun.classification.options import TrainOptions
 from salun.classification.originals import Original, given_original, trained
 from salun.classification.plan import forget_of, known_recipe, resolve_options, why_no_retrain
 from salun.classification.search import search
-from salun.classification.splits import Split, make_split, repeated, with_forget
+from salun.classification.splits import Split, make_split, remarks, with_forget
 from salun.classification.stages import training_stages, unlearning_stages
 from salun.classification.task import Task
 from salun.classification.unlearn_options import UnlearnOptions
@@ -82,7 +82,7 @@ class ExperimentSetup:
     @property
     def notes(self) -> list[str]:
         """What a user should know about the data and the split."""
-        return [*self.data.notes, *repeated(self.data, self.split)]
+        return [*self.data.notes, *remarks(self.data, self.split)]
 
     def original(self, progress: Progress) -> Original:
         """The model to unlearn from: given, from the cache, or trained now."""
@@ -159,7 +159,7 @@ def train(
     with shown(progress) as progress, record.running(), _computing(full):
         _keep_split(record, split)
         progress(Event(Stage.PLANNING, stages=training_stages(full, split)))
-        _tell(record, [*data.notes, *repeated(data, split)], progress, Stage.PLANNING)
+        _tell(record, [*data.notes, *remarks(data, split)], progress, Stage.PLANNING)
         with record.stage(Stage.TRAINING):
             original = trained(full, data, split, cache, progress, Stage.TRAINING)
         metrics = {**accuracies(_task(original, data, split, full, progress)), "RTE": _seconds(original.seconds)}

@@ -12,6 +12,7 @@ from salun.images import counted, list_images, visible_folders
 
 _DEEPEST = 4  # folders that may lie around the parts, as archives are unpacked
 _OUTSIDE = "image outside the class folders"
+_LINKED = "link to an image that is read already"
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) ->
     """Images in a sub-folder for each class; the classes are sorted, numbers as numbers.
 
     Folders named as splits (see `role_of`) hold the classes' folders or are in them. Images outside the classes'
-    folders are skipped and counted. Raises DataError where there is no class folder, for a class without images, parts
-    of different classes, folders with two possible readings, and what `assembled` raises.
+    folders are skipped and counted, and links to images that a class has already. Raises DataError where there is no
+    class folder, for a class without images, parts of different classes, an image that is in two classes by a link,
+    folders with two possible readings, and what `assembled` raises.
     """
     layout = layout_of(folder)
     first = layout.parts["train"]
@@ -50,9 +52,39 @@ def from_folder(folder: Path, image_size: int | None, preset: dict[str, Any]) ->
             parts[role] += [Sample(path, str(path), label) for path in listing.files]
             for reason, names in listing.skipped.items():
                 skipped.setdefault(reason, []).extend(f"{folders[name].relative_to(folder)}/{file}" for file in names)
+    for role, more in _links_to_known_images(parts, classes).items():
+        parts[role] = [sample for sample in parts[role] if sample.source not in more]
+        skipped.setdefault(_LINKED, []).extend(str(path.relative_to(folder)) for path in sorted(more))
     name = folder.resolve().name
     notes = [*layout.notes, *(f"{name}: skipped {line}" for line in counted(skipped))]
     return assembled(name, parts, classes, image_size, notes, preset)
+
+
+def _links_to_known_images(parts: dict[str, list[Sample]], classes: list[str]) -> dict[str, set[Path]]:
+    """role → the files that lead to an image which that part has already.
+
+    Raises DataError for an image that is in two classes, in one part or in two.
+    """
+    files = {s.source: (role, s.label) for role in parts for s in parts[role] if isinstance(s.source, Path)}
+    real = {place: place.resolve() for place in {path.parent for path in files}}
+    links = {path for path in files if path.is_symlink()}
+    if not links and len({*real.values()}) == len(real):
+        return {}
+    known: dict[Path, tuple[Path, int, set[str]]] = {}
+    again: dict[str, set[Path]] = {}
+    for path, (role, label) in files.items():
+        target = path.resolve() if path in links else real[path.parent] / path.name
+        first, of_first, roles = known.setdefault(target, (path, label, set()))
+        if label != of_first:
+            raise DataError(
+                f"{path} and {first} are one file, by a link, but in the classes {classes[label]!r} and "
+                f"{classes[of_first]!r}",
+                advice="Remove one of them",
+            )
+        if role in roles:
+            again.setdefault(role, set()).add(path)
+        roles.add(role)
+    return again
 
 
 def layout_of(folder: Path) -> Layout:

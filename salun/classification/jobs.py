@@ -13,7 +13,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -121,21 +121,34 @@ class JobRunner:
 
     Args:
         progress: Gets an event for each job; the steps of a stage are its jobs, and the values that they try.
+        executor: Runs the jobs in place of processes of this runner's own, and stays open: at the end jobs that wait
+            are cancelled, and those that run are not stopped. Its workers need salun, the data's folder and the cache
+            by the same paths, and one thread each.
     """
 
-    def __init__(self, store: ResultStore, cache: Cache, data: ImageData, workers: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        store: ResultStore,
+        cache: Cache,
+        data: ImageData,
+        workers: int,
+        progress: Progress,
+        executor: Executor | None = None,
+    ) -> None:
         self.store, self.cache, self.data, self.workers, self.progress = store, cache, data, workers, progress
         self.stage, self.counts, self.restored = Stage.PLANNING, Counter[Stage](), Counter[Stage]()
         context = multiprocessing.get_context("spawn")
         self._stop = context.Event()
-        self._pool = ProcessPoolExecutor(workers, context, _begin, (self._stop,)) if workers > 1 else None
+        self._given, self._pool = executor is not None, executor
+        if executor is None and workers > 1:
+            self._pool = ProcessPoolExecutor(workers, context, _begin, (self._stop,))
 
     def __enter__(self) -> JobRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self._pool is not None:
+        if self._pool is not None and not self._given:
             self._pool.shutdown(cancel_futures=True)
 
     def done(self, jobs: Sequence[Job], stage: Stage) -> dict[str, dict[str, Any]]:
@@ -165,7 +178,7 @@ class JobRunner:
         for job in jobs:
             yield job, run_job(job, self.cache, self.data, lambda event: self.progress(Event(self.stage)))
 
-    def _in_workers(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    def _in_workers(self, pool: Executor, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Jobs with their results, as they finish."""
         with _sigint_blocked_in_children():
             running = {pool.submit(_in_worker, job, self.cache): job for job in jobs}
@@ -174,13 +187,26 @@ class JobRunner:
             while left:
                 ended, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
                 self.progress(Event(self.stage))
-                for future in ended:
+                for future in sorted(ended, key=lambda future: future.exception() is not None):  # failures last
                     yield running[future], future.result()
         except BrokenProcessPool as error:
             raise TrainingError(
                 "a process of the comparison was killed, perhaps because memory ran out",
                 advice="Use {resume} with fewer {workers}",
             ) from error
+        except (SalunError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # an executor's own, such as of a worker that is lost
+            if not self._given:
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            raise TrainingError(
+                f"a worker of the executor failed ({type(error).__name__}: {reason})",
+                advice="Use {resume}: finished jobs are not repeated",
+            ) from error
+        finally:
+            for future in left:
+                future.cancel()
 
 
 def _steps(job: Job) -> int:
@@ -231,7 +257,7 @@ def _begin(stop: Any) -> None:
 
 def _in_worker(job: Job, cache: Cache) -> dict[str, Any]:
     def check_stop(event: Event, /) -> None:
-        if _stop.is_set():
+        if _stop is not None and _stop.is_set():
             raise Cancelled("stopped")
 
     options = job.options

@@ -17,6 +17,7 @@ from salun.classification.pixel_store import pixels_of
 from salun.errors import DataError
 from salun.images import Source
 from salun.runs.cache import Cache
+from salun.user_text import composed
 
 ROLES = ("train", "validation", "test")
 _SPLIT_NAMES = {
@@ -131,8 +132,17 @@ def assembled(
         start += len(rows[role])
     given_parts = {f"own_{role}": rows[role] if len(rows[role]) else None for role in ROLES[1:]}
     labels = torch.tensor([sample.label for sample in samples])
-    lines = (*notes, *(f"{name}: {line}" for line in traits))
+    lines = (*notes, *(f"{name}: {line}" for line in (*alike(classes), *traits)))
     return ImageData(name, images, labels, tuple(classes), **given_parts, preset=preset, notes=lines)
+
+
+def alike(classes: Sequence[str]) -> list[str]:
+    """A line on class names that differ only by case, spaces or the form of Unicode: most likely a mistake."""
+    same: dict[str, list[str]] = {}
+    for name in classes:
+        same.setdefault(" ".join(composed(name).casefold().split()), []).append(name)
+    what = "class names that differ only by case, spaces or Unicode form are separate classes"
+    return [f"{what}: {', '.join(map(repr, names))}" for names in same.values() if len(names) > 1]
 
 
 def role_of(name: str) -> str | None:

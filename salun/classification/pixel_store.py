@@ -13,11 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from salun.checkpoints import safetensors_io
-from salun.errors import ModelError
+from salun.errors import DataError, ModelError
 from salun.images import Source, counted, read_images
 from salun.runs.cache import Cache, key_of
 
@@ -38,7 +39,7 @@ def pixels_of(sources: Sequence[Named], where: str, size: int | None, cache: Cac
         cache: Where decoded images are stored.
 
     Raises:
-        DataError: As `read_images`.
+        DataError: As `read_images`, or they do not fit into memory.
     """
     began, key = time.time(), _key_of(sources, size)
     stored = cache.load(key, _read)
@@ -99,6 +100,7 @@ def _decoded(sources: Sequence[Named], where: str, size: int | None) -> tuple[Te
     for i, (pixels, more) in enumerate(read_images(sources, where, size)):
         planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         if not i:
+            _check_memory(len(sources), planes, where)
             images = np.empty((len(sources), *planes.shape), np.uint8)
         elif len(planes) > images.shape[1]:  # the first color after gray ones
             images = np.repeat(images, 3, 1)
@@ -106,6 +108,22 @@ def _decoded(sources: Sequence[Named], where: str, size: int | None) -> tuple[Te
         for trait in more:
             traits.setdefault(trait, []).append(sources[i][1])
     return torch.from_numpy(images), counted(traits)
+
+
+def _check_memory(count: int, image: np.ndarray, where: str) -> None:
+    """Raises DataError for more decoded images than fit into memory, hours before the system would end the process."""
+    size, free = count * image.nbytes, _free_memory()
+    if size > free:
+        (_, h, w) = image.shape
+        raise DataError(
+            f"{where} has {count:,} images of {w}×{h} pixels, which take {size / 1e9:.3g} GB in memory; "
+            f"{free / 1e9:.3g} GB are free",
+            advice="Choose a smaller {image_size}, or fewer images",
+        )
+
+
+def _free_memory() -> int:
+    return int(psutil.virtual_memory().available)
 
 
 def _read(path: Path) -> tuple[Tensor, list[str]]:

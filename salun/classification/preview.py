@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from salun.classification.compare import jobs_of, settings_of, variants_of, workers_of
+from salun.classification.compare import jobs_of, settings_of, variants_of, with_class_named, workers_of
 from salun.classification.data import ImageData, load_data
 from salun.classification.experiment import setup_of, training_of
 from salun.classification.models import new_model, normalize_for
@@ -74,9 +74,11 @@ def preview_comparison(
     options: CompareOptions, *, run_dir: Path | None = None, cache: Cache | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
     """What `compare` would do. seconds: as in `preview_training`, if nothing is cached. Raises as `compare`."""
-    variants, cache = variants_of(options), cache or Cache.of_user()
-    jobs = jobs_of(options, variants)
+    cache = cache or Cache.of_user()
     data = load_data(options.data, options.image_size, options.image_column, options.label_column)
+    options = with_class_named(options, data)
+    variants = variants_of(options)
+    jobs = jobs_of(options, variants)
     settings = list(settings_of(options, jobs, cache, data).values())
     first = settings[0]
     pace = _seconds_per_image(first.options, first.data, first.split.without_forget_set(), progress)

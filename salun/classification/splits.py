@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from salun.classification.data import ImageData
-from salun.errors import ConfigError, DataError, literal
+from salun.errors import ConfigError, DataError, literal, some
 from salun.files import write_bytes
 from salun.randomness import generator_of
 from salun.untrusted import read_json
@@ -117,8 +117,13 @@ def make_split(data: ImageData, test_share: float, validation_share: float, seed
     if not len(test):
         raise DataError(f"{data.name} has no test images", advice="Raise {test_share}")
     if not counts.all():
-        empty = data.classes[int((counts == 0).nonzero()[0])]
-        raise DataError(f"{data.name}: the class {empty!r} has no training images")
+        empty = (counts == 0).nonzero().view(-1).tolist()
+        of_all = torch.bincount(data.labels.cpu(), minlength=len(data.classes))[empty[0]]
+        more = f", and {len(empty) - 1} other classes have none either" if len(empty) > 1 else ""
+        raise DataError(
+            f"{data.name}: the class {data.classes[empty[0]]!r} has no training images (of {int(of_all)} in all){more}",
+            advice="Add images, remove the class, or draw another split by {split_seed}",
+        )
     train = train.sort().values
     return Split(train, validation.sort().values, test.sort().values, train[:0], train, data.digest)
 
@@ -203,6 +208,16 @@ def _class(data: ImageData, value: str) -> int:
 
 def _equals(name: str, number: int) -> bool:
     return name.isascii() and name.isdigit() and name.lstrip("0") == str(number).lstrip("0")
+
+
+def remarks(data: ImageData, split: Split) -> list[str]:
+    """What a user should know of a split: images in two of its parts, and classes that TA does not show, as the test
+    set has none of their images.
+    """
+    counts = torch.bincount(data.labels.cpu()[split.test], minlength=len(data.classes))
+    names = [data.classes[i] for i in (counts == 0).nonzero().view(-1).tolist()]
+    absent = [f"{data.name}: the test set has no image of {len(names)} classes: {some(names)}"] if names else []
+    return [*repeated(data, split), *absent]
 
 
 def repeated(data: ImageData, split: Split) -> list[str]:

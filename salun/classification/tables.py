@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +22,7 @@ MOST_BYTES = 2**28  # of a table
 _DEEPEST = 3  # folders below the data set's, as in data/train/metadata.csv
 
 Row = dict[str, Any]
+Labeled = tuple[str, Path, str]  # part, image file, label
 
 
 def tables_in(folder: Path) -> list[Path]:
@@ -40,7 +42,8 @@ def from_tables(
 ) -> ImageData | str:
     """A data set from its tables; a note on one without a column of image files or labels, if none is requested.
     A row's part is its column `split`, or a folder in its file's path with a part's name. Raises DataError for a table
-    that cannot be read, a row with a file outside the folder, and what `assembled` raises.
+    that cannot be read, a row with a file outside the folder or more than one label, an image with two labels, and what
+    `assembled` raises.
     """
     name, rows = folder.resolve().name, []
     for table in tables:
@@ -54,13 +57,22 @@ def from_tables(
                 return f"{name}: the table {shown(table, folder)} {what}, and is not used"
             raise DataError(f"{table} {what}")
         divided = any(_filled(row.get("split")) for row in read)
-        rows += [(_part(folder, table, row, file, divided), _path(table, row, file), row.get(label)) for row in read]
-    known = [(part, path, text) for part, path, label in rows if (text := _filled(label))]
-    if not known:
+        for number, row in enumerate(read, 1):
+            if isinstance(row.get(label), (list, dict)):
+                raise DataError(
+                    f"{table}: the label of image {number} is {row[label]!r:.40}, but must be a name or a number",
+                    advice="A classifier has one label per image",
+                )
+            rows.append((_part(folder, table, row, file, divided), _path(table, row, file), row.get(label)))
+    labeled = [(part, path, text) for part, path, label in rows if (text := _filled(label))]
+    if not labeled:
         raise DataError(f"{folder}: no row of {tables[0].name} has a label")
+    known = _once(_whole_numbers(labeled), folder)
     roles, notes = roles_of(list(dict.fromkeys(part for part, _, _ in known)), name)
-    if len(known) < len(rows):
-        notes.append(f"{name}: skipped {len(rows) - len(known)} images without a label")
+    if len(labeled) < len(rows):
+        notes.append(f"{name}: skipped {len(rows) - len(labeled)} images without a label")
+    if len(known) < len(labeled):
+        notes.append(f"{name}: skipped {len(labeled) - len(known)} rows of images that a row before them names")
     classes = sorted({label for part, _, label in known if part in roles.values()}, key=by_number)
     if all(label.isdigit() for label in classes) and classes != [str(i) for i in range(len(classes))]:
         notes.append(f"{name}: the labels are not 0 to {len(classes) - 1}; they name the classes: {some(classes, 10)}")
@@ -120,6 +132,35 @@ def _part(folder: Path, table: Path, row: Row, column: str, divided: bool) -> st
         return split
     way = _path(table, row, column).relative_to(folder).parts[:-1]
     return next((part for part in way if role_of(part) is not None), NO_SPLIT if divided else "train")
+
+
+def _whole_numbers(rows: list[Labeled]) -> list[Labeled]:
+    """The rows with the labels 1.0 and 1 as one, "1", if all labels are whole numbers: floats stand for integers in a
+    table that had gaps.
+    """
+    integers = {label: re.fullmatch(r"(-?\d+)(\.0*)?", label) for _, _, label in rows}
+    if not all(integers.values()):
+        return rows
+    return [(part, path, match[1]) for part, path, label in rows if (match := integers[label])]
+
+
+def _once(rows: list[Labeled], folder: Path) -> list[Labeled]:
+    """The rows whose image is not named by a row before them, of the same part. Raises DataError for an image with two
+    labels.
+    """
+    known: dict[Path, tuple[str, set[str]]] = {}
+    unique = []
+    for part, path, label in rows:
+        first, parts = known.setdefault(path.resolve(), (label, set()))
+        if label != first:
+            raise DataError(
+                f"{folder}: {shown(path, folder)} has two labels, {first!r} and {label!r}",
+                advice="A classifier has one label per image: remove or correct a row",
+            )
+        if part not in parts:
+            unique.append((part, path, label))
+        parts.add(part)
+    return unique
 
 
 def _filled(value: Any) -> str:

@@ -18,7 +18,7 @@ from salun.classification.splits import Split
 from salun.classification.training_state import TrainingState
 from salun.compute.device import pick_dtype
 from salun.masking.mask import Mask
-from salun.masking.training import MakeOptimizer, TrainingSettings, constant, cosine_decay, train
+from salun.masking.training import MakeOptimizer, TrainingSettings, by_step, constant, cosine_decay, train
 from salun.masking.training_state import LossRow
 from salun.progress import Progress, Stage, silent
 from salun.randomness import generator_of, seed_of
@@ -132,6 +132,7 @@ def minimize(
     lr: float | None = None,
     batchnorm: str | None = None,
     cosine: bool = False,
+    factors: Sequence[float] | None = None,
     soft_density: float | None = None,
     extra: dict[str, nn.Parameter] | None = None,
     stage: Stage = Stage.UNLEARNING,
@@ -145,6 +146,7 @@ def minimize(
         loss: What is minimized of a batch.
         epochs, lr, batchnorm: By default the task's options.
         cosine: Whether the rate falls to 0 along a half cosine.
+        factors: Of the rate, for each epoch.
         soft_density: SalUn-soft's target density; its threshold follows every step.
         extra: Parameters of the loss itself, trained without a mask and discarded.
         stage: The stage of the progress; random numbers depend on it and the seed.
@@ -160,6 +162,8 @@ def minimize(
     extra = extra or {}
     epoch_of = [epoch for epoch in range(epochs) for _ in batches(epoch, torch.Generator())]
     rate = cosine_decay(lr, len(epoch_of)) if cosine else constant(lr)
+    if factors is not None:
+        rate = by_step([lr * factors[epoch] for epoch in epoch_of])
     settings = TrainingSettings(len(epoch_of), rate, _sgd(task, lr), {}, soft_density, mode="pack", stage=stage)
     samples: Iterator[tuple[Batch, Tensor]] = iter(())
     current = dict[int, tuple[Batch, Tensor]]()

@@ -34,7 +34,7 @@ class CompareOptions(UnlearnOptions):
         [],
         "Methods to compare, the first with each of the others: METHOD, METHOD/MASK, METHOD@DENSITY or "
         "METHOD/MASK@DENSITY, such as salun, rl/random or salun@0.1; repeat for several (default: SalUn, then every "
-        "other method)",
+        "other method that fits the forget set)",
     )
     seeds: int = option(
         10, "Number of seeds, counted from seed; each draws its own forget set", minimum=1, maximum=1000

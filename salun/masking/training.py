@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import cos, isfinite, isnan, nan, pi
@@ -107,6 +107,11 @@ class Trained:
 def constant(lr: float) -> Schedule:
     """The same learning rate at every step."""
     return lambda step: lr
+
+
+def by_step(rates: Sequence[float]) -> Schedule:
+    """A rate for each step."""
+    return lambda step: rates[step]
 
 
 def linear_decay(lr: float, steps: int, fraction: float) -> Schedule:
