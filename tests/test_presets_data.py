@@ -127,7 +127,7 @@ def test_a_preset_is_complete(name: str) -> None:
     entry = PRESETS[name]
     assert name == name.lower().strip()
     assert {"kind", "synonyms", "anchors", "retain", "about"} <= set(entry)
-    optional = {"sensitive", "aliases", "tags", "tag_anchors"}
+    optional = {"sensitive", "aliases", "tags", "tag_anchors", "names"}
     assert set(entry) <= {"kind", "synonyms", "anchors", "retain", "about"} | optional
     assert texts(entry.get("tags", []))
     assert len(entry.get("tags", [])) == len(entry.get("tag_anchors", []))
@@ -139,6 +139,7 @@ def test_a_preset_is_complete(name: str) -> None:
     assert isinstance(entry["about"], str)
     assert "\n" not in entry["about"]
     assert texts(entry.get("aliases", []))
+    assert texts(list(entry.get("names", {}).values())), "by language"
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -576,7 +576,8 @@ def test_a_run_and_a_model_are_evaluated_and_their_pages_served(service: Service
         assert page.headers["content-type"].startswith("text/html") and "Is it forgotten?" in page.text
         if "prompts" in body["options"]:
             rates = [note for note in status["result"]["notes"] if note.startswith("two.txt · 2 · ")]
-            assert rates and all(any(word in rate for word in ("(corrected)", "(raw)", "unknown")) for rate in rates)
+            kinds = ("(corrected)", "(raw)", "unknown", "drift of images")
+            assert rates and all(any(kind in rate for kind in kinds) for rate in rates)
     found = json.loads((service.runs.folder / "mine" / "eval.json").read_text(encoding="utf-8"))
     assert set(found["detectors"]) == {"attribute", "self"} and found["sets"]["two.txt"]["n"] == 2
     assert len(list((service.runs.folder / "mine" / "images" / "two.txt").iterdir())) == 4
