@@ -139,7 +139,7 @@ def test_a_preset_is_complete(name: str) -> None:
     assert isinstance(entry["about"], str)
     assert "\n" not in entry["about"]
     assert texts(entry.get("aliases", []))
-    assert texts(list(entry.get("names", {}).values())), "by language"
+    assert all(texts([name]) for name in entry.get("names", {}).values()), "by language"
 
 
 @pytest.mark.parametrize("name", PRESETS)
