@@ -204,7 +204,7 @@ def test_the_headline_says_success_and_failure() -> None:
 
 
 def test_unknown_metrics_are_reported_as_unknown() -> None:
-    metrics = {**unknown("no detector covers 'cat'"), "forget_change": None}
+    metrics = {**unknown("no detector covers 'cat'"), "forget_change": None, "anchor_gap": None}
     text = text_of(html_of(run_data(metrics))).replace("&#39;", "'")
     assert "Can't tell Whether the concept is gone is unknown: no detector covers 'cat'." in text
     assert "Unknown: Forgotten (UA)" in text and "Retain accuracy by class" not in text

@@ -21,7 +21,7 @@ from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.probe_detector import probability_below
-from salun.diffusion.until import Probe, Until, kept_step, kept_strength, losses_of
+from salun.diffusion.until import Probe, Until, kept_step, kept_strength, losses_of, without_earlier
 from salun.errors import Cancelled, ConfigError, TrainingError
 from salun.masking.earlier import EarlierWeights
 from salun.masking.mask import Mask
@@ -136,6 +136,19 @@ def test_earlier_weights_are_those_of_their_training_and_step(tmp_path: Path) ->
     alone.write(weights, 10)
     weights["a"] += 1
     assert not torch.equal(alone.read(weights, 10)["a"], weights["a"]), "a copy"
+
+
+def test_weights_that_withstand_attacks_are_nearer_to_a_goal_that_asks_for_that() -> None:
+    goal, ua = replace(GOAL, asr=0.1), (seen(0.95),)
+    attacked, hardened = (Probed(step, ua, 0.01, asr=asr) for step, asr in ((40, 0.6), (70, 0.12)))
+    assert attacked.nearness(goal) < hardened.nearness(goal) and attacked.nearness(GOAL) == hardened.nearness(GOAL)
+
+
+def test_earlier_weights_that_are_lost_leave_the_last_ones_whole() -> None:
+    harms = {10: 0.1, 40: 0.04, 70: 0.06, 100: 0.08}
+    until, history = trained_with(Fake(lambda step, s: Probed(step, (seen(0.95 if s == 1 else 0.5),), harms[step], s)))
+    history[-1] = without_earlier(history[-1])
+    assert (kept_step(history), kept_strength(history), until.chosen(history).drift) == (100, 1.0, 0.08)
 
 
 def test_a_few_steps_are_all_taken_at_a_falling_rate() -> None:

@@ -291,6 +291,7 @@ def lost(n: int, images: int) -> dict[str, Any]:
         (measured(None), Outcome.UNKNOWN, "is unknown: why", "Look at the images"),
         (measured(100, n=4), Outcome.UNKNOWN, "n = 4", "--eval-images 16 or more"),
         (measured(None, forget_change=Estimate(0.0004, 64).as_json()), Outcome.BARELY, "moved 2 % of the", "or --lr"),
+        (measured(None, anchor_gap=Estimate(0.98, 64).as_json()), Outcome.BARELY, "moved 1 % of the way", "or --lr"),
         (measured(None, forget_change=Estimate(0.3, 64).as_json()), Outcome.UNKNOWN, "unknown: why", "Look at"),
         (measured(3, forget_change=Estimate(0.0025, 64).as_json()), Outcome.BARELY, "moved 5 % of the way", "or --lr"),
         (measured(100, **lost(16, 3)), Outcome.ERASED, "which may be chance", "--eval-images 128 or more"),

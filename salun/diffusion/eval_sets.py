@@ -105,6 +105,11 @@ class SetResult:
     measured: Mapping[str, Any]
 
     @property
+    def texts(self) -> np.ndarray:
+        """The prompt of each image, (n,)."""
+        return np.array([row.text for row in self.prompts.rows])
+
+    @property
     def drift(self) -> Value:
         """How far its images moved."""
         if len(self.images) < 2:
@@ -130,14 +135,16 @@ class SetResult:
                 side: of.scores[target.attribute][:, target.label] >= (calibration or of).threshold
                 for side, of in self.seen[name].items()
             }
-            rates[subject.name] = rate_json(hits, calibration)
+            rates[subject.name] = rate_json(hits, calibration, self.texts)
         if self.prompts.preserve and detector.prompt_match is not None:
             match = {side: of.shows(detector.prompt_match, 0) for side, of in self.seen[name].items()}
-            rates["as prompted"] = rate_json(match, None)
+            rates["as prompted"] = rate_json(match, None, self.texts)
         return rates
 
 
-def rate_json(hits: Mapping[str, np.ndarray], calibration: Calibration | None) -> dict[str, Any]:
+def rate_json(
+    hits: Mapping[str, np.ndarray], calibration: Calibration | None, prompts: np.ndarray | None = None
+) -> dict[str, Any]:
     """Side → percentage of True, raw and, where a calibration says what a detector's word is worth, corrected.
 
     Where it says that the detector cannot tell, both are unknown for its `reason`. A corrected one is cut off at 0 and
@@ -146,12 +153,13 @@ def rate_json(hits: Mapping[str, np.ndarray], calibration: Calibration | None) -
     Args:
         hits: Side → bool (n,), n > 0.
         calibration: None where there is none: the percentage is raw.
+        prompts: (n,), whose images depend on each other; None where all are independent.
     """
     reason = calibration.reason if calibration is not None else None
-    raw = {side: Estimate.percentage(shown).as_json() if reason is None else None for side, shown in hits.items()}
+    raw = {side: Estimate.percentage(h, prompts).as_json() if reason is None else None for side, h in hits.items()}
     corrected = None
     if calibration is not None:
-        corrected = {side: _cut_off(calibration.corrected_rate(shown)).as_json() for side, shown in hits.items()}
+        corrected = {side: _cut_off(calibration.corrected_rate(h, prompts)).as_json() for side, h in hits.items()}
     return {**raw, "calibrated": calibration is not None, "corrected": corrected, "reason": reason}
 
 

@@ -230,9 +230,13 @@ class Probed:
         return self.erased(goal) and self.drift is not None and self.harm(goal) <= 1
 
     def nearness(self, goal: Goal) -> tuple[bool, float]:
-        """By which of several the one nearest to the goal is the largest: erased at little harm, or else progress."""
+        """By which of several the one nearest to the goal is the largest: erased at little harm, or else progress.
+
+        With a goal for attacks, progress is at most what withstands them.
+        """
         erased, harm = self.erased(goal), self.harm(goal)
-        return erased, -harm if erased else self.progress / max(harm, 1.0)
+        withstood = 1.0 if goal.asr is None else 1 - self.asr if self.asr is not None else 0.0
+        return erased, -harm if erased else min(self.progress, withstood) / max(harm, 1.0)
 
     def as_row(self, prefix: str = PREFIX) -> dict[str, float]:
         """As part of a row of the training's history."""

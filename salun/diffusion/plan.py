@@ -239,6 +239,7 @@ def _hardened(options: EraseOptions) -> EraseOptions:
 def _goal(options: EraseOptions, concepts: Sequence[Concept]) -> Goal | None:
     """What to train towards. Raises ConfigError for a method that cannot, or a concept that is not erased."""
     method = METHODS["diffusion"][options.method]
+    anchored = method.anchored and options.anchor_share != 0 and not options.harden
     if options.until is not None:
         if method.goal == "none":
             raise ConfigError(
@@ -246,7 +247,6 @@ def _goal(options: EraseOptions, concepts: Sequence[Concept]) -> Goal | None:
                 option="until",
                 advice="Omit {until}",
             )
-        anchored = method.anchored and options.anchor_share != 0 and not options.harden
         goal, names = Goal.parse(options.until, anchored), [concept.name for concept in concepts]
         if unknown := [name for name in goal.ua_of if name not in names]:
             raise ConfigError(
@@ -258,7 +258,7 @@ def _goal(options: EraseOptions, concepts: Sequence[Concept]) -> Goal | None:
     fixed = options.steps is not None or options.lr_decay is not None or options.recipe != "default"
     if method.goal != "default" or fixed:
         return None
-    return HARDENED if options.harden else Goal()
+    return HARDENED if options.harden else Goal() if anchored else Goal(anchor=0.0)
 
 
 def subject_of(concept: Concept, prompts: ConceptPrompts) -> Subject:

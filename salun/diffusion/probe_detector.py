@@ -74,7 +74,7 @@ class ConceptDetector:
         concepts = []
         of_all = zip(self.task.plan.subjects, self.calibrations, self.anchors, scores, strict=True)
         for subject, concept, anchor, each in of_all:
-            rate, gone = rate_below(concept, each[:, 0], 1 - self.goal.of(subject.name))
+            rate, gone = rate_below(concept, each[:, 0], 1 - self.goal.of(subject.name), cautious=True)
             seen = Seen(len(each), 1 - rate, gone)
             if anchor is not None:
                 rate, fewer = rate_below(anchor, each[:, 1], self.goal.anchor)
@@ -145,17 +145,20 @@ class ConceptDetector:
         self.task.progress(replace(event, stage=Stage.CALIBRATING))
 
 
-def rate_below(of: Calibration, scores: np.ndarray, most: float) -> tuple[float, float]:
+def rate_below(of: Calibration, scores: np.ndarray, most: float, cautious: bool = False) -> tuple[float, float]:
     """(the rate of images that show something, corrected by its calibration; the probability that it is ≤ most).
 
-    For the probability the detector raises no more false alarms than it does with certainty `CERTAIN`: of few images
-    that calibrate it, a single false alarm may be chance, and must not excuse what the trained model shows.
+    Args:
+        cautious: For the probability the detector raises no more false alarms than it does with certainty `CERTAIN`: of
+            few images that calibrate it, a single false alarm may be chance, and must not excuse what the model shows.
     """
     seen, false = float(of.positives.mean()), float(of.negatives.mean())
     k, n = int((scores >= of.threshold).sum()), len(scores)
     rate = float(np.clip((k / n - false) / (seen - false), 0, 1))
-    theta, below = _posterior(int(of.negatives.sum()), len(of.negatives))
-    least = float(np.sin(np.interp(1 - CERTAIN, below, theta)) ** 2)
+    least = false
+    if cautious:
+        theta, below = _posterior(int(of.negatives.sum()), len(of.negatives))
+        least = float(np.sin(np.interp(1 - CERTAIN, below, theta)) ** 2)
     return rate, probability_below(least + most * (seen - least), k, n)
 
 

@@ -17,7 +17,8 @@ from salun.diffusion.losses import ErasureData
 from salun.diffusion.model.protocol import Conditioning, DiffusionModel
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.plan import Plan
-from salun.diffusion.until import Until, kept_step, kept_strength
+from salun.diffusion.until import Until, kept_step, kept_strength, without_earlier
+from salun.errors import ModelError, TrainingError
 from salun.masking.earlier import EarlierWeights
 from salun.masking.mask import Mask
 from salun.masking.optimizers import adam
@@ -178,9 +179,23 @@ class ErasureTask:
         )
         if self.until is None:
             return trained
-        if (step := kept_step(trained.history)) < len(trained.history):
-            trained = replace(trained, masters=earlier.read(trained.masters, step))
-        return self._kept(trained)
+        return self._kept(self._with_earlier(trained, earlier))
+
+    def _with_earlier(self, trained: Trained, earlier: EarlierWeights) -> Trained:
+        """With the weights of the step that the goal came back to; the last ones, whole, where they were lost."""
+        history, step = trained.history, kept_step(trained.history)
+        if step == len(history):
+            return trained
+        read, lost = dict[str, Tensor](), ""
+        try:
+            read = earlier.read(trained.masters, step)
+        except (ModelError, TrainingError) as error:
+            lost = error.message
+        if not self.processes.broadcast(not lost):
+            message = f"the weights after step {step} came nearest to the goal, but the last ones are taken: {lost}"
+            self.progress(Event(Stage.TRAINING, message=message))
+            return replace(trained, history=[*history[:-1], without_earlier(history[-1])])
+        return replace(trained, masters=read)
 
     def _earlier(self) -> EarlierWeights:
         """The weights of an earlier step, which a goal may come back to."""

@@ -242,6 +242,7 @@ class Until:
         for row in history:
             decides = [look.as_json() | {"decides": True} for look in probes_of([row])]
             probes += decides + [look.as_json() | {"decides": False} for look in tried_of(row)]
+        used = self.decision(history[: kept_step(history) - 1])  # by which the weights that are kept were trained
         return {
             "goal": str(self.goal),
             "reached": self.reached(history),
@@ -251,9 +252,9 @@ class Until:
             "strength": kept_strength(history),
             "step": kept_step(history),
             "lr": self.lr,
-            "lr_factor": self.decision(history).factor,
-            "target_guidance": self.decision(history).guidance,
-            "retain_factor": self.decision(history).retain if "retain" in history[-1] else 1.0,
+            "lr_factor": used.factor,
+            "target_guidance": used.guidance,
+            "retain_factor": used.retain if "retain" in history[-1] else 1.0,
             "probes": probes,
         }
 
@@ -283,6 +284,11 @@ def kept_strength(history: list[LossRow]) -> float:
 def kept_step(history: list[LossRow]) -> int:
     """The step after which the network had the weights that are kept, at that strength."""
     return int(history[-1].get(EARLIER, len(history)))
+
+
+def without_earlier(row: LossRow) -> LossRow:
+    """The last row of a history where the weights of that step are lost: the last ones are kept, whole."""
+    return {name: value for name, value in row.items() if name != EARLIER} | {KEPT: 1.0}
 
 
 def _frequencies(history: list[LossRow]) -> list[float] | None:

@@ -99,13 +99,14 @@ class Calibration:
         low, high = np.quantile(drawn, (0.025, 0.975))
         return Estimate(float(value), len(detected), float(low), float(high))
 
-    def corrected_rate(self, detected: np.ndarray) -> Value:
+    def corrected_rate(self, detected: np.ndarray, prompts: np.ndarray | None = None) -> Value:
         """The percentage of images that show the concept, corrected likewise.
 
         Args:
             detected: bool (n,), n > 0, by `threshold`.
+            prompts: As in `corrected`.
         """
-        without = self.corrected(detected)
+        without = self.corrected(detected, prompts)
         if isinstance(without, Unknown) or without.low is None or without.high is None:
             return without
         return Estimate(100 - without.value, without.n, 100 - without.high, 100 - without.low)

@@ -17,7 +17,7 @@ SURE = 80.0  # the interval of "erased" begins here or above
 DAMAGE = 5.0  # percentage points of retain accuracy
 DRIFT = 0.5  # image drift; 1 is that of unrelated images
 DIVERSITY = 0.5  # of images of other prompts, relative to the original's
-UNMOVED = 0.01  # squared change of the concept's predictions; 1 is as far as the anchor's
+UNMOVED = 0.1  # of the way to the anchor, which the concept's predictions moved
 FEWEST = 8  # images of a concept
 
 
@@ -33,8 +33,8 @@ class Outcome(str, Enum):
     __str__ = str.__str__
 
 
-GENTLER = "Use a goal that allows less harm ({until}), or raise {retain_weight}"
-STRICTER = "Use a stricter goal ({until}), or {target_guidance} 0.25"  # for a run that trained to one
+GENTLER = "Use a goal that allows less harm ({until})", ", or raise {retain_weight}"  # for a run that trained to one,
+STRICTER = "Use a stricter goal ({until})", ", or {target_guidance} 0.25"  # and for a method with such options
 LOOK = "Look at the images too: a detector does not see everything"
 ENOUGH = 32  # images, which show a complete erasure to be one
 
@@ -79,11 +79,15 @@ def _method(metrics: Mapping[str, Any]) -> Method:
 
 
 def _stronger(metrics: Mapping[str, Any]) -> str:
-    return STRICTER if metrics.get("goal") else _method(metrics).stronger
+    return _by_goal(STRICTER, metrics) if metrics.get("goal") else _method(metrics).stronger
 
 
 def _weaker(metrics: Mapping[str, Any]) -> str:
-    return GENTLER if metrics.get("goal") else _method(metrics).weaker
+    return _by_goal(GENTLER, metrics) if metrics.get("goal") else _method(metrics).weaker
+
+
+def _by_goal(advice: tuple[str, str], metrics: Mapping[str, Any]) -> str:
+    return "".join(advice) if _method(metrics).grows else advice[0]
 
 
 def _by_held_out(metrics: Mapping[str, Any]) -> Verdict:
@@ -92,8 +96,8 @@ def _by_held_out(metrics: Mapping[str, Any]) -> Verdict:
     name, forgotten, reason = _least_erased(metrics)
     gone = _gone(name, forgotten, reason)
     others, harm = _others(metrics)
-    moved = _known(metrics, "forget_change")
-    way = f"the network's predictions moved {100 * sqrt(moved.value):.0f} % of the way to the anchor's" if moved else ""
+    moved = _moved(metrics)
+    way = f"the network's predictions moved {100 * moved:.0f} % of the way to the anchor's" if moved is not None else ""
     if harm is Harm.SURE:
         return _verdict(Outcome.DAMAGED, _weaker(metrics), others, gone)
     if forgotten is not None and forgotten.n >= FEWEST:
@@ -101,9 +105,9 @@ def _by_held_out(metrics: Mapping[str, Any]) -> Verdict:
         more = f"Use {{eval_images}} {max(ENOUGH, 2 * forgotten.n)} or more: so few images cannot show more"
         if outcome is Outcome.ERASED:
             return _verdict(outcome, more if harm is Harm.LIKELY else LOOK, gone, others)
-        advice = more if forgotten.value >= ERASED else stronger
+        advice = more if forgotten.value >= ERASED or harm is Harm.LIKELY else stronger
         return _verdict(outcome, advice, gone, way if outcome is Outcome.BARELY else "", others)
-    if moved is not None and moved.value <= UNMOVED:
+    if moved is not None and moved <= UNMOVED:
         return _verdict(Outcome.BARELY, stronger, way, others)
     return _verdict(Outcome.UNKNOWN, _next(metrics, forgotten), gone, others)
 
@@ -154,6 +158,14 @@ def _gone(name: str, forgotten: Estimate | None, reason: str) -> str:
     return f"{name} is gone from {forgotten.text()} of the images of its prompts"
 
 
+def _moved(metrics: Mapping[str, Any]) -> float | None:
+    """How far the concept's predictions moved; 1 is as far as the anchor's. None where that is unknown."""
+    change, gap = _known(metrics, "forget_change"), _known(metrics, "anchor_gap")
+    if change is not None:
+        return sqrt(change.value)
+    return abs(1 - sqrt(gap.value)) if gap is not None else None  # of a run before the change was measured
+
+
 class Harm(Enum):
     """Whether images of other prompts suffer."""
 
@@ -166,7 +178,7 @@ def _others(metrics: Mapping[str, Any]) -> tuple[str, Harm]:
     """What became of other prompts, and whether they suffer."""
     before, after = _known(metrics, "ra_before"), _known(metrics, "ra_after")
     drift, diversity = _known(metrics, "image_drift"), _known(metrics, "image_diversity")
-    if diversity is not None and diversity.value < DIVERSITY:
+    if diversity is not None and diversity.n >= FEWEST and diversity.value < DIVERSITY:
         return f"images of other prompts have lost {100 * (1 - diversity.value):.0f} % of their diversity", Harm.SURE
     moved = drift is not None and drift.value >= DRIFT
     drifted = f"images of other prompts drifted by {drift.value:.2f} (1: unrelated images)" if drift is not None else ""

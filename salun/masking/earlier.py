@@ -13,7 +13,6 @@ from salun.checkpoints import safetensors_io
 from salun.errors import ModelError, TrainingError
 
 logger = logging.getLogger("salun")
-ADVICE = "Delete it and the training state next to it to start from the first step"
 
 
 class EarlierWeights:
@@ -30,18 +29,17 @@ class EarlierWeights:
         self._held: dict[str, Tensor] = {}
 
     def write(self, masters: Mapping[str, Tensor], step: int) -> None:
-        """Keep a copy of the weights after a step, float32 by name; in memory where the disk is full."""
-        self._held = {}
+        """Keep a copy of the weights after a step, float32 by name. On a full disk there is none then."""
         if self._path is not None and not self._writes:
             return
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in masters.items()}
+        if self._path is None:
+            self._held = tensors
+            return
         try:
-            if self._path is not None:
-                safetensors_io.write(self._path, tensors, self._facts(step))
-                return
+            safetensors_io.write(self._path, tensors, self._facts(step))
         except ModelError as error:
             logger.warning("weights that a goal may come back to could not be saved: %s", error)
-        self._held = tensors
 
     def _facts(self, step: int) -> dict[str, str]:
         return {"fingerprint": self._fingerprint, "step": str(step)}
@@ -56,15 +54,18 @@ class EarlierWeights:
         Raises:
             TrainingError: There are none, or they are not those of this training.
         """
-        if self._path is None or self._held:
+        if self._path is None:
             return self._held
-        header = safetensors_io.read_header(self._path)
+        try:
+            header = safetensors_io.read_header(self._path)
+        except ModelError as error:
+            raise TrainingError(f"there are no weights of step {step}: {error}") from error
         shapes = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
         expected = {name: ("F32", tuple(tensor.shape)) for name, tensor in like.items()}
         facts = {name: header.metadata.get(name) for name in ("fingerprint", "step")}
         if facts != self._facts(step) or shapes != expected:
-            raise TrainingError(f"{self._path} does not hold weights of this training", advice=ADVICE)
+            raise TrainingError(f"{self._path} does not hold weights of this training after step {step}")
         read = dict(safetensors_io.tensors(self._path, list(expected)))
         if not all(torch.isfinite(tensor).all() for tensor in read.values()):
-            raise TrainingError(f"{self._path} holds weights that are not finite", advice=ADVICE)
+            raise TrainingError(f"{self._path} holds weights that are not finite")
         return read

@@ -144,10 +144,11 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
         rows.append((f"{p['step']}", *cells, drift, drop, "kept" if p is chosen else ""))
     curves = [_series(decided, chosen, kept, keys) for keys in (("ua", "anchor"), ("drift", "ra_drop"))]
     came = "reached" if until["reached"] else "not reached"
+    earlier = f", of which those after step {step} are kept" if step < until["steps"] else ""
     text = (
-        f"The goal {until['goal']} was {came} after {until['steps']} of at most {until['budget']} steps, at a learning "
-        f"rate of {until['lr'] * until['lr_factor']:.2g}. η of the target rose by {until['target_guidance']:g}, "
-        f"and the retain loss's weight {until.get('retain_factor', 1):g} times. "
+        f"The goal {until['goal']} was {came} after {until['steps']} of at most {until['budget']} steps{earlier}, at a "
+        f"learning rate of {until['lr'] * until['lr_factor']:.2g}. η of the target rose by "
+        f"{until['target_guidance']:g}, and the retain loss's weight {until.get('retain_factor', 1):g} times. "
         f"{100 * until['strength']:.0f} % of the change are kept. "
         "Probes are of held-out prompts. UA: images without the concept. Anchor: images that show it in its place. "
         "Confidence: the probability that both are what the goal wants. Drift: how far images of other prompts moved "
