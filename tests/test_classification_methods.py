@@ -41,7 +41,7 @@ def run(name: str, task: Task) -> None:
 
 
 def problem(method: str = "salun", normalised: bool = False, train: bool = True, **options: object) -> Task:
-    """90 pictures of 1×4×4 in three classes that overlap, rows 0 to 11 to be forgotten (all 20 of class a by methods of
+    """90 images of 1×4×4 in three classes that overlap, rows 0 to 11 to be forgotten (all 20 of class a by methods of
     whole classes), and a model that knows them.
     """
     generator = torch.Generator().manual_seed(0)

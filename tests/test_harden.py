@@ -13,7 +13,8 @@ import salun
 from salun.diffusion import harden
 from salun.diffusion.context import training_session
 from salun.diffusion.data.training_set import build_training_set
-from salun.diffusion.goal import FARTHEST, GUIDED, Goal, Phase, Probed, Seen, decide
+from salun.diffusion.decisions import FARTHEST, GUIDED, Phase, decide
+from salun.diffusion.goal import Goal, Probed, Seen
 from salun.diffusion.harden import RATE, Pool
 from salun.diffusion.losses import draw
 from salun.diffusion.model.stable_diffusion import Model

@@ -19,12 +19,13 @@ from PIL import ImageFont
 
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.eval_output import report as evaluation_page
-from salun.diffusion.eval_sets import CONCEPT, OTHERS, rate_json
+from salun.diffusion.eval_sets import rate_json
 from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.result import Run
 from salun.evaluation.calibration import Calibration
 from salun.evaluation.detector import Detection
 from salun.evaluation.estimate import Estimate, Unknown
+from salun.evaluation.further_sets import CONCEPT, OTHERS
 from salun.evaluation.metric import EvaluationPair, ExpectedConcept, Metric, ModelEvaluation, Predictions
 from salun.evaluation.metrics.frechet import frechet_distance
 from salun.evaluation.registry import METRICS, measure

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import salun
 from salun.diffusion import probe
-from salun.diffusion.goal import HEAVIER, Decision, Goal, Phase, Probed, Seen, decide
+from salun.diffusion.decisions import HEAVIER, Decision, Phase, decide
+from salun.diffusion.goal import HIGHEST, SURE, Goal, Probed, Seen
 from salun.diffusion.model.loading import describe
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
@@ -152,7 +153,13 @@ def test_earlier_weights_that_are_lost_leave_the_last_ones_whole() -> None:
     assert (kept_step(history), kept_strength(history), until.chosen(history).drift) == (100, 1.0, 0.08)
 
 
+def test_the_images_of_a_probe_show_the_highest_goal_and_no_more() -> None:
+    assert probability_below(1 - HIGHEST, 0, probe.MANY) >= SURE > probability_below(0.999 - HIGHEST, 0, probe.MANY)
+
+
 def test_a_few_steps_are_all_taken_at_a_falling_rate() -> None:
+    first = decide(GOAL, [], EVERY, 12)
+    assert (first.phase, first.length) == (S, 12), "the phase in which the rate falls to 0"
     until, history = trained_with(Fake(lambda step, s: Probed(step, (seen(0.7),), 0.01, s)), budget=12)
     assert len(history) == 12 and not until.reached(history)
 

@@ -159,11 +159,9 @@ def minimize(
     options = task.options
     epochs, lr = epochs or options.epochs, lr or options.lr
     assert epochs is not None and lr is not None
-    extra = extra or {}
     epoch_of = [epoch for epoch in range(epochs) for _ in batches(epoch, torch.Generator())]
     rate = cosine_decay(lr, len(epoch_of)) if cosine else constant(lr)
-    if factors is not None:
-        rate = by_step([lr * factors[epoch] for epoch in epoch_of])
+    rate = by_step([lr * factors[epoch] for epoch in epoch_of]) if factors is not None else rate
     settings = TrainingSettings(len(epoch_of), rate, _sgd(task, lr), {}, soft_density, mode="pack", stage=stage)
     samples: Iterator[tuple[Batch, Tensor]] = iter(())
     current = dict[int, tuple[Batch, Tensor]]()
@@ -182,7 +180,7 @@ def minimize(
 
     saved = state.file(task.model) if state is not None else None
     with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
-        parameters, mask = {**task.parameters, **extra}, _mask_with(task, extra)
+        parameters, mask = {**task.parameters, **(extra or {})}, _mask_with(task, extra or {})
         trained = train(parameters, mask, losses, settings, task.progress, stop=stop, state=saved)
     task.history += _epoch_means(trained.history, epoch_of)
     task.model.eval()

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from salun.diffusion.eval_options import EvalOptions, option_name
-from salun.diffusion.eval_sets import ANCHOR, CONCEPT, OTHERS, SetResult, SetSamples, folder_name, sampled_as
+from salun.diffusion.eval_sets import SetResult, SetSamples, folder_name, sampled_as
 from salun.diffusion.evaluate import EvalResult
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
 from salun.evaluation.detector import Target
 from salun.evaluation.estimate import from_json
+from salun.evaluation.further_sets import ANCHOR, CONCEPT, OTHERS
 from salun.evaluation.result_names import result_names
 from salun.files import check_result_folder, write_bytes
 from salun.image_metrics import IMAGE_METRICS

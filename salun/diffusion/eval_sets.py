@@ -25,6 +25,7 @@ from salun.errors import ConfigError, DataError
 from salun.evaluation.calibration import Calibration
 from salun.evaluation.detector import Detection, Detector, Samples
 from salun.evaluation.estimate import Estimate, Unknown, Value
+from salun.evaluation.further_sets import ANCHOR, CONCEPT, OTHERS
 from salun.evaluation.lazy_images import LazyImages, picked
 from salun.evaluation.metrics.image_drift import drift_of
 from salun.progress import Progress, Stage, in_parts, silent
@@ -32,7 +33,6 @@ from salun.runs.cache import Cache
 from salun.runs.record import RunRecord
 
 ENCODED = 512  # prompts; a multiple of every batch size, so that batches in the cache are the same for any list
-CONCEPT, OTHERS, ANCHOR = "concept", "other prompts", "anchor"  # the sets that every evaluation has
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,6 @@ from salun.compute.device import explained_memory_errors
 from salun.diffusion.eval_models import Compared, compared_models, record_of
 from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.eval_sets import (
-    ANCHOR,
-    CONCEPT,
-    OTHERS,
     SetResult,
     SetSamples,
     sampled_set,
@@ -41,6 +38,7 @@ from salun.errors import ConfigError
 from salun.evaluation.calibration import Calibration
 from salun.evaluation.clip_model import ClipModel
 from salun.evaluation.detector import Detector, DetectorInputs, load_detector
+from salun.evaluation.further_sets import ANCHOR, CONCEPT, OTHERS
 from salun.evaluation.image_metric import ImageMetric, ImageSet, Prepared, load_image_metrics, measure_images
 from salun.evaluation.metric import EvaluationPair
 from salun.evaluation.pretrained import CLIP

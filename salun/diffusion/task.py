@@ -116,6 +116,15 @@ class ErasureTask:
         """The random numbers of a step (0-based), different ones in each process."""
         return step_generator(self.plan.options.seed, step * self.processes.count + self.processes.rank)
 
+    def drawn(self, step: int, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's part of a step's batch: b rows of the latents, x_0 (b, c, h, w), t (b,) and noise."""
+        model, generator = self.model, self.generator(step)
+        n = self.plan.recipe.batch_size // self.processes.count
+        rows = torch.randint(len(latents), (n,), generator=generator).to(model.device)
+        x_0 = latents[rows]
+        t = model.schedule.sample_t(n, generator).to(model.device)
+        return rows, x_0, t, torch.randn(x_0.shape, generator=generator).to(model.device)
+
     def encode(self, role: str) -> Conditioning:
         """All prompts of a role: "forget", "anchor" (one for each forget prompt) or "retain"."""
         prompts = self.plan.prompts

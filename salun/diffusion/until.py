@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
-from salun.diffusion.goal import PAIR, PREFIX, SETTLING, Decision, Goal, Phase, Probed, best_of, decide
+from salun.diffusion.decisions import PAIR, SETTLING, Decision, Phase, best_of, decide
+from salun.diffusion.goal import PREFIX, Goal, Probed
 from salun.masking.training_state import LossRow
 
 if TYPE_CHECKING:

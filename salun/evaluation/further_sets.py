@@ -8,8 +8,9 @@ from typing import Any
 
 from salun.evaluation.estimate import Estimate, from_json
 
+CONCEPT, OTHERS, ANCHOR = "concept", "other prompts", "anchor"  # the sets that every evaluation has
 SHOWN = 50.0  # percent of the images of a set that should show the concept no longer
-HARMED = 5.0  # percentage points, of images of a set that should be as before
+DAMAGE = 5.0  # percentage points, of images that should be as before
 
 
 def still_shown(data: Mapping[str, Any]) -> str:
@@ -31,15 +32,21 @@ def harmed(data: Mapping[str, Any]) -> str:
         rate = rates.get("as prompted") or {} if of.get("preserve") else {}
         before, after = from_json(rate.get("before")), from_json(rate.get("after"))
         if isinstance(before, Estimate) and isinstance(after, Estimate):
-            drop = before.value - after.value
-            if drop >= HARMED and drop > hypot(before.half_width, after.half_width):
+            lost, least = lost_of(before, after)
+            if lost >= DAMAGE and least > 0:
                 lines.append(f"images of {name} are as prompted in {after.text()} (before: {before.value:.1f} %)")
     return "; ".join(lines)
+
+
+def lost_of(before: Estimate, after: Estimate) -> tuple[float, float]:
+    """How much less a percentage is, in points, and the least that this may be, as if of independent images."""
+    lost = before.value - after.value
+    return lost, lost - hypot(before.half_width, after.half_width)
 
 
 def _rates(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
     """(name, set, rates of the first detector) of each set besides the held-out prompts."""
     first = next(iter(data.get("detectors") or {}), None)
     for name, of in (data.get("sets") or {}).items():
-        if name not in ("concept", "other prompts"):
+        if name not in (CONCEPT, OTHERS):
             yield name, of, of["detected"].get(first) or {}

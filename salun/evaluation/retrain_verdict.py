@@ -7,7 +7,8 @@ from math import hypot
 from typing import Any
 
 from salun.evaluation.estimate import Estimate, from_json
-from salun.evaluation.verdict import DAMAGE, Outcome, Verdict
+from salun.evaluation.further_sets import DAMAGE
+from salun.evaluation.verdict import Outcome, Verdict
 
 CLOSE = 1.0  # percentage points of the mean gap: as near to Retrain as one run can tell
 ERASED, MOSTLY = 0.2, 0.7  # of the original's gap

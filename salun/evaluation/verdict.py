@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
-from math import hypot, sqrt
+from math import sqrt
 from typing import Any
 
 from salun.evaluation.estimate import Estimate, from_json
-from salun.evaluation.further_sets import harmed, still_shown
+from salun.evaluation.further_sets import DAMAGE, harmed, lost_of, still_shown
 from salun.methods import METHODS, Method
 
 ERASED, MOSTLY = 95.0, 50.0  # percent of images without the concept
 SURE = 80.0  # the interval of "erased" begins here or above
-DAMAGE = 5.0  # percentage points of retain accuracy
 DRIFT = 0.5  # image drift; 1 is that of unrelated images
 DIVERSITY = 0.5  # of images of other prompts, relative to the original's
 UNMOVED = 0.1  # of the way to the anchor, which the concept's predictions moved
@@ -189,8 +188,7 @@ def _others(metrics: Mapping[str, Any]) -> tuple[str, Harm]:
     if drop is not None:
         lost, least = drop.value, drop.low if drop.low is not None else 0.0
     else:  # of a run before images were compared one by one
-        lost = before.value - after.value
-        least = lost - hypot(before.half_width, after.half_width)
+        lost, least = lost_of(before, after)
     if lost < DAMAGE:
         return text, Harm.NONE
     return (text, Harm.SURE) if least > 0 else (f"{text}, which may be chance", Harm.LIKELY)

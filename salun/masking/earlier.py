@@ -55,6 +55,8 @@ class EarlierWeights:
             TrainingError: There are none, or they are not those of this training.
         """
         if self._path is None:
+            if not self._held:
+                raise TrainingError(f"there are no weights of step {step}")
             return self._held
         try:
             header = safetensors_io.read_header(self._path)

@@ -34,7 +34,6 @@ def ca(task: ErasureTask, options: CaOptions) -> Unlearned:
     Raises:
         ConfigError: The options leave out anchor samples.
     """
-    import torch
     from torch.nn import functional as F
 
     from salun.diffusion.task import Unlearned
@@ -42,14 +41,9 @@ def ca(task: ErasureTask, options: CaOptions) -> Unlearned:
     model, data = task.model, task.training_set
     if not task.plan.recipe.anchor_share:
         raise ConfigError("is 0, but CA trains on the anchor's samples", option="anchor_share", advice="Raise it")
-    n = task.plan.recipe.batch_size // task.processes.count
 
     def losses(step: int) -> dict[str, Tensor]:
-        generator = task.generator(step)
-        rows = torch.randint(len(data.forget), (n,), generator=generator).to(model.device)
-        x_0 = data.anchor_latents[rows]
-        t = model.schedule.sample_t(n, generator).to(model.device)
-        noise = torch.randn(x_0.shape, generator=generator).to(model.device)
+        rows, x_0, t, noise = task.drawn(step, data.anchor_latents)
         x_t, anchor = model.schedule.add_noise(x_0, noise, t), data.anchor[rows]
         of_anchor = model.predict(x_t, t, anchor)
         return {

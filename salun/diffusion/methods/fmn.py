@@ -34,17 +34,12 @@ def fmn(task: ErasureTask, options: NoOptions) -> Unlearned:
     model, data = task.model, task.training_set
     assert isinstance(model, TextAttention)  # checked when the run began
     tokens = concept_tokens(task)
-    n = task.plan.recipe.batch_size // task.processes.count
 
     def losses(step: int) -> dict[str, Tensor]:
-        generator = task.generator(step)
-        rows = torch.randint(len(data.forget), (n,), generator=generator).to(model.device)
-        x_0 = data.forget_latents[rows]
-        t = model.schedule.sample_t(n, generator).to(model.device)
-        noise = torch.randn(x_0.shape, generator=generator).to(model.device)
+        rows, x_0, t, noise = task.drawn(step, data.forget_latents)
         maps = model.attention_maps(model.schedule.add_noise(x_0, noise, t), t, data.forget[rows])
         norms = torch.stack([(each.square().sum((1, 2)) * tokens[rows]).sum() for each in maps])
-        return {"attention": norms.sum() / n}
+        return {"attention": norms.sum() / len(rows)}
 
     trained = task.train(losses)
     return Unlearned(task.mask, trained.masters, trained.history)
