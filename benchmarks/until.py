@@ -52,6 +52,10 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {  # name → model, c
     "lr 10 times": ("shapes", ["circle"], {"lr": 3e-3}),
     "lr a tenth": ("shapes", ["circle"], {"lr": 3e-5}),
     "circle, drift 0.001": ("shapes", ["circle"], {"until": "ua>=0.98, retain_drift<=0.001"}),
+    "circle, density 0.1": ("shapes", ["circle"], {"density": 0.1}),
+    "circle, density 0.01": ("shapes", ["circle"], {"density": 0.01}),
+    "red, density 0.1": ("shapes", ["red"], {"density": 0.1}),
+    "red, density 0.01": ("shapes", ["red"], {"density": 0.01}),
 }
 KEPT = ("ua", "ua_corrected", "ra_before", "ra_after", "anchor", "image_drift", "verdict")
 HEAD = """# Erasing to a goal

@@ -151,6 +151,7 @@ def test_earlier_weights_that_are_lost_leave_the_last_ones_whole() -> None:
     until, history = trained_with(Fake(lambda step, s: Probed(step, (seen(0.95 if s == 1 else 0.5),), harms[step], s)))
     history[-1] = without_earlier(history[-1])
     assert (kept_step(history), kept_strength(history), until.chosen(history).drift) == (100, 1.0, 0.08)
+    assert "after step 40 came nearer to it, but could not be read again" in until.summary(history)
 
 
 def test_the_images_of_a_probe_show_the_highest_goal_and_no_more() -> None:
@@ -229,6 +230,7 @@ def test_of_several_concepts_the_worst_decides_and_the_others_are_drawn_less() -
         ((0.95, 0.01), {0.85: (0.95, 0.01), 0.7: (0.95, None), 0.55: (0.7, None)}, 0.85, True),
         ((0.95, 0.01), {0.85: (0.8, 0.01), 0.7: (0.95, None), 0.55: (0.7, None)}, 1.0, True),
         ((0.95, 0.01), {0.7: (0.8, None)}, 1.0, True),
+        ((0.95, 0.01), {0.7: (0.95, None), 0.55: (0.95, None), 0.4: (0.95, 0.01), 0.25: (0.95, None)}, 0.4, True),
         ((0.95, 0.03), {0.73: (0.8, 0.02), 0.85: (0.95, 0.022), 0.7: (0.95, None), 0.55: (0.7, None)}, 0.85, False),
         ((0.4, 0.01), {}, 1.0, False),
         ((0.95, 0.8), {0.5: (0.95, 0.3), 0.25: (0.6, 0.02)}, 0.25, False),
@@ -273,10 +275,10 @@ def test_the_rate_falls_to_zero_before_the_last_probe_and_what_moves_is_drawn_mo
 def test_a_change_that_drifts_too_far_is_scaled_down_before_it_is_trained_again() -> None:
     """By what the drift of each strength says about the next one; all looks are recorded, and one decides."""
     drifts = {1.0: 0.03, 0.73: 0.021, 0.66: 0.019}
-    until, history = trained_with(Fake(lambda step, s: Probed(step, (seen(0.95 if s > 0.6 else 0.5),), drifts[s], s)))
+    until, history = trained_with(Fake(lambda step, s: Probed(step, (seen(0.95 if s > 0.6 else 0.5),), drifts.get(s), s)))
     assert len(history) == 40 and kept_strength(history) == 0.66 and until.reached(history)
     last = [look for look in until.as_json(history)["probes"] if look["step"] == 40]
-    assert [(look["strength"], look["decides"]) for look in last] == [(0.66, True), (1.0, False), (0.73, False)]
+    assert [(look["strength"], look["decides"]) for look in last] == [(0.66, True), (1.0, False), (0.73, False), (0.4, False)]
 
 
 def test_other_images_that_are_no_longer_as_prompted_count_as_drift_does() -> None:

@@ -1,8 +1,8 @@
 """Kill a run at random moments, resume it, and compare it with an uninterrupted run.
 
-    python tools/kill.py -n 50 --seed 0
+    python tools/kill.py -n 50 --seed 0 [--goal]
 
-A short erasure is started in its own process and killed (SIGKILL) after a random fraction of the time that a complete
+A short erasure, with --goal one towards a goal, is started in its own process and killed (SIGKILL) after a random fraction of the time that a complete
 run takes. It must leave no incomplete file, and the same command with --resume must give files that are byte-identical
 to those of the complete run. One line per kill; exit code 1 if any outcome is wrong.
 """
@@ -25,14 +25,15 @@ from salun.errors import SalunError
 from salun.files import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
-JOB = "--concept circle --model shapes --device cpu --steps 6 --batch-size 4 --forget-latents 8 --retain-latents 8"
+JOB = "--concept circle --model shapes --device cpu --batch-size 4 --forget-latents 8 --retain-latents 8"
 JOB += " --eval-images 4 --sampling-steps 6 --save-every 0 --seed 0"
+STEPS, GOAL = " --steps 6", " --until ua>=0.5,retain_drift<=0.3 --steps 36"
 TIMES = {"run.json", "report.html", "log.txt", ".lock"}  # they hold times, or nothing
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, job: str) -> subprocess.Popen[bytes]:
     """Start or resume the job in `folder`/run, with its output in `folder`/output.txt."""
-    command = [sys.executable, "-m", "salun", "erase", *JOB.split(), "--run-dir", "run", "--resume"]
+    command = [sys.executable, "-m", "salun", "erase", *job.split(), "--run-dir", "run", "--resume"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SALUN_CACHE": str(folder / "cache")}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("ab") as output:
@@ -78,18 +79,18 @@ def is_finished(run: Path) -> bool:
     return record["status"] == "done" and (run / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
-def main(n: int, seed: int, folder: Path) -> int:
+def main(n: int, seed: int, folder: Path, job: str) -> int:
     """Kill n times; returns how many outcomes were wrong."""
     began = time.monotonic()
     complete = folder / "whole"
-    if start(complete).wait():
+    if start(complete, job).wait():
         sys.exit((complete / "output.txt").read_text(encoding="utf-8"))
     length = time.monotonic() - began
     expected = contents(complete / "run")
     chance, wrong = random.Random(seed), 0
     for i in range(n):
         place = folder / f"kill-{i}"
-        process, moment = start(place), length * chance.uniform(0.02, 1.0)
+        process, moment = start(place, job), length * chance.uniform(0.02, 1.0)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -97,7 +98,7 @@ def main(n: int, seed: int, folder: Path) -> int:
             process.wait()
         left, half = state_of(place / "run"), half_files(place)
         finished = left.startswith("done")
-        code = 0 if finished else start(place).wait()
+        code = 0 if finished else start(place, job).wait()
         good = not half and code == 0 and contents(place / "run") == expected and is_finished(place / "run")
         wrong += not good
         verdict = "byte-identical" if good else f"WRONG (incomplete files: {half}, exit code {code}): {place}"
@@ -112,6 +113,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--goal", action="store_true", help="an erasure towards a goal")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        sys.exit(1 if main(arguments.n, arguments.seed, Path(place)) else 0)
+        job = JOB + (GOAL if arguments.goal else STEPS)
+        sys.exit(1 if main(arguments.n, arguments.seed, Path(place), job) else 0)

@@ -16,14 +16,14 @@ from salun.masking.training_state import LossRow
 if TYPE_CHECKING:
     from torch import Tensor
 
-STRENGTHS = (0.85, 0.7, 0.55)  # of a smaller change
+STRENGTHS = (0.85, 0.7, 0.55, 0.4, 0.25)  # of a smaller change
 HARM_POWER = 1.5  # drift grows about as s^1.5 with the strength s: 0.79 at 0.85, 0.59 at 0.7 on the bundled model
 SAFE, LOWEST, LOOKS = 0.95, 0.6, 3  # to harm as little as allowed: part of that, the least strength, and looks at most
 WEAKER = (0.5, 0.25, 0.1)  # tried where the model is wrecked
 LESS = 0.8  # of the harm at the full strength is left at the first of the smaller ones
 BASE, OFTEN = 0.2, 50.0  # how often a retain sample is drawn: at least, and at most by how far it moved, squared
 MOVED, TRIED = f"{PREFIX}moved ", f"{PREFIX}tried "  # columns of a history
-KEPT, EARLIER = f"{PREFIX}kept", f"{PREFIX}earlier"
+KEPT, EARLIER, LOST = f"{PREFIX}kept", f"{PREFIX}earlier", f"{PREFIX}lost"
 RARER = 0.25  # how often a concept that is gone, its anchor shown, is drawn, relative to another one
 
 
@@ -235,6 +235,8 @@ class Until:
         step, came = kept_step(history), "reached" if self.reached(history) else "not reached"
         text = f"the goal {self.goal} was {came} after {len(history)} of at most {self.budget} steps"
         earlier = f", of which those after step {step} came nearest to it" if step < len(history) else ""
+        if lost := int(history[-1].get(LOST, 0)):
+            earlier = f" (the weights after step {lost} came nearer to it, but could not be read again)"
         return f"{text}{earlier}: {self.chosen(history)}"
 
     def as_json(self, history: list[LossRow]) -> dict[str, Any]:
@@ -289,7 +291,7 @@ def kept_step(history: list[LossRow]) -> int:
 
 def without_earlier(row: LossRow) -> LossRow:
     """The last row of a history where the weights of that step are lost: the last ones are kept, whole."""
-    return {name: value for name, value in row.items() if name != EARLIER} | {KEPT: 1.0}
+    return {name: value for name, value in row.items() if name != EARLIER} | {KEPT: 1.0, LOST: row[EARLIER]}
 
 
 def _frequencies(history: list[LossRow]) -> list[float] | None:
