@@ -198,6 +198,7 @@ GRAPH_OPTIONS = {  # options without an input, and what decides them in ComfyUI 
     "forget_images": "SalUn Training Data",
     "retain_images": "SalUn Training Data",
     "attention": "always torch's (sdpa)",
+    "as_given": "low_vram and batch_size, by hand: a MODEL has no files whose shapes could be simulated",
     "save_every": "the core's default, and at an interrupt",
     "keep_ema": "SalUn Save Erased Checkpoint drops the EMA copy",
 }

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from salun.diffusion import estimate
 from salun.diffusion.estimate import preview
-from salun.diffusion.model.loading import describe
+from salun.diffusion.fit import MARGIN, as_recorded, fit
+from salun.diffusion.model.loading import describe, load_with
 from salun.diffusion.model.sketch import sketched
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
-from salun.diffusion.simulate import MARGIN, Needs, advice_to_fit, losses_of, masked_optimizer, simulate, training_data
+from salun.diffusion.simulate import Needs, losses_of, masked_optimizer, simulate, training_data
 from salun.errors import ConfigError
 from salun.masking.training import take_step
 from salun.progress import Stage
@@ -84,14 +86,49 @@ def test_what_saves_memory_is_simulated(hollow: Callable[[str], str], cache: Cac
     assert offloaded.cpu > plain.cpu > 0  # a probe of a goal holds the trained weights there
 
 
-def test_advice_names_an_option_with_which_it_fits(hollow: Callable[[str], str], cache: Cache) -> None:
+def test_an_erasure_is_fitted_to_the_memory_of_a_device(hollow: Callable[[str], str], cache: Cache) -> None:
+    """By the first options with which it fits: those that change no result come before smaller batches."""
     spec = describe(hollow("sd1"))
-    plan = make_plan(spec.settings, spec.name, "nudity", EraseOptions(resolution=64, batch_size=4))
+    plan = make_plan(spec.settings, spec.name, "nudity", EraseOptions(resolution=512))
     where = spec, plan, GPU, torch.bfloat16, cache
-    needs = simulate(*where)
-    assert advice_to_fit(needs, needs.most + MARGIN, *where) == ""
-    advice = advice_to_fit(needs, needs.most + MARGIN - 1, *where)
-    assert re.search(r"low_vram and batch_size 4 needs [\d.]+ GiB", advice)  # images are decoded one at a time then
+    free = simulate(*where).most + MARGIN
+    assert (fit(free, *where).text, fit(free, *where).fits) == ("", True)
+    expected = [{"gradient_checkpointing": True}, {"low_vram": True}, {"low_vram": True, "batch_size": 4}]
+    for changes in expected:
+        found = fit(free - 1, *where)
+        assert found.fits and found.changes == changes
+        needed = re.search(r" needs ([\d.]+) GiB", found.text)
+        assert needed is not None and float(needed[1]) < free / 2**30
+        changed = replace(plan.options, **changes)
+        other = replace(plan, options=changed, recipe=replace(plan.recipe, batch_size=changed.batch_size))
+        free = simulate(spec, other, *where[2:]).most + MARGIN
+    given = fit(free - 1, *where, batch_size=8)
+    assert not given.fits and not given.changes and "with low_vram it still needs" in given.text
+
+
+def test_a_run_that_continues_has_the_options_to_which_it_was_fitted() -> None:
+    fitted = {"low_vram": True, "gradient_checkpointing": False, "batch_size": 2, "steps": 7}
+    assert as_recorded(EraseOptions(), fitted) == EraseOptions(low_vram=True, batch_size=2)
+    assert as_recorded(EraseOptions(batch_size=4), fitted) == EraseOptions(low_vram=True, batch_size=4)
+    with pytest.raises(ConfigError, match="batch_size"):
+        as_recorded(EraseOptions(), {"batch_size": "many"})
+
+
+def test_a_dry_run_on_a_gpu_is_fitted_to_it(
+    hollow: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the plan says; the run does the same."""
+    spec, cache, options = describe(hollow("sd1")), Cache(tmp_path / "cache"), EraseOptions(resolution=64, dtype="fp32")
+    plan = make_plan(spec.settings, spec.name, "nudity", options)
+    where = spec, plan, GPU, torch.float32, cache
+    free = simulate(*where).most + MARGIN - 1
+    changes = dict(fit(free, *where).changes)
+    monkeypatch.setattr(estimate, "pick_device", lambda name: GPU)
+    monkeypatch.setattr(estimate, "_free_memory", lambda device: free)
+    monkeypatch.setattr(estimate, "load_with", lambda name, options: load_with(name, replace(options, device="cpu")))
+    found = preview(hollow("sd1"), "nudity", options, [], tmp_path / "run", cache=cache)
+    assert changes and changes.items() <= found["options"].items()
+    assert not found["warnings"] and "fitted to the GPU's memory: it needs" in found["notes"][-1]
 
 
 @pytest.mark.slow

@@ -2,9 +2,10 @@
 
     python tools/kill.py -n 50 --seed 0 [--goal]
 
-A short erasure, with --goal one towards a goal, is started in its own process and killed (SIGKILL) after a random fraction of the time that a complete
-run takes. It must leave no incomplete file, and the same command with --resume must give files that are byte-identical
-to those of the complete run. One line per kill; exit code 1 if any outcome is wrong.
+A short erasure, with --goal one towards a goal, is started in its own process and killed (SIGKILL) after a random
+fraction of the time that a complete run takes. It must leave no incomplete file, and the same command with --resume
+must give files that are byte-identical to those of the complete run. One line per kill; exit code 1 if any outcome is
+wrong.
 """
 
 from __future__ import annotations

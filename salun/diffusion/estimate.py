@@ -13,13 +13,14 @@ import torch
 
 from salun.checkpoints.outputs import check_output
 from salun.compute.device import pick_device, pick_dtype
-from salun.diffusion.context import record_of
+from salun.diffusion.context import FITTED, record_of
+from salun.diffusion.fit import as_recorded, fit
 from salun.diffusion.model.loading import describe, load_with
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
 from salun.diffusion.plan import ConceptSpec, Plan, make_plan
-from salun.diffusion.simulate import Needs, advice_to_fit, operations, simulate
+from salun.diffusion.simulate import Needs, operations, simulate
 from salun.diffusion.stages import erasure_stages, further_samples
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.errors import ConfigError
@@ -65,15 +66,22 @@ def preview(
     given = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
     spec = describe(model, given)
     check_output_paths(spec, outputs, run_dir, other_input_paths(options))
-    plan = make_plan(spec.settings, spec.name, concept, options)
     previous = check_folder(run_dir, resume)
+    if previous is not None and not options.as_given:
+        options = as_recorded(options, previous.get("options", {}))
+    plan = make_plan(spec.settings, spec.name, concept, options)
     device = pick_device(given.device)
     dtype = pick_dtype(given.dtype, device)
     progress(Event(Stage.MEASURING, message=f"measuring this machine for {spec.name}"))
-    where = spec, plan, device, dtype, cache or Cache.of_user()
-    needs, free = simulate(*where), _free_memory(device)
-    resident = (_resident() or 0) if device.type == "cpu" else 0
-    advice = advice_to_fit(needs, free - resident, *where) if free is not None else ""
+    cache, free = cache or Cache.of_user(), _free_memory(device)
+    resident, advice = (_resident() or 0) if device.type == "cpu" else 0, ""
+    if free is not None:
+        found = fit(free - resident, spec, plan, device, dtype, cache, batch_size=options.batch_size)
+        advice = found.text
+        if found.changes and not options.as_given and device.type == "cuda":
+            plan, advice = make_plan(spec.settings, spec.name, concept, replace(options, **found.changes)), ""
+            plan.notes.append(f"{FITTED}: {found.text}")
+    needs = simulate(spec, plan, device, dtype, cache)
     if not advice:
         loaded = load_with(model, options)
         if previous is not None:

@@ -183,6 +183,11 @@ class EraseOptions(ModelOptions):
         "Keep saliency sums, fp32 master weights and optimizer moments in CPU memory; sample one image at a time; "
         "gradient checkpointing",
     )
+    as_given: bool = option(
+        False,
+        "Keep these options also where a GPU's memory does not suffice; by default an erasure then turns on "
+        "gradient_checkpointing, then low_vram, then makes batches smaller if no batch_size is given",
+    )
     optimizer: str = option(
         "adam",
         "Optimizer; adam8bit keeps its moments in 8 bits and needs the bitsandbytes extra",
@@ -257,7 +262,8 @@ GROUPS = {  # title → options, in the order in which hosts show them
     "Other methods": option_names("diffusion"),
     "Evaluation": ("eval_images", "detector", "show_sensitive"),
     "Computing": (
-        "device", "dtype", "low_vram", "gradient_checkpointing", "attention", "seed", "deterministic", "save_every",
+        "device", "dtype", "low_vram", "gradient_checkpointing", "as_given", "attention", "seed", "deterministic",
+        "save_every",
     ),
     "Files": ("output", "run_dir", "keep_ema"),
 }  # fmt: skip

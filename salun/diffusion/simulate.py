@@ -47,7 +47,6 @@ DECISIVE = (  # options on which needs depend, apart from those of the recipe an
     "target_guidance",
     "forget_images",
 )
-MARGIN = 2**30  # bytes that a GPU's libraries and the gaps of its allocator take, about
 MOMENTS_8BIT = 6  # of them, what 8-bit moments save
 
 
@@ -104,42 +103,6 @@ def simulate(
         if cache is not None:
             cache.put(key, stored)
     return _of_tensors(stored)
-
-
-def advice_to_fit(
-    needs: Needs,
-    free: int,
-    spec: ModelSpec,
-    plan: Plan,
-    device: torch.device,
-    dtype: torch.dtype,
-    cache: Cache | None = None,
-) -> str:
-    """What an erasure needs, and the first of some options with which it fits; "" if it fits as it is.
-
-    Args:
-        needs: By `simulate`, with the other arguments.
-        free: Bytes that are free on the device.
-    """
-    free -= MARGIN if device.type == "cuda" else 0
-    needed = needs.most
-    if needed <= free:
-        return ""
-    batch, text = plan.recipe.batch_size, f"it needs about {_gib(needed)} of memory, and {_gib(free)} are free"
-    tried: list[tuple[str, dict[str, Any]]] = [("gradient_checkpointing", {"gradient_checkpointing": True})]
-    smaller = sorted({batch, max(1, batch // 2), 1}, reverse=True)
-    tried += [(f"low_vram and batch_size {n}", {"low_vram": True, "batch_size": n}) for n in smaller]
-    for name, changes in tried:
-        options = replace(plan.options, **changes)
-        other = replace(plan, options=options, recipe=replace(plan.recipe, batch_size=options.batch_size or batch))
-        least = simulate(spec, other, device, dtype, cache).most
-        if least <= free:
-            return f"{text}: {name} needs {_gib(least)}"
-    return f"{text}; with low_vram and batch_size 1 it still needs {_gib(least)}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype) -> Needs:
