@@ -98,7 +98,7 @@ def table(path: Path) -> None:
             cells += [f"{part['simulated'] / GIB:.2f}" if "simulated" in part else "–"]
             cells += [f"{speed:.0f}" if speed else "–", f"{speed / peak:.0%}" if speed and peak else "–"]
             print(f"| {name} | " + " | ".join(cells) + " |")
-    for name in ("correctness", "synchronizations", "classification", "erasure"):
+    for name in ("correctness", "synchronizations", "classification", "erasure", "layouts"):
         if name in parts:
             print(f"\n{name}: {_line(parts[name])}")
 

@@ -195,6 +195,34 @@ def matrix_product(bench: Bench) -> dict[str, Any]:
     return {"tflops": 2 * side**3 / bench.seconds(lambda: a @ a) / 1e12}
 
 
+def layouts(bench: Bench) -> dict[str, Any]:
+    """Seconds of SD 1.5's network forward and backward: as it is, with channels last, and compiled; of compiling too.
+
+    No option of salun sets the last two: on a CPU they gain nothing (see docs/performance.md).
+    """
+    from salun.diffusion.model.loading import load_with
+
+    spec, plan = bench.plan("sd1", 1 if bench.rehearsal else 8)
+    model = load_with(spec.name, plan.options)
+    model.unet.requires_grad_(True)
+    n = 2 * plan.recipe.batch_size
+    x, t = torch.randn(n, *model.latent_shape, device=bench.device), torch.full((n,), 500, device=bench.device)
+    prompts = model.encode([""]).expand(n)
+
+    def step() -> None:
+        model.predict(x, t, prompts).square().mean().backward()
+
+    found = {"as it is": bench.seconds(step)}
+    model.unet.to(memory_format=torch.channels_last)
+    found["channels last"] = bench.seconds(step)
+    model.unet.to(memory_format=torch.contiguous_format)
+    model.unet.compile(backend="eager" if bench.rehearsal else "inductor")
+    began = time.perf_counter()
+    step()
+    bench.wait()
+    return found | {"compiling": time.perf_counter() - began, "compiled": bench.seconds(step)}
+
+
 def erasure(bench: Bench) -> dict[str, Any]:
     """An erasure from SD 1.5's shapes, few steps and images: the seconds of its stages."""
     import salun
@@ -303,4 +331,5 @@ PARTS: dict[str, Part] = {
     **{name: _step_part(family, batch, **options) for name, (family, batch, options) in STEPS_OF.items()},
     "erasure": erasure,
     "profile": profile,
+    "layouts": layouts,
 }
