@@ -76,11 +76,11 @@ def preview(
     cache, free = cache or Cache.of_user(), _free_memory(device)
     resident, advice = (_resident() or 0) if device.type == "cpu" else 0, ""
     if free is not None:
-        found = fit(free - resident, spec, plan, device, dtype, cache, batch_size=options.batch_size)
-        advice = found.text
-        if found.changes and not options.as_given and device.type == "cuda":
-            plan, advice = make_plan(spec.settings, spec.name, concept, replace(options, **found.changes)), ""
-            plan.notes.append(f"{FITTED}: {found.text}")
+        needed = fit(free - resident, spec, plan, device, dtype, cache, batch_size=options.batch_size)
+        advice = needed.text
+        if needed.changes and not options.as_given and device.type == "cuda":
+            plan, advice = make_plan(spec.settings, spec.name, concept, replace(options, **needed.changes)), ""
+            plan.notes.append(f"{FITTED}: {needed.text}")
     needs = simulate(spec, plan, device, dtype, cache)
     if not advice:
         loaded = load_with(model, options)

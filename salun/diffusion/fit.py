@@ -80,8 +80,8 @@ def _tried(plan: Plan, batch_size: int | None) -> Iterator[dict[str, Any]]:
 
 
 def _with(plan: Plan, changes: Mapping[str, Any]) -> Plan:
-    options = replace(plan.options, **changes)
-    return replace(plan, options=options, recipe=replace(plan.recipe, batch_size=options.batch_size))
+    batch = changes.get("batch_size", plan.recipe.batch_size)
+    return replace(plan, options=replace(plan.options, **changes), recipe=replace(plan.recipe, batch_size=batch))
 
 
 def as_recorded(options: EraseOptions, recorded: Mapping[str, Any]) -> EraseOptions:
