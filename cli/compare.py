@@ -72,11 +72,14 @@ def _planned_lines(planned: dict[str, Any]) -> list[str]:
         time = duration_range(job["least"], job["most"])
         steps = f"{job['steps']} steps" if job["steps"] else "in closed form"
         lines.append(f"        {job['method']}, {job['concept']}, seed {job['seed']}: {steps}, {time}")
+    for search in planned["searches"]:
+        if search["most"]:
+            time = duration_range(search["least"], search["most"])
+            lines.append(f"        search of {search['option']} for {search['name']}: {time}")
     done = len(planned["jobs"]) - len(left)
     also = f" ({done} of {len(planned['jobs'])} are done)" if done else ""
-    more = f", not counting {' and '.join(planned['not_counted'])}" if planned["not_counted"] else ""
     total = duration_range(planned["least"], planned["most"])
-    return [*lines, f"time:   {total} on {planned['device']}{more}{also}"]
+    return [*lines, f"time:   {total} on {planned['device']}{also}"]
 
 
 def _lines(table: dict[str, Any]) -> list[str]:

@@ -299,7 +299,10 @@ def test_a_search_sees_training_prompts_alone_and_resumes_with_the_trial_that_wa
     with pytest.raises(Cancelled):
         compare(TUNED, model=shapes, progress=silent, run_dir=folder)
     planned = preview_comparison(TUNED, folder, model=shapes)
-    assert [job["done"] for job in planned["jobs"]] == [False] and planned["not_counted"] == ["the search"]
+    assert [job["done"] for job in planned["jobs"]] == [False]
+    (search,) = planned["searches"]
+    assert (search["name"], search["option"], search["tried"]) == ("uce", "uce_erase", 2)
+    assert 0 < search["least"] < search["most"] < planned["most"]  # of one trial to three
     stop = False
     done = compare(TUNED, model=shapes, progress=silent, run_dir=folder, resume=True)
     values = [value for value, *_ in seen]

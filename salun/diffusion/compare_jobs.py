@@ -63,13 +63,14 @@ def job_options(model: Model, options: CompareOptions, job: Job, tuned: Mapping[
     chosen = replace(common, **{**job.variant.options, **tuned})
     if options.budget == "paper" and method.paper_recipe and "recipe" not in job.variant.options:
         return replace(chosen, recipe="paper")
+    if chosen.batch_size is None and chosen.recipe != "paper":
+        # given, so that none is made smaller to fit into memory; methods that denoise each sample first take one a
+        # step, as their papers do
+        count = 1 if method.data == "prompts" else model.settings.recipe.batch_size
+        common, chosen = replace(common, batch_size=model.settings.recipe.batch_size), replace(chosen, batch_size=count)
     if chosen.until is not None or "steps" in job.variant.options:
         return chosen
     steps = options.steps or model.settings.recipe.steps
-    if method.data == "prompts" and "batch_size" not in job.variant.options and options.batch_size is None:
-        chosen = replace(
-            chosen, batch_size=1
-        )  # each sample is denoised first, so these methods' papers take one a step
     salun = _training_passes(model, job.concept, replace(common, method="salun", steps=steps))
     of_a_step = _training_passes(model, job.concept, replace(chosen, steps=1))
     return replace(chosen, steps=max(1, round(salun / of_a_step)) if of_a_step else steps)

@@ -25,7 +25,7 @@ from salun.progress import Event, Progress, Stage
 from salun.runs.cache import Cache
 from salun.untrusted import read_json_object
 
-FACTOR, TRIALS = 3.0, 5  # from one value to the next, and values at most
+FACTOR, FEWEST, TRIALS = 3.0, 3, 5  # from one value to the next; values at least, and at most
 MOST = 10_000.0  # of a score, a percentage that a detector's correction may take beyond 100
 FILE = "search.json"
 
