@@ -15,6 +15,7 @@ from typing import Any
 from salun.diffusion.compare_jobs import Job, job_options, jobs_of, plans_of
 from salun.diffusion.compare_options import CompareOptions
 from salun.diffusion.context import record_of
+from salun.diffusion.fit import as_recorded
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import Plan, make_plan
@@ -72,10 +73,17 @@ def erasure_of(model: Model, options: CompareOptions, job: Job, tuned: Mapping[s
     chosen = job_options(model, options, job, tuned)
     plan = make_plan(model.settings, model.name, job.concept, chosen)
     place = folder / "jobs" / job.name
-    return Erasure(job, chosen, plan, place, _stored(model, plan, place))
+    stored = _stored(place)
+    if stored is not None:
+        try:
+            plan = make_plan(model.settings, model.name, job.concept, as_recorded(chosen, stored["options"]))
+            record_of(model, plan, [], place).check_resumes(stored)
+        except ConfigError as error:
+            raise foreign(f"jobs/{place.name}", error.message) from error
+    return Erasure(job, chosen, plan, place, stored)
 
 
-def _stored(model: Model, plan: Plan, place: Path) -> dict[str, Any] | None:
+def _stored(place: Path) -> dict[str, Any] | None:
     """The record of an erasure in its folder; None if there is none."""
     shown = f"jobs/{place.name}"
     if place.is_symlink():
@@ -84,13 +92,11 @@ def _stored(model: Model, plan: Plan, place: Path) -> dict[str, Any] | None:
         check_links(place)
         if not os.path.lexists(place / "run.json"):
             return None
-        stored = read_run(place)
-        record_of(model, plan, [], place).check_resumes(stored)
+        return read_run(place)
     except DataError as error:
         raise foreign(f"{shown}/run.json", error.__cause__ or error) from error
     except ConfigError as error:
         raise foreign(shown, error.message) from error
-    return stored
 
 
 def foreign(name: str, why: object) -> ConfigError:

@@ -130,17 +130,22 @@ def _decisions(
             tries, harm, settled_at = tries + 1, min(harm, probe.harm(goal)), -1.0
             factor, retain = (factor * SLOWER, HEAVIER) if phase is Phase.SETTLE else (factor, retain)
         elif settled:
-            lacking = probe.gone >= SURE and probe.progress < settled_at + MOVED
-            phase, idle, settled_at = Phase.GIVE_UP if lacking else Phase.CONTINUE, i, probe.progress
-            grown = grown or probe.confidence < PLAUSIBLE
+            before, stands = (factor, guidance), probe.progress < settled_at + MOVED
             if probe.gone < PLAUSIBLE:
                 factor, guidance = _stronger(factor, guidance, guided)
+                vain_now = (factor, guidance) == before and (stands or probe.ua <= UNMOVED)  # nothing is left to raise
+            else:
+                vain_now = probe.gone >= SURE and stands
+            phase, idle, settled_at = Phase.GIVE_UP if vain_now else Phase.CONTINUE, i, probe.progress
+            grown = grown or probe.confidence < PLAUSIBLE
         else:
             phase = Phase.SETTLE if probe.confidence >= PLAUSIBLE else Phase.CONTINUE
             since = probes[idle + 1 : i + 1]
             if phase is Phase.CONTINUE and probe.gone < PLAUSIBLE and _stands_still(since, "ua"):
+                before = factor, guidance
                 factor, guidance = _stronger(factor, guidance, guided and probe.ua > UNMOVED)
                 grown, idle = grown or probe.ua > UNMOVED, i
+                phase = Phase.SETTLE if (factor, guidance) == before else Phase.CONTINUE  # nothing is left to raise
             elif phase is Phase.CONTINUE and probe.gone >= PLAUSIBLE and _stands_still(since, "progress"):
                 phase, grown, idle = Phase.SETTLE if grown else Phase.CONTINUE, True, i  # what lacks is the anchor
         length = max(SETTLING * every, constant // 2)

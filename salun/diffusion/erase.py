@@ -93,6 +93,7 @@ def unlearn(
     with context.stage(Stage.TRAINING):
         task = ErasureTask.of(context, data, mask_result.mask)
         task.until = until_of(task, context, grow=grow)
+        plan = task.plan  # with fixed steps where no detector can tell the concept
         unlearned = plan.method.call(task, plan.options)
         if task.until is not None:
             record.more["until"] = task.until.as_json(unlearned.history)

@@ -178,10 +178,11 @@ class ModelProbe:
         self._looking(len(scores[0]), f"after step {step}: {probed}")
         return probed
 
-    def _looking(self, images: int = 0, message: str = "") -> None:
-        """Report that the training is interrupted by a look, at so many images up to now."""
-        self.images = images
-        self.task.progress(Event(Stage.TRAINING, metrics={"probing": images} if images else {}, message=message))
+    def _looking(self, images: int | None = None, message: str = "") -> None:
+        """Report that the training is interrupted by a look, at so many images up to now; None: that it begins."""
+        self.images = images or 0
+        metrics = {"probing": images} if images is not None else {}
+        self.task.progress(Event(Stage.TRAINING, metrics=metrics, message=message))
 
     def _scores(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Each concept's and anchor's scores in its images of these numbers, as many of each, below `MANY`."""
@@ -195,7 +196,7 @@ class ModelProbe:
         return [scores[i * each : (i + 1) * each] for i, scores in enumerate(seen)]
 
     def _interrupted(self, event: Event) -> None:
-        """Report at each of the sampler's steps that a look is under way, so that a host can cancel."""
+        """Report at each of the sampler's steps that a look continues, so that a host can cancel."""
         self._looking(self.images)
 
     def _sampled(self, texts: Sequence[str], seeds: Sequence[int], progress: Progress | None = None) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = (0.85, 0.7, 0.55, 0.4, 0.25)  # of a smaller change
 HARM_POWER = 1.5  # drift grows about as s^1.5 with the strength s: 0.79 at 0.85, 0.59 at 0.7 on the bundled model
-SAFE, LOWEST, LOOKS = 0.95, 0.6, 3  # to harm as little as allowed: part of that, the least strength, and looks at most
+SAFE, LOWEST, LOOKS = 0.95, 0.4, 3  # to harm as little as allowed: part of that, the least strength, and looks at most
 WEAKER = (0.5, 0.25, 0.1)  # tried where the model is wrecked
 LESS = 0.8  # of the harm at the full strength is left at the first of the smaller ones
 BASE, OFTEN = 0.2, 50.0  # how often a retain sample is drawn: at least, and at most by how far it moved, squared
@@ -130,15 +130,27 @@ class Until:
             row = history[-1] | decides.as_row()
             ahead = [*history[:-1], row]
             phase, best = self.decision(ahead).phase, self.best(ahead)
-            if phase is Phase.GIVE_UP and best is not None and self._better(best, decides):
-                row |= {KEPT: best.strength, EARLIER: float(best.step)}
+            last = self._least_harmful(looks, decides)
+            earlier = self._least_harmful(looks_of(ahead[best.step - 1]), best) if best is not None else None
+            if phase is Phase.GIVE_UP and earlier is not None and self._better(earlier, last):
+                row |= {KEPT: earlier.strength, EARLIER: float(earlier.step)}
             elif phase in (Phase.REACHED, Phase.GIVE_UP):
-                row[KEPT], more = self._kept(decides)
+                row[KEPT], more = self._kept(last)
                 looks += more
             tried = [look for look in looks if look is not decides]
             for i, look in enumerate(tried):
                 row |= look.as_row(f"{TRIED}{i} ")
             history[-1] |= row  # all at once: a look that was interrupted is repeated
+
+    def _least_harmful(self, looks: list[Probed], decides: Probed) -> Probed:
+        """Of looks at several strengths after one step, the one with the concept gone at the least harm.
+
+        The one that decides where that reaches the goal, or the concept is gone at none.
+        """
+        gone = [each for each in looks if each.drift is not None and each.erased(self.goal)]
+        if decides.reaches(self.goal) or not gone:
+            return decides
+        return min(gone, key=lambda each: each.harm(self.goal))
 
     def _better(self, earlier: Probed, last: Probed) -> bool:
         """Whether earlier weights are nearer to the goal than the last ones, even at a strength of less harm."""
@@ -151,13 +163,20 @@ class Until:
     def _unharmed(self, last: Probed) -> list[Probed]:
         """Looks at smaller strengths where images are harmed at this one: the last reaches the goal, or none does.
 
-        Each strength follows from the harm at the one before it.
+        Each strength follows from the harm at the one before it. Once the concept is back at one that harms as little
+        as allowed, it lies in the middle between that and the least at which the concept was gone.
         """
-        now, power = last, HARM_POWER
+        now, power, back, gone = last, HARM_POWER, 0.0, last.strength
         looks: list[Probed] = []
-        while now.erased(self.goal) and not now.reaches(self.goal) and not last.wrecked and len(looks) < LOOKS:
-            strength = math.floor(100 * now.strength * (SAFE / now.harm(self.goal)) ** (1 / power)) / 100
-            if strength < LOWEST:
+        while last.erased(self.goal) and not now.reaches(self.goal) and not last.wrecked and len(looks) < LOOKS:
+            erased, harm = now.erased(self.goal), now.harm(self.goal)
+            back, gone = (back, now.strength) if erased else (now.strength, gone)
+            if not erased and harm > 1:
+                break  # a smaller change harms less, and a larger one erases more
+            strength = math.floor(100 * now.strength * (SAFE / harm) ** (1 / power)) / 100 if erased else 0.0
+            if back:
+                strength = round((back + gone) / 2, 2)
+            if strength < LOWEST or not back < strength < gone:
                 break
             now = self._at(strength, last.step, harm=True)
             looks.append(now)
@@ -227,7 +246,7 @@ class Until:
         """The last look at the weights that are kept."""
         step, strength = kept_step(history), kept_strength(history)
         row = history[step - 1]
-        looks = [look for look in (*probes_of([row]), *tried_of(row)) if look.strength == strength]
+        looks = [look for look in looks_of(row) if look.strength == strength]
         return looks[-1]
 
     def summary(self, history: list[LossRow]) -> str:
@@ -277,6 +296,11 @@ def tried_of(row: LossRow) -> list[Probed]:
     while (look := Probed.of_row(row, f"{TRIED}{len(looks)} ")) is not None:
         looks.append(look)
     return looks
+
+
+def looks_of(row: LossRow) -> list[Probed]:
+    """All looks in a row of the history, the one that decides first."""
+    return [*probes_of([row]), *tried_of(row)]
 
 
 def kept_strength(history: list[LossRow]) -> float:

@@ -26,13 +26,14 @@ class EarlierWeights:
 
     def __init__(self, path: Path | None, fingerprint: str = "", writes: bool = True) -> None:
         self._path, self._fingerprint, self._writes = path, fingerprint, writes
-        self._held: dict[str, Tensor] = {}
+        self._held, self._step = dict[str, Tensor](), 0
 
     def write(self, masters: Mapping[str, Tensor], step: int) -> None:
-        """Keep a copy of the weights after a step, float32 by name. On a full disk there is none then."""
+        """Keep a copy of the weights after a step, float32 by name; on a full disk in this process's memory."""
         if self._path is not None and not self._writes:
             return
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in masters.items()}
+        self._held, self._step = {}, step
         if self._path is None:
             self._held = tensors
             return
@@ -40,6 +41,7 @@ class EarlierWeights:
             safetensors_io.write(self._path, tensors, self._facts(step))
         except ModelError as error:
             logger.warning("weights that a goal may come back to could not be saved: %s", error)
+            self._held = tensors
 
     def _facts(self, step: int) -> dict[str, str]:
         return {"fingerprint": self._fingerprint, "step": str(step)}
@@ -54,10 +56,10 @@ class EarlierWeights:
         Raises:
             TrainingError: There are none, or they are not those of this training.
         """
-        if self._path is None:
-            if not self._held:
-                raise TrainingError(f"there are no weights of step {step}")
+        if self._held and self._step == step:
             return self._held
+        if self._path is None:
+            raise TrainingError(f"there are no weights of step {step}")
         try:
             header = safetensors_io.read_header(self._path)
         except ModelError as error:

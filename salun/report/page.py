@@ -145,10 +145,12 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
     curves = [_series(decided, chosen, kept, keys) for keys in (("ua", "anchor"), ("drift", "ra_drop"))]
     came = "reached" if until["reached"] else "not reached"
     earlier = f", of which those after step {step} are kept" if step < until["steps"] else ""
+    guided, retained = until["target_guidance"], until.get("retain_factor", 1)
+    rose = [f"η of the target rose by {guided:g}"] if guided else []
+    rose += [f"the retain loss's weight rose {retained:g} times"] if retained != 1 else []
     text = (
         f"The goal {until['goal']} was {came} after {until['steps']} of at most {until['budget']} steps{earlier}, at a "
-        f"learning rate of {until['lr'] * until['lr_factor']:.2g}. η of the target rose by "
-        f"{until['target_guidance']:g}, and the retain loss's weight {until.get('retain_factor', 1):g} times. "
+        f"learning rate of {until['lr'] * until['lr_factor']:.2g}{''.join(f', {each}' for each in rose)}. "
         f"{100 * until['strength']:.0f} % of the change are kept. "
         "Probes are of held-out prompts. UA: images without the concept. Anchor: images that show it in its place. "
         "Confidence: the probability that both are what the goal wants. Drift: how far images of other prompts moved "
