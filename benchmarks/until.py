@@ -134,8 +134,8 @@ def line(case: str, seed: int, how: str, found: dict[str, Any]) -> str:
     """A row of the table."""
     if "error" in found:
         return f"| {case} | {seed} | {how} |{' |' * 7} {found['error']} |"
-    values = {key: from_json(found[key], "unknown") for key in KEPT if key != "verdict"}
-    drop = values["ra_drop"].text("") if found.get("ra_drop") else f"{_ra_drop(found):.1f}"
+    values = {key: from_json(found[key], "unknown") for key in KEPT if found.get(key) and key != "verdict"}
+    drop = values["ra_drop"].text("") if "ra_drop" in values else f"{_ra_drop(found):.1f}"
     probes = f" ({100 * found['probes'] / found['seconds']:.0f} %)" if how == "goal" and "probes" in found else ""
     until = found["until"]
     came = "" if until is None else ", goal reached" if until["reached"] else ", goal not reached"
