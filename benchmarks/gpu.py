@@ -68,8 +68,9 @@ def run_all(output: Path, device: str, limit: float, only: list[str]) -> None:
         except subprocess.TimeoutExpired:
             found = {"error": f"not done after {min(left, MOST):.0f} s"}
         print(f"{time.perf_counter() - started:6.1f} s  {name}: {_line(found)}", flush=True)
-        if "error" not in found:
-            results["parts"][name] = found
+        failed = results.setdefault("failed", {})
+        failed.pop(name, None)
+        (failed if "error" in found else results["parts"])[name] = found
         temporary = output.with_suffix(".tmp")
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         temporary.replace(output)
@@ -98,7 +99,7 @@ def table(path: Path) -> None:
             cells += [f"{part['simulated'] / GIB:.2f}" if "simulated" in part else "–"]
             cells += [f"{speed:.0f}" if speed else "–", f"{speed / peak:.0%}" if speed and peak else "–"]
             print(f"| {name} | " + " | ".join(cells) + " |")
-    for name in ("correctness", "synchronizations", "classification", "erasure", "layouts"):
+    for name in ("correctness", "synchronizations", "classification", "erasure", "channels last", "compiled"):
         if name in parts:
             print(f"\n{name}: {_line(parts[name])}")
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import salun
 from salun.checkpoints.locate import ASSETS
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.result import Run
+from tools import checkpoints
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads would only be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,6 +62,18 @@ def shapes() -> Iterator[Model]:
     assert (model.settings, model.clip_skip, model.low_vram, model.attention) == before
     assert not model.unet.training
     assert all(torch.equal(p, model.original()[name]) for name, p in model.parameters().items())
+
+
+@pytest.fixture(scope="session")
+def hollow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Family → a checkpoint of names and shapes, without weights."""
+    folder = tmp_path_factory.mktemp("hollow")
+
+    def make(family: str) -> str:
+        path = folder / f"{family}.safetensors"
+        return str(path if path.exists() else checkpoints.make(path, family, hollow=True))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,7 @@ from torch import Tensor
 
 from salun.diffusion import estimate
 from salun.diffusion.estimate import preview
-from salun.diffusion.fit import MARGIN, as_recorded, fit
-from salun.diffusion.model.loading import describe, load_with
+from salun.diffusion.model.loading import describe
 from salun.diffusion.model.sketch import sketched
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
@@ -27,22 +24,9 @@ from salun.errors import ConfigError
 from salun.masking.training import take_step
 from salun.progress import Stage
 from salun.runs.cache import Cache
-from tools import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def hollow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Family → a checkpoint of names and shapes, without weights."""
-    folder = tmp_path_factory.mktemp("hollow")
-
-    def make(family: str) -> str:
-        path = folder / f"{family}.safetensors"
-        return str(path if path.exists() else checkpoints.make(path, family, hollow=True))
-
-    return make
 
 
 def needs_of(name: str, device: torch.device = GPU, cache: Cache | None = None, **options: Any) -> Needs:
@@ -84,51 +68,6 @@ def test_what_saves_memory_is_simulated(hollow: Callable[[str], str], cache: Cac
     offloaded = needs_of(hollow("sd1"), batch_size=4, low_vram=True)
     assert offloaded.most < plain.most
     assert offloaded.cpu > plain.cpu > 0  # a probe of a goal holds the trained weights there
-
-
-def test_an_erasure_is_fitted_to_the_memory_of_a_device(hollow: Callable[[str], str], cache: Cache) -> None:
-    """By the first options with which it fits: those that change no result come before smaller batches."""
-    spec = describe(hollow("sd1"))
-    plan = make_plan(spec.settings, spec.name, "nudity", EraseOptions(resolution=512))
-    where = spec, plan, GPU, torch.bfloat16, cache
-    free = simulate(*where).most + MARGIN
-    assert (fit(free, *where).text, fit(free, *where).fits) == ("", True)
-    expected = [{"gradient_checkpointing": True}, {"low_vram": True}, {"low_vram": True, "batch_size": 4}]
-    for changes in expected:
-        found = fit(free - 1, *where)
-        assert found.fits and found.changes == changes
-        needed = re.search(r" needs ([\d.]+) GiB", found.text)
-        assert needed is not None and float(needed[1]) < free / 2**30
-        changed = replace(plan.options, **changes)
-        other = replace(plan, options=changed, recipe=replace(plan.recipe, batch_size=changed.batch_size))
-        free = simulate(spec, other, *where[2:]).most + MARGIN
-    given = fit(free - 1, *where, batch_size=8)
-    assert not given.fits and not given.changes and "with low_vram it still needs" in given.text
-
-
-def test_a_run_that_continues_has_the_options_to_which_it_was_fitted() -> None:
-    fitted = {"low_vram": True, "gradient_checkpointing": False, "batch_size": 2, "steps": 7}
-    assert as_recorded(EraseOptions(), fitted) == EraseOptions(low_vram=True, batch_size=2)
-    assert as_recorded(EraseOptions(batch_size=4), fitted) == EraseOptions(low_vram=True, batch_size=4)
-    with pytest.raises(ConfigError, match="batch_size"):
-        as_recorded(EraseOptions(), {"batch_size": "many"})
-
-
-def test_a_dry_run_on_a_gpu_is_fitted_to_it(
-    hollow: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which the plan says; the run does the same."""
-    spec, cache, options = describe(hollow("sd1")), Cache(tmp_path / "cache"), EraseOptions(resolution=64, dtype="fp32")
-    plan = make_plan(spec.settings, spec.name, "nudity", options)
-    where = spec, plan, GPU, torch.float32, cache
-    free = simulate(*where).most + MARGIN - 1
-    changes = dict(fit(free, *where).changes)
-    monkeypatch.setattr(estimate, "pick_device", lambda name: GPU)
-    monkeypatch.setattr(estimate, "_free_memory", lambda device: free)
-    monkeypatch.setattr(estimate, "load_with", lambda name, options: load_with(name, replace(options, device="cpu")))
-    found = preview(hollow("sd1"), "nudity", options, [], tmp_path / "run", cache=cache)
-    assert changes and changes.items() <= found["options"].items()
-    assert not found["warnings"] and "fitted to the GPU's memory: it needs" in found["notes"][-1]
 
 
 @pytest.mark.slow

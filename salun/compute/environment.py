@@ -1,4 +1,4 @@
-"""Versions of packages, and peak memory."""
+"""Versions of packages, peak memory, and what a container leaves of memory."""
 
 from __future__ import annotations
 
@@ -42,3 +42,23 @@ def peak_memory() -> dict[str, int | None]:
     if torch.cuda.is_available():
         device = torch.cuda.max_memory_allocated()
     return {"cpu_bytes": cpu, "device_bytes": device}
+
+
+def free_in_container(groups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes that the control group of this process may yet take; empty where no limit is known.
+
+    Args:
+        groups: Where the kernel shows control groups, of version 2 or 1.
+    """
+    for limit, used, files in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, now = (int((groups / name).read_text(encoding="ascii")) for name in (limit, used))
+            stat = (groups / limit).with_name("memory.stat").read_text(encoding="ascii", errors="replace")
+        except (OSError, ValueError):  # no such version, or "max"
+            continue
+        cached = re.search(rf"^{files} (\d+)", stat, re.M)  # what the kernel frees when memory is short
+        return [max(0, most - now + (int(cached[1]) if cached else 0))]
+    return []

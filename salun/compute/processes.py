@@ -50,6 +50,14 @@ class Processes:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def least(self, value: int) -> int:
+        """The least of all processes' values, in all of them."""
+        if self.count == 1:
+            return value
+        values = [0] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return min(values)
+
     def gather(
         self, parts: Mapping[int, Tensor], shapes: Sequence[tuple[int, ...]], device: torch.device
     ) -> list[Tensor]:

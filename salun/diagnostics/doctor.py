@@ -120,7 +120,8 @@ def _devices() -> Iterator[Finding]:
 
 def _processor() -> Finding:
     """Cores, threads, and whether other programs keep them busy, as waiting threads then slow torch down much."""
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores, threads = len(usable), torch.get_num_threads()
     text = f"{cores} cores, torch uses {threads} threads"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
     if threads == 1 or load < cores / 2:

@@ -61,14 +61,15 @@ def job_options(model: Model, options: CompareOptions, job: Job, tuned: Mapping[
     method = METHODS["diffusion"][job.variant.method]
     common = replace(options.options, seed=job.seed, anchor=[] if job.anchor is None else [job.anchor])
     chosen = replace(common, **{**job.variant.options, **tuned})
-    if options.budget == "paper" and method.paper_recipe and "recipe" not in job.variant.options:
-        return replace(chosen, recipe="paper")
-    if chosen.batch_size is None and chosen.recipe != "paper":
-        # given, so that none is made smaller to fit into memory; methods that denoise each sample first take one a
-        # step, as their papers do
-        count = 1 if method.data == "prompts" else model.settings.recipe.batch_size
+    by_paper = bool(options.budget == "paper" and method.paper_recipe and "recipe" not in job.variant.options)
+    if by_paper:
+        chosen = replace(chosen, recipe="paper")
+    if chosen.batch_size is None:  # given, so that none is made smaller to fit into memory
+        count = make_plan(model.settings, model.name, job.concept, chosen).recipe.batch_size
+        if method.data == "prompts" and chosen.recipe != "paper":
+            count = 1  # each sample is denoised first, so these methods' papers take one a step
         common, chosen = replace(common, batch_size=model.settings.recipe.batch_size), replace(chosen, batch_size=count)
-    if chosen.until is not None or "steps" in job.variant.options:
+    if by_paper or chosen.until is not None or "steps" in job.variant.options:
         return chosen
     steps = options.steps or model.settings.recipe.steps
     salun = _training_passes(model, job.concept, replace(common, method="salun", steps=steps))

@@ -6,7 +6,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,14 +16,14 @@ from salun.checkpoints.outputs import check_output
 from salun.compute.device import deterministic_kernels, explained_memory_errors
 from salun.compute.processes import Processes, current_processes
 from salun.diffusion.data.images import folder_digest
-from salun.diffusion.fit import Fit, as_recorded, fit
+from salun.diffusion.fit import Fit, fit, fitted_plan
 from salun.diffusion.mask_files import load_mask_file
 from salun.diffusion.model.loading import describe, load_with
 from salun.diffusion.model.protocol import DiffusionModel, TextAttention, TokenEncoder
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
-from salun.diffusion.plan import ConceptSpec, Plan, make_plan
+from salun.diffusion.plan import ConceptSpec, Plan
 from salun.diffusion.stages import erasure_stages
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
 from salun.display import shown
@@ -35,8 +36,6 @@ from salun.runs.cache import Cache
 from salun.runs.folder import check_folder
 from salun.runs.record import RunRecord
 from salun.user_text import as_spelled
-
-FITTED, UNFITTED = "fitted to the GPU's memory", "memory may not suffice"
 
 logger = logging.getLogger("salun")
 
@@ -103,18 +102,17 @@ def open_run(
     if resume and folder is None:
         raise ConfigError("needs the folder of the run to resume", option="resume", advice="Give it by {run_dir}")
     unfinished = check_folder(folder, resume) if folder is not None and not processes.rank else None
-    resumed = processes.broadcast(unfinished is not None)
-    if resumed and not options.as_given:
-        options = as_recorded(options, processes.broadcast(dict((unfinished or {}).get("options", {}))))
+    recorded = processes.broadcast(unfinished["options"] if unfinished is not None else None)
+    resumed = recorded is not None
     for target in outputs or []:
         check_output(target, force or resumed)
     if isinstance(model, str):
         model = load_with(model, options)
     check_output_paths(model, outputs or [], folder, other_input_paths(options))
-    plan, cache = make_plan(model.settings, model.name, concept, options), cache or Cache.of_user()
-    fitted = processes.broadcast(_fitted(model, plan, options, cache, processes.count))
-    if fitted.changes and not options.as_given and not resumed:
-        plan = make_plan(model.settings, model.name, concept, replace(options, **fitted.changes))
+    cache = cache or Cache.of_user()
+    fit_of = partial(_fit, model, options, cache, processes)
+    fitted = fitted_plan(model.settings, model.name, concept, options, fit_of, recorded)
+    plan = fitted.plan
     check_disk_space(disk_needed(model, plan, outputs or [], None if resumed else folder))  # a resumed run has its own
     mask_file = load_mask_file(model, plan) if plan.mask_is_file else None
     if plan.recipe.batch_size % processes.count:
@@ -129,27 +127,27 @@ def open_run(
         training_session(model, plan),
     ):
         context = RunContext(model, plan, record, progress, cache, outputs, force, mask_file, resumed, processes)
-        if fitted.text:
-            applied = fitted.fits and not options.as_given
-            context.note(Stage.PLANNING, f"{FITTED if applied else UNFITTED}: {fitted.text}")
+        context.note(Stage.PLANNING, *fitted.notes)
         yield context
 
 
-def _fitted(model: Model, plan: Plan, options: EraseOptions, cache: Cache, processes: int) -> Fit:
-    """What the plan needs to fit into the GPU's memory; nothing without one, or if the model's files are not known."""
+def _fit(model: Model, options: EraseOptions, cache: Cache, processes: Processes, plan: Plan) -> Fit:
+    """What the plan needs to fit into the GPU's memory; nothing without one, or if it cannot be simulated."""
     if model.device.type != "cuda":
-        return Fit({}, "", True)
+        return Fit({}, "")
     given = ModelOptions(**{item.name: getattr(options, item.name) for item in fields(ModelOptions)})
     weights = sum(p.numel() * p.element_size() for p in model.parameters().values())  # they are there already
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    free = torch.cuda.mem_get_info(model.device)[0] + unused + weights
+    free = processes.least(torch.cuda.mem_get_info(model.device)[0] + unused + weights)
     try:
         spec = describe(model.name, given)
-        batch = plan.recipe.batch_size if processes > 1 else options.batch_size  # of which each has its part
-        return fit(free, spec, plan, model.device, model.dtype, cache, batch_size=batch)
+        where = free, spec, plan, model.device, model.dtype, cache
+        needed = fit(*where, batch_size=options.batch_size, processes=processes.count)
     except Exception:  # of a torch that cannot simulate a kernel, say: no reason to stop a run
         logger.debug("the run's memory could not be simulated", exc_info=True)
-        return Fit({}, "", True)
+        needed = Fit({}, "what it needs could not be simulated")
+    agreed: Fit = processes.broadcast(needed)
+    return agreed
 
 
 def record_of(

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 
 from salun.checkpoints.outputs import check_output
 from salun.compute.device import pick_device, pick_dtype
-from salun.diffusion.context import FITTED, record_of
-from salun.diffusion.fit import as_recorded, fit
-from salun.diffusion.model.loading import describe, load_with
+from salun.compute.environment import free_in_container
+from salun.diffusion.context import record_of
+from salun.diffusion.fit import Fit, fit, fitted_plan
+from salun.diffusion.model.loading import ModelSpec, describe, load_with
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions, ModelOptions
-from salun.diffusion.plan import ConceptSpec, Plan, make_plan
+from salun.diffusion.plan import ConceptSpec, Plan
 from salun.diffusion.simulate import Needs, operations, simulate
 from salun.diffusion.stages import erasure_stages, further_samples
 from salun.diffusion.targets import check_output_paths, disk_needed, other_input_paths
@@ -32,7 +34,7 @@ from salun.runs.folder import check_folder
 
 QUICK = 0.5  # seconds; a pass that takes longer is measured once and with one sample, and scaled
 REPEATS = 3  # of a quicker one
-SPREAD = (0.8, 1.5)  # of times that follow from numbers of operations: a network's layers differ in speed
+SPREAD = (0.8, 1.5)  # of times that follow from one pass, or from operations: batches and layers differ in speed
 SIDE = 1024  # of the matrices whose product is timed for that
 
 
@@ -67,20 +69,16 @@ def preview(
     spec = describe(model, given)
     check_output_paths(spec, outputs, run_dir, other_input_paths(options))
     previous = check_folder(run_dir, resume)
-    if previous is not None and not options.as_given:
-        options = as_recorded(options, previous.get("options", {}))
-    plan = make_plan(spec.settings, spec.name, concept, options)
     device = pick_device(given.device)
     dtype = pick_dtype(given.dtype, device)
     progress(Event(Stage.MEASURING, message=f"measuring this machine for {spec.name}"))
     cache, free = cache or Cache.of_user(), _free_memory(device)
-    resident, advice = (_resident() or 0) if device.type == "cpu" else 0, ""
-    if free is not None:
-        needed = fit(free - resident, spec, plan, device, dtype, cache, batch_size=options.batch_size)
-        advice = needed.text
-        if needed.changes and not options.as_given and device.type == "cuda":
-            plan, advice = make_plan(spec.settings, spec.name, concept, replace(options, **needed.changes)), ""
-            plan.notes.append(f"{FITTED}: {needed.text}")
+    resident = (_resident() or 0) if device.type == "cpu" else 0
+    fit_of = partial(_fit, None if free is None else free - resident, spec, device, dtype, cache, options.batch_size)
+    recorded = previous["options"] if previous is not None else None
+    fitted = fitted_plan(spec.settings, spec.name, concept, options, fit_of, recorded)
+    plan, advice = fitted.plan, fitted.warning
+    plan.notes.extend(filter(None, [fitted.note]))
     needs = simulate(spec, plan, device, dtype, cache)
     if not advice:
         loaded = load_with(model, options)
@@ -106,6 +104,22 @@ def preview(
         "disk": {"needed": sum(disk.values()), "free": shutil.disk_usage(_existing(run_dir)).free},
         "warnings": _warnings(disk, advice),
     }
+
+
+def _fit(
+    free: int | None,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache: Cache,
+    batch_size: int | None,
+    plan: Plan,
+) -> Fit:
+    """How the plan fits, without changes on a CPU, whose memory can be freed and swapped. free: None if unknown."""
+    if free is None:
+        return Fit({}, "")
+    needed = fit(free, spec, plan, device, dtype, cache, batch_size=batch_size)
+    return needed if device.type == "cuda" else Fit({}, needed.text)
 
 
 def _memory(needs: Needs, resident: int, free: int | None) -> dict[str, Any]:
@@ -189,8 +203,11 @@ def measured_pace(model: Model, plan: Plan) -> Pace:
             if (n, graph) not in known:
                 run(1, graph)  # warm-up
                 single = run(1, graph)
-                times = [single * n] if single > QUICK else [run(n, graph) for _ in range(REPEATS)]
-                known[n, graph] = (min(times), max(times))
+                if single > QUICK:
+                    known[n, graph] = (single * n * SPREAD[0], single * n * SPREAD[1])
+                else:
+                    times = [run(n, graph) for _ in range(REPEATS)]
+                    known[n, graph] = (min(times), max(times))
             return known[n, graph]
 
         return cost
@@ -263,7 +280,8 @@ def _free_memory(device: torch.device) -> int | None:
         import psutil  # comes with accelerate
     except ImportError:
         return None
-    return int(psutil.virtual_memory().available) + (_resident() or 0)
+    free = int(psutil.virtual_memory().available)
+    return min(free, *free_in_container()) + (_resident() or 0)
 
 
 def _resident() -> int | None:

@@ -47,7 +47,8 @@ DECISIVE = (  # options on which needs depend, apart from those of the recipe an
     "target_guidance",
     "forget_images",
 )
-MOMENTS_8BIT = 6  # of them, what 8-bit moments save
+MOMENTS_8BIT = 6  # bytes of an entry's moments that 8-bit ones save
+SOFT_BYTES = 12  # of an entry: its original, its change, and the size of that, for a soft threshold
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,16 @@ class Needs:
 
 
 def simulate(
-    spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype, cache: Cache | None = None
+    spec: ModelSpec,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache: Cache | None = None,
+    processes: int = 1,
 ) -> Needs:
     """What the stages of a plan need on a device, which need not be there. No weight is read.
+
+    Of a method that trains, the step is SalUn's; adversarial embeddings need some more.
 
     Args:
         spec: The model's files.
@@ -81,12 +89,18 @@ def simulate(
         device: Its type decides what is held where.
         dtype: Of the network.
         cache: Of results; a simulation takes seconds.
+        processes: That share the batch, each with a device of its own.
 
     Raises:
         ModelError: No model can be built from what the files say.
     """
+    if processes > 1:
+        part = -(-plan.recipe.batch_size // processes)
+        plan = replace(plan, recipe=replace(plan.recipe, batch_size=part))
     key = key_of(
         what="needs",
+        detector=passes_of(plan.detector),
+        packs=processes > 1,
         shapes={name: list(shape) for name, shape in shapes_of(spec.stored).items()},
         config=[str(spec.family), spec.scheduler_config, asdict(plan.sampling)],
         options={name: getattr(plan.options, name) for name in DECISIVE},
@@ -99,29 +113,32 @@ def simulate(
     )
     stored = cache.get(key) if cache is not None else None
     if stored is None:
-        stored = _as_tensors(_simulated(spec, plan, device, dtype))
+        stored = _as_tensors(_simulated(spec, plan, device, dtype, processes > 1))
         if cache is not None:
             cache.put(key, stored)
     return _of_tensors(stored)
 
 
-def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype) -> Needs:
+def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.dtype, packs: bool) -> Needs:
     options = replace(plan.options, attention="sdpa")  # xformers' kernels need as much
     trains = any(cost.backward for cost in erasure_stages(plan) if cost.stage is not Stage.SALIENCY)
     with sketched(spec, dtype) as model, model.configured(options):
         memory = MemoryPeak(model.unet)
         peak = {Stage.SAMPLING: _sampling(model, plan, memory), Stage.IMAGES_BEFORE: _decoding(model, memory)}
-        data = training_data(model, plan)
+        with memory.measured():
+            data = training_data(model, plan)  # alive from here on
         if plan.by_saliency:
             peak[Stage.SALIENCY] = _saliency(model, plan, data, memory)
         if trains:
-            peak[Stage.TRAINING] = _training(model, plan, data, memory, cached=device.type == "cpu")
+            peak[Stage.TRAINING] = _training(model, plan, data, memory, device.type == "cpu", packs)
         total = sum(p.numel() for p in parameters_in_scope(model, plan.scope).values())
         sampled = batch_size_of(model)
     entries_trained, moments = trained_entries(total, plan), STATE_BYTES
     if options.optimizer == "adam8bit" and trains:
         moments -= MOMENTS_8BIT
         peak[Stage.TRAINING] -= MOMENTS_8BIT * entries_trained
+    if options.method == "salun-soft" and trains:
+        peak[Stage.TRAINING] += SOFT_BYTES * entries_trained
     encoders = text_encoder_parameters(spec) * dtype.itemsize
     vae = _bytes(model.vae)
     samples = 2 * plan.recipe.batch_size
@@ -208,10 +225,10 @@ def _saliency(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak) -
     return memory.peak
 
 
-def _training(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak, cached: bool) -> int:
+def _training(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak, cached: bool, packs: bool) -> int:
     """The second step of SalUn's training, when moments are there."""
     with memory.measured():
-        optimizer = masked_optimizer(model, plan, cached)
+        optimizer = masked_optimizer(model, plan, cached, packs=packs)
         with optimizer:
             take_step(optimizer, lambda step: {"sum": _small(optimizer.packed.values())}, 0, {})
             take_step(optimizer, lambda step: losses_of(model, plan, data, step), 1, {})
@@ -223,18 +240,21 @@ def _small(packed: Any) -> Tensor:
     return torch.stack([each.parameter.view(-1)[:1].float().sum() for each in packed]).sum()
 
 
-def masked_optimizer(model: Model, plan: Plan, cached: bool, cpu_offload: bool = False) -> MaskedOptimizer:
+def masked_optimizer(
+    model: Model, plan: Plan, cached: bool, cpu_offload: bool = False, packs: bool = False
+) -> MaskedOptimizer:
     """The optimizer of a plan's training with some mask.
 
     Args:
         cached, cpu_offload: As in `MaskedOptimizer`.
+        packs: Whether gradients are packed in any case, as several processes need it.
     """
     parameters, options = parameters_in_scope(model, plan.scope), plan.options
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     masked = plan.method.takes_mask and options.mask != "full"
     mask = _some_mask(shapes, options.density if masked else 1.0)
     make = adam("adam", 1e-5, parameters, cpu_offload)
-    packs = model.dtype == torch.float16 or options.method == "salun-soft"
+    packs = packs or model.dtype == torch.float16 or options.method == "salun-soft"
     return MaskedOptimizer(parameters, mask, make, "pack" if packs else "step", None, cpu_offload, cached=cached)
 
 

@@ -22,7 +22,7 @@ from salun.runs.folder import FILES, STATE, check_folder, check_links, exclusive
 from salun.runs.reading import SCHEMA, blank_record
 
 NOT_IN_FINGERPRINT = (  # options on which no output's bytes depend
-    "output", "run_dir", "models_dir", "allow_pickle", "show_sensitive", "save_every", "workers",
+    "output", "run_dir", "models_dir", "allow_pickle", "show_sensitive", "save_every", "workers", "as_given",
 )  # fmt: skip
 INPUTS = (  # options that are paths of inputs; where `facts` have one's name, its content is identified by that
     "model", "components", "mask", "forget_images", "retain_images", "data", "original", "forget",
