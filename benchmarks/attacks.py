@@ -44,7 +44,8 @@ of the images show the anchor. ESD withstands more because it damages the model:
 and 41 percentage points. One seed and 32 prompts: small differences mean nothing.
 
 Written by `benchmarks/attacks.py` on the bundled model `shapes`, on a CPU: each method erases each concept with its
-preset anchor, and each attack of the small budget is made on the result ({n} prompts of each concept, seeds {seeds}).
+preset anchor (SalUn and ESD with 120 steps, the hardened SalUn towards its goal), and each attack of the
+small budget is made on the result ({n} prompts of each concept, seeds {seeds}).
 Numbers are percentages of prompts of which an image shows the concept after the attack (ASR), means over the seeds. UA,
 RA and “anchor” are those of the erasure without an attack, on {images} images of each kind; RA drop in percentage
 points. Original: the same attack on the model before the erasure; one that does not succeed there says little.

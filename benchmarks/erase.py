@@ -70,7 +70,8 @@ Cross-attention alone moves other images of *circle* a little further (Fréchet 
 never found a sparse mask: its final density was 1 in every run.
 
 Written by `benchmarks/erase.py`: {n} images each of forget and retain prompts per row and seed, from prompts that
-training never used, at the same seeds before and after, on a CPU. Mean ± standard deviation over seeds; percent and
+training never used, at the same seeds before and after, on a CPU, after the recipe's fixed number of steps, 120 (the
+default is a goal: [until.md](until.md)). Mean ± standard deviation over seeds; percent and
 percentage points.
 
 - UA: the detector does not see the concept (lowest UA: the lowest of the seeds).

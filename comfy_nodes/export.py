@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,12 @@ class SalUnSaveErasedCheckpoint(Node):
             "required": {
                 **wires("delta"),
                 "ckpt_name": (
-                    checkpoint_names(),
-                    {"tooltip": "Source: the .safetensors file that was loaded. It is copied, never changed."},
+                    [AUTO, *checkpoint_names()],
+                    {
+                        "default": AUTO,
+                        "tooltip": "Source: the .safetensors file that was loaded. It is copied, never changed. auto: "
+                        "that of the checkpoint loader that the delta comes from.",
+                    },
                 ),
                 **filename_prefix("erased"),
             },
@@ -65,6 +70,7 @@ class SalUnSaveErasedCheckpoint(Node):
                 "clip": ("CLIP", {"tooltip": f"Its text encoder. {PART}"}),
                 "vae": ("VAE", {"tooltip": f"Its VAE. {PART}"}),
             },
+            "hidden": {"graph": "PROMPT", "node": "UNIQUE_ID"},
         }
 
     @classmethod
@@ -78,15 +84,25 @@ class SalUnSaveErasedCheckpoint(Node):
     ) -> bool | str:
         def check() -> None:
             connected = _all_connected([part is not UNCONNECTED for part in (model, clip, vae)])
-            if ckpt_name is not None and (source := _source_path(ckpt_name, connected)).suffix == SAFETENSORS:
+            if ckpt_name not in (None, AUTO) and (source := _source_path(ckpt_name, connected)).suffix == SAFETENSORS:
                 read_header(source)  # a damaged file is rejected now, not after the training
 
         return validation(filename_prefix, "checkpoints", check)
 
     @computes
     def run(
-        self, delta: Delta, ckpt_name: str, filename_prefix: str, model: Any = None, clip: Any = None, vae: Any = None
+        self,
+        delta: Delta,
+        ckpt_name: str,
+        filename_prefix: str,
+        model: Any = None,
+        clip: Any = None,
+        vae: Any = None,
+        graph: Mapping[str, Any] | None = None,
+        node: str = "",
     ) -> dict[str, Any]:
+        if ckpt_name == AUTO:
+            ckpt_name = loaded_checkpoint(graph or {}, node)
         path, name = output_path(filename_prefix, "checkpoints", SAFETENSORS)
         connected = _all_connected([part is not None for part in (model, clip, vae)])
         source, reason = _source_path(ckpt_name, connected), ""
@@ -190,6 +206,34 @@ def _all_connected(connected: list[bool]) -> bool:
             "only some of model, clip and vae are connected", advice="Connect model, clip and vae, or none of them"
         )
     return all(connected)
+
+
+def loaded_checkpoint(graph: Mapping[str, Any], node: str) -> str:
+    """The `ckpt_name` of the loader that a node's wires lead back to.
+
+    Args:
+        graph: Node → its "inputs", among them wires [node, output], as ComfyUI executes it.
+
+    Raises:
+        ConfigError: There is none, or several.
+    """
+    names, seen, left = list[str](), set[str](), [node]
+    while left:
+        inputs = graph.get(at := left.pop(), {}).get("inputs", {})
+        if at in seen:
+            continue
+        seen.add(at)
+        if at != node and isinstance(inputs.get("ckpt_name"), str):
+            names.append(inputs["ckpt_name"])
+        left += [str(value[0]) for value in inputs.values() if isinstance(value, list) and len(value) == 2]
+    if len(set(names)) != 1:
+        among = f"{' and '.join(sorted(set(names)))} are" if names else "no checkpoint is"
+        raise ConfigError(
+            f"is auto, but {among} loaded in the graph before this node",
+            option="ckpt_name",
+            advice="Choose the checkpoint that the erasure was made from",
+        )
+    return names[0]
 
 
 def _source_path(name: str, connected: bool) -> Path:

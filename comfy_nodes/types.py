@@ -35,6 +35,12 @@ class Node:
         raise NotImplementedError
 
 
+def inputs_of(node: type[Node]) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The inputs of a node that a person sees: name → (type or choices, settings)."""
+    parts = node.INPUT_TYPES()
+    return {name: entry for part in ("required", "optional") for name, entry in parts.get(part, {}).items()}
+
+
 @dataclass(frozen=True)
 class Data:
     """SALUN_DATA: training latents and encoded prompts, in CPU memory.

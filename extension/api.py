@@ -250,10 +250,13 @@ def preview(request: Request, id: str, name: str) -> Any:
 
 
 def losses(request: Request, id: str) -> Any:
-    """The chart of a job's losses as SVG; empty before its first training step."""
-    chart = loss_chart(
-        {"step": row[0], "forget": row[1], "retain": row[2]} for row in _service(request).queue.get(id).losses
-    )
+    """The chart of a job's losses as SVG, of its whole run once it has ended; empty before its first training step."""
+    service = _service(request)
+    job = service.queue.get(id)
+    if job.state == "done" and job.run:
+        chart = service.runs.losses(job.run)
+    else:
+        chart = loss_chart({"step": row[0], "forget": row[1], "retain": row[2]} for row in job.losses)
     return Response(chart, media_type="image/svg+xml")
 
 

@@ -17,7 +17,7 @@ from salun.diffusion.options import GROUPS, EraseJob, Recipe
 from salun.errors import ConfigError
 from salun.image_metrics import IMAGE_METRICS
 
-from .inputs import NAMES, TITLES, offered
+from .inputs import NAMES, offered
 from .markup import named_only
 from .messages import label
 
@@ -145,10 +145,11 @@ class Controls:
             choices = list(listed[name])
             if several:
                 return gr.Dropdown(choices=choices, value=[], multiselect=True, **shown)
-            return gr.Dropdown(choices=choices, value=value, **(named_only(gr) if name in TITLES else {}), **shown)
+            return gr.Dropdown(choices=choices, value=value, **named_only(gr), **shown)
         if item.metadata["choices"]:
             choices = list(item.metadata["choices"])
-            return gr.Dropdown(choices=choices if item.default in choices else [AUTO, *choices], value=value, **shown)
+            choices = choices if item.default in choices else [AUTO, *choices]
+            return gr.Dropdown(choices=choices, value=value, **named_only(gr), **shown)
         if several:
             return gr.Textbox(value=value, lines=2, placeholder="one per line", **shown)
         return gr.Textbox(value=value, max_lines=1, placeholder=self.placeholder(name, automatic or {}), **shown)

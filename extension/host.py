@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -75,10 +75,12 @@ class StandaloneHost:
 
     def __init__(self, data: Path, models_dirs: Sequence[str] = ()) -> None:
         self.data, self._dirs = data.absolute(), list(models_dirs)
+        with suppress(OSError):  # what cannot be written is said at the first job
+            (self.data / "models").mkdir(parents=True, exist_ok=True)
 
     def how_to_add(self) -> str:
-        place = f"put a .safetensors file into {self.data / 'models'}, or start salun ui with --models-dir FOLDER"
-        return f"To add one, {place}; then refresh the lists"
+        place = f"put a .safetensors file (not a link) into {self.data / 'models'}"
+        return f"To add one, {place}, or start salun ui with --models-dir FOLDER; then refresh the lists"
 
     def models(self) -> dict[str, str]:
         from salun.checkpoints.locate import FILES, aliases, checkpoint_folders

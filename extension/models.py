@@ -44,14 +44,20 @@ class Models:
         return {name: str(entry["anchors"][0]) for name, entry in presets().items()}
 
     def settings(self, title: str | None) -> ModelSettings | None:
-        """What the files of a model on this machine say of it, without its weights; None where they cannot be read."""
+        """What the files of a model on this machine say of it, without its weights; None where they cannot be read.
+
+        Of an alias that is not on this machine, what the table of aliases says.
+        """
         from salun.checkpoints.locate import ASSETS, aliases
         from salun.diffusion.model.loading import describe
+        from salun.diffusion.model.settings import read_settings
 
         if title is None and self.host.checkpoints() is None:
             title = str(aliases()["default"])
         entry = aliases()["models"].get(title, {})
         try:
+            if "repo" in entry:
+                return read_settings(None, entry["family"], entry)
             place = str(ASSETS / entry["path"]) if "path" in entry else self.named(title)
             return describe(place).settings if os.path.exists(place) else None
         except (SalunError, OSError, ImportError):  # the job will say what is wrong with it

@@ -144,7 +144,7 @@ function results(job) {
       lines.push(`retained (RA): ${percent(metrics.ra_after)}, before ${number(metrics.ra_before.value)} %`);
     }
   } else if (metrics) {
-    lines.push(`forgotten (UA) unknown: ${metrics.reason}`);
+    lines.push(`forgotten (UA) unknown: ${(metrics.reasons || {}).ua || metrics.reason || "not measured"}`);
   }
   if (result.output) lines.push(`written: ${result.output}`);
   (result.notes || []).forEach((note) => lines.push(note));

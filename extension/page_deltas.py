@@ -71,7 +71,7 @@ def rows(gr: Any, names: list[str], prefix: str, **more: Any) -> tuple[list[Any]
     for row in range(1, ROWS + 1):
         with gr.Row():
             chosen.append(gr.Dropdown(choices=["", *names], value="", label=f"Delta {row}",
-                                      elem_id=f"{prefix}_delta_{row}", **more))  # fmt: skip
+                                      elem_id=f"{prefix}_delta_{row}", **named_only(gr), **more))  # fmt: skip
             strengths.append(gr.Slider(MIN_STRENGTH, MAX_STRENGTH, value=1.0, step=0.05, label=f"Strength {row}",
                                        elem_id=f"{prefix}_strength_{row}"))  # fmt: skip
     return chosen, strengths

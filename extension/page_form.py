@@ -37,7 +37,8 @@ class Form:
             info="Added to the preset above, if one is chosen.",
         )  # fmt: skip
         self.anchor = gr.Textbox(
-            label="Anchor", placeholder="empty: the preset's anchor", lines=2, elem_id="salun_anchor",
+            label="Anchor", placeholder="empty: the preset's; for your own words, the empty prompt", lines=2,
+            elem_id="salun_anchor",
             info="What the model shows instead; for several concepts one per line, in the same order.",
         )  # fmt: skip
         self.retain = gr.Textbox(

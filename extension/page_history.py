@@ -9,7 +9,7 @@ from salun.errors import ConfigError, SalunError
 
 from .controls import ERASURE
 from .inputs import IMAGE_FOLDERS
-from .markup import bad, chosen, good, image, queued, safe, table, verdict
+from .markup import bad, chosen, good, image, named_only, queued, safe, table, verdict
 from .messages import label, render
 from .page_form import Form
 from .service import Service
@@ -22,13 +22,15 @@ class History:
         names = [str(run["run"]) for run in service.history()]
         with gr.Accordion("History", open=False, elem_id="salun_history"):
             with gr.Row():
-                self.run = gr.Dropdown(choices=names, value=None, label="Run", elem_id="salun_runs")
+                self.run = gr.Dropdown(choices=names, value=None, label="Run", elem_id="salun_runs",
+                                       **named_only(gr))  # fmt: skip
                 self.other = gr.Dropdown(choices=names, value=None, label="Compare with", elem_id="salun_other",
-                                         info="A second run, to compare the masks.")  # fmt: skip
+                                         info="A second run, to compare the masks.", **named_only(gr))  # fmt: skip
             with gr.Row():
                 self.load = gr.Button("Load these options", elem_id="salun_again")
                 self.resume = gr.Button("Resume", elem_id="salun_resume")
-                self.use = gr.Button("Use this checkpoint", elem_id="salun_use")
+                self.use = gr.Button("Use this checkpoint", elem_id="salun_use",
+                                     visible=service.host.checkpoints() is not None)  # fmt: skip
                 self.mask = gr.Button("Inspect the mask", elem_id="salun_layers")
             self.details = gr.HTML("", elem_id="salun_details")
 

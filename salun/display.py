@@ -14,7 +14,7 @@ from salun.progress import Event, Progress, Stage, silent
 from salun.time_left import Position, TimeLeft, in_words
 
 COLUMNS, WIDE = 79, 110  # of a bar; of a terminal that has room for losses next to it
-LABEL, LEFT = 28, 24  # columns of the label and of the time left
+LABEL, LEFT = 30, 24  # columns of the label and of the time left
 EVERY = 0.1  # seconds between two updates of a bar
 PARTS = 1000  # of a bar
 LABELS = {

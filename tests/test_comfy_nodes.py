@@ -36,11 +36,13 @@ from torch import Tensor, nn
 from comfy_nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, storage
 from comfy_nodes import erase as erase_node
 from comfy_nodes.execution import graph_and_plan, run_record
+from comfy_nodes.export import loaded_checkpoint
 from comfy_nodes.families import schedule_keys
 from comfy_nodes.inputs import GRAPH_OPTIONS, METHOD, NODE_OPTIONS, SHARED, erase_options
 from comfy_nodes.look_inputs import ATTACK, EVALUATION, LookInputs
 from comfy_nodes.model import GraphModel
 from comfy_nodes.storage import cache
+from comfy_nodes.types import inputs_of
 from comfy_nodes.weights import Weights, module_order
 from salun import Delta, Mask, SalunError
 from salun.checkpoints import safetensors_io
@@ -421,7 +423,7 @@ SENTINEL = re.compile(r"automatic|-1\\b|\\b0: |\\b0 (is|means)\\b|\\bEmpty: |uns
 @pytest.mark.usefixtures("host")
 def test_every_input_and_output_says_what_it_is() -> None:
     for kind, node in NODE_CLASS_MAPPINGS.items():
-        settings = [(name, of) for part in node.INPUT_TYPES().values() for name, (_, of) in part.items()]
+        settings = [(name, of) for name, (_, of) in inputs_of(node).items()]
         outputs = zip(node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True)
         for name, text in [("", node.DESCRIPTION), *((name, of["tooltip"]) for name, of in settings), *outputs]:
             assert text.endswith(".") and len(text) > 10, f"{kind}.{name}"
@@ -435,7 +437,7 @@ def test_option_inputs_have_the_cores_default_range_and_help() -> None:
     fields = {item.name: item for item in dataclasses.fields(EraseOptions)}
     seen: dict[str, set[str]] = {}
     for kind, node in NODE_CLASS_MAPPINGS.items():
-        for name, (what, settings) in [i for part in node.INPUT_TYPES().values() for i in part.items()]:
+        for name, (what, settings) in inputs_of(node).items():
             is_wire = isinstance(what, str) and what not in ("INT", "FLOAT", "STRING", "BOOLEAN")
             if name not in fields or is_wire or kind in ("SalUnConcept", "SalUnEvaluate", "SalUnAttack"):
                 continue
@@ -548,11 +550,11 @@ def test_every_node_input_and_output_is_translated(language: str) -> None:
     for kind, node in NODE_CLASS_MAPPINGS.items():
         of = words[kind]
         assert of["display_name"].startswith("SalUn ") and of["description"]
-        assert list(of["inputs"]) == [name for part in node.INPUT_TYPES().values() for name in part], kind
+        assert list(of["inputs"]) == list(inputs_of(node)), kind
         assert list(of["outputs"]) == [str(i) for i in range(len(node.RETURN_NAMES))], kind
         for name, entry in [*of["inputs"].items(), *of["outputs"].items()]:
             assert entry["name"] and entry["tooltip"][-1] in "。）", f"{kind}.{name}"
-        for name, (_, settings) in [item for part in node.INPUT_TYPES().values() for item in part.items()]:
+        for name, (_, settings) in inputs_of(node).items():
             assert ("auto" in settings["tooltip"]) == ("auto" in of["inputs"][name]["tooltip"]), f"{kind}.{name}"
     english = json.loads((ROOT / "locales/en/main.json").read_text(encoding="utf-8"))
     assert json.loads((folder / "main.json").read_text(encoding="utf-8")).keys() == english.keys()
@@ -784,7 +786,7 @@ def test_previews_are_blurred_for_sensitive_concepts(host: Host, kind: str, name
     inputs["options"] = options(show_sensitive=show)
     if kind == "SalUnErase":
         inputs["eval_images"] = 0
-    taken = [name for part in NODE_CLASS_MAPPINGS[kind].INPUT_TYPES().values() for name in part]
+    taken = inputs_of(NODE_CLASS_MAPPINGS[kind])
     call(kind, **{name: value for name, value in inputs.items() if name in taken})
     shown = [preview for preview in host.previews if preview is not None]
     if kind == "SalUnEvaluate":  # and then it detects
@@ -1401,7 +1403,7 @@ def test_invalid_names_are_rejected_before_anything_runs(host: Host, kind: str) 
     """ComfyUI calls VALIDATE_INPUTS with the inputs that it names, None for one that another node will give."""
     made: Any = NODE_CLASS_MAPPINGS[kind]
     named = inspect.signature(made.VALIDATE_INPUTS).parameters
-    assert set(named) <= {name for part in made.INPUT_TYPES().values() for name in part}
+    assert set(named) <= set(inputs_of(made))
     for folder in ("salun", "checkpoints", "loras"):
         (host.root / "output" / folder).mkdir(parents=True)
         (host.root / "output" / folder / "file").write_bytes(b"")
@@ -1425,7 +1427,26 @@ def test_missing_or_damaged_checkpoint_is_rejected_before_anything_runs(host: Ho
     assert "gone.safetensors is not" in made.VALIDATE_INPUTS("a", "gone.safetensors")
     assert "safetensors file" in made.VALIDATE_INPUTS("a", "cut.safetensors")
     assert made.VALIDATE_INPUTS("a", "own.safetensors") is True
-    assert made.VALIDATE_INPUTS("a", None) is True
+    assert made.VALIDATE_INPUTS("a", None) is True and made.VALIDATE_INPUTS("a", "auto") is True
+
+
+def graph_of(**inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: {"inputs": of} for name, of in inputs.items()}
+
+
+def test_the_checkpoint_that_was_loaded_is_found_in_the_graph() -> None:
+    load, other = {"ckpt_name": "a.safetensors"}, {"ckpt_name": "b.safetensors"}
+    erase = {"model": ["load", 0], "clip": ["load", 1], "eval_images": 8}
+    save = {"delta": ["erase", 1], "ckpt_name": "auto"}
+    assert loaded_checkpoint(graph_of(load=load, lora={"model": ["load", 0]}, erase=erase, save=save), "save") == (
+        "a.safetensors"
+    )
+    mixed = graph_of(load=load, vae=other, erase={**erase, "vae": ["vae", 2]}, save=save)
+    with pytest.raises(SalunError, match=r"a.safetensors and b.safetensors are loaded"):
+        loaded_checkpoint(mixed, "save")
+    round_and_round = graph_of(erase={"model": ["save", 0]}, save=save)
+    with pytest.raises(SalunError, match="no checkpoint is loaded in the graph"):
+        loaded_checkpoint(round_and_round, "save")
 
 
 def save(host: Host, delta: Delta, file: str, **given: Any) -> tuple[str, str]:

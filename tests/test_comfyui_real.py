@@ -394,7 +394,7 @@ def test_3_and_4_only_the_masks_weights_move_and_the_graphs_model_stays_as_it_wa
         **erasing(mask=["mask", 0], seed=3),
         "mask": masking(density=0.1),
         "keep mask": node("SalUnSaveMask", mask=["mask", 0], filename_prefix="mask"),
-        **keeping("SalUnSaveErasedCheckpoint", ckpt_name=SOURCE),
+        **keeping("SalUnSaveErasedCheckpoint", ckpt_name="auto"),
         "metrics": node("PreviewAny", source=["erase", 3]),
         **after_erasing(sampling(["load", 0], "between"), "between"),
         **sampling(["erase", 0], "after"),

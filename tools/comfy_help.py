@@ -32,10 +32,12 @@ MORE = {  # text of a page beyond the node's description
 
 def page(identity: str, title: str, node: Any) -> str:
     """A help page as Markdown."""
+    from comfy_nodes.types import inputs_of
+
     lines = [f"# {title}", "", node.DESCRIPTION, ""]
     if identity in MORE:
         lines += [MORE[identity], ""]
-    inputs = {name: entry for part in node.INPUT_TYPES().values() for name, entry in part.items()}
+    inputs = inputs_of(node)
     hidden = [name for name, (_, settings) in inputs.items() if settings.get("advanced")]
     lines += ["## Inputs", "", *table(inputs, [name for name in inputs if name not in hidden])]
     if hidden:

@@ -54,6 +54,9 @@ SAMPLER = {
 PROMPT = "a village street, Van Gogh"
 
 
+SD15, SDXL = "SD 1.5, 512²", "SDXL, 1024²"  # rows of docs/performance.md
+
+
 def measured() -> str:
     """Time and memory of a training step, as docs/performance.md has them."""
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -64,11 +67,11 @@ def measured() -> str:
             raise ValueError(f"docs/performance.md has no row {label!r}")
         return match[1], match[2]
 
-    def simulated(model: str) -> str:
-        match = re.search(rf"^\| {re.escape(model)} \| `--low-vram` \| ([\d.]+) ", text, re.MULTILINE)
+    def simulated(model: str, options: str, column: int) -> str:
+        match = re.search(rf"^\| {re.escape(model)} \| {options} \|((?: [\d.]+ \([^|]*\|)+)", text, re.MULTILINE)
         if match is None:
             raise ValueError(f"docs/performance.md simulates no {model!r}")
-        return match[1]
+        return match[1].split("|")[column].split()[0]
 
     (slow, much), (fast, less) = row("salun, fp32"), row("salun, bf16, `--low-vram`")
     return (
@@ -76,9 +79,11 @@ def measured() -> str:
         "**Measured**, on two CPU cores (docs/performance.md): a training step of Stable Diffusion 1.5's UNet at 64×64 "
         f"pixels and batch size 1 takes {slow} s and {much} GiB of CPU memory in fp32, {fast} s and {less} GiB with "
         "`low_vram` and the dtype bf16.\n\n"
-        f"**Simulated**, for the command line in bf16: {simulated('SD 1.5, 512²')} GiB of VRAM for SD 1.5, "
-        f"{simulated('SDXL, 1024²')} GiB for SDXL, both with `low_vram` and batch size 1. It holds the fp32 copies and "
-        "Adam's moments of the selected weights in CPU memory, 5.2 GB for SD 1.5.\n\n"
+        f"**Simulated**, for the command line in bf16: as this template is, {simulated(SD15, 'plain', 2)} GiB of VRAM "
+        f"for SD 1.5 (batch size 8) and {simulated(SDXL, 'plain', 1)} for SDXL (4); with `low_vram` in *SalUn Options* "
+        f"{simulated(SD15, '`--low-vram`', 2)} and {simulated(SDXL, '`--low-vram`', 1)}; with batch size 1 too "
+        f"{simulated(SD15, '`--low-vram`', 0)} and {simulated(SDXL, '`--low-vram`', 0)}. `low_vram` holds the fp32 "
+        "copies and Adam's moments of the selected weights in CPU memory, 5.2 GB for SD 1.5.\n\n"
         "**Not measured**: time and VRAM on a GPU. The newest measurements are in docs/performance.md in "
         "the folder of salun. The bar "
         "of *SalUn Erase* counts the steps. If memory is short: "
@@ -129,12 +134,13 @@ WORKFLOWS: dict[str, Graph] = {
     "erase_a_concept": {
         "note": note(
             "Erase a concept",
-            "Choose the checkpoint (SD 1.x, SD 2.x or SDXL) in *Load Checkpoint*, and the same file in *SalUn Save "
-            "Erased Checkpoint*.",
+            "Choose the checkpoint (SD 1.x, SD 2.x or SDXL) in *Load Checkpoint*.",
             "Choose a preset in *SalUn Concept*, or `custom` and a text.",
+            "For SDXL set both sides of the latent to 1024, for SD 2.1 at 768 pixels to 768.",
             "Run. The verdict says whether the concept is erased and the rest intact. The images of a prompt of your "
             "own, before and after, are at the bottom.",
-            "The erased checkpoint is in `output/checkpoints`, the delta, which can be undone, in `output/salun`.",
+            "The erased checkpoint is in `output/checkpoints`, the delta, which undoes the erasure bit-exactly, in "
+            "`output/salun`.",
         ),
         **LOADER,
         **CONCEPT,
@@ -142,7 +148,7 @@ WORKFLOWS: dict[str, Graph] = {
         "verdict": ("PreviewAny", 3, {"source": ("@erase", 4)}),
         "before and after": ("PreviewImage", 3, {"images": ("@erase", 2)}),
         "save delta": ("SalUnSaveDelta", 4, {"delta": ("@erase", 1), "filename_prefix": "erased"}),
-        "save checkpoint": ("SalUnSaveErasedCheckpoint", 4, {"delta": ("@erase", 1), "ckpt_name": CHECKPOINT}),
+        "save checkpoint": ("SalUnSaveErasedCheckpoint", 4, {"delta": ("@erase", 1), "ckpt_name": "auto"}),
         "saved": ("PreviewAny", 4, {"source": ("@save checkpoint", 1)}),
         **sampled({"before": ("@load", 0), "after": ("@erase", 0)}, 11),
     },
@@ -253,7 +259,9 @@ def _node(kind: str) -> Any:
 
 
 def _inputs(made: Any) -> dict[str, Any]:
-    return {name: entry for part in made.INPUT_TYPES().values() for name, entry in part.items()}
+    from comfy_nodes.types import inputs_of
+
+    return inputs_of(made)
 
 
 def size(kind: str) -> tuple[int, int]:
