@@ -222,6 +222,23 @@ def test_a_control_mask_is_marked() -> None:
     assert "the control mask “random”" in text_of(html_of(data))
 
 
+def test_the_way_to_a_goal_shows_each_concept_what_attacks_do_and_what_is_kept() -> None:
+    data = run_data(WORKED)
+    look = {"step": 40, "strength": 1.0, "n": 64, "ua": 0.97, "anchor": None, "confidence": 0.9, "drift": 0.01}
+    look |= {"ra_drop": None, "asr": 0.25, "concepts": [0.97, 0.995], "anchors": [None, None], "decides": True}
+    data["until"] = {
+        "goal": "ua>=0.9, asr<=0.3", "reached": True, "steps": 40, "budget": 120, "every": 10, "step": 40, "lr": 1e-3,
+        "lr_factor": 0.5, "target_guidance": 0.5, "retain_factor": 1.0, "strength": 0.85,
+        "probes": [look, {**look, "strength": 0.85, "drift": None, "decides": False}],
+    }  # fmt: skip
+    text = text_of(html_of(data))
+    assert (
+        "was reached after 40 of at most 120 steps, at a learning rate of 0.0005, η of the target rose by 0.5." in text
+    )
+    assert "97.0 % (97.0, 99.5)" in text and "25.0 % kept" in " ".join(text.split())
+    assert "ASR" in text and "the retain loss's weight" not in text.replace("&#39;", "'")
+
+
 def test_everything_shown_is_escaped_and_nothing_is_fetched() -> None:
     concept = {"name": EVIL, "anchor": EVIL, "kind": "object", "sensitive": False}
     found = WORKED["per_concept"]["circle"]
@@ -381,6 +398,8 @@ def test_charts_hold_with_awkward_numbers() -> None:
     assert curve(rows(*((1.0, 2.0 + i) for i in range(30)))).count("<polyline") == 4
     assert block_of("mid_block.attentions.0.norm.bias") == "mid_block.attentions"
     assert "75.0% of 4" in charts.bars(LAYERS)
+    ticks = re.findall(r'text-anchor="end">([^<]*)', curve(rows(*((0.03 * (i + 1), 0.0) for i in range(5)))))
+    assert ticks == ["0.05", "0.1"]  # within a decade
 
 
 def test_loss_series_takes_any_names() -> None:

@@ -62,8 +62,7 @@ def curves(
 
     label = escape(f"{y_label} against {x_label}")
     parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
-    decades = [10.0**power for power in range(math.ceil(y0), math.floor(y1) + 1)] if log else _ticks(y0, y1)
-    for value in decades:
+    for value in _decades(y0, y1) if log else _ticks(y0, y1):
         _, y = at(x0, value)
         parts.append(f'<line x1="{left}" x2="{width - room}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
@@ -84,6 +83,14 @@ def curves(
         parts.append(f'<line class="{kind}" x1="{width - room + 10}" x2="{width - room + 26}" y1="{top}" y2="{top}"/>')
         parts.append(f'<text x="{width - room + 32}" y="{top + 4}">{escape(name)}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Ticks from 10^low to 10^high: powers of ten, with twice and five times each where there are few."""
+    powers = range(math.floor(low), math.floor(high) + 1)
+    few = high - low < 2
+    ticks = [factor * 10.0**power for power in powers for factor in ((1, 2, 5) if few else (1,))]
+    return [tick for tick in ticks if low <= math.log10(tick) <= high]
 
 
 def scatter(points: Mapping[str, tuple[float, float, float]], x_label: str, y_label: str) -> str:

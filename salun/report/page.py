@@ -136,13 +136,11 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
     decided = [p for p in until["probes"] if p.get("decides", True)]
     looks = [p for p in until["probes"] if (p["step"], p["strength"]) == (step, kept)]
     chosen = looks[-1] if looks else None  # what was found of the weights that are kept
-    rows = [("step", "strength", "UA", "anchor", "confidence", "images", "drift of others", "RA drop", "")]
-    for p in until["probes"]:
-        drift = "" if p["drift"] is None else f"{p['drift']:.4f}"
-        anchor, drop = ("" if p.get(key) is None else f"{100 * p[key]:.1f} %" for key in ("anchor", "ra_drop"))
-        cells = (f"{p['strength']:g}", f"{100 * p['ua']:.1f} %", anchor, f"{p['confidence']:.2f}", f"{p['n']:.0f}")
-        rows.append((f"{p['step']}", *cells, drift, drop, "kept" if p is chosen else ""))
-    curves = [_series(decided, chosen, kept, keys) for keys in (("ua", "anchor"), ("drift", "ra_drop"))]
+    attacked = any(p.get("asr") is not None for p in until["probes"])
+    heads = ("step", "strength", "UA", "anchor", "confidence", "images", "drift of others", "RA drop")
+    rows = [(*heads, *["ASR"] * attacked, "")]
+    rows += [(*_probe(p, attacked), "kept" if p is chosen else "") for p in until["probes"]]
+    curves = [_series(decided, chosen, kept, keys) for keys in (("ua", "anchor", "asr"), ("drift", "ra_drop"))]
     came = "reached" if until["reached"] else "not reached"
     earlier = f", of which those after step {step} are kept" if step < until["steps"] else ""
     guided, retained = until["target_guidance"], until.get("retain_factor", 1)
@@ -156,15 +154,35 @@ def _towards(run: Mapping[str, Any]) -> list[Section]:
         "Confidence: the probability that both are what the goal wants. Drift: how far images of other prompts moved "
         "at equal seeds; 1 is as far as unrelated images. RA drop: how many fewer of them are as prompted."
     )
+    text += " Of several concepts, UA is that of the least erased; in parentheses, each." if _several(until) else ""
+    text += " ASR: images with adversarial embeddings that show the concept." if attacked else ""
     shown = [charts.curves(series, "step", "fraction") for series in curves if series]
     return [Section("On the way to the goal", text, rows, shown)]
+
+
+def _several(until: Mapping[str, Any]) -> bool:
+    return any(len(p.get("concepts", [])) > 1 for p in until["probes"])
+
+
+def _probe(p: Mapping[str, Any], attacked: bool) -> tuple[str, ...]:
+    """The cells of a probe. attacked: whether one is for attacks."""
+
+    def percent(value: Any) -> str:
+        return "" if value is None else f"{100 * value:.1f} %"
+
+    each = p.get("concepts", [])
+    of_each = f" ({', '.join(f'{100 * value:.1f}' for value in each)})" if len(each) > 1 else ""
+    drift = "" if p["drift"] is None else f"{p['drift']:.4f}"
+    cells = (f"{p['step']}", f"{p['strength']:g}", percent(p["ua"]) + of_each, percent(p.get("anchor")))
+    cells += (f"{p['confidence']:.2f}", f"{p['n']:.0f}", drift, percent(p.get("ra_drop")))
+    return (*cells, *[percent(p.get("asr"))] * attacked)
 
 
 def _series(
     decided: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None, kept: float, keys: Sequence[str]
 ) -> dict[str, list[tuple[float, float]]]:
     """Curves of probes by step, and the point of the weights that are kept."""
-    names = {"ua": "UA", "anchor": "anchor", "drift": "drift", "ra_drop": "RA drop"}
+    names = {"ua": "UA", "anchor": "anchor", "drift": "drift", "ra_drop": "RA drop", "asr": "ASR"}
     series = {
         names[key]: [(float(p["step"]), float(p[key])) for p in decided if p.get(key) is not None] for key in keys
     }
