@@ -368,6 +368,39 @@ def test_a_training_cancelled_in_a_probe_resumes_to_the_same_weights(
     assert all(torch.equal(ends[i][name], ends[i + 1][name]) for i in range(0, len(ends), 2) for name in ends[0])
 
 
+def test_a_wrecked_model_begins_again_from_the_original_weights_resumed_or_not(tmp_path: Path) -> None:
+    def stops_when_wrecked(event: Event) -> None:
+        if event.step == EVERY:
+            raise Cancelled("stopped")
+
+    def trained(state: Path, progress: Any = silent) -> tuple[Trained, dict[int, torch.Tensor]]:
+        torch.manual_seed(0)
+        layer, x = nn.Linear(6, 4), torch.randn(32, 6)
+        named = dict(layer.named_parameters())
+        sources = {name: p.detach().clone() for name, p in named.items()}
+        settings = TrainingSettings(BUDGET, lambda _: 0.0, lambda p: torch.optim.Adam(p, lr=1e-3))
+        found = Fake(lambda step, s: Probed(step, (seen(0.95),), 0.7 if step == EVERY else 0.01, s))
+        before: dict[int, torch.Tensor] = {-1: sources["weight"]}
+
+        def losses(step: int) -> dict[str, torch.Tensor]:
+            before[step] = layer.weight.detach().clone()
+            return {"forget": layer(x).square().mean()}
+
+        until = Until(GOAL, EVERY, BUDGET, found, nullcontext, lr=1e-3)
+        file = StateFile(state, "run", 0.0)
+        return train(
+            named, Mask.full(named), losses, settings, progress, sources=sources, watch=until, state=file
+        ), before
+
+    whole, before = trained(tmp_path / "whole.safetensors")
+    assert torch.equal(before[EVERY], before[-1]) and not torch.equal(before[EVERY - 1], before[-1])
+    with pytest.raises(Cancelled):
+        trained(tmp_path / "part.safetensors", stops_when_wrecked)
+    resumed, _ = trained(tmp_path / "part.safetensors")
+    assert resumed.history == whole.history
+    assert all(torch.equal(resumed.masters[name], master) for name, master in whole.masters.items())
+
+
 def test_confidence_is_the_posterior_of_the_rate() -> None:
     draws = torch.distributions.Beta(1.5, 8.5).sample((200_000,))  # type: ignore[no-untyped-call]
     assert probability_below(0.2, 1, 9) == pytest.approx(float((draws <= 0.2).float().mean()), abs=5e-3)
