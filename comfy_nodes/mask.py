@@ -32,7 +32,7 @@ class SalUnSaliencyMask(Node):
     OUTPUT_TOOLTIPS = ("Mask of the weights to train, for SalUn Erase.", "Number of selected weights, and warnings.")
     DESCRIPTION = (
         "Selects the weights that matter most to the concept: those with the largest sums of signed gradients of its "
-        "loss, ranked over the whole network. The other choices of mask are controls."
+        "loss, ranked over the whole network. The last three choices of mask are controls."
     )
 
     @classmethod

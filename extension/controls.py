@@ -16,6 +16,7 @@ from salun.diffusion.eval_options import EvalOptions
 from salun.diffusion.options import GROUPS, EraseJob, Recipe
 from salun.errors import ConfigError
 from salun.image_metrics import IMAGE_METRICS
+from salun.options import MASKS
 
 from .inputs import NAMES, offered
 from .markup import named_only
@@ -36,7 +37,7 @@ PAGE_HELP = {  # options that take a path on the command line, but only a name h
     "retain_images": "Folder of images to retain, used in addition to samples: a folder in `pictures` of the data "
                      "folder; x.txt is the prompt of x.png.",
     "detector": f"Decides whether images show the concept: {DETECTORS}.",
-    "mask": "saliency, shuffled, random, full (the controls), or the mask of an earlier run or job (empty: the "
+    "mask": f"{', '.join(MASKS)} (the last three are controls), or the mask of an earlier run or job (empty: the "
     "method's own).",
 }  # fmt: skip
 EVALUATION_HELP = {

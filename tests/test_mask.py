@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from salun.errors import MaskError
-from salun.masking.mask import Mask, entries
+from salun.masking.find import find_mask
+from salun.masking.mask import Mask, entries, entries_each
 from salun.masking.threshold import select_largest
 
 
@@ -81,6 +83,37 @@ def test_threshold_zeros_and_ties_are_told() -> None:
     found = select_largest(scores, 4)
     assert (found.threshold, found.zeros, found.ties) == (2.0, 2 / 8, 3 / 8)
     assert len(found.warnings()) == 2
+
+
+def test_by_layer_the_density_applies_to_each_parameter_and_the_count_is_exact() -> None:
+    """0.3 of 7, 5, 1 and 11: 2.1, 1.5, 0.3 and 3.3; of 24 that is 7, so the largest remainder gets one more."""
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(n, generator=generator) for name, n in (("a", 7), ("b", 5), ("c", 1), ("d", 11))}
+    scores["d"] = torch.tensor([9.0, 2, 9, 9, 9, 1, 1, 1, 1, 1, 1])
+    counts = {"a": 2, "b": 2, "c": 0, "d": 3}
+    parameters = {name: torch.nn.Parameter(each) for name, each in scores.items()}
+    found = find_mask(parameters, "saliency-by-layer", 0.3, 0, lambda: [scores], {})
+    assert found.mask.counts() == counts
+    for name, k in counts.items():
+        order = sorted(range(len(scores[name])), key=lambda i: -float(scores[name][i]))  # stable: earlier ties first
+        assert found.mask.dense(name).nonzero().flatten().tolist() == sorted(order[:k])
+    assert found.threshold == min(float(scores[name].sort(descending=True)[0][counts[name] - 1]) for name in "abd")
+    twice = find_mask(
+        parameters, "saliency-by-layer", 0.3, 0, lambda: [scores, {n: -s + 9 for n, s in scores.items()}], {}
+    )
+    assert (twice.mask & found.mask) == found.mask and twice.mask.selected > found.mask.selected
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    density=st.sampled_from(["0.01", "0.1", "0.29", "0.5", "0.999", "1"]),
+)
+def test_counts_by_layer_add_up(sizes: list[int], density: str) -> None:
+    named = {str(i): n for i, n in enumerate(sizes)}
+    assume(int(Decimal(density) * sum(sizes)))
+    counts = entries_each(named, density)
+    assert sum(counts.values()) == entries(sum(sizes), density)
+    assert all(abs(counts[name] - Decimal(density) * n) < 1 for name, n in named.items())
 
 
 @given(shape=st.lists(st.integers(1, 9), min_size=0, max_size=3), seed=st.integers(0, 99))

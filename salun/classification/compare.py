@@ -56,7 +56,7 @@ class Comparison:
 
 def variant_of(text: str) -> Variant:
     """METHOD[/MASK][@DENSITY]. Raises ConfigError for anything else, or a mask for a method that has none."""
-    match = re.fullmatch(r"([a-z0-9-]+)(?:/([a-z]+))?(?:@([0-9.e-]+))?", text.strip().lower())
+    match = re.fullmatch(r"([a-z0-9-]+)(?:/([a-z-]+))?(?:@([0-9.e-]+))?", text.strip().lower())
     if match is None or match[1] not in METHODS["classification"] or match[1] == "retrain":
         known = ", ".join(name for name in METHODS["classification"] if name != "retrain")
         raise ConfigError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from salun.classification.masks import BATCH
 from salun.classification.search import FURTHER
 from salun.methods import METHODS
+from salun.options import BY_GRADIENT
 from salun.progress import Stage, StageCost, merged
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def unlearning_stages(
     if options.search:
         rounds, values = len(method.factors), len(method.factors) + LATER
         stages.append(StageCost(Stage.SEARCHING, rounds, backward=rounds * passes_of(options, split), most=values))
-    if method.trains and options.mask in ("saliency", "shuffled"):
+    if method.trains and options.mask in BY_GRADIENT:
         stages.append(StageCost(Stage.SALIENCY, math.ceil(forget / BATCH), backward=forget))
     stages += [_unlearning(options, train, len(split.retain)), relearning]
     if retrains:

@@ -21,7 +21,7 @@ from salun.diffusion.prompts.sets import other_nouns
 from salun.errors import ConfigError
 from salun.evaluation.detector import Subject
 from salun.methods import METHODS, Method, load
-from salun.options import MASKS
+from salun.options import BY_GRADIENT, MASKS
 from salun.progress import Stage
 from salun.user_text import syntax_note
 
@@ -122,7 +122,7 @@ class Plan:
     @property
     def by_saliency(self) -> bool:
         """Whether the mask is found by gradients, which needs forget latents."""
-        return self.method.takes_mask and self.options.mask in ("saliency", "shuffled")
+        return self.method.takes_mask and self.options.mask in BY_GRADIENT
 
     @property
     def mask_is_file(self) -> bool:

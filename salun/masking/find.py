@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from salun.masking.mask import Mask, entries
-from salun.masking.threshold import select_largest
+from salun.masking.mask import Mask, entries, entries_each
+from salun.masking.threshold import Selection, select_largest, select_largest_each
 from salun.version import __version__
 
 Scores = Callable[[], Iterable[Mapping[str, Tensor]]]
@@ -21,8 +21,8 @@ class RunMask:
     """The mask of a run, and how it was made.
 
     Args:
-        mode: "saliency", "shuffled" (the saliency mask permuted), "random", "full", "soft" (full at first, learned
-            while training) or "file".
+        mode: "saliency", "saliency-by-layer" (density in each parameter), "shuffled" (the saliency mask permuted),
+            "random", "full", "soft" (full at first, learned while training) or "file".
         threshold: The smallest score selected.
         zeros, ties: Fractions of scores that are 0, and that equal the threshold.
     """
@@ -56,7 +56,7 @@ def find_mask(
         mode: See `RunMask`; not "file".
         density: Fraction of weights that each group selects.
         seed: Of the controls.
-        scores: Called for "saliency" and "shuffled" alone.
+        scores: Called for `BY_GRADIENT` alone.
         metadata: What the mask's file says besides mode, density and version.
 
     Raises:
@@ -68,20 +68,26 @@ def find_mask(
     elif mode == "random":
         mask = Mask.random(parameters, density, seed)
     else:
-        mask, thresholds = _saliency_mask(parameters, density, scores())
+        mask, thresholds = _saliency_mask(parameters, density, scores(), mode == "saliency-by-layer")
         mask = mask.shuffled(seed) if mode == "shuffled" else mask
     described = {"method": mode, "density": str(density), **metadata, "salun_version": __version__}
     return RunMask(Mask(mask.bits, mask.shapes, described), mode, **thresholds)
 
 
 def _saliency_mask(
-    parameters: Mapping[str, nn.Parameter], density: float, groups: Iterable[Mapping[str, Tensor]]
+    parameters: Mapping[str, nn.Parameter], density: float, groups: Iterable[Mapping[str, Tensor]], by_layer: bool
 ) -> tuple[Mask, dict[str, Any]]:
-    """The union of the groups' masks, and how their thresholds lie."""
-    count = entries(sum(p.numel() for p in parameters.values()), density)
+    """The union of the groups' masks, and how their thresholds lie. by_layer: Density applies to each parameter."""
+    sizes = {name: p.numel() for name, p in parameters.items()}
+
+    def select(scores: Mapping[str, Tensor]) -> Selection:
+        if by_layer:
+            return select_largest_each(scores, entries_each(sizes, density))
+        return select_largest(scores, entries(sum(sizes.values()), density))
+
     mask, selections = None, []
     for scores in groups:
-        selections.append(select_largest(scores, count))
+        selections.append(select(scores))
         selected = Mask.from_selection(selections[-1], parameters)
         mask = selected if mask is None else mask | selected
     assert mask is not None

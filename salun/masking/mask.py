@@ -223,6 +223,21 @@ def entries(total: int, density: float | str | Decimal) -> int:
     return count
 
 
+def entries_each(sizes: Mapping[str, int], density: float | str | Decimal) -> dict[str, int]:
+    """⌊density·N⌋ entries, N of all sizes, shared among tensors by their sizes: density·n of each, rounded.
+
+    Each gets ⌊density·n⌋, and those with the largest remainders one more (ties go to the earlier tensor). Raises
+    MaskError as `entries`.
+    """
+    exact = Decimal(str(density))
+    missing = entries(sum(sizes.values()), density)
+    counts = {name: int(exact * n) for name, n in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda name: exact * sizes[name] - counts[name], reverse=True)
+    for name in by_remainder[: missing - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
 def pack(selected: np.ndarray) -> np.ndarray:
     """Booleans (n,) → packed bits (⌈n/8⌉,)."""
     return np.packbits(selected, bitorder="little")

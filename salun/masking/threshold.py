@@ -51,6 +51,27 @@ def select_largest(scores: Mapping[str, Tensor], k: int) -> Selection:
     return Selection(packed, _as_float(bit_pattern), zeros / total, tied / total)
 
 
+def select_largest_each(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Selection:
+    """The largest scores of each tensor by itself, `counts[name]` of them; ties go to the earlier index.
+
+    The selection's threshold is the smallest of the tensors' own; its ties are the scores equal to their tensor's.
+    """
+    bits, thresholds, zeros, tied, total = {}, [], 0.0, 0.0, sum(s.numel() for s in scores.values())
+    for name, of in scores.items():
+        if not counts[name]:
+            bits[name] = np.zeros((of.numel() + 7) // 8, np.uint8)
+            zeros += of.numel() - int(torch.count_nonzero(of))
+            continue
+        each = select_largest({name: of}, counts[name])
+        bits[name] = each.bits[name]
+        thresholds.append(each.threshold)
+        zeros += each.zeros * of.numel()
+        tied += each.ties * of.numel()
+    if not thresholds:
+        raise MaskError(f"0 entries cannot be selected out of {total}")
+    return Selection(bits, min(thresholds), zeros / total, tied / total)
+
+
 def kth_largest(scores: Mapping[str, Tensor], k: int) -> float:
     """The k-th largest (1-based) of all scores together; as `select_largest`, without making a mask."""
     return _as_float(_kth(_flatten(scores), k, sum(s.numel() for s in scores.values()))[0])

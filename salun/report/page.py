@@ -20,6 +20,10 @@ USAGE = {  # kind of an output → how to use it
     "diff": "the full difference for any LoRA loader, at strength 1.",
     "mask": "the trained weights: salun inspect, or --mask of another run.",
 }
+SELECTED = {  # mode of a mask → what the selected weights have in common
+    "saliency": "the concept depends on most",
+    "saliency-by-layer": "the concept depends on most, as large a fraction in each layer's tensors",
+}
 LOSSES = {
     "forget": "MSE to the anchor's prediction",
     "retain": "MSE to the original model's prediction",
@@ -109,8 +113,8 @@ def _usage(run: Mapping[str, Any], inside: Collection[str]) -> Section:
 def _changes(run: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]) -> Section:
     mask, rounding = run["mask"], run["rounding"]
     text = f"{mask['selected']:,} of {mask['total']:,} weights ({mask['selected'] / mask['total']:.1%}) were trained"
-    if mask["mode"] == "saliency":
-        text += ": those that the concept depends on most"
+    if mask["mode"] in SELECTED:
+        text += f": those that {SELECTED[mask['mode']]}"
     text += ". Every other weight is bit-exactly unchanged."
     if rounding:
         text += (
