@@ -65,12 +65,12 @@ class SalUnSaliencyMask(Node):
         key = run_record("mask", graph, plan, data).fingerprint
         mask = load_cached_mask(cache(), key)
         if mask is None:
-            samples = plan.recipe.forget_latents * len(plan.concepts) if data is None and plan.by_saliency else 0
+            samples = data is None and plan.by_saliency
             content = data.content if data is not None else None
             bar = ComfyProgress(mask_stages(plan, content), SamplePreview(graph, plan))
             with training_session(graph, plan):
                 if samples:
-                    content = build_training_set(graph, plan, bar, True, cache())
+                    content = build_training_set(graph, plan, bar, not plan.by_ratio, cache())
                 elif content is not None:
                     content = data_on(content, graph.device)
                 result = find_mask(graph, content, plan, bar)

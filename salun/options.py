@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 from salun.errors import ConfigError
 from salun.user_text import checked, unquoted
 
-BY_GRADIENT = ("saliency", "saliency-by-layer", "shuffled")  # masks that saliency scores decide
+BY_GRADIENT = ("saliency", "saliency-ratio", "saliency-by-layer", "shuffled")  # masks that saliency scores decide
 MASKS = (*BY_GRADIENT, "random", "full")
 
 

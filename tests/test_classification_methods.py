@@ -118,7 +118,7 @@ def test_a_method_moves_weights_and_gives_the_same_bits_for_the_same_seed(name: 
     assert not first.model.training
 
 
-@pytest.mark.parametrize("mode", ["saliency", "saliency-by-layer", "shuffled", "random"])
+@pytest.mark.parametrize("mode", ["saliency", "saliency-ratio", "saliency-by-layer", "shuffled", "random"])
 @pytest.mark.parametrize("name", [n for n in TRAINS if n != "salun-soft"])
 def test_weights_outside_the_mask_stay_bit_identical(name: str, mode: str) -> None:
     task = problem(name, mask=mode, density=0.3)

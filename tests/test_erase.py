@@ -132,6 +132,7 @@ def test_another_seed_gives_another_result(shapes: Model, short_run: Run) -> Non
     "options",
     [
         {"mask": "shuffled"},
+        {"mask": "saliency-ratio"},
         {"mask": "random", "density": 0.1},
         {"mask": "full"},
         {"method": "salun-soft", "density": 0.2},

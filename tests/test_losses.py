@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
+from salun.diffusion.losses import (
+    ErasureData,
+    draw,
+    frozen_predictions,
+    retain_saliency_losses,
+    saliency_losses,
+    training_losses,
+)
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.schedule import DISCRETE
 
@@ -86,6 +93,21 @@ def test_the_saliency_loss_is_minus_the_guided_error(data: ErasureData) -> None:
     by_hand = -F.mse_loss(weight * x_t + 3.0 * c, noise)
     torch.testing.assert_close(loss.detach(), by_hand.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(by_hand, weight)[0])
+
+
+def test_the_retain_saliency_loss_is_the_error_at_the_timesteps_of_the_forget_samples(data: ErasureData) -> None:
+    from salun.diffusion.losses import _noise
+    from salun.randomness import step_generator
+
+    toy, picked = Toy(), [6, 2, 0, 5, 1]
+    found = list(retain_saliency_losses(toy, data, picked, batch_size=3, passes=2, seed=1))
+    assert [n for _, n in found] == [3, 2, 3, 2]
+    for i, (loss, _) in enumerate(found):
+        rows, like = picked[i % 2 * 3 :][:3], data.forget_latents[i % 2 * 3 :][:3]
+        t, noise = _noise(toy, like, step_generator(1, -1 - i))
+        x_t = toy.schedule.add_noise(data.retain_latents[rows], noise, t)
+        c = torch.tensor([30.0 + row for row in rows]).view(-1, 1, 1, 1)
+        torch.testing.assert_close(loss, F.mse_loss(toy.weight * x_t + c, noise))
 
 
 def test_the_anchors_prediction_is_the_target_on_the_same_latents(data: ErasureData) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from salun.errors import Cancelled, MaskError
-from salun.masking.saliency import saliency_mask, scores_from_losses
+from salun.masking.saliency import saliency_mask, scores_from_losses, sensitivity_ratio
 from salun.progress import Event
 
 
@@ -41,6 +41,20 @@ def test_a_gradient_that_was_left_in_the_module_is_no_part_of_the_scores(little:
     F.cross_entropy(little(torch.ones(1, 6)), torch.zeros(1, dtype=torch.int64)).backward()
     again = scores_from_losses(dict(little.named_parameters()), batches(little, [5, 5]))
     assert all(torch.equal(clean[name], again[name]) for name in clean)
+
+
+def test_the_ratio_is_that_of_two_saliencies(little: nn.Module) -> None:
+    """|g_f| / (|g_r| + ε), ε a tenth of the mean of |g_r|, from gradients of the whole sets."""
+    named, generator = dict(little.named_parameters()), torch.Generator().manual_seed(3)
+    sets = [(torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(2)]
+    forget, retain = (torch.autograd.grad(F.cross_entropy(little(x), y), list(named.values())) for x, y in sets)
+    epsilon = 0.1 * torch.cat([each.abs().flatten() for each in retain]).mean()
+    scores = [scores_from_losses(named, [(F.cross_entropy(little(x), y), 8)]) for x, y in sets]
+    ratio = sensitivity_ratio(*scores)
+    for name, g_f, g_r in zip(named, forget, retain, strict=True):
+        torch.testing.assert_close(ratio[name], g_f.abs() / (g_r.abs() + epsilon))
+    with pytest.raises(MaskError, match="no gradient"):
+        sensitivity_ratio(ratio, {name: torch.zeros_like(each) for name, each in ratio.items()})
 
 
 def test_batches_that_disagree_cancel() -> None:

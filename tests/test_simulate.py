@@ -68,6 +68,8 @@ def test_what_saves_memory_is_simulated(hollow: Callable[[str], str], cache: Cac
     offloaded = needs_of(hollow("sd1"), batch_size=4, low_vram=True)
     assert offloaded.most < plain.most
     assert offloaded.cpu > plain.cpu > 0  # a probe of a goal holds the trained weights there
+    ratio = needs_of(hollow("sd1"), batch_size=4, low_vram=True, mask="saliency-ratio")
+    assert ratio.cpu > offloaded.cpu  # further sums
 
 
 @pytest.mark.slow

@@ -132,10 +132,24 @@ def test_attacks_are_announced_and_finished_ones_take_no_time(
     assert events[-1].restored > 0
 
 
-def test_a_mask_announces_the_samples_that_it_takes(shapes: Model) -> None:
-    events: list[Event] = []
-    make_mask(shapes, "circle", EraseOptions(**FEW), events.append)
+@pytest.mark.parametrize("mask", ["saliency", "saliency-ratio"])
+def test_a_mask_announces_the_samples_and_passes_that_it_takes(
+    mask: str, shapes: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of several concepts and batches; the ratio needs the whole training set, and passes of its own."""
+    events, rows, predict = list[Event](), list[int](), shapes.predict
+
+    def counting(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        rows.append(len(x_t))
+        return predict(x_t, t, conditioning)
+
+    monkeypatch.setattr(shapes, "predict", counting)
+    options = EraseOptions(mask=mask, combine="union", **FEW)
+    found = make_mask(shapes, ["circle", "night"], options, events.append, Cache(tmp_path))
     assert as_announced(events) == ["sampling", "saliency"]
+    assert events[0].stages[0].steps == (18 if mask == "saliency-ratio" else 8)
+    assert sum(cost.forward + cost.backward for cost in events[0].stages) == sum(rows)
+    assert found.mode == mask and found.mask.density >= 0.5
 
 
 def test_a_comparison_announces_all_of_its_jobs_and_counts_them(shapes: Model, tmp_path: Path) -> None:

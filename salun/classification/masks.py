@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from salun.classification.task import Task
 from salun.masking import find
 from salun.masking.mask import Mask
-from salun.masking.saliency import scores_from_losses
-from salun.randomness import seed_of
+from salun.masking.saliency import scores_from_losses, sensitivity_ratio
+from salun.progress import in_parts
+from salun.randomness import generator_of, seed_of
 
 BATCH = 256  # images of the forget set at a time
 
@@ -28,7 +30,13 @@ def find_mask(task: Task) -> tuple[Mask, dict[str, Any]]:
 
     def scores() -> Iterator[dict[str, Tensor]]:
         batches = -(-len(task.split.forget) // BATCH)
-        yield scores_from_losses(parameters, saliency_losses(task), task.progress, batches)
+        ratio = options.mask == "saliency-ratio"
+        rows = _as_many_retained(task) if ratio else task.split.retain[:0]
+        first, second = in_parts(task.progress, [batches, -(-len(rows) // BATCH)])
+        scores = scores_from_losses(parameters, saliency_losses(task), first, batches)
+        if ratio:
+            scores = sensitivity_ratio(scores, scores_from_losses(parameters, _losses(task, rows), second))
+        yield scores
 
     seed = seed_of(options.seed, "mask")
     result = find.find_mask(parameters, options.mask or "soft", options.density, seed, scores, metadata)
@@ -42,6 +50,18 @@ def layers_of(mask: Mask) -> dict[str, list[int]]:
 
 def saliency_losses(task: Task) -> Iterator[tuple[Tensor, int]]:
     """−CE of the forget set by the original in eval mode, a batch at a time with its size (SalUn, eq. 4)."""
+    return ((-loss, n) for loss, n in _losses(task, task.split.forget))
+
+
+def _losses(task: Task, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """CE of rows by the original in eval mode, a batch at a time with its size."""
     task.model.eval()
-    for rows in task.split.forget.split(BATCH):
-        yield -F.cross_entropy(task.logits(task.data.images_of(rows)), task.labels(rows)), len(rows)
+    for part in rows.split(BATCH):
+        yield F.cross_entropy(task.logits(task.data.images_of(part)), task.labels(part)), len(part)
+
+
+def _as_many_retained(task: Task) -> Tensor:
+    """Rows of the retain set, drawn once, as many as there are in the forget set, or all if there are fewer."""
+    generator = generator_of(task.options.seed, "mask", "retain")
+    order = torch.randperm(len(task.split.retain), generator=generator)
+    return task.split.retain[order[: len(task.split.forget)].to(task.split.retain.device)]

@@ -46,7 +46,9 @@ def unlearning_stages(
         rounds, values = len(method.factors), len(method.factors) + LATER
         stages.append(StageCost(Stage.SEARCHING, rounds, backward=rounds * passes_of(options, split), most=values))
     if method.trains and options.mask in BY_GRADIENT:
-        stages.append(StageCost(Stage.SALIENCY, math.ceil(forget / BATCH), backward=forget))
+        compared = min(forget, len(split.retain)) if options.mask == "saliency-ratio" else 0
+        steps = math.ceil(forget / BATCH) + math.ceil(compared / BATCH)
+        stages.append(StageCost(Stage.SALIENCY, steps, backward=forget + compared))
     stages += [_unlearning(options, train, len(split.retain)), relearning]
     if retrains:
         stages += [_training(Stage.RETRAINING, recipe, len(split.retain)), relearning]

@@ -98,20 +98,52 @@ def saliency_losses(
     Yields (mean loss, samples). Guidance is inside the loss, so the empty prompt's pass carries gradients too; both
     passes share one batch. Several processes take turns with the batches.
     """
-    n = len(data.forget)
-    for index in range(passes * -(-n // batch_size)):
-        if not processes.owns(index):
-            continue
-        generator = step_generator(seed, -1 - index)
-        start = index % -(-n // batch_size) * batch_size
-        x_0 = data.forget_latents[start : start + batch_size]
+    for rows, generator in _saliency_batches(len(data.forget), batch_size, passes, seed, processes):
+        x_0 = data.forget_latents[rows]
         k = len(x_0)
         t, noise = _noise(denoiser, x_0, generator)
-        both = Conditioning.cat([data.forget[start : start + k], data.empty.expand(k)])
+        both = Conditioning.cat([data.forget[rows], data.empty.expand(k)])
         x_t = denoiser.schedule.add_noise(x_0, noise, t)
         conditional, empty = denoiser.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         guided = (1 + guidance) * conditional - guidance * empty
         yield -F.mse_loss(guided, denoiser.schedule.target(x_0, noise, t)), k
+
+
+def retain_saliency_losses(
+    denoiser: Denoiser,
+    data: ErasureData,
+    picked: Sequence[int],
+    batch_size: int,
+    passes: int,
+    seed: int,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[Tensor, int]]:
+    """MSE(target, ε(x_t, c_r)) of retain samples: SalUn's retain loss (eq. 5) with the noise as its target.
+
+    (The gradient of the loss towards the original's own prediction is 0 at the original weights.) With as many samples
+    as there are forget samples, t and noise are those of `saliency_losses`. Yields (mean loss, samples).
+
+    Args:
+        picked: Which of the retain samples.
+    """
+    chosen = torch.tensor(picked)
+    for rows, generator in _saliency_batches(len(picked), batch_size, passes, seed, processes):
+        samples = to_device(chosen[rows], data.retain_latents.device)
+        x_0 = data.retain_latents[samples]
+        t, noise = _noise(denoiser, x_0, generator)
+        predicted = denoiser.predict(denoiser.schedule.add_noise(x_0, noise, t), t, data.retain[samples])
+        yield F.mse_loss(predicted, denoiser.schedule.target(x_0, noise, t)), len(x_0)
+
+
+def _saliency_batches(
+    n: int, batch_size: int, passes: int, seed: int, processes: Processes
+) -> Iterator[tuple[slice, torch.Generator]]:
+    """Rows of n samples, a batch at a time and all of them `passes` times, each with its random numbers."""
+    batches = -(-n // batch_size)
+    for index in range(passes * batches):
+        if processes.owns(index):
+            start = index % batches * batch_size
+            yield slice(start, min(start + batch_size, n)), step_generator(seed, -1 - index)
 
 
 def draw(

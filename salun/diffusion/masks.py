@@ -15,21 +15,21 @@ from torch.nn import Parameter
 from salun.compute.processes import current_processes
 from salun.diffusion.context import RunContext, training_session
 from salun.diffusion.data.training_set import build_training_set
-from salun.diffusion.losses import ErasureData, saliency_losses
+from salun.diffusion.losses import ErasureData, retain_saliency_losses, saliency_losses
 from salun.diffusion.mask_files import check_mask, load_mask_file
 from salun.diffusion.model.protocol import DiffusionModel
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.stable_diffusion import Model
 from salun.diffusion.options import EraseOptions
-from salun.diffusion.plan import ConceptSpec, Plan, make_plan
+from salun.diffusion.plan import ConceptSpec, Plan, make_plan, spread
 from salun.diffusion.stages import mask_stages
 from salun.diffusion.task import FP16_LOSS_SCALE
 from salun.errors import ModelError
 from salun.masking import find
 from salun.masking.find import RunMask
 from salun.masking.mask import Mask
-from salun.masking.saliency import scores_from_losses
-from salun.progress import Event, Progress, Stage, silent
+from salun.masking.saliency import scores_from_losses, sensitivity_ratio
+from salun.progress import Event, Progress, Stage, in_parts, silent
 from salun.runs.cache import Cache
 
 
@@ -91,7 +91,7 @@ def make_mask(
     with training_session(model, plan):
         data = None
         if plan.by_saliency:
-            data = build_training_set(model, plan, progress, forget_only=True, cache=cache or Cache.of_user())
+            data = build_training_set(model, plan, progress, not plan.by_ratio, cache or Cache.of_user())
         return find_mask(model, data, plan, progress, load_mask_file(model, plan) if plan.mask_is_file else None)
 
 
@@ -131,16 +131,25 @@ def find_mask(
 def _saliency_scores(
     model: DiffusionModel, data: ErasureData, plan: Plan, parameters: Mapping[str, Parameter], progress: Progress
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Saliency scores (SalUn, eq. 3) of all concepts together, or, for a union of masks, of each concept by itself."""
-    processes, recipe = current_processes(), plan.recipe
+    """Saliency scores (SalUn, eq. 3) of all concepts together, or, for a union of masks, of each concept by itself.
+
+    For `saliency-ratio` relative to those of as many retain samples.
+    """
+    processes, recipe, seed = current_processes(), plan.recipe, plan.options.seed
     n = len(data.forget) // len(plan.concepts)
     union = plan.options.combine == "union" and len(plan.concepts) > 1
     for rows in [slice(i * n, (i + 1) * n) for i in range(len(plan.concepts))] if union else [slice(None)]:
         part = data.forgetting(rows)
-        losses = saliency_losses(
-            model, part, recipe.guidance, recipe.batch_size, recipe.saliency_timesteps, plan.options.seed, processes
-        )
+        how = (recipe.batch_size, recipe.saliency_timesteps, seed, processes)
         batches = recipe.saliency_timesteps * math.ceil(len(part.forget) / recipe.batch_size)
         total = math.ceil(batches / processes.count)
         scale = FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
-        yield scores_from_losses(parameters, losses, progress, total, processes, plan.options.low_vram, scale)
+        first, second = in_parts(progress, [total, total if plan.by_ratio else 0])
+        losses = saliency_losses(model, part, recipe.guidance, *how)
+        scores = scores_from_losses(parameters, losses, first, total, processes, plan.options.low_vram, scale)
+        if plan.by_ratio:
+            picked = spread(len(part.forget), len(data.retain), seed + 2)
+            losses = retain_saliency_losses(model, data, picked, *how)
+            retain = scores_from_losses(parameters, losses, second, total, processes, plan.options.low_vram, scale)
+            scores = sensitivity_ratio(scores, retain)
+        yield scores

@@ -44,8 +44,8 @@ class EraseOptions(ModelOptions):
     retain_prompts: list[str] = option([], "Additional retain prompt; repeatable")
     mask: str | None = option(
         None,
-        "Mask: saliency, saliency-by-layer (the density within each layer's tensors), a control (shuffled, random, "
-        "full), or a mask file",
+        "Mask: saliency, saliency-ratio (relative to that of the retain set), saliency-by-layer (the density within "
+        "each layer's tensors), a control (shuffled, random, full), or a mask file",
         auto="the method's: saliency for salun and ant, full for others",
         path=True,
     )

@@ -125,6 +125,11 @@ class Plan:
         return self.method.takes_mask and self.options.mask in BY_GRADIENT
 
     @property
+    def by_ratio(self) -> bool:
+        """Whether finding the mask needs retain latents too."""
+        return self.by_saliency and self.options.mask == "saliency-ratio"
+
+    @property
     def mask_is_file(self) -> bool:
         """Whether the options name a mask file."""
         return self.method.takes_mask and self.options.mask not in MASKS
@@ -136,7 +141,7 @@ class Plan:
 
     def samples(self, masked: bool = False) -> Literal["all", "forget", "none"]:
         """Which latents it needs: for training and probes, for a mask that is not there yet, or none."""
-        if self.method.data == "latents" or self.goal is not None:
+        if self.method.data == "latents" or self.goal is not None or (self.by_ratio and not masked):
             return "all"
         return "forget" if self.method.data == "forget" or (self.by_saliency and not masked) else "none"
 

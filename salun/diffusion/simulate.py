@@ -19,7 +19,14 @@ from salun.checkpoints.single_file import shapes_of
 from salun.compute.memory_peak import MemoryPeak
 from salun.detectors import passes_of
 from salun.diffusion.data.latents import batch_size_of
-from salun.diffusion.losses import ErasureData, draw, frozen_predictions, saliency_losses, training_losses
+from salun.diffusion.losses import (
+    ErasureData,
+    draw,
+    frozen_predictions,
+    retain_saliency_losses,
+    saliency_losses,
+    training_losses,
+)
 from salun.diffusion.model.loading import ModelSpec
 from salun.diffusion.model.scopes import parameters_in_scope
 from salun.diffusion.model.sketch import sketched, text_encoder_parameters
@@ -155,8 +162,9 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
         return Needs({stage: size + more[stage] for stage, size in peak.items()}, 0, sampled)
     peak[Stage.LOADING] = _bytes(model.unet) + encoders
     if options.low_vram and Stage.SALIENCY in peak:
-        peak[Stage.SALIENCY] -= 4 * total
-        held += 4 * total
+        sums = (8 if plan.by_ratio else 4) * total
+        peak[Stage.SALIENCY] -= sums
+        held += sums
     if options.low_vram and trains:
         peak[Stage.TRAINING] -= moments * entries_trained
         held += moments * entries_trained
@@ -222,6 +230,13 @@ def _saliency(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak) -
         losses = saliency_losses(model, data, recipe.guidance, recipe.batch_size, 1, 0)
         with summed(parameters, sums) as add:
             add(*next(losses))
+        if plan.by_ratio:
+            more = {name: torch.zeros(p.shape, dtype=torch.float32) for name, p in parameters.items()}
+            losses = retain_saliency_losses(
+                model, data, range(min(recipe.batch_size, len(data.forget))), recipe.batch_size, 1, 0
+            )
+            with summed(parameters, more) as add:
+                add(*next(losses))
     return memory.peak
 
 

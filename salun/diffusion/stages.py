@@ -48,9 +48,8 @@ def erasure_stages(
     """
     concepts, recipe = len(plan.concepts), plan.recipe
     forget = _forget_latents(plan, data, images)
-    anchors = min(images or recipe.forget_latents, recipe.forget_latents) * concepts if recipe.anchor_share else 0
     needed = plan.samples(masked) if data is None else "none"
-    others = anchors + recipe.retain_latents if needed == "all" else 0
+    others = _other_latents(plan, images) if needed == "all" else 0
     sampled = (0 if images or plan.options.forget_images else forget) + others if needed != "none" else 0
     anchored = recipe.eval_images * sum(bool(concept.anchor) for concept in plan.concepts)
     return merged(
@@ -86,8 +85,9 @@ def retain_growth(plan: Plan) -> int:
 
 def mask_stages(plan: Plan, data: ErasureData | None = None) -> list[StageCost]:
     """What it takes to find the mask alone. data: The training set, where it is there already."""
-    forget = _forget_latents(plan, data, 0)
-    sampled = forget if plan.by_saliency and data is None and not plan.options.forget_images else 0
+    forget, needed = _forget_latents(plan, data, 0), plan.by_saliency and data is None
+    sampled = forget if needed and not plan.options.forget_images else 0
+    sampled += _other_latents(plan, 0) if needed and plan.by_ratio else 0
     sampling = StageCost(Stage.SAMPLING, sampled, forward=sampled * plan.sampling.passes)
     return merged([sampling, *_saliency(plan, forget)])
 
@@ -164,6 +164,13 @@ def _forget_latents(plan: Plan, data: ErasureData | None, images: int) -> int:
     return len(data.forget_latents) if data is not None else (images or plan.recipe.forget_latents) * len(plan.concepts)
 
 
+def _other_latents(plan: Plan, images: int) -> int:
+    """Anchor and retain latents of a training set. images: The user's forget images per concept, 0 for none."""
+    recipe = plan.recipe
+    anchors = min(images or recipe.forget_latents, recipe.forget_latents) * len(plan.concepts)
+    return (anchors if recipe.anchor_share else 0) + recipe.retain_latents
+
+
 def _images(plan: Plan, stage: Stage, n: int, more: int = 0) -> list[StageCost]:
     """Images and predictions of a model. n: of each concept, and of others. more: further images."""
     images = n * (len(plan.concepts) + 1) + more
@@ -176,7 +183,9 @@ def _saliency(plan: Plan, forget: int) -> list[StageCost]:
         return []
     recipe, parts = plan.recipe, len(plan.concepts) if plan.options.combine == "union" else 1
     batches = parts * recipe.saliency_timesteps * math.ceil(forget // parts / recipe.batch_size)
-    return [StageCost(Stage.SALIENCY, batches, backward=forget * recipe.saliency_timesteps * 2)]
+    of_sample = 3 if plan.by_ratio else 2  # guidance takes two, the retain loss one
+    steps = 2 * batches if plan.by_ratio else batches
+    return [StageCost(Stage.SALIENCY, steps, backward=forget * recipe.saliency_timesteps * of_sample)]
 
 
 def _training(plan: Plan) -> list[StageCost]:

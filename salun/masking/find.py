@@ -13,7 +13,7 @@ from salun.masking.threshold import Selection, select_largest, select_largest_ea
 from salun.version import __version__
 
 Scores = Callable[[], Iterable[Mapping[str, Tensor]]]
-"""() → saliency scores by parameter, once for each group of forget samples whose masks are united."""
+"""() → saliency scores, or their ratios, by parameter, once for each group of forget samples whose masks are united."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class RunMask:
     """The mask of a run, and how it was made.
 
     Args:
-        mode: "saliency", "saliency-by-layer" (density in each parameter), "shuffled" (the saliency mask permuted),
-            "random", "full", "soft" (full at first, learned while training) or "file".
+        mode: "saliency", "saliency-ratio" (relative to the saliency of the retain set), "saliency-by-layer" (density in
+            each parameter), "shuffled" (the saliency mask permuted), "random", "full", "soft" (full at first, learned
+            while training) or "file".
         threshold: The smallest score selected.
         zeros, ties: Fractions of scores that are 0, and that equal the threshold.
     """

@@ -20,6 +20,8 @@ from salun.masking.late import LateValues
 from salun.masking.mask import Mask
 from salun.progress import Event, Progress, Stage, silent
 
+RATIO_EPSILON = 0.1  # of the mean of |g_r|
+
 
 def scores_from_losses(
     parameters: Mapping[str, nn.Parameter],
@@ -78,6 +80,26 @@ def scores_from_losses(
                 f"the gradient of {name} is not finite, so no mask can be made", advice="Use {dtype} bf16 or fp32"
             )
     return sums
+
+
+def sensitivity_ratio(forget: dict[str, Tensor], retain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """|g_f| / (|g_r| + ε), ε = `RATIO_EPSILON` · the mean of |g_r| over all parameters together; written into `forget`.
+
+    Not in the paper. ε bounds the ratio where the signed sums of g_r happen to cancel.
+
+    Args:
+        forget, retain: |g_f| and |g_r|, as of `scores_from_losses`.
+
+    Raises:
+        MaskError: g_r is 0 everywhere, so that there is nothing to compare with.
+    """
+    total = sum(each.numel() for each in retain.values())
+    epsilon = RATIO_EPSILON * sum(float(each.mean()) * each.numel() for each in retain.values() if each.numel()) / total
+    if not epsilon:
+        raise MaskError("the retain loss has no gradient, so no ratio can be made", advice="Use {mask} saliency")
+    for name, each in retain.items():
+        forget[name].div_(each.add(epsilon))
+    return forget
 
 
 @contextmanager

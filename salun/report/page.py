@@ -22,6 +22,7 @@ USAGE = {  # kind of an output → how to use it
 }
 SELECTED = {  # mode of a mask → what the selected weights have in common
     "saliency": "the concept depends on most",
+    "saliency-ratio": "the concept depends on most, compared with what else the model shows",
     "saliency-by-layer": "the concept depends on most, as large a fraction in each layer's tensors",
 }
 LOSSES = {

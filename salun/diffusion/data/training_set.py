@@ -71,7 +71,7 @@ def build_training_set(
     the retain samples.
 
     Args:
-        forget_only: What the saliency needs, and no more.
+        forget_only: What the saliency alone needs, and no more.
         cache: Where sampled latents are shared with other runs.
         given: Images that a host has encoded already, in place of the options' folders.
 
