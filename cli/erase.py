@@ -38,7 +38,8 @@ from .progress import terminal_progress
 from .resuming import note_new_run, recorded, recorded_model, repeatable, resumable, unfinished
 
 TRAINING_ONLY = (
-    "until", "steps", "lr", "lr_decay", "retain_weight", "target", "target_guidance", "retain_target", "save_every",
+    "until", "steps", "lr", "lr_decay", "retain_weight", "target", "target_guidance", "retain_target",
+    "forget_timesteps", "save_every",
 )  # fmt: skip
 
 Steps = Annotated[

@@ -49,6 +49,7 @@ class Method:
         anchored: Whether a diffusion method trains towards the anchor.
         grows: Whether a diffusion method's training takes further samples, where a goal needs them.
         hardens: Whether a diffusion method's training takes adversarial embeddings, of the option `harden`.
+        timesteps: Whether the option `forget_timesteps` applies to a diffusion method.
         paper_recipe: Numbers of a diffusion method's paper, for `recipe` paper; empty where it has none for SD.
     """
 
@@ -72,6 +73,7 @@ class Method:
     anchored: bool = True
     grows: bool = False
     hardens: bool = False
+    timesteps: bool = False
     text: bool = False
     attention: bool = False
     paper_recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -181,11 +183,11 @@ METHODS: dict[TaskName, dict[str, Method]] = {
     ),
     "diffusion": _registry(
         Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default", grows=True,
-               hardens=True),
+               hardens=True, timesteps=True),
         Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned",
-               hardens=True),
+               hardens=True, timesteps=True),
         Method("finetune", "Fine-tuning", "SalUn's loss without a mask", _D, f"{_ERASE}.salun:salun", "full",
-               goal="able", grows=True, hardens=True),
+               goal="able", grows=True, hardens=True, timesteps=True),
         Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
                "full", f"{_ERASE}.esd:EsdOptions", defaults={"scope": "xattn"}, data="prompts",
                stages=f"{_ERASE}.esd:stages", goal="able",

@@ -132,7 +132,7 @@ WRONG = [
     (["erase", "--concept", "circle", "--density", "0"], 2, "--density is 0.0, but must be above 0"),
     (["erase", "--concept", "circle", "--density", "2"], 2, "--density is 2.0, but must be at most 1"),
     (["erase", "--concept", "circle", "--steps", "0"], 2, "--steps is 0, but must be at least 1"),
-    (["erase", "--concept", "circle", "--mask", "best"], 2, "saliency, shuffled, random, full"),
+    (["erase", "--concept", "circle", "--mask", "best"], 2, "saliency-by-layer, shuffled, random, full"),
     (["erase", "--concept", "circle", "--mask", "gone.safetensors"], 1, "gone.safetensors cannot be read"),
     (["erase", "--concept", "circle", "--scope", "all"], 2, "full, xattn, xattn-strict, selfattn, attn, noxattn"),
     (["erase", "--concept", "circle", "--retain-prompts", " "], 2, "empty prompt"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from salun.diffusion.losses import (
+    Draw,
     ErasureData,
     draw,
     frozen_predictions,
@@ -154,6 +155,23 @@ def test_anchor_share_chooses_where_the_forget_latents_come_from(data: ErasureDa
         i = int(prompt.item()) - 10  # the prompt stays the forget prompt, the target its anchor, whatever the latents
         assert torch.equal(x_0, source[i])
         assert target.item() == 20 + i
+
+
+def test_forget_timesteps_come_from_a_part_of_the_schedule_and_retain_timesteps_from_all_of_it(
+    data: ErasureData,
+) -> None:
+    """Of 50 timesteps; the whole schedule is the default, and the other draws do not depend on the part."""
+
+    def drawn(*part: float) -> list[Draw]:
+        return [draw(Toy(), data, 8, 0.5, 0, step, forget_timesteps=part) for step in range(40)]  # type: ignore[arg-type]
+
+    for part, expected in (((0.0, 0.5), range(25)), ((0.5, 1.0), range(25, 50)), ((0.99, 1.0), range(49, 50))):
+        assert {int(t) for sample in drawn(*part) for t in sample.t[:8]} == set(expected)
+    late, every = drawn(0.0, 0.5), [draw(Toy(), data, 8, 0.5, 0, step) for step in range(40)]
+    assert {int(t) for sample in late for t in sample.t[8:]} == set(range(50))
+    for one, other, default in zip(late, drawn(0.0, 1.0), every, strict=True):
+        assert torch.equal(one.t[8:], default.t[8:]) and torch.equal(one.noise, default.noise)
+        assert torch.equal(other.t, default.t) and torch.equal(one.x_0, default.x_0)
 
 
 def test_retain_samples_keep_their_prompt_or_lose_it_to_the_empty_one(data: ErasureData) -> None:

@@ -19,7 +19,7 @@ from salun.diffusion.attacks.soft_tokens import occurrences
 from salun.diffusion.data.latents import sample_until
 from salun.diffusion.data.training_set import build_training_set
 from salun.diffusion.estimate import preview
-from salun.diffusion.losses import draw
+from salun.diffusion.losses import draw, frozen_predictions, training_losses
 from salun.diffusion.methods import rece, speed, spm, uce
 from salun.diffusion.methods.fmn import concept_tokens
 from salun.diffusion.model.protocol import Conditioning
@@ -185,6 +185,23 @@ def test_salun_leads_to_the_anchor_of_the_original_and_holds_other_prompts(metho
         of_c, of_g = (shapes.predict(x_t, batch.t, prompts) for prompts in (batch.prompts, batch.targets))
     assert run.history[0]["forget"] == pytest.approx(mse(of_c[:2], of_g[:2]), rel=1e-4)
     assert run.history[0]["retain"] < 1e-9 < run.history[1]["retain"]
+
+
+def test_forget_timesteps_are_those_of_the_options_where_the_method_takes_them(shapes: Model) -> None:
+    few: dict[str, Any] = {"forget_latents": 2, "sampling_steps": 2, "forget_timesteps": "0-0.25"}
+    run, *_ = one_step(shapes, "finetune", **few)
+    with shapes.configured(run.plan.options):
+        data = build_training_set(shapes, run.plan)
+        batch = draw(shapes, data, 2, run.plan.recipe.anchor_share, 5, 0, forget_timesteps=(0, 0.25))
+        frozen = frozen_predictions(shapes, batch)
+        forget, _ = training_losses(shapes, batch, frozen, "frozen", "frozen")
+    assert run.history[0]["forget"] == pytest.approx(float(forget), rel=1e-4)
+    for method in ("esd", "erasediff", "uce"):
+        with pytest.raises(ConfigError, match=f"forget_timesteps is 0-0.25, but the method {method}"):
+            one_step(shapes, method, **few)
+    for wrong in ("0.5", "0.5-0.5", "0.7-0.2", "0-1.1", "0-nan", "-0.1-1", "a-b"):
+        with pytest.raises(ConfigError, match="two rising fractions"):
+            EraseOptions(forget_timesteps=wrong)
 
 
 @pytest.mark.parametrize(("method", "first"), [("esd", 0), ("leco", 1)])

@@ -155,6 +155,7 @@ def draw(
     step: int,
     frequencies: Sequence[float] | None = None,
     retain_frequencies: Sequence[float] | None = None,
+    forget_timesteps: tuple[float, float] = (0.0, 1.0),
 ) -> Draw:
     """The samples of a training step. `anchor_share` of the forget latents come from the anchor's own samples.
 
@@ -164,6 +165,8 @@ def draw(
     Args:
         frequencies: How often the samples of each concept are drawn, relative to each other; None for equally often.
         retain_frequencies: Likewise the first retain samples; 1 for the others.
+        forget_timesteps: Part of the schedule from which t of the forget samples is drawn, as two fractions of it; that
+            of the retain samples comes from all of it.
     """
     generator = step_generator(seed, step)
     device = data.forget_latents.device
@@ -184,7 +187,8 @@ def draw(
     pick, from_anchor, keep, emptied = (to_device(v, device) for v in (pick, from_anchor, keep, emptied))
     forget_x = torch.where(from_anchor.view(-1, 1, 1, 1), data.anchor_latents[pick], data.forget_latents[pick])
     x_0 = torch.cat([forget_x, data.retain_latents[keep]])
-    t, noise = _noise(denoiser, x_0, generator)
+    parts = [denoiser.schedule.sample_t(batch_size, generator, part) for part in (forget_timesteps, (0.0, 1.0))]
+    t, noise = (to_device(v, device) for v in (torch.cat(parts), torch.randn(x_0.shape, generator=generator)))
     retain = Conditioning.cat([data.retain, data.empty])[torch.where(emptied, len(data.retain), keep)]
     prompts, targets = (Conditioning.cat([of[pick], retain]) for of in (data.forget, data.anchor))
     return Draw(x_0, noise, t, prompts, targets, picked)

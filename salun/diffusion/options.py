@@ -33,6 +33,25 @@ class ModelOptions(DeviceOptions, FileOptions):
     )
 
 
+def schedule_part(text: str) -> tuple[float, float]:
+    """The two fractions of the noise schedule in FROM-TO. Raises ConfigError unless 0 <= FROM < TO <= 1.
+
+    (YAML would read 0:0.5 as a number, in base 60.)
+    """
+    try:
+        first, end = map(float, text.split("-"))
+        valid = 0 <= first < end <= 1
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(
+            f"is {text[:60]!r}, but must be FROM-TO, two rising fractions from 0 to 1",
+            option="forget_timesteps",
+            advice="Use {forget_timesteps} 0-0.5 for the half with less noise",
+        )
+    return first, end
+
+
 @with_method_options("diffusion")
 @dataclass(frozen=True)
 class EraseOptions(ModelOptions):
@@ -116,6 +135,12 @@ class EraseOptions(ModelOptions):
         None,
         "Retain target: the prediction of the frozen original model, or the noise",
         choices=("frozen", "noise"),
+        expert=True,
+    )
+    forget_timesteps: str = option(
+        "0-1",
+        "Part of the noise schedule from which the forget loss draws timesteps, as FROM-TO in fractions: 0 is nearly "
+        "without noise, 1 noise alone; for salun, salun-soft and finetune",
         expert=True,
     )
     anchor_share: float | None = option(
@@ -213,6 +238,7 @@ class EraseOptions(ModelOptions):
             )
         if self.until is not None:
             Goal.parse(self.until)
+        schedule_part(self.forget_timesteps)
         if any(not prompt.strip() for prompt in self.retain_prompts):
             raise ConfigError("contains an empty prompt", option="retain_prompts")
 
@@ -258,7 +284,7 @@ GROUPS = {  # title → options, in the order in which hosts show them
     "Training": (
         "until", "steps", "batch_size", "lr", "lr_decay", "retain_weight", "target", "target_guidance",
         "harden", "harden_weight",
-        "retain_target", "anchor_share", "optimizer", "recipe",
+        "retain_target", "anchor_share", "forget_timesteps", "optimizer", "recipe",
     ),
     "Other methods": option_names("diffusion"),
     "Evaluation": ("eval_images", "detector", "show_sensitive"),

@@ -15,7 +15,7 @@ from salun.detectors import default_detector
 from salun.diffusion.goal import Goal
 from salun.diffusion.model.few_steps import FewSteps, hint
 from salun.diffusion.model.settings import ModelSettings, sampling_with
-from salun.diffusion.options import EraseOptions, Recipe, Sampling
+from salun.diffusion.options import EraseOptions, Recipe, Sampling, schedule_part
 from salun.diffusion.prompts.concepts import Concept, ConceptPrompts, Prompts, mentioning, part, prompts_of, resolve
 from salun.diffusion.prompts.sets import other_nouns
 from salun.errors import ConfigError
@@ -209,7 +209,7 @@ def make_plan(settings: ModelSettings, model: str, wanted: ConceptSpec, options:
 def _of_method(options: EraseOptions, settings: ModelSettings, model: str) -> EraseOptions:
     """With the method's own values where the options name none; of a class-conditional model all weights are in scope.
 
-    Raises ConfigError for a mask that it cannot take, or a model that it cannot erase from.
+    Raises ConfigError for a mask or timesteps that it cannot take, or a model that it cannot erase from.
     """
     method = METHODS["diffusion"][options.method]
     if settings.labels and method.text:
@@ -221,6 +221,12 @@ def _of_method(options: EraseOptions, settings: ModelSettings, model: str) -> Er
     if options.mask is not None and not method.takes_mask:
         raise ConfigError(
             f"is {options.mask}, but the method {method.name} takes none", option="mask", advice="Omit {mask}"
+        )
+    if not method.timesteps and schedule_part(options.forget_timesteps) != (0, 1):
+        raise ConfigError(
+            f"is {options.forget_timesteps}, but the method {method.name} draws timesteps as its paper does",
+            option="forget_timesteps",
+            advice="Omit {forget_timesteps}, or use {method} salun, salun-soft or finetune",
         )
     known = {"scope": "full", **method.defaults, **({"mask": method.mask} if method.takes_mask else {})}
     if settings.labels:

@@ -7,6 +7,7 @@ from torch import Tensor
 from salun.compute.device import to_device
 from salun.diffusion.harden import Pool
 from salun.diffusion.losses import Draw, draw, frozen_predictions, training_losses
+from salun.diffusion.options import schedule_part
 from salun.diffusion.output import changed_entries, mask_of_changed
 from salun.diffusion.task import ErasureTask, Unlearned
 from salun.options import NoOptions
@@ -77,7 +78,16 @@ class _Losses:
 
     def _batch(self, step: int) -> Draw:
         task, recipe = self._task, self._task.plan.recipe
-        frequencies = (task.until.frequencies, task.until.retain_frequencies) if task.until is not None else ()
-        seed = task.plan.options.seed
-        batch = draw(task.model, task.training_set, recipe.batch_size, recipe.anchor_share, seed, step, *frequencies)
+        until, options = task.until, task.plan.options
+        batch = draw(
+            task.model,
+            task.training_set,
+            recipe.batch_size,
+            recipe.anchor_share,
+            options.seed,
+            step,
+            until.frequencies if until is not None else None,
+            until.retain_frequencies if until is not None else None,
+            schedule_part(options.forget_timesteps),
+        )
         return batch.shard(task.processes.rank, task.processes.count)

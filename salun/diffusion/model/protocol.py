@@ -61,8 +61,8 @@ class Schedule(Protocol):
     def prediction_type(self) -> str:
         """What the network predicts, as diffusers names it: "epsilon" | "v_prediction"."""
 
-    def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
-        """n timesteps as training draws them."""
+    def sample_t(self, n: int, generator: torch.Generator, part: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """n timesteps as training draws them, from a part of the schedule: see `t_at` for its two fractions."""
 
     def t_at(self, fraction: float) -> float:
         """The timestep at a fraction of the schedule: 0 is nearly without noise, 1 beyond the last one."""

@@ -141,8 +141,9 @@ class _Discrete:
     alphas_cumprod: Tensor
     _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)  # by device
 
-    def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self.alphas_cumprod), (n,), generator=generator)
+    def sample_t(self, n: int, generator: torch.Generator, part: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        first, end = map(self.t_at, part)
+        return torch.randint(first, max(first + 1, end), (n,), generator=generator)
 
     def t_at(self, fraction: float) -> int:
         return int(fraction * len(self.alphas_cumprod))
