@@ -91,7 +91,7 @@ def test_no_other_checkpoint_than_the_one_seen_is_erased_from_and_unknown_concep
     """A text typed into a list was replaced by the previous choice without a word."""
     for name in ("model", "preset"):  # the others are in folded sections
         assert page.locator(f"#salun_{name} input").first.get_attribute("readonly") is not None, name
-    page.locator("#salun_model").get_by_text("To add one, put a .safetensors file into").wait_for()
+    page.locator("#salun_model").get_by_text("To add one, put a .safetensors file (not a link) into").wait_for()
     fill(page, "words", "teapot")
     page.locator("#salun_erase").click()
     page.locator("#salun_said").get_by_text("'teapot' is not in the vocabulary of the model shapes").wait_for()

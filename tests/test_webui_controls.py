@@ -154,7 +154,7 @@ def test_a_jobs_request_is_what_the_command_line_would_run(service: Service) -> 
         ({"concept": [" "]}, "no concept is given"),
         ({"concept": ["a dog"]}, "'a dog' is not in the vocabulary of the model shapes"),
         ({"concept": ["circle"], "anchor": ["square", "star"]}, "anchor"),
-        ({"concept": ["circle"], "model": "x.ckpt"}, "To add one, put a .safetensors file into .*/models, or start"),
+        ({"concept": ["circle"], "model": "x.ckpt"}, "To add one, put a .safetensors file .not a link. into .*/models, or start"),
         ({"concept": ["a"], "stepz": 3}, "'stepz' cannot be set here"),
     ],
     ids=str,
@@ -405,7 +405,7 @@ def test_a_run_that_cannot_be_read_is_listed_as_such_and_harms_no_other(service:
         write_run(service, "zz-good", concept=["good"]), os.fsdecode(os.fsencode(service.runs.folder) + b"/\xff")
     )
     (service.runs.folder / "zz-good" / "model.safetensors").touch()
-    (tmp_path / "models").mkdir()
+    (tmp_path / "models").mkdir(exist_ok=True)
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/models/\xff.safetensors"))).touch()
     change_host(service, StandaloneHost(service.host.data, [str(tmp_path / "models")]))
 
@@ -523,7 +523,7 @@ def test_what_can_be_chosen_of_files_is_listed_and_the_help_names_no_other(servi
         tmp_path / "elsewhere", target_is_directory=True
     )  # refused when chosen
     assert service.inputs.image_folders() == ["my cat"]
-    made = SimpleNamespace(Dropdown=lambda **shown: shown)
+    made = SimpleNamespace(Dropdown=lambda **shown: shown, __version__="4.40.0")
     for name in ("forget_images", "retain_images"):
         shown = ERASURE.control(made, name, service.choices())
         assert (shown["choices"], shown["value"]) == (["", "my cat"], "")
@@ -538,7 +538,7 @@ def test_files_of_prompts_are_listed_and_chosen_by_name(service: Service, tmp_pa
     (tmp_path / "secret.txt").write_text("x", encoding="utf-8")
     (service.inputs.prompts / "linked.txt").symlink_to(tmp_path / "secret.txt")
     (service.inputs.prompts / "folder.csv").mkdir()
-    made = SimpleNamespace(Dropdown=lambda **shown: shown)
+    made = SimpleNamespace(Dropdown=lambda **shown: shown, __version__="4.40.0")
     shown = EVALUATION.control(made, "prompts", service.choices())
     assert (shown["choices"], shown["value"], shown["multiselect"]) == (["i2p.csv", "mine.txt"], [], True)
 

@@ -110,6 +110,8 @@ def open_run(
         model = load_with(model, options)
     check_output_paths(model, outputs or [], folder, other_input_paths(options))
     cache = cache or Cache.of_user()
+    if model.device.type == "cuda" and progress is not None:
+        progress(Event(Stage.PLANNING, message="simulating what the run needs of memory"))  # takes seconds
     fit_of = partial(_fit, model, options, cache, processes)
     fitted = fitted_plan(model.settings, model.name, concept, options, fit_of, recorded)
     plan = fitted.plan

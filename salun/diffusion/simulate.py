@@ -245,14 +245,9 @@ def _training(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak, c
     with memory.measured():
         optimizer = masked_optimizer(model, plan, cached, packs=packs)
         with optimizer:
-            take_step(optimizer, lambda step: {"sum": _small(optimizer.packed.values())}, 0, {})
+            optimizer.make_moments()
             take_step(optimizer, lambda step: losses_of(model, plan, data, step), 1, {})
     return memory.peak
-
-
-def _small(packed: Any) -> Tensor:
-    """A loss that reaches every parameter and needs little memory, by which an optimizer makes its moments."""
-    return torch.stack([each.parameter.view(-1)[:1].float().sum() for each in packed]).sum()
 
 
 def masked_optimizer(

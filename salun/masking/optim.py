@@ -182,6 +182,13 @@ class MaskedOptimizer:
             group["lr"] = lr
 
     @torch.no_grad()
+    def make_moments(self) -> None:
+        """Make Adam's moments now, which its first step would make."""
+        for packed in self.packed.values():
+            like = packed.master.detach()
+            moments = {name: torch.zeros_like(like) for name in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[packed.master] = {"step": torch.zeros((), device=like.device), **moments}
+
     def reset(self, sources: Mapping[str, Tensor]) -> None:
         """Begin again: masters as in the sources, no moments, and the weights as they were."""
         for name, packed in self.packed.items():

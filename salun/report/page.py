@@ -178,8 +178,8 @@ def _probe(p: Mapping[str, Any], attacked: bool) -> tuple[str, ...]:
     each = p.get("concepts", [])
     of_each = f" ({', '.join(f'{100 * value:.1f}' for value in each)})" if len(each) > 1 else ""
     drift = "" if p["drift"] is None else f"{p['drift']:.4f}"
-    cells = (f"{p['step']}", f"{p['strength']:g}", percent(p["ua"]) + of_each, percent(p.get("anchor")))
-    cells += (f"{p['confidence']:.2f}", f"{p['n']:.0f}", drift, percent(p.get("ra_drop")))
+    cells = [f"{p['step']}", f"{p['strength']:g}", percent(p["ua"]) + of_each, percent(p.get("anchor"))]
+    cells += [f"{p['confidence']:.2f}", f"{p['n']:.0f}", drift, percent(p.get("ra_drop"))]
     return (*cells, *[percent(p.get("asr"))] * attacked)
 
 
