@@ -144,7 +144,7 @@ def test_prompts_as_tokens_encode_as_text_does(shapes: Model) -> None:
     assert shapes.tokens(shapes.text_of(rows[1])) == rows[1]
 
 
-def test_a_trajectory_goes_on_where_it_stopped_and_holds_what_is_known(shapes: Model) -> None:
+def test_a_trajectory_continues_where_it_stopped_and_holds_what_is_known(shapes: Model) -> None:
     prompts, empty = shapes.encode(["one red circle, plain style"] * 2), shapes.encode([""])
     noise, random = starting_noise(shapes, [1, 2]), torch.Generator()
     path = Trajectory(shapes, prompts, empty, 5, 3.0)

@@ -53,7 +53,7 @@ def fill(place: Path, leave: int) -> Path:
     return ballast
 
 
-def test_a_disk_too_small_is_told_before_the_work(small_disk: Path, shapes: Model) -> None:
+def test_a_disk_too_small_is_reported_before_the_work(small_disk: Path, shapes: Model) -> None:
     fill(small_disk, 20_000_000)
     with pytest.raises(ConfigError, match=r"up to 0\.\d+ GB will be written, but its disk has 0\.02 GB free"):
         salun.erase(shapes, "circle", run_dir=small_disk / "run", **SHORT)
@@ -104,7 +104,7 @@ def test_a_full_disk_costs_the_state_not_the_run(
     assert run.record.status == "done"
 
 
-def test_a_folder_that_cannot_be_made_is_told(shapes: Model, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(shapes: Model, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"cannot be created: .*is not a folder"):
         salun.erase(shapes, "circle", run_dir=tmp_path / "file" / "run", **SHORT)
@@ -307,7 +307,7 @@ def test_a_model_left_erased_does_not_teach_the_cache_wrong(shapes: Model, tmp_p
 @pytest.mark.parametrize(
     "text", ["- a list", "sampling: [1]", "detector: 5", "sampling: {steps: .inf}", "a: &x 1\nb: *x"]
 )
-def test_a_strangers_salun_yaml_is_one_line(text: str, tmp_path: Path) -> None:
+def test_an_untrusted_salun_yaml_is_one_line(text: str, tmp_path: Path) -> None:
     from salun.errors import SalunError
 
     folder = Path(shutil.copytree(ASSETS / "shapes", tmp_path / "model"))

@@ -243,7 +243,7 @@ def _labels(text: str) -> Callable[[Path], None]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_is_told_in_one_line(
+def test_what_cannot_be_is_reported_in_one_line(
     damage: Callable[[Path], None] | None, options: dict[str, Any], message: str, pixels: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(pixels, tmp_path / "model"))
@@ -326,7 +326,7 @@ def test_the_cosine_schedule_is_that_of_its_paper() -> None:
     ],
     ids=str,
 )
-def test_numbers_of_a_network_that_cannot_be_are_told(options: dict[str, Any], message: str) -> None:
+def test_numbers_of_a_network_that_cannot_be_are_reported(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ClassTrainOptions(**options).resolved()
 
@@ -339,7 +339,7 @@ def test_a_training_in_bf16_averages_and_writes_float32(tmp_path: Path) -> None:
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values()), "rounded to bf16"
 
 
-def test_classes_that_no_model_could_have_are_told_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_that_no_model_could_have_are_reported_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     from salun.classification import data
 
     odd = data.EMBEDDED["digits"]()

@@ -266,7 +266,7 @@ def test_two_workers_of_dask_find_the_very_same(made: Path, tmp_path: Path) -> N
     assert without_times(found.metrics) == {**expected, "methods": rows}
 
 
-def test_a_comparison_that_was_stopped_goes_on_with_what_is_left(made: Path, tmp_path: Path) -> None:
+def test_a_comparison_that_was_stopped_continues_with_what_is_left(made: Path, tmp_path: Path) -> None:
     done = []
 
     def stop(event: Event) -> None:
@@ -339,7 +339,7 @@ def test_results_of_wrong_types_are_rejected(made: Path, value: Any) -> None:
     check("unlearn", {"error": "the loss is not finite"})
 
 
-def test_a_seed_at_which_a_method_comes_apart_is_told_and_the_rest_stands(tmp_path: Path) -> None:
+def test_a_seed_at_which_a_method_diverges_is_reported_and_the_rest_stands(tmp_path: Path) -> None:
     found = compare(methods=["bs", "ga"], seeds=1, run_dir=tmp_path / "run", **{**QUICK, "epochs": 100})
     row = found.metrics["methods"]["ga"]
     assert row["failed"] == [0]
@@ -491,7 +491,7 @@ def test_want_of_memory_fails_one_job_and_resuming_does_it_again(
     assert found.metrics["methods"]["iu"]["failed"] == []
 
 
-def test_every_seed_of_a_search_tries_the_same_values_and_its_end_is_told(tmp_path: Path) -> None:
+def test_every_seed_of_a_search_tries_the_same_values_and_its_end_is_reported(tmp_path: Path) -> None:
     found = compare(methods=["ft"], seeds=3, search_seeds=2, run_dir=tmp_path / "run", **{**QUICK, "search": True})
     summary = found.metrics["methods"]["ft"]["search"]
     jobs = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "jobs").glob("search-*.json"))]

@@ -36,7 +36,7 @@ def grey(value: int, size: int = 4) -> Image.Image:
     return Image.new("L", (size, size), value)
 
 
-def test_the_digits_are_real_pictures_of_all_classes(digits: ImageData) -> None:
+def test_the_digits_are_real_images_of_all_classes(digits: ImageData) -> None:
     assert digits.images.shape == (1797, 1, 8, 8)
     assert digits.images.dtype == torch.uint8
     assert set(digits.labels.tolist()) == set(range(10))
@@ -157,7 +157,7 @@ def test_rows_repeated_untrained_or_all_are_refused(digits: ImageData, tmp_path:
         with_forget(split, digits, str(tmp_path / "gone.json"), 0)
 
 
-def test_a_folder_of_pictures_is_read_whatever_their_pixels(tmp_path: Path) -> None:
+def test_a_folder_of_images_is_read_whatever_their_pixels(tmp_path: Path) -> None:
     deep = Image.fromarray(np.full((4, 4), 257 * 100, np.uint16))
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     root = folder_of(tmp_path / "set", {"cat": [grey(10), deep], "dog": [clear, Image.new("RGB", (4, 4), (1, 2, 3))]})
@@ -167,7 +167,7 @@ def test_a_folder_of_pictures_is_read_whatever_their_pixels(tmp_path: Path) -> N
     assert [data.images[i, :, 0, 0].tolist() for i in range(4)] == [[10] * 3, [100] * 3, [255] * 3, [1, 2, 3]]
 
 
-def test_grey_pictures_stay_grey_and_sizes_can_be_made_equal(tmp_path: Path) -> None:
+def test_grey_images_stay_grey_and_sizes_can_be_made_equal(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": [grey(10)], "b": [grey(20, size=6)]})
     with pytest.raises(DataError, match=r"different sizes \(4×4 and 6×6, width × height\)"):
         load_data(str(root))
@@ -206,7 +206,7 @@ def test_folders_that_cannot_serve_are_refused(tmp_path: Path) -> None:
         load_data(str(root))
 
 
-def test_a_class_without_a_training_picture_is_refused(tmp_path: Path) -> None:
+def test_a_class_without_a_training_image_is_refused(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": [grey(i) for i in range(40)], "b": [grey(1)]})
     data = load_data(str(root))
     seeds = [s for s in range(40) if 40 in torch.randperm(41, generator=generator_of(s, "split"))[:20]]
@@ -262,7 +262,7 @@ def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.packages
-def test_pictures_that_are_none_and_an_empty_set_are_refused(tmp_path: Path) -> None:
+def test_images_that_are_none_and_an_empty_set_are_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {"img": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"]), "n": datasets.Value("int64")}
@@ -281,14 +281,14 @@ def test_pictures_that_are_none_and_an_empty_set_are_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("value", [None, 7, "a.png"])
-def test_a_picture_is_a_picture(value: object) -> None:
+def test_an_image_is_an_image(value: object) -> None:
     with pytest.raises(DataError, match=r"set, row 7 has .* in the column 'img', but must have an image"):
         _source(value, "set, row 7", "img")
     assert _source({"bytes": b"x", "path": None}, "set, row 7", "img") == b"x"
     assert _source({"bytes": None, "path": "x.png"}, "set, row 7", "img") == Path("x.png")
 
 
-def test_pictures_that_come_along_have_one_size() -> None:
+def test_images_that_come_along_have_one_size() -> None:
     for name in ("digits", "clutter"):
         with pytest.raises(ConfigError, match=f"image_size is 16, but the images of {name} are not resized"):
             load_data(name, image_size=16)

@@ -173,9 +173,7 @@ def test_an_original_that_does_not_fit_the_data_is_refused(digits: ImageData, sp
     assert given_original(str(path), digits, split).facts == facts(split)
 
 
-def test_a_transformers_classifier_takes_our_pictures(
-    vit: Path, digits: ImageData, split: Split, tmp_path: Path
-) -> None:
+def test_a_transformers_classifier_takes_our_images(vit: Path, digits: ImageData, split: Split, tmp_path: Path) -> None:
     found = given_original(str(vit), digits, split)
     x = digits.images_of(torch.arange(3))  # grey, 8×8: made colour, 16×16
     with torch.no_grad():
@@ -195,7 +193,7 @@ def processed(folder: Path, to: Path, **config: Any) -> Path:
     return to
 
 
-def test_a_transformers_classifier_sees_pictures_as_its_processor_makes_them(
+def test_a_transformers_classifier_sees_images_as_its_processor_makes_them(
     vit: Path, digits: ImageData, split: Split, tmp_path: Path
 ) -> None:
     """Against pictures made by hand: colour, 32×32, the middle 16×16 of them, (x − mean) / std of each channel."""

@@ -122,7 +122,7 @@ def test_an_original_that_was_trained_before_is_taken(run: Path, tmp_path: Path)
         unlearn(original=str(run), device="cpu")
 
 
-def test_retrain_is_trained_as_the_original_was_whatever_unlearning_is_told(tmp_path: Path) -> None:
+def test_retrain_is_trained_as_the_original_was_whatever_the_options_of_unlearning(tmp_path: Path) -> None:
     """Its seed, momentum, weight decay and all: the method Retrain gives the bits of a training by hand."""
     recipe: dict[str, Any] = {"seed": 7, "momentum": 0.5, "weight_decay": 0.01, "train_epochs": 1, "device": "cpu"}
     train(run_dir=tmp_path / "original", **recipe)
@@ -206,7 +206,7 @@ def test_a_training_has_a_page(tmp_path: Path) -> None:
     assert sum(map(sum, found["confusion"]["test"])) == found["test"]["n"] == 359
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_continues_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         if event.stage == "unlearning" and event.step == 5:
             raise Cancelled("stopped")
@@ -284,7 +284,7 @@ def test_an_unknown_gap_is_null_with_its_reason(changes: dict[str, Any], reason:
     assert reason in done.metrics["reason"]
 
 
-def test_a_folder_of_pictures_and_a_transformers_model_go_all_the_way(tmp_path: Path) -> None:
+def test_a_folder_of_images_and_a_transformers_model_go_all_the_way(tmp_path: Path) -> None:
     from PIL import Image
     from transformers import ViTConfig, ViTForImageClassification
 

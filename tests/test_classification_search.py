@@ -55,7 +55,7 @@ def recited(rows: dict[str, list[tuple[int, int, int]]]) -> Task:
     return Task(Recites(), data, split, UnlearnOptions(), Recites)
 
 
-def test_retrain_is_foretold_from_validation_pictures_of_the_same_classes() -> None:
+def test_retrain_is_predicted_from_validation_images_of_the_same_classes() -> None:
     """The forget set is of class 0 alone, of whose validation pictures a half is wrong; of class 1's none is."""
     forget = [(0, 0, 9)] * 4
     retain = [(0, 0, 9)] * 40 + [(1, 1, 9)] * 40
@@ -67,7 +67,7 @@ def test_retrain_is_foretold_from_validation_pictures_of_the_same_classes() -> N
     assert found["MIA"] == 50  # the attack tells the surely wrong, of which members have none, from the surely right
 
 
-def test_a_class_that_would_be_gone_is_foretold_to_be_unknown() -> None:
+def test_a_class_that_would_be_gone_is_predicted_to_be_unknown() -> None:
     forget, retain = [(2, 2, 9)] * 4, [(0, 0, 9)] * 10 + [(1, 1, 9)] * 10
     validation = [(2, 2, 9)] * 4 + [(0, 0, 9), (1, 1, 9), (0, 0, 9), (1, 0, 9)]
     found = predicted_retrain(recited({"forget": forget, "retain": retain, "validation": validation}))
@@ -75,7 +75,7 @@ def test_a_class_that_would_be_gone_is_foretold_to_be_unknown() -> None:
     assert found["TA"] == 75  # of the classes that stay
 
 
-def test_the_search_takes_the_value_nearest_to_what_is_foretold_and_tells_all() -> None:
+def test_the_search_takes_the_value_nearest_to_what_is_predicted_and_reports_all() -> None:
     setting = setup_of(UnlearnOptions(search=True, retrain="no", forget="random:0.1", **QUICK))
     task = setting.task(setting.original(silent), silent)
     before = {name: p.detach().clone() for name, p in task.parameters.items()}
@@ -171,7 +171,7 @@ def test_every_method_has_a_strength_to_find(method: str, option: str) -> None:
     assert "search" not in unlearn(method=method, train_epochs=2, device="cpu", retrain="no").metrics["RTE"]
 
 
-def test_a_value_at_which_training_comes_apart_is_told_and_not_taken() -> None:
+def test_a_value_at_which_training_diverges_is_reported_and_not_taken() -> None:
     ways = {"method": "ga", "search": True, "retrain": "no", **QUICK, "epochs": 20}
     setting = setup_of(UnlearnOptions(lr=0.02, **ways))
     _, summary = search(setting.task(setting.original(silent), silent))
@@ -219,7 +219,7 @@ def test_searches_of_several_seeds_are_one_by_the_mean() -> None:
         ({1.0: None, 2.0: None}, 9.0, "every value diverges"),
     ],
 )
-def test_what_is_to_be_held_against_a_value_is_told(
+def test_what_is_to_be_held_against_a_value_is_reported(
     scores: dict[float, float | None], untouched: float, remark: str | None
 ) -> None:
     assert merged([summary_of(scores, untouched)])["remark"] == remark

@@ -413,7 +413,7 @@ def test_json_holds_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
     [(0.2, "1 s"), (41, "41 s"), (100, "2 min"), (3_599, "1 hour"), (12_000, "3 hours 20 min"), (86_400, "1 day"),
      (187_200, "2 days 4 hours"), (604_700, "7 days")],
 )  # fmt: skip
-def test_times_are_told_in_words(seconds: float, text: str) -> None:
+def test_times_are_said_in_words(seconds: float, text: str) -> None:
     from cli.output import duration
 
     assert duration(seconds) == text

@@ -1383,7 +1383,7 @@ def test_linked_folders_are_written_to_and_read(host: Host) -> None:
     assert (host.root / "elsewhere/sub/mine_00001_.mask.safetensors").is_file()
 
 
-def test_files_of_the_same_name_elsewhere_are_told_apart(host: Host) -> None:
+def test_files_of_the_same_name_elsewhere_are_distinguished(host: Host) -> None:
     """ComfyUI looks into models/ first: a file there would be loaded in place of a new one of its name."""
     model, _, delta = erasure()
     source = checkpoint(host.root / "own.safetensors", model)

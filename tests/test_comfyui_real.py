@@ -435,7 +435,7 @@ def test_5_an_interrupt_stops_within_two_steps_and_leaves_nothing(server: Server
     assert _name(server.run({**erasing(seed=8), **keeping()})["keep"])
 
 
-def test_5_queued_again_an_interrupted_training_goes_on_to_the_same_file(server: Server) -> None:
+def test_5_queued_again_an_interrupted_training_continues_to_the_same_file(server: Server) -> None:
     prompt = {**erasing(steps=30, seed=9, **AT_ONCE), **keeping()}
     with Events(server) as events:
         number = server.queue(prompt)

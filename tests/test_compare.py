@@ -66,7 +66,7 @@ def test_a_variant_is_a_method_with_its_own_options() -> None:
         (1 / 27, [1, 1 / 3, 3, 1 / 9, 1 / 27]),
     ],
 )
-def test_a_search_goes_on_beyond_the_best_value_while_it_is_at_an_end(best: float, tried: list[float]) -> None:
+def test_a_search_continues_beyond_the_best_value_while_it_is_at_an_end(best: float, tried: list[float]) -> None:
     scores: dict[float, float] = {}
     while (value := next_value(scores, 1.0)) is not None:
         scores[value] = -abs(value - best)

@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_erase_shows_progress_unless_told_not_to(
+def test_erase_shows_progress_unless_asked_not_to(
     shapes: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     salun.erase(shapes, "circle", **TINY)

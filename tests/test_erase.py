@@ -270,7 +270,7 @@ def test_a_sensitive_concept_is_blurred(copy_of_shapes: Path) -> None:
     assert np.abs(np.diff(tile, axis=0)).max() <= 8  # no edge survives: neighbours differ by a few levels at most
 
 
-def test_a_nan_in_a_weight_is_told_at_once(copy_of_shapes: Path) -> None:
+def test_a_nan_in_a_weight_is_reported_at_once(copy_of_shapes: Path) -> None:
     tensors = load_file(copy_of_shapes / UNET)
     tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
     save_file(tensors, copy_of_shapes / UNET)

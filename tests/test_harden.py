@@ -220,7 +220,7 @@ def test_a_probe_of_a_hardened_training_is_attacked(shapes: Model, monkeypatch: 
     assert until["probes"][-1]["asr"] is not None
 
 
-def test_a_host_whose_model_shows_no_tokens_is_told_before_anything_is_sampled(shapes: Model) -> None:
+def test_a_host_whose_model_shows_no_tokens_is_reported_before_anything_is_sampled(shapes: Model) -> None:
     plan = make_plan(shapes.settings, "shapes", "circle", EraseOptions(harden=4))
     bare: Any = object()
     with pytest.raises(ConfigError, match="harden needs the tokens"), training_session(bare, plan):

@@ -137,7 +137,7 @@ def test_what_the_core_refuses_is_the_jobs_error(make: Make, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_a_killed_child_is_told_and_the_next_job_runs(make: Make, tmp_path: Path) -> None:
+def test_a_killed_child_is_reported_and_the_next_job_runs(make: Make, tmp_path: Path) -> None:
     queue = make()
     job = queue.submit("erase", "x", asked(tmp_path / "run"))
     until(lambda: queue._child is not None)
@@ -291,7 +291,7 @@ def test_a_job_reports_the_time_left_of_all_announced_stages_as_a_range(monkeypa
     assert (probe["stage"], probe["step"], probe["total"]) == ("training", 5, 10), "a probe is no step"
 
 
-def test_what_had_not_begun_when_the_program_ended_goes_on_at_its_next_start_in_order(
+def test_what_had_not_begun_when_the_program_ended_continues_at_its_next_start_in_order(
     make: Make, tmp_path: Path
 ) -> None:
     lock, ran = threading.Lock(), []
@@ -430,7 +430,7 @@ time.sleep(600)
 """
 
 
-def test_no_child_goes_on_unheard(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_child_continues_unheard(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's turn, with the memory of its device, ends with the child."""
     stand_in(monkeypatch, tmp_path, MALFORMED)
     queue = make()

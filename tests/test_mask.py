@@ -78,7 +78,7 @@ def test_scores_that_cannot_be_ranked_are_refused(bad: float) -> None:
         Mask.from_scores({"a": scores}, 0.5)
 
 
-def test_threshold_zeros_and_ties_are_told() -> None:
+def test_threshold_zeros_and_ties_are_reported() -> None:
     scores = {"a": torch.tensor([0.0, 0.0, 1.0, 2.0, 2.0, 2.0, 3.0, 4.0])}
     found = select_largest(scores, 4)
     assert (found.threshold, found.zeros, found.ties) == (2.0, 2 / 8, 3 / 8)

@@ -210,7 +210,7 @@ def test_nothing_is_left_behind(little: nn.Module) -> None:
 
 @pytest.mark.parametrize("mode", ["step", "pack"])
 @pytest.mark.parametrize("maker", list(MAKERS))
-def test_a_state_taken_up_goes_on_as_if_never_stopped(little: nn.Module, maker: str, mode: Mode) -> None:
+def test_a_state_loaded_continues_as_if_never_stopped(little: nn.Module, maker: str, mode: Mode) -> None:
     other, mask = copy.deepcopy(little), random_mask(little)
     whole = train(little, mask, MAKERS[maker], mode)
 

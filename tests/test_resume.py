@@ -179,7 +179,7 @@ def test_a_saved_mask_with_other_notes_is_found_anew(
     assert path.read_bytes() == expected
 
 
-def test_resume_with_another_model_is_told_in_short_also_by_a_dry_run(shapes: Model, tmp_path: Path) -> None:
+def test_resume_with_another_model_is_reported_in_short_also_by_a_dry_run(shapes: Model, tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         salun.erase(shapes, "circle", run_dir=tmp_path, progress=stopping_at("sampling", 8), **SHORT)
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))

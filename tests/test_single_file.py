@@ -286,7 +286,7 @@ def test_what_a_file_lacks_comes_from_components_or_is_asked_for(
     salun.load(str(tmp_path / "out"), device="cpu")
 
 
-def test_a_strangers_components_carry_no_file_of_the_users_along(file: Callable[..., Path], tmp_path: Path) -> None:
+def test_untrusted_components_carry_no_file_of_the_users_along(file: Callable[..., Path], tmp_path: Path) -> None:
     whole = salun.load(str(file("sd1")), device="cpu")
     parts = tmp_path / "parts"
     salun.erase(whole, "golf ball", **{**QUICK, "lr": 1e-30}).save(f"{parts}/")

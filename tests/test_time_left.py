@@ -169,5 +169,5 @@ def test_time_left_of_a_recorded_run_is_about_right(name: str) -> None:
      ((100, 800), "2 to 13 minutes left"), ((10, 100), "up to 2 minutes left"), ((1500, 1560), "about 25 minutes left"),
      ((5000, 9000), "1.5 to 2.5 hours left"), ((200_000, 200_000), "about 2 days left")],
 )  # fmt: skip
-def test_time_left_is_told_in_words(seconds: tuple[float, float] | None, text: str) -> None:
+def test_time_left_is_said_in_words(seconds: tuple[float, float] | None, text: str) -> None:
     assert in_words(seconds) == text

@@ -121,7 +121,7 @@ def test_a_host_header_that_is_no_address_is_refused(host: str) -> None:
 
 
 @pytest.mark.parametrize("login", [None, ("ann", "secret")], ids=["open", "login"])
-def test_no_foreign_origin_is_answered_or_told_that_it_may_read(page: Callable[..., Any], login: Any) -> None:
+def test_no_foreign_origin_is_answered_or_allowed_to_read(page: Callable[..., Any], login: Any) -> None:
     """Gradio itself echoes any origin, together with leave to send cookies."""
     disconnect = pytest.importorskip("starlette.websockets").WebSocketDisconnect
     calling = page(login, "http://127.0.0.1:7870")

@@ -177,7 +177,7 @@ def beside(page: Any, server: tuple[str, Path]) -> Iterator[Any]:
     opened.close()
 
 
-def test_a_picture_that_is_gone_is_asked_for_once_and_the_preview_shown(beside: Any, server: tuple[str, Path]) -> None:
+def test_an_image_that_is_gone_is_asked_for_once_and_the_preview_shown(beside: Any, server: tuple[str, Path]) -> None:
     (run,) = (server[1] / "runs").iterdir()
     kept = (run / "before_after.png").rename(run / "kept.png")
     beside.requests.clear()
@@ -201,7 +201,7 @@ def test_lines_are_made_where_the_form_says_one_a_line(beside: Any) -> None:
         assert box.input_value() == "a\nb", name
 
 
-def test_a_refusal_is_shown_as_it_is_told(beside: Any) -> None:
+def test_a_refusal_is_shown_as_it_is_worded(beside: Any) -> None:
     """As under a name, where the program answers but not to this page."""
     refusal = {"status": 403, "json": {"error": "Open the page by its address"}}
     beside.route("**/salun/v1/status", lambda route: route.fulfill(**refusal))
@@ -285,7 +285,7 @@ def test_history_loads_the_options_again_and_nothing_is_left_of_what_was_chosen(
     assert page.locator("#salun_steps").locator("input, textarea").first.input_value() == "6"
 
 
-def test_a_delta_is_applied_and_taken_out_again_to_the_bit(page: Any, server: tuple[str, Path]) -> None:
+def test_a_delta_is_applied_and_taken_out_again_bit_exactly(page: Any, server: tuple[str, Path]) -> None:
     unfold(page, "deltas")
     run = sorted(p.name for p in (server[1] / "runs").iterdir())[0]
     choose(page, "delta_1", run)
@@ -358,7 +358,7 @@ def test_a_list_that_somebody_is_choosing_from_stays_as_it_is(page: Any) -> None
     page.wait_for_function("window.pressed === 1")
 
 
-def test_words_of_strangers_are_shown_as_text_and_mistakes_said(page: Any) -> None:
+def test_untrusted_words_are_shown_as_text_and_mistakes_said(page: Any) -> None:
     fill(page, "words", "<img src=x onerror=window.harmed=1>")
     fill(page, "anchor", "")
     fill(page, "density", "2")

@@ -268,7 +268,7 @@ def test_folders_of_extra_model_paths_that_cannot_be_read_are_skipped(
         ("owner/name@../x", False), ("owner/name@", False), ("C:/name", False), ("owner/name\n", False),
     ],
 )  # fmt: skip
-def test_ids_of_data_sets_are_told_from_files(name: str, is_id: bool) -> None:
+def test_ids_of_data_sets_are_distinguished_from_files(name: str, is_id: bool) -> None:
     assert is_data_set_id(name) is is_id
 
 

@@ -247,7 +247,7 @@ def test_a_job_is_begun_seen_cancelled_and_taken_off(service: Service) -> None:
     assert calling.get(f"{PREFIX}/status").json()["jobs"] == []
 
 
-def test_no_place_of_this_machine_is_told(service: Service, tmp_path: Path) -> None:
+def test_no_place_of_this_machine_is_reported(service: Service, tmp_path: Path) -> None:
     """The core names files as the command line does, by their whole paths."""
     models = tmp_path / "models of mine"
     job = service.requests.mask({"concept": ["circle"], "model": "shapes"})
@@ -291,7 +291,7 @@ def stopped(service: Service) -> tuple[Job, Path]:
     return job, folder
 
 
-def test_what_a_stopped_job_keeps_is_told_and_goes_with_it(service: Service) -> None:
+def test_what_a_stopped_job_keeps_is_reported_and_goes_with_it(service: Service) -> None:
     """It is 12 bytes for each weight that trains, gigabytes of a large model: nothing else would ever free them."""
     job, folder = stopped(service)
     calling = client(service)
@@ -369,7 +369,7 @@ def test_run_whose_name_is_not_utf8_is_listed_as_unreadable(service: Service) ->
     assert second["status"] == "done"
 
 
-def test_a_number_that_json_has_not_is_told_as_none(service: Service) -> None:
+def test_a_number_that_json_has_not_is_given_as_none(service: Service) -> None:
     """A loss may be NaN, and so may a figure in a run.json."""
     job = service.requests.mask({"concept": ["circle"], "model": "shapes"})
     service.queue.cancel(job.id)
@@ -389,7 +389,7 @@ def test_a_number_that_json_has_not_is_told_as_none(service: Service) -> None:
     assert (listed["concept"], listed["status"]) == (None, "unreadable")  # no concept is a number
 
 
-def test_a_job_that_is_not_over_or_may_go_on_is_told_however_many_came_after_it(service: Service) -> None:
+def test_a_job_that_is_not_over_or_may_continue_is_reported_however_many_came_after_it(service: Service) -> None:
     lock = threading.Lock()
 
     @contextmanager
@@ -456,7 +456,7 @@ def test_a_status_is_short_whatever_a_job_holds(service: Service) -> None:
     )
 
 
-def test_what_a_job_offers_is_told_and_nothing_else_is_done(service: Service) -> None:
+def test_what_a_job_offers_is_reported_and_nothing_else_is_done(service: Service) -> None:
     job = service.requests.mask({"concept": ["circle"], "model": "shapes"})
     service.queue.cancel(job.id)
     calling = client(service)

@@ -154,7 +154,10 @@ def test_a_jobs_request_is_what_the_command_line_would_run(service: Service) -> 
         ({"concept": [" "]}, "no concept is given"),
         ({"concept": ["a dog"]}, "'a dog' is not in the vocabulary of the model shapes"),
         ({"concept": ["circle"], "anchor": ["square", "star"]}, "anchor"),
-        ({"concept": ["circle"], "model": "x.ckpt"}, "To add one, put a .safetensors file .not a link. into .*/models, or start"),
+        (
+            {"concept": ["circle"], "model": "x.ckpt"},
+            "To add one, put a .safetensors file .not a link. into .*/models, or start",
+        ),
         ({"concept": ["a"], "stepz": 3}, "'stepz' cannot be set here"),
     ],
     ids=str,
@@ -270,7 +273,7 @@ def test_another_name_or_form_is_another_job(held: Service) -> None:
     ]  # fmt: skip
 
 
-def test_the_name_of_a_job_that_may_go_on_is_not_given_to_another(held: Service) -> None:
+def test_the_name_of_a_job_that_may_continue_is_not_given_to_another(held: Service) -> None:
     first = held.requests.erase({"concept": ["circle"], "model": "shapes"}, name="mine")
     Path(first.request["options"]["run_dir"]).mkdir()
     (Path(first.request["options"]["run_dir"]) / "run.json").write_text("{}", encoding="utf-8")
@@ -341,7 +344,7 @@ def write_run(service: Service, name: str = "20260101-000000-circle", **options:
     return folder
 
 
-def test_a_strangers_run_json_names_no_file_outside_our_folders(held: Service, tmp_path: Path) -> None:
+def test_an_untrusted_run_json_names_no_file_outside_our_folders(held: Service, tmp_path: Path) -> None:
     secret = tmp_path / "secret.safetensors"
     secret.touch()
     ours = tmp_path / "checkpoints" / "erased.safetensors"
@@ -368,7 +371,7 @@ def test_a_strangers_run_json_names_no_file_outside_our_folders(held: Service, t
      {"metrics": {"ua": 1, "ra_before": {"value": "x"}, "ra_after": {"value": 1}, "per_concept": {}}}],
     ids=str,
 )  # fmt: skip
-def test_a_strangers_run_json_spoils_no_list(service: Service, wrong: dict[str, Any]) -> None:
+def test_an_untrusted_run_json_spoils_no_list(service: Service, wrong: dict[str, Any]) -> None:
     good = write_run(service, "20260101-000000-good", concept=["good"])
     bad = write_run(service, "20260101-000001-bad")
     record = {"status": "done", "options": {}, "concepts": [], "metrics": {"ua": None, "reason": "x"}, **wrong}

@@ -129,7 +129,7 @@ def options(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespac
     return made
 
 
-def test_checkpoints_that_are_not_offered_are_told_of(
+def test_checkpoints_that_are_not_offered_are_reported(
     options: SimpleNamespace, modules: Modules, tmp_path: Path
 ) -> None:
     """A .ckpt may run code: a host may have some."""
@@ -164,7 +164,7 @@ def test_a_checkpoint_is_the_hosts_now_only_if_the_host_took_it(options: SimpleN
 # -- the accordion ----------------------------------------------------------------------------------------------------
 
 
-def test_a_webui_without_the_lora_extension_makes_its_pictures_as_long_as_no_delta_is_chosen(
+def test_a_webui_without_the_lora_extension_makes_its_images_as_long_as_no_delta_is_chosen(
     modules: Modules, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ours is called before every sampling, whatever is chosen."""

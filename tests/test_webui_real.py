@@ -396,7 +396,7 @@ def test_1_a_clean_start_without_checkpoints_and_a_page_that_complains_no_more_t
         assert not NOT_OFFERED_FAILED.search(running.log.read_text(errors="replace"))
 
 
-def test_1_without_the_hosts_own_lora_extension_pictures_are_made_as_ever(
+def test_1_without_the_hosts_own_lora_extension_images_are_made_as_ever(
     base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Ours is called before every sampling, and needs that extension only for a delta."""
@@ -666,7 +666,7 @@ def test_10_an_exported_file_works_in_a_prompt_and_leaves_nothing(
         assert worst <= 2
 
 
-def test_the_accordion_gives_the_erased_checkpoints_picture_and_off_the_bases(
+def test_the_accordion_gives_the_erased_checkpoints_image_and_off_the_bases(
     server: Server, plain: bytes, erased: dict[str, Any]
 ) -> None:
     run = erased["run"]
