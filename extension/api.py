@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -253,10 +254,11 @@ def losses(request: Request, id: str) -> Any:
     """The chart of a job's losses as SVG, of its whole run once it has ended; empty before its first training step."""
     service = _service(request)
     job = service.queue.get(id)
+    chart = ""
     if job.state == "done" and job.run:
-        chart = service.runs.losses(job.run)
-    else:
-        chart = loss_chart({"step": row[0], "forget": row[1], "retain": row[2]} for row in job.losses)
+        with suppress(SalunError):  # a run whose folder was removed
+            chart = service.runs.losses(job.run)
+    chart = chart or loss_chart({"step": row[0], "forget": row[1], "retain": row[2]} for row in job.losses)
     return Response(chart, media_type="image/svg+xml")
 
 

@@ -80,7 +80,7 @@ def is_finished(run: Path) -> bool:
     return record["status"] == "done" and (run / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
-def main(n: int, seed: int, folder: Path, job: str) -> int:
+def main(n: int, seed: int, folder: Path, job: str = JOB + STEPS) -> int:
     """Kill n times; returns how many outcomes were wrong."""
     began = time.monotonic()
     complete = folder / "whole"

@@ -189,6 +189,7 @@ class MaskedOptimizer:
             moments = {name: torch.zeros_like(like) for name in ("exp_avg", "exp_avg_sq")}
             self._optimizer.state[packed.master] = {"step": torch.zeros((), device=like.device), **moments}
 
+    @torch.no_grad()
     def reset(self, sources: Mapping[str, Tensor]) -> None:
         """Begin again: masters as in the sources, no moments, and the weights as they were."""
         for name, packed in self.packed.items():
