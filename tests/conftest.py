@@ -65,13 +65,13 @@ def shapes() -> Iterator[Model]:
 
 
 @pytest.fixture(scope="session")
-def hollow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Family → a checkpoint of names and shapes, without weights."""
+def hollow(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Family → a checkpoint of names and shapes, without weights; small, or of the size of the published model."""
     folder = tmp_path_factory.mktemp("hollow")
 
-    def make(family: str) -> str:
-        path = folder / f"{family}.safetensors"
-        return str(path if path.exists() else checkpoints.make(path, family, hollow=True))
+    def make(family: str, size: str = "small") -> str:
+        path = folder / f"{family}-{size}.safetensors"
+        return str(path if path.exists() else checkpoints.make(path, family, size=size, hollow=True))
 
     return make
 

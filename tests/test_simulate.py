@@ -40,10 +40,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return Cache(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_no_step_of_an_erasure_reads_a_value(family: str, hollow: Callable[[str], str], cache: Cache) -> None:
-    """Sampling, saliency and two training steps run where reading raises an error: on a GPU the host never waits."""
-    needs = needs_of(hollow(family), cache=cache, batch_size=4)
+def test_no_step_of_an_erasure_reads_a_value(family: str, hollow: Callable[..., str]) -> None:
+    """Of the published models' shapes: sampling, saliency and training run where reading raises an error."""
+    needs = needs_of(hollow(family, "true"), batch_size=4)
     assert {Stage.SAMPLING, Stage.SALIENCY, Stage.TRAINING} <= set(needs.peak)
 
 
