@@ -162,7 +162,7 @@ def _repeated(job: EraseJob, force: bool) -> list[str]:
 @app.command()
 @with_options(
     EraseOptions,
-    skip=(*TRAINING_ONLY, "keep_ema"),
+    skip=(*TRAINING_ONLY, "keep_ema", "as_given"),
 )
 def mask(
     options: EraseOptions,

@@ -251,7 +251,7 @@ def preview(request: Request, id: str, name: str) -> Any:
 
 
 def losses(request: Request, id: str) -> Any:
-    """The chart of a job's losses as SVG, of its whole run once it has ended; empty before its first training step."""
+    """The chart of a job's losses as SVG, of its whole run once it is done; empty before its first training step."""
     service = _service(request)
     job = service.queue.get(id)
     chart = ""

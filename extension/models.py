@@ -46,7 +46,7 @@ class Models:
     def settings(self, title: str | None) -> ModelSettings | None:
         """What the files of a model on this machine say of it, without its weights; None where they cannot be read.
 
-        Of an alias that is not on this machine, what the table of aliases says.
+        Of an alias of a hub model, what the table of aliases says.
         """
         from salun.checkpoints.locate import ASSETS, aliases
         from salun.diffusion.model.loading import describe

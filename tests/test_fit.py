@@ -158,3 +158,18 @@ def test_a_container_limits_memory(tmp_path: Path, names: list[str], limit: str,
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="ascii")
     assert free_in_container(tmp_path) == expected
+
+
+def test_a_soft_threshold_is_held_where_the_masters_are(hollow: Callable[[str], str]) -> None:
+    """On the GPU, or with `low_vram` in CPU memory."""
+    spec = describe(hollow("sd1"))
+
+    def needs(method: str, low_vram: bool) -> tuple[int, int]:
+        options = EraseOptions(resolution=64, batch_size=1, method=method, density=1.0, steps=1, low_vram=low_vram)
+        found = simulate(spec, make_plan(spec.settings, spec.name, "nudity", options), GPU, torch.bfloat16)
+        return found.peak[Stage.TRAINING], found.cpu
+
+    (plain, _), (soft, _) = needs("finetune", False), needs("salun-soft", False)
+    (low, held), (soft_low, soft_held) = needs("finetune", True), needs("salun-soft", True)
+    assert soft - plain > soft_low - low  # what they share are the packed gradients of a soft threshold
+    assert soft_held > held

@@ -78,7 +78,8 @@ def preview(
     recorded = previous["options"] if previous is not None else None
     fitted = fitted_plan(spec.settings, spec.name, concept, options, fit_of, recorded)
     plan, advice = fitted.plan, fitted.warning
-    plan.notes.extend(filter(None, [fitted.note]))
+    if fitted.note:
+        plan.notes.append(fitted.note)
     needs = simulate(spec, plan, device, dtype, cache)
     if not advice:
         loaded = load_with(model, options)

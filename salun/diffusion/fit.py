@@ -89,7 +89,8 @@ class Fitted:
     @property
     def notes(self) -> list[str]:
         """For the record."""
-        return [*filter(None, [self.note]), *[f"memory may not suffice: {self.warning}"] * bool(self.warning)]
+        warning = f"memory may not suffice: {self.warning}" if self.warning else ""
+        return [line for line in (self.note, warning) if line]
 
 
 def fitted_plan(

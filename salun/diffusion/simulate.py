@@ -144,7 +144,8 @@ def _simulated(spec: ModelSpec, plan: Plan, device: torch.device, dtype: torch.d
     if options.optimizer == "adam8bit" and trains:
         moments -= MOMENTS_8BIT
         peak[Stage.TRAINING] -= MOMENTS_8BIT * entries_trained
-    if options.method == "salun-soft" and trains:
+    if options.method == "salun-soft" and trains:  # held where masters and moments are
+        moments += SOFT_BYTES
         peak[Stage.TRAINING] += SOFT_BYTES * entries_trained
     encoders = text_encoder_parameters(spec) * dtype.itemsize
     vae = _bytes(model.vae)
