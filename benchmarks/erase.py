@@ -51,12 +51,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cross-attention only": {"scope": "xattn", "mask": "full"},
 }
 DENSITIES = (0.01, 0.1, 0.3, 0.5, 0.9)
-
-
+SPARSE = (0.01, 0.1)  # at which masks differ
+FURTHER: dict[str, dict[str, Any]] = {  # beyond the paper
+    "gradient surgery": {"gradient_surgery": True},
+    "little noise": {"forget_timesteps": "0-0.5"},
+    "much noise": {"forget_timesteps": "0.5-1"},
+}
 DECISIVE = (
     "mask", "density", "method", "scope", "steps", "batch_size", "lr", "lr_decay", "retain_weight", "guidance",
     "target", "retain_target", "anchor_share", "forget_latents", "retain_latents", "seed",
 )  # fmt: skip
+LATER = ("gradient_surgery", "forget_timesteps")  # options that earlier results do not know
 
 
 # its first paragraph is written by hand: revise it after a new run
@@ -111,6 +116,13 @@ def jobs(extra: dict[str, Any]) -> list[Job]:
             for density in DENSITIES
             if density != 0.5
         ]
+    for seed in SEEDS:
+        result += [Job("red", variant, seed, {**options, **extra}) for variant, options in FURTHER.items()]
+        result += [
+            Job("circle", f"{mask} {density}", seed, {"density": density, "mask": mask, **extra})
+            for mask in ("saliency-by-layer", "saliency-ratio")
+            for density in SPARSE
+        ]
     return result
 
 
@@ -125,12 +137,16 @@ class Bench:
         RESULTS.mkdir(parents=True, exist_ok=True)
 
     def plan(self, job: Job) -> Plan:
-        options = EraseOptions(seed=job.seed, eval_images=0, **job.options)  # evaluated separately
+        fixed = {"steps": self.model.settings.recipe.steps}  # in place of a goal
+        options = EraseOptions(seed=job.seed, eval_images=0, **{**fixed, **job.options})  # evaluated separately
         return make_plan(self.model.settings, "shapes", salun.Concept(job.concept), options)
 
     def key(self, plan: Plan) -> str:
         """A hash of everything that a result depends on, except the code."""
         facts = {name: getattr(plan.options, name) for name in DECISIVE}
+        facts["mask"] = facts["mask"] or "saliency"  # as earlier results have it for SalUn-soft
+        usual = EraseOptions()
+        facts |= {name: value for name in LATER if (value := getattr(plan.options, name)) != getattr(usual, name)}
         facts |= {
             "base": self.hash,
             "n": self.n,
@@ -238,7 +254,7 @@ def table(bench: Bench, wanted: list[Job]) -> str:
             missing += 1
             continue
         result = json.loads(path.read_text(encoding="utf-8"))
-        density = job.variant.split(" ")[0] in ("saliency", "random") and " " in job.variant
+        density = job.variant.startswith(("saliency", "random")) and job.variant.split(" ")[-1][0].isdigit()
         title = f"{job.concept} → {result['anchor']}" + (", other densities" if density else "")
         groups.setdefault(title, {}).setdefault(job.variant, []).append(result)
     out = [

@@ -39,7 +39,7 @@ from .resuming import note_new_run, recorded, recorded_model, repeatable, resuma
 
 TRAINING_ONLY = (
     "until", "steps", "lr", "lr_decay", "retain_weight", "target", "target_guidance", "retain_target",
-    "forget_timesteps", "save_every",
+    "forget_timesteps", "gradient_surgery", "save_every",
 )  # fmt: skip
 
 Steps = Annotated[

@@ -49,7 +49,8 @@ class Method:
         anchored: Whether a diffusion method trains towards the anchor.
         grows: Whether a diffusion method's training takes further samples, where a goal needs them.
         hardens: Whether a diffusion method's training takes adversarial embeddings, of the option `harden`.
-        timesteps: Whether the option `forget_timesteps` applies to a diffusion method.
+        salun_losses: Whether a diffusion method minimizes SalUn's losses, to which the options `forget_timesteps` and
+            `gradient_surgery` apply.
         paper_recipe: Numbers of a diffusion method's paper, for `recipe` paper; empty where it has none for SD.
     """
 
@@ -73,7 +74,7 @@ class Method:
     anchored: bool = True
     grows: bool = False
     hardens: bool = False
-    timesteps: bool = False
+    salun_losses: bool = False
     text: bool = False
     attention: bool = False
     paper_recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -183,11 +184,11 @@ METHODS: dict[TaskName, dict[str, Method]] = {
     ),
     "diffusion": _registry(
         Method("salun", "SalUn", _SALUN, _D, f"{_ERASE}.salun:salun", "saliency", goal="default", grows=True,
-               hardens=True, timesteps=True),
+               hardens=True, salun_losses=True),
         Method("salun-soft", "SalUn-soft", f"{_SALUN}, appendix B", _D, f"{_ERASE}.salun:salun_soft", "learned",
-               hardens=True, timesteps=True),
+               hardens=True, salun_losses=True),
         Method("finetune", "Fine-tuning", "SalUn's loss without a mask", _D, f"{_ERASE}.salun:salun", "full",
-               goal="able", grows=True, hardens=True, timesteps=True),
+               goal="able", grows=True, hardens=True, salun_losses=True),
         Method("esd", "ESD", "Gandikota et al. 2023, arXiv:2303.07345", _D, f"{_ERASE}.esd:esd",
                "full", f"{_ERASE}.esd:EsdOptions", defaults={"scope": "xattn"}, data="prompts",
                stages=f"{_ERASE}.esd:stages", goal="able",

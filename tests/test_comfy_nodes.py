@@ -1012,7 +1012,7 @@ def test_fingerprint_covers_all_that_a_result_depends_on(host: Host) -> None:
         **{"negative_guidance": 2.0, "uce_erase": 2.0, "uce_preserve": 2.0, "uce_lambda": 0.1},
         **{"esd_samples": "original", "ant_early": 2.0, "ant_empty": 2.0, "ca_regularization": 2.0, "leco_rank": 2},
         **{"spm_anchoring": 2.0, "erasediff_lambda": 2.0, "rece_rounds": 1, "rece_erase": 2.0, "rece_preserve": 2.0},
-        **{"rece_lambda": 2.0, "speed_threshold": 0.5, "forget_timesteps": "0-0.5"},
+        **{"rece_lambda": 2.0, "speed_threshold": 0.5, "forget_timesteps": "0-0.5", "gradient_surgery": True},
     }
     assert set(changed) | {"recipe"} == {*SHARED, *NODE_OPTIONS}, "a recipe counts by its numbers"
     keys |= {name: key(**{name: value}) for name, value in changed.items() if name not in NOT_IN_FINGERPRINT}

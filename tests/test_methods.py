@@ -204,6 +204,20 @@ def test_forget_timesteps_are_those_of_the_options_where_the_method_takes_them(s
             EraseOptions(forget_timesteps=wrong)
 
 
+def test_gradient_surgery_changes_what_a_training_learns(shapes: Model) -> None:
+    """With recomputed activations too; other methods reject it."""
+    few: dict[str, Any] = {"forget_latents": 4, "sampling_steps": 2, "steps": 6, "lr": 1e-4, "batch_size": 4}
+    plain, apart, recomputed = (
+        one_step(shapes, "salun", **few, **more)[0]
+        for more in ({}, {"gradient_surgery": True}, {"gradient_surgery": True, "gradient_checkpointing": True})
+    )
+    assert apart.history[0] == pytest.approx(plain.history[0], rel=1e-3, abs=1e-9)
+    assert apart.history[-1]["retain"] < plain.history[-1]["retain"]
+    assert recomputed.history[-1] == pytest.approx(apart.history[-1], rel=1e-3)
+    with pytest.raises(ConfigError, match="gradient_surgery does not work with the method esd"):
+        one_step(shapes, "esd", gradient_surgery=True)
+
+
 @pytest.mark.parametrize(("method", "first"), [("esd", 0), ("leco", 1)])
 def test_esd_and_leco_lead_away_from_the_concept(method: str, first: int, shapes: Model) -> None:
     """ESD, eq. 6; the change of LECO's first step is 0."""

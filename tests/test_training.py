@@ -66,6 +66,26 @@ def test_the_weights_of_losses_default_to_one(little: nn.Module) -> None:
     assert forget_only.history[-1]["forget"] < plain.history[-1]["forget"]
 
 
+@pytest.mark.parametrize("opposed", [True, False])
+def test_gradient_surgery_takes_out_only_what_opposes_the_kept_loss(little: nn.Module, opposed: bool) -> None:
+    """PCGrad's projection, over the selected weights alone: the step does not raise the retain loss to first order."""
+    parameters, make = dict(little.named_parameters()), lambda p: torch.optim.SGD(p, lr=1.0)
+    mask, named = Mask.random(parameters, 0.5, 0), losses(little)(0)
+    named["retain"] = losses(little)(0)["retain" if opposed else "forget"]
+
+    def gradient(loss: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+        return torch.cat([g[mask.dense(name)] for name, g in zip(parameters, found, strict=True)])
+
+    forget, retain = gradient(named["forget"]), gradient(named["retain"])
+    assert bool(forget @ retain < 0) == opposed
+    projected = forget - (forget @ retain) / (retain @ retain) * retain if opposed else forget
+    before = torch.cat([p.detach()[mask.dense(name)] for name, p in parameters.items()])
+    changes = {"steps": 1, "lr": constant(1.0), "optimizer": make, "kept": "retain"}
+    trained = train(parameters, mask, lambda step: named, settings(little, **changes))
+    torch.testing.assert_close(before - torch.cat([*trained.masters.values()]), projected + 0.5 * retain)
+
+
 def test_training_can_be_stopped_early(little: nn.Module) -> None:
     assert [row["step"] for row in run(little, stop=lambda step: step == 3).history] == [1, 2, 3]
 

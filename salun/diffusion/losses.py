@@ -195,13 +195,14 @@ def draw(
 
 
 def training_losses(
-    denoiser: Denoiser, sample: Draw, frozen: Tensor | None, target: str, retain_target: str
+    denoiser: Denoiser, sample: Draw, frozen: Tensor | None, target: str, retain_target: str, apart: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(forget, retain) losses of one step.
 
     forget: MSE(ε_θ(x_t, c_f), target) with the anchor's prediction on the same x_t, t and noise, of the frozen model or
     of the one being trained (`online`), never with a graph. retain: MSE(ε_θ(x_t, c_r), the frozen model's prediction
     or the noise). frozen: the original model's predictions on this draw (2b, c, h, w), where a target needs them.
+    apart: each loss has a graph of its own.
     """
     half = len(sample.x_0) // 2
     x_t = denoiser.schedule.add_noise(sample.x_0, sample.noise, sample.t)
@@ -216,8 +217,10 @@ def training_losses(
     else:
         assert frozen is not None
         held = frozen[half:]
-    predicted = denoiser.predict(x_t, sample.t, sample.prompts)
-    return F.mse_loss(predicted[:half], wanted), F.mse_loss(predicted[half:], held)
+    parts = [slice(0, half), slice(half, 2 * half)] if apart else [slice(0, 2 * half)]
+    predictions = [denoiser.predict(x_t[part], sample.t[part], sample.prompts[part]) for part in parts]
+    forget, retain = predictions if apart else (predictions[0][:half], predictions[0][half:])
+    return F.mse_loss(forget, wanted), F.mse_loss(retain, held)
 
 
 @torch.no_grad()

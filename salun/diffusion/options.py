@@ -131,6 +131,12 @@ class EraseOptions(ModelOptions):
     harden_weight: float = option(
         0.3, "Weight of the loss on adversarial embeddings", minimum=0, maximum=1000, expert=True
     )
+    gradient_surgery: bool = option(
+        False,
+        "Take out of the forget loss's gradient what opposes that of the retain loss; for salun, salun-soft and "
+        "finetune",
+        expert=True,
+    )
     retain_target: str | None = option(
         None,
         "Retain target: the prediction of the frozen original model, or the noise",
@@ -284,7 +290,7 @@ GROUPS = {  # title → options, in the order in which hosts show them
     "Training": (
         "until", "steps", "batch_size", "lr", "lr_decay", "retain_weight", "target", "target_guidance",
         "harden", "harden_weight",
-        "retain_target", "anchor_share", "forget_timesteps", "optimizer", "recipe",
+        "gradient_surgery", "retain_target", "anchor_share", "forget_timesteps", "optimizer", "recipe",
     ),
     "Other methods": option_names("diffusion"),
     "Evaluation": ("eval_images", "detector", "show_sensitive"),

@@ -222,11 +222,17 @@ def _of_method(options: EraseOptions, settings: ModelSettings, model: str) -> Er
         raise ConfigError(
             f"is {options.mask}, but the method {method.name} takes none", option="mask", advice="Omit {mask}"
         )
-    if not method.timesteps and schedule_part(options.forget_timesteps) != (0, 1):
+    if not method.salun_losses and schedule_part(options.forget_timesteps) != (0, 1):
         raise ConfigError(
             f"is {options.forget_timesteps}, but the method {method.name} draws timesteps as its paper does",
             option="forget_timesteps",
             advice="Omit {forget_timesteps}, or use {method} salun, salun-soft or finetune",
+        )
+    if not method.salun_losses and options.gradient_surgery:
+        raise ConfigError(
+            f"does not work with the method {method.name}, which has losses of its own",
+            option="gradient_surgery",
+            advice="Omit {gradient_surgery}, or use {method} salun, salun-soft or finetune",
         )
     known = {"scope": "full", **method.defaults, **({"mask": method.mask} if method.takes_mask else {})}
     if settings.labels:

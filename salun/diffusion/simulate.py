@@ -52,6 +52,7 @@ DECISIVE = (  # options on which needs depend, apart from those of the recipe an
     "gradient_checkpointing",
     "low_vram",
     "target_guidance",
+    "gradient_surgery",
     "forget_images",
 )
 MOMENTS_8BIT = 6  # bytes of an entry's moments that 8-bit ones save
@@ -247,7 +248,8 @@ def _training(model: Model, plan: Plan, data: ErasureData, memory: MemoryPeak, c
         optimizer = masked_optimizer(model, plan, cached, packs=packs)
         with optimizer:
             optimizer.make_moments()
-            take_step(optimizer, lambda step: losses_of(model, plan, data, step), 1, {})
+            kept = "retain" if plan.options.gradient_surgery else ""
+            take_step(optimizer, lambda step: losses_of(model, plan, data, step), 1, {}, kept=kept)
     return memory.peak
 
 
@@ -265,7 +267,7 @@ def masked_optimizer(
     masked = plan.method.takes_mask and options.mask != "full"
     mask = _some_mask(shapes, options.density if masked else 1.0)
     make = adam("adam", 1e-5, parameters, cpu_offload)
-    packs = packs or model.dtype == torch.float16 or options.method == "salun-soft"
+    packs = packs or model.dtype == torch.float16 or options.method == "salun-soft" or options.gradient_surgery
     return MaskedOptimizer(parameters, mask, make, "pack" if packs else "step", None, cpu_offload, cached=cached)
 
 
@@ -288,7 +290,8 @@ def losses_of(model: Model, plan: Plan, data: ErasureData, step: int) -> dict[st
     recipe = plan.recipe
     batch = draw(model, data, recipe.batch_size, recipe.anchor_share, 0, step)
     targets = frozen_predictions(model, batch, plan.options.target_guidance) if plan.needs_frozen else None
-    forget, retain = training_losses(model, batch, targets, recipe.target, recipe.retain_target)
+    apart = plan.options.gradient_surgery
+    forget, retain = training_losses(model, batch, targets, recipe.target, recipe.retain_target, apart)
     return {"forget": forget, "retain": retain}
 
 

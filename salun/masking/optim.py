@@ -20,8 +20,11 @@ from torch.optim import Optimizer
 from salun.compute.device import any_order, finish_copies, to_device
 from salun.errors import MaskError, TrainingError
 from salun.masking.mask import Mask
+from salun.masking.surgery import add_without_conflict
 
 Mode = Literal["step", "pack"]
+Reduce = Callable[[list[Tensor]], None]
+"""Sums or averages tensors over processes, in place."""
 _MAX_CACHED = 1 << 18  # entries; the indices of parameters up to this size are cached on every device
 _GROUP = 1 << 23  # entries; gradients up to about as many are stepped by one kernel, 32 MiB of them
 
@@ -211,6 +214,29 @@ class MaskedOptimizer:
             self._update()
             self._end()
 
+    def backward_apart(self, loss: Tensor, kept: Tensor, weight: float, reduce: Reduce | None = None) -> None:
+        """Mode "pack": the gradient of loss + weight · kept, without what in the first opposes that of the kept loss.
+
+        Args:
+            loss, kept: Without a common graph.
+            reduce: As in `step`, which then needs none but for `found_inf`.
+        """
+        self.backward(kept)
+        of_kept = self._gradients()
+        for name in of_kept:
+            self.packed[name].master.grad = None
+        self.backward(loss)
+        gradients = self._gradients()
+        if reduce is not None:
+            reduce([*of_kept.values(), *gradients.values()])
+        add_without_conflict(gradients, of_kept, weight)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Name → packed gradient, where there is one, complete."""
+        finish_copies(self._device, self.found_inf.device)
+        grads = {name: packed.master.grad for name, packed in self.packed.items()}
+        return {name: grad for name, grad in grads.items() if grad is not None}
+
     def _consume(self, name: str, parameter: Tensor) -> None:
         packed = self.packed[name]
         assert parameter.grad is not None
@@ -229,21 +255,22 @@ class MaskedOptimizer:
                 self._update()
 
     @torch.no_grad()
-    def step(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> None:
+    def step(self, max_norm: float | None = None, reduce: Reduce | None = None, reduced: bool = False) -> None:
         """Mode "pack": one optimizer step on the gradients since the last one.
 
         Args:
             max_norm: Clip the packed gradients' norm to it.
-            reduce: Sums or averages tensors over processes in place: the gradients, and `found_inf`.
+            reduce: For the gradients, and `found_inf`.
+            reduced: Whether the gradients are reduced already.
         """
         if self.mode != "pack":
             raise ValueError("mode 'step' updates inside backward and has no separate step")
         self._pending = dict.fromkeys(name for name, packed in self.packed.items() if packed.master.grad is not None)
-        self._update(max_norm, reduce)
+        self._update(max_norm, reduce, reduced)
         self._end()
 
     @torch.no_grad()
-    def _update(self, max_norm: float | None = None, reduce: Callable[[list[Tensor]], None] | None = None) -> None:
+    def _update(self, max_norm: float | None = None, reduce: Reduce | None = None, reduced: bool = False) -> None:
         """Step the pending parameters, unless a loss or gradient was not finite."""
         masters = [self.packed[name].master for name in self._pending]
         gradients = [master.grad for master in masters if master.grad is not None]
@@ -251,7 +278,7 @@ class MaskedOptimizer:
         if gradients:
             _check_and_unscale(gradients, self.found_inf, 1 / self.loss_scale)
         if reduce is not None:
-            reduce([*gradients, self.found_inf])
+            reduce([self.found_inf] if reduced else [*gradients, self.found_inf])
             self.found_inf.copy_(self.found_inf > 0)
         if max_norm is not None:
             nn.utils.clip_grad_norm_(masters, max_norm)

@@ -45,8 +45,10 @@ class TrainingSettings:
         optimizer: Makes the optimizer of the selected weights.
         weights: Factor of a named loss in the sum that is minimized; 1 for a loss that is not named here.
         soft_density: SalUn-soft's target density, or None for no soft threshold.
+        kept: Name of a loss whose gradient the others must not oppose (gradient surgery), and which has no common graph
+            with them; "" for none.
         mode: "step" updates inside the backward pass. "pack", one update after it, is taken in any case with a soft
-            threshold, fp16 weights or several processes.
+            threshold, gradient surgery, fp16 weights or several processes.
         stage: What progress is reported as.
         cpu_offload: Whether master weights and moments stay in CPU memory.
     """
@@ -56,6 +58,7 @@ class TrainingSettings:
     optimizer: MakeOptimizer
     weights: Mapping[str, float] = field(default_factory=dict)
     soft_density: float | None = None
+    kept: str = ""
     mode: Mode = "step"
     stage: Stage = Stage.TRAINING
     cpu_offload: bool = False
@@ -156,7 +159,8 @@ def train(
         Cancelled: From `progress`; the state is saved before.
     """
     half = any(p.dtype == torch.float16 for p in parameters.values())
-    mode: Mode = "pack" if settings.soft_density is not None or half or processes.count > 1 else settings.mode
+    packs = settings.soft_density is not None or settings.kept or half or processes.count > 1
+    mode: Mode = "pack" if packs else settings.mode
     scale = LARGEST_SCALE if half else 1.0
     with MaskedOptimizer(parameters, mask, settings.optimizer, mode, sources, settings.cpu_offload, scale) as optimizer:
         threshold = SoftThreshold(optimizer, settings.soft_density) if settings.soft_density is not None else None
@@ -171,7 +175,7 @@ def train(
                     break
                 optimizer.set_lr(_rate(step, settings, watch, rows, optimizer, sources))
                 weights = settings.weights if watch is None else watch.weights(settings.weights)
-                take = partial(take_step, optimizer, losses, step, weights, processes)
+                take = partial(take_step, optimizer, losses, step, weights, processes, settings.kept)
                 history.add(step, *(_first(take, optimizer) if half and not step else take()))
                 if threshold is not None:
                     threshold(step + 1, settings.steps)
@@ -296,12 +300,13 @@ def take_step(
     step: int,
     weights: Mapping[str, float],
     processes: Processes = ALONE,
+    kept: str = "",
 ) -> tuple[tuple[str, ...], Tensor]:
     """Take one step, without waiting for the device.
 
     Args:
         step: 0-based.
-        weights: As in `TrainingSettings`.
+        weights, kept: As in `TrainingSettings`.
 
     Returns:
         The names of its n losses, and float32 (n + 3,): the losses, their weighted sum, 1 if it failed as no smaller
@@ -309,9 +314,14 @@ def take_step(
     """
     named = losses(step)
     total = weighted_sum(named, weights)
-    optimizer.backward(total)
+    reduce = processes.average if processes.count > 1 else None
+    if kept:
+        others = {name: loss for name, loss in named.items() if name != kept}
+        optimizer.backward_apart(weighted_sum(others, weights), named[kept], weights.get(kept, 1.0), reduce)
+    else:
+        optimizer.backward(total)
     if optimizer.mode == "pack":
-        optimizer.step(reduce=processes.average if processes.count > 1 else None)
+        optimizer.step(reduce=reduce, reduced=bool(kept))
     device = total.device
     ends = [each.to(device, non_blocking=True) for each in (optimizer.failed, optimizer.loss_scale)]
     values = [loss.detach().float() for loss in (*named.values(), total)]

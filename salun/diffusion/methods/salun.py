@@ -73,7 +73,8 @@ class _Losses:
         if self.pool is not None:  # first, since it takes a gradient of its own
             assert targets is not None
             losses["adversarial"] = self.pool.loss(step, batch, targets[: len(batch.picked)])
-        forget, retain = training_losses(task.model, batch, targets, recipe.target, recipe.retain_target)
+        apart = task.plan.options.gradient_surgery
+        forget, retain = training_losses(task.model, batch, targets, recipe.target, recipe.retain_target, apart)
         return {"forget": forget, "retain": retain, **losses}
 
     def _batch(self, step: int) -> Draw:
