@@ -95,6 +95,7 @@ SHOW = """([scale, x, y]) => {
   canvas.ds.scale = scale; canvas.ds.offset[0] = x; canvas.ds.offset[1] = y
   canvas.setDirty(true, true)
 }"""
+PLACE = "() => { const place = window.app.canvas.canvas.getBoundingClientRect(); return [place.x, place.y] }"
 
 
 def workflow(name: str) -> dict[str, Any]:
@@ -196,7 +197,10 @@ def screenshot(page: Any, left: float | None = None) -> Image.Image:
     page.evaluate(SHOW, [scale, side / scale - x0, top / scale - y0])
     page.mouse.move(side + WIDE / 2, high + top + bottom / 2)  # where it points at nothing
     page.wait_for_timeout(2000)
-    shown = page.screenshot(clip={"x": side, "y": top, "width": WIDE, "height": high})
+    x, y = page.evaluate(PLACE)  # of the canvas, beside and below bars that it does not reach under
+    page.set_viewport_size({"width": round(x) + WIDE + side + 20, "height": round(y) + high + top + bottom})
+    page.wait_for_timeout(2000)
+    shown = page.screenshot(clip={"x": x + side, "y": y + top, "width": WIDE, "height": high})
     return Image.open(io.BytesIO(shown)).convert("RGB")
 
 
