@@ -224,6 +224,18 @@ def test_inversion_lowers_the_networks_loss_on_the_images(task: AttackTask) -> N
     assert after - plain < 0.5 * (before - plain) and before > plain
 
 
+def test_relearning_counts_its_best_look_and_trains_as_the_original_was_whatever_the_erasure(task: AttackTask) -> None:
+    erased = make_plan(task.original.settings, "shapes", "circle", EraseOptions(batch_size=2, lr=1e-9))
+    task = replace(task, plan=erased)
+    rates = iter(([0, 0, 0, 0], [1, 1, 0, 1], [0, 1, 0, 0]))
+    task.attempt = lambda conditioning, seeds: (task.latents, np.array(next(rates), bool))  # type: ignore[method-assign]
+    result = ATTACKS["diffusion"]["relearn"].call(task, attack_of("relearn+steps=5").options)
+    assert result.shown.tolist() == [True, True, False, True] and result.tries == 3
+    assert [rate for _, rate in result.curve] == [0, 0.75, 0.25]
+    assert result.facts == {"steps_to_half": 2, "batch_size": 16, "lr": 3e-4}
+    assert result.passes == 5 * 16 * 3, "of the passes of a training, batches of the original's size"
+
+
 def test_a_lora_file_adds_what_it_holds(task: AttackTask, tmp_path: Path) -> None:
     original = {name: tensor.float() for name, tensor in dict(task.original.original()).items()}
     name = next(name for name in original if name.endswith("attn2.to_v.weight"))

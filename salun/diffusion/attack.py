@@ -41,6 +41,7 @@ from salun.runs.record import RunRecord
 from salun.user_text import as_spelled
 
 SIDES = ("erased", "original")  # what is attacked
+FORMAT = 2  # of stored results; another one where an attack would find something else than it did
 RECORDED = ("command", "options", "device", "versions", "notes")
 
 
@@ -310,6 +311,7 @@ def _key(task: AttackTask, chosen: ChosenAttack) -> str | None:
     attacked, original = task.attacked, task.original
     return key_of(
         what="attack",
+        format=FORMAT,
         attack=[chosen.attack.name, sorted(asdict(chosen.options).items())],
         argument=sha256_file(path) if chosen.argument else "",
         attacked=[task.weights_hash, attacked.parts_hash],
@@ -319,7 +321,7 @@ def _key(task: AttackTask, chosen: ChosenAttack) -> str | None:
         detector=[facts_of(task.detector), task.calibration.threshold],
         sampling=asdict(task.plan.sampling),
         samplers=original.sampler_facts(),
-        recipe=asdict(task.plan.recipe),
+        training=[task.batch_size, task.lr],
         seed=task.seed,
         dtype=str(attacked.dtype),
         device=attacked.device.type,

@@ -53,7 +53,7 @@ class AttackResult:
     Args:
         shown: bool (n,), whether an image of each prompt shows the concept.
         latents: float32 (n, c, h, w), of each prompt the first image that shows it, else the last one.
-        tries: Images of each prompt at most, any of which counts.
+        tries: Images of each prompt at most, any of which counts; of a training, the looks of which the best counts.
         passes: Passes through the network that it took, a backward one counted twice.
         curve: (how far, fraction of prompts whose concept is back) in the order of the attack; x: what is counted.
         prompts: What the attack made.
@@ -157,8 +157,13 @@ class AttackTask:
 
     @property
     def batch_size(self) -> int:
-        """Samples of an optimization step."""
-        return self.plan.recipe.batch_size
+        """Samples of an optimization step: the original's own number, however the attacked model was erased."""
+        return self.original.settings.recipe.batch_size
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of a fine-tuning of all weights, likewise."""
+        return self.original.settings.recipe.lr
 
     @property
     def tokens(self) -> TokenEncoder:
