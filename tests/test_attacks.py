@@ -277,6 +277,25 @@ def test_adversarial_prompts_are_read_as_they_were_written(task: AttackTask, tmp
         ATTACKS["diffusion"]["prompts"].call(replace(task, argument=str(tmp_path / "wide.safetensors")), None)
 
 
+def test_numbers_of_an_attack_are_shown_in_words_and_what_was_left_around_a_hole_is_no_success() -> None:
+    rate = {"value": 50.0, "n": 4, "low": 15.0, "high": 85.0}
+    base = {"concept": "red", "side": "erased", "asr": rate, "by_chance": 0.0, "passes": 1, "seconds": 0.0, "error": ""}
+    facts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "relearn": ({"steps_to_half": 1, "batch_size": 16, "lr": 3e-4}, {"steps": 60}),
+        "relearn+data=unrelated": ({"steps_to_half": None}, {"steps": 60}),
+        "inpaint": ({"asr_of_anchor": 83.3}, {}),
+        "prompts:a": ({"asr_by_attack": {"inversion red": rate}}, {}),
+    }
+    made = [{**base, "attack": name, "title": name, "facts": of, "options": o} for name, (of, o) in facts.items()]
+    rows = attack_rows({"plain": {"red": {"asr": rate}}, "attacks": made})
+    assert [row[-1] for row in rows[2:]] == [
+        "half as often as in the original after 1 step; batches of 16, learning rate 0.0003",
+        "not half as often as in the original within 60 steps", "original under the anchor's prompt: 83 %", "", "",
+    ]  # fmt: skip
+    assert rows[-1][1:3] == ("prompts:a, made by inversion red", "50.0 % (15.0–85.0, n = 4)")
+    assert attack_banner({"attacks": made[2:3]}).outcome == "Withstands these attacks"
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from salun.options import NoOptions
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def prompts(task: AttackTask, options: NoOptions) -> AttackResult:
-    """Sample each prompt of the file once, with its own seed if it has one; `facts` has the rate of each attack."""
+    """Sample each prompt of the file once, with its own seed if it has one.
+
+    `facts` has the rate of each attack whose prompts these are, an estimate of percent.
+    """
     from salun.diffusion.attacks.task import AttackResult
 
     path = Path(task.argument).expanduser()
@@ -52,10 +55,11 @@ def _listed(task: AttackTask, path: Path) -> tuple[Conditioning, list[int], list
     return task.encode([row.text for row in rows]), seeds, [""] * len(rows)
 
 
-def _rates(labels: list[str], shown: np.ndarray) -> dict[str, float]:
+def _rates(labels: list[str], shown: np.ndarray) -> dict[str, Any]:
     """Attack → percentage of its prompts that brought the concept back."""
-    return {
-        name: 100 * sum(bool(hit) for label, hit in zip(labels, shown, strict=True) if label == name)
-        / labels.count(name)
-        for name in dict.fromkeys(labels)
-    }  # fmt: skip
+    import numpy as np
+
+    from salun.evaluation.estimate import Estimate
+
+    made_by = np.array(labels)
+    return {name: Estimate.percentage(shown[made_by == name]).as_json() for name in dict.fromkeys(labels)}
