@@ -357,8 +357,13 @@ def test_an_attack_on_a_run_writes_a_page_and_prompts_to_replay(erased: Path, tm
     rows = attack_rows(data)
     assert rows[1][:2] == ("circle", "none: the plain prompts") and len(rows) == 6
     replay = AttackOptions(attack=[f"prompts:{files[2]}"], **QUICK)
-    replayed = attack(str(erased / "run"), replay).attacked[0].result
+    again_made = attack(str(erased / "run"), replay)
+    replayed = again_made.attacked[0].result
     assert replayed is not None and len(replayed.shown) == 8
+    assert list(replayed.texts) == read_adversarial(files[2])[0][1].texts, "captions of images are the file's prompts"
+    assert "adversarial.safetensors</a>" in page and "+ η·v" in page
+    shown = write_attack(again_made, tmp_path / "replay")[1].read_text(encoding="utf-8")
+    assert "adversarial.safetensors</a>" not in shown, "which this call did not write"
 
 
 def test_a_models_own_files_are_attacked_as_its_run_is(erased: Path) -> None:

@@ -47,7 +47,7 @@ def write_attack(report: AttackReport, folder: Path) -> list[Path]:
         if each.side == "erased" and each.result is not None and each.result.prompts is not None
     ]
     images = _images(report)
-    texts = (json.dumps(data, indent=1) + "\n", attack_page(report, data, images).html)
+    texts = (json.dumps(data, indent=1) + "\n", attack_page(report, data, images, bool(made)).html)
     for name, text in zip(FILES, texts, strict=False):
         write_bytes(folder / name, text.encode("utf-8", "backslashreplace"))
     written = list(FILES if made else FILES[:2])
@@ -85,12 +85,16 @@ def _chapter(data: Mapping[str, Any], images: Sequence[Section]) -> list[Section
     return [first, *(replace(section, title="") for section in images), more]
 
 
-def attack_page(report: AttackReport, data: Mapping[str, Any], images: Sequence[Section]) -> Report:
-    """The page: what came of it, the table, images of each attack, and how to reproduce it."""
+def attack_page(report: AttackReport, data: Mapping[str, Any], images: Sequence[Section], replayed: bool) -> Report:
+    """The page: what came of it, the table, images of each attack, and how to reproduce it.
+
+    Args:
+        replayed: Whether there is a file of prompts beside it.
+    """
     names = ", ".join(f"“{concept['name']}”" for concept in data["concepts"])
     models = " against ".join(of["name"] for of in data["models"].values() if of is not None)
     subtitle = f"{models} · {report.options.n} prompts of each concept · seed {report.options.seed}"
-    sections = [*attack_sections(data), *images, *calibration_sections(report.metrics), _files(data), GLOSSARY]
+    sections = [*attack_sections(data), *images, *calibration_sections(report.metrics), _files(replayed), GLOSSARY]
     banner = attack_banner(data)
     spelled = Banner(banner.outcome, fill(banner.text, str), fill(banner.next, str))
     record = report.record.as_json()
@@ -118,10 +122,11 @@ def attack_grid(report: AttackReport, columns: int = SHOWN) -> np.ndarray:
     return sheet(np.concatenate(rows), columns, captions, hidden)
 
 
-def _files(data: Mapping[str, Any]) -> Section:
-    links = [("attack.json", "attack.json", "everything on this page, as data")]
-    how = "prompts and embeddings that attacks made, for other models: --attack prompts:adversarial.safetensors"
-    links.append(("adversarial.safetensors", "adversarial.safetensors", how))
+def _files(replayed: bool) -> Section:
+    links = [(FILES[0], FILES[0], "everything on this page, as data")]
+    if replayed:
+        how = "prompts and embeddings that attacks made, for other models: --attack prompts:adversarial.safetensors"
+        links.append((FILES[2], FILES[2], how))
     return Section("Files", links=links)
 
 
@@ -140,7 +145,7 @@ def _images(report: AttackReport) -> list[Section]:
             continue
         order = _successes_first(each.result)[:SHOWN]
         images = decode_images(original, each.result.latents[order])
-        texts = _texts(report, each.concept, each.result.prompts.texts if each.result.prompts else (), order)
+        texts = _texts(report, each.concept, each.result, order)
         pairs: Sequence[ImagePair] = [
             pair_of(text, {"succeeds" if each.result.shown[i] else "fails": image}, blurs[each.concept])
             for text, image, i in zip(texts, images, order, strict=True)
@@ -151,9 +156,9 @@ def _images(report: AttackReport) -> list[Section]:
     return sections
 
 
-def _texts(report: AttackReport, concept: str, made: Sequence[str], order: Sequence[int]) -> list[str]:
-    """The prompt of each image: what the attack made, else the plain one."""
+def _texts(report: AttackReport, concept: str, result: AttackResult, order: Sequence[int]) -> list[str]:
+    """The prompt of each image: what the attack made or says, else the plain one."""
     number = [each.name for each in report.plan.concepts].index(concept)
     plain = [prompt.text for prompt in report.prompts.forget[report.prompts.rows_of(number)]]
-    texts = made or plain
+    texts = result.texts or (result.prompts.texts if result.prompts is not None else ()) or plain
     return [texts[i] if i < len(texts) else "" for i in order]

@@ -31,7 +31,8 @@ def concept_vector(task: AttackTask, options: ConceptVectorOptions) -> AttackRes
         best.add(*task.attempt(moved(anchored, v, float(eta)), task.seeds))
         best.mark(f"η {eta}")
         task.report(eta, options.strengths)
-    return AttackResult(best.shown, best.latents, options.strengths, task.passes, best.curve, "strength")
+    texts = [f"{anchor} + η·v" for anchor in task.anchors]
+    return AttackResult(best.shown, best.latents, options.strengths, task.passes, best.curve, "strength", texts=texts)
 
 
 def vector(task: AttackTask) -> Conditioning:

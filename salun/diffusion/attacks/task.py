@@ -58,6 +58,7 @@ class AttackResult:
         curve: (how far, fraction of prompts whose concept is back) in the order of the attack; x: what is counted.
         prompts: What the attack made.
         facts: Further numbers, by name.
+        texts: What each image was conditioned on, for people, where these are neither the plain prompts nor `prompts`.
     """
 
     shown: np.ndarray
@@ -68,11 +69,13 @@ class AttackResult:
     x: str = ""
     prompts: AdversarialPrompts | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    texts: Sequence[str] = ()
 
     def as_tensors(self, more: Mapping[str, Any]) -> dict[str, Tensor]:
         """All of it, and more facts, for the cache."""
         made = self.prompts
-        known = {name: getattr(self, name) for name in ("tries", "passes", "curve", "x", "facts")} | {"more": more}
+        known = {name: getattr(self, name) for name in ("tries", "passes", "curve", "x", "facts", "texts")}
+        known["more"] = more
         if made is not None:
             known["prompts"] = {name: getattr(made, name) for name in ("rows", "seeds", "texts", "exact")}
         vectors = {f"vector {i}": vector for i, vector in enumerate(made.vectors)} if made is not None else {}
