@@ -28,7 +28,7 @@ from salun.diffusion.model.class_conditional import ClassModel
 from salun.diffusion.options import EraseOptions
 from salun.diffusion.plan import make_plan
 from salun.diffusion.train import Average, network_of, scheduler_config, train_class_model, training_images
-from salun.diffusion.train_options import ClassTrainOptions
+from salun.diffusion.train_options import ClassTrainOptions, presets
 from salun.errors import Cancelled, ConfigError, DataError, ModelError, SalunError
 
 UNET: dict[str, Any] = {
@@ -259,7 +259,7 @@ def test_what_cannot_be_is_reported_in_one_line(
 
 
 def test_a_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    options = ClassTrainOptions(**TINY, save_every=0)
+    options = ClassTrainOptions(**TINY, save_every=0, dropout=0.1)
     whole = train_class_model(options, tmp_path / "whole", progress=salun.silent)
     assert [row["step"] for row in whole.history] == [1, 2, 3]
 
@@ -267,6 +267,7 @@ def test_a_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         if event.stage == "training" and event.step == 2:
             raise Cancelled("stopped")
 
+    torch.rand(5)  # whatever was drawn before
     with pytest.raises(Cancelled):
         train_class_model(options, tmp_path / "parts", progress=stop)
     parts = train_class_model(options, tmp_path / "parts", resume=True, progress=salun.silent)
@@ -300,6 +301,14 @@ def test_a_class_that_is_left_out_is_in_no_batch_and_keeps_its_label() -> None:
     for without, message in ((["x"], "is 'x', but the classes are 0, 1"), ([*"012345678"], "fewer than two classes")):
         with pytest.raises(ConfigError, match=message):
             training_images(ClassTrainOptions(without=without).resolved()[0])
+
+
+def test_the_authors_saliency_guidance_is_on_the_scale_of_their_loss() -> None:
+    """(1 + w)·ε(c) − w·ε(∅) with w = 2 is ε(∅) + 3·(ε(c) − ε(∅)), which their sampler calls 3."""
+    papers = [each["recipes_paper"]["object"] for each in presets()["models"].values()]
+    digits = salun.load("digits", device="cpu").settings
+    assert [paper["guidance"] for paper in papers] == [2, 2, 2] and digits.paper_recipes["object"].guidance == 2
+    assert presets()["models"]["cifar10"]["sampling"]["guidance"] == 3
 
 
 def test_the_cosine_schedule_is_that_of_its_paper() -> None:

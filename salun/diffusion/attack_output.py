@@ -89,7 +89,7 @@ def attack_page(report: AttackReport, data: Mapping[str, Any], images: Sequence[
     """The page: what came of it, the table, images of each attack, and how to reproduce it.
 
     Args:
-        replayed: Whether there is a file of prompts beside it.
+        replayed: Whether a file of prompts is written with it.
     """
     names = ", ".join(f"“{concept['name']}”" for concept in data["concepts"])
     models = " against ".join(of["name"] for of in data["models"].values() if of is not None)

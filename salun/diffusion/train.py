@@ -36,7 +36,7 @@ from salun.masking.training import TrainingSettings, linear_decay, train
 from salun.masking.training_state import LossRow, StateFile
 from salun.options import from_mapping
 from salun.progress import Event, Progress, Stage
-from salun.randomness import step_generator
+from salun.randomness import seed_of, step_generator
 from salun.report.image_grid import png_bytes, sheet
 from salun.runs.folder import check_folder
 from salun.runs.record import RunRecord
@@ -329,7 +329,9 @@ class _Losses:
         x_t = schedule.add_noise(x_0, noise, t).to(self.network.dtype)
         if options.channels_last:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-        output = self.network(x_t, t, class_labels=labels).sample.float()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # dropout draws by itself
+            torch.manual_seed(seed_of(options.seed, "dropout", step, self.processes.rank))
+            output = self.network(x_t, t, class_labels=labels).sample.float()
         return {"denoise": F.mse_loss(output, schedule.target(x_0, noise, t))}
 
 
