@@ -28,7 +28,7 @@ from salun.diffusion.attacks.quantize import fp8, int8, nf4, nf4_levels
 from salun.diffusion.attacks.relearn import looks_of
 from salun.diffusion.attacks.ring_a_bell import RingABellOptions, evolved
 from salun.diffusion.attacks.soft_tokens import learn, nearest, replaced
-from salun.diffusion.attacks.task import AdversarialPrompts, AttackTask, Known
+from salun.diffusion.attacks.task import AdversarialPrompts, AttackTask, Best, Known
 from salun.diffusion.attacks.trajectory import Trajectory, starting_noise
 from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.model.protocol import Conditioning
@@ -152,9 +152,21 @@ def test_a_trajectory_continues_where_it_stopped_and_holds_what_is_known(shapes:
     assert torch.equal(path.run(half, random, 2), path.run(noise, random))
     known, hole = torch.randn_like(noise), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     assert torch.equal(replace(path, known=known, hole=hole).run(noise, random), known)
+    steps = iter(range(3))
+    with pytest.raises(StopIteration):
+        replace(path, on_step=lambda: next(steps)).run(noise, random)
     noisy = replace(path, eta=1.0)
     first, again = (noisy.run(noise, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert not torch.equal(first, again)
+
+
+def test_the_curve_counts_the_prompts_of_all_parts() -> None:
+    best, image = Best(3), torch.zeros(2, 1)
+    for rows, hits in (([0, 1], ([1, 0], [1, 1])), ([2], ([0], [1]))):
+        for look, shown in enumerate(hits, 1):
+            best.add(image[: len(rows)], np.array(shown, bool), rows)
+            best.mark(look, rows)
+    assert best.curve == [(1, pytest.approx(1 / 3)), (2, pytest.approx(1))]
 
 
 # -- a task on the bundled model -------------------------------------------------------------------------------------

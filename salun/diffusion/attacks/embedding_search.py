@@ -70,8 +70,7 @@ def _search(
             conditioning = tokens.encode_tokens([projected[k] for k in left])
             latents, shown = task.attempt(conditioning, [task.seeds[part[k]] for k in left])
             best.add(latents, shown, [part[k] for k in left])
-        if n == len(task):
-            best.mark(steps[-1] + 1)
+        best.mark(steps[-1] + 1, part)
         task.report(part[0] * options.steps + n * (steps[-1] + 1), len(task) * options.steps)
 
 

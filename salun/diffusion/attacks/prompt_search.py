@@ -72,8 +72,7 @@ def _search(task: AttackTask, options: PromptSearchOptions, part: list[int], row
             conditioning = task.tokens.encode_tokens([rows[part[k]] for k in left])
             latents, shown = task.attempt(conditioning, [task.seeds[part[k]] for k in left])
             best.add(latents, shown, [part[k] for k in left])
-        if len(part) == len(task):
-            best.mark(look + 1)
+        best.mark(look + 1, part)
         done = part[0] * options.timesteps + len(part) * (look + 1)
         task.report(done, len(task) * options.timesteps)
 

@@ -293,9 +293,12 @@ class Best:
             if not self.shown[i]:
                 self._latents[i], self.shown[i] = latent.cpu(), bool(hit)
 
-    def mark(self, x: float | str) -> None:
-        """A point of the curve."""
-        self.curve.append((x, float(self.shown.mean())))
+    def mark(self, x: float | str, rows: Sequence[int] | None = None) -> None:
+        """A point of the curve, to which some of the prompts (by default all) contribute."""
+        hits = self.shown if rows is None else self.shown[list(rows)]
+        points = dict(self.curve)
+        points[x] = points.get(x, 0.0) + float(hits.sum()) / len(self.shown)
+        self.curve = list(points.items())
 
     @property
     def latents(self) -> Tensor:
