@@ -18,6 +18,7 @@ from salun.attacks import ATTACKS
 from salun.checkpoints import safetensors_io
 from salun.delta.stock_formats import low_rank
 from salun.diffusion.attack import attack
+from salun.diffusion.attack_estimate import preview_attack
 from salun.diffusion.attack_options import AttackOptions, attack_of
 from salun.diffusion.attack_output import attack_grid, check_attack_folder, write_attack
 from salun.diffusion.attacks.adversarial import read_adversarial, write_adversarial
@@ -33,7 +34,7 @@ from salun.diffusion.attacks.trajectory import Trajectory, starting_noise
 from salun.diffusion.data.latents import sample_latents
 from salun.diffusion.model.protocol import Conditioning
 from salun.diffusion.model.stable_diffusion import Model
-from salun.diffusion.options import EraseOptions
+from salun.diffusion.options import EraseOptions, Sampling
 from salun.diffusion.plan import make_plan
 from salun.errors import Cancelled, ConfigError, DataError, ModelError
 from salun.evaluation.calibration import Calibration
@@ -79,6 +80,21 @@ def test_attacks_take_a_path_and_their_own_options_and_the_paper_has_other_numbe
 def test_every_attack_has_numbers_of_its_paper_that_fit_its_options(name: str) -> None:
     found = ATTACKS["diffusion"][name]
     assert found.options(**found.paper_budget) and found.paper and found.title
+
+
+def test_an_attack_takes_as_many_passes_as_is_said_before_it_begins() -> None:
+    """Searches stop where a prompt succeeds; with the passes of the benchmark's runs, and encodings left out."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "attacks"
+    stored = json.loads((folder / "circle-0-SalUn-32.json").read_text(encoding="utf-8"))["attacks"]
+    sampling = Sampling(steps=12, guidance=3.0, resolution=128)
+    for text, each in stored.items():
+        chosen = attack_of(text)
+        passes = chosen.attack.passes(chosen.options, 32, sampling, 16)
+        if chosen.attack.name in ("prompt-search", "embedding-search", "ring-a-bell"):
+            assert passes is not None and each["passes"] <= passes < 1.3 * each["passes"], text
+        else:
+            assert passes == each["passes"], text
+    assert attack_of("prompts:x.csv").attack.passes(None, 32, sampling, 16) is None
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -408,6 +424,19 @@ def test_a_repeated_attack_takes_finished_ones_from_the_cache(
     for one, two in zip(first.attacked, again.attacked, strict=True):
         assert one.result is not None and two.result is not None
         assert torch.equal(one.result.latents, two.result.latents) and one.as_json() == two.as_json()
+
+
+def test_a_dry_run_of_attacks_says_what_they_cost_and_writes_nothing(erased: Path) -> None:
+    before = sorted(path for path in erased.rglob("*"))
+    options = AttackOptions(attack=["seeds+tries=2", "relearn+steps=2"], control=True, n=8, sampling_steps=8)
+    found = preview_attack(str(erased / "run"), options)
+    of_image = 8 * 2
+    assert [each["passes"] for each in found["attacks"]] == [2 * 2 * 8 * of_image, 2 * (2 * 16 * 3 + 2 * 8 * of_image)]
+    assert all(0 < each["least"] <= each["most"] for each in found["attacks"])
+    assert found["most"] > sum(each["most"] for each in found["attacks"]) and found["original"] == "shapes"
+    assert sorted(path for path in erased.rglob("*")) == before
+    with pytest.raises(ConfigError, match="without its original"):
+        preview_attack(str(erased / "run" / "model"), AttackOptions(concept=["circle"], attack=["seeds"]))
 
 
 def test_token_attacks_run_on_the_embedded_model(erased: Path) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 LOOKS = 2  # at images on the way, of which the best counts
 
@@ -24,6 +25,14 @@ class InversionOptions(Checked):
     length: int = option(1, "tokens that stand for the concept", minimum=1, maximum=64)
     lr: float = option(0.02, "learning rate", above=0, maximum=10)
     start: str = option("both", "tokens to start from", choices=("both", "concept", "anchor"))
+
+
+def cost(options: InversionOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    from salun.diffusion.stages import TRAINED
+
+    starts = 2 if options.start == "both" else 1
+    return starts * (options.steps * batch_size * TRAINED + LOOKS * n * sampling.passes) + n * sampling.passes
 
 
 def inversion(task: AttackTask, options: InversionOptions) -> AttackResult:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask, Best
     from salun.diffusion.model.protocol import DiffusionModel
+    from salun.diffusion.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class PromptSearchOptions(Checked):
     iterations: int = option(16, "optimization steps at each timestep", minimum=1, maximum=100_000)
     lr: float = option(0.05, "learning rate", above=0, maximum=10)
     weight_decay: float = option(0.1, "weight decay", minimum=0, maximum=10)
+
+
+def cost(options: PromptSearchOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts, none of which succeeds before the end."""
+    from salun.diffusion.stages import TRAINED
+
+    return n * options.timesteps * (TRAINED * options.iterations + sampling.passes)
 
 
 def prompt_search(task: AttackTask, options: PromptSearchOptions) -> AttackResult:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask, Known
     from salun.diffusion.model.protocol import DiffusionModel
+    from salun.diffusion.options import Sampling
 
 HALF = 0.5  # of the rate at which the original shows the concept
 
@@ -29,6 +30,13 @@ class RelearnOptions(Checked):
     rank: int = option(0, "rank of a LoRA that is trained; 0 trains all weights", minimum=0, maximum=1024)
     data: str = option("concept", "what the images show: the concept, or what other prompts say",
                        choices=("concept", "unrelated"))  # fmt: skip
+
+
+def cost(options: RelearnOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts."""
+    from salun.diffusion.stages import TRAINED
+
+    return options.steps * batch_size * TRAINED + len(looks_of(options.steps)) * n * sampling.passes
 
 
 def relearn(task: AttackTask, options: RelearnOptions) -> AttackResult:

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from salun.diffusion.attacks.task import AttackResult, AttackTask
+    from salun.diffusion.options import Sampling
 
 ENCODED = 256  # prompts at once
+SMALL = 64  # pixels of a side
+ENCODINGS = 5, 100  # that take as long as a pass: up to that side (measured with shapes), above (operations of SD 1.x)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class RingABellOptions(Checked):
     mutation: float = option(0.25, "probability that a prompt is mutated in one token", minimum=0, maximum=1)
     searches: int = option(4, "prompts that are searched for; each stands for several of the attacked ones", minimum=1,
                            maximum=100_000)  # fmt: skip
+
+
+def cost(options: RingABellOptions, n: int, sampling: Sampling, batch_size: int) -> int:
+    """Passes, of n prompts; encodings count as the passes that take as long."""
+    encoded = min(options.searches, n) * options.population * (options.generations + 1)
+    per_pass = ENCODINGS[0] if sampling.resolution <= SMALL else ENCODINGS[1]
+    return n * sampling.passes + round(encoded / per_pass)
 
 
 def ring_a_bell(task: AttackTask, options: RingABellOptions) -> AttackResult:
