@@ -392,6 +392,16 @@ def test_an_attack_on_a_run_writes_a_page_and_prompts_to_replay(erased: Path, tm
     assert "adversarial.safetensors</a>" in page and "+ η·v" in page
     shown = write_attack(again_made, tmp_path / "replay")[1].read_text(encoding="utf-8")
     assert "adversarial.safetensors</a>" not in shown, "which this call did not write"
+    kept = json.loads(files[0].read_text(encoding="utf-8"))
+    kept["attacks"] += [{"attack": "odd"}, {**kept["attacks"][0], "attack": "other", "concept": "none"}, 3]
+    files[0].write_text(json.dumps(kept), encoding="utf-8")
+    write_attack(again_made, tmp_path / "out")
+    both = json.loads(files[0].read_text(encoding="utf-8"))["attacks"]
+    assert [each["attack"] for each in both] == [*(each["attack"] for each in data["attacks"]), replay.attack[0]]
+    assert len(read_adversarial(files[2])) == 1 and "Concept vector" in files[1].read_text(encoding="utf-8")
+    files[0].write_text(json.dumps({**kept, "n": 9}), encoding="utf-8")
+    write_attack(again_made, tmp_path / "out")
+    assert len(json.loads(files[0].read_text(encoding="utf-8"))["attacks"]) == 1, "on other prompts"
 
 
 def test_a_models_own_files_are_attacked_as_its_run_is(erased: Path) -> None:

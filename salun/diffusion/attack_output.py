@@ -10,23 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from salun.diffusion.attack import AttackReport
-from salun.diffusion.attacks.adversarial import write_adversarial
-from salun.diffusion.attacks.task import AttackResult
+from salun.diffusion.attack import SIDES, AttackReport
+from salun.diffusion.attacks.adversarial import LONGEST_NAME, read_adversarial, write_adversarial
+from salun.diffusion.attacks.task import AdversarialPrompts, AttackResult
 from salun.diffusion.data.latents import decode_images
 from salun.diffusion.model.settings import display_name
 from salun.diffusion.result import blurred, pair_of
-from salun.errors import ConfigError, fill
+from salun.errors import ConfigError, SalunError, fill
 from salun.files import check_result_folder, write_bytes
 from salun.report.attacks import attack_banner, attack_sections
 from salun.report.image_grid import sheet
 from salun.report.metrics import calibration_sections
 from salun.report.page import GLOSSARY
 from salun.report.render import Banner, ImagePair, Report, Section, page, with_chapter
-from salun.untrusted import read_text
+from salun.untrusted import read_json, read_text
 
 SHOWN = 8  # images of each attack on the page
 REPORT, LONGEST = "report.html", 500_000_000  # of a run, which is given a chapter; bytes of it at most
+TERMS = ("n", "seed", "concepts", "models", "sampling", "plain")  # on which results of two calls must agree
 FILES = ("attack.json", "attack.html", "adversarial.safetensors")
 
 
@@ -38,14 +39,17 @@ def check_attack_folder(folder: Path) -> None:
 def write_attack(report: AttackReport, folder: Path) -> list[Path]:
     """Write all files, those of the same names are replaced; returns their paths.
 
-    The report of a run in the same folder gets the attacks as a chapter, in place of earlier ones.
+    Results in the folder of other attacks on the same model are kept, without their images. The report of a run in the
+    same folder gets the attacks as a chapter, in place of earlier ones.
     """
     data = report.as_json()
-    made = [
+    earlier = earlier_attacks(folder / FILES[0], data)
+    made = _earlier_prompts(folder / FILES[2], earlier) + [
         (f"{each.chosen.text} {each.concept}", each.result.prompts)
         for each in report.attacked
         if each.side == "erased" and each.result is not None and each.result.prompts is not None
     ]
+    data["attacks"] = [*earlier, *data["attacks"]]
     images = _images(report)
     texts = (json.dumps(data, indent=1) + "\n", attack_page(report, data, images, bool(made)).html)
     for name, text in zip(FILES, texts, strict=False):
@@ -56,6 +60,45 @@ def write_attack(report: AttackReport, folder: Path) -> list[Path]:
     if _add_chapter(folder / REPORT, _chapter(data, images)):
         written.append(REPORT)
     return [folder / name for name in written]
+
+
+def earlier_attacks(path: Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Results of an earlier call that are on the same terms as those of this one, of attacks that it does not name.
+
+    Args:
+        path: An `attack.json`, which is untrusted input; it may be missing, and what cannot be shown is not taken.
+        data: As in `attack.json`, of this call.
+    """
+    named = {each["attack"] for each in data["attacks"]}
+    try:
+        stored = read_json(path)
+        if any(stored[key] != data[key] for key in TERMS) or any(
+            stored["options"][key] != data["options"][key] for key in ("detector", "dtype")
+        ):
+            return []
+        return [each for each in stored["attacks"] if _can_be_shown(each, data) and each["attack"] not in named]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _can_be_shown(each: Any, data: Mapping[str, Any]) -> bool:
+    """Whether an entry of an untrusted `attack.json` is one."""
+    alone = {**data, "attacks": [each]}
+    try:
+        attack_sections(alone)
+        attack_banner(alone)
+        return each["concept"] in data["plain"] and each["side"] in SIDES
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _earlier_prompts(path: Path, earlier: Sequence[Mapping[str, Any]]) -> list[tuple[str, AdversarialPrompts]]:
+    """The prompts that go with results of an earlier call; none where the file cannot be read."""
+    names = {f"{each['attack']} {each['concept']}"[:LONGEST_NAME] for each in earlier}
+    try:
+        return [entry for entry in read_adversarial(path) if entry[0] in names]
+    except SalunError:
+        return []
 
 
 def _add_chapter(path: Path, chapter: Sequence[Section]) -> bool:
