@@ -32,8 +32,9 @@ there in less than {works:.0f} % is weak, and says little.
 OUTDATED = """**Not on equal terms yet:** these runs were made when attacks trained in batches of the erasure's size:
 `inversion` and `relearn` took 4 samples a step in the ESD column, and 16 in the others. They have the original model's
 16 now, and the column is to be measured anew."""
-ANCHORED = """Ring-A-Bell was measured when it added the concept vector to the anchor's prompt; it takes the concept's
-prompt now, as its authors' code does."""
+ANCHORED = """Two attacks have changed since, towards their authors' code: Ring-A-Bell adds the concept vector to the
+concept's prompt, not to the anchor's, and the prompt search steps with Adam, not AdamW, and prompts with the likeliest
+tokens, not with drawn ones."""
 CAVEAT = """
 An image that no attack touched can show the concept by a false alarm of the detector, and an attack with several tries
 has several chances of that; `salun attack` prints what chance alone would give. With n = {n}, a rate of 0 % has a 95 %

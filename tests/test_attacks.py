@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,6 +226,65 @@ def test_ring_a_bell_finds_a_prompt_that_is_known_to_be_there(task: AttackTask) 
     options = RingABellOptions(length=1, population=256, generations=12, mutation=1.0)
     best, distance = evolved(task, wanted, options, torch.Generator().manual_seed(0))
     assert best == row and distance < 1e-6
+
+
+class Lookup:
+    """A network that predicts its prompt's embedding, and its text encoder: what a search must find is known."""
+
+    device, dtype, name, low_vram, latent_shape = torch.device("cpu"), torch.float32, "lookup", True, (1, 1, 6)
+    settings = SimpleNamespace(recipe=SimpleNamespace(batch_size=2, lr=1e-3))
+    schedule = SimpleNamespace(
+        t_at=lambda fraction: fraction, sample_t=lambda n, generator: torch.zeros(n),
+        add_noise=lambda x_0, noise, t: x_0, target=lambda x_0, noise, t: x_0,
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        table = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+        self.token_embeddings, self.searchable_tokens = [torch.nn.functional.normalize(table)], list(range(12))
+
+    def parameters(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, tensors: Any) -> None: ...
+
+    def tokens(self, prompt: str) -> list[int]:
+        return []
+
+    def text_of(self, tokens: Any) -> str:
+        return "+".join(map(str, tokens))
+
+    def encoding(self) -> Any:
+        return nullcontext()
+
+    def encode(self, prompts: Any) -> Conditioning:
+        return self.encode_tokens([[int(prompt)] for prompt in prompts])
+
+    def encode_tokens(self, rows: Any, vectors: Any = ()) -> Conditioning:
+        table = torch.cat([self.token_embeddings[0], *(v.flip(0) for v in vectors)])  # −1 is the last row
+        return Conditioning(torch.stack([table[list(row)].sum(0, keepdim=True) for row in rows]))
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return conditioning.hidden[:, :, None]
+
+
+@pytest.mark.parametrize("text", ["prompt-search+length=1+iterations=30+timesteps=2", "embedding-search+length=1"])
+def test_a_search_finds_the_tokens_that_are_known_to_be_best(task: AttackTask, text: str) -> None:
+    """In parts of two prompts, whose images show the concept at the end of the second part's search alone."""
+    model: Any = Lookup()
+    wanted = [3, 7, 0]
+    latents = model.token_embeddings[0][wanted][:, None, None]
+    task = replace(
+        task, original=model, attacked=model, prompts=list(map(str, wanted)), seeds=[0, 1, 2], latents=latents
+    )
+
+    def attempt(conditioning: Conditioning, seeds: Any) -> tuple[Tensor, np.ndarray]:
+        return conditioning.hidden[:, :, None], np.zeros(len(seeds), bool)
+
+    task.attempt = attempt  # type: ignore[method-assign]
+    chosen = attack_of(text)
+    result = chosen.attack.call(task, chosen.options)
+    assert result.prompts is not None and [list(row) for row in result.prompts.rows] == [[token] for token in wanted]
+    assert [rate for _, rate in result.curve] == [0, 0]
 
 
 def test_inversion_lowers_the_networks_loss_on_the_images(task: AttackTask) -> None:

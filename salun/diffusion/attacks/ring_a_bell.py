@@ -44,12 +44,15 @@ def cost(options: RingABellOptions, n: int, sampling: Sampling, batch_size: int)
 
 
 def ring_a_bell(task: AttackTask, options: RingABellOptions) -> AttackResult:
-    """Search tokens that minimize ‖enc(tokens) − (enc(prompt) + η·v)‖², by a genetic algorithm."""
+    """Search tokens that minimize ‖enc(tokens) − (enc(prompt) + η·v)‖², by a genetic algorithm.
+
+    The prompt is the attacked one, as in the authors' code.
+    """
     from salun.diffusion.attacks.concept_vector import moved, vector
     from salun.diffusion.attacks.task import AdversarialPrompts, AttackResult
 
     tokens, count = task.tokens, min(options.searches, len(task))
-    wanted = moved(task.encode(task.anchors[:count]), vector(task), options.strength)
+    wanted = moved(task.encode(task.prompts[:count]), vector(task), options.strength)
     made, distances = [], []
     for i in range(count):
         row, distance = evolved(task, wanted.hidden[i], options, task.generator(i))
