@@ -341,8 +341,17 @@ def test_numbers_of_a_network_that_cannot_be_are_reported(options: dict[str, Any
 
 
 def test_a_training_in_bf16_averages_and_writes_float32(tmp_path: Path) -> None:
-    done = train_class_model(ClassTrainOptions(**TINY, dtype="bf16"), tmp_path / "run", progress=salun.silent)
+    """And a classifier judges samples of the classes that were trained."""
+    train(data="digits", train_epochs=4, run_dir=tmp_path / "classifier", progress=salun.silent)
+    judge: dict[str, Any] = {"classifier": f"class:{tmp_path / 'classifier'}", "judged": 2, "without": ["class:3"]}
+    options = ClassTrainOptions(**TINY, **judge, dtype="bf16")
+    done = train_class_model(options, tmp_path / "run", progress=salun.silent)
     assert done.folder is not None
+    metrics = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["accuracy"]["n"] == metrics["frechet"]["n"] == 9 * 2 and metrics["frechet"]["value"] > 0
+    assert metrics["accuracy_on_data"]["value"] > 60 > metrics["accuracy"]["value"]
+    with pytest.raises(DataError, match="cannot be used"):
+        train_class_model(ClassTrainOptions(**TINY, classifier=str(tmp_path)), progress=salun.silent)
     weights = diffusers_network(done.folder).state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values()), "rounded to bf16"

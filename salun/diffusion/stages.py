@@ -150,7 +150,7 @@ def sample_stages(sampling: Sampling, images: int) -> list[StageCost]:
 
 
 def class_training_stages(
-    options: ClassTrainOptions, sampling: Sampling, shown: int, saved: bool = True
+    options: ClassTrainOptions, sampling: Sampling, shown: int, saved: bool = True, judged: int = 0
 ) -> list[StageCost]:
     """What the training of a class-conditional model does.
 
@@ -158,6 +158,7 @@ def class_training_stages(
         options: Resolved.
         shown: Images that are sampled on the way, each time, and at the end.
         saved: Whether the model is written.
+        judged: Samples that a classifier judges at the end.
     """
     steps, batch_size = options.steps or 0, options.batch_size or 0
     of_samples = shown * sampling.passes
@@ -167,6 +168,7 @@ def class_training_stages(
             StageCost(Stage.TRAINING, steps, forward=on_the_way, backward=steps * batch_size),
             StageCost(Stage.SAVING, int(saved)),
             StageCost(Stage.SAMPLING, shown, forward=of_samples),
+            *([StageCost(Stage.IMAGES_AFTER, judged, forward=judged * sampling.passes)] if judged else []),
         ]
     )
 
