@@ -373,13 +373,15 @@ def test_numbers_of_an_attack_are_shown_in_words_and_what_was_left_around_a_hole
         "relearn": ({"steps_to_half": 1, "batch_size": 16, "lr": 3e-4}, {"steps": 60}),
         "relearn+data=unrelated": ({"steps_to_half": None}, {"steps": 60}),
         "inpaint": ({"asr_of_anchor": 83.3}, {}),
+        "inversion": ({"batch_size": 16}, {}),
         "prompts:a": ({"asr_by_attack": {"inversion red": rate}}, {}),
     }
     made = [{**base, "attack": name, "title": name, "facts": of, "options": o} for name, (of, o) in facts.items()]
     rows = attack_rows({"plain": {"red": {"asr": rate}}, "attacks": made})
     assert [row[-1] for row in rows[2:]] == [
         "half as often as in the original after 1 step; batches of 16, learning rate 0.0003",
-        "not half as often as in the original within 60 steps", "original under the anchor's prompt: 83 %", "", "",
+        "not half as often as in the original within 60 steps", "original under the anchor's prompt: 83 %",
+        "batches of 16", "", "",
     ]  # fmt: skip
     assert rows[-1][1:3] == ("prompts:a, made by inversion red", "50.0 % (15.0–85.0, n = 4)")
     assert attack_banner({"attacks": made[2:3]}).outcome == "Withstands these attacks"

@@ -57,7 +57,8 @@ def inversion(task: AttackTask, options: InversionOptions) -> AttackResult:
     latents, shown = task.attempt(task.tokens.encode_tokens(rows, vectors), task.seeds)
     texts = [" ".join("*" if token < 0 else task.tokens.text_of([token]) for token in row) for row in rows]
     prompts = AdversarialPrompts(rows, list(task.seeds), [vector.cpu() for vector in vectors], texts)
-    return AttackResult(shown, latents, 1, task.passes, curve, "steps", prompts)
+    facts = {"batch_size": task.batch_size}
+    return AttackResult(shown, latents, 1, task.passes, curve, "steps", prompts, facts)
 
 
 def _rows(task: AttackTask, prompts: Sequence[str], length: int) -> list[list[int]]:
